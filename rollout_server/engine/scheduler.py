@@ -51,6 +51,8 @@ class SamplingParams:
     """All tokens that end the sequence, the model's end-of-sequence tokens included unless the request sets
     `ignore_eos`."""
     sampling_seed: int | None = None
+    stream_interval: int = 0
+    """Tokens between two chunks of a stream; 0: as the engine does it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +82,8 @@ class Sequence:
     """uint64; key and token index together determine the random number with which the token is drawn."""
     stream_interval: int = 0
     """Tokens between two reports of partial output; 0: only the finished sequence is reported."""
+    keeps_prefix: bool = False
+    """True if a later request may continue this sequence (the next turn of a conversation)."""
     owner: Any = None
     """The HTTP request's inbox. The engine only passes it along."""
     status: Status = Status.WAITING

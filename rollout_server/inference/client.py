@@ -55,6 +55,8 @@ class EngineClient:
             control_timeout_s=control_timeout_s,
         )
         self._batcher = GenerateBatcher(self._http, stream_interval=stream_interval)
+        self.stop_texts = self._batcher.stop_texts
+        """Requests with stop texts need its `tokenizer`."""
         self._connect_timeout_s = connect_timeout_s
         self.base_url = self._http.base_url
         self.info = EngineInfo()
@@ -98,11 +100,10 @@ class EngineClient:
     ) -> Generation:
         """Samples one continuation of `input_ids`.
 
-        `rid`: id of the request for `abort`, unique among the requests in flight. If any client aborts the
-        request, returns the partial tokens with finish_reason ABORT, and those sampled within `timeout_s`
-        with TIMEOUT. Cancelling the caller aborts the request at the engine. Raises PromptRefusedError if the
-        engine refused the prompt, EngineTimeoutError if there was no token within `timeout_s`, and
-        EngineError if it refused for another reason or died.
+        `rid`: id of the request for `abort`, unique among those in flight. If any client aborts it, returns
+        the partial tokens with finish_reason ABORT, and those sampled within `timeout_s` with TIMEOUT.
+        Cancelling the caller aborts the request. Raises PromptRefusedError if the engine refused the prompt,
+        EngineTimeoutError if there was no token in time, and EngineError for other refusals or its death.
         """
         return await self._batcher.generate(input_ids, sampling=sampling, rid=rid, timeout_s=timeout_s)
 

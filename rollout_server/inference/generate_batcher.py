@@ -13,6 +13,8 @@ prompt that is too long, and reports neither its index nor the other sequences, 
 they are aborted. A request that is sent again has another id, because SGLang aborts those of a broken stream
 by their ids two seconds later.
 
+Stop texts are found here, in the chunks of a stream (stop_texts.py); the request is then aborted.
+
 A request has no time limit unless its caller gives one: while the engine makes progress, so do its requests,
 those that still wait in its queue included. An engine without progress is replaced (supervisor.py).
 """
@@ -33,6 +35,7 @@ from areal_like.errors import EngineError, EngineTimeoutError
 from areal_like.trajectory import FinishReason
 from rollout_server.inference.http import EngineHttp, error_text
 from rollout_server.inference.sse import is_last, parse_generation, read_events, refusal
+from rollout_server.inference.stop_texts import StopTexts, StopWatch
 from rollout_server.inference.types import Generation, Sampling
 
 logger = logging.getLogger(__name__)
@@ -62,6 +65,10 @@ class _Pending:
     """End of its time limit."""
     is_late: bool = False
     """True after that time."""
+    keeps_prefix: bool = False
+    """Another request may continue this one."""
+    stop_watch: StopWatch | None = None
+    """None without stop texts."""
 
     def fail(self, error: EngineError) -> None:
         """Ends the call with a copy of `error`, which may be that of a whole batch."""
@@ -76,6 +83,7 @@ class GenerateBatcher:
         """`stream_interval`: sent with each request unless it is 0."""
         self._http = http
         self._streaming = {"stream_interval": stream_interval} if stream_interval else {}
+        self.stop_texts = StopTexts()
         self._queued: list[_Pending] = []
         """Requests made in this turn of the loop."""
         self._open: dict[str, _Pending] = {}
@@ -103,15 +111,21 @@ class GenerateBatcher:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Generation] = loop.create_future()
         rid = rid or uuid.uuid4().hex
+        params, stop_watch = sampling.to_dict() | self._streaming, None
+        if sampling.stop:
+            stop_params, stop_watch = self.stop_texts.prepare(sampling, input_ids)
+            params |= stop_params
         pending = _Pending(
             _wire_rid(rid),
             input_ids,
-            sampling.to_dict() | self._streaming,
+            params,
             future,
             cache_salt,
             on_first_token,
             timeout_s,
             loop.time() + timeout_s,
+            keeps_prefix=sampling.keeps_prefix,
+            stop_watch=stop_watch,
         )
         self._open.setdefault(rid, pending)
         if not self._queued:
@@ -198,6 +212,8 @@ class GenerateBatcher:
             "return_logprob": True,
             "stream": True,
         }
+        if any(pending.keeps_prefix for pending in batch):
+            body["keep_prefix"] = [pending.keeps_prefix for pending in batch]
         if any(pending.cache_salt for pending in batch):
             body["cache_salt"] = [pending.cache_salt for pending in batch]
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._http.connect_timeout_s)
@@ -228,6 +244,8 @@ class GenerateBatcher:
         self._spawn(self._abort_quietly([pending.rid for pending in left]))
         for pending in left:
             pending.rid = _wire_rid(f"{pending.rid[:-1]}~1")
+            if pending.stop_watch is not None:
+                pending.stop_watch.restart()
             self._start([pending])
 
     async def _abort_late(self, batch: list[_Pending], stream: asyncio.Task[None]) -> None:
@@ -261,18 +279,20 @@ class GenerateBatcher:
             index = int(event.get("index", 0))
             pending = batch[index] if index >= 0 else batch[len(batch)]
             if not is_last(event):
-                self._note_first_token(pending)
+                self._read_chunk(pending, event)
                 return
-        except (KeyError, TypeError, IndexError) as error:
+        except (KeyError, TypeError, IndexError, OverflowError) as error:
             raise ValueError(f"malformed event ({type(error).__name__}: {error})") from None
         try:
             generation = parse_generation(event)
         except EngineError as error:
             pending.fail(error)
             return
-        except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, IndexError, AttributeError, ValueError, OverflowError) as error:
             pending.fail(EngineError(f"malformed answer of the engine ({type(error).__name__}: {error})"))
             return
+        if pending.stop_watch is not None:
+            generation = pending.stop_watch.cut(generation)
         self.num_prompt_tokens += generation.num_prompt_tokens
         self.num_cached_tokens += generation.num_cached_tokens
         if pending.is_late and generation.finish_reason is FinishReason.ABORT:
@@ -283,10 +303,12 @@ class GenerateBatcher:
         if not pending.future.done():
             pending.future.set_result(generation)
 
-    def _note_first_token(self, pending: _Pending) -> None:
+    def _read_chunk(self, pending: _Pending, event: dict[str, Any]) -> None:
         if pending.on_first_token is not None:
             pending.on_first_token()
             pending.on_first_token = None
+        if pending.stop_watch is not None and pending.stop_watch.read(event["output_ids"]):
+            self._spawn(self._abort_quietly([pending.rid]))
 
     def _timeout_error(self, pending: _Pending) -> EngineTimeoutError:
         limit = f"{pending.timeout_s:g} s (rollout.sample_timeout_s)"

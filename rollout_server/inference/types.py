@@ -35,9 +35,18 @@ class Sampling:
     min_p: float = 0.0
     sampling_seed: int | None = None
     """Used by the embedded engine; SGLang ignores it unless started with deterministic inference."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the sequence with the token that completes one of them, which is kept. The client finds
+    them, with the tokenizer that it is given (`EngineClient.stop_texts`)."""
+    num_resumed: int = 0
+    """Tokens at the end of the prompt that belong to the same turn: it was aborted, and goes on. A stop text
+    may begin in them."""
+    keeps_prefix: bool = False
+    """Another request may continue this sequence (the next turn of a conversation): the embedded engine keeps
+    its KV for it. SGLang does for every sequence."""
 
     def to_dict(self) -> dict[str, Any]:
-        """SGLang's `sampling_params`; fields at their default are omitted."""
+        """SGLang's `sampling_params`; fields at their default, and those of the client alone, are omitted."""
         params: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature}
         if self.stop_token_ids:
             params["stop_token_ids"] = list(self.stop_token_ids)
@@ -64,8 +73,8 @@ class Generation:
     versions: NDArray[np.int32]
     """[T] version of the weights that sampled each token, as reported by the engine."""
     finish_reason: FinishReason
-    matched: int | None = None
-    """The stop token, where `finish_reason` is STOP."""
+    matched: int | str | None = None
+    """The stop token or stop text, where `finish_reason` is STOP."""
     message: str = ""
     """The engine's reason, where `finish_reason` is ABORT."""
     num_prompt_tokens: int = 0

@@ -4,7 +4,7 @@ A task is a frozen dataclass: its fields are its settings, so an unknown key of 
 is refused by name. Examples are a pure function of `(seed, split, index)`. Therefore the buffer can own the
 order of prompts as plain integers, a killed server can be replaced without transferring state, and a reward
 process rebuilds the example instead of receiving it. Other modules implement shuffling and epochs
-(buffer/prompts/), tokenization (episodes/prompt_renderer.py) and time limits (rewards/pool.py). Tasks import
+(buffer/prompts/), tokenization (rendering/prompt_renderer.py) and time limits (rewards/pool.py). Tasks import
 no torch.
 
 Your own task, configured as `task: {_target_: my_module.Add, digits: 3}`:
@@ -29,7 +29,7 @@ import hashlib
 import json
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, get_args
 
@@ -110,6 +110,10 @@ class Score:
     """Reward of each sampled token, of all turns in order; empty: none has one."""
 
 
+Rewarded = float | Mapping[str, float] | Score
+"""What `Task.reward` may return."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task(ABC):
     """A data set and its reward. Subclasses add settings as fields and implement `example` and `reward`,
@@ -137,12 +141,13 @@ class Task(ABC):
     def example(self, split: Split, index: int) -> Example:
         """The example at `index` of `split`. It must not depend on the process or on earlier calls."""
 
-    def reward(self, example: Example, completion: Completion) -> float | dict[str, float] | Score:
+    def reward(self, example: Example, completion: Completion) -> Rewarded | Awaitable[Rewarded]:
         """The reward of `completion`: a number, named parts to be summed, or a `Score`.
 
         Runs in a worker process with the time limit `rollout.reward_timeout_s`. If it raises or hangs, only
-        its own sample fails. A task with an environment need not have one: its value is added to the rewards
-        of the environment's steps.
+        its own sample fails. It may be `async def`: one process then computes several at the same time
+        (`rollout.reward_concurrency`), for rewards that wait for a service. A task with an environment need
+        not have a reward: its value is added to the rewards of the environment's steps.
         """
         raise NotImplementedError(f"{type(self).__name__} has neither reward() nor environment()")
 
@@ -153,26 +158,12 @@ class Task(ABC):
         """
         return None
 
-    def check(self) -> None:
-        """Raises ConfigError if the task's samples cannot be made on this machine.
+    def check(self) -> None:  # noqa: B027, most tasks need nothing
+        """Raises ConfigError if the task needs what this machine does not have.
 
-        A rollout server calls it once at its start. It builds the environment of the first example, so an
-        environment's constructor should be cheap, and checks it.
+        A rollout server calls it once at its start. A reward that runs programs checks its sandbox here:
+        `make_sandbox(self.sandbox).check()`.
         """
-        if not self.has_environment:
-            return
-        try:
-            environment = self.environment(self.example("train", 0))
-        except ConfigError:
-            raise
-        # A task's code may raise anything; at the start of a job that is the user's mistake.
-        except Exception as error:
-            raise ConfigError(
-                f"task {type(self).__name__}: environment(example('train', 0)) raised "
-                f"{type(error).__name__}: {error}"
-            ) from error
-        if environment is not None:
-            environment.check()
 
     @property
     def has_environment(self) -> bool:

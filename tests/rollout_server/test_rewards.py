@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from areal_like.errors import RewardError
 from rollout_server.rewards.pool import RewardPool
-from rollout_server.tasks.base import Example, Split, Task
+from rollout_server.tasks.base import Completion, Example, Split, Task
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -58,6 +59,10 @@ class Hostile(Task):
         return float(example.answer)
 
 
+def answer(text: str) -> Completion:
+    return Completion(text, token_ids=[5, 6, 7], turn_lengths=[2, 1])
+
+
 def pool(*, num_workers: int = 1, timeout_s: float = 5.0, task: str = f"{__name__}.Hostile") -> RewardPool:
     return RewardPool({"_target_": task}, seed=0, num_workers=num_workers, timeout_s=timeout_s)
 
@@ -68,7 +73,8 @@ def outcomes(completions: list[str], **settings: Any) -> tuple[list[Any], int]:
     async def body() -> tuple[list[Any], int]:
         async with pool(**settings) as rewards:
             asked = (
-                rewards.score(split="train", index=i, completion=text) for i, text in enumerate(completions)
+                rewards.score(split="train", index=i, completion=answer(text))
+                for i, text in enumerate(completions)
             )
             answers = await asyncio.gather(*asked, return_exceptions=True)
             return [str(a) if isinstance(a, RewardError) else a for a in answers], rewards.num_restarts
@@ -78,8 +84,8 @@ def outcomes(completions: list[str], **settings: Any) -> tuple[list[Any], int]:
 
 def test_values_parts_and_order() -> None:
     answers, restarts = outcomes(["a", "parts", "print", "read stdin", "b"], num_workers=2)
-    assert [a.value for a in answers] == [0.0, 1.25, 2.0, 0.0, 4.0]
-    assert answers[1].components == {"format": 0.25, "answer": 1.0}
+    assert [a.score.value for a in answers] == [0.0, 1.25, 2.0, 0.0, 4.0]
+    assert answers[1].score.parts == {"format": 0.25, "answer": 1.0}
     assert restarts == 0
 
 
@@ -88,38 +94,38 @@ def test_bad_returns_fail_their_own_sample() -> None:
     for answer, message in zip(answers, ["no such move", "nan", "NoneType", "empty dict"], strict=False):
         assert message in answer
     assert "\n" not in answers[0]
-    assert answers[4].value == 4.0 and restarts == 0
+    assert answers[4].score.value == 4.0 and restarts == 0
 
 
 def test_hang_is_killed_and_items_behind_it_are_scored() -> None:
     started = time.monotonic()
     answers, restarts = outcomes(["a", "hang", "b", "c"], timeout_s=1.0)
     assert "reward_timeout_s=1" in answers[1]
-    assert [answers[i].value for i in (0, 2, 3)] == [0.0, 2.0, 3.0]
+    assert [answers[i].score.value for i in (0, 2, 3)] == [0.0, 2.0, 3.0]
     assert restarts == 1 and time.monotonic() - started < 15
 
 
 def test_crash_names_the_signal_and_items_behind_are_scored() -> None:
     answers, restarts = outcomes(["crash", "b", "crash", "d"])
     assert answers[0] == answers[2] == "the reward process died (signal 9)"
-    assert answers[1].value == 1.0 and answers[3].value == 3.0 and restarts == 2
+    assert answers[1].score.value == 1.0 and answers[3].score.value == 3.0 and restarts == 2
 
 
 def test_writing_into_the_stream_fails_only_its_own_sample() -> None:
     answers, restarts = outcomes(["garble", "fine"])
     assert "wrote an invalid answer" in answers[0]
-    assert answers[1].value == 1.0 and restarts == 1
+    assert answers[1].score.value == 1.0 and restarts == 1
 
 
 def test_worker_that_dies_while_idle_fails_no_sample() -> None:
     async def body() -> None:
         async with pool() as rewards:
-            await rewards.score(split="train", index=1, completion="")
+            await rewards.score(split="train", index=1, completion=answer(""))
             (pid,) = children()
             os.kill(pid, signal.SIGKILL)
             while rewards.num_restarts == 0:
                 await asyncio.sleep(0.01)
-            assert (await rewards.score(split="train", index=7, completion="")).value == 7.0
+            assert (await rewards.score(split="train", index=7, completion=answer(""))).score.value == 7.0
 
     asyncio.run(body())
     assert not children()
@@ -133,7 +139,7 @@ def test_task_that_cannot_be_imported_fails_its_samples() -> None:
 def test_closing_the_pool_fails_waiting_items() -> None:
     async def body() -> str:
         async with pool(timeout_s=60) as rewards:
-            asked = asyncio.create_task(rewards.score(split="train", index=0, completion="hang"))
+            asked = asyncio.create_task(rewards.score(split="train", index=0, completion=Completion("hang")))
             await asyncio.sleep(0.5)
         with pytest.raises(RewardError, match="closed"):
             await asked
@@ -146,11 +152,12 @@ def test_closing_the_pool_fails_waiting_items() -> None:
 def test_cpu_time_per_reward() -> None:
     async def body() -> float:
         async with RewardPool({"name": "sort"}, seed=0, num_workers=1, timeout_s=5) as rewards:
-            await rewards.score(split="train", index=0, completion="")
+            sampled = Completion("0123", token_ids=np.arange(4, dtype=np.int32), turn_lengths=[4])
+            await rewards.score(split="train", index=0, completion=sampled)
             started = time.process_time()
             for _ in range(20):
                 await asyncio.gather(
-                    *(rewards.score(split="train", index=i // 8, completion="0123") for i in range(100))
+                    *(rewards.score(split="train", index=i // 8, completion=sampled) for i in range(100))
                 )
             return (time.process_time() - started) / 2000
 

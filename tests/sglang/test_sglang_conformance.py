@@ -27,6 +27,10 @@ def test_stop_and_length(engine: Engine, models: Models) -> None:
     asyncio.run(conformance.stop_and_length(engine, models[0]))
 
 
+def test_stop_texts_end_a_sequence(engine: Engine, models: Models) -> None:
+    asyncio.run(conformance.stop_texts_end_a_sequence(engine, models[0]))
+
+
 def test_a_time_out_keeps_the_partial_tokens(engine: Engine, models: Models) -> None:
     asyncio.run(conformance.a_time_out_keeps_the_partial_tokens(engine, models[0]))
 

@@ -25,6 +25,7 @@ from tests.support.engine_harness import (
     EOS,
     VOCAB,
     Engine,
+    PieceTokenizer,
     Pusher,
     error_of,
     load_model,
@@ -114,6 +115,55 @@ async def stop_and_length(engine: Engine, model_path: Path) -> None:
             assert eos_at == (
                 [len(generation.output_ids) - 1] if generation.finish_reason is FinishReason.STOP else []
             )
+
+
+STOPS = ("é", "aab", "ddcab")
+
+
+async def stop_texts_end_a_sequence(engine: Engine, model_path: Path) -> None:
+    """The token that completes a stop text is the last one: also at the limit of new tokens, after an abort,
+    and where the text is one token that the engine knows."""
+    model, tokenizer = load_model(model_path), PieceTokenizer()
+    async with engine.client() as client:
+        with pytest.raises(EngineError, match="tokenizer"):
+            await sample(client, PROMPT, 3, stop=("a",))
+        client.stop_texts.tokenizer = tokenizer
+        drawn = await asyncio.gather(
+            *(sample(client, [*PROMPT, i], 60 + 4 * (i % 2), stop=STOPS) for i in range(24)),
+            sample(client, PROMPT, 20),
+        )
+        ended = 0
+        for i, generation in enumerate(drawn):
+            tokens = generation.output_ids.tolist()
+            end = tokenizer.first_stop(tokens, STOPS) if i < 24 else None
+            assert end in (None, len(tokens)), "tokens after a stop text"
+            assert (generation.finish_reason is FinishReason.STOP) == (end is not None)
+            if end is not None:
+                ended += 1
+                assert generation.matched in STOPS
+                assert generation.matched in tokenizer.text_of(tokens[-6:])
+            prompt = [*PROMPT, i] if i < 24 else PROMPT
+            assert error_of(model, prompt, generation) < TOLERANCE
+        assert ended > 8
+        tokens = (await sample(client, PROMPT, 40, temperature=0)).output_ids.tolist()
+        for end in (2, 7, 12):
+            text = tokenizer.text_of(tokens[end - 2 : end])
+            end = tokenizer.first_stop(tokens, [text]) or end
+            for num_tokens in (end, end + 1, 40):
+                stopped = await sample(client, PROMPT, num_tokens, temperature=0, stop=(text,))
+                assert stopped.output_ids.tolist() == tokens[:end]
+                assert (stopped.finish_reason, stopped.matched) == (FinishReason.STOP, text)
+            start = end - 1
+            resumed = await sample(
+                client, [*PROMPT, *tokens[:start]], 40, temperature=0, stop=(text,), num_resumed=start
+            )
+            assert resumed.output_ids.tolist() == tokens[start:end] and resumed.matched == text
+        known = PieceTokenizer()
+        known.token_of = lambda text: tokens[4]  # type: ignore[method-assign]
+        client.stop_texts.tokenizer, client.stop_texts._tokens = known, {}
+        stopped = await sample(client, PROMPT, 40, temperature=0, stop=("xyz",), ignore_eos=False)
+        assert stopped.output_ids.tolist() == tokens[: tokens.index(tokens[4]) + 1]
+        assert stopped.matched == tokens[4]
 
 
 async def abort_returns_partial_tokens(engine: Engine, model_path: Path) -> None:

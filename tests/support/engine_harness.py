@@ -320,6 +320,34 @@ class Pusher:
         await self.client.resume()
 
 
+class PieceTokenizer:
+    """Texts of the tiny models' tokens: letters, two letters at a time, and bytes of characters that have two
+    bytes, so that a text has several spellings and some characters need two tokens."""
+
+    pieces = tuple(
+        bytes([0xC3]) if i % 10 == 8 else bytes([0xA9 + i // 30]) if i % 10 == 9
+        else "abcd"[i % 4].encode() * (1 + i % 3 // 2)
+        for i in range(VOCAB)
+    )  # fmt: skip
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        return b"".join(self.pieces[token] for token in tokens).decode(errors="replace")
+
+    def token_of(self, text: str) -> int | None:
+        return None
+
+    def first_stop(self, tokens: Sequence[int], stops: Sequence[str]) -> int | None:
+        """Number of tokens up to the end of the first stop text."""
+        return next(
+            (
+                end
+                for end in range(1, len(tokens) + 1)
+                if any(stop in self.text_of(tokens[:end]) for stop in stops)
+            ),
+            None,
+        )
+
+
 async def sample(
     client: EngineClient,
     prompt: Sequence[int],

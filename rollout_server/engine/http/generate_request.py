@@ -24,16 +24,16 @@ MAX_STOP_TOKENS = 64
 
 _SUPPORTED = {
     "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "stop_token_ids", "ignore_eos",
-    "sampling_seed", "n",
+    "sampling_seed", "n", "stream_interval",
 }  # fmt: skip
 _NEUTRAL = {
     "frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1, "min_new_tokens": 0,
     "stop": None, "stop_regex": None, "json_schema": None, "regex": None, "ebnf": None,
     "structural_tag": None, "logit_bias": None, "custom_params": None, "skip_special_tokens": True,
-    "spaces_between_special_tokens": True, "no_stop_trim": False, "stream_interval": None,
+    "spaces_between_special_tokens": True, "no_stop_trim": False,
 }  # fmt: skip
 """SGLang's parameters that the embedded engine accepts only at this value, which has no effect."""
-_TEXT_ONLY = {"skip_special_tokens", "spaces_between_special_tokens", "no_stop_trim", "stream_interval"}
+_TEXT_ONLY = {"skip_special_tokens", "spaces_between_special_tokens", "no_stop_trim"}
 """Keys of `_NEUTRAL` that affect only text. This engine returns no text, so any value is accepted."""
 
 
@@ -82,24 +82,23 @@ def parse_generate(body: Mapping[str, Any], limits: RequestLimits) -> GenerateRe
     if sum(n for _, n in checked) > MAX_SEQUENCES:
         raise UserError(f"more than {MAX_SEQUENCES} sequences in one request: send several")
     stream = flag(body, "stream")
-    logprob = body.get("return_logprob", False)
-    logprob_flags = logprob if isinstance(logprob, list) else [logprob] * len(prompts)
-    if len(logprob_flags) != len(prompts) or not all(isinstance(one, bool) for one in logprob_flags):
-        raise UserError("return_logprob must be true or false, or a list with one of these per prompt")
+    logprob_flags = _flags(body, "return_logprob", len(prompts))
+    keep_flags = _flags(body, "keep_prefix", len(prompts))
     sequences, sample_index, return_logprob = [], [], []
     rids = _rids(body.get("rid"), len(prompts))
-    for rid, prompt, (sampling, n), with_logprob in zip(rids, prompts, checked, logprob_flags, strict=True):
+    for i, (rid, prompt, (sampling, n)) in enumerate(zip(rids, prompts, checked, strict=True)):
         for index in range(n):
             sequence = Sequence(
                 seq_id=rid if n == 1 else f"{rid}_{index}",
                 rid=body["rid"] if isinstance(body.get("rid"), str) else rid,
                 prompt=tuple(prompt),
                 params=sampling,
-                stream_interval=limits.stream_interval if stream else 0,
+                keeps_prefix=keep_flags[i],
+                stream_interval=(sampling.stream_interval or limits.stream_interval) if stream else 0,
             )
             sequences.append(sequence)
             sample_index.append(index)
-            return_logprob.append(with_logprob)
+            return_logprob.append(logprob_flags[i])
     if len({sequence.seq_id for sequence in sequences}) < len(sequences):
         raise UserError("rid: every prompt of a request needs a different id")
     return GenerateRequest(
@@ -109,6 +108,15 @@ def parse_generate(body: Mapping[str, Any], limits: RequestLimits) -> GenerateRe
         single=not batched and len(sequences) == 1,
         stream=stream,
     )
+
+
+def _flags(body: Mapping[str, Any], name: str, num_prompts: int) -> list[bool]:
+    """One flag per prompt: the given list, or the given flag for all."""
+    value = body.get(name, False)
+    flags = value if isinstance(value, list) else [value] * num_prompts
+    if len(flags) != num_prompts or not all(isinstance(one, bool) for one in flags):
+        raise UserError(f"{name} must be true or false, or a list with one of these per prompt")
+    return flags
 
 
 def _rids(rid: Any, num_prompts: int) -> list[str]:
@@ -156,6 +164,7 @@ def _sampling_params(raw: Any, prompt: Any, limits: RequestLimits) -> tuple[Samp
         raise UserError("top_p must be above 0 and at most 1")
     temperature = number(raw, "temperature", 1.0, low=0, high=1e4)
     min_p = number(raw, "min_p", 0.0, low=0, high=1)
+    interval = number(raw, "stream_interval", 0, low=1, high=1 << 30, integer=True)
     seed = number(raw, "sampling_seed", 0, low=-(1 << 63), high=(1 << 64) - 1, integer=True)
     params = SamplingParams(
         max_new_tokens=int(max_new_tokens),
@@ -165,6 +174,7 @@ def _sampling_params(raw: Any, prompt: Any, limits: RequestLimits) -> tuple[Samp
         min_p=min_p,
         stop_token_ids=tuple(dict.fromkeys(stops)),
         sampling_seed=None if raw.get("sampling_seed") is None else int(seed),
+        stream_interval=int(interval),
     )
     return params, int(number(raw, "n", 1, low=1, high=MAX_SEQUENCES, integer=True))
 

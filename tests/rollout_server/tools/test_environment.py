@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import parse_qs, urlsplit
 
@@ -17,7 +19,7 @@ import pytest
 from areal_like.errors import ConfigError
 from areal_like.trajectory import FinishReason
 from rollout_server.environments.base import Environment, Reply, Step, ToolCall
-from rollout_server.sandbox import BwrapSandbox, ProgramResult
+from rollout_server.environments.workers.pool import EnvironmentPool
 from rollout_server.tasks.base import Example, Split, make_task
 from rollout_server.tasks.tools import ToolTask
 from rollout_server.tools import Tool, ToolEnvironment, calculator, make_tools
@@ -164,7 +166,6 @@ def test_tools_by_name() -> None:
         reply("", ("calculator", {"expression": "1/0"}), ("python", {"code": "print(sum(range(10)))"})),
     )
     assert contents(step) == ["Error: division by zero", "45"]
-    task.check()
 
 
 @pytest.mark.parametrize(
@@ -184,31 +185,33 @@ def test_wrong_settings_of_tools(tools: Any, problem: str) -> None:
         sums(tools)
 
 
-def test_job_without_a_working_sandbox_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the start; a task without a tool that needs it is not."""
-    failed = ProgramResult(
-        stdout="", stderr="bwrap: No permissions", exit_code=1, timed_out=False, output_was_cut=False
-    )
-    monkeypatch.setattr(BwrapSandbox, "run", lambda *_, **__: failed)
-    sums(["calculator"]).check()
-    with pytest.raises(ConfigError, match=r"bwrap: No permissions.*rewards.sandbox=rlimits, which gives up"):
-        sums(["python"]).check()
-    sums(["python"], sandbox="rlimits").check()
+def refusal(sandbox: str, *tools: str) -> str:
+    """What a rollout server says at its start, if it does not accept the task's environments."""
+
+    async def check() -> str:
+        settings = {"_target_": f"{__name__}.Sums", "tools": list(tools)}
+        pool = EnvironmentPool(settings, seed=0, sandbox=sandbox, step_timeout_s=30, memory_mb=1024)
+        async with pool:
+            try:
+                await pool.check()
+            except ConfigError as error:
+                return str(error)
+        return ""
+
+    return asyncio.run(check())
 
 
-def test_environment_that_cannot_be_built_is_refused() -> None:
-    class Broken(Sums):
-        def environment(self, example: Example) -> Environment:
-            raise LookupError("no world")
-
-    class NoSchema(Sums):
-        def environment(self, example: Example) -> Environment:
-            return OneSum("", [lambda: 1])
-
-    with pytest.raises(ConfigError, match=r"raised LookupError: no world"):
-        Broken().check()
-    with pytest.raises(ConfigError, match="name it by letters"):
-        NoSchema().check()
+def test_job_without_a_working_sandbox_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """At the start, in the environment's process; a task without a tool that needs it is not."""
+    broken = tmp_path / "bwrap"
+    broken.write_text("#!/bin/sh\necho 'bwrap: No permissions to create a new namespace' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert refusal("bwrap", "calculator") == ""
+    assert refusal("rlimits", "python") == ""
+    problem = refusal("bwrap", "python")
+    assert "No permissions to create a new namespace" in problem
+    assert "set rewards.sandbox=rlimits, which gives up isolation" in problem
 
 
 def python(code: str, **settings: Any) -> str:

@@ -1,0 +1,46 @@
+"""Stop texts in a stream of tokens, against decoding everything from the start; and in resumed turns."""
+
+from __future__ import annotations
+
+import asyncio
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from areal_like.trajectory import FinishReason
+from rollout_server.episodes.base import PolicyClient
+from rollout_server.episodes.transcript import Transcript
+from rollout_server.inference.generation_gate import GenerationGate
+from rollout_server.inference.stop_texts import StopFinder
+from rollout_server.inference.types import Sampling
+from tests.rollout_server.test_episodes import EXAMPLE, CountingEngine, Digits
+from tests.support.engine_harness import VOCAB, PieceTokenizer
+
+TEXTS = st.lists(st.text("abcdéê", min_size=1, max_size=5), min_size=1, max_size=3)
+
+
+@settings(max_examples=300, deadline=None)
+@given(tokens=st.lists(st.integers(0, VOCAB - 1) | st.sampled_from([8, 9, 39, 2]), max_size=40), stops=TEXTS)
+def test_the_first_token_that_completes_a_text(tokens: list[int], stops: list[str]) -> None:
+    tokenizer = PieceTokenizer()
+    finder = StopFinder(stops, tokenizer)
+    found = next((end for end, token in enumerate(tokens, 1) if finder.find(token)), None)
+    assert found == tokenizer.first_stop(tokens, stops)
+
+
+def test_a_resumed_turn_says_what_was_sampled() -> None:
+    async def body() -> CountingEngine:
+        engine, transcript = CountingEngine(interrupt_after=[2, 3]), Transcript()
+        transcript.append_context(Digits().encode(EXAMPLE))
+        sampling = Sampling(max_new_tokens=8, stop=("x",))
+        policy = PolicyClient(engine, sampling=sampling, rid="1.0", gate=GenerationGate())
+        assert await policy.extend(transcript) is FinishReason.LENGTH
+        return engine
+
+    engine = asyncio.run(body())
+    sent = [sampling for _, sampling, _ in engine.requests]
+    assert [(sampling.num_resumed, sampling.stop) for sampling in sent] == [
+        (0, ("x",)),
+        (2, ("x",)),
+        (5, ("x",)),
+    ]
