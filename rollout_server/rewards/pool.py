@@ -148,7 +148,9 @@ class RewardPool:
         free = [worker for worker in self._workers if worker.room]
         for position, worker in enumerate(free):
             share = -(-len(self._queue) // (len(free) - position))
-            if items := self._take(min(share, worker.room, self._batch_size)):
+            if not worker.is_async:
+                share = min(share, self._batch_size)
+            if items := self._take(min(share, worker.room), is_idle=not worker.items):
                 worker.submit(items)
             elif not self._queue:
                 return
@@ -159,8 +161,8 @@ class RewardPool:
     def _batch_size(self) -> int:
         return max(1, min(_MAX_BATCH, int(_BATCH_S / self._mean_s))) if self._mean_s else 1
 
-    def _take(self, most: int) -> list[Item]:
-        """The next items of the queue, without those whose caller was cancelled."""
+    def _take(self, most: int, *, is_idle: bool) -> list[Item]:
+        """The next items of the queue for a worker, without those whose caller was cancelled."""
         items: list[Item] = []
         num_bytes = 0
         while self._queue and len(items) < most:
@@ -169,7 +171,9 @@ class RewardPool:
                 self._queue.popleft()
                 continue
             num_bytes += len(item.packed)
-            if items and (item.is_alone or num_bytes > _MAX_BATCH_BYTES):
+            if item.is_alone and (items or not is_idle):
+                break
+            if items and num_bytes > _MAX_BATCH_BYTES:
                 break
             items.append(self._queue.popleft())
             if item.is_alone:
