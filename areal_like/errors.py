@@ -14,6 +14,8 @@
             EngineTimeoutError
             PromptRefusedError
         EpisodeError
+            EpisodeBudgetError
+            EnvironmentLostError
         WeightSyncError
         RewardError
             RewardTimeoutError
@@ -24,6 +26,13 @@
 A UserError is a mistake that a person can correct: the command line prints only its message and exits with
 code 2. The others are events in a running system; daemons catch them one class at a time.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from areal_like.trajectory import FinishReason
 
 
 def first_line(error: Exception) -> str:
@@ -89,6 +98,19 @@ class PromptRefusedError(EngineError):
 
 class EpisodeError(ArealError):
     """The code of an episode or its environment raised."""
+
+
+class EpisodeBudgetError(EpisodeError):
+    """An episode has no room for another turn; what it sampled so far is a truncated sample."""
+
+    def __init__(self, message: str, *, reason: FinishReason) -> None:
+        """`reason`: TOKENS or CONTEXT."""
+        super().__init__(message)
+        self.reason = reason
+
+
+class EnvironmentLostError(EpisodeError):
+    """An environment's process was lost, and not by the environment's fault: the sample may be made again."""
 
 
 class WeightSyncError(ArealError):

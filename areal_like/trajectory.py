@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import StrEnum
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -153,6 +153,8 @@ class Trajectory:
             raise ValueError("trajectory.turns: want increasing ends within the tokens")
         if any(not self.loss_mask[end - 1] for end in ends[1:]):
             raise ValueError("trajectory.turns: the last token of a turn was not sampled")
+        if self.turns and self.loss_mask[ends[-1] :].any():
+            raise ValueError("trajectory.turns: tokens were sampled after the last turn")
         numbers = [*(reward for _, reward in self.turns), *self.metrics.values()]
         if not all(map(math.isfinite, numbers)):
             raise ValueError("trajectory: the rewards of turns and the metrics must be finite")
@@ -173,6 +175,12 @@ class Trajectory:
     def num_tokens(self) -> int:
         """Prompt and response tokens."""
         return len(self.tokens)
+
+    @property
+    def segment_slices(self) -> list[slice]:
+        """The tokens of each segment."""
+        ends = accumulate(self.segments or (self.num_tokens,), initial=0)
+        return [slice(start, end) for start, end in pairwise(ends)]
 
     @property
     def num_turns(self) -> int:

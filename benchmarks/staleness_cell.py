@@ -40,7 +40,7 @@ from areal_like.trajectory import NOT_SAMPLED, Trajectory
 from rollout_server.engine.core import EngineCore, EngineOptions
 from rollout_server.engine.models.loading import load
 from rollout_server.engine.scheduler import SamplingParams, Sequence
-from rollout_server.episodes.prompt_renderer import PromptRenderer
+from rollout_server.rendering.prompt_renderer import PromptRenderer
 from rollout_server.tasks.base import Example, Split, make_task
 from tests.support.full_state import gather_full_state
 from trainer.distributed.ranks import Ranks

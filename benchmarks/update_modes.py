@@ -34,6 +34,7 @@ from areal_like.trajectory import Trajectory
 from areal_like.wire.messages.consumer import ServerEntry
 from benchmarks.report import table, write
 from rollout_server.episodes.base import PolicyClient
+from rollout_server.episodes.scoring import Outcome
 from rollout_server.episodes.transcript import Transcript
 from rollout_server.inference.client import EngineClient
 from rollout_server.inference.generation_gate import GenerationGate
@@ -96,7 +97,7 @@ class Server:
             async with progress:
                 num_done += 1
                 progress.notify_all()
-            return transcript.to_trajectory(reward=0.0, reward_components={}, generation_s=0.0, reward_s=0.0)
+            return transcript.to_trajectory(Outcome())
 
         async def update() -> None:
             config = WeightsConfig(update_mode=mode, bucket_bytes=BUCKET_BYTES)

@@ -41,7 +41,10 @@ class LedgerSettings:
     """Reward that counts as a solve rate of 1."""
     lease_timeout_s: float
     max_tokens: int
-    """Longest sequence (prompt and response) that fits into a micro-batch. Longer samples are refused."""
+    """Most tokens of a sample (prompt, turns and what is between them, all segments). Longer ones are
+    refused."""
+    max_segment_tokens: int
+    """Most tokens of one segment: what fits into a micro-batch."""
     durable: bool
     """True if the store survives this process. Then a closed stream keeps its tickets, and committed steps
     can be served again."""
@@ -79,7 +82,8 @@ class LedgerSettings:
             reward_low=config.buffer.curriculum_reward_low,
             reward_high=config.buffer.curriculum_reward_high,
             lease_timeout_s=config.buffer.lease_timeout_s,
-            max_tokens=config.trainer.tokens_per_microbatch,
+            max_tokens=max(config.trainer.tokens_per_microbatch, config.episode.max_tokens),
+            max_segment_tokens=config.trainer.tokens_per_microbatch,
             durable=config.buffer.durability != "none",
             curriculum=_curriculum(config.buffer),
             shard=shard,

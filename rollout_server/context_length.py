@@ -1,4 +1,10 @@
-"""Computes the longest sequence that a job can produce and checks that trainer and buffer accept it."""
+"""Computes the longest sequence that a job can produce and checks that trainer and buffer accept it.
+
+With an environment and without `rollout.max_context` it is the prompt and `episode.max_turns` turns of
+`sampling.max_new_tokens`. The environment's messages share this room: turns are seldom all of full length,
+and an episode that runs out of room is a truncated sample. For the same reason it is cut to what the model
+and a micro-batch of the trainer hold. A sequence of a single-turn task that does not fit is an error instead.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +15,10 @@ from rollout_server.tasks.base import Task
 
 _SAMPLE_OVERHEAD_BYTES = 4096
 """Bytes of a sample's message besides its tokens: numbers, names, reward components and version ranges."""
+_BYTES_PER_EPISODE_TOKEN = BYTES_PER_TOKEN + 4
+"""With a reward of each token."""
+_BYTES_PER_TURN = 32
+"""Length of a segment, end and reward of a turn."""
 
 
 def longest_sequence(config: Config, task: Task, *, max_positions: int) -> int:
@@ -17,8 +27,11 @@ def longest_sequence(config: Config, task: Task, *, max_positions: int) -> int:
     `max_positions`: the model's limit. Raises ConfigError if no room is left for a prompt, or if sequences of
     this length do not fit into a micro-batch of the trainer or into a message.
     """
-    wanted = config.rollout.max_context or task.max_prompt_tokens + config.sampling.max_new_tokens
+    num_turns = config.episode.max_turns if task.has_environment else 1
+    wanted = config.rollout.max_context or task.max_prompt_tokens + num_turns * config.sampling.max_new_tokens
     context = min(wanted, max_positions)
+    if task.has_environment and not config.rollout.max_context:
+        context = min(context, config.trainer.tokens_per_microbatch, config.episode.max_tokens or context)
     if context > config.trainer.tokens_per_microbatch:
         raise ConfigError(
             f"sequences may have {context} tokens (task.max_prompt_tokens, sampling.max_new_tokens), which "
@@ -32,10 +45,14 @@ def longest_sequence(config: Config, task: Task, *, max_positions: int) -> int:
             f"the model's limit is {max_positions}): lower it"
         )
     num_samples = config.sampling.group_size + config.sampling.greedy_baseline
-    num_bytes = num_samples * (BYTES_PER_TOKEN * context + _SAMPLE_OVERHEAD_BYTES)
+    num_tokens, num_bytes = context, BYTES_PER_TOKEN * context
+    if task.has_environment:
+        num_tokens = max(context, config.episode.max_tokens)
+        num_bytes = _BYTES_PER_EPISODE_TOKEN * num_tokens + _BYTES_PER_TURN * config.episode.max_turns
+    num_bytes = num_samples * (num_bytes + _SAMPLE_OVERHEAD_BYTES)
     if num_bytes > config.buffer.max_message_bytes:
         raise ConfigError(
-            f"a group of {num_samples} samples of up to {context} tokens may take {num_bytes} bytes, and one "
-            f"message may have at most buffer.max_message_bytes={config.buffer.max_message_bytes}: raise it"
+            f"a group of {num_samples} samples of up to {num_tokens} tokens may take {num_bytes} bytes, and "
+            f"one message at most buffer.max_message_bytes={config.buffer.max_message_bytes}: raise it"
         )
     return context

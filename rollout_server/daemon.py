@@ -4,9 +4,10 @@
                     \\-> DRAINING (SIGTERM, an operator, the end of the run) -> exit 0
 
 This file wires the parts together and decides which state the server announces to the buffer:
-`ShardedBufferClient` (leases in, samples out), `LeaseRunner` (leases to samples), `RewardPool` (reward worker
-processes), `EngineSupervisor` (starts and restarts the engine) and `WeightReceiver` (weight pushes). A server
-needs no durable state: when it is lost, the buffer leases its samples to another server.
+`ShardedBufferClient` (leases in, samples out), `LeaseRunner` (leases to samples), `RewardPool` and
+`EnvironmentPool` (their worker processes), `EngineSupervisor` (starts and restarts the engine) and
+`WeightReceiver` (weight pushes). A server needs no durable state: when it is lost, the buffer leases its
+samples to another server.
 
 If the engine starts from a checkpoint, the server announces the checkpoint's version, and the buffer grants
 leases as that version's staleness allows. A restarted engine without a checkpoint holds the run's first
@@ -30,26 +31,24 @@ from areal_like.security.keys import KeyRole
 from areal_like.wire.addresses import buffer_addresses
 from areal_like.wire.channel import tcp_address
 from areal_like.wire.curve import CurveServer
-from areal_like.wire.fingerprint import (
-    dataset_fingerprint,
-    model_fingerprint,
-    shared_settings,
-    tokenizer_fingerprint,
-)
-from areal_like.wire.messages.hello import Hello, Role
+from areal_like.wire.fingerprint import model_fingerprint, tokenizer_fingerprint
+from areal_like.wire.messages.hello import Hello
 from areal_like.wire.messages.producer import Lease, ServerState
+from rollout_server.buffer_client.registration import registration
 from rollout_server.buffer_client.shards import ShardedBufferClient
 from rollout_server.context_length import longest_sequence
+from rollout_server.episodes.attempts.environments import Environments, running_environments
 from rollout_server.episodes.base import SingleTurn
 from rollout_server.episodes.lease_runner import LeaseRunner
-from rollout_server.episodes.prompt_renderer import PromptRenderer
 from rollout_server.inference.client import EngineClient
 from rollout_server.inference.concurrency import ConcurrencyController, EngineLoad
 from rollout_server.inference.engine import Engine, make_engine
 from rollout_server.inference.generation_gate import GenerationGate
 from rollout_server.inference.supervisor import INITIAL_VERSION, EngineSupervisor
 from rollout_server.metrics import ServerStats
+from rollout_server.rendering.prompt_renderer import PromptRenderer
 from rollout_server.rewards.pool import RewardPool
+from rollout_server.rewards.worker import is_async_reward
 from rollout_server.tasks.base import Task, make_task
 from rollout_server.weight_sync.receiver import WeightReceiver
 
@@ -59,22 +58,33 @@ log = logging.getLogger(__name__)
 async def main(runtime: Runtime) -> None:
     """Serves until `runtime.stopping`. Raises ConfigError for settings that contradict each other."""
     config = runtime.config
-    task = make_task(config.task, seed=config.seed)
+    task = make_task(config.task, seed=config.seed, sandbox=config.rewards.sandbox)
+    task.check()
     if config.eval.num_prompts > task.num_eval:
         raise ConfigError(
             f"eval.num_prompts={config.eval.num_prompts}: the task holds out {task.num_eval} (task.num_eval)"
+        )
+    if config.rollout.reward_concurrency > 1 and not is_async_reward(task):
+        raise ConfigError(
+            f"rollout.reward_concurrency={config.rollout.reward_concurrency} needs a task with `async def "
+            "reward`: set it to 1, and raise rollout.reward_workers for more rewards at a time"
         )
     require_loopback_or_keys(config.security, config.rollout.host, setting="rollout.host")
     buffer_addresses(config)  # raises before the slow imports if the buffer's port is not set
     model = model_path(config)
     with torch_hidden(), uncollected():
-        renderer = PromptRenderer(model)
+        renderer = PromptRenderer(model, settings=config.model)
     context_tokens = longest_sequence(config, task, max_positions=renderer.max_positions)
     renderer.max_prompt_tokens = min(task.max_prompt_tokens, context_tokens - config.sampling.max_new_tokens)
     log.info("task %s, examples %s, %s", config.task, task.fingerprint(), compute_dtype(config))
     rollout = config.rollout
     pool = RewardPool(
-        config.task, seed=config.seed, num_workers=rollout.reward_workers, timeout_s=rollout.reward_timeout_s
+        config.task,
+        seed=config.seed,
+        sandbox=config.rewards.sandbox,
+        num_workers=rollout.reward_workers,
+        timeout_s=rollout.reward_timeout_s,
+        concurrency=rollout.reward_concurrency,
     )
     engine = make_engine(
         config,
@@ -84,9 +94,16 @@ async def main(runtime: Runtime) -> None:
         max_positions=renderer.max_positions,
         vocab_size=renderer.vocab_size,
     )
-    async with pool as rewards:
+    running = running_environments(config, task, renderer, context_tokens=context_tokens, waits=runtime.waits)
+    async with running as environments, pool as rewards:
         server = RolloutServer(
-            runtime, task=task, renderer=renderer, model=model, rewards=rewards, engine=engine
+            runtime,
+            task=task,
+            renderer=renderer,
+            model=model,
+            rewards=rewards,
+            environments=environments,
+            engine=engine,
         )
         try:
             await server.run()
@@ -105,6 +122,7 @@ class RolloutServer:
         renderer: PromptRenderer,
         model: str,
         rewards: RewardPool,
+        environments: Environments | None,
         engine: Engine,
     ) -> None:
         config = runtime.config
@@ -114,6 +132,7 @@ class RolloutServer:
         self._fingerprints = (model_fingerprint(model), tokenizer_fingerprint(model))
         self._engine = engine
         self._rewards = rewards
+        self._environments = environments.pool if environments is not None else None
         self._gate = gate = GenerationGate()
         self._concurrency = ConcurrencyController(most=config.rollout.max_running)
         if config.rollout.adapts_concurrency:
@@ -146,7 +165,8 @@ class RolloutServer:
         )
         self._buffers = ShardedBufferClient(
             config,
-            capacity_samples=config.rollout.max_running + config.rollout.queue_samples,
+            engine_samples=config.rollout.max_running + config.rollout.queue_samples,
+            max_episodes=config.rollout.most_episodes,
             hello=self._hello,
             waits=runtime.waits,
             on_leases=self._on_leases,
@@ -164,12 +184,15 @@ class RolloutServer:
             rewards=rewards,
             gate=gate,
             on_result=self._buffers.deliver,
+            on_move=self._buffers.moved,
+            environments=environments,
         )
         self._stats = ServerStats(
             runtime.metrics,
             buffers=self._buffers,
             runner=self._runner,
             rewards=rewards,
+            environments=self._environments,
             receiver=self._receiver,
             engine=engine,
             supervisor=self._supervisor,
@@ -196,6 +219,7 @@ class RolloutServer:
             self._receiver.serving,
             self._runner.failed,
             *self._rewards.serving,
+            *(self._environments.serving if self._environments is not None else ()),
         ]
         async with cancelled_on_exit(*tasks, stopping):
             done, _ = await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
@@ -243,7 +267,7 @@ class RolloutServer:
         level = logging.INFO if limit < before else logging.DEBUG
         log.log(level, "at most %d samples at the engine (KV memory %.0f %%)", limit, 100 * load.kv_usage)
         self._gate.set_limit(limit)
-        self._buffers.set_capacity(limit + self._runtime.config.rollout.queue_samples)
+        self._buffers.set_engine_samples(limit + self._runtime.config.rollout.queue_samples)
         self._stats.concurrency_limit = limit
 
     def _on_engine_ready(self, client: EngineClient, version: int) -> None:
@@ -290,23 +314,12 @@ class RolloutServer:
             self._runner.start(leases)
 
     def _hello(self) -> Hello:
-        config = self._runtime.config
-        return Hello(
-            role=Role.ROLLOUT,
-            name=self._runtime.name,
-            process=self._runtime.process,
-            job=config.name,
-            model=self._fingerprints[0],
-            tokenizer=self._fingerprints[1],
-            dataset=dataset_fingerprint(config),
-            settings=shared_settings(config, Role.ROLLOUT),
-            http_address=f"{config.daemon.http_host}:{self._runtime.http_port}",
+        return registration(
+            self._runtime,
+            self._task,
+            fingerprints=self._fingerprints,
             weights_address=self._weights_address,
             weights_version=self._receiver.version,
-            dtype=compute_dtype(config),
-            device=config.rollout.engine_device,
-            num_train_prompts=self._task.num_train,
-            num_eval_prompts=self._task.num_eval,
         )
 
     async def _engine_metrics(self) -> bytes:

@@ -12,7 +12,9 @@ from typing import Any
 from areal_like.failures import FailureKind
 from areal_like.runtime.metrics import Metrics
 from areal_like.runtime.progress import ProgressClock
+from areal_like.trajectory import FinishReason
 from rollout_server.buffer_client.shards import ShardedBufferClient
+from rollout_server.environments.workers.pool import EnvironmentPool
 from rollout_server.episodes.lease_runner import LeaseRunner
 from rollout_server.inference.engine import Engine
 from rollout_server.inference.supervisor import EngineSupervisor
@@ -39,6 +41,11 @@ _COUNTERS = {
     "samples_done": ("samples_done", "Samples finished."),
     "reward_s": ("reward_seconds", "Time spent in the task's reward function."),
     "reward_restarts": ("reward_worker_restarts", "Reward workers lost to a timeout or a crash."),
+    "environment_s": ("environment_seconds", "Time that samples waited for calls of their environments."),
+    "environment_restarts": (
+        "environment_restarts",
+        "Processes of environments lost to a time limit or a crash.",
+    ),
     "pushes": ("weight_pushes", "Weight pushes activated."),
     "push_failures": ("weight_push_failures", "Weight requests that failed."),
     "push_s": ("weight_push_seconds", "Time from push request to activation."),
@@ -55,11 +62,13 @@ _GAUGES = {
     "holding": ("samples_held", "Samples of leases that are not finished."),
     "unacknowledged": ("samples_unacknowledged", "Finished samples that the buffer has not confirmed."),
     "rewards_waiting": ("rewards_waiting", "Completions that wait for their reward."),
+    "environments_open": ("environments_open", "Environments that samples use."),
     "tokens_per_s": ("tokens_per_second", "Tokens sampled per second, over the last heartbeats."),
     "weights_version": ("weights_version", "Version that the engine samples with."),
     "engine_starts": ("engine_starts", "Engines started by this server."),
 }
 _FAILED = {kind: f"samples_failed_{kind.value}" for kind in FailureKind}
+_FINISHED = {reason: f"samples_finished_{reason.value}" for reason in FinishReason}
 _SMOOTHING = 0.3
 
 
@@ -73,6 +82,7 @@ class ServerStats:
         buffers: ShardedBufferClient,
         runner: LeaseRunner,
         rewards: RewardPool,
+        environments: EnvironmentPool | None,
         receiver: WeightReceiver,
         engine: Engine,
         supervisor: EngineSupervisor,
@@ -80,6 +90,7 @@ class ServerStats:
         self._supervisor = supervisor
         self._progress = ProgressClock(now_s=0.0)
         self._buffers, self._runner, self._rewards = buffers, runner, rewards
+        self._environments = environments
         self._receiver, self._engine = receiver, engine
         self._counters = {key: metrics.counter(*named) for key, named in _COUNTERS.items()}
         self._gauges = {key: metrics.gauge(*named) for key, named in _GAUGES.items()}
@@ -89,12 +100,20 @@ class ServerStats:
             label="kind",
             values=list(FailureKind),
         )
+        self._finished = metrics.counter(
+            "rollout_samples_finished",
+            "Samples of this server that did not fail, by the reason for their end.",
+            label="reason",
+            values=list(FinishReason),
+        )
         self.concurrency_limit = 0
         """Set by the server."""
         self._before_engine = dict.fromkeys(_CUMULATIVE, 0.0)
         self._by_engine = dict.fromkeys(_CUMULATIVE, 0.0)
         self._updated_s = 0.0
-        self.values: dict[str, float] = dict.fromkeys((*_COUNTERS, *_GAUGES, *_FAILED.values()), 0.0)
+        self.values: dict[str, float] = dict.fromkeys(
+            (*_COUNTERS, *_GAUGES, *_FAILED.values(), *_FINISHED.values()), 0.0
+        )
         """Numbers by name, as sent with the heartbeat."""
 
     def engine_lost(self) -> None:
@@ -114,6 +133,8 @@ class ServerStats:
             **{name: self._runner.num_failed[kind] for kind, name in _FAILED.items()},
             "reward_s": self._rewards.seconds_total,
             "reward_restarts": self._rewards.num_restarts,
+            **{name: self._runner.num_finished[reason] for reason, name in _FINISHED.items()},
+            **self._of_environments(),
             "pushes": self._receiver.num_pushes,
             "push_failures": self._receiver.num_failures,
             "push_s": self._receiver.seconds_total,
@@ -136,15 +157,28 @@ class ServerStats:
             counter.inc(values[key] - self.values[key])
         for kind, name in _FAILED.items():
             self._failed.labels(kind).inc(values[name] - self.values[name])
+        for reason, name in _FINISHED.items():
+            self._finished.labels(reason).inc(values[name] - self.values[name])
         for key, gauge in self._gauges.items():
             gauge.set(values[key])
         self.values = {key: float(value) for key, value in values.items()}
         return self.values
 
+    def _of_environments(self) -> dict[str, float]:
+        pool = self._environments
+        if pool is None:
+            return {"environment_s": 0.0, "environment_restarts": 0, "environments_open": 0}
+        return {
+            "environment_s": pool.seconds_total,
+            "environment_restarts": pool.num_restarts,
+            "environments_open": pool.num_open,
+        }
+
     def _num_changes(self, *, now_s: float) -> int:
         """Times at which this server was seen to make progress: the trainer waits while it does.
 
-        Its parts limit their own time: a start of the engine, a push, a reward, an engine with requests.
+        Its parts limit their own time: a start of the engine, a push, a reward, a call of an environment, an
+        engine with requests.
         """
         client, receiver, rewards = self._supervisor.client, self._receiver, self._rewards
         if client is None or client.is_held:
@@ -153,6 +187,8 @@ class ServerStats:
             self._progress.observe("engine", client.progress, now_s=now_s)
         self._progress.observe("pushes", receiver.num_pushes, now_s=now_s)
         self._progress.observe("rewards", rewards.seconds_total, now_s=now_s)
+        if self._environments is not None:
+            self._progress.observe("environments", self._environments.num_calls, now_s=now_s)
         self._progress.observe("samples", self._runner.num_done, now_s=now_s)
         return self._progress.num_changes
 

@@ -7,6 +7,9 @@ from typing import Literal
 
 from areal_like.config.common import Section, require
 
+MAX_TURNS = 1024
+"""Most turns, and most segments, of one record."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EpisodeConfig(Section, key="episode"):
@@ -25,10 +28,10 @@ class EpisodeConfig(Section, key="episode"):
     """Time limit of one call of the environment (reset or step), in seconds. After it its process is killed,
     and the sample counts as failed (`buffer.on_failure`)."""
     memory_mb: int = 2048
-    """Address space of one environment's process, in MiB."""
+    """Address space that one environment's process may add to what the imports of its task take, in MiB."""
 
     def check(self) -> None:
-        require(self.max_turns >= 1, "episode.max_turns must be at least 1")
+        require(1 <= self.max_turns <= MAX_TURNS, f"episode.max_turns must be 1 to {MAX_TURNS}")
         require(self.max_tokens >= 0, "episode.max_tokens must be at least 0")
         require(self.step_timeout_s > 0, "episode.step_timeout_s must be above 0")
         require(self.memory_mb >= 64, "episode.memory_mb must be at least 64")

@@ -119,6 +119,8 @@ class RolloutConfig(Section, key="rollout"):
     at the engine; 0: twice `max_running` + `queue_samples`."""
     reward_workers: int = 1
     """Processes that compute rewards."""
+    reward_concurrency: int = 1
+    """Rewards that one of these processes computes at the same time, for a task with `async def reward`."""
     reward_timeout_s: float = 10.0
     """Time limit of one reward and of one task.example(), in seconds. After it the worker process is killed
     and the sample counts as failed (`buffer.on_failure`)."""
@@ -143,13 +145,25 @@ class RolloutConfig(Section, key="rollout"):
 
     def check(self) -> None:
         """Ranges; `sglang` settings only with that engine."""
-        for name in ("num_servers", "max_running", "reward_workers", "num_threads", "gpus_per_engine"):
+        for name in (
+            "num_servers",
+            "max_running",
+            "reward_workers",
+            "reward_concurrency",
+            "num_threads",
+            "gpus_per_engine",
+        ):
             require(getattr(self, name) >= 1, f"rollout.{name} must be at least 1")
         for name in ("max_context", "queue_samples", "max_episodes", "sample_timeout_s"):
             require(getattr(self, name) >= 0, f"rollout.{name} must be at least 0")
         for name in ("reward_timeout_s", "generate_timeout_s", "start_timeout_s"):
             require(getattr(self, name) > 0, f"rollout.{name} must be above 0")
         require(bool(self.host), "rollout.host is empty: give an address to bind, e.g. 127.0.0.1")
+        require(
+            self.most_episodes >= self.max_running,
+            f"rollout.max_episodes={self.max_episodes} is below rollout.max_running={self.max_running}: the "
+            "engine would never be full; set it to 0, or to a number above max_running",
+        )
         check_device(self.engine_device, key="rollout.engine_device")
         require(
             self.engine == "sglang" or self.sglang == SglangConfig(),
@@ -166,6 +180,11 @@ class RolloutConfig(Section, key="rollout"):
             f"rollout.sglang.url={self.sglang.url} is one engine for rollout.num_servers={self.num_servers}: "
             "put {index} into the url",
         )
+
+    @property
+    def most_episodes(self) -> int:
+        """`max_episodes`, or what it is when 0."""
+        return self.max_episodes or 2 * (self.max_running + self.queue_samples)
 
     @property
     def adapts_concurrency(self) -> bool:

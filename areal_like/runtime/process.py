@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NoReturn
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
 _MAX_FILES = 1 << 20
 _parent_pid = 0
 """The parent of this process, when it called `die_with_parent`; 0 before."""
@@ -37,15 +38,21 @@ def die_with_parent(*, signum: int = signal.SIGTERM) -> None:
     if sys.platform != "linux":
         return
     parent_pid = os.getppid()
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signum, 0, 0, 0) != 0:
-        errno = ctypes.get_errno()
-        raise OSError(errno, f"prctl(PR_SET_PDEATHSIG): {os.strerror(errno)}")
+    _prctl(_PR_SET_PDEATHSIG, signum, name="PR_SET_PDEATHSIG")
     global _parent_pid
     _parent_pid = parent_pid
     # The parent may have ended before the call above. Then the kernel never sends the signal.
     if os.getppid() != parent_pid:
         raise SystemExit(1)
+
+
+def adopt_orphans() -> None:
+    """Makes this process the parent of descendants whose own parent has ended, so that it can end them.
+
+    Linux only: on other systems this does nothing, and they become children of process 1.
+    """
+    if sys.platform == "linux":
+        _prctl(_PR_SET_CHILD_SUBREAPER, 1, name="PR_SET_CHILD_SUBREAPER")
 
 
 def parent_is_gone() -> bool:
@@ -109,3 +116,10 @@ def early_signals(drain_code: int = 0) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(drain_code))
     for number in (signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _prctl(option: int, value: int, *, name: str) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, value, 0, 0, 0) != 0:
+        errno = ctypes.get_errno()
+        raise OSError(errno, f"prctl({name}): {os.strerror(errno)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 
 class PendingWaits:
@@ -16,6 +16,8 @@ class PendingWaits:
 
     def __init__(self) -> None:
         self._since_s: dict[str, float] = {}
+        self.sources: list[Callable[[], Mapping[str, float]]] = []
+        """Further waits, as `durations` returns them: of parts that have many at a time."""
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -29,4 +31,5 @@ class PendingWaits:
     def durations(self) -> dict[str, float]:
         """Wait name -> seconds so far."""
         now_s = time.monotonic()
-        return {name: round(now_s - since_s, 3) for name, since_s in list(self._since_s.items())}
+        own = {name: round(now_s - since_s, 3) for name, since_s in list(self._since_s.items())}
+        return own | {name: seconds for source in self.sources for name, seconds in source().items()}

@@ -1,9 +1,8 @@
 """The record: one trajectory as bytes with a checksum, the same bytes at rollout server, ledger and trainer.
 
     0  magic "ATR1" | num_bytes u32 | crc32 u32 | sample_index u32 | ticket_id u64 | meta_bytes u32 | 0 u32
-    32 msgpack metadata [num_tokens, [[version, num_tokens], ...], reward, {component: reward}, finish_reason,
-       generation_s, reward_s, is_greedy]
-       tokens int32[num_tokens], logprobs float32[num_tokens]
+    32 msgpack metadata (record_metadata.py): number of tokens, versions, reward, ...
+       tokens int32[num_tokens], logprobs float32[num_tokens], then the further arrays that the metadata name
 
 Little-endian; metadata and arrays are each padded to 8 bytes. The checksum covers everything after it,
 including ticket id and sample index, so neither a torn write nor an older record in the same bytes of a file
@@ -12,9 +11,9 @@ token has a version). This saves a third of the data, and the buffer gets a samp
 reading its tokens. Wire and disk use the same format, so the buffer never encodes a record, and no process
 between server and trainer can change what was sampled.
 
-The metadata may be up to 64 KiB longer than the arrays: enough for one version per token and for the names of
-a thousand reward components. Longer metadata is refused before it is unpacked, because it would take many
-times its size in memory.
+Segments and turns of a conversation are a few numbers, so they are in the metadata, where the buffer reads
+them without the tokens. Further arrays (process rewards, routed experts, images) are named there with dtype
+and shape, so that a new kind of data needs no new format.
 
 No other module depends on the layout. Readers outside the buffer (audit, replay) need only a directory and a
 row of the ledger.
@@ -22,40 +21,42 @@ row of the ledger.
 
 from __future__ import annotations
 
-import math
 import os
 import struct
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
-import msgpack
 import numpy as np
-from numpy.typing import NDArray
 
 from areal_like.errors import StoreCorruptError
 from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory, are_logprobs
-from areal_like.wire.unpacking import unpack
+from areal_like.wire.record_metadata import (
+    BYTES_PER_TOKEN,
+    PLAIN,
+    ArraySpec,
+    Structure,
+    pack_metadata,
+    unpack_metadata,
+)
+
+__all__ = [
+    "BYTES_PER_TOKEN",
+    "Record",
+    "RecordLocation",
+    "count_whole_records",
+    "crc32_of",
+    "read_record",
+    "segment_path",
+]
 
 _HEADER = struct.Struct("<4sIIIQII")
 _MAGIC = b"ATR1"
 _CHECKED_FROM = 12
 _ALIGN = 8
 _INT, _FLOAT = np.dtype("<i4"), np.dtype("<f4")
-_MAX_INT = (1 << 31) - 1
-BYTES_PER_TOKEN = _INT.itemsize + _FLOAT.itemsize
-"""Bytes of a record's arrays for each token."""
-_MAX_OTHER_BYTES = 1 << 16
-"""Limit of the metadata apart from the runs; most of it is reward components. The runs need no limit: a run
-takes at most 7 bytes, and each of its tokens 8 bytes in the arrays."""
-_MAX_RUNS = 1 << 16
-"""Longer metadata is not unpacked, because it would occupy the event loop. The versions of a sample's tokens
-change once for each push and turn, so a sample has tens of runs."""
-_COST_PER_RUN, _OTHER_COST = 13, 100_000
-"""For `unpack`: of a run with its two numbers, and of everything else in the metadata."""
-_FINISH_REASONS = {reason.value: reason for reason in FinishReason}
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -80,30 +81,28 @@ class Record:
     generation_s: float
     reward_s: float
     is_greedy: bool
+    structure: Structure
+    """Segments, turns, metrics, label and arrays; `PLAIN` where there are none."""
     _tokens_at: int
     _logprobs_at: int
 
     @classmethod
     def of(cls, ticket_id: int, sample_index: int, trajectory: Trajectory) -> Self:
-        """Packs a trajectory. Raises ValueError for numbers that are not finite."""
-        meta = msgpack.packb(
-            [
-                trajectory.num_tokens,
-                _runs(trajectory.versions),
-                float(trajectory.reward),
-                {name: float(value) for name, value in trajectory.reward_components.items()},
-                trajectory.finish_reason.value,
-                float(trajectory.generation_s),
-                float(trajectory.reward_s),
-                trajectory.is_greedy,
-            ]
-        )
-        parts = [meta, _padding(len(meta))]
-        for array in (
+        """Packs a trajectory.
+
+        Raises ValueError for numbers that are not finite, and for structure beyond the limits of a record.
+        """
+        meta = pack_metadata(trajectory)
+        parts: list[bytes | memoryview[int]] = [meta, _padding(len(meta))]
+        arrays: list[np.ndarray[Any, Any]] = [
             np.ascontiguousarray(trajectory.tokens, dtype=_INT),
             np.ascontiguousarray(trajectory.logprobs, dtype=_FLOAT),
-        ):
-            parts += [array.data.cast("B"), _padding(array.nbytes)]
+        ]
+        for array in trajectory.arrays.values():
+            _check_finite(array)
+            arrays.append(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")))
+        for array in arrays:
+            parts += [array.reshape(-1).data.cast("B"), _padding(array.nbytes)]
         body = b"".join(parts)
         identity = struct.pack("<IQII", sample_index, ticket_id, len(meta), 0)
         crc32 = zlib.crc32(body, zlib.crc32(identity))
@@ -126,35 +125,38 @@ class Record:
         record = cls._made(
             data, ticket_id, sample_index, crc32, data[_HEADER.size : _HEADER.size + meta_bytes]
         )
-        if _end_of_array(record._logprobs_at, record.num_tokens) != len(data):
+        end = _end_of_array(record._logprobs_at, record.num_tokens)
+        if end + sum(_padded(spec) for spec in record.structure.arrays) != len(data):
             raise ValueError(f"{record.num_tokens} tokens do not make a record of {len(data)} bytes")
         if np.minimum.reduce(np.frombuffer(data, _INT, record.num_tokens, record._tokens_at)) < 0:
             raise ValueError("negative token id")
         if not are_logprobs(np.frombuffer(data, _FLOAT, record.num_tokens, record._logprobs_at)):
             raise ValueError("log-probs: want finite values that are at most 0")
+        if record.structure is not PLAIN:
+            for array in record.trajectory().arrays.values():  # checks segments and turns
+                _check_finite(array)
         return record
 
     @classmethod
     def _made(cls, data: bytes, ticket_id: int, sample_index: int, crc32: int, meta: bytes) -> Self:
-        num_tokens, runs, reward, components, finish_reason, generation_s, reward_s, is_greedy = _metadata(
-            meta, rest_bytes=len(data) - _HEADER.size - len(meta)
-        )
+        fields = unpack_metadata(meta, rest_bytes=len(data) - _HEADER.size - len(meta))
         tokens_at = _HEADER.size + len(meta) + -len(meta) % _ALIGN
         return cls(
             data=data,
             ticket_id=ticket_id,
             sample_index=sample_index,
             crc32=crc32,
-            num_tokens=num_tokens,
-            runs=runs,
-            reward=reward,
-            reward_components=components,
-            finish_reason=finish_reason,
-            generation_s=generation_s,
-            reward_s=reward_s,
-            is_greedy=is_greedy,
+            num_tokens=fields.num_tokens,
+            runs=fields.runs,
+            reward=fields.reward,
+            reward_components=fields.reward_components,
+            finish_reason=fields.finish_reason,
+            generation_s=fields.generation_s,
+            reward_s=fields.reward_s,
+            is_greedy=fields.is_greedy,
+            structure=fields.structure,
             _tokens_at=tokens_at,
-            _logprobs_at=_end_of_array(tokens_at, num_tokens),
+            _logprobs_at=_end_of_array(tokens_at, fields.num_tokens),
         )
 
     @property
@@ -162,8 +164,13 @@ class Record:
         """Tokens that the policy sampled."""
         return sum([length for version, length in self.runs if version != NOT_SAMPLED])
 
+    @property
+    def longest_segment(self) -> int:
+        """Tokens of the longest sequence that the model gets."""
+        return max(self.structure.segments, default=self.num_tokens)
+
     def trajectory(self) -> Trajectory:
-        """The trajectory; its tokens and log-probs are read-only views of the bytes."""
+        """The trajectory; its arrays, but for mask and versions, are read-only views of the bytes."""
         runs = np.array(self.runs, dtype=np.int64)
         versions = np.repeat(runs[:, 0].astype(np.int32), runs[:, 1])
         return Trajectory(
@@ -173,11 +180,23 @@ class Record:
             versions=versions,
             reward=self.reward,
             reward_components=self.reward_components,
+            segments=self.structure.segments,
+            turns=self.structure.turns,
+            metrics=self.structure.metrics,
+            label=self.structure.label,
+            arrays=dict(self._arrays()) if self.structure.arrays else {},
             finish_reason=self.finish_reason,
             generation_s=self.generation_s,
             reward_s=self.reward_s,
             is_greedy=self.is_greedy,
         )
+
+    def _arrays(self) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+        offset = _end_of_array(self._logprobs_at, self.num_tokens)
+        for spec in self.structure.arrays:
+            array = np.frombuffer(self.data, spec.dtype, spec.num_items, offset)
+            yield spec.name, array.reshape(spec.shape)
+            offset += _padded(spec)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,70 +260,6 @@ def count_whole_records(data: bytes) -> tuple[int, int]:
     return num_records, offset
 
 
-def _metadata(
-    meta: bytes, *, rest_bytes: int
-) -> tuple[int, list[list[int]], float, dict[str, float], FinishReason, float, float, bool]:
-    """The fields of the metadata, which is followed by `rest_bytes` bytes of arrays.
-
-    Raises ValueError if it is malformed or too long.
-    """
-    if len(meta) > rest_bytes + _MAX_OTHER_BYTES:
-        raise ValueError(
-            f"record metadata takes {len(meta)} bytes, more than its arrays and {_MAX_OTHER_BYTES}: "
-            "use fewer reward components"
-        )
-    try:
-        max_runs = min(rest_bytes // BYTES_PER_TOKEN, _MAX_RUNS)
-        raw: Any = unpack(meta, max_cost=_COST_PER_RUN * max_runs + _OTHER_COST)
-    except ValueError as error:
-        raise ValueError(f"record metadata is not msgpack: {error}") from None
-    if type(raw) is not list or len(raw) != 8:
-        got = len(raw) if type(raw) is list else type(raw).__name__
-        raise ValueError(f"record metadata must have 8 fields, got {got}")
-    num_tokens, runs, reward, components, finish_reason, generation_s, reward_s, is_greedy = raw
-    if type(num_tokens) is not int or type(runs) is not list or not all(map(_is_run, runs)):
-        raise ValueError("want a number of tokens and runs [version, number of tokens]")
-    if not 0 < num_tokens == sum([length for _, length in runs]):
-        raise ValueError(f"the runs of versions do not cover {num_tokens} tokens")
-    # A sender has to merge them: unmerged runs would take memory that no limit counts.
-    if any(left[0] == right[0] for left, right in pairwise(runs)):
-        raise ValueError("neighboring runs have the same version")
-    if type(components) is not dict or not all(type(name) is str for name in components):
-        raise ValueError("reward components: want names and numbers")
-    for number in (reward, generation_s, reward_s, *components.values()):
-        if type(number) is not float or not math.isfinite(number):
-            raise ValueError(f"{number!r} is not a finite number")
-    if type(finish_reason) is not str or finish_reason not in _FINISH_REASONS or type(is_greedy) is not bool:
-        raise ValueError(f"finish reason {finish_reason!r}, is_greedy {is_greedy!r}")
-    return (
-        num_tokens,
-        runs,
-        reward,
-        components,
-        _FINISH_REASONS[finish_reason],
-        generation_s,
-        reward_s,
-        is_greedy,
-    )
-
-
-def _is_run(run: Any) -> bool:
-    return (
-        type(run) is list
-        and len(run) == 2
-        and type(run[0]) is int
-        and type(run[1]) is int
-        and NOT_SAMPLED <= run[0] <= _MAX_INT
-        and run[1] > 0
-    )
-
-
-def _runs(versions: NDArray[np.int32]) -> list[list[int]]:
-    starts = [0, *((versions[1:] != versions[:-1]).nonzero()[0] + 1).tolist()]
-    ends = [*starts[1:], len(versions)]
-    return [[int(versions[start]), end - start] for start, end in zip(starts, ends, strict=True)]
-
-
 def _end_of_array(offset: int, num_tokens: int) -> int:
     """Offset after an array of `num_tokens` 4-byte numbers at `offset`, padding included."""
     return offset + 4 * num_tokens + -(4 * num_tokens) % _ALIGN
@@ -312,3 +267,12 @@ def _end_of_array(offset: int, num_tokens: int) -> int:
 
 def _padding(num_bytes: int) -> bytes:
     return bytes(-num_bytes % _ALIGN)
+
+
+def _padded(spec: ArraySpec) -> int:
+    return spec.num_bytes + -spec.num_bytes % _ALIGN
+
+
+def _check_finite(array: np.ndarray[Any, Any]) -> None:
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ValueError("an array has numbers that are not finite")

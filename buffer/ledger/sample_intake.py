@@ -122,6 +122,7 @@ class SampleIntake:
                 and record.is_greedy is not ticket.is_greedy(record.sample_index)
             )
             or record.num_tokens > self._settings.max_tokens
+            or record.longest_segment > self._settings.max_segment_tokens
         )
 
     def _accept(self, ticket: Ticket, sample: SampleSummary, record: Record) -> None:

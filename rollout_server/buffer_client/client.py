@@ -41,7 +41,7 @@ from areal_like.wire.messages.producer import (
     ServerHeartbeat,
     ServerState,
 )
-from rollout_server.buffer_client.held_leases import HeldLeases, SampleResult
+from rollout_server.buffer_client.held_leases import HeldLeases, Place, SampleResult
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,11 @@ _HELLO_TIMEOUT_S = 5.0
 _RESEND_AFTER_S = 5.0
 """An acknowledgement takes milliseconds; after this long, the result or its acknowledgement was lost."""
 _GOODBYE_TIMEOUT_S = 2.0
+_LARGE_RISE = 0.1
+"""Rise of the capacity that is announced before the next heartbeat is due, as a fraction of the samples that
+may be at the engine."""
+_EARLY_HEARTBEAT_S = 0.05
+"""After this time, if it still lasts."""
 
 
 class BufferClient:
@@ -91,6 +96,10 @@ class BufferClient:
         self._on_finished = on_finished
         self._loop = asyncio.get_running_loop()
         self._heartbeat_now = asyncio.Event()
+        self._announced_samples = 0
+        """`HeldLeases.capacity_samples` of the last heartbeat."""
+        self._is_checking = False
+        """True while `_heartbeat_if_room` is scheduled."""
         self._outbox: list[SampleResult] = []
         """Results delivered in this turn of the loop, sent together."""
         self._fatal: ArealError | None = None
@@ -148,6 +157,27 @@ class BufferClient:
             if not self._outbox:
                 self._loop.call_soon(self._flush)
             self._outbox.append(result)
+
+    def moved(self, lease_id: int, sample_index: int, place: Place) -> None:
+        """A sample has left the engine, or has come back to it.
+
+        The buffer sees the credit that a finished sample leaves when the sample arrives, but not this one.
+        So that the engine is not idle until the next heartbeat, a large rise is announced at once. A rise
+        that ends within milliseconds (a fast reward) is not worth a message.
+        """
+        self._held.moved(lease_id, sample_index, place)
+        if not self._is_checking and self._has_more_room():
+            self._is_checking = True
+            self._loop.call_later(_EARLY_HEARTBEAT_S, self._heartbeat_if_room)
+
+    def _heartbeat_if_room(self) -> None:
+        self._is_checking = False
+        if self._has_more_room():
+            self._wake()
+
+    def _has_more_room(self) -> bool:
+        num_more = self._held.capacity_samples - self._announced_samples
+        return self.state is ServerState.SERVING and num_more > self._held.engine_samples * _LARGE_RISE
 
     def give_back(self, *, reason: str) -> list[int]:
         """Gives every lease with a missing sample back to the buffer; returns their ids."""
@@ -214,6 +244,7 @@ class BufferClient:
 
     def _send_heartbeat(self) -> None:
         self._flush()  # first: the credit counts samples in the outbox as sent
+        self._announced_samples = self._held.capacity_samples
         self._buffer.send(
             ServerHeartbeat(
                 state=self.state,

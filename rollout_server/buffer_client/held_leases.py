@@ -1,22 +1,41 @@
 """The leases that a rollout server holds, with their missing samples and unacknowledged results.
 
     sample:  missing -> finish() -> unacknowledged -> acknowledge() -> removed
+             while missing: ENGINE -> moved() -> TOOL -> ENGINE ... -> REWARD
     lease:   grant() -> renewed by each heartbeat while a sample is missing or unacknowledged -> removed
              drop() at any moment: aborted by the buffer, or given back to it
 
 Pure: no sockets, no tasks, no clock. The buffer owns the tickets; losing this state costs work, never
 correctness.
+
+Two limits give the credit for new samples. Those that wait for the engine or are at it may be
+`engine_samples`, so that the engine has work and no long queue; all together, with those that wait for a tool
+or a reward, may be `max_episodes`. So slow tools and rewards take no place from the engine until
+`max_episodes` is reached. A sample that comes back from a tool may find the engine full; it then waits there.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from areal_like.wire.messages.producer import Lease, SampleAck, SampleDone, SampleFailed
 
 SampleResult = SampleDone | SampleFailed
 """The message for each leased sample. The buffer retries a failed sample (`buffer.max_sample_retries`)."""
+
+
+class Place(StrEnum):
+    """Where a missing sample is."""
+
+    ENGINE = "engine"
+    """It waits for its prompt or for the engine, or the engine samples it."""
+    TOOL = "tool"
+    """It waits for its environment, and will come back to the engine."""
+    REWARD = "reward"
+    """It waits for its reward, and is then finished."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -27,24 +46,38 @@ class _Unacknowledged:
 
 @dataclass(kw_only=True, slots=True)
 class _HeldLease:
-    missing: set[int]
+    missing: dict[int, Place]
     unacknowledged: dict[int, _Unacknowledged] = field(default_factory=dict)
 
 
 class HeldLeases:
     """The table of held leases, and the credit for new ones. `now_s`: seconds on any monotonic clock."""
 
-    def __init__(self, *, capacity_samples: int) -> None:
-        """`capacity_samples`: most samples that may be missing at a time; at this number credit is 0."""
-        self.capacity_samples = capacity_samples
+    def __init__(self, *, engine_samples: int, max_episodes: int) -> None:
+        """`engine_samples`: most missing samples at the engine or waiting for it; `max_episodes`: most
+        missing samples. At either number credit is 0."""
+        self.engine_samples = engine_samples
+        self.max_episodes = max_episodes
         self._held: dict[int, _HeldLease] = {}
-        self.holding_samples = 0
+        self.num_at: Counter[Place] = Counter()
+        """Samples of held leases that are missing, by their place."""
+
+    @property
+    def holding_samples(self) -> int:
         """Samples of held leases that are missing."""
+        return self.num_at.total()
 
     @property
     def free_samples(self) -> int:
         """Credit: number of samples that the server can take in addition to those it holds."""
-        return max(0, self.capacity_samples - self.holding_samples)
+        free = min(self.engine_samples - self.num_at[Place.ENGINE], self.max_episodes - self.holding_samples)
+        return max(0, free)
+
+    @property
+    def capacity_samples(self) -> int:
+        """Samples held if all credit is used. The buffer computes with this number between two heartbeats; a
+        sample that leaves the engine raises it by one, and its result lowers it again."""
+        return self.free_samples + self.holding_samples
 
     @property
     def lease_ids(self) -> list[int]:
@@ -60,9 +93,19 @@ class HeldLeases:
         """Adds a lease; False if it is empty or held already."""
         if lease.lease_id in self._held or not lease.sample_indices:
             return False
-        self._held[lease.lease_id] = _HeldLease(missing=set(lease.sample_indices))
-        self.holding_samples += len(set(lease.sample_indices))
+        self._held[lease.lease_id] = held = _HeldLease(
+            missing=dict.fromkeys(lease.sample_indices, Place.ENGINE)
+        )
+        self.num_at[Place.ENGINE] += len(held.missing)
         return True
+
+    def moved(self, lease_id: int, sample_index: int, place: Place) -> None:
+        """A sample is somewhere else now. Ignored if its lease was dropped or the sample is not missing."""
+        held = self._held.get(lease_id)
+        if held is not None and sample_index in held.missing:
+            self.num_at[held.missing[sample_index]] -= 1
+            self.num_at[place] += 1
+            held.missing[sample_index] = place
 
     def finish(self, result: SampleResult, *, now_s: float) -> bool:
         """Records the result of a missing sample; the caller sends it now.
@@ -73,9 +116,8 @@ class HeldLeases:
         held = self._held.get(result.lease_id)
         if held is None or result.sample_index not in held.missing:
             return False
-        held.missing.remove(result.sample_index)
+        self.num_at[held.missing.pop(result.sample_index)] -= 1
         held.unacknowledged[result.sample_index] = _Unacknowledged(result=result, sent_s=now_s)
-        self.holding_samples -= 1
         return True
 
     def acknowledge(self, ack: SampleAck) -> None:
@@ -91,7 +133,7 @@ class HeldLeases:
         """Removes leases with all their samples and results; returns the leases that were held."""
         dropped = [lease_id for lease_id in dict.fromkeys(lease_ids) if lease_id in self._held]
         for lease_id in dropped:
-            self.holding_samples -= len(self._held.pop(lease_id).missing)
+            self.num_at.subtract(self._held.pop(lease_id).missing.values())
         return dropped
 
     def drop_unfinished(self) -> list[int]:

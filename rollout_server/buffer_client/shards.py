@@ -11,6 +11,7 @@ the share is still leased as a whole to a server that holds no samples of that s
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
 
 from areal_like.config import Config
@@ -21,7 +22,7 @@ from areal_like.shards import Shard, all_shards
 from areal_like.wire.messages.hello import Hello
 from areal_like.wire.messages.producer import Lease, ServerState
 from rollout_server.buffer_client.client import BufferClient
-from rollout_server.buffer_client.held_leases import HeldLeases, SampleResult
+from rollout_server.buffer_client.held_leases import HeldLeases, Place, SampleResult
 
 
 class ShardedBufferClient:
@@ -31,7 +32,8 @@ class ShardedBufferClient:
         self,
         config: Config,
         *,
-        capacity_samples: int,
+        engine_samples: int,
+        max_episodes: int,
         hello: Callable[[], Hello],
         waits: PendingWaits,
         on_leases: Callable[[list[Lease]], None],
@@ -40,10 +42,14 @@ class ShardedBufferClient:
         on_finished: Callable[[], None] = lambda: None,
         keyring: Keyring | None = None,
     ) -> None:
-        """`capacity_samples`: of the whole server. Other arguments are those of `BufferClient`."""
+        """`engine_samples`, `max_episodes`: of `HeldLeases`, for the whole server. Other arguments are those
+        of `BufferClient`."""
         self._num_shards = config.buffer.num_shards
         self._shards = shards = all_shards(self._num_shards)
-        self._held = [HeldLeases(capacity_samples=shard.share(capacity_samples)) for shard in shards]
+        self._held = [
+            HeldLeases(engine_samples=shard.share(engine_samples), max_episodes=shard.share(max_episodes))
+            for shard in shards
+        ]
         self._clients = [
             BufferClient(
                 config,
@@ -94,6 +100,11 @@ class ShardedBufferClient:
         return sum(held.holding_samples for held in self._held)
 
     @property
+    def num_at(self) -> Counter[Place]:
+        """Samples of held leases that are missing, by their place."""
+        return sum((held.num_at for held in self._held), Counter())
+
+    @property
     def num_unacknowledged(self) -> int:
         """Results that their buffer has not confirmed."""
         return sum(held.num_unacknowledged for held in self._held)
@@ -117,11 +128,15 @@ class ShardedBufferClient:
         for client in self._clients:
             client.stats = stats
 
-    def set_capacity(self, capacity_samples: int) -> None:
-        """Changes the capacity of the whole server, at least one sample for each shard; leases stay."""
-        capacity_samples = max(capacity_samples, self._num_shards)
+    def set_engine_samples(self, engine_samples: int) -> None:
+        """Changes that limit of the whole server, at least one sample for each shard; leases stay."""
+        engine_samples = max(engine_samples, self._num_shards)
         for shard, held in zip(self._shards, self._held, strict=True):
-            held.capacity_samples = shard.share(capacity_samples)
+            held.engine_samples = shard.share(engine_samples)
+
+    def moved(self, lease_id: int, sample_index: int, place: Place) -> None:
+        """A sample has left the engine, or has come back to it."""
+        self._clients[Shard.of(lease_id, count=self._num_shards).index].moved(lease_id, sample_index, place)
 
     def deliver(self, result: SampleResult) -> None:
         """Sends a sample's result to the buffer that leased it."""

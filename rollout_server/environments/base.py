@@ -95,6 +95,9 @@ class Environment(ABC):
 
     tools: Sequence[dict[str, Any]] = ()
     """Tools that the policy may call, as OpenAI function schemas. Read after `reset`."""
+    seed: int = 0
+    """Differs between the samples of a group; set before `reset`. Python's and numpy's global random
+    generators are seeded with it, too."""
 
     @abstractmethod
     async def reset(self) -> list[Message]:
@@ -103,6 +106,12 @@ class Environment(ABC):
     @abstractmethod
     async def step(self, reply: Reply) -> Step:
         """Answers one turn of the policy."""
+
+    def check(self) -> None:  # noqa: B027, most environments need nothing
+        """Raises ConfigError if the environment needs what this machine does not have (a sandbox, a package).
+
+        Called once when a rollout server starts, on an environment of the first example, without `reset`.
+        """
 
     async def close(self) -> None:  # noqa: B027, most environments have nothing to free
         """Frees what the episode used. Called after its end, also after an error."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from typing import Protocol
@@ -64,34 +65,68 @@ class PolicyClient:
         self._timeout_s = timeout_s
         self._deadline_s: float | None = None
         """End of the time limit; None before the first request."""
+        self._has_sampled = False
+        """True once a turn has a token."""
 
-    async def extend(self, transcript: Transcript) -> FinishReason:
+    @property
+    def deadline_s(self) -> float | None:
+        """Time of the loop at which the limit of all turns ends; None if there is none, or no request yet."""
+        return None if self._deadline_s == math.inf else self._deadline_s
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Limit of the tokens of one turn."""
+        return self._sampling.max_new_tokens
+
+    async def extend(
+        self,
+        transcript: Transcript,
+        *,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+        keeps_prefix: bool = False,
+    ) -> FinishReason:
         """Appends one turn of the policy to the transcript; returns STOP, LENGTH or TIMEOUT, never ABORT.
 
+        `max_new_tokens`: limit of this turn. `stop` and `stop_token_ids`: what ends this turn, beside what
+        ends every turn. `keeps_prefix`: another turn may follow. Several turns of an episode may be sampled
+        at the same time.
         After TIMEOUT the episode should end. Raises PromptRefusedError if the engine refused the prompt,
         EpisodeError if it refused the prompt with the turns so far (they may have become too long),
         EngineTimeoutError if the policy had sampled nothing at the time limit, and EngineError if the engine
         failed in another way. Cancelling the caller aborts the request.
         """
-        num_left = self._sampling.max_new_tokens
+        sampling = self._sampling
+        if max_new_tokens is not None or stop or stop_token_ids or keeps_prefix:
+            sampling = replace(
+                sampling,
+                max_new_tokens=sampling.max_new_tokens if max_new_tokens is None else max_new_tokens,
+                stop=tuple(dict.fromkeys((*sampling.stop, *stop))),
+                stop_token_ids=tuple(dict.fromkeys((*sampling.stop_token_ids, *stop_token_ids))),
+                keeps_prefix=keeps_prefix,
+            )
+        num_left = sampling.max_new_tokens
         num_empty_aborts = 0
         while True:
             try:
                 generation = await self._request(
                     transcript.tokens,
+                    sampling=sampling,
                     max_new_tokens=num_left,
-                    num_resumed=self._sampling.max_new_tokens - num_left,
+                    num_resumed=sampling.max_new_tokens - num_left,
                 )
             except EngineTimeoutError:
-                if not transcript.num_sampled:
+                if not self._has_sampled:
                     raise
                 transcript.finish_reason = FinishReason.TIMEOUT
                 return FinishReason.TIMEOUT
             except PromptRefusedError as error:
-                if not transcript.num_sampled:
+                if not self._has_sampled:
                     raise
                 raise EpisodeError(f"the turns so far cannot be continued: {error}") from error
             transcript.append_sampled(generation)
+            self._has_sampled |= len(generation.output_ids) > 0
             num_left -= len(generation.output_ids)
             if generation.finish_reason is not FinishReason.ABORT:
                 return generation.finish_reason
@@ -106,10 +141,9 @@ class PolicyClient:
                 )
 
     async def _request(
-        self, tokens_T: NDArray[np.int32], *, max_new_tokens: int, num_resumed: int
+        self, tokens_T: NDArray[np.int32], *, sampling: Sampling, max_new_tokens: int, num_resumed: int
     ) -> Generation:
         """`num_resumed`: tokens at the end that the policy has sampled in this turn before an abort."""
-        sampling = self._sampling
         if self._num_requests:
             # A later request must not draw the same random numbers again, and may only sample the tokens that
             # its turn has left.

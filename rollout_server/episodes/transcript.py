@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory
+from rollout_server.episodes.scoring import Outcome, Span, placed_token_rewards, placed_turns
 from rollout_server.inference.types import Generation
 
 
@@ -21,6 +22,9 @@ class Transcript:
 
     finish_reason: FinishReason = FinishReason.STOP
     """Reason for the end of the policy's last turn."""
+    spans: list[Span] = field(default_factory=list)
+    """(first, end) of each turn: sampled tokens without context between them."""
+    _num_tokens: int = 0
     _tokens: list[NDArray[np.int32]] = field(default_factory=list)
     _logprobs: list[NDArray[np.float32]] = field(default_factory=list)
     _versions: list[NDArray[np.int32]] = field(default_factory=list)
@@ -29,6 +33,16 @@ class Transcript:
     def tokens(self) -> NDArray[np.int32]:
         """[T] all tokens so far."""
         return np.concatenate(self._tokens) if self._tokens else np.empty(0, np.int32)
+
+    @property
+    def logprobs(self) -> NDArray[np.float32]:
+        """[T] log-prob of each token, 0 for context."""
+        return np.concatenate(self._logprobs) if self._logprobs else np.empty(0, np.float32)
+
+    @property
+    def versions(self) -> NDArray[np.int32]:
+        """[T] version of the weights of each token, NOT_SAMPLED for context."""
+        return np.concatenate(self._versions) if self._versions else np.empty(0, np.int32)
 
     @property
     def sampled(self) -> NDArray[np.int32]:
@@ -47,26 +61,36 @@ class Transcript:
 
     def append_sampled(self, generation: Generation) -> None:
         """Appends tokens that the policy sampled."""
+        first = self._num_tokens
         self._append(generation.output_ids, generation.logprobs, generation.versions)
+        if self.spans and self.spans[-1][1] == first:  # the rest of an interrupted turn
+            first = self.spans.pop()[0]
+        if first < self._num_tokens:
+            self.spans.append((first, self._num_tokens))
         self.finish_reason = generation.finish_reason
 
     def to_trajectory(
         self,
+        outcome: Outcome,
         *,
-        reward: float,
-        reward_components: dict[str, float],
-        generation_s: float,
-        reward_s: float,
+        generation_s: float = 0.0,
+        reward_s: float = 0.0,
         is_greedy: bool = False,
     ) -> Trajectory:
-        """The transcript as a Trajectory. Raises ValueError for invalid log-probs or versions."""
+        """The transcript as a Trajectory.
+
+        Raises ValueError for invalid log-probs or versions, and for an outcome of other turns or tokens.
+        """
         return Trajectory(
             tokens=self.tokens,
             loss_mask=self._sampled_mask().astype(np.uint8),
             logprobs=np.concatenate(self._logprobs),
             versions=np.concatenate(self._versions),
-            reward=reward,
-            reward_components=reward_components,
+            reward=outcome.reward,
+            reward_components=outcome.reward_components,
+            turns=placed_turns(outcome, self.spans),
+            metrics=outcome.metrics,
+            arrays=placed_token_rewards(outcome, self.spans, num_tokens=self._num_tokens),
             finish_reason=self.finish_reason,
             is_greedy=is_greedy,
             generation_s=generation_s,
@@ -76,6 +100,7 @@ class Transcript:
     def _append(
         self, tokens_T: NDArray[np.int32], logprobs_T: NDArray[np.float32], versions_T: NDArray[np.int32]
     ) -> None:
+        self._num_tokens += len(tokens_T)
         self._tokens.append(tokens_T)
         self._logprobs.append(logprobs_T)
         self._versions.append(versions_T)

@@ -1,78 +1,89 @@
 """A pool of worker processes that run reward functions, which may raise, hang, print, or crash the process.
 
-Each worker is a `python -m rollout_server.rewards.worker` with its own queue; worker.py describes the
-protocol. Workers are processes, because a thread cannot be killed and the event loop must not wait. They are
-not started with multiprocessing, because it pickles, and because an executor does not report which of its
-workers hangs.
+Each worker is a `python -m rollout_server.rewards.worker`; worker.py describes the protocol. Workers are
+processes, because a thread cannot be killed and the event loop must not wait. They are not started with
+multiprocessing, because it pickles, and because an executor does not report which of its workers hangs.
 
     worker:  STARTING -> SERVING -> (timeout or crash: killed) -> STARTING ...  -> CLOSED
-    item:    queued -> sent -> scored
-                            -> worker lost while scoring this item: failed
-                            -> worker lost while scoring an earlier item: sent again to the new worker
+    item:    queued -> sent to the next free worker -> scored
+                       -> worker lost while scoring this item: failed
+                       -> worker lost while scoring another item: queued again, first
+                       -> behind an item that takes long: queued again, first
+
+All items wait in one queue, and a worker gets the next ones when it has answered the last, so a slow reward
+keeps no other item waiting while a worker is free. At 700 samples per second one frame for each item would
+double the cost of a reward: a worker gets as many fast rewards at a time as take `_BATCH_S`. If one of them
+takes long after all, the items behind it go back to the queue.
+
+A task with `async def reward` computes up to `rollout.reward_concurrency` rewards at a time in each worker.
+If such a worker is lost, nobody knows by which of them: each is sent again, alone.
 
 A failed reward is not retried here: `score` raises RewardError, or RewardTimeoutError after the time limit,
-and `buffer.on_failure` says what becomes of the sample. Items submitted in the same turn of the event loop
-are sent to each worker in one frame: at 700 samples per second that halves the cost of a reward.
+and `buffer.on_failure` says what becomes of the sample.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import socket
-import subprocess
-import sys
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import msgpack
-
-from areal_like.errors import RewardError, RewardTimeoutError
-from rollout_server.rewards.worker import HEADER, MAX_FRAME_BYTES, pack
-from rollout_server.tasks.base import Split
+from areal_like.errors import RewardError
+from rollout_server.rewards.process import Item, RewardWorker
+from rollout_server.rewards.worker import MAX_FRAME_BYTES, pack_item
+from rollout_server.tasks.base import Completion, Score, Split
 
 log = logging.getLogger(__name__)
 
-_START_TIMEOUT_S = 60.0
-"""Long, because importing a task may import a large library."""
-_RESTART_DELAY_S = 1.0
-"""Pause before a worker that could not start is restarted: a broken import must not cause a busy loop."""
-_REAP_DELAY_S = 0.05
-"""Wait between the end of a worker's stream and reading its exit code."""
-_STREAM_LOST = (ConnectionError, asyncio.IncompleteReadError)
+_BATCH_S = 0.02
+"""Time that the items in one frame should take together."""
+_MAX_BATCH = 64
+_MAX_BATCH_BYTES = 1 << 20
+_MAX_ITEM_BYTES = MAX_FRAME_BYTES // 2
+_SMOOTHING = 0.1
+"""Weight of the newest reward in the mean time of a reward."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reward:
     """The score of one completion."""
 
-    value: float
-    components: dict[str, float]
-    """Named parts, if the task returned a dict; else empty."""
+    score: Score
+    """Checked: finite numbers, and `turns` and `tokens` of the completion's length or empty."""
     seconds: float
     """Time spent in the task's code."""
-
-
-@dataclass(eq=False, kw_only=True)
-class _Item:
-    number: int
-    split: Split
-    index: int
-    completion: str
-    done: asyncio.Future[Reward]
 
 
 class RewardPool:
     """Worker processes that score completions. Create it in a running loop, with `async with`."""
 
-    def __init__(self, task: Mapping[str, Any], *, seed: int, num_workers: int, timeout_s: float) -> None:
-        """`task`, `seed`: arguments of `make_task`; `timeout_s`: time limit of one reward."""
-        self._workers = [_Worker(task=dict(task), seed=seed, timeout_s=timeout_s) for _ in range(num_workers)]
+    def __init__(
+        self,
+        task: Mapping[str, Any],
+        *,
+        seed: int,
+        sandbox: str = "bwrap",
+        num_workers: int,
+        timeout_s: float,
+        concurrency: int = 1,
+    ) -> None:
+        """`task`, `seed`, `sandbox`: as in `make_task`; `timeout_s`: time limit of one reward; `concurrency`:
+        rewards that one worker computes at the same time, if the task's reward is asynchronous."""
+        setup = {"task": dict(task), "seed": seed, "sandbox": sandbox, "timeout_s": timeout_s}
+        self._workers = [
+            RewardWorker(
+                setup, timeout_s=timeout_s, concurrency=concurrency, on_free=self._dispatch, queue=self._put
+            )
+            for _ in range(num_workers)
+        ]
         self._last_number = 0
-        self._unsent: list[_Item] = []
-        """Items submitted in this turn of the loop."""
+        self._queue: deque[Item] = deque()
+        self._is_dispatching = False
+        """True until the items submitted in this turn of the loop are sent."""
+        self._mean_s = 0.0
         self.seconds_total = 0.0
         """Time spent in the task's code by all workers."""
 
@@ -83,6 +94,7 @@ class RewardPool:
 
     async def __aexit__(self, *exc: object) -> None:
         await asyncio.gather(*(worker.close() for worker in self._workers))
+        self._fail_queued(RewardError("the reward pool was closed"))
 
     @property
     def serving(self) -> list[asyncio.Task[None]]:
@@ -97,169 +109,78 @@ class RewardPool:
     @property
     def num_waiting(self) -> int:
         """Completions that are not scored yet."""
-        return len(self._unsent) + sum(len(worker.items) for worker in self._workers)
+        return len(self._queue) + sum(len(worker.items) for worker in self._workers)
 
-    async def score(self, *, split: Split, index: int, completion: str) -> Reward:
+    async def score(self, *, split: Split, index: int, completion: Completion) -> Reward:
         """The reward of a completion.
 
         Raises RewardTimeoutError if the task exceeded the time limit, and RewardError if it raised, crashed,
-        or returned no finite number.
+        or returned no valid score.
         """
         loop = asyncio.get_running_loop()
         self._last_number += 1
-        item = _Item(
-            number=self._last_number,
-            split=split,
-            index=index,
-            completion=completion,
-            done=loop.create_future(),
-        )
-        if not self._unsent:
-            loop.call_soon(self._send)
-        self._unsent.append(item)
-        reward = await item.done
-        self.seconds_total += reward.seconds
-        return reward
-
-    def _send(self) -> None:
-        items, self._unsent = self._unsent, []
-        # Items go round-robin to the workers, the least loaded first. A worker that hangs has a long queue
-        # and comes last.
-        by_load = sorted(self._workers, key=lambda worker: len(worker.items))
-        for position, worker in enumerate(by_load):
-            if share := items[position :: len(by_load)]:
-                worker.submit(share)
-
-
-class _Worker:
-    """One process, restarted when it is lost, and the items it has not scored yet, oldest first."""
-
-    def __init__(self, *, task: dict[str, Any], seed: int, timeout_s: float) -> None:
-        self._setup = {"task": task, "seed": seed}
-        self._timeout_s = timeout_s
-        self._pipe: asyncio.StreamWriter | None = None
-        """None while no process is ready."""
-        self._limit: asyncio.Timeout | None = None
-        """Time limit of the item that is being scored."""
-        self.running: asyncio.Task[None] | None = None
-        self.items: OrderedDict[int, _Item] = OrderedDict()
-        self.num_lost = 0
-
-    def start(self) -> None:
-        self.running = asyncio.create_task(self._run(), name="reward-worker")
-
-    async def close(self) -> None:
-        if self.running is not None:
-            self.running.cancel()
-            await asyncio.gather(self.running, return_exceptions=True)
-        while self.items:
-            self._fail_first(RewardError("the reward pool was closed"))
-
-    def submit(self, items: list[_Item]) -> None:
-        if not self.items and self._limit is not None:
-            self._limit.reschedule(asyncio.get_running_loop().time() + self._timeout_s)
-        self.items.update((item.number, item) for item in items)
-        if self._pipe is not None:
-            self._pipe.write(pack([[item.number, item.split, item.index, item.completion] for item in items]))
-
-    async def _run(self) -> None:
-        while True:
-            own_end, worker_end = socket.socketpair()
-            with worker_end:
-                process = subprocess.Popen(
-                    [sys.executable, "-m", "rollout_server.rewards.worker"],
-                    stdin=worker_end.fileno(),
-                    stdout=worker_end.fileno(),
-                )
-            reader, writer = await asyncio.open_connection(sock=own_end)
-            try:
-                await self._serve(process, reader, writer)
-            finally:
-                self._pipe = self._limit = None
-                writer.close()
-                process.kill()
-                process.wait()  # returns at once: a process cannot ignore SIGKILL
-
-    async def _serve(
-        self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        """Serves items with one process until it is lost."""
         try:
-            writer.write(pack(self._setup))
-            async with asyncio.timeout(_START_TIMEOUT_S):
-                problem = await _read(reader)
-        except (TimeoutError, ValueError, *_STREAM_LOST) as lost:
-            problem = (
-                f"the process ended or did not answer for {_START_TIMEOUT_S:g} s ({type(lost).__name__}); "
-                "see the log"
+            packed = pack_item(self._last_number, split=split, index=index, completion=completion)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise RewardError(f"the conversation cannot be sent to a reward process: {error}") from None
+        if len(packed) > _MAX_ITEM_BYTES:
+            raise RewardError(
+                f"the conversation has {len(packed)} bytes: at most {_MAX_ITEM_BYTES} are sent to a reward"
             )
-        if problem is not None:
-            await asyncio.sleep(_RESTART_DELAY_S)
-            log.error("reward worker cannot start: %s", problem)
-            while self.items:
-                self._fail_first(RewardError(f"reward worker cannot start: {problem}"))
-            return
-        self._pipe = writer
-        # Items that were queued behind the one that the last process was lost with, or that were submitted
-        # before this process was ready.
-        if self.items:
-            self.submit(list(self.items.values()))
-        while True:
-            try:
-                # Reads also while idle, without a time limit until `submit` sets one, so that a worker that
-                # dies while idle is noticed before an item is sent to it.
-                async with asyncio.timeout(self._timeout_s if self.items else None) as self._limit:
-                    number, value, components, seconds, error = await _read(reader)
-                self._answer(number, value, components, seconds, error)
-            except TimeoutError:
-                limit = f"rollout.reward_timeout_s={self._timeout_s:g}"
-                await self._on_lost(RewardTimeoutError(f"reward took longer than {limit}"))
+        item = Item(number=self._last_number, packed=packed, done=loop.create_future())
+        self._queue.append(item)
+        if not self._is_dispatching:
+            self._is_dispatching = True
+            loop.call_soon(self._dispatch)
+        score, seconds = await item.done
+        self._mean_s += _SMOOTHING * (seconds - self._mean_s) if self._mean_s else seconds
+        self.seconds_total += seconds
+        return Reward(score=score, seconds=seconds)
+
+    def _put(self, items: list[Item]) -> None:
+        """Queues again what a worker will not score, before all others."""
+        self._queue.extendleft(reversed(items))
+        self._dispatch()
+
+    def _dispatch(self) -> None:
+        """Sends queued items to the workers that are free, evenly."""
+        self._is_dispatching = False
+        free = [worker for worker in self._workers if worker.room]
+        for position, worker in enumerate(free):
+            share = -(-len(self._queue) // (len(free) - position))
+            if not worker.is_async:
+                share = min(share, self._batch_size)
+            if items := self._take(min(share, worker.room), is_idle=not worker.items):
+                worker.submit(items)
+            elif not self._queue:
                 return
-            except _STREAM_LOST:
-                await self._on_lost(RewardError(f"the reward process died ({await _exit_reason(process)})"))
-                return
-            except (ValueError, TypeError, KeyError) as error:
-                invalid = f"the reward process wrote an invalid answer ({type(error).__name__}: {error})"
-                await self._on_lost(RewardError(invalid))
-                return
+        if not free and self._workers and all(worker.problem for worker in self._workers):
+            self._fail_queued(RewardError(f"reward worker cannot start: {self._workers[0].problem}"))
 
-    def _answer(
-        self, number: int, value: float, components: dict[str, float], seconds: float, error: str
-    ) -> None:
-        done = self.items.pop(number).done
-        if done.done():  # the caller was cancelled in the meantime
-            return
-        if error:
-            done.set_exception(RewardError(error))
-        else:
-            done.set_result(Reward(value=value, components=components, seconds=seconds))
+    @property
+    def _batch_size(self) -> int:
+        return max(1, min(_MAX_BATCH, int(_BATCH_S / self._mean_s))) if self._mean_s else 1
 
-    async def _on_lost(self, reason: RewardError) -> None:
-        self._pipe = self._limit = None
-        self.num_lost += 1
-        log.warning("reward worker restarts: %s", reason)
-        if self.items:
-            self._fail_first(reason)
-        else:
-            await asyncio.sleep(_RESTART_DELAY_S)
+    def _take(self, most: int, *, is_idle: bool) -> list[Item]:
+        """The next items of the queue for a worker, without those whose caller was cancelled."""
+        items: list[Item] = []
+        num_bytes = 0
+        while self._queue and len(items) < most:
+            item = self._queue[0]
+            if item.done.done():
+                self._queue.popleft()
+                continue
+            num_bytes += len(item.packed)
+            if item.is_alone and (items or not is_idle):
+                break
+            if items and num_bytes > _MAX_BATCH_BYTES:
+                break
+            items.append(self._queue.popleft())
+            if item.is_alone:
+                break
+        return items
 
-    def _fail_first(self, reason: RewardError) -> None:
-        _, item = self.items.popitem(last=False)
-        if not item.done.done():
-            item.done.set_exception(reason)
-
-
-async def _exit_reason(process: subprocess.Popen[bytes]) -> str:
-    await asyncio.sleep(_REAP_DELAY_S)
-    match process.poll():
-        case None:
-            return "it closed its stream"
-        case code:
-            return f"signal {-code}" if code < 0 else f"exit code {code}"
-
-
-async def _read(stream: asyncio.StreamReader) -> Any:
-    (size,) = HEADER.unpack(await stream.readexactly(HEADER.size))
-    if size > MAX_FRAME_BYTES:
-        raise ConnectionError(f"frame of {size} bytes")
-    return msgpack.unpackb(await stream.readexactly(size))
+    def _fail_queued(self, reason: RewardError) -> None:
+        queued, self._queue = self._queue, deque()
+        for item in queued:
+            item.fail(reason)

@@ -1,37 +1,52 @@
 """One reward process: `python -m rollout_server.rewards.worker`; pool.py drives it over its stdin and stdout.
 
-    parent -> worker   {"task": {...}, "seed": n}                     first frame: the task to import
-    worker -> parent   null | "error message"                         null if the task was imported
-    parent -> worker   [[item, split, index, completion], ...]
-    worker -> parent   [item, reward, components, seconds, error]     one frame per item, in order
+    parent -> worker   {"task": {...}, "seed": n, "timeout_s": s}     first frame: the task to import
+    worker -> parent   ["" | error message, is_async]                 is_async: `async def reward`
+    parent -> worker   [[item, split, index, completion...], ...]     the completion as packed by `pack_item`
+    parent -> worker   []                                             drop the items that are not begun
+    worker -> parent   null                                           they are dropped
+    worker -> parent   [item, seconds, score, error, is_timeout]      one frame per item; score or error
 
 Stdin and stdout are the two directions of one socket. A frame is a 4-byte little-endian length and msgpack.
-Results are written one by one, so that the first item without a result is the one that hangs. The example is
-rebuilt here from (split, index), so a task's answers need not be serialized. At its start the process moves
-the socket from descriptors 0 and 1 to others, so that a reward that prints or reads stdin cannot corrupt it.
+Results are written one by one. A synchronous reward answers in the order of the items, so the first item
+without a result is the one that hangs. Asynchronous rewards run at the same time, as many as the parent
+sends; each has the time limit here, and the parent ends the process only if its event loop is blocked. The
+example is rebuilt here from (split, index), so a task's answers need not be serialized. At its start the
+process moves the socket from descriptors 0 and 1 to another, so that a reward that prints or reads stdin
+cannot corrupt it.
 """
 
 from __future__ import annotations
 
-import math
-import numbers
+import asyncio
+import inspect
 import os
+import select
 import signal
+import socket
 import struct
 import time
 import traceback
-from collections.abc import Callable
+from array import array
+from collections import deque
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, BinaryIO
+from typing import Any
 
 import msgpack
+import numpy as np
 
 from areal_like.errors import ConfigError, RewardError
 from areal_like.runtime.process import die_with_parent
-from rollout_server.tasks.base import Completion, Example, Split, Task, make_task
+from areal_like.trajectory import FinishReason
+from rollout_server.rewards.scores import as_score
+from rollout_server.tasks.base import Completion, Example, Score, Split, Task, make_task
 
 HEADER = struct.Struct("<I")
 MAX_FRAME_BYTES = 64 << 20
+_PACKER = msgpack.Packer()
+
+Examples = Callable[[Split, int], Example]
 
 
 def main() -> None:
@@ -39,51 +54,157 @@ def main() -> None:
     die_with_parent(signum=signal.SIGKILL)
     # Ctrl-C reaches the whole process group, but only the parent ends this worker.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    requests, replies = _claim_stream()
-    setup = _read(requests)
+    stream = _claim_stream()
+    setup = _read(stream)
     if setup is None:
         return
     try:
-        task = make_task(setup["task"], seed=setup["seed"])
+        task = make_task(setup["task"], seed=setup["seed"], sandbox=setup["sandbox"])
     except ConfigError as error:
-        _write(replies, str(error))
+        stream.sendall(pack([str(error), False]))
         return
-    _write(replies, None)
-    example = lru_cache(maxsize=1024)(task.example)
-    while (items := _read(requests)) is not None:
-        for item, split, index, completion in items:
-            started = time.perf_counter()
-            reward, components, problem = _try_score(task, example, split, index, completion)
-            _write(replies, [item, reward, components, time.perf_counter() - started, problem])
+    is_async = is_async_reward(task)
+    stream.sendall(pack(["", is_async]))
+    examples = lru_cache(maxsize=1024)(task.example)
+    if is_async:
+        asyncio.run(_serve_async(stream, task, examples, timeout_s=setup["timeout_s"]))
+    else:
+        _serve(stream, task, examples)
 
 
-def _try_score(
-    task: Task, example: Callable[[Split, int], Example], split: Split, index: int, completion: str
-) -> tuple[float, dict[str, float], str]:
-    try:
-        return *_score(task, example(split, index), completion), ""
-    except Exception as raised:  # a task's code may raise anything; only this sample fails
-        return 0.0, {}, _one_line(raised)
+def is_async_reward(task: Task) -> bool:
+    """True if the task's reward is declared with `async def`."""
+    return inspect.iscoroutinefunction(task.reward)
 
 
-def _score(task: Task, example: Example, completion: str) -> tuple[float, dict[str, float]]:
-    value = task.reward(example, Completion(completion))
-    if isinstance(value, dict):
-        components = {str(name): _number(part, name=str(name)) for name, part in value.items()}
-        if not components:
-            raise RewardError("reward() returned an empty dict: name at least one part")
-        return math.fsum(components.values()), components
-    return _number(value, name="reward()"), {}
+def _serve(stream: socket.socket, task: Task, examples: Examples) -> None:
+    """Scores one item after the other. Before each one it reads what the parent has sent meanwhile."""
+    items: deque[Sequence[Any]] = deque()
+    frames = select.poll()
+    frames.register(stream, select.POLLIN)
+    while True:
+        while not items or frames.poll(0):
+            new = _read(stream)
+            if new is None:
+                return
+            if not new:
+                items.clear()
+                stream.sendall(pack(None))
+            items += new
+        number, *packed = items.popleft()
+        started = time.perf_counter()
+        score: Score | None = None
+        error = ""
+        try:
+            example, completion = _unpacked(examples, *packed)
+            score = as_score(task.reward(example, completion), completion)
+        except Exception as raised:  # a task's code may raise anything; only this sample fails
+            error = _one_line(raised)
+        stream.sendall(_answer(number, time.perf_counter() - started, score, error))
 
 
-def _number(value: Any, *, name: str) -> float:
-    if callable(item := getattr(value, "item", None)):
-        value = item()  # numpy and torch scalars
-    if not isinstance(value, numbers.Real):
-        raise RewardError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise RewardError(f"{name} must be a finite number, got {value}")
-    return float(value)
+async def _serve_async(stream: socket.socket, task: Task, examples: Examples, *, timeout_s: float) -> None:
+    """Scores all items that it has been sent at the same time."""
+    reader, writer = await asyncio.open_connection(sock=stream)
+    running: set[asyncio.Task[None]] = set()
+
+    async def score_item(number: int, *packed: Any) -> None:
+        started = time.perf_counter()
+        score: Score | None = None
+        error = ""
+        limit = asyncio.timeout(timeout_s)
+        try:
+            example, completion = _unpacked(examples, *packed)
+            async with limit:
+                returned = await task.reward(example, completion)  # type: ignore[misc]  # it is async
+            score = as_score(returned, completion)
+        except Exception as raised:  # as above
+            error = _one_line(raised)
+        seconds = time.perf_counter() - started
+        writer.write(_answer(number, seconds, score, error, is_timeout=limit.expired()))
+
+    while True:
+        try:
+            (size,) = HEADER.unpack(await reader.readexactly(HEADER.size))
+            items = msgpack.unpackb(await reader.readexactly(size))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return
+        for item in items:
+            scoring = asyncio.create_task(score_item(*item))
+            running.add(scoring)
+            scoring.add_done_callback(running.discard)
+
+
+def pack_item(number: int, *, split: Split, index: int, completion: Completion) -> bytes:
+    """An item as msgpack. Raises TypeError or ValueError for messages that msgpack cannot hold."""
+    token_ids = np.asarray(completion.token_ids, np.int32)  # the array itself if it is one already
+    packed = _PACKER.pack(
+        [
+            number,
+            split,
+            index,
+            str(completion),
+            "" if completion.raw_text == completion else completion.raw_text,
+            completion.finish_reason.value,
+            token_ids.tobytes(),
+            completion.turn_lengths,
+            completion.messages,
+        ]
+    )
+    assert isinstance(packed, bytes)
+    return packed
+
+
+def _unpacked(
+    examples: Examples,
+    split: Split,
+    index: int,
+    text: str,
+    raw_text: str,
+    finish_reason: str,
+    token_ids: bytes,
+    turn_lengths: list[int],
+    messages: list[dict[str, Any]],
+) -> tuple[Example, Completion]:
+    example = examples(split, index)
+    if not messages:  # one prompt, one answer
+        prompt = example.prompt
+        before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        messages = [*before, {"role": "assistant", "content": text}]
+    completion = Completion(
+        text,
+        raw_text=raw_text,
+        messages=messages,
+        token_ids=array("i", token_ids),
+        turn_lengths=turn_lengths,
+        finish_reason=FinishReason(finish_reason),
+    )
+    return example, completion
+
+
+def _answer(
+    number: int, seconds: float, score: Score | None, error: str, *, is_timeout: bool = False
+) -> bytes:
+    fields = score and [
+        score.value,
+        dict(score.parts),
+        dict(score.metrics),
+        list(score.turns),
+        np.asarray(score.tokens, np.float32).tobytes() if len(score.tokens) else b"",
+    ]
+    return pack([number, seconds, fields, error, is_timeout])
+
+
+def score_of(fields: list[Any]) -> Score:
+    """The score of an answer. Raises ValueError or TypeError for anything else."""
+    value, parts, metrics, turns, tokens = fields
+    return Score(
+        value=value,
+        parts=parts,
+        metrics=metrics,
+        turns=tuple(turns),
+        tokens=np.frombuffer(tokens, np.float32) if tokens else (),  # type: ignore[arg-type]
+    )
 
 
 def _one_line(error: Exception) -> str:
@@ -95,33 +216,44 @@ def _one_line(error: Exception) -> str:
     return f"{message} ({where.filename}:{where.lineno} in {where.name})"
 
 
-def _claim_stream() -> tuple[BinaryIO, int]:
-    """Moves the stream to new descriptors; stdin becomes /dev/null, stdout becomes stderr."""
-    requests, replies = os.dup(0), os.dup(1)
+def _claim_stream() -> socket.socket:
+    """Moves the socket to another descriptor; stdin becomes /dev/null, stdout becomes stderr."""
+    stream = socket.socket(fileno=os.dup(0))
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.dup2(2, 1)
     os.close(null)
-    return os.fdopen(requests, "rb"), replies
+    return stream
 
 
-def _read(stream: BinaryIO) -> Any:
-    header = stream.read(HEADER.size)
-    if len(header) < HEADER.size:
-        return None
-    return msgpack.unpackb(stream.read(HEADER.unpack(header)[0]))
+def _read(stream: socket.socket) -> Any:
+    """The next message; None at the end."""
+    header = _exactly(stream, HEADER.size)
+    body = _exactly(stream, HEADER.unpack(header)[0]) if header else None
+    return None if body is None else msgpack.unpackb(body)
 
 
-def _write(descriptor: int, message: Any) -> None:
-    frame = pack(message)
-    while frame:
-        frame = frame[os.write(descriptor, frame) :]
+def _exactly(stream: socket.socket, size: int) -> bytes | None:
+    parts = []
+    while size:
+        part = stream.recv(min(size, 1 << 20))
+        if not part:
+            return None
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
 
 
 def pack(message: Any) -> bytes:
     """The frame of a message: length and msgpack."""
     body = msgpack.packb(message)
     assert isinstance(body, bytes)
+    return HEADER.pack(len(body)) + body
+
+
+def pack_items(items: Sequence[bytes]) -> bytes:
+    """The frame of a list of packed items."""
+    body: bytes = msgpack.Packer().pack_array_header(len(items)) + b"".join(items)
     return HEADER.pack(len(body)) + body
 
 

@@ -4,7 +4,7 @@ A task is a frozen dataclass: its fields are its settings, so an unknown key of 
 is refused by name. Examples are a pure function of `(seed, split, index)`. Therefore the buffer can own the
 order of prompts as plain integers, a killed server can be replaced without transferring state, and a reward
 process rebuilds the example instead of receiving it. Other modules implement shuffling and epochs
-(buffer/prompts/), tokenization (episodes/prompt_renderer.py) and time limits (rewards/pool.py). Tasks import
+(buffer/prompts/), tokenization (rendering/prompt_renderer.py) and time limits (rewards/pool.py). Tasks import
 no torch.
 
 Your own task, configured as `task: {_target_: my_module.Add, digits: 3}`:
@@ -29,7 +29,7 @@ import hashlib
 import json
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, get_args
 
@@ -110,6 +110,10 @@ class Score:
     """Reward of each sampled token, of all turns in order; empty: none has one."""
 
 
+Rewarded = float | Mapping[str, float] | Score
+"""What `Task.reward` may return."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task(ABC):
     """A data set and its reward. Subclasses add settings as fields and implement `example` and `reward`,
@@ -123,6 +127,8 @@ class Task(ABC):
     """Held-out prompts: indices 0 .. num_eval-1 of split `eval`."""
     max_prompt_tokens: int = 1024
     """Longest prompt in tokens; it determines the engine's context length. Samples of longer prompts fail."""
+    sandbox: str = "bwrap"
+    """The job's `rewards.sandbox`: `rollout_server.sandbox.make_sandbox(task.sandbox)` runs a program."""
 
     def __post_init__(self) -> None:
         for name in ("num_train", "num_eval", "max_prompt_tokens"):
@@ -135,12 +141,13 @@ class Task(ABC):
     def example(self, split: Split, index: int) -> Example:
         """The example at `index` of `split`. It must not depend on the process or on earlier calls."""
 
-    def reward(self, example: Example, completion: Completion) -> float | dict[str, float] | Score:
+    def reward(self, example: Example, completion: Completion) -> Rewarded | Awaitable[Rewarded]:
         """The reward of `completion`: a number, named parts to be summed, or a `Score`.
 
         Runs in a worker process with the time limit `rollout.reward_timeout_s`. If it raises or hangs, only
-        its own sample fails. A task with an environment need not have one: its value is added to the rewards
-        of the environment's steps.
+        its own sample fails. It may be `async def`: one process then computes several at the same time
+        (`rollout.reward_concurrency`), for rewards that wait for a service. A task with an environment need
+        not have a reward: its value is added to the rewards of the environment's steps.
         """
         raise NotImplementedError(f"{type(self).__name__} has neither reward() nor environment()")
 
@@ -150,6 +157,27 @@ class Task(ABC):
         Called in the environment's process, which rebuilds the example.
         """
         return None
+
+    def check(self) -> None:
+        """Raises ConfigError if the task's samples cannot be made on this machine.
+
+        A rollout server calls it once at its start. It builds the environment of the first example, so an
+        environment's constructor should be cheap, and checks it.
+        """
+        if not self.has_environment:
+            return
+        try:
+            environment = self.environment(self.example("train", 0))
+        except ConfigError:
+            raise
+        # A task's code may raise anything; at the start of a job that is the user's mistake.
+        except Exception as error:
+            raise ConfigError(
+                f"task {type(self).__name__}: environment(example('train', 0)) raised "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        if environment is not None:
+            environment.check()
 
     @property
     def has_environment(self) -> bool:
@@ -212,6 +240,9 @@ TASKS = Registry[Task](
 """Tasks are registered by path and imported on use: an optional package is needed only by its own task."""
 
 
-def make_task(settings: Mapping[str, Any], *, seed: int) -> Task:
-    """The task described by the configuration's `task` section. Raises ConfigError."""
-    return TASKS.build(settings, job={"seed": seed})
+def make_task(settings: Mapping[str, Any], *, seed: int, sandbox: str = "bwrap") -> Task:
+    """The task described by the configuration's `task` section; `sandbox`: `rewards.sandbox`.
+
+    Raises ConfigError.
+    """
+    return TASKS.build(settings, job={"seed": seed, "sandbox": sandbox})

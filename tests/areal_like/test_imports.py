@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from areal_like.runtime.imports import torch_hidden
-from rollout_server.episodes.prompt_renderer import PromptRenderer
+from rollout_server.rendering.prompt_renderer import PromptRenderer
 from rollout_server.tasks.base import Example
 from tests.support.launching import ROOT
 from trainer.models.tiny import build_tiny_model
@@ -22,7 +22,7 @@ TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 CHILD = """
 import gc, os, sys
 from areal_like.runtime.imports import torch_hidden, uncollected
-from rollout_server.episodes.prompt_renderer import PromptRenderer
+from rollout_server.rendering.prompt_renderer import PromptRenderer
 from rollout_server.tasks.base import Example
 before = dict(os.environ)
 with torch_hidden(), uncollected():

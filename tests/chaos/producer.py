@@ -86,7 +86,8 @@ class Producer:
         client_module._HELLO_TIMEOUT_S = 1.0
         self._client = ShardedBufferClient(
             config,
-            capacity_samples=capacity,
+            engine_samples=capacity,
+            max_episodes=capacity,
             hello=hello,
             waits=PendingWaits(),
             on_leases=self._take,

@@ -90,7 +90,7 @@ def test_messages_to_an_absent_buffer_do_not_pile_up(tmp_path: Path, monkeypatch
                 "daemon": {"heartbeat_s": 0.02},
             }
         )
-        held, leases = HeldLeases(capacity_samples=4), list[Any]()
+        held, leases = HeldLeases(engine_samples=4, max_episodes=8), list[Any]()
         client = BufferClient(
             config,
             hello=lambda: HELLO,
@@ -138,7 +138,7 @@ def test_nothing_is_resent_to_a_buffer_that_cannot_write(
                 "daemon": {"heartbeat_s": 0.02},
             }
         )
-        held, leases = HeldLeases(capacity_samples=4), list[Any]()
+        held, leases = HeldLeases(engine_samples=4, max_episodes=8), list[Any]()
         client = BufferClient(
             config,
             hello=lambda: HELLO,

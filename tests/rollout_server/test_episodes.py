@@ -12,6 +12,7 @@ import pytest
 from areal_like.errors import EngineError
 from areal_like.trajectory import NOT_SAMPLED, FinishReason
 from rollout_server.episodes.base import Episode, PolicyClient, SingleTurn, Tokenizer
+from rollout_server.episodes.scoring import Outcome
 from rollout_server.episodes.transcript import Transcript
 from rollout_server.inference.generation_gate import GenerationGate
 from rollout_server.inference.types import Generation, Sampling
@@ -98,7 +99,7 @@ def play(
 
 def test_single_turn_has_its_eos_inside_the_mask() -> None:
     transcript, text = play(CountingEngine(eos_at=10))
-    trajectory = transcript.to_trajectory(reward=1, reward_components={}, generation_s=0, reward_s=0)
+    trajectory = transcript.to_trajectory(Outcome(reward=1))
     assert trajectory.tokens.tolist() == [7, 8, 9, EOS]
     assert trajectory.loss_mask.tolist() == [0, 1, 1, 1]
     assert trajectory.versions.tolist() == [NOT_SAMPLED, 0, 0, 0]
@@ -110,7 +111,7 @@ def test_interrupted_generation_is_continued(interrupt_after: list[int]) -> None
     whole, _ = play(CountingEngine())
     engine = CountingEngine(interrupt_after=interrupt_after)
     transcript, text = play(engine)
-    trajectory = transcript.to_trajectory(reward=1, reward_components={}, generation_s=0, reward_s=0)
+    trajectory = transcript.to_trajectory(Outcome(reward=1))
     assert trajectory.tokens.tolist() == whole.tokens.tolist() == [7, *range(8, 16)]
     np.testing.assert_allclose(trajectory.logprobs[1:], -trajectory.tokens[1:] / 100)
     versions = [version for version, count in enumerate(interrupt_after) for _ in range(count)]
@@ -140,7 +141,7 @@ class Calculator(Episode):
 
 def test_tool_tokens_are_outside_the_mask() -> None:
     transcript, text = play(CountingEngine(interrupt_after=[1]), max_new_tokens=2, episode=Calculator())
-    trajectory = transcript.to_trajectory(reward=1, reward_components={}, generation_s=0, reward_s=0)
+    trajectory = transcript.to_trajectory(Outcome(reward=1))
     assert trajectory.tokens.tolist() == [7, 8, 9, 40, 41, 42, 43]
     assert trajectory.loss_mask.tolist() == [0, 1, 1, 0, 0, 1, 1]
     assert trajectory.versions.tolist() == [-1, 0, 1, -1, -1, 1, 1]

@@ -1,5 +1,7 @@
 """Held leases as a state machine: the credit is right, and each result is kept until it is acknowledged."""
 
+from collections import Counter
+
 import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -9,9 +11,9 @@ from areal_like.failures import FailureKind
 from areal_like.trajectory import FinishReason, Trajectory
 from areal_like.wire.messages.producer import Lease, Purpose, SampleAck, SampleDone, SampleFailed
 from areal_like.wire.records import Record
-from rollout_server.buffer_client.held_leases import HeldLeases
+from rollout_server.buffer_client.held_leases import HeldLeases, Place
 
-CAPACITY = 12
+AT_ENGINE, EPISODES = 9, 14
 
 
 def trajectory() -> Trajectory:
@@ -30,14 +32,14 @@ class HeldLeasesMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.leases = HeldLeases(capacity_samples=CAPACITY)
-        self.missing: set[tuple[int, int]] = set()
+        self.leases = HeldLeases(engine_samples=AT_ENGINE, max_episodes=EPISODES)
+        self.missing: dict[tuple[int, int], Place] = {}
         self.unacknowledged: dict[tuple[int, int], float] = {}
         self.now_s = 0.0
 
     @rule(lease_id=st.integers(1, 6), samples=st.sets(st.integers(0, 3)))
     def grant(self, lease_id: int, samples: set[int]) -> None:
-        known = any(lease_id == held for held, _ in self.missing | self.unacknowledged.keys())
+        known = any(lease_id == held for held, _ in self.missing.keys() | self.unacknowledged.keys())
         lease = Lease(
             lease_id=lease_id,
             ticket_id=lease_id,
@@ -48,7 +50,16 @@ class HeldLeasesMachine(RuleBasedStateMachine):
         )
         assert self.leases.grant(lease) == (bool(samples) and not known)
         if not known:
-            self.missing |= {(lease_id, sample) for sample in samples}
+            self.missing |= {(lease_id, sample): Place.ENGINE for sample in samples}
+
+    @rule(lease_id=st.integers(1, 6), sample=st.integers(0, 3), place=st.sampled_from(Place))
+    def move(self, lease_id: int, sample: int, place: Place) -> None:
+        before = self.leases.capacity_samples
+        self.leases.moved(lease_id, sample, place)
+        if (lease_id, sample) in self.missing:
+            self.missing[lease_id, sample] = place
+        else:
+            assert self.leases.capacity_samples == before
 
     @rule(lease_id=st.integers(1, 6), sample=st.integers(0, 3), failed=st.booleans())
     def finish(self, lease_id: int, sample: int, failed: bool) -> None:
@@ -60,7 +71,7 @@ class HeldLeasesMachine(RuleBasedStateMachine):
         )
         assert self.leases.finish(result, now_s=self.now_s) == ((lease_id, sample) in self.missing)
         if (lease_id, sample) in self.missing:
-            self.missing.remove((lease_id, sample))
+            del self.missing[lease_id, sample]
             self.unacknowledged[lease_id, sample] = self.now_s
 
     @rule(lease_id=st.integers(1, 6), sample=st.integers(0, 3))
@@ -70,7 +81,7 @@ class HeldLeasesMachine(RuleBasedStateMachine):
 
     @rule(lease_ids=st.lists(st.integers(1, 6), unique=True))
     def abort(self, lease_ids: list[int]) -> None:
-        held = {lease_id for lease_id, _ in self.missing | self.unacknowledged.keys()}
+        held = {lease_id for lease_id, _ in self.missing.keys() | self.unacknowledged.keys()}
         assert set(self.leases.drop([*lease_ids, *lease_ids])) == held & set(lease_ids)
         self.remove(set(lease_ids))
 
@@ -89,7 +100,7 @@ class HeldLeasesMachine(RuleBasedStateMachine):
         self.unacknowledged |= dict.fromkeys(due, self.now_s)
 
     def remove(self, lease_ids: set[int]) -> None:
-        self.missing = {key for key in self.missing if key[0] not in lease_ids}
+        self.missing = {key: place for key, place in self.missing.items() if key[0] not in lease_ids}
         self.unacknowledged = {
             key: sent_s for key, sent_s in self.unacknowledged.items() if key[0] not in lease_ids
         }
@@ -97,10 +108,13 @@ class HeldLeasesMachine(RuleBasedStateMachine):
     @invariant()
     def adds_up(self) -> None:
         assert self.leases.holding_samples == len(self.missing)
-        assert self.leases.free_samples == max(0, CAPACITY - len(self.missing))
+        num_at = Counter(self.missing.values())
+        assert +self.leases.num_at == num_at and min(self.leases.num_at.values(), default=0) >= 0
+        free = min(AT_ENGINE - num_at[Place.ENGINE], EPISODES - len(self.missing))
+        assert self.leases.free_samples == max(0, free)
         assert self.leases.num_unacknowledged == len(self.unacknowledged)
         assert set(self.leases.lease_ids) == {
-            lease_id for lease_id, _ in self.missing | self.unacknowledged.keys()
+            lease_id for lease_id, _ in self.missing.keys() | self.unacknowledged.keys()
         }
 
 

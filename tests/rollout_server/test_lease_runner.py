@@ -34,7 +34,7 @@ from rollout_server.episodes.transcript import Transcript
 from rollout_server.inference.generation_gate import GenerationGate
 from rollout_server.inference.types import Generation, Sampling
 from rollout_server.rewards.pool import Reward
-from rollout_server.tasks.base import Example, Split, Task
+from rollout_server.tasks.base import Example, Score, Split, Task
 from tests.rollout_server.test_episodes import CountingEngine, Digits
 
 LIMIT_S = 0.5
@@ -78,7 +78,7 @@ class FixedRewards:
     async def score(self, *, split: Split, index: int, completion: str) -> Reward:
         if self.error is not None:
             raise self.error
-        return Reward(value=0.5, components={}, seconds=0.0)
+        return Reward(score=Score(value=0.5), seconds=0.0)
 
 
 class FailingEngine(CountingEngine):

@@ -21,6 +21,7 @@ from areal_like.weights.collective import WeightGroup
 from areal_like.weights.integrity import BucketSums
 from areal_like.wire.messages.weights import PushWeights
 from rollout_server.episodes.base import PolicyClient
+from rollout_server.episodes.scoring import Outcome
 from rollout_server.episodes.transcript import Transcript
 from rollout_server.inference.generation_gate import GenerationGate
 from rollout_server.inference.sglang.checkpoint_shapes import CheckpointShapes
@@ -185,9 +186,7 @@ def test_push_while_sequences_run(engine: Engine, models: Models, mode: str) -> 
             await asyncio.wait_for(extending, 60)
             old_and_new, kept_errors = set(), []
             for transcript in transcripts:
-                trajectory = transcript.to_trajectory(
-                    reward=0.0, reward_components={}, generation_s=1.0, reward_s=0.0
-                )
+                trajectory = transcript.to_trajectory(Outcome())
                 tokens, sampled = trajectory.tokens.tolist(), trajectory.loss_mask == 1
                 assert sampled.sum() == 500
                 versions = trajectory.versions[sampled]

@@ -68,6 +68,7 @@ def ledger_settings(**changes: Any) -> LedgerSettings:
         "num_steps": 4,
         "durable": False,
         "max_tokens": sys.maxsize,
+        "max_segment_tokens": sys.maxsize,
     }
     return dataclasses.replace(LedgerSettings.from_config(from_mapping({})), **(small | changes))
 

@@ -28,6 +28,7 @@ from trainer.advantages.base import FloatArray
 from trainer.advantages.gae import Gae
 from trainer.batching.lockstep import in_lockstep
 from trainer.batching.packing import MicroBatch, Packer, TrainingSample, split_by_sequence
+from trainer.batching.segments import segments_of
 from trainer.distributed.ranks import Ranks
 from trainer.models.value_model import ValueModel
 from trainer.optimizer import ShardedAdamW
@@ -38,7 +39,7 @@ _LR_RATIO = 10.0
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ValueTarget:
-    """The critic's values [S] of one trajectory at the start of the step, and the targets [S] for them."""
+    """The critic's values [S] of one segment at the start of the step, and the targets [S] for them."""
 
     trajectory: Trajectory
     values_S: FloatArray
@@ -87,14 +88,17 @@ class Critic:
         return cls(model, optimizer, ranks, settings=settings, budget_tokens=trainer.tokens_per_microbatch)
 
     def values(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
-        """[S] values of each trajectory's sampled tokens, computed without gradient."""
+        """[S] values of each trajectory's sampled tokens, in order, computed without gradient."""
         values: list[FloatArray] = []
-        for batch, live in in_lockstep(self._microbatches(trajectories), self._ranks):
+        segments = [[segment for _, segment in segments_of(trajectory)] for trajectory in trajectories]
+        sequences = [segment for of_trajectory in segments for segment in of_trajectory]
+        for batch, live in in_lockstep(self._microbatches(sequences), self._ranks):
             with torch.no_grad():
                 value_S = self.model(batch)
             if live:
                 values += split_by_sequence(value_S, batch)
-        return values
+        remaining = iter(values)
+        return [np.concatenate([next(remaining) for _ in of_trajectory]) for of_trajectory in segments]
 
     def learn(self, targets: Sequence[ValueTarget], *, step: int) -> dict[str, float]:
         """Updates the critic after `step` completed steps.

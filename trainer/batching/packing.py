@@ -28,7 +28,10 @@ from areal_like.trajectory import Trajectory
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TrainingSample:
-    """One trajectory with its advantage, its group's position in the step, and its lag."""
+    """One trajectory with its advantage, its group's position in the step, and its lag.
+
+    Packed are trajectories of one segment only (`segments.py` splits the others).
+    """
 
     trajectory: Trajectory
     advantage: float | NDArray[np.float64]
@@ -43,9 +46,17 @@ MicroBatch = tuple[TrainingSample, ...]
 """Samples that run through the model together; `collate` turns them into a PackedBatch."""
 
 
+def is_target(trajectory: Trajectory) -> NDArray[np.bool_]:
+    """bool [num_tokens]: tokens that are trained on, which are sampled tokens that have a prefix."""
+    target_T = trajectory.loss_mask.astype(bool)
+    for part in trajectory.segment_slices:
+        target_T[part.start] = False
+    return target_T
+
+
 def num_targets(trajectory: Trajectory) -> int:
-    """Number of tokens that are trained on: sampled tokens that have a prefix."""
-    return int(trajectory.loss_mask[1:].sum())
+    """Number of tokens that are trained on."""
+    return int(np.count_nonzero(is_target(trajectory)))
 
 
 class Packer:
@@ -151,6 +162,7 @@ def split_by_sequence(value_S: Tensor, batch: PackedBatch) -> list[NDArray[np.fl
 
 def collate(samples: Sequence[TrainingSample], *, device: torch.device | str = "cpu") -> PackedBatch:
     """Lays the samples' trajectories end to end as tensors on `device`. Needs at least one sample."""
+    assert all(len(sample.trajectory.segments) <= 1 for sample in samples)
     trajectories = [sample.trajectory for sample in samples]
     lengths = [t.num_tokens for t in trajectories]
     bounds = np.concatenate([[0], np.cumsum(lengths)])

@@ -28,6 +28,7 @@ from trainer.advantages.reward_shaping import Shaping, ShapingContext
 from trainer.batching.lockstep import in_lockstep
 from trainer.batching.packing import Packer, TrainingSample, num_targets, split_by_sequence
 from trainer.batching.scope import Scope
+from trainer.batching.segments import segments_of
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy
 from trainer.objectives.composed import kl_estimate
@@ -160,11 +161,13 @@ class RewardTerms:
             return [[np.zeros(num_targets(t)) for t in group] for group in groups]
         assert self._reference is not None
         packer = Packer(budget_tokens=self._budget_tokens)
+        segments = [
+            [segment for _, segment in segments_of(t)] for group in groups for t in group if not t.is_greedy
+        ]
         samples = [
-            TrainingSample(trajectory=t, advantage=0.0, group=0)
-            for group in groups
-            for t in group
-            if not t.is_greedy
+            TrainingSample(trajectory=segment, advantage=0.0, group=0)
+            for of_trajectory in segments
+            for segment in of_trajectory
         ]
         penalties: list[FloatArray] = []
         for batch, live in in_lockstep([*packer.add(samples), *packer.flush()], self._ranks):
@@ -174,7 +177,8 @@ class RewardTerms:
                 behavior_logp_S = batch.behavior_logp_T[batch.sampled_S].to(ref_logp_S.dtype)
                 kl_S = kl_estimate(behavior_logp_S - ref_logp_S, estimator=self._kl.estimator)
                 penalties += split_by_sequence(self._kl.coef * kl_S, batch)
-        remaining = iter(penalties)
+        parts = iter(penalties)
+        remaining = iter([np.concatenate([next(parts) for _ in each]) for each in segments])
         return [
             [np.zeros(num_targets(t)) if t.is_greedy else next(remaining) for t in group] for group in groups
         ]

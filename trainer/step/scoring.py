@@ -23,8 +23,9 @@ from areal_like.trajectory import Trajectory
 from trainer.advantages.base import Advantage, Estimator, FloatArray
 from trainer.advantages.critic import Critic, ValueTarget
 from trainer.advantages.gae import Gae
-from trainer.batching.packing import TrainingSample
+from trainer.batching.packing import TrainingSample, is_target
 from trainer.batching.scope import Scope
+from trainer.batching.segments import segments_of, split_sample, split_targets
 from trainer.distributed.ranks import Ranks
 from trainer.metrics.phase_timer import PhaseTimer
 from trainer.metrics.step_totals import StepTotals
@@ -131,11 +132,17 @@ class AdvantagePipeline:
             # `trajectory.reward` is net of the penalties, which are subtracted token by token here.
             rewards_S[-1:] += trajectory.reward + penalty_S.sum()
             advantages_S, targets_S = self._critic.settings.of_tokens(rewards_S, values_S)
-            self._value_targets.append(
-                ValueTarget(trajectory=trajectory, values_S=values_S, targets_S=targets_S)
-            )
+            self._value_targets += [
+                ValueTarget(trajectory=segment, values_S=of_values, targets_S=of_targets)
+                for (_, segment), of_values, of_targets in zip(
+                    segments_of(trajectory),
+                    split_targets(values_S, trajectory),
+                    split_targets(targets_S, trajectory),
+                    strict=True,
+                )
+            ]
             advantages_T = np.zeros(trajectory.num_tokens)
-            advantages_T[1:][trajectory.loss_mask[1:] == 1] = advantages_S
+            advantages_T[is_target(trajectory)] = advantages_S
             advantages.append(advantages_T)
         remaining = iter(advantages)
         return [[next(remaining) for _ in group] for group in groups]
@@ -147,13 +154,14 @@ class AdvantagePipeline:
     ) -> Iterator[list[TrainingSample]]:
         for index, (group, advantages) in enumerate(scored):
             position = index * self._ranks.world_size + self._ranks.rank
-            yield [
+            whole = [
                 TrainingSample(
                     trajectory=trajectory, advantage=advantage, group=position, lag=lags(trajectory)
                 )
                 for trajectory, advantage in zip(group, advantages, strict=True)
                 if not trajectory.is_greedy
             ]
+            yield [part for sample in whole for part in split_sample(sample)]
 
     def _rescaled(self, groups: list[list[TrainingSample]]) -> list[list[TrainingSample]]:
         """Applies the estimator's `rescale` to the whole step. Collective."""

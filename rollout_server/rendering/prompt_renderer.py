@@ -7,21 +7,28 @@ SGLang server.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from areal_like.errors import ConfigError
+from areal_like.config.job import ModelConfig
+from areal_like.errors import ConfigError, EpisodeError
 from rollout_server.environments.base import Message
+from rollout_server.rendering.base import ChatRenderer
+from rollout_server.rendering.choice import choose_renderer
 from rollout_server.tasks.base import Example
 
 
 class PromptRenderer:
     """Tokenizer, vocabulary size and stop tokens of one model."""
 
-    def __init__(self, model: str) -> None:
-        """`model`: argument for `from_pretrained`. Raises ConfigError without tokenizer, config or EOS."""
+    def __init__(self, model: str, *, settings: ModelConfig | None = None) -> None:
+        """`model`: argument for `from_pretrained`. Raises ConfigError without tokenizer, config or EOS.
+
+        `settings`: how messages are rendered; the defaults if None.
+        """
         # Imported here, so that --help does not wait for transformers, which takes over a second to import.
         from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig, AutoTokenizer, GenerationConfig
@@ -37,6 +44,9 @@ class PromptRenderer:
             eos = GenerationConfig.from_pretrained(model).eos_token_id
         except OSError:  # the file is optional
             eos = None
+        self._model = model
+        self._model_type = str(config.model_type)
+        self._settings = settings or ModelConfig()
         text = config.get_text_config()
         self.max_positions = int(getattr(text, "max_position_embeddings", 0)) or 1 << 30
         """Longest sequence of the model."""
@@ -87,13 +97,35 @@ class PromptRenderer:
         is_one = len(tokens) == 1 and tokens[0] < self.vocab_size and self.text_of(tokens) == text
         return int(tokens[0]) if is_one else None
 
+    @cached_property
+    def chat(self) -> ChatRenderer:
+        """The renderer of conversations (`model.renderer`). Raises ConfigError if there is none."""
+        return self._choose(self._settings.renderer)
+
+    @cached_property
+    def _messages(self) -> ChatRenderer:
+        # A renderer that `auto` finds renders prompts as the template does; importing it takes a second.
+        return self._choose("jinja" if self._settings.renderer == "auto" else self._settings.renderer)
+
+    def _choose(self, name: str) -> ChatRenderer:
+        return choose_renderer(
+            name,
+            self._tokenizer,
+            model=self._model,
+            model_type=self._model_type,
+            stop_token_ids=self.stop_token_ids,
+            vocab_size=self.vocab_size,
+            template_kwargs=self._settings.chat_template_kwargs,
+        )
+
     def _encode(self, prompt: str | list[Message]) -> list[int]:
         if isinstance(prompt, str):
             return list(self._tokenizer(prompt)["input_ids"])
-        if not self._tokenizer.chat_template:
+        if not self._tokenizer.chat_template and self._settings.renderer in ("auto", "jinja"):
             return list(
                 self._tokenizer("\n".join(message["content"] for message in prompt) + "\n")["input_ids"]
             )
-        text = self._tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        # The template contains the special tokens: adding them again would double the BOS.
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        try:
+            return self._messages.render(prompt)
+        except EpisodeError as error:  # of a prompt, and not of an episode
+            raise ValueError(str(error)) from error

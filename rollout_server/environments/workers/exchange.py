@@ -1,0 +1,127 @@
+"""What crosses between the server and an environment's process, and the checks of what comes back.
+
+The process runs a task's code on what the policy wrote, so nothing that it sends is trusted: messages hold
+JSON types only, numbers are finite, sizes are bounded. Pure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from areal_like.errors import EpisodeError
+from areal_like.trajectory import FinishReason
+from rollout_server.environments.base import Message, Reply, Step, ToolCall
+
+MAX_ANSWER_BYTES = 4 << 20
+"""Largest answer of an environment. Far more than any context holds, and unpacked within milliseconds."""
+_MAX_DEPTH = 32
+_MAX_METRICS = 64
+_MAX_NAME_CHARS = 64
+
+
+def reply_fields(reply: Reply) -> list[Any]:
+    """A reply as the values of one frame."""
+    calls = [[call.id, call.name, call.arguments] for call in reply.tool_calls]
+    return [reply.text, reply.raw_text, reply.reasoning, calls, reply.finish_reason.value, reply.num_tokens]
+
+
+def reply_of(fields: Sequence[Any]) -> Reply:
+    """The inverse of `reply_fields`."""
+    text, raw_text, reasoning, calls, finish_reason, num_tokens = fields
+    return Reply(
+        text=text,
+        raw_text=raw_text,
+        reasoning=reasoning,
+        tool_calls=tuple(
+            ToolCall(id=call, name=name, arguments=arguments) for call, name, arguments in calls
+        ),
+        finish_reason=FinishReason(finish_reason),
+        num_tokens=num_tokens,
+    )
+
+
+def checked_start(value: Any) -> tuple[list[Message], list[dict[str, Any]]]:
+    """The first messages, and the tools. Raises EpisodeError that says what to return."""
+    messages, tools = value if _is_list(value, length=2) else (None, None)
+    if not messages:
+        raise EpisodeError("reset() returned no messages: return those that the policy reads first")
+    _check_messages(messages, call="reset()")
+    if not isinstance(tools, list):
+        raise EpisodeError("the environment's tools must be a list of OpenAI function schemas")
+    for tool in tools:
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise EpisodeError(
+                f"the tool {tool!r:.100} is no OpenAI function schema: "
+                '{"type": "function", "function": {"name": ..., "parameters": ...}}'
+            )
+        _check_json(tool, name="a tool")
+    return messages, tools
+
+
+def checked_step(value: Any) -> Step:
+    """The environment's answer to a turn. Raises EpisodeError that says what to return."""
+    messages, reward, done, metrics = value if _is_list(value, length=4) else (None, None, None, None)
+    if not isinstance(done, bool) or not isinstance(metrics, dict):
+        raise EpisodeError("the environment's process sent no valid step")
+    if messages:
+        _check_messages(messages, call="step()")
+    elif not done:
+        raise EpisodeError(
+            "step() returned done=False without messages: "
+            "return the messages that the policy reads before its next turn, or done=True"
+        )
+    checked = {name: _finite(number, name=f"the metric {name!r:.100}") for name, number in metrics.items()}
+    if len(checked) > _MAX_METRICS or any(len(name) > _MAX_NAME_CHARS for name in checked):
+        raise EpisodeError(
+            f"step() returned {len(checked)} metrics: "
+            f"return at most {_MAX_METRICS}, with names of at most {_MAX_NAME_CHARS} characters"
+        )
+    return Step(
+        messages=messages or [], reward=_finite(reward, name="the reward"), done=done, metrics=checked
+    )
+
+
+def _check_messages(messages: Any, *, call: str) -> None:
+    if not isinstance(messages, list):
+        raise EpisodeError(f"{call} returned no list of messages")
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise EpisodeError(
+                f"{call} returned the message {message!r:.100}: "
+                'a message is {"role": "user" or "tool" or ..., "content": ...}'
+            )
+        content = message.get("content")
+        if not (isinstance(content, str | list) or (content is None and "tool_calls" in message)):
+            raise EpisodeError(f"{call} returned a message whose content is {content!r:.100}: use a text")
+        for name, part in message.items():
+            if not isinstance(part, str):
+                _check_json(part, name=f"{call} returned a message whose {name!r:.100}")
+
+
+def _check_json(value: Any, *, name: str, depth: int = 0) -> None:
+    """Refuses bytes, numbers that are not finite, and deep nesting. (Keys are texts: see `unpack`.)"""
+    if isinstance(value, dict):
+        parts: Sequence[Any] = [*value, *value.values()]
+    elif isinstance(value, list):
+        parts = value
+    elif value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
+        return
+    else:
+        raise EpisodeError(f"{name} holds {value!r:.100}: use JSON values")
+    if depth == _MAX_DEPTH:
+        raise EpisodeError(f"{name} is nested more than {_MAX_DEPTH} deep")
+    for part in parts:
+        _check_json(part, name=name, depth=depth + 1)
+
+
+def _finite(value: Any, *, name: str) -> float:
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise EpisodeError(f"step() returned {name} {value!r:.100}: return a finite number")
+    return float(value)
+
+
+def _is_list(value: Any, *, length: int) -> bool:
+    return isinstance(value, list) and len(value) == length

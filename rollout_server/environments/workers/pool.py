@@ -1,0 +1,275 @@
+"""A pool of worker processes in which environments run: opens one for each sample, and closes it.
+
+    worker:   starting -> serving one environment -> closed in order: idle -> serving the next ...
+                                                  -> time limit, memory, crash: killed
+    zygote:   STARTING -> READY -> lost: its workers end with it, and another is started
+
+An environment that raises, hangs, or ends its process fails only its own sample (EpisodeError). Samples whose
+environment ends with the zygote fail with EnvironmentLostError: it was not their fault. Closing happens in
+the background: no sample waits for it. zygote.py and worker.py describe the processes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+from areal_like.errors import ConfigError, EnvironmentLostError, EpisodeError
+from rollout_server.environments.base import Message, Reply, Step
+from rollout_server.environments.workers.connection import WorkerConnection
+from rollout_server.environments.workers.exchange import checked_start, checked_step, reply_fields
+from rollout_server.environments.workers.zygote_process import ZygoteProcess
+from rollout_server.tasks.base import Split
+
+log = logging.getLogger(__name__)
+
+_START_TIMEOUT_S = 60.0
+"""Long, because importing a task may import a large library."""
+_FORK_TIMEOUT_S = 20.0
+"""A fork takes milliseconds; a zygote that takes longer hangs."""
+_RESTART_DELAY_S = 1.0
+"""Pause before a zygote is started again: a broken import must not cause a busy loop."""
+_CLOSE_TIMEOUT_S = 5.0
+_SHUTDOWN_TIMEOUT_S = 2.0
+_SLOW_CALL_S = 1.0
+"""Calls that take longer are named in the server's status."""
+
+
+class EnvironmentPool:
+    """The environments of one server. Create it in a running loop, with `async with`."""
+
+    def __init__(self, task: Mapping[str, Any], *, seed: int, step_timeout_s: float, memory_mb: int) -> None:
+        """`task`, `seed`: arguments of `make_task`. The limits are those of `EpisodeConfig`."""
+        self._setup = {"task": dict(task), "seed": seed, "memory_mb": memory_mb}
+        self.step_timeout_s = step_timeout_s
+        self._loop = asyncio.get_running_loop()
+        self._zygote: ZygoteProcess | None = None
+        """None while there is none that is ready."""
+        self._is_ready = asyncio.Event()
+        self._workers: dict[int, WorkerConnection] = {}
+        self._idle: list[WorkerConnection] = []
+        """The one that was used last is used next: its memory is warm."""
+        self._closing: set[asyncio.Task[None]] = set()
+        self._last_number = 0
+        self._open: dict[WorkerConnection, str] = {}
+        """The environment that each worker serves."""
+        self._keeping: asyncio.Task[None] | None = None
+        """Keeps a zygote running."""
+        self.num_restarts = 0
+        """Workers and zygotes that were lost to a time limit or a crash."""
+        self.seconds_total = 0.0
+        """Time that samples have waited for calls of their environments."""
+        self.num_calls = 0
+        """Calls that have ended."""
+
+    async def __aenter__(self) -> EnvironmentPool:
+        """Raises ConfigError if the task cannot be imported."""
+        started: asyncio.Future[None] = self._loop.create_future()
+        self._keeping = asyncio.create_task(self._keep_zygote(started), name="environments")
+        await asyncio.wait({started, self._keeping}, return_when=asyncio.FIRST_COMPLETED)
+        if not started.done():
+            self._keeping.result()  # no process can be started
+        if (error := started.exception()) is not None:
+            await self.__aexit__()
+            raise error
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        if self._closing:
+            await asyncio.wait(self._closing, timeout=_SHUTDOWN_TIMEOUT_S)
+        tasks = [*self._closing, *self.serving]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    @property
+    def serving(self) -> list[asyncio.Task[None]]:
+        """Tasks that end only with the pool, or if no process can be started."""
+        return [self._keeping] if self._keeping is not None else []
+
+    @property
+    def num_open(self) -> int:
+        """Environments that samples use."""
+        return len(self._open)
+
+    @property
+    def num_calling(self) -> int:
+        """Those that samples wait for."""
+        return sum(worker.call_since_s is not None for worker in self._open)
+
+    def slow_calls(self) -> dict[str, float]:
+        """The environment that samples have waited for longest -> seconds so far, if that is long."""
+        calls = [
+            (worker.call_since_s, name)
+            for worker, name in self._open.items()
+            if worker.call_since_s is not None
+        ]
+        since_s, name = min(calls, default=(self._loop.time(), ""))
+        waiting_s = self._loop.time() - since_s
+        if waiting_s < _SLOW_CALL_S:
+            return {}
+        return {f"environment of {name} ({len(calls)} called)": round(waiting_s, 3)}
+
+    async def open(self, *, split: Split, index: int, seed: int) -> EnvironmentSession:
+        """An environment for one sample of an example. Raises EnvironmentLostError without a process."""
+        worker = await self._take_worker()
+        self._open[worker] = f"{split} {index}"
+        return EnvironmentSession(self, worker, start=[split, index, seed])
+
+    async def check(self) -> tuple[list[Message], list[dict[str, Any]]]:
+        """Makes the environment of training example 0; its first messages and tools. Raises ConfigError."""
+        try:
+            environment = await self.open(split="train", index=0, seed=0)
+            try:
+                return await environment.reset()
+            finally:
+                environment.close()
+        except EpisodeError as error:
+            raise ConfigError(f"the environment of training example 0 cannot be made: {error}") from error
+
+    def release(self, worker: WorkerConnection) -> None:
+        """Closes the environment in the background, then uses its worker again. Called by its session."""
+        del self._open[worker]
+        if worker.lost is None:
+            task = asyncio.create_task(self._close_environment(worker))
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+    async def _close_environment(self, worker: WorkerConnection) -> None:
+        hung = EpisodeError(f"close() of the environment took longer than {_CLOSE_TIMEOUT_S:g} s")
+        try:
+            await worker.settled()
+            is_reusable = await worker.call(["close"], timeout_s=_CLOSE_TIMEOUT_S, timed_out=hung)
+        except EpisodeError as error:
+            if worker.lost is None:
+                log.warning("an environment was not closed: %s", error)
+                self._retire(worker)
+            return
+        if is_reusable:
+            self._idle.append(worker)
+        else:
+            self._retire(worker)
+
+    def _retire(self, worker: WorkerConnection) -> None:
+        """Ends a worker that nothing is wrong with."""
+        self._workers.pop(worker.number, None)
+        if self._zygote is not None:
+            self._zygote.kill(worker.number)
+        worker.lose(EpisodeError("the environment's process was ended"))
+
+    async def _take_worker(self) -> WorkerConnection:
+        while self._idle:
+            worker = self._idle.pop()
+            if worker.lost is None:
+                return worker
+        try:
+            async with asyncio.timeout(_START_TIMEOUT_S):
+                await self._is_ready.wait()
+        except TimeoutError:
+            raise EnvironmentLostError("the process that starts environments does not start") from None
+        return await self._fork_worker()
+
+    async def _fork_worker(self) -> WorkerConnection:
+        zygote = self._zygote
+        assert zygote is not None
+        self._last_number += 1
+        worker = WorkerConnection(self._last_number, on_lost=self._on_worker_lost)
+        hung = EnvironmentLostError(f"no process for an environment started within {_FORK_TIMEOUT_S:g} s")
+        own, theirs = socket.socketpair()
+        try:
+            with theirs:
+                await self._loop.create_unix_connection(lambda: worker, sock=own)
+                self._workers[worker.number] = worker
+                zygote.fork(worker.number, theirs)
+            await worker.call(None, timeout_s=_FORK_TIMEOUT_S, timed_out=hung)
+        except BaseException:  # most likely the caller was cancelled
+            if worker.lost is hung and self._zygote is zygote:
+                log.error("the process that starts environments hangs and is replaced")
+                zygote.kill_at_once()
+            own.close()
+            self._retire(worker)
+            raise
+        return worker
+
+    def _on_worker_ended(self, number: int, reason: str) -> None:
+        if (worker := self._workers.get(number)) is not None:
+            worker.lose(EpisodeError(f"the environment's process died ({reason})"))
+
+    def _on_worker_lost(self, worker: WorkerConnection) -> None:
+        if self._workers.pop(worker.number, None) is None:
+            return  # it was retired
+        self.num_restarts += 1
+        log.warning("an environment's process is lost: %s", worker.lost)
+        if self._zygote is not None:
+            self._zygote.kill(worker.number)
+
+    async def _keep_zygote(self, started: asyncio.Future[None]) -> None:
+        """Keeps a zygote running. `started`: gets the outcome of the first start."""
+        while True:
+            zygote = ZygoteProcess(self._setup, on_worker_ended=self._on_worker_ended)
+            try:
+                async with asyncio.timeout(_START_TIMEOUT_S):
+                    await zygote.ready
+                self._zygote = zygote
+                self._is_ready.set()
+                if not started.done():
+                    started.set_result(None)
+                await zygote.lost
+                log.error("the process that starts environments died; another is started")
+                self.num_restarts += 1
+            except (ConfigError, EnvironmentLostError, TimeoutError) as error:
+                problem = str(error) or f"its import took longer than {_START_TIMEOUT_S:g} s"
+                if not started.done():
+                    started.set_exception(ConfigError(f"the task's environments cannot start: {problem}"))
+                    return
+                log.error("environments cannot start: %s", problem)
+            finally:
+                self._zygote = None
+                self._is_ready.clear()
+                zygote.close()
+                self._lose_workers()
+            await asyncio.sleep(_RESTART_DELAY_S)
+
+    def _lose_workers(self) -> None:
+        workers, self._workers = self._workers, {}
+        self._idle.clear()
+        for worker in workers.values():
+            worker.lose(EnvironmentLostError("the process that starts environments was lost"))
+
+
+class EnvironmentSession:
+    """One environment, for one sample: `reset`, then `step` for each turn, and `close` in any case."""
+
+    def __init__(self, pool: EnvironmentPool, worker: WorkerConnection, *, start: list[Any]) -> None:
+        self._pool = pool
+        self._worker: WorkerConnection | None = worker
+        self._start = start
+
+    async def reset(self) -> tuple[list[Message], list[dict[str, Any]]]:
+        """The messages before the first turn, and the tools. Raises EpisodeError."""
+        return checked_start(await self._call("reset", *self._start))
+
+    async def step(self, reply: Reply) -> Step:
+        """The environment's answer to one turn. Raises EpisodeError."""
+        return checked_step(await self._call("step", reply_fields(reply)))
+
+    def close(self) -> None:
+        """Closes the environment in the background, also while a call is in progress."""
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            self._pool.release(worker)
+
+    async def _call(self, *request: Any) -> Any:
+        assert self._worker is not None
+        pool, loop = self._pool, asyncio.get_running_loop()
+        limit = f"episode.step_timeout_s={pool.step_timeout_s:g}"
+        hung = EpisodeError(f"{request[0]}() of the environment took longer than {limit}")
+        started_s = loop.time()
+        try:
+            return await self._worker.call(list(request), timeout_s=pool.step_timeout_s, timed_out=hung)
+        finally:
+            pool.seconds_total += loop.time() - started_s
+            pool.num_calls += 1

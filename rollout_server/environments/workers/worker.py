@@ -1,0 +1,189 @@
+"""The process in which environments run: forked by zygote.py, it serves one environment after the other.
+
+    server -> worker   null | ["reset", split, index, seed] | ["step", reply] | ["close"]
+    worker -> server   [value, seconds, error]                        one frame for each request, in order
+
+    IDLE -> reset -> OPEN -> step -> OPEN ... -> close -> IDLE, or ENDED if the environment has left something
+
+The first frame, null, is answered as soon as the process runs. The example is rebuilt here from (split,
+index), so a task's answers need not be serialized. The environment runs in this process's event loop, so its
+own asyncio tasks go on between the calls; calls that block only delay this environment. The process is used
+again because a fork of a large process costs more than most episodes; it ends instead if the environment has
+left a child process, or more than half of the memory that one may have.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import numbers
+import os
+import random
+import resource
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import msgpack
+
+from areal_like.errors import EpisodeError
+from areal_like.runtime.process import adopt_orphans
+from rollout_server.environments.base import Environment, Message, Reply, Step
+from rollout_server.environments.workers.exchange import MAX_ANSWER_BYTES, reply_of
+from rollout_server.frames import HEADER, pack
+from rollout_server.tasks.base import Example, Split, Task
+
+_PAGE_BYTES = resource.getpagesize()
+
+
+def serve(task: Task, connection: socket.socket, *, memory_mb: int) -> None:
+    """Serves until the server closes the socket, or an environment has left something behind."""
+    adopt_orphans()
+    base_bytes = _address_space()
+    limit_bytes = base_bytes + (memory_mb << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, limit_bytes))
+    worker = _Worker(task, memory_mb=memory_mb, retire_at_bytes=base_bytes + (memory_mb << 19))
+    asyncio.run(worker.run(connection))
+
+
+class _Worker:
+    """Answers the requests of one socket."""
+
+    def __init__(self, task: Task, *, memory_mb: int, retire_at_bytes: int) -> None:
+        self._task = task
+        self._example: Callable[[Split, int], Example] = lru_cache(maxsize=64)(task.example)
+        self._memory_mb = memory_mb
+        self._retire_at_bytes = retire_at_bytes
+        self._environment: Environment | None = None
+        self._is_out_of_memory = False
+
+    async def run(self, connection: socket.socket) -> None:
+        """Returns at the end of the stream, or after a `close` that it has answered with false."""
+        reader, writer = await asyncio.open_unix_connection(sock=connection)
+        while True:
+            try:
+                (size,) = HEADER.unpack(await reader.readexactly(HEADER.size))
+                request = msgpack.unpackb(await reader.readexactly(size))
+            except (asyncio.IncompleteReadError, ConnectionError):
+                return
+            started_s = time.perf_counter()
+            value, error = await self._answer(request)
+            frame = self._packed(value, time.perf_counter() - started_s, error)
+            writer.write(frame)
+            await writer.drain()
+            if request == ["close"] and value is False:
+                return
+
+    async def _answer(self, request: list[Any] | None) -> tuple[Any, str]:
+        """The value of a call, and why it has none."""
+        if request is None:
+            return None, ""
+        call, *arguments = request
+        try:
+            match call:
+                case "reset":
+                    return await self._reset(*arguments), ""
+                case "step":
+                    return await self._step(reply_of(*arguments)), ""
+                case _:
+                    return await self._close(), ""
+        # An environment's code may raise anything, also SystemExit; only its own sample fails.
+        except BaseException as raised:
+            self._is_out_of_memory |= isinstance(raised, MemoryError)
+            return False if call == "close" else None, self._described(call, raised)
+
+    async def _reset(self, split: Split, index: int, seed: int) -> tuple[list[Message], list[Any]]:
+        # A fork copies the generators' states: without this, environments in different processes would draw
+        # the same numbers.
+        random.seed(seed)
+        if (numpy := sys.modules.get("numpy")) is not None:
+            numpy.random.seed(seed % (1 << 32))
+        example = self._example(split, index)
+        environment = self._task.environment(example)
+        if environment is None:
+            if not self._task.has_reward:
+                raise EpisodeError("environment() returned None for an example of a task without reward()")
+            environment = _OneAnswer(example)
+        if not isinstance(environment, Environment):
+            raise EpisodeError(f"environment() returned {type(environment).__name__}: return an Environment")
+        environment.seed = seed
+        self._environment = environment
+        return list(await environment.reset()), list(environment.tools)
+
+    async def _step(self, reply: Reply) -> tuple[list[Message], float, bool, dict[str, float]]:
+        assert self._environment is not None
+        step = await self._environment.step(reply)
+        if not isinstance(step, Step):
+            raise EpisodeError(f"step() returned {type(step).__name__}: return a Step")
+        metrics = {str(name): _number(value, name=name) for name, value in step.metrics.items()}
+        return list(step.messages), _number(step.reward, name="reward"), bool(step.done), metrics
+
+    async def _close(self) -> bool:
+        """Closes the environment; False if this process should not serve another one."""
+        environment, self._environment = self._environment, None
+        if environment is not None:
+            await environment.close()
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        return not (self._is_out_of_memory or _has_children() or _address_space() > self._retire_at_bytes)
+
+    def _described(self, call: str, raised: BaseException) -> str:
+        """The message of an exception, and the place of the task's code where it was raised."""
+        message = traceback.format_exception_only(raised)[-1].strip()
+        if isinstance(raised, EpisodeError):
+            return str(raised)
+        if isinstance(raised, MemoryError):
+            message += f" (episode.memory_mb={self._memory_mb})"
+        frames = traceback.extract_tb(raised.__traceback__)
+        where = f" ({frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
+        return f"{call}() raised {message}{where}"
+
+    @staticmethod
+    def _packed(value: Any, seconds: float, error: str) -> bytes:
+        try:
+            frame = pack([value, seconds, error])
+        except (TypeError, ValueError, OverflowError, RecursionError) as unpackable:
+            return pack([None, seconds, f"messages, tools and metrics must be JSON values: {unpackable}"])
+        if len(frame) <= MAX_ANSWER_BYTES:
+            return frame
+        return pack([None, seconds, f"an answer of {len(frame)} bytes: the limit is {MAX_ANSWER_BYTES}"])
+
+
+class _OneAnswer(Environment):
+    """An example without an environment, in a task that has some."""
+
+    def __init__(self, example: Example) -> None:
+        self._prompt = example.prompt
+
+    async def reset(self) -> list[Message]:
+        return [{"role": "user", "content": self._prompt}] if isinstance(self._prompt, str) else self._prompt
+
+    async def step(self, reply: Reply) -> Step:
+        return Step(done=True)
+
+
+def _number(value: Any, *, name: str) -> float:
+    if callable(item := getattr(value, "item", None)):
+        value = item()  # numpy and torch scalars
+    if not isinstance(value, numbers.Real):
+        raise EpisodeError(f"step() returned {name}={value!r:.100}: return a number")
+    return float(value)
+
+
+def _address_space() -> int:
+    """Bytes of this process's address space, as RLIMIT_AS counts them."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * _PAGE_BYTES
+
+
+def _has_children() -> bool:
+    """True if a child process lives; those that have ended are waited for."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        return False
+    return True

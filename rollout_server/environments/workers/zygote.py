@@ -1,0 +1,182 @@
+"""The process that starts environments: `python -m rollout_server.environments.workers.zygote`.
+
+It imports the task once and forks a worker whenever the server asks for one, which takes milliseconds and
+shares the memory of the imports. It never runs an environment itself, has one thread, and answers on the
+SOCK_SEQPACKET socket that is its stdin; each packet is one msgpack message.
+
+    server -> zygote   {"task": {...}, "seed": n, "memory_mb": n}     first: the task to import
+    zygote -> server   null | "error message"                         null if the task was imported
+    server -> zygote   ["fork", worker]                               with the worker's socket (SCM_RIGHTS)
+    server -> zygote   ["kill", worker]
+    zygote -> server   ["ended", worker, "signal 9" | "exit code 1"]
+
+Only the zygote can signal a worker without a race: a process id is free for others once its parent has waited
+for it. It also reports a worker's end, because a process that the environment has forked may keep the
+worker's socket open. When a worker has ended, the rest of its session and every process that it has left
+behind is killed. The zygote ends with the server, and the workers end with the zygote (PDEATHSIG).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import msgpack
+
+from areal_like.errors import ConfigError
+from areal_like.runtime.process import adopt_orphans, die_with_parent, exit_at_once
+from rollout_server.environments.workers.worker import serve
+from rollout_server.frames import claim_standard_streams
+from rollout_server.tasks.base import Task, make_task
+
+log = logging.getLogger(__name__)
+
+MAX_PACKET_BYTES = 1 << 16
+_SIGNALS_TO_IGNORE = (signal.SIGINT, signal.SIGTERM)
+"""They reach the whole process group, but only the server ends its processes."""
+
+
+def main() -> None:
+    """Serves until the server closes the socket."""
+    die_with_parent(signum=signal.SIGKILL)
+    for number in _SIGNALS_TO_IGNORE:
+        signal.signal(number, signal.SIG_IGN)
+    control_fd, duplicate_fd = claim_standard_streams()
+    os.close(duplicate_fd)
+    control = socket.socket(fileno=control_fd)
+    setup = msgpack.unpackb(control.recv(MAX_PACKET_BYTES))
+    try:
+        task = make_task(setup["task"], seed=setup["seed"])
+    except ConfigError as error:
+        control.send(msgpack.packb(str(error)[: MAX_PACKET_BYTES // 8]))
+        return
+    control.send(msgpack.packb(None))
+    if (num_threads := sum(1 for _ in Path("/proc/self/task").iterdir())) > 1:
+        log.warning(
+            "the task's import has started %d threads; an environment that needs them may hang",
+            num_threads - 1,
+        )
+    Zygote(task, control, memory_mb=setup["memory_mb"]).run()
+
+
+class Zygote:
+    """Forks, kills and reaps workers."""
+
+    def __init__(self, task: Task, control: socket.socket, *, memory_mb: int) -> None:
+        self._task = task
+        self._control = control
+        self._memory_mb = memory_mb
+        self._pid = os.getpid()
+        self._pids: dict[int, int] = {}
+        """Worker -> pid, of those that are not reaped."""
+
+    def run(self) -> None:
+        """Returns when the server has closed the socket."""
+        # Objects of the imports are never collected: a collection would write to their pages, and the workers
+        # could no longer share them.
+        gc.collect()
+        gc.freeze()
+        adopt_orphans()
+        self._wakeup, wakeup = socket.socketpair()
+        for end in (self._wakeup, wakeup):
+            end.setblocking(False)
+        signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        ready = select.poll()
+        for descriptor in (self._control, self._wakeup):
+            ready.register(descriptor, select.POLLIN)
+        while True:
+            events = {descriptor for descriptor, _ in ready.poll()}
+            if self._wakeup.fileno() in events:
+                with contextlib.suppress(BlockingIOError):
+                    self._wakeup.recv(4096)
+                self._reap()
+            if self._control.fileno() in events and not self._obey():
+                return
+
+    def _obey(self) -> bool:
+        """Does what one packet says; False at the end of the socket."""
+        packet, descriptors, _, _ = socket.recv_fds(self._control, MAX_PACKET_BYTES, 1)
+        if not packet:
+            return False
+        order, worker = msgpack.unpackb(packet)
+        if order == "fork":
+            self._fork(worker, descriptors[0])
+        elif worker in self._pids:
+            os.kill(self._pids[worker], signal.SIGKILL)
+        return True
+
+    def _fork(self, worker: int, descriptor: int) -> None:
+        try:
+            pid = os.fork()
+        except OSError as error:
+            os.close(descriptor)
+            self._report(worker, f"it could not be started: {error}")
+            return
+        if pid == 0:
+            self._become_worker(descriptor)
+        os.close(descriptor)
+        self._pids[worker] = pid
+
+    def _become_worker(self, descriptor: int) -> None:
+        """Runs in the worker, and does not return."""
+        code = 1
+        try:
+            die_with_parent(signum=signal.SIGKILL)
+            if os.getppid() != self._pid:
+                return
+            signal.set_wakeup_fd(-1)
+            for number in (signal.SIGCHLD, *_SIGNALS_TO_IGNORE):
+                signal.signal(number, signal.SIG_DFL)
+            os.setsid()
+            self._control.close()
+            self._wakeup.close()
+            connection = socket.socket(fileno=descriptor)
+            connection.set_inheritable(False)
+            serve(self._task, connection, memory_mb=self._memory_mb)
+            code = 0
+        except BaseException:  # of any kind: it must not reach the zygote's loop
+            traceback.print_exc()
+        finally:
+            exit_at_once(code)
+
+    def _reap(self) -> None:
+        workers = {pid: worker for worker, pid in self._pids.items()}
+        with contextlib.suppress(ChildProcessError):
+            # A process that is not waited for keeps its id, also as that of its group.
+            while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                worker = workers.get(ended.si_pid)
+                if worker is not None:
+                    with contextlib.suppress(ProcessLookupError, PermissionError):
+                        os.killpg(ended.si_pid, signal.SIGKILL)
+                _, status = os.waitpid(ended.si_pid, 0)
+                if worker is not None:
+                    del self._pids[worker]
+                    code = os.waitstatus_to_exitcode(status)
+                    self._report(worker, f"signal {-code}" if code < 0 else f"exit code {code}")
+        self._kill_orphans()
+
+    def _kill_orphans(self) -> None:
+        """Kills what ended workers have left behind: it has become a child of this process."""
+        children = Path(f"/proc/self/task/{self._pid}/children")
+        with contextlib.suppress(OSError):
+            for pid in set(map(int, children.read_text().split())).difference(self._pids.values()):
+                os.kill(pid, signal.SIGKILL)
+
+    def _report(self, worker: int, reason: str) -> None:
+        message: Any = ["ended", worker, reason]
+        self._control.send(msgpack.packb(message))
+
+
+if __name__ == "__main__":
+    main()
+    sys.exit(0)

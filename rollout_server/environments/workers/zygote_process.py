@@ -1,0 +1,105 @@
+"""The server's end of the zygote (zygote.py): starts it, sends it orders, and notices its end.
+
+STARTING -> ready: READY -> lost: LOST
+     `-> ready raises ConfigError (the task cannot be imported) or EnvironmentLostError
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgpack
+
+from areal_like.errors import ConfigError, EnvironmentLostError
+from rollout_server.environments.workers.zygote import MAX_PACKET_BYTES
+
+_ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+"""Libraries that start threads when they are imported: threads do not survive a fork."""
+
+
+class ZygoteProcess:
+    """One zygote. Create it in a running loop; `close` kills it, and its workers end with it."""
+
+    def __init__(self, setup: Mapping[str, Any], *, on_worker_ended: Callable[[int, str], None]) -> None:
+        """`setup`: its first message. `on_worker_ended`: called with a worker and how its process ended."""
+        self._loop = asyncio.get_running_loop()
+        self._on_worker_ended = on_worker_ended
+        self.ready: asyncio.Future[None] = self._loop.create_future()
+        self.lost: asyncio.Future[None] = self._loop.create_future()
+        """Done when its socket is closed."""
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "rollout_server.environments.workers.zygote"],
+                stdin=theirs.fileno(),
+                env=os.environ | {name: os.environ.get(name, "1") for name in _ONE_THREAD},
+            )
+        self._control.setblocking(False)
+        self._loop.add_reader(self._control.fileno(), self._on_readable)
+        self._control.send(msgpack.packb(dict(setup)))
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    def fork(self, worker: int, theirs: socket.socket) -> None:
+        """Orders a worker that serves the socket `theirs`. Raises EnvironmentLostError."""
+        try:
+            socket.send_fds(self._control, [msgpack.packb(["fork", worker])], [theirs.fileno()])
+        except OSError as error:
+            raise EnvironmentLostError(f"the process that starts environments is gone: {error}") from None
+
+    def kill(self, worker: int) -> None:
+        """Orders the end of a worker."""
+        try:
+            self._control.send(msgpack.packb(["kill", worker]))
+        except OSError:
+            self._end()  # it is gone or takes no orders; its workers end with it
+
+    def kill_at_once(self) -> None:
+        """Kills the process; `lost` follows."""
+        self._process.kill()
+
+    def close(self) -> None:
+        """Kills the process and waits for its end."""
+        self._end()
+        self._process.kill()
+        self._process.wait()  # returns at once: a process cannot ignore SIGKILL
+
+    def _on_readable(self) -> None:
+        try:
+            packet = self._control.recv(MAX_PACKET_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            packet = b""
+        if not packet:
+            self._end()
+            return
+        message = msgpack.unpackb(packet)
+        if self.ready.done():
+            _, worker, reason = message
+            self._on_worker_ended(worker, reason)
+        elif message is None:
+            self.ready.set_result(None)
+        else:
+            self.ready.set_exception(ConfigError(str(message)))
+
+    def _end(self) -> None:
+        if self.lost.done():
+            return
+        self.lost.set_result(None)
+        self._loop.remove_reader(self._control.fileno())
+        self._control.close()
+        if not self.ready.done():
+            self.ready.set_exception(
+                EnvironmentLostError("the process that starts environments ended at its start; see the log")
+            )
+            self.ready.exception()  # nobody may wait for it

@@ -1,0 +1,115 @@
+"""Begins the attempts to make the samples of leases: sampling parameters, seeds, limits, kind of episode."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+from areal_like.config import Config
+from areal_like.errors import EngineError
+from areal_like.wire.messages.producer import Lease, Purpose
+from rollout_server.buffer_client.held_leases import Place
+from rollout_server.episodes.attempts.base import Attempt, SampleRequest
+from rollout_server.episodes.attempts.environment_attempt import EnvironmentAttempt
+from rollout_server.episodes.attempts.environments import Environments
+from rollout_server.episodes.attempts.single_turn import SingleTurnAttempt
+from rollout_server.episodes.base import Episode, PolicyClient, Tokenizer
+from rollout_server.episodes.prompt_leader import PromptLeader
+from rollout_server.episodes.prompt_loader import SPLITS, Prompt
+from rollout_server.inference.client import EngineClient
+from rollout_server.inference.generation_gate import GenerationGate
+from rollout_server.inference.types import Sampling
+from rollout_server.rewards.pool import RewardPool
+from rollout_server.tasks.base import Task
+
+_MAX_SEED = 1 << 31
+
+
+class AttemptMaker:
+    """Makes an attempt for each sample."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        task: Task,
+        tokenizer: Tokenizer,
+        stop_token_ids: tuple[int, ...],
+        episode: Episode,
+        environments: Environments | None,
+        rewards: RewardPool,
+        gate: GenerationGate,
+        on_move: Callable[[int, int, Place], None],
+    ) -> None:
+        """`environments`: for a task that has some; else each sample is an `episode`. `on_move`: see
+        LeaseRunner."""
+        self._tokenizer = tokenizer
+        self._episode = episode
+        self._environments = environments
+        self._rewards = rewards
+        self._has_reward = task.has_reward
+        self._gate = gate
+        self._on_move = on_move
+        self._sampling = Sampling(
+            max_new_tokens=config.sampling.max_new_tokens,
+            temperature=config.sampling.temperature,
+            stop_token_ids=stop_token_ids,
+            stop=config.sampling.stop,
+            keeps_prefix=environments is not None,
+        )
+        self._sample_timeout_s = config.rollout.sample_timeout_s or math.inf
+        self._max_turns = config.episode.max_turns
+
+    def begin(
+        self,
+        engine: EngineClient | None,
+        lease: Lease,
+        sample_index: int,
+        *,
+        prompt: Prompt | None,
+        leader: PromptLeader,
+    ) -> Attempt:
+        """`prompt`: None if the environment gives it. Raises EngineError if there is no engine."""
+        if engine is None:
+            raise EngineError("there is no engine")
+        is_greedy = lease.purpose is Purpose.EVAL or sample_index in lease.greedy_indices
+        seed = (lease.seed + sample_index) % _MAX_SEED
+        sampling = replace(
+            self._sampling,
+            temperature=0.0 if is_greedy else self._sampling.temperature,
+            sampling_seed=None if is_greedy else seed,
+        )
+        policy = PolicyClient(
+            engine.episode(on_first_token=leader.prompt_computed),
+            sampling=sampling,
+            rid=f"{lease.lease_id}.{sample_index}",
+            gate=self._gate,
+            timeout_s=self._sample_timeout_s,
+        )
+        request = SampleRequest(
+            split=SPLITS[lease.purpose],
+            index=lease.prompt_index,
+            seed=seed,
+            is_greedy=is_greedy,
+            policy=policy,
+            on_move=partial(self._on_move, lease.lease_id, sample_index),
+        )
+        if prompt is not None:
+            return SingleTurnAttempt(
+                request,
+                prompt=prompt,
+                leader=leader,
+                episode=self._episode,
+                tokenizer=self._tokenizer,
+                rewards=self._rewards,
+            )
+        assert self._environments is not None
+        return EnvironmentAttempt(
+            request,
+            environments=self._environments.pool,
+            conversation=self._environments.begin_conversation(policy),
+            rewards=self._rewards if self._has_reward else None,
+            max_turns=self._max_turns,
+        )

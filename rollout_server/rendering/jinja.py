@@ -1,0 +1,191 @@
+"""Renders with the tokenizer's chat template, for models without a renderer of their own.
+
+A template renders whole conversations, so `bridge` finds what follows a sampled turn by comparing two texts:
+the conversation up to the turn, and the conversation with the new messages. If the first is the beginning of
+the second, the template only appends here. Then the text after the turn's end-of-turn token is tokenized and
+follows the sampled tokens. Otherwise the template changes what came before (it strips earlier reasoning,
+...), and the conversation has to begin a new segment.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, ClassVar
+
+from areal_like.errors import ConfigError, EpisodeError
+from rollout_server.environments.base import Message
+from rollout_server.rendering.base import ChatRenderer, ParsedReply, ToolSchema
+from rollout_server.rendering.replies import Markers, parse_json_call, split_reply
+
+_PROBE_TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "probe",
+        "description": "A tool.",
+        "parameters": {
+            "type": "object",
+            "properties": {"value": {"type": "integer", "description": "A number."}},
+            "required": ["value"],
+        },
+    },
+}
+_PROBE_REPLY = "ProbeReply"
+_MAX_ERROR_CHARS = 300
+_TOKENS_OF_A_MARKER = 16
+"""The marker that begins the reasoning, and the white space after it, has at most as many tokens."""
+
+
+class JinjaRenderer(ChatRenderer):
+    """Any model whose tokenizer has a chat template."""
+
+    markers: ClassVar[Markers] = Markers()
+    """Where reasoning and tool calls are in a reply."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not self.tokenizer.chat_template:
+            raise ConfigError(
+                "model.path: the tokenizer has no chat template, which conversations need: add "
+                "chat_template.jinja to the model's directory, or set model.renderer"
+            )
+        special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        special |= set(self.tokenizer.all_special_ids)
+        # Where the template ends a turn with another token than the one in the model's files (many base
+        # models), the policy would go on after the end of its turn.
+        closing_ids = self._encode(self._closing)[:1]
+        self.stop_token_ids = tuple(sorted({*self.stop_token_ids, *(i for i in closing_ids if i in special)}))
+        self._stop_texts = {i: self.decode([i]) for i in self.stop_token_ids}
+        self._ends_turns = any(text in self._closing for text in self._stop_texts.values())
+        marker_ids = {i for i in special if self.decode([i]) in self.markers.all}
+        self._hidden_ids = (special - marker_ids) | set(self.stop_token_ids)
+
+    def parse_call(self, body: str) -> tuple[str, str]:
+        """Name and arguments (a JSON object as text) of a tool call, from the text between its markers.
+
+        Override it for another format. For a malformed call, return the body as arguments and the name if
+        it can be read, else an empty name.
+        """
+        return parse_json_call(body)
+
+    @cached_property
+    def supports_tools(self) -> bool:
+        """True if the template renders the schemas of tools."""
+        messages: list[Message] = [{"role": "user", "content": "hello"}]
+        try:
+            return self._text(messages, (_PROBE_TOOL,)) != self._text(messages, ())
+        except EpisodeError:  # the first prompt will fail with the template's own message
+            return True
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[ToolSchema] = (),
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """See ChatRenderer."""
+        return self._encode(self._text(messages, tools, add_generation_prompt))
+
+    def bridge(
+        self,
+        prompt_ids: Sequence[int],
+        completion_ids: Sequence[int],
+        messages: Sequence[Message],
+        new_messages: Sequence[Message],
+        *,
+        tools: Sequence[ToolSchema] = (),
+    ) -> list[int] | None:
+        """See ChatRenderer."""
+        if not self._ends_turns or not completion_ids:
+            return None
+        history = self._text(messages[:-1], tools, False) if len(messages) > 1 else ""
+        until_turn = self._text(messages, tools, False)
+        whole = self._text([*messages, *new_messages], tools, True)
+        if not (until_turn.startswith(history) and whole.startswith(until_turn)):
+            return None
+        turn = until_turn[len(history) :]
+        reasoning = str(messages[-1].get("reasoning_content") or "").strip()
+        if reasoning not in turn:  # the template strips the reasoning from every turn
+            return None
+        end = max(turn.rfind(text) for text in self._stop_texts.values())
+        if end < 0:
+            return None
+        # A token may take the white space beside it, so the end-of-turn token is tokenized with what follows.
+        first, *rest = self._encode(turn[end:] + whole[len(until_turn) :])
+        if first not in self._stop_texts:
+            return None
+        return rest if completion_ids[-1] in self._stop_texts else [first, *rest]
+
+    def parse(
+        self, completion_ids: Sequence[int], *, prompt_ids: Sequence[int], tools: Sequence[ToolSchema] = ()
+    ) -> ParsedReply:
+        """See ChatRenderer."""
+        before = self.decode(list(prompt_ids)[-_TOKENS_OF_A_MARKER:]).rstrip()
+        return split_reply(
+            self.decode([i for i in completion_ids if i not in self._hidden_ids]),
+            markers=self.markers,
+            parse_call=self.parse_call,
+            starts_in_reasoning=before.endswith(self.markers.reasoning_begin),
+        )
+
+    @cached_property
+    def _closing(self) -> str:
+        """What the template writes after the text of a reply; empty if that cannot be found out."""
+        messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": _PROBE_REPLY}]
+        try:
+            return self._text(messages, (), False).partition(_PROBE_REPLY)[2]
+        except EpisodeError:
+            return ""
+
+    def _encode(self, text: str) -> list[int]:
+        # The template contains the special tokens: adding them again would double the BOS.
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _text(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[ToolSchema],
+        add_generation_prompt: bool = True,
+    ) -> str:
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    [with_parsed_arguments(message) for message in messages],
+                    tools=[dict(tool) for tool in tools] or None,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    **self.template_kwargs,
+                )
+            )
+        except Exception as error:  # a template may raise anything
+            raise EpisodeError(
+                f"the chat template cannot render these messages ({type(error).__name__}: "
+                f"{str(error)[:_MAX_ERROR_CHARS]})"
+            ) from error
+
+
+def with_parsed_arguments(message: Message) -> Message:
+    """The message as templates want it: arguments of tool calls as objects, not as text.
+
+    Calls whose arguments are no JSON object, which some templates cannot render, become text.
+    """
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
+    parsed, malformed = [], []
+    for call in calls:
+        function = call["function"]
+        try:
+            arguments = json.loads(function["arguments"])
+        except (ValueError, RecursionError):
+            arguments = None
+        if isinstance(arguments, dict):
+            parsed.append({**call, "function": {**function, "arguments": arguments}})
+        else:
+            malformed.append(f"{function['name']} {function['arguments']}".strip())
+    message = {key: value for key, value in message.items() if key != "tool_calls"}
+    if malformed:
+        message["content"] = "\n".join([text for text in [message["content"]] if text] + malformed)
+    return {**message, "tool_calls": parsed} if parsed else message

@@ -1,0 +1,269 @@
+"""Renderers of the package `renderers`, which are written for one family of models each.
+
+They know where a turn of their model ends and which reasoning it keeps, so their bridge needs no comparison
+of texts, and they parse the model's own format of tool calls. Whether one fits a tokenizer is found out by
+rendering: its token ids must be those of the tokenizer's chat template.
+
+Imported only where it is used, because the package needs a second to import.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from renderers import create_renderer
+from renderers.base import MODEL_RENDERER_MAP
+from renderers.configs import config_from_name
+
+from areal_like.errors import ConfigError, EpisodeError, first_line
+from rollout_server.environments.base import Message, ToolCall
+from rollout_server.rendering.base import ChatRenderer, ParsedReply, ToolSchema
+from rollout_server.rendering.jinja import JinjaRenderer, with_parsed_arguments
+
+log = logging.getLogger(__name__)
+
+_OF_MODEL_TYPE: Mapping[str, tuple[str, ...]] = {
+    "deepseek_v3": ("deepseek-v3", "deepseek-r1", "kimi-k2"),
+    "gemma4": ("gemma4",),
+    "gemma4_text": ("gemma4",),
+    "glm4_moe": ("glm-4.5", "glm-5"),
+    "glm_moe_dsa": ("glm-5", "glm-5.1", "glm-5.3"),
+    "gpt_oss": ("gpt-oss",),
+    "kimi_k2": ("kimi-k2",),
+    "llama": ("llama-3",),
+    "minimax_m2": ("minimax-m2",),
+    "nemotron_h": ("nemotron-3", "nemotron-3-ultra", "nemotron-3.5"),
+    "qwen3": ("qwen3", "prime-qwen3"),
+    "qwen3_5": ("qwen3.5", "qwen3.6", "qwen3.8"),
+    "qwen3_5_moe": ("qwen3.5", "qwen3.6", "qwen3.8"),
+    "qwen3_moe": ("qwen3",),
+}
+"""`model_type` of config.json -> renderers that may be the model's; the first that agrees with the chat
+template is used."""
+_EMPTY_REASONING = re.compile(r"<think>\s*</think>\s*")
+_TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "description": "Adds two numbers.",
+        "parameters": {
+            "type": "object",
+            "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}},
+            "required": ["a", "b"],
+        },
+    },
+}
+_USER: Message = {"role": "user", "content": "What is 3 + 4?"}
+_CALL: Message = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [
+        {
+            "id": "call00000",
+            "type": "function",
+            "function": {"name": "add", "arguments": '{"a": 3, "b": 4}'},
+        }
+    ],
+}
+_PROBES: tuple[tuple[list[Message], tuple[ToolSchema, ...]], ...] = (
+    ([_USER], ()),
+    ([{"role": "system", "content": "Be brief."}, _USER], (_TOOL,)),
+    ([_USER, {"role": "assistant", "content": "It is 7."}, {"role": "user", "content": "And + 1?"}], ()),
+    ([_USER, _CALL, {"role": "tool", "tool_call_id": "call00000", "name": "add", "content": "7"}], (_TOOL,)),
+)
+
+
+def find_renderer(tokenizer: Any, *, model: str, model_type: str, **options: Any) -> LibraryRenderer | None:
+    """The renderer for a model that agrees with its chat template, or None. `options`: of ChatRenderer."""
+    by_name = [MODEL_RENDERER_MAP[model]] if model in MODEL_RENDERER_MAP else []
+    for name in dict.fromkeys([*by_name, *_OF_MODEL_TYPE.get(model_type, ())]):
+        try:
+            renderer = LibraryRenderer(tokenizer, name=name, **options)
+        # A renderer asserts that the tokenizer has its special tokens, and refuses unknown template_kwargs.
+        except (ValueError, AssertionError, KeyError, TypeError, AttributeError) as error:
+            log.debug("renderer %s: %s", name, first_line(error))
+            continue
+        differs = renderer.difference()
+        if not differs:
+            return renderer
+        log.debug("renderer %s: %s", name, differs)
+    return None
+
+
+def named_renderer(name: str, tokenizer: Any, **options: Any) -> LibraryRenderer:
+    """The renderer of this name. Raises ConfigError if it is unknown or disagrees with the chat template."""
+    if config_is_known(name) is False:
+        raise ConfigError(
+            f"model.renderer={name}: known are auto, jinja, "
+            f"{', '.join(sorted(set(MODEL_RENDERER_MAP.values())))}, and module.Class for your own"
+        )
+    try:
+        renderer = LibraryRenderer(tokenizer, name=name, **options)
+    except (ValueError, AssertionError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"model.renderer={name}: it cannot be used with this tokenizer and "
+            f"model.chat_template_kwargs ({first_line(error)})"
+        ) from error
+    if tokenizer.chat_template and (differs := renderer.difference()):
+        raise ConfigError(
+            f"model.renderer={name}: {differs}. Use another renderer, or jinja for the chat template"
+        )
+    return renderer
+
+
+def config_is_known(name: str) -> bool:
+    """True if the package has a renderer of this name, for one family of models."""
+    try:
+        return name not in ("auto", "default", "custom") and config_from_name(name) is not None
+    except ValueError:
+        return False
+
+
+class LibraryRenderer(ChatRenderer):
+    """A renderer of the package."""
+
+    def __init__(self, tokenizer: Any, *, name: str, **options: Any) -> None:
+        """`name`: in the package. Raises what the package raises if it does not fit the tokenizer."""
+        super().__init__(tokenizer, **options)
+        self.name = name
+        """Name of the renderer in the package."""
+        self._renderer: Any = create_renderer(
+            tokenizer, config_from_name(name), chat_template_kwargs=self.template_kwargs
+        )
+        own_ids = self._renderer.get_stop_token_ids()
+        self.stop_token_ids = tuple(sorted({*self.stop_token_ids, *own_ids}))
+        try:
+            self._supports_tools = self._ids([_USER], (_TOOL,)) != self._ids([_USER], ())
+        except EpisodeError:
+            self._supports_tools = False
+
+    @property
+    def supports_tools(self) -> bool:
+        """See ChatRenderer."""
+        return self._supports_tools
+
+    def difference(self) -> str:
+        """How its prompts differ from those of the tokenizer's chat template; empty if they do not.
+
+        Empty reasoning is left out of the comparison: with enable_thinking=false some templates strip it from
+        earlier turns, in which it was sampled, and the package keeps it there.
+        """
+        # A renderer has one date, and the template without one the present day.
+        date = getattr(self._renderer.config, "date_string", None)
+        kwargs = ({"date_string": date} if date else {}) | self.template_kwargs
+        template = JinjaRenderer(
+            self.tokenizer,
+            stop_token_ids=self.stop_token_ids,
+            vocab_size=self.vocab_size,
+            template_kwargs=kwargs,
+        )
+        for ours, theirs in self._probes(template):
+            texts = [_EMPTY_REASONING.sub("", self.decode(ids)) for ids in (ours, theirs)]
+            if ours != theirs and texts[0] != texts[1]:
+                return (
+                    f"it renders a conversation as {texts[0]!r}, and the tokenizer's chat template renders "
+                    f"it as {texts[1]!r}"
+                )
+        return ""
+
+    def _probes(self, template: JinjaRenderer) -> Iterator[tuple[list[int], list[int]]]:
+        for messages, tools in _PROBES:
+            if tools and not template.supports_tools:
+                continue
+            try:
+                theirs = template.render(messages, tools=tools)
+            except EpisodeError:  # no conversation for this template
+                continue
+            try:
+                yield self._ids(messages, tools), theirs
+            except EpisodeError:
+                yield [], theirs
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[ToolSchema] = (),
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """See ChatRenderer."""
+        return self._ids(messages, tools, add_generation_prompt)
+
+    def bridge(
+        self,
+        prompt_ids: Sequence[int],
+        completion_ids: Sequence[int],
+        messages: Sequence[Message],
+        new_messages: Sequence[Message],
+        *,
+        tools: Sequence[ToolSchema] = (),
+    ) -> list[int] | None:
+        """See ChatRenderer."""
+        before = [*prompt_ids, *completion_ids]
+        try:
+            extended = self._renderer.bridge_to_next_turn(
+                list(prompt_ids),
+                list(completion_ids),
+                [with_parsed_arguments(message) for message in new_messages],
+                tools=_copies(tools),
+            )
+        except Exception:  # what it cannot bridge, it may be able to render
+            log.debug("renderer %s: no bridge", self.name, exc_info=True)
+            return None
+        if extended is None or list(extended.token_ids[: len(before)]) != before:
+            return None
+        return list(extended.token_ids[len(before) :])
+
+    def parse(
+        self, completion_ids: Sequence[int], *, prompt_ids: Sequence[int], tools: Sequence[ToolSchema] = ()
+    ) -> ParsedReply:
+        """See ChatRenderer."""
+        try:
+            parsed = self._renderer.parse_response(
+                list(completion_ids), tools=_copies(tools), prompt_ids=list(prompt_ids)
+            )
+        except Exception:  # a policy may write anything
+            log.debug("renderer %s: a reply cannot be parsed", self.name, exc_info=True)
+            return ParsedReply(text=self.decode(completion_ids, skip_special_tokens=True))
+        return ParsedReply(
+            text=parsed.content or "",
+            reasoning=parsed.reasoning_content or "",
+            tool_calls=tuple(_tool_call(call) for call in parsed.tool_calls),
+        )
+
+    def _ids(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[ToolSchema],
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        try:
+            return list(
+                self._renderer.render_ids(
+                    [with_parsed_arguments(message) for message in messages],
+                    tools=_copies(tools),
+                    add_generation_prompt=add_generation_prompt,
+                )
+            )
+        except Exception as error:  # as a chat template, it may raise anything for messages it does not know
+            raise EpisodeError(
+                f"the renderer {self.name} cannot render these messages ({first_line(error)})"
+            ) from error
+
+
+def _copies(tools: Sequence[ToolSchema]) -> list[dict[str, Any]] | None:
+    return [dict(tool) for tool in tools] or None
+
+
+def _tool_call(call: Any) -> ToolCall:
+    """A call whose arguments are no JSON object has its raw text as arguments."""
+    name = call.name if isinstance(call.name, str) else ""
+    if name and isinstance(call.arguments, dict):
+        arguments = json.dumps(call.arguments, ensure_ascii=False)
+    else:
+        arguments = call.raw
+    return ToolCall(id=call.id or "", name=name, arguments=arguments)

@@ -1,0 +1,80 @@
+"""Splits the text of a reply into reasoning, text and tool calls.
+
+    [<think> reasoning </think>] text [<tool_call> body </tool_call> text]*
+
+The default body is that of Hermes and Qwen: `{"name": "add", "arguments": {"a": 1}}`. Nothing that a policy
+can write raises: a malformed call keeps its raw text, so that an environment can tell the policy what is
+wrong with it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rollout_server.environments.base import ToolCall
+from rollout_server.rendering.base import ParsedReply
+
+_NAME = re.compile(r'"name"\s*:\s*"([^"\\]*)"')
+
+
+@dataclass(frozen=True, kw_only=True)
+class Markers:
+    """The texts around the parts of a reply."""
+
+    reasoning_begin: str = "<think>"
+    reasoning_end: str = "</think>"
+    call_begin: str = "<tool_call>"
+    call_end: str = "</tool_call>"
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        """All four."""
+        return self.reasoning_begin, self.reasoning_end, self.call_begin, self.call_end
+
+
+def parse_json_call(body: str) -> tuple[str, str]:
+    """Name and arguments (JSON as text) of a call that is a JSON object with `name` and `arguments`.
+
+    The name of a body that is no such object is the one that can be read from it, or empty; its arguments
+    are the body.
+    """
+    try:
+        call = json.loads(body)
+        name, arguments = call["name"], call.get("arguments", {})
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        found = _NAME.search(body)
+        return found.group(1) if found else "", body
+    if not isinstance(name, str):
+        return "", body
+    return name, arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+def split_reply(
+    text: str,
+    *,
+    markers: Markers,
+    parse_call: Callable[[str], tuple[str, str]] = parse_json_call,
+    starts_in_reasoning: bool = False,
+) -> ParsedReply:
+    """The parts of a reply without its end-of-turn token.
+
+    `starts_in_reasoning`: the prompt ended with the marker that begins the reasoning. Reasoning that does not
+    end leaves no text; a call that does not end is malformed.
+    """
+    reasoning = ""
+    begin = text.lstrip()
+    if starts_in_reasoning or begin.startswith(markers.reasoning_begin):
+        inside = begin.removeprefix(markers.reasoning_begin)
+        reasoning, _, text = inside.partition(markers.reasoning_end)
+        reasoning, text = reasoning.strip("\n"), text.lstrip("\n")
+    text, *rest = text.split(markers.call_begin)
+    calls = []
+    for part in rest:
+        body, end, after = part.partition(markers.call_end)
+        name, arguments = parse_call(body.strip()) if end else ("", body)
+        calls.append(ToolCall(id="", name=name, arguments=arguments))
+        text += after
+    return ParsedReply(text=text.strip() if calls else text, reasoning=reasoning, tool_calls=tuple(calls))

@@ -1,0 +1,112 @@
+"""What a task's reward() returned, as a checked `Score`. Pure.
+
+A task may return a number, named parts whose sum is the reward, or a `Score`. Each mistake is a RewardError
+that says what was wrong and what to return: it fails one sample, and is what the user reads in the log.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from areal_like.errors import RewardError
+from rollout_server.tasks.base import Completion, Score
+
+MAX_NAMES = 1000
+"""Parts and metrics of one score together; the metadata of a record has room for about as many."""
+MAX_NAME_CHARS = 200
+_LARGEST = float(np.finfo(np.float32).max)
+"""The trainer computes with float32."""
+
+
+def as_score(returned: Any, completion: Completion) -> Score:
+    """The score; its `tokens` are float32[S]. Raises RewardError."""
+    if isinstance(returned, float):
+        return Score(value=_number(returned, of="reward()"))
+    if inspect.isawaitable(returned):
+        if inspect.iscoroutine(returned):
+            returned.close()  # else Python warns that it was never awaited
+        raise RewardError(
+            f"reward() returned a {type(returned).__name__}: declare it as `async def reward`, "
+            "or return the number itself"
+        )
+    if isinstance(returned, Score):
+        return _checked(returned, completion)
+    if isinstance(returned, Mapping):
+        parts = _numbers(returned, of="reward()")
+        if not parts:
+            raise RewardError("reward() returned an empty dict: name at least one part")
+        return Score(value=_number(math.fsum(parts.values()), of="the sum of the parts"), parts=parts)
+    return Score(value=_number(returned, of="reward()"))
+
+
+def _checked(score: Score, completion: Completion) -> Score:
+    parts = _numbers(score.parts, of="Score.parts")
+    metrics = _numbers(score.metrics, of="Score.metrics")
+    if len(parts) + len(metrics) > MAX_NAMES:
+        raise RewardError(
+            f"the Score has {len(parts)} parts and {len(metrics)} metrics: at most {MAX_NAMES} are accepted"
+        )
+    turns = _array(score.turns, of="Score.turns", num=len(completion.turn_lengths), of_what="turns")
+    tokens = _array(score.tokens, of="Score.tokens", num=len(completion.token_ids), of_what="sampled tokens")
+    return Score(
+        value=_number(score.value, of="Score.value"),
+        parts=parts,
+        metrics=metrics,
+        turns=tuple(turns.tolist()),
+        tokens=tokens,  # type: ignore[arg-type]  # an array is as good as a sequence
+    )
+
+
+def _number(value: Any, *, of: str) -> float:
+    if callable(item := getattr(value, "item", None)):
+        try:
+            value = item()  # numpy and torch scalars
+        except (RuntimeError, ValueError) as error:
+            raise RewardError(f"{of} must be one number, got {type(value).__name__}: {error}") from None
+    if not isinstance(value, numbers.Real):
+        raise RewardError(f"{of} must be a number, got {type(value).__name__}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not abs(number) <= _LARGEST:
+        raise RewardError(f"{of} must be a finite number (float32), got {number}")
+    return number
+
+
+def _numbers(named: Any, *, of: str) -> dict[str, float]:
+    if not isinstance(named, Mapping):
+        raise RewardError(f"{of} must be a dict of numbers, got {type(named).__name__}")
+    if len(named) > MAX_NAMES:
+        raise RewardError(f"{of} has {len(named)} names: at most {MAX_NAMES} are accepted")
+    if long := next((name for name in named if len(str(name)) > MAX_NAME_CHARS), None):
+        raise RewardError(
+            f"{of} has a name of {len(str(long))} characters: at most {MAX_NAME_CHARS} are accepted"
+        )
+    return {str(name): _number(value, of=f"{of}[{str(name)!r}]") for name, value in named.items()}
+
+
+def _array(values: Any, *, of: str, num: int, of_what: str) -> NDArray[np.float32]:
+    """The numbers as float32[num], or float32[0] if there are none."""
+    try:
+        with np.errstate(over="ignore"):
+            array = np.asarray(values, np.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RewardError(f"{of} must be a list of numbers: {error}") from None
+    if array.ndim != 1:
+        raise RewardError(f"{of} must be a list of numbers, got an array of shape {list(array.shape)}")
+    if len(array) not in (0, num):
+        raise RewardError(
+            f"{of} has {len(array)} numbers for {num} {of_what}: give one for each, or leave it empty"
+        )
+    if not np.isfinite(array).all():
+        first = int(np.flatnonzero(~np.isfinite(array))[0])
+        raise RewardError(f"{of} must be finite numbers (float32), but number {first} is {array[first]}")
+    return array

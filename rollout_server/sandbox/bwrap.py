@@ -1,0 +1,125 @@
+"""A sandbox of Linux namespaces, made by bubblewrap (`bwrap`).
+
+The program sees /usr, the interpreter's prefix and an empty /tmp, which is its home; no network, no other
+processes, no other file, and it runs as nobody. When bwrap is killed, the kernel kills all processes of the
+namespace. bwrap needs user namespaces, which some distributions and most containers do not allow: `check`
+says so. Older than 0.6, it has no `--size`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+from areal_like.errors import ConfigError
+from rollout_server.sandbox import supervisor
+from rollout_server.sandbox.base import Limits, ProgramResult
+from rollout_server.sandbox.probe import ACCEPT_RLIMITS, problem_of
+from rollout_server.sandbox.process import memory_file, run_bounded, supervisor_arguments
+
+_SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64")
+_PROGRAM = "/tmp/program.py"
+_ENVIRONMENT = {
+    "HOME": "/tmp",
+    "LANG": "C.UTF-8",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "PATH": "/usr/local/bin:/usr/bin:/bin",
+    "TMPDIR": "/tmp",
+}
+
+
+class BwrapSandbox:
+    """Runs programs by bwrap."""
+
+    def run(
+        self, program: str | Sequence[str], *, stdin: str = "", limits: Limits | None = None
+    ) -> ProgramResult:
+        """As `Sandbox.run`. Raises ConfigError if bwrap is not installed."""
+        executable = shutil.which("bwrap")
+        if executable is None:
+            raise ConfigError(
+                f"rewards.sandbox=bwrap: bwrap is not installed; install bubblewrap, or {ACCEPT_RLIMITS}"
+            )
+        limits = limits or Limits()
+        is_source = isinstance(program, str)
+        with memory_file(program if isinstance(program, str) else "") as source:
+            options = [*_namespace(limits)]
+            if is_source:
+                options += ["--ro-bind-data", str(source.fileno()), _PROGRAM]
+            command = [sys.executable, "-I", "-B", "-u", _PROGRAM] if is_source else program
+            return run_bounded(
+                [
+                    executable,
+                    *options,
+                    "--remount-ro",
+                    "/",
+                    "--",
+                    *(sys.executable, "-I", "-S", "-c", _supervisor_text()),
+                    supervisor_arguments(limits, is_namespace=True),
+                    *command,
+                ],
+                environment=_ENVIRONMENT,
+                directory="/",
+                stdin=stdin,
+                limits=limits,
+                end_signal=signal.SIGKILL,
+                pass_fds=[source.fileno()],
+            )
+
+    def check(self) -> None:
+        """As `Sandbox.check`."""
+        problem = problem_of(self)
+        if problem:
+            raise ConfigError(
+                f"rewards.sandbox=bwrap: bwrap does not work on this machine ({problem}). It needs user "
+                "namespaces, which containers and some distributions do not allow: allow them (in a "
+                "container, for example by --security-opt seccomp=unconfined; on Ubuntu see "
+                f"kernel.apparmor_restrict_unprivileged_userns), or {ACCEPT_RLIMITS}"
+            )
+
+
+def _namespace(limits: Limits) -> Iterator[str]:
+    """bwrap's options that build the file system, in the order in which it is mounted."""
+    size = str(limits.file_mb << 20)
+    # --unshare-all continues without a user namespace if there is none; --unshare-user does not.
+    yield from ("--unshare-all", "--unshare-user", "--die-with-parent", "--new-session")
+    yield from ("--uid", "65534", "--gid", "65534", "--cap-drop", "ALL", "--hostname", "sandbox")
+    yield from ("--proc", "/proc", "--dev", "/dev", "--size", size, "--tmpfs", "/dev/shm")
+    yield from ("--remount-ro", "/dev", "--size", size, "--tmpfs", "/tmp", "--chdir", "/tmp")
+    yield from _system_files()
+
+
+@cache
+def _system_files() -> tuple[str, ...]:
+    """Options that show the system and the interpreter, but not the directory in which the job runs."""
+    options: list[str] = []
+    for path in _SYSTEM:
+        if Path(path).is_symlink():
+            options += ["--symlink", str(Path(path).readlink()), path]
+        elif Path(path).is_dir():
+            options += ["--ro-bind", path, path]
+    options += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
+    here = Path.cwd()
+    prefixes = [Path(prefix).absolute() for prefix in sorted({sys.base_prefix, sys.prefix})]
+    shown = [Path(path) for path in _SYSTEM]
+    for prefix in prefixes:
+        if prefix not in shown and not prefix.is_relative_to(here):
+            options += ["--ro-bind", str(prefix), str(prefix)]
+            shown.append(prefix)
+    if any(here != path and here.is_relative_to(path) for path in shown):
+        options += ["--tmpfs", str(here)]
+    for prefix in prefixes:
+        if prefix.is_relative_to(here):
+            options += ["--ro-bind", str(prefix), str(prefix)]
+    return tuple(options)
+
+
+@cache
+def _supervisor_text() -> str:
+    return Path(os.fspath(supervisor.__file__)).read_text()

@@ -1,0 +1,19 @@
+"""The sandbox that `rewards.sandbox` names."""
+
+from __future__ import annotations
+
+from areal_like.errors import ConfigError
+from rollout_server.sandbox.base import Sandbox
+from rollout_server.sandbox.bwrap import BwrapSandbox
+from rollout_server.sandbox.rlimits import RlimitsSandbox
+
+
+def make_sandbox(kind: str) -> Sandbox:
+    """`kind`: the value of `rewards.sandbox`. Raises ConfigError for an unknown one."""
+    match kind:
+        case "bwrap":
+            return BwrapSandbox()
+        case "rlimits":
+            return RlimitsSandbox()
+        case _:
+            raise ConfigError(f"rewards.sandbox={kind}: known are bwrap, rlimits")

@@ -1,0 +1,141 @@
+"""Runs a command for a sandbox: bounded output, a wall-clock limit, and no process left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import IO, BinaryIO
+
+from rollout_server.sandbox.base import Limits, ProgramResult
+
+_READ_BYTES = 1 << 16
+_MAX_DISCARDED_BYTES = 16 << 20
+"""A program that writes more than this beyond the kept output is killed: reading it costs CPU time."""
+_END_TIMEOUT_S = 7.0
+"""Time for the supervisor to end what the program left behind."""
+_REST_TIMEOUT_S = 1.0
+
+
+def memory_file(content: str) -> BinaryIO:
+    """An anonymous file with `content`, at its start."""
+    file = os.fdopen(os.memfd_create("areal-like"), "w+b")
+    file.write(content.encode(errors="replace"))
+    file.seek(0)
+    return file
+
+
+def supervisor_arguments(limits: Limits, *, is_namespace: bool) -> str:
+    """The first argument of supervisor.py. In a process namespace its parent cannot be seen."""
+    return json.dumps(vars(limits) | {"parent": 0 if is_namespace else os.getpid()})
+
+
+@dataclass
+class _Output:
+    limit: int
+    kept: bytearray = field(default_factory=bytearray)
+    num_bytes: int = 0
+
+    def add(self, data: bytes) -> None:
+        self.num_bytes += len(data)
+        self.kept += data[: self.limit - len(self.kept)]
+
+    @property
+    def text(self) -> str:
+        return self.kept.decode(errors="replace")
+
+
+def run_bounded(
+    command: Sequence[str],
+    *,
+    environment: Mapping[str, str],
+    directory: str,
+    stdin: str,
+    limits: Limits,
+    end_signal: signal.Signals,
+    pass_fds: Sequence[int] = (),
+) -> ProgramResult:
+    """Runs a supervised command until it ends or reaches a limit; then `end_signal` must end all of it."""
+    with memory_file(stdin) as input_file:
+        process = subprocess.Popen(
+            command,
+            stdin=input_file,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=dict(environment),
+            cwd=directory,
+            pass_fds=pass_fds,
+            start_new_session=True,
+        )
+    assert process.stdout is not None and process.stderr is not None
+    out, err = _Output(limits.output_bytes), _Output(limits.output_bytes)
+    streams: dict[IO[bytes], _Output] = {process.stdout: out, process.stderr: err}
+    try:
+        timed_out = not _read_until_end(process, streams, deadline=time.monotonic() + limits.timeout_s)
+        _end(process, end_signal)
+        _read_rest(streams)
+    finally:
+        _end(process, signal.SIGKILL)
+        for stream in streams:
+            stream.close()
+    code = process.returncode
+    return ProgramResult(
+        stdout=out.text,
+        stderr=err.text,
+        exit_code=128 - code if code < 0 else code,
+        timed_out=timed_out,
+        output_was_cut=any(output.num_bytes > output.limit for output in (out, err)),
+    )
+
+
+def _read_until_end(
+    process: subprocess.Popen[bytes], streams: Mapping[IO[bytes], _Output], *, deadline: float
+) -> bool:
+    """Reads until the program ends or has written too much. False if the deadline came first."""
+    most = sum(output.limit for output in streams.values()) + _MAX_DISCARDED_BYTES
+    if not _read(streams, deadline=deadline, most=most):
+        return time.monotonic() < deadline
+    try:  # a program may close its streams and continue
+        process.wait(max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def _read(streams: Mapping[IO[bytes], _Output], *, deadline: float, most: int) -> bool:
+    """Reads both streams. False if they did not end before the deadline or `most` bytes."""
+    with selectors.DefaultSelector() as selector:
+        for stream, output in streams.items():
+            selector.register(stream, selectors.EVENT_READ, output)
+        while selector.get_map():
+            left = deadline - time.monotonic()
+            if left <= 0 or sum(output.num_bytes for output in streams.values()) > most:
+                return False
+            for key, _ in selector.select(left):
+                data = os.read(key.fd, _READ_BYTES)
+                if data:
+                    key.data.add(data)
+                else:
+                    selector.unregister(key.fileobj)
+    return True
+
+
+def _end(process: subprocess.Popen[bytes], end_signal: signal.Signals) -> None:
+    if process.poll() is None:
+        process.send_signal(end_signal)
+        try:
+            process.wait(_END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _read_rest(streams: Mapping[IO[bytes], _Output]) -> None:
+    """Reads what is left until the streams end, but not for long: a process that escaped may hold them."""
+    most = sum(output.num_bytes for output in streams.values()) + _MAX_DISCARDED_BYTES
+    _read(streams, deadline=time.monotonic() + _REST_TIMEOUT_S, most=most)

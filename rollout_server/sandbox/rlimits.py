@@ -1,0 +1,66 @@
+"""A sandbox of limits alone, for machines without user namespaces. It is chosen by name, never by itself.
+
+The program runs in a session and a temporary directory of its own, with a scrubbed environment and the limits
+of supervisor.py, which also ends daemons that it leaves behind. What it cannot do: the program can read all
+files that the server can read, use the network, and signal processes of the same user, its supervisor
+included. A program that kills its supervisor and starts sessions faster than they are found may leave
+processes behind; they keep their limits of CPU time and memory. RLIMIT_FSIZE bounds one file, not their sum.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from areal_like.errors import ConfigError
+from rollout_server.sandbox import supervisor
+from rollout_server.sandbox.base import Limits, ProgramResult
+from rollout_server.sandbox.probe import problem_of
+from rollout_server.sandbox.process import run_bounded, supervisor_arguments
+
+
+class RlimitsSandbox:
+    """Runs programs as processes of the server's user."""
+
+    def run(
+        self, program: str | Sequence[str], *, stdin: str = "", limits: Limits | None = None
+    ) -> ProgramResult:
+        """As `Sandbox.run`."""
+        limits = limits or Limits()
+        directory = Path(tempfile.mkdtemp(prefix="areal-like-program-"))
+        try:
+            if isinstance(program, str):
+                path = directory / "program.py"
+                path.write_text(program, errors="replace")
+                program = [sys.executable, "-I", "-B", "-u", str(path)]
+            return run_bounded(
+                [
+                    *(sys.executable, "-I", "-S", supervisor.__file__),
+                    supervisor_arguments(limits, is_namespace=False),
+                    *program,
+                ],
+                environment={
+                    "HOME": str(directory),
+                    "LANG": "C.UTF-8",
+                    "OMP_NUM_THREADS": "1",
+                    "OPENBLAS_NUM_THREADS": "1",
+                    "PATH": "/usr/local/bin:/usr/bin:/bin",
+                    "TMPDIR": str(directory),
+                },
+                directory=str(directory),
+                stdin=stdin,
+                limits=limits,
+                end_signal=signal.SIGTERM,
+            )
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
+    def check(self) -> None:
+        """As `Sandbox.check`."""
+        problem = problem_of(self)
+        if problem:
+            raise ConfigError(f"rewards.sandbox=rlimits: cannot run {sys.executable} ({problem})")

@@ -1,0 +1,177 @@
+"""Starts one program with limits, watches it, and ends all processes that it leaves behind.
+
+    python -I -S supervisor.py '{"memory_mb": ..., ...}' COMMAND...
+
+Its exit code is the command's, or 128 + n after signal n.
+
+It runs between a sandbox and the program, and imports only the standard library, because inside bwrap this
+repository does not exist: it gets the text of this file by `python -c`. Limits of the kernel (rlimits) are
+set in the child before it becomes the program. RLIMIT_NPROC counts all processes of a user and is not
+enforced for root, so the processes are counted here, too, 20 times a second. As the subreaper this process
+inherits daemons, whose parents have ended, and finds them among its descendants.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import resource
+import signal
+import sys
+import time
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_WATCH_INTERVAL_S = 0.05
+_KILL_TIMEOUT_S = 5.0
+_EXTRA_TIME_S = 2.0
+"""The sandbox ends a program at its time limit. If the sandbox was killed, this process does so later."""
+_PAGE_BYTES = resource.getpagesize()
+_MIB = 1 << 20
+
+
+def main() -> None:
+    """Runs the command in sys.argv and exits with its exit code."""
+    limits, command = json.loads(sys.argv[1]), sys.argv[2:]
+    signals = {signal.SIGCHLD, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if limits["parent"] and os.getppid() != limits["parent"]:
+        sys.exit(128 + signal.SIGTERM)  # the parent ended before prctl
+    child = os.fork()
+    if child == 0:
+        _become(command, limits)
+    code, problem = _watch(child, limits, signals)
+    _kill_descendants(child)
+    if problem:
+        os.write(2, f"\n[killed: {problem}]\n".encode())
+    os._exit(code)
+
+
+def _become(command: list[str], limits: dict[str, float]) -> None:
+    try:
+        os.setsid()
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        set_limits(limits)
+        os.execvp(command[0], command)
+    except (OSError, ValueError) as error:
+        os.write(2, f"cannot start {command[0]}: {error}\n".encode())
+    os._exit(127)
+
+
+def set_limits(limits: dict[str, float]) -> None:
+    """Sets the limits of this process, and of those it starts. A lower limit that is already set stays."""
+    cpu_s = int(limits["timeout_s"]) + 1
+    wanted = {
+        resource.RLIMIT_CPU: cpu_s,
+        resource.RLIMIT_AS: int(limits["memory_mb"] * _MIB),
+        resource.RLIMIT_FSIZE: int(limits["file_mb"] * _MIB),
+        resource.RLIMIT_NOFILE: 256,
+        resource.RLIMIT_CORE: 0,
+    }
+    # Before Linux 5.14 the count had processes outside of the user namespace, which cannot be seen here.
+    release = tuple(int(part) for part in os.uname().release.split(".")[:2] if part.isdigit())
+    if release >= (5, 14) or limits["parent"]:
+        wanted[resource.RLIMIT_NPROC] = int(limits["max_processes"]) + _num_threads_of_user()
+    for kind, value in wanted.items():
+        _, hard = resource.getrlimit(kind)
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(kind, (value, value))
+
+
+def _watch(child: int, limits: dict[str, float], signals: set[signal.Signals]) -> tuple[int, str]:
+    """Waits for the child. Returns its exit code, and why it has to be killed ("" if it ended by itself)."""
+    deadline = time.monotonic() + limits["timeout_s"] + _EXTRA_TIME_S
+    while True:
+        received = signal.sigtimedwait(signals, _WATCH_INTERVAL_S)
+        code = _reap(child)
+        if code is not None:
+            return code, ""
+        is_asked = received is not None and received.si_signo == signal.SIGTERM
+        if is_asked or time.monotonic() > deadline:
+            return 128 + signal.SIGKILL, ""
+        running = descendants(os.getpid())
+        num_threads = sum(threads for threads, _ in running.values())
+        resident_mb = sum(resident for _, resident in running.values()) / _MIB
+        if num_threads > limits["max_processes"]:
+            return 128 + signal.SIGKILL, f"more than {limits['max_processes']} processes"
+        if resident_mb > 2 * limits["memory_mb"]:
+            return 128 + signal.SIGKILL, f"more than {2 * limits['memory_mb']} MiB in all processes"
+
+
+def _reap(child: int) -> int | None:
+    """Collects processes that have ended; the child's exit code if it is among them."""
+    code = None
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return code
+        if pid == 0:
+            return code
+        if pid == child:
+            ended = os.waitstatus_to_exitcode(status)
+            code = 128 - ended if ended < 0 else ended
+
+
+def _kill_descendants(child: int) -> None:
+    """Ends all processes below this one, also those in sessions of their own."""
+    deadline = time.monotonic() + _KILL_TIMEOUT_S
+    while True:
+        # The kernel signals a process group as a whole, which no fork escapes; others are found one by one.
+        for kill, pid in [(os.killpg, child), *((os.kill, pid) for pid in descendants(os.getpid()))]:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                kill(pid, signal.SIGKILL)
+        _reap(child)
+        if not descendants(os.getpid()) or time.monotonic() > deadline:
+            return
+        time.sleep(0.001)
+
+
+def descendants(root: int) -> dict[int, tuple[int, int]]:
+    """pid -> (threads, resident bytes) of all processes below `root`; ended ones are left out."""
+    children: dict[int, list[int]] = {}
+    use: dict[int, tuple[int, int]] = {}
+    for pid, fields in _processes():
+        children.setdefault(int(fields[1]), []).append(pid)
+        if fields[0] not in ("Z", "X"):
+            use[pid] = (int(fields[17]), int(fields[21]) * _PAGE_BYTES)
+    found: dict[int, tuple[int, int]] = {}
+    unseen = list(children.get(root, ()))
+    while unseen:
+        pid = unseen.pop()
+        unseen += children.get(pid, ())
+        if pid in use:
+            found[pid] = use[pid]
+    return found
+
+
+def _num_threads_of_user() -> int:
+    user, total = os.getuid(), 0
+    for pid, fields in _processes():
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if os.stat(f"/proc/{pid}").st_uid == user:  # noqa: PTH116, pathlib takes 10 ms to import
+                total += int(fields[17])
+    return total
+
+
+def _processes() -> list[tuple[int, list[str]]]:
+    """(pid, fields of its stat after the name: state, ppid, ...) of all processes that can be seen."""
+    found = []
+    for name in os.listdir("/proc"):  # noqa: PTH208
+        if name.isdigit():
+            try:
+                with open(f"/proc/{name}/stat", "rb") as file:  # noqa: PTH123
+                    text = file.read().decode(errors="replace")
+            except OSError:  # it has ended meanwhile
+                continue
+            found.append((int(name), text.rpartition(")")[2].split()))
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,275 @@
+"""Hostile programs, in both sandboxes: what they may not do, and that nothing is left of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from areal_like.errors import ConfigError
+from rollout_server.sandbox import BwrapSandbox, Limits, RlimitsSandbox, Sandbox, make_sandbox
+from rollout_server.sandbox import bwrap as module
+
+
+def problem_of_bwrap() -> str:
+    try:
+        BwrapSandbox().check()
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.fixture(params=["bwrap", "rlimits"])
+def sandbox(request: pytest.FixtureRequest) -> Sandbox:
+    if request.param == "bwrap" and (problem := problem_of_bwrap()):
+        pytest.skip(problem)
+    return make_sandbox(request.param)
+
+
+@pytest.fixture
+def bwrap() -> Sandbox:
+    if problem := problem_of_bwrap():
+        pytest.skip(problem)
+    return make_sandbox("bwrap")
+
+
+def processes_with(mark: str) -> list[str]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if mark in path.read_text():
+                found.append(path.read_text())
+        except OSError:
+            continue
+    return found
+
+
+def wait_until_gone(mark: str, *, within_s: float = 1.0) -> list[str]:
+    """Processes with `mark` in their command line that are left after at most `within_s`."""
+    deadline = time.monotonic() + within_s
+    while (left := processes_with(mark)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return left
+
+
+def test_a_program_and_its_output(sandbox: Sandbox) -> None:
+    result = sandbox.run("import sys; print(input()[::-1]); print('é', file=sys.stderr)", stdin="abc\n")
+    assert (result.stdout, result.stderr, result.exit_code) == ("cba\n", "é\n", 0)
+    assert result.succeeded and not result.timed_out and not result.output_was_cut
+
+
+def test_commands_and_exit_codes(sandbox: Sandbox) -> None:
+    assert sandbox.run(["sh", "-c", "echo $HOME; exit 3"]).exit_code == 3
+    assert sandbox.run(["sh", "-c", "kill -9 $$"]).exit_code == 137
+    missing = sandbox.run(["no-such-program"])
+    assert missing.exit_code == 127 and "no-such-program" in missing.stderr
+    failed = sandbox.run("raise LookupError('here')")
+    assert failed.exit_code == 1 and failed.stderr.endswith("LookupError: here\n")
+
+
+def test_environment_is_scrubbed(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    monkeypatch.setenv("LD_PRELOAD", "")
+    result = sandbox.run("import os; print(os.environ)")
+    assert result.succeeded and "secret" not in result.stdout and "LD_PRELOAD" not in result.stdout
+
+
+def test_sleep_past_the_limit(sandbox: Sandbox) -> None:
+    mark = uuid.uuid4().hex
+    started = time.monotonic()
+    program = f"import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1); '{mark}'"
+    command = [sys.executable, "-u", "-c", f"{program}; time.sleep(60)"]
+    result = sandbox.run(command, limits=Limits(timeout_s=0.3))
+    assert time.monotonic() - started < 2
+    assert result.timed_out and not result.succeeded
+    assert result.stdout == "1\n"  # what it wrote before
+    assert not wait_until_gone(mark)
+
+
+def test_daemons_are_killed(sandbox: Sandbox) -> None:
+    """A daemon that has left its group and session, and whose parents have ended, ends with its program."""
+    mark = uuid.uuid4().hex
+    daemon = (
+        f"'{mark}'; import os, signal, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN); signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "if os.fork() == 0:\n"
+        "    os.setsid()\n"
+        "    if os.fork() == 0:\n"
+        "        for fd in (0, 1, 2): os.close(fd)\n"
+        "        time.sleep(60)\n"
+        "    os._exit(0)\n"
+        "time.sleep(0.1)\n"
+        "print('started')\n"
+    )
+    started = time.monotonic()
+    result = sandbox.run([sys.executable, "-c", daemon], limits=Limits(timeout_s=10))
+    assert result.stdout == "started\n" and time.monotonic() - started < 3
+    assert not wait_until_gone(mark)
+
+
+def test_fork_bomb(sandbox: Sandbox) -> None:
+    mark = uuid.uuid4().hex
+    bomb = f"'{mark}'; import os, time\nwhile True:\n    try: os.fork()\n    except OSError: time.sleep(60)"
+    started = time.monotonic()
+    result = sandbox.run([sys.executable, "-I", "-S", "-c", bomb], limits=Limits(timeout_s=2))
+    assert not result.succeeded and time.monotonic() - started < 8
+    if os.geteuid() == 0:  # RLIMIT_NPROC does not bind root: they are counted
+        assert "more than 32 processes" in result.stderr
+    assert not wait_until_gone(mark)
+
+
+def test_memory_of_one_and_of_many_processes(sandbox: Sandbox) -> None:
+    limits = Limits(memory_mb=100)
+    one = sandbox.run("x = bytearray(200 << 20)", limits=limits)
+    assert one.exit_code == 1 and "MemoryError" in one.stderr
+    program = (
+        "import os, time\nfor _ in range(4): os.fork()\nx = os.urandom(50 << 20)\nprint(1)\ntime.sleep(5)"
+    )
+    many = sandbox.run(program, limits=limits)
+    assert many.exit_code == 137 and "more than 200 MiB" in many.stderr
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_endless_output_is_cut(sandbox: Sandbox, stream: str) -> None:
+    started = time.monotonic()
+    result = sandbox.run(
+        f"import sys\nwhile True: sys.{stream}.write('x' * 65536)", limits=Limits(output_bytes=1000)
+    )
+    assert time.monotonic() - started < 5
+    assert result.output_was_cut and not result.succeeded
+    assert getattr(result, stream)[:1000] == "x" * 1000
+
+
+def test_large_files(sandbox: Sandbox) -> None:
+    program = (
+        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "with open('file', 'wb') as f:\n"
+        "    for _ in range(1024): f.write(bytes(1 << 20))"
+    )
+    result = sandbox.run(program, limits=Limits(file_mb=4))
+    assert result.exit_code == 1 and "OSError" in result.stderr
+
+
+def test_cpu_time_is_limited(sandbox: Sandbox) -> None:
+    result = sandbox.run("while True: pass", limits=Limits(timeout_s=0.3))
+    assert result.timed_out
+
+
+def test_programs_with_odd_text(sandbox: Sandbox) -> None:
+    assert not sandbox.run("print('\x00')").succeeded  # a syntax error, and no exception here
+    assert not sandbox.run("\ud800").succeeded
+    assert sandbox.run("x = 1\n" * 100_000).succeeded  # longer than one argument of a command may be
+
+
+def test_bwrap_shows_no_files_of_the_job(bwrap: Sandbox, tmp_path: Path) -> None:
+    (tmp_path / "ledger").write_text("secret")
+    program = "import os, sys\n" + "\n".join(
+        f"try: print(os.listdir({path!r}) if os.path.isdir({path!r}) else open({path!r}).read())\n"
+        "except OSError as error: print(type(error).__name__)"
+        for path in (
+            str(tmp_path / "ledger"),
+            str(Path.cwd() / "pyproject.toml"),
+            "/etc/passwd",
+            "/root/.ssh",
+        )
+    )
+    result = bwrap.run(program)
+    assert result.stdout.split() == ["FileNotFoundError"] * 4, result
+
+
+def test_bwrap_hides_a_working_directory_that_it_shows(
+    bwrap: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that runs below the interpreter's prefix, as in images of Python with /usr/src/app."""
+    (tmp_path / "app").mkdir()
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "app" / "ledger").write_text("secret")
+    monkeypatch.chdir(tmp_path / "app")
+    monkeypatch.setattr(module, "_SYSTEM", (*module._SYSTEM, str(tmp_path)))
+    module._system_files.cache_clear()
+    try:
+        shown = [str(tmp_path), str(tmp_path / "app")]
+        result = bwrap.run(f"import json, os; print(json.dumps([sorted(os.listdir(p)) for p in {shown}]))")
+    finally:
+        module._system_files.cache_clear()
+    assert json.loads(result.stdout) == [["app", "lib"], []]
+
+
+def test_bwrap_has_no_network_and_no_other_processes(bwrap: Sandbox) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        result = bwrap.run(
+            "import os, socket\n"
+            "print([pid for pid in os.listdir('/proc') if pid.isdigit() and int(pid) > 9])\n"
+            f"socket.create_connection(('127.0.0.1', {server.getsockname()[1]}), timeout=2)"
+        )
+    assert result.stdout == "[]\n"
+    assert "ConnectionRefusedError" in result.stderr or "Network is unreachable" in result.stderr
+
+
+def test_bwrap_has_no_place_for_large_data(bwrap: Sandbox) -> None:
+    """Every directory that can be written is bounded: not one file, but all files together."""
+    program = (
+        "import json, os\n"
+        "def fill(path):\n"
+        "    total = 0\n"
+        "    try:\n"
+        "        for number in range(8):\n"
+        "            with open(f'{path}/{number}', 'wb') as file: total += file.write(bytes(1 << 20))\n"
+        "    except OSError: pass\n"
+        "    return total >> 20\n"
+        "print(json.dumps({path: fill(path) for path in ('/', '/dev', '/usr', '/tmp', '/dev/shm')}))"
+    )
+    result = bwrap.run(program, limits=Limits(file_mb=4))
+    sizes = json.loads(result.stdout)
+    assert sizes["/"] == sizes["/dev"] == sizes["/usr"] == 0
+    assert 2 <= sizes["/tmp"] <= 4 and 2 <= sizes["/dev/shm"] <= 4
+
+
+def test_programs_die_with_the_server(sandbox: Sandbox) -> None:
+    """The process that waits for the program is killed: so is the program."""
+    mark = uuid.uuid4().hex
+    waiting = (
+        f"import sys; from rollout_server.sandbox import {type(sandbox).__name__} as Sandbox\n"
+        f"Sandbox().run([sys.executable, '-c', 'import time; time.sleep(60)', '{mark}'])"
+    )
+    with subprocess.Popen([sys.executable, "-c", waiting]) as server:
+        program = f"{sys.executable}\0-c\0import time; time.sleep(60)\0{mark}"
+        deadline = time.monotonic() + 10
+        while not any(line.startswith(program) for line in processes_with(mark)):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        server.kill()
+    assert not wait_until_gone(mark, within_s=3)
+
+
+def test_rlimits_leaves_no_files() -> None:
+    result = RlimitsSandbox().run("import os; open('x', 'w').write('y'); print(os.getcwd())")
+    assert result.succeeded and not Path(result.stdout.strip()).exists()
+
+
+def test_sandbox_that_does_not_work_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ConfigError, match=r"install bubblewrap, or set rewards.sandbox=rlimits, which gives"):
+        BwrapSandbox().check()
+    broken = tmp_path / "bwrap"
+    broken.write_text("#!/bin/sh\necho 'bwrap: setting up uid map: Permission denied' >&2\nexit 1\n")
+    broken.chmod(broken.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(shutil, "which", lambda name: str(broken))
+    with pytest.raises(ConfigError, match=r"setting up uid map: Permission denied.*needs user namespaces"):
+        BwrapSandbox().check()
+
+
+def test_unknown_sandbox_and_bad_limits() -> None:
+    with pytest.raises(ConfigError, match="known are bwrap, rlimits"):
+        make_sandbox("docker")
+    with pytest.raises(ConfigError, match="sandbox limit timeout_s=0: must be above 0"):
+        Limits(timeout_s=0)

@@ -1,0 +1,89 @@
+"""Tokenizers with chat templates, made offline: one token a character, and a template's special tokens."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import PreTrainedTokenizerFast
+
+from rollout_server.rendering.jinja import JinjaRenderer
+
+CHARACTERS = string.digits + string.ascii_letters + string.punctuation + " \n"
+
+APPENDING = """\
+{%- if tools %}<|system|>
+{%- for tool in tools %}{{ tool | tojson }}
+{% endfor %}<|end|>
+{% endif %}
+{%- for message in messages %}<|{{ message.role }}|>
+{%- if message.reasoning_content %}<think>{{ message.reasoning_content }}</think>
+{%- endif %}{{ message.content }}
+{%- for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>
+{%- endfor %}<|end|>
+{% endfor %}
+{%- if add_generation_prompt %}<|assistant|>{% endif %}"""
+"""Only appends, and renders tools."""
+
+STRIPPING = APPENDING.replace(
+    "if message.reasoning_content", "if message.reasoning_content and loop.index0 > last.user"
+).replace(
+    "{%- if tools %}",
+    "{%- set last = namespace(user=-1) %}{%- for message in messages %}{%- if message.role == 'user' %}"
+    "{%- set last.user = loop.index0 %}{%- endif %}{%- endfor %}{%- if tools %}",
+    1,
+)
+"""Leaves out the reasoning before the last user message, as Qwen3's template does."""
+
+WITH_BOS = "<s>" + APPENDING
+"""Begins with a BOS, which the tokenizer would add, too."""
+
+TOOLLESS = """\
+{%- for message in messages %}[{{ message.role }}]{{ message.content | trim }}{{ eos_token }}{% endfor %}
+{%- if add_generation_prompt %}[assistant]{% endif %}"""
+"""Has no place for tools, and changes the white space of a reply."""
+
+NEVER_ENDING = """\
+{%- for message in messages %}{{ message.role }}: {{ message.content }}
+{% endfor %}{%- if add_generation_prompt %}assistant: {% endif %}"""
+"""Marks the end of no turn."""
+
+TEMPLATES: Mapping[str, str] = {
+    "appending": APPENDING,
+    "stripping": STRIPPING,
+    "with_bos": WITH_BOS,
+    "toolless": TOOLLESS,
+    "never_ending": NEVER_ENDING,
+}
+SPECIAL = ("<s>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
+MARKERS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+
+
+def chat_tokenizer(template: str, *, special: tuple[str, ...] = SPECIAL, eos: str = "<|end|>") -> Any:
+    """A tokenizer with this chat template. Some words are tokens too, so that a text has many tokenizations,
+    of which a policy samples another than the tokenizer would choose."""
+    words = ["<unk>", *CHARACTERS, "ab", "abc", "7\n"]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Split(Regex(r"abc|ab|[\s\S]"), "isolated")
+    tokenizer.decoder = Fuse()
+    tokenizer.add_tokens([AddedToken(marker, special=False, normalized=False) for marker in MARKERS])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    fast: Any = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token=eos)
+    fast.chat_template = template
+    return fast
+
+
+def jinja_renderer(template: str, **template_kwargs: Any) -> JinjaRenderer:
+    """The renderer of such a tokenizer."""
+    tokenizer = chat_tokenizer(template)
+    return JinjaRenderer(
+        tokenizer,
+        stop_token_ids=[tokenizer.eos_token_id],
+        vocab_size=len(tokenizer),
+        template_kwargs=template_kwargs,
+    )

@@ -1,0 +1,115 @@
+"""Tasks with scripted environments, in a module that their processes import quickly."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from rollout_server.environments.base import Environment, Message, Reply, Step
+from rollout_server.tasks.base import Example, Split, Task
+
+
+def said(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+class Echo(Environment):
+    """Repeats each reply; a reply that names a mishap causes it. Ends after `num_turns`."""
+
+    def __init__(self, start: str, *, num_turns: int) -> None:
+        self.start = start
+        self.num_turns = num_turns
+
+    async def reset(self) -> list[Message]:
+        await self.mishap(self.start)
+        self.left = self.num_turns
+        return [said(f"{self.start} {self.seed}")]
+
+    async def step(self, reply: Reply) -> Step:
+        self.left -= 1
+        if (answer := await self.mishap(reply.text)) is not None:
+            return answer
+        return Step(
+            messages=[said(reply.text)],
+            reward=0.5,
+            done=self.left == 0,
+            metrics={"chars": len(reply.text)},
+        )
+
+    async def mishap(self, name: str) -> Any:
+        match name.partition(" ")[0]:
+            case "raise":
+                raise KeyError("no such door")
+            case "exit":
+                sys.exit(3)
+            case "hang":
+                time.sleep(3600)
+            case "wait":
+                await asyncio.sleep(float(name.partition(" ")[2]))
+            case "allocate":
+                hoard = []
+                while True:
+                    hoard.append(bytearray(16 << 20))
+            case "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            case "print":
+                os.write(1, b"raw noise on stdout\n" * 100)
+                print("more noise", flush=True)
+            case "garble":
+                for descriptor in range(3, 20):
+                    with contextlib.suppress(OSError):
+                        os.write(descriptor, b"\x01\x00\x00\x00\xc1")
+            case "fork":
+                # A child in a session of its own that holds this process's socket.
+                if os.fork() == 0:
+                    os.setsid()
+                    time.sleep(3600)
+            case "daemon":
+                # As above, and an orphan.
+                subprocess.run([sys.executable, "-c", _DAEMON], check=True)
+            case "pid":
+                return Step(messages=[said(str(os.getpid()))])
+            case "random":
+                return Step(messages=[said(str(random.random()))])
+            case "nan":
+                return Step(messages=[said("")], reward=float("nan"))
+            case "nothing":
+                return Step()
+            case "text":
+                return "well done"
+            case "set":
+                return Step(messages=[{"role": "user", "content": {1, 2}}])
+            case "role":
+                return Step(messages=[{"content": "who?"}])
+            case "long":
+                return Step(messages=[said("x" * (5 << 20))])
+            case "metrics":
+                return Step(messages=[said("")], metrics={str(n): 1.0 for n in range(100)})
+        return None
+
+
+_DAEMON = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(3600)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EchoTask(Task):
+    """`Echo` environments; `start` is what their reset does (see `Echo.mishap`)."""
+
+    num_turns: int = 3
+    start: str = "hello"
+
+    def example(self, split: Split, index: int) -> Example:
+        return Example(prompt=f"{split} {index}", answer=None)
+
+    def environment(self, example: Example) -> Environment | None:
+        return Echo(self.start, num_turns=self.num_turns)
