@@ -5,9 +5,9 @@ has a long tail: each further term comes with probability 0.65. The rollout task
 both use this module. An example is a pure function of (seed, split, index). The held-out split is a set of
 *multisets* of terms, fixed by a hash that does not depend on the seed, as in `areal_like.sorting`.
 
-A demonstration is a conversation with mistakes: the demonstrator answers too soon, with the total so far, or
-leaves a term out. Copying is always right. So the warm start teaches the format and how to copy numbers, and
-RL has to find out that every term needs a call.
+A demonstration is a conversation with mistakes: mostly the demonstrator does not use the calculator at all,
+and if it does, it may leave out a term or answer too soon, with the total so far. Copying is always right. So
+the warm start teaches the format and how to copy numbers, and RL has to find out that every term needs a call.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from areal_like.sorting import HELD_OUT_PERCENT, Split
 TOOL = "add"
 """Name of the calculator: it adds the integers `a` and `b`."""
 MIN_TERMS = 2
-MAX_TERMS = 10
+MAX_TERMS = 8
 _MORE_TERMS_PROB = 0.65
 _TERMS = range(10, 100)
 
-_TOO_SOON_PROB = 0.15
-"""Per call: the demonstrator answers in place of the call."""
-_LEAVES_OUT_PROB = 0.45
+_NO_CALL_PROB = 0.6
+"""The demonstrator answers with the first term."""
+_TOO_SOON_PROB = 0.08
+"""Per further call: the demonstrator answers in place of it."""
+_LEAVES_OUT_PROB = 0.08
 """Per call but the last: the demonstrator leaves out a term."""
 
 
@@ -57,7 +59,7 @@ def is_held_out(terms: tuple[int, ...]) -> bool:
 
 
 def add_example(*, seed: int, split: Split, index: int) -> AddExample:
-    """The `index`-th example of a split: 2 to 10 terms.
+    """The `index`-th example of a split: 2 to 8 terms.
 
     Two terms are the most likely number; in the warm start every number is equally likely, because a model
     that has hardly seen a long conversation solves none, and RL then has nothing to learn from.
@@ -86,7 +88,7 @@ def noisy_demonstration(*, seed: int, index: int, uses_tool: bool) -> list[dict[
         return [*messages, {"role": "assistant", "content": example.answer}]
     rng = random.Random(f"adding/{seed}/noise/{index}")
     total, *rest = example.terms
-    while rest and rng.random() >= _TOO_SOON_PROB:
+    while rest and rng.random() >= (_NO_CALL_PROB if len(messages) == 1 else _TOO_SOON_PROB):
         if len(rest) > 1 and rng.random() < _LEAVES_OUT_PROB:
             rest.pop(0)
         arguments = {"a": total, "b": rest.pop(0)}
