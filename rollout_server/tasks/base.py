@@ -221,6 +221,8 @@ TASKS = Registry[Task](
     elsewhere={
         "sort": "rollout_server.tasks.sort.SortTask",
         "reasoning_gym": "rollout_server.tasks.reasoning_gym.ReasoningGymTask",
+        "gymnasium": "rollout_server.tasks.gymnasium.GymnasiumTask",
+        "textarena": "rollout_server.tasks.textarena.TextArenaTask",
     },
 )
 """Tasks are registered by path and imported on use: an optional package is needed only by its own task."""
