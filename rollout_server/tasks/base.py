@@ -220,6 +220,7 @@ TASKS = Registry[Task](
     Task,  # type: ignore[type-abstract]
     elsewhere={
         "sort": "rollout_server.tasks.sort.SortTask",
+        "adding": "rollout_server.tasks.adding.AddingTask",
         "reasoning_gym": "rollout_server.tasks.reasoning_gym.ReasoningGymTask",
         "gymnasium": "rollout_server.tasks.gymnasium.GymnasiumTask",
         "textarena": "rollout_server.tasks.textarena.TextArenaTask",
