@@ -31,14 +31,10 @@ from areal_like.security.keys import KeyRole
 from areal_like.wire.addresses import buffer_addresses
 from areal_like.wire.channel import tcp_address
 from areal_like.wire.curve import CurveServer
-from areal_like.wire.fingerprint import (
-    dataset_fingerprint,
-    model_fingerprint,
-    shared_settings,
-    tokenizer_fingerprint,
-)
-from areal_like.wire.messages.hello import Hello, Role
+from areal_like.wire.fingerprint import model_fingerprint, tokenizer_fingerprint
+from areal_like.wire.messages.hello import Hello
 from areal_like.wire.messages.producer import Lease, ServerState
+from rollout_server.buffer_client.registration import registration
 from rollout_server.buffer_client.shards import ShardedBufferClient
 from rollout_server.context_length import longest_sequence
 from rollout_server.episodes.attempts.environments import Environments, running_environments
@@ -308,23 +304,12 @@ class RolloutServer:
             self._runner.start(leases)
 
     def _hello(self) -> Hello:
-        config = self._runtime.config
-        return Hello(
-            role=Role.ROLLOUT,
-            name=self._runtime.name,
-            process=self._runtime.process,
-            job=config.name,
-            model=self._fingerprints[0],
-            tokenizer=self._fingerprints[1],
-            dataset=dataset_fingerprint(config),
-            settings=shared_settings(config, Role.ROLLOUT),
-            http_address=f"{config.daemon.http_host}:{self._runtime.http_port}",
+        return registration(
+            self._runtime,
+            self._task,
+            fingerprints=self._fingerprints,
             weights_address=self._weights_address,
             weights_version=self._receiver.version,
-            dtype=compute_dtype(config),
-            device=config.rollout.engine_device,
-            num_train_prompts=self._task.num_train,
-            num_eval_prompts=self._task.num_eval,
         )
 
     async def _engine_metrics(self) -> bytes:

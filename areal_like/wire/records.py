@@ -93,7 +93,7 @@ class Record:
         Raises ValueError for numbers that are not finite, and for structure beyond the limits of a record.
         """
         meta = pack_metadata(trajectory)
-        parts = [meta, _padding(len(meta))]
+        parts: list[bytes | memoryview[int]] = [meta, _padding(len(meta))]
         arrays: list[np.ndarray[Any, Any]] = [
             np.ascontiguousarray(trajectory.tokens, dtype=_INT),
             np.ascontiguousarray(trajectory.logprobs, dtype=_FLOAT),

@@ -16,17 +16,18 @@ the first segment that contains it, and is context in the others.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from areal_like.errors import EpisodeBudgetError, EpisodeError, PromptRefusedError
-from areal_like.trajectory import NOT_SAMPLED, TOKEN_REWARDS, FinishReason, Trajectory
+from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory
 from rollout_server.environments.base import Message, Reply
 from rollout_server.episodes.base import PolicyClient
 from rollout_server.episodes.messages import canonical_messages, canonical_tools, is_same, prefix_digests
+from rollout_server.episodes.scoring import Outcome, placed_token_rewards, placed_turns
 from rollout_server.episodes.transcript import Transcript
 from rollout_server.episodes.turns import Layout, Turn
 from rollout_server.rendering.base import ChatRenderer, ToolSchema
@@ -134,12 +135,8 @@ class Conversation:
 
     def to_trajectory(
         self,
+        outcome: Outcome,
         *,
-        reward: float,
-        reward_components: Mapping[str, float] | None = None,
-        metrics: Mapping[str, float] | None = None,
-        turn_rewards: Sequence[float] = (),
-        token_rewards: Sequence[float] = (),
         finish_reason: FinishReason | None = None,
         generation_s: float = 0.0,
         reward_s: float = 0.0,
@@ -148,36 +145,25 @@ class Conversation:
     ) -> Trajectory:
         """The conversation as a Trajectory; its segments are in the order of their last turns.
 
-        `turn_rewards`: of the turns in the order of `turn_lengths`; turns beyond them have none.
-        `token_rewards`: of the tokens in the order of `token_ids`, or empty. `finish_reason`: None for that
-        of the last turn. Raises ValueError if nothing was sampled, for rewards of other turns or tokens, and
-        for invalid log-probs or versions.
+        `outcome`: its turns are those of `turn_lengths`, its tokens those of `token_ids`, in their order.
+        `finish_reason`: None for that of the last turn. Raises ValueError if nothing was sampled, for an
+        outcome of other turns or tokens, and for invalid log-probs or versions.
         """
         if not self._turns:
             raise ValueError("the policy has sampled nothing")
-        if len(turn_rewards) > len(self._turns) or len(token_rewards) not in (0, self.num_sampled):
-            raise ValueError(
-                f"{len(turn_rewards)} rewards of turns and {len(token_rewards)} of tokens, for "
-                f"{len(self._turns)} turns of {self.num_sampled} tokens"
-            )
         layout = Layout(self._turns)
-        rewards = [*map(float, turn_rewards)] + [0.0] * (len(self._turns) - len(turn_rewards))
-        ends = [end for _, end in layout.spans]
-        arrays: dict[str, NDArray[np.generic]] = {}
-        if len(token_rewards):
-            arrays[TOKEN_REWARDS] = layout.place_token_rewards(np.asarray(token_rewards, np.float32))
         return Trajectory(
             tokens=layout.tokens,
             loss_mask=(layout.versions != NOT_SAMPLED).astype(np.uint8),
             logprobs=layout.logprobs,
             versions=layout.versions,
-            reward=reward,
-            reward_components=dict(reward_components or {}),
+            reward=outcome.reward,
+            reward_components=outcome.reward_components,
             segments=tuple(layout.segments) if len(layout.segments) > 1 else (),
-            turns=tuple(sorted(zip(ends, rewards, strict=True))),
-            metrics=dict(metrics or {}),
+            turns=placed_turns(outcome, layout.spans),
+            metrics=outcome.metrics,
             label=label,
-            arrays=arrays,
+            arrays=placed_token_rewards(outcome, layout.spans, num_tokens=layout.num_tokens),
             finish_reason=finish_reason or self.finish_reason,
             is_greedy=is_greedy,
             generation_s=generation_s,

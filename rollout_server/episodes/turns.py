@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from areal_like.trajectory import NOT_SAMPLED
 from rollout_server.environments.base import Message
+from rollout_server.episodes.scoring import Span
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -57,7 +58,7 @@ class Layout:
         self.num_tokens = 0
         self.segments: list[int] = []
         """Lengths of the segments."""
-        spans: dict[Turn, tuple[int, int]] = {}
+        spans: dict[Turn, Span] = {}
         extended = {turn.parent for turn in turns}
         for leaf in turns:
             if leaf in extended:
@@ -84,10 +85,3 @@ class Layout:
     ) -> None:
         self._pieces.append((tokens, logprobs, versions))
         self.num_tokens += len(tokens)
-
-    def place_token_rewards(self, rewards_S: NDArray[np.float32]) -> NDArray[np.float32]:
-        """[T] the rewards of the sampled tokens of all turns, in the order of the turns, at their places."""
-        rewards_T = np.zeros(self.num_tokens, np.float32)
-        for first, end in self.spans:
-            rewards_T[first:end], rewards_S = rewards_S[: end - first], rewards_S[end - first :]
-        return rewards_T

@@ -45,6 +45,9 @@ _OF_MODEL_TYPE: Mapping[str, tuple[str, ...]] = {
 """`model_type` of config.json -> renderers that may be the model's; the first that agrees with the chat
 template is used."""
 _EMPTY_REASONING = re.compile(r"<think>\s*</think>\s*")
+_CHARS_BEFORE = 20
+_CHARS_OF_DIFFERENCE = 100
+"""What an error shows of two renderings, from `_CHARS_BEFORE` before the first difference."""
 _TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
@@ -164,9 +167,13 @@ class LibraryRenderer(ChatRenderer):
         for ours, theirs in self._probes(template):
             texts = [_EMPTY_REASONING.sub("", self.decode(ids)) for ids in (ours, theirs)]
             if ours != theirs and texts[0] != texts[1]:
+                pairs = enumerate(zip(*texts, strict=False))
+                first = next((i for i, (left, right) in pairs if left != right), min(map(len, texts)))
+                first = max(0, first - _CHARS_BEFORE)
+                ours_text, theirs_text = (text[first : first + _CHARS_OF_DIFFERENCE] for text in texts)
                 return (
-                    f"it renders a conversation as {texts[0]!r}, and the tokenizer's chat template renders "
-                    f"it as {texts[1]!r}"
+                    f"where it renders ...{ours_text!r}..., the tokenizer's chat template renders "
+                    f"...{theirs_text!r}..."
                 )
         return ""
 

@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from areal_like.errors import EngineTimeoutError, EpisodeBudgetError, EpisodeError, PromptRefusedError
 from areal_like.trajectory import NOT_SAMPLED, TOKEN_REWARDS, FinishReason
 from rollout_server.environments.base import Message
 from rollout_server.episodes.base import PolicyClient
 from rollout_server.episodes.conversation import Conversation
+from rollout_server.episodes.scoring import Outcome
 from rollout_server.inference.generation_gate import GenerationGate
 from rollout_server.inference.types import Generation, Sampling
 from rollout_server.rendering.jinja import JinjaRenderer
@@ -109,15 +112,14 @@ def talk(
 
 def check_export(conversation: Conversation) -> None:
     """Every sampled token is trained once, at the place in its segment where it was sampled."""
-    trajectory = conversation.to_trajectory(reward=0.0)
+    trajectory = conversation.to_trajectory(Outcome())
     assert trajectory.num_sampled == conversation.num_sampled
     first = 0
     for length in trajectory.segments or (trajectory.num_tokens,):
         sampled = np.flatnonzero(trajectory.loss_mask[first : first + length])
         assert (trajectory.logprobs[first : first + length][sampled] == -sampled).all()
         first += length
-    ends = [end for end, _ in trajectory.turns]
-    assert len(ends) == len(conversation.turn_lengths) and ends == sorted(ends)
+    assert trajectory.num_turns == len(conversation.turn_lengths)
 
 
 def test_turns_extend_the_sampled_tokens() -> None:
@@ -134,7 +136,7 @@ def test_turns_extend_the_sampled_tokens() -> None:
         assert renderer.decode(engine.requests[-1][0]) == renderer.decode(renderer.render(messages[:-2]))
         # "abc" is one token to the tokenizer, and was sampled as three: it was not tokenized again.
         assert engine.requests[-1][0] != renderer.render(messages[:-2])
-        trajectory = conversation.to_trajectory(reward=1.0, turn_rewards=[0.25, 0.5])
+        trajectory = conversation.to_trajectory(Outcome(turn_rewards=(0.25, 0.5, 0.0)))
         assert trajectory.segments == () and [value for _, value in trajectory.turns] == [0.25, 0.5, 0.0]
         assert trajectory.tokens[trajectory.loss_mask == 1].tolist() == conversation.token_ids.tolist()
         assert conversation.turn_lengths == [6, 11, 6]
@@ -200,7 +202,7 @@ def test_stripped_reasoning_begins_a_segment() -> None:
         messages.append((await conversation.say(messages)).message)
         messages.append(user("b"))
         await conversation.say(messages)
-        trajectory = conversation.to_trajectory(reward=0.0)
+        trajectory = conversation.to_trajectory(Outcome())
         assert len(trajectory.segments) == 2  # the tool's answer leaves the reasoning, the user's strips it
         text = engine.renderer.decode(trajectory.tokens[trajectory.segments[0] :].tolist())
         assert "<think>" not in text.partition("<|user|>b")[0]
@@ -213,7 +215,7 @@ def test_a_template_without_ends_of_turns_begins_segments() -> None:
     async def body(conversation: Conversation, engine: Scripted) -> None:
         reply = await conversation.say([user("a")])
         await conversation.say([user("a"), reply.message, user("b")])
-        assert len(conversation.to_trajectory(reward=0.0).segments) == 2
+        assert len(conversation.to_trajectory(Outcome()).segments) == 2
 
     talk(["x", "y"], body, template=NEVER_ENDING)
 
@@ -226,7 +228,10 @@ def test_branches_share_tokens_and_train_them_once() -> None:
         await conversation.say([*one, user("right")])
         await conversation.say([*left, user("more")])
         trajectory = conversation.to_trajectory(
-            reward=10.0, turn_rewards=[1, 2, 3, 4], token_rewards=range(conversation.num_sampled)
+            Outcome(
+                turn_rewards=(1.0, 2.0, 3.0, 4.0),
+                token_rewards=np.arange(conversation.num_sampled, dtype=np.float32),
+            )
         )
         # Segments are in the order of their last turns: the right branch ended before the left one.
         right_T = slice(0, trajectory.segments[0])
@@ -267,7 +272,7 @@ def test_hostile_lists_begin_segments() -> None:
             assert engine.requests[-1][0] == prompt
         await conversation.say([*messages, user("c")], tools=TOOLS)
         assert engine.requests[-1][0] == engine.renderer.render([*messages, user("c")], tools=TOOLS)
-        assert len(conversation.to_trajectory(reward=0.0).segments) == 7
+        assert len(conversation.to_trajectory(Outcome()).segments) == 7
 
     talk(["x", "y", *"123456"], body)
 
@@ -277,7 +282,7 @@ def test_a_render_that_begins_with_known_tokens_extends_them() -> None:
         await conversation.say([user("a")])
         # The same text in another message: no message of ours, but the same tokens.
         await conversation.say([user("a<|end|>\n<|assistant|>x"), user("b")])
-        trajectory = conversation.to_trajectory(reward=0.0)
+        trajectory = conversation.to_trajectory(Outcome())
         assert trajectory.segments == () and trajectory.num_turns == 2
 
     talk(["x", "y"], body)
@@ -293,7 +298,7 @@ def test_two_branches_at_once() -> None:
             conversation.say([user("a"), first.message, user("c")]),
             conversation.say([user("a"), second.message, user("b")]),
         )
-        trajectory = conversation.to_trajectory(reward=0.0)
+        trajectory = conversation.to_trajectory(Outcome())
         assert len(trajectory.segments) == 3 and trajectory.num_turns == 5
         seeds = [sampling.sampling_seed for _, sampling in engine.requests]
         assert len(set(seeds)) == len(seeds)
@@ -316,7 +321,7 @@ def test_cut_and_stopped_turns_are_closed() -> None:
             "<|user|>a<|end|>\n<|assistant|>0123456<|end|>\n<|user|>b<|end|>\n"
             "<|assistant|>..XY<|end|>\n<|user|>c<|end|>\n<|assistant|>"
         )
-        trajectory = conversation.to_trajectory(reward=0.0)
+        trajectory = conversation.to_trajectory(Outcome())
         assert trajectory.segments == ()
         assert trajectory.num_sampled == 7 + 4 + 2  # the end of a cut turn was not sampled
 
@@ -328,7 +333,7 @@ def test_interrupted_turns_are_one_turn() -> None:
         engine.interrupt_after = 3
         reply = await conversation.say([user("a")])
         assert reply.text == "0123456" and len(engine.requests) == 2
-        trajectory = conversation.to_trajectory(reward=0.0)
+        trajectory = conversation.to_trajectory(Outcome())
         assert trajectory.versions[trajectory.loss_mask == 1].tolist() == [1] * 3 + [2] * 5
         assert engine.requests[1][1].max_new_tokens == 64 - 3
 
@@ -348,7 +353,7 @@ def test_budgets_cut_turns_and_end_episodes(limits: dict[str, int], reason: Fini
         with pytest.raises(EpisodeBudgetError) as caught:
             await conversation.say([user("a"), first.message, user("b"), second.message, user("c")])
         assert caught.value.reason is reason
-        trajectory = conversation.to_trajectory(reward=0.0)
+        trajectory = conversation.to_trajectory(Outcome())
         assert trajectory.num_tokens == 15 and trajectory.finish_reason is reason
 
     talk(["xy", "0123456789"], body, **limits)
@@ -363,7 +368,7 @@ def test_branches_count_their_tokens_in_the_budget() -> None:
             *(conversation.say(messages) for messages in longer), return_exceptions=True
         )
         assert [getattr(reply, "reason", None) for reply in replies] == [None, None, FinishReason.TOKENS]
-        assert conversation.to_trajectory(reward=0.0).num_tokens <= 40
+        assert conversation.to_trajectory(Outcome()).num_tokens <= 40
 
     talk(["xy", "b", "c", "d"], body, max_tokens=40, max_new_tokens=5)
 
@@ -373,7 +378,7 @@ def test_first_prompts_without_room_are_refused() -> None:
         with pytest.raises(PromptRefusedError, match=r"15 tokens.*rollout\.max_context"):
             await conversation.say([user("0123456789a")])
         with pytest.raises(ValueError, match="nothing"):
-            conversation.to_trajectory(reward=0.0)
+            conversation.to_trajectory(Outcome())
         await conversation.say([user("a")])
 
     talk(["x"], body, context_tokens=15)
@@ -420,8 +425,30 @@ def test_a_turn_without_tokens_leaves_the_earlier_ones() -> None:
         first = await conversation.say([user("a")])
         last = await conversation.say([user("a"), first.message, user("b")])
         assert (last.finish_reason, last.num_tokens) == (FinishReason.TIMEOUT, 0)
-        trajectory = conversation.to_trajectory(reward=0.0, turn_rewards=[1.0])
+        trajectory = conversation.to_trajectory(Outcome(turn_rewards=(1.0,)))
         assert trajectory.finish_reason is FinishReason.TIMEOUT and trajectory.num_turns == 1
         assert trajectory.versions[-1] != NOT_SAMPLED
 
     talk([""], body)
+
+
+PLAIN = st.text(alphabet="abc7\n {}", max_size=8)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(
+    turns=st.lists(st.tuples(PLAIN, PLAIN, st.sampled_from(["user", "tool"])), min_size=2, max_size=5),
+    template=st.sampled_from([APPENDING, STRIPPING, WITH_BOS]),
+)
+def test_prompts_are_the_texts_of_the_template(turns: list[tuple[str, str, str]], template: str) -> None:
+    async def body(conversation: Conversation, engine: Scripted) -> None:
+        messages = [user("hi")]
+        for said, heard, role in turns:
+            reply = await conversation.say(messages)
+            prompt = engine.requests[-1][0]
+            assert engine.renderer.decode(prompt) == engine.renderer.decode(engine.renderer.render(messages))
+            assert reply.text == said
+            messages = [*messages, reply.message, {"role": role, "content": heard}]
+        assert conversation.to_trajectory(Outcome()).segments == ()
+
+    talk([said for said, _, _ in turns], body, template=template)

@@ -93,9 +93,10 @@ class ZygoteProcess:
             self.ready.set_exception(ConfigError(str(message)))
 
     def _end(self) -> None:
-        if self.lost.done():
+        if self._control.fileno() < 0:
             return
-        self.lost.set_result(None)
+        if not self.lost.done():  # it is cancelled with a task that waits for it
+            self.lost.set_result(None)
         self._loop.remove_reader(self._control.fileno())
         self._control.close()
         if not self.ready.done():

@@ -11,9 +11,10 @@ from areal_like.config import Config
 from areal_like.errors import EngineError
 from areal_like.wire.messages.producer import Lease, Purpose
 from rollout_server.buffer_client.held_leases import Place
-from rollout_server.episodes.attempts.base import Attempt, SampleRequest, SingleTurnAttempt
-from rollout_server.episodes.attempts.conversation import EnvironmentAttempt
+from rollout_server.episodes.attempts.base import Attempt, SampleRequest
+from rollout_server.episodes.attempts.environment_attempt import EnvironmentAttempt
 from rollout_server.episodes.attempts.environments import Environments
+from rollout_server.episodes.attempts.single_turn import SingleTurnAttempt
 from rollout_server.episodes.base import Episode, PolicyClient, Tokenizer
 from rollout_server.episodes.prompt_leader import PromptLeader
 from rollout_server.episodes.prompt_loader import SPLITS, Prompt
@@ -56,7 +57,6 @@ class AttemptMaker:
             temperature=config.sampling.temperature,
             stop_token_ids=stop_token_ids,
             stop=config.sampling.stop,
-            keeps_prefix=environments is not None,
         )
         self._sample_timeout_s = config.rollout.sample_timeout_s or math.inf
         self._max_turns = config.episode.max_turns

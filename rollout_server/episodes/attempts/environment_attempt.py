@@ -23,7 +23,7 @@ from rollout_server.environments.base import Message, Reply, Step
 from rollout_server.environments.workers.pool import EnvironmentPool, EnvironmentSession
 from rollout_server.episodes.attempts.base import Attempt, SampleRequest
 from rollout_server.episodes.conversation import Conversation
-from rollout_server.episodes.scoring import add_up
+from rollout_server.episodes.scoring import Outcome, add_up
 from rollout_server.rewards.pool import Reward, RewardPool
 from rollout_server.tasks.base import Completion
 
@@ -78,11 +78,7 @@ class EnvironmentAttempt(Attempt):
             raise RewardError(str(error)) from None
         try:
             return conversation.to_trajectory(
-                reward=outcome.reward,
-                reward_components=outcome.reward_components,
-                metrics=outcome.metrics,
-                turn_rewards=outcome.turn_rewards,
-                token_rewards=outcome.token_rewards,
+                outcome,
                 finish_reason=finish_reason,
                 generation_s=self._generation_s,
                 reward_s=scored.seconds if scored is not None else 0.0,
@@ -98,7 +94,7 @@ class EnvironmentAttempt(Attempt):
 
     def without_reward(self) -> Trajectory:
         """As Attempt.without_reward."""
-        return self._conversation.to_trajectory(reward=0.0, is_greedy=self._request.is_greedy)
+        return self._conversation.to_trajectory(Outcome(), is_greedy=self._request.is_greedy)
 
     async def _score(self, finish_reason: FinishReason) -> Reward:
         assert self._rewards is not None and self._last is not None
