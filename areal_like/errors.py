@@ -16,6 +16,7 @@
         EpisodeError
             EpisodeBudgetError
             EnvironmentLostError
+        ToolError
         WeightSyncError
         RewardError
             RewardTimeoutError
@@ -111,6 +112,10 @@ class EpisodeBudgetError(EpisodeError):
 
 class EnvironmentLostError(EpisodeError):
     """An environment's process was lost, and not by the environment's fault: the sample may be made again."""
+
+
+class ToolError(ArealError):
+    """A tool cannot do what the policy asked for. The message is the answer to the policy."""
 
 
 class WeightSyncError(ArealError):

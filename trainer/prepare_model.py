@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from areal_like import sorting
+from areal_like import adding, sorting
 from areal_like.config import Config
 from areal_like.errors import ConfigError, UserError, first_line
 from areal_like.paths import RunPaths, cache_dir, model_path
@@ -30,6 +30,9 @@ from areal_like.runtime.imports import uncollected
 from areal_like.runtime.process import die_with_launcher, keep_files_private
 
 log = logging.getLogger(__name__)
+
+TINY_RENDERER = "rollout_server.rendering.tiny.TinyRenderer"
+"""`model.renderer` for conversations with the tiny model."""
 
 
 def prepare_model(config: Config, *, out_dir: Path | None = None) -> str:
@@ -48,20 +51,20 @@ BuildPlan = tuple[str, Mapping[str, Any], Callable[[Path], None]]
 
 
 def _tiny(config: Config) -> BuildPlan:
-    steps, task = config.model.warm_start_steps, config.task.get("name", config.task.get("_target_"))
+    task = config.task.get("name", config.task.get("_target_"))
+    if task == "adding":
+        return _tiny_chat(config)
+    steps = config.model.warm_start_steps
     if steps > 0 and task != "sort":
         raise ConfigError(
-            f"model.path=tiny is warm-started on the sort task, and task is {task}: name a pretrained model, "
-            "or set model.warm_start_steps=0 for random weights"
+            f"model.path=tiny is warm-started on the tasks sort and adding, and task is {task}: name a "
+            "pretrained model, or set model.warm_start_steps=0 for random weights"
         )
-    # Read and not imported: a model that is in the cache must not cost an import of torch.
-    files = (Path(__file__).parent / "models" / "tiny.py", Path(sorting.__file__))
-    sources = [path.read_text() for path in files]
     key = {
         "seed": config.seed,
         "steps": steps,
         "swap_prob": config.model.warm_start_swap_prob,
-        "sources": sources,
+        "sources": _sources("tiny", "token_rows", "warm_start", sorting.__file__),
     }
 
     def build(out_dir: Path) -> None:
@@ -72,6 +75,35 @@ def _tiny(config: Config) -> BuildPlan:
         )
 
     return "tiny", key, build
+
+
+def _tiny_chat(config: Config) -> BuildPlan:
+    if config.model.renderer != TINY_RENDERER:
+        raise ConfigError(
+            f"task=adding with model.path=tiny needs model.renderer={TINY_RENDERER}, the format of its tool "
+            "calls: begin with --config configs/jobs/tools.yaml"
+        )
+    arguments: dict[str, Any] = {
+        "seed": config.seed,
+        "warm_start_steps": config.model.warm_start_steps,
+        "uses_tool": bool(config.task.get("use_tool", True)),
+    }
+    files = ("tiny", "tiny_chat", "token_rows", "warm_start", sorting.__file__, adding.__file__)
+
+    def build(out_dir: Path) -> None:
+        from trainer.models import tiny_chat
+
+        tiny_chat.build_tiny_chat_model(out_dir, **arguments)
+
+    return "tiny-chat", {**arguments, "sources": _sources(*files)}, build
+
+
+def _sources(*modules: str) -> list[str]:
+    """The code of modules of trainer.models, by name, or of other files, by path."""
+    # Read and not imported: a model that is in the cache must not cost an import of torch.
+    models = Path(__file__).parent / "models"
+    paths = (Path(module) if module.endswith(".py") else models / f"{module}.py" for module in modules)
+    return [path.read_text() for path in paths]
 
 
 def _smollm2(config: Config) -> BuildPlan:

@@ -28,9 +28,10 @@ class ModelConfig(Section, key="model"):
     engine or trainer are on GPUs (bfloat16 for one in float16), else float32. The trainer's master weights
     are always float32."""
     warm_start_steps: int = 150
-    """Supervised steps on noisy demonstrations; only for `path=tiny`."""
+    """Supervised steps on noisy demonstrations of the task (sort, adding); only for `path=tiny`."""
     warm_start_swap_prob: float = 0.5
-    """Probability that two adjacent digits of a demonstration's answer are swapped; only for `path=tiny`."""
+    """Probability that two adjacent digits of a demonstration's answer are swapped; only for `path=tiny` and
+    `task=sort`."""
     renderer: str = "auto"
     """How messages become tokens: the name of a renderer of the package `renderers` (`qwen3`, ...), `jinja`
     for the tokenizer's chat template, or `auto`: the renderer made for the model if there is one."""
@@ -120,7 +121,8 @@ class Config(Section):
     some steps."""
     model: ModelConfig = field(default_factory=ModelConfig)
     task: dict[str, Any] = field(default_factory=lambda: {"name": "sort"})
-    """`name` (`sort`, `reasoning_gym`) or `_target_` (`my_module.MyTask`), and that task's own settings."""
+    """`name` (`sort`, `adding`, `reasoning_gym`) or `_target_` (`my_module.MyTask`), and that task's own
+    settings."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     episode: EpisodeConfig = field(default_factory=EpisodeConfig)
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
@@ -131,7 +133,8 @@ class Config(Section):
     objective: dict[str, Any] = field(default_factory=lambda: {"name": "tis"})
     """`name` or `_target_`, that objective's own settings, and `masks`: a list of such mappings."""
     advantage: dict[str, Any] = field(default_factory=lambda: {"name": "grpo"})
-    """`name` or `_target_`, that advantage's own settings, and `shaping`: a list of such mappings."""
+    """`name` or `_target_`, that advantage's own settings, `turn_discount` (1), and `shaping`: a list of such
+    mappings."""
     kl: KlConfig = field(default_factory=KlConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     daemon: DaemonConfig = field(default_factory=DaemonConfig)

@@ -110,7 +110,7 @@ class Environment(ABC):
     def check(self) -> None:  # noqa: B027, most environments need nothing
         """Raises ConfigError if the environment needs what this machine does not have (a sandbox, a package).
 
-        Called once when a rollout server starts, on an environment of the first example, without `reset`.
+        Called once when a rollout server starts, before `reset`, in the environment's process.
         """
 
     async def close(self) -> None:  # noqa: B027, most environments have nothing to free

@@ -62,7 +62,7 @@ def add_up(
         steps = (*step_rewards, *(0.0,) * (num_turns - len(step_rewards)))
         turn_rewards = tuple(turn + step for turn, step in zip(turns, steps, strict=True))
     token_rewards = np.asarray(score.tokens, np.float32)
-    reward = math.fsum((score.value, *turn_rewards, *token_rewards.tolist()))
+    reward = sum((score.value, *turn_rewards, *token_rewards.tolist()))
     if not math.isfinite(reward):
         raise ValueError(f"the rewards of the sample add up to {reward}")
     return Outcome(

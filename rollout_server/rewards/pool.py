@@ -29,8 +29,9 @@ import logging
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
+from areal_like.config import Config
 from areal_like.errors import RewardError
 from rollout_server.rewards.process import Item, RewardWorker
 from rollout_server.rewards.worker import MAX_FRAME_BYTES, pack_item
@@ -70,8 +71,8 @@ class RewardPool:
         timeout_s: float,
         concurrency: int = 1,
     ) -> None:
-        """`task`, `seed`, `sandbox`: as in `make_task`; `timeout_s`: time limit of one reward; `concurrency`:
-        rewards that one worker computes at the same time, if the task's reward is asynchronous."""
+        """`task`, `seed`, `sandbox`: arguments of `make_task`; `timeout_s`: time limit of one reward;
+        `concurrency`: rewards that one worker computes at the same time, if the reward is asynchronous."""
         setup = {"task": dict(task), "seed": seed, "sandbox": sandbox, "timeout_s": timeout_s}
         self._workers = [
             RewardWorker(
@@ -86,6 +87,19 @@ class RewardPool:
         self._mean_s = 0.0
         self.seconds_total = 0.0
         """Time spent in the task's code by all workers."""
+
+    @classmethod
+    def of(cls, config: Config) -> Self:
+        """With the task and the settings of a job."""
+        rollout = config.rollout
+        return cls(
+            config.task,
+            seed=config.seed,
+            sandbox=config.rewards.sandbox,
+            num_workers=rollout.reward_workers,
+            timeout_s=rollout.reward_timeout_s,
+            concurrency=rollout.reward_concurrency,
+        )
 
     async def __aenter__(self) -> RewardPool:
         for worker in self._workers:
@@ -148,7 +162,9 @@ class RewardPool:
         free = [worker for worker in self._workers if worker.room]
         for position, worker in enumerate(free):
             share = -(-len(self._queue) // (len(free) - position))
-            if items := self._take(min(share, worker.room, self._batch_size)):
+            if not worker.is_async:
+                share = min(share, self._batch_size)
+            if items := self._take(min(share, worker.room), is_idle=not worker.items):
                 worker.submit(items)
             elif not self._queue:
                 return
@@ -159,8 +175,8 @@ class RewardPool:
     def _batch_size(self) -> int:
         return max(1, min(_MAX_BATCH, int(_BATCH_S / self._mean_s))) if self._mean_s else 1
 
-    def _take(self, most: int) -> list[Item]:
-        """The next items of the queue, without those whose caller was cancelled."""
+    def _take(self, most: int, *, is_idle: bool) -> list[Item]:
+        """The next items of the queue for a worker, without those whose caller was cancelled."""
         items: list[Item] = []
         num_bytes = 0
         while self._queue and len(items) < most:
@@ -169,7 +185,9 @@ class RewardPool:
                 self._queue.popleft()
                 continue
             num_bytes += len(item.packed)
-            if items and (item.is_alone or num_bytes > _MAX_BATCH_BYTES):
+            if item.is_alone and (items or not is_idle):
+                break
+            if items and num_bytes > _MAX_BATCH_BYTES:
                 break
             items.append(self._queue.popleft())
             if item.is_alone:

@@ -51,8 +51,8 @@ class Item:
     """The score, and the seconds in the task's code; or a RewardError."""
     is_alone: bool = False
     """True after a worker was lost while it scored this item and others at the same time."""
-    started_s: float = 0.0
-    """When it was sent to an asynchronous worker."""
+    sent_s: float = 0.0
+    """When it was sent to a worker."""
 
     def fail(self, reason: RewardError) -> None:
         """Ends the item, unless its caller was cancelled."""
@@ -82,9 +82,12 @@ class RewardWorker:
         self._loop = asyncio.get_running_loop()
         self._pipe: asyncio.StreamWriter | None = None
         """None while no process is ready."""
-        self._is_async = False
-        self._limit: asyncio.Timeout | None = None
-        """Ends the wait for the next answer at the time limit."""
+        self.is_async = False
+        """True if the process computes several rewards at the same time."""
+        self._timer: asyncio.TimerHandle | None = None
+        """The next call of `_watch`."""
+        self._is_late = False
+        """True if the process was given up because it hangs."""
         self._began_s = 0.0
         """When a synchronous worker began its first item."""
         self._is_recalling = False
@@ -100,7 +103,7 @@ class RewardWorker:
         """Items that it can be sent now."""
         if self._pipe is None or self._is_recalling:
             return 0
-        if self._is_async:
+        if self.is_async:
             is_alone = any(item.is_alone for item in self.items.values())
             return 0 if is_alone else self._concurrency - len(self.items)
         return 0 if self.items else sys.maxsize
@@ -124,33 +127,37 @@ class RewardWorker:
         if not self.items:
             self._began_s = now_s
         for item in items:
-            item.started_s = now_s
+            item.sent_s = now_s
             self.items[item.number] = item
         self._pipe.write(pack_items([item.packed for item in items]))
-        self._set_limit()
-        if len(items) > 1 and not self._is_async:
-            self._loop.call_at(now_s + _SLOW_S, self._recall_if_slow)
+        if self._timer is None:
+            self._watch()
 
     def _deadline_s(self) -> float:
         """When the process counts as hanging; infinite while it has nothing to do."""
-        if self._is_async:
-            oldest_s = next(iter(self.items.values())).started_s if self.items else math.inf
-            return oldest_s + self._timeout_s + _BLOCKED_S
-        return self._began_s + self._timeout_s if self.items or self._is_recalling else math.inf
+        if not (self.items or self._is_recalling):
+            return math.inf
+        if self.is_async:
+            return next(iter(self.items.values())).sent_s + self._timeout_s + _BLOCKED_S
+        return self._began_s + self._timeout_s
 
-    def _set_limit(self) -> None:
-        if self._limit is not None and not self._limit.expired():
-            deadline_s = self._deadline_s()
-            self._limit.reschedule(None if deadline_s == math.inf else deadline_s)
+    def _watch(self) -> None:
+        """Called every `_SLOW_S` while the process has work, and at its deadline."""
+        now_s, deadline_s = self._loop.time(), self._deadline_s()
+        self._timer = None
+        if self._pipe is None or deadline_s == math.inf:
+            return
+        if now_s >= deadline_s:
+            self._is_late = True
+            self._pipe.transport.abort()  # ends the wait for an answer
+            return
+        if not self.is_async and len(self.items) > 1 and now_s >= self._began_s + _SLOW_S:
+            self._recall()
+        self._timer = self._loop.call_at(min(now_s + _SLOW_S, deadline_s), self._watch)
 
-    def _recall_if_slow(self) -> None:
-        """Takes the items behind the first one back if it has taken `_SLOW_S`."""
-        if self._pipe is None or self._is_recalling or len(self.items) < 2:
-            return
-        due_s = self._began_s + _SLOW_S
-        if self._loop.time() < due_s:
-            self._loop.call_at(due_s, self._recall_if_slow)
-            return
+    def _recall(self) -> None:
+        """Takes back the items behind the first one."""
+        assert self._pipe is not None
         first, *behind = self._taken()
         self.items[first.number] = first
         # The process may have begun the next one just now: then it is scored twice. The confirmation says
@@ -184,7 +191,7 @@ class RewardWorker:
         try:
             writer.write(pack(self._setup))
             async with asyncio.timeout(_START_TIMEOUT_S):
-                self.problem, self._is_async = await _read(reader)
+                self.problem, self.is_async = await _read(reader)
         except (TimeoutError, TypeError, ValueError, *_STREAM_LOST) as lost:
             self.problem = (
                 f"the process ended or did not answer for {_START_TIMEOUT_S:g} s ({type(lost).__name__}); "
@@ -195,22 +202,20 @@ class RewardWorker:
             self._on_free()  # if no other worker can start either, the waiting items fail
             await asyncio.sleep(_RESTART_DELAY_S)
             return
-        self._pipe = writer
+        self._pipe, self._is_late = writer, False
         self._on_free()
         try:
             while True:
-                # Reads also while idle, without a time limit until `submit` sets one, so that a worker that
-                # dies while idle is noticed before an item is sent to it.
-                async with asyncio.timeout(None) as self._limit:
-                    self._set_limit()
-                    answer = await _read(reader)
-                self._limit = None
-                self._answer(answer)
-        except TimeoutError:
-            reason: RewardError = self._too_long()
+                # Reads also while idle, so that a worker that dies while idle is noticed before an item is
+                # sent to it.
+                self._answer(await _read(reader))
         except _STREAM_LOST:
             self._stop_sending()
-            reason = RewardError(f"the reward process died ({await _exit_reason(process)})")
+            reason = (
+                self._too_long()
+                if self._is_late
+                else RewardError(f"the reward process died ({await _exit_reason(process)})")
+            )
         except (ValueError, TypeError) as error:
             reason = RewardError(f"the reward process wrote an invalid answer ({_text(error)})")
         await self._on_lost(reason)
@@ -239,7 +244,7 @@ class RewardWorker:
         self.num_lost += 1
         log.warning("reward worker restarts: %s", reason)
         items = self._taken()
-        if self._is_async and len(items) > 1:
+        if self.is_async and len(items) > 1:
             for item in items:
                 item.is_alone = True
             self._queue(items)
@@ -253,7 +258,7 @@ class RewardWorker:
         return RewardTimeoutError(f"reward took longer than rollout.reward_timeout_s={self._timeout_s:g}")
 
     def _stop_sending(self) -> None:
-        self._pipe = self._limit = None
+        self._pipe = None
         self._is_recalling = False
 
     def _taken(self) -> list[Item]:

@@ -27,6 +27,8 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 def as_score(returned: Any, completion: Completion) -> Score:
     """The score; its `tokens` are float32[S]. Raises RewardError."""
+    if isinstance(returned, float):
+        return Score(value=_number(returned, of="reward()"))
     if inspect.isawaitable(returned):
         if inspect.iscoroutine(returned):
             returned.close()  # else Python warns that it was never awaited
@@ -51,8 +53,8 @@ def _checked(score: Score, completion: Completion) -> Score:
         raise RewardError(
             f"the Score has {len(parts)} parts and {len(metrics)} metrics: at most {MAX_NAMES} are accepted"
         )
-    turns = _array(score.turns, of="Score.turns", num=len(completion.turn_lengths), each="turn of the policy")
-    tokens = _array(score.tokens, of="Score.tokens", num=len(completion.token_ids), each="sampled token")
+    turns = _array(score.turns, of="Score.turns", num=len(completion.turn_lengths), of_what="turns")
+    tokens = _array(score.tokens, of="Score.tokens", num=len(completion.token_ids), of_what="sampled tokens")
     return Score(
         value=_number(score.value, of="Score.value"),
         parts=parts,
@@ -91,7 +93,7 @@ def _numbers(named: Any, *, of: str) -> dict[str, float]:
     return {str(name): _number(value, of=f"{of}[{str(name)!r}]") for name, value in named.items()}
 
 
-def _array(values: Any, *, of: str, num: int, each: str) -> NDArray[np.float32]:
+def _array(values: Any, *, of: str, num: int, of_what: str) -> NDArray[np.float32]:
     """The numbers as float32[num], or float32[0] if there are none."""
     try:
         with np.errstate(over="ignore"):
@@ -102,8 +104,7 @@ def _array(values: Any, *, of: str, num: int, each: str) -> NDArray[np.float32]:
         raise RewardError(f"{of} must be a list of numbers, got an array of shape {list(array.shape)}")
     if len(array) not in (0, num):
         raise RewardError(
-            f"{of} has {len(array)} numbers, but there are {num} of one for each {each}: "
-            f"give {num}, or leave it empty"
+            f"{of} has {len(array)} numbers for {num} {of_what}: give one for each, or leave it empty"
         )
     if not np.isfinite(array).all():
         first = int(np.flatnonzero(~np.isfinite(array))[0])

@@ -44,6 +44,7 @@ from rollout_server.tasks.base import Completion, Example, Score, Split, Task, m
 
 HEADER = struct.Struct("<I")
 MAX_FRAME_BYTES = 64 << 20
+_PACKER = msgpack.Packer()
 
 Examples = Callable[[Split, int], Example]
 
@@ -74,6 +75,15 @@ def main() -> None:
 def is_async_reward(task: Task) -> bool:
     """True if the task's reward is declared with `async def`."""
     return inspect.iscoroutinefunction(task.reward)
+
+
+def check_concurrency(task: Task, *, concurrency: int) -> None:
+    """Raises ConfigError for a `concurrency` (`rollout.reward_concurrency`) that would change nothing."""
+    if concurrency > 1 and not is_async_reward(task):
+        raise ConfigError(
+            f"rollout.reward_concurrency={concurrency} needs a task with `async def reward`: set it to 1, "
+            "and raise rollout.reward_workers for more rewards at a time"
+        )
 
 
 def _serve(stream: socket.socket, task: Task, examples: Examples) -> None:
@@ -136,7 +146,8 @@ async def _serve_async(stream: socket.socket, task: Task, examples: Examples, *,
 
 def pack_item(number: int, *, split: Split, index: int, completion: Completion) -> bytes:
     """An item as msgpack. Raises TypeError or ValueError for messages that msgpack cannot hold."""
-    packed = msgpack.packb(
+    token_ids = np.asarray(completion.token_ids, np.int32)  # the array itself if it is one already
+    packed = _PACKER.pack(
         [
             number,
             split,
@@ -144,9 +155,9 @@ def pack_item(number: int, *, split: Split, index: int, completion: Completion) 
             str(completion),
             "" if completion.raw_text == completion else completion.raw_text,
             completion.finish_reason.value,
-            np.asarray(completion.token_ids, "<i4").tobytes(),
-            [int(length) for length in completion.turn_lengths],
-            list(completion.messages),
+            token_ids.tobytes(),
+            completion.turn_lengths,
+            completion.messages,
         ]
     )
     assert isinstance(packed, bytes)
@@ -188,7 +199,7 @@ def _answer(
         dict(score.parts),
         dict(score.metrics),
         list(score.turns),
-        np.asarray(score.tokens, "<f4").tobytes() if len(score.tokens) else b"",
+        np.asarray(score.tokens, np.float32).tobytes() if len(score.tokens) else b"",
     ]
     return pack([number, seconds, fields, error, is_timeout])
 
@@ -201,7 +212,7 @@ def score_of(fields: list[Any]) -> Score:
         parts=parts,
         metrics=metrics,
         turns=tuple(turns),
-        tokens=np.frombuffer(tokens, "<f4") if tokens else (),  # type: ignore[arg-type]
+        tokens=np.frombuffer(tokens, np.float32) if tokens else (),  # type: ignore[arg-type]
     )
 
 

@@ -158,26 +158,12 @@ class Task(ABC):
         """
         return None
 
-    def check(self) -> None:
-        """Raises ConfigError if the task's samples cannot be made on this machine.
+    def check(self) -> None:  # noqa: B027, most tasks need nothing
+        """Raises ConfigError if the task needs what this machine does not have.
 
-        A rollout server calls it once at its start. It builds the environment of the first example, so an
-        environment's constructor should be cheap, and checks it.
+        A rollout server calls it once at its start. A reward that runs programs checks its sandbox here:
+        `make_sandbox(self.sandbox).check()`.
         """
-        if not self.has_environment:
-            return
-        try:
-            environment = self.environment(self.example("train", 0))
-        except ConfigError:
-            raise
-        # A task's code may raise anything; at the start of a job that is the user's mistake.
-        except Exception as error:
-            raise ConfigError(
-                f"task {type(self).__name__}: environment(example('train', 0)) raised "
-                f"{type(error).__name__}: {error}"
-            ) from error
-        if environment is not None:
-            environment.check()
 
     @property
     def has_environment(self) -> bool:
@@ -234,7 +220,10 @@ TASKS = Registry[Task](
     Task,  # type: ignore[type-abstract]
     elsewhere={
         "sort": "rollout_server.tasks.sort.SortTask",
+        "adding": "rollout_server.tasks.adding.AddingTask",
         "reasoning_gym": "rollout_server.tasks.reasoning_gym.ReasoningGymTask",
+        "gymnasium": "rollout_server.tasks.gymnasium.GymnasiumTask",
+        "textarena": "rollout_server.tasks.textarena.TextArenaTask",
     },
 )
 """Tasks are registered by path and imported on use: an optional package is needed only by its own task."""

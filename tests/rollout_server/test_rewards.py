@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import os
 import signal
 import time
@@ -12,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from areal_like.errors import RewardError
+from areal_like.errors import RewardError, RewardTimeoutError
+from areal_like.trajectory import FinishReason
 from rollout_server.rewards.pool import RewardPool
-from rollout_server.tasks.base import Completion, Example, Split, Task
+from rollout_server.tasks.base import Completion, Example, Score, Split, Task
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -31,7 +33,7 @@ class Hostile(Task):
     def example(self, split: Split, index: int) -> Example:
         return Example(prompt=f"{split}-{index}", answer=index)
 
-    def reward(self, example: Example, completion: str) -> Any:
+    def reward(self, example: Example, completion: Completion) -> Any:
         match completion:
             case "raise":
                 raise KeyError("no such move")
@@ -56,15 +58,69 @@ class Hostile(Task):
                 return {"format": 0.25, "answer": 1}
             case "empty":
                 return {}
+            case "slow":
+                time.sleep(0.8)
+            case "coroutine":
+                return asyncio.sleep(0)
+            case "details":
+                assert (
+                    completion.raw_text == "details<eos>" and completion.finish_reason is FinishReason.LENGTH
+                )
+                assert list(completion.token_ids) == [5, 6, 7] and completion.turn_lengths == [2, 1]
+                answered = {"role": "assistant", "content": "details"}
+                assert completion.messages == [{"role": "user", "content": example.prompt}, answered]
+                return Score(
+                    value=np.float32(1),
+                    parts={"a": 2},
+                    metrics={"calls": np.int64(3)},
+                    turns=np.array([0.5, 0.25]),
+                    tokens=[1, 2, 3],
+                )
+        return float(example.answer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judge(Task):
+    """A reward that waits for a service; the completion says how it answers."""
+
+    def example(self, split: Split, index: int) -> Example:
+        return Example(prompt="", answer=index)
+
+    async def reward(self, example: Example, completion: Completion) -> float:
+        await asyncio.sleep(0.4)
+        match completion:
+            case "blocks":
+                time.sleep(3600)
+            case "never":
+                await asyncio.sleep(3600)
+            case "its own limit":
+                async with asyncio.timeout(0.01):
+                    await asyncio.sleep(1)
+            case "crash":
+                os.kill(os.getpid(), signal.SIGKILL)
         return float(example.answer)
 
 
 def answer(text: str) -> Completion:
-    return Completion(text, token_ids=[5, 6, 7], turn_lengths=[2, 1])
+    return Completion(
+        text,
+        raw_text=f"{text}<eos>",
+        token_ids=[5, 6, 7],
+        turn_lengths=[2, 1],
+        finish_reason=FinishReason.LENGTH,
+    )
 
 
-def pool(*, num_workers: int = 1, timeout_s: float = 5.0, task: str = f"{__name__}.Hostile") -> RewardPool:
-    return RewardPool({"_target_": task}, seed=0, num_workers=num_workers, timeout_s=timeout_s)
+def pool(
+    *, num_workers: int = 1, timeout_s: float = 5.0, task: str = f"{__name__}.Hostile", concurrency: int = 1
+) -> RewardPool:
+    return RewardPool(
+        {"_target_": task},
+        seed=0,
+        num_workers=num_workers,
+        timeout_s=timeout_s,
+        concurrency=concurrency,
+    )
 
 
 def outcomes(completions: list[str], **settings: Any) -> tuple[list[Any], int]:
@@ -83,18 +139,22 @@ def outcomes(completions: list[str], **settings: Any) -> tuple[list[Any], int]:
 
 
 def test_values_parts_and_order() -> None:
-    answers, restarts = outcomes(["a", "parts", "print", "read stdin", "b"], num_workers=2)
-    assert [a.score.value for a in answers] == [0.0, 1.25, 2.0, 0.0, 4.0]
+    answers, restarts = outcomes(["a", "parts", "print", "read stdin", "b", "details"], num_workers=2)
+    assert [a.score.value for a in answers] == [0.0, 1.25, 2.0, 0.0, 4.0, 1.0]
     assert answers[1].score.parts == {"format": 0.25, "answer": 1.0}
+    details = answers[5].score
+    assert details.parts == {"a": 2.0} and details.metrics == {"calls": 3.0}
+    assert details.turns == (0.5, 0.25) and details.tokens.tolist() == [1.0, 2.0, 3.0]
     assert restarts == 0
 
 
 def test_bad_returns_fail_their_own_sample() -> None:
-    answers, restarts = outcomes(["raise", "nan", "none", "empty", "ok"])
-    for answer, message in zip(answers, ["no such move", "nan", "NoneType", "empty dict"], strict=False):
+    answers, restarts = outcomes(["raise", "nan", "none", "empty", "coroutine", "ok"])
+    messages = ["no such move", "nan", "NoneType", "empty dict", "async def reward"]
+    for answer, message in zip(answers, messages, strict=False):
         assert message in answer
     assert "\n" not in answers[0]
-    assert answers[4].score.value == 4.0 and restarts == 0
+    assert answers[5].score.value == 5.0 and restarts == 0
 
 
 def test_hang_is_killed_and_items_behind_it_are_scored() -> None:
@@ -129,6 +189,53 @@ def test_worker_that_dies_while_idle_fails_no_sample() -> None:
 
     asyncio.run(body())
     assert not children()
+
+
+def test_a_slow_reward_holds_no_other_item() -> None:
+    """Two workers: while one is slow, the other does the rest, also what was sent in the slow one's batch."""
+
+    async def body() -> None:
+        async with pool(num_workers=2) as rewards:
+            score = functools.partial(rewards.score, split="train")
+            await asyncio.gather(*(score(index=i, completion=answer("")) for i in range(400)))
+            slow = asyncio.create_task(score(index=1, completion=answer("slow")))
+            rest = [asyncio.create_task(score(index=i, completion=answer(""))) for i in range(100)]
+            started = time.monotonic()
+            await asyncio.gather(*rest)
+            assert time.monotonic() - started < 0.7 and not slow.done()
+            assert rewards.num_waiting == 1 and (await slow).score.value == 1.0
+            assert (await score(index=3, completion=answer(""))).score.value == 3.0
+            assert rewards.num_restarts == 0
+            with pytest.raises(RewardError, match="cannot be sent"):
+                await score(index=0, completion=Completion("x", messages=[{"role": object()}]))
+            assert (await score(index=4, completion=answer(""))).score.value == 4.0
+
+    asyncio.run(body())
+
+
+def test_asynchronous_rewards_run_at_the_same_time() -> None:
+    task = f"{__name__}.Judge"
+
+    async def body() -> None:
+        async with pool(task=task, concurrency=32, timeout_s=1.0) as rewards:
+            score = functools.partial(rewards.score, split="train")
+            await score(index=0, completion=answer(""))
+            started = time.monotonic()
+            texts = ["never", "its own limit", *[""] * 30]
+            asked = [score(index=i, completion=answer(text)) for i, text in enumerate(texts)]
+            answers = await asyncio.gather(*asked, return_exceptions=True)
+            assert time.monotonic() - started < 2.5
+            assert isinstance(answers[0], RewardTimeoutError)
+            assert "TimeoutError" in str(answers[1]) and not isinstance(answers[1], RewardTimeoutError)
+            assert [a.score.value for a in answers[2:]] == [float(i) for i in range(2, 32)]
+            assert rewards.num_restarts == 0
+            # Nobody knows which of them ended the process, so each is tried alone.
+            asked = [score(index=i, completion=answer(text)) for i, text in enumerate(["", "crash", ""])]
+            answers = await asyncio.gather(*asked, return_exceptions=True)
+            assert "signal 9" in str(answers[1]) and [answers[i].score.value for i in (0, 2)] == [0.0, 2.0]
+            assert rewards.num_restarts == 2
+
+    asyncio.run(body())
 
 
 def test_task_that_cannot_be_imported_fails_its_samples() -> None:

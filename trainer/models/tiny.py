@@ -3,18 +3,18 @@
 RL needs a policy that is right sometimes. The warm start, on mostly wrong demonstrations, teaches the format
 and part of the skill, so that some answers are rewarded and there is still something to learn. The model is a
 function of (seed, steps, swap probability): the same arguments give the same model, so the result may be
-cached.
+cached. `tiny_chat` has the same model for conversations.
 """
 
 from __future__ import annotations
 
-import logging
 import string
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
@@ -22,15 +22,13 @@ from tokenizers.pre_tokenizers import Split as SplitOn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from areal_like.sorting import MAX_DIGITS, noisy_demonstration
-
-log = logging.getLogger(__name__)
+from trainer.models.token_rows import TokenRow, padded
+from trainer.models.warm_start import warm_start
 
 PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
 CHARACTERS = string.digits + string.ascii_letters + string.punctuation + " \n"
 WARM_START_BATCH = 128
 WARM_START_LR = 2e-3
-IGNORED = -100
-"""Label of a position that cross-entropy leaves out."""
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
@@ -66,6 +64,30 @@ def build_tiny_model(
     About 10 s on one thread.
     """
     tokenizer = character_tokenizer()
+    model = untrained_model(tokenizer, seed=seed, hidden_size=hidden_size, num_layers=num_layers)
+    batches = padded(
+        _demonstrations(tokenizer, seed=seed, swap_prob=swap_prob),
+        num_rows=WARM_START_BATCH,
+        length=2 * MAX_DIGITS + 2,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=WARM_START_LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
+    warm_start(model, batches, [optimizer], num_steps=warm_start_steps)
+    model.save_pretrained(out_dir)
+    tokenizer.save_pretrained(out_dir)
+
+
+def untrained_model(
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    seed: int,
+    hidden_size: int = 96,
+    num_layers: int = 3,
+    **settings: Any,
+) -> Any:
+    """A Llama with random weights. `settings`: further ones of its configuration."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -77,50 +99,18 @@ def build_tiny_model(
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
+        **settings,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: Any = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
-    warm_start(model, tokenizer, seed=seed, num_steps=warm_start_steps, swap_prob=swap_prob)
-    model.save_pretrained(out_dir)
-    tokenizer.save_pretrained(out_dir)
+        return LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
 
 
-def warm_start(
-    model: Any, tokenizer: PreTrainedTokenizerFast, *, seed: int, num_steps: int, swap_prob: float
-) -> None:
-    """Trains in place: cross-entropy on answer and end token, learning rate falling linearly to zero."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=WARM_START_LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True
-    )
-    model.train()
-    for step in range(num_steps):
-        optimizer.param_groups[0]["lr"] = WARM_START_LR * min(1.0, (step + 1) / 10) * (1 - step / num_steps)
-        first = step * WARM_START_BATCH
-        tokens_BL, labels_BL = _demonstrations(tokenizer, seed=seed, first=first, swap_prob=swap_prob)
-        # Padding is on the right, where a causal model does not attend to it: no attention mask is needed.
-        logits_BLV = model(input_ids=tokens_BL[:, :-1], use_cache=False).logits
-        loss = F.cross_entropy(logits_BLV.flatten(0, 1), labels_BL[:, 1:].flatten(), ignore_index=IGNORED)
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if step % 50 == 0 or step + 1 == num_steps:
-            log.info("warm start: step %d of %d, loss %.3f", step + 1, num_steps, loss.item())
-    model.eval()
-
-
-def _demonstrations(
-    tokenizer: PreTrainedTokenizerFast, *, seed: int, first: int, swap_prob: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and labels [B, L] int64 of the demonstrations `first`, `first + 1`, ..."""
-    length = 2 * MAX_DIGITS + 2
+def _demonstrations(tokenizer: PreTrainedTokenizerFast, *, seed: int, swap_prob: float) -> Iterator[TokenRow]:
+    """Prompts with noisy answers, without end; answer and end token are learned."""
     vocabulary = tokenizer.get_vocab()
-    tokens_BL = torch.full((WARM_START_BATCH, length), tokenizer.pad_token_id, dtype=torch.long)
-    labels_BL = torch.full_like(tokens_BL, IGNORED)
-    for row in range(WARM_START_BATCH):
-        demo = noisy_demonstration(seed=seed, index=first + row, swap_prob=swap_prob)
-        ids = [vocabulary[token] for token in (*demo.prompt, *demo.answer, EOS)]
-        tokens_BL[row, : len(ids)] = torch.tensor(ids)
-        labels_BL[row, len(demo.prompt) : len(ids)] = tokens_BL[row, len(demo.prompt) : len(ids)]
-    return tokens_BL, labels_BL
+    for index in count():
+        demo = noisy_demonstration(seed=seed, index=index, swap_prob=swap_prob)
+        tokens = [vocabulary[token] for token in (*demo.prompt, *demo.answer, EOS)]
+        num_learned = len(tokens) - len(demo.prompt)
+        yield TokenRow(tokens=tokens, loss_mask=[0] * len(demo.prompt) + [1] * num_learned)

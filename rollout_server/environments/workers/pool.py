@@ -41,9 +41,17 @@ _SLOW_CALL_S = 1.0
 class EnvironmentPool:
     """The environments of one server. Create it in a running loop, with `async with`."""
 
-    def __init__(self, task: Mapping[str, Any], *, seed: int, step_timeout_s: float, memory_mb: int) -> None:
-        """`task`, `seed`: arguments of `make_task`. The limits are those of `EpisodeConfig`."""
-        self._setup = {"task": dict(task), "seed": seed, "memory_mb": memory_mb}
+    def __init__(
+        self,
+        task: Mapping[str, Any],
+        *,
+        seed: int,
+        sandbox: str = "bwrap",
+        step_timeout_s: float,
+        memory_mb: int,
+    ) -> None:
+        """`task`, `seed`, `sandbox`: arguments of `make_task`. The limits are those of `EpisodeConfig`."""
+        self._setup = {"task": dict(task), "seed": seed, "sandbox": sandbox, "memory_mb": memory_mb}
         self.step_timeout_s = step_timeout_s
         self._loop = asyncio.get_running_loop()
         self._zygote: ZygoteProcess | None = None
@@ -125,6 +133,7 @@ class EnvironmentPool:
         try:
             environment = await self.open(split="train", index=0, seed=0)
             try:
+                await environment.check()
                 return await environment.reset()
             finally:
                 environment.close()
@@ -248,6 +257,10 @@ class EnvironmentSession:
         self._pool = pool
         self._worker: WorkerConnection | None = worker
         self._start = start
+
+    async def check(self) -> None:
+        """Calls the environment's `check`. Raises EpisodeError with its message."""
+        await self._call("check", *self._start)
 
     async def reset(self) -> tuple[list[Message], list[dict[str, Any]]]:
         """The messages before the first turn, and the tools. Raises EpisodeError."""

@@ -1,6 +1,6 @@
 """The process in which environments run: forked by zygote.py, it serves one environment after the other.
 
-    server -> worker   null | ["reset", split, index, seed] | ["step", reply] | ["close"]
+    server -> worker   null | ["check" or "reset", split, index, seed] | ["step", reply] | ["close"]
     worker -> server   [value, seconds, error]                        one frame for each request, in order
 
     IDLE -> reset -> OPEN -> step -> OPEN ... -> close -> IDLE, or false: the server ends this process
@@ -30,7 +30,7 @@ from typing import Any
 
 import msgpack
 
-from areal_like.errors import EpisodeError
+from areal_like.errors import ConfigError, EpisodeError
 from areal_like.runtime.process import adopt_orphans
 from rollout_server.environments.base import Environment, Message, Reply, Step
 from rollout_server.environments.workers.exchange import MAX_ANSWER_BYTES, reply_of
@@ -83,6 +83,9 @@ class _Worker:
         call, *arguments = request
         try:
             match call:
+                case "check":
+                    self._make(*arguments).check()
+                    return None, ""
                 case "reset":
                     return await self._reset(*arguments), ""
                 case "step":
@@ -95,6 +98,10 @@ class _Worker:
             return False if call == "close" else None, self._described(call, raised)
 
     async def _reset(self, split: Split, index: int, seed: int) -> tuple[list[Message], list[Any]]:
+        self._environment = environment = self._make(split, index, seed)
+        return list(await environment.reset()), list(environment.tools)
+
+    def _make(self, split: Split, index: int, seed: int) -> Environment:
         # A fork copies the generators' states: without this, environments in different processes would draw
         # the same numbers.
         random.seed(seed)
@@ -109,8 +116,7 @@ class _Worker:
         if not isinstance(environment, Environment):
             raise EpisodeError(f"environment() returned {type(environment).__name__}: return an Environment")
         environment.seed = seed
-        self._environment = environment
-        return list(await environment.reset()), list(environment.tools)
+        return environment
 
     async def _step(self, reply: Reply) -> tuple[list[Message], float, bool, dict[str, float]]:
         assert self._environment is not None
@@ -132,7 +138,7 @@ class _Worker:
     def _described(self, call: str, raised: BaseException) -> str:
         """The message of an exception, and the place of the task's code where it was raised."""
         message = traceback.format_exception_only(raised)[-1].strip()
-        if isinstance(raised, EpisodeError):
+        if isinstance(raised, EpisodeError | ConfigError):
             return str(raised)
         if isinstance(raised, MemoryError):
             message += f" (episode.memory_mb={self._memory_mb})"

@@ -4,7 +4,7 @@ It imports the task once and forks a worker whenever the server asks for one, wh
 shares the memory of the imports. It never runs an environment itself, has one thread, and answers on the
 SOCK_SEQPACKET socket that is its stdin; each packet is one msgpack message.
 
-    server -> zygote   {"task": {...}, "seed": n, "memory_mb": n}     first: the task to import
+    server -> zygote   {"task": {...}, "seed": n, "sandbox": kind, "memory_mb": n}   first: the task to import
     zygote -> server   null | "error message"                         null if the task was imported
     server -> zygote   ["fork", worker]                               with the worker's socket (SCM_RIGHTS)
     server -> zygote   ["kill", worker]
@@ -55,7 +55,7 @@ def main() -> None:
     control = socket.socket(fileno=control_fd)
     setup = msgpack.unpackb(control.recv(MAX_PACKET_BYTES))
     try:
-        task = make_task(setup["task"], seed=setup["seed"])
+        task = make_task(setup["task"], seed=setup["seed"], sandbox=setup["sandbox"])
     except ConfigError as error:
         control.send(msgpack.packb(str(error)[: MAX_PACKET_BYTES // 8]))
         return

@@ -40,7 +40,11 @@ async def running_environments(
     chat = renderer.chat
     episode = config.episode
     pool = EnvironmentPool(
-        config.task, seed=config.seed, step_timeout_s=episode.step_timeout_s, memory_mb=episode.memory_mb
+        config.task,
+        seed=config.seed,
+        sandbox=config.rewards.sandbox,
+        step_timeout_s=episode.step_timeout_s,
+        memory_mb=episode.memory_mb,
     )
     waits.sources.append(pool.slow_calls)
     async with pool:

@@ -1,0 +1,107 @@
+"""An environment in which the policy calls tools until it has an answer.
+
+    prompt -> [reply with calls -> their outputs]* -> reply without a call -> final(reply) -> done
+
+A task's author writes `final`, the reward of the reply without calls:
+
+    class Product(ToolEnvironment):
+        def __init__(self, a: int, b: int) -> None:
+            super().__init__(f"How much is {a} times {b}? Answer with the number.", [calculator])
+            self.answer = a * b
+
+        async def final(self, reply: Reply) -> float:
+            return float(reply.text.strip() == str(self.answer))
+
+The calls of a reply run one after the other, because tools may share state. A malformed call, an unknown tool
+and a tool that raises are answers to the policy. `episode.step_timeout_s` limits all calls of a reply: the
+process is killed and the sample fails. To prevent that, calls that start after `reply_timeout_s` are answered
+without running.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from areal_like.errors import ConfigError
+from rollout_server.environments.base import Environment, Message, Reply, Step, ToolCall
+from rollout_server.tools.tool import Answer, Tool
+
+
+class ToolEnvironment(Environment):
+    """Base of environments with tools. A subclass implements `final`."""
+
+    max_calls: ClassVar[int] = 16
+    """Calls of one reply that are run."""
+    reply_timeout_s: ClassVar[float] = 25.0
+    """Time for all calls of one reply, in seconds: below `episode.step_timeout_s`."""
+
+    def __init__(
+        self, prompt: str | Sequence[Message], tools: Sequence[Callable[..., Any] | Tool] = ()
+    ) -> None:
+        """`prompt`: the user's message, or several messages. `tools`: functions, methods, or Tools.
+
+        Raises ConfigError if a tool's schema cannot be made.
+        """
+        self._prompt = prompt
+        made = [tool if isinstance(tool, Tool) else Tool.of(tool) for tool in tools]
+        self._tools = {tool.name: tool for tool in made}
+        if len(self._tools) < len(made):
+            raise ConfigError(f"two tools have the same name: {', '.join(tool.name for tool in made)}")
+        self.tools = [tool.schema for tool in made]
+
+    @abstractmethod
+    async def final(self, reply: Reply) -> float | Step:
+        """The reward of a reply without calls, which ends the episode; or a Step, which may continue it."""
+
+    async def reset(self) -> list[Message]:
+        """The prompt."""
+        if isinstance(self._prompt, str):
+            return [{"role": "user", "content": self._prompt}]
+        return list(self._prompt)
+
+    def check(self) -> None:
+        """Raises ConfigError if a tool does not work on this machine."""
+        for tool in self._tools.values():
+            tool.check()
+
+    async def step(self, reply: Reply) -> Step:
+        """Runs the calls of a reply. Metrics: `tool_calls`, `tool_errors`, `unknown_tools`."""
+        metrics = {"tool_calls": float(len(reply.tool_calls)), "tool_errors": 0.0, "unknown_tools": 0.0}
+        if not reply.tool_calls:
+            last = await self.final(reply)
+            if isinstance(last, Step):
+                return replace(last, metrics={**metrics, **last.metrics})
+            return Step(reward=float(last), done=True, metrics=metrics)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self.reply_timeout_s
+        messages = []
+        for place, call in enumerate(reply.tool_calls):
+            if place >= self.max_calls:
+                problem = f"Error: not run: one reply may have at most {self.max_calls} calls"
+                answer = Answer(text=problem, is_error=True)
+            else:
+                answer = await self._answer(call, timeout_s=deadline - loop.time())
+            metrics["tool_errors"] += answer.is_error
+            metrics["unknown_tools"] += call.name not in self._tools
+            messages.append(_message(call, answer))
+        return Step(messages=messages, metrics=metrics)
+
+    async def _answer(self, call: ToolCall, *, timeout_s: float) -> Answer:
+        tool = self._tools.get(call.name)
+        if tool is None:
+            known = ", ".join(self._tools) or "none"
+            problem = f"Error: there is no tool {json.dumps(call.name):.80}. Tools: {known}"
+            return Answer(text=problem, is_error=True)
+        if timeout_s <= 0:
+            problem = f"Error: not run: earlier calls of this reply took {self.reply_timeout_s:g} s"
+            return Answer(text=problem, is_error=True)
+        return await tool.call(call.arguments, timeout_s=timeout_s)
+
+
+def _message(call: ToolCall, answer: Answer) -> Message:
+    return {"role": "tool", "tool_call_id": call.id, "name": call.name, "content": answer.text}
