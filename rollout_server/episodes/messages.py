@@ -74,7 +74,7 @@ def _canonical(copy: Any, where: str) -> Message:
         if not isinstance(calls, list):
             raise EpisodeError(f"{where}: tool_calls is no list")
         copy["tool_calls"] = [_canonical_call(call, where) for call in calls]
-    return copy
+    return dict(copy)
 
 
 def _canonical_call(call: Any, where: str) -> dict[str, Any]:
