@@ -28,7 +28,9 @@ class TinyRenderer(JinjaRenderer):
         self, completion_ids: Sequence[int], *, prompt_ids: Sequence[int], tools: Sequence[ToolSchema] = ()
     ) -> ParsedReply:
         """See ChatRenderer."""
-        names = {tool["function"]["name"]: list(tool["function"]["parameters"]["properties"]) for tool in tools}
+        names = {
+            tool["function"]["name"]: list(tool["function"]["parameters"]["properties"]) for tool in tools
+        }
         text = self.decode([i for i in completion_ids if i not in self._hidden_ids])
         return split_reply(text, markers=self.markers, parse_call=partial(parse_words, parameters=names))
 

@@ -42,11 +42,11 @@ class Addition(ToolEnvironment):
 
     def __init__(self, example: Example, *, use_tool: bool) -> None:
         super().__init__(example.prompt, [add] if use_tool else [])
-        self._answer = example.answer
+        self._total = example.answer
 
     async def final(self, reply: Reply) -> float:
         """1.0 for the sum, else 0.0."""
-        return float(reply.text == self._answer)
+        return float(reply.text == self._total)
 
 
 async def add(a: int, b: int) -> int:

@@ -111,7 +111,7 @@ def _inner_rewards(trajectory: Trajectory) -> FloatArray:
     target_T = is_target(trajectory)
     inner_T = np.zeros(trajectory.num_tokens)
     if TOKEN_REWARDS in trajectory.arrays:
-        inner_T += trajectory.arrays[TOKEN_REWARDS]
+        inner_T += trajectory.arrays[TOKEN_REWARDS].astype(np.float64)
     for end, reward in trajectory.turns:
         inner_T[end - 1] += reward
     return inner_T[target_T]

@@ -151,7 +151,7 @@ class StepTotals:
 
 
 _COUNTS = ("num_groups", "zero_advantage_groups", "num_tokens", "num_microbatches")
-_FINISHED = {
+_FINISHED: dict[FinishReason, str] = {
     reason: f"finished_{reason.value}" for reason in FinishReason if reason is not FinishReason.ABORT
 }
 _HIDDEN = ("loss", "reward_square", "counted_tokens", "counted_seqs", *_FINISHED.values())

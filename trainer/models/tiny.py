@@ -80,7 +80,12 @@ def build_tiny_model(
 
 
 def untrained_model(
-    tokenizer: PreTrainedTokenizerFast, *, seed: int, hidden_size: int = 96, num_layers: int = 3, **settings: Any
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    seed: int,
+    hidden_size: int = 96,
+    num_layers: int = 3,
+    **settings: Any,
 ) -> Any:
     """A Llama with random weights. `settings`: further ones of its configuration."""
     config = LlamaConfig(
@@ -101,9 +106,7 @@ def untrained_model(
         return LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
 
 
-def _demonstrations(
-    tokenizer: PreTrainedTokenizerFast, *, seed: int, swap_prob: float
-) -> Iterator[TokenRow]:
+def _demonstrations(tokenizer: PreTrainedTokenizerFast, *, seed: int, swap_prob: float) -> Iterator[TokenRow]:
     """Prompts with noisy answers, without end; answer and end token are learned."""
     vocabulary = tokenizer.get_vocab()
     for index in count():

@@ -49,7 +49,9 @@ class TokenBatch:
         return F.cross_entropy(logits_BLV.flatten(0, 1), labels, ignore_index=IGNORED)
 
 
-def padded(rows: Iterable[TokenRow], *, num_rows: int, length: int, pad_token_id: int) -> Iterator[TokenBatch]:
+def padded(
+    rows: Iterable[TokenRow], *, num_rows: int, length: int, pad_token_id: int
+) -> Iterator[TokenBatch]:
     """Batches of `num_rows` rows, each padded to `length` tokens. Raises ValueError for a longer row."""
     rows = iter(rows)
     while some := list(islice(rows, num_rows)):
@@ -59,7 +61,9 @@ def padded(rows: Iterable[TokenRow], *, num_rows: int, length: int, pad_token_id
         yield TokenBatch(tokens_BL=tokens_BL, labels_BL=labels_BL, positions_BL=None)
 
 
-def packed(rows: Iterable[TokenRow], *, num_rows: int, length: int, pad_token_id: int) -> Iterator[TokenBatch]:
+def packed(
+    rows: Iterable[TokenRow], *, num_rows: int, length: int, pad_token_id: int
+) -> Iterator[TokenBatch]:
     """Batches of `num_rows` times `length` tokens: rows end to end, each of them whole, in their order.
 
     Raises ValueError for a row longer than `length`.

@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -41,6 +42,8 @@ class ZygoteProcess:
                 env=os.environ | {name: os.environ.get(name, "1") for name in _ONE_THREAD},
             )
         self._control.setblocking(False)
+        self._orders: deque[tuple[bytes, socket.socket | None]] = deque()
+        """Orders, with the socket of the worker, that the zygote has not had room for."""
         self._loop.add_reader(self._control.fileno(), self._on_readable)
         self._control.send(msgpack.packb(dict(setup)))
 
@@ -51,17 +54,36 @@ class ZygoteProcess:
 
     def fork(self, worker: int, theirs: socket.socket) -> None:
         """Orders a worker that serves the socket `theirs`. Raises EnvironmentLostError."""
-        try:
-            socket.send_fds(self._control, [msgpack.packb(["fork", worker])], [theirs.fileno()])
-        except OSError as error:
-            raise EnvironmentLostError(f"the process that starts environments is gone: {error}") from None
+        if self._control.fileno() < 0:
+            raise EnvironmentLostError("the process that starts environments is gone")
+        self._order(["fork", worker], theirs.dup())
 
     def kill(self, worker: int) -> None:
         """Orders the end of a worker."""
-        try:
-            self._control.send(msgpack.packb(["kill", worker]))
-        except OSError:
-            self._end()  # it is gone or takes no orders; its workers end with it
+        if self._control.fileno() >= 0:
+            self._order(["kill", worker])
+
+    def _order(self, order: list[Any], theirs: socket.socket | None = None) -> None:
+        self._orders.append((msgpack.packb(order), theirs))
+        if len(self._orders) == 1:
+            self._send_orders()
+
+    def _send_orders(self) -> None:
+        """Sends what the zygote has room for: hundreds of samples may start at the same time."""
+        while self._orders:
+            order, theirs = self._orders[0]
+            try:
+                socket.send_fds(self._control, [order], [] if theirs is None else [theirs.fileno()])
+            except BlockingIOError:
+                self._loop.add_writer(self._control.fileno(), self._send_orders)
+                return
+            except OSError:
+                self._end()  # it is gone; its workers end with it
+                return
+            self._orders.popleft()
+            if theirs is not None:
+                theirs.close()
+        self._loop.remove_writer(self._control.fileno())
 
     def kill_at_once(self) -> None:
         """Kills the process; `lost` follows."""
@@ -98,7 +120,12 @@ class ZygoteProcess:
         if not self.lost.done():  # it is cancelled with a task that waits for it
             self.lost.set_result(None)
         self._loop.remove_reader(self._control.fileno())
+        self._loop.remove_writer(self._control.fileno())
         self._control.close()
+        for _, theirs in self._orders:
+            if theirs is not None:
+                theirs.close()
+        self._orders.clear()
         if not self.ready.done():
             self.ready.set_exception(
                 EnvironmentLostError("the process that starts environments ended at its start; see the log")
