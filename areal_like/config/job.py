@@ -121,7 +121,8 @@ class Config(Section):
     some steps."""
     model: ModelConfig = field(default_factory=ModelConfig)
     task: dict[str, Any] = field(default_factory=lambda: {"name": "sort"})
-    """`name` (`sort`, `adding`, `reasoning_gym`) or `_target_` (`my_module.MyTask`), and that task's own settings."""
+    """`name` (`sort`, `adding`, `reasoning_gym`) or `_target_` (`my_module.MyTask`), and that task's own
+    settings."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     episode: EpisodeConfig = field(default_factory=EpisodeConfig)
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
