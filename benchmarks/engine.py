@@ -5,13 +5,15 @@
                32, each of which runs until its longest request ends: continuous batching avoids that
     grouped    the long tail with eight samples per prompt, as in training
     http       the long tail through a real engine process and client
+    turns      conversations of eight turns, 16 at a time, with and without the KV that the engine keeps for
+               the next turn: tokens prefilled in each turn, and turns per second (a table of its own)
 
 Lengths are forced (no stop tokens), sampling is at temperature 1, and only requested tokens count.
 Repetitions are interleaved, and medians are reported. In-process rates are per second of CPU time (one
 thread, no waiting), so that other load on the machine changes them little. `http` spans two processes, so its
 rate is per second of wall time, and is compared with generate's rate per second of wall time.
 
-    python -m benchmarks.engine [--repeats 5] [--model DIR]
+    python -m benchmarks.engine [--repeats 5] [--part all] [--model DIR]
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.report import table, write
 from rollout_server.engine.core import EngineCore, EngineOptions
 from rollout_server.engine.models.loading import load
 from rollout_server.engine.scheduler import SamplingParams, Sequence
@@ -43,6 +46,10 @@ from rollout_server.inference.client import EngineClient
 from rollout_server.inference.types import Sampling
 
 BATCH, PROMPT_TOKENS, MAX_NEW_TOKENS = 32, 8, 24
+TURNS, CONVERSATIONS, FIRST_TOKENS, REPLY_TOKENS, ANSWER_TOKENS = 8, 16, 96, 24, 40
+"""Turns of a conversation, conversations at a time; tokens of the first prompt, of a turn of the policy, and
+of the environment's answer to it."""
+TURNS_CONTEXT = FIRST_TOKENS + TURNS * (REPLY_TOKENS + ANSWER_TOKENS)
 RESULTS = Path(__file__).parent / "results" / "engine.json"
 
 Workload = list[tuple[tuple[int, ...], int]]
@@ -86,6 +93,72 @@ def run_engine(core: EngineCore, requests: Workload) -> None:
         core.step()
 
 
+def run_turns(core: EngineCore, *, keeps_prefix: bool) -> list[int]:
+    """Plays all conversations, and returns the tokens that were prefilled in each turn, of all together."""
+    core.flush_prefix_cache()
+    rng = np.random.default_rng(7)
+    said = [tuple(rng.integers(3, 100, FIRST_TOKENS).tolist()) for _ in range(CONVERSATIONS)]
+    prefilled = []
+    for _ in range(TURNS):
+        before = core.contexts.num_prefilled
+        params = SamplingParams(max_new_tokens=REPLY_TOKENS)
+        turns = [
+            Sequence(seq_id=str(i), prompt=tokens, params=params, keeps_prefix=keeps_prefix)
+            for i, tokens in enumerate(said)
+        ]
+        for sequence in turns:
+            core.submit(sequence)
+        while core.all_sequences:
+            core.step()
+        answers = rng.integers(3, 100, (CONVERSATIONS, ANSWER_TOKENS)).tolist()
+        said = [(*sequence.context, *answer) for sequence, answer in zip(turns, answers, strict=True)]
+        prefilled.append(core.contexts.num_prefilled - before)
+    return prefilled
+
+
+def measure_turns(path: str, *, repeats: int) -> dict[str, Any]:
+    """Conversations with and without kept KV, interleaved, after one warm-up each."""
+    model, weights = load(path, dtype=torch.float32, device=torch.device("cpu"), context_length=TURNS_CONTEXT)
+    core = EngineCore(
+        model, weights, EngineOptions(max_running=BATCH, context_length=TURNS_CONTEXT), version="0"
+    )
+    names = {"kept": True, "computed anew": False}
+    prefilled: dict[str, list[int]] = {}
+    rates: dict[str, list[float]] = {name: [] for name in names}
+    for repeat in range(repeats + 1):
+        for name, keeps_prefix in names.items():
+            cpu_s = time.thread_time()
+            prefilled[name] = run_turns(core, keeps_prefix=keeps_prefix)
+            if repeat:
+                rates[name].append(TURNS * CONVERSATIONS / (time.thread_time() - cpu_s))
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    return {
+        "prefilled_tokens_a_turn": {
+            name: [round(count / CONVERSATIONS, 1) for count in counts] for name, counts in prefilled.items()
+        },
+        "turns_per_cpu_second": {name: round(value, 1) for name, value in medians.items()},
+        "ratio_prefilled": round(sum(prefilled["computed anew"]) / sum(prefilled["kept"]), 2),
+        "ratio_turns": round(medians["kept"] / medians["computed anew"], 2),
+        "model_parameters": sum(tensor.numel() for tensor in weights.named.values()),
+        "turns": TURNS,
+        "conversations": CONVERSATIONS,
+        "first_prompt_tokens": FIRST_TOKENS,
+        "reply_tokens": REPLY_TOKENS,
+        "answer_tokens": ANSWER_TOKENS,
+        "repeats": repeats,
+        "num_threads": 1,
+        "torch": torch.__version__,
+    }
+
+
+def print_turns(result: dict[str, Any]) -> None:
+    """The table of `measure_turns`."""
+    prefilled, rates = result["prefilled_tokens_a_turn"], result["turns_per_cpu_second"]
+    rows = [[name, *counts, rates[name]] for name, counts in prefilled.items()]
+    print(table(["KV of earlier turns", *(f"turn {i + 1}" for i in range(TURNS)), "turns/s"], rows))
+    print(f"prefilled: 1/{result['ratio_prefilled']}, turns: {result['ratio_turns']} times")
+
+
 async def run_http(client: EngineClient, requests: Workload) -> None:
     """Runs the requests through the client, all at once."""
     await client.flush_cache()
@@ -126,6 +199,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--part", choices=["all", "requests", "turns"], default="all")
     parser.add_argument(
         "--model",
         default="",
@@ -135,11 +209,19 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as scratch:
-        result = measure(
-            arguments.model or tiny_model(f"{scratch}/model"), scratch, repeats=arguments.repeats
-        )
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+        model = arguments.model or tiny_model(f"{scratch}/model")
+        if arguments.part != "turns":
+            result = measure(model, scratch, repeats=arguments.repeats)
+            RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+            print_requests(result)
+        if arguments.part != "requests":
+            turns = measure_turns(model, repeats=arguments.repeats)
+            print_turns(turns)
+            print(f"written to {write('engine_turns', {'model': arguments.model or 'tiny'} | turns)}")
+
+
+def print_requests(result: dict[str, Any]) -> None:
+    """The table of `measure`."""
     print(f"{'workload':<12}{'engine tok/s':>14}{'generate tok/s':>16}{'ratio':>8}{'goal':>7}")
     for name, row in result["workloads"].items():
         print(
@@ -154,7 +236,7 @@ def tiny_model(path: str) -> str:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=100, hidden_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4,
-        intermediate_size=256, max_position_embeddings=64, tie_word_embeddings=True,
+        intermediate_size=256, max_position_embeddings=TURNS_CONTEXT, tie_word_embeddings=True,
         bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(path)

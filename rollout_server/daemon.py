@@ -48,7 +48,8 @@ from rollout_server.inference.supervisor import INITIAL_VERSION, EngineSuperviso
 from rollout_server.metrics import ServerStats
 from rollout_server.rendering.prompt_renderer import PromptRenderer
 from rollout_server.rewards.pool import RewardPool
-from rollout_server.rewards.worker import is_async_reward
+from rollout_server.rewards.worker import check_concurrency
+from rollout_server.starvation import Starvation
 from rollout_server.tasks.base import Task, make_task
 from rollout_server.weight_sync.receiver import WeightReceiver
 
@@ -64,11 +65,7 @@ async def main(runtime: Runtime) -> None:
         raise ConfigError(
             f"eval.num_prompts={config.eval.num_prompts}: the task holds out {task.num_eval} (task.num_eval)"
         )
-    if config.rollout.reward_concurrency > 1 and not is_async_reward(task):
-        raise ConfigError(
-            f"rollout.reward_concurrency={config.rollout.reward_concurrency} needs a task with `async def "
-            "reward`: set it to 1, and raise rollout.reward_workers for more rewards at a time"
-        )
+    check_concurrency(task, concurrency=config.rollout.reward_concurrency)
     require_loopback_or_keys(config.security, config.rollout.host, setting="rollout.host")
     buffer_addresses(config)  # raises before the slow imports if the buffer's port is not set
     model = model_path(config)
@@ -77,15 +74,7 @@ async def main(runtime: Runtime) -> None:
     context_tokens = longest_sequence(config, task, max_positions=renderer.max_positions)
     renderer.max_prompt_tokens = min(task.max_prompt_tokens, context_tokens - config.sampling.max_new_tokens)
     log.info("task %s, examples %s, %s", config.task, task.fingerprint(), compute_dtype(config))
-    rollout = config.rollout
-    pool = RewardPool(
-        config.task,
-        seed=config.seed,
-        sandbox=config.rewards.sandbox,
-        num_workers=rollout.reward_workers,
-        timeout_s=rollout.reward_timeout_s,
-        concurrency=rollout.reward_concurrency,
-    )
+    pool = RewardPool.of(config)
     engine = make_engine(
         config,
         name=runtime.name,
@@ -196,6 +185,7 @@ class RolloutServer:
             receiver=self._receiver,
             engine=engine,
             supervisor=self._supervisor,
+            starvation=Starvation.of(config),
         )
         self._stats.concurrency_limit = config.rollout.max_running
         self._weights_address = tcp_address(

@@ -6,6 +6,7 @@ added up.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,13 +14,17 @@ from areal_like.failures import FailureKind
 from areal_like.runtime.metrics import Metrics
 from areal_like.runtime.progress import ProgressClock
 from areal_like.trajectory import FinishReason
+from rollout_server.buffer_client.held_leases import Place
 from rollout_server.buffer_client.shards import ShardedBufferClient
 from rollout_server.environments.workers.pool import EnvironmentPool
 from rollout_server.episodes.lease_runner import LeaseRunner
 from rollout_server.inference.engine import Engine
 from rollout_server.inference.supervisor import EngineSupervisor
 from rollout_server.rewards.pool import RewardPool
+from rollout_server.starvation import Starvation
 from rollout_server.weight_sync.receiver import WeightReceiver
+
+log = logging.getLogger(__name__)
 
 _CUMULATIVE = {
     "tokens_generated": "generated_tokens",
@@ -39,6 +44,10 @@ _COUNTERS = {
     "cached_prompt_tokens": ("cached_prompt_tokens", "Those that were in the engine's prefix cache."),
     "retractions": ("retractions", "Sequences that an engine retracted for lack of KV memory."),
     "samples_done": ("samples_done", "Samples finished."),
+    "starved_s": (
+        "engine_starved_seconds",
+        "Time in which the engine had places, and too many samples waited for rewards or environments.",
+    ),
     "reward_s": ("reward_seconds", "Time spent in the task's reward function."),
     "reward_restarts": ("reward_worker_restarts", "Reward workers lost to a timeout or a crash."),
     "environment_s": ("environment_seconds", "Time that samples waited for calls of their environments."),
@@ -61,6 +70,9 @@ _GAUGES = {
     "concurrency_limit": ("concurrency_limit", "Samples that may be at the engine."),
     "holding": ("samples_held", "Samples of leases that are not finished."),
     "unacknowledged": ("samples_unacknowledged", "Finished samples that the buffer has not confirmed."),
+    "at_engine": ("samples_at_engine", "Held samples that wait for the engine or are at it."),
+    "in_tools": ("samples_in_environments", "Held samples that wait for their environment."),
+    "in_rewards": ("samples_in_rewards", "Held samples that wait for their reward."),
     "rewards_waiting": ("rewards_waiting", "Completions that wait for their reward."),
     "environments_open": ("environments_open", "Environments that samples use."),
     "tokens_per_s": ("tokens_per_second", "Tokens sampled per second, over the last heartbeats."),
@@ -86,12 +98,14 @@ class ServerStats:
         receiver: WeightReceiver,
         engine: Engine,
         supervisor: EngineSupervisor,
+        starvation: Starvation,
     ) -> None:
         self._supervisor = supervisor
         self._progress = ProgressClock(now_s=0.0)
         self._buffers, self._runner, self._rewards = buffers, runner, rewards
         self._environments = environments
         self._receiver, self._engine = receiver, engine
+        self._starvation = starvation
         self._counters = {key: metrics.counter(*named) for key, named in _COUNTERS.items()}
         self._gauges = {key: metrics.gauge(*named) for key, named in _GAUGES.items()}
         self._failed = metrics.counter(
@@ -148,6 +162,7 @@ class ServerStats:
             "concurrency_limit": self.concurrency_limit,
             "holding": self._buffers.holding_samples,
             "unacknowledged": self._buffers.num_unacknowledged,
+            **self._of_places(now_s=now_s),
             "rewards_waiting": self._rewards.num_waiting,
             "tokens_per_s": self._rate(totals["tokens_generated"], now_s=now_s),
             "weights_version": self._receiver.version,
@@ -163,6 +178,17 @@ class ServerStats:
             gauge.set(values[key])
         self.values = {key: float(value) for key, value in values.items()}
         return self.values
+
+    def _of_places(self, *, now_s: float) -> dict[str, float]:
+        num_at = self._buffers.num_at
+        if hint := self._starvation.observe(num_at, now_s=now_s):
+            log.warning("%s", hint)
+        return {
+            "starved_s": self._starvation.seconds_total,
+            "at_engine": num_at[Place.ENGINE],
+            "in_tools": num_at[Place.TOOL],
+            "in_rewards": num_at[Place.REWARD],
+        }
 
     def _of_environments(self) -> dict[str, float]:
         pool = self._environments

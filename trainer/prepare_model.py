@@ -83,7 +83,7 @@ def _tiny_chat(config: Config) -> BuildPlan:
             f"task=adding with model.path=tiny needs model.renderer={TINY_RENDERER}, the format of its tool "
             "calls: begin with --config configs/jobs/tools.yaml"
         )
-    arguments = {
+    arguments: dict[str, Any] = {
         "seed": config.seed,
         "warm_start_steps": config.model.warm_start_steps,
         "uses_tool": bool(config.task.get("use_tool", True)),

@@ -133,7 +133,8 @@ class Config(Section):
     objective: dict[str, Any] = field(default_factory=lambda: {"name": "tis"})
     """`name` or `_target_`, that objective's own settings, and `masks`: a list of such mappings."""
     advantage: dict[str, Any] = field(default_factory=lambda: {"name": "grpo"})
-    """`name` or `_target_`, that advantage's own settings, and `shaping`: a list of such mappings."""
+    """`name` or `_target_`, that advantage's own settings, `turn_discount` (1), and `shaping`: a list of such
+    mappings."""
     kl: KlConfig = field(default_factory=KlConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     daemon: DaemonConfig = field(default_factory=DaemonConfig)

@@ -215,8 +215,8 @@ def _read_metrics(raw: Any) -> dict[str, float]:
 
 
 def _read_label(raw: Any) -> str:
-    if type(raw) is not str or len(raw) > MAX_LABEL_CHARS or not raw.isprintable():
-        raise ValueError(f"label: want at most {MAX_LABEL_CHARS} printable characters")
+    if type(raw) is not str or not 0 < len(raw) <= MAX_LABEL_CHARS or not raw.isprintable():
+        raise ValueError(f"label: want 1 to {MAX_LABEL_CHARS} printable characters")
     return raw
 
 

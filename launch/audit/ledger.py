@@ -6,11 +6,13 @@ import sqlite3
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from areal_like.errors import StoreCorruptError
 from areal_like.selection import failures_of
 from areal_like.shards import Shard
-from areal_like.wire.records import RecordLocation, read_record
+from areal_like.trajectory import NOT_SAMPLED
+from areal_like.wire.records import Record, RecordLocation, read_record
 from launch.audit.invariants import LEDGER_INVARIANTS
 from launch.audit.result import Audit, Check
 
@@ -67,7 +69,8 @@ def audit_ledger(directory: Path) -> LedgerAudit:
             "SELECT count(*), coalesce(sum(num_tokens), 0) FROM rollbacks"
         ).fetchone()
         samples = query(
-            "SELECT ticket_id, sample_index, segment, offset, num_bytes, crc32 "
+            "SELECT ticket_id, sample_index, segment, offset, num_bytes, crc32, "
+            "oldest_version, newest_version, num_sampled, reward "
             "FROM tickets CROSS JOIN samples USING (ticket_id) "
             "WHERE released = 0 AND state IN ('ready', 'batched', 'trained')"
         ).fetchall()
@@ -85,7 +88,7 @@ def audit_ledger(directory: Path) -> LedgerAudit:
         shard=Shard(marks.get("shard", 0), marks.get("num_shards", 1)),
         result=Audit(
             run=str(directory),
-            checks=[*checks, _trajectories_on_disk(directory, samples)],
+            checks=[*checks, *_trajectories_on_disk(directory, samples)],
             tickets={"issued": sum(tickets.values())} | tickets,
             drops=drops,
             failures={
@@ -107,22 +110,54 @@ def _connect(directory: Path) -> sqlite3.Connection:
     )
 
 
-def _trajectories_on_disk(directory: Path, samples: list[_Row]) -> Check:
-    """Reads every record that may still be trained on; checks it against the ledger's length and checksum."""
-    problems: dict[int, str] = {}
-    for ticket_id, sample_index, *where in samples:
+def _trajectories_on_disk(directory: Path, samples: list[tuple[Any, ...]]) -> tuple[Check, Check]:
+    """Reads every record that may still be trained on, and checks it against its row.
+
+    A record is read only if it has the row's length and checksum, its segments cover its tokens, and its
+    turns end at sampled tokens.
+    """
+    unread: dict[int, str] = {}
+    wrong: dict[int, str] = {}
+    for ticket_id, sample_index, segment, offset, num_bytes, crc32, *row in samples:
         try:
-            read_record(directory, RecordLocation(*where), ticket_id=ticket_id, sample_index=sample_index)
+            record = read_record(
+                directory,
+                RecordLocation(segment, offset, num_bytes, crc32),
+                ticket_id=ticket_id,
+                sample_index=sample_index,
+            )
         except StoreCorruptError as error:
-            problems.setdefault(ticket_id, str(error))
-    if problems:
+            unread.setdefault(ticket_id, str(error))
+            continue
+        if (found := _row_of(record)) != row:
+            text = f"sample {sample_index} of ticket {ticket_id}: {row} in its row, {found} in its trajectory"
+            wrong.setdefault(ticket_id, text)
+    if unread:
         # A running buffer may have deleted records since the transaction, if they are no longer needed.
         with closing(_connect(directory)) as connection:
             gone = connection.execute("SELECT ticket_id FROM tickets WHERE released = 1 OR state = 'dropped'")
             for (ticket_id,) in gone:
-                problems.pop(ticket_id, None)
-    return Check(
-        text="every trajectory that may be trained on is on disk as it was written",
-        num_checked=len(samples),
-        offenders=list(problems.values()),
+                unread.pop(ticket_id, None)
+    return (
+        Check(
+            text="every trajectory that may be trained on is on disk as it was written",
+            num_checked=len(samples),
+            offenders=list(unread.values()),
+        ),
+        Check(
+            text="versions, tokens and reward of a sample are those of its trajectory",
+            num_checked=len(samples),
+            offenders=list(wrong.values()),
+        ),
     )
+
+
+def _row_of(record: Record) -> list[float]:
+    """oldest_version, newest_version, num_sampled and reward, over all segments of a record."""
+    versions = [version for version, _ in record.runs if version != NOT_SAMPLED]
+    return [
+        min(versions, default=NOT_SAMPLED),
+        max(versions, default=NOT_SAMPLED),
+        record.num_sampled,
+        record.reward,
+    ]

@@ -8,7 +8,9 @@ step is a few array operations over dense rows.
     scheduler.py     which sequence runs in which row: a pure state machine
     rows.py          per-row state of the running sequences, as arrays
     models/          forward passes over KV rows: hand-written (Llama family) or transformers' own
-    cache.py         KV rows, and the prefixes that the samples of a group share
+    cache.py         KV rows, and the prompts that the samples of a group share
+    kept_prefixes.py KV kept for the next turns of conversations: a radix tree
+    contexts.py      filling rows: what is copied, and what is computed
     sampling.py      one batched sampler, reproducible by request
     core.py          one step: admit, prefill, decode, sample, finish; swapping weights between two steps
     loop.py          the thread that runs the steps, and commands between them

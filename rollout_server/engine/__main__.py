@@ -67,7 +67,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--prefix-cache-tokens",
         type=not_negative,
         default=16384,
-        help="tokens of shared prompts kept; 0: none",
+        help="tokens of prompts kept for the other samples of their groups; 0: none",
+    )
+    add(
+        "--conversation-cache-tokens",
+        type=not_negative,
+        help="tokens kept for the next turns of conversations; 0: none; default: as many as the rows hold",
     )
     add("--weights-from", action="append", default=[], metavar="DIR",
         help="directory that /update_weights_from_disk may load from, beside --model-path")  # fmt: skip

@@ -1,4 +1,4 @@
-"""The KV cache, with one dense row per running sequence, and the cache of prefixes shared by a group.
+"""The KV cache, with one dense row per running sequence, and the cache of prompts shared by a group.
 
 A row holds a whole sequence; there are no pages. A decode step reads rows 0..n-1 as one strided view, with no
 gather and no block table, and at the lengths of short RL answers pages would save little memory. The price is
@@ -44,6 +44,25 @@ class DecodeBatch:
     """H -> int64[N*H]: index of each new key and value in a layer's cache viewed as [S*H*T, D]."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Extension:
+    """Positions, mask and indices of a pass that extends what rows hold: B contexts, T new positions in each,
+    right-padded, and S positions in the longest row."""
+
+    num_positions: int
+    """S"""
+    position_BT: Tensor
+    """int64; that of padding is within the context length, and otherwise means nothing."""
+    bias_B1TS: Tensor
+    """Additive attention bias in the model's dtype: 0 up to the new token's position, -inf beyond it."""
+    rows_B: Tensor
+    """int64"""
+    read_index_V: Tensor
+    """int64[V]: index of the tokens that are no padding among all B*T."""
+    write_index_by_heads: dict[int, Tensor]
+    """H -> int64[V*H]: index of each new key and value in a layer's cache viewed as [S*H*T, D]."""
+
+
 class KVCache:
     """Keys and values of `num_rows` sequences of up to `context_length` tokens.
 
@@ -51,6 +70,7 @@ class KVCache:
 
     Decode step: `begin_decode`, then `append` for each layer.
     Prefill: `begin_prefill`, then `fill` for each layer, then `end_prefill`.
+    Extension: `begin_extension`, then `extend` for each layer.
     """
 
     def __init__(
@@ -78,6 +98,7 @@ class KVCache:
         self._storage_heads = heads
         self._arange_T = np.arange(context_length)
         self._batch: DecodeBatch | None = None
+        self._extension: Extension | None = None
         self._computed_L2BHTD = torch.empty(0)
 
     @property
@@ -94,13 +115,7 @@ class KVCache:
         bias_NT = np.where(
             self._arange_T[:num_positions] > position_N[:, None], np.float32("-inf"), np.float32(0)
         )
-        index = {}
-        for heads in self._heads:
-            row_head = np.arange(num_rows, dtype=np.int64)[:, None] * self._storage_heads + np.arange(
-                heads, dtype=np.int64
-            )
-            flat = row_head * self.context_length + position_N[:, None]
-            index[heads] = torch.from_numpy(flat.reshape(-1)).to(self.device)
+        index = self._write_index(np.arange(num_rows, dtype=np.int64), position_N)
         self._batch = DecodeBatch(
             num_rows=num_rows,
             num_positions=num_positions,
@@ -110,17 +125,28 @@ class KVCache:
         )
         return self._batch
 
+    def _write_index(self, row_N: NDArray[np.int64], position_N: NDArray[np.int64]) -> dict[int, Tensor]:
+        """H -> int64[N*H]: where the keys and values of these rows and positions are in a flat layer."""
+        index = {}
+        for heads in self._heads:
+            row_head = row_N[:, None] * self._storage_heads + np.arange(heads, dtype=np.int64)
+            flat = row_head * self.context_length + position_N[:, None]
+            index[heads] = torch.from_numpy(flat.reshape(-1)).to(self.device)
+        return index
+
     def append(self, layer: int, key_NHD: Tensor, value_NHD: Tensor) -> tuple[Tensor, Tensor]:
         """Writes this step's keys and values; returns views [N, H, T, D] of all positions that are in use."""
         batch = self._batch
         assert batch is not None, "begin_decode first"
-        index = batch.write_index_by_heads[key_NHD.shape[1]]
+        self._write(layer, batch.write_index_by_heads[key_NHD.shape[1]], key_NHD, value_NHD)
+        key_NHTD = self.keys[layer][: batch.num_rows, :, : batch.num_positions]
+        return key_NHTD, self.values[layer][: batch.num_rows, :, : batch.num_positions]
+
+    def _write(self, layer: int, index: Tensor, key_NHD: Tensor, value_NHD: Tensor) -> None:
         flat_key, flat_value = self._flat[layer]
         key_dim, value_dim = key_NHD.shape[2], value_NHD.shape[2]
         flat_key[:, :key_dim].index_copy_(0, index, key_NHD.reshape(-1, key_dim))
         flat_value[:, :value_dim].index_copy_(0, index, value_NHD.reshape(-1, value_dim))
-        key_NHTD = self.keys[layer][: batch.num_rows, :, : batch.num_positions]
-        return key_NHTD, self.values[layer][: batch.num_rows, :, : batch.num_positions]
 
     # Prefill
 
@@ -148,6 +174,43 @@ class KVCache:
             self._storage[:, :, target, :, : computed.shape[4]] = computed[:, :, source]
         return computed
 
+    # Extension
+
+    def begin_extension(
+        self, *, rows: Sequence[int], starts_B: NDArray[np.int64], lengths_B: NDArray[np.int64]
+    ) -> Extension:
+        """Prepares to add `lengths_B` tokens to each of these rows, from positions `starts_B` on."""
+        num_positions, num_new = int((starts_B + lengths_B).max()), int(lengths_B.max())
+        new_T = np.arange(num_new)
+        position_BT = np.minimum(starts_B[:, None] + new_T, self.context_length - 1)
+        context, new = np.nonzero(new_T < lengths_B[:, None])
+        row_B = np.array(rows, np.int64)
+        bias_BTS = np.where(
+            self._arange_T[:num_positions] > position_BT[:, :, None], np.float32("-inf"), np.float32(0)
+        )
+        self._extension = Extension(
+            num_positions=num_positions,
+            position_BT=torch.from_numpy(position_BT).to(self.device),
+            bias_B1TS=torch.from_numpy(bias_BTS).to(self.device, self.dtype).unsqueeze(1),
+            rows_B=torch.from_numpy(row_B).to(self.device),
+            read_index_V=torch.from_numpy(context * num_new + new).to(self.device),
+            write_index_by_heads=self._write_index(row_B[context], position_BT[context, new]),
+        )
+        return self._extension
+
+    def extend(self, layer: int, key_BHTD: Tensor, value_BHTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes the new keys and values; returns copies [B, H, S, D] of all positions of these rows."""
+        extension = self._extension
+        assert extension is not None, "begin_extension first"
+        key_VHD, value_VHD = (
+            new.transpose(1, 2).flatten(0, 1).index_select(0, extension.read_index_V)
+            for new in (key_BHTD, value_BHTD)
+        )
+        self._write(layer, extension.write_index_by_heads[key_BHTD.shape[1]], key_VHD, value_VHD)
+        rows_B, num_positions = extension.rows_B, extension.num_positions
+        key_BHSD = self.keys[layer][:, :, :num_positions].index_select(0, rows_B)
+        return key_BHSD, self.values[layer][:, :, :num_positions].index_select(0, rows_B)
+
     # Rows
 
     def move(self, sources: Sequence[int], targets: Sequence[int], *, num_positions: int) -> None:
@@ -163,11 +226,13 @@ class KVCache:
             )
             self._storage[:, :, target, :, :num_positions] = self._storage[:, :, source, :, :num_positions]
 
-    def write(self, rows: Sequence[int], prefix_L2HTD: Tensor) -> None:
-        """Copies a prefix [L, 2, H, T, D] to the start of each of these rows."""
-        length = prefix_L2HTD.shape[3]
-        for row in rows:
-            self._storage[:, :, row, :, :length] = prefix_L2HTD
+    def write(self, row: int, kv_L2HTD: Tensor, *, start: int = 0) -> None:
+        """Copies the KV of T tokens [L, 2, H, T, D] to positions `start` and after of a row."""
+        self._storage[:, :, row, :, start : start + kv_L2HTD.shape[3]] = kv_L2HTD
+
+    def read(self, row: int, start: int, end: int) -> Tensor:
+        """A view [L, 2, H, end - start, D] of a row's positions."""
+        return self._storage[:, :, row, :, start:end]
 
     def clear_row(self, row: int) -> None:
         """Zeroes a row that holds values that are not finite.
@@ -178,7 +243,7 @@ class KVCache:
 
 
 class PrefixCache:
-    """The most recently used contexts, up to `max_tokens` positions in all.
+    """The most recently used prompts, up to `max_tokens` positions in all.
 
     Entries are keyed by the serial number of the weights that computed them, so that an entry computed under
     older weights is never found; a swap of weights drops all entries.

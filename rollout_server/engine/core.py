@@ -23,14 +23,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from areal_like.trajectory import FinishReason
-from rollout_server.engine.cache import KVCache, PrefixCache
+from rollout_server.engine.cache import KVCache
+from rollout_server.engine.contexts import PREFILL_AHEAD_TOKENS, Contexts
 from rollout_server.engine.models.base import CausalModel, Weights
 from rollout_server.engine.rows import RowState
 from rollout_server.engine.sampling import Filters, rng_key, sample, uniforms
 from rollout_server.engine.scheduler import Finish, Scheduler, Sequence
-
-PREFILL_AHEAD_TOKENS = 128
-"""A prefill below this many tokens is filled up with prompts of sequences that still wait for a row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +42,10 @@ class EngineOptions:
     max_prefill_tokens: int = 8192
     """Most context tokens computed before one decode step."""
     prefix_cache_tokens: int = 16384
-    """Token positions that the cache of shared prefixes may hold; 0 disables the cache."""
+    """Tokens of prompts that the cache for groups may hold; 0 disables the cache."""
+    conversation_cache_tokens: int | None = None
+    """Tokens whose KV is kept for the next turns of conversations; 0: none; None: as many as the rows hold,
+    `max_running` * `context_length`. Memory is allocated as it is needed."""
     random_seed: int = 0
 
 
@@ -59,10 +60,6 @@ class EngineCore:
         self.version = version
         self.num_generated = 0
         """Tokens sampled."""
-        self.num_prefilled = 0
-        """Context tokens computed."""
-        self.num_prefix_hits = 0
-        """Sequences whose context was copied from another sequence and not computed."""
         self.num_steps = 0
         self.scheduler = Scheduler(
             num_rows=options.max_running, max_prefill_tokens=options.max_prefill_tokens
@@ -77,7 +74,17 @@ class EngineCore:
             dtype=facts.dtype,
             device=facts.device,
         )
-        self._prefixes = PrefixCache(max_tokens=options.prefix_cache_tokens)
+        most_kept = options.conversation_cache_tokens
+        self.contexts = Contexts(
+            model,
+            self._cache,
+            self._rows,
+            max_prefill_tokens=options.max_prefill_tokens,
+            prefix_cache_tokens=options.prefix_cache_tokens,
+            conversation_cache_tokens=(
+                options.max_running * options.context_length if most_kept is None else most_kept
+            ),
+        )
         self._weights_serial = itertools.count(1)
         self._sequence_index = itertools.count()
 
@@ -146,11 +153,11 @@ class EngineCore:
         self.model.activate(weights)
         self._shadow_weights, self._active_weights = self._active_weights, weights
         self.version = version
-        self._prefixes.clear(serial=next(self._weights_serial))
+        self.contexts.clear(serial=next(self._weights_serial))
 
     def flush_prefix_cache(self) -> None:
-        """Drops all cached prefixes."""
-        self._prefixes.clear()
+        """Drops all KV that no running sequence holds."""
+        self.contexts.clear()
 
     # Stepping
 
@@ -164,85 +171,16 @@ class EngineCore:
         scheduler = self.scheduler
         if not scheduler.runnable:
             return []
-        admitted, moves = scheduler.admit(is_cached=self._prefixes.__contains__)
+        admitted, moves = scheduler.admit(num_to_compute=self.contexts.num_to_compute)
         if moves:
             sources, targets = [m.source for m in moves], [m.target for m in moves]
             self._cache.move(sources, targets, num_positions=int(self._rows.num_tokens[sources].max()))
             self._rows.move(sources, targets)
         if admitted:
-            self._fill_rows(admitted)
+            self.contexts.fill(admitted, waiting=scheduler.upcoming(PREFILL_AHEAD_TOKENS))
         num_rows = scheduler.num_running
         tokens_N, logprobs_N = self._decode(num_rows)
         return self._append_tokens(num_rows, tokens_N, logprobs_N)
-
-    def _fill_rows(self, admitted: list[Sequence]) -> None:
-        """Fills the rows of new sequences with the KV of all but the last token of their contexts."""
-        # Context -> rows that need it: each context is computed once for all its rows. A prompt computed
-        # ahead, for the prefix cache, has no row yet.
-        missing: dict[tuple[int, ...], list[int]] = {}
-        for sequence in admitted:
-            self._rows.enter(sequence)
-            context = sequence.context
-            prefix = self._prefixes.get(context)
-            if prefix is not None:
-                self._cache.write([sequence.row], prefix)
-                self._count_prefix_hit(sequence)
-            elif context in missing:
-                missing[context].append(sequence.row)
-                self._count_prefix_hit(sequence)
-            elif len(context) > 1:
-                missing[context] = [sequence.row]
-        if not missing:
-            return
-        prompts = {sequence.prompt for sequence in admitted if not sequence.output_ids}
-        self._add_waiting_prompts(missing, prompts)
-        # Contexts of similar length share a batch, so that little computation is spent on padding.
-        queue = sorted(missing.items(), key=lambda item: len(item[0]))
-        while queue:
-            size = max(1, self.options.max_prefill_tokens // len(queue[-1][0]))
-            queue, batch = queue[:-size], queue[-size:]
-            self._prefill(batch, prompts)
-
-    def _count_prefix_hit(self, sequence: Sequence) -> None:
-        self.num_prefix_hits += 1
-        if not sequence.output_ids:  # else its row was filled again after an update of the weights
-            sequence.num_cached_tokens = len(sequence.prompt) - 1
-
-    def _add_waiting_prompts(
-        self, missing: dict[tuple[int, ...], list[int]], prompts: set[tuple[int, ...]]
-    ) -> None:
-        """Fills up a small prefill with prompts from the queue, whose KV goes to the prefix cache only.
-
-        Rows become free one by one, and a small prefill costs the same for sixteen prompts as for one.
-        """
-        room = min(PREFILL_AHEAD_TOKENS, self.options.prefix_cache_tokens // 2) - sum(map(len, missing))
-        for sequence in self.scheduler.upcoming(PREFILL_AHEAD_TOKENS):
-            prompt = sequence.prompt
-            if sequence.output_ids or prompt in missing or prompt in self._prefixes or len(prompt) == 1:
-                continue
-            room -= len(prompt)
-            if room < 0:
-                break
-            missing[prompt] = []
-            prompts.add(prompt)
-
-    def _prefill(self, batch: list[tuple[tuple[int, ...], list[int]]], prompts: set[tuple[int, ...]]) -> None:
-        """Runs one forward pass over right-padded contexts and copies their KV to their rows."""
-        tokens_BT = np.zeros((len(batch), max(len(context) for context, _ in batch) - 1), np.int64)
-        rows, sources = [], []
-        for i, (context, context_rows) in enumerate(batch):
-            tokens_BT[i, : len(context) - 1] = context[:-1]
-            self.num_prefilled += len(context) - 1
-            rows += context_rows
-            sources += [i] * len(context_rows)
-        self._cache.begin_prefill(num_contexts=tokens_BT.shape[0], num_positions=tokens_BT.shape[1])
-        self.model.prefill(self._tensor(tokens_BT), self._cache)
-        computed = self._cache.end_prefill(rows=rows, sources=sources)
-        for i, (context, _) in enumerate(batch):
-            # Only prompts are cached: the other samples of a group share the prompt, but no other sequence
-            # has the same prompt and output.
-            if context in prompts:
-                self._prefixes.put(context, computed[:, :, i, :, : len(context) - 1].clone())
 
     def _decode(self, num_rows: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Samples a token for each of rows 0..num_rows-1: (tokens int64[N], log-probs float32[N])."""
@@ -303,7 +241,7 @@ class EngineCore:
             if broken_N[row]:
                 rows.num_output[row] -= 1
                 self._cache.clear_row(row)
-                self._prefixes.clear()
+                self.contexts.clear()
                 finish = Finish(
                     reason=FinishReason.ABORT, message="the model's logits are not finite", is_error=True
                 )
@@ -322,6 +260,8 @@ class EngineCore:
     def _finish(self, sequence: Sequence, finish: Finish) -> Sequence:
         if sequence.row >= 0:
             self._rows.copy_output_to(sequence, version=self.version)
+            if sequence.keeps_prefix and not finish.is_error:
+                self.contexts.keep(sequence)
         self.scheduler.finish(sequence, finish)
         sequence.version_spans = _merged(sequence.version_spans)
         return sequence

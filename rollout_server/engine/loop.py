@@ -55,8 +55,14 @@ class Load:
     weight_version: str
     generated_tokens: int
     prefilled_tokens: int
+    copied_tokens: int
+    """Context tokens whose KV was copied and not computed."""
     shared_prefixes: int
     """Sequences whose context was copied from another sequence and not computed."""
+    continued_prefixes: int
+    """Sequences that began with KV that was kept of a conversation."""
+    kept_tokens: int
+    """Tokens whose KV is kept for the next turns of conversations."""
     steps: int
     busy_s: float
     idle_s: float
@@ -159,8 +165,11 @@ class EngineLoop:
             paused=core.scheduler.paused,
             weight_version=core.version,
             generated_tokens=core.num_generated,
-            prefilled_tokens=core.num_prefilled,
-            shared_prefixes=core.num_prefix_hits,
+            prefilled_tokens=core.contexts.num_prefilled,
+            copied_tokens=core.contexts.num_copied,
+            shared_prefixes=core.contexts.num_shared,
+            continued_prefixes=core.contexts.num_continued,
+            kept_tokens=core.contexts.kept.num_tokens,
             steps=core.num_steps,
             busy_s=self._busy_s,
             idle_s=self._idle_s + current_idle_s,

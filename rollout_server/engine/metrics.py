@@ -42,7 +42,9 @@ def _counters_of_load(load: Load) -> list[tuple[str, str, float]]:
     return [
         ("generated_tokens", "Tokens sampled", load.generated_tokens),
         ("prefilled_tokens", "Context tokens computed", load.prefilled_tokens),
+        ("copied_tokens", "Context tokens whose KV was copied and not computed", load.copied_tokens),
         ("shared_prefixes", "Sequences whose context was already computed", load.shared_prefixes),
+        ("continued_prefixes", "Sequences that began with kept KV", load.continued_prefixes),
         ("steps", "Decode steps", load.steps),
         ("busy_seconds", "Time inside steps", load.busy_s),
         ("idle_seconds", "Time with no runnable sequence", load.idle_s),
@@ -67,6 +69,7 @@ def _gauges(load: Load) -> list[tuple[str, str, float]]:
         ("waiting", "Sequences in the queue", load.waiting),
         ("kv_rows", "KV rows", load.rows),
         ("kv_rows_used", "KV rows in use", load.running),
+        ("kept_tokens", "Tokens whose KV is kept for later turns", load.kept_tokens),
         ("paused", "1 while generation is paused", int(load.paused)),
         ("weight_version", "Active version, -1 if it is not a number", version),
     ]

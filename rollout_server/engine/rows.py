@@ -36,6 +36,9 @@ class RowState:
         self.version_start = np.zeros(num_rows, np.int64)
         """Index of the first output token that was sampled under the current version."""
 
+        self.kv_serial = np.zeros(num_rows, np.int64)
+        """Serial number of the weights that the row's first KV was computed under; set by Contexts."""
+
     def enter(self, sequence: Sequence) -> None:
         """Fills the row of a sequence, which may have output already if it was preempted."""
         row, params, num_output = sequence.row, sequence.params, len(sequence.output_ids)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -152,10 +152,10 @@ class Scheduler:
         self.by_id[sequence.seq_id] = sequence
         self.waiting.append(sequence)
 
-    def admit(self, *, is_cached: Callable[[tuple[int, ...]], bool]) -> tuple[list[Sequence], list[Move]]:
+    def admit(self, *, num_to_compute: Callable[[Sequence], int]) -> tuple[list[Sequence], list[Move]]:
         """Gives rows to waiting sequences, holes first, then closes the holes that remain.
 
-        `is_cached`: returns True for a context whose KV is in the prefix cache. A context that several
+        `num_to_compute`: tokens of a sequence's context whose KV is not in a cache. A context that several
         sequences share counts once. Returns the admitted sequences and the moves that close holes. Once the
         caller has made the moves, in order, rows 0..num_running-1 are occupied.
         """
@@ -166,10 +166,10 @@ class Scheduler:
         while self.waiting and (holes or len(self.rows) < self.num_rows):
             sequence = self.waiting[0]
             context = sequence.context
-            if context not in to_compute and not is_cached(context):
-                if len(context) > budget and to_compute:
+            if context not in to_compute and (num_tokens := num_to_compute(sequence)):
+                if num_tokens > budget and to_compute:
                     break
-                budget -= len(context)
+                budget -= num_tokens
                 to_compute.add(context)
             self.waiting.popleft()
             if holes:
@@ -197,9 +197,9 @@ class Scheduler:
             self.rows[target] = sequence
         return moves
 
-    def upcoming(self, limit: int) -> list[Sequence]:
+    def upcoming(self, limit: int) -> Iterator[Sequence]:
         """The next `limit` sequences in the queue."""
-        return list(itertools.islice(self.waiting, limit))
+        return itertools.islice(self.waiting, limit)
 
     def finish(self, sequence: Sequence, finish: Finish) -> None:
         """Ends a waiting or running sequence, and frees its row."""

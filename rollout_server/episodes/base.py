@@ -41,6 +41,9 @@ class Tokenizer(Protocol):
     def decode(self, tokens: NDArray[np.int32]) -> str:
         """Text without special tokens."""
 
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """Text with special tokens."""
+
 
 class PolicyClient:
     """Samples the policy's turns of one episode, and continues them after an abort."""

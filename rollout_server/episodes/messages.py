@@ -1,4 +1,4 @@
-"""Messages in one form, so that equal ones have equal digests. Pure.
+"""Messages in one form, so that those that mean the same have the same digest. Pure.
 
 Clients of a conversation send the whole list each time, and may have changed what means the same: a content
 of null, a list of text parts, arguments of a tool call as an object, the reasoning left out.
@@ -11,6 +11,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgpack
+
 from areal_like.errors import EpisodeError
 from rollout_server.environments.base import Message
 
@@ -21,12 +23,12 @@ def canonical_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
     """The messages in one form, as copies. Raises EpisodeError for what no template can render."""
     if not messages:
         raise EpisodeError("there is no message: a conversation needs at least one")
-    return [_canonical(message, index) for index, message in enumerate(messages)]
+    return [_canonical(message, f"message {index}") for index, message in enumerate(_copied(list(messages)))]
 
 
 def canonical_tools(tools: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The schemas as copies. Raises EpisodeError if they are no JSON objects."""
-    copies = _copied(list(tools), "tools")
+    copies = _copied(list(tools))
     if not all(isinstance(tool, dict) for tool in copies):
         raise EpisodeError(f"tools: want OpenAI function schemas, got {str(copies)[:200]}")
     return list(copies)
@@ -34,11 +36,13 @@ def canonical_tools(tools: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any
 
 def prefix_digests(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[bytes]:
     """One digest for each message, of `tools` and the messages up to and with it, reasoning left out."""
-    digest = hashlib.sha256(json.dumps(tools, sort_keys=True).encode()).digest()
+    digest = hashlib.sha256(msgpack.packb(tools)).digest()
     digests = []
     for message in messages:
-        text = json.dumps(_without_reasoning(message), sort_keys=True)
-        digest = hashlib.sha256(digest + text.encode()).digest()
+        # Sorted, as the order of the keys means nothing. Where it differs deeper inside, two messages that
+        # mean the same have two digests, and the conversation begins a new segment.
+        fields = sorted(_without_reasoning(message).items())
+        digest = hashlib.sha256(digest + msgpack.packb(fields)).digest()
         digests.append(digest)
     return digests
 
@@ -57,9 +61,7 @@ def _without_reasoning(message: Message) -> Message:
     return {key: value for key, value in message.items() if key != _REASONING}
 
 
-def _canonical(message: Mapping[str, Any], index: int) -> Message:
-    where = f"message {index}"
-    copy = _copied(message, where)
+def _canonical(copy: Any, where: str) -> Message:
     if not isinstance(copy, dict) or not isinstance(copy.get("role"), str):
         raise EpisodeError(f"{where}: want an object with `role` and `content`, got {str(copy)[:200]}")
     copy = {key: value for key, value in copy.items() if value is not None}
@@ -72,7 +74,7 @@ def _canonical(message: Mapping[str, Any], index: int) -> Message:
         if not isinstance(calls, list):
             raise EpisodeError(f"{where}: tool_calls is no list")
         copy["tool_calls"] = [_canonical_call(call, where) for call in calls]
-    return copy
+    return dict(copy)
 
 
 def _canonical_call(call: Any, where: str) -> dict[str, Any]:
@@ -81,7 +83,7 @@ def _canonical_call(call: Any, where: str) -> dict[str, Any]:
         raise EpisodeError(f"{where}: want tool calls with a function and its name, got {str(call)[:200]}")
     arguments = function.get("arguments", "")
     if not isinstance(arguments, str):
-        arguments = json.dumps(arguments, ensure_ascii=False)
+        arguments = json.dumps(arguments, ensure_ascii=False, default=repr)
     return {"type": "function", **call, "function": {**function, "arguments": arguments}}
 
 
@@ -96,8 +98,10 @@ def _text(content: Any, where: str) -> str:
     raise EpisodeError(f"{where}: want text as content, got {str(content)[:200]}")
 
 
-def _copied(value: Any, where: str) -> Any:
+def _copied(values: list[Any]) -> list[Any]:
     try:
-        return json.loads(json.dumps(value, allow_nan=False))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise EpisodeError(f"{where}: not JSON ({error})") from error
+        # A tenth of the time of JSON; these are the types of JSON, and bytes, which no check lets pass.
+        copies: list[Any] = msgpack.unpackb(msgpack.packb(values))
+    except (TypeError, ValueError, OverflowError, UnicodeError) as error:
+        raise EpisodeError(f"messages and tools: want the types of JSON ({error})") from error
+    return copies

@@ -50,6 +50,12 @@ class Transcript:
         return self.tokens[self._sampled_mask()]
 
     @property
+    def last_turn(self) -> NDArray[np.int32]:
+        """The policy's tokens of the last turn."""
+        first, end = self.spans[-1] if self.spans else (0, 0)
+        return self.tokens[first:end]
+
+    @property
     def num_sampled(self) -> int:
         """Number of the policy's tokens."""
         return int(np.count_nonzero(self._sampled_mask()))

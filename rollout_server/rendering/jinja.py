@@ -1,10 +1,10 @@
 """Renders with the tokenizer's chat template, for models without a renderer of their own.
 
-A template renders whole conversations, so `bridge` finds what follows a sampled turn by comparing two texts:
-the conversation up to the turn, and the conversation with the new messages. If the first is the beginning of
-the second, the template only appends here. Then the text after the turn's end-of-turn token is tokenized and
-follows the sampled tokens. Otherwise the template changes what came before (it strips earlier reasoning,
-...), and the conversation has to begin a new segment.
+A template renders whole conversations, so `bridge` finds what follows a sampled turn by comparing three
+texts: the prompt of the turn, the conversation up to the turn, and the conversation with the new messages. If
+each is the beginning of the next, the template only appends here. Then the text after the turn's end-of-turn
+token is tokenized and follows the sampled tokens. Otherwise the template changes what came before (it strips
+earlier reasoning, ...), and the conversation has to begin a new segment.
 """
 
 from __future__ import annotations
@@ -100,12 +100,12 @@ class JinjaRenderer(ChatRenderer):
         """See ChatRenderer."""
         if not self._ends_turns or not completion_ids:
             return None
-        history = self._text(messages[:-1], tools, False) if len(messages) > 1 else ""
+        prompt = self._text(messages[:-1], tools, True)
         until_turn = self._text(messages, tools, False)
         whole = self._text([*messages, *new_messages], tools, True)
-        if not (until_turn.startswith(history) and whole.startswith(until_turn)):
+        if not (until_turn.startswith(prompt) and whole.startswith(until_turn)):
             return None
-        turn = until_turn[len(history) :]
+        turn = until_turn[len(prompt) :]
         reasoning = str(messages[-1].get("reasoning_content") or "").strip()
         if reasoning not in turn:  # the template strips the reasoning from every turn
             return None

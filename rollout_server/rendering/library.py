@@ -44,7 +44,12 @@ _OF_MODEL_TYPE: Mapping[str, tuple[str, ...]] = {
 }
 """`model_type` of config.json -> renderers that may be the model's; the first that agrees with the chat
 template is used."""
+_NEED_NAMES = ("gemma4", "gpt-oss")
+"""Renderers that need the tool's name in its answer, which the chat templates find in the call."""
 _EMPTY_REASONING = re.compile(r"<think>\s*</think>\s*")
+_CHARS_BEFORE = 20
+_CHARS_OF_DIFFERENCE = 100
+"""What an error shows of two renderings, from `_CHARS_BEFORE` before the first difference."""
 _TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
@@ -164,9 +169,13 @@ class LibraryRenderer(ChatRenderer):
         for ours, theirs in self._probes(template):
             texts = [_EMPTY_REASONING.sub("", self.decode(ids)) for ids in (ours, theirs)]
             if ours != theirs and texts[0] != texts[1]:
+                pairs = enumerate(zip(*texts, strict=False))
+                first = next((i for i, (left, right) in pairs if left != right), min(map(len, texts)))
+                first = max(0, first - _CHARS_BEFORE)
+                ours_text, theirs_text = (text[first : first + _CHARS_OF_DIFFERENCE] for text in texts)
                 return (
-                    f"it renders a conversation as {texts[0]!r}, and the tokenizer's chat template renders "
-                    f"it as {texts[1]!r}"
+                    f"where it renders ...{ours_text!r}..., the tokenizer's chat template renders "
+                    f"...{theirs_text!r}..."
                 )
         return ""
 
@@ -208,7 +217,7 @@ class LibraryRenderer(ChatRenderer):
             extended = self._renderer.bridge_to_next_turn(
                 list(prompt_ids),
                 list(completion_ids),
-                [with_parsed_arguments(message) for message in new_messages],
+                self._prepared([*messages, *new_messages])[len(messages) :],
                 tools=_copies(tools),
             )
         except Exception:  # what it cannot bridge, it may be able to render
@@ -244,7 +253,7 @@ class LibraryRenderer(ChatRenderer):
         try:
             return list(
                 self._renderer.render_ids(
-                    [with_parsed_arguments(message) for message in messages],
+                    self._prepared(messages),
                     tools=_copies(tools),
                     add_generation_prompt=add_generation_prompt,
                 )
@@ -253,6 +262,20 @@ class LibraryRenderer(ChatRenderer):
             raise EpisodeError(
                 f"the renderer {self.name} cannot render these messages ({first_line(error)})"
             ) from error
+
+    def _prepared(self, messages: Sequence[Message]) -> list[Message]:
+        prepared = [with_parsed_arguments(message) for message in messages]
+        if self.name not in _NEED_NAMES:
+            return prepared
+        names: dict[Any, str] = {}
+        for message in messages:
+            names |= {call["id"]: call["function"]["name"] for call in message.get("tool_calls", [])}
+        return [
+            {"name": names.get(message.get("tool_call_id"), "unknown"), **message}
+            if message["role"] == "tool"
+            else message
+            for message in prepared
+        ]
 
 
 def _copies(tools: Sequence[ToolSchema]) -> list[dict[str, Any]] | None:

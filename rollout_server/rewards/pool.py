@@ -29,8 +29,9 @@ import logging
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
+from areal_like.config import Config
 from areal_like.errors import RewardError
 from rollout_server.rewards.process import Item, RewardWorker
 from rollout_server.rewards.worker import MAX_FRAME_BYTES, pack_item
@@ -70,8 +71,8 @@ class RewardPool:
         timeout_s: float,
         concurrency: int = 1,
     ) -> None:
-        """`task`, `seed`, `sandbox`: as in `make_task`; `timeout_s`: time limit of one reward; `concurrency`:
-        rewards that one worker computes at the same time, if the task's reward is asynchronous."""
+        """`task`, `seed`, `sandbox`: arguments of `make_task`; `timeout_s`: time limit of one reward;
+        `concurrency`: rewards that one worker computes at the same time, if the reward is asynchronous."""
         setup = {"task": dict(task), "seed": seed, "sandbox": sandbox, "timeout_s": timeout_s}
         self._workers = [
             RewardWorker(
@@ -86,6 +87,19 @@ class RewardPool:
         self._mean_s = 0.0
         self.seconds_total = 0.0
         """Time spent in the task's code by all workers."""
+
+    @classmethod
+    def of(cls, config: Config) -> Self:
+        """With the task and the settings of a job."""
+        rollout = config.rollout
+        return cls(
+            config.task,
+            seed=config.seed,
+            sandbox=config.rewards.sandbox,
+            num_workers=rollout.reward_workers,
+            timeout_s=rollout.reward_timeout_s,
+            concurrency=rollout.reward_concurrency,
+        )
 
     async def __aenter__(self) -> RewardPool:
         for worker in self._workers:

@@ -222,6 +222,8 @@ TASKS = Registry[Task](
         "sort": "rollout_server.tasks.sort.SortTask",
         "adding": "rollout_server.tasks.adding.AddingTask",
         "reasoning_gym": "rollout_server.tasks.reasoning_gym.ReasoningGymTask",
+        "gymnasium": "rollout_server.tasks.gymnasium.GymnasiumTask",
+        "textarena": "rollout_server.tasks.textarena.TextArenaTask",
     },
 )
 """Tasks are registered by path and imported on use: an optional package is needed only by its own task."""

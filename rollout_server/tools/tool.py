@@ -144,7 +144,7 @@ class Tool:
             values = self.bind(arguments)
             async with asyncio.timeout(limit_s) as limit:
                 value = await self._run(values)
-            return Answer(text=self._cut(_text(value)))
+            return Answer(text=_valid(self._cut(_text(value))))
         except ToolError as error:
             problem = str(error)
         # A tool may raise anything. A TimeoutError of its own is not the one of the limit.
@@ -152,7 +152,7 @@ class Tool:
             problem = f"{type(error).__name__}: {error}"
             if isinstance(error, TimeoutError) and limit.expired():
                 problem = f"no answer within {limit_s:.3g} s"
-        return Answer(text=f"Error: {problem:.{_MAX_ERROR_CHARS}}", is_error=True)
+        return Answer(text=_valid(f"Error: {problem:.{_MAX_ERROR_CHARS}}"), is_error=True)
 
     async def _run(self, values: Mapping[str, Any]) -> Any:
         if inspect.iscoroutinefunction(self.function):
@@ -213,6 +213,11 @@ def _text(value: Any) -> str:
     if isinstance(value, str):
         return value
     return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _valid(text: str) -> str:
+    """Text that can be encoded: the policy can write half of a surrogate pair as \\ud800 in its arguments."""
+    return text.encode(errors="replace").decode()
 
 
 def _is_json(value: Any) -> bool:

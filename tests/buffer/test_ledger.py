@@ -9,7 +9,7 @@ import pytest
 from areal_like.config import from_mapping
 from areal_like.errors import ConfigError, RefusedError, StaleIncarnationError
 from areal_like.trajectory import FinishReason
-from areal_like.wire.messages.producer import Lease, Purpose, ServerHeartbeat, ServerState
+from areal_like.wire.messages.producer import Lease, Purpose, SampleDone, ServerHeartbeat, ServerState
 from areal_like.wire.records import Record
 from buffer.ledger.ledger import Ledger
 from buffer.prompts.order import Prompt, PromptOrder, permuted, sampling_seed
@@ -312,6 +312,19 @@ def test_a_sample_longer_than_the_microbatch_is_refused() -> None:
     (lease,) = leases_of(ledger)
     assert deliver(ledger, "a", done(lease, 0, [0, 0, 0])) is Verdict.INVALID
     assert deliver(ledger, "a", done(lease, 1, [0, 0])) is Verdict.ACCEPTED
+
+
+def test_a_segment_longer_than_the_microbatch_is_refused() -> None:
+    ledger = new_ledger(max_tokens=8, max_segment_tokens=4)
+    add_server(ledger, "a", capacity=2)
+    (lease,) = leases_of(ledger)
+    lengths = iter([(5, 3), (4, 4)])
+    verdicts = []
+    for index in lease.sample_indices:
+        whole = dataclasses.replace(trajectory([0] * 7), segments=next(lengths))
+        record = Record.of(lease.ticket_id, index, whole)
+        verdicts.append(deliver(ledger, "a", SampleDone(lease_id=lease.lease_id, record=record)))
+    assert verdicts == [Verdict.INVALID, Verdict.ACCEPTED]
 
 
 def test_only_the_newest_finished_evaluations_are_kept() -> None:

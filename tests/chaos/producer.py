@@ -11,6 +11,7 @@ import asyncio
 import secrets
 import signal
 import sys
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from areal_like.paths import model_path
 from areal_like.runtime.command_line import load_config
 from areal_like.runtime.process import die_with_parent
 from areal_like.runtime.waits import PendingWaits
-from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory
+from areal_like.trajectory import NOT_SAMPLED, TOKEN_REWARDS, FinishReason, Trajectory
 from areal_like.wire.fingerprint import dataset_fingerprint, model_fingerprint, tokenizer_fingerprint
 from areal_like.wire.messages.hello import Hello, Role
 from areal_like.wire.messages.producer import Lease, SampleDone, ServerState
@@ -32,15 +33,32 @@ RESEND_AFTER_S = 0.5
 
 
 def synthetic(ticket_id: int, sample_index: int, *, num_tokens: int, version: int) -> Trajectory:
-    """The trajectory of this sample; only the version may differ between calls."""
+    """The trajectory of this sample; only the version may differ between calls.
+
+    Every second one of at least 8 tokens is a conversation: two segments, of which the first has two turns.
+    """
     rng = np.random.default_rng([ticket_id, sample_index])
-    mask = np.arange(num_tokens) >= max(1, num_tokens // 8)
+    num_prompt = max(1, num_tokens // 8)
+    mask = np.arange(num_tokens) >= num_prompt
+    parts: dict[str, Any] = {}
+    if num_tokens >= 8 and (ticket_id + sample_index) % 2:
+        quarter, half = num_tokens // 4, num_tokens // 2
+        mask[quarter] = False
+        mask[half : half + num_prompt] = False
+        parts = {
+            "segments": (half, num_tokens - half),
+            "turns": ((quarter, 0.25), (half, 0.0), (num_tokens, -0.5)),
+            "metrics": {"tool_calls": 2.0},
+            "label": "conversation",
+            "arrays": {TOKEN_REWARDS: np.where(mask, 0.125, 0).astype(np.float32)},
+        }
     return Trajectory(
-        tokens=rng.integers(0, 50_000, num_tokens).astype(np.int32),
+        tokens=rng.integers(0, 40, num_tokens).astype(np.int32),
         loss_mask=mask.astype(np.uint8),
         logprobs=np.where(mask, -rng.random(num_tokens), 0).astype(np.float32),
         versions=np.where(mask, version, NOT_SAMPLED).astype(np.int32),
         reward=float(ticket_id % 7 + sample_index),
+        **parts,
         finish_reason=FinishReason.STOP,
     )
 
@@ -50,9 +68,15 @@ def is_synthetic(trajectory: Trajectory, *, ticket_id: int, sample_index: int) -
     original = synthetic(
         ticket_id, sample_index, num_tokens=trajectory.num_tokens, version=trajectory.newest_version
     )
-    names = ("tokens", "loss_mask", "logprobs", "versions")
-    return trajectory.reward == original.reward and all(
-        np.array_equal(getattr(trajectory, n), getattr(original, n)) for n in names
+    arrays = ("tokens", "loss_mask", "logprobs", "versions")
+    return (
+        all(np.array_equal(getattr(trajectory, n), getattr(original, n)) for n in arrays)
+        and all(
+            getattr(trajectory, n) == getattr(original, n)
+            for n in ("reward", "segments", "turns", "metrics", "label")
+        )
+        and trajectory.arrays.keys() == original.arrays.keys()
+        and all(np.array_equal(trajectory.arrays[n], array) for n, array in original.arrays.items())
     )
 
 

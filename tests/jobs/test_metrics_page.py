@@ -74,7 +74,16 @@ def test_every_series_is_on_the_page() -> None:
     buffer, server, trainer = Metrics(), Metrics(), Metrics()
     BufferSeries(buffer, max_staleness=4)
     nothing = cast(Any, None)  # registering the series does not use the parts
-    parts = ("buffers", "runner", "rewards", "receiver", "engine", "supervisor")
+    parts = (
+        "buffers",
+        "runner",
+        "rewards",
+        "environments",
+        "receiver",
+        "engine",
+        "supervisor",
+        "starvation",
+    )
     ServerStats(server, **dict.fromkeys(parts, nothing))
     TrainerSeries(trainer)
     *_, buffer_text, server_text, trainer_text = re.split(r"^\*\*", PAGE, flags=re.M)

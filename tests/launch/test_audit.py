@@ -103,6 +103,8 @@ FALSIFICATIONS = {
     "the counters equal the": "UPDATE statistics SET value = value + 1 WHERE name = 'tokens_trained'",
     "the counters of lengths": "UPDATE statistics SET value = value + 1 WHERE name GLOB 'trained_length_*'",
     "the counters of lengths and failures": "INSERT INTO statistics VALUES ('failed_reward_zero', 3)",
+    "versions, tokens and reward of a sample": "UPDATE samples SET reward = reward + 0.5 "
+    f"WHERE ticket_id = {TRAINED} AND sample_index = 1",
     "every step that was committed": "UPDATE tickets SET state = 'dropped', reason = 'poison' "
     f"WHERE ticket_id = {TRAINED}",
 }

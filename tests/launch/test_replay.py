@@ -2,14 +2,70 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from areal_like.errors import ConfigError
+from launch.audit.run import audit_run
+from tests.chaos.job import check_groups, running_job, train
+from tests.support.full_state import gather_full_state
+from tests.support.launching import TEST_LIMIT_S
+from tests.support.trainer_helpers import write_model
+from trainer.distributed.ranks import Ranks
+from trainer.metrics.lag import LagTally
+from trainer.models.policy import build_policy
+from trainer.replay.__main__ import Replay
 from trainer.replay.recording import Recording
+from trainer.step.build import build_step_runner
+
+NUM_STEPS = 3
 
 
 def test_a_run_without_a_ledger_cannot_be_replayed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no ledger"):
         Recording(tmp_path)
+
+
+@pytest.mark.timeout(TEST_LIMIT_S)
+def test_replayed_conversations_give_the_same_weights(tmp_path: Path) -> None:
+    """Half of the samples have segments, turns with rewards, and token rewards (tests/chaos/producer.py)."""
+    model = write_model(tmp_path / "policy", dtype=torch.float32)
+    with running_job(
+        tmp_path,
+        model={"path": model},
+        advantage={"name": "grpo", "turn_discount": 0.9},
+        trainer={"num_steps": NUM_STEPS, "groups_per_step": 4, "fetch_timeout_s": 60.0},
+        buffer={"retain_trajectories": True},
+    ) as job:
+        job.produce("rollout-0", capacity=16, num_tokens=24)
+        with job.trainer() as link:
+            groups = train(link, first=0, last=NUM_STEPS)
+    config, root = job.buffer.config, job.buffer.paths.root
+    check_groups(groups, config, first=0, last=NUM_STEPS)
+    audit = audit_run(root)
+    assert audit.is_clean, "\n".join(audit.lines())
+    ranks = Ranks.alone()
+    try:
+        policy = build_policy(config, model, ranks)
+        runner = build_step_runner(config, policy, ranks, initial=model)
+        for step in range(NUM_STEPS):
+            lags = LagTally(config.staleness_cap)
+            of_step = [lags.counted(group) for group in groups if group.step == step]
+            metrics = runner.run(of_step, step=step, lags=lags.of_tokens)
+            assert metrics["grad_norm"] > 0 and metrics["segments"] == 1.5 and metrics["turns"] == 2
+            assert metrics["by_label"]["conversation"]["num_samples"] == 8
+        with closing(Recording(root)) as recording:
+            replay = Replay(replace(config, name="again"), recording, ranks, stopping=threading.Event())
+            replay.run()
+        for (name, ours), (_, theirs) in zip(
+            gather_full_state(policy), gather_full_state(replay._policy), strict=True
+        ):
+            assert torch.equal(ours, theirs), name
+    finally:
+        dist.destroy_process_group()

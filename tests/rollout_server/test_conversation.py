@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from areal_like.errors import EngineTimeoutError, EpisodeBudgetError, EpisodeError, PromptRefusedError
 from areal_like.trajectory import NOT_SAMPLED, TOKEN_REWARDS, FinishReason
@@ -390,8 +392,11 @@ def test_first_prompts_without_room_are_refused() -> None:
         (["x"], "role"),
         ([{"role": "user", "content": 7}], "want text"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "want text"),
-        ([{"role": "user", "content": float("nan")}], "not JSON"),
-        ([{"role": "user", "content": b"x"}], "not JSON"),
+        ([{"role": "user", "content": float("nan")}], "want text"),
+        ([{"role": "user", "content": b"x"}], "want text"),
+        ([{"role": "user", "content": "x", "more": {1, 2}}], "types of JSON"),
+        ([{"role": "user", "content": "\ud800"}], "types of JSON"),
+        ([{"role": "user", "content": "x", "more": {1: 2}}], "types of JSON"),
         ([{"role": "assistant", "tool_calls": [{"name": "x"}]}], "function"),
         ([{"role": "assistant", "tool_calls": {"name": "x"}}], "no list"),
     ],
@@ -428,3 +433,25 @@ def test_a_turn_without_tokens_leaves_the_earlier_ones() -> None:
         assert trajectory.versions[-1] != NOT_SAMPLED
 
     talk([""], body)
+
+
+PLAIN = st.text(alphabet="abc7\n {}", max_size=8)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(
+    turns=st.lists(st.tuples(PLAIN, PLAIN, st.sampled_from(["user", "tool"])), min_size=2, max_size=5),
+    template=st.sampled_from([APPENDING, STRIPPING, WITH_BOS]),
+)
+def test_prompts_are_the_texts_of_the_template(turns: list[tuple[str, str, str]], template: str) -> None:
+    async def body(conversation: Conversation, engine: Scripted) -> None:
+        messages = [user("hi")]
+        for said, heard, role in turns:
+            reply = await conversation.say(messages)
+            prompt = engine.requests[-1][0]
+            assert engine.renderer.decode(prompt) == engine.renderer.decode(engine.renderer.render(messages))
+            assert reply.text == said
+            messages = [*messages, reply.message, {"role": role, "content": heard}]
+        assert conversation.to_trajectory(Outcome()).segments == ()
+
+    talk([said for said, _, _ in turns], body, template=template)

@@ -83,6 +83,9 @@ class Digits:
     def decode(self, tokens: np.ndarray) -> str:
         return ",".join(str(token) for token in tokens if token != EOS)
 
+    def text_of(self, tokens: Sequence[int]) -> str:
+        return ",".join(map(str, tokens))
+
 
 def play(
     engine: CountingEngine, *, max_new_tokens: int = 8, episode: Episode | None = None

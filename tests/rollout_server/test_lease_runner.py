@@ -26,7 +26,7 @@ from areal_like.errors import (
 from areal_like.failures import FailureKind
 from areal_like.trajectory import FinishReason
 from areal_like.wire.messages.producer import Lease, Purpose, SampleDone, SampleFailed
-from rollout_server.buffer_client.held_leases import SampleResult
+from rollout_server.buffer_client.held_leases import HeldLeases, Place, SampleResult
 from rollout_server.episodes.base import Episode, PolicyClient, SingleTurn, Tokenizer
 from rollout_server.episodes.lease_runner import LeaseRunner
 from rollout_server.episodes.prompt_leader import LONG_PROMPT_TOKENS, needs_leader
@@ -34,11 +34,12 @@ from rollout_server.episodes.transcript import Transcript
 from rollout_server.inference.generation_gate import GenerationGate
 from rollout_server.inference.types import Generation, Sampling
 from rollout_server.rewards.pool import Reward
-from rollout_server.tasks.base import Example, Score, Split, Task
+from rollout_server.tasks.base import Completion, Example, Score, Split, Task
 from tests.rollout_server.test_episodes import CountingEngine, Digits
 
 LIMIT_S = 0.5
 GROUP = 4
+AT_ENGINE, EPISODES = 2 * GROUP, 6 * GROUP
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +75,13 @@ class FixedRewards:
 
     def __init__(self, error: Exception | None = None) -> None:
         self.error = error
+        self.completions: list[Completion] = []
+        self.released = asyncio.Event()
+        self.released.set()
 
-    async def score(self, *, split: Split, index: int, completion: str) -> Reward:
+    async def score(self, *, split: Split, index: int, completion: Completion) -> Reward:
+        self.completions.append(completion)
+        await self.released.wait()
         if self.error is not None:
             raise self.error
         return Reward(score=Score(value=0.5), seconds=0.0)
@@ -132,6 +138,7 @@ class Served:
         on_failure: dict[str, str] | None = None,
     ) -> None:
         self.results: list[SampleResult] = []
+        self.held = HeldLeases(engine_samples=AT_ENGINE, max_episodes=EPISODES)
         self.engine = engine or CountingEngine()
         config = from_mapping(
             {
@@ -148,24 +155,30 @@ class Served:
             episode=episode or SingleTurn(),
             rewards=rewards or FixedRewards(),
             gate=GenerationGate(),
-            on_result=self.results.append,
+            on_result=self._deliver,
+            on_move=self.held.moved,
         )
         self.runner.engine = self.engine
 
+    def _deliver(self, result: SampleResult) -> None:
+        self.results.append(result)
+        self.held.finish(result, now_s=0.0)
+
     def grant(self, *lease_ids: int, num_samples: int = GROUP) -> None:
-        self.runner.start(
-            [
-                Lease(
-                    lease_id=lease_id,
-                    ticket_id=lease_id,
-                    prompt_index=lease_id,
-                    purpose=Purpose.TRAIN,
-                    sample_indices=list(range(num_samples)),
-                    seed=1,
-                )
-                for lease_id in lease_ids
-            ]
-        )
+        leases = [
+            Lease(
+                lease_id=lease_id,
+                ticket_id=lease_id,
+                prompt_index=lease_id,
+                purpose=Purpose.TRAIN,
+                sample_indices=list(range(num_samples)),
+                seed=1,
+            )
+            for lease_id in lease_ids
+        ]
+        for lease in leases:
+            self.held.grant(lease)
+        self.runner.start(leases)
 
     async def until(self, is_so: Callable[[], bool]) -> None:
         async with asyncio.timeout(20):
@@ -212,6 +225,33 @@ def test_time_limit_is_per_example_and_samples_start_early() -> None:
             assert len(served.results) == 25 * GROUP and all(
                 isinstance(result, SampleDone) for result in served.results
             )
+
+    asyncio.run(body())
+
+
+def test_samples_that_wait_for_rewards_leave_the_engine_free() -> None:
+    """Rewards that do not come: the engine gets work until as many samples are held as may be."""
+
+    async def body() -> None:
+        rewards = FixedRewards()
+        rewards.released.clear()
+        async with serving(Slow(seconds=0.0), rewards=rewards) as served:
+            lease_id = 0
+            while served.held.free_samples >= GROUP:
+                lease_id += 1
+                served.grant(lease_id)
+                await served.until(lambda: not served.held.num_at[Place.ENGINE])
+                assert served.held.num_at[Place.REWARD] == lease_id * GROUP
+            assert served.held.holding_samples == EPISODES and not served.results
+            served.runner.cancel(served.held.drop([1]))
+            assert served.held.num_at[Place.REWARD] == EPISODES - GROUP
+            rewards.released.set()
+            await served.finished(*range(2, lease_id + 1))
+            assert not served.held.holding_samples and served.held.free_samples == AT_ENGINE
+            completion = rewards.completions[0]
+            assert completion == completion.raw_text == "8,9,10,11,12,13,14,15,16,17"
+            assert list(completion.token_ids) == list(range(8, 18)) and completion.turn_lengths == [10]
+            assert completion.finish_reason is FinishReason.LENGTH
 
     asyncio.run(body())
 

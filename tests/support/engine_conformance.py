@@ -166,6 +166,45 @@ async def stop_texts_end_a_sequence(engine: Engine, model_path: Path) -> None:
         assert stopped.matched == tokens[4]
 
 
+async def turns_reuse_what_earlier_turns_computed(engine: Engine, models: tuple[Path, Path]) -> None:
+    """Conversations of four turns, with an update before the last: log-probs and versions are right, and only
+    an update (or, with `keep`, an episode that began before it) changes what is in the cache.
+
+    With SGLang `episode` gives each conversation the cache salt of its start.
+    """
+    old, new = (load_model(path) for path in models)
+    async with engine.client() as client:
+        version = await client.weight_version() + 1
+        async with Pusher(engine, client) as pusher:
+            await pusher.push(weights_of(models[0]), version=version)
+            await client.flush_cache()
+            said = [list(range(3, 20 + 5 * i)) for i in range(4)]
+            episodes = [client.episode() for _ in said]
+            for turn in range(4):
+                if turn == 3:
+                    version += 1
+                    await pusher.push(weights_of(models[1]), version=version)
+                sampling = Sampling(max_new_tokens=8 + turn, ignore_eos=True, keeps_prefix=True)
+                turns = await asyncio.gather(
+                    *(
+                        episode.generate(tokens, sampling=sampling)
+                        for episode, tokens in zip(episodes, said, strict=True)
+                    )
+                )
+                for tokens, generation in zip(said, turns, strict=True):
+                    assert error_of(new if turn == 3 else old, tokens, generation) < TOLERANCE
+                    assert set(generation.versions.tolist()) == {version}
+                    if turn in (1, 2):
+                        assert generation.num_cached_tokens >= len(tokens) - 4
+                    else:
+                        assert generation.num_cached_tokens == 0 or turn == 0
+                said = [
+                    [*tokens, *generation.output_ids.tolist(), 40, 41, 42]
+                    for tokens, generation in zip(said, turns, strict=True)
+                ]
+            await pusher.push(weights_of(models[0]), version=version + 1)
+
+
 async def abort_returns_partial_tokens(engine: Engine, model_path: Path) -> None:
     """Requests are aborted by id and all at once; the log-probs of an aborted request's tokens are right."""
     model = load_model(model_path)

@@ -1,6 +1,9 @@
 """Tasks for tests that raise, hang or are slow, in a module that reward workers import quickly."""
 
+import asyncio
+import os
 import time
+import zlib
 from dataclasses import dataclass
 
 from rollout_server.tasks.base import Example, Split, Task
@@ -65,3 +68,56 @@ class HangingVerifier(Task):
         if self.hangs_on(completion):
             time.sleep(3600)
         return 0.25 + len(completion)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HalfASecond(Checksum):
+    """Rewards that take half a second each."""
+
+    def reward(self, example: Example, completion: str) -> float:
+        time.sleep(0.5)
+        return super().reward(example, completion)
+
+
+def mishap_of(completion: str) -> int:
+    """0 to 99: which mishap the reward of a completion has."""
+    return zlib.crc32(completion.encode()) % 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlowOnSome(Checksum):
+    """Of a hundred rewards one hangs, one raises, one ends its process, one is NaN, and three are slow."""
+
+    def reward(self, example: Example, completion: str) -> float:
+        match mishap_of(completion):
+            case 0:
+                time.sleep(3600)
+            case 1:
+                raise LookupError("no such answer")
+            case 2:
+                os._exit(3)
+            case 3:
+                return float("nan")
+            case 4 | 5 | 6:
+                time.sleep(0.5)
+        return super().reward(example, completion)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlowService(Checksum):
+    """As `SlowOnSome`, and every reward waits for a service."""
+
+    async def reward(self, example: Example, completion: str) -> float:  # type: ignore[override]
+        await asyncio.sleep(0.1)
+        match mishap_of(completion):
+            case 0:
+                await asyncio.sleep(3600)
+            case 1:
+                raise LookupError("no such answer")
+            case 2:
+                os._exit(3)
+            case 3:
+                return float("nan")
+            case 4:
+                time.sleep(3600)
+        return super().reward(example, completion)

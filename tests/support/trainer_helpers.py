@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,15 +67,26 @@ def write_model(out_dir: Path, architecture: str = "llama", *, dtype: torch.dtyp
 def random_groups(
     num_groups: int, *, group_size: int = 3, seed: int = 0, longest: int = 12
 ) -> list[list[Trajectory]]:
-    """Groups of trajectories, some with several sampled segments; every third group has equal rewards."""
+    """Groups of trajectories, some with several turns; every third group has equal rewards.
+
+    Group g has the metric `of_g`, and every second one the label `even`.
+    """
     rng = np.random.default_rng(seed)
     return [
-        [_trajectory(rng, longest=longest, reward=float(i % 2) if g % 3 else 1.0) for i in range(group_size)]
+        [
+            replace(
+                random_trajectory(rng, longest=longest, reward=float(i % 2) if g % 3 else 1.0),
+                metrics={f"of_{g}": float(i)},
+                label="" if g % 2 else "even",
+            )
+            for i in range(group_size)
+        ]
         for g in range(num_groups)
     ]
 
 
-def _trajectory(rng: np.random.Generator, *, longest: int, reward: float) -> Trajectory:
+def random_trajectory(rng: np.random.Generator, *, longest: int, reward: float) -> Trajectory:
+    """3 to `longest` tokens, of which the last and others at random are sampled under version 5."""
     length = int(rng.integers(3, longest + 1))
     mask = (rng.random(length) < 0.7).astype(np.uint8)
     mask[0], mask[-1] = 0, 1
@@ -83,8 +96,19 @@ def _trajectory(rng: np.random.Generator, *, longest: int, reward: float) -> Tra
         logprobs=np.where(mask, -3.7 + 0.3 * rng.standard_normal(length), 0).astype(np.float32),
         versions=np.where(mask, 5, -1).astype(np.int32),
         reward=reward,
+        reward_components={"half": reward / 2},
         finish_reason=FinishReason.STOP,
     )
+
+
+def joined(trajectories: Sequence[Trajectory], **changes: Any) -> Trajectory:
+    """One trajectory whose segments these are, with the first one's reward and these changes."""
+    arrays = {
+        name: np.concatenate([getattr(t, name) for t in trajectories])
+        for name in ("tokens", "loss_mask", "logprobs", "versions")
+    }
+    segments = tuple(t.num_tokens for t in trajectories)
+    return replace(trajectories[0], **arrays, segments=segments, **changes)
 
 
 def dense_logprobs(model: Any, trajectories: list[Trajectory], *, temperature: float = 1.0) -> Tensor:

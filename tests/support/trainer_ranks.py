@@ -27,6 +27,7 @@ from trainer.advantages.critic import Critic
 from trainer.advantages.reward_shaping import SHAPINGS
 from trainer.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
+from trainer.metrics.named_means import KINDS
 from trainer.models.policy import Policy
 from trainer.models.sharded_weights import gather, shards_of
 from trainer.models.value_model import ValueModel
@@ -105,6 +106,7 @@ def gradients(ranks: Ranks, out_dir: Path, *paths: str) -> None:
                 )
                 mine = [group for group, owner in zip(groups, owners, strict=True) if owner == ranks.rank]
                 metrics = runner.run(mine, step=0)
+                _assert_same_names(metrics, ranks)
                 gradient = last_gradient(runner)
                 if ranks.rank == 0:
                     name = f"{dtype_name}-{share}-{'normalized' if normalize else 'plain'}"
@@ -112,6 +114,13 @@ def gradients(ranks: Ranks, out_dir: Path, *paths: str) -> None:
                         {k: v.contiguous() for k, v in gradient.items()}, out_dir / f"{name}.safetensors"
                     )
                     (out_dir / f"{name}.json").write_text(json.dumps(metrics))
+
+
+def _assert_same_names(metrics: dict[str, Any], ranks: Ranks) -> None:
+    """Every rank has the same means under names that only some of them have seen."""
+    text = json.dumps([metrics[kind] for kind in KINDS]).encode()
+    of_all = ranks.gather(torch.frombuffer(bytearray(text), dtype=torch.uint8)).numpy().tobytes()
+    assert of_all == text * ranks.world_size
 
 
 def steps(ranks: Ranks, out_dir: Path, path: str, cases: str) -> None:

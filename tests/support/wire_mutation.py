@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import random
+import struct
 import types
 import typing
+import zlib
 from collections.abc import Callable, Iterator
 from enum import Enum
 from typing import Any
@@ -15,11 +17,13 @@ import msgpack
 import numpy as np
 
 from areal_like.trajectory import FinishReason, Trajectory
-from areal_like.wire.codec import encode
+from areal_like.wire.codec import WIRE_VERSION, encode
 from areal_like.wire.messages import MESSAGES
 from areal_like.wire.records import Record
 
 Frames = list[bytes]
+_RECORD = struct.Struct("<IIIQII")
+"""A record's header behind the magic."""
 _NASTY: tuple[Any, ...] = (
     None,
     True,
@@ -48,7 +52,7 @@ _NASTY: tuple[Any, ...] = (
 
 
 def record(rng: random.Random) -> Record:
-    """A valid record of a few tokens."""
+    """A valid record of a few tokens; every second one is of a conversation."""
     num_tokens = rng.randrange(1, 20)
     mask = np.arange(num_tokens) >= num_tokens // 2
     trajectory = Trajectory(
@@ -60,6 +64,16 @@ def record(rng: random.Random) -> Record:
         reward_components={"part": 0.5},
         finish_reason=FinishReason.STOP,
     )
+    if rng.random() < 0.5:
+        trajectory = dataclasses.replace(
+            trajectory,
+            segments=(num_tokens // 2, num_tokens - num_tokens // 2) if num_tokens > 1 else (1,),
+            turns=((num_tokens, 0.25),),
+            metrics={"calls": 2.0},
+            label="task",
+            arrays={"token_rewards": np.zeros(num_tokens, np.float32), "ids": np.zeros((2, 3), np.int16)},
+            finish_reason=FinishReason.CONTEXT,
+        )
     return Record.of(rng.randrange(1 << 40), rng.randrange(8), trajectory)
 
 
@@ -118,6 +132,29 @@ def _flip(frames: Frames, rng: random.Random) -> Frames:
     return _with(frames, at, bytes(changed))
 
 
+def _replace_metadata(frames: Frames, rng: random.Random) -> Frames:
+    """Puts a value of the wrong type or size into the metadata of a record, whose checksum is mended."""
+    if len(frames) < 2 or (start := frames[1].find(b"ATR1")) < 0 or len(frames[1]) < start + 32:
+        return frames
+    num_bytes, _, sample_index, ticket_id, meta_bytes, _ = _RECORD.unpack_from(frames[1], start + 4)
+    body = frames[1][start + 32 : start + num_bytes]
+    try:
+        meta = msgpack.unpackb(body[:meta_bytes], strict_map_key=False)
+    except (ValueError, TypeError, RecursionError, msgpack.UnpackException):
+        return frames
+    if not isinstance(meta, (list, dict)) or not meta:
+        return frames
+    _put_anywhere(meta, rng)
+    packed = msgpack.packb(meta)
+    body = packed + bytes(-len(packed) % 8) + body[meta_bytes + -meta_bytes % 8 :]
+    identity = struct.pack("<IQII", sample_index, ticket_id, len(packed), 0)
+    crc32 = zlib.crc32(body, zlib.crc32(identity))
+    changed = struct.pack("<4sII", b"ATR1", 32 + len(body), crc32) + identity + body
+    # The header's span is wrong now if the length has changed; a message of this one record has a right one.
+    done = {"lease_id": 1, "record": [0, len(changed)], "failure": ""}
+    return [msgpack.packb([WIRE_VERSION, "Samples", 0, {"samples": [done]}]), changed]
+
+
 def _cut(frames: Frames, rng: random.Random) -> Frames:
     at, changed = _one(frames, rng)
     return _with(frames, at, bytes(changed[: rng.randrange(len(changed) + 1)]))
@@ -138,14 +175,24 @@ def _replace_value(frames: Frames, rng: random.Random) -> Frames:
         header = msgpack.unpackb(frames[0], strict_map_key=False) if frames else None
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException):
         return frames
-    holder, key = {"": header}, ""
-    for _ in range(rng.randrange(1, 6)):
+    holder = {"": header}
+    _put_anywhere(holder, rng)
+    return [msgpack.packb(holder[""]), *frames[1:]]
+
+
+def _put_anywhere(root: Any, rng: random.Random) -> None:
+    """Replaces a value at a random depth of a list or map."""
+    holder, key = root, rng.choice(_keys(root))
+    for _ in range(rng.randrange(5)):
         value = holder[key]
         if not isinstance(value, (list, dict)) or not value:
             break
-        holder, key = value, rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        holder, key = value, rng.choice(_keys(value))
     holder[key] = rng.choice(_NASTY)
-    return [msgpack.packb(header), *frames[1:]]
+
+
+def _keys(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, dict) else list(range(len(value)))
 
 
 def _change_number_of_frames(frames: Frames, rng: random.Random) -> Frames:
@@ -169,5 +216,6 @@ _MUTATIONS: list[Callable[[Frames, random.Random], Frames]] = [
     _insert,
     _replace_value,
     _replace_value,
+    _replace_metadata,
     _change_number_of_frames,
 ]

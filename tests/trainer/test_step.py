@@ -86,6 +86,9 @@ def test_two_ranks_match_one_padded_batch(tmp_path: Path) -> None:
                 assert metrics["loss"] == pytest.approx(want_loss, rel=tolerance * 10)
                 assert metrics["num_groups"] == 8 and metrics["zero_advantage_groups"] == 3
                 assert metrics["num_microbatches"] > 2
+                assert metrics["sample_metrics"] == {f"of_{g}": 1.0 for g in range(8)}
+                assert metrics["reward_parts"] == {"half": metrics["reward"] / 2}
+                assert metrics["by_label"]["even"]["num_samples"] == 12
                 assert_same_gradient(load_file(tmp_path / f"{name}.safetensors"), want, relative=tolerance)
 
 

@@ -53,6 +53,10 @@ class Advantage(Estimator, ABC):
     A custom estimator is a dataclass in the user's module: `advantage._target_=my_module.MyAdvantage`.
     """
 
+    credits_turns: bool = True
+    """True: in groups with rewards of turns, or with a discount between turns, `of_group` is called once for
+    each turn (`turns.py`). False: it is called once, and sees the samples' whole rewards."""
+
     @abstractmethod
     def of_group(self, group: Sequence[Trajectory]) -> Sequence[float | FloatArray]:
         """Advantage of each sample: one number for all its tokens, or an array [num_tokens].

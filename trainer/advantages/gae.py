@@ -1,11 +1,13 @@
 """Generalized advantage estimation (GAE, arXiv 1506.02438) with a critic, as in PPO for language models.
 
-    delta_s  = r_s + gamma V_{s+1} - V_s     s: sampled tokens of a sequence; V is 0 after the last
-    A_s      = delta_s + gamma lam A_{s+1}
+    delta_s  = r_s + gamma_s V_{s+1} - V_s     s: sampled tokens of a sample; V is 0 after the last
+    A_s      = delta_s + gamma_s lam A_{s+1}
     target_s = V_s + A_s, with `lam_critic` for lam
 
-Rewards are per token: the sequence's reward at its last sampled token, and with `kl.place=reward` minus each
-token's KL penalty. The policy's advantages use `lam` and the critic's targets `lam_critic` (VC-PPO, arXiv
+gamma_s is `gamma`, times `advantage.turn_discount` where a turn ends. Rewards are per token (`turns.py`): of
+tokens, of turns at their last token, the rest of the sample's reward at its last sampled token, and with
+`kl.place=reward` minus each token's KL penalty. The turns of a conversation follow one another also where it
+has several segments. The policy's advantages use `lam` and the critic's targets `lam_critic` (VC-PPO, arXiv
 2503.01491): with lam below 1 the reward at the end of a long answer fades before it reaches the beginning, so
 the critic regresses on the full return. Advantages are whitened over the step.
 
@@ -30,12 +32,16 @@ from trainer.advantages.base import ADVANTAGES, Estimator, FloatArray, whitening
 from trainer.batching.scope import Scope
 
 
-def gae(rewards_S: FloatArray, values_S: FloatArray, *, gamma: float, lam: float) -> FloatArray:
-    """[S] advantages of one sequence's sampled tokens, in order, from float64 rewards [S] and values [S]."""
+def gae(rewards_S: FloatArray, values_S: FloatArray, *, gamma: float | FloatArray, lam: float) -> FloatArray:
+    """[S] advantages of one sample's sampled tokens, in order, from float64 rewards [S] and values [S].
+
+    `gamma`: the discount from a token to the next, one number or [S].
+    """
     deltas_S = rewards_S + gamma * np.append(values_S[1:], 0.0) - values_S
+    factors_S = np.broadcast_to(np.asarray(gamma * lam), deltas_S.shape)
     advantages_S, running = np.empty_like(deltas_S), 0.0
     for s in reversed(range(len(deltas_S))):
-        running = deltas_S[s] + gamma * lam * running
+        running = deltas_S[s] + factors_S[s] * running
         advantages_S[s] = running
     return advantages_S
 
@@ -82,12 +88,18 @@ class Gae(Estimator):
                 "and critic_updates of at least 1"
             )
 
-    def of_tokens(self, rewards_S: FloatArray, values_S: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """(advantages before whitening [S], critic's targets [S]) of the sampled tokens of one sequence."""
-        advantages_S = gae(rewards_S, values_S, gamma=self.gamma, lam=self.lam)
+    def of_tokens(
+        self, rewards_S: FloatArray, values_S: FloatArray, *, discounts_S: FloatArray | float = 1.0
+    ) -> tuple[FloatArray, FloatArray]:
+        """(advantages before whitening [S], critic's targets [S]) of the sampled tokens of one sample.
+
+        `discounts_S`: from each token to the next, in addition to `gamma`.
+        """
+        gamma = self.gamma * discounts_S
+        advantages_S = gae(rewards_S, values_S, gamma=gamma, lam=self.lam)
         if self.lam_critic == self.lam:
             return advantages_S, values_S + advantages_S
-        return advantages_S, values_S + gae(rewards_S, values_S, gamma=self.gamma, lam=self.lam_critic)
+        return advantages_S, values_S + gae(rewards_S, values_S, gamma=gamma, lam=self.lam_critic)
 
     def rescale(self, *, advantages_S: FloatArray, groups_S: NDArray[np.int64]) -> tuple[float, float]:
         """Whitens the step."""

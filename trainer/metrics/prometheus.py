@@ -6,6 +6,8 @@ import math
 from typing import Any
 
 from areal_like.runtime.metrics import Metrics
+from areal_like.trajectory import FinishReason
+from trainer.metrics.named_means import MAX_NAMES
 from trainer.weight_sync.publisher import PushReport
 from trainer.weight_sync.weight_checks import CheckReport
 
@@ -26,7 +28,11 @@ _GAUGES = {
     "kept_fraction": "Share of tokens that masks have left to learn from",
     "response_tokens": "Mean sampled tokens of a sample",
     "prompt_tokens": "Mean tokens of a sample that were not sampled",
-    "truncated_fraction": "Share of samples that ended at the length limit",
+    "truncated_fraction": "Share of samples that a limit ended",
+    "turns": "Mean turns of a sample",
+    "segments": "Mean segments of a sample",
+    "sample_generation_s": "Mean seconds from a sample's first request to its last token",
+    "sample_reward_s": "Mean seconds spent computing a sample's reward",
     "zero_advantage_groups": "Groups of the last step without any advantage",
     "greedy_reward": "Mean reward of the last step's greedy samples (advantage=remax)",
     "value_loss": "Half the critic's mean squared error in the last step, before its update (advantage=gae)",
@@ -36,6 +42,14 @@ _GAUGES = {
     "max_staleness": "Bound on lag that tickets were admitted under in the last step",
     "lag_max": "Largest lag of the last step's samples in optimizer steps",
 }
+
+_NAMED_GAUGES = {
+    "reward_parts": ("trainer_reward_part", "part", "Mean of a named part of the reward in the last step"),
+    "sample_metrics": ("trainer_sample_metric", "metric", "Mean of a metric of the task in the last step"),
+    "by_label": ("trainer_label_reward", "label", "Mean reward of a label's samples in the last step"),
+}
+"""Of names that tasks choose: the only series that do not exist from the start."""
+_FINISH_REASONS = tuple(reason.value for reason in FinishReason if reason is not FinishReason.ABORT)
 
 _PUSH_PARTS = {
     "staging": "Seconds in which all buckets of a push were made ready, before engines were asked to receive",
@@ -49,6 +63,16 @@ class TrainerSeries:
 
     def __init__(self, metrics: Metrics) -> None:
         self._gauges = {name: metrics.gauge(f"trainer_{name}", doc) for name, doc in _GAUGES.items()}
+        self._finished = metrics.gauge(
+            "trainer_finished_fraction",
+            "Share of the last step's samples that ended for this reason",
+            label="reason",
+            values=_FINISH_REASONS,
+        )
+        self._named = {
+            kind: metrics.gauge(name, doc, label=label) for kind, (name, label, doc) in _NAMED_GAUGES.items()
+        }
+        self._known: dict[str, set[str]] = {kind: set() for kind in _NAMED_GAUGES}
         self._step = metrics.gauge("trainer_step", "Completed optimizer steps")
         self._tokens = metrics.counter("trainer_tokens", "Sampled tokens trained on")
         self._seconds = metrics.counter(
@@ -101,10 +125,22 @@ class TrainerSeries:
             value = row.get(name)
             if isinstance(value, (int, float)) and math.isfinite(value):
                 gauge.set(value)
+        for reason, share in row.get("finish_reasons", {}).items():
+            self._finished.labels(reason).set(share)
+        self._set_named(row)
         self._tokens.inc(row["tokens_trained"])
         self._freeze_seconds.inc(row["freeze_s"])
         self._seconds.labels("wait").inc(row["wait_data_s"])
         self._seconds.labels("work").inc(max(0.0, row["step_s"] - row["wait_data_s"]))
+
+    def _set_named(self, row: dict[str, Any]) -> None:
+        for kind, gauge in self._named.items():
+            known = self._known[kind]
+            for name, value in row.get(kind, {}).items():
+                mean = value["reward_mean"] if kind == "by_label" else value
+                if mean is not None and (name in known or len(known) < MAX_NAMES):
+                    known.add(name)
+                    gauge.labels(name).set(mean)
 
     def pushed(self, report: PushReport) -> None:
         """Updates the series after a push of weights."""

@@ -11,13 +11,15 @@ Shape suffixes: S sampled tokens, N sequences, B sequences of the whole step.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from areal_like.trajectory import Trajectory
+from areal_like.trajectory import FinishReason, Trajectory
 from trainer.batching.packing import num_targets
 from trainer.distributed.ranks import Ranks
+from trainer.metrics.named_means import NamedMeans
 from trainer.objectives import SampledTokens, TokenLosses
 from trainer.objectives.importance import MAX_EXPONENT, ess_ratio
 
@@ -33,6 +35,7 @@ class StepTotals:
         self._sums: dict[str, Tensor | float] = dict.fromkeys((*_SEEDED, *seeded), 0.0)
         self._counts: dict[str, Tensor | float] = dict.fromkeys((*_SEEDED, *seeded), 0.0)
         self._log_w: list[Tensor] = []
+        self._named = NamedMeans()
 
     def add(self, name: str, total: Tensor | float, *, count: Tensor | float = 1.0) -> None:
         """Adds to a sum and to its count."""
@@ -44,7 +47,7 @@ class StepTotals:
         self.add(name, values.sum() if live else 0.0, count=len(values) if live else 0)
 
     def recorded(self, group: Sequence[Trajectory]) -> Sequence[Trajectory]:
-        """Records the rewards and lengths of a group, and returns it.
+        """Records the rewards, lengths and other numbers of a group's samples, and returns it.
 
         Greedy samples are recorded apart: they are not trained on.
         """
@@ -62,6 +65,13 @@ class StepTotals:
         self.add("prompt_tokens", float(sum(t.num_tokens for t in learned) - sum(targets)), count=size)
         truncated = sum(trajectory.finish_reason.is_truncated for trajectory in learned)
         self.add("truncated_fraction", float(truncated), count=size)
+        self.add("turns", float(sum(t.num_turns for t in learned)), count=size)
+        self.add("segments", float(sum(len(t.segments) or 1 for t in learned)), count=size)
+        self.add("sample_generation_s", sum(t.generation_s for t in learned), count=size)
+        self.add("sample_reward_s", sum(t.reward_s for t in learned), count=size)
+        for trajectory, num in zip(learned, targets, strict=True):
+            self.add(_FINISHED[trajectory.finish_reason], 1.0)
+            self._named.add(trajectory, num_targets=num)
         return group
 
     def observe(self, tokens: SampledTokens, losses: TokenLosses, *, live: bool) -> None:
@@ -97,6 +107,7 @@ class StepTotals:
         totals = ranks.sum(table).tolist()
         self._sums = dict(zip(names, totals[: len(names)], strict=True))
         self._counts = dict(zip(names, totals[len(names) :], strict=True))
+        self._named.reduce(ranks)
         local = torch.cat(self._log_w) if self._log_w else torch.zeros(0)
         self.log_w_B = ranks.gather(local.double().cpu())
         """Summed log-ratio of every sequence of the step, float64, the same on all ranks."""
@@ -114,9 +125,12 @@ class StepTotals:
         """The number of values in the sum."""
         return float(self._counts.get(name, 0.0))
 
-    def metrics(self) -> dict[str, float]:
-        """The metrics of the step: means, counts, and statistics of the sequences' importance weights."""
-        metrics = {name: self.mean(name) for name in self._sums if name not in _HIDDEN}
+    def metrics(self) -> dict[str, Any]:
+        """The metrics of the step: means, counts, and statistics of the sequences' importance weights.
+
+        Numbers, and by name in dicts: `finish_reasons`, `reward_parts`, `sample_metrics`, `by_label`.
+        """
+        metrics: dict[str, Any] = {name: self.mean(name) for name in self._sums if name not in _HIDDEN}
         metrics.update({name: self.total(name) for name in _COUNTS})
         if self.count("mismatch_abs") == 0:  # no token at lag 0: the mismatch is unknown, which is not zero
             metrics.pop("mismatch_abs", None)
@@ -128,10 +142,22 @@ class StepTotals:
             ess_ratio=ess_ratio(log_w_B),
             log_w_mean=float(log_w_B.mean()) if len(log_w_B) else 0.0,
             log_w_std=float(log_w_B.std(correction=0)) if len(log_w_B) else 0.0,
+            finish_reasons={
+                reason.value: self.total(name) / max(1.0, self.count("reward"))
+                for reason, name in _FINISHED.items()
+            },
         )
-        return metrics
+        return metrics | self._named.metrics()
 
 
 _COUNTS = ("num_groups", "zero_advantage_groups", "num_tokens", "num_microbatches")
-_HIDDEN = ("loss", "reward_square", "counted_tokens", "counted_seqs")
-_SEEDED = (*_COUNTS, *_HIDDEN, "reward", "response_tokens", "prompt_tokens", "truncated_fraction")
+_FINISHED: dict[FinishReason, str] = {
+    reason: f"finished_{reason.value}" for reason in FinishReason if reason is not FinishReason.ABORT
+}
+_HIDDEN = ("loss", "reward_square", "counted_tokens", "counted_seqs", *_FINISHED.values())
+_SEEDED = (
+    *_COUNTS,
+    *_HIDDEN,
+    *("reward", "response_tokens", "prompt_tokens", "truncated_fraction"),
+    *("turns", "segments", "sample_generation_s", "sample_reward_s"),
+)

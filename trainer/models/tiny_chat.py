@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -95,7 +95,7 @@ def chat_row(
     `tools`: OpenAI function schemas. The tokenizer's template must mark these turns as `generation`.
     """
     encoded: Any = tokenizer.apply_chat_template(
-        messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        messages, tools=cast(Any, tools), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
     return TokenRow(tokens=encoded["input_ids"], loss_mask=encoded["assistant_masks"])
 
@@ -112,7 +112,8 @@ def demonstrations(
 
 
 def _optimizers(model: Any) -> list[torch.optim.Optimizer]:
-    matrices, others = [], []
+    matrices: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (matrices if parameter.ndim == 2 and "embed" not in name else others).append(parameter)
     return [

@@ -42,6 +42,7 @@ def build_step_runner(
         shapings=recipe.shapings,
         kl=recipe.kl,
         critic=critic,
+        turn_discount=recipe.turn_discount,
     )
 
 

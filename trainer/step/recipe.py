@@ -10,7 +10,7 @@ from typing import Self
 
 from areal_like.config import Config, KlConfig
 from areal_like.errors import ConfigError
-from trainer.advantages import ADVANTAGES, Estimator
+from trainer.advantages import ADVANTAGES, Advantage, Estimator
 from trainer.advantages.reward_shaping import SHAPINGS, Shaping
 from trainer.objectives import Need, Objective, build_objective
 
@@ -24,6 +24,8 @@ class StepRecipe:
     """The configured estimator; `estimator` is the one used, since some objectives prescribe their own."""
     shapings: tuple[Shaping, ...]
     """Reward shapings, in order."""
+    turn_discount: float
+    """Discount from one turn of a sample to the next."""
     kl: KlConfig | None
     """KL penalty on rewards; None: no such penalty (one in the loss is part of the objective)."""
 
@@ -32,7 +34,9 @@ class StepRecipe:
         """Raises ConfigError for an unknown name, a wrong type, or parts that do not go together."""
         max_tokens, kl = config.sampling.max_new_tokens, config.kl
         settings = dict(config.advantage)
-        shapings = settings.pop("shaping", None)
+        shapings, turn_discount = settings.pop("shaping", None), settings.pop("turn_discount", 1.0)
+        if type(turn_discount) not in (int, float) or not 0 < turn_discount <= 1:
+            raise ConfigError(f"advantage.turn_discount={turn_discount}: use a number above 0 and at most 1")
         recipe = cls(
             objective=build_objective(
                 config.objective, max_tokens=max_tokens, kl=kl, entropy_coef=config.trainer.entropy_coef
@@ -40,8 +44,14 @@ class StepRecipe:
             advantage=ADVANTAGES.build(settings),
             shapings=SHAPINGS.build_list(shapings, job={"max_tokens": max_tokens}),
             kl=kl if kl.coef and kl.place == "reward" else None,
+            turn_discount=float(turn_discount),
         )
         used = recipe.estimator
+        if turn_discount != 1 and isinstance(used, Advantage) and not used.credits_turns:
+            raise ConfigError(
+                f"{type(used).__name__} has one advantage for all turns of a sample: "
+                f"set advantage.turn_discount=1"
+            )
         if used.uses_greedy != config.sampling.greedy_baseline:
             needed = "a greedy sample of every prompt" if used.uses_greedy else "no greedy samples"
             raise ConfigError(

@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,13 +71,14 @@ class StepRunner:
         shapings: Sequence[Shaping] = (),
         kl: KlConfig | None = None,
         critic: Critic | None = None,
+        turn_discount: float = 1.0,
     ) -> None:
         """`build_step_runner` makes one from a configuration. `policy` and `reference` are sharded.
 
         `budget_tokens`: most tokens of a micro-batch. `reference`: frozen model, for objectives that need
         one. `shapings`: of rewards, in order. `kl`: penalty on rewards; None: none (one in the loss is part
-        of the objective). `critic`: for an advantage that needs one. Raises ConfigError if the objective's
-        reference or the advantage's critic is missing.
+        of the objective). `critic`: for an advantage that needs one. `turn_discount`: between the turns of a
+        sample. Raises ConfigError if the objective's reference or the advantage's critic is missing.
         """
         if Need.REF in objective.needs and reference is None:
             raise ConfigError(
@@ -100,7 +102,7 @@ class StepRunner:
         self._reference = reference
         self.rewards = RewardTerms(shapings, ranks, kl=kl, reference=reference, budget_tokens=budget_tokens)
         self.advantages = AdvantagePipeline(
-            objective.advantage or advantage, self.rewards, ranks, critic=critic
+            objective.advantage or advantage, self.rewards, ranks, critic=critic, turn_discount=turn_discount
         )
 
     def run(
@@ -111,7 +113,7 @@ class StepRunner:
         num_groups: int | None = None,
         lags: Callable[[Trajectory], Lags] | None = None,
         is_abandoned: Callable[[], bool] = lambda: False,
-    ) -> dict[str, float]:
+    ) -> dict[str, Any]:
         """Runs one optimizer step after `step` completed ones. Collective.
 
         Returns the step's metrics (see `_update`), equal on all ranks except for times.
@@ -236,16 +238,16 @@ class StepRunner:
         totals.add("num_tokens", float(batch.num_tokens if live else 0))
         totals.add("num_microbatches", float(live))
 
-    def _update(self, step: int, stats: StepStats, totals: StepTotals, timer: PhaseTimer) -> dict[str, float]:
+    def _update(self, step: int, stats: StepStats, totals: StepTotals, timer: PhaseTimer) -> dict[str, Any]:
         """Divides the accumulated gradients, updates policy and critic, returns the metrics. Collective.
 
-        Metrics: loss, grad_norm, lr, lr_scale, reward, reward_std, response_tokens, prompt_tokens,
-        truncated_fraction, num_groups, zero_advantage_groups, num_sequences, num_tokens (packed and run),
-        num_microbatches (of all ranks), ess_ratio, log_w_mean, log_w_std, kl_k3, entropy, clipped_fraction,
-        kept_fraction, mismatch_abs (mean |log(pi / mu)| of tokens that the current weights sampled, if there
-        are any: the numerical mismatch of engine and trainer), the objective's own, shaped_reward (where
-        advantages are not computed from `reward`), shaping_dual_I (of a shaping with a dual variable), the
-        critic's, wait_s, compute_s, reduce_s, update_s, step_s.
+        Metrics: loss, grad_norm, lr, lr_scale, those of the samples (`StepTotals`), num_groups,
+        zero_advantage_groups, num_tokens (packed and run), num_microbatches (of all ranks), ess_ratio,
+        log_w_mean, log_w_std, kl_k3, entropy, clipped_fraction, kept_fraction, mismatch_abs (mean
+        |log(pi / mu)| of tokens that the current weights sampled, if there are any: the numerical mismatch of
+        engine and trainer), the objective's own, shaped_reward (where advantages are not computed from
+        `reward`), shaping_dual_I (of a shaping with a dual variable), the critic's, wait_s, compute_s,
+        reduce_s, update_s, step_s.
         """
         lr_scale = self._objective.lr_scale(stats)
         lr = self.optimizer.learning_rate(step) * lr_scale

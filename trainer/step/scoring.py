@@ -23,6 +23,7 @@ from areal_like.trajectory import Trajectory
 from trainer.advantages.base import Advantage, Estimator, FloatArray
 from trainer.advantages.critic import Critic, ValueTarget
 from trainer.advantages.gae import Gae
+from trainer.advantages.turns import discounts_of_tokens, group_advantages, rewards_of_tokens
 from trainer.batching.packing import TrainingSample, is_target
 from trainer.batching.scope import Scope
 from trainer.batching.segments import segments_of, split_sample, split_targets
@@ -39,15 +40,25 @@ class AdvantagePipeline:
     """Called twice in each step: `compute`, and after the policy's update `train_critic`."""
 
     def __init__(
-        self, advantage: Estimator, rewards: RewardTerms, ranks: Ranks, *, critic: Critic | None = None
+        self,
+        advantage: Estimator,
+        rewards: RewardTerms,
+        ranks: Ranks,
+        *,
+        critic: Critic | None = None,
+        turn_discount: float = 1.0,
     ) -> None:
-        """Raises ConfigError if the advantage needs a critic and there is none."""
+        """`turn_discount`: from one turn of a sample to the next.
+
+        Raises ConfigError if the advantage needs a critic and there is none.
+        """
         if isinstance(advantage, Gae) and critic is None:
             raise ConfigError("advantage=gae needs a critic, and none was built")
         self._advantage = advantage
         self._rewards = rewards
         self._ranks = ranks
         self._critic = critic
+        self._turn_discount = turn_discount
         self._value_targets: list[ValueTarget] = []
 
     @property
@@ -112,7 +123,7 @@ class AdvantagePipeline:
 
     def _group_advantages(self, group: TrajectoryGroup) -> Sequence[float | FloatArray]:
         assert isinstance(self._advantage, Advantage)
-        return self._advantage.of_group(group)
+        return group_advantages(self._advantage, group, turn_discount=self._turn_discount)
 
     def _critic_advantages(
         self, groups: Sequence[TrajectoryGroup], penalties: TokenPenalties
@@ -128,10 +139,11 @@ class AdvantagePipeline:
         for trajectory, penalty_S, values_S in zip(
             trajectories, token_penalties, self._critic.values(trajectories), strict=True
         ):
-            rewards_S = -penalty_S
-            # `trajectory.reward` is net of the penalties, which are subtracted token by token here.
-            rewards_S[-1:] += trajectory.reward + penalty_S.sum()
-            advantages_S, targets_S = self._critic.settings.of_tokens(rewards_S, values_S)
+            advantages_S, targets_S = self._critic.settings.of_tokens(
+                rewards_of_tokens(trajectory, penalty_S=penalty_S),
+                values_S,
+                discounts_S=discounts_of_tokens(trajectory, turn_discount=self._turn_discount),
+            )
             self._value_targets += [
                 ValueTarget(trajectory=segment, values_S=of_values, targets_S=of_targets)
                 for (_, segment), of_values, of_targets in zip(

@@ -52,6 +52,7 @@ def run(options: argparse.Namespace, listener: socket.socket, *, api_key: str) -
         context_length=options.context_length,
         max_prefill_tokens=options.max_prefill_tokens,
         prefix_cache_tokens=options.prefix_cache_tokens,
+        conversation_cache_tokens=options.conversation_cache_tokens,
         random_seed=options.random_seed,
     )
     core = EngineCore(model, weights, engine_options, version=options.weight_version)

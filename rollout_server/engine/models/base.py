@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from areal_like.weights.hf_layout import HfTensor
-from rollout_server.engine.cache import DecodeBatch, KVCache, KVShape
+from rollout_server.engine.cache import DecodeBatch, Extension, KVCache, KVShape
 
 _ALIGNMENT = 64
 """Bytes; the alignment of torch's own allocator."""
@@ -91,6 +91,10 @@ class CausalModel(Protocol):
 
     def prefill(self, tokens_BT: Tensor, cache: KVCache) -> None:
         """Computes the KV of right-padded contexts (int64) and hands it to `cache.fill`."""
+        ...
+
+    def extend(self, tokens_BT: Tensor, extension: Extension, cache: KVCache) -> None:
+        """Computes the KV of right-padded tokens (int64) that follow what rows hold, into these rows."""
         ...
 
     def decode(self, tokens_N: Tensor, batch: DecodeBatch, cache: KVCache) -> Tensor:

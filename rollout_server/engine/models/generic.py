@@ -10,13 +10,13 @@ Shapes: N rows, B contexts, T positions, V vocabulary.
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from rollout_server.engine.cache import DecodeBatch, KVCache, KVShape
+from rollout_server.engine.cache import DecodeBatch, Extension, KVCache, KVShape
 from rollout_server.engine.models.base import ModelFacts, Weights, new_arena
 
 
@@ -29,7 +29,7 @@ class RowCache(Cache):
     def __init__(self) -> None:
         super().__init__(layers=[])
         self.rows: KVCache | None = None
-        self.decoding = False
+        self.mode: Literal["prefill", "extend", "decode"] = "prefill"
         self.seen: dict[int, KVShape] = {}
         """Layer index -> shape of its keys and values. Recorded in a forward pass, because model
         configurations name these sizes differently."""
@@ -42,8 +42,10 @@ class RowCache(Cache):
             self.seen[layer_idx] = KVShape(
                 num_heads=key_states.shape[1], key_dim=key_states.shape[3], value_dim=value_states.shape[3]
             )
-        elif self.decoding:
+        elif self.mode == "decode":
             return self.rows.append(layer_idx, key_states.squeeze(2), value_states.squeeze(2))
+        elif self.mode == "extend":
+            return self.rows.extend(layer_idx, key_states, value_states)
         else:
             self.rows.fill(layer_idx, key_states, value_states)
         return key_states, value_states
@@ -93,21 +95,22 @@ class GenericModel:
             )
             self._causal_11TT = hidden.triu_(1)
         positions_BT = torch.arange(length, device=self.facts.device).expand_as(tokens_BT)
-        self._forward(
-            tokens_BT, positions_BT, self._causal_11TT[..., :length, :length], cache, decoding=False
-        )
+        self._cache.mode = "prefill"
+        self._forward(tokens_BT, positions_BT, self._causal_11TT[..., :length, :length], cache)
+
+    def extend(self, tokens_BT: Tensor, extension: Extension, cache: KVCache) -> None:
+        """Computes the KV of right-padded tokens that follow what rows hold, into these rows."""
+        self._cache.mode = "extend"
+        self._forward(tokens_BT, extension.position_BT, extension.bias_B1TS, cache)
 
     def decode(self, tokens_N: Tensor, batch: DecodeBatch, cache: KVCache) -> Tensor:
         """Logits [N, V] after one more token in each of rows 0..N-1."""
         mask_N11T = batch.bias_N1T.unsqueeze(1)
-        return self._forward(
-            tokens_N.unsqueeze(1), batch.position_N.unsqueeze(1), mask_N11T, cache, decoding=True
-        )
+        self._cache.mode = "decode"
+        return self._forward(tokens_N.unsqueeze(1), batch.position_N.unsqueeze(1), mask_N11T, cache)
 
-    def _forward(
-        self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: KVCache, *, decoding: bool
-    ) -> Tensor:
-        self._cache.rows, self._cache.decoding = cache, decoding
+    def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: KVCache) -> Tensor:
+        self._cache.rows = cache
         logits: Tensor = self._module(
             input_ids=tokens,
             position_ids=positions,

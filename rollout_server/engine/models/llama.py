@@ -13,7 +13,7 @@ intermediate.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rollout_server.engine.cache import DecodeBatch, KVCache
+from rollout_server.engine.cache import DecodeBatch, Extension, KVCache
 from rollout_server.engine.models.base import ModelFacts, Weights, new_arena
 
 
@@ -209,27 +209,56 @@ class LlamaModel:
 
         The causal mask is enough: padding comes after all real tokens.
         """
+        length = tokens_BT.shape[1]
+
+        def fill(layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+            cache.fill(layer, key, value)
+            return key, value
+
+        cos_1T1D, sin_1T1D = self._cos_TD[None, :length, None], self._sin_TD[None, :length, None]
+        self._compute(tokens_BT, cos_1T1D, sin_1T1D, store=fill, bias=None)
+
+    def extend(self, tokens_BT: Tensor, extension: Extension, cache: KVCache) -> None:
+        """Computes the KV of right-padded tokens that follow what rows hold, into these rows."""
+        cos_BT1D = self._cos_TD[extension.position_BT].unsqueeze(2)
+        sin_BT1D = self._sin_TD[extension.position_BT].unsqueeze(2)
+        self._compute(tokens_BT, cos_BT1D, sin_BT1D, store=cache.extend, bias=extension.bias_B1TS)
+
+    def _compute(
+        self,
+        tokens_BT: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        *,
+        store: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]],
+        bias: Tensor | None,
+    ) -> None:
+        """Computes the KV of new tokens. `store`: takes a layer's new keys and values [B, K, T, D], returns
+        those that the queries attend to. `bias`: as in Extension; None: the causal mask."""
         plan = self._plan
         assert plan is not None, "activate a set of weights first"
         num_contexts, length = tokens_BT.shape
         rotated_heads = self._num_heads + self._num_kv_heads
         x = F.embedding(tokens_BT.reshape(-1), plan.embed_VC)
-        cos_1T1D, sin_1T1D = self._cos_TD[None, :length, None], self._sin_TD[None, :length, None]
         for i, layer in enumerate(plan.layers):
             h = self._rms_norm(x, layer.input_norm_C)
             qkv = F.linear(h, layer.qkv, layer.qkv_bias).view(num_contexts, length, -1, self._head_dim)
-            qk = self._rotate(self._normed(qkv[:, :, :rotated_heads], layer), cos_1T1D, sin_1T1D)
-            query, key = (
-                qk[:, :, : self._num_heads].transpose(1, 2),
-                qk[:, :, self._num_heads :].transpose(1, 2),
+            qk = self._rotate(self._normed(qkv[:, :, :rotated_heads], layer), cos, sin)
+            query = qk[:, :, : self._num_heads].transpose(1, 2)
+            key, value = store(
+                i, qk[:, :, self._num_heads :].transpose(1, 2), qkv[:, :, rotated_heads:].transpose(1, 2)
             )
-            value = qkv[:, :, rotated_heads:].transpose(1, 2)
-            cache.fill(i, key, value)
-            # A prefill returns KV only, so the last layer's output is not needed.
+            # Only KV is wanted, so the last layer's output is not needed.
             if i + 1 == len(plan.layers):
                 break
             attended = F.scaled_dot_product_attention(
-                query, key, value, is_causal=True, scale=self._scale, enable_gqa=self._group > 1
+                query,
+                key,
+                value,
+                attn_mask=bias,
+                is_causal=bias is None,
+                scale=self._scale,
+                enable_gqa=self._group > 1,
             )
             attended = attended.transpose(1, 2).reshape(num_contexts * length, -1)
             x = self._mlp(torch.addmm(x, attended, layer.output_CO.t()), layer)

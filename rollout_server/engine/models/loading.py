@@ -149,16 +149,24 @@ def _facts(module: Any, tokens_BT: Tensor, *, dtype: torch.dtype, device: torch.
 def _difference(model: CausalModel, tokens_BT: Tensor, reference: list[Tensor]) -> float:
     """Largest log-prob difference between the engine's logits and `reference`, two rows of logits [V].
 
-    The engine's come from a padded prefill and one decode step over two contexts of unequal length.
+    The engine's come from a padded prefill, an extension and one decode step over two contexts of unequal
+    length.
     """
     facts = model.facts
     lengths = [CHECK_TOKENS, CHECK_TOKENS // 2]
     cache = KVCache(
         facts.kv_shapes, num_rows=2, context_length=CHECK_TOKENS, dtype=facts.dtype, device=facts.device
     )
-    cache.begin_prefill(num_contexts=2, num_positions=CHECK_TOKENS - 1)
-    model.prefill(tokens_BT[:, :-1], cache)
+    num_prefilled = [CHECK_TOKENS - 4, CHECK_TOKENS // 2 - 3]
+    cache.begin_prefill(num_contexts=2, num_positions=num_prefilled[0])
+    model.prefill(tokens_BT[:, : num_prefilled[0]], cache)
     cache.end_prefill(rows=[0, 1], sources=[0, 1])
+    starts_B = np.array(num_prefilled, np.int64)
+    lengths_B = np.array(lengths, np.int64) - 1 - starts_B
+    new_BT = torch.zeros(2, int(lengths_B.max()), dtype=torch.int64, device=facts.device)
+    for row, (start, length) in enumerate(zip(num_prefilled, lengths_B, strict=True)):
+        new_BT[row, :length] = tokens_BT[row, start : start + length]
+    model.extend(new_BT, cache.begin_extension(rows=[0, 1], starts_B=starts_B, lengths_B=lengths_B), cache)
     last_N = torch.stack([tokens_BT[row, length - 1] for row, length in enumerate(lengths)])
     batch = cache.begin_decode(np.array(lengths, dtype=np.int64) - 1)
     ours_NV = torch.log_softmax(model.decode(last_N, batch, cache).float(), -1)

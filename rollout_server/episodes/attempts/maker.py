@@ -57,7 +57,6 @@ class AttemptMaker:
             temperature=config.sampling.temperature,
             stop_token_ids=stop_token_ids,
             stop=config.sampling.stop,
-            keeps_prefix=environments is not None,
         )
         self._sample_timeout_s = config.rollout.sample_timeout_s or math.inf
         self._max_turns = config.episode.max_turns

@@ -51,6 +51,7 @@ class SingleTurnAttempt(Attempt):
         transcript = self._transcript
         completion = Completion(
             text,
+            raw_text=self._tokenizer.text_of(transcript.last_turn.tolist()),
             token_ids=transcript.sampled,  # type: ignore[arg-type]  # an array is as good as a sequence
             turn_lengths=[end - first for first, end in transcript.spans],
             finish_reason=transcript.finish_reason,

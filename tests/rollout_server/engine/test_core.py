@@ -148,15 +148,15 @@ def test_group_prompt_is_prefilled_once_and_cached(tmp_path: Path) -> None:
     core = make_core(path, max_running=3)
     group = [submit(core, [5, 6, 7, 8], max_new_tokens=6) for _ in range(8)]
     run(core)
-    assert core.num_prefilled == 3, (
+    assert core.contexts.num_prefilled == 3, (
         "all but the last token are computed once, for eight samples in three rows"
     )
-    assert core.num_prefix_hits == 7
+    assert core.contexts.num_shared == 7
     assert len({tuple(s.output_ids) for s in group}) > 1 and all(error(path, s) < 1e-4 for s in group)
     core.flush_prefix_cache()
     submit(core, [5, 6, 7, 8])
     run(core)
-    assert core.num_prefilled == 6, "flushed: computed again"
+    assert core.contexts.num_prefilled == 6, "flushed: computed again"
 
 
 def test_long_prompts_are_admitted_within_the_budget(tmp_path: Path) -> None:

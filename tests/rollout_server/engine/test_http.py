@@ -56,6 +56,10 @@ def test_stop_texts_end_a_sequence(engine: Engine, models: Models) -> None:
     asyncio.run(conformance.stop_texts_end_a_sequence(engine, models[0]))
 
 
+def test_turns_reuse_earlier_turns(engine: Engine, models: Models) -> None:
+    asyncio.run(conformance.turns_reuse_what_earlier_turns_computed(engine, models))
+
+
 def test_a_time_out_keeps_the_partial_tokens(engine: Engine, models: Models) -> None:
     asyncio.run(conformance.a_time_out_keeps_the_partial_tokens(engine, models[0]))
 

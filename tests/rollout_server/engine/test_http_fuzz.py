@@ -20,11 +20,15 @@ from tests.support.engine_harness import Engine
 
 pytestmark = pytest.mark.timeout(120)
 MAX_ANSWER_S = 2.0
-SAMPLING = {"max_new_tokens": 4, "temperature": 0.0, "top_p": 1.0, "top_k": -1, "stop_token_ids": [3], "n": 1}
+SAMPLING = {
+    "max_new_tokens": 4, "temperature": 0.0, "top_p": 1.0, "top_k": -1, "stop_token_ids": [3], "n": 1,
+    "stream_interval": 2,
+}  # fmt: skip
 GROUP = {"group_name": "g", "timeout_s": 0.2}
 BODIES: dict[str, dict[str, Any]] = {
     "/generate": {
         "rid": "a", "input_ids": PROMPT, "sampling_params": SAMPLING, "return_logprob": True, "stream": False,
+        "keep_prefix": True,
     },
     "/abort_request": {"rid": "a", "abort_all": False},
     "/pause_generation": {"mode": "retract"},

@@ -38,7 +38,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(cached=st.booleans())
     def admit(self, cached: bool) -> None:
         queue = list(self.scheduler.waiting)
-        admitted, moves = self.scheduler.admit(is_cached=lambda context: cached)
+        admitted, moves = self.scheduler.admit(
+            num_to_compute=lambda sequence: 0 if cached else len(sequence.context)
+        )
         assert admitted == queue[: len(admitted)], "first come, first served"
         for move in moves:
             assert self.array[move.source] is not None
@@ -90,12 +92,12 @@ def test_holes_are_filled_before_rows_are_moved() -> None:
     sequences = [sequence(str(i)) for i in range(6)]
     for one in sequences:
         scheduler.submit(one)
-    scheduler.admit(is_cached=lambda context: False)
+    scheduler.admit(num_to_compute=lambda sequence: len(sequence.context))
     scheduler.finish(sequences[1], ABORT)
-    admitted, moves = scheduler.admit(is_cached=lambda context: False)
+    admitted, moves = scheduler.admit(num_to_compute=lambda sequence: len(sequence.context))
     assert [(s.seq_id, s.row) for s in admitted] == [("4", 1)] and moves == []
     for i in (0, 2, 5):
         scheduler.finish(sequences[i], ABORT)
-    admitted, moves = scheduler.admit(is_cached=lambda context: False)
+    admitted, moves = scheduler.admit(num_to_compute=lambda sequence: len(sequence.context))
     assert admitted == [] and [(m.source, m.target) for m in moves] == [(3, 0)]
     assert [s.seq_id for s in scheduler.rows if s] == ["3", "4"]

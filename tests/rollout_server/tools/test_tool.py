@@ -15,6 +15,11 @@ from areal_like.errors import ConfigError, ToolError
 from rollout_server.tools import Tool
 
 
+def echo(text: str) -> str:
+    """Returns its argument."""
+    return text
+
+
 def weather(
     city: str, *, days: int = 1, unit: Literal["C", "F"] = "C", near: list[str] | None = None, **_: Any
 ) -> str:
@@ -176,6 +181,12 @@ def test_what_a_function_returns() -> None:
     outputs = [call(give, {"what": what}, max_chars=20)[0] for what in range(6)]
     assert outputs[:5] == ["text", "(no output)", "(no output)", '{"a": [1, "é"]}', '"{2}"']
     assert outputs[5] == "x" * 20 + "\n[cut: 20 of 100 characters]"
+
+
+def test_text_that_cannot_be_encoded_is_replaced() -> None:
+    assert call(echo, r'{"text": "a\ud800b"}') == ("a?b", False)
+    text, is_error = call(echo, r'{"text\ud800": "a"}')
+    assert is_error and text.isascii()
 
 
 def test_what_a_function_raises() -> None:

@@ -1,0 +1,226 @@
+"""Fills rows with the KV of new sequences' contexts: copied where it is known, computed where it is not.
+
+    the prompt of a group          copied from the samples that computed it (PrefixCache)
+    the next turn of a conversation  its earlier turns are copied (KeptPrefixes), and the rest is computed
+                                   over them: an extension
+    anything else                  computed from its beginning: a prefill
+
+Only sequences that a later request may continue (`Sequence.keeps_prefix`) are kept when they end; for all
+others a copy would be wasted. All KV that is kept was computed under the active weights: a swap drops it, and
+a row whose KV is older than the last swap (`keep` mode) is not kept.
+
+Shapes: B contexts, T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rollout_server.engine.cache import KVCache, PrefixCache
+from rollout_server.engine.kept_prefixes import KeptPrefixes
+from rollout_server.engine.models.base import CausalModel
+from rollout_server.engine.rows import RowState
+from rollout_server.engine.scheduler import Sequence
+
+PREFILL_AHEAD_TOKENS = 128
+"""A prefill below this many tokens is filled up with prompts of sequences that still wait for a row."""
+MAX_SCORES = 1 << 22
+"""Most pairs of a new and a known position in one extension: bounds its attention mask."""
+
+_Context = tuple[int, ...]
+
+
+class Contexts:
+    """The KV of contexts; belongs to one EngineCore."""
+
+    def __init__(
+        self,
+        model: CausalModel,
+        cache: KVCache,
+        rows: RowState,
+        *,
+        max_prefill_tokens: int,
+        prefix_cache_tokens: int,
+        conversation_cache_tokens: int,
+    ) -> None:
+        """`max_prefill_tokens`: most tokens in one forward pass; the others as in EngineOptions."""
+        self._model = model
+        self._cache = cache
+        self._rows = rows
+        self._max_prefill_tokens = max_prefill_tokens
+        self._prefixes = PrefixCache(max_tokens=prefix_cache_tokens)
+        self.kept = KeptPrefixes(max_tokens=conversation_cache_tokens)
+        self.num_prefilled = 0
+        """Context tokens computed."""
+        self.num_copied = 0
+        """Context tokens whose KV was copied and not computed."""
+        self.num_shared = 0
+        """Sequences whose context was copied from another sequence and not computed."""
+        self.num_continued = 0
+        """Sequences that began with KV that was kept of a conversation."""
+
+    def clear(self, *, serial: int | None = None) -> None:
+        """Drops all KV outside the rows; `serial`: number of the weights that are active from now on."""
+        self._prefixes.clear(serial=serial)
+        self.kept.clear()
+
+    def num_to_compute(self, sequence: Sequence) -> int:
+        """Tokens that count towards the limit of a step when this waiting sequence is admitted."""
+        context = sequence.context
+        if not sequence.keeps_prefix:
+            return 0 if context in self._prefixes else len(context)
+        num_known = self.kept.num_matched(context[:-1])
+        return 0 if num_known == len(context) - 1 else len(context) - num_known
+
+    @torch.inference_mode()
+    def keep(self, sequence: Sequence) -> None:
+        """Keeps the KV of a sequence that ends, before it leaves its row."""
+        if self._rows.kv_serial[sequence.row] == self._prefixes.serial:
+            self.kept.insert(sequence.context[:-1], partial(self._cache.read, sequence.row))
+
+    def fill(self, admitted: list[Sequence], *, waiting: Iterable[Sequence]) -> None:
+        """Fills the rows of new sequences with the KV of all but the last token of their contexts.
+
+        `waiting`: sequences whose prompts may be computed ahead, for the cache.
+        """
+        # Context -> rows that need it: each context is computed once for all its rows. A prompt computed
+        # ahead has no row yet.
+        missing: dict[_Context, list[int]] = {}
+        known: dict[_Context, int] = {}
+        """Context -> tokens at its beginning that were copied to the first of its rows."""
+        kept: set[_Context] = set()
+        for sequence in admitted:
+            self._rows.enter(sequence)
+            self._rows.kv_serial[sequence.row] = self._prefixes.serial
+            context = sequence.context
+            if sequence.keeps_prefix:
+                kept.add(context)
+            if context in missing:
+                missing[context].append(sequence.row)
+                self._count_shared(sequence)
+            elif sequence.keeps_prefix:
+                known[context] = self._copy_kept(sequence)
+                if known[context] < len(context) - 1:
+                    missing[context] = [sequence.row]
+            elif (prefix := self._prefixes.get(context)) is not None:
+                self._cache.write(sequence.row, prefix)
+                self._count_shared(sequence)
+            elif len(context) > 1:
+                missing[context] = [sequence.row]
+        if not missing:
+            return
+        prompts = {sequence.prompt for sequence in admitted if not sequence.output_ids} - kept
+        extensions = {context: rows for context, rows in missing.items() if known.get(context)}
+        whole = {context: rows for context, rows in missing.items() if context not in extensions}
+        if whole:
+            self._add_waiting_prompts(whole, prompts, waiting)
+            self._compute_whole(whole, prompts)
+        if extensions:
+            self._extend([(context, rows[0], known[context]) for context, rows in extensions.items()])
+            for context, (first, *others) in extensions.items():
+                if others:
+                    self._cache.move([first] * len(others), others, num_positions=len(context) - 1)
+        for context in kept & missing.keys():
+            self.kept.insert(context[:-1], partial(self._cache.read, missing[context][0]))
+
+    def _count_shared(self, sequence: Sequence) -> None:
+        self.num_shared += 1
+        self._count_copied(sequence, len(sequence.context) - 1)
+
+    def _count_copied(self, sequence: Sequence, num_tokens: int) -> None:
+        self.num_copied += num_tokens
+        if not sequence.output_ids:  # else its row was filled again after an update of the weights
+            sequence.num_cached_tokens = num_tokens
+
+    def _copy_kept(self, sequence: Sequence) -> int:
+        """Copies what is kept of the sequence's context to its row; returns the number of tokens."""
+        start = 0
+        for part in self.kept.match(sequence.context[:-1]):
+            self._cache.write(sequence.row, part, start=start)
+            start += part.shape[3]
+        if start:
+            self.num_continued += 1
+            self._count_copied(sequence, start)
+        return start
+
+    def _add_waiting_prompts(
+        self, missing: dict[_Context, list[int]], prompts: set[_Context], waiting: Iterable[Sequence]
+    ) -> None:
+        """Fills up a small prefill with prompts from the queue, whose KV goes to the prefix cache only.
+
+        Rows become free one by one, and a small prefill costs the same for sixteen prompts as for one.
+        """
+        room = min(PREFILL_AHEAD_TOKENS, self._prefixes.max_tokens // 2) - sum(map(len, missing))
+        for sequence in waiting:
+            prompt = sequence.prompt
+            if sequence.output_ids or prompt in missing or prompt in self._prefixes or len(prompt) == 1:
+                continue
+            if sequence.keeps_prefix:
+                continue
+            room -= len(prompt)
+            if room < 0:
+                break
+            missing[prompt] = []
+            prompts.add(prompt)
+
+    def _compute_whole(self, missing: dict[_Context, list[int]], prompts: set[_Context]) -> None:
+        # Contexts of similar length share a batch, so that little computation is spent on padding.
+        queue = sorted(missing.items(), key=lambda item: len(item[0]))
+        while queue:
+            size = max(1, self._max_prefill_tokens // len(queue[-1][0]))
+            queue, batch = queue[:-size], queue[-size:]
+            self._prefill(batch, prompts)
+
+    def _prefill(self, batch: list[tuple[_Context, list[int]]], prompts: set[_Context]) -> None:
+        """Runs one forward pass over right-padded contexts and copies their KV to their rows."""
+        tokens_BT = np.zeros((len(batch), max(len(context) for context, _ in batch) - 1), np.int64)
+        rows, sources = [], []
+        for i, (context, context_rows) in enumerate(batch):
+            tokens_BT[i, : len(context) - 1] = context[:-1]
+            self.num_prefilled += len(context) - 1
+            rows += context_rows
+            sources += [i] * len(context_rows)
+        self._cache.begin_prefill(num_contexts=tokens_BT.shape[0], num_positions=tokens_BT.shape[1])
+        self._model.prefill(self._tensor(tokens_BT), self._cache)
+        computed = self._cache.end_prefill(rows=rows, sources=sources)
+        for i, (context, _) in enumerate(batch):
+            # Only prompts are cached: the other samples of a group share the prompt, but no other sequence
+            # has the same prompt and output.
+            if context in prompts:
+                self._prefixes.put(context, computed[:, :, i, :, : len(context) - 1].clone())
+
+    def _extend(self, left: list[tuple[_Context, int, int]]) -> None:
+        """Computes the KV of contexts from a position on, over what their rows hold before it.
+
+        `left`: (context, row, position). A long one takes several passes, so that masks stay small.
+        """
+        while left:
+            left.sort(key=lambda item: len(item[0]) - item[2])
+            num_positions = max(len(context) for context, _, _ in left) - 1
+            context, _, start = left[-1]
+            length = min(len(context) - 1 - start, max(1, MAX_SCORES // num_positions))
+            size = max(1, min(self._max_prefill_tokens, MAX_SCORES // num_positions) // length)
+            left, batch = left[:-size], left[-size:]
+            tokens_BT = np.zeros((len(batch), length), np.int64)
+            starts_B = np.array([start for _, _, start in batch], np.int64)
+            lengths_B = np.zeros(len(batch), np.int64)
+            for i, (context, row, start) in enumerate(batch):
+                new = context[start:-1][:length]
+                tokens_BT[i, : len(new)] = new
+                lengths_B[i] = len(new)
+                if start + len(new) < len(context) - 1:
+                    left.append((context, row, start + len(new)))
+            self.num_prefilled += int(lengths_B.sum())
+            extension = self._cache.begin_extension(
+                rows=[row for _, row, _ in batch], starts_B=starts_B, lengths_B=lengths_B
+            )
+            self._model.extend(self._tensor(tokens_BT), extension, self._cache)
+
+    def _tensor(self, array: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(array).to(self._model.facts.device)

@@ -1,0 +1,159 @@
+"""KV kept for the next turns of conversations: a radix tree over tokens.
+
+A node holds the tokens between two branches and their KV. So the turns of a conversation, and conversations
+with the same beginning, store each token once, and a lookup compares tokens, not hashes. A sequence whose
+tokens extend a leaf lengthens it. To make room, the least recently used leaves are dropped.
+
+All KV in the tree was computed under one set of weights. `clear` drops everything at a swap, and a row whose
+KV is older than the swap is never put in (see Contexts.keep).
+
+Shapes: L layers, H KV heads, T tokens, D head size.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_SPARE_PARTS = 8
+"""Once the tree is full, an eighth of it is freed at a time, so that few insertions look for leaves."""
+
+
+@dataclass(eq=False)
+class _Node:
+    """Tokens that follow those of the parent, and their KV."""
+
+    tokens_T: NDArray[np.int64]
+    kv_L2HTD: Tensor
+    parent: _Node | None
+    children: dict[int, _Node] = field(default_factory=dict)
+    """By their first token."""
+    used: int = 0
+    """Clock of the tree when a lookup or an insertion passed here last."""
+
+
+class KeptPrefixes:
+    """The KV of at most `max_tokens` tokens."""
+
+    def __init__(self, *, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+        self.num_tokens = 0
+        self._clock = 0
+        self.clear()
+
+    def clear(self) -> None:
+        """Drops everything."""
+        self._root = _Node(np.empty(0, np.int64), torch.empty(0), None)
+        self.num_tokens = 0
+
+    def num_matched(self, tokens: Sequence[int]) -> int:
+        """Tokens at the beginning of `tokens` whose KV is here."""
+        return sum(length for _, length in self._walk(np.asarray(tokens, np.int64)))
+
+    def match(self, tokens: Sequence[int]) -> list[Tensor]:
+        """KV [L, 2, H, T, D] of the longest beginning of `tokens` that is here, in adjacent parts. The parts
+        are views: copy them before the next insertion."""
+        return [node.kv_L2HTD[:, :, :, :length] for node, length in self._walk(np.asarray(tokens, np.int64))]
+
+    def insert(self, tokens: Sequence[int], kv_between: Callable[[int, int], Tensor]) -> None:
+        """Adds the KV of all `tokens`, of which the tree copies what it lacks.
+
+        `kv_between(start, end)`: the KV of these tokens, [L, 2, H, end - start, D]. Does nothing if they are
+        more than `max_tokens`.
+        """
+        tokens_T = np.asarray(tokens, np.int64)
+        if len(tokens_T) > self.max_tokens:
+            return
+        path = self._walk(tokens_T)
+        start = sum(length for _, length in path)
+        if start == len(tokens_T):
+            return
+        node, length = path[-1] if path else (self._root, 0)
+        if length < len(node.tokens_T):
+            node = self._split(node, length)
+        self._make_room(len(tokens_T) - start)
+        kv = kv_between(start, len(tokens_T))
+        if node.children or node is self._root:
+            new = _Node(tokens_T[start:], kv.clone(), node, used=self._clock)
+            node.children[int(tokens_T[start])] = new
+        else:
+            node.tokens_T = np.concatenate((node.tokens_T, tokens_T[start:]))
+            node.kv_L2HTD = torch.cat((node.kv_L2HTD, kv), 3)
+        self.num_tokens += len(tokens_T) - start
+
+    def _walk(self, tokens_T: NDArray[np.int64]) -> list[tuple[_Node, int]]:
+        """The nodes along `tokens_T`, each with the number of its tokens that match; marks them as used."""
+        self._clock += 1
+        node, start, path = self._root, 0, []
+        while start < len(tokens_T):
+            child = node.children.get(int(tokens_T[start]))
+            if child is None:
+                break
+            rest_T = tokens_T[start : start + len(child.tokens_T)]
+            different = np.nonzero(child.tokens_T[: len(rest_T)] != rest_T)[0]
+            length = int(different[0]) if len(different) else len(rest_T)
+            child.used = self._clock
+            path.append((child, length))
+            if length < len(child.tokens_T):
+                break
+            node, start = child, start + length
+        return path
+
+    def _split(self, node: _Node, length: int) -> _Node:
+        """Splits a node after `length` tokens; returns the first part, whose only child is the second.
+
+        Both copy their KV: a view would hold all of it after the other part was dropped.
+        """
+        assert node.parent is not None
+        first = _Node(node.tokens_T[:length], node.kv_L2HTD[:, :, :, :length].clone(), node.parent)
+        first.used = node.used
+        node.parent.children[int(node.tokens_T[0])] = first
+        node.tokens_T, node.kv_L2HTD = node.tokens_T[length:], node.kv_L2HTD[:, :, :, length:].clone()
+        node.parent, first.children = first, {int(node.tokens_T[0]): node}
+        # Only the first part was passed by the walk that asks for the split.
+        node.used -= 1
+        return first
+
+    def _make_room(self, num_tokens: int) -> None:
+        """Drops leaves until `num_tokens` fit, least recently used first; none that the last walk passed."""
+        if self.num_tokens + num_tokens <= self.max_tokens:
+            return
+        most = self.max_tokens - self.max_tokens // _SPARE_PARTS - num_tokens
+        leaves = [(node.used, id(node), node) for node in self._leaves()]
+        heapq.heapify(leaves)
+        while leaves and self.num_tokens > most:
+            used, _, node = heapq.heappop(leaves)
+            if used == self._clock:
+                break
+            assert node.parent is not None
+            del node.parent.children[int(node.tokens_T[0])]
+            self.num_tokens -= len(node.tokens_T)
+            if not node.parent.children and node.parent is not self._root:
+                heapq.heappush(leaves, (node.parent.used, id(node.parent), node.parent))
+
+    def _leaves(self) -> list[_Node]:
+        leaves, nodes = [], list(self._root.children.values())
+        while nodes:
+            node = nodes.pop()
+            nodes.extend(node.children.values())
+            if not node.children:
+                leaves.append(node)
+        return leaves
+
+    def check(self) -> None:
+        """Asserts that tokens add up and that every node is where it is looked for."""
+        num_tokens, nodes = 0, [self._root]
+        while nodes:
+            node = nodes.pop()
+            for token, child in node.children.items():
+                assert child.parent is node and child.tokens_T[0] == token
+                assert child.kv_L2HTD.shape[3] == len(child.tokens_T) > 0
+                nodes.append(child)
+            num_tokens += len(node.tokens_T)
+        assert num_tokens == self.num_tokens <= self.max_tokens

@@ -1,0 +1,97 @@
+"""Slow rewards and tools: the engine goes on, nothing is lost, and the log says what to change."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from areal_like.wire.messages.producer import ServerHeartbeat
+from launch.audit.run import audit_run
+from tests.support.launching import finish, launcher, num_steps_done, wait_for_steps
+from tests.support.rollout_harness import PlayedBuffer, job, serving
+from trainer.models.tiny import build_tiny_model
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
+
+TASKS = "tests.support.rollout_tasks"
+EPISODES = 40
+GROUP = 4
+
+
+def test_the_engine_goes_on_until_max_episodes(tmp_path: Path) -> None:
+    """A server with one worker that needs half a second for a reward, and a buffer that grants all credit."""
+    build_tiny_model(tmp_path / "model", seed=0, warm_start_steps=0, swap_prob=0.5)
+    with PlayedBuffer() as buffer:
+        config = job(
+            tmp_path,
+            port=buffer.port,
+            model_dir=tmp_path / "model",
+            task={"_target_": f"{TASKS}.HalfASecond"},
+            rollout={"max_running": 8, "queue_samples": 4, "max_episodes": EPISODES},
+            sampling={"group_size": GROUP},
+        )
+        with serving(config) as server:
+            server.wait_serving(buffer)
+            num_granted = grant_all(buffer)
+            assert num_granted >= EPISODES - GROUP
+            beat = buffer.expect_beat(lambda beat: beat.stats["in_rewards"] >= EPISODES - 2 * GROUP)
+            assert beat.stats["at_engine"] == 0 and beat.stats["samples_done"] < EPISODES / 2
+            buffer.expect_beat(lambda beat: beat.stats["starved_s"] > 1)
+            buffer.expect_beat(lambda beat: not beat.leases and beat.stats["samples_done"] == num_granted)
+            buffer.expect_beat(lambda beat: beat.free_samples == 12 and beat.stats["at_engine"] == 0)
+
+
+def grant_all(buffer: PlayedBuffer) -> int:
+    """Grants leases while there is credit, one group at a time; returns the number of samples."""
+    num_leases = 0
+    while True:
+        num_leases += 1
+        buffer.grant(buffer.lease(num_leases, samples=GROUP, prompt=num_leases))
+        beat = buffer.expect_beat(functools.partial(has_sampled, lease_id=num_leases))
+        if beat.free_samples < GROUP:
+            return num_leases * GROUP
+
+
+def has_sampled(beat: ServerHeartbeat, *, lease_id: int) -> bool:
+    """True if the server holds the lease, and no sample is at the engine."""
+    return lease_id in beat.leases and not beat.stats["at_engine"]
+
+
+def stats_of(root: Path) -> dict[str, Any]:
+    """The summary of a finished run."""
+    summary: dict[str, Any] = json.loads((root / "summary.json").read_text())
+    return summary
+
+
+@pytest.mark.parametrize("task", ["SlowOnSome", "SlowService"])
+def test_a_job_with_slow_rewards_trains_and_loses_nothing(tmp_path: Path, task: str) -> None:
+    """Rewards that now and then take longer than all others together, raise, hang, or end their process."""
+    root = tmp_path / "runs" / "x"
+    settings = [
+        "name=x",
+        "model.warm_start_steps=0",
+        f"task._target_={TASKS}.{task}",
+        f"sampling.group_size={GROUP}",
+        "trainer.groups_per_step=8",
+        "trainer.num_steps=30",
+        "eval.num_prompts=0",
+        "rollout.max_running=16",
+        "rollout.queue_samples=8",
+        "rollout.reward_timeout_s=2",
+        "rollout.reward_workers=2",
+        "buffer.max_consecutive_failures=200",
+        *(["rollout.reward_concurrency=32"] if task == "SlowService" else []),
+    ]
+    with launcher(*settings, cwd=tmp_path) as process:
+        wait_for_steps(29, root, process=process)
+        code, out, err = finish(process, root)
+    assert code == 0, out + err
+    assert num_steps_done(root) == 30
+    audit = audit_run(root)
+    assert audit.is_clean, "\n".join(audit.lines())
+    failed = stats_of(root)
+    print(failed)

@@ -1,0 +1,65 @@
+"""The longest sequence of a job, with and without an environment."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from areal_like.config import Config, from_mapping
+from areal_like.errors import ConfigError
+from rollout_server.context_length import longest_sequence
+from rollout_server.environments.base import Environment
+from rollout_server.tasks.base import Completion, Example, Split, Task
+
+
+class OneAnswer(Task):
+    def example(self, split: Split, index: int) -> Example:
+        return Example(prompt="", answer="")
+
+    def reward(self, example: Example, completion: Completion) -> float:
+        return 0.0
+
+
+class ManyTurns(OneAnswer):
+    def environment(self, example: Example) -> Environment | None:
+        raise NotImplementedError
+
+
+def config_of(**sections: Any) -> Config:
+    trainer = {"tokens_per_microbatch": 1000} | sections.pop("trainer", {})
+    return from_mapping({"trainer": trainer, "sampling": {"max_new_tokens": 50}} | sections)
+
+
+@pytest.mark.parametrize(
+    ("sections", "max_positions", "of_one", "of_many"),
+    [
+        ({}, 5000, 150, 900),  # 16 turns
+        ({"episode": {"max_turns": 3}}, 5000, 150, 250),
+        ({"episode": {"max_turns": 100}}, 5000, 150, 1000),
+        ({}, 500, 150, 500),
+        ({"episode": {"max_tokens": 400}}, 5000, 150, 400),
+        ({"rollout": {"max_context": 700}, "episode": {"max_tokens": 400}}, 5000, 700, 700),
+    ],
+)
+def test_longest_sequence(sections: dict[str, Any], max_positions: int, of_one: int, of_many: int) -> None:
+    config = config_of(**sections)
+    for task, want in (
+        (OneAnswer(max_prompt_tokens=100), of_one),
+        (ManyTurns(max_prompt_tokens=100), of_many),
+    ):
+        assert longest_sequence(config, task, max_positions=max_positions) == want
+
+
+def test_a_single_turn_that_fits_no_microbatch_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"does not fit into trainer\.tokens_per_microbatch=1000"):
+        longest_sequence(config_of(), OneAnswer(max_prompt_tokens=951), max_positions=5000)
+    with pytest.raises(ConfigError, match="leaves no room for a prompt"):
+        longest_sequence(config_of(), ManyTurns(), max_positions=50)
+
+
+def test_a_group_of_episodes_must_fit_into_a_message() -> None:
+    config = config_of(episode={"max_tokens": 100_000}, buffer={"max_message_bytes": 1 << 22})
+    assert longest_sequence(config, OneAnswer(max_prompt_tokens=100), max_positions=5000) == 150
+    with pytest.raises(ConfigError, match=r"up to 100000 tokens .* buffer\.max_message_bytes=4194304: raise"):
+        longest_sequence(config, ManyTurns(max_prompt_tokens=100), max_positions=5000)

@@ -1,0 +1,264 @@
+"""Random conversations with a real model: in every segment, the log-prob of each sampled token is the one
+that transformers computes for exactly the tokens before it.
+
+The conversations branch, are rewritten, shortened and compacted; the templates append, strip earlier
+reasoning, begin with a BOS, have no place for tools, or mark no end of a turn. Turns are cut, interrupted and
+sampled at the same time. What the policy says is random, special tokens and ids beyond the tokenizer's
+vocabulary included.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from areal_like.errors import EpisodeBudgetError, PromptRefusedError
+from areal_like.trajectory import FinishReason, Trajectory
+from rollout_server.engine.core import EngineCore, EngineOptions
+from rollout_server.engine.models.loading import load
+from rollout_server.engine.scheduler import SamplingParams
+from rollout_server.engine.scheduler import Sequence as EngineSequence
+from rollout_server.environments.base import Message, Reply
+from rollout_server.episodes.base import PolicyClient
+from rollout_server.episodes.conversation import Conversation
+from rollout_server.episodes.scoring import Outcome
+from rollout_server.inference.generation_gate import GenerationGate
+from rollout_server.inference.types import Generation, Sampling
+from rollout_server.rendering.base import ChatRenderer
+from rollout_server.rendering.jinja import JinjaRenderer
+from rollout_server.rendering.library import LibraryRenderer
+from tests.support.chat_models import (
+    TEMPLATES,
+    chat_tokenizer,
+    llama_3_tokenizer,
+    options_of,
+    qwen3_tokenizer,
+)
+from tests.support.engine_harness import load_model
+
+VOCAB = 128
+CONTEXT = 2048
+TOOL = {
+    "type": "function",
+    "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}},
+}
+RARELY_BRIDGED = ("never_ending", "qwen3 by its template")
+"""Where a turn extends an earlier one only by chance."""
+
+
+def make_renderers() -> dict[str, ChatRenderer]:
+    renderers: dict[str, ChatRenderer] = {}
+    for name, template in TEMPLATES.items():
+        tokenizer = chat_tokenizer(template)
+        renderers[name] = JinjaRenderer(tokenizer, **options_of(tokenizer) | {"vocab_size": VOCAB})
+    for name, tokenizer in (("qwen3", qwen3_tokenizer()), ("llama-3", llama_3_tokenizer())):
+        options = options_of(tokenizer) | {"vocab_size": VOCAB}
+        renderers[name] = LibraryRenderer(tokenizer, name=name, **options)
+        renderers[f"{name} by its template"] = JinjaRenderer(tokenizer, **options)
+    return renderers
+
+
+RENDERERS = make_renderers()
+
+
+@dataclass
+class Served:
+    core: EngineCore
+    reference: Any
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A model that says markers and ends of turns more often than other tokens."""
+    path: Path = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    model: Any = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, intermediate_size=64, max_position_embeddings=CONTEXT,
+            initializer_range=0.15, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+            pad_token_id=0,
+        )
+    )  # fmt: skip
+    # The first number of every hidden state is large, and the head adds it to the logits of these tokens.
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 2.0
+        model.lm_head.weight[:, 0] = 0.0
+        model.lm_head.weight[100:112, 0] = 0.8
+    model.save_pretrained(path)
+    causal, weights = load(str(path), dtype=torch.float32, device=torch.device("cpu"), context_length=CONTEXT)
+    options = EngineOptions(max_running=8, context_length=CONTEXT)
+    yield Served(core=EngineCore(causal, weights, options, version="0"), reference=load_model(path))
+
+
+class InProcess:
+    """The embedded engine's core as a client, which interrupts some requests as `abort_resume` does."""
+
+    def __init__(self, core: EngineCore, interrupt_after: Sequence[int]) -> None:
+        self.core = core
+        self.interruptions = list(interrupt_after)
+
+    async def generate(
+        self,
+        input_ids: Sequence[int],
+        *,
+        sampling: Sampling,
+        rid: str | None = None,
+        timeout_s: float = math.inf,
+    ) -> Generation:
+        sequence = EngineSequence(
+            seq_id=str(rid),
+            prompt=tuple(input_ids),
+            params=SamplingParams(
+                max_new_tokens=sampling.max_new_tokens,
+                stop_token_ids=sampling.stop_token_ids,
+                sampling_seed=sampling.sampling_seed,
+            ),
+        )
+        self.core.submit(sequence)
+        left = self.interruptions.pop(0) if self.interruptions else None
+        while sequence.finish is None:
+            self.core.step()
+            await asyncio.sleep(0)
+            if left is not None and (left := left - 1) < 0 and sequence.finish is None:
+                self.core.abort([sequence])
+        assert sequence.finish is not None
+        return Generation(
+            output_ids=np.array(sequence.output_ids, np.int32),
+            logprobs=np.array(sequence.output_logprobs, np.float32),
+            versions=np.zeros(len(sequence.output_ids), np.int32),
+            finish_reason=sequence.finish.reason,
+        )
+
+
+TEXTS = st.text(alphabet="ab7 \n{}<", max_size=6) | st.sampled_from(
+    ["abc", "<|end|>", "<think>", "x<|im_end|>", "</think>a", "<tool_call>{}</tool_call>"]
+)
+ACTIONS = st.tuples(
+    st.sampled_from(["user", "tool", "both", "branch", "edit", "forget", "drop", "compact", "twice"]),
+    TEXTS,
+    st.integers(0, 7),
+)
+
+
+def next_messages(history: list[Message], action: str, text: str, number: int) -> list[Message]:
+    """The conversation so far, continued or rewritten; a user's message is first and last."""
+    index = number % len(history) if history else 0
+    if action == "branch":
+        history = history[: index + 1]
+    elif action == "edit" and history:
+        history = [*history]
+        history[index] = {**history[index], "content": text}
+    elif action == "forget":  # as clients do that know no reasoning
+        history = [{k: v for k, v in one.items() if k != "reasoning_content"} for one in history]
+    elif action == "drop":
+        history = history[:index] + history[index + 1 :]
+    elif action == "compact":
+        history = [{"role": "user", "content": f"before: {text}"}]
+    if not history or history[0]["role"] != "user":
+        history = [{"role": "user", "content": "go"}, *history]
+    calls = history[-1].get("tool_calls", [])
+    new: list[Message] = [{"role": "user", "content": text}]
+    if action in ("tool", "both"):
+        answers = [{"role": "tool", "tool_call_id": call["id"], "content": text} for call in calls]
+        answers = answers or [{"role": "tool", "content": text}]
+        new = answers + (new if action == "both" else [])
+    return [*history, *new]
+
+
+async def converse(
+    conversation: Conversation, actions: Sequence[tuple[str, str, int]], tools: Sequence[Any]
+) -> tuple[int, int]:
+    """Returns the numbers of turns, and of sampled tokens."""
+    history: list[Message] = []
+    replies: list[Reply] = []
+    for action, text, number in actions:
+        messages = next_messages(history, action, text, number)
+        said = await asyncio.gather(
+            *(conversation.say(messages, tools=tools) for _ in range(1 + (action == "twice"))),
+            return_exceptions=True,
+        )
+        for reply in said:
+            if isinstance(reply, Reply):
+                replies.append(reply)
+            elif not isinstance(reply, EpisodeBudgetError | PromptRefusedError):
+                raise reply
+        chosen = said[number % len(said)]
+        if not isinstance(chosen, Reply):
+            break
+        history = [*messages, chosen.message]
+    return len(replies), sum(reply.num_tokens for reply in replies)
+
+
+@torch.inference_mode()
+def check_logprobs(trajectory: Trajectory, reference: Any) -> None:
+    first = 0
+    for length in trajectory.segments or (trajectory.num_tokens,):
+        part = slice(first, first + length)
+        tokens_T = torch.from_numpy(trajectory.tokens[part].astype(np.int64))
+        logprobs_TV = torch.log_softmax(reference(input_ids=tokens_T[None]).logits[0].float(), -1)
+        want_T = logprobs_TV[:-1].gather(1, tokens_T[1:, None])[:, 0].numpy()
+        mask_T = trajectory.loss_mask[part] == 1
+        assert not mask_T[0]
+        np.testing.assert_allclose(trajectory.logprobs[part][mask_T], want_T[mask_T[1:]], atol=1e-4, rtol=0)
+        first += length
+
+
+@pytest.mark.parametrize("name", list(RENDERERS))
+def test_recorded_logprobs_are_those_of_the_segments(name: str, served: Served) -> None:
+    renderer = RENDERERS[name]
+    tools = [TOOL] if renderer.supports_tools and name != "llama-3 by its template" else []
+    num_bridged = 0
+
+    @settings(max_examples=20, deadline=None, database=None, derandomize=True)
+    @given(
+        actions=st.lists(ACTIONS, min_size=2, max_size=6),
+        interrupt_after=st.lists(st.integers(0, 6), max_size=3),
+        budgets=st.sampled_from([(CONTEXT, 10 * CONTEXT), (CONTEXT, 700), (150, CONTEXT)]),
+        seed=st.integers(0, 1000),
+    )
+    def play(
+        actions: list[tuple[str, str, int]],
+        interrupt_after: list[int],
+        budgets: tuple[int, int],
+        seed: int,
+    ) -> None:
+        nonlocal num_bridged
+
+        async def body() -> None:
+            nonlocal num_bridged
+            policy = PolicyClient(
+                InProcess(served.core, interrupt_after),
+                sampling=Sampling(max_new_tokens=12, sampling_seed=seed),
+                rid="1",
+                gate=GenerationGate(),
+            )
+            conversation = Conversation(renderer, policy, context_tokens=budgets[0], max_tokens=budgets[1])
+            num_turns, num_sampled = await converse(conversation, actions, tools)
+            if not num_turns:
+                return
+            trajectory = conversation.to_trajectory(Outcome())
+            assert trajectory.num_turns == num_turns
+            assert trajectory.num_sampled == num_sampled == conversation.num_sampled
+            assert max(trajectory.segments, default=0) <= budgets[0]
+            assert trajectory.num_tokens <= budgets[1]
+            assert trajectory.finish_reason is not FinishReason.ABORT
+            num_bridged += num_turns - len(trajectory.segments or (1,))
+            check_logprobs(trajectory, served.reference)
+
+        asyncio.run(body())
+
+    play()
+    assert not served.core.all_sequences
+    assert num_bridged > 0 or name in RARELY_BRIDGED
