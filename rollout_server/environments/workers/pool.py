@@ -198,7 +198,7 @@ class EnvironmentPool:
         except BaseException:  # most likely the caller was cancelled
             if worker.lost is hung and self._zygote is zygote:
                 log.error("the process that starts environments hangs and is replaced")
-                zygote.kill_at_once()
+                zygote.replace()
             own.close()
             self._retire(worker)
             raise
