@@ -278,9 +278,10 @@ class EngineClient:
         body = {"new_version": str(version), "abort_all_requests": False}
         await self._http.call("POST", "/update_weight_version", body)
 
-    async def weights_checksum(self) -> str:
+    async def weights_checksum(self, *, timeout_s: float) -> str:
         """SGLang only: a digest of all parameters over all ranks of the engine; works while paused."""
-        answer = await self._http.call("POST", "/weights_checker", {"action": "checksum"})
+        body = {"action": "checksum"}
+        answer = await self._http.call("POST", "/weights_checker", body, timeout_s=timeout_s)
         return str(answer["per_engine_checksum"])
 
     async def synchronize(self, *, timeout_s: float) -> None:

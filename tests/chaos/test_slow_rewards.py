@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from areal_like.wire.messages.producer import ServerHeartbeat
 from launch.audit.run import audit_run
-from tests.support.launching import finish, launcher, num_steps_done, wait_for_steps
+from tests.support.launching import finish, launcher, wait_for_steps
 from tests.support.rollout_harness import PlayedBuffer, job, serving
-from trainer.models.tiny import build_tiny_model
+from tests.support.rollout_tasks import HANGING, checksum, mishap_of
+from trainer.models.tiny import build_tiny_model, character_tokenizer
+from trainer.replay.recording import Recording
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 
 TASKS = "tests.support.rollout_tasks"
 EPISODES = 40
 GROUP = 4
+GROUPS, NUM_STEPS = 8, 30
 
 
 def test_the_engine_goes_on_until_max_episodes(tmp_path: Path) -> None:
@@ -61,10 +64,22 @@ def has_sampled(beat: ServerHeartbeat, *, lease_id: int) -> bool:
     return lease_id in beat.leases and not beat.stats["at_engine"]
 
 
-def stats_of(root: Path) -> dict[str, Any]:
-    """The summary of a finished run."""
-    summary: dict[str, Any] = json.loads((root / "summary.json").read_text())
-    return summary
+def check_rewards(root: Path) -> None:
+    """Every trained sample has the reward of its own answer, and 0 only where the reward hangs on it."""
+    tokenizer = character_tokenizer()
+    num_hung = 0
+    with contextlib.closing(Recording(root)) as recording:
+        for step in range(NUM_STEPS):
+            for group in recording.groups(step, range(GROUPS)):
+                for trajectory in group.trajectories:
+                    tokens = trajectory.tokens[trajectory.loss_mask == 1]
+                    text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+                    mishap = mishap_of(text)
+                    assert mishap not in (1, 2, 3), "these have no reward"
+                    expected = 0.0 if mishap in HANGING else checksum(text)
+                    assert trajectory.reward == pytest.approx(expected), text
+                    num_hung += mishap in HANGING
+    assert num_hung > 0
 
 
 @pytest.mark.parametrize("task", ["SlowOnSome", "SlowService"])
@@ -76,22 +91,25 @@ def test_a_job_with_slow_rewards_trains_and_loses_nothing(tmp_path: Path, task: 
         "model.warm_start_steps=0",
         f"task._target_={TASKS}.{task}",
         f"sampling.group_size={GROUP}",
-        "trainer.groups_per_step=8",
-        "trainer.num_steps=30",
+        f"trainer.groups_per_step={GROUPS}",
+        f"trainer.num_steps={NUM_STEPS}",
         "eval.num_prompts=0",
         "rollout.max_running=16",
         "rollout.queue_samples=8",
-        "rollout.reward_timeout_s=2",
+        "rollout.reward_timeout_s=1",
+        "buffer.retain_trajectories=true",
         "rollout.reward_workers=2",
         "buffer.max_consecutive_failures=200",
         *(["rollout.reward_concurrency=32"] if task == "SlowService" else []),
     ]
     with launcher(*settings, cwd=tmp_path) as process:
-        wait_for_steps(29, root, process=process)
+        wait_for_steps(NUM_STEPS - 1, root, process=process)
         code, out, err = finish(process, root)
     assert code == 0, out + err
-    assert num_steps_done(root) == 30
     audit = audit_run(root)
     assert audit.is_clean, "\n".join(audit.lines())
-    failed = stats_of(root)
-    print(failed)
+    check_rewards(root)
+    summary = json.loads((root / "summary.json").read_text())
+    failures = summary["selection"]["failures"]
+    assert failures["reward"]["retry"] > 0 and failures["reward_timeout"]["zero"] > 0
+    assert summary["tickets"]["dropped"] == 0 and summary["tickets"]["trained"] == NUM_STEPS * GROUPS

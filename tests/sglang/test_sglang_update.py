@@ -337,18 +337,18 @@ def test_sglang_behavior_that_needs_our_guards(engine: Engine, models: Models) -
     async def body() -> None:
         async with harness_of(engine, models) as harness, Pusher(engine, harness.client) as pusher:
             client = harness.client
-            digest = await client.weights_checksum()
+            digest = await client.weights_checksum(timeout_s=30)
             # An unknown name is ignored, and the response is 200.
             await client.pause("retract")
             await client.begin_weight_update()
             await pusher.send({"model.layers.9.mlp.up_proj.weight": tensors[NAME]}, version=None)
-            assert await client.weights_checksum() == digest
+            assert await client.weights_checksum(timeout_s=30) == digest
             # A wrong shape is refused only after the tensors before it were loaded.
             with pytest.raises(EngineError):
                 await pusher.send(
                     {**tensors, NAME: tensors[NAME].T.contiguous()}, version=None, bucket_bytes=1 << 24
                 )
-            assert await client.weights_checksum() != digest
+            assert await client.weights_checksum(timeout_s=30) != digest
             await client.end_weight_update(timeout_s=10)
             await client.resume()
             # With sequences paused in place, a flush is refused, but the weights have changed already.
@@ -356,10 +356,10 @@ def test_sglang_behavior_that_needs_our_guards(engine: Engine, models: Models) -
             await until_running(client, 1)
             await client.pause("in_place")
             await client.begin_weight_update()
-            digest = await client.weights_checksum()
+            digest = await client.weights_checksum(timeout_s=30)
             with pytest.raises(EngineError, match="not flushed"):
                 await _send_flushing(pusher, weights_of(models[0]))
-            assert await client.weights_checksum() != digest
+            assert await client.weights_checksum(timeout_s=30) != digest
             # While paused, /health would hang; our client reads /ready, which reports that it is not ready.
             assert not await asyncio.wait_for(client.health(), 2)
             await client.end_weight_update(timeout_s=10)

@@ -5,6 +5,7 @@ import os
 import time
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 from rollout_server.tasks.base import Example, Split, Task
 
@@ -28,6 +29,11 @@ class FailingTask(Task):
         return 0.5
 
 
+def checksum(completion: str) -> float:
+    """0 to 1."""
+    return sum(map(ord, completion)) % 7 / 6
+
+
 @dataclass(frozen=True, kw_only=True)
 class Checksum(Task):
     """Prompts of digits. An untrained model gets varying rewards, so there are gradients from step 0 on."""
@@ -35,8 +41,8 @@ class Checksum(Task):
     def example(self, split: Split, index: int) -> Example:
         return Example(prompt="".join(self.rng(split, index).choices("0123456789", k=4)) + "=", answer=None)
 
-    def reward(self, example: Example, completion: str) -> float:
-        return sum(map(ord, completion)) % 7 / 6
+    def reward(self, example: Example, completion: str) -> Any:
+        return checksum(completion)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +51,7 @@ class SlowChecksum(Checksum):
 
     def reward(self, example: Example, completion: str) -> float:
         time.sleep(0.03)
-        return super().reward(example, completion)
+        return checksum(completion)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +82,11 @@ class HalfASecond(Checksum):
 
     def reward(self, example: Example, completion: str) -> float:
         time.sleep(0.5)
-        return super().reward(example, completion)
+        return checksum(completion)
+
+
+HANGING = (0, 4)
+"""Mishaps with which a reward does not end."""
 
 
 def mishap_of(completion: str) -> int:
@@ -86,11 +96,11 @@ def mishap_of(completion: str) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class SlowOnSome(Checksum):
-    """Of a hundred rewards one hangs, one raises, one ends its process, one is NaN, and three are slow."""
+    """Of a hundred rewards two hang, one raises, one ends its process, one is NaN, and three are slow."""
 
     def reward(self, example: Example, completion: str) -> float:
         match mishap_of(completion):
-            case 0:
+            case 0 | 4:
                 time.sleep(3600)
             case 1:
                 raise LookupError("no such answer")
@@ -98,16 +108,16 @@ class SlowOnSome(Checksum):
                 os._exit(3)
             case 3:
                 return float("nan")
-            case 4 | 5 | 6:
+            case 5 | 6 | 7:
                 time.sleep(0.5)
-        return super().reward(example, completion)
+        return checksum(completion)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SlowService(Checksum):
     """As `SlowOnSome`, and every reward waits for a service."""
 
-    async def reward(self, example: Example, completion: str) -> float:  # type: ignore[override]
+    async def reward(self, example: Example, completion: str) -> float:
         await asyncio.sleep(0.1)
         match mishap_of(completion):
             case 0:
@@ -120,4 +130,4 @@ class SlowService(Checksum):
                 return float("nan")
             case 4:
                 time.sleep(3600)
-        return super().reward(example, completion)
+        return checksum(completion)

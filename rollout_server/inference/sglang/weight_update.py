@@ -37,9 +37,10 @@ from rollout_server.inference.weight_update import OnQuarantine, OnUntrusted, We
 
 log = logging.getLogger(__name__)
 
+_DIGEST_TIMEOUT_S = 30.0
+"""Time for the engine to report its digest, beyond that to compute it."""
 _RECOVERY_TIMEOUT_S = 5.0
-"""Time for the engine to report its digest after a failure, beyond that to compute it. It does not answer
-while stuck in a broadcast."""
+"""The same after a failure: it does not answer while stuck in a broadcast."""
 _DIGEST_ELEMENTS_PER_S = 5e9
 """Least rate at which an engine computes its digest, over all its ranks."""
 _ABORT_AGAIN_S = 0.1
@@ -64,7 +65,9 @@ class SglangWeightUpdate:
         self._shapes = shapes
         self._reload_timeout_s = reload_timeout_s
         num_elements = sum(math.prod(shape) for shape in shapes.shapes.values())
-        self._recovery_s = _RECOVERY_TIMEOUT_S + num_elements / _DIGEST_ELEMENTS_PER_S
+        digest_s = num_elements / _DIGEST_ELEMENTS_PER_S
+        self._digest_timeout_s = _DIGEST_TIMEOUT_S + digest_s
+        self._recovery_s = _RECOVERY_TIMEOUT_S + digest_s
         self._gate = gate
         self._on_quarantine = on_quarantine
         self._on_untrusted = on_untrusted
@@ -74,7 +77,7 @@ class SglangWeightUpdate:
     async def engine_started(self, client: EngineClient, *, path: str, version: int) -> None:
         """Records `path`, to reload it after a failed push, and the digest of the weights loaded from it."""
         self._path, self._path_version = path, version
-        self._initial_digest = self._digest = await client.weights_checksum()
+        self._initial_digest = self._digest = await client.weights_checksum(timeout_s=self._digest_timeout_s)
 
     async def restore_after_failed_load(
         self, client: EngineClient, *, path: str, version: int, timeout_s: float
@@ -115,7 +118,7 @@ class SglangWeightUpdate:
                 # Here and not in the digest below: over NCCL this is the wait for the other ranks.
                 await client.synchronize(timeout_s=push.left_s())
             await client.end_weight_update(timeout_s=push.left_s())
-            digest = await client.weights_checksum()
+            digest = await client.weights_checksum(timeout_s=push.left_s())
             if request.update_mode != "keep":
                 # Not with `keep`: sequences still run, so SGLang would refuse the flush, and the push would
                 # fail after it has changed the weights.
@@ -145,7 +148,9 @@ class SglangWeightUpdate:
         """Resumes the engine; after a failed push, first reloads it if part of the update was loaded."""
         try:
             async with asyncio.timeout(self._recovery_s):
-                is_unchanged = is_done or await client.weights_checksum() == self._digest
+                is_unchanged = is_done or self._digest == await client.weights_checksum(
+                    timeout_s=self._recovery_s
+                )
             if not is_unchanged:
                 await self._reload(client)
             if not is_done:
@@ -170,7 +175,8 @@ class SglangWeightUpdate:
         await client.update_weights_from_disk(
             self._path, weight_version=self._path_version, timeout_s=self._reload_timeout_s
         )
-        if (digest := await client.weights_checksum()) != self._initial_digest:
+        digest = await client.weights_checksum(timeout_s=self._digest_timeout_s)
+        if digest != self._initial_digest:
             raise EngineError(
                 f"after a reload from {self._path} the digest of the weights is {digest}, "
                 f"at the engine's start it was {self._initial_digest}"
