@@ -6,9 +6,8 @@ both use this module. An example is a pure function of (seed, split, index). The
 *multisets* of terms, fixed by a hash that does not depend on the seed, as in `areal_like.sorting`.
 
 A demonstration is a conversation with mistakes: mostly the demonstrator does not use the calculator at all,
-and if it does, it may leave out a term or answer too soon, with the total so far. Copying is always right.
-So the warm start teaches the format and how to copy numbers, and RL has to find out that every term needs a
-call.
+and if it does, it may leave out a term or answer too soon, with the total so far. Copying is always right. So
+the warm start teaches the format and how to copy numbers. RL has to find out that each term needs a call.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""Measures the speed-up of asynchronous training: the default job with `max_staleness` 0 and 4.
+"""Measures the speed-up of asynchronous training: a job with `max_staleness` 0 and 4.
 
-    python -m benchmarks.async_vs_sync [--steps 300] [--target 0.7] [key=value ...]
+    python -m benchmarks.async_vs_sync [--config FILE] [--steps 300] [--target 0.7] [key=value ...]
+
+The job is the default one, or that of `--config` (configs/jobs/tools.yaml).
 
 The speed-up is compared with two analytic bounds. A synchronous step takes g + t (generation, then training)
 plus the latency between them (push, lease, stream). With perfect overlap it takes max(g, t). All three times
@@ -11,7 +13,8 @@ which the engine had something to decode, latency the rest of the wait. The boun
     (g + latency + t) / max(g + latency, t)  treats latency as work that cannot be hidden inside generation
 
 The speed-up is over the faster of two synchronous runs, with one and with two threads per process, because a
-synchronous run leaves one core idle while the other works. Writes benchmarks/results/async_vs_sync.json.
+synchronous run leaves one core idle while the other works. Writes benchmarks/results/async_vs_sync.json, or
+async_vs_sync_<name of the file>.json.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ WINDOW = 15
 def main() -> None:
     """Runs three jobs, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", type=Path, help="a whole job; default: the default job")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--target", type=float, default=0.7)
     parser.add_argument("overrides", nargs="*")
@@ -41,6 +45,7 @@ def main() -> None:
         for number, (label, (max_staleness, num_threads)) in enumerate(jobs.items()):
             threads = [f"trainer.num_threads={num_threads}", f"rollout.num_threads={num_threads}"]
             overrides = [
+                *(["--config", str(args.config.resolve())] if args.config else []),
                 f"max_staleness={max_staleness}",
                 f"trainer.num_steps={args.steps}",
                 *threads,
@@ -50,7 +55,8 @@ def main() -> None:
             measured[label] = measure(summary, rows, target=args.target)
             print(f"{label}: {measured[label]['steps_per_minute']:.0f} steps/min", flush=True)
     result = compare(measured)
-    write("async_vs_sync", {"jobs": measured, **result, "overrides": args.overrides})
+    name = f"async_vs_sync_{args.config.stem}" if args.config else "async_vs_sync"
+    write(name, {"jobs": measured, **result, "overrides": args.overrides})
     print(
         table(
             [

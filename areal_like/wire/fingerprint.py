@@ -49,13 +49,18 @@ def shared_settings(config: Config, role: Role) -> str:
     """The settings that a peer of this role and the buffer must share, as text `key=value ...`.
 
     A trainer with fewer groups per step would commit groups that it has not trained on. A server that samples
-    at another temperature would record log-probs of another policy, and one with another policy for failed
-    samples would send them with reward 0 where the buffer would lease them again.
+    at another temperature would record log-probs of another policy, one that renders messages in another way
+    would answer other prompts, and one with another policy for failed samples would send them with reward 0
+    where the buffer would lease them again.
     """
     settings = {f"sampling.{name}": value for name, value in dataclasses.asdict(config.sampling).items()}
     if role is Role.ROLLOUT:
         policies = dataclasses.asdict(config.buffer.on_failure)
         settings |= {f"buffer.on_failure.{kind}": policy for kind, policy in policies.items()}
+        settings["model.renderer"] = config.model.renderer
+        settings["model.chat_template_kwargs"] = json.dumps(
+            config.model.chat_template_kwargs, sort_keys=True, default=repr
+        )
     if role is Role.TRAINER:
         settings |= {
             "trainer.groups_per_step": config.trainer.groups_per_step,

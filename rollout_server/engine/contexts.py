@@ -99,7 +99,7 @@ class Contexts:
             self._rows.enter(sequence)
             self._rows.kv_serial[sequence.row] = self._prefixes.serial
             context = sequence.context
-            if sequence.keeps_prefix:
+            if sequence.keeps_prefix and not sequence.output_ids:
                 kept.add(context)
             if context in missing:
                 missing[context].append(sequence.row)
@@ -127,6 +127,8 @@ class Contexts:
                 if others:
                     self._cache.move([first] * len(others), others, num_positions=len(context) - 1)
         for context in kept & missing.keys():
+            if 2 * known.get(context, 0) > len(context):
+                continue  # a later turn, which nobody else needs before it ends
             self.kept.insert(context[:-1], partial(self._cache.read, missing[context][0]))
 
     def _count_shared(self, sequence: Sequence) -> None:

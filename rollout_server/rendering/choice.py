@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from areal_like.errors import ConfigError
@@ -15,6 +16,26 @@ from rollout_server.rendering.jinja import JinjaRenderer
 
 log = logging.getLogger(__name__)
 
+_CANDIDATES: Mapping[str, tuple[str, ...]] = {
+    "deepseek_v3": ("deepseek-v3", "deepseek-r1", "kimi-k2"),
+    "gemma4": ("gemma4",),
+    "gemma4_text": ("gemma4",),
+    "glm4_moe": ("glm-4.5", "glm-5"),
+    "glm_moe_dsa": ("glm-5", "glm-5.1", "glm-5.3"),
+    "gpt_oss": ("gpt-oss",),
+    "kimi_k2": ("kimi-k2",),
+    "llama": ("llama-3",),
+    "minimax_m2": ("minimax-m2",),
+    "nemotron_h": ("nemotron-3", "nemotron-3-ultra", "nemotron-3.5"),
+    "qwen3": ("qwen3", "prime-qwen3"),
+    "qwen3_5": ("qwen3.5", "qwen3.6", "qwen3.8"),
+    "qwen3_5_moe": ("qwen3.5", "qwen3.6", "qwen3.8"),
+    "qwen3_moe": ("qwen3",),
+}
+"""`model_type` of config.json -> renderers that may be the model's; the first that agrees with the chat
+template is used."""
+_LLAMA_3_TOKEN = "<|start_header_id|>"
+"""Many models of type llama have another chat format."""
 _CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
@@ -44,16 +65,19 @@ def choose_renderer(
     if name == "jinja":
         return JinjaRenderer(tokenizer, **options)
     if name == "auto":
-        if not has_library or not tokenizer.chat_template:
-            return JinjaRenderer(tokenizer, **options)
-        from rollout_server.rendering.library import find_renderer
+        candidates = _CANDIDATES.get(model_type, ())
+        if model_type == "llama" and _LLAMA_3_TOKEN not in tokenizer.get_added_vocab():
+            candidates = ()
+        # The package is imported only if it may have the renderer: it takes a second.
+        if has_library and tokenizer.chat_template and (candidates or not Path(model).is_dir()):
+            from rollout_server.rendering.library import find_renderer
 
-        found = find_renderer(tokenizer, model=model, model_type=model_type, **options)
-        if found is None:
-            log.info("model.renderer=auto: the chat template, as no renderer of the model agrees with it")
-            return JinjaRenderer(tokenizer, **options)
-        log.info("model.renderer=auto: %s", found.name)
-        return found
+            found = find_renderer(tokenizer, model=model, candidates=candidates, **options)
+            if found is not None:
+                log.info("model.renderer=auto: %s", found.name)
+                return found
+        log.info("model.renderer=auto: the chat template")
+        return JinjaRenderer(tokenizer, **options)
     if _CLASS_PATH.fullmatch(name):
         return _custom_class(name)(tokenizer, **options)
     if not has_library:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from renderers import create_renderer
@@ -26,24 +26,6 @@ from rollout_server.rendering.jinja import JinjaRenderer, with_parsed_arguments
 
 log = logging.getLogger(__name__)
 
-_OF_MODEL_TYPE: Mapping[str, tuple[str, ...]] = {
-    "deepseek_v3": ("deepseek-v3", "deepseek-r1", "kimi-k2"),
-    "gemma4": ("gemma4",),
-    "gemma4_text": ("gemma4",),
-    "glm4_moe": ("glm-4.5", "glm-5"),
-    "glm_moe_dsa": ("glm-5", "glm-5.1", "glm-5.3"),
-    "gpt_oss": ("gpt-oss",),
-    "kimi_k2": ("kimi-k2",),
-    "llama": ("llama-3",),
-    "minimax_m2": ("minimax-m2",),
-    "nemotron_h": ("nemotron-3", "nemotron-3-ultra", "nemotron-3.5"),
-    "qwen3": ("qwen3", "prime-qwen3"),
-    "qwen3_5": ("qwen3.5", "qwen3.6", "qwen3.8"),
-    "qwen3_5_moe": ("qwen3.5", "qwen3.6", "qwen3.8"),
-    "qwen3_moe": ("qwen3",),
-}
-"""`model_type` of config.json -> renderers that may be the model's; the first that agrees with the chat
-template is used."""
 _NEED_NAMES = ("gemma4", "gpt-oss")
 """Renderers that need the tool's name in its answer, which the chat templates find in the call."""
 _EMPTY_REASONING = re.compile(r"<think>\s*</think>\s*")
@@ -82,10 +64,16 @@ _PROBES: tuple[tuple[list[Message], tuple[ToolSchema, ...]], ...] = (
 )
 
 
-def find_renderer(tokenizer: Any, *, model: str, model_type: str, **options: Any) -> LibraryRenderer | None:
-    """The renderer for a model that agrees with its chat template, or None. `options`: of ChatRenderer."""
+def find_renderer(
+    tokenizer: Any, *, model: str, candidates: Sequence[str], **options: Any
+) -> LibraryRenderer | None:
+    """The renderer for a model that agrees with its chat template, or None.
+
+    `model`: its directory or name; `candidates`: renderers that may fit, tried in this order after that of
+    the name; `options`: of ChatRenderer.
+    """
     by_name = [MODEL_RENDERER_MAP[model]] if model in MODEL_RENDERER_MAP else []
-    for name in dict.fromkeys([*by_name, *_OF_MODEL_TYPE.get(model_type, ())]):
+    for name in dict.fromkeys([*by_name, *candidates]):
         try:
             renderer = LibraryRenderer(tokenizer, name=name, **options)
         # A renderer asserts that the tokenizer has its special tokens, and refuses unknown template_kwargs.

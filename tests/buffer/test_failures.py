@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
@@ -58,8 +59,16 @@ def test_zero_needs_sampled_tokens(kind: str) -> None:
         from_mapping({"buffer": {"on_failure": {kind: "again"}}})
 
 
-def test_servers_need_the_buffers_policies() -> None:
-    other = from_mapping({"buffer": {"on_failure": {"reward_timeout": "retry"}}})
+@pytest.mark.parametrize(
+    "difference",
+    [
+        {"buffer": {"on_failure": {"reward_timeout": "retry"}}},
+        {"model": {"renderer": "jinja"}},
+        {"model": {"chat_template_kwargs": {"enable_thinking": False}}},
+    ],
+)
+def test_servers_need_the_buffers_settings(difference: dict[str, Any]) -> None:
+    other = from_mapping(difference)
     assert shared_settings(other, Role.ROLLOUT) != shared_settings(Config(), Role.ROLLOUT)
     assert shared_settings(other, Role.TRAINER) == shared_settings(Config(), Role.TRAINER)
 

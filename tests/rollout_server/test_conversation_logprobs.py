@@ -125,6 +125,7 @@ class InProcess:
                 stop_token_ids=sampling.stop_token_ids,
                 sampling_seed=sampling.sampling_seed,
             ),
+            keeps_prefix=sampling.keeps_prefix,
         )
         self.core.submit(sequence)
         left = self.interruptions.pop(0) if self.interruptions else None
@@ -219,7 +220,7 @@ def check_logprobs(trajectory: Trajectory, reference: Any) -> None:
 def test_recorded_logprobs_are_those_of_the_segments(name: str, served: Served) -> None:
     renderer = RENDERERS[name]
     tools = [TOOL] if renderer.supports_tools and name != "llama-3 by its template" else []
-    num_bridged = 0
+    num_bridged, num_continued = 0, served.core.contexts.num_continued
 
     @settings(max_examples=20, deadline=None, database=None, derandomize=True)
     @given(
@@ -262,3 +263,4 @@ def test_recorded_logprobs_are_those_of_the_segments(name: str, served: Served) 
     play()
     assert not served.core.all_sequences
     assert num_bridged > 0 or name in RARELY_BRIDGED
+    assert served.core.contexts.num_continued > num_continued or not num_bridged  # KV is kept between turns

@@ -180,6 +180,35 @@ def test_gate_holds_new_requests_and_waits_for_those_inside() -> None:
     asyncio.run(body())
 
 
+def test_a_slow_tool_holds_no_place_at_the_engine() -> None:
+    async def body() -> None:
+        gate, answer = GenerationGate(), asyncio.Event()
+        gate.set_limit(1)
+
+        num_in_tools = 0
+
+        async def episode(name: str) -> None:
+            nonlocal num_in_tools
+            transcript = Transcript()
+            transcript.append_context(Digits().encode(EXAMPLE))
+            sampling = Sampling(max_new_tokens=2)
+            policy = PolicyClient(CountingEngine(), sampling=sampling, rid=name, gate=gate)
+            await policy.extend(transcript)
+            num_in_tools += 1
+            await answer.wait()  # the tool
+            await policy.extend(transcript)
+            assert transcript.num_sampled == 4
+
+        slow = [asyncio.create_task(episode(str(i))) for i in range(3)]
+        while num_in_tools < 3:
+            await asyncio.sleep(0.001)
+        assert gate.num_inside == 0, "all wait for their tools, and none for the engine"
+        answer.set()
+        await asyncio.gather(*slow)
+
+    asyncio.run(asyncio.wait_for(body(), 10))
+
+
 def test_the_time_limit_goes_on_when_a_turn_is_sent_again() -> None:
     class Interrupted(CountingEngine):
         """Each request takes 50 ms of the limit and is interrupted after a token."""

@@ -9,6 +9,7 @@ import pytest
 from areal_like.config import Config
 from areal_like.paths import RunPaths
 from tests.support import engine_conformance as conformance
+from tests.support.conversation_conformance import conversations_are_exact
 from tests.support.engine_harness import Engine, Models
 
 pytestmark = pytest.mark.timeout(480)
@@ -33,6 +34,10 @@ def test_stop_texts_end_a_sequence(engine: Engine, models: Models) -> None:
 
 def test_turns_reuse_earlier_turns(engine: Engine, models: Models) -> None:
     asyncio.run(conformance.turns_reuse_what_earlier_turns_computed(engine, models))
+
+
+def test_conversations_are_exact(engine: Engine, models: Models) -> None:
+    asyncio.run(conversations_are_exact(engine, models))
 
 
 def test_a_time_out_keeps_the_partial_tokens(engine: Engine, models: Models) -> None:

@@ -10,11 +10,12 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from rollout_server.environments.base import Environment, Message, Reply, Step
-from rollout_server.tasks.base import Example, Split, Task
+from rollout_server.tasks.base import Completion, Example, Split, Task
 
 
 def said(text: str) -> Message:
@@ -22,16 +23,17 @@ def said(text: str) -> Message:
 
 
 class Echo(Environment):
-    """Repeats each reply; a reply that names a mishap causes it. Ends after `num_turns`."""
+    """Repeats each reply. A reply that names a mishap causes it, and so does `start` in `reset`."""
 
-    def __init__(self, start: str, *, num_turns: int) -> None:
+    def __init__(self, prompt: str, *, start: str, num_turns: int) -> None:
+        self.prompt = prompt
         self.start = start
         self.num_turns = num_turns
 
     async def reset(self) -> list[Message]:
         await self.mishap(self.start)
         self.left = self.num_turns
-        return [said(f"{self.start} {self.seed}")]
+        return [said(f"{self.prompt} seed {self.seed}")]
 
     async def step(self, reply: Reply) -> Step:
         self.left -= 1
@@ -70,18 +72,22 @@ class Echo(Environment):
                     with contextlib.suppress(OSError):
                         os.write(descriptor, b"\x01\x00\x00\x00\xc1")
             case "fork":
-                # A child in a session of its own that holds this process's socket.
-                if os.fork() == 0:
+                # The child holds this process's socket, and is in a session of its own.
+                if (pid := os.fork()) == 0:
                     os.setsid()
                     time.sleep(3600)
+                return Step(messages=[said(str(pid))])
             case "daemon":
-                # As above, and an orphan.
-                subprocess.run([sys.executable, "-c", _DAEMON], check=True)
+                # An orphan in a session of its own.
+                made = subprocess.run(
+                    [sys.executable, "-c", _DAEMON], check=True, stdout=subprocess.PIPE, text=True
+                )
+                return Step(messages=[said(made.stdout)])
             case "pid":
                 return Step(messages=[said(str(os.getpid()))])
             case "random":
                 return Step(messages=[said(str(random.random()))])
-            case "nan":
+            case "no_number":
                 return Step(messages=[said("")], reward=float("nan"))
             case "nothing":
                 return Step()
@@ -98,7 +104,14 @@ class Echo(Environment):
         return None
 
 
-_DAEMON = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(3600)"
+_DAEMON = """
+import os, time
+if (pid := os.fork()) == 0:
+    os.setsid()
+    os.close(1)
+    time.sleep(3600)
+print(pid)
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,18 +125,68 @@ class EchoTask(Task):
         return Example(prompt=f"{split} {index}", answer=None)
 
     def environment(self, example: Example) -> Environment | None:
-        return Echo(self.start, num_turns=self.num_turns)
+        return Echo(str(example.prompt), start=self.start, num_turns=self.num_turns)
+
+
+class Chatter(Echo):
+    """Rewards letters in an untrained policy's text. Some turns are a mishap, by the sample's seed."""
+
+    def __init__(self, prompt: str, *, num_turns: int, mishaps: Mapping[str, float]) -> None:
+        super().__init__(prompt, start="", num_turns=num_turns)
+        self.mishaps = mishaps
+
+    async def reset(self) -> list[Message]:
+        messages = await super().reset()
+        self.rng = random.Random(self.seed)
+        self.left = self.rng.randint(1, self.num_turns)
+        return messages
+
+    async def step(self, reply: Reply) -> Step:
+        self.left -= 1
+        drawn = self.rng.random()
+        for name, probability in self.mishaps.items():
+            drawn -= probability
+            if drawn < 0:
+                return await self.mishap(name) or Step(messages=[said(name)])
+        reward = sum(char.isalpha() for char in reply.text) / (1 + len(reply.text))
+        return Step(messages=[said(str(self.left))], reward=reward, done=self.left == 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatterTask(Task):
+    """`Chatter` environments of up to `num_turns` turns; `mishaps`: name -> probability in each turn."""
+
+    num_turns: int = 4
+    mishaps: dict[str, float] = field(default_factory=dict)
+
+    def example(self, split: Split, index: int) -> Example:
+        return Example(prompt=f"{split} {index}", answer=None)
+
+    def environment(self, example: Example) -> Environment | None:
+        return Chatter(str(example.prompt), num_turns=self.num_turns, mishaps=self.mishaps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredEchoTask(EchoTask):
+    """With a reward for the whole conversation; without an environment if `num_turns` is 0."""
+
+    def environment(self, example: Example) -> Environment | None:
+        return super().environment(example) if self.num_turns else None
+
+    def reward(self, example: Example, completion: Completion) -> float:
+        return 10.0
 
 
 class SlowTool(Environment):
     """Thinks for half a second about each of two replies."""
 
     async def reset(self) -> list[Message]:
+        self.num_steps = 0
         return [said("1+2")]
 
     async def step(self, reply: Reply) -> Step:
         await asyncio.sleep(0.5)
-        self.num_steps = getattr(self, "num_steps", 0) + 1
+        self.num_steps += 1
         return Step(messages=[said("3")], reward=0.5, done=self.num_steps == 2)
 
 

@@ -131,7 +131,7 @@ def test_split_cuts_advantage_lag_and_arrays() -> None:
     assert [len(value_S) for value_S in split] == [num_targets(part.trajectory) for part in parts]
 
 
-def test_first_token_of_a_segment_is_no_target_and_empty_ones_are_left_out() -> None:
+def test_first_tokens_and_empty_segments_are_left_out() -> None:
     rng = np.random.default_rng(0)
     first, second, third = (random_trajectory(rng, longest=6, reward=1.0) for _ in range(3))
     no_prompt = replace(

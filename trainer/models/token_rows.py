@@ -88,7 +88,7 @@ def _lines(rows: Iterable[TokenRow], *, length: int) -> Iterator[list[TokenRow]]
     line: list[TokenRow] = []
     room = length
     for row in rows:
-        if len(row.tokens) > room:
+        if line and len(row.tokens) > room:
             yield line
             line, room = [], length
         line.append(row)

@@ -92,6 +92,7 @@ class EnvironmentPool:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0)  # the transports of lost workers close their sockets in the next turn
 
     @property
     def serving(self) -> list[asyncio.Task[None]]:

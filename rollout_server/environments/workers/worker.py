@@ -3,13 +3,13 @@
     server -> worker   null | ["check" or "reset", split, index, seed] | ["step", reply] | ["close"]
     worker -> server   [value, seconds, error]                        one frame for each request, in order
 
-    IDLE -> reset -> OPEN -> step -> OPEN ... -> close -> IDLE, or ENDED if the environment has left something
+    IDLE -> reset -> OPEN -> step -> OPEN ... -> close -> IDLE, or false: the server ends this process
 
 The first frame, null, is answered as soon as the process runs. The example is rebuilt here from (split,
 index), so a task's answers need not be serialized. The environment runs in this process's event loop, so its
 own asyncio tasks go on between the calls; calls that block only delay this environment. The process is used
-again because a fork of a large process costs more than most episodes; it ends instead if the environment has
-left a child process, or more than half of the memory that one may have.
+again because a fork of a large process costs more than most episodes, unless the environment has left a
+child process, or more than half of the memory that one may have.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _PAGE_BYTES = resource.getpagesize()
 
 
 def serve(task: Task, connection: socket.socket, *, memory_mb: int) -> None:
-    """Serves until the server closes the socket, or an environment has left something behind."""
+    """Serves until the server closes the socket."""
     adopt_orphans()
     base_bytes = _address_space()
     limit_bytes = base_bytes + (memory_mb << 20)
@@ -62,7 +62,7 @@ class _Worker:
         self._is_out_of_memory = False
 
     async def run(self, connection: socket.socket) -> None:
-        """Returns at the end of the stream, or after a `close` that it has answered with false."""
+        """Returns at the end of the stream."""
         reader, writer = await asyncio.open_unix_connection(sock=connection)
         while True:
             try:
@@ -75,8 +75,6 @@ class _Worker:
             frame = self._packed(value, time.perf_counter() - started_s, error)
             writer.write(frame)
             await writer.drain()
-            if request == ["close"] and value is False:
-                return
 
     async def _answer(self, request: list[Any] | None) -> tuple[Any, str]:
         """The value of a call, and why it has none."""

@@ -15,6 +15,7 @@ from areal_like.errors import EngineError
 from rollout_server.inference.client import EngineClient
 from rollout_server.inference.types import Sampling
 from tests.support import engine_conformance as conformance
+from tests.support.conversation_conformance import conversations_are_exact
 from tests.support.engine_harness import Engine, Models, running_engine, sample, save_models
 
 pytestmark = pytest.mark.timeout(90)
@@ -58,6 +59,10 @@ def test_stop_texts_end_a_sequence(engine: Engine, models: Models) -> None:
 
 def test_turns_reuse_earlier_turns(engine: Engine, models: Models) -> None:
     asyncio.run(conformance.turns_reuse_what_earlier_turns_computed(engine, models))
+
+
+def test_conversations_are_exact(engine: Engine, models: Models) -> None:
+    asyncio.run(conversations_are_exact(engine, models))
 
 
 def test_a_time_out_keeps_the_partial_tokens(engine: Engine, models: Models) -> None:

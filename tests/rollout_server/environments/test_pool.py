@@ -1,0 +1,243 @@
+"""Environments in real processes: one that raises, hangs, crashes or forks fails only its own sample."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from areal_like.errors import ConfigError, EnvironmentLostError, EpisodeError
+from areal_like.trajectory import FinishReason
+from rollout_server.environments.base import Reply
+from rollout_server.environments.workers import pool as pool_module
+from rollout_server.environments.workers.pool import EnvironmentPool, EnvironmentSession
+from tests.support.rollout_harness import is_alive
+
+pytestmark = pytest.mark.timeout(60)
+LIMIT_S = 0.5
+
+
+@pytest.fixture(autouse=True)
+def processes_find_this_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[3]))
+
+
+def pool(*, step_timeout_s: float = 20.0, memory_mb: int = 256, **settings: Any) -> EnvironmentPool:
+    task = {"_target_": "tests.support.environment_tasks.EchoTask", "num_turns": 100} | settings
+    return EnvironmentPool(task, seed=0, step_timeout_s=step_timeout_s, memory_mb=memory_mb)
+
+
+def reply(text: str) -> Reply:
+    return Reply(text=text, raw_text=text, finish_reason=FinishReason.STOP, num_tokens=len(text))
+
+
+@contextlib.asynccontextmanager
+async def opened(environments: EnvironmentPool, *, seed: int = 0) -> AsyncIterator[EnvironmentSession]:
+    session = await environments.open(split="train", index=3, seed=seed)
+    try:
+        await session.reset()
+        yield session
+    finally:
+        session.close()
+
+
+async def answer_of(environments: EnvironmentPool, text: str, *, seed: int = 0) -> str:
+    """The environment's first message after this reply, or the error."""
+    async with opened(environments, seed=seed) as session:
+        try:
+            return str((await session.step(reply(text))).messages[0]["content"])
+        except EpisodeError as error:
+            return str(error)
+
+
+async def pid_of_worker(environments: EnvironmentPool) -> int:
+    return int(await answer_of(environments, "pid"))
+
+
+async def until(accept: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not accept():
+            await asyncio.sleep(0.005)
+
+
+async def all_gone(*pids: int) -> None:
+    await until(lambda: not any(map(is_alive, pids)))
+
+
+def run(body: Callable[[], Any]) -> None:
+    asyncio.run(body())
+
+
+def test_one_process_serves_one_environment_after_the_other() -> None:
+    async def body() -> None:
+        async with pool() as environments:
+            session = await environments.open(split="eval", index=5, seed=7)
+            messages, tools = await session.reset()
+            assert messages == [{"role": "user", "content": "eval 5 seed 7"}] and tools == []
+            step = await session.step(reply("été"))
+            assert (step.messages, step.reward, step.done) == (
+                [{"role": "user", "content": "été"}],
+                0.5,
+                False,
+            )
+            assert step.metrics == {"chars": 3.0} and environments.num_open == 1
+            session.close()
+            await until(lambda: not environments._closing)
+            # The next environment gets the same process; one at the same time gets another.
+            first = await pid_of_worker(environments)
+            await until(lambda: not environments._closing)
+            async with opened(environments) as one, opened(environments) as other:
+                pids = [(await s.step(reply("pid"))).messages[0]["content"] for s in (one, other)]
+            assert str(first) in pids and len(set(pids)) == 2
+            # Random numbers depend on the sample's seed, and not on the process.
+            drawn = [await answer_of(environments, "random", seed=seed) for seed in (1, 2, 1)]
+            assert drawn == [str(random.Random(seed).random()) for seed in (1, 2, 1)]
+            assert environments.num_restarts == 0 and environments.seconds_total > 0
+        await all_gone(first)
+
+    run(body)
+
+
+def test_a_mistake_of_an_environment_says_what_it_was(capfd: pytest.CaptureFixture[str]) -> None:
+    mistakes = {
+        "raise": "step() raised KeyError: 'no such door' (",
+        "exit": "step() raised SystemExit: 3 (",
+        "no_number": "step() returned the reward nan: return a finite number",
+        "nothing": "done=False without messages: return the messages",
+        "text": "step() returned str: return a Step",
+        "set": "must be JSON values: can not serialize 'set'",
+        "role": "step() returned the message {'content': 'who?'}: a message is",
+        "metrics": "step() returned 100 metrics: return at most 64",
+        "long": "the limit is 4194304",
+        "print": "print",
+    }
+
+    async def body() -> None:
+        async with pool() as environments:
+            pids = {await pid_of_worker(environments)}
+            for mistake, error in mistakes.items():
+                await until(lambda: not environments._closing)
+                assert error in await answer_of(environments, mistake)
+            await until(lambda: not environments._closing)
+            pids.add(await pid_of_worker(environments))
+            assert len(pids) == 1 and environments.num_restarts == 0, "the process serves on"
+
+    run(body)
+    printed = capfd.readouterr()
+    assert printed.out == "" and "raw noise on stdout" in printed.err and "more noise" in printed.err
+
+
+def test_a_lost_process_costs_only_its_own_sample() -> None:
+    async def body() -> None:
+        async with pool(step_timeout_s=LIMIT_S, memory_mb=128) as environments:
+            async with opened(environments) as bystander:
+                own = (await bystander.step(reply("pid"))).messages[0]["content"]
+                hung = "step() of the environment took longer than episode.step_timeout_s=0.5"
+                for mishap, error in {
+                    "hang": hung,
+                    "stop": hung,
+                    "die": "the environment's process died (signal 9)",
+                    "garble": "the environment's process sent an invalid frame",
+                }.items():
+                    assert (await answer_of(environments, mishap)).startswith(error)
+                assert environments.num_restarts == 4
+                assert "raised MemoryError (episode.memory_mb=128)" in await answer_of(
+                    environments, "allocate"
+                )
+                left = [int(await answer_of(environments, mishap)) for mishap in ("fork", "daemon")]
+                # What an environment leaves behind ends with its process, which serves no other.
+                await all_gone(*left)
+                await until(lambda: not environments._closing)
+                assert not environments._idle and environments.num_restarts == 4
+                assert (await bystander.step(reply("pid"))).messages[0]["content"] == own
+            await until(lambda: not environments._closing)
+            pid = await pid_of_worker(environments)
+            os.kill(pid, signal.SIGKILL)  # while it is idle
+            await until(lambda: not environments._workers)
+            assert await pid_of_worker(environments) != pid
+
+    run(body)
+
+
+def test_a_cancelled_call_is_closed_in_order() -> None:
+    async def body() -> None:
+        async with pool() as environments:
+
+            async def sample() -> None:
+                async with opened(environments) as session:
+                    await session.step(reply("wait 0.2"))
+
+            pid = await pid_of_worker(environments)
+            task = asyncio.create_task(sample())
+            await until(lambda: environments.num_calling == 1 and environments.num_calls == 3)
+            task.cancel()
+            await until(task.done)
+            assert environments.num_open == 0 and environments._closing
+            await until(lambda: bool(environments._idle))
+            assert await pid_of_worker(environments) == pid and environments.num_restarts == 0
+            slow = asyncio.create_task(sample())
+            assert environments.slow_calls() == {}
+            pool_module._SLOW_CALL_S, before = 0.05, pool_module._SLOW_CALL_S
+            try:
+                await until(lambda: bool(environments.slow_calls()))
+                ((name, waited_s),) = environments.slow_calls().items()
+            finally:
+                pool_module._SLOW_CALL_S = before
+            assert name == "environment of train 3 (1 called)" and 0.05 <= waited_s < 20
+            await slow
+
+    run(body)
+
+
+def test_a_lost_zygote_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "_FORK_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(pool_module, "_RESTART_DELAY_S", 0.0)
+
+    async def body() -> None:
+        async with pool() as environments:
+            for signal_number in (signal.SIGKILL, signal.SIGSTOP):
+                await until(lambda: not environments._closing)
+                async with opened(environments) as session:
+                    pid = int((await session.step(reply("pid"))).messages[0]["content"])
+                    assert environments._zygote is not None
+                    zygote = environments._zygote.pid
+                    os.kill(zygote, signal_number)
+                    if signal_number is signal.SIGSTOP:
+                        assert await session.step(reply("fine"))  # it needs no zygote
+                        with pytest.raises(EnvironmentLostError, match="no process"):
+                            await environments.open(split="train", index=0, seed=0)
+                    await until(lambda: environments._zygote is None)
+                    with pytest.raises(EnvironmentLostError):
+                        await session.step(reply("gone"))
+                await all_gone(zygote, pid)
+                assert await pid_of_worker(environments) != pid
+            assert environments.num_restarts == 3, "two zygotes, and a worker that did not start"
+
+    run(body)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"_target_": "tests.support.no_such_module.Task"}, "environments cannot start"),
+        ({"start": "raise"}, "example 0 cannot be made: reset() raised KeyError"),
+        ({"start": "hang"}, "reset() of the environment took longer than episode.step_timeout_s=0.5"),
+    ],
+)
+def test_a_task_without_environment_is_refused(settings: dict[str, Any], error: str) -> None:
+    async def body() -> None:
+        started_s = time.monotonic()
+        with pytest.raises(ConfigError) as refused:
+            async with pool(step_timeout_s=LIMIT_S, **settings) as environments:
+                await environments.check()
+        assert error in str(refused.value) and time.monotonic() - started_s < 30
+
+    run(body)

@@ -1,0 +1,115 @@
+"""The code of the guides: it compiles, runs, and is as short as the text says."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+from rollout_server.environments.scripted import play, say
+from rollout_server.tasks import Completion, Score, Task, make_task
+from rollout_server.tasks.tools import ToolTask
+from tests.support.launching import ROOT
+
+_BLOCK = re.compile(r"^( *)```python\n(.*?)^ *```", re.M | re.S)
+_NAME = re.compile(r"# (\w+)\.py\n")
+
+
+def blocks_of(page: str) -> list[str]:
+    text = (ROOT / "docs" / "guides" / f"{page}.md").read_text()
+    return [textwrap.dedent(body) for _, body in _BLOCK.findall(text)]
+
+
+def modules_of(page: str) -> dict[str, str]:
+    """Name of a file -> its code, of the blocks that begin with a comment with their file."""
+    named = ((_NAME.match(block), block) for block in blocks_of(page))
+    return {match[1]: block for match, block in named if match}
+
+
+@pytest.fixture
+def guides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
+    """The modules of both guides, imported."""
+    sources = modules_of("task") | modules_of("environment")
+    for name, code in sources.items():
+        (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield {name: importlib.import_module(name) for name in sources}
+    for name in sources:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("page", sorted(path.stem for path in (ROOT / "docs" / "guides").glob("*.md")))
+def test_code_of_a_guide_compiles(page: str) -> None:
+    for block in blocks_of(page):
+        ast.parse(block)
+
+
+def num_lines(node: ast.AST, source: str) -> int:
+    segment = ast.get_source_segment(source, node)
+    assert segment is not None
+    return sum(bool(line.strip()) for line in segment.splitlines())
+
+
+def test_an_environment_has_twenty_lines_and_a_tool_five() -> None:
+    sources = modules_of("environment")
+    environment = sources["my_agents"]
+    assert sum(bool(line.strip()) for line in environment.splitlines()[1:]) <= 20
+    tools = sources["my_cities"]
+    functions = [node for node in ast.parse(tools).body if isinstance(node, ast.FunctionDef)]
+    lengths = {node.name: num_lines(node, tools) for node in functions}
+    assert lengths == {"population": 5}
+
+
+def test_tests_of_the_guide_pass(guides: dict[str, ModuleType]) -> None:
+    tests = [
+        (name, test) for name, test in vars(guides["test_my_cities"]).items() if name.startswith("test_")
+    ]
+    assert [name for name, _ in tests] == ["test_larger", "test_guess"]
+    for _, test in tests:
+        test()
+
+
+def test_tasks_of_the_guides(guides: dict[str, ModuleType]) -> None:
+    """All can be made by configuration, and are pure; environments start and take a reply."""
+    found = []
+    for name, module in guides.items():
+        for cls in vars(module).values():
+            if isinstance(cls, type) and issubclass(cls, Task) and cls.__module__ == name:
+                settings = {"tools": ["calculator"]} if issubclass(cls, ToolTask) else {}
+                task = make_task({"_target_": f"{name}.{cls.__name__}", **settings}, seed=0)
+                task.fingerprint()
+                found.append(cls.__name__)
+                if (environment := task.environment(task.example("train", 0))) is not None:
+                    assert play(environment, [say("5")]).messages[-1]["role"] in ("user", "assistant")
+    assert found == ["Reverse", "Digits", "Doubling", "GuessNumber", "Cities", "Powers"]
+
+
+def test_rewards_of_the_task_guide(guides: dict[str, ModuleType]) -> None:
+    def reward(target: str, completion: str, **settings: str) -> object:
+        task = make_task({"_target_": target, **settings}, seed=0)
+        example = task.example("train", 1)
+        return task.reward(example, Completion(completion.format(answer=example.answer)))
+
+    assert reward("my_tasks.Reverse", "{answer}") == 1.0
+    score = reward("my_scores.Digits", "{answer}")
+    assert isinstance(score, Score) and score.value == score.parts["digits"] == 1.0
+    program = "print(2 * int(input()))"
+    assert reward("my_programs.Doubling", program, sandbox="rlimits") == 1.0
+    assert reward("my_programs.Doubling", "print(1)", sandbox="rlimits") == 0.0
+
+
+def test_tools_of_the_environment_guide(guides: dict[str, ModuleType]) -> None:
+    """The settings that the page shows for `tools` are valid."""
+    page = (ROOT / "docs" / "guides" / "environment.md").read_text()
+    (block,) = re.findall(r"```yaml\n(.*?)```", page, re.S)
+    task = make_task(yaml.safe_load(block)["task"], seed=0)
+    assert isinstance(task, ToolTask)
+    assert [tool.name for tool in task.make_tools()] == ["calculator", "python", "search"]
