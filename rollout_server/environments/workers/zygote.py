@@ -93,10 +93,10 @@ class Zygote:
         gc.collect()
         gc.freeze()
         adopt_orphans()
-        self._wakeup, wakeup = socket.socketpair()
-        for end in (self._wakeup, wakeup):
+        self._wakeup, self._wakes = socket.socketpair()
+        for end in (self._wakeup, self._wakes):
             end.setblocking(False)
-        signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self._wakes.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         ready = select.poll()
         for descriptor in (self._control, self._wakeup):
@@ -156,8 +156,8 @@ class Zygote:
             for number in (signal.SIGCHLD, *_SIGNALS_TO_IGNORE):
                 signal.signal(number, signal.SIG_DFL)
             os.setsid()
-            self._control.close()
-            self._wakeup.close()
+            for inherited in (self._control, self._wakeup, self._wakes):
+                inherited.close()
             connection = socket.socket(fileno=descriptor)
             connection.set_inheritable(False)
             serve(self._task, connection, memory_mb=self._memory_mb)
