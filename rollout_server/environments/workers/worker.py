@@ -23,8 +23,6 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +53,6 @@ class _Worker:
 
     def __init__(self, task: Task, *, memory_mb: int, retire_at_bytes: int) -> None:
         self._task = task
-        self._example: Callable[[Split, int], Example] = lru_cache(maxsize=64)(task.example)
         self._memory_mb = memory_mb
         self._retire_at_bytes = retire_at_bytes
         self._environment: Environment | None = None
@@ -107,7 +104,8 @@ class _Worker:
         random.seed(seed)
         if (numpy := sys.modules.get("numpy")) is not None:
             numpy.random.seed(seed % (1 << 32))
-        example = self._example(split, index)
+        # Not kept for the next sample: an environment may change what its example holds.
+        example = self._task.example(split, index)
         environment = self._task.environment(example)
         if environment is None:
             if not self._task.has_reward:
