@@ -214,6 +214,40 @@ def test_job_without_a_working_sandbox_is_refused(monkeypatch: pytest.MonkeyPatc
     assert "set rewards.sandbox=rlimits, which gives up isolation" in problem
 
 
+class Hanging(ToolTask):
+    """Its tool blocks."""
+
+    def example(self, split: Split, index: int) -> Example:
+        return Example(prompt="", answer=index)
+
+    def environment(self, example: Example) -> Environment:
+        return OneSum("Wait.", [Tool.of(hang, timeout_s=0.1)])
+
+
+def hang() -> str:
+    """Blocks longer than its time limit."""
+    threading.Event().wait(60)
+    return ""
+
+
+def test_process_with_a_hanging_tool_is_not_used_again() -> None:
+    async def episode() -> tuple[list[str], int, int]:
+        settings = {"_target_": f"{__name__}.Hanging"}
+        async with EnvironmentPool(settings, seed=0, step_timeout_s=30, memory_mb=1024) as pool:
+            idle = []
+            for replies in ([reply("done")], [reply("", ("hang", {})), reply("done")]):
+                environment = await pool.open(split="train", index=0, seed=0)
+                await environment.reset()
+                steps = [await environment.step(one) for one in replies]
+                environment.close()
+                while pool._closing:
+                    await asyncio.sleep(0.01)
+                idle.append(len(pool._idle))
+        return contents(steps[0]), idle[0], idle[1]
+
+    assert asyncio.run(episode()) == (["Error: no answer within 0.1 s"], 1, 0)
+
+
 def python(code: str, **settings: Any) -> str:
     (tool,) = make_tools([{"name": "python", **settings}], sandbox="rlimits")
     return asyncio.run(tool.call(json.dumps({"code": code}))).text
