@@ -158,7 +158,7 @@ def sums(tools: Any, **settings: Any) -> ToolTask:
 
 
 def test_tools_by_name() -> None:
-    task = sums(["calculator", {"name": "python", "timeout_s": 2}], sandbox="rlimits")
+    task = sums(["calculator", {"name": "python", "timeout_s": 20}], sandbox="rlimits")
     environment = task.environment(task.example("train", 1))
     assert environment is not None
     (step,) = run(
@@ -258,7 +258,7 @@ def test_what_python_answers() -> None:
     assert python("x = 1") == "(no output)"
     failed = python("print(1); 1 / 0")
     assert failed.startswith("1\nTraceback") and failed.endswith("division by zero\n[exit code 1]")
-    assert python("import time; print(1); time.sleep(9)", timeout_s=0.3) == "1\n[killed after 0.3 s]"
+    assert python("import time; print(1); time.sleep(99)", timeout_s=1) == "1\n[killed after 1 s]"
     assert (
         python("print('x' * 5000)", max_output_bytes=100)
         == "x" * 100 + "\n[the output is cut after 100 bytes]"
@@ -336,15 +336,14 @@ def test_search(service: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_search_services_that_misbehave(service: str) -> None:
-    problems = {path: search(f"{service}/{path}", timeout_s=0.3) for path in
-                ("failing", "moved", "html", "odd", "slow")}  # fmt: skip
+    problems = {path: search(f"{service}/{path}") for path in ("failing", "moved", "html", "odd")}
     assert problems == {
         "failing": "Error: the search service answered with HTTP status 503",
         "moved": "Error: the search service answered with HTTP status 302",
         "html": "Error: the search service sent no JSON",
         "odd": "Error: the search service sent no list of results under 'results'",
-        "slow": "Error: no answer within 0.3 s",
     }
+    assert search(f"{service}/slow", timeout_s=0.3) == "Error: no answer within 0.3 s"
     assert search(f"{service}/huge") == "Error: the search service sent more than 1048576 bytes"
     unreachable = search("http://127.0.0.1:1/search")
     assert unreachable == "Error: the search service cannot be reached (ClientConnectorError)"
