@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from areal_like.wire.messages.producer import ServerHeartbeat
+from areal_like.wire.messages.producer import SampleDone, ServerHeartbeat
 from launch.audit.run import audit_run
 from tests.support.launching import finish, launcher, wait_for_steps
 from tests.support.rollout_harness import PlayedBuffer, job, serving
 from tests.support.rollout_tasks import HANGING, checksum, mishap_of
 from trainer.models.tiny import build_tiny_model, character_tokenizer
+from trainer.models.tiny_chat import build_tiny_chat_model
 from trainer.replay.recording import Recording
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
@@ -46,6 +47,37 @@ def test_the_engine_goes_on_until_max_episodes(tmp_path: Path) -> None:
             buffer.expect_beat(lambda beat: beat.stats["starved_s"] > 1)
             buffer.expect_beat(lambda beat: not beat.leases and beat.stats["samples_done"] == num_granted)
             buffer.expect_beat(lambda beat: beat.free_samples == 12 and beat.stats["at_engine"] == 0)
+
+
+def test_slow_tools_leave_the_engine_to_others(tmp_path: Path) -> None:
+    """Twelve samples may be at the engine; forty are held, because most wait for their environment."""
+    build_tiny_chat_model(tmp_path / "model", seed=0, warm_start_steps=0, uses_tool=False)
+    with PlayedBuffer() as buffer:
+        config = job(
+            tmp_path,
+            port=buffer.port,
+            model_dir=tmp_path / "model",
+            model={
+                "path": str(tmp_path / "model"),
+                "renderer": "rollout_server.rendering.tiny.TinyRenderer",
+            },
+            task={"_target_": "tests.support.environment_tasks.SlowToolTask"},
+            rollout={"max_running": 8, "queue_samples": 4, "max_episodes": EPISODES, "max_context": 256},
+            # Any digit ends a turn: a turn that a limit ends would end the episode.
+            sampling={"group_size": GROUP, "max_new_tokens": 100, "stop": list("0123456789")},
+        )
+        with serving(config) as server:
+            server.wait_serving(buffer)
+            for lease_id in range(1, EPISODES // GROUP + 1):
+                buffer.expect_beat(lambda beat: beat.free_samples >= GROUP)
+                buffer.grant(buffer.lease(lease_id, samples=GROUP, prompt=lease_id))
+            beat = buffer.expect_beat(lambda beat: beat.stats["in_tools"] > 12)
+            assert beat.stats["holding"] > 12 and beat.stats["in_rewards"] == 0
+            samples = buffer.expect(SampleDone, count=EPISODES)
+            buffer.expect_beat(lambda beat: not beat.leases and beat.stats["in_tools"] == 0)
+    for sample in samples:
+        trajectory = sample.record.trajectory()
+        assert trajectory.reward == 1.0 and [reward for _, reward in trajectory.turns] == [0.5, 0.5]
 
 
 def grant_all(buffer: PlayedBuffer) -> int:

@@ -175,3 +175,27 @@ class ScoredEchoTask(EchoTask):
 
     def reward(self, example: Example, completion: Completion) -> float:
         return 10.0
+
+
+class SlowTool(Environment):
+    """Thinks for half a second about each of two replies."""
+
+    async def reset(self) -> list[Message]:
+        self.num_steps = 0
+        return [said("1+2")]
+
+    async def step(self, reply: Reply) -> Step:
+        await asyncio.sleep(0.5)
+        self.num_steps += 1
+        return Step(messages=[said("3")], reward=0.5, done=self.num_steps == 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlowToolTask(Task):
+    """`SlowTool` environments."""
+
+    def example(self, split: Split, index: int) -> Example:
+        return Example(prompt=f"{split} {index}", answer=None)
+
+    def environment(self, example: Example) -> Environment | None:
+        return SlowTool()
