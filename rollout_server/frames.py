@@ -1,12 +1,13 @@
 """Frames between a server and its worker processes: a 4-byte little-endian length and msgpack.
 
-The worker's ends of its streams are moved away from descriptors 0 and 1 before it runs a task's code, so that
-code which prints or reads stdin cannot corrupt them.
+A worker gets its socket as stdin, and moves it away before it runs a task's code, so that code which prints
+or reads stdin cannot corrupt it.
 """
 
 from __future__ import annotations
 
 import os
+import socket
 import struct
 from typing import Any
 
@@ -22,9 +23,9 @@ def pack(message: Any) -> bytes:
     return HEADER.pack(len(body)) + body
 
 
-def claim_standard_streams() -> tuple[int, int]:
-    """Moves descriptors 0 and 1 to new ones, which are returned; stdin becomes /dev/null, stdout stderr."""
-    claimed = os.dup(0), os.dup(1)
+def claim_stdin() -> socket.socket:
+    """Moves the socket that is descriptor 0 to another; stdin becomes /dev/null, stdout becomes stderr."""
+    claimed = socket.socket(fileno=os.dup(0))
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.dup2(2, 1)

@@ -100,9 +100,12 @@ class JinjaRenderer(ChatRenderer):
         """See ChatRenderer."""
         if not self._ends_turns or not completion_ids:
             return None
-        prompt = self._text(messages[:-1], tools, True)
-        until_turn = self._text(messages, tools, False)
-        whole = self._text([*messages, *new_messages], tools, True)
+        try:
+            prompt = self._text(messages[:-1], tools, True)
+            until_turn = self._text(messages, tools, False)
+            whole = self._text([*messages, *new_messages], tools, True)
+        except EpisodeError:  # it may be able to render the whole, or says why not
+            return None
         if not (until_turn.startswith(prompt) and whole.startswith(until_turn)):
             return None
         turn = until_turn[len(prompt) :]

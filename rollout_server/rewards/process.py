@@ -22,7 +22,8 @@ from typing import Any
 import msgpack
 
 from areal_like.errors import RewardError, RewardTimeoutError
-from rollout_server.rewards.worker import HEADER, MAX_FRAME_BYTES, pack, pack_items, score_of
+from rollout_server.frames import HEADER, pack
+from rollout_server.rewards.worker import MAX_FRAME_BYTES, pack_items, score_of
 from rollout_server.tasks.base import Score
 
 log = logging.getLogger(__name__)

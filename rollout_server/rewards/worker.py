@@ -20,11 +20,9 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import os
 import select
 import signal
 import socket
-import struct
 import time
 import traceback
 from array import array
@@ -39,10 +37,10 @@ import numpy as np
 from areal_like.errors import ConfigError, RewardError
 from areal_like.runtime.process import die_with_parent
 from areal_like.trajectory import FinishReason
+from rollout_server.frames import HEADER, claim_stdin, pack
 from rollout_server.rewards.scores import as_score
 from rollout_server.tasks.base import Completion, Example, Score, Split, Task, make_task
 
-HEADER = struct.Struct("<I")
 MAX_FRAME_BYTES = 64 << 20
 _PACKER = msgpack.Packer()
 
@@ -54,7 +52,7 @@ def main() -> None:
     die_with_parent(signum=signal.SIGKILL)
     # Ctrl-C reaches the whole process group, but only the parent ends this worker.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    stream = _claim_stream()
+    stream = claim_stdin()
     setup = _read(stream)
     if setup is None:
         return
@@ -216,16 +214,6 @@ def _one_line(error: Exception) -> str:
     return f"{message} ({where.filename}:{where.lineno} in {where.name})"
 
 
-def _claim_stream() -> socket.socket:
-    """Moves the socket to another descriptor; stdin becomes /dev/null, stdout becomes stderr."""
-    stream = socket.socket(fileno=os.dup(0))
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    os.dup2(2, 1)
-    os.close(null)
-    return stream
-
-
 def _read(stream: socket.socket) -> Any:
     """The next message; None at the end."""
     header = _exactly(stream, HEADER.size)
@@ -242,13 +230,6 @@ def _exactly(stream: socket.socket, size: int) -> bytes | None:
         parts.append(part)
         size -= len(part)
     return b"".join(parts)
-
-
-def pack(message: Any) -> bytes:
-    """The frame of a message: length and msgpack."""
-    body = msgpack.packb(message)
-    assert isinstance(body, bytes)
-    return HEADER.pack(len(body)) + body
 
 
 def pack_items(items: Sequence[bytes]) -> bytes:

@@ -220,6 +220,23 @@ def test_a_template_without_ends_of_turns_begins_segments() -> None:
     talk(["x", "y"], body, template=NEVER_ENDING)
 
 
+def test_a_template_that_ends_with_no_reply_begins_segments() -> None:
+    refusing = APPENDING.replace(
+        "{%- if add_generation_prompt %}",
+        "{%- if not add_generation_prompt and messages | length > 2 %}{{ raise_exception('no') }}"
+        "{%- endif %}{%- if add_generation_prompt %}",
+    )
+
+    async def body(conversation: Conversation, engine: Scripted) -> None:
+        system = {"role": "system", "content": "be brief"}
+        reply = await conversation.say([system, user("a")])
+        await conversation.say([system, user("a"), reply.message, user("b")])
+        # The policy said "abc" in three tokens, and the whole conversation is rendered with one.
+        assert len(conversation.to_trajectory(Outcome()).segments) == 2
+
+    talk(["abc", "y"], body, template=refusing)
+
+
 def test_branches_share_tokens_and_train_them_once() -> None:
     async def body(conversation: Conversation, engine: Scripted) -> None:
         one = [user("a"), (await conversation.say([user("a")])).message]

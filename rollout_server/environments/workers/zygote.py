@@ -35,7 +35,7 @@ import msgpack
 from areal_like.errors import ConfigError
 from areal_like.runtime.process import adopt_orphans, die_with_parent, exit_at_once
 from rollout_server.environments.workers.worker import serve
-from rollout_server.frames import claim_standard_streams
+from rollout_server.frames import claim_stdin
 from rollout_server.tasks.base import Task, make_task
 
 log = logging.getLogger(__name__)
@@ -50,9 +50,7 @@ def main() -> None:
     die_with_parent(signum=signal.SIGKILL)
     for number in _SIGNALS_TO_IGNORE:
         signal.signal(number, signal.SIG_IGN)
-    control_fd, duplicate_fd = claim_standard_streams()
-    os.close(duplicate_fd)
-    control = socket.socket(fileno=control_fd)
+    control = claim_stdin()
     setup = msgpack.unpackb(control.recv(MAX_PACKET_BYTES))
     try:
         task = make_task(setup["task"], seed=setup["seed"], sandbox=setup["sandbox"])
