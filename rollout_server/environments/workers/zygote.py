@@ -14,7 +14,7 @@ Only the zygote can signal a worker without a race: a process id is free for oth
 for it. It also reports a worker's end, because a process that the environment has forked may keep the
 worker's socket open. When a worker has ended, the rest of its session and every process that it has left
 behind is killed. When the server ends, the zygote does the same with all workers, and ends. If the zygote is
-killed itself, its workers end with it (PDEATHSIG), but not the processes that these have started.
+killed itself, its workers end with it (PDEATHSIG), and the server kills what these have started.
 """
 
 from __future__ import annotations
