@@ -154,6 +154,8 @@ def test_presets_apply_on_top_of_a_file(tmp_path: Path) -> None:
             r"trainer\.fetch_timeout_s=300 .*not above rollout\.reward_timeout_s=420",
         ),
         (["rollout.reward_timeout_s=300"], r"eval\.timeout_s=120 .*not above rollout\.reward_timeout_s=300"),
+        (["rollout.max_episodes=127"], r"rollout\.max_episodes=127 is below rollout\.max_running=128"),
+        (["rollout.reward_concurrency=0"], r"rollout\.reward_concurrency must be at least 1"),
         (["rollout.sample_timeout_s=-1"], r"rollout\.sample_timeout_s must be at least 0"),
         (["trainer.checkpoint_minutes=-1"], r"trainer\.checkpoint_minutes must be at least 0"),
         (["rollout.engine=vllm"], "use embedded or sglang"),
