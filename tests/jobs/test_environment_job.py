@@ -113,7 +113,7 @@ async def train(
             os.kill(
                 processes_below(server.process.pid, module="environments.workers")[victim], signal.SIGKILL
             )
-            groups += await asyncio.wait_for(trainer.train(step), WAIT_LIMIT_S)
+            groups += await trainer.train(step, timeout_s=WAIT_LIMIT_S)
             await trainer.call(CommitStep(step=step))
         return groups, await trainer.call(GetRunCounters()), evaluation
 
