@@ -36,6 +36,8 @@ def main() -> None:
     """Runs the command in sys.argv and exits with its exit code."""
     limits, command = json.loads(sys.argv[1]), sys.argv[2:]
     signals = {signal.SIGCHLD, signal.SIGTERM}
+    for number in (*signals, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)  # the server may ignore it, and a process inherits that
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     prctl = ctypes.CDLL(None, use_errno=True).prctl
     prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

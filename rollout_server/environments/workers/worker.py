@@ -9,7 +9,7 @@ The first frame, null, is answered as soon as the process runs. The example is r
 index), so a task's answers need not be serialized. The environment runs in this process's event loop, so its
 own asyncio tasks go on between the calls; calls that block only delay this environment. The process is used
 again because a fork of a large process costs more than most episodes, unless the environment has left a
-child process, or more than half of the memory that one may have.
+child process, a daemon thread, or more than half of the memory that one may have.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ import random
 import resource
 import socket
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,6 @@ class _Worker:
 
     def __init__(self, task: Task, *, memory_mb: int, retire_at_bytes: int) -> None:
         self._task = task
-        self._example: Callable[[Split, int], Example] = lru_cache(maxsize=64)(task.example)
         self._memory_mb = memory_mb
         self._retire_at_bytes = retire_at_bytes
         self._environment: Environment | None = None
@@ -107,7 +105,8 @@ class _Worker:
         random.seed(seed)
         if (numpy := sys.modules.get("numpy")) is not None:
             numpy.random.seed(seed % (1 << 32))
-        example = self._example(split, index)
+        # Not kept for the next sample: an environment may change what its example holds.
+        example = self._task.example(split, index)
         environment = self._task.environment(example)
         if environment is None:
             if not self._task.has_reward:
@@ -133,7 +132,8 @@ class _Worker:
             await environment.close()
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
             task.cancel()
-        return not (self._is_out_of_memory or _has_children() or _address_space() > self._retire_at_bytes)
+        leaves = _has_children() or _has_daemon_threads()
+        return not (self._is_out_of_memory or leaves or _address_space() > self._retire_at_bytes)
 
     def _described(self, call: str, raised: BaseException) -> str:
         """The message of an exception, and the place of the task's code where it was raised."""
@@ -181,6 +181,11 @@ def _number(value: Any, *, name: str) -> float:
 def _address_space() -> int:
     """Bytes of this process's address space, as RLIMIT_AS counts them."""
     return int(Path("/proc/self/statm").read_text().split()[0]) * _PAGE_BYTES
+
+
+def _has_daemon_threads() -> bool:
+    """True if a thread runs that nobody waits for, such as a tool that exceeded its time limit."""
+    return any(thread.daemon for thread in threading.enumerate())
 
 
 def _has_children() -> bool:

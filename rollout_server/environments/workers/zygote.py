@@ -13,7 +13,8 @@ SOCK_SEQPACKET socket that is its stdin; each packet is one msgpack message.
 Only the zygote can signal a worker without a race: a process id is free for others once its parent has waited
 for it. It also reports a worker's end, because a process that the environment has forked may keep the
 worker's socket open. When a worker has ended, the rest of its session and every process that it has left
-behind is killed. The zygote ends with the server, and the workers end with the zygote (PDEATHSIG).
+behind is killed. When the server ends, the zygote does the same with all workers, and ends. If the zygote is
+killed itself, its workers end with it (PDEATHSIG), but not the processes that these have started.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import select
 import signal
 import socket
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,7 @@ from rollout_server.tasks.base import Task, make_task
 log = logging.getLogger(__name__)
 
 MAX_PACKET_BYTES = 1 << 16
+_END_TIMEOUT_S = 5.0
 _SIGNALS_TO_IGNORE = (signal.SIGINT, signal.SIGTERM)
 """They reach the whole process group, but only the server ends its processes."""
 
@@ -63,7 +66,13 @@ def main() -> None:
             "the task's import has started %d threads; an environment that needs them may hang",
             num_threads - 1,
         )
-    Zygote(task, control, memory_mb=setup["memory_mb"]).run()
+    # From here on the end of the socket says that the server has ended, and there are workers to end first. A
+    # zygote that is stopped notices it, too.
+    die_with_parent(signum=signal.SIGCONT)
+    zygote = Zygote(task, control, memory_mb=setup["memory_mb"])
+    with contextlib.suppress(ConnectionError):  # the server ended while it was sent a message
+        zygote.run()
+    zygote.end_workers()
 
 
 class Zygote:
@@ -84,10 +93,10 @@ class Zygote:
         gc.collect()
         gc.freeze()
         adopt_orphans()
-        self._wakeup, wakeup = socket.socketpair()
-        for end in (self._wakeup, wakeup):
+        self._wakeup, self._wakes = socket.socketpair()
+        for end in (self._wakeup, self._wakes):
             end.setblocking(False)
-        signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self._wakes.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         ready = select.poll()
         for descriptor in (self._control, self._wakeup):
@@ -100,6 +109,17 @@ class Zygote:
                 self._reap()
             if self._control.fileno() in events and not self._obey():
                 return
+
+    def end_workers(self) -> None:
+        """Kills all workers and what they have started."""
+        self._pids.clear()  # every child is an orphan now
+        deadline_s = time.monotonic() + _END_TIMEOUT_S
+        with contextlib.suppress(ChildProcessError):
+            while time.monotonic() < deadline_s:
+                self._kill_orphans()
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
+                time.sleep(0.001)
 
     def _obey(self) -> bool:
         """Does what one packet says; False at the end of the socket."""
@@ -136,8 +156,8 @@ class Zygote:
             for number in (signal.SIGCHLD, *_SIGNALS_TO_IGNORE):
                 signal.signal(number, signal.SIG_DFL)
             os.setsid()
-            self._control.close()
-            self._wakeup.close()
+            for inherited in (self._control, self._wakeup, self._wakes):
+                inherited.close()
             connection = socket.socket(fileno=descriptor)
             connection.set_inheritable(False)
             serve(self._task, connection, memory_mb=self._memory_mb)

@@ -1,13 +1,17 @@
 """The server's end of the zygote (zygote.py): starts it, sends it orders, and notices its end.
 
-STARTING -> ready: READY -> lost: LOST
-     `-> ready raises ConfigError (the task cannot be imported) or EnvironmentLostError
+    STARTING -> ready: READY -> lost: LOST
+         `-> ready raises ConfigError (the task cannot be imported) or EnvironmentLostError
+
+A pipe would not do: the sockets of workers are sent with the orders to start them.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -20,12 +24,14 @@ import msgpack
 from areal_like.errors import ConfigError, EnvironmentLostError
 from rollout_server.environments.workers.zygote import MAX_PACKET_BYTES
 
+_END_TIMEOUT_S = 1.0
+"""To kill workers takes milliseconds."""
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 """Libraries that start threads when they are imported: threads do not survive a fork."""
 
 
 class ZygoteProcess:
-    """One zygote. Create it in a running loop; `close` kills it, and its workers end with it."""
+    """One zygote. Create it in a running loop; `close` ends it with its workers."""
 
     def __init__(self, setup: Mapping[str, Any], *, on_worker_ended: Callable[[int, str], None]) -> None:
         """`setup`: its first message. `on_worker_ended`: called with a worker and how its process ended."""
@@ -85,13 +91,18 @@ class ZygoteProcess:
                 theirs.close()
         self._loop.remove_writer(self._control.fileno())
 
-    def kill_at_once(self) -> None:
-        """Kills the process; `lost` follows."""
-        self._process.kill()
+    def replace(self) -> None:
+        """Gives it up; `lost` follows."""
+        self._end()
 
     def close(self) -> None:
-        """Kills the process and waits for its end."""
+        """Ends the process, which ends its workers first, and waits for it."""
+        has_workers = self.ready.done()
         self._end()
+        if has_workers:
+            self._process.send_signal(signal.SIGCONT)  # it may be stopped
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=_END_TIMEOUT_S)
         self._process.kill()
         self._process.wait()  # returns at once: a process cannot ignore SIGKILL
 

@@ -47,8 +47,10 @@ async def running_environments(
         memory_mb=episode.memory_mb,
     )
     waits.sources.append(pool.slow_calls)
-    async with pool:
-        messages, tools = await pool.check()
+    async with contextlib.AsyncExitStack() as stack:
+        with waits("environments: start"):
+            await stack.enter_async_context(pool)
+            messages, tools = await pool.check()
         if tools and not chat.supports_tools:
             raise ConfigError(
                 "the task's environments have tools, and the model's chat template does not render them: "

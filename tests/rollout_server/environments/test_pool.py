@@ -132,6 +132,7 @@ def test_a_mistake_of_an_environment_says_what_it_was(capfd: pytest.CaptureFixtu
 
     run(body)
     printed = capfd.readouterr()
+    assert "Exception ignored" not in printed.err
     assert printed.out == "" and "raw noise on stdout" in printed.err and "more noise" in printed.err
 
 
