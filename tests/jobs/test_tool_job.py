@@ -72,7 +72,8 @@ def test_conversations_with_the_calculator_are_trained_on(tmp_path: Path, cache:
         ):
             assert int(a) + int(b) == int(answer), text
             num_calls += 1
-        assert sample.metrics["tool_calls"] >= sample.metrics["tool_errors"] >= 0
+        # A turn that a limit cut is no reply to the environment, which counts errors.
+        assert sample.metrics["tool_calls"] >= sample.metrics.get("tool_errors", 0.0)
     assert num_calls > 0, "no sample has called the calculator"
     assert sum(sample.metrics["tool_calls"] for sample in samples) >= num_calls
     rows = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
