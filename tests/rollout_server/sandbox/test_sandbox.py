@@ -215,6 +215,22 @@ def test_bwrap_has_no_network_and_no_other_processes(bwrap: Sandbox) -> None:
     assert "ConnectionRefusedError" in result.stderr or "Network is unreachable" in result.stderr
 
 
+def test_bwrap_shows_no_setting_of_the_kernel_that_can_be_changed(bwrap: Sandbox) -> None:
+    # Opens and writes nothing: where this fails, a program of root would change the machine.
+    program = """
+import os
+def opens(path):
+    try:
+        os.close(os.open(path, os.O_WRONLY))
+    except OSError:
+        return False
+    return True
+paths = [os.path.join(folder, name) for folder, _, names in os.walk("/proc/sys") for name in names]
+print(len(paths) > 100, [path for path in paths + ["/proc/1/mem", "/proc/2/mem"] if opens(path)])
+"""
+    assert bwrap.run(program).stdout == "True []\n"
+
+
 def test_bwrap_has_no_place_for_large_data(bwrap: Sandbox) -> None:
     """Every directory that can be written is bounded: not one file, but all files together."""
     program = (
