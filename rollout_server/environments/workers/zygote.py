@@ -13,7 +13,9 @@ SOCK_SEQPACKET socket that is its stdin; each packet is one msgpack message.
 Only the zygote can signal a worker without a race: a process id is free for others once its parent has waited
 for it. It also reports a worker's end, because a process that the environment has forked may keep the
 worker's socket open. When a worker has ended, the rest of its session and every process that it has left
-behind is killed. The zygote ends with the server, and the workers end with the zygote (PDEATHSIG).
+behind is killed. At the end of the socket, also of a server that was killed, the zygote does this to all
+workers, and ends. If the zygote itself is killed, the workers end with it (PDEATHSIG), but not what they have
+started.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import select
 import signal
 import socket
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -41,6 +44,8 @@ from rollout_server.tasks.base import Task, make_task
 log = logging.getLogger(__name__)
 
 MAX_PACKET_BYTES = 1 << 16
+_END_TIMEOUT_S = 2.0
+"""Time for the end of all workers; a process in the kernel cannot be killed."""
 _SIGNALS_TO_IGNORE = (signal.SIGINT, signal.SIGTERM)
 """They reach the whole process group, but only the server ends its processes."""
 
@@ -57,6 +62,8 @@ def main() -> None:
     except ConfigError as error:
         control.send(msgpack.packb(str(error)[: MAX_PACKET_BYTES // 8]))
         return
+    # From now on the end of the socket ends the zygote. The signal only continues one that was stopped.
+    die_with_parent(signum=signal.SIGCONT)
     control.send(msgpack.packb(None))
     if (num_threads := sum(1 for _ in Path("/proc/self/task").iterdir())) > 1:
         log.warning(
@@ -99,11 +106,15 @@ class Zygote:
                     self._wakeup.recv(4096)
                 self._reap()
             if self._control.fileno() in events and not self._obey():
+                self._end_workers()
                 return
 
     def _obey(self) -> bool:
         """Does what one packet says; False at the end of the socket."""
-        packet, descriptors, _, _ = socket.recv_fds(self._control, MAX_PACKET_BYTES, 1)
+        try:
+            packet, descriptors, _, _ = socket.recv_fds(self._control, MAX_PACKET_BYTES, 1)
+        except ConnectionError:
+            return False
         if not packet:
             return False
         order, worker = msgpack.unpackb(packet)
@@ -165,14 +176,29 @@ class Zygote:
 
     def _kill_orphans(self) -> None:
         """Kills what ended workers have left behind: it has become a child of this process."""
-        children = Path(f"/proc/self/task/{self._pid}/children")
-        with contextlib.suppress(OSError):
-            for pid in set(map(int, children.read_text().split())).difference(self._pids.values()):
+        for pid in self._children().difference(self._pids.values()):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
+
+    def _children(self) -> set[int]:
+        try:
+            return set(map(int, Path(f"/proc/self/task/{self._pid}/children").read_text().split()))
+        except OSError:  # a kernel without this file
+            return set()
+
+    def _end_workers(self) -> None:
+        """Kills all workers and what they have started."""
+        deadline = time.monotonic() + _END_TIMEOUT_S
+        for pid in self._pids.values():
+            os.kill(pid, signal.SIGKILL)
+        while (self._pids or self._children()) and time.monotonic() < deadline:
+            self._reap()
+            time.sleep(0.002)
 
     def _report(self, worker: int, reason: str) -> None:
         message: Any = ["ended", worker, reason]
-        self._control.send(msgpack.packb(message))
+        with contextlib.suppress(ConnectionError):  # the server is gone; the end of the socket follows
+            self._control.send(msgpack.packb(message))
 
 
 if __name__ == "__main__":

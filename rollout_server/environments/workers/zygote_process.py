@@ -7,7 +7,9 @@ STARTING -> ready: READY -> lost: LOST
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -22,10 +24,12 @@ from rollout_server.environments.workers.zygote import MAX_PACKET_BYTES
 
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 """Libraries that start threads when they are imported: threads do not survive a fork."""
+_END_TIMEOUT_S = 3.0
+"""Longer than a zygote waits for the end of its workers."""
 
 
 class ZygoteProcess:
-    """One zygote. Create it in a running loop; `close` kills it, and its workers end with it."""
+    """One zygote. Create it in a running loop; `close` ends it and its workers."""
 
     def __init__(self, setup: Mapping[str, Any], *, on_worker_ended: Callable[[int, str], None]) -> None:
         """`setup`: its first message. `on_worker_ended`: called with a worker and how its process ended."""
@@ -90,8 +94,13 @@ class ZygoteProcess:
         self._process.kill()
 
     def close(self) -> None:
-        """Kills the process and waits for its end."""
+        """Ends the process, and waits for its end: some milliseconds, in which it ends its workers."""
+        is_serving = self.ready.done() and not self.ready.cancelled() and self.ready.exception() is None
         self._end()
+        if is_serving:
+            self._process.send_signal(signal.SIGCONT)  # it may be stopped
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_END_TIMEOUT_S)
         self._process.kill()
         self._process.wait()  # returns at once: a process cannot ignore SIGKILL
 

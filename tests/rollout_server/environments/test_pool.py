@@ -167,6 +167,38 @@ def test_a_lost_process_costs_only_its_own_sample() -> None:
     run(body)
 
 
+@pytest.mark.parametrize("end", ["leaves the pool", "is killed", "is killed while the zygote is stopped"])
+def test_what_environments_have_started_ends_with_the_server(end: str) -> None:
+    server, sent = os.pipe()
+    if (pid := os.fork()) == 0:  # the server
+
+        async def body() -> None:
+            async with pool() as environments:
+                session = await environments.open(split="train", index=0, seed=0)
+                await session.reset()
+                left = [
+                    (await session.step(reply(text))).messages[0]["content"] for text in ("fork", "daemon")
+                ]
+                assert environments._zygote is not None
+                zygote = environments._zygote.pid
+                if "stopped" in end:
+                    os.kill(zygote, signal.SIGSTOP)
+                os.write(sent, " ".join([str(zygote), *left]).encode())
+                if "killed" in end:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        try:
+            asyncio.run(body())
+        finally:
+            os._exit(0)
+    os.close(sent)
+    os.waitpid(pid, 0)
+    left = [int(text) for text in os.read(server, 1000).split()]
+    os.close(server)
+    assert len(left) == 3
+    asyncio.run(all_gone(*left))
+
+
 def test_a_cancelled_call_is_closed_in_order() -> None:
     async def body() -> None:
         async with pool() as environments:
