@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import random
+import resource
 import signal
 import time
 from collections.abc import AsyncIterator, Callable
@@ -157,12 +158,30 @@ def test_a_lost_process_costs_only_its_own_sample() -> None:
                 await all_gone(*left)
                 await until(lambda: not environments._closing)
                 assert not environments._idle and environments.num_restarts == 4
+                assert await answer_of(environments, "thread") == "thread"
+                await until(lambda: not environments._closing)
+                assert not environments._idle and environments.num_restarts == 4
                 assert (await bystander.step(reply("pid"))).messages[0]["content"] == own
             await until(lambda: not environments._closing)
             pid = await pid_of_worker(environments)
             os.kill(pid, signal.SIGKILL)  # while it is idle
             await until(lambda: not environments._workers)
             assert await pid_of_worker(environments) != pid
+
+    run(body)
+
+
+def test_no_file_descriptors_left_is_no_error_of_the_server() -> None:
+    async def body() -> None:
+        async with pool() as environments:
+            limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (len([*Path("/proc/self/fd").iterdir()]), limits[1]))
+            try:
+                with pytest.raises(EnvironmentLostError, match=r"can be started: .* Too many open files"):
+                    await environments.open(split="train", index=0, seed=0)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            assert await answer_of(environments, "fine") == "fine"
 
     run(body)
 
