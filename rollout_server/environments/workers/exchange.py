@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from areal_like.errors import EpisodeError
-from areal_like.trajectory import FinishReason
+from areal_like.trajectory import LARGEST_REWARD, FinishReason
 from rollout_server.environments.base import Message, Reply, Step, ToolCall
 
 MAX_ANSWER_BYTES = 4 << 20
@@ -118,8 +118,8 @@ def _check_json(value: Any, *, name: str, depth: int = 0) -> None:
 
 
 def _finite(value: Any, *, name: str) -> float:
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise EpisodeError(f"step() returned {name} {value!r:.100}: return a finite number")
+    if not isinstance(value, int | float) or not abs(value) <= LARGEST_REWARD:
+        raise EpisodeError(f"step() returned {name} {value!r:.100}: return a finite number (float32)")
     return float(value)
 
 

@@ -124,7 +124,10 @@ class EnvironmentPool:
 
     async def open(self, *, split: Split, index: int, seed: int) -> EnvironmentSession:
         """An environment for one sample of an example. Raises EnvironmentLostError without a process."""
-        worker = await self._take_worker()
+        try:
+            worker = await self._take_worker()
+        except OSError as error:  # too many open files
+            raise EnvironmentLostError(f"no process for an environment can be started: {error}") from error
         self._open[worker] = f"{split} {index}"
         return EnvironmentSession(self, worker, start=[split, index, seed])
 

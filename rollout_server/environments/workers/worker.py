@@ -9,7 +9,8 @@ The first frame, null, is answered as soon as the process runs. The example is r
 index), so a task's answers need not be serialized. The environment runs in this process's event loop, so its
 own asyncio tasks go on between the calls; calls that block only delay this environment. The process is used
 again because a fork of a large process costs more than most episodes, unless the environment has left a
-child process, a daemon thread, or more than half of the memory that one may have.
+child process, a thread (a tool that was abandoned at its time limit), or more than half of the memory that
+one may have.
 """
 
 from __future__ import annotations
@@ -132,8 +133,8 @@ class _Worker:
             await environment.close()
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
             task.cancel()
-        leaves = _has_children() or _has_daemon_threads()
-        return not (self._is_out_of_memory or leaves or _address_space() > self._retire_at_bytes)
+        is_used_up = self._is_out_of_memory or _address_space() > self._retire_at_bytes
+        return not (is_used_up or _has_threads() or _has_children())
 
     def _described(self, call: str, raised: BaseException) -> str:
         """The message of an exception, and the place of the task's code where it was raised."""
@@ -183,9 +184,10 @@ def _address_space() -> int:
     return int(Path("/proc/self/statm").read_text().split()[0]) * _PAGE_BYTES
 
 
-def _has_daemon_threads() -> bool:
-    """True if a thread runs that nobody waits for, such as a tool that exceeded its time limit."""
-    return any(thread.daemon for thread in threading.enumerate())
+def _has_threads() -> bool:
+    """True if a thread runs, besides those of asyncio's executor, which stay when they have no work."""
+    others = set(threading.enumerate()) - {threading.main_thread()}
+    return any(not thread.name.startswith("asyncio_") for thread in others)
 
 
 def _has_children() -> bool:

@@ -67,6 +67,7 @@ def test_bad_starts_are_refused(value: Any, problem: str) -> None:
         ([[HELLO], 0.0, 1, {}], "no valid step"),
         ([[], 0.0, False, {}], "done=False without messages"),
         ([[HELLO], math.nan, False, {}], "the reward nan: return a finite number"),
+        ([[HELLO], 1e300, False, {}], "the reward 1e+300: return a finite number (float32)"),
         ([[HELLO], "1", False, {}], "the reward '1': return a finite number"),
         ([[HELLO], 0.0, True, {"speed": math.inf}], "the metric 'speed' inf: return a finite number"),
         ([[HELLO], 0.0, True, {"x" * 65: 1.0}], "names of at most 64 characters"),
