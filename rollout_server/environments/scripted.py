@@ -19,7 +19,7 @@ from typing import Any
 
 from areal_like.trajectory import FinishReason
 from rollout_server.environments.base import Environment, Message, Reply, ToolCall
-from rollout_server.environments.workers.exchange import awaitable, checked_start, checked_step, step_fields
+from rollout_server.environments.exchange import awaitable, checked_start, checked_step, step_fields
 
 
 @dataclass

@@ -29,7 +29,7 @@ from typing import Any, ClassVar
 
 from areal_like.errors import ConfigError, EpisodeError
 from rollout_server.environments.base import Environment, Message, Reply, Step, ToolCall
-from rollout_server.environments.workers.exchange import awaitable
+from rollout_server.environments.exchange import awaitable
 from rollout_server.tools.tool import Answer, Tool
 
 

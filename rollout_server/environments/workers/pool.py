@@ -19,8 +19,8 @@ from typing import Any
 
 from areal_like.errors import ConfigError, EnvironmentLostError, EpisodeError
 from rollout_server.environments.base import Message, Reply, Step
+from rollout_server.environments.exchange import checked_start, checked_step, reply_fields
 from rollout_server.environments.workers.connection import WorkerConnection
-from rollout_server.environments.workers.exchange import checked_start, checked_step, reply_fields
 from rollout_server.environments.workers.zygote_process import ZygoteProcess
 from rollout_server.tasks.base import Split
 

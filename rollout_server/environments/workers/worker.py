@@ -32,7 +32,7 @@ import msgpack
 from areal_like.errors import ConfigError, EpisodeError
 from areal_like.runtime.process import adopt_orphans
 from rollout_server.environments.base import Environment, Message, Reply, Step
-from rollout_server.environments.workers.exchange import MAX_ANSWER_BYTES, awaitable, reply_of, step_fields
+from rollout_server.environments.exchange import MAX_ANSWER_BYTES, awaitable, reply_of, step_fields
 from rollout_server.frames import HEADER, pack
 from rollout_server.tasks.base import Example, Split, Task
 

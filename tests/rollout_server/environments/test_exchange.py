@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from areal_like.errors import EpisodeError
 from areal_like.trajectory import FinishReason
 from rollout_server.environments.base import Reply, Step, ToolCall
-from rollout_server.environments.workers.exchange import (
+from rollout_server.environments.exchange import (
     awaitable,
     checked_start,
     checked_step,

@@ -244,7 +244,7 @@ print(subprocess.run([sys.executable, "-c", "print(1)"], capture_output=True, te
     assert set(eval(capabilities)) == {"0" * 16} and one == "1", result
 
 
-def test_bwrap_shows_no_setting_of_the_kernel_that_can_be_changed(bwrap: Sandbox) -> None:
+def test_bwrap_shows_no_kernel_setting_to_change(bwrap: Sandbox) -> None:
     # Opens and writes nothing: where this fails, a program of root would change the machine.
     program = """
 import os
