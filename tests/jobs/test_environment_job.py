@@ -39,7 +39,7 @@ from tests.support.launching import TEST_LIMIT_S, WAIT_LIMIT_S, wait_until
 from tests.support.rollout_harness import ServerProcess, is_alive
 
 NUM_STEPS, GROUPS, SIZE, MAX_TURNS = 3, 6, 4, 3
-MISHAPS = {"raise": 0.03, "print": 0.02, "die": 0.03, "hang": 0.01, "allocate": 0.02, "fork": 0.02}
+MISHAPS = {"raise": 0.03, "print": 0.02, "die": 0.03, "hang": 0.01, "allocate": 0.02, "child": 0.02}
 SETTINGS: dict[str, Any] = {
     "max_staleness": NUM_STEPS,
     "sampling": {"group_size": SIZE, "max_new_tokens": 12},

@@ -73,11 +73,13 @@ class Echo(Environment):
                 for descriptor in range(3, 20):
                     with contextlib.suppress(OSError):
                         os.write(descriptor, b"\x01\x00\x00\x00\xc1")
-            case "fork":
+            case "fork" | "child" as kind:
                 # The child holds this process's socket, and is in a session of its own.
                 if (pid := os.fork()) == 0:
                     os.setsid()
-                    _outlive_the_worker()
+                    if kind == "child":
+                        _wait_for_the_end_of_parents()
+                    time.sleep(3600)
                 return Step(messages=[said(str(pid))])
             case "daemon":
                 # An orphan in a session of its own.
@@ -108,10 +110,10 @@ class Echo(Environment):
         return None
 
 
-def _outlive_the_worker() -> None:
-    """Sleeps until this process is killed, or nobody is left to kill it.
+def _wait_for_the_end_of_parents() -> None:
+    """Ends this process when worker and zygote are gone: where a test kills the zygote, nobody else does.
 
-    A test that kills the zygote, too, would else wait for the server's stderr, which this process holds.
+    The test would wait for the end of the server's stderr, which this process holds.
     """
     with contextlib.suppress(OSError):
         while b"environments.workers" in Path(f"/proc/{os.getppid()}/cmdline").read_bytes():

@@ -23,7 +23,7 @@ from rollout_server.environments.workers.pool import EnvironmentPool, Environmen
 from tests.support.rollout_harness import is_alive
 
 pytestmark = pytest.mark.timeout(60)
-LIMIT_S = 0.5
+LIMIT_S = 1
 
 
 @pytest.fixture(autouse=True)
@@ -142,7 +142,7 @@ def test_a_lost_process_costs_only_its_own_sample() -> None:
         async with pool(step_timeout_s=LIMIT_S, memory_mb=128) as environments:
             async with opened(environments) as bystander:
                 own = (await bystander.step(reply("pid"))).messages[0]["content"]
-                hung = "step() of the environment took longer than episode.step_timeout_s=0.5"
+                hung = f"step() of the environment took longer than episode.step_timeout_s={LIMIT_S}"
                 for mishap, error in {
                     "hang": hung,
                     "stop": hung,
@@ -282,7 +282,7 @@ def test_a_lost_zygote_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"_target_": "tests.support.no_such_module.Task"}, "environments cannot start"),
         ({"start": "raise"}, "example 0 cannot be made: reset() raised KeyError"),
-        ({"start": "hang"}, "reset() of the environment took longer than episode.step_timeout_s=0.5"),
+        ({"start": "hang"}, f"reset() of the environment took longer than episode.step_timeout_s={LIMIT_S}"),
     ],
 )
 def test_a_task_without_environment_is_refused(settings: dict[str, Any], error: str) -> None:
