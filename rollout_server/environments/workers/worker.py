@@ -16,6 +16,7 @@ one may have.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import numbers
 import os
 import random
@@ -76,7 +77,8 @@ class _Worker:
             value, error = await self._answer(request)
             frame = self._packed(value, time.perf_counter() - started_s, error)
             writer.write(frame)
-            await writer.drain()
+            with contextlib.suppress(ConnectionError):  # the end of the stream follows
+                await writer.drain()
 
     async def _answer(self, request: list[Any] | None) -> tuple[Any, str]:
         """The value of a call, and why it has none."""
