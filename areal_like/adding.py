@@ -5,10 +5,9 @@ has a long tail: each further term comes with probability 0.6. The rollout task 
 both use this module. An example is a pure function of (seed, split, index). The held-out split is a set of
 *multisets* of terms, fixed by a hash that does not depend on the seed, as in `areal_like.sorting`.
 
-A demonstration is a conversation with mistakes: every second time the demonstrator does not use the
-calculator, and if it does, it may leave out a term or answer too soon, with the total so far. Copying is
-always right. So the warm start teaches the format and how to copy numbers, and RL has to find out that each
-term needs a call.
+A demonstration is a conversation with mistakes: mostly the demonstrator does not use the calculator, and if
+it does, it may leave out a term or answer too soon, with the total so far. Copying is always right. So the
+warm start teaches the format and how to copy numbers, and RL has to find out that each term needs a call.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ MAX_TERMS = 8
 _MORE_TERMS_PROB = 0.6
 _TERMS = range(10, 100)
 
-_NO_CALL_PROB = 0.5
+_NO_CALL_PROB = 0.55
 """The demonstrator answers with the first term."""
 _TOO_SOON_PROB = 0.08
 """Per further call: the demonstrator answers in place of it."""

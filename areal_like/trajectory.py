@@ -9,6 +9,7 @@ sequence of its own for the model, and they lie end to end in the arrays.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import accumulate, pairwise
@@ -70,6 +71,19 @@ _MAX_LOGPROB_BITS = int(np.float32(1e-5).view(np.int32))
 """Bit pattern of the largest value accepted as a log-prob: rounding may push the log-prob of a token with
 probability 1 above 0."""
 _NEGATIVE_INFINITY_BITS = int(np.float32(-math.inf).view(np.uint32))
+
+
+_REWARD_ROUNDING = 1e-9
+
+
+def are_equal_rewards(rewards: Sequence[float]) -> bool:
+    """True if the rewards, of which there is at least one, differ by no more than the rounding of a sum.
+
+    A reward is a sum over turns and tokens: .1 + .2 + .3 is not .3 + .2 + .1, and dividing by a standard
+    deviation would turn that difference into a signal.
+    """
+    low, high = min(rewards), max(rewards)
+    return bool(high - low <= _REWARD_ROUNDING * max(1.0, abs(low), abs(high)))
 
 
 def are_logprobs(values: NDArray[np.float32]) -> bool:

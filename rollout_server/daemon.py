@@ -48,7 +48,6 @@ from rollout_server.inference.supervisor import INITIAL_VERSION, EngineSuperviso
 from rollout_server.metrics import ServerStats
 from rollout_server.rendering.prompt_renderer import PromptRenderer
 from rollout_server.rewards.pool import RewardPool
-from rollout_server.rewards.worker import check_concurrency
 from rollout_server.starvation import Starvation
 from rollout_server.tasks.base import Task, make_task
 from rollout_server.weight_sync.receiver import WeightReceiver
@@ -65,7 +64,6 @@ async def main(runtime: Runtime) -> None:
         raise ConfigError(
             f"eval.num_prompts={config.eval.num_prompts}: the task holds out {task.num_eval} (task.num_eval)"
         )
-    check_concurrency(task, concurrency=config.rollout.reward_concurrency)
     require_loopback_or_keys(config.security, config.rollout.host, setting="rollout.host")
     buffer_addresses(config)  # raises before the slow imports if the buffer's port is not set
     model = model_path(config)
@@ -74,7 +72,7 @@ async def main(runtime: Runtime) -> None:
     context_tokens = longest_sequence(config, task, max_positions=renderer.max_positions)
     renderer.max_prompt_tokens = min(task.max_prompt_tokens, context_tokens - config.sampling.max_new_tokens)
     log.info("task %s, examples %s, %s", config.task, task.fingerprint(), compute_dtype(config))
-    pool = RewardPool.of(config)
+    pool = RewardPool.of(config, task)
     engine = make_engine(
         config,
         name=runtime.name,

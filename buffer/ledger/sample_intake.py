@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from areal_like.failures import FailureKind, FailurePolicy
-from areal_like.trajectory import FinishReason
+from areal_like.trajectory import FinishReason, are_equal_rewards
 from areal_like.wire.messages.producer import Purpose, SampleDone, SampleFailed
 from areal_like.wire.records import Record
 from buffer.ledger.failed_samples import FailedSamples
@@ -144,7 +144,7 @@ class SampleIntake:
         self._state.prompts.observe(ticket)
         self._counters.count_group(ticket)
         group_filter = self._settings.group_filter
-        if group_filter == "spread" and len({sample.reward for sample in ticket.training_samples}) == 1:
+        if group_filter == "spread" and are_equal_rewards([s.reward for s in ticket.training_samples]):
             self._lifecycle.drop(ticket, Drop.NO_SPREAD)
         elif group_filter == "single_version" and not self._is_single_version(ticket.samples.values()):
             self.last_rejection = _describe_mixed_versions(ticket)

@@ -69,9 +69,11 @@ class HeldLeases:
 
     @property
     def free_samples(self) -> int:
-        """Credit: number of samples that the server can take in addition to those it holds."""
-        free = min(self.engine_samples - self.num_at[Place.ENGINE], self.max_episodes - self.holding_samples)
-        return max(0, free)
+        """Credit: number of samples that the server can take in addition to those it holds.
+
+        Negative if samples have come back from tools to a full engine: new ones come when so many have ended.
+        """
+        return min(self.engine_samples - self.num_at[Place.ENGINE], self.max_episodes - self.holding_samples)
 
     @property
     def capacity_samples(self) -> int:

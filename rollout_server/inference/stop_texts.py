@@ -26,8 +26,9 @@ MIN_INTERVAL = 4
 """Least number of tokens between two such chunks."""
 _INCOMPLETE = "\ufffd"
 """What decodes from a part of a character."""
-_WINDOW = 6
-"""Tokens that are decoded together. A character has at most four bytes in UTF-8, and thus four tokens."""
+_MAX_INCOMPLETE = 16
+"""Most tokens that are kept until they make up characters: one has at most four bytes in UTF-8, and thus four
+tokens, but a policy may sample bytes that make up none."""
 
 
 class StopTokenizer(Protocol):
@@ -50,20 +51,25 @@ class StopFinder:
         """Characters before the next token that may begin a stop text."""
         self._tail = ""
         self._tokens: list[int] = []
-        """The newest tokens, up to `_WINDOW`."""
+        """The newest tokens: those of the last complete characters, and those after them."""
+        self._num_complete = 0
+        """How many of them belong to complete characters, whose text is in the tail."""
 
     def find(self, token: int) -> str:
         """The stop text that this next token completes; empty: none."""
         self._tokens.append(token)
-        # Decoded with tokens before it: it may complete a character, or its text may depend on them.
-        before = self._tokenizer.text_of(self._tokens[:-1]).rstrip(_INCOMPLETE)
+        # Decoded with tokens before it, because its text may depend on them. Those begin where a character
+        # does: the text of a part of one differs from that of the whole.
+        before = self._tokenizer.text_of(self._tokens[: self._num_complete])
         searched = self._tail + self._tokenizer.text_of(self._tokens)[len(before) :]
         for text in self._texts:
             if text in searched:
                 return text
-        complete = searched.rstrip(_INCOMPLETE)
-        self._tail = complete[max(0, len(complete) - self._num_kept) :]
-        del self._tokens[: -_WINDOW + 1]
+        num_incomplete = len(self._tokens) - self._num_complete
+        if not searched.endswith(_INCOMPLETE) or num_incomplete > _MAX_INCOMPLETE:
+            self._tail = searched[max(0, len(searched) - self._num_kept) :]
+            del self._tokens[: self._num_complete]
+            self._num_complete = len(self._tokens)
         return ""
 
 

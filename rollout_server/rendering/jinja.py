@@ -58,6 +58,11 @@ class JinjaRenderer(ChatRenderer):
         self.stop_token_ids = tuple(sorted({*self.stop_token_ids, *(i for i in closing_ids if i in special)}))
         self._stop_texts = {i: self.decode([i]) for i in self.stop_token_ids}
         self._ends_turns = any(text in self._closing for text in self._stop_texts.values())
+        # Phi-3's template writes an EOS behind a list that ends with a reply, after the reply's own end.
+        eos = self.tokenizer.eos_token or ""
+        own_closing = self._closing.removesuffix(eos)
+        has_own_end = any(text in own_closing for text in self._stop_texts.values())
+        self._end_of_list = eos if self._closing.endswith(eos) and has_own_end else ""
         marker_ids = {i for i in special if self.decode([i]) in self.markers.all}
         self._hidden_ids = (special - marker_ids) | set(self.stop_token_ids)
 
@@ -106,6 +111,8 @@ class JinjaRenderer(ChatRenderer):
             whole = self._text([*messages, *new_messages], tools, True)
         except EpisodeError:  # it may be able to render the whole, or says why not
             return None
+        if not whole.startswith(until_turn):
+            until_turn = until_turn.removesuffix(self._end_of_list)
         if not (until_turn.startswith(prompt) and whole.startswith(until_turn)):
             return None
         turn = until_turn[len(prompt) :]

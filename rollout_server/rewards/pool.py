@@ -32,10 +32,10 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from areal_like.config import Config
-from areal_like.errors import RewardError
+from areal_like.errors import ConfigError, RewardError
 from rollout_server.rewards.process import Item, RewardWorker
-from rollout_server.rewards.worker import MAX_FRAME_BYTES, pack_item
-from rollout_server.tasks.base import Completion, Score, Split
+from rollout_server.rewards.worker import MAX_FRAME_BYTES, is_async_reward, pack_item
+from rollout_server.tasks.base import Completion, Score, Split, Task
 
 log = logging.getLogger(__name__)
 
@@ -89,14 +89,22 @@ class RewardPool:
         """Time spent in the task's code by all workers."""
 
     @classmethod
-    def of(cls, config: Config) -> Self:
-        """With the task and the settings of a job."""
+    def of(cls, config: Config, task: Task) -> Self:
+        """With the settings of a job; without workers if its task has no reward.
+
+        Raises ConfigError for a `rollout.reward_concurrency` that would change nothing.
+        """
         rollout = config.rollout
+        if rollout.reward_concurrency > 1 and task.has_reward and not is_async_reward(task):
+            raise ConfigError(
+                f"rollout.reward_concurrency={rollout.reward_concurrency} needs a task with `async def "
+                "reward`: set it to 1, and raise rollout.reward_workers for more rewards at a time"
+            )
         return cls(
             config.task,
             seed=config.seed,
             sandbox=config.rewards.sandbox,
-            num_workers=rollout.reward_workers,
+            num_workers=rollout.reward_workers if task.has_reward else 0,
             timeout_s=rollout.reward_timeout_s,
             concurrency=rollout.reward_concurrency,
         )

@@ -144,8 +144,14 @@ class RewardWorker:
 
     def _watch(self) -> None:
         """Called every `_SLOW_S` while the process has work, and at its deadline."""
-        now_s, deadline_s = self._loop.time(), self._deadline_s()
+        now_s = self._loop.time()
+        if self._timer is not None and (late_s := now_s - self._timer.when()) > _SLOW_S:
+            # This process was stopped, and perhaps the worker, too: the time does not count.
+            self._began_s += late_s
+            for item in self.items.values():
+                item.sent_s += late_s
         self._timer = None
+        deadline_s = self._deadline_s()
         if self._pipe is None or deadline_s == math.inf:
             return
         if now_s >= deadline_s:

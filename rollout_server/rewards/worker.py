@@ -75,15 +75,6 @@ def is_async_reward(task: Task) -> bool:
     return inspect.iscoroutinefunction(task.reward)
 
 
-def check_concurrency(task: Task, *, concurrency: int) -> None:
-    """Raises ConfigError for a `concurrency` (`rollout.reward_concurrency`) that would change nothing."""
-    if concurrency > 1 and not is_async_reward(task):
-        raise ConfigError(
-            f"rollout.reward_concurrency={concurrency} needs a task with `async def reward`: set it to 1, "
-            "and raise rollout.reward_workers for more rewards at a time"
-        )
-
-
 def _serve(stream: socket.socket, task: Task, examples: Examples) -> None:
     """Scores one item after the other. Before each one it reads what the parent has sent meanwhile."""
     items: deque[Sequence[Any]] = deque()

@@ -79,6 +79,8 @@ def main() -> None:
     """Runs the command in sys.argv and exits with its exit code."""
     limits, command = json.loads(sys.argv[1]), sys.argv[2:]
     signals = {signal.SIGCHLD, signal.SIGTERM}
+    for number in (*signals, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)  # the server may ignore it, and a process inherits that
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     prctl = ctypes.CDLL(None, use_errno=True).prctl
     prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -149,9 +151,8 @@ def filter_calls() -> None:
     program = ctypes.create_string_buffer(code, len(code))
     # struct sock_fprog: the number of instructions, and where they are.
     fprog = ctypes.create_string_buffer(struct.pack("@HP", size, ctypes.addressof(program)))
-    ctypes.CDLL(None, use_errno=True).prctl(
-        _PR_SET_SECCOMP, 2, fprog, 0, 0
-    )  # a kernel without seccomp has no filter
+    # A kernel without seccomp has no filter.
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_SECCOMP, 2, fprog, 0, 0)
 
 
 def _filter(arch: int, numbers: dict[str, int], *, supervisor: int) -> bytes:

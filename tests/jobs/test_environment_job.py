@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import os
@@ -55,12 +56,13 @@ SETTINGS: dict[str, Any] = {
 
 
 def processes_below(pid: int, *, module: str) -> list[int]:
-    """Descendants of a process that run this module; of a fork, the pid of the copy."""
+    """Descendants of a process that run this module, a parent before its forks."""
     found: list[int] = []
-    for child in map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
-        if module.encode() in Path(f"/proc/{child}/cmdline").read_bytes():
-            found.append(child)
-        found += processes_below(child, module=module)
+    with contextlib.suppress(OSError):  # it has just ended
+        if module.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+            found.append(pid)
+        for child in map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
+            found += processes_below(child, module=module)
     return found
 
 
@@ -110,10 +112,11 @@ async def train(
             RequestEval(eval_id=0, num_prompts=4, min_version=0), timeout_s=WAIT_LIMIT_S
         )
         for step, victim in enumerate([0, -1, 0]):
-            os.kill(
-                processes_below(server.process.pid, module="environments.workers")[victim], signal.SIGKILL
-            )
-            groups += await asyncio.wait_for(trainer.train(step), WAIT_LIMIT_S)
+            while not (pids := processes_below(server.process.pid, module="environments.workers")):
+                await asyncio.sleep(0.05)
+            with contextlib.suppress(ProcessLookupError):  # a mishap may have ended the worker
+                os.kill(pids[victim], signal.SIGKILL)
+            groups += await trainer.train(step, timeout_s=WAIT_LIMIT_S)
             await trainer.call(CommitStep(step=step))
         return groups, await trainer.call(GetRunCounters()), evaluation
 

@@ -30,10 +30,12 @@ JOB = (
 )
 
 
-def run(tmp_path: Path, cache: dict[str, str], *, num_steps: int) -> Path:
+def run(tmp_path: Path, cache: dict[str, str], *settings: str, num_steps: int) -> Path:
     """Runs the job to its end; returns its directory."""
     root = tmp_path / "runs" / "x"
-    with launcher(*JOB, f"trainer.num_steps={num_steps}", cwd=tmp_path, environment=cache) as process:
+    with launcher(
+        *JOB, *settings, f"trainer.num_steps={num_steps}", cwd=tmp_path, environment=cache
+    ) as process:
         code, out, err = finish(process, root)
     assert (code, err) == (0, ""), out + err
     assert not processes_of(root), "processes of the job outlived it"
@@ -72,7 +74,8 @@ def test_conversations_with_the_calculator_are_trained_on(tmp_path: Path, cache:
         ):
             assert int(a) + int(b) == int(answer), text
             num_calls += 1
-        assert sample.metrics["tool_calls"] >= sample.metrics["tool_errors"] >= 0
+        # A turn that a limit cut is no reply to the environment, which counts errors.
+        assert sample.metrics["tool_calls"] >= sample.metrics.get("tool_errors", 0.0)
     assert num_calls > 0, "no sample has called the calculator"
     assert sum(sample.metrics["tool_calls"] for sample in samples) >= num_calls
     rows = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
@@ -81,9 +84,10 @@ def test_conversations_with_the_calculator_are_trained_on(tmp_path: Path, cache:
 
 @pytest.mark.chaos
 def test_a_replay_of_conversations_gives_the_same_weights(tmp_path: Path, cache: dict[str, str]) -> None:
-    root = run(tmp_path, cache, num_steps=8)
+    # The entropy bonus trains, where so short a warm start gets no reward.
+    root = run(tmp_path, cache, "trainer.entropy_coef=0.01", num_steps=8)
     rows = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
-    assert max(row["grad_norm"] for row in rows) > 0, "without gradients the weights are equal anyway"
+    assert min(row["grad_norm"] for row in rows) > 0, "without gradients the weights are equal anyway"
     replay = areal_like("replay", "x", cwd=tmp_path)
     assert replay.returncode == 0, replay.stderr
     assert "weights after step 8: equal to the recorded run's, to the last bit" in replay.stdout

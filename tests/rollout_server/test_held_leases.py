@@ -111,7 +111,7 @@ class HeldLeasesMachine(RuleBasedStateMachine):
         num_at = Counter(self.missing.values())
         assert +self.leases.num_at == num_at and min(self.leases.num_at.values(), default=0) >= 0
         free = min(AT_ENGINE - num_at[Place.ENGINE], EPISODES - len(self.missing))
-        assert self.leases.free_samples == max(0, free)
+        assert self.leases.free_samples == free
         assert self.leases.num_unacknowledged == len(self.unacknowledged)
         assert set(self.leases.lease_ids) == {
             lease_id for lease_id, _ in self.missing.keys() | self.unacknowledged.keys()

@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from areal_like.errors import RewardError, RewardTimeoutError
+from areal_like.config import from_mapping
+from areal_like.errors import ConfigError, RewardError, RewardTimeoutError
 from areal_like.trajectory import FinishReason
 from rollout_server.rewards.pool import RewardPool
 from rollout_server.tasks.base import Completion, Example, Score, Split, Task
+from tests.support.environment_tasks import EchoTask
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -234,6 +236,29 @@ def test_asynchronous_rewards_run_at_the_same_time() -> None:
             answers = await asyncio.gather(*asked, return_exceptions=True)
             assert "signal 9" in str(answers[1]) and [answers[i].score.value for i in (0, 2)] == [0.0, 2.0]
             assert rewards.num_restarts == 2
+
+    asyncio.run(body())
+
+
+def test_time_in_which_the_server_was_stopped_does_not_count() -> None:
+    async def body() -> None:
+        async with pool(timeout_s=1.0) as rewards:
+            await rewards.score(split="train", index=0, completion=answer(""))
+            slow = asyncio.create_task(rewards.score(split="train", index=2, completion=answer("slow")))
+            await asyncio.sleep(0.05)
+            time.sleep(1.5)  # as if it was stopped: the answer and the end of the limit are seen together
+            assert (await slow).score.value == 2.0 and rewards.num_restarts == 0
+
+    asyncio.run(body())
+
+
+def test_workers_fit_the_task() -> None:
+    async def body() -> None:
+        with pytest.raises(ConfigError, match="needs a task with `async def reward`"):
+            RewardPool.of(from_mapping({"rollout": {"reward_concurrency": 2}}), Hostile())
+        config = from_mapping({"rollout": {"reward_concurrency": 2, "reward_workers": 3}})
+        async with RewardPool.of(config, EchoTask()) as rewards:
+            assert not rewards.serving, "a task without a reward needs no worker"
 
     asyncio.run(body())
 

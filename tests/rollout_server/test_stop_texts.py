@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from areal_like.trajectory import FinishReason
@@ -26,6 +27,36 @@ def test_the_first_token_that_completes_a_text(tokens: list[int], stops: list[st
     finder = StopFinder(stops, tokenizer)
     found = next((end for end, token in enumerate(tokens, 1) if finder.find(token)), None)
     assert found == tokenizer.first_stop(tokens, stops)
+
+
+class Bytes:
+    """A token is a byte."""
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        return bytes(tokens).decode(errors="replace")
+
+    def token_of(self, text: str) -> int | None:
+        return None
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    text=st.text("a\u00e9\u4e2d\U0001f600", max_size=12),
+    stop=st.text("a\u00e9\u4e2d\U0001f600", min_size=1, max_size=3),
+)
+@example(text="\U0001f600\u4e2d", stop="\U0001f600\u4e2d")
+def test_characters_of_several_bytes(text: str, stop: str) -> None:
+    tokens = list(text.encode())
+    finder = StopFinder([stop], Bytes())
+    found = next((end for end, token in enumerate(tokens, 1) if finder.find(token)), None)
+    ends = (end for end in range(1, len(tokens) + 1) if stop in Bytes().text_of(tokens[:end]))
+    assert found == next(ends, None)
+
+
+def test_a_text_is_found_after_bytes_that_are_no_characters() -> None:
+    finder = StopFinder(["ab"], Bytes())
+    found = [end for end, token in enumerate(b"\xf0\x9f" * 50 + b"aab", 1) if finder.find(token)]
+    assert found == [103]
 
 
 def test_a_resumed_turn_says_what_was_sampled() -> None:

@@ -154,17 +154,17 @@ class FakeTrainer:
     async def call(self, message: Any, *, timeout_s: float = 10) -> Any:
         return await self.link.call(message, timeout_s=timeout_s)
 
-    async def groups(self, step: int) -> list[Group]:
+    async def groups(self, step: int, *, timeout_s: float = 10) -> list[Group]:
         """All groups of a step, fetched at the same time."""
         fetches = [
-            self.call(Fetch(step=step, position=position))
+            self.call(Fetch(step=step, position=position), timeout_s=timeout_s)
             for position in range(self.config.trainer.groups_per_step)
         ]
         return list(await asyncio.gather(*fetches))
 
-    async def train(self, step: int) -> list[Group]:
-        """Fetches a step and completes it."""
-        groups = await self.groups(step)
+    async def train(self, step: int, *, timeout_s: float = 10) -> list[Group]:
+        """Fetches a step and completes it. `timeout_s`: longer where processes have to start first."""
+        groups = await self.groups(step, timeout_s=timeout_s)
         await self.call(CompleteStep(step=step))
         return groups
 

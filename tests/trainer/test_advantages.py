@@ -87,6 +87,15 @@ def test_equal_rewards_give_exactly_zero_advantages(settings: dict[str, Any]) ->
     assert step(settings, [[0.3]]) == [[0.0]]
 
 
+def test_rewards_that_differ_by_rounding_are_equal() -> None:
+    """Sums over turns, in two orders."""
+    sums = [0.1 + 0.2 + 0.3, 0.3 + 0.2 + 0.1, 0.1 + 0.2 - 0.3, -0.3 + 0.2 + 0.1]
+    assert sums[0] != sums[1] and sums[2] != sums[3]
+    for settings in ({"name": n} for n in set(GROUP_ADVANTAGES) - {"remax"}):
+        assert step(settings, [sums[:2]]) == step(settings, [sums[2:]]) == [[0.0] * 2], settings
+    assert advantages({"name": "grpo"}, [1e-6, 0.0]) == [1, -1]
+
+
 def test_global_whitening() -> None:
     white = step({"name": "reinforce_pp"}, [[1, 1], [1, 0]])
     assert white[0] == pytest.approx([3**-0.5] * 2) and white[1] == pytest.approx([3**-0.5, -(3**0.5)])

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from areal_like.registry import Registry
-from areal_like.trajectory import Trajectory
+from areal_like.trajectory import Trajectory, are_equal_rewards
 from trainer.batching.scope import Scope
 
 FloatArray = NDArray[np.float64]
@@ -42,7 +42,7 @@ class Estimator:
 
 def whitening(advantages_S: FloatArray) -> tuple[float, float]:
     """(-mean, 1 / population standard deviation) of the step; (0, 0), which zeroes all, if all are equal."""
-    if len(advantages_S) == 0 or advantages_S.max() == advantages_S.min():
+    if not len(advantages_S) or are_equal_rewards((advantages_S.min(), advantages_S.max())):
         return 0.0, 0.0
     return -float(advantages_S.mean()), 1 / float(advantages_S.std())
 

@@ -1,8 +1,8 @@
 """Advantages that compare the samples of one prompt with each other: GRPO and its relatives.
 
-A group whose rewards are all equal gets advantages of exactly zero, without computing them: the mean of equal
-floats can differ from them in the last bit, and dividing that rounding error by a standard deviation of the
-same size turns it into a signal.
+A group whose rewards are all equal, up to rounding, gets advantages of exactly zero, without computing them:
+dividing a rounding error by a standard deviation of the same size turns it into a signal. Equal rewards may
+differ in the last bits from their mean, and from each other if they are sums over turns.
 
 Left out: ProGRPO (arXiv 2602.05281), `A + alpha (c_q - c_o)` in groups with a right answer, where c_o is exp
 of the mean log-prob of the answer's least likely fifth of tokens. It is unclear over which prompt tokens c_q
@@ -21,14 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from areal_like.errors import ConfigError
-from areal_like.trajectory import Trajectory
+from areal_like.trajectory import Trajectory, are_equal_rewards
 from trainer.advantages.base import ADVANTAGES, Advantage, FloatArray, rewards_of, whitening
 from trainer.batching.scope import Scope
 
 
 def centered(rewards_G: FloatArray) -> FloatArray:
     """[G] R - mean; exactly zero if all rewards are equal."""
-    if rewards_G.max() == rewards_G.min():
+    if are_equal_rewards(rewards_G.tolist()):
         return np.zeros_like(rewards_G)
     return np.asarray(rewards_G - rewards_G.mean())
 
@@ -98,7 +98,7 @@ class Opo(Advantage):
     def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
         """[G] advantages."""
         rewards_G = rewards_of(group)
-        if rewards_G.max() == rewards_G.min():
+        if are_equal_rewards(rewards_G.tolist()):
             return [0.0] * len(group)
         lengths_G = np.array([trajectory.num_sampled for trajectory in group], dtype=np.float64)
         return [float(a) for a in rewards_G - lengths_G @ rewards_G / max(lengths_G.sum(), 1.0)]

@@ -61,7 +61,8 @@ class ServerHeartbeat:
 
     state: ServerState
     free_samples: int
-    """Credit: samples that the server can take now beyond those it holds (absolute, not a difference)."""
+    """Credit: samples that the server can take now beyond those it holds (absolute, not a difference).
+    Negative: so many have to end before it takes another."""
     holding_samples: int
     """Unfinished samples of received leases at the time when `free_samples` was computed."""
     weights_version: int

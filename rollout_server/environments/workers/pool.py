@@ -19,8 +19,8 @@ from typing import Any
 
 from areal_like.errors import ConfigError, EnvironmentLostError, EpisodeError
 from rollout_server.environments.base import Message, Reply, Step
+from rollout_server.environments.exchange import checked_start, checked_step, reply_fields
 from rollout_server.environments.workers.connection import WorkerConnection
-from rollout_server.environments.workers.exchange import checked_start, checked_step, reply_fields
 from rollout_server.environments.workers.zygote_process import ZygoteProcess
 from rollout_server.tasks.base import Split
 
@@ -180,14 +180,13 @@ class EnvironmentPool:
                 return worker
         try:
             async with asyncio.timeout(_START_TIMEOUT_S):
-                await self._is_ready.wait()
+                while self._zygote is None:  # it may be lost again before this task runs
+                    await self._is_ready.wait()
         except TimeoutError:
             raise EnvironmentLostError("the process that starts environments does not start") from None
-        return await self._fork_worker()
+        return await self._fork_worker(self._zygote)
 
-    async def _fork_worker(self) -> WorkerConnection:
-        zygote = self._zygote
-        assert zygote is not None
+    async def _fork_worker(self, zygote: ZygoteProcess) -> WorkerConnection:
         self._last_number += 1
         worker = WorkerConnection(self._last_number, on_lost=self._on_worker_lost)
         hung = EnvironmentLostError(f"no process for an environment started within {_FORK_TIMEOUT_S:g} s")
@@ -201,9 +200,9 @@ class EnvironmentPool:
         except BaseException:  # most likely the caller was cancelled
             if worker.lost is hung and self._zygote is zygote:
                 log.error("the process that starts environments hangs and is replaced")
-                zygote.kill_at_once()
-            own.close()
+                zygote.replace()
             self._retire(worker)
+            own.close()
             raise
         return worker
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import numbers
 import os
 import random
 import resource
@@ -26,8 +25,6 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +33,7 @@ import msgpack
 from areal_like.errors import ConfigError, EpisodeError
 from areal_like.runtime.process import adopt_orphans
 from rollout_server.environments.base import Environment, Message, Reply, Step
-from rollout_server.environments.workers.exchange import MAX_ANSWER_BYTES, reply_of
+from rollout_server.environments.exchange import MAX_ANSWER_BYTES, awaitable, reply_of, step_fields
 from rollout_server.frames import HEADER, pack
 from rollout_server.tasks.base import Example, Split, Task
 
@@ -58,7 +55,6 @@ class _Worker:
 
     def __init__(self, task: Task, *, memory_mb: int, retire_at_bytes: int) -> None:
         self._task = task
-        self._example: Callable[[Split, int], Example] = lru_cache(maxsize=64)(task.example)
         self._memory_mb = memory_mb
         self._retire_at_bytes = retire_at_bytes
         self._environment: Environment | None = None
@@ -85,13 +81,17 @@ class _Worker:
         if request is None:
             return None, ""
         call, *arguments = request
+        called = call
         try:
             match call:
-                case "check":
-                    self._make(*arguments).check()
-                    return None, ""
-                case "reset":
-                    return await self._reset(*arguments), ""
+                case "check" | "reset":
+                    called = "environment"
+                    environment = self._make(*arguments)
+                    called = call
+                    if call == "check":
+                        environment.check()
+                        return None, ""
+                    return await self._reset(environment), ""
                 case "step":
                     return await self._step(reply_of(*arguments)), ""
                 case _:
@@ -99,11 +99,12 @@ class _Worker:
         # An environment's code may raise anything, also SystemExit; only its own sample fails.
         except BaseException as raised:
             self._is_out_of_memory |= isinstance(raised, MemoryError)
-            return False if call == "close" else None, self._described(call, raised)
+            return False if call == "close" else None, self._described(called, raised)
 
-    async def _reset(self, split: Split, index: int, seed: int) -> tuple[list[Message], list[Any]]:
-        self._environment = environment = self._make(split, index, seed)
-        return list(await environment.reset()), list(environment.tools)
+    async def _reset(self, environment: Environment) -> tuple[list[Message], list[Any]]:
+        self._environment = environment
+        messages = await awaitable(environment.reset(), call="reset")
+        return list(messages), list(environment.tools)
 
     def _make(self, split: Split, index: int, seed: int) -> Environment:
         # A fork copies the generators' states: without this, environments in different processes would draw
@@ -111,7 +112,8 @@ class _Worker:
         random.seed(seed)
         if (numpy := sys.modules.get("numpy")) is not None:
             numpy.random.seed(seed % (1 << 32))
-        example = self._example(split, index)
+        # Not kept for the next sample: an environment may change what its example holds.
+        example = self._task.example(split, index)
         environment = self._task.environment(example)
         if environment is None:
             if not self._task.has_reward:
@@ -122,13 +124,9 @@ class _Worker:
         environment.seed = seed
         return environment
 
-    async def _step(self, reply: Reply) -> tuple[list[Message], float, bool, dict[str, float]]:
+    async def _step(self, reply: Reply) -> list[Any]:
         assert self._environment is not None
-        step = await self._environment.step(reply)
-        if not isinstance(step, Step):
-            raise EpisodeError(f"step() returned {type(step).__name__}: return a Step")
-        metrics = {str(name): _number(value, name=name) for name, value in step.metrics.items()}
-        return list(step.messages), _number(step.reward, name="reward"), bool(step.done), metrics
+        return step_fields(await awaitable(self._environment.step(reply), call="step"))
 
     async def _close(self) -> bool:
         """Closes the environment; False if this process should not serve another one."""
@@ -173,14 +171,6 @@ class _OneAnswer(Environment):
 
     async def step(self, reply: Reply) -> Step:
         return Step(done=True)
-
-
-def _number(value: Any, *, name: str) -> float:
-    if callable(item := getattr(value, "item", None)):
-        value = item()  # numpy and torch scalars
-    if not isinstance(value, numbers.Real):
-        raise EpisodeError(f"step() returned {name}={value!r:.100}: return a number")
-    return float(value)
 
 
 def _address_space() -> int:

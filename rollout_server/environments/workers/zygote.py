@@ -13,9 +13,8 @@ SOCK_SEQPACKET socket that is its stdin; each packet is one msgpack message.
 Only the zygote can signal a worker without a race: a process id is free for others once its parent has waited
 for it. It also reports a worker's end, because a process that the environment has forked may keep the
 worker's socket open. When a worker has ended, the rest of its session and every process that it has left
-behind is killed. At the end of the socket, also of a server that was killed, the zygote does this to all
-workers, and ends. If the zygote itself is killed, the workers end with it (PDEATHSIG), but not what they have
-started.
+behind is killed. When the server ends, the zygote does the same with all workers, and ends. If the zygote is
+killed itself, its workers end with it (PDEATHSIG), and the server kills what these have started.
 """
 
 from __future__ import annotations
@@ -44,8 +43,7 @@ from rollout_server.tasks.base import Task, make_task
 log = logging.getLogger(__name__)
 
 MAX_PACKET_BYTES = 1 << 16
-_END_TIMEOUT_S = 2.0
-"""Time for the end of all workers; a process in the kernel cannot be killed."""
+_END_TIMEOUT_S = 5.0
 _SIGNALS_TO_IGNORE = (signal.SIGINT, signal.SIGTERM)
 """They reach the whole process group, but only the server ends its processes."""
 
@@ -62,15 +60,19 @@ def main() -> None:
     except ConfigError as error:
         control.send(msgpack.packb(str(error)[: MAX_PACKET_BYTES // 8]))
         return
-    # From now on the end of the socket ends the zygote. The signal only continues one that was stopped.
-    die_with_parent(signum=signal.SIGCONT)
     control.send(msgpack.packb(None))
     if (num_threads := sum(1 for _ in Path("/proc/self/task").iterdir())) > 1:
         log.warning(
             "the task's import has started %d threads; an environment that needs them may hang",
             num_threads - 1,
         )
-    Zygote(task, control, memory_mb=setup["memory_mb"]).run()
+    # From here on the end of the socket says that the server has ended, and there are workers to end first. A
+    # zygote that is stopped notices it, too.
+    die_with_parent(signum=signal.SIGCONT)
+    zygote = Zygote(task, control, memory_mb=setup["memory_mb"])
+    with contextlib.suppress(ConnectionError):  # the server ended while it was sent a message
+        zygote.run()
+    zygote.end_workers()
 
 
 class Zygote:
@@ -91,10 +93,10 @@ class Zygote:
         gc.collect()
         gc.freeze()
         adopt_orphans()
-        self._wakeup, wakeup = socket.socketpair()
-        for end in (self._wakeup, wakeup):
+        self._wakeup, self._wakes = socket.socketpair()
+        for end in (self._wakeup, self._wakes):
             end.setblocking(False)
-        signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self._wakes.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         ready = select.poll()
         for descriptor in (self._control, self._wakeup):
@@ -106,8 +108,18 @@ class Zygote:
                     self._wakeup.recv(4096)
                 self._reap()
             if self._control.fileno() in events and not self._obey():
-                self._end_workers()
                 return
+
+    def end_workers(self) -> None:
+        """Kills all workers and what they have started."""
+        self._pids.clear()  # every child is an orphan now
+        deadline_s = time.monotonic() + _END_TIMEOUT_S
+        with contextlib.suppress(ChildProcessError):
+            while time.monotonic() < deadline_s:
+                self._kill_orphans()
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
+                time.sleep(0.001)
 
     def _obey(self) -> bool:
         """Does what one packet says; False at the end of the socket."""
@@ -147,8 +159,8 @@ class Zygote:
             for number in (signal.SIGCHLD, *_SIGNALS_TO_IGNORE):
                 signal.signal(number, signal.SIG_DFL)
             os.setsid()
-            self._control.close()
-            self._wakeup.close()
+            for inherited in (self._control, self._wakeup, self._wakes):
+                inherited.close()
             connection = socket.socket(fileno=descriptor)
             connection.set_inheritable(False)
             serve(self._task, connection, memory_mb=self._memory_mb)
@@ -176,29 +188,15 @@ class Zygote:
 
     def _kill_orphans(self) -> None:
         """Kills what ended workers have left behind: it has become a child of this process."""
-        for pid in self._children().difference(self._pids.values()):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
-
-    def _children(self) -> set[int]:
-        try:
-            return set(map(int, Path(f"/proc/self/task/{self._pid}/children").read_text().split()))
-        except OSError:  # a kernel without this file
-            return set()
-
-    def _end_workers(self) -> None:
-        """Kills all workers and what they have started."""
-        deadline = time.monotonic() + _END_TIMEOUT_S
-        for pid in self._pids.values():
-            os.kill(pid, signal.SIGKILL)
-        while (self._pids or self._children()) and time.monotonic() < deadline:
-            self._reap()
-            time.sleep(0.002)
+        children = Path(f"/proc/self/task/{self._pid}/children")
+        with contextlib.suppress(OSError):  # a kernel without this file
+            for pid in set(map(int, children.read_text().split())).difference(self._pids.values()):
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
 
     def _report(self, worker: int, reason: str) -> None:
         message: Any = ["ended", worker, reason]
-        with contextlib.suppress(ConnectionError):  # the server is gone; the end of the socket follows
-            self._control.send(msgpack.packb(message))
+        self._control.send(msgpack.packb(message))
 
 
 if __name__ == "__main__":

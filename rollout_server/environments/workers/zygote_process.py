@@ -1,7 +1,9 @@
 """The server's end of the zygote (zygote.py): starts it, sends it orders, and notices its end.
 
-STARTING -> ready: READY -> lost: LOST
-     `-> ready raises ConfigError (the task cannot be imported) or EnvironmentLostError
+    STARTING -> ready: READY -> lost: LOST
+         `-> ready raises ConfigError (the task cannot be imported) or EnvironmentLostError
+
+A pipe would not do: the sockets of workers are sent with the orders to start them.
 """
 
 from __future__ import annotations
@@ -9,12 +11,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -22,14 +26,17 @@ import msgpack
 from areal_like.errors import ConfigError, EnvironmentLostError
 from rollout_server.environments.workers.zygote import MAX_PACKET_BYTES
 
+_END_TIMEOUT_S = 1.0
+"""To kill workers takes milliseconds."""
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 """Libraries that start threads when they are imported: threads do not survive a fork."""
-_END_TIMEOUT_S = 3.0
-"""Longer than a zygote waits for the end of its workers."""
+
+_MARKER = "AREAL_LIKE_ENVIRONMENTS"
+"""Environment variable by which the descendants of a zygote are found after its end."""
 
 
 class ZygoteProcess:
-    """One zygote. Create it in a running loop; `close` ends it and its workers."""
+    """One zygote. Create it in a running loop; `close` ends it with its workers."""
 
     def __init__(self, setup: Mapping[str, Any], *, on_worker_ended: Callable[[int, str], None]) -> None:
         """`setup`: its first message. `on_worker_ended`: called with a worker and how its process ended."""
@@ -38,12 +45,15 @@ class ZygoteProcess:
         self.ready: asyncio.Future[None] = self._loop.create_future()
         self.lost: asyncio.Future[None] = self._loop.create_future()
         """Done when its socket is closed."""
+        self._mark = secrets.token_hex(16)
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "rollout_server.environments.workers.zygote"],
                 stdin=theirs.fileno(),
-                env=os.environ | {name: os.environ.get(name, "1") for name in _ONE_THREAD},
+                env=os.environ
+                | {name: os.environ.get(name, "1") for name in _ONE_THREAD}
+                | {_MARKER: self._mark},
             )
         self._control.setblocking(False)
         self._orders: deque[tuple[bytes, socket.socket | None]] = deque()
@@ -89,20 +99,22 @@ class ZygoteProcess:
                 theirs.close()
         self._loop.remove_writer(self._control.fileno())
 
-    def kill_at_once(self) -> None:
-        """Kills the process; `lost` follows."""
-        self._process.kill()
+    def replace(self) -> None:
+        """Gives it up; `lost` follows."""
+        self._end()
 
     def close(self) -> None:
-        """Ends the process, and waits for its end: some milliseconds, in which it ends its workers."""
-        is_serving = self.ready.done() and not self.ready.cancelled() and self.ready.exception() is None
+        """Ends the process, which ends its workers first, and waits for it."""
+        has_workers = self.ready.done() and not self.ready.cancelled() and self.ready.exception() is None
         self._end()
-        if is_serving:
+        if has_workers:
             self._process.send_signal(signal.SIGCONT)  # it may be stopped
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_END_TIMEOUT_S)
+                self._process.wait(timeout=_END_TIMEOUT_S)
         self._process.kill()
         self._process.wait()  # returns at once: a process cannot ignore SIGKILL
+        if self._process.returncode != 0:  # it was killed before it had ended what its workers have started
+            _kill_marked(f"{_MARKER}={self._mark}".encode())
 
     def _on_readable(self) -> None:
         try:
@@ -140,3 +152,18 @@ class ZygoteProcess:
                 EnvironmentLostError("the process that starts environments ended at its start; see the log")
             )
             self.ready.exception()  # nobody may wait for it
+
+
+def _kill_marked(entry: bytes) -> None:
+    """Kills the processes that have this entry in their environment."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has just ended, or belongs to another user
+            if entry not in (folder / "environ").read_bytes().split(b"\0"):
+                continue
+            # The process cannot be mistaken for another of the same id if it still has the entry now.
+            process = os.pidfd_open(int(folder.name))
+            try:
+                if entry in (folder / "environ").read_bytes().split(b"\0"):
+                    signal.pidfd_send_signal(process, signal.SIGKILL)
+            finally:
+                os.close(process)

@@ -1,7 +1,9 @@
 """One attempt to make a sample: an episode, its reward, and the tokens so far if something fails.
 
-make() -> Trajectory | EngineError, EpisodeError, RewardError
-                            `-> num_sampled, without_reward(): what was sampled before
+    make() -> Trajectory
+       `----> EngineError, EpisodeError, RewardError -> num_sampled, without_reward()
+
+An attempt outlives its failure, because `buffer.on_failure` may want what was sampled before it.
 """
 
 from __future__ import annotations

@@ -116,17 +116,18 @@ class EnvironmentAttempt(Attempt):
         """Raises EngineError, or EpisodeError for any other exception."""
         request = self._request
         request.on_move(Place.TOOL)
-        environment = await self._environments.open(
-            split=request.split, index=request.index, seed=request.seed
-        )
         try:
-            return await self._converse(environment)
+            environment = await self._environments.open(
+                split=request.split, index=request.index, seed=request.seed
+            )
+            try:
+                return await self._converse(environment)
+            finally:
+                environment.close()
         except (EngineError, EpisodeError):
             raise
         except Exception as error:  # a renderer's code may raise anything; only its own sample fails
             raise EpisodeError(f"the episode raised {type(error).__name__}: {error}") from error
-        finally:
-            environment.close()
 
     async def _converse(self, environment: EnvironmentSession) -> FinishReason:
         """Returns why the conversation ended."""

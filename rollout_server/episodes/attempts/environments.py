@@ -47,8 +47,10 @@ async def running_environments(
         memory_mb=episode.memory_mb,
     )
     waits.sources.append(pool.slow_calls)
-    async with pool:
-        messages, tools = await pool.check()
+    async with contextlib.AsyncExitStack() as stack:
+        with waits("environments: start"):
+            await stack.enter_async_context(pool)
+            messages, tools = await pool.check()
         if tools and not chat.supports_tools:
             raise ConfigError(
                 "the task's environments have tools, and the model's chat template does not render them: "
@@ -61,7 +63,8 @@ async def running_environments(
         if num_tokens >= context_tokens:
             raise ConfigError(
                 f"the messages of the first environment have {num_tokens} tokens, and a sequence at most "
-                f"{context_tokens}: raise rollout.max_context or task.max_prompt_tokens"
+                f"{context_tokens}: raise rollout.max_context, or without it the smallest of "
+                "task.max_prompt_tokens, episode.max_tokens and trainer.tokens_per_microbatch"
             )
         yield Environments(
             pool=pool,

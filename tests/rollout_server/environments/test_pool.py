@@ -133,6 +133,7 @@ def test_a_mistake_of_an_environment_says_what_it_was(capfd: pytest.CaptureFixtu
 
     run(body)
     printed = capfd.readouterr()
+    assert "Exception ignored" not in printed.err
     assert printed.out == "" and "raw noise on stdout" in printed.err and "more noise" in printed.err
 
 
@@ -258,6 +259,7 @@ def test_a_lost_zygote_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
                 await until(lambda: not environments._closing)
                 async with opened(environments) as session:
                     pid = int((await session.step(reply("pid"))).messages[0]["content"])
+                    child = int((await session.step(reply("fork"))).messages[0]["content"])
                     assert environments._zygote is not None
                     zygote = environments._zygote.pid
                     os.kill(zygote, signal_number)
@@ -268,7 +270,7 @@ def test_a_lost_zygote_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
                     await until(lambda: environments._zygote is None)
                     with pytest.raises(EnvironmentLostError):
                         await session.step(reply("gone"))
-                await all_gone(zygote, pid)
+                await all_gone(zygote, pid, child)
                 assert await pid_of_worker(environments) != pid
             assert environments.num_restarts == 3, "two zygotes, and a worker that did not start"
 

@@ -64,6 +64,20 @@ def test_the_end_of_a_turn_is_that_of_the_template() -> None:
         assert renderer.decode(tail or []) == "\n<|user|>a<|end|>\n<|assistant|>"
 
 
+def test_an_eos_behind_the_whole_list_is_no_part_of_a_turn() -> None:
+    """As in Phi-3, whose template ends a list without generation prompt with an EOS."""
+    template = APPENDING.replace("{% endif %}", "{% else %}{{ eos_token }}{% endif %}")
+    tokenizer = chat_tokenizer(template, special=(*SPECIAL, "<|endoftext|>"), eos="<|endoftext|>")
+    renderer = JinjaRenderer(tokenizer, **options_of(tokenizer))
+    messages: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    prompt, completion = renderer.render(messages[:1]), tokenizer("b<|end|>")["input_ids"]
+    assert renderer.decode(renderer.render(messages, add_generation_prompt=False)).endswith("<|endoftext|>")
+    for said in (completion, completion[:-1]):
+        tail = renderer.bridge(prompt, said, messages, messages[:1])
+        assert tail is not None
+        assert [*prompt, *said, *tail] == renderer.render([*messages, messages[0]])
+
+
 @pytest.mark.parametrize(
     ("said", "prefilled", "text", "reasoning", "num_calls"),
     [

@@ -186,7 +186,8 @@ def test_extreme_ratios_stay_finite(tmp_path: Path, ranks: Ranks) -> None:
     ]
     for variant, settings in VARIANTS.items():
         metrics = make_runner(path, ranks, **settings).run(groups, step=0)
-        assert all(np.isfinite(value) for value in metrics.values()), variant
+        numbers = [value for value in metrics.values() if not isinstance(value, dict)]
+        assert np.isfinite(numbers).all(), variant
         assert (metrics["grad_norm"] > 0) is ("masks" not in settings), "masks drop everything at such ratios"
         assert metrics["ess_ratio"] < 1 and metrics["clipped_fraction"] == 1
 
