@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 NOT_SAMPLED = -1
 """Version of a token that the policy did not sample: prompt, tool output."""
+LARGEST_REWARD = float(np.finfo(np.float32).max)
+"""The trainer computes with float32: a larger one would make the loss infinite."""
 
 
 class FinishReason(StrEnum):

@@ -52,9 +52,9 @@ BuildPlan = tuple[str, Mapping[str, Any], Callable[[Path], None]]
 
 def _tiny(config: Config) -> BuildPlan:
     task = config.task.get("name", config.task.get("_target_"))
-    if task == "adding":
-        return _tiny_chat(config)
     steps = config.model.warm_start_steps
+    if task == "adding" or (steps == 0 and config.model.renderer == TINY_RENDERER):
+        return _tiny_chat(config)
     if steps > 0 and task != "sort":
         raise ConfigError(
             f"model.path=tiny is warm-started on the tasks sort and adding, and task is {task}: name a "

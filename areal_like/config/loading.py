@@ -72,7 +72,8 @@ def _convert(hint: Any, value: Any, *, path: str) -> Any:
 
 def _convert_tuple(hint: Any, value: Any, *, path: str) -> tuple[Any, ...]:
     args = typing.get_args(hint)
-    if args[-1] is Ellipsis and isinstance(value, (list, tuple)):
+    if args[-1] is Ellipsis:
+        require(isinstance(value, (list, tuple)), f"{path}: want a list such as [a, b], got {value!r}")
         args = (args[0],) * len(value)
     require(
         isinstance(value, (list, tuple)) and len(value) == len(args),

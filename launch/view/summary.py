@@ -65,10 +65,20 @@ def summary_table(summary: dict[str, Any], *, title: str) -> Table:
         generated = summary.get("tokens_per_s_generated")
         speed = f", {rate(generated)} generated tok/s" if generated is not None else ""
         table.add_row("wall time", f"{duration(seconds)}{speed}")
-    for label, key in (("tickets", "tickets"), ("drops", "drops")):
-        counts = {name: count for name, count in (summary.get(key) or {}).items() if count}
+    failures = (summary.get("selection") or {}).get("failures") or {}
+    failed = {
+        kind: sum(count for count in outcomes.values() if isinstance(count, int))
+        for kind, outcomes in failures.items()
+    }
+    # A kind that is trained with reward 0 does not end the run: here is where a reader sees it.
+    for label, numbers, note in (
+        ("tickets", summary.get("tickets") or {}, ""),
+        ("drops", summary.get("drops") or {}, ""),
+        ("failed samples", failed, " (reasons: logs/rollout-*.log)"),
+    ):
+        counts = {name: count for name, count in numbers.items() if count}
         if counts:
-            table.add_row(label, ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+            table.add_row(label, ", ".join(f"{name} {count:,}" for name, count in counts.items()) + note)
     return table
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from areal_like.trajectory import FinishReason
 from rollout_server.environments.base import Environment, Message, Reply, ToolCall
-from rollout_server.environments.workers.exchange import checked_start, checked_step
+from rollout_server.environments.exchange import awaitable, checked_start, checked_step, step_fields
 
 
 @dataclass
@@ -72,14 +72,11 @@ async def _play(environment: Environment, replies: Iterable[Reply], *, seed: int
     environment.seed = seed
     environment.check()
     try:
-        messages = list(await environment.reset())
+        messages = list(await awaitable(environment.reset(), call="reset"))
         episode = Episode(*checked_start([messages, list(environment.tools)]))
         for reply in replies:
             assert not episode.is_done, "a reply is left, and the episode is done"
-            returned = await environment.step(reply)
-            step = checked_step(
-                [list(returned.messages), returned.reward, returned.done, dict(returned.metrics)]
-            )
+            step = checked_step(step_fields(await awaitable(environment.step(reply), call="step")))
             episode.messages += [reply.message, *step.messages]
             episode.turn_rewards.append(step.reward)
             for name, value in step.metrics.items():

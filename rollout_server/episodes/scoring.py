@@ -10,14 +10,13 @@ the arrays of a conversation that branched they may lie in another order, so the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from areal_like.trajectory import TOKEN_REWARDS
+from areal_like.trajectory import LARGEST_REWARD, TOKEN_REWARDS
 from rollout_server.tasks.base import Score
 
 Span = tuple[int, int]
@@ -51,7 +50,7 @@ def add_up(
 
     `score`: None if the task has no reward of its own. `step_rewards`: of the environment's steps, at most
     one for each turn (a turn that a limit ended has none). `step_metrics`: sums over the steps. Raises
-    ValueError if a sum is not finite or a length is wrong.
+    ValueError if a sum is not a finite float32 or a length is wrong.
     """
     score = Score() if score is None else score
     if len(score.turns) not in (0, num_turns) or len(step_rewards) > num_turns:
@@ -63,8 +62,8 @@ def add_up(
         turn_rewards = tuple(turn + step for turn, step in zip(turns, steps, strict=True))
     token_rewards = np.asarray(score.tokens, np.float32)
     reward = sum((score.value, *turn_rewards, *token_rewards.tolist()))
-    if not math.isfinite(reward):
-        raise ValueError(f"the rewards of the sample add up to {reward}")
+    if not max(map(abs, (reward, *turn_rewards))) <= LARGEST_REWARD:  # also if one is NaN
+        raise ValueError(f"the rewards of the sample add up to {reward}: want finite numbers (float32)")
     return Outcome(
         reward=reward,
         reward_components=dict(score.parts),

@@ -16,13 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from areal_like.errors import RewardError
+from areal_like.trajectory import LARGEST_REWARD
 from rollout_server.tasks.base import Completion, Score
 
 MAX_NAMES = 1000
 """Parts and metrics of one score together; the metadata of a record has room for about as many."""
 MAX_NAME_CHARS = 200
-_LARGEST = float(np.finfo(np.float32).max)
-"""The trainer computes with float32."""
 
 
 def as_score(returned: Any, completion: Completion) -> Score:
@@ -76,7 +75,7 @@ def _number(value: Any, *, of: str) -> float:
         number = float(value)
     except OverflowError:
         number = math.inf
-    if not abs(number) <= _LARGEST:
+    if not abs(number) <= LARGEST_REWARD:
         raise RewardError(f"{of} must be a finite number (float32), got {number}")
     return number
 

@@ -90,7 +90,10 @@ def _namespace(limits: Limits) -> Iterator[str]:
     # --unshare-all continues without a user namespace if there is none; --unshare-user does not.
     yield from ("--unshare-all", "--unshare-user", "--die-with-parent", "--new-session")
     yield from ("--uid", "65534", "--gid", "65534", "--cap-drop", "ALL", "--hostname", "sandbox")
-    yield from ("--proc", "/proc", "--dev", "/dev", "--size", size, "--tmpfs", "/dev/shm")
+    # bwrap leaves /proc/sys writable. If the server is root, so is the program outside of its namespace, and
+    # the kernel lets it change the settings of the whole machine.
+    yield from ("--proc", "/proc", "--remount-ro", "/proc")
+    yield from ("--dev", "/dev", "--size", size, "--tmpfs", "/dev/shm")
     yield from ("--remount-ro", "/dev", "--size", size, "--tmpfs", "/tmp", "--chdir", "/tmp")
     yield from _system_files()
 

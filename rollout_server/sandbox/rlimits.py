@@ -2,9 +2,9 @@
 
 The program runs in a session and a temporary directory of its own, with a scrubbed environment and the limits
 of supervisor.py, which also ends daemons that it leaves behind. What it cannot do: the program can read all
-files that the server can read, use the network, and signal processes of the same user, its supervisor
-included. A program that kills its supervisor and starts sessions faster than they are found may leave
-processes behind; they keep their limits of CPU time and memory. RLIMIT_FSIZE bounds one file, not their sum.
+files that the server can read, use the network, and signal other processes of the same user. A program that
+starts sessions faster than they are found may leave processes behind; they keep their limits of CPU time and
+memory. RLIMIT_FSIZE bounds one file, not their sum.
 """
 
 from __future__ import annotations

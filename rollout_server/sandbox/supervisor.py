@@ -9,20 +9,29 @@ repository does not exist: it gets the text of this file by `python -c`. Limits 
 set in the child before it becomes the program. RLIMIT_NPROC counts all processes of a user and is not
 enforced for root, so the processes are counted here, too, 20 times a second. As the subreaper this process
 inherits daemons, whose parents have ended, and finds them among its descendants.
+
+A filter of system calls (seccomp) takes from the program what would escape these limits: memory that belongs
+to no process (memfd_create, System V segments), namespaces of its own, in which it could mount file systems
+in memory, and signals to this process, which would no longer count. The program has no capabilities.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import resource
 import signal
+import struct
 import sys
 import time
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_DUMPABLE = 4
+_PR_SET_SECCOMP = 22
+_PR_SET_NO_NEW_PRIVS = 38
 _PR_SET_CHILD_SUBREAPER = 36
 _WATCH_INTERVAL_S = 0.05
 _KILL_TIMEOUT_S = 5.0
@@ -30,6 +39,40 @@ _EXTRA_TIME_S = 2.0
 """The sandbox ends a program at its time limit. If the sandbox was killed, this process does so later."""
 _PAGE_BYTES = resource.getpagesize()
 _MIB = 1 << 20
+
+_CALLS: dict[str, tuple[int, dict[str, int]]] = {
+    "x86_64": (
+        0xC000003E,
+        {
+            "memfd_create": 319, "memfd_secret": 447, "shmget": 29, "msgget": 68, "semget": 64,
+            "unshare": 272, "setns": 308, "clone": 56, "clone3": 435, "io_uring_setup": 425,
+            "kill": 62, "tkill": 200, "tgkill": 234, "rt_sigqueueinfo": 129, "rt_tgsigqueueinfo": 297,
+            "pidfd_open": 434, "prlimit64": 302, "sched_setscheduler": 144, "sched_setparam": 142,
+            "sched_setaffinity": 203, "sched_setattr": 314,
+        },
+    ),
+    "aarch64": (
+        0xC00000B7,
+        {
+            "memfd_create": 279, "memfd_secret": 447, "shmget": 194, "msgget": 186, "semget": 190,
+            "unshare": 97, "setns": 268, "clone": 220, "clone3": 435, "io_uring_setup": 425,
+            "kill": 129, "tkill": 130, "tgkill": 131, "rt_sigqueueinfo": 138, "rt_tgsigqueueinfo": 240,
+            "pidfd_open": 434, "prlimit64": 261, "sched_setscheduler": 119, "sched_setparam": 118,
+            "sched_setaffinity": 122, "sched_setattr": 274,
+        },
+    ),
+}  # fmt: skip
+"""Machine -> its AUDIT_ARCH and numbers of system calls. On other machines there is no filter."""
+_REFUSED = ("memfd_create", "memfd_secret", "shmget", "msgget", "semget", "unshare", "setns")
+_ABSENT = ("clone3", "io_uring_setup")
+"""The filter cannot see their arguments; for clone3, the C library then uses clone."""
+_ON_PROCESS = (
+    "kill", "tkill", "tgkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo", "pidfd_open",
+    "prlimit64", "sched_setscheduler", "sched_setparam", "sched_setaffinity", "sched_setattr",
+)  # fmt: skip
+"""Their first argument is a process."""
+_CLONE_NEW = 0x7E020080
+"""Flags of clone for new namespaces."""
 
 
 def main() -> None:
@@ -42,6 +85,7 @@ def main() -> None:
     prctl = ctypes.CDLL(None, use_errno=True).prctl
     prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)  # its memory is not for the program
     if limits["parent"] and os.getppid() != limits["parent"]:
         sys.exit(128 + signal.SIGTERM)  # the parent ended before prctl
     child = os.fork()
@@ -59,6 +103,8 @@ def _become(command: list[str], limits: dict[str, float]) -> None:
         os.setsid()
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         set_limits(limits)
+        drop_capabilities()
+        filter_calls()
         os.execvp(command[0], command)
     except (OSError, ValueError) as error:
         os.write(2, f"cannot start {command[0]}: {error}\n".encode())
@@ -83,6 +129,58 @@ def set_limits(limits: dict[str, float]) -> None:
         _, hard = resource.getrlimit(kind)
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(kind, (value, value))
+
+
+def drop_capabilities() -> None:
+    """For root: without them it cannot mount, or change what belongs to others. They do not come back."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    libc.capset(struct.pack("=Ii", 0x20080522, 0), bytes(24))
+
+
+def filter_calls() -> None:
+    """Refuses system calls of this process, and of those it starts. Its parent is the supervisor.
+
+    Call `drop_capabilities` first: the kernel wants it.
+    """
+    arch, numbers = _CALLS.get(os.uname().machine, (0, {}))
+    if not numbers:
+        return
+    code = _filter(arch, numbers, supervisor=os.getppid())
+    size = len(code) // 8
+    program = ctypes.create_string_buffer(code, len(code))
+    # struct sock_fprog: the number of instructions, and where they are.
+    fprog = ctypes.create_string_buffer(struct.pack("@HP", size, ctypes.addressof(program)))
+    ctypes.CDLL(None, use_errno=True).prctl(
+        _PR_SET_SECCOMP, 2, fprog, 0, 0
+    )  # a kernel without seccomp has no filter
+
+
+def _filter(arch: int, numbers: dict[str, int], *, supervisor: int) -> bytes:
+    """The filter in classic BPF: 8 bytes for each instruction (linux/seccomp.h, linux/bpf_common.h)."""
+    load, jump_if_equal, jump_if_any_bit, give = 0x20, 0x15, 0x45, 0x06
+    allow, refuse, absent = 0x7FFF0000, 0x50000 | errno.EPERM, 0x50000 | errno.ENOSYS
+    call_at, arch_at, argument_at = 0, 4, 16  # in struct seccomp_data; of the argument its lower half
+
+    def op(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
+        return struct.pack("=HBBI", code, if_true, if_false, value & 0xFFFFFFFF)
+
+    parts = [op(load, arch_at), op(jump_if_equal, arch, 1), op(give, absent), op(load, call_at)]
+    if arch == _CALLS["x86_64"][0]:  # its x32 variant has other numbers
+        parts += [op(jump_if_any_bit, 1 << 30, 0, 1), op(give, absent)]
+    for names, outcome in ((_REFUSED, refuse), (_ABSENT, absent)):
+        for name in names:
+            parts += [op(jump_if_equal, numbers[name], 0, 1), op(give, outcome)]
+    parts += [op(jump_if_equal, numbers["clone"], 0, 4), op(load, argument_at)]
+    parts += [op(jump_if_any_bit, _CLONE_NEW, 0, 1), op(give, refuse), op(give, allow)]
+    for name in _ON_PROCESS:
+        # The supervisor, its group, and all processes (-1).
+        targets = (supervisor, -supervisor, -1)
+        parts += [op(jump_if_equal, numbers[name], 0, 2 + 2 * len(targets)), op(load, argument_at)]
+        for target in targets:
+            parts += [op(jump_if_equal, target, 0, 1), op(give, refuse)]
+        parts.append(op(give, allow))
+    return b"".join([*parts, op(give, allow)])
 
 
 def _watch(child: int, limits: dict[str, float], signals: set[signal.Signals]) -> tuple[int, str]:

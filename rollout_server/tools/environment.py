@@ -27,8 +27,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from areal_like.errors import ConfigError
+from areal_like.errors import ConfigError, EpisodeError
 from rollout_server.environments.base import Environment, Message, Reply, Step, ToolCall
+from rollout_server.environments.exchange import awaitable
 from rollout_server.tools.tool import Answer, Tool
 
 
@@ -73,7 +74,9 @@ class ToolEnvironment(Environment):
         """Runs the calls of a reply. Metrics: `tool_calls`, `tool_errors`, `unknown_tools`."""
         metrics = {"tool_calls": float(len(reply.tool_calls)), "tool_errors": 0.0, "unknown_tools": 0.0}
         if not reply.tool_calls:
-            last = await self.final(reply)
+            last = await awaitable(self.final(reply), call="final")
+            if last is None:
+                raise EpisodeError("final() returned None: return the reward, a number, or a Step")
             if isinstance(last, Step):
                 return replace(last, metrics={**metrics, **last.metrics})
             return Step(reward=float(last), done=True, metrics=metrics)

@@ -111,6 +111,7 @@ def test_presets_apply_on_top_of_a_file(tmp_path: Path) -> None:
         (["objective=nope"], "known choices are"),
         (["objective=null"], "known choices are"),
         (["trainer.lr=abc"], "trainer.lr: want a number"),
+        (["sampling.stop=abc"], r"sampling.stop: want a list such as \[a, b\], got 'abc'"),
         (["trainer.num_steps=1.5"], "trainer.num_steps: want int"),
         (["trainer.num_steps=0"], "at least 1"),
         (["max_staleness=-1"], "max_staleness must be at least 0"),

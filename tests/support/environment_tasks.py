@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -83,6 +84,8 @@ class Echo(Environment):
                     [sys.executable, "-c", _DAEMON], check=True, stdout=subprocess.PIPE, text=True
                 )
                 return Step(messages=[said(made.stdout)])
+            case "thread":
+                threading.Thread(target=time.sleep, args=(3600,), daemon=True).start()
             case "pid":
                 return Step(messages=[said(str(os.getpid()))])
             case "random":

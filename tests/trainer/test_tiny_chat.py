@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import AutoTokenizer
 
 from areal_like.adding import noisy_demonstration
 from areal_like.config import Config, ModelConfig
@@ -150,3 +151,7 @@ def test_each_variant_has_its_own_model(tmp_path: Any, monkeypatch: pytest.Monke
         weights.add((tmp_path / str(number) / "model.safetensors").read_bytes())
         assert path == str(tmp_path / str(number))
     assert len(weights) == 2
+    random = ModelConfig(renderer=TINY_RENDERER, warm_start_steps=0)
+    own_task = Config(task={"_target_": "my_agents.Guess"}, model=random)
+    tokenizer = AutoTokenizer.from_pretrained(prepare_model(own_task, out_dir=tmp_path / "own"))
+    assert tokenizer.chat_template == chat_tokenizer().chat_template

@@ -16,7 +16,7 @@ from typing import Any
 
 from areal_like.errors import EpisodeError
 from areal_like.wire.unpacking import unpack
-from rollout_server.environments.workers.exchange import MAX_ANSWER_BYTES
+from rollout_server.environments.exchange import MAX_ANSWER_BYTES
 from rollout_server.frames import HEADER, pack
 
 _REAP_DELAY_S = 0.3

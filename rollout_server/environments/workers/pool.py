@@ -19,8 +19,8 @@ from typing import Any
 
 from areal_like.errors import ConfigError, EnvironmentLostError, EpisodeError
 from rollout_server.environments.base import Message, Reply, Step
+from rollout_server.environments.exchange import checked_start, checked_step, reply_fields
 from rollout_server.environments.workers.connection import WorkerConnection
-from rollout_server.environments.workers.exchange import checked_start, checked_step, reply_fields
 from rollout_server.environments.workers.zygote_process import ZygoteProcess
 from rollout_server.tasks.base import Split
 
@@ -124,7 +124,10 @@ class EnvironmentPool:
 
     async def open(self, *, split: Split, index: int, seed: int) -> EnvironmentSession:
         """An environment for one sample of an example. Raises EnvironmentLostError without a process."""
-        worker = await self._take_worker()
+        try:
+            worker = await self._take_worker()
+        except OSError as error:  # too many open files
+            raise EnvironmentLostError(f"no process for an environment can be started: {error}") from error
         self._open[worker] = f"{split} {index}"
         return EnvironmentSession(self, worker, start=[split, index, seed])
 

@@ -9,13 +9,13 @@ The first frame, null, is answered as soon as the process runs. The example is r
 index), so a task's answers need not be serialized. The environment runs in this process's event loop, so its
 own asyncio tasks go on between the calls; calls that block only delay this environment. The process is used
 again because a fork of a large process costs more than most episodes, unless the environment has left a
-child process, a daemon thread, or more than half of the memory that one may have.
+child process, a thread (a tool that was abandoned at its time limit), or more than half of the memory that
+one may have.
 """
 
 from __future__ import annotations
 
 import asyncio
-import numbers
 import os
 import random
 import resource
@@ -32,7 +32,7 @@ import msgpack
 from areal_like.errors import ConfigError, EpisodeError
 from areal_like.runtime.process import adopt_orphans
 from rollout_server.environments.base import Environment, Message, Reply, Step
-from rollout_server.environments.workers.exchange import MAX_ANSWER_BYTES, reply_of
+from rollout_server.environments.exchange import MAX_ANSWER_BYTES, awaitable, reply_of, step_fields
 from rollout_server.frames import HEADER, pack
 from rollout_server.tasks.base import Example, Split, Task
 
@@ -79,13 +79,17 @@ class _Worker:
         if request is None:
             return None, ""
         call, *arguments = request
+        called = call
         try:
             match call:
-                case "check":
-                    self._make(*arguments).check()
-                    return None, ""
-                case "reset":
-                    return await self._reset(*arguments), ""
+                case "check" | "reset":
+                    called = "environment"
+                    environment = self._make(*arguments)
+                    called = call
+                    if call == "check":
+                        environment.check()
+                        return None, ""
+                    return await self._reset(environment), ""
                 case "step":
                     return await self._step(reply_of(*arguments)), ""
                 case _:
@@ -93,11 +97,12 @@ class _Worker:
         # An environment's code may raise anything, also SystemExit; only its own sample fails.
         except BaseException as raised:
             self._is_out_of_memory |= isinstance(raised, MemoryError)
-            return False if call == "close" else None, self._described(call, raised)
+            return False if call == "close" else None, self._described(called, raised)
 
-    async def _reset(self, split: Split, index: int, seed: int) -> tuple[list[Message], list[Any]]:
-        self._environment = environment = self._make(split, index, seed)
-        return list(await environment.reset()), list(environment.tools)
+    async def _reset(self, environment: Environment) -> tuple[list[Message], list[Any]]:
+        self._environment = environment
+        messages = await awaitable(environment.reset(), call="reset")
+        return list(messages), list(environment.tools)
 
     def _make(self, split: Split, index: int, seed: int) -> Environment:
         # A fork copies the generators' states: without this, environments in different processes would draw
@@ -117,13 +122,9 @@ class _Worker:
         environment.seed = seed
         return environment
 
-    async def _step(self, reply: Reply) -> tuple[list[Message], float, bool, dict[str, float]]:
+    async def _step(self, reply: Reply) -> list[Any]:
         assert self._environment is not None
-        step = await self._environment.step(reply)
-        if not isinstance(step, Step):
-            raise EpisodeError(f"step() returned {type(step).__name__}: return a Step")
-        metrics = {str(name): _number(value, name=name) for name, value in step.metrics.items()}
-        return list(step.messages), _number(step.reward, name="reward"), bool(step.done), metrics
+        return step_fields(await awaitable(self._environment.step(reply), call="step"))
 
     async def _close(self) -> bool:
         """Closes the environment; False if this process should not serve another one."""
@@ -132,8 +133,8 @@ class _Worker:
             await environment.close()
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
             task.cancel()
-        leaves = _has_children() or _has_daemon_threads()
-        return not (self._is_out_of_memory or leaves or _address_space() > self._retire_at_bytes)
+        is_used_up = self._is_out_of_memory or _address_space() > self._retire_at_bytes
+        return not (is_used_up or _has_threads() or _has_children())
 
     def _described(self, call: str, raised: BaseException) -> str:
         """The message of an exception, and the place of the task's code where it was raised."""
@@ -170,22 +171,15 @@ class _OneAnswer(Environment):
         return Step(done=True)
 
 
-def _number(value: Any, *, name: str) -> float:
-    if callable(item := getattr(value, "item", None)):
-        value = item()  # numpy and torch scalars
-    if not isinstance(value, numbers.Real):
-        raise EpisodeError(f"step() returned {name}={value!r:.100}: return a number")
-    return float(value)
-
-
 def _address_space() -> int:
     """Bytes of this process's address space, as RLIMIT_AS counts them."""
     return int(Path("/proc/self/statm").read_text().split()[0]) * _PAGE_BYTES
 
 
-def _has_daemon_threads() -> bool:
-    """True if a thread runs that nobody waits for, such as a tool that exceeded its time limit."""
-    return any(thread.daemon for thread in threading.enumerate())
+def _has_threads() -> bool:
+    """True if a thread runs, besides those of asyncio's executor, which stay when they have no work."""
+    others = set(threading.enumerate()) - {threading.main_thread()}
+    return any(not thread.name.startswith("asyncio_") for thread in others)
 
 
 def _has_children() -> bool:

@@ -123,7 +123,10 @@ class Zygote:
 
     def _obey(self) -> bool:
         """Does what one packet says; False at the end of the socket."""
-        packet, descriptors, _, _ = socket.recv_fds(self._control, MAX_PACKET_BYTES, 1)
+        try:
+            packet, descriptors, _, _ = socket.recv_fds(self._control, MAX_PACKET_BYTES, 1)
+        except ConnectionError:
+            return False
         if not packet:
             return False
         order, worker = msgpack.unpackb(packet)
@@ -186,9 +189,10 @@ class Zygote:
     def _kill_orphans(self) -> None:
         """Kills what ended workers have left behind: it has become a child of this process."""
         children = Path(f"/proc/self/task/{self._pid}/children")
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # a kernel without this file
             for pid in set(map(int, children.read_text().split())).difference(self._pids.values()):
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
 
     def _report(self, worker: int, reason: str) -> None:
         message: Any = ["ended", worker, reason]

@@ -105,7 +105,7 @@ class ZygoteProcess:
 
     def close(self) -> None:
         """Ends the process, which ends its workers first, and waits for it."""
-        has_workers = self.ready.done()
+        has_workers = self.ready.done() and not self.ready.cancelled() and self.ready.exception() is None
         self._end()
         if has_workers:
             self._process.send_signal(signal.SIGCONT)  # it may be stopped

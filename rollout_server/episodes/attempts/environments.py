@@ -63,7 +63,8 @@ async def running_environments(
         if num_tokens >= context_tokens:
             raise ConfigError(
                 f"the messages of the first environment have {num_tokens} tokens, and a sequence at most "
-                f"{context_tokens}: raise rollout.max_context or task.max_prompt_tokens"
+                f"{context_tokens}: raise rollout.max_context, or without it the smallest of "
+                "task.max_prompt_tokens, episode.max_tokens and trainer.tokens_per_microbatch"
             )
         yield Environments(
             pool=pool,

@@ -7,18 +7,21 @@ import math
 from typing import Any
 
 import msgpack
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from areal_like.errors import EpisodeError
 from areal_like.trajectory import FinishReason
-from rollout_server.environments.base import Reply, ToolCall
-from rollout_server.environments.workers.exchange import (
+from rollout_server.environments.base import Reply, Step, ToolCall
+from rollout_server.environments.exchange import (
+    awaitable,
     checked_start,
     checked_step,
     reply_fields,
     reply_of,
+    step_fields,
 )
 
 HELLO = {"role": "user", "content": "hello"}
@@ -67,6 +70,7 @@ def test_bad_starts_are_refused(value: Any, problem: str) -> None:
         ([[HELLO], 0.0, 1, {}], "no valid step"),
         ([[], 0.0, False, {}], "done=False without messages"),
         ([[HELLO], math.nan, False, {}], "the reward nan: return a finite number"),
+        ([[HELLO], 1e300, False, {}], "the reward 1e+300: return a finite number (float32)"),
         ([[HELLO], "1", False, {}], "the reward '1': return a finite number"),
         ([[HELLO], 0.0, True, {"speed": math.inf}], "the metric 'speed' inf: return a finite number"),
         ([[HELLO], 0.0, True, {"x" * 65: 1.0}], "names of at most 64 characters"),
@@ -76,6 +80,19 @@ def test_bad_steps_are_refused(value: Any, problem: str) -> None:
     with pytest.raises(EpisodeError) as refused:
         checked_step(value)
     assert problem in str(refused.value)
+
+
+def test_what_a_method_returned_is_named() -> None:
+    with pytest.raises(EpisodeError, match="returned list: write it as `async def reset`"):
+        awaitable([HELLO], call="reset")
+    for returned, problem in ((1.0, "step() returned float: return a Step"), (None, "NoneType")):
+        with pytest.raises(EpisodeError) as refused:
+            step_fields(returned)
+        assert problem in str(refused.value)
+    with pytest.raises(EpisodeError, match="reward='1': return a number"):
+        step_fields(Step(reward="1", done=True))  # type: ignore[arg-type]
+    numpy_step = Step(reward=np.float32(0.5), done=True, metrics={"speed": np.int64(2)})  # type: ignore[arg-type, dict-item]
+    assert checked_step(step_fields(numpy_step)).reward == 0.5
 
 
 _ANYTHING = st.recursive(

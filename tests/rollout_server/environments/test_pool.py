@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import random
+import resource
 import signal
 import time
 from collections.abc import AsyncIterator, Callable
@@ -158,6 +159,9 @@ def test_a_lost_process_costs_only_its_own_sample() -> None:
                 await all_gone(*left)
                 await until(lambda: not environments._closing)
                 assert not environments._idle and environments.num_restarts == 4
+                assert await answer_of(environments, "thread") == "thread"
+                await until(lambda: not environments._closing)
+                assert not environments._idle and environments.num_restarts == 4
                 assert (await bystander.step(reply("pid"))).messages[0]["content"] == own
             await until(lambda: not environments._closing)
             pid = await pid_of_worker(environments)
@@ -166,6 +170,53 @@ def test_a_lost_process_costs_only_its_own_sample() -> None:
             assert await pid_of_worker(environments) != pid
 
     run(body)
+
+
+def test_no_file_descriptors_left_is_no_error_of_the_server() -> None:
+    async def body() -> None:
+        async with pool() as environments:
+            limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (len([*Path("/proc/self/fd").iterdir()]), limits[1]))
+            try:
+                with pytest.raises(EnvironmentLostError, match=r"can be started: .* Too many open files"):
+                    await environments.open(split="train", index=0, seed=0)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            assert await answer_of(environments, "fine") == "fine"
+
+    run(body)
+
+
+@pytest.mark.parametrize("end", ["leaves the pool", "is killed", "is killed while the zygote is stopped"])
+def test_what_environments_have_started_ends_with_the_server(end: str) -> None:
+    server, sent = os.pipe()
+    if (pid := os.fork()) == 0:  # the server
+
+        async def body() -> None:
+            async with pool() as environments:
+                session = await environments.open(split="train", index=0, seed=0)
+                await session.reset()
+                left = [
+                    (await session.step(reply(text))).messages[0]["content"] for text in ("fork", "daemon")
+                ]
+                assert environments._zygote is not None
+                zygote = environments._zygote.pid
+                if "stopped" in end:
+                    os.kill(zygote, signal.SIGSTOP)
+                os.write(sent, " ".join([str(zygote), *left]).encode())
+                if "killed" in end:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        try:
+            asyncio.run(body())
+        finally:
+            os._exit(0)
+    os.close(sent)
+    os.waitpid(pid, 0)
+    left = [int(text) for text in os.read(server, 1000).split()]
+    os.close(server)
+    assert len(left) == 3
+    asyncio.run(all_gone(*left))
 
 
 def test_a_cancelled_call_is_closed_in_order() -> None:

@@ -216,6 +216,50 @@ def test_bwrap_has_no_network_and_no_other_processes(bwrap: Sandbox) -> None:
     assert "ConnectionRefusedError" in result.stderr or "Network is unreachable" in result.stderr
 
 
+def test_what_escapes_the_limits_is_refused(sandbox: Sandbox) -> None:
+    # Signal 0 and a namespace of its own change nothing outside, also where this fails.
+    program = """
+import ctypes, errno, os, subprocess, sys, threading
+libc = ctypes.CDLL(None, use_errno=True)
+parent = os.getppid()
+calls = {
+    "memfd_create": lambda: libc.memfd_create(b"x", 0),
+    "shmget": lambda: libc.shmget(0, 4096, 0o1600),
+    "unshare": lambda: libc.unshare(0x10000000),
+    "kill": lambda: libc.kill(parent, 0),
+    "kill all": lambda: libc.kill(-1, 0),
+    "prlimit": lambda: libc.prlimit(parent, 0, None, None),
+}
+for name, call in calls.items():
+    print(name, call(), errno.errorcode[ctypes.get_errno()])
+print([line.split()[1] for line in open("/proc/self/status") if line.startswith(("CapEff", "CapPrm"))])
+thread = threading.Thread(target=os.kill, args=(os.getpid(), 0))
+thread.start()
+thread.join()
+print(subprocess.run([sys.executable, "-c", "print(1)"], capture_output=True, text=True, check=True).stdout)
+"""
+    result = sandbox.run(program)
+    *refused, capabilities, one, _ = result.stdout.splitlines()
+    assert len(refused) == 6 and all(line.endswith(" -1 EPERM") for line in refused), result
+    assert set(eval(capabilities)) == {"0" * 16} and one == "1", result
+
+
+def test_bwrap_shows_no_kernel_setting_to_change(bwrap: Sandbox) -> None:
+    # Opens and writes nothing: where this fails, a program of root would change the machine.
+    program = """
+import os
+def opens(path):
+    try:
+        os.close(os.open(path, os.O_WRONLY))
+    except OSError:
+        return False
+    return True
+paths = [os.path.join(folder, name) for folder, _, names in os.walk("/proc/sys") for name in names]
+print(len(paths) > 100, [path for path in paths + ["/proc/1/mem", "/proc/2/mem"] if opens(path)])
+"""
+    assert bwrap.run(program).stdout == "True []\n"
+
+
 def test_bwrap_has_no_place_for_large_data(bwrap: Sandbox) -> None:
     """Every directory that can be written is bounded: not one file, but all files together."""
     program = (

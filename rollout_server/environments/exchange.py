@@ -7,11 +7,12 @@ JSON types only, numbers are finite, sizes are bounded. Pure.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import numbers
+from collections.abc import Awaitable, Sequence
 from typing import Any
 
 from areal_like.errors import EpisodeError
-from areal_like.trajectory import FinishReason
+from areal_like.trajectory import LARGEST_REWARD, FinishReason
 from rollout_server.environments.base import Message, Reply, Step, ToolCall
 
 MAX_ANSWER_BYTES = 4 << 20
@@ -40,6 +41,21 @@ def reply_of(fields: Sequence[Any]) -> Reply:
         finish_reason=FinishReason(finish_reason),
         num_tokens=num_tokens,
     )
+
+
+def awaitable(returned: Any, *, call: str) -> Awaitable[Any]:
+    """What a method of an environment returned. Raises EpisodeError if it is no `async def`."""
+    if not isinstance(returned, Awaitable):
+        raise EpisodeError(f"{call}() returned {type(returned).__name__}: write it as `async def {call}`")
+    return returned
+
+
+def step_fields(step: Any) -> list[Any]:
+    """What `step` returned, as the values of one frame. Raises EpisodeError that says what to return."""
+    if not isinstance(step, Step):
+        raise EpisodeError(f"step() returned {type(step).__name__}: return a Step")
+    metrics = {str(name): _number(value, name=name) for name, value in step.metrics.items()}
+    return [list(step.messages), _number(step.reward, name="reward"), bool(step.done), metrics]
 
 
 def checked_start(value: Any) -> tuple[list[Message], list[dict[str, Any]]]:
@@ -117,9 +133,17 @@ def _check_json(value: Any, *, name: str, depth: int = 0) -> None:
         _check_json(part, name=name, depth=depth + 1)
 
 
+def _number(value: Any, *, name: str) -> float:
+    if callable(item := getattr(value, "item", None)):
+        value = item()  # numpy and torch scalars
+    if not isinstance(value, numbers.Real):
+        raise EpisodeError(f"step() returned {name}={value!r:.100}: return a number")
+    return float(value)
+
+
 def _finite(value: Any, *, name: str) -> float:
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise EpisodeError(f"step() returned {name} {value!r:.100}: return a finite number")
+    if not isinstance(value, int | float) or not abs(value) <= LARGEST_REWARD:
+        raise EpisodeError(f"step() returned {name} {value!r:.100}: return a finite number (float32)")
     return float(value)
 
 
