@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rollout_server.environments.base import Environment, Message, Reply, Step
@@ -76,7 +77,7 @@ class Echo(Environment):
                 # The child holds this process's socket, and is in a session of its own.
                 if (pid := os.fork()) == 0:
                     os.setsid()
-                    time.sleep(3600)
+                    _outlive_the_worker()
                 return Step(messages=[said(str(pid))])
             case "daemon":
                 # An orphan in a session of its own.
@@ -105,6 +106,17 @@ class Echo(Environment):
             case "metrics":
                 return Step(messages=[said("")], metrics={str(n): 1.0 for n in range(100)})
         return None
+
+
+def _outlive_the_worker() -> None:
+    """Sleeps until this process is killed, or nobody is left to kill it.
+
+    A test that kills the zygote, too, would else wait for the server's stderr, which this process holds.
+    """
+    with contextlib.suppress(OSError):
+        while b"environments.workers" in Path(f"/proc/{os.getppid()}/cmdline").read_bytes():
+            time.sleep(0.1)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 _DAEMON = """
