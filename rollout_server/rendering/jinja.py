@@ -19,6 +19,7 @@ from rollout_server.environments.base import Message
 from rollout_server.rendering.base import ChatRenderer, ParsedReply, ToolSchema
 from rollout_server.rendering.replies import Markers, parse_json_call, split_reply
 
+_REASONING = "reasoning_content"
 _PROBE_TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
@@ -32,6 +33,7 @@ _PROBE_TOOL: dict[str, Any] = {
     },
 }
 _PROBE_REPLY = "ProbeReply"
+_PROBE_REASONING = "ProbeReasoning"
 _MAX_ERROR_CHARS = 300
 _TOKENS_OF_A_MARKER = 16
 """The marker that begins the reasoning, and the white space after it, has at most as many tokens."""
@@ -116,7 +118,7 @@ class JinjaRenderer(ChatRenderer):
         if not (until_turn.startswith(prompt) and whole.startswith(until_turn)):
             return None
         turn = until_turn[len(prompt) :]
-        reasoning = str(messages[-1].get("reasoning_content") or "").strip()
+        reasoning = str(messages[-1].get(_REASONING) or "").strip()
         if reasoning not in turn:  # the template strips the reasoning from every turn
             return None
         end = max(turn.rfind(text) for text in self._stop_texts.values())
@@ -149,6 +151,29 @@ class JinjaRenderer(ChatRenderer):
         except EpisodeError:
             return ""
 
+    @cached_property
+    def _knows_reasoning(self) -> bool:
+        """True if the template renders the reasoning of a reply; probed with the last reply of a list."""
+        reply = {"role": "assistant", "content": _PROBE_REPLY, _REASONING: _PROBE_REASONING}
+        try:
+            return _PROBE_REASONING in self._rendered(
+                [{"role": "user", "content": "hello"}, reply], (), False
+            )
+        except EpisodeError:
+            return True
+
+    def _with_reasoning(self, message: Message) -> Message:
+        """The message with its reasoning as a part of its text, for a template that would leave it out.
+
+        A policy that writes reasoning without its template's help (many base models) has it in the text of
+        its earlier replies.
+        """
+        if not message.get(_REASONING) or self._knows_reasoning:
+            return message
+        begin, end = self.markers.reasoning_begin, self.markers.reasoning_end
+        text = f"{begin}\n{message[_REASONING]}\n{end}\n\n{message['content']}"
+        return {key: value for key, value in message.items() if key != _REASONING} | {"content": text}
+
     def _encode(self, text: str) -> list[int]:
         # The template contains the special tokens: adding them again would double the BOS.
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -158,6 +183,13 @@ class JinjaRenderer(ChatRenderer):
         messages: Sequence[Message],
         tools: Sequence[ToolSchema],
         add_generation_prompt: bool = True,
+    ) -> str:
+        return self._rendered(
+            [self._with_reasoning(message) for message in messages], tools, add_generation_prompt
+        )
+
+    def _rendered(
+        self, messages: Sequence[Message], tools: Sequence[ToolSchema], add_generation_prompt: bool
     ) -> str:
         try:
             return str(

@@ -151,9 +151,8 @@ def filter_calls() -> None:
     program = ctypes.create_string_buffer(code, len(code))
     # struct sock_fprog: the number of instructions, and where they are.
     fprog = ctypes.create_string_buffer(struct.pack("@HP", size, ctypes.addressof(program)))
-    ctypes.CDLL(None, use_errno=True).prctl(
-        _PR_SET_SECCOMP, 2, fprog, 0, 0
-    )  # a kernel without seccomp has no filter
+    # A kernel without seccomp has no filter.
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_SECCOMP, 2, fprog, 0, 0)
 
 
 def _filter(arch: int, numbers: dict[str, int], *, supervisor: int) -> bytes:

@@ -211,6 +211,23 @@ def test_stripped_reasoning_begins_a_segment() -> None:
     talk(["<think>1</think>x", "<think>2</think>y", "<think>3</think>z"], body, template=STRIPPING)
 
 
+def test_reasoning_stays_where_the_template_does_not_know_it() -> None:
+    """There it is a part of the text: in the sampled tokens, and in a list that is rendered again."""
+
+    async def body(conversation: Conversation, engine: Scripted) -> None:
+        messages = [user("a")]
+        for text in "xyz":
+            reply = await conversation.say(messages)
+            assert reply.text == text
+            messages = [*messages, reply.message, user("b")]
+        assert conversation.to_trajectory(Outcome()).segments == ()
+        assert engine.renderer.decode(engine.renderer.render(messages[1:3])) == (
+            "[assistant]<think>\n1\n</think>\n\nx<|end|>[user]b<|end|>[assistant]"
+        )
+
+    talk(["<think>1</think>x", "<think>\n2\n</think>\n\ny", "z"], body, template=TOOLLESS)
+
+
 def test_a_template_without_ends_of_turns_begins_segments() -> None:
     async def body(conversation: Conversation, engine: Scripted) -> None:
         reply = await conversation.say([user("a")])

@@ -16,6 +16,7 @@ one may have.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import resource
@@ -72,7 +73,8 @@ class _Worker:
             value, error = await self._answer(request)
             frame = self._packed(value, time.perf_counter() - started_s, error)
             writer.write(frame)
-            await writer.drain()
+            with contextlib.suppress(ConnectionError):  # the end of the stream follows
+                await writer.drain()
 
     async def _answer(self, request: list[Any] | None) -> tuple[Any, str]:
         """The value of a call, and why it has none."""
