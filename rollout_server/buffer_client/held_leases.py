@@ -61,11 +61,8 @@ class HeldLeases:
         self._held: dict[int, _HeldLease] = {}
         self.num_at: Counter[Place] = Counter()
         """Samples of held leases that are missing, by their place."""
-
-    @property
-    def holding_samples(self) -> int:
+        self.holding_samples = 0
         """Samples of held leases that are missing."""
-        return self.num_at.total()
 
     @property
     def free_samples(self) -> int:
@@ -99,6 +96,7 @@ class HeldLeases:
             missing=dict.fromkeys(lease.sample_indices, Place.ENGINE)
         )
         self.num_at[Place.ENGINE] += len(held.missing)
+        self.holding_samples += len(held.missing)
         return True
 
     def moved(self, lease_id: int, sample_index: int, place: Place) -> None:
@@ -119,6 +117,7 @@ class HeldLeases:
         if held is None or result.sample_index not in held.missing:
             return False
         self.num_at[held.missing.pop(result.sample_index)] -= 1
+        self.holding_samples -= 1
         held.unacknowledged[result.sample_index] = _Unacknowledged(result=result, sent_s=now_s)
         return True
 
@@ -135,7 +134,9 @@ class HeldLeases:
         """Removes leases with all their samples and results; returns the leases that were held."""
         dropped = [lease_id for lease_id in dict.fromkeys(lease_ids) if lease_id in self._held]
         for lease_id in dropped:
-            self.num_at.subtract(self._held.pop(lease_id).missing.values())
+            missing = self._held.pop(lease_id).missing
+            self.num_at.subtract(missing.values())
+            self.holding_samples -= len(missing)
         return dropped
 
     def drop_unfinished(self) -> list[int]:
