@@ -196,7 +196,7 @@ def test_an_episode_is_a_record_with_its_turns() -> None:
             assert sampled == "ab\0tool(5)\0c\0" and trajectory.finish_reason is FinishReason.STOP
             ends = [text.index("ab\0") + 3, text.index("tool(5)\0") + 8, len(text)]
             assert trajectory.turns == tuple((end, 0.5) for end in ends) and trajectory.reward == 1.5
-            assert trajectory.metrics == {"turns": 3.0, "tool_calls": 1.0, "chars": 3.0}
+            assert trajectory.metrics == {"tool_calls": 1.0, "chars": 3.0}
             assert sorted(set(trajectory.versions.tolist())) == [-1, 0, 1, 2]
             assert len({sampling.sampling_seed for sampling in job.engine.sampling}) == 3
             assert job.places == [Place.TOOL, *[Place.ENGINE, Place.TOOL] * 3]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -146,3 +146,14 @@ def run_ranks(
     finally:
         ranks.kill()  # the ranks are its forks and die with it
     assert ranks.returncode == 0, output
+
+
+def flattened(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """All metrics as numbers, those in mappings by `name.key`."""
+    flat: dict[str, float] = {}
+    for name, value in metrics.items():
+        if isinstance(value, Mapping):
+            flat |= flattened(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

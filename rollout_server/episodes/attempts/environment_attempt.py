@@ -68,11 +68,7 @@ class EnvironmentAttempt(Attempt):
                 scored.score if scored is not None else None,
                 num_turns=num_turns,
                 step_rewards=self._step_rewards,
-                step_metrics={
-                    "turns": float(num_turns),
-                    "tool_calls": float(self._num_tool_calls),
-                    **self._metrics,
-                },
+                step_metrics={"tool_calls": float(self._num_tool_calls), **self._metrics},
             )
         except ValueError as error:
             raise RewardError(str(error)) from None
