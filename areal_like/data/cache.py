@@ -27,7 +27,7 @@ from typing import Any
 from areal_like.data.reading import Text, file_hash, load_hub, texts_of_file, texts_of_hub
 from areal_like.data.sources import HubSource
 from areal_like.errors import ConfigError
-from areal_like.paths import cache_dir, write_json
+from areal_like.paths import cache_dir
 
 _LAYOUT = 1
 """Part of the entries' names: entries of another layout are not found."""
@@ -113,7 +113,7 @@ def _built(name: str, texts: Iterator[Text], *, label: str, key: str) -> Entry:
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
-        write_json(path.with_suffix(".json"), {"label": label, "sha256": content})
+        _write_json(path.with_suffix(".json"), {"label": label, "sha256": content})
     except OSError as error:
         raise ConfigError(
             f"{key}: the rows of {label} cannot be stored in {path.parent}: {error}; XDG_CACHE_HOME names "
@@ -137,6 +137,14 @@ def _write(path: Path, texts: Iterator[Text]) -> str:
                 digest.update(len(row).to_bytes(8, "little") + row)
             out.write_batch(pyarrow.record_batch([rows, numbers], schema=schema))
     return digest.hexdigest()
+
+
+def _write_json(path: Path, value: Any) -> None:
+    # Not paths.write_json: processes of several containers that share a cache can have the same number.
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text(json.dumps(value))
+    partial.replace(path)
 
 
 def _batched(texts: Iterator[Text]) -> Iterator[tuple[list[bytes], list[int]]]:
@@ -169,5 +177,5 @@ def _remembered_hash(path: Path) -> str:
     sha256 = file_hash(path)
     if time.time() - max(stat.st_mtime, stat.st_ctime) > _SETTLED_S:
         with contextlib.suppress(OSError):
-            write_json(remembered, {"times": times, "sha256": sha256})
+            _write_json(remembered, {"times": times, "sha256": sha256})
     return sha256
