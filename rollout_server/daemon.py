@@ -64,6 +64,8 @@ async def main(runtime: Runtime) -> None:
         raise ConfigError(
             f"eval.num_prompts={config.eval.num_prompts}: the task holds out {task.num_eval} (task.num_eval)"
         )
+    if not task.num_train:
+        raise ConfigError("task.train is not set: name the rows to train on")
     require_loopback_or_keys(config.security, config.rollout.host, setting="rollout.host")
     buffer_addresses(config)  # raises before the slow imports if the buffer's port is not set
     model = model_path(config)
@@ -71,6 +73,12 @@ async def main(runtime: Runtime) -> None:
         renderer = PromptRenderer(model, settings=config.model)
     context_tokens = longest_sequence(config, task, max_positions=renderer.max_positions)
     renderer.max_prompt_tokens = min(task.max_prompt_tokens, context_tokens - config.sampling.max_new_tokens)
+    task = task.without_long_prompts(renderer)
+    if config.eval.num_prompts > task.num_eval:
+        raise ConfigError(
+            f"eval.num_prompts={config.eval.num_prompts}: {task.num_eval} held-out prompts of the task fit "
+            "the model: lower it"
+        )
     log.info("task %s, examples %s, %s", config.task, task.fingerprint(), compute_dtype(config))
     pool = RewardPool.of(config, task)
     engine = make_engine(

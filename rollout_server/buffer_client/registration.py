@@ -23,6 +23,7 @@ def registration(
         model=model,
         tokenizer=tokenizer,
         dataset=dataset_fingerprint(config),
+        content=task.fingerprint(),
         settings=shared_settings(config, Role.ROLLOUT),
         http_address=f"{config.daemon.http_host}:{runtime.http_port}",
         weights_address=weights_address,
@@ -30,5 +31,7 @@ def registration(
         dtype=compute_dtype(config),
         device=config.rollout.engine_device,
         num_train_prompts=task.num_train,
+        source_sizes=[source.size for source in task.sources],
+        source_weights=[source.weight for source in task.sources],
         num_eval_prompts=task.num_eval,
     )
