@@ -1,14 +1,16 @@
 """What `areal-like data stats` starts: counts the rows of files, or of the splits of a configuration's task.
 
-    python -m rollout_server.data_stats [--rows N] [--heard] [--json] [--config FILE] [key=value ...]
+    python -m rollout_server.data_stats [--file FILE] [--rows N] [--heard] [--json] [--config F] [key=value]
 
-`--heard`: what a run has heard about the training prompts comes as JSON on stdin. Every row is read once, and
-some 50 bytes of it are kept. Tokens are counted if the model's tokenizer is there.
+`--file` may be repeated; without it the splits are those of the task. `--heard`: what a run has heard about
+the training prompts comes as JSON on stdin. Every row is read once, and some 50 bytes of it are kept. Tokens
+are counted if the model's tokenizer is there.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import logging
@@ -17,13 +19,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from areal_like.config import Config
+from areal_like.data import RowFormat, open_rows
 from areal_like.errors import ConfigError, UserError, first_line
 from areal_like.paths import model_path
 from areal_like.runtime.command_line import OneValue, Options, load_config, shows_help
 from areal_like.runtime.imports import torch_hidden, uncollected
 from rollout_server.data_stats.heard import HeardPrompt, summary
 from rollout_server.data_stats.report import text_of_report
-from rollout_server.data_stats.sources import Source, TaskSplit
+from rollout_server.data_stats.sources import FileRows, Source, TaskSplit
 from rollout_server.data_stats.split import Row, SplitStats
 from rollout_server.environments.base import Message
 from rollout_server.tasks.base import Example, Task, make_task
@@ -40,7 +43,9 @@ def run(values: argparse.Namespace, settings: Sequence[str]) -> int:
     config = load_config(settings)
     max_rows = _number("--rows", values.rows) if values.rows is not None else _MAX_ROWS
     task = None if values.file else make_task(config.task, seed=config.seed, sandbox=config.rewards.sandbox)
-    sources: list[Source] = [TaskSplit(task, "train"), TaskSplit(task, "eval")] if task else []
+    sources: list[Source] = (
+        [TaskSplit(task, "train"), TaskSplit(task, "eval")] if task else _files(values.file, config)
+    )
     notes: list[str] = []
     count_tokens = _token_counter(config, notes)
     limit = _prompt_limit(config, task)
@@ -65,6 +70,15 @@ def run(values: argparse.Namespace, settings: Sequence[str]) -> int:
         report["heard"] = _heard(task)
     sys.stdout.write(json.dumps(report, indent=2) + "\n" if values.json else text_of_report(report))
     return 0
+
+
+def _files(names: Sequence[str], config: Config) -> list[Source]:
+    """The files, read with the keys in the configuration's section `task`."""
+    keys = {
+        one.name: config.task[one.name] for one in dataclasses.fields(RowFormat) if one.name in config.task
+    }
+    row_format = RowFormat(**keys)
+    return [FileRows(name=name, data=open_rows(name, key="FILE"), format=row_format) for name in names]
 
 
 def _heard(task: Task) -> dict[str, Any]:
@@ -96,7 +110,7 @@ def _token_counter(config: Config, notes: list[str]) -> TokenCounter | None:
 
             renderer = PromptRenderer(model, settings=config.model)
     except ConfigError as error:
-        notes.append(f"tokens are not counted: {first_line(error)}")
+        notes.append(f"tokens are not counted (model.path=DIR names a model): {first_line(error)}")
         return None
     renderer.max_prompt_tokens = sys.maxsize
     return lambda prompt: len(renderer.encode(Example(prompt=prompt, answer=None)))

@@ -65,7 +65,7 @@ class PromptHashes:
             "normalised": sum(len(group) - 1 for group in groups),
             "conflicting": len(conflicting),
             "examples": [self._numbers(group) for group in groups[:_NUM_EXAMPLES]],
-            "conflicting_examples": [group[:_NUM_EXAMPLES].tolist() for group in conflicting[:_NUM_EXAMPLES]],
+            "conflicting_examples": [self._numbers(group) for group in conflicting[:_NUM_EXAMPLES]],
         }
 
     def overlap(self, train: PromptHashes) -> dict[str, Any]:

@@ -38,7 +38,9 @@ def _split(name: str, split: Mapping[str, Any]) -> Iterator[str]:
     )
     if found["conflicting"]:
         places = _examples(found["conflicting_examples"])
-        yield f"  {'':<20} {found['conflicting']:,} prompts have rows with different answers{places}"
+        yield f"  {'':<20} of these {found['conflicting']:,} prompts have rows with different answers{places}"
+    if 0 < split["without_answer"] < split["rows"]:
+        yield f"  {'without an answer':<20} {_share(split['without_answer'], split['rows'])}"
     for problem, broken in split["problems"].items():
         places = _examples(broken["examples"])
         yield f"  {'problem':<20} {problem}: {_share(broken['rows'], split['rows'])}{places}"

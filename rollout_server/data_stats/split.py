@@ -13,6 +13,9 @@ from rollout_server.environments.base import Message
 
 MAX_LABELS = 50
 """Most labels in the output; the others are added up."""
+MAX_PROBLEMS = 20
+"""Most different problems; rows with further ones are counted together."""
+_OTHERS = "(others)"
 _NUM_EXAMPLES = 3
 
 
@@ -41,7 +44,7 @@ class SplitStats:
         self._labels: Counter[str] = Counter()
         self._problems: Counter[str] = Counter()
         self._problem_rows: dict[str, list[int]] = {}
-        self._num_rows = 0
+        self._num_rows = self._num_without_answer = 0
 
     def add(self, row: Row) -> None:
         """Counts a row."""
@@ -52,13 +55,14 @@ class SplitStats:
             self._response_chars.add(len(row.response))
         if row.label:
             self._labels[row.label] += 1
+        self._num_without_answer += not row.answer
         if not text.strip():
             self._note("the prompt is empty")
         elif self._count_tokens is not None:
             try:
                 self._prompt_tokens.add(self._count_tokens(row.prompt))
-            except ValueError as error:
-                self._note(f"the prompt cannot be rendered: {error}")
+            except ValueError:
+                self._note("the chat template, or the model's vocabulary, cannot render the prompt")
         self._num_rows += 1
 
     def add_broken(self, problem: str) -> None:
@@ -77,7 +81,8 @@ class SplitStats:
             "prompt_tokens": self._prompt_tokens.summary(limit=self._max_prompt_tokens),
             "response_chars": self._response_chars.summary(),
             "duplicates": self.hashes.duplicates(),
-            "labels": dict(most_common) | ({"(others)": num_others} if num_others else {}),
+            "without_answer": self._num_without_answer,
+            "labels": dict(most_common) | ({_OTHERS: num_others} if num_others else {}),
             "problems": {
                 problem: {"rows": count, "examples": self._problem_rows[problem]}
                 for problem, count in self._problems.most_common()
@@ -85,6 +90,8 @@ class SplitStats:
         }
 
     def _note(self, problem: str) -> None:
+        if problem not in self._problems and len(self._problems) >= MAX_PROBLEMS:
+            problem = _OTHERS
         self._problems[problem] += 1
         examples = self._problem_rows.setdefault(problem, [])
         if len(examples) < _NUM_EXAMPLES:

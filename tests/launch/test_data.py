@@ -71,3 +71,39 @@ def test_numbers_of_a_run(tmp_path: Path) -> None:
     assert "contains no model" in report["notes"][0]
     told = areal_like("data", "stats", str(root), cwd=tmp_path)
     assert "the run: 1.5 epochs; 40 (100.0%) of the prompts were never issued" in told.stdout
+
+
+def test_numbers_of_files(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [
+        {"question": "What is 1+1?", "answer": "2", "data_source": "sums"},
+        {"question": "what is 1+1", "answer": 3},
+        {"answer": "4"},
+        {"question": "What is 1-1?"},
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]},
+        {"prompt": "Hi", "completion": "You!"},
+    ]
+    for name, part in (("a.jsonl", rows), ("b.jsonl", rows[:1] + rows[4:5])):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in part))
+    told = areal_like(
+        "data",
+        "stats",
+        "a.jsonl",
+        "b.jsonl",
+        "--json",
+        cwd=tmp_path,
+        environment={"XDG_CACHE_HOME": str(tmp_path)},
+    )
+    assert told.returncode == 0, told.stderr
+    report = json.loads(told.stdout)
+    first = report["splits"]["a.jsonl"]
+    assert (first["rows"], first["labels"], first["without_answer"]) == (6, {"sums": 1}, 2)
+    ((problem, broken),) = first["problems"].items()
+    assert "prompt, question" in problem and broken == {"rows": 1, "examples": ["a.jsonl:3"]}
+    assert first["response_chars"] == first["response_chars"] | {"num": 2, "min": 4, "max": 5}
+    repeated = first["duplicates"]
+    assert (repeated["exact"], repeated["normalised"]) == (1, 2)
+    assert repeated["examples"] == [["a.jsonl:1", "a.jsonl:2"], ["a.jsonl:5", "a.jsonl:6"]]
+    assert repeated["conflicting_examples"][0] == ["a.jsonl:1", "a.jsonl:2"]
+    (overlap,) = report["overlaps"]
+    assert (overlap["split"], overlap["exact"], overlap["rows"]) == ("b.jsonl", 2, 2)
+    assert overlap["examples"] == [["b.jsonl:1", "a.jsonl:1"], ["b.jsonl:2", "a.jsonl:5"]]

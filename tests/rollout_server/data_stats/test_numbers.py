@@ -20,10 +20,10 @@ from rollout_server.data_stats.lengths import Lengths
 WORDS = st.lists(st.sampled_from(["a", "A", "b", "a?", " b", "1-1", "1*1", "é"]), max_size=40)
 
 
-def hashes(prompts: list[str], answers: list[str] | None = None) -> PromptHashes:
+def hashes(prompts: list[str]) -> PromptHashes:
     found = PromptHashes()
-    for row, prompt in enumerate(prompts):
-        found.add(prompt, answer=answers[row] if answers else "")
+    for prompt in prompts:
+        found.add(prompt)
     return found
 
 
@@ -68,9 +68,15 @@ def test_repeated_prompts_are_counted(train: list[str], held_out: list[str]) -> 
 
 
 def test_conflicting_answers_are_found() -> None:
-    found = hashes(["1+1", "2+2", "1+1?", "2+2", "3+3"], ["2", "4", "3", "4", "6"]).duplicates()
-    assert (found["normalised"], found["conflicting"]) == (2, 1)
-    assert found["conflicting_examples"] == [[0, 2]]
+    found = PromptHashes()
+    for prompt, answer in [("1+1", "2"), ("2+2", "4"), (None, ""), ("1+1?", "3"), ("2+2", "4"), ("3+3", "6")]:
+        if prompt is None:
+            found.skip()
+        else:
+            found.add(prompt, answer=answer)
+    told = found.duplicates()
+    assert (told["normalised"], told["conflicting"]) == (2, 1)
+    assert told["conflicting_examples"] == [[0, 3]] and told["examples"] == [[0, 3], [1, 4]]
 
 
 def test_heard_prompts_by_outcome_and_label() -> None:
