@@ -184,6 +184,9 @@ def _from_file(path: Path, overrides: list[str]) -> dict[str, Any]:
         raise ConfigError(f"--config {path}: no such file")
     try:
         merged: Any = OmegaConf.load(path)
+        defaults = to_mapping(Config())
+        # A single setting of a section that the file leaves out changes that section's default.
+        merged = OmegaConf.merge({key: defaults[key] for key in OPEN_SECTIONS if key not in merged}, merged)
         settings = []
         for override in overrides:
             section, _, choice = override.partition("=")
