@@ -126,8 +126,8 @@ class Ledger:
             self._lifecycle.readmit(ticket)
 
     def finish_recovery(self) -> None:
-        """Cancels the evaluations of the earlier buffer, and records the groups that can be recorded."""
-        self._lifecycle.cancel_evals()
+        """Cancels evaluations that cannot go on, and records the groups that can be recorded."""
+        self._lifecycle.cancel_unusable_evals()
         self._lifecycle.record_ready_groups()
 
     def close_store(self) -> None:

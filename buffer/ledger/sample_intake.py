@@ -84,7 +84,7 @@ class SampleIntake:
         if ticket is not None:
             if num_sampled == 0 or self._is_invalid(ticket, record) or self._is_invalid_zero(done):
                 verdict = Verdict.INVALID
-            elif isinstance(summary := self._versions.summarize(lease_id, record), SampleSummary):
+            elif isinstance(summary := self._summary(done), SampleSummary):
                 if done.failure:
                     kind = FailureKind(done.failure)
                     self._failed_samples.count_zero(name, kind, num_tokens=num_sampled)
@@ -112,6 +112,9 @@ class SampleIntake:
             )
         return verdict
 
+    def _summary(self, done: SampleDone) -> SampleSummary | Verdict:
+        return self._versions.summarize(done.lease_id, done.record, failure=done.failure)
+
     def _is_invalid_zero(self, done: SampleDone) -> bool:
         """True if a sample claims a failure that is not trained on with reward 0, or has another reward."""
         if not done.failure:
@@ -121,12 +124,12 @@ class SampleIntake:
 
     def _is_invalid(self, ticket: Ticket, record: Record) -> bool:
         """True if a sample was aborted, is too long, or is not of the kind that was leased."""
+        if record.finish_reason is FinishReason.ABORT:
+            return True
+        if ticket.purpose is Purpose.EVAL:  # it need not fit into a micro-batch
+            return record.num_tokens > self._settings.max_eval_tokens
         return (
-            record.finish_reason is FinishReason.ABORT
-            or (
-                ticket.purpose is Purpose.TRAIN
-                and record.is_greedy is not ticket.is_greedy(record.sample_index)
-            )
+            record.is_greedy is not ticket.is_greedy(record.sample_index)
             or record.num_tokens > self._settings.max_tokens
             or record.longest_segment > self._settings.max_segment_tokens
         )
@@ -134,12 +137,12 @@ class SampleIntake:
     def _accept(self, ticket: Ticket, sample: SampleSummary, record: Record) -> None:
         self._lifecycle.remove_from_lease(ticket, sample.lease_id, record.sample_index, arrived=True)
         ticket.samples[record.sample_index] = sample
+        self._store.put_sample(sample, record)
         if ticket.purpose is Purpose.EVAL:
-            self._lifecycle.mark_evaluated(ticket, sample)
+            self._lifecycle.end_eval_sample(ticket)
             return
         if not ticket.is_greedy(record.sample_index):
             self._counters.count_training_sample(sample)
-        self._store.put_sample(sample, record)
         if len(ticket.samples) == ticket.num_samples:
             self._complete(ticket)
         else:

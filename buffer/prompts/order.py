@@ -9,6 +9,7 @@ changes which prompts are issued, never the order.
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -44,6 +45,16 @@ def sampling_seed(seed: int, ticket_id: int, num_failures: int) -> int:
     sampled text may have caused the failure.
     """
     return mix(mix(mix(seed & MASK_64) ^ ticket_id) ^ num_failures) >> 34
+
+
+def evaluation_seed(seed: int, eval_set: str, prompt_index: int) -> int:
+    """30-bit sampling seed of a prompt of an evaluation set, the same in every evaluation of a job.
+
+    So two evaluations differ in their weights and not in their random numbers. It does not change after a
+    failed sample either: an evaluation must not choose the answers that its reward survives.
+    """
+    name = int.from_bytes(hashlib.sha256(eval_set.encode()).digest()[:8], "big")
+    return mix(mix(mix(seed & MASK_64) ^ name) ^ prompt_index) >> 34
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
