@@ -20,7 +20,6 @@ from rollout_server.context_length import longest_evaluation
 from rollout_server.episodes.attempts.environments import Environments, running_environments
 from rollout_server.rendering.prompt_renderer import PromptRenderer
 from rollout_server.rewards.pool import RewardPool
-from rollout_server.rewards.worker import is_async_reward
 from rollout_server.tasks.base import Task, make_task
 
 
@@ -127,6 +126,6 @@ def _config_of(config: Config, one: EvalSetConfig, task: Task) -> Config:
     if not one.task:
         return config
     rollout = config.rollout
-    if not is_async_reward(task):
+    if not task.has_async_reward:
         rollout = dataclasses.replace(rollout, reward_concurrency=1)
     return dataclasses.replace(config, task=one.task, rollout=rollout)
