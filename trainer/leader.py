@@ -37,6 +37,7 @@ from trainer.buffer_client.client import StopRequestedError, TrainerBufferClient
 from trainer.evaluation import Evaluations
 from trainer.metrics.prometheus import TrainerSeries
 from trainer.metrics.run_files import WARM_UP_STEPS, MetricsFile, step_row, write_summary
+from trainer.trackers.feed import Trackers
 from trainer.weight_sync.broadcaster import Broadcaster
 from trainer.weight_sync.publisher import Publisher, PushReport
 from trainer.weight_sync.snapshot import Snapshot
@@ -46,6 +47,7 @@ from trainer.weight_sync.weight_checks import CheckReport
 log = logging.getLogger(__name__)
 
 _CALL_TIMEOUT_S = 60.0
+_TRACKERS_END_S = 20.0
 
 
 class Leader:
@@ -65,6 +67,12 @@ class Leader:
         self._paths = RunPaths.of(config)
         self._metrics = MetricsFile(self._paths.metrics, start_step=step)
         self._series = TrainerSeries(buffer.runtime.metrics)
+        self._trackers = Trackers.of(
+            config,
+            start_step=step,
+            is_rewound=self._metrics.num_dropped > 0,
+            on_outcome=self._series.tracked,
+        )
         self._evaluations = Evaluations(config, buffer, on_reward=self._series.evaluated)
         self._staleness: StalenessController | None = None
         if config.max_staleness == "auto":
@@ -187,7 +195,7 @@ class Leader:
         training_seconds = time.monotonic() - self._training_started_s
         eval_after = self._evaluate_last_weights() if finished and self._metrics.num_rows else None
         self._buffer.run(self._publisher.close(), name="weight groups to dissolve", timeout_s=30)
-        write_summary(
+        summary = write_summary(
             self._paths.summary,
             totals=self._metrics.totals(),
             counters_at_start=self._counters_at_start,
@@ -204,8 +212,14 @@ class Leader:
             training_seconds=training_seconds,
         )
         self._metrics.close()
+        self.close(summary)
         if finished:
             self._buffer.call(FinishRun(), timeout_s=_CALL_TIMEOUT_S)
+
+    def close(self, summary: dict[str, Any] | None = None) -> None:
+        """Ends the trackers, in a limited time. Also after an error, then without `summary`."""
+        limit_s = min(_TRACKERS_END_S, self._config.daemon.drain_timeout_s / 3)
+        self._trackers.close(summary, limit_s=limit_s, waits=self._buffer.runtime.waits)
 
     def status(self) -> dict[str, Any]:
         """Rank 0's part of the trainer's /status."""
@@ -215,6 +229,7 @@ class Leader:
             "last_checks": {name: asdict(report) for name, report in self._last_checks.items()},
             "weights_version": self._publisher.active_version if hasattr(self, "_publisher") else 0,
             "servers": [asdict(server) for server in self._buffer.directory.servers],
+            "trackers": self._trackers.status(),
         }
 
     def _wait_for_checkpoint_weights(self) -> None:
@@ -276,6 +291,7 @@ class Leader:
             row["eval_reward"] = eval_reward
         self._metrics.append(row)
         self._series.stepped(step, metrics | row)
+        self._trackers.stepped(self._metrics.last)
         names = ("reward_mean", "loss", "tokens_per_s_trained")
         self._buffer.stats = {name: row[name] for name in names if math.isfinite(row[name])}
 

@@ -56,6 +56,8 @@ _PUSH_PARTS = {
     "broadcast": "Seconds of a push from the request to the engines to the end of the last broadcast",
     "stall": "Longest time that one engine decoded nothing because of a push",
 }
+TRACKER_OUTCOMES = ("logged", "failed", "left_out")
+"""Of a row: the tracker has written it, has raised, or was not given it because it was too slow or off."""
 
 
 class TrainerSeries:
@@ -112,6 +114,13 @@ class TrainerSeries:
         )
         self._version = metrics.gauge("trainer_weights_version", "Newest version active at an engine")
         self._eval = metrics.gauge("trainer_eval_reward", "Mean held-out greedy reward")
+        self._tracked = metrics.counter(
+            "trainer_tracker_rows", "Rows for trackers by outcome", label="outcome", values=TRACKER_OUTCOMES
+        )
+
+    def tracked(self, outcome: str) -> None:
+        """Counts a row that a tracker has got, or has not. From any thread."""
+        self._tracked.labels(outcome).inc()
 
     def checked(self, report: CheckReport) -> None:
         """Updates the series after a check of an engine's weights."""
