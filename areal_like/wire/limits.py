@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from areal_like.config.common import NAME, NAME_RULE
+from areal_like.config.evaluation import MAX_SETS, SET_NAME
 from areal_like.data.mixture import MAX_SOURCES
 from areal_like.errors import RefusedError
 from areal_like.wire.messages.consumer import CloseAdmission, TrainerHeartbeat
@@ -40,6 +41,7 @@ _LIMITS: dict[type, dict[str, int]] = {
         "tokenizer": MAX_WORD_CHARS,
         "dataset": MAX_WORD_CHARS,
         "content": MAX_WORD_CHARS,
+        "eval_content": MAX_WORD_CHARS,
         "settings": MAX_SETTINGS_CHARS,
         "http_address": MAX_ADDRESS_CHARS,
         "weights_address": MAX_ADDRESS_CHARS,
@@ -87,17 +89,21 @@ def _check_hello(hello: Hello) -> None:
     num_sources = len(hello.source_sizes)
     if num_sources > MAX_SOURCES or num_sources != len(hello.source_weights):
         raise RefusedError("source_sizes", f"want at most {MAX_SOURCES}, and as many weights")
-    if not _CONTENT.fullmatch(hello.content):
-        raise RefusedError("content", "want 16 hexadecimal digits, or nothing")
+    for name in ("content", "eval_content"):
+        if not _CONTENT.fullmatch(getattr(hello, name)):
+            raise RefusedError(name, "want 16 hexadecimal digits, or nothing")
     numbers = {
         "incarnation": hello.incarnation,
         "weights_version": hello.weights_version,
-        "num_eval_prompts": hello.num_eval_prompts,
         "rank": hello.rank,
     }
     for name, number in numbers.items():
         if number < 0:
             raise RefusedError(name, "is negative")
+    if len(hello.eval_sets) > MAX_SETS or not all(map(SET_NAME.fullmatch, hello.eval_sets)):
+        raise RefusedError("eval_sets", f"at most {MAX_SETS} sets with valid names are accepted")
+    if min(hello.eval_sets.values(), default=0) < 0:
+        raise RefusedError("eval_sets", "has a negative number")
 
 
 def _check_stats(stats: Mapping[str, float]) -> None:

@@ -25,7 +25,7 @@ from buffer.tables.incarnations import TRAINER
 
 log = logging.getLogger(__name__)
 
-_OPTIONAL = ("dtype", "content")
+_OPTIONAL = ("dtype", "content", "eval_content")
 """Fields of a Hello that are compared only where they are not empty."""
 _MAX_GONE = 1024
 """Servers that have left whose statistics are kept apart, because they may come back."""
@@ -89,7 +89,7 @@ class ConnectedPeers:
         Also for a name of the other role, an address outside this machine, and too many peers.
         `tells_values`: the reason contains the job's value, because the peer has a key.
         """
-        for name in ("job", "num_shards", "shard", "dataset", "content", "model", "tokenizer", "dtype"):
+        for name in ("job", "num_shards", "shard", "dataset", "model", "tokenizer", *_OPTIONAL):
             expected, owner = self._expected.get(name, (getattr(hello, name), hello.name))
             # The trainer does not know the content, and peers of an earlier release send no dtype.
             is_compared = name not in _OPTIONAL or getattr(hello, name)

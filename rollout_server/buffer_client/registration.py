@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from areal_like.automatic_settings import compute_dtype
 from areal_like.runtime.daemon import Runtime
 from areal_like.wire.fingerprint import dataset_fingerprint, shared_settings
 from areal_like.wire.messages.hello import Hello, Role
+from rollout_server.job_tasks import content_of
 from rollout_server.tasks.base import Task
 
 
 def registration(
-    runtime: Runtime, task: Task, *, fingerprints: tuple[str, str], weights_address: str, weights_version: int
+    runtime: Runtime,
+    task: Task,
+    *,
+    eval_tasks: Mapping[str, Task],
+    fingerprints: tuple[str, str],
+    weights_address: str,
+    weights_version: int,
 ) -> Hello:
-    """`fingerprints`: of model and tokenizer. `weights_address`: where the server takes weight pushes."""
+    """`eval_tasks`: of the evaluation sets. `fingerprints`: of model and tokenizer. `weights_address`: where
+    the server takes weight pushes."""
     config = runtime.config
     model, tokenizer = fingerprints
     return Hello(
@@ -24,6 +34,7 @@ def registration(
         tokenizer=tokenizer,
         dataset=dataset_fingerprint(config),
         content=task.fingerprint(),
+        eval_content=content_of(eval_tasks),
         settings=shared_settings(config, Role.ROLLOUT),
         http_address=f"{config.daemon.http_host}:{runtime.http_port}",
         weights_address=weights_address,
@@ -33,5 +44,5 @@ def registration(
         num_train_prompts=task.num_train,
         source_sizes=[source.size for source in task.sources],
         source_weights=[source.weight for source in task.sources],
-        num_eval_prompts=task.num_eval,
+        eval_sets={name: task.num_eval for name, task in eval_tasks.items()},
     )

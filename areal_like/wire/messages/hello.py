@@ -49,6 +49,8 @@ class Hello:
     content: str = ""
     """Rollout servers: `Task.fingerprint`, over the content of data files and the first examples; equal in
     all servers of a job. Empty: not compared."""
+    eval_content: str = ""
+    """The same of all evaluation sets together."""
     settings: str = ""
     """`fingerprint.shared_settings`: the settings that must equal the buffer's, as text. Empty: not
     compared."""
@@ -72,8 +74,8 @@ class Hello:
     `num_train_prompts`. Empty: no mixture."""
     source_weights: list[float] = field(default_factory=list)
     """As many weights: how often each task is drawn."""
-    num_eval_prompts: int = 0
-    """Rollout servers: number of the task's held-out prompts."""
+    eval_sets: dict[str, int] = field(default_factory=dict)
+    """Rollout servers: number of held-out prompts that the task of each evaluation set has, by name."""
     rank: int = 0
     """Trainer rank."""
     world_size: int = 1
