@@ -76,8 +76,9 @@ def read(path):
 targets = TARGETS
 for number, path in enumerate(targets):
     read(path)
-    os.symlink(path, f"/tmp/link{number}")
-    read(f"/tmp/link{number}")
+    link = f"{os.environ['TMPDIR']}/link{number}"
+    os.symlink(path, link)
+    read(link)
     read("/tmp/" + "../" * 20 + path)
     for pid in ("self", *PIDS, os.getppid(), SERVER_PID):
         read(f"/proc/{pid}/root{path}")
