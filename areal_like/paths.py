@@ -91,6 +91,11 @@ class RunPaths:
         return self.root / "wandb"
 
     @property
+    def evaluations(self) -> Path:
+        """One JSON object for each evaluation of each set."""
+        return self.root / "evaluations.jsonl"
+
+    @property
     def summary(self) -> Path:
         """Summary of the run, one JSON object written at its end."""
         return self.root / "summary.json"

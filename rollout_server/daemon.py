@@ -41,7 +41,7 @@ from rollout_server.context_length import longest_sequence
 from rollout_server.episodes.attempts.environments import Environments, running_environments
 from rollout_server.episodes.base import SingleTurn
 from rollout_server.episodes.lease_runner import LeaseRunner
-from rollout_server.eval_sets import EvalSet, eval_contexts, eval_tasks, running_eval_sets
+from rollout_server.eval_sets import EvalSet, eval_contexts, eval_tasks, job_rewards, running_eval_sets
 from rollout_server.inference.client import EngineClient
 from rollout_server.inference.concurrency import ConcurrencyController, EngineLoad
 from rollout_server.inference.engine import Engine, make_engine
@@ -74,7 +74,7 @@ async def main(runtime: Runtime) -> None:
     )
     renderer.max_prompt_tokens = min(task.max_prompt_tokens, context_tokens - config.sampling.max_new_tokens)
     log.info("task %s, examples %s, %s", config.task, task.fingerprint(), compute_dtype(config))
-    pool = RewardPool.of(config, task)
+    pool = job_rewards(config, task, tasks_of_sets.values())
     engine = make_engine(
         config,
         name=runtime.name,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
 
 from areal_like.config import Config, EvalSetConfig
@@ -20,7 +20,6 @@ from rollout_server.context_length import longest_evaluation
 from rollout_server.episodes.attempts.environments import Environments, running_environments
 from rollout_server.rendering.prompt_renderer import PromptRenderer
 from rollout_server.rewards.pool import RewardPool
-from rollout_server.rewards.worker import is_async_reward
 from rollout_server.tasks.base import Task, make_task
 
 
@@ -55,6 +54,17 @@ def eval_tasks(config: Config, task: Task) -> dict[str, Task]:
                 f"{setting}={one.num_prompts}: the task holds out {tasks[name].num_eval} (task.num_eval)"
             )
     return tasks
+
+
+def job_rewards(config: Config, task: Task, tasks_of_sets: Iterable[Task]) -> RewardPool:
+    """The reward processes of the job's task. Raises ConfigError as `RewardPool.of`.
+
+    `rollout.reward_concurrency` may be meant for the rewards of an evaluation set alone.
+    """
+    is_for_a_set = any(other.has_async_reward for other in tasks_of_sets)
+    return RewardPool.of(
+        _one_at_a_time(config) if is_for_a_set and not task.has_async_reward else config, task
+    )
 
 
 def eval_contexts(
@@ -126,7 +136,9 @@ def _config_of(config: Config, one: EvalSetConfig, task: Task) -> Config:
     """The job's configuration with the set's task; one reward at a time if its reward is synchronous."""
     if not one.task:
         return config
-    rollout = config.rollout
-    if not is_async_reward(task):
-        rollout = dataclasses.replace(rollout, reward_concurrency=1)
-    return dataclasses.replace(config, task=one.task, rollout=rollout)
+    of_set = dataclasses.replace(config, task=one.task)
+    return of_set if task.has_async_reward else _one_at_a_time(of_set)
+
+
+def _one_at_a_time(config: Config) -> Config:
+    return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, reward_concurrency=1))
