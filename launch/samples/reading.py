@@ -140,7 +140,8 @@ class RunLedgers:
     def _newest_step(self) -> int | None:
         """The newest step that the trainer has completed; else the newest with a group."""
         places = "FROM tickets WHERE step IS NOT NULL AND state IN ('batched', 'trained')"
-        done, newest = [], []
+        done: list[int] = []
+        newest: list[int] = []
         for directory in self._directories:
             completed = "coalesce((SELECT value FROM marks WHERE name = 'trainer_step'), 0)"
             for query, found in (
