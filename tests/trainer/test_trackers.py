@@ -144,7 +144,7 @@ def test_wandb_offline_has_one_whole_series(tmp_path: Path, monkeypatch: pytest.
     assert [one["_step"] for one in rows] == list(range(6))
     assert [one["train/reward_mean"] for one in rows] == [0.25] * 3 + [0.75] * 3
     assert [one["training/global_step"] for one in rows] == list(range(6))
-    assert [one["_timestamp"] for one in rows] == [row(step)["time_unix_s"] for step in range(6)]
+    assert [int(one["_timestamp"]) for one in rows] == [row(step)["time_unix_s"] for step in range(6)]
     evaluated = [one for one in rows if "eval/step" in one]
     assert [(one["_step"], one["eval/step"], one["eval/sums/pass@8"]) for one in evaluated] == [
         (1, 0, 0.875),

@@ -92,8 +92,10 @@ class WeightsAndBiases(Tracker):
     def log(self, row: TrackedRow) -> None:
         """Writes the row. W&B takes no row of an earlier step: an evaluation joins the newest one."""
         self._step = max(self._step, row.step)
-        further = {_EVALUATION_STEP: row.step} if row.is_evaluation else {"_timestamp": row.time_unix_s}
-        self._run.log({**row.numbers, **further}, step=self._step)
+        numbers = {**row.numbers, "_timestamp": row.time_unix_s}
+        if row.is_evaluation:
+            numbers[_EVALUATION_STEP] = row.step
+        self._run.log(numbers, step=self._step)
 
     def summarize(self, summary: Mapping[str, Any]) -> None:
         """Adds the run's summary under `summary/`; W&B's own summary has the last row."""
