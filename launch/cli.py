@@ -49,6 +49,13 @@ COMMANDS = {
         "checks a run's ledger, trajectories and checkpoints: exit code 1 and the offending ids if they "
         "contradict each other",
     ),
+    "samples": Command(
+        "samples",
+        "samples RUN [--step K] [--set NAME] [--ticket T] [--worst N] [--best N] [--limit N] [--full] "
+        "[--json]",
+        "shows samples as text, with rewards, versions and lags by turn: by default the worst and the best "
+        "of the newest step; --set: of an evaluation set",
+    ),
     "drop": Command(
         "drop",
         "drop RUN TICKET ...",
