@@ -120,6 +120,9 @@ class Config(Section):
     mappings."""
     kl: KlConfig = field(default_factory=KlConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    trackers: tuple[str | dict[str, Any], ...] = ()
+    """Programs that show the run's metrics: `tensorboard`, `wandb`, or mappings with `name` (or `_target_`)
+    and that tracker's own settings. metrics.jsonl is written with and without them."""
     daemon: DaemonConfig = field(default_factory=DaemonConfig)
     security: SecurityConfig = field(default_factory=SecurityConfig)
 

@@ -175,8 +175,9 @@ class Ledger:
         return self._failed_samples.job_failure_reason
 
     def take_notices(self) -> list[str]:
-        """Quarantines of servers since the last call, as texts for the log."""
-        return self._failed_samples.take_notices()
+        """What the log should tell since the last call: quarantines of servers, rows of groups without
+        spread."""
+        return [*self._failed_samples.take_notices(), *self._intake.take_notices()]
 
     @property
     def last_rejection(self) -> str:

@@ -16,6 +16,9 @@ from buffer.ledger.lifecycle import TicketLifecycle
 from buffer.ledger.state import LedgerState
 from buffer.tickets import Drop, SampleSummary, Ticket, Verdict
 
+_MANY_WITHOUT_SPREAD = 256
+"""Groups without spread in a row at which the log says so; then at twice as many, and so on."""
+
 
 class SampleIntake:
     """Accepts or refuses samples, and decides whether a complete group is trained on."""
@@ -31,6 +34,9 @@ class SampleIntake:
         self._counters = state.counters
         self.last_rejection = ""
         """Description of the last group that the `single_version` filter rejected; empty: none was."""
+        self._num_without_spread = 0
+        """Groups in a row that the `spread` filter dropped."""
+        self._notices: list[str] = []
 
     def samples_done(self, name: str, samples: Sequence[SampleDone]) -> list[Verdict]:
         """Takes the samples that a server sent. The caller acknowledges them when they are durable."""
@@ -149,11 +155,29 @@ class SampleIntake:
         group_filter = self._settings.group_filter
         if group_filter == "spread" and are_equal_rewards([s.reward for s in ticket.training_samples]):
             self._lifecycle.drop(ticket, Drop.NO_SPREAD)
+            self._note_without_spread(ticket)
         elif group_filter == "single_version" and not self._is_single_version(ticket.samples.values()):
             self.last_rejection = _describe_mixed_versions(ticket)
             self._lifecycle.drop(ticket, Drop.REJECTED)
         else:
+            self._num_without_spread = 0
             self._lifecycle.mark_ready(ticket)
+
+    def take_notices(self) -> list[str]:
+        """Rows of groups without spread since the last call, as texts for the log."""
+        notices, self._notices = self._notices, []
+        return notices
+
+    def _note_without_spread(self, ticket: Ticket) -> None:
+        """A step for which no group has spread waits without end, so the log has to tell."""
+        self._num_without_spread += 1
+        rows, rest = divmod(self._num_without_spread, _MANY_WITHOUT_SPREAD)
+        if not rest and rows & (rows - 1) == 0:
+            self._notices.append(
+                f"buffer.group_filter=spread has dropped {self._num_without_spread} groups in a row, because "
+                f"the rewards of each were all equal (the last: {ticket.training_samples[0].reward:g}): the "
+                "task is solved, or too hard for the policy; `areal-like data stats RUN` counts both kinds"
+            )
 
     def _is_single_version(self, samples: Iterable[SampleSummary]) -> bool:
         """True if all tokens come from the same weights. A push and its repetition have the same weights."""

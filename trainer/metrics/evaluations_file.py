@@ -15,7 +15,7 @@ from typing import Any
 from areal_like.config import EvalSetConfig
 from areal_like.evaluation.statistics import EvalStatistics
 from areal_like.wire.messages.evaluation import EvalResult, SampleOutcome
-from trainer.metrics.run_files import earlier_rows
+from trainer.metrics.run_files import read_rows
 
 
 def statistics_of(result: EvalResult, settings: EvalSetConfig) -> EvalStatistics:
@@ -91,7 +91,7 @@ class EvaluationsFile:
         """The newest row of each set."""
         partial = path.with_suffix(".partial")
         with partial.open("w") as kept:
-            for row in earlier_rows(path):
+            for row in read_rows(path):
                 if start_step > 0 and row["step"] <= start_step:
                     kept.write(json.dumps(row) + "\n")
                     self._note(row)
@@ -103,6 +103,10 @@ class EvaluationsFile:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         self._note(row)
+
+    def sets_of(self, step: int) -> set[str]:
+        """The sets whose newest row is of this step."""
+        return {name for name, row in self.last.items() if row["step"] == step}
 
     def summary(self) -> dict[str, dict[str, Any]]:
         """Set -> its first and its last row, `before` and `after`."""
