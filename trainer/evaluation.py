@@ -33,7 +33,7 @@ class _Requested:
 
 
 class Evaluations:
-    """Runs one evaluation at a time: `run` waits for its results, `start_if_due` and `poll` let training continue.
+    """Runs one evaluation at a time: `run` waits for its results, while the other methods let training go on.
 
     IDLE -> start_if_due() -> RUNNING -> poll(): the results so far ... -> poll(): the last result -> IDLE
 
