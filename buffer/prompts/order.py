@@ -1,4 +1,4 @@
-"""The order of training prompts: each epoch is a pseudo-random permutation (`areal_like/permutation.py`).
+"""The order of training prompts: each epoch is a pseudo-random permutation (areal_like/data/permutation.py).
 
 Its whole state is one integer (the cursor), so resuming needs no stored permutation and replays nothing. No
 library upgrade can change the order in a resumed run. A curriculum (`curriculum.py`) chooses among
@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from areal_like.permutation import permuted
+from areal_like.data.permutation import permuted
 from areal_like.shards import WHOLE, Shard
 from areal_like.splitmix64 import MASK_64, mix
 from buffer.prompts.curriculum import Curriculum

@@ -15,7 +15,7 @@ from typing import Any
 from areal_like.config import EvalSetConfig
 from areal_like.evaluation.statistics import EvalStatistics
 from areal_like.wire.messages.evaluation import EvalResult, SampleOutcome
-from trainer.metrics.run_files import earlier_rows
+from trainer.metrics.run_files import read_rows
 
 
 def statistics_of(result: EvalResult, settings: EvalSetConfig) -> EvalStatistics:
@@ -91,7 +91,7 @@ class EvaluationsFile:
         """The newest row of each set."""
         partial = path.with_suffix(".partial")
         with partial.open("w") as kept:
-            for row in earlier_rows(path):
+            for row in read_rows(path):
                 if start_step > 0 and row["step"] <= start_step:
                     kept.write(json.dumps(row) + "\n")
                     self._note(row)

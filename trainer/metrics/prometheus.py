@@ -67,6 +67,8 @@ _PUSH_PARTS = {
     "broadcast": "Seconds of a push from the request to the engines to the end of the last broadcast",
     "stall": "Longest time that one engine decoded nothing because of a push",
 }
+TRACKER_OUTCOMES = ("logged", "failed", "left_out")
+"""Of a row: the tracker has written it, has raised, or was not given it because it was too slow or off."""
 
 
 class TrainerSeries:
@@ -135,6 +137,13 @@ class TrainerSeries:
             ("set", "k"),
             [(name, str(k)) for name, one in sets.items() for k in one.ks],
         )
+        self._tracked = metrics.counter(
+            "trainer_tracker_rows", "Rows for trackers by outcome", label="outcome", values=TRACKER_OUTCOMES
+        )
+
+    def tracked(self, outcome: str) -> None:
+        """Counts a row that a tracker has got, or has not. From any thread."""
+        self._tracked.labels(outcome).inc()
 
     def checked(self, report: CheckReport) -> None:
         """Updates the series after a check of an engine's weights."""

@@ -61,13 +61,17 @@ class MetricsFile:
     def __init__(self, path: Path, *, start_step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.num_rows = 0
+        self.num_dropped = 0
+        """Rows of steps that will be trained again."""
         self.last: dict[str, Any] = {}
         """The newest row; empty before the first."""
         partial = path.with_suffix(".partial")
         with partial.open("w") as kept:
-            for row in earlier_rows(path):
+            for row in read_rows(path):
                 if row["step"] < start_step:
                     self._write(row, kept)
+                else:
+                    self.num_dropped += 1
         partial.replace(path)
         self._file = path.open("a+")
 
@@ -128,7 +132,7 @@ class _Mean:
         return self._sum / self._num if self._num else None
 
 
-def earlier_rows(path: Path) -> Iterator[dict[str, Any]]:
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The rows that are in the file; a last line that a crash cut short is left out."""
     if not path.exists():
         return
