@@ -80,8 +80,9 @@ COMMANDS = {
         "data stats FILE ... [--rows N] [--json] [key=value ...]\n"
         "       areal-like data stats CONFIG|--config FILE [RUN] [--rows N] [--json] [key=value ...]\n"
         "       areal-like data stats RUN [--rows N] [--json] [key=value ...]",
-        "what is in files of rows, or in the task of a configuration: lengths, repeated prompts, held-out "
-        "prompts that are also in training, labels, broken rows; with a run, solve rates heard so far",
+        "what is in files of rows (the first is the training split), or in the task of a configuration: "
+        "lengths, repeated prompts, held-out prompts that are also in training, labels, broken rows; with a "
+        "run, solve rates heard so far",
     ),
     "rollout": Command(
         "join",
