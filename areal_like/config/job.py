@@ -11,6 +11,7 @@ from areal_like.config.common import NAME, NAME_RULE, Section, require
 from areal_like.config.episode import EpisodeConfig, RewardsConfig
 from areal_like.config.rollout import RolloutConfig, SamplingConfig
 from areal_like.config.security import SecurityConfig
+from areal_like.config.sft import SftConfig
 from areal_like.config.trainer import KlConfig, TrainerConfig
 from areal_like.config.weights import WeightsConfig
 from areal_like.hosts import is_loopback
@@ -137,6 +138,7 @@ class Config(Section):
     mappings."""
     kl: KlConfig = field(default_factory=KlConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
     daemon: DaemonConfig = field(default_factory=DaemonConfig)
     security: SecurityConfig = field(default_factory=SecurityConfig)
 
