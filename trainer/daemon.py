@@ -47,6 +47,7 @@ from trainer.models.policy import build_policy
 from trainer.step.build import build_step_runner
 from trainer.step.recipe import StepRecipe
 from trainer.step.runner import IncompleteStepError
+from trainer.trackers import build_trackers
 from trainer.weight_sync.backend import check_nccl
 from trainer.weight_sync.background_gather import BackgroundGather
 from trainer.weight_sync.boundary_gather import BoundaryGather
@@ -79,7 +80,7 @@ class Trainer:
             tokenizer_path=source,
             dtype=dtype,
         )
-        resume_step = self._resume_step()
+        resume_step = self._checkpoints.resume_step(config.resume, ranks)
         is_new = resume_step is None  # else a checkpoint has the weights: reading the initial ones is wasted
         self._policy = build_policy(config, source, ranks, with_weights=is_new)
         self._runner = build_step_runner(config, self._policy, ranks, initial=source, with_weights=is_new)
@@ -108,7 +109,8 @@ class Trainer:
 
     def run(self) -> None:
         """Trains until `trainer.num_steps` or a drain."""
-        with contextlib.closing(self._checkpoints):
+        leader = contextlib.closing(self._leader or contextlib.ExitStack())
+        with leader, contextlib.closing(self._checkpoints):
             if not self._begin():
                 self._snapshotter.close()
                 return
@@ -129,19 +131,6 @@ class Trainer:
             log.warning("draining: the process that started this rank is gone (torchrun's agent?)")
         return not self._ranks.any(is_asked)
 
-    def _resume_step(self) -> int | None:
-        """Step of the checkpoint to resume from; None for a new run. Collective."""
-        resume = self._config.resume
-        if not resume:
-            return None
-        is_newest = resume in ("latest", "auto")
-        step = self._checkpoints.latest(self._ranks) if is_newest else int(resume.removeprefix("step:"))
-        if step is None and resume == "latest":
-            raise ConfigError(f"resume=latest: there is no checkpoint in {self._paths.checkpoints}")
-        if step is None:
-            log.info("resume=auto: no checkpoint in %s, step 0", self._paths.checkpoints)
-        return step
-
     def _resume(self, step: int | None) -> tuple[int, dict[str, Any]]:
         """(completed steps, state of the prompt stream) of the checkpoint; (0, {}) for a new run."""
         if step is None:
@@ -149,6 +138,11 @@ class Trainer:
         extra = self._checkpoints.load(
             step, self._policy, self._runner.optimizer, self._ranks, critic=self._runner.critic
         )
+        if "stream" not in extra:
+            raise ConfigError(
+                f"{self._checkpoints.path(step)} is of supervised training: continue it with "
+                "`areal-like sft`, or start a new run from it with model.path"
+            )
         self._runner.rewards.restore(extra["shaping_duals"])
         return step, extra["stream"]
 
@@ -309,6 +303,7 @@ def _run(config: Config) -> bool:
     config = resolved(config)
     require_loopback_or_keys(config.security, config.weights.host, setting="weights.host")
     StepRecipe.of(config).check_stream(config)  # reports a mistake in the settings before anything is loaded
+    build_trackers(config.trackers)  # reports a package that is missing
     torch.set_num_threads(config.trainer.num_threads)
     device = device_of(config)
     activations = "recomputed" if recomputes_activations(config) else "kept"

@@ -35,8 +35,10 @@ from trainer.adaptive_staleness import StalenessController
 from trainer.batching.packing import PackedBatch
 from trainer.buffer_client.client import StopRequestedError, TrainerBufferClient
 from trainer.evaluation import Evaluations
+from trainer.metrics.evaluations_file import EvaluationsFile
 from trainer.metrics.prometheus import TrainerSeries
 from trainer.metrics.run_files import WARM_UP_STEPS, MetricsFile, step_row, write_summary
+from trainer.trackers.feed import Trackers
 from trainer.weight_sync.broadcaster import Broadcaster
 from trainer.weight_sync.publisher import Publisher, PushReport
 from trainer.weight_sync.snapshot import Snapshot
@@ -46,6 +48,7 @@ from trainer.weight_sync.weight_checks import CheckReport
 log = logging.getLogger(__name__)
 
 _CALL_TIMEOUT_S = 60.0
+_TRACKERS_END_S = 20.0
 
 
 class Leader:
@@ -64,8 +67,15 @@ class Leader:
         self._training_started_s = started_s
         self._paths = RunPaths.of(config)
         self._metrics = MetricsFile(self._paths.metrics, start_step=step)
-        self._series = TrainerSeries(buffer.runtime.metrics)
-        self._evaluations = Evaluations(config, buffer, on_reward=self._series.evaluated)
+        self._evaluations_file = EvaluationsFile(self._paths.evaluations, start_step=step)
+        self._evaluations = Evaluations(config, buffer, on_row=self._on_evaluation)
+        self._series = TrainerSeries(buffer.runtime.metrics, eval_sets=config.eval.resolved_sets)
+        self._trackers = Trackers.of(
+            config,
+            start_step=step,
+            is_rewound=self._metrics.num_dropped > 0,
+            on_outcome=self._series.tracked,
+        )
         self._staleness: StalenessController | None = None
         if config.max_staleness == "auto":
             self._staleness = StalenessController(cap=config.max_staleness_cap, target=config.ess_target)
@@ -121,6 +131,8 @@ class Leader:
             if self._step == 0 and self._evaluations.is_enabled:
                 self._buffer.state = "evaluating"
                 self._eval_before = self._evaluations.run(step=0, min_version=self._publisher.active_version)
+            else:
+                self._evaluate_interrupted()
         except StopRequestedError as stop:
             log.info("%s", stop)
         self._training_started_s = time.monotonic()
@@ -151,8 +163,7 @@ class Leader:
         self._record_row(step, metrics | {"max_staleness": staleness_bound})
         if self._step == WARM_UP_STEPS:
             self._counters_after_warm_up = self._get_counters()
-        is_due = self._step % self._config.eval.interval == 0 and self._step < self._config.trainer.num_steps
-        if is_due and self._evaluations.is_enabled:
+        if self._is_evaluation_due:
             self._evaluations.start(step=self._step, min_version=self._publisher.active_version)
 
     def stream_state(self, step: int) -> dict[str, Any]:
@@ -187,7 +198,7 @@ class Leader:
         training_seconds = time.monotonic() - self._training_started_s
         eval_after = self._evaluate_last_weights() if finished and self._metrics.num_rows else None
         self._buffer.run(self._publisher.close(), name="weight groups to dissolve", timeout_s=30)
-        write_summary(
+        summary = write_summary(
             self._paths.summary,
             totals=self._metrics.totals(),
             counters_at_start=self._counters_at_start,
@@ -197,6 +208,7 @@ class Leader:
             counted_seconds=time.monotonic() - self._counted_from_s,
             eval_before=self._eval_before,
             eval_after=eval_after,
+            evaluations=self._evaluations_file.summary(),
             weights_version=self._publisher.active_version,
             finished=finished,
             resumed_from_step=self._resumed_from_step,
@@ -204,17 +216,26 @@ class Leader:
             training_seconds=training_seconds,
         )
         self._metrics.close()
+        self._evaluations_file.close()
+        self.close(summary)
         if finished:
             self._buffer.call(FinishRun(), timeout_s=_CALL_TIMEOUT_S)
+
+    def close(self, summary: dict[str, Any] | None = None) -> None:
+        """Ends the trackers, in a limited time. Also after an error, then without `summary`."""
+        limit_s = min(_TRACKERS_END_S, self._config.daemon.drain_timeout_s / 3)
+        self._trackers.close(summary, limit_s=limit_s, waits=self._buffer.runtime.waits)
 
     def status(self) -> dict[str, Any]:
         """Rank 0's part of the trainer's /status."""
         return {
             "last": self._metrics.last,
+            "last_evaluations": self._evaluations_file.last,
             "last_push": asdict(self._last_push) if self._last_push else {},
             "last_checks": {name: asdict(report) for name, report in self._last_checks.items()},
             "weights_version": self._publisher.active_version if hasattr(self, "_publisher") else 0,
             "servers": [asdict(server) for server in self._buffer.directory.servers],
+            "trackers": self._trackers.status(),
         }
 
     def _wait_for_checkpoint_weights(self) -> None:
@@ -226,6 +247,24 @@ class Leader:
             stall_s=self._config.stall_s(start_limit_s(self._config) + self._push_limit_s),
             setting="rollout.start_timeout_s + weights.push_deadline_s",
         )
+
+    @property
+    def _is_evaluation_due(self) -> bool:
+        """True between the first and the last step, every `eval.interval` steps."""
+        step, is_last = self._step, self._step == self._config.trainer.num_steps
+        return self._evaluations.is_enabled and not is_last and step % self._config.eval.interval == 0
+
+    def _evaluate_interrupted(self) -> None:
+        """After a resume: evaluates the sets of this step that an earlier trainer has not finished."""
+        done = {name for name, row in self._evaluations_file.last.items() if row["step"] == self._step}
+        left = [name for name in self._evaluations.set_names if name not in done]
+        if left and self._is_evaluation_due and self._step:
+            version = self._publisher.active_version
+            self._evaluations.start(step=self._step, min_version=version, sets=left)
+
+    def _on_evaluation(self, row: dict[str, Any]) -> None:
+        self._evaluations_file.append(row)
+        self._series.evaluated(row, is_first=row["set"] == self._evaluations.set_names[0])
 
     def _evaluate_last_weights(self) -> float | None:
         """Also waits for the last push if evaluations are off, so that servers end with the last weights."""
@@ -276,6 +315,7 @@ class Leader:
             row["eval_reward"] = eval_reward
         self._metrics.append(row)
         self._series.stepped(step, metrics | row)
+        self._trackers.stepped(self._metrics.last)
         names = ("reward_mean", "loss", "tokens_per_s_trained")
         self._buffer.stats = {name: row[name] for name in names if math.isfinite(row[name])}
 

@@ -51,4 +51,5 @@ class SftConfig(Section, key="sft"):
             require(getattr(self, name) >= 1, f"sft.{name} must be at least 1")
         for name in ("num_steps", "batch_tokens"):
             require(getattr(self, name) >= 0, f"sft.{name} must be at least 0")
-        require(self.max_row_tokens == 0 or self.max_row_tokens >= 2, "sft.max_row_tokens: use 0, or 2 or more")
+        is_limit = self.max_row_tokens == 0 or self.max_row_tokens >= 2
+        require(is_limit, f"sft.max_row_tokens={self.max_row_tokens}: use 0, or at least 2")

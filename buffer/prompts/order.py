@@ -1,4 +1,4 @@
-"""The order of training prompts: each epoch is a pseudo-random permutation (`areal_like/permutation.py`).
+"""The order of training prompts: each epoch is a pseudo-random permutation (areal_like/data/permutation.py).
 
 Its whole state is one integer (the cursor), so resuming needs no stored permutation and replays nothing. No
 library upgrade can change the order in a resumed run. A curriculum (`curriculum.py`) chooses among
@@ -7,11 +7,12 @@ neighboring prompts in this order: it changes which prompts are issued, never th
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from areal_like.permutation import permuted
+from areal_like.data.permutation import permuted
 from areal_like.shards import WHOLE, Shard
 from areal_like.splitmix64 import MASK_64, mix
 from buffer.prompts.curriculum import Curriculum
@@ -24,6 +25,16 @@ def sampling_seed(seed: int, ticket_id: int, num_failures: int) -> int:
     sampled text may have caused the failure.
     """
     return mix(mix(mix(seed & MASK_64) ^ ticket_id) ^ num_failures) >> 34
+
+
+def evaluation_seed(seed: int, eval_set: str, prompt_index: int) -> int:
+    """30-bit sampling seed of a prompt of an evaluation set, the same in every evaluation of a job.
+
+    So two evaluations differ in their weights and not in their random numbers. It does not change after a
+    failed sample either: an evaluation must not choose the answers that its reward survives.
+    """
+    name = int.from_bytes(hashlib.sha256(eval_set.encode()).digest()[:8], "big")
+    return mix(mix(mix(seed & MASK_64) ^ name) ^ prompt_index) >> 34
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from areal_like.config import from_mapping
+from areal_like.data.permutation import permuted
 from areal_like.errors import ConfigError, RefusedError
-from areal_like.permutation import permuted
 from areal_like.runtime.metrics import Metrics
 from areal_like.wire.codec import decode, encode
 from areal_like.wire.messages.consumer import StreamState

@@ -16,7 +16,7 @@ from buffer.ledger.recovery import recover
 from buffer.prompts.curriculum import Curriculum
 from buffer.settings import LedgerSettings
 from buffer.storage.durable import DurableStore
-from tests.support.ledger_simulation import add_server, deliver, done, ledger_settings
+from tests.support.ledger_simulation import add_server, beat, deliver, done, ledger_settings, new_ledger
 from tests.support.store_load import raising, store_settings
 
 NUM_ROWS = 30
@@ -175,3 +175,23 @@ def test_small_files_and_odd_pools_reach_every_row(tmp_path: Path) -> None:
 
     for pool, num_rows in ((7, 5), (4, 1), (3, 10)):
         assert set(asyncio.run(play(pool, num_rows))) == set(range(num_rows)), (pool, num_rows)
+
+
+def test_the_log_tells_when_no_group_has_spread(tmp_path: Path) -> None:
+    ledger = new_ledger(group_filter="spread", num_steps=1000)
+    add_server(ledger, "a", capacity=4)
+
+    def play(num_groups: int, *, spread: bool) -> list[str]:
+        told = []
+        for _ in range(num_groups):
+            beat(ledger, "a", capacity=4)
+            lease = ledger.grant(now_s=0.0)["a"][0]
+            for index in lease.sample_indices:
+                deliver(ledger, "a", done(lease, index, [0], reward=float(spread and index)))
+            told += ledger.take_notices()
+        return told
+
+    assert play(255, spread=False) == [] == play(1, spread=True) == play(255, spread=False)
+    assert "dropped 256 groups in a row" in play(1, spread=False)[0]
+    assert play(255, spread=False) == [] and "dropped 512 groups" in play(1, spread=False)[0]
+    assert play(511, spread=False) == [] and "dropped 1024 groups" in play(1, spread=False)[0]

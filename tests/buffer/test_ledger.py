@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 
 from areal_like.config import from_mapping
+from areal_like.data.permutation import permuted
 from areal_like.errors import ConfigError, RefusedError, StaleIncarnationError
-from areal_like.permutation import permuted
 from areal_like.trajectory import FinishReason
 from areal_like.wire.messages.producer import Lease, Purpose, SampleDone, ServerHeartbeat, ServerState
 from areal_like.wire.records import Record

@@ -1,8 +1,8 @@
 """Which rows each optimizer step learns from: a pure function of the rows' lengths and the settings.
 
-Every epoch is a shuffle of the rows (`areal_like/permutation.py`), and the epochs follow one another without
-a cut: only the last step may have fewer rows. So a run continues at step k without any state but k, and every
-rank computes its own share of a step.
+Every epoch is a shuffle of the rows (`areal_like/data/permutation.py`), and the epochs follow one another
+without a cut: only the last step may have fewer rows. So a run continues at step k without any state but k,
+and every rank computes its own share of a step.
 
 Shape suffixes: N rows of the data set, K steps.
 """
@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from areal_like.config import SftConfig
+from areal_like.data.permutation import permuted
 from areal_like.errors import ConfigError
-from areal_like.permutation import permuted
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -80,7 +80,13 @@ class SftRows:
     """The rows of one source. `measure` first, on all ranks."""
 
     def __init__(
-        self, config: Config, source: str | Sequence[str], *, key: str, tokens: ConversationTokens, longest: int
+        self,
+        config: Config,
+        source: str | Sequence[str],
+        *,
+        key: str,
+        tokens: ConversationTokens,
+        longest: int,
     ) -> None:
         """`source`: as `sft.train`; `key`: that setting's name. `longest`: most tokens of a sequence."""
         settings = config.sft
@@ -117,7 +123,7 @@ class SftRows:
         """
         mine = int(self.fingerprint[:12], 16)
         if ranks.any(ranks.agree(mine) != mine):
-            raise ConfigError(f"{self._key}: the files on the machines of the trainer differ: copy them again")
+            raise ConfigError(f"{self._key}: the files on the trainer's machines differ: copy them again")
         share = range(ranks.rank, len(self._rows), ranks.world_size)
         facts = np.zeros((len(share), 4), dtype=np.int64)
         due_s = time.monotonic() + _LOG_INTERVAL_S

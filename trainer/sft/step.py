@@ -26,7 +26,7 @@ from trainer.metrics.phase_timer import PhaseTimer
 from trainer.models.policy import Policy
 from trainer.optimizer import ShardedAdamW
 
-_PHASES = ("compute_s", "reduce_s", "update_s")
+_PHASES = ("wait_s", "compute_s", "reduce_s", "update_s")
 _NLL, _ENTROPY, _LEARNED, _TOKENS, _SEQUENCES, _MICROBATCHES = range(6)
 
 
@@ -46,13 +46,14 @@ class SupervisedStep:
         for times.
 
         Metrics: loss, grad_norm, lr, entropy (mean over learned tokens, in nats), num_tokens, tokens_trained
-        (learned), num_sequences, num_microbatches, compute_s, reduce_s, update_s, step_s. Without a learned
+        (learned), num_sequences, num_microbatches, wait_s (for the sequences), compute_s, reduce_s, update_s,
+        step_s. Without a learned
         token on any rank no update is made.
         """
         self._ranks.place.enter("lockstep", step=step)
         timer = PhaseTimer(_PHASES, place=self._ranks.place)
         sums = self._sums()
-        for microbatch, live in in_lockstep(self._cut(sequences), self._ranks):
+        for microbatch, live in in_lockstep(self._cut(timer.timed("wait_s", sequences)), self._ranks):
             with timer.span("compute_s"):
                 logp_S, entropy_S, _ = self.policy(microbatch)
                 nll = -logp_S.sum()
@@ -71,10 +72,10 @@ class SupervisedStep:
             "grad_norm": grad_norm,
             "lr": lr,
             "entropy": totals[_ENTROPY] / num_learned,
-            "num_tokens": totals[_TOKENS],
-            "tokens_trained": totals[_LEARNED],
-            "num_sequences": totals[_SEQUENCES],
-            "num_microbatches": totals[_MICROBATCHES],
+            "num_tokens": round(totals[_TOKENS]),
+            "tokens_trained": round(totals[_LEARNED]),
+            "num_sequences": round(totals[_SEQUENCES]),
+            "num_microbatches": round(totals[_MICROBATCHES]),
         } | timer.seconds()
 
     @torch.no_grad()

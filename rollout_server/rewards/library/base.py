@@ -41,6 +41,9 @@ class RewardFunction(ABC):
     def check(self) -> None:  # noqa: B027, most rewards need nothing
         """Raises ConfigError if this machine lacks what the reward needs. Called when a server starts."""
 
+    async def close(self) -> None:  # noqa: B027, most rewards hold nothing
+        """Closes what belongs to the running event loop."""
+
     @abstractmethod
     def score(self, example: Example, completion: Completion) -> Rewarded | Awaitable[Rewarded]:
         """As `Task.reward`."""

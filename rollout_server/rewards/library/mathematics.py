@@ -61,13 +61,14 @@ class Mathematics(RewardFunction):
 
         Raises RewardError if the row's answer cannot be parsed.
         """
+        library = _library()
         gold = self._gold(example)
         parsed: list[Any] = []
         try:
             with _limit(self.timeout_s):
                 parsed = _parse(str(completion))
                 is_equal = bool(
-                    parsed and _library().verify(gold, parsed, strict=self.strict, timeout_seconds=None)
+                    parsed and library.verify(gold, parsed, strict=self.strict, timeout_seconds=None)
                 )
         except _TimeIsUpError:
             return Score(value=0.0, metrics={"parsed": float(bool(parsed)), "timeouts": 1.0})
@@ -113,6 +114,8 @@ def _library() -> Any:
         ) from error
     # Each call without its own time-outs, and each text that it cannot parse, would be a line of the log.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
+    # What it imports on use must not count as time of the first completion.
+    library.parse("$1$", parsing_timeout=None)
     return library
 
 

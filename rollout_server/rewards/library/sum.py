@@ -50,6 +50,11 @@ class Rewards:
         for function in self._functions.values():
             function.check()
 
+    async def close(self) -> None:
+        """Closes connections of the running event loop."""
+        for function in self._functions.values():
+            await function.close()
+
     def score(self, example: Example, completion: Completion) -> Score | Coroutine[Any, Any, Score]:
         """The reward of a completion, or a coroutine that returns it (`is_async`).
 
