@@ -1,11 +1,14 @@
 """`python -m trainer.evaluate --step N [--config FILE] [key=value ...]`: evaluates a model without training.
 
-What `areal-like eval` starts in the trainer's place. It is a trainer whose run has no step left: it starts
-behind the last step, so the buffer issues no prompt to train on, requests the evaluation of every set, writes
-the results and finishes the run. The weights are those that the engines load at their start; nothing is ever
-pushed. Imports no torch.
+What `areal-like eval` starts in the trainer's place. It requests the evaluation of every set, writes the
+results, then starts as a trainer whose run has no step left, and finishes the run: so the buffer never issues
+a prompt to train on. The weights are those that the engines load at their start; nothing is ever pushed.
+Imports no torch.
 
-A killed evaluator or buffer costs nothing that was sampled: the same request waits for the same evaluation.
+    requests -> results -> summary.json -> StartTraining(last step) -> FinishRun
+
+A killed evaluator, buffer or server costs no finished sample: a request that is repeated waits for the same
+evaluation, of which the ledger has the samples. A trainer that starts would cancel it, hence the order.
 Exit codes are those of a daemon: `daemon.exit_code_on_drain` after a stop signal.
 """
 
@@ -16,19 +19,21 @@ import secrets
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Any
 
 from areal_like.config import Config
-from areal_like.errors import ArealError, ConfigError, RefusedError, RunFinishedError, UserError
+from areal_like.errors import ArealError, ConfigError, UserError
 from areal_like.paths import RunPaths, model_path, write_json
 from areal_like.runtime.command_line import OneValue, Options, load_config, shows_help
 from areal_like.runtime.daemon import DrainSignals, exit_code_of
 from areal_like.runtime.logs import configure_logging
 from areal_like.runtime.process import die_with_launcher, early_signals, keep_files_private
 from areal_like.runtime.signals import handle_log_signals
-from areal_like.wire.messages.consumer import CloseAdmission, FinishRun, StartTraining
+from areal_like.wire.messages.consumer import FinishRun, StartTraining
 from trainer.buffer_client.client import StopRequestedError, TrainerBufferClient
 from trainer.evaluation import Evaluations
+from trainer.metrics.evaluations_file import EvaluationsFile
 
 log = logging.getLogger(__name__)
 
@@ -38,39 +43,45 @@ _NAME = "trainer-0"
 
 
 def evaluate(config: Config, buffer: TrainerBufferClient, *, step: int) -> None:
-    """Evaluates every set and writes the results. Raises StopRequestedError when a drain begins."""
-    paths, started_s = RunPaths.of(config), time.monotonic()
-    start = StartTraining(step=config.trainer.num_steps)
-    try:
-        buffer.call(start, timeout_s=_CALL_TIMEOUT_S)
-    except RefusedError as error:
-        raise UserError(str(error)) from error
-    except RunFinishedError:
-        log.info("the evaluation is finished")
-        return
+    """Evaluates every set, writes the results and finishes the run.
+
+    Raises StopRequestedError when a drain begins.
+    """
+    paths = RunPaths.of(config)
     buffer.runtime.ready()
-    buffer.state = "evaluating"
-    evaluations = Evaluations(config, buffer, on_reward=lambda _: None)
-    sets: dict[str, Any] = {}
-    try:
-        sets["eval"] = {"avg": evaluations.run(step=step, min_version=0)}
-    except StopRequestedError:
-        raise
-    except ArealError as error:
-        log.warning("no result: %s", error)
-        sets["eval"] = {"error": str(error)}
-    write_json(
-        paths.summary,
-        {
+    if not paths.summary.exists():  # else an earlier evaluator was killed at its end
+        started_s = time.monotonic()
+        buffer.state = "evaluating"
+        sets = _results(config, buffer, step=step)
+        summary = {
             "finished": True,
             "model": model_path(config),
             "step": step,
             "sets": sets,
             "wall_seconds": round(time.monotonic() - started_s, 3),
-        },
-    )
-    buffer.call(CloseAdmission(reason="the evaluation is finished"), timeout_s=_CALL_TIMEOUT_S)
+        }
+        write_json(paths.summary, summary)
+    buffer.call(StartTraining(step=config.trainer.num_steps), timeout_s=_CALL_TIMEOUT_S)
     buffer.call(FinishRun(), timeout_s=_CALL_TIMEOUT_S)
+
+
+def _results(config: Config, buffer: TrainerBufferClient, *, step: int) -> dict[str, Any]:
+    """The row of each set (`evaluation_row`), or `error`: the reason why there is none."""
+    sets: dict[str, Any] = {name: {"error": "see logs/trainer-0.log"} for name in config.eval.resolved_sets}
+    with closing(EvaluationsFile(RunPaths.of(config).evaluations, start_step=0)) as file:
+
+        def record(row: dict[str, Any]) -> None:
+            sets[row["set"]] = row
+            file.append(row)
+
+        try:
+            Evaluations(config, buffer, on_row=record).run(step=step, min_version=0)
+        except StopRequestedError:
+            raise
+        except ArealError as error:
+            log.warning("no set has a result: %s", error)
+            sets = {name: {"error": str(error)} for name in sets}
+    return sets
 
 
 def main(argv: Sequence[str]) -> int:

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from areal_like.config.buffer import BufferConfig
 from areal_like.config.common import NAME, NAME_RULE, Section, require
 from areal_like.config.episode import EpisodeConfig, RewardsConfig
-from areal_like.config.evaluation import EvalConfig
+from areal_like.config.evaluation import EVAL_BYTES_PER_SAMPLE, EvalConfig
 from areal_like.config.rollout import RolloutConfig, SamplingConfig
 from areal_like.config.security import SecurityConfig
 from areal_like.config.sft import SftConfig
@@ -135,7 +135,7 @@ class Config(Section):
         require(0 < self.ess_target < 1, f"ess_target={self.ess_target:g}: use a number between 0 and 1")
         self._check_sync_interval()
         self._check_limits()
-        self._check_eval_tokens()
+        self._check_eval_sets()
         longest = max(self.rollout.max_context, self.sampling.max_new_tokens + 1)
         require(
             longest <= self.trainer.tokens_per_microbatch,
@@ -197,9 +197,15 @@ class Config(Section):
                 "report a stall while a reward is within its limit",
             )
 
-    def _check_eval_tokens(self) -> None:
-        context = self.rollout.max_context
-        for name, one in self.eval.sets.items():
+    def _check_eval_sets(self) -> None:
+        context, max_bytes = self.rollout.max_context, self.buffer.max_message_bytes
+        for name, one in self.eval.resolved_sets.items():
+            num_samples = one.num_prompts * one.num_samples
+            require(
+                EVAL_BYTES_PER_SAMPLE * num_samples + 4096 <= max_bytes,
+                f"the result of {num_samples} samples of the evaluation set {name} does not fit into a "
+                f"message of buffer.max_message_bytes={max_bytes}: raise it, or lower num_prompts",
+            )
             require(
                 not context or one.max_new_tokens < context,
                 f"eval.sets.{name}.max_new_tokens={one.max_new_tokens} leaves no room for a prompt in "

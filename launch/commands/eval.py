@@ -29,6 +29,9 @@ from launch.run_directory.open_run import OpenRun
 from launch.view.evaluation import EvaluationView, results_table
 from launch.view.lasting import LastingView, output_may_be_gone
 
+_WIDTH = 110
+"""Columns of the table in a file or a pipe."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL, options and settings."""
@@ -54,6 +57,8 @@ def evaluate(model: EvaluatedModel, argv: Sequence[str], *, as_json: bool) -> in
     configure_handlers(log_file(run.paths.logs / "launcher.log"), level=run.config.daemon.log_level)
     handle_log_signals(to_stderr=False, hangup=False)
     console = Console(stderr=as_json)
+    if not console.is_terminal:
+        console.width = _WIDTH
     for line in run.announcement:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     try:
@@ -98,11 +103,11 @@ def _show(run: OpenRun, console: Console, *, as_json: bool) -> int:
     if run.paths.summary.exists():
         summary = json.loads(run.paths.summary.read_text())
     sets = summary.get("sets", {})
-    missing = [name for name in ["eval"] if "avg" not in sets.get(name, {})]
+    missing = [name for name in run.config.eval.resolved_sets if "avg" not in sets.get(name, {})]
     if as_json:
         sys.stdout.write(json.dumps(summary | {"directory": str(run.paths.root)}, indent=2) + "\n")
     elif sets:
-        console.print(results_table(sets, title=f"{summary['model']}"))
+        console.print(results_table(sets, title=run.config.name))
     lines = [f"{run.paths.root}: evaluations.jsonl, summary.json, config.yaml, logs/"] if sets else []
     if missing:
         lines += [

@@ -40,6 +40,8 @@ def open_evaluation(model: EvaluatedModel, argv: Sequence[str]) -> OpenRun:
     if model.run is not None and "--config" not in argv:
         argv = ["--config", str(RunPaths(model.run).config), *argv]
     config = evaluation_config(load_config(argv), model)
+    if not config.eval.is_enabled:
+        raise ConfigError("eval.num_prompts=0 turns evaluation off: give a number of prompts")
     given = [arg.partition("=")[2] for arg in argv if arg.startswith("name=")]
     resume = next((arg.partition("=")[2] for arg in argv if arg.startswith("resume=")), "")
     if resume not in ("", "auto", "latest"):
@@ -77,6 +79,8 @@ def evaluation_config(config: Config, model: EvaluatedModel) -> Config:
     )
     return dataclasses.replace(
         config,
+        # Without samples the result of a set that is finished could not be requested again.
+        eval=dataclasses.replace(config.eval, keep=max(1, config.eval.keep)),
         max_staleness=0,
         objective={"name": "tis"},
         advantage={"name": "grpo"},

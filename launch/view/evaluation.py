@@ -6,10 +6,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.table import Table
 
 from launch.observation.observer import Observation, find_number, find_table
-from launch.view.formatting import fixed, rate
+from launch.view.formatting import duration, fixed, rate
 
 
 class EvaluationView:
@@ -52,11 +53,32 @@ def progress_line(seen: Observation) -> str:
     return f"evaluated {num_done + num_failed:.0f} of {num_issued:.0f} prompts{failed}, {speed} tok/s"
 
 
-def results_table(summary: Mapping[str, Any], *, title: str) -> Table:
-    """A row for each set."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("set")
-    table.add_column("reward")
-    for name, row in summary.items():
-        table.add_row(name, fixed(row.get("avg"), digits=3))
+def results_table(sets: Mapping[str, Mapping[str, Any]], *, title: str) -> Table:
+    """A row for each set of `summary.json`."""
+    table = Table(title=title, title_justify="left", box=SIMPLE)
+    for name in ("set", "prompts", "avg", "pass@k", "tokens", "time", ""):
+        table.add_column(name)
+    for name, row in sets.items():
+        if "avg" not in row:
+            table.add_row(name, "", "no result")
+            continue
+        passed = row["pass_at_k"].items() if row["num_samples"] > 1 else ()
+        notes = [f"{row['truncated_fraction']:.0%} truncated"] if row["truncated_fraction"] else []
+        notes += [f"{row['num_failed']} failed"] if row["num_failed"] else []
+        table.add_row(
+            name,
+            f"{row['num_prompts']}" + (f" x {row['num_samples']}" if row["num_samples"] > 1 else ""),
+            _average(row),
+            "  ".join(f"{k}: {share:.3f}" for k, share in passed),
+            f"{row['mean_tokens']:.1f}",
+            duration(row["seconds"]),
+            ", ".join(notes),
+        )
     return table
+
+
+def _average(row: Mapping[str, Any]) -> str:
+    interval = ""
+    if row["ci_low"] is not None and row["ci_high"] is not None:
+        interval = f" [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
+    return fixed(row["avg"], digits=3) + interval

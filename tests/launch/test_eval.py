@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
+import sqlite3
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,9 +15,19 @@ import pytest
 from areal_like.config import from_mapping, to_mapping
 from areal_like.errors import ConfigError
 from areal_like.runtime.command_line import save_config
+from launch.audit.run import audit_run
 from launch.run_directory.evaluated_model import EvaluatedModel, find_model
 from launch.run_directory.open_evaluation import evaluation_config, open_evaluation
 from launch.run_directory.open_run import OpenRun
+from tests.support.launching import TEST_LIMIT_S, finish, launcher, processes_of, wait_until
+
+JOB = (
+    "model.warm_start_steps=0",
+    "task._target_=tests.support.rollout_tasks.SlowChecksum",
+    "sampling.max_new_tokens=4",
+    "rollout.reward_workers=2",
+    "name=one",
+)
 
 
 def hf_directory(path: Path) -> Path:
@@ -108,3 +123,68 @@ def test_only_the_same_evaluation_is_continued(run: Path) -> None:
     )
     with pytest.raises(ConfigError, match=r"with these settings of .*trainer:"):
         opened("name=one", "resume=latest", "sampling.max_new_tokens=8")
+
+
+@contextlib.contextmanager
+def evaluation(*words: str, cwd: Path) -> Iterator[subprocess.Popen[str]]:
+    """`areal-like eval tiny` with the settings of `JOB` and these."""
+    with launcher("tiny", *JOB, *words, verb="eval", cwd=cwd) as process:
+        yield process
+
+
+def samples_of(root: Path) -> dict[tuple[str, int, int], float]:
+    """(set, prompt, sample) -> reward, from the ledger."""
+    query = "SELECT eval_set, prompt_index, sample_index, reward FROM tickets JOIN samples USING (ticket_id)"
+    with (
+        contextlib.suppress(sqlite3.Error),
+        contextlib.closing(sqlite3.connect(f"file:{root}/ledger/ledger.sqlite3?mode=ro", uri=True)) as ledger,
+    ):
+        return {(name, prompt, index): reward for name, prompt, index, reward in ledger.execute(query)}
+    return {}
+
+
+@pytest.mark.timeout(TEST_LIMIT_S)
+def test_a_stopped_evaluation_is_continued(tmp_path: Path) -> None:
+    root = tmp_path / "runs" / "one"
+    sets = "eval.sets={plain: {num_prompts: 40}, more: {num_prompts: 60, num_samples: 4, temperature: 1.0}}"
+    with evaluation(sets, cwd=tmp_path) as process:
+        wait_until(lambda: len(samples_of(root)) > 50, what="50 samples", run_root=root, process=process)
+        process.send_signal(signal.SIGINT)
+        code, out, _ = finish(process, root)
+    before = samples_of(root)
+    assert code == 1 and 50 < len(before) < 280
+    assert "what is sampled stays in the ledger" in out and "no result for more" in out.replace("plain, ", "")
+    assert not processes_of(root) and not (root / "summary.json").exists()
+
+    with evaluation(sets, "resume=latest", "--json", cwd=tmp_path) as process:
+        wait_until(
+            lambda: len(samples_of(root)) > len(before) + 20, what="more", run_root=root, process=process
+        )
+        (evaluator,) = (pid for pid, line in processes_of(root).items() if "trainer.evaluate" in line)
+        subprocess.run(["kill", "-KILL", str(evaluator)], check=True)
+        code, out, err = finish(process, root)
+    assert code == 0, err
+    after = samples_of(root)
+    assert len(after) == 280 and before.items() <= after.items(), "finished samples are not made again"
+    results = json.loads(out)
+    for name, num_samples in (("plain", 40), ("more", 240)):
+        rewards = [reward for (of, _, _), reward in after.items() if of == name]
+        assert len(rewards) == num_samples
+        assert results["sets"][name]["avg"] == pytest.approx(sum(rewards) / num_samples)
+    assert set(results["sets"]["more"]["pass_at_k"]) == {"1", "4"}
+    rows = [json.loads(line) for line in (root / "evaluations.jsonl").read_text().splitlines()]
+    assert {row["set"]: row for row in rows} == results["sets"]
+    assert audit_run(root).is_clean
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(TEST_LIMIT_S)
+def test_a_set_without_a_result_is_a_failure(tmp_path: Path) -> None:
+    root = tmp_path / "runs" / "one"
+    broken = "task: {_target_: tests.support.rollout_tasks.NeverScored}"
+    sets = f"eval.sets={{good: {{num_prompts: 6}}, bad: {{num_prompts: 3, {broken}}}}}"
+    with evaluation(sets, cwd=tmp_path) as process:
+        code, out, _ = finish(process, root)
+    assert code == 1 and "no result for bad;" in out
+    summary = json.loads((root / "summary.json").read_text())
+    assert 0 < summary["sets"]["good"]["avg"] <= 1 and "error" in summary["sets"]["bad"]
