@@ -132,11 +132,12 @@ class ConversationTokens:
 
     def _marked(self, messages: list[Message], conversation: Conversation) -> tuple[str, list[Span]]:
         """The text and its learned spans, by the template's `generation` blocks."""
-        from transformers.utils.chat_template_utils import render_jinja_template
+        from transformers.utils import chat_template_utils
 
+        render: Any = chat_template_utils.render_jinja_template  # annotated with other types than it returns
         tokenizer, tools = self._tokenizer, conversation.tools or None
         try:
-            (text,), (spans,) = render_jinja_template(
+            (text,), (spans,) = render(
                 conversations=[messages],
                 tools=tools,
                 chat_template=tokenizer.get_chat_template(chat_template=None, tools=tools),

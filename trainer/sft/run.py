@@ -85,10 +85,10 @@ class SupervisedRun:
         self._record: SftRecord | None = None
         if ranks.rank == 0:
             self._checkpoints.set_aside_after(self._step)
-            facts = {"num_steps": self._plan.num_steps, "num_epochs": config.sft.num_epochs}
-            facts |= {"rows": asdict(self._rows.counts)}
+            facts: dict[str, Any] = {"num_steps": self._plan.num_steps, "num_epochs": config.sft.num_epochs}
+            facts["rows"] = asdict(self._rows.counts)
             if self._held_out is not None:
-                facts |= {"eval_rows": asdict(self._held_out.counts)}
+                facts["eval_rows"] = asdict(self._held_out.counts)
             write_json(paths.sft, facts)
             self._record = SftRecord(config, step=self._step, started_s=started_s)
 

@@ -58,7 +58,7 @@ class SupervisedStep:
                 logp_S, entropy_S, _ = self.policy(microbatch)
                 nll = -logp_S.sum()
                 # Times zero on a rank without work: the backward keeps FSDP2's collectives in step.
-                (nll if live else nll * 0.0).backward()  # type: ignore[no-untyped-call]
+                (nll if live else nll * 0.0).backward()
                 if live:
                     self._count(sums, logp_S, entropy_S, microbatch.num_tokens, microbatch.num_sequences)
         with timer.span("reduce_s"):
