@@ -122,7 +122,7 @@ class Leader:
                 self._evaluations.start_if_due(
                     step=self._step,
                     min_version=self._publisher.active_version,
-                    done=self._evaluations_file.sets_of(self._step),
+                    done=self._record.evaluations.sets_of(self._step),
                 )
         except StopRequestedError as stop:
             log.info("%s", stop)
