@@ -17,7 +17,6 @@ from torch import Tensor
 from areal_like.automatic_settings import compute_dtype, start_limit_s
 from areal_like.config import Config
 from areal_like.errors import ArealError, RefusedError, UserError
-from areal_like.paths import RunPaths
 from areal_like.wire.messages.consumer import (
     AllocVersion,
     CloseAdmission,
@@ -35,10 +34,8 @@ from trainer.adaptive_staleness import StalenessController
 from trainer.batching.packing import PackedBatch
 from trainer.buffer_client.client import StopRequestedError, TrainerBufferClient
 from trainer.evaluation import Evaluations
-from trainer.metrics.evaluations_file import EvaluationsFile
-from trainer.metrics.prometheus import TrainerSeries
-from trainer.metrics.run_files import WARM_UP_STEPS, MetricsFile, step_row, write_summary
-from trainer.trackers.feed import Trackers
+from trainer.metrics.run_files import WARM_UP_STEPS, step_row
+from trainer.run_record import RunRecord
 from trainer.weight_sync.broadcaster import Broadcaster
 from trainer.weight_sync.publisher import Publisher, PushReport
 from trainer.weight_sync.snapshot import Snapshot
@@ -48,7 +45,6 @@ from trainer.weight_sync.weight_checks import CheckReport
 log = logging.getLogger(__name__)
 
 _CALL_TIMEOUT_S = 60.0
-_TRACKERS_END_S = 20.0
 
 
 class Leader:
@@ -65,17 +61,8 @@ class Leader:
         self._resumed_from_step = step
         self._started_s = started_s
         self._training_started_s = started_s
-        self._paths = RunPaths.of(config)
-        self._metrics = MetricsFile(self._paths.metrics, start_step=step)
-        self._evaluations_file = EvaluationsFile(self._paths.evaluations, start_step=step)
-        self._evaluations = Evaluations(config, buffer, on_row=self._on_evaluation)
-        self._series = TrainerSeries(buffer.runtime.metrics, eval_sets=config.eval.resolved_sets)
-        self._trackers = Trackers.of(
-            config,
-            start_step=step,
-            is_rewound=self._metrics.num_dropped > 0,
-            on_outcome=self._series.tracked,
-        )
+        self._record = RunRecord(config, buffer.runtime.metrics, step=step)
+        self._evaluations = Evaluations(config, buffer, on_row=self._record.evaluated)
         self._staleness: StalenessController | None = None
         if config.max_staleness == "auto":
             self._staleness = StalenessController(cap=config.max_staleness_cap, target=config.ess_target)
@@ -135,7 +122,7 @@ class Leader:
                 self._evaluations.start_if_due(
                     step=self._step,
                     min_version=self._publisher.active_version,
-                    done=self._evaluations_file.sets_of(self._step),
+                    done=self._record.evaluations.sets_of(self._step),
                 )
         except StopRequestedError as stop:
             log.info("%s", stop)
@@ -199,11 +186,9 @@ class Leader:
             reason = "the run is finished" if finished else "the trainer is draining"
             self._buffer.call(CloseAdmission(reason=reason), timeout_s=_CALL_TIMEOUT_S)
         training_seconds = time.monotonic() - self._training_started_s
-        eval_after = self._evaluate_last_weights() if finished and self._metrics.num_rows else None
+        eval_after = self._evaluate_last_weights() if finished and self._record.steps.num_rows else None
         self._buffer.run(self._publisher.close(), name="weight groups to dissolve", timeout_s=30)
-        summary = write_summary(
-            self._paths.summary,
-            totals=self._metrics.totals(),
+        summary = self._record.summarize(
             counters_at_start=self._counters_at_start,
             counters_after_warm_up=self._counters_after_warm_up,
             counters_at_close=counters_at_close,
@@ -211,34 +196,27 @@ class Leader:
             counted_seconds=time.monotonic() - self._counted_from_s,
             eval_before=self._eval_before,
             eval_after=eval_after,
-            evaluations=self._evaluations_file.summary(),
             weights_version=self._publisher.active_version,
             finished=finished,
             resumed_from_step=self._resumed_from_step,
             wall_seconds=time.monotonic() - self._started_s,
             training_seconds=training_seconds,
         )
-        self._metrics.close()
-        self._evaluations_file.close()
         self.close(summary)
         if finished:
             self._buffer.call(FinishRun(), timeout_s=_CALL_TIMEOUT_S)
 
     def close(self, summary: dict[str, Any] | None = None) -> None:
         """Ends the trackers, in a limited time. Also after an error, then without `summary`."""
-        limit_s = min(_TRACKERS_END_S, self._config.daemon.drain_timeout_s / 3)
-        self._trackers.close(summary, limit_s=limit_s, waits=self._buffer.runtime.waits)
+        self._record.close(summary, waits=self._buffer.runtime.waits)
 
     def status(self) -> dict[str, Any]:
         """Rank 0's part of the trainer's /status."""
-        return {
-            "last": self._metrics.last,
-            "last_evaluations": self._evaluations_file.last,
+        return self._record.status() | {
             "last_push": asdict(self._last_push) if self._last_push else {},
             "last_checks": {name: asdict(report) for name, report in self._last_checks.items()},
             "weights_version": self._publisher.active_version if hasattr(self, "_publisher") else 0,
             "servers": [asdict(server) for server in self._buffer.directory.servers],
-            "trackers": self._trackers.status(),
         }
 
     def _wait_for_checkpoint_weights(self) -> None:
@@ -250,10 +228,6 @@ class Leader:
             stall_s=self._config.stall_s(start_limit_s(self._config) + self._push_limit_s),
             setting="rollout.start_timeout_s + weights.push_deadline_s",
         )
-
-    def _on_evaluation(self, row: dict[str, Any]) -> None:
-        self._evaluations_file.append(row)
-        self._series.evaluated(row, is_first=row["set"] == self._evaluations.set_names[0])
 
     def _evaluate_last_weights(self) -> float | None:
         """Also waits for the last push if evaluations are off, so that servers end with the last weights."""
@@ -302,9 +276,7 @@ class Leader:
             row["weight_check_abs"] = max(report.difference for report in self._last_checks.values())
         if (eval_reward := self._evaluations.poll()) is not None:
             row["eval_reward"] = eval_reward
-        self._metrics.append(row)
-        self._series.stepped(step, metrics | row)
-        self._trackers.stepped(self._metrics.last)
+        self._record.stepped(row, metrics=metrics)
         names = ("reward_mean", "loss", "tokens_per_s_trained")
         self._buffer.stats = {name: row[name] for name in names if math.isfinite(row[name])}
 
@@ -321,11 +293,11 @@ class Leader:
     async def _open_publisher(self) -> None:
         def on_push(report: PushReport) -> None:
             self._last_push = report
-            self._series.pushed(report)
+            self._record.series.pushed(report)
 
         def on_check(report: CheckReport) -> None:
             self._last_checks[report.server] = report
-            self._series.checked(report)
+            self._record.series.checked(report)
 
         buffer = self._buffer
         weights = replace(self._config.weights, update_mode=self._config.update_mode)
