@@ -81,6 +81,21 @@ class RunPaths:
         return self.root / "metrics.jsonl"
 
     @property
+    def tensorboard(self) -> Path:
+        """Event files of the tracker `tensorboard`."""
+        return self.root / "tensorboard"
+
+    @property
+    def wandb(self) -> Path:
+        """Files of the tracker `wandb`, whose name for this directory is fixed."""
+        return self.root / "wandb"
+
+    @property
+    def evaluations(self) -> Path:
+        """One JSON object for each evaluation of each set."""
+        return self.root / "evaluations.jsonl"
+
+    @property
     def summary(self) -> Path:
         """Summary of the run, one JSON object written at its end."""
         return self.root / "summary.json"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
 from areal_like.config import BufferConfig, Config, OnFailureConfig
 from areal_like.errors import ConfigError
 from areal_like.shards import WHOLE, Shard
+from areal_like.wire.records import BYTES_PER_TOKEN
 from buffer.prompts.curriculum import CurriculumKind, CurriculumSettings
 
 
@@ -45,6 +47,14 @@ class LedgerSettings:
     refused."""
     max_segment_tokens: int
     """Most tokens of one segment: what fits into a micro-batch."""
+    max_eval_tokens: int
+    """Most tokens of a sample of an evaluation, which no trainer gets: what fits into a message."""
+    keep_evaluations: int
+    """`eval.keep`."""
+    eval_sets: Mapping[str, int]
+    """Answers to each prompt by evaluation set."""
+    eval_sets_with_task: frozenset[str]
+    """Sets whose prompts and rewards are not those of the job's task."""
     durable: bool
     """True if the store survives this process. Then a closed stream keeps its tickets, and committed steps
     can be served again."""
@@ -84,6 +94,10 @@ class LedgerSettings:
             lease_timeout_s=config.buffer.lease_timeout_s,
             max_tokens=max(config.trainer.tokens_per_microbatch, config.episode.max_tokens),
             max_segment_tokens=config.trainer.tokens_per_microbatch,
+            max_eval_tokens=config.buffer.max_message_bytes // BYTES_PER_TOKEN,
+            keep_evaluations=config.eval.keep,
+            eval_sets={name: one.num_samples for name, one in config.eval.resolved_sets.items()},
+            eval_sets_with_task=frozenset(name for name, one in config.eval.sets.items() if one.task),
             durable=config.buffer.durability != "none",
             curriculum=_curriculum(config.buffer),
             shard=shard,

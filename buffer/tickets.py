@@ -25,7 +25,7 @@ class State(StrEnum):
     TRAINED = "trained"
     """A durable checkpoint contains its step."""
     EVALUATED = "evaluated"
-    """An eval ticket whose sample arrived."""
+    """An eval ticket with a sample; each other one has arrived, too, or has failed for good."""
     DROPPED = "dropped"
     """Ended without being trained on; `Ticket.drop` is the reason."""
 
@@ -110,6 +110,10 @@ class SampleSummary:
     num_sampled: int
     """Tokens that the policy sampled."""
     reward: float
+    is_truncated: bool = False
+    """A limit ended it and not the policy."""
+    failure: str = ""
+    """Empty, or the `FailureKind` of a failure that was recorded with reward 0."""
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -131,6 +135,8 @@ class Ticket:
     num_reissues: int = 0
     """Number of dropped tickets with the same prompt before this one: the length of the chain of parents."""
     eval_id: int = 0
+    eval_set: str = ""
+    """Name of the evaluation set; empty for training."""
     max_staleness: int = 0
     """The ticket's own bound on lag, in optimizer steps: the bound under which its first sample was leased.
 
@@ -147,6 +153,8 @@ class Ticket:
     """Live leases by id; no two cover the same sample."""
     num_failures: dict[int, int] = field(default_factory=dict)
     """Number of failures so far, by sample index."""
+    failed: set[int] = field(default_factory=set)
+    """Of an eval ticket: samples that failed for good. A train ticket is dropped instead."""
     failed_at: str = ""
     """The server at which a sample failed last; others are preferred for the retry. Not stored."""
     step: int = -1

@@ -61,6 +61,21 @@ COMMANDS = {
         "trains again on the trajectories of a run, with the same or other settings; the run must have had "
         "buffer.retain_trajectories=true",
     ),
+    "eval": Command(
+        "eval",
+        "eval MODEL [--config FILE] [--json] [key=value ...]",
+        "evaluates a model on the sets of a configuration (eval.sets), without training: a Hugging Face "
+        "directory, a checkpoint, a run (its newest checkpoint, with its configuration) or an owner/name; "
+        "exit code 1 if a set has no result; resume=latest continues one that was stopped",
+    ),
+    "data": Command(
+        "data",
+        "data stats FILE ... [--rows N] [--json] [key=value ...]\n"
+        "       areal-like data stats CONFIG|--config FILE [RUN] [--rows N] [--json] [key=value ...]\n"
+        "       areal-like data stats RUN [--rows N] [--json] [key=value ...]",
+        "what is in files of rows, or in the task of a configuration: lengths, repeated prompts, held-out "
+        "prompts that are also in training, labels, broken rows; with a run, solve rates heard so far",
+    ),
     "rollout": Command(
         "join",
         "rollout RUN --join [--name NAME] [key=value ...]\n"

@@ -8,7 +8,7 @@ and a micro-batch of the trainer hold. A sequence of a single-turn task that doe
 
 from __future__ import annotations
 
-from areal_like.config import Config
+from areal_like.config import Config, EvalSetConfig
 from areal_like.errors import ConfigError
 from areal_like.wire.records import BYTES_PER_TOKEN
 from rollout_server.tasks.base import Task
@@ -54,5 +54,33 @@ def longest_sequence(config: Config, task: Task, *, max_positions: int) -> int:
         raise ConfigError(
             f"a group of {num_samples} samples of up to {num_tokens} tokens may take {num_bytes} bytes, and "
             f"one message at most buffer.max_message_bytes={config.buffer.max_message_bytes}: raise it"
+        )
+    return context
+
+
+def longest_evaluation(config: Config, one: EvalSetConfig, task: Task, *, max_positions: int) -> int:
+    """Longest sequence of an evaluation set, in tokens. It need not fit into a micro-batch of the trainer.
+
+    Raises ConfigError if no room is left for a prompt, or if a sample does not fit into a message.
+    """
+    max_new_tokens = one.max_new_tokens or config.sampling.max_new_tokens
+    num_turns = config.episode.max_turns if task.has_environment else 1
+    context = config.rollout.max_context or task.max_prompt_tokens + num_turns * max_new_tokens
+    if task.has_environment and not config.rollout.max_context:
+        context = min(context, config.episode.max_tokens or context)
+    context = min(context, max_positions)
+    if context <= max_new_tokens:
+        raise ConfigError(
+            f"an evaluation set with max_new_tokens={max_new_tokens} (eval.sets) leaves no room for a prompt "
+            f"in a context of {context} tokens (rollout.max_context={config.rollout.max_context}, "
+            f"the model's limit is {max_positions}): lower it"
+        )
+    num_tokens = max(context, config.episode.max_tokens) if task.has_environment else context
+    num_bytes = _BYTES_PER_EPISODE_TOKEN * num_tokens + _SAMPLE_OVERHEAD_BYTES
+    num_bytes += _BYTES_PER_TURN * config.episode.max_turns
+    if num_bytes > config.buffer.max_message_bytes:
+        raise ConfigError(
+            f"a sample of an evaluation set may have {num_tokens} tokens and take {num_bytes} bytes, and one "
+            f"message at most buffer.max_message_bytes={config.buffer.max_message_bytes}: raise it"
         )
     return context

@@ -19,10 +19,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from areal_like.automatic_settings import compute_dtype, start_limit_s
-from areal_like.errors import ConfigError, EngineError
+from areal_like.errors import EngineError
 from areal_like.paths import model_path
 from areal_like.runtime.daemon import Runtime, cancelled_on_exit
 from areal_like.runtime.imports import torch_hidden, uncollected
@@ -40,6 +41,7 @@ from rollout_server.context_length import longest_sequence
 from rollout_server.episodes.attempts.environments import Environments, running_environments
 from rollout_server.episodes.base import SingleTurn
 from rollout_server.episodes.lease_runner import LeaseRunner
+from rollout_server.eval_sets import EvalSet, eval_contexts, eval_tasks, job_rewards, running_eval_sets
 from rollout_server.inference.client import EngineClient
 from rollout_server.inference.concurrency import ConcurrencyController, EngineLoad
 from rollout_server.inference.engine import Engine, make_engine
@@ -60,29 +62,42 @@ async def main(runtime: Runtime) -> None:
     config = runtime.config
     task = make_task(config.task, seed=config.seed, sandbox=config.rewards.sandbox)
     task.check()
-    if config.eval.num_prompts > task.num_eval:
-        raise ConfigError(
-            f"eval.num_prompts={config.eval.num_prompts}: the task holds out {task.num_eval} (task.num_eval)"
-        )
+    tasks_of_sets = eval_tasks(config, task)
     require_loopback_or_keys(config.security, config.rollout.host, setting="rollout.host")
     buffer_addresses(config)  # raises before the slow imports if the buffer's port is not set
     model = model_path(config)
     with torch_hidden(), uncollected():
         renderer = PromptRenderer(model, settings=config.model)
     context_tokens = longest_sequence(config, task, max_positions=renderer.max_positions)
+    contexts = eval_contexts(
+        config, tasks_of_sets, of_training=context_tokens, max_positions=renderer.max_positions
+    )
     renderer.max_prompt_tokens = min(task.max_prompt_tokens, context_tokens - config.sampling.max_new_tokens)
     log.info("task %s, examples %s, %s", config.task, task.fingerprint(), compute_dtype(config))
-    pool = RewardPool.of(config, task)
+    pool = job_rewards(config, task, tasks_of_sets.values())
     engine = make_engine(
         config,
         name=runtime.name,
         model=model,
-        context_tokens=context_tokens,
+        context_tokens=max([context_tokens, *contexts.values()]),
         max_positions=renderer.max_positions,
         vocab_size=renderer.vocab_size,
     )
-    running = running_environments(config, task, renderer, context_tokens=context_tokens, waits=runtime.waits)
-    async with running as environments, pool as rewards:
+    waits = runtime.waits
+    running = running_environments(config, task, renderer, context_tokens=context_tokens, waits=waits)
+    async with (
+        running as environments,
+        pool as rewards,
+        running_eval_sets(
+            config,
+            tasks_of_sets,
+            renderer,
+            contexts=contexts,
+            waits=waits,
+            rewards=rewards,
+            environments=environments,
+        ) as eval_sets,
+    ):
         server = RolloutServer(
             runtime,
             task=task,
@@ -90,6 +105,7 @@ async def main(runtime: Runtime) -> None:
             model=model,
             rewards=rewards,
             environments=environments,
+            eval_sets=eval_sets,
             engine=engine,
         )
         try:
@@ -110,6 +126,7 @@ class RolloutServer:
         model: str,
         rewards: RewardPool,
         environments: Environments | None,
+        eval_sets: Mapping[str, EvalSet],
         engine: Engine,
     ) -> None:
         config = runtime.config
@@ -118,8 +135,10 @@ class RolloutServer:
         self._renderer = renderer
         self._fingerprints = (model_fingerprint(model), tokenizer_fingerprint(model))
         self._engine = engine
-        self._rewards = rewards
-        self._environments = environments.pool if environments is not None else None
+        used = [environments, *(one.environments for one in eval_sets.values())]
+        self._rewards = list(dict.fromkeys([rewards, *(one.rewards for one in eval_sets.values())]))
+        self._environments = list(dict.fromkeys(one.pool for one in used if one is not None))
+        self._eval_sets = eval_sets
         self._gate = gate = GenerationGate()
         self._concurrency = ConcurrencyController(most=config.rollout.max_running)
         if config.rollout.adapts_concurrency:
@@ -173,12 +192,13 @@ class RolloutServer:
             on_result=self._buffers.deliver,
             on_move=self._buffers.moved,
             environments=environments,
+            eval_sets=eval_sets,
         )
         self._stats = ServerStats(
             runtime.metrics,
             buffers=self._buffers,
             runner=self._runner,
-            rewards=rewards,
+            rewards=self._rewards,
             environments=self._environments,
             receiver=self._receiver,
             engine=engine,
@@ -206,8 +226,8 @@ class RolloutServer:
             stopping,
             self._receiver.serving,
             self._runner.failed,
-            *self._rewards.serving,
-            *(self._environments.serving if self._environments is not None else ()),
+            *(task for pool in self._rewards for task in pool.serving),
+            *(task for pool in self._environments for task in pool.serving),
         ]
         async with cancelled_on_exit(*tasks, stopping):
             done, _ = await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
@@ -305,6 +325,7 @@ class RolloutServer:
         return registration(
             self._runtime,
             self._task,
+            eval_sets={name: one.task.num_eval for name, one in self._eval_sets.items()},
             fingerprints=self._fingerprints,
             weights_address=self._weights_address,
             weights_version=self._receiver.version,

@@ -7,7 +7,7 @@ added up.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from areal_like.failures import FailureKind
@@ -93,8 +93,8 @@ class ServerStats:
         *,
         buffers: ShardedBufferClient,
         runner: LeaseRunner,
-        rewards: RewardPool,
-        environments: EnvironmentPool | None,
+        rewards: Sequence[RewardPool],
+        environments: Sequence[EnvironmentPool],
         receiver: WeightReceiver,
         engine: Engine,
         supervisor: EngineSupervisor,
@@ -145,8 +145,8 @@ class ServerStats:
             "samples_done": self._runner.num_done,
             "samples_failed": self._runner.num_failed.total(),
             **{name: self._runner.num_failed[kind] for kind, name in _FAILED.items()},
-            "reward_s": self._rewards.seconds_total,
-            "reward_restarts": self._rewards.num_restarts,
+            "reward_s": sum(pool.seconds_total for pool in self._rewards),
+            "reward_restarts": sum(pool.num_restarts for pool in self._rewards),
             **{name: self._runner.num_finished[reason] for reason, name in _FINISHED.items()},
             **self._of_environments(),
             "pushes": self._receiver.num_pushes,
@@ -163,7 +163,7 @@ class ServerStats:
             "holding": self._buffers.holding_samples,
             "unacknowledged": self._buffers.num_unacknowledged,
             **self._of_places(now_s=now_s),
-            "rewards_waiting": self._rewards.num_waiting,
+            "rewards_waiting": sum(pool.num_waiting for pool in self._rewards),
             "tokens_per_s": self._rate(totals["tokens_generated"], now_s=now_s),
             "weights_version": self._receiver.version,
             "engine_starts": self._engine.num_starts,
@@ -191,13 +191,11 @@ class ServerStats:
         }
 
     def _of_environments(self) -> dict[str, float]:
-        pool = self._environments
-        if pool is None:
-            return {"environment_s": 0.0, "environment_restarts": 0, "environments_open": 0}
+        pools = self._environments
         return {
-            "environment_s": pool.seconds_total,
-            "environment_restarts": pool.num_restarts,
-            "environments_open": pool.num_open,
+            "environment_s": sum(pool.seconds_total for pool in pools),
+            "environment_restarts": sum(pool.num_restarts for pool in pools),
+            "environments_open": sum(pool.num_open for pool in pools),
         }
 
     def _num_changes(self, *, now_s: float) -> int:
@@ -206,15 +204,17 @@ class ServerStats:
         Its parts limit their own time: a start of the engine, a push, a reward, a call of an environment, an
         engine with requests.
         """
-        client, receiver, rewards = self._supervisor.client, self._receiver, self._rewards
+        client, receiver = self._supervisor.client, self._receiver
+        reward_s = sum(pool.seconds_total for pool in self._rewards)
+        num_calls = sum(pool.num_calls for pool in self._environments)
         if client is None or client.is_held:
             self._progress.advance(now_s=now_s)  # the engine starts, or takes weights
         elif client.num_generating:
             self._progress.observe("engine", client.progress, now_s=now_s)
         self._progress.observe("pushes", receiver.num_pushes, now_s=now_s)
-        self._progress.observe("rewards", rewards.seconds_total, now_s=now_s)
-        if self._environments is not None:
-            self._progress.observe("environments", self._environments.num_calls, now_s=now_s)
+        self._progress.observe("rewards", reward_s, now_s=now_s)
+        if self._environments:
+            self._progress.observe("environments", num_calls, now_s=now_s)
         self._progress.observe("samples", self._runner.num_done, now_s=now_s)
         return self._progress.num_changes
 

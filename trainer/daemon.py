@@ -47,6 +47,7 @@ from trainer.models.policy import build_policy
 from trainer.step.build import build_step_runner
 from trainer.step.recipe import StepRecipe
 from trainer.step.runner import IncompleteStepError
+from trainer.trackers import build_trackers
 from trainer.weight_sync.backend import check_nccl
 from trainer.weight_sync.background_gather import BackgroundGather
 from trainer.weight_sync.boundary_gather import BoundaryGather
@@ -108,7 +109,8 @@ class Trainer:
 
     def run(self) -> None:
         """Trains until `trainer.num_steps` or a drain."""
-        with contextlib.closing(self._checkpoints):
+        leader = contextlib.closing(self._leader or contextlib.ExitStack())
+        with leader, contextlib.closing(self._checkpoints):
             if not self._begin():
                 self._snapshotter.close()
                 return
@@ -309,6 +311,7 @@ def _run(config: Config) -> bool:
     config = resolved(config)
     require_loopback_or_keys(config.security, config.weights.host, setting="weights.host")
     StepRecipe.of(config).check_stream(config)  # reports a mistake in the settings before anything is loaded
+    build_trackers(config.trackers)  # reports a package that is missing
     torch.set_num_threads(config.trainer.num_threads)
     device = device_of(config)
     activations = "recomputed" if recomputes_activations(config) else "kept"

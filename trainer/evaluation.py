@@ -1,72 +1,148 @@
-"""Evaluations on held-out prompts: trainer rank 0 requests them, rollout servers run them."""
+"""Evaluations on held-out prompts: trainer rank 0 requests them, rollout servers run them.
+
+All sets are requested together, and the buffer serves them in their order. Imports no torch: a model is also
+evaluated without a trainer.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
 
 from areal_like.config import Config
-from areal_like.errors import ArealError
-from areal_like.wire.messages.consumer import EvalResult, RequestEval
-from trainer.buffer_client.client import TrainerBufferClient
+from areal_like.errors import ArealError, DeadlineError
+from areal_like.wire.messages.evaluation import EvalResult, RequestEval
+from trainer.buffer_client.client import StopRequestedError, TrainerBufferClient
+from trainer.metrics.evaluations_file import described, evaluation_row
 
 log = logging.getLogger(__name__)
 
 
-class Evaluations:
-    """Runs one evaluation at a time: `run` waits for its result, `start` and `poll` let training continue.
+@dataclass(frozen=True, kw_only=True)
+class _Requested:
+    """One evaluation of one set that was requested."""
 
-    IDLE -> start() -> RUNNING -> poll(): None ... -> poll(): mean reward -> IDLE
+    step: int
+    future: Future[EvalResult]
+    started_s: float
+
+
+class Evaluations:
+    """Runs one evaluation at a time: `run` waits for its results, `start` and `poll` let training continue.
+
+    IDLE -> start() -> RUNNING -> poll(): the results so far ... -> poll(): the last result -> IDLE
+
+    The first set of the configuration stands for the others where there is room for one number
+    (`eval_reward`).
     """
 
     def __init__(
-        self, config: Config, buffer: TrainerBufferClient, *, on_reward: Callable[[float], None]
+        self,
+        config: Config,
+        buffer: TrainerBufferClient,
+        *,
+        on_row: Callable[[dict[str, Any]], None],
     ) -> None:
-        """`on_reward`: called with the mean reward of every evaluation that succeeded."""
+        """`on_row`: called with the row of every set that was evaluated (`evaluation_row`)."""
         self._buffer = buffer
-        self._num_prompts = config.eval.num_prompts
+        self._sets = config.eval.resolved_sets
         self._stall_s = config.stall_s(config.eval.timeout_s)
-        self._on_reward = on_reward
-        self._running: Future[EvalResult] | None = None
+        self._on_row = on_row
+        self._running: dict[str, _Requested] = {}
+        """By set."""
 
     @property
     def is_enabled(self) -> bool:
         """False if `eval.num_prompts` is 0."""
-        return self._num_prompts > 0
+        return bool(self._sets)
 
-    def run(self, *, step: int, min_version: int) -> float:
-        """Evaluates weights of `min_version` or later and returns the mean reward.
+    @property
+    def set_names(self) -> list[str]:
+        """Names of all sets, the first one first."""
+        return list(self._sets)
 
-        Raises StopRequestedError when a drain begins, and ArealError when no prompt could be evaluated or no
-        rollout server makes progress (`eval.timeout_s`).
+    def run(self, *, step: int, min_version: int) -> float | None:
+        """Evaluates weights of `min_version` or later; returns the mean reward of the first set.
+
+        None if that set has no result. Raises StopRequestedError when a drain begins, and ArealError if no
+        set could be evaluated, or no rollout server makes progress (`eval.timeout_s`).
         """
-        return self._result(self._request(step, min_version))
+        requested = self._request(step, min_version, self._sets)
+        rows: dict[str, dict[str, Any]] = {}
+        problems: dict[str, ArealError] = {}
+        try:
+            for name, one in requested.items():
+                try:
+                    rows[name] = self._row(name, one)
+                except StopRequestedError:
+                    raise
+                except ArealError as error:
+                    problems[name] = error
+                    if isinstance(error, DeadlineError):  # the others wait for the same servers
+                        break
+        finally:
+            for one in requested.values():
+                one.future.cancel()
+        self.poll()
+        if not rows:
+            raise next(iter(problems.values()))
+        for name, problem in problems.items():
+            log.warning("the evaluation set %s has no result: %s", name, problem)
+        return self._reward_of(rows)
 
-    def start(self, *, step: int, min_version: int) -> None:
-        """Starts an evaluation and returns, unless one is running."""
-        if self._running is None:
-            self._running = self._request(step, min_version)
+    def start(self, *, step: int, min_version: int, sets: Iterable[str] | None = None) -> None:
+        """Starts an evaluation and returns, unless one is running. `sets`: all if None."""
+        if self._running:
+            earlier = next(iter(self._running.values())).step
+            log.warning(
+                "no evaluation after step %d: that after step %d still runs (%s); raise eval.interval, or "
+                "lower num_prompts, num_samples or max_new_tokens of the sets",
+                step,
+                earlier,
+                ", ".join(self._running),
+            )
+            return
+        self._running = self._request(step, min_version, self._sets if sets is None else sets)
 
     def poll(self) -> float | None:
-        """The mean reward of the evaluation that ended since the last call; None if none did or it failed."""
-        if self._running is None or not self._running.done():
-            return None
-        ended, self._running = self._running, None
-        try:
-            return self._result(ended)
-        except ArealError as error:
-            log.warning("training continues without an evaluation: %s", error)
-            return None
+        """Records the sets whose evaluation has ended since the last call.
 
-    def _request(self, step: int, min_version: int) -> Future[EvalResult]:
-        request = RequestEval(eval_id=step, num_prompts=self._num_prompts, min_version=min_version)
-        return self._buffer.submit_call(request, timeout_s=math.inf)  # `_result` bounds the wait
+        Returns the mean reward of the first set; None if it was not among them or failed.
+        """
+        rows: dict[str, dict[str, Any]] = {}
+        for name in [name for name, one in self._running.items() if one.future.done()]:
+            try:
+                rows[name] = self._row(name, self._running.pop(name))
+            except ArealError as error:
+                log.warning("training continues without an evaluation of %s: %s", name, error)
+        return self._reward_of(rows)
 
-    def _result(self, future: Future[EvalResult]) -> float:
+    def _reward_of(self, rows: dict[str, dict[str, Any]]) -> float | None:
+        first = rows.get(next(iter(self._sets), ""))
+        return None if first is None else first["avg"]
+
+    def _request(self, step: int, min_version: int, names: Iterable[str]) -> dict[str, _Requested]:
+        requested = {}
+        for name in names:
+            request = RequestEval(
+                eval_id=step,
+                eval_set=name,
+                num_prompts=self._sets[name].num_prompts,
+                num_samples=self._sets[name].num_samples,
+                min_version=min_version,
+            )
+            future = self._buffer.submit_call(request, timeout_s=math.inf)  # `_row` bounds the wait
+            requested[name] = _Requested(step=step, future=future, started_s=time.monotonic())
+        return requested
+
+    def _row(self, name: str, one: _Requested) -> dict[str, Any]:
         result: EvalResult = self._buffer.wait(
-            future,
+            one.future,
             name="the evaluation",
             may_stop=True,
             stall_s=self._stall_s,
@@ -74,12 +150,10 @@ class Evaluations:
         )
         if result.num_evaluated == 0:
             raise ArealError(
-                f"none of the {result.num_failed} held-out prompts could be evaluated: "
-                "see the rollout servers' logs"
+                f"none of the {len(result.rewards)} samples for the held-out prompts of {name} could be "
+                "made: see the rollout servers' logs"
             )
-        reward = result.mean_reward
-        failed = f", {result.num_failed} of which failed and count 0" if result.num_failed else ""
-        num_prompts = result.num_evaluated + result.num_failed
-        log.info("evaluation %d: %.4f over %d prompts%s", result.eval_id, reward, num_prompts, failed)
-        self._on_reward(reward)
-        return reward
+        row = evaluation_row(result, self._sets[name], seconds=time.monotonic() - one.started_s)
+        log.info("evaluation %d, set %s: %s", one.step, name, described(row))
+        self._on_row(row)
+        return row

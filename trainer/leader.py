@@ -17,7 +17,6 @@ from torch import Tensor
 from areal_like.automatic_settings import compute_dtype, start_limit_s
 from areal_like.config import Config
 from areal_like.errors import ArealError, RefusedError, UserError
-from areal_like.paths import RunPaths
 from areal_like.wire.messages.consumer import (
     AllocVersion,
     CloseAdmission,
@@ -35,8 +34,8 @@ from trainer.adaptive_staleness import StalenessController
 from trainer.batching.packing import PackedBatch
 from trainer.buffer_client.client import StopRequestedError, TrainerBufferClient
 from trainer.evaluation import Evaluations
-from trainer.metrics.prometheus import TrainerSeries
-from trainer.metrics.run_files import WARM_UP_STEPS, MetricsFile, step_row, write_summary
+from trainer.metrics.run_files import WARM_UP_STEPS, step_row
+from trainer.run_record import RunRecord
 from trainer.weight_sync.broadcaster import Broadcaster
 from trainer.weight_sync.publisher import Publisher, PushReport
 from trainer.weight_sync.snapshot import Snapshot
@@ -62,10 +61,8 @@ class Leader:
         self._resumed_from_step = step
         self._started_s = started_s
         self._training_started_s = started_s
-        self._paths = RunPaths.of(config)
-        self._metrics = MetricsFile(self._paths.metrics, start_step=step)
-        self._series = TrainerSeries(buffer.runtime.metrics)
-        self._evaluations = Evaluations(config, buffer, on_reward=self._series.evaluated)
+        self._record = RunRecord(config, buffer.runtime.metrics, step=step)
+        self._evaluations = Evaluations(config, buffer, on_row=self._record.evaluated)
         self._staleness: StalenessController | None = None
         if config.max_staleness == "auto":
             self._staleness = StalenessController(cap=config.max_staleness_cap, target=config.ess_target)
@@ -121,6 +118,8 @@ class Leader:
             if self._step == 0 and self._evaluations.is_enabled:
                 self._buffer.state = "evaluating"
                 self._eval_before = self._evaluations.run(step=0, min_version=self._publisher.active_version)
+            else:
+                self._evaluate_interrupted()
         except StopRequestedError as stop:
             log.info("%s", stop)
         self._training_started_s = time.monotonic()
@@ -151,8 +150,7 @@ class Leader:
         self._record_row(step, metrics | {"max_staleness": staleness_bound})
         if self._step == WARM_UP_STEPS:
             self._counters_after_warm_up = self._get_counters()
-        is_due = self._step % self._config.eval.interval == 0 and self._step < self._config.trainer.num_steps
-        if is_due and self._evaluations.is_enabled:
+        if self._is_evaluation_due:
             self._evaluations.start(step=self._step, min_version=self._publisher.active_version)
 
     def stream_state(self, step: int) -> dict[str, Any]:
@@ -185,11 +183,9 @@ class Leader:
             reason = "the run is finished" if finished else "the trainer is draining"
             self._buffer.call(CloseAdmission(reason=reason), timeout_s=_CALL_TIMEOUT_S)
         training_seconds = time.monotonic() - self._training_started_s
-        eval_after = self._evaluate_last_weights() if finished and self._metrics.num_rows else None
+        eval_after = self._evaluate_last_weights() if finished and self._record.steps.num_rows else None
         self._buffer.run(self._publisher.close(), name="weight groups to dissolve", timeout_s=30)
-        write_summary(
-            self._paths.summary,
-            totals=self._metrics.totals(),
+        summary = self._record.summarize(
             counters_at_start=self._counters_at_start,
             counters_after_warm_up=self._counters_after_warm_up,
             counters_at_close=counters_at_close,
@@ -203,14 +199,17 @@ class Leader:
             wall_seconds=time.monotonic() - self._started_s,
             training_seconds=training_seconds,
         )
-        self._metrics.close()
+        self.close(summary)
         if finished:
             self._buffer.call(FinishRun(), timeout_s=_CALL_TIMEOUT_S)
 
+    def close(self, summary: dict[str, Any] | None = None) -> None:
+        """Ends the trackers, in a limited time. Also after an error, then without `summary`."""
+        self._record.close(summary, waits=self._buffer.runtime.waits)
+
     def status(self) -> dict[str, Any]:
         """Rank 0's part of the trainer's /status."""
-        return {
-            "last": self._metrics.last,
+        return self._record.status() | {
             "last_push": asdict(self._last_push) if self._last_push else {},
             "last_checks": {name: asdict(report) for name, report in self._last_checks.items()},
             "weights_version": self._publisher.active_version if hasattr(self, "_publisher") else 0,
@@ -226,6 +225,20 @@ class Leader:
             stall_s=self._config.stall_s(start_limit_s(self._config) + self._push_limit_s),
             setting="rollout.start_timeout_s + weights.push_deadline_s",
         )
+
+    @property
+    def _is_evaluation_due(self) -> bool:
+        """True between the first and the last step, every `eval.interval` steps."""
+        step, is_last = self._step, self._step == self._config.trainer.num_steps
+        return self._evaluations.is_enabled and not is_last and step % self._config.eval.interval == 0
+
+    def _evaluate_interrupted(self) -> None:
+        """After a resume: evaluates the sets of this step that an earlier trainer has not finished."""
+        done = {name for name, row in self._record.evaluations.last.items() if row["step"] == self._step}
+        left = [name for name in self._evaluations.set_names if name not in done]
+        if left and self._is_evaluation_due and self._step:
+            version = self._publisher.active_version
+            self._evaluations.start(step=self._step, min_version=version, sets=left)
 
     def _evaluate_last_weights(self) -> float | None:
         """Also waits for the last push if evaluations are off, so that servers end with the last weights."""
@@ -274,8 +287,7 @@ class Leader:
             row["weight_check_abs"] = max(report.difference for report in self._last_checks.values())
         if (eval_reward := self._evaluations.poll()) is not None:
             row["eval_reward"] = eval_reward
-        self._metrics.append(row)
-        self._series.stepped(step, metrics | row)
+        self._record.stepped(row, metrics=metrics)
         names = ("reward_mean", "loss", "tokens_per_s_trained")
         self._buffer.stats = {name: row[name] for name in names if math.isfinite(row[name])}
 
@@ -292,11 +304,11 @@ class Leader:
     async def _open_publisher(self) -> None:
         def on_push(report: PushReport) -> None:
             self._last_push = report
-            self._series.pushed(report)
+            self._record.series.pushed(report)
 
         def on_check(report: CheckReport) -> None:
             self._last_checks[report.server] = report
-            self._series.checked(report)
+            self._record.series.checked(report)
 
         buffer = self._buffer
         weights = replace(self._config.weights, update_mode=self._config.update_mode)

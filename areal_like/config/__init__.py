@@ -9,7 +9,8 @@ The package imports neither hydra nor torch, because every process imports it fi
 
 from areal_like.config.buffer import BufferConfig, OnFailureConfig
 from areal_like.config.episode import EpisodeConfig, RewardsConfig
-from areal_like.config.job import Config, DaemonConfig, EvalConfig, ModelConfig
+from areal_like.config.evaluation import EvalConfig, EvalSetConfig
+from areal_like.config.job import Config, DaemonConfig, ModelConfig
 from areal_like.config.loading import from_mapping, to_mapping
 from areal_like.config.rollout import RolloutConfig, SamplingConfig, SglangConfig
 from areal_like.config.security import SecurityConfig
@@ -22,6 +23,7 @@ __all__ = [
     "DaemonConfig",
     "EpisodeConfig",
     "EvalConfig",
+    "EvalSetConfig",
     "KlConfig",
     "ModelConfig",
     "OnFailureConfig",

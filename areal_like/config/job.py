@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from areal_like.config.buffer import BufferConfig
 from areal_like.config.common import NAME, NAME_RULE, Section, require
 from areal_like.config.episode import EpisodeConfig, RewardsConfig
+from areal_like.config.evaluation import EVAL_BYTES_PER_SAMPLE, EvalConfig
 from areal_like.config.rollout import RolloutConfig, SamplingConfig
 from areal_like.config.security import SecurityConfig
 from areal_like.config.trainer import KlConfig, TrainerConfig
@@ -42,24 +43,6 @@ class ModelConfig(Section, key="model"):
         require(bool(self.path), "model.path is empty: name `tiny`, `smollm2` or a Hugging Face directory")
         require(self.warm_start_steps >= 0, "model.warm_start_steps must be at least 0")
         require(0 <= self.warm_start_swap_prob <= 1, "model.warm_start_swap_prob must be between 0 and 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalConfig(Section, key="eval"):
-    """Held-out evaluation: greedy, on the same servers, while training continues."""
-
-    num_prompts: int = 128
-    """Held-out prompts; 0 turns evaluation off."""
-    interval: int = 100
-    """Steps between evaluations; there is always one before the first and after the last step."""
-    timeout_s: float = 120.0
-    """Longest time, in seconds, that the trainer waits for an evaluation without progress of any rollout
-    server. It begins where `rollout.generate_timeout_s` ends, as a server first replaces a silent engine."""
-
-    def check(self) -> None:
-        require(self.num_prompts >= 0, "eval.num_prompts must be at least 0")
-        require(self.interval >= 1, "eval.interval must be at least 1")
-        require(self.timeout_s > 0, "eval.timeout_s must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +120,9 @@ class Config(Section):
     mappings."""
     kl: KlConfig = field(default_factory=KlConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    trackers: tuple[str | dict[str, Any], ...] = ()
+    """Programs that show the run's metrics: `tensorboard`, `wandb`, or mappings with `name` (or `_target_`)
+    and that tracker's own settings. metrics.jsonl is written with and without them."""
     daemon: DaemonConfig = field(default_factory=DaemonConfig)
     security: SecurityConfig = field(default_factory=SecurityConfig)
 
@@ -147,6 +133,7 @@ class Config(Section):
         require(0 < self.ess_target < 1, f"ess_target={self.ess_target:g}: use a number between 0 and 1")
         self._check_sync_interval()
         self._check_limits()
+        self._check_eval_sets()
         longest = max(self.rollout.max_context, self.sampling.max_new_tokens + 1)
         require(
             longest <= self.trainer.tokens_per_microbatch,
@@ -206,6 +193,21 @@ class Config(Section):
                 f"{key}={limit_s:g} after rollout.generate_timeout_s={self.rollout.generate_timeout_s:g} is "
                 f"not above rollout.reward_timeout_s={self.rollout.reward_timeout_s:g}: the trainer would "
                 "report a stall while a reward is within its limit",
+            )
+
+    def _check_eval_sets(self) -> None:
+        context, max_bytes = self.rollout.max_context, self.buffer.max_message_bytes
+        for name, one in self.eval.resolved_sets.items():
+            num_samples = one.num_prompts * one.num_samples
+            require(
+                EVAL_BYTES_PER_SAMPLE * num_samples + 4096 <= max_bytes,
+                f"the result of {num_samples} samples of the evaluation set {name} does not fit into a "
+                f"message of buffer.max_message_bytes={max_bytes}: raise it, or lower num_prompts",
+            )
+            require(
+                not context or one.max_new_tokens < context,
+                f"eval.sets.{name}.max_new_tokens={one.max_new_tokens} leaves no room for a prompt in "
+                f"rollout.max_context={context}: raise rollout.max_context, or lower it",
             )
 
     def stall_s(self, limit_s: float) -> float:

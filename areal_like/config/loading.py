@@ -59,6 +59,9 @@ def _convert(hint: Any, value: Any, *, path: str) -> Any:
     origin = typing.get_origin(hint)
     if origin is dict:
         require(isinstance(value, dict), f"{path}: want a mapping, got {value!r}")
+        item = typing.get_args(hint)[1]
+        if dataclasses.is_dataclass(item):  # sections by name, which are part of the keys
+            return {str(key): _convert(item, one, path=f"{path}.{key}") for key, one in value.items()}
         return dict(value)
     if origin is tuple:
         return _convert_tuple(hint, value, path=path)

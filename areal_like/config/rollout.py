@@ -37,7 +37,7 @@ class SamplingConfig(Section, key="sampling"):
         require(self.max_new_tokens >= 1, "sampling.max_new_tokens must be at least 1")
         require(
             self.temperature > 0,
-            "sampling.temperature must be above 0 for training (evaluation is always greedy)",
+            "sampling.temperature must be above 0 for training (eval.sets have temperatures of their own)",
         )
         require(
             all(self.stop) and len(self.stop) <= 16,

@@ -35,7 +35,8 @@ GROUPS = ("model", *OPEN_SECTIONS)
 """Sections that have presets in configs/: `model=smollm2` selects one."""
 SCALE = "scale"
 """Presets of whole jobs: `scale=8xh100_8b` is `--config configs/scale/8xh100_8b.yaml`."""
-_OPEN_PREFIXES = (*(f"{section}." for section in OPEN_SECTIONS), "rollout.sglang.env.")
+_OPEN_PREFIXES = (*(f"{section}." for section in OPEN_SECTIONS), "rollout.sglang.env.", "eval.sets.")
+_OPEN_MAPPINGS = tuple(f"{section}={{" for section in (*OPEN_SECTIONS, "eval.sets"))
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
@@ -183,6 +184,9 @@ def _from_file(path: Path, overrides: list[str]) -> dict[str, Any]:
         raise ConfigError(f"--config {path}: no such file")
     try:
         merged: Any = OmegaConf.load(path)
+        defaults = to_mapping(Config())
+        # A single setting of a section that the file leaves out changes that section's default.
+        merged = OmegaConf.merge({key: defaults[key] for key in OPEN_SECTIONS if key not in merged}, merged)
         settings = []
         for override in overrides:
             section, _, choice = override.partition("=")
@@ -241,7 +245,7 @@ def _is_replaced(section: str, overrides: list[str]) -> bool:
 def _open(overrides: list[str]) -> Iterator[str]:
     """The overrides in hydra's grammar, with `++` for keys of open sections, which may be new."""
     for override in overrides:
-        is_open = override.startswith((*_OPEN_PREFIXES, *(f"{section}={{" for section in OPEN_SECTIONS)))
+        is_open = override.startswith((*_OPEN_PREFIXES, *_OPEN_MAPPINGS))
         yield f"++{override}" if is_open else override
 
 

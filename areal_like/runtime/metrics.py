@@ -6,7 +6,7 @@ Every labeled series starts at zero, so that Prometheus can compute its rate fro
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
@@ -40,6 +40,13 @@ class Metrics:
         gauge = Gauge(f"{PREFIX}_{name}", doc, [label] if label else [], registry=self.registry)
         for value in values:
             gauge.labels(value)
+        return gauge
+
+    def gauge_of(self, name: str, doc: str, labels: Sequence[str], values: Iterable[Sequence[str]]) -> Gauge:
+        """A gauge `areal_<name>` with several labels; `values`: the combinations that exist."""
+        gauge = Gauge(f"{PREFIX}_{name}", doc, labels, registry=self.registry)
+        for combination in values:
+            gauge.labels(*combination)
         return gauge
 
     def histogram(self, name: str, doc: str, *, buckets: Sequence[float]) -> Histogram:

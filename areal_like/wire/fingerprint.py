@@ -51,9 +51,12 @@ def shared_settings(config: Config, role: Role) -> str:
     A trainer with fewer groups per step would commit groups that it has not trained on. A server that samples
     at another temperature would record log-probs of another policy, one that renders messages in another way
     would answer other prompts, and one with another policy for failed samples would send them with reward 0
-    where the buffer would lease them again.
+    where the buffer would lease them again. Of an evaluation set, which may be long, the fingerprint is
+    compared.
     """
     settings = {f"sampling.{name}": value for name, value in dataclasses.asdict(config.sampling).items()}
+    for name, one in config.eval.sets.items():
+        settings[f"eval.sets.{name}"] = _digest(dataclasses.asdict(one))
     if role is Role.ROLLOUT:
         policies = dataclasses.asdict(config.buffer.on_failure)
         settings |= {f"buffer.on_failure.{kind}": policy for kind, policy in policies.items()}

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from areal_like.config.common import NAME, NAME_RULE
+from areal_like.config.evaluation import MAX_SETS, SET_NAME
 from areal_like.errors import RefusedError
 from areal_like.wire.messages.consumer import CloseAdmission, TrainerHeartbeat
 from areal_like.wire.messages.hello import Goodbye, Hello
@@ -84,12 +85,15 @@ def _check_hello(hello: Hello) -> None:
     numbers = {
         "incarnation": hello.incarnation,
         "weights_version": hello.weights_version,
-        "num_eval_prompts": hello.num_eval_prompts,
         "rank": hello.rank,
     }
     for name, number in numbers.items():
         if number < 0:
             raise RefusedError(name, "is negative")
+    if len(hello.eval_sets) > MAX_SETS or not all(map(SET_NAME.fullmatch, hello.eval_sets)):
+        raise RefusedError("eval_sets", f"at most {MAX_SETS} sets with valid names are accepted")
+    if min(hello.eval_sets.values(), default=0) < 0:
+        raise RefusedError("eval_sets", "has a negative number")
 
 
 def _check_stats(stats: Mapping[str, float]) -> None:

@@ -1,6 +1,7 @@
 """Applies `buffer.on_failure` to failed samples, and judges the server and the task by failures in a row.
 
     failed sample -> retry (leased again) | drop (its ticket ends); `zero` arrives as a normal sample
+    of an evaluation -> retry | given up: it counts 0, and the other samples of its prompt go on
     server's row too long -> quarantine of that server
     rows of every server too long -> the job ends with the last error
 
@@ -8,12 +9,13 @@ One server must not be able to end a job while others work, so every server has 
 (`buffer/tables/server_health.py`), and the job ends only when each server with an outcome is broken. Failures
 that a server in quarantine still reports are retried without a count: it cannot use up a ticket's retries. A
 prompt that is too long says nothing about server or task; only so many of them that no data set explains it
-end the job.
+end the job. Nor does the reward of an evaluation set with a task of its own: training goes on without it.
 """
 
 from __future__ import annotations
 
 from areal_like.failures import FAULTS_OF_SERVER, FAULTS_OF_TASK, FailureKind, FailurePolicy
+from areal_like.wire.messages.producer import Purpose
 from buffer.ledger.lifecycle import TicketLifecycle
 from buffer.ledger.state import LedgerState
 from buffer.tickets import Drop, Ticket
@@ -48,6 +50,8 @@ class FailedSamples:
     ) -> None:
         """Counts a failure of one sample, then leases the sample again or drops its ticket (FAILED).
 
+        Of an eval ticket only the sample is given up.
+
         `num_tokens`: its sampled tokens, which are lost.
         """
         name = ticket.leases[lease_id].server
@@ -59,9 +63,15 @@ class FailedSamples:
             return
         self._judge(name, ticket, kind, f"{name}: {error}")
         ticket.num_failures[sample_index] = ticket.num_failures.get(sample_index, 0) + 1
-        self._store.put_failure(ticket, sample_index)
         is_last = ticket.num_failures[sample_index] > self._settings.max_sample_retries
-        if is_last or self._settings.on_failure.policy(kind) is FailurePolicy.DROP:
+        is_given_up = is_last or self._settings.on_failure.policy(kind) is FailurePolicy.DROP
+        if is_given_up and ticket.purpose is Purpose.EVAL:
+            ticket.failed.add(sample_index)
+        self._store.put_failure(ticket, sample_index)
+        if sample_index in ticket.failed:
+            self._counters.count_failure(kind, FailurePolicy.DROP, num_tokens=num_tokens)
+            self._lifecycle.end_eval_sample(ticket)
+        elif is_given_up:
             self._counters.count_failure(kind, FailurePolicy.DROP, num_tokens=num_tokens)
             self._lifecycle.drop(ticket, Drop.FAILED, may_reissue=kind is not FailureKind.PROMPT)
         else:
@@ -86,6 +96,11 @@ class FailedSamples:
 
     def _judge(self, name: str, ticket: Ticket, kind: FailureKind, error: str) -> None:
         """Adds a failure to its server's row, which may begin a quarantine or end the job."""
+        if ticket.purpose is Purpose.EVAL and (
+            kind is FailureKind.PROMPT
+            or (kind in FAULTS_OF_TASK and ticket.eval_set in self._settings.eval_sets_with_task)
+        ):
+            return
         if kind not in FAULTS_OF_SERVER | FAULTS_OF_TASK:
             self._num_prompts_in_row += 1
             if self._num_prompts_in_row >= MAX_PROMPTS_GIVEN_UP:

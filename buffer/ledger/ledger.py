@@ -126,8 +126,8 @@ class Ledger:
             self._lifecycle.readmit(ticket)
 
     def finish_recovery(self) -> None:
-        """Cancels the evaluations of the earlier buffer, and records the groups that can be recorded."""
-        self._lifecycle.cancel_evals()
+        """Cancels evaluations that cannot go on, and records the groups that can be recorded."""
+        self._lifecycle.cancel_unusable_evals()
         self._lifecycle.record_ready_groups()
 
     def close_store(self) -> None:
@@ -175,8 +175,9 @@ class Ledger:
         return self._failed_samples.job_failure_reason
 
     def take_notices(self) -> list[str]:
-        """Quarantines of servers since the last call, as texts for the log."""
-        return self._failed_samples.take_notices()
+        """What the log should tell since the last call: quarantines of servers, rows of groups without
+        spread."""
+        return [*self._failed_samples.take_notices(), *self._intake.take_notices()]
 
     @property
     def last_rejection(self) -> str:

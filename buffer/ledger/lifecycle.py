@@ -11,7 +11,8 @@
                         |               |                   |       a trainer resumes before the commit
                         +---------------+-------------------+--> DROPPED(reason); from BATCHED
                                                                  only as poison or cancelled
-    eval  issue --> QUEUED <--> LEASED --> EVALUATED | DROPPED(failed | cancelled)
+    eval  issue --> QUEUED <--> LEASED --> every sample has arrived or failed for good:
+                                           EVALUATED | DROPPED(failed: all of them | cancelled)
 
     issued == queued + leased + ready + batched + trained + evaluated + dropped, checked after every
     operation.
@@ -26,9 +27,9 @@ from collections.abc import Collection, Iterable
 
 from areal_like.wire.messages.producer import Lease, Purpose
 from buffer.ledger.state import LedgerState
-from buffer.prompts.order import Prompt, sampling_seed
+from buffer.prompts.order import Prompt, evaluation_seed, sampling_seed
 from buffer.tables.lease_table import Server
-from buffer.tickets import REISSUED, Drop, LeaseRecord, SampleSummary, State, Ticket
+from buffer.tickets import REISSUED, Drop, LeaseRecord, State, Ticket
 
 
 class TicketLifecycle:
@@ -58,11 +59,19 @@ class TicketLifecycle:
         )
 
     def lease(self, ticket: Ticket, server: Server, weights_step: int, *, now_s: float) -> Lease:
-        """Leases all unleased samples of a ticket to a server: LEASED. Returns the message for the server."""
-        lease = self._leases.grant(server, ticket, weights_step=weights_step, now_s=now_s)
+        """Leases the unleased samples of a ticket to a server: LEASED. Returns the message for the server.
+
+        Those of an eval ticket, which may be many, only as far as the server has room for them.
+        """
+        is_eval = ticket.purpose is Purpose.EVAL
+        max_samples = max(1, server.free_samples) if is_eval else None
+        lease = self._leases.grant(
+            server, ticket, weights_step=weights_step, now_s=now_s, max_samples=max_samples
+        )
         self._tickets.move(ticket, State.LEASED)
+        if is_eval and ticket.unleased:
+            self._state.evals.requeue(ticket)
         self._track(ticket)
-        num_failures = sum(ticket.num_failures.values())
         return Lease(
             lease_id=lease.lease_id,
             ticket_id=ticket.ticket_id,
@@ -70,8 +79,14 @@ class TicketLifecycle:
             purpose=ticket.purpose,
             sample_indices=sorted(lease.outstanding),
             greedy_indices=sorted(filter(ticket.is_greedy, lease.outstanding)),
-            seed=sampling_seed(self._settings.seed, ticket.ticket_id, num_failures),
+            seed=self._seed(ticket),
+            eval_set=ticket.eval_set,
         )
+
+    def _seed(self, ticket: Ticket) -> int:
+        if ticket.purpose is Purpose.EVAL:
+            return evaluation_seed(self._settings.seed, ticket.eval_set, ticket.prompt_index)
+        return sampling_seed(self._settings.seed, ticket.ticket_id, sum(ticket.num_failures.values()))
 
     def remove_from_lease(self, ticket: Ticket, lease_id: int, sample_index: int, *, arrived: bool) -> None:
         """Removes a sample from its lease because it arrived or failed; an empty lease ends."""
@@ -80,11 +95,11 @@ class TicketLifecycle:
 
     def requeue(self, ticket: Ticket, sample_indices: Collection[int]) -> None:
         """Queues samples (maybe none) to be leased again; a ticket with other leases stays LEASED."""
+        ticket.unleased.update(sample_indices)
         if sample_indices and ticket.purpose is Purpose.EVAL:
             self._state.evals.requeue(ticket)
         elif sample_indices:
             self._state.admission.add_waiting(ticket)
-        ticket.unleased.update(sample_indices)
         state = State.LEASED if ticket.leases else State.QUEUED
         if ticket.state is not state:
             self._tickets.move(ticket, state)
@@ -109,10 +124,16 @@ class TicketLifecycle:
         self._tickets.move(ticket, State.READY)
         self._add_ready(ticket)
 
-    def mark_evaluated(self, ticket: Ticket, sample: SampleSummary) -> None:
-        """The sample of an eval ticket has arrived: EVALUATED."""
-        self._state.evals.add(ticket, sample)
-        self._tickets.move(ticket, State.EVALUATED)
+    def end_eval_sample(self, ticket: Ticket) -> None:
+        """A sample of an eval ticket has arrived or failed for good; after the last: EVALUATED or DROPPED."""
+        if len(ticket.samples) + len(ticket.failed) < ticket.num_samples:
+            self.requeue(ticket, ())
+        elif ticket.samples:
+            self._tickets.move(ticket, State.EVALUATED)
+            self._state.evals.end(ticket)
+            self._check_evals()
+        else:
+            self.drop(ticket, Drop.FAILED)
 
     def drop(self, ticket: Ticket, reason: Drop, *, may_reissue: bool = True) -> None:
         """Drops a ticket, aborts its leases, and gives its prompt back if the reason and `may_reissue` allow
@@ -126,7 +147,7 @@ class TicketLifecycle:
         self._state.counters.count_dropped(ticket, reason)
         self._tickets.move(ticket, State.DROPPED)
         if ticket.purpose is Purpose.EVAL:
-            self._state.evals.add_failure(ticket)
+            self._state.evals.end(ticket)
         elif reason is Drop.CANCELLED:
             self._give_back_prompt(ticket, num_reissues=ticket.num_reissues)
         elif reason in REISSUED and may_reissue and ticket.num_reissues < self._settings.max_reissues:
@@ -136,10 +157,28 @@ class TicketLifecycle:
             self._state.counters.count_given_up()
 
     def cancel_evals(self) -> None:
-        """Drops the tickets of all evaluations: the trainer that requested them has been replaced."""
-        for ticket in self._tickets.of_purpose(Purpose.EVAL):
+        """Drops the tickets of running evaluations: the trainer that requested them has been replaced."""
+        for ticket in self._state.evals.cancel(lambda row: True):
             self.drop(ticket, Drop.CANCELLED)
-        self._state.evals.clear()
+        self._state.evals.forget_results()
+        self._check_evals()
+
+    def cancel_unusable_evals(self) -> None:
+        """After a restart: drops the tickets of evaluations that the present configuration does not have."""
+        evals, sets = self._state.evals, self._settings.eval_sets
+        is_other_job = self._state.settings_changed
+        over = evals.cancel(lambda row: is_other_job or sets.get(row.eval_set) != row.num_samples)
+        # Earlier releases have left tickets without a row of their evaluation.
+        over += [ticket for ticket in self._tickets.of_purpose(Purpose.EVAL) if ticket not in evals]
+        for ticket in dict.fromkeys(over):
+            self.drop(ticket, Drop.CANCELLED)
+        self._check_evals()
+
+    def _check_evals(self) -> None:
+        """Asserts that every live eval ticket belongs to a running evaluation. Linear in the evaluations."""
+        num_live = self._tickets.count(Purpose.EVAL, State.QUEUED, State.LEASED)
+        num_open = self._state.evals.num_open
+        assert num_live == num_open, f"{num_live} eval tickets are live, evaluations have {num_open}"
 
     def readmit(self, ticket: Ticket) -> None:
         """Adds a recovered train ticket to the waiting, running or ready tickets, by its state."""

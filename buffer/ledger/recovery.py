@@ -1,8 +1,9 @@
 """Rebuilds a ledger from the rows of an earlier buffer, so that it behaves the same in every later operation.
 
+A running evaluation goes on with the samples that are missing, and the trainer's request, which it sends
+again, waits for it; unless its set is configured otherwise now, or the settings of the steps have changed.
+
 Not recovered, on purpose:
-* Evaluations. Their tickets are dropped as cancelled; the trainer requests the evaluation again, which starts
-  a new round.
 * Registrations of servers. Servers have to register again. Until then a server with leases is kept as a
   silent one: if it continued to work, it can deliver samples under its leases; if it is gone, its leases
   expire after `lease_timeout_s`.
@@ -28,6 +29,7 @@ from buffer.ledger.state import LedgerState
 from buffer.settings import LedgerSettings
 from buffer.storage.base import Store
 from buffer.storage.rows import Recovered
+from buffer.tables.evaluations import DONE, tickets_of
 from buffer.tickets import State
 
 _GENERATION_BITS = 36
@@ -66,6 +68,7 @@ def recover(
     _compare_settings(state, recovered.scalars, dataset=dataset)
     _restore_tables(state, recovered)
     _restore_steps(state, recovered, now_s=now_s)
+    _restore_evals(state, recovered)
     state.trainer_incarnation = recovered.scalars.get("trainer_incarnation", 0)
     state.is_finished = recovered.scalars.get("finished_steps", 0) >= settings.num_steps and not reopen
     ledger = Ledger(state)
@@ -139,3 +142,17 @@ def _restore_steps(state: LedgerState, recovered: Recovered, *, now_s: float) ->
     if not state.settings_changed:
         taken = [(ticket.step, ticket.position) for ticket in batched]
         state.scheduler.restore(taken, first_step=state.steps.committed + 1)
+
+
+def _restore_evals(state: LedgerState, recovered: Recovered) -> None:
+    """Finished rounds whose samples are kept, and running ones.
+
+    Those that cannot go on are cancelled in `finish_recovery`, when their tickets' leases can be revoked.
+    """
+    tickets = {ticket.ticket_id: ticket for ticket in recovered.evaluated} | state.tickets.live
+    for row in recovered.evaluations:
+        of_round = tickets_of(row, tickets, num_shards=state.settings.shard.count)
+        if row.state == DONE:
+            state.evals.restore_finished(row, of_round)
+        else:
+            state.evals.begin(row, of_round)

@@ -16,6 +16,9 @@ from buffer.ledger.lifecycle import TicketLifecycle
 from buffer.ledger.state import LedgerState
 from buffer.tickets import Drop, SampleSummary, Ticket, Verdict
 
+_MANY_WITHOUT_SPREAD = 256
+"""Groups without spread in a row at which the log says so; then at twice as many, and so on."""
+
 
 class SampleIntake:
     """Accepts or refuses samples, and decides whether a complete group is trained on."""
@@ -31,6 +34,9 @@ class SampleIntake:
         self._counters = state.counters
         self.last_rejection = ""
         """Description of the last group that the `single_version` filter rejected; empty: none was."""
+        self._num_without_spread = 0
+        """Groups in a row that the `spread` filter dropped."""
+        self._notices: list[str] = []
 
     def samples_done(self, name: str, samples: Sequence[SampleDone]) -> list[Verdict]:
         """Takes the samples that a server sent. The caller acknowledges them when they are durable."""
@@ -78,7 +84,7 @@ class SampleIntake:
         if ticket is not None:
             if num_sampled == 0 or self._is_invalid(ticket, record) or self._is_invalid_zero(done):
                 verdict = Verdict.INVALID
-            elif isinstance(summary := self._versions.summarize(lease_id, record), SampleSummary):
+            elif isinstance(summary := self._summary(done), SampleSummary):
                 if done.failure:
                     kind = FailureKind(done.failure)
                     self._failed_samples.count_zero(name, kind, num_tokens=num_sampled)
@@ -106,6 +112,9 @@ class SampleIntake:
             )
         return verdict
 
+    def _summary(self, done: SampleDone) -> SampleSummary | Verdict:
+        return self._versions.summarize(done.lease_id, done.record, failure=done.failure)
+
     def _is_invalid_zero(self, done: SampleDone) -> bool:
         """True if a sample claims a failure that is not trained on with reward 0, or has another reward."""
         if not done.failure:
@@ -115,12 +124,12 @@ class SampleIntake:
 
     def _is_invalid(self, ticket: Ticket, record: Record) -> bool:
         """True if a sample was aborted, is too long, or is not of the kind that was leased."""
+        if record.finish_reason is FinishReason.ABORT:
+            return True
+        if ticket.purpose is Purpose.EVAL:  # it need not fit into a micro-batch
+            return record.num_tokens > self._settings.max_eval_tokens
         return (
-            record.finish_reason is FinishReason.ABORT
-            or (
-                ticket.purpose is Purpose.TRAIN
-                and record.is_greedy is not ticket.is_greedy(record.sample_index)
-            )
+            record.is_greedy is not ticket.is_greedy(record.sample_index)
             or record.num_tokens > self._settings.max_tokens
             or record.longest_segment > self._settings.max_segment_tokens
         )
@@ -128,12 +137,12 @@ class SampleIntake:
     def _accept(self, ticket: Ticket, sample: SampleSummary, record: Record) -> None:
         self._lifecycle.remove_from_lease(ticket, sample.lease_id, record.sample_index, arrived=True)
         ticket.samples[record.sample_index] = sample
+        self._store.put_sample(sample, record)
         if ticket.purpose is Purpose.EVAL:
-            self._lifecycle.mark_evaluated(ticket, sample)
+            self._lifecycle.end_eval_sample(ticket)
             return
         if not ticket.is_greedy(record.sample_index):
             self._counters.count_training_sample(sample)
-        self._store.put_sample(sample, record)
         if len(ticket.samples) == ticket.num_samples:
             self._complete(ticket)
         else:
@@ -146,11 +155,29 @@ class SampleIntake:
         group_filter = self._settings.group_filter
         if group_filter == "spread" and are_equal_rewards([s.reward for s in ticket.training_samples]):
             self._lifecycle.drop(ticket, Drop.NO_SPREAD)
+            self._note_without_spread(ticket)
         elif group_filter == "single_version" and not self._is_single_version(ticket.samples.values()):
             self.last_rejection = _describe_mixed_versions(ticket)
             self._lifecycle.drop(ticket, Drop.REJECTED)
         else:
+            self._num_without_spread = 0
             self._lifecycle.mark_ready(ticket)
+
+    def take_notices(self) -> list[str]:
+        """Rows of groups without spread since the last call, as texts for the log."""
+        notices, self._notices = self._notices, []
+        return notices
+
+    def _note_without_spread(self, ticket: Ticket) -> None:
+        """A step for which no group has spread waits without end, so the log has to tell."""
+        self._num_without_spread += 1
+        rows, rest = divmod(self._num_without_spread, _MANY_WITHOUT_SPREAD)
+        if not rest and rows & (rows - 1) == 0:
+            self._notices.append(
+                f"buffer.group_filter=spread has dropped {self._num_without_spread} groups in a row, because "
+                f"the rewards of each were all equal (the last: {ticket.training_samples[0].reward:g}): the "
+                "task is solved, or too hard for the policy; `areal-like data stats RUN` counts both kinds"
+            )
 
     def _is_single_version(self, samples: Iterable[SampleSummary]) -> bool:
         """True if all tokens come from the same weights. A push and its repetition have the same weights."""

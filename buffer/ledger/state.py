@@ -39,7 +39,7 @@ class LedgerState:
         self.versions = VersionTable(store)
         self.tickets = TicketTable(store, settings.shard)
         self.prompts = PromptSource(settings, store)
-        self.evals = EvalTable()
+        self.evals = EvalTable(store, keep=settings.keep_evaluations)
         self.leases = LeaseTable(
             store,
             lease_timeout_s=settings.lease_timeout_s,

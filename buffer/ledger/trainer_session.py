@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from areal_like.config.evaluation import DEFAULT_SET
 from areal_like.errors import RefusedError, RunFinishedError
-from areal_like.wire.messages.consumer import EvalResult, Group
+from areal_like.wire.messages.consumer import Group
+from areal_like.wire.messages.evaluation import EvalResult
 from areal_like.wire.messages.producer import Purpose
 from buffer.ledger.lifecycle import TicketLifecycle
 from buffer.ledger.state import LedgerState
 from buffer.ledger.stream_start import StreamStart
 from buffer.prompts.order import Prompt
-from buffer.storage.rows import OperationRow
-from buffer.tables.evaluations import EvalRound
+from buffer.storage.rows import EvaluationRow, OperationRow
+from buffer.tables.evaluations import RUNNING, check_request
 from buffer.tables.incarnations import TRAINER, is_impossible, refuse_older
 from buffer.tables.version_table import MAX_VERSION
 from buffer.tickets import Drop, State, Ticket
@@ -232,20 +234,44 @@ class TrainerSession:
         self._state.bound.current = max_staleness
         self._state.store.put_scalar("max_staleness", max_staleness)
 
-    def request_eval(self, *, eval_id: int, num_prompts: int, min_version: int) -> EvalResult | None:
-        """Starts an evaluation unless its id is known. Returns its result, or None while it runs."""
-        if num_prompts < 1:
-            raise RefusedError("num_prompts", f"want at least 1, got {num_prompts}")
+    def request_eval(
+        self,
+        *,
+        eval_id: int,
+        num_prompts: int,
+        min_version: int,
+        eval_set: str = DEFAULT_SET,
+        num_samples: int = 1,
+    ) -> EvalResult | None:
+        """Starts an evaluation of a set unless it is known. Returns its result, or None while it runs."""
         rounds = self._state.evals.rounds
-        if eval_id not in rounds:
+        if (round_ := rounds.get((eval_id, eval_set))) is None:
+            check_request(eval_set, num_prompts=num_prompts, num_samples=num_samples)
             tickets = [
-                self._tickets.issue(Purpose.EVAL, Prompt(index=index), num_samples=1, eval_id=eval_id)
+                self._tickets.issue(
+                    Purpose.EVAL,
+                    Prompt(index=index),
+                    num_samples=num_samples,
+                    eval_id=eval_id,
+                    eval_set=eval_set,
+                )
                 for index in range(num_prompts)
             ]
             self._tickets.check_conservation()
-            round_ = EvalRound(eval_id=eval_id, num_prompts=num_prompts, min_version=min_version)
-            self._state.evals.begin(round_, tickets)
-        return rounds[eval_id].result() if rounds[eval_id].is_done else None
+            row = EvaluationRow(
+                first_ticket=tickets[0].ticket_id,
+                eval_id=eval_id,
+                eval_set=eval_set,
+                num_prompts=num_prompts,
+                num_samples=num_samples,
+                min_version=min_version,
+                state=RUNNING,
+            )
+            self._state.evals.begin(row, tickets)
+            return None
+        return (
+            round_.result(lambda version: self._versions.weights_of(version)[0]) if round_.is_done else None
+        )
 
     def _recorded_ticket(self, ticket_id: int) -> Ticket:
         """A ticket that an operator may remove. Raises RefusedError(ticket_id, reason)."""

@@ -1,40 +1,21 @@
-"""The order of training prompts: each epoch is a pseudo-random permutation, computed index by index.
+"""The order of training prompts: each epoch is a pseudo-random permutation (areal_like/data/permutation.py).
 
-The permutation is a Feistel network with cycle walking, a pure function of (seed, epoch, index). It needs
-constant memory, which matters for synthetic tasks with billions of prompts. Its whole state is one integer
-(the cursor), so resuming needs no stored permutation and replays nothing. No library upgrade can change the
-order in a resumed run. A curriculum (`curriculum.py`) chooses among neighboring prompts in this order: it
-changes which prompts are issued, never the order.
+Its whole state is one integer (the cursor), so resuming needs no stored permutation and replays nothing. No
+library upgrade can change the order in a resumed run. A curriculum (`curriculum.py`) chooses among
+neighboring prompts in this order: it changes which prompts are issued, never the order.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from areal_like.data.permutation import permuted
 from areal_like.shards import WHOLE, Shard
 from areal_like.splitmix64 import MASK_64, mix
 from buffer.prompts.curriculum import Curriculum
-
-_NUM_ROUNDS = 6
-
-
-def permuted(index: int, *, size: int, seed: int, epoch: int) -> int:
-    """Position of `index` in a shuffle of 0..size-1. A bijection for every (seed, epoch)."""
-    assert 0 <= index < size
-    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
-    half_mask = (1 << half_bits) - 1
-    key = mix(mix(seed & MASK_64) ^ epoch)
-    while True:
-        left, right = index >> half_bits, index & half_mask
-        for round_ in range(_NUM_ROUNDS):
-            left, right = right, left ^ (mix(key ^ (right << 8) ^ round_) & half_mask)
-        index = left << half_bits | right
-        # The network permutes a power of four >= size. Applying it again until the index is below `size`
-        # (cycle walking) keeps it a bijection.
-        if index < size:
-            return index
 
 
 def sampling_seed(seed: int, ticket_id: int, num_failures: int) -> int:
@@ -44,6 +25,16 @@ def sampling_seed(seed: int, ticket_id: int, num_failures: int) -> int:
     sampled text may have caused the failure.
     """
     return mix(mix(mix(seed & MASK_64) ^ ticket_id) ^ num_failures) >> 34
+
+
+def evaluation_seed(seed: int, eval_set: str, prompt_index: int) -> int:
+    """30-bit sampling seed of a prompt of an evaluation set, the same in every evaluation of a job.
+
+    So two evaluations differ in their weights and not in their random numbers. It does not change after a
+    failed sample either: an evaluation must not choose the answers that its reward survives.
+    """
+    name = int.from_bytes(hashlib.sha256(eval_set.encode()).digest()[:8], "big")
+    return mix(mix(mix(seed & MASK_64) ^ name) ^ prompt_index) >> 34
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

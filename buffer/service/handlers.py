@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable
@@ -262,15 +263,16 @@ class Handlers:
 
     def _request_eval(self, peer: Peer, envelope: Envelope) -> consumer.EvalResult | None:
         message: consumer.RequestEval = envelope.message
-        if 0 < self.registration.num_eval_prompts < message.num_prompts:
-            reason = (
-                f"the task has {self.registration.num_eval_prompts} held-out prompts, "
-                f"{message.num_prompts} were requested: lower eval.num_prompts"
-            )
-            raise RefusedError("num_prompts", reason)
-        result = self._ledger.request_eval(
-            eval_id=message.eval_id, num_prompts=message.num_prompts, min_version=message.min_version
-        )
+        if sets := self.registration.eval_sets:
+            if message.eval_set not in sets:
+                raise RefusedError("eval_set", f"the servers have no set of this name, but {', '.join(sets)}")
+            if sets[message.eval_set] < message.num_prompts:
+                reason = (
+                    f"the task of the set {message.eval_set} has {sets[message.eval_set]} held-out prompts, "
+                    f"{message.num_prompts} were requested: lower num_prompts"
+                )
+                raise RefusedError("num_prompts", reason)
+        result = self._ledger.request_eval(**dataclasses.asdict(message))
         if result is None:
             self._outbox.add_eval(peer.route, message, rid=envelope.rid)
         return result

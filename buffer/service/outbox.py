@@ -13,6 +13,7 @@ the next.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import Any
 
@@ -39,8 +40,8 @@ class Outbox:
         """Indices of samples that arrived since the last flush, by route and (lease, reason of a refusal)."""
         self._fetches: dict[tuple[bytes, int, int], int] = {}
         """Request ids of fetches whose group is not recorded yet, by (route, step, position)."""
-        self._evals: dict[tuple[bytes, int], tuple[int, consumer.RequestEval]] = {}
-        """(request id, request) of running evaluations, by (route, eval id)."""
+        self._evals: dict[tuple[bytes, int, str], tuple[int, dict[str, Any]]] = {}
+        """(request id, fields of the request) of running evaluations, by (route, eval id, set)."""
         self._num_recorded_seen = 0
         self._rejection_seen = ""
         self._directory = consumer.Directory(servers=[])
@@ -81,7 +82,7 @@ class Outbox:
 
     def add_eval(self, route: bytes, request: consumer.RequestEval, *, rid: int) -> None:
         """Sends the result of an evaluation when it is done."""
-        self._evals[route, request.eval_id] = (rid, request)
+        self._evals[route, request.eval_id, request.eval_set] = (rid, dataclasses.asdict(request))
 
     def keep_evals_of(self, route: bytes) -> None:
         """Removes the evaluations that other routes wait for, which belong to an older trainer."""
@@ -124,7 +125,7 @@ class Outbox:
                 self.send(peer.route, failed)
         for (route, _, _), rid in self._fetches.items():
             self.send(route, failed, rid=rid)
-        for (route, _), (rid, _) in self._evals.items():
+        for (route, _, _), (rid, _) in self._evals.items():
             self.send(route, failed, rid=rid)
 
     def finish(self) -> None:
@@ -173,16 +174,13 @@ class Outbox:
                 self.send_when_durable(route, group, rid=rid)
 
     def _answer_evals(self) -> None:
-        for (route, eval_id), (rid, request) in list(self._evals.items()):
+        for key, (rid, request) in list(self._evals.items()):
+            route = key[0]
             if self._peers.at(route) is None:
-                del self._evals[route, eval_id]
-                continue
-            result = self._ledger.request_eval(
-                eval_id=eval_id, num_prompts=request.num_prompts, min_version=request.min_version
-            )
-            if result is not None:
-                del self._evals[route, eval_id]
-                self.send(route, result, rid=rid)
+                del self._evals[key]
+            elif (result := self._ledger.request_eval(**request)) is not None:
+                del self._evals[key]
+                self.send_when_durable(route, result, rid=rid)
 
     def _send_directory(self) -> None:
         """Sends the directory of servers to every rank if it has changed."""

@@ -46,8 +46,8 @@ class Registration:
         self._job = job
         self._clock = clock
         self._claims = NameClaims()
-        self.num_eval_prompts = 0
-        """Held-out prompts of the task, as servers report it; 0: no server has registered."""
+        self.eval_sets: dict[str, int] = {}
+        """Held-out prompts by evaluation set, as servers report them; empty: no server has registered."""
 
     def hello(self, newcomer: Newcomer) -> None:
         """Registers a peer, or asks the process that has its name. Replies now or later."""
@@ -145,7 +145,7 @@ class Registration:
                 weights_version=hello.weights_version,
                 now_s=self._clock(),
             )
-            self.num_eval_prompts = hello.num_eval_prompts
+            self.eval_sets = hello.eval_sets
         else:
             self._ledger.refuse_older_trainer(incarnation)
         peer = self._peers.add(newcomer.route, hello, now_s=self._clock(), key=newcomer.key)

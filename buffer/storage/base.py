@@ -8,10 +8,10 @@ rebuilt.
 
 A record is kept from `put_sample` until no trainer can need it any more. The records of a dropped ticket are
 deleted after its row is written as dropped. Those of a trained ticket are deleted after `release`, which the
-ledger calls when every checkpoint that a trainer could resume from contains the ticket's step.
+ledger calls when every checkpoint that a trainer could resume from contains the ticket's step. Those of an
+evaluated ticket are deleted after `release`, too, which follows `eval.keep` newer evaluations of its set.
 
-Left out: eval samples (an `EvalRound` holds the sums of their rewards), and expiry times of leases (a
-restarted buffer sets new ones).
+Left out: expiry times of leases (a restarted buffer sets new ones).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Protocol
 
 from areal_like.wire.records import Record
 from buffer.prompts.order import Prompt
-from buffer.storage.rows import OperationRow, Recovered, RollbackRow, VersionRow
+from buffer.storage.rows import EvaluationRow, OperationRow, Recovered, RollbackRow, VersionRow
 from buffer.tickets import LeaseRecord, SampleSummary, Ticket
 
 
@@ -31,20 +31,23 @@ class Store(Protocol):
     def put_ticket(self, ticket: Ticket) -> None:
         """The ticket was issued, or its state, drop reason, bound, step or position changed.
 
-        If it has ended and is not TRAINED, its records are released.
+        If it was dropped, its records are released.
         """
 
     def put_sample(self, sample: SampleSummary, record: Record) -> None:
         """A sample was accepted. The row of its lease need not be written again."""
 
     def put_failure(self, ticket: Ticket, sample_index: int) -> None:
-        """A sample failed; `ticket.num_failures` has the new count."""
+        """A sample failed; `ticket.num_failures` and `ticket.failed` have the new state."""
 
     def put_lease(self, lease: LeaseRecord, *, server_incarnation: int) -> None:
         """A lease was granted, or a sample that was not accepted was removed from it."""
 
     def end_lease(self, lease_id: int) -> None:
         """A lease is finished or lost."""
+
+    def put_evaluation(self, row: EvaluationRow) -> None:
+        """An evaluation was requested, or its state changed."""
 
     def put_version(self, row: VersionRow) -> None:
         """A weight version was allocated."""
@@ -71,7 +74,7 @@ class Store(Protocol):
         """New values of some counters; the others stay."""
 
     def release(self, ticket: Ticket) -> None:
-        """The records of this trained ticket will not be fetched any more."""
+        """The records of this ticket, trained or evaluated, are not needed any more."""
 
     def records_of(self, ticket: Ticket) -> list[Record]:
         """All records of a complete ticket, in sample order. Raises StoreCorruptError if they are damaged."""

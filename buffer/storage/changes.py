@@ -13,7 +13,7 @@ from typing import Any
 
 from areal_like.wire.records import Record
 from buffer.prompts.order import Prompt
-from buffer.storage.rows import OperationRow, Recovered, RollbackRow, VersionRow
+from buffer.storage.rows import EvaluationRow, OperationRow, Recovered, RollbackRow, VersionRow
 from buffer.tickets import LeaseRecord, SampleSummary, State, Ticket
 
 Row = tuple[Any, ...]
@@ -26,7 +26,10 @@ class Changes:
     tickets: dict[int, Row] = field(default_factory=dict)
     samples: list[tuple[SampleSummary, Record]] = field(default_factory=list)
     """Accepted samples. Their rows also contain the position of the record on disk, which the writer adds."""
-    failures: dict[tuple[int, int], int] = field(default_factory=dict)
+    failures: dict[tuple[int, int], tuple[int, bool]] = field(default_factory=dict)
+    """Number of failures, and whether the sample was given up, by (ticket id, sample index)."""
+    evaluations: dict[int, EvaluationRow] = field(default_factory=dict)
+    """By first ticket."""
     leases: dict[int, Row | None] = field(default_factory=dict)
     versions: list[VersionRow] = field(default_factory=list)
     scalars: dict[str, int] = field(default_factory=dict)
@@ -36,6 +39,8 @@ class Changes:
     rollbacks: list[RollbackRow] = field(default_factory=list)
     operations: list[OperationRow] = field(default_factory=list)
     counters: dict[str, float] = field(default_factory=dict)
+    evaluated: list[int] = field(default_factory=list)
+    """Tickets whose records are kept and will not be fetched: they need no memory."""
     released: list[int] = field(default_factory=list)
     """Tickets whose records will not be fetched any more."""
 
@@ -76,9 +81,12 @@ class RowRecorder:
             ticket.step if ticket.step >= 0 else None,
             ticket.position if ticket.position >= 0 else None,
             ticket.num_greedy,
+            ticket.eval_set,
         )
-        if ticket.state.is_terminal and ticket.state is not State.TRAINED:
+        if ticket.state is State.DROPPED:
             self.changes.released.append(ticket.ticket_id)
+        elif ticket.state is State.EVALUATED:
+            self.changes.evaluated.append(ticket.ticket_id)
         self._changed()
 
     def put_sample(self, sample: SampleSummary, record: Record) -> None:
@@ -86,7 +94,10 @@ class RowRecorder:
         self._changed()
 
     def put_failure(self, ticket: Ticket, sample_index: int) -> None:
-        self.changes.failures[ticket.ticket_id, sample_index] = ticket.num_failures[sample_index]
+        self.changes.failures[ticket.ticket_id, sample_index] = (
+            ticket.num_failures[sample_index],
+            sample_index in ticket.failed,
+        )
         self._changed()
 
     def put_lease(self, lease: LeaseRecord, *, server_incarnation: int) -> None:
@@ -103,6 +114,10 @@ class RowRecorder:
 
     def end_lease(self, lease_id: int) -> None:
         self.changes.leases[lease_id] = None
+        self._changed()
+
+    def put_evaluation(self, row: EvaluationRow) -> None:
+        self.changes.evaluations[row.first_ticket] = row
         self._changed()
 
     def put_version(self, row: VersionRow) -> None:

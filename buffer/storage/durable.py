@@ -233,6 +233,8 @@ class DurableStore(RowRecorder):
             self._locations.setdefault(record.ticket_id, {})[record.sample_index] = location
             self._num_needed[location.segment] += 1
             self._cache.unpin(record.ticket_id, record.sample_index)
+        for ticket_id in batch.changes.evaluated:
+            self._cache.remove(ticket_id)
         for ticket_id in batch.changes.released:
             self._cache.remove(ticket_id)
             for location in self._locations.pop(ticket_id, {}).values():

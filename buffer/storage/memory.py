@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 
 from areal_like.wire.records import Record
 from buffer.prompts.order import Prompt
-from buffer.storage.rows import OperationRow, Recovered, RollbackRow, VersionRow
+from buffer.storage.rows import EvaluationRow, OperationRow, Recovered, RollbackRow, VersionRow
 from buffer.tickets import LeaseRecord, SampleSummary, State, Ticket
 
 
@@ -21,7 +21,7 @@ class MemoryStore:
         self._num_bytes = 0
 
     def put_ticket(self, ticket: Ticket) -> None:
-        """Releases the records of a ticket that ended untrained."""
+        """Releases the records of a ticket that ended untrained: nobody could read those of an evaluation."""
         if ticket.state.is_terminal and ticket.state is not State.TRAINED:
             self.release(ticket)
 
@@ -37,6 +37,8 @@ class MemoryStore:
     def put_lease(self, lease: LeaseRecord, *, server_incarnation: int) -> None: ...
 
     def end_lease(self, lease_id: int) -> None: ...
+
+    def put_evaluation(self, row: EvaluationRow) -> None: ...
 
     def put_version(self, row: VersionRow) -> None: ...
 

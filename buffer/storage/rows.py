@@ -63,6 +63,23 @@ class OperationRow:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationRow:
+    """One evaluation of one set. Its tickets were issued together, in the order of their prompts."""
+
+    first_ticket: int
+    """Id of the ticket of prompt 0."""
+    eval_id: int
+    """The trainer's id: completed optimizer steps."""
+    eval_set: str
+    num_prompts: int
+    num_samples: int
+    """Answers to each prompt."""
+    min_version: int
+    state: str
+    """`running`, `done`, `released` (done, and its samples are not needed any more), or `cancelled`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SegmentRow:
     """One file of trajectories."""
 
@@ -82,6 +99,10 @@ class Recovered:
     is empty."""
     trained: list[Ticket] = field(default_factory=list)
     """TRAINED tickets whose records are not released yet, by (step, position)."""
+    evaluated: list[Ticket] = field(default_factory=list)
+    """EVALUATED tickets whose records are not released yet, by id."""
+    evaluations: list[EvaluationRow] = field(default_factory=list)
+    """The running ones, and the finished ones whose samples are kept, in the order of their requests."""
     leases: list[LeaseRow] = field(default_factory=list)
     versions: list[VersionRow] = field(default_factory=list)
     """In order of allocation."""
@@ -93,7 +114,7 @@ class Recovered:
     rollbacks: list[RollbackRow] = field(default_factory=list)
     counters: dict[str, float] = field(default_factory=dict)
     ended: dict[tuple[Purpose, State, Drop | None], int] = field(default_factory=dict)
-    """Number of tickets by purpose, terminal state and drop reason, including those in `trained`. Their rows
-    are counted, not read."""
+    """Number of tickets by purpose, terminal state and drop reason, including those in `trained` and
+    `evaluated`. Their rows are counted, not read."""
     num_issued: int = 0
     """The largest ticket id."""

@@ -27,7 +27,7 @@ from buffer.storage.rows import SegmentRow
 
 _T = TypeVar("_T")
 _MAX_ROWS = 256
-"""Rows in one statement: 13 values each, of the 32,766 that SQLite accepts."""
+"""Rows in one statement: at most 15 values each, of the 32,766 that SQLite accepts."""
 
 _VERSION_1 = """
 CREATE TABLE tickets (
@@ -81,7 +81,19 @@ CREATE TABLE operations (
     detail TEXT NOT NULL
 );
 """
-MIGRATIONS: tuple[str, ...] = (_VERSION_1, _VERSION_2)
+_VERSION_3 = """
+ALTER TABLE tickets ADD COLUMN eval_set TEXT NOT NULL DEFAULT '';
+ALTER TABLE samples ADD COLUMN truncated INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE samples ADD COLUMN failure TEXT NOT NULL DEFAULT '';
+ALTER TABLE failures ADD COLUMN given_up INTEGER NOT NULL DEFAULT 0;
+CREATE TABLE evaluations (
+    first_ticket INTEGER PRIMARY KEY, eval_id INTEGER NOT NULL, eval_set TEXT NOT NULL,
+    num_prompts INTEGER NOT NULL, num_samples INTEGER NOT NULL, min_version INTEGER NOT NULL,
+    state TEXT NOT NULL
+);
+CREATE INDEX evaluations_with_records ON evaluations (first_ticket) WHERE state IN ('running', 'done');
+"""
+MIGRATIONS: tuple[str, ...] = (_VERSION_1, _VERSION_2, _VERSION_3)
 """Script i takes a file from version i to i + 1. Never edit a released script: append another one."""
 
 
@@ -156,7 +168,8 @@ def _write(connection: sqlite3.Connection, changes: Changes, locations: Iterable
     _insert(
         connection,
         "INSERT INTO tickets VALUES",
-        [(*row, 0) for row in changes.tickets.values()],
+        # The column `released` stands before those that a migration has added.
+        [(*row[:13], 0, *row[13:]) for row in changes.tickets.values()],
         "ON CONFLICT (ticket_id) DO UPDATE SET max_staleness = excluded.max_staleness, "
         "state = excluded.state, "
         "reason = excluded.reason, step = excluded.step, position = excluded.position",
@@ -166,7 +179,12 @@ def _write(connection: sqlite3.Connection, changes: Changes, locations: Iterable
     _insert(
         connection,
         "INSERT OR REPLACE INTO failures VALUES",
-        [(*key, count) for key, count in changes.failures.items()],
+        [(*key, *counted) for key, counted in changes.failures.items()],
+    )
+    _insert(
+        connection,
+        "INSERT OR REPLACE INTO evaluations VALUES",
+        [dataclasses.astuple(row) for row in changes.evaluations.values()],
     )
     _insert(
         connection, "INSERT OR REPLACE INTO leases VALUES", [row for row in changes.leases.values() if row]
@@ -258,7 +276,7 @@ def _chunks(rows: Sequence[_T]) -> Iterator[Sequence[_T]]:
         start += size
 
 
-def _sample_rows(changes: Changes, locations: Iterable[RecordLocation]) -> list[tuple[int | float, ...]]:
+def _sample_rows(changes: Changes, locations: Iterable[RecordLocation]) -> list[Row]:
     return [
         (
             record.ticket_id,
@@ -274,6 +292,8 @@ def _sample_rows(changes: Changes, locations: Iterable[RecordLocation]) -> list[
             location.offset,
             location.num_bytes,
             location.crc32,
+            int(sample.is_truncated),
+            sample.failure,
         )
         for (sample, record), location in zip(changes.samples, locations, strict=True)
     ]

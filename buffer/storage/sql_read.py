@@ -12,7 +12,7 @@ import sqlite3
 from areal_like.wire.messages.producer import Purpose
 from areal_like.wire.records import RecordLocation
 from buffer.prompts.order import Prompt
-from buffer.storage.rows import LeaseRow, Recovered, RollbackRow, SegmentRow, VersionRow
+from buffer.storage.rows import EvaluationRow, LeaseRow, Recovered, RollbackRow, SegmentRow, VersionRow
 from buffer.tickets import Drop, SampleSummary, State, Ticket
 
 
@@ -34,25 +34,45 @@ def read_all(connection: sqlite3.Connection) -> Recovered:
             step=-1 if row[10] is None else row[10],
             position=-1 if row[11] is None else row[11],
             num_greedy=row[12],
+            eval_set=row[14],
             unleased=set(range(row[3])),
         )
         for row in query("SELECT * FROM tickets WHERE released = 0 ORDER BY ticket_id")
     }
     for ticket_id, sample_index, *columns in query(
         "SELECT samples.ticket_id, sample_index, "
-        "lease_id, oldest_step, sum_token_steps, oldest_version, newest_version, num_sampled, reward "
+        "lease_id, oldest_step, sum_token_steps, oldest_version, newest_version, num_sampled, reward, "
+        "truncated, failure "
         "FROM tickets CROSS JOIN samples USING (ticket_id) WHERE released = 0"
     ):
         tickets[ticket_id].samples[sample_index] = _summary(*columns)
         tickets[ticket_id].unleased.discard(sample_index)
-    for ticket_id, sample_index, count in query(
+    for ticket_id, sample_index, count, given_up in query(
         "SELECT failures.* FROM tickets CROSS JOIN failures USING (ticket_id) WHERE released = 0"
     ):
         tickets[ticket_id].num_failures[sample_index] = count
+        if given_up:
+            tickets[ticket_id].failed.add(sample_index)
+            tickets[ticket_id].unleased.discard(sample_index)
     trained = [ticket for ticket in tickets.values() if ticket.state is State.TRAINED]
     return Recovered(
         tickets=[ticket for ticket in tickets.values() if not ticket.state.is_terminal],
         trained=sorted(trained, key=lambda ticket: (ticket.step, ticket.position)),
+        evaluated=[ticket for ticket in tickets.values() if ticket.state is State.EVALUATED],
+        evaluations=[
+            EvaluationRow(
+                first_ticket=row[0],
+                eval_id=row[1],
+                eval_set=row[2],
+                num_prompts=row[3],
+                num_samples=row[4],
+                min_version=row[5],
+                state=row[6],
+            )
+            for row in query(
+                "SELECT * FROM evaluations WHERE state IN ('running', 'done') ORDER BY first_ticket"
+            )
+        ],
         leases=[
             LeaseRow(
                 lease_id=row[0],
@@ -130,6 +150,8 @@ def _summary(
     newest_version: int,
     num_sampled: int,
     reward: float,
+    truncated: int,
+    failure: str,
 ) -> SampleSummary:
     return SampleSummary(
         lease_id=lease_id,
@@ -139,4 +161,6 @@ def _summary(
         newest_version=newest_version,
         num_sampled=num_sampled,
         reward=reward,
+        is_truncated=bool(truncated),
+        failure=failure,
     )

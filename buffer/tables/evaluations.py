@@ -1,112 +1,234 @@
-"""Held-out evaluations: rounds of greedy one-sample tickets, leased before train tickets."""
+"""Evaluations: rounds of tickets for the held-out prompts of one set, leased before train tickets.
+
+    requested -> RUNNING -> every ticket evaluated or dropped -> DONE -> `eval.keep` newer ones -> RELEASED
+                    `-> the trainer was replaced -> CANCELLED
+
+A round is identified by its first ticket, because a trainer that goes back repeats its ids. Rounds and
+tickets are in the store: a restarted buffer continues a running round without its finished samples, and still
+has the results of the finished ones whose samples are kept.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping
 
-from areal_like.wire.messages.consumer import EvalResult
-from buffer.tickets import SampleSummary, Ticket
+import numpy as np
 
-_NUM_DONE_KEPT = 4
-"""Finished evaluations whose result can still be requested."""
+from areal_like.config.evaluation import MAX_EVAL_PROMPTS, MAX_EVAL_SAMPLES, SET_NAME
+from areal_like.errors import RefusedError
+from areal_like.trajectory import LARGEST_REWARD
+from areal_like.wire.messages.evaluation import EvalResult, SampleOutcome
+from buffer.storage.base import Store
+from buffer.storage.rows import EvaluationRow
+from buffer.tickets import State, Ticket
+
+RUNNING, DONE, RELEASED, CANCELLED = "running", "done", "released", "cancelled"
+_NUM_RESULTS_KEPT = 4
+"""Newest finished evaluations of a set whose result can be requested again, whatever `eval.keep` is."""
 
 
 class EvalRound:
-    """One evaluation.
+    """One evaluation of one set: its tickets, and those that have to be leased."""
 
-    OPEN -> (every ticket evaluated or failed) -> DONE, kept so that a repeated request gets the result.
-    """
+    def __init__(self, row: EvaluationRow, tickets: Iterable[Ticket]) -> None:
+        """`tickets`: all of a new round; of an earlier buffer's round those that were not dropped."""
+        self.row = row
+        self.tickets = {ticket.ticket_id: ticket for ticket in tickets}
+        """Without those that were dropped, whose samples have all failed."""
+        self.num_open = sum(not ticket.state.is_terminal for ticket in self.tickets.values())
+        """Tickets that have not ended."""
+        waiting = [ticket.ticket_id for ticket in self.tickets.values() if ticket.unleased]
+        self._queue = deque(waiting)
+        self._queued = set(waiting)
 
-    def __init__(self, *, eval_id: int, num_prompts: int, min_version: int) -> None:
-        self.eval_id = eval_id
-        self.num_prompts = num_prompts
-        self.min_version = min_version
-        self.queue: deque[int] = deque()
-        """Ids of tickets that are under no lease."""
-        self.num_failed = 0
-        self._num_evaluated = 0
-        self._sum_reward = 0.0
-        self._sum_tokens = 0
-        self._versions: tuple[int, int] | None = None
-
-    def add(self, sample: SampleSummary) -> None:
-        """Counts an evaluated prompt."""
-        self._num_evaluated += 1
-        self._sum_reward += sample.reward
-        self._sum_tokens += sample.num_sampled
-        oldest, newest = self._versions or (sample.oldest_version, sample.newest_version)
-        self._versions = (min(oldest, sample.oldest_version), max(newest, sample.newest_version))
+    @property
+    def key(self) -> tuple[int, str]:
+        """(id of the evaluation, name of the set), as a trainer requests it."""
+        return self.row.eval_id, self.row.eval_set
 
     @property
     def is_done(self) -> bool:
         """True if every prompt was evaluated or has failed."""
-        return self._num_evaluated + self.num_failed == self.num_prompts
+        return self.num_open == 0
 
-    def result(self) -> EvalResult:
-        """Mean reward over all prompts, of which a failed one counts 0, and tokens of evaluated ones."""
-        count = max(1, self._num_evaluated)
-        oldest, newest = self._versions or (self.min_version, self.min_version)
+    @property
+    def next_ticket(self) -> int | None:
+        """Id of the next ticket to lease."""
+        return self._queue[0] if self._queue else None
+
+    def pop_next(self) -> int:
+        """Removes the next ticket from the queue."""
+        ticket_id = self._queue.popleft()
+        self._queued.remove(ticket_id)
+        return ticket_id
+
+    def requeue(self, ticket_id: int) -> None:
+        """Samples of the ticket have to be leased, before other tickets of the round."""
+        if ticket_id not in self._queued:
+            self._queue.appendleft(ticket_id)
+            self._queued.add(ticket_id)
+
+    def end(self, ticket: Ticket) -> None:
+        """A ticket was evaluated or dropped."""
+        self.num_open -= 1
+        if ticket.state is State.DROPPED:
+            del self.tickets[ticket.ticket_id]
+
+    def result(self, step_of: Callable[[int], int]) -> EvalResult:
+        """The numbers of every sample; `step_of`: optimizer step of a weights version."""
+        num_samples = self.row.num_samples
+        size = self.row.num_prompts * num_samples
+        rewards, tokens = np.zeros(size), np.zeros(size, np.int32)
+        outcomes = np.full(size, int(SampleOutcome.MISSING), np.uint8)
+        versions: list[int] = []
+        for ticket in self.tickets.values():
+            for index, sample in ticket.samples.items():
+                at = ticket.prompt_index * num_samples + index
+                rewards[at] = min(max(sample.reward, -LARGEST_REWARD), LARGEST_REWARD)
+                tokens[at] = min(sample.num_sampled, np.iinfo(np.int32).max)
+                failed = SampleOutcome.FAILED if sample.failure else SampleOutcome(0)
+                outcomes[at] = failed | (SampleOutcome.TRUNCATED if sample.is_truncated else 0)
+                versions += (sample.oldest_version, sample.newest_version)
+        oldest, newest = min(versions, default=-1), max(versions, default=-1)
         return EvalResult(
-            eval_id=self.eval_id,
-            num_evaluated=self._num_evaluated,
-            num_failed=self.num_failed,
-            mean_reward=self._sum_reward / max(1, self._num_evaluated + self.num_failed),
-            mean_tokens=self._sum_tokens / count,
+            eval_id=self.row.eval_id,
+            eval_set=self.row.eval_set,
+            num_samples=num_samples,
+            rewards=rewards,
+            tokens=tokens,
+            outcomes=outcomes,
             oldest_version=oldest,
             newest_version=newest,
+            oldest_step=step_of(oldest) if versions else -1,
+            newest_step=step_of(newest) if versions else -1,
         )
 
 
 class EvalTable:
-    """Rounds by eval id, in the order of their requests.
+    """Rounds in the order of their requests, and the finished ones whose samples are kept."""
 
-    Not stored: a restarted buffer cancels the tickets of all rounds.
-    """
+    def __init__(self, store: Store, *, keep: int) -> None:
+        """`keep`: finished rounds of each set whose samples are kept."""
+        self._store = store
+        self._keep = keep
+        self.rounds: dict[tuple[int, str], EvalRound] = {}
+        """Those whose result can be requested, running or finished."""
+        self._round_of: dict[int, EvalRound] = {}
+        """Ticket id -> running round."""
+        self._kept: dict[str, deque[EvalRound]] = {}
+        """Finished rounds with samples by set, the oldest first."""
 
-    def __init__(self) -> None:
-        self.rounds: dict[int, EvalRound] = {}
+    def begin(self, row: EvaluationRow, tickets: Iterable[Ticket]) -> None:
+        """Adds a running round, new or of an earlier buffer."""
+        self._store.put_evaluation(row)
+        round_ = EvalRound(row, tickets)
+        self.rounds[round_.key] = round_
+        self._round_of |= dict.fromkeys(round_.tickets, round_)
+        self._end_if_done(round_)
 
-    def begin(self, round_: EvalRound, tickets: Sequence[Ticket]) -> None:
-        """Adds a round, and deletes the oldest finished ones."""
-        self.rounds[round_.eval_id] = round_
-        round_.queue.extend(ticket.ticket_id for ticket in tickets)
-        done = [eval_id for eval_id, round_ in self.rounds.items() if round_.is_done]
-        for eval_id in done[:-_NUM_DONE_KEPT]:
-            del self.rounds[eval_id]
+    def restore_finished(self, row: EvaluationRow, tickets: Iterable[Ticket]) -> None:
+        """Adds a finished round of an earlier buffer, whose samples are kept."""
+        round_ = EvalRound(row, tickets)
+        self.rounds[round_.key] = round_
+        self._keep_samples(round_)
 
-    def clear(self) -> None:
-        """Deletes all rounds: the trainer that requested them has been replaced."""
+    def cancel(self, is_over: Callable[[EvaluationRow], bool]) -> list[Ticket]:
+        """Cancels the running rounds for which `is_over` is true.
+
+        Returns their tickets that have not ended, which the caller drops.
+        """
+        left = []
+        for round_ in [one for one in self.rounds.values() if not one.is_done and is_over(one.row)]:
+            self._store.put_evaluation(dataclasses.replace(round_.row, state=CANCELLED))
+            del self.rounds[round_.key]
+            for ticket in round_.tickets.values():
+                if ticket.state is State.EVALUATED:
+                    self._store.release(ticket)
+                else:
+                    del self._round_of[ticket.ticket_id]
+                    left.append(ticket)
+        return left
+
+    def forget_results(self) -> None:
+        """A new trainer requests its own evaluations; samples of finished ones are kept as before."""
+        assert all(round_.is_done for round_ in self.rounds.values())
         self.rounds.clear()
+
+    def __contains__(self, ticket: Ticket) -> bool:
+        """True if the ticket belongs to a running round."""
+        return ticket.ticket_id in self._round_of
 
     @property
     def has_queued(self) -> bool:
         """True if a ticket of any round waits for a lease."""
-        return any(round_.queue for round_ in self.rounds.values())
+        return any(round_.next_ticket is not None for round_ in self.rounds.values())
+
+    @property
+    def num_open(self) -> int:
+        """Tickets of all rounds that have not ended."""
+        return sum(round_.num_open for round_ in self.rounds.values())
 
     def peek_next(self, weights_version: int) -> int | None:
         """Id of the ticket that `take_next` would return."""
-        for round_ in self.rounds.values():
-            if round_.queue and weights_version >= round_.min_version:
-                return round_.queue[0]
-        return None
+        round_ = self._next_round(weights_version)
+        return None if round_ is None else round_.next_ticket
 
     def take_next(self, weights_version: int) -> int | None:
         """Id of the next ticket for a server with weights of this version, if there is one."""
-        for round_ in self.rounds.values():
-            if round_.queue and weights_version >= round_.min_version:
-                return round_.queue.popleft()
-        return None
+        round_ = self._next_round(weights_version)
+        return None if round_ is None else round_.pop_next()
 
     def requeue(self, ticket: Ticket) -> None:
-        """The sample of the ticket has to be leased again, before other tickets of its round."""
-        self.rounds[ticket.eval_id].queue.appendleft(ticket.ticket_id)
+        """Samples of the ticket have to be leased (again), before other tickets of its round."""
+        self._round_of[ticket.ticket_id].requeue(ticket.ticket_id)
 
-    def add(self, ticket: Ticket, sample: SampleSummary) -> None:
-        """Counts an evaluated ticket."""
-        self.rounds[ticket.eval_id].add(sample)
+    def end(self, ticket: Ticket) -> None:
+        """Counts a ticket that was evaluated or dropped; tickets of cancelled rounds are ignored."""
+        if (round_ := self._round_of.pop(ticket.ticket_id, None)) is not None:
+            round_.end(ticket)
+            self._end_if_done(round_)
 
-    def add_failure(self, ticket: Ticket) -> None:
-        """Counts a dropped ticket. Tickets of an earlier buffer's rounds are ignored."""
-        if ticket.eval_id in self.rounds:
-            self.rounds[ticket.eval_id].num_failed += 1
+    def _next_round(self, weights_version: int) -> EvalRound | None:
+        for round_ in self.rounds.values():
+            if round_.next_ticket is not None and weights_version >= round_.row.min_version:
+                return round_
+        return None
+
+    def _end_if_done(self, round_: EvalRound) -> None:
+        if round_.is_done:
+            round_.row = dataclasses.replace(round_.row, state=DONE)
+            self._store.put_evaluation(round_.row)
+            self._keep_samples(round_)
+            of_set = [key for key, one in self.rounds.items() if one.is_done and key[1] == round_.key[1]]
+            for key in of_set[:-_NUM_RESULTS_KEPT]:
+                del self.rounds[key]
+
+    def _keep_samples(self, round_: EvalRound) -> None:
+        """Releases the samples of the set's older rounds, or those of this one if none are kept."""
+        kept = self._kept.setdefault(round_.row.eval_set, deque())
+        kept.append(round_)
+        while len(kept) > self._keep:
+            old = kept.popleft()
+            self._store.put_evaluation(dataclasses.replace(old.row, state=RELEASED))
+            for ticket in old.tickets.values():
+                self._store.release(ticket)
+
+
+def check_request(eval_set: str, *, num_prompts: int, num_samples: int) -> None:
+    """Raises RefusedError for an evaluation that is empty, too large, or of a set without a valid name."""
+    if not SET_NAME.fullmatch(eval_set):
+        raise RefusedError("eval_set", "is not the name of an evaluation set")
+    if not 1 <= num_prompts <= MAX_EVAL_PROMPTS:
+        raise RefusedError("num_prompts", f"want 1..{MAX_EVAL_PROMPTS}, got {num_prompts}")
+    if num_samples < 1 or num_prompts * num_samples > MAX_EVAL_SAMPLES:
+        raise RefusedError(
+            "num_samples", f"want at least 1, and at most {MAX_EVAL_SAMPLES} in all, got {num_samples}"
+        )
+
+
+def tickets_of(row: EvaluationRow, tickets: Mapping[int, Ticket], *, num_shards: int) -> list[Ticket]:
+    """The tickets of a round among those with these ids, in the order of their prompts."""
+    ids = range(row.first_ticket, row.first_ticket + row.num_prompts * num_shards, num_shards)
+    return [tickets[ticket_id] for ticket_id in ids if ticket_id in tickets]

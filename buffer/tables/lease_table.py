@@ -181,14 +181,22 @@ class LeaseTable:
             lost += self.remove_server(name)
         return lost, silent
 
-    def grant(self, server: Server, ticket: Ticket, *, weights_step: int, now_s: float) -> LeaseRecord:
-        """Leases all unleased samples of a ticket to a server."""
+    def grant(
+        self,
+        server: Server,
+        ticket: Ticket,
+        *,
+        weights_step: int,
+        now_s: float,
+        max_samples: int | None = None,
+    ) -> LeaseRecord:
+        """Leases the unleased samples of a ticket to a server: all, or the first `max_samples` of them."""
         lease = LeaseRecord(
             lease_id=self._shard.number(self._next_id),
             ticket_id=ticket.ticket_id,
             server=server.name,
             weights_step=weights_step,
-            outstanding=set(ticket.unleased),
+            outstanding=set(sorted(ticket.unleased)[:max_samples]),
             expires_s=now_s + self._timeout_s,
         )
         self._next_id += 1

@@ -53,6 +53,7 @@ class TicketTable:
         num_samples: int,
         num_greedy: int = 0,
         eval_id: int = 0,
+        eval_set: str = "",
         max_staleness: int = 0,
     ) -> Ticket:
         """A new ticket, QUEUED. `num_greedy` of its `num_samples` are greedy."""
@@ -66,6 +67,7 @@ class TicketTable:
             parent=prompt.parent,
             num_reissues=prompt.num_reissues,
             eval_id=eval_id,
+            eval_set=eval_set,
             max_staleness=max_staleness,
             unleased=set(range(num_samples)),
         )

@@ -110,7 +110,7 @@ class VersionTable:
         """(step, trainer incarnation) of an allocated version; a push and its repetition have the same."""
         return self._weights[version]
 
-    def summarize(self, lease_id: int, record: Record) -> SampleSummary | Verdict:
+    def summarize(self, lease_id: int, record: Record, *, failure: str = "") -> SampleSummary | Verdict:
         """The summary of a record with at least one sampled token, or the verdict that refuses it."""
         counts: dict[int, int] = {}
         for version, length in record.runs:
@@ -129,6 +129,8 @@ class VersionTable:
             newest_version=max(counts),
             num_sampled=sum(counts.values()),
             reward=record.reward,
+            is_truncated=record.finish_reason.is_truncated,
+            failure=failure,
         )
 
     def _put(self, version: int, *, step: int, trainer_incarnation: int) -> None:

@@ -181,6 +181,47 @@ _ONE_RETRY = Invariant(
         GROUP BY child.parent HAVING count(*) > 1 OR max(old.state) IS NOT 'dropped'""",
 )
 
+_OF_EVALUATION = f"""
+    t.purpose = 'eval' AND t.eval_id = e.eval_id AND t.eval_set = e.eval_set
+    AND t.num_samples = e.num_samples AND t.prompt_index < e.num_prompts
+    AND t.ticket_id = e.first_ticket + t.prompt_index * {_NUM_SHARDS}"""
+
+_WHOLE_EVALUATIONS = Invariant(
+    text="an evaluation has one ticket for each prompt, which are live only while it runs",
+    count="SELECT count(*) FROM evaluations",
+    violations=f"""
+        SELECT printf('evaluation %d of %s is %s: %d tickets for %d prompts, %d of them live',
+                      eval_id, eval_set, state, num_tickets, num_prompts, num_live)
+        FROM (SELECT e.*,
+                     (SELECT count(*) FROM tickets AS t WHERE {_OF_EVALUATION}) AS num_tickets,
+                     (SELECT count(*) FROM tickets AS t WHERE {_OF_EVALUATION}
+                      AND t.state IN ('queued', 'leased')) AS num_live
+              FROM evaluations AS e)
+        WHERE num_tickets != num_prompts OR (num_live > 0) != (state = 'running')
+           OR state NOT IN ('running', 'done', 'released', 'cancelled')
+        UNION ALL SELECT printf('ticket %d: it belongs to no evaluation', ticket_id)
+        FROM tickets AS t
+        WHERE purpose = 'eval' AND eval_set != ''
+          AND NOT EXISTS (SELECT 1 FROM evaluations AS e WHERE {_OF_EVALUATION})""",
+)
+
+_EVALUATED_ANSWERS = Invariant(
+    text="every answer to an evaluated prompt is a sample, or has failed for good",
+    count="SELECT count(*) FROM tickets WHERE state = 'evaluated' AND eval_set != ''",
+    violations="""
+        SELECT printf('ticket %d: %d samples and %d failed of %d',
+                      ticket_id, num_made, num_failed, num_samples)
+        FROM (SELECT ticket_id, num_samples,
+                     (SELECT count(*) FROM samples AS s WHERE s.ticket_id = t.ticket_id) AS num_made,
+                     (SELECT count(*) FROM failures AS f WHERE f.ticket_id = t.ticket_id
+                      AND f.given_up) AS num_failed
+              FROM tickets AS t WHERE state = 'evaluated' AND eval_set != '')
+        WHERE num_made + num_failed != num_samples OR num_made = 0
+        UNION ALL
+        SELECT printf('ticket %d, sample %d has failed for good, and arrived', ticket_id, sample_index)
+        FROM failures JOIN samples USING (ticket_id, sample_index) WHERE given_up""",
+)
+
 # Lengths and reasons are counted since the ledger's first row, unless an earlier release has made the ledger.
 _COUNTS_SELECTION = f"{_mark('counts_selection', '0')} = 1"
 _MAX_BUCKET = 18
@@ -228,7 +269,8 @@ _COUNTERS = Invariant(
             UNION ALL SELECT 'tokens_trained', coalesce(sum(num_sampled), 0)
             FROM {_TICKETS_WITH_SAMPLES} WHERE {_IS_COUNTED} AND sample_index < num_samples - num_greedy
             UNION ALL SELECT 'verdict_accepted',
-                (SELECT count(*) FROM samples) + (SELECT count(*) FROM tickets WHERE state = 'evaluated')
+                (SELECT count(*) FROM samples)
+                + (SELECT count(*) FROM tickets WHERE state = 'evaluated' AND eval_set = '')
             UNION ALL {_LAGS})
         SELECT printf('%s is %d, the sum of the rows %d', name, coalesce(value, 0), num)
         FROM sums LEFT JOIN statistics USING (name) WHERE coalesce(value, 0) != num
@@ -251,6 +293,8 @@ LEDGER_INVARIANTS = (
     _LEASES_OF_LEASED,
     _LEASED_ONCE,
     _ONE_RETRY,
+    _WHOLE_EVALUATIONS,
+    _EVALUATED_ANSWERS,
     _COUNTERS,
     _LENGTHS,
 )

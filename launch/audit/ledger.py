@@ -72,7 +72,7 @@ def audit_ledger(directory: Path) -> LedgerAudit:
             "SELECT ticket_id, sample_index, segment, offset, num_bytes, crc32, "
             "oldest_version, newest_version, num_sampled, reward "
             "FROM tickets CROSS JOIN samples USING (ticket_id) "
-            "WHERE released = 0 AND state IN ('ready', 'batched', 'trained')"
+            "WHERE released = 0 AND state IN ('ready', 'batched', 'trained', 'evaluated')"
         ).fetchall()
         connection.execute("COMMIT")
     committed_step = marks.get("committed_step", -1)
@@ -111,7 +111,7 @@ def _connect(directory: Path) -> sqlite3.Connection:
 
 
 def _trajectories_on_disk(directory: Path, samples: list[tuple[Any, ...]]) -> tuple[Check, Check]:
-    """Reads every record that may still be trained on, and checks it against its row.
+    """Reads every record that may still be trained on or is kept of an evaluation, and checks it.
 
     A record is read only if it has the row's length and checksum, its segments cover its tokens, and its
     turns end at sampled tokens.

@@ -32,8 +32,13 @@ TICK_S = 0.1
 class LocalJob:
     """One job from start to end: call `run()` once. `num_stops`: the number of stop signals so far."""
 
-    def __init__(self, run: OpenRun, *, view: View, num_stops: Callable[[], int]) -> None:
-        """Raises ConfigError if the run has keys and the operator's token is not here."""
+    def __init__(
+        self, run: OpenRun, *, view: View, num_stops: Callable[[], int], specs: JobSpecs | None = None
+    ) -> None:
+        """`specs`: of the job's processes; by default those of a run.
+
+        Raises ConfigError if the run has keys and the operator's token is not here.
+        """
         self._paths, self._view, self._num_stops = run.paths, view, num_stops
         self._drain_code = run.config.daemon.exit_code_on_drain
         self._operator = Operator(run.config.security, run.paths.endpoints)
@@ -41,7 +46,7 @@ class LocalJob:
         self._processes = ProcessTable(run.paths, lock_fd=run.lock_fd)
         self._lifecycle = JobLifecycle(
             run.config,
-            specs=JobSpecs(run.config, config_path=run.paths.config),
+            specs=specs or JobSpecs(run.config, config_path=run.paths.config),
             last_words=self._processes.last_words,
             now_s=time.monotonic(),
         )

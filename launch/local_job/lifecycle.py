@@ -118,16 +118,10 @@ class JobLifecycle:
             self.outcome.failed([], exit_code=1)
             self._running.clear()
             self._enter(Phase.CLOSING, now_s=now_s)
-            text = "stopped at once: the training since the last checkpoint is lost"
-            return [Notice(text), KillEverything()]
+            return [Notice(f"stopped at once: {self._specs.stopped_at_once}"), KillEverything()]
         if num_requests == 1 and self.phase is not Phase.CLOSING:
-            return [
-                Notice(
-                    "stopping: the trainer finishes its step and writes a checkpoint "
-                    "(Ctrl-C again to stop at once)"
-                ),
-                *self._drain(now_s=now_s),
-            ]
+            notice = Notice(f"stopping: {self._specs.stopping} (Ctrl-C again to stop at once)")
+            return [notice, *self._drain(now_s=now_s)]
         return []
 
     def exited(self, ended: Exit, *, now_s: float) -> list[Action]:

@@ -37,6 +37,11 @@ class ChildSpec:
 class JobSpecs:
     """The specs of one job's processes. `config_path`: the resolved configuration that all of them read."""
 
+    stopping = "the trainer finishes its step and writes a checkpoint"
+    """What the first stop signal makes the trainer do, for the user."""
+    stopped_at_once = "the training since the last checkpoint is lost"
+    """What a second one costs."""
+
     def __init__(self, config: Config, *, config_path: Path) -> None:
         self._config = config
         # The launcher has to tell a drain from the end of the run, whatever the user's own setting is.
@@ -64,6 +69,23 @@ class JobSpecs:
         """The trainer; with several ranks, the process that starts the ranks."""
         command = ("trainer", *self._common, ports_setting(buffer_ports))
         return ChildSpec(name="trainer", command=command, num_threads=self._config.trainer.num_threads)
+
+
+class EvaluationSpecs(JobSpecs):
+    """The specs of an evaluation without training: an evaluator stands in the trainer's place."""
+
+    stopping = "what is sampled stays in the ledger"
+    stopped_at_once = "samples that were not finished are lost"
+
+    def __init__(self, config: Config, *, config_path: Path, step: int) -> None:
+        """`step`: optimizer steps of the model, for the results."""
+        super().__init__(config, config_path=config_path)
+        self._step = step
+
+    def trainer(self, *, buffer_ports: Sequence[str]) -> ChildSpec:
+        """The evaluator: one process without torch."""
+        words = ("trainer.evaluate", "--step", str(self._step))
+        return ChildSpec(name="trainer", command=(*words, *self._common, ports_setting(buffer_ports)))
 
 
 def ports_setting(buffer_ports: Sequence[str]) -> str:

@@ -69,9 +69,9 @@ def open_run(argv: Sequence[str]) -> OpenRun:
     resumes = _is_begun(RunPaths.of(config)) if config.resume == "auto" else bool(config.resume)
     is_named = is_named or config.resume == "auto"  # the next start must find the same directory
     if resumes:
-        return _prepared(_resume(config, argv))
+        return prepared(_resume(config, argv))
     check_gpus_are_separate(config)
-    return _prepared(_start(resolved(config), is_named=is_named))
+    return prepared(_start(resolved(config), is_named=is_named))
 
 
 def open_replay(recorded: Path, argv: Sequence[str]) -> OpenRun:
@@ -85,7 +85,7 @@ def open_replay(recorded: Path, argv: Sequence[str]) -> OpenRun:
     runs_dir = config.runs_dir if has_runs_dir else str(recorded.resolve().parent)
     name = config.name if is_named else f"{recorded.resolve().name}-replay"
     config = dataclasses.replace(config, name=name, runs_dir=runs_dir, resume="")
-    return _prepared(_start(resolved(config), is_named=is_named))
+    return prepared(_start(resolved(config), is_named=is_named))
 
 
 def _is_begun(paths: RunPaths) -> bool:
@@ -93,7 +93,7 @@ def _is_begun(paths: RunPaths) -> bool:
     return paths.config.is_file() and (holds_run(paths) or bool(paths.ledgers))
 
 
-def _prepared(run: OpenRun) -> OpenRun:
+def prepared(run: OpenRun) -> OpenRun:
     """Removes the traces of earlier processes and writes the configuration."""
     try:
         for stale in run.paths.endpoints.glob("*.json"):

@@ -95,6 +95,7 @@ def remove_unbegun(paths: RunPaths) -> None:
     """
     ours = {paths.config, paths.logs, paths.endpoints, paths.traces, paths.built_model, paths.root / _LOCK}
     ours.update((paths.metrics, paths.summary, *paths.root.glob("ledger*")))
+    ours.update((paths.tensorboard, paths.wandb))
     if not _has_steps(paths) and ours.issuperset(paths.root.iterdir()):
         shutil.rmtree(paths.root)
 

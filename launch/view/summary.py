@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from areal_like.config import Config
+from areal_like.config.evaluation import DEFAULT_SET
 from launch.run_directory.open_run import OpenRun
 from launch.run_directory.rundir import checkpoints
 from launch.view.formatting import duration, rate
@@ -65,6 +67,8 @@ def summary_table(summary: dict[str, Any], *, title: str) -> Table:
         generated = summary.get("tokens_per_s_generated")
         speed = f", {rate(generated)} generated tok/s" if generated is not None else ""
         table.add_row("wall time", f"{duration(seconds)}{speed}")
+    for label, text in _evaluations(summary.get("evaluations") or {}):
+        table.add_row(label, text)
     failures = (summary.get("selection") or {}).get("failures") or {}
     failed = {
         kind: sum(count for count in outcomes.values() if isinstance(count, int))
@@ -80,6 +84,33 @@ def summary_table(summary: dict[str, Any], *, title: str) -> Table:
         if counts:
             table.add_row(label, ", ".join(f"{name} {count:,}" for name, count in counts.items()) + note)
     return table
+
+
+def _evaluations(sets: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(label, numbers before and after) of each evaluation set, if there are several or one has details."""
+    for name, rows in sets.items():
+        before, after = rows["before"], rows["after"]
+        is_plain = name == DEFAULT_SET and after["num_samples"] == 1
+        if len(sets) == 1 and is_plain and not after["num_failed"]:
+            return  # the rows of the held-out reward say it
+        times = f" x {after['num_samples']}" if after["num_samples"] > 1 else ""
+        label = f"evaluation {name} ({after['num_prompts']}{times})"
+        passed = [
+            f"pass@{k} {before['pass_at_k'].get(k, 0.0):.3f} -> {share:.3f}"
+            for k, share in after["pass_at_k"].items()
+            if k != "1" or after["num_samples"] > 1
+        ]
+        notes = [f"{after['truncated_fraction']:.0%} truncated"] if after["truncated_fraction"] else []
+        notes += [f"{after['num_failed']} failed"] if after["num_failed"] else []
+        yield label, ", ".join([f"{_interval(before)} -> {_interval(after)}", *passed, *notes])
+
+
+def _interval(row: dict[str, Any]) -> str:
+    if row["avg"] is None:
+        return "?"
+    if row["ci_low"] is None or row["ci_high"] is None:
+        return f"{row['avg']:.3f}"
+    return f"{row['avg']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
 
 
 def resume_command(config: Config) -> str:

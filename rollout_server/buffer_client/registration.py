@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from areal_like.automatic_settings import compute_dtype
 from areal_like.runtime.daemon import Runtime
 from areal_like.wire.fingerprint import dataset_fingerprint, shared_settings
@@ -10,9 +12,16 @@ from rollout_server.tasks.base import Task
 
 
 def registration(
-    runtime: Runtime, task: Task, *, fingerprints: tuple[str, str], weights_address: str, weights_version: int
+    runtime: Runtime,
+    task: Task,
+    *,
+    eval_sets: Mapping[str, int],
+    fingerprints: tuple[str, str],
+    weights_address: str,
+    weights_version: int,
 ) -> Hello:
-    """`fingerprints`: of model and tokenizer. `weights_address`: where the server takes weight pushes."""
+    """`eval_sets`: number of held-out prompts of each evaluation set. `fingerprints`: of model and tokenizer.
+    `weights_address`: where the server takes weight pushes."""
     config = runtime.config
     model, tokenizer = fingerprints
     return Hello(
@@ -30,5 +39,5 @@ def registration(
         dtype=compute_dtype(config),
         device=config.rollout.engine_device,
         num_train_prompts=task.num_train,
-        num_eval_prompts=task.num_eval,
+        eval_sets=dict(eval_sets),
     )

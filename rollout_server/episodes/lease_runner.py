@@ -15,9 +15,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 
-from areal_like.config import Config
+from areal_like.config import Config, EvalSetConfig
+from areal_like.config.evaluation import DEFAULT_SET
 from areal_like.errors import EngineError, EpisodeError, RewardError
 from areal_like.failures import FailureKind
 from areal_like.trajectory import FinishReason
@@ -31,6 +33,7 @@ from rollout_server.episodes.attempts.maker import AttemptMaker
 from rollout_server.episodes.base import Episode, Tokenizer
 from rollout_server.episodes.prompt_leader import PromptLeader, needs_leader
 from rollout_server.episodes.prompt_loader import FailedPrompt, Prompt, PromptLoader
+from rollout_server.eval_sets import EvalSet
 from rollout_server.inference.client import EngineClient
 from rollout_server.inference.generation_gate import GenerationGate
 from rollout_server.rewards.pool import RewardPool
@@ -68,25 +71,43 @@ class LeaseRunner:
         on_result: Callable[[SampleResult], None],
         on_move: Callable[[int, int, Place], None] = lambda lease_id, sample_index, place: None,
         environments: Environments | None = None,
+        eval_sets: Mapping[str, EvalSet] | None = None,
     ) -> None:
         """`on_result` is called once per sample, unless its lease was cancelled or the engine lost;
         `on_move` with (lease id, sample index, place) when a sample leaves the engine or comes back.
-        `environments`: for a task that has some; else each sample is an `episode`."""
-        self._needs_prompts = environments is None
-        self._attempts = AttemptMaker(
+        `environments`: for a task that has some; else each sample is an `episode`. `eval_sets`: by name;
+        without it there is one, with the held-out prompts of `task` and greedy answers."""
+        new_maker = partial(
+            AttemptMaker,
             config,
-            task=task,
-            tokenizer=tokenizer,
             stop_token_ids=stop_token_ids,
             episode=episode,
-            environments=environments,
-            rewards=rewards,
             gate=gate,
             on_move=on_move,
         )
+        of_job = partial(
+            new_maker, task=task, tokenizer=tokenizer, environments=environments, rewards=rewards
+        )
+        self._makers = {"": of_job()}
+        """By name of the evaluation set; empty: training."""
+        if eval_sets is None:
+            self._makers[DEFAULT_SET] = of_job(eval_set=EvalSetConfig())
+        for name, one in (eval_sets or {}).items():
+            self._makers[name] = new_maker(
+                task=one.task,
+                tokenizer=one.renderer,
+                environments=one.environments,
+                rewards=one.rewards,
+                eval_set=one.settings,
+            )
         self._on_result = on_result
         self._on_failure = config.buffer.on_failure
-        self._prompts = PromptLoader(task, tokenizer, timeout_s=config.rollout.reward_timeout_s)
+        self._prompts = PromptLoader(
+            task,
+            tokenizer,
+            timeout_s=config.rollout.reward_timeout_s,
+            eval_sets={name: (one.task, one.renderer) for name, one in (eval_sets or {}).items()},
+        )
         self._waiting: list[Lease] = []
         """Leases whose prompts are not being loaded yet."""
         self._loading: asyncio.Task[None] | None = None
@@ -104,11 +125,17 @@ class LeaseRunner:
     def start(self, leases: list[Lease]) -> None:
         """Starts every sample of these leases."""
         self._samples |= {lease.lease_id: set() for lease in leases}
-        if not self._needs_prompts:
-            for lease in leases:
+        for lease in leases:
+            maker = self._makers.get(lease.eval_set)
+            if maker is None:
+                reason = f"this server has no evaluation set {lease.eval_set}"
+                self._start_samples(lease, FailedPrompt(reason=reason))
+            elif maker.needs_prompt:
+                self._waiting.append(lease)
+            else:
                 self._start_samples(lease, None)
+        if not self._waiting:
             return
-        self._waiting += leases
         if self._loading is None or self._loading.done():
             self._loading = asyncio.create_task(self._load_prompts())
             self._loading.add_done_callback(self._report_unexpected)
@@ -184,7 +211,8 @@ class LeaseRunner:
         engine, attempt = self.engine, None
         try:
             await leader.wait_turn(sample_index)
-            attempt = self._attempts.begin(engine, lease, sample_index, prompt=prompt, leader=leader)
+            maker = self._makers[lease.eval_set]
+            attempt = maker.begin(engine, lease, sample_index, prompt=prompt, leader=leader)
             record = await _record_of(attempt, lease, sample_index)
         except (EngineError, EpisodeError, RewardError) as error:
             if isinstance(error, EngineError):

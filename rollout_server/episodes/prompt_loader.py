@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -62,10 +62,19 @@ class _Batch:
 class PromptLoader:
     """Loads prompts in its thread. Belongs to one event loop; one `load` at a time."""
 
-    def __init__(self, task: Task, tokenizer: Tokenizer, *, timeout_s: float) -> None:
-        """`timeout_s`: time limit of each example, from the start of its loading."""
+    def __init__(
+        self,
+        task: Task,
+        tokenizer: Tokenizer,
+        *,
+        timeout_s: float,
+        eval_sets: Mapping[str, tuple[Task, Tokenizer]] | None = None,
+    ) -> None:
+        """`timeout_s`: time limit of each example, from the start of its loading. `eval_sets`: of the sets
+        that have others than `task` and `tokenizer`."""
         self._task = task
         self._tokenizer = tokenizer
+        self._eval_sets = eval_sets or {}
         self._timeout_s = timeout_s
         self._thread = _new_thread()
 
@@ -123,19 +132,21 @@ class PromptLoader:
                 return
             batch.current = (index, time.monotonic())
             if batch.is_wanted(lease):
-                batch.prompts.append(self._make_prompt(SPLITS[lease.purpose], lease.prompt_index))
+                batch.prompts.append(self._make_prompt(lease))
             else:
                 batch.prompts.append(FailedPrompt(reason="cancelled"))
 
-    def _make_prompt(self, split: Split, index: int) -> Prompt | FailedPrompt:
+    def _make_prompt(self, lease: Lease) -> Prompt | FailedPrompt:
         """Runs in the thread."""
+        task, tokenizer = self._eval_sets.get(lease.eval_set, (self._task, self._tokenizer))
+        split, index = SPLITS[lease.purpose], lease.prompt_index
         name = f"example({split!r}, {index})"
         try:
-            example = self._task.example(split, index)
+            example = task.example(split, index)
         except Exception as error:  # a task's code may raise anything; only the samples of this lease fail
             return FailedPrompt(reason=f"{name}: {type(error).__name__}: {error}")
         try:
-            return Prompt(example=example, tokens_P=self._tokenizer.encode(example))
+            return Prompt(example=example, tokens_P=tokenizer.encode(example))
         except ValueError as error:
             return FailedPrompt(reason=f"{name}: {error}", kind=FailureKind.PROMPT)
         except Exception as error:  # a chat template may raise anything, too

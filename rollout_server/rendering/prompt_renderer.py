@@ -6,9 +6,10 @@ SGLang server.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,6 +64,12 @@ class PromptRenderer:
             )
         self.max_prompt_tokens = self.max_positions
         """Longer prompts are refused. The server lowers this limit to what fits into its engine's context."""
+
+    def limited(self, max_prompt_tokens: int) -> Self:
+        """The same renderer with another `max_prompt_tokens`."""
+        other = copy.copy(self)
+        other.max_prompt_tokens = max_prompt_tokens
+        return other
 
     def encode(self, example: Example) -> NDArray[np.int32]:
         """Prompt token ids [P]. Raises ValueError for an empty, too long or out-of-vocabulary prompt."""

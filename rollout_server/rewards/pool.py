@@ -34,7 +34,7 @@ from typing import Any, Self
 from areal_like.config import Config
 from areal_like.errors import ConfigError, RewardError
 from rollout_server.rewards.process import Item, RewardWorker
-from rollout_server.rewards.worker import MAX_FRAME_BYTES, is_async_reward, pack_item
+from rollout_server.rewards.worker import MAX_FRAME_BYTES, pack_item
 from rollout_server.tasks.base import Completion, Score, Split, Task
 
 log = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ class RewardPool:
         Raises ConfigError for a `rollout.reward_concurrency` that would change nothing.
         """
         rollout = config.rollout
-        if rollout.reward_concurrency > 1 and task.has_reward and not is_async_reward(task):
+        if rollout.reward_concurrency > 1 and task.has_reward and not task.has_async_reward:
             raise ConfigError(
                 f"rollout.reward_concurrency={rollout.reward_concurrency} needs a task with `async def "
                 "reward`: set it to 1, and raise rollout.reward_workers for more rewards at a time"

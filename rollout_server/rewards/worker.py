@@ -19,7 +19,6 @@ cannot corrupt it.
 from __future__ import annotations
 
 import asyncio
-import inspect
 import select
 import signal
 import socket
@@ -39,6 +38,7 @@ from areal_like.runtime.process import die_with_parent
 from areal_like.trajectory import FinishReason
 from rollout_server.frames import HEADER, claim_stdin, pack
 from rollout_server.rewards.scores import as_score
+from rollout_server.rewards.time_limit import begin_reward
 from rollout_server.tasks.base import Completion, Example, Score, Split, Task, make_task
 
 MAX_FRAME_BYTES = 64 << 20
@@ -61,21 +61,16 @@ def main() -> None:
     except ConfigError as error:
         stream.sendall(pack([str(error), False]))
         return
-    is_async = is_async_reward(task)
+    is_async = task.has_async_reward
     stream.sendall(pack(["", is_async]))
     examples = lru_cache(maxsize=1024)(task.example)
     if is_async:
         asyncio.run(_serve_async(stream, task, examples, timeout_s=setup["timeout_s"]))
     else:
-        _serve(stream, task, examples)
+        _serve(stream, task, examples, timeout_s=setup["timeout_s"])
 
 
-def is_async_reward(task: Task) -> bool:
-    """True if the task's reward is declared with `async def`."""
-    return inspect.iscoroutinefunction(task.reward)
-
-
-def _serve(stream: socket.socket, task: Task, examples: Examples) -> None:
+def _serve(stream: socket.socket, task: Task, examples: Examples, *, timeout_s: float) -> None:
     """Scores one item after the other. Before each one it reads what the parent has sent meanwhile."""
     items: deque[Sequence[Any]] = deque()
     frames = select.poll()
@@ -93,6 +88,7 @@ def _serve(stream: socket.socket, task: Task, examples: Examples) -> None:
         started = time.perf_counter()
         score: Score | None = None
         error = ""
+        begin_reward(timeout_s)
         try:
             example, completion = _unpacked(examples, *packed)
             score = as_score(task.reward(example, completion), completion)
@@ -111,6 +107,7 @@ async def _serve_async(stream: socket.socket, task: Task, examples: Examples, *,
         score: Score | None = None
         error = ""
         limit = asyncio.timeout(timeout_s)
+        begin_reward(timeout_s)
         try:
             example, completion = _unpacked(examples, *packed)
             async with limit:

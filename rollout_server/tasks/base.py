@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import random
 from abc import ABC, abstractmethod
@@ -174,6 +175,11 @@ class Task(ABC):
     def has_reward(self) -> bool:
         """True if the task computes a reward besides those of an environment's steps."""
         return type(self).reward is not Task.reward
+
+    @property
+    def has_async_reward(self) -> bool:
+        """True if `reward` returns an awaitable. A reward that is no `async def` and does so overrides it."""
+        return inspect.iscoroutinefunction(self.reward)
 
     def rng(self, split: Split, index: int) -> random.Random:
         """A random generator for this example, seeded in the same way in every process."""

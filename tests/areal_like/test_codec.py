@@ -89,7 +89,13 @@ def test_trajectories_survive_a_round_trip(num_prompt: int, num_sampled: int, ri
 
 def test_nested_messages_survive_a_round_trip() -> None:
     lease = Lease(
-        lease_id=1, ticket_id=2, prompt_index=3, purpose=Purpose.EVAL, sample_indices=[0, 2], seed=9
+        lease_id=1,
+        ticket_id=2,
+        prompt_index=3,
+        purpose=Purpose.EVAL,
+        sample_indices=[0, 2],
+        seed=9,
+        eval_set="hard",
     )
     for message in (
         Leases(leases=[lease]),

@@ -80,6 +80,14 @@ def test_text_is_taken_without_nested_quotes() -> None:
     assert (config.model.path, config.runs_dir, config.task["text"]) == ("~/x", "a,b", 'it\'s a "b" {c}')
 
 
+def test_a_setting_of_a_section_that_a_file_leaves_out(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("name: mine\n")
+    config = load_config(["--config", str(file), "advantage.turn_discount=0.5", "task.num_train=9"])
+    assert config.advantage == {"name": "grpo", "turn_discount": 0.5}
+    assert config.task == {"name": "sort", "num_train": 9} and config.name == "mine"
+
+
 def test_presets_apply_on_top_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     save_config(load_config(["objective.cap=7", "trainer.num_steps=3"]), file)

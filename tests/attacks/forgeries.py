@@ -46,7 +46,7 @@ def server_hello(config: Config, name: str, **changes: Any) -> Hello:
         "settings": shared_settings(config, Role.ROLLOUT),
         "http_address": "",
         "num_train_prompts": task.num_train,
-        "num_eval_prompts": task.num_eval,
+        "eval_sets": {"eval": task.num_eval},
     }
     return Hello(**(fields | changes))
 

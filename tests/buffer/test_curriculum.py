@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 
 from areal_like.config import from_mapping
+from areal_like.data.permutation import permuted
 from areal_like.errors import ConfigError, RefusedError
 from areal_like.runtime.metrics import Metrics
 from areal_like.wire.codec import decode, encode
 from areal_like.wire.messages.consumer import StreamState
 from buffer.ledger.recovery import recover
 from buffer.prompts.curriculum import Curriculum, CurriculumKind, CurriculumSettings, state_from_scalars
-from buffer.prompts.order import PromptOrder, permuted
+from buffer.prompts.order import PromptOrder
 from buffer.service.peers import ConnectedPeers
 from buffer.service.prometheus import BufferSeries
 from buffer.settings import LedgerSettings

@@ -7,12 +7,13 @@ import dataclasses
 import pytest
 
 from areal_like.config import from_mapping
+from areal_like.data.permutation import permuted
 from areal_like.errors import ConfigError, RefusedError, StaleIncarnationError
 from areal_like.trajectory import FinishReason
 from areal_like.wire.messages.producer import Lease, Purpose, SampleDone, ServerHeartbeat, ServerState
 from areal_like.wire.records import Record
 from buffer.ledger.ledger import Ledger
-from buffer.prompts.order import Prompt, PromptOrder, permuted, sampling_seed
+from buffer.prompts.order import Prompt, PromptOrder, sampling_seed
 from buffer.settings import LedgerSettings
 from buffer.tickets import Drop, State, Verdict
 from tests.support.ledger_simulation import (

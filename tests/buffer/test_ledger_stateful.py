@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from areal_like.errors import StaleIncarnationError
 from areal_like.failures import FailureKind
 from areal_like.selection import failures_of, selection_report
+from areal_like.wire.messages.evaluation import SampleOutcome
 from areal_like.wire.messages.producer import Lease, Purpose, ServerState
 from buffer.ledger.ledger import Ledger
 from buffer.ledger.recovery import recover
@@ -28,6 +30,8 @@ from tests.support.row_store import RowStore
 
 SERVERS = ("a", "b", "c")
 GROUPS, SIZE, STEPS = 2, 2, 6
+EVAL_SETS = {"eval": 1, "hard": 3}
+"""Answers to each prompt by evaluation set."""
 
 
 class LedgerMachine(RuleBasedStateMachine):
@@ -71,7 +75,10 @@ class LedgerMachine(RuleBasedStateMachine):
             sync_interval=self.sync_interval,
             max_consecutive_failures=10**6,
             lease_timeout_s=5.0,
+            eval_sets=EVAL_SETS,
+            keep_evaluations=1,
         )
+        self.results: dict[tuple[int, str], list[object]] = {}
         self.now_s = 0.0
         self.incarnation = 1
         self.num_trained = 0
@@ -294,10 +301,22 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ledger.set_max_staleness(incarnation=self.incarnation, max_staleness=bound)
         self.grant()
 
-    @rule(eval_id=st.integers(1, 2))
-    def evaluate(self, eval_id: int) -> None:
-        result = self.ledger.request_eval(eval_id=eval_id, num_prompts=2, min_version=0)
-        assert result is None or result.num_evaluated + result.num_failed == 2
+    @rule(eval_id=st.integers(1, 2), eval_set=st.sampled_from(["eval", "hard"]))
+    def evaluate(self, eval_id: int, eval_set: str) -> None:
+        size = EVAL_SETS[eval_set]
+        result = self.ledger.request_eval(
+            eval_id=eval_id, num_prompts=2, min_version=0, eval_set=eval_set, num_samples=size
+        )
+        assert result is None or result.num_evaluated + result.num_failed == 2 * size
+        if result is None:
+            assert (eval_id, eval_set) not in self.results, "a finished evaluation has begun again"
+            return
+        assert result.count(SampleOutcome.FAILED) <= result.num_evaluated
+        assert not np.any(result.tokens[result.outcomes == SampleOutcome.MISSING])
+        assert not np.any(result.rewards[result.outcomes != 0])
+        numbers = [result.rewards.tolist(), result.tokens.tolist(), result.outcomes.tolist()]
+        assert self.results.setdefault((eval_id, eval_set), numbers) == numbers, "a result has changed"
+        self.grant()
 
     @rule()
     def close(self) -> None:
@@ -347,10 +366,26 @@ class LedgerMachine(RuleBasedStateMachine):
         for ticket in live.values():
             if ticket.state in (State.QUEUED, State.LEASED):
                 making = [index for lease in ticket.leases.values() for index in lease.outstanding]
-                assert sorted([*making, *ticket.unleased, *ticket.samples]) == list(
+                assert sorted([*making, *ticket.unleased, *ticket.samples, *ticket.failed]) == list(
                     range(ticket.num_samples)
                 ), "a sample is lost or leased twice"
+                assert not ticket.failed or ticket.purpose is Purpose.EVAL
                 assert (ticket.state is State.LEASED) == bool(ticket.leases)
+
+    @invariant()
+    def evaluations_have_their_tickets(self) -> None:
+        evals, live = self.ledger.state.evals, self.ledger.state.tickets.live
+        running = [round_ for round_ in evals.rounds.values() if not round_.is_done]
+        of_rounds = {
+            ticket_id: round_.row.eval_set
+            for round_ in running
+            for ticket_id, ticket in round_.tickets.items()
+            if not ticket.state.is_terminal
+        }
+        of_table = {t.ticket_id: t.eval_set for t in live.values() if t.purpose is Purpose.EVAL}
+        assert of_rounds == of_table, "a ticket belongs to no running evaluation"
+        queued = {ticket_id for round_ in running for ticket_id in round_._queue}
+        assert queued == {ticket_id for ticket_id in of_table if live[ticket_id].unleased}
 
     def teardown(self) -> None:
         """After any operations, healthy peers can finish the run: no position is blocked forever."""
@@ -386,10 +421,15 @@ class LedgerMachine(RuleBasedStateMachine):
         )
         ledger.commit(incarnation=self.incarnation, step=STEPS - 1, oldest_kept_step=STEPS)
         assert ledger.state.store.num_bytes == 0
+        if isinstance(store := ledger.state.store, RowStore):
+            kept = [round_ for rounds in ledger.state.evals._kept.values() for round_ in rounds]
+            assert store.records.keys() == {ticket_id for round_ in kept for ticket_id in round_.tickets}
+            assert all(round_.is_done for round_ in kept) and len(kept) <= len(EVAL_SETS)
 
     def trainer_restarts_at(self, step: int) -> None:
         self.incarnation = max(self.incarnation, self.ledger.trainer_incarnation) + 1
         self.ledger.start_training(incarnation=self.incarnation, step=step, stream={})
+        self.results.clear()
         self.abandoned |= {version for version in self.versions if self.steps_of[version] > step}
         self.note_version(self.ledger.alloc_version(incarnation=self.incarnation, step=step), step)
 
@@ -418,6 +458,8 @@ class DurableLedgerMachine(LedgerMachine):
     def buffer_is_killed(self, back: set[str]) -> None:
         """Servers in `back` register at once; others do so later, or their leases expire."""
         before, self.ledger = self.ledger, self.rebuilt()
+        known = self.ledger.state.evals.rounds  # of the finished ones, those whose samples are kept
+        self.results = {key: result for key, result in self.results.items() if key in known}
         for name in sorted(back & before.servers.keys()):
             server = before.servers[name]
             add_server(
@@ -428,27 +470,29 @@ class DurableLedgerMachine(LedgerMachine):
                 now_s=self.now_s,
                 incarnation=server.incarnation,
             )
-            live = before.state.tickets.live
-            kept = {i for i, lease in server.leases.items() if live[lease.ticket_id].purpose is Purpose.TRAIN}
-            assert self.ledger.servers[name].leases.keys() == kept, "a lease did not survive"
+            assert self.ledger.servers[name].leases.keys() == server.leases.keys(), "a lease did not survive"
         self.grant()
 
 
 def observed(ledger: Ledger) -> dict[str, object]:
     """All state that later operations depend on.
 
-    Except the parts that are not recovered on purpose: evaluations, servers, and the set of groups that a
-    trainer has received.
+    Except the parts that are not recovered on purpose: servers, and the set of groups that a trainer has
+    received.
     """
-    train = {
-        ticket.ticket_id: ticket
-        for ticket in ledger.state.tickets.live.values()
-        if ticket.purpose is Purpose.TRAIN
-    }
-    drops = ledger.drops.copy()
-    drops[Drop.CANCELLED] += len(ledger.state.tickets.live) - len(train)
+    evals = ledger.state.evals
     return {
-        "tickets": {ticket_id: fields_of(ticket) for ticket_id, ticket in train.items()},
+        "tickets": {i: fields_of(ticket) for i, ticket in ledger.state.tickets.live.items()},
+        "evaluations": [
+            (round_.row, round_.num_open, sorted(round_._queue), sorted(round_.tickets))
+            for round_ in evals.rounds.values()
+            if not round_.is_done
+        ],
+        "kept samples": {
+            name: [(round_.row, {i: fields_of(t) for i, t in round_.tickets.items()}) for round_ in rounds]
+            for name, rounds in evals._kept.items()
+            if rounds
+        },
         "recorded": {
             step: {position: fields_of(t) for position, t in row.items()}
             for step, row in ledger.state.steps.recorded.items()
@@ -459,8 +503,12 @@ def observed(ledger: Ledger) -> dict[str, object]:
             for t in row.values()
         },
         "num_issued": ledger.state.tickets.num_issued,
-        "counts": {state: ledger.state.tickets.count(Purpose.TRAIN, state) for state in State},
-        "drops": {reason: drops[reason] for reason in Drop},
+        "counts": {
+            (purpose, state): ledger.state.tickets.count(purpose, state)
+            for purpose in Purpose
+            for state in State
+        },
+        "drops": {reason: ledger.drops[reason] for reason in Drop},
         "prompts": (ledger.state.prompts.order.cursor, list(ledger.state.prompts.order._returned)),
         "versions": (
             ledger.state.versions._weights,

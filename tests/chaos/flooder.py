@@ -53,7 +53,7 @@ def hello(config: Config, name: str) -> Hello:
         dataset=dataset_fingerprint(config),
         http_address="",
         num_train_prompts=1_000_000,
-        num_eval_prompts=64,
+        eval_sets={"eval": 64},
     )
 
 

@@ -103,7 +103,7 @@ class Producer:
                 http_address="",
                 weights_version=self._version,
                 num_train_prompts=1_000_000,
-                num_eval_prompts=64,
+                eval_sets={"eval": 64},
             )
 
         client_module._RESEND_AFTER_S = RESEND_AFTER_S

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from areal_like.wire.messages.consumer import GetRunCounters
+from areal_like.wire.messages.consumer import GetRunCounters, RequestEval
 from launch.audit.run import audit_run
 from launch.cli import main
 from tests.chaos.job import running_job, train
@@ -26,6 +26,7 @@ def killed_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with running_job(tmp_path_factory.mktemp("audit"), trainer=trainer) as job:
         fast = job.produce("rollout-0", capacity=16)
         with job.trainer() as link:
+            link.call(RequestEval(eval_id=0, num_prompts=4, num_samples=3, min_version=0), timeout_s=40)
             train(link, first=0, last=5)
             # A slow producer, which would take minutes for step 5, leaves tickets leased.
             job.buffer.wait_status(lambda status: status["tickets"]["batched"] >= 4, timeout_s=40)
@@ -100,6 +101,10 @@ FALSIFICATIONS = {
     "no sample is in two leases": "INSERT INTO leases SELECT lease_id + 100000, ticket_id, server, "
     "server_incarnation, weights_step, outstanding FROM leases LIMIT 1",
     "a prompt is tried again once": f"UPDATE tickets SET parent = {TRAINED} WHERE ticket_id = {LEASED}",
+    "an evaluation has one ticket": "UPDATE evaluations SET num_prompts = 5",
+    "an evaluation has one": "UPDATE evaluations SET state = 'running'",
+    "every answer to an evaluated prompt": "DELETE FROM samples WHERE sample_index = 2 AND ticket_id = "
+    "(SELECT first_ticket FROM evaluations)",
     "the counters equal the": "UPDATE statistics SET value = value + 1 WHERE name = 'tokens_trained'",
     "the counters of lengths": "UPDATE statistics SET value = value + 1 WHERE name GLOB 'trained_length_*'",
     "the counters of lengths and failures": "INSERT INTO statistics VALUES ('failed_reward_zero', 3)",

@@ -26,6 +26,7 @@ from tests.support.launching import (
     wait_for_steps,
     wait_until,
 )
+from tests.support.trackers import scalars, wandb_history
 
 pytestmark = [pytest.mark.timeout(TEST_LIMIT_S), pytest.mark.slow]
 SMALL = (
@@ -58,6 +59,7 @@ def test_a_run_survives_its_launcher_and_a_server(tmp_path: Path, root: Path, ca
         "max_staleness=1",
         "trainer.checkpoint_interval=20",
         "resume=auto",
+        "trackers=[tensorboard, {name: wandb, mode: offline}, {_target_: tests.support.trackers.Hanging}]",
     )
     with launcher(*settings, cwd=tmp_path, environment=cache) as process:
         wait_for_steps(3, root, process=process)
@@ -87,7 +89,12 @@ def test_a_run_survives_its_launcher_and_a_server(tmp_path: Path, root: Path, ca
     rows = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(40))
     assert all(set(row) <= named_columns() for row in rows)
+    rewards = {row["step"]: pytest.approx(row["reward_mean"]) for row in rows}
+    assert scalars(root / "tensorboard")["train/reward_mean"] == rewards
+    (tracked,) = (root / "wandb").glob("offline-run-*")
+    assert {row["_step"]: row["train/reward_mean"] for row in wandb_history(tracked)} == rewards
     logs = {path.name for path in (root / "logs").glob("*.log")}
+    assert "tracker Hanging did not end" in (root / "logs" / "trainer-0.log").read_text()
     assert logs >= {"buffer.log", "rollout-0.log", "trainer-0.log", "trainer-1.log"}
 
     # test_resumption.py covers the command line, which would import torch here.

@@ -139,7 +139,7 @@ def test_hello_describes_server_and_task(buffer: PlayedBuffer) -> None:
     assert (
         hello.model and hello.tokenizer and hello.dataset and hello.num_train_prompts == SortTask().num_train
     )
-    assert hello.num_eval_prompts == SortTask().num_eval
+    assert hello.eval_sets == {"eval": SortTask().num_eval}
 
 
 def test_status_readiness_and_metrics_pages(shared: tuple[PlayedBuffer, ServerProcess]) -> None:

@@ -40,7 +40,7 @@ def hello(name: str, **changes: Any) -> Hello:
         "dataset": "d",
         "http_address": "",
         "num_train_prompts": 500,
-        "num_eval_prompts": 64,
+        "eval_sets": {"eval": 64},
     }
     return Hello(**(fields | changes))
 

@@ -27,14 +27,14 @@ _ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "MAKEL
 
 @contextlib.contextmanager
 def launcher(
-    *settings: str, cwd: Path, environment: dict[str, str] | None = None
+    *settings: str, cwd: Path, environment: dict[str, str] | None = None, verb: str = "run"
 ) -> Iterator[subprocess.Popen[str]]:
-    """`areal-like run` with its run directories under `cwd/runs`, in a new session.
+    """`areal-like run`, or another verb, with its run directories under `cwd/runs`, in a new session.
 
     The process is killed at the end if it still runs.
     """
     process = subprocess.Popen(
-        [sys.executable, "-m", "launch", "run", *settings],
+        [sys.executable, "-m", "launch", verb, *settings],
         cwd=cwd,
         env=_ENVIRONMENT | {"PYTHONPATH": str(ROOT)} | (environment or {}),
         stdin=subprocess.DEVNULL,

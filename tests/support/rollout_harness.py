@@ -88,6 +88,7 @@ class PlayedBuffer:
             ticket_id=100 + lease_id,
             prompt_index=prompt,
             purpose=purpose,
+            eval_set="eval" if purpose is Purpose.EVAL else "",
             sample_indices=indices,
             seed=lease_id * 64,
         )

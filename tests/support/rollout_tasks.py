@@ -131,3 +131,11 @@ class SlowService(Checksum):
             case 4:
                 time.sleep(3600)
         return checksum(completion)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeverScored(Checksum):
+    """Every reward raises."""
+
+    def reward(self, example: Example, completion: str) -> float:
+        raise LookupError("nobody can judge this")

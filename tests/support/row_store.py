@@ -21,6 +21,8 @@ class RowStore(RowRecorder):
         super().__init__()
         self.connection = sqlite3.connect(":memory:", isolation_level=None)
         self.records: dict[int, dict[int, Record]] = {}
+        self.evaluated: set[int] = set()
+        """Tickets whose records are on disk only, as in the real store."""
         sql.migrate(self.connection, path=Path(":memory:"))
 
     def copy(self) -> Self:
@@ -29,6 +31,7 @@ class RowStore(RowRecorder):
         other = type(self)()
         self.connection.backup(other.connection)
         other.records = {ticket_id: dict(samples) for ticket_id, samples in self.records.items()}
+        other.evaluated = set(self.evaluated)
         return other
 
     def recover(self, *, ignoring: Collection[int] = ()) -> Recovered:
@@ -38,7 +41,9 @@ class RowStore(RowRecorder):
 
     def put_ticket(self, ticket: Ticket) -> None:
         super().put_ticket(ticket)
-        if ticket.state.is_terminal and ticket.state is not State.TRAINED:
+        if ticket.state is State.EVALUATED:
+            self.evaluated.add(ticket.ticket_id)
+        elif ticket.state is State.DROPPED:
             self.records.pop(ticket.ticket_id, None)
 
     def put_sample(self, sample: SampleSummary, record: Record) -> None:
@@ -58,7 +63,12 @@ class RowStore(RowRecorder):
 
     @property
     def num_bytes(self) -> int:
-        return sum(len(record.data) for samples in self.records.values() for record in samples.values())
+        return sum(
+            len(record.data)
+            for ticket_id, samples in self.records.items()
+            for record in samples.values()
+            if ticket_id not in self.evaluated
+        )
 
     @property
     def write_blocked_reason(self) -> str:

@@ -115,6 +115,7 @@ def test_rates_after_a_resume_cover_one_time_span(tmp_path: Path) -> None:
         counted_seconds=20.0,
         eval_before=None,
         eval_after=None,
+        evaluations={},
         weights_version=60,
         finished=True,
         resumed_from_step=40,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
+from areal_like.config import EvalSetConfig
 from areal_like.runtime.metrics import Metrics
 from areal_like.trajectory import FinishReason
 from trainer.metrics.named_means import MAX_NAMES
@@ -51,17 +53,29 @@ _NAMED_GAUGES = {
 """Of names that tasks choose: the only series that do not exist from the start."""
 _FINISH_REASONS = tuple(reason.value for reason in FinishReason if reason is not FinishReason.ABORT)
 
+_EVAL_GAUGES = {
+    "avg": ("avg", "Mean held-out reward over prompts and their answers, by set"),
+    "ci_low": ("ci_low", "Lower end of its 95 % confidence interval"),
+    "ci_high": ("ci_high", "Upper end of its 95 % confidence interval"),
+    "truncated_fraction": ("truncated_fraction", "Share of the set's samples that a limit ended"),
+    "mean_tokens": ("tokens", "Mean sampled tokens of the set's samples"),
+    "num_failed": ("failed_samples", "Samples of the set's last evaluation that failed and count 0"),
+}
+"""Key of a row -> series and its text."""
 _PUSH_PARTS = {
     "staging": "Seconds in which all buckets of a push were made ready, before engines were asked to receive",
     "broadcast": "Seconds of a push from the request to the engines to the end of the last broadcast",
     "stall": "Longest time that one engine decoded nothing because of a push",
 }
+TRACKER_OUTCOMES = ("logged", "failed", "left_out")
+"""Of a row: the tracker has written it, has raised, or was not given it because it was too slow or off."""
 
 
 class TrainerSeries:
     """Registers all series when it is created, so that each exists, at zero, from the start."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, *, eval_sets: Mapping[str, EvalSetConfig] | None = None) -> None:
+        """`eval_sets`: by name; those of the configuration, so their number is bounded."""
         self._gauges = {name: metrics.gauge(f"trainer_{name}", doc) for name, doc in _GAUGES.items()}
         self._finished = metrics.gauge(
             "trainer_finished_fraction",
@@ -111,7 +125,25 @@ class TrainerSeries:
             "trainer_weight_check_difference", "Mean |difference| of log-probs in the last of them, in nats"
         )
         self._version = metrics.gauge("trainer_weights_version", "Newest version active at an engine")
-        self._eval = metrics.gauge("trainer_eval_reward", "Mean held-out greedy reward")
+        self._eval = metrics.gauge("trainer_eval_reward", "Mean held-out reward of the first set")
+        sets = eval_sets or {}
+        self._of_sets = {
+            key: metrics.gauge(f"trainer_eval_{name}", doc, label="set", values=list(sets))
+            for key, (name, doc) in _EVAL_GAUGES.items()
+        }
+        self._pass_at_k = metrics.gauge_of(
+            "trainer_eval_pass_at_k",
+            "Probability that one of k answers to a held-out prompt is solved, by set",
+            ("set", "k"),
+            [(name, str(k)) for name, one in sets.items() for k in one.ks],
+        )
+        self._tracked = metrics.counter(
+            "trainer_tracker_rows", "Rows for trackers by outcome", label="outcome", values=TRACKER_OUTCOMES
+        )
+
+    def tracked(self, outcome: str) -> None:
+        """Counts a row that a tracker has got, or has not. From any thread."""
+        self._tracked.labels(outcome).inc()
 
     def checked(self, report: CheckReport) -> None:
         """Updates the series after a check of an engine's weights."""
@@ -155,6 +187,12 @@ class TrainerSeries:
         if report.num_activated:
             self._version.set(report.version)
 
-    def evaluated(self, reward: float) -> None:
-        """Updates the held-out reward after an evaluation."""
-        self._eval.set(reward)
+    def evaluated(self, row: Mapping[str, Any], *, is_first: bool) -> None:
+        """Updates the series of a set after its evaluation. `row`: as in evaluations.jsonl."""
+        for key, gauge in self._of_sets.items():
+            if row[key] is not None:
+                gauge.labels(row["set"]).set(row[key])
+        for k, share in row["pass_at_k"].items():
+            self._pass_at_k.labels(row["set"], k).set(share)
+        if is_first and row["avg"] is not None:
+            self._eval.set(row["avg"])

@@ -61,13 +61,17 @@ class MetricsFile:
     def __init__(self, path: Path, *, start_step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.num_rows = 0
+        self.num_dropped = 0
+        """Rows of steps that will be trained again."""
         self.last: dict[str, Any] = {}
         """The newest row; empty before the first."""
         partial = path.with_suffix(".partial")
         with partial.open("w") as kept:
-            for row in _earlier_rows(path):
+            for row in read_rows(path):
                 if row["step"] < start_step:
                     self._write(row, kept)
+                else:
+                    self.num_dropped += 1
         partial.replace(path)
         self._file = path.open("a+")
 
@@ -128,7 +132,7 @@ class _Mean:
         return self._sum / self._num if self._num else None
 
 
-def _earlier_rows(path: Path) -> Iterator[dict[str, Any]]:
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The rows that are in the file; a last line that a crash cut short is left out."""
     if not path.exists():
         return
@@ -151,6 +155,7 @@ def write_summary(
     counted_seconds: float,
     eval_before: float | None,
     eval_after: float | None,
+    evaluations: dict[str, dict[str, Any]],
     weights_version: int,
     finished: bool,
     resumed_from_step: int,
@@ -177,6 +182,7 @@ def write_summary(
         "reward_last": totals.reward_last,
         "eval_before": eval_before,
         "eval_after": eval_after,
+        "evaluations": evaluations,
         "wall_seconds": round(wall_seconds, 3),
         "training_seconds": round(training_seconds, 3),
         "tokens_generated": int(counters["tokens_generated"]),

@@ -14,6 +14,8 @@ from functools import cached_property
 from typing import ClassVar
 
 from areal_like.trajectory import Trajectory
+from areal_like.wire.messages.evaluation import EvalResult as EvalResult
+from areal_like.wire.messages.evaluation import RequestEval as RequestEval
 from areal_like.wire.records import Record
 
 
@@ -156,37 +158,6 @@ class StreamState:
     """As `StartTraining`."""
 
     stream: dict[str, int | list[int]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RequestEval:
-    """Rank 0 -> buffer: evaluate held-out prompts 0..num_prompts-1 greedily.
-
-    Reply: `EvalResult` when done (long poll).
-
-    A repeated request with the same eval_id waits for the same evaluation.
-    """
-
-    eval_id: int
-    num_prompts: int
-    min_version: int
-    """Only servers at this version or a newer one take part."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalResult:
-    """Buffer -> rank 0: a finished evaluation."""
-
-    eval_id: int
-    num_evaluated: int
-    num_failed: int
-    """Prompts without an answer that could be scored."""
-    mean_reward: float
-    """Over all prompts; a failed one counts 0."""
-    mean_tokens: float
-    """Over the evaluated prompts."""
-    oldest_version: int
-    newest_version: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,8 +64,8 @@ class Hello:
     """Device of the engine or rank, `cpu` or `cuda`; it decides between gloo and NCCL."""
     num_train_prompts: int = 0
     """Rollout servers: number of the task's training prompts, among which the buffer chooses by index."""
-    num_eval_prompts: int = 0
-    """Rollout servers: number of the task's held-out prompts."""
+    eval_sets: dict[str, int] = field(default_factory=dict)
+    """Rollout servers: number of held-out prompts that the task of each evaluation set has, by name."""
     rank: int = 0
     """Trainer rank."""
     world_size: int = 1

@@ -29,7 +29,7 @@ class Purpose(StrEnum):
     TRAIN = "train"
     """They are trained on."""
     EVAL = "eval"
-    """Greedy evaluation on held-out prompts; rewards are recorded, tokens are not trained on."""
+    """Evaluation on the held-out prompts of a set; the samples are recorded and not trained on."""
 
 
 class ServerState(StrEnum):
@@ -101,10 +101,17 @@ class Lease:
     sample_indices: list[int]
     """The samples of the group that are still missing."""
     greedy_indices: list[int] = field(default_factory=list)
-    """The indices in `sample_indices` to sample at temperature 0. Empty in an eval lease, whose samples are
-    all greedy."""
+    """The indices in `sample_indices` to sample at temperature 0. Empty in an eval lease, whose set says how
+    all samples are sampled."""
     seed: int
     """Sampling seed of the ticket; sample i uses seed + i if the engine supports seeds."""
+    eval_set: str = ""
+    """Name of the set in `eval.sets` (`eval` without any) of an eval lease; empty for training."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for an eval lease without a set, or a set in another lease."""
+        if bool(self.eval_set) is not (self.purpose is Purpose.EVAL):
+            raise ValueError(f"a {self.purpose} lease of the set {self.eval_set!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +126,7 @@ class Leases:
         for batch in _batches(
             leases,
             max_bytes=_BATCH_HEADER_BYTES,
-            size_of=lambda lease: 136 + 5 * (len(lease.sample_indices) + len(lease.greedy_indices)),
+            size_of=lambda lease: 180 + 5 * (len(lease.sample_indices) + len(lease.greedy_indices)),
         ):
             yield cls(leases=batch)
 

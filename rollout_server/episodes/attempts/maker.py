@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from areal_like.config import Config
+from areal_like.config import Config, EvalSetConfig
 from areal_like.errors import EngineError
-from areal_like.wire.messages.producer import Lease, Purpose
+from areal_like.wire.messages.producer import Lease
 from rollout_server.buffer_client.held_leases import Place
 from rollout_server.episodes.attempts.base import Attempt, SampleRequest
 from rollout_server.episodes.attempts.environment_attempt import EnvironmentAttempt
@@ -42,9 +42,10 @@ class AttemptMaker:
         rewards: RewardPool,
         gate: GenerationGate,
         on_move: Callable[[int, int, Place], None],
+        eval_set: EvalSetConfig | None = None,
     ) -> None:
         """`environments`: for a task that has some; else each sample is an `episode`. `on_move`: see
-        LeaseRunner."""
+        LeaseRunner. `eval_set`: how to sample; None: as for training."""
         self._tokenizer = tokenizer
         self._episode = episode
         self._environments = environments
@@ -58,8 +59,22 @@ class AttemptMaker:
             stop_token_ids=stop_token_ids,
             stop=config.sampling.stop,
         )
+        if eval_set is not None:
+            self._sampling = replace(
+                self._sampling,
+                max_new_tokens=eval_set.max_new_tokens or config.sampling.max_new_tokens,
+                temperature=eval_set.temperature,
+                top_p=eval_set.top_p,
+                top_k=eval_set.top_k or -1,
+                min_p=eval_set.min_p,
+            )
         self._sample_timeout_s = config.rollout.sample_timeout_s or math.inf
         self._max_turns = config.episode.max_turns
+
+    @property
+    def needs_prompt(self) -> bool:
+        """False if an environment gives the prompt."""
+        return self._environments is None
 
     def begin(
         self,
@@ -73,7 +88,7 @@ class AttemptMaker:
         """`prompt`: None if the environment gives it. Raises EngineError if there is no engine."""
         if engine is None:
             raise EngineError("there is no engine")
-        is_greedy = lease.purpose is Purpose.EVAL or sample_index in lease.greedy_indices
+        is_greedy = self._sampling.temperature == 0 or sample_index in lease.greedy_indices
         seed = (lease.seed + sample_index) % _MAX_SEED
         sampling = replace(
             self._sampling,

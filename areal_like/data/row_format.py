@@ -1,0 +1,198 @@
+"""Reads prompt, answer, label and conversation from a row, in the formats in which people have them.
+
+    verl         {"data_source": ..., "prompt": [messages], "reward_model": {"ground_truth": ...}, ...}
+    TRL          {"prompt": text or messages, ...}, {"prompt": ..., "completion": ...}, {"messages": [...]}
+    plain        {"question": ..., "answer": ...}
+
+A key that is not configured is the first of the usual names that the row has. Dots lead into objects:
+`reward_model.ground_truth`. Null counts as missing, because parquet fills absent values with it.
+
+A prompt that is a text stays a text, as in TRL, unless there is a system prompt or `chat`; messages stay
+messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from areal_like.errors import ConfigError
+
+Message = dict[str, Any]
+"""A chat message in OpenAI's format: `role`, `content`, and `tool_calls` or `tool_call_id` where needed."""
+
+PROMPT_KEYS = ("prompt", "question", "problem", "messages")
+ANSWER_KEYS = ("reward_model.ground_truth", "answer", "ground_truth", "solution")
+MESSAGES_KEYS = ("messages",)
+COMPLETION_KEYS = ("completion", "response")
+LABEL_KEYS = ("data_source",)
+MAX_LABEL_CHARS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversation:
+    """A row for supervised training."""
+
+    messages: list[Message]
+    is_learned: list[bool]
+    """For each message: True if its tokens are targets."""
+    is_text: bool = False
+    """True: prompt and completion are texts to be joined as they are, without a chat template."""
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    """Function schemas of the row's column `tools`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowFormat:
+    """Which keys have what. An empty key: the first of the usual ones that a row has."""
+
+    prompt_key: str = ""
+    answer_key: str = ""
+    messages_key: str = ""
+    completion_key: str = ""
+    label_key: str = ""
+    system_prompt: str = ""
+    """Put before prompts and conversations that have no system message."""
+    chat: bool = False
+    """True: a prompt that is a text becomes the message of a user."""
+
+    def prompt_of(self, row: Mapping[str, Any]) -> str | list[Message]:
+        """The prompt: a text, or messages; of a whole conversation, the messages before the last reply.
+
+        Raises ConfigError.
+        """
+        key, value = _wanted(row, self.prompt_key, PROMPT_KEYS, setting="prompt_key")
+        if isinstance(value, str):
+            if not value.strip():
+                raise ConfigError(f"`{key}` is empty")
+            if not (self.system_prompt or self.chat):
+                return value
+            return self._with_system([{"role": "user", "content": value}])
+        messages = _messages(value, key=key)
+        while key in MESSAGES_KEYS and messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        if not messages:
+            raise ConfigError(f"`{key}` has no message before the assistant's")
+        return self._with_system(messages)
+
+    def answer_of(self, row: Mapping[str, Any]) -> Any:
+        """What rewards compare with; None if no key is configured and none of the usual ones is there.
+
+        Of a conversation without another answer it is the content of the last reply. Raises ConfigError if a
+        configured key is missing.
+        """
+        if self.answer_key:
+            return _wanted(row, self.answer_key, (), setting="answer_key")[1]
+        found = _first(row, ANSWER_KEYS)
+        if found is None and _first(row, (self.prompt_key,) if self.prompt_key else PROMPT_KEYS[:-1]) is None:
+            conversation = _first(row, MESSAGES_KEYS)
+            messages = _messages(conversation[1], key=conversation[0]) if conversation else []
+            return messages[-1]["content"] if messages and messages[-1]["role"] == "assistant" else None
+        return None if found is None else found[1]
+
+    def label_of(self, row: Mapping[str, Any]) -> str:
+        """The label of metrics: at most 64 printable characters; empty if there is none.
+
+        Raises ConfigError if a configured key is missing, or for a value that is no label.
+        """
+        if self.label_key:
+            key, value = _wanted(row, self.label_key, (), setting="label_key")
+        else:
+            key, value = _first(row, LABEL_KEYS) or ("", "")
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            value = str(value)
+        if not isinstance(value, str) or len(value) > MAX_LABEL_CHARS or not value.isprintable():
+            raise ConfigError(
+                f"`{key}`: want up to {MAX_LABEL_CHARS} printable characters, got {value!r:.100}"
+            )
+        return value
+
+    def conversation_of(self, row: Mapping[str, Any]) -> Conversation:
+        """The row as a conversation: of `messages` every reply is learned, of prompt and completion the
+        completion. Raises ConfigError."""
+        tools = row.get("tools") or []
+        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+            raise ConfigError(f"`tools`: want a list of function schemas, got {type(tools).__name__}")
+        found = None if self.completion_key else _first(row, _keys(self.messages_key, MESSAGES_KEYS))
+        if found is not None:
+            messages = self._with_system(_messages(found[1], key=found[0]))
+            is_learned = [message["role"] == "assistant" for message in messages]
+            if not any(is_learned):
+                raise ConfigError(f"`{found[0]}` has no message of the assistant, so nothing to learn")
+            return Conversation(messages=messages, is_learned=is_learned, tools=tools)
+        if self.messages_key:
+            _wanted(row, self.messages_key, (), setting="messages_key")
+        completion_keys = (*COMPLETION_KEYS, "answer", "solution")
+        key, value = _wanted(row, self.completion_key, completion_keys, setting="completion_key")
+        prompt = self.prompt_of(row)
+        if isinstance(value, str):
+            completion = [{"role": "assistant", "content": value}]
+        else:
+            completion = _messages(value, key=key)
+        is_text = isinstance(prompt, str) and isinstance(value, str)
+        before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        is_learned = [False] * len(before) + [message["role"] == "assistant" for message in completion]
+        if not any(is_learned):
+            raise ConfigError(f"`{key}` has no message of the assistant, so nothing to learn")
+        return Conversation(messages=before + completion, is_learned=is_learned, is_text=is_text, tools=tools)
+
+    def _with_system(self, messages: list[Message]) -> list[Message]:
+        if not self.system_prompt or messages[0]["role"] == "system":
+            return messages
+        return [{"role": "system", "content": self.system_prompt}, *messages]
+
+
+def value_at(row: Mapping[str, Any], key: str) -> Any:
+    """The value of a key, or of a path with dots; None if it is missing."""
+    if key in row:
+        return row[key]
+    value: Any = row
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def _keys(configured: str, usual: tuple[str, ...]) -> tuple[str, ...]:
+    return (configured,) if configured else usual
+
+
+def _first(row: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[str, Any] | None:
+    for key in keys:
+        if (value := value_at(row, key)) is not None:
+            return key, value
+    return None
+
+
+def _wanted(
+    row: Mapping[str, Any], configured: str, usual: tuple[str, ...], *, setting: str
+) -> tuple[str, Any]:
+    found = _first(row, _keys(configured, usual))
+    if found is None:
+        wanted = f"`{configured}`" if configured else f"any of {', '.join(usual)}"
+        raise ConfigError(f"no {wanted} ({setting}); the row has {', '.join(map(str, row)) or 'nothing'}")
+    return found
+
+
+def _messages(value: Any, *, key: str) -> list[Message]:
+    """Checked messages; keys with null, with which parquet fills them up, are left out."""
+    if not isinstance(value, list) or not value:
+        raise ConfigError(f"`{key}`: want a text or a list of messages, got {type(value).__name__}")
+    messages = []
+    for message in value:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise ConfigError(f"`{key}`: each message needs `role` and `content`, got {message!r:.100}")
+        filled = {name: item for name, item in message.items() if item is not None}
+        content = filled.setdefault("content", "")
+        if isinstance(content, list) and all(_is_text_part(part) for part in content):
+            content = filled["content"] = "".join(part["text"] for part in content)
+        if not isinstance(content, str):
+            raise ConfigError(f"`{key}`: the content of a message must be text, got {content!r:.100}")
+        if not content and filled["role"] != "system" and not filled.get("tool_calls"):
+            raise ConfigError(f"`{key}`: a message of {filled['role']} has no content")
+        messages.append(filled)
+    return messages
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)

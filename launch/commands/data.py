@@ -1,0 +1,105 @@
+"""`areal-like data stats ...`: what is in a file, in the task of a configuration, or in that of a run.
+
+The rows are read by `python -m rollout_server.data_stats`, because tasks belong to the rollout server. For a
+run this command reads what its ledger has heard about each prompt, and passes it on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from areal_like.errors import ConfigError
+from areal_like.paths import RunPaths
+from areal_like.runtime.command_line import OneValue, add_config_option, load_config
+from launch.commands.parser import add_settings
+from launch.local_job.child import python_path
+from launch.observation.heard_prompts import read_heard_prompts
+from launch.run_directory.rundir import find_run
+
+_DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
+_ACTIONS = ("stats",)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`stats`, what to look at, options and settings."""
+    parser.add_argument("action", metavar="ACTION", choices=_ACTIONS, help="stats")
+    add_config_option(parser)
+    parser.add_argument(
+        "--rows", metavar="N", action=OneValue, missing="give the largest number of rows of a split to read"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_settings(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Prints the numbers; returns the exit code of the process that reads the rows."""
+    words = sort_words(args.settings)
+    if args.config is not None:
+        words = words._replace(configs=[*words.configs, args.config])
+    if len(words.configs) + len(words.runs) + bool(words.files) == 0:
+        raise ConfigError("data stats: name files of rows, a configuration (*.yaml) or a run")
+    if (words.files and (words.configs or words.runs)) or len(words.configs) > 1 or len(words.runs) > 1:
+        raise ConfigError("data stats: give either files of rows, or one configuration, one run or both")
+    command = [sys.executable, "-m", "rollout_server.data_stats", *(["--json"] if args.json else [])]
+    command += ["--rows", args.rows] if args.rows is not None else []
+    settings, heard = words.settings, ""
+    if words.runs:
+        paths = RunPaths(find_run(words.runs[0]))
+        settings = ["--config", words.configs[0] if words.configs else str(paths.config), *settings]
+        command.append("--heard")
+        heard = _heard(paths, settings)
+        settings = [*settings, f"name={paths.root.resolve().name}", f"runs_dir={paths.root.resolve().parent}"]
+    elif words.configs:
+        settings = ["--config", words.configs[0], *settings]
+    for file in words.files:
+        command += ["--file", file]
+    return subprocess.run(
+        [*command, *settings],
+        env=os.environ | {"PYTHONPATH": python_path()},
+        input=heard,
+        text=True,
+        check=False,
+    ).returncode
+
+
+class Words(NamedTuple):
+    """The words of a command line, by kind."""
+
+    files: list[str]
+    configs: list[str]
+    runs: list[str]
+    settings: list[str]
+
+
+def sort_words(words: list[str]) -> Words:
+    """A setting has a `=`, a configuration ends in .yaml, a data set is a file, a glob or `hf:...`; the rest
+    are runs."""
+    found = Words([], [], [], [])
+    for word in words:
+        if "=" in word and not Path(word).exists():
+            found.settings.append(word)
+        elif word.endswith((".yaml", ".yml")):
+            found.configs.append(word)
+        elif word.endswith(_DATA_SUFFIXES) or word.startswith("hf:"):
+            found.files.append(word)
+        else:
+            found.runs.append(word)
+    return found
+
+
+def _heard(paths: RunPaths, settings: list[str]) -> str:
+    if not paths.ledgers:
+        raise ConfigError(
+            f"{paths.root} has no ledger: with buffer.durability=none a run records nothing about its prompts"
+        )
+    buffer = load_config(settings).buffer
+    heard = read_heard_prompts(
+        paths.ledgers, reward_low=buffer.curriculum_reward_low, reward_high=buffer.curriculum_reward_high
+    )
+    return json.dumps({"num_drawn": heard.num_drawn, "prompts": heard.rows})

@@ -1,0 +1,119 @@
+"""`areal-like eval MODEL`: evaluates a model on the sets of a configuration, without training.
+
+It runs a job of a buffer and rollout servers in which an evaluator (`python -m trainer.evaluate`) stands in
+the trainer's place. The results are in a run directory of their own, with every sample.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+
+from areal_like.errors import ConfigError
+from areal_like.runtime.command_line import add_config_option
+from areal_like.runtime.logs import configure_handlers, log_file
+from areal_like.runtime.process import keep_files_private
+from areal_like.runtime.signals import handle_log_signals, request_reopen
+from launch.commands.parser import add_settings
+from launch.commands.stop_signals import StopSignals
+from launch.local_job.job import LocalJob
+from launch.local_job.specs import EvaluationSpecs
+from launch.run_directory.evaluated_model import EvaluatedModel, find_model
+from launch.run_directory.open_evaluation import open_evaluation
+from launch.run_directory.open_run import OpenRun
+from launch.view.evaluation import EvaluationView, results_table
+from launch.view.lasting import LastingView, output_may_be_gone
+
+_WIDTH = 110
+"""Columns of the table in a file or a pipe."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """MODEL, options and settings."""
+    parser.add_argument("model", metavar="MODEL", help="a directory, a run, or a name")
+    add_config_option(parser)
+    parser.add_argument("--json", action="store_true", help="print the results as JSON; progress to stderr")
+    add_settings(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Evaluates; returns 0 if every set has a result, 1 if not. Raises ConfigError."""
+    if "=" in args.model:
+        raise ConfigError(f"eval: put the model before the settings: areal-like eval MODEL {args.model}")
+    config = [] if args.config is None else ["--config", args.config]
+    return evaluate(find_model(args.model), [*config, *args.settings], as_json=args.json)
+
+
+def evaluate(model: EvaluatedModel, argv: Sequence[str], *, as_json: bool) -> int:
+    """Evaluates the model with the configuration that `argv` describes; returns the exit code."""
+    keep_files_private()
+    run = open_evaluation(model, argv)
+    keep_files_private(run.paths.root)
+    configure_handlers(log_file(run.paths.logs / "launcher.log"), level=run.config.daemon.log_level)
+    handle_log_signals(to_stderr=False, hangup=False)
+    console = Console(stderr=as_json)
+    if not console.is_terminal:
+        console.width = _WIDTH
+    for line in run.announcement:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    try:
+        code = 0 if run.is_finished else _run_job(run, model, console)
+    finally:
+        run.close()
+    if code == 2:
+        return code
+    with output_may_be_gone():
+        return max(code, _show(run, console, as_json=as_json))
+    return 1
+
+
+def _run_job(run: OpenRun, model: EvaluatedModel, console: Console) -> int:
+    """Runs the daemons to their end; returns the exit code."""
+    stops = StopSignals(on_hangup=request_reopen)
+
+    def write(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    view = LastingView(EvaluationView(write))
+    try:
+        specs = EvaluationSpecs(run.config, config_path=run.paths.config, step=model.step)
+        job = LocalJob(run, view=view, num_stops=lambda: stops.count, specs=specs)
+        code = job.run()
+        if code == 2 and not job.has_begun:
+            run.remove_if_created()
+    except ConfigError:
+        run.remove_if_created()
+        raise
+    finally:
+        view.close()
+    with output_may_be_gone():
+        for line in job.failure:
+            sys.stderr.write(f"{line}\n")
+    return code
+
+
+def _show(run: OpenRun, console: Console, *, as_json: bool) -> int:
+    """Prints the results; returns 1 if a set has none."""
+    summary: dict[str, Any] = {}
+    if run.paths.summary.exists():
+        summary = json.loads(run.paths.summary.read_text())
+    sets = summary.get("sets", {})
+    missing = [name for name in run.config.eval.resolved_sets if "avg" not in sets.get(name, {})]
+    if as_json:
+        sys.stdout.write(json.dumps(summary | {"directory": str(run.paths.root)}, indent=2) + "\n")
+    elif sets:
+        console.print(results_table(sets, title=run.config.name))
+    lines = [f"{run.paths.root}: evaluations.jsonl, summary.json, config.yaml, logs/"] if sets else []
+    if missing:
+        lines += [
+            f"no result for {', '.join(missing)}; the finished samples are kept, the same command with "
+            f"name={run.config.name} resume=latest continues"
+        ]
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return int(bool(missing))

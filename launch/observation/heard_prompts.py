@@ -1,0 +1,71 @@
+"""Reads from a run's ledgers what was heard about each training prompt: `areal-like data stats RUN`."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from areal_like.errors import StoreCorruptError
+
+_ISSUED = "SELECT prompt_index, count(*) FROM tickets WHERE purpose = 'train' GROUP BY prompt_index"
+_RATE = "min(max((reward - :low) / (:high - :low), 0.0), 1.0)"
+# A greedy baseline is one of the last samples of its ticket, and a curriculum does not observe it either.
+_HEARD = f"""
+SELECT prompt_index, count(*), sum(rate = 0.0), sum(rate = 1.0), sum(rate)
+FROM (
+    SELECT prompt_index, {_RATE} AS rate FROM tickets JOIN samples USING (ticket_id)
+    WHERE purpose = 'train' AND sample_index < num_samples - num_greedy
+)
+GROUP BY prompt_index
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeardPrompts:
+    """All ledgers of a run together."""
+
+    num_drawn: int
+    """Prompts drawn from the epochs; a curriculum issues only some of them."""
+    rows: list[tuple[float, ...]]
+    """(prompt index, tickets, samples, samples with solve rate 0, with solve rate 1, sum of the solve rates),
+    ascending."""
+
+
+def read_heard_prompts(ledgers: Iterable[Path], *, reward_low: float, reward_high: float) -> HeardPrompts:
+    """Reads the ledgers in these directories, each in one transaction; the job may be running.
+
+    A reward of `reward_low` or less is a solve rate of 0, one of `reward_high` or more is 1. Raises
+    StoreCorruptError when SQLite cannot read a ledger.
+    """
+    issued: Counter[int] = Counter()
+    heard: dict[int, tuple[float, ...]] = {}
+    num_drawn = 0
+    for directory in ledgers:
+        try:
+            with closing(_connect(directory)) as connection:
+                connection.execute("BEGIN")
+                issued.update(dict(connection.execute(_ISSUED)))
+                rates = {"low": reward_low, "high": reward_high}
+                # A prompt belongs to one shard, so no ledger has rows of another one's prompts.
+                heard |= {row[0]: row[1:] for row in connection.execute(_HEARD, rates)}
+                cursor = connection.execute("SELECT value FROM marks WHERE name = 'cursor'").fetchone()
+                num_drawn += cursor[0] if cursor else 0
+        except sqlite3.DatabaseError as error:
+            raise StoreCorruptError(
+                f"{directory} cannot be read ({error}); it is damaged, or was written by another release"
+            ) from None
+    nothing = (0, 0, 0, 0.0)
+    return HeardPrompts(
+        num_drawn=num_drawn,
+        rows=[(index, count, *heard.get(index, nothing)) for index, count in sorted(issued.items())],
+    )
+
+
+def _connect(directory: Path) -> sqlite3.Connection:
+    return sqlite3.connect(
+        f"file:{directory / 'ledger.sqlite3'}?mode=ro", uri=True, isolation_level=None, timeout=10
+    )

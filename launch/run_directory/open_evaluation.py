@@ -1,0 +1,156 @@
+"""Opens the run directory of `areal-like eval`: a new one, or that of an evaluation to continue.
+
+An evaluation has a directory of its own, so that the run whose checkpoint it evaluates stays as it is, and
+may be running. Its configuration is that of a run without training: the settings of trainer, objective and
+curriculum are replaced by ones that cost nothing, and nothing that is sampled is ever deleted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from areal_like.automatic_settings import resolved
+from areal_like.config import Config, to_mapping
+from areal_like.config.gpus import check_gpus_are_separate
+from areal_like.config.trainer import TrainerConfig
+from areal_like.errors import ConfigError
+from areal_like.paths import RunPaths
+from areal_like.runtime.command_line import load_config
+from launch.run_directory.evaluated_model import EvaluatedModel
+from launch.run_directory.open_run import OpenRun, prepared
+from launch.run_directory.rundir import InUseError, lock
+
+_COMPARED = ("model", "task", "eval", "sampling", "episode", "rewards", "seed", "trainer")
+"""Sections that decide the results: they may not change when an evaluation is continued. That of the trainer
+is never that of a training run."""
+
+
+def open_evaluation(model: EvaluatedModel, argv: Sequence[str]) -> OpenRun:
+    """The directory of an evaluation of `model` with the configuration that `argv` describes.
+
+    `argv` as of `areal-like run`; without `--config`, a checkpoint is evaluated with its run's configuration.
+    Raises ConfigError.
+    """
+    if model.run is not None and "--config" not in argv:
+        argv = ["--config", str(RunPaths(model.run).config), *argv]
+    config = evaluation_config(load_config(argv), model)
+    if not config.eval.is_enabled:
+        raise ConfigError("eval.num_prompts=0 turns evaluation off: give a number of prompts")
+    given = [arg.partition("=")[2] for arg in argv if arg.startswith("name=")]
+    resume = next((arg.partition("=")[2] for arg in argv if arg.startswith("resume=")), "")
+    if resume not in ("", "auto", "latest"):
+        raise ConfigError(f"resume={resume}: an evaluation has no steps: use resume=latest or resume=auto")
+    config = dataclasses.replace(config, name=given[-1] if given else _name_of(model))
+    check_gpus_are_separate(config)
+    if resume and RunPaths.of(config).config.is_file():
+        return _continued(config)
+    if resume == "latest":
+        raise ConfigError(f"resume=latest: there is no evaluation in {RunPaths.of(config).root}")
+    return _new(config, is_named=bool(given) or resume == "auto")
+
+
+def evaluation_config(config: Config, model: EvaluatedModel) -> Config:
+    """`config` for the evaluation of `model` alone. Raises ConfigError."""
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=model.path), resume="")
+    config = resolved(config)  # before the devices change: they decide about model.dtype
+    trainer = TrainerConfig(
+        num_steps=1,
+        groups_per_step=1,
+        tokens_per_microbatch=config.trainer.tokens_per_microbatch,
+        fetch_timeout_s=config.trainer.fetch_timeout_s,
+        buffer_timeout_s=config.trainer.buffer_timeout_s,
+        gradient_checkpointing=False,
+    )
+    kept = "process_crash" if config.buffer.durability == "none" else config.buffer.durability
+    buffer = dataclasses.replace(
+        config.buffer,
+        num_shards=1,
+        ports=(),
+        curriculum="none",
+        group_filter="none",
+        durability=kept,
+        retain_trajectories=True,
+    )
+    return dataclasses.replace(
+        config,
+        # Without samples the result of a set that is finished could not be requested again.
+        eval=dataclasses.replace(config.eval, keep=max(1, config.eval.keep)),
+        max_staleness=0,
+        objective={"name": "tis"},
+        advantage={"name": "grpo"},
+        weights=dataclasses.replace(config.weights, sync_interval=1),
+        kl=dataclasses.replace(config.kl, coef=0.0, reference=""),
+        trainer=trainer,
+        buffer=buffer,
+    )
+
+
+def is_evaluated(paths: RunPaths) -> bool:
+    """True when the evaluation in this directory is finished."""
+    try:
+        return bool(json.loads(paths.summary.read_text())["finished"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _name_of(model: EvaluatedModel) -> str:
+    return f"{re.sub(r'[^A-Za-z0-9._-]', '-', model.label)[:48]}-eval"
+
+
+def _continued(config: Config) -> OpenRun:
+    paths = RunPaths.of(config)
+    lock_fd = lock(paths)
+    try:
+        stored = to_mapping(load_config(["--config", str(paths.config)]))
+        wanted = to_mapping(config)
+        if changed := [section for section in _COMPARED if stored[section] != wanted[section]]:
+            raise ConfigError(
+                f"{paths.root} holds no evaluation with these settings of {', '.join(changed)}: give "
+                "the same settings, or choose another name=..."
+            )
+    except ConfigError:
+        os.close(lock_fd)
+        raise
+    if is_evaluated(paths):
+        lines: tuple[str, ...] = (f"the evaluation in {paths.root} is finished",)
+        return OpenRun(config=config, paths=paths, lock_fd=lock_fd, announcement=lines, is_finished=True)
+    lines = (f"continuing the evaluation in {paths.root} with the samples in its ledger",)
+    return prepared(OpenRun(config=config, paths=paths, lock_fd=lock_fd, announcement=lines))
+
+
+def _new(config: Config, *, is_named: bool) -> OpenRun:
+    for number in itertools.count(1):
+        name = config.name if number == 1 else f"{config.name}-{number}"
+        candidate = dataclasses.replace(config, name=name)
+        paths = RunPaths.of(candidate)
+        is_created = not paths.root.exists()
+        try:
+            lock_fd = lock(paths)
+        except InUseError:
+            if is_named:
+                raise
+            continue
+        if not _is_taken(paths.root):
+            lines = (f"new evaluation in {paths.root}",)
+            run = OpenRun(
+                config=candidate, paths=paths, lock_fd=lock_fd, announcement=lines, is_created=is_created
+            )
+            return prepared(run)
+        os.close(lock_fd)
+        if is_named:
+            raise ConfigError(
+                f"{paths.root} already holds a run or an evaluation: choose another name=..., or continue "
+                "the evaluation with resume=latest"
+            )
+    raise AssertionError("itertools.count ended")
+
+
+def _is_taken(root: Path) -> bool:
+    paths = RunPaths(root)
+    return paths.config.exists() or paths.summary.exists() or bool(paths.ledgers)

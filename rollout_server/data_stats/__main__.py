@@ -1,0 +1,152 @@
+"""What `areal-like data stats` starts: counts the rows of files, or of the splits of a configuration's task.
+
+    python -m rollout_server.data_stats [--file FILE] [--rows N] [--heard] [--json] [--config F] [key=value]
+
+`--file` may be repeated; without it the splits are those of the task. `--heard`: what a run has heard about
+the training prompts comes as JSON on stdin. Every row is read once, and some 50 bytes of it are kept. Tokens
+are counted if the model's tokenizer is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from areal_like.config import Config
+from areal_like.data import RowFormat, open_rows
+from areal_like.errors import ConfigError, UserError, first_line
+from areal_like.paths import model_path
+from areal_like.runtime.command_line import OneValue, Options, load_config, shows_help
+from areal_like.runtime.imports import torch_hidden, uncollected
+from rollout_server.data_stats.heard import HeardPrompt, summary
+from rollout_server.data_stats.report import text_of_report
+from rollout_server.data_stats.sources import FileRows, Source, TaskSplit
+from rollout_server.data_stats.split import Row, SplitStats
+from rollout_server.environments.base import Message
+from rollout_server.tasks.base import Example, Task, make_task
+
+_MAX_ROWS = 200_000
+"""Rows of a split that are read without `--rows`: synthetic tasks have millions."""
+_EXAMPLES = ("examples", "conflicting_examples")
+
+TokenCounter = Callable[[str | list[Message]], int]
+
+
+def run(values: argparse.Namespace, settings: Sequence[str]) -> int:
+    """Counts, prints and returns 0. Raises ConfigError."""
+    config = load_config(settings)
+    max_rows = _number("--rows", values.rows) if values.rows is not None else _MAX_ROWS
+    task = None if values.file else make_task(config.task, seed=config.seed, sandbox=config.rewards.sandbox)
+    sources: list[Source] = (
+        [TaskSplit(task, "train"), TaskSplit(task, "eval")] if task else _files(values.file, config)
+    )
+    notes: list[str] = []
+    count_tokens = _token_counter(config, notes)
+    limit = _prompt_limit(config, task)
+    report: dict[str, Any] = {"splits": {}, "overlaps": [], "notes": notes}
+    counted: list[tuple[Source, SplitStats]] = []
+    for source in sources:
+        stats = SplitStats(max_prompt_tokens=limit, count_tokens=count_tokens)
+        for row in source.rows(min(max_rows, len(source))):
+            if isinstance(row, Row):
+                stats.add(row)
+            else:
+                stats.add_broken(row)
+        counted.append((source, stats))
+        report["splits"][source.name] = _located(stats.summary(), source) | {"of_rows": len(source)}
+    for (first, of_first), (second, of_second) in itertools.combinations(counted, 2):
+        overlap = of_second.hashes.overlap(of_first.hashes)
+        pairs = [[second.place(a), first.place(b)] for a, b in overlap["examples"]]
+        names = {"split": second.name, "other": first.name, "rows": report["splits"][second.name]["rows"]}
+        report["overlaps"].append(names | overlap | {"examples": pairs})
+    if values.heard:
+        assert task is not None, "a run has a task"
+        report["heard"] = _heard(task)
+    sys.stdout.write(json.dumps(report, indent=2) + "\n" if values.json else text_of_report(report))
+    return 0
+
+
+def _files(names: Sequence[str], config: Config) -> list[Source]:
+    """The files, read with the keys in the configuration's section `task`."""
+    keys = {
+        one.name: config.task[one.name] for one in dataclasses.fields(RowFormat) if one.name in config.task
+    }
+    row_format = RowFormat(**keys)
+    return [FileRows(name=name, data=open_rows(name, key="FILE"), format=row_format) for name in names]
+
+
+def _heard(task: Task) -> dict[str, Any]:
+    heard = json.load(sys.stdin)
+    return summary(
+        map(HeardPrompt.of_row, heard["prompts"]),
+        num_train=task.num_train,
+        num_drawn=heard["num_drawn"],
+        label_of=lambda index: getattr(task.example("train", index), "label", ""),
+    )
+
+
+def _located(split: dict[str, Any], source: Source) -> dict[str, Any]:
+    """Row numbers replaced by places."""
+    repeated = split["duplicates"]
+    for name in _EXAMPLES:
+        repeated[name] = [[source.place(row) for row in group] for group in repeated[name]]
+    for problem in split["problems"].values():
+        problem["examples"] = [source.place(row) for row in problem["examples"]]
+    return split
+
+
+def _token_counter(config: Config, notes: list[str]) -> TokenCounter | None:
+    """Counts the tokens of a rendered prompt; None, with a note, without the model's tokenizer."""
+    try:
+        model = model_path(config)
+        with torch_hidden(), uncollected():
+            from rollout_server.rendering.prompt_renderer import PromptRenderer
+
+            renderer = PromptRenderer(model, settings=config.model)
+    except ConfigError as error:
+        notes.append(f"tokens are not counted (model.path=DIR names a model): {first_line(error)}")
+        return None
+    renderer.max_prompt_tokens = sys.maxsize
+    return lambda prompt: len(renderer.encode(Example(prompt=prompt, answer=None)))
+
+
+def _prompt_limit(config: Config, task: Task | None) -> int | None:
+    """Tokens of the longest prompt that a rollout server accepts."""
+    if task is None:
+        return None
+    room = config.rollout.max_context - config.sampling.max_new_tokens
+    return min(task.max_prompt_tokens, room) if config.rollout.max_context else task.max_prompt_tokens
+
+
+def _number(option: str, text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise ConfigError(f"{option} {text}: give a number of rows, 1 or more")
+    return int(text)
+
+
+def main(argv: list[str]) -> int:
+    """See the module's docstring. Exit code 2: a user's mistake."""
+    if shows_help(argv, __doc__):
+        return 0
+    logging.basicConfig(level=logging.ERROR)
+    try:
+        options = Options()
+        options.add_argument("--file", action="append", default=[])
+        options.add_argument("--rows", action=OneValue, missing="give the largest number of rows to read")
+        for name in ("--heard", "--json"):
+            options.add_argument(name, action="store_true")
+        values, settings = options.parse_known_args(argv)
+        return run(values, settings)
+    except UserError as error:
+        sys.stderr.write(f"areal-like: {error}\n")
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,115 @@
+"""The rows to count: of files, or of a task's splits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from areal_like.data import RowFormat, Rows
+from areal_like.data.row_format import COMPLETION_KEYS, MESSAGES_KEYS, value_at
+from areal_like.errors import ConfigError
+from rollout_server.data_stats.split import Row
+from rollout_server.tasks.base import Split, Task
+
+
+class Source(Protocol):
+    """Rows of one split by number."""
+
+    @property
+    def name(self) -> str:
+        """What the split is called."""
+
+    def __len__(self) -> int:
+        """Number of rows."""
+
+    def rows(self, count: int) -> Iterator[Row | str]:
+        """The first `count` rows; a text instead of a row that cannot be used: the reason."""
+
+    def place(self, index: int) -> str:
+        """Where a row stands, for a reader."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRows:
+    """The rows of a data set, read by a format."""
+
+    name: str
+    data: Rows
+    format: RowFormat
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def rows(self, count: int) -> Iterator[Row | str]:
+        """See `Source`."""
+        for index in range(count):
+            row = self.data[index]
+            try:
+                yield Row(
+                    prompt=self.format.prompt_of(row),
+                    answer=_text(self.format.answer_of(row)),
+                    label=self.format.label_of(row),
+                    response=self._response_of(row),
+                )
+            except ConfigError as error:
+                yield _kind_of(error)
+
+    def place(self, index: int) -> str:
+        """See `Source`."""
+        return self.data.place(index)
+
+    def _response_of(self, row: dict[str, Any]) -> str | None:
+        """What supervised training would learn; None if the row is for prompts only."""
+        keys = (self.format.completion_key, self.format.messages_key, *COMPLETION_KEYS, *MESSAGES_KEYS)
+        if all(value_at(row, key) is None for key in keys if key):
+            return None
+        conversation = self.format.conversation_of(row)
+        learned = zip(conversation.messages, conversation.is_learned, strict=True)
+        return "\n".join(str(message["content"]) for message, is_learned in learned if is_learned)
+
+
+@dataclass(frozen=True)
+class TaskSplit:
+    """One split of a task. Its row numbers are the indices of its examples."""
+
+    task: Task
+    split: Split
+
+    @property
+    def name(self) -> str:
+        """`train` or `eval`."""
+        return self.split
+
+    def __len__(self) -> int:
+        return self.task.num_train if self.split == "train" else self.task.num_eval
+
+    def rows(self, count: int) -> Iterator[Row | str]:
+        """See `Source`."""
+        for index in range(count):
+            try:
+                example = self.task.example(self.split, index)
+            except ConfigError as error:
+                yield _kind_of(error)
+            except Exception as error:  # a task's code may raise anything; the other rows are still counted
+                yield f"example() raised {type(error).__name__}"
+            else:
+                yield Row(
+                    prompt=example.prompt, answer=_text(example.answer), label=getattr(example, "label", "")
+                )
+
+    def place(self, index: int) -> str:
+        """See `Source`."""
+        return f"{self.split}[{index}]"
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=repr)
+
+
+def _kind_of(error: ConfigError) -> str:
+    """The message without what differs from row to row."""
+    return str(error).partition("; the row has")[0].partition(", got ")[0]

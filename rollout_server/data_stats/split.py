@@ -1,0 +1,113 @@
+"""The numbers of one split, collected row by row in a few dozen bytes a row."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rollout_server.data_stats.duplicates import PromptHashes
+from rollout_server.data_stats.lengths import Lengths
+from rollout_server.environments.base import Message
+
+MAX_LABELS = 50
+"""Most labels in the output; the others are added up."""
+MAX_PROBLEMS = 20
+"""Most different problems; rows with further ones are counted together."""
+_OTHERS = "(others)"
+_NUM_EXAMPLES = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """What is counted of one row."""
+
+    prompt: str | list[Message]
+    answer: str = ""
+    label: str = ""
+    response: str | None = None
+    """The text to learn, in data for supervised training."""
+
+
+class SplitStats:
+    """Add every row, in order, then read `summary`."""
+
+    def __init__(
+        self, *, max_prompt_tokens: int | None, count_tokens: Callable[[str | list[Message]], int] | None
+    ) -> None:
+        """`count_tokens` of a prompt; None: there is no tokenizer. It may raise ValueError."""
+        self._max_prompt_tokens, self._count_tokens = max_prompt_tokens, count_tokens
+        self.hashes = PromptHashes()
+        self._prompt_chars, self._prompt_tokens = Lengths(), Lengths()
+        self._response_chars = Lengths()
+        self._labels: Counter[str] = Counter()
+        self._problems: Counter[str] = Counter()
+        self._problem_rows: dict[str, list[int]] = {}
+        self._num_rows = self._num_without_answer = 0
+
+    def add(self, row: Row) -> None:
+        """Counts a row."""
+        text = text_of(row.prompt)
+        self.hashes.add(text, answer=row.answer)
+        self._prompt_chars.add(len(text))
+        if row.response is not None:
+            self._response_chars.add(len(row.response))
+        if row.label:
+            self._labels[row.label] += 1
+        self._num_without_answer += not row.answer
+        if not text.strip():
+            self._note("the prompt is empty")
+        elif self._count_tokens is not None:
+            try:
+                self._prompt_tokens.add(self._count_tokens(row.prompt))
+            except ValueError:
+                self._note("the chat template, or the model's vocabulary, cannot render the prompt")
+        self._num_rows += 1
+
+    def add_broken(self, problem: str) -> None:
+        """Counts a row that cannot be used; it has no prompt that could be compared with others."""
+        self.hashes.skip()
+        self._note(problem)
+        self._num_rows += 1
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers, ready for JSON. Lists of examples hold row numbers, from 0."""
+        most_common = self._labels.most_common(MAX_LABELS)
+        num_others = self._labels.total() - sum(count for _, count in most_common)
+        return {
+            "rows": self._num_rows,
+            "prompt_chars": self._prompt_chars.summary(),
+            "prompt_tokens": self._prompt_tokens.summary(limit=self._max_prompt_tokens),
+            "response_chars": self._response_chars.summary(),
+            "duplicates": self.hashes.duplicates(),
+            "without_answer": self._num_without_answer,
+            "labels": dict(most_common) | ({_OTHERS: num_others} if num_others else {}),
+            "problems": {
+                problem: {"rows": count, "examples": self._problem_rows[problem]}
+                for problem, count in self._problems.most_common()
+            },
+        }
+
+    def _note(self, problem: str) -> None:
+        if problem not in self._problems and len(self._problems) >= MAX_PROBLEMS:
+            problem = _OTHERS
+        self._problems[problem] += 1
+        examples = self._problem_rows.setdefault(problem, [])
+        if len(examples) < _NUM_EXAMPLES:
+            examples.append(self._num_rows)
+
+
+def text_of(prompt: str | list[Message]) -> str:
+    """The prompt's own words: of a list of messages, all but the system's, which is the same for all rows."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(_content(message) for message in prompt if message.get("role") != "system")
+
+
+def _content(message: Message) -> str:
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
+    return "\n".join(str(part.get("text", "")) for part in parts if isinstance(part, dict))

@@ -1,0 +1,55 @@
+"""The interface of a reward of the library: `task.reward` names one, or a list of them with weights.
+
+A reward is a frozen dataclass; its fields are its settings, so a misspelled one is refused by name. It never
+looks at a task: it gets the example and the completion. `sum.py` adds several up.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable
+from dataclasses import dataclass
+
+from areal_like.errors import ConfigError
+from rollout_server.tasks.base import Completion, Example, Rewarded
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardFunction(ABC):
+    """One entry of `task.reward`."""
+
+    weight: float = 1.0
+    """Factor of this reward in the sum. 0: the reward is only a metric; if it fails, the sample does not."""
+    part: str = ""
+    """Name of this part in metrics; empty: the reward's own name."""
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.weight):
+            raise ConfigError(f"task.reward.weight={self.weight}: must be a finite number")
+
+    @property
+    @abstractmethod
+    def own_name(self) -> str:
+        """Name of the part if `part` is empty."""
+
+    @property
+    def is_async(self) -> bool:
+        """True if `score` returns an awaitable."""
+        return False
+
+    def check(self) -> None:  # noqa: B027, most rewards need nothing
+        """Raises ConfigError if this machine lacks what the reward needs. Called when a server starts."""
+
+    async def close(self) -> None:  # noqa: B027, most rewards hold nothing
+        """Closes what belongs to the running event loop."""
+
+    @abstractmethod
+    def score(self, example: Example, completion: Completion) -> Rewarded | Awaitable[Rewarded]:
+        """As `Task.reward`."""
+
+
+def place_of(example: Example) -> str:
+    """Where the example's row is (`train.jsonl:17`), or its answer, for errors."""
+    place = example.metadata.get("place")
+    return str(place) if place else f"the example with the answer {str(example.answer)[:80]!r}"

@@ -1,0 +1,180 @@
+"""The reward for programs: the share of a row's tests that the policy's program passes, in the sandbox.
+
+The program is the last fenced block of the completion. A program that fails, hangs or exceeds a limit is a
+result: its tests count as failed, and the sample is trained on. Programs that read stdin are run once for
+each test; calls and statements are all tested in one run. What runs where is in `program_harness.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import re
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from areal_like.errors import ConfigError, RewardError
+from rollout_server.rewards.library import program_harness
+from rollout_server.rewards.library.base import RewardFunction, place_of
+from rollout_server.rewards.library.function import row_of
+from rollout_server.rewards.library.program_tests import (
+    ProgramTests,
+    is_same_output,
+    is_same_value,
+    tests_of,
+)
+from rollout_server.rewards.time_limit import reward_time_left_s
+from rollout_server.sandbox import Limits, ProgramResult, make_sandbox
+from rollout_server.tasks.base import Completion, Example, Score
+
+_FENCED = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)^[ \t]*```[ \t]*$", re.MULTILINE | re.DOTALL)
+_MARGIN_S = 1.0
+"""Time that is left for starting and ending a program before the reward's own limit."""
+_OUTPUT_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Code(RewardFunction):
+    """`{name: code, timeout_s: 5}`."""
+
+    sandbox: str = "bwrap"
+    """The job's `rewards.sandbox`."""
+    tests_key: str = ""
+    """Column of the row that has the tests; empty: the answer."""
+    give: Literal["all", "share"] = "all"
+    """`all`: 1 if every test passes, else 0; `share`: the share of the tests that pass."""
+    max_tests: int = 32
+    """The first so many tests of a row are used."""
+    timeout_s: float = 5.0
+    """Time limit of one program, in seconds: of one test with stdin, or of all calls or statements."""
+    memory_mb: int = 512
+    """Address space of one process, in MiB."""
+    tolerance: float = 0.0
+    """Numbers in outputs may differ by so much, absolutely or relatively; 0: every word must be equal."""
+    needs_fence: bool = False
+    """True: a completion without a fenced block has reward 0; False: its whole text is the program."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        make_sandbox(self.sandbox)
+        if not (self.timeout_s > 0 and self.max_tests >= 1 and self.memory_mb >= 32 and self.tolerance >= 0):
+            raise ConfigError(
+                "task.reward code: timeout_s above 0, max_tests at least 1, memory_mb at least 32, and "
+                "tolerance at least 0"
+            )
+
+    @property
+    def own_name(self) -> str:
+        """`code`."""
+        return "code"
+
+    @property
+    def is_async(self) -> bool:
+        """True: `rollout.reward_concurrency` programs run at a time, in threads."""
+        return True
+
+    def check(self) -> None:
+        """The sandbox runs a program."""
+        make_sandbox(self.sandbox).check()
+
+    async def score(self, example: Example, completion: Completion) -> Score:
+        """0 to 1. Metrics: `passed` (share of the tests), `timeouts` (programs), `has_code`.
+
+        Raises RewardError if the row has no tests that can be read.
+        """
+        tests = self._tests(example)
+        source = program_in(completion, needs_fence=self.needs_fence)
+        if source is None:
+            return Score(value=0.0, metrics={"passed": 0.0, "timeouts": 0.0, "has_code": 0.0})
+        run = self._run_harness if tests.function or tests.statements else self._run_with_stdin
+        num_passed, num_timeouts = await asyncio.to_thread(run, source, tests)
+        share = num_passed / tests.num
+        return Score(
+            value=share if self.give == "share" else float(num_passed == tests.num),
+            metrics={"passed": share, "timeouts": float(num_timeouts), "has_code": 1.0},
+        )
+
+    def _tests(self, example: Example) -> ProgramTests:
+        row = row_of(example)
+        value = row.get(self.tests_key) if self.tests_key else example.answer
+        try:
+            tests = tests_of(value, entry_point=str(row.get("entry_point", "")))
+        except ValueError as error:
+            raise RewardError(
+                f"{place_of(example)} has no tests of a program in "
+                f"{self.tests_key or 'the answer'}: {error}; the forms are in docs/reference/rewards.md"
+            ) from None
+        return tests.first(self.max_tests)
+
+    def _run_with_stdin(self, source: str, tests: ProgramTests) -> tuple[int, int]:
+        """(tests passed, programs that timed out). Ends with the first failure if only all count."""
+        num_passed = num_timeouts = 0
+        for stdin, expected in zip(tests.inputs, tests.outputs, strict=True):
+            result = self._run(source, stdin=stdin, output_bytes=_OUTPUT_BYTES + 2 * len(expected))
+            if result is None:
+                return num_passed, num_timeouts + 1
+            num_timeouts += result.timed_out
+            if result.succeeded and is_same_output(result.stdout, expected, tolerance=self.tolerance):
+                num_passed += 1
+            elif self.give == "all":
+                break
+        return num_passed, num_timeouts
+
+    def _run_harness(self, source: str, tests: ProgramTests) -> tuple[int, int]:
+        """As above; one program."""
+        nonce = secrets.token_hex(16)
+        setup: dict[str, Any] = {"source": source, "nonce": nonce, "statements": tests.statements}
+        if tests.function:
+            setup |= {"function": tests.function, "calls": tests.inputs}
+        expected_bytes = len(json.dumps(tests.outputs))
+        result = self._run(
+            _harness_text(), stdin=json.dumps(setup), output_bytes=_OUTPUT_BYTES + 2 * expected_bytes
+        )
+        if result is None:
+            return 0, 1
+        values = _values(result.stdout, nonce)
+        passed = [number for number in range(tests.num) if number in values]
+        if tests.function:
+            passed = [
+                number
+                for number in passed
+                if is_same_value(values[number], tests.outputs[number], tolerance=self.tolerance)
+            ]
+        return len(passed), int(result.timed_out)
+
+    def _run(self, source: str, *, stdin: str, output_bytes: int) -> ProgramResult | None:
+        """One program; None if the reward has no time left for it."""
+        timeout_s = min(self.timeout_s, reward_time_left_s() - _MARGIN_S)
+        if timeout_s <= 0:
+            return None
+        limits = Limits(timeout_s=timeout_s, memory_mb=self.memory_mb, output_bytes=output_bytes)
+        return make_sandbox(self.sandbox).run(source, stdin=stdin, limits=limits)
+
+
+def program_in(completion: str, *, needs_fence: bool) -> str | None:
+    """The last fenced block; without one the whole text, or None. A block that is not closed is none."""
+    blocks = _FENCED.findall(completion.replace("\r\n", "\n"))
+    if blocks:
+        return str(blocks[-1])
+    return None if needs_fence or "```" in completion or not completion.strip() else str(completion)
+
+
+def _values(stdout: str, nonce: str) -> dict[int, Any]:
+    """Test number -> value, from the lines of the harness."""
+    values: dict[int, Any] = {}
+    for line in stdout.splitlines():
+        fields = line.split(" ", 2)
+        if len(fields) == 3 and fields[0] == nonce and fields[1].isdecimal():
+            try:
+                values[int(fields[1])] = json.loads(fields[2])
+            except (ValueError, RecursionError):
+                continue
+    return values
+
+
+@functools.cache
+def _harness_text() -> str:
+    return Path(str(program_harness.__file__)).read_text()

@@ -1,0 +1,109 @@
+"""A reward that is a function of the user: `task.reward=my_rewards.score`.
+
+    def score(completion, answer, **row):
+        return float(completion.strip() == answer)
+
+It is called with the completion, the answer, and the columns of the row that it names (all of them with
+`**row`). The names that verl's reward functions use are known, too: `solution_str`, `ground_truth`,
+`data_source`, `extra_info`. Settings beside `name`, `weight` and `part` are further keyword arguments.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from areal_like.errors import ConfigError, RewardError
+from rollout_server.rewards.library.base import RewardFunction, place_of
+from rollout_server.tasks.base import Completion, Example, Rewarded
+
+_COMPLETION = ("completion", "solution_str")
+_ANSWER = ("answer", "ground_truth")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UserFunction(RewardFunction):
+    """`{name: my_rewards.score, ...}`."""
+
+    path: str
+    """`module.function`."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of every call."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._arguments  # noqa: B018, raises ConfigError for a function that cannot be called so
+
+    @property
+    def own_name(self) -> str:
+        """The function's name without its module."""
+        return self.path.rpartition(".")[2]
+
+    @property
+    def is_async(self) -> bool:
+        """True for `async def`, also of an object's `__call__`."""
+        call = getattr(self._function, "__call__", None)  # noqa: B004, its kind is asked for
+        return inspect.iscoroutinefunction(self._function) or inspect.iscoroutinefunction(call)
+
+    def score(self, example: Example, completion: Completion) -> Rewarded | Awaitable[Rewarded]:
+        """What the function returns."""
+        names, takes_all = self._arguments
+        row = row_of(example)
+        # The completion comes last: no column can take its place.
+        known = {"prompt": example.prompt, **row, **self.settings}
+        known |= dict.fromkeys([name for name in _ANSWER if name in names] or ["answer"], example.answer)
+        known |= dict.fromkeys([name for name in _COMPLETION if name in names] or ["completion"], completion)
+        if missing := [name for name, is_needed in names.items() if is_needed and name not in known]:
+            raise RewardError(
+                f"{self.path} needs {', '.join(missing)}, which {place_of(example)} does not have: it has "
+                f"{', '.join(map(str, row)) or 'no columns'}; write a default value, or take `**row`"
+            )
+        arguments = known if takes_all else {name: known[name] for name in names if name in known}
+        returned: Rewarded | Awaitable[Rewarded] = self._function(**arguments)
+        return returned
+
+    @functools.cached_property
+    def _function(self) -> Callable[..., Any]:
+        module_name, _, attribute = self.path.rpartition(".")
+        try:
+            function = getattr(importlib.import_module(module_name), attribute)
+        except (ImportError, SyntaxError) as error:
+            raise ConfigError(
+                f"task.reward={self.path}: {error}; it must be importable from the directory in which the "
+                "job starts"
+            ) from error
+        except AttributeError:
+            raise ConfigError(f"task.reward={self.path}: module {module_name} has no {attribute}") from None
+        if not callable(function) or inspect.isclass(function):
+            raise ConfigError(f"task.reward={self.path}: not a function")
+        called: Callable[..., Any] = function
+        return called
+
+    @functools.cached_property
+    def _arguments(self) -> tuple[dict[str, bool], bool]:
+        """The named arguments (name -> True if it has no default), and True if there is `**row`."""
+        parameters = list(inspect.signature(self._function).parameters.values())
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        names = {p.name: p.default is p.empty for p in named}
+        if not (takes_all or any(name in names for name in _COMPLETION)):
+            raise ConfigError(
+                f"task.reward={self.path}: it has no argument `completion`: write "
+                f"def {self.own_name}(completion, answer, **row)"
+            )
+        if unknown := [] if takes_all else [name for name in self.settings if name not in names]:
+            raise ConfigError(
+                f"unknown key `task.reward.{unknown[0]}`: {self.path} has no such argument; it has "
+                f"{', '.join(names)}"
+            )
+        return names, takes_all
+
+
+def row_of(example: Example) -> Mapping[str, Any]:
+    """The columns of the example's row; of a task without rows, its metadata."""
+    row = example.metadata.get("row", example.metadata)
+    return row if isinstance(row, Mapping) else {}

@@ -1,0 +1,80 @@
+"""Replies of judges on disk, by what was sent: one SQLite file for all processes and jobs of a user.
+
+A run that is repeated asks the judge nothing and gets the same rewards. Only replies with a verdict are kept.
+A cache that does not work (a full disk, a broken file) is no reason to lose samples: it is logged once, and
+the judge is asked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sqlite3
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+_BUSY_TIMEOUT_S = 5.0
+
+
+def key_of(url: str, body: Mapping[str, Any]) -> bytes:
+    """32 bytes over everything that is sent, and where."""
+    return hashlib.sha256(json.dumps([url, body], sort_keys=True).encode()).digest()
+
+
+class ReplyCache:
+    """Key -> reply. Safe for several threads and processes. Methods block for a disk access."""
+
+    def __init__(self, file: Path) -> None:
+        """The file and its directory are made on first use."""
+        self._file = file
+        self._lock = threading.Lock()
+        self._connection: sqlite3.Connection | None = None
+        self._has_failed = False
+
+    def get(self, key: bytes) -> str | None:
+        """The reply that was put under `key`."""
+        row = self._execute("SELECT reply FROM replies WHERE key = ?", key)
+        return str(row[0]) if row else None
+
+    def put(self, key: bytes, reply: str) -> None:
+        """Keeps a reply; of two for the same key, the first."""
+        self._execute("INSERT OR IGNORE INTO replies VALUES (?, ?)", key, reply)
+
+    def close(self) -> None:
+        """Closes the file."""
+        with self._lock:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+
+    def _execute(self, statement: str, *values: Any) -> Any:
+        with self._lock:
+            try:
+                self._connection = self._connection or self._opened()
+                return self._connection.execute(statement, values).fetchone()
+            except (sqlite3.Error, OSError) as error:
+                if not self._has_failed:
+                    log.warning("the judge's cache %s does not work: %s", self._file, error)
+                self._has_failed = True
+                return None
+
+    def _opened(self) -> sqlite3.Connection:
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        connection = sqlite3.connect(
+            self._file, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+        )
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = NORMAL")
+            connection.execute(
+                "CREATE TABLE IF NOT EXISTS replies (key BLOB PRIMARY KEY, reply TEXT NOT NULL) WITHOUT ROWID"
+            )
+        except sqlite3.Error:
+            connection.close()
+            raise
+        return connection

@@ -1,0 +1,218 @@
+"""Asks a judge over HTTP: a bounded answer, a limit of calls at a time, retries with growing pauses.
+
+What is tried again: no connection, a connection that breaks, a time-out, the statuses 408, 409, 425, 429 and
+5xx, an answer that is no chat completion, and a reply without a verdict (with another seed, because an equal
+request would get an equal reply). Any other status is an error of the settings and fails at once. A pause is
+as long as `Retry-After` says. Nothing is waited for beyond the reward's own time limit: the reward fails
+before, with the last problem in its message, and is not taken for an answer that hangs the verifier.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from typing import Any, TypeVar
+
+import aiohttp
+
+from areal_like.errors import RewardError
+from rollout_server.rewards.library.judge.cache import ReplyCache, key_of
+from rollout_server.rewards.library.judge.verdict import NoVerdictError
+from rollout_server.rewards.time_limit import reward_time_left_s
+
+V = TypeVar("V")
+
+_RETRIED_STATUSES = frozenset({408, 409, 425, 429})
+_LONGEST_PAUSE_S = 30.0
+_MARGIN_S = 0.5
+"""Time before the reward's limit at which it gives up."""
+_MAX_REASON_CHARS = 200
+
+
+@dataclass
+class Counts:
+    """What one verdict took."""
+
+    calls: int = 0
+    """Requests sent."""
+    cache_hits: int = 0
+    retries: int = 0
+    """Requests sent again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientSettings:
+    """How a judge is asked."""
+
+    url: str
+    """Up to and with /chat/completions."""
+    api_key: str = field(repr=False)
+    """Empty: none is sent."""
+    timeout_s: float
+    """Of one request."""
+    max_retries: int
+    first_pause_s: float
+    """Before the first retry; each further pause is twice as long."""
+    max_concurrent: int
+    max_reply_bytes: int
+
+
+class _TryAgainError(Exception):
+    """The request failed in a way that may pass. `pause_s`: what the service asks for, if it does."""
+
+    def __init__(self, message: str, *, pause_s: float | None = None) -> None:
+        super().__init__(message)
+        self.pause_s = pause_s
+
+
+class JudgeClient:
+    """Belongs to one event loop. `close` it at the end."""
+
+    def __init__(self, settings: ClientSettings, *, cache: ReplyCache | None) -> None:
+        self._settings = settings
+        self._cache = cache
+        self._slots = asyncio.Semaphore(settings.max_concurrent)
+        self._session: aiohttp.ClientSession | None = None
+
+    async def ask(self, body: Mapping[str, Any], read: Callable[[str], V], counts: Counts) -> V:
+        """The verdict that `read` finds in the judge's reply to `body`.
+
+        `read` raises NoVerdictError if there is none. Raises RewardError after the last retry.
+        """
+        # A verdict is kept under the first request, whichever seed it took: a repeated run begins with that.
+        key = key_of(self._settings.url, body)
+        reply = await asyncio.to_thread(self._cache.get, key) if self._cache else None
+        if reply is not None:
+            with contextlib.suppress(NoVerdictError):  # somebody has written to the file
+                verdict = read(reply)
+                counts.cache_hits += 1
+                return verdict
+        seed, problem = body.get("seed"), ""
+        for attempt in range(self._settings.max_retries + 1):
+            counts.retries += attempt > 0
+            pause_s = min(self._settings.first_pause_s * 2**attempt, _LONGEST_PAUSE_S)
+            try:
+                reply = _reply_in(await self._answer(body, counts))
+                verdict = read(reply)
+            except NoVerdictError as error:
+                problem, pause_s = f"its reply has {error}", 0.0
+                if isinstance(seed, int):
+                    body = {**body, "seed": seed + attempt + 1}
+            except _TryAgainError as error:
+                problem = str(error)
+                pause_s = pause_s if error.pause_s is None else error.pause_s
+            except TimeoutError:
+                problem = f"no answer within {self._settings.timeout_s:g} s"
+            else:
+                if self._cache:
+                    await asyncio.to_thread(self._cache.put, key, reply)
+                return verdict
+            if attempt < self._settings.max_retries:
+                if pause_s >= self._time_left_s():
+                    raise RewardError(
+                        f"judge {self._settings.url}: {problem}; the rest of the reward's time is too short "
+                        "for another try: raise rollout.reward_timeout_s"
+                    )
+                await asyncio.sleep(pause_s)
+        raise RewardError(
+            f"judge {self._settings.url}: {problem}, after {self._settings.max_retries + 1} tries"
+        )
+
+    async def close(self) -> None:
+        """Closes connections."""
+        if self._session is not None:
+            await self._session.close()
+
+    async def _answer(self, body: Mapping[str, Any], counts: Counts) -> bytes:
+        """The answer to one request."""
+        left_s = self._time_left_s()
+        try:
+            async with asyncio.timeout(min(left_s, 1e9)) as limit, self._slots:
+                counts.calls += 1
+                async with asyncio.timeout(self._settings.timeout_s):
+                    return await self._post(body)
+        except TimeoutError:
+            if limit.expired():
+                raise RewardError(
+                    f"judge {self._settings.url}: no answer within the {left_s:.1f} s that the reward had "
+                    "left: raise rollout.reward_timeout_s, or lower rollout.reward_concurrency"
+                ) from None
+            raise
+
+    def _time_left_s(self) -> float:
+        return max(0.0, reward_time_left_s() - _MARGIN_S)
+
+    async def _post(self, body: Mapping[str, Any]) -> bytes:
+        if self._session is None:
+            # The slots limit the connections; a pool with a limit of its own would wait unseen.
+            self._session = aiohttp.ClientSession(
+                trust_env=False, connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout()
+            )
+        key = self._settings.api_key
+        try:
+            async with self._session.post(
+                self._settings.url,
+                data=json.dumps(body).encode(),
+                headers={
+                    "Content-Type": "application/json",
+                    **({"Authorization": f"Bearer {key}"} if key else {}),
+                },
+                allow_redirects=False,
+            ) as response:
+                content = await self._bounded(response)
+                if response.status == 200:
+                    return content
+                reason = f"HTTP status {response.status}{_reason_in(content)}"
+                if response.status in _RETRIED_STATUSES or response.status >= 500:
+                    raise _TryAgainError(reason, pause_s=_retry_after_s(response.headers.get("Retry-After")))
+                raise RewardError(f"judge {self._settings.url}: {reason}")
+        except (aiohttp.ClientError, OSError, asyncio.IncompleteReadError) as error:
+            if isinstance(error, TimeoutError):
+                raise
+            raise _TryAgainError(f"{type(error).__name__}: {str(error)[:_MAX_REASON_CHARS]}") from error
+
+    async def _bounded(self, response: aiohttp.ClientResponse) -> bytes:
+        content = bytearray()
+        async for chunk in response.content.iter_any():
+            content += chunk
+            if len(content) > self._settings.max_reply_bytes:
+                response.close()
+                raise _TryAgainError(f"an answer of more than {self._settings.max_reply_bytes} bytes")
+        return bytes(content)
+
+
+def _reply_in(answer: bytes) -> str:
+    """The text of a chat completion."""
+    try:
+        message = json.loads(answer)["choices"][0]["message"]["content"]
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
+        message = None
+    if not isinstance(message, str):
+        raise _TryAgainError("an answer that is no chat completion with a text")
+    return message
+
+
+def _reason_in(content: bytes) -> str:
+    """The error's message, as OpenAI writes it, or the beginning of the answer."""
+    text = content.decode(errors="replace")
+    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+        text = str(json.loads(text)["error"]["message"])
+    text = " ".join(text.split())[:_MAX_REASON_CHARS]
+    return f" ({text})" if text else ""
+
+
+def _retry_after_s(header: str | None) -> float | None:
+    """Seconds from a Retry-After of either form; None without one that can be read."""
+    if header is None:
+        return None
+    if header.strip().isdecimal() and len(header) < 10:
+        return float(header)
+    try:
+        return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return None

@@ -1,0 +1,213 @@
+"""The reward `judge`: a language model grades the completion, by a rubric or a checklist.
+
+A judge that cannot be reached, or gives no verdict after all retries, is a failed reward
+(`buffer.on_failure.reward`), never a reward of 0: the policy would learn from the judge's outage. What this
+leaves out: several votes, and comparisons of two completions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from areal_like.errors import ConfigError, RewardError
+from areal_like.paths import cache_dir
+from areal_like.security.tokens import read_secret
+from rollout_server.rewards.library.base import RewardFunction
+from rollout_server.rewards.library.judge.cache import ReplyCache
+from rollout_server.rewards.library.judge.client import ClientSettings, Counts, JudgeClient
+from rollout_server.rewards.library.judge.prompt import (
+    Criterion,
+    check_rubric,
+    criteria_of,
+    messages_for_checklist,
+    messages_for_score,
+)
+from rollout_server.rewards.library.judge.verdict import score_in, verdicts_in
+from rollout_server.tasks.base import Completion, Example, Score
+
+_PATH = "/chat/completions"
+_NO_CACHE = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judge(RewardFunction):
+    """`{name: judge, url: "http://127.0.0.1:30000/v1", rubric: "Is it polite and correct?"}`."""
+
+    url: str
+    """Of the service, up to `/v1`; `/chat/completions` is added."""
+    model: str = "default"
+    """Name of the model, as the service knows it."""
+    rubric: str = ""
+    """What to grade by. `{prompt}`, `{completion}` and `{answer}` are replaced; without them, all three are
+    added at the end. Empty: only with a checklist."""
+    checklist: Sequence[Any] = ()
+    """Criteria to be answered with yes or no, each a text or `{text: ..., weight: 2}`; the reward is the
+    weighted share of yes. Empty: the judge gives a score."""
+    lowest: float = 0.0
+    """Worst score, which is reward 0."""
+    highest: float = 10.0
+    """Best score, which is reward 1."""
+    api_key_file: str = ""
+    """File of mode 600 with the key that is sent as `Authorization: Bearer`; empty: no key."""
+    temperature: float = 0.0
+    """Of the judge."""
+    max_tokens: int = 512
+    """Longest reply of the judge, in tokens."""
+    seed: int = 0
+    """Of the judge's sampling; a reply without a verdict is asked for again with the next seed."""
+    extra_body: Mapping[str, Any] = field(default_factory=dict)
+    """Further fields of each request (`response_format`, `chat_template_kwargs`); null removes a field."""
+    timeout_s: float = 60.0
+    """Time limit of one request, in seconds. The reward as a whole has `rollout.reward_timeout_s`."""
+    max_retries: int = 4
+    """Times that a failed request is sent again."""
+    first_pause_s: float = 0.5
+    """Pause before the first retry, in seconds, unless the service sends `Retry-After`; each further pause is
+    twice as long, at most 30 s."""
+    max_concurrent: int = 32
+    """Requests at a time, of each reward worker (`rollout.reward_concurrency` is a limit, too)."""
+    max_reply_bytes: int = 1 << 20
+    """Longest answer of the service, in bytes."""
+    cache: str = ""
+    """File with the replies so far; empty: `judge.sqlite` in the cache directory; `none`: no cache. A judge
+    whose weights change (the job's own engine) needs `none`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError(f"task.reward.url={self.url}: want http://host:port/v1 or https://...")
+        if isinstance(self.checklist, str) or not isinstance(self.checklist, Sequence):
+            raise ConfigError(f"task.reward.checklist={self.checklist!r}: want a list of criteria")
+        if not isinstance(self.extra_body, Mapping):
+            raise ConfigError(f"task.reward.extra_body={self.extra_body!r}: want a mapping")
+        self._criteria  # noqa: B018, raises ConfigError
+        if not self.rubric.strip() and not self.checklist:
+            raise ConfigError("task.reward judge: give a `rubric`, or a `checklist` of criteria")
+        check_rubric(self.rubric)
+        if not self.lowest < self.highest:
+            raise ConfigError(f"task.reward.highest={self.highest:g}: must be above lowest={self.lowest:g}")
+        for name in ("timeout_s", "max_tokens", "max_concurrent", "max_reply_bytes"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"task.reward.{name}={getattr(self, name)}: must be above 0")
+        for name in ("max_retries", "first_pause_s", "temperature"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"task.reward.{name}={getattr(self, name)}: must be at least 0")
+
+    @property
+    def own_name(self) -> str:
+        """`judge`."""
+        return "judge"
+
+    @property
+    def is_async(self) -> bool:
+        """True."""
+        return True
+
+    def check(self) -> None:
+        """The key file can be read. A judge that cannot be reached may come later, and is no error here."""
+        self._api_key()
+
+    async def score(self, example: Example, completion: Completion) -> Score:
+        """0 to 1. Metrics: `calls`, `cache_hits`, `retries` of this sample, and `failures`.
+
+        `failures` counts the rewards of this worker that the judge has failed since the last one that it did
+        not fail, because a sample that failed has no metrics. Raises RewardError after the last retry.
+        """
+        client, failures, counts = self._client(), self._failures, Counts()
+        try:
+            value, metrics = await self._graded(client, example, completion, counts)
+        except RewardError:
+            failures[0] += 1
+            raise
+        metrics |= {key: float(number) for key, number in vars(counts).items()}
+        metrics["failures"], failures[0] = float(failures[0]), 0
+        return Score(value=value, metrics=metrics)
+
+    async def _graded(
+        self, client: JudgeClient, example: Example, completion: Completion, counts: Counts
+    ) -> tuple[float, dict[str, float]]:
+        if not self._criteria:
+            messages = messages_for_score(
+                self.rubric, example, completion, lowest=self.lowest, highest=self.highest
+            )
+            read: Callable[[str], float] = functools.partial(
+                score_in, lowest=self.lowest, highest=self.highest
+            )
+            return await client.ask(self._body(messages), read, counts), {}
+        messages = messages_for_checklist(self.rubric, self._criteria, example, completion)
+        read_list = functools.partial(verdicts_in, num=len(self._criteria))
+        verdicts = await client.ask(self._body(messages), read_list, counts)
+        total = sum(one.weight for one in self._criteria)
+        reached = sum(one.weight for one, is_met in zip(self._criteria, verdicts, strict=True) if is_met)
+        met = {f"criterion_{number}": float(is_met) for number, is_met in enumerate(verdicts, 1)}
+        return reached / total, met
+
+    def _body(self, messages: list[dict[str, str]]) -> dict[str, Any]:
+        body = {
+            "model": self.model,
+            "messages": messages,
+            "temperature": self.temperature,
+            "max_tokens": self.max_tokens,
+            "seed": self.seed,
+            **self.extra_body,
+        }
+        return {key: value for key, value in body.items() if value is not None}
+
+    async def close(self) -> None:
+        """Closes the connections of this event loop."""
+        if client := self._clients.pop(asyncio.get_running_loop(), None):
+            await client.close()
+
+    def _client(self) -> JudgeClient:
+        loop = asyncio.get_running_loop()
+        if loop not in self._clients:
+            settings = ClientSettings(
+                url=self._endpoint,
+                api_key=self._api_key(),
+                timeout_s=self.timeout_s,
+                max_retries=self.max_retries,
+                first_pause_s=self.first_pause_s,
+                max_concurrent=self.max_concurrent,
+                max_reply_bytes=self.max_reply_bytes,
+            )
+            self._clients[loop] = JudgeClient(settings, cache=self._cache)
+        return self._clients[loop]
+
+    def _api_key(self) -> str:
+        if not self.api_key_file:
+            return ""
+        try:
+            return read_secret(Path(self.api_key_file).expanduser())
+        except FileNotFoundError:
+            raise ConfigError(f"task.reward.api_key_file={self.api_key_file}: no such file") from None
+
+    @property
+    def _endpoint(self) -> str:
+        url = self.url.rstrip("/")
+        return url if url.endswith(_PATH) else f"{url}{_PATH}"
+
+    @functools.cached_property
+    def _clients(self) -> dict[asyncio.AbstractEventLoop, JudgeClient]:
+        return {}
+
+    @functools.cached_property
+    def _failures(self) -> list[int]:
+        return [0]
+
+    @functools.cached_property
+    def _criteria(self) -> tuple[Criterion, ...]:
+        return criteria_of(self.checklist)
+
+    @functools.cached_property
+    def _cache(self) -> ReplyCache | None:
+        if self.cache == _NO_CACHE:
+            return None
+        file = Path(self.cache).expanduser() if self.cache else cache_dir() / "judge.sqlite"
+        return ReplyCache(file)

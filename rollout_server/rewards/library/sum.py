@@ -1,0 +1,144 @@
+"""The sum of weighted rewards: what `task.reward` describes, as one object.
+
+Parts of the sum are contributions, weight included, so the parts of a sample add up to its reward. A reward
+of weight 0 is a metric instead. Synchronous rewards are computed one after the other; asynchronous ones wait
+for their services at the same time. If one reward fails, the sample fails: half a sum is no reward. Only the
+failure of a metric (weight 0) is counted as `<part>/failed` and costs nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable, Coroutine, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from areal_like.errors import RewardError
+from rollout_server.rewards.library.base import RewardFunction
+from rollout_server.rewards.scores import as_score
+from rollout_server.tasks.base import Completion, Example, Rewarded, Score
+
+
+class Rewards:
+    """Scores completions with one or several rewards."""
+
+    def __init__(self, functions: Sequence[RewardFunction]) -> None:
+        """At least one. Several of the same name get numbers: `judge`, `judge_2`."""
+        self._functions: dict[str, RewardFunction] = {}
+        for function in functions:
+            name = stem = function.part or function.own_name
+            number = 1
+            while name in self._functions:
+                number += 1
+                name = f"{stem}_{number}"
+            self._functions[name] = function
+
+    @property
+    def names(self) -> list[str]:
+        """Of the parts, in the order of the configuration."""
+        return list(self._functions)
+
+    @property
+    def is_async(self) -> bool:
+        """True if `score` returns a coroutine: one of the rewards is asynchronous."""
+        return any(function.is_async for function in self._functions.values())
+
+    def check(self) -> None:
+        """Raises ConfigError if this machine lacks what a reward needs."""
+        for function in self._functions.values():
+            function.check()
+
+    async def close(self) -> None:
+        """Closes connections of the running event loop."""
+        for function in self._functions.values():
+            await function.close()
+
+    def score(self, example: Example, completion: Completion) -> Score | Coroutine[Any, Any, Score]:
+        """The reward of a completion, or a coroutine that returns it (`is_async`).
+
+        Raises what a reward raises, and RewardError for a value that is no finite number.
+        """
+        if self.is_async:
+            return self._score_async(example, completion)
+        scores = {}
+        for name, function in self._functions.items():
+            try:
+                scores[name] = _checked(name, function.score(example, completion), completion)
+            except Exception as error:  # a user's function may raise anything
+                scores[name] = _failed_metric(function, error)
+        return _sum(self._functions, scores)
+
+    async def _score_async(self, example: Example, completion: Completion) -> Score:
+        async def one(name: str, function: RewardFunction) -> Score:
+            try:
+                scored = function.score(example, completion)
+                if function.is_async and isinstance(scored, Awaitable):
+                    scored = await scored
+                return _checked(name, scored, completion)
+            except Exception as error:  # as above
+                return _failed_metric(function, error)
+
+        # Synchronous rewards first: if one of them fails, no service has been asked for nothing.
+        items = sorted(self._functions.items(), key=lambda item: item[1].is_async)
+        scores = {name: await one(name, function) for name, function in items if not function.is_async}
+        waiting = {
+            name: asyncio.ensure_future(one(name, function)) for name, function in items if function.is_async
+        }
+        try:
+            scores |= dict(zip(waiting, await asyncio.gather(*waiting.values()), strict=True))
+        finally:
+            for future in waiting.values():
+                future.cancel()
+        return _sum(self._functions, scores)
+
+
+def _checked(name: str, returned: Rewarded | Awaitable[Rewarded], completion: Completion) -> Score:
+    try:
+        return as_score(returned, completion)
+    except RewardError as error:
+        raise RewardError(f"reward {name}: {error}") from None
+
+
+def _failed_metric(function: RewardFunction, error: Exception) -> Score:
+    if function.weight:
+        raise error
+    return Score(value=0.0, metrics={"failed": 1.0})
+
+
+def _sum(functions: Mapping[str, RewardFunction], scores: Mapping[str, Score]) -> Score:
+    """The weighted sum of checked scores."""
+    values: list[float] = []
+    parts: dict[str, float] = {}
+    metrics: dict[str, float] = {}
+    turns, tokens = np.zeros(0), np.zeros(0, np.float32)
+    for name, function in functions.items():
+        score, weight = scores[name], function.weight
+        metrics |= {f"{name}/{key}": value for key, value in score.metrics.items()}
+        if weight == 0:
+            total = math.fsum((score.value, *score.turns, *score.tokens))
+            metrics |= {name: total} if "failed" not in score.metrics else {}
+            metrics |= {f"{name}/{key}": value for key, value in score.parts.items()}
+            continue
+        values.append(weight * score.value)
+        if score.parts:
+            # The parts of a single reward keep their own names.
+            prefix = "" if len(functions) == 1 else f"{name}/"
+            parts |= {f"{prefix}{key}": weight * value for key, value in score.parts.items()}
+        else:
+            parts[name] = weight * score.value
+        turns = _added(turns, weight * np.asarray(score.turns, np.float64))
+        tokens = _added(tokens, np.asarray(score.tokens, np.float32) * np.float32(weight))
+    return Score(
+        value=math.fsum(values),
+        parts=parts,
+        metrics=metrics,
+        turns=tuple(turns.tolist()),
+        tokens=tokens,  # type: ignore[arg-type]  # an array is as good as a sequence
+    )
+
+
+def _added(sums: Any, more: Any) -> Any:
+    """The sum of two arrays of equal length, or the one that is not empty."""
+    return sums + more if len(sums) and len(more) else sums if len(sums) else more

@@ -1,0 +1,77 @@
+"""Where the results of a run go: metrics.jsonl, evaluations.jsonl, Prometheus, the trackers and summary.json.
+
+Rank 0 only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+from areal_like.config import Config
+from areal_like.paths import RunPaths
+from areal_like.runtime.metrics import Metrics
+from trainer.metrics.evaluations_file import EvaluationsFile
+from trainer.metrics.prometheus import TrainerSeries
+from trainer.metrics.run_files import MetricsFile, write_summary
+from trainer.trackers.feed import Trackers
+
+_TRACKERS_END_S = 20.0
+"""Longest wait for the trackers at the end of the run."""
+
+
+class RunRecord:
+    """The files, series and trackers of a run that starts or continues after `step` completed steps."""
+
+    def __init__(self, config: Config, metrics: Metrics, *, step: int) -> None:
+        paths = RunPaths.of(config)
+        self.steps = MetricsFile(paths.metrics, start_step=step)
+        self.evaluations = EvaluationsFile(paths.evaluations, start_step=step)
+        self.series = TrainerSeries(metrics, eval_sets=config.eval.resolved_sets)
+        self._trackers = Trackers.of(
+            config,
+            start_step=step,
+            is_rewound=self.steps.num_dropped > 0,
+            on_outcome=self.series.tracked,
+        )
+        self._summary = paths.summary
+        self._first_set = next(iter(config.eval.resolved_sets), "")
+        self._trackers_limit_s = min(_TRACKERS_END_S, config.daemon.drain_timeout_s / 3)
+
+    def stepped(self, row: dict[str, Any], *, metrics: Mapping[str, Any]) -> None:
+        """Records the row of one step. `metrics`: all that the step returned."""
+        self.steps.append(row)
+        self.series.stepped(row["step"], {**metrics, **row})
+        self._trackers.stepped(self.steps.last)
+
+    def evaluated(self, row: dict[str, Any]) -> None:
+        """Records the row of one evaluation of one set (`evaluation_row`)."""
+        self.evaluations.append(row)
+        self.series.evaluated(row, is_first=row["set"] == self._first_set)
+
+    def summarize(self, **figures: Any) -> dict[str, Any]:
+        """Writes and returns the summary, and closes the files. `figures`: see `write_summary`."""
+        summary = write_summary(
+            self._summary, totals=self.steps.totals(), evaluations=self.evaluations.summary(), **figures
+        )
+        self.steps.close()
+        self.evaluations.close()
+        return summary
+
+    def status(self) -> dict[str, Any]:
+        """The newest rows, and the state of the trackers."""
+        return {
+            "last": self.steps.last,
+            "last_evaluations": self.evaluations.last,
+            "trackers": self._trackers.status(),
+        }
+
+    def close(
+        self,
+        summary: Mapping[str, Any] | None = None,
+        *,
+        waits: Callable[[str], AbstractContextManager[None]],
+    ) -> None:
+        """Ends the trackers, in a limited time. Also after an error, then without `summary`."""
+        self._trackers.close(summary, limit_s=self._trackers_limit_s, waits=waits)

@@ -1,0 +1,15 @@
+"""Trackers by name: TensorBoard, Weights & Biases, or a class of the user. Importing this registers both."""
+
+from trainer.trackers.base import TRACKERS, TrackedRow, TrackedRun, Tracker, build_trackers
+from trainer.trackers.tensorboard import TensorBoard
+from trainer.trackers.wandb import WeightsAndBiases
+
+__all__ = [
+    "TRACKERS",
+    "TensorBoard",
+    "TrackedRow",
+    "TrackedRun",
+    "Tracker",
+    "WeightsAndBiases",
+    "build_trackers",
+]
