@@ -30,6 +30,12 @@ COMMANDS = {
         "run [--config FILE] [key=value ...]",
         "runs a whole job on this machine (run --help: the settings)",
     ),
+    "sft": Command(
+        "sft",
+        "sft [CONFIG|--config FILE] [key=value ...]",
+        "supervised training on conversations or prompts with completions (sft.train=FILE), in the run "
+        "NAME-sft; its result is a model for `areal-like run`",
+    ),
     "plan": Command(
         "plan",
         "plan [CONFIG] [--gpus N+MxGPU] [--prompt-tokens N] [--response-tokens N] [--explain] [--json] "

@@ -64,6 +64,8 @@ def step_numbers(row: Mapping[str, Any], *, aliases: str = "none") -> dict[str, 
             continue
         if column == "eval_reward":
             name = f"{EVALUATION}/{EVALUATION}/reward_mean"
+        elif column == "eval_loss":  # of supervised training
+            name = f"{EVALUATION}/loss"
         else:
             name = column if isinstance(value, Mapping) else f"{_GROUP_OF.get(column, _OTHER_GROUP)}/{column}"
         numbers.update(_numbers(name, value))
