@@ -69,7 +69,10 @@ def step_numbers(row: Mapping[str, Any], *, aliases: str = "none") -> dict[str, 
     for column, value in row.items():
         if column in _NOT_TRACKED:
             continue
-        name = column if isinstance(value, Mapping) else f"{_GROUP_OF.get(column, _OTHER_GROUP)}/{column}"
+        if column == "eval_loss":  # of supervised training
+            name = f"{EVALUATION}/loss"
+        else:
+            name = column if isinstance(value, Mapping) else f"{_GROUP_OF.get(column, _OTHER_GROUP)}/{column}"
         numbers.update(_numbers(name, value))
     if row.get("step_s"):
         numbers.update(_numbers("performance/idle_fraction", row["wait_data_s"] / row["step_s"]))
