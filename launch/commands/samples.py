@@ -7,6 +7,7 @@ gets wrong, beside what it is rewarded for. The run may be going on.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -25,7 +26,6 @@ from launch.run_directory.rundir import find_run
 from launch.samples.reading import Row, RunLedgers, Selection
 from launch.samples.showing import lines_of
 from launch.samples.transcripts import Decode, transcript
-from launch.view.lasting import output_may_be_gone
 
 _NUM_AT_ENDS = 3
 """Worst and best samples that are shown without options."""
@@ -66,7 +66,7 @@ def main(args: argparse.Namespace) -> int:
         sys.stdout.write(json.dumps({"run": str(root), "samples": [one.as_json() for one in samples]}) + "\n")
         return 0
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    with output_may_be_gone():
+    with contextlib.suppress(BrokenPipeError, SystemExit):  # the reader, such as `head`, has seen enough
         console.print(Text(_overview(rows, num_shown=len(chosen))))
         for one in samples:
             for line in lines_of(one, shows_all=args.full):
@@ -77,17 +77,18 @@ def main(args: argparse.Namespace) -> int:
 def choose(
     rows: Sequence[Row], *, worst: int | None, best: int | None, limit: int | None, is_ticket: bool
 ) -> list[Row]:
-    """The rows to show, each once: the worst, worst first, then the best, best last.
+    """The rows to show, each once: the worst, worst first, then the best, best first.
 
-    With `limit` alone, and of a ticket, the rows keep their order.
+    Among equals those of different groups come first. With `limit` alone, and of a ticket, the rows keep
+    their order.
     """
     if worst is None and best is None:
         if is_ticket or limit is not None:
             return list(rows[:limit])
         worst = best = _NUM_AT_ENDS
-    by_reward = sorted(rows, key=lambda row: row.reward)
-    low = by_reward[: worst or 0]
-    high = by_reward[max(len(low), len(by_reward) - (best or 0)) :]
+    low = sorted(rows, key=lambda row: (row.reward, row.sample_index, row.order))[: worst or 0]
+    others = [row for row in rows if row not in low]
+    high = sorted(others, key=lambda row: (-row.reward, row.sample_index, row.order))[: best or 0]
     return [*low, *high][:limit]
 
 
