@@ -148,7 +148,7 @@ def test_wandb_offline_has_one_whole_series(tmp_path: Path, monkeypatch: pytest.
     evaluated = [one for one in rows if "eval/step" in one]
     assert [(one["_step"], one["eval/step"], one["eval/sums/pass@8"]) for one in evaluated] == [
         (1, 0, 0.875),
-        (2, 3, 0.875),
+        (3, 3, 0.875),
     ]
     assert wandb_config(directory)["task"]["judge"] == {"api_key": HIDDEN, "model": "m"}
     everything = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())

@@ -64,7 +64,7 @@ class Trackers:
             )
             # The files grow meanwhile: their new rows come through the queue.
             for row in heapq.merge(*files, key=lambda row: row.time_unix_s):
-                if row.time_unix_s < opened_unix_s:
+                if row.time_unix_s < opened_unix_s and (row.is_evaluation or row.step < start_step):
                     yield row
 
         return cls(
