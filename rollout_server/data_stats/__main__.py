@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -42,10 +42,8 @@ def run(values: argparse.Namespace, settings: Sequence[str]) -> int:
     """Counts, prints and returns 0. Raises ConfigError."""
     config = load_config(settings)
     max_rows = _number("--rows", values.rows) if values.rows is not None else _MAX_ROWS
-    task = None if values.file else make_task(config.task, seed=config.seed, sandbox=config.rewards.sandbox)
-    sources: list[Source] = (
-        [TaskSplit(task, "train"), TaskSplit(task, "eval")] if task else _files(values.file, config)
-    )
+    task = None if values.file else _task(config)
+    sources = _splits(config, task) if task else _files(values.file, config)
     notes: list[str] = []
     count_tokens = _token_counter(config, notes)
     limit = _prompt_limit(config, task)
@@ -60,16 +58,41 @@ def run(values: argparse.Namespace, settings: Sequence[str]) -> int:
                 stats.add_broken(row)
         counted.append((source, stats))
         report["splits"][source.name] = _located(stats.summary(), source) | {"of_rows": len(source)}
-    for (first, of_first), (second, of_second) in itertools.combinations(counted, 2):
-        overlap = of_second.hashes.overlap(of_first.hashes)
-        pairs = [[second.place(a), first.place(b)] for a, b in overlap["examples"]]
-        names = {"split": second.name, "other": first.name, "rows": report["splits"][second.name]["rows"]}
+    (first, of_first), *others = counted
+    for other, of_other in others:
+        overlap = of_other.hashes.overlap(of_first.hashes)
+        pairs = [[other.place(a), first.place(b)] for a, b in overlap["examples"]]
+        names = {"split": other.name, "other": first.name, "rows": report["splits"][other.name]["rows"]}
         report["overlaps"].append(names | overlap | {"examples": pairs})
     if values.heard:
         assert task is not None, "a run has a task"
         report["heard"] = _heard(task)
     sys.stdout.write(json.dumps(report, indent=2) + "\n" if values.json else text_of_report(report))
     return 0
+
+
+def _task(config: Config) -> Task:
+    try:
+        return make_task(config.task, seed=config.seed, sandbox=config.rewards.sandbox)
+    except ConfigError as error:
+        names_a_row = re.search(r"\.\w+:\d+: ", str(error))
+        hint = "; `areal-like data stats FILE` counts all rows that cannot be used" if names_a_row else ""
+        raise ConfigError(f"{error}{hint}") from error
+
+
+def _splits(config: Config, task: Task) -> list[Source]:
+    """The splits of the job's task, and the evaluation sets with a task of their own."""
+    sets: list[Source] = []
+    for name, one in config.eval.resolved_sets.items():
+        if one.task:
+            of_set = make_task(one.task, seed=config.seed, sandbox=config.rewards.sandbox)
+            title = f"eval.sets.{name}"
+            sets.append(TaskSplit(task=of_set, split="eval", name=title, most=one.num_prompts))
+    return [
+        TaskSplit(task=task, split="train", name="train"),
+        TaskSplit(task=task, split="eval", name="eval"),
+        *sets,
+    ]
 
 
 def _files(names: Sequence[str], config: Config) -> list[Source]:
