@@ -96,6 +96,11 @@ class RunPaths:
         return self.root / "evaluations.jsonl"
 
     @property
+    def sft(self) -> Path:
+        """Facts of a supervised run, one JSON object: its steps, and what became of its rows."""
+        return self.root / "sft.json"
+
+    @property
     def summary(self) -> Path:
         """Summary of the run, one JSON object written at its end."""
         return self.root / "summary.json"

@@ -30,6 +30,12 @@ COMMANDS = {
         "run [--config FILE] [key=value ...]",
         "runs a whole job on this machine (run --help: the settings)",
     ),
+    "sft": Command(
+        "sft",
+        "sft [CONFIG|--config FILE] [key=value ...]",
+        "supervised training on conversations or prompts with completions (sft.train=FILE), in the run "
+        "NAME-sft; its result is a model for `areal-like run`",
+    ),
     "plan": Command(
         "plan",
         "plan [CONFIG] [--gpus N+MxGPU] [--prompt-tokens N] [--response-tokens N] [--explain] [--json] "
@@ -48,6 +54,13 @@ COMMANDS = {
         "audit RUN [--json]",
         "checks a run's ledger, trajectories and checkpoints: exit code 1 and the offending ids if they "
         "contradict each other",
+    ),
+    "samples": Command(
+        "samples",
+        "samples RUN [--step K] [--set NAME] [--ticket T] [--worst N] [--best N] [--limit N] [--full] "
+        "[--json]",
+        "shows samples as text, with rewards, versions and lags by turn: by default the worst and the best "
+        "of the newest step; --set: of an evaluation set",
     ),
     "drop": Command(
         "drop",
@@ -73,8 +86,9 @@ COMMANDS = {
         "data stats FILE ... [--rows N] [--json] [key=value ...]\n"
         "       areal-like data stats CONFIG|--config FILE [RUN] [--rows N] [--json] [key=value ...]\n"
         "       areal-like data stats RUN [--rows N] [--json] [key=value ...]",
-        "what is in files of rows, or in the task of a configuration: lengths, repeated prompts, held-out "
-        "prompts that are also in training, labels, broken rows; with a run, solve rates heard so far",
+        "what is in files of rows (the first is the training split), or in the task of a configuration: "
+        "lengths, repeated prompts, held-out prompts that are also in training, labels, broken rows; with a "
+        "run, solve rates heard so far",
     ),
     "rollout": Command(
         "join",

@@ -11,13 +11,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from areal_like.config import Config
 from areal_like.errors import UserError
 from areal_like.runtime.command_line import load_config, shows_help
 from areal_like.runtime.imports import uncollected
 from areal_like.runtime.process import die_with_launcher, die_with_parent, early_signals, exit_at_once
-from areal_like.security.binding import require_loopback_or_keys
-from trainer.distributed.spawn import start_ranks
+from trainer.distributed.spawn import start_ranks_of
 from trainer.distributed.variables import set_torch_variables
 
 
@@ -39,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
         die_with_launcher()
         os.environ.setdefault("OMP_NUM_THREADS", str(config.trainer.num_threads))
         if config.trainer.world_size > 1:
-            return _start_ranks(config, argv)
+            return start_ranks_of(config, argv)
     with uncollected():
         from trainer.daemon import run_rank
 
@@ -47,25 +45,6 @@ def main(argv: Sequence[str]) -> int:
     if code == 1 and "RANK" in os.environ:
         exit_at_once(code)  # after a broken collective torch may abort the process as it ends
     return code
-
-
-def _start_ranks(config: Config, argv: Sequence[str]) -> int:
-    trainer = config.trainer
-    try:
-        if trainer.num_hosts > 1:
-            host = trainer.rendezvous.rpartition(":")[0]
-            require_loopback_or_keys(config.security, host, setting="trainer.rendezvous")
-        return start_ranks(
-            argv,
-            world_size=trainer.world_size,
-            drain_code=config.daemon.exit_code_on_drain,
-            num_hosts=trainer.num_hosts,
-            host_index=trainer.host_index,
-            rendezvous=trainer.rendezvous if trainer.num_hosts > 1 else "",
-        )
-    except UserError as error:
-        sys.stderr.write(f"trainer: {error}\n")
-        return 2
 
 
 if __name__ == "__main__":

@@ -109,6 +109,20 @@ class Checkpoints:
         step = ranks.agree(max(self.steps(), default=-1))
         return step if step >= 0 else None
 
+    def resume_step(self, resume: str, ranks: Ranks) -> int | None:
+        """The step that the setting `resume` names; None for a new run. Collective.
+
+        Raises ConfigError if `latest` names none.
+        """
+        if not resume:
+            return None
+        step = self.latest(ranks) if resume in ("latest", "auto") else int(resume.removeprefix("step:"))
+        if step is None and resume == "latest":
+            raise ConfigError(f"resume=latest: there is no checkpoint in {self._root}")
+        if step is None:
+            log.info("resume=auto: no checkpoint in %s, step 0", self._root)
+        return step
+
     def path(self, step: int) -> Path:
         """Directory of one step."""
         return self._root / checkpoint_name(step)

@@ -80,7 +80,7 @@ class Trainer:
             tokenizer_path=source,
             dtype=dtype,
         )
-        resume_step = self._resume_step()
+        resume_step = self._checkpoints.resume_step(config.resume, ranks)
         is_new = resume_step is None  # else a checkpoint has the weights: reading the initial ones is wasted
         self._policy = build_policy(config, source, ranks, with_weights=is_new)
         self._runner = build_step_runner(config, self._policy, ranks, initial=source, with_weights=is_new)
@@ -131,19 +131,6 @@ class Trainer:
             log.warning("draining: the process that started this rank is gone (torchrun's agent?)")
         return not self._ranks.any(is_asked)
 
-    def _resume_step(self) -> int | None:
-        """Step of the checkpoint to resume from; None for a new run. Collective."""
-        resume = self._config.resume
-        if not resume:
-            return None
-        is_newest = resume in ("latest", "auto")
-        step = self._checkpoints.latest(self._ranks) if is_newest else int(resume.removeprefix("step:"))
-        if step is None and resume == "latest":
-            raise ConfigError(f"resume=latest: there is no checkpoint in {self._paths.checkpoints}")
-        if step is None:
-            log.info("resume=auto: no checkpoint in %s, step 0", self._paths.checkpoints)
-        return step
-
     def _resume(self, step: int | None) -> tuple[int, dict[str, Any]]:
         """(completed steps, state of the prompt stream) of the checkpoint; (0, {}) for a new run."""
         if step is None:
@@ -151,6 +138,11 @@ class Trainer:
         extra = self._checkpoints.load(
             step, self._policy, self._runner.optimizer, self._ranks, critic=self._runner.critic
         )
+        if "stream" not in extra:
+            raise ConfigError(
+                f"{self._checkpoints.path(step)} is of supervised training: continue it with "
+                "`areal-like sft`, or start a new run from it with model.path"
+            )
         self._runner.rewards.restore(extra["shaping_duals"])
         return step, extra["stream"]
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from areal_like import adding, sorting
+from areal_like.chat import learned_tokens
 from areal_like.config import Config
 from areal_like.errors import ConfigError, UserError, first_line
 from areal_like.paths import RunPaths, cache_dir, model_path
@@ -88,7 +89,8 @@ def _tiny_chat(config: Config) -> BuildPlan:
         "warm_start_steps": config.model.warm_start_steps,
         "uses_tool": bool(config.task.get("use_tool", True)),
     }
-    files = ("tiny", "tiny_chat", "token_rows", "warm_start", sorting.__file__, adding.__file__)
+    shared = (sorting.__file__, adding.__file__, learned_tokens.__file__)
+    files = ("tiny", "tiny_chat", "token_rows", "warm_start", *shared)
 
     def build(out_dir: Path) -> None:
         from trainer.models import tiny_chat

@@ -12,6 +12,7 @@ from areal_like.config.episode import EpisodeConfig, RewardsConfig
 from areal_like.config.evaluation import EVAL_BYTES_PER_SAMPLE, EvalConfig
 from areal_like.config.rollout import RolloutConfig, SamplingConfig
 from areal_like.config.security import SecurityConfig
+from areal_like.config.sft import SftConfig
 from areal_like.config.trainer import KlConfig, TrainerConfig
 from areal_like.config.weights import WeightsConfig
 from areal_like.hosts import is_loopback
@@ -120,6 +121,7 @@ class Config(Section):
     mappings."""
     kl: KlConfig = field(default_factory=KlConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
     trackers: tuple[str | dict[str, Any], ...] = ()
     """Programs that show the run's metrics: `tensorboard`, `wandb`, or mappings with `name` (or `_target_`)
     and that tracker's own settings. metrics.jsonl is written with and without them."""

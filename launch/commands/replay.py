@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import filecmp
 import json
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,19 +19,17 @@ from areal_like.paths import RunPaths, checkpoint_name
 from areal_like.runtime.process import keep_files_private
 from launch.commands.parser import add_run, add_settings
 from launch.commands.stop_signals import StopSignals
-from launch.local_job.actions import Exit
 from launch.local_job.display import View
+from launch.local_job.foreground import Foreground
 from launch.local_job.processes import ProcessTable
 from launch.local_job.specs import ChildSpec
 from launch.observation.metrics_tail import MetricsTail
-from launch.observation.observer import Observation
 from launch.run_directory.open_run import OpenRun, open_replay
 from launch.run_directory.rundir import checkpoints, find_run
 from launch.view.lasting import LastingView, output_may_be_gone
 from launch.view.plain import PlainView
 from launch.view.summary import summary_table
 
-_TICK_S = 0.1
 _WITHOUT_EFFECT = (
     "buffer.",
     "rollout.",
@@ -98,40 +94,20 @@ def run_replay(recorded: Path, argv: Sequence[str]) -> int:
 def _train(recorded: Path, run: OpenRun, *, view: View) -> int:
     """Runs the replaying trainer to its end; returns the exit code."""
     command = ("trainer.replay", "--recording", str(recorded.resolve()), "--config", str(run.paths.config))
-    processes = ProcessTable(run.paths, lock_fd=run.lock_fd)
     stops = StopSignals()
-    processes.start(ChildSpec(name="replay", command=command, num_threads=run.config.trainer.num_threads))
-    try:
-        ended = _wait(processes, stops, MetricsTail(run.paths.metrics), view)
-    finally:
-        processes.kill_everything()
-    if ended is None:
-        return 1
-    if ended.code == 2:
-        raise ConfigError(ended.complaint)
-    if ended.code != 0:
-        headline = f"replay failed ({ended.description}); its last lines:"
-        sys.stderr.write("\n".join([headline, *ended.last_words, ""]))
-        return 1
-    return 0
-
-
-def _wait(processes: ProcessTable, stops: StopSignals, tail: MetricsTail, view: View) -> Exit | None:
-    """Waits for the trainer and shows its progress; returns None on a second stop signal."""
-    num_obeyed = 0
-    while (ended := processes.reap("replay")) is None:
-        if stops.count > num_obeyed:
-            num_obeyed = stops.count
-            if num_obeyed > 1:
-                return None
-            view.notice(
-                "stopping: the trainer finishes its step and writes a checkpoint "
-                "(Ctrl-C again to stop at once)"
-            )
-            processes.terminate("replay")
-        view.update(Observation(progress=tail.read()), phase="replaying", detail="")
-        time.sleep(_TICK_S)
-    return ended
+    foreground = Foreground(
+        ProcessTable(run.paths, lock_fd=run.lock_fd),
+        view=view,
+        tail=MetricsTail(run.paths.metrics),
+        num_stops=lambda: stops.count,
+    )
+    spec = ChildSpec(name="replay", command=command, num_threads=run.config.trainer.num_threads)
+    return foreground.run(
+        spec,
+        phase="replaying",
+        notice="stopping: the trainer finishes its step and writes a checkpoint "
+        "(Ctrl-C again to stop at once)",
+    )
 
 
 def _compare(recorded: RunPaths, replayed: RunPaths) -> list[str]:

@@ -65,6 +65,11 @@ class JobSpecs:
         command = ("rollout_server", *self._common, ports_setting(buffer_ports), "--name", name)
         return ChildSpec(name=name, command=command, num_threads=self._config.rollout.num_threads)
 
+    def sft(self) -> ChildSpec:
+        """The trainer of a supervised run; with several ranks, the process that starts the ranks."""
+        command = ("trainer.sft", *self._common)
+        return ChildSpec(name="sft", command=command, num_threads=self._config.trainer.num_threads)
+
     def trainer(self, *, buffer_ports: Sequence[str]) -> ChildSpec:
         """The trainer; with several ranks, the process that starts the ranks."""
         command = ("trainer", *self._common, ports_setting(buffer_ports))

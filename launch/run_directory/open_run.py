@@ -58,19 +58,23 @@ class OpenRun:
         os.close(self.lock_fd)
 
 
-def open_run(argv: Sequence[str]) -> OpenRun:
+def open_run(argv: Sequence[str], *, is_sft: bool = False) -> OpenRun:
     """Resolves the command line of `areal-like run`, takes the directory and writes `config.yaml` there.
 
-    Raises ConfigError for a wrong setting, a directory that is in use or holds another run, or a run that
-    cannot be resumed.
+    `is_sft`: of `areal-like sft`, whose run is called NAME-sft unless `name=` is in `argv`, because one file
+    may have the settings of both. Raises ConfigError for a wrong setting, a directory that is in use or holds
+    another run, or a run that cannot be resumed.
     """
     config = load_config(argv)
+    if is_sft and not any(arg.startswith("name=") for arg in argv):
+        config = dataclasses.replace(config, name=f"{config.name}-sft")
     is_named = any(arg.startswith("name=") or arg == "--config" for arg in argv)
     resumes = _is_begun(RunPaths.of(config)) if config.resume == "auto" else bool(config.resume)
     is_named = is_named or config.resume == "auto"  # the next start must find the same directory
     if resumes:
-        return prepared(_resume(config, argv))
-    check_gpus_are_separate(config)
+        return prepared(_resume(config, argv, is_sft=is_sft))
+    if not is_sft:
+        check_gpus_are_separate(config)
     return prepared(_start(resolved(config), is_named=is_named))
 
 
@@ -175,7 +179,7 @@ def _new_run_announcement(paths: RunPaths, config: Config, *, number: int) -> tu
     return (f"new run in {paths.root} ({taken.root} holds {kind})", choices)
 
 
-def _resume(config: Config, argv: Sequence[str]) -> OpenRun:
+def _resume(config: Config, argv: Sequence[str], *, is_sft: bool) -> OpenRun:
     """The run in the directory that `config` names, resumed at `config.resume`."""
     paths = RunPaths.of(config)
     if not paths.config.is_file():
@@ -185,6 +189,9 @@ def _resume(config: Config, argv: Sequence[str]) -> OpenRun:
     lock_fd = lock(paths)
     try:
         steps = checkpoints(paths)
+        if steps and paths.sft.exists() != is_sft:
+            other = "run" if is_sft else "sft"
+            raise ConfigError(f"{paths.root} is a run of `areal-like {other}`: continue it with that command")
         # With `auto` also a run whose ledger was in memory begins again.
         may_begin_again = config.resume == "auto" or (config.resume == "latest" and bool(paths.ledgers))
         begins_again = not steps and may_begin_again
@@ -199,14 +206,17 @@ def _resume(config: Config, argv: Sequence[str]) -> OpenRun:
         if "--config" not in argv:
             config = _with_own_settings(config, argv, own=paths.config)
         config = resolved(config)
-        check_gpus_are_separate(config)
+        if not is_sft:
+            check_gpus_are_separate(config)
         _check_one_machine(config)
         if begins_again and config.resume == "latest":
             config = dataclasses.replace(config, resume="")
     except ConfigError:
         os.close(lock_fd)
         raise
-    is_finished = config.resume == "auto" and is_trained(paths, num_steps=config.trainer.num_steps)
+    # The number of steps of a supervised run follows from its rows: its trainer finds out if any is left.
+    may_be_finished = config.resume == "auto" and not is_sft
+    is_finished = may_be_finished and is_trained(paths, num_steps=config.trainer.num_steps)
     if is_finished:
         lines = (f"the run in {paths.root} is finished", "trainer.num_steps=MORE continues it")
     return OpenRun(config=config, paths=paths, lock_fd=lock_fd, announcement=lines, is_finished=is_finished)

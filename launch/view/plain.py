@@ -30,10 +30,13 @@ class PlainView:
         self._due_s = now_s + self._interval_s
         line = f"{phase}: {detail}" if detail else phase
         if seen.steps and not detail:
-            line = plain_line(seen, config=self._config, eta=self._eta)
+            line = self._line(seen)
         if line != self._last:
             self._last = line
             self.notice(line)
+
+    def _line(self, seen: Observation) -> str:
+        return plain_line(seen, config=self._config, eta=self._eta)
 
     def notice(self, text: str) -> None:
         """Prints one line with the time of day."""

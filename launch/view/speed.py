@@ -13,7 +13,8 @@ class Eta:
     """Steps per second over a window of steps, and the time that the rest of the run will take."""
 
     def __init__(self, *, num_steps: int, window: int = 60) -> None:
-        self._num_steps = num_steps
+        self.num_steps = num_steps
+        """Steps of the whole run."""
         self._seen: deque[tuple[float, int]] = deque(maxlen=window)
         self._step = -1
 
@@ -33,7 +34,7 @@ class Eta:
 
     def __str__(self) -> str:
         rate = self.steps_per_s
-        return "-" if not rate else duration(max(0, self._num_steps - 1 - self._step) / rate)
+        return "-" if not rate else duration(max(0, self.num_steps - 1 - self._step) / rate)
 
 
 def tokens_per_s_trained(seen: Observation) -> float | None:

@@ -9,11 +9,11 @@ earlier reasoning, ...), and the conversation has to begin a new segment.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
+from areal_like.chat.messages import with_parsed_arguments
 from areal_like.errors import ConfigError, EpisodeError
 from rollout_server.environments.base import Message
 from rollout_server.rendering.base import ChatRenderer, ParsedReply, ToolSchema
@@ -211,28 +211,3 @@ class JinjaRenderer(ChatRenderer):
                 f"the chat template cannot render these messages ({type(error).__name__}: "
                 f"{str(error)[:_MAX_ERROR_CHARS]})"
             ) from error
-
-
-def with_parsed_arguments(message: Message) -> Message:
-    """The message as templates want it: arguments of tool calls as objects, not as text.
-
-    Calls whose arguments are no JSON object, which some templates cannot render, become text.
-    """
-    calls = message.get("tool_calls")
-    if not calls:
-        return message
-    parsed, malformed = [], []
-    for call in calls:
-        function = call["function"]
-        try:
-            arguments = json.loads(function["arguments"])
-        except (ValueError, RecursionError):
-            arguments = None
-        if isinstance(arguments, dict):
-            parsed.append({**call, "function": {**function, "arguments": arguments}})
-        else:
-            malformed.append(f"{function['name']} {function['arguments']}".strip())
-    message = {key: value for key, value in message.items() if key != "tool_calls"}
-    if malformed:
-        message["content"] = "\n".join([text for text in [message["content"]] if text] + malformed)
-    return {**message, "tool_calls": parsed} if parsed else message

@@ -19,10 +19,11 @@ from renderers import create_renderer
 from renderers.base import MODEL_RENDERER_MAP
 from renderers.configs import config_from_name
 
+from areal_like.chat.messages import with_parsed_arguments
 from areal_like.errors import ConfigError, EpisodeError, first_line
 from rollout_server.environments.base import Message, ToolCall
 from rollout_server.rendering.base import ChatRenderer, ParsedReply, ToolSchema
-from rollout_server.rendering.jinja import JinjaRenderer, with_parsed_arguments
+from rollout_server.rendering.jinja import JinjaRenderer
 
 log = logging.getLogger(__name__)
 

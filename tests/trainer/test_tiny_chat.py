@@ -12,14 +12,17 @@ import torch.nn.functional as F
 from transformers import AutoTokenizer
 
 from areal_like.adding import noisy_demonstration
+from areal_like.chat.learned_tokens import ConversationTokens
+from areal_like.chat.token_row import TokenRow
 from areal_like.config import Config, ModelConfig
+from areal_like.data import RowFormat
 from areal_like.errors import ConfigError
 from areal_like.sorting import noisy_demonstration as sort_demonstration
 from rollout_server.rendering.tiny import TinyRenderer
 from rollout_server.tasks.adding import AddingTask
 from trainer.models import tiny
-from trainer.models.tiny_chat import chat_row, chat_tokenizer, demonstrations
-from trainer.models.token_rows import IGNORED, TokenRow, packed, padded
+from trainer.models.tiny_chat import chat_tokenizer, demonstrations
+from trainer.models.token_rows import IGNORED, packed, padded
 from trainer.prepare_model import TINY_RENDERER, prepare_model
 
 TASK = AddingTask()
@@ -42,7 +45,8 @@ def test_the_loss_mask_covers_the_assistants_turns() -> None:
         {"role": "tool", "content": "122"},
         {"role": "assistant", "content": "122"},
     ]
-    row = chat_row(tokenizer, messages, tools=TOOLS)
+    conversation = RowFormat().conversation_of({"messages": messages, "tools": TOOLS})
+    (row,) = ConversationTokens(tokenizer).rows(conversation)
     assert tokenizer.decode(row.tokens) == (
         "<tools>add<user>37+85<assistant><call>add 37 85</call><eos><tool>122<assistant>122<eos>"
     )

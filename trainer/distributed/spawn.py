@@ -19,7 +19,9 @@ import sys
 import time
 from collections.abc import Sequence
 
-from areal_like.errors import ConfigError
+from areal_like.config import Config
+from areal_like.errors import ConfigError, UserError
+from areal_like.security.binding import require_loopback_or_keys
 
 STORE_FD = "AREAL_LIKE_STORE_FD"
 """Environment variable of the ranks: the file descriptor of the store's listening socket for rank 0, -1 for
@@ -87,6 +89,27 @@ def start_ranks(
     if not failed and any(rank.returncode for rank in ranks):
         return drain_code
     return failed if failed >= 0 else 128 - failed
+
+
+def start_ranks_of(config: Config, argv: Sequence[str], *, module: str = "trainer") -> int:
+    """`start_ranks` with the ranks, machines and exit code of `config`; reports a mistake on stderr."""
+    trainer = config.trainer
+    try:
+        if trainer.num_hosts > 1:
+            host = trainer.rendezvous.rpartition(":")[0]
+            require_loopback_or_keys(config.security, host, setting="trainer.rendezvous")
+        return start_ranks(
+            argv,
+            world_size=trainer.world_size,
+            module=module,
+            drain_code=config.daemon.exit_code_on_drain,
+            num_hosts=trainer.num_hosts,
+            host_index=trainer.host_index,
+            rendezvous=trainer.rendezvous if trainer.num_hosts > 1 else "",
+        )
+    except UserError as error:
+        sys.stderr.write(f"{module}: {error}\n")
+        return 2
 
 
 def _first_failure(ranks: Sequence[subprocess.Popen[bytes]], drain_code: int) -> int:

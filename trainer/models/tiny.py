@@ -21,8 +21,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split as SplitOn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from areal_like.chat.token_row import TokenRow
 from areal_like.sorting import MAX_DIGITS, noisy_demonstration
-from trainer.models.token_rows import TokenRow, padded
+from trainer.models.token_rows import padded
 from trainer.models.warm_start import warm_start
 
 PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"

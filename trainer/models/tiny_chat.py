@@ -16,14 +16,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from areal_like.adding import TOOL, noisy_demonstration
+from areal_like.chat.learned_tokens import ConversationTokens
+from areal_like.chat.token_row import TokenRow
+from areal_like.data import RowFormat
 from trainer.models.tiny import character_tokenizer, untrained_model
-from trainer.models.token_rows import TokenRow, packed
+from trainer.models.token_rows import packed
 from trainer.models.warm_start import warm_start
 
 CHAT_TOKENS = ("<tools>", "<user>", "<tool>", "<assistant>", "<call>", "</call>")
@@ -84,31 +87,17 @@ def build_tiny_chat_model(out_dir: Path, *, seed: int, warm_start_steps: int, us
     tokenizer.save_pretrained(out_dir)
 
 
-def chat_row(
-    tokenizer: PreTrainedTokenizerFast,
-    messages: list[dict[str, Any]],
-    *,
-    tools: list[dict[str, Any]] | None = None,
-) -> TokenRow:
-    """A whole conversation as tokens; the assistant's turns are in the loss mask.
-
-    `tools`: OpenAI function schemas. The tokenizer's template must mark these turns as `generation`.
-    """
-    encoded: Any = tokenizer.apply_chat_template(
-        messages, tools=cast(Any, tools), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
-    return TokenRow(tokens=encoded["input_ids"], loss_mask=encoded["assistant_masks"])
-
-
 def demonstrations(
     tokenizer: PreTrainedTokenizerFast,
     demonstration: Callable[[int], list[dict[str, Any]]],
     uses_tool: bool,
 ) -> Iterator[TokenRow]:
     """The conversations `demonstration(0)`, `demonstration(1)`, ... without end."""
-    tools = [{"type": "function", "function": {"name": TOOL}}] if uses_tool else None
+    tools = [{"type": "function", "function": {"name": TOOL}}] if uses_tool else []
+    rows, row_format = ConversationTokens(tokenizer), RowFormat()
     for index in count():
-        yield chat_row(tokenizer, demonstration(index), tools=tools)
+        row = {"messages": demonstration(index), "tools": tools}
+        yield from rows.rows(row_format.conversation_of(row))
 
 
 def _optimizers(model: Any) -> list[torch.optim.Optimizer]:

@@ -1,4 +1,4 @@
-"""Rows of tokens with a loss mask, and batches of them for supervised training.
+"""Batches of token rows for the warm start of a tiny model.
 
 A row is a whole sequence: a prompt with its answer, or a conversation of many turns. Cross-entropy is taken
 on the tokens in the loss mask. Rows of similar length are padded; rows of very different lengths are packed
@@ -9,7 +9,7 @@ Shapes: B rows of a batch, L tokens of one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -17,17 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from areal_like.chat.token_row import TokenRow
+
 IGNORED = -100
 """Label of a position that cross-entropy leaves out."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenRow:
-    """One sequence."""
-
-    tokens: Sequence[int]
-    loss_mask: Sequence[int]
-    """1 where the token is learned, else 0."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -1,0 +1,24 @@
+"""A sequence of tokens of which some are learned: the input of supervised training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenRow:
+    """One sequence."""
+
+    tokens: Sequence[int]
+    loss_mask: Sequence[int]
+    """1 where the token is learned, else 0."""
+
+    @property
+    def num_learned(self) -> int:
+        """Tokens that are learned. The first of a sequence has no prefix, so it never is."""
+        return sum(self.loss_mask[1:])
+
+    def cut(self, num_tokens: int) -> TokenRow:
+        """The first `num_tokens` tokens."""
+        return TokenRow(tokens=self.tokens[:num_tokens], loss_mask=self.loss_mask[:num_tokens])

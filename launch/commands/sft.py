@@ -1,0 +1,125 @@
+"""`areal-like sft`: supervised training in a run directory of its own, before `areal-like run`.
+
+    prepare the model -> train (trainer.sft) -> results
+
+A run that fails or is stopped continues with `resume=latest` or `resume=auto`; nothing starts it again by
+itself, because it has no other daemon that would wait.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+
+from rich.console import Console
+
+from areal_like.errors import ConfigError
+from areal_like.runtime.command_line import add_config_option
+from areal_like.runtime.logs import configure_handlers, log_file
+from areal_like.runtime.process import keep_files_private
+from areal_like.runtime.signals import handle_log_signals, request_reopen
+from launch.commands.parser import add_settings
+from launch.commands.stop_signals import StopSignals
+from launch.local_job.foreground import Foreground
+from launch.local_job.processes import ProcessTable
+from launch.local_job.specs import DRAINED, JobSpecs
+from launch.observation.metrics_tail import MetricsTail
+from launch.run_directory.open_run import OpenRun, open_run
+from launch.view.lasting import LastingView, output_may_be_gone
+from launch.view.sft import SftView, show_results
+
+_OF_REWARDS = ("normalizer", "entropy_coef", "fetch_timeout_s", "buffer_timeout_s")
+_WITHOUT_EFFECT = (
+    *("buffer.", "rollout.", "weights.", "eval.", "sampling.", "episode.", "rewards.", "kl."),
+    *("objective", "advantage", "task", "max_staleness", "ess_target"),
+    *(f"trainer.{name}=" for name in _OF_REWARDS),
+)
+"""Prefixes of settings that belong to reinforcement learning only."""
+_INSTEAD = {
+    "num_steps": "sft.num_epochs or sft.num_steps",
+    "groups_per_step": "sft.batch_rows or sft.batch_tokens",
+}
+"""Settings of the section `trainer` that have another name here."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`CONFIG` or `--config FILE`, and settings."""
+    add_config_option(parser)
+    add_settings(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Trains to the end; returns the exit code. Raises ConfigError before a step was trained."""
+    settings: list[str] = list(args.settings)
+    config = args.config
+    if settings and "=" not in settings[0]:
+        if config is not None:
+            raise ConfigError(f"sft: {settings[0]} and --config {config} both name a file: give one of them")
+        config = settings.pop(0)
+    return run_sft([*([] if config is None else ["--config", config]), *settings])
+
+
+def run_sft(argv: Sequence[str]) -> int:
+    """Runs the job with these command line arguments; returns its exit code.
+
+    0: finished; `daemon.exit_code_on_drain`: stopped; 1: failed.
+    """
+    remarks = list(check_settings(argv))
+    keep_files_private()
+    run = open_run(argv, is_sft=True)
+    keep_files_private(run.paths.root)
+    configure_handlers(log_file(run.paths.logs / "launcher.log"), level=run.config.daemon.log_level)
+    handle_log_signals(to_stderr=False, hangup=False)
+    console = Console()
+    view = LastingView(SftView(run.config, console))
+    for line in (*run.announcement, *remarks):
+        view.notice(line)
+    started_unix_s = time.time()
+    try:
+        code = _train(run, view)
+    except ConfigError:
+        run.remove_if_created()
+        raise
+    finally:
+        view.close()
+        run.close()
+    is_new = run.paths.summary.exists() and run.paths.summary.stat().st_mtime >= started_unix_s
+    if code != 1 and is_new:
+        with output_may_be_gone():
+            show_results(run.config, console)
+    return run.config.daemon.exit_code_on_drain if code == DRAINED else code
+
+
+def check_settings(argv: Sequence[str]) -> Iterator[str]:
+    """A line for each setting in `argv` that has no effect. Raises ConfigError for one that has another name.
+
+    Settings in a file are not looked at: one file may have those of `areal-like run`, too.
+    """
+    for setting in argv:
+        section, _, name = setting.partition("=")[0].partition(".")
+        if section == "trainer" and name in _INSTEAD:
+            raise ConfigError(f"{setting}: here this is {_INSTEAD[name]}")
+        if setting.startswith(_WITHOUT_EFFECT):
+            yield f"{setting} has no effect: it belongs to `areal-like run`"
+
+
+def _train(run: OpenRun, view: LastingView) -> int:
+    stops = StopSignals(on_hangup=request_reopen)
+    foreground = Foreground(
+        ProcessTable(run.paths, lock_fd=run.lock_fd),
+        view=view,
+        tail=MetricsTail(run.paths.metrics),
+        num_stops=lambda: stops.count,
+    )
+    specs = JobSpecs(run.config, config_path=run.paths.config)
+    if foreground.run(specs.prepare_model(), phase="preparing the model", notice="stopping"):
+        return 1
+    if stops.count:
+        return DRAINED
+    return foreground.run(
+        specs.sft(),
+        phase="reading the rows",
+        notice="stopping after this step, with a checkpoint (Ctrl-C again to stop at once)",
+        orderly=(0, DRAINED),
+    )

@@ -1,0 +1,68 @@
+"""Runs one process of a run to its end, and shows the progress: replays and supervised training."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+
+from areal_like.errors import ConfigError
+from launch.local_job.actions import Exit
+from launch.local_job.display import View
+from launch.local_job.processes import ProcessTable
+from launch.local_job.specs import DRAINED, ChildSpec
+from launch.observation.metrics_tail import MetricsTail
+from launch.observation.observer import Observation
+
+_TICK_S = 0.1
+
+
+class Foreground:
+    """The processes of a run that are started one after the other.
+
+    starting -> running --one stop signal--> drained; a second one ends it at once
+    """
+
+    def __init__(
+        self, processes: ProcessTable, *, view: View, tail: MetricsTail, num_stops: Callable[[], int]
+    ) -> None:
+        """`tail`: of the run's metrics, for the view. `num_stops`: the number of stop signals so far."""
+        self._processes, self._view, self._tail, self._num_stops = processes, view, tail, num_stops
+
+    def run(self, spec: ChildSpec, *, phase: str, notice: str, orderly: tuple[int, ...] = (0,)) -> int:
+        """Runs a process to its end; returns its exit code if that is in `orderly`, else 1; DRAINED if
+        its stop signal ended it.
+
+        `phase`: for the view. `notice`: shown at the first stop signal. Everything of the run is killed if
+        this fails. Raises ConfigError with the process's own message for its exit code 2.
+        """
+        self._processes.start(spec)
+        try:
+            ended = self._wait(spec.name, phase=phase, notice=notice)
+        finally:
+            self._processes.kill_everything()
+        if ended is None:
+            return 1
+        if ended.code == 2:
+            raise ConfigError(ended.complaint)
+        if self._num_stops() and ended.code == -spec.stop_signal:
+            return DRAINED
+        if ended.code not in orderly:
+            headline = f"{spec.name} failed ({ended.description}); its last lines:"
+            sys.stderr.write("\n".join([headline, *ended.last_words, ""]))
+            return 1
+        return ended.code
+
+    def _wait(self, name: str, *, phase: str, notice: str) -> Exit | None:
+        """Waits for the process and shows its progress; returns None on a second stop signal."""
+        num_obeyed = 0
+        while (ended := self._processes.reap(name)) is None:
+            if (num_stops := self._num_stops()) > num_obeyed:
+                num_obeyed = num_stops
+                if num_obeyed > 1:
+                    return None
+                self._view.notice(notice)
+                self._processes.terminate(name)
+            self._view.update(Observation(progress=self._tail.read()), phase=phase, detail="")
+            time.sleep(_TICK_S)
+        return ended

@@ -1,0 +1,126 @@
+"""One step of supervised training, and the held-out loss.
+
+    sequences -> micro-batches -> [forward -> sum of -log p -> backward]* -> divide -> clip -> AdamW
+
+The loss of a step is the mean of -log p over all learned tokens of the step: sums are added up over
+micro-batches and ranks and divided once by the global number of learned tokens. So it depends neither on the
+cuts nor on the number of ranks, and a long answer weighs more than a short one, as in TRL's SFTTrainer.
+
+Shape suffix: S learned tokens of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from areal_like.chat.token_row import TokenRow
+from areal_like.trajectory import FinishReason, Trajectory
+from trainer.batching.lockstep import in_lockstep
+from trainer.batching.packing import MicroBatch, Packer, TrainingSample
+from trainer.distributed.ranks import Ranks
+from trainer.metrics.phase_timer import PhaseTimer
+from trainer.models.policy import Policy
+from trainer.optimizer import ShardedAdamW
+
+_PHASES = ("wait_s", "compute_s", "reduce_s", "update_s")
+_NLL, _ENTROPY, _LEARNED, _TOKENS, _SEQUENCES, _MICROBATCHES = range(6)
+
+
+class SupervisedStep:
+    """Runs steps on one rank's share of the sequences. Its methods are collective."""
+
+    def __init__(self, policy: Policy, optimizer: ShardedAdamW, ranks: Ranks, *, budget_tokens: int) -> None:
+        """`policy` is sharded and has temperature 1. `budget_tokens`: most tokens of a micro-batch."""
+        assert policy.temperature == 1.0
+        self.policy = policy
+        self.optimizer = optimizer
+        self._ranks = ranks
+        self._budget_tokens = budget_tokens
+
+    def train(self, sequences: Iterable[TokenRow], *, step: int) -> dict[str, float]:
+        """One optimizer step after `step` completed ones; returns its metrics, equal on all ranks except
+        for times.
+
+        Metrics: loss, grad_norm, lr, entropy (mean over learned tokens, in nats), num_tokens, tokens_trained
+        (learned), num_sequences, num_microbatches, wait_s (for the sequences), compute_s, reduce_s, update_s,
+        step_s. Without a learned
+        token on any rank no update is made.
+        """
+        self._ranks.place.enter("lockstep", step=step)
+        timer = PhaseTimer(_PHASES, place=self._ranks.place)
+        sums = self._sums()
+        for microbatch, live in in_lockstep(self._cut(timer.timed("wait_s", sequences)), self._ranks):
+            with timer.span("compute_s"):
+                logp_S, entropy_S, _ = self.policy(microbatch)
+                nll = -logp_S.sum()
+                # Times zero on a rank without work: the backward keeps FSDP2's collectives in step.
+                (nll if live else nll * 0.0).backward()
+                if live:
+                    self._count(sums, logp_S, entropy_S, microbatch.num_tokens, microbatch.num_sequences)
+        with timer.span("reduce_s"):
+            totals = self._ranks.sum(sums.cpu()).tolist()
+        num_learned = max(totals[_LEARNED], 1.0)
+        lr = self.optimizer.learning_rate(step)
+        with timer.span("update_s"):
+            grad_norm = self.optimizer.step(divisor=num_learned, lr=lr)
+        return {
+            "loss": totals[_NLL] / num_learned,
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "entropy": totals[_ENTROPY] / num_learned,
+            "num_tokens": round(totals[_TOKENS]),
+            "tokens_trained": round(totals[_LEARNED]),
+            "num_sequences": round(totals[_SEQUENCES]),
+            "num_microbatches": round(totals[_MICROBATCHES]),
+        } | timer.seconds()
+
+    @torch.no_grad()
+    def loss(self, sequences: Iterable[TokenRow]) -> float:
+        """The mean of -log p over the learned tokens of all ranks' sequences; nothing is learned.
+
+        Raises ZeroDivisionError if there is no such token.
+        """
+        sums = self._sums()
+        for microbatch, live in in_lockstep(self._cut(sequences), self._ranks):
+            logp_S, entropy_S, _ = self.policy(microbatch)
+            if live:
+                self._count(sums, logp_S, entropy_S, microbatch.num_tokens, microbatch.num_sequences)
+        totals = self._ranks.sum(sums.cpu()).tolist()
+        return float(totals[_NLL] / totals[_LEARNED])
+
+    def _sums(self) -> Tensor:
+        # On the device until the end of the step: reading a number from a GPU in mid-step would stall it.
+        return torch.zeros(6, dtype=torch.float64, device=self._ranks.device)
+
+    @staticmethod
+    @torch.no_grad()
+    def _count(sums: Tensor, logp_S: Tensor, entropy_S: Tensor, num_tokens: int, num_sequences: int) -> None:
+        sums[_NLL] -= logp_S.double().sum()
+        sums[_ENTROPY] += entropy_S.double().sum()
+        for at, number in ((_LEARNED, len(logp_S)), (_TOKENS, num_tokens), (_SEQUENCES, num_sequences)):
+            sums[at] += number
+        sums[_MICROBATCHES] += 1
+
+    def _cut(self, sequences: Iterable[TokenRow]) -> Iterator[MicroBatch]:
+        packer = Packer(budget_tokens=self._budget_tokens)
+        for sequence in sequences:
+            yield from packer.add([training_sample(sequence)])
+        yield from packer.flush()
+
+
+def training_sample(row: TokenRow) -> TrainingSample:
+    """A row in the form of the trainer's batches; what only sampled tokens have is zero."""
+    mask = np.asarray(row.loss_mask, dtype=np.uint8)
+    trajectory = Trajectory(
+        tokens=np.asarray(row.tokens, dtype=np.int32),
+        loss_mask=mask,
+        logprobs=np.zeros(len(mask), dtype=np.float32),
+        versions=mask.astype(np.int32) - 1,
+        reward=0.0,
+        finish_reason=FinishReason.STOP,
+    )
+    return TrainingSample(trajectory=trajectory, advantage=0.0, group=0)
