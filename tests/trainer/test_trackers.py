@@ -205,9 +205,8 @@ def test_the_tracker_of_the_guide_works(tmp_path: Path, monkeypatch: pytest.Monk
     (code,) = re.findall(r"```python\n(.*?)```", guide, re.S)
     (tmp_path / "my_trackers.py").write_text(code)
     monkeypatch.syspath_prepend(str(tmp_path))
-    (settings,) = [
-        yaml.safe_load(block)["trackers"] for block in re.findall(r"```yaml\n(trackers: .*?)```", guide)
-    ]
+    (listed,) = re.findall(r"```yaml\n(trackers: \[.*?)```", guide, re.S)
+    settings = yaml.safe_load(listed)["trackers"]
     status = train(job(tmp_path, *settings), range(3), reward=0.25)
     assert status["RewardFile"]["failure"] == ""
     assert (tmp_path / "x" / "r.csv").read_text() == "0,0.25\n1,0.25\n2,0.25\n"
