@@ -1,6 +1,6 @@
 # Needs Python 3.11 to 3.13, make and a package index: the first target that is run builds .venv from the pinned requirements.
 #   make run [ARGS="key=value ..."]    the default job (see `make run ARGS=--help`)
-#   make test [JOBS=2]                 lint, types and the tests, in that many processes
+#   make test [JOBS=3]                 lint, types and the tests, in that many processes
 #   make chaos                         the promises about crashes and faults at length: about an hour
 #   make sglang                        an environment with SGLang on this CPU, for rollout.engine=sglang
 #   make test-sglang                   the tests against it
@@ -11,7 +11,8 @@
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo $$p; break; }; done)
 PIP_ARGS ?=
-JOBS ?= 2
+# More processes than a small machine has cores, because many tests wait for timeouts and for other processes.
+JOBS ?= 3
 BIN := .venv/bin
 # The choice of an earlier set-up stays, so that `make run` does not replace the torch for GPUs.
 REQUIREMENTS ?= $(shell cat .venv/.requirements 2>/dev/null || echo requirements.txt)
@@ -19,14 +20,17 @@ REQUIREMENTS ?= $(shell cat .venv/.requirements 2>/dev/null || echo requirements
 STAMP := .venv/.installed-$(shell cat $(REQUIREMENTS) requirements-dev.txt pyproject.toml | cksum | cut -d' ' -f1)
 DOCS_STAMP := $(STAMP)-docs-$(shell cksum < requirements-docs.txt | cut -d' ' -f1)
 
-.PHONY: run test chaos sglang test-sglang docs lint format setup clean
+.PHONY: run test chaos sglang test-sglang docs lint ruff format setup clean
 .DEFAULT_GOAL := run
 
 run: $(STAMP)
 	@exec $(BIN)/python -m launch run $(ARGS)
 
-test: lint
-	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+# The types are checked beside the first tests: mypy needs one core for most of a minute if it has no cache.
+test: ruff
+	@$(BIN)/mypy & types=$$!; \
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS); tests=$$?; \
+	wait $$types || { echo "make test: mypy has found errors, printed above" >&2; exit 1; }; exit $$tests
 
 chaos: $(STAMP)
 	@$(BIN)/python -m pytest -q -m chaos $(ARGS)
@@ -41,10 +45,12 @@ docs: $(DOCS_STAMP)
 	@$(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky --fresh-env -q -d build/docs/doctrees docs build/docs/html
 	@echo "documentation: build/docs/html/index.html"
 
-lint: $(STAMP)
+lint: ruff
+	@$(BIN)/mypy
+
+ruff: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy
 
 format: $(STAMP)
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .

@@ -58,6 +58,9 @@ class Registry(Generic[T]):
         if (name is None) == (target is None):
             raise ConfigError(f"{self._section}: give either `name` or `_target_`")
         cls = self._named(str(name)) if target is None else self._import(str(target))
+        # A field cannot have the name of a method (`reward` of a task).
+        fields: Mapping[str, str] = getattr(cls, "fields_of_settings", {})
+        values = {fields.get(key, key): value for key, value in values.items()}
         known = inspect.signature(cls).parameters
         values = {name: value for name, value in (job or {}).items() if name in known} | values
         values = self._checked(cls, values)

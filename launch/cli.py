@@ -55,6 +55,13 @@ COMMANDS = {
         "checks a run's ledger, trajectories and checkpoints: exit code 1 and the offending ids if they "
         "contradict each other",
     ),
+    "samples": Command(
+        "samples",
+        "samples RUN [--step K] [--set NAME] [--ticket T] [--worst N] [--best N] [--limit N] [--full] "
+        "[--json]",
+        "shows samples as text, with rewards, versions and lags by turn: by default the worst and the best "
+        "of the newest step; --set: of an evaluation set",
+    ),
     "drop": Command(
         "drop",
         "drop RUN TICKET ...",
@@ -79,8 +86,9 @@ COMMANDS = {
         "data stats FILE ... [--rows N] [--json] [key=value ...]\n"
         "       areal-like data stats CONFIG|--config FILE [RUN] [--rows N] [--json] [key=value ...]\n"
         "       areal-like data stats RUN [--rows N] [--json] [key=value ...]",
-        "what is in files of rows, or in the task of a configuration: lengths, repeated prompts, held-out "
-        "prompts that are also in training, labels, broken rows; with a run, solve rates heard so far",
+        "what is in files of rows (the first is the training split), or in the task of a configuration: "
+        "lengths, repeated prompts, held-out prompts that are also in training, labels, broken rows; with a "
+        "run, solve rates heard so far",
     ),
     "rollout": Command(
         "join",

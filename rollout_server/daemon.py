@@ -41,17 +41,18 @@ from rollout_server.context_length import longest_sequence
 from rollout_server.episodes.attempts.environments import Environments, running_environments
 from rollout_server.episodes.base import SingleTurn
 from rollout_server.episodes.lease_runner import LeaseRunner
-from rollout_server.eval_sets import EvalSet, eval_contexts, eval_tasks, job_rewards, running_eval_sets
+from rollout_server.eval_sets import EvalSet, eval_contexts, job_rewards, running_eval_sets
 from rollout_server.inference.client import EngineClient
 from rollout_server.inference.concurrency import ConcurrencyController, EngineLoad
 from rollout_server.inference.engine import Engine, make_engine
 from rollout_server.inference.generation_gate import GenerationGate
 from rollout_server.inference.supervisor import INITIAL_VERSION, EngineSupervisor
+from rollout_server.job_tasks import make_tasks, without_long_prompts
 from rollout_server.metrics import ServerStats
 from rollout_server.rendering.prompt_renderer import PromptRenderer
 from rollout_server.rewards.pool import RewardPool
 from rollout_server.starvation import Starvation
-from rollout_server.tasks.base import Task, make_task
+from rollout_server.tasks.base import Task
 from rollout_server.weight_sync.receiver import WeightReceiver
 
 log = logging.getLogger(__name__)
@@ -60,9 +61,7 @@ log = logging.getLogger(__name__)
 async def main(runtime: Runtime) -> None:
     """Serves until `runtime.stopping`. Raises ConfigError for settings that contradict each other."""
     config = runtime.config
-    task = make_task(config.task, seed=config.seed, sandbox=config.rewards.sandbox)
-    task.check()
-    tasks_of_sets = eval_tasks(config, task)
+    task, tasks_of_sets = make_tasks(config)
     require_loopback_or_keys(config.security, config.rollout.host, setting="rollout.host")
     buffer_addresses(config)  # raises before the slow imports if the buffer's port is not set
     model = model_path(config)
@@ -73,6 +72,7 @@ async def main(runtime: Runtime) -> None:
         config, tasks_of_sets, of_training=context_tokens, max_positions=renderer.max_positions
     )
     renderer.max_prompt_tokens = min(task.max_prompt_tokens, context_tokens - config.sampling.max_new_tokens)
+    task, tasks_of_sets = without_long_prompts(config, task, tasks_of_sets, renderer, contexts=contexts)
     log.info("task %s, examples %s, %s", config.task, task.fingerprint(), compute_dtype(config))
     pool = job_rewards(config, task, tasks_of_sets.values())
     engine = make_engine(
@@ -325,7 +325,7 @@ class RolloutServer:
         return registration(
             self._runtime,
             self._task,
-            eval_sets={name: one.task.num_eval for name, one in self._eval_sets.items()},
+            eval_tasks={name: one.task for name, one in self._eval_sets.items()},
             fingerprints=self._fingerprints,
             weights_address=self._weights_address,
             weights_version=self._receiver.version,

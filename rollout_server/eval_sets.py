@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
 
 from areal_like.config import Config, EvalSetConfig
-from areal_like.errors import ConfigError
 from areal_like.runtime.waits import PendingWaits
 from rollout_server.context_length import longest_evaluation
 from rollout_server.episodes.attempts.environments import Environments, running_environments
+from rollout_server.job_tasks import key_of
 from rollout_server.rendering.prompt_renderer import PromptRenderer
 from rollout_server.rewards.pool import RewardPool
-from rollout_server.tasks.base import Task, make_task
+from rollout_server.tasks.base import Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,27 +32,6 @@ class EvalSet:
     """With the set's limit of a prompt's tokens."""
     rewards: RewardPool
     environments: Environments | None
-
-
-def eval_tasks(config: Config, task: Task) -> dict[str, Task]:
-    """The task of each set; sets with equal settings share one. `task`: the job's.
-
-    Raises ConfigError for a task that cannot be made, or that holds out too few prompts.
-    """
-    made: dict[str, Task] = {}
-    tasks: dict[str, Task] = {}
-    for name, one in config.eval.resolved_sets.items():
-        key = _key(one)
-        if key and key not in made:
-            made[key] = _make(config, name, one)
-        tasks[name] = made.get(key, task)
-        if one.num_prompts > tasks[name].num_eval:
-            stated = config.eval.sets.get(name, EvalSetConfig()).num_prompts
-            setting = f"eval.sets.{name}.num_prompts" if stated or one.task else "eval.num_prompts"
-            raise ConfigError(
-                f"{setting}={one.num_prompts}: the task holds out {tasks[name].num_eval} (task.num_eval)"
-            )
-    return tasks
 
 
 def job_rewards(config: Config, task: Task, tasks_of_sets: Iterable[Task]) -> RewardPool:
@@ -97,7 +75,7 @@ async def running_eval_sets(
     served: dict[str, EvalSet] = {}
     async with contextlib.AsyncExitStack() as stack:
         for name, task in tasks.items():
-            one, key = sets[name], _key(sets[name])
+            one, key = sets[name], key_of(sets[name])
             of_set = _config_of(config, one, task)
             if key not in pools:
                 pools[key] = await stack.enter_async_context(RewardPool.of(of_set, task))
@@ -115,21 +93,6 @@ async def running_eval_sets(
                 environments=own,
             )
         yield served
-
-
-def _key(one: EvalSetConfig) -> str:
-    """Equal for sets with the same task; empty for the job's."""
-    return json.dumps(one.task, sort_keys=True, default=repr) if one.task else ""
-
-
-def _make(config: Config, name: str, one: EvalSetConfig) -> Task:
-    try:
-        task = make_task(one.task, seed=config.seed, sandbox=config.rewards.sandbox)
-        task.check()
-        task.fingerprint()  # its first examples can be made
-    except ConfigError as error:
-        raise ConfigError(f"eval.sets.{name}: {error}") from error
-    return task
 
 
 def _config_of(config: Config, one: EvalSetConfig, task: Task) -> Config:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from areal_like.runtime.imports import uncollected
 
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
@@ -34,6 +37,13 @@ LONGEST_FIRST = (
     "chaos/test_kills.py",
 )
 """Slowest first: a slow file that starts last leaves all other workers without work."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """The imports of the test files, as fast as those of a daemon."""
+    with uncollected():
+        return (yield)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -89,7 +89,7 @@ def test_tasks_of_the_guides(guides: dict[str, ModuleType]) -> None:
                 found.append(cls.__name__)
                 if (environment := task.environment(task.example("train", 0))) is not None:
                     assert play(environment, [say("5")]).messages[-1]["role"] in ("user", "assistant")
-    assert found == ["Reverse", "Digits", "Doubling", "GuessNumber", "Cities", "Powers"]
+    assert found == ["Reverse", "Digits", "Halves", "Doubling", "GuessNumber", "Cities", "Powers"]
 
 
 def test_rewards_of_the_task_guide(guides: dict[str, ModuleType]) -> None:
@@ -104,6 +104,9 @@ def test_rewards_of_the_task_guide(guides: dict[str, ModuleType]) -> None:
     program = "print(2 * int(input()))"
     assert reward("my_programs.Doubling", program, sandbox="rlimits") == 1.0
     assert reward("my_programs.Doubling", "print(1)", sandbox="rlimits") == 0.0
+    pytest.importorskip("math_verify", reason="needs areal-like[rewards]")
+    score = reward("my_library.Halves", "{answer}")
+    assert isinstance(score, Score) and score.parts == {"math": 1.0, "exact": 0.1}
 
 
 def test_tools_of_the_environment_guide(guides: dict[str, ModuleType]) -> None:

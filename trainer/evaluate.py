@@ -14,6 +14,7 @@ Exit codes are those of a daemon: `daemon.exit_code_on_drain` after a stop signa
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 import sys
@@ -22,6 +23,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
 
+from areal_like.automatic_settings import start_limit_s
 from areal_like.config import Config
 from areal_like.errors import ArealError, ConfigError, UserError
 from areal_like.paths import RunPaths, model_path, write_json
@@ -31,6 +33,7 @@ from areal_like.runtime.logs import configure_logging
 from areal_like.runtime.process import die_with_launcher, early_signals, keep_files_private
 from areal_like.runtime.signals import handle_log_signals
 from areal_like.wire.messages.consumer import FinishRun, StartTraining
+from areal_like.wire.messages.producer import ServerState
 from trainer.buffer_client.client import StopRequestedError, TrainerBufferClient
 from trainer.evaluation import Evaluations
 from trainer.metrics.evaluations_file import EvaluationsFile
@@ -38,6 +41,7 @@ from trainer.metrics.evaluations_file import EvaluationsFile
 log = logging.getLogger(__name__)
 
 _CALL_TIMEOUT_S = 60.0
+_SERVING = ServerState.SERVING.value
 _NAME = "trainer-0"
 """The launcher waits for the endpoint of this name."""
 
@@ -51,6 +55,13 @@ def evaluate(config: Config, buffer: TrainerBufferClient, *, step: int) -> None:
     buffer.runtime.ready()
     if not paths.summary.exists():  # else an earlier evaluator was killed at its end
         started_s = time.monotonic()
+        buffer.run(
+            _any_server_serves(buffer),
+            name="a rollout server that serves",
+            may_stop=True,
+            stall_s=config.stall_s(start_limit_s(config)),
+            setting="rollout.start_timeout_s",
+        )
         buffer.state = "evaluating"
         sets = _results(config, buffer, step=step)
         summary = {
@@ -63,6 +74,19 @@ def evaluate(config: Config, buffer: TrainerBufferClient, *, step: int) -> None:
         write_json(paths.summary, summary)
     buffer.call(StartTraining(step=config.trainer.num_steps), timeout_s=_CALL_TIMEOUT_S)
     buffer.call(FinishRun(), timeout_s=_CALL_TIMEOUT_S)
+
+
+async def _any_server_serves(buffer: TrainerBufferClient) -> None:
+    """The start of an engine counts neither as time of the evaluation nor as its silence."""
+    serves = asyncio.Event()
+
+    def look() -> None:
+        if any(server.state == _SERVING for server in buffer.directory.servers):
+            serves.set()
+
+    buffer.on_directory = look
+    look()
+    await serves.wait()
 
 
 def _results(config: Config, buffer: TrainerBufferClient, *, step: int) -> dict[str, Any]:

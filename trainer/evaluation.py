@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -33,9 +33,9 @@ class _Requested:
 
 
 class Evaluations:
-    """Runs one evaluation at a time: `run` waits for its results, `start` and `poll` let training continue.
+    """Runs one evaluation at a time: `run` waits for its results, while the other methods let training go on.
 
-    IDLE -> start() -> RUNNING -> poll(): the results so far ... -> poll(): the last result -> IDLE
+    IDLE -> start_if_due() -> RUNNING -> poll(): the results so far ... -> poll(): the last result -> IDLE
 
     The first set of the configuration stands for the others where there is room for one number
     (`eval_reward`).
@@ -51,6 +51,8 @@ class Evaluations:
         """`on_row`: called with the row of every set that was evaluated (`evaluation_row`)."""
         self._buffer = buffer
         self._sets = config.eval.resolved_sets
+        self._interval = config.eval.interval
+        self._num_steps = config.trainer.num_steps
         self._stall_s = config.stall_s(config.eval.timeout_s)
         self._on_row = on_row
         self._running: dict[str, _Requested] = {}
@@ -95,8 +97,14 @@ class Evaluations:
             log.warning("the evaluation set %s has no result: %s", name, problem)
         return self._reward_of(rows)
 
-    def start(self, *, step: int, min_version: int, sets: Iterable[str] | None = None) -> None:
-        """Starts an evaluation and returns, unless one is running. `sets`: all if None."""
+    def start_if_due(self, *, step: int, min_version: int, done: Collection[str] = ()) -> None:
+        """Between the first and the last step, every `eval.interval` steps: starts an evaluation and returns.
+
+        Not of the sets in `done`, and not while one is running.
+        """
+        left = [name for name in self._sets if name not in done]
+        if not left or not 0 < step < self._num_steps or step % self._interval:
+            return
         if self._running:
             earlier = next(iter(self._running.values())).step
             log.warning(
@@ -107,7 +115,7 @@ class Evaluations:
                 ", ".join(self._running),
             )
             return
-        self._running = self._request(step, min_version, self._sets if sets is None else sets)
+        self._running = self._request(step, min_version, left)
 
     def poll(self) -> float | None:
         """Records the sets whose evaluation has ended since the last call.

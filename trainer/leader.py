@@ -118,8 +118,12 @@ class Leader:
             if self._step == 0 and self._evaluations.is_enabled:
                 self._buffer.state = "evaluating"
                 self._eval_before = self._evaluations.run(step=0, min_version=self._publisher.active_version)
-            else:
-                self._evaluate_interrupted()
+            else:  # the sets that an earlier trainer has not finished
+                self._evaluations.start_if_due(
+                    step=self._step,
+                    min_version=self._publisher.active_version,
+                    done=self._record.evaluations.sets_of(self._step),
+                )
         except StopRequestedError as stop:
             log.info("%s", stop)
         self._training_started_s = time.monotonic()
@@ -150,8 +154,7 @@ class Leader:
         self._record_row(step, metrics | {"max_staleness": staleness_bound})
         if self._step == WARM_UP_STEPS:
             self._counters_after_warm_up = self._get_counters()
-        if self._is_evaluation_due:
-            self._evaluations.start(step=self._step, min_version=self._publisher.active_version)
+        self._evaluations.start_if_due(step=self._step, min_version=self._publisher.active_version)
 
     def stream_state(self, step: int) -> dict[str, Any]:
         """The state after `step` that a checkpoint keeps for `start_stream` and `begin`."""
@@ -225,20 +228,6 @@ class Leader:
             stall_s=self._config.stall_s(start_limit_s(self._config) + self._push_limit_s),
             setting="rollout.start_timeout_s + weights.push_deadline_s",
         )
-
-    @property
-    def _is_evaluation_due(self) -> bool:
-        """True between the first and the last step, every `eval.interval` steps."""
-        step, is_last = self._step, self._step == self._config.trainer.num_steps
-        return self._evaluations.is_enabled and not is_last and step % self._config.eval.interval == 0
-
-    def _evaluate_interrupted(self) -> None:
-        """After a resume: evaluates the sets of this step that an earlier trainer has not finished."""
-        done = {name for name, row in self._record.evaluations.last.items() if row["step"] == self._step}
-        left = [name for name in self._evaluations.set_names if name not in done]
-        if left and self._is_evaluation_due and self._step:
-            version = self._publisher.active_version
-            self._evaluations.start(step=self._step, min_version=version, sets=left)
 
     def _evaluate_last_weights(self) -> float | None:
         """Also waits for the last push if evaluations are off, so that servers end with the last weights."""

@@ -48,6 +48,7 @@ class RunRecord:
     def evaluated(self, row: dict[str, Any]) -> None:
         """Records the row of one evaluation of one set (`evaluation_row`)."""
         self.evaluations.append(row)
+        self._trackers.evaluated(row)
         self.series.evaluated(row, is_first=row["set"] == self._first_set)
 
     def summarize(self, **figures: Any) -> dict[str, Any]:

@@ -52,6 +52,17 @@ class Entry:
     """SHA-256 of the rows' texts."""
 
 
+def directory() -> Path:
+    """Where everything of this package is kept."""
+    return cache_dir() / "rows"
+
+
+def partial_of(path: Path) -> Path:
+    """A name to write a file under before it is renamed to `path`."""
+    # Random, because processes of several containers that share a cache can have the same process id.
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+
+
 def entry_of(source: Path | HubSource, *, key: str) -> Entry:
     """The entry with the rows of a source; reads the source if there is none yet. Raises ConfigError."""
     if isinstance(source, HubSource):
@@ -81,7 +92,7 @@ def open_entry(name: str, *, key: str) -> Entry:
 
 
 def _path(name: str) -> Path:
-    return cache_dir() / "rows" / f"{name}.arrow"
+    return directory() / f"{name}.arrow"
 
 
 def _name(*parts: str) -> str:
@@ -105,7 +116,7 @@ def _found(name: str, *, key: str) -> Entry | None:
 def _built(name: str, texts: Iterator[Text], *, label: str, key: str) -> Entry:
     """Writes the entry, a few megabytes at a time."""
     path = _path(name)
-    partial = path.with_name(f".{name}.{secrets.token_hex(8)}")
+    partial = partial_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -113,7 +124,7 @@ def _built(name: str, texts: Iterator[Text], *, label: str, key: str) -> Entry:
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
-        _write_json(path.with_suffix(".json"), {"label": label, "sha256": content})
+        write_json(path.with_suffix(".json"), {"label": label, "sha256": content})
     except OSError as error:
         raise ConfigError(
             f"{key}: the rows of {label} cannot be stored in {path.parent}: {error}; XDG_CACHE_HOME names "
@@ -139,9 +150,9 @@ def _write(path: Path, texts: Iterator[Text]) -> str:
     return digest.hexdigest()
 
 
-def _write_json(path: Path, value: Any) -> None:
-    # Not paths.write_json: processes of several containers that share a cache can have the same number.
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file atomically, also next to others that write it."""
+    partial = partial_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial.write_text(json.dumps(value))
     partial.replace(path)
@@ -167,7 +178,7 @@ def _remembered_hash(path: Path) -> str:
     stat = path.stat()
     times = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
     digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:32]
-    remembered = cache_dir() / "rows" / "hashes" / f"{digest}.json"
+    remembered = directory() / "hashes" / f"{digest}.json"
     try:
         known = json.loads(remembered.read_text())
         if known["times"] == times:
@@ -177,5 +188,5 @@ def _remembered_hash(path: Path) -> str:
     sha256 = file_hash(path)
     if time.time() - max(stat.st_mtime, stat.st_ctime) > _SETTLED_S:
         with contextlib.suppress(OSError):
-            _write_json(remembered, {"times": times, "sha256": sha256})
+            write_json(remembered, {"times": times, "sha256": sha256})
     return sha256

@@ -15,8 +15,9 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
+MAX_SOURCES = 64
 _CIRCLE = 1 << 64
 """Points of the interval."""
 _STEP = 11400714819323198485
@@ -33,6 +34,12 @@ def place_of(index: int, weights: Sequence[float], *, phase: float = 0.0) -> tup
     start = int(phase * _CIRCLE)
     source = bisect_right(bounds, (start + index * _STEP) % _CIRCLE) - 1
     return source, _num_below(index, bounds[source], bounds[source + 1], start=start)
+
+
+def num_draws(count: int, weights: Sequence[float], *, phase: float = 0.0) -> list[int]:
+    """Draws of each source among the first `count`."""
+    bounds, start = _bounds(tuple(weights)), int(phase * _CIRCLE)
+    return [_num_below(count, first, end, start=start) for first, end in pairwise(bounds)]
 
 
 @lru_cache(maxsize=64)

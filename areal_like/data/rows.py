@@ -12,12 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, TypeVar
 
+import numpy as np
+
 from areal_like.data.cache import Entry, entry_of, open_entry
+from areal_like.data.selections import Numbers, open_selection, store_selection
 from areal_like.data.sources import sources_of
 from areal_like.errors import ConfigError
 
 T = TypeVar("T")
-_ENTRIES = "cached"
+_ENTRIES, _SELECTION = "cached", "selection"
 
 
 def open_rows(source: str | Sequence[Any] | Mapping[str, Any], *, split: str = "train", key: str) -> Rows:
@@ -28,7 +31,9 @@ def open_rows(source: str | Sequence[Any] | Mapping[str, Any], *, split: str = "
     ConfigError for a missing file, a row that is no JSON object (with file and line), or no rows.
     """
     if isinstance(source, Mapping) and _ENTRIES in source:
-        return Rows([open_entry(str(name), key=key) for name in source[_ENTRIES]])
+        entries = [open_entry(str(name), key=key) for name in source[_ENTRIES]]
+        name = source.get(_SELECTION)
+        return Rows(entries, None if name is None else open_selection(str(name), key=key))
     rows = Rows([entry_of(one, key=key) for one in sources_of(source, split=split, key=key)])
     if not len(rows):
         raise ConfigError(f"{key}={source}: there are no rows")
@@ -38,16 +43,20 @@ def open_rows(source: str | Sequence[Any] | Mapping[str, Any], *, split: str = "
 class Rows:
     """A sequence of rows, each a dict. Equal in every process that opens the same content."""
 
-    def __init__(self, entries: Sequence[Entry]) -> None:
-        """The rows of the entries, one after the other."""
+    def __init__(self, entries: Sequence[Entry], selection: Numbers | None = None) -> None:
+        """The rows of the entries, one after the other; of these the ones of `selection`, in its order."""
+        self._selection = selection
         self._entries = list(entries)
         self._starts = [0, *accumulate(len(entry.table) for entry in self._entries)]
         contents = [entry.content for entry in self._entries]
         self.fingerprint: str = hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:16]
-        """16 hex digits over the content of all rows; not over names and times of files."""
+        """16 hex digits over the content of all rows and the selection; not over names and times of files."""
+        if selection is not None:
+            digest = hashlib.sha256(self.fingerprint.encode() + np.ascontiguousarray(selection).tobytes())
+            self.fingerprint = digest.hexdigest()[:16]
 
     def __len__(self) -> int:
-        return self._starts[-1]
+        return self._starts[-1] if self._selection is None else len(self._selection)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = json.loads(self.text(index))
@@ -56,13 +65,15 @@ class Rows:
 
     def text(self, index: int) -> bytes:
         """A row as JSON in UTF-8. Raises IndexError."""
-        text = self._cell("row", index)
+        entry, row = self._at(index)
+        text = entry.table["row"][row].as_py()
         assert isinstance(text, bytes)
         return text
 
     def place(self, index: int) -> str:
         """Where a row stands: `train.jsonl:17`, with the line (of parquet the row), counted from 1."""
-        return f"{self._entries[self._entry(index)].label}:{self._cell('number', index)}"
+        entry, row = self._at(index)
+        return f"{entry.label}:{entry.table['number'][row].as_py()}"
 
     def read(self, index: int, reader: Callable[[dict[str, Any]], T]) -> T:
         """`reader` of a row. A ConfigError that it raises gets the row's place."""
@@ -71,17 +82,23 @@ class Rows:
         except ConfigError as error:
             raise ConfigError(f"{self.place(index)}: {error}") from error
 
+    def only(self, numbers: Numbers) -> Rows:
+        """The rows with these numbers, in this order; itself if these are all."""
+        if len(numbers) == len(self) and bool(np.all(numbers == np.arange(len(self)))):
+            return self
+        return Rows(self._entries, numbers if self._selection is None else self._selection[numbers])
+
     @property
-    def cached(self) -> dict[str, list[str]]:
+    def cached(self) -> dict[str, Any]:
         """A source with which another process of this machine opens these rows, whatever becomes of the
         files."""
-        return {_ENTRIES: [entry.name for entry in self._entries]}
+        source: dict[str, Any] = {_ENTRIES: [entry.name for entry in self._entries]}
+        return source if self._selection is None else source | {_SELECTION: store_selection(self._selection)}
 
-    def _entry(self, index: int) -> int:
+    def _at(self, index: int) -> tuple[Entry, int]:
+        """The entry that has a row, and the row's number in it."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        return bisect_right(self._starts, index) - 1
-
-    def _cell(self, column: str, index: int) -> Any:
-        number = self._entry(index)
-        return self._entries[number].table[column][index - self._starts[number]].as_py()
+        row = index if self._selection is None else int(self._selection[index])
+        number = bisect_right(self._starts, row) - 1
+        return self._entries[number], row - self._starts[number]

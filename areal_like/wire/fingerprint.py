@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,7 @@ def shared_settings(config: Config, role: Role) -> str:
         policies = dataclasses.asdict(config.buffer.on_failure)
         settings |= {f"buffer.on_failure.{kind}": policy for kind, policy in policies.items()}
         settings["model.renderer"] = config.model.renderer
-        settings["model.chat_template_kwargs"] = json.dumps(
-            config.model.chat_template_kwargs, sort_keys=True, default=repr
-        )
+        settings["model.chat_template_kwargs"] = canonical_json(config.model.chat_template_kwargs)
     if role is Role.TRAINER:
         settings |= {
             "trainer.groups_per_step": config.trainer.groups_per_step,
@@ -77,5 +76,25 @@ def as_number(fingerprint: str) -> int:
     return int(fingerprint, 16) >> 1
 
 
+def canonical_json(value: Any, *, default: Callable[[Any], Any] = repr) -> str:
+    """JSON with sorted keys. `default`: of values that JSON does not have.
+
+    YAML has keys that are no texts (`{1: a, true: b}`), which cannot be sorted next to texts.
+    """
+    try:
+        return json.dumps(value, sort_keys=True, default=default)
+    except TypeError:
+        return json.dumps(_with_text_keys(value), sort_keys=True, default=default)
+
+
+def _with_text_keys(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {
+            key if isinstance(key, str) else f"{type(key).__name__} {key}": _with_text_keys(item)
+            for key, item in value.items()
+        }
+    return [_with_text_keys(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:16]

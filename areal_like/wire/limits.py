@@ -13,6 +13,7 @@ from typing import Any
 
 from areal_like.config.common import NAME, NAME_RULE
 from areal_like.config.evaluation import MAX_SETS, SET_NAME
+from areal_like.data.mixture import MAX_SOURCES
 from areal_like.errors import RefusedError
 from areal_like.wire.messages.consumer import CloseAdmission, TrainerHeartbeat
 from areal_like.wire.messages.hello import Goodbye, Hello
@@ -31,6 +32,7 @@ MAX_STAT = 1e18
 """Size of a statistic: sums over all peers must stay finite, because JSON and the wire have no infinity."""
 
 _PROCESS = re.compile(r"[0-9a-f]{32}")
+_CONTENT = re.compile(r"([0-9a-f]{16})?")
 _WEIGHTS_ADDRESS = re.compile(r"(tcp://[A-Za-z0-9._\[\]:%-]+:[1-9][0-9]{0,4})?")
 _LIMITS: dict[type, dict[str, int]] = {
     Hello: {
@@ -38,6 +40,8 @@ _LIMITS: dict[type, dict[str, int]] = {
         "model": MAX_WORD_CHARS,
         "tokenizer": MAX_WORD_CHARS,
         "dataset": MAX_WORD_CHARS,
+        "content": MAX_WORD_CHARS,
+        "eval_content": MAX_WORD_CHARS,
         "settings": MAX_SETTINGS_CHARS,
         "http_address": MAX_ADDRESS_CHARS,
         "weights_address": MAX_ADDRESS_CHARS,
@@ -82,6 +86,12 @@ def _check_hello(hello: Hello) -> None:
     # The trainer connects to it, and libzmq knows other transports and options of the source address.
     if not _WEIGHTS_ADDRESS.fullmatch(hello.weights_address):
         raise RefusedError("weights_address", "want tcp://host:port")
+    num_sources = len(hello.source_sizes)
+    if num_sources > MAX_SOURCES or num_sources != len(hello.source_weights):
+        raise RefusedError("source_sizes", f"want at most {MAX_SOURCES}, and as many weights")
+    for name in ("content", "eval_content"):
+        if not _CONTENT.fullmatch(getattr(hello, name)):
+            raise RefusedError(name, "want 16 hexadecimal digits, or nothing")
     numbers = {
         "incarnation": hello.incarnation,
         "weights_version": hello.weights_version,

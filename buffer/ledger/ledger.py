@@ -36,6 +36,7 @@ from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 
 from areal_like.wire.messages.producer import Lease
+from buffer.ledger.data_change import DataChange
 from buffer.ledger.failed_samples import FailedSamples
 from buffer.ledger.lease_dispatcher import LeaseDispatcher
 from buffer.ledger.lifecycle import TicketLifecycle
@@ -74,6 +75,7 @@ class Ledger:
         self.samples_done = intake.samples_done
         self.sample_failed = intake.sample_failed
         self.set_num_train_prompts = state.prompts.set_num_train_prompts
+        self.set_content = DataChange(state, self._lifecycle).set_content
         self.take_aborts = state.leases.take_aborts
 
         # Operations of the trainer.

@@ -24,6 +24,7 @@ from collections.abc import Collection, Mapping
 
 from areal_like.errors import ConfigError
 from areal_like.wire.messages.producer import Purpose
+from buffer.ledger.data_change import CONTENT
 from buffer.ledger.ledger import Ledger
 from buffer.ledger.state import LedgerState
 from buffer.settings import LedgerSettings
@@ -115,6 +116,8 @@ def _compare_settings(state: LedgerState, scalars: Mapping[str, int], *, dataset
         scalars.get(name, value) != value for name, value in state.recorded_settings.items()
     )
     state.prompts_changed = scalars.get("shape:dataset", dataset) != dataset
+    if not state.prompts_changed:  # other prompts are other content, which needs no further treatment
+        state.content = scalars.get(CONTENT, 0)
     # If they changed, the scalars on disk stay unchanged until a trainer has restarted the stream: the buffer
     # may be restarted before that, and must detect the change again.
     if not state.settings_changed:

@@ -70,6 +70,8 @@ class LedgerState:
         self.prompts_changed = False
         """True if the data set has changed, so that recorded indices refer to other prompts. The next trainer
         start resets the order of prompts."""
+        self.content = 0
+        """Fingerprint of the data that prompts come from, as servers told it; 0: not known."""
         self.recorded_settings: dict[str, int] = {}
         """The settings that recorded steps depend on, as scalars to compare at the next start."""
 

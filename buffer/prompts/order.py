@@ -3,6 +3,10 @@
 Its whole state is one integer (the cursor), so resuming needs no stored permutation and replays nothing. No
 library upgrade can change the order in a resumed run. A curriculum (`curriculum.py`) chooses among
 neighboring prompts in this order: it changes which prompts are issued, never the order.
+
+A mixture has an order of epochs for each of its tasks. The cursor then counts draws, and decides alone which
+task is drawn (`areal_like.data.mixture`), so every window of prompts has the tasks in proportion to their
+weights, also after a resume. A curriculum chooses among the next prompts of the task that was drawn.
 """
 
 from __future__ import annotations
@@ -12,10 +16,14 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from areal_like.data.mixture import place_of
 from areal_like.data.permutation import permuted
 from areal_like.shards import WHOLE, Shard
 from areal_like.splitmix64 import MASK_64, mix
 from buffer.prompts.curriculum import Curriculum
+
+_SOURCE_BITS = 40
+"""The tasks of a mixture have seeds of their own, far from those of shards."""
 
 
 def sampling_seed(seed: int, ticket_id: int, num_failures: int) -> int:
@@ -46,6 +54,14 @@ class Prompt:
     num_reissues: int = 0
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptSet:
+    """The prompts of one task of a mixture."""
+
+    size: int
+    weight: float
+
+
 class PromptOrder:
     """Issues a shard's training prompts without end: returned prompts first, then the shuffled epochs."""
 
@@ -54,6 +70,8 @@ class PromptOrder:
     ) -> None:
         self.num_prompts = num_prompts
         """Training prompts of the task over all shards; 0 until a server has registered and reported it."""
+        self.sources: tuple[PromptSet, ...] = ()
+        """The tasks of a mixture; their indices follow one another. Empty: no mixture."""
         self.curriculum = curriculum
         """Chooses among the next few prompts of an epoch; None: all prompts are issued, in order."""
         self._shard = shard
@@ -61,16 +79,18 @@ class PromptOrder:
         # at about the same time.
         self._seed = seed + shard.index
         self.cursor = 0
-        """Prompts drawn from the epochs so far."""
+        """Prompts drawn from the epochs so far; of a mixture, draws of a task."""
         self._returned: deque[Prompt] = deque()
 
     def next(self) -> Prompt:
         """The next prompt to issue."""
         if self._returned:
             return self._returned.popleft()
+        if self.sources:
+            return self._next_of_mixture()
         if self.curriculum is None:
             return Prompt(index=self._draw())
-        uniform = (mix(mix(self._seed & MASK_64) ^ self.cursor) >> 11) / 2**53
+        uniform = self._uniform()
         candidates = [self._draw() for _ in range(min(self.curriculum.settings.pool, self.num_own))]
         return Prompt(index=self.curriculum.choose(candidates, uniform=uniform))
 
@@ -82,6 +102,28 @@ class PromptOrder:
         epoch, index = divmod(self.cursor, self.num_own)
         self.cursor += 1
         return self._shard.number(permuted(index, size=self.num_own, seed=self._seed, epoch=epoch))
+
+    def _next_of_mixture(self) -> Prompt:
+        uniform = self._uniform()
+        weights = [source.weight for source in self.sources]
+        source, number = place_of(self.cursor, weights, phase=self._shard.index / self._shard.count)
+        self.cursor += 1
+        # This shard's prompts among those of the task: its local numbers first, ..., end - 1.
+        before = sum(other.size for other in self.sources[:source])
+        first, end = self._shard.share(before), self._shard.share(before + self.sources[source].size)
+        pool = 1 if self.curriculum is None else min(self.curriculum.settings.pool, end - first)
+        candidates = []
+        for draw in range(number * pool, (number + 1) * pool):
+            epoch, index = divmod(draw, end - first)
+            seed = self._seed + (source << _SOURCE_BITS)
+            local = first + permuted(index, size=end - first, seed=seed, epoch=epoch)
+            candidates.append(self._shard.number(local))
+        if self.curriculum is None:
+            return Prompt(index=candidates[0])
+        return Prompt(index=self.curriculum.choose(candidates, uniform=uniform))
+
+    def _uniform(self) -> float:
+        return (mix(mix(self._seed & MASK_64) ^ self.cursor) >> 11) / 2**53
 
     @property
     def num_own(self) -> int:

@@ -25,6 +25,8 @@ from buffer.tables.incarnations import TRAINER
 
 log = logging.getLogger(__name__)
 
+_OPTIONAL = ("dtype", "content", "eval_content")
+"""Fields of a Hello that are compared only where they are not empty."""
 _MAX_GONE = 1024
 """Servers that have left whose statistics are kept apart, because they may come back."""
 
@@ -87,9 +89,10 @@ class ConnectedPeers:
         Also for a name of the other role, an address outside this machine, and too many peers.
         `tells_values`: the reason contains the job's value, because the peer has a key.
         """
-        for name in ("job", "num_shards", "shard", "dataset", "model", "tokenizer", "dtype"):
+        for name in ("job", "num_shards", "shard", "dataset", "model", "tokenizer", *_OPTIONAL):
             expected, owner = self._expected.get(name, (getattr(hello, name), hello.name))
-            is_compared = name != "dtype" or hello.dtype  # peers of an earlier release send no dtype
+            # The trainer does not know the content, and peers of an earlier release send no dtype.
+            is_compared = name not in _OPTIONAL or getattr(hello, name)
             if is_compared and getattr(hello, name) != expected:
                 _refuse_difference(hello, name, expected=expected, owner=owner, tells_values=tells_values)
         expected = self._settings.get(hello.role, "")
@@ -159,9 +162,10 @@ class ConnectedPeers:
                 self.remove(peer.hello.name)
 
     def expect_model_of(self, hello: Hello) -> None:
-        """Makes `check` require this peer's model, tokenizer and dtype, unless a call before has set them."""
-        for name in ("model", "tokenizer", "dtype"):
-            if name != "dtype" or hello.dtype:
+        """Makes `check` require what this peer has, unless a call before has set it: its model, tokenizer and
+        dtype, and the content of its task's data."""
+        for name in ("model", "tokenizer", *_OPTIONAL):
+            if name not in _OPTIONAL or getattr(hello, name):
                 self._expected.setdefault(name, (getattr(hello, name), hello.name))
 
     def at(self, route: bytes) -> Peer | None:

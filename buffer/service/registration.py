@@ -15,8 +15,10 @@ import logging
 from collections.abc import Callable, Iterable
 
 from areal_like.errors import RefusedError, StaleIncarnationError
-from areal_like.wire.messages.hello import AreYouAlive, JobFinished, Refused, Role, Welcome
+from areal_like.wire.fingerprint import as_number
+from areal_like.wire.messages.hello import AreYouAlive, Hello, JobFinished, Refused, Role, Welcome
 from buffer.ledger.ledger import Ledger
+from buffer.prompts.order import PromptSet
 from buffer.service.name_claims import NameClaims, Newcomer
 from buffer.service.outbox import Outbox
 from buffer.service.peer_keys import PeerKeys
@@ -129,7 +131,7 @@ class Registration:
     def _admit_new(self, newcomer: Newcomer, name: str) -> None:
         hello = newcomer.hello
         if hello.role is Role.ROLLOUT:  # before its predecessor is replaced
-            self._ledger.set_num_train_prompts(hello.num_train_prompts)
+            self._ledger.set_num_train_prompts(hello.num_train_prompts, prompt_sets(hello))
         incarnation = self._ledger.admit_process(name, hello.process)
         self._peers.take_name(name, kept=hello.process)
         self._admit(newcomer, incarnation, is_new=True)
@@ -138,7 +140,8 @@ class Registration:
         """Registers a process that has its name. Raises RefusedError or StaleIncarnationError."""
         hello = dataclasses.replace(newcomer.hello, incarnation=incarnation)
         if hello.role is Role.ROLLOUT:
-            self._ledger.set_num_train_prompts(hello.num_train_prompts)
+            self._ledger.set_num_train_prompts(hello.num_train_prompts, prompt_sets(hello))
+            self._ledger.set_content(as_number(hello.content) if hello.content else 0)
             self._ledger.register_server(
                 hello.name,
                 incarnation=incarnation,
@@ -157,6 +160,12 @@ class Registration:
         log.info("%s registered, incarnation %d", hello.name, incarnation)
         send = self._outbox.send_when_durable if is_new else self._outbox.send
         send(newcomer.route, self.welcome(incarnation), rid=newcomer.rid)
+
+
+def prompt_sets(hello: Hello) -> list[PromptSet]:
+    """The tasks of a server's mixture; empty without one."""
+    pairs = zip(hello.source_sizes, hello.source_weights, strict=True)
+    return [PromptSet(size=size, weight=weight) for size, weight in pairs]
 
 
 def refusal_of(error: RefusedError | StaleIncarnationError) -> Refused:

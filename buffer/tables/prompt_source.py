@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 from areal_like.errors import RefusedError
 from buffer.prompts.curriculum import Curriculum, curriculum_scalars, state_from_scalars
-from buffer.prompts.order import Prompt, PromptOrder
+from buffer.prompts.order import Prompt, PromptOrder, PromptSet
 from buffer.settings import LedgerSettings
 from buffer.storage.base import Store
 from buffer.tickets import Ticket
@@ -21,8 +22,11 @@ class PromptSource:
         self.curriculum = None if settings.curriculum is None else Curriculum(settings.curriculum)
         self.order = PromptOrder(seed=settings.seed, curriculum=self.curriculum, shard=settings.shard)
 
-    def set_num_train_prompts(self, num_prompts: int) -> None:
-        """Sets the size of the task's training set. Raises RefusedError if servers disagree on it."""
+    def set_num_train_prompts(self, num_prompts: int, sources: Sequence[PromptSet] = ()) -> None:
+        """Sets the size of the task's training set. `sources`: the parts of a mixture.
+
+        Raises RefusedError if servers disagree on it.
+        """
         known = self.order.num_prompts
         fewest = self._settings.shard.count
         if num_prompts < fewest or known not in (0, num_prompts):
@@ -31,7 +35,19 @@ class PromptSource:
                 "num_train_prompts",
                 f"want {expected}, got {num_prompts}: servers need the same task settings",
             )
+        if sources and (
+            sum(source.size for source in sources) != num_prompts
+            or min(source.size for source in sources) < fewest
+            or not all(0 < source.weight < math.inf for source in sources)
+        ):
+            raise RefusedError(
+                "source_sizes",
+                f"each task of a mixture needs a weight and at least {fewest} training prompts",
+            )
+        if known and tuple(sources) != self.order.sources:
+            raise RefusedError("source_sizes", "servers need the same tasks with the same weights")
         self.order.num_prompts = num_prompts
+        self.order.sources = tuple(sources)
 
     def next(self) -> Prompt:
         """The next prompt to issue."""
@@ -71,6 +87,14 @@ class PromptSource:
         for index in pending:
             self._store.push_returned(Prompt(index=index))
         self._store.put_scalar("cursor", cursor)
+
+    def forget_outcomes(self) -> None:
+        """The curriculum begins anew, because indices mean other prompts."""
+        if self.curriculum is None:
+            return
+        before = self.curriculum.scalars()
+        self.curriculum = self.order.curriculum = Curriculum(self.curriculum.settings)
+        self._put_scalars(dict.fromkeys(before, 0) | self.curriculum.scalars())
 
     def restart_curriculum(self, state: int | list[int]) -> None:
         """Continues with the curriculum's state from a checkpoint.

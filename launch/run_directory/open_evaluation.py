@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from areal_like.automatic_settings import resolved
 from areal_like.config import Config, to_mapping
@@ -79,6 +80,7 @@ def evaluation_config(config: Config, model: EvaluatedModel) -> Config:
     )
     return dataclasses.replace(
         config,
+        task=_with_training_rows(config.task),
         # Without samples the result of a set that is finished could not be requested again.
         eval=dataclasses.replace(config.eval, keep=max(1, config.eval.keep)),
         max_staleness=0,
@@ -89,6 +91,12 @@ def evaluation_config(config: Config, model: EvaluatedModel) -> Config:
         trainer=trainer,
         buffer=buffer,
     )
+
+
+def _with_training_rows(task: dict[str, Any]) -> dict[str, Any]:
+    """A rollout server wants a task with training prompts; of these none is ever issued."""
+    has_only_eval = task.get("name") == "data" and task.get("eval") and not task.get("train")
+    return task | {"train": task["eval"]} if has_only_eval else task
 
 
 def is_evaluated(paths: RunPaths) -> bool:

@@ -8,6 +8,7 @@ from areal_like.automatic_settings import compute_dtype
 from areal_like.runtime.daemon import Runtime
 from areal_like.wire.fingerprint import dataset_fingerprint, shared_settings
 from areal_like.wire.messages.hello import Hello, Role
+from rollout_server.job_tasks import content_of
 from rollout_server.tasks.base import Task
 
 
@@ -15,13 +16,13 @@ def registration(
     runtime: Runtime,
     task: Task,
     *,
-    eval_sets: Mapping[str, int],
+    eval_tasks: Mapping[str, Task],
     fingerprints: tuple[str, str],
     weights_address: str,
     weights_version: int,
 ) -> Hello:
-    """`eval_sets`: number of held-out prompts of each evaluation set. `fingerprints`: of model and tokenizer.
-    `weights_address`: where the server takes weight pushes."""
+    """`eval_tasks`: of the evaluation sets. `fingerprints`: of model and tokenizer. `weights_address`: where
+    the server takes weight pushes."""
     config = runtime.config
     model, tokenizer = fingerprints
     return Hello(
@@ -32,6 +33,8 @@ def registration(
         model=model,
         tokenizer=tokenizer,
         dataset=dataset_fingerprint(config),
+        content=task.fingerprint(),
+        eval_content=content_of(eval_tasks),
         settings=shared_settings(config, Role.ROLLOUT),
         http_address=f"{config.daemon.http_host}:{runtime.http_port}",
         weights_address=weights_address,
@@ -39,5 +42,7 @@ def registration(
         dtype=compute_dtype(config),
         device=config.rollout.engine_device,
         num_train_prompts=task.num_train,
-        eval_sets=dict(eval_sets),
+        source_sizes=[source.size for source in task.sources],
+        source_weights=[source.weight for source in task.sources],
+        eval_sets={name: task.num_eval for name, task in eval_tasks.items()},
     )

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,12 +24,14 @@ from areal_like.errors import ConfigError, UserError, first_line
 from areal_like.paths import model_path
 from areal_like.runtime.command_line import OneValue, Options, load_config, shows_help
 from areal_like.runtime.imports import torch_hidden, uncollected
+from rollout_server.context_length import longest_sequence
 from rollout_server.data_stats.heard import HeardPrompt, summary
 from rollout_server.data_stats.report import text_of_report
 from rollout_server.data_stats.sources import FileRows, Source, TaskSplit
 from rollout_server.data_stats.split import Row, SplitStats
 from rollout_server.environments.base import Message
-from rollout_server.tasks.base import Example, Task, make_task
+from rollout_server.rendering.prompt_renderer import PromptRenderer
+from rollout_server.tasks.base import Task, make_task
 
 _MAX_ROWS = 200_000
 """Rows of a split that are read without `--rows`: synthetic tasks have millions."""
@@ -42,17 +44,15 @@ def run(values: argparse.Namespace, settings: Sequence[str]) -> int:
     """Counts, prints and returns 0. Raises ConfigError."""
     config = load_config(settings)
     max_rows = _number("--rows", values.rows) if values.rows is not None else _MAX_ROWS
-    task = None if values.file else make_task(config.task, seed=config.seed, sandbox=config.rewards.sandbox)
-    sources: list[Source] = (
-        [TaskSplit(task, "train"), TaskSplit(task, "eval")] if task else _files(values.file, config)
-    )
+    task = None if values.file else _task(config)
+    sources = _splits(config, task) if task else _files(values.file, config)
     notes: list[str] = []
-    count_tokens = _token_counter(config, notes)
-    limit = _prompt_limit(config, task)
+    renderer = _renderer(config, task, notes)
+    limit = renderer.max_prompt_tokens if renderer is not None and task is not None else None
     report: dict[str, Any] = {"splits": {}, "overlaps": [], "notes": notes}
     counted: list[tuple[Source, SplitStats]] = []
     for source in sources:
-        stats = SplitStats(max_prompt_tokens=limit, count_tokens=count_tokens)
+        stats = SplitStats(max_prompt_tokens=limit, count_tokens=_token_counter(renderer))
         for row in source.rows(min(max_rows, len(source))):
             if isinstance(row, Row):
                 stats.add(row)
@@ -60,16 +60,42 @@ def run(values: argparse.Namespace, settings: Sequence[str]) -> int:
                 stats.add_broken(row)
         counted.append((source, stats))
         report["splits"][source.name] = _located(stats.summary(), source) | {"of_rows": len(source)}
-    for (first, of_first), (second, of_second) in itertools.combinations(counted, 2):
-        overlap = of_second.hashes.overlap(of_first.hashes)
-        pairs = [[second.place(a), first.place(b)] for a, b in overlap["examples"]]
-        names = {"split": second.name, "other": first.name, "rows": report["splits"][second.name]["rows"]}
+    (first, of_first), *others = counted
+    for other, of_other in others:
+        overlap = of_other.hashes.overlap(of_first.hashes)
+        pairs = [[other.place(a), first.place(b)] for a, b in overlap["examples"]]
+        names = {"split": other.name, "other": first.name, "rows": report["splits"][other.name]["rows"]}
         report["overlaps"].append(names | overlap | {"examples": pairs})
     if values.heard:
         assert task is not None, "a run has a task"
-        report["heard"] = _heard(task)
+        # The run's prompts are numbered without those that are too long.
+        report["heard"] = _heard(task if renderer is None else task.without_long_prompts(renderer))
     sys.stdout.write(json.dumps(report, indent=2) + "\n" if values.json else text_of_report(report))
     return 0
+
+
+def _task(config: Config) -> Task:
+    try:
+        return make_task(config.task, seed=config.seed, sandbox=config.rewards.sandbox)
+    except ConfigError as error:
+        names_a_row = re.search(r"\.\w+:\d+: ", str(error))
+        hint = "; `areal-like data stats FILE` counts all rows that cannot be used" if names_a_row else ""
+        raise ConfigError(f"{error}{hint}") from error
+
+
+def _splits(config: Config, task: Task) -> list[Source]:
+    """The splits of the job's task, and the evaluation sets with a task of their own."""
+    sets: list[Source] = []
+    for name, one in config.eval.resolved_sets.items():
+        if one.task:
+            of_set = make_task(one.task, seed=config.seed, sandbox=config.rewards.sandbox)
+            title = f"eval.sets.{name}"
+            sets.append(TaskSplit(task=of_set, split="eval", name=title, most=one.num_prompts))
+    return [
+        TaskSplit(task=task, split="train", name="train"),
+        TaskSplit(task=task, split="eval", name="eval"),
+        *sets,
+    ]
 
 
 def _files(names: Sequence[str], config: Config) -> list[Source]:
@@ -86,8 +112,8 @@ def _heard(task: Task) -> dict[str, Any]:
     return summary(
         map(HeardPrompt.of_row, heard["prompts"]),
         num_train=task.num_train,
-        num_drawn=heard["num_drawn"],
-        label_of=lambda index: getattr(task.example("train", index), "label", ""),
+        num_drawn=None if task.sources else heard["num_drawn"],  # the tasks of a mixture have own epochs
+        label_of=lambda index: task.example("train", index).label,
     )
 
 
@@ -101,27 +127,24 @@ def _located(split: dict[str, Any], source: Source) -> dict[str, Any]:
     return split
 
 
-def _token_counter(config: Config, notes: list[str]) -> TokenCounter | None:
-    """Counts the tokens of a rendered prompt; None, with a note, without the model's tokenizer."""
+def _renderer(config: Config, task: Task | None, notes: list[str]) -> PromptRenderer | None:
+    """The renderer of a rollout server, with its limit; None, with a note, if there is no model."""
     try:
         model = model_path(config)
         with torch_hidden(), uncollected():
-            from rollout_server.rendering.prompt_renderer import PromptRenderer
-
             renderer = PromptRenderer(model, settings=config.model)
     except ConfigError as error:
         notes.append(f"tokens are not counted (model.path=DIR names a model): {first_line(error)}")
         return None
-    renderer.max_prompt_tokens = sys.maxsize
-    return lambda prompt: len(renderer.encode(Example(prompt=prompt, answer=None)))
+    if task is not None:
+        context = longest_sequence(config, task, max_positions=renderer.max_positions)
+        room = context - config.sampling.max_new_tokens
+        renderer.max_prompt_tokens = min(task.max_prompt_tokens, room)
+    return renderer
 
 
-def _prompt_limit(config: Config, task: Task | None) -> int | None:
-    """Tokens of the longest prompt that a rollout server accepts."""
-    if task is None:
-        return None
-    room = config.rollout.max_context - config.sampling.max_new_tokens
-    return min(task.max_prompt_tokens, room) if config.rollout.max_context else task.max_prompt_tokens
+def _token_counter(renderer: PromptRenderer | None) -> TokenCounter | None:
+    return None if renderer is None else lambda prompt: renderer.num_tokens([prompt])[0]
 
 
 def _number(option: str, text: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -70,20 +71,18 @@ class FileRows:
         return "\n".join(str(message["content"]) for message, is_learned in learned if is_learned)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TaskSplit:
     """One split of a task. Its row numbers are the indices of its examples."""
 
     task: Task
     split: Split
-
-    @property
-    def name(self) -> str:
-        """`train` or `eval`."""
-        return self.split
+    name: str
+    most: int = sys.maxsize
+    """Only so many examples count, the first ones."""
 
     def __len__(self) -> int:
-        return self.task.num_train if self.split == "train" else self.task.num_eval
+        return min(self.most, self.task.num_train if self.split == "train" else self.task.num_eval)
 
     def rows(self, count: int) -> Iterator[Row | str]:
         """See `Source`."""
@@ -95,13 +94,11 @@ class TaskSplit:
             except Exception as error:  # a task's code may raise anything; the other rows are still counted
                 yield f"example() raised {type(error).__name__}"
             else:
-                yield Row(
-                    prompt=example.prompt, answer=_text(example.answer), label=getattr(example, "label", "")
-                )
+                yield Row(prompt=example.prompt, answer=_text(example.answer), label=example.label)
 
     def place(self, index: int) -> str:
         """See `Source`."""
-        return f"{self.split}[{index}]"
+        return f"{self.name}[{index}]"
 
 
 def _text(value: Any) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from areal_like.errors import EpisodeError
 from areal_like.trajectory import LARGEST_REWARD, FinishReason
+from areal_like.wire.record_metadata import MAX_LABEL_CHARS
 from rollout_server.environments.base import Message, Reply, Step, ToolCall
 
 MAX_ANSWER_BYTES = 4 << 20
@@ -75,6 +76,13 @@ def checked_start(value: Any) -> tuple[list[Message], list[dict[str, Any]]]:
             )
         _check_json(tool, name="a tool")
     return messages, tools
+
+
+def checked_label(label: Any) -> str:
+    """The label of the example. Raises EpisodeError for what is none."""
+    if not isinstance(label, str) or len(label) > MAX_LABEL_CHARS or not label.isprintable():
+        raise EpisodeError("the environment's process sent no valid label")
+    return label
 
 
 def checked_step(value: Any) -> Step:

@@ -82,6 +82,7 @@ class Transcript:
         generation_s: float = 0.0,
         reward_s: float = 0.0,
         is_greedy: bool = False,
+        label: str = "",
     ) -> Trajectory:
         """The transcript as a Trajectory.
 
@@ -96,6 +97,7 @@ class Transcript:
             reward_components=outcome.reward_components,
             turns=placed_turns(outcome, self.spans),
             metrics=outcome.metrics,
+            label=label,
             arrays=placed_token_rewards(outcome, self.spans, num_tokens=self._num_tokens),
             finish_reason=self.finish_reason,
             is_greedy=is_greedy,

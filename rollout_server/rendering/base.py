@@ -70,6 +70,10 @@ class ChatRenderer(ABC):
     ) -> list[int]:
         """Token ids of a whole conversation; with `add_generation_prompt`, up to the policy's next token."""
 
+    def num_tokens(self, conversations: Sequence[Sequence[Message]]) -> list[int]:
+        """Lengths of many prompts, as `render` would have them."""
+        return [len(self.render(messages)) for messages in conversations]
+
     @abstractmethod
     def bridge(
         self,

@@ -95,6 +95,11 @@ class JinjaRenderer(ChatRenderer):
         """See ChatRenderer."""
         return self._encode(self._text(messages, tools, add_generation_prompt))
 
+    def num_tokens(self, conversations: Sequence[Sequence[Message]]) -> list[int]:
+        """See ChatRenderer; in one call of the tokenizer, which is much faster."""
+        texts = [self._text(messages, (), True) for messages in conversations]
+        return [len(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
     def bridge(
         self,
         prompt_ids: Sequence[int],

@@ -7,6 +7,9 @@ SGLang server.
 from __future__ import annotations
 
 import copy
+import hashlib
+import importlib.metadata
+import importlib.util
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Self
@@ -16,6 +19,7 @@ from numpy.typing import NDArray
 
 from areal_like.config.job import ModelConfig
 from areal_like.errors import ConfigError, EpisodeError
+from areal_like.wire.fingerprint import canonical_json
 from rollout_server.environments.base import Message
 from rollout_server.rendering.base import ChatRenderer
 from rollout_server.rendering.choice import choose_renderer
@@ -86,6 +90,35 @@ class PromptRenderer:
             )
         return tokens_P
 
+    @cached_property
+    def key(self) -> str:
+        """Hash of all that a prompt's length depends on; empty for a renderer of the user, whose code may
+        change."""
+        if "." in self._settings.renderer or not hasattr(self._tokenizer, "backend_tokenizer"):
+            return ""
+        renderers = importlib.util.find_spec("renderers") and importlib.metadata.version("renderers")
+        parts = [
+            self._tokenizer.backend_tokenizer.to_str(),
+            self._tokenizer.chat_template,
+            self._settings.renderer,
+            self._settings.chat_template_kwargs,
+            importlib.metadata.version("transformers"),
+            renderers,
+        ]
+        return hashlib.sha256(canonical_json(parts).encode()).hexdigest()
+
+    def num_tokens(self, prompts: Sequence[str | list[Message]]) -> list[int]:
+        """Lengths of many prompts, as `encode` would have them. Raises ValueError."""
+        texts = [self._as_text(prompt) for prompt in prompts]
+        rendered = [prompt for prompt, text in zip(prompts, texts, strict=True) if text is None]
+        plain = [text for text in texts if text is not None]
+        try:
+            of_rendered = iter(self._messages.num_tokens(rendered) if rendered else ())  # type: ignore[arg-type]
+        except EpisodeError as error:  # of a prompt, and not of an episode
+            raise ValueError(str(error)) from error
+        of_plain = iter([len(ids) for ids in self._tokenizer(plain)["input_ids"]] if plain else ())
+        return [next(of_rendered if text is None else of_plain) for text in texts]
+
     def decode(self, tokens: NDArray[np.int32]) -> str:
         """Text of sampled tokens without special tokens, as reward functions get it."""
         return str(self._tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
@@ -125,13 +158,19 @@ class PromptRenderer:
             template_kwargs=self._settings.chat_template_kwargs,
         )
 
-    def _encode(self, prompt: str | list[Message]) -> list[int]:
+    def _as_text(self, prompt: str | list[Message]) -> str | None:
+        """The text of a prompt that needs no renderer; None for messages with a chat format."""
         if isinstance(prompt, str):
-            return list(self._tokenizer(prompt)["input_ids"])
+            return prompt
         if not self._tokenizer.chat_template and self._settings.renderer in ("auto", "jinja"):
-            return list(
-                self._tokenizer("\n".join(message["content"] for message in prompt) + "\n")["input_ids"]
-            )
+            return "\n".join(message["content"] for message in prompt) + "\n"
+        return None
+
+    def _encode(self, prompt: str | list[Message]) -> list[int]:
+        text = self._as_text(prompt)
+        if text is not None:
+            return list(self._tokenizer(text)["input_ids"])
+        assert isinstance(prompt, list)
         try:
             return self._messages.render(prompt)
         except EpisodeError as error:  # of a prompt, and not of an episode

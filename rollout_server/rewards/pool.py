@@ -101,7 +101,7 @@ class RewardPool:
                 "reward`: set it to 1, and raise rollout.reward_workers for more rewards at a time"
             )
         return cls(
-            config.task,
+            task.settings_of_workers(config.task),
             seed=config.seed,
             sandbox=config.rewards.sandbox,
             num_workers=rollout.reward_workers if task.has_reward else 0,

@@ -215,7 +215,8 @@ def _read(stream: socket.socket) -> Any:
     """The next message; None at the end."""
     header = _exactly(stream, HEADER.size)
     body = _exactly(stream, HEADER.unpack(header)[0]) if header else None
-    return None if body is None else msgpack.unpackb(body)
+    # The task's settings may have keys that are no texts (YAML: `{1: a}`).
+    return None if body is None else msgpack.unpackb(body, strict_map_key=False)
 
 
 def _exactly(stream: socket.socket, size: int) -> bytes | None:

@@ -37,6 +37,8 @@ _WATCH_INTERVAL_S = 0.05
 _KILL_TIMEOUT_S = 5.0
 _EXTRA_TIME_S = 2.0
 """The sandbox ends a program at its time limit. If the sandbox was killed, this process does so later."""
+_MAX_FILES = 65536
+"""In a namespace: an empty file takes about a KiB of the kernel's memory, which no other limit counts."""
 _PAGE_BYTES = resource.getpagesize()
 _MIB = 1 << 20
 
@@ -200,6 +202,18 @@ def _watch(child: int, limits: dict[str, float], signals: set[signal.Signals]) -
             return 128 + signal.SIGKILL, f"more than {limits['max_processes']} processes"
         if resident_mb > 2 * limits["memory_mb"]:
             return 128 + signal.SIGKILL, f"more than {2 * limits['memory_mb']} MiB in all processes"
+        if not limits["parent"] and _num_files() > _MAX_FILES:
+            return 128 + signal.SIGKILL, f"more than {_MAX_FILES} files"
+
+
+def _num_files() -> int:
+    """Files in the namespace's own file systems, whose sizes are bounded in bytes only."""
+    found = 0
+    for path in ("/tmp", "/dev/shm"):
+        with contextlib.suppress(OSError):
+            use = os.statvfs(path)
+            found += use.f_files - use.f_ffree
+    return found
 
 
 def _reap(child: int) -> int | None:

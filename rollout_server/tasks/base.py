@@ -27,16 +27,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
-import json
 import random
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Protocol, Self, get_args
 
 from areal_like.errors import ConfigError
 from areal_like.registry import Registry
 from areal_like.trajectory import FinishReason
+from areal_like.wire.fingerprint import canonical_json
+from areal_like.wire.record_metadata import MAX_LABEL_CHARS
 from rollout_server.environments.base import Environment, Message
 
 Split = Literal["train", "eval"]
@@ -44,17 +46,52 @@ Split = Literal["train", "eval"]
 
 _FINGERPRINT_EXAMPLES = 4
 
+Prompt = str | list[Message]
+"""Plain text (base and character models), or chat messages for the tokenizer's chat template."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A part of a mixture."""
+
+    size: int
+    """Training prompts."""
+    weight: float
+
+
+class FittingPrompts(Protocol):
+    """Tells which prompts are short enough for the model, many at a time."""
+
+    @property
+    def key(self) -> str:
+        """Text over all that the answers depend on: tokenizer, template. Empty: not known."""
+
+    def num_tokens(self, prompts: Sequence[Prompt]) -> list[int]:
+        """Length of each prompt. Raises ValueError for one that cannot be rendered."""
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """The longest prompt for which the engine's context has room."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
     """One prompt, with the data that its reward needs."""
 
-    prompt: str | list[Message]
-    """Plain text (base and character models), or chat messages for the tokenizer's chat template."""
+    prompt: Prompt
     answer: Any
     """The value that `reward` compares the completion with; it stays in the process that created it."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """Other data for `reward`."""
+    label: str = ""
+    """Metrics are reported by label, where a job has several; at most 64 printable characters."""
+    max_new_tokens: int = 0
+    """Longest answer in tokens, if it is below the job's `sampling.max_new_tokens`; 0: the job's. Not for
+    examples with an environment."""
+
+    def __post_init__(self) -> None:
+        if self.label and (len(self.label) > MAX_LABEL_CHARS or not self.label.isprintable()):
+            raise ConfigError(f"label {self.label!r}: use at most {MAX_LABEL_CHARS} printable characters")
 
 
 class Completion(str):
@@ -131,10 +168,13 @@ class Task(ABC):
     sandbox: str = "bwrap"
     """The job's `rewards.sandbox`: `rollout_server.sandbox.make_sandbox(task.sandbox)` runs a program."""
 
+    least: ClassVar[Mapping[str, int]] = {"num_train": 1, "num_eval": 1, "max_prompt_tokens": 1}
+    """Smallest values of settings."""
+
     def __post_init__(self) -> None:
-        for name in ("num_train", "num_eval", "max_prompt_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"task.{name}={getattr(self, name)}: must be at least 1")
+        for name, least in self.least.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"task.{name}={getattr(self, name)}: must be at least {least}")
         if not (self.has_reward or self.has_environment):
             raise ConfigError(f"task {type(self).__name__}: implement reward() or environment()")
 
@@ -158,6 +198,33 @@ class Task(ABC):
         Called in the environment's process, which rebuilds the example.
         """
         return None
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The parts of a mixture, in the order of their indices; empty: the task is no mixture.
+
+        Their sizes add up to `num_train`.
+        """
+        return ()
+
+    @property
+    def content(self) -> list[str]:
+        """Fingerprints of the data that the task has read from files; part of its own fingerprint."""
+        return []
+
+    def without_long_prompts(self, fitting: FittingPrompts) -> Self:
+        """The task without the prompts that do not fit, for tasks over stored rows.
+
+        Called once in a server, before it registers. Raises ConfigError if none is left.
+        """
+        return self
+
+    def settings_of_workers(self, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The settings with which a worker process of this machine makes this very task.
+
+        `settings`: those that this task was made with.
+        """
+        return settings
 
     def check(self) -> None:  # noqa: B027, most tasks need nothing
         """Raises ConfigError if the task needs what this machine does not have.
@@ -200,15 +267,16 @@ class Task(ABC):
         return hashlib.sha256(description.encode()).hexdigest()[:16]
 
     def _describe(self) -> str:
-        settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
         num_examples = {"train": self.num_train, "eval": self.num_eval}
         examples = [
             self._checked_example(split, index)
             for split in get_args(Split)
             for index in range(min(_FINGERPRINT_EXAMPLES, num_examples[split]))
         ]
-        parts = [type(self).__qualname__, settings, [(e.prompt, e.answer) for e in examples]]
-        return json.dumps(parts, sort_keys=True, default=repr)
+        shown = [(example.prompt, example.answer) for example in examples]
+        parts = [type(self).__qualname__, settings, shown, self.content]
+        return canonical_json(parts, default=_described)
 
     def _checked_example(self, split: Split, index: int) -> Example:
         try:
@@ -221,6 +289,14 @@ class Task(ABC):
             ) from error
 
 
+def _described(value: Any) -> Any:
+    """What is no JSON, in a way that is the same in every process."""
+    if isinstance(value, Set):
+        return sorted(map(repr, value))
+    # The default repr contains the object's address.
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
 TASKS = Registry[Task](
     "task",
     Task,  # type: ignore[type-abstract]
@@ -230,6 +306,8 @@ TASKS = Registry[Task](
         "reasoning_gym": "rollout_server.tasks.reasoning_gym.ReasoningGymTask",
         "gymnasium": "rollout_server.tasks.gymnasium.GymnasiumTask",
         "textarena": "rollout_server.tasks.textarena.TextArenaTask",
+        "data": "rollout_server.tasks.data.task.DataTask",
+        "mixture": "rollout_server.tasks.mixture.MixtureTask",
     },
 )
 """Tasks are registered by path and imported on use: an optional package is needed only by its own task."""

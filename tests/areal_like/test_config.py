@@ -147,6 +147,15 @@ def test_presets_apply_on_top_of_a_file(tmp_path: Path) -> None:
         (["trainer.device=gpu"], "use cpu, cuda or cuda:N"),
         (["rollout.engine_device=tpu"], r"rollout\.engine_device=tpu: use cpu, cuda or cuda:N"),
         (["trainer.betas=[2,3]"], "at least 0 and below 1"),
+        (["eval.sets.a.num_samples=2"], r"eval\.sets\.a\.num_samples=2 with temperature=0: .*set a temp"),
+        (["eval.sets.a.num_sample=2"], r"did you mean `eval\.sets\.a\.num_samples`"),
+        (["eval.sets={a: {temperature: 1, num_samples: 2, k: [4]}}"], r"eval\.sets\.a\.k=\[4\]: .*1 to .*2"),
+        (["eval.sets.a.top_p=0.5"], r"eval\.sets\.a: top_p, top_k and min_p change nothing"),
+        (["eval.sets={a: {task: {digits: 2}}}"], r"eval\.sets\.a\.task: give either `name` or `_target_`"),
+        (["eval.sets={a: 3}"], r"eval\.sets\.a: want a mapping, got 3"),
+        (["eval.sets={a: {}}", "eval.num_prompts=200000"], r"eval\.num_prompts=200000: use"),
+        (["eval.sets.a.max_new_tokens=64", "rollout.max_context=64"], r"max_new_tokens=64 leaves no room"),
+        (["eval.num_prompts=9000", "buffer.max_message_bytes=65536"], r"evaluation set eval does not fit"),
         (["eval.timeout_s=-1"], r"eval\.timeout_s must be above 0"),
         (["rollout.host="], r"rollout\.host is empty"),
         (["buffer.lease_timeout_s=1", "daemon.heartbeat_s=1"], "every lease would expire"),
@@ -279,3 +288,16 @@ def test_choices_of_unions_are_checked(annotation: Any, good: list[Any], bad: li
     for value in bad:
         with pytest.raises(ConfigError, match="k="):
             check_choice(annotation, value, key="k")
+
+
+def test_evaluation_sets_have_defaults_of_the_job(tmp_path: Path) -> None:
+    settings = ["eval.sets={plain: {}, hard: {num_samples: 8, temperature: 0.6, k: [8, 1]}}", "seed=3"]
+    config = load_config([*settings, "eval.num_prompts=20", "eval.sets.hard.num_prompts=5"])
+    plain, hard = config.eval.resolved_sets.values()
+    assert (plain.num_prompts, plain.num_samples, plain.temperature, plain.ks) == (20, 1, 0.0, (1,))
+    assert (hard.num_prompts, hard.ks) == (5, (1, 8))
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(["--config", str(tmp_path / "config.yaml")]) == config
+    assert load_config(["--config", str(tmp_path / "config.yaml"), "eval.num_prompts=0"]).eval.sets
+    assert not load_config([*settings, "eval.num_prompts=0"]).eval.resolved_sets
+    assert list(Config().eval.resolved_sets) == ["eval"]

@@ -55,7 +55,9 @@ def test_a_run_without_a_ledger_is_refused(tmp_path: Path, capsys: pytest.Captur
 def test_numbers_of_a_run(tmp_path: Path) -> None:
     root = tmp_path / "one"
     task = {"name": "sort", "num_train": 40, "num_eval": 7}
-    save_config(from_mapping({"name": "one", "task": task}), root / "config.yaml")
+    sets = {"same": {}, "other": {"num_prompts": 5, "task": {"name": "sort", "seed": 5}}}
+    config = {"name": "one", "task": task, "eval": {"num_prompts": 4, "sets": sets}}
+    save_config(from_mapping(config), root / "config.yaml")
     (root / "ledger").mkdir()
     with closing(sqlite3.connect(root / "ledger" / "ledger.sqlite3", isolation_level=None)) as ledger:
         sql.migrate(ledger, path=root)
@@ -66,6 +68,8 @@ def test_numbers_of_a_run(tmp_path: Path) -> None:
     train, held_out = report["splits"]["train"], report["splits"]["eval"]
     assert (train["rows"], train["of_rows"], held_out["rows"]) == (30, 40, 7)
     assert train["prompt_chars"]["max"] == 9 and train["prompt_tokens"] is None
+    assert report["splits"]["eval.sets.other"]["rows"] == 5 and len(report["splits"]) == 3
+    assert [overlap["split"] for overlap in report["overlaps"]] == ["eval", "eval.sets.other"]
     assert report["overlaps"][0]["normalised"] == 0, "a multiset of digits belongs to one split"
     assert report["heard"] | {"epochs": 1.5, "never_issued": 40, "heard": 0} == report["heard"]
     assert "contains no model" in report["notes"][0]

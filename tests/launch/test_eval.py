@@ -76,11 +76,13 @@ def test_an_evaluation_needs_no_trainer(run: Path) -> None:
         "kl": {"coef": 0.1},
         "model": {"dtype": "bfloat16"},
         "max_staleness": "auto",
+        "task": {"name": "data", "eval": "test.jsonl", "reward": "exact"},
     }
     config = evaluation_config(from_mapping(training), find_model("one"))
     assert config.trainer.device == "cpu" and config.trainer.world_size == config.buffer.num_shards == 1
     assert config.trainer.tokens_per_microbatch == 9999, "the engine's context depends on it"
     assert config.buffer.retain_trajectories and config.buffer.durability == "process_crash"
+    assert config.task["train"] == "test.jsonl", "a server wants training prompts; none is issued"
     assert config.model.dtype == "bfloat16" and config.model.path.endswith("step_000010")
     assert from_mapping(to_mapping(config)) == config
 

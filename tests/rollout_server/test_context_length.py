@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from areal_like.config import Config, from_mapping
+from areal_like.config import Config, EvalSetConfig, from_mapping
 from areal_like.errors import ConfigError
-from rollout_server.context_length import longest_sequence
+from rollout_server.context_length import longest_evaluation, longest_sequence
 from rollout_server.environments.base import Environment
 from rollout_server.tasks.base import Completion, Example, Split, Task
 
@@ -63,3 +63,32 @@ def test_a_group_of_episodes_must_fit_into_a_message() -> None:
     assert longest_sequence(config, OneAnswer(max_prompt_tokens=100), max_positions=5000) == 150
     with pytest.raises(ConfigError, match=r"up to 100000 tokens .* buffer\.max_message_bytes=4194304: raise"):
         longest_sequence(config, ManyTurns(max_prompt_tokens=100), max_positions=5000)
+
+
+@pytest.mark.parametrize(
+    ("one", "sections", "of_one", "of_many"),
+    [
+        ({}, {}, 150, 900),
+        ({"max_new_tokens": 3000}, {}, 3100, 5000),  # more than a micro-batch of 1,000 tokens
+        ({"max_new_tokens": 400}, {"episode": {"max_tokens": 700}}, 500, 700),
+        ({"max_new_tokens": 400}, {"rollout": {"max_context": 700}}, 700, 700),
+    ],
+)
+def test_evaluations_need_not_fit_into_a_microbatch(
+    one: dict[str, Any], sections: dict[str, Any], of_one: int, of_many: int
+) -> None:
+    config, settings = config_of(**sections), EvalSetConfig(**one)
+    found = [
+        longest_evaluation(config, settings, task, max_positions=5000)
+        for task in (OneAnswer(max_prompt_tokens=100), ManyTurns(max_prompt_tokens=100))
+    ]
+    assert found == [of_one, of_many]
+
+
+def test_an_evaluation_without_room_is_refused() -> None:
+    task = OneAnswer(max_prompt_tokens=100)
+    with pytest.raises(ConfigError, match=r"max_new_tokens=500 .* no room .* the model's limit is 500"):
+        longest_evaluation(config_of(), EvalSetConfig(max_new_tokens=500), task, max_positions=500)
+    small = config_of(buffer={"max_message_bytes": 1 << 16})
+    with pytest.raises(ConfigError, match=r"buffer\.max_message_bytes=65536: raise it"):
+        longest_evaluation(small, EvalSetConfig(max_new_tokens=9000), task, max_positions=20_000)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from areal_like.config import from_mapping
+from areal_like.config import EvalSetConfig, from_mapping
 from areal_like.errors import (
     EngineError,
     EngineTimeoutError,
@@ -31,6 +31,7 @@ from rollout_server.episodes.base import Episode, PolicyClient, SingleTurn, Toke
 from rollout_server.episodes.lease_runner import LeaseRunner
 from rollout_server.episodes.prompt_leader import LONG_PROMPT_TOKENS, needs_leader
 from rollout_server.episodes.transcript import Transcript
+from rollout_server.eval_sets import EvalSet
 from rollout_server.inference.generation_gate import GenerationGate
 from rollout_server.inference.types import Generation, Sampling
 from rollout_server.rewards.pool import Reward
@@ -136,6 +137,7 @@ class Served:
         episode: Episode | None = None,
         rewards: FixedRewards | None = None,
         on_failure: dict[str, str] | None = None,
+        eval_sets: dict[str, EvalSet] | None = None,
     ) -> None:
         self.results: list[SampleResult] = []
         self.held = HeldLeases(engine_samples=AT_ENGINE, max_episodes=EPISODES)
@@ -157,6 +159,7 @@ class Served:
             gate=GenerationGate(),
             on_result=self._deliver,
             on_move=self.held.moved,
+            eval_sets=eval_sets,
         )
         self.runner.engine = self.engine
 
@@ -164,15 +167,16 @@ class Served:
         self.results.append(result)
         self.held.finish(result, now_s=0.0)
 
-    def grant(self, *lease_ids: int, num_samples: int = GROUP) -> None:
+    def grant(self, *lease_ids: int, num_samples: int = GROUP, eval_set: str = "") -> None:
         leases = [
             Lease(
                 lease_id=lease_id,
                 ticket_id=lease_id,
                 prompt_index=lease_id,
-                purpose=Purpose.TRAIN,
+                purpose=Purpose.EVAL if eval_set else Purpose.TRAIN,
                 sample_indices=list(range(num_samples)),
                 seed=1,
+                eval_set=eval_set,
             )
             for lease_id in lease_ids
         ]
@@ -225,6 +229,46 @@ def test_time_limit_is_per_example_and_samples_start_early() -> None:
             assert len(served.results) == 25 * GROUP and all(
                 isinstance(result, SampleDone) for result in served.results
             )
+
+    asyncio.run(body())
+
+
+def test_every_set_has_its_own_task_and_sampling() -> None:
+    async def body() -> None:
+        job, other = Slow(seconds=0.0), Slow(seconds=0.0)
+        plain = EvalSet(
+            settings=EvalSetConfig(), task=job, renderer=Digits(), rewards=FixedRewards(), environments=None
+        )
+        settings = EvalSetConfig(
+            num_samples=2, temperature=0.6, top_p=0.9, top_k=7, min_p=0.1, max_new_tokens=4
+        )
+        hard = replace(plain, settings=settings, task=other, rewards=FixedRewards())
+        async with serving(job, eval_sets={"plain": plain, "hard": hard}) as served:
+            served.grant(1)
+            served.grant(2, eval_set="plain", num_samples=1)
+            served.grant(3, eval_set="hard", num_samples=2)
+            served.grant(4, eval_set="gone", num_samples=2)
+            await served.until(lambda: len(served.results) == GROUP + 5)
+            samplings = {rid.partition(".")[0]: sampling for _, sampling, rid in served.engine.requests}
+            seeds = {rid: sampling.sampling_seed for _, sampling, rid in served.engine.requests}
+            train, greedy, filtered = samplings["1"], samplings["2"], samplings["3"]
+            assert (train.temperature, train.max_new_tokens) == (1.0, 10)
+            assert (train.top_p, train.top_k, train.min_p) == (1.0, -1, 0.0)
+            assert (greedy.temperature, greedy.sampling_seed, greedy.max_new_tokens) == (0.0, None, 10)
+            assert filtered.to_dict() | {"sampling_seed": None} == {
+                "max_new_tokens": 4,
+                "temperature": 0.6,
+                "top_p": 0.9,
+                "top_k": 7,
+                "min_p": 0.1,
+                "sampling_seed": None,
+            }
+            assert (seeds["3.0.0"], seeds["3.1.0"]) == (1, 2), "sample i has the lease's seed + i"
+            assert (job.requested, other.requested) == ([1, 2], [3])
+            assert len(plain.rewards.completions) == 1 and len(hard.rewards.completions) == 2
+            assert [result.record.is_greedy for result in served.of(2)] == [True]
+            assert [result.record.is_greedy for result in served.of(3)] == [False, False]
+            assert all("no evaluation set gone" in result.error for result in served.of(4))
 
     asyncio.run(body())
 

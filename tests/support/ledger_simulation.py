@@ -116,10 +116,17 @@ def add_server(
 
 
 def done(
-    lease: Lease, index: int, versions: list[int], *, reward: float = 0.0, failure: str = ""
+    lease: Lease,
+    index: int,
+    versions: list[int],
+    *,
+    reward: float = 0.0,
+    failure: str = "",
+    finish: FinishReason = FinishReason.STOP,
 ) -> SampleDone:
     """A finished sample of a lease."""
-    sample = trajectory(versions, reward=reward, is_greedy=index in lease.greedy_indices)
+    is_greedy = index in lease.greedy_indices
+    sample = trajectory(versions, reward=reward, is_greedy=is_greedy, finish=finish)
     record = Record.of(lease.ticket_id, index, sample)
     return SampleDone(lease_id=lease.lease_id, record=record, failure=failure)
 

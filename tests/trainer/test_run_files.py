@@ -9,9 +9,13 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from areal_like.config import EvalSetConfig
 from areal_like.wire.messages.consumer import RunCounters
+from areal_like.wire.messages.evaluation import EvalResult, SampleOutcome
+from trainer.metrics.evaluations_file import EvaluationsFile, described, evaluation_row
 from trainer.metrics.run_files import WARM_UP_STEPS, MetricsFile, write_summary
 
 
@@ -129,3 +133,48 @@ def test_rates_after_a_resume_cover_one_time_span(tmp_path: Path) -> None:
     assert (summary["steps"], summary["resumed_from_step"]) == (60, 40)
     assert (summary["tokens_generated"], summary["tokens_trained"]) == (360_000, 180_000)
     assert (summary["wall_seconds"], summary["generation_idle_fraction"]) == (25.0, 0.1)
+
+
+def evaluated(step: int, *, rewards: list[float], eval_set: str = "hard") -> dict[str, Any]:
+    """The row of two answers to each prompt, the last one of which failed."""
+    size = len(rewards)
+    result = EvalResult(
+        eval_id=step,
+        eval_set=eval_set,
+        num_samples=2,
+        rewards=np.array(rewards),
+        tokens=np.full(size, 5, np.int32),
+        outcomes=np.array([0] * (size - 1) + [SampleOutcome.FAILED], np.uint8),
+        oldest_version=step,
+        newest_version=step + 1,
+        oldest_step=step,
+        newest_step=step,
+    )
+    return evaluation_row(result, EvalSetConfig(num_samples=2, temperature=1.0), seconds=1.5)
+
+
+def test_a_row_of_an_evaluation_has_its_statistics() -> None:
+    row = evaluated(7, rewards=[1.0, 0.0, 1.0, 0.5, 0.0, 0.0])
+    assert (row["step"], row["set"], row["avg"], row["num_failed"]) == (7, "hard", pytest.approx(2.5 / 6), 1)
+    assert row["pass_at_k"] == {"1": pytest.approx(1 / 3), "2": pytest.approx(2 / 3)} and row["is_mixed"]
+    assert (row["num_prompts"], row["num_samples"], row["num_tokens"]) == (3, 2, 30)
+    assert json.loads(json.dumps(row)) == row
+    text = described(row)
+    assert "0.4167 [" in text and "over 3 prompts x 2, pass@2 0.6667, 1 samples failed" in text
+    assert "versions 7 to 8" in text
+
+
+@pytest.mark.parametrize(("start_step", "kept"), [(0, []), (5, [0]), (10, [0, 10]), (30, [0, 10, 20])])
+def test_a_resume_drops_later_evaluations(tmp_path: Path, start_step: int, kept: list[int]) -> None:
+    path = tmp_path / "evaluations.jsonl"
+    file = EvaluationsFile(path, start_step=0)
+    for step in (0, 10, 20):
+        file.append(evaluated(step, rewards=[step / 20, 0.0]))
+    file.close()
+    again = EvaluationsFile(path, start_step=start_step)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == kept
+    assert again.sets_of(20) == ({"hard"} if 20 in kept else set())
+    again.append(evaluated(40, rewards=[1.0, 0.0]))
+    ends = again.summary()["hard"]
+    assert (ends["before"]["step"], ends["after"]["step"]) == ((kept or [40])[0], 40)
+    again.close()

@@ -20,10 +20,11 @@ from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from tests.support.launching import ROOT
 from tests.support.trackers import Hanging, Kept, Raising, scalars, texts, wandb_config, wandb_history
+from trainer.metrics.evaluations_file import EvaluationsFile
 from trainer.metrics.run_files import MetricsFile
 from trainer.trackers import TrackedRun, Tracker, build_trackers
 from trainer.trackers.feed import MAX_WAITING, Trackers
-from trainer.trackers.names import VERL, step_numbers
+from trainer.trackers.names import VERL, VERL_EVALUATION, evaluation_numbers, step_numbers
 from trainer.trackers.sent_config import HIDDEN, without_secrets
 
 SECRET = "sk-0123456789"
@@ -43,6 +44,24 @@ def row(step: int, *, reward: float = 0.5) -> dict[str, Any]:
     }
 
 
+def evaluation(step: int, *, avg: float, time_unix_s: float) -> dict[str, Any]:
+    return {
+        "step": step,
+        "set": "sums",
+        "time_unix_s": time_unix_s,
+        "avg": avg,
+        "ci_low": None,
+        "ci_high": avg + 0.125,
+        "pass_at_k": {"1": avg, "8": 0.875},
+        "num_prompts": 30,
+        "num_samples": 8,
+        "num_failed": 0,
+        "truncated_fraction": 0.25,
+        "mean_tokens": 5.0,
+        "seconds": 2.0,
+    }
+
+
 def job(tmp_path: Path, *trackers: Any) -> Config:
     env = {"HF_TOKEN": SECRET}
     sglang = {"env": env}
@@ -58,24 +77,27 @@ def job(tmp_path: Path, *trackers: Any) -> Config:
     )
 
 
-@contextlib.contextmanager
-def tracked(config: Config, *, start_step: int = 0) -> Iterator[tuple[MetricsFile, Trackers]]:
-    """The files and trackers of one start of a trainer, as its leader uses them."""
-    metrics = MetricsFile(RunPaths.of(config).metrics, start_step=start_step)
+def train(config: Config, steps: range, *, reward: float) -> dict[str, Any]:
+    """Logs these steps as a trainer does that starts here; returns the trackers' status at the end.
+
+    The evaluation of the weights before each third step comes in one step later.
+    """
+    paths = RunPaths.of(config)
+    metrics = MetricsFile(paths.metrics, start_step=steps.start)
+    evaluations = EvaluationsFile(paths.evaluations, start_step=steps.start)
     trackers = Trackers.of(
-        config, start_step=start_step, is_rewound=metrics.num_dropped > 0, on_outcome=lambda _: None
+        config, start_step=steps.start, is_rewound=metrics.num_dropped > 0, on_outcome=lambda _: None
     )
-    yield metrics, trackers
+    for step in steps:
+        metrics.append(row(step, reward=reward))
+        trackers.stepped(metrics.last)
+        if step % 3 == 1 and not (steps.start and step == steps.start + 1):
+            evaluated = evaluation(step - 1, avg=reward, time_unix_s=1.7e9 + step + 0.5)
+            evaluations.append(evaluated)
+            trackers.evaluated(evaluated)
     trackers.close({"steps": metrics.num_rows}, limit_s=30, waits=contextlib.nullcontext)
     metrics.close()
-
-
-def train(config: Config, steps: range, *, reward: float) -> dict[str, Any]:
-    """Logs these steps; returns the trackers' status at the end."""
-    with tracked(config, start_step=steps.start) as (metrics, trackers):
-        for step in steps:
-            metrics.append(row(step, reward=reward))
-            trackers.stepped(metrics.last)
+    evaluations.close()
     return trackers.status()
 
 
@@ -88,6 +110,8 @@ def test_tensorboard_replaces_steps_that_are_trained_again(tmp_path: Path) -> No
     assert found["train/reward_mean"] == {0: 0.25, 1: 0.25, 2: 0.25, 3: 0.75, 4: 0.75, 5: 0.75}
     assert found["critic/score/mean"] == found["train/reward_mean"]
     assert set(found["train/loss"]) == {0, 1, 3, 4, 5}, "an unknown number is left out"
+    assert found["eval/sums/avg@8"] == {0: 0.25, 3: 0.25} == found["val-core/sums/reward/mean@8"]
+    assert found["val-core/sums/reward/best@8/mean"] == {0: 0.875, 3: 0.875}
     assert json.loads(texts(folder)["summary"]) == {"steps": 6}
     assert SECRET not in texts(folder)["config"] and '"name": "sort"' in texts(folder)["config"]
     assert "torch.utils.tensorboard" not in sys.modules
@@ -109,7 +133,8 @@ def test_wandb_offline_has_one_whole_series(tmp_path: Path, monkeypatch: pytest.
     config = job(tmp_path, {"name": "wandb", "project": "p", "tags": ["a"], "aliases": "verl"})
     for steps, reward in ((range(5), 0.25), (range(3, 6), 0.75)):
         status = train(config, steps, reward=reward)["wandb"]
-        assert (status["state"], status["logged"], status["failure"]) == ("closed", len(steps), "")
+        assert (status["state"], status["failed"], status["failure"]) == ("closed", 0, "")
+        assert status["logged"] >= len(steps)
         wandb.teardown()  # as at the end of a process: the file is whole
     folder = RunPaths.of(config).wandb
     (earlier,) = folder.glob("replaced-run-*")
@@ -119,7 +144,12 @@ def test_wandb_offline_has_one_whole_series(tmp_path: Path, monkeypatch: pytest.
     assert [one["_step"] for one in rows] == list(range(6))
     assert [one["train/reward_mean"] for one in rows] == [0.25] * 3 + [0.75] * 3
     assert [one["training/global_step"] for one in rows] == list(range(6))
-    assert [one["_timestamp"] for one in rows] == [row(step)["time_unix_s"] for step in range(6)]
+    assert [int(one["_timestamp"]) for one in rows] == [row(step)["time_unix_s"] for step in range(6)]
+    evaluated = [one for one in rows if "eval/step" in one]
+    assert [(one["_step"], one["eval/step"], one["eval/sums/pass@8"]) for one in evaluated] == [
+        (1, 0, 0.875),
+        (3, 3, 0.875),
+    ]
     assert wandb_config(directory)["task"]["judge"] == {"api_key": HIDDEN, "model": "m"}
     everything = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
     assert SECRET.encode() not in everything
@@ -170,7 +200,7 @@ def test_trackers_that_fail_or_hang_do_not_stop_training(caplog: pytest.LogCaptu
 
 
 def test_names_are_grouped_and_numbers_finite() -> None:
-    numbers = step_numbers(row(2) | {"lr": math.nan, "new_metric": 3})
+    numbers = step_numbers(row(2) | {"lr": math.nan, "new_metric": 3, "eval_reward": 0.5})
     assert numbers == {
         "train/reward_mean": 0.5,
         "train/new_metric": 3,
@@ -181,6 +211,17 @@ def test_names_are_grouped_and_numbers_finite() -> None:
         "reward_parts/format": 0.25,
         "by_label/sums?[2J/num_samples": 4,
         "by_label/sums?[2J/reward_mean": 0.5,
+    }
+    numbers = evaluation_numbers(evaluation(5, avg=0.5, time_unix_s=0.0))
+    assert {name.removeprefix("eval/sums/"): value for name, value in numbers.items()} == {
+        "avg@8": 0.5,
+        "pass@1": 0.5,
+        "pass@8": 0.875,
+        "ci_high": 0.625,
+        "truncated_fraction": 0.25,
+        "mean_tokens": 5.0,
+        "num_failed": 0,
+        "seconds": 2.0,
     }
 
 
@@ -195,8 +236,8 @@ def test_verl_names_are_those_of_the_page() -> None:
         )
         for column, name in pairs:
             listed.setdefault(column, set()).add(name)
-    listed.pop("eval_reward", None)
-    assert listed == {column: set(names) for column, names in VERL.items()}
+    of_evaluation = {field: (name,) for field, name in VERL_EVALUATION.items()}
+    assert listed == {column: set(names) for column, names in (VERL | of_evaluation).items()}
 
 
 def test_secrets_are_not_sent() -> None:

@@ -104,6 +104,10 @@ class EvaluationsFile:
         self._file.flush()
         self._note(row)
 
+    def sets_of(self, step: int) -> set[str]:
+        """The sets whose newest row is of this step."""
+        return {name for name, row in self.last.items() if row["step"] == step}
+
     def summary(self) -> dict[str, dict[str, Any]]:
         """Set -> its first and its last row, `before` and `after`."""
         return {name: {"before": self._first[name], "after": self.last[name]} for name in self.last}

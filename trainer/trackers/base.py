@@ -40,6 +40,8 @@ class TrackedRow:
     """Of a step: steps completed before it. Of an evaluation: the step whose weights were evaluated."""
     time_unix_s: float
     """When the step or evaluation ended."""
+    is_evaluation: bool
+    """True for the evaluation of one set."""
     numbers: Mapping[str, float]
     """Finite numbers by name (`train/loss`); docs/guides/trackers.md has the groups."""
 
@@ -59,7 +61,8 @@ class TrackedRun:
     is_rewound: bool
     """True if rows of `start_step` and later were logged before: these steps are trained again."""
     earlier_rows: Callable[[], Iterator[TrackedRow]]
-    """Reads the rows before `start_step` from the run's files, one at a time, in the order of their steps."""
+    """Reads the rows of the run's files that this start keeps, one at a time, in the order of their times:
+    steps before `start_step`, and evaluations up to it."""
 
 
 class Tracker(ABC):

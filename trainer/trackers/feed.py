@@ -12,6 +12,7 @@ end of the trainer by that time and no more.
 from __future__ import annotations
 
 import functools
+import heapq
 import logging
 import queue
 import threading
@@ -26,7 +27,7 @@ from areal_like.paths import RunPaths
 from trainer.metrics.prometheus import TRACKER_OUTCOMES
 from trainer.metrics.run_files import read_rows
 from trainer.trackers.base import Aliases, TrackedRow, TrackedRun, Tracker, build_trackers
-from trainer.trackers.names import step_numbers
+from trainer.trackers.names import evaluation_numbers, step_numbers
 from trainer.trackers.sent_config import without_secrets
 
 log = logging.getLogger(__name__)
@@ -54,13 +55,17 @@ class Trackers:
         cls, config: Config, *, start_step: int, is_rewound: bool, on_outcome: Callable[[str], None]
     ) -> Trackers:
         """Opens the trackers that `config.trackers` names. `start_step`, `is_rewound`: as of TrackedRun."""
-        paths = RunPaths.of(config)
+        paths, opened_unix_s = RunPaths.of(config), time.time()
 
         def earlier_rows(aliases: Aliases) -> Iterator[TrackedRow]:
-            for row in read_rows(paths.metrics):
-                if row["step"] >= start_step:
-                    return
-                yield _tracked(row, aliases=aliases)
+            files = (
+                map(functools.partial(tracked, aliases=aliases), read_rows(path))
+                for path, tracked in ((paths.metrics, _step), (paths.evaluations, _evaluation))
+            )
+            # The files grow meanwhile: their new rows come through the queue.
+            for row in heapq.merge(*files, key=lambda row: row.time_unix_s):
+                if row.time_unix_s < opened_unix_s and (row.is_evaluation or row.step < start_step):
+                    yield row
 
         return cls(
             {
@@ -83,7 +88,12 @@ class Trackers:
     def stepped(self, row: Mapping[str, Any]) -> None:
         """Gives the trackers a row of metrics.jsonl."""
         for feed in self._feeds:
-            feed.put(_tracked(row, aliases=feed.tracker.aliases))
+            feed.put(_step(row, aliases=feed.tracker.aliases))
+
+    def evaluated(self, row: Mapping[str, Any]) -> None:
+        """Gives the trackers a row of evaluations.jsonl."""
+        for feed in self._feeds:
+            feed.put(_evaluation(row, aliases=feed.tracker.aliases))
 
     def status(self) -> dict[str, Any]:
         """By tracker: its state, its rows by outcome, and its first failure."""
@@ -113,9 +123,22 @@ class Trackers:
                 log.warning("the tracker %s did not end within %.0f s: %s", feed.name, limit_s, feed.status())
 
 
-def _tracked(row: Mapping[str, Any], *, aliases: Aliases) -> TrackedRow:
-    numbers = step_numbers(row, aliases=aliases)
-    return TrackedRow(step=row["step"], time_unix_s=row["time_unix_s"], numbers=numbers)
+def _step(row: Mapping[str, Any], *, aliases: Aliases) -> TrackedRow:
+    return TrackedRow(
+        step=row["step"],
+        time_unix_s=row["time_unix_s"],
+        is_evaluation=False,
+        numbers=step_numbers(row, aliases=aliases),
+    )
+
+
+def _evaluation(row: Mapping[str, Any], *, aliases: Aliases) -> TrackedRow:
+    return TrackedRow(
+        step=row["step"],
+        time_unix_s=row["time_unix_s"],
+        is_evaluation=True,
+        numbers=evaluation_numbers(row, aliases=aliases),
+    )
 
 
 class _Feed:

@@ -24,7 +24,9 @@ _PERFORMANCE = (
 )
 _GROUP_OF = dict.fromkeys(_STABILITY, "stability") | dict.fromkeys(_PERFORMANCE, "performance")
 _OTHER_GROUP = "train"
-_NOT_TRACKED = ("step", "time_unix_s")
+_NOT_TRACKED = ("step", "time_unix_s", "eval_reward")
+"""Columns that are no numbers of the step: evaluations have rows of their own."""
+_OF_EVALUATION = ("ci_low", "ci_high", "truncated_fraction", "mean_tokens", "num_failed", "seconds")
 
 VERL: dict[str, tuple[str, ...]] = {
     "step": ("training/global_step",),
@@ -50,6 +52,11 @@ VERL: dict[str, tuple[str, ...]] = {
     "wait_data_s": ("timing_s/gen",),
 }
 """Column of metrics.jsonl -> its names in verl 0.9.1."""
+VERL_EVALUATION = {
+    "avg": "val-core/<set>/reward/mean@<n>",
+    "pass_at_k": "val-core/<set>/reward/best@<k>/mean",
+}
+"""Field of evaluations.jsonl -> its name in verl; n is `num_samples`."""
 
 
 def step_numbers(row: Mapping[str, Any], *, aliases: str = "none") -> dict[str, float]:
@@ -62,9 +69,7 @@ def step_numbers(row: Mapping[str, Any], *, aliases: str = "none") -> dict[str, 
     for column, value in row.items():
         if column in _NOT_TRACKED:
             continue
-        if column == "eval_reward":
-            name = f"{EVALUATION}/{EVALUATION}/reward_mean"
-        elif column == "eval_loss":  # of supervised training
+        if column == "eval_loss":  # of supervised training
             name = f"{EVALUATION}/loss"
         else:
             name = column if isinstance(value, Mapping) else f"{_GROUP_OF.get(column, _OTHER_GROUP)}/{column}"
@@ -75,6 +80,23 @@ def step_numbers(row: Mapping[str, Any], *, aliases: str = "none") -> dict[str, 
         for column, names in VERL.items():
             for name in names:
                 numbers.update(_numbers(name, row.get(column)))
+    return numbers
+
+
+def evaluation_numbers(row: Mapping[str, Any], *, aliases: str = "none") -> dict[str, float]:
+    """The numbers of a row of evaluations.jsonl: `eval/SET/avg@N` over N answers, `eval/SET/pass@K`, ..."""
+    group = f"{EVALUATION}/{row['set']}"
+    named = {f"{group}/avg@{row['num_samples']}": row["avg"]}
+    named |= {f"{group}/pass@{k}": share for k, share in row["pass_at_k"].items()}
+    if aliases == "verl":
+        verl = {field: name.replace("<set>", row["set"]) for field, name in VERL_EVALUATION.items()}
+        named[verl["avg"].replace("<n>", str(row["num_samples"]))] = row["avg"]
+        named |= {verl["pass_at_k"].replace("<k>", k): share for k, share in row["pass_at_k"].items()}
+    numbers: dict[str, float] = {}
+    for name, value in named.items():
+        numbers.update(_numbers(name, value))
+    for column in _OF_EVALUATION:
+        numbers.update(_numbers(f"{group}/{column}", row[column]))
     return numbers
 
 

@@ -51,11 +51,11 @@ class TensorBoard(Tracker):
         self._file = (folder / name).open("xb")
         self._writer = RecordWriter(self._file)
         self._write(wall_time=now_s, file_version=_FILE_VERSION)
-        if is_first:
-            for row in run.earlier_rows():
-                self.log(row)
-        else:
+        if not is_first:
             self._write(wall_time=now_s, step=run.start_step, session_log={"status": "START"})
+        for row in run.earlier_rows():
+            if is_first or row.step >= run.start_step:  # an evaluation of the step at which this start begins
+                self.log(row)
         self._write_text("config", _fenced(run.config), step=run.start_step)
 
     def log(self, row: TrackedRow) -> None:

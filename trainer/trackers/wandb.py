@@ -20,7 +20,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -79,22 +79,21 @@ class WeightsAndBiases(Tracker):
         if mode == "offline":
             _set_aside(folder, run_id)
             self._init(run, run_id, mode=mode)
-            needs_rows = True
+            rows = run.earlier_rows()
         else:
-            needs_rows = self._open_online(run, run_id, is_known=is_known, refusals=(wandb.Error,))
+            rows = self._open_online(run, run_id, is_known=is_known, refusals=(wandb.Error,))
         for pattern in (f"{EVALUATION}/*", "val-core/*"):
             self._run.define_metric(pattern, step_metric=_EVALUATION_STEP)
-        if needs_rows:
-            for row in run.earlier_rows():
-                self.log(row)
+        for row in rows:
+            self.log(row)
         directory = Path(self._run.settings.sync_dir)
         log.info("wandb is %s: %s", mode, f"`wandb sync {directory}`" if mode == "offline" else self._run.url)
 
     def log(self, row: TrackedRow) -> None:
         """Writes the row. W&B takes no row of an earlier step: an evaluation joins the newest one."""
         self._step = max(self._step, row.step)
-        numbers = dict(row.numbers) | {"_timestamp": row.time_unix_s}
-        if any(name.startswith(f"{EVALUATION}/") for name in numbers):
+        numbers = {**row.numbers, "_timestamp": row.time_unix_s}
+        if row.is_evaluation:
             numbers[_EVALUATION_STEP] = row.step
         self._run.log(numbers, step=self._step)
 
@@ -108,11 +107,11 @@ class WeightsAndBiases(Tracker):
 
     def _open_online(
         self, run: TrackedRun, run_id: str, *, is_known: bool, refusals: tuple[type[Exception], ...]
-    ) -> bool:
-        """Opens the run on the server; returns True if it has to get the earlier rows."""
+    ) -> Iterator[TrackedRow]:
+        """Opens the run on the server; returns the earlier rows that it lacks."""
         if not (is_known and run.is_rewound):
             self._init(run, run_id, mode="online", resume="allow")
-            return not is_known
+            return iter(()) if is_known else run.earlier_rows()
         try:
             if run.start_step == 0:
                 raise refusals[0]("there is no step before the first one")
@@ -121,8 +120,8 @@ class WeightsAndBiases(Tracker):
             new_id = _new_id(RunPaths(run.root).wandb)
             log.warning("wandb cannot rewind the run %s (%s): its rows go to a new one", run_id, error)
             self._init(run, new_id, mode="online")
-            return True
-        return False
+            return run.earlier_rows()
+        return _after_the_last_step(run.earlier_rows())
 
     def _init(self, run: TrackedRun, run_id: str, *, mode: str, **resume: str) -> None:
         import wandb
@@ -176,6 +175,14 @@ def _new_id(folder: Path) -> str:
     run_id = secrets.token_hex(6)
     (folder / "run_id").write_text(f"{run_id}\n")
     return run_id
+
+
+def _after_the_last_step(rows: Iterator[TrackedRow]) -> Iterator[TrackedRow]:
+    """The evaluations after the last row of a step: they were with later steps, which were removed."""
+    late: list[TrackedRow] = []
+    for row in rows:
+        late = [*late, row] if row.is_evaluation else []
+    return iter(late)
 
 
 def _set_aside(folder: Path, run_id: str) -> None:

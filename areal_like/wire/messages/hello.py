@@ -46,6 +46,11 @@ class Hello:
     """Fingerprint of the tokenizer."""
     dataset: str
     """Fingerprint of the task and its settings."""
+    content: str = ""
+    """Rollout servers: `Task.fingerprint`, over the content of data files and the first examples; equal in
+    all servers of a job. Empty: not compared."""
+    eval_content: str = ""
+    """The same of all evaluation sets together."""
     settings: str = ""
     """`fingerprint.shared_settings`: the settings that must equal the buffer's, as text. Empty: not
     compared."""
@@ -64,6 +69,11 @@ class Hello:
     """Device of the engine or rank, `cpu` or `cuda`; it decides between gloo and NCCL."""
     num_train_prompts: int = 0
     """Rollout servers: number of the task's training prompts, among which the buffer chooses by index."""
+    source_sizes: list[int] = field(default_factory=list)
+    """Rollout servers: training prompts of each task of a mixture, which follow one another; their sum is
+    `num_train_prompts`. Empty: no mixture."""
+    source_weights: list[float] = field(default_factory=list)
+    """As many weights: how often each task is drawn."""
     eval_sets: dict[str, int] = field(default_factory=dict)
     """Rollout servers: number of held-out prompts that the task of each evaluation set has, by name."""
     rank: int = 0

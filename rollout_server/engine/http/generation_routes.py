@@ -29,7 +29,7 @@ PAUSE_MODES = ("abort", "in_place", "retract")
 
 
 @dataclass(eq=False)
-class _Inbox:
+class Inbox:
     """Outputs of one HTTP request, on their way from the engine's thread to the response."""
 
     num_open: int
@@ -49,7 +49,7 @@ class _Inbox:
 def deliver(outputs: list[SequenceOutput]) -> None:
     """Hands outputs to the requests that wait for them. Must run in the event loop."""
     for output in outputs:
-        inbox: _Inbox = output.sequence.owner
+        inbox: Inbox = output.sequence.owner
         inbox.outputs.append(output)
         inbox.arrived.set()
 
@@ -66,12 +66,12 @@ class GenerationRoutes:
         if (scored := parse_score(body, self._limits)) is not None:
             return await self._score(scored)
         work = parse_generate(body, self._limits)
-        inbox = _Inbox(num_open=len(work.sequences))
+        inbox = Inbox(num_open=len(work.sequences))
         for sequence in work.sequences:
             sequence.owner = inbox
-        await asyncio.wrap_future(self._loop.call(lambda core: _submit(core, work)))
+        await asyncio.wrap_future(self._loop.call(lambda core: submit(core, work)))
         if work.stream:
-            return _EventStream(self._events(work, inbox), on_close=lambda: self._abort_unfinished(work))
+            return EventStream(self._events(work, inbox), on_close=lambda: self._abort_unfinished(work))
         return await self._wait_for_all(request, work, inbox)
 
     async def _score(self, request: ScoreRequest) -> Response:
@@ -81,18 +81,18 @@ class GenerationRoutes:
         scores, version = await asyncio.wrap_future(scoring)
         return JSONResponse(request.answer(scores, version=version))
 
-    async def _events(self, work: GenerateRequest, inbox: _Inbox) -> AsyncIterator[bytes]:
+    async def _events(self, work: GenerateRequest, inbox: Inbox) -> AsyncIterator[bytes]:
         index_of = {sequence.seq_id: i for i, sequence in enumerate(work.sequences)}
         while inbox.num_open:
             outputs = await inbox.take()
             yield b"".join(encode_event(self._json(work, index_of, output)) for output in outputs)
         yield END_OF_STREAM
 
-    async def _wait_for_all(self, request: Request, work: GenerateRequest, inbox: _Inbox) -> Response:
+    async def _wait_for_all(self, request: Request, work: GenerateRequest, inbox: Inbox) -> Response:
         """The response of a request without a stream; status 499 if the client has disconnected."""
         index_of = {sequence.seq_id: i for i, sequence in enumerate(work.sequences)}
         finished: dict[int, dict[str, Any]] = {}
-        disconnect = asyncio.ensure_future(_disconnected(request))
+        disconnect = asyncio.ensure_future(disconnected(request))
         try:
             while inbox.num_open:
                 taking = asyncio.ensure_future(inbox.take())
@@ -164,7 +164,7 @@ class GenerationRoutes:
         return success("continued")
 
 
-class _EventStream(StreamingResponse):
+class EventStream(StreamingResponse):
     """Calls `on_close` when the response ends, also if the client disconnects before the first event."""
 
     def __init__(self, events: AsyncIterator[bytes], *, on_close: Callable[[], None]) -> None:
@@ -178,7 +178,7 @@ class _EventStream(StreamingResponse):
             self._on_close()
 
 
-def _submit(core: EngineCore, work: GenerateRequest) -> None:
+def submit(core: EngineCore, work: GenerateRequest) -> None:
     """Submits all sequences of a request or none. Raises UserError if an id is in use."""
     for sequence in work.sequences:
         if sequence.seq_id in core.scheduler.by_id:
@@ -187,6 +187,7 @@ def _submit(core: EngineCore, work: GenerateRequest) -> None:
         core.submit(sequence, index=index)
 
 
-async def _disconnected(request: Request) -> None:
+async def disconnected(request: Request) -> None:
+    """Returns when the client has closed the connection."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

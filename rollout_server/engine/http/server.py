@@ -1,7 +1,7 @@
 """The engine's HTTP application, with SGLang's paths, bodies and responses, so one client works with both.
 
-This module has the table of routes and the endpoints that read the engine's state. `generation_routes` and
-`weight_routes` have the other endpoints.
+This module has the table of routes and the endpoints that read the engine's state. `generation_routes`,
+`chat_routes` and `weight_routes` have the other endpoints.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from starlette.routing import Route
 from areal_like.errors import ArealError, UserError, WeightSyncError
 from areal_like.runtime.metrics import CONTENT_TYPE
 from rollout_server.engine.http.bodies import parse_body
+from rollout_server.engine.http.chat_routes import ChatRoutes
 from rollout_server.engine.http.generate_request import RequestLimits
 from rollout_server.engine.http.generation_routes import GenerationRoutes
 from rollout_server.engine.http.protocol import failure, success
@@ -65,6 +66,7 @@ class EngineServer:
         ProcessCollector(registry=self._registry)
         self._registry.register(EngineCollector(loop, updater))
         generation = GenerationRoutes(loop, limits)
+        chat = ChatRoutes(loop, limits, model_path=options.model_path)
         weights = WeightRoutes(
             updater,
             default_timeout_s=options.weights_timeout_s,
@@ -92,8 +94,10 @@ class EngineServer:
             "/server_info": self._server_info,
             "/get_server_info": self._server_info,
             "/metrics": self._metrics,
+            "/v1/models": chat.models,
         }
         routes = [Route("/generate", self._with_request_and_body(generation.generate), methods=["POST"])]
+        routes += [Route("/v1/chat/completions", chat.complete, methods=["POST"])]
         routes += [Route(path, self._with_body(handler), methods=["POST"]) for path, handler in post.items()]
         routes += [Route(path, endpoint, methods=["GET"]) for path, endpoint in get.items()]
         self.app = Starlette(routes=routes)

@@ -19,7 +19,7 @@ from typing import Any
 
 from areal_like.errors import ConfigError, EnvironmentLostError, EpisodeError
 from rollout_server.environments.base import Message, Reply, Step
-from rollout_server.environments.exchange import checked_start, checked_step, reply_fields
+from rollout_server.environments.exchange import checked_label, checked_start, checked_step, reply_fields
 from rollout_server.environments.workers.connection import WorkerConnection
 from rollout_server.environments.workers.zygote_process import ZygoteProcess
 from rollout_server.tasks.base import Split
@@ -259,6 +259,8 @@ class EnvironmentSession:
         self._pool = pool
         self._worker: WorkerConnection | None = worker
         self._start = start
+        self.label = ""
+        """Label of the example; known after `reset`."""
 
     async def check(self) -> None:
         """Calls the environment's `check`. Raises EpisodeError with its message."""
@@ -266,7 +268,11 @@ class EnvironmentSession:
 
     async def reset(self) -> tuple[list[Message], list[dict[str, Any]]]:
         """The messages before the first turn, and the tools. Raises EpisodeError."""
-        return checked_start(await self._call("reset", *self._start))
+        value = await self._call("reset", *self._start)
+        if isinstance(value, list) and len(value) == 3:
+            *value, label = value
+            self.label = checked_label(label)
+        return checked_start(value)
 
     async def step(self, reply: Reply) -> Step:
         """The environment's answer to one turn. Raises EpisodeError."""

@@ -59,6 +59,8 @@ class _Worker:
         self._retire_at_bytes = retire_at_bytes
         self._environment: Environment | None = None
         self._is_out_of_memory = False
+        self._label = ""
+        """Of the newest example."""
 
     async def run(self, connection: socket.socket) -> None:
         """Returns at the end of the stream."""
@@ -101,10 +103,10 @@ class _Worker:
             self._is_out_of_memory |= isinstance(raised, MemoryError)
             return False if call == "close" else None, self._described(called, raised)
 
-    async def _reset(self, environment: Environment) -> tuple[list[Message], list[Any]]:
+    async def _reset(self, environment: Environment) -> tuple[list[Message], list[Any], str]:
         self._environment = environment
         messages = await awaitable(environment.reset(), call="reset")
-        return list(messages), list(environment.tools)
+        return list(messages), list(environment.tools), self._label
 
     def _make(self, split: Split, index: int, seed: int) -> Environment:
         # A fork copies the generators' states: without this, environments in different processes would draw
@@ -114,6 +116,7 @@ class _Worker:
             numpy.random.seed(seed % (1 << 32))
         # Not kept for the next sample: an environment may change what its example holds.
         example = self._task.example(split, index)
+        self._label = example.label
         environment = self._task.environment(example)
         if environment is None:
             if not self._task.has_reward:

@@ -54,7 +54,7 @@ def main() -> None:
     for number in _SIGNALS_TO_IGNORE:
         signal.signal(number, signal.SIG_IGN)
     control = claim_stdin()
-    setup = msgpack.unpackb(control.recv(MAX_PACKET_BYTES))
+    setup = msgpack.unpackb(control.recv(MAX_PACKET_BYTES), strict_map_key=False)  # YAML has other keys
     try:
         task = make_task(setup["task"], seed=setup["seed"], sandbox=setup["sandbox"])
     except ConfigError as error:

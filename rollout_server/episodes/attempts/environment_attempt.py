@@ -49,6 +49,7 @@ class EnvironmentAttempt(Attempt):
         self._conversation = conversation
         self._rewards = rewards
         self._max_turns = max_turns
+        self._label = ""
         self._messages: list[Message] = []
         self._last: Reply | None = None
         self._step_rewards: list[float] = []
@@ -79,6 +80,7 @@ class EnvironmentAttempt(Attempt):
                 generation_s=self._generation_s,
                 reward_s=scored.seconds if scored is not None else 0.0,
                 is_greedy=request.is_greedy,
+                label=self._label,
             )
         except ValueError as error:
             raise EngineError(f"the engine's answer cannot be used: {error}") from None
@@ -90,7 +92,9 @@ class EnvironmentAttempt(Attempt):
 
     def without_reward(self) -> Trajectory:
         """As Attempt.without_reward."""
-        return self._conversation.to_trajectory(Outcome(), is_greedy=self._request.is_greedy)
+        return self._conversation.to_trajectory(
+            Outcome(), is_greedy=self._request.is_greedy, label=self._label
+        )
 
     async def _score(self, finish_reason: FinishReason) -> Reward:
         assert self._rewards is not None and self._last is not None
@@ -128,6 +132,7 @@ class EnvironmentAttempt(Attempt):
     async def _converse(self, environment: EnvironmentSession) -> FinishReason:
         """Returns why the conversation ended."""
         messages, tools = await environment.reset()
+        self._label = environment.label
         self._messages += messages
         for _ in range(self._max_turns):
             self._request.on_move(Place.ENGINE)

@@ -40,7 +40,7 @@ async def running_environments(
     chat = renderer.chat
     episode = config.episode
     pool = EnvironmentPool(
-        config.task,
+        task.settings_of_workers(config.task),
         seed=config.seed,
         sandbox=config.rewards.sandbox,
         step_timeout_s=episode.step_timeout_s,

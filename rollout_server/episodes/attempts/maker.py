@@ -95,6 +95,8 @@ class AttemptMaker:
             temperature=0.0 if is_greedy else self._sampling.temperature,
             sampling_seed=None if is_greedy else seed,
         )
+        if prompt is not None and 0 < prompt.example.max_new_tokens < sampling.max_new_tokens:
+            sampling = replace(sampling, max_new_tokens=prompt.example.max_new_tokens)
         policy = PolicyClient(
             engine.episode(on_first_token=leader.prompt_computed),
             sampling=sampling,

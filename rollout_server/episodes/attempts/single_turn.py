@@ -67,6 +67,7 @@ class SingleTurnAttempt(Attempt):
                 generation_s=generation_s,
                 reward_s=reward.seconds,
                 is_greedy=request.is_greedy,
+                label=self._prompt.example.label,
             )
         except ValueError as error:
             raise EngineError(f"the engine's answer cannot be used: {error}") from None
@@ -80,7 +81,9 @@ class SingleTurnAttempt(Attempt):
         """As Attempt.without_reward."""
         if not self.num_sampled or self._transcript.finish_reason is FinishReason.ABORT:
             raise ValueError("nothing was sampled, or the last turn was interrupted")
-        return self._transcript.to_trajectory(Outcome(), is_greedy=self._request.is_greedy)
+        return self._transcript.to_trajectory(
+            Outcome(), is_greedy=self._request.is_greedy, label=self._prompt.example.label
+        )
 
     async def _run_episode(self) -> str:
         """The completion. Raises EngineError, RewardError, or EpisodeError for any other exception."""

@@ -9,6 +9,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pytest
 from pyarrow import parquet
@@ -108,6 +109,21 @@ def test_fingerprint_is_of_the_content_alone(tmp_path: Path, cache: Path) -> Non
         entry.unlink()
     with pytest.raises(ConfigError, match="was removed while the job runs"):
         open_rows(before.cached, key="k")
+
+
+def test_selections_reach_other_processes_by_name(tmp_path: Path, cache: Path) -> None:
+    rows = open_rows(write(tmp_path / "x.jsonl", *({"n": n} for n in range(10))), key="k")
+    odd = rows.only(np.arange(1, 10, 2))
+    chosen = odd.only(np.array([4, 0]))
+    again = open_rows(chosen.cached, key="k")
+    assert [again[0], again[1]] == [{"n": 9}, {"n": 1}] and len(again) == 2 and again.place(0) == "x.jsonl:10"
+    assert again.fingerprint == chosen.fingerprint
+    assert len({rows.fingerprint, odd.fingerprint, chosen.fingerprint}) == 3
+    assert rows.only(np.arange(10)) is rows
+    for path in cache.glob("*.npy"):
+        path.unlink()
+    with pytest.raises(ConfigError, match="was removed"):
+        open_rows(chosen.cached | {"selection": "0" * 32}, key="k")
 
 
 def test_processes_may_build_the_same_entry_at_once(tmp_path: Path, cache: Path) -> None:

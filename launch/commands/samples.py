@@ -1,0 +1,144 @@
+"""`areal-like samples RUN`: shows samples of a run as text, with rewards and lags (launch/samples/).
+
+Without options these are the worst three and the best three of the newest completed step: what the policy
+gets wrong, beside what it is rewarded for. The run may be going on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from areal_like.config import Config
+from areal_like.errors import ConfigError, first_line
+from areal_like.paths import RunPaths, find_checkpoints, model_path
+from areal_like.runtime.command_line import load_config
+from areal_like.runtime.imports import torch_hidden, uncollected
+from launch.commands.parser import add_run
+from launch.run_directory.rundir import find_run
+from launch.samples.reading import Row, RunLedgers, Selection
+from launch.samples.showing import lines_of
+from launch.samples.transcripts import Decode, transcript
+
+_NUM_AT_ENDS = 3
+"""Worst and best samples that are shown without options."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """RUN, what to show of it, and how."""
+    add_run(parser)
+    parser.add_argument("--step", type=int, metavar="K", help="of this step, not of the newest")
+    parser.add_argument("--set", metavar="NAME", dest="set_name", help="of this set's evaluation")
+    parser.add_argument("--ticket", type=int, metavar="T", help="the samples of this ticket")
+    parser.add_argument("--worst", type=_count, metavar="N", help="the N with the lowest rewards")
+    parser.add_argument("--best", type=_count, metavar="N", help="the N with the highest rewards")
+    parser.add_argument("--limit", type=_count, metavar="N", help="the first N, by position in the step")
+    parser.add_argument("--full", action="store_true", help="long texts too")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Prints the samples. Raises ConfigError without any, StoreCorruptError for a damaged record."""
+    if args.ticket is not None and (args.step is not None or args.set_name is not None):
+        raise ConfigError("samples: --ticket already says which samples: leave out --step and --set")
+    root = find_run(args.run)
+    ledgers = RunLedgers(root)
+    rows = ledgers.find(Selection(ticket=args.ticket, set_name=args.set_name, step=args.step))
+    chosen = choose(
+        rows, worst=args.worst, best=args.best, limit=args.limit, is_ticket=args.ticket is not None
+    )
+    records = [ledgers.read(row) for row in chosen]
+    has_text = any(not isinstance(record, str) for record in records)
+    decode = _decoder(root) if has_text else _no_text
+    version_steps = ledgers.version_steps()
+    samples = [
+        transcript(row, record, decode=decode, version_steps=version_steps)
+        for row, record in zip(chosen, records, strict=True)
+    ]
+    if args.json:
+        sys.stdout.write(json.dumps({"run": str(root), "samples": [one.as_json() for one in samples]}) + "\n")
+        return 0
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    with contextlib.suppress(BrokenPipeError, SystemExit):  # the reader, such as `head`, has seen enough
+        console.print(Text(_overview(rows, num_shown=len(chosen))))
+        for one in samples:
+            for line in lines_of(one, shows_all=args.full):
+                console.print(line)
+    return 0
+
+
+def choose(
+    rows: Sequence[Row], *, worst: int | None, best: int | None, limit: int | None, is_ticket: bool
+) -> list[Row]:
+    """The rows to show, each once: the worst, worst first, then the best, best first.
+
+    Among equals those of different groups come first. With `limit` alone, and of a ticket, the rows keep
+    their order.
+    """
+    if worst is None and best is None:
+        if is_ticket or limit is not None:
+            return list(rows[:limit])
+        worst = best = _NUM_AT_ENDS
+    low = sorted(rows, key=lambda row: (row.reward, row.sample_index, row.order))[: worst or 0]
+    others = [row for row in rows if row not in low]
+    high = sorted(others, key=lambda row: (-row.reward, row.sample_index, row.order))[: best or 0]
+    return [*low, *high][:limit]
+
+
+def _overview(rows: Sequence[Row], *, num_shown: int) -> str:
+    first = rows[0]
+    if len({row.ticket_id for row in rows}) == 1:
+        where = f"ticket {first.ticket_id}"
+    elif first.eval_set:
+        where = f"set {first.eval_set}, weights of step {first.step}"
+    else:
+        where = f"step {first.step}"
+    mean = sum(row.reward for row in rows) / len(rows)
+    return f"{where}: {len(rows)} samples, mean reward {mean:.4g}; {num_shown} shown\n"
+
+
+def _decoder(root: Path) -> Decode:
+    """Decodes tokens with the run's tokenizer. Raises ConfigError if it cannot be loaded."""
+    source = _tokenizer_source(load_config(["--config", str(RunPaths(root).config)]), root)
+    with torch_hidden(), uncollected():
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"the tokenizer in {source} cannot be loaded, so no text can be shown: {first_line(error)}"
+            ) from None
+
+    def decode(tokens: Sequence[int]) -> str:
+        return str(
+            tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        )
+
+    return decode
+
+
+def _tokenizer_source(config: Config, root: Path) -> str:
+    """The newest checkpoint, which has a copy of the tokenizer; else the model that the run began with."""
+    checkpoints = find_checkpoints(RunPaths(root).checkpoints)
+    if checkpoints:
+        return str(checkpoints[max(checkpoints)])
+    built = RunPaths(root).built_model  # `root` may have been moved or copied: not by the configured path
+    return str(built) if (built / "tokenizer.json").exists() else model_path(config)
+
+
+def _no_text(tokens: Sequence[int]) -> str:
+    raise AssertionError("there is no record to decode")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"want a number of at least 1, got {text!r}")
+    return int(text)

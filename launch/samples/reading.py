@@ -1,0 +1,239 @@
+"""Finds samples in the ledgers of a run, which may still be going on, and reads their records.
+
+The rows give step, place and reward, so that the worst of a step are found without reading any record. A
+ledger of an earlier release is read as it is: columns that it lacks have their defaults.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from areal_like.errors import ConfigError, StoreCorruptError
+from areal_like.paths import RunPaths
+from areal_like.wire.records import Record, RecordLocation, read_record
+
+_ADDED_COLUMNS = {"eval_set": "'eval'", "truncated": "0", "failure": "''"}
+"""Columns of newer ledgers, and their values in older ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One sample as the ledger's rows state it, with its ticket's columns."""
+
+    directory: Path
+    """Of its ledger."""
+    order: tuple[int, ...]
+    """Position of its group in the step (over all shards), ticket, sample."""
+    ticket_id: int
+    sample_index: int
+    purpose: str
+    state: str
+    reason: str
+    """Why its ticket was dropped; empty if it was not."""
+    step: int | None
+    """The optimizer step in which it is trained on; of an evaluation the step of the weights."""
+    prompt_index: int
+    eval_set: str
+    is_greedy: bool
+    oldest_version: int
+    newest_version: int
+    num_sampled: int
+    reward: float
+    failure: str
+    """Why it failed and counts with reward 0; empty if it did not."""
+    location: RecordLocation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which samples are wanted. Of `ticket`, `set_name` and neither, the first that is given counts."""
+
+    ticket: int | None = None
+    set_name: str | None = None
+    step: int | None = None
+    """None: the newest."""
+
+
+class RunLedgers:
+    """The ledgers of a run, read with one connection each."""
+
+    def __init__(self, root: Path) -> None:
+        """Raises ConfigError for a run without a ledger."""
+        self._root = root
+        self._directories = RunPaths(root).ledgers
+        if not self._directories:
+            raise ConfigError(
+                f"{root} has no ledger: with buffer.durability=none a run keeps no samples"
+                if (root / "metrics.jsonl").exists()
+                else f"{root} has no ledger yet: no sample has been recorded"
+            )
+
+    def find(self, selection: Selection) -> list[Row]:
+        """The rows of the wanted samples, in the order of the step. Raises ConfigError if there are none."""
+        if selection.ticket is not None:
+            rows = self._query("ticket_id = ?", [selection.ticket])
+            return rows or self._nothing(f"ticket {selection.ticket} has no samples")
+        if selection.set_name is not None:
+            return self._find_evaluated(selection.set_name, selection.step)
+        where = "purpose = 'train' AND state IN ('batched', 'trained')"
+        step = self._newest_step() if selection.step is None else selection.step
+        if step is None:
+            return self._nothing("no group is recorded in a step yet")
+        rows = self._query(f"step = ? AND {where}", [step])
+        return rows or self._nothing(f"step {step} has no samples, {self._range('step', where)}")
+
+    def version_steps(self) -> dict[int, int]:
+        """Version -> step of its weights."""
+        (directory, *_) = self._directories  # all shards know all versions
+        return {0: 0} | dict(self._execute(directory, "SELECT version, step FROM versions", []))
+
+    def read(self, row: Row) -> Record | str:
+        """The record of a sample, or the reason why there is none: it was deleted.
+
+        Raises StoreCorruptError for a record that should be there.
+        """
+        for is_last in (False, True):
+            try:
+                return read_record(
+                    row.directory, row.location, ticket_id=row.ticket_id, sample_index=row.sample_index
+                )
+            except StoreCorruptError:
+                # A running buffer deletes files after the rows that need them are marked.
+                if self._is_released(row):
+                    return (
+                        "its tokens are deleted, because no checkpoint needs them: set "
+                        "buffer.retain_trajectories=true to keep those of every step"
+                        if row.purpose == "train"
+                        else "its tokens are deleted: eval.keep evaluations of a set are kept, and all with "
+                        "buffer.retain_trajectories=true"
+                    )
+                if is_last:
+                    raise
+        raise AssertionError("the loop returns or raises")
+
+    def _find_evaluated(self, set_name: str, step: int | None) -> list[Row]:
+        counts: dict[str, int] = {}
+        for directory in self._directories:
+            for name, newest in self._execute(
+                directory,
+                f"SELECT {self._column(directory, 'eval_set')}, max(eval_id) FROM tickets "
+                "WHERE purpose = 'eval' AND state = 'evaluated' GROUP BY 1",
+                [],
+            ):
+                counts[name] = max(newest, counts.get(name, newest))
+        if set_name not in counts:
+            known = f"evaluated are {', '.join(sorted(counts))}" if counts else "nothing is evaluated yet"
+            return self._nothing(f"the set {set_name} has no samples: {known}")
+        wanted = counts[set_name] if step is None else step
+        where = "purpose = 'eval' AND state = 'evaluated'"
+        rows = self._query(f"{where} AND eval_id = ?", [wanted])
+        rows = [row for row in rows if row.eval_set == set_name]
+        return rows or self._nothing(
+            f"the set {set_name} has no samples of step {wanted}, {self._range('eval_id', where)}"
+        )
+
+    def _newest_step(self) -> int | None:
+        """The newest step that the trainer has completed; else the newest with a group."""
+        places = "FROM tickets WHERE step IS NOT NULL AND state IN ('batched', 'trained')"
+        done: list[int] = []
+        newest: list[int] = []
+        for directory in self._directories:
+            completed = "coalesce((SELECT value FROM marks WHERE name = 'trainer_step'), 0)"
+            for query, found in (
+                (f"SELECT max(step) {places} AND step < {completed}", done),
+                (f"SELECT max(step) {places}", newest),
+            ):
+                ((step,),) = self._execute(directory, query, [])
+                found += [] if step is None else [step]
+        return max(done or newest, default=None)
+
+    def _query(self, where: str, values: Sequence[Any]) -> list[Row]:
+        rows = [
+            _row(directory, shard, columns)
+            for shard, directory in enumerate(self._directories)
+            for columns in self._execute(
+                directory,
+                "SELECT position, ticket_id, sample_index, purpose, state, reason, prompt_index, "
+                "num_samples, num_greedy, oldest_version, newest_version, num_sampled, reward, "
+                "iif(purpose = 'eval', eval_id, step) AS wanted_step, "
+                + ", ".join(f"{self._column(directory, name)} AS {name}" for name in _ADDED_COLUMNS)
+                + ", segment, offset, num_bytes, crc32 "
+                f"FROM tickets CROSS JOIN samples USING (ticket_id) WHERE {where}",
+                values,
+            )
+        ]
+        return sorted(rows, key=lambda row: row.order)
+
+    def _column(self, directory: Path, name: str) -> str:
+        known = {
+            column
+            for table in ("tickets", "samples")
+            for _, column, *_ in self._execute(directory, f"PRAGMA table_info({table})", [])
+        }
+        return name if name in known else _ADDED_COLUMNS[name]
+
+    def _range(self, column: str, where: str) -> str:
+        """Where there are samples, for a message."""
+        ends = [
+            end
+            for directory in self._directories
+            for ends in self._execute(
+                directory, f"SELECT min({column}), max({column}) FROM tickets WHERE {where}", []
+            )
+            for end in ends
+            if end is not None
+        ]
+        return f"the run has steps {min(ends)} to {max(ends)}" if ends else "the run has none yet"
+
+    def _is_released(self, row: Row) -> bool:
+        ((is_gone,),) = self._execute(
+            row.directory,
+            "SELECT released = 1 OR state = 'dropped' "
+            "OR (SELECT count(*) FROM segments WHERE segment = ?) = 0 FROM tickets WHERE ticket_id = ?",
+            [row.location.segment, row.ticket_id],
+        )
+        return bool(is_gone)
+
+    def _execute(self, directory: Path, query: str, values: Sequence[Any]) -> list[Any]:
+        path = directory / "ledger.sqlite3"
+        try:
+            with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=10)) as connection:
+                connection.row_factory = sqlite3.Row if "AS wanted_step" in query else None
+                return connection.execute(query, values).fetchall()
+        except sqlite3.DatabaseError as error:
+            raise StoreCorruptError(
+                f"{path} cannot be read ({error}); it is damaged, or was written by another release"
+            ) from None
+
+    def _nothing(self, text: str) -> list[Row]:
+        raise ConfigError(f"{self._root}: {text}")
+
+
+def _row(directory: Path, shard: int, columns: Mapping[str, Any]) -> Row:
+    position = -1 if columns["position"] is None else columns["position"]
+    return Row(
+        directory=directory,
+        order=(position, shard, columns["ticket_id"], columns["sample_index"]),
+        ticket_id=columns["ticket_id"],
+        sample_index=columns["sample_index"],
+        purpose=columns["purpose"],
+        state=columns["state"],
+        reason=columns["reason"] or "",
+        step=columns["wanted_step"],
+        prompt_index=columns["prompt_index"],
+        eval_set=columns["eval_set"] if columns["purpose"] == "eval" else "",
+        is_greedy=columns["sample_index"] >= columns["num_samples"] - columns["num_greedy"],
+        oldest_version=columns["oldest_version"],
+        newest_version=columns["newest_version"],
+        num_sampled=columns["num_sampled"],
+        reward=columns["reward"],
+        failure=columns["failure"],
+        location=RecordLocation(
+            columns["segment"], columns["offset"], columns["num_bytes"], columns["crc32"]
+        ),
+    )

@@ -1,0 +1,109 @@
+"""Samples on a terminal, or as plain text in a pipe.
+
+Text of a policy is hostile: it may contain terminal escape sequences, or the markup of rich. So each
+control character, and each invisible one that changes the order of text, is shown as its escape (`\\x1b`),
+and nothing is read as markup.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterator
+
+from rich.text import Text
+
+from launch.samples.transcripts import Part, Transcript, Turn
+
+_SHOWN_CHARS = 2000
+"""Of one part, unless everything is asked for: half from its beginning, half from its end."""
+_HIDDEN_CATEGORIES = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+
+
+def harmless(text: str) -> str:
+    """The text with its control and invisible characters as escapes; line ends and tabs stay."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        char
+        if char in "\n\t" or unicodedata.category(char) not in _HIDDEN_CATEGORIES
+        else char.encode("unicode_escape", "surrogatepass").decode()
+        for char in text
+    )
+
+
+def lines_of(sample: Transcript, *, shows_all: bool) -> Iterator[Text]:
+    """The lines of one sample. `shows_all`: no part is shortened."""
+    yield _title(sample)
+    yield Text(f"  {_facts(sample)}", style="dim")
+    if len(sample.turns) > 1:
+        yield from (
+            Text(f"  {_turn(index, turn)}", style="dim") for index, turn in enumerate(sample.turns, 1)
+        )
+    if sample.missing:
+        yield Text(f"  no text: {sample.missing}", style="yellow")
+    for index, parts in enumerate(sample.segments, start=1):
+        if len(sample.segments) > 1:
+            yield Text(f"  segment {index} of {len(sample.segments)}", style="dim")
+        for part in parts:
+            yield from _part(part, shows_all=shows_all)
+    yield Text()
+
+
+def _title(sample: Transcript) -> Text:
+    where = f"set {sample.eval_set}, weights of step {sample.step}" if sample.eval_set else _place(sample)
+    title = Text(f"ticket {sample.ticket}, sample {sample.sample}  ", style="bold")
+    title.append(f"reward {sample.reward:g}", style="green" if sample.reward > 0 else "red")
+    parts = {**sample.reward_parts, **sample.metrics}
+    if parts:
+        listed = "  ".join(f"{harmless(name)} {value:.4g}" for name, value in parts.items())
+        title.append(f"  ({listed})", style="not bold")
+    title.append(f"  {where}", style="not bold")
+    return title
+
+
+def _place(sample: Transcript) -> str:
+    if sample.state == "dropped":
+        return f"dropped ({sample.reason})"
+    return sample.state if sample.step is None else f"step {sample.step}"
+
+
+def _facts(sample: Transcript) -> str:
+    facts = [
+        f"prompt {sample.prompt_index}",
+        f"label {harmless(sample.label)}" if sample.label else "",
+        f"{sample.num_tokens - sample.num_sampled} tokens + {sample.num_sampled} sampled"
+        if sample.num_tokens
+        else f"{sample.num_sampled} sampled tokens",
+        _versions(sample.oldest_version, sample.newest_version, sample.lag),
+        f"ended by {sample.finish_reason}" if sample.finish_reason else "",
+        "greedy" if sample.is_greedy else "",
+        f"failed ({harmless(sample.failure)})" if sample.failure else "",
+        f"{len(sample.turns)} turns" if len(sample.turns) > 1 else "",
+        f"{sample.generation_s:.2f} s, reward {sample.reward_s:.2f} s" if sample.finish_reason else "",
+    ]
+    return ", ".join(fact for fact in facts if fact)
+
+
+def _versions(oldest: int, newest: int, lag: int | None) -> str:
+    if oldest < 0:
+        return ""
+    versions = f"version {oldest}" if oldest == newest else f"versions {oldest} to {newest}"
+    return versions if lag is None else f"{versions}, lag {lag}"
+
+
+def _turn(index: int, turn: Turn) -> str:
+    reward = "" if turn.reward is None else f", reward {turn.reward:g}"
+    versions = _versions(turn.oldest_version, turn.newest_version, turn.lag)
+    return f"turn {index}: {turn.num_sampled} sampled, {versions}{reward}"
+
+
+def _part(part: Part, *, shows_all: bool) -> Iterator[Text]:
+    text = part.text
+    num_left_out = len(text) - _SHOWN_CHARS
+    if num_left_out > 0 and not shows_all:
+        half = _SHOWN_CHARS // 2
+        gap = f"[... {num_left_out:,} characters are left out: --full shows them ...]"
+        text = f"{text[:half]}\n{gap}\n{text[-half:]}"
+    mark, style = (">", "cyan") if part.is_sampled else ("|", "")
+    for line in harmless(text).split("\n"):
+        yield Text(f"  {mark} {line}", style=style)

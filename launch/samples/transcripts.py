@@ -1,0 +1,155 @@
+"""A sample as a person reads it: its text in parts, its rewards, and versions and lags turn by turn.
+
+Text is decoded part by part, special tokens included: what the policy sampled is what its log-probs are of,
+and a part never contains tokens of another. A character whose bytes are in two parts is shown as U+FFFD.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from areal_like.trajectory import Trajectory
+from areal_like.wire.records import Record
+from launch.samples.reading import Row
+
+Decode = Callable[[Sequence[int]], str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Consecutive tokens that are all sampled, or all not."""
+
+    is_sampled: bool
+    text: str
+    num_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """One turn of the policy."""
+
+    num_sampled: int
+    oldest_version: int
+    newest_version: int
+    lag: int | None
+    """Of its oldest token, in optimizer steps; None for an evaluation, and where the version is unknown."""
+    reward: float | None
+    """None for a sample of one turn, whose reward is the sample's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transcript:
+    """One sample. Without its record only what the ledger's row has, and `missing`."""
+
+    ticket: int
+    sample: int
+    prompt_index: int
+    eval_set: str
+    """Empty for a sample of training."""
+    step: int | None
+    state: str
+    reason: str
+    is_greedy: bool
+    reward: float
+    num_sampled: int
+    oldest_version: int
+    newest_version: int
+    lag: int | None
+    failure: str
+    missing: str = ""
+    """Why there is no text."""
+    num_tokens: int = 0
+    finish_reason: str = ""
+    label: str = ""
+    reward_parts: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    generation_s: float = 0.0
+    reward_s: float = 0.0
+    turns: tuple[Turn, ...] = ()
+    segments: tuple[tuple[Part, ...], ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain dicts and lists."""
+        return asdict(self)
+
+
+def transcript(
+    row: Row, record: Record | str, *, decode: Decode, version_steps: Mapping[int, int]
+) -> Transcript:
+    """The sample of a row. `record`: the reason as text if there is none."""
+
+    def lag(version: int) -> int | None:
+        """Training alone has lags: an evaluation's step is that of its weights."""
+        if row.purpose != "train" or row.step is None or version not in version_steps:
+            return None
+        return row.step - version_steps[version]
+
+    from_row: dict[str, Any] = {
+        "ticket": row.ticket_id,
+        "sample": row.sample_index,
+        "prompt_index": row.prompt_index,
+        "eval_set": row.eval_set,
+        "step": row.step,
+        "state": row.state,
+        "reason": row.reason,
+        "is_greedy": row.is_greedy,
+        "reward": row.reward,
+        "num_sampled": row.num_sampled,
+        "oldest_version": row.oldest_version,
+        "newest_version": row.newest_version,
+        "lag": lag(row.oldest_version),
+        "failure": row.failure,
+    }
+    if isinstance(record, str):
+        return Transcript(**from_row, missing=record)
+    trajectory = record.trajectory()
+    return Transcript(
+        **from_row,
+        num_tokens=trajectory.num_tokens,
+        finish_reason=trajectory.finish_reason.value,
+        label=trajectory.label,
+        reward_parts=trajectory.reward_components,
+        metrics=trajectory.metrics,
+        generation_s=trajectory.generation_s,
+        reward_s=trajectory.reward_s,
+        turns=tuple(_turns(trajectory, lag)),
+        segments=tuple(
+            tuple(_parts(trajectory.tokens[tokens], trajectory.loss_mask[tokens], decode))
+            for tokens in trajectory.segment_slices
+        ),
+    )
+
+
+def _turns(trajectory: Trajectory, lag: Callable[[int], int | None]) -> list[Turn]:
+    ends = [0, *(end for end, _ in trajectory.turns)] if trajectory.turns else [0, trajectory.num_tokens]
+    rewards: list[float | None] = [reward for _, reward in trajectory.turns]
+    turns = []
+    for (start, end), reward in zip(pairwise(ends), rewards or [None], strict=True):
+        versions = trajectory.versions[start:end]
+        sampled = versions[versions >= 0]
+        if len(sampled):
+            oldest = int(sampled.min())
+            turns.append(
+                Turn(
+                    num_sampled=len(sampled),
+                    oldest_version=oldest,
+                    newest_version=int(sampled.max()),
+                    lag=lag(oldest),
+                    reward=reward,
+                )
+            )
+    return turns
+
+
+def _parts(tokens: NDArray[np.int32], mask: NDArray[np.uint8], decode: Decode) -> list[Part]:
+    changes = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(mask)]
+    return [
+        Part(is_sampled=bool(mask[start]), text=decode(tokens[start:end].tolist()), num_tokens=end - start)
+        for start, end in pairwise(changes)
+    ]

@@ -1,0 +1,173 @@
+"""The task over rows of files: `task: {name: data, train: train.jsonl, reward: exact}`.
+
+    rows of a file -> checked -> divided into train and eval -> the first num_train -> those that fit
+
+Every row is read once when a server starts, so that a broken one ends the job there, with its file and line,
+and not in the middle of a run. What that pass decides is remembered in the cache. Index i of a split is the
+i-th row that is left. Worker processes get these very rows by name (`settings_of_workers`): they have no
+tokenizer, and the file may have changed meanwhile.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+from collections.abc import Awaitable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from areal_like.data import RowFormat, Rows, open_rows
+from areal_like.errors import ConfigError
+from rollout_server.rewards.library import Rewards, make_rewards
+from rollout_server.tasks.base import Completion, Example, FittingPrompts, Rewarded, Split, Task
+from rollout_server.tasks.data.choosing import check_rows, divide, fitting_rows
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataTask(Task):
+    """Prompts from rows, in the formats of verl and TRL or with configured keys."""
+
+    fields_of_settings: ClassVar[Mapping[str, str]] = {"reward": "rewards"}
+    least: ClassVar[Mapping[str, int]] = {"num_train": 0, "num_eval": 0, "max_prompt_tokens": 1}
+
+    num_train: int = 0
+    """At most so many rows of `train` are used, the first ones; 0: all."""
+    num_eval: int = 0
+    """At most so many rows of `eval`, the first ones; without `eval`, about so many rows of `train` are held
+    out. 0: all, or the share `eval_share`."""
+    train: Any = ""
+    """Rows to train on: a file (.jsonl, .parquet), a pattern, a list of these, or `hf:owner/name`."""
+    eval: Any = ""
+    """Held-out rows, in the same forms; empty: rows of `train` that are then not trained on."""
+    eval_share: float = 0.05
+    """Share of the rows of `train` that is held out if there is neither `eval` nor `num_eval`. Which rows is
+    decided by a hash of the prompt, so equal prompts are on the same side."""
+    prompt_key: str = ""
+    """Key of the prompt, a text or messages; `a.b` is b in the object a. Empty: the first of `prompt`,
+    `question`, `problem`, `messages` that a row has."""
+    answer_key: str = ""
+    """Key of what the reward compares with. Empty: the first of `reward_model.ground_truth`, `answer`,
+    `ground_truth`, `solution`, if there is one."""
+    label_key: str = ""
+    """Key of the label for metrics. Empty: `data_source` if a row has it."""
+    system_prompt: str = ""
+    """Put before prompts that have no system message; a prompt that is a text becomes a user's message."""
+    chat: bool = False
+    """True: prompts that are texts become messages, for the chat template, also without a system prompt."""
+    rewards: Any = ""
+    """`task.reward`: the name of a reward, the path of a function, a mapping with settings, or a list."""
+    max_new_tokens: int = 0
+    """Longest answer in tokens, below the job's `sampling.max_new_tokens`; 0: the job's."""
+
+    rows: Mapping[str, Rows] = field(init=False, repr=False, compare=False)
+    """Split -> its rows; index i is row i."""
+    scoring: Rewards = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.eval_share < 1:
+            raise ConfigError(f"task.eval_share={self.eval_share:g}: use a number from 0 to below 1")
+        if not self.rewards:
+            raise ConfigError(
+                "task.reward is not set: name a reward (exact, regex, math, code, judge) or the path of a "
+                "function (my_rewards.score)"
+            )
+        object.__setattr__(self, "scoring", make_rewards(self.rewards, sandbox=self.sandbox))
+        self._set_rows(self._open())
+
+    def example(self, split: Split, index: int) -> Example:
+        """Row `index` of the split. `metadata` has the whole `row`, and its `place` for messages."""
+        rows = self.rows[split]
+        row, read = rows[index], self.format
+        try:
+            return Example(
+                prompt=read.prompt_of(row),
+                answer=read.answer_of(row),
+                metadata={"row": row, "place": rows.place(index)},
+                label=read.label_of(row),
+                max_new_tokens=self.max_new_tokens,
+            )
+        except ConfigError as error:
+            raise ConfigError(f"{rows.place(index)}: {error}") from error
+
+    def reward(self, example: Example, completion: Completion) -> Rewarded | Awaitable[Rewarded]:
+        """As `task.reward` says."""
+        return self.scoring.score(example, completion)
+
+    @property
+    def has_async_reward(self) -> bool:
+        """True if one of the rewards is asynchronous."""
+        return self.scoring.is_async
+
+    def check(self) -> None:
+        """As Task.check."""
+        self.scoring.check()
+
+    @property
+    def content(self) -> list[str]:
+        """As Task.content."""
+        return [self.rows[split].fingerprint for split in ("train", "eval")]
+
+    @property
+    def format(self) -> RowFormat:
+        """The keys."""
+        names = {key.name for key in dataclasses.fields(RowFormat)} & set(vars(self))
+        return RowFormat(**{name: getattr(self, name) for name in names})
+
+    def without_long_prompts(self, fitting: FittingPrompts) -> Self:
+        """As Task.without_long_prompts. Logs how many there were, and where the first one is."""
+        limit = min(self.max_prompt_tokens, fitting.max_prompt_tokens)
+        kept = {}
+        for split, rows in self.rows.items():
+            chosen = fitting_rows(rows, self.format, fitting, limit=limit, key=f"task.{split}")
+            kept[split] = rows.only(chosen)
+            if num_long := len(rows) - len(chosen):
+                first = int(np.flatnonzero(np.append(chosen, -1) != np.arange(len(chosen) + 1))[0])
+                which = f"{num_long} of {len(rows)} prompts have more than {limit} tokens"
+                hint = "(task.max_prompt_tokens, rollout.max_context)"
+                if not len(chosen) and split == "train":
+                    raise ConfigError(f"task.{split}: {which} {hint}: raise the limit")
+                log.warning("task.%s: %s %s: left out, first %s", split, which, hint, rows.place(first))
+        fitted = copy.copy(self)
+        fitted._set_rows(kept)
+        return fitted
+
+    def settings_of_workers(self, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        """As Task.settings_of_workers: the rows by their names in the cache."""
+        named = {split: rows.cached if len(rows) else "" for split, rows in self.rows.items()}
+        return {**settings, **named, "num_train": 0, "num_eval": 0, "eval_share": 0.0}
+
+    def _open(self) -> dict[str, Rows]:
+        if not (self.train or self.eval):
+            raise ConfigError("task.train is not set: name a file (.jsonl, .parquet) or hf:owner/name")
+        if not self.train:
+            held_out = self._checked(self.eval, split="test", key="task.eval")
+            return {"train": _first(held_out, 0), "eval": _first(held_out, self.num_eval or None)}
+        rows = self._checked(self.train, split="train", key="task.train")
+        if self.eval:
+            held_out = self._checked(self.eval, split="test", key="task.eval")
+            held_out = _first(held_out, self.num_eval or None)
+        else:
+            numbers = divide(rows, self.format, num_eval=self.num_eval, share=self.eval_share)
+            rows, held_out = rows.only(numbers[0]), rows.only(numbers[1])
+        return {"train": _first(rows, self.num_train or None), "eval": held_out}
+
+    def _checked(self, source: Any, *, split: str, key: str) -> Rows:
+        rows = open_rows(source, split=split, key=key)
+        if not (isinstance(source, Mapping) and "cached" in source):  # the server has checked those
+            check_rows(rows, self.format, key=key)
+        return rows
+
+    def _set_rows(self, rows: Mapping[str, Rows]) -> None:
+        object.__setattr__(self, "rows", rows)
+        object.__setattr__(self, "num_train", len(rows["train"]))
+        object.__setattr__(self, "num_eval", len(rows["eval"]))
+
+
+def _first(rows: Rows, most: int | None) -> Rows:
+    return rows if most is None or most >= len(rows) else rows.only(np.arange(most))

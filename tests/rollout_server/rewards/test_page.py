@@ -1,0 +1,48 @@
+"""docs/reference/rewards.md: every setting of every reward is there, and the examples can be made."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rollout_server.rewards.library import make_rewards
+from rollout_server.rewards.library.base import RewardFunction
+from rollout_server.rewards.library.code import Code
+from rollout_server.rewards.library.exact import Exact
+from rollout_server.rewards.library.judge import Judge
+from rollout_server.rewards.library.mathematics import Mathematics
+from rollout_server.rewards.library.regex import Regex
+from tests.support.launching import ROOT
+
+PAGE = (ROOT / "docs" / "reference" / "rewards.md").read_text()
+
+
+@pytest.mark.parametrize("reward", [Exact, Regex, Mathematics, Code, Judge])
+def test_every_setting_is_on_the_page(reward: type[RewardFunction]) -> None:
+    names = {field.name for field in dataclasses.fields(reward)}
+    shown = set(re.findall(r"`(\w+)`", PAGE))
+    assert names <= shown, names - shown
+
+
+def test_the_examples_can_be_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (function,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+    (tmp_path / "my_rewards.py").write_text(function)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    made = []
+    for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.S):
+        made.append(make_rewards(yaml.safe_load(block)["task"]["reward"]).names)
+    assert made == [
+        ["exact"],
+        ["math", "format", "judge"],
+        ["exact"],
+        ["regex"],
+        ["code"],
+        ["judge"],
+        ["judge"],
+        ["score"],
+        ["score"],
+    ]
