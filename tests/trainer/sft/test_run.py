@@ -118,9 +118,9 @@ def test_a_resumed_run_is_the_run_itself(root: Path) -> None:
 def test_two_ranks_learn_what_one_does(root: Path) -> None:
     """From the command line, as a user: the last line names the model for `areal-like run`."""
     alone = run(config_of(root, "alone"))
-    (root / "job.yaml").write_text(
-        json.dumps({"model": {"path": str(root / "model")}, "trainer": {"lr": 3e-3}})
-    )
+    job = {"model": {"path": str(root / "model")}, "trainer": {"lr": 3e-3}}
+    (root / "job.yaml").write_text(json.dumps(job))
+    rows = f"train: {root}/train.jsonl, eval: {root}/eval.jsonl"
     done = areal_like(
         "sft",
         "job.yaml",
