@@ -9,6 +9,7 @@ another order or with another sign.)
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 from collections.abc import Iterator, Mapping
@@ -76,3 +77,14 @@ def _write(path: Path, rows: list[dict[str, str]]) -> None:
     partial = path.with_name(f".{path.name}")
     partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
     partial.replace(path)
+
+
+def main() -> None:
+    """`python -m benchmarks.real_model_data FOLDER`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    write_rows(parser.parse_args().folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -24,12 +24,14 @@ from areal_like.errors import ConfigError, UserError, first_line
 from areal_like.paths import model_path
 from areal_like.runtime.command_line import OneValue, Options, load_config, shows_help
 from areal_like.runtime.imports import torch_hidden, uncollected
+from rollout_server.context_length import longest_sequence
 from rollout_server.data_stats.heard import HeardPrompt, summary
 from rollout_server.data_stats.report import text_of_report
 from rollout_server.data_stats.sources import FileRows, Source, TaskSplit
 from rollout_server.data_stats.split import Row, SplitStats
 from rollout_server.environments.base import Message
-from rollout_server.tasks.base import Example, Task, make_task
+from rollout_server.rendering.prompt_renderer import PromptRenderer
+from rollout_server.tasks.base import Task, make_task
 
 _MAX_ROWS = 200_000
 """Rows of a split that are read without `--rows`: synthetic tasks have millions."""
@@ -45,12 +47,12 @@ def run(values: argparse.Namespace, settings: Sequence[str]) -> int:
     task = None if values.file else _task(config)
     sources = _splits(config, task) if task else _files(values.file, config)
     notes: list[str] = []
-    count_tokens = _token_counter(config, notes)
-    limit = _prompt_limit(config, task)
+    renderer = _renderer(config, task, notes)
+    limit = renderer.max_prompt_tokens if renderer is not None and task is not None else None
     report: dict[str, Any] = {"splits": {}, "overlaps": [], "notes": notes}
     counted: list[tuple[Source, SplitStats]] = []
     for source in sources:
-        stats = SplitStats(max_prompt_tokens=limit, count_tokens=count_tokens)
+        stats = SplitStats(max_prompt_tokens=limit, count_tokens=_token_counter(renderer))
         for row in source.rows(min(max_rows, len(source))):
             if isinstance(row, Row):
                 stats.add(row)
@@ -66,7 +68,8 @@ def run(values: argparse.Namespace, settings: Sequence[str]) -> int:
         report["overlaps"].append(names | overlap | {"examples": pairs})
     if values.heard:
         assert task is not None, "a run has a task"
-        report["heard"] = _heard(task)
+        # The run's prompts are numbered without those that are too long.
+        report["heard"] = _heard(task if renderer is None else task.without_long_prompts(renderer))
     sys.stdout.write(json.dumps(report, indent=2) + "\n" if values.json else text_of_report(report))
     return 0
 
@@ -109,8 +112,8 @@ def _heard(task: Task) -> dict[str, Any]:
     return summary(
         map(HeardPrompt.of_row, heard["prompts"]),
         num_train=task.num_train,
-        num_drawn=heard["num_drawn"],
-        label_of=lambda index: getattr(task.example("train", index), "label", ""),
+        num_drawn=None if task.sources else heard["num_drawn"],  # the tasks of a mixture have own epochs
+        label_of=lambda index: task.example("train", index).label,
     )
 
 
@@ -124,27 +127,24 @@ def _located(split: dict[str, Any], source: Source) -> dict[str, Any]:
     return split
 
 
-def _token_counter(config: Config, notes: list[str]) -> TokenCounter | None:
-    """Counts the tokens of a rendered prompt; None, with a note, without the model's tokenizer."""
+def _renderer(config: Config, task: Task | None, notes: list[str]) -> PromptRenderer | None:
+    """The renderer of a rollout server, with its limit; None, with a note, if there is no model."""
     try:
         model = model_path(config)
         with torch_hidden(), uncollected():
-            from rollout_server.rendering.prompt_renderer import PromptRenderer
-
             renderer = PromptRenderer(model, settings=config.model)
     except ConfigError as error:
         notes.append(f"tokens are not counted (model.path=DIR names a model): {first_line(error)}")
         return None
-    renderer.max_prompt_tokens = sys.maxsize
-    return lambda prompt: len(renderer.encode(Example(prompt=prompt, answer=None)))
+    if task is not None:
+        context = longest_sequence(config, task, max_positions=renderer.max_positions)
+        room = context - config.sampling.max_new_tokens
+        renderer.max_prompt_tokens = min(task.max_prompt_tokens, room)
+    return renderer
 
 
-def _prompt_limit(config: Config, task: Task | None) -> int | None:
-    """Tokens of the longest prompt that a rollout server accepts."""
-    if task is None:
-        return None
-    room = config.rollout.max_context - config.sampling.max_new_tokens
-    return min(task.max_prompt_tokens, room) if config.rollout.max_context else task.max_prompt_tokens
+def _token_counter(renderer: PromptRenderer | None) -> TokenCounter | None:
+    return None if renderer is None else lambda prompt: renderer.num_tokens([prompt])[0]
 
 
 def _number(option: str, text: str) -> int:

@@ -61,13 +61,14 @@ def summary(
     prompts: Iterable[HeardPrompt],
     *,
     num_train: int,
-    num_drawn: int,
+    num_drawn: int | None,
     label_of: Callable[[int], str],
 ) -> dict[str, Any]:
     """The numbers of a run.
 
     `num_train`: prompts of the training split; `num_drawn`: prompts that were drawn from its epochs, which
-    with a curriculum are more than were issued. `label_of` a prompt's index; empty: it has none.
+    with a curriculum are more than were issued; None: there are no common epochs. `label_of` a
+    prompt's index; empty: it has none.
     """
     issued: Counter[int] = Counter()
     by_label: defaultdict[str, list[HeardPrompt]] = defaultdict(list)
@@ -82,7 +83,7 @@ def summary(
             by_label[label_of(prompt.index)].append(prompt)
     num_issued = sum(issued.values())
     found = {
-        "epochs": round(num_drawn / num_train, 3) if num_train else 0.0,
+        "epochs": None if num_drawn is None else round(num_drawn / max(1, num_train), 3),
         "prompts": num_train,
         "never_issued": num_train - num_issued,
         "issued": {str(times): count for times, count in sorted(issued.items())},

@@ -65,7 +65,8 @@ def _overlap(overlap: Mapping[str, Any]) -> Iterator[str]:
 
 def _heard(heard: Mapping[str, Any]) -> Iterator[str]:
     unseen = _share(heard["never_issued"], heard["prompts"])
-    yield f"the run: {heard['epochs']:g} epochs; {unseen} of the prompts were never issued"
+    epochs = "" if heard["epochs"] is None else f"{heard['epochs']:g} epochs; "
+    yield f"the run: {epochs}{unseen} of the prompts were never issued"
     times = ", ".join(f"{times}x {count:,}" for times, count in heard["issued"].items())
     yield f"  {'prompts issued':<20} {times or 'none'}"
     yield f"  {'solve rate':<20} {_rates(heard)}"

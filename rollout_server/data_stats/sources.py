@@ -94,9 +94,7 @@ class TaskSplit:
             except Exception as error:  # a task's code may raise anything; the other rows are still counted
                 yield f"example() raised {type(error).__name__}"
             else:
-                yield Row(
-                    prompt=example.prompt, answer=_text(example.answer), label=getattr(example, "label", "")
-                )
+                yield Row(prompt=example.prompt, answer=_text(example.answer), label=example.label)
 
     def place(self, index: int) -> str:
         """See `Source`."""

@@ -14,6 +14,7 @@ from areal_like.config import from_mapping
 from areal_like.wire.messages.producer import Lease
 from buffer.ledger.recovery import recover
 from buffer.prompts.curriculum import Curriculum
+from buffer.prompts.order import PromptOrder, PromptSet
 from buffer.settings import LedgerSettings
 from buffer.storage.durable import DurableStore
 from tests.support.ledger_simulation import add_server, beat, deliver, done, ledger_settings, new_ledger
@@ -195,3 +196,22 @@ def test_the_log_tells_when_no_group_has_spread(tmp_path: Path) -> None:
     assert "dropped 256 groups in a row" in play(1, spread=False)[0]
     assert play(255, spread=False) == [] and "dropped 512 groups" in play(1, spread=False)[0]
     assert play(511, spread=False) == [] and "dropped 1024 groups" in play(1, spread=False)[0]
+
+
+def test_a_curriculum_keeps_the_weights_of_a_mixture() -> None:
+    """Two tasks with weights 3 and 1: rows 0-29 are the first one, and the second has middle rows only."""
+    core = Curriculum(curriculum_of("goldilocks"))
+    order = PromptOrder(seed=4, num_prompts=40, curriculum=core)
+    order.sources = (PromptSet(size=30, weight=3.0), PromptSet(size=10, weight=1.0))
+    rng = random.Random(0)
+    issued = []
+    for _ in range(1200):
+        issued.append(order.next().index)
+        rate = solve_rate(min(issued[-1], 29))
+        core.observe(issued[-1], [float(rng.random() < rate) for _ in range(GROUP_SIZE)])
+    for start in range(0, 1000, 50):
+        of_first = sum(row < 30 for row in issued[start : start + 200])
+        assert abs(of_first / 200 - 0.75) <= 0.02, start
+    impossible, always, between = shares([row for row in issued[300:] if row < 30])
+    assert between > 0.6 > 0.25 > max(impossible, always), "it chooses within the task that is drawn"
+    assert set(issued) == set(range(40))

@@ -133,8 +133,9 @@ def run_ranks(
 ) -> None:
     """Runs `python -m MODULE CHECK ARGS` as real ranks over gloo; raises with their output if one fails."""
     store = Path(args[0]) / f"store-{check}-{world_size}-{os.urandom(4).hex()}"
+    starter = "tests.support.quick_start"
     ranks = subprocess.Popen(
-        [sys.executable, "-m", module, check, str(store), str(world_size), *args],
+        [sys.executable, "-m", starter, module, check, str(store), str(world_size), *args],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
