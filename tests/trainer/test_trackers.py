@@ -197,6 +197,7 @@ def test_trackers_that_fail_or_hang_do_not_stop_training(caplog: pytest.LogCaptu
     assert counts["logged"] == num_rows + num_rows // 2
     said = [record.getMessage() for record in caplog.records if "training goes on" in record.getMessage()]
     assert len(said) == 3 and any("No space left" in text for text in said), "one message a tracker"
+    assert hanging.is_abandoned
     assert any("hanging did not end" in record.getMessage() for record in caplog.records)
 
 
