@@ -80,7 +80,9 @@ class Evaluations:
         try:
             for name, one in requested.items():
                 try:
-                    rows[name] = self._row(name, one)
+                    result = self._result(name, one)
+                    self.poll()  # an earlier evaluation of this set has ended before, and is recorded before
+                    rows[name] = self._recorded(name, one, result)
                 except StopRequestedError:
                     raise
                 except ArealError as error:
@@ -125,7 +127,8 @@ class Evaluations:
         rows: dict[str, dict[str, Any]] = {}
         for name in [name for name, one in self._running.items() if one.future.done()]:
             try:
-                rows[name] = self._row(name, self._running.pop(name))
+                one = self._running.pop(name)
+                rows[name] = self._recorded(name, one, self._result(name, one))
             except ArealError as error:
                 log.warning("training continues without an evaluation of %s: %s", name, error)
         return self._reward_of(rows)
@@ -144,11 +147,11 @@ class Evaluations:
                 num_samples=self._sets[name].num_samples,
                 min_version=min_version,
             )
-            future = self._buffer.submit_call(request, timeout_s=math.inf)  # `_row` bounds the wait
+            future = self._buffer.submit_call(request, timeout_s=math.inf)  # `_result` bounds the wait
             requested[name] = _Requested(step=step, future=future, started_s=time.monotonic())
         return requested
 
-    def _row(self, name: str, one: _Requested) -> dict[str, Any]:
+    def _result(self, name: str, one: _Requested) -> EvalResult:
         result: EvalResult = self._buffer.wait(
             one.future,
             name="the evaluation",
@@ -161,6 +164,9 @@ class Evaluations:
                 f"none of the {len(result.rewards)} samples for the held-out prompts of {name} could be "
                 "made: see the rollout servers' logs"
             )
+        return result
+
+    def _recorded(self, name: str, one: _Requested, result: EvalResult) -> dict[str, Any]:
         row = evaluation_row(result, self._sets[name], seconds=time.monotonic() - one.started_s)
         log.info("evaluation %d, set %s: %s", one.step, name, described(row))
         self._on_row(row)

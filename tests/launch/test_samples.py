@@ -302,3 +302,23 @@ def test_an_unreadable_tokenizer_is_named(
     (run / "config.yaml").write_text(text)
     assert main(["samples", str(run)]) == 2
     assert f"the tokenizer in {empty} cannot be loaded" in capsys.readouterr().err
+
+
+def test_one_evaluation_of_a_step_is_shown(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ledger = LedgerOnDisk(run / "ledger")
+    text = trajectory(("1=", NOT_SAMPLED), ("e", 3))
+    states = ("done", "cancelled", "done", "running")
+    # An earlier trainer came to step 30. This one went back, and was killed while step 10 was evaluated.
+    for number, (state, step) in enumerate(zip(states, (30, 10, 10, 20), strict=True)):
+        first = 1 + 2 * number
+        ledger.insert(
+            "evaluations",
+            **{"first_ticket": first, "eval_id": step, "eval_set": "aime", "state": state},
+            **{"num_prompts": 2, "num_samples": 1, "min_version": 0},
+        )
+        for ticket in (first, first + 1)[: 2 if state == "done" else 1]:
+            columns = {"purpose": "eval", "state": "evaluated", "eval_set": "aime", "eval_id": step}
+            ledger.group(ticket, text, **columns)
+    assert identity(samples(run, capsys, "--set", "aime", "--step", "10", "--limit", "9")) == [(5, 0), (6, 0)]
+    assert identity(samples(run, capsys, "--set", "aime", "--limit", "9")) == [(7, 0)]
+    ledger.connection.close()
