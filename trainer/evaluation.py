@@ -33,9 +33,9 @@ class _Requested:
 
 
 class Evaluations:
-    """Runs one evaluation at a time: `run` waits for its results, while the other methods let training go on.
+    """Evaluates the sets: `run` waits for its results, while the other methods let training go on.
 
-    IDLE -> start_if_due() -> RUNNING -> poll(): the results so far ... -> poll(): the last result -> IDLE
+    Of each set: IDLE -> start_if_due() -> RUNNING -> poll(): the result -> IDLE
 
     The first set of the configuration stands for the others where there is room for one number
     (`eval_reward`).
@@ -102,22 +102,22 @@ class Evaluations:
     def start_if_due(self, *, step: int, min_version: int, done: Collection[str] = ()) -> None:
         """Between the first and the last step, every `eval.interval` steps: starts an evaluation and returns.
 
-        Not of the sets in `done`, and not while one is running.
+        Not of the sets in `done`, and not of those whose evaluation before is still running: the others need
+        not wait for a set whose rewards are slow.
         """
         left = [name for name in self._sets if name not in done]
         if not left or not 0 < step < self._num_steps or step % self._interval:
             return
-        if self._running:
-            earlier = next(iter(self._running.values())).step
+        if late := [f"{name} (step {self._running[name].step})" for name in left if name in self._running]:
             log.warning(
-                "no evaluation after step %d: that after step %d still runs (%s); raise eval.interval, or "
-                "lower num_prompts, num_samples or max_new_tokens of the sets",
+                "no evaluation after step %d of sets whose evaluation before still runs: %s; raise "
+                "eval.interval, or lower num_prompts, num_samples or max_new_tokens of these sets",
                 step,
-                earlier,
-                ", ".join(self._running),
+                ", ".join(late),
             )
-            return
-        self._running = self._request(step, min_version, left)
+        self._running |= self._request(
+            step, min_version, [name for name in left if name not in self._running]
+        )
 
     def poll(self) -> float | None:
         """Records the sets whose evaluation has ended since the last call.
