@@ -82,7 +82,6 @@ class MixtureTask(Task):
     """`num_eval` as it was configured."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.num_train or self.max_prompt_tokens:
             raise ConfigError("task.num_train and task.max_prompt_tokens of a mixture belong into its tasks")
         entries = self.tasks
@@ -104,6 +103,7 @@ class MixtureTask(Task):
                 "set sampling.max_new_tokens and episode.max_tokens"
             )
         self._set_parts(parts)
+        super().__post_init__()
 
     def example(self, split: Split, index: int) -> Example:
         """The example of the task that the index belongs to."""
@@ -184,7 +184,7 @@ class MixtureTask(Task):
 
     def _set_parts(self, parts: Sequence[_Part]) -> None:
         held_out = [part for part in parts if part.task.num_eval]
-        most = self.most_eval if self.most_eval is not None else self.num_eval
+        most = self.num_eval if self.most_eval is None else self.most_eval
         values = {
             "parts": tuple(parts),
             "held_out": tuple(held_out),
@@ -192,7 +192,7 @@ class MixtureTask(Task):
             "num_train": sum(part.task.num_train for part in parts),
             "max_prompt_tokens": max(part.task.max_prompt_tokens for part in parts),
             "most_eval": most,
-            "num_eval": min(_num_eval(held_out), most or 1 << 62),
+            "num_eval": min(_num_eval(held_out), most) if most > 0 else _num_eval(held_out),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)

@@ -48,9 +48,11 @@ def test_a_keyed_job_with_renewed_and_revoked_keys(tmp_path: Path, cache: dict[s
     run = tmp_path / "runs" / "x"
     settings = (
         "name=x",
+        "task._target_=tests.support.rollout_tasks.SlowChecksum",
         f"security.keys={keys}",
         "buffer.num_shards=2",
-        "model.warm_start_steps=20",
+        "model.warm_start_steps=0",
+        "sampling.max_new_tokens=8",
         "sampling.group_size=4",
         "trainer.groups_per_step=4",
         "trainer.num_steps=100000",

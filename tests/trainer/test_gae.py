@@ -313,6 +313,7 @@ def test_critic_checkpoint_loads_at_any_world_size(
     assert "without a critic: the critic starts from its initial weights" in caplog.text
 
 
+@pytest.mark.chaos
 @pytest.mark.timeout(240)
 def test_the_critic_learns_values_on_the_sorting_task(tmp_path: Path, ranks: Ranks) -> None:
     """The policy is held fixed, so that only the critic can raise the explained variance."""

@@ -23,7 +23,7 @@ from areal_like.data import RowFormat, Rows, open_rows
 from areal_like.errors import ConfigError
 from rollout_server.rewards.library import Rewards, make_rewards
 from rollout_server.tasks.base import Completion, Example, FittingPrompts, Rewarded, Split, Task
-from rollout_server.tasks.data_rows import check_rows, divide, fitting_rows
+from rollout_server.tasks.data.choosing import check_rows, divide, fitting_rows
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ class DataTask(Task):
                 first = int(np.flatnonzero(np.append(chosen, -1) != np.arange(len(chosen) + 1))[0])
                 which = f"{num_long} of {len(rows)} prompts have more than {limit} tokens"
                 hint = "(task.max_prompt_tokens, rollout.max_context)"
-                if not len(chosen):
+                if not len(chosen) and split == "train":
                     raise ConfigError(f"task.{split}: {which} {hint}: raise the limit")
                 log.warning("task.%s: %s %s: left out, first %s", split, which, hint, rows.place(first))
         fitted = copy.copy(self)
