@@ -23,7 +23,7 @@ from areal_like.wire.records import Record
 from buffer.storage import sql
 from buffer.storage.segments import SegmentWriter
 from launch.cli import main
-from launch.samples.showing import harmless
+from launch.samples.showing import harmless, harmless_name
 from tests.support.launching import ROOT
 
 CHARS = "abcdefghijklmnopqrstuvwxyzJ0123456789=[];/ \n\x1b\x07\u202eé"
@@ -221,6 +221,7 @@ def test_hostile_text_is_shown_harmlessly(
     colored = capsys.readouterr().out
     assert "\x1b]" not in colored and "\x1b[2J" not in colored and "\x07" not in colored
     assert harmless("a\tb\r\u2028\x9b\ud800") == "a\tb\\r\\u2028\\x9b\\ud800"
+    assert harmless_name("a\nticket 9\t\x1b") == "a\\nticket 9\\t\\x1b"
 
 
 @pytest.mark.usefixtures("ledger")
