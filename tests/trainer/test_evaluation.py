@@ -42,9 +42,10 @@ class Requests:
 
 
 def test_a_slow_set_does_not_hold_up_the_others() -> None:
-    sets = {"fast": {}, "slow": {}}
+    sets: dict[str, dict[str, int]] = {"fast": {}, "slow": {}}
     config = from_mapping({"eval": {"interval": 2, "sets": sets}, "trainer": {"num_steps": 6}})
-    requests, rows = Requests(), []
+    requests = Requests()
+    rows: list[dict[str, Any]] = []
     evaluations = Evaluations(config, requests, on_row=rows.append)  # type: ignore[arg-type]
     evaluations.start_if_due(step=2, min_version=0)
     requests.answer(2, "fast")
