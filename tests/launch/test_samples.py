@@ -284,7 +284,7 @@ def test_a_run_without_samples_says_so(run: Path, capsys: pytest.CaptureFixture[
 
 
 def test_samples_of_a_supervised_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    RunPaths(run).sft.write_text("{}")
+    RunPaths(run).rows.write_text("{}")
     assert main(["samples", str(run)]) == 2 and "a run of `areal-like sft`" in capsys.readouterr().err
 
 
