@@ -68,6 +68,8 @@ class RunLedgers:
         self._root = root
         self._directories = RunPaths(root).ledgers
         if not self._directories:
+            if RunPaths(root).rows.exists():
+                raise ConfigError(f"{root} is a run of `areal-like sft`, which generates no samples")
             raise ConfigError(
                 f"{root} has no ledger: with buffer.durability=none a run keeps no samples"
                 if (root / "metrics.jsonl").exists()

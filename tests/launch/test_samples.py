@@ -284,6 +284,11 @@ def test_a_run_without_samples_says_so(run: Path, capsys: pytest.CaptureFixture[
     assert main(["samples", str(run)]) == 2 and "no group is recorded" in capsys.readouterr().err
 
 
+def test_samples_of_a_supervised_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    RunPaths(run).rows.write_text("{}")
+    assert main(["samples", str(run)]) == 2 and "a run of `areal-like sft`" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("ledger")
 def test_samples_are_decoded_without_torch(run: Path) -> None:
     command = f"main(['samples', {str(run)!r}])"
