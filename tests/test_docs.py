@@ -136,8 +136,19 @@ def run_commands() -> list[str]:
 
 
 @pytest.mark.parametrize("arguments", [line for line in run_commands() if "=" in line and "key=" not in line])
-def test_run_commands_are_valid_settings(arguments: str) -> None:
-    assert load_config(shlex.split(arguments))
+def test_run_commands_are_valid_settings(arguments: str, tmp_path: Path) -> None:
+    words = shlex.split(arguments)
+    shown = {word: files_on_pages()[word] for word in words if word in files_on_pages()}
+    for name, text in shown.items():
+        (tmp_path / name).write_text(text)
+    assert load_config([str(tmp_path / word) if word in shown else word for word in words])
+
+
+def files_on_pages() -> dict[str, str]:
+    """Name -> content of the YAML files that pages show whole, with their names in the first line."""
+    blocks = [block for page in PAGES for block in _FENCE.findall(page.read_text())]
+    named = ((re.search(r"^# (\w+\.yaml)\n", block, re.M), block) for block in blocks)
+    return {match[1]: block[match.start() :].rstrip("` \n") for match, block in named if match}
 
 
 def test_files_named_on_the_pages_exist() -> None:
