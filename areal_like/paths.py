@@ -96,9 +96,9 @@ class RunPaths:
         return self.root / "evaluations.jsonl"
 
     @property
-    def sft(self) -> Path:
+    def rows(self) -> Path:
         """Facts of a supervised run, one JSON object: its steps, and what became of its rows."""
-        return self.root / "sft.json"
+        return self.root / "rows.json"
 
     @property
     def summary(self) -> Path:

@@ -35,6 +35,7 @@ _WITHOUT_EFFECT = (
     "rollout.",
     "weights.",
     "eval.",
+    "trackers",
     "sampling.",
     "task",
     "max_staleness",

@@ -189,7 +189,7 @@ def _resume(config: Config, argv: Sequence[str], *, is_sft: bool) -> OpenRun:
     lock_fd = lock(paths)
     try:
         steps = checkpoints(paths)
-        if steps and paths.sft.exists() != is_sft:
+        if steps and paths.rows.exists() != is_sft:
             other = "run" if is_sft else "sft"
             raise ConfigError(f"{paths.root} is a run of `areal-like {other}`: continue it with that command")
         # With `auto` also a run whose ledger was in memory begins again.

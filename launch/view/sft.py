@@ -39,7 +39,7 @@ class SftView(PlainView):
 
     def __init__(self, config: Config, console: Console) -> None:
         super().__init__(config, console)
-        self._facts = RunPaths.of(config).sft
+        self._facts = RunPaths.of(config).rows
 
     def _line(self, seen: Observation) -> str:
         num_steps = read_json(self._facts).get("num_steps", 0)
@@ -73,7 +73,7 @@ def show_results(config: Config, console: Console) -> None:
             table.add_row(label, form.format(summary[key]))
     if isinstance(seconds := summary.get("wall_seconds"), (int, float)):
         table.add_row("wall time", duration(seconds))
-    facts = read_json(paths.sft)
+    facts = read_json(paths.rows)
     for name, source in (("rows", "rows"), ("held-out rows", "eval_rows")):
         if isinstance(counts := facts.get(source), dict):
             notes = [f"{counts[key]:,} {what}" for key, what in _COUNTS if counts.get(key)]

@@ -93,6 +93,11 @@ def test_a_run_survives_its_launcher_and_a_server(tmp_path: Path, root: Path, ca
     assert all(set(row) <= named_columns() for row in rows)
     rewards = {row["step"]: pytest.approx(row["reward_mean"]) for row in rows}
     assert scalars(root / "tensorboard")["train/reward_mean"] == rewards
+    evaluated = [json.loads(line) for line in (root / "evaluations.jsonl").read_text().splitlines()]
+    passed = {
+        row["step"]: pytest.approx(row["pass_at_k"]["3"]) for row in evaluated if row["set"] == "sampled"
+    }
+    assert scalars(root / "tensorboard")["eval/sampled/pass@3"] == passed
     (tracked,) = (root / "wandb").glob("offline-run-*")
     history = wandb_history(tracked)
     reward = "train/reward_mean"  # the last evaluation has a row of its own

@@ -104,5 +104,10 @@ class Raising(Kept):
 class Hanging(Kept):
     """Blocks at its first row, for ever."""
 
+    is_abandoned = False
+
     def log(self, row: TrackedRow) -> None:
         threading.Event().wait()
+
+    def abandon(self) -> None:
+        self.is_abandoned = True

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from areal_like.config import Config, from_mapping
 from areal_like.errors import ConfigError
@@ -196,7 +197,20 @@ def test_trackers_that_fail_or_hang_do_not_stop_training(caplog: pytest.LogCaptu
     assert counts["logged"] == num_rows + num_rows // 2
     said = [record.getMessage() for record in caplog.records if "training goes on" in record.getMessage()]
     assert len(said) == 3 and any("No space left" in text for text in said), "one message a tracker"
+    assert hanging.is_abandoned
     assert any("hanging did not end" in record.getMessage() for record in caplog.records)
+
+
+def test_the_tracker_of_the_guide_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    guide = (ROOT / "docs" / "guides" / "trackers.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", guide, re.S)
+    (tmp_path / "my_trackers.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (listed,) = re.findall(r"```yaml\n(trackers: \[.*?)```", guide, re.S)
+    settings = yaml.safe_load(listed)["trackers"]
+    status = train(job(tmp_path, *settings), range(3), reward=0.25)
+    assert status["RewardFile"]["failure"] == ""
+    assert (tmp_path / "x" / "r.csv").read_text() == "0,0.25\n1,0.25\n2,0.25\n"
 
 
 def test_names_are_grouped_and_numbers_finite() -> None:

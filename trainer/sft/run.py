@@ -89,7 +89,7 @@ class SupervisedRun:
             facts["rows"] = asdict(self._rows.counts)
             if self._held_out is not None:
                 facts["eval_rows"] = asdict(self._held_out.counts)
-            write_json(paths.sft, facts)
+            write_json(paths.rows, facts)
             self._record = SftRecord(config, step=self._step, started_s=started_s)
 
     @property

@@ -69,6 +69,7 @@ class Tracker(ABC):
     """Base of all trackers.
 
     open() -> log() * -> summarize()? -> close()
+       any of them hangs at the end of the run -> abandon()
     """
 
     aliases: Aliases = "none"
@@ -98,6 +99,10 @@ class Tracker(ABC):
     @abstractmethod
     def close(self) -> None:
         """Writes what is left."""
+
+    def abandon(self) -> None:  # noqa: B027 (most trackers need nothing)
+        """Called in another thread when the tracker has not ended in time: nothing of it may delay the end of
+        the process."""
 
 
 TRACKERS = Registry[Tracker]("trackers", Tracker)  # type: ignore[type-abstract]

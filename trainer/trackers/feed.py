@@ -121,6 +121,7 @@ class Trackers:
                 feed.thread.join(max(0.0, deadline_s - time.monotonic()))
             if feed.thread.is_alive():
                 log.warning("the tracker %s did not end within %.0f s: %s", feed.name, limit_s, feed.status())
+                feed.abandon()
 
 
 def _step(row: Mapping[str, Any], *, aliases: Aliases) -> TrackedRow:
@@ -172,6 +173,10 @@ class _Feed:
         """After the rows that wait the tracker gets the summary, if there is one, and is closed."""
         self._summary = summary
         self._ended.set()
+
+    def abandon(self) -> None:
+        """The time of the tracker is over."""
+        self._tries("abandon", self.tracker.abandon)
 
     def status(self) -> dict[str, Any]:
         return {

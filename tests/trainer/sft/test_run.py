@@ -1,0 +1,145 @@
+"""A supervised run: resumed it is the run that was not stopped, and ranks share its rows."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from areal_like.config import Config, from_mapping
+from areal_like.errors import ConfigError
+from areal_like.paths import RunPaths
+from tests.support.launching import TEST_LIMIT_S, areal_like
+from tests.support.sft_model import addition_rows, write_rows, write_sft_model
+from trainer.distributed.ranks import Ranks
+from trainer.sft.run import SupervisedRun
+
+NUM_ROWS, BATCH_ROWS = 22, 5
+NUM_STEPS = 9  # two epochs
+
+
+class StopAfter(threading.Event):
+    """Is set after a number of steps: it is asked once before each."""
+
+    def __init__(self, num_steps: int) -> None:
+        super().__init__()
+        self.num_left = num_steps
+
+    def is_set(self) -> bool:
+        self.num_left -= 1
+        return self.num_left < 0
+
+
+def config_of(root: Path, name: str, **sft: Any) -> Config:
+    settings: dict[str, Any] = {
+        "name": name,
+        "runs_dir": str(root / "runs"),
+        "model": {"path": str(root / "model")},
+        "sft": {
+            "train": str(root / "train.jsonl"),
+            "eval": str(root / "eval.jsonl"),
+            "batch_rows": BATCH_ROWS,
+            "num_epochs": 2,
+            "eval_interval": 4,
+            **sft,
+        },
+        "trainer": {"lr": 3e-3, "warmup_steps": 2, "checkpoint_interval": 4, "keep_checkpoints": 9},
+    }
+    return from_mapping(settings)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A folder with a model and rows."""
+    write_sft_model(tmp_path / "model")
+    write_rows(tmp_path / "train.jsonl", addition_rows("messages", NUM_ROWS, seed=1))
+    write_rows(tmp_path / "eval.jsonl", addition_rows("messages", 5, seed=2))
+    return tmp_path
+
+
+def run(config: Config, *, resume: str = "", num_steps: int = 1000) -> RunPaths:
+    object.__setattr__(config, "resume", resume)
+    ranks = Ranks.alone()
+    try:
+        SupervisedRun(config, ranks, stopping=StopAfter(num_steps), started_s=0.0).run()
+    finally:
+        dist.destroy_process_group()
+    return RunPaths.of(config)
+
+
+def metrics_of(paths: RunPaths) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl without times."""
+    rows = map(json.loads, paths.metrics.read_text().splitlines())
+    return [{k: v for k, v in row.items() if "_s" not in k or k == "num_sequences"} for row in rows]
+
+
+def files_of(checkpoint: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(checkpoint)): path.read_bytes()
+        for path in sorted(checkpoint.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_a_resumed_run_is_the_run_itself(root: Path) -> None:
+    """Weights, moments, metrics and held-out losses are the same to the last bit."""
+    whole = run(config_of(root, "whole"))
+    rows = metrics_of(whole)
+    assert [row["step"] for row in rows] == list(range(NUM_STEPS))
+    assert [row["step"] for row in rows if "eval_loss" in row] == [3, 7, 8]
+    assert [row["num_rows"] for row in rows] == [5] * 8 + [4] and rows[-1]["epoch"] == 2
+    assert rows[-1]["eval_loss"] < rows[3]["eval_loss"] and rows[-1]["lr"] < rows[1]["lr"]
+
+    stopped = run(config_of(root, "stopped"), num_steps=6)
+    summary = json.loads(stopped.summary.read_text())
+    assert (summary["finished"], summary["steps"], summary["num_steps"]) == (False, 6, NUM_STEPS)
+    for resume in ("latest", "step:4"):  # the second one trains steps 4 and 5 again
+        resumed = run(config_of(root, "stopped"), resume=resume)
+        assert metrics_of(resumed) == rows
+        last = f"step_{NUM_STEPS:06d}"
+        assert files_of(resumed.checkpoints / last) == files_of(whole.checkpoints / last)
+        summaries = [json.loads(paths.summary.read_text()) for paths in (whole, resumed)]
+        for each in summaries:
+            del each["wall_seconds"], each["resumed_from_step"], each["model"]
+        assert summaries[0] == summaries[1] and summaries[0]["finished"]
+
+    with pytest.raises(ConfigError, match="trained on other rows, or in another order"):
+        run(config_of(root, "stopped", batch_rows=4), resume="latest")
+    longer = run(config_of(root, "stopped", num_epochs=3), resume="latest")
+    assert len(metrics_of(longer)) == 14
+
+
+@pytest.mark.timeout(TEST_LIMIT_S)
+def test_two_ranks_learn_what_one_does(root: Path) -> None:
+    """From the command line, as a user: the last line names the model for `areal-like run`."""
+    alone = run(config_of(root, "alone"))
+    job = {"model": {"path": str(root / "model")}, "trainer": {"lr": 3e-3}}
+    (root / "job.yaml").write_text(json.dumps(job))
+    rows = f"train: {root}/train.jsonl, eval: {root}/eval.jsonl"
+    done = areal_like(
+        "sft",
+        "job.yaml",
+        f"sft={{{rows}, batch_rows: {BATCH_ROWS}, num_epochs: 2}}",
+        "trainer.world_size=2",
+        "trainer.warmup_steps=2",
+        "eval.interval=5",
+        cwd=root,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    checkpoint = root / "runs" / "default-sft" / "checkpoints" / f"step_{NUM_STEPS:06d}"
+    assert done.stdout.splitlines()[-1] == f"model.path={checkpoint}"
+    assert "eval.interval=5 has no effect" in done.stdout
+    ours = load_file(alone.checkpoints / checkpoint.name / "model.safetensors")
+    theirs = load_file(checkpoint / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.allclose(theirs[name], atol=2e-6), name
+    losses = [
+        [row["loss"] for row in metrics_of(paths)] for paths in (alone, RunPaths(checkpoint.parents[1]))
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
