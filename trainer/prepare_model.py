@@ -69,7 +69,8 @@ def _tiny(config: Config) -> BuildPlan:
     }
 
     def build(out_dir: Path) -> None:
-        from trainer.models import tiny
+        with uncollected():
+            from trainer.models import tiny
 
         tiny.build_tiny_model(
             out_dir, seed=config.seed, warm_start_steps=steps, swap_prob=config.model.warm_start_swap_prob
@@ -93,7 +94,8 @@ def _tiny_chat(config: Config) -> BuildPlan:
     files = ("tiny", "tiny_chat", "token_rows", "warm_start", *shared)
 
     def build(out_dir: Path) -> None:
-        from trainer.models import tiny_chat
+        with uncollected():
+            from trainer.models import tiny_chat
 
         tiny_chat.build_tiny_chat_model(out_dir, **arguments)
 

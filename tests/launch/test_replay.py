@@ -20,8 +20,8 @@ from tests.support.trainer_helpers import write_model
 from trainer.distributed.ranks import Ranks
 from trainer.metrics.lag import LagTally
 from trainer.models.policy import build_policy
-from trainer.replay.__main__ import Replay
 from trainer.replay.recording import Recording
+from trainer.replay.run import Replay
 from trainer.step.build import build_step_runner
 
 NUM_STEPS = 3

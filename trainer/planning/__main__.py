@@ -14,6 +14,7 @@ import sys
 
 from areal_like.errors import ConfigError, UserError
 from areal_like.runtime.command_line import OneValue, Options, load_config, shows_help
+from areal_like.runtime.imports import uncollected
 
 
 def _options() -> Options:
@@ -45,9 +46,10 @@ def run(values: argparse.Namespace, settings: list[str]) -> int:
     response = _mean("--response-tokens", values.response_tokens)
     config = load_config(settings)
 
-    from trainer.planning.advice import changes_until_it_fits
-    from trainer.planning.planner import make_plan
-    from trainer.planning.report import json_of, text_of
+    with uncollected():
+        from trainer.planning.advice import changes_until_it_fits
+        from trainer.planning.planner import make_plan
+        from trainer.planning.report import json_of, text_of
 
     plan = make_plan(config, gpus=values.gpus, prompt=prompt, response=response)
     changes = list(changes_until_it_fits(plan))

@@ -1,0 +1,114 @@
+"""Trains the recorded steps of a run again, with the groups at their recorded positions."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from areal_like.automatic_settings import compute_dtype, resolved
+from areal_like.config import Config
+from areal_like.paths import RunPaths, model_path, write_json
+from trainer.checkpoint import Checkpoints
+from trainer.distributed.process_group import device_of, joined_ranks
+from trainer.distributed.ranks import Ranks
+from trainer.metrics.lag import LagTally
+from trainer.metrics.run_files import MetricsFile, step_row
+from trainer.models.policy import build_policy
+from trainer.replay.recording import Recording
+from trainer.step.build import build_step_runner
+from trainer.step.recipe import StepRecipe
+
+
+class Replay:
+    """One rank of a replay. `run` returns when every recorded step is trained, or after a signal."""
+
+    def __init__(
+        self, config: Config, recording: Recording, ranks: Ranks, *, stopping: threading.Event
+    ) -> None:
+        self._config = config
+        self._recording = recording
+        self._ranks = ranks
+        self._stopping = stopping
+        self._started_s = time.monotonic()
+        self._paths = RunPaths.of(config)
+        source = model_path(config)
+        self._policy = build_policy(config, source, ranks)
+        self._runner = build_step_runner(config, self._policy, ranks, initial=source)
+        self._checkpoints = Checkpoints(
+            self._paths.checkpoints,
+            keep=config.trainer.keep_checkpoints,
+            tokenizer_path=source,
+            dtype=compute_dtype(config),
+        )
+        self._checkpoints.open(ranks)
+        self._metrics = MetricsFile(self._paths.metrics, start_step=0) if ranks.rank == 0 else None
+
+    def run(self) -> None:
+        """Trains every recorded step up to `trainer.num_steps`."""
+        trainer = self._config.trainer
+        num_steps = min(
+            trainer.num_steps, self._recording.num_whole_steps(groups_per_step=trainer.groups_per_step)
+        )
+        step = saved_step = 0
+        with contextlib.closing(self._checkpoints):
+            while step < num_steps and not self._ranks.any(self._stopping.is_set()):
+                self._train(step)
+                step += 1
+                if step % trainer.checkpoint_interval == 0:
+                    self._save(step)
+                    saved_step = step
+            if saved_step < step:
+                self._save(step)
+            self._checkpoints.wait()
+        if self._metrics is not None:
+            self._write_summary(finished=step == num_steps)
+            self._metrics.close()
+
+    def _train(self, step: int) -> None:
+        trainer = self._config.trainer
+        lags = LagTally(self._config.staleness_cap)
+        positions = range(self._ranks.rank, trainer.groups_per_step, self._ranks.world_size)
+        groups = (lags.counted(group) for group in self._recording.groups(step, positions))
+        metrics: dict[str, Any] = dict(
+            self._runner.run(groups, step=step, num_groups=trainer.groups_per_step, lags=lags.of_tokens)
+        )
+        lag_metrics = lags.reduced(self._ranks)
+        if self._metrics is not None:
+            self._metrics.append(step_row(step, metrics | lag_metrics))
+
+    def _save(self, step: int) -> None:
+        extra = {"shaping_duals": self._runner.rewards.duals, "stream": {}}
+        self._checkpoints.save(step, self._policy, self._runner.optimizer, self._ranks, extra=extra)
+
+    def _write_summary(self, *, finished: bool) -> None:
+        assert self._metrics is not None
+        totals = self._metrics.totals()
+        summary = {
+            "finished": finished,
+            "steps": totals.num_steps,
+            "reward_first": totals.reward_first,
+            "reward_last": totals.reward_last,
+            "loss_last": totals.loss_last,
+            "tokens_trained": totals.tokens_trained,
+            "wall_seconds": round(time.monotonic() - self._started_s, 3),
+        }
+        write_json(self._paths.summary, summary)
+
+
+def run(config: Config, root: Path) -> None:
+    """Runs this process's rank of a replay of the run in `root`; SIGTERM and SIGINT end it after a step."""
+    stopping = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    config = resolved(config)
+    StepRecipe.of(config)  # reports a mistake in the settings before anything is loaded
+    torch.set_num_threads(config.trainer.num_threads)
+    device = device_of(config)
+    with joined_ranks(config, device) as ranks, contextlib.closing(Recording(root)) as recording:
+        Replay(config, recording, ranks, stopping=stopping).run()
