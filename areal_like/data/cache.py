@@ -68,7 +68,9 @@ def entry_of(source: Path | HubSource, *, key: str) -> Entry:
     if isinstance(source, HubSource):
         dataset = load_hub(source, key=key)
         name = _name("hub", source.label, str(dataset._fingerprint))
-        return _found(name, key=key) or _built(name, texts_of_hub(dataset), label=source.label, key=key)
+        return _found(name, key=key) or _built(
+            name, texts_of_hub(dataset, label=f"{key}: {source.label}"), label=source.label, key=key
+        )
     try:
         digest = _remembered_hash(source)
         name = _name(source.suffix.lower(), source.name, digest)

@@ -62,6 +62,8 @@ def test_parquet_lists_and_patterns_are_one_sequence(tmp_path: Path) -> None:
         ('{"a": 1', r"task\.train: x\.jsonl:3: no JSON \("),
         ("[1]", r"x\.jsonl:3: want an object .* got list"),
         ("NULL", r"x\.jsonl:3: no JSON"),
+        ('{"a": ["\\ud800"]}', r"x\.jsonl:3: .* is half of a surrogate pair"),
+        ('{"a": %s}' % ("1" * 5000), r"x\.jsonl:3: .*4300 digits"),
         ("[" * 100_000, r"x\.jsonl:3: the JSON is nested too deeply|no JSON"),
     ],
 )
