@@ -111,7 +111,8 @@ def _found(name: str, *, key: str) -> Entry | None:
         about = json.loads(path.with_suffix(".json").read_text())
         table = pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
         return Entry(name=name, table=table, label=about["label"], content=about["sha256"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # ArrowInvalid is a ValueError
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        # ArrowInvalid is a ValueError.
         return None
 
 
