@@ -119,7 +119,8 @@ def model_path(config: Config) -> str:
                 "run `python -m trainer.prepare_model` with this configuration first"
             )
         return str(built)
-    looks_local = config.model.path.startswith((".", "/", "~"))
+    # A hub name has one slash: a directory that is misspelled should not be asked for in the network.
+    looks_local = config.model.path.startswith((".", "/", "~")) or config.model.path.count("/") > 1
     if looks_local and not (Path(config.model.path).expanduser() / "config.json").exists():
         raise ConfigError(f"model.path={config.model.path}: no config.json there")
     return str(Path(config.model.path).expanduser()) if looks_local else config.model.path

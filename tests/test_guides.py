@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import re
+import runpy
+import shlex
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -14,10 +17,12 @@ from types import ModuleType
 import pytest
 import yaml
 
+from areal_like.config import Config
+from areal_like.runtime.command_line import load_config
 from rollout_server.environments.scripted import play, say
 from rollout_server.tasks import Completion, Score, Task, make_task
 from rollout_server.tasks.tools import ToolTask
-from tests.support.launching import ROOT
+from tests.support.launching import ROOT, areal_like
 
 _BLOCK = re.compile(r"^( *)```python\n(.*?)^ *```", re.M | re.S)
 _NAME = re.compile(r"# (\w+)\.py\n")
@@ -116,3 +121,87 @@ def test_tools_of_the_environment_guide(guides: dict[str, ModuleType]) -> None:
     task = make_task(yaml.safe_load(block)["task"], seed=0)
     assert isinstance(task, ToolTask)
     assert [tool.name for tool in task.make_tools()] == ["calculator", "python", "search"]
+
+
+def own_data() -> str:
+    return (ROOT / "docs" / "guides" / "own-data.md").read_text()
+
+
+def own_data_configurations() -> list[str]:
+    return re.findall(r"```yaml\n(.*?)```", own_data(), re.S)
+
+
+@pytest.fixture
+def own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A directory with the files of the guide: its code, its first configuration, and the rows."""
+    modules = modules_of("own-data")
+    assert list(modules) == ["make_rows", "my_rewards"]
+    for name, code in modules.items():
+        (tmp_path / f"{name}.py").write_text(code)
+    (tmp_path / "job.yaml").write_text(own_data_configurations()[0])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    runpy.run_path("make_rows.py")
+    yield tmp_path
+    sys.modules.pop("my_rewards", None)
+
+
+def own_commands() -> list[list[str]]:
+    """The words of each call of `areal-like` in the transcript."""
+    lines = re.findall(r"^\$ areal-like (.*)$", own_data(), re.M)
+    return [shlex.split(line) for line in lines]
+
+
+def test_own_data_has_the_rows_that_it_shows(own_files: Path) -> None:
+    shown = re.findall(r'^\{"question.*$', own_data(), re.M)
+    assert len(shown) == 2 and shown == (own_files / "train.jsonl").read_text().splitlines()[:2]
+    function = ast.parse(modules_of("own-data")["my_rewards"]).body[0]
+    assert num_lines(function, modules_of("own-data")["my_rewards"]) <= 5
+
+
+def test_settings_of_own_data(own_files: Path) -> None:
+    """The file and the settings of every command are valid; the task makes examples, and scores them."""
+    verbs = [words[0] for words in own_commands()]
+    assert verbs == ["data", "sft", "run", "samples", "samples", "eval"]
+    configs: list[Config] = []
+    for verb, *words in own_commands():
+        if verb in ("sft", "run", "eval"):
+            settings = [word for word in words if "=" in word]
+            configs.append(load_config(["--config", "job.yaml", *settings]))
+    for config in configs:
+        assert list(config.eval.sets) == ["greedy", "sampled"]
+        assert config.eval.sets["sampled"].k == (1, 4, 8)
+    task = make_task(configs[0].task, seed=0)
+    assert (task.num_train, task.num_eval) == (2240, 200)
+    example = task.example("train", 0)
+    assert (example.answer, example.label) == ("bbcdggh", "long")
+    for text, value in (("bbcdggh", 1.0), ("bbcdghg", 0.5 * 5 / 7), ("", 0.0)):
+        score = task.reward(example, Completion(text))
+        assert isinstance(score, Score) and score.value == pytest.approx(value)
+        assert sorted(score.parts) == ["letters", "whole"]
+
+
+def test_other_configurations_of_own_data(own_files: Path) -> None:
+    """The blocks for a real model and for a mixture: their settings are valid, their tasks can be made."""
+    _, real, mixture = own_data_configurations()
+    for number, block in enumerate((real, mixture)):
+        Path(f"{number}.yaml").write_text(block)
+        config = load_config(["--config", f"{number}.yaml"])
+        task = make_task(config.task, seed=0)
+        assert task.example("train", 0).prompt
+        for one in config.eval.sets.values():
+            assert make_task(one.task, seed=0).example("eval", one.num_prompts - 1).prompt
+
+
+@pytest.mark.chaos
+def test_commands_of_own_data(own_files: Path) -> None:
+    """All commands of the transcript, as they stand there; the model gets better, and pass@k is reported."""
+    for words in own_commands():
+        told = areal_like(*words, cwd=own_files)
+        assert told.returncode == 0, (words, told.stdout, told.stderr)
+    rows = [json.loads(line) for line in (own_files / "runs/letters/evaluations.jsonl").open()]
+    sampled = [row for row in rows if row["set"] == "sampled"]
+    assert [row["step"] for row in sampled] == [0, 100, 200]
+    assert list(sampled[0]["pass_at_k"]) == ["1", "4", "8"]
+    assert sampled[-1]["avg"] > sampled[0]["avg"] + 0.05

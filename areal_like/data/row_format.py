@@ -169,8 +169,10 @@ def _wanted(
 ) -> tuple[str, Any]:
     found = _first(row, _keys(configured, usual))
     if found is None:
-        wanted = f"`{configured}`" if configured else f"any of {', '.join(usual)}"
-        raise ConfigError(f"no {wanted} ({setting}); the row has {', '.join(map(str, row)) or 'nothing'}")
+        has = f"the row has {', '.join(map(str, row)) or 'nothing'}"
+        if configured:
+            raise ConfigError(f"no `{configured}` ({setting}); {has}")
+        raise ConfigError(f"none of the keys {', '.join(usual)}: set {setting}; {has}")
     return found
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from areal_like.config import Config
 from areal_like.data import RowFormat, open_rows
 from areal_like.errors import ConfigError, UserError, first_line
-from areal_like.paths import model_path
+from areal_like.paths import BUILT_MODELS, RunPaths, model_path
 from areal_like.runtime.command_line import OneValue, Options, load_config, shows_help
 from areal_like.runtime.imports import torch_hidden, uncollected
 from rollout_server.context_length import longest_sequence
@@ -134,7 +134,13 @@ def _renderer(config: Config, task: Task | None, notes: list[str]) -> PromptRend
         with torch_hidden(), uncollected():
             renderer = PromptRenderer(model, settings=config.model)
     except ConfigError as error:
-        notes.append(f"tokens are not counted (model.path=DIR names a model): {first_line(error)}")
+        reason = first_line(error)
+        if config.model.path in BUILT_MODELS:
+            built = RunPaths.of(config).built_model
+            reason = (
+                f"a run makes model.path={config.model.path} when it starts, and {built} contains no model"
+            )
+        notes.append(f"tokens are not counted (model.path=DIR names a model): {reason}")
         return None
     if task is not None:
         context = longest_sequence(config, task, max_positions=renderer.max_positions)

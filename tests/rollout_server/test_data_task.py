@@ -89,7 +89,7 @@ def test_equal_prompts_are_on_one_side_wherever_they_stand(directory: Path) -> N
 @pytest.mark.parametrize(
     ("row", "settings", "message"),
     [
-        ({"answer": 1}, {}, r"task\.train: t\.jsonl:8: no any of prompt"),
+        ({"answer": 1}, {}, r"task\.train: t\.jsonl:8: none of the keys prompt, "),
         ({"question": ["x"], "answer": 1}, {}, r"t\.jsonl:8: `question`"),
         ({"question": "x"}, {}, r"t\.jsonl:8: the row has no answer, and others do"),
         ({"question": "x"}, {"answer_key": "answer"}, r"t\.jsonl:8: no `answer`"),

@@ -46,7 +46,7 @@ def test_configured_keys_and_prompts() -> None:
 @pytest.mark.parametrize(
     ("settings", "row", "message"),
     [
-        ({}, {"text": "x"}, r"no any of prompt, .*\(prompt_key\); the row has text"),
+        ({}, {"text": "x"}, r"none of the keys prompt, .*: set prompt_key; the row has text"),
         ({"prompt_key": "q"}, {"prompt": "x"}, r"no `q` \(prompt_key\); the row has prompt"),
         ({"answer_key": "a"}, {"prompt": "x", "a": None}, "no `a`"),
         ({}, {"prompt": 3}, "want a text or a list of messages, got int"),
@@ -78,7 +78,7 @@ def test_conversations_learn_the_assistants_messages() -> None:
     assert not RowFormat(chat=True).conversation_of({"prompt": "1+1?", "completion": "2"}).is_text
     for row, message in [
         ({"messages": [USER]}, "nothing to learn"),
-        ({"prompt": "x"}, "no any of completion"),
+        ({"prompt": "x"}, "none of the keys completion"),
         ({"prompt": "x", "completion": 3}, "got int"),
     ]:
         with pytest.raises(ConfigError, match=message):
