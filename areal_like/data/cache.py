@@ -68,7 +68,9 @@ def entry_of(source: Path | HubSource, *, key: str) -> Entry:
     if isinstance(source, HubSource):
         dataset = load_hub(source, key=key)
         name = _name("hub", source.label, str(dataset._fingerprint))
-        return _found(name, key=key) or _built(name, texts_of_hub(dataset), label=source.label, key=key)
+        return _found(name, key=key) or _built(
+            name, texts_of_hub(dataset, label=f"{key}: {source.label}"), label=source.label, key=key
+        )
     try:
         digest = _remembered_hash(source)
         name = _name(source.suffix.lower(), source.name, digest)
@@ -109,7 +111,8 @@ def _found(name: str, *, key: str) -> Entry | None:
         about = json.loads(path.with_suffix(".json").read_text())
         table = pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
         return Entry(name=name, table=table, label=about["label"], content=about["sha256"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # ArrowInvalid is a ValueError
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        # ArrowInvalid is a ValueError.
         return None
 
 

@@ -13,6 +13,7 @@ import datetime
 import decimal
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ Text = tuple[bytes, int]
 """A row as JSON in UTF-8, and its number in the file: the line of JSON lines, else the row; from 1."""
 _BATCH_ROWS = 1000
 _READ_BYTES = 1 << 20
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -62,8 +64,20 @@ def _check(text: bytes, *, place: str, is_first: bool) -> None:
         raise ConfigError(f"{place}: no JSON ({error.msg} at column {error.colno}){hint}") from error
     except RecursionError as error:
         raise ConfigError(f"{place}: the JSON is nested too deeply") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise ConfigError(f"{place}: {error}") from error
+    if _SURROGATE.search(text):
+        _check_surrogates(row, place=place)
     if not isinstance(row, dict):
         raise ConfigError(f"{place}: want an object such as {{'prompt': ...}}, got {type(row).__name__}")
+
+
+def _check_surrogates(row: Any, *, place: str) -> None:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise ConfigError(f"{place}: {half!r} is half of a surrogate pair, and no character") from error
 
 
 def _parquet(path: Path, *, key: str) -> Iterator[Text]:
@@ -72,7 +86,7 @@ def _parquet(path: Path, *, key: str) -> Iterator[Text]:
 
     try:
         with parquet.ParquetFile(path) as file:
-            yield from _rows_of(file.iter_batches(batch_size=_BATCH_ROWS))
+            yield from _rows_of(file.iter_batches(batch_size=_BATCH_ROWS), label=f"{key}: {path.name}")
     except (pyarrow.ArrowException, OSError) as error:
         raise ConfigError(f"{key}: {path} is no parquet file that can be read: {error}") from error
 
@@ -94,18 +108,26 @@ def load_hub(source: HubSource, *, key: str) -> Any:
         ) from error
 
 
-def texts_of_hub(dataset: Any) -> Iterator[Text]:
-    """The rows of a `datasets.Dataset`."""
+def texts_of_hub(dataset: Any, *, label: str) -> Iterator[Text]:
+    """The rows of a `datasets.Dataset`. `label`: its name, for errors."""
     tables = dataset.with_format("arrow").iter(batch_size=_BATCH_ROWS)
-    return _rows_of(tables)
+    return _rows_of(tables, label=label)
 
 
-def _rows_of(batches: Any) -> Iterator[Text]:
+def _rows_of(batches: Any, *, label: str) -> Iterator[Text]:
     number = 0
     for batch in batches:
-        for row in batch.to_pylist(maps_as_pydicts="lossy"):
+        try:
+            rows = batch.to_pylist(maps_as_pydicts="lossy")
+        except UnicodeError:  # one by one, to name the row
+            rows = (batch.slice(at, 1) for at in range(batch.num_rows))
+        for row in rows:
             number += 1
-            yield json.dumps(row, ensure_ascii=False, default=_as_json).encode(), number
+            try:
+                row = row if isinstance(row, dict) else row.to_pylist(maps_as_pydicts="lossy")[0]
+                yield json.dumps(row, ensure_ascii=False, default=_as_json).encode(), number
+            except (UnicodeError, TypeError) as error:
+                raise ConfigError(f"{label}:{number}: the row cannot be read ({error})") from error
 
 
 def _as_json(value: Any) -> Any:

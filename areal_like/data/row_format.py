@@ -179,7 +179,8 @@ def _wanted(
 def _messages(value: Any, *, key: str) -> list[Message]:
     """Checked messages; keys with null, with which parquet fills them up, are left out."""
     if not isinstance(value, list) or not value:
-        raise ConfigError(f"`{key}`: want a text or a list of messages, got {type(value).__name__}")
+        got = "list without items" if value == [] else type(value).__name__
+        raise ConfigError(f"`{key}`: want a text or a list of messages, got {got}")
     messages = []
     for message in value:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):

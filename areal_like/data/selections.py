@@ -51,7 +51,7 @@ def open_selection(name: str, *, key: str) -> Numbers:
         if not _NAME.fullmatch(name):
             raise ValueError("no name of a selection")
         numbers = np.load(_path(name), mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:  # EOFError: an empty file
         raise ConfigError(
             f"{key}: {_path(name)} was removed while the job runs: start its servers again ({error})"
         ) from error

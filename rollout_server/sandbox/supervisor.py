@@ -50,7 +50,8 @@ _CALLS: dict[str, tuple[int, dict[str, int]]] = {
             "unshare": 272, "setns": 308, "clone": 56, "clone3": 435, "io_uring_setup": 425,
             "kill": 62, "tkill": 200, "tgkill": 234, "rt_sigqueueinfo": 129, "rt_tgsigqueueinfo": 297,
             "pidfd_open": 434, "prlimit64": 302, "sched_setscheduler": 144, "sched_setparam": 142,
-            "sched_setaffinity": 203, "sched_setattr": 314,
+            "sched_setaffinity": 203, "sched_setattr": 314, "ptrace": 101, "process_vm_readv": 310,
+            "process_vm_writev": 311, "pidfd_getfd": 438,
         },
     ),
     "aarch64": (
@@ -60,12 +61,18 @@ _CALLS: dict[str, tuple[int, dict[str, int]]] = {
             "unshare": 97, "setns": 268, "clone": 220, "clone3": 435, "io_uring_setup": 425,
             "kill": 129, "tkill": 130, "tgkill": 131, "rt_sigqueueinfo": 138, "rt_tgsigqueueinfo": 240,
             "pidfd_open": 434, "prlimit64": 261, "sched_setscheduler": 119, "sched_setparam": 118,
-            "sched_setaffinity": 122, "sched_setattr": 274,
+            "sched_setaffinity": 122, "sched_setattr": 274, "ptrace": 117, "process_vm_readv": 270,
+            "process_vm_writev": 271, "pidfd_getfd": 438,
         },
     ),
 }  # fmt: skip
 """Machine -> its AUDIT_ARCH and numbers of system calls. On other machines there is no filter."""
-_REFUSED = ("memfd_create", "memfd_secret", "shmget", "msgget", "semget", "unshare", "setns")
+_REFUSED = (
+    "memfd_create", "memfd_secret", "shmget", "msgget", "semget", "unshare", "setns",
+    "ptrace", "process_vm_readv", "process_vm_writev", "pidfd_getfd",
+)  # fmt: skip
+"""Memory that no limit counts, other namespaces, and other processes: bwrap's own, which is in the namespace,
+has neither limits nor a filter."""
 _ABSENT = ("clone3", "io_uring_setup")
 """The filter cannot see their arguments; for clone3, the C library then uses clone."""
 _ON_PROCESS = (

@@ -126,12 +126,20 @@ class SftRows:
             raise ConfigError(f"{self._key}: the files on the trainer's machines differ: copy them again")
         share = range(ranks.rank, len(self._rows), ranks.world_size)
         facts = np.zeros((len(share), 4), dtype=np.int64)
+        broken = -1
         due_s = time.monotonic() + _LOG_INTERVAL_S
         for at, index in enumerate(share):
-            facts[at] = self._facts(index)
+            try:
+                facts[at] = self._facts(index)
+            except ConfigError:
+                broken = index
+                break
             if time.monotonic() > due_s:
                 log.info("%s: %d of %d rows are rendered", self._key, at * ranks.world_size, len(self._rows))
                 due_s += _LOG_INTERVAL_S
+        # If one rank raised alone, the others would report that they have lost it.
+        if found := [index for index in ranks.gather(torch.tensor([broken])).tolist() if index >= 0]:
+            self._rendered(min(found))
         everyone = ranks.gather(torch.from_numpy(facts.reshape(-1))).numpy().reshape(-1, 4)
         order = [index for rank in range(ranks.world_size) for index in self._share(rank, ranks)]
         facts_N = np.empty_like(everyone)

@@ -6,6 +6,7 @@ not support (tools, penalties, formats of the answer) is refused by name unless 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,10 @@ from rollout_server.engine.http.bodies import flag, number, text
 
 MAX_MESSAGES = 4096
 MAX_CHOICES = 128
+MAX_BYTES_PER_TOKEN = 64
+"""A body of more bytes for each token of the context (and `FREE_BYTES`) is refused: rendering and tokenizing
+it would take the processor from the job's own samples, only to find that it is too long."""
+FREE_BYTES = 1 << 16
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1000
 STREAM_INTERVAL = 8
@@ -27,6 +32,13 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},), "modalities": (["text"],),
 }  # fmt: skip
 """Fields that are accepted only as null or with one of these values, which have no effect."""
+_NO_SETTINGS = frozenset({
+    "messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt",
+    "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors",
+    "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+})  # fmt: skip
+"""Arguments of transformers' `apply_chat_template`. With a template of its own a client could keep the
+engine's process busy for ever."""
 _SAME_NAME = ("temperature", "top_p", "top_k", "min_p", "n", "ignore_eos", "stop_token_ids")
 
 
@@ -54,8 +66,21 @@ class ChatRequest:
         return self.stream or bool(self.stops)
 
 
+def check_size(num_bytes: int, *, context_length: int) -> None:
+    """Raises UserError for a body that cannot fit into the context."""
+    most = FREE_BYTES + MAX_BYTES_PER_TOKEN * context_length
+    if num_bytes > most:
+        raise UserError(
+            f"the body has {num_bytes} bytes; at most {most} are read with a context of {context_length}"
+        )
+
+
 def parse_chat(body: Mapping[str, Any]) -> ChatRequest:
     """Checks a body. Raises UserError for the first error."""
+    try:
+        json.dumps(body, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError):
+        raise UserError("the body has half of a surrogate pair, or is nested too deeply") from None
     for name, values in _UNSUPPORTED.items():
         if body.get(name) is not None and body[name] not in values:
             raise UserError(f"{name} is not supported by the embedded engine")
@@ -63,8 +88,8 @@ def parse_chat(body: Mapping[str, Any]) -> ChatRequest:
     kwargs = body.get("chat_template_kwargs") or {}
     if not isinstance(options, Mapping) or not isinstance(kwargs, Mapping):
         raise UserError("stream_options and chat_template_kwargs must be objects")
-    if {"messages", "tools", "add_generation_prompt"} & set(kwargs):
-        raise UserError("chat_template_kwargs: messages, tools and add_generation_prompt are not settings")
+    if refused := sorted(_NO_SETTINGS & set(kwargs)):
+        raise UserError(f"chat_template_kwargs: {', '.join(refused)} are not settings of a template")
     number(body, "n", 1, low=1, high=MAX_CHOICES, integer=True)
     return ChatRequest(
         model=text(body, "model", "default"),
@@ -104,6 +129,8 @@ def _content(raw: Any, place: int) -> str:
 
 def _sampling_params(body: Mapping[str, Any]) -> dict[str, Any]:
     params = {name: body[name] for name in _SAME_NAME if body.get(name) is not None}
+    if not isinstance(params.get("stop_token_ids", []), list):
+        raise UserError("stop_token_ids must be a list of token ids")
     length = body.get("max_completion_tokens")
     length = body.get("max_tokens") if length is None else length
     if length is not None:

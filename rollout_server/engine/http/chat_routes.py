@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response
 from areal_like.errors import ArealError, ConfigError, EngineError, EpisodeError, UserError
 from areal_like.trajectory import FinishReason
 from rollout_server.engine.http.bodies import parse_body
-from rollout_server.engine.http.chat_request import STREAM_INTERVAL, ChatRequest, parse_chat
+from rollout_server.engine.http.chat_request import STREAM_INTERVAL, ChatRequest, check_size, parse_chat
 from rollout_server.engine.http.chat_text import AnswerText
 from rollout_server.engine.http.generate_request import GenerateRequest, RequestLimits, parse_generate
 from rollout_server.engine.http.generation_routes import EventStream, Inbox, disconnected, submit
@@ -88,7 +88,9 @@ class ChatRoutes:
     async def complete(self, request: Request) -> Response:
         """/v1/chat/completions: one response, or a stream of chunks."""
         try:
-            work = await self._started(parse_chat(parse_body(await request.body())))
+            body = await request.body()
+            check_size(len(body), context_length=self._limits.context_length)
+            work = await self._started(parse_chat(parse_body(body)))
             if work.chat.stream:
                 return EventStream(self._chunks(work), on_close=lambda: self._abort_unfinished(work))
             return await self._whole(request, work)

@@ -11,7 +11,7 @@ from fractions import Fraction
 
 _CURRENCY = "$€£¥"
 _MAX_NUMBER_CHARS = 1000
-"""Reading a longer one takes quadratic time."""
+"""Matching and reading a longer one takes quadratic time."""
 
 
 def after_marker(text: str, marker: str) -> str | None:
@@ -63,5 +63,7 @@ def number_in(text: str) -> Fraction | None:
 
 def _fraction(text: str) -> Fraction | None:
     text = text.strip()
-    is_number = re.fullmatch(r"-?(\d+\.?\d*|\.\d+)([eE][-+]?\d{1,4})?", text, re.ASCII)
-    return Fraction(text) if is_number and len(text) <= _MAX_NUMBER_CHARS else None
+    if len(text) > _MAX_NUMBER_CHARS:
+        return None
+    is_number = re.fullmatch(r"-?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d{1,4})?", text, re.ASCII)
+    return Fraction(text) if is_number else None

@@ -8,10 +8,12 @@ each test; calls and statements are all tested in one run. What runs where is in
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import functools
 import json
 import re
 import secrets
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +36,8 @@ _FENCED = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)^[ \t]*```[ \t]*$", re.MULTILINE 
 _MARGIN_S = 1.0
 """Time that is left for starting and ending a program before the reward's own limit."""
 _OUTPUT_BYTES = 1 << 16
+_MAX_THREADS = 1024
+"""More than a worker has rewards at a time (`rollout.reward_concurrency`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +94,10 @@ class Code(RewardFunction):
         if source is None:
             return Score(value=0.0, metrics={"passed": 0.0, "timeouts": 0.0, "has_code": 0.0})
         run = self._run_harness if tests.function or tests.statements else self._run_with_stdin
-        num_passed, num_timeouts = await asyncio.to_thread(run, source, tests)
+        # The loop's own threads are few: programs would wait for them, and their time would run out.
+        context = contextvars.copy_context()  # has the time limit
+        scoring = asyncio.get_running_loop().run_in_executor(_threads(), context.run, run, source, tests)
+        num_passed, num_timeouts = await scoring
         share = num_passed / tests.num
         return Score(
             value=share if self.give == "share" else float(num_passed == tests.num),
@@ -173,6 +180,12 @@ def _values(stdout: str, nonce: str) -> dict[int, Any]:
             except (ValueError, RecursionError):
                 continue
     return values
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    """A thread for each program that runs; they are made on use."""
+    return ThreadPoolExecutor(max_workers=_MAX_THREADS, thread_name_prefix="programs")
 
 
 @functools.cache

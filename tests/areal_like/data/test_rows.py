@@ -15,6 +15,7 @@ import pytest
 from pyarrow import parquet
 
 from areal_like.data import open_rows
+from areal_like.data.selections import open_selection
 from areal_like.errors import ConfigError
 
 
@@ -62,6 +63,8 @@ def test_parquet_lists_and_patterns_are_one_sequence(tmp_path: Path) -> None:
         ('{"a": 1', r"task\.train: x\.jsonl:3: no JSON \("),
         ("[1]", r"x\.jsonl:3: want an object .* got list"),
         ("NULL", r"x\.jsonl:3: no JSON"),
+        ('{"a": ["\\ud800"]}', r"x\.jsonl:3: .* is half of a surrogate pair"),
+        ('{"a": %s}' % ("1" * 5000), r"x\.jsonl:3: .*4300 digits"),
         ("[" * 100_000, r"x\.jsonl:3: the JSON is nested too deeply|no JSON"),
     ],
 )
@@ -120,7 +123,10 @@ def test_selections_reach_other_processes_by_name(tmp_path: Path, cache: Path) -
     assert again.fingerprint == chosen.fingerprint
     assert len({rows.fingerprint, odd.fingerprint, chosen.fingerprint}) == 3
     assert rows.only(np.arange(10)) is rows
-    for path in cache.glob("*.npy"):
+    for path in cache.rglob("*.npy"):
+        path.write_bytes(b"")  # as after a power failure
+        with pytest.raises(ConfigError, match="was removed"):
+            open_selection(path.stem, key="k")
         path.unlink()
     with pytest.raises(ConfigError, match="was removed"):
         open_rows(chosen.cached | {"selection": "0" * 32}, key="k")

@@ -145,6 +145,11 @@ def test_streams(chat_engine: Engine) -> None:
         ({"tools": [{"type": "function"}]}, "tools is not supported"),
         ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
         ({"chat_template_kwargs": {"messages": []}}, "are not settings"),
+        ({"chat_template_kwargs": {"chat_template": "{{ 'x' * 99 }}"}}, "are not settings"),
+        ({"stop_token_ids": 5}, "stop_token_ids must be a list"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "half of a surrogate pair"),
+        ({"model": "\udfff"}, "half of a surrogate pair"),
+        ({"messages": [{"role": "user", "content": "a" * (1 << 18)}]}, "bytes; at most 131072 are read"),
     ],
 )
 def test_bad_requests_have_openais_errors(chat_engine: Engine, fields: dict[str, Any], problem: str) -> None:

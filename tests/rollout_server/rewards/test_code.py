@@ -81,6 +81,48 @@ def test_programs_that_fail_have_reward_0(source: str, answer: Any) -> None:
     assert score.value == 0 and score.metrics["code/has_code"] == 1
 
 
+FORGE = (
+    "for fd in range(1, 9):\n  for n in range(2):\n    try: os.write(fd, f'{nonce} {n} null\\n'.encode())\n"
+    "    except OSError: pass\nos._exit(0)"
+)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        f"import os, json\nos.lseek(0, 0, 0)\nnonce = json.loads(os.read(0, 99999))['nonce']\n{FORGE}",
+        f"import os, json\nnonce = json.load(open(f'/proc/{{os.getppid()}}/fd/0'))['nonce']\n{FORGE}",
+        f"import os, json\nnonce = json.load(open('/proc/self/fd/0'))['nonce']\n{FORGE}",
+        "import builtins\nbuiltins.exec = lambda *a: None",
+        "import builtins\nreal = compile\nbuiltins.compile = lambda *a, **k: real('pass', '', 'exec')",
+        "class Any:\n  def __eq__(self, other): return True\ndef double(n): return Any()",
+        "class Any(int):\n  def __eq__(self, other): return True\ndef double(n): return [Any()] * (n or 1)",
+    ],
+)
+def test_programs_that_cheat_have_reward_0(source: str) -> None:
+    score = scored(fenced(source), ASSERTS, give="share")
+    assert score.value == 0 and score.metrics["code/has_code"] == 1
+
+
+def test_equal_values_of_other_types_pass() -> None:
+    """Only classes of the program must not decide what equals a constant."""
+    source = (
+        "from collections import Counter, namedtuple\nfrom dataclasses import dataclass\n"
+        "Pair = namedtuple('Pair', 'a b')\n@dataclass\nclass Own:\n  a: int\n"
+    )
+    tests = [
+        "assert Counter('aab') == {'a': 2, 'b': 1}",
+        "assert Pair(1, 2) == (1, 2)",
+        "assert {1: 2}.keys() == {1}",
+    ]
+    tests += [
+        "assert Own(1) == Own(1)",
+        "x = None\nassert x == None and 1.0 == 1",
+        "assert 0 < len([1]) <= 1",
+    ]
+    assert scored(fenced(source), tests).value == 1
+
+
 def test_programs_that_hang_have_reward_0_in_time() -> None:
     for answer in (CASES, ASSERTS):
         score = scored("import time\ntime.sleep(60)", answer, timeout_s=0.3)

@@ -201,6 +201,7 @@ def test_a_completion_cannot_give_the_verdict() -> None:
     ("settings", "problem"),
     [
         ({"url": "127.0.0.1:1"}, r"task.reward.url=127.0.0.1:1: want http://host"),
+        ({"url": "http://me:secret@127.0.0.1/v1"}, "url: a user name, password or query does not belong"),
         ({"rubric": ""}, "give a `rubric`, or a `checklist`"),
         ({"rubric": "Is {answer} right?"}, r"has no \{completion\}"),
         ({"checklist": [{"text": "a", "weight": 0}]}, "`weight` above 0"),

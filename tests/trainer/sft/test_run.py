@@ -143,3 +143,15 @@ def test_two_ranks_learn_what_one_does(root: Path) -> None:
         [row["loss"] for row in metrics_of(paths)] for paths in (alone, RunPaths(checkpoint.parents[1]))
     ]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(TEST_LIMIT_S)
+def test_a_broken_row_of_any_rank_is_named(root: Path) -> None:
+    rows = [*addition_rows("messages", 3, seed=1), {"messages": []}]
+    source = write_rows(root / "broken.jsonl", rows)  # the last one is rank 1's
+    done = areal_like(
+        "sft", f"model.path={root}/model", f"sft.train={source}", "trainer.world_size=2", cwd=root
+    )
+    assert done.returncode == 2 and "broken.jsonl:4: `messages`" in done.stdout + done.stderr
+    assert "RuntimeError" not in done.stdout + done.stderr

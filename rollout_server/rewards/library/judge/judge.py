@@ -83,6 +83,12 @@ class Judge(RewardFunction):
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError(f"task.reward.url={self.url}: want http://host:port/v1 or https://...")
+        if parts.username is not None or parts.query:
+            # The message does not repeat it: every failure of the judge would name the url.
+            raise ConfigError(
+                "task.reward.url: a user name, password or query does not belong there: put the "
+                "key into a file of mode 600 and name it with task.reward.api_key_file"
+            )
         if isinstance(self.checklist, str) or not isinstance(self.checklist, Sequence):
             raise ConfigError(f"task.reward.checklist={self.checklist!r}: want a list of criteria")
         if not isinstance(self.extra_body, Mapping):
