@@ -248,7 +248,8 @@ def test_text_is_sent_once_and_never_behind_a_stop(pieces: list[str], stops: lis
         ),
         st.recursive(
             st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-            lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+            lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+            max_leaves=6,
         ),
     )
 )
