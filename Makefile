@@ -1,5 +1,6 @@
 # Needs Python 3.11 to 3.13, make and a package index: the first target that is run builds .venv from the pinned requirements.
 #   make run [ARGS="key=value ..."]    the default job (see `make run ARGS=--help`)
+#   make sft ARGS="CONFIG ..."         supervised training
 #   make test [JOBS=3]                 lint, types and the tests, in that many processes
 #   make chaos                         the promises about crashes and faults at length: about an hour
 #   make sglang                        an environment with SGLang on this CPU, for rollout.engine=sglang
@@ -20,11 +21,14 @@ REQUIREMENTS ?= $(shell cat .venv/.requirements 2>/dev/null || echo requirements
 STAMP := .venv/.installed-$(shell cat $(REQUIREMENTS) requirements-dev.txt pyproject.toml | cksum | cut -d' ' -f1)
 DOCS_STAMP := $(STAMP)-docs-$(shell cksum < requirements-docs.txt | cut -d' ' -f1)
 
-.PHONY: run test chaos sglang test-sglang docs lint ruff format setup clean
+.PHONY: run sft test chaos sglang test-sglang docs lint ruff format setup clean
 .DEFAULT_GOAL := run
 
 run: $(STAMP)
 	@exec $(BIN)/python -m launch run $(ARGS)
+
+sft: $(STAMP)
+	@exec $(BIN)/python -m launch sft $(ARGS)
 
 # The types are checked beside the first tests: mypy needs one core for most of a minute if it has no cache.
 test: ruff

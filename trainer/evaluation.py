@@ -33,9 +33,9 @@ class _Requested:
 
 
 class Evaluations:
-    """Runs one evaluation at a time: `run` waits for its results, while the other methods let training go on.
+    """Evaluates the sets: `run` waits for its results, while the other methods let training go on.
 
-    IDLE -> start_if_due() -> RUNNING -> poll(): the results so far ... -> poll(): the last result -> IDLE
+    Of each set: IDLE -> start_if_due() -> RUNNING -> poll(): the result -> IDLE
 
     The first set of the configuration stands for the others where there is room for one number
     (`eval_reward`).
@@ -80,7 +80,9 @@ class Evaluations:
         try:
             for name, one in requested.items():
                 try:
-                    rows[name] = self._row(name, one)
+                    result = self._result(name, one)
+                    self.poll()  # an earlier evaluation of this set has ended before, and is recorded before
+                    rows[name] = self._recorded(name, one, result)
                 except StopRequestedError:
                     raise
                 except ArealError as error:
@@ -100,22 +102,22 @@ class Evaluations:
     def start_if_due(self, *, step: int, min_version: int, done: Collection[str] = ()) -> None:
         """Between the first and the last step, every `eval.interval` steps: starts an evaluation and returns.
 
-        Not of the sets in `done`, and not while one is running.
+        Not of the sets in `done`, and not of those whose evaluation before is still running: the others need
+        not wait for a set whose rewards are slow.
         """
         left = [name for name in self._sets if name not in done]
         if not left or not 0 < step < self._num_steps or step % self._interval:
             return
-        if self._running:
-            earlier = next(iter(self._running.values())).step
+        if late := [f"{name} (step {self._running[name].step})" for name in left if name in self._running]:
             log.warning(
-                "no evaluation after step %d: that after step %d still runs (%s); raise eval.interval, or "
-                "lower num_prompts, num_samples or max_new_tokens of the sets",
+                "no evaluation after step %d of sets whose evaluation before still runs: %s; raise "
+                "eval.interval, or lower num_prompts, num_samples or max_new_tokens of these sets",
                 step,
-                earlier,
-                ", ".join(self._running),
+                ", ".join(late),
             )
-            return
-        self._running = self._request(step, min_version, left)
+        self._running |= self._request(
+            step, min_version, [name for name in left if name not in self._running]
+        )
 
     def poll(self) -> float | None:
         """Records the sets whose evaluation has ended since the last call.
@@ -125,7 +127,8 @@ class Evaluations:
         rows: dict[str, dict[str, Any]] = {}
         for name in [name for name, one in self._running.items() if one.future.done()]:
             try:
-                rows[name] = self._row(name, self._running.pop(name))
+                one = self._running.pop(name)
+                rows[name] = self._recorded(name, one, self._result(name, one))
             except ArealError as error:
                 log.warning("training continues without an evaluation of %s: %s", name, error)
         return self._reward_of(rows)
@@ -144,11 +147,11 @@ class Evaluations:
                 num_samples=self._sets[name].num_samples,
                 min_version=min_version,
             )
-            future = self._buffer.submit_call(request, timeout_s=math.inf)  # `_row` bounds the wait
+            future = self._buffer.submit_call(request, timeout_s=math.inf)  # `_result` bounds the wait
             requested[name] = _Requested(step=step, future=future, started_s=time.monotonic())
         return requested
 
-    def _row(self, name: str, one: _Requested) -> dict[str, Any]:
+    def _result(self, name: str, one: _Requested) -> EvalResult:
         result: EvalResult = self._buffer.wait(
             one.future,
             name="the evaluation",
@@ -161,6 +164,9 @@ class Evaluations:
                 f"none of the {len(result.rewards)} samples for the held-out prompts of {name} could be "
                 "made: see the rollout servers' logs"
             )
+        return result
+
+    def _recorded(self, name: str, one: _Requested, result: EvalResult) -> dict[str, Any]:
         row = evaluation_row(result, self._sets[name], seconds=time.monotonic() - one.started_s)
         log.info("evaluation %d, set %s: %s", one.step, name, described(row))
         self._on_row(row)

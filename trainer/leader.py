@@ -186,6 +186,7 @@ class Leader:
             reason = "the run is finished" if finished else "the trainer is draining"
             self._buffer.call(CloseAdmission(reason=reason), timeout_s=_CALL_TIMEOUT_S)
         training_seconds = time.monotonic() - self._training_started_s
+        self._evaluations.poll()  # those that have ended since the last step
         eval_after = self._evaluate_last_weights() if finished and self._record.steps.num_rows else None
         self._buffer.run(self._publisher.close(), name="weight groups to dissolve", timeout_s=30)
         summary = self._record.summarize(

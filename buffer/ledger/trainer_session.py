@@ -243,9 +243,15 @@ class TrainerSession:
         eval_set: str = DEFAULT_SET,
         num_samples: int = 1,
     ) -> EvalResult | None:
-        """Starts an evaluation of a set unless it is known. Returns its result, or None while it runs."""
-        rounds = self._state.evals.rounds
-        if (round_ := rounds.get((eval_id, eval_set))) is None:
+        """Starts an evaluation of a set unless it is known. Returns its result, or None while it runs.
+
+        A finished one of an earlier trainer, which a restarted buffer has found in its store, is another
+        evaluation: it has other weights, or another size.
+        """
+        round_ = self._state.evals.requested(
+            (eval_id, eval_set), size=(num_prompts, num_samples), min_version=min_version
+        )
+        if round_ is None:
             check_request(eval_set, num_prompts=num_prompts, num_samples=num_samples)
             tickets = [
                 self._tickets.issue(

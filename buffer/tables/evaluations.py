@@ -134,6 +134,20 @@ class EvalTable:
         self.rounds[round_.key] = round_
         self._keep_samples(round_)
 
+    def requested(self, key: tuple[int, str], *, size: tuple[int, int], min_version: int) -> EvalRound | None:
+        """The round of this request, which may be repeated; None if it has to begin.
+
+        `size`: (prompts, answers to each). A finished round with other fields is not returned again.
+        """
+        round_ = self.rounds.get(key)
+        if round_ is None or not round_.is_done:
+            return round_
+        row = round_.row
+        if (row.num_prompts, row.num_samples, row.min_version) == (*size, min_version):
+            return round_
+        del self.rounds[key]
+        return None
+
     def cancel(self, is_over: Callable[[EvaluationRow], bool]) -> list[Ticket]:
         """Cancels the running rounds for which `is_over` is true.
 

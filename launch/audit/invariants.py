@@ -181,10 +181,14 @@ _ONE_RETRY = Invariant(
         GROUP BY child.parent HAVING count(*) > 1 OR max(old.state) IS NOT 'dropped'""",
 )
 
-_OF_EVALUATION = f"""
+_OF_EVALUATION = """
     t.purpose = 'eval' AND t.eval_id = e.eval_id AND t.eval_set = e.eval_set
-    AND t.num_samples = e.num_samples AND t.prompt_index < e.num_prompts
-    AND t.ticket_id = e.first_ticket + t.prompt_index * {_NUM_SHARDS}"""
+    AND t.num_samples = e.num_samples AND t.prompt_index < e.num_prompts"""
+# Both directions search a primary key: a scan of all tickets for each evaluation takes minutes in a long run.
+_ITS_TICKETS = f"""
+    {_OF_EVALUATION} AND t.ticket_id = e.first_ticket + t.prompt_index * {_NUM_SHARDS}
+    AND t.ticket_id BETWEEN e.first_ticket AND e.first_ticket + (e.num_prompts - 1) * {_NUM_SHARDS}"""
+_ITS_EVALUATION = f"{_OF_EVALUATION} AND e.first_ticket = t.ticket_id - t.prompt_index * {_NUM_SHARDS}"
 
 _WHOLE_EVALUATIONS = Invariant(
     text="an evaluation has one ticket for each prompt, which are live only while it runs",
@@ -193,8 +197,8 @@ _WHOLE_EVALUATIONS = Invariant(
         SELECT printf('evaluation %d of %s is %s: %d tickets for %d prompts, %d of them live',
                       eval_id, eval_set, state, num_tickets, num_prompts, num_live)
         FROM (SELECT e.*,
-                     (SELECT count(*) FROM tickets AS t WHERE {_OF_EVALUATION}) AS num_tickets,
-                     (SELECT count(*) FROM tickets AS t WHERE {_OF_EVALUATION}
+                     (SELECT count(*) FROM tickets AS t WHERE {_ITS_TICKETS}) AS num_tickets,
+                     (SELECT count(*) FROM tickets AS t WHERE {_ITS_TICKETS}
                       AND t.state IN ('queued', 'leased')) AS num_live
               FROM evaluations AS e)
         WHERE num_tickets != num_prompts OR (num_live > 0) != (state = 'running')
@@ -202,7 +206,7 @@ _WHOLE_EVALUATIONS = Invariant(
         UNION ALL SELECT printf('ticket %d: it belongs to no evaluation', ticket_id)
         FROM tickets AS t
         WHERE purpose = 'eval' AND eval_set != ''
-          AND NOT EXISTS (SELECT 1 FROM evaluations AS e WHERE {_OF_EVALUATION})""",
+          AND NOT EXISTS (SELECT 1 FROM evaluations AS e WHERE {_ITS_EVALUATION})""",
 )
 
 _EVALUATED_ANSWERS = Invariant(

@@ -17,6 +17,17 @@ from launch.audit.invariants import LEDGER_INVARIANTS
 from launch.audit.result import Audit, Check
 
 _Row = tuple[int, ...]
+_WITHOUT_EVALUATIONS = 2
+"""Schema version of the release before, whose runs can be audited without a buffer that migrates them."""
+_ADDED = """
+PRAGMA temp_store = MEMORY;
+CREATE TEMP VIEW tickets AS SELECT *, '' AS eval_set FROM main.tickets;
+CREATE TEMP VIEW failures AS SELECT *, 0 AS given_up FROM main.failures;
+CREATE TEMP TABLE evaluations (
+    first_ticket INTEGER PRIMARY KEY, eval_id, eval_set, num_prompts, num_samples, state
+);
+"""
+"""What a newer schema has besides, in names that hide the tables of the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,9 +116,13 @@ def audit_ledger(directory: Path) -> LedgerAudit:
 
 
 def _connect(directory: Path) -> sqlite3.Connection:
-    return sqlite3.connect(
+    connection = sqlite3.connect(
         f"file:{directory / 'ledger.sqlite3'}?mode=ro", uri=True, isolation_level=None, timeout=10
     )
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version == _WITHOUT_EVALUATIONS:
+        connection.executescript(_ADDED)
+    return connection
 
 
 def _trajectories_on_disk(directory: Path, samples: list[tuple[Any, ...]]) -> tuple[Check, Check]:

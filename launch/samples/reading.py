@@ -6,6 +6,7 @@ ledger of an earlier release is read as it is: columns that it lacks have their 
 
 from __future__ import annotations
 
+import bisect
 import sqlite3
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -119,25 +120,46 @@ class RunLedgers:
         raise AssertionError("the loop returns or raises")
 
     def _find_evaluated(self, set_name: str, step: int | None) -> list[Row]:
-        counts: dict[str, int] = {}
-        for directory in self._directories:
-            for name, newest in self._execute(
-                directory,
-                f"SELECT {self._column(directory, 'eval_set')}, max(eval_id) FROM tickets "
-                "WHERE purpose = 'eval' AND state = 'evaluated' GROUP BY 1",
-                [],
-            ):
-                counts[name] = max(newest, counts.get(name, newest))
-        if set_name not in counts:
-            known = f"evaluated are {', '.join(sorted(counts))}" if counts else "nothing is evaluated yet"
-            return self._nothing(f"the set {set_name} has no samples: {known}")
-        wanted = counts[set_name] if step is None else step
+        """One evaluation: not those that were cancelled, or that an earlier trainer has made of a step to
+        which the run has returned, if there is another."""
         where = "purpose = 'eval' AND state = 'evaluated'"
+        steps_of: dict[str, set[int]] = {}
+        for directory in self._directories:
+            column = self._column(directory, "eval_set")
+            query = f"SELECT DISTINCT {column}, eval_id FROM tickets WHERE {where}"
+            for name, eval_id in self._execute(directory, query, []):
+                steps_of.setdefault(name, set()).add(eval_id)
+        if set_name not in steps_of:
+            known = f"evaluated are {', '.join(sorted(steps_of))}" if steps_of else "nothing is evaluated yet"
+            return self._nothing(f"the set {set_name} has no samples: {known}")
+        rounds = self._rounds(set_name)
+        last_of = {eval_id: rank for _, eval_id, rank in sorted(rounds, key=lambda one: one[2])}
+        newest = max(steps_of[set_name], key=lambda eval_id: (last_of.get(eval_id, (False, -1)), eval_id))
+        wanted = newest if step is None else step
         rows = self._query(f"{where} AND eval_id = ?", [wanted])
         rows = [row for row in rows if row.eval_set == set_name]
-        return rows or self._nothing(
-            f"the set {set_name} has no samples of step {wanted}, {self._range('eval_id', where)}"
-        )
+        if not rows:
+            has = self._range("eval_id", where)
+            return self._nothing(f"the set {set_name} has no samples of step {wanted}, {has}")
+        firsts = [first for first, _, _ in rounds]
+        ranks = [(False, -1), *(rank for _, _, rank in rounds)]
+        rank_of = {row.ticket_id: ranks[bisect.bisect(firsts, row.ticket_id)] for row in rows}
+        best = max(rank_of.values())
+        return [row for row in rows if rank_of[row.ticket_id] == best]
+
+    def _rounds(self, set_name: str) -> list[tuple[int, int, tuple[bool, int]]]:
+        """(first ticket, step, rank) of the set's evaluations by first ticket; a larger rank is preferred.
+
+        Empty for a ledger of an earlier release. All are in one shard.
+        """
+        for directory in self._directories:
+            has_rounds = "SELECT 1 FROM sqlite_master WHERE name = 'evaluations'"
+            query = "SELECT first_ticket, eval_id, state FROM evaluations WHERE eval_set = ? ORDER BY 1"
+            if self._execute(directory, has_rounds, []):
+                found = self._execute(directory, query, [set_name])
+                if found:
+                    return [(first, step, (state != "cancelled", first)) for first, step, state in found]
+        return []
 
     def _newest_step(self) -> int | None:
         """The newest step that the trainer has completed; else the newest with a group."""

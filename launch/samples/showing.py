@@ -31,6 +31,11 @@ def harmless(text: str) -> str:
     )
 
 
+def harmless_name(text: str) -> str:
+    """A label or a name, which must not begin a line of its own: that could look like another sample."""
+    return harmless(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
 def lines_of(sample: Transcript, *, shows_all: bool) -> Iterator[Text]:
     """The lines of one sample. `shows_all`: no part is shortened."""
     yield _title(sample)
@@ -55,7 +60,7 @@ def _title(sample: Transcript) -> Text:
     title.append(f"reward {sample.reward:g}", style="green" if sample.reward > 0 else "red")
     parts = {**sample.reward_parts, **sample.metrics}
     if parts:
-        listed = "  ".join(f"{harmless(name)} {value:.4g}" for name, value in parts.items())
+        listed = "  ".join(f"{harmless_name(name)} {value:.4g}" for name, value in parts.items())
         title.append(f"  ({listed})", style="not bold")
     title.append(f"  {where}", style="not bold")
     return title
@@ -70,14 +75,14 @@ def _place(sample: Transcript) -> str:
 def _facts(sample: Transcript) -> str:
     facts = [
         f"prompt {sample.prompt_index}",
-        f"label {harmless(sample.label)}" if sample.label else "",
+        f"label {harmless_name(sample.label)}" if sample.label else "",
         f"{sample.num_tokens - sample.num_sampled} tokens + {sample.num_sampled} sampled"
         if sample.num_tokens
         else f"{sample.num_sampled} sampled tokens",
         _versions(sample.oldest_version, sample.newest_version, sample.lag),
         f"ended by {sample.finish_reason}" if sample.finish_reason else "",
         "greedy" if sample.is_greedy else "",
-        f"failed ({harmless(sample.failure)})" if sample.failure else "",
+        f"failed ({harmless_name(sample.failure)})" if sample.failure else "",
         f"{len(sample.turns)} turns" if len(sample.turns) > 1 else "",
         f"{sample.generation_s:.2f} s, reward {sample.reward_s:.2f} s" if sample.finish_reason else "",
     ]

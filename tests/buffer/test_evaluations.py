@@ -208,6 +208,25 @@ def test_a_new_trainer_cancels_and_keeps_what_is_done() -> None:
     assert request(ledger, eval_id=1) is None, "the new trainer's evaluation is another one"
 
 
+def test_a_restored_result_is_of_its_own_weights() -> None:
+    store = RowStore()
+    ledger = ledger_with_sets(store=store, durable=True)
+    add_server(ledger, "a", capacity=100)
+    request(ledger, eval_id=3)
+    finish(ledger)
+    ledger.start_training(incarnation=2, step=1, stream={})  # it goes back and trains the steps again
+    version = ledger.alloc_version(incarnation=2, step=1)
+    ledger = recover(ledger.settings, store.copy(), now_s=0.0)
+    assert request(ledger, eval_id=3) is not None, "the same request, as after a lost answer"
+    again: dict[str, Any] = {"eval_id": 3, "eval_set": "hard", "num_samples": 4}
+    assert ledger.request_eval(num_prompts=2, min_version=version, **again) is None, "of other weights"
+    add_server(ledger, "b", capacity=100, version=version)
+    finish(ledger)
+    result = ledger.request_eval(num_prompts=2, min_version=version, **again)
+    assert result is not None and result.num_evaluated == 8
+    assert ledger.request_eval(num_prompts=3, min_version=version, **again) is None, "of another size"
+
+
 @pytest.mark.parametrize("keep", [0, 1, 2])
 def test_samples_of_the_newest_evaluations_are_kept(keep: int) -> None:
     store = RowStore()

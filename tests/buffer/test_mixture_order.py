@@ -12,13 +12,17 @@ import pytest
 
 from areal_like.errors import RefusedError
 from areal_like.shards import WHOLE, Shard
+from areal_like.wire.fingerprint import as_number
 from areal_like.wire.messages.hello import Hello, Role
+from buffer.ledger.data_change import CONTENT
 from buffer.ledger.recovery import recover
 from buffer.prompts.curriculum import Curriculum
 from buffer.prompts.order import PromptOrder, PromptSet
 from buffer.service.peers import ConnectedPeers
 from buffer.storage.durable import DurableStore
 from tests.buffer.test_curriculum_epochs import Play, curriculum_of
+from tests.buffer.test_registration import scalar, server_hello
+from tests.support.buffer_harness import BufferProcess, connected, running_buffer, training
 from tests.support.fake_producer import hello
 from tests.support.ledger_simulation import ledger_settings, new_ledger
 from tests.support.store_load import raising, store_settings
@@ -153,3 +157,37 @@ def test_changed_data_begins_the_order_anew(tmp_path: Path, content: int) -> Non
     else:
         assert evidence == 4, "what was heard about other prompts is forgotten"
         assert after[0] == before[0], "the order begins anew"
+
+
+def test_servers_with_other_data_never_feed_one_job(tmp_path: Path) -> None:
+    """A real buffer: its first server decides, until it starts again."""
+    ours, theirs = "0123456789abcdef", "f" * 16
+    sizes: dict[str, Any] = {"source_sizes": [400, 100], "source_weights": [1.0, 3.0]}
+
+    async def greet(buffer: BufferProcess, name: str, **changes: Any) -> Any:
+        async with connected(buffer) as link:
+            return await link.call(server_hello(buffer, name, **changes), timeout_s=10)
+
+    async def first_start(buffer: BufferProcess) -> None:
+        assert await greet(buffer, "rollout-0", content=ours, **sizes)
+        with pytest.raises(RefusedError, match=r"\(content\)"):
+            await greet(buffer, "rollout-1", content=theirs, **sizes)
+        with pytest.raises(RefusedError, match=r"\(source_sizes\)"):
+            await greet(buffer, "rollout-1", content=ours)
+        for wrong in ({"source_sizes": [500]}, {"source_sizes": [1] * 99, "source_weights": [1.0] * 99}):
+            with pytest.raises(RefusedError, match=r"\(source_sizes\)"):
+                await greet(buffer, "rollout-1", content=ours, **wrong)
+        async with training(buffer):
+            assert await greet(buffer, "rollout-1", content=ours, **sizes)
+
+    with running_buffer(tmp_path) as buffer:
+        asyncio.run(first_start(buffer))
+        config = buffer.config
+    again = BufferProcess(config)
+    try:
+        assert asyncio.run(greet(again, "rollout-1", content=theirs, **sizes))
+        with pytest.raises(RefusedError, match=r"\(content\)"):
+            asyncio.run(greet(again, "rollout-0", content=ours, **sizes))
+    finally:
+        again.close()
+    assert scalar(again, CONTENT) == as_number(theirs)

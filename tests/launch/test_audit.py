@@ -66,6 +66,27 @@ def test_the_ledger_of_a_killed_buffer_is_clean(run: Path, capsys: pytest.Captur
     assert json.loads(capsys.readouterr().out)["clean"] is True
 
 
+def test_a_ledger_of_the_release_before_is_clean(run: Path) -> None:
+    execute(
+        run,
+        # That release kept no samples of an evaluation, of which each ticket had one.
+        "DELETE FROM samples WHERE ticket_id IN (SELECT ticket_id FROM tickets WHERE purpose = 'eval')",
+        "UPDATE tickets SET num_samples = 1 WHERE purpose = 'eval'",
+        "UPDATE statistics SET value = value - 8 WHERE name = 'verdict_accepted'",
+        "DROP TABLE evaluations",
+        *(
+            f"ALTER TABLE {table} DROP COLUMN {column}"
+            for table, column in {"tickets": "eval_set", "failures": "given_up"}.items()
+        ),
+        *(f"ALTER TABLE samples DROP COLUMN {column}" for column in ("truncated", "failure")),
+        "UPDATE tickets SET released = 1 WHERE state = 'evaluated'",
+        "PRAGMA user_version = 2",
+    )
+    audit = audit_run(run)
+    assert audit.is_clean, "\n".join(audit.lines())
+    assert (audit.tickets["trained"], audit.tickets["evaluated"]) == (20, 4)
+
+
 def test_the_ledger_is_clean_after_a_rollback(tmp_path: Path) -> None:
     trainer = {"num_steps": 20, "groups_per_step": 4, "fetch_timeout_s": 60.0}
     with running_job(tmp_path, trainer=trainer) as job:

@@ -23,7 +23,7 @@ from areal_like.wire.records import Record
 from buffer.storage import sql
 from buffer.storage.segments import SegmentWriter
 from launch.cli import main
-from launch.samples.showing import harmless
+from launch.samples.showing import harmless, harmless_name
 from tests.support.launching import ROOT
 
 CHARS = "abcdefghijklmnopqrstuvwxyzJ0123456789=[];/ \n\x1b\x07\u202eé"
@@ -221,6 +221,7 @@ def test_hostile_text_is_shown_harmlessly(
     colored = capsys.readouterr().out
     assert "\x1b]" not in colored and "\x1b[2J" not in colored and "\x07" not in colored
     assert harmless("a\tb\r\u2028\x9b\ud800") == "a\tb\\r\\u2028\\x9b\\ud800"
+    assert harmless_name("a\nticket 9\t\x1b") == "a\\nticket 9\\t\\x1b"
 
 
 @pytest.mark.usefixtures("ledger")
@@ -307,3 +308,23 @@ def test_an_unreadable_tokenizer_is_named(
     (run / "config.yaml").write_text(text)
     assert main(["samples", str(run)]) == 2
     assert f"the tokenizer in {empty} cannot be loaded" in capsys.readouterr().err
+
+
+def test_one_evaluation_of_a_step_is_shown(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ledger = LedgerOnDisk(run / "ledger")
+    text = trajectory(("1=", NOT_SAMPLED), ("e", 3))
+    states = ("done", "cancelled", "done", "running")
+    # An earlier trainer came to step 30. This one went back, and was killed while step 10 was evaluated.
+    for number, (state, step) in enumerate(zip(states, (30, 10, 10, 20), strict=True)):
+        first = 1 + 2 * number
+        ledger.insert(
+            "evaluations",
+            **{"first_ticket": first, "eval_id": step, "eval_set": "aime", "state": state},
+            **{"num_prompts": 2, "num_samples": 1, "min_version": 0},
+        )
+        for ticket in (first, first + 1)[: 2 if state == "done" else 1]:
+            columns = {"purpose": "eval", "state": "evaluated", "eval_set": "aime", "eval_id": step}
+            ledger.group(ticket, text, **columns)
+    assert identity(samples(run, capsys, "--set", "aime", "--step", "10", "--limit", "9")) == [(5, 0), (6, 0)]
+    assert identity(samples(run, capsys, "--set", "aime", "--limit", "9")) == [(7, 0)]
+    ledger.connection.close()

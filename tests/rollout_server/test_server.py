@@ -418,7 +418,10 @@ def test_bad_rewards_are_reported_and_children_die_with_server(model: Path, tmp_
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"task": {"name": "sortt"}}, "known are adding, gymnasium, reasoning_gym, sort, textarena"),
+        (
+            {"task": {"name": "sortt"}},
+            "known are adding, data, gymnasium, mixture, reasoning_gym, sort, textarena",
+        ),
         ({"model": {"path": "/no/such/model"}}, "/no/such/model"),
         ({"eval": {"num_prompts": 5000}}, "task.num_eval"),
         ({"buffer": {"port": 0}}, "buffer.port"),

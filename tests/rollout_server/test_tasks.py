@@ -1,13 +1,20 @@
 """Tasks: purity, fingerprints, settings, and a task that a user has written."""
 
+import hashlib
+import json
+import os
 import random
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
+from areal_like.config import from_mapping
 from areal_like.errors import ConfigError
+from areal_like.wire.fingerprint import dataset_fingerprint
 from rollout_server.tasks.base import Example, Split, Task, make_task
 
 
@@ -127,3 +134,43 @@ def test_reasoning_gym_by_name_or_a_hint_to_install_it() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             make_task(settings | broken, seed=0)
+
+
+def test_keys_that_are_no_texts_and_sets_have_a_fingerprint() -> None:
+    def of(settings: dict[object, object]) -> tuple[str, str]:
+        task = {"_target_": f"{__name__}.Named", "names": settings, "tags": ["a"]}
+        fingerprint = dataset_fingerprint(from_mapping({"task": task}))
+        return fingerprint, make_task(task, seed=0).fingerprint()
+
+    mixed, other = of({1: "a", "b": 2, None: {True: 1}}), of({1: "a", "b": 2, None: {False: 1}})
+    assert mixed == of({None: {True: 1}, "b": 2, 1: "a"}) and mixed[0] != other[0] and mixed[1] != other[1]
+    plain = {"task": {"name": "sort"}, "seed": 3}
+    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+    assert dataset_fingerprint(from_mapping(plain)) == digest, "ledgers of earlier releases have it"
+    prints = {
+        subprocess.run(
+            [sys.executable, "-c", _SET_FINGERPRINT, str(number)],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+            env=os.environ | {"PYTHONHASHSEED": str(number)},
+        ).stdout
+        for number in range(2)
+    }
+    assert len(prints) == 1, "an answer that is a set, or an object, is the same in every process"
+
+
+_SET_FINGERPRINT = """
+from tests.rollout_server.test_tasks import Named
+print([object() for _ in range(1000)] and Named(names={}).fingerprint())
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Named(Add):
+    names: Mapping[Any, Any]
+    tags: Sequence[str] = ()
+
+    def example(self, split: Split, index: int) -> Example:
+        return Example(prompt="p", answer=({"x", "y", "z"}, Add))

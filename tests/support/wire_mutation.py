@@ -82,6 +82,9 @@ def example(hint: Any, rng: random.Random) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is list:
         return [example(args[0], rng) for _ in range(rng.randrange(4))]
+    if origin is np.ndarray:
+        dtype = typing.get_args(args[1])[0]
+        return np.array([rng.randrange(8) for _ in range(rng.choice([0, 7]))], dtype)
     if origin is dict:
         return {f"key {index}": example(args[1], rng) for index in range(rng.randrange(4))}
     if origin in (types.UnionType, typing.Union):

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import tracemalloc
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -178,3 +179,12 @@ def test_a_resume_drops_later_evaluations(tmp_path: Path, start_step: int, kept:
     ends = again.summary()["hard"]
     assert (ends["before"]["step"], ends["after"]["step"]) == ((kept or [40])[0], 40)
     again.close()
+
+
+def test_a_late_evaluation_is_not_the_last(tmp_path: Path) -> None:
+    with closing(EvaluationsFile(tmp_path / "evaluations.jsonl", start_step=0)) as file:
+        for step in (0, 20, 10):  # that after step 10 ends after that of the last weights
+            file.append(evaluated(step, rewards=[step / 20, 0.0]))
+        ends = file.summary()["hard"]
+        assert (ends["before"]["step"], ends["after"]["step"]) == (0, 20)
+        assert file.sets_of(20) == {"hard"}

@@ -88,7 +88,7 @@ class EvaluationsFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._first: dict[str, dict[str, Any]] = {}
         self.last: dict[str, dict[str, Any]] = {}
-        """The newest row of each set."""
+        """The row of each set with the newest weights."""
         partial = path.with_suffix(".partial")
         with partial.open("w") as kept:
             for row in read_rows(path):
@@ -105,11 +105,11 @@ class EvaluationsFile:
         self._note(row)
 
     def sets_of(self, step: int) -> set[str]:
-        """The sets whose newest row is of this step."""
+        """The sets whose newest weights with a row are those of this step."""
         return {name for name, row in self.last.items() if row["step"] == step}
 
     def summary(self) -> dict[str, dict[str, Any]]:
-        """Set -> its first and its last row, `before` and `after`."""
+        """Set -> the rows of its first and its last weights, `before` and `after`."""
         return {name: {"before": self._first[name], "after": self.last[name]} for name in self.last}
 
     def close(self) -> None:
@@ -117,8 +117,12 @@ class EvaluationsFile:
         self._file.close()
 
     def _note(self, row: dict[str, Any]) -> None:
-        self._first.setdefault(row["set"], row)
-        self.last[row["set"]] = row
+        name, step = row["set"], row["step"]
+        # An evaluation between steps may end after the one of the last weights.
+        if step <= self._first.get(name, row)["step"]:
+            self._first[name] = row
+        if step >= self.last.get(name, row)["step"]:
+            self.last[name] = row
 
 
 def _finite(value: float | None) -> float | None:
