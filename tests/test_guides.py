@@ -200,7 +200,8 @@ def test_commands_of_own_data(own_files: Path) -> None:
     for words in own_commands():
         told = areal_like(*words, cwd=own_files)
         assert told.returncode == 0, (words, told.stdout, told.stderr)
-    rows = [json.loads(line) for line in (own_files / "runs/letters/evaluations.jsonl").open()]
+    evaluations = own_files / "runs" / "letters" / "evaluations.jsonl"
+    rows = [json.loads(line) for line in evaluations.read_text().splitlines()]
     sampled = [row for row in rows if row["set"] == "sampled"]
     assert [row["step"] for row in sampled] == [0, 100, 200]
     assert list(sampled[0]["pass_at_k"]) == ["1", "4", "8"]
