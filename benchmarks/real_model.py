@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct before training, after a supervised start, and after reinforcement learning.
 
-    python -m benchmarks.real_model [--work FOLDER] [--steps 150] [--sglang-steps 6] [key=value ...]
+    python -m benchmarks.real_model [--work FOLDER] [--steps 90] [--sglang-steps 6] [key=value ...]
 
     rows -> `areal-like eval` of the model as it comes -> `areal-like sft` -> `areal-like run`
          -> some steps of the same job with SGLang, in float32 -> results
@@ -43,7 +43,7 @@ def main() -> None:
     """Makes the stages that are missing, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--work", type=Path, default=WORK)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=90)
     parser.add_argument("--sglang-steps", type=int, default=6)
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()
