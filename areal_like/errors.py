@@ -16,6 +16,7 @@
         EpisodeError
             EpisodeBudgetError
             EnvironmentLostError
+        SessionGoneError
         ToolError
         WeightSyncError
         RewardError
@@ -112,6 +113,10 @@ class EpisodeBudgetError(EpisodeError):
 
 class EnvironmentLostError(EpisodeError):
     """An environment's process was lost, and not by the environment's fault: the sample may be made again."""
+
+
+class SessionGoneError(ArealError):
+    """The session of a request has ended; the message says why. It answers nothing any more."""
 
 
 class ToolError(ArealError):

@@ -14,6 +14,7 @@ from areal_like.config.job import Config, DaemonConfig, ModelConfig
 from areal_like.config.loading import from_mapping, to_mapping
 from areal_like.config.rollout import RolloutConfig, SamplingConfig, SglangConfig
 from areal_like.config.security import SecurityConfig
+from areal_like.config.sessions import SessionsConfig
 from areal_like.config.sft import SftConfig
 from areal_like.config.trainer import KlConfig, TrainerConfig
 from areal_like.config.weights import WeightsConfig
@@ -32,6 +33,7 @@ __all__ = [
     "RolloutConfig",
     "SamplingConfig",
     "SecurityConfig",
+    "SessionsConfig",
     "SftConfig",
     "SglangConfig",
     "TrainerConfig",

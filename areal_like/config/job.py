@@ -12,6 +12,7 @@ from areal_like.config.episode import EpisodeConfig, RewardsConfig
 from areal_like.config.evaluation import EVAL_BYTES_PER_SAMPLE, EvalConfig
 from areal_like.config.rollout import RolloutConfig, SamplingConfig
 from areal_like.config.security import SecurityConfig
+from areal_like.config.sessions import SessionsConfig
 from areal_like.config.sft import SftConfig
 from areal_like.config.trainer import KlConfig, TrainerConfig
 from areal_like.config.weights import WeightsConfig
@@ -109,6 +110,7 @@ class Config(Section):
     settings."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     episode: EpisodeConfig = field(default_factory=EpisodeConfig)
+    sessions: SessionsConfig = field(default_factory=SessionsConfig)
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
     buffer: BufferConfig = field(default_factory=BufferConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

@@ -29,7 +29,7 @@ from rollout_server.episodes.base import PolicyClient
 from rollout_server.episodes.messages import canonical_messages, canonical_tools, is_same, prefix_digests
 from rollout_server.episodes.scoring import Outcome, placed_token_rewards, placed_turns
 from rollout_server.episodes.transcript import Transcript
-from rollout_server.episodes.turns import Layout, Turn
+from rollout_server.episodes.turns import Answer, Layout, Turn
 from rollout_server.rendering.base import ChatRenderer, ToolSchema
 
 
@@ -76,6 +76,17 @@ class Conversation:
         Raises EpisodeBudgetError if there is no room for another turn (PromptRefusedError if it would be the
         first), EpisodeError if the messages cannot be rendered, and as PolicyClient.extend.
         """
+        return (await self.answer(messages, tools=tools, stop=stop)).reply
+
+    async def answer(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[ToolSchema] = (),
+        stop: Sequence[str] = (),
+        max_new_tokens: int | None = None,
+    ) -> Answer:
+        """As `say`, with the tokens. `max_new_tokens`: of this turn, if below the job's."""
         known = canonical_messages(messages)
         schemas = canonical_tools(tools)
         if schemas and not self._renderer.supports_tools:
@@ -84,8 +95,51 @@ class Conversation:
                 "use a model with a chat template for tools, or set model.renderer"
             )
         known, parent, prompt = self._prompt(known, schemas)
+        return await self._sample(
+            prompt, parent, known=known, tools=schemas, stop=stop, max_new_tokens=max_new_tokens
+        )
+
+    async def continue_tokens(
+        self, prompt_ids: Sequence[int], *, stop: Sequence[str] = (), max_new_tokens: int | None = None
+    ) -> Answer:
+        """As `answer`, after a prompt that the client has rendered itself.
+
+        It follows the longest earlier turn whose tokens it begins with.
+        """
+        prompt = self._checked(prompt_ids)
+        return await self._sample(
+            prompt,
+            self._longest_prefix(prompt),
+            known=None,
+            tools=[],
+            stop=stop,
+            max_new_tokens=max_new_tokens,
+        )
+
+    def forget(self, turn: Turn) -> None:
+        """Leaves out a turn that nobody has read, unless another one follows it."""
+        followed = {one.parent for one in self._turns} | {one.parent for one in self._running}
+        if turn in self._turns and turn not in followed:
+            self._turns.remove(turn)
+            for known in self._states.values():
+                if turn in known:
+                    known.remove(turn)
+
+    async def _sample(
+        self,
+        prompt: NDArray[np.int32],
+        parent: Turn | None,
+        *,
+        known: list[Message] | None,
+        tools: list[ToolSchema],
+        stop: Sequence[str],
+        max_new_tokens: int | None,
+    ) -> Answer:
+        """`known`: the messages of the prompt; None if it has none."""
         start = len(prompt)
         limit, reason = self._room(parent, start)
+        if max_new_tokens is not None and max_new_tokens < limit:
+            limit, reason = max_new_tokens, FinishReason.LENGTH
         transcript = Transcript()
         transcript.append_context(prompt)
         running = _Running(parent=parent, most_tokens=start + limit)
@@ -103,7 +157,8 @@ class Conversation:
         if finish_reason is FinishReason.LENGTH:
             finish_reason = reason
         self.finish_reason = finish_reason
-        reply = self._reply(transcript, finish_reason, num_prompt_tokens=start, tools=schemas)
+        reply = self._reply(transcript, finish_reason, num_prompt_tokens=start, tools=tools)
+        turn = None
         if reply.num_tokens:
             turn = Turn(
                 parent=parent,
@@ -111,12 +166,24 @@ class Conversation:
                 sampled=transcript.tokens[start:],
                 logprobs=transcript.logprobs[start:],
                 versions=transcript.versions[start:],
-                messages=[*known, *canonical_messages([reply.message])],
+                messages=[] if known is None else [*known, *canonical_messages([reply.message])],
                 end=start + reply.num_tokens,
             )
             self._turns.append(turn)
-            self._states[prefix_digests(turn.messages, schemas)[-1]].append(turn)
-        return reply
+            if known is not None:
+                self._states[prefix_digests(turn.messages, tools)[-1]].append(turn)
+        return Answer(
+            reply=reply,
+            prompt_ids=prompt,
+            token_ids=transcript.tokens[start:],
+            logprobs=transcript.logprobs[start:],
+            turn=turn,
+        )
+
+    @property
+    def turns(self) -> Sequence[Turn]:
+        """In the order in which they were finished."""
+        return self._turns
 
     @property
     def num_sampled(self) -> int:

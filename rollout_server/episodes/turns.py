@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from areal_like.trajectory import NOT_SAMPLED
-from rollout_server.environments.base import Message
+from rollout_server.environments.base import Message, Reply
 from rollout_server.episodes.scoring import Span
 
 
@@ -47,6 +47,21 @@ class Turn:
     def tokens(self) -> NDArray[np.int32]:
         """[end] all tokens of the segment up to and with this turn."""
         return np.concatenate([array for turn in self.path for array in (turn.context, turn.sampled)])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Answer:
+    """One turn of the policy, and the tokens behind it."""
+
+    reply: Reply
+    prompt_ids: NDArray[np.int32]
+    """[P] the tokens that the engine was given."""
+    token_ids: NDArray[np.int32]
+    """[S] the sampled tokens."""
+    logprobs: NDArray[np.float32]
+    """[S] of the sampled tokens."""
+    turn: Turn | None
+    """None if nothing was sampled."""
 
 
 class Layout:

@@ -39,6 +39,7 @@ from areal_like.registry import Registry
 from areal_like.trajectory import FinishReason
 from areal_like.wire.fingerprint import canonical_json
 from areal_like.wire.record_metadata import MAX_LABEL_CHARS
+from rollout_server.agents.base import Session
 from rollout_server.environments.base import Environment, Message
 
 Split = Literal["train", "eval"]
@@ -168,6 +169,9 @@ class Task(ABC):
     sandbox: str = "bwrap"
     """The job's `rewards.sandbox`: `rollout_server.sandbox.make_sandbox(task.sandbox)` runs a program."""
 
+    external: bool = False
+    """Samples are made by agents from outside, which claim them from the rollout servers (POST /sessions)."""
+
     least: ClassVar[Mapping[str, int]] = {"num_train": 1, "num_eval": 1, "max_prompt_tokens": 1}
     """Smallest values of settings."""
 
@@ -175,8 +179,12 @@ class Task(ABC):
         for name, least in self.least.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"task.{name}={getattr(self, name)}: must be at least {least}")
-        if not (self.has_reward or self.has_environment):
-            raise ConfigError(f"task {type(self).__name__}: implement reward() or environment()")
+        if not (self.has_reward or self.has_environment or self.has_agent):
+            raise ConfigError(f"task {type(self).__name__}: implement reward(), environment() or agent()")
+        if self.has_environment and self.uses_sessions:
+            raise ConfigError(
+                f"task {type(self).__name__} has an environment(): leave out agent(), and task.external=true"
+            )
 
     @abstractmethod
     def example(self, split: Split, index: int) -> Example:
@@ -198,6 +206,15 @@ class Task(ABC):
         Called in the environment's process, which rebuilds the example.
         """
         return None
+
+    async def agent(self, example: Example, session: Session) -> float | Mapping[str, float] | Score | None:
+        """Makes one sample of `example`: any program that speaks OpenAI's API, with `session` as its model.
+
+        Runs in a process of its own, which rebuilds the example, and has OPENAI_BASE_URL and OPENAI_API_KEY
+        set. Returns the reward; None: what `reward` computes from the last answer. If the task has a
+        `reward`, its value is added to the agent's.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no agent()")
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -239,6 +256,16 @@ class Task(ABC):
         return type(self).environment is not Task.environment
 
     @property
+    def has_agent(self) -> bool:
+        """True if the task's samples are made by its `agent`."""
+        return type(self).agent is not Task.agent
+
+    @property
+    def uses_sessions(self) -> bool:
+        """True if samples are sessions: of `agent`, or of agents from outside."""
+        return self.has_agent or self.external
+
+    @property
     def has_reward(self) -> bool:
         """True if the task computes a reward besides those of an environment's steps."""
         return type(self).reward is not Task.reward
@@ -267,7 +294,9 @@ class Task(ABC):
         return hashlib.sha256(description.encode()).hexdigest()[:16]
 
     def _describe(self) -> str:
-        settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+        # Who makes the samples changes no example: the fingerprint is that of releases without the setting.
+        names = [one.name for one in dataclasses.fields(self) if one.init and one.name != "external"]
+        settings = {name: getattr(self, name) for name in names}
         num_examples = {"train": self.num_train, "eval": self.num_eval}
         examples = [
             self._checked_example(split, index)

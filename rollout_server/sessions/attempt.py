@@ -1,0 +1,187 @@
+"""The attempt to make one sample as a session: by the task's `agent()`, or by an agent from outside.
+
+    agent():  its process runs -> it returns a score                       -> ended
+    outside:  waiting -> claimed -> POST end                               -> ended
+    both:     no request for sessions.idle_timeout_s                       -> a failed sample
+              rollout.sample_timeout_s                                     -> a truncated sample
+              no turn at all                                               -> a failed sample
+
+A request for which the budget has no room is refused in the API's own format. An agent that raises because of
+that has made a truncated sample, with the rewards so far.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from areal_like.errors import EngineError, EnvironmentLostError, EpisodeError, RewardError
+from areal_like.trajectory import FinishReason, Trajectory
+from rollout_server.buffer_client.held_leases import Place
+from rollout_server.episodes.attempts.base import Attempt, SampleRequest
+from rollout_server.episodes.scoring import Outcome, add_up
+from rollout_server.rewards.pool import Reward, RewardPool
+from rollout_server.sessions.book import SessionBook
+from rollout_server.sessions.open_session import OpenSession
+from rollout_server.tasks.base import Completion, Score
+
+RunAgent = Callable[[OpenSession, SampleRequest], Awaitable[Score | None]]
+"""Runs the task's `agent()` in a process; returns its score. Raises EpisodeError. Cancelling it ends it."""
+
+
+class SessionAttempt(Attempt):
+    """One sample of a task with an agent."""
+
+    def __init__(
+        self,
+        request: SampleRequest,
+        *,
+        session: OpenSession,
+        book: SessionBook,
+        rewards: RewardPool | None,
+        idle_timeout_s: float,
+        run_agent: RunAgent | None,
+        label: str = "",
+    ) -> None:
+        """`rewards`: None if the task has no reward. `run_agent`: None for agents from outside."""
+        self._request = request
+        self._session = session
+        self._book = book
+        self._rewards = rewards
+        self._idle_timeout_s = idle_timeout_s
+        self._run_agent = run_agent
+        self._label = label
+
+    async def make(self) -> Trajectory:
+        """As Attempt.make."""
+        session, conversation = self._session, self._session.conversation
+        self._book.add(session)
+        try:
+            score, finish_reason = await self._run()
+            session.end()
+            turn_rewards = session.finish()
+        finally:
+            self._book.remove(session)
+        if session.failure is not None:
+            raise session.failure
+        num_turns = len(conversation.turn_lengths)
+        if not num_turns:
+            raise session.refused_prompt or EnvironmentLostError("the agent has made no request to the model")
+        scored = await self._score(finish_reason) if self._rewards is not None else None
+        try:
+            outcome = add_up(
+                _sum(score, scored.score if scored is not None else None),
+                num_turns=num_turns,
+                step_rewards=turn_rewards,
+                step_metrics={"tool_calls": float(session.num_tool_calls)},
+            )
+        except ValueError as error:
+            raise RewardError(str(error)) from None
+        try:
+            return conversation.to_trajectory(
+                outcome,
+                finish_reason=finish_reason,
+                generation_s=session.generation_s,
+                reward_s=scored.seconds if scored is not None else 0.0,
+                is_greedy=self._request.is_greedy,
+                label=self._label,
+            )
+        except ValueError as error:
+            raise EngineError(f"the engine's answer cannot be used: {error}") from None
+
+    @property
+    def num_sampled(self) -> int:
+        """As Attempt.num_sampled."""
+        return self._session.conversation.num_sampled
+
+    def without_reward(self) -> Trajectory:
+        """As Attempt.without_reward."""
+        return self._session.conversation.to_trajectory(
+            Outcome(), is_greedy=self._request.is_greedy, label=self._label
+        )
+
+    async def _run(self) -> tuple[Score | None, FinishReason]:
+        """The agent's score, and why the session has ended. Raises EpisodeError, EngineError."""
+        session = self._session
+        self._request.on_move(Place.TOOL)
+        running: asyncio.Future[Score | None] | None = None
+        if self._run_agent is None:
+            await session.wait_claimed()
+        else:
+            running = asyncio.ensure_future(self._run_agent(session, self._request))
+            running.add_done_callback(lambda _: session.end())
+        try:
+            limit = await session.wait_ended(
+                idle_timeout_s=self._idle_timeout_s, deadline_s=lambda: self._request.policy.deadline_s
+            )
+            if session.failure is not None:
+                raise session.failure
+            if limit == "idle":
+                raise self._idle()
+            if limit == "deadline":
+                session.close("the session's time is over (rollout.sample_timeout_s)")
+                return self._posted(), FinishReason.TIMEOUT
+            score = await self._result(running)
+            return score, session.budget or session.conversation.finish_reason
+        finally:
+            if running is not None:
+                running.cancel()
+
+    async def _result(self, running: asyncio.Future[Score | None] | None) -> Score | None:
+        """What the agent has returned, or what was posted."""
+        if running is None:
+            return self._posted()
+        try:
+            score = await running
+        except EpisodeError:
+            # The agent may end with the refusal of its last request: then the sample is a truncated one.
+            if self._session.budget is None or not self._session.conversation.turn_lengths:
+                raise
+            return self._posted()
+        return self._posted() if score is None else score
+
+    def _posted(self) -> Score | None:
+        reward = self._session.reward
+        return None if reward is None else Score(value=reward)
+
+    def _idle(self) -> EpisodeError:
+        problem = (
+            f"the session {self._session.id} had no request for "
+            f"sessions.idle_timeout_s={self._idle_timeout_s:g}"
+        )
+        self._session.close(problem)
+        # What an agent from outside does is no behavior of the policy: the sample is made again.
+        return EpisodeError(problem) if self._run_agent is not None else EnvironmentLostError(problem)
+
+    async def _score(self, finish_reason: FinishReason) -> Reward:
+        assert self._rewards is not None
+        self._request.on_move(Place.REWARD)
+        session, conversation = self._session, self._session.conversation
+        last = conversation.turns[-1]
+        answer = session.last_answer
+        completion = Completion(
+            answer.reply.text if answer is not None else "",
+            raw_text=answer.reply.raw_text if answer is not None else "",
+            messages=last.messages,
+            token_ids=conversation.token_ids,  # type: ignore[arg-type]  # an array is as good as a sequence
+            turn_lengths=conversation.turn_lengths,
+            finish_reason=finish_reason,
+        )
+        return await self._rewards.score(
+            split=self._request.split, index=self._request.index, completion=completion
+        )
+
+
+def _sum(agent: Score | None, task: Score | None) -> Score | None:
+    """The agent's score and the task's as one. Raises ValueError for rewards of turns or tokens in both."""
+    if agent is None or task is None:
+        return agent or task
+    if (agent.turns and task.turns) or (agent.tokens and task.tokens):
+        raise ValueError("both the agent and the task's reward give rewards of turns or tokens")
+    return Score(
+        value=agent.value + task.value,
+        parts={**task.parts, **agent.parts},
+        metrics={**task.metrics, **agent.metrics},
+        turns=agent.turns or task.turns,
+        tokens=agent.tokens or task.tokens,
+    )

@@ -1,0 +1,321 @@
+"""One session: a sample that a program makes with requests in OpenAI's format.
+
+    WAITING -> claim() -> OPEN -> end() -> ENDED       the program, or the server for it, has ended it
+                           |----> fail(error) -> ENDED the engine failed; the sample fails with it
+       `-------------------`----> close(reason) -> GONE  the lease was cancelled, a time limit, ...
+
+The turns are those of a `Conversation`: a prompt follows an earlier turn only if it begins with exactly its
+tokens. So whatever a client sends, no sampled token is tokenized again, and no log-prob is wrong.
+
+A request may be a repetition: an SDK sends it again after a time-out or a broken connection. It then gets the
+answer of the first one (see `begin`). A turn whose answer no client has read is not part of the sample.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import uuid
+from collections.abc import Awaitable, Callable, Coroutine
+from enum import StrEnum
+from typing import Any
+
+from areal_like.errors import (
+    EngineError,
+    EpisodeBudgetError,
+    EpisodeError,
+    PromptRefusedError,
+    SessionGoneError,
+)
+from areal_like.trajectory import LARGEST_REWARD, FinishReason
+from rollout_server.buffer_client.held_leases import Place
+from rollout_server.episodes.conversation import Conversation
+from rollout_server.episodes.turns import Answer
+from rollout_server.tasks.base import Example, Split
+
+
+class SessionState(StrEnum):
+    """Where a session is."""
+
+    WAITING = "waiting"
+    """No agent has claimed it yet."""
+    OPEN = "open"
+    ENDED = "ended"
+    """It takes no more requests; its sample is finished from what it has."""
+    GONE = "gone"
+    """Its sample is not wanted any more, or was given up."""
+
+
+class Call:
+    """One request to the model, and its repetitions."""
+
+    def __init__(self, task: asyncio.Task[Answer]) -> None:
+        self.id = uuid.uuid4().hex
+        """The completion's id is made of it."""
+        self.task = task
+        self.num_readers = 0
+        """Clients that wait for the answer."""
+        self.is_delivered = False
+        """True once the whole answer was sent to a client."""
+
+    async def answer(self) -> Answer:
+        """The answer; the caller may be cancelled without an effect on the others. Raises as `answer` of the
+        session."""
+        self.num_readers += 1
+        try:
+            return await asyncio.shield(self.task)
+        finally:
+            self.num_readers -= 1
+
+
+class OpenSession:
+    """The session of one sample. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        *,
+        id: str,
+        api_key: str,
+        conversation: Conversation,
+        max_turns: int,
+        group: int,
+        sample: int,
+        split: Split,
+        index: int,
+        on_move: Callable[[Place], None] = lambda place: None,
+        example: Example | None = None,
+        is_waiting: bool = False,
+    ) -> None:
+        """`id`: with the attempt in it, so that no client of an earlier attempt reaches this one.
+        `group`, `sample`: ticket and sample index. `example`: for agents from outside; None: the agent has
+        it. `is_waiting`: until an agent claims it."""
+        self.id = id
+        self.api_key = api_key
+        self.group = group
+        self.sample = sample
+        self.split = split
+        self.index = index
+        self.example = example
+        self.conversation = conversation
+        self.state = SessionState.WAITING if is_waiting else SessionState.OPEN
+        self.reason = ""
+        """Why it is gone."""
+        self.failure: EngineError | None = None
+        """What ended it, if that was no client."""
+        self.budget: FinishReason | None = None
+        """The budget that refused the newest request."""
+        self.refused_prompt: PromptRefusedError | None = None
+        """Set if the first prompt did not fit."""
+        self.reward: float | None = None
+        """Of the whole sample, as posted."""
+        self.num_pending = 0
+        """Requests at the engine, or waiting for it."""
+        self.num_calls = 0
+        self.generation_s = 0.0
+        """Time with at least one request at the engine."""
+        self.num_tool_calls = 0
+        self.last_answer: Answer | None = None
+        """The newest one."""
+        self._max_turns = max_turns
+        self._on_move = on_move
+        self._loop = asyncio.get_running_loop()
+        self._changed = asyncio.Event()
+        self._last_activity_s = self._loop.time()
+        self._busy_since_s = 0.0
+        self._calls: dict[bytes, list[Call]] = {}
+        """By the digest of their bodies."""
+        self._by_id: dict[str, Call] = {}
+        self._turn_rewards: dict[str, float] = {}
+        """By the call's id."""
+
+    # --- Life ---
+
+    def claim(self) -> None:
+        """An agent has taken it."""
+        assert self.state is SessionState.WAITING
+        self._set(SessionState.OPEN)
+        self._on_move(Place.TOOL)
+
+    def end(self) -> None:
+        """No more requests; those in progress are cancelled. Ending it again changes nothing."""
+        if self.state is SessionState.OPEN:
+            self._set(SessionState.ENDED)
+            self._cancel_calls()
+
+    def fail(self, error: EngineError) -> None:
+        """The engine failed, so the sample does."""
+        if self.state is SessionState.OPEN:
+            self.failure = error
+            self.end()
+
+    def close(self, reason: str) -> None:
+        """Every later request, and each in progress, raises SessionGoneError with `reason`."""
+        if self.state is not SessionState.GONE:
+            self.reason = reason
+            self._set(SessionState.GONE)
+            self._cancel_calls()
+
+    async def wait_claimed(self) -> None:
+        """Until an agent has claimed it."""
+        while self.state is SessionState.WAITING:
+            await self._wait_changed(math.inf)
+
+    async def wait_ended(self, *, idle_timeout_s: float, deadline_s: Callable[[], float | None]) -> str:
+        """Until it has ended: empty; else "idle" or "deadline", the limit that was reached first.
+
+        `deadline_s`: time of the loop, or None; it may become known with the first request.
+        """
+        while self.state is SessionState.OPEN:
+            now_s, end_s = self._loop.time(), deadline_s()
+            idle_s = math.inf if self.num_pending else self._last_activity_s + idle_timeout_s
+            end_s = math.inf if end_s is None else end_s
+            if end_s <= now_s:
+                return "deadline"
+            if idle_s <= now_s:
+                return "idle"
+            await self._wait_changed(min(idle_s, end_s) - now_s)
+        return ""
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds since the last request ended or another sign of life; 0 while one is pending."""
+        return 0.0 if self.num_pending else self._loop.time() - self._last_activity_s
+
+    # --- Requests ---
+
+    def begin(
+        self, digest: bytes, ask: Callable[[], Coroutine[Any, Any, Answer]], *, is_repetition: bool
+    ) -> Call:
+        """The call of a request whose body has this digest. `ask`: `answer` or `continue_tokens`.
+
+        A repetition joins the newest call of the same digest: `is_repetition` says that the client calls it
+        one. Without that, it is one if the clients of the earlier call have gone without its answer; another
+        request with the same body wants another sample. Raises SessionGoneError.
+        """
+        self.check_open()
+        same = self._calls.setdefault(digest, [])
+        for call in reversed(same):
+            is_lost = call.num_readers == 0 and not call.is_delivered
+            if (is_repetition or is_lost) and not _has_failed(call):
+                return call
+        task = self._loop.create_task(ask())
+        task.add_done_callback(_retrieved)
+        call = Call(task)
+        same.append(call)
+        self._by_id[call.id] = call
+        return call
+
+    async def answer(self, messages: list[dict[str, Any]], **options: Any) -> Answer:
+        """As Conversation.answer, within the session's budget. Raises SessionGoneError as well."""
+        return await self._sampled(lambda: self.conversation.answer(messages, **options))
+
+    async def continue_tokens(self, prompt_ids: list[int], **options: Any) -> Answer:
+        """As Conversation.continue_tokens, within the session's budget. Raises SessionGoneError as well."""
+        return await self._sampled(lambda: self.conversation.continue_tokens(prompt_ids, **options))
+
+    def set_reward(self, value: float, *, completion_id: str = "") -> None:
+        """The reward of the whole sample, or of one turn; the last one counts, so it may be sent again.
+
+        Raises ValueError for a number that is not finite or a completion that is not of this session, and
+        SessionGoneError.
+        """
+        self.check_open()
+        if not abs(value) <= LARGEST_REWARD:  # also if it is NaN
+            raise ValueError(f"reward must be a finite number (float32), got {value}")
+        self.touch()
+        if not completion_id:
+            self.reward = value
+            return
+        # `chatcmpl-...`, `cmpl-...`: the id of the call is what follows.
+        call = self._by_id.get(completion_id.rpartition("-")[2])
+        if call is None or not call.task.done() or _has_failed(call):
+            raise ValueError(f"completion_id {completion_id!r:.100} names no completion of this session")
+        self._turn_rewards[call.id] = value
+
+    def touch(self) -> None:
+        """A sign of life: the idle time begins again."""
+        self._last_activity_s = self._loop.time()
+
+    def check_open(self) -> None:
+        """Raises SessionGoneError unless requests are answered."""
+        if self.state is not SessionState.OPEN:
+            raise SessionGoneError(self.reason or f"the session {self.id} has ended")
+
+    def finish(self) -> list[float]:
+        """Leaves out the turns that nobody has read; the rewards of the others, in their order."""
+        for call in self._by_id.values():
+            if not call.is_delivered and call.task.done() and not _has_failed(call):
+                turn = call.task.result().turn
+                if turn is not None and call.id not in self._turn_rewards:
+                    self.conversation.forget(turn)
+        rewards = {self._by_id[id].task.result().turn: value for id, value in self._turn_rewards.items()}
+        return [rewards.get(turn, 0.0) for turn in self.conversation.turns]
+
+    async def _sampled(self, sample: Callable[[], Awaitable[Answer]]) -> Answer:
+        self.check_open()
+        self.num_calls += 1
+        if self.num_pending == 0:
+            self._busy_since_s = self._loop.time()
+            self._on_move(Place.ENGINE)
+        self.num_pending += 1
+        try:
+            if len(self.conversation.turn_lengths) + self.num_pending > self._max_turns:
+                raise EpisodeBudgetError(
+                    f"the session has had its {self._max_turns} turns (episode.max_turns)",
+                    reason=FinishReason.TURNS,
+                )
+            answer = await sample()
+        except asyncio.CancelledError:
+            raise SessionGoneError(self.reason or f"the session {self.id} has ended") from None
+        except EpisodeBudgetError as error:
+            self.budget = error.reason
+            raise
+        except PromptRefusedError as error:
+            self.refused_prompt = error
+            raise
+        except EngineError as error:
+            self.fail(error)
+            raise
+        except EpisodeError:
+            raise
+        except Exception as error:  # a renderer's code may raise anything; only this request fails
+            raise EpisodeError(f"the messages cannot be used: {type(error).__name__}: {error}") from error
+        finally:
+            self.num_pending -= 1
+            self.touch()
+            if self.num_pending == 0:
+                self.generation_s += self._loop.time() - self._busy_since_s
+                if self.state is SessionState.OPEN:
+                    self._on_move(Place.TOOL)
+            self._changed.set()
+        self.budget = None
+        self.last_answer = answer
+        self.num_tool_calls += len(answer.reply.tool_calls)
+        return answer
+
+    def _set(self, state: SessionState) -> None:
+        self.state = state
+        self.touch()
+        self._changed.set()
+
+    def _cancel_calls(self) -> None:
+        for call in self._by_id.values():
+            call.task.cancel()
+
+    async def _wait_changed(self, timeout_s: float) -> None:
+        self._changed.clear()
+        try:
+            async with asyncio.timeout(None if timeout_s == math.inf else timeout_s):
+                await self._changed.wait()
+        except TimeoutError:
+            pass
+
+
+def _has_failed(call: Call) -> bool:
+    return call.task.done() and (call.task.cancelled() or call.task.exception() is not None)
+
+
+def _retrieved(task: asyncio.Task[Answer]) -> None:
+    """So that asyncio does not report an exception that no client was there to read."""
+    if not task.cancelled():
+        task.exception()
