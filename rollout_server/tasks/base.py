@@ -168,7 +168,6 @@ class Task(ABC):
     """Longest prompt in tokens; it determines the engine's context length. Samples of longer prompts fail."""
     sandbox: str = "bwrap"
     """The job's `rewards.sandbox`: `rollout_server.sandbox.make_sandbox(task.sandbox)` runs a program."""
-
     external: bool = False
     """Samples are made by agents from outside, which claim them from the rollout servers (POST /sessions)."""
 

@@ -31,7 +31,7 @@ async def serving(book: SessionBook) -> AsyncIterator[None]:
         writer.close()
 
     server = await asyncio.start_server(connected, "127.0.0.1", 0)
-    book.url = "http://127.0.0.1:%d" % server.sockets[0].getsockname()[1]
+    book.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     async with server:
         yield
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,8 @@ from typing import Any
 import pytest
 
 from areal_like.config import from_mapping
-from areal_like.failures import FailureKind
 from areal_like.trajectory import FinishReason
-from areal_like.wire.messages.producer import Lease, Purpose, SampleDone, SampleFailed
+from areal_like.wire.messages.producer import Lease, Purpose, SampleDone
 from rollout_server.buffer_client.held_leases import Place, SampleResult
 from rollout_server.environments.workers.pool import EnvironmentPool
 from rollout_server.episodes.base import SingleTurn
