@@ -98,6 +98,8 @@ class OpenSession:
         self.example = example
         self.conversation = conversation
         self.state = SessionState.WAITING if is_waiting else SessionState.OPEN
+        self.is_offered = False
+        """True while the answer that gives it to an agent is being sent."""
         self.reason = ""
         """Why it is gone."""
         self.failure: EngineError | None = None
@@ -133,6 +135,7 @@ class OpenSession:
     def claim(self) -> None:
         """An agent has taken it."""
         assert self.state is SessionState.WAITING
+        self.is_offered = False
         self._set(SessionState.OPEN)
         self._on_move(Place.TOOL)
 
@@ -188,16 +191,17 @@ class OpenSession:
     ) -> Call:
         """The call of a request whose body has this digest. `ask`: `answer` or `continue_tokens`.
 
-        A repetition joins the newest call of the same digest: `is_repetition` says that the client calls it
-        one. Without that, it is one if the clients of the earlier call have gone without its answer; another
+        It is a repetition if the clients of an earlier call of the same digest have gone without its answer,
+        or if the client calls it one (`is_repetition`). It then joins that call, or the newest one. Another
         request with the same body wants another sample. Raises SessionGoneError.
         """
         self.check_open()
         same = self._calls.setdefault(digest, [])
-        for call in reversed(same):
-            is_lost = call.num_readers == 0 and not call.is_delivered
-            if (is_repetition or is_lost) and not _has_failed(call):
-                return call
+        usable = [call for call in same if not _has_failed(call)]
+        lost = [call for call in usable if call.num_readers == 0 and not call.is_delivered]
+        # Equal requests that were sent, and lost, at the same time get an answer each.
+        if joined := lost or (usable if is_repetition else []):
+            return joined[-1]
         task = self._loop.create_task(ask())
         task.add_done_callback(_retrieved)
         call = Call(task)
