@@ -180,6 +180,10 @@ class Conversation:
             turn=turn,
         )
 
+    def decode(self, token_id: int) -> str:
+        """One token as text; a token that is a part of a character has a replacement character."""
+        return self._renderer.decode([token_id])
+
     @property
     def turns(self) -> Sequence[Turn]:
         """In the order in which they were finished."""

@@ -6,6 +6,7 @@ add -> (waiting: claimed in the order of the leases) -> remove -> remembered as 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 from areal_like.errors import SessionGoneError
 from rollout_server.sessions.open_session import OpenSession, SessionState
@@ -22,6 +23,8 @@ class SessionBook:
         """Where this machine reaches the sessions (`http://host:port`), when they are served."""
         self._sessions: dict[str, OpenSession] = {}
         """In the order of their leases: the samples that the trainer needs first are first."""
+        self.on_waiting: Callable[[], None] = lambda: None
+        """Called when a session can be claimed."""
         self._gone: OrderedDict[str, str] = OrderedDict()
         """Why, by id."""
 
@@ -31,7 +34,7 @@ class SessionBook:
     @property
     def num_waiting(self) -> int:
         """Sessions that an agent can claim."""
-        return sum(one.state is SessionState.WAITING for one in self._sessions.values())
+        return sum(map(_is_free, self._sessions.values()))
 
     @property
     def open(self) -> list[OpenSession]:
@@ -41,6 +44,8 @@ class SessionBook:
     def add(self, session: OpenSession) -> None:
         """A new session."""
         self._sessions[session.id] = session
+        if session.state is SessionState.WAITING:
+            self.on_waiting()
 
     def remove(self, session: OpenSession) -> None:
         """Its sample is finished or not wanted any more; clients are told `session.reason`."""
@@ -56,10 +61,24 @@ class SessionBook:
             raise SessionGoneError(reason)
         return self._sessions.get(id)
 
-    def claim(self) -> OpenSession | None:
-        """The next session for an agent from outside; None if there is none."""
+    def offer(self) -> OpenSession | None:
+        """The next session for an agent from outside, offered to it; None if there is none.
+
+        It is claimed once the agent has the answer. Until then it is offered to nobody else.
+        """
         for session in self._sessions.values():
-            if session.state is SessionState.WAITING:
-                session.claim()
+            if _is_free(session):
+                session.is_offered = True
                 return session
         return None
+
+    def claim(self) -> OpenSession | None:
+        """The next session for an agent from outside, claimed at once; None if there is none."""
+        session = self.offer()
+        if session is not None:
+            session.claim()
+        return session
+
+
+def _is_free(session: OpenSession) -> bool:
+    return session.state is SessionState.WAITING and not session.is_offered

@@ -68,9 +68,11 @@ class Calls:
         self, digest: bytes, ask: Callable[[], Coroutine[Any, Any, Answer]], *, is_repetition: bool
     ) -> Call:
         """As `begin` of the session."""
-        for call in reversed(self._by_digest.get(digest, ())):
-            if (is_repetition or call.is_lost) and not call.has_failed:
-                return call
+        usable = [call for call in self._by_digest.get(digest, ()) if not call.has_failed]
+        lost = [call for call in usable if call.is_lost]
+        # Equal requests that were sent, and lost, at the same time get an answer each.
+        if joined := lost or (usable if is_repetition else []):
+            return joined[-1]
         call = Call(asyncio.get_running_loop().create_task(ask()), gone=self._gone)
         self._by_digest.setdefault(digest, []).append(call)
         self._by_id[call.id] = call

@@ -1,7 +1,7 @@
 """One session: a sample that a program makes with requests in OpenAI's format.
 
     WAITING -> claim() -> OPEN -> end() -> ENDED       the program, or the server for it, has ended it
-       ^- unclaim() -------|----> fail(error) -> ENDED the engine failed; the sample fails with it
+                           |----> fail(error) -> ENDED the engine failed; the sample fails with it
        `-------------------`----> close(reason) -> GONE  the lease was cancelled, a time limit, ...
 
 The turns are those of a `Conversation`: a prompt follows an earlier turn only if it begins with exactly its
@@ -80,6 +80,8 @@ class OpenSession:
         self.example = example
         self.conversation = conversation
         self.state = SessionState.WAITING if is_waiting else SessionState.OPEN
+        self.is_offered = False
+        """True while the answer that gives it to an agent is being sent."""
         self.reason = ""
         """Why it is gone."""
         self.failure: EngineError | None = None
@@ -112,12 +114,8 @@ class OpenSession:
     def claim(self) -> None:
         """An agent has taken it."""
         assert self.state is SessionState.WAITING
+        self.is_offered = False
         self._set(SessionState.OPEN)
-
-    def unclaim(self) -> None:
-        """The agent does not know of it: it waits for another one, unless it was used."""
-        if self.state is SessionState.OPEN and not self.num_calls:
-            self._set(SessionState.WAITING)
 
     def end(self) -> None:
         """No more requests; those in progress are cancelled. Ending it again changes nothing."""
@@ -172,8 +170,8 @@ class OpenSession:
     ) -> Call:
         """The call of a request whose body has this digest. `ask`: `answer` or `continue_tokens`.
 
-        A repetition joins the newest call of the same digest: `is_repetition` says that the client calls it
-        one. Without that, it is one if the clients of the earlier call have gone without its answer; another
+        It is a repetition if the clients of an earlier call of the same digest have gone without its answer,
+        or if the client calls it one (`is_repetition`). It then joins that call, or the newest one. Another
         request with the same body wants another sample. Raises SessionGoneError.
         """
         self.check_open()
