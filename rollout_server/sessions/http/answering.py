@@ -22,8 +22,9 @@ from starlette.types import Receive, Scope, Send
 from areal_like.errors import SessionGoneError, UserError
 from rollout_server.episodes.turns import Answer
 from rollout_server.sessions.book import SessionBook
+from rollout_server.sessions.calls import Call
 from rollout_server.sessions.http.errors import NoSessionError, described, error_object, response_of
-from rollout_server.sessions.open_session import Call, OpenSession, SessionState
+from rollout_server.sessions.open_session import OpenSession, SessionState
 
 KEEP_ALIVE_S = 5.0
 """Time between two comments of a stream, and before its status is sent."""

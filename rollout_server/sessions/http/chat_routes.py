@@ -10,10 +10,10 @@ from starlette.responses import JSONResponse, Response
 
 from rollout_server.episodes.turns import Answer
 from rollout_server.sessions.book import SessionBook
+from rollout_server.sessions.calls import Call
 from rollout_server.sessions.http.answering import CallResponse, begin_call, parse_json, session_of
 from rollout_server.sessions.http.chat_answer import chat_events, chat_object
 from rollout_server.sessions.http.chat_request import parse_chat
-from rollout_server.sessions.open_session import Call
 
 
 class ChatRoutes:
