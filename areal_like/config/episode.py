@@ -1,4 +1,4 @@
-"""Settings of episodes with an environment, of sessions, and of the sandbox in which programs of the policy run."""
+"""Settings of episodes with an environment, of sessions, and of the sandbox for programs of the policy."""
 
 from __future__ import annotations
 

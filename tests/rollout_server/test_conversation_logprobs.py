@@ -13,7 +13,6 @@ import asyncio
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,10 +20,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from areal_like.errors import EpisodeBudgetError, PromptRefusedError
-from areal_like.trajectory import FinishReason, Trajectory
+from areal_like.trajectory import FinishReason
 from rollout_server.engine.core import EngineCore, EngineOptions
 from rollout_server.engine.models.loading import load
 from rollout_server.engine.scheduler import SamplingParams
@@ -46,9 +44,8 @@ from tests.support.chat_models import (
     qwen3_tokenizer,
 )
 from tests.support.engine_harness import load_model
+from tests.support.scripted_policy import CONTEXT, VOCAB, check_logprobs, save_chat_model
 
-VOCAB = 128
-CONTEXT = 2048
 TOOL = {
     "type": "function",
     "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}},
@@ -80,23 +77,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A model that says markers and ends of turns more often than other tokens."""
-    path: Path = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    model: Any = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, intermediate_size=64, max_position_embeddings=CONTEXT,
-            initializer_range=0.15, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
-            pad_token_id=0,
-        )
-    )  # fmt: skip
-    # The first number of every hidden state is large, and the head adds it to the logits of these tokens.
-    with torch.no_grad():
-        model.model.embed_tokens.weight[:, 0] = 2.0
-        model.lm_head.weight[:, 0] = 0.0
-        model.lm_head.weight[100:112, 0] = 0.8
-    model.save_pretrained(path)
+    path = save_chat_model(tmp_path_factory.mktemp("model"))
     causal, weights = load(str(path), dtype=torch.float32, device=torch.device("cpu"), context_length=CONTEXT)
     options = EngineOptions(max_running=8, context_length=CONTEXT)
     yield Served(core=EngineCore(causal, weights, options, version="0"), reference=load_model(path))
@@ -200,20 +181,6 @@ async def converse(
             break
         history = [*messages, chosen.message]
     return len(replies), sum(reply.num_tokens for reply in replies)
-
-
-@torch.inference_mode()
-def check_logprobs(trajectory: Trajectory, reference: Any) -> None:
-    first = 0
-    for length in trajectory.segments or (trajectory.num_tokens,):
-        part = slice(first, first + length)
-        tokens_T = torch.from_numpy(trajectory.tokens[part].astype(np.int64))
-        logprobs_TV = torch.log_softmax(reference(input_ids=tokens_T[None]).logits[0].float(), -1)
-        want_T = logprobs_TV[:-1].gather(1, tokens_T[1:, None])[:, 0].numpy()
-        mask_T = trajectory.loss_mask[part] == 1
-        assert not mask_T[0]
-        np.testing.assert_allclose(trajectory.logprobs[part][mask_T], want_T[mask_T[1:]], atol=1e-4, rtol=0)
-        first += length
 
 
 @pytest.mark.parametrize("name", list(RENDERERS))
