@@ -4,7 +4,7 @@ The script decides which tokens are sampled; the engine computes their log-probs
 weights. So everything that is recorded is real, and can be compared with transformers.
 
     with running_engine(save_chat_model(path)) as engine:
-        async with engine.client() as client, serving_plane(make_app) as plane:
+        async with engine.client() as client, serving_plane() as plane:
             session = plane.script(client, ["hello", tool_call("add", a=1), Say(text="bye", abort_after=1)])
             ...  # requests to plane.base_url(session)
             trajectory = finished(session)
@@ -41,6 +41,7 @@ from rollout_server.inference.generation_gate import GenerationGate
 from rollout_server.inference.types import Generation, Sampling, SamplingClient
 from rollout_server.rendering.base import ChatRenderer
 from rollout_server.sessions.book import SessionBook
+from rollout_server.sessions.http.app import session_app
 from rollout_server.sessions.open_session import OpenSession
 from rollout_server.tasks.base import Example
 from tests.support.chat_models import APPENDING, jinja_renderer
@@ -58,6 +59,8 @@ class Say:
     text: str = ""
     token_ids: tuple[int, ...] | None = None
     """In place of a text: the tokenizer might choose other ones for it."""
+    is_sampled: bool = False
+    """The engine samples instead, unless the request has stop texts."""
     after_s: float = 0.0
     """The engine takes this long."""
     hold: asyncio.Event | None = None
@@ -112,6 +115,10 @@ class ScriptedPolicy(SamplingClient):
             await say.hold.wait()
         if say.error:
             raise EngineError(say.error)
+        if say.is_sampled and not sampling.stop:
+            sampled = await self._engine.generate(prompt, sampling=sampling, rid=rid)
+            self.generations.append((prompt, sampled))
+            return sampled
         tokens, reason = self._cut(prompt, say, sampling)
         logprobs, version = await self._score(prompt, tokens)
         generation = Generation(
@@ -246,11 +253,12 @@ class Plane:
 
 @contextlib.asynccontextmanager
 async def serving_plane(
-    make_app: Callable[[SessionBook], Any], renderer: ChatRenderer | None = None
+    make_app: Callable[[SessionBook], Any] | None = None, renderer: ChatRenderer | None = None
 ) -> AsyncIterator[Plane]:
-    """Serves the app of a new book in this event loop. `renderer`: None for a template that only appends, and
-    renders tools."""
+    """Serves the app of a new book in this event loop. `make_app`: None for that of sessions. `renderer`:
+    None for a template that only appends, and renders tools."""
     book = SessionBook()
+    make_app = make_app or _session_app
     plane = Plane(book=book, renderer=renderer or _renderer())
     server = HttpServer(HttpConfig(make_app(book), max_connections=512))
     listening = socket.create_server(("127.0.0.1", 0))
@@ -296,6 +304,10 @@ def segments(trajectory: Trajectory) -> Iterator[slice]:
     for length in trajectory.segments or (trajectory.num_tokens,):
         yield slice(first, first + length)
         first += length
+
+
+def _session_app(book: SessionBook) -> Any:
+    return session_app(book, model=MODEL, max_context=CONTEXT, idle_timeout_s=60.0)
 
 
 def _renderer() -> ChatRenderer:

@@ -20,8 +20,12 @@ from rollout_server.sessions.http.answering import KEEP_ALIVE_S, parse_json, ses
 from rollout_server.sessions.http.chat_routes import ChatRoutes
 from rollout_server.sessions.http.claims import ClaimRoutes
 from rollout_server.sessions.http.errors import ParamError, error_response, response_of
+from rollout_server.sessions.http.token_routes import TokenRoutes
 
-_THERE = "there are chat/completions, completions, models, reward and end under /sessions/ID/v1"
+_THERE = (
+    "there are chat/completions, completions, models, reward and end under /sessions/ID/v1, and "
+    "/sessions/ID/inference/v1/generate; not the Responses API, nor Anthropic's"
+)
 
 
 def session_app(
@@ -47,10 +51,13 @@ def session_app(
     chat = ChatRoutes(
         book, model=model, max_context=max_context, keep_alive_s=keep_alive_s, on_ignored=on_ignored
     )
+    tokens = TokenRoutes(book=book, model=model, keep_alive_s=keep_alive_s, on_ignored=on_ignored)
     life = _LifeRoutes(book)
     session = "/sessions/{id}"
     routes = [
         Route(f"{session}/v1/chat/completions", chat.complete, methods=["POST"]),
+        Route(f"{session}/v1/completions", tokens.complete, methods=["POST"]),
+        Route(f"{session}/inference/v1/generate", tokens.generate, methods=["POST"]),
         Route(f"{session}/v1/models", chat.models, methods=["GET"]),
         Route(f"{session}/v1/models/{{name:path}}", chat.model, methods=["GET"]),
         *(Route(f"{session}{v1}/reward", life.reward, methods=["POST"]) for v1 in ("", "/v1")),

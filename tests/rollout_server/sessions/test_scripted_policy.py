@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,14 +13,13 @@ import pytest
 from areal_like.errors import EngineError, EngineTimeoutError
 from areal_like.trajectory import FinishReason
 from rollout_server.inference.client import EngineClient
-from tests.support.engine_harness import Engine, Pusher, load_model, running_engine, weights_of
+from tests.support.engine_harness import Engine, Pusher, load_model, weights_of
 from tests.support.scripted_policy import (
     Plane,
     Say,
     Script,
     check_logprobs,
     finished,
-    save_chat_model,
     segments,
     serving_plane,
     tool_call,
@@ -30,25 +28,9 @@ from tests.support.scripted_policy import (
 USER = [{"role": "user", "content": "go"}]
 
 
-async def no_app(scope: Any, receive: Any, send: Any) -> None:
-    """Sessions are asked without HTTP here."""
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    directory = tmp_path_factory.mktemp("models")
-    return save_chat_model(directory / "0", seed=0), save_chat_model(directory / "1", seed=1)
-
-
-@pytest.fixture(scope="module")
-def engine(models: tuple[Path, Path]) -> Iterator[Engine]:
-    with running_engine(models[0]) as engine:
-        yield engine
-
-
 @asynccontextmanager
 async def planes(engine: Engine) -> AsyncIterator[tuple[EngineClient, Plane]]:
-    async with engine.client() as client, serving_plane(lambda book: no_app) as plane:
+    async with engine.client() as client, serving_plane() as plane:
         yield client, plane
 
 
