@@ -19,17 +19,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
 from typing import Any
 
-from areal_like.automatic_settings import compute_dtype, start_limit_s
+from areal_like.automatic_settings import start_limit_s
 from areal_like.errors import EngineError
-from areal_like.paths import model_path
 from areal_like.runtime.daemon import Runtime, cancelled_on_exit
-from areal_like.runtime.imports import torch_hidden, uncollected
-from areal_like.security.binding import require_loopback_or_keys
 from areal_like.security.keys import KeyRole
-from areal_like.wire.addresses import buffer_addresses
 from areal_like.wire.channel import tcp_address
 from areal_like.wire.curve import CurveServer
 from areal_like.wire.fingerprint import model_fingerprint, tokenizer_fingerprint
@@ -37,22 +32,15 @@ from areal_like.wire.messages.hello import Hello
 from areal_like.wire.messages.producer import Lease, ServerState
 from rollout_server.buffer_client.registration import registration
 from rollout_server.buffer_client.shards import ShardedBufferClient
-from rollout_server.context_length import longest_sequence
-from rollout_server.episodes.attempts.environments import Environments, running_environments
 from rollout_server.episodes.base import SingleTurn
 from rollout_server.episodes.lease_runner import LeaseRunner
-from rollout_server.eval_sets import EvalSet, eval_contexts, job_rewards, running_eval_sets
 from rollout_server.inference.client import EngineClient
 from rollout_server.inference.concurrency import ConcurrencyController, EngineLoad
-from rollout_server.inference.engine import Engine, make_engine
 from rollout_server.inference.generation_gate import GenerationGate
 from rollout_server.inference.supervisor import INITIAL_VERSION, EngineSupervisor
-from rollout_server.job_tasks import make_tasks, without_long_prompts
 from rollout_server.metrics import ServerStats
-from rollout_server.rendering.prompt_renderer import PromptRenderer
-from rollout_server.rewards.pool import RewardPool
+from rollout_server.parts import Parts, running_parts
 from rollout_server.starvation import Starvation
-from rollout_server.tasks.base import Task
 from rollout_server.weight_sync.receiver import WeightReceiver
 
 log = logging.getLogger(__name__)
@@ -60,54 +48,8 @@ log = logging.getLogger(__name__)
 
 async def main(runtime: Runtime) -> None:
     """Serves until `runtime.stopping`. Raises ConfigError for settings that contradict each other."""
-    config = runtime.config
-    task, tasks_of_sets = make_tasks(config)
-    require_loopback_or_keys(config.security, config.rollout.host, setting="rollout.host")
-    buffer_addresses(config)  # raises before the slow imports if the buffer's port is not set
-    model = model_path(config)
-    with torch_hidden(), uncollected():
-        renderer = PromptRenderer(model, settings=config.model)
-    context_tokens = longest_sequence(config, task, max_positions=renderer.max_positions)
-    contexts = eval_contexts(
-        config, tasks_of_sets, of_training=context_tokens, max_positions=renderer.max_positions
-    )
-    renderer.max_prompt_tokens = min(task.max_prompt_tokens, context_tokens - config.sampling.max_new_tokens)
-    task, tasks_of_sets = without_long_prompts(config, task, tasks_of_sets, renderer, contexts=contexts)
-    log.info("task %s, examples %s, %s", config.task, task.fingerprint(), compute_dtype(config))
-    pool = job_rewards(config, task, tasks_of_sets.values())
-    engine = make_engine(
-        config,
-        name=runtime.name,
-        model=model,
-        context_tokens=max([context_tokens, *contexts.values()]),
-        max_positions=renderer.max_positions,
-        vocab_size=renderer.vocab_size,
-    )
-    waits = runtime.waits
-    running = running_environments(config, task, renderer, context_tokens=context_tokens, waits=waits)
-    async with (
-        running as environments,
-        pool as rewards,
-        running_eval_sets(
-            config,
-            tasks_of_sets,
-            renderer,
-            contexts=contexts,
-            waits=waits,
-            rewards=rewards,
-            environments=environments,
-        ) as eval_sets,
-    ):
-        server = RolloutServer(
-            runtime,
-            task=task,
-            renderer=renderer,
-            model=model,
-            rewards=rewards,
-            environments=environments,
-            eval_sets=eval_sets,
-            engine=engine,
-        )
+    async with running_parts(runtime) as parts:
+        server = RolloutServer(runtime, parts)
         try:
             await server.run()
         finally:
@@ -117,28 +59,16 @@ async def main(runtime: Runtime) -> None:
 class RolloutServer:
     """One server. `run` until it returns or raises, then `close`."""
 
-    def __init__(
-        self,
-        runtime: Runtime,
-        *,
-        task: Task,
-        renderer: PromptRenderer,
-        model: str,
-        rewards: RewardPool,
-        environments: Environments | None,
-        eval_sets: Mapping[str, EvalSet],
-        engine: Engine,
-    ) -> None:
+    def __init__(self, runtime: Runtime, parts: Parts) -> None:
         config = runtime.config
         self._runtime = runtime
-        self._task = task
-        self._renderer = renderer
-        self._fingerprints = (model_fingerprint(model), tokenizer_fingerprint(model))
-        self._engine = engine
-        used = [environments, *(one.environments for one in eval_sets.values())]
-        self._rewards = list(dict.fromkeys([rewards, *(one.rewards for one in eval_sets.values())]))
-        self._environments = list(dict.fromkeys(one.pool for one in used if one is not None))
-        self._eval_sets = eval_sets
+        self._task = parts.task
+        self._renderer = renderer = parts.renderer
+        self._fingerprints = (model_fingerprint(parts.model), tokenizer_fingerprint(parts.model))
+        self._engine = engine = parts.engine
+        self._rewards = parts.reward_pools
+        self._environments = parts.environment_pools
+        self._eval_sets = parts.eval_sets
         self._gate = gate = GenerationGate()
         self._concurrency = ConcurrencyController(most=config.rollout.max_running)
         if config.rollout.adapts_concurrency:
@@ -149,7 +79,7 @@ class RolloutServer:
         self._supervisor = EngineSupervisor(
             engine,
             strategy,
-            model=model,
+            model=parts.model,
             checkpoints=runtime.paths.checkpoints,
             load_timeout_s=start_limit_s(config),
             stall_timeout_s=config.rollout.generate_timeout_s,
@@ -183,16 +113,17 @@ class RolloutServer:
         )
         self._runner = LeaseRunner(
             config,
-            task=task,
+            task=parts.task,
             tokenizer=renderer,
             stop_token_ids=tuple(renderer.stop_token_ids),
             episode=SingleTurn(),
-            rewards=rewards,
+            rewards=parts.rewards,
             gate=gate,
             on_result=self._buffers.deliver,
             on_move=self._buffers.moved,
-            environments=environments,
-            eval_sets=eval_sets,
+            environments=parts.environments,
+            sessions=parts.sessions,
+            eval_sets=parts.eval_sets,
         )
         self._stats = ServerStats(
             runtime.metrics,
@@ -298,9 +229,15 @@ class RolloutServer:
     def _on_engine_lost(self) -> None:
         self._runner.engine = None
         self._receiver.set_engine(None)
-        self._runner.cancel(self._buffers.give_back(reason="engine lost"))
+        self._cancel_all(reason="engine lost")
         self._buffers.announce(state=ServerState.STARTING)
         self._stats.engine_lost()
+
+    def _cancel_all(self, *, reason: str) -> None:
+        """Gives all leases back: other servers, or this one later, make their samples anew."""
+        self._runner.cancel(
+            self._buffers.give_back(reason=reason), reason=f"its sample was given up: {reason}"
+        )
 
     def _on_version(self, version: int) -> None:
         if self._buffers.state is not ServerState.DRAINING:
@@ -309,7 +246,7 @@ class RolloutServer:
     def _on_quarantine(self, reason: str, version: int) -> None:
         """The engine holds part of an update and will be reloaded: its tokens may not be delivered."""
         log.error("engine is quarantined: %s", reason)
-        self._runner.cancel(self._buffers.give_back(reason="engine quarantined"))
+        self._cancel_all(reason="engine quarantined")
         self._receiver.version = version
         if self._buffers.state is not ServerState.DRAINING:
             self._buffers.announce(state=ServerState.QUARANTINED, weights_version=version)

@@ -19,6 +19,8 @@ from rollout_server.episodes.attempts.environments import Environments, running_
 from rollout_server.job_tasks import key_of
 from rollout_server.rendering.prompt_renderer import PromptRenderer
 from rollout_server.rewards.pool import RewardPool
+from rollout_server.sessions.book import SessionBook
+from rollout_server.sessions.maker import Sessions, running_sessions
 from rollout_server.tasks.base import Task
 
 
@@ -32,6 +34,7 @@ class EvalSet:
     """With the set's limit of a prompt's tokens."""
     rewards: RewardPool
     environments: Environments | None
+    sessions: Sessions | None = None
 
 
 def job_rewards(config: Config, task: Task, tasks_of_sets: Iterable[Task]) -> RewardPool:
@@ -68,8 +71,11 @@ async def running_eval_sets(
     waits: PendingWaits,
     rewards: RewardPool,
     environments: Environments | None,
+    sessions: Sessions | None,
+    book: SessionBook,
 ) -> AsyncIterator[dict[str, EvalSet]]:
-    """The sets, with running worker processes. `rewards`, `environments`: of the job's task."""
+    """The sets, with running worker processes. `rewards`, `environments`, `sessions`: of the job's
+    task."""
     sets = config.eval.resolved_sets
     pools: dict[str, RewardPool] = {"": rewards}
     served: dict[str, EvalSet] = {}
@@ -79,10 +85,17 @@ async def running_eval_sets(
             of_set = _config_of(config, one, task)
             if key not in pools:
                 pools[key] = await stack.enter_async_context(RewardPool.of(of_set, task))
-            own = environments
-            if key or (task.has_environment and one.max_new_tokens):  # a conversation knows its context
+            own, own_sessions = environments, sessions
+            has_turns = task.has_environment or task.uses_sessions
+            if key or (has_turns and one.max_new_tokens):  # a conversation knows its context
+                context_tokens = contexts[name]
                 own = await stack.enter_async_context(
-                    running_environments(of_set, task, renderer, context_tokens=contexts[name], waits=waits)
+                    running_environments(of_set, task, renderer, context_tokens=context_tokens, waits=waits)
+                )
+                own_sessions = await stack.enter_async_context(
+                    running_sessions(
+                        of_set, task, renderer, context_tokens=context_tokens, waits=waits, book=book
+                    )
                 )
             max_new_tokens = one.max_new_tokens or config.sampling.max_new_tokens
             served[name] = EvalSet(
@@ -91,6 +104,7 @@ async def running_eval_sets(
                 renderer=renderer.limited(min(task.max_prompt_tokens, contexts[name] - max_new_tokens)),
                 rewards=pools[key],
                 environments=own,
+                sessions=own_sessions,
             )
         yield served
 

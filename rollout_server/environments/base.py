@@ -115,3 +115,8 @@ class Environment(ABC):
 
     async def close(self) -> None:  # noqa: B027, most environments have nothing to free
         """Frees what the episode used. Called after its end, also after an error."""
+
+
+def messages_of(prompt: str | list[Message]) -> list[Message]:
+    """The prompt as messages."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt

@@ -2,6 +2,7 @@
 
     lease -> prompt -> each sample: episode (engine) -> reward (worker process) -> SampleDone | SampleFailed
     lease -----------> each sample: environment (worker process) <-> engine -> reward -> as above
+    lease -> example > each sample: session <-> engine -> reward -> as above
 
 A sample starts as soon as its prompt is ready; a task with environments needs none. Samples whose prompts are
 ready together start in the same turn of the event loop, so that the engine client can send them as one
@@ -26,13 +27,13 @@ from areal_like.trajectory import FinishReason
 from areal_like.wire.messages.producer import Lease, SampleDone
 from areal_like.wire.records import Record
 from rollout_server.buffer_client.held_leases import Place, SampleResult
-from rollout_server.episodes.attempts.base import Attempt
+from rollout_server.episodes.attempts.base import Attempt, SessionMaker
 from rollout_server.episodes.attempts.environments import Environments
 from rollout_server.episodes.attempts.failed_sample import FailedSample
 from rollout_server.episodes.attempts.maker import AttemptMaker
 from rollout_server.episodes.base import Episode, Tokenizer
 from rollout_server.episodes.prompt_leader import PromptLeader, needs_leader
-from rollout_server.episodes.prompt_loader import FailedPrompt, Prompt, PromptLoader
+from rollout_server.episodes.prompt_loader import FailedPrompt, NoTokens, Prompt, PromptLoader
 from rollout_server.eval_sets import EvalSet
 from rollout_server.inference.client import EngineClient
 from rollout_server.inference.generation_gate import GenerationGate
@@ -71,12 +72,13 @@ class LeaseRunner:
         on_result: Callable[[SampleResult], None],
         on_move: Callable[[int, int, Place], None] = lambda lease_id, sample_index, place: None,
         environments: Environments | None = None,
+        sessions: SessionMaker | None = None,
         eval_sets: Mapping[str, EvalSet] | None = None,
     ) -> None:
         """`on_result` is called once per sample, unless its lease was cancelled or the engine lost;
         `on_move` with (lease id, sample index, place) when a sample leaves the engine or comes back.
-        `environments`: for a task that has some; else each sample is an `episode`. `eval_sets`: by name;
-        without it there is one, with the held-out prompts of `task` and greedy answers."""
+        `environments`, `sessions`: for a task that has some; else each sample is an `episode`. `eval_sets`:
+        by name; without it there is one, with the held-out prompts of `task` and greedy answers."""
         new_maker = partial(
             AttemptMaker,
             config,
@@ -86,7 +88,12 @@ class LeaseRunner:
             on_move=on_move,
         )
         of_job = partial(
-            new_maker, task=task, tokenizer=tokenizer, environments=environments, rewards=rewards
+            new_maker,
+            task=task,
+            tokenizer=tokenizer,
+            environments=environments,
+            sessions=sessions,
+            rewards=rewards,
         )
         self._makers = {"": of_job()}
         """By name of the evaluation set; empty: training."""
@@ -97,6 +104,7 @@ class LeaseRunner:
                 task=one.task,
                 tokenizer=one.renderer,
                 environments=one.environments,
+                sessions=one.sessions,
                 rewards=one.rewards,
                 eval_set=one.settings,
             )
@@ -104,9 +112,12 @@ class LeaseRunner:
         self._on_failure = config.buffer.on_failure
         self._prompts = PromptLoader(
             task,
-            tokenizer,
+            tokenizer if sessions is None else NoTokens(),
             timeout_s=config.rollout.reward_timeout_s,
-            eval_sets={name: (one.task, one.renderer) for name, one in (eval_sets or {}).items()},
+            eval_sets={
+                name: (one.task, one.renderer if one.sessions is None else NoTokens())
+                for name, one in (eval_sets or {}).items()
+            },
         )
         self._waiting: list[Lease] = []
         """Leases whose prompts are not being loaded yet."""
@@ -140,18 +151,21 @@ class LeaseRunner:
             self._loading = asyncio.create_task(self._load_prompts())
             self._loading.add_done_callback(self._report_unexpected)
 
-    def cancel(self, lease_ids: list[int]) -> None:
-        """Cancels the samples of these leases; their requests at the engine are aborted."""
+    def cancel(self, lease_ids: list[int], *, reason: str = "its lease was cancelled") -> None:
+        """Cancels the samples of these leases; their requests at the engine are aborted.
+
+        `reason`: what clients of their sessions are told.
+        """
         for lease_id in lease_ids:
             for task in self._samples.pop(lease_id, set()):
-                task.cancel()
+                task.cancel(reason)
 
     async def close(self) -> None:
         """Cancels everything and waits for it."""
         loading = {self._loading} if self._loading is not None else set()
         tasks = loading.union(*self._samples.values())
         for task in tasks:
-            task.cancel()
+            task.cancel("the server is draining")
         if tasks:
             await asyncio.wait(tasks, timeout=_CLOSE_TIMEOUT_S)
         self._prompts.close()

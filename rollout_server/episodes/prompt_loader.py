@@ -16,13 +16,13 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from areal_like.failures import FailureKind
 from areal_like.wire.messages.producer import Lease, Purpose
-from rollout_server.episodes.base import Tokenizer
 from rollout_server.tasks.base import Example, Split, Task
 
 SPLITS: dict[Purpose, Split] = {Purpose.TRAIN: "train", Purpose.EVAL: "eval"}
@@ -35,6 +35,18 @@ class Prompt:
 
     example: Example
     tokens_P: NDArray[np.int32]
+
+
+class NoTokens:
+    """For examples of which agents make the prompts."""
+
+    def encode(self, example: Example) -> NDArray[np.int32]:
+        """No token ids."""
+        return np.empty(0, np.int32)
+
+
+class _Encoder(Protocol):
+    def encode(self, example: Example) -> NDArray[np.int32]: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,10 +77,10 @@ class PromptLoader:
     def __init__(
         self,
         task: Task,
-        tokenizer: Tokenizer,
+        tokenizer: _Encoder,
         *,
         timeout_s: float,
-        eval_sets: Mapping[str, tuple[Task, Tokenizer]] | None = None,
+        eval_sets: Mapping[str, tuple[Task, _Encoder]] | None = None,
     ) -> None:
         """`timeout_s`: time limit of each example, from the start of its loading. `eval_sets`: of the sets
         that have others than `task` and `tokenizer`."""

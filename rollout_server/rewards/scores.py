@@ -24,25 +24,25 @@ MAX_NAMES = 1000
 MAX_NAME_CHARS = 200
 
 
-def as_score(returned: Any, completion: Completion) -> Score:
-    """The score; its `tokens` are float32[S]. Raises RewardError."""
+def as_score(returned: Any, completion: Completion, *, call: str = "reward") -> Score:
+    """The score; its `tokens` are float32[S]. `call`: the method that returned it. Raises RewardError."""
     if isinstance(returned, float):
-        return Score(value=_number(returned, of="reward()"))
+        return Score(value=_number(returned, of=f"{call}()"))
     if inspect.isawaitable(returned):
         if inspect.iscoroutine(returned):
             returned.close()  # else Python warns that it was never awaited
         raise RewardError(
-            f"reward() returned a {type(returned).__name__}: declare it as `async def reward`, "
+            f"{call}() returned a {type(returned).__name__}: declare it as `async def {call}`, "
             "or return the number itself"
         )
     if isinstance(returned, Score):
         return _checked(returned, completion)
     if isinstance(returned, Mapping):
-        parts = _numbers(returned, of="reward()")
+        parts = _numbers(returned, of=f"{call}()")
         if not parts:
-            raise RewardError("reward() returned an empty dict: name at least one part")
+            raise RewardError(f"{call}() returned an empty dict: name at least one part")
         return Score(value=_number(math.fsum(parts.values()), of="the sum of the parts"), parts=parts)
-    return Score(value=_number(returned, of="reward()"))
+    return Score(value=_number(returned, of=f"{call}()"))
 
 
 def _checked(score: Score, completion: Completion) -> Score:

@@ -60,6 +60,9 @@ class SessionAttempt(Attempt):
             score, finish_reason = await self._run()
             session.end()
             turn_rewards = session.finish()
+        except asyncio.CancelledError as cancelled:
+            session.close(str(cancelled.args[0]) if cancelled.args else "its lease was cancelled")
+            raise
         finally:
             self._book.remove(session)
         if session.failure is not None:

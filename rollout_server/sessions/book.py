@@ -18,6 +18,8 @@ class SessionBook:
     """Belongs to one event loop."""
 
     def __init__(self) -> None:
+        self.url = ""
+        """Where this machine reaches the sessions (`http://host:port`), when they are served."""
         self._sessions: dict[str, OpenSession] = {}
         """In the order of their leases: the samples that the trainer needs first are first."""
         self._gone: OrderedDict[str, str] = OrderedDict()

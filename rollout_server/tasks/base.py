@@ -178,7 +178,7 @@ class Task(ABC):
         for name, least in self.least.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"task.{name}={getattr(self, name)}: must be at least {least}")
-        if not (self.has_reward or self.has_environment or self.has_agent):
+        if not (self.has_reward or self.has_environment or self.uses_sessions):
             raise ConfigError(f"task {type(self).__name__}: implement reward(), environment() or agent()")
         if self.has_environment and self.uses_sessions:
             raise ConfigError(
@@ -336,6 +336,7 @@ TASKS = Registry[Task](
         "textarena": "rollout_server.tasks.textarena.TextArenaTask",
         "data": "rollout_server.tasks.data.task.DataTask",
         "mixture": "rollout_server.tasks.mixture.MixtureTask",
+        "external": "rollout_server.tasks.external.ExternalTask",
     },
 )
 """Tasks are registered by path and imported on use: an optional package is needed only by its own task."""

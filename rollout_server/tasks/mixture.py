@@ -20,12 +20,15 @@ from typing import Any, ClassVar, Self
 from areal_like.config.common import fits
 from areal_like.data.mixture import MAX_SOURCES, num_draws, place_of
 from areal_like.errors import ConfigError
-from rollout_server.environments.base import Environment
+from rollout_server.agents.base import Session
+from rollout_server.agents.one_answer import answer_once
+from rollout_server.environments.base import Environment, messages_of
 from rollout_server.tasks.base import (
     Completion,
     Example,
     FittingPrompts,
     Rewarded,
+    Score,
     Source,
     Split,
     Task,
@@ -103,6 +106,15 @@ class MixtureTask(Task):
                 "set sampling.max_new_tokens and episode.max_tokens"
             )
         self._set_parts(parts)
+        if self.has_environment and (self.has_agent or self.external):
+            raise ConfigError(
+                "task.tasks: a mixture has environments or agents: leave out the tasks with one of the two"
+            )
+        if not self.external and any(part.task.external for part in parts):
+            raise ConfigError(
+                "task.tasks: agents from outside make all samples of a mixture or none: "
+                "set task.external=true of the mixture itself, or leave out external tasks"
+            )
         super().__post_init__()
 
     def example(self, split: Split, index: int) -> Example:
@@ -135,6 +147,19 @@ class MixtureTask(Task):
         """That of the example's task; None: one prompt, one answer."""
         part, own = _of(example)
         return part.task.environment(own)
+
+    async def agent(self, example: Example, session: Session) -> float | Mapping[str, float] | Score | None:
+        """That of the example's task; else one prompt, one answer."""
+        part, own = _of(example)
+        if part.task.has_agent:
+            return await part.task.agent(own, session)
+        await answer_once(session, messages_of(own.prompt))
+        return None
+
+    @property
+    def has_agent(self) -> bool:
+        """True if one of the tasks has an agent."""
+        return any(part.task.has_agent for part in self.parts)
 
     @property
     def has_environment(self) -> bool:

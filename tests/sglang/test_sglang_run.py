@@ -24,12 +24,12 @@ def test_a_job_on_sglang_from_start_to_summary(tmp_path: Path) -> None:
     # the two log-probs must agree.
     settings = (
         *SMALL,
-        "model.warm_start_steps=150",
+        "model.warm_start_steps=250",
         # SGLang's samples follow no seed, so all rewards of a step may be zero. With an entropy bonus groups
         # without spread are trained on as well.
         "trainer.entropy_coef=1e-6",
         "sampling.group_size=8",
-        "trainer.groups_per_step=8",
+        "trainer.groups_per_step=16",
         "eval.num_prompts=64",
         "rollout.engine=sglang",
         f"rollout.sglang.python={find_python('')}",
@@ -48,7 +48,7 @@ def test_a_job_on_sglang_from_start_to_summary(tmp_path: Path) -> None:
         assert min(row["num_tokens"] for row in rows) > 0 and max(row["mismatch_abs"] for row in rows) < 1e-4
         assert summary["eval_after"] > summary["eval_before"]
         tickets = summary["tickets"]
-        assert tickets["trained"] == 8 * NUM_STEPS
+        assert tickets["trained"] == 16 * NUM_STEPS
         assert tickets["issued"] == sum(count for state, count in tickets.items() if state != "issued")
         pushes = (
             (root / "logs" / "rollout-0-engine.log")

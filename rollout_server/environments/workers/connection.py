@@ -39,11 +39,12 @@ class WorkerConnection(asyncio.Protocol):
         self._answer: asyncio.Future[Any] | None = None
         self._limit: asyncio.TimerHandle | None = None
 
-    async def call(self, request: Any, *, timeout_s: float, timed_out: EpisodeError) -> Any:
+    async def call(self, request: Any, *, timeout_s: float | None, timed_out: EpisodeError) -> Any:
         """The value that the worker answers.
 
         Raises EpisodeError if the environment raised or the worker is lost; after `timeout_s` the worker is
-        lost because of `timed_out`. If the caller is cancelled, the call goes on (see `settled`).
+        lost because of `timed_out` (None: its caller limits the time). If the caller is cancelled, the call
+        goes on (see `settled`).
         """
         if self.lost is not None:
             raise self.lost
@@ -51,7 +52,8 @@ class WorkerConnection(asyncio.Protocol):
         frame = pack(request)
         answer = self._answer = self._loop.create_future()
         self.call_since_s = self._loop.time()
-        self._limit = self._loop.call_later(timeout_s, self.lose, timed_out)
+        if timeout_s is not None:
+            self._limit = self._loop.call_later(timeout_s, self.lose, timed_out)
         self._transport.write(frame)
         value, error = await asyncio.shield(answer)
         if error:

@@ -20,9 +20,10 @@ from typing import Any
 from areal_like.errors import ConfigError, EnvironmentLostError, EpisodeError
 from rollout_server.environments.base import Message, Reply, Step
 from rollout_server.environments.exchange import checked_label, checked_start, checked_step, reply_fields
+from rollout_server.environments.workers.agents import checked_score
 from rollout_server.environments.workers.connection import WorkerConnection
 from rollout_server.environments.workers.zygote_process import ZygoteProcess
-from rollout_server.tasks.base import Split
+from rollout_server.tasks.base import Score, Split
 
 log = logging.getLogger(__name__)
 
@@ -151,6 +152,12 @@ class EnvironmentPool:
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
 
+    def kill(self, worker: WorkerConnection) -> None:
+        """Ends its process at once, also in a call. Called by its session."""
+        del self._open[worker]
+        if worker.lost is None:
+            self._retire(worker)
+
     async def _close_environment(self, worker: WorkerConnection) -> None:
         hung = EpisodeError(f"close() of the environment took longer than {_CLOSE_TIMEOUT_S:g} s")
         try:
@@ -278,11 +285,25 @@ class EnvironmentSession:
         """The environment's answer to one turn. Raises EpisodeError."""
         return checked_step(await self._call("step", reply_fields(reply)))
 
+    async def run_agent(self, base_url: str, api_key: str) -> Score | None:
+        """Runs the task's `agent()`, whose time the caller limits. Raises EpisodeError."""
+        assert self._worker is not None
+        ended = EpisodeError("the agent's process was ended")
+        request = ["agent", *self._start, base_url, api_key]
+        value = await self._worker.call(request, timeout_s=None, timed_out=ended)
+        return checked_score(value)
+
     def close(self) -> None:
         """Closes the environment in the background, also while a call is in progress."""
         worker, self._worker = self._worker, None
         if worker is not None:
             self._pool.release(worker)
+
+    def kill(self) -> None:
+        """Ends the process at once, also while a call is in progress."""
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            self._pool.kill(worker)
 
     async def _call(self, *request: Any) -> Any:
         assert self._worker is not None

@@ -1,6 +1,7 @@
 """The process in which environments run: forked by zygote.py, it serves one environment after the other.
 
     server -> worker   null | ["check" or "reset", split, index, seed] | ["step", reply] | ["close"]
+                       ["agent", split, index, seed, base_url, api_key]
     worker -> server   [value, seconds, error]                        one frame for each request, in order
 
     IDLE -> reset -> OPEN -> step -> OPEN ... -> close -> IDLE, or false: the server ends this process
@@ -10,7 +11,7 @@ index), so a task's answers need not be serialized. The environment runs in this
 own asyncio tasks go on between the calls; calls that block only delay this environment. The process is used
 again because a fork of a large process costs more than most episodes, unless the environment has left a
 child process, a thread (a tool that was abandoned at its time limit), or more than half of the memory that
-one may have.
+one may have. The process of an agent serves one sample: libraries keep clients with the address of a session.
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ import msgpack
 
 from areal_like.errors import ConfigError, EpisodeError
 from areal_like.runtime.process import adopt_orphans
-from rollout_server.environments.base import Environment, Message, Reply, Step
+from rollout_server.agents.base import Session
+from rollout_server.environments.base import Environment, Message, Reply, Step, messages_of
 from rollout_server.environments.exchange import MAX_ANSWER_BYTES, awaitable, reply_of, step_fields
+from rollout_server.environments.workers.agents import run_agent
 from rollout_server.frames import HEADER, pack
 from rollout_server.tasks.base import Example, Split, Task
 
@@ -96,6 +99,8 @@ class _Worker:
                     return await self._reset(environment), ""
                 case "step":
                     return await self._step(reply_of(*arguments)), ""
+                case "agent":
+                    return await self._run_agent(*arguments), ""
                 case _:
                     return await self._close(), ""
         # An environment's code may raise anything, also SystemExit; only its own sample fails.
@@ -108,15 +113,23 @@ class _Worker:
         messages = await awaitable(environment.reset(), call="reset")
         return list(messages), list(environment.tools), self._label
 
-    def _make(self, split: Split, index: int, seed: int) -> Environment:
+    async def _run_agent(self, split: Split, index: int, seed: int, base_url: str, api_key: str) -> Any:
+        example = self._example(split, index, seed)
+        return await run_agent(self._task, example, Session(base_url=base_url, api_key=api_key))
+
+    def _example(self, split: Split, index: int, seed: int) -> Example:
+        """Not kept for the next sample: an environment may change what its example holds."""
         # A fork copies the generators' states: without this, environments in different processes would draw
         # the same numbers.
         random.seed(seed)
         if (numpy := sys.modules.get("numpy")) is not None:
             numpy.random.seed(seed % (1 << 32))
-        # Not kept for the next sample: an environment may change what its example holds.
         example = self._task.example(split, index)
         self._label = example.label
+        return example
+
+    def _make(self, split: Split, index: int, seed: int) -> Environment:
+        example = self._example(split, index, seed)
         environment = self._task.environment(example)
         if environment is None:
             if not self._task.has_reward:
@@ -170,7 +183,7 @@ class _OneAnswer(Environment):
         self._prompt = example.prompt
 
     async def reset(self) -> list[Message]:
-        return [{"role": "user", "content": self._prompt}] if isinstance(self._prompt, str) else self._prompt
+        return messages_of(self._prompt)
 
     async def step(self, reply: Reply) -> Step:
         return Step(done=True)

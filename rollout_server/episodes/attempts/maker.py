@@ -11,7 +11,7 @@ from areal_like.config import Config, EvalSetConfig
 from areal_like.errors import EngineError
 from areal_like.wire.messages.producer import Lease
 from rollout_server.buffer_client.held_leases import Place
-from rollout_server.episodes.attempts.base import Attempt, SampleRequest
+from rollout_server.episodes.attempts.base import Attempt, SampleRequest, SessionMaker
 from rollout_server.episodes.attempts.environment_attempt import EnvironmentAttempt
 from rollout_server.episodes.attempts.environments import Environments
 from rollout_server.episodes.attempts.single_turn import SingleTurnAttempt
@@ -42,13 +42,15 @@ class AttemptMaker:
         rewards: RewardPool,
         gate: GenerationGate,
         on_move: Callable[[int, int, Place], None],
+        sessions: SessionMaker | None = None,
         eval_set: EvalSetConfig | None = None,
     ) -> None:
-        """`environments`: for a task that has some; else each sample is an `episode`. `on_move`: see
-        LeaseRunner. `eval_set`: how to sample; None: as for training."""
+        """`environments`, `sessions`: for a task that has some; else each sample is an `episode`. `on_move`:
+        see LeaseRunner. `eval_set`: how to sample; None: as for training."""
         self._tokenizer = tokenizer
         self._episode = episode
         self._environments = environments
+        self._sessions = sessions
         self._rewards = rewards
         self._has_reward = task.has_reward
         self._gate = gate
@@ -73,7 +75,7 @@ class AttemptMaker:
 
     @property
     def needs_prompt(self) -> bool:
-        """False if an environment gives the prompt."""
+        """False if an environment gives the prompt. Of the example of a session its label is needed."""
         return self._environments is None
 
     def begin(
@@ -85,7 +87,7 @@ class AttemptMaker:
         prompt: Prompt | None,
         leader: PromptLeader,
     ) -> Attempt:
-        """`prompt`: None if the environment gives it. Raises EngineError if there is no engine."""
+        """`prompt`: None unless `needs_prompt`. Raises EngineError if there is no engine."""
         if engine is None:
             raise EngineError("there is no engine")
         is_greedy = self._sampling.temperature == 0 or sample_index in lease.greedy_indices
@@ -112,6 +114,15 @@ class AttemptMaker:
             policy=policy,
             on_move=partial(self._on_move, lease.lease_id, sample_index),
         )
+        if self._sessions is not None:
+            assert prompt is not None
+            return self._sessions.begin(
+                request,
+                lease,
+                sample_index,
+                example=prompt.example,
+                rewards=self._rewards if self._has_reward else None,
+            )
         if prompt is not None:
             return SingleTurnAttempt(
                 request,

@@ -1,0 +1,125 @@
+"""The sessions of one task: its agents' processes, and the attempts of its samples."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import AsyncIterator
+
+from areal_like.config import Config
+from areal_like.runtime.waits import PendingWaits
+from areal_like.wire.messages.producer import Lease
+from rollout_server.environments.workers.pool import EnvironmentPool
+from rollout_server.episodes.attempts.base import SampleRequest, SessionMaker
+from rollout_server.episodes.conversation import Conversation
+from rollout_server.rendering.base import ChatRenderer
+from rollout_server.rendering.prompt_renderer import PromptRenderer
+from rollout_server.rewards.pool import RewardPool
+from rollout_server.sessions.attempt import SessionAttempt
+from rollout_server.sessions.book import SessionBook
+from rollout_server.sessions.open_session import OpenSession
+from rollout_server.tasks.base import Example, Score, Task
+
+
+class Sessions(SessionMaker):
+    """Begins the attempts. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        book: SessionBook,
+        chat: ChatRenderer,
+        context_tokens: int,
+        pool: EnvironmentPool | None,
+    ) -> None:
+        """`pool`: of the processes of `agent()`; None if agents from outside make the samples."""
+        self.pool = pool
+        self._book = book
+        self._chat = chat
+        self._context_tokens = context_tokens
+        self._max_tokens = config.episode.max_tokens or context_tokens
+        self._max_turns = config.episode.max_turns
+        self._idle_timeout_s = config.sessions.idle_timeout_s
+
+    def begin(
+        self,
+        request: SampleRequest,
+        lease: Lease,
+        sample_index: int,
+        *,
+        example: Example,
+        rewards: RewardPool | None,
+    ) -> SessionAttempt:
+        """As SessionMaker.begin."""
+        is_external = self.pool is None
+        session = OpenSession(
+            # The lease is the attempt: a client of an earlier one must not reach this one.
+            id=f"{lease.ticket_id}-{sample_index}-{lease.lease_id}",
+            api_key=secrets.token_urlsafe(32),
+            conversation=Conversation(
+                self._chat,
+                request.policy,
+                context_tokens=self._context_tokens,
+                max_tokens=self._max_tokens,
+            ),
+            max_turns=self._max_turns,
+            group=lease.ticket_id,
+            sample=sample_index,
+            split=request.split,
+            index=request.index,
+            on_move=request.on_move,
+            example=example if is_external else None,
+            is_waiting=is_external,
+        )
+        return SessionAttempt(
+            request,
+            session=session,
+            book=self._book,
+            rewards=rewards,
+            idle_timeout_s=self._idle_timeout_s,
+            run_agent=None if is_external else self._run_agent,
+            label=example.label,
+        )
+
+    async def _run_agent(self, session: OpenSession, request: SampleRequest) -> Score | None:
+        assert self.pool is not None
+        process = await self.pool.open(split=request.split, index=request.index, seed=request.seed)
+        try:
+            return await process.run_agent(f"{self._book.url}/sessions/{session.id}/v1", session.api_key)
+        finally:
+            process.kill()
+
+
+@contextlib.asynccontextmanager
+async def running_sessions(
+    config: Config,
+    task: Task,
+    renderer: PromptRenderer,
+    *,
+    context_tokens: int,
+    waits: PendingWaits,
+    book: SessionBook,
+) -> AsyncIterator[Sessions | None]:
+    """The sessions; None if the task's samples are none.
+
+    Raises ConfigError if the task cannot be imported by the processes of its agents, or if the model has no
+    chat format.
+    """
+    if not task.uses_sessions:
+        yield None
+        return
+    chat = renderer.chat
+    async with contextlib.AsyncExitStack() as stack:
+        pool = None
+        if not task.external:
+            pool = EnvironmentPool(
+                task.settings_of_workers(config.task),
+                seed=config.seed,
+                sandbox=config.rewards.sandbox,
+                step_timeout_s=config.episode.step_timeout_s,
+                memory_mb=config.episode.memory_mb,
+            )
+            with waits("agents: start"):
+                await stack.enter_async_context(pool)
+        yield Sessions(config, book=book, chat=chat, context_tokens=context_tokens, pool=pool)
