@@ -8,13 +8,12 @@ The package imports neither hydra nor torch, because every process imports it fi
 """
 
 from areal_like.config.buffer import BufferConfig, OnFailureConfig
-from areal_like.config.episode import EpisodeConfig, RewardsConfig
+from areal_like.config.episode import EpisodeConfig, RewardsConfig, SessionsConfig
 from areal_like.config.evaluation import EvalConfig, EvalSetConfig
 from areal_like.config.job import Config, DaemonConfig, ModelConfig
 from areal_like.config.loading import from_mapping, to_mapping
 from areal_like.config.rollout import RolloutConfig, SamplingConfig, SglangConfig
 from areal_like.config.security import SecurityConfig
-from areal_like.config.sessions import SessionsConfig
 from areal_like.config.sft import SftConfig
 from areal_like.config.trainer import KlConfig, TrainerConfig
 from areal_like.config.weights import WeightsConfig

@@ -8,11 +8,10 @@ from urllib.parse import urlsplit
 
 from areal_like.config.buffer import BufferConfig
 from areal_like.config.common import NAME, NAME_RULE, Section, require
-from areal_like.config.episode import EpisodeConfig, RewardsConfig
+from areal_like.config.episode import EpisodeConfig, RewardsConfig, SessionsConfig
 from areal_like.config.evaluation import EVAL_BYTES_PER_SAMPLE, EvalConfig
 from areal_like.config.rollout import RolloutConfig, SamplingConfig
 from areal_like.config.security import SecurityConfig
-from areal_like.config.sessions import SessionsConfig
 from areal_like.config.sft import SftConfig
 from areal_like.config.trainer import KlConfig, TrainerConfig
 from areal_like.config.weights import WeightsConfig

@@ -51,7 +51,7 @@ class Conversation:
     ) -> None:
         """`context_tokens`: longest segment. `max_tokens`: of all segments together, as in the trajectory (a
         prefix that branches share counts for each)."""
-        self._renderer = renderer
+        self.renderer = renderer
         self._policy = policy
         self._context_tokens = context_tokens
         self._max_tokens = max_tokens
@@ -89,7 +89,7 @@ class Conversation:
         """As `say`, with the tokens. `max_new_tokens`: of this turn, if below the job's."""
         known = canonical_messages(messages)
         schemas = canonical_tools(tools)
-        if schemas and not self._renderer.supports_tools:
+        if schemas and not self.renderer.supports_tools:
             raise EpisodeError(
                 "the environment has tools, but the model's chat template does not render them: "
                 "use a model with a chat template for tools, or set model.renderer"
@@ -149,7 +149,7 @@ class Conversation:
                 transcript,
                 max_new_tokens=limit,
                 stop=stop,
-                stop_token_ids=self._renderer.stop_token_ids,
+                stop_token_ids=self.renderer.stop_token_ids,
                 keeps_prefix=True,
             )
         finally:
@@ -179,6 +179,10 @@ class Conversation:
             logprobs=transcript.logprobs[start:],
             turn=turn,
         )
+
+    def decode(self, token_id: int) -> str:
+        """One token as text; a token that is a part of a character has a replacement character."""
+        return self.renderer.decode([token_id])
 
     @property
     def turns(self) -> Sequence[Turn]:
@@ -248,12 +252,12 @@ class Conversation:
             messages = [*turn.messages, *new]
             tokens = turn.tokens
             split = turn.end - len(turn.sampled)
-            tail = self._renderer.bridge(
+            tail = self.renderer.bridge(
                 tokens[:split].tolist(), tokens[split:].tolist(), turn.messages, new, tools=tools
             )
             if tail is not None:
                 return messages, turn, np.concatenate([tokens, self._checked(tail)])
-        prompt = self._checked(self._renderer.render(messages, tools=tools))
+        prompt = self._checked(self.renderer.render(messages, tools=tools))
         return messages, self._longest_prefix(prompt), prompt
 
     def _longest_known(self, messages: list[Message], tools: list[ToolSchema]) -> Turn | None:
@@ -281,11 +285,10 @@ class Conversation:
     def _checked(self, tokens: Sequence[int]) -> NDArray[np.int32]:
         """Raises EpisodeError for a token that the model does not have: it would crash an SGLang server."""
         checked = np.asarray(tokens, dtype=np.int32)
-        if not len(checked) or int(checked.min()) < 0 or int(checked.max()) >= self._renderer.vocab_size:
+        if not len(checked) or int(checked.min()) < 0 or int(checked.max()) >= self.renderer.vocab_size:
             raise EpisodeError(
-                f"the messages are rendered to {len(checked)} tokens up to id "
-                f"{checked.max() if len(checked) else None}; the model's vocabulary has "
-                f"{self._renderer.vocab_size}"
+                f"the prompt has {len(checked)} tokens with ids {checked.min(initial=0)} to "
+                f"{checked.max(initial=0)}; the model's vocabulary has {self.renderer.vocab_size}"
             )
         return checked
 
@@ -325,7 +328,7 @@ class Conversation:
     ) -> Reply:
         tokens = transcript.tokens.tolist()
         prompt_ids, completion_ids = tokens[:num_prompt_tokens], tokens[num_prompt_tokens:]
-        parsed = self._renderer.parse(completion_ids, prompt_ids=prompt_ids, tools=tools)
+        parsed = self.renderer.parse(completion_ids, prompt_ids=prompt_ids, tools=tools)
         calls = []
         for call in parsed.tool_calls:
             # Nine letters and digits, as some templates demand.
@@ -333,7 +336,7 @@ class Conversation:
             self._num_calls += 1
         return Reply(
             text=parsed.text,
-            raw_text=self._renderer.decode(completion_ids),
+            raw_text=self.renderer.decode(completion_ids),
             reasoning=parsed.reasoning,
             tool_calls=tuple(calls),
             finish_reason=finish_reason,

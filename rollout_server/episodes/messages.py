@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import msgpack
@@ -84,7 +84,19 @@ def _canonical_call(call: Any, where: str) -> dict[str, Any]:
     arguments = function.get("arguments", "")
     if not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False, default=repr)
-    return {"type": "function", **call, "function": {**function, "arguments": arguments}}
+    # Always in this order: clients have others, and the digests and some templates depend on it.
+    named = {"name": function["name"], "arguments": arguments}
+    return {
+        "type": "function",
+        **_others(call, ("function",)),
+        "function": {**named, **_others(function, named)},
+    }
+
+
+def _others(fields: Mapping[str, Any], known: Container[str]) -> dict[str, Any]:
+    return {
+        key: fields[key] for key in sorted(fields, key=str) if key not in known and fields[key] is not None
+    }
 
 
 def _text(content: Any, where: str) -> str:

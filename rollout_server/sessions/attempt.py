@@ -108,37 +108,51 @@ class SessionAttempt(Attempt):
         session = self._session
         self._request.on_move(Place.TOOL)
         running: asyncio.Future[Score | None] | None = None
-        if self._run_agent is None:
-            await session.wait_claimed()
-        else:
+        if self._run_agent is not None:
             running = asyncio.ensure_future(self._run_agent(session, self._request))
-            running.add_done_callback(lambda _: session.end())
+            running.add_done_callback(self._agent_ended)
         try:
             limit = await session.wait_ended(
                 idle_timeout_s=self._idle_timeout_s, deadline_s=lambda: self._request.policy.deadline_s
             )
             if session.failure is not None:
                 raise session.failure
-            if limit == "idle":
+            if limit == "idle" and session.budget is None:
                 raise self._idle()
+            if limit == "idle":  # it does not end after it was told that there is no room
+                session.close("the session had no request that could be answered for too long")
+                return self._posted(), session.budget or FinishReason.STOP
             if limit == "deadline":
                 session.close("the session's time is over (rollout.sample_timeout_s)")
                 return self._posted(), FinishReason.TIMEOUT
             score = await self._result(running)
+            if score is None and self._rewards is None and session.budget is None:
+                raise self._no_reward()
             return score, session.budget or session.conversation.finish_reason
         finally:
             if running is not None:
                 running.cancel()
 
+    def _agent_ended(self, running: asyncio.Future[Score | None]) -> None:
+        self._session.end()
+        if not running.cancelled():
+            running.exception()  # the sample may have ended for another reason
+
     async def _result(self, running: asyncio.Future[Score | None] | None) -> Score | None:
         """What the agent has returned, or what was posted."""
         if running is None:
             return self._posted()
+        # An agent may end its session itself, and then compute its score.
+        await asyncio.wait({running}, timeout=self._idle_timeout_s)
+        if not running.done():
+            raise self._idle()
         try:
-            score = await running
-        except EpisodeError:
+            score = running.result()
+        except EpisodeError as error:
+            if not self._session.conversation.turn_lengths:
+                raise self._session.refused_prompt or error from None
             # The agent may end with the refusal of its last request: then the sample is a truncated one.
-            if self._session.budget is None or not self._session.conversation.turn_lengths:
+            if self._session.budget is None:
                 raise
             return self._posted()
         return self._posted() if score is None else score
@@ -146,6 +160,14 @@ class SessionAttempt(Attempt):
     def _posted(self) -> Score | None:
         reward = self._session.reward
         return None if reward is None else Score(value=reward)
+
+    def _no_reward(self) -> EpisodeError:
+        if self._run_agent is None:
+            problem = (
+                "its agent has ended it without a reward (POST .../reward), and the task has no reward()"
+            )
+            return EnvironmentLostError(f"the session {self._session.id}: {problem}")
+        return EpisodeError("agent() returned None and posted no reward, and the task has no reward()")
 
     def _idle(self) -> EpisodeError:
         problem = (

@@ -6,6 +6,7 @@ add -> (waiting: claimed in the order of the leases) -> remove -> remembered as 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 from areal_like.errors import SessionGoneError
 from rollout_server.sessions.open_session import OpenSession, SessionState
@@ -22,8 +23,10 @@ class SessionBook:
         """Where this machine reaches the sessions (`http://host:port`), when they are served."""
         self._sessions: dict[str, OpenSession] = {}
         """In the order of their leases: the samples that the trainer needs first are first."""
-        self._gone: OrderedDict[str, str] = OrderedDict()
-        """Why, by id."""
+        self.on_waiting: Callable[[], None] = lambda: None
+        """Called when a session can be claimed."""
+        self._gone: OrderedDict[str, tuple[str, str]] = OrderedDict()
+        """Why, and the session's key, by id."""
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -31,7 +34,7 @@ class SessionBook:
     @property
     def num_waiting(self) -> int:
         """Sessions that an agent can claim."""
-        return sum(one.state is SessionState.WAITING for one in self._sessions.values())
+        return sum(map(_is_free, self._sessions.values()))
 
     @property
     def open(self) -> list[OpenSession]:
@@ -41,25 +44,47 @@ class SessionBook:
     def add(self, session: OpenSession) -> None:
         """A new session."""
         self._sessions[session.id] = session
+        if session.state is SessionState.WAITING:
+            self.on_waiting()
 
     def remove(self, session: OpenSession) -> None:
         """Its sample is finished or not wanted any more; clients are told `session.reason`."""
         session.close(session.reason or f"the session {session.id} has ended")
         if self._sessions.pop(session.id, None) is not None:
-            self._gone[session.id] = session.reason
+            self._gone[session.id] = session.reason, session.api_key
             if len(self._gone) > _MAX_REMEMBERED:
                 self._gone.popitem(last=False)
 
     def find(self, id: str) -> OpenSession | None:
         """None if there was none. Raises SessionGoneError if there was one."""
-        if (reason := self._gone.get(id)) is not None:
-            raise SessionGoneError(reason)
+        if (gone := self._gone.get(id)) is not None:
+            raise SessionGoneError(gone[0])
         return self._sessions.get(id)
 
-    def claim(self) -> OpenSession | None:
-        """The next session for an agent from outside; None if there is none."""
+    def key_of(self, id: str) -> str:
+        """The key that requests of a session need, also of one that has gone; empty if there was none."""
+        if (session := self._sessions.get(id)) is not None:
+            return session.api_key
+        return self._gone[id][1] if id in self._gone else ""
+
+    def offer(self) -> OpenSession | None:
+        """The next session for an agent from outside, offered to it; None if there is none.
+
+        It is claimed once the agent has the answer. Until then it is offered to nobody else.
+        """
         for session in self._sessions.values():
-            if session.state is SessionState.WAITING:
-                session.claim()
+            if _is_free(session):
+                session.is_offered = True
                 return session
         return None
+
+    def claim(self) -> OpenSession | None:
+        """The next session for an agent from outside, claimed at once; None if there is none."""
+        session = self.offer()
+        if session is not None:
+            session.claim()
+        return session
+
+
+def _is_free(session: OpenSession) -> bool:
+    return session.state is SessionState.WAITING and not session.is_offered

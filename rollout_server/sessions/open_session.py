@@ -8,14 +8,14 @@ The turns are those of a `Conversation`: a prompt follows an earlier turn only i
 tokens. So whatever a client sends, no sampled token is tokenized again, and no log-prob is wrong.
 
 A request may be a repetition: an SDK sends it again after a time-out or a broken connection. It then gets the
-answer of the first one (see `begin`). A turn whose answer no client has read is not part of the sample.
+answer of the first one (see `begin`). A turn whose answer no client has read is not part of the sample,
+unless the time limit of the sample has cut it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-import uuid
 from collections.abc import Awaitable, Callable, Coroutine
 from enum import StrEnum
 from typing import Any
@@ -30,8 +30,12 @@ from areal_like.errors import (
 from areal_like.trajectory import LARGEST_REWARD, FinishReason
 from rollout_server.buffer_client.held_leases import Place
 from rollout_server.episodes.conversation import Conversation
-from rollout_server.episodes.turns import Answer
+from rollout_server.episodes.turns import Answer, Turn
+from rollout_server.sessions.calls import Call, Calls
 from rollout_server.tasks.base import Example, Split
+
+_CUT_S = 5.0
+"""After the time limit of the sample: the engine's answer to a request whose time is over takes less."""
 
 
 class SessionState(StrEnum):
@@ -44,28 +48,6 @@ class SessionState(StrEnum):
     """It takes no more requests; its sample is finished from what it has."""
     GONE = "gone"
     """Its sample is not wanted any more, or was given up."""
-
-
-class Call:
-    """One request to the model, and its repetitions."""
-
-    def __init__(self, task: asyncio.Task[Answer]) -> None:
-        self.id = uuid.uuid4().hex
-        """The completion's id is made of it."""
-        self.task = task
-        self.num_readers = 0
-        """Clients that wait for the answer."""
-        self.is_delivered = False
-        """True once the whole answer was sent to a client."""
-
-    async def answer(self) -> Answer:
-        """The answer; the caller may be cancelled without an effect on the others. Raises as `answer` of the
-        session."""
-        self.num_readers += 1
-        try:
-            return await asyncio.shield(self.task)
-        finally:
-            self.num_readers -= 1
 
 
 class OpenSession:
@@ -98,6 +80,8 @@ class OpenSession:
         self.example = example
         self.conversation = conversation
         self.state = SessionState.WAITING if is_waiting else SessionState.OPEN
+        self.is_offered = False
+        """True while the answer that gives it to an agent is being sent."""
         self.reason = ""
         """Why it is gone."""
         self.failure: EngineError | None = None
@@ -122,25 +106,22 @@ class OpenSession:
         self._changed = asyncio.Event()
         self._last_activity_s = self._loop.time()
         self._busy_since_s = 0.0
-        self._calls: dict[bytes, list[Call]] = {}
-        """By the digest of their bodies."""
-        self._by_id: dict[str, Call] = {}
-        self._turn_rewards: dict[str, float] = {}
-        """By the call's id."""
+        self._calls = Calls(gone=lambda: self.gone)
+        self._turn_rewards: dict[Turn, float] = {}
 
     # --- Life ---
 
     def claim(self) -> None:
         """An agent has taken it."""
         assert self.state is SessionState.WAITING
+        self.is_offered = False
         self._set(SessionState.OPEN)
-        self._on_move(Place.TOOL)
 
     def end(self) -> None:
         """No more requests; those in progress are cancelled. Ending it again changes nothing."""
         if self.state is SessionState.OPEN:
             self._set(SessionState.ENDED)
-            self._cancel_calls()
+            self._calls.cancel()
 
     def fail(self, error: EngineError) -> None:
         """The engine failed, so the sample does."""
@@ -153,22 +134,23 @@ class OpenSession:
         if self.state is not SessionState.GONE:
             self.reason = reason
             self._set(SessionState.GONE)
-            self._cancel_calls()
-
-    async def wait_claimed(self) -> None:
-        """Until an agent has claimed it."""
-        while self.state is SessionState.WAITING:
-            await self._wait_changed(math.inf)
+            self._calls.cancel()
 
     async def wait_ended(self, *, idle_timeout_s: float, deadline_s: Callable[[], float | None]) -> str:
         """Until it has ended: empty; else "idle" or "deadline", the limit that was reached first.
 
-        `deadline_s`: time of the loop, or None; it may become known with the first request.
+        `deadline_s`: time of the loop, or None; it may become known with the first request. A session that
+        waits for an agent has no limit.
         """
-        while self.state is SessionState.OPEN:
+        while self.state in (SessionState.WAITING, SessionState.OPEN):
+            if self.state is SessionState.WAITING:
+                await self._wait_changed(math.inf)
+                continue
             now_s, end_s = self._loop.time(), deadline_s()
             idle_s = math.inf if self.num_pending else self._last_activity_s + idle_timeout_s
             end_s = math.inf if end_s is None else end_s
+            if self.num_pending:
+                end_s += _CUT_S
             if end_s <= now_s:
                 return "deadline"
             if idle_s <= now_s:
@@ -178,7 +160,7 @@ class OpenSession:
 
     @property
     def idle_s(self) -> float:
-        """Seconds since the last request ended or another sign of life; 0 while one is pending."""
+        """Seconds since the last answer; 0 while a request is pending."""
         return 0.0 if self.num_pending else self._loop.time() - self._last_activity_s
 
     # --- Requests ---
@@ -188,22 +170,12 @@ class OpenSession:
     ) -> Call:
         """The call of a request whose body has this digest. `ask`: `answer` or `continue_tokens`.
 
-        A repetition joins the newest call of the same digest: `is_repetition` says that the client calls it
-        one. Without that, it is one if the clients of the earlier call have gone without its answer; another
+        It is a repetition if the clients of an earlier call of the same digest have gone without its answer,
+        or if the client calls it one (`is_repetition`). It then joins that call, or the newest one. Another
         request with the same body wants another sample. Raises SessionGoneError.
         """
         self.check_open()
-        same = self._calls.setdefault(digest, [])
-        for call in reversed(same):
-            is_lost = call.num_readers == 0 and not call.is_delivered
-            if (is_repetition or is_lost) and not _has_failed(call):
-                return call
-        task = self._loop.create_task(ask())
-        task.add_done_callback(_retrieved)
-        call = Call(task)
-        same.append(call)
-        self._by_id[call.id] = call
-        return call
+        return self._calls.begin(digest, ask, is_repetition=is_repetition)
 
     async def answer(self, messages: list[dict[str, Any]], **options: Any) -> Answer:
         """As Conversation.answer, within the session's budget. Raises SessionGoneError as well."""
@@ -222,34 +194,43 @@ class OpenSession:
         self.check_open()
         if not abs(value) <= LARGEST_REWARD:  # also if it is NaN
             raise ValueError(f"reward must be a finite number (float32), got {value}")
-        self.touch()
         if not completion_id:
             self.reward = value
             return
-        # `chatcmpl-...`, `cmpl-...`: the id of the call is what follows.
-        call = self._by_id.get(completion_id.rpartition("-")[2])
-        if call is None or not call.task.done() or _has_failed(call):
+        call = self._calls.find(completion_id)
+        if call is None:
             raise ValueError(f"completion_id {completion_id!r:.100} names no completion of this session")
-        self._turn_rewards[call.id] = value
+        if (turn := call.task.result().turn) is not None:
+            self._turn_rewards[turn] = value
 
     def touch(self) -> None:
-        """A sign of life: the idle time begins again."""
+        """The idle time begins again. A refused request is no reason: its client may repeat it for ever."""
         self._last_activity_s = self._loop.time()
 
     def check_open(self) -> None:
         """Raises SessionGoneError unless requests are answered."""
         if self.state is not SessionState.OPEN:
-            raise SessionGoneError(self.reason or f"the session {self.id} has ended")
+            raise SessionGoneError(self.gone)
+
+    @property
+    def gone(self) -> str:
+        """What later requests are told."""
+        return self.reason or f"the session {self.id} has ended"
 
     def finish(self) -> list[float]:
         """Leaves out the turns that nobody has read; the rewards of the others, in their order."""
-        for call in self._by_id.values():
-            if not call.is_delivered and call.task.done() and not _has_failed(call):
-                turn = call.task.result().turn
-                if turn is not None and call.id not in self._turn_rewards:
-                    self.conversation.forget(turn)
-        rewards = {self._by_id[id].task.result().turn: value for id, value in self._turn_rewards.items()}
-        return [rewards.get(turn, 0.0) for turn in self.conversation.turns]
+        answers: dict[Turn, Answer] = {}
+        for call, answer in self._calls.answered():
+            if (turn := answer.turn) is None:
+                continue
+            answers[turn] = answer
+            was_cut = answer.reply.finish_reason is FinishReason.TIMEOUT
+            if not (call.is_delivered or was_cut or turn in self._turn_rewards):
+                self.conversation.forget(turn)
+        turns = self.conversation.turns
+        if turns:
+            self.last_answer = answers.get(turns[-1], self.last_answer)
+        return [self._turn_rewards.get(turn, 0.0) for turn in turns]
 
     async def _sampled(self, sample: Callable[[], Awaitable[Answer]]) -> Answer:
         self.check_open()
@@ -266,7 +247,7 @@ class OpenSession:
                 )
             answer = await sample()
         except asyncio.CancelledError:
-            raise SessionGoneError(self.reason or f"the session {self.id} has ended") from None
+            raise SessionGoneError(self.gone) from None
         except EpisodeBudgetError as error:
             self.budget = error.reason
             raise
@@ -282,12 +263,12 @@ class OpenSession:
             raise EpisodeError(f"the messages cannot be used: {type(error).__name__}: {error}") from error
         finally:
             self.num_pending -= 1
-            self.touch()
             if self.num_pending == 0:
                 self.generation_s += self._loop.time() - self._busy_since_s
                 if self.state is SessionState.OPEN:
                     self._on_move(Place.TOOL)
             self._changed.set()
+        self.touch()
         self.budget = None
         self.last_answer = answer
         self.num_tool_calls += len(answer.reply.tool_calls)
@@ -298,10 +279,6 @@ class OpenSession:
         self.touch()
         self._changed.set()
 
-    def _cancel_calls(self) -> None:
-        for call in self._by_id.values():
-            call.task.cancel()
-
     async def _wait_changed(self, timeout_s: float) -> None:
         self._changed.clear()
         try:
@@ -309,13 +286,3 @@ class OpenSession:
                 await self._changed.wait()
         except TimeoutError:
             pass
-
-
-def _has_failed(call: Call) -> bool:
-    return call.task.done() and (call.task.cancelled() or call.task.exception() is not None)
-
-
-def _retrieved(task: asyncio.Task[Answer]) -> None:
-    """So that asyncio does not report an exception that no client was there to read."""
-    if not task.cancelled():
-        task.exception()

@@ -13,7 +13,6 @@ import asyncio
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,10 +20,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from areal_like.errors import EpisodeBudgetError, PromptRefusedError
-from areal_like.trajectory import FinishReason, Trajectory
+from areal_like.trajectory import FinishReason
 from rollout_server.engine.core import EngineCore, EngineOptions
 from rollout_server.engine.models.loading import load
 from rollout_server.engine.scheduler import SamplingParams
@@ -46,9 +44,9 @@ from tests.support.chat_models import (
     qwen3_tokenizer,
 )
 from tests.support.engine_harness import load_model
+from tests.support.hostile_client import REWRITES, rewritten
+from tests.support.scripted_policy import CONTEXT, VOCAB, check_logprobs, save_chat_model
 
-VOCAB = 128
-CONTEXT = 2048
 TOOL = {
     "type": "function",
     "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}},
@@ -80,23 +78,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A model that says markers and ends of turns more often than other tokens."""
-    path: Path = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    model: Any = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, intermediate_size=64, max_position_embeddings=CONTEXT,
-            initializer_range=0.15, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
-            pad_token_id=0,
-        )
-    )  # fmt: skip
-    # The first number of every hidden state is large, and the head adds it to the logits of these tokens.
-    with torch.no_grad():
-        model.model.embed_tokens.weight[:, 0] = 2.0
-        model.lm_head.weight[:, 0] = 0.0
-        model.lm_head.weight[100:112, 0] = 0.8
-    model.save_pretrained(path)
+    path = save_chat_model(tmp_path_factory.mktemp("model"))
     causal, weights = load(str(path), dtype=torch.float32, device=torch.device("cpu"), context_length=CONTEXT)
     options = EngineOptions(max_running=8, context_length=CONTEXT)
     yield Served(core=EngineCore(causal, weights, options, version="0"), reference=load_model(path))
@@ -143,41 +125,6 @@ class InProcess:
         )
 
 
-TEXTS = st.text(alphabet="ab7 \n{}<", max_size=6) | st.sampled_from(
-    ["abc", "<|end|>", "<think>", "x<|im_end|>", "</think>a", "<tool_call>{}</tool_call>"]
-)
-ACTIONS = st.tuples(
-    st.sampled_from(["user", "tool", "both", "branch", "edit", "forget", "drop", "compact", "twice"]),
-    TEXTS,
-    st.integers(0, 7),
-)
-
-
-def next_messages(history: list[Message], action: str, text: str, number: int) -> list[Message]:
-    """The conversation so far, continued or rewritten; a user's message is first and last."""
-    index = number % len(history) if history else 0
-    if action == "branch":
-        history = history[: index + 1]
-    elif action == "edit" and history:
-        history = [*history]
-        history[index] = {**history[index], "content": text}
-    elif action == "forget":  # as clients do that know no reasoning
-        history = [{k: v for k, v in one.items() if k != "reasoning_content"} for one in history]
-    elif action == "drop":
-        history = history[:index] + history[index + 1 :]
-    elif action == "compact":
-        history = [{"role": "user", "content": f"before: {text}"}]
-    if not history or history[0]["role"] != "user":
-        history = [{"role": "user", "content": "go"}, *history]
-    calls = history[-1].get("tool_calls", [])
-    new: list[Message] = [{"role": "user", "content": text}]
-    if action in ("tool", "both"):
-        answers = [{"role": "tool", "tool_call_id": call["id"], "content": text} for call in calls]
-        answers = answers or [{"role": "tool", "content": text}]
-        new = answers + (new if action == "both" else [])
-    return [*history, *new]
-
-
 async def converse(
     conversation: Conversation, actions: Sequence[tuple[str, str, int]], tools: Sequence[Any]
 ) -> tuple[int, int]:
@@ -185,7 +132,7 @@ async def converse(
     history: list[Message] = []
     replies: list[Reply] = []
     for action, text, number in actions:
-        messages = next_messages(history, action, text, number)
+        messages = rewritten(history, action, text, number)
         said = await asyncio.gather(
             *(conversation.say(messages, tools=tools) for _ in range(1 + (action == "twice"))),
             return_exceptions=True,
@@ -202,20 +149,6 @@ async def converse(
     return len(replies), sum(reply.num_tokens for reply in replies)
 
 
-@torch.inference_mode()
-def check_logprobs(trajectory: Trajectory, reference: Any) -> None:
-    first = 0
-    for length in trajectory.segments or (trajectory.num_tokens,):
-        part = slice(first, first + length)
-        tokens_T = torch.from_numpy(trajectory.tokens[part].astype(np.int64))
-        logprobs_TV = torch.log_softmax(reference(input_ids=tokens_T[None]).logits[0].float(), -1)
-        want_T = logprobs_TV[:-1].gather(1, tokens_T[1:, None])[:, 0].numpy()
-        mask_T = trajectory.loss_mask[part] == 1
-        assert not mask_T[0]
-        np.testing.assert_allclose(trajectory.logprobs[part][mask_T], want_T[mask_T[1:]], atol=1e-4, rtol=0)
-        first += length
-
-
 @pytest.mark.parametrize("name", list(RENDERERS))
 def test_recorded_logprobs_are_those_of_the_segments(name: str, served: Served) -> None:
     renderer = RENDERERS[name]
@@ -224,7 +157,7 @@ def test_recorded_logprobs_are_those_of_the_segments(name: str, served: Served) 
 
     @settings(max_examples=20, deadline=None, database=None, derandomize=True)
     @given(
-        actions=st.lists(ACTIONS, min_size=2, max_size=6),
+        actions=st.lists(REWRITES, min_size=2, max_size=6),
         interrupt_after=st.lists(st.integers(0, 6), max_size=3),
         budgets=st.sampled_from([(CONTEXT, 10 * CONTEXT), (CONTEXT, 700), (150, CONTEXT)]),
         seed=st.integers(0, 1000),

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from areal_like.config import from_mapping
+from areal_like.errors import SessionGoneError
+from areal_like.failures import FailureKind
 from areal_like.trajectory import FinishReason
-from areal_like.wire.messages.producer import Lease, Purpose, SampleDone
+from areal_like.wire.messages.producer import Lease, Purpose, SampleDone, SampleFailed
 from rollout_server.buffer_client.held_leases import Place, SampleResult
 from rollout_server.environments.workers.pool import EnvironmentPool
 from rollout_server.episodes.base import SingleTurn
@@ -82,8 +84,8 @@ class Job:
                 await asyncio.sleep(0.005)
         assert not self.runner.failed.done()
 
-    async def result(self, script: str) -> SampleResult:
-        self.grant(script)
+    async def result(self, script: str, *, lease_id: int = 1) -> SampleResult:
+        self.grant(script, lease_id=lease_id)
         await self.until(lambda: bool(self.results))
         return self.results[0]
 
@@ -126,3 +128,132 @@ def test_an_agent_makes_a_sample() -> None:
             assert running.places == [Place.TOOL, *[Place.ENGINE, Place.TOOL] * 3]
 
     asyncio.run(body())
+
+
+def test_rewards_of_an_agent() -> None:
+    async def body() -> None:
+        async with agents() as pool:
+            scored = await result_of(pool, "score")
+            assert isinstance(scored, SampleDone) and scored.record.reward == 1.25
+            trajectory = scored.record.trajectory()
+            assert trajectory.reward_components == {"form": 1.0} and trajectory.metrics["tries"] == 2.0
+            assert [reward for _, reward in trajectory.turns] == [0.25]
+            posted = await result_of(pool, "posted")
+            assert isinstance(posted, SampleDone) and posted.record.reward == 0.75
+            pids = []
+            for _ in range(2):
+                own = await result_of(pool, "variables")
+                assert isinstance(own, SampleDone), own
+                pids.append(own.record.reward)
+            assert pids[0] != pids[1], "the process of an agent serves one sample"
+
+    asyncio.run(body())
+
+
+def test_branches_of_an_agent_are_segments() -> None:
+    async def body() -> None:
+        async with agents() as pool:
+            result = await result_of(pool, "branches")
+            assert isinstance(result, SampleDone), result
+            trajectory = result.record.trajectory()
+            text = "".join(map(chr, trajectory.tokens))
+            first, second = text[: trajectory.segments[0]], text[trajectory.segments[0] :]
+            assert {first, second} == {"go\nabc\0left\nabc\0", "go\nabc\0right\nabc\0"}
+            assert int(trajectory.loss_mask.sum()) == 12, "the turn that both share is trained once"
+
+    asyncio.run(body())
+
+
+def test_a_failed_agent_fails_its_sample_only() -> None:
+    errors = {
+        "raise": "no such door",
+        "exit": "SystemExit",
+        "die": "signal 9",
+        "hang": "idle_timeout_s=0.5",
+        "block": "idle_timeout_s=0.5",
+        "nan": "agent() must be a finite number",
+        "no call": "no request to the model",
+        "nothing": "agent() returned None and posted no reward",
+        "wrong turns": "2 and 1 rewards for 1 turns",
+    }
+
+    async def body() -> None:
+        retry = {"on_failure": dict.fromkeys(("environment", "reward"), "retry")}
+        async with agents() as pool:
+            for script, error in errors.items():
+                limits = {"idle_timeout_s": 0.5 if "idle" in error else 20.0}
+                result = await result_of(pool, script, sessions=limits, buffer=retry)
+                assert isinstance(result, SampleFailed) and error in result.error, (script, result)
+                kind = FailureKind.REWARD if script == "wrong turns" else FailureKind.ENVIRONMENT
+                assert result.kind is kind
+                assert result.num_tokens == (0 if script in ("exit", "no call") else 4), script
+            assert not pool._workers, "every process was ended"
+            # As for an environment, its tokens are a sample with reward 0 unless the job says otherwise.
+            result = await result_of(pool, "raise")
+            assert isinstance(result, SampleDone) and result.failure == FailureKind.ENVIRONMENT
+            # Without a request to the model there is nothing to learn from, whatever the job says.
+            assert isinstance(await result_of(pool, "no call"), SampleFailed)
+
+    asyncio.run(body())
+
+
+def test_each_budget_ends_a_session_as_a_truncated_sample() -> None:
+    cases: list[tuple[dict[str, Any], FinishReason, int]] = [
+        ({"episode": {"max_turns": 2}}, FinishReason.TURNS, 8),
+        # 3 tokens of the first message, 4 of the turn, 5 of the next message, 4 of the turn: 2 are left.
+        ({"episode": {"max_tokens": 18}}, FinishReason.TOKENS, 8),
+        ({"rollout": {"max_context": 18}}, FinishReason.CONTEXT, 8),
+    ]
+
+    async def body() -> None:
+        async with agents() as pool:
+            for settings, reason, num_sampled in cases:
+                for script, reward in {"endless": 0.0, "endless quietly": 1.0}.items():
+                    result = await result_of(pool, script, **settings)
+                    assert isinstance(result, SampleDone) and not result.failure, result
+                    record = result.record
+                    assert (record.finish_reason, record.num_sampled) == (reason, num_sampled)
+                    assert record.reward == reward and reason.is_truncated
+            late = {"sample_timeout_s": 0.5, "max_context": 99}
+            for script in ("hang", "block"):
+                result = await result_of(pool, script, rollout=late)
+                assert isinstance(result, SampleDone), result
+                assert (result.record.finish_reason, result.record.num_sampled) == (FinishReason.TIMEOUT, 4)
+
+    asyncio.run(body())
+
+
+def test_what_an_agent_leaves_behind_is_killed() -> None:
+    async def body() -> None:
+        async with agents() as pool, job(pool) as running:
+            result = await running.result("child")
+            assert isinstance(result, SampleDone), result
+            child = int(result.record.reward)
+            await running.until(lambda: not is_running(child))
+            running.results.clear()
+            assert isinstance(await running.result("thread", lease_id=2), SampleDone)
+            await running.until(lambda: not pool._workers)
+
+    asyncio.run(body())
+
+
+def test_a_cancelled_lease_kills_its_agents() -> None:
+    async def body() -> None:
+        async with agents() as pool, job(pool) as running:
+            running.grant("block", lease_id=3, num_samples=2)
+            await running.until(lambda: len(running.engine.num_turns) == 2)
+            assert sorted(session.id for session in running.book.open) == ["7-0-3", "7-1-3"]
+            running.runner.cancel([3], reason="its sample was given up: engine lost")
+            await running.until(lambda: not len(running.book) and not pool._workers)
+            with pytest.raises(SessionGoneError, match="engine lost"):
+                running.book.find("7-0-3")
+            assert not running.results and not pool.num_restarts
+
+    asyncio.run(body())
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

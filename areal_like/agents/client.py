@@ -1,0 +1,129 @@
+"""Claims sessions for agents from outside. Needs nothing but Python's standard library.
+
+    session = claim("http://server:7700", token=..., wait_s=30)     # None: no sample is wanted now
+    model = OpenAI(base_url=session.base_url, api_key=session.api_key)
+    ...
+    session.reward(1.0)
+    session.end()
+
+All calls block; an asynchronous agent uses `asyncio.to_thread(claim, ...)`. A server gives out as many
+sessions as the job has samples to make, so a job never trains on samples that are too old for it.
+"""
+
+from __future__ import annotations
+
+import json
+import ssl
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from areal_like.errors import SessionGoneError, UserError
+
+_NUM_TRIES = 4
+_TIMEOUT_S = 60.0
+_LONGEST_WAIT_S = 30.0
+"""That a server waits in one request."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClaimedSession:
+    """One sample to make. Ends by `end`, or by a time limit of the server."""
+
+    id: str
+    base_url: str
+    """For clients of OpenAI's API."""
+    api_key: str = field(repr=False)
+    """Secret of this session."""
+    example: Mapping[str, Any]
+    """`split`, `index`, and as the task has them: `prompt`, `answer`, `metadata`, `label`."""
+    group: int
+    """Samples of the same prompt have the same."""
+    sample: int
+    deadline_s: float | None
+    """Seconds from the first request to the model until the sample is cut off; None: no limit."""
+    idle_timeout_s: float
+    """Seconds without a request to the model after which the session is over."""
+    ca_file: str = ""
+
+    def reward(self, value: float, *, completion_id: str = "") -> None:
+        """The reward of the sample, or of the turn whose completion has this id; the last one counts.
+
+        Raises SessionGoneError if the session is over, UserError if it is refused, OSError if the server
+        cannot be reached.
+        """
+        body: dict[str, Any] = {"reward": value}
+        if completion_id:
+            body["completion_id"] = completion_id
+        self._post("reward", body)
+
+    def end(self) -> bool:
+        """The sample is complete. False if the session was over already.
+
+        Raises OSError if the server cannot be reached.
+        """
+        try:
+            self._post("end", {})
+        except SessionGoneError:
+            return False
+        return True
+
+    def _post(self, verb: str, body: Mapping[str, Any]) -> None:
+        # Both verbs may be sent again: what counts is the last reward, and that there was an end.
+        for left in reversed(range(_NUM_TRIES)):
+            try:
+                _posted(f"{self.base_url}/{verb}", body, key=self.api_key, ca_file=self.ca_file)
+                return
+            except OSError:
+                if not left:
+                    raise
+                time.sleep(0.5)
+
+
+def claim(url: str, *, token: str = "", wait_s: float = 0.0, ca_file: str = "") -> ClaimedSession | None:
+    """A session of the rollout server at `url`; None if none was free within `wait_s`.
+
+    `token`: of role agent or operator, if the job has keys. `ca_file`: PEM file with the authority of the
+    server's certificate; empty: those of the system. Raises UserError if the server refuses, OSError if it
+    cannot be reached.
+    """
+    end_s = time.monotonic() + wait_s
+    while True:
+        left_s = max(0.0, end_s - time.monotonic())
+        body = {"wait_s": min(left_s, _LONGEST_WAIT_S)}
+        answer = _posted(f"{url.rstrip('/')}/sessions", body, key=token, ca_file=ca_file)
+        if answer is not None:
+            names = set(ClaimedSession.__dataclass_fields__) - {"ca_file"}
+            return ClaimedSession(**{name: answer[name] for name in names}, ca_file=ca_file)
+        if time.monotonic() >= end_s:
+            return None
+        time.sleep(min(1.0, max(0.0, end_s - time.monotonic())))
+
+
+def _posted(url: str, body: Mapping[str, Any], *, key: str, ca_file: str) -> dict[str, Any] | None:
+    """The answer; None for status 429."""
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    context = ssl.create_default_context(cafile=ca_file or None) if url.startswith("https:") else None
+    try:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_S, context=context) as response:
+            answer: dict[str, Any] = json.load(response)
+            return answer
+    except urllib.error.HTTPError as error:
+        with error:
+            message = _message(error)
+        if error.code == 429:
+            return None
+        if error.code == 410:
+            raise SessionGoneError(message) from None
+        raise UserError(f"{url}: {error.code}: {message}") from None
+
+
+def _message(error: urllib.error.HTTPError) -> str:
+    try:
+        return str(json.load(error)["error"]["message"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return str(error.reason)

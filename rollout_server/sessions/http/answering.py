@@ -1,0 +1,178 @@
+"""Answers one request to the model: begins or joins its call, waits, sends, and notes what was delivered.
+
+    body -> begin_call -> Call -> CallResponse: wait -> send -> `call.is_delivered`
+
+A client that disconnects does not cancel its call: an SDK that gave up waiting sends the request again, and
+gets the answer of the first one. In a stream the answer is sent as a whole once it is complete; until then,
+comment lines keep the connection alive. The status is sent late, so that a request that is refused at once
+has the status of its error also in a stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from starlette.requests import Request
+from starlette.types import Receive, Scope, Send
+
+from areal_like.errors import SessionGoneError, UserError
+from rollout_server.episodes.turns import Answer
+from rollout_server.sessions.book import SessionBook
+from rollout_server.sessions.calls import Call
+from rollout_server.sessions.http.errors import NoSessionError, described, error_object, response_of
+from rollout_server.sessions.open_session import OpenSession, SessionState
+
+KEEP_ALIVE_S = 5.0
+"""Time between two comments of a stream, and before its status is sent."""
+_COMMENT = b": the policy is being sampled\n\n"
+_MAX_DEPTH = 64
+END_OF_STREAM = b"data: [DONE]\n\n"
+
+WriteAnswer = Callable[[Call, Answer], bytes]
+"""The whole body: a JSON object, or the events of a stream."""
+
+
+def session_of(request: Request, book: SessionBook) -> OpenSession:
+    """The session of the path, whose key was checked before. Raises NoSessionError, SessionGoneError."""
+    id = request.path_params["id"]
+    session = book.find(id)
+    if session is None or (session.state is SessionState.WAITING and not session.is_offered):
+        raise NoSessionError(f"there is no session {id!r:.100} on this server")
+    if session.state is SessionState.WAITING:
+        session.claim()  # its client was faster than the confirmation that it got the answer
+    return session
+
+
+def parse_json(content: bytes) -> dict[str, Any]:
+    """The body as a JSON object that can be encoded again, without NaN; an empty body is an empty object.
+
+    Raises UserError.
+    """
+    try:
+        text = content.decode()
+        body = json.loads(text, parse_constant=_refuse_constant) if text else {}
+        if "\\ud" in text or "\\uD" in text:
+            json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeError:
+        raise UserError("the body is not UTF-8, or has half of a surrogate pair") from None
+    except (ValueError, RecursionError):
+        raise UserError("the body is not JSON") from None
+    if not isinstance(body, dict):
+        raise UserError("the body must be a JSON object")
+    _check_depth(body)
+    return body
+
+
+def begin_call(
+    request: Request, session: OpenSession, content: bytes, ask: Callable[[], Coroutine[Any, Any, Answer]]
+) -> Call:
+    """The call of a request with this body; `ask`: `answer` or `continue_tokens` of the session.
+
+    A repetition joins the call of the request that it repeats. Raises SessionGoneError.
+    """
+    headers = request.headers
+    key = headers.get("idempotency-key", "")
+    digest = hashlib.sha256(
+        b"%d %d " % (len(request.url.path), len(key)) + request.url.path.encode() + key.encode() + content
+    ).digest()
+    count = headers.get("x-stainless-retry-count", "0")
+    is_repetition = bool(key) or (count.isdecimal() and count.strip("0") != "")
+    return session.begin(digest, ask, is_repetition=is_repetition)
+
+
+class CallResponse:
+    """The response of a call, as an ASGI application: one of the call's readers."""
+
+    def __init__(
+        self, call: Call, write: WriteAnswer, *, is_stream: bool, keep_alive_s: float = KEEP_ALIVE_S
+    ) -> None:
+        """`is_stream`: `write` gives server-sent events."""
+        self._call = call
+        self._write = write
+        self._is_stream = is_stream
+        self._keep_alive_s = keep_alive_s
+        self._has_begun = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Waits for the answer and sends it, unless the client disconnects."""
+        call = self._call
+        call.num_readers += 1  # before anything is awaited: an equal request now wants a sample of its own
+        gone = asyncio.ensure_future(disconnected(receive))
+        try:
+            while not call.task.done() and not gone.done():
+                timeout_s = self._keep_alive_s if self._is_stream else None
+                await asyncio.wait({call.task, gone}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+                if self._is_stream and not call.task.done() and not gone.done():
+                    await self._send_part(send, _COMMENT)
+            if gone.done():
+                return
+            try:
+                body = self._write(call, _result(call))
+            except Exception as error:  # `described` raises what it does not know
+                if self._has_begun:
+                    status, message, code, param = described(error)
+                    content = error_object(status, message, code=code, param=param)
+                    await self._send_part(send, encode_event(content))
+                    await send({"type": "http.response.body", "body": b""})
+                else:
+                    await response_of(error)(scope, receive, send)
+                return
+            await self._send_part(send, body)
+            call.is_delivered = call.is_delivered or not gone.done()
+            await send({"type": "http.response.body", "body": b""})
+        finally:
+            call.num_readers -= 1
+            gone.cancel()
+
+    async def _send_part(self, send: Send, body: bytes) -> None:
+        if not self._has_begun:
+            self._has_begun = True
+            if self._is_stream:
+                headers = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")]
+            else:
+                headers = [
+                    (b"content-type", b"application/json"),
+                    (b"content-length", str(len(body)).encode()),
+                ]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+def encode_event(event: dict[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json.dumps(event, separators=(",", ":")).encode() + b"\n\n"
+
+
+def _result(call: Call) -> Answer:
+    if call.task.cancelled():
+        raise SessionGoneError("the session has ended")
+    return call.task.result()
+
+
+async def disconnected(receive: Receive) -> None:
+    """Until the client has disconnected; the body was read before."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(name)
+
+
+def _check_depth(body: dict[str, Any]) -> None:
+    """Raises UserError for what templates and encoders would recurse into too deeply."""
+    level: list[Any] = [body]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            value
+            for one in level
+            for value in (one.values() if isinstance(one, dict) else one)
+            if isinstance(value, (dict, list))
+        ]
+        if not level:
+            return
+    raise UserError(f"the body is nested more than {_MAX_DEPTH} levels deep")

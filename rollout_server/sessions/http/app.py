@@ -1,0 +1,108 @@
+"""The endpoints of sessions as one ASGI application. Keys and sizes of bodies are checked before it (rules).
+
+Every refusal has OpenAI's format, also that of a path that does not exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from areal_like.errors import ArealError
+from rollout_server.engine.http.bodies import number, text
+from rollout_server.sessions.book import SessionBook
+from rollout_server.sessions.http.answering import KEEP_ALIVE_S, parse_json, session_of
+from rollout_server.sessions.http.chat_routes import ChatRoutes
+from rollout_server.sessions.http.claims import ClaimRoutes
+from rollout_server.sessions.http.errors import ParamError, error_response, response_of
+from rollout_server.sessions.http.token_routes import TokenRoutes
+
+_THERE = (
+    "there are chat/completions, completions, models, reward and end under /sessions/ID/v1, and "
+    "/sessions/ID/inference/v1/generate; not the Responses API, nor Anthropic's"
+)
+
+
+def session_app(
+    book: SessionBook,
+    *,
+    model: str,
+    max_context: int,
+    idle_timeout_s: float,
+    sample_timeout_s: float | None = None,
+    advertise_host: str = "",
+    keep_alive_s: float = KEEP_ALIVE_S,
+    on_ignored: Callable[[str], None] = lambda name: None,
+) -> Starlette:
+    """`model`: its name in answers. `max_context`: longest sequence in tokens. `sample_timeout_s`,
+    `idle_timeout_s`: of a session, for agents from outside. `advertise_host`: in their base URL; empty: as
+    they reached the server. `on_ignored` counts fields that have no effect."""
+    claims = ClaimRoutes(
+        book,
+        advertise_host=advertise_host,
+        sample_timeout_s=sample_timeout_s,
+        idle_timeout_s=idle_timeout_s,
+    )
+    chat = ChatRoutes(
+        book, model=model, max_context=max_context, keep_alive_s=keep_alive_s, on_ignored=on_ignored
+    )
+    tokens = TokenRoutes(book=book, model=model, keep_alive_s=keep_alive_s, on_ignored=on_ignored)
+    life = _LifeRoutes(book)
+    session = "/sessions/{id}"
+    routes = [
+        Route(f"{session}/v1/chat/completions", chat.complete, methods=["POST"]),
+        Route(f"{session}/v1/completions", tokens.complete, methods=["POST"]),
+        Route(f"{session}/inference/v1/generate", tokens.generate, methods=["POST"]),
+        Route(f"{session}/v1/models", chat.models, methods=["GET"]),
+        Route(f"{session}/v1/models/{{name:path}}", chat.model, methods=["GET"]),
+        *(Route(f"{session}{v1}/reward", life.reward, methods=["POST"]) for v1 in ("", "/v1")),
+        *(Route(f"{session}{v1}/end", life.end, methods=["POST"]) for v1 in ("", "/v1")),
+        Route("/sessions", claims.claim, methods=["POST"]),
+        Route("/sessions", claims.counts, methods=["GET"]),
+    ]
+    return Starlette(routes=routes, exception_handlers={ArealError: _failed, HTTPException: _refused})
+
+
+class _LifeRoutes:
+    """Reward and end of a session. Both may be sent again."""
+
+    def __init__(self, book: SessionBook) -> None:
+        self._book = book
+
+    async def reward(self, request: Request) -> Response:
+        """`reward`: of the sample, or of the turn `completion_id`."""
+        session = session_of(request, self._book)
+        body = parse_json(await request.body())
+        if body.get("reward") is None:
+            raise ParamError("reward must be a number", param="reward")
+        value = number(body, "reward", 0.0, low=float("-inf"))
+        id = "" if body.get("completion_id") is None else text(body, "completion_id")
+        try:
+            session.set_reward(float(value), completion_id=id)
+        except (ValueError, OverflowError) as error:
+            raise ParamError(str(error), param="completion_id" if id else "reward") from None
+        return JSONResponse({"id": session.id, "reward": value})
+
+    async def end(self, request: Request) -> Response:
+        """The sample is finished from what it has."""
+        session = session_of(request, self._book)
+        parse_json(await request.body())
+        session.end()
+        return JSONResponse({"id": session.id, "ended": True})
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    return response_of(error)
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path:.200}: {error.detail.lower()}"
+    if error.status_code == 404:
+        message += f"; {_THERE}"
+    return error_response(error.status_code, message, headers=error.headers)

@@ -1,0 +1,171 @@
+"""POST /sessions: an agent from outside claims the sample of a lease.
+
+    session.is_offered -> the answer is sent -> claimed
+          `------------> the client is gone -> waits again
+
+A client may wait for a session. Those that wait are served in the order of their requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from rollout_server.engine.http.bodies import number
+from rollout_server.sessions.book import SessionBook
+from rollout_server.sessions.http.answering import disconnected, parse_json
+from rollout_server.sessions.http.errors import error_response
+from rollout_server.sessions.open_session import OpenSession, SessionState
+
+MAX_WAIT_S = 30.0
+MAX_WAITING = 1024
+"""Clients that may wait at the same time."""
+RETRY_AFTER_S = 5
+
+
+class ClaimRoutes:
+    """The endpoints of /sessions. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        book: SessionBook,
+        *,
+        advertise_host: str,
+        sample_timeout_s: float | None,
+        idle_timeout_s: float,
+    ) -> None:
+        self._book = book
+        self._advertise_host = advertise_host
+        self._sample_timeout_s = sample_timeout_s
+        self._idle_timeout_s = idle_timeout_s
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        book.on_waiting = self._wake
+
+    async def counts(self, request: Request) -> Response:
+        """GET /sessions: how many wait, and how many are open."""
+        return JSONResponse({"waiting": self._book.num_waiting, "open": len(self._book.open)})
+
+    async def claim(self, request: Request) -> Response | _Claimed:
+        """POST /sessions."""
+        body = parse_json(await request.body())
+        wait_s = number(body, "wait_s", 0.0, low=0.0, high=MAX_WAIT_S)
+        session = self._book.offer() if not self._waiting else None
+        if session is None and wait_s:
+            if len(self._waiting) >= MAX_WAITING:
+                return _none(f"{MAX_WAITING} clients wait for a session already")
+            session = await self._wait(request, wait_s)
+        if session is None:
+            return _none("no session waits for an agent: all samples that the job needs now are being made")
+        return _Claimed(session, self._described(request, session), book=self._book)
+
+    def _wake(self) -> None:
+        while self._waiting:
+            first = self._waiting.popleft()
+            if not first.done():
+                first.set_result(None)
+                return
+
+    async def _wait(self, request: Request, wait_s: float) -> OpenSession | None:
+        """The next session; None if there was none in time, or the client is gone."""
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + wait_s
+        gone = asyncio.ensure_future(disconnected(request.receive))
+        turn: asyncio.Future[None] = loop.create_future()
+        self._waiting.append(turn)
+        try:
+            while (left_s := end_s - loop.time()) > 0 and not gone.done():
+                await asyncio.wait({turn, gone}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+                if gone.done() or not turn.done():
+                    return None
+                if (session := self._book.offer()) is not None:
+                    return session
+                turn = loop.create_future()  # it was its turn, but the session has gone meanwhile
+                self._waiting.appendleft(turn)
+            return None
+        finally:
+            gone.cancel()
+            if turn in self._waiting:
+                self._waiting.remove(turn)
+            if turn.done() and self._book.num_waiting:
+                self._wake()  # of the next client, if this one has not taken what it was woken for
+
+    def _described(self, request: Request, session: OpenSession) -> bytes:
+        example = session.example
+        port = request.url.port
+        host = self._advertise_host or request.url.hostname or "127.0.0.1"
+        host = f"[{host}]" if ":" in host else host
+        host = f"{host}:{port}" if port is not None else host
+        shown: dict[str, Any] = {"split": session.split, "index": session.index}
+        if example is not None:
+            shown |= {
+                "prompt": _json(example.prompt),
+                "answer": _json(example.answer),
+                "metadata": _json(example.metadata),
+                "label": example.label,
+            }
+        answer = {
+            "id": session.id,
+            "base_url": f"{request.url.scheme}://{host}/sessions/{session.id}/v1",
+            "api_key": session.api_key,
+            "example": shown,
+            "group": session.group,
+            "sample": session.sample,
+            "deadline_s": self._sample_timeout_s,
+            "idle_timeout_s": self._idle_timeout_s,
+        }
+        return json.dumps(answer, separators=(",", ":")).encode()
+
+
+class _Claimed:
+    """The response with a session, as an ASGI application: claims it if it was delivered."""
+
+    def __init__(self, session: OpenSession, body: bytes, *, book: SessionBook) -> None:
+        self._session = session
+        self._body = body
+        self._book = book
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends it, unless the client has disconnected."""
+        gone = asyncio.ensure_future(disconnected(receive))
+        is_sent = False
+        try:
+            await asyncio.sleep(0)  # a client that is gone already is known to be so after this
+            if not gone.done():
+                headers = [
+                    (b"content-type", b"application/json"),
+                    (b"content-length", str(len(self._body)).encode()),
+                ]
+                await send({"type": "http.response.start", "status": 200, "headers": headers})
+                await send({"type": "http.response.body", "body": self._body, "more_body": True})
+                is_sent = not gone.done()
+        finally:
+            gone.cancel()
+            session = self._session
+            session.is_offered = False
+            if session.state is SessionState.WAITING:
+                if is_sent:
+                    session.claim()
+                else:
+                    self._book.on_waiting()
+        if is_sent:
+            await send({"type": "http.response.body", "body": b""})
+
+
+def _none(message: str) -> Response:
+    return error_response(429, message, code="no_session_waits", headers={"retry-after": str(RETRY_AFTER_S)})
+
+
+def _json(value: Any) -> Any:
+    """The value as JSON can have it; else as text."""
+    try:
+        # A copy, so that what cannot be sent is found here and becomes a text.
+        return json.loads(json.dumps(dict(value) if isinstance(value, Mapping) else value, allow_nan=False))
+    except (TypeError, ValueError, RecursionError):
+        return repr(value)

@@ -1,0 +1,102 @@
+"""Errors in OpenAI's format: what an SDK raises, and whether it tries again.
+
+    400 a request that cannot be answered | 404 no such session | 410 the session has ended
+    429 no session waits (Retry-After)    | 500 the engine failed, and the sample with it
+
+An SDK repeats a request that was answered by 408, 409, 429 or 5xx, unless `x-should-retry` forbids it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.responses import Response
+
+from areal_like.errors import (
+    EngineError,
+    EpisodeBudgetError,
+    EpisodeError,
+    PromptRefusedError,
+    SessionGoneError,
+    UserError,
+)
+from areal_like.trajectory import FinishReason
+
+CONTEXT_LENGTH = "context_length_exceeded"
+TURN_LIMIT = "turn_limit_exceeded"
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
+_MAX_CHARS = 2000
+"""A message may quote a body."""
+
+
+class ParamError(UserError):
+    """A field of a body is wrong."""
+
+    def __init__(self, message: str, *, param: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class NoSessionError(UserError):
+    """There is no session of this id."""
+
+
+def error_object(
+    status: int, message: str, *, code: str | None = None, param: str | None = None
+) -> dict[str, Any]:
+    """The body of an error."""
+    kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {"error": {"message": message[:_MAX_CHARS], "type": kind, "param": param, "code": code}}
+
+
+def error_response(
+    status: int,
+    message: str,
+    *,
+    code: str | None = None,
+    param: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """The response of an error that a repetition does not cure, apart from 429."""
+    content = json.dumps(error_object(status, message, code=code, param=param)).encode()
+    fixed = {} if status == 429 else {"x-should-retry": "false"}
+    return Response(content, status, headers={**fixed, **(headers or {})}, media_type="application/json")
+
+
+def described(error: BaseException) -> tuple[int, str, str | None, str | None]:
+    """Status, message, code and param of what a request's work raises. Raises `error` if it is another."""
+    message = str(error)
+    match error:
+        case SessionGoneError():
+            return 410, message, "session_gone", None
+        case NoSessionError():
+            return 404, message, "session_not_found", None
+        case EpisodeBudgetError(reason=FinishReason.TURNS):
+            return 400, message, TURN_LIMIT, None
+        case EpisodeBudgetError() | PromptRefusedError():
+            return 400, message, CONTEXT_LENGTH, "messages"
+        case ParamError():
+            return 400, message, None, error.param
+        case EpisodeError() | UserError():
+            return 400, message, None, None
+        case EngineError():
+            return (
+                500,
+                f"the engine failed, and the session's sample with it: {message}",
+                "engine_error",
+                None,
+            )
+    raise error
+
+
+def response_of(error: BaseException) -> Response:
+    """The response for what a request's work raises. Raises `error` if it is another."""
+    status, message, code, param = described(error)
+    return error_response(status, message, code=code, param=param)

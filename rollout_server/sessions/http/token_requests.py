@@ -1,0 +1,97 @@
+"""Checks the bodies of the endpoints that take a prompt as a text or as token ids. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rollout_server.engine.http.bodies import flag, number
+from rollout_server.sessions.http.chat_request import RequestOptions, parse_options
+from rollout_server.sessions.http.errors import ParamError
+
+_MAX_LOGPROBS = 1 << 20
+_LARGEST_ID = (1 << 31) - 1
+_IMAGES = ("features", "content_parts")
+"""Of /inference/v1/generate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionRequest:
+    """A checked body of /v1/completions."""
+
+    options: RequestOptions
+    prompt: str | list[int]
+    add_special_tokens: bool
+    """The tokenizer puts its BOS before a text; as in vLLM."""
+    logprobs: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateRequest:
+    """A checked body of /inference/v1/generate."""
+
+    options: RequestOptions
+    token_ids: list[int]
+
+
+def parse_completion(body: Mapping[str, Any], *, default_model: str) -> CompletionRequest:
+    """Checks a body. Raises UserError for the first error."""
+    if flag(body, "echo"):
+        raise ParamError("echo is not supported: the client has the prompt", param="echo")
+    if body.get("suffix"):
+        raise ParamError("suffix is not supported: the policy writes what follows", param="suffix")
+    logprobs = body.get("logprobs")
+    if isinstance(logprobs, bool):  # as vLLM takes it
+        logprobs = 1 if logprobs else None
+    else:
+        number(body, "logprobs", 0, low=0, high=_MAX_LOGPROBS, integer=True)
+    return CompletionRequest(
+        options=parse_options(body, default_model=default_model),
+        prompt=_prompt(body.get("prompt")),
+        add_special_tokens=body.get("add_special_tokens") is None or flag(body, "add_special_tokens"),
+        logprobs=logprobs is not None,
+    )
+
+
+def parse_generate(body: Mapping[str, Any], *, default_model: str) -> GenerateRequest:
+    """Checks a body. Raises UserError for the first error."""
+    params = body.get("sampling_params")
+    if params is None:
+        params = {}
+    if not isinstance(params, Mapping):
+        raise ParamError("sampling_params must be an object", param="sampling_params")
+    for name in _IMAGES:
+        if body.get(name):
+            raise ParamError(f"{name} is not supported: the policy reads text only", param=name)
+    if flag(body, "stream"):
+        raise ParamError("stream is not supported here: the answer is one object", param="stream")
+    fields = {**params, "model": body.get("model"), "stream": False}
+    return GenerateRequest(
+        options=parse_options(fields, default_model=default_model),
+        token_ids=_token_ids(body.get("token_ids"), "token_ids"),
+    )
+
+
+def _prompt(raw: Any) -> str | list[int]:
+    # Some clients send a list of prompts always.
+    if isinstance(raw, list) and raw and isinstance(raw[0], (str, list)):
+        if len(raw) > 1:
+            raise ParamError(
+                f"prompt has {len(raw)} prompts: send one request for each, as each is a turn",
+                param="prompt",
+            )
+        raw = raw[0]
+    if isinstance(raw, str) and raw:
+        return raw
+    return _token_ids(raw, "prompt", kind="a text or ")
+
+
+def _token_ids(raw: Any, name: str, *, kind: str = "") -> list[int]:
+    if not isinstance(raw, list) or not raw or not _are_ids(raw):
+        raise ParamError(f"{name} must be {kind}a list of token ids, and not empty", param=name)
+    return raw
+
+
+def _are_ids(raw: Sequence[Any]) -> bool:
+    return all(type(token) is int and 0 <= token <= _LARGEST_ID for token in raw)

@@ -1,0 +1,241 @@
+"""The `openai` package against sessions: what it gets, and which turns are recorded."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+import openai
+import pytest
+
+from rollout_server.episodes.scoring import Outcome
+from rollout_server.sessions.open_session import OpenSession
+from tests.support.session_server import SessionServer
+
+TOOLS: Any = [
+    {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+]
+HI: Any = [{"role": "user", "content": "hi"}]
+CALL = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
+
+
+def client_of(server: SessionServer, session: OpenSession, **options: Any) -> openai.OpenAI:
+    return openai.OpenAI(base_url=server.base_url(session), api_key=session.api_key, **options)
+
+
+def segments_of(server: SessionServer, session: OpenSession) -> int:
+    """Number of segments of the sample; all of its turns were delivered."""
+
+    def finish() -> int:
+        before = len(session.conversation.turns)
+        session.finish()
+        assert len(session.conversation.turns) == before
+        return len(session.conversation.to_trajectory(Outcome()).segments) or 1
+
+    return server.call(finish)
+
+
+def test_turns_continue_one_segment(server: SessionServer) -> None:
+    session = server.add()
+    server.policy.texts = ["first", "second", "third"]
+    messages = [*HI]
+    with client_of(server, session) as client:
+        for text in ("first", "second", "third"):
+            answer = client.chat.completions.create(model="gpt", messages=messages)
+            choice = answer.choices[0]
+            assert (choice.message.content, choice.finish_reason, answer.model) == (text, "stop", "gpt")
+            assert answer.usage is not None
+            assert answer.usage.prompt_tokens == len(server.policy.prompts[-1])
+            assert answer.usage.completion_tokens == len(text) + 1
+            messages += [choice.message, {"role": "user", "content": "go on"}]
+    assert segments_of(server, session) == 1
+    assert session.conversation.turn_lengths == [6, 7, 6]
+
+
+@pytest.mark.parametrize("sends_back", ["object", "dump", "without_null", "text"])
+def test_tool_calls_continue_one_segment(server: SessionServer, sends_back: str) -> None:
+    session = server.add()
+    server.policy.texts = [CALL, f"so{CALL}{CALL}", "done"]
+    messages: list[Any] = [{"role": "developer", "content": [{"type": "text", "text": "be short"}]}, *HI]
+    with client_of(server, session) as client:
+        for num_calls in (1, 2):
+            choice = client.chat.completions.create(model="m", messages=messages, tools=TOOLS).choices[0]
+            calls = choice.message.tool_calls
+            assert calls is not None and len(calls) == num_calls and choice.finish_reason == "tool_calls"
+            assert (choice.message.content is None) == (num_calls == 1)
+            ids = [call.id for call in calls]
+            message: Any = choice.message
+            if sends_back != "object":
+                message = message.model_dump(exclude_none=sends_back == "without_null")
+            if sends_back == "text":
+                message["content"] = message["content"] or ""
+            messages += [message, *({"role": "tool", "tool_call_id": id, "content": "3"} for id in ids)]
+        assert (
+            client.chat.completions.create(model="m", messages=messages, tools=TOOLS)
+            .choices[0]
+            .message.content
+            == "done"
+        )
+    assert segments_of(server, session) == 1
+    assert len(session.conversation.turns) == 3
+
+
+def test_streams_continue_one_segment(server: SessionServer) -> None:
+    session = server.add()
+    server.policy.texts = ["first", f"so{CALL}{CALL}", "done"]
+    messages: list[Any] = [*HI]
+    with client_of(server, session) as client:
+        for num_calls in (0, 2, 0):
+            with client.chat.completions.stream(
+                model="m", messages=messages, tools=TOOLS, stream_options={"include_usage": True}
+            ) as stream:
+                completion = stream.get_final_completion()
+            choice = completion.choices[0]
+            assert len(choice.message.tool_calls or []) == num_calls
+            assert choice.finish_reason == ("tool_calls" if num_calls else "stop")
+            assert completion.usage is not None and completion.usage.completion_tokens > 0
+            # As a client puts it together from the deltas.
+            messages.append(choice.message.model_dump(exclude_none=True))
+            for call in choice.message.tool_calls or []:
+                messages.append({"role": "tool", "tool_call_id": call.id, "content": "3"})
+            if not num_calls:
+                messages.append({"role": "user", "content": "and?"})
+    assert segments_of(server, session) == 1
+    assert len(session.conversation.turns) == 3
+
+
+def test_a_stream_is_kept_alive(server: SessionServer) -> None:
+    session = server.add()
+    server.policy.open.clear()
+    threading.Timer(1.0, server.policy.open.set).start()
+    # Each comment is a sign of life: the limit of 0.5 s is one of silence.
+    with client_of(server, session, timeout=0.5, max_retries=0) as client:
+        chunks = list(client.chat.completions.create(model="m", messages=HI, stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "ok"
+    assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+def test_a_timed_out_request_is_one_turn(server: SessionServer) -> None:
+    session = server.add()
+    server.policy.texts = ["first", "never said"]
+    server.policy.open.clear()
+    threading.Timer(1.0, server.policy.open.set).start()
+    with client_of(server, session, timeout=0.4, max_retries=5) as client:
+        answer = client.chat.completions.create(model="m", messages=HI)
+    assert answer.choices[0].message.content == "first"
+    assert segments_of(server, session) == 1
+    assert len(server.policy.prompts) == len(session.conversation.turns) == 1
+
+
+def test_an_unread_turn_is_left_out(server: SessionServer) -> None:
+    session = server.add()
+    server.policy.open.clear()
+    with client_of(server, session, timeout=0.2, max_retries=0) as client:
+        with pytest.raises(openai.APITimeoutError):
+            client.chat.completions.create(model="m", messages=[{"role": "user", "content": "lost"}])
+        server.policy.open.set()
+        server.wait(lambda: len(session.conversation.turns) == 1)
+        client.with_options(timeout=5).chat.completions.create(model="m", messages=HI)
+
+    def num_turns() -> tuple[int, int]:
+        before = len(session.conversation.turns)
+        session.finish()
+        return before, len(session.conversation.turns)
+
+    assert server.call(num_turns) == (2, 1)
+
+
+def test_equal_requests_are_samples_of_their_own(server: SessionServer) -> None:
+    session = server.add()
+    server.policy.texts = [str(number) for number in range(8)]
+
+    async def ask() -> list[str | None]:
+        async with openai.AsyncOpenAI(base_url=server.base_url(session), api_key=session.api_key) as client:
+            answers = await asyncio.gather(
+                *(client.chat.completions.create(model="m", messages=HI) for _ in range(8))
+            )
+        return [answer.choices[0].message.content for answer in answers]
+
+    assert sorted(map(str, asyncio.run(ask()))) == [str(number) for number in range(8)]
+    assert segments_of(server, session) == 8
+
+
+def test_fields_without_effect_are_counted(server: SessionServer) -> None:
+    session = server.add()
+    with client_of(server, session) as client:
+        answer = client.chat.completions.create(
+            model="m",
+            messages=HI,
+            temperature=0.1,
+            n=3,
+            seed=5,
+            tool_choice="none",
+            tools=TOOLS,
+            response_format={"type": "json_object"},
+            max_tokens=50,
+            max_completion_tokens=9,
+            stop=["END"],
+        )
+    assert len(answer.choices) == 1
+    assert set(server.ignored) == {"temperature", "n", "seed", "response_format"}
+    sampling = server.policy.samplings[-1]
+    assert (sampling.temperature, sampling.max_new_tokens, sampling.stop) == (1.0, 9, ("END",))
+    assert "add" not in server.renderer.decode(server.policy.prompts[-1])
+
+
+def test_logprobs_are_those_of_the_tokens(server: SessionServer) -> None:
+    session = server.add(max_new_tokens=3)
+    server.policy.texts = ["abcdef"]
+    with client_of(server, session) as client:
+        choice = client.chat.completions.create(
+            model="m", messages=HI, logprobs=True, extra_body={"return_token_ids": True}
+        ).choices[0]
+    turn = session.conversation.turns[0]
+    assert choice.logprobs is not None and choice.logprobs.content is not None
+    assert [one.token for one in choice.logprobs.content] == ["a", "b", "c"]
+    assert [one.logprob for one in choice.logprobs.content] == turn.logprobs.tolist()
+    assert choice.finish_reason == "length"
+    assert choice.model_extra is not None and choice.model_extra["token_ids"] == turn.sampled.tolist()
+
+
+def test_models_are_listed(server: SessionServer) -> None:
+    with client_of(server, server.add()) as client:
+        assert [model.id for model in client.models.list()] == ["policy"]
+        assert client.models.retrieve("org/name").id == "org/name"
+
+
+def test_a_full_context_is_said_so(server: SessionServer) -> None:
+    with client_of(server, server.add()) as client:
+        for stream in (False, True):
+            with pytest.raises(openai.BadRequestError) as raised:
+                client.chat.completions.create(
+                    model="m", messages=[{"role": "user", "content": "x" * 5000}], stream=stream
+                )
+            assert raised.value.code == "context_length_exceeded"
+    assert len(server.policy.prompts) == 0
+
+
+def test_a_failed_engine_is_not_asked_again(server: SessionServer) -> None:
+    session = server.add()
+    server.policy.fails = True
+    with client_of(server, session, max_retries=5) as client:
+        with pytest.raises(openai.InternalServerError):
+            client.chat.completions.create(model="m", messages=HI)
+        assert len(server.policy.prompts) == 1
+        with pytest.raises(openai.APIStatusError) as raised:
+            client.chat.completions.create(model="m", messages=HI)
+        assert raised.value.status_code == 410
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_cancelled_lease_answers_at_once(server: SessionServer, stream: bool) -> None:
+    session = server.add()
+    server.policy.open.clear()
+    threading.Timer(0.5, server.call, [lambda: session.close("its lease was cancelled")]).start()
+    with (
+        client_of(server, session, timeout=10) as client,
+        pytest.raises(openai.APIError, match="its lease was cancelled") as raised,
+    ):
+        list(client.chat.completions.create(model="m", messages=HI, stream=stream))
+    assert raised.value.code == "session_gone"
