@@ -118,7 +118,7 @@ COMMANDS = {
         "       areal-like keys rotate DIR [NAME] [--grace SECONDS]\n"
         "       areal-like keys revoke DIR NAME",
         "makes, shows and changes the keys with which daemons authenticate each other (security.keys=DIR); a "
-        "running job reads them again. ROLE: buffer, trainer, rollout, operator or monitor",
+        "running job reads them again. ROLE: buffer, trainer, rollout, operator, monitor or agent",
     ),
     "fetch": Command(
         "fetch",

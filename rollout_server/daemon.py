@@ -69,6 +69,7 @@ class RolloutServer:
         self._rewards = parts.reward_pools
         self._environments = parts.environment_pools
         self._eval_sets = parts.eval_sets
+        self._plane = parts.plane
         self._gate = gate = GenerationGate()
         self._concurrency = ConcurrencyController(most=config.rollout.max_running)
         if config.rollout.adapts_concurrency:
@@ -159,6 +160,7 @@ class RolloutServer:
             self._runner.failed,
             *(task for pool in self._rewards for task in pool.serving),
             *(task for pool in self._environments for task in pool.serving),
+            *([] if self._plane is None else [self._plane.serving]),
         ]
         async with cancelled_on_exit(*tasks, stopping):
             done, _ = await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)

@@ -22,7 +22,9 @@ from rollout_server.job_tasks import make_tasks, without_long_prompts
 from rollout_server.rendering.prompt_renderer import PromptRenderer
 from rollout_server.rewards.pool import RewardPool
 from rollout_server.sessions.book import SessionBook
+from rollout_server.sessions.http.plane import SessionPlane
 from rollout_server.sessions.maker import Sessions, running_sessions
+from rollout_server.sessions.serving import served_sessions
 from rollout_server.tasks.base import Task
 
 log = logging.getLogger(__name__)
@@ -41,6 +43,8 @@ class Parts:
     eval_sets: Mapping[str, EvalSet]
     book: SessionBook
     """Of the sessions of all tasks."""
+    plane: SessionPlane | None
+    """Where they are served; None if no task has sessions."""
     engine: Engine
 
     @property
@@ -103,6 +107,13 @@ async def running_parts(runtime: Runtime) -> AsyncIterator[Parts]:
             sessions=sessions,
             book=book,
         ) as eval_sets,
+        served_sessions(
+            runtime,
+            book,
+            tasks=[task, *tasks_of_sets.values()],
+            model=model,
+            context_tokens=max([context_tokens, *contexts.values()]),
+        ) as plane,
     ):
         yield Parts(
             task=task,
@@ -113,5 +124,6 @@ async def running_parts(runtime: Runtime) -> AsyncIterator[Parts]:
             sessions=sessions,
             eval_sets=eval_sets,
             book=book,
+            plane=plane,
             engine=engine,
         )

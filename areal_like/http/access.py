@@ -1,5 +1,8 @@
 """Decides which HTTP requests are answered: a check of the request's head against the rules of one server.
 
+`AccessRules` are those of the daemons and engines. A server with other tokens has rules of its own, which
+begin with these.
+
 In this order: no request that a web page has made (`Origin`, `Sec-Fetch-Site`); /livez and /readyz for
 everybody; only known names in `Host`, because a page whose name was made to resolve to this machine (DNS
 rebinding) sends its own name; a bearer token, if the server has a list of tokens. `Content-Type` is not
@@ -13,7 +16,7 @@ import socket
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
 
 from areal_like.security.keys import KeyRole
 
@@ -45,6 +48,8 @@ class Reason(StrEnum):
     """Its body is too long."""
     SLOW = "slow"
     """Its body did not arrive in time."""
+    GONE = "gone"
+    """It is for a session that has ended."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,13 @@ class Refusal:
     """One sentence for the user, without line break."""
 
 
+class Rules(Protocol):
+    """What a server asks before it reads a body."""
+
+    def refusal(self, scope: Mapping[str, Any]) -> Refusal | None:
+        """Checks the head of a request, an ASGI scope; None if the request may be answered."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class AccessRules:
     """Who may use one HTTP server."""
@@ -65,11 +77,11 @@ class AccessRules:
     hosts: frozenset[str]
     """Names, in lower case, that requests may have in their Host header."""
     role_of: RoleOfToken | None = None
-    """None: no token is needed. The role OPERATOR may do everything, every other role may read."""
+    """None: no token is needed. The role OPERATOR may do everything, AGENT nothing; others may read."""
     open_paths: frozenset[str] = PROBE_PATHS
 
     def refusal(self, scope: Mapping[str, Any]) -> Refusal | None:
-        """Checks the head of a request, an ASGI scope; None if the request may be answered."""
+        """As Rules.refusal."""
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         if sum(len(name) + len(value) for name, value in headers) > MAX_HEAD_BYTES:
             return Refusal(431, Reason.HEAD, f"the headers are longer than {MAX_HEAD_BYTES} bytes")
@@ -88,15 +100,21 @@ class AccessRules:
 
     def _token_refusal(self, headers: list[tuple[bytes, bytes]], method: str) -> Refusal | None:
         assert self.role_of is not None
-        scheme, _, token = (_only(headers, b"authorization") or b"").decode("latin-1").partition(" ")
-        role = self.role_of(token.strip()) if scheme.lower() == "bearer" else None
-        if role is None:
+        role = self.role_of(bearer_token(headers))
+        # A token for claims of sessions is unknown here: what it may do is not on this server.
+        if role is None or role is KeyRole.AGENT:
             return Refusal(401, Reason.TOKEN, "this needs a valid token: Authorization: Bearer TOKEN")
         if role is not KeyRole.OPERATOR and method not in _SAFE_METHODS:
             return Refusal(
                 403, Reason.ROLE, f"a token of role {role.value} may read only; use operator.token"
             )
         return None
+
+
+def bearer_token(headers: list[tuple[bytes, bytes]]) -> str:
+    """The token of a request; empty if it has none, or more than one."""
+    scheme, _, token = (_only(headers, b"authorization") or b"").decode("latin-1").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""
 
 
 def single_key(key: str) -> RoleOfToken:

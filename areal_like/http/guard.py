@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from areal_like.http.access import AccessRules, Reason, Refusal
+from areal_like.http.access import Reason, Refusal, Rules
 
 ADMITTED = "is_admitted"
 """Key in `scope["state"]` of a request that the rules accept: its connection is closed last in a flood."""
@@ -30,21 +30,34 @@ class BodyLimits:
     """Longest time from the head of a request to the end of its body."""
 
 
+Headers = list[tuple[bytes, bytes]]
+
+
+def error_text(refusal: Refusal) -> tuple[bytes, Headers]:
+    """The body of a refusal, and headers that belong to it: `{"error": MESSAGE}`."""
+    return json.dumps({"error": refusal.message}).encode() + b"\n", []
+
+
 class HttpGuard:
     """An ASGI application around another one."""
 
     def __init__(
         self,
         app: ASGIApp,
-        rules: AccessRules,
+        rules: Rules,
         *,
         limits: BodyLimits,
+        max_bytes_of: Callable[[Scope], int] | None = None,
         on_refused: Callable[[Reason], None] = lambda reason: None,
+        describe: Callable[[Refusal], tuple[bytes, Headers]] = error_text,
     ) -> None:
-        """`on_refused` counts refusals."""
+        """`max_bytes_of`: the bound of one request, if it is not that of `limits`. `on_refused` counts
+        refusals. `describe`: their bodies, as JSON."""
         self._app = app
         self._rules = rules
         self._limits = limits
+        self._max_bytes_of = max_bytes_of or (lambda scope: limits.max_bytes)
+        self._describe = describe
         self._on_refused = on_refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -56,7 +69,7 @@ class HttpGuard:
             outcome = await self._body(scope, receive)
         if isinstance(outcome, Refusal):
             self._on_refused(outcome.reason)
-            await _refuse(outcome, send)
+            await self._refuse(outcome, send)
         elif outcome is None:
             await self._app(scope, receive, send)
         elif outcome["type"] == "http.request":
@@ -65,14 +78,11 @@ class HttpGuard:
     async def _body(self, scope: Scope, receive: Receive) -> Refusal | Message | None:
         """Reads the body as one message; None if the request has none."""
         headers = dict(scope["headers"])
-        too_long = Refusal(
-            413,
-            Reason.BODY,
-            f"the body is larger than the {self._limits.max_bytes} bytes accepted here",
-        )
+        most = self._max_bytes_of(scope)
+        too_long = Refusal(413, Reason.BODY, f"the body is larger than the {most} bytes accepted here")
         if b"content-length" not in headers and b"transfer-encoding" not in headers:
             return None
-        if int(headers.get(b"content-length", b"0")) > self._limits.max_bytes:
+        if int(headers.get(b"content-length", b"0")) > most:
             return too_long
         body = bytearray()
         try:
@@ -82,12 +92,25 @@ class HttpGuard:
                     if message["type"] != "http.request":
                         return message
                     body += message.get("body", b"")
-                    if len(body) > self._limits.max_bytes:
+                    if len(body) > most:
                         return too_long
                     if not message.get("more_body", False):
                         return {"type": "http.request", "body": bytes(body), "more_body": False}
         except TimeoutError:
             return Refusal(408, Reason.SLOW, f"the body did not arrive within {self._limits.timeout_s:g} s")
+
+    async def _refuse(self, refusal: Refusal, send: Send) -> None:
+        content, more = self._describe(refusal)
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(content)).encode()),
+            (b"connection", b"close"),
+            *more,
+        ]
+        if refusal.reason is Reason.TOKEN:
+            headers.append((b"www-authenticate", b"Bearer"))
+        await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
+        await send({"type": "http.response.body", "body": content})
 
 
 def _replay(body: Message, receive: Receive) -> Receive:
@@ -98,16 +121,3 @@ def _replay(body: Message, receive: Receive) -> Receive:
         return left.pop() if left else await receive()
 
     return replayed
-
-
-async def _refuse(refusal: Refusal, send: Send) -> None:
-    content = json.dumps({"error": refusal.message}).encode() + b"\n"
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(content)).encode()),
-        (b"connection", b"close"),
-    ]
-    if refusal.reason is Reason.TOKEN:
-        headers.append((b"www-authenticate", b"Bearer"))
-    await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
-    await send({"type": "http.response.body", "body": content})

@@ -8,6 +8,7 @@
 * Few requests may wait behind the one that is being answered (HTTP pipelining, which no client of ours does).
   uvicorn keeps as many as arrive, at several kilobytes of memory each.
 * TLS handshakes are bounded in number and time; a connection counts as one only after it.
+* With `write_timeout_s`, a client that does not read its response ends its connection.
 * At `max_connections` the oldest connection is closed that has no complete request, or does not read its
   response. uvicorn's own limit would answer 503 to every request, /livez included, for as long as one
   client holds connections.
@@ -49,11 +50,16 @@ class HttpConfig(uvicorn.Config):
         *,
         max_connections: int,
         shutdown_s: int | None = None,
+        keep_alive_s: int = _KEEP_ALIVE_S,
+        write_timeout_s: float | None = None,
+        backlog: int = _BACKLOG,
         certificate: str = "",
         private_key: str = "",
     ) -> None:
-        """`shutdown_s`: longest wait for open responses at the end. With `certificate` and `private_key`, the
-        names of PEM files, the plane speaks TLS."""
+        """`shutdown_s`: longest wait for open responses at the end. `keep_alive_s`: how long a connection may
+        have no request. `write_timeout_s`: longest time without progress of a client that reads; None: no
+        limit. `backlog`: connections that wait to be accepted, which bounds file descriptors too. With
+        `certificate` and `private_key`, the names of PEM files, the plane speaks TLS."""
         super().__init__(
             app,
             http=BoundedHttp,
@@ -64,14 +70,15 @@ class HttpConfig(uvicorn.Config):
             log_level="error",
             log_config=None,
             access_log=False,
-            backlog=_BACKLOG,
-            timeout_keep_alive=_KEEP_ALIVE_S,
+            backlog=backlog,
+            timeout_keep_alive=keep_alive_s,
             timeout_graceful_shutdown=shutdown_s,
             server_header=False,
             ssl_certfile=certificate or None,
             ssl_keyfile=private_key or None,
         )
         self.max_connections = max_connections
+        self.write_timeout_s = write_timeout_s
 
 
 class HttpServer(uvicorn.Server):
@@ -96,7 +103,7 @@ class HttpServer(uvicorn.Server):
             await loop.create_server(
                 self._connection,
                 sock=listening,
-                backlog=_BACKLOG,
+                backlog=self.config.backlog,
                 ssl=tls,
                 ssl_handshake_timeout=_HANDSHAKE_TIMEOUT_S if tls else None,
             )
@@ -125,6 +132,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._opened_s = self.loop.time()
         self._was_admitted = False
         self._head_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
         self._is_in_head = True
         self._has_begun = False
         """True if a request has begun in the bytes that are being parsed."""
@@ -156,9 +164,21 @@ class BoundedHttp(HttpToolsProtocol):
             oldest.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stops the timer."""
+        """Stops the timers."""
         self._stop_head_timer()
+        self._stop_write_timer()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Much of the response is not read yet."""
+        super().pause_writing()
+        if self.config.write_timeout_s is not None and self._write_timer is None:
+            self._write_timer = self.loop.call_later(self.config.write_timeout_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """The client has read most of it."""
+        self._stop_write_timer()
+        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         """Parses, then ends the connection if the request has too much that is not its body."""
@@ -205,6 +225,11 @@ class BoundedHttp(HttpToolsProtocol):
     def _start_head_timer(self) -> None:
         self._stop_head_timer()
         self._head_timer = self.loop.call_later(_HEAD_TIMEOUT_S, self.transport.abort)
+
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
 
     def _stop_head_timer(self) -> None:
         if self._head_timer is not None:

@@ -28,6 +28,7 @@ from typing import Any, ClassVar, Self
 
 from areal_like.config import Config
 from areal_like.errors import ArealError, UserError
+from areal_like.http.access import Reason
 from areal_like.paths import RunPaths, write_json
 from areal_like.runtime.http_pages import HttpPlane, Page, Verb
 from areal_like.runtime.logs import configure_logging, exit_log
@@ -102,6 +103,11 @@ class Runtime:
         """Adds addresses to the daemon's endpoint file."""
         self._endpoint |= addresses
         write_json(self.paths.endpoints / f"{self.name}.json", self._endpoint)
+
+    def count_refused(self, reason: Reason) -> None:
+        """Counts a request that an HTTP server of this daemon has refused."""
+        assert self._plane is not None
+        self._plane.count_refused(reason)
 
     def fail(self, error: Exception) -> None:
         """Ends the daemon with this error; later ones are ignored."""

@@ -64,14 +64,14 @@ class HttpPlane:
             hosts=host_names(self._host, others=others),
             role_of=None if keyring is None else lambda token: role_of_token(keyring, token),
         )
-        refused = daemon.metrics.counter(
+        self._refused = daemon.metrics.counter(
             "http_refused", "HTTP requests refused, by reason.", label="reason", values=list(Reason)
         )
         guard = HttpGuard(
             _pages(daemon),
             rules,
             limits=_BODY_LIMITS,
-            on_refused=lambda reason: refused.labels(reason.value).inc(),
+            on_refused=self.count_refused,
         )
         certificate, private_key = tls_files(security)
         self._server = HttpServer(
@@ -99,6 +99,10 @@ class HttpPlane:
         # From here on the kernel queues connections until the server accepts them, instead of refusing them.
         self._socket.listen(128)
         return int(self._socket.getsockname()[1])
+
+    def count_refused(self, reason: Reason) -> None:
+        """Counts a request refused here, or by another HTTP server of the daemon."""
+        self._refused.labels(reason.value).inc()
 
     def start(self) -> None:
         """Serves in a task of the running loop."""

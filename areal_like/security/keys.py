@@ -3,8 +3,9 @@
     public.json         the allow list: name, role, public key and a hash of the token of every key. It has no
                         secrets, and each machine needs a copy.
     <name>.secret       the key pair and the token of one identity, mode 0600; only where it is used
-    operator.token      the tokens of `operator` and `monitor` alone, for curl and for Prometheus's
-    monitor.token       credentials_file, mode 0600
+    operator.token      the tokens of `operator`, `monitor` and `agent` alone, for curl, for Prometheus's
+    monitor.token       credentials_file and for programs that claim sessions, mode 0600
+    agent.token
 
 Each key has one role. A key of role `rollout` cannot register as a trainer, whoever holds it. `KeyDirectory`
 is read again when public.json changes, so that keys are added, rotated and revoked while the job runs.
@@ -46,6 +47,12 @@ class KeyRole(StrEnum):
     """All HTTP requests, /control included."""
     MONITOR = "monitor"
     """GET requests, for Prometheus."""
+    AGENT = "agent"
+    """Claim sessions of rollout servers, and nothing else: for agents from outside."""
+
+
+_TOKEN_ROLES = (KeyRole.OPERATOR, KeyRole.MONITOR, KeyRole.AGENT)
+"""Roles that use HTTP only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +186,7 @@ def write_secret(directory: Path, identity: Identity) -> None:
     """Writes `<name>.secret`, and `<name>.token` for the roles that use HTTP only."""
     fields = vars(identity) | {"role": identity.role.value}
     _write(directory / f"{identity.name}.secret", json.dumps(fields, indent=2) + "\n")
-    if identity.role in (KeyRole.OPERATOR, KeyRole.MONITOR):
+    if identity.role in _TOKEN_ROLES:
         _write(directory / f"{identity.name}.token", identity.token + "\n")
 
 

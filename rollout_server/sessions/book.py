@@ -25,8 +25,8 @@ class SessionBook:
         """In the order of their leases: the samples that the trainer needs first are first."""
         self.on_waiting: Callable[[], None] = lambda: None
         """Called when a session can be claimed."""
-        self._gone: OrderedDict[str, str] = OrderedDict()
-        """Why, by id."""
+        self._gone: OrderedDict[str, tuple[str, str]] = OrderedDict()
+        """Why, and the session's key, by id."""
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -51,15 +51,21 @@ class SessionBook:
         """Its sample is finished or not wanted any more; clients are told `session.reason`."""
         session.close(session.reason or f"the session {session.id} has ended")
         if self._sessions.pop(session.id, None) is not None:
-            self._gone[session.id] = session.reason
+            self._gone[session.id] = session.reason, session.api_key
             if len(self._gone) > _MAX_REMEMBERED:
                 self._gone.popitem(last=False)
 
     def find(self, id: str) -> OpenSession | None:
         """None if there was none. Raises SessionGoneError if there was one."""
-        if (reason := self._gone.get(id)) is not None:
-            raise SessionGoneError(reason)
+        if (gone := self._gone.get(id)) is not None:
+            raise SessionGoneError(gone[0])
         return self._sessions.get(id)
+
+    def key_of(self, id: str) -> str:
+        """The key that requests of a session need, also of one that has gone; empty if there was none."""
+        if (session := self._sessions.get(id)) is not None:
+            return session.api_key
+        return self._gone[id][1] if id in self._gone else ""
 
     def offer(self) -> OpenSession | None:
         """The next session for an agent from outside, offered to it; None if there is none.

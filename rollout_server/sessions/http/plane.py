@@ -1,0 +1,202 @@
+"""The HTTP servers of a rollout server's sessions.
+
+    loopback, a free port, plain HTTP           the server's own agents (`agent()`), always
+    sessions.host:port + index of the server    agents from outside, if a task is `external`; TLS as the job's
+
+Both need the session's key for each request: other users of the machine reach loopback, too. Both run in the
+server's event loop, so what a client can cost is bounded before a request is answered: connections, size and
+time of heads and bodies, requests of one connection, clients that do not read. File descriptors for all of
+them are checked at the start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from starlette.types import ASGIApp
+
+from areal_like.config import Config
+from areal_like.errors import ConfigError
+from areal_like.http.access import Reason, host_names
+from areal_like.http.guard import BodyLimits, HttpGuard
+from areal_like.http.server import HttpConfig, HttpServer
+from areal_like.security.binding import require_loopback_or_keys
+from areal_like.security.keyring import Keyring
+from areal_like.security.tls import tls_files
+from areal_like.security.tokens import role_of_token
+from areal_like.wire.sockets import bound_socket
+from rollout_server.sessions.book import SessionBook
+from rollout_server.sessions.http.claims import MAX_WAITING
+from rollout_server.sessions.http.rules import SessionRules, most_bytes_of_body, openai_error
+
+_LOOPBACK = "127.0.0.1"
+_BODY_TIMEOUT_S = 30.0
+_KEEP_ALIVE_S = 75
+"""An agent thinks and calls tools between two requests. Longer than the pools of HTTP clients keep one, so
+that it is the client that closes: a request on a connection that the server is closing would fail."""
+_WRITE_TIMEOUT_S = 60.0
+_SHUTDOWN_S = 1
+_SPARE_CONNECTIONS = 64
+_MAX_BACKLOG = 1024
+_OTHER_FILES = 256
+_LARGEST_PORT = 65535
+
+
+class SessionPlane:
+    """`start`, then `close`."""
+
+    def __init__(
+        self,
+        config: Config,
+        app: ASGIApp,
+        book: SessionBook,
+        *,
+        keyring: Keyring | None,
+        index: int,
+        needs_external: bool,
+        max_body_bytes: int,
+        on_refused: Callable[[Reason], None] = lambda reason: None,
+    ) -> None:
+        """`index`: number of this rollout server, added to `sessions.port`. `needs_external`: whether agents
+        from outside make samples. `max_body_bytes`: of a request to the model. `on_refused` counts refusals.
+        """
+        self._config = config
+        self._app = app
+        self._book = book
+        self._role_of = None if keyring is None else lambda token: role_of_token(keyring, token)
+        self._index = index
+        self._needs_external = needs_external
+        self._max_body_bytes = max_body_bytes
+        self._on_refused = on_refused
+        self._servers: list[HttpServer] = []
+        self.internal_url = ""
+        """For this machine: `http://127.0.0.1:PORT`."""
+        self.external_url = ""
+        """For agents from outside; empty without them."""
+        self.serving: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        """Ends with the servers; raises what ended them."""
+
+    async def start(self) -> None:
+        """Binds and serves. Raises ConfigError if an address or a certificate cannot be used, if the address
+        needs keys, or if the process may not open enough files."""
+        bound: list[tuple[HttpServer, socket.socket]] = []
+        try:
+            bound.append(self._internal())
+            if self._needs_external:
+                bound.append(self._external())
+            self._require_files([server.config for server, _ in bound])
+        except ConfigError:
+            for _, listener in bound:
+                listener.close()
+            raise
+        self._servers = [server for server, _ in bound]
+        self.serving.cancel()
+        self.serving = asyncio.gather(*(server.serve(sockets=[listener]) for server, listener in bound))
+
+    async def close(self) -> None:
+        """Stops the servers. Sessions must have ended: what is open then gets a second to be answered."""
+        for server in self._servers:
+            server.should_exit = True
+        if self._servers:
+            await asyncio.wait([self.serving], timeout=_SHUTDOWN_S + 2)
+        self.serving.cancel()
+
+    def _internal(self) -> tuple[HttpServer, socket.socket]:
+        rules = SessionRules(
+            self._book, hosts=host_names(_LOOPBACK), role_of=self._role_of, takes_claims=False
+        )
+        listener = self._bound(_LOOPBACK, 0)
+        self.internal_url = f"http://{_LOOPBACK}:{listener.getsockname()[1]}"
+        return self._server(rules, max_connections=self._connections_of_samples), listener
+
+    def _external(self) -> tuple[HttpServer, socket.socket]:
+        security, sessions = self._config.security, self._config.sessions
+        host = sessions.host
+        require_loopback_or_keys(security, host, setting="sessions.host")
+        certificate, private_key = tls_files(security)
+        others = [*security.allowed_hosts, sessions.advertise_host, self._config.rollout.advertise_host]
+        rules = SessionRules(
+            self._book,
+            hosts=host_names(host, others=others),
+            role_of=self._role_of,
+            takes_claims=True,
+        )
+        server = self._server(
+            rules,
+            max_connections=self._connections_of_samples + MAX_WAITING,
+            certificate=certificate,
+            private_key=private_key,
+        )
+        listener = self._bound(host, sessions.port and sessions.port + self._index)
+        shown = sessions.advertise_host or (socket.gethostname() if host in ("0.0.0.0", "::") else host)
+        shown = f"[{shown}]" if ":" in shown else shown
+        scheme = "https" if certificate else "http"
+        self.external_url = f"{scheme}://{shown}:{listener.getsockname()[1]}"
+        return server, listener
+
+    @property
+    def _connections_of_samples(self) -> int:
+        """Two for each sample that can be made at the same time, and some more."""
+        return 2 * self._config.rollout.most_episodes + _SPARE_CONNECTIONS
+
+    def _server(
+        self, rules: SessionRules, *, max_connections: int, certificate: str = "", private_key: str = ""
+    ) -> HttpServer:
+        guard = HttpGuard(
+            self._app,
+            rules,
+            limits=BodyLimits(max_bytes=self._max_body_bytes, timeout_s=_BODY_TIMEOUT_S),
+            max_bytes_of=lambda scope: most_bytes_of_body(scope, of_prompts=self._max_body_bytes),
+            on_refused=self._on_refused,
+            describe=openai_error,
+        )
+        return HttpServer(
+            HttpConfig(
+                guard,
+                max_connections=max_connections,
+                shutdown_s=_SHUTDOWN_S,
+                keep_alive_s=_KEEP_ALIVE_S,
+                write_timeout_s=_WRITE_TIMEOUT_S,
+                backlog=min(max_connections, _MAX_BACKLOG),
+                certificate=certificate,
+                private_key=private_key,
+            )
+        )
+
+    def _bound(self, host: str, port: int) -> socket.socket:
+        if port > _LARGEST_PORT:
+            raise ConfigError(
+                f"sessions.port={self._config.sessions.port} + {self._index} (this server's number) is above "
+                f"{_LARGEST_PORT}: use a smaller sessions.port"
+            )
+        try:
+            listener = bound_socket(host, port)
+            # From here on the kernel queues connections until they are accepted, instead of refusing them.
+            listener.listen(_MAX_BACKLOG)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot bind sessions.host={host}, port {port} ({error.strerror or error}): "
+                + (
+                    "set sessions.port to a port that is free (0: the kernel chooses one)"
+                    if port
+                    else "set sessions.host to an address of this machine"
+                )
+            ) from None
+        return listener
+
+    def _require_files(self, configs: list[HttpConfig]) -> None:
+        """Raises ConfigError if this process may not open files for all connections."""
+        wanted = _OTHER_FILES
+        for config in configs:
+            handshakes = config.max_connections if config.ssl_certfile else 0
+            wanted += config.max_connections + config.backlog + handshakes
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if limit != resource.RLIM_INFINITY and limit < wanted:
+            raise ConfigError(
+                f"sessions need {wanted} open files, and the limit of this process is {limit}: raise it "
+                f"(`ulimit -n {wanted}`, LimitNOFILE= of systemd), or set a smaller rollout.max_episodes"
+            )

@@ -1,0 +1,105 @@
+"""Who may send which request to the sessions of a rollout server. Decided before a body is read.
+
+    /sessions           a token of the job, of role `agent` or `operator`; without keys everybody
+    /sessions/ID/...    the key of this session; 410 if it has ended
+    everything else     as /sessions, and then 404
+
+A wrong key and an unknown id get the same answer, 401: who has no key learns no id, and not what has become
+of a session. So a client of a session that this server does not know (any more) is told that its key is
+wrong, and not 404.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+from areal_like.errors import SessionGoneError
+from areal_like.http.access import AccessRules, Reason, Refusal, RoleOfToken, bearer_token
+from areal_like.http.guard import Headers
+from areal_like.security.keys import KeyRole
+from rollout_server.sessions.book import SessionBook
+from rollout_server.sessions.http.errors import error_object
+
+_CLAIMING_ROLES = (KeyRole.AGENT, KeyRole.OPERATOR)
+_SMALL_BODY_BYTES = 1 << 16
+_CODES = {Reason.TOKEN: "invalid_api_key", Reason.GONE: "session_gone"}
+_NO_KEY = secrets.token_urlsafe(32)
+"""Compared with the key of a request for an unknown session: it takes the same time."""
+
+
+class SessionRules:
+    """The rules of one listener."""
+
+    def __init__(
+        self, book: SessionBook, *, hosts: frozenset[str], role_of: RoleOfToken | None, takes_claims: bool
+    ) -> None:
+        """`hosts`: as in AccessRules. `role_of`: of the job's tokens; None without keys. `takes_claims`:
+        False for the listener of the server's own agents, whose sessions nobody claims."""
+        self._book = book
+        self._head = AccessRules(hosts=hosts, open_paths=frozenset())
+        self._role_of = role_of
+        self._takes_claims = takes_claims
+
+    def refusal(self, scope: Mapping[str, Any]) -> Refusal | None:
+        """As Rules.refusal."""
+        refusal = self._head.refusal(scope)
+        if refusal is not None:
+            return refusal
+        token = bearer_token(scope["headers"])
+        id = _session_id(scope["path"])
+        return self._session_refusal(id, token) if id else self._claim_refusal(token)
+
+    def _session_refusal(self, id: str, token: str) -> Refusal | None:
+        key = self._book.key_of(id)
+        is_key = hmac.compare_digest(token.encode(), (key or _NO_KEY).encode())
+        if not (is_key and key):
+            wanted = "this needs the api_key of this session: Authorization: Bearer API_KEY"
+            if self._role_of is not None and self._role_of(token) is not None:
+                wanted += "; a token of the job opens no session"
+            return Refusal(401, Reason.TOKEN, wanted)
+        try:
+            self._book.find(id)
+        except SessionGoneError as gone:
+            return Refusal(410, Reason.GONE, str(gone))
+        return None
+
+    def _claim_refusal(self, token: str) -> Refusal | None:
+        if not self._takes_claims:
+            return Refusal(403, Reason.ROLE, "this listener is for the server's own agents: no claims here")
+        if self._role_of is None:
+            return None
+        role = self._role_of(token)
+        if role is None:
+            return Refusal(
+                401,
+                Reason.TOKEN,
+                "claims need a valid token of role agent (agent.token): Authorization: Bearer TOKEN",
+            )
+        if role not in _CLAIMING_ROLES:
+            return Refusal(
+                403, Reason.ROLE, f"a token of role {role.value} may claim no session; use agent.token"
+            )
+        return None
+
+
+def most_bytes_of_body(scope: Mapping[str, Any], *, of_prompts: int) -> int:
+    """The bound of a request's body: `of_prompts` for requests to the model, little for all others."""
+    has_prompt = str(scope["path"]).endswith(("/completions", "/generate"))
+    return of_prompts if has_prompt else min(of_prompts, _SMALL_BODY_BYTES)
+
+
+def openai_error(refusal: Refusal) -> tuple[bytes, Headers]:
+    """The body of a refusal in OpenAI's format. A body that came too slowly may be sent again."""
+    content = error_object(refusal.status, refusal.message, code=_CODES.get(refusal.reason))
+    headers = [] if refusal.reason is Reason.SLOW else [(b"x-should-retry", b"false")]
+    return json.dumps(content).encode(), headers
+
+
+def _session_id(path: str) -> str:
+    """ID of /sessions/ID/...; empty for other paths."""
+    parts = path.split("/", 3)
+    return parts[2] if len(parts) == 4 and parts[:2] == ["", "sessions"] else ""

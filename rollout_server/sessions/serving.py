@@ -1,0 +1,52 @@
+"""Serves the sessions of a rollout server over HTTP, if one of its tasks has any."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+from areal_like.runtime.daemon import Runtime
+from rollout_server.engine.http.chat_request import FREE_BYTES, MAX_BYTES_PER_TOKEN
+from rollout_server.inference.sglang.process import server_index
+from rollout_server.sessions.book import SessionBook
+from rollout_server.sessions.http.app import session_app
+from rollout_server.sessions.http.plane import SessionPlane
+from rollout_server.tasks.base import Task
+
+
+@contextlib.asynccontextmanager
+async def served_sessions(
+    runtime: Runtime, book: SessionBook, *, tasks: Sequence[Task], model: str, context_tokens: int
+) -> AsyncIterator[SessionPlane | None]:
+    """The HTTP servers, running; None if no task has sessions. Raises ConfigError as SessionPlane."""
+    if not any(task.uses_sessions for task in tasks):
+        yield None
+        return
+    config = runtime.config
+    app = session_app(
+        book,
+        model=Path(model).name,
+        max_context=context_tokens,
+        idle_timeout_s=config.sessions.idle_timeout_s,
+        sample_timeout_s=config.rollout.sample_timeout_s or None,
+        advertise_host=config.sessions.advertise_host,
+    )
+    plane = SessionPlane(
+        config,
+        app,
+        book,
+        keyring=runtime.keyring,
+        index=server_index(runtime.name),
+        needs_external=any(task.external for task in tasks),
+        max_body_bytes=FREE_BYTES + MAX_BYTES_PER_TOKEN * context_tokens,
+        on_refused=runtime.count_refused,
+    )
+    await plane.start()
+    book.url = plane.internal_url
+    if plane.external_url:
+        runtime.advertise(sessions=plane.external_url)
+    try:
+        yield plane
+    finally:
+        await plane.close()
