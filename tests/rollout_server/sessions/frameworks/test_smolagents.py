@@ -1,8 +1,8 @@
 """smolagents against sessions: its documentation's examples, with the base URL and the key set.
 
-It writes its messages anew for each step: a tool call becomes text behind that of the reply. What follows a
-tool call is a new segment, therefore. A CodeAgent's reply ends with a stop text and without an end of turn, so
-the text behind it goes on after exactly the sampled tokens: all its steps are one segment.
+It writes its messages anew for each step: a tool call becomes text behind that of the reply. So what follows
+a tool call is a new segment. A CodeAgent's reply ends with a stop text and without an end of turn. The text
+behind it goes on after exactly the sampled tokens: all its steps are one segment.
 """
 
 from __future__ import annotations
