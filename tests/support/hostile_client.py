@@ -23,24 +23,28 @@ from tests.support.scripted_policy import VOCAB, Say, ScriptedPolicy, segments, 
 TEXTS = st.text(alphabet="ab7 \n{}<", max_size=6) | st.sampled_from(
     ["abc", "<|end|>", "<think>", "x<|im_end|>", "</think>a", "<tool_call>{}</tool_call>"]
 )
-REWRITES = st.tuples(
-    st.sampled_from(
-        [
-            "user", "tool", "both", "branch", "edit", "alter", "forget", "drop", "swap", "double", "compact",
-            "twice",
-        ]
-    ),
-    TEXTS,
-    st.integers(0, 7),
+ACTIONS = (
+    "user", "tool", "both", "branch", "edit", "alter", "forget", "drop", "swap", "double", "compact", "twice",
 )  # fmt: skip
 """What becomes of the conversation so far; "twice" is a new message, for two requests at the same time."""
-WAYS = st.sampled_from(
-    [
-        "chat", "stream", "short", "stop", "tools", "twice", "lost", "lost and repeated", "repeated", "push",
-        "tokens", "fewer tokens", "other token", "generate", "text", "all at once",
-    ]
+REWRITES = st.tuples(st.sampled_from(ACTIONS), TEXTS, st.integers(0, 7))
+WAYS = (
+    "chat", "stream", "short", "stop", "tools", "twice", "lost", "lost and repeated", "repeated", "push",
+    "tokens", "fewer tokens", "other token", "generate", "text", "all at once",
 )  # fmt: skip
-"""How the request is made."""
+"""How a request is made."""
+
+
+def steps(texts: Sequence[str], seed: int) -> list[tuple[tuple[str, str, int], str]]:
+    """A rewrite and a way for the request of each text; hypothesis would choose some far more often."""
+    draw = random.Random(seed)
+    ways = draw.sample(WAYS, len(texts))
+    return [
+        ((draw.choice(("user", *ACTIONS)), text, draw.randrange(8)), way)
+        for text, way in zip(texts, ways, strict=True)
+    ]
+
+
 TOOL = {
     "type": "function",
     "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}},
@@ -155,7 +159,7 @@ class HostileClient:
             answer = await self._ask(path, body)
             if way == "repeated" and answer is not None:
                 again = await self._ask(path, body, num_repetitions=1)
-                assert again is not None and again["id"] in self.read
+                assert again is not None and again["id"] == answer["id"]
 
     async def _interrupted(self, path: str, body: dict[str, Any], way: str, *, is_counted: bool) -> None:
         """The engine answers late: after the client has gone, or after a push of weights."""
@@ -184,7 +188,9 @@ class HostileClient:
         while self.session.num_pending:
             await asyncio.sleep(0.002)
         if way == "lost and repeated":
+            num_requests = self.policy.num_requests
             await self._ask(path, body, num_repetitions=int(is_counted))
+            assert self.policy.num_requests == num_requests, "the repetition was sampled, too"
 
     def _token_request(self, way: str, text: str, number: int) -> tuple[str, dict[str, Any]]:
         """Continues the tokens of an answer, or some that are almost those."""

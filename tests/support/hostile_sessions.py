@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rollout_server.episodes.scoring import Outcome
 from rollout_server.rendering.base import ChatRenderer
 from tests.support.engine_harness import Engine, load_model
-from tests.support.hostile_client import REWRITES, WAYS, HostileClient, Script, check_record
+from tests.support.hostile_client import TEXTS, WAYS, HostileClient, Script, check_record, steps
 from tests.support.scripted_policy import (
     CONTEXT,
     ScriptedPolicy,
@@ -25,7 +25,7 @@ from tests.support.scripted_policy import (
 )
 
 Actions = Sequence[tuple[tuple[str, str, int], str]]
-BUDGETS = ((CONTEXT, 10 * CONTEXT), (CONTEXT, 10 * CONTEXT), (CONTEXT, 700), (200, CONTEXT))
+BUDGETS = ((CONTEXT, 10 * CONTEXT), (CONTEXT, 10 * CONTEXT), (CONTEXT, 600), (150, CONTEXT))
 """Tokens of a sequence, and of all segments."""
 
 
@@ -44,13 +44,10 @@ class HostileSessions:
         """Plays many clients. `seed`: None for the same ones each time."""
 
         @settings(max_examples=num_examples, deadline=None, database=None, derandomize=seed is None)
-        @given(
-            actions=st.lists(st.tuples(REWRITES, WAYS), min_size=2, max_size=9),
-            budgets=st.sampled_from(BUDGETS),
-            number=st.integers(0, 10_000),
-        )
-        def one(actions: Actions, budgets: tuple[int, int], number: int) -> None:
-            asyncio.run(self._converse(renderer, actions, budgets, number))
+        @given(texts=st.lists(TEXTS, min_size=4, max_size=9), number=st.integers(0, (1 << 32) - 1))
+        def one(texts: list[str], number: int) -> None:
+            budgets = BUDGETS[number % len(BUDGETS)]
+            asyncio.run(self._converse(renderer, steps(texts, number), budgets, number))
 
         if seed is not None:
             from hypothesis import seed as seeded
@@ -78,6 +75,7 @@ class HostileSessions:
             async with httpx.AsyncClient(base_url=plane.base_url(session), timeout=20) as http:
                 hostile = HostileClient(http=http, session=session, policy=policy, script=script, push=push)
                 for rewrite, way in actions:
+                    self.seen[way] += 1
                     await hostile.act(rewrite, way)
             self._check(hostile, budgets)
 
@@ -108,4 +106,5 @@ class HostileSessions:
 
 def check_seen(seen: Any) -> None:
     """The clients were hostile, and the sessions went on."""
-    assert all(seen[name] > 0 for name in ("refused", "lost", "versions", "joined")), seen
+    names = ("refused", "lost", "versions", "joined", *WAYS)
+    assert all(seen[name] > 0 for name in names), seen
