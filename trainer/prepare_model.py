@@ -54,12 +54,12 @@ BuildPlan = tuple[str, Mapping[str, Any], Callable[[Path], None]]
 def _tiny(config: Config) -> BuildPlan:
     task = config.task.get("name", config.task.get("_target_"))
     steps = config.model.warm_start_steps
-    if task == "adding" or (steps == 0 and config.model.renderer == TINY_RENDERER):
+    if task in ("adding", "adding_agent") or (steps == 0 and config.model.renderer == TINY_RENDERER):
         return _tiny_chat(config)
     if steps > 0 and task != "sort":
         raise ConfigError(
-            f"model.path=tiny is warm-started on the tasks sort and adding, and task is {task}: name a "
-            "pretrained model, or set model.warm_start_steps=0 for random weights"
+            "model.path=tiny is warm-started on the tasks sort, adding and adding_agent, and task is "
+            f"{task}: name a pretrained model, or set model.warm_start_steps=0 for random weights"
         )
     key = {
         "seed": config.seed,
@@ -82,8 +82,8 @@ def _tiny(config: Config) -> BuildPlan:
 def _tiny_chat(config: Config) -> BuildPlan:
     if config.model.renderer != TINY_RENDERER:
         raise ConfigError(
-            f"task=adding with model.path=tiny needs model.renderer={TINY_RENDERER}, the format of its tool "
-            "calls: begin with --config configs/jobs/tools.yaml"
+            f"task={config.task.get('name')} with model.path=tiny needs model.renderer={TINY_RENDERER}, the "
+            "format of its tool calls: begin with --config configs/jobs/tools.yaml, or agents.yaml there"
         )
     arguments: dict[str, Any] = {
         "seed": config.seed,

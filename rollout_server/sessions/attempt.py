@@ -126,7 +126,7 @@ class SessionAttempt(Attempt):
                 session.close("the session's time is over (rollout.sample_timeout_s)")
                 return self._posted(), FinishReason.TIMEOUT
             score = await self._result(running)
-            if score is None and self._rewards is None and session.budget is None:
+            if score is None and self._rewards is None and session.budget is None and not session.has_rewards:
                 raise self._no_reward()
             return score, session.budget or session.conversation.finish_reason
         finally:

@@ -203,6 +203,11 @@ class OpenSession:
         if (turn := call.task.result().turn) is not None:
             self._turn_rewards[turn] = value
 
+    @property
+    def has_rewards(self) -> bool:
+        """True if a reward was posted, of the sample or of a turn."""
+        return self.reward is not None or bool(self._turn_rewards)
+
     def touch(self) -> None:
         """The idle time begins again. A refused request is no reason: its client may repeat it for ever."""
         self._last_activity_s = self._loop.time()

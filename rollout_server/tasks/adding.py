@@ -29,8 +29,7 @@ class AddingTask(Task):
 
     def example(self, split: Split, index: int) -> Example:
         """The terms, and their sum."""
-        example = adding.add_example(seed=self.seed, split=_STREAMS[split], index=index)
-        return Example(prompt=example.prompt, answer=example.answer)
+        return sum_example(self.seed, split, index)
 
     def environment(self, example: Example) -> Environment:
         """A conversation with the calculator, which ends with a reply that does not call it."""
@@ -47,6 +46,12 @@ class Addition(ToolEnvironment):
     async def final(self, reply: Reply) -> float:
         """1.0 for the sum, else 0.0."""
         return float(reply.text == self._total)
+
+
+def sum_example(seed: int, split: Split, index: int) -> Example:
+    """The terms, and their sum."""
+    example = adding.add_example(seed=seed, split=_STREAMS[split], index=index)
+    return Example(prompt=example.prompt, answer=example.answer)
 
 
 async def add(a: int, b: int) -> int:

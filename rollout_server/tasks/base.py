@@ -303,8 +303,7 @@ class Task(ABC):
             for index in range(min(_FINGERPRINT_EXAMPLES, num_examples[split]))
         ]
         shown = [(example.prompt, example.answer) for example in examples]
-        parts = [type(self).__qualname__, settings, shown, self.content]
-        return canonical_json(parts, default=_described)
+        return canonical_json([type(self).__qualname__, settings, shown, self.content], default=_described)
 
     def _checked_example(self, split: Split, index: int) -> Example:
         try:
@@ -331,6 +330,7 @@ TASKS = Registry[Task](
     elsewhere={
         "sort": "rollout_server.tasks.sort.SortTask",
         "adding": "rollout_server.tasks.adding.AddingTask",
+        "adding_agent": "rollout_server.tasks.adding_agent.AddingAgentTask",
         "reasoning_gym": "rollout_server.tasks.reasoning_gym.ReasoningGymTask",
         "gymnasium": "rollout_server.tasks.gymnasium.GymnasiumTask",
         "textarena": "rollout_server.tasks.textarena.TextArenaTask",

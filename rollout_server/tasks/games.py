@@ -28,9 +28,14 @@ class GameTask(Task):
         return [*system, {"role": "user", "content": observation}]
 
 
-def optional_package(package: str, *, task: str) -> Any:
-    """Imports a package. Raises ConfigError that says how to install it."""
+def optional_package(package: str, *, task: str, distribution: str = "") -> Any:
+    """Imports a package. Raises ConfigError that says how to install it.
+
+    `distribution`: its name on the package index, if it is another one.
+    """
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ConfigError(f"task {task} needs a package: pip install {package} ({error})") from error
+        raise ConfigError(
+            f"task {task} needs a package: pip install {distribution or package} ({error})"
+        ) from error

@@ -44,6 +44,7 @@ from tests.support.chat_models import (
     qwen3_tokenizer,
 )
 from tests.support.engine_harness import load_model
+from tests.support.hostile_client import REWRITES, rewritten
 from tests.support.scripted_policy import CONTEXT, VOCAB, check_logprobs, save_chat_model
 
 TOOL = {
@@ -124,41 +125,6 @@ class InProcess:
         )
 
 
-TEXTS = st.text(alphabet="ab7 \n{}<", max_size=6) | st.sampled_from(
-    ["abc", "<|end|>", "<think>", "x<|im_end|>", "</think>a", "<tool_call>{}</tool_call>"]
-)
-ACTIONS = st.tuples(
-    st.sampled_from(["user", "tool", "both", "branch", "edit", "forget", "drop", "compact", "twice"]),
-    TEXTS,
-    st.integers(0, 7),
-)
-
-
-def next_messages(history: list[Message], action: str, text: str, number: int) -> list[Message]:
-    """The conversation so far, continued or rewritten; a user's message is first and last."""
-    index = number % len(history) if history else 0
-    if action == "branch":
-        history = history[: index + 1]
-    elif action == "edit" and history:
-        history = [*history]
-        history[index] = {**history[index], "content": text}
-    elif action == "forget":  # as clients do that know no reasoning
-        history = [{k: v for k, v in one.items() if k != "reasoning_content"} for one in history]
-    elif action == "drop":
-        history = history[:index] + history[index + 1 :]
-    elif action == "compact":
-        history = [{"role": "user", "content": f"before: {text}"}]
-    if not history or history[0]["role"] != "user":
-        history = [{"role": "user", "content": "go"}, *history]
-    calls = history[-1].get("tool_calls", [])
-    new: list[Message] = [{"role": "user", "content": text}]
-    if action in ("tool", "both"):
-        answers = [{"role": "tool", "tool_call_id": call["id"], "content": text} for call in calls]
-        answers = answers or [{"role": "tool", "content": text}]
-        new = answers + (new if action == "both" else [])
-    return [*history, *new]
-
-
 async def converse(
     conversation: Conversation, actions: Sequence[tuple[str, str, int]], tools: Sequence[Any]
 ) -> tuple[int, int]:
@@ -166,7 +132,7 @@ async def converse(
     history: list[Message] = []
     replies: list[Reply] = []
     for action, text, number in actions:
-        messages = next_messages(history, action, text, number)
+        messages = rewritten(history, action, text, number)
         said = await asyncio.gather(
             *(conversation.say(messages, tools=tools) for _ in range(1 + (action == "twice"))),
             return_exceptions=True,
@@ -191,7 +157,7 @@ def test_recorded_logprobs_are_those_of_the_segments(name: str, served: Served) 
 
     @settings(max_examples=20, deadline=None, database=None, derandomize=True)
     @given(
-        actions=st.lists(ACTIONS, min_size=2, max_size=6),
+        actions=st.lists(REWRITES, min_size=2, max_size=6),
         interrupt_after=st.lists(st.integers(0, 6), max_size=3),
         budgets=st.sampled_from([(CONTEXT, 10 * CONTEXT), (CONTEXT, 700), (150, CONTEXT)]),
         seed=st.integers(0, 1000),

@@ -86,7 +86,7 @@ def test_own_task_takes_its_settings() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "sorted"}, "known are adding, data, external, gymnasium, mixture, reasoning_gym, sort"),
+        ({"name": "sorted"}, "known are adding, adding_agent, data, external, gymnasium, mixture, reason"),
         ({"name": "sort", "num_trian": 5}, "did you mean num_train"),
         ({"name": "sort", "zzz": 5}, "its settings are seed, num_train"),
         ({"name": "sort", "num_train": 0}, "at least 1"),

@@ -59,6 +59,8 @@ class Say:
     text: str = ""
     token_ids: tuple[int, ...] | None = None
     """In place of a text: the tokenizer might choose other ones for it."""
+    is_sampled: bool = False
+    """The engine samples instead, unless the request has stop texts."""
     after_s: float = 0.0
     """The engine takes this long."""
     hold: asyncio.Event | None = None
@@ -113,6 +115,10 @@ class ScriptedPolicy(SamplingClient):
             await say.hold.wait()
         if say.error:
             raise EngineError(say.error)
+        if say.is_sampled and not sampling.stop:
+            sampled = await self._engine.generate(prompt, sampling=sampling, rid=rid)
+            self.generations.append((prompt, sampled))
+            return sampled
         tokens, reason = self._cut(prompt, say, sampling)
         logprobs, version = await self._score(prompt, tokens)
         generation = Generation(

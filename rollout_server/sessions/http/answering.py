@@ -19,7 +19,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
-from areal_like.errors import SessionGoneError, UserError
+from areal_like.errors import UserError
 from rollout_server.episodes.turns import Answer
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.calls import Call
@@ -111,7 +111,7 @@ class CallResponse:
             if gone.done():
                 return
             try:
-                body = self._write(call, _result(call))
+                body = self._write(call, await call.answer())
             except Exception as error:  # `described` raises what it does not know
                 if self._has_begun:
                     status, message, code, param = described(error)
@@ -122,6 +122,7 @@ class CallResponse:
                     await response_of(error)(scope, receive, send)
                 return
             await self._send_part(send, body)
+            await drained(send)
             call.is_delivered = call.is_delivered or not gone.done()
             await send({"type": "http.response.body", "body": b""})
         finally:
@@ -147,10 +148,10 @@ def encode_event(event: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(event, separators=(",", ":")).encode() + b"\n\n"
 
 
-def _result(call: Call) -> Answer:
-    if call.task.cancelled():
-        raise SessionGoneError("the session has ended")
-    return call.task.result()
+async def drained(send: Send) -> None:
+    """Until the client has read what was sent, apart from what fits into buffers."""
+    # uvicorn waits for its buffer at the beginning of each message, not at the end.
+    await send({"type": "http.response.body", "body": b"", "more_body": True})
 
 
 async def disconnected(receive: Receive) -> None:

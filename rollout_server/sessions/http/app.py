@@ -65,7 +65,9 @@ def session_app(
         Route("/sessions", claims.claim, methods=["POST"]),
         Route("/sessions", claims.counts, methods=["GET"]),
     ]
-    return Starlette(routes=routes, exception_handlers={ArealError: _failed, HTTPException: _refused})
+    return Starlette(
+        routes=routes, exception_handlers={ArealError: _failed, HTTPException: _refused, Exception: _broken}
+    )
 
 
 class _LifeRoutes:
@@ -106,3 +108,8 @@ async def _refused(request: Request, error: Exception) -> Response:
     if error.status_code == 404:
         message += f"; {_THERE}"
     return error_response(error.status_code, message, headers=error.headers)
+
+
+async def _broken(request: Request, error: Exception) -> Response:
+    """A mistake in this code; uvicorn logs it."""
+    return error_response(500, f"the server made a mistake: {type(error).__name__}", code="internal_error")

@@ -89,7 +89,7 @@ def parse_chat(body: Mapping[str, Any], *, default_model: str) -> ChatRequest:
     for name, instead in _REFUSED.items():
         if body.get(name):
             raise ParamError(f"{name} is not supported: {instead}", param=name)
-    if "audio" in (body.get("modalities") or ()):
+    if body.get("modalities") not in (None, [], ["text"]):
         raise ParamError("modalities: the policy writes text only", param="modalities")
     return ChatRequest(
         options=parse_options(body, default_model=default_model),

@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from rollout_server.engine.http.bodies import number
 from rollout_server.sessions.book import SessionBook
-from rollout_server.sessions.http.answering import disconnected, parse_json
+from rollout_server.sessions.http.answering import disconnected, drained, parse_json
 from rollout_server.sessions.http.errors import error_response
 from rollout_server.sessions.open_session import OpenSession, SessionState
 
@@ -28,6 +28,8 @@ MAX_WAIT_S = 30.0
 MAX_WAITING = 1024
 """Clients that may wait at the same time."""
 RETRY_AFTER_S = 5
+_DELIVERY_S = 10.0
+"""Longest time for the answer with a session; a client that reads more slowly does not get it."""
 
 
 class ClaimRoutes:
@@ -142,9 +144,13 @@ class _Claimed:
                     (b"content-type", b"application/json"),
                     (b"content-length", str(len(self._body)).encode()),
                 ]
-                await send({"type": "http.response.start", "status": 200, "headers": headers})
-                await send({"type": "http.response.body", "body": self._body, "more_body": True})
+                async with asyncio.timeout(_DELIVERY_S):
+                    await send({"type": "http.response.start", "status": 200, "headers": headers})
+                    await send({"type": "http.response.body", "body": self._body, "more_body": True})
+                    await drained(send)
                 is_sent = not gone.done()
+        except TimeoutError:
+            return  # the server closes the connection, as the response is not complete
         finally:
             gone.cancel()
             session = self._session

@@ -1,0 +1,136 @@
+"""POST /sessions: agents from outside claim sessions with the client of the standard library."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from areal_like.agents.client import claim
+from areal_like.errors import SessionGoneError, UserError
+from rollout_server.sessions.http import claims
+from rollout_server.sessions.open_session import SessionState
+from rollout_server.tasks.base import Example
+from tests.support.session_server import SessionServer
+
+EXAMPLE = Example(
+    prompt=[{"role": "user", "content": "2+2"}], answer={4}, metadata={"level": 3}, label="sums"
+)
+
+
+def posted(server: SessionServer, body: Any) -> tuple[int, Mapping[str, str], Any]:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    connection.request("POST", "/sessions", json.dumps(body))
+    response = connection.getresponse()
+    answer = json.loads(response.read())
+    connection.close()
+    return response.status, response.headers, answer
+
+
+def test_a_session_is_claimed_and_used(server: SessionServer) -> None:
+    session = server.add(example=EXAMPLE)
+    claimed = claim(server.url)
+    assert claimed is not None
+    server.wait(lambda: session.state is SessionState.OPEN)
+    assert claimed.base_url == server.base_url(session)
+    assert (claimed.group, claimed.sample, claimed.deadline_s, claimed.idle_timeout_s) == (0, 0, 600.0, 60.0)
+    assert claimed.example == {
+        "split": "train", "index": 0, "prompt": [{"role": "user", "content": "2+2"}], "answer": "{4}",
+        "metadata": {"level": 3}, "label": "sums",
+    }  # fmt: skip
+    claimed.reward(0.25)
+    claimed.reward(0.5)
+    assert session.reward == 0.5
+    with pytest.raises(UserError, match="finite"):
+        claimed.reward(1e300)
+    with pytest.raises(UserError, match="names no completion"):
+        claimed.reward(1.0, completion_id="chatcmpl-1")
+    assert claimed.end() and session.state is SessionState.ENDED
+    server.call(lambda: server.book.remove(session))
+    assert not claimed.end()
+    with pytest.raises(SessionGoneError, match="ended"):
+        claimed.reward(1.0)
+    assert "key-0" not in repr(claimed)
+
+
+def test_without_a_session_clients_come_again(server: SessionServer) -> None:
+    server.add()  # of the server's own agents
+    status, headers, answer = posted(server, {})
+    assert (status, headers["Retry-After"]) == (429, str(claims.RETRY_AFTER_S))
+    assert answer["error"]["type"] == "rate_limit_error" and "x-should-retry" not in headers
+    assert claim(server.url) is None
+    assert posted(server, {"wait_s": 31})[0] == posted(server, {"wait_s": "x"})[0] == 400
+
+
+def test_a_client_waits_for_a_session(server: SessionServer) -> None:
+    assert claim(server.url, wait_s=0.3) is None
+    with ThreadPoolExecutor(4) as pool:
+        claiming = [pool.submit(claim, server.url, wait_s=15) for _ in range(4)]
+        time.sleep(0.3)
+        for _ in range(4):
+            server.add(example=EXAMPLE)
+        claimed = [one.result(15) for one in claiming]
+    assert {one.index if (one := session) is None else one.id for session in claimed} == {
+        session.id for session in server.sessions
+    }
+
+
+def test_each_session_is_claimed_once(server: SessionServer) -> None:
+    for _ in range(20):
+        server.add(example=EXAMPLE)
+    with ThreadPoolExecutor(8) as pool:
+        claimed = list(pool.map(lambda _: claim(server.url), range(40)))
+    ids = [one.id for one in claimed if one is not None]
+    assert len(ids) == len(set(ids)) == 20
+
+
+def test_a_client_that_left_claims_nothing(server: SessionServer) -> None:
+    body = json.dumps({"wait_s": 20})
+    with socket.create_connection(("127.0.0.1", server.port)) as left:
+        head = f"POST /sessions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n{body}"
+        left.sendall(head.encode())
+        time.sleep(0.3)
+    time.sleep(0.1)
+    session = server.add(example=EXAMPLE)
+    assert session.state is SessionState.WAITING and not session.is_offered
+    assert claim(server.url) is not None
+
+
+def test_an_undelivered_session_waits_again(server: SessionServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "_DELIVERY_S", 0.3)
+    session = server.add(example=Example(prompt="x" * 30_000_000, answer=0))
+    with socket.create_connection(("127.0.0.1", server.port)) as slow:
+        slow.sendall(b"POST /sessions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 0\r\n\r\n")
+        assert slow.recv(100).startswith(b"HTTP/1.1 200")
+        assert server.call(server.book.offer) is None
+        server.wait(lambda: not session.is_offered)
+    assert session.state is SessionState.WAITING
+    assert claim(server.url) is not None
+
+
+def test_few_clients_wait(server: SessionServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "MAX_WAITING", 2)
+    waiting = [threading.Thread(target=posted, args=(server, {"wait_s": 1.5})) for _ in range(2)]
+    for one in waiting:
+        one.start()
+    time.sleep(0.5)
+    status, _, answer = posted(server, {"wait_s": 1.5})
+    assert status == 429 and "2 clients wait" in answer["error"]["message"]
+    for one in waiting:
+        one.join()
+
+
+def test_sessions_are_counted(server: SessionServer) -> None:
+    server.add()
+    server.add(example=EXAMPLE)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    connection.request("GET", "/sessions")
+    assert json.loads(connection.getresponse().read()) == {"waiting": 1, "open": 1}
+    connection.close()
