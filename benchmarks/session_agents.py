@@ -152,9 +152,7 @@ class Agents:
 
     def _note(self, kind: str, session: dict[str, Any], status: int, **facts: Any) -> None:
         ended_s = time.monotonic()
-        self.events.append(
-            {"kind": kind, "id": session["id"], "status": status, "ended_s": ended_s, **facts}
-        )
+        self.events.append({"kind": kind, "id": session["id"], "status": status, "ended_s": ended_s, **facts})
 
 
 async def main() -> None:

@@ -49,4 +49,5 @@ async def served_sessions(
     try:
         yield plane
     finally:
+        book.close()
         await plane.close()
