@@ -131,6 +131,21 @@ def test_few_clients_wait(server: SessionServer, monkeypatch: pytest.MonkeyPatch
         one.join()
 
 
+def test_the_end_of_a_server_answers_those_that_wait(server: SessionServer) -> None:
+    with ThreadPoolExecutor(3) as pool:
+        waiting = [pool.submit(posted, server, {"wait_s": 20}) for _ in range(3)]
+        time.sleep(0.3)
+        begun_s = time.monotonic()
+        server.call(server.book.close)
+        answers = [one.result(10) for one in waiting]
+    assert time.monotonic() - begun_s < 5.0
+    server.add(example=EXAMPLE)
+    answers.append(posted(server, {"wait_s": 20}))
+    for status, headers, answer in answers:
+        assert status == 429 and "Retry-After" in headers
+        assert "the server is ending" in answer["error"]["message"]
+
+
 def test_sessions_are_counted(server: SessionServer) -> None:
     server.add()
     server.add(example=EXAMPLE)
