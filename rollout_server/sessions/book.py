@@ -43,7 +43,9 @@ class SessionBook:
         self._sessions: dict[str, OpenSession] = {}
         """In the order of their leases: the samples that the trainer needs first are first."""
         self.on_waiting: Callable[[], None] = lambda: None
-        """Called when a session can be claimed."""
+        """Called when a session can be claimed, or none will be any more."""
+        self.is_closed = False
+        """True once no more sessions are given out."""
         self._gone: OrderedDict[str, tuple[str, str]] = OrderedDict()
         """Why, and the session's key, by id."""
         self.num_ended = Counter[Outcome]()
@@ -65,6 +67,11 @@ class SessionBook:
     def open(self) -> list[OpenSession]:
         """Sessions that agents work on."""
         return [one for one in self._sessions.values() if one.state is SessionState.OPEN]
+
+    def close(self) -> None:
+        """Gives out no more sessions; clients that wait for one are told so at once."""
+        self.is_closed = True
+        self.on_waiting()
 
     def add(self, session: OpenSession) -> None:
         """A new session."""
@@ -118,7 +125,7 @@ class SessionBook:
 
         It is claimed once the agent has the answer. Until then it is offered to nobody else.
         """
-        for session in self._sessions.values():
+        for session in () if self.is_closed else self._sessions.values():
             if _is_free(session):
                 session.is_offered = True
                 return session

@@ -55,6 +55,7 @@ async def served_sessions(
     try:
         yield plane
     finally:
+        book.close()
         await plane.close()
 
 
