@@ -24,7 +24,9 @@ class SessionBook:
         self._sessions: dict[str, OpenSession] = {}
         """In the order of their leases: the samples that the trainer needs first are first."""
         self.on_waiting: Callable[[], None] = lambda: None
-        """Called when a session can be claimed."""
+        """Called when a session can be claimed, or never again."""
+        self.is_closed = False
+        """True when the server ends: nobody waits for a session any more."""
         self._gone: OrderedDict[str, tuple[str, str]] = OrderedDict()
         """Why, and the session's key, by id."""
 
@@ -54,6 +56,11 @@ class SessionBook:
             self._gone[session.id] = session.reason, session.api_key
             if len(self._gone) > _MAX_REMEMBERED:
                 self._gone.popitem(last=False)
+
+    def close(self) -> None:
+        """The server ends."""
+        self.is_closed = True
+        self.on_waiting()
 
     def find(self, id: str) -> OpenSession | None:
         """None if there was none. Raises SessionGoneError if there was one."""

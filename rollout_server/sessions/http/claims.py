@@ -59,7 +59,7 @@ class ClaimRoutes:
         body = parse_json(await request.body())
         wait_s = number(body, "wait_s", 0.0, low=0.0, high=MAX_WAIT_S)
         session = self._book.offer() if not self._waiting else None
-        if session is None and wait_s:
+        if session is None and wait_s and not self._book.is_closed:
             if len(self._waiting) >= MAX_WAITING:
                 return _none(f"{MAX_WAITING} clients wait for a session already")
             session = await self._wait(request, wait_s)
@@ -72,7 +72,8 @@ class ClaimRoutes:
             first = self._waiting.popleft()
             if not first.done():
                 first.set_result(None)
-                return
+                if not self._book.is_closed:
+                    return
 
     async def _wait(self, request: Request, wait_s: float) -> OpenSession | None:
         """The next session; None if there was none in time, or the client is gone."""
@@ -84,7 +85,7 @@ class ClaimRoutes:
         try:
             while (left_s := end_s - loop.time()) > 0 and not gone.done():
                 await asyncio.wait({turn, gone}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
-                if gone.done() or not turn.done():
+                if gone.done() or not turn.done() or self._book.is_closed:
                     return None
                 if (session := self._book.offer()) is not None:
                     return session

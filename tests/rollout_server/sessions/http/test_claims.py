@@ -127,6 +127,17 @@ def test_few_clients_wait(server: SessionServer, monkeypatch: pytest.MonkeyPatch
         one.join()
 
 
+def test_clients_do_not_wait_for_a_server_that_ends(server: SessionServer) -> None:
+    started_s = time.monotonic()
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(posted, server, {"wait_s": 20}) for _ in range(3)]
+        time.sleep(0.5)
+        server.call(server.book.close)
+        assert [one.result()[0] for one in waiting] == 3 * [429]
+    assert posted(server, {"wait_s": 20})[0] == 429
+    assert time.monotonic() - started_s < 15
+
+
 def test_sessions_are_counted(server: SessionServer) -> None:
     server.add()
     server.add(example=EXAMPLE)
