@@ -64,7 +64,11 @@ class ClaimRoutes:
                 return _none(f"{MAX_WAITING} clients wait for a session already")
             session = await self._wait(request, wait_s)
         if session is None:
-            return _none("no session waits for an agent: all samples that the job needs now are being made")
+            return _none(
+                "the server is ending: claim at another one, or after it has started again"
+                if self._book.is_closed
+                else "no session waits for an agent: all samples that the job needs now are being made"
+            )
         return _Claimed(session, self._described(request, session), book=self._book)
 
     def _wake(self) -> None:

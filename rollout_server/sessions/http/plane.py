@@ -99,7 +99,6 @@ class SessionPlane:
 
     async def close(self) -> None:
         """Stops the servers. Sessions must have ended: what is open then gets a second to be answered."""
-        self._book.close()  # else a client that waits for a session would meet an error of the server
         for server in self._servers:
             server.should_exit = True
         if self._servers:
