@@ -74,6 +74,7 @@ class HttpConfig(uvicorn.Config):
             timeout_keep_alive=keep_alive_s,
             timeout_graceful_shutdown=shutdown_s,
             server_header=False,
+            proxy_headers=False,
             ssl_certfile=certificate or None,
             ssl_keyfile=private_key or None,
         )
