@@ -136,6 +136,7 @@ class RolloutServer:
             engine=engine,
             supervisor=self._supervisor,
             starvation=Starvation.of(config),
+            book=parts.book,
         )
         self._stats.concurrency_limit = config.rollout.max_running
         self._weights_address = tcp_address(

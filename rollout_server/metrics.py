@@ -21,6 +21,7 @@ from rollout_server.episodes.lease_runner import LeaseRunner
 from rollout_server.inference.engine import Engine
 from rollout_server.inference.supervisor import EngineSupervisor
 from rollout_server.rewards.pool import RewardPool
+from rollout_server.sessions.book import Outcome, SessionBook
 from rollout_server.starvation import Starvation
 from rollout_server.weight_sync.receiver import WeightReceiver
 
@@ -55,6 +56,11 @@ _COUNTERS = {
         "environment_restarts",
         "Processes of environments lost to a time limit or a crash.",
     ),
+    "session_requests": ("session_requests", "Requests of agents to the model."),
+    "session_fields_ignored": (
+        "session_fields_ignored",
+        "Fields of these requests that had no effect: the job decides about them.",
+    ),
     "pushes": ("weight_pushes", "Weight pushes activated."),
     "push_failures": ("weight_push_failures", "Weight requests that failed."),
     "push_s": ("weight_push_seconds", "Time from push request to activation."),
@@ -75,12 +81,18 @@ _GAUGES = {
     "in_rewards": ("samples_in_rewards", "Held samples that wait for their reward."),
     "rewards_waiting": ("rewards_waiting", "Completions that wait for their reward."),
     "environments_open": ("environments_open", "Environments that samples use."),
+    "sessions_open": ("sessions_open", "Sessions that agents work on."),
+    "sessions_waiting": ("sessions_waiting", "Sessions that an agent from outside can claim."),
+    "session_requests_pending": ("session_requests_pending", "Requests of agents without an answer yet."),
     "tokens_per_s": ("tokens_per_second", "Tokens sampled per second, over the last heartbeats."),
     "weights_version": ("weights_version", "Version that the engine samples with."),
     "engine_starts": ("engine_starts", "Engines started by this server."),
 }
 _FAILED = {kind: f"samples_failed_{kind.value}" for kind in FailureKind}
 _FINISHED = {reason: f"samples_finished_{reason.value}" for reason in FinishReason}
+_ENDED = {outcome: f"sessions_{outcome.value}" for outcome in Outcome}
+_REFUSED = {status: f"session_refusals_{status}" for status in (400, 404, 405, 410, 413, 422, 429, 500, 503)}
+"""By the HTTP status of the application's answer."""
 _SMOOTHING = 0.3
 
 
@@ -99,6 +111,7 @@ class ServerStats:
         engine: Engine,
         supervisor: EngineSupervisor,
         starvation: Starvation,
+        book: SessionBook,
     ) -> None:
         self._supervisor = supervisor
         self._progress = ProgressClock(now_s=0.0)
@@ -106,6 +119,7 @@ class ServerStats:
         self._environments = environments
         self._receiver, self._engine = receiver, engine
         self._starvation = starvation
+        self._book = book
         self._counters = {key: metrics.counter(*named) for key, named in _COUNTERS.items()}
         self._gauges = {key: metrics.gauge(*named) for key, named in _GAUGES.items()}
         self._failed = metrics.counter(
@@ -120,13 +134,30 @@ class ServerStats:
             label="reason",
             values=list(FinishReason),
         )
+        self._ended = metrics.counter(
+            "sessions_ended", "Sessions that have ended, by how.", label="outcome", values=list(Outcome)
+        )
+        self._refused = metrics.counter(
+            "session_refusals",
+            "Requests of agents that were refused behind the check of their key, by HTTP status.",
+            label="status",
+            values=list(map(str, _REFUSED)),
+        )
         self.concurrency_limit = 0
         """Set by the server."""
         self._before_engine = dict.fromkeys(_CUMULATIVE, 0.0)
         self._by_engine = dict.fromkeys(_CUMULATIVE, 0.0)
         self._updated_s = 0.0
         self.values: dict[str, float] = dict.fromkeys(
-            (*_COUNTERS, *_GAUGES, *_FAILED.values(), *_FINISHED.values()), 0.0
+            (
+                *_COUNTERS,
+                *_GAUGES,
+                *_FAILED.values(),
+                *_FINISHED.values(),
+                *_ENDED.values(),
+                *_REFUSED.values(),
+            ),
+            0.0,
         )
         """Numbers by name, as sent with the heartbeat."""
 
@@ -149,6 +180,7 @@ class ServerStats:
             "reward_restarts": sum(pool.num_restarts for pool in self._rewards),
             **{name: self._runner.num_finished[reason] for reason, name in _FINISHED.items()},
             **self._of_environments(),
+            **self._of_sessions(),
             "pushes": self._receiver.num_pushes,
             "push_failures": self._receiver.num_failures,
             "push_s": self._receiver.seconds_total,
@@ -174,6 +206,10 @@ class ServerStats:
             self._failed.labels(kind).inc(values[name] - self.values[name])
         for reason, name in _FINISHED.items():
             self._finished.labels(reason).inc(values[name] - self.values[name])
+        for outcome, name in _ENDED.items():
+            self._ended.labels(outcome).inc(values[name] - self.values[name])
+        for status, name in _REFUSED.items():
+            self._refused.labels(str(status)).inc(values[name] - self.values[name])
         for key, gauge in self._gauges.items():
             gauge.set(values[key])
         self.values = {key: float(value) for key, value in values.items()}
@@ -198,11 +234,23 @@ class ServerStats:
             "environments_open": sum(pool.num_open for pool in pools),
         }
 
+    def _of_sessions(self) -> dict[str, float]:
+        book = self._book
+        return {
+            "sessions_open": len(book.open),
+            "sessions_waiting": book.num_waiting,
+            "session_requests_pending": book.num_pending,
+            "session_requests": book.num_calls,
+            "session_fields_ignored": book.num_ignored.total(),
+            **{name: book.num_ended[outcome] for outcome, name in _ENDED.items()},
+            **{name: book.num_refused[status] for status, name in _REFUSED.items()},
+        }
+
     def _num_changes(self, *, now_s: float) -> int:
         """Times at which this server was seen to make progress: the trainer waits while it does.
 
-        Its parts limit their own time: a start of the engine, a push, a reward, a call of an environment, an
-        engine with requests.
+        Its parts limit their own time: a start of the engine, a push, a reward, a call of an environment, a
+        session without requests, an engine with requests. Sessions that wait for an agent are no progress.
         """
         client, receiver = self._supervisor.client, self._receiver
         reward_s = sum(pool.seconds_total for pool in self._rewards)
@@ -215,6 +263,7 @@ class ServerStats:
         self._progress.observe("rewards", reward_s, now_s=now_s)
         if self._environments:
             self._progress.observe("environments", num_calls, now_s=now_s)
+        self._progress.observe("sessions", self._book.num_ended.total(), now_s=now_s)
         self._progress.observe("samples", self._runner.num_done, now_s=now_s)
         return self._progress.num_changes
 

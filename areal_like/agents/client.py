@@ -117,7 +117,8 @@ def _posted(url: str, body: Mapping[str, Any], *, key: str, ca_file: str) -> dic
             message = _message(error)
         if error.code == 429:
             return None
-        if error.code == 410:
+        # The key of a session came from the server: one that does not know it was started again since.
+        if error.code == 410 or (error.code == 401 and "/sessions/" in url):
             raise SessionGoneError(message) from None
         raise UserError(f"{url}: {error.code}: {message}") from None
 

@@ -222,6 +222,11 @@ class Config(Section):
         return self.rollout.generate_timeout_s + limit_s
 
     @property
+    def has_outside_agents(self) -> bool:
+        """True if agents from outside make the samples of the job's task, by its settings."""
+        return bool(self.task.get("external", self.task.get("name") == "external"))
+
+    @property
     def update_mode(self) -> Literal["recompute", "keep", "abort_resume", "drain"]:
         """`weights.update_mode`, or what it is when `auto`.
 

@@ -18,10 +18,11 @@ from collections.abc import Awaitable, Callable
 from areal_like.errors import EngineError, EnvironmentLostError, EpisodeError, RewardError
 from areal_like.trajectory import FinishReason, Trajectory
 from rollout_server.buffer_client.held_leases import Place
+from rollout_server.episodes import scoring
 from rollout_server.episodes.attempts.base import Attempt, SampleRequest
-from rollout_server.episodes.scoring import Outcome, add_up
+from rollout_server.episodes.scoring import add_up
 from rollout_server.rewards.pool import Reward, RewardPool
-from rollout_server.sessions.book import SessionBook
+from rollout_server.sessions.book import Outcome, SessionBook
 from rollout_server.sessions.open_session import OpenSession
 from rollout_server.tasks.base import Completion, Score
 
@@ -51,6 +52,7 @@ class SessionAttempt(Attempt):
         self._idle_timeout_s = idle_timeout_s
         self._run_agent = run_agent
         self._label = label
+        self._outcome = Outcome.FAILED
 
     async def make(self) -> Trajectory:
         """As Attempt.make."""
@@ -60,11 +62,18 @@ class SessionAttempt(Attempt):
             score, finish_reason = await self._run()
             session.end()
             turn_rewards = session.finish()
+            is_cut = finish_reason.is_truncated
+            outcome = Outcome.TRUNCATED if is_cut else Outcome.ENDED
+            self._outcome = outcome if conversation.turns else Outcome.FAILED
+        except EngineError:
+            self._outcome = Outcome.ENGINE
+            raise
         except asyncio.CancelledError as cancelled:
             session.close(str(cancelled.args[0]) if cancelled.args else "its lease was cancelled")
+            self._outcome = Outcome.CANCELLED
             raise
         finally:
-            self._book.remove(session)
+            self._book.remove(session, self._outcome)
         if session.failure is not None:
             raise session.failure
         num_turns = len(conversation.turn_lengths)
@@ -72,7 +81,7 @@ class SessionAttempt(Attempt):
             raise session.refused_prompt or EnvironmentLostError("the agent has made no request to the model")
         scored = await self._score(finish_reason) if self._rewards is not None else None
         try:
-            outcome = add_up(
+            rewards = add_up(
                 _sum(score, scored.score if scored is not None else None),
                 num_turns=num_turns,
                 step_rewards=turn_rewards,
@@ -82,7 +91,7 @@ class SessionAttempt(Attempt):
             raise RewardError(str(error)) from None
         try:
             return conversation.to_trajectory(
-                outcome,
+                rewards,
                 finish_reason=finish_reason,
                 generation_s=session.generation_s,
                 reward_s=scored.seconds if scored is not None else 0.0,
@@ -100,7 +109,7 @@ class SessionAttempt(Attempt):
     def without_reward(self) -> Trajectory:
         """As Attempt.without_reward."""
         return self._session.conversation.to_trajectory(
-            Outcome(), is_greedy=self._request.is_greedy, label=self._label
+            scoring.Outcome(), is_greedy=self._request.is_greedy, label=self._label
         )
 
     async def _run(self) -> tuple[Score | None, FinishReason]:
@@ -175,6 +184,7 @@ class SessionAttempt(Attempt):
             f"sessions.idle_timeout_s={self._idle_timeout_s:g}"
         )
         self._session.close(problem)
+        self._outcome = Outcome.IDLE
         # What an agent from outside does is no behavior of the policy: the sample is made again.
         return EpisodeError(problem) if self._run_agent is not None else EnvironmentLostError(problem)
 

@@ -5,14 +5,33 @@ add -> (waiting: claimed in the order of the leases) -> remove -> remembered as 
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
+from enum import StrEnum
 
 from areal_like.errors import SessionGoneError
 from rollout_server.sessions.open_session import OpenSession, SessionState
 
 _MAX_REMEMBERED = 10_000
 """Sessions that have gone, whose clients are told why."""
+_LONG_S = 1.0
+"""Waits that take longer are named in the server's status."""
+
+
+class Outcome(StrEnum):
+    """How a session has ended."""
+
+    ENDED = "ended"
+    TRUNCATED = "truncated"
+    """By a budget or the time limit of the sample."""
+    IDLE = "idle"
+    """It had no request for too long."""
+    FAILED = "failed"
+    """Its agent failed, or made no request."""
+    ENGINE = "engine"
+    """The engine failed."""
+    CANCELLED = "cancelled"
+    """Its lease was cancelled."""
 
 
 class SessionBook:
@@ -24,9 +43,17 @@ class SessionBook:
         self._sessions: dict[str, OpenSession] = {}
         """In the order of their leases: the samples that the trainer needs first are first."""
         self.on_waiting: Callable[[], None] = lambda: None
-        """Called when a session can be claimed."""
+        """Called when a session can be claimed, or none will be any more."""
+        self.is_closed = False
+        """True once no more sessions are given out."""
         self._gone: OrderedDict[str, tuple[str, str]] = OrderedDict()
         """Why, and the session's key, by id."""
+        self.num_ended = Counter[Outcome]()
+        self.num_refused = Counter[int]()
+        """Requests of clients that were refused, by HTTP status."""
+        self.num_ignored = Counter[str]()
+        """Fields of requests that had no effect."""
+        self._calls_of_gone = 0
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -41,16 +68,42 @@ class SessionBook:
         """Sessions that agents work on."""
         return [one for one in self._sessions.values() if one.state is SessionState.OPEN]
 
+    def close(self) -> None:
+        """Gives out no more sessions; clients that wait for one are told so at once."""
+        self.is_closed = True
+        self.on_waiting()
+
     def add(self, session: OpenSession) -> None:
         """A new session."""
         self._sessions[session.id] = session
         if session.state is SessionState.WAITING:
             self.on_waiting()
 
-    def remove(self, session: OpenSession) -> None:
+    @property
+    def num_calls(self) -> int:
+        """Requests to the model, of all sessions so far."""
+        return self._calls_of_gone + sum(one.num_calls for one in self._sessions.values())
+
+    @property
+    def num_pending(self) -> int:
+        """Those that are not answered yet."""
+        return sum(one.num_pending for one in self._sessions.values())
+
+    def waits(self) -> dict[str, float]:
+        """What sessions wait for -> seconds of the longest wait, for a server's status."""
+        waiting = [one.idle_s for one in self._sessions.values() if one.state is SessionState.WAITING]
+        found = {f"{len(waiting)} sessions wait for an agent (POST /sessions)": max(waiting, default=0.0)}
+        if opened := self.open:
+            idle = max(opened, key=lambda one: one.idle_s)
+            found[f"session {idle.id} of {len(opened)} open: the next request of its agent"] = idle.idle_s
+        return {name: round(seconds, 3) for name, seconds in found.items() if seconds >= _LONG_S}
+
+    def remove(self, session: OpenSession, outcome: Outcome = Outcome.ENDED) -> None:
         """Its sample is finished or not wanted any more; clients are told `session.reason`."""
         session.close(session.reason or f"the session {session.id} has ended")
         if self._sessions.pop(session.id, None) is not None:
+            self.num_ended[outcome] += 1
+            self._calls_of_gone += session.num_calls
             self._gone[session.id] = session.reason, session.api_key
             if len(self._gone) > _MAX_REMEMBERED:
                 self._gone.popitem(last=False)
@@ -72,7 +125,7 @@ class SessionBook:
 
         It is claimed once the agent has the answer. Until then it is offered to nobody else.
         """
-        for session in self._sessions.values():
+        for session in () if self.is_closed else self._sessions.values():
             if _is_free(session):
                 session.is_offered = True
                 return session

@@ -7,6 +7,7 @@ import secrets
 from collections.abc import AsyncIterator
 
 from areal_like.config import Config
+from areal_like.errors import ConfigError
 from areal_like.runtime.waits import PendingWaits
 from areal_like.wire.messages.producer import Lease
 from rollout_server.environments.workers.pool import EnvironmentPool
@@ -103,12 +104,13 @@ async def running_sessions(
 ) -> AsyncIterator[Sessions | None]:
     """The sessions; None if the task's samples are none.
 
-    Raises ConfigError if the task cannot be imported by the processes of its agents, or if the model has no
-    chat format.
+    Raises ConfigError if the task cannot be imported by the processes of its agents, if the model has no chat
+    format, and for time limits that contradict each other.
     """
     if not task.uses_sessions:
         yield None
         return
+    _check_limits(config)
     chat = renderer.chat
     async with contextlib.AsyncExitStack() as stack:
         pool = None
@@ -123,3 +125,17 @@ async def running_sessions(
             with waits("agents: start"):
                 await stack.enter_async_context(pool)
         yield Sessions(config, book=book, chat=chat, context_tokens=context_tokens, pool=pool)
+
+
+def _check_limits(config: Config) -> None:
+    idle_s = config.sessions.idle_timeout_s
+    for key, limit_s in (
+        ("trainer.fetch_timeout_s", config.trainer.fetch_timeout_s),
+        ("eval.timeout_s", config.eval.timeout_s),
+    ):
+        if idle_s >= config.stall_s(limit_s):
+            raise ConfigError(
+                f"{key}={limit_s:g} after rollout.generate_timeout_s={config.rollout.generate_timeout_s:g} "
+                f"is not above sessions.idle_timeout_s={idle_s:g}: the trainer would report a stall while an "
+                "agent is within its limit"
+            )

@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
 from areal_like.runtime.daemon import Runtime
 from rollout_server.engine.http.chat_request import FREE_BYTES, MAX_BYTES_PER_TOKEN
 from rollout_server.inference.sglang.process import server_index
@@ -13,6 +15,8 @@ from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.http.app import session_app
 from rollout_server.sessions.http.plane import SessionPlane
 from rollout_server.tasks.base import Task
+
+_FIRST_ERROR = 400
 
 
 @contextlib.asynccontextmanager
@@ -31,10 +35,11 @@ async def served_sessions(
         idle_timeout_s=config.sessions.idle_timeout_s,
         sample_timeout_s=config.rollout.sample_timeout_s or None,
         advertise_host=config.sessions.advertise_host,
+        on_ignored=lambda name: book.num_ignored.update([name]),
     )
     plane = SessionPlane(
         config,
-        app,
+        _counted(app, book),
         book,
         keyring=runtime.keyring,
         index=server_index(runtime.name),
@@ -43,10 +48,26 @@ async def served_sessions(
         on_refused=runtime.count_refused,
     )
     await plane.start()
+    runtime.waits.sources.append(book.waits)
     book.url = plane.internal_url
     if plane.external_url:
         runtime.advertise(sessions=plane.external_url)
     try:
         yield plane
     finally:
+        book.close()
         await plane.close()
+
+
+def _counted(app: ASGIApp, book: SessionBook) -> ASGIApp:
+    """The application; it counts its refusals. (Those before it are counted by `on_refused`.)"""
+
+    async def call(scope: Scope, receive: Receive, send: Send) -> None:
+        async def sent(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] >= _FIRST_ERROR:
+                book.num_refused[message["status"]] += 1
+            await send(message)
+
+        await app(scope, receive, sent)
+
+    return call

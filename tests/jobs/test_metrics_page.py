@@ -83,6 +83,7 @@ def test_every_series_is_on_the_page() -> None:
         "engine",
         "supervisor",
         "starvation",
+        "book",
     )
     ServerStats(server, **dict.fromkeys(parts, nothing))
     TrainerSeries(trainer)

@@ -155,3 +155,26 @@ class AgentTask(Task):
                 chat(messages)
                 return Score(turns=[1.0, 2.0])
         raise AssertionError(example.prompt)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatterAgentTask(Task):
+    """Agents of one to three turns; some of them fail, by their index. Rewards an even number of letters."""
+
+    def example(self, split: Split, index: int) -> Example:
+        return Example(prompt=f"say {index}", answer=None)
+
+    async def agent(self, example: Example, session: Session) -> float | Mapping[str, float] | Score | None:
+        number = int(str(example.prompt).split()[1])
+        messages = [said(str(example.prompt))]
+        for turn in range(1 + number % 3):
+            text = chat(messages)
+            if number % 7 == 3:
+                raise KeyError("no such door")
+            if number % 11 == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+            messages.append(said(f"turn {turn}"))
+        if number % 5 == 2:
+            with ThreadPoolExecutor(2) as threads:
+                list(threads.map(chat, [[*messages, said(side)] for side in ("left", "right")]))
+        return float(sum(map(str.isalpha, text)) % 2 == 0)

@@ -42,6 +42,10 @@ log = logging.getLogger(__name__)
 
 _RESEND_AFTER_S = 20.0
 _POLL_S = 0.25
+_OUTSIDE = (
+    "; agents from outside make the samples: the servers' /status counts the sessions that wait for one. If "
+    "agents may stay away longer, raise trainer.fetch_timeout_s"
+)
 """Interval at which a blocked training thread checks for a lost buffer or a requested stop."""
 
 
@@ -197,7 +201,8 @@ class TrainerBufferClient:
         """Raises DeadlineError when a wait has reached a limit."""
 
         def servers() -> str:
-            return f"servers {[(s.name, s.state, s.weights_version) for s in self.directory.servers]}"
+            shown = f"servers {[(s.name, s.state, s.weights_version) for s in self.directory.servers]}"
+            return shown + (_OUTSIDE if self.config.has_outside_agents else "")
 
         patience.check(now_s=self._untroubled_time_s(), progressed_s=self._progress.last_s, servers=servers)
 

@@ -59,12 +59,16 @@ class ClaimRoutes:
         body = parse_json(await request.body())
         wait_s = number(body, "wait_s", 0.0, low=0.0, high=MAX_WAIT_S)
         session = self._book.offer() if not self._waiting else None
-        if session is None and wait_s:
+        if session is None and wait_s and not self._book.is_closed:
             if len(self._waiting) >= MAX_WAITING:
                 return _none(f"{MAX_WAITING} clients wait for a session already")
             session = await self._wait(request, wait_s)
         if session is None:
-            return _none("no session waits for an agent: all samples that the job needs now are being made")
+            return _none(
+                "the server is ending: claim at another one, or after it has started again"
+                if self._book.is_closed
+                else "no session waits for an agent: all samples that the job needs now are being made"
+            )
         return _Claimed(session, self._described(request, session), book=self._book)
 
     def _wake(self) -> None:
@@ -72,7 +76,8 @@ class ClaimRoutes:
             first = self._waiting.popleft()
             if not first.done():
                 first.set_result(None)
-                return
+                if not self._book.is_closed:
+                    return
 
     async def _wait(self, request: Request, wait_s: float) -> OpenSession | None:
         """The next session; None if there was none in time, or the client is gone."""
@@ -84,7 +89,7 @@ class ClaimRoutes:
         try:
             while (left_s := end_s - loop.time()) > 0 and not gone.done():
                 await asyncio.wait({turn, gone}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
-                if gone.done() or not turn.done():
+                if gone.done() or not turn.done() or self._book.is_closed:
                     return None
                 if (session := self._book.offer()) is not None:
                     return session

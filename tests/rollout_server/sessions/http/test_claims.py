@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import http.client
 import json
 import socket
@@ -9,6 +10,7 @@ import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +20,8 @@ from areal_like.errors import SessionGoneError, UserError
 from rollout_server.sessions.http import claims
 from rollout_server.sessions.open_session import SessionState
 from rollout_server.tasks.base import Example
+from tests.support.certificates import make_certificate
+from tests.support.session_plane import PlaneServer
 from tests.support.session_server import SessionServer
 
 EXAMPLE = Example(
@@ -127,6 +131,21 @@ def test_few_clients_wait(server: SessionServer, monkeypatch: pytest.MonkeyPatch
         one.join()
 
 
+def test_the_end_of_a_server_answers_those_that_wait(server: SessionServer) -> None:
+    with ThreadPoolExecutor(3) as pool:
+        waiting = [pool.submit(posted, server, {"wait_s": 20}) for _ in range(3)]
+        time.sleep(0.3)
+        begun_s = time.monotonic()
+        server.call(server.book.close)
+        answers = [one.result(10) for one in waiting]
+    assert time.monotonic() - begun_s < 5.0
+    server.add(example=EXAMPLE)
+    answers.append(posted(server, {"wait_s": 20}))
+    for status, headers, answer in answers:
+        assert status == 429 and "Retry-After" in headers
+        assert "the server is ending" in answer["error"]["message"]
+
+
 def test_sessions_are_counted(server: SessionServer) -> None:
     server.add()
     server.add(example=EXAMPLE)
@@ -134,3 +153,29 @@ def test_sessions_are_counted(server: SessionServer) -> None:
     connection.request("GET", "/sessions")
     assert json.loads(connection.getresponse().read()) == {"waiting": 1, "open": 1}
     connection.close()
+
+
+def test_a_restarted_server_does_not_know_it() -> None:
+    with PlaneServer().serving() as server:
+        server.add(example=EXAMPLE)
+        claimed = claim(server.plane.external_url)
+        assert claimed is not None
+        other = dataclasses.replace(claimed, base_url=claimed.base_url.replace("/0-0-0/", "/7-0-0/"))
+        assert not other.end()
+        with pytest.raises(SessionGoneError, match="api_key of this session"):
+            other.reward(1.0)
+        claimed.reward(1.0)
+
+
+def test_a_session_is_claimed_over_tls(tmp_path: Path) -> None:
+    certificate, private_key = make_certificate(tmp_path, "server")
+    security = {"tls_certificate": str(certificate), "tls_private_key": str(private_key)}
+    with PlaneServer({"security": security}).serving() as server:
+        session = server.add(example=EXAMPLE)
+        url = f"https://localhost:{server.port_of(external=True)}"
+        claimed = claim(url, ca_file=str(certificate))
+        assert claimed is not None and claimed.base_url.startswith(f"{url}/sessions/")
+        claimed.reward(0.5)
+        assert session.reward == 0.5
+        with pytest.raises(OSError, match="CERTIFICATE_VERIFY_FAILED"):
+            claim(url)

@@ -7,6 +7,7 @@ import threading
 from typing import Any
 
 import openai
+import pydantic
 import pytest
 
 from rollout_server.episodes.scoring import Outcome
@@ -239,3 +240,17 @@ def test_a_cancelled_lease_answers_at_once(server: SessionServer, stream: bool) 
     ):
         list(client.chat.completions.create(model="m", messages=HI, stream=stream))
     assert raised.value.code == "session_gone"
+
+
+def test_a_parsed_answer_is_what_was_sampled(server: SessionServer) -> None:
+    class Sum(pydantic.BaseModel):
+        total: int
+
+    server.policy.texts = ['{"total": 4}', "four"]
+    with client_of(server, server.add()) as client:
+        answer = client.chat.completions.parse(model="m", messages=HI, response_format=Sum)
+        assert answer.choices[0].message.parsed == Sum(total=4)
+        # No decoding is constrained: the policy may say something else.
+        with pytest.raises(pydantic.ValidationError):
+            client.chat.completions.parse(model="m", messages=HI, response_format=Sum)
+    assert server.ignored["response_format"] == 2

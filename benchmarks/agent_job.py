@@ -1,0 +1,126 @@
+"""An agent framework trains the tiny tool model, inside the job and from outside: scores, turns, lags.
+
+    python -m benchmarks.agent_job [key=value ...] [--seed 0] [--only inside] [--processes 2]
+
+The agent is the quick start of the OpenAI Agents SDK (rollout_server/agents/adding.py). `inside`: the job
+runs it as the task's `agent()`. `outside`: processes of their own claim sessions over HTTP. Each run ends
+with an audit. Writes benchmarks/results/agent_job.json and prints the table of docs/results.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import RESULTS, ROOT, run_job, table, write
+from launch.audit.run import audit_run
+
+CONFIG = ("--config", "configs/jobs/agents.yaml")
+KEPT = (
+    "steps", "eval_before", "eval_after", "reward_first", "reward_last", "training_seconds", "wall_seconds",
+    "max_trained_lag", "mean_trained_lag", "tickets", "drops", "generation_idle_fraction",
+    "trainer_idle_fraction",
+)  # fmt: skip
+"""Keys of the job's summary that are copied to the result."""
+CURVES = ("reward_mean", "turns", "response_length_mean", "lag_max", "truncated_fraction")
+TIMEOUT_S = 1800.0
+
+
+def main() -> None:
+    """Makes the runs and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=("inside", "outside"))
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("overrides", nargs="*")
+    args = parser.parse_args()
+    file = RESULTS / "agent_job.json"
+    runs: dict[str, Any] = json.loads(file.read_text())["runs"] if file.exists() else {}
+    for variant in [args.only] if args.only else ["inside", "outside"]:
+        num_processes = args.processes if variant == "outside" else 0
+        runs[variant] = measured(variant, args.seed, args.overrides, num_processes=num_processes)
+        write("agent_job", {"runs": runs})
+    print(outcomes(runs))
+
+
+def measured(variant: str, seed: int, overrides: list[str], *, num_processes: int) -> dict[str, Any]:
+    """One run: its summary, and a curve for each of CURVES over the steps. Raises RuntimeError."""
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
+        settings = [*CONFIG, f"seed={seed}", *overrides]
+        if num_processes:
+            port = free_port()
+            settings += ["task.external=true", f"sessions.port={port}"]
+            stack.enter_context(agents_from_outside(f"http://127.0.0.1:{port}", num_processes=num_processes))
+        summary, rows = run_job(variant, settings, runs_dir=Path(scratch), timeout_s=TIMEOUT_S)
+        audit = audit_run(Path(scratch) / variant)
+    if not audit.is_clean:
+        raise RuntimeError("\n".join(audit.lines()))
+    start_s = rows[0]["time_unix_s"]
+    return {
+        "seed": seed,
+        "overrides": overrides,
+        "processes_of_agents": num_processes,
+        "audit": list(audit.lines()),
+        **{key: summary[key] for key in KEPT},
+        "seconds": [round(row["time_unix_s"] - start_s, 2) for row in rows],
+        "curves": {name: [round(row[name], 4) for row in rows] for name in CURVES},
+        "evals": [(row["step"], row["eval_reward"]) for row in rows if "eval_reward" in row],
+    }
+
+
+@contextlib.contextmanager
+def agents_from_outside(url: str, *, num_processes: int) -> Iterator[None]:
+    """Processes with agents, which wait for the server and end after it."""
+    command = [sys.executable, "-m", "benchmarks.outside_agent", url]
+    processes = [subprocess.Popen(command, cwd=ROOT) for _ in range(num_processes)]
+    try:
+        yield
+        for process in processes:
+            process.wait(timeout=60)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def outcomes(runs: dict[str, Any]) -> str:
+    """A row for each run."""
+    header = [
+        "agent", "seed", "held-out before", "held-out after", "steps", "training s", "turns a sample",
+        "max lag", "mean lag", "stale drops / issued",
+    ]  # fmt: skip
+    rows = [
+        [
+            variant,
+            run["seed"],
+            f"{run['eval_before']:.2f}",
+            f"{run['eval_after']:.2f}",
+            run["steps"],
+            f"{run['training_seconds']:.0f}",
+            f"{sum(run['curves']['turns']) / run['steps']:.1f}",
+            run["max_trained_lag"],
+            f"{run['mean_trained_lag']:.2f}",
+            f"{run['drops']['stale']} / {run['tickets']['issued']}",
+        ]
+        for variant, run in runs.items()
+    ]
+    return table(header, rows)
+
+
+if __name__ == "__main__":
+    main()

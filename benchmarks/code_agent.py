@@ -1,0 +1,39 @@
+"""smolagents' CodeAgent as a task's agent: its own prompt of two thousand tokens, for a small real model.
+
+    areal-like run model=smollm2 task._target_=benchmarks.code_agent.CodeAgentTask rollout.max_context=4096
+
+benchmarks/results/agent_job.json has the settings that were run. The policy's code is run by the framework's
+own interpreter, which has no file and no network functions, in the agent's process.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from smolagents import CodeAgent, OpenAIModel
+
+from rollout_server.agents.base import Session
+from rollout_server.tasks.base import Example, Score, Split, Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodeAgentTask(Task):
+    """A product of two numbers; the reward is 1 if the agent's final answer is it."""
+
+    max_steps: int = 2
+    """Of the agent, which is then asked once more for its answer."""
+    max_prompt_tokens: int = 64
+
+    def example(self, split: Split, index: int) -> Example:
+        """Odd numbers are held out."""
+        rng = self.rng(split, index)
+        a, b = 2 * rng.randrange(50) + (split == "eval"), rng.randrange(100)
+        return Example(prompt=f"How much is {a} * {b}?", answer=str(a * b))
+
+    async def agent(self, example: Example, session: Session) -> Score:
+        """Runs smolagents."""
+        model = OpenAIModel("policy", api_base=session.base_url, api_key=session.api_key)
+        agent = CodeAgent(tools=[], model=model, max_steps=self.max_steps, verbosity_level=0)
+        answer = agent.run(str(example.prompt))
+        steps = len(agent.memory.steps)
+        return Score(value=float(str(answer).strip() == example.answer), metrics={"agent_steps": steps})

@@ -1,0 +1,83 @@
+"""An agent from outside: claims sessions of a running job, adds with the OpenAI Agents SDK, posts the reward.
+
+    python -m benchmarks.outside_agent http://127.0.0.1:8321 [--concurrent 16]
+
+The job has `task.external=true`. It waits for the server, and ends when that has gone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
+
+from openai import APIStatusError
+
+from areal_like.agents.client import ClaimedSession, claim
+from rollout_server.agents.adding import add_up
+from rollout_server.agents.base import Session
+
+START_S = 180.0
+"""The tiny model is warm-started first."""
+WAIT_S = 20.0
+
+
+def main() -> None:
+    """Runs until the server has gone, and prints the number of sessions."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("url")
+    parser.add_argument("--concurrent", type=int, default=16)
+    args = parser.parse_args()
+    print(asyncio.run(serve(args.url, concurrent=args.concurrent)), "sessions", flush=True)
+
+
+async def serve(url: str, *, concurrent: int) -> int:
+    """Number of sessions that were ended."""
+    # A claim waits in a thread, and asyncio's own executor has only a few.
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(concurrent))
+    await listening(url)
+    return sum(await asyncio.gather(*(work(url) for _ in range(concurrent))))
+
+
+async def listening(url: str) -> None:
+    """Until the server accepts connections. Raises TimeoutError after START_S."""
+    address = urlsplit(url)
+    async with asyncio.timeout(START_S):
+        while True:
+            try:
+                _, writer = await asyncio.open_connection(address.hostname, address.port)
+            except OSError:
+                await asyncio.sleep(0.2)
+            else:
+                writer.close()
+                return
+
+
+async def work(url: str) -> int:
+    """One session after the other."""
+    num_sessions = 0
+    while True:
+        try:
+            session = await asyncio.to_thread(claim, url, wait_s=WAIT_S)
+            if session is not None:
+                await solve(session)
+                num_sessions += 1
+        except OSError:  # the job has ended
+            return num_sessions
+
+
+async def solve(session: ClaimedSession) -> None:
+    """One sample."""
+    try:
+        answer = await add_up(
+            session.example["prompt"], Session(base_url=session.base_url, api_key=session.api_key)
+        )
+    except APIStatusError:  # no room for another turn, or the sample is not wanted any more
+        answer = ""
+    await asyncio.to_thread(session.reward, float(answer == session.example["answer"]))
+    await asyncio.to_thread(session.end)
+
+
+if __name__ == "__main__":
+    main()

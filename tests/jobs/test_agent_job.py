@@ -1,0 +1,142 @@
+"""A buffer and a rollout server whose samples are sessions: of `agent()`, and of agents from outside."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from areal_like.agents.client import claim
+from areal_like.wire.fingerprint import model_fingerprint, tokenizer_fingerprint
+from areal_like.wire.messages.consumer import CommitStep, EvalResult, Group, RequestEval, StartTraining
+from launch.audit.run import audit_run
+from tests.jobs.test_environment_job import processes_below, status_of
+from tests.support.agent_tasks import post, said
+from tests.support.buffer_harness import FakeTrainer, connected, running_buffer, trainer_hello
+from tests.support.chat_jobs import build_chat_model
+from tests.support.launching import TEST_LIMIT_S, WAIT_LIMIT_S, wait_until
+from tests.support.rollout_harness import ServerProcess, is_alive
+
+NUM_STEPS, GROUPS, SIZE = 2, 4, 4
+SETTINGS: dict[str, Any] = {
+    "max_staleness": NUM_STEPS,
+    "sampling": {"group_size": SIZE, "max_new_tokens": 8},
+    "episode": {"max_turns": 5, "memory_mb": 512},
+    "sessions": {"idle_timeout_s": 30.0},
+    "trainer": {"num_steps": NUM_STEPS, "groups_per_step": GROUPS},
+    "eval": {"num_prompts": 4},
+    "rollout": {"max_running": 16, "queue_samples": 16, "max_context": 200},
+}
+
+
+@contextlib.contextmanager
+def agents_from_outside(url: str, *, num: int) -> Iterator[None]:
+    """Threads that claim sessions and play one or two turns each, until the end of the block."""
+    played: list[int] = []
+    is_over = threading.Event()
+
+    def play() -> None:
+        while not is_over.is_set():
+            session = claim(url, wait_s=0.5)
+            if session is None:
+                continue
+            index = session.example["index"]
+            if len(played) == 3:  # one agent is lost before its first request
+                played.append(-1)
+                continue
+            for turn in range(1 + index % 2):
+                body = {"messages": [said(f"example {index}"), said(f"turn {turn}")]}
+                post("chat/completions", body, base_url=session.base_url, api_key=session.api_key)
+            session.reward(0.25)
+            assert session.end()
+            played.append(index)
+
+    threads = [threading.Thread(target=play) for _ in range(num)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        for thread in threads:
+            thread.join(20)
+
+
+def run_job(
+    tmp_path: Path, task: dict[str, Any], *, num_outside: int = 0, **more: Any
+) -> tuple[list[Group], EvalResult, dict[str, Any]]:
+    """Trains all steps; the groups, an evaluation, and the server's status."""
+    model = tmp_path / "model"
+    build_chat_model(model)
+    settings = SETTINGS | more | {"task": task | {"max_prompt_tokens": 64}}
+    settings["model"] = {"path": str(model), "renderer": "tests.support.line_chat.LineChat"}
+    with ExitStack() as stack, ExitStack() as outside:
+        buffer = stack.enter_context(running_buffer(tmp_path, **settings))
+        port = int(buffer.address.rsplit(":", 1)[1])
+        config = dataclasses.replace(
+            buffer.config, buffer=dataclasses.replace(buffer.config.buffer, port=port)
+        )
+        server = ServerProcess(config)
+        stack.callback(server.close)
+        endpoint = server.paths.endpoints / "rollout-0.json"
+        if num_outside:
+            wait_until(lambda: endpoint.exists() and "sessions" in endpoint.read_text(), what="the sessions")
+            url = json.loads(endpoint.read_text())["sessions"]
+            outside.enter_context(agents_from_outside(str(url), num=num_outside))
+
+        async def train() -> tuple[list[Group], EvalResult]:
+            hello = trainer_hello(
+                config, model=model_fingerprint(str(model)), tokenizer=tokenizer_fingerprint(str(model))
+            )
+            async with connected(buffer, hello) as link:
+                trainer = FakeTrainer(config, link)
+                await trainer.call(StartTraining(step=0))
+                request = RequestEval(eval_id=0, num_prompts=4, min_version=0)
+                evaluation = await trainer.call(request, timeout_s=WAIT_LIMIT_S)
+                groups: list[Group] = []
+                for step in range(NUM_STEPS):
+                    groups += await trainer.train(step, timeout_s=WAIT_LIMIT_S)
+                    await trainer.call(CommitStep(step=step))
+                return groups, evaluation
+
+        groups, evaluation = asyncio.run(train())
+        outside.close()
+        status = status_of(server)
+        processes = processes_below(server.process.pid, module="environments.workers")
+        server.process.kill()
+        wait_until(lambda: not any(map(is_alive, processes)), what="the end of its processes", timeout_s=20)
+        buffer.terminate()
+    audit = audit_run(buffer.paths.root)
+    assert audit.is_clean, "\n".join(audit.lines())
+    assert len({group.ticket_id for group in groups}) == len(groups) == NUM_STEPS * GROUPS
+    assert all(len(group.trajectories) == SIZE for group in groups)
+    return groups, evaluation, status
+
+
+@pytest.mark.timeout(TEST_LIMIT_S)
+def test_agents_of_a_job_and_no_sample_is_lost(tmp_path: Path) -> None:
+    task = {"_target_": "tests.support.agent_tasks.ChatterAgentTask"}
+    groups, evaluation, status = run_job(tmp_path, task)
+    assert evaluation.num_evaluated == 4
+    trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+    assert {len(trajectory.segments) for trajectory in trajectories} >= {0, 2}
+    assert {trajectory.reward for trajectory in trajectories} <= {0.0, 1.0}
+    stats = status["stats"]
+    assert stats["samples_failed_environment"] > 0 and stats["environments_open"] < 64
+
+
+@pytest.mark.timeout(TEST_LIMIT_S)
+def test_agents_from_outside_make_the_samples(tmp_path: Path) -> None:
+    limits = {"sessions": {"idle_timeout_s": 1.0}}
+    groups, evaluation, _ = run_job(tmp_path, {"name": "external"}, num_outside=6, **limits)
+    assert evaluation.num_evaluated == 4
+    rewards = {trajectory.reward for group in groups for trajectory in group.trajectories}
+    assert rewards == {0.25}
