@@ -14,7 +14,7 @@ from areal_like.agents.client import ClaimedSession, claim
 from areal_like.errors import ArealError, UserError
 from launch.audit.run import audit_run
 from tests.support.keys import make_keys
-from tests.support.launching import ROOT, TEST_LIMIT_S, finish, launcher, wait_until
+from tests.support.launching import ROOT, TEST_LIMIT_S, areal_like, finish, launcher, wait_until
 
 pytestmark = [pytest.mark.timeout(TEST_LIMIT_S), pytest.mark.slow]
 NUM_STEPS, NUM_AGENTS = 2, 12
@@ -71,6 +71,7 @@ def test_agents_from_outside_make_all_samples(tmp_path: Path, cache: dict[str, s
             run_root=run,
         )
         url = json.loads(endpoint.read_text())["sessions"]
+        assert f"sessions for agents at {url}" in areal_like("status", str(run), cwd=tmp_path).stdout
         for token in ("", "x", tokens["monitor"], tokens["rollout"]):
             with pytest.raises(UserError, match=r"40[13]"):
                 claim(url, token=token)
