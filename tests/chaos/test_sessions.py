@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 
+from areal_like.wire.records import RecordLocation, read_record
 from launch.audit.run import audit_run
 from tests.chaos.agents import Plan, dumps, events_of, kinds_of
 from tests.chaos.test_environments import victims_of
@@ -30,7 +31,6 @@ from tests.support.launching import (
     ROOT,
     finish,
     launcher,
-    launcher_log,
     num_steps_done,
     processes_of,
     wait_for_steps,
@@ -97,6 +97,14 @@ class OutsideAgents:
         self.processes.append(subprocess.Popen(command, cwd=ROOT))
         self.files.append(file)
 
+    def replace_dead(self) -> None:
+        """Starts one process for each that was killed."""
+        for process in list(self.processes):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=0.5)
+                self.processes.remove(process)
+                self.start()
+
     def kill(self) -> None:
         """All of them."""
         for process in self.processes:
@@ -148,3 +156,230 @@ def recorded(root: Path) -> dict[str, float]:
     ) as ledger:
         rows = ledger.execute("SELECT ticket_id, sample_index, lease_id, reward FROM samples")
         return {f"{ticket}-{sample}-{lease}": reward for ticket, sample, lease, reward in rows}
+
+
+def check_books(root: Path, agents: OutsideAgents) -> None:
+    """No request has hung, the books are right, and each sample has the turns of its session."""
+    events = agents.events
+    kinds = kinds_of(events)
+    assert kinds["ended"] and not kinds["hung"], kinds
+    assert all(kind == "claimed" or "500" not in kind for kind in kinds), kinds
+    audit = audit_run(root)
+    assert audit.is_clean, "\n".join(audit.lines())
+    claims = Counter(event["id"] for event in events if event["kind"] == "claimed")
+    assert max(claims.values()) == 1, "a session was given to two agents"
+    ended = {lease_of(event): float(event["num_turns"]) for event in events if event["kind"] == "ended"}
+    rewards, turns = recorded(root), num_turns_of(root)
+    for id, reward in rewards.items():
+        # An agent that was killed after it had ended its session has not written so.
+        assert reward == turns[id] == ended.get(id, reward), (id, reward, turns[id], ended.get(id))
+    assert len(rewards) > 0.9 * len(ended), "sessions that were ended are no samples"
+    print(dict(kinds), *audit.lines(), sep="\n")
+
+
+def lease_of(event: dict[str, Any]) -> str:
+    """Ticket, sample and lease of a session, without the number of those that were abandoned before it."""
+    return "-".join(event["id"].split("-")[:3])
+
+
+def num_turns_of(root: Path) -> dict[str, int]:
+    """Turns of the accepted samples, by the ids of their sessions, from the records on disk."""
+    found = {}
+    with contextlib.closing(
+        sqlite3.connect(f"file:{root}/ledger/ledger.sqlite3?mode=ro", uri=True)
+    ) as ledger:
+        rows = ledger.execute(
+            "SELECT ticket_id, sample_index, lease_id, segment, offset, num_bytes, crc32 FROM samples"
+        )
+        for ticket, sample, lease, *place in rows:
+            record = read_record(
+                root / "ledger", RecordLocation(*place), ticket_id=ticket, sample_index=sample
+            )
+            found[f"{ticket}-{sample}-{lease}"] = record.trajectory().num_turns
+    return found
+
+
+class Strikes:
+    """Kills and stops processes of a job, and of its agents, at random."""
+
+    def __init__(
+        self, root: Path, agents: OutsideAgents | None, *, roles: tuple[str, ...], seed: int
+    ) -> None:
+        self._root = root
+        self._agents = agents
+        self._roles = roles
+        self._rng = random.Random(seed)
+        self.done: Counter[tuple[str, str]] = Counter()
+        self._at_s: dict[str, list[float]] = {role: [] for role in roles}
+
+    def one(self, role: str = "", number: signal.Signals | None = None) -> None:
+        """One process of a role that may be struck now; what was stopped goes on after STOPPED_S."""
+        now_s = time.monotonic()
+        may = [
+            one
+            for one in self._roles
+            if one in ("agents", "worker", "zygote")
+            or sum(now_s - at_s < CALM_S for at_s in self._at_s[one]) < 2
+        ]
+        role, number = role or self._rng.choice(may), number or self._rng.choice([*_SIGNALS])
+        if role == "agents":
+            assert self._agents is not None
+            pids = [process.pid for process in self._agents.processes]
+        else:
+            pids = pids_of(self._root, role)
+        if not pids:
+            return
+        pid = self._rng.choice(pids)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+            self._at_s[role].append(now_s)
+            self.done[role, number.name] += 1
+            if number is signal.SIGSTOP and role not in ("worker", "zygote"):
+                time.sleep(STOPPED_S)
+                os.kill(pid, signal.SIGCONT)
+            elif role == "agents":
+                self._agents.replace_dead()
+
+
+_SIGNALS = (signal.SIGKILL, signal.SIGSTOP)
+MISHAPS = {"silent": 0.03, "abandoned": 0.03, "repeated": 0.1}
+
+
+@contextlib.contextmanager
+def external_job(
+    directory: Path, *settings: str, plan: dict[str, Any], num_processes: int = 2, num_servers: int = 2
+) -> Iterator[tuple[subprocess.Popen[str], OutsideAgents, Path]]:
+    """A job of agents from outside, with some of them; both run."""
+    port, root = free_ports(num_servers), directory / "runs" / "x"
+    build_chat_model(directory / "model")
+    urls = [f"http://127.0.0.1:{port + index}" for index in range(num_servers)]
+    job = (
+        *SETTINGS,
+        "task={name: external}",
+        f"model.path={directory}/model",
+        f"sessions.port={port}",
+        f"rollout.num_servers={num_servers}",
+        *settings,
+    )
+    with (
+        launcher(*job, cwd=directory) as process,
+        outside_agents(directory, Plan(urls=urls, **plan), num_processes=num_processes) as agents,
+    ):
+        yield process, agents, root
+
+
+def strike_external_job(directory: Path, *, num_strikes: int, pause_s: float, seed: int) -> None:
+    roles = ("agents", "server", "engine", "buffer", "trainer")
+    plan = {"num_agents": 32, "pause_s": 0.3, "mishaps": MISHAPS}
+    with external_job(directory, plan=plan) as (process, agents, root):
+        wait_for_steps(2, root, process=process)
+        strikes = Strikes(root, agents, roles=roles, seed=seed)
+        for number in range(num_strikes):
+            # Each role is killed and stopped once; then chance decides.
+            if number < 2 * len(roles):
+                strikes.one(roles[number // 2], _SIGNALS[number % 2])
+            else:
+                strikes.one()
+            time.sleep(pause_s)
+            assert process.poll() is None, process.communicate()
+            assert all(one.poll() is None for one in agents.processes), "a process of agents has ended"
+        wait_for_steps(num_steps_done(root) + 3, root, process=process)
+        end(process, root)
+        check_books(root, agents)
+        print(dict(strikes.done))
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_agents_from_outside_while_all_is_killed(tmp_path: Path, seed: int) -> None:
+    strike_external_job(tmp_path, num_strikes=30, pause_s=5.0, seed=seed)
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(600)
+def test_all_agents_from_outside_are_killed_at_once(tmp_path: Path) -> None:
+    """64 sessions of 32 groups are idle at the same time; the job goes on with the next agents."""
+    settings = ("sampling.group_size=2", "rollout.max_episodes=64", "trainer.groups_per_step=16")
+    plan = {"num_agents": 64, "pause_s": 1.0}
+    with external_job(tmp_path, *settings, plan=plan, num_processes=1, num_servers=1) as (
+        process,
+        agents,
+        root,
+    ):
+        for _ in range(3):
+            wait_for_steps(num_steps_done(root) + 2, root, process=process)
+            agents.kill()
+            time.sleep(2 * IDLE_TIMEOUT_S)
+            assert process.poll() is None, process.communicate()
+            agents.start()
+        wait_for_steps(num_steps_done(root) + 2, root, process=process)
+        end(process, root)
+        check_books(root, agents)
+    # A row of failures of so many tickets would have ended the job, and the launcher would have begun again.
+    assert audit_run(root).facts["rollbacks"] == 0
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(600)
+def test_a_buffer_is_restarted_under_64_open_sessions(tmp_path: Path) -> None:
+    """The sessions go on; what their agents have ended is recorded, and none of them is made twice."""
+    settings = ("rollout.max_episodes=64", "sessions.idle_timeout_s=30", "buffer.lease_timeout_s=15")
+    plan = {"num_agents": 64, "pause_s": 1.0}
+    with external_job(tmp_path, *settings, plan=plan, num_processes=1, num_servers=1) as (
+        process,
+        agents,
+        root,
+    ):
+        for _ in range(3):
+            wait_for_steps(num_steps_done(root) + 2, root, process=process)
+            wait_until(lambda: num_open(agents) >= 50, what="open sessions", process=process)
+            open_before = open_ids(agents)
+            (pid,) = pids_of(root, "buffer")
+            os.kill(pid, signal.SIGKILL)
+            wait_until(
+                lambda before=open_before: not before & open_ids(agents),  # type: ignore[misc]
+                what="the end of the sessions that were open",
+                process=process,
+            )
+            events = agents.events
+            ended = {event["id"] for event in events if event["kind"] == "ended"}
+            assert open_before <= ended, [e for e in events if e.get("id") in open_before - ended]
+            wait_until(
+                lambda before=open_before: before <= set(recorded(root)),  # type: ignore[misc]
+                what="the samples of the sessions that were open",
+                timeout_s=30,
+                process=process,
+            )
+        end(process, root)
+        check_books(root, agents)
+        made = Counter(id.rpartition("-")[0] for id in recorded(root))
+        assert max(made.values()) == 1
+
+
+def open_ids(agents: OutsideAgents) -> set[str]:
+    """Sessions that agents work on."""
+    last = {event["id"]: event["kind"] for event in agents.events if "id" in event}
+    return {id for id, kind in last.items() if kind == "claimed"}
+
+
+def num_open(agents: OutsideAgents) -> int:
+    return len(open_ids(agents))
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("mode", ["recompute", "keep", "abort_resume", "drain"])
+def test_pushes_while_sessions_are_open(tmp_path: Path, mode: str) -> None:
+    """Requests are in flight at each push; the job is then drained under open sessions."""
+    plan = {"num_agents": 64, "pause_s": 0.05, "mishaps": {"repeated": 0.05}}
+    with external_job(tmp_path, f"weights.update_mode={mode}", plan=plan, num_servers=1) as (
+        process,
+        agents,
+        root,
+    ):
+        wait_for_steps(40, root, process=process)
+        end(process, root)
+        check_books(root, agents)
+        refused = [event for event in agents.events if event["kind"] in ("refused", "lost")]
+        assert len(refused) <= 64, "more than those of the drain"
