@@ -44,8 +44,8 @@ class SessionsConfig(Section, key="sessions"):
 
     `episode.max_turns`, `episode.max_tokens` and `rollout.sample_timeout_s` limit each session.
     A session waits for an agent from outside without a limit of its own. But the trainer stops if no server
-    makes progress for `rollout.generate_timeout_s` + `trainer.fetch_timeout_s`: raise the latter if all agents
-    may stay away longer.
+    makes progress for `rollout.generate_timeout_s` + `trainer.fetch_timeout_s`: raise the latter if all
+    agents may stay away longer.
     """
 
     host: str = "127.0.0.1"
