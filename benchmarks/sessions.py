@@ -52,6 +52,7 @@ from trainer.models.tiny import build_tiny_model, character_tokenizer
 NUM_TURNS = 4
 NUM_PROCESSES = 2
 NUM_SERIAL = 300
+IDLE_WINDOW_S = 5.0
 WARM_UP_S = 20.0
 MAX_STALENESS = 4
 SETTINGS = (
@@ -292,10 +293,14 @@ def measured_serial(directory: Path) -> dict[str, Any]:
     """One agent alone: the server's CPU time of each turn."""
     port = free_port()
     with running_job(directory, "task={name: external}", f"sessions.port={port}", num_agents=256) as job:
+        begun_s = cpu_s(job.server_pid)
+        time.sleep(IDLE_WINDOW_S)
+        idle_ms_per_s = 1e3 * (cpu_s(job.server_pid) - begun_s) / IDLE_WINDOW_S
         used_ms, took_ms = asyncio.run(serial_turns(port, pid=job.server_pid))
         ledger = drained(job)
     return {
         "turns": len(used_ms),
+        "server_cpu_ms_per_idle_s": round(idle_ms_per_s, 1),
         "server_cpu_p50_ms": round(statistics.median(used_ms), 2),
         "server_cpu_p90_ms": round(float(np.percentile(used_ms, 90)), 2),
         "turn_p50_ms": round(statistics.median(took_ms), 2),
