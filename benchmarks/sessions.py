@@ -5,16 +5,15 @@
 A real job (launcher, buffer, trainer, one rollout server with the embedded engine, an untrained tiny model).
 Its agents are two processes with 128 connections each (session_agents.py). After a warm-up, over --seconds:
 
-    idle though pending   the time in which at least one request to the model was pending, as its client saw it
-                          (sent and not yet answered, the union over all agents), less the time in which the
-                          engine had a runnable sequence. Both are read with clocks of a microsecond; the first
-                          contains the way from and to the client, so this is an upper bound.
-    beyond the engine     latency of a turn at its client, against that of the engine's own time (reported as
-                          the mean of both, since the engine has no time of a single turn on its pages)
-    CPU                   of the rollout server's process (/proc/PID/schedstat), engine and clients left out
+    idle though pending   the time in which at least one request to the model was pending, as its client saw
+                          it (sent and not yet answered, the union over all agents), less that in which the
+                          engine had a runnable sequence. Both are intervals between events, not samples; the
+                          first contains the way from and to the client, so this is an upper bound.
+    beyond the engine     the time of a turn at its client, of a single agent (`serial`)
+    CPU                   of the rollout server's process (/proc/PID/task/*/schedstat), without the engine's
 
-The same turns are then made by environments (a process each, which pauses as the agents do): the difference of
-the server's CPU time a turn is what the proxy costs more than an environment. `serial` are the turns of a
+The same turns are then made by environments (a process each, which pauses as the agents do): the difference
+of the server's CPU time a turn is what the proxy costs more than an environment. `serial` are the turns of a
 single agent of a server that does nothing else: the CPU time of each turn, and so its median.
 
 At the end the job is drained and audited. Writes benchmarks/results/sessions.json.
@@ -53,7 +52,8 @@ from trainer.models.tiny import build_tiny_model, character_tokenizer
 NUM_TURNS = 4
 NUM_PROCESSES = 2
 NUM_SERIAL = 300
-WARM_UP_S = float(os.environ.get("WU", "20"))
+IDLE_WINDOW_S = 5.0
+WARM_UP_S = 20.0
 MAX_STALENESS = 4
 SETTINGS = (
     "name=x",
@@ -69,7 +69,6 @@ SETTINGS = (
     "eval.num_prompts=0",
     f"max_staleness={MAX_STALENESS}",
 )
-IDLE_S = "arealike_engine_idle_seconds"
 
 
 class SlowTool(Environment):
@@ -129,7 +128,7 @@ class Job:
         """Time in which the engine had no runnable sequence, up to now."""
         for line in self._page("metrics/engine").decode().splitlines():
             name, _, value = line.rpartition(" ")
-            if name.endswith("idle_seconds_total") or name.endswith("idle_seconds"):
+            if not name.startswith("#") and "idle_seconds" in name:
                 return float(value)
         raise RuntimeError("the engine's page has no idle_seconds")
 
@@ -294,10 +293,14 @@ def measured_serial(directory: Path) -> dict[str, Any]:
     """One agent alone: the server's CPU time of each turn."""
     port = free_port()
     with running_job(directory, "task={name: external}", f"sessions.port={port}", num_agents=256) as job:
+        begun_s = cpu_s(job.server_pid)
+        time.sleep(IDLE_WINDOW_S)
+        idle_ms_per_s = 1e3 * (cpu_s(job.server_pid) - begun_s) / IDLE_WINDOW_S
         used_ms, took_ms = asyncio.run(serial_turns(port, pid=job.server_pid))
         ledger = drained(job)
     return {
         "turns": len(used_ms),
+        "server_cpu_ms_per_idle_s": round(idle_ms_per_s, 1),
         "server_cpu_p50_ms": round(statistics.median(used_ms), 2),
         "server_cpu_p90_ms": round(float(np.percentile(used_ms, 90)), 2),
         "turn_p50_ms": round(statistics.median(took_ms), 2),
@@ -325,8 +328,8 @@ async def serial_turns(port: int, *, pid: int) -> tuple[list[float], list[float]
             used_ms.append(1e3 * (cpu_s(pid) - begun_cpu_s))
             assert status == 200, answer
             messages += [answer["choices"][0]["message"], {"role": "user", "content": f"tool {turn}"}]
-        for route, body in (("reward", {"reward": 1.0}), ("end", {})):
-            await connection.post(f"{path}/{route}", body, api_key=key)
+        await connection.post(f"{path}/reward", {"reward": 1.0}, api_key=key)
+        await connection.post(f"{path}/end", {}, api_key=key)
     connection.close()
     return used_ms, took_ms
 

@@ -85,9 +85,10 @@ class Sessions(SessionMaker):
     def _new_id(self, place: str) -> str:
         """With the attempt in it, so that a client of an earlier one does not reach this one: the lease, and
         a number if an agent has abandoned the lease's sample."""
-        taken, id = 1, place
+        number, id = 1, place
         while self._book.key_of(id):
-            taken, id = taken + 1, f"{place}-{taken}"
+            number += 1
+            id = f"{place}-{number}"
         return id
 
     async def _run_agent(self, session: OpenSession, request: SampleRequest) -> Score | None:

@@ -1,271 +1,38 @@
 """Real jobs whose samples are sessions, while agents and every process of the job are killed and stopped.
 
-Agents from outside (agents.py) post the number of their turns as the reward, so the ledger itself shows
-whether a sample has the turns that its agent saw: no more, where a request was sent again, and no fewer.
+Agents from outside (agents.py) and those of the job (agent_task.py) give the number of their turns as the
+reward, so the ledger itself shows whether a sample has the turns that its agent saw: no more, where a request
+was sent again, and no fewer.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import random
 import signal
-import socket
-import sqlite3
-import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from areal_like.wire.records import RecordLocation, read_record
 from launch.audit.run import audit_run
-from tests.chaos.agents import Plan, dumps, events_of, kinds_of
-from tests.chaos.test_environments import victims_of
+from tests.chaos.session_job import (
+    IDLE_TIMEOUT_S,
+    SETTINGS,
+    SIGNALS,
+    Strikes,
+    check_books,
+    check_rewards,
+    end,
+    external_job,
+    open_ids,
+    pids_of,
+    recorded,
+)
 from tests.support.chat_jobs import build_chat_model
-from tests.support.launching import (
-    ROOT,
-    finish,
-    launcher,
-    num_steps_done,
-    processes_of,
-    wait_for_steps,
-    wait_until,
-)
+from tests.support.launching import launcher, num_steps_done, wait_for_steps, wait_until
 
-IDLE_TIMEOUT_S = 3.0
-SETTINGS = (
-    "name=x",
-    "model.renderer=tests.support.line_chat.LineChat",
-    "sampling.group_size=4",
-    "sampling.max_new_tokens=16",
-    "rollout.max_context=256",
-    "rollout.max_running=16",
-    "rollout.queue_samples=8",
-    "rollout.generate_timeout_s=15",
-    "episode.max_turns=4",
-    f"sessions.idle_timeout_s={IDLE_TIMEOUT_S}",
-    "trainer.groups_per_step=8",
-    "trainer.num_steps=1000000",
-    "trainer.checkpoint_interval=10",
-    "trainer.lr_schedule=constant",
-    "eval.num_prompts=0",
-    "weights.push_deadline_s=10",
-    "buffer.lease_timeout_s=5",
-    "buffer.retain_trajectories=true",
-    "max_staleness=2",
-)
-PARTS = {"buffer": "--name buffer", "trainer": "-m trainer --config"}
-"""Role -> a part of the command line, of those that victims_of does not know."""
-CALM_S = 60.0
-"""No daemon is killed three times within this time: the launcher would stop restarting it and end the job."""
-STOPPED_S = 8.0
-"""Longer than a lease and than the idle time of a session."""
-
-
-def free_ports(count: int) -> int:
-    """The first of so many free ports in a row."""
-    while True:
-        with contextlib.ExitStack() as stack:
-            first = stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1]
-            try:
-                for port in range(first + 1, first + count):
-                    stack.enter_context(socket.create_server(("127.0.0.1", port)))
-            except (OSError, OverflowError):
-                continue
-            return int(first)
-
-
-class OutsideAgents:
-    """Processes of agents from outside."""
-
-    def __init__(self, directory: Path, plan: Plan) -> None:
-        self._directory = directory
-        self._plan = plan
-        self.processes: list[subprocess.Popen[bytes]] = []
-        self.files: list[Path] = []
-
-    def start(self) -> None:
-        """One more process."""
-        file = self._directory / f"agents-{len(self.files)}.jsonl"
-        plan = Plan(**{**vars(self._plan), "seed": len(self.files)})
-        command = [sys.executable, "-m", "tests.chaos.agents", dumps(plan), str(file)]
-        self.processes.append(subprocess.Popen(command, cwd=ROOT))
-        self.files.append(file)
-
-    def replace_dead(self) -> None:
-        """Starts one process for each that was killed."""
-        for process in list(self.processes):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=0.5)
-                self.processes.remove(process)
-                self.start()
-
-    def kill(self) -> None:
-        """All of them."""
-        for process in self.processes:
-            process.kill()
-            process.wait()
-        self.processes.clear()
-
-    @property
-    def events(self) -> list[dict[str, Any]]:
-        return events_of(self.files)
-
-    def num(self, kind: str) -> int:
-        return kinds_of(self.events)[kind]
-
-
-@contextlib.contextmanager
-def outside_agents(directory: Path, plan: Plan, *, num_processes: int) -> Iterator[OutsideAgents]:
-    """Running agents, killed at the end."""
-    agents = OutsideAgents(directory, plan)
-    try:
-        for _ in range(num_processes):
-            agents.start()
-        yield agents
-    finally:
-        agents.kill()
-
-
-def pids_of(root: Path, role: str) -> list[int]:
-    """The job's processes of a role."""
-    if role in PARTS:
-        return [pid for pid, command in processes_of(root).items() if PARTS[role] in command]
-    return victims_of(root)[role]
-
-
-def end(process: subprocess.Popen[str], root: Path) -> None:
-    """Drains the job. It ends in time and with exit code 0, and no process of it is left."""
-    asked_s = time.monotonic()
-    process.terminate()
-    code, out, err = finish(process, root)
-    assert (code, err) == (0, ""), out + err
-    assert time.monotonic() - asked_s < 30.0 + 10.0, "longer than daemon.drain_timeout_s"
-    wait_until(lambda: not processes_of(root), what="the end of all processes", timeout_s=20)
-
-
-def recorded(root: Path) -> dict[str, float]:
-    """Rewards of the accepted samples, by the ids of their sessions."""
-    with contextlib.closing(
-        sqlite3.connect(f"file:{root}/ledger/ledger.sqlite3?mode=ro", uri=True)
-    ) as ledger:
-        rows = ledger.execute("SELECT ticket_id, sample_index, lease_id, reward FROM samples")
-        return {f"{ticket}-{sample}-{lease}": reward for ticket, sample, lease, reward in rows}
-
-
-def check_books(root: Path, agents: OutsideAgents) -> None:
-    """No request has hung, the books are right, and each sample has the turns of its session."""
-    events = agents.events
-    kinds = kinds_of(events)
-    assert kinds["ended"] and not kinds["hung"], kinds
-    assert all(kind == "claimed" or "500" not in kind for kind in kinds), kinds
-    audit = audit_run(root)
-    assert audit.is_clean, "\n".join(audit.lines())
-    claims = Counter(event["id"] for event in events if event["kind"] == "claimed")
-    assert max(claims.values()) == 1, "a session was given to two agents"
-    ended = {lease_of(event): float(event["num_turns"]) for event in events if event["kind"] == "ended"}
-    rewards, turns = recorded(root), num_turns_of(root)
-    for id, reward in rewards.items():
-        # An agent that was killed after it had ended its session has not written so.
-        assert reward == turns[id] == ended.get(id, reward), (id, reward, turns[id], ended.get(id))
-    assert len(rewards) > 0.9 * len(ended), "sessions that were ended are no samples"
-    print(dict(kinds), *audit.lines(), sep="\n")
-
-
-def lease_of(event: dict[str, Any]) -> str:
-    """Ticket, sample and lease of a session, without the number of those that were abandoned before it."""
-    return "-".join(event["id"].split("-")[:3])
-
-
-def num_turns_of(root: Path) -> dict[str, int]:
-    """Turns of the accepted samples, by the ids of their sessions, from the records on disk."""
-    found = {}
-    with contextlib.closing(
-        sqlite3.connect(f"file:{root}/ledger/ledger.sqlite3?mode=ro", uri=True)
-    ) as ledger:
-        rows = ledger.execute(
-            "SELECT ticket_id, sample_index, lease_id, segment, offset, num_bytes, crc32 FROM samples"
-        )
-        for ticket, sample, lease, *place in rows:
-            record = read_record(
-                root / "ledger", RecordLocation(*place), ticket_id=ticket, sample_index=sample
-            )
-            found[f"{ticket}-{sample}-{lease}"] = record.trajectory().num_turns
-    return found
-
-
-class Strikes:
-    """Kills and stops processes of a job, and of its agents, at random."""
-
-    def __init__(
-        self, root: Path, agents: OutsideAgents | None, *, roles: tuple[str, ...], seed: int
-    ) -> None:
-        self._root = root
-        self._agents = agents
-        self._roles = roles
-        self._rng = random.Random(seed)
-        self.done: Counter[tuple[str, str]] = Counter()
-        self._at_s: dict[str, list[float]] = {role: [] for role in roles}
-
-    def one(self, role: str = "", number: signal.Signals | None = None) -> None:
-        """One process of a role that may be struck now; what was stopped goes on after STOPPED_S."""
-        now_s = time.monotonic()
-        may = [
-            one
-            for one in self._roles
-            if one in ("agents", "worker", "zygote")
-            or sum(now_s - at_s < CALM_S for at_s in self._at_s[one]) < 2
-        ]
-        role, number = role or self._rng.choice(may), number or self._rng.choice([*_SIGNALS])
-        if role == "agents":
-            assert self._agents is not None
-            pids = [process.pid for process in self._agents.processes]
-        else:
-            pids = pids_of(self._root, role)
-        if not pids:
-            return
-        pid = self._rng.choice(pids)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
-            self._at_s[role].append(now_s)
-            self.done[role, number.name] += 1
-            if number is signal.SIGSTOP and role not in ("worker", "zygote"):
-                time.sleep(STOPPED_S)
-                os.kill(pid, signal.SIGCONT)
-            elif role == "agents":
-                self._agents.replace_dead()
-
-
-_SIGNALS = (signal.SIGKILL, signal.SIGSTOP)
 MISHAPS = {"silent": 0.03, "abandoned": 0.03, "repeated": 0.1}
-
-
-@contextlib.contextmanager
-def external_job(
-    directory: Path, *settings: str, plan: dict[str, Any], num_processes: int = 2, num_servers: int = 2
-) -> Iterator[tuple[subprocess.Popen[str], OutsideAgents, Path]]:
-    """A job of agents from outside, with some of them; both run."""
-    port, root = free_ports(num_servers), directory / "runs" / "x"
-    build_chat_model(directory / "model")
-    urls = [f"http://127.0.0.1:{port + index}" for index in range(num_servers)]
-    job = (
-        *SETTINGS,
-        "task={name: external}",
-        f"model.path={directory}/model",
-        f"sessions.port={port}",
-        f"rollout.num_servers={num_servers}",
-        *settings,
-    )
-    with (
-        launcher(*job, cwd=directory) as process,
-        outside_agents(directory, Plan(urls=urls, **plan), num_processes=num_processes) as agents,
-    ):
-        yield process, agents, root
 
 
 def strike_external_job(directory: Path, *, num_strikes: int, pause_s: float, seed: int) -> None:
@@ -277,7 +44,7 @@ def strike_external_job(directory: Path, *, num_strikes: int, pause_s: float, se
         for number in range(num_strikes):
             # Each role is killed and stopped once; then chance decides.
             if number < 2 * len(roles):
-                strikes.one(roles[number // 2], _SIGNALS[number % 2])
+                strikes.one(roles[number // 2], SIGNALS[number % 2])
             else:
                 strikes.one()
             time.sleep(pause_s)
@@ -333,7 +100,7 @@ def test_a_buffer_is_restarted_under_64_open_sessions(tmp_path: Path) -> None:
     ):
         for _ in range(3):
             wait_for_steps(num_steps_done(root) + 2, root, process=process)
-            wait_until(lambda: num_open(agents) >= 50, what="open sessions", process=process)
+            wait_until(lambda: len(open_ids(agents)) >= 50, what="open sessions", process=process)
             open_before = open_ids(agents)
             (pid,) = pids_of(root, "buffer")
             os.kill(pid, signal.SIGKILL)
@@ -357,16 +124,6 @@ def test_a_buffer_is_restarted_under_64_open_sessions(tmp_path: Path) -> None:
         assert max(made.values()) == 1
 
 
-def open_ids(agents: OutsideAgents) -> set[str]:
-    """Sessions that agents work on."""
-    last = {event["id"]: event["kind"] for event in agents.events if "id" in event}
-    return {id for id, kind in last.items() if kind == "claimed"}
-
-
-def num_open(agents: OutsideAgents) -> int:
-    return len(open_ids(agents))
-
-
 @pytest.mark.chaos
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("mode", ["recompute", "keep", "abort_resume", "drain"])
@@ -383,3 +140,35 @@ def test_pushes_while_sessions_are_open(tmp_path: Path, mode: str) -> None:
         check_books(root, agents)
         refused = [event for event in agents.events if event["kind"] in ("refused", "lost")]
         assert len(refused) <= 64, "more than those of the drain"
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(1800)
+def test_agents_of_the_job_while_all_is_killed(tmp_path: Path) -> None:
+    root = tmp_path / "runs" / "x"
+    build_chat_model(tmp_path / "model")
+    roles = ("worker", "zygote", "server", "engine", "buffer")
+    task = "task={_target_: tests.chaos.agent_task.SlowAgentTask, max_prompt_tokens: 64}"
+    job = (
+        *SETTINGS,
+        task,
+        f"model.path={tmp_path}/model",
+        "rollout.num_servers=2",
+        "rollout.max_episodes=48",
+    )
+    with launcher(*job, cwd=tmp_path) as process:
+        wait_for_steps(2, root, process=process)
+        strikes = Strikes(root, None, roles=roles, seed=3)
+        for number in range(30):
+            if number < 2 * len(roles):
+                strikes.one(roles[number // 2], SIGNALS[number % 2])
+            else:
+                strikes.one()
+            time.sleep(4.0)
+            assert process.poll() is None, process.communicate()
+        wait_for_steps(num_steps_done(root) + 3, root, process=process)
+        end(process, root)
+    check_rewards(root, {})
+    audit = audit_run(root)
+    assert audit.is_clean, "\n".join(audit.lines())
+    print(dict(strikes.done), *audit.lines(), sep="\n")
