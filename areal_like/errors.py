@@ -115,6 +115,10 @@ class EnvironmentLostError(EpisodeError):
     """An environment's process was lost, and not by the environment's fault: the sample may be made again."""
 
 
+class AgentLostError(EnvironmentLostError):
+    """An agent from outside has gone without ending its session: another one may make the sample."""
+
+
 class SessionGoneError(ArealError):
     """The session of a request has ended; the message says why. It answers nothing any more."""
 

@@ -68,7 +68,7 @@ def measured(variant: str, seed: int, overrides: list[str], *, num_processes: in
         "seed": seed,
         "overrides": overrides,
         "processes_of_agents": num_processes,
-        "audit": list(audit.lines()),
+        "audit": list(audit.lines())[-2:],
         **{key: summary[key] for key in KEPT},
         "seconds": [round(row["time_unix_s"] - start_s, 2) for row in rows],
         "curves": {name: [round(row[name], 4) for row in rows] for name in CURVES},

@@ -1,8 +1,11 @@
-"""smolagents' CodeAgent as a task's agent: its own prompt of two thousand tokens, for a small real model.
+r"""smolagents' CodeAgent as a task's agent: its own prompt of two thousand tokens, for a small real model.
 
-    areal-like run model=smollm2 task._target_=benchmarks.code_agent.CodeAgentTask rollout.max_context=4096
+    areal-like run model=smollm2 task._target_=benchmarks.code_agent.CodeAgentTask rollout.max_context=4096 \
+        episode.max_tokens=12288 episode.max_turns=4 sampling.max_new_tokens=48 sampling.group_size=2 \
+        trainer.groups_per_step=2 trainer.num_steps=2 trainer.entropy_coef=1e-6 eval.num_prompts=1 \
+        rollout.max_running=4 rollout.queue_samples=0 buffer.retain_trajectories=true
 
-benchmarks/results/agent_job.json has the settings that were run. The policy's code is run by the framework's
+The policy's code is run by the framework's
 own interpreter, which has no file and no network functions, in the agent's process.
 """
 

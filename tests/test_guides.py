@@ -57,6 +57,13 @@ def test_code_of_a_guide_compiles(page: str) -> None:
         ast.parse(block)
 
 
+def test_an_agent_has_fifteen_lines() -> None:
+    """Apart from its imports."""
+    (agent,) = (code for name, code in modules_of("agents").items() if name == "my_agent")
+    (task,) = (node for node in ast.parse(agent).body if isinstance(node, ast.ClassDef))
+    assert num_lines(task, agent) <= 15
+
+
 def num_lines(node: ast.AST, source: str) -> int:
     segment = ast.get_source_segment(source, node)
     assert segment is not None

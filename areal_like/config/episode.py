@@ -59,8 +59,9 @@ class SessionsConfig(Section, key="sessions"):
     was sent to."""
     idle_timeout_s: float = 120.0
     """Longest time of a session without a request to the model, in seconds: between two of them, before the
-    first and after the last. After it the session's sample counts as failed (`buffer.on_failure.environment`;
-    one of an agent from outside is sampled again)."""
+    first and after the last. After it the session's sample counts as failed
+    (`buffer.on_failure.environment`). One of an agent from outside is given to the next agent first, up to
+    `buffer.max_sample_retries` times."""
 
     def check(self) -> None:
         require(bool(self.host), "sessions.host is empty: give an address to bind, e.g. 127.0.0.1")

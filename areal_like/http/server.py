@@ -74,6 +74,7 @@ class HttpConfig(uvicorn.Config):
             timeout_keep_alive=keep_alive_s,
             timeout_graceful_shutdown=shutdown_s,
             server_header=False,
+            proxy_headers=False,
             ssl_certfile=certificate or None,
             ssl_keyfile=private_key or None,
         )
@@ -172,8 +173,8 @@ class BoundedHttp(HttpToolsProtocol):
     def pause_writing(self) -> None:
         """Much of the response is not read yet."""
         super().pause_writing()
-        if self.config.write_timeout_s is not None and self._write_timer is None:
-            self._write_timer = self.loop.call_later(self.config.write_timeout_s, self.transport.abort)
+        self._stop_write_timer()
+        self._start_write_timer()
 
     def resume_writing(self) -> None:
         """The client has read most of it."""
@@ -225,6 +226,18 @@ class BoundedHttp(HttpToolsProtocol):
     def _start_head_timer(self) -> None:
         self._stop_head_timer()
         self._head_timer = self.loop.call_later(_HEAD_TIMEOUT_S, self.transport.abort)
+
+    def _start_write_timer(self) -> None:
+        if self.config.write_timeout_s is not None:
+            unsent = self.transport.get_write_buffer_size()
+            self._write_timer = self.loop.call_later(self.config.write_timeout_s, self._check_unsent, unsent)
+
+    def _check_unsent(self, before: int) -> None:
+        """Ends the connection unless the client has read something meanwhile."""
+        if self.transport.get_write_buffer_size() < before:
+            self._start_write_timer()
+        else:
+            self.transport.abort()
 
     def _stop_write_timer(self) -> None:
         if self._write_timer is not None:

@@ -33,4 +33,7 @@ def main(args: argparse.Namespace) -> int:
     seen = Observation(daemons=daemons)
     if seen.buffer:
         console.print(tickets_line(seen))
+    for daemon in daemons.values():
+        if url := daemon.endpoint.get("sessions"):
+            console.print(f"{daemon.name}: sessions for agents at {url}", markup=False, highlight=False)
     return 0

@@ -21,7 +21,8 @@ from rollout_server.agents.base import Session
 
 set_tracing_disabled(True)
 
-_CLIENT = AsyncOpenAI(base_url="http://127.0.0.1", api_key="of the session")
+CLIENT = AsyncOpenAI(base_url="http://127.0.0.1", api_key="of the session")
+"""Belongs to the event loop that uses it first."""
 
 
 def _add(a: int, b: int) -> int:
@@ -37,7 +38,7 @@ async def add_up(terms: str, session: Session) -> str:
 
     Raises openai.APIError if the session refuses a request.
     """
-    client = _CLIENT.with_options(base_url=session.base_url, api_key=session.api_key)
+    client = CLIENT.with_options(base_url=session.base_url, api_key=session.api_key)
     agent = Agent(name="Adder", tools=[_ADD], model=OpenAIChatCompletionsModel("policy", client))
     try:
         result = await Runner.run(agent, terms)

@@ -21,7 +21,7 @@ from functools import partial
 
 from areal_like.config import Config, EvalSetConfig
 from areal_like.config.evaluation import DEFAULT_SET
-from areal_like.errors import EngineError, EpisodeError, RewardError
+from areal_like.errors import AgentLostError, EngineError, EpisodeError, RewardError
 from areal_like.failures import FailureKind
 from areal_like.trajectory import FinishReason
 from areal_like.wire.messages.producer import Lease, SampleDone
@@ -110,6 +110,9 @@ class LeaseRunner:
             )
         self._on_result = on_result
         self._on_failure = config.buffer.on_failure
+        self._num_tries = 1 + config.buffer.max_sample_retries
+        """Of a sample that agents from outside abandon. Their end says nothing about server or task: if the
+        buffer heard of it at once, the end of a machine with many agents would end the job."""
         self._prompts = PromptLoader(
             task,
             tokenizer if sessions is None else NoTokens(),
@@ -226,8 +229,20 @@ class LeaseRunner:
         try:
             await leader.wait_turn(sample_index)
             maker = self._makers[lease.eval_set]
-            attempt = maker.begin(engine, lease, sample_index, prompt=prompt, leader=leader)
-            record = await _record_of(attempt, lease, sample_index)
+            for left in reversed(range(self._num_tries)):
+                attempt = maker.begin(engine, lease, sample_index, prompt=prompt, leader=leader)
+                try:
+                    record = await _record_of(attempt, lease, sample_index)
+                    break
+                except AgentLostError as error:
+                    if not left:
+                        raise
+                    log.warning(
+                        "sample %d of ticket %d waits for another agent: %s",
+                        sample_index,
+                        lease.ticket_id,
+                        error,
+                    )
         except (EngineError, EpisodeError, RewardError) as error:
             if isinstance(error, EngineError):
                 await asyncio.sleep(_ENGINE_GRACE_S)

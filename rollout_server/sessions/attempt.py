@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from areal_like.errors import EngineError, EnvironmentLostError, EpisodeError, RewardError
+from areal_like.errors import AgentLostError, EngineError, EnvironmentLostError, EpisodeError, RewardError
 from areal_like.trajectory import FinishReason, Trajectory
 from rollout_server.buffer_client.held_leases import Place
 from rollout_server.episodes import scoring
@@ -186,7 +186,7 @@ class SessionAttempt(Attempt):
         self._session.close(problem)
         self._outcome = Outcome.IDLE
         # What an agent from outside does is no behavior of the policy: the sample is made again.
-        return EpisodeError(problem) if self._run_agent is not None else EnvironmentLostError(problem)
+        return EpisodeError(problem) if self._run_agent is not None else AgentLostError(problem)
 
     async def _score(self, finish_reason: FinishReason) -> Reward:
         assert self._rewards is not None

@@ -55,8 +55,7 @@ class Sessions(SessionMaker):
         """As SessionMaker.begin."""
         is_external = self.pool is None
         session = OpenSession(
-            # The lease is the attempt: a client of an earlier one must not reach this one.
-            id=f"{lease.ticket_id}-{sample_index}-{lease.lease_id}",
+            id=self._new_id(f"{lease.ticket_id}-{sample_index}-{lease.lease_id}"),
             api_key=secrets.token_urlsafe(32),
             conversation=Conversation(
                 self._chat,
@@ -82,6 +81,15 @@ class Sessions(SessionMaker):
             run_agent=None if is_external else self._run_agent,
             label=example.label,
         )
+
+    def _new_id(self, place: str) -> str:
+        """With the attempt in it, so that a client of an earlier one does not reach this one: the lease, and
+        a number if an agent has abandoned the lease's sample."""
+        number, id = 1, place
+        while self._book.key_of(id):
+            number += 1
+            id = f"{place}-{number}"
+        return id
 
     async def _run_agent(self, session: OpenSession, request: SampleRequest) -> Score | None:
         assert self.pool is not None

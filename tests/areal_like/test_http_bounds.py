@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 from starlette.applications import Starlette
@@ -43,8 +44,8 @@ async def large(_: Request) -> Response:
 
 
 @asynccontextmanager
-async def serving() -> AsyncIterator[int]:
-    """A server with small bounds; yields its port."""
+async def serving(**options: Any) -> AsyncIterator[int]:
+    """A server with small bounds, and these of HttpConfig; yields its port."""
     app = Starlette(
         routes=[
             Route("/livez", livez),
@@ -62,7 +63,7 @@ async def serving() -> AsyncIterator[int]:
         ),
         limits=BodyLimits(max_bytes=1 << 20, timeout_s=0.5),
     )
-    plane = HttpServer(HttpConfig(guard, max_connections=MAX_CONNECTIONS))
+    plane = HttpServer(HttpConfig(guard, max_connections=MAX_CONNECTIONS, **options))
     listener = bound_socket("127.0.0.1", 0)
     task = asyncio.create_task(plane.serve(sockets=[listener]))
     while not plane.started:
@@ -234,5 +235,38 @@ def test_connections_that_read_no_response_are_closed() -> None:
             assert (await asyncio.wait_for(talk(port, PROBE), 5)).endswith(b"ok")
             for stranger in strangers:
                 stranger.close()
+
+    asyncio.run(body())
+
+
+def test_a_client_that_does_not_read_is_ended() -> None:
+    async def body() -> None:
+        async with serving(write_timeout_s=1.0) as port:
+            idle, slow = [await asyncio.open_connection("127.0.0.1", port, limit=1 << 10) for _ in range(2)]
+            for _, writer in (idle, slow):
+                writer.write(b"GET /large HTTP/1.1\r\n\r\n")
+            num_read = 0
+            for _ in range(15):  # reads for 2.25 s, in which the other one is ended
+                await asyncio.sleep(0.15)
+                num_read += len(await slow[0].readexactly(1 << 20))
+            num_read += len(await slow[0].readexactly((16 << 20) - num_read))
+            with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+                await idle[0].readexactly(16 << 20)
+            for _, writer in (idle, slow):
+                writer.transport.abort()
+
+    asyncio.run(asyncio.wait_for(body(), 20))
+
+
+def test_a_connection_without_requests_is_closed() -> None:
+    async def body() -> None:
+        async with serving(keep_alive_s=1) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            for _ in range(3):  # in all longer than the limit
+                writer.write(PROBE.replace(b"Connection: close\r\n", b""))
+                assert await reader.readuntil(b"ok")
+                await asyncio.sleep(0.6)
+            assert await asyncio.wait_for(reader.read(), 5) == b""
+            writer.close()
 
     asyncio.run(body())

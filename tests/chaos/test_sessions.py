@@ -1,150 +1,174 @@
 """Real jobs whose samples are sessions, while agents and every process of the job are killed and stopped.
 
-Agents from outside (agents.py) post the number of their turns as the reward, so the ledger itself shows
-whether a sample has the turns that its agent saw: no more, where a request was sent again, and no fewer.
+Agents from outside (agents.py) and those of the job (agent_task.py) give the number of their turns as the
+reward, so the ledger itself shows whether a sample has the turns that its agent saw: no more, where a request
+was sent again, and no fewer.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import random
 import signal
-import socket
-import sqlite3
-import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from launch.audit.run import audit_run
-from tests.chaos.agents import Plan, dumps, events_of, kinds_of
-from tests.chaos.test_environments import victims_of
+from tests.chaos.session_job import (
+    IDLE_TIMEOUT_S,
+    SETTINGS,
+    SIGNALS,
+    Strikes,
+    check_books,
+    check_rewards,
+    end,
+    external_job,
+    open_ids,
+    pids_of,
+    recorded,
+)
 from tests.support.chat_jobs import build_chat_model
-from tests.support.launching import (
-    ROOT,
-    finish,
-    launcher,
-    launcher_log,
-    num_steps_done,
-    processes_of,
-    wait_for_steps,
-    wait_until,
-)
+from tests.support.launching import launcher, num_steps_done, wait_for_steps, wait_until
 
-IDLE_TIMEOUT_S = 3.0
-SETTINGS = (
-    "name=x",
-    "model.renderer=tests.support.line_chat.LineChat",
-    "sampling.group_size=4",
-    "sampling.max_new_tokens=16",
-    "rollout.max_context=256",
-    "rollout.max_running=16",
-    "rollout.queue_samples=8",
-    "rollout.generate_timeout_s=15",
-    "episode.max_turns=4",
-    f"sessions.idle_timeout_s={IDLE_TIMEOUT_S}",
-    "trainer.groups_per_step=8",
-    "trainer.num_steps=1000000",
-    "trainer.checkpoint_interval=10",
-    "trainer.lr_schedule=constant",
-    "eval.num_prompts=0",
-    "weights.push_deadline_s=10",
-    "buffer.lease_timeout_s=5",
-    "buffer.retain_trajectories=true",
-    "max_staleness=2",
-)
-PARTS = {"buffer": "--name buffer", "trainer": "-m trainer --config"}
-"""Role -> a part of the command line, of those that victims_of does not know."""
-CALM_S = 60.0
-"""No daemon is killed three times within this time: the launcher would stop restarting it and end the job."""
-STOPPED_S = 8.0
-"""Longer than a lease and than the idle time of a session."""
+MISHAPS = {"silent": 0.03, "abandoned": 0.03, "repeated": 0.1}
 
 
-def free_ports(count: int) -> int:
-    """The first of so many free ports in a row."""
-    while True:
-        with contextlib.ExitStack() as stack:
-            first = stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1]
-            try:
-                for port in range(first + 1, first + count):
-                    stack.enter_context(socket.create_server(("127.0.0.1", port)))
-            except (OSError, OverflowError):
-                continue
-            return int(first)
+def strike_external_job(directory: Path, *, num_strikes: int, pause_s: float, seed: int) -> None:
+    roles = ("agents", "server", "engine", "buffer", "trainer")
+    plan = {"num_agents": 32, "pause_s": 0.3, "mishaps": MISHAPS}
+    with external_job(directory, plan=plan) as (process, agents, root):
+        wait_for_steps(2, root, process=process)
+        strikes = Strikes(root, agents, roles=roles, seed=seed)
+        for number in range(num_strikes):
+            # Each role is killed and stopped once; then chance decides.
+            if number < 2 * len(roles):
+                strikes.one(roles[number // 2], SIGNALS[number % 2])
+            else:
+                strikes.one()
+            time.sleep(pause_s)
+            assert process.poll() is None, process.communicate()
+            assert all(one.poll() is None for one in agents.processes), "a process of agents has ended"
+        wait_for_steps(num_steps_done(root) + 3, root, process=process)
+        end(process, root)
+        check_books(root, agents)
+        print(dict(strikes.done))
 
 
-class OutsideAgents:
-    """Processes of agents from outside."""
-
-    def __init__(self, directory: Path, plan: Plan) -> None:
-        self._directory = directory
-        self._plan = plan
-        self.processes: list[subprocess.Popen[bytes]] = []
-        self.files: list[Path] = []
-
-    def start(self) -> None:
-        """One more process."""
-        file = self._directory / f"agents-{len(self.files)}.jsonl"
-        plan = Plan(**{**vars(self._plan), "seed": len(self.files)})
-        command = [sys.executable, "-m", "tests.chaos.agents", dumps(plan), str(file)]
-        self.processes.append(subprocess.Popen(command, cwd=ROOT))
-        self.files.append(file)
-
-    def kill(self) -> None:
-        """All of them."""
-        for process in self.processes:
-            process.kill()
-            process.wait()
-        self.processes.clear()
-
-    @property
-    def events(self) -> list[dict[str, Any]]:
-        return events_of(self.files)
-
-    def num(self, kind: str) -> int:
-        return kinds_of(self.events)[kind]
+@pytest.mark.chaos
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_agents_from_outside_while_all_is_killed(tmp_path: Path, seed: int) -> None:
+    strike_external_job(tmp_path, num_strikes=30, pause_s=5.0, seed=seed)
 
 
-@contextlib.contextmanager
-def outside_agents(directory: Path, plan: Plan, *, num_processes: int) -> Iterator[OutsideAgents]:
-    """Running agents, killed at the end."""
-    agents = OutsideAgents(directory, plan)
-    try:
-        for _ in range(num_processes):
+@pytest.mark.chaos
+@pytest.mark.timeout(600)
+def test_all_agents_from_outside_are_killed_at_once(tmp_path: Path) -> None:
+    """64 sessions of 32 groups are idle at the same time; the job goes on with the next agents."""
+    settings = ("sampling.group_size=2", "rollout.max_episodes=64", "trainer.groups_per_step=16")
+    plan = {"num_agents": 64, "pause_s": 1.0}
+    with external_job(tmp_path, *settings, plan=plan, num_processes=1, num_servers=1) as (
+        process,
+        agents,
+        root,
+    ):
+        for _ in range(3):
+            wait_for_steps(num_steps_done(root) + 2, root, process=process)
+            agents.kill()
+            time.sleep(2 * IDLE_TIMEOUT_S)
+            assert process.poll() is None, process.communicate()
             agents.start()
-        yield agents
-    finally:
-        agents.kill()
+        wait_for_steps(num_steps_done(root) + 2, root, process=process)
+        end(process, root)
+        check_books(root, agents)
+    # A row of failures of so many tickets would have ended the job, and the launcher would have begun again.
+    assert audit_run(root).facts["rollbacks"] == 0
 
 
-def pids_of(root: Path, role: str) -> list[int]:
-    """The job's processes of a role."""
-    if role in PARTS:
-        return [pid for pid, command in processes_of(root).items() if PARTS[role] in command]
-    return victims_of(root)[role]
+@pytest.mark.chaos
+@pytest.mark.timeout(600)
+def test_a_buffer_is_restarted_under_64_open_sessions(tmp_path: Path) -> None:
+    """The sessions go on; what their agents have ended is recorded, and none of them is made twice."""
+    settings = ("rollout.max_episodes=64", "sessions.idle_timeout_s=30", "buffer.lease_timeout_s=15")
+    plan = {"num_agents": 64, "pause_s": 1.0}
+    with external_job(tmp_path, *settings, plan=plan, num_processes=1, num_servers=1) as (
+        process,
+        agents,
+        root,
+    ):
+        for _ in range(3):
+            wait_for_steps(num_steps_done(root) + 2, root, process=process)
+            wait_until(lambda: len(open_ids(agents)) >= 50, what="open sessions", process=process)
+            open_before = open_ids(agents)
+            (pid,) = pids_of(root, "buffer")
+            os.kill(pid, signal.SIGKILL)
+            wait_until(
+                lambda before=open_before: not before & open_ids(agents),  # type: ignore[misc]
+                what="the end of the sessions that were open",
+                process=process,
+            )
+            events = agents.events
+            ended = {event["id"] for event in events if event["kind"] == "ended"}
+            assert open_before <= ended, [e for e in events if e.get("id") in open_before - ended]
+            wait_until(
+                lambda before=open_before: before <= set(recorded(root)),  # type: ignore[misc]
+                what="the samples of the sessions that were open",
+                timeout_s=30,
+                process=process,
+            )
+        end(process, root)
+        check_books(root, agents)
+        made = Counter(id.rpartition("-")[0] for id in recorded(root))
+        assert max(made.values()) == 1
 
 
-def end(process: subprocess.Popen[str], root: Path) -> None:
-    """Drains the job. It ends in time and with exit code 0, and no process of it is left."""
-    asked_s = time.monotonic()
-    process.terminate()
-    code, out, err = finish(process, root)
-    assert (code, err) == (0, ""), out + err
-    assert time.monotonic() - asked_s < 30.0 + 10.0, "longer than daemon.drain_timeout_s"
-    wait_until(lambda: not processes_of(root), what="the end of all processes", timeout_s=20)
+@pytest.mark.chaos
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("mode", ["recompute", "keep", "abort_resume", "drain"])
+def test_pushes_while_sessions_are_open(tmp_path: Path, mode: str) -> None:
+    """Requests are in flight at each push; the job is then drained under open sessions."""
+    plan = {"num_agents": 64, "pause_s": 0.05, "mishaps": {"repeated": 0.05}}
+    with external_job(tmp_path, f"weights.update_mode={mode}", plan=plan, num_servers=1) as (
+        process,
+        agents,
+        root,
+    ):
+        wait_for_steps(40, root, process=process)
+        end(process, root)
+        check_books(root, agents)
+        refused = [event for event in agents.events if event["kind"] in ("refused", "lost")]
+        assert len(refused) <= 64, "more than those of the drain"
 
 
-def recorded(root: Path) -> dict[str, float]:
-    """Rewards of the accepted samples, by the ids of their sessions."""
-    with contextlib.closing(
-        sqlite3.connect(f"file:{root}/ledger/ledger.sqlite3?mode=ro", uri=True)
-    ) as ledger:
-        rows = ledger.execute("SELECT ticket_id, sample_index, lease_id, reward FROM samples")
-        return {f"{ticket}-{sample}-{lease}": reward for ticket, sample, lease, reward in rows}
+@pytest.mark.chaos
+@pytest.mark.timeout(1800)
+def test_agents_of_the_job_while_all_is_killed(tmp_path: Path) -> None:
+    root = tmp_path / "runs" / "x"
+    build_chat_model(tmp_path / "model")
+    roles = ("worker", "zygote", "server", "engine", "buffer")
+    task = "task={_target_: tests.chaos.agent_task.SlowAgentTask, max_prompt_tokens: 64}"
+    job = (
+        *SETTINGS,
+        task,
+        f"model.path={tmp_path}/model",
+        "rollout.num_servers=2",
+        "rollout.max_episodes=48",
+    )
+    with launcher(*job, cwd=tmp_path) as process:
+        wait_for_steps(2, root, process=process)
+        strikes = Strikes(root, None, roles=roles, seed=3)
+        for number in range(30):
+            if number < 2 * len(roles):
+                strikes.one(roles[number // 2], SIGNALS[number % 2])
+            else:
+                strikes.one()
+            time.sleep(4.0)
+            assert process.poll() is None, process.communicate()
+        wait_for_steps(num_steps_done(root) + 3, root, process=process)
+        end(process, root)
+    check_rewards(root, {})
+    audit = audit_run(root)
+    assert audit.is_clean, "\n".join(audit.lines())
+    print(dict(strikes.done), *audit.lines(), sep="\n")

@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from rollout_server.agents.base import Session
+from rollout_server.agents.one_answer import answer_once
 from rollout_server.tasks.base import Example, Score, Split, Task
 
 SCRIPTS = (
@@ -40,6 +41,7 @@ SCRIPTS = (
     "nothing",
     "variables",
     "wrong turns",
+    "one answer",
 )
 """What the agent of example `index % len(SCRIPTS)` does."""
 
@@ -154,6 +156,9 @@ class AgentTask(Task):
             case "wrong turns":
                 chat(messages)
                 return Score(turns=[1.0, 2.0])
+            case "one answer":
+                await answer_once(session, messages)
+                return 1.0
         raise AssertionError(example.prompt)
 
 

@@ -20,14 +20,15 @@ from rollout_server.environments.workers.pool import EnvironmentPool
 from rollout_server.episodes.base import SingleTurn
 from rollout_server.episodes.lease_runner import LeaseRunner
 from rollout_server.inference.generation_gate import GenerationGate
-from rollout_server.sessions.book import SessionBook
+from rollout_server.sessions.book import Outcome, SessionBook
+from rollout_server.sessions.http.app import session_app
+from rollout_server.sessions.http.plane import SessionPlane
 from rollout_server.sessions.maker import Sessions
 from rollout_server.tasks.base import make_task
 from tests.rollout_server.test_environment_attempts import EOS, Ordinals, ScriptedEngine
 from tests.rollout_server.test_episodes import Digits
 from tests.support.agent_tasks import index_of
 from tests.support.line_chat import LineChat
-from tests.support.session_http import serving
 
 pytestmark = pytest.mark.timeout(60)
 TASK = {"_target_": "tests.support.agent_tasks.AgentTask"}
@@ -99,7 +100,19 @@ async def agents() -> AsyncIterator[EnvironmentPool]:
 @contextlib.asynccontextmanager
 async def job(pool: EnvironmentPool, **settings: Any) -> AsyncIterator[Job]:
     book = SessionBook()
-    async with serving(book):
+    plane = SessionPlane(
+        from_mapping({}),
+        session_app(book, model="policy", max_context=200, idle_timeout_s=20.0),
+        book,
+        keyring=None,
+        index=0,
+        needs_external=False,
+        max_body_bytes=1 << 20,
+    )
+    await plane.start()
+    book.url = plane.internal_url
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(plane.close)
         made = Job(pool, book, settings)
         try:
             yield made
@@ -138,6 +151,8 @@ def test_rewards_of_an_agent() -> None:
             trajectory = scored.record.trajectory()
             assert trajectory.reward_components == {"form": 1.0} and trajectory.metrics["tries"] == 2.0
             assert [reward for _, reward in trajectory.turns] == [0.25]
+            plain = await result_of(pool, "one answer")
+            assert isinstance(plain, SampleDone) and plain.record.num_sampled == 4
             posted = await result_of(pool, "posted")
             assert isinstance(posted, SampleDone) and posted.record.reward == 0.75
             pids = []
@@ -247,6 +262,7 @@ def test_a_cancelled_lease_kills_its_agents() -> None:
             await running.until(lambda: not len(running.book) and not pool._workers)
             with pytest.raises(SessionGoneError, match="engine lost"):
                 running.book.find("7-0-3")
+            assert running.book.num_ended == {Outcome.CANCELLED: 2}
             assert not running.results and not pool.num_restarts
 
     asyncio.run(body())

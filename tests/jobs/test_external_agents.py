@@ -1,0 +1,91 @@
+"""A keyed job whose samples are made by agents from outside, which have `agent.token` and no other key."""
+
+from __future__ import annotations
+
+import json
+import threading
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from areal_like.agents.client import ClaimedSession, claim
+from areal_like.errors import ArealError, UserError
+from launch.audit.run import audit_run
+from tests.support.keys import make_keys
+from tests.support.launching import ROOT, TEST_LIMIT_S, areal_like, finish, launcher, wait_until
+
+pytestmark = [pytest.mark.timeout(TEST_LIMIT_S), pytest.mark.slow]
+NUM_STEPS, NUM_AGENTS = 2, 12
+JOB = (
+    *("--config", str(ROOT / "configs" / "jobs" / "tools.yaml")),
+    "name=x",
+    "task={name: external}",
+    "model.warm_start_steps=0",
+    f"trainer.num_steps={NUM_STEPS}",
+    "trainer.groups_per_step=4",
+    "sampling.group_size=4",
+    "eval.num_prompts=4",
+    "rollout.max_running=16",
+    "rollout.queue_samples=8",
+)
+
+
+def ask(session: ClaimedSession, content: str) -> Any:
+    body = {"messages": [{"role": "user", "content": content}], "temperature": 0}
+    request = urllib.request.Request(
+        f"{session.base_url}/chat/completions",
+        json.dumps(body).encode(),
+        {"Authorization": f"Bearer {session.api_key}", "Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return json.load(response)
+
+
+def work(url: str, token: str, stopping: threading.Event, done: list[str]) -> None:
+    """One agent: samples until the end of the job."""
+    while not stopping.is_set():
+        try:
+            session = claim(url, token=token, wait_s=1)
+            if session is None:
+                continue
+            answer = ask(session, f"{session.example['index'] % 100}+1")
+            session.reward(float(len(answer["choices"][0]["message"]["content"]) % 2))
+            session.end()
+            done.append(session.id)
+        except (ArealError, OSError):  # the job is over, and the session with it
+            stopping.wait(0.2)
+
+
+def test_agents_from_outside_make_all_samples(tmp_path: Path, cache: dict[str, str]) -> None:
+    tokens = make_keys(tmp_path / "keys")
+    run = tmp_path / "runs" / "x"
+    endpoint = run / "endpoints" / "rollout-0.json"
+    stopping, done = threading.Event(), list[str]()
+    with launcher(*JOB, f"security.keys={tmp_path}/keys", cwd=tmp_path, environment=cache) as process:
+        wait_until(
+            lambda: endpoint.exists() and "sessions" in json.loads(endpoint.read_text()),
+            what="the address of sessions",
+            process=process,
+            run_root=run,
+        )
+        url = json.loads(endpoint.read_text())["sessions"]
+        assert f"sessions for agents at {url}" in areal_like("status", str(run), cwd=tmp_path).stdout
+        for token in ("", "x", tokens["monitor"], tokens["rollout"]):
+            with pytest.raises(UserError, match=r"40[13]"):
+                claim(url, token=token)
+        agents = [
+            threading.Thread(target=work, args=(url, tokens["agent"], stopping, done), daemon=True)
+            for _ in range(NUM_AGENTS)
+        ]
+        for agent in agents:
+            agent.start()
+        code, out, err = finish(process, run)
+        stopping.set()
+        for agent in agents:
+            agent.join(20)
+    assert (code, err) == (0, ""), out + err
+    audit = audit_run(run)
+    assert audit.is_clean, "\n".join(audit.lines())
+    assert len(done) == len(set(done)) >= 4 * 4 * NUM_STEPS

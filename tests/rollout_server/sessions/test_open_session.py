@@ -1,0 +1,252 @@
+"""Life, calls and limits of one session, over a conversation whose policy is a function of the test."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+import numpy as np
+import pytest
+
+from areal_like.errors import EngineError, EpisodeBudgetError, SessionGoneError
+from areal_like.trajectory import FinishReason
+from rollout_server.buffer_client.held_leases import Place
+from rollout_server.environments.base import Reply
+from rollout_server.episodes.turns import Answer, Turn
+from rollout_server.sessions.book import Outcome, SessionBook
+from rollout_server.sessions.calls import Call
+from rollout_server.sessions.open_session import OpenSession, SessionState
+
+Say = Callable[[str], Awaitable[FinishReason]]
+NONE = np.empty(0, np.int32)
+
+
+class Talk:
+    """In place of a Conversation: a turn for each answer."""
+
+    def __init__(self, say: Say) -> None:
+        self.say = say
+        self.turns: list[Turn] = []
+        self.finish_reason = FinishReason.STOP
+
+    @property
+    def turn_lengths(self) -> list[int]:
+        return [1] * len(self.turns)
+
+    async def answer(self, messages: list[dict[str, Any]]) -> Answer:
+        text = messages[-1]["content"]
+        reason = await self.say(text)
+        logprobs = np.zeros(1, np.float32)
+        turn = Turn(
+            parent=None,
+            context=NONE,
+            sampled=NONE,
+            logprobs=logprobs,
+            versions=NONE,
+            messages=messages,
+            end=1,
+        )
+        self.turns.append(turn)
+        reply = Reply(
+            text=text, raw_text=text, reasoning="", tool_calls=(), finish_reason=reason, num_tokens=1
+        )
+        return Answer(reply=reply, prompt_ids=NONE, token_ids=NONE, logprobs=logprobs, turn=turn)
+
+    def forget(self, turn: Turn) -> None:
+        self.turns.remove(turn)
+
+
+async def at_once(text: str) -> FinishReason:
+    return FinishReason.STOP
+
+
+def make(say: Say = at_once, *, places: list[Place] | None = None, **more: Any) -> OpenSession:
+    moves = [] if places is None else places
+    settings = {"id": "7-0-3", "api_key": "k", "max_turns": 4, "group": 7, "sample": 0, "split": "train"}
+    return OpenSession(
+        **(settings | {"index": 1, "conversation": Talk(say), "on_move": moves.append} | more)  # type: ignore[arg-type]
+    )
+
+
+def ask(session: OpenSession, text: str, *, again: bool = False) -> Call:
+    messages = [{"role": "user", "content": text}]
+    return session.begin(text.encode(), lambda: session.answer(messages), is_repetition=again)
+
+
+async def delivered(session: OpenSession, text: str) -> Call:
+    call = ask(session, text)
+    await call.answer()
+    call.is_delivered = True
+    return call
+
+
+def run(body: Coroutine[Any, Any, None]) -> None:
+    async def limited() -> None:
+        async with asyncio.timeout(10):
+            await body
+
+    asyncio.run(limited())
+
+
+def test_an_end_answers_every_pending_call() -> None:
+    async def body() -> None:
+        forever = asyncio.Event()
+
+        async def hang(text: str) -> FinishReason:
+            await forever.wait()
+            return FinishReason.STOP
+
+        for close in (OpenSession.end, lambda one: one.close("its lease was cancelled")):
+            places: list[Place] = []
+            session = make(hang, places=places)
+            first = ask(session, "a")
+            waiting = asyncio.create_task(first.answer())
+            await asyncio.sleep(0)
+            assert session.num_pending == 1 and places == [Place.ENGINE]
+            not_begun = asyncio.create_task(ask(session, "b").answer())
+            close(session)
+            close(session)  # a second time changes nothing
+            for one in (waiting, not_begun):
+                with pytest.raises(SessionGoneError, match=r"has ended|lease was cancelled"):
+                    await one
+            with pytest.raises(SessionGoneError):
+                ask(session, "c")
+            assert session.num_pending == 0 and session.finish() == [] and places == [Place.ENGINE]
+            assert not session._calls._by_id and not session._calls._by_digest
+
+    run(body())
+
+
+def test_a_repetition_gets_the_answer_of_its_call() -> None:
+    async def body() -> None:
+        session = make()
+        lost = ask(session, "a")
+        await asyncio.wait({lost.task})
+        assert ask(session, "a") is lost, "its client has gone without the answer"
+        lost.is_delivered = True
+        assert ask(session, "a", again=True) is lost
+        other = await delivered(session, "a")
+        assert other is not lost, "an equal request wants a sample of its own"
+        # A cancelled reader cancels neither the call nor the other readers.
+        third = ask(session, "b")
+        readers = [asyncio.create_task(third.answer()) for _ in range(2)]
+        await asyncio.sleep(0)
+        readers[0].cancel()
+        assert (await readers[1]).reply.text == "b" and third.num_readers == 0
+
+    run(body())
+
+
+def test_turns_that_nobody_has_read_are_left_out() -> None:
+    async def body() -> None:
+        async def say(text: str) -> FinishReason:
+            return FinishReason.TIMEOUT if text == "cut" else FinishReason.STOP
+
+        session = make(say)
+        read = await delivered(session, "read")
+        for text in ("unread", "rewarded", "cut"):
+            await ask(session, text).answer()
+        session.set_reward(0.5, completion_id=f"chatcmpl-{read.id}")
+        session.set_reward(0.25, completion_id=f"cmpl-{list(session._calls._by_id)[2]}")
+        session.end()
+        assert session.finish() == [0.5, 0.25, 0.0]
+        texts = [turn.messages[-1]["content"] for turn in session.conversation.turns]
+        assert texts == ["read", "rewarded", "cut"]
+        assert session.last_answer is not None and session.last_answer.reply.text == "cut"
+
+    run(body())
+
+
+def test_refused_requests_keep_no_session_alive() -> None:
+    async def body() -> None:
+        session = make(max_turns=1)
+        await delivered(session, "a")
+        ended = asyncio.create_task(session.wait_ended(idle_timeout_s=0.1, deadline_s=lambda: None))
+        while not ended.done():
+            with pytest.raises(EpisodeBudgetError, match=r"episode\.max_turns"):
+                await ask(session, "b").answer()
+            await asyncio.sleep(0.005)
+        assert ended.result() == "idle" and session.budget is FinishReason.TURNS
+        assert len(session._calls._by_id) == 1, "failed calls are not kept"
+
+    run(body())
+
+
+def test_limits_of_a_session() -> None:
+    async def body() -> None:
+        loop = asyncio.get_running_loop()
+        answered = asyncio.Event()
+
+        async def slow(text: str) -> FinishReason:
+            await answered.wait()
+            return FinishReason.TIMEOUT
+
+        session = make(slow)
+        call = ask(session, "a")
+        end_s = loop.time() + 0.05
+        ended = asyncio.create_task(session.wait_ended(idle_timeout_s=0.01, deadline_s=lambda: end_s))
+        await asyncio.sleep(0.1)
+        assert not ended.done(), "the engine cuts a request whose time is over"
+        answered.set()
+        assert await ended == "deadline" and call.task.done()
+        # Nothing limits the time that a session waits for an agent.
+        waiting = make(is_waiting=True)
+        ended = asyncio.create_task(waiting.wait_ended(idle_timeout_s=0.02, deadline_s=lambda: None))
+        await asyncio.sleep(0.06)
+        assert not ended.done() and waiting.idle_s >= 0.05
+        waiting.claim()
+        assert await ended == "idle"
+
+    run(body())
+
+
+def test_an_engine_failure_ends_the_session() -> None:
+    async def body() -> None:
+        async def fail(text: str) -> FinishReason:
+            raise EngineError("out of order")
+
+        session = make(fail)
+        ended = asyncio.create_task(session.wait_ended(idle_timeout_s=math.inf, deadline_s=lambda: None))
+        with pytest.raises(EngineError, match="out of order"):
+            await ask(session, "a").answer()
+        assert await ended == "" and session.state is SessionState.ENDED
+        assert str(session.failure) == "out of order"
+
+    run(body())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1e39])
+def test_rewards_are_finite(value: float) -> None:
+    async def body() -> None:
+        session = make()
+        with pytest.raises(ValueError, match="finite number"):
+            session.set_reward(value)
+        with pytest.raises(ValueError, match="names no completion"):
+            session.set_reward(1.0, completion_id="chatcmpl-0")
+        session.set_reward(1.0)
+        session.set_reward(2.0)
+        assert session.reward == 2.0, "the last one counts"
+
+    run(body())
+
+
+def test_the_book_says_what_sessions_wait_for() -> None:
+    async def body() -> None:
+        book = SessionBook()
+        sessions = [make(id=f"7-{n}-3", is_waiting=n > 0) for n in range(3)]
+        for session in sessions:
+            book.add(session)
+            session._last_activity_s -= 5
+        assert list(book.waits()) == [
+            "2 sessions wait for an agent (POST /sessions)",
+            "session 7-0-3 of 1 open: the next request of its agent",
+        ]
+        assert book.claim() is sessions[1], "in the order of the leases"
+        book.remove(sessions[0], Outcome.IDLE)
+        assert book.num_ended == {Outcome.IDLE: 1} and book.num_waiting == 1
+        with pytest.raises(SessionGoneError):
+            book.find("7-0-3")
+
+    run(body())
