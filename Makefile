@@ -5,6 +5,8 @@
 #   make chaos                         the promises about crashes and faults at length: about an hour
 #   make sglang                        an environment with SGLang on this CPU, for rollout.engine=sglang
 #   make test-sglang                   the tests against it
+#   make verifiers                     an environment with verifiers (areal_like/agents/verifiers_runner.py)
+#   make test-verifiers                the tests against it
 #   make docs                          the documentation as a web site in build/docs/html
 #   make setup REQUIREMENTS=requirements-gpu.txt    for GPUs: the torch whose NCCL is SGLang's; later targets keep it
 #   make PYTHON=/path/to/python3.12 ...  chooses the interpreter; PIP_ARGS="--index-url ..." goes to pip
@@ -21,7 +23,7 @@ REQUIREMENTS ?= $(shell cat .venv/.requirements 2>/dev/null || echo requirements
 STAMP := .venv/.installed-$(shell cat $(REQUIREMENTS) requirements-dev.txt pyproject.toml | cksum | cut -d' ' -f1)
 DOCS_STAMP := $(STAMP)-docs-$(shell cksum < requirements-docs.txt | cut -d' ' -f1)
 
-.PHONY: run sft test chaos sglang test-sglang docs lint ruff format setup clean
+.PHONY: run sft test chaos sglang test-sglang verifiers test-verifiers docs lint ruff format setup clean
 .DEFAULT_GOAL := run
 
 run: $(STAMP)
@@ -44,6 +46,12 @@ sglang: $(STAMP)
 
 test-sglang: sglang
 	@$(BIN)/python -m pytest -q -m sglang tests/sglang $(ARGS)
+
+verifiers: $(STAMP)
+	@PYTHON="$(PYTHON)" PIP_ARGS="$(PIP_ARGS)" tests/verifiers/install.sh
+
+test-verifiers: verifiers
+	@$(BIN)/python -m pytest -q -m verifiers tests/verifiers $(ARGS)
 
 docs: $(DOCS_STAMP)
 	@$(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky --fresh-env -q -d build/docs/doctrees docs build/docs/html

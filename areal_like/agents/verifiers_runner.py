@@ -1,10 +1,10 @@
-"""Plays the tasks of a `verifiers` environment in sessions of a running job. Runs in verifiers' own interpreter.
+"""Plays the tasks of a `verifiers` environment in sessions of a running job, in verifiers' own interpreter.
 
     python -m areal_like.agents.verifiers_runner ENV_ID --url http://127.0.0.1:7800 --model DIR
 
-`areal-like agents verifiers` starts it. A session's index is the row of the taskset; its last `--eval-rows`
-rows are the split eval. Each rollout has the environment's own harness, scoring and limits; its requests go to
-the session, which records tokens, log-probs and versions, and its reward is that of the trace.
+`make verifiers` builds that interpreter. A session's index is the row of the taskset; its last `--eval-rows`
+rows are the split eval. Each rollout has the environment's own scoring and limits; its requests go to the
+session, which records tokens, log-probs and versions, and its reward is that of the trace.
 """
 
 from __future__ import annotations
@@ -245,7 +245,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs until SIGINT or SIGTERM. 2: bad input."""
-    parser = argparse.ArgumentParser(prog="areal-like agents verifiers")
+    parser = argparse.ArgumentParser(prog="python -m areal_like.agents.verifiers_runner")
     add_arguments(parser)
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)

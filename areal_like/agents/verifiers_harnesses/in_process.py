@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import types
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -15,14 +16,15 @@ from openai import AsyncOpenAI
 from verifiers.v1.configs.harness import HarnessConfig
 from verifiers.v1.dialects.chat import message_to_wire
 from verifiers.v1.harness import Harness
-from verifiers.v1.harnesses.utils import core
-from verifiers.v1.harnesses.utils.compaction import Compactor
-from verifiers.v1.harnesses.utils.mcp import connect_mcp
+from verifiers.v1.harnesses.utils.launch import CHAT_PROGRAM_SOURCE
 from verifiers.v1.runtimes import ProgramResult
 
 __all__ = ["InProcessHarness"]
 
 _CONNECT_TOOLS_S = 60.0
+# The modules of that loop use each other's names: they work only joined, as the program that `null` runs.
+_LOOP: Any = types.ModuleType("verifiers_chat_program")
+exec(compile(CHAT_PROGRAM_SOURCE, _LOOP.__name__, "exec"), _LOOP.__dict__)
 
 
 class InProcessHarnessConfig(HarnessConfig):  # type: ignore[misc]
@@ -66,11 +68,13 @@ class InProcessHarness(Harness[InProcessHarnessConfig]):  # type: ignore[misc]
             connections: dict[str, Any] = {}
             if servers:
                 async with asyncio.timeout(_CONNECT_TOOLS_S):
-                    tools, dispatch, connections = await connect_mcp({"mcpServers": servers}, stack, set())
+                    tools, dispatch, connections = await _LOOP.connect_mcp(
+                        {"mcpServers": servers}, stack, set()
+                    )
             options = argparse.Namespace(bash=False, edit=False, search=False, tool_interception_url="")
-            compactor = Compactor(client, ctx.model, tools, False, None)
+            compactor = _LOOP.Compactor(client, ctx.model, tools, False, None)
             try:
-                await core.run_chat_loop(options, compactor, messages, dispatch, connections, None)
+                await _LOOP.run_chat_loop(options, compactor, messages, dispatch, connections, None)
             except SystemExit as error:  # the loop was written for a process of its own
                 return ProgramResult(exit_code=int(error.code or 1), stdout="", stderr="no answer")
         return ProgramResult(exit_code=0, stdout="", stderr="")
