@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,3 +20,12 @@ class Session:
     """`http://host:port/sessions/<id>/v1`."""
     api_key: str
     """Secret of this session."""
+
+
+def is_agent(function: Callable[..., Any]) -> bool:
+    """True for a coroutine function of self, example and session."""
+    try:
+        inspect.signature(function).bind("self", "example", "session")
+    except TypeError:
+        return False
+    return inspect.iscoroutinefunction(function)

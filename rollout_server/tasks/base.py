@@ -39,7 +39,7 @@ from areal_like.registry import Registry
 from areal_like.trajectory import FinishReason
 from areal_like.wire.fingerprint import canonical_json
 from areal_like.wire.record_metadata import MAX_LABEL_CHARS
-from rollout_server.agents.base import Session
+from rollout_server.agents.base import Session, is_agent
 from rollout_server.environments.base import Environment, Message
 
 Split = Literal["train", "eval"]
@@ -175,15 +175,15 @@ class Task(ABC):
     """Smallest values of settings."""
 
     def __post_init__(self) -> None:
-        for name, least in self.least.items():
-            if getattr(self, name) < least:
-                raise ConfigError(f"task.{name}={getattr(self, name)}: must be at least {least}")
+        for setting, least in self.least.items():
+            if getattr(self, setting) < least:
+                raise ConfigError(f"task.{setting}={getattr(self, setting)}: must be at least {least}")
         if not (self.has_reward or self.has_environment or self.uses_sessions):
             raise ConfigError(f"task {type(self).__name__}: implement reward(), environment() or agent()")
         if self.has_environment and self.uses_sessions:
-            raise ConfigError(
-                f"task {type(self).__name__} has an environment(): leave out agent(), and task.external=true"
-            )
+            raise ConfigError(f"task {type(self).__name__}: environment() excludes agent() and external=true")
+        if self.has_agent and not is_agent(type(self).agent):
+            raise ConfigError(f"task {type(self).__name__}: write `async def agent(self, example, session)`")
 
     @abstractmethod
     def example(self, split: Split, index: int) -> Example:

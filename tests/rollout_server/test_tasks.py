@@ -15,7 +15,21 @@ import pytest
 from areal_like.config import from_mapping
 from areal_like.errors import ConfigError
 from areal_like.wire.fingerprint import dataset_fingerprint
+from rollout_server.agents.base import Session
 from rollout_server.tasks.base import Example, Split, Task, make_task
+
+
+class BlockingAgent(Task):
+    def example(self, split: Split, index: int) -> Example:
+        return Example(prompt="", answer=index)
+
+    def agent(self, example: Example, session: Session) -> float:  # type: ignore[override]
+        return 1.0
+
+
+class AgentOfNothing(BlockingAgent):
+    async def agent(self) -> float:  # type: ignore[override]
+        return 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +110,8 @@ def test_own_task_takes_its_settings() -> None:
             "task tests.rollout_server.test_tasks.Picky: no digits",
         ),
         ({"_target_": "nowhere_at_all.Task"}, "importable from the directory the job"),
+        ({"_target_": f"{__name__}.BlockingAgent"}, "BlockingAgent: write `async def agent"),
+        ({"_target_": f"{__name__}.AgentOfNothing"}, "AgentOfNothing: write `async def agent"),
         ({"_target_": "json.dumps"}, "not a subclass"),
         ({"_target_": "json"}, "write module.Class"),
         ({}, "either `name` or `_target_`"),

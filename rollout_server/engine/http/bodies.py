@@ -44,7 +44,7 @@ def number(
     kinds = (int,) if integer else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
         kind = "an integer" if integer else "a number"
-        bound = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+        bound = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:.12g}"
         raise UserError(f"{name} must be {kind} {bound}, got {value!r}")
     return value
 

@@ -60,7 +60,7 @@ def parse_json(content: bytes) -> dict[str, Any]:
     except UnicodeError:
         raise UserError("the body is not UTF-8, or has half of a surrogate pair") from None
     except (ValueError, RecursionError):
-        raise UserError("the body is not JSON") from None
+        raise UserError("the body is not JSON (which has no NaN and no Infinity)") from None
     if not isinstance(body, dict):
         raise UserError("the body must be a JSON object")
     _check_depth(body)

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from areal_like.errors import ArealError
-from rollout_server.engine.http.bodies import number, text
+from rollout_server.engine.http.bodies import text
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.http.answering import KEEP_ALIVE_S, parse_json, session_of
 from rollout_server.sessions.http.chat_routes import ChatRoutes
@@ -80,9 +80,9 @@ class _LifeRoutes:
         """`reward`: of the sample, or of the turn `completion_id`."""
         session = session_of(request, self._book)
         body = parse_json(await request.body())
-        if body.get("reward") is None:
+        value = body.get("reward")
+        if isinstance(value, bool) or not isinstance(value, int | float):
             raise ParamError("reward must be a number", param="reward")
-        value = number(body, "reward", 0.0, low=float("-inf"))
         id = "" if body.get("completion_id") is None else text(body, "completion_id")
         try:
             session.set_reward(float(value), completion_id=id)
