@@ -263,7 +263,7 @@ class ServerStats:
         self._progress.observe("rewards", reward_s, now_s=now_s)
         if self._environments:
             self._progress.observe("environments", num_calls, now_s=now_s)
-        self._progress.observe("sessions", self._book.num_ended.total(), now_s=now_s)
+        self._progress.observe("sessions", self._book.progress, now_s=now_s)
         self._progress.observe("samples", self._runner.num_done, now_s=now_s)
         return self._progress.num_changes
 

@@ -59,9 +59,10 @@ class SessionAttempt(Attempt):
         session, conversation = self._session, self._session.conversation
         self._book.add(session)
         try:
-            score, finish_reason = await self._run()
+            score, limit = await self._run()
             session.end()
             turn_rewards = session.finish()
+            finish_reason = limit or conversation.finish_reason
             is_cut = finish_reason.is_truncated
             outcome = Outcome.TRUNCATED if is_cut else Outcome.ENDED
             self._outcome = outcome if conversation.turns else Outcome.FAILED
@@ -108,12 +109,13 @@ class SessionAttempt(Attempt):
 
     def without_reward(self) -> Trajectory:
         """As Attempt.without_reward."""
+        self._session.finish()
         return self._session.conversation.to_trajectory(
             scoring.Outcome(), is_greedy=self._request.is_greedy, label=self._label
         )
 
-    async def _run(self) -> tuple[Score | None, FinishReason]:
-        """The agent's score, and why the session has ended. Raises EpisodeError, EngineError."""
+    async def _run(self) -> tuple[Score | None, FinishReason | None]:
+        """The agent's score, and the limit that has ended the session. Raises EpisodeError, EngineError."""
         session = self._session
         self._request.on_move(Place.TOOL)
         running: asyncio.Future[Score | None] | None = None
@@ -137,7 +139,7 @@ class SessionAttempt(Attempt):
             score = await self._result(running)
             if score is None and self._rewards is None and session.budget is None and not session.has_rewards:
                 raise self._no_reward()
-            return score, session.budget or session.conversation.finish_reason
+            return score, session.budget
         finally:
             if running is not None:
                 running.cancel()

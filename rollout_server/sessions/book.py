@@ -54,6 +54,7 @@ class SessionBook:
         self.num_ignored = Counter[str]()
         """Fields of requests that had no effect."""
         self._calls_of_gone = 0
+        self._answers_of_gone = 0
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -85,6 +86,12 @@ class SessionBook:
         return self._calls_of_gone + sum(one.num_calls for one in self._sessions.values())
 
     @property
+    def progress(self) -> tuple[int, int, int]:
+        """Changes when a session is claimed or ends, and when a request is answered."""
+        answers = self._answers_of_gone + sum(one.num_answers for one in self._sessions.values())
+        return answers, len(self.open), self.num_ended.total()
+
+    @property
     def num_pending(self) -> int:
         """Those that are not answered yet."""
         return sum(one.num_pending for one in self._sessions.values())
@@ -104,6 +111,7 @@ class SessionBook:
         if self._sessions.pop(session.id, None) is not None:
             self.num_ended[outcome] += 1
             self._calls_of_gone += session.num_calls
+            self._answers_of_gone += session.num_answers
             self._gone[session.id] = session.reason, session.api_key
             if len(self._gone) > _MAX_REMEMBERED:
                 self._gone.popitem(last=False)

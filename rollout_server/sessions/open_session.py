@@ -95,6 +95,8 @@ class OpenSession:
         self.num_pending = 0
         """Requests at the engine, or waiting for it."""
         self.num_calls = 0
+        self.num_answers = 0
+        """Requests that were answered."""
         self.generation_s = 0.0
         """Time with at least one request at the engine."""
         self.num_tool_calls = 0
@@ -225,6 +227,7 @@ class OpenSession:
     def finish(self) -> list[float]:
         """Leaves out the turns that nobody has read; the rewards of the others, in their order."""
         answers: dict[Turn, Answer] = {}
+        newest = self.conversation.turns[-1] if self.conversation.turns else None
         for call, answer in self._calls.answered():
             if (turn := answer.turn) is None:
                 continue
@@ -235,6 +238,9 @@ class OpenSession:
         turns = self.conversation.turns
         if turns:
             self.last_answer = answers.get(turns[-1], self.last_answer)
+        if turns and turns[-1] is not newest and self.conversation.finish_reason is not FinishReason.TIMEOUT:
+            assert self.last_answer is not None
+            self.conversation.finish_reason = self.last_answer.reply.finish_reason
         return [self._turn_rewards.get(turn, 0.0) for turn in turns]
 
     async def _sampled(self, sample: Callable[[], Awaitable[Answer]]) -> Answer:
@@ -274,6 +280,7 @@ class OpenSession:
                     self._on_move(Place.TOOL)
             self._changed.set()
         self.touch()
+        self.num_answers += 1
         self.budget = None
         self.last_answer = answer
         self.num_tool_calls += len(answer.reply.tool_calls)

@@ -217,10 +217,7 @@ class Task(ABC):
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """The parts of a mixture, in the order of their indices; empty: the task is no mixture.
-
-        Their sizes add up to `num_train`.
-        """
+        """The parts of a mixture, in the order of their indices, with `num_train` in all; else empty."""
         return ()
 
     @property
@@ -236,10 +233,7 @@ class Task(ABC):
         return self
 
     def settings_of_workers(self, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The settings with which a worker process of this machine makes this very task.
-
-        `settings`: those that this task was made with.
-        """
+        """The settings with which a worker process makes this very task. `settings`: its own."""
         return settings
 
     def check(self) -> None:  # noqa: B027, most tasks need nothing
@@ -268,6 +262,10 @@ class Task(ABC):
     def has_reward(self) -> bool:
         """True if the task computes a reward besides those of an environment's steps."""
         return type(self).reward is not Task.reward
+
+    def rewards(self, example: Example) -> bool:
+        """True if the task computes a reward of this example; a mixture has examples of several tasks."""
+        return self.has_reward
 
     @property
     def has_async_reward(self) -> bool:

@@ -171,6 +171,10 @@ class MixtureTask(Task):
         """True if one of the tasks has a reward besides those of environments."""
         return any(part.task.has_reward for part in self.parts)
 
+    def rewards(self, example: Example) -> bool:
+        """True if the example's task has a reward."""
+        return _of(example)[0].task.has_reward
+
     @property
     def has_async_reward(self) -> bool:
         """True if one of the rewards is asynchronous."""

@@ -149,6 +149,7 @@ class AgentTask(Task):
                 return None
             case "variables":
                 assert os.environ["OPENAI_BASE_URL"] == session.base_url
+                assert os.environ["OPENAI_API_BASE"] == session.base_url
                 assert os.environ["OPENAI_API_KEY"] == session.api_key
                 assert "127.0.0.1" in os.environ["no_proxy"].split(",")
                 chat(messages)

@@ -64,7 +64,9 @@ def _as_score(returned: Any) -> Score:
 @contextlib.contextmanager
 def _variables(session: Session) -> Iterator[None]:
     """The variables by which programs find their model. A proxy is not asked for loopback addresses."""
-    values = {"OPENAI_BASE_URL": session.base_url, "OPENAI_API_KEY": session.api_key}
+    # LangChain and LiteLLM read OPENAI_API_BASE first, and the server's own environment may have it.
+    values = dict.fromkeys(("OPENAI_BASE_URL", "OPENAI_API_BASE"), session.base_url)
+    values["OPENAI_API_KEY"] = session.api_key
     for name in ("no_proxy", "NO_PROXY"):
         values[name] = ",".join(filter(None, (os.environ.get(name, ""), _LOOPBACK)))
     before = {name: os.environ.get(name) for name in values}

@@ -52,7 +52,7 @@ class AttemptMaker:
         self._environments = environments
         self._sessions = sessions
         self._rewards = rewards
-        self._has_reward = task.has_reward
+        self._task = task
         self._gate = gate
         self._on_move = on_move
         self._sampling = Sampling(
@@ -121,7 +121,7 @@ class AttemptMaker:
                 lease,
                 sample_index,
                 example=prompt.example,
-                rewards=self._rewards if self._has_reward else None,
+                rewards=self._rewards if self._task.rewards(prompt.example) else None,
             )
         if prompt is not None:
             return SingleTurnAttempt(
@@ -137,6 +137,6 @@ class AttemptMaker:
             request,
             environments=self._environments.pool,
             conversation=self._environments.begin_conversation(policy),
-            rewards=self._rewards if self._has_reward else None,
+            rewards=self._rewards if self._task.has_reward else None,
             max_turns=self._max_turns,
         )

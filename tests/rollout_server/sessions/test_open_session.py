@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Coroutine
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from areal_like.errors import EngineError, EpisodeBudgetError, SessionGoneError
+from areal_like.errors import EngineError, EpisodeBudgetError, EpisodeError, SessionGoneError
+from areal_like.runtime.metrics import Metrics
 from areal_like.trajectory import FinishReason
 from rollout_server.buffer_client.held_leases import Place
 from rollout_server.environments.base import Reply
 from rollout_server.episodes.turns import Answer, Turn
+from rollout_server.metrics import ServerStats
 from rollout_server.sessions.book import Outcome, SessionBook
 from rollout_server.sessions.calls import Call
 from rollout_server.sessions.open_session import OpenSession, SessionState
@@ -159,6 +162,23 @@ def test_turns_that_nobody_has_read_are_left_out() -> None:
     run(body())
 
 
+def test_an_unread_turn_gives_no_finish_reason() -> None:
+    async def body() -> None:
+        async def say(text: str) -> FinishReason:
+            reason = FinishReason.LENGTH if text == "long" else FinishReason.STOP
+            session.conversation.finish_reason = reason
+            return reason
+
+        session = make(say)
+        await delivered(session, "read")
+        await ask(session, "long").answer()
+        session.end()
+        assert session.finish() == [0.0]
+        assert session.conversation.finish_reason is FinishReason.STOP
+
+    run(body())
+
+
 def test_refused_requests_keep_no_session_alive() -> None:
     async def body() -> None:
         session = make(max_turns=1)
@@ -228,6 +248,60 @@ def test_rewards_are_finite(value: float) -> None:
         session.set_reward(1.0)
         session.set_reward(2.0)
         assert session.reward == 2.0, "the last one counts"
+
+    run(body())
+
+
+def test_progress_of_the_book() -> None:
+    async def body() -> None:
+        async def say(text: str) -> FinishReason:
+            if text == "wrong":
+                raise EpisodeError("no")
+            return FinishReason.STOP
+
+        book = SessionBook()
+        session = make(say, is_waiting=True)
+        seen = [book.progress]
+        book.add(session)
+        assert book.progress == seen[0], "a session that waits for an agent is none"
+        session.claim()
+        seen.append(book.progress)
+        await delivered(session, "a")
+        seen.append(book.progress)
+        with pytest.raises(EpisodeError):
+            await ask(session, "wrong").answer()
+        assert book.progress == seen[-1], "a refused request is none"
+        book.remove(session)
+        seen.append(book.progress)
+        assert len(set(seen)) == len(seen)
+
+    run(body())
+
+
+def test_answers_are_progress_of_the_server() -> None:
+    async def body() -> None:
+        # Between two heartbeats the engine answers, and nothing is at it when a heartbeat looks.
+        idle: Any = SimpleNamespace(client=SimpleNamespace(is_held=False, num_generating=0))
+        others: Any = SimpleNamespace(num_pushes=0, num_done=0)
+        book = SessionBook()
+        stats = ServerStats(
+            Metrics(),
+            buffers=others,
+            runner=others,
+            rewards=[],
+            environments=[],
+            receiver=others,
+            engine=others,
+            supervisor=idle,
+            starvation=others,
+            book=book,
+        )
+        session = make()
+        book.add(session)
+        before = stats._num_changes(now_s=0.0)
+        assert stats._num_changes(now_s=1.0) == before
+        await delivered(session, "a")
+        assert stats._num_changes(now_s=2.0) == before + 1
 
     run(body())
 

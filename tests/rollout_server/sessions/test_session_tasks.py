@@ -36,6 +36,13 @@ def test_who_makes_the_samples() -> None:
     assert plain.fingerprint() == outside.fingerprint(), "the examples are the same"
 
 
+def test_which_examples_of_a_mixture_have_a_reward() -> None:
+    # An agent that returns no reward fails its sample, also next to a task that computes one.
+    task = make_task(mixture(AGENTS | {"num_train": 5}, SORT), seed=0)
+    assert task.has_reward
+    assert [task.rewards(task.example("train", index)) for index in (4, 5)] == [False, True]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
