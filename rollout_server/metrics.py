@@ -77,7 +77,7 @@ _GAUGES = {
     "holding": ("samples_held", "Samples of leases that are not finished."),
     "unacknowledged": ("samples_unacknowledged", "Finished samples that the buffer has not confirmed."),
     "at_engine": ("samples_at_engine", "Held samples that wait for the engine or are at it."),
-    "in_tools": ("samples_in_environments", "Held samples that wait for their environment."),
+    "in_tools": ("samples_in_environments", "Held samples that wait for their environment or agent."),
     "in_rewards": ("samples_in_rewards", "Held samples that wait for their reward."),
     "rewards_waiting": ("rewards_waiting", "Completions that wait for their reward."),
     "environments_open": ("environments_open", "Environments that samples use."),

@@ -61,10 +61,10 @@ class Starvation:
         change = (
             "raise rollout.reward_workers (for an asynchronous reward, rollout.reward_concurrency)"
             if in_rewards >= in_tools
-            else "raise rollout.max_episodes, or make the environment's steps faster"
+            else "raise rollout.max_episodes, make environments or agents faster, or start more agents"
         )
         return (
             f"the engine has work for {at_engine} of {self._max_running} sequences: {in_rewards} samples "
-            f"wait for their reward and {in_tools} for their environment, and the server holds no more than "
-            f"{self._max_episodes} (rollout.max_episodes); {change}"
+            f"wait for their reward and {in_tools} for their environment or agent, and the server holds no "
+            f"more than {self._max_episodes} (rollout.max_episodes); {change}"
         )

@@ -20,7 +20,7 @@ def test_slow_rewards_are_counted_and_reported_once() -> None:
 def test_slow_tools_have_another_hint() -> None:
     watch = Starvation(max_running=8, max_episodes=24, group_samples=4)
     hints = [watch.observe(found(2, 20, 1), now_s=float(i)) for i in range(20)]
-    assert "rollout.max_episodes, or make" in "".join(hints)
+    assert "rollout.max_episodes, make environments or agents faster" in "".join(hints)
 
 
 def test_an_engine_with_work_or_credit_is_not_starved() -> None:
