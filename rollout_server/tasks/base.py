@@ -181,7 +181,9 @@ class Task(ABC):
         if not (self.has_reward or self.has_environment or self.uses_sessions):
             raise ConfigError(f"task {type(self).__name__}: implement reward(), environment() or agent()")
         if self.has_environment and self.uses_sessions:
-            raise ConfigError(f"task {type(self).__name__}: environment() excludes agent() and external=true")
+            raise ConfigError(
+                f"task {type(self).__name__} has an environment(): leave out agent(), and task.external=true"
+            )
         if self.has_agent and not is_agent(type(self).agent):
             raise ConfigError(f"task {type(self).__name__}: write `async def agent(self, example, session)`")
 
