@@ -10,7 +10,7 @@ from.
 Left out: tensor and pipeline parallelism; groups of their own for heads, which run once for each chunk of
 tokens: every chunk would gather the weight and reduce its gradient again.
 
-Shape suffixes: T packed tokens, S sampled tokens, D hidden size.
+Shape suffixes: T packed tokens, U rows that the model computes for them, S sampled tokens, D hidden size.
 """
 
 from __future__ import annotations
@@ -184,13 +184,19 @@ class PackedModel(nn.Module):
 
         A sequence's first token is never sampled, so there is always a position before.
         """
-        hidden_TD: Tensor = self.model.base_model(
-            input_ids=batch.tokens_T[None],
-            position_ids=batch.positions_T[None],
+        tokens, positions, read_S = batch.tokens_T, batch.positions_T, batch.sampled_S - 1
+        shared, device = batch.shared, batch.tokens_T.device
+        if shared is not None:
+            token_U = torch.from_numpy(shared.token_U).to(device)
+            tokens, positions = tokens.index_select(0, token_U), positions.index_select(0, token_U)
+            read_S = torch.from_numpy(shared.row_T).to(device).index_select(0, read_S)
+        hidden_UD: Tensor = self.model.base_model(
+            input_ids=tokens[None],
+            position_ids=positions[None],
             use_cache=False,
-            packed_layout=PackedLayout.of(batch.lengths, device=batch.tokens_T.device),
+            packed_layout=PackedLayout.of(batch.lengths, device=device, shared=shared),
         ).last_hidden_state[0]
-        return hidden_TD.index_select(0, batch.sampled_S - 1)
+        return hidden_UD.index_select(0, read_S)
 
 
 def _check_layers(model: Any) -> None:

@@ -96,6 +96,7 @@ class StepRunner:
         self._is_first_forward = True
         self._ranks = ranks
         self._objective = objective
+        self._shares_prefixes = objective.shares_prefixes and not objective.late_coefficients
         self._gradients = objective.gradients(policy, ranks)
         self._normalizer = replace(normalizer, name=objective.normalizer or normalizer.name)
         self._budget_tokens = budget_tokens
@@ -168,7 +169,7 @@ class StepRunner:
                 microbatches = list(microbatches)  # waits for the last group
                 self._observe(microbatches, observations, timer)
                 stats = observations.summarize()
-            for batch, live in in_lockstep(microbatches, self._ranks):
+            for batch, live in in_lockstep(microbatches, self._ranks, shares_prefixes=self._shares_prefixes):
                 with timer.span("compute_s"):
                     tokens = self._forward(batch)
                     losses = self._objective.losses(tokens, stats)
@@ -193,6 +194,7 @@ class StepRunner:
             budget_tokens=self._budget_tokens,
             whole_groups=objective.whole_groups,
             one_sequence_per_microbatch=objective.one_sequence_per_microbatch,
+            shares_prefixes=self._shares_prefixes,
         )
         for group in groups:
             is_zero = all(not np.any(sample.advantage) for sample in group)
@@ -216,7 +218,7 @@ class StepRunner:
     ) -> None:
         """The pass without gradient of an objective that depends on the whole step. Collective."""
         with torch.no_grad(), timer.span("compute_s"):
-            for batch, live in in_lockstep(microbatches, self._ranks):
+            for batch, live in in_lockstep(microbatches, self._ranks, shares_prefixes=self._shares_prefixes):
                 observations.add(self._forward(batch), live=live)
 
     @torch.no_grad()
