@@ -261,7 +261,7 @@ def packed_attention(
         torch.split(values, key_sizes),
         strict=True,
     ):
-        q, k, v = (x.unflatten(0, (rectangle.num_sequences, -1)).transpose(1, 2) for x in qkv)
+        q, k, v = (x.view(rectangle.num_sequences, -1, *x.shape[1:]).transpose(1, 2) for x in qkv)
         if rectangle.longest_prefix or (
             sliding_window is not None and rectangle.num_queries > sliding_window
         ):
