@@ -56,7 +56,7 @@ def run_steps(runner: StepRunner, config: Config, lengths: Lengths, *, microbatc
     """Steps of so many micro-batches on each rank, all as the trace assumes them."""
     packed = worst_lengths(lengths, budget_tokens=config.trainer.tokens_per_microbatch)
     group = [
-        sample(length, response=min(length - 1, lengths.max_response), reward=float(index % 2))
+        sample(length, response=min(length - 1, lengths.max_response), reward=float(index % 2), first=index)
         for index, length in enumerate(packed)
     ]
     for step, number in enumerate(microbatches):
@@ -64,12 +64,12 @@ def run_steps(runner: StepRunner, config: Config, lengths: Lengths, *, microbatc
         assert metrics["num_microbatches"] == number * config.trainer.world_size, metrics
 
 
-def sample(length: int, *, response: int, reward: float) -> Trajectory:
-    """A trajectory of `length` tokens whose last `response` are sampled."""
+def sample(length: int, *, response: int, reward: float, first: int) -> Trajectory:
+    """A trajectory of `length` tokens from `first` on, whose last `response` are sampled."""
     mask = np.zeros(length, dtype=np.uint8)
     mask[length - response :] = 1
     return Trajectory(
-        tokens=np.arange(length, dtype=np.int32),
+        tokens=np.arange(first, first + length, dtype=np.int32),
         loss_mask=mask,
         logprobs=np.where(mask, -9.0, 0.0).astype(np.float32),
         versions=np.where(mask, 0, -1).astype(np.int32),

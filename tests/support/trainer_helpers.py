@@ -65,14 +65,15 @@ def write_model(out_dir: Path, architecture: str = "llama", *, dtype: torch.dtyp
 
 
 def random_groups(
-    num_groups: int, *, group_size: int = 3, seed: int = 0, longest: int = 12
+    num_groups: int, *, group_size: int = 3, seed: int = 0, longest: int = 12, prompt: int = 0
 ) -> list[list[Trajectory]]:
     """Groups of trajectories, some with several turns; every third group has equal rewards.
 
-    Group g has the metric `of_g`, and every second one the label `even`.
+    Group g has the metric `of_g`, and every second one the label `even`. The samples of a group begin with
+    the same `prompt` tokens, of which some are sampled in one sample and not in another.
     """
     rng = np.random.default_rng(seed)
-    return [
+    groups = [
         [
             replace(
                 random_trajectory(rng, longest=longest, reward=float(i % 2) if g % 3 else 1.0),
@@ -83,6 +84,11 @@ def random_groups(
         ]
         for g in range(num_groups)
     ]
+    for group in groups:
+        first = max((t.tokens for t in group), key=len)[:prompt]
+        for trajectory in group:
+            trajectory.tokens[:prompt] = first[: trajectory.num_tokens]
+    return groups
 
 
 def random_trajectory(rng: np.random.Generator, *, longest: int, reward: float) -> Trajectory:

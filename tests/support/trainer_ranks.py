@@ -127,7 +127,7 @@ def _assert_same_names(metrics: dict[str, Any], ranks: Ranks) -> None:
 
 def steps(ranks: Ranks, out_dir: Path, path: str, cases: str) -> None:
     """Runs one float64 step per settings and per split of eight groups (of two); writes the gradient."""
-    groups = random_groups(8)
+    groups = random_groups(8, prompt=6)
     for index, settings in enumerate(json.loads(cases)):
         for share in ("even", "one-sided"):
             runner = make_runner(path, ranks, beta1=0.0, settings=settings)

@@ -28,7 +28,9 @@ def trajectory(*, prompt: int, response: int, first: int = 0) -> Trajectory:
 def group_of(sizes: list[int], *, position: int) -> list[TrainingSample]:
     return [
         TrainingSample(
-            trajectory=trajectory(prompt=1, response=size - 1, first=i), advantage=float(i), group=position
+            trajectory=trajectory(prompt=1, response=size - 1, first=1000 * position + 100 * i),
+            advantage=float(i),
+            group=position,
         )
         for i, size in enumerate(sizes)
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from areal_like.runtime.metrics import Metrics
 from tests.support.moe_model import write_moe_model
 from tests.support.trainer_helpers import ARCHITECTURES, random_groups, run_ranks, write_model
 from tests.support.trainer_ranks import make_runner
+from trainer.batching.shared_prefixes import SharedRows
 from trainer.distributed.ranks import Ranks
 from trainer.metrics.distributions import (
     NUM_BUCKETS,
@@ -47,7 +49,7 @@ def test_flops_are_those_that_torch_counts(tmp_path: Path, architecture: str) ->
     with FlopCounterMode(display=False) as counter:
         model(input_ids=torch.ones((7, 1), dtype=torch.long), use_cache=False)
     flops = ModelFlops.of(model)
-    assert flops.of_forward([1] * 7, num_rows=7, num_targets=7) == counter.get_total_flops()
+    assert flops.of_forward([1] * 7, num_targets=7) == counter.get_total_flops()
 
 
 def test_attention_counts_the_pairs_that_see_each_other(tmp_path: Path) -> None:
@@ -55,7 +57,8 @@ def test_attention_counts_the_pairs_that_see_each_other(tmp_path: Path) -> None:
     flops = ModelFlops.of(AutoModelForCausalLM.from_config(config))
     seen = sum(min(place + 1, config.sliding_window) for length in (3, 9) for place in range(length))
     layers_heads_size = config.num_hidden_layers * config.hidden_size
-    assert flops.of_forward([3, 9], num_rows=0, num_targets=0) == 4 * layers_heads_size * seen
+    linear = 2 * flops.body_weights * 12
+    assert flops.of_forward([3, 9], num_targets=0) - linear == pytest.approx(4 * layers_heads_size * seen)
 
 
 def test_sharded_weights_and_experts_are_counted(tmp_path: Path, ranks: Ranks) -> None:
@@ -145,6 +148,26 @@ def test_vectors_of_ranks_are_joined_after_one_gather() -> None:
     assert [part.tolist() for part in joined] == [[1.0, 2.0], [3.0], [5.0, 6.0]]
 
 
+@pytest.mark.parametrize("window", [0, 4])
+def test_a_shared_prefix_is_counted_once(window: int) -> None:
+    flops = ModelFlops(body_weights=10.0, head_weights=7.0, heads_size=1, num_layers_of={window: 3})
+    rows = [(sequence, place) for sequence, first in ((6, 0), (8, 5)) for place in range(first, sequence)]
+    pairs = sum(min(place + 1, window or 99) for _, place in rows)
+    got = flops.of_forward([6, 8], own_lengths=[6, 3], num_targets=2)
+    assert got == 2 * (10 * len(rows) + 7 * 2) + 4 * 3 * pairs
+
+
+def test_the_share_of_tokens_that_were_not_run(tmp_path: Path, ranks: Ranks) -> None:
+    longest = [max(group, key=lambda t: t.num_tokens) for group in random_groups(4)]
+    groups = [[replace(t, reward=float(i)) for i in range(3)] for t in longest]
+    runner = make_runner(write_model(tmp_path), ranks, budget_tokens=1000)
+    metrics = runner.run(groups, step=5)
+    rows = SharedRows.of([t.tokens for group in groups for t in group])
+    assert rows is not None and metrics["num_tokens"] == sum(t.num_tokens for g in groups for t in g)
+    assert metrics["shared_share"] == pytest.approx(1 - sum(rows.own_lengths) / metrics["num_tokens"])
+    assert metrics["shared_share"] > 0.1
+
+
 def test_mfu_of_a_step_with_a_given_peak(tmp_path: Path, ranks: Ranks) -> None:
     path, groups = write_model(tmp_path), random_groups(4)
     metrics = make_runner(path, ranks, peak_tflops=2e-6).run(groups, step=5)
@@ -152,7 +175,6 @@ def test_mfu_of_a_step_with_a_given_peak(tmp_path: Path, ranks: Ranks) -> None:
     run = [t for group in groups if len({t.reward for t in group}) > 1 for t in group]
     want = 3 * flops.of_forward(
         [t.num_tokens for t in run],
-        num_rows=sum(t.num_tokens for t in run),
         num_targets=sum(t.num_sampled for t in run),
     )
     assert metrics["model_tflops_per_s"] * metrics["step_s"] * 1e12 == pytest.approx(want)

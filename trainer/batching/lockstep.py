@@ -16,8 +16,12 @@ from trainer.batching.packing import MicroBatch, PackedBatch, TrainingSample, co
 from trainer.distributed.ranks import Ranks
 
 
-def in_lockstep(microbatches: Iterable[MicroBatch], ranks: Ranks) -> Iterator[tuple[PackedBatch, bool]]:
+def in_lockstep(
+    microbatches: Iterable[MicroBatch], ranks: Ranks, *, shares_prefixes: bool = True
+) -> Iterator[tuple[PackedBatch, bool]]:
     """Yields (batch, live): this rank's micro-batches with live=True, then dummies with live=False.
+
+    `shares_prefixes`: see `collate`.
 
     Dummies follow for as long as another rank still has micro-batches. Collective. Raises AbandonedError on
     every rank if one has abandoned the work.
@@ -31,7 +35,7 @@ def in_lockstep(microbatches: Iterable[MicroBatch], ranks: Ranks) -> Iterator[tu
         if microbatch is None:
             yield collate([_DUMMY], device=ranks.device), False
         else:
-            yield collate(microbatch, device=ranks.device), True
+            yield collate(microbatch, device=ranks.device, shares_prefixes=shares_prefixes), True
 
 
 _DUMMY = TrainingSample(

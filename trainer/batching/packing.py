@@ -5,7 +5,11 @@ a group arrived, so a step that is served again gives bitwise the same gradient.
 micro-batch is complete as soon as the next sequence does not fit. Packings that fill better (first fit,
 sorting by length) were left out because they need the whole step first.
 
-Shape suffixes: T tokens of a micro-batch, S sampled tokens (loss mask 1), N sequences.
+The budget counts the rows that the model computes: a prefix that sequences of a micro-batch have in common
+counts once (`shared_prefixes.py`).
+
+Shape suffixes: T tokens of a micro-batch, U rows that the model computes for them, S sampled tokens (loss
+mask 1), N sequences.
 
 Alignment: entry t of a per-token quantity belongs to token t given the tokens before it in its own sequence.
 A sequence's first token has no prefix, so it is never in the loss mask, even if a policy sampled it from an
@@ -16,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +29,7 @@ from torch import Tensor
 
 from areal_like.errors import ConfigError
 from areal_like.trajectory import Trajectory
+from trainer.batching.shared_prefixes import PrefixFinder, SharedRows
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -67,20 +73,32 @@ class Packer:
     """
 
     def __init__(
-        self, *, budget_tokens: int, whole_groups: bool = False, one_sequence_per_microbatch: bool = False
+        self,
+        *,
+        budget_tokens: int,
+        whole_groups: bool = False,
+        one_sequence_per_microbatch: bool = False,
+        shares_prefixes: bool = True,
     ) -> None:
         """`budget_tokens`: most tokens of a micro-batch.
 
         `whole_groups`: never split a group over two micro-batches.
 
         `one_sequence_per_microbatch`: every micro-batch is a single sequence.
+
+        `shares_prefixes`: a prefix that sequences have in common counts once (as in `collate`).
         """
         assert budget_tokens >= 1 and not (whole_groups and one_sequence_per_microbatch)
         self._budget = budget_tokens
         self._whole_groups = whole_groups
         self._one_sequence = one_sequence_per_microbatch
+        self._shares_prefixes = shares_prefixes
+        self._begin()
+
+    def _begin(self) -> None:
         self._open: list[TrainingSample] = []
         self._used = 0
+        self._finder = PrefixFinder()
 
     def add(self, group: Sequence[TrainingSample]) -> list[MicroBatch]:
         """Adds the next group in recorded order; returns the micro-batches that it completed.
@@ -90,17 +108,21 @@ class Packer:
         done: list[MicroBatch] = []
         units = [list(group)] if self._whole_groups else [[sample] for sample in group]
         for unit in units:
-            size = sum(sample.trajectory.num_tokens for sample in unit)
+            size = self._size(unit)
+            if self._used + size > self._budget:
+                done += self.flush()
+                size = self._size(unit)
             if size > self._budget:
                 what = "group" if self._whole_groups else "sequence"
                 raise ConfigError(
                     f"a {what} of {size} tokens does not fit trainer.tokens_per_microbatch={self._budget}: "
                     f"raise it to at least {size}"
                 )
-            if self._used + size > self._budget:
-                done += self.flush()
             self._open += unit
             self._used += size
+            if self._shares_prefixes:
+                for sample in unit:
+                    self._finder.append(sample.trajectory.tokens)
             if self._used == self._budget or self._one_sequence:
                 done += self.flush()
         return done
@@ -108,8 +130,20 @@ class Packer:
     def flush(self) -> list[MicroBatch]:
         """Returns the unfinished micro-batch, if there is one, and starts a new one."""
         rest = [tuple(self._open)] if self._open else []
-        self._open, self._used = [], 0
+        self._begin()
         return rest
+
+    def _size(self, unit: Sequence[TrainingSample]) -> int:
+        """Number of rows that these samples add to the open micro-batch."""
+        size = sum(sample.trajectory.num_tokens for sample in unit)
+        if not self._shares_prefixes:
+            return size
+        finder = self._finder if len(unit) == 1 else self._finder.copy()
+        for sample in unit:
+            size -= finder.find(sample.trajectory.tokens).length
+            if len(unit) > 1:
+                finder.append(sample.trajectory.tokens)
+        return size
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -142,6 +176,8 @@ class PackedBatch:
     """int64 [S] indices into T of the tokens that are trained on."""
     lengths: tuple[int, ...]
     """Number of tokens of each sequence; Python ints, so reading them does not wait for the device."""
+    shared: SharedRows | None = None
+    """The rows that the model computes; None: one for each token."""
 
     @property
     def num_sequences(self) -> int:
@@ -153,6 +189,11 @@ class PackedBatch:
         """Number of tokens (T)."""
         return len(self.tokens_T)
 
+    @property
+    def num_rows(self) -> int:
+        """Number of rows that the model computes (U): tokens, but a shared prefix counts once."""
+        return self.num_tokens if self.shared is None else len(self.shared.token_U)
+
 
 def split_by_sequence(value_S: Tensor, batch: PackedBatch) -> list[NDArray[np.float64]]:
     """Splits a value [S] per sampled token into one float64 array per sequence, on the host."""
@@ -160,8 +201,13 @@ def split_by_sequence(value_S: Tensor, batch: PackedBatch) -> list[NDArray[np.fl
     return np.split(value_S.double().cpu().numpy(), length_N.cumsum(0)[:-1].cpu().numpy())
 
 
-def collate(samples: Sequence[TrainingSample], *, device: torch.device | str = "cpu") -> PackedBatch:
-    """Lays the samples' trajectories end to end as tensors on `device`. Needs at least one sample."""
+def collate(
+    samples: Sequence[TrainingSample], *, device: torch.device | str = "cpu", shares_prefixes: bool = True
+) -> PackedBatch:
+    """Lays the samples' trajectories end to end as tensors on `device`. Needs at least one sample.
+
+    `shares_prefixes`: False computes every token of every sequence, for gradients of single sequences.
+    """
     assert all(len(sample.trajectory.segments) <= 1 for sample in samples)
     trajectories = [sample.trajectory for sample in samples]
     lengths = [t.num_tokens for t in trajectories]
@@ -169,12 +215,18 @@ def collate(samples: Sequence[TrainingSample], *, device: torch.device | str = "
     starts, total = bounds[:-1], int(bounds[-1])
     mask = np.concatenate([t.loss_mask for t in trajectories]).astype(bool)
     mask[starts] = False
-    advantages = np.concatenate(
-        [np.broadcast_to(s.advantage, (n,)) for s, n in zip(samples, lengths, strict=True)], dtype=np.float64
-    )
-    lags = np.concatenate(
-        [np.broadcast_to(s.lag, (n,)) for s, n in zip(samples, lengths, strict=True)], dtype=np.int64
-    )
+
+    def of_tokens(values: Sequence[Any], dtype: type) -> NDArray[Any]:
+        """One number for each token, from one number or one array for each sample."""
+        if not any(isinstance(value, np.ndarray) for value in values):
+            return np.repeat(np.asarray(values, dtype=dtype), lengths)
+        return np.concatenate(
+            [
+                np.broadcast_to(value, (n,)) if np.ndim(value) == 0 else value
+                for value, n in zip(values, lengths, strict=True)
+            ],
+            dtype=dtype,
+        )
 
     def put(array: NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(array).to(device)
@@ -185,12 +237,13 @@ def collate(samples: Sequence[TrainingSample], *, device: torch.device | str = "
         segments_T=put(np.repeat(np.arange(len(lengths)), lengths)),
         behavior_logp_T=put(np.concatenate([t.logprobs for t in trajectories])),
         versions_T=put(np.concatenate([t.versions for t in trajectories])),
-        lags_T=put(lags),
-        advantages_T=put(advantages),
+        lags_T=put(of_tokens([s.lag for s in samples], np.int64)),
+        advantages_T=put(of_tokens([s.advantage for s in samples], np.float64)),
         cu_seqlens=put(bounds.astype(np.int32)),
         rewards_N=put(np.array([t.reward for t in trajectories], dtype=np.float64)),
         groups_N=put(np.array([s.group for s in samples], dtype=np.int64)),
         truncated_N=put(np.array([t.finish_reason.is_truncated for t in trajectories])),
         sampled_S=put(np.flatnonzero(mask)),
         lengths=tuple(lengths),
+        shared=SharedRows.of([t.tokens for t in trajectories]) if shares_prefixes else None,
     )

@@ -3,17 +3,19 @@
 A product of a row with a matrix is 2 FLOPs for each of the matrix's numbers, a backward twice its forward.
 Counted are the matrices that a token uses (of experts those that it is routed to; not the embedding, which is
 looked up), the head at the positions that are trained on only, and attention over the pairs of positions that
-see each other. Not counted: recomputation, padding, norms, the critic, the optimizer.
+see each other. A prefix that sequences share counts once. Not counted: recomputation, padding, norms, the critic,
+the optimizer.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 FORWARD = 1
@@ -55,22 +57,28 @@ class ModelFlops:
             num_layers_of=dict(_windows(config)),
         )
 
-    def of_forward(self, lengths: Iterable[int], *, num_rows: int, num_targets: int) -> float:
+    def of_forward(
+        self, lengths: Sequence[int], *, num_targets: int, own_lengths: Sequence[int] | None = None
+    ) -> float:
         """FLOPs of one forward.
 
-        `lengths`: of the sequences. `num_rows`: rows that run through the layers. `num_targets`: rows of the
-        head.
+        `lengths`: of the sequences. `num_targets`: rows of the head. `own_lengths`: rows that run through the
+        layers for each sequence, without a prefix that another one computes; None: all.
         """
-        length_N = np.fromiter(lengths, dtype=np.float64)
-        linear = 2.0 * (self.body_weights * num_rows + self.head_weights * num_targets)
-        pairs = sum(layers * _pairs(length_N, window) for window, layers in self.num_layers_of.items())
+        length_N = np.array(lengths, dtype=np.float64)
+        own_N = length_N if own_lengths is None else np.array(own_lengths, dtype=np.float64)
+        linear = 2.0 * (self.body_weights * float(own_N.sum()) + self.head_weights * num_targets)
+        pairs = sum(
+            layers * float((_pairs_N(length_N, window) - _pairs_N(length_N - own_N, window)).sum())
+            for window, layers in self.num_layers_of.items()
+        )
         return linear + 4.0 * self.heads_size * pairs
 
 
-def _pairs(length_N: np.ndarray[Any, np.dtype[np.float64]], window: int) -> float:
-    """Pairs of positions in causal attention over sequences of these lengths."""
+def _pairs_N(length_N: NDArray[np.float64], window: int) -> NDArray[np.float64]:
+    """Pairs of positions in causal attention over sequences of these lengths, each by itself."""
     seen_N = np.minimum(length_N, window) if window else length_N
-    return float((seen_N * (seen_N + 1) / 2 + (length_N - seen_N) * seen_N).sum())
+    return seen_N * (seen_N + 1) / 2 + (length_N - seen_N) * seen_N
 
 
 def _windows(config: Any) -> Counter[int]:

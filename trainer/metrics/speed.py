@@ -47,9 +47,9 @@ class StepSpeed:
     def flops_of(self, batch: PackedBatch) -> float:
         """Model FLOPs of a pass over a micro-batch: with a backward if gradients are on."""
         passes = FORWARD_AND_BACKWARD if torch.is_grad_enabled() else FORWARD
+        own_lengths = None if batch.shared is None else batch.shared.own_lengths
         return sum(
-            times
-            * model.of_forward(batch.lengths, num_rows=batch.num_tokens, num_targets=len(batch.sampled_S))
+            times * model.of_forward(batch.lengths, num_targets=len(batch.sampled_S), own_lengths=own_lengths)
             for model, times in ((self._policy, passes), (self._reference, FORWARD))
             if model is not None
         )

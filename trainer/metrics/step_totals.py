@@ -161,6 +161,7 @@ class StepTotals:
         log_w_B = self.log_w_B
         metrics.update(
             num_sequences=self.count("reward"),
+            shared_share=1 - self.total("num_rows") / max(1.0, self.total("num_tokens")),
             reward_std=max(variance, 0.0) ** 0.5,
             ess_ratio=ess_ratio(log_w_B),
             log_w_mean=float(log_w_B.mean()) if len(log_w_B) else 0.0,
@@ -178,7 +179,15 @@ _COUNTS = ("num_groups", "zero_advantage_groups", "num_tokens", "num_microbatche
 _FINISHED: dict[FinishReason, str] = {
     reason: f"finished_{reason.value}" for reason in FinishReason if reason is not FinishReason.ABORT
 }
-_HIDDEN = ("loss", "reward_square", "counted_tokens", "counted_seqs", "model_flops", *_FINISHED.values())
+_HIDDEN = (
+    "loss",
+    "reward_square",
+    "counted_tokens",
+    "counted_seqs",
+    "num_rows",
+    "model_flops",
+    *_FINISHED.values(),
+)
 _SEEDED = (
     *_COUNTS,
     *_HIDDEN,

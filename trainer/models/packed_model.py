@@ -10,7 +10,7 @@ from.
 Left out: tensor and pipeline parallelism; groups of their own for heads, which run once for each chunk of
 tokens: every chunk would gather the weight and reduce its gradient again.
 
-Shape suffixes: T packed tokens, S sampled tokens, D hidden size.
+Shape suffixes: T packed tokens, U rows that the model computes for them, S sampled tokens, D hidden size.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ from trainer.models.row_loading import read_rows, stored_names
 from trainer.models.safetensors_rows import SafetensorsRows
 from trainer.models.skeleton import build_skeleton, set_buffer, tied_names
 
+SMALLEST_SHARDED_APART = 32 << 20
+"""Bytes of a model from which its layers are gathered and reduced one by one. In a smaller one the fixed cost
+of each collective is more than the transfer: all of it is gathered at once, and once in a step."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -106,6 +109,7 @@ class PackedModel(nn.Module):
         reshard_after_forward: bool = True,
     ) -> Self:
         """Shards in place (each decoder layer, the embedding, the rest) and gives this rank's rows memory.
+        A model below SMALLEST_SHARDED_APART is sharded as a whole.
 
         `frozen`: for a model that is never trained: held in `dtype` and resharded after every forward.
         `reshard_after_forward`: False keeps the layers of a training forward gathered until its backward.
@@ -126,7 +130,9 @@ class PackedModel(nn.Module):
                     if param.dtype != compute:
                         param.data = param.data.to(compute)
         self.reshard_after_forward = reshards = reshard_after_forward or frozen
-        for module in [*decoder_layers(self.model), *self._embeddings_apart()]:
+        num_bytes = sum(param.numel() * param.itemsize for param in self.parameters())
+        apart = [*decoder_layers(self.model), *self._embeddings_apart()]
+        for module in apart if num_bytes >= SMALLEST_SHARDED_APART else ():
             fully_shard(module, mesh=ranks.mesh, mp_policy=precision, reshard_after_forward=reshards)
         fully_shard(self, mesh=ranks.mesh, mp_policy=precision, reshard_after_forward=frozen)
         for module in self.modules():
@@ -184,13 +190,19 @@ class PackedModel(nn.Module):
 
         A sequence's first token is never sampled, so there is always a position before.
         """
-        hidden_TD: Tensor = self.model.base_model(
-            input_ids=batch.tokens_T[None],
-            position_ids=batch.positions_T[None],
+        tokens, positions, read_S = batch.tokens_T, batch.positions_T, batch.sampled_S - 1
+        shared, device = batch.shared, batch.tokens_T.device
+        if shared is not None:
+            token_U = torch.from_numpy(shared.token_U).to(device)
+            tokens, positions = tokens.index_select(0, token_U), positions.index_select(0, token_U)
+            read_S = torch.from_numpy(shared.row_T).to(device).index_select(0, read_S)
+        hidden_UD: Tensor = self.model.base_model(
+            input_ids=tokens[None],
+            position_ids=positions[None],
             use_cache=False,
-            packed_layout=PackedLayout.of(batch.lengths, device=batch.tokens_T.device),
+            packed_layout=PackedLayout.of(batch.lengths, device=device, shared=shared),
         ).last_hidden_state[0]
-        return hidden_TD.index_select(0, batch.sampled_S - 1)
+        return hidden_UD.index_select(0, read_S)
 
 
 def _check_layers(model: Any) -> None:

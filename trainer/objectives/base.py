@@ -103,6 +103,9 @@ class Objective(ABC):
     """True: every micro-batch is a single sequence (for autograd's gradient of each sequence)."""
     late_coefficients: bool = False
     """True: `gradients` scales the losses after the backward, so no other term may be added to them."""
+    shares_prefixes: bool = True
+    """True: a prefix that sequences of a micro-batch have in common is computed once. False: `gradients`
+    needs the rows of each sequence apart. Has no effect with `late_coefficients`, where it is always so."""
     skips_zero_advantage: bool = True
     """True: a group whose advantages are all zero has no gradient, so it is counted but not run."""
     single_version: bool = False

@@ -94,6 +94,10 @@ class Composed(Objective):
         return self.inner.late_coefficients
 
     @property
+    def shares_prefixes(self) -> bool:  # type: ignore[override]
+        return self.inner.shares_prefixes
+
+    @property
     def skips_zero_advantage(self) -> bool:  # type: ignore[override]
         """False where a term or mask also concerns tokens with zero advantage."""
         # A mask that changes the normalizer or gathers statistics of the step needs all groups.

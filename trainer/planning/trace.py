@@ -172,7 +172,7 @@ class _Trace:
         return self._result(policy, resident)
 
     def _result(self, policy: Policy, resident: dict[str, int]) -> StepTrace:
-        rectangles = [rectangle.shape for rectangle in PackedLayout.of(self._lengths).rectangles]
+        rectangles = [(r.num_sequences, r.num_queries) for r in PackedLayout.of(self._lengths).rectangles]
         squares = sum(num_seqs * longest**2 for num_seqs, longest in rectangles)
         flops = self._memory.flops
         phases = [phase for phase in flops if not phase.endswith(ATTENTION)]

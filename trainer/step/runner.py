@@ -98,6 +98,7 @@ class StepRunner:
         self._is_first_forward = True
         self._ranks = ranks
         self._objective = objective
+        self._shares_prefixes = objective.shares_prefixes and not objective.late_coefficients
         self._gradients = objective.gradients(policy, ranks)
         self._normalizer = replace(normalizer, name=objective.normalizer or normalizer.name)
         self._budget_tokens = budget_tokens
@@ -176,7 +177,7 @@ class StepRunner:
                 microbatches = list(microbatches)  # waits for the last group
                 self._observe(microbatches, observations, totals, timer)
                 stats = observations.summarize()
-            for batch, live in in_lockstep(microbatches, self._ranks):
+            for batch, live in in_lockstep(microbatches, self._ranks, shares_prefixes=self._shares_prefixes):
                 with timer.span("compute_s"):
                     tokens = self._forward(batch, totals, live=live)
                     with named_range("objective"):
@@ -203,6 +204,7 @@ class StepRunner:
             budget_tokens=self._budget_tokens,
             whole_groups=objective.whole_groups,
             one_sequence_per_microbatch=objective.one_sequence_per_microbatch,
+            shares_prefixes=self._shares_prefixes,
         )
         for group in groups:
             is_zero = all(not np.any(sample.advantage) for sample in group)
@@ -234,7 +236,7 @@ class StepRunner:
     ) -> None:
         """The pass without gradient of an objective that depends on the whole step. Collective."""
         with torch.no_grad(), timer.span("compute_s"):
-            for batch, live in in_lockstep(microbatches, self._ranks):
+            for batch, live in in_lockstep(microbatches, self._ranks, shares_prefixes=self._shares_prefixes):
                 observations.add(self._forward(batch, totals, live=live), live=live)
 
     @torch.no_grad()
@@ -254,14 +256,15 @@ class StepRunner:
         totals.add("counted_tokens", num_tokens if live else 0.0)
         totals.add("counted_seqs", num_seqs if live else 0.0)
         totals.add("num_tokens", float(batch.num_tokens if live else 0))
+        totals.add("num_rows", float(batch.num_rows if live else 0))
         totals.add("num_microbatches", float(live))
 
     def _update(self, step: int, stats: StepStats, totals: StepTotals, timer: PhaseTimer) -> dict[str, Any]:
         """Divides the accumulated gradients, updates policy and critic, returns the metrics. Collective.
 
         Metrics: loss, grad_norm, lr, lr_scale, those of the samples (`StepTotals`), num_groups,
-        zero_advantage_groups, num_tokens (packed and run), num_microbatches (of all ranks), ess_ratio,
-        log_w_mean, log_w_std, kl_k3, entropy, clipped_fraction, kept_fraction, mismatch_abs (mean
+        zero_advantage_groups, num_tokens (of the sequences run), shared_share (of them, not computed),
+        num_microbatches (of all ranks), ess_ratio, log_w_mean, log_w_std, kl_k3, entropy, clipped_fraction, kept_fraction, mismatch_abs (mean
         |log(pi / mu)| of tokens that the current weights sampled, if there are any: the numerical mismatch of
         engine and trainer), the objective's own, shaped_reward (where advantages are not computed from
         `reward`), shaping_dual_I (of a shaping with a dual variable), the critic's, wait_s, compute_s,

@@ -24,7 +24,7 @@ _PERFORMANCE = (
     *("push_s", "sample_generation_s", "sample_reward_s"),
     *(f"{phase}_s_{end}" for phase in ("wait_data", "compute", "reduce", "update") for end in ("min", "max")),
     *("tokens_per_s", "tokens_per_s_per_gpu", "compute_tokens_per_s_per_gpu", "model_tflops_per_s"),
-    *("mfu", "mfu_compute", "memory_peak_gb", "memory_reserved_peak_gb"),
+    *("shared_share", "mfu", "mfu_compute", "memory_peak_gb", "memory_reserved_peak_gb"),
 )
 _GROUP_OF = dict.fromkeys(_STABILITY, "stability") | dict.fromkeys(_PERFORMANCE, "performance")
 _OTHER_GROUP = "train"

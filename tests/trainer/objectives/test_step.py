@@ -86,19 +86,22 @@ def relative_error(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize("name", OBJECTIVES.names())
 def test_cuts_do_not_change_any_objectives_gradient(path: str, ranks: Ranks, name: str) -> None:
-    """Log-probs of tokens that were not sampled have no effect either, and the common diagnostics exist."""
-    groups = random_groups(5)
+    """Nor do shared prefixes or log-probs of tokens that were not sampled. The common diagnostics exist."""
+    groups = random_groups(5, prompt=6)
     gradients = []
-    for budget_tokens, data in ((10_000, groups), (37, with_changed_prompt_logprobs(groups))):
+    changed = with_changed_prompt_logprobs(groups)
+    for budget_tokens, data, shares in ((10_000, groups, False), (10_000, groups, True), (37, changed, True)):
         runner = make_runner(
             path, ranks, beta1=0.0, budget_tokens=budget_tokens, settings={"objective": {"name": name}}
         )
+        runner._shares_prefixes &= shares
         metrics = runner.run(data, step=7)
         gradients.append(last_gradient(runner))
         assert all(np.isfinite(metrics[key]) for key in DIAGNOSTICS)
         assert 0 <= metrics["clipped_fraction"] <= 1 and 0 <= metrics["kept_fraction"] <= 1
     assert metrics["num_microbatches"] > 1
-    assert relative_error(gradients[1], gradients[0]) < 1e-9 or metrics["grad_norm"] == 0
+    for gradient in gradients[1:]:
+        assert relative_error(gradient, gradients[0]) < 1e-9 or metrics["grad_norm"] == 0
 
 
 @pytest.mark.timeout(100)
@@ -106,7 +109,7 @@ def test_two_ranks_give_the_gradient_of_one(path: str, ranks: Ranks, tmp_path: P
     run_ranks("steps", str(tmp_path), path, json.dumps(WHOLE_STEP), world_size=2)
     for index, settings in enumerate(WHOLE_STEP):
         runner = make_runner(path, ranks, beta1=0.0, settings=settings, budget_tokens=10_000)
-        runner.run(random_groups(8), step=7)
+        runner.run(random_groups(8, prompt=6), step=7)
         for share in ("even", "one-sided"):
             got = load_file(tmp_path / f"{index}-{share}.safetensors")
             assert relative_error(got, last_gradient(runner)) < 1e-9, (settings, share)

@@ -198,7 +198,10 @@ def test_worst_packing_pads_most() -> None:
         lengths = Lengths(context=context, max_response=context - 1, prompt=1, response=1)
         packed = worst_lengths(lengths, budget_tokens=budget)
         assert max(packed) == context and sum(packed) <= budget
-        padded = sum(n * longest for n, longest in (r.shape for r in PackedLayout.of(packed).rectangles))
+        padded = sum(
+            n * longest
+            for n, longest in ((r.num_sequences, r.num_queries) for r in PackedLayout.of(packed).rectangles)
+        )
         assert padded <= 2 * sum(packed)
         if budget >= 4 * context:
             assert padded > 1.9 * budget

@@ -1,0 +1,117 @@
+"""Finds prefixes that sequences of one micro-batch have in common, so that the model computes them once.
+
+The samples of a group have the same prompt, the segments of a conversation begin alike, and tasks with a
+system prompt begin alike in all groups. A causal model gives equal hidden states to equal prefixes, so the
+rows of an earlier sequence serve the later ones:
+
+    packed tokens  T:  a b c 1 2 | a b c 3 4 | a b c 3 5
+    rows           U:  a b c 1 2 |       3 4 |         5
+
+A sequence's own rows attend to all of its prefix, wherever it is computed. Gradients are exact: a shared row
+gets the sum of the gradients of all sequences that read it. Which prefix is shared is a pure function of the
+sequences' order.
+
+Shape suffixes: T packed tokens, U rows that the model computes, N sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+_SHORTEST = 4
+"""Shorter prefixes, in tokens, are not shared: attention over them would be more uneven, for nothing."""
+_LOOK_BACK = 8
+"""Number of earlier sequences, of those with the same first tokens, that a sequence is compared with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prefix:
+    """The prefix of a sequence that an earlier one of the micro-batch computes."""
+
+    length: int = 0
+    """Number of tokens; the last token of a sequence is never part of it."""
+    source: int = -1
+    """Index in 0..N-1 of the earlier sequence."""
+
+
+_NO_PREFIX = Prefix()
+
+
+class PrefixFinder:
+    """The prefixes of a growing micro-batch: find(), then append(), for each sequence in packed order."""
+
+    def __init__(self) -> None:
+        self._num_sequences = 0
+        self._earlier: dict[bytes, list[tuple[int, NDArray[np.int32]]]] = {}
+
+    def find(self, tokens: NDArray[np.int32]) -> Prefix:
+        """The longest prefix that an earlier sequence has, too; that of the most recent of equals."""
+        best, source = 0, -1
+        last = len(tokens) - 1  # every sequence adds a row of its own, and so has a query
+        for index, other in reversed(self._earlier.get(tokens[:_SHORTEST].tobytes(), ())):
+            end = min(last, len(other))
+            if end <= best or other[best] != tokens[best]:
+                continue
+            is_equal = other[:end] == tokens[:end]
+            length = int(is_equal.argmin())
+            if is_equal[length]:
+                length = end
+            if length > best:
+                best, source = length, index
+        return Prefix(length=best, source=source) if best >= _SHORTEST else _NO_PREFIX
+
+    def append(self, tokens: NDArray[np.int32]) -> None:
+        """Adds a sequence for the later ones."""
+        alike = self._earlier.setdefault(tokens[:_SHORTEST].tobytes(), [])
+        alike.append((self._num_sequences, tokens))
+        del alike[:-_LOOK_BACK]
+        self._num_sequences += 1
+
+    def copy(self) -> PrefixFinder:
+        """A finder with the same sequences, to try some more."""
+        copied = PrefixFinder()
+        copied._num_sequences = self._num_sequences
+        copied._earlier = {first: list(alike) for first, alike in self._earlier.items()}
+        return copied
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SharedRows:
+    """Which row of the model's input stands for each packed token, on the host."""
+
+    row_T: NDArray[np.int64]
+    """Index into U of each packed token's row."""
+    token_U: NDArray[np.int64]
+    """Index into T of the token that each row computes: the first that stands for it, ascending."""
+    own_lengths: tuple[int, ...]
+    """[N] number of rows that each sequence adds, at least 1: its tokens after the shared prefix."""
+
+    @classmethod
+    def of(cls, sequences: Sequence[NDArray[np.int32]]) -> SharedRows | None:
+        """The rows of sequences in packed order; None if no two of them have a prefix in common."""
+        finder = PrefixFinder()
+        prefixes = []
+        for tokens in sequences:
+            prefixes.append(finder.find(tokens))
+            finder.append(tokens)
+        if not any(prefix.length for prefix in prefixes):
+            return None
+        rows: list[NDArray[np.int64]] = []
+        own_lengths: list[int] = []
+        tokens_U: list[NDArray[np.int64]] = []
+        num_rows = num_tokens = 0
+        for tokens, prefix in zip(sequences, prefixes, strict=True):
+            own = len(tokens) - prefix.length
+            shared = rows[prefix.source][: prefix.length] if prefix.length else np.zeros(0, dtype=np.int64)
+            rows.append(np.concatenate([shared, np.arange(num_rows, num_rows + own)]))
+            tokens_U.append(np.arange(num_tokens + prefix.length, num_tokens + len(tokens)))
+            own_lengths.append(own)
+            num_rows += own
+            num_tokens += len(tokens)
+        return cls(
+            row_T=np.concatenate(rows), token_U=np.concatenate(tokens_U), own_lengths=tuple(own_lengths)
+        )
