@@ -3,8 +3,8 @@
 A product of a row with a matrix is 2 FLOPs for each of the matrix's numbers, a backward twice its forward.
 Counted are the matrices that a token uses (of experts those that it is routed to; not the embedding, which is
 looked up), the head at the positions that are trained on only, and attention over the pairs of positions that
-see each other. A prefix that sequences share counts once. Not counted: recomputation, padding, norms, the critic,
-the optimizer.
+see each other. A prefix that sequences share counts once. Not counted: recomputation, padding, norms, the
+critic, the optimizer.
 """
 
 from __future__ import annotations

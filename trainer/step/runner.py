@@ -264,11 +264,11 @@ class StepRunner:
 
         Metrics: loss, grad_norm, lr, lr_scale, those of the samples (`StepTotals`), num_groups,
         zero_advantage_groups, num_tokens (of the sequences run), shared_share (of them, not computed),
-        num_microbatches (of all ranks), ess_ratio, log_w_mean, log_w_std, kl_k3, entropy, clipped_fraction, kept_fraction, mismatch_abs (mean
-        |log(pi / mu)| of tokens that the current weights sampled, if there are any: the numerical mismatch of
-        engine and trainer), the objective's own, shaped_reward (where advantages are not computed from
-        `reward`), shaping_dual_I (of a shaping with a dual variable), the critic's, wait_s, compute_s,
-        reduce_s, update_s, step_s, and those of `StepSpeed`.
+        num_microbatches (of all ranks), ess_ratio, log_w_mean, log_w_std, kl_k3, entropy, clipped_fraction,
+        kept_fraction, mismatch_abs (mean |log(pi / mu)| of tokens that the current weights sampled, if there
+        are any: the numerical mismatch of engine and trainer), the objective's own, shaped_reward (where
+        advantages are not computed from `reward`), shaping_dual_I (of a shaping with a dual variable), the
+        critic's, wait_s, compute_s, reduce_s, update_s, step_s, and those of `StepSpeed`.
         """
         lr_scale = self._objective.lr_scale(stats)
         lr = self.optimizer.learning_rate(step) * lr_scale
