@@ -96,6 +96,9 @@ class TrainerConfig(Section, key="trainer"):
     this time, the run continues without loss."""
     num_threads: int = 1
     """CPU threads of one rank."""
+    peak_tflops: float = 0.0
+    """Peak dense bfloat16 rate of one rank's device in TFLOP/s, of which `mfu` is a share. 0: by the GPU's
+    name; a CPU, a part of a GPU (MIG) or a GPU that is not known then has no `mfu`."""
 
     def check(self) -> None:
         for name in (
@@ -116,6 +119,7 @@ class TrainerConfig(Section, key="trainer"):
             "max_grad_norm",
             "entropy_coef",
             "checkpoint_minutes",
+            "peak_tflops",
         ):
             require(getattr(self, name) >= 0, f"trainer.{name} must be at least 0")
         for name in ("collective_timeout_s", "fetch_timeout_s", "buffer_timeout_s"):

@@ -35,6 +35,9 @@ LEADER_COLUMNS = {
 }
 """Columns that rank 0 adds in a running job (tests/launch/test_run.py checks them)."""
 
+DEVICE_COLUMNS = {"mfu", "mfu_compute", "memory_reserved_peak_gb"}
+"""Columns of ranks whose device has a known peak, or is a GPU (tests/trainer/test_speed.py checks them)."""
+
 
 def named_columns() -> set[str]:
     """Every column: the first cells of the first table's rows."""
@@ -61,7 +64,7 @@ def test_every_column_is_on_the_page(tmp_path: Path, ranks: Ranks) -> None:
         metrics = make_runner(path, ranks, settings=settings).run(groups, step=5 + step)
         rows.append(step_row(step, metrics | LagTally(4).reduced(ranks)))
     seen = {re.sub(r"_\d+$", "_I", name) for row in rows for name in row}
-    assert seen | LEADER_COLUMNS | {"greedy_reward"} == named_columns()
+    assert seen | LEADER_COLUMNS | DEVICE_COLUMNS | {"greedy_reward"} == named_columns()
 
 
 def series_of(registry: CollectorRegistry) -> set[str]:

@@ -54,6 +54,7 @@ def make_runner(
     max_grad_norm: float = 0.0,
     advantage: Advantage | None = None,
     settings: dict[str, Any] | None = None,
+    peak_tflops: float = 0.0,
 ) -> StepRunner:
     """A runner over a test model: sequence TIS and token mean, unless `settings` (sections) override them."""
     sections = settings or {}
@@ -86,6 +87,7 @@ def make_runner(
         shapings=shapings,
         kl=kl if kl and kl.place == "reward" else None,
         critic=critic,
+        peak_tflops=peak_tflops,
     )
 
 
@@ -199,6 +201,19 @@ def _abandon(ranks: Ranks, path: str) -> None:
         assert torch.equal(ours, theirs), name
 
 
+def straggler(ranks: Ranks, out_dir: Path, path: str) -> None:
+    """Rank 1's groups arrive late; writes rank 0's metrics."""
+    runner = make_runner(path, ranks)
+
+    def groups() -> Iterator[Any]:
+        time.sleep(0.3 * ranks.rank)
+        yield from random_groups(8)[ranks.rank :: 2]
+
+    metrics = runner.run(groups(), step=5)
+    if ranks.rank == 0:
+        (out_dir / "straggler.json").write_text(json.dumps(metrics))
+
+
 def main(**checks: Callable[..., None]) -> None:
     """Runs the check named on the command line. Ranks are forks, so that torch is imported only once."""
     check, store, world_size, out_dir, *rest = sys.argv[1:]
@@ -237,4 +252,4 @@ def _run_rank(rank: int, world_size: int, store: str, check: Callable[[Ranks], N
 
 
 if __name__ == "__main__":
-    main(gradients=gradients, steps=steps, resume=resume, outage=outage)
+    main(gradients=gradients, steps=steps, resume=resume, outage=outage, straggler=straggler)

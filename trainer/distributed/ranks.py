@@ -105,6 +105,14 @@ class Ranks:
             dist.all_reduce(values, group=self._control)
         return values
 
+    def stack(self, vector: Tensor) -> Tensor:
+        """[world size, length]: the CPU vectors of all ranks, of equal length, in rank order."""
+        if self.world_size == 1:
+            return vector[None]
+        rows = [torch.empty_like(vector) for _ in range(self.world_size)]
+        dist.all_gather(rows, vector, group=self._control)
+        return torch.stack(rows)
+
     def gather(self, vector: Tensor) -> Tensor:
         """Concatenates CPU vectors of any length, in rank order."""
         if self.world_size == 1:

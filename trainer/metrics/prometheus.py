@@ -6,10 +6,14 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from prometheus_client import Gauge
+
 from areal_like.config import EvalSetConfig
 from areal_like.runtime.metrics import Metrics
 from areal_like.trajectory import FinishReason
+from trainer.metrics.distributions import PERCENTILES
 from trainer.metrics.named_means import MAX_NAMES
+from trainer.metrics.speed import PHASES
 from trainer.weight_sync.publisher import PushReport
 from trainer.weight_sync.weight_checks import CheckReport
 
@@ -26,6 +30,9 @@ _GAUGES = {
     "entropy": "Mean entropy of sampled tokens in nats",
     "mismatch_abs": "Mean |log pi/mu| of tokens sampled by the current weights, the last time there were "
     "any: numerical mismatch",
+    "mismatch_abs_p99": "99th percentile of the same",
+    "mismatch_abs_max": "Largest of the same",
+    "mismatch_k3": "KL(mu || pi) of the same tokens, k3 estimator",
     "clipped_fraction": "Share of tokens whose weight or loss the objective has cut",
     "kept_fraction": "Share of tokens that masks have left to learn from",
     "response_tokens": "Mean sampled tokens of a sample",
@@ -35,6 +42,7 @@ _GAUGES = {
     "segments": "Mean segments of a sample",
     "sample_generation_s": "Mean seconds from a sample's first request to its last token",
     "sample_reward_s": "Mean seconds spent computing a sample's reward",
+    "shared_share": "Share of the last step's tokens that were not computed: prefixes shared with others",
     "zero_advantage_groups": "Groups of the last step without any advantage",
     "greedy_reward": "Mean reward of the last step's greedy samples (advantage=remax)",
     "value_loss": "Half the critic's mean squared error in the last step, before its update (advantage=gae)",
@@ -43,7 +51,29 @@ _GAUGES = {
     "lag_mean": "Mean lag of the last step's samples in optimizer steps",
     "max_staleness": "Bound on lag that tickets were admitted under in the last step",
     "lag_max": "Largest lag of the last step's samples in optimizer steps",
+    "prompt_tokens_max": "Most tokens of a sample that were not sampled",
+    "mfu": "Model FLOPs of the last step over its time and the peak of the ranks' devices",
+    "mfu_compute": "The same over the time of forward and backward",
+    "tokens_per_s": "Tokens that all ranks ran in the last step, prompts included, over its time",
+    "tokens_per_s_per_gpu": "The same of one rank",
+    "compute_tokens_per_s_per_gpu": "The same of one rank over the time of forward and backward",
 }
+
+_SCALED_GAUGES = {
+    "model_tflops_per_s": (
+        "trainer_model_flops_per_second",
+        1e12,
+        "Model FLOPs of the last step over its time",
+    ),
+    "memory_peak_gb": ("trainer_memory_peak_bytes", 1e9, "Largest memory of a rank in the last step"),
+    "memory_reserved_peak_gb": (
+        "trainer_memory_reserved_peak_bytes",
+        1e9,
+        "The same with what a GPU's allocator keeps free",
+    ),
+}
+"""Column -> series in base units, their number in one of the column's, and its text."""
+_LENGTHS = (*(f"p{percent}" for percent in PERCENTILES), "max")
 
 _NAMED_GAUGES = {
     "reward_parts": ("trainer_reward_part", "part", "Mean of a named part of the reward in the last step"),
@@ -77,6 +107,23 @@ class TrainerSeries:
     def __init__(self, metrics: Metrics, *, eval_sets: Mapping[str, EvalSetConfig] | None = None) -> None:
         """`eval_sets`: by name; those of the configuration, so their number is bounded."""
         self._gauges = {name: metrics.gauge(f"trainer_{name}", doc) for name, doc in _GAUGES.items()}
+        self._scaled = {column: metrics.gauge(name, doc) for column, (name, _, doc) in _SCALED_GAUGES.items()}
+        self._lengths = metrics.gauge(
+            "trainer_response_length",
+            "Percentiles and maximum of the sampled tokens of the last step's samples",
+            label="of",
+            values=_LENGTHS,
+        )
+        phases = [phase.removesuffix("_s") for phase in PHASES]
+        self._phases = {
+            end: metrics.gauge(
+                f"trainer_phase_{end}_seconds",
+                f"Seconds of a phase of the last step at the rank with the {which}",
+                label="phase",
+                values=phases,
+            )
+            for end, which in (("min", "fewest"), ("max", "most"))
+        }
         self._finished = metrics.gauge(
             "trainer_finished_fraction",
             "Share of the last step's samples that ended for this reason",
@@ -154,9 +201,14 @@ class TrainerSeries:
         """Updates the series after optimizer step `step`. `row`: its metrics."""
         self._step.set(step + 1)
         for name, gauge in self._gauges.items():
-            value = row.get(name)
-            if isinstance(value, (int, float)) and math.isfinite(value):
-                gauge.set(value)
+            _set(gauge, row.get(name))
+        for name, gauge in self._scaled.items():
+            _set(gauge, row.get(name), unit=_SCALED_GAUGES[name][1])
+        for of in _LENGTHS:
+            _set(self._lengths.labels(of), row.get(f"response_length_{of}"))
+        for end, gauge in self._phases.items():
+            for phase in PHASES:
+                _set(gauge.labels(phase.removesuffix("_s")), row.get(f"{phase}_{end}"))
         for reason, share in row.get("finish_reasons", {}).items():
             self._finished.labels(reason).set(share)
         self._set_named(row)
@@ -196,3 +248,9 @@ class TrainerSeries:
             self._pass_at_k.labels(row["set"], k).set(share)
         if is_first and row["avg"] is not None:
             self._eval.set(row["avg"])
+
+
+def _set(gauge: Gauge, value: object, *, unit: float = 1.0) -> None:
+    """Sets a gauge to a number of a row; a value that is absent or not finite leaves it as it is."""
+    if isinstance(value, (int, float)) and math.isfinite(value):
+        gauge.set(value * unit)

@@ -20,7 +20,13 @@ from areal_like.wire.messages.consumer import RunCounters
 WARM_UP_STEPS = 10
 """First steps of a run, left out of the idle fractions: the pipeline is still filling."""
 
-_ROW_NAMES = {"reward": "reward_mean", "wait_s": "wait_data_s", "response_tokens": "response_length_mean"}
+_ROW_NAMES = {
+    "reward": "reward_mean",
+    "wait_s": "wait_data_s",
+    "wait_s_min": "wait_data_s_min",
+    "wait_s_max": "wait_data_s_max",
+    "response_tokens": "response_length_mean",
+}
 """Name in the metrics of `StepRunner.run` -> name in metrics.jsonl, where it differs."""
 
 

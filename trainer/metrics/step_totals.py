@@ -13,12 +13,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from areal_like.trajectory import FinishReason, Trajectory
 from trainer.batching.packing import num_targets
 from trainer.distributed.ranks import Ranks
+from trainer.metrics.distributions import (
+    NUM_BUCKETS,
+    MagnitudeHistogram,
+    as_parts,
+    joined_parts,
+    length_metrics,
+    percentile_of_counts,
+)
 from trainer.metrics.named_means import NamedMeans
 from trainer.objectives import SampledTokens, TokenLosses
 from trainer.objectives.importance import MAX_EXPONENT, ess_ratio
@@ -35,6 +44,9 @@ class StepTotals:
         self._sums: dict[str, Tensor | float] = dict.fromkeys((*_SEEDED, *seeded), 0.0)
         self._counts: dict[str, Tensor | float] = dict.fromkeys((*_SEEDED, *seeded), 0.0)
         self._log_w: list[Tensor] = []
+        self._lengths: list[tuple[int, int]] = []
+        """Response and prompt of each sample."""
+        self._mismatch = MagnitudeHistogram()
         self._named = NamedMeans()
 
     def add(self, name: str, total: Tensor | float, *, count: Tensor | float = 1.0) -> None:
@@ -72,6 +84,7 @@ class StepTotals:
         for trajectory, num in zip(learned, targets, strict=True):
             self.add(_FINISHED[trajectory.finish_reason], 1.0)
             self._named.add(trajectory, num_targets=num)
+            self._lengths.append((num, trajectory.num_tokens - num))
         return group
 
     def observe(self, tokens: SampledTokens, losses: TokenLosses, *, live: bool) -> None:
@@ -84,11 +97,11 @@ class StepTotals:
         self.add_vector("entropy", tokens.entropy_S, live=live)
         # At lag 0 engine and trainer have the same weights: a difference there comes from numerics alone.
         same_S = tokens.lag_S == 0
-        self.add(
-            "mismatch_abs",
-            (log_ratio_S.abs() * same_S).sum() if live else 0.0,
-            count=same_S.sum() if live else 0,
-        )
+        num_same = same_S.sum() if live else 0
+        self.add("mismatch_abs", (log_ratio_S.abs() * same_S).sum() if live else 0.0, count=num_same)
+        self.add("mismatch_k3", (kl_S * same_S).sum() if live else 0.0, count=num_same)
+        if live:
+            self._mismatch.add(log_ratio_S.detach(), same_S)
         # Both fractions exist for every objective, so that runs can be compared. Unless the objective reports
         # its own, nothing is clipped and all is kept.
         fractions = {
@@ -103,13 +116,18 @@ class StepTotals:
         """Sums over ranks. Collective; call once."""
         names = sorted(self._sums)
         values = [self._sums[n] for n in names] + [self._counts[n] for n in names]
-        table = torch.stack([torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in values])
-        totals = ranks.sum(table).tolist()
+        sums = torch.stack([torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in values])
+        totals = ranks.sum(torch.cat([sums, self._mismatch.on_host_K])).tolist()
         self._sums = dict(zip(names, totals[: len(names)], strict=True))
-        self._counts = dict(zip(names, totals[len(names) :], strict=True))
+        self._counts = dict(zip(names, totals[len(names) : 2 * len(names)], strict=True))
+        self._mismatch_K = np.array(totals[-NUM_BUCKETS:])
         self._named.reduce(ranks)
         local = torch.cat(self._log_w) if self._log_w else torch.zeros(0)
-        self.log_w_B = ranks.gather(local.double().cpu())
+        lengths = torch.tensor(self._lengths, dtype=torch.float64).reshape(-1, 2)
+        parts = as_parts([local, *lengths.T, torch.tensor([self._mismatch.largest])])
+        self.log_w_B, self._response_B, self._prompt_B, self._largest = joined_parts(
+            ranks.gather(parts), num_vectors=4
+        )
         """Summed log-ratio of every sequence of the step, float64, the same on all ranks."""
 
     def total(self, name: str) -> float:
@@ -134,10 +152,16 @@ class StepTotals:
         metrics.update({name: self.total(name) for name in _COUNTS})
         if self.count("mismatch_abs") == 0:  # no token at lag 0: the mismatch is unknown, which is not zero
             metrics.pop("mismatch_abs", None)
+            metrics.pop("mismatch_k3", None)
+        else:
+            metrics["mismatch_abs_max"] = largest = float(self._largest.max())
+            # The percentile is the end of a bucket, which may lie above the largest of all.
+            metrics["mismatch_abs_p99"] = min(largest, percentile_of_counts(self._mismatch_K, 99))
         variance = self.mean("reward_square") - self.mean("reward") ** 2
         log_w_B = self.log_w_B
         metrics.update(
             num_sequences=self.count("reward"),
+            shared_share=1 - self.total("num_rows") / max(1.0, self.total("num_tokens")),
             reward_std=max(variance, 0.0) ** 0.5,
             ess_ratio=ess_ratio(log_w_B),
             log_w_mean=float(log_w_B.mean()) if len(log_w_B) else 0.0,
@@ -147,6 +171,7 @@ class StepTotals:
                 for reason, name in _FINISHED.items()
             },
         )
+        metrics |= length_metrics(self._response_B.numpy(), self._prompt_B.numpy())
         return metrics | self._named.metrics()
 
 
@@ -154,7 +179,15 @@ _COUNTS = ("num_groups", "zero_advantage_groups", "num_tokens", "num_microbatche
 _FINISHED: dict[FinishReason, str] = {
     reason: f"finished_{reason.value}" for reason in FinishReason if reason is not FinishReason.ABORT
 }
-_HIDDEN = ("loss", "reward_square", "counted_tokens", "counted_seqs", *_FINISHED.values())
+_HIDDEN = (
+    "loss",
+    "reward_square",
+    "counted_tokens",
+    "counted_seqs",
+    "num_rows",
+    "model_flops",
+    *_FINISHED.values(),
+)
 _SEEDED = (
     *_COUNTS,
     *_HIDDEN,

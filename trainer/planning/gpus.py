@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from areal_like.config import Config
 from areal_like.config.gpus import engine_gpus, trainer_gpus
 from areal_like.errors import ConfigError
+from trainer.metrics.peak_flops import BF16_TFLOPS
 
 GIB = float(1 << 30)
 GPUS_PER_HOST = 8
@@ -44,7 +45,7 @@ GPUS = {
         Gpu(
             name="A100",
             memory_bytes=80e9,
-            bf16_flops=312e12,
+            bf16_flops=BF16_TFLOPS["A100"] * 1e12,
             float32_flops=19.5e12,
             memory_bytes_per_s=2.039e12,
             nvlink_bytes_per_s=300e9,
@@ -53,7 +54,7 @@ GPUS = {
         Gpu(
             name="H100",
             memory_bytes=80e9,
-            bf16_flops=989e12,
+            bf16_flops=BF16_TFLOPS["H100"] * 1e12,
             float32_flops=67e12,
             memory_bytes_per_s=3.35e12,
             nvlink_bytes_per_s=450e9,
@@ -62,7 +63,7 @@ GPUS = {
         Gpu(
             name="H200",
             memory_bytes=141e9,
-            bf16_flops=989e12,
+            bf16_flops=BF16_TFLOPS["H200"] * 1e12,
             float32_flops=67e12,
             memory_bytes_per_s=4.8e12,
             nvlink_bytes_per_s=450e9,
@@ -71,7 +72,7 @@ GPUS = {
         Gpu(
             name="B200",
             memory_bytes=180e9,
-            bf16_flops=2250e12,
+            bf16_flops=BF16_TFLOPS["B200"] * 1e12,
             float32_flops=75e12,
             memory_bytes_per_s=8e12,
             nvlink_bytes_per_s=900e9,

@@ -22,7 +22,7 @@ from areal_like.trajectory import FinishReason, Trajectory
 from trainer.batching.lockstep import in_lockstep
 from trainer.batching.packing import MicroBatch, Packer, TrainingSample
 from trainer.distributed.ranks import Ranks
-from trainer.metrics.phase_timer import PhaseTimer
+from trainer.metrics.phase_timer import PhaseTimer, clock_of
 from trainer.models.policy import Policy
 from trainer.optimizer import ShardedAdamW
 
@@ -51,7 +51,7 @@ class SupervisedStep:
         token on any rank no update is made.
         """
         self._ranks.place.enter("lockstep", step=step)
-        timer = PhaseTimer(_PHASES, place=self._ranks.place)
+        timer = PhaseTimer(_PHASES, place=self._ranks.place, clock=clock_of(self._ranks.device))
         sums = self._sums()
         for microbatch, live in in_lockstep(self._cut(timer.timed("wait_s", sequences)), self._ranks):
             with timer.span("compute_s"):

@@ -43,6 +43,7 @@ def build_step_runner(
         kl=recipe.kl,
         critic=critic,
         turn_discount=recipe.turn_discount,
+        peak_tflops=trainer.peak_tflops,
     )
 
 

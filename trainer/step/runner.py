@@ -34,20 +34,20 @@ from trainer.batching.packing import MicroBatch, PackedBatch, Packer, TrainingSa
 from trainer.batching.sampled_tokens import SampledTokens
 from trainer.batching.scope import Scope
 from trainer.distributed.ranks import AbandonedError, Ranks
-from trainer.metrics.phase_timer import PhaseTimer
+from trainer.metrics.phase_timer import PhaseTimer, clock_of
+from trainer.metrics.speed import PHASES, StepSpeed
 from trainer.metrics.step_totals import StepTotals
 from trainer.models.policy import Policy
 from trainer.objectives import Need, Objective, StepStats, TokenLosses
 from trainer.objectives.normalizers import Normalizer
 from trainer.optimizer import ShardedAdamW
+from trainer.profiling.ranges import named_range
 from trainer.step.forward import forward
 from trainer.step.observations import Observations
 from trainer.step.reward_terms import RewardTerms, TrajectoryGroup
 from trainer.step.scoring import AdvantagePipeline, Lags
 
 log = logging.getLogger(__name__)
-
-_PHASES = ("wait_s", "compute_s", "reduce_s", "update_s")
 
 
 class IncompleteStepError(ArealError):
@@ -72,13 +72,15 @@ class StepRunner:
         kl: KlConfig | None = None,
         critic: Critic | None = None,
         turn_discount: float = 1.0,
+        peak_tflops: float = 0.0,
     ) -> None:
         """`build_step_runner` makes one from a configuration. `policy` and `reference` are sharded.
 
         `budget_tokens`: most tokens of a micro-batch. `reference`: frozen model, for objectives that need
         one. `shapings`: of rewards, in order. `kl`: penalty on rewards; None: none (one in the loss is part
         of the objective). `critic`: for an advantage that needs one. `turn_discount`: between the turns of a
-        sample. Raises ConfigError if the objective's reference or the advantage's critic is missing.
+        sample. `peak_tflops`: of one rank's device, for MFU; 0: by its name. Raises ConfigError if the
+        objective's reference or the advantage's critic is missing.
         """
         if Need.REF in objective.needs and reference is None:
             raise ConfigError(
@@ -101,6 +103,12 @@ class StepRunner:
         self._normalizer = replace(normalizer, name=objective.normalizer or normalizer.name)
         self._budget_tokens = budget_tokens
         self._reference = reference
+        self._speed = StepSpeed(
+            policy,
+            ranks,
+            reference=reference if Need.REF in objective.needs else None,
+            peak_tflops=peak_tflops,
+        )
         self.rewards = RewardTerms(shapings, ranks, kl=kl, reference=reference, budget_tokens=budget_tokens)
         self.advantages = AdvantagePipeline(
             objective.advantage or advantage, self.rewards, ranks, critic=critic, turn_discount=turn_discount
@@ -128,7 +136,7 @@ class StepRunner:
         IncompleteStepError, and weights, moments and all other state are as before the step.
         """
         self._ranks.place.enter("lockstep", step=step)
-        timer = PhaseTimer(_PHASES, place=self._ranks.place)
+        timer = PhaseTimer(PHASES, place=self._ranks.place, clock=clock_of(self._ranks.device))
         totals = StepTotals(self.advantages.extra_totals)
         lags = lags or (lambda trajectory: np.maximum(step - trajectory.versions.astype(np.int64), 0))
         self._is_first_forward = True
@@ -167,16 +175,18 @@ class StepRunner:
             # `lr_scale`, and `losses` gets empty ones.
             if stats_come_first:
                 microbatches = list(microbatches)  # waits for the last group
-                self._observe(microbatches, observations, timer)
+                self._observe(microbatches, observations, totals, timer)
                 stats = observations.summarize()
             for batch, live in in_lockstep(microbatches, self._ranks, shares_prefixes=self._shares_prefixes):
                 with timer.span("compute_s"):
-                    tokens = self._forward(batch)
-                    losses = self._objective.losses(tokens, stats)
-                    loss_S, num_tokens, num_seqs = self._normalizer.weigh(losses, tokens)
+                    tokens = self._forward(batch, totals, live=live)
+                    with named_range("objective"):
+                        losses = self._objective.losses(tokens, stats)
+                        loss_S, num_tokens, num_seqs = self._normalizer.weigh(losses, tokens)
                     # Times zero: a rank without work runs a dummy forward and backward all the same, which
                     # keeps FSDP2's collectives in step with the other ranks.
-                    gradients.add(loss_S if live else loss_S * 0.0, tokens=tokens, batch=batch)
+                    with named_range("backward"):
+                        gradients.add(loss_S if live else loss_S * 0.0, tokens=tokens, batch=batch)
                     self._record(totals, batch, tokens, losses, num_tokens, num_seqs, live=live)
                     if not stats_come_first:
                         observations.add(tokens, live=live)
@@ -206,20 +216,28 @@ class StepRunner:
                 yield from packer.add(group)
         yield from packer.flush()
 
-    def _forward(self, batch: PackedBatch) -> SampledTokens:
-        tokens = forward(batch, policy=self.policy, reference=self._reference, needs=self._objective.needs)
+    def _forward(self, batch: PackedBatch, totals: StepTotals, *, live: bool) -> SampledTokens:
+        with named_range("forward"):
+            tokens = forward(
+                batch, policy=self.policy, reference=self._reference, needs=self._objective.needs
+            )
+        totals.add("model_flops", self._speed.flops_of(batch) if live else 0.0)
         if self._is_first_forward:
             self._is_first_forward = False
             self.on_first_forward(batch, tokens.logp_S)
         return tokens
 
     def _observe(
-        self, microbatches: Iterable[MicroBatch], observations: Observations, timer: PhaseTimer
+        self,
+        microbatches: Iterable[MicroBatch],
+        observations: Observations,
+        totals: StepTotals,
+        timer: PhaseTimer,
     ) -> None:
         """The pass without gradient of an objective that depends on the whole step. Collective."""
         with torch.no_grad(), timer.span("compute_s"):
             for batch, live in in_lockstep(microbatches, self._ranks, shares_prefixes=self._shares_prefixes):
-                observations.add(self._forward(batch), live=live)
+                observations.add(self._forward(batch, totals, live=live), live=live)
 
     @torch.no_grad()
     def _record(
@@ -238,18 +256,19 @@ class StepRunner:
         totals.add("counted_tokens", num_tokens if live else 0.0)
         totals.add("counted_seqs", num_seqs if live else 0.0)
         totals.add("num_tokens", float(batch.num_tokens if live else 0))
+        totals.add("num_rows", float(batch.num_rows if live else 0))
         totals.add("num_microbatches", float(live))
 
     def _update(self, step: int, stats: StepStats, totals: StepTotals, timer: PhaseTimer) -> dict[str, Any]:
         """Divides the accumulated gradients, updates policy and critic, returns the metrics. Collective.
 
         Metrics: loss, grad_norm, lr, lr_scale, those of the samples (`StepTotals`), num_groups,
-        zero_advantage_groups, num_tokens (packed and run), num_microbatches (of all ranks), ess_ratio,
-        log_w_mean, log_w_std, kl_k3, entropy, clipped_fraction, kept_fraction, mismatch_abs (mean
-        |log(pi / mu)| of tokens that the current weights sampled, if there are any: the numerical mismatch of
-        engine and trainer), the objective's own, shaped_reward (where advantages are not computed from
-        `reward`), shaping_dual_I (of a shaping with a dual variable), the critic's, wait_s, compute_s,
-        reduce_s, update_s, step_s.
+        zero_advantage_groups, num_tokens (of the sequences run), shared_share (of them, not computed),
+        num_microbatches (of all ranks), ess_ratio, log_w_mean, log_w_std, kl_k3, entropy, clipped_fraction,
+        kept_fraction, mismatch_abs (mean |log(pi / mu)| of tokens that the current weights sampled, if there
+        are any: the numerical mismatch of engine and trainer), the objective's own, shaped_reward (where
+        advantages are not computed from `reward`), shaping_dual_I (of a shaping with a dual variable), the
+        critic's, wait_s, compute_s, reduce_s, update_s, step_s, and those of `StepSpeed`.
         """
         lr_scale = self._objective.lr_scale(stats)
         lr = self.optimizer.learning_rate(step) * lr_scale
@@ -259,12 +278,20 @@ class StepRunner:
             num_tokens=totals.total("counted_tokens"), num_seqs=totals.total("counted_seqs")
         )
         with timer.span("update_s"):
-            grad_norm = self.optimizer.step(divisor=divisor, lr=lr)
+            with named_range("optimizer"):
+                grad_norm = self.optimizer.step(divisor=divisor, lr=lr)
             critic_metrics = self.advantages.train_critic(step)
         self.rewards.update_duals(mean_tokens=totals.mean("response_tokens"))
         metrics = totals.metrics() | self.rewards.metrics() | critic_metrics
         metrics.update(loss=totals.total("loss") / divisor, grad_norm=grad_norm, lr=lr, lr_scale=lr_scale)
-        return metrics | timer.seconds()
+        seconds = timer.seconds()
+        return (
+            metrics
+            | seconds
+            | self._speed.metrics(
+                seconds, num_tokens=totals.total("num_tokens"), flops=totals.total("model_flops")
+            )
+        )
 
 
 def _warn_of_ignored_settings(objective: Objective, advantage: Estimator, normalizer: Normalizer) -> None:

@@ -16,11 +16,15 @@ EVALUATION = "eval"
 _STABILITY = (
     *("grad_norm", "critic_grad_norm", "ess_ratio", "log_w_mean", "log_w_std", "kl_k3", "kl_ref"),
     *("clipped_fraction", "kept_fraction", "mismatch_abs", "weight_check_abs"),
+    *("mismatch_abs_p99", "mismatch_abs_max", "mismatch_k3"),
     *("lag_mean", "lag_max", "max_staleness", "weights_version", "weights_step"),
 )
 _PERFORMANCE = (
     *("tokens_per_s_trained", "wait_data_s", "compute_s", "reduce_s", "update_s", "step_s", "freeze_s"),
     *("push_s", "sample_generation_s", "sample_reward_s"),
+    *(f"{phase}_s_{end}" for phase in ("wait_data", "compute", "reduce", "update") for end in ("min", "max")),
+    *("tokens_per_s", "tokens_per_s_per_gpu", "compute_tokens_per_s_per_gpu", "model_tflops_per_s"),
+    *("shared_share", "mfu", "mfu_compute", "memory_peak_gb", "memory_reserved_peak_gb"),
 )
 _GROUP_OF = dict.fromkeys(_STABILITY, "stability") | dict.fromkeys(_PERFORMANCE, "performance")
 _OTHER_GROUP = "train"
@@ -44,6 +48,8 @@ VERL: dict[str, tuple[str, ...]] = {
     "critic_grad_norm": ("critic/grad_norm",),
     "response_length_mean": ("response_length/mean",),
     "prompt_tokens": ("prompt_length/mean",),
+    "response_length_max": ("response_length/max",),
+    "prompt_tokens_max": ("prompt_length/max",),
     "truncated_fraction": ("response_length/clip_ratio",),
     "kl_k3": ("rollout_corr/k3_kl",),
     "lag_mean": ("training/off_policy/trajectory_staleness_worst/mean",),

@@ -1,0 +1,95 @@
+"""FLOPs that a model's arithmetic needs for a micro-batch, whatever a kernel does beyond it.
+
+A product of a row with a matrix is 2 FLOPs for each of the matrix's numbers, a backward twice its forward.
+Counted are the matrices that a token uses (of experts those that it is routed to; not the embedding, which is
+looked up), the head at the positions that are trained on only, and attention over the pairs of positions that
+see each other. A prefix that sequences share counts once. Not counted: recomputation, padding, norms, the
+critic, the optimizer.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+FORWARD = 1
+FORWARD_AND_BACKWARD = 3
+"""Passes, in forwards."""
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFlops:
+    """What one forward of a model costs."""
+
+    body_weights: float
+    """Numbers in the matrices that each row uses, without the head."""
+    head_weights: float
+    heads_size: int
+    """Query heads times head size."""
+    num_layers_of: dict[int, int]
+    """Layers by their attention window; window 0: none."""
+
+    @classmethod
+    def of(cls, model: Any) -> ModelFlops:
+        """Of a causal language model of transformers, sharded or not."""
+        config = model.config.get_text_config()
+        head = model.get_output_embeddings()
+        looked_up = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
+        apart = looked_up if head is None else looked_up | {id(head.weight)}
+        weights = sum(
+            param.numel() * _used_share(name, config)
+            for name, param in model.named_parameters()
+            if param.ndim >= 2 and id(param) not in apart
+        )
+        heads = int(config.num_attention_heads)
+        head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+        return cls(
+            body_weights=weights,
+            head_weights=0.0 if head is None else float(head.weight.numel()),
+            heads_size=heads * head_dim,
+            num_layers_of=dict(_windows(config)),
+        )
+
+    def of_forward(
+        self, lengths: Sequence[int], *, num_targets: int, own_lengths: Sequence[int] | None = None
+    ) -> float:
+        """FLOPs of one forward.
+
+        `lengths`: of the sequences. `num_targets`: rows of the head. `own_lengths`: rows that run through the
+        layers for each sequence, without a prefix that another one computes; None: all.
+        """
+        length_N = np.array(lengths, dtype=np.float64)
+        own_N = length_N if own_lengths is None else np.array(own_lengths, dtype=np.float64)
+        linear = 2.0 * (self.body_weights * float(own_N.sum()) + self.head_weights * num_targets)
+        pairs = sum(
+            layers * float((_pairs_N(length_N, window) - _pairs_N(length_N - own_N, window)).sum())
+            for window, layers in self.num_layers_of.items()
+        )
+        return linear + 4.0 * self.heads_size * pairs
+
+
+def _pairs_N(length_N: NDArray[np.float64], window: int) -> NDArray[np.float64]:
+    """Pairs of positions in causal attention over sequences of these lengths, each by itself."""
+    seen_N = np.minimum(length_N, window) if window else length_N
+    return seen_N * (seen_N + 1) / 2 + (length_N - seen_N) * seen_N
+
+
+def _windows(config: Any) -> Counter[int]:
+    window = int(getattr(config, "sliding_window", None) or 0)
+    # A model without kinds of layers uses its window, if it has one, in all of them (Mistral).
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * int(config.num_hidden_layers)
+    return Counter(window if kind == "sliding_attention" else 0 for kind in kinds)
+
+
+def _used_share(name: str, config: Any) -> float:
+    """Share of a parameter's numbers that one token uses: below 1 for the experts of a mixture."""
+    total = next((getattr(config, key) for key in _EXPERTS if getattr(config, key, None)), 0)
+    used = getattr(config, "num_experts_per_tok", None)
+    return used / total if total and used and ".experts." in name else 1.0
