@@ -51,7 +51,8 @@ class TrainerConfig(Section, key="trainer"):
     groups_per_step: int = 16
     """Groups (prompts) in one optimizer step."""
     tokens_per_microbatch: int = 4096
-    """Largest number of tokens in one forward and backward; sequences are packed without padding."""
+    """Largest number of tokens in one forward and backward; sequences are packed without padding. A prefix
+    that several of them share counts an eighth in all but one."""
     lr: float = 8e-5
     """AdamW learning rate after warm-up."""
     warmup_steps: int = 10

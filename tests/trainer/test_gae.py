@@ -61,6 +61,31 @@ def test_gae_recursion_equals_its_sum(gamma: float, lam: float) -> None:
         assert gae(rewards_S, values_S, gamma=gamma, lam=lam).tolist() == pytest.approx(sums, abs=1e-12)
 
 
+@pytest.mark.parametrize("lam", [0.0, 0.95, 1.0])
+def test_samples_have_the_same_bits_alone_and_together(lam: float) -> None:
+    """Of many lengths, with a discount for each token: as by the recursion, token by token."""
+    rng = np.random.default_rng(1)
+    lengths = [*rng.integers(1, 400, 60).tolist(), 0, 1, 100, 2000]
+    rewards, values = ([rng.standard_normal(n) for n in lengths] for _ in range(2))
+    discounts = [rng.choice([0.0, 0.5, 1.0], n, p=[0.02, 0.08, 0.9]) for n in lengths]
+    estimator = Gae(gamma=0.99, lam=lam, lam_critic=0.5)
+    together = estimator.of_samples(rewards, values, discounts=discounts)
+    for rewards_S, values_S, discounts_S, (advantages_S, targets_S) in zip(
+        rewards, values, discounts, together, strict=True
+    ):
+        alone = estimator.of_tokens(rewards_S, values_S, discounts_S=discounts_S)
+        running, next_value, want = 0.0, 0.0, []
+        for reward, value, discount in zip(
+            reversed(rewards_S), reversed(values_S), reversed(discounts_S), strict=True
+        ):
+            gamma = 0.99 * discount
+            running = (reward + gamma * next_value - value) + gamma * lam * running
+            next_value = value
+            want.append(running)
+        assert advantages_S.tolist() == alone[0].tolist() == want[::-1]
+        assert targets_S.tolist() == alone[1].tolist()
+
+
 def test_lambda_one_gives_return_minus_value() -> None:
     rewards_S, values_S = np.array([-0.1, 0.0, -0.2, 1.0]), np.array([0.3, 0.1, 0.9, 0.4])
     returns_S = np.array([0.7, 0.8, 0.8, 1.0])

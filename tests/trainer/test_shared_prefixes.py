@@ -1,5 +1,7 @@
 """Shared prefixes: rows stand for equal prefixes only; values and gradients are those of whole sequences."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +110,7 @@ def test_rows_stand_for_equal_prefixes_only(tokens: list[NDArray[np.int32]]) -> 
 
 
 @given(sequences, st.booleans())
-def test_the_budget_counts_rows(tokens: list[NDArray[np.int32]], whole: bool) -> None:
+def test_the_budget_bounds_rows_and_shared_tokens(tokens: list[NDArray[np.int32]], whole: bool) -> None:
     samples = samples_of([trajectory(t, prompt=1) for t in tokens])
     groups = [samples[i : i + 3] for i in range(0, len(samples), 3)]
 
@@ -118,11 +120,18 @@ def test_the_budget_counts_rows(tokens: list[NDArray[np.int32]], whole: bool) ->
 
     packs = cut(groups)
     assert [id(s) for pack in packs for s in pack] == [id(s) for s in samples]
-    sizes = [collate(pack).num_rows for pack in packs]
+
+    def size_of(samples: Sequence[TrainingSample]) -> int:
+        batch = collate(samples)
+        own = batch.lengths if batch.shared is None else batch.shared.own_lengths
+        assert sum(own) == batch.num_rows
+        return sum(o + math.ceil((n - o) / 8) for o, n in zip(own, batch.lengths, strict=True))
+
+    sizes = [size_of(pack) for pack in packs]
     assert max(sizes) <= 36
     unit_of = {id(s): group if whole else [s] for group in groups for s in group}
     for pack, after, size in zip(packs, packs[1:], sizes, strict=False):
-        is_full = size == 36 or collate([*pack, *unit_of[id(after[0])]]).num_rows > 36
+        is_full = size == 36 or size_of([*pack, *unit_of[id(after[0])]]) > 36
         assert is_full, "cut before the budget was used"
     if not whole:
         assert [len(p) for p in cut([[s] for s in samples])] == [len(p) for p in packs]

@@ -22,6 +22,7 @@ Shape suffix: S sampled tokens of one sequence.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,19 +32,73 @@ from areal_like.errors import ConfigError
 from trainer.advantages.base import ADVANTAGES, Estimator, FloatArray, whitening
 from trainer.batching.scope import Scope
 
+_FEW = 24
+"""Number of sequences from which one numpy operation for all is faster than a Python loop for each."""
+_SHORT = 64
+"""Sequences shorter than this, in tokens, are not worth laying out side by side."""
+
 
 def gae(rewards_S: FloatArray, values_S: FloatArray, *, gamma: float | FloatArray, lam: float) -> FloatArray:
     """[S] advantages of one sample's sampled tokens, in order, from float64 rewards [S] and values [S].
 
     `gamma`: the discount from a token to the next, one number or [S].
     """
-    deltas_S = rewards_S + gamma * np.append(values_S[1:], 0.0) - values_S
-    factors_S = np.broadcast_to(np.asarray(gamma * lam), deltas_S.shape)
-    advantages_S, running = np.empty_like(deltas_S), 0.0
-    for s in reversed(range(len(deltas_S))):
-        running = deltas_S[s] + factors_S[s] * running
-        advantages_S[s] = running
-    return advantages_S
+    return _gae_of_step([rewards_S], [values_S], gammas=[gamma], lam=lam)[0]
+
+
+def _gae_of_step(
+    rewards: Sequence[FloatArray],
+    values: Sequence[FloatArray],
+    *,
+    gammas: Sequence[float | FloatArray],
+    lam: float,
+) -> list[FloatArray]:
+    """`gae` of many samples."""
+    deltas, factors = [], []
+    for rewards_S, values_S, gamma in zip(rewards, values, gammas, strict=True):
+        deltas.append(rewards_S + gamma * np.append(values_S[1:], 0.0) - values_S)
+        factors.append(np.broadcast_to(np.asarray(gamma * lam), values_S.shape))
+    return _backward_sums(deltas, factors)
+
+
+def _backward_sums(deltas: Sequence[FloatArray], factors: Sequence[FloatArray]) -> list[FloatArray]:
+    """[S] of each sequence: x_s = delta_s + factor_s x_{s+1}, where x is 0 after the last.
+
+    Position by position from the end, all sequences that are so long at once; the rest, where fewer than _FEW
+    are so long, sequence by sequence. Both are the same operations on the same numbers, so the bits do not
+    depend on the other sequences. Left out: a scan over blocks, whose rounding depends on where they begin.
+    """
+    sums = [np.empty_like(deltas_S) for deltas_S in deltas]
+    longest_first = sorted(range(len(deltas)), key=lambda n: -len(deltas[n]))
+    num_together = len(deltas[longest_first[_FEW - 1]]) if len(deltas) >= _FEW else 0
+    if num_together < _SHORT:
+        num_together = 0
+    lengths_N = np.array([min(len(deltas[n]), num_together) for n in longest_first], dtype=np.int64)
+    # Position k from the end of the sequences that have it is the slice bounds[k]:bounds[k + 1].
+    num_at_K = len(deltas) - np.searchsorted(lengths_N[::-1], np.arange(num_together), side="right")
+    bounds = [0, *np.cumsum(num_at_K).tolist()]
+    place_K = np.array(bounds)
+    sums_P, factors_P = np.empty(bounds[-1]), np.empty(bounds[-1])
+    for column, n in enumerate(longest_first):
+        length = int(lengths_N[column])
+        place_k = place_K[:length] + column
+        sums_P[place_k] = deltas[n][::-1][:length]
+        factors_P[place_k] = factors[n][::-1][:length]
+    for before, start, stop in zip(bounds, bounds[1:], bounds[2:], strict=False):
+        sums_P[start:stop] += factors_P[start:stop] * sums_P[before : before + stop - start]
+    for column, n in enumerate(longest_first):
+        length = int(lengths_N[column])
+        first = len(deltas[n]) - length
+        sums[n][first:] = sums_P[place_K[:length] + column][::-1]
+        running = float(sums[n][first]) if length else 0.0
+        rest = []
+        for delta, factor in zip(
+            deltas[n][:first][::-1].tolist(), factors[n][:first][::-1].tolist(), strict=True
+        ):
+            running = delta + factor * running
+            rest.append(running)
+        sums[n][:first] = rest[::-1]
+    return sums
 
 
 @ADVANTAGES.register("gae")
@@ -91,15 +146,26 @@ class Gae(Estimator):
     def of_tokens(
         self, rewards_S: FloatArray, values_S: FloatArray, *, discounts_S: FloatArray | float = 1.0
     ) -> tuple[FloatArray, FloatArray]:
-        """(advantages before whitening [S], critic's targets [S]) of the sampled tokens of one sample.
+        """`of_samples` of one sample."""
+        return self.of_samples([rewards_S], [values_S], discounts=[discounts_S])[0]
 
-        `discounts_S`: from each token to the next, in addition to `gamma`.
+    def of_samples(
+        self,
+        rewards: Sequence[FloatArray],
+        values: Sequence[FloatArray],
+        *,
+        discounts: Sequence[FloatArray | float],
+    ) -> list[tuple[FloatArray, FloatArray]]:
+        """(advantages before whitening [S], critic's targets [S]) of the sampled tokens of each sample.
+
+        `discounts`: [S] from each token to the next, in addition to `gamma`.
         """
-        gamma = self.gamma * discounts_S
-        advantages_S = gae(rewards_S, values_S, gamma=gamma, lam=self.lam)
-        if self.lam_critic == self.lam:
-            return advantages_S, values_S + advantages_S
-        return advantages_S, values_S + gae(rewards_S, values_S, gamma=gamma, lam=self.lam_critic)
+        gammas = [self.gamma * discounts_S for discounts_S in discounts]
+        advantages = _gae_of_step(rewards, values, gammas=gammas, lam=self.lam)
+        errors = advantages
+        if self.lam_critic != self.lam:
+            errors = _gae_of_step(rewards, values, gammas=gammas, lam=self.lam_critic)
+        return [(a_S, v_S + e_S) for a_S, v_S, e_S in zip(advantages, values, errors, strict=True)]
 
     def rescale(self, *, advantages_S: FloatArray, groups_S: NDArray[np.int64]) -> tuple[float, float]:
         """Whitens the step."""

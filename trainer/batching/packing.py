@@ -5,8 +5,8 @@ a group arrived, so a step that is served again gives bitwise the same gradient.
 micro-batch is complete as soon as the next sequence does not fit. Packings that fill better (first fit,
 sorting by length) were left out because they need the whole step first.
 
-The budget counts the rows that the model computes: a prefix that sequences of a micro-batch have in common
-counts once (`shared_prefixes.py`).
+The budget is of memory: a prefix that sequences of a micro-batch have in common is computed once, and counts
+an eighth where it is shared (`shared_prefixes.py`).
 
 Shape suffixes: T tokens of a micro-batch, U rows that the model computes for them, S sampled tokens (loss
 mask 1), N sequences.
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from areal_like.errors import ConfigError
 from areal_like.trajectory import Trajectory
-from trainer.batching.shared_prefixes import PrefixFinder, SharedRows
+from trainer.batching.shared_prefixes import PrefixFinder, SharedRows, budget_size
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -86,7 +86,7 @@ class Packer:
 
         `one_sequence_per_microbatch`: every micro-batch is a single sequence.
 
-        `shares_prefixes`: a prefix that sequences have in common counts once (as in `collate`).
+        `shares_prefixes`: a prefix that sequences have in common is computed once (as in `collate`).
         """
         assert budget_tokens >= 1 and not (whole_groups and one_sequence_per_microbatch)
         self._budget = budget_tokens
@@ -134,15 +134,15 @@ class Packer:
         return rest
 
     def _size(self, unit: Sequence[TrainingSample]) -> int:
-        """Number of rows that these samples add to the open micro-batch."""
-        size = sum(sample.trajectory.num_tokens for sample in unit)
+        """What these samples take of the open micro-batch's budget."""
         if not self._shares_prefixes:
-            return size
-        finder = self._finder if len(unit) == 1 else self._finder.copy()
+            return sum(sample.trajectory.num_tokens for sample in unit)
+        size, finder = 0, self._finder if len(unit) == 1 else self._finder.copy()
         for sample in unit:
-            size -= finder.find(sample.trajectory.tokens).length
+            tokens = sample.trajectory.tokens
+            size += budget_size(len(tokens), prefix=finder.find(tokens).length)
             if len(unit) > 1:
-                finder.append(sample.trajectory.tokens)
+                finder.append(tokens)
         return size
 
 

@@ -24,6 +24,10 @@ from numpy.typing import NDArray
 
 _SHORTEST = 4
 """Shorter prefixes, in tokens, are not shared: attention over them would be more uneven, for nothing."""
+_TOKENS_PER_ROW = 8
+"""Tokens of shared prefixes that count like one row in the budget of a micro-batch. They have keys and values
+in every layer and perhaps a log-prob, but nothing else: at most an eighth of a row's memory (of its 34 hidden
+sizes a layer, 4; arXiv 2205.05198, section 4.1; less with grouped queries)."""
 _LOOK_BACK = 8
 """Number of earlier sequences, of those with the same first tokens, that a sequence is compared with."""
 
@@ -39,6 +43,11 @@ class Prefix:
 
 
 _NO_PREFIX = Prefix()
+
+
+def budget_size(num_tokens: int, *, prefix: int) -> int:
+    """What a sequence takes of the budget of a micro-batch in which `prefix` of its tokens are shared."""
+    return num_tokens - prefix + -(-prefix // _TOKENS_PER_ROW)
 
 
 class PrefixFinder:

@@ -135,15 +135,19 @@ class AdvantagePipeline:
         assert self._critic is not None
         trajectories = [trajectory for group in groups for trajectory in group]
         token_penalties = [penalty_S for of_group in penalties for penalty_S in of_group]
+        values = self._critic.values(trajectories)
+        credited = self._critic.settings.of_samples(
+            [
+                rewards_of_tokens(trajectory, penalty_S=penalty_S)
+                for trajectory, penalty_S in zip(trajectories, token_penalties, strict=True)
+            ],
+            values,
+            discounts=[discounts_of_tokens(t, turn_discount=self._turn_discount) for t in trajectories],
+        )
         self._value_targets, advantages = [], []
-        for trajectory, penalty_S, values_S in zip(
-            trajectories, token_penalties, self._critic.values(trajectories), strict=True
+        for trajectory, values_S, (advantages_S, targets_S) in zip(
+            trajectories, values, credited, strict=True
         ):
-            advantages_S, targets_S = self._critic.settings.of_tokens(
-                rewards_of_tokens(trajectory, penalty_S=penalty_S),
-                values_S,
-                discounts_S=discounts_of_tokens(trajectory, turn_discount=self._turn_discount),
-            )
             self._value_targets += [
                 ValueTarget(trajectory=segment, values_S=of_values, targets_S=of_targets)
                 for (_, segment), of_values, of_targets in zip(
