@@ -103,10 +103,7 @@ class Trainer:
         buffer.runtime.status = self._status
         self._hands_over = False
         buffer.runtime.verbs["hand_over"] = self._hand_over
-        self._recorder = StepRecorder(
-            self._paths.profiles, rank=ranks.rank, device=ranks.device, waits=buffer.runtime.waits
-        )
-        buffer.runtime.verbs["profile"] = self._recorder.on_verb
+        self._recorder = StepRecorder.of(buffer.runtime, ranks)
 
     @property
     def is_finished(self) -> bool:

@@ -25,6 +25,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from areal_like.errors import UserError
 from areal_like.paths import write_json
+from areal_like.runtime.daemon import Runtime
+from trainer.distributed.ranks import Ranks
 from trainer.profiling.ranges import record_ranges
 from trainer.profiling.report import ProfileReport
 from trainer.profiling.request import ProfileRequest
@@ -58,6 +60,13 @@ class StepRecorder:
         self._is_open = True
         self._writer: ThreadPoolExecutor | None = None
         self._last: Future[None] | None = None
+
+    @classmethod
+    def of(cls, runtime: Runtime, ranks: Ranks) -> StepRecorder:
+        """The recorder of a daemon's rank, which gets the control verb `profile`."""
+        recorder = cls(runtime.paths.profiles, rank=ranks.rank, device=ranks.device, waits=runtime.waits)
+        runtime.verbs["profile"] = recorder.on_verb
+        return recorder
 
     def ask(self, request: ProfileRequest) -> None:
         """Asks for a profile. Raises UserError while there is one."""
