@@ -83,7 +83,7 @@ JOBS = {
         max_new_tokens=counting.MAX_CHARACTERS + 1,
         lr=2e-4,
         goal=2.0,
-        overrides=("task._target_=benchmarks.counting.Counting", "task.name=null"),
+        overrides=("task._target_=benchmarks.counting.Counting",),
     ),
 }
 
