@@ -76,6 +76,11 @@ class RunPaths:
         return self.root / "traces"
 
     @property
+    def profiles(self) -> Path:
+        """Directory of recorded steps: traces and reports of `areal-like profile`."""
+        return self.root / "profiles"
+
+    @property
     def metrics(self) -> Path:
         """One JSON object for each optimizer step."""
         return self.root / "metrics.jsonl"

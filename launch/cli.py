@@ -110,6 +110,12 @@ COMMANDS = {
         "restart RUN trainer [trainer.KEY=VALUE ...]",
         "replaces the trainer of a running job; its servers continue to generate",
     ),
+    "profile": Command(
+        "profile",
+        "profile RUN [--steps N] [--rank R,...|all] [--out DIR] [--shapes] [--memory] [--timeout S]",
+        "records the next N steps (3) of a running trainer with torch's profiler, on rank 0 or those named: "
+        "traces for Perfetto in RUN/profiles, and a table of where the time goes",
+    ),
     "keys": Command(
         "keys",
         "keys init DIR [--roles ROLE ...]\n"

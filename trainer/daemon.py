@@ -44,6 +44,8 @@ from trainer.distributed.ranks import Ranks
 from trainer.leader import Leader
 from trainer.metrics.lag import LagTally
 from trainer.models.policy import build_policy
+from trainer.profiling.ranges import named_range
+from trainer.profiling.recorder import StepRecorder
 from trainer.step.build import build_step_runner
 from trainer.step.recipe import StepRecipe
 from trainer.step.runner import IncompleteStepError
@@ -101,6 +103,7 @@ class Trainer:
         buffer.runtime.status = self._status
         self._hands_over = False
         buffer.runtime.verbs["hand_over"] = self._hand_over
+        self._recorder = StepRecorder.of(buffer.runtime, ranks)
 
     @property
     def is_finished(self) -> bool:
@@ -110,13 +113,14 @@ class Trainer:
     def run(self) -> None:
         """Trains until `trainer.num_steps` or a drain."""
         leader = contextlib.closing(self._leader or contextlib.ExitStack())
-        with leader, contextlib.closing(self._checkpoints):
+        with leader, contextlib.closing(self._checkpoints), contextlib.closing(self._recorder):
             if not self._begin():
                 self._snapshotter.close()
                 return
             while self._should_continue():
                 try:
-                    self._train_step()
+                    with self._recorder.step(self._step):
+                        self._train_step()
                 except IncompleteStepError as error:
                     log.warning("draining: %s", error)
                     break
@@ -216,7 +220,8 @@ class Trainer:
         """The present weights for the publisher; None on ranks other than 0. Collective."""
         started_s = time.monotonic()
         self._ranks.place.enter("snapshot of the weights", step=self._step)
-        snapshot = self._snapshotter.take_snapshot()
+        with named_range("snapshot"):
+            snapshot = self._snapshotter.take_snapshot()
         self._ranks.place.enter("between steps")
         self._snapshot_s = time.monotonic() - started_s
         return snapshot
@@ -274,6 +279,7 @@ class Trainer:
             "place": str(self._ranks.place),
             "step": self._step,
             "num_steps": self._config.trainer.num_steps,
+            "profile": self._recorder.status(),
         }
         return base | (self._leader.status() if self._leader is not None else {})
 

@@ -22,6 +22,7 @@ from areal_like.errors import ConfigError
 from trainer.batching.packing import PackedBatch
 from trainer.distributed.ranks import Ranks
 from trainer.models.packed_model import PackedModel
+from trainer.profiling.ranges import ranged
 
 
 class TokenLogProbs(NamedTuple):
@@ -73,6 +74,7 @@ class Policy(PackedModel):
             torch.cat(logprobs), torch.cat(entropies), torch.cat(collisions) if self.with_collision else None
         )
 
+    @ranged("head")
     def _head(self, hidden_CD: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         logits_CV = self.model.get_output_embeddings()(hidden_CD)
         logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))

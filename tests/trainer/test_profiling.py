@@ -1,0 +1,130 @@
+"""Profiles of steps: what is recorded, what is refused, and that results and training stay as they are."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from areal_like.errors import UserError
+from launch.view.profile import profile_lines
+from tests.support.full_state import gather_full_state
+from tests.support.trainer_helpers import random_groups, write_model
+from tests.support.trainer_ranks import make_runner
+from trainer.distributed.ranks import Ranks
+from trainer.profiling.ranges import PREFIX, named_range
+from trainer.profiling.recorder import StepRecorder
+from trainer.profiling.request import MAX_STEPS, ProfileRequest
+
+ID = "0123456789abcdef"
+STEP_PARTS = {"wait", "compute", "reduce", "update", "forward", "head", "objective", "backward", "optimizer"}
+
+
+@pytest.fixture
+def ranks() -> Iterator[Ranks]:
+    yield Ranks.alone()
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def recorder(tmp_path: Path) -> StepRecorder:
+    return StepRecorder(tmp_path / "profiles", rank=3, device=torch.device("cpu"))
+
+
+def report_of(tmp_path: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((tmp_path / "profiles" / f"report-{ID}-rank3.json").read_text())
+    return report
+
+
+def parts_of_trace(path: Path) -> set[str]:
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    assert any(event.get("name") == "aten::mm" and event["dur"] > 0 for event in events)
+    return {
+        event["name"].removeprefix(PREFIX) for event in events if event.get("name", "").startswith(PREFIX)
+    }
+
+
+def test_a_profile_records_its_steps_and_changes_nothing(
+    tmp_path: Path, ranks: Ranks, recorder: StepRecorder
+) -> None:
+    path, groups = write_model(tmp_path), random_groups(4)
+    plain, profiled = make_runner(path, ranks), make_runner(path, ranks)
+    for step in range(5):
+        want = plain.run(groups, step=step)
+        if step == 1:
+            recorder.ask(ProfileRequest.of({"id": ID, "steps": 2, "first_step": 2}))
+        with recorder.step(step):
+            got = profiled.run(groups, step=step)
+        assert got["loss"] == want["loss"] and got["grad_norm"] == want["grad_norm"]
+    recorder.close()
+    for (name, one), (_, other) in zip(
+        gather_full_state(plain.policy), gather_full_state(profiled.policy), strict=True
+    ):
+        assert torch.equal(one, other), name
+    report = report_of(tmp_path)
+    traces = [f"trace-rank3-step{step}.json.gz" for step in (2, 3)]
+    assert report["steps"] == [2, 3] and report["traces"] == traces and report["error"] == ""
+    for trace in traces:
+        assert parts_of_trace(tmp_path / "profiles" / trace) == STEP_PARTS
+    ranges = {row["name"]: row for row in report["ranges"]}
+    assert ranges["compute"]["cpu_s"] > ranges["forward"]["cpu_s"] > ranges["head"]["cpu_s"] > 0
+    assert ranges["optimizer"]["calls"] == 2
+    assert {file.name for file in (tmp_path / "profiles").iterdir()} == {*traces, f"report-{ID}-rank3.json"}
+    text = "\n".join(profile_lines([report], directory=Path("runs/x/profiles")))
+    assert "rank 3: 2 of 2 steps\n  runs/x/profiles/trace-rank3-step2.json.gz" in text
+    assert "compute " in text and "aten::mm " in text
+
+
+def test_the_end_of_a_trainer_writes_what_there_is(tmp_path: Path, recorder: StepRecorder) -> None:
+    recorder.ask(ProfileRequest.of({"id": ID, "steps": 5}))
+    with pytest.raises(UserError, match=r"rank 3 still works on another one \(0 of 5 steps recorded\)"):
+        recorder.ask(ProfileRequest.of({"id": "f" * 8, "steps": 1}))
+    with recorder.step(7), named_range("forward"):
+        torch.ones(8, 8) @ torch.ones(8, 8)
+    assert recorder.status()["id"] == ID
+    with pytest.raises(RuntimeError, match="in the step"), recorder.step(8):
+        raise RuntimeError("in the step")
+    recorder.close()
+    assert recorder.status() == {}
+    report = report_of(tmp_path)
+    assert report["steps"] == [7, 8] and report["error"] == "the trainer ended after 2 of the steps"
+    assert parts_of_trace(tmp_path / "profiles" / "trace-rank3-step7.json.gz") == {"forward"}
+    with pytest.raises(UserError, match="ending"):
+        recorder.ask(ProfileRequest.of({"id": ID, "steps": 1}))
+
+
+def test_a_disk_that_fails_ends_the_profile_only(
+    tmp_path: Path, recorder: StepRecorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "profiles").write_text("a file")
+    recorder.ask(ProfileRequest.of({"id": ID, "steps": 1}))
+    with recorder.step(0):
+        torch.ones(2) + 1
+    recorder.close()
+    assert recorder.status() == {}
+    assert "the trace of step 0 cannot be written" in caplog.text and "report of a profile" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({}, "id must be"),
+        ({"id": "../../etc", "steps": 1}, "id must be"),
+        ({"id": ID}, f"steps must be 1 to {MAX_STEPS}, not 'None'"),
+        ({"id": ID, "steps": 0}, "steps must be"),
+        ({"id": ID, "steps": True}, "steps must be"),
+        ({"id": ID, "steps": MAX_STEPS + 1}, "steps must be"),
+        ({"id": ID, "steps": "9" * 1000}, "steps must be"),
+        ({"id": ID, "steps": 1, "first_step": -1}, "first_step must be"),
+        ({"id": ID, "steps": 1, "shapes": 1}, "shapes must be true or false"),
+    ],
+)
+def test_a_wrong_request_is_refused(body: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ProfileRequest.of(body)

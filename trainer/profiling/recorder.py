@@ -1,0 +1,199 @@
+"""Records the next steps of one rank with torch's profiler, when an operator asks for it.
+
+    IDLE --ask()--> WAITING --a step begins--> RECORDING --the last one ends--> WRITING --> IDLE
+                       `---------close(): writes what there is------------------^
+
+Each step is a trace of its own, which a thread writes while training goes on: a rank that writes late would
+keep the others waiting in their next collective. The report is written last, so a reader who finds it finds
+the traces, too. A profile that fails, because of a full disk or of a GPU that another profiler uses, says so
+in its report, and training goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from areal_like.errors import UserError
+from areal_like.paths import write_json
+from areal_like.runtime.daemon import Runtime
+from trainer.distributed.ranks import Ranks
+from trainer.profiling.ranges import record_ranges
+from trainer.profiling.report import ProfileReport
+from trainer.profiling.request import ProfileRequest
+
+log = logging.getLogger(__name__)
+
+_CLOSE_S = 60.0
+"""Longest time that the end of a trainer waits for its traces."""
+
+
+class StepRecorder:
+    """`ask` and `status` are called in any thread, `step` and `close` in the training thread."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        rank: int,
+        device: torch.device,
+        waits: Callable[[str], AbstractContextManager[object]] = contextlib.nullcontext,
+    ) -> None:
+        """`directory`: of the traces; it is made when there is one. `waits`: lists a wait in /status."""
+        self._waits = waits
+        self._directory = directory
+        self._rank = rank
+        self._device = device
+        self._lock = threading.Lock()
+        self._request: ProfileRequest | None = None
+        self._report: ProfileReport | None = None
+        self._num_recorded = 0
+        self._is_open = True
+        self._writer: ThreadPoolExecutor | None = None
+        self._last: Future[None] | None = None
+
+    @classmethod
+    def of(cls, runtime: Runtime, ranks: Ranks) -> StepRecorder:
+        """The recorder of a daemon's rank, which gets the control verb `profile`."""
+        recorder = cls(runtime.paths.profiles, rank=ranks.rank, device=ranks.device, waits=runtime.waits)
+        runtime.verbs["profile"] = recorder.on_verb
+        return recorder
+
+    def ask(self, request: ProfileRequest) -> None:
+        """Asks for a profile. Raises UserError while there is one."""
+        with self._lock:
+            if self._report is not None:
+                raise UserError(
+                    f"profile: rank {self._rank} still works on another one ({self._progress}): "
+                    "ask again when it is done"
+                )
+            if not self._is_open:
+                raise UserError("profile: the trainer is ending, and trains no further step")
+            self._request, self._num_recorded = request, 0
+            self._report = ProfileReport(
+                id=request.id, rank=self._rank, device=self._device.type, num_asked=request.num_steps
+            )
+
+    async def on_verb(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Control verb `profile`: `ask`."""
+        self.ask(ProfileRequest.of(body))
+        return {"rank": self._rank}
+
+    def status(self) -> dict[str, Any]:
+        """For /status: empty without a profile."""
+        with self._lock:
+            return {} if self._report is None else {"id": self._report.id, "progress": self._progress}
+
+    @contextlib.contextmanager
+    def step(self, step: int) -> Iterator[None]:
+        """A context around one step, which is recorded if somebody has asked."""
+        request = self._request
+        if request is None or step < request.first_step:
+            yield
+            return
+        profiler = self._started(request)
+        try:
+            yield
+        finally:
+            record_ranges(False)
+            if profiler is not None:
+                self._stop(profiler, step, request)
+
+    def close(self) -> None:
+        """Writes what there is of an unfinished profile, in a limited time."""
+        with self._lock:
+            self._is_open = False
+        if self._request is not None:
+            self._end(f"the trainer ended after {self._num_recorded} of the steps")
+        if self._last is not None:
+            with self._waits("the traces of a profile to be written"), contextlib.suppress(TimeoutError):
+                self._last.result(timeout=_CLOSE_S)
+        if self._writer is not None:
+            self._writer.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def _progress(self) -> str:
+        assert self._report is not None
+        if self._request is None:
+            return "writing its traces"
+        return f"{self._num_recorded} of {self._request.num_steps} steps recorded"
+
+    def _started(self, request: ProfileRequest) -> profile | None:
+        activities = [ProfilerActivity.CPU]
+        if self._device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        try:
+            profiler = profile(
+                activities=activities,
+                record_shapes=request.with_shapes,
+                profile_memory=request.with_memory,
+            )
+            profiler.start()
+        except RuntimeError as error:
+            self._end(f"torch's profiler cannot start: {error}")
+            return None
+        record_ranges(True)
+        return profiler
+
+    def _stop(self, profiler: profile, step: int, request: ProfileRequest) -> None:
+        try:
+            profiler.stop()
+        except RuntimeError as error:
+            self._end(f"torch's profiler cannot stop: {error}")
+            return
+        self._num_recorded += 1
+        self._submit(lambda: self._write(profiler, step))
+        if self._num_recorded == request.num_steps:
+            self._end("")
+
+    def _end(self, error: str) -> None:
+        """No further step is recorded; the report is written after the traces."""
+        self._request = None
+        self._submit(lambda: self._write_report(error))
+
+    def _submit(self, work: Callable[[], None]) -> None:
+        if self._writer is None:
+            self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="profile")
+        self._last = self._writer.submit(work)
+
+    def _write(self, profiler: profile, step: int) -> None:
+        report = self._report
+        assert report is not None
+        name = f"trace-rank{self._rank}-step{step}.json.gz"
+        partial = self._directory / f".partial-{name}"
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            profiler.export_chrome_trace(str(partial))
+            partial.replace(self._directory / name)
+            report.add(step, trace=name, averages=profiler.key_averages())
+        except (OSError, RuntimeError) as error:
+            report.error = report.error or f"the trace of step {step} cannot be written: {error}"
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+
+    def _write_report(self, error: str) -> None:
+        report = self._report
+        assert report is not None
+        report.error = report.error or error
+        try:
+            write_json(self._directory / report_name(report.id, rank=self._rank), report.to_json())
+        except OSError as failure:
+            log.warning("the report of a profile cannot be written: %s", failure)
+        if report.error:
+            log.warning("profile: %s", report.error)
+        with self._lock:
+            self._report = None
+
+
+def report_name(profile_id: str, *, rank: int) -> str:
+    """Name of a rank's report."""
+    return f"report-{profile_id}-rank{rank}.json"

@@ -1,0 +1,47 @@
+"""The request of `areal-like profile` to one rank, checked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from areal_like.errors import UserError
+
+MAX_STEPS = 50
+"""Steps of one profile: each is a file of some megabytes to some hundred."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileRequest:
+    """Steps that one rank records."""
+
+    id: str
+    """The caller's name of the profile, 8 to 32 hexadecimal digits."""
+    num_steps: int
+    first_step: int = 0
+    """No earlier step is recorded, so that several ranks begin with the same one."""
+    with_shapes: bool = False
+    with_memory: bool = False
+
+    @classmethod
+    def of(cls, body: Mapping[str, Any]) -> ProfileRequest:
+        """From the body of the request. Raises UserError."""
+        request_id, num_steps, first = body.get("id"), body.get("steps"), body.get("first_step", 0)
+        if not isinstance(request_id, str) or not re.fullmatch(r"[0-9a-f]{8,32}", request_id):
+            raise UserError("profile: id must be 8 to 32 hexadecimal digits")
+        if type(num_steps) is not int or not 1 <= num_steps <= MAX_STEPS:
+            raise UserError(f"profile: steps must be 1 to {MAX_STEPS}, not {str(num_steps)[:40]!r}")
+        if type(first) is not int or not 0 <= first < 1 << 53:
+            raise UserError("profile: first_step must be a number of a step")
+        flags = {name: body.get(name, False) for name in ("shapes", "memory")}
+        if wrong := [name for name, value in flags.items() if not isinstance(value, bool)]:
+            raise UserError(f"profile: {wrong[0]} must be true or false")
+        return cls(
+            id=request_id,
+            num_steps=num_steps,
+            first_step=first,
+            with_shapes=flags["shapes"],
+            with_memory=flags["memory"],
+        )
