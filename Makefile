@@ -7,6 +7,7 @@
 #   make test-sglang                   the tests against it
 #   make verifiers                     an environment with verifiers (areal_like/agents/verifiers_runner.py)
 #   make test-verifiers                the tests against it
+#   make trl                           an environment with TRL, for benchmarks/trl.py
 #   make docs                          the documentation as a web site in build/docs/html
 #   make setup REQUIREMENTS=requirements-gpu.txt    for GPUs: the torch whose NCCL is SGLang's; later targets keep it
 #   make PYTHON=/path/to/python3.12 ...  chooses the interpreter; PIP_ARGS="--index-url ..." goes to pip
@@ -23,7 +24,7 @@ REQUIREMENTS ?= $(shell cat .venv/.requirements 2>/dev/null || echo requirements
 STAMP := .venv/.installed-$(shell cat $(REQUIREMENTS) requirements-dev.txt pyproject.toml | cksum | cut -d' ' -f1)
 DOCS_STAMP := $(STAMP)-docs-$(shell cksum < requirements-docs.txt | cut -d' ' -f1)
 
-.PHONY: run sft test chaos sglang test-sglang verifiers test-verifiers docs lint ruff format setup clean
+.PHONY: run sft test chaos sglang test-sglang verifiers test-verifiers trl docs lint ruff format setup clean
 .DEFAULT_GOAL := run
 
 run: $(STAMP)
@@ -52,6 +53,9 @@ verifiers: $(STAMP)
 
 test-verifiers: verifiers
 	@$(BIN)/python -m pytest -q -m verifiers tests/verifiers $(ARGS)
+
+trl: $(STAMP)
+	@PYTHON="$(PYTHON)" PIP_ARGS="$(PIP_ARGS)" benchmarks/trl_environment/install.sh
 
 docs: $(DOCS_STAMP)
 	@$(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky --fresh-env -q -d build/docs/doctrees docs build/docs/html

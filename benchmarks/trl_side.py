@@ -1,0 +1,126 @@
+"""TRL's half of benchmarks/trl.py: runs in an environment of its own, which has TRL and not this project.
+
+    python trl_side.py SPEC.json
+
+SPEC: model (directory), prompts and answers in order, settings, out (a file), stop_at (a reward), window,
+num_threads. One line of JSON is appended to `out` for every step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+started_s = time.time()
+spec: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
+os.environ["OMP_NUM_THREADS"] = str(spec["num_threads"])
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+import trl  # noqa: E402
+from datasets import Dataset  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback  # noqa: E402
+from trl import GRPOConfig, GRPOTrainer  # noqa: E402
+
+torch.set_num_threads(spec["num_threads"])
+settings = spec["settings"]
+tokenizer = AutoTokenizer.from_pretrained(spec["model"])
+model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32)
+answer_of = dict(zip(spec["prompts"], spec["answers"], strict=True))
+batches: list[dict[str, Any]] = []
+
+
+def reward(
+    prompts: list[str], completions: list[str], completion_ids: list[list[int]], **_: Any
+) -> list[float]:
+    """1.0 for exactly the answer."""
+    rewards = [float(text == answer_of[prompt]) for prompt, text in zip(prompts, completions, strict=True)]
+    batches.append(
+        {
+            "reward": sum(rewards) / len(rewards),
+            "samples": len(rewards),
+            "sampled_tokens": sum(map(len, completion_ids)),
+            "prompt_tokens": sum(len(tokenizer(prompt).input_ids) for prompt in prompts),
+            "first_prompt": prompts[0],
+        }
+    )
+    return rewards
+
+
+class Record(TrainerCallback):
+    """Writes a line for each step and stops when the mean reward over a window is reached."""
+
+    @staticmethod
+    def write(row: dict[str, Any]) -> None:
+        with Path(spec["out"]).open("a") as out:
+            out.write(json.dumps(row) + "\n")
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.began_s = time.time()
+        versions = {m.__name__: m.__version__ for m in (torch, transformers, trl)}
+        start_s = self.began_s - started_s
+        self.write({"began_unix_s": self.began_s, "start_s": start_s, "versions": versions})
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        row = batches[state.global_step - 1] | {
+            "step": state.global_step,
+            "seconds": time.time() - self.began_s,
+            "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        }
+        self.write(row)
+        last = [b["reward"] for b in batches[-spec["window"] :]]
+        if len(last) == spec["window"] and sum(last) / len(last) >= spec["stop_at"]:
+            control.should_training_stop = True
+
+
+config = GRPOConfig(
+    output_dir=spec["out"] + ".trl",
+    seed=spec["seed"],
+    data_seed=spec["seed"],
+    use_cpu=True,
+    bf16=False,
+    fp16=False,
+    max_steps=settings["num_steps"],
+    per_device_train_batch_size=settings["samples"],
+    gradient_accumulation_steps=1,
+    steps_per_generation=1,
+    num_iterations=1,
+    num_generations=settings["group_size"],
+    max_completion_length=settings["max_new_tokens"],
+    temperature=1.0,
+    top_p=1.0,
+    top_k=0,
+    beta=0.0,
+    loss_type="dapo",
+    scale_rewards="group",
+    learning_rate=settings["lr"],
+    lr_scheduler_type="linear",
+    warmup_steps=settings["warmup_steps"],
+    adam_beta1=settings["betas"][0],
+    adam_beta2=settings["betas"][1],
+    weight_decay=settings["weight_decay"],
+    max_grad_norm=settings["max_grad_norm"],
+    optim="adamw_torch_fused",
+    gradient_checkpointing=False,
+    disable_dropout=True,
+    shuffle_dataset=False,
+    logging_strategy="no",
+    save_strategy="no",
+    report_to="none",
+    disable_tqdm=True,
+    **spec.get("trl", {}),
+)
+trainer = GRPOTrainer(
+    model=model,
+    args=config,
+    reward_funcs=reward,
+    train_dataset=Dataset.from_dict({"prompt": spec["prompts"]}),
+    processing_class=tokenizer,
+    callbacks=[Record()],
+)
+trainer.train()
