@@ -24,6 +24,7 @@ from trainer.batching.packing import MicroBatch, PackedBatch, Packer, TrainingSa
 from trainer.distributed.ranks import Ranks
 from trainer.metrics.phase_timer import PhaseTimer, clock_of
 from trainer.metrics.speed import PHASES, StepSpeed
+from trainer.metrics.step_totals import shared_share
 from trainer.models.policy import Policy
 from trainer.optimizer import ShardedAdamW
 
@@ -86,7 +87,7 @@ class SupervisedStep:
             "lr": lr,
             "entropy": totals[_ENTROPY] / num_learned,
             "num_tokens": round(totals[_TOKENS]),
-            "shared_share": 1 - totals[_ROWS] / max(totals[_TOKENS], 1.0),
+            "shared_share": shared_share(num_tokens=totals[_TOKENS], num_rows=totals[_ROWS]),
             "tokens_trained": round(totals[_LEARNED]),
             "num_sequences": round(totals[_SEQUENCES]),
             "num_microbatches": round(totals[_MICROBATCHES]),
