@@ -53,6 +53,10 @@ class TrainerConfig(Section, key="trainer"):
     tokens_per_microbatch: int = 4096
     """Largest number of tokens in one forward and backward; sequences are packed without padding. A prefix
     that several of them share counts an eighth in all but one."""
+    balance: Literal["auto", "streaming", "balanced"] = "auto"
+    """How a step's sequences are divided over ranks and micro-batches. `streaming`: a rank runs the groups
+    that it has fetched, each micro-batch as soon as it is full. `balanced`: by cost, when the step is
+    complete. `auto`: balanced with several ranks and max_staleness above 0."""
     lr: float = 8e-5
     """AdamW learning rate after warm-up."""
     warmup_steps: int = 10

@@ -55,6 +55,7 @@ def make_runner(
     advantage: Advantage | None = None,
     settings: dict[str, Any] | None = None,
     peak_tflops: float = 0.0,
+    balances: bool = False,
 ) -> StepRunner:
     """A runner over a test model: sequence TIS and token mean, unless `settings` (sections) override them."""
     sections = settings or {}
@@ -88,6 +89,7 @@ def make_runner(
         kl=kl if kl and kl.place == "reward" else None,
         critic=critic,
         peak_tflops=peak_tflops,
+        balances=balances,
     )
 
 
@@ -126,20 +128,31 @@ def _assert_same_names(metrics: dict[str, Any], ranks: Ranks) -> None:
 
 
 def steps(ranks: Ranks, out_dir: Path, path: str, cases: str) -> None:
-    """Runs one float64 step per settings and per split of eight groups (of two); writes the gradient."""
+    """Runs one float64 step per settings and split of eight groups (of two); writes the gradient."""
     groups = random_groups(8, prompt=6)
     for index, settings in enumerate(json.loads(cases)):
-        for share in ("even", "one-sided"):
-            runner = make_runner(path, ranks, beta1=0.0, settings=settings)
-            runner.run(
-                [group for group, owner in zip(groups, SHARES[share], strict=True) if owner == ranks.rank],
-                step=7,
-            )
+        for share in ("even", "one-sided", "balanced"):
+            balances = share == "balanced"
+            owners = SHARES["one-sided" if balances else share]
+            runner = make_runner(path, ranks, beta1=0.0, settings=settings, balances=balances)
+            mine = [group for group, owner in zip(groups, owners, strict=True) if owner == ranks.rank]
+            metrics = runner.run(mine, step=7)
+            assert not balances or 0.5 < metrics["balance"] <= 1
             gradient = last_gradient(runner)
             if ranks.rank == 0:
                 save_file(
                     {k: v.contiguous() for k, v in gradient.items()}, out_dir / f"{index}-{share}.safetensors"
                 )
+
+
+def exchange(ranks: Ranks, out_dir: Path) -> None:
+    """Messages of 0, 1 and many bytes reach every rank, and this one."""
+
+    def message(source: int, target: int) -> bytes:
+        return bytes([source, target]) * ((0, 1, 100_000)[(source + target) % 3])
+
+    got = ranks.exchange([message(ranks.rank, target) for target in range(ranks.world_size)])
+    assert got == [message(source, ranks.rank) for source in range(ranks.world_size)]
 
 
 def resume(ranks: Ranks, out_dir: Path, path: str) -> None:
@@ -252,4 +265,6 @@ def _run_rank(rank: int, world_size: int, store: str, check: Callable[[Ranks], N
 
 
 if __name__ == "__main__":
-    main(gradients=gradients, steps=steps, resume=resume, outage=outage, straggler=straggler)
+    main(
+        gradients=gradients, steps=steps, exchange=exchange, resume=resume, outage=outage, straggler=straggler
+    )

@@ -2,8 +2,8 @@
 
 The cuts are a pure function of recorded order and budget (next fit; a sequence is never split), never of when
 a group arrived, so a step that is served again gives bitwise the same gradient. Next fit also streams: a
-micro-batch is complete as soon as the next sequence does not fit. Packings that fill better (first fit,
-sorting by length) were left out because they need the whole step first.
+micro-batch is complete as soon as the next sequence does not fit. With several ranks the whole step is
+divided by cost instead (`balancer.py`).
 
 The budget is of memory: a prefix that sequences of a micro-batch have in common is computed once, and counts
 an eighth where it is shared (`shared_prefixes.py`).

@@ -10,7 +10,7 @@ that is still fetching, while no rank should be late in the collectives of a for
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 
 import torch
@@ -125,3 +125,15 @@ class Ranks:
         parts = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(parts, padded, group=self._control)
         return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])
+
+    def exchange(self, messages: Sequence[bytes]) -> list[bytes]:
+        """Sends message r to rank r; returns the message of every rank to this one, in rank order."""
+        if self.world_size == 1:
+            return list(messages)
+        sizes = torch.tensor([len(message) for message in messages])
+        received_sizes = torch.empty_like(sizes)
+        dist.all_to_all_single(received_sizes, sizes, group=self._control)
+        received = torch.empty(int(received_sizes.sum()), dtype=torch.uint8)
+        sent = torch.frombuffer(bytearray(b"".join(messages)), dtype=torch.uint8)
+        dist.all_to_all_single(received, sent, received_sizes.tolist(), sizes.tolist(), group=self._control)
+        return [part.numpy().tobytes() for part in torch.split(received, received_sizes.tolist())]

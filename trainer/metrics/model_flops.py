@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from trainer.batching.balance import Cost
+
 FORWARD = 1
 FORWARD_AND_BACKWARD = 3
 """Passes, in forwards."""
@@ -73,6 +75,18 @@ class ModelFlops:
             for window, layers in self.num_layers_of.items()
         )
         return linear + 4.0 * self.heads_size * pairs
+
+
+def cost_of(flops: ModelFlops) -> Cost:
+    """FLOPs of forward and backward by rows and pairs, for the balance over ranks.
+
+    The head counts at every row, and windows count as none.
+    """
+    layers = sum(flops.num_layers_of.values())
+    return Cost(
+        per_row=round(FORWARD_AND_BACKWARD * 2 * (flops.body_weights + flops.head_weights)),
+        per_pair=FORWARD_AND_BACKWARD * 4 * flops.heads_size * layers,
+    )
 
 
 def _pairs_N(length_N: NDArray[np.float64], window: int) -> NDArray[np.float64]:

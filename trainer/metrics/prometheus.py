@@ -42,6 +42,7 @@ _GAUGES = {
     "segments": "Mean segments of a sample",
     "sample_generation_s": "Mean seconds from a sample's first request to its last token",
     "sample_reward_s": "Mean seconds spent computing a sample's reward",
+    "balance": "Share of the ranks' time in the last step's micro-batches that is work, by the planned costs",
     "shared_share": "Share of the last step's tokens that were not computed: prefixes shared with others",
     "zero_advantage_groups": "Groups of the last step without any advantage",
     "greedy_reward": "Mean reward of the last step's greedy samples (advantage=remax)",

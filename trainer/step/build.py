@@ -44,7 +44,16 @@ def build_step_runner(
         critic=critic,
         turn_discount=recipe.turn_discount,
         peak_tflops=trainer.peak_tflops,
+        balances=_balances(config, ranks),
     )
+
+
+def _balances(config: Config, ranks: Ranks) -> bool:
+    """`trainer.balance`, or what it is when `auto`."""
+    if config.trainer.balance == "auto":
+        # With max_staleness=0 nothing is generated while a step waits, so the wait is used.
+        return ranks.world_size > 1 and config.max_staleness != 0
+    return config.trainer.balance == "balanced"
 
 
 def _build_reference(config: Config, ranks: Ranks, *, initial: str) -> Policy:

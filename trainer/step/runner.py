@@ -29,11 +29,13 @@ from areal_like.trajectory import Trajectory
 from trainer.advantages.base import Estimator
 from trainer.advantages.critic import Critic
 from trainer.advantages.reward_shaping import Shaping
+from trainer.batching.balancer import Balancer
 from trainer.batching.lockstep import in_lockstep
 from trainer.batching.packing import MicroBatch, PackedBatch, Packer, TrainingSample, num_targets
 from trainer.batching.sampled_tokens import SampledTokens
 from trainer.batching.scope import Scope
 from trainer.distributed.ranks import AbandonedError, Ranks
+from trainer.metrics.model_flops import ModelFlops, cost_of
 from trainer.metrics.phase_timer import PhaseTimer, clock_of
 from trainer.metrics.speed import PHASES, StepSpeed
 from trainer.metrics.step_totals import StepTotals
@@ -73,14 +75,17 @@ class StepRunner:
         critic: Critic | None = None,
         turn_discount: float = 1.0,
         peak_tflops: float = 0.0,
+        balances: bool = False,
     ) -> None:
         """`build_step_runner` makes one from a configuration. `policy` and `reference` are sharded.
 
         `budget_tokens`: most tokens of a micro-batch. `reference`: frozen model, for objectives that need
         one. `shapings`: of rewards, in order. `kl`: penalty on rewards; None: none (one in the loss is part
         of the objective). `critic`: for an advantage that needs one. `turn_discount`: between the turns of a
-        sample. `peak_tflops`: of one rank's device, for MFU; 0: by its name. Raises ConfigError if the
-        objective's reference or the advantage's critic is missing.
+        sample. `peak_tflops`: of one rank's device, for MFU; 0: by its name. `balances`: sequences are
+        divided over the ranks by cost once a step is complete; no effect with an objective that runs one
+        sequence at a time. Raises ConfigError if the objective's reference or the advantage's critic is
+        missing.
         """
         if Need.REF in objective.needs and reference is None:
             raise ConfigError(
@@ -102,6 +107,15 @@ class StepRunner:
         self._gradients = objective.gradients(policy, ranks)
         self._normalizer = replace(normalizer, name=objective.normalizer or normalizer.name)
         self._budget_tokens = budget_tokens
+        self._balancer = None
+        if balances and not objective.one_sequence_per_microbatch:
+            self._balancer = Balancer(
+                ranks,
+                cost=cost_of(ModelFlops.of(policy.model)),
+                budget_tokens=budget_tokens,
+                whole_groups=objective.whole_groups,
+                shares_prefixes=self._shares_prefixes,
+            )
         self._reference = reference
         self._speed = StepSpeed(
             policy,
@@ -169,7 +183,7 @@ class StepRunner:
         stats_come_first = self._objective.scope is Scope.BATCH
         # One list of samples per group of this rank, lazily unless something depends on the whole step.
         samples = self.advantages.compute(timer.timed("wait_s", groups), totals, timer, lags=lags)
-        microbatches: Iterable[MicroBatch] = self._cut(samples, totals)
+        microbatches: Iterable[MicroBatch] = self._cut(self._to_run(samples, totals))
         with self._gradients as gradients:
             # BATCH: statistics first, then gradients. GROUP: both in one pass; the statistics then only serve
             # `lr_scale`, and `losses` gets empty ones.
@@ -197,23 +211,32 @@ class StepRunner:
                     totals.add(name, total, count=count)
         return stats
 
-    def _cut(self, groups: Iterable[list[TrainingSample]], totals: StepTotals) -> Iterator[MicroBatch]:
-        """Yields each micro-batch as soon as it is full. Groups that need no gradient are only counted."""
-        objective = self._objective
-        packer = Packer(
-            budget_tokens=self._budget_tokens,
-            whole_groups=objective.whole_groups,
-            one_sequence_per_microbatch=objective.one_sequence_per_microbatch,
-            shares_prefixes=self._shares_prefixes,
-        )
+    def _to_run(
+        self, groups: Iterable[list[TrainingSample]], totals: StepTotals
+    ) -> Iterator[list[TrainingSample]]:
+        """The groups that need a gradient. The others are only counted."""
         for group in groups:
             is_zero = all(not np.any(sample.advantage) for sample in group)
             totals.add("zero_advantage_groups", float(is_zero))
-            if is_zero and objective.skips_zero_advantage:
+            if is_zero and self._objective.skips_zero_advantage:
                 totals.add("counted_tokens", float(sum(num_targets(sample.trajectory) for sample in group)))
                 totals.add("counted_seqs", float(len(group)))
             else:
-                yield from packer.add(group)
+                yield group
+
+    def _cut(self, groups: Iterable[list[TrainingSample]]) -> Iterator[MicroBatch]:
+        """Yields each micro-batch as soon as it is full; with a balancer, once the step is complete."""
+        if self._balancer is not None:
+            yield from self._balancer.microbatches(list(groups))
+            return
+        packer = Packer(
+            budget_tokens=self._budget_tokens,
+            whole_groups=self._objective.whole_groups,
+            one_sequence_per_microbatch=self._objective.one_sequence_per_microbatch,
+            shares_prefixes=self._shares_prefixes,
+        )
+        for group in groups:
+            yield from packer.add(group)
         yield from packer.flush()
 
     def _forward(self, batch: PackedBatch, totals: StepTotals, *, live: bool) -> SampledTokens:
@@ -264,11 +287,12 @@ class StepRunner:
 
         Metrics: loss, grad_norm, lr, lr_scale, those of the samples (`StepTotals`), num_groups,
         zero_advantage_groups, num_tokens (of the sequences run), shared_share (of them, not computed),
-        num_microbatches (of all ranks), ess_ratio, log_w_mean, log_w_std, kl_k3, entropy, clipped_fraction,
-        kept_fraction, mismatch_abs (mean |log(pi / mu)| of tokens that the current weights sampled, if there
-        are any: the numerical mismatch of engine and trainer), the objective's own, shaped_reward (where
-        advantages are not computed from `reward`), shaping_dual_I (of a shaping with a dual variable), the
-        critic's, wait_s, compute_s, reduce_s, update_s, step_s, and those of `StepSpeed`.
+        num_microbatches (of all ranks), balance (see `Plan.busy_share`), ess_ratio, log_w_mean, log_w_std,
+        kl_k3, entropy, clipped_fraction, kept_fraction, mismatch_abs (mean |log(pi / mu)| of tokens that
+        the current weights sampled, if there are any: the numerical mismatch of engine and trainer), the
+        objective's own, shaped_reward (where advantages are not computed from `reward`), shaping_dual_I (of
+        a shaping with a dual variable), the critic's, wait_s, compute_s, reduce_s, update_s, step_s, and
+        those of `StepSpeed`.
         """
         lr_scale = self._objective.lr_scale(stats)
         lr = self.optimizer.learning_rate(step) * lr_scale
@@ -283,6 +307,8 @@ class StepRunner:
             critic_metrics = self.advantages.train_critic(step)
         self.rewards.update_duals(mean_tokens=totals.mean("response_tokens"))
         metrics = totals.metrics() | self.rewards.metrics() | critic_metrics
+        if self._balancer is not None:
+            metrics["balance"] = self._balancer.busy_share
         metrics.update(loss=totals.total("loss") / divisor, grad_norm=grad_norm, lr=lr, lr_scale=lr_scale)
         seconds = timer.seconds()
         return (

@@ -54,8 +54,9 @@ WHOLE_STEP: list[dict[str, Any]] = [
     },
     {"objective": {"name": "reinforce"}, "kl": {"coef": 0.3, "estimator": "k3", "place": "reward"}},
     {"objective": {"name": "oapl"}, "kl": {"coef": 0.3, "place": "loss"}},
+    {"objective": {"name": "vcpo"}},
 ]
-"""Settings that depend on all groups of a step or run a second model."""
+"""Settings that depend on all groups of a step or on whole groups, or run a second model."""
 
 
 @pytest.fixture
@@ -110,7 +111,7 @@ def test_two_ranks_give_the_gradient_of_one(path: str, ranks: Ranks, tmp_path: P
     for index, settings in enumerate(WHOLE_STEP):
         runner = make_runner(path, ranks, beta1=0.0, settings=settings, budget_tokens=10_000)
         runner.run(random_groups(8, prompt=6), step=7)
-        for share in ("even", "one-sided"):
+        for share in ("even", "one-sided", "balanced"):
             got = load_file(tmp_path / f"{index}-{share}.safetensors")
             assert relative_error(got, last_gradient(runner)) < 1e-9, (settings, share)
 
