@@ -7,7 +7,7 @@ model of the shape of Qwen3-8B: a row costs 6 FLOPs for each weight, a pair of p
 head size. Ranks run micro-batches in lockstep, so a step takes the sum over rounds of its most expensive
 micro-batch. A micro-batch has at most --budget tokens.
 
-    streaming   group j goes to rank j mod W, which cuts its groups in order (next fit): trainer.balance=streaming
+    streaming   group j goes to rank j mod W, which cuts its groups in order (next fit)
     balanced    trainer/batching/balance.py, with the prompts of a group computed once where they are together
     apart       the same without shared prompts
     bound       no assignment can be better: the longest sequence is not divided
