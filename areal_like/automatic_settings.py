@@ -85,6 +85,11 @@ def _check_attention(config: Config) -> None:
     """In float32, torch's attention on GPUs has no flash kernel, and its memory-efficient one takes no groups
     of queries, so what is left holds L x L scores for each head: 137 GB for 32 heads and 32k tokens.
     """
+    if config.trainer.attention == "varlen" and config.model.dtype == "float32":
+        raise ConfigError(
+            "trainer.attention=varlen is a kernel for 16 bits, and model.dtype is float32: set "
+            "model.dtype=bfloat16, or trainer.attention=auto"
+        )
     longest = max(config.rollout.max_context, config.sampling.max_new_tokens + 1)
     is_affected = config.model.dtype == "float32" and not _is_on_cpu(config.trainer.device)
     if not is_affected or longest <= LONG_TOKENS or config.model.path in BUILT_MODELS:

@@ -83,7 +83,7 @@ JOBS = {
         max_new_tokens=counting.MAX_CHARACTERS + 1,
         lr=2e-4,
         goal=2.0,
-        overrides=("task._target_=benchmarks.counting.Counting", "task.name=null"),
+        overrides=("task._target_=benchmarks.counting.Counting",),
     ),
 }
 
@@ -118,7 +118,9 @@ def run_trl(
     }  # fmt: skip
     out.unlink(missing_ok=True)
     (scratch / "spec.json").write_text(json.dumps(spec))
-    with _watched([str(PYTHON), str(ROOT / "benchmarks/trl_side.py"), str(scratch / "spec.json")]) as watch:
+    with _watched(
+        [str(PYTHON), "-P", str(ROOT / "benchmarks/trl_side.py"), str(scratch / "spec.json")]
+    ) as watch:
         watch.wait()
     first, *rows = [json.loads(line) for line in out.read_text().splitlines()]
     return {"start_s": first["start_s"], "versions": first["versions"], "peak_mib": watch.peak_mib}, rows

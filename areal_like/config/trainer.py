@@ -75,6 +75,9 @@ class TrainerConfig(Section, key="trainer"):
     """Rows of logits in memory at the same time, one row per token."""
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     """Recompute activations in the backward; `auto`: on GPUs only."""
+    attention: Literal["auto", "rectangles", "varlen"] = "auto"
+    """Attention over packed sequences. `varlen`: torch's CUDA kernel for sequences of different lengths, in
+    16 bits; `rectangles`: sequences padded to equal lengths, on any device; `auto`: varlen where it runs."""
     reshard_after_forward: bool = True
     """Free the gathered weights of a layer after its forward and gather them again in its backward. `false`
     sends less between ranks, and each rank needs room for the whole model in `model.dtype`."""
@@ -130,6 +133,10 @@ class TrainerConfig(Section, key="trainer"):
         )
         self._check_hosts()
         check_device(self.device, key="trainer.device")
+        require(
+            self.attention != "varlen" or self.device != "cpu",
+            "trainer.attention=varlen needs a GPU, and trainer.device is cpu: set trainer.attention=auto",
+        )
         require(
             all(0 <= beta < 1 for beta in self.betas),
             f"trainer.betas={list(self.betas)}: use two numbers of at least 0 and below 1",

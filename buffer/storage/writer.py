@@ -24,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from areal_like.runtime.threads import NamedThread
 from areal_like.wire.records import RecordLocation, segment_path
 from buffer.storage import sql
 from buffer.storage.changes import Changes
@@ -89,7 +90,7 @@ class Writer:
         self.frees_space = False
         """Set by the owner while a batch that frees space waits: the current batch may then use the
         reserve."""
-        self._thread = threading.Thread(target=self._run, name="ledger-writer", daemon=True)
+        self._thread = NamedThread(self._run, name="ledger-writer")
         self._thread.start()
 
     @property

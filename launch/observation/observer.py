@@ -16,6 +16,7 @@ from typing import Any
 
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
+from areal_like.runtime.threads import NamedThread
 from areal_like.shards import add_up
 from launch.observation.http_json import NO_OPERATOR, REQUEST_TIMEOUT_S, Operator, fetch_json
 from launch.observation.metrics_tail import MetricsTail
@@ -107,7 +108,7 @@ class Observer:
         self._usual_interval_s = interval_s
         self._tail = MetricsTail(paths.metrics)
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="observer", daemon=True)
+        self._thread = NamedThread(self._run, name="observer")
         self.newest = Observation()
         """Replaced by each poll and never modified, so it is safe to read from any thread."""
         self.interval_s = 0.2

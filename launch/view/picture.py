@@ -89,9 +89,11 @@ def _lag_panel(seen: Observation, *, config: Config) -> Panel:
 
 
 def _rates(seen: Observation) -> Text:
+    mfu = recent_mean(seen, "mfu")
     items = [
         ("generated", f"{rate(seen.tokens_per_s_generated)} tok/s"),
         ("trained", f"{rate(tokens_per_s_trained(seen))} tok/s"),
+        ("MFU", "-" if mfu is None else f"{mfu:.0%}"),
         ("lag", fixed(recent_mean(seen, "lag_mean"))),
         ("ess", fixed(recent_mean(seen, "ess_ratio"))),
         ("loss", fixed(recent_mean(seen, "loss"), digits=4)),

@@ -50,6 +50,7 @@ class PlainView:
 def plain_line(seen: Observation, *, config: Config, eta: Eta) -> str:
     """The state of training on one line."""
     dropped = find_number(find_table(seen.buffer, "tickets"), "dropped")
+    mfu = recent_mean(seen, "mfu")
     parts = [
         f"step {seen.last_step + 1}/{config.trainer.num_steps}",
         f"reward {fixed(recent_mean(seen, 'reward_mean'))}",
@@ -57,6 +58,7 @@ def plain_line(seen: Observation, *, config: Config, eta: Eta) -> str:
         f"lag {fixed(recent_mean(seen, 'lag_mean'))} (max {seen.progress.lag_max:.0f})",
         f"generated {rate(seen.tokens_per_s_generated)} tok/s",
         f"trained {rate(tokens_per_s_trained(seen))} tok/s",
+        "" if mfu is None else f"MFU {mfu:.0%}",
         f"dropped {dropped:.0f}" if dropped is not None else "",
         f"ETA {eta}",
     ]

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import queue
-import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -22,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 
 from areal_like.errors import EngineError
+from areal_like.runtime.threads import NamedThread
 from rollout_server.engine.core import EngineCore
 from rollout_server.engine.models.base import Weights
 from rollout_server.engine.scheduler import Finish, Sequence
@@ -101,7 +101,7 @@ class EngineLoop:
         self._commands: queue.SimpleQueue[tuple[Callable[[EngineCore], Any], Future[Any]] | None] = (
             queue.SimpleQueue()
         )
-        self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
+        self._thread = NamedThread(self._main, name="engine")
         self._unreported: list[SequenceOutput] = []
         self._reported_s = 0.0
         """When outputs were last passed on."""

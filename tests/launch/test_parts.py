@@ -318,6 +318,7 @@ def test_the_picture_shows_the_observed_data(width: int, steps: int) -> None:
         "lag_max": 2,
         "tokens_per_s_trained": None,
         "eval_reward": 0.25,
+        "mfu": 0.413,
     }
     tally = StepTally()
     for step in range(steps):
@@ -334,7 +335,8 @@ def test_the_picture_shows_the_observed_data(width: int, steps: int) -> None:
         assert "buffer" in text and "rollout-0" in text and "stale 2" in text and "failed" not in text
     if steps and width >= 80:
         assert "held-out 0.25" in text and "75%" in text
-        assert "max 2" in plain_line(seen, config=config, eta=Eta(num_steps=600))
+        line = plain_line(seen, config=config, eta=Eta(num_steps=600))
+        assert "max 2" in line and "MFU 41%" in line and "MFU 41%" in text
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -164,3 +165,9 @@ def flattened(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
         else:
             flat[prefix + name] = value
     return flat
+
+
+def without_measured(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics that follow from the data: without times, rates and memory."""
+    measured = re.compile(r".*_s(_min|_max|_per_gpu|_trained)?|mfu\w*|memory_\w+")
+    return {name: value for name, value in metrics.items() if not measured.fullmatch(name)}

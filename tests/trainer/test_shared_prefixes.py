@@ -20,11 +20,11 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from areal_like.trajectory import FinishReason, Trajectory
 from tests.support.trainer_helpers import ARCHITECTURES, VOCAB, dense_logprobs, write_model
+from trainer.batching import attention_layout
 from trainer.batching.packing import PackedBatch, Packer, TrainingSample, collate
 from trainer.batching.shared_prefixes import SharedRows
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import local
-from trainer.models import packed_attention
 from trainer.models.policy import Policy
 from trainer.models.value_model import ValueModel
 
@@ -143,7 +143,7 @@ def test_the_budget_bounds_rows_and_shared_tokens(tokens: list[NDArray[np.int32]
 def test_shared_equals_padded_in_value_and_gradient(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, prompts: tuple[int, ...], long: int
 ) -> None:
-    monkeypatch.setattr(packed_attention, "_LONG", long)
+    monkeypatch.setattr(attention_layout, "_LONG", long)
     path = write_model(tmp_path, architecture)
     trajectories = branched(0, prompts=prompts)
     batch = packed(trajectories)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from trainer.metrics.distributions import (
 )
 from trainer.metrics.model_flops import ModelFlops
 from trainer.metrics.peak_flops import peak_flops
-from trainer.metrics.phase_timer import PhaseTimer
+from trainer.metrics.phase_timer import PhaseTimer, clock_of
 from trainer.metrics.prometheus import TrainerSeries
 from trainer.models.policy import Policy
 
@@ -127,6 +128,21 @@ def test_phases_of_a_gpu_are_read_at_the_end_only() -> None:
     assert seconds == {"wait_s": 2.5, "compute_s": 4.5, "update_s": 0.0}
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA events need a GPU")
+def test_cuda_events_time_kernels_and_not_their_launch() -> None:
+    device = torch.device("cuda")
+    matrix = torch.randn(8192, 8192, device=device)
+    torch.cuda.synchronize()
+    timer = PhaseTimer(("compute_s",), clock=clock_of(device))
+    started_s = time.perf_counter()
+    with timer.span("compute_s"):
+        for _ in range(20):
+            matrix = matrix @ matrix * 1e-4
+    launched_s = time.perf_counter() - started_s
+    seconds = timer.seconds()
+    assert launched_s < seconds["compute_s"] <= seconds["step_s"] * 1.05
+
+
 def test_percentiles_of_magnitudes() -> None:
     histogram, values = MagnitudeHistogram(), torch.rand(5000, generator=torch.manual_seed(0)) ** 3 * 3
     for part in values.split(700):
@@ -183,6 +199,8 @@ def test_mfu_of_a_step_with_a_given_peak(tmp_path: Path, ranks: Ranks) -> None:
     assert metrics["tokens_per_s"] == pytest.approx(sum(t.num_tokens for t in run) / metrics["step_s"])
     assert 0.05 < metrics["memory_peak_gb"] < 50
     assert "mfu" not in make_runner(path, ranks).run(groups, step=5)
+    nothing = make_runner(path, ranks, peak_tflops=1.0).run(groups[:1], step=5)  # equal rewards
+    assert nothing["num_tokens"] == nothing["shared_share"] == nothing["mfu"] == nothing["mfu_compute"] == 0
 
 
 def test_two_ranks_report_their_slowest_and_all_lengths(tmp_path: Path) -> None:

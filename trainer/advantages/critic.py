@@ -81,6 +81,7 @@ class Critic:
         """
         trainer = config.trainer
         model = ValueModel.build(initial, gradient_checkpointing=recomputes_activations(config))
+        model.attention = trainer.attention
         model.shard(ranks, dtype=compute_dtype(config), reshard_after_forward=trainer.reshard_after_forward)
         if with_weights:
             model.read_initial_weights()

@@ -20,7 +20,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +30,8 @@ from torch import Tensor
 
 from areal_like.errors import ConfigError
 from areal_like.trajectory import Trajectory
+from trainer.batching.attention_layout import AttentionLayout
+from trainer.batching.device_copies import copied
 from trainer.batching.shared_prefixes import PrefixFinder, SharedRows, budget_size
 
 
@@ -146,6 +149,13 @@ class Packer:
         return size
 
 
+class DeviceRows(NamedTuple):
+    """`SharedRows` on the device."""
+
+    row_T: Tensor
+    token_U: Tensor
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PackedBatch:
     """One micro-batch as flat tensors on one device."""
@@ -178,6 +188,24 @@ class PackedBatch:
     """Number of tokens of each sequence; Python ints, so reading them does not wait for the device."""
     shared: SharedRows | None = None
     """The rows that the model computes; None: one for each token."""
+
+    @cached_property
+    def rows(self) -> DeviceRows | None:
+        """`shared` on the device."""
+        if self.shared is None:
+            return None
+        row_T, token_U = copied([self.shared.row_T, self.shared.token_U], self.tokens_T.device)
+        return DeviceRows(row_T=row_T, token_U=token_U)
+
+    @cached_property
+    def attention_layout(self) -> AttentionLayout:
+        """How attention arranges the rows."""
+        return AttentionLayout(
+            lengths=self.lengths,
+            device=self.tokens_T.device,
+            shared=self.shared,
+            row_T=None if self.rows is None else self.rows.row_T,
+        )
 
     @property
     def num_sequences(self) -> int:
@@ -228,22 +256,22 @@ def collate(
             dtype=dtype,
         )
 
-    def put(array: NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(array).to(device)
-
+    arrays = {
+        "tokens_T": np.concatenate([t.tokens for t in trajectories]).astype(np.int64),
+        "positions_T": np.arange(total) - np.repeat(starts, lengths),
+        "segments_T": np.repeat(np.arange(len(lengths)), lengths),
+        "behavior_logp_T": np.concatenate([t.logprobs for t in trajectories]),
+        "versions_T": np.concatenate([t.versions for t in trajectories]),
+        "lags_T": of_tokens([s.lag for s in samples], np.int64),
+        "advantages_T": of_tokens([s.advantage for s in samples], np.float64),
+        "cu_seqlens": bounds.astype(np.int32),
+        "rewards_N": np.array([t.reward for t in trajectories], dtype=np.float64),
+        "groups_N": np.array([s.group for s in samples], dtype=np.int64),
+        "truncated_N": np.array([t.finish_reason.is_truncated for t in trajectories]),
+        "sampled_S": np.flatnonzero(mask),
+    }
     return PackedBatch(
-        tokens_T=put(np.concatenate([t.tokens for t in trajectories]).astype(np.int64)),
-        positions_T=put(np.arange(total) - np.repeat(starts, lengths)),
-        segments_T=put(np.repeat(np.arange(len(lengths)), lengths)),
-        behavior_logp_T=put(np.concatenate([t.logprobs for t in trajectories])),
-        versions_T=put(np.concatenate([t.versions for t in trajectories])),
-        lags_T=put(of_tokens([s.lag for s in samples], np.int64)),
-        advantages_T=put(of_tokens([s.advantage for s in samples], np.float64)),
-        cu_seqlens=put(bounds.astype(np.int32)),
-        rewards_N=put(np.array([t.reward for t in trajectories], dtype=np.float64)),
-        groups_N=put(np.array([s.group for s in samples], dtype=np.int64)),
-        truncated_N=put(np.array([t.finish_reason.is_truncated for t in trajectories])),
-        sampled_S=put(np.flatnonzero(mask)),
+        **dict(zip(arrays, copied([*arrays.values()], device), strict=True)),
         lengths=tuple(lengths),
         shared=SharedRows.of([t.tokens for t in trajectories]) if shares_prefixes else None,
     )

@@ -25,6 +25,7 @@ from areal_like.errors import ArealError, DeadlineError, PeerLostError
 from areal_like.paths import model_path
 from areal_like.runtime.daemon import Runtime
 from areal_like.runtime.progress import ProgressClock
+from areal_like.runtime.threads import NamedThread
 from areal_like.wire.addresses import buffer_addresses
 from areal_like.wire.fingerprint import (
     dataset_fingerprint,
@@ -83,7 +84,7 @@ class TrainerBufferClient:
         self.device = device
         self.process = process
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="buffer-client", daemon=True)
+        self._thread = NamedThread(self._loop.run_forever, name="buffer-client")
         self._lost: ArealError | None = None
         self._fetches: dict[tuple[int, int], concurrent.futures.Future[Any]] = {}
         """(step, position) -> group that was requested and not used yet."""

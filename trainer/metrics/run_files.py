@@ -20,7 +20,7 @@ from areal_like.wire.messages.consumer import RunCounters
 WARM_UP_STEPS = 10
 """First steps of a run, left out of the idle fractions: the pipeline is still filling."""
 
-_ROW_NAMES = {
+ROW_NAMES = {
     "reward": "reward_mean",
     "wait_s": "wait_data_s",
     "wait_s_min": "wait_data_s_min",
@@ -34,7 +34,7 @@ def step_row(step: int, metrics: dict[str, Any]) -> dict[str, Any]:
     """The row of one optimizer step, from the metrics that `StepRunner.run` returned."""
     num_tokens = round(metrics["response_tokens"] * metrics["num_sequences"])
     row = {"step": step, "time_unix_s": round(time.time(), 3)} | {
-        _ROW_NAMES.get(name, name): value for name, value in metrics.items()
+        ROW_NAMES.get(name, name): value for name, value in metrics.items()
     }
     return row | {
         "tokens_trained": num_tokens,

@@ -161,7 +161,7 @@ class StepTotals:
         log_w_B = self.log_w_B
         metrics.update(
             num_sequences=self.count("reward"),
-            shared_share=1 - self.total("num_rows") / max(1.0, self.total("num_tokens")),
+            shared_share=shared_share(num_tokens=self.total("num_tokens"), num_rows=self.total("num_rows")),
             reward_std=max(variance, 0.0) ** 0.5,
             ess_ratio=ess_ratio(log_w_B),
             log_w_mean=float(log_w_B.mean()) if len(log_w_B) else 0.0,
@@ -173,6 +173,11 @@ class StepTotals:
         )
         metrics |= length_metrics(self._response_B.numpy(), self._prompt_B.numpy())
         return metrics | self._named.metrics()
+
+
+def shared_share(*, num_tokens: float, num_rows: float) -> float:
+    """Share of tokens that were not computed, because others have the same prefix; 0 without tokens."""
+    return 1 - num_rows / num_tokens if num_tokens else 0.0
 
 
 _COUNTS = ("num_groups", "zero_advantage_groups", "num_tokens", "num_microbatches")

@@ -25,10 +25,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from areal_like.errors import ConfigError
 from areal_like.moe import route_in_float32
 from areal_like.weights.hf_layout import hf_tensors
+from trainer.attention.packed_attention import ATTENTION_NAME, Kind
 from trainer.batching.packing import PackedBatch
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import local
-from trainer.models.packed_attention import ATTENTION_NAME, PackedLayout
 from trainer.models.row_loading import read_rows, stored_names
 from trainer.models.safetensors_rows import SafetensorsRows
 from trainer.models.skeleton import build_skeleton, set_buffer, tied_names
@@ -52,6 +52,8 @@ class PackedModel(nn.Module):
         self._ranks: Ranks | None = None
         self.reshard_after_forward = True
         """Of the layers; see `shard`."""
+        self.attention: Kind = "auto"
+        """`trainer.attention`."""
         _check_layers(model)
         model.set_attn_implementation(ATTENTION_NAME)
         route_in_float32(model)
@@ -191,16 +193,15 @@ class PackedModel(nn.Module):
         A sequence's first token is never sampled, so there is always a position before.
         """
         tokens, positions, read_S = batch.tokens_T, batch.positions_T, batch.sampled_S - 1
-        shared, device = batch.shared, batch.tokens_T.device
-        if shared is not None:
-            token_U = torch.from_numpy(shared.token_U).to(device)
-            tokens, positions = tokens.index_select(0, token_U), positions.index_select(0, token_U)
-            read_S = torch.from_numpy(shared.row_T).to(device).index_select(0, read_S)
+        if (rows := batch.rows) is not None:
+            tokens, positions = (x.index_select(0, rows.token_U) for x in (tokens, positions))
+            read_S = rows.row_T.index_select(0, read_S)
         hidden_UD: Tensor = self.model.base_model(
             input_ids=tokens[None],
             position_ids=positions[None],
             use_cache=False,
-            packed_layout=PackedLayout.of(batch.lengths, device=device, shared=shared),
+            packed_layout=batch.attention_layout,
+            packed_kind=self.attention,
         ).last_hidden_state[0]
         return hidden_UD.index_select(0, read_S)
 

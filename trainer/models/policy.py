@@ -105,6 +105,7 @@ def build_policy(
         chunk_tokens=config.trainer.logprob_chunk_tokens,
         gradient_checkpointing=recomputes_activations(config) and not frozen,
     )
+    policy.attention = config.trainer.attention
     policy.shard(
         ranks,
         dtype=compute_dtype(config),

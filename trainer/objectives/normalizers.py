@@ -34,7 +34,7 @@ class Normalizer:
         """(weighted losses [S], tokens that count, sequences that count); the counts as scalar tensors."""
         if losses.counted_S is None:
             counted_N = batch.length_N
-            num_seqs = counted_N.new_tensor(len(counted_N))
+            num_seqs = counted_N.new_full((), len(counted_N))  # `new_tensor` waits for a GPU
         else:
             counted_N = batch.sum_N(losses.counted_S.to(batch.length_N.dtype))
             num_seqs = (counted_N > 0).sum().to(counted_N.dtype)

@@ -32,9 +32,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from areal_like.config import Config
 from areal_like.errors import ConfigError
 from trainer.advantages.gae import Gae
+from trainer.batching.attention_layout import RectangleLayout
 from trainer.batching.packing import PackedBatch
 from trainer.distributed.ranks import Ranks
-from trainer.models.packed_attention import PackedLayout
 from trainer.models.packed_model import DTYPES, PackedModel
 from trainer.models.policy import Policy
 from trainer.models.value_model import ValueModel
@@ -172,7 +172,7 @@ class _Trace:
         return self._result(policy, resident)
 
     def _result(self, policy: Policy, resident: dict[str, int]) -> StepTrace:
-        rectangles = [(r.num_sequences, r.num_queries) for r in PackedLayout.of(self._lengths).rectangles]
+        rectangles = [(r.num_sequences, r.num_queries) for r in RectangleLayout.of(self._lengths).rectangles]
         squares = sum(num_seqs * longest**2 for num_seqs, longest in rectangles)
         flops = self._memory.flops
         phases = [phase for phase in flops if not phase.endswith(ATTENTION)]

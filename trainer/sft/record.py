@@ -9,7 +9,7 @@ from typing import Any
 
 from areal_like.config import Config
 from areal_like.paths import RunPaths, write_json
-from trainer.metrics.run_files import MetricsFile, read_rows
+from trainer.metrics.run_files import ROW_NAMES, MetricsFile, read_rows
 from trainer.trackers.feed import Trackers
 
 _TRACKERS_END_S = 30.0
@@ -36,10 +36,8 @@ class SftRecord:
     def stepped(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Appends the row of a step, from the metrics of `SupervisedStep.train` and further columns."""
         row = {"step": step, "time_unix_s": round(time.time(), 3)}
-        row |= {"wait_data_s" if name == "wait_s" else name: value for name, value in metrics.items()}
-        step_s = max(1e-9, metrics["step_s"])
-        row["tokens_per_s"] = metrics["num_tokens"] / step_s
-        row["tokens_per_s_trained"] = metrics["tokens_trained"] / step_s
+        row |= {ROW_NAMES.get(name, name): value for name, value in metrics.items()}
+        row["tokens_per_s_trained"] = metrics["tokens_trained"] / max(1e-9, metrics["step_s"])
         self._metrics.append({name: value for name, value in row.items() if value is not None})
         self._trackers.stepped(self._metrics.last)
 

@@ -77,7 +77,11 @@ class SupervisedRun:
         policy = build_policy(config, source, ranks, with_weights=step is None)
         self._optimizer = ShardedAdamW.of(config.trainer, policy, ranks, lr=config.trainer.lr)
         self._runner = SupervisedStep(
-            policy, self._optimizer, ranks, budget_tokens=config.trainer.tokens_per_microbatch
+            policy,
+            self._optimizer,
+            ranks,
+            budget_tokens=config.trainer.tokens_per_microbatch,
+            peak_tflops=config.trainer.peak_tflops,
         )
         self._eval_before = self._resume(step) if step is not None else None
         self._step = self._saved_step = step or 0

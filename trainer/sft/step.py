@@ -20,38 +20,51 @@ from torch import Tensor
 from areal_like.chat.token_row import TokenRow
 from areal_like.trajectory import FinishReason, Trajectory
 from trainer.batching.lockstep import in_lockstep
-from trainer.batching.packing import MicroBatch, Packer, TrainingSample
+from trainer.batching.packing import MicroBatch, PackedBatch, Packer, TrainingSample
 from trainer.distributed.ranks import Ranks
 from trainer.metrics.phase_timer import PhaseTimer, clock_of
+from trainer.metrics.speed import PHASES, StepSpeed
+from trainer.metrics.step_totals import shared_share
 from trainer.models.policy import Policy
 from trainer.optimizer import ShardedAdamW
 
-_PHASES = ("wait_s", "compute_s", "reduce_s", "update_s")
-_NLL, _ENTROPY, _LEARNED, _TOKENS, _SEQUENCES, _MICROBATCHES = range(6)
+_NLL, _ENTROPY, _LEARNED, _TOKENS, _ROWS, _SEQUENCES, _MICROBATCHES, _FLOPS = range(8)
 
 
 class SupervisedStep:
     """Runs steps on one rank's share of the sequences. Its methods are collective."""
 
-    def __init__(self, policy: Policy, optimizer: ShardedAdamW, ranks: Ranks, *, budget_tokens: int) -> None:
-        """`policy` is sharded and has temperature 1. `budget_tokens`: most tokens of a micro-batch."""
+    def __init__(
+        self,
+        policy: Policy,
+        optimizer: ShardedAdamW,
+        ranks: Ranks,
+        *,
+        budget_tokens: int,
+        peak_tflops: float = 0.0,
+    ) -> None:
+        """`policy` is sharded and has temperature 1. `budget_tokens`: most tokens of a micro-batch.
+
+        `peak_tflops`: of one rank's device, for MFU; 0: by its name.
+        """
         assert policy.temperature == 1.0
         self.policy = policy
         self.optimizer = optimizer
         self._ranks = ranks
         self._budget_tokens = budget_tokens
+        self._speed = StepSpeed(policy, ranks, peak_tflops=peak_tflops)
 
     def train(self, sequences: Iterable[TokenRow], *, step: int) -> dict[str, float]:
         """One optimizer step after `step` completed ones; returns its metrics, equal on all ranks except
         for times.
 
         Metrics: loss, grad_norm, lr, entropy (mean over learned tokens, in nats), num_tokens, tokens_trained
-        (learned), num_sequences, num_microbatches, wait_s (for the sequences), compute_s, reduce_s, update_s,
-        step_s. Without a learned
-        token on any rank no update is made.
+        (learned), shared_share, num_sequences, num_microbatches, wait_s (for the sequences), compute_s,
+        reduce_s, update_s, step_s, and those of `StepSpeed`. Without a learned token on any rank no update is
+        made.
         """
         self._ranks.place.enter("lockstep", step=step)
-        timer = PhaseTimer(_PHASES, place=self._ranks.place, clock=clock_of(self._ranks.device))
+        timer = PhaseTimer(PHASES, place=self._ranks.place, clock=clock_of(self._ranks.device))
         sums = self._sums()
         for microbatch, live in in_lockstep(self._cut(timer.timed("wait_s", sequences)), self._ranks):
             with timer.span("compute_s"):
@@ -60,23 +73,28 @@ class SupervisedStep:
                 # Times zero on a rank without work: the backward keeps FSDP2's collectives in step.
                 (nll if live else nll * 0.0).backward()
                 if live:
-                    self._count(sums, logp_S, entropy_S, microbatch.num_tokens, microbatch.num_sequences)
+                    self._count(sums, logp_S, entropy_S, microbatch)
+                    sums[_FLOPS] += self._speed.flops_of(microbatch)
         with timer.span("reduce_s"):
             totals = self._ranks.sum(sums.cpu()).tolist()
         num_learned = max(totals[_LEARNED], 1.0)
         lr = self.optimizer.learning_rate(step)
         with timer.span("update_s"):
             grad_norm = self.optimizer.step(divisor=num_learned, lr=lr)
-        return {
+        metrics = {
             "loss": totals[_NLL] / num_learned,
             "grad_norm": grad_norm,
             "lr": lr,
             "entropy": totals[_ENTROPY] / num_learned,
             "num_tokens": round(totals[_TOKENS]),
+            "shared_share": shared_share(num_tokens=totals[_TOKENS], num_rows=totals[_ROWS]),
             "tokens_trained": round(totals[_LEARNED]),
             "num_sequences": round(totals[_SEQUENCES]),
             "num_microbatches": round(totals[_MICROBATCHES]),
-        } | timer.seconds()
+        }
+        seconds = timer.seconds()
+        speed = self._speed.metrics(seconds, num_tokens=totals[_TOKENS], flops=totals[_FLOPS])
+        return metrics | seconds | speed
 
     @torch.no_grad()
     def loss(self, sequences: Iterable[TokenRow]) -> float:
@@ -88,20 +106,25 @@ class SupervisedStep:
         for microbatch, live in in_lockstep(self._cut(sequences), self._ranks):
             logp_S, entropy_S, _ = self.policy(microbatch)
             if live:
-                self._count(sums, logp_S, entropy_S, microbatch.num_tokens, microbatch.num_sequences)
+                self._count(sums, logp_S, entropy_S, microbatch)
         totals = self._ranks.sum(sums.cpu()).tolist()
         return float(totals[_NLL] / totals[_LEARNED])
 
     def _sums(self) -> Tensor:
         # On the device until the end of the step: reading a number from a GPU in mid-step would stall it.
-        return torch.zeros(6, dtype=torch.float64, device=self._ranks.device)
+        return torch.zeros(_FLOPS + 1, dtype=torch.float64, device=self._ranks.device)
 
     @staticmethod
     @torch.no_grad()
-    def _count(sums: Tensor, logp_S: Tensor, entropy_S: Tensor, num_tokens: int, num_sequences: int) -> None:
+    def _count(sums: Tensor, logp_S: Tensor, entropy_S: Tensor, batch: PackedBatch) -> None:
         sums[_NLL] -= logp_S.double().sum()
         sums[_ENTROPY] += entropy_S.double().sum()
-        for at, number in ((_LEARNED, len(logp_S)), (_TOKENS, num_tokens), (_SEQUENCES, num_sequences)):
+        for at, number in (
+            (_LEARNED, len(logp_S)),
+            (_TOKENS, batch.num_tokens),
+            (_ROWS, batch.num_rows),
+            (_SEQUENCES, batch.num_sequences),
+        ):
             sums[at] += number
         sums[_MICROBATCHES] += 1
 

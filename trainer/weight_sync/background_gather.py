@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from areal_like.errors import WeightSyncError
+from areal_like.runtime.threads import NamedThread
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy
 from trainer.weight_sync.snapshot import GatheredBucket, RankSnapshot, WeightSnapshotter, empty_buffer
@@ -50,7 +51,7 @@ class BackgroundGather(WeightSnapshotter):
         self._max_gathered = _MAX_GATHERED
         is_alone = ranks.world_size == 1
         self._group = None if is_alone else dist.new_group(backend="gloo", timeout=_GROUP_TIMEOUT)
-        self._thread = threading.Thread(target=self._serve_gathers, name="gather", daemon=True)
+        self._thread = NamedThread(self._serve_gathers, name="gather")
         if ranks.rank > 0:
             self._thread.start()
 

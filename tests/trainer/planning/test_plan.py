@@ -17,7 +17,7 @@ from areal_like.config.gpus import check_gpus_are_separate
 from areal_like.errors import ConfigError
 from areal_like.runtime.command_line import load_config, presets
 from launch.cli import main
-from trainer.models.packed_attention import PackedLayout
+from trainer.batching.attention_layout import RectangleLayout
 from trainer.planning.advice import changes_until_it_fits
 from trainer.planning.engines import engine_memory
 from trainer.planning.estimate import Assumptions, estimate
@@ -200,7 +200,9 @@ def test_worst_packing_pads_most() -> None:
         assert max(packed) == context and sum(packed) <= budget
         padded = sum(
             n * longest
-            for n, longest in ((r.num_sequences, r.num_queries) for r in PackedLayout.of(packed).rectangles)
+            for n, longest in (
+                (r.num_sequences, r.num_queries) for r in RectangleLayout.of(packed).rectangles
+            )
         )
         assert padded <= 2 * sum(packed)
         if budget >= 4 * context:

@@ -16,6 +16,7 @@ from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from tests.support.launching import TEST_LIMIT_S, areal_like
 from tests.support.sft_model import addition_rows, write_rows, write_sft_model
+from tests.support.trainer_helpers import without_measured
 from trainer.distributed.ranks import Ranks
 from trainer.sft.run import SupervisedRun
 
@@ -73,9 +74,9 @@ def run(config: Config, *, resume: str = "", num_steps: int = 1000) -> RunPaths:
 
 
 def metrics_of(paths: RunPaths) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl without times."""
+    """The rows of metrics.jsonl without what is measured."""
     rows = map(json.loads, paths.metrics.read_text().splitlines())
-    return [{k: v for k, v in row.items() if "_s" not in k or k == "num_sequences"} for row in rows]
+    return [without_measured(row) for row in rows]
 
 
 def files_of(checkpoint: Path) -> dict[str, bytes]:
@@ -92,6 +93,10 @@ def test_a_resumed_run_is_the_run_itself(root: Path) -> None:
     rows = metrics_of(whole)
     assert [row["step"] for row in rows] == list(range(NUM_STEPS))
     assert [row["step"] for row in rows if "eval_loss" in row] == [3, 7, 8]
+    for line in whole.metrics.read_text().splitlines():
+        row = json.loads(line)
+        assert row["model_tflops_per_s"] > 0 and row["wait_data_s_min"] <= row["wait_data_s_max"]
+        assert row["tokens_per_s"] == pytest.approx(row["num_tokens"] / row["step_s"])
     assert [row["num_rows"] for row in rows] == [5] * 8 + [4] and rows[-1]["epoch"] == 2
     assert rows[-1]["eval_loss"] < rows[3]["eval_loss"] and rows[-1]["lr"] < rows[1]["lr"]
 
