@@ -2,8 +2,10 @@
 
 The thread owns the EngineCore. All other code in the process reaches the core through `EngineLoop.call`, so
 the core needs no locks and a command never sees a half-done step. Output leaves the thread as immutable
-snapshots, because a running sequence changes with the next step. The thread also measures time: *idle* is
-time with no runnable sequence (no sequence at all, or paused), *busy* is time inside steps.
+snapshots, because a running sequence changes with the next step. While steps take less than a few
+milliseconds, the outputs of several are passed on together: each time wakes the thread that answers, and both
+threads share Python's lock. The thread also measures time: *idle* is time with no runnable sequence (no
+sequence at all, or paused), *busy* is time inside steps.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from rollout_server.engine.scheduler import Finish, Sequence
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+_REPORT_EVERY_S = 0.004
+"""Least time between two reports of outputs while sequences run and no command comes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +102,9 @@ class EngineLoop:
             queue.SimpleQueue()
         )
         self._thread = NamedThread(self._main, name="engine")
+        self._unreported: list[SequenceOutput] = []
+        self._reported_s = 0.0
+        """When outputs were last passed on."""
         self._failure = ""
         self._stopping = False
         self._idle_since_s: float | None = None
@@ -134,7 +141,8 @@ class EngineLoop:
         """Ends the sequences that `choose` returns, with the tokens they have, and reports their output."""
 
         def command(core: EngineCore) -> None:
-            self._report(core.abort(list(choose(core))))
+            self._collect(core.abort(list(choose(core))))
+            self._report()
 
         return self.call(command)
 
@@ -183,9 +191,11 @@ class EngineLoop:
                 while not self._stopping:
                     self._run_commands()
                     self._step()
+                self._report()
         # The outermost frame of the thread: an uncaught exception would leave all requests waiting for ever.
         except Exception as error:
             logger.exception("the engine failed")
+            self._report()
             self._failure = f"{type(error).__name__}: {error}"
             self._on_failure(self._failure)
         self._fail_commands()
@@ -194,6 +204,9 @@ class EngineLoop:
         """Runs all queued commands; waits for one while no sequence is runnable."""
         while True:
             wait = not self._core.scheduler.runnable
+            # What a command's caller learns must not come before the outputs of the steps before it.
+            if wait or not self._commands.empty():
+                self._report()
             try:
                 entry = self._commands.get_nowait()
             except queue.Empty:
@@ -221,23 +234,30 @@ class EngineLoop:
         if not self._core.scheduler.runnable:
             return
         started_s = time.perf_counter()
-        self._report(self._core.step())
-        self._busy_s += time.perf_counter() - started_s
+        self._collect(self._core.step())
+        ended_s = time.perf_counter()
+        self._busy_s += ended_s - started_s
+        if ended_s - self._reported_s >= _REPORT_EVERY_S:
+            self._report()
 
-    def _report(self, sequences: list[Sequence]) -> None:
-        if sequences:
-            self._on_output(
-                [
-                    SequenceOutput(
-                        sequence=sequence,
-                        output_ids=sequence.output_ids,
-                        output_logprobs=sequence.output_logprobs,
-                        version_spans=sequence.version_spans,
-                        finish=sequence.finish,
-                    )
-                    for sequence in sequences
-                ]
+    def _collect(self, sequences: list[Sequence]) -> None:
+        self._unreported += [
+            SequenceOutput(
+                sequence=sequence,
+                output_ids=sequence.output_ids,
+                output_logprobs=sequence.output_logprobs,
+                version_spans=sequence.version_spans,
+                finish=sequence.finish,
             )
+            for sequence in sequences
+        ]
+
+    def _report(self) -> None:
+        """Passes on the outputs that were collected."""
+        if self._unreported:
+            outputs, self._unreported = self._unreported, []
+            self._on_output(outputs)
+            self._reported_s = time.perf_counter()
 
     def _fail_commands(self) -> None:
         while True:

@@ -1,7 +1,8 @@
 """Sends generate requests that start in the same turn of the event loop as one streaming request.
 
 At some hundreds of samples per second on two cores, one HTTP request per sample would be the bottleneck. Each
-`generate` call still returns when its own sequence ends.
+`generate` call still returns when its own sequence ends. An engine that answers in the packed form
+(packed_generate.py) gets its requests in it too, from the second on.
 
     sent in a batch -> answered
                     -> the batch ends early (an error event, a refusal, a broken stream) -> sent alone, once
@@ -33,10 +34,19 @@ import aiohttp
 
 from areal_like.errors import EngineError, EngineTimeoutError
 from areal_like.trajectory import FinishReason
+from rollout_server.inference.generate_wire import (
+    encode_request,
+    is_last,
+    output_tokens,
+    parse_generation,
+    read_events,
+    read_frames,
+    refusal,
+)
 from rollout_server.inference.http import EngineHttp, error_text
-from rollout_server.inference.sse import is_last, parse_generation, read_events, refusal
 from rollout_server.inference.stop_texts import StopTexts, StopWatch
 from rollout_server.inference.types import Generation, Sampling
+from rollout_server.packed_generate import MEDIA_TYPE
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +92,8 @@ class GenerateBatcher:
     def __init__(self, http: EngineHttp, *, stream_interval: int = 0) -> None:
         """`stream_interval`: sent with each request unless it is 0."""
         self._http = http
+        self._is_packed = False
+        """True once the engine has answered in the packed form."""
         self._streaming = {"stream_interval": stream_interval} if stream_interval else {}
         self.stop_texts = StopTexts()
         self._queued: list[_Pending] = []
@@ -205,26 +217,29 @@ class GenerateBatcher:
     async def _read(self, batch: list[_Pending]) -> EngineError:
         """Passes the answers of a stream to their callers. Returns the error for those without an answer."""
         name = f"engine {self._http.base_url}"
-        body = {
-            "rid": [pending.rid for pending in batch],
-            "input_ids": [list(map(int, pending.input_ids)) for pending in batch],
-            "sampling_params": [pending.sampling for pending in batch],
-            "return_logprob": True,
-            "stream": True,
-        }
-        if any(pending.keeps_prefix for pending in batch):
-            body["keep_prefix"] = [pending.keeps_prefix for pending in batch]
-        if any(pending.cache_salt for pending in batch):
-            body["cache_salt"] = [pending.cache_salt for pending in batch]
+        content, headers = encode_request(
+            [pending.rid for pending in batch],
+            [pending.input_ids for pending in batch],
+            [pending.sampling for pending in batch],
+            keeps_prefix=[pending.keeps_prefix for pending in batch],
+            cache_salts=[pending.cache_salt for pending in batch],
+            is_packed=self._is_packed,
+        )
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._http.connect_timeout_s)
         try:
             async with self._http.session.post(
-                f"{self._http.base_url}/generate", json=body, timeout=timeout, allow_redirects=False
+                f"{self._http.base_url}/generate",
+                data=content,
+                headers=headers,
+                timeout=timeout,
+                allow_redirects=False,
             ) as response:
                 if response.status != 200:
                     reason = await error_text(response)
                     return refusal(response.status, f"{name} refused /generate: {reason}")
-                async for event in read_events(response.content):
+                self._is_packed = response.content_type == MEDIA_TYPE
+                read = read_frames if self._is_packed else read_events
+                async for event in read(response.content):
                     self._resolve(batch, event)
         except EngineError as error:
             return type(error)(f"{name} refused a request: {error}")
@@ -307,7 +322,7 @@ class GenerateBatcher:
         if pending.on_first_token is not None:
             pending.on_first_token()
             pending.on_first_token = None
-        if pending.stop_watch is not None and pending.stop_watch.read(event["output_ids"]):
+        if pending.stop_watch is not None and pending.stop_watch.read(output_tokens(event).tolist()):
             self._spawn(self._abort_quietly([pending.rid]))
 
     def _timeout_error(self, pending: _Pending) -> EngineTimeoutError:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from areal_like.errors import UserError
+from areal_like.wire.unpacking import unpack
 
 MAX_TIMEOUT_S = 86400.0
 
@@ -25,6 +26,17 @@ def parse_body(content: bytes) -> dict[str, Any]:
         raise UserError("the body is not JSON") from None
     if not isinstance(body, dict):
         raise UserError("the body must be a JSON object")
+    return body
+
+
+def parse_packed_body(content: bytes) -> dict[str, Any]:
+    """As `parse_body`, for msgpack."""
+    try:
+        body = unpack(content)
+    except ValueError as error:
+        raise UserError(f"the body is not msgpack that is accepted here: {error}") from None
+    if not isinstance(body, dict):
+        raise UserError("the body must be a map")
     return body
 
 

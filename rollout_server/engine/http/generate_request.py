@@ -3,7 +3,8 @@
 Everything is checked here, so the engine may assume that token ids are in the vocabulary and that a sequence
 fits its row. As in SGLang, unknown fields of a body are ignored and unknown sampling parameters are refused.
 A parameter that SGLang supports and this engine does not (penalties, grammars) is refused by name: ignoring
-it would sample from a different distribution than the client asked for.
+it would sample from a different distribution than the client asked for. In the packed form
+(packed_generate.py) a prompt may be bytes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 from areal_like.errors import UserError
 from rollout_server.engine.http.bodies import flag, number
 from rollout_server.engine.scheduler import SamplingParams, Sequence
+from rollout_server.packed_generate import unpack_tokens
 
 MAX_SEQUENCES = 4096
 """Most sequences in one request."""
@@ -72,8 +74,8 @@ def parse_generate(body: Mapping[str, Any], limits: RequestLimits) -> GenerateRe
         raise UserError("input_ids is missing: this engine takes token ids, not text")
     if not isinstance(input_ids, list) or not input_ids:
         raise UserError("input_ids must be a non-empty list of token ids, or a list of such lists")
-    batched = isinstance(input_ids[0], list)
-    prompts = input_ids if batched else [input_ids]
+    batched = isinstance(input_ids[0], (list, bytes))
+    prompts = [_tokens(prompt, limits) for prompt in input_ids] if batched else [input_ids]
     raw_params = body.get("sampling_params")
     params = raw_params if isinstance(raw_params, list) else [raw_params] * len(prompts)
     if len(params) != len(prompts):
@@ -110,6 +112,17 @@ def parse_generate(body: Mapping[str, Any], limits: RequestLimits) -> GenerateRe
     )
 
 
+def _tokens(prompt: Any, limits: RequestLimits) -> Any:
+    """A prompt that came as bytes as a list; others are checked later."""
+    if not isinstance(prompt, bytes):
+        return prompt
+    _check_room(len(prompt) // 4, limits)
+    try:
+        return unpack_tokens(prompt).tolist()
+    except ValueError:
+        raise UserError(f"input_ids: {len(prompt)} bytes are not tokens of four bytes each") from None
+
+
 def _flags(body: Mapping[str, Any], name: str, num_prompts: int) -> list[bool]:
     """One flag per prompt: the given list, or the given flag for all."""
     value = body.get(name, False)
@@ -134,11 +147,8 @@ def _sampling_params(raw: Any, prompt: Any, limits: RequestLimits) -> tuple[Samp
     """Checks one prompt with its sampling_params; returns the parameters and `n`, the number of samples."""
     if not isinstance(prompt, list) or not prompt:
         raise UserError("input_ids: every prompt must be a non-empty list of token ids")
+    _check_room(len(prompt), limits)
     check_tokens(prompt, limits, name="input_ids")
-    if len(prompt) >= limits.context_length:
-        raise UserError(
-            f"the prompt's {len(prompt)} tokens leave no room in a context of {limits.context_length}"
-        )
     raw = {} if raw is None else raw
     if not isinstance(raw, dict):
         raise UserError("sampling_params must be an object")
@@ -189,8 +199,17 @@ def _check_supported(raw: Mapping[str, Any]) -> None:
             raise UserError(f"sampling parameter {name!r} is not supported by the embedded engine")
 
 
+def _check_room(num_tokens: int, limits: RequestLimits) -> None:
+    if num_tokens >= limits.context_length:
+        raise UserError(
+            f"the prompt's {num_tokens} tokens leave no room in a context of {limits.context_length}"
+        )
+
+
 def check_tokens(tokens: list[Any], limits: RequestLimits, *, name: str) -> None:
     """Raises UserError unless every token is an id of the vocabulary. `name`: of the field."""
+    if set(map(type, tokens)) == {int} and min(tokens) >= 0 and max(tokens) < limits.vocab_size:
+        return
     for token in tokens:
         if type(token) is not int:
             raise UserError(f"{name}: {token!r} is not a token id")

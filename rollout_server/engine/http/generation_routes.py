@@ -3,7 +3,7 @@
 The event loop owns requests. The engine's thread posts outputs to the event loop (`deliver`), each to the
 inbox of its request. If a client disconnects, its sequences are aborted. A stream sends each sequence as one
 chunk when it ends, because one chunk per token would cost more than sampling the token; `--stream-interval`
-asks for smaller chunks.
+asks for smaller chunks. A client that accepts the packed form gets its stream in it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -20,10 +21,18 @@ from starlette.types import Receive, Scope, Send
 from areal_like.errors import UserError
 from rollout_server.engine.core import EngineCore
 from rollout_server.engine.http.generate_request import GenerateRequest, RequestLimits, parse_generate
-from rollout_server.engine.http.protocol import END_OF_STREAM, encode_event, sequence_json, success
+from rollout_server.engine.http.protocol import (
+    END_OF_STREAM,
+    encode_event,
+    pack_events,
+    packed_sequence,
+    sequence_json,
+    success,
+)
 from rollout_server.engine.http.score_request import ScoreRequest, parse_score
 from rollout_server.engine.loop import EngineLoop, SequenceOutput
 from rollout_server.engine.scoring import score
+from rollout_server.packed_generate import END_OF_FRAMES, MEDIA_TYPE
 
 PAUSE_MODES = ("abort", "in_place", "retract")
 
@@ -71,7 +80,10 @@ class GenerationRoutes:
             sequence.owner = inbox
         await asyncio.wrap_future(self._loop.call(lambda core: submit(core, work)))
         if work.stream:
-            return EventStream(self._events(work, inbox), on_close=lambda: self._abort_unfinished(work))
+            close = partial(self._abort_unfinished, work)
+            if MEDIA_TYPE in request.headers.get("accept", ""):
+                return EventStream(self._frames(work, inbox), on_close=close, media_type=MEDIA_TYPE)
+            return EventStream(self._events(work, inbox), on_close=close)
         return await self._wait_for_all(request, work, inbox)
 
     async def _score(self, request: ScoreRequest) -> Response:
@@ -85,8 +97,17 @@ class GenerationRoutes:
         index_of = {sequence.seq_id: i for i, sequence in enumerate(work.sequences)}
         while inbox.num_open:
             outputs = await inbox.take()
-            yield b"".join(encode_event(self._json(work, index_of, output)) for output in outputs)
+            yield b"".join(
+                encode_event(self._written(sequence_json, work, index_of, output)) for output in outputs
+            )
         yield END_OF_STREAM
+
+    async def _frames(self, work: GenerateRequest, inbox: Inbox) -> AsyncIterator[bytes]:
+        index_of = {sequence.seq_id: i for i, sequence in enumerate(work.sequences)}
+        while inbox.num_open:
+            outputs = await inbox.take()
+            events = [self._written(packed_sequence, work, index_of, output) for output in outputs]
+            yield pack_events(events) + (b"" if inbox.num_open else END_OF_FRAMES)
 
     async def _wait_for_all(self, request: Request, work: GenerateRequest, inbox: Inbox) -> Response:
         """The response of a request without a stream; status 499 if the client has disconnected."""
@@ -102,19 +123,25 @@ class GenerationRoutes:
                     return Response(status_code=499)
                 for output in taking.result():
                     if output.finish is not None:
-                        finished[index_of[output.sequence.seq_id]] = self._json(work, index_of, output)
+                        event = self._written(sequence_json, work, index_of, output)
+                        finished[event["index"]] = event
         finally:
             disconnect.cancel()
             self._abort_unfinished(work)
         ordered = [finished[i] for i in range(len(finished))]
         return JSONResponse(ordered[0] if work.single else ordered)
 
-    def _json(
-        self, work: GenerateRequest, index_of: dict[str, int], output: SequenceOutput
+    def _written(
+        self,
+        write: Callable[..., dict[str, Any]],
+        work: GenerateRequest,
+        index_of: dict[str, int],
+        output: SequenceOutput,
     ) -> dict[str, Any]:
+        """What `write`, one of the functions in `protocol`, makes of an output."""
         index = index_of[output.sequence.seq_id]
         version = output.version_spans[-1][0] if output.version_spans else self._loop.load().weight_version
-        return sequence_json(output, index=index, return_logprob=work.return_logprob[index], version=version)
+        return write(output, index=index, return_logprob=work.return_logprob[index], version=version)
 
     def _abort_unfinished(self, work: GenerateRequest) -> None:
         """Aborts a closed request; does nothing if all its sequences have ended."""
@@ -167,8 +194,14 @@ class GenerationRoutes:
 class EventStream(StreamingResponse):
     """Calls `on_close` when the response ends, also if the client disconnects before the first event."""
 
-    def __init__(self, events: AsyncIterator[bytes], *, on_close: Callable[[], None]) -> None:
-        super().__init__(events, media_type="text/event-stream")
+    def __init__(
+        self,
+        events: AsyncIterator[bytes],
+        *,
+        on_close: Callable[[], None],
+        media_type: str = "text/event-stream",
+    ) -> None:
+        super().__init__(events, media_type=media_type)
         self._on_close = on_close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -47,7 +47,7 @@ def parse_score(body: Mapping[str, Any], limits: RequestLimits) -> ScoreRequest 
     if body.get("logprob_start_len") in (None, -1):
         return None
     tokens, params = body.get("input_ids"), body.get("sampling_params")
-    if not isinstance(tokens, list) or not tokens or isinstance(tokens[0], list):
+    if not isinstance(tokens, list) or not tokens or isinstance(tokens[0], (list, bytes)):
         raise UserError("logprob_start_len: give one prompt of token ids in input_ids")
     check_tokens(tokens, limits, name="input_ids")
     start = int(number(body, "logprob_start_len", 0, low=0, integer=True))

@@ -20,7 +20,7 @@ from starlette.routing import Route
 
 from areal_like.errors import ArealError, UserError, WeightSyncError
 from areal_like.runtime.metrics import CONTENT_TYPE
-from rollout_server.engine.http.bodies import parse_body
+from rollout_server.engine.http.bodies import parse_body, parse_packed_body
 from rollout_server.engine.http.chat_routes import ChatRoutes
 from rollout_server.engine.http.generate_request import RequestLimits
 from rollout_server.engine.http.generation_routes import GenerationRoutes
@@ -29,6 +29,7 @@ from rollout_server.engine.http.weight_routes import WeightRoutes, WeightSources
 from rollout_server.engine.loop import EngineLoop
 from rollout_server.engine.metrics import EngineCollector, update_numbers
 from rollout_server.engine.weight_update.updater import WeightUpdater
+from rollout_server.packed_generate import MEDIA_TYPE
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 BodyHandler = Callable[[dict[str, Any]], Awaitable[Response]]
@@ -96,7 +97,8 @@ class EngineServer:
             "/metrics": self._metrics,
             "/v1/models": chat.models,
         }
-        routes = [Route("/generate", self._with_request_and_body(generation.generate), methods=["POST"])]
+        generate = self._with_request_and_body(generation.generate, takes_packed=True)
+        routes = [Route("/generate", generate, methods=["POST"])]
         routes += [Route("/v1/chat/completions", chat.complete, methods=["POST"])]
         routes += [Route(path, self._with_body(handler), methods=["POST"]) for path, handler in post.items()]
         routes += [Route(path, endpoint, methods=["GET"]) for path, endpoint in get.items()]
@@ -106,13 +108,17 @@ class EngineServer:
         return self._with_request_and_body(lambda request, body: handler(body))
 
     def _with_request_and_body(
-        self, handler: Callable[[Request, dict[str, Any]], Awaitable[Response]]
+        self,
+        handler: Callable[[Request, dict[str, Any]], Awaitable[Response]],
+        *,
+        takes_packed: bool = False,
     ) -> Endpoint:
         """An endpoint that reads the body and turns our exceptions into responses."""
 
         async def endpoint(request: Request) -> Response:
             try:
-                body = parse_body(await request.body())
+                is_packed = takes_packed and request.headers.get("content-type") == MEDIA_TYPE
+                body = (parse_packed_body if is_packed else parse_body)(await request.body())
                 return await handler(request, body)
             except (UserError, WeightSyncError) as error:
                 return failure(400, str(error))

@@ -1,4 +1,5 @@
-"""Parses the server-sent events that answer `POST /generate`.
+"""Encodes the bodies of `POST /generate`, and parses its answers: server-sent events, or frames in the packed
+form of the embedded engine (packed_generate.py).
 
 A batch request streams the events of all its sequences, each with the `index` of its sequence in the batch.
 Events before the last one of a sequence repeat what the last one contains, so only the last one is parsed.
@@ -8,16 +9,22 @@ answered with status 200, and ends the stream.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import aiohttp
+import msgpack
 import numpy as np
+from numpy.typing import NDArray
 
 from areal_like.errors import EngineError, PromptRefusedError
 from areal_like.trajectory import FinishReason
+from areal_like.wire.unpacking import unpack
+from rollout_server.frames import HEADER
 from rollout_server.inference.types import Generation, parse_weight_version
+from rollout_server.packed_generate import MEDIA_TYPE, pack_tokens, unpack_logprobs, unpack_tokens
 
 MAX_EVENT_BYTES = 64 << 20
 MAX_ERROR_CHARS = 500
@@ -25,6 +32,42 @@ MAX_ERROR_CHARS = 500
 _PROMPT_STATUSES = (400, 413, 422)
 _FINISH_REASONS = {reason.value: reason for reason in FinishReason if reason is not FinishReason.TIMEOUT}
 """Reasons that an engine gives; it knows nothing of our time limit."""
+
+
+def encode_request(
+    rids: Sequence[str],
+    prompts: Sequence[Sequence[int]],
+    sampling_params: Sequence[Mapping[str, Any]],
+    *,
+    keeps_prefix: Sequence[bool],
+    cache_salts: Sequence[str],
+    is_packed: bool,
+) -> tuple[bytes, dict[str, str]]:
+    """The body of a batch, which is streamed, and its headers. Each argument has one entry for a prompt."""
+    body: dict[str, Any] = {
+        "rid": rids,
+        "input_ids": [_prompt(prompt, is_packed=is_packed) for prompt in prompts],
+        "sampling_params": sampling_params,
+        "return_logprob": True,
+        "stream": True,
+    }
+    if any(keeps_prefix):
+        body["keep_prefix"] = keeps_prefix
+    if any(cache_salts):
+        body["cache_salt"] = cache_salts
+    content = msgpack.packb(body) if is_packed else json.dumps(body).encode()
+    headers = {
+        "Accept": f"{MEDIA_TYPE}, text/event-stream",
+        "Content-Type": MEDIA_TYPE if is_packed else "application/json",
+    }
+    return content, headers
+
+
+def _prompt(prompt: Sequence[int], *, is_packed: bool) -> bytes | list[int]:
+    if is_packed:
+        with contextlib.suppress(OverflowError):  # the engine says what is wrong with such a token
+            return pack_tokens(prompt)
+    return list(map(int, prompt))
 
 
 async def read_events(stream: aiohttp.StreamReader) -> AsyncIterator[dict[str, Any]]:
@@ -48,12 +91,40 @@ async def read_events(stream: aiohttp.StreamReader) -> AsyncIterator[dict[str, A
             data = line[5:].strip()
             if data == b"[DONE]":
                 return
-            event = json.loads(data)
-            if not isinstance(event, dict):
-                raise ValueError("event is not an object")
-            if "error" in event:
-                raise _error_of(event["error"])
-            yield event
+            yield _checked(json.loads(data))
+
+
+async def read_frames(stream: aiohttp.StreamReader) -> AsyncIterator[dict[str, Any]]:
+    """As `read_events`, for frames; the one without content is the last."""
+    buffered = bytearray()
+    async for piece in stream.iter_any():
+        buffered += piece
+        start = 0
+        while len(buffered) - start >= HEADER.size:
+            (size,) = HEADER.unpack_from(buffered, start)
+            if size > MAX_EVENT_BYTES:
+                raise ValueError(f"frame longer than {MAX_EVENT_BYTES} bytes")
+            if size == 0:
+                return
+            end = start + HEADER.size + size
+            if len(buffered) < end:
+                break
+            events = unpack(bytes(buffered[start + HEADER.size : end]))
+            if not isinstance(events, list):
+                raise ValueError("frame is not a list")
+            start = end
+            for event in events:
+                yield _checked(event)
+        del buffered[:start]
+
+
+def _checked(event: Any) -> dict[str, Any]:
+    """An event that reports no error."""
+    if not isinstance(event, dict):
+        raise ValueError("event is not an object")
+    if "error" in event:
+        raise _error_of(event["error"])
+    return event
 
 
 def refusal(status: int, message: str) -> EngineError:
@@ -74,6 +145,18 @@ def is_last(event: dict[str, Any]) -> bool:
     return event["meta_info"]["finish_reason"] is not None
 
 
+def output_tokens(event: dict[str, Any]) -> NDArray[np.int32]:
+    """The tokens of an event. Raises as `parse_generation`."""
+    tokens = event["output_ids"]
+    return unpack_tokens(tokens) if isinstance(tokens, bytes) else np.asarray(tokens, dtype=np.int32)
+
+
+def _logprobs(entries: Any) -> NDArray[np.float32]:
+    if isinstance(entries, bytes):
+        return unpack_logprobs(entries)
+    return np.asarray([entry[0] for entry in entries], dtype=np.float32)
+
+
 def parse_generation(event: dict[str, Any]) -> Generation:
     """The generation in the last event of a sequence.
 
@@ -83,15 +166,14 @@ def parse_generation(event: dict[str, Any]) -> Generation:
     """
     meta = event["meta_info"]
     reason = meta["finish_reason"]
-    output_ids = np.asarray(event["output_ids"], dtype=np.int32)
-    logprobs = np.asarray([entry[0] for entry in meta["output_token_logprobs"]], dtype=np.float32)
+    output_ids, logprobs = output_tokens(event), _logprobs(meta["output_token_logprobs"])
     if logprobs.shape != output_ids.shape:
         raise ValueError(f"{len(output_ids)} tokens but {len(logprobs)} log-probs")
     whole_output = {"version": meta.get("weight_version"), "start": 0, "end": len(output_ids)}
     versions = np.full(output_ids.shape, -1, dtype=np.int32)
     for span in meta.get("weight_versions") or [whole_output]:
         versions[int(span["start"]) : int(span["end"])] = parse_weight_version(span["version"])
-    if np.any(versions < 0):
+    if versions.size and versions.min() < 0:
         raise ValueError("weight_versions do not cover the output")
     kind = str(reason["type"])
     matched = reason.get("matched")
