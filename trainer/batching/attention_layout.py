@@ -129,7 +129,7 @@ class Rectangle:
     def _mask(
         self, queries: slice, keys: slice, *, window: int | None, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
-        """Kept for the other layers and for parts that look alike, unless that would be the whole square."""
+        """Kept for the other layers, whose backward keeps it in any case, and for parts that look alike."""
         column = self.longest_prefix + queries.start
         place: tuple[int, ...] = (column - keys.start, queries.stop - queries.start, keys.stop - keys.start)
         if self.prefix_N is not None:
@@ -147,8 +147,7 @@ class Rectangle:
             allowed_NLM = allowed_NLM & is_key_NM[:, None]
         mask_NLM = torch.zeros(allowed_NLM.shape, dtype=dtype, device=device)
         mask_N1LM = mask_NLM.masked_fill_(~allowed_NLM, -torch.inf)[:, None]
-        if window is not None or self.num_queries <= _LONG:
-            self._masks[window, dtype, place] = mask_N1LM
+        self._masks[window, dtype, place] = mask_N1LM
         return mask_N1LM
 
 
