@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import accumulate, pairwise
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -139,6 +140,16 @@ class Trajectory:
     reward_s: float = 0.0
     """Seconds spent computing the reward."""
 
+    @classmethod
+    def unchecked(cls, **fields: Any) -> Self:
+        """A trajectory of one segment and turn whose fields, all of them, are known to be valid.
+
+        For records, whose bytes were checked when they were received: ranks decode every sample.
+        """
+        trajectory = object.__new__(cls)
+        trajectory.__dict__.update(fields)
+        return trajectory
+
     def __post_init__(self) -> None:
         # Every rank runs this for each sample: one pass over each array, with a single temporary.
         for name, dtype in _DTYPES:
@@ -195,7 +206,9 @@ class Trajectory:
     @property
     def segment_slices(self) -> list[slice]:
         """The tokens of each segment."""
-        ends = accumulate(self.segments or (self.num_tokens,), initial=0)
+        if not self.segments:
+            return [slice(0, len(self.tokens))]
+        ends = accumulate(self.segments, initial=0)
         return [slice(start, end) for start, end in pairwise(ends)]
 
     @property

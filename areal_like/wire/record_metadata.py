@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import msgpack
@@ -48,6 +47,7 @@ _MAX_RUNS = 1 << 16
 change once for each push and turn, so a sample has tens of runs."""
 _COST_PER_RUN, _OTHER_COST = 13, 100_000
 """For `unpack`: of a run with its two numbers, and of everything else in the metadata."""
+_BAD_RUNS = "want a number of tokens and runs [version, number of tokens]"
 _FINISH_REASONS = {reason.value: reason for reason in FinishReason}
 
 
@@ -136,17 +136,17 @@ def unpack_metadata(meta: bytes, *, rest_bytes: int) -> Metadata:
         raise ValueError(f"record metadata must have 8 or 9 fields, got {got}")
     structure = _read_structure(raw.pop(), rest_bytes=rest_bytes) if len(raw) == 9 else PLAIN
     num_tokens, runs, reward, components, finish_reason, generation_s, reward_s, is_greedy = raw
-    if type(num_tokens) is not int or type(runs) is not list or not all(map(_is_run, runs)):
-        raise ValueError("want a number of tokens and runs [version, number of tokens]")
-    if not 0 < num_tokens == sum([length for _, length in runs]):
-        raise ValueError(f"the runs of versions do not cover {num_tokens} tokens")
-    # A sender has to merge them: unmerged runs would take memory that no limit counts.
-    if any(left[0] == right[0] for left, right in pairwise(runs)):
-        raise ValueError("neighboring runs have the same version")
-    if type(components) is not dict or not all(type(name) is str for name in components):
+    if type(num_tokens) is not int or type(runs) is not list:
+        raise ValueError(_BAD_RUNS)
+    _check_runs(runs, num_tokens=num_tokens)
+    if type(components) is not dict:
         raise ValueError("reward components: want names and numbers")
+    for name in components:
+        if type(name) is not str:
+            raise ValueError("reward components: want names and numbers")
     for number in (reward, generation_s, reward_s, *components.values()):
-        _check_finite(number)
+        if type(number) is not float or not math.isfinite(number):
+            raise ValueError(f"{number!r} is not a finite number")
     if type(finish_reason) is not str or finish_reason not in _FINISH_REASONS or type(is_greedy) is not bool:
         raise ValueError(f"finish reason {finish_reason!r}, is_greedy {is_greedy!r}")
     return Metadata(
@@ -260,15 +260,23 @@ def _is_size(raw: Any) -> bool:
     return type(raw) is int and 0 < raw <= _MAX_INT
 
 
-def _is_run(run: Any) -> bool:
-    return (
-        type(run) is list
-        and len(run) == 2
-        and type(run[0]) is int
-        and type(run[1]) is int
-        and NOT_SAMPLED <= run[0] <= _MAX_INT
-        and run[1] > 0
-    )
+def _check_runs(runs: list[Any], *, num_tokens: int) -> None:
+    """Raises ValueError unless the runs cover the tokens. One loop without calls: every sample's, twice."""
+    num_covered, before = 0, None
+    for run in runs:
+        if type(run) is not list or len(run) != 2:
+            raise ValueError(_BAD_RUNS)
+        version, length = run
+        if type(version) is not int or type(length) is not int:
+            raise ValueError(_BAD_RUNS)
+        if length <= 0 or not NOT_SAMPLED <= version <= _MAX_INT:
+            raise ValueError(_BAD_RUNS)
+        # A sender has to merge them: unmerged runs would take memory that no limit counts.
+        if version == before:
+            raise ValueError("neighboring runs have the same version")
+        num_covered, before = num_covered + length, version
+    if not 0 < num_tokens == num_covered:
+        raise ValueError(f"the runs of versions do not cover {num_tokens} tokens")
 
 
 def _runs(versions: NDArray[np.int32]) -> list[list[int]]:

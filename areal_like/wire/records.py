@@ -56,6 +56,8 @@ _HEADER = struct.Struct("<4sIIIQII")
 _MAGIC = b"ATR1"
 _CHECKED_FROM = 12
 _ALIGN = 8
+_MANY_RUNS = 16
+"""More runs are expanded by numpy, which costs as much as this many assignments."""
 _INT, _FLOAT = np.dtype("<i4"), np.dtype("<f4")
 
 
@@ -165,17 +167,24 @@ class Record:
         return sum([length for version, length in self.runs if version != NOT_SAMPLED])
 
     @property
+    def oldest_version(self) -> int:
+        """Smallest version among sampled tokens (NOT_SAMPLED if there is none)."""
+        return min([version for version, _ in self.runs if version != NOT_SAMPLED], default=NOT_SAMPLED)
+
+    @property
     def longest_segment(self) -> int:
         """Tokens of the longest sequence that the model gets."""
         return max(self.structure.segments, default=self.num_tokens)
 
     def trajectory(self) -> Trajectory:
         """The trajectory; its arrays, but for mask and versions, are read-only views of the bytes."""
-        runs = np.array(self.runs, dtype=np.int64)
-        versions = np.repeat(runs[:, 0].astype(np.int32), runs[:, 1])
-        return Trajectory(
+        versions, loss_mask = self._versions_and_mask()
+        # Tokens, log-probs and numbers were checked when the record was made; how segments and turns fit to
+        # the tokens, only Trajectory checks.
+        made = Trajectory.unchecked if self.structure is PLAIN else Trajectory
+        return made(
             tokens=np.frombuffer(self.data, _INT, self.num_tokens, self._tokens_at),
-            loss_mask=(versions >= 0).astype(np.uint8),
+            loss_mask=loss_mask,
             logprobs=np.frombuffer(self.data, _FLOAT, self.num_tokens, self._logprobs_at),
             versions=versions,
             reward=self.reward,
@@ -190,6 +199,22 @@ class Record:
             reward_s=self.reward_s,
             is_greedy=self.is_greedy,
         )
+
+    def _versions_and_mask(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        if len(self.runs) > _MANY_RUNS:
+            runs = np.array(self.runs, dtype=np.int64)
+            versions = np.repeat(runs[:, 0].astype(np.int32), runs[:, 1])
+            return versions, (versions >= 0).astype(np.uint8)
+        versions = np.empty(self.num_tokens, np.int32)
+        loss_mask = np.zeros(self.num_tokens, np.uint8)
+        start = 0
+        for version, length in self.runs:
+            end = start + length
+            versions[start:end] = version
+            if version != NOT_SAMPLED:
+                loss_mask[start:end] = 1
+            start = end
+        return versions, loss_mask
 
     def _arrays(self) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
         offset = _end_of_array(self._logprobs_at, self.num_tokens)

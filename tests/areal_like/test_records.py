@@ -67,6 +67,29 @@ def test_conversation_survives_a_round_trip() -> None:
     assert not any(array.flags.writeable for array in record.trajectory().arrays.values())
 
 
+@given(
+    st.lists(st.tuples(st.sampled_from([-1, 0, 1, 2, 2**31 - 1]), st.integers(1, 3)), min_size=1, max_size=40)
+)
+def test_plain_records_are_valid_trajectories(runs: list[tuple[int, int]]) -> None:
+    versions = np.concatenate([np.full(length, version, np.int32) for version, length in runs])
+    mask = (versions >= 0).astype(np.uint8)
+    sent = Trajectory(
+        tokens=np.arange(len(versions), dtype=np.int32),
+        loss_mask=mask,
+        logprobs=(-0.5 * mask).astype(np.float32),
+        versions=versions,
+        reward=0.5,
+        finish_reason=FinishReason.STOP,
+    )
+    record = Record.opened(Record.of(1, 0, sent).data)
+    read = record.trajectory()
+    assert_same(read, sent)
+    # With the checks that a plain record's trajectory does without, and with all its fields.
+    assert_same(dataclasses.replace(read), sent)
+    assert vars(read).keys() == vars(sent).keys()
+    assert record.oldest_version == read.oldest_version == sent.oldest_version
+
+
 @st.composite
 def trajectories(draw: st.DrawFn) -> Trajectory:
     """A conversation of up to four segments of up to six tokens, with any of the optional parts."""

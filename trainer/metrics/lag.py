@@ -18,17 +18,15 @@ class LagTally:
     token."""
 
     def __init__(self, max_staleness: int) -> None:
-        self._num_by_lag = torch.zeros(max_staleness + 1, dtype=torch.int64)
+        self._num_by_lag = [0] * (max_staleness + 1)
         self._steps: dict[int, int] = {}
         self._step = 0
 
     def counted(self, group: Group) -> list[Trajectory]:
         """Counts a group and returns its trajectories. Asserts that the buffer kept the staleness bound."""
         self._step = group.step
-        self._steps |= {
-            t.oldest_version: step for t, step in zip(group.trajectories, group.version_steps, strict=True)
-        }
-        for version_step in group.version_steps:
+        for record, version_step in zip(group.records, group.version_steps, strict=True):
+            self._steps[record.oldest_version] = version_step
             lag = group.step - version_step
             assert 0 <= lag < len(self._num_by_lag), (
                 f"ticket {group.ticket_id} has lag {lag} in step {group.step}"
@@ -43,12 +41,14 @@ class LagTally:
         newer, which is wrong only if the trainer was restarted or a push failed between the two.
         """
         oldest = trajectory.oldest_version
-        steps = self._steps[oldest] + trajectory.versions.astype(np.int64) - oldest
-        return np.where(trajectory.loss_mask == 1, np.maximum(self._step - steps, 0), 0)
+        lag_T = np.subtract(self._step - self._steps[oldest] + oldest, trajectory.versions, dtype=np.int64)
+        np.maximum(lag_T, 0, out=lag_T)
+        lag_T *= trajectory.loss_mask
+        return lag_T
 
     def reduced(self, ranks: Ranks) -> dict[str, Any]:
         """Metrics over all ranks. Collective."""
-        counts = ranks.sum(self._num_by_lag).tolist()
+        counts = ranks.sum(torch.tensor(self._num_by_lag)).tolist()
         num_samples = max(1, sum(counts))
         return {
             "lag_mean": sum(lag * count for lag, count in enumerate(counts)) / num_samples,
