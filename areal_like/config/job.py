@@ -29,6 +29,9 @@ class ModelConfig(Section, key="model"):
     """Dtype of the weights in the engine and in the trainer's forward pass; `auto`: the checkpoint's if
     engine or trainer are on GPUs (bfloat16 for one in float16), else float32. The trainer's master weights
     are always float32."""
+    fp32_head: bool = False
+    """True: trainer and engine compute the logits in float32, from weights and hidden states in `dtype`: in
+    bfloat16 their log-probs then agree better."""
     warm_start_steps: int = 150
     """Supervised steps on noisy demonstrations of the task (sort, adding); only for `path=tiny`."""
     warm_start_swap_prob: float = 0.5

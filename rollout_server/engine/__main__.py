@@ -53,6 +53,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--port-file", type=Path, help="the port is written here once the engine answers")
     add("--device", default="cpu", help="cpu | cuda | cuda:N")
     add("--dtype", choices=["bfloat16", "float16", "float32"], default="float32")
+    add("--enable-fp32-lm-head", action="store_true", help="compute the logits in float32")
     add("--max-running-requests", type=positive, default=128, help="sequences decoded at a time (KV rows)")
     add(
         "--context-length", type=positive, default=1024, help="longest sequence, prompt and output, in tokens"

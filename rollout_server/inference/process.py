@@ -259,7 +259,7 @@ class EmbeddedProcess(EngineProcess):
             "num-threads": rollout.num_threads,
         }.items():
             command += [f"--{key}", str(value)]
-        return command
+        return [*command, "--enable-fp32-lm-head"] if self._config.model.fp32_head else command
 
     async def _port(self) -> int:
         while True:

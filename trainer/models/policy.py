@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from areal_like.automatic_settings import compute_dtype, recomputes_activations
 from areal_like.config import Config
 from areal_like.errors import ConfigError
+from areal_like.fp32_head import widen_head
 from trainer.batching.packing import PackedBatch
 from trainer.distributed.ranks import Ranks
 from trainer.models.packed_model import PackedModel
@@ -43,7 +44,9 @@ class TokenLogProbs(NamedTuple):
 class Policy(PackedModel):
     """The model that is trained."""
 
-    def __init__(self, model: Any, *, temperature: float = 1.0, chunk_tokens: int = 1024) -> None:
+    def __init__(
+        self, model: Any, *, temperature: float = 1.0, chunk_tokens: int = 1024, fp32_head: bool = False
+    ) -> None:
         """`model`: a transformers causal LM. Raises ConfigError if it scales or caps its logits."""
         for name in ("logit_scale", "logits_scaling", "final_logit_softcapping"):
             if getattr(model.config, name, None) not in (None, 1, 1.0):
@@ -52,6 +55,8 @@ class Policy(PackedModel):
                     "choose another model"
                 )
         super().__init__(model)
+        if fp32_head:
+            widen_head(model)
         self.temperature = temperature
         self.chunk_tokens = chunk_tokens
         self.with_collision = False
@@ -103,6 +108,7 @@ def build_policy(
         path,
         temperature=config.sampling.temperature,
         chunk_tokens=config.trainer.logprob_chunk_tokens,
+        fp32_head=config.model.fp32_head,
         gradient_checkpointing=recomputes_activations(config) and not frozen,
     )
     policy.attention = config.trainer.attention

@@ -246,6 +246,7 @@ class _Trace:
             self._shape.directory,
             temperature=self._config.sampling.temperature,
             chunk_tokens=trainer.logprob_chunk_tokens,
+            fp32_head=self._config.model.fp32_head,
             gradient_checkpointing=bool(trainer.gradient_checkpointing),
             master_dtype=dtype,
         )

@@ -44,6 +44,7 @@ def run(options: argparse.Namespace, listener: socket.socket, *, api_key: str) -
     model, weights = load(
         options.model_path,
         dtype=DTYPES[options.dtype],
+        fp32_head=options.enable_fp32_lm_head,
         device=_checked_device(options.device),
         context_length=options.context_length,
     )

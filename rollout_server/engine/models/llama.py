@@ -114,10 +114,14 @@ def _head_dim(config: Any) -> int:
 class LlamaModel:
     """CausalModel for the Llama family."""
 
-    def __init__(self, config: Any, facts: ModelFacts, *, rotary: tuple[Tensor, Tensor]) -> None:
-        """`rotary`: (cos, sin) float32[T, D], for all positions that the engine may use."""
+    def __init__(
+        self, config: Any, facts: ModelFacts, *, rotary: tuple[Tensor, Tensor], fp32_head: bool = False
+    ) -> None:
+        """`rotary`: (cos, sin) float32[T, D], for all positions that the engine may use. `fp32_head`: the
+        logits are computed in float32."""
         self.facts = facts
         self._config = config
+        self._head_dtype = torch.float32 if fp32_head else facts.dtype
         self._num_heads = config.num_attention_heads
         self._num_kv_heads = config.num_key_value_heads
         self._group = self._num_heads // self._num_kv_heads
@@ -138,6 +142,7 @@ class LlamaModel:
         )
         self._eps_11 = torch.full((1, 1), self._eps, dtype=facts.dtype, device=facts.device)
         self._plan: _Plan | None = None
+        self._head_VC = torch.empty(0)
 
     def new_weights(self) -> Weights:
         """An uninitialized set: fused storage, and its views by name."""
@@ -182,6 +187,8 @@ class LlamaModel:
         """Makes every forward from now on use this set."""
         assert isinstance(weights.plan, _Plan)
         self._plan = weights.plan
+        # The set is complete here; a wider copy is made once, not for each token.
+        self._head_VC = weights.plan.head_VC.to(self._head_dtype)
 
     def decode(self, tokens_N: Tensor, batch: DecodeBatch, cache: KVCache) -> Tensor:
         """Logits [N, V] after one more token in each of rows 0..N-1."""
@@ -202,7 +209,7 @@ class LlamaModel:
             attended = self._attend(query_NKGD, key_NKTD, value_NKTD, bias_N11T)
             x_NC = torch.addmm(x_NC, attended.reshape(num_rows, -1), layer.output_CO.t())
             x_NC = self._mlp(x_NC, layer)
-        return F.linear(self._rms_norm(x_NC, plan.norm_C), plan.head_VC)
+        return F.linear(self._rms_norm(x_NC, plan.norm_C).to(self._head_dtype), self._head_VC)
 
     def prefill(self, tokens_BT: Tensor, cache: KVCache) -> None:
         """Computes the KV of right-padded contexts.

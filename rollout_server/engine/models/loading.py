@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from areal_like.errors import ConfigError, first_line
+from areal_like.fp32_head import widen_head
 from areal_like.moe import route_in_float32
 from areal_like.weights.hf_layout import hf_tensors
 from rollout_server.engine.cache import KVCache
@@ -38,15 +39,23 @@ too and is reported in the same way; the error's own text shows the difference."
 
 @torch.inference_mode()
 def load(
-    path: str, *, dtype: torch.dtype, device: torch.device, context_length: int, allow_fast_path: bool = True
+    path: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    context_length: int,
+    allow_fast_path: bool = True,
+    fp32_head: bool = False,
 ) -> tuple[CausalModel, Weights]:
     """Loads a model and its active set of weights.
 
     Raises ConfigError if the model does not exist or cannot be run exactly. `allow_fast_path`: false takes
-    the generic path for the Llama family too (for tests).
+    the generic path for the Llama family too (for tests). `fp32_head`: the logits are computed in float32.
     """
     module = _from_pretrained(path, dtype=dtype).to(device).eval()
     route_in_float32(module)
+    if fp32_head:
+        widen_head(module)
     config = module.config
     _check_attention(config, context_length=context_length)
     generator = torch.Generator().manual_seed(0)
@@ -66,7 +75,9 @@ def load(
         cos_1TD, sin_1TD = module.model.rotary_emb(
             torch.zeros(1, dtype=torch.float32, device=device), positions_1T
         )
-        model: CausalModel = llama.LlamaModel(config, facts, rotary=(cos_1TD[0], sin_1TD[0]))
+        model: CausalModel = llama.LlamaModel(
+            config, facts, rotary=(cos_1TD[0], sin_1TD[0]), fp32_head=fp32_head
+        )
     else:
         model = GenericModel(module, facts)
     weights = model.new_weights()

@@ -39,6 +39,8 @@ def launch_options(
         options |= {"attention-backend": "torch_native", "max-total-tokens": _MAX_CPU_KV_TOKENS}
         # Without sleep-on-idle, SGLang's idle loop uses a whole core.
         flags += ["disable-cuda-graph", "disable-overlap-schedule", "sleep-on-idle"]
+    if config.model.fp32_head:
+        flags.append("enable-fp32-lm-head")
     words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
     words += [f"--{flag}" for flag in flags]
     return words + shlex.split(rollout.sglang.args.replace("{index}", str(index)))
