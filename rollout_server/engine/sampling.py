@@ -17,16 +17,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from areal_like.splitmix64 import GOLDEN_GAMMA, mix_array
+from areal_like.splitmix64 import GOLDEN_GAMMA, MASK_64, mix, mix_array
 
 _GOLDEN = np.uint64(GOLDEN_GAMMA)
 
 
 def rng_key(seed: int, index: int) -> int:
     """The uint64 key of sequence `index` under `seed`; both are taken modulo 2^64."""
-    both = np.array([seed & 0xFFFFFFFFFFFFFFFF, index & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64)
-    mixed = mix_array(both + _GOLDEN)
-    return int(mix_array(mixed[:1] + _GOLDEN * mixed[1:])[0])
+    both = mix(seed & MASK_64) + GOLDEN_GAMMA * mix(index & MASK_64)
+    return mix((both - GOLDEN_GAMMA) & MASK_64)  # `mix` adds what is subtracted
 
 
 def uniforms(keys_N: NDArray[np.uint64], counters_N: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -9,11 +9,22 @@ from collections.abc import Iterator
 from typing import Any
 
 import aiohttp
+import msgpack
+import numpy as np
 import pytest
 
-from areal_like.errors import EngineError
+from areal_like.errors import EngineError, PromptRefusedError
+from rollout_server.inference import generate_batcher, generate_wire
 from rollout_server.inference.client import EngineClient
-from rollout_server.inference.types import Sampling
+from rollout_server.inference.generate_wire import (
+    is_last,
+    output_tokens,
+    parse_generation,
+    read_events,
+    read_frames,
+)
+from rollout_server.inference.types import Generation, Sampling
+from rollout_server.packed_generate import MEDIA_TYPE, pack_tokens
 from tests.support import engine_conformance as conformance
 from tests.support.conversation_conformance import conversations_are_exact
 from tests.support.engine_harness import Engine, Models, running_engine, sample, save_models
@@ -205,6 +216,58 @@ def test_stream_interval_sends_cumulative_chunks(gpt2_engine: Engine) -> None:
             assert len((await sample(client, PROMPT, 11)).output_ids) == 11
 
     asyncio.run(body(gpt2_engine))
+
+
+def test_packed_and_json_streams_say_the_same(gpt2_engine: Engine) -> None:
+    params = {"max_new_tokens": 10, "ignore_eos": True, "sampling_seed": 3}
+    body = {"rid": ["a", "b"], "sampling_params": [params] * 2, "stream": True, "return_logprob": True}
+
+    async def generations(content: bytes, headers: dict[str, str]) -> list[Generation]:
+        async with (
+            aiohttp.ClientSession(headers=gpt2_engine.headers) as session,
+            session.post(f"{gpt2_engine.url}/generate", data=content, headers=headers) as response,
+        ):
+            assert response.content_type == headers["Accept"], await response.text()
+            read = read_frames if response.content_type == MEDIA_TYPE else read_events
+            events = [event async for event in read(response.content)]
+        assert sorted(len(output_tokens(event)) for event in events) == [4, 4, 8, 8, 10, 10]
+        last = sorted(filter(is_last, events), key=lambda event: int(event["index"]))
+        return [parse_generation(event) for event in last]
+
+    as_json = json.dumps(body | {"input_ids": [PROMPT, [9]]}).encode()
+    packed = msgpack.packb(body | {"input_ids": [pack_tokens(PROMPT), [9]]})
+    both = [
+        asyncio.run(generations(content, {"Content-Type": kind, "Accept": accept}))
+        for content, kind, accept in (
+            (as_json, "application/json", "text/event-stream"),
+            (packed, MEDIA_TYPE, MEDIA_TYPE),
+        )
+    ]
+    for of_json, of_frames in zip(*both, strict=True):
+        assert np.array_equal(of_json.output_ids, of_frames.output_ids)
+        assert np.array_equal(of_json.logprobs, of_frames.logprobs) and np.all(of_frames.logprobs < 0)
+        assert np.array_equal(of_json.versions, of_frames.versions) and of_frames.num_prompt_tokens
+
+
+def test_a_client_packs_after_a_packed_answer(gpt2_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[bool] = []
+    encode = generate_wire.encode_request
+
+    def watched(*args: Any, is_packed: bool, **options: Any) -> Any:
+        sent.append(is_packed)
+        return encode(*args, is_packed=is_packed, **options)
+
+    monkeypatch.setattr(generate_batcher, "encode_request", watched)
+
+    async def body() -> None:
+        async with gpt2_engine.client() as client:
+            for _ in range(2):
+                assert len((await sample(client, PROMPT, 3)).output_ids) == 3
+            with pytest.raises(PromptRefusedError, match="1099511627776 is outside the vocabulary"):
+                await sample(client, [1 << 40], 3)
+
+    asyncio.run(body())
+    assert sent == [False, True, True]
 
 
 async def until_empty(client: EngineClient) -> None:

@@ -11,10 +11,12 @@ from collections import Counter
 from typing import Any
 from urllib.parse import urlsplit
 
+import msgpack
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rollout_server.packed_generate import MEDIA_TYPE
 from tests.support.engine_conformance import PROMPT
 from tests.support.engine_harness import Engine
 
@@ -70,12 +72,12 @@ def requests(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
     return path, body
 
 
-def post(engine: Engine, path: str, content: bytes) -> tuple[int, bytes]:
+def post(engine: Engine, path: str, content: bytes, **headers: str) -> tuple[int, bytes]:
     """Status and body of the answer, which must come in time."""
     connection = http.client.HTTPConnection(urlsplit(engine.url).netloc, timeout=10)
     asked_s = time.monotonic()
     try:
-        connection.request("POST", path, body=content, headers=engine.headers)
+        connection.request("POST", path, body=content, headers=engine.headers | headers)
         response = connection.getresponse()
         answer = response.read()
     finally:
@@ -99,6 +101,35 @@ def test_arbitrary_bodies_are_answered(engine: Engine, request: tuple[str, dict[
     # An exception that no handler expects is answered in plain text.
     assert status in (200, 400, 500) and isinstance(json.loads(answer), (dict, list)), (path, body, answer)
     assert_generates(engine)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    prompt=st.binary(max_size=24) | st.lists(st.integers() | st.binary(max_size=4), max_size=4),
+    fields=st.dictionaries(st.sampled_from(["rid", "sampling_params", "stream"]), JSON, max_size=2),
+    mutation=st.none() | st.tuples(st.integers(0, 200), st.integers(0, 255)),
+)
+def test_arbitrary_packed_bodies_are_answered(
+    engine: Engine, prompt: Any, fields: dict[str, Any], mutation: tuple[int, int] | None
+) -> None:
+    body = {name: value for name, value in BODIES["/generate"].items() if name != "rid"}
+    content = bytearray(msgpack.packb(body | packable({"input_ids": [prompt, prompt]} | fields)))
+    if mutation is not None:
+        content[mutation[0] % len(content)] = mutation[1]
+    status, answer = post(engine, "/generate", bytes(content), **{"Content-Type": MEDIA_TYPE})
+    assert status in (200, 400), (content, answer)
+    assert_generates(engine)
+
+
+def packable(value: Any) -> Any:
+    """`value` without what msgpack cannot hold."""
+    if isinstance(value, dict):
+        return {packable(key): packable(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [packable(inner) for inner in value]
+    if isinstance(value, str):
+        return value.encode(errors="replace").decode()
+    return value % (1 << 63) if type(value) is int else value
 
 
 def test_mutated_requests_do_not_harm_an_engine(engine: Engine) -> None:

@@ -1,0 +1,77 @@
+"""The engine's thread: when it passes on outputs."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from rollout_server.engine import loop as loop_module
+from rollout_server.engine.core import EngineCore
+from rollout_server.engine.loop import EngineLoop, SequenceOutput
+from rollout_server.engine.scheduler import SamplingParams, Sequence
+from tests.rollout_server.engine.test_core import make_core
+from tests.support.engine_harness import Models
+
+LIMIT_S = 20
+
+
+@pytest.fixture
+def core(models: Models) -> EngineCore:
+    return make_core(models[0])
+
+
+class Reports:
+    """What a loop has passed on: the ids of each report. Its sequences are submitted before it starts."""
+
+    def __init__(self, core: EngineCore, lengths: list[int]) -> None:
+        self.ids: list[list[str]] = []
+        self.complete = threading.Event()
+        self.sequences = [
+            Sequence(seq_id=str(i), prompt=(3, 4), params=SamplingParams(max_new_tokens=length))
+            for i, length in enumerate(lengths)
+        ]
+        for sequence in self.sequences:
+            core.submit(sequence)
+        self.loop = EngineLoop(core, num_threads=1, on_output=self._on_output, on_failure=pytest.fail)
+        self.loop.start()
+
+    def _on_output(self, outputs: list[SequenceOutput]) -> None:
+        self.ids.append([output.sequence.seq_id for output in outputs])
+        if sum(map(len, self.ids)) == len(self.sequences):
+            self.complete.set()
+
+
+@pytest.mark.parametrize(("interval_s", "want"), [(1e9, [["0", "1", "2"]]), (0.0, [["0"], ["1"], ["2"]])])
+def test_outputs_of_quick_steps_are_passed_on_together(
+    core: EngineCore, monkeypatch: pytest.MonkeyPatch, interval_s: float, want: list[list[str]]
+) -> None:
+    monkeypatch.setattr(loop_module, "_REPORT_EVERY_S", interval_s)
+    reports = Reports(core, [2, 4, 6])
+    assert reports.complete.wait(LIMIT_S)
+    reports.loop.stop(timeout_s=LIMIT_S)
+    assert reports.ids == want
+
+
+def test_no_command_is_answered_before_earlier_outputs(
+    core: EngineCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop_module, "_REPORT_EVERY_S", 1e9)
+    reports = Reports(core, [1, 60])
+    short, long = reports.sequences
+    num_seen = 0
+    while long.finish is None:
+        has_ended = short.finish is not None and long.finish is None
+        reports.loop.call(lambda core: None).result(LIMIT_S)
+        assert not has_ended or ["0"] in reports.ids
+        num_seen += has_ended
+    assert num_seen and reports.complete.wait(LIMIT_S)
+    reports.loop.stop(timeout_s=LIMIT_S)
+
+
+def test_an_abort_is_answered_after_its_outputs(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop_module, "_REPORT_EVERY_S", 1e9)
+    reports = Reports(core, [60, 60])
+    reports.loop.abort(lambda core: core.all_sequences).result(LIMIT_S)
+    assert reports.ids == [["0", "1"]]
+    reports.loop.stop(timeout_s=LIMIT_S)
