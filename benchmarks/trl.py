@@ -42,7 +42,7 @@ from typing import Any
 from areal_like.config import Config
 from benchmarks import counting
 from benchmarks.report import RESULTS, ROOT, write
-from benchmarks.trl_report import REWARDS, WINDOW, result_of, table_of
+from benchmarks.trl_report import PHASES, REWARDS, WINDOW, phases_of, result_of, table_of
 from buffer.prompts.order import PromptOrder
 from rollout_server.tasks.base import Example, Task
 from rollout_server.tasks.sort import SortTask
@@ -167,11 +167,13 @@ def run_ours(job: Job, *, seed: int, scratch: Path) -> tuple[dict[str, Any], lis
             "sampled_tokens": row["response_length_mean"] * row["num_sequences"],
             "prompt_tokens": row["prompt_tokens"] * row["num_sequences"],
             "lag": row["lag_mean"],
-            "wait_s": row["wait_data_s"],
+            "phases_s": {key: row[key] for key in PHASES},
         }
         for row in found
     ]
-    return {"start_s": first - began, "peak_mib": watch.peak_mib}, rows
+    summary = json.loads((path.parent / "summary.json").read_text())
+    idle = summary["generation_idle_fraction"]
+    return {"start_s": first - began, "peak_mib": watch.peak_mib, "generation_idle": idle}, rows
 
 
 def _rows(path: Path, *, begin: int = 0) -> list[dict[str, Any]]:
@@ -287,7 +289,7 @@ def main() -> None:
                     )
                     print(runs[-1], flush=True)
                     write("trl", {"window": WINDOW, "runs": runs})
-    print(table_of(runs))
+    print(table_of(runs) + "\n\n" + phases_of(runs))
 
 
 def _load_when_quiet(*, wait_s: float) -> float:

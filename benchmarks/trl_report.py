@@ -14,6 +14,8 @@ from benchmarks.report import RESULTS, table
 
 WINDOW = 5
 REWARDS = (0.7, 0.9)
+PHASES = ("wait_data_s", "compute_s", "reduce_s", "update_s", "freeze_s", "step_s")
+"""Metrics of this project's steps that say what its trainer does; `freeze_s`: copies of the weights."""
 
 
 def result_of(facts: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -45,7 +47,10 @@ def result_of(facts: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, An
     }
     if "lag" in rows[0]:
         result["lag"] = round(statistics.mean(row["lag"] for row in rows), 2)
-        result["trainer_idle"] = round(sum(row["wait_s"] for row in rows) / seconds, 3)
+        phases = {key: sum(row["phases_s"][key] for row in rows) for key in PHASES}
+        result["phases_ms"] = {key: round(1e3 * total / len(rows), 1) for key, total in phases.items()}
+        result["trainer_idle"] = round(phases["wait_data_s"] / seconds, 3)
+        result["generation_idle"] = facts["generation_idle"]
     return result | {key: facts[key] for key in ("versions", "arguments") if key in facts}
 
 
@@ -68,6 +73,22 @@ def table_of(runs: Sequence[dict[str, Any]]) -> str:
             lines.append([name, "TRL / ours", *_ratios(of_job)])
     header = [f"{unit} to {reward}" for reward in REWARDS for unit in ("seconds", "samples")]
     return table(["job", "side", *header, "s a step", "tokens/s", "peak MiB"], lines)
+
+
+def phases_of(runs: Sequence[dict[str, Any]]) -> str:
+    """What this project's trainer does in a step, in milliseconds; medians over the seeds."""
+    lines = []
+    ours = [run for run in runs if run["side"] == "ours"]
+    for name in dict.fromkeys(run["job"] for run in ours):
+        some = [run for run in ours if run["job"] == name]
+        phases = [statistics.median(run["phases_ms"][key] for run in some) for key in PHASES]
+        shares = [
+            f"{statistics.median(run[key] for run in some):.0%}"
+            for key in ("trainer_idle", "generation_idle")
+        ]
+        lines.append([name, *phases, *shares])
+    names = [key.removesuffix("_s") for key in PHASES]
+    return table(["job", *names, "trainer idle", "generation idle"], lines)
 
 
 def _ratios(of_job: dict[str, list[dict[str, Any]]]) -> list[str]:
@@ -97,4 +118,5 @@ def _spread(values: Sequence[Any]) -> str:
 
 
 if __name__ == "__main__":
-    print(table_of(json.loads((RESULTS / "trl.json").read_text())["runs"]))
+    found = json.loads((RESULTS / "trl.json").read_text())["runs"]
+    print(table_of(found) + "\n\n" + phases_of(found))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import counting, trl
-from benchmarks.trl_report import result_of, table_of
+from benchmarks.trl_report import PHASES, phases_of, result_of, table_of
 from rollout_server.tasks.sort import SortTask
 from tests.support.launching import ROOT
 from trainer.models.tiny import build_tiny_model
@@ -60,6 +60,16 @@ def test_table_has_ratios_of_medians() -> None:
     ]
     ratio = [cell.strip() for cell in table_of(runs).splitlines()[-1].strip("| ").split("|")]
     assert ratio == ["default", "TRL / ours", "1.80", "1.80", "2.00", "2.00", "1.00", "1.00", "0.50"]
+
+
+def test_phases_are_means_over_steps() -> None:
+    rows = rows_with([0.1, 0.2])
+    for row, wait_s in zip(rows, (0.1, 0.3), strict=True):
+        row |= {"lag": 1.0, "phases_s": dict.fromkeys(PHASES, 0.05) | {"wait_data_s": wait_s}}
+    facts = {"start_s": 3.0, "peak_mib": 800, "generation_idle": 0.25}
+    run = {"job": "default", "side": "ours"} | result_of(facts, rows)
+    cells = [cell.strip() for cell in phases_of([run]).splitlines()[-1].strip("| ").split("|")]
+    assert cells == ["default", "200.0", *["50.0"] * 5, "40%", "25%"]
 
 
 def test_answers_of_counting_have_a_long_tail() -> None:
