@@ -92,6 +92,8 @@ class OpenSession:
         """Set if the first prompt did not fit."""
         self.reward: float | None = None
         """Of the whole sample, as posted."""
+        self.num_requests = 0
+        """Requests of clients that are being read or answered."""
         self.num_pending = 0
         """Requests at the engine, or waiting for it."""
         self.num_calls = 0
