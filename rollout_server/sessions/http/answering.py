@@ -119,7 +119,8 @@ class CallResponse:
             if gone.done():
                 return
             try:
-                body = self._write(call, await call.answer())
+                answer = await call.answer()
+                call.body = body = call.body or self._write(call, answer)
             except Exception as error:  # `described` raises what it does not know
                 if self._has_begun:
                     status, message, code, param = described(error)
@@ -135,6 +136,8 @@ class CallResponse:
             await send({"type": "http.response.body", "body": b""})
         finally:
             call.num_readers -= 1
+            if not call.num_readers:
+                call.body = None
             gone.cancel()
 
     async def _send_part(self, send: Send, body: bytes) -> None:

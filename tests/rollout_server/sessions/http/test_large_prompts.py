@@ -15,6 +15,7 @@ import pytest
 
 from rollout_server.episodes.large_work import LARGE_BYTES
 from rollout_server.sessions.http import answering
+from rollout_server.sessions.http.chat_answer import chat_object
 from rollout_server.sessions.open_session import OpenSession
 from tests.support.chat_models import APPENDING, jinja_renderer
 from tests.support.session_server import SessionServer
@@ -47,12 +48,14 @@ def slow(server: SessionServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Slo
     replaced.may_go_on.set()
 
 
-def post(server: SessionServer, session: OpenSession, body: Any, route: str = "chat/completions") -> Any:
+def post(
+    server: SessionServer, session: OpenSession, body: Any, route: str = "chat/completions", *, key: str = ""
+) -> Any:
     """Status and error message."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     with contextlib.closing(connection):
-        connection.request("POST", f"/sessions/{session.id}/v1/{route}", content)
+        connection.request("POST", f"/sessions/{session.id}/v1/{route}", content, {"Idempotency-Key": key})
         response = connection.getresponse()
         answer = json.loads(response.read())
     return response.status, answer.get("error", {}).get("message", "")
@@ -85,6 +88,27 @@ def test_sessions_take_turns_with_large_prompts(server: SessionServer, slow: Slo
         slow.may_go_on.set()
         assert [made.result(15)[0] for made in posted] == [400] * 5
     assert len(slow.names) == 5 and slow.names.index("b") <= 2
+
+
+def test_an_answer_is_written_once_for_all(server: SessionServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[bytes] = []
+
+    def counted(*arguments: Any, **options: Any) -> bytes:
+        written.append(chat_object(*arguments, **options))
+        return written[-1]
+
+    monkeypatch.setattr("rollout_server.sessions.http.chat_routes.chat_object", counted)
+    session = server.add()
+    server.policy.open.clear()
+    with ThreadPoolExecutor(8) as pool:
+        posted = [pool.submit(post, server, session, saying("hi"), key="x") for _ in range(8)]
+        server.wait(lambda: [call.num_readers for call in session._calls._by_id.values()] == [8])
+        server.policy.open.set()
+        assert [made.result(15)[0] for made in posted] == [200] * 8
+    assert len(written) == 1
+    (call,) = session._calls._by_id.values()
+    server.wait(lambda: not call.num_readers)
+    assert call.body is None
 
 
 def test_large_texts_are_tokenized_aside(server: SessionServer, monkeypatch: pytest.MonkeyPatch) -> None:
