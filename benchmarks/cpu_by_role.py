@@ -52,7 +52,9 @@ ROLES = {
 OWN_SETTINGS = ("eval.num_prompts=0",)
 _TICK_MS = 1e3 / os.sysconf("SC_CLK_TCK")
 _MIN_THREAD_MS = 0.05
-"""Threads below this, in milliseconds of a step, are shown together."""
+"""Threads below this, in milliseconds of a step, are not listed in the result."""
+_MIN_SHOWN_MS = 1.0
+"""The same for the table."""
 
 
 @dataclass(kw_only=True)
@@ -221,17 +223,17 @@ def difference(before: Usage, after: Usage, *, rows: list[dict[str, Any]], secon
 
 def as_table(result: dict[str, Any]) -> str:
     """The table of docs/results.md: a row for each role, then their sum."""
-    header = ["role", "processes", "CPU ms a step", "a sample", "a thousand tokens", "by thread"]
+    header = ["role", "processes", "CPU ms a step", "a sample", "1,000 tokens", "threads"]
     rows: list[list[object]] = [
         [
-            name,
+            role_name,
             role["processes"],
             f"{role['step_ms']:.1f}",
             f"{role['sample_ms']:.2f}",
             f"{role['thousand_tokens_ms']:.2f}",
-            ", ".join(f"{thread} {ms:.1f}" for thread, ms in role["threads_ms"].items()),
+            ", ".join(f"{name} {ms:.1f}" for name, ms in role["threads_ms"].items() if ms >= _MIN_SHOWN_MS),
         ]
-        for name, role in result["roles"].items()
+        for role_name, role in result["roles"].items()
     ]
     per_sample = result["step_ms"] / result["samples_per_step"]
     per_thousand = 1e3 * result["step_ms"] / result["tokens_per_step"]

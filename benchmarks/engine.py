@@ -4,14 +4,15 @@
     long_tail  256 requests with log-normal lengths, 32 at a time; generate takes them in order, in batches of
                32, each of which runs until its longest request ends: continuous batching avoids that
     grouped    the long tail with eight samples per prompt, as in training
-    http       the long tail through a real engine process and client
+    http       the long tail through a real engine process and client, against the engine in this process
     turns      conversations of eight turns, 16 at a time, with and without the KV that the engine keeps for
                the next turn: tokens prefilled in each turn, and turns per second (a table of its own)
 
 Lengths are forced (no stop tokens), sampling is at temperature 1, and only requested tokens count.
 Repetitions are interleaved, and medians are reported. In-process rates are per second of CPU time (one
 thread, no waiting), so that other load on the machine changes them little. `http` spans two processes, so its
-rate is per second of wall time, and is compared with generate's rate per second of wall time.
+rate is per second of wall time, and is compared with rates per second of wall time: run it on a quiet machine
+with two cores.
 
     python -m benchmarks.engine [--repeats 5] [--part all] [--model DIR]
 """
@@ -50,6 +51,8 @@ TURNS, CONVERSATIONS, FIRST_TOKENS, REPLY_TOKENS, ANSWER_TOKENS = 8, 16, 96, 24,
 """Turns of a conversation, conversations at a time; tokens of the first prompt, of a turn of the policy, and
 of the environment's answer to it."""
 TURNS_CONTEXT = FIRST_TOKENS + TURNS * (REPLY_TOKENS + ANSWER_TOKENS)
+HTTP_GOAL = 0.8
+"""Of the engine's rate in process."""
 RESULTS = Path(__file__).parent / "results" / "engine.json"
 
 Workload = list[tuple[tuple[int, ...], int]]
@@ -228,6 +231,18 @@ def print_requests(result: dict[str, Any]) -> None:
             f"{name:<12}{row['engine']:>14,.0f}{row['generate']:>16,.0f}"
             f"{row['ratio']:>8.2f}{row['goal'] or '':>7}"
         )
+    http = result["through_http"]
+    print()
+    print(
+        table(
+            ["256 requests, long-tailed lengths, 32 at a time", "tokens/s"],
+            [
+                ["embedded engine, in process", f"{http['in_process']:,}"],
+                ["embedded engine, through HTTP", f"{http['http']:,}"],
+                ["ratio", f"{http['ratio']:.2f} (goal {http['goal']})"],
+            ],
+        )
+    )
     print(f"written to {RESULTS}")
 
 
@@ -313,8 +328,15 @@ def measure(path: str, scratch: str, *, repeats: int) -> dict[str, Any]:
             "ratio": round(engine / generate, 2),
             "goal": goal,
         }
+    in_process, http = wall["long_tail/engine"], wall["http/engine"]
     return {
         "workloads": workloads,
+        "through_http": {
+            "in_process": round(in_process),
+            "http": round(http),
+            "ratio": round(http / in_process, 2),
+            "goal": HTTP_GOAL,
+        },
         "tokens_per_cpu_second": {
             name: round(value) for name, value in cpu.items() if not name.startswith("http")
         },

@@ -6,17 +6,20 @@
 Both sides start from the same model and get the same prompts in the same order, the same reward, 16 prompts
 with 8 samples a step, the same learning rate, schedule, warm-up, AdamW settings and gradient clip, one update
 a batch, no KL, temperature 1, float32, no evaluation, no checkpoints before the end. TRL's GRPOTrainer has
-the loss `dapo` (a mean over tokens) with advantages normalized in the group, as here. It uses one micro-batch
-a step, and as many threads as are faster in three steps that are timed before (one, or one for each core);
-this project's processes have one thread each.
+the loss `dapo` (a mean over tokens) with advantages normalized in the group, as here; it divides by the
+sample's standard deviation, where this project has that of the population. TRL uses one micro-batch a step,
+and as many threads as are faster in three steps that are timed before (one, or one for each core); this
+project's processes have one thread each. Of TRL's other settings none was faster here: four micro-batches,
+continuous batching, and torch.compile, which takes longer to compile than it saves.
 
     default   the default job: answers of up to 10 tokens
     long      counting (benchmarks/counting.py): answers of up to 128 tokens, most of them short
 
 Seconds count from the start of the first step, with its generation; starting the processes is apart. A reward
 is reached when the mean over the samples of the last five steps is at least that. Memory is the largest sum
-of the proportional set sizes of a side's processes, every second. The sides take turns, seed after seed.
-Writes benchmarks/results/trl.json after every run.
+of the proportional set sizes of a side's processes, every five seconds. The sides take turns, seed after
+seed. A run on a machine with other work (a load of 0.5 or more after a minute's wait) has `was_quiet: false`.
+Writes benchmarks/results/trl.json after every run; `python -m benchmarks.trl_report` prints its table.
 """
 
 from __future__ import annotations
@@ -38,15 +41,18 @@ from typing import Any
 
 from areal_like.config import Config
 from benchmarks import counting
-from benchmarks.report import RESULTS, ROOT, table, write
-from rollout_server.tasks.base import Task
+from benchmarks.report import RESULTS, ROOT, write
+from benchmarks.trl_report import PHASES, REWARDS, WINDOW, phases_of, result_of, table_of
+from buffer.prompts.order import PromptOrder
+from rollout_server.tasks.base import Example, Task
 from rollout_server.tasks.sort import SortTask
 from trainer.prepare_model import prepare_model
 
 PYTHON = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "areal_like/trl/bin/python"
-WINDOW = 5
-REWARDS = (0.7, 0.9)
 TIMEOUT_S = 900.0
+QUIET = 0.5
+LOOK_AT_MEMORY_S = 5.0
+"""To read the memory of one process costs it 10 ms, and this project has several."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,17 +110,24 @@ def settings_of(job: Job) -> dict[str, Any]:
     }
 
 
+def examples_of(task: Task, num: int, *, seed: int) -> list[Example]:
+    """The first training examples, in the order in which the buffer issues them."""
+    order = PromptOrder(seed=seed, num_prompts=task.num_train)
+    return [task.example("train", order.next().index) for _ in range(num)]
+
+
 def run_trl(
     job: Job, *, seed: int, scratch: Path, threads: int, num_steps: int | None = None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(facts of the run, rows of steps)"""
     task, steps = job.task(seed), num_steps or job.num_steps
-    examples = [task.example("train", i) for i in range(job.num_steps * Config().trainer.groups_per_step)]
+    examples = examples_of(task, steps * Config().trainer.groups_per_step, seed=seed)
     out = scratch / f"trl-{job.name}-{seed}.jsonl"
     spec = {
         "model": job.model(scratch), "prompts": [e.prompt for e in examples],
         "answers": [e.answer for e in examples], "out": str(out), "seed": seed, "num_threads": threads,
-        "stop_at": REWARDS[-1], "window": WINDOW, "settings": settings_of(job) | {"num_steps": steps},
+        "trl": {}, "stop_at": REWARDS[-1], "window": WINDOW,
+        "settings": settings_of(job) | {"num_steps": steps},
     }  # fmt: skip
     out.unlink(missing_ok=True)
     (scratch / "spec.json").write_text(json.dumps(spec))
@@ -123,7 +136,7 @@ def run_trl(
     ) as watch:
         watch.wait()
     first, *rows = [json.loads(line) for line in out.read_text().splitlines()]
-    return {"start_s": first["start_s"], "versions": first["versions"], "peak_mib": watch.peak_mib}, rows
+    return first | {"peak_mib": watch.peak_mib}, rows
 
 
 def run_ours(job: Job, *, seed: int, scratch: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -133,12 +146,13 @@ def run_ours(job: Job, *, seed: int, scratch: Path) -> tuple[dict[str, Any], lis
         sys.executable, "-m", "launch", "run", f"name={name}", f"runs_dir={directory}", f"seed={seed}",
         f"model.path={job.model(scratch)}", f"trainer.num_steps={job.num_steps}", f"trainer.lr={job.lr}",
         f"sampling.max_new_tokens={job.max_new_tokens}", f"eval.interval={job.num_steps}",
-        "eval.num_prompts=8", f"trainer.checkpoint_interval={job.num_steps}", *job.overrides,
+        "eval.num_prompts=0", f"trainer.checkpoint_interval={job.num_steps}", *job.overrides,
     ]  # fmt: skip
     path, began = directory / name / "metrics.jsonl", time.time()
+    rewards: list[float] = []
     with _watched(command) as watch:
         while watch.is_running():
-            rewards = [row["reward_mean"] for row in _rows(path)]
+            rewards += [row["reward_mean"] for row in _rows(path, begin=len(rewards))]
             if len(rewards) >= WINDOW and statistics.mean(rewards[-WINDOW:]) >= REWARDS[-1]:
                 watch.stop()
         watch.wait()
@@ -153,17 +167,20 @@ def run_ours(job: Job, *, seed: int, scratch: Path) -> tuple[dict[str, Any], lis
             "sampled_tokens": row["response_length_mean"] * row["num_sequences"],
             "prompt_tokens": row["prompt_tokens"] * row["num_sequences"],
             "lag": row["lag_mean"],
-            "wait_s": row["wait_data_s"],
+            "phases_s": {key: row[key] for key in PHASES},
         }
         for row in found
     ]
-    return {"start_s": first - began, "peak_mib": watch.peak_mib}, rows
+    summary = json.loads((path.parent / "summary.json").read_text())
+    idle = summary["generation_idle_fraction"]
+    return {"start_s": first - began, "peak_mib": watch.peak_mib, "generation_idle": idle}, rows
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _rows(path: Path, *, begin: int = 0) -> list[dict[str, Any]]:
+    """The complete rows from number `begin` on."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    return [json.loads(line) for line in path.read_text().splitlines()[begin:] if line.endswith("}")]
 
 
 class _Watch:
@@ -171,13 +188,16 @@ class _Watch:
         self._process, self._log = process, log
         self._deadline = time.monotonic() + TIMEOUT_S
         self.peak_mib = 0.0
+        self._next_look = 0.0
         self._is_stopped = False
 
     def is_running(self) -> bool:
-        """Looks at the memory, once a second. Raises TimeoutError after TIMEOUT_S."""
+        """Waits a second; looks at the memory now and then. Raises TimeoutError after TIMEOUT_S."""
         if time.monotonic() > self._deadline:
             raise TimeoutError(f"{self._process.args!r} is not done after {TIMEOUT_S:.0f} s")
-        self.peak_mib = max(self.peak_mib, _pss_mib(self._process.pid))
+        if time.monotonic() >= self._next_look:
+            self.peak_mib = max(self.peak_mib, _pss_mib(self._process.pid))
+            self._next_look = time.monotonic() + LOOK_AT_MEMORY_S
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(1.0)
         return self._process.poll() is None
@@ -228,39 +248,6 @@ def _pss_mib(root: int) -> float:
     return total / 1024
 
 
-def result_of(facts: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The figures of one run."""
-    reached: dict[str, Any] = {}
-    for reward in REWARDS:
-        reached[str(reward)] = None
-        for end in range(WINDOW, len(rows) + 1):
-            if statistics.mean(row["reward"] for row in rows[end - WINDOW : end]) >= reward:
-                samples = sum(row["samples"] for row in rows[:end])
-                reached[str(reward)] = {
-                    "seconds": round(rows[end - 1]["seconds"], 2),
-                    "samples": round(samples),
-                }
-                break
-    seconds = rows[-1]["seconds"]
-    sampled = sum(row["sampled_tokens"] for row in rows)
-    tokens = sampled + sum(row["prompt_tokens"] for row in rows)
-    result = {
-        "steps": len(rows),
-        "reached": reached,
-        "seconds": round(seconds, 2),
-        "seconds_per_step": round(seconds / len(rows), 4),
-        "tokens_per_s": round(tokens / seconds),
-        "sampled_tokens_per_s": round(sampled / seconds),
-        "last_reward": round(statistics.mean(row["reward"] for row in rows[-WINDOW:]), 3),
-        "start_s": round(facts["start_s"], 1),
-        "peak_mib": round(facts["peak_mib"]),
-    }
-    if "lag" in rows[0]:
-        result["lag"] = round(statistics.mean(row["lag"] for row in rows), 2)
-        result["trainer_idle"] = round(sum(row["wait_s"] for row in rows) / seconds, 3)
-    return result | ({"versions": facts["versions"]} if "versions" in facts else {})
-
-
 def main() -> None:
     """Runs the jobs and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -285,18 +272,44 @@ def main() -> None:
                 for side in ("ours", "TRL"):
                     if (name, seed, side) in done:
                         continue
-                    load = os.getloadavg()[0]
+                    load = _load_when_quiet(wait_s=60.0)
                     if side == "ours":
                         facts, rows = run_ours(job, seed=seed, scratch=scratch)
                     else:
                         facts, rows = run_trl(job, seed=seed, scratch=scratch, threads=threads)
-                    run = {"job": name, "seed": seed, "side": side, "load_before": round(load, 2)}
+                    run = {
+                        "job": name,
+                        "seed": seed,
+                        "side": side,
+                        "load_before": load,
+                        "was_quiet": load < QUIET,
+                    }
                     runs.append(
                         run | {"threads": threads if side == "TRL" else None} | result_of(facts, rows)
                     )
                     print(runs[-1], flush=True)
                     write("trl", {"window": WINDOW, "runs": runs})
-    print(table_of(runs))
+    print(table_of(runs) + "\n\n" + phases_of(runs))
+
+
+def _load_when_quiet(*, wait_s: float) -> float:
+    """Processes that run now, as a mean of 3 s; waits for less than QUIET, at most `wait_s`.
+
+    The load average of a minute would be that of the run before.
+    """
+    until = time.monotonic() + wait_s
+    while True:
+        begun, began = _cpu_s(), time.monotonic()
+        time.sleep(3.0)
+        load = (_cpu_s() - begun) / (time.monotonic() - began)
+        if load < QUIET or time.monotonic() > until:
+            return round(load, 2)
+
+
+def _cpu_s() -> float:
+    """CPU seconds of the machine, all processes."""
+    user, nice, system = map(int, Path("/proc/stat").read_text().split(maxsplit=4)[1:4])
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK")
 
 
 def _faster_threads(job: Job, *, scratch: Path) -> int:
@@ -307,53 +320,6 @@ def _faster_threads(job: Job, *, scratch: Path) -> int:
         return float(rows[-1]["seconds"] - rows[0]["seconds"])
 
     return min((1, os.cpu_count() or 1), key=seconds)
-
-
-def table_of(runs: Sequence[dict[str, Any]]) -> str:
-    """Medians over the seeds, with the smallest and largest."""
-    lines = []
-    for name in dict.fromkeys(run["job"] for run in runs):
-        of_job = {
-            side: [r for r in runs if (r["job"], r["side"]) == (name, side)] for side in ("ours", "TRL")
-        }
-        for side, some in of_job.items():
-            columns = [
-                [r["reached"][str(reward)] and r["reached"][str(reward)][unit] for r in some]
-                for reward in REWARDS
-                for unit in ("seconds", "samples")
-            ]
-            columns += [[r[key] for r in some] for key in ("seconds_per_step", "tokens_per_s", "peak_mib")]
-            lines.append([name, side, *map(_spread, columns)])
-        if all(of_job.values()):
-            lines.append([name, "TRL / ours", *_ratios(of_job)])
-    header = [f"{unit} to {reward}" for reward in REWARDS for unit in ("seconds", "samples")]
-    return table(["job", "side", *header, "s a step", "tokens/s", "peak MiB"], lines)
-
-
-def _ratios(of_job: dict[str, list[dict[str, Any]]]) -> list[str]:
-    def ratio(value: Any) -> str:
-        medians = []
-        for side in ("TRL", "ours"):
-            values = [value(run) for run in of_job[side]]
-            if None in values:
-                return "-"
-            medians.append(statistics.median(values))
-        return f"{medians[0] / medians[1]:.2f}"
-
-    keys = [(str(reward), unit) for reward in REWARDS for unit in ("seconds", "samples")]
-    return [
-        *(ratio(lambda r, k=k, u=u: r["reached"][k] and r["reached"][k][u]) for k, u in keys),
-        *(ratio(lambda r, k=k: r[k]) for k in ("seconds_per_step", "tokens_per_s", "peak_mib")),
-    ]
-
-
-def _spread(values: Sequence[Any]) -> str:
-    if not values or None in values:
-        reached = sum(value is not None for value in values)
-        return f"{reached} of {len(values)} runs"
-    digits = 3 if max(values) < 10 else 1 if max(values) < 1000 else 0
-    low, middle, high = (f"{v:,.{digits}f}" for v in (min(values), statistics.median(values), max(values)))
-    return f"{middle} ({low} to {high})"
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python trl_side.py SPEC.json
 
-SPEC: model (directory), prompts and answers in order, settings, out (a file), stop_at (a reward), window,
-num_threads. One line of JSON is appended to `out` for every step.
+SPEC: model (directory), prompts and answers in order, settings, trl (further arguments of GRPOConfig), out
+(a file), stop_at (a reward), window, num_threads. One line of JSON is appended to `out` for every step.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ settings = spec["settings"]
 tokenizer = AutoTokenizer.from_pretrained(spec["model"])
 model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32)
 answer_of = dict(zip(spec["prompts"], spec["answers"], strict=True))
+# Before the clock starts: to tokenize 128 prompts again in every step is no part of TRL's work.
+num_tokens_of = {prompt: len(tokenizer(prompt).input_ids) for prompt in answer_of}
 batches: list[dict[str, Any]] = []
 
 
@@ -45,11 +47,20 @@ def reward(
             "reward": sum(rewards) / len(rewards),
             "samples": len(rewards),
             "sampled_tokens": sum(map(len, completion_ids)),
-            "prompt_tokens": sum(len(tokenizer(prompt).input_ids) for prompt in prompts),
+            "prompt_tokens": sum(num_tokens_of[prompt] for prompt in prompts),
             "first_prompt": prompts[0],
         }
     )
     return rewards
+
+
+def share_of_rate(step: int) -> float:
+    """Share of the learning rate after `step` steps, as this project's optimizer has it.
+
+    transformers' own warm-up has the rate 0 in its first step: a step that trains nothing.
+    """
+    steps, warmup = settings["num_steps"], settings["warmup_steps"]
+    return min(1.0, (step + 1) / max(warmup, 1), max((steps - step) / max(steps - warmup, 1), 0.0))
 
 
 class Record(TrainerCallback):
@@ -64,12 +75,13 @@ class Record(TrainerCallback):
         self.began_s = time.time()
         versions = {m.__name__: m.__version__ for m in (torch, transformers, trl)}
         start_s = self.began_s - started_s
-        self.write({"began_unix_s": self.began_s, "start_s": start_s, "versions": versions})
+        self.write({"start_s": start_s, "versions": versions, "arguments": arguments | spec["trl"]})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         row = batches[state.global_step - 1] | {
             "step": state.global_step,
             "seconds": time.time() - self.began_s,
+            "next_lr": optimizer.param_groups[0]["lr"],
             "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }
         self.write(row)
@@ -78,42 +90,42 @@ class Record(TrainerCallback):
             control.should_training_stop = True
 
 
-config = GRPOConfig(
-    output_dir=spec["out"] + ".trl",
-    seed=spec["seed"],
-    data_seed=spec["seed"],
-    use_cpu=True,
-    bf16=False,
-    fp16=False,
-    max_steps=settings["num_steps"],
-    per_device_train_batch_size=settings["samples"],
-    gradient_accumulation_steps=1,
-    steps_per_generation=1,
-    num_iterations=1,
-    num_generations=settings["group_size"],
-    max_completion_length=settings["max_new_tokens"],
-    temperature=1.0,
-    top_p=1.0,
-    top_k=0,
-    beta=0.0,
-    loss_type="dapo",
-    scale_rewards="group",
-    learning_rate=settings["lr"],
-    lr_scheduler_type="linear",
-    warmup_steps=settings["warmup_steps"],
-    adam_beta1=settings["betas"][0],
-    adam_beta2=settings["betas"][1],
+arguments: dict[str, Any] = {
+    "output_dir": spec["out"] + ".trl",
+    "seed": spec["seed"],
+    "data_seed": spec["seed"],
+    "use_cpu": True,
+    "bf16": False,
+    "fp16": False,
+    "max_steps": settings["num_steps"],
+    "per_device_train_batch_size": settings["samples"],
+    "gradient_accumulation_steps": 1,
+    "steps_per_generation": 1,
+    "num_iterations": 1,
+    "num_generations": settings["group_size"],
+    "max_completion_length": settings["max_new_tokens"],
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "beta": 0.0,
+    "loss_type": "dapo",
+    "scale_rewards": "group",
+    "max_grad_norm": settings["max_grad_norm"],
+    "gradient_checkpointing": False,
+    "disable_dropout": True,
+    "shuffle_dataset": False,
+    "logging_strategy": "no",
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+config = GRPOConfig(**(arguments | spec["trl"]))
+optimizer = torch.optim.AdamW(
+    model.parameters(),
+    lr=settings["lr"],
+    betas=settings["betas"],
     weight_decay=settings["weight_decay"],
-    max_grad_norm=settings["max_grad_norm"],
-    optim="adamw_torch_fused",
-    gradient_checkpointing=False,
-    disable_dropout=True,
-    shuffle_dataset=False,
-    logging_strategy="no",
-    save_strategy="no",
-    report_to="none",
-    disable_tqdm=True,
-    **spec.get("trl", {}),
+    fused=True,
 )
 trainer = GRPOTrainer(
     model=model,
@@ -122,5 +134,6 @@ trainer = GRPOTrainer(
     train_dataset=Dataset.from_dict({"prompt": spec["prompts"]}),
     processing_class=tokenizer,
     callbacks=[Record()],
+    optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_rate)),
 )
 trainer.train()

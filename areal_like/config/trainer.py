@@ -82,6 +82,9 @@ class TrainerConfig(Section, key="trainer"):
     attention: Literal["auto", "rectangles", "varlen"] = "auto"
     """Attention over packed sequences. `varlen`: torch's CUDA kernel for sequences of different lengths, in
     16 bits; `rectangles`: sequences padded to equal lengths, on any device; `auto`: varlen where it runs."""
+    compile: bool = False
+    """True: norms and MLPs of policy and reference model run by torch.compile, which needs time at the
+    start, and g++ on CPUs. Refused with objectives that read gradients of single sequences (VCPO)."""
     reshard_after_forward: bool = True
     """Free the gathered weights of a layer after its forward and gather them again in its backward. `false`
     sends less between ranks, and each rank needs room for the whole model in `model.dtype`."""

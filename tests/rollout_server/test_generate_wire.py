@@ -15,9 +15,14 @@ from hypothesis import strategies as st
 
 from areal_like.errors import EngineError, PromptRefusedError
 from rollout_server import frames
-from rollout_server.inference import generate_wire
 from rollout_server.inference.generate_wire import encode_request, parse_generation, read_frames
-from rollout_server.packed_generate import END_OF_FRAMES, pack_logprobs, pack_tokens, unpack_tokens
+from rollout_server.packed_generate import (
+    END_OF_FRAMES,
+    MEDIA_TYPE,
+    pack_logprobs,
+    pack_tokens,
+    unpack_tokens,
+)
 
 EVENT = {
     "output_ids": pack_tokens([5, 6]),
@@ -57,7 +62,7 @@ def test_frames_are_read_wherever_they_are_cut() -> None:
 def test_log_probs_of_a_frame_are_exact() -> None:
     generation = parse_generation(EVENT)
     assert generation.output_ids.tolist() == [5, 6] and generation.versions.tolist() == [7, 7]
-    assert generation.logprobs.tolist() == np.float32([-0.1, -2.5]).tolist()
+    assert generation.logprobs.tolist() == np.array([-0.1, -2.5], np.float32).tolist()
 
 
 @pytest.mark.parametrize(
@@ -115,7 +120,7 @@ def test_a_request_says_the_same_in_both_forms() -> None:
     body = msgpack.unpackb(packed)
     body["input_ids"] = [unpack_tokens(prompt).tolist() for prompt in body["input_ids"]]
     assert body == json.loads(as_json) and headers["Content-Type"] == "application/json"
-    assert packed_headers["Content-Type"] == generate_wire.MEDIA_TYPE
+    assert packed_headers["Content-Type"] == MEDIA_TYPE
     # The engine refuses such a token, with its own message.
     packed, _ = encoded([[1 << 40], [4]], is_packed=True)
     assert msgpack.unpackb(packed)["input_ids"] == [[1 << 40], pack_tokens([4])]

@@ -35,7 +35,9 @@ from trainer.batching.shared_prefixes import SharedRows
 
 _LONG = 1024
 """Sequences with more keys than this share a rectangle only if their prefixes are equally long: then one mask
-serves all of them, and it exists for this many queries at a time."""
+serves all of them. Blocks of this many queries have a mask each, which the backward keeps."""
+_FEW_KEYS = 4096
+"""Up to this many keys the padding of shared prefixes may double them, in favour of fewer calls."""
 _LEAST_BLOCK = 256
 """Fewest queries, of those of one rectangle, that attend to a sliding window of keys at a time."""
 
@@ -229,11 +231,15 @@ def _classes(lengths_N: NDArray[np.int64], own_N: NDArray[np.int64]) -> NDArray[
         own_n, lengths_n = own_N[is_in_N], lengths_N[is_in_N]
         if not len(own_n):
             continue
+        num_keys = len(own_n) * int(lengths_n.max())
+        # Padded keys have copies in every layer, which the budget of a micro-batch does not count.
+        most_padding = 2.0 if not first or num_keys <= _FEW_KEYS else 1.25
         is_one = len(own_n) * int(own_n.max()) <= 2 * int(own_n.sum())
-        if is_one and len(own_n) * int(lengths_n.max()) <= 2 * int(lengths_n.sum()):
+        if is_one and num_keys <= most_padding * int(lengths_n.sum()):
             classes_N[is_in_N] = first
         else:
-            classes_N[is_in_N] = first + 64 * _power_of_two(own_n) + _power_of_two(prefix_N[is_in_N] + 1)
+            quarters_n = np.ceil(4 * np.log2(prefix_N[is_in_N] + 1)).astype(np.int64)
+            classes_N[is_in_N] = first + 256 * _power_of_two(own_n) + quarters_n
     classes_N[is_long_N] = (prefix_N * 64 + _power_of_two(own_N) + (1 << 32))[is_long_N]
     return classes_N
 

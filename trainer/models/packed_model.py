@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from areal_like.errors import ConfigError
-from areal_like.moe import route_in_float32
+from areal_like.precision.routers import route_in_float32, routers
 from areal_like.weights.hf_layout import hf_tensors
 from trainer.attention.packed_attention import ATTENTION_NAME, Kind
 from trainer.batching.packing import PackedBatch
@@ -68,12 +68,14 @@ class PackedModel(nn.Module):
         path: str,
         *,
         gradient_checkpointing: bool = False,
+        compiles: bool = False,
         master_dtype: torch.dtype = torch.float32,
         **settings: Any,
     ) -> Self:
         """The model of a Hugging Face directory or name on the meta device: call `shard`, then read weights.
 
-        `settings`: of the subclass. Raises ConfigError for an architecture that cannot be trained.
+        `compiles`: norms and MLPs run by torch.compile. `settings`: of the subclass. Raises ConfigError for
+        an architecture that cannot be trained.
         """
         model = build_skeleton(path, dtype=master_dtype)
         tied = tied_names(model)
@@ -81,6 +83,8 @@ class PackedModel(nn.Module):
         built._path, built._tied = path, tied
         decoder_layers(model)  # both raise, before anything has memory
         hf_tensors(model)
+        if compiles:
+            _compile_layers(model)
         if gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             built.train()  # transformers recomputes only in training mode; dropout stays zero
@@ -213,6 +217,19 @@ def _check_layers(model: Any) -> None:
             f"{type(model).__name__} cannot be trained packed: it has {', '.join(sorted(kinds))} layers. "
             "Choose another model"
         )
+
+
+def _compile_layers(model: Any) -> None:
+    """Compiles what is the same for rows of any sequences, in place: names of parameters stay.
+
+    Attention is left out, because its layout differs from batch to batch, and so are blocks of experts, whose
+    shapes depend on the data.
+    """
+    with_router = {id(module) for module in routers(model)}
+    for layer in decoder_layers(model):
+        for name, child in layer.named_children():
+            if "attn" not in name and not any(id(module) in with_router for module in child.modules()):
+                child.compile(dynamic=True)
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:

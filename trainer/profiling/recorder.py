@@ -78,10 +78,11 @@ class StepRecorder:
                 )
             if not self._is_open:
                 raise UserError("profile: the trainer is ending, and trains no further step")
-            self._request, self._num_recorded = request, 0
+            self._num_recorded = 0
             self._report = ProfileReport(
                 id=request.id, rank=self._rank, device=self._device.type, num_asked=request.num_steps
             )
+            self._request = request  # last: `step` reads it without the lock
 
     async def on_verb(self, body: dict[str, Any]) -> dict[str, Any]:
         """Control verb `profile`: `ask`."""

@@ -46,6 +46,11 @@ class StepRecipe:
             kl=kl if kl.coef and kl.place == "reward" else None,
             turn_discount=float(turn_discount),
         )
+        if config.trainer.compile and recipe.objective.late_coefficients:
+            raise ConfigError(
+                f"trainer.compile=true: the gradients of objective {recipe.objective.display_name} read the "
+                "inputs of single layers, which compiled code does not show: set trainer.compile=false"
+            )
         used = recipe.estimator
         if turn_discount != 1 and isinstance(used, Advantage) and not used.credits_turns:
             raise ConfigError(

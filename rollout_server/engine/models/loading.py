@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from areal_like.errors import ConfigError, first_line
-from areal_like.fp32_head import widen_head
-from areal_like.moe import route_in_float32
+from areal_like.precision.head import widen_head
+from areal_like.precision.routers import route_in_float32
 from areal_like.weights.hf_layout import hf_tensors
 from rollout_server.engine.cache import KVCache
 from rollout_server.engine.models import llama

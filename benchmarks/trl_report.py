@@ -1,0 +1,122 @@
+"""Figures and the Markdown table of benchmarks/trl.py.
+
+python -m benchmarks.trl_report        prints the table of benchmarks/results/trl.json
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.report import RESULTS, table
+
+WINDOW = 5
+REWARDS = (0.7, 0.9)
+PHASES = ("wait_data_s", "compute_s", "reduce_s", "update_s", "freeze_s", "step_s")
+"""Metrics of this project's steps that say what its trainer does; `freeze_s`: copies of the weights."""
+
+
+def result_of(facts: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of one run."""
+    reached: dict[str, Any] = {}
+    for reward in REWARDS:
+        reached[str(reward)] = None
+        for end in range(WINDOW, len(rows) + 1):
+            if statistics.mean(row["reward"] for row in rows[end - WINDOW : end]) >= reward:
+                samples = sum(row["samples"] for row in rows[:end])
+                reached[str(reward)] = {
+                    "seconds": round(rows[end - 1]["seconds"], 2),
+                    "samples": round(samples),
+                }
+                break
+    seconds = rows[-1]["seconds"]
+    sampled = sum(row["sampled_tokens"] for row in rows)
+    tokens = sampled + sum(row["prompt_tokens"] for row in rows)
+    result = {
+        "steps": len(rows),
+        "reached": reached,
+        "seconds": round(seconds, 2),
+        "seconds_per_step": round(seconds / len(rows), 4),
+        "tokens_per_s": round(tokens / seconds),
+        "sampled_tokens_per_s": round(sampled / seconds),
+        "last_reward": round(statistics.mean(row["reward"] for row in rows[-WINDOW:]), 3),
+        "start_s": round(facts["start_s"], 1),
+        "peak_mib": round(facts["peak_mib"]),
+    }
+    if "lag" in rows[0]:
+        result["lag"] = round(statistics.mean(row["lag"] for row in rows), 2)
+        phases = {key: sum(row["phases_s"][key] for row in rows) for key in PHASES}
+        result["phases_ms"] = {key: round(1e3 * total / len(rows), 1) for key, total in phases.items()}
+        result["trainer_idle"] = round(phases["wait_data_s"] / seconds, 3)
+        result["generation_idle"] = facts["generation_idle"]
+    return result | {key: facts[key] for key in ("versions", "arguments") if key in facts}
+
+
+def table_of(runs: Sequence[dict[str, Any]]) -> str:
+    """Medians over the seeds, with the smallest and largest."""
+    lines = []
+    for name in dict.fromkeys(run["job"] for run in runs):
+        of_job = {
+            side: [r for r in runs if (r["job"], r["side"]) == (name, side)] for side in ("ours", "TRL")
+        }
+        for side, some in of_job.items():
+            columns = [
+                [r["reached"][str(reward)] and r["reached"][str(reward)][unit] for r in some]
+                for reward in REWARDS
+                for unit in ("seconds", "samples")
+            ]
+            columns += [[r[key] for r in some] for key in ("seconds_per_step", "tokens_per_s", "peak_mib")]
+            lines.append([name, side, *map(_spread, columns)])
+        if all(of_job.values()):
+            lines.append([name, "TRL / ours", *_ratios(of_job)])
+    header = [f"{unit} to {reward}" for reward in REWARDS for unit in ("seconds", "samples")]
+    return table(["job", "side", *header, "s a step", "tokens/s", "peak MiB"], lines)
+
+
+def phases_of(runs: Sequence[dict[str, Any]]) -> str:
+    """What this project's trainer does in a step, in milliseconds; medians over the seeds."""
+    lines = []
+    ours = [run for run in runs if run["side"] == "ours"]
+    for name in dict.fromkeys(run["job"] for run in ours):
+        some = [run for run in ours if run["job"] == name]
+        phases = [statistics.median(run["phases_ms"][key] for run in some) for key in PHASES]
+        shares = [
+            f"{statistics.median(run[key] for run in some):.0%}"
+            for key in ("trainer_idle", "generation_idle")
+        ]
+        lines.append([name, *phases, *shares])
+    names = [key.removesuffix("_s") for key in PHASES]
+    return table(["job", *names, "trainer idle", "generation idle"], lines)
+
+
+def _ratios(of_job: dict[str, list[dict[str, Any]]]) -> list[str]:
+    def ratio(value: Any) -> str:
+        medians = []
+        for side in ("TRL", "ours"):
+            values = [value(run) for run in of_job[side]]
+            if None in values:
+                return "-"
+            medians.append(statistics.median(values))
+        return f"{medians[0] / medians[1]:.2f}"
+
+    keys = [(str(reward), unit) for reward in REWARDS for unit in ("seconds", "samples")]
+    return [
+        *(ratio(lambda r, k=k, u=u: r["reached"][k] and r["reached"][k][u]) for k, u in keys),
+        *(ratio(lambda r, k=k: r[k]) for k in ("seconds_per_step", "tokens_per_s", "peak_mib")),
+    ]
+
+
+def _spread(values: Sequence[Any]) -> str:
+    if not values or None in values:
+        reached = sum(value is not None for value in values)
+        return f"{reached} of {len(values)} runs"
+    digits = 3 if max(values) < 10 else 1 if max(values) < 1000 else 0
+    low, middle, high = (f"{v:,.{digits}f}" for v in (min(values), statistics.median(values), max(values)))
+    return f"{middle} ({low} to {high})"
+
+
+if __name__ == "__main__":
+    found = json.loads((RESULTS / "trl.json").read_text())["runs"]
+    print(table_of(found) + "\n\n" + phases_of(found))
