@@ -12,6 +12,7 @@ sessions as the job has samples to make, so a job never trains on samples that a
 
 from __future__ import annotations
 
+import http.client
 import json
 import ssl
 import time
@@ -24,6 +25,7 @@ from typing import Any
 from areal_like.errors import SessionGoneError, UserError
 
 _NUM_TRIES = 4
+_RETRY_S = 0.5
 _TIMEOUT_S = 60.0
 _LONGEST_WAIT_S = 30.0
 """That a server waits in one request."""
@@ -75,12 +77,13 @@ class ClaimedSession:
         # Both verbs may be sent again: what counts is the last reward, and that there was an end.
         for left in reversed(range(_NUM_TRIES)):
             try:
-                _posted(f"{self.base_url}/{verb}", body, key=self.api_key, ca_file=self.ca_file)
+                if _posted(f"{self.base_url}/{verb}", body, key=self.api_key, ca_file=self.ca_file) is None:
+                    raise OSError(f"{self.base_url}: too many requests of the session are in progress")
                 return
             except OSError:
                 if not left:
                     raise
-                time.sleep(0.5)
+                time.sleep(_RETRY_S)
 
 
 def claim(url: str, *, token: str = "", wait_s: float = 0.0, ca_file: str = "") -> ClaimedSession | None:
@@ -104,7 +107,7 @@ def claim(url: str, *, token: str = "", wait_s: float = 0.0, ca_file: str = "") 
 
 
 def _posted(url: str, body: Mapping[str, Any], *, key: str, ca_file: str) -> dict[str, Any] | None:
-    """The answer; None for status 429."""
+    """The answer; None for status 429. Raises OSError also if the connection breaks in the answer."""
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     context = ssl.create_default_context(cafile=ca_file or None) if url.startswith("https:") else None
@@ -121,10 +124,12 @@ def _posted(url: str, body: Mapping[str, Any], *, key: str, ca_file: str) -> dic
         if error.code == 410 or (error.code == 401 and "/sessions/" in url):
             raise SessionGoneError(message) from None
         raise UserError(f"{url}: {error.code}: {message}") from None
+    except (http.client.HTTPException, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise OSError(f"{url}: no whole answer ({type(error).__name__}: {error})") from error
 
 
 def _message(error: urllib.error.HTTPError) -> str:
     try:
         return str(json.load(error)["error"]["message"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError):
         return str(error.reason)

@@ -50,6 +50,8 @@ class Reason(StrEnum):
     """Its body did not arrive in time."""
     GONE = "gone"
     """It is for a session that has ended."""
+    BUSY = "busy"
+    """Too many requests of its session are in progress."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ stream. Every refusal closes its connection, so the rest of a refused body is ne
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ class BodyLimits:
 
 
 Headers = list[tuple[bytes, bytes]]
+Place = Callable[[Scope], contextlib.AbstractContextManager[Refusal | None]]
 
 
 def error_text(refusal: Refusal) -> tuple[bytes, Headers]:
@@ -50,30 +52,42 @@ class HttpGuard:
         max_bytes_of: Callable[[Scope], int] | None = None,
         on_refused: Callable[[Reason], None] = lambda reason: None,
         describe: Callable[[Refusal], tuple[bytes, Headers]] = error_text,
+        place: Place = lambda scope: contextlib.nullcontext(),
     ) -> None:
         """`max_bytes_of`: the bound of one request, if it is not that of `limits`. `on_refused` counts
-        refusals. `describe`: their bodies, as JSON."""
+        refusals. `describe`: their bodies, as JSON. `place`: entered for a request that the rules accept, and
+        left when it is answered; gives the refusal if there are too many."""
         self._app = app
         self._rules = rules
         self._limits = limits
         self._max_bytes_of = max_bytes_of or (lambda scope: limits.max_bytes)
         self._describe = describe
+        self._place = place
         self._on_refused = on_refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
         assert scope["type"] == "http", "servers are configured without WebSockets and lifespan"
-        outcome: Refusal | Message | None = self._rules.refusal(scope)
-        if outcome is None:
+        refusal = self._rules.refusal(scope)
+        if refusal is None:
             scope.setdefault("state", {})[ADMITTED] = True
-            outcome = await self._body(scope, receive)
-        if isinstance(outcome, Refusal):
-            self._on_refused(outcome.reason)
-            await self._refuse(outcome, send)
-        elif outcome is None:
+            with self._place(scope) as refusal:
+                if refusal is None:
+                    refusal = await self._answer(scope, receive, send)
+        if refusal is not None:
+            self._on_refused(refusal.reason)
+            await self._refuse(refusal, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> Refusal | None:
+        """The refusal, if the body cannot be read."""
+        body = await self._body(scope, receive)
+        if isinstance(body, Refusal):
+            return body
+        if body is None:
             await self._app(scope, receive, send)
-        elif outcome["type"] == "http.request":
-            await self._app(scope, _replay(outcome, receive), send)
+        elif body["type"] == "http.request":
+            await self._app(scope, _replay(body, receive), send)
+        return None
 
     async def _body(self, scope: Scope, receive: Receive) -> Refusal | Message | None:
         """Reads the body as one message; None if the request has none."""

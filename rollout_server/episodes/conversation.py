@@ -17,7 +17,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,38 +27,36 @@ from areal_like.errors import EpisodeBudgetError, EpisodeError, PromptRefusedErr
 from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory
 from rollout_server.environments.base import Message, Reply
 from rollout_server.episodes.base import PolicyClient
-from rollout_server.episodes.messages import canonical_messages, canonical_tools, is_same, prefix_digests
+from rollout_server.episodes.large_work import LargeWork
+from rollout_server.episodes.messages import (
+    canonical_messages,
+    canonical_tools,
+    is_same,
+    packed_bytes,
+    prefix_digests,
+)
 from rollout_server.episodes.scoring import Outcome, placed_token_rewards, placed_turns
 from rollout_server.episodes.transcript import Transcript
-from rollout_server.episodes.turns import Answer, Layout, Turn
+from rollout_server.episodes.turns import Answer, Layout, RunningTurn, Turn
 from rollout_server.rendering.base import ChatRenderer, ToolSchema
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Running:
-    """A turn that is being sampled."""
-
-    parent: Turn | None
-    most_tokens: int
-    """Length of its segment if it becomes as long as it may."""
-
-
 class Conversation:
-    """The turns of one episode. Belongs to one event loop; several `say` may run at the same time, and each
-    extends what was known when it began."""
+    """The turns of one episode. Belongs to one event loop; several `say` may run at the same time."""
 
     def __init__(
         self, renderer: ChatRenderer, policy: PolicyClient, *, context_tokens: int, max_tokens: int
     ) -> None:
-        """`context_tokens`: longest segment. `max_tokens`: of all segments together, as in the trajectory (a
-        prefix that branches share counts for each)."""
+        """`context_tokens`: longest segment. `max_tokens`: of all segments together (a prefix that branches
+        share counts for each)."""
         self.renderer = renderer
+        self.large_work = LargeWork()
         self._policy = policy
         self._context_tokens = context_tokens
         self._max_tokens = max_tokens
         self._turns: list[Turn] = []
         """In the order in which they were finished: a turn is behind its parent."""
-        self._running: list[_Running] = []
+        self._running: list[RunningTurn] = []
         self._states: defaultdict[bytes, list[Turn]] = defaultdict(list)
         """Turns by the digest of tools and messages up to them."""
         self._num_calls = 0
@@ -94,7 +93,7 @@ class Conversation:
                 "the environment has tools, but the model's chat template does not render them: "
                 "use a model with a chat template for tools, or set model.renderer"
             )
-        known, parent, prompt = self._prompt(known, schemas)
+        known, parent, prompt = await self._prompt(known, schemas)
         return await self._sample(
             prompt, parent, known=known, tools=schemas, stop=stop, max_new_tokens=max_new_tokens
         )
@@ -142,7 +141,7 @@ class Conversation:
             limit, reason = max_new_tokens, FinishReason.LENGTH
         transcript = Transcript()
         transcript.append_context(prompt)
-        running = _Running(parent=parent, most_tokens=start + limit)
+        running = RunningTurn(parent=parent, most_tokens=start + limit)
         self._running.append(running)
         try:
             finish_reason = await self._policy.extend(
@@ -183,6 +182,11 @@ class Conversation:
     def decode(self, token_id: int) -> str:
         """One token as text; a token that is a part of a character has a replacement character."""
         return self.renderer.decode([token_id])
+
+    @property
+    def is_sampling(self) -> bool:
+        """True while a turn is at the engine, or waits for it."""
+        return bool(self._running)
 
     @property
     def turns(self) -> Sequence[Turn]:
@@ -241,10 +245,11 @@ class Conversation:
             reward_s=reward_s,
         )
 
-    def _prompt(
+    async def _prompt(
         self, messages: list[Message], tools: list[ToolSchema]
     ) -> tuple[list[Message], Turn | None, NDArray[np.int32]]:
         """Messages as they are rendered, the turn whose tokens the prompt begins with, and the prompt."""
+        size = packed_bytes(messages, tools)
         turn = self._longest_known(messages, tools)
         if turn is not None:
             new = messages[len(turn.messages) :]
@@ -252,12 +257,13 @@ class Conversation:
             messages = [*turn.messages, *new]
             tokens = turn.tokens
             split = turn.end - len(turn.sampled)
-            tail = self.renderer.bridge(
-                tokens[:split].tolist(), tokens[split:].tolist(), turn.messages, new, tools=tools
-            )
+            before, sampled = tokens[:split].tolist(), tokens[split:].tolist()
+            bridge = partial(self.renderer.bridge, before, sampled, turn.messages, new, tools=tools)
+            tail = await self.large_work.run(bridge, size=size)
             if tail is not None:
                 return messages, turn, np.concatenate([tokens, self._checked(tail)])
-        prompt = self._checked(self.renderer.render(messages, tools=tools))
+        render = partial(self.renderer.render, messages, tools=tools)
+        prompt = self._checked(await self.large_work.run(render, size=size))
         return messages, self._longest_prefix(prompt), prompt
 
     def _longest_known(self, messages: list[Message], tools: list[ToolSchema]) -> Turn | None:

@@ -47,6 +47,11 @@ def prefix_digests(messages: Sequence[Message], tools: Sequence[Mapping[str, Any
     return digests
 
 
+def packed_bytes(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> int:
+    """Size of all of it."""
+    return len(msgpack.packb(messages)) + len(msgpack.packb(tools))
+
+
 def is_same(messages: Sequence[Message], known: Sequence[Message]) -> bool:
     """True if the messages are the known ones; reasoning may be left out, but not changed."""
     return len(messages) == len(known) and all(

@@ -50,6 +50,15 @@ class Turn:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class RunningTurn:
+    """A turn that is being sampled."""
+
+    parent: Turn | None
+    most_tokens: int
+    """Length of its segment if it becomes as long as it may."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Answer:
     """One turn of the policy, and the tokens behind it."""
 

@@ -5,6 +5,7 @@ add -> (waiting: claimed in the order of the leases) -> remove -> remembered as 
 
 from __future__ import annotations
 
+import secrets
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from enum import StrEnum
@@ -138,6 +139,14 @@ class SessionBook:
                 session.is_offered = True
                 return session
         return None
+
+    def take_back(self, session: OpenSession) -> None:
+        """After an offer: it waits again if it was not claimed. Its key is another one then, as the client
+        may have read the first one without the rest of the answer."""
+        session.is_offered = False
+        if session.state is SessionState.WAITING:
+            session.api_key = secrets.token_urlsafe(32)
+            self.on_waiting()
 
     def claim(self) -> OpenSession | None:
         """The next session for an agent from outside, claimed at once; None if there is none."""

@@ -25,6 +25,8 @@ class Call:
         self.task = task
         self.num_readers = 0
         """Clients that wait for the answer."""
+        self.body: bytes | None = None
+        """The answer as it is sent, while a client is there: their requests are equal, so are the bodies."""
         self.is_delivered = False
         """True once the whole answer was sent to a client."""
         self._gone = gone

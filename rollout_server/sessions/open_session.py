@@ -92,6 +92,8 @@ class OpenSession:
         """Set if the first prompt did not fit."""
         self.reward: float | None = None
         """Of the whole sample, as posted."""
+        self.num_requests = 0
+        """Requests of clients that are being read or answered."""
         self.num_pending = 0
         """Requests at the engine, or waiting for it."""
         self.num_calls = 0
@@ -102,6 +104,8 @@ class OpenSession:
         self.num_tool_calls = 0
         self.last_answer: Answer | None = None
         """The newest one."""
+        self._was_refused = False
+        """True if a request was refused since the last answer."""
         self._max_turns = max_turns
         self._on_move = on_move
         self._loop = asyncio.get_running_loop()
@@ -149,7 +153,7 @@ class OpenSession:
                 await self._wait_changed(math.inf)
                 continue
             now_s, end_s = self._loop.time(), deadline_s()
-            idle_s = math.inf if self.num_pending else self._last_activity_s + idle_timeout_s
+            idle_s = math.inf if self._is_busy else self._last_activity_s + idle_timeout_s
             end_s = math.inf if end_s is None else end_s
             if self.num_pending:
                 end_s += _CUT_S
@@ -159,6 +163,12 @@ class OpenSession:
                 return "idle"
             await self._wait_changed(min(idle_s, end_s) - now_s)
         return ""
+
+    @property
+    def _is_busy(self) -> bool:
+        """True while a request is pending. After a refusal it must be at the engine: a client that repeats a
+        large request that is refused may have one in preparation at any time."""
+        return self.conversation.is_sampling or (self.num_pending > 0 and not self._was_refused)
 
     @property
     def idle_s(self) -> float:
@@ -273,6 +283,7 @@ class OpenSession:
         except Exception as error:  # a renderer's code may raise anything; only this request fails
             raise EpisodeError(f"the messages cannot be used: {type(error).__name__}: {error}") from error
         finally:
+            self._was_refused = True
             self.num_pending -= 1
             if self.num_pending == 0:
                 self.generation_s += self._loop.time() - self._busy_since_s
@@ -282,6 +293,7 @@ class OpenSession:
         self.touch()
         self.num_answers += 1
         self.budget = None
+        self._was_refused = False
         self.last_answer = answer
         self.num_tool_calls += len(answer.reply.tool_calls)
         return answer

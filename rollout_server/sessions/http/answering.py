@@ -30,6 +30,10 @@ KEEP_ALIVE_S = 5.0
 """Time between two comments of a stream, and before its status is sent."""
 _COMMENT = b": the policy is being sampled\n\n"
 _MAX_DEPTH = 64
+_MAX_CONTAINERS = 1 << 17
+"""Objects and lists of a body: 30 for each of the most messages. A body of nothing else would become fifty
+times as large in memory."""
+_NOT_UNICODE = "the body is not UTF-8, or has half of a surrogate pair"
 END_OF_STREAM = b"data: [DONE]\n\n"
 
 WriteAnswer = Callable[[Call, Answer], bytes]
@@ -54,11 +58,15 @@ def parse_json(content: bytes) -> dict[str, Any]:
     """
     try:
         text = content.decode()
+    except UnicodeError:
+        raise UserError(_NOT_UNICODE) from None
+    _check_containers(text)
+    try:
         body = json.loads(text, parse_constant=_refuse_constant) if text else {}
         if "\\ud" in text or "\\uD" in text:
             json.dumps(body, ensure_ascii=False).encode()
     except UnicodeError:
-        raise UserError("the body is not UTF-8, or has half of a surrogate pair") from None
+        raise UserError(_NOT_UNICODE) from None
     except (ValueError, RecursionError):
         raise UserError("the body is not JSON (which has no NaN and no Infinity)") from None
     if not isinstance(body, dict):
@@ -111,7 +119,8 @@ class CallResponse:
             if gone.done():
                 return
             try:
-                body = self._write(call, await call.answer())
+                answer = await call.answer()
+                call.body = body = call.body or self._write(call, answer)
             except Exception as error:  # `described` raises what it does not know
                 if self._has_begun:
                     status, message, code, param = described(error)
@@ -127,6 +136,8 @@ class CallResponse:
             await send({"type": "http.response.body", "body": b""})
         finally:
             call.num_readers -= 1
+            if not call.num_readers:
+                call.body = None
             gone.cancel()
 
     async def _send_part(self, send: Send, body: bytes) -> None:
@@ -162,6 +173,18 @@ async def disconnected(receive: Receive) -> None:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(name)
+
+
+def _check_containers(text: str) -> None:
+    """Raises UserError for a body of very many objects and lists."""
+    if _num_containers([text]) > _MAX_CONTAINERS:
+        pieces = text.replace("\\\\", "").replace('\\"', "").split('"')
+        if _num_containers(pieces[::2]) > _MAX_CONTAINERS:  # between the strings
+            raise UserError(f"the body has more than {_MAX_CONTAINERS} objects and lists")
+
+
+def _num_containers(texts: list[str]) -> int:
+    return sum(text.count("[") + text.count("{") for text in texts)
 
 
 def _check_depth(body: dict[str, Any]) -> None:

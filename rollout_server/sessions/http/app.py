@@ -65,9 +65,11 @@ def session_app(
         Route("/sessions", claims.claim, methods=["POST"]),
         Route("/sessions", claims.counts, methods=["GET"]),
     ]
-    return Starlette(
+    app = Starlette(
         routes=routes, exception_handlers={ArealError: _failed, HTTPException: _refused, Exception: _broken}
     )
+    app.router.redirect_slashes = False  # a redirection has no format, and names the host as the client did
+    return app
 
 
 class _LifeRoutes:

@@ -48,7 +48,9 @@ class ChatRoutes:
         """/v1/chat/completions. Raises UserError, SessionGoneError."""
         session = session_of(request, self._book)
         content = await request.body()
-        chat = parse_chat(parse_json(content), default_model=self._model)
+        chat = await session.conversation.large_work.run(
+            lambda: parse_chat(parse_json(content), default_model=self._model), size=len(content)
+        )
         for name in chat.options.ignored:
             self._on_ignored(name)
         call = begin_call(

@@ -1,7 +1,7 @@
 """POST /sessions: an agent from outside claims the sample of a lease.
 
     session.is_offered -> the answer is sent -> claimed
-          `------------> the client is gone -> waits again
+          `------------> the client is gone -> waits again, with another key
 
 A client may wait for a session. Those that wait are served in the order of their requests.
 """
@@ -69,7 +69,11 @@ class ClaimRoutes:
                 if self._book.is_closed
                 else "no session waits for an agent: all samples that the job needs now are being made"
             )
-        return _Claimed(session, self._described(request, session), book=self._book)
+        try:
+            return _Claimed(session, self._described(request, session), book=self._book)
+        except BaseException:
+            self._book.take_back(session)
+            raise
 
     def _wake(self) -> None:
         while self._waiting:
@@ -158,13 +162,9 @@ class _Claimed:
             return  # the server closes the connection, as the response is not complete
         finally:
             gone.cancel()
-            session = self._session
-            session.is_offered = False
-            if session.state is SessionState.WAITING:
-                if is_sent:
-                    session.claim()
-                else:
-                    self._book.on_waiting()
+            if is_sent and self._session.state is SessionState.WAITING:
+                self._session.claim()
+            self._book.take_back(self._session)
         if is_sent:
             await send({"type": "http.response.body", "body": b""})
 

@@ -107,7 +107,11 @@ class SessionPlane:
 
     def _internal(self) -> tuple[HttpServer, socket.socket]:
         rules = SessionRules(
-            self._book, hosts=host_names(_LOOPBACK), role_of=self._role_of, takes_claims=False
+            self._book,
+            hosts=host_names(_LOOPBACK),
+            role_of=self._role_of,
+            takes_claims=False,
+            most_requests=self._requests_of_a_session,
         )
         listener = self._bound(_LOOPBACK, 0)
         self.internal_url = f"http://{_LOOPBACK}:{listener.getsockname()[1]}"
@@ -124,6 +128,7 @@ class SessionPlane:
             hosts=host_names(host, others=others),
             role_of=self._role_of,
             takes_claims=True,
+            most_requests=self._requests_of_a_session,
         )
         server = self._server(
             rules,
@@ -143,6 +148,12 @@ class SessionPlane:
         """Two for each sample that can be made at the same time, and some more."""
         return 2 * self._config.rollout.most_episodes + _SPARE_CONNECTIONS
 
+    @property
+    def _requests_of_a_session(self) -> int:
+        """At the same time: one for each turn that it may have, if others keep half of the connections."""
+        turns = min(self._config.episode.max_turns, self._connections_of_samples // 2)
+        return max(turns, _SPARE_CONNECTIONS)
+
     def _server(
         self, rules: SessionRules, *, max_connections: int, certificate: str = "", private_key: str = ""
     ) -> HttpServer:
@@ -153,6 +164,7 @@ class SessionPlane:
             max_bytes_of=lambda scope: most_bytes_of_body(scope, of_prompts=self._max_body_bytes),
             on_refused=self._on_refused,
             describe=openai_error,
+            place=rules.place,
         )
         return HttpServer(
             HttpConfig(

@@ -11,10 +11,11 @@ wrong, and not 404.
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from areal_like.errors import SessionGoneError
@@ -26,7 +27,13 @@ from rollout_server.sessions.http.errors import error_object
 
 _CLAIMING_ROLES = (KeyRole.AGENT, KeyRole.OPERATOR)
 _SMALL_BODY_BYTES = 1 << 16
-_CODES = {Reason.TOKEN: "invalid_api_key", Reason.GONE: "session_gone"}
+_CODES = {
+    Reason.TOKEN: "invalid_api_key",
+    Reason.GONE: "session_gone",
+    Reason.BUSY: "too_many_requests",
+}
+_RETRY: Mapping[Reason, Headers] = {Reason.SLOW: [], Reason.BUSY: [(b"retry-after", b"1")]}
+"""Headers of refusals after which a request may be sent again."""
 _NO_KEY = secrets.token_urlsafe(32)
 """Compared with the key of a request for an unknown session: it takes the same time."""
 
@@ -35,14 +42,22 @@ class SessionRules:
     """The rules of one listener."""
 
     def __init__(
-        self, book: SessionBook, *, hosts: frozenset[str], role_of: RoleOfToken | None, takes_claims: bool
+        self,
+        book: SessionBook,
+        *,
+        hosts: frozenset[str],
+        role_of: RoleOfToken | None,
+        takes_claims: bool,
+        most_requests: int,
     ) -> None:
         """`hosts`: as in AccessRules. `role_of`: of the job's tokens; None without keys. `takes_claims`:
-        False for the listener of the server's own agents, whose sessions nobody claims."""
+        False for the listener of the server's own agents, whose sessions nobody claims. `most_requests`: of
+        one session at the same time."""
         self._book = book
         self._head = AccessRules(hosts=hosts, open_paths=frozenset())
         self._role_of = role_of
         self._takes_claims = takes_claims
+        self._most_requests = most_requests
 
     def refusal(self, scope: Mapping[str, Any]) -> Refusal | None:
         """As Rules.refusal."""
@@ -52,6 +67,23 @@ class SessionRules:
         token = bearer_token(scope["headers"])
         id = _session_id(scope["path"])
         return self._session_refusal(id, token) if id else self._claim_refusal(token)
+
+    @contextlib.contextmanager
+    def place(self, scope: Mapping[str, Any]) -> Iterator[Refusal | None]:
+        """While a request that `refusal` accepts is read and answered; gives the refusal if its session has
+        too many: with its key alone a client would use all connections, and memory for as many bodies."""
+        session = self._book.find(_session_id(scope["path"]))
+        if session is None:
+            yield None
+        elif session.num_requests >= self._most_requests:
+            message = f"{session.num_requests} requests of this session are in progress: wait for one of them"
+            yield Refusal(429, Reason.BUSY, message)
+        else:
+            session.num_requests += 1
+            try:
+                yield None
+            finally:
+                session.num_requests -= 1
 
     def _session_refusal(self, id: str, token: str) -> Refusal | None:
         key = self._book.key_of(id)
@@ -93,10 +125,9 @@ def most_bytes_of_body(scope: Mapping[str, Any], *, of_prompts: int) -> int:
 
 
 def openai_error(refusal: Refusal) -> tuple[bytes, Headers]:
-    """The body of a refusal in OpenAI's format. A body that came too slowly may be sent again."""
+    """The body of a refusal in OpenAI's format."""
     content = error_object(refusal.status, refusal.message, code=_CODES.get(refusal.reason))
-    headers = [] if refusal.reason is Reason.SLOW else [(b"x-should-retry", b"false")]
-    return json.dumps(content).encode(), headers
+    return json.dumps(content).encode(), _RETRY.get(refusal.reason, [(b"x-should-retry", b"false")])
 
 
 def _session_id(path: str) -> str:

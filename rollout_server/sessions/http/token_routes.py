@@ -7,7 +7,7 @@ prompt begins a new one; so does a text whose tokens are other ones than the pol
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from starlette.requests import Request
@@ -42,8 +42,11 @@ class TokenRoutes:
         """/v1/completions. Raises UserError, SessionGoneError."""
         session = session_of(request, self.book)
         content = await request.body()
-        completion = parse_completion(parse_json(content), default_model=self.model)
-        options, conversation = completion.options, session.conversation
+        conversation = session.conversation
+        completion = await conversation.large_work.run(
+            lambda: parse_completion(parse_json(content), default_model=self.model), size=len(content)
+        )
+        options = completion.options
         call = self._begin(request, session, content, options, lambda: _prompt_of(completion, conversation))
         write = completion_events if options.stream else completion_object
 
@@ -59,8 +62,14 @@ class TokenRoutes:
         SessionGoneError."""
         session = session_of(request, self.book)
         content = await request.body()
-        generate = parse_generate(parse_json(content), default_model=self.model)
-        call = self._begin(request, session, content, generate.options, lambda: generate.token_ids)
+        generate = await session.conversation.large_work.run(
+            lambda: parse_generate(parse_json(content), default_model=self.model), size=len(content)
+        )
+
+        async def prompt() -> list[int]:
+            return generate.token_ids
+
+        call = self._begin(request, session, content, generate.options, prompt)
         return CallResponse(call, lambda call, answer: generate_object(answer, id=call.id), is_stream=False)
 
     def _begin(
@@ -69,11 +78,11 @@ class TokenRoutes:
         session: OpenSession,
         content: bytes,
         options: RequestOptions,
-        prompt: Callable[[], list[int]],
+        prompt: Callable[[], Awaitable[list[int]]],
     ) -> Call:
         async def ask() -> Answer:
             return await session.continue_tokens(
-                prompt(), stop=options.stop, max_new_tokens=options.max_new_tokens
+                await prompt(), stop=options.stop, max_new_tokens=options.max_new_tokens
             )
 
         for name in options.ignored:
@@ -81,9 +90,13 @@ class TokenRoutes:
         return begin_call(request, session, content, ask)
 
 
-def _prompt_of(request: CompletionRequest, conversation: Conversation) -> list[int]:
+async def _prompt_of(request: CompletionRequest, conversation: Conversation) -> list[int]:
     """The prompt; a text is tokenized as it is, without a chat template."""
-    if not isinstance(request.prompt, str):
-        return request.prompt
-    tokenizer = conversation.renderer.tokenizer
-    return list(tokenizer(request.prompt, add_special_tokens=request.add_special_tokens)["input_ids"])
+    prompt, tokenizer = request.prompt, conversation.renderer.tokenizer
+    if not isinstance(prompt, str):
+        return prompt
+
+    def tokenized() -> list[int]:
+        return list(tokenizer(prompt, add_special_tokens=request.add_special_tokens)["input_ids"])
+
+    return await conversation.large_work.run(tokenized, size=len(prompt))

@@ -33,6 +33,11 @@ class Talk:
         self.say = say
         self.turns: list[Turn] = []
         self.finish_reason = FinishReason.STOP
+        self.num_sampling = 0
+
+    @property
+    def is_sampling(self) -> bool:
+        return self.num_sampling > 0
 
     @property
     def turn_lengths(self) -> list[int]:
@@ -40,7 +45,11 @@ class Talk:
 
     async def answer(self, messages: list[dict[str, Any]]) -> Answer:
         text = messages[-1]["content"]
-        reason = await self.say(text)
+        self.num_sampling += 1
+        try:
+            reason = await self.say(text)
+        finally:
+            self.num_sampling -= 1
         logprobs = np.zeros(1, np.float32)
         turn = Turn(
             parent=None,

@@ -93,7 +93,7 @@ def test_a_malformed_request_is_refused(client: Client, body: Any, says: str) ->
 
 
 def test_other_paths_say_what_is_there(client: Client) -> None:
-    for path in ("v1/responses", "v1/messages", "v1/embeddings", "x"):
+    for path in ("v1/responses", "v1/messages", "v1/embeddings", "x", "end/", "v1/chat/completions/"):
         status, answer = client.post({}, path=path)
         assert status == 404 and "chat/completions" in answer["error"]["message"]
     assert client.post(b"", method="GET")[0] == 405

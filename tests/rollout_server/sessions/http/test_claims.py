@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import http.client
 import json
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from areal_like.agents.client import claim
+from areal_like.agents import client
+from areal_like.agents.client import ClaimedSession, claim
 from areal_like.errors import SessionGoneError, UserError
 from rollout_server.sessions.http import claims
 from rollout_server.sessions.open_session import SessionState
@@ -115,6 +118,82 @@ def test_an_undelivered_session_waits_again(server: SessionServer, monkeypatch: 
         server.wait(lambda: not session.is_offered)
     assert session.state is SessionState.WAITING
     assert claim(server.url) is not None
+
+
+def test_the_key_of_an_undelivered_session_is_void(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that has read the beginning of the answer would share the session with the next one."""
+    monkeypatch.setattr(claims, "_DELIVERY_S", 0.3)
+    with PlaneServer().serving() as server:
+        session = server.add(example=Example(prompt="x" * 30_000_000, answer=0))
+        port = server.port_of(external=True)
+        with socket.create_connection(("127.0.0.1", port)) as slow:
+            slow.sendall(b"POST /sessions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 0\r\n\r\n")
+            while b'"api_key":"key-0"' not in slow.recv(65536):
+                pass
+            server.wait(lambda: not session.is_offered)
+        path, key = f"/sessions/{session.id}/v1/models", {"Authorization": "Bearer key-0"}
+        assert server.ask("GET", path, headers=key)[0] == 401
+        claimed = claim(f"http://127.0.0.1:{port}")
+        assert claimed is not None and claimed.api_key != "key-0"
+        claimed.reward(1.0)
+        assert server.ask("GET", path, headers=key)[0] == 401
+
+
+def test_a_session_is_not_lost_by_a_mistake(server: SessionServer) -> None:
+    class Broken:
+        def __repr__(self) -> str:
+            raise RuntimeError
+
+    session = server.add(example=Example(prompt="x", answer=Broken()))
+    for _ in range(2):
+        status, _, answer = posted(server, {})
+        assert status == 500 and answer["error"]["code"] == "internal_error"
+        assert session.state is SessionState.WAITING and not session.is_offered
+
+
+@contextlib.contextmanager
+def answering(*answers: bytes) -> Iterator[str]:
+    """A server that gives one of these to each connection; its URL."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            for answer in answers:
+                with listener.accept()[0] as connection:
+                    connection.recv(65536)
+                    connection.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        thread.join(10)
+        assert not thread.is_alive(), "fewer requests than answers"
+
+
+CUT = b'HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"id": '
+DONE = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
+BUSY = b"HTTP/1.1 429 Too Many Requests\r\nContent-Length: 0\r\n\r\n"
+
+
+@pytest.mark.parametrize("answer", [CUT, b"nonsense\r\n\r\n", DONE[:-2] + b"<>", CUT.replace(b"200", b"500")])
+def test_a_broken_answer_is_an_os_error(answer: bytes) -> None:
+    error = UserError if b"500" in answer else OSError
+    with answering(answer) as url, pytest.raises(error, match=url):
+        claim(url)
+
+
+def test_rewards_are_sent_until_they_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "_RETRY_S", 0.01)
+    for answers in ([BUSY, CUT, DONE], [BUSY] * 4):
+        with answering(*answers) as url:
+            session = ClaimedSession(
+                id="1", base_url=url, api_key="k", example={}, group=0, sample=0, deadline_s=None,
+                idle_timeout_s=1.0,
+            )  # fmt: skip
+            if DONE in answers:
+                session.reward(1.0)
+            else:
+                with pytest.raises(OSError, match="too many requests of the session"):
+                    session.end()
 
 
 def test_few_clients_wait(server: SessionServer, monkeypatch: pytest.MonkeyPatch) -> None:

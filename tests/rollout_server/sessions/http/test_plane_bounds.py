@@ -111,6 +111,51 @@ def test_silent_connections_do_not_keep_others_out(server: PlaneServer) -> None:
             connection.close()
 
 
+@pytest.mark.parametrize("external", [True, False])
+def test_one_session_leaves_connections_to_others(server: PlaneServer, external: bool) -> None:
+    """However many requests of it wait, as repetitions of one, and however many bodies are on their way."""
+    many, other, port = server.add(), server.add(), server.port_of(external=external)
+    head = (
+        head_of(many, "v1/chat/completions", f"Content-Length: {len(CHAT)}", "Idempotency-Key: x") + b"\r\n"
+    )
+
+    async def body() -> None:
+        connections = [await asyncio.open_connection("127.0.0.1", port) for _ in range(64)]
+        for number, (_, writer) in enumerate(connections):
+            writer.write(head + (CHAT if number < 40 else CHAT[:-1]))
+        async with asyncio.timeout(15):
+            while many.num_requests < 64:
+                await asyncio.sleep(0.01)
+        answer = await asyncio.to_thread(talk, port, head + CHAT)
+        assert answer.startswith(b"HTTP/1.1 429") and b'"too_many_requests"' in answer
+        assert b"retry-after: 1\r\n" in answer and b"x-should-retry" not in answer
+        key = {"Authorization": f"Bearer {other.api_key}"}
+        status, *_ = await asyncio.to_thread(
+            server.ask, "GET", f"/sessions/{other.id}/v1/models", None, key, external=external
+        )
+        assert status == 200
+        server.policy.open.set()
+        for reader, writer in connections[:40]:
+            assert (await get_answer(reader))[0] == 200
+            writer.close()
+        for _, writer in connections[40:]:
+            writer.close()
+        async with asyncio.timeout(15):
+            while many.num_requests:
+                await asyncio.sleep(0.01)
+        key = {"Authorization": f"Bearer {many.api_key}"}
+        path = f"/sessions/{many.id}/v1/models"
+        assert (await asyncio.to_thread(server.ask, "GET", path, None, key, external=external))[0] == 200
+
+    before = server.refused[Reason.BUSY]
+    server.policy.open.clear()
+    try:
+        asyncio.run(body())
+    finally:
+        server.policy.open.set()
+    assert many.num_calls == 1 and server.refused[Reason.BUSY] == before + 1
+
+
 @pytest.mark.parametrize("asked", ["claims", "wrong keys"])
 def test_10000_requests_at_once(server: PlaneServer, asked: str) -> None:
     """Each is answered, the memory stays bounded, and an open session goes on meanwhile."""
