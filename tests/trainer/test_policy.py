@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from areal_like.config import Config
 from areal_like.errors import ConfigError
 from areal_like.trajectory import Trajectory
 from tests.support.trainer_helpers import ARCHITECTURES, dense_logprobs, random_groups, write_model
 from trainer.batching.packing import PackedBatch, TrainingSample, collate
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import local
-from trainer.models.policy import Policy
+from trainer.models import policy as policy_module
+from trainer.models.policy import Policy, build_policy
 
 
 def packed(trajectories: list[Trajectory]) -> PackedBatch:
@@ -105,3 +107,37 @@ def test_a_model_that_scales_its_logits_is_refused(tmp_path: Path) -> None:
     model.config.logit_scale = 0.5
     with pytest.raises(ConfigError, match="scales its logits"):
         Policy(model)
+
+
+def test_entropy_of_some_rows_at_a_time_has_the_same_bits() -> None:
+    """Also where a vocabulary is larger than a block, with certain and impossible tokens, and no rows."""
+    generator = torch.Generator().manual_seed(0)
+    for num_rows, vocab in ((0, 50), (3, 7), (700, 300), (300, 1000), (9, 70_000)):
+        logits = 9 * torch.randn(num_rows, vocab, generator=generator)
+        logits[:2, 3] = 1e4
+        logps = torch.log_softmax(logits, -1)
+        assert torch.equal(policy_module._entropy(logps), -(logps.exp() * logps).sum(-1)), (num_rows, vocab)
+
+
+def test_entropy_is_computed_once_and_not_for_a_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backward recomputes the logits of chunks, and not their entropies."""
+    computed: list[int] = []
+    plain = policy_module._entropy
+    monkeypatch.setattr(policy_module, "_entropy", lambda x: computed.append(len(x)) or plain(x))
+    path = write_model(tmp_path)
+    batch = packed([t for group in random_groups(4) for t in group])
+    policy = Policy.load(path, Ranks.alone(), chunk_tokens=9)
+    heads: list[int] = []
+    policy.model.get_output_embeddings().register_forward_hook(lambda _m, _i, out: heads.append(len(out)))
+    policy(batch).logprobs_S.sum().backward()
+    num_sampled = len(batch.sampled_S)
+    assert (sum(heads), sum(computed)) == (2 * num_sampled, num_sampled)
+
+    computed.clear()
+    reference = build_policy(Config(), path, Ranks.alone(), frozen=True)
+    with torch.no_grad():
+        found = reference(batch)
+        torch.testing.assert_close(found.logprobs_S, policy(batch).logprobs_S)
+    assert found.entropy_S.isnan().all() and sum(computed) == num_sampled, "only the policy's"

@@ -36,7 +36,8 @@ class TokenLogProbs(NamedTuple):
     """float32 (or the masters' dtype if wider): log_softmax(logits / temperature) of each sampled token;
     carries gradient."""
     entropy_S: Tensor
-    """Entropy of the same distribution, in nats; detached unless `Policy.with_entropy_gradient`."""
+    """Entropy of the same distribution, in nats; detached unless `Policy.with_entropy_gradient`, NaN unless
+    `Policy.with_entropy`."""
     collision_S: Tensor | None
     """Sum of its squared probabilities, detached; None unless `Policy.with_collision`."""
 
@@ -59,6 +60,7 @@ class Policy(PackedModel):
             widen_head(model)
         self.temperature = temperature
         self.chunk_tokens = chunk_tokens
+        self.with_entropy = True
         self.with_collision = False
         self.with_entropy_gradient = False
 
@@ -86,14 +88,29 @@ class Policy(PackedModel):
         if self.temperature != 1.0:
             logits_CV = logits_CV / self.temperature
         logps_CV = torch.log_softmax(logits_CV, dim=-1)
-        with torch.set_grad_enabled(self.with_entropy_gradient and torch.is_grad_enabled()):
-            probs_CV = logps_CV.exp()
-            entropy_C = -(probs_CV * logps_CV).sum(-1)
-            collision_C = (
-                torch.linalg.vector_norm(probs_CV.detach(), dim=-1).square() if self.with_collision else None
-            )
+        # Before the entropy: once `gather` has saved its input, a recomputation in the backward ends.
         # A sum and not a squeeze: FSDP2 attaches its backward hook to outputs, which must not be views.
-        return logps_CV.gather(1, targets_C[:, None]).sum(1), entropy_C, collision_C
+        logps_C = logps_CV.gather(1, targets_C[:, None]).sum(1)
+        if not self.with_entropy:
+            entropy_C = torch.full_like(logps_C, torch.nan)
+        elif self.with_entropy_gradient:
+            entropy_C = -(logps_CV.exp() * logps_CV).sum(-1)
+        else:
+            entropy_C = _entropy(logps_CV.detach())
+        collision_C = None
+        if self.with_collision:
+            collision_C = torch.linalg.vector_norm(logps_CV.detach().exp(), dim=-1).square()
+        return logps_C, entropy_C, collision_C
+
+
+def _entropy(logps_CV: Tensor) -> Tensor:
+    """[C] entropy of log-probs without gradient.
+
+    Some rows at a time: their probabilities then fit into a CPU's cache, and take little memory of a GPU.
+    """
+    num_rows, vocab = logps_CV.shape
+    rows = max((1 << 16 if logps_CV.device.type == "cpu" else 1 << 24) // vocab, num_rows >> 8, 1)
+    return torch.cat([-logps_RV.exp().mul_(logps_RV).sum(-1) for logps_RV in torch.split(logps_CV, rows)])
 
 
 def build_policy(
@@ -113,6 +130,7 @@ def build_policy(
         gradient_checkpointing=recomputes_activations(config) and not frozen,
     )
     policy.attention = config.trainer.attention
+    policy.with_entropy = not frozen
     policy.shard(
         ranks,
         dtype=compute_dtype(config),

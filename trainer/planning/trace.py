@@ -155,6 +155,7 @@ class _Trace:
             with self._memory.as_(MOMENTS):
                 optimizer = self._optimizer(policy)
             if reference is not None:
+                reference.with_entropy = False
                 with self._memory.as_(REFERENCE):
                     reference.shard(self._ranks, dtype=dtype, frozen=True)
             if critic is not None:
