@@ -151,31 +151,34 @@ def measured(overrides: Sequence[str], *, warm_up: int, num_steps: int, runs_dir
     named = {setting.partition("=")[0] for setting in overrides}
     own = [setting for setting in OWN_SETTINGS if setting.partition("=")[0] not in named]
     root = runs_dir.resolve() / "job"
-    last = [f"name={root.name}", f"runs_dir={root.parent}", f"trainer.num_steps={warm_up + num_steps + 2}"]
+    # More than are measured: a job makes steps while it is being read, and is drained at the end.
+    last_step = 2 * (warm_up + num_steps) + 50
+    last = [f"name={root.name}", f"runs_dir={root.parent}", f"trainer.num_steps={last_step}"]
     command = [sys.executable, "-m", "launch", "run", *own, *overrides, *last]
     with (runs_dir / "out").open("wb") as out:
         job = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
     try:
-        wait_for_rows(root / "metrics.jsonl", warm_up, job=job, out=runs_dir / "out")
-        before, begun_s, first = used(job.pid, root), time.monotonic(), num_rows(root / "metrics.jsonl")
-        wait_for_rows(root / "metrics.jsonl", warm_up + num_steps, job=job, out=runs_dir / "out")
-        after, ended_s, last_row = used(job.pid, root), time.monotonic(), num_rows(root / "metrics.jsonl")
+        first = wait_for_rows(root / "metrics.jsonl", warm_up, job=job, out=runs_dir / "out")
+        before, begun_s = used(job.pid, root), time.monotonic()
+        end = wait_for_rows(root / "metrics.jsonl", first + num_steps, job=job, out=runs_dir / "out")
+        after, ended_s = used(job.pid, root), time.monotonic()
         job.send_signal(signal.SIGTERM)
         job.wait(timeout=120)
     finally:
         if job.poll() is None:
             job.kill()
         job.wait()
-    rows = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()[first:last_row]]
+    rows = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()[first:end]]
     return difference(before, after, rows=rows, seconds=ended_s - begun_s)
 
 
-def wait_for_rows(path: Path, count: int, *, job: subprocess.Popen[bytes], out: Path) -> None:
-    """Returns when `count` steps are done. RuntimeError if the job ends before."""
-    while num_rows(path) < count:
+def wait_for_rows(path: Path, count: int, *, job: subprocess.Popen[bytes], out: Path) -> int:
+    """Waits until so many steps are done; returns how many are. RuntimeError if the job ends before."""
+    while (found := num_rows(path)) < count:
         if job.poll() is not None:
             raise RuntimeError(f"the job ended before step {count}:\n{out.read_text()[-2000:]}")
         time.sleep(0.01)
+    return found
 
 
 def num_rows(path: Path) -> int:

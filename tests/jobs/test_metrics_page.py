@@ -61,7 +61,8 @@ def test_every_column_is_on_the_page(tmp_path: Path, ranks: Ranks) -> None:
     rows: list[dict[str, Any]] = []
     for step, settings in enumerate(jobs):
         # The samples have version 5, so the first step is on-policy.
-        metrics = make_runner(path, ranks, settings=settings).run(groups, step=5 + step)
+        runner = make_runner(path, ranks, settings=settings, balances=step == 0)
+        metrics = runner.run(groups, step=5 + step)
         rows.append(step_row(step, metrics | LagTally(4).reduced(ranks)))
     seen = {re.sub(r"_\d+$", "_I", name) for row in rows for name in row}
     assert seen | LEADER_COLUMNS | DEVICE_COLUMNS | {"greedy_reward"} == named_columns()
