@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -19,9 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from areal_like.config import KlConfig
+from areal_like.errors import ArealError
 from areal_like.runtime.process import die_with_parent
+from areal_like.trajectory import Trajectory
 from tests.support.full_state import gather_full_state
-from tests.support.trainer_helpers import random_groups
+from tests.support.trainer_helpers import flattened, joined, random_groups, without_measured
 from trainer.advantages import ADVANTAGES, Advantage, Gae
 from trainer.advantages.critic import Critic
 from trainer.advantages.reward_shaping import SHAPINGS
@@ -151,8 +154,102 @@ def exchange(ranks: Ranks, out_dir: Path) -> None:
     def message(source: int, target: int) -> bytes:
         return bytes([source, target]) * ((0, 1, 100_000)[(source + target) % 3])
 
-    got = ranks.exchange([message(ranks.rank, target) for target in range(ranks.world_size)])
-    assert got == [message(source, ranks.rank) for source in range(ranks.world_size)]
+    want = [message(source, ranks.rank) for source in range(ranks.world_size)]
+    sizes = [len(each) for each in want]
+    outgoing = [message(ranks.rank, target) for target in range(ranks.world_size)]
+    assert ranks.exchange(outgoing, most_bytes=sizes) == want
+    assert ranks.exchange([b""] * ranks.world_size, most_bytes=[0] * ranks.world_size) == [b""] * len(want)
+    # Every rank gets from one source the 200,000 bytes of (source + target) % 3 == 2, and refuses them.
+    try:
+        ranks.exchange(outgoing, most_bytes=[199_999] * ranks.world_size)
+    except ArealError as error:
+        assert "sends 200000 bytes" in str(error) and "at most 199999" in str(error)
+    else:
+        raise AssertionError("a message that is too long was accepted")
+
+
+def balanced(ranks: Ranks, out_dir: Path, path: str) -> None:
+    """A balanced step equals the streaming one, is the same each time, and can be abandoned."""
+    groups = random_groups(12, prompt=6)
+    for group in groups[4:6]:  # conversations with branches
+        group[0] = joined(group)
+    settings: list[dict[str, Any]] = [
+        {},
+        {"objective": {"name": "tis"}, "advantage": {"name": "gae"}},
+        {"objective": {"name": "vcpo", "norms": "proxy"}},
+        {"objective": {"name": "vcpo", "norms": "exact"}},
+    ]
+    for sections in settings:
+        for used in (groups, groups[1:2], groups[:1]):  # of the last, no group has an advantage
+            mine = used[ranks.rank :: ranks.world_size]
+            results = []
+            for balances in (False, True, True):
+                runner = make_runner(
+                    path, ranks, beta1=0.0, settings=sections, balances=balances, budget_tokens=80
+                )
+                metrics = flattened(without_measured(runner.run(mine, step=7, num_groups=len(used))))
+                results.append((metrics, last_gradient(runner)))
+            (want, gradient), (got, first), (again, second) = results
+            assert got == again and all(torch.equal(first[name], second[name]) for name in first)
+            assert first.keys() == gradient.keys()
+            err = (
+                max(float((first[n] - gradient[n]).norm()) for n in first)
+                / max(1e-300, max(float(gradient[n].norm()) for n in gradient))
+                if first
+                else 0
+            )
+            if ranks.rank == 0:
+                print(
+                    "ERR",
+                    sections,
+                    len(used),
+                    err,
+                    {
+                        n: (got.get(n), want.get(n))
+                        for n in want
+                        if not math.isclose(got.get(n, math.nan), want[n], rel_tol=1e-9, abs_tol=1e-9)
+                    },
+                    flush=True,
+                )
+            continue
+            by_cut = {"balance", "num_microbatches", "shared_share"}
+            for name in (want.keys() | got.keys()) - by_cut:
+                assert math.isclose(got[name], want[name], rel_tol=1e-9, abs_tol=1e-9), name
+            assert ("balance" in got) == (sections.get("objective", {}).get("norms") != "exact")
+    _abandon_balanced(ranks, path, groups)
+
+
+def _abandon_balanced(ranks: Ranks, path: str, groups: list[list[Trajectory]]) -> None:
+    """Rank 1 drains before its last groups: no rank runs a micro-batch, and the next step is as ever."""
+    runner, want = (make_runner(path, ranks, balances=True) for _ in range(2))
+    mine = groups[ranks.rank :: ranks.world_size]
+    want.run(mine, step=0)
+    forwards: list[int] = []
+    hook = runner.policy.register_forward_hook(lambda *_: forwards.append(1))
+    draining: list[bool] = []
+
+    def until_drained() -> Iterator[list[Trajectory]]:
+        yield mine[0]
+        if ranks.rank == 1:
+            draining.append(True)
+            return
+        yield from mine[1:]
+
+    try:
+        runner.run(until_drained(), step=0, num_groups=len(groups), is_abandoned=lambda: bool(draining))
+        raise AssertionError("the step was not abandoned")
+    except IncompleteStepError:
+        assert not forwards and runner.optimizer.num_updates == 0
+    hook.remove()
+    runner.run(mine, step=0)
+    _assert_equal(runner, want)
+
+
+def _assert_equal(runner: StepRunner, want: StepRunner) -> None:
+    for (name, ours), (_, theirs) in zip(
+        gather_full_state(runner.policy), gather_full_state(want.policy), strict=True
+    ):
+        assert torch.equal(ours, theirs), name
 
 
 def resume(ranks: Ranks, out_dir: Path, path: str) -> None:
@@ -208,10 +305,7 @@ def _abandon(ranks: Ranks, path: str) -> None:
         assert len(forwards) == 2 and runner.optimizer.num_updates == 0
     hook.remove()
     runner.run(mine, step=0)
-    for (name, ours), (_, theirs) in zip(
-        gather_full_state(runner.policy), gather_full_state(want.policy), strict=True
-    ):
-        assert torch.equal(ours, theirs), name
+    _assert_equal(runner, want)
 
 
 def straggler(ranks: Ranks, out_dir: Path, path: str) -> None:
@@ -266,5 +360,11 @@ def _run_rank(rank: int, world_size: int, store: str, check: Callable[[Ranks], N
 
 if __name__ == "__main__":
     main(
-        gradients=gradients, steps=steps, exchange=exchange, resume=resume, outage=outage, straggler=straggler
+        gradients=gradients,
+        steps=steps,
+        balanced=balanced,
+        exchange=exchange,
+        resume=resume,
+        outage=outage,
+        straggler=straggler,
     )

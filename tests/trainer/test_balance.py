@@ -1,20 +1,28 @@
 """The division of a step's sequences over ranks: complete, within the budget, even, and always the same."""
 
-from itertools import groupby
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain, groupby, zip_longest
 from pathlib import Path
+from typing import Any
 
+import msgpack
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
-from areal_like.errors import ConfigError
+from areal_like.errors import ArealError, ConfigError
 from areal_like.trajectory import FinishReason, Trajectory
-from tests.support.trainer_helpers import run_ranks
+from tests.support.trainer_helpers import run_ranks, write_model
 from trainer.batching.balance import Cost, SequenceSize, plan
-from trainer.batching.exchange import _decoded, _encoded
-from trainer.batching.packing import TrainingSample
+from trainer.batching.balancer import Balancer
+from trainer.batching.exchange import _decoded, _encoded, exchange
+from trainer.batching.packing import Packer, TrainingSample
 from trainer.batching.shared_prefixes import budget_size
+from trainer.distributed.ranks import Ranks
 
 BUDGET = 64
 COST = Cost(per_row=100, per_pair=7)
@@ -33,6 +41,42 @@ def sizes_of(groups: list[tuple[int, list[int]]]) -> list[SequenceSize]:
     ]
 
 
+@st.composite
+def branching(draw: st.DrawFn) -> list[TrainingSample]:
+    """Sequences that begin like some other one of the group up to some token."""
+    tokens: list[list[int]] = []
+    for number in range(draw(st.integers(1, 7))):
+        beginning = draw(st.sampled_from(tokens))[: draw(st.integers(0, 50))] if tokens else []
+        tokens.append(beginning + [100 + number] * draw(st.integers(1, BUDGET - len(beginning))))
+    return [sample_of(np.array(each, dtype=np.int32)) for each in tokens]
+
+
+branching_groups = branching()
+
+
+class AloneRanks(Ranks):
+    """One rank without a process group."""
+
+    def __init__(self) -> None:
+        self.rank, self.world_size = 0, 1
+
+
+def sample_of(tokens: NDArray[np.int32]) -> TrainingSample:
+    mask = np.ones(len(tokens), dtype=np.uint8)
+    return TrainingSample(
+        trajectory=Trajectory(
+            tokens=tokens,
+            loss_mask=mask,
+            logprobs=np.zeros(len(tokens), dtype=np.float32),
+            versions=np.zeros(len(tokens), dtype=np.int32),
+            reward=0.0,
+            finish_reason=FinishReason.STOP,
+        ),
+        advantage=1.0,
+        group=0,
+    )
+
+
 def tokens_of(sizes: list[SequenceSize], members: tuple[int, ...]) -> int:
     total = 0
     for _, of_group in groupby(members, key=lambda index: sizes[index].group):
@@ -40,6 +84,22 @@ def tokens_of(sizes: list[SequenceSize], members: tuple[int, ...]) -> int:
         total += sizes[first].num_tokens
         total += sum(budget_size(sizes[i].num_tokens, prefix=sizes[i].prefix) for i in others)
     return total
+
+
+def streaming_time(sizes: list[SequenceSize], num_ranks: int) -> int:
+    """Group j on rank j mod `num_ranks`, next fit there: the cost of the slowest micro-batches, added up."""
+    costs: list[list[int]] = [[] for _ in range(num_ranks)]
+    room, last = [0] * num_ranks, [-1] * num_ranks
+    for size in sizes:
+        rank = size.group % num_ranks
+        prefix = size.prefix if last[rank] == size.group else 0
+        if budget_size(size.num_tokens, prefix=prefix) > room[rank]:
+            costs[rank].append(0)
+            room[rank], prefix = BUDGET, 0
+        room[rank] -= budget_size(size.num_tokens, prefix=prefix)
+        costs[rank][-1] += COST.of(size.num_tokens, prefix=prefix)
+        last[rank] = size.group
+    return sum(map(max, zip_longest(*costs, fillvalue=0)))
 
 
 @given(groups_of_sizes, st.integers(1, 5))
@@ -55,6 +115,36 @@ def test_every_sequence_is_in_one_microbatch(groups: list[tuple[int, list[int]]]
             assert tokens_of(sizes, of_rank) <= BUDGET
     assert 0 < made.busy_share <= 1
     assert plan(sizes, num_ranks=num_ranks, budget_tokens=BUDGET, cost=COST) == made
+
+
+@given(st.lists(branching_groups, max_size=3), st.booleans())
+def test_branches_keep_to_the_budget(groups: list[list[TrainingSample]], shares_prefixes: bool) -> None:
+    """Of the prefixes that are in the same micro-batch, not of those that were in the group."""
+    groups = [[replace(sample, group=at) for sample in group] for at, group in enumerate(groups)]
+    balancer = Balancer(AloneRanks(), cost=COST, budget_tokens=BUDGET, shares_prefixes=shares_prefixes)
+    microbatches = balancer.microbatches(groups)
+    samples = [sample for group in groups for sample in group]
+    assert sorted(map(id, chain(*microbatches))) == sorted(map(id, samples))
+    for microbatch in microbatches:
+        packer = Packer(budget_tokens=BUDGET + 1, shares_prefixes=shares_prefixes)
+        assert packer.add(microbatch) == [] and packer.flush() == [microbatch]
+
+
+@pytest.mark.timeout(20)
+def test_halves_of_the_budget_are_planned_at_once() -> None:
+    """Twice the rounds that the tokens need."""
+    sizes = sizes_of([(0, [33 + index % 3]) for index in range(2000)])
+    began_s = time.process_time()
+    made = plan(sizes, num_ranks=4, budget_tokens=BUDGET, cost=COST)
+    assert len(made.rounds) == 500 and made.busy_share > 0.99
+    assert time.process_time() - began_s < 10, "trying every number of rounds takes minutes"
+
+
+@given(groups_of_sizes, st.integers(1, 5))
+def test_it_takes_no_longer_than_next_fit(groups: list[tuple[int, list[int]]], num_ranks: int) -> None:
+    sizes = sizes_of(groups)
+    made = plan(sizes, num_ranks=num_ranks, budget_tokens=BUDGET, cost=COST)
+    assert made.time <= 1.34 * streaming_time(sizes, num_ranks)
 
 
 @given(st.lists(st.integers(1, BUDGET), min_size=1, max_size=40), st.integers(2, 5))
@@ -110,6 +200,37 @@ def test_a_sample_survives_its_journey(of_tokens: bool) -> None:
     )
     back = _decoded(_encoded(sample))
     assert repr(back) == repr(sample)
+
+
+def test_samples_that_were_not_planned_are_refused() -> None:
+    sample = sample_of(np.array([1, 2, 3], dtype=np.int32))
+
+    class Peers(AloneRanks):
+        data = b""
+
+        def exchange(self, messages: Sequence[bytes], *, most_bytes: Sequence[int]) -> list[bytes]:
+            return [self.data]
+
+    def receive(data: Any) -> dict[int, TrainingSample]:
+        peers = Peers()
+        peers.data = msgpack.packb(data)
+        return exchange([{}], [{4: 3}], peers)
+
+    fields = _encoded(sample)
+    assert repr(receive([[4, fields]])) == repr({4: sample})
+    for other in ([[5, fields]], [], [[4, _encoded(sample_of(np.array([1, 2], dtype=np.int32)))]]):
+        with pytest.raises(ArealError, match="rank 0 sent other samples"):
+            receive(other)
+    broken = [{**fields, "advantage": bytes(8)}, {**fields, "lag": "one"}, {**fields, "tokens": bytes(5)}, {}]
+    for each in (*broken, 7):
+        with pytest.raises(ArealError, match="rank 0 sent samples that cannot be read"):
+            receive([[4, each]])
+
+
+@pytest.mark.timeout(100)
+def test_three_ranks_give_the_gradient_of_streaming(tmp_path: Path) -> None:
+    """With segments, groups without advantages and a rank without work; abandoned; the same step twice."""
+    run_ranks("balanced", str(tmp_path), write_model(tmp_path / "model"), world_size=3)
 
 
 @pytest.mark.timeout(100)

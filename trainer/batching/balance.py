@@ -23,7 +23,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from areal_like.errors import ConfigError
 from trainer.batching.shared_prefixes import budget_size
@@ -55,6 +55,16 @@ class SequenceSize:
     num_tokens: int
     prefix: int
     """Tokens that it shares with an earlier sequence of its group."""
+    distance: int = 1
+    """Which one: 1 is the sequence before it, 2 the one before that."""
+    prefix_of_last: int = 0
+    """With a distance above 1: tokens that it shares with the sequence before it."""
+
+    def prefix_after(self, num_before: int) -> int:
+        """Tokens that it shares if only so many sequences before it are in its micro-batch, or fewer."""
+        if num_before >= self.distance:
+            return self.prefix
+        return self.prefix_of_last if num_before else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +82,22 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Unit:
-    members: tuple[int, ...]
-    cost: int
-    size: int
+    """Sequences `start` to `stop` - 1."""
+
+    start: int
+    stop: int
+    cost: int = 0
+    size: int = 0
+
+    def with_next(self, sequence: SequenceSize, cost: Cost) -> _Unit:
+        """The unit and the sequence after it. The first has nobody to share a prefix with."""
+        prefix = sequence.prefix_after(self.stop - self.start)
+        return _Unit(
+            start=self.start,
+            stop=self.stop + 1,
+            cost=self.cost + cost.of(sequence.num_tokens, prefix=prefix),
+            size=self.size + budget_size(sequence.num_tokens, prefix=prefix),
+        )
 
 
 def plan(
@@ -93,17 +116,24 @@ def plan(
     if not sizes:
         return Plan(rounds=(), busy_share=1.0, time=0)
     groups = _groups(sizes)
-    whole = [_unit(sizes, group, cost) for group in groups]
-    least_cost = sum(unit.cost for unit in whole)
+    whole = [unit for group in groups for unit in _cut(sizes, group, cost)]
     num_rounds = -(-sum(unit.size for unit in whole) // (num_ranks * budget_tokens))
-    fair = -(-least_cost // (num_ranks * num_rounds))
-    limits = [] if whole_groups else [*(fair // parts for parts in _FINENESS), 0]
-    plans = []
-    for limit in (None, *limits):
-        units = [
-            unit for group in groups for unit in _cut(sizes, group, cost, budget_tokens, limit, whole_groups)
+    fair = -(-sum(unit.cost for unit in whole) // (num_ranks * num_rounds))
+    cuts = [whole]
+    if not whole_groups:
+        limits = (None, *(fair // parts for parts in _FINENESS), 0)
+        cuts = [
+            [
+                unit
+                for group in groups
+                for unit in _cut(sizes, group, cost, most_size=budget_tokens, most_cost=limit)
+            ]
+            for limit in limits
         ]
-        units.sort(key=lambda unit: (-unit.cost, unit.members))
+    _check(cuts[0], budget_tokens, what="group" if whole_groups else "sequence")
+    plans = []
+    for units in [units for at, units in enumerate(cuts) if units not in cuts[:at]]:
+        units.sort(key=lambda unit: (-unit.cost, unit.start))
         for fill in (_all_at_once, _round_by_round):
             rounds = fill(units, num_ranks=num_ranks, num_rounds=num_rounds, budget_tokens=budget_tokens)
             plans.append((sum(each[0].cost for each in rounds), sum(unit.cost for unit in units), rounds))
@@ -122,43 +152,35 @@ def _groups(sizes: Sequence[SequenceSize]) -> list[range]:
     return [range(start, stop) for start, stop in pairwise(starts)]
 
 
-def _unit(sizes: Sequence[SequenceSize], members: Sequence[int], cost: Cost) -> _Unit:
-    """The first member of a unit has nobody to share a prefix with."""
-    prefixes = [0, *(sizes[i].prefix for i in members[1:])]
-    lengths = [sizes[i].num_tokens for i in members]
-    return _Unit(
-        members=tuple(members),
-        cost=sum(cost.of(n, prefix=prefix) for n, prefix in zip(lengths, prefixes, strict=True)),
-        size=sum(budget_size(n, prefix=prefix) for n, prefix in zip(lengths, prefixes, strict=True)),
-    )
-
-
 def _cut(
     sizes: Sequence[SequenceSize],
     group: range,
     cost: Cost,
-    budget_tokens: int,
-    limit: int | None,
-    whole: bool,
+    *,
+    most_size: int | None = None,
+    most_cost: int | None = None,
 ) -> list[_Unit]:
-    """A group as units of consecutive sequences, each within the budget and, of several, below `limit`."""
+    """A group as units of consecutive sequences, of which those with several keep to the limits."""
     units: list[_Unit] = []
     for index in group:
-        longer = _unit(sizes, [*units[-1].members, index], cost) if units else None
-        if longer is not None and (
-            whole or (longer.size <= budget_tokens and (limit is None or longer.cost <= limit))
-        ):
-            units[-1] = longer
-        else:
-            units.append(_unit(sizes, [index], cost))
+        if units:
+            longer = units[-1].with_next(sizes[index], cost)
+            if (most_size is None or longer.size <= most_size) and (
+                most_cost is None or longer.cost <= most_cost
+            ):
+                units[-1] = longer
+                continue
+        units.append(_Unit(start=index, stop=index).with_next(sizes[index], cost))
+    return units
+
+
+def _check(units: Sequence[_Unit], budget_tokens: int, *, what: str) -> None:
     for unit in units:
         if unit.size > budget_tokens:
-            what = "group" if whole else "sequence"
             raise ConfigError(
                 f"a {what} of {unit.size} tokens does not fit trainer.tokens_per_microbatch={budget_tokens}: "
                 f"raise it to at least {unit.size}"
             )
-    return units
 
 
 @dataclass
@@ -174,12 +196,24 @@ def _all_at_once(
     units: Sequence[_Unit], *, num_ranks: int, num_rounds: int, budget_tokens: int
 ) -> list[list[_Bin]]:
     """Rounds of at most `num_ranks` bins, the most expensive first; more rounds where units do not fit."""
-    while True:
-        bins, rest = _fill(units, num_bins=num_ranks * num_rounds, budget_tokens=budget_tokens)
-        if not rest:
-            bins.sort(key=lambda each: (-each.cost, each.members))
-            return [bins[at : at + num_ranks] for at in range(0, len(bins), num_ranks)]
-        num_rounds += 1
+    too_few, more = num_rounds - 1, 1
+    while (bins := _fill_all(units, num_bins=num_ranks * num_rounds, budget_tokens=budget_tokens)) is None:
+        too_few, num_rounds, more = num_rounds, num_rounds + more, 2 * more
+    while num_rounds - too_few > 1:
+        middle = (too_few + num_rounds) // 2
+        fewer = _fill_all(units, num_bins=num_ranks * middle, budget_tokens=budget_tokens)
+        if fewer is None:
+            too_few = middle
+        else:
+            bins, num_rounds = fewer, middle
+    bins.sort(key=lambda each: (-each.cost, each.members))
+    return [bins[at : at + num_ranks] for at in range(0, len(bins), num_ranks)]
+
+
+def _fill_all(units: Sequence[_Unit], *, num_bins: int, budget_tokens: int) -> list[_Bin] | None:
+    """Bins that are not empty; None if a unit fits into none."""
+    bins, rest = _fill(units, num_bins=num_bins, budget_tokens=budget_tokens, leaves_none=True)
+    return None if rest else bins
 
 
 def _round_by_round(
@@ -198,24 +232,39 @@ def _round_by_round(
 
 
 def _fill(
-    units: Sequence[_Unit], *, num_bins: int, budget_tokens: int, limit: int | None = None
+    units: Sequence[_Unit],
+    *,
+    num_bins: int,
+    budget_tokens: int,
+    limit: int | None = None,
+    leaves_none: bool = False,
 ) -> tuple[list[_Bin], list[_Unit]]:
-    """(bins that are not empty, units that fit into none). `limit`: of a bin's cost."""
+    """(bins that are not empty, units that fit into none).
+
+    `units`: by falling cost. `limit`: of a bin's cost. `leaves_none`: ends with the first that does not fit.
+    """
     bins = [_Bin(room=budget_tokens) for _ in range(num_bins)]
     heap = [(0, index) for index in range(num_bins)]
-    rest = []
-    for unit in units:
+    least_sizes = list(accumulate((unit.size for unit in reversed(units)), min))[::-1]
+    rest: list[_Unit] = []
+    for at, (unit, least_size) in enumerate(zip(units, least_sizes, strict=True)):
+        if not heap or (limit is not None and heap[0][0] + units[-1].cost > limit):
+            return [each for each in bins if each.members], [*rest, *units[at:]]
         full = []
         while heap and bins[heap[0][1]].room < unit.size:
-            full.append(heapq.heappop(heap))
+            entry = heapq.heappop(heap)
+            if bins[entry[1]].room >= least_size:  # else no later unit fits, either
+                full.append(entry)
         if heap and (limit is None or heap[0][0] + unit.cost <= limit):
             cost, index = heap[0]
             heapq.heapreplace(heap, (cost + unit.cost, index))
             chosen = bins[index]
             chosen.cost, chosen.room = cost + unit.cost, chosen.room - unit.size
-            chosen.members += unit.members
+            chosen.members += range(unit.start, unit.stop)
         else:
             rest.append(unit)
+            if leaves_none:
+                break
         for entry in full:
             heapq.heappush(heap, entry)
     return [each for each in bins if each.members], rest

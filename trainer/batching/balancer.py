@@ -15,7 +15,7 @@ import torch
 from trainer.batching.balance import Cost, Plan, SequenceSize, plan
 from trainer.batching.exchange import exchange
 from trainer.batching.packing import MicroBatch, TrainingSample
-from trainer.batching.shared_prefixes import PrefixFinder
+from trainer.batching.shared_prefixes import Prefix, PrefixFinder
 from trainer.distributed.ranks import Ranks
 
 
@@ -47,18 +47,32 @@ class Balancer:
         """
         own = [sample for group in groups for sample in group]
         rows = [
-            (sample.group, place, sample.trajectory.num_tokens, prefix, self._ranks.rank)
+            (
+                self._ranks.rank,
+                place,
+                size.group,
+                size.num_tokens,
+                size.prefix,
+                size.distance,
+                size.prefix_of_last,
+            )
             for group in groups
-            for place, (sample, prefix) in enumerate(zip(group, self._prefixes(group), strict=True))
+            for place, size in enumerate(self._sizes(group))
         ]
         flat = torch.tensor(rows, dtype=torch.int64).flatten()
-        table_N5 = self._ranks.gather(flat).view(-1, 5).numpy()
+        table_NC = self._ranks.gather(flat).view(-1, 7).numpy()
         # By group and place in it: the recorded order, whichever rank has fetched a group.
-        order_N = np.lexsort((table_N5[:, 1], table_N5[:, 0]))
-        table_N5 = table_N5[order_N]
+        order_N = np.lexsort((table_NC[:, 1], table_NC[:, 2]))
+        table = table_NC[order_N].tolist()
         sizes = [
-            SequenceSize(group=group, num_tokens=num_tokens, prefix=prefix)
-            for group, _, num_tokens, prefix, _ in table_N5.tolist()
+            SequenceSize(
+                group=group,
+                num_tokens=num_tokens,
+                prefix=prefix,
+                distance=distance,
+                prefix_of_last=prefix_of_last,
+            )
+            for _, _, group, num_tokens, prefix, distance, prefix_of_last in table
         ]
         made = plan(
             sizes,
@@ -68,34 +82,49 @@ class Balancer:
             whole_groups=self._whole_groups,
         )
         self.busy_share = made.busy_share
-        owner_N = table_N5[:, 4].tolist()
-        by_place = {(row[0], row[1]): sample for row, sample in zip(rows, own, strict=True)}
+        owner_N = [owner for owner, *_ in table]
+        by_place = {(place, group): sample for (_, place, group, *_), sample in zip(rows, own, strict=True)}
         held = {
-            index: by_place[group, place]
-            for index, (group, place, *_, owner) in enumerate(table_N5.tolist())
+            index: by_place[place, group]
+            for index, (owner, place, group, *_) in enumerate(table)
             if owner == self._ranks.rank
         }
         of_rounds = placed(made, sizes, owner_N, num_ranks=self._ranks.world_size)
         leaving: list[dict[int, TrainingSample]] = [{} for _ in range(self._ranks.world_size)]
+        arriving: list[dict[int, int]] = [{} for _ in range(self._ranks.world_size)]
         for of_ranks in of_rounds:
             for rank, members in enumerate(of_ranks):
-                if rank != self._ranks.rank:
-                    leaving[rank] |= {index: held[index] for index in members if index in held}
-        held |= exchange(leaving, self._ranks)
+                for index in members:
+                    if rank == self._ranks.rank and index not in held:
+                        arriving[owner_N[index]][index] = sizes[index].num_tokens
+                    elif rank != self._ranks.rank and index in held:
+                        leaving[rank][index] = held[index]
+        held |= exchange(leaving, arriving, self._ranks)
         return [
             tuple(held[index] for index in of_ranks[self._ranks.rank])
             for of_ranks in of_rounds
             if of_ranks[self._ranks.rank]
         ]
 
-    def _prefixes(self, group: Sequence[TrainingSample]) -> list[int]:
-        if not self._shares_prefixes:
-            return [0] * len(group)
-        finder, prefixes = PrefixFinder(), []
-        for sample in group:
-            prefixes.append(finder.find(sample.trajectory.tokens).length)
-            finder.append(sample.trajectory.tokens)
-        return prefixes
+    def _sizes(self, group: Sequence[TrainingSample]) -> list[SequenceSize]:
+        finder, sizes = PrefixFinder(), []
+        for place, sample in enumerate(group):
+            tokens = sample.trajectory.tokens
+            found, of_last = Prefix(), PrefixFinder()
+            if place and self._shares_prefixes:
+                found = finder.find(tokens)
+                of_last.append(group[place - 1].trajectory.tokens)
+            sizes.append(
+                SequenceSize(
+                    group=sample.group,
+                    num_tokens=len(tokens),
+                    prefix=found.length,
+                    distance=place - found.source if found.length else 1,
+                    prefix_of_last=of_last.find(tokens).length,
+                )
+            )
+            finder.append(tokens)
+        return sizes
 
 
 def placed(

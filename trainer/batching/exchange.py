@@ -13,25 +13,46 @@ import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
+from areal_like.errors import ArealError
 from areal_like.trajectory import FinishReason, Trajectory
 from trainer.batching.packing import TrainingSample
 from trainer.distributed.ranks import Ranks
 
 _TOKEN_ARRAYS = {"tokens": "<i4", "loss_mask": "u1", "logprobs": "<f4", "versions": "<i4"}
+_BYTES_PER_TOKEN = 29
+"""Of the arrays above, and of an advantage and a lag for each token."""
+_BYTES_PER_SAMPLE = 256
+"""Most bytes of a sample beside its tokens, and of the list that it is in."""
 
 
-def exchange(leaving: Sequence[Mapping[int, TrainingSample]], ranks: Ranks) -> dict[int, TrainingSample]:
+def exchange(
+    leaving: Sequence[Mapping[int, TrainingSample]], arriving: Sequence[Mapping[int, int]], ranks: Ranks
+) -> dict[int, TrainingSample]:
     """The samples that the other ranks send to this one, by index. Collective.
 
-    `leaving`: for each rank, the samples that go there, by their index in the step.
+    `leaving`: for each rank, the samples that go there, by their index in the step. `arriving`: for each
+    rank, the tokens of the samples that come from there, by index. Raises ArealError if others come.
     """
     received = ranks.exchange(
         [
             msgpack.packb([[index, _encoded(sample)] for index, sample in of_rank.items()])
             for of_rank in leaving
-        ]
+        ],
+        most_bytes=[
+            _BYTES_PER_SAMPLE * (1 + len(of_rank)) + _BYTES_PER_TOKEN * sum(of_rank.values())
+            for of_rank in arriving
+        ],
     )
-    return {index: _decoded(fields) for data in received for index, fields in msgpack.unpackb(data)}
+    samples: dict[int, TrainingSample] = {}
+    for rank, (data, expected) in enumerate(zip(received, arriving, strict=True)):
+        try:
+            of_rank = {index: _decoded(fields) for index, fields in msgpack.unpackb(data)}
+        except (ValueError, TypeError, KeyError) as error:
+            raise ArealError(f"rank {rank} sent samples that cannot be read: {error!r}") from error
+        if {index: sample.trajectory.num_tokens for index, sample in of_rank.items()} != expected:
+            raise ArealError(f"rank {rank} sent other samples than this step's plan says")
+        samples |= of_rank
+    return samples
 
 
 def _encoded(sample: TrainingSample) -> dict[str, Any]:
@@ -51,15 +72,16 @@ def _encoded(sample: TrainingSample) -> dict[str, Any]:
 
 def _decoded(fields: dict[str, Any]) -> TrainingSample:
     arrays: dict[str, Any] = {name: _array(fields[name], dtype) for name, dtype in _TOKEN_ARRAYS.items()}
+    num_tokens = len(arrays["tokens"])
     return TrainingSample(
         trajectory=Trajectory(
             **arrays,
             reward=fields["reward"],
             finish_reason=FinishReason(fields["finish_reason"]),
         ),
-        advantage=_number_or_array(fields["advantage"], "<f8"),
-        lag=_number_or_array(fields["lag"], "<i8"),
-        group=fields["group"],
+        advantage=_number_or_array(fields["advantage"], "<f8", num_tokens),
+        lag=_number_or_array(fields["lag"], "<i8", num_tokens),
+        group=int(fields["group"]),
     )
 
 
@@ -69,8 +91,13 @@ def _number_or_bytes(value: Any, dtype: str) -> Any:
     return float(value) if dtype == "<f8" else int(value)
 
 
-def _number_or_array(value: Any, dtype: str) -> Any:
-    return _array(value, dtype) if isinstance(value, bytes) else value
+def _number_or_array(value: Any, dtype: str, num_tokens: int) -> Any:
+    if not isinstance(value, bytes):
+        return float(value) if dtype == "<f8" else int(value)
+    array = _array(value, dtype)
+    if len(array) != num_tokens:
+        raise ValueError(f"{len(array)} numbers for {num_tokens} tokens")
+    return array
 
 
 def _array(data: bytes, dtype: str) -> NDArray[Any]:

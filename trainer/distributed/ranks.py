@@ -13,6 +13,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -126,14 +127,23 @@ class Ranks:
         dist.all_gather(parts, padded, group=self._control)
         return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])
 
-    def exchange(self, messages: Sequence[bytes]) -> list[bytes]:
-        """Sends message r to rank r; returns the message of every rank to this one, in rank order."""
+    def exchange(self, messages: Sequence[bytes], *, most_bytes: Sequence[int]) -> list[bytes]:
+        """Sends message r to rank r; returns the message of every rank to this one, in rank order.
+
+        `most_bytes`: of the message of each rank to this one. Raises ArealError if one is longer.
+        """
         if self.world_size == 1:
             return list(messages)
         sizes = torch.tensor([len(message) for message in messages])
         received_sizes = torch.empty_like(sizes)
         dist.all_to_all_single(received_sizes, sizes, group=self._control)
+        for rank, (size, most) in enumerate(zip(received_sizes.tolist(), most_bytes, strict=True)):
+            if size > most:
+                raise ArealError(
+                    f"rank {rank} sends {size} bytes to rank {self.rank}: at most {most} expected"
+                )
         received = torch.empty(int(received_sizes.sum()), dtype=torch.uint8)
-        sent = torch.frombuffer(bytearray(b"".join(messages)), dtype=torch.uint8)
+        # A copy, as a tensor wants memory that may be written, of any length, as also 0 bytes may be sent.
+        sent = torch.from_numpy(np.frombuffer(b"".join(messages), dtype=np.uint8).copy())
         dist.all_to_all_single(received, sent, received_sizes.tolist(), sizes.tolist(), group=self._control)
         return [part.numpy().tobytes() for part in torch.split(received, received_sizes.tolist())]
