@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+from transformers import AutoConfig
 
 from areal_like.config.loading import from_mapping
 from areal_like.errors import ConfigError
@@ -14,6 +15,7 @@ from tests.support.trainer_helpers import random_groups, write_model
 from trainer.batching.packing import TrainingSample, collate
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import local
+from trainer.models.packed_model import decoder_layers
 from trainer.models.policy import Policy
 from trainer.step.recipe import StepRecipe
 
@@ -51,6 +53,19 @@ def test_compiled_layers_change_nothing_but_rounding(tmp_path: Path) -> None:
         assert compiled.keys() == plain.keys()
         for name, grad in compiled.items():
             torch.testing.assert_close(grad, plain[name], rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [("qwen3", "self_attn"), ("gpt2", "attn"), ("gpt_neox", "attention"), ("opt", "self_attn")],
+)
+def test_all_but_attention_is_compiled(tmp_path: Path, family: str, attention: str) -> None:
+    """Attention would be compiled again for every layout of a batch."""
+    AutoConfig.for_model(family).save_pretrained(tmp_path)
+    policy = Policy.build(str(tmp_path), compiles=True)
+    for layer in decoder_layers(policy.model):
+        plain = {name for name, child in layer.named_children() if child._compiled_call_impl is None}
+        assert plain == {attention}
 
 
 def test_it_is_refused_with_gradients_of_single_sequences() -> None:

@@ -227,8 +227,10 @@ def _compile_layers(model: Any) -> None:
     """
     with_router = {id(module) for module in routers(model)}
     for layer in decoder_layers(model):
-        for name, child in layer.named_children():
-            if "attn" not in name and not any(id(module) in with_router for module in child.modules()):
+        for child in layer.children():
+            # By its class: its name is `self_attn`, `attn`, `attention` or `self_attention`.
+            is_attention = "Attention" in type(child).__name__
+            if not is_attention and not any(id(module) in with_router for module in child.modules()):
                 child.compile(dynamic=True)
 
 
