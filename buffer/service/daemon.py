@@ -25,6 +25,7 @@ from typing import Any
 
 from areal_like.config import Config
 from areal_like.errors import RefusedError, RunFinishedError, StaleIncarnationError
+from areal_like.runtime.command_line import keep_config
 from areal_like.runtime.daemon import Runtime, cancelled_on_exit
 from areal_like.security.binding import require_loopback_or_keys, resolves_to_loopback
 from areal_like.shards import Shard
@@ -61,6 +62,7 @@ _LAST_REPLY_S = 0.2
 async def main(runtime: Runtime) -> None:
     """Serves until it is stopped. Raises ArealError if the job fails."""
     daemon = BufferDaemon(runtime, Shard.named(runtime.name, count=runtime.config.buffer.num_shards))
+    keep_config(runtime.config, runtime.paths.config)
     try:
         await daemon.serve()
     finally:
