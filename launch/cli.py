@@ -59,6 +59,12 @@ COMMANDS = {
         f"top {JOB} [--once]",
         "the live view of a running job, until Ctrl-C; --once: one picture",
     ),
+    "why": Command(
+        "why",
+        f"why {JOB} [--json]",
+        "says what a running job waits on and for how long, down to the engine, and otherwise which pool is "
+        "the limit; exit code 1 if it waits on something that should not take so long",
+    ),
     "audit": Command(
         "audit",
         "audit RUN [--json]",

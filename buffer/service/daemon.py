@@ -38,6 +38,7 @@ from buffer.ledger.recovery import recover
 from buffer.rates import RecentNumbers
 from buffer.service import status
 from buffer.service.handlers import NEEDS_DURABILITY, Handlers
+from buffer.service.job_watch import JobWatch
 from buffer.service.operations import Operations
 from buffer.service.outbox import Outbox
 from buffer.service.peer_keys import KEY_FIELDS, ROLES, PeerKeys
@@ -105,11 +106,11 @@ class BufferDaemon:
             max_peers=config.buffer.max_peers,
             only_loopback=admits_only_this_machine(config.security, buffer_host(config, shard)),
         )
-        self._end = RunEnd(
-            self._peers, linger_s=config.daemon.linger_s, was_finished=self._ledger.is_finished
-        )
+        linger_s = config.daemon.linger_s
+        self._end = RunEnd(self._peers, linger_s=linger_s, was_finished=self._ledger.is_finished)
         keyring = runtime.keyring
         self._recent = RecentNumbers()
+        self._watch = JobWatch(config, runtime.metrics, self._ledger, self._peers, now_s=self._loop.time())
         self._series = BufferSeries(runtime.metrics, max_staleness=config.staleness_cap)
         self._keys = PeerKeys(
             is_named=lambda name, role: keyring is None or keyring.is_named(name, role),
@@ -199,6 +200,7 @@ class BufferDaemon:
             refused=self._refused_frames(),
             num_fetches=self._outbox.num_fetches,
             recent=self._recent,
+            why=self._watch.report(),
         )
 
     async def _linger(self) -> bool:
@@ -250,7 +252,7 @@ class BufferDaemon:
         return any(self._loop.time() - peer.last_heard_s <= alive_s for peer in ranks)
 
     def _screen(self, route: bytes, kind: type) -> bool:
-        # Without `_failing_on_error`, which takes longer than the rest: every message passes here.
+        # Without `_failing_on_error`, which takes longer: every message passes here.
         try:
             return self._handlers.may_send(route, kind)
         except Exception as error:
@@ -302,6 +304,7 @@ class BufferDaemon:
         """Periodic work: expires leases, removes silent servers, updates the Prometheus series."""
         self._ticking = self._loop.call_later(_TICK_S, self._tick)
         with self._failing_on_error():
+            self._watch.tick(now_s=self._loop.time(), interval_s=_TICK_S)
             if reason := self._ledger.write_blocked_reason:
                 self._runtime.unready(reason)
             else:
@@ -314,6 +317,7 @@ class BufferDaemon:
                 )
                 self._peers.remove(name)
                 self._end.lost(name, now_s=self._loop.time())
+                self._watch.lost(name, now_s=self._loop.time())
             self._handlers.registration.tick()
             self._remove_revoked()
             self._outbox.servers_changed()
