@@ -70,6 +70,11 @@ class DaemonConfig(Section, key="daemon"):
     encrypted."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Lowest level that is logged."""
+    log_max_mb: float = 64.0
+    """Megabytes at which a file in `logs/` becomes a copy, `<file>.1`; 0: never, for a program like logrotate
+    that sends SIGHUP. This holds for `<daemon>.log`, `<daemon>.out` and `<server>-engine.log`."""
+    log_backups: int = 4
+    """Copies of each file in `logs/` that are kept; the oldest one goes first."""
 
     def check(self) -> None:
         require(bool(self.http_host), "daemon.http_host is empty: give an address to bind, e.g. 127.0.0.1")
@@ -82,6 +87,11 @@ class DaemonConfig(Section, key="daemon"):
             "(1 is a failure, 2 a wrong setting)",
         )
         require(1 <= self.io_threads <= 64, f"daemon.io_threads={self.io_threads}: use 1..64")
+        require(
+            self.log_max_mb == 0 or 0.01 <= self.log_max_mb < float("inf"),
+            f"daemon.log_max_mb={self.log_max_mb:g}: use at least 0.01, or 0 for no limit",
+        )
+        require(1 <= self.log_backups <= 99, f"daemon.log_backups={self.log_backups}: use 1..99")
 
 
 @dataclass(frozen=True, kw_only=True)
