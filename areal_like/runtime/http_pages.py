@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from areal_like.config import Config
+from areal_like.config import Config, to_mapping
 from areal_like.errors import ArealError, ConfigError
 from areal_like.http.access import AccessRules, Reason, host_names
 from areal_like.http.guard import BodyLimits, HttpGuard
@@ -21,6 +21,7 @@ from areal_like.http.server import HttpConfig, HttpServer
 from areal_like.runtime.metrics import CONTENT_TYPE, Metrics
 from areal_like.security.binding import require_loopback_or_keys
 from areal_like.security.keyring import Keyring
+from areal_like.security.redaction import without_secrets
 from areal_like.security.tls import tls_files
 from areal_like.security.tokens import role_of_token
 from areal_like.wire.sockets import bound_socket
@@ -142,6 +143,9 @@ def _pages(daemon: Daemon) -> Starlette:
     async def status(_: Request) -> Response:
         return JSONResponse(daemon.describe())
 
+    async def config(_: Request) -> Response:
+        return JSONResponse(without_secrets(to_mapping(daemon.config)))
+
     async def control(request: Request) -> Response:
         verb = daemon.verbs.get(request.path_params["verb"])
         if verb is None:
@@ -163,6 +167,7 @@ def _pages(daemon: Daemon) -> Starlette:
             Route("/metrics", metrics),
             Route("/metrics/{part}", metrics_of),
             Route("/status", status),
+            Route("/config", config),
             Route("/control/{verb}", control, methods=["POST"]),
         ]
     )

@@ -25,6 +25,7 @@ from typing import Any
 
 from areal_like.config import Config
 from areal_like.errors import RefusedError, RunFinishedError, StaleIncarnationError
+from areal_like.runtime.command_line import keep_config
 from areal_like.runtime.daemon import Runtime, cancelled_on_exit
 from areal_like.security.binding import require_loopback_or_keys, resolves_to_loopback
 from areal_like.shards import Shard
@@ -62,6 +63,7 @@ _LAST_REPLY_S = 0.2
 async def main(runtime: Runtime) -> None:
     """Serves until it is stopped. Raises ArealError if the job fails."""
     daemon = BufferDaemon(runtime, Shard.named(runtime.name, count=runtime.config.buffer.num_shards))
+    keep_config(runtime.config, runtime.paths.config)
     try:
         await daemon.serve()
     finally:
@@ -95,17 +97,16 @@ class BufferDaemon:
             reopen=config.resume not in ("", "auto"),
         )
         self._ledger.hold_grants()
-        settings = {role: shared_settings(config, role) for role in Role}
         self._peers = ConnectedPeers(
             job=config.name,
             dataset=dataset,
-            settings=settings,
+            settings={role: shared_settings(config, role) for role in Role},
             shard=shard,
             max_peers=config.buffer.max_peers,
             only_loopback=_admits_only_this_machine(config, shard),
         )
-        linger_s = config.daemon.linger_s
-        self._end = RunEnd(self._peers, linger_s=linger_s, was_finished=self._ledger.is_finished)
+        is_finished = self._ledger.is_finished
+        self._end = RunEnd(self._peers, linger_s=config.daemon.linger_s, was_finished=is_finished)
         keyring = runtime.keyring
         self._watch = JobWatch(config, runtime.metrics, self._ledger, self._peers, now_s=self._loop.time())
         self._series = BufferSeries(runtime.metrics, max_staleness=config.staleness_cap)
@@ -248,8 +249,7 @@ class BufferDaemon:
         return any(self._loop.time() - peer.last_heard_s <= alive_s for peer in ranks)
 
     def _screen(self, route: bytes, kind: type) -> bool:
-        # Without `_failing_on_error`, which takes longer: every message passes here.
-        try:
+        try:  # not `_failing_on_error`, which takes longer: every message passes here
             return self._handlers.may_send(route, kind)
         except Exception as error:
             self._fail(error)

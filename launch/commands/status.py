@@ -6,16 +6,14 @@ import argparse
 
 from rich.console import Console
 
-from launch.commands.parser import add_run
-from launch.observation.http_json import operator_of
-from launch.observation.observer import Observation, look_at_daemons
-from launch.run_directory.rundir import find_run
+from launch.commands.running_job import add_job, job_of
+from launch.observation.observer import Observation
 from launch.view.daemons import daemon_table, tickets_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """RUN."""
-    add_run(parser)
+    """The job."""
+    add_job(parser)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -23,11 +21,11 @@ def main(args: argparse.Namespace) -> int:
 
     Raises ConfigError without such a run, or without the operator's token of a run with keys.
     """
-    root = find_run(args.run)
-    daemons = look_at_daemons(root / "endpoints", operator=operator_of(root))
+    job = job_of(args)
+    daemons = job.daemons()
     console = Console()
     if not daemons:
-        console.print(f"{root}: no daemon is running", markup=False, highlight=False)
+        console.print(f"{job.name}: no daemon is running", markup=False, highlight=False)
         return 1
     console.print(daemon_table(list(daemons.values()), width=console.width))
     seen = Observation(daemons=daemons)
