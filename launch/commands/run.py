@@ -16,6 +16,7 @@ from areal_like.runtime.command_line import add_config_option
 from areal_like.runtime.logs import configure_launcher_log
 from areal_like.runtime.process import keep_files_private
 from areal_like.runtime.signals import handle_log_signals, request_reopen
+from buffer.storage.place import network_warning
 from launch.commands.parser import add_settings
 from launch.commands.stop_signals import StopSignals
 from launch.local_job.job import LocalJob
@@ -51,7 +52,7 @@ def run_local(argv: Sequence[str]) -> int:
     # Stacks only into the log: stderr is the user's terminal.
     handle_log_signals(to_stderr=False, hangup=False)
     stops = StopSignals(on_hangup=request_reopen)
-    for line in run.announcement:
+    for line in filter(None, (*run.announcement, network_warning(run.config))):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if run.is_finished:
         run.close()
