@@ -28,7 +28,7 @@ from trainer.metrics.prometheus import TRACKER_OUTCOMES
 from trainer.metrics.run_files import read_rows
 from trainer.trackers.base import Aliases, TrackedRow, TrackedRun, Tracker, build_trackers
 from trainer.trackers.names import evaluation_numbers, step_numbers
-from trainer.trackers.sent_config import without_secrets
+from areal_like.security.secret_values import without_secrets
 
 log = logging.getLogger(__name__)
 
