@@ -198,3 +198,5 @@ class LeaseRecord:
     outstanding: set[int]
     """Sample indices not yet finished."""
     expires_s: float
+    granted_s: float = 0.0
+    """When it was granted, or restored by a new buffer."""

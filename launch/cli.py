@@ -49,6 +49,12 @@ COMMANDS = {
         "status RUN",
         "shows the state of a run's daemons; RUN (in all commands): a name below runs/ or a directory",
     ),
+    "why": Command(
+        "why",
+        "why RUN [--json]",
+        "says what a running job waits on and for how long, down to the engine, and otherwise which pool is "
+        "the limit; exit code 1 if it waits on something that should not take so long",
+    ),
     "audit": Command(
         "audit",
         "audit RUN [--json]",

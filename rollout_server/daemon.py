@@ -45,6 +45,9 @@ from rollout_server.weight_sync.receiver import WeightReceiver
 
 log = logging.getLogger(__name__)
 
+_FROZEN_S = 10.0
+"""A server whose engine owes a token or an answer for longer is not ready."""
+
 
 async def main(runtime: Runtime) -> None:
     """Serves until `runtime.stopping`. Raises ConfigError for settings that contradict each other."""
@@ -143,6 +146,8 @@ class RolloutServer:
             config.rollout.advertise_host or config.rollout.host, self._receiver.port
         )
         runtime.status = self._status
+        runtime.trouble = self._trouble
+        runtime.waits.sources += [self._supervisor.waits, *(pool.waits for pool in self._rewards)]
         runtime.metrics_pages["engine"] = self._engine_metrics
         runtime.advertise(weights=self._weights_address)
 
@@ -277,6 +282,11 @@ class RolloutServer:
         if client is None:
             raise EngineError("no engine is running")
         return await client.metrics()
+
+    def _trouble(self) -> str:
+        """Why a server that is otherwise ready makes no samples."""
+        wait, seconds = max(self._supervisor.waits().items(), key=lambda each: each[1], default=("", 0.0))
+        return f"{wait} for {seconds:.0f} s" if seconds > _FROZEN_S else ""
 
     def _status(self) -> dict[str, Any]:
         client = self._supervisor.client

@@ -305,7 +305,7 @@ class Leader:
         # An engine scores given tokens at temperature 1 only.
         is_checked = weights.check_interval_s is not None and self._config.sampling.temperature == 1
         self._publisher = Publisher(
-            Broadcaster(weights, device=buffer.device, keyring=buffer.runtime.keyring),
+            Broadcaster(weights, device=buffer.device, keyring=buffer.runtime.keyring, waits=buffer.waits),
             call=buffer.call_async,
             servers=lambda: buffer.directory.servers,
             on_push=on_push,

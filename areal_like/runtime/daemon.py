@@ -52,14 +52,15 @@ class Runtime:
     Enter it with `async with` in the daemon's event loop.
     """
 
-    def __init__(self, config: Config, *, role: str, name: str) -> None:
-        """Raises ConfigError if `security.keys` has no usable key for this daemon."""
+    def __init__(self, config: Config, *, role: str, name: str, waits: PendingWaits | None = None) -> None:
+        """`waits`: those of the daemon, if it has waited before. Raises ConfigError if `security.keys` has no
+        usable key for this daemon."""
         self.config = config
         self.role = role
         self.name = name
         self.paths = RunPaths.of(config)
         self.metrics = Metrics()
-        self.waits = PendingWaits()
+        self.waits = waits or PendingWaits()
         self.keyring = Keyring.of(config.security, role=KeyRole(role)) if config.security.keys else None
         """The daemon's keys; None if the job has none."""
         self.stopping = asyncio.Event()
@@ -73,6 +74,9 @@ class Runtime:
         """Gets the exception of something that works beside `main` and has failed: the daemon must end."""
         self.status: Callable[[], dict[str, Any]] = dict
         """Returns the daemon's own part of /status."""
+        self.trouble: Callable[[], str] = str
+        """Returns why the daemon cannot work at this moment; empty if it can. It is not ready then, whatever
+        `ready` has said."""
         self.verbs: dict[str, Verb] = {"drain": self._on_drain_verb}
         """Handlers of `POST /control/<verb>`: JSON object in, JSON object out; UserError becomes a 400."""
         self.metrics_pages: dict[str, Page] = {}
@@ -97,7 +101,7 @@ class Runtime:
     @property
     def not_ready_because(self) -> str:
         """The reason in /status; empty when ready."""
-        return "draining" if self.stopping.is_set() else self._unready
+        return "draining" if self.stopping.is_set() else self._unready or self.trouble()
 
     def advertise(self, **addresses: Any) -> None:
         """Adds addresses to the daemon's endpoint file."""

@@ -1,6 +1,6 @@
-"""The configuration as it may leave the machine, without values that could be secrets.
+"""The configuration as it may leave the machine, to a tracker's server or in a report: without secrets.
 
-It goes to the server of a tracker and into a report. Passwords belong into files and variables, and no setting of ours has one. But tasks, rewards and the
+Passwords belong into files and variables, and no setting of ours has one. But tasks, rewards and the
 environment of an engine have settings of their own (`task.reward.api_key`, `rollout.sglang.env.HF_TOKEN`). So
 values are replaced by their names, also where a name only looks like that of a secret.
 """

@@ -28,6 +28,11 @@ MAX_WORD_CHARS = 64
 MAX_STATS = 256
 """Statistics in one message."""
 
+MAX_WAITS = 16
+"""Waits in one heartbeat."""
+MAX_WAIT_CHARS = 120
+"""Characters of a wait's name in a heartbeat."""
+
 MAX_STAT = 1e18
 """Size of a statistic: sums over all peers must stay finite, because JSON and the wire have no infinity."""
 
@@ -76,6 +81,8 @@ def check_lengths(message: Any) -> None:
         _check_hello(message)
     elif isinstance(message, (ServerHeartbeat, TrainerHeartbeat, Goodbye)):
         _check_stats(message.stats)
+    if isinstance(message, (ServerHeartbeat, TrainerHeartbeat)):
+        _check_waits(message.waits)
 
 
 def _check_hello(hello: Hello) -> None:
@@ -113,3 +120,12 @@ def _check_stats(stats: Mapping[str, float]) -> None:
         )
     if any(abs(value) > MAX_STAT for value in stats.values()):
         raise RefusedError("stats", f"at most {MAX_STAT:g} is accepted")
+
+
+def _check_waits(waits: Mapping[str, float]) -> None:
+    if len(waits) > MAX_WAITS or any(len(name) > MAX_WAIT_CHARS for name in waits):
+        raise RefusedError(
+            "waits", f"at most {MAX_WAITS} waits with names of {MAX_WAIT_CHARS} characters are accepted"
+        )
+    if not all(0 <= seconds <= MAX_STAT for seconds in waits.values()):
+        raise RefusedError("waits", f"want times from 0 to {MAX_STAT:g} s")

@@ -37,6 +37,7 @@ from areal_like.wire.messages.hello import JobFinished, Role
 from buffer.ledger.recovery import recover
 from buffer.service import status
 from buffer.service.handlers import NEEDS_DURABILITY, Handlers
+from buffer.service.job_watch import JobWatch
 from buffer.service.operations import Operations
 from buffer.service.outbox import Outbox
 from buffer.service.peer_keys import KEY_FIELDS, ROLES, PeerKeys
@@ -103,10 +104,10 @@ class BufferDaemon:
             max_peers=config.buffer.max_peers,
             only_loopback=_admits_only_this_machine(config, shard),
         )
-        self._end = RunEnd(
-            self._peers, linger_s=config.daemon.linger_s, was_finished=self._ledger.is_finished
-        )
+        linger_s = config.daemon.linger_s
+        self._end = RunEnd(self._peers, linger_s=linger_s, was_finished=self._ledger.is_finished)
         keyring = runtime.keyring
+        self._watch = JobWatch(config, runtime.metrics, self._ledger, self._peers, now_s=self._loop.time())
         self._series = BufferSeries(runtime.metrics, max_staleness=config.staleness_cap)
         self._keys = PeerKeys(
             is_named=lambda name, role: keyring is None or keyring.is_named(name, role),
@@ -195,6 +196,7 @@ class BufferDaemon:
             received_bytes=self._received_bytes,
             refused=self._refused_frames(),
             num_fetches=self._outbox.num_fetches,
+            why=self._watch.report(),
         )
 
     async def _linger(self) -> bool:
@@ -246,7 +248,7 @@ class BufferDaemon:
         return any(self._loop.time() - peer.last_heard_s <= alive_s for peer in ranks)
 
     def _screen(self, route: bytes, kind: type) -> bool:
-        # Without `_failing_on_error`, which takes longer than the rest: every message passes here.
+        # Without `_failing_on_error`, which takes longer: every message passes here.
         try:
             return self._handlers.may_send(route, kind)
         except Exception as error:
@@ -298,6 +300,7 @@ class BufferDaemon:
         """Periodic work: expires leases, removes silent servers, updates the Prometheus series."""
         self._ticking = self._loop.call_later(_TICK_S, self._tick)
         with self._failing_on_error():
+            self._watch.tick(now_s=self._loop.time(), interval_s=_TICK_S)
             if reason := self._ledger.write_blocked_reason:
                 self._runtime.unready(reason)
             else:
@@ -310,6 +313,7 @@ class BufferDaemon:
                 )
                 self._peers.remove(name)
                 self._end.lost(name, now_s=self._loop.time())
+                self._watch.lost(name, now_s=self._loop.time())
             self._handlers.registration.tick()
             self._remove_revoked()
             self._outbox.servers_changed()

@@ -157,7 +157,7 @@ class Handlers:
         beat: producer.ServerHeartbeat = envelope.message
         self._ledger.heartbeat(peer.hello.name, beat, now_s=self._clock())
         self._outbox.servers_changed()
-        peer.state, peer.stats = beat.state.value, beat.stats
+        peer.state, peer.stats, peer.waits = beat.state.value, beat.stats, beat.waits
         return self._heartbeat_ack()
 
     def _samples(self, peer: Peer, envelope: Envelope) -> None:
@@ -202,7 +202,8 @@ class Handlers:
     # --- trainer ---
 
     def _trainer_heartbeat(self, peer: Peer, envelope: Envelope) -> producer.HeartbeatAck:
-        peer.state, peer.stats = envelope.message.state, envelope.message.stats
+        beat: consumer.TrainerHeartbeat = envelope.message
+        peer.state, peer.stats, peer.waits, peer.step = beat.state, beat.stats, beat.waits, beat.step
         return self._heartbeat_ack(progress=self._peers.total("progress"))
 
     def _trainer_goodbye(self, peer: Peer, envelope: Envelope) -> Ok:

@@ -50,6 +50,10 @@ class Peer:
     state: str = "starting"
     stats: dict[str, float] = field(default_factory=dict)
     """Statistics of its last heartbeat."""
+    waits: dict[str, float] = field(default_factory=dict)
+    """What it waited for at its last heartbeat -> seconds."""
+    step: int = 0
+    """Of a rank: the step it works on."""
 
 
 class ConnectedPeers:

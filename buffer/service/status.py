@@ -47,8 +47,10 @@ def status(
     received_bytes: int,
     refused: dict[str, int],
     num_fetches: int,
+    why: dict[str, Any],
 ) -> dict[str, Any]:
-    """The body of /status. `refused`: counts of refused messages and connections, by name."""
+    """The body of /status. `refused`: counts of refused messages and connections, by name; `why`: who waits
+    on whom."""
     snapshot = ledger.snapshot()
     totals = run_counters(snapshot, peers, received_bytes=received_bytes)
     return {
@@ -76,6 +78,7 @@ def status(
         "selection": selection_report(totals.counters),
         "lag_histogram": {str(lag): count for lag, count in sorted(snapshot.lag_histogram.items())},
         "fetches_waiting": num_fetches,
+        "why": why,
         "buffer_bytes": snapshot.num_bytes,
         **refused,
         "peers": _peers_status(ledger.servers, peers, now_s=now_s),
@@ -95,6 +98,7 @@ def _peers_status(
                 "http": peer.hello.http_address,
                 "silent_s": round(now_s - peer.last_heard_s, 3),
                 "stats": peer.stats,
+                "waits": peer.waits,
                 "key": peer.key.name if peer.key is not None else "",
             }
             if (server := servers.get(peer.hello.name)) is not None:

@@ -89,6 +89,7 @@ class LeaseTable:
                 weights_step=row.weights_step,
                 outstanding=set(row.outstanding & ticket.unleased),
                 expires_s=now_s + self._timeout_s,
+                granted_s=now_s,
             )
             server = self.servers.get(row.server)
             if server is None:
@@ -198,6 +199,7 @@ class LeaseTable:
             weights_step=weights_step,
             outstanding=set(sorted(ticket.unleased)[:max_samples]),
             expires_s=now_s + self._timeout_s,
+            granted_s=now_s,
         )
         self._next_id += 1
         self._add(lease, server, ticket)

@@ -8,8 +8,10 @@ raises no error.
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,6 +100,11 @@ class Observation:
             name: add_up(find_table(status, name) for status in statuses) for name in ("tickets", "drops")
         }
 
+    @property
+    def why(self) -> dict[str, Any]:
+        """What the job waits on, as its buffers say, or as is seen from here if one does not answer."""
+        return diagnosis(self.daemons.values())
+
 
 class Observer:
     """Polls the job in a thread between `start` and `close`."""
@@ -156,6 +163,43 @@ def look_at_daemons(
         seen_s = time.monotonic() if status is not None else known.seen_s if known else 0.0
         daemons[path.stem] = DaemonView(name=path.stem, endpoint=endpoint, status=status, seen_s=seen_s)
     return daemons
+
+
+_NO_ANSWER_S = 5.0
+"""A daemon that has answered before and then not for so long does not run, or is stopped."""
+
+
+def diagnosis(daemons: Iterable[DaemonView]) -> dict[str, Any]:
+    """`causes`, `effects` and `bottleneck` of a job, from the answers of its buffers.
+
+    A buffer that does not answer is a cause itself: it can say nothing about the others.
+    """
+    causes: list[dict[str, Any]] = []
+    effects: list[str] = []
+    bottleneck = ""
+    for view in daemons:
+        if view.role != "buffer":
+            continue
+        if view.status is None or "why" not in view.status:
+            if (silent_s := time.monotonic() - view.seen_s if view.seen_s else math.inf) > _NO_ANSWER_S:
+                causes.append(_no_answer(view.name, silent_s))
+            continue
+        why = view.status["why"]
+        causes += [cause for cause in why.get("causes", []) if cause not in causes]
+        effects += [effect for effect in why.get("effects", []) if effect not in effects]
+        bottleneck = bottleneck or str(why.get("bottleneck", ""))
+    return {"causes": causes, "effects": effects, "bottleneck": "" if causes else bottleneck}
+
+
+def _no_answer(name: str, silent_s: float) -> dict[str, Any]:
+    since = f"for {silent_s:.0f} s" if silent_s < math.inf else "at all"
+    return {
+        "on": "buffer",
+        "name": name,
+        "seconds": min(silent_s, 1e9),
+        "what": f"no answer {since}: its process stands still, has ended, or cannot be reached from here",
+        "remedy": "look at its process and log; every role waits for it and goes on when it is back",
+    }
 
 
 def find_number(status: dict[str, Any], key: str) -> float | None:

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from areal_like.config import Config
 from launch.observation.observer import Observation, find_number, find_table
+from launch.view.daemons import why_line
 from launch.view.formatting import fixed, rate
 from launch.view.speed import Eta, recent_mean, tokens_per_s_trained
 
@@ -61,5 +62,6 @@ def plain_line(seen: Observation, *, config: Config, eta: Eta) -> str:
         "" if mfu is None else f"MFU {mfu:.0%}",
         f"dropped {dropped:.0f}" if dropped is not None else "",
         f"ETA {eta}",
+        why_line(seen),
     ]
     return "  ".join(filter(None, parts))

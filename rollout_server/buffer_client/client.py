@@ -253,6 +253,7 @@ class BufferClient:
                 weights_version=self.weights_version,
                 leases=self._held.lease_ids,
                 stats=self.stats,
+                waits=self._waits.longest(),
             )
         )
 

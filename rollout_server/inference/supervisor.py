@@ -36,6 +36,8 @@ _MAX_DEATHS_IN_A_ROW = 5
 """The server exits after this many deaths in a row, each within `_HEALTHY_AFTER_S` of the engine's start."""
 _HEALTHY_AFTER_S = 30.0
 _FIRST_BACKOFF_S = 0.5
+_LATE_S = 2.0
+"""An engine that answers or advances later than this is listed among the waits."""
 _MAX_SILENCE_S = 60.0
 """An engine that runs but has not answered for this long is replaced, unless it loads weights."""
 
@@ -71,6 +73,8 @@ class EngineSupervisor:
         self._stall_timeout_s = stall_timeout_s
         self._answered_s = asyncio.get_running_loop().time()
         self._progress = ProgressClock(now_s=self._answered_s)
+        self._is_paused = False
+        """True if the engine said so in its last answer."""
         self.client: EngineClient | None = None
         """Client of the running engine; None while there is none."""
 
@@ -96,6 +100,19 @@ class EngineSupervisor:
                 raise EngineError(reason)
             await asyncio.sleep(_FIRST_BACKOFF_S * 2 ** (num_deaths - 1))
 
+    def waits(self) -> dict[str, float]:
+        """What the engine owes for longer than `_LATE_S` -> seconds. Nothing while a push holds it."""
+        client = self.client
+        if client is None or client.is_held:
+            return {}
+        now_s = asyncio.get_running_loop().time()
+        found = {}
+        if (silent_s := now_s - self._answered_s) > _LATE_S:
+            found["engine: an answer"] = silent_s
+        if client.num_generating and (stalled_s := now_s - self._progress.last_s) > _LATE_S:
+            found["engine: paused" if self._is_paused else "engine: a token"] = stalled_s
+        return {name: round(seconds, 3) for name, seconds in found.items()}
+
     async def load(self) -> dict[str, Any]:
         """The engine's load, or {} if it does not answer. Replaces one that stands still for too long."""
         loop = asyncio.get_running_loop()
@@ -109,6 +126,7 @@ class EngineSupervisor:
         try:
             load = await client.load()
             self._answered_s = loop.time()
+            self._is_paused = bool(load.get("paused"))
         except EngineError as error:
             log.info("the engine did not report its load: %s", error)
             silent_s = loop.time() - self._answered_s

@@ -44,6 +44,8 @@ _BATCH_S = 0.02
 _MAX_BATCH = 64
 _MAX_BATCH_BYTES = 1 << 20
 _MAX_ITEM_BYTES = MAX_FRAME_BYTES // 2
+_LATE_S = 2.0
+"""A completion that waits longer is listed among the server's waits."""
 _SMOOTHING = 0.1
 """Weight of the newest reward in the mean time of a reward."""
 
@@ -85,6 +87,8 @@ class RewardPool:
         self._is_dispatching = False
         """True until the items submitted in this turn of the loop are sent."""
         self._mean_s = 0.0
+        self._since_s: dict[int, float] = {}
+        """When each completion that is not scored was submitted, the oldest first."""
         self.seconds_total = 0.0
         """Time spent in the task's code by all workers."""
 
@@ -133,6 +137,14 @@ class RewardPool:
         """Completions that are not scored yet."""
         return len(self._queue) + sum(len(worker.items) for worker in self._workers)
 
+    def waits(self) -> dict[str, float]:
+        """How long the oldest completion waits for its score; empty for less than `_LATE_S`."""
+        oldest_s = next(iter(self._since_s.values()), None)
+        if oldest_s is None:
+            return {}
+        seconds = asyncio.get_running_loop().time() - oldest_s
+        return {f"rewards: {self.num_waiting} completions": round(seconds, 3)} if seconds > _LATE_S else {}
+
     async def score(self, *, split: Split, index: int, completion: Completion) -> Reward:
         """The reward of a completion.
 
@@ -154,7 +166,11 @@ class RewardPool:
         if not self._is_dispatching:
             self._is_dispatching = True
             loop.call_soon(self._dispatch)
-        score, seconds = await item.done
+        self._since_s[item.number] = loop.time()
+        try:
+            score, seconds = await item.done
+        finally:
+            del self._since_s[item.number]
         self._mean_s += _SMOOTHING * (seconds - self._mean_s) if self._mean_s else seconds
         self.seconds_total += seconds
         return Reward(score=score, seconds=seconds)

@@ -1,7 +1,8 @@
 """Every role and an engine of a real job are stopped by SIGSTOP for longer than a lease, then continued.
 
-No daemon ends, nothing is lost, and the job goes on. A stopped process still has its connections: its peers
-cannot see that it is not running, and their messages wait in its socket. An engine that is stopped during a
+`areal-like why` names it, and nobody else. No daemon ends, nothing is lost, and the job goes on. A stopped
+process still has its connections: its peers cannot see that it is not running, and their messages wait in its
+socket. An engine that is stopped during a
 push, and for longer than `weights.push_deadline_s` and the time in which it has to report its version, is
 replaced by its server.
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from launch.audit.run import audit_run
+from launch.observation.observer import diagnosis, look_at_daemons
 from tests.support.launching import (
     finish,
     launcher,
@@ -52,11 +54,32 @@ ROLES = {
     "engine": "-m rollout_server.engine",
 }
 """Name -> a part of the command line."""
+NAMED_WITHIN_S = 15.0
+"""Longest time until a stopped process is named."""
 
 
 def process_of(root: Path, role: str) -> int:
     """The process of a role; the older one of two engines."""
     return min(pid for pid, command in processes_of(root).items() if ROLES[role] in command)
+
+
+def culprit(root: Path, role: str, pid: int) -> str:
+    """The name that `areal-like why` has for a process."""
+    if role != "engine":
+        return {"buffer": "buffer", "trainer": "trainer-0", "server": "rollout-1"}[role]
+    views = look_at_daemons(root / "endpoints").values()
+    (server,) = [view.name for view in views if view.status and view.status.get("engine_pid") == pid]
+    return f"{server}'s engine"
+
+
+def causes_within(root: Path, *, seconds: float) -> list[str]:
+    """The names of the first causes that `areal-like why` finds."""
+    end_s = time.monotonic() + seconds
+    named: list[str] = []
+    while not named and time.monotonic() < end_s:
+        time.sleep(0.5)
+        named = [cause["name"] for cause in diagnosis(look_at_daemons(root / "endpoints").values())["causes"]]
+    return named
 
 
 def stop_each_role(directory: Path, *, stopped_s: float, num_rounds: int = 1) -> None:
@@ -71,8 +94,12 @@ def stop_each_role(directory: Path, *, stopped_s: float, num_rounds: int = 1) ->
         daemons = {role: process_of(root, role) for role in ROLES if role != "engine"}
         for role in list(ROLES) * num_rounds:
             pid = process_of(root, role)
+            name = culprit(root, role, pid)
             os.kill(pid, signal.SIGSTOP)
-            time.sleep(stopped_s)
+            stopped_at_s = time.monotonic()
+            named = causes_within(root, seconds=min(stopped_s, NAMED_WITHIN_S))
+            assert named == [name], f"{role} is stopped, and `why` names {named}"
+            time.sleep(max(0.0, stopped_at_s + stopped_s - time.monotonic()))
             with contextlib.suppress(ProcessLookupError if role == "engine" else ()):
                 os.kill(pid, signal.SIGCONT)
             # The steps of the bound need no new samples; those beyond it do.

@@ -26,6 +26,7 @@ from areal_like.paths import model_path
 from areal_like.runtime.daemon import Runtime
 from areal_like.runtime.progress import ProgressClock
 from areal_like.runtime.threads import NamedThread
+from areal_like.runtime.waits import PendingWaits
 from areal_like.wire.addresses import buffer_addresses
 from areal_like.wire.fingerprint import (
     dataset_fingerprint,
@@ -43,11 +44,11 @@ log = logging.getLogger(__name__)
 
 _RESEND_AFTER_S = 20.0
 _POLL_S = 0.25
+"""Interval at which a blocked training thread checks for a lost buffer or a requested stop."""
 _OUTSIDE = (
     "; agents from outside make the samples: the servers' /status counts the sessions that wait for one. If "
     "agents may stay away longer, raise trainer.fetch_timeout_s"
 )
-"""Interval at which a blocked training thread checks for a lost buffer or a requested stop."""
 
 
 class StopRequestedError(ArealError):
@@ -73,6 +74,7 @@ class TrainerBufferClient:
         self.state = "starting"
         self.step = 0
         self.stats: dict[str, float] = {}
+        self.waits = PendingWaits()
         self.directory = Directory(servers=[])
         self.stop_requested = threading.Event()
         """Set by a signal, never cleared."""
@@ -129,12 +131,11 @@ class TrainerBufferClient:
 
     async def call_async(self, message: Any, *, timeout_s: float) -> Any:
         """`call` for coroutines in the client's own loop."""
-        return await call_shards(
-            message, [functools.partial(self._call_shard, buffer, timeout_s) for buffer in self._buffers]
-        )
+        calls = [functools.partial(self._call_shard, buffer, timeout_s) for buffer in self._buffers]
+        return await call_shards(message, calls)
 
     async def _call_shard(self, buffer: Connection, timeout_s: float, message: Any) -> Any:
-        """Resends the request now and then: a reply may have been lost with a connection."""
+        """Resends it now and then: a reply may have been lost with a connection."""
         deadline_s = self._untroubled_time_s() + timeout_s
         while True:
             try:
@@ -152,7 +153,7 @@ class TrainerBufferClient:
         return time.monotonic() - self._troubled_s
 
     def submit_call(self, message: Any, *, timeout_s: float) -> concurrent.futures.Future[Any]:
-        """Sends a request; the reply is the future's result."""
+        """As `call_async`; the reply is the future's result."""
         return self.submit(self.call_async(message, timeout_s=timeout_s))
 
     def fail(self, error: ArealError) -> None:
@@ -181,6 +182,10 @@ class TrainerBufferClient:
         begins.
         """
         patience = Patience(name=name, started_s=self._untroubled_time_s(), **limits)
+        with self.waits(name):
+            return self._result(future, patience, may_stop=may_stop)
+
+    def _result(self, future: concurrent.futures.Future[Any], patience: Patience, *, may_stop: bool) -> Any:
         while True:
             try:
                 return future.result(timeout=_POLL_S)
@@ -191,7 +196,7 @@ class TrainerBufferClient:
                 raise self._lost
             if may_stop and self.stop_requested.is_set():
                 future.cancel()
-                raise StopRequestedError(f"draining while waiting for {name}")
+                raise StopRequestedError(f"draining while waiting for {patience.name}")
             try:
                 self._check(patience)
             except DeadlineError:
@@ -213,13 +218,14 @@ class TrainerBufferClient:
         The next step's groups are requested too, so that they arrive while this step trains. Ends early only
         after `abandon_step`.
         """
+        self.step = step
         for ahead in (step, step + 1):
             if ahead < self.config.trainer.num_steps:
                 for position in self.positions:
                     self._request_group(ahead, position)
         for position in self.positions:
             future = self._fetches[step, position]
-            with self.runtime.waits(f"buffer: group {position} of step {step}"):
+            with self.waits(f"buffer: group {position} of step {step}"):
                 group = self._wait_group(future, step=step, position=position)
             if group is None:
                 return
@@ -255,7 +261,7 @@ class TrainerBufferClient:
         return group
 
     async def _open(self) -> None:
-        self.runtime = Runtime(self.config, role="trainer", name=f"trainer-{self.rank}")
+        self.runtime = Runtime(self.config, role="trainer", name=f"trainer-{self.rank}", waits=self.waits)
         self.runtime.failed.add_done_callback(self._on_runtime_failed)
         await self.runtime.__aenter__()
         hello = self._hello()
@@ -271,7 +277,7 @@ class TrainerBufferClient:
                 keyring=self.runtime.keyring,
             )
             self._buffers.append(connection)
-        with self.runtime.waits("buffer: welcome"):
+        with self.waits("buffer: welcome"):
             await asyncio.gather(*(buffer.register(timeout_s=55.0) for buffer in self._buffers))
         self._heartbeat = asyncio.create_task(self._send_heartbeats(), name="heartbeat")
         self._heartbeat.add_done_callback(self._on_heartbeat_end)
@@ -310,19 +316,19 @@ class TrainerBufferClient:
 
     async def _send_heartbeats(self) -> None:
         while True:
+            beat = TrainerHeartbeat(
+                state=self.state, step=self.step, stats=self.stats, waits=self.waits.longest()
+            )
             for buffer in self._buffers:
-                buffer.send(TrainerHeartbeat(state=self.state, step=self.step, stats=self.stats))
+                buffer.send(beat)
             sent_s = self._loop.time()
             await asyncio.sleep(self.config.daemon.heartbeat_s)
             if any(buffer.is_troubled for buffer in self._buffers):
                 self._troubled_s += self._loop.time() - sent_s
             for buffer in self._buffers:
                 if buffer.silent_s > self.config.trainer.buffer_timeout_s:
-                    self.fail(
-                        PeerLostError(
-                            f"the buffer at {buffer.address} has been silent for {buffer.silent_s:.0f} s"
-                        )
-                    )
+                    silent = f"has been silent for {buffer.silent_s:.0f} s"
+                    self.fail(PeerLostError(f"the buffer at {buffer.address} {silent}"))
 
     def _on_heartbeat_end(self, task: asyncio.Task[None]) -> None:
         # This task is not awaited. Without heartbeats the buffer would take a working trainer for dead.

@@ -27,6 +27,7 @@ import torch
 
 from areal_like.config import WeightsConfig
 from areal_like.errors import ConfigError, WeightSyncError
+from areal_like.runtime.waits import PendingWaits
 from areal_like.security.keyring import Keyring
 from areal_like.weights.buckets import Manifest
 from areal_like.weights.collective import WeightGroup, device_facts
@@ -47,6 +48,7 @@ from trainer.weight_sync.receivers import (
     ReceiverBackoff,
     ReceiverId,
     Reply,
+    failure_reason,
     has_valid_key,
     receiver_id,
     split_groups,
@@ -94,8 +96,16 @@ class Broadcaster:
     The next push to the same servers reuses a session that has not failed.
     """
 
-    def __init__(self, config: WeightsConfig, *, device: str, keyring: Keyring | None = None) -> None:
-        """`device`: of the trainer. `keyring`: of the trainer, on a job with keys."""
+    def __init__(
+        self,
+        config: WeightsConfig,
+        *,
+        device: str,
+        keyring: Keyring | None = None,
+        waits: PendingWaits | None = None,
+    ) -> None:
+        """`device`, `keyring`: of the trainer. `waits`: lists the servers that have not replied."""
+        self._waits = waits
         self._config = config
         self._keyring = keyring
         self._device = torch.device(device)
@@ -290,7 +300,7 @@ class Broadcaster:
             elif key in result.not_at_fault and (
                 len(session.receivers) > 1 or self._num_breaks_survived[key] < _ISOLATE_AFTER
             ):
-                outcome.failed[receiver.entry.name] = _failure_reason(reply, version)
+                outcome.failed[receiver.entry.name] = failure_reason(reply, version)
                 self._num_breaks_survived[key] += 1
             else:
                 self._record_failure(receiver, reply, outcome, version=version)
@@ -299,7 +309,7 @@ class Broadcaster:
     def _record_failure(
         self, receiver: Receiver, reply: Reply, outcome: PushOutcome, *, version: int | None = None
     ) -> None:
-        outcome.failed[receiver.entry.name] = _failure_reason(reply, version)
+        outcome.failed[receiver.entry.name] = failure_reason(reply, version)
         self._backoff.record_failure(self._directory[receiver.id], now_s=time.monotonic())
         del self._num_breaks_survived[receiver.id]
 
@@ -317,7 +327,7 @@ class Broadcaster:
     def _receiver(self, entry: ServerEntry) -> Receiver:
         key = receiver_id(entry)
         if key not in self._receivers:
-            self._receivers[key] = Receiver.connected(entry, self._keyring)
+            self._receivers[key] = Receiver.connected(entry, self._keyring, self._waits)
         return self._receivers[key]
 
     async def _drop_receivers_except(self, kept: set[ReceiverId]) -> None:
@@ -335,11 +345,3 @@ class Broadcaster:
     async def _dissolve(self, session: WeightGroupSession, *, is_broken: bool) -> None:
         self._sessions.pop(session.receiver_ids, None)
         await session.dissolve(is_broken=is_broken)
-
-
-def _failure_reason(reply: Reply, version: int | None) -> str:
-    if isinstance(reply, WeightsFailed):
-        return reply.reason
-    if isinstance(reply, WeightsOk):
-        return f"is at version {reply.version} after the push of {version}"
-    return f"replied {type(reply).__name__}"

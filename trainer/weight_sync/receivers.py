@@ -9,16 +9,26 @@ deadline, and a healthy server that was slow once is tried again.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from areal_like.errors import ArealError, ConfigError, WeightSyncError
+from areal_like.runtime.waits import PendingWaits
 from areal_like.security.keyring import Keyring
 from areal_like.security.keys import AllowedKey, KeyRole
 from areal_like.wire.channel import Link
 from areal_like.wire.curve import CurveClient
 from areal_like.wire.messages.consumer import ServerEntry
-from areal_like.wire.messages.weights import Alive, ScoreTokens, TokenScores, WeightsFailed, WeightsOk
+from areal_like.wire.messages.weights import (
+    Alive,
+    DissolveGroup,
+    FormGroup,
+    PushWeights,
+    ScoreTokens,
+    TokenScores,
+    WeightsFailed,
+    WeightsOk,
+)
 
 ReceiverId = tuple[str, int]
 """(name, incarnation): a restarted server is another receiver."""
@@ -64,10 +74,13 @@ class Receiver:
 
     entry: ServerEntry
     link: Link
+    waits: PendingWaits = field(default_factory=PendingWaits)
 
     @classmethod
-    def connected(cls, entry: ServerEntry, keyring: Keyring | None) -> Receiver:
-        """Connects to a server.
+    def connected(
+        cls, entry: ServerEntry, keyring: Keyring | None, waits: PendingWaits | None = None
+    ) -> Receiver:
+        """Connects to a server; `waits` lists what it is asked for until it replies.
 
         Raises WeightSyncError if it has no valid key (any more), or a malformed address.
 
@@ -83,7 +96,7 @@ class Receiver:
             link = Link(entry.weights_address, handler=lambda _: None, curve=curve)
         except ConfigError as error:
             raise WeightSyncError(str(error)) from None
-        return cls(entry=entry, link=link)
+        return cls(entry=entry, link=link, waits=waits or PendingWaits())
 
     @property
     def id(self) -> ReceiverId:
@@ -96,7 +109,8 @@ class Receiver:
         A timeout, a refusal or an unexpected reply becomes WeightsFailed.
         """
         try:
-            reply = await self.link.call(request, timeout_s=timeout_s)
+            with self.waits(f"weights: {self.entry.name} to {_wanted(request)}"):
+                reply = await self.link.call(request, timeout_s=timeout_s)
         except ArealError as error:
             return WeightsFailed(version=-1, reason=str(error))
         if not isinstance(reply, (Alive, WeightsOk, WeightsFailed)):
@@ -113,6 +127,27 @@ class Receiver:
         if not isinstance(reply, (TokenScores, WeightsFailed)):
             return WeightsFailed(version=-1, reason=f"replied {type(reply).__name__} to ScoreTokens")
         return reply
+
+
+def failure_reason(reply: Reply, version: int | None) -> str:
+    """Why a reply to a push of this version (None: to a rendezvous) is a failure."""
+    if isinstance(reply, WeightsFailed):
+        return reply.reason
+    if isinstance(reply, WeightsOk):
+        return f"is at version {reply.version} after the push of {version}"
+    return f"replied {type(reply).__name__}"
+
+
+def _wanted(request: Any) -> str:
+    """What a request wants of a server, for the name of a wait."""
+    match request:
+        case PushWeights():
+            return f"activate version {request.version}"
+        case FormGroup():
+            return "join the weight group"
+        case DissolveGroup():
+            return "leave the weight group"
+    return "answer"
 
 
 @dataclass(frozen=True, kw_only=True)

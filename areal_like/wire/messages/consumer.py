@@ -28,6 +28,8 @@ class TrainerHeartbeat:
     step: int
     stats: dict[str, float] = field(default_factory=dict)
     """`tokens_per_s`, `loss`, `reward`, ..."""
+    waits: dict[str, float] = field(default_factory=dict)
+    """What the rank waits for, and for how many seconds: at most `MAX_WAITS`, the longest ones."""
 
 
 @dataclass(frozen=True, kw_only=True)

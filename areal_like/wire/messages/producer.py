@@ -72,6 +72,8 @@ class ServerHeartbeat:
     stats: dict[str, float] = field(default_factory=dict)
     """`running`, `waiting`, `tokens_per_s`, ... as gauges; `tokens_generated`, `busy_s`, `idle_s`,
     `reward_s`, ... as totals."""
+    waits: dict[str, float] = field(default_factory=dict)
+    """What the server waits for, and for how many seconds: at most `MAX_WAITS`, the longest ones."""
 
 
 @dataclass(frozen=True, kw_only=True)

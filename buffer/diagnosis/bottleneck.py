@@ -1,0 +1,116 @@
+"""Which pool limits a healthy job, and what a change can gain: from the idle shares of both. Pure.
+
+The trainer waits for groups for a share w of the time, and the engines have no sequence for a share i. The
+trainer alone could make 1 / (1 - w) times as many steps, and engines could sample 1 / (1 - i) times as much.
+So more engines help up to 1 / (1 - w), a faster trainer up to 1 / (1 - i), and neither helps where both wait.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+_WINDOW_S = 60.0
+_IDLE = 0.1
+"""A pool that waits for less is busy: steps and pushes alone leave gaps of this size."""
+_ENOUGH_S = 10.0
+"""Time that has to be seen before something is said."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """Totals since the start of the run."""
+
+    at_s: float
+    num_steps: float
+    wait_s: float
+    """Time in which the slowest rank of the trainer waited for groups."""
+    busy_s: float
+    """Time in which engines had sequences, summed over servers."""
+    idle_s: float
+    """Time in which they had none."""
+    starved_s: float
+    """Part of it in which all samples of a server were at rewards or environments."""
+
+
+class Utilisation:
+    """The shares over the last minute."""
+
+    def __init__(self) -> None:
+        self._loads: deque[Load] = deque()
+
+    def observe(self, load: Load) -> None:
+        """Adds the totals as they are now."""
+        if self._loads and load.busy_s + load.idle_s < self._loads[-1].busy_s + self._loads[-1].idle_s:
+            self._loads.clear()  # a server has left, or counts from zero
+        self._loads.append(load)
+        while load.at_s - self._loads[0].at_s > _WINDOW_S:
+            self._loads.popleft()
+
+    @property
+    def trainer_idle(self) -> float | None:
+        """Share of the time in which the trainer waited for groups; None: too little was seen."""
+        return self._share(lambda first, last: (last.wait_s - first.wait_s, last.at_s - first.at_s))
+
+    @property
+    def generation_idle(self) -> float | None:
+        """Share of the time in which engines had no sequence."""
+        return self._share(
+            lambda first, last: (
+                last.idle_s - first.idle_s,
+                last.idle_s + last.busy_s - first.idle_s - first.busy_s,
+            )
+        )
+
+    @property
+    def starved(self) -> float:
+        """Share in which engines had free places because samples waited for rewards or environments."""
+        return (
+            self._share(
+                lambda first, last: (
+                    last.starved_s - first.starved_s,
+                    last.idle_s + last.busy_s - first.idle_s - first.busy_s,
+                )
+            )
+            or 0.0
+        )
+
+    def _share(self, parts: Callable[[Load, Load], tuple[float, float]]) -> float | None:
+        if len(self._loads) < 2 or self._loads[-1].at_s - self._loads[0].at_s < _ENOUGH_S:
+            return None
+        part, whole = parts(self._loads[0], self._loads[-1])
+        return min(1.0, max(0.0, part / whole)) if whole > 0 else None
+
+
+def advice(utilisation: Utilisation, *, max_staleness: int) -> str:
+    """One or two sentences: which pool is the limit, and what to change; empty if too little was seen."""
+    trainer, engines = utilisation.trainer_idle, utilisation.generation_idle
+    if trainer is None or engines is None:
+        return ""
+    shares = f"the trainer waits {trainer:.0%} of its time for groups, engines idle {engines:.0%}"
+    if trainer < _IDLE and engines < _IDLE:
+        return f"both pools are busy ({shares}): more of both makes the job faster, of one alone does not"
+    if trainer >= _IDLE > engines:
+        most = 1 / max(0.02, 1 - trainer)
+        return (
+            f"the engines are the limit ({shares}): more rollout servers make the job up to {most:.1f} "
+            "times as fast; `areal-like rollout RUN --join` adds one"
+        )
+    if engines >= _IDLE > trainer:
+        most = 1 / max(0.02, 1 - engines)
+        return (
+            f"the trainer is the limit ({shares}): a faster one (more ranks, larger micro-batches) makes the "
+            f"job up to {most:.1f} times as fast, and {1 - engines:.0%} of the engines would do"
+        )
+    if utilisation.starved >= _IDLE:
+        return (
+            f"rewards or environments are the limit ({shares}, and {utilisation.starved:.0%} of the engines' "
+            "time all samples wait for them): more rollout.reward_workers, or a larger rollout.max_episodes"
+        )
+    if max_staleness == 0:
+        return f"the pools take turns ({shares}), as max_staleness=0 demands: 1 or more lets them overlap"
+    return (
+        f"each pool waits for the other ({shares}): a larger max_staleness (now {max_staleness}) lets "
+        "engines work further ahead; else a few long answers hold the steps (response_length_p99)"
+    )

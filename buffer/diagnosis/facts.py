@@ -1,0 +1,96 @@
+"""What the buffer knows of a running job when it asks who waits on whom. No rules.
+
+Everything comes from the ledger and from the last heartbeat of each peer, so one answer of the buffer is
+enough, whatever machines the peers run on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerFacts:
+    """One registered daemon."""
+
+    name: str
+    silent_s: float
+    """Since its last message. Time in which the buffer itself did not run does not count."""
+    state: str
+    waits: Mapping[str, float] = field(default_factory=dict)
+    """What it waits for -> seconds, as of its last heartbeat."""
+    stats: Mapping[str, float] = field(default_factory=dict)
+
+    def longest_wait(self, prefix: str) -> tuple[str, float]:
+        """Its longest wait whose name begins with `prefix:`, without that, and the seconds; ("", 0): none."""
+        found = {
+            name.partition(": ")[2]: seconds
+            for name, seconds in self.waits.items()
+            if name.startswith(f"{prefix}: ")
+        }
+        return max(found.items(), key=lambda wait: wait[1], default=("", 0.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerFacts(PeerFacts):
+    """One rollout server."""
+
+    held_back: str = ""
+    """Why the buffer grants it no leases: a quarantine, or an operator; empty if it does."""
+    num_leases: int = 0
+    free_samples: int = 0
+    weights_version: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankFacts(PeerFacts):
+    """One rank of the trainer."""
+
+    rank: int
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeaseFacts:
+    """A ticket whose samples a server makes."""
+
+    ticket_id: int
+    server: str
+    age_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobFacts:
+    """The job at one moment."""
+
+    servers: tuple[ServerFacts, ...] = ()
+    ranks: tuple[RankFacts, ...] = ()
+    world_size: int = 0
+    """Ranks that the trainer has, as they have said; 0 before the first."""
+    open_step: int = 0
+    """The step being recorded."""
+    num_recorded: int = 0
+    """Groups recorded in it."""
+    num_groups: int = 0
+    """Groups of a step."""
+    trainer_step: int = 0
+    """Steps that the trainer has completed."""
+    oldest_leases: tuple[LeaseFacts, ...] = ()
+    """Of training tickets, the oldest first."""
+    lost_servers: Mapping[str, float] = field(default_factory=dict)
+    """Servers that were silent and are removed -> seconds since."""
+    store_trouble: str = ""
+    store_trouble_s: float = 0.0
+    paused_s: float = 0.0
+    """Since an operator has paused the run; 0: it is not paused."""
+    closed_reason: str = ""
+    closed_s: float = 0.0
+    is_finished: bool = False
+    loop_late_s: float = 0.0
+    """How late the buffer's own timer was, a mean over the last seconds."""
+
+    @property
+    def num_missing(self) -> int:
+        """Groups that the trainer's step still needs; 0 if all of its groups are recorded."""
+        return self.num_groups - self.num_recorded if self.open_step <= self.trainer_step else 0

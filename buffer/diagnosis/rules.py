@@ -1,0 +1,312 @@
+"""Who waits on whom: from the facts of a job to the causes of its waiting. Pure.
+
+    trainer <- a step with missing places <- the servers that hold its tickets <- their engines, rewards, ...
+
+Waiting spreads along these edges, and only its ends are causes: a trainer that waits for groups of a server
+whose engine makes no token is not named, and neither is the server. What is certain comes first (a process
+that sends nothing, a store that cannot write); what follows only from the others doing nothing (`_behind_*`)
+is looked at if nothing is certain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from buffer.diagnosis.facts import JobFacts, RankFacts, ServerFacts
+
+
+class On(StrEnum):
+    """What a job waits for."""
+
+    TRAINER = "trainer"
+    SERVER = "rollout_server"
+    ENGINE = "engine"
+    REWARD = "reward"
+    ENVIRONMENT = "environment"
+    WEIGHTS = "weights"
+    """A push of weights."""
+    BUFFER = "buffer"
+    OPERATOR = "operator"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cause:
+    """One daemon, or part of one, on which others wait."""
+
+    on: On
+    name: str
+    """`rollout-1`, `rollout-1's engine`, `trainer-0`, ..."""
+    seconds: float
+    what: str
+    """`no token for 28 s`"""
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.what}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Seconds after which waiting is worth a line."""
+
+    stall_s: float
+    """For what answers or advances several times in this time when it works."""
+    work_s: float
+    """For work whose time depends on the job: rewards, tools, a push, an optimizer step."""
+
+    @classmethod
+    def of(cls, *, heartbeat_s: float) -> Limits:
+        """For a job with this interval of heartbeats."""
+        return cls(stall_s=max(5.0, 6 * heartbeat_s), work_s=max(10.0, 12 * heartbeat_s))
+
+
+def causes_of(facts: JobFacts, *, slow: Mapping[str, str], limits: Limits) -> list[Cause]:
+    """The causes, the longest first; empty if nothing waits for long.
+
+    `slow`: name of a server or rank -> how slow it is (`Speeds`).
+    """
+    if facts.is_finished:
+        return []
+    causes = [
+        *_buffer(facts, limits),
+        *_silent(facts, limits),
+        *_lost(facts, limits),
+        *_engines(facts, limits),
+    ]
+    causes = causes or [*_slow(facts, slow)]
+    causes = causes or [*_operator(facts, limits), *_absent(facts, limits), *_pushes(facts, limits)]
+    causes = causes or [*_behind_groups(facts, limits), *_behind_ranks(facts, limits)]
+    return sorted(causes, key=lambda cause: -cause.seconds)
+
+
+def effects_of(facts: JobFacts, *, limits: Limits) -> list[str]:
+    """What waits on the causes: the trainer, and the places of its step that are missing."""
+    effects = []
+    waiting = max(facts.ranks, key=_data_wait, default=None)
+    if waiting is not None and _data_wait(waiting) > limits.stall_s:
+        name, seconds = waiting.longest_wait("buffer")
+        effects.append(f"{waiting.name} waits for {name}, {_time(seconds)}")
+    if facts.num_missing and (facts.ranks or facts.oldest_leases):
+        tickets = ", ".join(
+            f"ticket {lease.ticket_id} at {lease.server} for {_time(lease.age_s)}"
+            for lease in facts.oldest_leases[: max(3, min(facts.num_missing, 8))]
+        )
+        places = "place" if facts.num_missing == 1 else "places"
+        effects.append(
+            f"step {facts.trainer_step} misses {facts.num_missing} {places} of {facts.num_groups}"
+            + (f": {tickets}" if tickets else "; no ticket is leased")
+        )
+    return effects
+
+
+def _buffer(facts: JobFacts, limits: Limits) -> Iterator[Cause]:
+    if facts.store_trouble:
+        yield Cause(
+            on=On.BUFFER,
+            name="buffer",
+            seconds=facts.store_trouble_s,
+            what=f"it cannot write its ledger: {facts.store_trouble}",
+            remedy="make room on its disk; it goes on by itself",
+        )
+    elif facts.loop_late_s > 0.5:
+        yield Cause(
+            on=On.BUFFER,
+            name="buffer",
+            seconds=facts.loop_late_s,
+            what=f"its process runs {facts.loop_late_s:.1f} s late",
+            remedy="its machine has too little CPU time for it, or something stops it again and again",
+        )
+
+
+def _silent(facts: JobFacts, limits: Limits) -> Iterator[Cause]:
+    for peer in (*facts.servers, *facts.ranks):
+        if peer.silent_s <= limits.stall_s:
+            continue
+        yield Cause(
+            on=On.SERVER if isinstance(peer, ServerFacts) else On.TRAINER,
+            name=peer.name,
+            seconds=peer.silent_s,
+            what=f"no message for {_time(peer.silent_s)}: its process stands still, or its network is cut",
+            remedy="look at its machine: `kill -CONT` wakes a stopped process; end one that does not come "
+            "back, and its supervisor starts it again",
+        )
+
+
+def _lost(facts: JobFacts, limits: Limits) -> Iterator[Cause]:
+    """Servers that were silent for so long that they are removed."""
+    others = any(server.state == "serving" and not server.held_back for server in facts.servers)
+    for name, seconds in facts.lost_servers.items():
+        taken = "other servers make its samples" if others else "no other server is left"
+        yield Cause(
+            on=On.SERVER,
+            name=name,
+            seconds=seconds,
+            what=f"no message; removed {_time(seconds)} ago: {taken}",
+            remedy="start it again, or another one (`areal-like rollout RUN --join`)",
+        )
+
+
+def _engines(facts: JobFacts, limits: Limits) -> Iterator[Cause]:
+    for server in facts.servers:
+        name, seconds = server.longest_wait("engine")
+        is_starting = name == "ready"
+        if server.silent_s > limits.stall_s or seconds <= (limits.work_s if is_starting else limits.stall_s):
+            continue
+        if is_starting:
+            others = any(each.state == "serving" for each in facts.servers)
+            if others and not facts.num_missing:
+                continue
+            what, remedy = "it is starting", "its log (`areal-like logs RUN`) says what it does"
+        elif name.startswith("paused"):
+            what = "it is paused, and not by its server"
+            remedy = "POST /continue_generation to it, or find the program that paused it"
+        else:
+            what = f"no {name.removeprefix('a ').removeprefix('an ')}"
+            remedy = (
+                "look at its log; its server replaces it after rollout.generate_timeout_s, and at once if "
+                "its process ends"
+            )
+        yield Cause(
+            on=On.ENGINE,
+            name=f"{server.name}'s engine",
+            seconds=seconds,
+            what=f"{what} for {_time(seconds)}",
+            remedy=remedy,
+        )
+
+
+def _slow(facts: JobFacts, slow: Mapping[str, str]) -> Iterator[Cause]:
+    for server in facts.servers:
+        if how := slow.get(server.name):
+            yield Cause(
+                on=On.ENGINE,
+                name=f"{server.name}'s engine",
+                seconds=0.0,
+                what=how,
+                remedy="compare its machine with others: other programs on its GPU or CPU, clocks, power",
+            )
+    for rank in facts.ranks:
+        if how := slow.get(rank.name):
+            yield Cause(
+                on=On.TRAINER,
+                name=rank.name,
+                seconds=0.0,
+                what=how,
+                remedy="`areal-like profile RUN` shows where its time goes; compare its ranks' machines",
+            )
+
+
+def _operator(facts: JobFacts, limits: Limits) -> Iterator[Cause]:
+    if facts.paused_s:
+        yield Cause(
+            on=On.OPERATOR,
+            name="an operator",
+            seconds=facts.paused_s,
+            what=f"the run is paused since {_time(facts.paused_s)}",
+            remedy="`areal-like resume RUN`",
+        )
+
+
+def _absent(facts: JobFacts, limits: Limits) -> Iterator[Cause]:
+    if len(facts.ranks) < max(1, facts.world_size) and facts.closed_s > limits.work_s:
+        missing = f"{len(facts.ranks)} of {facts.world_size} ranks" if facts.world_size else "no rank"
+        yield Cause(
+            on=On.TRAINER,
+            name="trainer",
+            seconds=facts.closed_s,
+            what=f"{missing} registered for {_time(facts.closed_s)}",
+            remedy="start the trainer; if it runs, its log says why it cannot reach the buffer",
+        )
+    waits_s = max(map(_data_wait, facts.ranks), default=0.0)
+    if facts.servers or waits_s <= limits.stall_s:
+        return
+    yield Cause(
+        on=On.SERVER,
+        name="rollout servers",
+        seconds=waits_s,
+        what="none is registered",
+        remedy="start one (`areal-like rollout RUN --join`)",
+    )
+
+
+def _pushes(facts: JobFacts, limits: Limits) -> Iterator[Cause]:
+    """Servers that have not confirmed weights. The trainer names them; a group waits for its slowest."""
+    for rank in facts.ranks:
+        for wait, seconds in rank.waits.items():
+            kind, _, what = wait.partition(": ")
+            if kind != "weights" or seconds <= limits.work_s:
+                continue
+            yield Cause(
+                on=On.WEIGHTS,
+                name=what.partition(" ")[0],
+                seconds=seconds,
+                what=f"{rank.name} waits for {what}, {_time(seconds)}",
+                remedy="after weights.push_deadline_s the push goes on without it; its log says what it does",
+            )
+
+
+def _behind_groups(facts: JobFacts, limits: Limits) -> Iterator[Cause]:
+    """The trainer waits for groups, and every process is alive."""
+    waits_s = max(map(_data_wait, facts.ranks), default=0.0)
+    if waits_s <= limits.stall_s:
+        return
+    for server in facts.servers:
+        name, seconds = max(
+            (server.longest_wait(kind) for kind in ("rewards", "environments", "agents", "sessions")),
+            key=lambda wait: wait[1],
+        )
+        if seconds > limits.stall_s and not server.stats.get("running", 0.0):
+            is_reward = bool(server.longest_wait("rewards")[1])
+            yield Cause(
+                on=On.REWARD if is_reward else On.ENVIRONMENT,
+                name=f"{server.name}'s {'rewards' if is_reward else 'environments'}",
+                seconds=seconds,
+                what=f"{name} for {_time(seconds)}",
+                remedy="more rollout.reward_workers, a faster reward, or a shorter rollout.reward_timeout_s"
+                if is_reward
+                else "a shorter episode.step_timeout_s, or more samples at a time (rollout.max_episodes)",
+            )
+    able = [server for server in facts.servers if server.state == "serving" and not server.held_back]
+    if not able:
+        yield from _held_back(facts.servers, waits_s)
+
+
+def _held_back(servers: Iterable[ServerFacts], waits_s: float) -> Iterator[Cause]:
+    for server in servers:
+        reason = server.held_back or f"it is {server.state}"
+        yield Cause(
+            on=On.OPERATOR if server.held_back.startswith("cordoned") else On.SERVER,
+            name=server.name,
+            seconds=waits_s,
+            what=f"it gets no leases: {reason}",
+            remedy="`areal-like uncordon RUN SERVER`"
+            if server.held_back.startswith("cordoned")
+            else "its log says why; or start another one (`areal-like rollout RUN --join`)",
+        )
+
+
+def _behind_ranks(facts: JobFacts, limits: Limits) -> Iterator[Cause]:
+    """A rank that waits for another one inside a step, or for something outside the job."""
+    for rank in facts.ranks:
+        for wait, seconds in rank.waits.items():
+            if wait.startswith(("buffer: ", "weights: ")) or seconds <= limits.work_s:
+                continue
+            yield Cause(
+                on=On.TRAINER,
+                name=rank.name,
+                seconds=seconds,
+                what=f"it waits for {wait}, {_time(seconds)}",
+                remedy="its log says more",
+            )
+
+
+def _data_wait(rank: RankFacts) -> float:
+    return rank.longest_wait("buffer")[1]
+
+
+def _time(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,87 @@
+"""Notices a daemon that works, and far slower than it did before. Pure: times come in as arguments.
+
+The speed of an engine is its tokens a second while it has sequences, and those of one sequence; the speed of
+a trainer is its steps per second of work. Each is compared with its own mean of earlier windows: machines,
+models and lengths differ too much to compare daemons with one another. With more sequences at a time, each of
+them is slower, and with fewer all of them together are; so an engine is slow only if both have fallen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+WINDOW_S = 4.0
+"""Time over which a speed is taken: several heartbeats, and several tokens of a slow engine."""
+_SLOW = 0.25
+"""Fraction of the usual speed below which a daemon is slow. Lengths of answers alone change it by less."""
+_SETTLED = 4
+"""Windows before a speed counts as usual."""
+_SMOOTHING = 0.1
+
+
+@dataclass(kw_only=True)
+class _Known:
+    begun_s: float
+    seen_s: float
+    work: float
+    busy_s: float = 0.0
+    in_parallel_s: float = 0.0
+    usual: tuple[float, float] = (0.0, 0.0)
+    num_windows: int = 0
+    slow_since_s: float | None = None
+    share: float = 1.0
+
+
+@dataclass
+class Speeds:
+    """Of the daemons of one job, by name. `now_s`: seconds on any monotonic clock."""
+
+    _known: dict[str, _Known] = field(default_factory=dict)
+
+    def observe(self, name: str, *, work: float, num_busy: float, now_s: float) -> None:
+        """Takes a daemon's total of work (tokens, steps), and how many sequences it works on now.
+
+        0 for `num_busy` means that it has nothing to do: that time does not count.
+        """
+        known = self._known.get(name)
+        if known is None or work < known.work:  # new, or it was restarted and counts from zero
+            self._known[name] = _Known(begun_s=now_s, seen_s=now_s, work=work)
+            return
+        elapsed_s, known.seen_s = now_s - known.seen_s, now_s
+        if num_busy:
+            known.busy_s += elapsed_s
+            known.in_parallel_s += elapsed_s * num_busy
+        if known.busy_s < WINDOW_S:
+            return
+        speed = ((work - known.work) / known.busy_s, (work - known.work) / known.in_parallel_s)
+        known.work, known.busy_s, known.in_parallel_s = work, 0.0, 0.0
+        self._judge(known, speed, now_s=now_s)
+
+    def keep_only(self, names: Mapping[str, object]) -> None:
+        """Forgets daemons that have left."""
+        self._known = {name: known for name, known in self._known.items() if name in names}
+
+    def slow(self) -> dict[str, str]:
+        """Name -> how slow it is, for daemons that are slow."""
+        return {
+            name: f"{known.share:.0%} of its usual speed for {known.seen_s - known.slow_since_s:.0f} s"
+            for name, known in self._known.items()
+            if known.slow_since_s is not None
+        }
+
+    @staticmethod
+    def _judge(known: _Known, speed: tuple[float, float], *, now_s: float) -> None:
+        share = max((now / usual if usual else 1.0) for now, usual in zip(speed, known.usual, strict=True))
+        if known.num_windows >= _SETTLED and share < _SLOW:
+            known.share = share
+            if known.slow_since_s is None:
+                known.slow_since_s = now_s - WINDOW_S
+            return  # what is slow now must not become the usual speed
+        known.slow_since_s = None
+        weight = max(_SMOOTHING, 1 / (known.num_windows + 1))
+        known.usual = (
+            known.usual[0] + weight * (speed[0] - known.usual[0]),
+            known.usual[1] + weight * (speed[1] - known.usual[1]),
+        )
+        known.num_windows += 1

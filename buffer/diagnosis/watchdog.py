@@ -1,0 +1,115 @@
+"""Looks at the job once a second: who waits on whom, for /status, the log and Prometheus. Pure: no clock."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from areal_like.runtime.metrics import Metrics
+from buffer.diagnosis.bottleneck import Load, Utilisation, advice
+from buffer.diagnosis.facts import JobFacts
+from buffer.diagnosis.rules import Cause, Limits, On, causes_of, effects_of
+from buffer.diagnosis.speeds import Speeds
+
+log = logging.getLogger(__name__)
+
+INTERVAL_S = 1.0
+_LATE_S = 1.0
+"""A watchdog that was later has not run for a while: the job was silent only because nobody listened."""
+
+
+class Wakefulness:
+    """Since when the buffer has run without a gap. A stopped process must not take others for silent."""
+
+    def __init__(self, *, now_s: float) -> None:
+        self._due_s = now_s
+        self.awake_since_s = now_s
+        self.late_s = 0.0
+        """How late the timer was, a mean over the last seconds."""
+
+    def tick(self, *, now_s: float, next_s: float) -> None:
+        """Call it when the timer fires; `next_s`: when it will the next time."""
+        late_s = max(0.0, now_s - self._due_s)
+        self.late_s += 0.1 * (min(late_s, 4.0) - self.late_s)  # one long gap alone stays below 0.5
+        if late_s > _LATE_S:
+            self.awake_since_s = now_s
+        self._due_s = next_s
+
+    def silent_s(self, heard_s: float, *, now_s: float) -> float:
+        """Seconds in which a peer was silent while the buffer could hear it."""
+        return max(0.0, now_s - max(heard_s, self.awake_since_s))
+
+
+class Watchdog:
+    """The diagnosis of one job, renewed by `look`."""
+
+    def __init__(self, metrics: Metrics, *, limits: Limits) -> None:
+        self._limits = limits
+        self._speeds = Speeds()
+        self._utilisation = Utilisation()
+        self._waiting = metrics.gauge(
+            "waiting_seconds",
+            "Longest time for which the job waits on something that should not take so long; 0: on nothing",
+            label="on",
+            values=list(On),
+        )
+        self._told: dict[str, str] = {}
+        self._causes: list[Cause] = []
+        self._effects: list[str] = []
+        self._max_staleness = 0
+
+    def look(self, facts: JobFacts, *, load: Load, max_staleness: int) -> None:
+        """Takes the facts of this moment."""
+        self._max_staleness = max_staleness
+        for server in facts.servers:
+            stats = server.stats
+            self._speeds.observe(
+                server.name,
+                work=stats.get("tokens_generated", 0.0),
+                num_busy=stats.get("running", 0.0),
+                now_s=load.at_s,
+            )
+        for rank in facts.ranks:
+            is_busy = rank.state == "training" and not rank.longest_wait("buffer")[1]
+            self._speeds.observe(rank.name, work=rank.step, num_busy=float(is_busy), now_s=load.at_s)
+        self._speeds.keep_only({peer.name: None for peer in (*facts.servers, *facts.ranks)})
+        self._utilisation.observe(load)
+        self._causes = causes_of(facts, slow=self._speeds.slow(), limits=self._limits)
+        self._effects = effects_of(facts, limits=self._limits) if self._causes else []
+        longest = dict.fromkeys(On, 0.0)
+        for cause in self._causes:
+            longest[cause.on] = max(longest[cause.on], cause.seconds)
+        for on, seconds in longest.items():
+            self._waiting.labels(on.value).set(seconds)
+        self._tell()
+
+    def report(self) -> dict[str, Any]:
+        """`why` in /status: `causes` (on, name, seconds, what, remedy), `effects`, `bottleneck`, shares."""
+        return {
+            "causes": [asdict(cause) | {"on": cause.on.value} for cause in self._causes],
+            "effects": self._effects,
+            "bottleneck": ""
+            if self._causes
+            else advice(self._utilisation, max_staleness=self._max_staleness),
+            "trainer_idle": self._utilisation.trainer_idle,
+            "generation_idle": self._utilisation.generation_idle,
+        }
+
+    def _tell(self) -> None:
+        """Logs a cause when it appears, and when it is gone."""
+        now = {cause.name: cause for cause in self._causes}
+        for name, cause in now.items():
+            if name not in self._told:
+                log.warning(
+                    "the job waits on %s (%s)", cause, "; ".join(self._effects) or "nothing else waits"
+                )
+        for name in self._told.keys() - now.keys():
+            log.warning("the job no longer waits on %s", name)
+        self._told = {name: cause.what for name, cause in now.items()}
+
+
+def names_of(report: Mapping[str, Any]) -> list[str]:
+    """The causes' names in a report."""
+    return [str(cause["name"]) for cause in report.get("causes", [])]

@@ -1,0 +1,157 @@
+"""Gathers the facts for the watchdog from ledger and peers, once a second."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from typing import Any
+
+from areal_like.config import Config
+from areal_like.runtime.metrics import Metrics
+from areal_like.wire.messages.hello import Role
+from areal_like.wire.messages.producer import Purpose
+from buffer.diagnosis.bottleneck import Load
+from buffer.diagnosis.facts import JobFacts, LeaseFacts, RankFacts, ServerFacts
+from buffer.diagnosis.rules import Limits
+from buffer.diagnosis.watchdog import INTERVAL_S, Wakefulness, Watchdog
+from buffer.ledger.ledger import Ledger
+from buffer.service.peers import ConnectedPeers
+from buffer.tables.lease_table import Server
+
+_NUM_LEASES = 8
+_LOST_S = 300.0
+"""How long a server that was silent and is removed is remembered, unless it comes back."""
+
+
+class JobWatch:
+    """The watchdog of one buffer. Times are those of its event loop."""
+
+    def __init__(
+        self, config: Config, metrics: Metrics, ledger: Ledger, peers: ConnectedPeers, *, now_s: float
+    ) -> None:
+        self._ledger = ledger
+        self._peers = peers
+        self._groups_per_step = config.trainer.groups_per_step
+        self._watchdog = Watchdog(metrics, limits=Limits.of(heartbeat_s=config.daemon.heartbeat_s))
+        self._awake = Wakefulness(now_s=now_s)
+        self._lost: dict[str, float] = {}
+        self._world_size = 0
+        self._since: dict[str, float] = {}
+        """Since when each trouble of the buffer itself lasts."""
+        self._wait_s = 0.0
+        self._looked_s = now_s
+        self._due_s = now_s
+
+    def lost(self, name: str, *, now_s: float) -> None:
+        """A rollout server was silent and is removed."""
+        self._lost[name] = now_s
+
+    def tick(self, *, now_s: float, interval_s: float) -> None:
+        """Call it whenever the buffer's timer fires; looks at the job about once a second."""
+        self._awake.tick(now_s=now_s, next_s=now_s + interval_s)
+        if now_s < self._due_s:
+            return
+        self._due_s = now_s + INTERVAL_S
+        facts = self.facts(now_s=now_s)
+        ranks = self._peers.of(Role.TRAINER)
+        waits = [peer.waits for peer in ranks]
+        if any(name.startswith("buffer: ") for wait in waits for name in wait):
+            self._wait_s += now_s - self._looked_s
+        self._looked_s = now_s
+        self._watchdog.look(
+            facts,
+            load=Load(
+                at_s=now_s,
+                num_steps=facts.trainer_step,
+                wait_s=self._wait_s,
+                busy_s=self._peers.total("busy_s"),
+                idle_s=self._peers.total("idle_s"),
+                starved_s=self._peers.total("starved_s"),
+            ),
+            max_staleness=self._ledger.state.bound.current,
+        )
+
+    def report(self) -> dict[str, Any]:
+        """`why` in /status."""
+        return self._watchdog.report()
+
+    def facts(self, *, now_s: float) -> JobFacts:
+        """What is known now."""
+        ledger, state = self._ledger, self._ledger.state
+        servers = ledger.servers
+        self._lost = {
+            name: lost_s
+            for name, lost_s in self._lost.items()
+            if name not in servers and now_s - lost_s < _LOST_S
+        }
+        ranks = self._peers.of(Role.TRAINER)
+        self._world_size = max((peer.hello.world_size for peer in ranks), default=self._world_size)
+        return JobFacts(
+            servers=tuple(self._servers(now_s=now_s)),
+            ranks=tuple(
+                RankFacts(
+                    name=peer.hello.name,
+                    silent_s=self._awake.silent_s(peer.last_heard_s, now_s=now_s),
+                    state=peer.state,
+                    waits=peer.waits,
+                    stats=peer.stats,
+                    rank=peer.hello.rank,
+                    step=peer.step,
+                )
+                for peer in ranks
+            ),
+            world_size=self._world_size,
+            open_step=state.scheduler.step,
+            num_recorded=state.scheduler.position,
+            num_groups=self._groups_per_step,
+            trainer_step=ledger.trainer_step,
+            oldest_leases=tuple(self._oldest_leases(now_s=now_s)),
+            lost_servers={name: now_s - lost_s for name, lost_s in self._lost.items()},
+            store_trouble=ledger.write_blocked_reason,
+            store_trouble_s=self._lasting("store", bool(ledger.write_blocked_reason), now_s=now_s),
+            closed_reason=ledger.closed_reason,
+            closed_s=self._lasting("closed", bool(ledger.closed_reason), now_s=now_s),
+            is_finished=ledger.is_finished,
+            loop_late_s=self._awake.late_s,
+        )
+
+    def _servers(self, *, now_s: float) -> Iterator[ServerFacts]:
+        for name, server in self._ledger.servers.items():
+            peer = self._peers.named(name)
+            if peer is None:  # of an earlier buffer, and it has not registered yet
+                continue
+            yield ServerFacts(
+                name=name,
+                silent_s=self._awake.silent_s(peer.last_heard_s, now_s=now_s),
+                state=server.state.value,
+                waits=peer.waits,
+                stats=peer.stats,
+                held_back=_held_back(server),
+                num_leases=len(server.leases),
+                free_samples=server.free_samples,
+                weights_version=server.weights_version,
+            )
+
+    def _oldest_leases(self, *, now_s: float) -> Iterator[LeaseFacts]:
+        state = self._ledger.state
+        train = (
+            lease
+            for lease in state.leases.live.values()
+            if state.tickets.live[lease.ticket_id].purpose is Purpose.TRAIN
+        )
+        for lease in heapq.nsmallest(_NUM_LEASES, train, key=lambda lease: lease.granted_s):
+            yield LeaseFacts(
+                ticket_id=lease.ticket_id, server=lease.server, age_s=max(0.0, now_s - lease.granted_s)
+            )
+
+    def _lasting(self, name: str, is_so: bool, *, now_s: float) -> float:
+        """Seconds since something is so; 0 if it is not."""
+        if not is_so:
+            self._since.pop(name, None)
+            return 0.0
+        return now_s - self._since.setdefault(name, now_s)
+
+
+def _held_back(server: Server) -> str:
+    quarantine = server.health.quarantine
+    return f"quarantined ({quarantine.reason})" if quarantine is not None else ""

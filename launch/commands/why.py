@@ -1,0 +1,47 @@
+"""`areal-like why RUN`: what a running job waits on, and which pool limits it when it waits on nothing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from launch.commands.parser import add_run
+from launch.observation.http_json import operator_of
+from launch.observation.observer import diagnosis, look_at_daemons
+from launch.run_directory.rundir import find_run
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """RUN."""
+    add_run(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Returns 1 if the job waits on something that should not take so long, or no daemon runs."""
+    root = find_run(args.run)
+    daemons = look_at_daemons(root / "endpoints", operator=operator_of(root))
+    if not daemons:
+        sys.stdout.write(f"{root}: no daemon is running\n")
+        return 1
+    found = diagnosis(daemons.values())
+    sys.stdout.write(json.dumps(found, indent=2) + "\n" if args.json else text_of(found))
+    return 1 if found["causes"] else 0
+
+
+def text_of(found: dict[str, object]) -> str:
+    """The diagnosis in lines: each cause with what to do about it, then what waits on the causes."""
+    causes, effects = found["causes"], found["effects"]
+    assert isinstance(causes, list)
+    assert isinstance(effects, list)
+    lines = []
+    for cause in causes:
+        lines += [f"{cause['name']}: {cause['what']}", f"    {cause['remedy']}"]
+    lines += [f"so {effect}" if number == 0 else f"   {effect}" for number, effect in enumerate(effects)]
+    if not causes:
+        lines.append("nothing waits for long")
+        lines.append(
+            str(found["bottleneck"]) or "which pool is the limit is known after some seconds of training"
+        )
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,191 @@
+"""Who waits on whom: the cause is named, and nobody who only waits for it."""
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from areal_like.runtime.metrics import Metrics
+from buffer.diagnosis.bottleneck import Load, Utilisation, advice
+from buffer.diagnosis.facts import JobFacts, LeaseFacts, RankFacts, ServerFacts
+from buffer.diagnosis.rules import Limits, On, causes_of, effects_of
+from buffer.diagnosis.speeds import Speeds
+from buffer.diagnosis.watchdog import Wakefulness, Watchdog
+
+LIMITS = Limits(stall_s=5.0, work_s=10.0)
+
+
+def server(name: str = "rollout-0", **fields: Any) -> ServerFacts:
+    return ServerFacts(name=name, **({"silent_s": 0.2, "state": "serving", "num_leases": 2} | fields))
+
+
+def rank(number: int = 0, **fields: Any) -> RankFacts:
+    base = {"silent_s": 0.2, "state": "training", "step": 11}
+    return RankFacts(name=f"trainer-{number}", rank=number, **(base | fields))
+
+
+WAITING = rank(waits={"buffer: group 3 of step 11": 25.0})
+JOB = JobFacts(
+    servers=(server(), server("rollout-1")),
+    ranks=(WAITING,),
+    world_size=1,
+    open_step=11,
+    num_recorded=13,
+    num_groups=16,
+    trainer_step=11,
+    oldest_leases=(LeaseFacts(ticket_id=812, server="rollout-0", age_s=41.0),),
+)
+SILENT = {"silent_s": 20.0}
+FROZEN = {"waits": {"engine: a token": 28.0}}
+
+
+def named(facts: JobFacts, **slow: str) -> list[tuple[str, On]]:
+    causes = causes_of(facts, slow=slow, limits=LIMITS)
+    return [(cause.name, cause.on) for cause in causes]
+
+
+@pytest.mark.parametrize(
+    ("changes", "culprit"),
+    [
+        ({"servers": (server(), server("rollout-1", **SILENT))}, ("rollout-1", On.SERVER)),
+        ({"ranks": (rank(**SILENT),)}, ("trainer-0", On.TRAINER)),
+        ({"ranks": (WAITING, rank(1, **SILENT)), "world_size": 2}, ("trainer-1", On.TRAINER)),
+        ({"servers": (server(), server("rollout-1", **FROZEN))}, ("rollout-1's engine", On.ENGINE)),
+        ({"servers": (server(waits={"engine: paused": 9.0}),)}, ("rollout-0's engine", On.ENGINE)),
+        ({"servers": (server(waits={"engine: an answer": 6.0}),)}, ("rollout-0's engine", On.ENGINE)),
+        (
+            {"servers": (server(waits={"engine: ready": 40.0}, state="starting"),)},
+            ("rollout-0's engine", On.ENGINE),
+        ),
+        ({"store_trouble": "disk full", "store_trouble_s": 3.0}, ("buffer", On.BUFFER)),
+        ({"loop_late_s": 2.0}, ("buffer", On.BUFFER)),
+        ({"servers": (), "lost_servers": {"rollout-0": 12.0}}, ("rollout-0", On.SERVER)),
+        ({"servers": ()}, ("rollout servers", On.SERVER)),
+        ({"paused_s": 30.0}, ("an operator", On.OPERATOR)),
+        ({"ranks": (), "closed_reason": "no trainer", "closed_s": 60.0}, ("trainer", On.TRAINER)),
+        ({"servers": (server(held_back="quarantined (ten failures)"),)}, ("rollout-0", On.SERVER)),
+        ({"servers": (server(waits={"rewards: 12 completions": 30.0}),)}, ("rollout-0's rewards", On.REWARD)),
+        (
+            {"servers": (server(waits={"environments: 3 calls": 30.0}),)},
+            ("rollout-0's environments", On.ENVIRONMENT),
+        ),
+        (
+            {"ranks": (rank(waits={"weights: rollout-1 to activate version 49": 26.0}),)},
+            ("rollout-1", On.WEIGHTS),
+        ),
+        ({"ranks": (rank(waits={"the last weights to be active": 26.0}),)}, ("trainer-0", On.TRAINER)),
+    ],
+)
+def test_one_cause_is_named(changes: dict[str, Any], culprit: tuple[str, On]) -> None:
+    assert named(replace(JOB, **changes)) == [culprit]
+
+
+def test_a_healthy_job_has_no_cause() -> None:
+    healthy = replace(JOB, ranks=(rank(waits={"buffer: group 3 of step 11": 0.4}),))
+    assert named(healthy) == [] and named(replace(JOB, is_finished=True)) == []
+    # A long wait alone is no cause: engines that make tokens are slow, or their answers are long.
+    assert named(JOB) == []
+
+
+def test_those_who_wait_for_a_stopped_process_are_not_named() -> None:
+    """A push waits for two servers of a group, the trainer for groups, and one engine stands still."""
+    pushing = {f"weights: rollout-{n} to activate version 49": 26.0 for n in (0, 1)}
+    facts = replace(JOB, ranks=(replace(WAITING, waits=WAITING.waits | pushing),))
+    assert named(replace(facts, servers=(server(), server("rollout-1", **FROZEN)))) == [
+        ("rollout-1's engine", On.ENGINE)
+    ]
+
+
+def test_a_removed_server_stays_named() -> None:
+    (cause,) = causes_of(replace(JOB, lost_servers={"rollout-2": 12.0}), slow={}, limits=LIMITS)
+    assert (cause.name, cause.what) == (
+        "rollout-2",
+        "no message; removed 12 s ago: other servers make its samples",
+    )
+
+
+def test_effects_name_tickets_and_places() -> None:
+    assert effects_of(JOB, limits=LIMITS) == [
+        "trainer-0 waits for group 3 of step 11, 25 s",
+        "step 11 misses 3 places of 16: ticket 812 at rollout-0 for 41 s",
+    ]
+    assert effects_of(replace(JOB, open_step=12, ranks=(rank(),)), limits=LIMITS) == []
+
+
+def test_an_engine_at_a_tenth_of_its_speed_is_slow() -> None:
+    speeds, tokens = Speeds(), 0.0
+    for second in range(60):
+        tokens += 100.0 if second < 40 else 10.0
+        speeds.observe("rollout-0", work=tokens, num_busy=8, now_s=second)
+        assert bool(speeds.slow()) == (second >= 44), second
+    assert speeds.slow()["rollout-0"].startswith("10% of its usual speed for ")
+    tokens += 400.0
+    speeds.observe("rollout-0", work=tokens, num_busy=8, now_s=64)
+    assert not speeds.slow()
+
+
+@pytest.mark.parametrize(("num_busy", "rate"), [(1, 20.0), (64, 150.0), (0, 0.0)])
+def test_other_loads_are_not_slow(num_busy: int, rate: float) -> None:
+    """Fewer sequences make fewer tokens together, more make fewer each, and none make none."""
+    speeds, tokens = Speeds(), 0.0
+    for second in range(80):
+        is_usual = second < 40
+        tokens += 100.0 if is_usual else rate
+        speeds.observe("rollout-0", work=tokens, num_busy=8 if is_usual else num_busy, now_s=second)
+    assert not speeds.slow()
+
+
+def test_a_buffer_that_was_stopped_blames_nobody() -> None:
+    awake = Wakefulness(now_s=0.0)
+    for tick in range(4):
+        awake.tick(now_s=0.25 * tick, next_s=0.25 * (tick + 1))
+    assert awake.silent_s(0.0, now_s=0.75) == 0.75
+    awake.tick(now_s=31.0, next_s=31.25)
+    assert awake.silent_s(0.7, now_s=31.0) == 0.0 and awake.silent_s(0.7, now_s=36.5) == 5.5
+
+
+def load(at_s: float, *, wait: float, idle: float, starved: float = 0.0) -> Load:
+    return Load(
+        at_s=at_s,
+        num_steps=at_s,
+        wait_s=wait * at_s,
+        busy_s=(1 - idle) * at_s,
+        idle_s=idle * at_s,
+        starved_s=starved * at_s,
+    )
+
+
+@pytest.mark.parametrize(
+    ("shares", "max_staleness", "says"),
+    [
+        ({"wait": 0.62, "idle": 0.02}, 4, "the engines are the limit .*up to 2.6 times"),
+        ({"wait": 0.05, "idle": 0.5}, 4, "the trainer is the limit .*up to 2.0 times .* 50% of the engines"),
+        ({"wait": 0.02, "idle": 0.02}, 4, "both pools are busy"),
+        ({"wait": 0.5, "idle": 0.5}, 0, "take turns"),
+        ({"wait": 0.5, "idle": 0.5}, 2, r"a larger max_staleness \(now 2\)"),
+        ({"wait": 0.5, "idle": 0.5, "starved": 0.4}, 4, "rewards or environments are the limit"),
+    ],
+)
+def test_the_limit_of_a_healthy_job(shares: dict[str, float], max_staleness: int, says: str) -> None:
+    utilisation = Utilisation()
+    utilisation.observe(load(1.0, **shares))
+    assert advice(utilisation, max_staleness=max_staleness) == ""
+    utilisation.observe(load(30.0, **shares))
+    text = advice(utilisation, max_staleness=max_staleness)
+    assert re.search(says, text), text
+
+
+def test_the_watchdog_reports_and_measures(caplog: pytest.LogCaptureFixture) -> None:
+    metrics = Metrics()
+    watchdog = Watchdog(metrics, limits=LIMITS)
+    frozen = replace(JOB, servers=(server(**FROZEN),))
+    for at_s in (1.0, 2.0):
+        watchdog.look(frozen, load=load(at_s, wait=0.5, idle=0.5), max_staleness=4)
+    assert watchdog.report()["causes"][0]["what"] == "no token for 28 s"
+    assert b'areal_waiting_seconds{on="engine"} 28.0' in metrics.exposition()
+    watchdog.look(replace(JOB, ranks=(rank(),)), load=load(3.0, wait=0.5, idle=0.5), max_staleness=4)
+    assert watchdog.report()["causes"] == []
+    assert b'areal_waiting_seconds{on="engine"} 0.0' in metrics.exposition()
+    messages = [record.message for record in caplog.records]
+    assert len(messages) == 2 and "rollout-0's engine: no token for 28 s" in messages[0], messages
