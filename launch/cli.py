@@ -73,6 +73,12 @@ COMMANDS = {
         "shows samples as text, with rewards, versions and lags by turn: by default the worst and the best "
         "of the newest step; --set: of an evaluation set",
     ),
+    "report": Command(
+        "report",
+        "report RUN [--against OTHER] [--out FILE]",
+        "writes one HTML page about a run that goes on, has ended or has failed: figures, charts, drops, "
+        "events, messages, samples; with --against, about two runs in the same charts",
+    ),
     "drop": Command(
         "drop",
         f"drop {JOB} TICKET ...",
