@@ -48,11 +48,16 @@ COMMANDS = {
     ),
     "status": Command(
         "status",
-        f"status {JOB}",
-        "shows the state of a run's daemons; RUN (in all commands): a name below runs/ or a directory. From "
-        "a machine that does not see it: --buffer with the address of the buffer's HTTP server (once for "
-        "each shard), --keys with a directory that has operator.token or monitor.token, and with TLS "
-        "--tls-certificate FILE",
+        f"status {JOB} [--json] [--watch [SECONDS]]",
+        "shows a run's daemons, rates, leases and weights; exit code 1 if no daemon answers; RUN (in all "
+        "commands): a name below runs/ or a directory. From a machine that does not see it: --buffer with "
+        "the address of the buffer's HTTP server (once for each shard), --keys with a directory that has "
+        "operator.token or monitor.token, and with TLS --tls-certificate FILE",
+    ),
+    "top": Command(
+        "top",
+        f"top {JOB} [--once]",
+        "the live view of a running job, until Ctrl-C; --once: one picture",
     ),
     "why": Command(
         "why",

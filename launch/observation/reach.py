@@ -25,6 +25,7 @@ from launch.run_directory.rundir import find_run
 
 _FAR_TIMEOUT_S = 5.0
 """Of requests to a given address, which may be behind a tunnel."""
+_RATES_OF_A_SHARD = ("samples_per_s", "tokens_trained_per_s", "drops_per_min")
 _MIN_SILENCE_S = 2.0
 """A peer that the buffer has heard within this time, or three heartbeats, is alive."""
 
@@ -96,8 +97,7 @@ class RunningJob:
         answers = self.statuses()
         if not answers:
             raise self.no_answer()
-        sums = {name: add_up(find_table(each, name) for each in answers) for name in ("tickets", "drops")}
-        return answers[0] | sums | {"peers": merged_peers(answers)}
+        return merged_status(answers)
 
     def servers(self) -> set[str]:
         """Names of the rollout servers that are registered. Raises ConfigError when no buffer answers."""
@@ -187,6 +187,22 @@ class RunningJob:
             seen_s = time.monotonic() if status is not None else known.seen_s if known else 0.0
             endpoint = {"role": "buffer", "http": address}
             yield DaemonView(name=name, endpoint=endpoint, status=status, seen_s=seen_s)
+
+
+def merged_status(statuses: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The first shard's /status, with the tickets, drops, rates and peers of all."""
+    sums = {name: add_up(find_table(dict(each), name) for each in statuses) for name in ("tickets", "drops")}
+    rates: dict[str, float | None] = {}
+    for status in statuses:
+        for name, rate in find_table(dict(status), "rates").items():
+            # Every shard sees all steps and all servers' tokens, and its own samples and drops.
+            is_own = name in _RATES_OF_A_SHARD and name in rates
+            known = rates.get(name)
+            if known is None or not is_own:
+                rates[name] = rate if known is None or rate is None else max(known, rate)
+            elif rate is not None:
+                rates[name] = known + rate
+    return dict(statuses[0]) | sums | {"rates": rates, "peers": merged_peers(statuses)}
 
 
 def merged_peers(statuses: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,12 +16,13 @@ from areal_like.config import Config, to_mapping
 from areal_like.runtime.command_line import keep_config, load_config
 from areal_like.security.redaction import HIDDEN, PUBLIC, has_secret_name, without_secrets
 from launch.cli import main
-from launch.observation.reach import RunningJob, merged_peers, peer_view
+from launch.observation.polled_steps import PolledSteps
+from launch.observation.reach import RunningJob, merged_peers, merged_status, peer_view
 from launch.settings_help import all_keys
 from tests.support.buffer_harness import BufferProcess, job
 from tests.support.certificates import make_certificate
 from tests.support.keys import make_keys
-from tests.support.launching import wait_until
+from tests.support.launching import launcher, wait_until
 
 ELSEWHERE = "elsewhere"
 """Directory from which a test cannot see `runs/`."""
@@ -63,6 +65,63 @@ def test_a_kept_configuration_names_no_ones_key(tmp_path: Path) -> None:
     kept = load_config(["--config", str(tmp_path / "config.yaml")])
     assert (kept.security.keys, kept.security.identity) == ("/keys", "")
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_status_as_an_object(buffer: BufferProcess, capsys: pytest.CaptureFixture[str]) -> None:
+    buffer.wait_status(lambda status: status["rates"]["samples_per_s"] is not None)
+    for where in ([str(buffer.paths.root)], ["--buffer", buffer.http]):
+        assert main(["status", *where, "--json"]) == 0
+        shown = json.loads(capsys.readouterr().out)
+        assert (shown["run"], shown["answers"], shown["step"], shown["num_steps"]) == ("job", True, 0, 6)
+        assert set(shown["rates"]) == {
+            "window_s",
+            "samples_per_s",
+            "tokens_generated_per_s",
+            "tokens_trained_per_s",
+            "steps_per_min",
+            "drops_per_min",
+        }
+        by_name = {each["name"]: each for each in shown["daemons"]}
+        server = by_name["rollout-1"]
+        assert (server["role"], server["state"], server["versions_behind"]) == ("rollout", "serving", 0)
+        assert server["leases"] >= 0 and server["weights_age_s"] > 0 and server["weights_version"] == 0
+        assert shown["tickets"]["issued"] >= 0 and by_name["buffer"]["http"] == buffer.http
+
+
+def test_status_again_and_again(buffer: BufferProcess, tmp_path: Path) -> None:
+    words = ("status", "--buffer", buffer.http, "--json", "--watch", "0.1")
+    with launcher(*words[1:], verb=words[0], cwd=tmp_path) as process:
+        assert process.stdout is not None
+        lines = [json.loads(process.stdout.readline()) for _ in range(3)]
+        assert lines[0]["time_unix_s"] < lines[2]["time_unix_s"]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 0
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_the_view_from_another_machine(buffer: BufferProcess, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["top", "--buffer", buffer.http, "--once"]) == 0
+    shown = capsys.readouterr().out
+    assert "step 0/6" in shown and "rollout-1" in shown and "tickets" in shown
+
+
+def test_the_curve_is_built_from_polled_steps() -> None:
+    def answer(step: int, reward: float, lags: dict[str, int]) -> dict[str, Any]:
+        stats = {"row_step": float(step), "reward_mean": reward, "lag_max": 2.0}
+        rank0 = {"name": "trainer-0", "role": "trainer", "stats": stats, "silent_s": 0.1}
+        return {"peers": [rank0], "lag_histogram": lags, "max_staleness": 4}
+
+    polled = PolledSteps()
+    assert polled.see([], unix_s=0.0).recent == ()
+    polled.see([answer(3, 0.25, {"0": 8})], unix_s=1.0)
+    polled.see([answer(3, 0.25, {"0": 8})], unix_s=2.0)
+    progress = polled.see([answer(5, 0.75, {"0": 10, "1": 6})], unix_s=3.0)
+    assert [row["step"] for row in progress.recent] == [3, 5]
+    assert progress.recent[-1]["lag_histogram"] == {"0": 2, "1": 6}
+    assert progress.rewards == (0.25, 0.75) and progress.lag_max == 2.0
+    resumed = polled.see([answer(2, 0.5, {"0": 1})], unix_s=4.0)
+    assert [row["step"] for row in resumed.recent] == [2], "a resumed run begins a new curve"
 
 
 @pytest.mark.usefixtures("elsewhere")
@@ -184,6 +243,15 @@ def test_peers_are_seen_as_the_buffers_have_heard_them() -> None:
     assert peer_view(old, is_heard=False).not_ready == "no answer"
     quarantined = peer_view(new | {"quarantine": {"reason": "5 failures", "rest_s": 3}})
     assert quarantined.not_ready == "quarantine: 5 failures"
+
+
+def test_tables_of_shards_are_merged() -> None:
+    first = {"step": 3, "tickets": {"ready": 1}, "drops": {"stale": 1}, "peers": []}
+    rates = {"window_s": 60.0, "samples_per_s": 2.0, "tokens_generated_per_s": 7.0, "steps_per_min": None}
+    second = first | {"rates": rates | {"steps_per_min": 6.0}}
+    merged = merged_status([first | {"rates": rates}, second])
+    assert merged["tickets"] == {"ready": 2} and merged["drops"] == {"stale": 2}
+    assert merged["rates"] == rates | {"samples_per_s": 4.0, "steps_per_min": 6.0}
 
 
 @pytest.mark.usefixtures("elsewhere")
