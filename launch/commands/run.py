@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from areal_like.config import Config
 from areal_like.errors import ConfigError
 from areal_like.runtime.command_line import add_config_option
 from areal_like.runtime.logs import configure_launcher_log
