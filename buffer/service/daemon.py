@@ -97,17 +97,16 @@ class BufferDaemon:
             reopen=config.resume not in ("", "auto"),
         )
         self._ledger.hold_grants()
-        settings = {role: shared_settings(config, role) for role in Role}
         self._peers = ConnectedPeers(
             job=config.name,
             dataset=dataset,
-            settings=settings,
+            settings={role: shared_settings(config, role) for role in Role},
             shard=shard,
             max_peers=config.buffer.max_peers,
             only_loopback=admits_only_this_machine(config.security, buffer_host(config, shard)),
         )
-        linger_s = config.daemon.linger_s
-        self._end = RunEnd(self._peers, linger_s=linger_s, was_finished=self._ledger.is_finished)
+        is_finished = self._ledger.is_finished
+        self._end = RunEnd(self._peers, linger_s=config.daemon.linger_s, was_finished=is_finished)
         keyring = runtime.keyring
         self._recent = RecentNumbers()
         self._watch = JobWatch(config, runtime.metrics, self._ledger, self._peers, now_s=self._loop.time())
@@ -252,8 +251,7 @@ class BufferDaemon:
         return any(self._loop.time() - peer.last_heard_s <= alive_s for peer in ranks)
 
     def _screen(self, route: bytes, kind: type) -> bool:
-        # Without `_failing_on_error`, which takes longer: every message passes here.
-        try:
+        try:  # not `_failing_on_error`, which takes longer: every message passes here
             return self._handlers.may_send(route, kind)
         except Exception as error:
             self._fail(error)

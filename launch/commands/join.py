@@ -81,6 +81,8 @@ def join(run: str, settings: Sequence[str], *, buffer: str = "", name: str = "")
     addresses = ", ".join(address.removeprefix("tcp://") for address in buffer_addresses(config))
     if paths is not None and is_over(paths):
         raise ConfigError(f"{paths.root}: this run is over; start it again with resume=latest")
+    if config.daemon.http_port and not any(each.startswith("daemon.http_port=") for each in arguments):
+        arguments = [*arguments, "daemon.http_port=0"]  # the job's own daemons have the ports from there on
     name = name or free_name(RunPaths.of(config))
     environment = os.environ | {
         PARENT_PID: str(os.getpid()),
