@@ -122,6 +122,23 @@ COMMANDS = {
         "and buffer.port)",
     ),
     "drain": Command("drain", f"drain {JOB} SERVER", "ends one rollout server of a running job"),
+    "cordon": Command(
+        "cordon",
+        f"cordon {JOB} SERVER",
+        "grants one rollout server no new leases: it finishes what it holds and still gets weights",
+    ),
+    "uncordon": Command("uncordon", f"uncordon {JOB} SERVER", "grants it leases again"),
+    "pause": Command(
+        "pause",
+        f"pause {JOB}",
+        "grants no leases for training until `resume`: samples that have begun are finished, and "
+        "evaluations go on",
+    ),
+    "resume": Command(
+        "resume",
+        f"resume {JOB}",
+        "ends a pause (a run that was stopped continues with `areal-like run name=RUN resume=latest`)",
+    ),
     "unfence": Command(
         "unfence",
         f"unfence {JOB} ROLE",
