@@ -65,6 +65,12 @@ COMMANDS = {
         "says what a running job waits on and for how long, down to the engine, and otherwise which pool is "
         "the limit; exit code 1 if it waits on something that should not take so long",
     ),
+    "logs": Command(
+        "logs",
+        "logs RUN [ROLE ...] [-f] [--since TIME] [--level LEVEL] [-n N]",
+        "the logs of a run's daemons and engines, merged by time: the last 200 lines, the last N, or those "
+        "since TIME (10m, 12:30); -f: go on until Ctrl-C, across rotations; ROLE: trainer, rollout-1, ...",
+    ),
     "audit": Command(
         "audit",
         "audit RUN [--json]",
