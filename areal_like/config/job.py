@@ -71,7 +71,11 @@ class DaemonConfig(Section, key="daemon"):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Lowest level that is logged."""
 
+    trace_mb: float = 4.0
+    """Megabytes of disk in which each daemon keeps what it did last, for `areal-like trace`; 0: none."""
+
     def check(self) -> None:
+        require(0 <= self.trace_mb <= 10_000, f"daemon.trace_mb={self.trace_mb:g}: use 0 (none) to 10000")
         require(bool(self.http_host), "daemon.http_host is empty: give an address to bind, e.g. 127.0.0.1")
         require(self.heartbeat_s > 0, "daemon.heartbeat_s must be above 0")
         require(self.drain_timeout_s > 0, "daemon.drain_timeout_s must be above 0")
