@@ -16,6 +16,7 @@ from areal_like.shards import WHOLE, Shard
 BUILT_MODELS = ("tiny", "smollm2")
 """Values of `model.path` that are prepared into the run's directory."""
 
+_LEDGER_NAME = re.compile(r"ledger(-\d+)?")
 _CHECKPOINT_NAME = re.compile(r"step_(\d{6,})")
 
 
@@ -61,8 +62,25 @@ class RunPaths:
 
     @property
     def ledgers(self) -> list[Path]:
-        """The ledger directories that exist, in the order of their shards."""
-        found = [path.parent for path in self.root.glob("ledger*/ledger.sqlite3")]
+        """The ledger directories that exist, in the order of their shards.
+
+        Raises ConfigError if one is on a disk that this machine does not have (`buffer.ledger_dir`).
+        """
+        for path in self.ledger_places:
+            if path.is_symlink() and not path.is_dir():
+                raise ConfigError(
+                    f"{path} is a link to {path.readlink()}, which this machine does not have: "
+                    "run the command where the buffer runs"
+                )
+        return [path for path in self.ledger_places if (path / "ledger.sqlite3").exists()]
+
+    @property
+    def ledger_places(self) -> list[Path]:
+        """The ledger directories and links to them, empty and broken ones too, in the order of their shards.
+
+        A ledger that was moved away within the run's directory (`ledger.old`) is none.
+        """
+        found = [path for path in self.root.glob("ledger*") if _LEDGER_NAME.fullmatch(path.name)]
         return sorted(found, key=lambda path: (len(path.name), path.name))
 
     @property

@@ -87,6 +87,7 @@ _GAUGES = {
     "session_requests_pending": ("session_requests_pending", "Requests of agents without an answer yet."),
     "tokens_per_s": ("tokens_per_second", "Tokens sampled per second, over the last heartbeats."),
     "weights_version": ("weights_version", "Version that the engine samples with."),
+    "weights_age_s": ("weights_age_seconds", "Time since the engine has had that version."),
     "engine_starts": ("engine_starts", "Engines started by this server."),
 }
 _FAILED = {kind: f"samples_failed_{kind.value}" for kind in FailureKind}
@@ -153,6 +154,8 @@ class ServerStats:
         self._before_engine = dict.fromkeys(_CUMULATIVE, 0.0)
         self._by_engine = dict.fromkeys(_CUMULATIVE, 0.0)
         self._updated_s = 0.0
+        self._weights = (-1, 0.0)
+        """Version that the engine has, and since when."""
         self.values: dict[str, float] = dict.fromkeys(
             (
                 *_COUNTERS,
@@ -203,6 +206,7 @@ class ServerStats:
             "rewards_waiting": sum(pool.num_waiting for pool in self._rewards),
             "tokens_per_s": self._rate(totals["tokens_generated"], now_s=now_s),
             "weights_version": self._receiver.version,
+            "weights_age_s": self._weights_age_s(now_s=now_s),
             "engine_starts": self._engine.num_starts,
         }
         for key, counter in self._counters.items():
@@ -273,6 +277,12 @@ class ServerStats:
         self._progress.observe("sessions", self._book.progress, now_s=now_s)
         self._progress.observe("samples", self._runner.num_done, now_s=now_s)
         return self._progress.num_changes
+
+    def _weights_age_s(self, *, now_s: float) -> float:
+        version = self._receiver.version
+        if version != self._weights[0]:
+            self._weights = (version, now_s)
+        return now_s - self._weights[1]
 
     def _rate(self, tokens: float, *, now_s: float) -> float:
         elapsed_s, self._updated_s = now_s - self._updated_s, now_s

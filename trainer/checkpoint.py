@@ -30,7 +30,7 @@ from areal_like.errors import ConfigError, DiskFullError
 from areal_like.paths import checkpoint_name, find_checkpoints
 from areal_like.weights.snapshots_on_disk import STATE_FILE
 from trainer.advantages.critic import Critic
-from trainer.checkpoint_files import write_directory
+from trainer.checkpoint_files import remove_rolled_back, set_aside, write_directory
 from trainer.checkpoints.hf_files import MAX_FILE_BYTES
 from trainer.checkpoints.model_files import ModelFiles
 from trainer.checkpoints.peers import Peers, check_shared, wait_until_visible
@@ -70,16 +70,19 @@ class Checkpoints:
         *,
         keep: int,
         tokenizer_path: str,
+        keep_rolled_back: int = 1,
         dtype: str = "float32",
         max_file_bytes: int = MAX_FILE_BYTES,
     ) -> None:
-        """`keep`: number of checkpoints that stay on disk, the newest ones.
+        """`keep`: number of checkpoints that stay on disk, the newest ones; `keep_rolled_back`: of those that
+        were set aside.
 
         `tokenizer_path`: the tokenizer that is copied into every checkpoint. `dtype`: of the weights' files;
         `max_file_bytes`: of one of them.
         """
         self._root = root
         self._keep = keep
+        self._keep_rolled_back = keep_rolled_back
         self._tokenizer_path = tokenizer_path
         self._dtype = DTYPES[dtype]
         self._max_file_bytes = max_file_bytes
@@ -257,13 +260,13 @@ class Checkpoints:
         """Renames checkpoints after `step` to `step_000300.rolled_back`: the run continues from `step`.
 
         Under their own names they could cause a new checkpoint to be pruned, or be taken for the latest.
-        On rank 0, once it is certain that training continues from `step`.
+        Those of earlier rollbacks are deleted but for `keep_rolled_back` directories in all: each is as large
+        as a checkpoint. On rank 0, once it is certain that training continues from `step`.
         """
         for later in self.steps():
             if later > step:
-                aside = self._root / f"{self.path(later).name}.rolled_back"
-                shutil.rmtree(aside, ignore_errors=True)
-                self.path(later).rename(aside)
+                set_aside(self.path(later))
+        remove_rolled_back(self._root, keep=self._keep_rolled_back)
 
     def _files_of(self, name: str, model: PackedModel, optimizer: ShardedAdamW, ranks: Ranks) -> ModelFiles:
         if name not in self._files or not self._files[name].is_of(optimizer):

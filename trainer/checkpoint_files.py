@@ -68,6 +68,25 @@ def remove_partials(root: Path) -> None:
         probe.unlink(missing_ok=True)
 
 
+_ROLLED_BACK = ".rolled_back"
+
+
+def set_aside(checkpoint: Path) -> None:
+    """Renames a checkpoint of steps that were undone. Its time says when."""
+    aside = checkpoint.with_name(f"{checkpoint.name}{_ROLLED_BACK}")
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
+    os.utime(aside)
+
+
+def remove_rolled_back(root: Path, *, keep: int) -> None:
+    """Deletes checkpoints that were set aside, but for the `keep` that were so last."""
+    found = sorted(root.glob(f"step_*{_ROLLED_BACK}"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+    for path in found[: max(0, len(found) - keep)]:
+        log.info("removing %s: of checkpoints of undone steps trainer.keep_rolled_back=%d stay", path, keep)
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def _commit(partial: Path, final: Path) -> None:
     """Syncs every file before the rename: a directory with the final name is complete even after a crash."""
     for path in sorted(partial.rglob("*"), reverse=True):  # what is in a folder before the folder

@@ -80,6 +80,7 @@ class Trainer:
         self._checkpoints = Checkpoints(
             self._paths.checkpoints,
             keep=config.trainer.keep_checkpoints,
+            keep_rolled_back=config.trainer.keep_rolled_back,
             tokenizer_path=source,
             dtype=dtype,
         )

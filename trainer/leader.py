@@ -46,6 +46,18 @@ from trainer.weight_sync.weight_checks import CheckReport
 log = logging.getLogger(__name__)
 
 _CALL_TIMEOUT_S = 60.0
+_REPORTED = (
+    "reward_mean",
+    "eval_reward",
+    "loss",
+    "lag_mean",
+    "lag_max",
+    "ess_ratio",
+    "mfu",
+    "response_length_mean",
+    "tokens_per_s_trained",
+)
+"""Columns of the newest step in rank 0's heartbeats, for a view that does not see metrics.jsonl."""
 
 
 class Leader:
@@ -279,8 +291,9 @@ class Leader:
         if (eval_reward := self._evaluations.poll()) is not None:
             row["eval_reward"] = eval_reward
         self._record.stepped(row, metrics=metrics)
-        names = ("reward_mean", "loss", "tokens_per_s_trained")
-        self._buffer.stats = {name: row[name] for name in names if math.isfinite(row[name])}
+        self._buffer.stats = {"row_step": float(step)} | {
+            name: float(row[name]) for name in _REPORTED if name in row and math.isfinite(row[name])
+        }
 
     def _evaluated(self, row: dict[str, Any]) -> None:
         start_s = time.monotonic() - row["seconds"]

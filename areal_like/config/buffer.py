@@ -106,6 +106,10 @@ class BufferConfig(Section, key="buffer"):
     retain_trajectories: bool = False
     """Keep every accepted trajectory on disk, for replay and analysis. Otherwise only trajectories that may
     still be trained on are kept."""
+    ledger_dir: str = ""
+    """Directory for the ledger, for example on a local disk where `runs_dir` is a network file system: the
+    ledger is `<ledger_dir>/<name>/ledger`, and a link in the run's directory leads to it. Empty: the ledger
+    is in the run's directory."""
     segment_bytes: int = 64 << 20
     """Size at which the next segment file is started, in bytes. A segment is deleted when no record in it is
     needed any more."""
@@ -131,6 +135,10 @@ class BufferConfig(Section, key="buffer"):
             not (self.retain_trajectories and self.durability == "none"),
             "buffer.retain_trajectories=true keeps trajectories on disk: "
             "set buffer.durability to process_crash or power_loss",
+        )
+        require(
+            not (self.ledger_dir and self.durability == "none"),
+            f"buffer.ledger_dir={self.ledger_dir}: with buffer.durability=none there is no ledger on disk",
         )
         require(
             1 << 16 <= self.segment_bytes <= 1 << 31,

@@ -95,6 +95,9 @@ class TrainerConfig(Section, key="trainer"):
     those of `checkpoint_interval`. 0: only those."""
     keep_checkpoints: int = 2
     """Checkpoints kept on disk."""
+    keep_rolled_back: int = 1
+    """Checkpoints kept of steps that were undone (`step_000300.rolled_back`), those of the last rollback
+    first. No resume reads them: to continue from one after all, rename it while the run is stopped."""
     collective_timeout_s: float = 300.0
     """Timeout of the ranks' collectives, in seconds."""
     fetch_timeout_s: float = 300.0
@@ -123,6 +126,7 @@ class TrainerConfig(Section, key="trainer"):
         ):
             require(getattr(self, name) >= 1, f"trainer.{name} must be at least 1")
         for name in (
+            "keep_rolled_back",
             "lr",
             "warmup_steps",
             "weight_decay",

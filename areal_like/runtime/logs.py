@@ -2,18 +2,28 @@
 
 Lines have a limit, and so has the number of lines from one place in the code: what a peer sends must not fill
 the disk. On SIGHUP the files are opened again (`signals.py`), after logrotate has renamed them.
+
+Every file has a limit too (`daemon.log_max_mb`, `daemon.log_backups`). A file of JSON lines is renamed when
+it is full. The output of a process and the log of an engine cannot be renamed: libraries, torchrun and
+SGLang's own processes hold the open file. They are copied and emptied, which needs no help of the writers.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import logging
 import os
+import shutil
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, ClassVar
 
 from areal_like.config import Config
+from areal_like.config.job import DaemonConfig
 from areal_like.paths import RunPaths
 
 exit_log = logging.getLogger("areal_like.runtime.exit")
@@ -87,8 +97,66 @@ class RateLimit:
         return True
 
 
+@dataclass(frozen=True, kw_only=True)
+class LogBounds:
+    """Limits of one log file. Its copies are `<file>.1` (the newest), `<file>.2` and so on."""
+
+    max_bytes: int = 0
+    """A file that has reached this size becomes a copy; 0: never."""
+    num_backups: int = 1
+    """Copies that are kept."""
+
+    @classmethod
+    def of(cls, daemon: DaemonConfig) -> LogBounds:
+        """The bounds in the settings."""
+        return cls(max_bytes=round(daemon.log_max_mb * 1e6), num_backups=daemon.log_backups)
+
+    def is_full(self, num_bytes: int) -> bool:
+        """True if a file of this size must become a copy."""
+        return 0 < self.max_bytes <= num_bytes
+
+    def make_room(self, path: Path) -> Path:
+        """Renames the copies by one, so that the oldest goes; returns the free name of the newest."""
+        for number in range(self.num_backups, 1, -1):
+            with contextlib.suppress(FileNotFoundError):
+                _copy_of(path, number - 1).replace(_copy_of(path, number))
+        return _copy_of(path, 1)
+
+
+UNBOUNDED = LogBounds()
+
+
+def _copy_of(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.name}.{number}")
+
+
 class ReopenedFile(logging.FileHandler):
-    """A log file that can be opened again under its name."""
+    """A log file that is renamed when it is full, and can be opened again under its name."""
+
+    def __init__(self, path: Path, *, bounds: LogBounds = UNBOUNDED) -> None:
+        super().__init__(path)
+        self._path = path
+        self._bounds = bounds
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes the line, into a new file if this one is full."""
+        try:
+            self._rotate_if_full()
+        except OSError:  # the line still goes into the file that is open
+            self.handleError(record)
+        super().emit(record)
+
+    def _rotate_if_full(self) -> None:
+        if self.stream is None or not self._bounds.max_bytes:
+            return
+        ours = os.fstat(self.stream.fileno())
+        if not self._bounds.is_full(ours.st_size):
+            return
+        # Another process of this name may have renamed it before, e.g. the daemon that this one replaces.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(ours, self._path.stat()):
+                self._path.replace(self._bounds.make_room(self._path))
+        self.reopen()
 
     def reopen(self) -> None:
         """Closes the file and opens the one that has its name now. Not from a signal handler."""
@@ -116,12 +184,22 @@ def configure_logging(config: Config, name: str) -> None:
     plain.addFilter(lambda record: record.name != exit_log.name)
     plain.addFilter(RateLimit())
     plain.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
-    configure_handlers(log_file(paths.logs / f"{name}.log"), plain, level=config.daemon.log_level)
+    bounds = LogBounds.of(config.daemon)
+    file = log_file(paths.logs / f"{name}.log", bounds=bounds)
+    configure_handlers(file, plain, level=config.daemon.log_level)
+    if output := os.environ.get(OUTPUT_FILE):
+        Outputs.bound(Path(output), bounds)
 
 
-def log_file(path: Path) -> ReopenedFile:
+def configure_launcher_log(paths: RunPaths, daemon: DaemonConfig) -> None:
+    """Logs JSON lines of a launcher to `<run>/logs/launcher.log`, and nothing to its terminal."""
+    file = log_file(paths.logs / "launcher.log", bounds=LogBounds.of(daemon))
+    configure_handlers(file, level=daemon.log_level)
+
+
+def log_file(path: Path, *, bounds: LogBounds = UNBOUNDED) -> ReopenedFile:
     """A handler that writes JSON lines to a file."""
-    file = ReopenedFile(path)
+    file = ReopenedFile(path, bounds=bounds)
     file.setFormatter(JsonFormatter())
     file.addFilter(RateLimit())
     return file
@@ -134,6 +212,61 @@ def configure_handlers(*handlers: logging.Handler, level: str) -> None:
 
 OUTPUT_FILE = "AREAL_LIKE_OUTPUT_FILE"
 """Environment variable with the file that a process's stdout and stderr go to, if its parent opened one."""
+
+
+class Outputs:
+    """The files of plain output that this process keeps below a limit: its own and its children's.
+
+    The thread of `handle_log_signals` calls `shorten` about every CHECK_S seconds. Everyone who writes to
+    such a file must have opened it for appending.
+    """
+
+    CHECK_S: ClassVar[float] = 1.0
+    _files: ClassVar[dict[Path, LogBounds]] = {}
+
+    @classmethod
+    def bound(cls, path: Path, bounds: LogBounds) -> None:
+        """Keeps the file below its limit from now on."""
+        if bounds.max_bytes:
+            cls._files[path] = bounds
+
+    @classmethod
+    def shorten(cls) -> None:
+        """Copies and empties the files that are full. Raises OSError if one cannot be copied."""
+        for path, bounds in list(cls._files.items()):
+            copy_and_empty(path, bounds)
+
+
+def copy_and_empty(path: Path, bounds: LogBounds) -> None:
+    """Makes a full file a copy and empties it; what is written to it meanwhile may be lost.
+
+    Several processes may call it for one file (the ranks of a trainer): one of them does it. Raises OSError
+    if the copy cannot be written; the file is emptied all the same, for on a full disk the run needs space.
+    """
+    with contextlib.suppress(FileNotFoundError), path.open("r+b") as file:
+        if not bounds.is_full(os.fstat(file.fileno()).st_size) or not _is_locked(file):
+            return
+        if not bounds.is_full(os.fstat(file.fileno()).st_size):
+            return  # another process was faster
+        copy = bounds.make_room(path)
+        try:
+            shutil.copyfile(path, copy)
+        except OSError:
+            copy.unlink(missing_ok=True)
+            raise
+        finally:
+            file.truncate(0)
+
+
+def _is_locked(file: BinaryIO) -> bool:
+    """Locks the file; False if another process holds it. True also where the file system has no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def reopen_logs() -> None:

@@ -3,6 +3,8 @@
 A signal handler of Python may interrupt a log call in the main thread, so the handlers only write a byte into
 a pipe, and a thread does the work. SIGUSR1 is also handled by `faulthandler`, which needs no Python code to
 run: it writes the stacks to stderr even if the interpreter hangs in native code.
+
+The same thread keeps the files of plain output below their limits (`logs.Outputs`).
 """
 
 from __future__ import annotations
@@ -13,13 +15,14 @@ import faulthandler
 import io
 import logging
 import os
+import select
 import signal
 import sys
 import threading
 import traceback
 import weakref
 
-from areal_like.runtime.logs import reopen_logs
+from areal_like.runtime.logs import Outputs, reopen_logs
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +60,11 @@ def _write(byte: bytes) -> None:
 
 
 def _serve(reading: int) -> None:
-    while received := os.read(reading, 1):
-        if received == _HANGUP:
+    while True:
+        if not select.select([reading], [], [], Outputs.CHECK_S)[0]:
+            _shorten_outputs()
+            continue
+        if os.read(reading, 1) == _HANGUP:
             try:
                 reopen_logs()
             except OSError as error:
@@ -67,6 +73,13 @@ def _serve(reading: int) -> None:
             log.info("SIGHUP: the log files were opened again")
         else:
             log.warning("SIGUSR1: the stacks of all threads and tasks", extra={"stacks": all_stacks()})
+
+
+def _shorten_outputs() -> None:
+    try:
+        Outputs.shorten()
+    except OSError as error:
+        log.error("a file of output has reached its limit and was emptied without a copy: %s", error)
 
 
 def all_stacks() -> str:

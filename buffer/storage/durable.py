@@ -33,13 +33,13 @@ from typing import Self
 
 from areal_like.config import Config
 from areal_like.errors import StoreCorruptError, UserError
-from areal_like.paths import RunPaths
 from areal_like.shards import WHOLE, Shard
 from areal_like.wire.records import Record, RecordLocation, read_record, segment_path
 from buffer.storage import sql, sql_read
 from buffer.storage.base import Store
 from buffer.storage.changes import Changes, RowRecorder
 from buffer.storage.memory import MemoryStore
+from buffer.storage.place import network_warning, open_place
 from buffer.storage.record_cache import RecordCache
 from buffer.storage.rows import Recovered, SegmentRow
 from buffer.storage.segments import SegmentWriter, sync_directory, unreferenced_tail
@@ -75,11 +75,13 @@ class StoreSettings:
 
 
 def open_store(config: Config, *, on_error: Callable[[Exception], None], shard: Shard = WHOLE) -> Store:
-    """Opens the store that `buffer.durability` selects, in the run's directory."""
+    """Opens the store that `buffer.durability` selects, where `buffer.ledger_dir` wants it."""
     settings = StoreSettings.from_config(config)
     if settings.durability == "none":
         return MemoryStore()
-    return DurableStore(RunPaths.of(config).ledger_of(shard), settings, on_error=on_error)
+    if warning := network_warning(config):
+        log.warning("%s", warning)
+    return DurableStore(open_place(config, shard=shard), settings, on_error=on_error)
 
 
 class DurableStore(RowRecorder):
@@ -298,6 +300,12 @@ def _lock(directory: Path) -> int:
         raise UserError(
             f"{directory} is in use by another buffer (pid {holder}): "
             "stop that one, or give this run another name"
+        ) from None
+    except OSError as error:
+        os.close(file)
+        raise UserError(
+            f"the file system of {directory} has no locks ({error.strerror}): "
+            "set buffer.ledger_dir to a directory on a local disk"
         ) from None
     os.ftruncate(file, 0)
     os.pwrite(file, f"{os.getpid()}\n".encode(), 0)

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from areal_like.errors import ConfigError
 from areal_like.runtime.command_line import add_config_option
-from areal_like.runtime.logs import configure_handlers, log_file
+from areal_like.runtime.logs import configure_launcher_log
 from areal_like.runtime.process import keep_files_private
 from areal_like.runtime.signals import handle_log_signals, request_reopen
 from launch.commands.parser import add_settings
@@ -54,7 +54,7 @@ def evaluate(model: EvaluatedModel, argv: Sequence[str], *, as_json: bool) -> in
     keep_files_private()
     run = open_evaluation(model, argv)
     keep_files_private(run.paths.root)
-    configure_handlers(log_file(run.paths.logs / "launcher.log"), level=run.config.daemon.log_level)
+    configure_launcher_log(run.paths, run.config.daemon)
     handle_log_signals(to_stderr=False, hangup=False)
     console = Console(stderr=as_json)
     if not console.is_terminal:

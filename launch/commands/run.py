@@ -11,9 +11,10 @@ from typing import Any
 
 from rich.console import Console
 
+from areal_like.config import Config
 from areal_like.errors import ConfigError
 from areal_like.runtime.command_line import add_config_option
-from areal_like.runtime.logs import configure_handlers, log_file
+from areal_like.runtime.logs import configure_launcher_log
 from areal_like.runtime.process import keep_files_private
 from areal_like.runtime.signals import handle_log_signals, request_reopen
 from launch.commands.parser import add_settings
@@ -47,11 +48,11 @@ def run_local(argv: Sequence[str]) -> int:
     keep_files_private(run.paths.root)
     started_unix_s = time.time()
     console = Console(stderr=False)
-    configure_handlers(log_file(run.paths.logs / "launcher.log"), level=run.config.daemon.log_level)
+    configure_launcher_log(run.paths, run.config.daemon)
     # Stacks only into the log: stderr is the user's terminal.
     handle_log_signals(to_stderr=False, hangup=False)
     stops = StopSignals(on_hangup=request_reopen)
-    for line in run.announcement:
+    for line in filter(None, (*run.announcement, _ledger_warning(run.config))):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if run.is_finished:
         run.close()
@@ -94,3 +95,10 @@ class _ShowSettings(argparse.Action):
         width = max(80, shutil.get_terminal_size().columns)
         sys.stdout.write(help_text(width=width, everything=option_string == "--help-all"))
         parser.exit()
+
+
+def _ledger_warning(config: Config) -> str:
+    # Imported here, because `areal-like --help` and the other commands need no module of a daemon.
+    from buffer.storage.place import network_warning
+
+    return network_warning(config)

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from areal_like.errors import ConfigError
 from areal_like.runtime.command_line import add_config_option
-from areal_like.runtime.logs import configure_handlers, log_file
+from areal_like.runtime.logs import configure_launcher_log
 from areal_like.runtime.process import keep_files_private
 from areal_like.runtime.signals import handle_log_signals, request_reopen
 from launch.commands.parser import add_settings
@@ -69,7 +69,7 @@ def run_sft(argv: Sequence[str]) -> int:
     keep_files_private()
     run = open_run(argv, is_sft=True)
     keep_files_private(run.paths.root)
-    configure_handlers(log_file(run.paths.logs / "launcher.log"), level=run.config.daemon.log_level)
+    configure_launcher_log(run.paths, run.config.daemon)
     handle_log_signals(to_stderr=False, hangup=False)
     console = Console()
     view = LastingView(SftView(run.config, console))

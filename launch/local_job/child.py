@@ -136,8 +136,9 @@ def _tail(path: Path, *, start: int, num_lines: int, max_bytes: int = 1 << 16) -
     """The last non-empty lines of a file from byte `start` on."""
     if not path.exists():
         return []
+    size = path.stat().st_size
     with path.open("rb") as file:
-        file.seek(max(start, path.stat().st_size - max_bytes))
+        file.seek(max(start if start <= size else 0, size - max_bytes))  # shorter: it is a new file (logs.py)
         text = file.read().decode(errors="replace")
     return [line.rstrip() for line in text.split("\n") if line.strip()][-num_lines:]
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from launch.run_directory.rundir import (
     holds_run,
     is_trained,
     lock,
+    remove_ledgers,
     remove_unbegun,
     restart_order_file,
 )
@@ -100,8 +100,8 @@ def _is_begun(paths: RunPaths) -> bool:
 def prepared(run: OpenRun) -> OpenRun:
     """Removes the traces of earlier processes and writes the configuration."""
     try:
-        for stale in run.paths.endpoints.glob("*.json"):
-            stale.unlink()
+        for stale in (*run.paths.endpoints.glob("*.json"), *run.paths.endpoints.glob(".*.json.*")):
+            stale.unlink()  # also what a killed daemon left half written
         restart_order_file(run.paths).unlink(missing_ok=True)  # the order was for an earlier launcher
         for folder in (run.paths.endpoints, run.paths.logs):
             folder.mkdir(exist_ok=True)
@@ -138,8 +138,7 @@ def _start(config: Config, *, is_named: bool) -> OpenRun:
             continue
         if not holds_run(paths):
             # A ledger left by a job that failed before its first step: its tickets belong to no step.
-            for ledger in paths.ledgers:
-                shutil.rmtree(ledger)
+            remove_ledgers(paths)
             lines = _new_run_announcement(paths, config, number=number)
             return OpenRun(
                 config=candidate,

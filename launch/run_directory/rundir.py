@@ -63,7 +63,7 @@ def is_held(paths: RunPaths) -> bool | None:
         return None
     try:
         fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError:  # it is locked, or the file system has no locks
         return True
     finally:
         os.close(lock)
@@ -103,7 +103,18 @@ def remove_unbegun(paths: RunPaths) -> None:
     ours.update((paths.metrics, paths.summary, paths.rows, *paths.root.glob("ledger*")))
     ours.update((paths.tensorboard, paths.wandb))
     if not _has_steps(paths) and ours.issuperset(paths.root.iterdir()):
+        remove_ledgers(paths)
         shutil.rmtree(paths.root)
+
+
+def remove_ledgers(paths: RunPaths) -> None:
+    """Removes the run's ledgers, also those on another disk (`buffer.ledger_dir`)."""
+    for ledger in paths.ledger_places:
+        is_link = ledger.is_symlink()
+        if not is_link or (ledger / "ledger.sqlite3").exists():
+            shutil.rmtree(ledger.resolve())
+        if is_link:
+            ledger.unlink()
 
 
 def lock(paths: RunPaths) -> int:
@@ -126,6 +137,12 @@ def lock(paths: RunPaths) -> int:
         raise InUseError(
             f"{paths.root} is in use by the run that process {holder} started: "
             "wait for its end, or choose another name=..."
+        ) from None
+    except OSError as error:
+        os.close(lock_fd)
+        raise ConfigError(
+            f"the file system of {paths.root} has no locks ({error.strerror}): "
+            "choose a runs_dir=... that has (Lustre: mounted with `flock`)"
         ) from None
     os.truncate(lock_fd, 0)
     os.write(lock_fd, f"{os.getpid()}\n".encode())

@@ -27,7 +27,7 @@ from areal_like.errors import ConfigError, EngineError
 from areal_like.hosts import LOOPBACK
 from areal_like.paths import RunPaths
 from areal_like.runtime.daemon import cancelled_on_exit
-from areal_like.runtime.logs import OUTPUT_FILE
+from areal_like.runtime.logs import OUTPUT_FILE, LogBounds, Outputs
 from rollout_server.inference.client import EngineClient
 from rollout_server.inference.generate_batcher import MAX_BATCH
 from rollout_server.inference.generation_gate import GenerationGate
@@ -63,6 +63,7 @@ class EngineProcess(ABC):
         self._model = model
         self._context_tokens = context_tokens
         self.log_path = RunPaths.of(config).logs / f"{name}-engine.log"
+        Outputs.bound(self.log_path, LogBounds.of(config.daemon))
         self._process: subprocess.Popen[bytes] | None = None
         self.api_key = ""
         """The key of the newest engine."""

@@ -1,5 +1,6 @@
 """Checkpoints: readable by transformers, bitwise resumable, at any world size, complete or absent."""
 
+import os
 import shutil
 import threading
 from collections.abc import Iterator
@@ -141,6 +142,31 @@ def test_later_checkpoints_are_set_aside_after_a_rollback(tmp_path: Path, ranks:
     assert many.steps() == [100, 200], "load alone must not rename: the buffer may still refuse the trainer"
     many.set_aside_after(100)
     assert many.steps() == [100], "resume=latest would resume from the abandoned step 200"
+
+
+def test_checkpoints_of_undone_steps_are_pruned(tmp_path: Path) -> None:
+    for step in (100, 200, 300, 400, 500):
+        (tmp_path / f"step_{step:06d}" / "rows").mkdir(parents=True)
+    (tmp_path / "step_000999.rolled_back").mkdir()  # of an earlier release, which kept all
+    os.utime(tmp_path / "step_000999.rolled_back", (1e9, 1e9))
+    checkpoints = Checkpoints(tmp_path, keep=9, keep_rolled_back=2, tokenizer_path="")
+    checkpoints.set_aside_after(400)
+    names = [f"step_{step:06d}" for step in (100, 200, 300, 400)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *names,
+        "step_000500.rolled_back",
+        "step_000999.rolled_back",
+    ]
+    checkpoints.set_aside_after(100)
+    kept = ["step_000100", "step_000300.rolled_back", "step_000400.rolled_back"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept, "the last rollback is the newest"
+    checkpoints.set_aside_after(100)
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
+    none = Checkpoints(tmp_path, keep=9, keep_rolled_back=0, tokenizer_path="")
+    none.set_aside_after(100)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000100"], (
+        "a complete one is not touched"
+    )
 
 
 def test_copied_shards_do_not_change_with_training(tmp_path: Path, ranks: Ranks) -> None:

@@ -307,7 +307,7 @@ class TrainerBufferClient:
             tokenizer=tokenizer_fingerprint(path),
             dataset=dataset_fingerprint(self.config),
             settings=shared_settings(self.config, Role.TRAINER),
-            http_address=f"{self.config.daemon.http_host}:{self.runtime.http_port}",
+            http_address=self.runtime.http_address,
             dtype=compute_dtype(self.config),
             device=self.device,
             rank=self.rank,

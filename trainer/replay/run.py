@@ -43,6 +43,7 @@ class Replay:
         self._checkpoints = Checkpoints(
             self._paths.checkpoints,
             keep=config.trainer.keep_checkpoints,
+            keep_rolled_back=config.trainer.keep_rolled_back,
             tokenizer_path=source,
             dtype=compute_dtype(config),
         )

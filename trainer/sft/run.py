@@ -67,6 +67,7 @@ class SupervisedRun:
         self._checkpoints = Checkpoints(
             paths.checkpoints,
             keep=config.trainer.keep_checkpoints,
+            keep_rolled_back=config.trainer.keep_rolled_back,
             tokenizer_path=source,
             dtype=compute_dtype(config),
         )

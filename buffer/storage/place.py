@@ -1,0 +1,90 @@
+"""Where a shard's ledger is: in the run's directory, or on another disk that a link there names.
+
+    <runs_dir>/<name>/ledger                                     without `buffer.ledger_dir`
+    <runs_dir>/<name>/ledger -> <ledger_dir>/<name>/ledger       with it
+
+Every reader finds the ledger through the link and needs no setting. A link whose directory is missing is an
+error: a buffer that was started on another machine must not begin an empty ledger beside the real one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from areal_like.config import Config
+from areal_like.errors import ConfigError
+from areal_like.paths import RunPaths
+from areal_like.shards import WHOLE, Shard
+from buffer.storage.file_system import file_system_of, is_network
+from buffer.storage.segments import sync_directory
+
+
+def open_place(config: Config, *, shard: Shard = WHOLE) -> Path:
+    """The directory of the shard's ledger, with the link to it where `buffer.ledger_dir` wants one.
+
+    Raises ConfigError if the run's ledger is elsewhere.
+    """
+    path, target = RunPaths.of(config).ledger_of(shard), _wanted(config, shard)
+    if path.is_symlink() and not path.is_dir():
+        raise ConfigError(
+            f"{path} is a link to {path.readlink()}, which this machine does not have: start the buffer on "
+            "the machine that has it, or copy it from there. To give up the groups in it, remove the link: "
+            "the run then continues from its newest checkpoint with a new ledger"
+        )
+    if target == path or (path.is_symlink() and path.resolve() == target.resolve()):
+        return path
+    if path.is_symlink() or _holds_files(path):
+        raise ConfigError(
+            f"buffer.ledger_dir={config.buffer.ledger_dir}, but the ledger of this run is in "
+            f"{path.resolve()}: give the same buffer.ledger_dir as before, or move that directory to "
+            f"{target} and make {path} a link to it"
+        )
+    if _holds_files(target):
+        raise ConfigError(
+            f"{target} holds the ledger of another run: choose another buffer.ledger_dir or name=..., or "
+            f"remove it. If it is this run's, make {path} a link to it"
+        )
+    _make_link(path, target)
+    return path
+
+
+def network_warning(config: Config) -> str:
+    """Why the place of the ledger is unsafe; empty if it is not, or if there is no ledger."""
+    if config.buffer.durability == "none":
+        return ""
+    path = _wanted(config, WHOLE)
+    kind = file_system_of(path)
+    if not is_network(kind):
+        return ""
+    return (
+        f"the ledger is on a file system of type {kind} ({path.resolve()}): SQLite's WAL is unsafe there, a "
+        "crash or a reader on another machine may damage it. Set buffer.ledger_dir to a directory on a local "
+        "disk"
+    )
+
+
+def _wanted(config: Config, shard: Shard) -> Path:
+    path = RunPaths.of(config).ledger_of(shard)
+    if not config.buffer.ledger_dir:
+        return path
+    return Path(config.buffer.ledger_dir).expanduser().resolve() / config.name / shard.ledger
+
+
+def _holds_files(directory: Path) -> bool:
+    return directory.is_dir() and any(directory.iterdir())
+
+
+def _make_link(path: Path, target: Path) -> None:
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            path.rmdir()
+        path.symlink_to(target, target_is_directory=True)
+    except OSError as error:
+        raise ConfigError(
+            f"the ledger cannot be in {target} with a link in {path.parent}: {error.strerror}; "
+            "choose another buffer.ledger_dir"
+        ) from None
+    for directory in (target.parent, path.parent):
+        sync_directory(directory)
