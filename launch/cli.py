@@ -90,6 +90,12 @@ COMMANDS = {
         "writes one HTML page about a run that goes on, has ended or has failed: figures, charts, drops, "
         "events, messages, samples; with --against, about two runs in the same charts",
     ),
+    "trace": Command(
+        "trace",
+        "trace RUN [--out FILE] [--last SECONDS | --steps A:B]",
+        "writes what all daemons of a run did when, on one clock, as a trace for https://ui.perfetto.dev: "
+        "steps, samples, pushes, checkpoints, evaluations, the ledger's writes",
+    ),
     "drop": Command(
         "drop",
         f"drop {JOB} TICKET ...",

@@ -13,6 +13,7 @@ from typing import Any
 from areal_like.failures import FailureKind
 from areal_like.runtime.metrics import Metrics
 from areal_like.runtime.progress import ProgressClock
+from areal_like.spans import recorder
 from areal_like.trajectory import FinishReason
 from rollout_server.buffer_client.held_leases import Place
 from rollout_server.buffer_client.shards import ShardedBufferClient
@@ -95,6 +96,10 @@ _ENDED = {outcome: f"sessions_{outcome.value}" for outcome in Outcome}
 _REFUSED = {status: f"session_refusals_{status}" for status in (400, 404, 405, 410, 413, 422, 429, 500, 503)}
 """By the HTTP status of the application's answer."""
 _SMOOTHING = 0.3
+
+
+_TRACED = ("running", "waiting", "at_engine", "in_tools", "in_rewards", "tokens_per_s", "unacknowledged")
+"""Values that are counters in a trace."""
 
 
 class ServerStats:
@@ -217,6 +222,8 @@ class ServerStats:
         for key, gauge in self._gauges.items():
             gauge.set(values[key])
         self.values = {key: float(value) for key, value in values.items()}
+        for key in _TRACED:
+            recorder.count(key, self.values[key])
         return self.values
 
     def _of_places(self, *, now_s: float) -> dict[str, float]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from areal_like.automatic_settings import compute_dtype, start_limit_s
 from areal_like.config import Config
 from areal_like.errors import ArealError, RefusedError, UserError
+from areal_like.spans.recorder import record
 from areal_like.wire.messages.consumer import (
     AllocVersion,
     CloseAdmission,
@@ -74,7 +75,7 @@ class Leader:
         self._started_s = started_s
         self._training_started_s = started_s
         self._record = RunRecord(config, buffer.runtime.metrics, step=step)
-        self._evaluations = Evaluations(config, buffer, on_row=self._record.evaluated)
+        self._evaluations = Evaluations(config, buffer, on_row=self._evaluated)
         self._staleness: StalenessController | None = None
         if config.max_staleness == "auto":
             self._staleness = StalenessController(cap=config.max_staleness_cap, target=config.ess_target)
@@ -294,6 +295,11 @@ class Leader:
             name: float(row[name]) for name in _REPORTED if name in row and math.isfinite(row[name])
         }
 
+    def _evaluated(self, row: dict[str, Any]) -> None:
+        start_s = time.monotonic() - row["seconds"]
+        record(f"evaluation of {row['set']}", f"step {row['step']}", start_s=start_s, avg=row["avg"])
+        self._record.evaluated(row)
+
     def _get_counters(self) -> RunCounters:
         counters: RunCounters = self._buffer.call(GetRunCounters(), timeout_s=_CALL_TIMEOUT_S)
         return counters
@@ -307,6 +313,14 @@ class Leader:
     async def _open_publisher(self) -> None:
         def on_push(report: PushReport) -> None:
             self._last_push = report
+            start_s = time.monotonic() - report.seconds
+            record(
+                "pushes",
+                f"push of v{report.version}",
+                start_s=start_s,
+                step=report.step,
+                failed=report.failed,
+            )
             self._record.series.pushed(report)
 
         def on_check(report: CheckReport) -> None:

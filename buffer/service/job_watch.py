@@ -13,6 +13,7 @@ from areal_like.wire.messages.producer import Purpose
 from buffer.diagnosis.bottleneck import Load
 from buffer.diagnosis.facts import JobFacts, LeaseFacts, RankFacts, ServerFacts
 from buffer.diagnosis.rules import Limits
+from buffer.diagnosis.timeline import Timeline
 from buffer.diagnosis.watchdog import INTERVAL_S, Wakefulness, Watchdog
 from buffer.ledger.ledger import Ledger
 from buffer.service.peers import ConnectedPeers
@@ -34,6 +35,7 @@ class JobWatch:
         self._groups_per_step = config.trainer.groups_per_step
         self._watchdog = Watchdog(metrics, limits=Limits.of(heartbeat_s=config.daemon.heartbeat_s))
         self._awake = Wakefulness(now_s=now_s)
+        self._timeline = Timeline()
         self._lost: dict[str, float] = {}
         self._world_size = 0
         self._since: dict[str, float] = {}
@@ -49,6 +51,7 @@ class JobWatch:
     def tick(self, *, now_s: float, interval_s: float) -> None:
         """Call it whenever the buffer's timer fires; looks at the job about once a second."""
         self._awake.tick(now_s=now_s, next_s=now_s + interval_s)
+        self._timeline.look(self._ledger.state)
         if now_s < self._due_s:
             return
         self._due_s = now_s + INTERVAL_S
