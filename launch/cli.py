@@ -65,6 +65,12 @@ COMMANDS = {
         "says what a running job waits on and for how long, down to the engine, and otherwise which pool is "
         "the limit; exit code 1 if it waits on something that should not take so long",
     ),
+    "logs": Command(
+        "logs",
+        "logs RUN [ROLE ...] [-f] [--since TIME] [--level LEVEL] [-n N]",
+        "the logs of a run's daemons and engines, merged by time: the last 200 lines, the last N, or those "
+        "since TIME (10m, 12:30); -f: go on until Ctrl-C, across rotations; ROLE: trainer, rollout-1, ...",
+    ),
     "audit": Command(
         "audit",
         "audit RUN [--json]",
@@ -128,6 +134,23 @@ COMMANDS = {
         "and buffer.port)",
     ),
     "drain": Command("drain", f"drain {JOB} SERVER", "ends one rollout server of a running job"),
+    "cordon": Command(
+        "cordon",
+        f"cordon {JOB} SERVER",
+        "grants one rollout server no new leases: it finishes what it holds and still gets weights",
+    ),
+    "uncordon": Command("uncordon", f"uncordon {JOB} SERVER", "grants it leases again"),
+    "pause": Command(
+        "pause",
+        f"pause {JOB}",
+        "grants no leases for training until `resume`: samples that have begun are finished, and "
+        "evaluations go on",
+    ),
+    "resume": Command(
+        "resume",
+        f"resume {JOB}",
+        "ends a pause (a run that was stopped continues with `areal-like run name=RUN resume=latest`)",
+    ),
     "unfence": Command(
         "unfence",
         f"unfence {JOB} ROLE",

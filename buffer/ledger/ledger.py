@@ -95,6 +95,8 @@ class Ledger:
         # Operations of an operator, and of every peer.
         self.poison = session.poison
         self.unfence = session.unfence
+        self.set_paused = session.set_paused
+        self.set_cordoned = session.set_cordoned
         self.find_process = state.incarnations.find
 
     def admit_process(self, name: str, process: str) -> int:

@@ -135,6 +135,7 @@ def _restore_tables(state: LedgerState, recovered: Recovered) -> None:
     if state.settings.adaptive:
         state.bound.current = min(scalars.get("max_staleness", 0), state.settings.staleness_cap)
     state.incarnations.restore(scalars)
+    state.holds.restore(scalars)
     state.prompts.restore(scalars, recovered.returned, are_other_prompts=state.prompts_changed)
 
 

@@ -18,6 +18,7 @@ from buffer.tables.counters import StreamCounters
 from buffer.tables.evaluations import EvalTable
 from buffer.tables.incarnations import IncarnationTable
 from buffer.tables.lease_table import LeaseTable
+from buffer.tables.operator_holds import OperatorHolds
 from buffer.tables.prompt_source import PromptSource
 from buffer.tables.ticket_table import TicketTable
 from buffer.tables.version_table import VersionTable
@@ -56,6 +57,7 @@ class LedgerState:
         )
         self.admission = Admission(settings, tickets=self.tickets, scheduler=self.scheduler, bound=self.bound)
         self.steps = StepLog(store, self.tickets, self.counters, groups_per_step=settings.groups_per_step)
+        self.holds = OperatorHolds(store)
         self.drops: Counter[Drop] = Counter()
         """Dropped tickets by reason."""
         self.trainer_incarnation = 0

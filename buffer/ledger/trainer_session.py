@@ -173,6 +173,25 @@ class TrainerSession:
         )
         return detail
 
+    def set_paused(self, is_paused: bool, *, unix_s: float) -> bool:
+        """Grants no leases of training tickets, or grants them again, for an operator. False: it was so."""
+        has_changed = self._state.holds.set_paused(is_paused)
+        if has_changed:
+            self._record("pause" if is_paused else "resume", "training", unix_s=unix_s)
+        return has_changed
+
+    def set_cordoned(self, name: str, is_cordoned: bool, *, unix_s: float) -> bool:
+        """Grants a server no new leases, or grants them again, for an operator. False: it was so."""
+        has_changed = self._state.holds.set_cordoned(name, is_cordoned)
+        if has_changed:
+            self._record("cordon" if is_cordoned else "uncordon", name, unix_s=unix_s)
+            if (server := self._state.leases.servers.get(name)) is not None:
+                server.is_cordoned = is_cordoned
+        return has_changed
+
+    def _record(self, verb: str, subject: str, *, unix_s: float) -> None:
+        self._state.store.put_operation(OperationRow(unix_s=unix_s, verb=verb, subject=subject, detail=""))
+
     def poison(self, ticket_ids: Sequence[int]) -> None:
         """Removes tickets from their steps, for an operator; other groups take their positions.
 

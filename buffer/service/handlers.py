@@ -207,7 +207,10 @@ class Handlers:
     def _trainer_heartbeat(self, peer: Peer, envelope: Envelope) -> producer.HeartbeatAck:
         beat: consumer.TrainerHeartbeat = envelope.message
         peer.state, peer.stats, peer.waits, peer.step = beat.state, beat.stats, beat.waits, beat.step
-        return self._heartbeat_ack(sent_s=beat.sent_s, progress=self._peers.total("progress"))
+        ack = self._heartbeat_ack(sent_s=beat.sent_s, progress=self._peers.total("progress"))
+        if self._ledger.state.holds.is_paused and not ack.trouble:  # its limits of time must not run out
+            ack = dataclasses.replace(ack, trouble="the run is paused by an operator")
+        return ack
 
     def _trainer_goodbye(self, peer: Peer, envelope: Envelope) -> Ok:
         self._peers.remove(peer.hello.name)

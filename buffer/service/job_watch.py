@@ -112,6 +112,7 @@ class JobWatch:
             lost_servers={name: now_s - lost_s for name, lost_s in self._lost.items()},
             store_trouble=ledger.write_blocked_reason,
             store_trouble_s=self._lasting("store", bool(ledger.write_blocked_reason), now_s=now_s),
+            paused_s=self._lasting("paused", state.holds.is_paused, now_s=now_s),
             closed_reason=ledger.closed_reason,
             closed_s=self._lasting("closed", bool(ledger.closed_reason), now_s=now_s),
             is_finished=ledger.is_finished,
@@ -156,5 +157,7 @@ class JobWatch:
 
 
 def _held_back(server: Server) -> str:
+    if server.is_cordoned:
+        return "cordoned by an operator"
     quarantine = server.health.quarantine
     return f"quarantined ({quarantine.reason})" if quarantine is not None else ""

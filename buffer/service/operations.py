@@ -2,6 +2,8 @@
 
     drop {"tickets": [17, 23]}           removes recorded tickets: all of them, or none
     unfence {"name": "rollout-0"}        takes a name from its process; the next new one gets it
+    cordon, uncordon {"server": "rollout-0"}    grants a rollout server no new leases; grants them again
+    pause, resume {}                     grants no leases of training tickets; grants them again
     drain_server {"server": "rollout-0"} tells a rollout server to leave, over its own connection: the HTTP
                                          address in a hello is whatever the peer wrote there
 
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -57,7 +60,15 @@ class Operations:
     @property
     def verbs(self) -> dict[str, Verb]:
         """Verb -> handler."""
-        return {"drop": self._drop, "unfence": self._unfence, "drain_server": self._drain_server}
+        return {
+            "drop": self._drop,
+            "unfence": self._unfence,
+            "drain_server": self._drain_server,
+            "cordon": functools.partial(self._set_cordoned, True),
+            "uncordon": functools.partial(self._set_cordoned, False),
+            "pause": functools.partial(self._set_paused, True),
+            "resume": functools.partial(self._set_paused, False),
+        }
 
     async def _drop(self, body: dict[str, Any]) -> dict[str, Any]:
         ticket_ids = body.get("tickets")
@@ -97,6 +108,25 @@ class Operations:
             raise UserError(f"{peer.hello.name} is not connected: end its process")
         log.info("an operator drains %s", peer.hello.name)
         return {"draining": peer.hello.name}
+
+    async def _set_cordoned(self, is_cordoned: bool, body: dict[str, Any]) -> dict[str, Any]:
+        name = body.get("server")
+        peer = self._peers.named(name) if isinstance(name, str) else None
+        is_known = peer is not None and peer.hello.role is Role.ROLLOUT
+        if not isinstance(name, str) or not (is_known or name in self._ledger.state.holds.cordoned):
+            raise UserError('want {"server": NAME} of a registered rollout server')
+        with self._changing():
+            has_changed = self._ledger.set_cordoned(name, is_cordoned, unix_s=time.time())
+        log.warning("an operator %s %s", "cordons" if is_cordoned else "uncordons", name)
+        await self._durable()
+        return {"server": name, "changed": has_changed}
+
+    async def _set_paused(self, is_paused: bool, _: dict[str, Any]) -> dict[str, Any]:
+        with self._changing():
+            has_changed = self._ledger.set_paused(is_paused, unix_s=time.time())
+        log.warning("an operator %s the run", "pauses" if is_paused else "resumes")
+        await self._durable()
+        return {"paused": is_paused, "changed": has_changed}
 
     async def _durable(self) -> None:
         self._changed()

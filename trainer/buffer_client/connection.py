@@ -97,7 +97,7 @@ class Connection:
             return
         self._on_progress(message.progress)
         if message.trouble and not self._buffer.trouble:
-            log.warning("the buffer at %s cannot write, waiting for it: %s", self.address, message.trouble)
+            log.warning("waiting for the buffer at %s: %s", self.address, message.trouble)
 
     def _on_hello_required(self) -> None:
         if not self._survives:
