@@ -17,7 +17,6 @@ from torch import Tensor
 from areal_like.automatic_settings import compute_dtype, start_limit_s
 from areal_like.config import Config
 from areal_like.errors import ArealError, RefusedError, UserError
-from areal_like.spans.recorder import record
 from areal_like.wire.messages.consumer import (
     AllocVersion,
     CloseAdmission,
@@ -35,6 +34,7 @@ from trainer.adaptive_staleness import StalenessController
 from trainer.batching.packing import PackedBatch
 from trainer.buffer_client.client import StopRequestedError, TrainerBufferClient
 from trainer.evaluation import Evaluations
+from trainer.metrics.generation_counts import GenerationCounts
 from trainer.metrics.run_files import WARM_UP_STEPS, step_row
 from trainer.run_record import RunRecord
 from trainer.weight_sync.broadcaster import Broadcaster
@@ -75,7 +75,7 @@ class Leader:
         self._started_s = started_s
         self._training_started_s = started_s
         self._record = RunRecord(config, buffer.runtime.metrics, step=step)
-        self._evaluations = Evaluations(config, buffer, on_row=self._evaluated)
+        self._evaluations = Evaluations(config, buffer, on_row=self._record.evaluated)
         self._staleness: StalenessController | None = None
         if config.max_staleness == "auto":
             self._staleness = StalenessController(cap=config.max_staleness_cap, target=config.ess_target)
@@ -83,6 +83,7 @@ class Leader:
         self._counters_at_start: RunCounters
         self._counted_from_s: float
         self._counters_after_warm_up: RunCounters | None = None
+        self._counts = GenerationCounts(self._get_counters)
         self._last_push: PushReport | None = None
         self._last_checks: dict[str, CheckReport] = {}
         """Server -> its last check."""
@@ -164,7 +165,7 @@ class Leader:
         self._step = step + 1
         if snapshot is not None:
             self._offer(snapshot, loaded=False)
-        self._record_row(step, metrics | {"max_staleness": staleness_bound})
+        self._record_row(step, metrics | {"max_staleness": staleness_bound} | self._counts.of_row())
         if self._step == WARM_UP_STEPS:
             self._counters_after_warm_up = self._get_counters()
         self._evaluations.start_if_due(step=self._step, min_version=self._publisher.active_version)
@@ -295,11 +296,6 @@ class Leader:
             name: float(row[name]) for name in _REPORTED if name in row and math.isfinite(row[name])
         }
 
-    def _evaluated(self, row: dict[str, Any]) -> None:
-        start_s = time.monotonic() - row["seconds"]
-        record(f"evaluation of {row['set']}", f"step {row['step']}", start_s=start_s, avg=row["avg"])
-        self._record.evaluated(row)
-
     def _get_counters(self) -> RunCounters:
         counters: RunCounters = self._buffer.call(GetRunCounters(), timeout_s=_CALL_TIMEOUT_S)
         return counters
@@ -313,15 +309,7 @@ class Leader:
     async def _open_publisher(self) -> None:
         def on_push(report: PushReport) -> None:
             self._last_push = report
-            start_s = time.monotonic() - report.seconds
-            record(
-                "pushes",
-                f"push of v{report.version}",
-                start_s=start_s,
-                step=report.step,
-                failed=report.failed,
-            )
-            self._record.series.pushed(report)
+            self._record.pushed(report)
 
         def on_check(report: CheckReport) -> None:
             self._last_checks[report.server] = report
