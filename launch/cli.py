@@ -151,6 +151,12 @@ COMMANDS = {
         f"resume {JOB}",
         "ends a pause (a run that was stopped continues with `areal-like run name=RUN resume=latest`)",
     ),
+    "set": Command(
+        "set",
+        f"set {JOB} max_staleness=N",
+        "changes the staleness bound of a running job, up to the one that it was started with; tickets that "
+        "have begun keep theirs",
+    ),
     "unfence": Command(
         "unfence",
         f"unfence {JOB} ROLE",

@@ -266,7 +266,7 @@ class Leader:
     @property
     def _staleness_bound(self) -> int:
         """Largest lag, in steps, of samples that are admitted now."""
-        return self._config.staleness_cap if self._staleness is None else self._staleness.bound
+        return self._buffer.max_staleness if self._staleness is None else self._staleness.bound
 
     def _adapt_staleness(self, metrics: dict[str, Any]) -> None:
         """With `max_staleness=auto`: moves the bound.

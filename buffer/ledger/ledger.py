@@ -96,6 +96,7 @@ class Ledger:
         self.poison = session.poison
         self.unfence = session.unfence
         self.set_paused = session.set_paused
+        self.change_max_staleness = session.change_max_staleness
         self.set_cordoned = session.set_cordoned
         self.find_process = state.incarnations.find
 

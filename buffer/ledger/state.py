@@ -87,6 +87,12 @@ class LedgerState:
         self.trainer_incarnation = incarnation
         self.store.put_scalar("trainer_incarnation", incarnation)
 
+    def set_changed_bound(self, max_staleness: int) -> None:
+        """Sets the bound of new tickets, which a buffer of a run with the same setting continues with."""
+        self.bound.current = max_staleness
+        self.store.put_scalar("max_staleness", max_staleness)
+        self.store.put_scalar("max_staleness_of", self.settings.staleness_cap + 1)
+
     def set_finished(self, is_finished: bool) -> None:
         """Sets or removes the mark of a finished run; it is for the present number of steps."""
         self.is_finished = is_finished

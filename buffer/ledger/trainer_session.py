@@ -253,6 +253,25 @@ class TrainerSession:
         self._state.bound.current = max_staleness
         self._state.store.put_scalar("max_staleness", max_staleness)
 
+    def change_max_staleness(self, max_staleness: int, *, unix_s: float) -> int:
+        """Sets the bound of new tickets for an operator; returns the one before.
+
+        It may be any number up to the one that the run was started with, with which metrics and servers are
+        laid out. Raises RefusedError.
+        """
+        cap, before = self._settings.staleness_cap, self._state.bound.current
+        least = self._settings.sync_interval - 1
+        if self._settings.adaptive:
+            raise RefusedError("max_staleness", "it follows the effective sample size (max_staleness=auto)")
+        if not least <= max_staleness <= cap:
+            raise RefusedError("max_staleness", f"want {least}..{cap}: the run was started with {cap}")
+        if max_staleness != before:
+            self._state.set_changed_bound(max_staleness)
+            detail = f"{before} -> {max_staleness} at step {self._state.steps.current}"
+            row = OperationRow(unix_s=unix_s, verb="set", subject="max_staleness", detail=detail)
+            self._state.store.put_operation(row)
+        return before
+
     def request_eval(
         self,
         *,

@@ -150,6 +150,7 @@ class Handlers:
             newest_version=ledger.newest_version,
             trouble=ledger.write_blocked_reason,
             progress=progress,
+            max_staleness=ledger.state.bound.current,
             echo_s=sent_s,
             unix_s=unix_now() if ledger.state.settings.shard.index == 0 else 0.0,
         )

@@ -3,6 +3,7 @@
     drop {"tickets": [17, 23]}           removes recorded tickets: all of them, or none
     unfence {"name": "rollout-0"}        takes a name from its process; the next new one gets it
     cordon, uncordon {"server": "rollout-0"}    grants a rollout server no new leases; grants them again
+    set {"max_staleness": 2}             changes the bound of tickets that begin from now on
     pause, resume {}                     grants no leases of training tickets; grants them again
     drain_server {"server": "rollout-0"} tells a rollout server to leave, over its own connection: the HTTP
                                          address in a hello is whatever the peer wrote there
@@ -66,6 +67,7 @@ class Operations:
             "drain_server": self._drain_server,
             "cordon": functools.partial(self._set_cordoned, True),
             "uncordon": functools.partial(self._set_cordoned, False),
+            "set": self._set,
             "pause": functools.partial(self._set_paused, True),
             "resume": functools.partial(self._set_paused, False),
         }
@@ -120,6 +122,22 @@ class Operations:
         log.warning("an operator %s %s", "cordons" if is_cordoned else "uncordons", name)
         await self._durable()
         return {"server": name, "changed": has_changed}
+
+    async def _set(self, body: dict[str, Any]) -> dict[str, Any]:
+        wanted = body.get("max_staleness")
+        if set(body) != {"max_staleness"} or type(wanted) is not int:
+            raise UserError('want {"max_staleness": N}: nothing else changes while the run goes on')
+        refusal, before = "", 0
+        with self._changing():
+            try:
+                before = self._ledger.change_max_staleness(wanted, unix_s=time.time())
+            except RefusedError as error:
+                refusal = "{}: {}".format(*error.args)
+        if refusal:
+            raise UserError(refusal)
+        log.warning("an operator sets max_staleness from %d to %d", before, wanted)
+        await self._durable()
+        return {"max_staleness": wanted, "before": before}
 
     async def _set_paused(self, is_paused: bool, _: dict[str, Any]) -> dict[str, Any]:
         with self._changing():
