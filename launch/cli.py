@@ -90,6 +90,12 @@ COMMANDS = {
         "writes one HTML page about a run that goes on, has ended or has failed: figures, charts, drops, "
         "events, messages, samples; with --against, about two runs in the same charts",
     ),
+    "trace": Command(
+        "trace",
+        "trace RUN [--out FILE] [--last SECONDS | --steps A:B]",
+        "writes what all daemons of a run did when, on one clock, as a trace for https://ui.perfetto.dev: "
+        "steps, samples, pushes, checkpoints, evaluations, the ledger's writes",
+    ),
     "drop": Command(
         "drop",
         f"drop {JOB} TICKET ...",
@@ -128,6 +134,29 @@ COMMANDS = {
         "and buffer.port)",
     ),
     "drain": Command("drain", f"drain {JOB} SERVER", "ends one rollout server of a running job"),
+    "cordon": Command(
+        "cordon",
+        f"cordon {JOB} SERVER",
+        "grants one rollout server no new leases: it finishes what it holds and still gets weights",
+    ),
+    "uncordon": Command("uncordon", f"uncordon {JOB} SERVER", "grants it leases again"),
+    "pause": Command(
+        "pause",
+        f"pause {JOB}",
+        "grants no leases for training until `resume`: samples that have begun are finished, and "
+        "evaluations go on",
+    ),
+    "resume": Command(
+        "resume",
+        f"resume {JOB}",
+        "ends a pause (a run that was stopped continues with `areal-like run name=RUN resume=latest`)",
+    ),
+    "set": Command(
+        "set",
+        f"set {JOB} max_staleness=N",
+        "changes the staleness bound of a running job, up to the one that it was started with; tickets that "
+        "have begun keep theirs",
+    ),
     "unfence": Command(
         "unfence",
         f"unfence {JOB} ROLE",

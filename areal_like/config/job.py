@@ -82,7 +82,11 @@ class DaemonConfig(Section, key="daemon"):
     log_backups: int = 4
     """Copies of each file in `logs/` that are kept; the oldest one goes first."""
 
+    trace_mb: float = 4.0
+    """Megabytes of disk in which each daemon keeps what it did last, for `areal-like trace`; 0: none."""
+
     def check(self) -> None:
+        require(0 <= self.trace_mb <= 10_000, f"daemon.trace_mb={self.trace_mb:g}: use 0 (none) to 10000")
         require(bool(self.http_host), "daemon.http_host is empty: give an address to bind, e.g. 127.0.0.1")
         require(
             self.http_port == 0 or 1024 <= self.http_port <= 60000,

@@ -39,6 +39,7 @@ from areal_like.runtime.signals import handle_log_signals, show_tasks_of
 from areal_like.runtime.waits import PendingWaits
 from areal_like.security.keyring import Keyring
 from areal_like.security.keys import KeyRole
+from areal_like.spans import recorder
 from areal_like.wire.pump import set_io_threads
 
 log = logging.getLogger(__name__)
@@ -133,6 +134,8 @@ class Runtime:
         self._loop.call_soon_threadsafe(self.stopping.set)
 
     async def __aenter__(self) -> Self:
+        max_bytes = round(1e6 * self.config.daemon.trace_mb)
+        recorder.start(self.paths.spans, self.name, max_bytes=max_bytes)
         show_tasks_of(self._loop)
         self._plane = HttpPlane(self)
         self.http_port = self._plane.bind()
@@ -159,6 +162,7 @@ class Runtime:
         self.failed.cancel()
         self._discovery.remove()
         await self._plane.close()
+        recorder.stop()
         (self.paths.endpoints / f"{self.name}.json").unlink(missing_ok=True)
 
     def _read_keys(self, keyring: Keyring) -> None:

@@ -66,6 +66,8 @@ def status(
         },
         "newest_version": snapshot.newest_version,
         "curriculum": snapshot.curriculum.status if snapshot.curriculum else None,
+        "paused": ledger.state.holds.is_paused,
+        "cordoned": sorted(ledger.state.holds.cordoned),
         "closed_because": snapshot.closed_reason,
         "store_trouble": snapshot.write_blocked_reason,
         "trainers_lost": {

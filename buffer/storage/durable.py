@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Self
 
 from areal_like.config import Config
+from areal_like.disks.ledger_place import network_warning
 from areal_like.errors import StoreCorruptError, UserError
 from areal_like.shards import WHOLE, Shard
 from areal_like.wire.records import Record, RecordLocation, read_record, segment_path
@@ -39,7 +40,7 @@ from buffer.storage import sql, sql_read
 from buffer.storage.base import Store
 from buffer.storage.changes import Changes, RowRecorder
 from buffer.storage.memory import MemoryStore
-from buffer.storage.place import network_warning, open_place
+from buffer.storage.place import open_place
 from buffer.storage.record_cache import RecordCache
 from buffer.storage.rows import Recovered, SegmentRow
 from buffer.storage.segments import SegmentWriter, sync_directory, unreferenced_tail

@@ -12,10 +12,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from areal_like.config import Config
+from areal_like.disks.ledger_place import wanted_place
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.shards import WHOLE, Shard
-from buffer.storage.file_system import file_system_of, is_network
 from buffer.storage.segments import sync_directory
 
 
@@ -24,7 +24,7 @@ def open_place(config: Config, *, shard: Shard = WHOLE) -> Path:
 
     Raises ConfigError if the run's ledger is elsewhere.
     """
-    path, target = RunPaths.of(config).ledger_of(shard), _wanted(config, shard)
+    path, target = RunPaths.of(config).ledger_of(shard), wanted_place(config, shard)
     if path.is_symlink() and not path.is_dir():
         raise ConfigError(
             f"{path} is a link to {path.readlink()}, which this machine does not have: start the buffer on "
@@ -46,28 +46,6 @@ def open_place(config: Config, *, shard: Shard = WHOLE) -> Path:
         )
     _make_link(path, target)
     return path
-
-
-def network_warning(config: Config) -> str:
-    """Why the place of the ledger is unsafe; empty if it is not, or if there is no ledger."""
-    if config.buffer.durability == "none":
-        return ""
-    path = _wanted(config, WHOLE)
-    kind = file_system_of(path)
-    if not is_network(kind):
-        return ""
-    return (
-        f"the ledger is on a file system of type {kind} ({path.resolve()}): SQLite's WAL is unsafe there, a "
-        "crash or a reader on another machine may damage it. Set buffer.ledger_dir to a directory on a local "
-        "disk"
-    )
-
-
-def _wanted(config: Config, shard: Shard) -> Path:
-    path = RunPaths.of(config).ledger_of(shard)
-    if not config.buffer.ledger_dir:
-        return path
-    return Path(config.buffer.ledger_dir).expanduser().resolve() / config.name / shard.ledger
 
 
 def _holds_files(directory: Path) -> bool:

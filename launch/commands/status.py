@@ -94,6 +94,15 @@ def _watch(job: RunningJob, *, interval_s: float, as_json: bool) -> int:
             live.stop()
 
 
+def held_lines(buffer: dict[str, Any]) -> list[str]:
+    """What an operator holds back, of a buffer's /status."""
+    cordoned = [str(name) for name in buffer.get("cordoned") or ()]
+    return [
+        *(["paused by an operator: `areal-like resume RUN` ends it"] if buffer.get("paused") else []),
+        *([f"cordoned: {', '.join(cordoned)}"] if cordoned else []),
+    ]
+
+
 def _drawn(
     job: RunningJob, daemons: dict[str, DaemonView], report: dict[str, Any], *, width: int
 ) -> RenderableType:
@@ -105,6 +114,7 @@ def _drawn(
         if (servers := server_table(report)) is not None:
             parts.append(servers)
         parts += [steps_line(report), rates_line(report), tickets_line(seen)]
+        parts += [Text(line, style="yellow") for line in held_lines(seen.buffer)]
     for daemon in daemons.values():
         if url := daemon.endpoint.get("sessions"):
             parts.append(Text(f"{daemon.name}: sessions for agents at {url}"))

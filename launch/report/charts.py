@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from launch.report.columns import Columns, Floats, Line, ratio, reduced
+from launch.report.columns import Columns, Floats, Line, filled_back, ratio, reduced
 from launch.report.run import Evaluation, Run
 
 Values = Callable[[Columns], Floats]
@@ -96,12 +96,13 @@ def idle_of_trainer(rows: Columns) -> Floats:
 def idle_of_engines(rows: Columns) -> Floats:
     """Share of the time in which the engines had nothing to decode, since the row before."""
     idle = rows.increase("generation_idle_s")
-    return ratio(idle, idle + rows.increase("generation_busy_s"))
+    return filled_back(ratio(idle, idle + rows.increase("generation_busy_s")))
 
 
 def generated_rate(rows: Columns) -> Floats:
     """Sampled tokens a second, since the row before."""
-    return ratio(rows.increase("tokens_generated"), rows.seconds_between("tokens_generated"))
+    generated = rows.increase("tokens_generated")
+    return filled_back(ratio(generated, rows.seconds_between("tokens_generated")))
 
 
 _LEARNING = (

@@ -155,6 +155,15 @@ def reduced(steps: NDArray[np.int64], values: NDArray[Any], *, num_buckets: int 
     )
 
 
+def filled_back(values: Floats) -> Floats:
+    """Each unknown value replaced by the next known one, as of a rate that counts since the row before."""
+    known = np.flatnonzero(np.isfinite(values))
+    if len(known):
+        following = known[np.minimum(np.searchsorted(known, np.arange(len(values))), len(known) - 1)]
+        values = np.where(np.arange(len(values)) <= known[-1], values[following], np.float32(np.nan))
+    return values
+
+
 def ratio(part: Floats, whole: Floats) -> Floats:
     """One column over another, NaN where the other is not above 0."""
     return np.divide(part, whole, out=np.full_like(whole, np.nan), where=whole > 0)

@@ -63,6 +63,8 @@ def read_logs(directory: Path) -> LogFacts:
         for path in (directory.glob("*.log*") if directory.is_dir() else ())
         if not path.name.endswith((".gz", ".zst"))
     )
+    # What rotation has made is older: the highest number first.
+    files.sort(key=lambda path: (path.name.partition(".log")[0], -_age(path)))
     for path in files[:_MAX_FILES]:
         daemon = path.name.partition(".log")[0]
         for entry in _entries(path, with_info=daemon == "launcher"):
@@ -86,6 +88,12 @@ def read_logs(directory: Path) -> LogFacts:
     facts.exits.sort()
     facts.events = sorted(facts.events, key=lambda one: one.unix_s or 0.0)[-_MAX_EVENTS:]
     return facts
+
+
+def _age(path: Path) -> int:
+    """Number at the end of a rotated file's name; 0 for the newest."""
+    number_text = path.suffix.removeprefix(".")
+    return int(number_text) if number_text.isdecimal() else 0
 
 
 def _note_process(facts: LogFacts, message: str, time_s: float) -> None:

@@ -139,6 +139,10 @@ _DEFAULTS = to_mapping(Config())
 def read_run(root: Path) -> Run:
     """Reads the files of a run. What is absent or damaged is left out."""
     paths = RunPaths(root)
+    try:
+        directories, ledger = paths.ledgers, read_ledgers(paths.ledgers)
+    except ConfigError as error:  # it is on a disk that this machine does not have
+        directories, ledger = [], LedgerFacts(problem=str(error))
     columns, logs = read_columns(paths.metrics), read_logs(paths.logs)
     summary = read_object(paths.summary)
     config = _config(paths.config)
@@ -151,11 +155,11 @@ def read_run(root: Path) -> Run:
         evaluations=_evaluations(paths.evaluations),
         summary=summary,
         rows=read_object(paths.rows),
-        ledger=read_ledgers(paths.ledgers),
+        ledger=ledger,
         logs=logs,
         status=_status(paths, columns, logs, summary),
         checkpoints=list(find_checkpoints(paths.checkpoints)),
-        has_ledger=bool(paths.ledgers),
+        has_ledger=bool(directories),
     )
 
 

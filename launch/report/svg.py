@@ -199,7 +199,8 @@ def _legend(chart: Chart, *, num_runs: int) -> str:
         return ""
     shown: dict[int, str] = {}
     for label, color, run in entries:
-        if num_runs > 1 and (len({one[0] for one in entries}) == 1 or color == run == 1):
+        num_colors = len({one[1] for one in entries if one[0] == label})
+        if num_runs > 1 and num_colors > 1:
             label = f"{label} ({'A' if run == 0 else 'B'})"
         shown.setdefault(color, label)
     items = "".join(

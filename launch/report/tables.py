@@ -63,7 +63,7 @@ def compared(runs: Sequence[Run]) -> str:
             change = values[0] - values[1]
             difference = f"{'+' if change > 0 else ''}{short(change)}"
             if values[1] and change:
-                difference += f" ({'+' if change > 0 else ''}{short(100 * change / abs(values[1]))} %)"
+                difference += f" ({'+' if change > 0 else ''}{short(100 * change / abs(values[1]))}\u00a0%)"
         rows.append((escape(name), *(escape(one.text) if one else "-" for one in (a, b)), difference))
     return table(("", "A", "B", "A - B"), rows, numeric=(1, 2, 3))
 

@@ -13,13 +13,14 @@ import pytest
 
 from areal_like.config import Config
 from areal_like.config.buffer import BufferConfig
+from areal_like.disks import ledger_place as place
+from areal_like.disks.file_system import file_system_of, is_network
+from areal_like.disks.ledger_place import network_warning
 from areal_like.errors import ConfigError, UserError
 from areal_like.paths import RunPaths
 from areal_like.shards import WHOLE, Shard
-from buffer.storage import place
 from buffer.storage.durable import open_store
-from buffer.storage.file_system import file_system_of, is_network
-from buffer.storage.place import network_warning, open_place
+from buffer.storage.place import open_place
 from launch.run_directory.rundir import is_over, lock, remove_ledgers, remove_unbegun
 from tests.support.store_load import raising
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.report.columns import MAX_COLUMNS, NUM_BUCKETS, Columns, read_columns, reduced
+from launch.report.columns import MAX_COLUMNS, NUM_BUCKETS, Columns, filled_back, read_columns, reduced
 from launch.report.numbers import duration, labels, short, ticks
 
 
@@ -71,6 +71,13 @@ def test_a_counter_may_begin_again(tmp_path: Path) -> None:
     assert found.increase("n")[[3, 4, 5]].tolist() == [30, 5, 1]
     assert np.isnan(found.increase("n")[[0, 1, 2]]).all()
     assert found.seconds_between("n")[[3, 4, 5]].tolist() == [4, 2, 2]
+
+
+def test_a_rate_holds_since_the_row_before() -> None:
+    nan = float("nan")
+    found = filled_back(np.array([nan, nan, 4, nan, 6, nan], np.float32))
+    assert found[:5].tolist() == [4, 4, 4, 6, 6] and np.isnan(found[5])
+    assert np.isnan(filled_back(np.array([nan, nan], np.float32))).all()
 
 
 @given(

@@ -19,6 +19,7 @@ import pytest
 from areal_like.paths import RunPaths
 from buffer.storage import sql
 from launch.cli import main
+from launch.report.figures import figures
 from launch.report.findings import findings
 from launch.report.run import read_run
 from launch.run_directory.rundir import lock
@@ -186,6 +187,40 @@ def test_a_run_is_running_while_its_lock_is_held(tmp_path: Path) -> None:
 
     os.close(held)
     assert read_run(root).status.word == "drained"
+
+
+def test_rates_of_the_engines_come_from_counters(tmp_path: Path) -> None:
+    counted = rows(40)
+    for at in range(0, 40, 5):
+        counters = {
+            "tokens_generated": 100 * at,
+            "generation_busy_s": 0.3 * at,
+            "generation_idle_s": 0.1 * at,
+        }
+        counted[at] |= counters
+    run = read_run(write_run(tmp_path / "one", counted))
+    found = {one.name: one.text for one in figures(run)}
+    assert (found["tokens generated a second"], found["engines idle"]) == ("100", "25 %")
+
+
+def test_a_ledger_on_an_absent_disk_is_named(tmp_path: Path) -> None:
+    root = write_run(tmp_path / "one", rows(4))
+    (root / "ledger").symlink_to(tmp_path / "gone")
+    assert read_run(root).ledger.problem
+    report(root)
+
+
+def test_logs_that_were_rotated_count_from_the_oldest(tmp_path: Path) -> None:
+    entry = log_entry("trainer started, pid 1", level="INFO")
+    root = write_run(
+        tmp_path / "one", rows(4), logs={"launcher": [entry, log_entry("closing", level="INFO")]}
+    )
+    old = [log_entry("closing", level="INFO"), log_entry("starting", level="INFO")]
+    (root / "logs" / "launcher.log.2").write_text("".join(json.dumps(one) + "\n" for one in old))
+    (root / "logs" / "launcher.log.1").write_text(json.dumps(log_entry("trainer ended: lost", level="INFO")))
+    found = read_run(root).logs
+    assert [event.text for event in found.events] == ["trainer ended: lost"]
+    assert found.num_starts == {"trainer": 1}
 
 
 def test_conspicuous_numbers_are_found(tmp_path: Path) -> None:
