@@ -34,6 +34,9 @@ LEADER_COLUMNS = {
     "weights_step",
     "weight_check_abs",
     "eval_reward",
+    "tokens_generated",
+    "generation_busy_s",
+    "generation_idle_s",
 }
 """Columns that rank 0 adds in a running job (tests/launch/test_run.py checks them)."""
 
