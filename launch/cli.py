@@ -46,6 +46,12 @@ COMMANDS = {
         "tracing its step without a GPU, and what speed to expect; CONFIG: a file or a preset in "
         "configs/scale/",
     ),
+    "doctor": Command(
+        "doctor",
+        "doctor [CONFIG] [--role ROLE] [--buffer HOST:PORT] [--all] [--json] [key=value ...]",
+        "checks this machine before a run: ports, names, disks, versions, GPUs, limits, keys, and with "
+        "--buffer the clock of a running job; --role: what one role needs here; exit code 1 on errors",
+    ),
     "status": Command(
         "status",
         f"status {JOB} [--json] [--watch [SECONDS]]",

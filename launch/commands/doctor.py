@@ -1,0 +1,91 @@
+"""`areal-like doctor [CONFIG]`: checks a machine before a run: ports, disks, versions, GPUs, clocks, keys."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from areal_like.config import Config
+from areal_like.errors import ConfigError
+from areal_like.runtime.command_line import SCALE, load_config, presets
+from launch.commands.parser import add_settings
+from launch.doctor.checks import Finding, Level, findings
+from launch.doctor.gathering import ROLES, gather
+from launch.observation.reach import RunningJob
+
+_STYLES = {Level.OK: "green", Level.WARNING: "yellow", Level.ERROR: "red"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """CONFIG, what to check, and settings."""
+    parser.add_argument(
+        "--role",
+        action="append",
+        choices=ROLES,
+        metavar="ROLE",
+        help="only what this role needs here (buffer, trainer or rollout); may be repeated",
+    )
+    parser.add_argument(
+        "--buffer", action="append", metavar="HOST:PORT", help="compare clocks with a running job"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--all", action="store_true", help="also show what is in order")
+    add_settings(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Prints the findings; returns 1 if one of them is an error. Raises ConfigError for a wrong setting."""
+    config = load_config(_configuration(args.settings))
+    found = findings(gather(config, args.role or ROLES, job=_job(config, args.buffer)))
+    if args.json:
+        sys.stdout.write(json.dumps([dataclasses.asdict(each) for each in found], indent=2) + "\n")
+    else:
+        _show(found, shows_all=args.all)
+    return int(any(each.level is Level.ERROR for each in found))
+
+
+def _job(config: Config, addresses: list[str] | None) -> RunningJob | None:
+    security = config.security
+    if not addresses:
+        return None
+    return RunningJob.at(addresses, keys=security.keys, tls_certificate=security.tls_certificate)
+
+
+def _configuration(words: list[str]) -> list[str]:
+    """CONFIG (the first word, unless it is a setting) as `--config FILE` or `scale=PRESET`, then settings."""
+    if not words or "=" in words[0]:
+        return words
+    config, *settings = words
+    if config in presets(SCALE):
+        return [f"{SCALE}={config}", *settings]
+    if not config.endswith((".yaml", ".yml")):
+        known = ", ".join(presets(SCALE))
+        raise ConfigError(
+            f"doctor {config}: give a configuration file (*.yaml) or one of the presets {known}"
+        )
+    return ["--config", config, *settings]
+
+
+def _show(found: list[Finding], *, shows_all: bool) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", expand=False)
+    for heading in ("", "what", "found", "what to do"):
+        table.add_column(heading, overflow="fold")
+    for each in found:
+        if shows_all or each.level is not Level.OK:
+            level = Text(each.level.value, style=_STYLES[each.level])
+            table.add_row(level, Text(each.what), Text(each.found), Text(each.remedy))
+    console = Console()
+    if table.row_count:
+        console.print(table)
+    counts = {level: sum(each.level is level for each in found) for level in Level}
+    summary = (
+        f"{len(found)} checks: {counts[Level.ERROR]} errors, {counts[Level.WARNING]} warnings, "
+        f"{counts[Level.OK]} in order"
+    )
+    console.print(summary, highlight=False, markup=False)

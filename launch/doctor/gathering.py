@@ -1,0 +1,250 @@
+"""Collects the facts of `areal-like doctor` on this machine. Nothing is started, written or left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import http.client
+import json
+import os
+import resource
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+
+from areal_like.config import Config
+from areal_like.disks.file_system import file_system_of, is_network
+from areal_like.disks.ledger_place import wanted_place
+from areal_like.errors import ConfigError
+from areal_like.hosts import is_loopback
+from areal_like.paths import BUILT_MODELS, model_path
+from areal_like.security.binding import require_loopback_or_keys
+from areal_like.shards import all_shards
+from areal_like.wire.addresses import buffer_host, buffer_port
+from areal_like.wire.sockets import bound_socket
+from launch.doctor.devices import versions, wanted_gpus
+from launch.doctor.facts import (
+    BoundAddress,
+    Clock,
+    Disk,
+    Facts,
+    Limits,
+    Name,
+    SecretFile,
+)
+from launch.observation.reach import RunningJob
+
+_BYTES_PER_PARAMETER = 12
+"""Of a checkpoint: master weights and Adam's two moments in float32."""
+_BYTES_PER_TICKET = 220
+"""Of the ledger's rows, for a ticket of four samples (docs/reference/ledger.md)."""
+_BYTES_PER_TOKEN = 16
+"""Of a sampled token in a segment: its id, log-prob and version, and a margin."""
+ROLES = ("buffer", "trainer", "rollout")
+
+
+def gather(config: Config, roles: Sequence[str], *, job: RunningJob | None = None) -> Facts:
+    """The facts about this machine for these roles of the job. `job`: a running one, for its clock."""
+    hosts = [(setting, host) for setting, host in _named_hosts(config, roles) if host]
+    gpus = wanted_gpus(config, roles)
+    return Facts(
+        bound=tuple(_bound(config, roles)),
+        names=tuple(_name(setting, host) for setting, host in hosts),
+        disks=tuple(_disks(config, roles)),
+        gpus=gpus,
+        versions=tuple(versions(config, roles)),
+        secrets=tuple(_secrets(config, roles)),
+        clocks=tuple(_clock(job, address) for address in job.buffers) if job is not None else (),
+        limits=_limits(),
+        model_error=_model_error(config),
+        uses_gpus=bool(gpus.wanted),
+        num_hosts=config.trainer.num_hosts,
+        spans_machines=any(not is_loopback(host) for _, host in hosts),
+    )
+
+
+def _bound(config: Config, roles: Sequence[str]) -> Iterator[BoundAddress]:
+    http_host, http_port = config.daemon.http_host, config.daemon.http_port
+    num_daemons = 0
+    if "buffer" in roles:
+        for shard in all_shards(config.buffer.num_shards):
+            yield _try(config, "buffer.host", buffer_host(config, shard), buffer_port(config, shard))
+            num_daemons += 1
+    if "rollout" in roles:
+        yield _try(config, "rollout.host", config.rollout.host, 0)
+        if config.sessions.port:
+            for index in range(config.rollout.num_servers):
+                yield _try(config, "sessions.host", config.sessions.host, config.sessions.port + index)
+        num_daemons += config.rollout.num_servers
+    if "trainer" in roles:
+        # One port of the range at a time is used; all of them may be taken by other trainers.
+        tried = [_try(config, "weights.host", config.weights.host, port) for port in config.weights.ports]
+        yield next((each for each in tried if not each.error), tried[0])
+        num_daemons += max(1, config.trainer.world_size // config.trainer.num_hosts)
+    for index in range(num_daemons if http_port else 1):
+        yield _try(config, "daemon.http_host", http_host, http_port + index if http_port else 0)
+
+
+def _try(config: Config, setting: str, host: str, port: int) -> BoundAddress:
+    address = f"{host}:{port}" if port else f"{host} (any port)"
+    needs_keys = False
+    try:
+        require_loopback_or_keys(config.security, host, setting=setting)
+    except ConfigError:
+        needs_keys = True
+    try:
+        bound_socket(host, port).close()
+    except OSError as error:
+        return BoundAddress(
+            setting=setting, address=address, error=error.strerror or str(error), needs_keys=needs_keys
+        )
+    return BoundAddress(setting=setting, address=address, needs_keys=needs_keys)
+
+
+def _named_hosts(config: Config, roles: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(setting, host) of the addresses that peers connect to."""
+    for shard in all_shards(config.buffer.num_shards):
+        host = config.buffer.advertise_host.replace("{shard}", str(shard.index))
+        yield ("buffer.advertise_host", host) if host else ("buffer.host", buffer_host(config, shard))
+    if "rollout" in roles:
+        advertised = config.rollout.advertise_host
+        yield ("rollout.advertise_host", advertised) if advertised else ("rollout.host", config.rollout.host)
+    if "trainer" in roles:
+        yield "weights.host", config.weights.host
+        yield "trainer.rendezvous", config.trainer.rendezvous.rpartition(":")[0].strip("[]")
+    yield "daemon.advertise_host", config.daemon.advertise_host
+
+
+def _name(setting: str, host: str) -> Name:
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return Name(setting=setting, host=host)
+    addresses = tuple(dict.fromkeys(str(entry[4][0]) for entry in found))
+    return Name(setting=setting, host=host, addresses=addresses, is_loopback=all(map(is_loopback, addresses)))
+
+
+def _disks(config: Config, roles: Sequence[str]) -> Iterator[Disk]:
+    runs = Path(config.runs_dir).expanduser().resolve()
+    trainer, buffer = config.trainer, config.buffer
+    if "trainer" in roles:
+        kept = min(trainer.keep_checkpoints + 1, 1 + trainer.num_steps // trainer.checkpoint_interval)
+        yield _disk("runs_dir", runs, kept * _checkpoint_bytes(config))
+    if "buffer" in roles and buffer.durability != "none":
+        tickets = trainer.num_steps * trainer.groups_per_step
+        group_tokens = config.sampling.group_size * config.sampling.max_new_tokens
+        held_steps = trainer.num_steps if buffer.retain_trajectories else trainer.checkpoint_interval
+        held = min(held_steps + config.staleness_cap, trainer.num_steps) * trainer.groups_per_step
+        rows = tickets * _BYTES_PER_TICKET * max(1, config.sampling.group_size // 4)
+        setting = "buffer.ledger_dir" if buffer.ledger_dir else "runs_dir"
+        place = wanted_place(config).parent
+        yield _disk(setting, place, rows + held * group_tokens * _BYTES_PER_TOKEN, is_ledger=True)
+
+
+def _disk(setting: str, path: Path, needed_bytes: int, *, is_ledger: bool = False) -> Disk:
+    existing = next(each for each in (path, *path.parents) if each.exists())
+    kind, error = file_system_of(existing), ""
+    try:
+        free_bytes = shutil.disk_usage(existing).free
+        with tempfile.TemporaryFile(dir=existing) as probe:
+            fcntl.flock(probe, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as reason:
+        free_bytes, error = 0, f"cannot write or lock a file in {existing}: {reason.strerror or reason}"
+    return Disk(
+        setting=setting,
+        path=str(path),
+        free_bytes=free_bytes,
+        needed_bytes=needed_bytes,
+        file_system=kind,
+        is_network=is_network(kind),
+        error=error,
+        is_ledger=is_ledger,
+    )
+
+
+def _checkpoint_bytes(config: Config) -> int:
+    """Estimate of one checkpoint; 0 where the weights are not here."""
+    folder = Path(config.model.path).expanduser()
+    num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    with contextlib.suppress(OSError, ValueError):
+        facts = json.loads((folder / "config.json").read_text())
+        per_parameter = 4 if "32" in str(facts.get("dtype") or facts.get("torch_dtype") or "bf16") else 2
+        return num_bytes // per_parameter * _BYTES_PER_PARAMETER + num_bytes
+    return 0
+
+
+def _model_error(config: Config) -> str:
+    if config.model.path in BUILT_MODELS:
+        return ""
+    try:
+        model_path(config)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def _secrets(config: Config, roles: Sequence[str]) -> Iterator[SecretFile]:
+    security = config.security
+    if security.keys:
+        folder = Path(security.keys).expanduser()
+        identity = [security.identity] if security.identity else list(roles)
+        yield _secret(folder)
+        for name in identity:
+            yield _secret(folder / f"{name}.secret")
+        yield _secret(folder / "operator.token", is_needed=False)
+        if not (folder / "public.json").exists():
+            yield SecretFile(path=str(folder / "public.json"), mode=None)
+    if security.tls_private_key:
+        yield _secret(Path(security.tls_private_key).expanduser())
+
+
+def _secret(path: Path, *, is_needed: bool = True) -> SecretFile:
+    try:
+        found = path.stat()
+    except OSError:
+        return SecretFile(path=str(path), mode=None, is_needed=is_needed)
+    is_mine = found.st_uid == os.geteuid() or os.geteuid() == 0
+    return SecretFile(path=str(path), mode=found.st_mode & 0o777, is_needed=is_needed, is_mine=is_mine)
+
+
+def _clock(job: RunningJob, address: str) -> Clock:
+    """Compares this clock with the Date header of a buffer, which has whole seconds."""
+    host, _, port = address.rpartition(":")
+    connection = job.operator.connection(host.strip("[]"), int(port), timeout_s=5.0)
+    before_s = time.time()
+    try:
+        connection.request("GET", "/livez")
+        date = connection.getresponse().getheader("Date") or ""
+        after_s = time.time()
+        ahead_s = parsedate_to_datetime(date).timestamp() + 0.5 - (before_s + after_s) / 2
+    except (OSError, http.client.HTTPException, ValueError, TypeError):
+        return Clock(of=address, ahead_s=None)
+    finally:
+        connection.close()
+    # uvicorn makes the header about once a second, so it may be a second old.
+    return Clock(of=address, ahead_s=ahead_s, uncertain_s=1.5 + (after_s - before_s) / 2)
+
+
+def _limits() -> Limits:
+    locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
+    shm = Path("/dev/shm")
+    active: list[str] = []
+    down: list[str] = []
+    for state in sorted(Path("/sys/class/infiniband").glob("*/ports/*/state")):
+        name = f"{state.parts[-4]}/{state.parts[-2]}"
+        with contextlib.suppress(OSError):
+            (active if "ACTIVE" in state.read_text() else down).append(name)
+    variables = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
+    return Limits(
+        max_files=resource.getrlimit(resource.RLIMIT_NOFILE)[1],
+        max_locked_bytes=None if locked == resource.RLIM_INFINITY else locked,
+        shm_bytes=shutil.disk_usage(shm).total if shm.is_dir() else None,
+        rdma=tuple(active),
+        rdma_down=tuple(down),
+        interfaces=tuple(name for _, name in socket.if_nameindex()),
+        named_interfaces={name: os.environ[name] for name in variables if os.environ.get(name)},
+    )
