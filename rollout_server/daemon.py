@@ -193,7 +193,9 @@ class RolloutServer:
         """Once per heartbeat, updates the statistics from the engine's load, and the server's readiness."""
         loop = asyncio.get_running_loop()
         while True:
+            due_s = loop.time() + self._runtime.config.daemon.heartbeat_s
             await asyncio.sleep(self._runtime.config.daemon.heartbeat_s)
+            self._stats.woke(late_s=loop.time() - due_s)
             load = await self._supervisor.load()
             if self._runtime.config.rollout.adapts_concurrency and load:
                 self._limit_concurrency(EngineLoad.of(load), now_s=loop.time())

@@ -13,6 +13,7 @@ from typing import Any
 from areal_like.failures import FailureKind
 from areal_like.runtime.metrics import Metrics
 from areal_like.runtime.progress import ProgressClock
+from areal_like.spans import recorder
 from areal_like.trajectory import FinishReason
 from rollout_server.buffer_client.held_leases import Place
 from rollout_server.buffer_client.shards import ShardedBufferClient
@@ -86,7 +87,9 @@ _GAUGES = {
     "session_requests_pending": ("session_requests_pending", "Requests of agents without an answer yet."),
     "tokens_per_s": ("tokens_per_second", "Tokens sampled per second, over the last heartbeats."),
     "weights_version": ("weights_version", "Version that the engine samples with."),
+    "weights_age_s": ("weights_age_seconds", "Time since the engine has had that version."),
     "engine_starts": ("engine_starts", "Engines started by this server."),
+    "loop_late_s": ("loop_late_seconds", "How late the server's timer is, a mean over the last heartbeats."),
 }
 _FAILED = {kind: f"samples_failed_{kind.value}" for kind in FailureKind}
 _FINISHED = {reason: f"samples_finished_{reason.value}" for reason in FinishReason}
@@ -94,6 +97,12 @@ _ENDED = {outcome: f"sessions_{outcome.value}" for outcome in Outcome}
 _REFUSED = {status: f"session_refusals_{status}" for status in (400, 404, 405, 410, 413, 422, 429, 500, 503)}
 """By the HTTP status of the application's answer."""
 _SMOOTHING = 0.3
+_MOST_LATE_S = 1.0
+"""One long gap alone does not make a server late."""
+
+
+_TRACED = ("running", "waiting", "at_engine", "in_tools", "in_rewards", "tokens_per_s", "unacknowledged")
+"""Values that are counters in a trace."""
 
 
 class ServerStats:
@@ -147,7 +156,10 @@ class ServerStats:
         """Set by the server."""
         self._before_engine = dict.fromkeys(_CUMULATIVE, 0.0)
         self._by_engine = dict.fromkeys(_CUMULATIVE, 0.0)
+        self._loop_late_s = 0.0
         self._updated_s = 0.0
+        self._weights = (-1, 0.0)
+        """Version that the engine has, and since when."""
         self.values: dict[str, float] = dict.fromkeys(
             (
                 *_COUNTERS,
@@ -160,6 +172,10 @@ class ServerStats:
             0.0,
         )
         """Numbers by name, as sent with the heartbeat."""
+
+    def woke(self, *, late_s: float) -> None:
+        """The timer of the heartbeats was late by this."""
+        self._loop_late_s += _SMOOTHING * (min(max(0.0, late_s), _MOST_LATE_S) - self._loop_late_s)
 
     def engine_lost(self) -> None:
         """Adds the lost engine's counts to the totals; the next engine counts from zero."""
@@ -198,7 +214,9 @@ class ServerStats:
             "rewards_waiting": sum(pool.num_waiting for pool in self._rewards),
             "tokens_per_s": self._rate(totals["tokens_generated"], now_s=now_s),
             "weights_version": self._receiver.version,
+            "weights_age_s": self._weights_age_s(now_s=now_s),
             "engine_starts": self._engine.num_starts,
+            "loop_late_s": self._loop_late_s,
         }
         for key, counter in self._counters.items():
             counter.inc(values[key] - self.values[key])
@@ -213,6 +231,8 @@ class ServerStats:
         for key, gauge in self._gauges.items():
             gauge.set(values[key])
         self.values = {key: float(value) for key, value in values.items()}
+        for key in _TRACED:
+            recorder.count(key, self.values[key])
         return self.values
 
     def _of_places(self, *, now_s: float) -> dict[str, float]:
@@ -266,6 +286,12 @@ class ServerStats:
         self._progress.observe("sessions", self._book.progress, now_s=now_s)
         self._progress.observe("samples", self._runner.num_done, now_s=now_s)
         return self._progress.num_changes
+
+    def _weights_age_s(self, *, now_s: float) -> float:
+        version = self._receiver.version
+        if version != self._weights[0]:
+            self._weights = (version, now_s)
+        return now_s - self._weights[1]
 
     def _rate(self, tokens: float, *, now_s: float) -> float:
         elapsed_s, self._updated_s = now_s - self._updated_s, now_s

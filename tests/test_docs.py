@@ -121,8 +121,8 @@ def test_settings_on_the_pages_exist() -> None:
     unknown = {
         name for name in used - known - modules if not any(key.startswith(f"{name}.") for key in known)
     }
-    files_of_checkpoints = {"model.safetensors", "model.safetensors.index.json"}
-    assert unknown - files_of_checkpoints == {"model.generate"}  # a method of transformers
+    files = {"model.safetensors", "model.safetensors.index.json", "metrics.jsonl"}
+    assert unknown - files == {"model.generate"}  # a method of transformers
 
 
 def run_commands() -> list[str]:
@@ -156,6 +156,6 @@ def test_files_named_on_the_pages_exist() -> None:
     named = {
         (page.name, path) for page in pages for path in re.findall(r"`((?:\w+/)+\w+\.\w+)`", page.read_text())
     }
-    written_by_users = ("runs/", "segments/", "model/", "keys/", "rows/")
+    written_by_users = ("runs/", "segments/", "model/", "keys/", "rows/", "deploy/")
     missing = [(name, path) for name, path in named if not (ROOT / path).exists()]
     assert [item for item in missing if not item[1].startswith(written_by_users)] == []

@@ -35,6 +35,7 @@ from areal_like.runtime.logs import configure_logging
 from areal_like.runtime.process import keep_files_private, parent_is_gone
 from areal_like.runtime.signals import handle_log_signals
 from areal_like.security.binding import require_loopback_or_keys
+from areal_like.spans.recorder import record, record_phase
 from areal_like.weights.snapshots_on_disk import VERSION_KEY
 from trainer.buffer_client.client import StopRequestedError, TrainerBufferClient
 from trainer.checkpoint import Checkpoints
@@ -105,6 +106,7 @@ class Trainer:
         self._hands_over = False
         buffer.runtime.verbs["hand_over"] = self._hand_over
         self._recorder = StepRecorder.of(buffer.runtime, ranks)
+        ranks.place.on_leave = record_phase
 
     @property
     def is_finished(self) -> bool:
@@ -244,6 +246,7 @@ class Trainer:
         def commit(oldest_kept_step: int) -> None:
             assert leader is not None
             leader.commit(step - 1, oldest_kept_step=oldest_kept_step)
+            record("checkpoints", f"checkpoint {step}", start_s=started_s)
             took_s, drain_s = time.monotonic() - started_s, self._config.daemon.drain_timeout_s
             if took_s > drain_s / 3:
                 log.warning(

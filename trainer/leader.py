@@ -34,6 +34,7 @@ from trainer.adaptive_staleness import StalenessController
 from trainer.batching.packing import PackedBatch
 from trainer.buffer_client.client import StopRequestedError, TrainerBufferClient
 from trainer.evaluation import Evaluations
+from trainer.metrics.generation_counts import GenerationCounts
 from trainer.metrics.run_files import WARM_UP_STEPS, step_row
 from trainer.run_record import RunRecord
 from trainer.weight_sync.broadcaster import Broadcaster
@@ -45,6 +46,18 @@ from trainer.weight_sync.weight_checks import CheckReport
 log = logging.getLogger(__name__)
 
 _CALL_TIMEOUT_S = 60.0
+_REPORTED = (
+    "reward_mean",
+    "eval_reward",
+    "loss",
+    "lag_mean",
+    "lag_max",
+    "ess_ratio",
+    "mfu",
+    "response_length_mean",
+    "tokens_per_s_trained",
+)
+"""Columns of the newest step in rank 0's heartbeats, for a view that does not see metrics.jsonl."""
 
 
 class Leader:
@@ -70,6 +83,7 @@ class Leader:
         self._counters_at_start: RunCounters
         self._counted_from_s: float
         self._counters_after_warm_up: RunCounters | None = None
+        self._counts = GenerationCounts(self._get_counters)
         self._last_push: PushReport | None = None
         self._last_checks: dict[str, CheckReport] = {}
         """Server -> its last check."""
@@ -151,7 +165,7 @@ class Leader:
         self._step = step + 1
         if snapshot is not None:
             self._offer(snapshot, loaded=False)
-        self._record_row(step, metrics | {"max_staleness": staleness_bound})
+        self._record_row(step, metrics | {"max_staleness": staleness_bound} | self._counts.of_row())
         if self._step == WARM_UP_STEPS:
             self._counters_after_warm_up = self._get_counters()
         self._evaluations.start_if_due(step=self._step, min_version=self._publisher.active_version)
@@ -252,7 +266,7 @@ class Leader:
     @property
     def _staleness_bound(self) -> int:
         """Largest lag, in steps, of samples that are admitted now."""
-        return self._config.staleness_cap if self._staleness is None else self._staleness.bound
+        return self._buffer.max_staleness if self._staleness is None else self._staleness.bound
 
     def _adapt_staleness(self, metrics: dict[str, Any]) -> None:
         """With `max_staleness=auto`: moves the bound.
@@ -278,8 +292,9 @@ class Leader:
         if (eval_reward := self._evaluations.poll()) is not None:
             row["eval_reward"] = eval_reward
         self._record.stepped(row, metrics=metrics)
-        names = ("reward_mean", "loss", "tokens_per_s_trained")
-        self._buffer.stats = {name: row[name] for name in names if math.isfinite(row[name])}
+        self._buffer.stats = {"row_step": float(step)} | {
+            name: float(row[name]) for name in _REPORTED if name in row and math.isfinite(row[name])
+        }
 
     def _get_counters(self) -> RunCounters:
         counters: RunCounters = self._buffer.call(GetRunCounters(), timeout_s=_CALL_TIMEOUT_S)
@@ -294,7 +309,7 @@ class Leader:
     async def _open_publisher(self) -> None:
         def on_push(report: PushReport) -> None:
             self._last_push = report
-            self._record.series.pushed(report)
+            self._record.pushed(report)
 
         def on_check(report: CheckReport) -> None:
             self._last_checks[report.server] = report

@@ -5,6 +5,7 @@ Rank 0 only.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -12,10 +13,12 @@ from typing import Any
 from areal_like.config import Config
 from areal_like.paths import RunPaths
 from areal_like.runtime.metrics import Metrics
+from areal_like.spans.recorder import record
 from trainer.metrics.evaluations_file import EvaluationsFile
 from trainer.metrics.prometheus import TrainerSeries
 from trainer.metrics.run_files import MetricsFile, write_summary
 from trainer.trackers.feed import Trackers
+from trainer.weight_sync.publisher import PushReport
 
 _TRACKERS_END_S = 20.0
 """Longest wait for the trackers at the end of the run."""
@@ -46,10 +49,19 @@ class RunRecord:
         self._trackers.stepped(self.steps.last)
 
     def evaluated(self, row: dict[str, Any]) -> None:
-        """Records the row of one evaluation of one set (`evaluation_row`)."""
+        """Records the row of one evaluation of one set (`evaluation_row`), which has just ended."""
+        start_s = time.monotonic() - row["seconds"]
+        record(f"evaluation of {row['set']}", f"step {row['step']}", start_s=start_s, avg=row["avg"])
         self.evaluations.append(row)
         self._trackers.evaluated(row)
         self.series.evaluated(row, is_first=row["set"] == self._first_set)
+
+    def pushed(self, report: PushReport) -> None:
+        """Records a push that has just ended."""
+        start_s = time.monotonic() - report.seconds
+        failed = sorted(report.failed)
+        record("pushes", f"push of v{report.version}", start_s=start_s, step=report.step, failed=failed)
+        self.series.pushed(report)
 
     def summarize(self, **figures: Any) -> dict[str, Any]:
         """Writes and returns the summary, and closes the files. `figures`: see `write_summary`."""

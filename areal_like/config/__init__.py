@@ -10,7 +10,7 @@ The package imports neither hydra nor torch, because every process imports it fi
 from areal_like.config.buffer import BufferConfig, OnFailureConfig
 from areal_like.config.episode import EpisodeConfig, RewardsConfig, SessionsConfig
 from areal_like.config.evaluation import EvalConfig, EvalSetConfig
-from areal_like.config.job import Config, DaemonConfig, ModelConfig
+from areal_like.config.job import Config, DaemonConfig, MetricsConfig, ModelConfig
 from areal_like.config.loading import from_mapping, to_mapping
 from areal_like.config.rollout import RolloutConfig, SamplingConfig, SglangConfig
 from areal_like.config.security import SecurityConfig
@@ -26,6 +26,7 @@ __all__ = [
     "EvalConfig",
     "EvalSetConfig",
     "KlConfig",
+    "MetricsConfig",
     "ModelConfig",
     "OnFailureConfig",
     "RewardsConfig",

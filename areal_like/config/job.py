@@ -55,6 +55,12 @@ class DaemonConfig(Section, key="daemon"):
 
     http_host: str = "127.0.0.1"
     """Address that each daemon's HTTP endpoints (/livez /readyz /metrics /status) bind."""
+    http_port: int = 0
+    """Port of that server; 0: a free one. Shard i of the buffer adds i, a rank its number on its machine, and
+    under `areal-like run` the servers have the ports after the buffers, and the trainer those after them."""
+    advertise_host: str = ""
+    """Host under which others reach the daemon's HTTP server, for peers, endpoint files and Prometheus;
+    empty: `daemon.http_host`."""
     heartbeat_s: float = 0.5
     """Interval of heartbeats to the buffer, in seconds."""
     drain_timeout_s: float = 30.0
@@ -76,8 +82,16 @@ class DaemonConfig(Section, key="daemon"):
     log_backups: int = 4
     """Copies of each file in `logs/` that are kept; the oldest one goes first."""
 
+    trace_mb: float = 4.0
+    """Megabytes of disk in which each daemon keeps what it did last, for `areal-like trace`; 0: none."""
+
     def check(self) -> None:
+        require(0 <= self.trace_mb <= 10_000, f"daemon.trace_mb={self.trace_mb:g}: use 0 (none) to 10000")
         require(bool(self.http_host), "daemon.http_host is empty: give an address to bind, e.g. 127.0.0.1")
+        require(
+            self.http_port == 0 or 1024 <= self.http_port <= 60000,
+            f"daemon.http_port={self.http_port}: use 1024..60000, or 0 for a free port",
+        )
         require(self.heartbeat_s > 0, "daemon.heartbeat_s must be above 0")
         require(self.drain_timeout_s > 0, "daemon.drain_timeout_s must be above 0")
         require(self.linger_s >= 0, "daemon.linger_s must be at least 0")
@@ -92,6 +106,14 @@ class DaemonConfig(Section, key="daemon"):
             f"daemon.log_max_mb={self.log_max_mb:g}: use at least 0.01, or 0 for no limit",
         )
         require(1 <= self.log_backups <= 99, f"daemon.log_backups={self.log_backups}: use 1..99")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricsConfig(Section, key="metrics"):
+    """How Prometheus finds the daemons."""
+
+    sd_path: str = ""
+    """Directory in which each daemon keeps a file with its targets, for `file_sd_configs`; empty: none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +162,7 @@ class Config(Section):
     """Programs that show the run's metrics: `tensorboard`, `wandb`, or mappings with `name` (or `_target_`)
     and that tracker's own settings. metrics.jsonl is written with and without them."""
     daemon: DaemonConfig = field(default_factory=DaemonConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
     security: SecurityConfig = field(default_factory=SecurityConfig)
 
     def check(self) -> None:

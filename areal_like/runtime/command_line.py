@@ -16,7 +16,9 @@ cannot parse (`model.path=~/x`, `name=a,b`) are taken literally, so that users n
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -147,6 +149,25 @@ def save_config(config: Config, path: Path) -> None:
     """Writes the resolved configuration so that `--config` reads it back."""
     path.parent.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(OmegaConf.create(to_mapping(config)), path)
+
+
+def keep_config(config: Config, path: Path) -> None:
+    """Writes the resolved configuration of a job whose roles are started by hand, if there is none yet.
+
+    Settings that belong to this process alone are left out.
+    """
+    if path.exists():
+        return
+    security = dataclasses.replace(config.security, identity="")
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    save_config(dataclasses.replace(config, security=security), partial)
+    try:
+        os.link(partial, path)  # unlike a rename, it replaces nothing that another shard has written
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links
+        partial.replace(path)
+    partial.unlink(missing_ok=True)
 
 
 def _refuse_mixed_choices(settings: Sequence[str]) -> None:

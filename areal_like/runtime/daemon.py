@@ -29,15 +29,17 @@ from typing import Any, ClassVar, Self
 from areal_like.config import Config
 from areal_like.errors import ArealError, UserError
 from areal_like.http.access import Reason
+from areal_like.http.discovery import DiscoveryFile, http_address
 from areal_like.paths import RunPaths, write_json
 from areal_like.runtime.http_pages import HttpPlane, Page, Verb
 from areal_like.runtime.logs import configure_logging, exit_log
-from areal_like.runtime.metrics import Metrics
+from areal_like.runtime.metrics import DaemonSeries, Metrics
 from areal_like.runtime.process import allow_many_files, die_with_launcher, keep_files_private
 from areal_like.runtime.signals import handle_log_signals, show_tasks_of
 from areal_like.runtime.waits import PendingWaits
 from areal_like.security.keyring import Keyring
 from areal_like.security.keys import KeyRole
+from areal_like.spans import recorder
 from areal_like.wire.pump import set_io_threads
 
 log = logging.getLogger(__name__)
@@ -60,6 +62,10 @@ class Runtime:
         self.name = name
         self.paths = RunPaths.of(config)
         self.metrics = Metrics()
+        self.metrics.registry.register(
+            DaemonSeries(self.paths.root, not_ready=lambda: self.not_ready_because)
+        )
+        self._discovery = DiscoveryFile(config, role=role, name=name)
         self.waits = waits or PendingWaits()
         self.keyring = Keyring.of(config.security, role=KeyRole(role)) if config.security.keys else None
         """The daemon's keys; None if the job has none."""
@@ -99,6 +105,11 @@ class Runtime:
         self._unready = reason
 
     @property
+    def http_address(self) -> str:
+        """HOST:PORT under which others reach the daemon's HTTP server."""
+        return http_address(self.config, self.http_port)
+
+    @property
     def not_ready_because(self) -> str:
         """The reason in /status; empty when ready."""
         return "draining" if self.stopping.is_set() else self._unready or self.trouble()
@@ -123,6 +134,8 @@ class Runtime:
         self._loop.call_soon_threadsafe(self.stopping.set)
 
     async def __aenter__(self) -> Self:
+        max_bytes = round(1e6 * self.config.daemon.trace_mb)
+        recorder.start(self.paths.spans, self.name, max_bytes=max_bytes)
         show_tasks_of(self._loop)
         self._plane = HttpPlane(self)
         self.http_port = self._plane.bind()
@@ -130,9 +143,14 @@ class Runtime:
         self.advertise(
             role=self.role,
             pid=os.getpid(),
-            http=f"{self.config.daemon.http_host}:{self.http_port}",
+            http=self.http_address,
             started_unix_s=round(time.time(), 3),
         )
+        try:
+            self._discovery.write(self.http_address)
+        except BaseException:
+            await self.__aexit__()
+            raise
         if self.keyring is not None:
             self._reading_keys = self._loop.call_later(_READ_KEYS_S, self._read_keys, self.keyring)
         return self
@@ -142,7 +160,9 @@ class Runtime:
         if self._reading_keys is not None:
             self._reading_keys.cancel()
         self.failed.cancel()
+        self._discovery.remove()
         await self._plane.close()
+        recorder.stop()
         (self.paths.endpoints / f"{self.name}.json").unlink(missing_ok=True)
 
     def _read_keys(self, keyring: Keyring) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import socket
 from collections.abc import Awaitable, Callable
@@ -13,14 +14,16 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from areal_like.config import Config
+from areal_like.config import Config, to_mapping
 from areal_like.errors import ArealError, ConfigError
 from areal_like.http.access import AccessRules, Reason, host_names
+from areal_like.http.discovery import http_port
 from areal_like.http.guard import BodyLimits, HttpGuard
 from areal_like.http.server import HttpConfig, HttpServer
 from areal_like.runtime.metrics import CONTENT_TYPE, Metrics
 from areal_like.security.binding import require_loopback_or_keys
 from areal_like.security.keyring import Keyring
+from areal_like.security.redaction import without_secrets
 from areal_like.security.tls import tls_files
 from areal_like.security.tokens import role_of_token
 from areal_like.wire.sockets import bound_socket
@@ -37,6 +40,8 @@ class Daemon(Protocol):
     """What the pages show and do."""
 
     config: Config
+    role: str
+    name: str
     metrics: Metrics
     keyring: Keyring | None
     verbs: dict[str, Verb]
@@ -58,7 +63,13 @@ class HttpPlane:
         config = daemon.config
         security = config.security
         self._host = config.daemon.http_host
-        others = [*security.allowed_hosts, config.buffer.advertise_host, config.rollout.advertise_host]
+        self._port = http_port(config, role=daemon.role, name=daemon.name)
+        others = [
+            *security.allowed_hosts,
+            config.daemon.advertise_host,
+            config.buffer.advertise_host,
+            config.rollout.advertise_host,
+        ]
         keyring = daemon.keyring
         rules = AccessRules(
             hosts=host_names(self._host, others=others),
@@ -80,18 +91,24 @@ class HttpPlane:
             )
         )
         self._security = security
+        self._config = config
         self._serving: asyncio.Task[None] | None = None
         self._socket: socket.socket | None = None
 
     def bind(self) -> int:
-        """Binds a free port and returns it.
+        """Binds the daemon's port and returns it.
 
-        Raises ConfigError if the address is not one of this machine, or needs keys.
+        Raises ConfigError if the address is not one of this machine or needs keys, or the port is taken.
         """
         require_loopback_or_keys(self._security, self._host, setting="daemon.http_host")
         try:
-            self._socket = bound_socket(self._host, 0)
+            self._socket = bound_socket(self._host, self._port)
         except OSError as error:
+            if self._port and error.errno == errno.EADDRINUSE:
+                raise ConfigError(
+                    f"port {self._port} is taken, which daemon.http_port={self._config.daemon.http_port} "
+                    "gives to this daemon: choose another one, or 0 for a free one"
+                ) from None
             raise ConfigError(
                 f"cannot bind {self._host} ({error.strerror}): "
                 "set daemon.http_host to an address of this machine"
@@ -142,6 +159,9 @@ def _pages(daemon: Daemon) -> Starlette:
     async def status(_: Request) -> Response:
         return JSONResponse(daemon.describe())
 
+    async def config(_: Request) -> Response:
+        return JSONResponse(without_secrets(to_mapping(daemon.config)))
+
     async def control(request: Request) -> Response:
         verb = daemon.verbs.get(request.path_params["verb"])
         if verb is None:
@@ -163,6 +183,7 @@ def _pages(daemon: Daemon) -> Starlette:
             Route("/metrics", metrics),
             Route("/metrics/{part}", metrics_of),
             Route("/status", status),
+            Route("/config", config),
             Route("/control/{verb}", control, methods=["POST"]),
         ]
     )

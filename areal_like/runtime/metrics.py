@@ -6,9 +6,16 @@ Every labeled series starts at zero, so that Prometheus can compute its rate fro
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+import platform
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import cast
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 PREFIX = "areal"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -55,4 +62,62 @@ class Metrics:
 
     def exposition(self) -> bytes:
         """The body of /metrics, in Prometheus' text format."""
-        return generate_latest(self.registry)
+        return exposition(self.registry)
+
+
+class DaemonSeries(Collector):
+    """The series that every daemon has, read when they are asked for."""
+
+    def __init__(self, directory: Path, *, not_ready: Callable[[], str]) -> None:
+        """`directory`: of the run. `not_ready`: why the daemon is not ready; empty if it is."""
+        self._directory = directory
+        self._not_ready = not_ready
+        self._versions = {
+            "version": _version("areal-like"),
+            "torch": _version("torch"),
+            "python": platform.python_version(),
+        }
+
+    def collect(self) -> Iterable[Metric]:
+        """Build, readiness and free disk space."""
+        build = GaugeMetricFamily(
+            f"{PREFIX}_build_info", "Versions of the daemon; always 1", labels=list(self._versions)
+        )
+        build.add_metric(list(self._versions.values()), 1.0)
+        yield build
+        is_ready = float(not self._not_ready())
+        yield GaugeMetricFamily(f"{PREFIX}_ready", "1 while /readyz answers 200, else 0", value=is_ready)
+        try:
+            free = shutil.disk_usage(self._directory).free
+        except OSError:
+            return
+        yield GaugeMetricFamily(
+            f"{PREFIX}_disk_free_bytes",
+            "Bytes that the file system of the run's directory has left",
+            value=free,
+        )
+
+
+def exposition(registry: Collector) -> bytes:
+    """The series of a registry in Prometheus' text format.
+
+    Without `_created`: the time at which a counter began, which doubles the series and which nobody queries.
+    """
+    return generate_latest(cast(CollectorRegistry, _WithoutCreated(registry)))
+
+
+class _WithoutCreated(Collector):
+    def __init__(self, registry: Collector) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterable[Metric]:
+        for family in self._registry.collect():
+            family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
+            yield family
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""

@@ -24,6 +24,11 @@ def require_loopback_or_keys(security: SecurityConfig, host: str, *, setting: st
     )
 
 
+def admits_only_this_machine(security: SecurityConfig, host: str) -> bool:
+    """True without keys on a loopback address: then no peer is meant to come from elsewhere."""
+    return resolves_to_loopback(host) and not (security.keys or security.insecure)
+
+
 def resolves_to_loopback(host: str) -> bool:
     """True if `host` has addresses and all of them are loopback addresses."""
     if is_loopback(host):

@@ -40,16 +40,19 @@ def tls_files(security: SecurityConfig) -> tuple[str, str]:
 
 def client_context(security: SecurityConfig) -> ssl.SSLContext | None:
     """Trusts the job's certificate and no other; None without TLS. Raises ConfigError."""
-    if not security.tls_certificate:
-        return None
+    return trusting(security.tls_certificate) if security.tls_certificate else None
+
+
+def trusting(certificate: str) -> ssl.SSLContext:
+    """Trusts the certificate in this PEM file and no other. Raises ConfigError."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     try:
-        text = Path(security.tls_certificate).expanduser().read_text("latin-1")
+        text = Path(certificate).expanduser().read_text("latin-1")
         first = text[text.find(_BEGIN) :].partition(_END)[0] + _END
         context.load_verify_locations(cadata=ssl.PEM_cert_to_DER_cert(first))
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
         reason = error.strerror if isinstance(error, OSError) else "it has no certificate in PEM format"
-        raise ConfigError(f"security.tls_certificate={security.tls_certificate}: {reason or error}") from None
+        raise ConfigError(f"security.tls_certificate={certificate}: {reason or error}") from None
     return context

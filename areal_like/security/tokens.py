@@ -10,6 +10,7 @@ from areal_like.security.keyring import Keyring
 from areal_like.security.keys import KeyRole
 
 OPERATOR_FILE = "operator.token"
+MONITOR_FILE = "monitor.token"
 _MAX_TOKEN_BYTES = 4096
 
 
@@ -29,6 +30,15 @@ def operator_token(directory: str | Path) -> str:
             f"this needs the operator's token, and {file} does not exist: run it where the file is, "
             f"or copy it from the directory in which `areal-like keys init` has made it"
         ) from None
+
+
+def any_token(directory: str | Path) -> str:
+    """The operator's token, or that of `monitor` where the operator's is not. Raises ConfigError."""
+    folder = Path(directory).expanduser()
+    for name in (OPERATOR_FILE, MONITOR_FILE):
+        if (folder / name).exists():
+            return read_secret(folder / name)
+    raise ConfigError(f"{folder} has neither {OPERATOR_FILE} nor {MONITOR_FILE}: copy one of them there")
 
 
 def read_secret(file: Path) -> str:

@@ -31,6 +31,8 @@ from typing import Any
 from areal_like.errors import ArealError, RefusedError
 from areal_like.security.keyring import Keyring
 from areal_like.security.keys import KeyRole
+from areal_like.spans import recorder
+from areal_like.spans.clock import ClockOffset
 from areal_like.wire.channel import Link
 from areal_like.wire.curve import CurveClient
 from areal_like.wire.messages.hello import (
@@ -95,6 +97,7 @@ class BufferConnection:
         self._on_fatal = on_fatal
         self._on_drain = on_drain
         self._on_finished = on_finished
+        self._clock = ClockOffset()
         self._incarnation = 0
         """Granted by this buffer; 0: none yet."""
         self._on_reopened = on_reopened
@@ -150,6 +153,12 @@ class BufferConnection:
         self.is_registered = False
         self._on_reopened()
 
+    def _note_clock(self, ack: HeartbeatAck) -> None:
+        """Only the first shard tells its time."""
+        found = self._clock.heard(sent_s=ack.echo_s, buffer_s=ack.unix_s, now_s=recorder.unix_now())
+        if found is not None:
+            recorder.note_offset(offset_s=found[0], rtt_s=found[1])
+
     def _handle(self, message: Any) -> None:
         match message:
             case Refused():
@@ -171,5 +180,6 @@ class BufferConnection:
             case HeartbeatAck():
                 self._on_message(message)  # first, so that the owner can compare it with `trouble`
                 self.trouble = message.trouble
+                self._note_clock(message)
             case _:
                 self._on_message(message)

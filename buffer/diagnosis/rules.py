@@ -16,6 +16,9 @@ from enum import StrEnum
 
 from buffer.diagnosis.facts import JobFacts, RankFacts, ServerFacts
 
+_LATE_S = 0.5
+"""Mean delay of a process' timer above which the process does not get the time that it needs."""
+
 
 class On(StrEnum):
     """What a job waits for."""
@@ -75,7 +78,7 @@ def causes_of(facts: JobFacts, *, slow: Mapping[str, str], limits: Limits) -> li
         *_lost(facts, limits),
         *_engines(facts, limits),
     ]
-    causes = causes or [*_slow(facts, slow)]
+    causes = causes or [*_late(facts)] or [*_slow(facts, slow)]
     causes = causes or [*_operator(facts, limits), *_absent(facts, limits), *_pushes(facts, limits)]
     causes = causes or [*_behind_groups(facts, limits), *_behind_ranks(facts, limits)]
     return sorted(causes, key=lambda cause: -cause.seconds)
@@ -110,7 +113,7 @@ def _buffer(facts: JobFacts, limits: Limits) -> Iterator[Cause]:
             what=f"it cannot write its ledger: {facts.store_trouble}",
             remedy="make room on its disk; it goes on by itself",
         )
-    elif facts.loop_late_s > 0.5:
+    elif facts.loop_late_s > _LATE_S:
         yield Cause(
             on=On.BUFFER,
             name="buffer",
@@ -175,6 +178,18 @@ def _engines(facts: JobFacts, limits: Limits) -> Iterator[Cause]:
             what=f"{what} for {_time(seconds)}",
             remedy=remedy,
         )
+
+
+def _late(facts: JobFacts) -> Iterator[Cause]:
+    for server in facts.servers:
+        if (late_s := server.stats.get("loop_late_s", 0.0)) > _LATE_S:
+            yield Cause(
+                on=On.SERVER,
+                name=server.name,
+                seconds=late_s,
+                what=f"its process runs {late_s:.1f} s late",
+                remedy="its machine has too little CPU time for it, or something stops it again and again",
+            )
 
 
 def _slow(facts: JobFacts, slow: Mapping[str, str]) -> Iterator[Cause]:

@@ -29,6 +29,7 @@ class LeaseDispatcher:
         lost = self._leases.register_server(
             name, incarnation=incarnation, weights_version=weights_version, now_s=now_s
         )
+        self._leases.servers[name].is_cordoned = name in self._state.holds.cordoned
         self._lifecycle.lose_leases(lost)
 
     def remove_server(self, name: str) -> None:
@@ -109,7 +110,8 @@ class LeaseDispatcher:
 
     @property
     def _is_open(self) -> bool:
-        return not self._state.closed_reason and self._state.prompts.order.num_prompts > 0
+        is_open = not (self._state.closed_reason or self._state.holds.is_paused)
+        return is_open and self._state.prompts.order.num_prompts > 0
 
     def _may_have_work(self) -> bool:
         return (self._is_open and self._state.admission.may_have_work()) or self._evals.has_queued

@@ -95,6 +95,9 @@ class Ledger:
         # Operations of an operator, and of every peer.
         self.poison = session.poison
         self.unfence = session.unfence
+        self.set_paused = session.set_paused
+        self.change_max_staleness = session.change_max_staleness
+        self.set_cordoned = session.set_cordoned
         self.find_process = state.incarnations.find
 
     def admit_process(self, name: str, process: str) -> int:

@@ -134,7 +134,11 @@ def _restore_tables(state: LedgerState, recovered: Recovered) -> None:
     state.versions.restore(recovered.versions, recovered.rollbacks, newest=scalars.get("newest_version", 0))
     if state.settings.adaptive:
         state.bound.current = min(scalars.get("max_staleness", 0), state.settings.staleness_cap)
+    elif scalars.get("max_staleness_of", 0) == state.settings.staleness_cap + 1:
+        # An operator's change holds until the setting itself is changed.
+        state.bound.current = min(scalars["max_staleness"], state.settings.staleness_cap)
     state.incarnations.restore(scalars)
+    state.holds.restore(scalars)
     state.prompts.restore(scalars, recovered.returned, are_other_prompts=state.prompts_changed)
 
 

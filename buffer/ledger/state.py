@@ -18,6 +18,7 @@ from buffer.tables.counters import StreamCounters
 from buffer.tables.evaluations import EvalTable
 from buffer.tables.incarnations import IncarnationTable
 from buffer.tables.lease_table import LeaseTable
+from buffer.tables.operator_holds import OperatorHolds
 from buffer.tables.prompt_source import PromptSource
 from buffer.tables.ticket_table import TicketTable
 from buffer.tables.version_table import VersionTable
@@ -56,6 +57,7 @@ class LedgerState:
         )
         self.admission = Admission(settings, tickets=self.tickets, scheduler=self.scheduler, bound=self.bound)
         self.steps = StepLog(store, self.tickets, self.counters, groups_per_step=settings.groups_per_step)
+        self.holds = OperatorHolds(store)
         self.drops: Counter[Drop] = Counter()
         """Dropped tickets by reason."""
         self.trainer_incarnation = 0
@@ -84,6 +86,12 @@ class LedgerState:
         """Sets the incarnation of the newest trainer; requests of older trainers are refused."""
         self.trainer_incarnation = incarnation
         self.store.put_scalar("trainer_incarnation", incarnation)
+
+    def set_changed_bound(self, max_staleness: int) -> None:
+        """Sets the bound of new tickets, which a buffer of a run with the same setting continues with."""
+        self.bound.current = max_staleness
+        self.store.put_scalar("max_staleness", max_staleness)
+        self.store.put_scalar("max_staleness_of", self.settings.staleness_cap + 1)
 
     def set_finished(self, is_finished: bool) -> None:
         """Sets or removes the mark of a finished run; it is for the present number of steps."""

@@ -173,6 +173,25 @@ class TrainerSession:
         )
         return detail
 
+    def set_paused(self, is_paused: bool, *, unix_s: float) -> bool:
+        """Grants no leases of training tickets, or grants them again, for an operator. False: it was so."""
+        has_changed = self._state.holds.set_paused(is_paused)
+        if has_changed:
+            self._record("pause" if is_paused else "resume", "training", unix_s=unix_s)
+        return has_changed
+
+    def set_cordoned(self, name: str, is_cordoned: bool, *, unix_s: float) -> bool:
+        """Grants a server no new leases, or grants them again, for an operator. False: it was so."""
+        has_changed = self._state.holds.set_cordoned(name, is_cordoned)
+        if has_changed:
+            self._record("cordon" if is_cordoned else "uncordon", name, unix_s=unix_s)
+            if (server := self._state.leases.servers.get(name)) is not None:
+                server.is_cordoned = is_cordoned
+        return has_changed
+
+    def _record(self, verb: str, subject: str, *, unix_s: float) -> None:
+        self._state.store.put_operation(OperationRow(unix_s=unix_s, verb=verb, subject=subject, detail=""))
+
     def poison(self, ticket_ids: Sequence[int]) -> None:
         """Removes tickets from their steps, for an operator; other groups take their positions.
 
@@ -233,6 +252,25 @@ class TrainerSession:
             raise RefusedError("max_staleness", f"want 0..{cap} (max_staleness_cap), got {max_staleness}")
         self._state.bound.current = max_staleness
         self._state.store.put_scalar("max_staleness", max_staleness)
+
+    def change_max_staleness(self, max_staleness: int, *, unix_s: float) -> int:
+        """Sets the bound of new tickets for an operator; returns the one before.
+
+        It may be any number up to the one that the run was started with, with which metrics and servers are
+        laid out. Raises RefusedError.
+        """
+        cap, before = self._settings.staleness_cap, self._state.bound.current
+        least = self._settings.sync_interval - 1
+        if self._settings.adaptive:
+            raise RefusedError("max_staleness", "it follows the effective sample size (max_staleness=auto)")
+        if not least <= max_staleness <= cap:
+            raise RefusedError("max_staleness", f"want {least}..{cap}: the run was started with {cap}")
+        if max_staleness != before:
+            self._state.set_changed_bound(max_staleness)
+            detail = f"{before} -> {max_staleness} at step {self._state.steps.current}"
+            row = OperationRow(unix_s=unix_s, verb="set", subject="max_staleness", detail=detail)
+            self._state.store.put_operation(row)
+        return before
 
     def request_eval(
         self,

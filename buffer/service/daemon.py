@@ -23,10 +23,10 @@ import secrets
 from collections.abc import Iterator
 from typing import Any
 
-from areal_like.config import Config
 from areal_like.errors import RefusedError, RunFinishedError, StaleIncarnationError
+from areal_like.runtime.command_line import keep_config
 from areal_like.runtime.daemon import Runtime, cancelled_on_exit
-from areal_like.security.binding import require_loopback_or_keys, resolves_to_loopback
+from areal_like.security.binding import admits_only_this_machine, require_loopback_or_keys
 from areal_like.shards import Shard
 from areal_like.wire.addresses import buffer_host, buffer_port, reachable_host
 from areal_like.wire.channel import Envelope, Listener, tcp_address
@@ -35,6 +35,7 @@ from areal_like.wire.fingerprint import as_number, dataset_fingerprint, shared_s
 from areal_like.wire.messages import TO_BUFFER, consumer
 from areal_like.wire.messages.hello import JobFinished, Role
 from buffer.ledger.recovery import recover
+from buffer.rates import RecentNumbers
 from buffer.service import status
 from buffer.service.handlers import NEEDS_DURABILITY, Handlers
 from buffer.service.job_watch import JobWatch
@@ -62,6 +63,7 @@ _LAST_REPLY_S = 0.2
 async def main(runtime: Runtime) -> None:
     """Serves until it is stopped. Raises ArealError if the job fails."""
     daemon = BufferDaemon(runtime, Shard.named(runtime.name, count=runtime.config.buffer.num_shards))
+    keep_config(runtime.config, runtime.paths.config)
     try:
         await daemon.serve()
     finally:
@@ -95,18 +97,18 @@ class BufferDaemon:
             reopen=config.resume not in ("", "auto"),
         )
         self._ledger.hold_grants()
-        settings = {role: shared_settings(config, role) for role in Role}
         self._peers = ConnectedPeers(
             job=config.name,
             dataset=dataset,
-            settings=settings,
+            settings={role: shared_settings(config, role) for role in Role},
             shard=shard,
             max_peers=config.buffer.max_peers,
-            only_loopback=_admits_only_this_machine(config, shard),
+            only_loopback=admits_only_this_machine(config.security, buffer_host(config, shard)),
         )
-        linger_s = config.daemon.linger_s
-        self._end = RunEnd(self._peers, linger_s=linger_s, was_finished=self._ledger.is_finished)
+        is_finished = self._ledger.is_finished
+        self._end = RunEnd(self._peers, linger_s=config.daemon.linger_s, was_finished=is_finished)
         keyring = runtime.keyring
+        self._recent = RecentNumbers()
         self._watch = JobWatch(config, runtime.metrics, self._ledger, self._peers, now_s=self._loop.time())
         self._series = BufferSeries(runtime.metrics, max_staleness=config.staleness_cap)
         self._keys = PeerKeys(
@@ -196,6 +198,7 @@ class BufferDaemon:
             received_bytes=self._received_bytes,
             refused=self._refused_frames(),
             num_fetches=self._outbox.num_fetches,
+            recent=self._recent,
             why=self._watch.report(),
         )
 
@@ -248,8 +251,7 @@ class BufferDaemon:
         return any(self._loop.time() - peer.last_heard_s <= alive_s for peer in ranks)
 
     def _screen(self, route: bytes, kind: type) -> bool:
-        # Without `_failing_on_error`, which takes longer: every message passes here.
-        try:
+        try:  # not `_failing_on_error`, which takes longer: every message passes here
             return self._handlers.may_send(route, kind)
         except Exception as error:
             self._fail(error)
@@ -320,6 +322,7 @@ class BufferDaemon:
             self._flush_soon()
             snapshot = self._ledger.snapshot()
             counters = status.stream_counters(snapshot, self._peers, received_bytes=self._received_bytes)
+            self._recent.see(snapshot, counters, self._ledger.servers, now_s=self._loop.time())
             self._series.update(snapshot, self._peers, counters | self._refused_frames())
 
     def _remove_revoked(self) -> None:
@@ -341,9 +344,3 @@ class BufferDaemon:
         self._over.set_exception(error)
         self._wake.set()
         self._outbox.fail(str(error) or type(error).__name__)
-
-
-def _admits_only_this_machine(config: Config, shard: Shard) -> bool:
-    """True without keys on a loopback address: then no peer is meant to come from elsewhere."""
-    has_protection = bool(config.security.keys) or config.security.insecure
-    return resolves_to_loopback(buffer_host(config, shard)) and not has_protection

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from areal_like.errors import RefusedError
+from areal_like.spans.recorder import unix_now
 from areal_like.wire.channel import Envelope
 from areal_like.wire.limits import check_lengths
 from areal_like.wire.messages import consumer, producer
@@ -142,13 +143,16 @@ class Handlers:
             peer.key = envelope.key
             self._outbox.servers_changed()
 
-    def _heartbeat_ack(self, *, progress: float = 0.0) -> producer.HeartbeatAck:
+    def _heartbeat_ack(self, *, sent_s: float, progress: float = 0.0) -> producer.HeartbeatAck:
         ledger = self._ledger
         return producer.HeartbeatAck(
             step=ledger.trainer_step,
             newest_version=ledger.newest_version,
             trouble=ledger.write_blocked_reason,
             progress=progress,
+            max_staleness=ledger.state.bound.current,
+            echo_s=sent_s,
+            unix_s=unix_now() if ledger.state.settings.shard.index == 0 else 0.0,
         )
 
     # --- rollout servers ---
@@ -158,7 +162,7 @@ class Handlers:
         self._ledger.heartbeat(peer.hello.name, beat, now_s=self._clock())
         self._outbox.servers_changed()
         peer.state, peer.stats, peer.waits = beat.state.value, beat.stats, beat.waits
-        return self._heartbeat_ack()
+        return self._heartbeat_ack(sent_s=beat.sent_s)
 
     def _samples(self, peer: Peer, envelope: Envelope) -> None:
         name = peer.hello.name
@@ -204,7 +208,10 @@ class Handlers:
     def _trainer_heartbeat(self, peer: Peer, envelope: Envelope) -> producer.HeartbeatAck:
         beat: consumer.TrainerHeartbeat = envelope.message
         peer.state, peer.stats, peer.waits, peer.step = beat.state, beat.stats, beat.waits, beat.step
-        return self._heartbeat_ack(progress=self._peers.total("progress"))
+        ack = self._heartbeat_ack(sent_s=beat.sent_s, progress=self._peers.total("progress"))
+        if self._ledger.state.holds.is_paused and not ack.trouble:  # its limits of time must not run out
+            ack = dataclasses.replace(ack, trouble="the run is paused by an operator")
+        return ack
 
     def _trainer_goodbye(self, peer: Peer, envelope: Envelope) -> Ok:
         self._peers.remove(peer.hello.name)

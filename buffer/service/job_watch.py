@@ -13,6 +13,7 @@ from areal_like.wire.messages.producer import Purpose
 from buffer.diagnosis.bottleneck import Load
 from buffer.diagnosis.facts import JobFacts, LeaseFacts, RankFacts, ServerFacts
 from buffer.diagnosis.rules import Limits
+from buffer.diagnosis.timeline import Timeline
 from buffer.diagnosis.watchdog import INTERVAL_S, Wakefulness, Watchdog
 from buffer.ledger.ledger import Ledger
 from buffer.service.peers import ConnectedPeers
@@ -34,6 +35,7 @@ class JobWatch:
         self._groups_per_step = config.trainer.groups_per_step
         self._watchdog = Watchdog(metrics, limits=Limits.of(heartbeat_s=config.daemon.heartbeat_s))
         self._awake = Wakefulness(now_s=now_s)
+        self._timeline = Timeline()
         self._lost: dict[str, float] = {}
         self._world_size = 0
         self._since: dict[str, float] = {}
@@ -49,6 +51,7 @@ class JobWatch:
     def tick(self, *, now_s: float, interval_s: float) -> None:
         """Call it whenever the buffer's timer fires; looks at the job about once a second."""
         self._awake.tick(now_s=now_s, next_s=now_s + interval_s)
+        self._timeline.look(self._ledger.state)
         if now_s < self._due_s:
             return
         self._due_s = now_s + INTERVAL_S
@@ -109,6 +112,7 @@ class JobWatch:
             lost_servers={name: now_s - lost_s for name, lost_s in self._lost.items()},
             store_trouble=ledger.write_blocked_reason,
             store_trouble_s=self._lasting("store", bool(ledger.write_blocked_reason), now_s=now_s),
+            paused_s=self._lasting("paused", state.holds.is_paused, now_s=now_s),
             closed_reason=ledger.closed_reason,
             closed_s=self._lasting("closed", bool(ledger.closed_reason), now_s=now_s),
             is_finished=ledger.is_finished,
@@ -153,5 +157,7 @@ class JobWatch:
 
 
 def _held_back(server: Server) -> str:
+    if server.is_cordoned:
+        return "cordoned by an operator"
     quarantine = server.health.quarantine
     return f"quarantined ({quarantine.reason})" if quarantine is not None else ""

@@ -2,6 +2,9 @@
 
     drop {"tickets": [17, 23]}           removes recorded tickets: all of them, or none
     unfence {"name": "rollout-0"}        takes a name from its process; the next new one gets it
+    cordon, uncordon {"server": "rollout-0"}    grants a rollout server no new leases; grants them again
+    set {"max_staleness": 2}             changes the bound of tickets that begin from now on
+    pause, resume {}                     grants no leases of training tickets; grants them again
     drain_server {"server": "rollout-0"} tells a rollout server to leave, over its own connection: the HTTP
                                          address in a hello is whatever the peer wrote there
 
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -57,7 +61,16 @@ class Operations:
     @property
     def verbs(self) -> dict[str, Verb]:
         """Verb -> handler."""
-        return {"drop": self._drop, "unfence": self._unfence, "drain_server": self._drain_server}
+        return {
+            "drop": self._drop,
+            "unfence": self._unfence,
+            "drain_server": self._drain_server,
+            "cordon": functools.partial(self._set_cordoned, True),
+            "uncordon": functools.partial(self._set_cordoned, False),
+            "set": self._set,
+            "pause": functools.partial(self._set_paused, True),
+            "resume": functools.partial(self._set_paused, False),
+        }
 
     async def _drop(self, body: dict[str, Any]) -> dict[str, Any]:
         ticket_ids = body.get("tickets")
@@ -97,6 +110,41 @@ class Operations:
             raise UserError(f"{peer.hello.name} is not connected: end its process")
         log.info("an operator drains %s", peer.hello.name)
         return {"draining": peer.hello.name}
+
+    async def _set_cordoned(self, is_cordoned: bool, body: dict[str, Any]) -> dict[str, Any]:
+        name = body.get("server")
+        peer = self._peers.named(name) if isinstance(name, str) else None
+        is_known = peer is not None and peer.hello.role is Role.ROLLOUT
+        if not isinstance(name, str) or not (is_known or name in self._ledger.state.holds.cordoned):
+            raise UserError('want {"server": NAME} of a registered rollout server')
+        with self._changing():
+            has_changed = self._ledger.set_cordoned(name, is_cordoned, unix_s=time.time())
+        log.warning("an operator %s %s", "cordons" if is_cordoned else "uncordons", name)
+        await self._durable()
+        return {"server": name, "changed": has_changed}
+
+    async def _set(self, body: dict[str, Any]) -> dict[str, Any]:
+        wanted = body.get("max_staleness")
+        if set(body) != {"max_staleness"} or type(wanted) is not int:
+            raise UserError('want {"max_staleness": N}: nothing else changes while the run goes on')
+        refusal, before = "", 0
+        with self._changing():
+            try:
+                before = self._ledger.change_max_staleness(wanted, unix_s=time.time())
+            except RefusedError as error:
+                refusal = "{}: {}".format(*error.args)
+        if refusal:
+            raise UserError(refusal)
+        log.warning("an operator sets max_staleness from %d to %d", before, wanted)
+        await self._durable()
+        return {"max_staleness": wanted, "before": before}
+
+    async def _set_paused(self, is_paused: bool, _: dict[str, Any]) -> dict[str, Any]:
+        with self._changing():
+            has_changed = self._ledger.set_paused(is_paused, unix_s=time.time())
+        log.warning("an operator %s the run", "pauses" if is_paused else "resumes")
+        await self._durable()
+        return {"paused": is_paused, "changed": has_changed}
 
     async def _durable(self) -> None:
         self._changed()

@@ -89,7 +89,6 @@ class BufferSeries:
                 ("quarantines", "Quarantines of servers because of failures in a row"),
                 ("prompts_given_up", "Prompts that were dropped and not issued again in their epoch"),
                 ("leases_lost", "Leases that expired, were returned, or whose server was replaced"),
-                ("tokens_generated", "Sampled tokens"),
                 ("tokens_trained", "Sampled tokens learned from"),
                 ("received_bytes", "Bytes received from peers"),
                 ("bad_frames", "Messages that could not be decoded"),

@@ -10,6 +10,7 @@ from areal_like.wire.messages import consumer
 from areal_like.wire.messages.hello import Role
 from buffer.ledger.ledger import Ledger
 from buffer.ledger.snapshot import LedgerSnapshot
+from buffer.rates import RecentNumbers
 from buffer.service.peers import ConnectedPeers
 from buffer.tables.lease_table import Server
 
@@ -47,10 +48,11 @@ def status(
     received_bytes: int,
     refused: dict[str, int],
     num_fetches: int,
+    recent: RecentNumbers,
     why: dict[str, Any],
 ) -> dict[str, Any]:
-    """The body of /status. `refused`: counts of refused messages and connections, by name; `why`: who waits
-    on whom."""
+    """The body of /status. `refused`: counts of refused messages and connections, by name; `recent`: the last
+    minute; `why`: who waits on whom."""
     snapshot = ledger.snapshot()
     totals = run_counters(snapshot, peers, received_bytes=received_bytes)
     return {
@@ -64,6 +66,8 @@ def status(
         },
         "newest_version": snapshot.newest_version,
         "curriculum": snapshot.curriculum.status if snapshot.curriculum else None,
+        "paused": ledger.state.holds.is_paused,
+        "cordoned": sorted(ledger.state.holds.cordoned),
         "closed_because": snapshot.closed_reason,
         "store_trouble": snapshot.write_blocked_reason,
         "trainers_lost": {
@@ -75,18 +79,26 @@ def status(
         "drops": totals.drops,
         "last_rejection": ledger.last_rejection,
         "counters": totals.counters,
+        "rates": recent.rates(snapshot, totals.counters, now_s=now_s),
         "selection": selection_report(totals.counters),
         "lag_histogram": {str(lag): count for lag, count in sorted(snapshot.lag_histogram.items())},
         "fetches_waiting": num_fetches,
         "why": why,
         "buffer_bytes": snapshot.num_bytes,
         **refused,
-        "peers": _peers_status(ledger.servers, peers, now_s=now_s),
+        "peers": _peers_status(
+            ledger.servers, peers, recent, newest_version=snapshot.newest_version, now_s=now_s
+        ),
     }
 
 
 def _peers_status(
-    servers: Mapping[str, Server], peers: ConnectedPeers, *, now_s: float
+    servers: Mapping[str, Server],
+    peers: ConnectedPeers,
+    recent: RecentNumbers,
+    *,
+    newest_version: int,
+    now_s: float,
 ) -> list[dict[str, Any]]:
     entries = []
     for role in Role:
@@ -105,6 +117,7 @@ def _peers_status(
                 entry["weights_version"] = server.weights_version
                 entry["free_samples"] = server.free_samples
                 entry["owed_samples"] = server.owed_samples
+                entry |= recent.of_server(server, newest_version=newest_version, now_s=now_s)
                 if (quarantine := server.health.quarantine) is not None:
                     entry["quarantine"] = {
                         "reason": quarantine.reason,

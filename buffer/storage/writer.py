@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from areal_like.runtime.threads import NamedThread
+from areal_like.spans.recorder import record
 from areal_like.wire.records import RecordLocation, segment_path
 from buffer.storage import sql
 from buffer.storage.changes import Changes
@@ -186,6 +187,8 @@ class Writer:
             self._segments.cut()
             raise _NoSpaceError(reason) from None
         self._segments.keep()
+        if self._writing_since_s is not None:
+            record("ledger", "write", start_s=self._writing_since_s, records=len(records))
         for segment in batch.gone_segments:
             segment_path(self._directory, segment).unlink(missing_ok=True)
         return locations

@@ -36,6 +36,8 @@ class Server:
     last_heard_s: float
     state: ServerState = ServerState.STARTING
     health: ServerHealth = field(default_factory=ServerHealth)
+    is_cordoned: bool = False
+    """True while an operator lets it have no new leases."""
     capacity_samples: int = 0
     owed_samples: int = 0
     """Samples of its live leases that have not arrived yet."""
@@ -47,7 +49,8 @@ class Server:
     @property
     def free_samples(self) -> int:
         """Samples that the server can take now."""
-        may_take = self.state is ServerState.SERVING and self.health.quarantine is None
+        is_held_back = self.is_cordoned or self.health.quarantine is not None
+        may_take = self.state is ServerState.SERVING and not is_held_back
         return self.capacity_samples - self.owed_samples if may_take else 0
 
     def can_take(self, num_samples: int) -> bool:

@@ -20,13 +20,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from areal_like.config import Config
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config
+from areal_like.runtime.daemon import read_endpoint
 from areal_like.runtime.process import PARENT_PID
+from areal_like.shards import all_shards
 from areal_like.wire.addresses import buffer_addresses
 from launch.commands.parser import add_run, add_settings
-from launch.commands.running_job import buffer_settings
 from launch.commands.stop_signals import StopSignals
 from launch.local_job.child import python_path
 from launch.run_directory.rundir import find_run, is_over
@@ -37,7 +39,9 @@ _TICK_S = 0.2
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """RUN, or `--buffer` and maybe `--config`; then settings."""
     parser.add_argument("--join", action="store_true", required=True, help="join a running job")
-    parser.add_argument("--buffer", metavar="HOST:PORT", default="", help="the job's (first) buffer")
+    parser.add_argument(
+        "--buffer", metavar="HOST:PORT", default="", help="the stream of the job's (first) buffer"
+    )
     parser.add_argument("--name", default="", help="of the server; by default a free one")
     parser.add_argument("--config", metavar="FILE", help="the job's settings, where RUN is not given")
     add_run(parser, nargs="?")
@@ -77,6 +81,8 @@ def join(run: str, settings: Sequence[str], *, buffer: str = "", name: str = "")
     addresses = ", ".join(address.removeprefix("tcp://") for address in buffer_addresses(config))
     if paths is not None and is_over(paths):
         raise ConfigError(f"{paths.root}: this run is over; start it again with resume=latest")
+    if config.daemon.http_port and not any(each.startswith("daemon.http_port=") for each in arguments):
+        arguments = [*arguments, "daemon.http_port=0"]  # the job's own daemons have the ports from there on
     name = name or free_name(RunPaths.of(config))
     environment = os.environ | {
         PARENT_PID: str(os.getpid()),
@@ -94,6 +100,37 @@ def join(run: str, settings: Sequence[str], *, buffer: str = "", name: str = "")
     )
     sys.stdout.flush()
     return _wait(server, paths, stops=stops)
+
+
+def buffer_settings(config: Config, paths: RunPaths | None, given: str) -> list[str]:
+    """Settings with the addresses of a job's buffers, for a server that joins it.
+
+    `given`: host:port of the stream of the first shard's buffer. If it is empty, `paths` (the run's
+    directory) is needed. Raises ConfigError when the addresses cannot be found.
+    """
+    if given:
+        host, _, port = given.rpartition(":")
+        if not (host and port.isdecimal()):
+            raise ConfigError(f"--buffer {given}: expected host:port")
+        return [
+            f'buffer.host="{host.strip("[]")}"',
+            "buffer.advertise_host=''",
+            f"buffer.port={port}",
+            "buffer.ports=[]",
+        ]
+    if paths is None:
+        raise ConfigError(
+            "rollout --join: there is no buffer to join; name a running job, or give --buffer host:port"
+        )
+    ports = []
+    for shard in all_shards(config.buffer.num_shards):
+        endpoint = read_endpoint(paths.endpoints / f"{shard.name}.json")
+        if endpoint is None or "stream" not in endpoint:
+            raise ConfigError(
+                f"rollout --join: {shard.name} of {paths.root.name} is not running: start the job first"
+            )
+        ports.append(str(endpoint["stream"]).rpartition(":")[2])
+    return [f"buffer.ports=[{','.join(ports)}]"]
 
 
 def _wait(server: subprocess.Popen[bytes], paths: RunPaths | None, *, stops: StopSignals) -> int:

@@ -1,7 +1,7 @@
 """An operator's change to the ledger of a job: at its running buffer, or in the files of a stopped one.
 
-A running buffer gets a control request. `python -m buffer OPTION` opens the ledger of a stopped buffer, and
-refuses if another process has it open.
+A running buffer gets a control request, also from a machine that does not see the run's directory.
+`python -m buffer OPTION` opens the ledger of a stopped buffer, and refuses if another process has it open.
 """
 
 from __future__ import annotations
@@ -14,23 +14,38 @@ from typing import Any
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.runtime.daemon import read_endpoint
-from areal_like.shards import Shard
+from areal_like.shards import Shard, all_shards
 from launch.local_job.child import python_path
-from launch.observation.http_json import operator_of, post_json
+from launch.observation.reach import RunningJob
 
 _TIMEOUT_S = 30.0
 
 
-def change_ledger(
-    paths: RunPaths, shard: Shard, *, verb: str, body: dict[str, Any], option: tuple[str, str]
-) -> bool:
-    """Changes the ledger of one shard; returns True when its buffer is running.
+def change_ledger(job: RunningJob, *, verb: str, body: dict[str, Any], option: tuple[str, str]) -> bool:
+    """Changes the ledger of every shard; returns True when a buffer is running.
 
     `verb`, `body`: the request to a running buffer. `option`: the same for `python -m buffer`. Raises
     ConfigError with the reason of a refusal.
     """
+    if job.paths is None:
+        job.post_all(verb, body, timeout_s=_TIMEOUT_S)
+        return True
+    shards = all_shards(job.config.buffer.num_shards)
+    are_running = [_change(job, job.paths, shard, verb=verb, body=body, option=option) for shard in shards]
+    return any(are_running)
+
+
+def _change(
+    job: RunningJob,
+    paths: RunPaths,
+    shard: Shard,
+    *,
+    verb: str,
+    body: dict[str, Any],
+    option: tuple[str, str],
+) -> bool:
     endpoint = read_endpoint(paths.endpoints / f"{shard.name}.json")
-    if endpoint is not None and _request(paths, str(endpoint["http"]), verb, body):
+    if endpoint is not None and _request(job, str(endpoint["http"]), verb, body):
         return True
     root = paths.root.resolve()
     # The stored configuration has an old place if the run's directory was moved.
@@ -51,14 +66,13 @@ def change_ledger(
     return False
 
 
-def _request(paths: RunPaths, address: str, verb: str, body: dict[str, Any]) -> bool:
+def _request(job: RunningJob, address: str, verb: str, body: dict[str, Any]) -> bool:
     """Sends the request to a running buffer; returns False if no process listens at the address.
 
     A killed buffer leaves its endpoint file behind.
     """
     try:
-        operator = operator_of(paths.root)
-        post_json(address, f"/control/{verb}", body, operator=operator, timeout_s=_TIMEOUT_S)
+        job.post_to(address, verb, body, timeout_s=_TIMEOUT_S)
     except ConnectionRefusedError:
         return False
     except OSError as error:

@@ -11,12 +11,12 @@ from typing import Any
 
 from rich.console import Console
 
+from areal_like.config import Config
 from areal_like.errors import ConfigError
 from areal_like.runtime.command_line import add_config_option
 from areal_like.runtime.logs import configure_launcher_log
 from areal_like.runtime.process import keep_files_private
 from areal_like.runtime.signals import handle_log_signals, request_reopen
-from buffer.storage.place import network_warning
 from launch.commands.parser import add_settings
 from launch.commands.stop_signals import StopSignals
 from launch.local_job.job import LocalJob
@@ -52,7 +52,7 @@ def run_local(argv: Sequence[str]) -> int:
     # Stacks only into the log: stderr is the user's terminal.
     handle_log_signals(to_stderr=False, hangup=False)
     stops = StopSignals(on_hangup=request_reopen)
-    for line in filter(None, (*run.announcement, network_warning(run.config))):
+    for line in filter(None, (*run.announcement, _ledger_warning(run.config))):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if run.is_finished:
         run.close()
@@ -95,3 +95,10 @@ class _ShowSettings(argparse.Action):
         width = max(80, shutil.get_terminal_size().columns)
         sys.stdout.write(help_text(width=width, everything=option_string == "--help-all"))
         parser.exit()
+
+
+def _ledger_warning(config: Config) -> str:
+    # Imported here, because `areal-like --help` and the other commands need no module of a daemon.
+    from buffer.storage.place import network_warning
+
+    return network_warning(config)

@@ -1,95 +1,42 @@
-"""The addresses of a running job's buffers and rollout servers, for commands from another shell."""
+"""The arguments of commands that speak with a running job: RUN, or `--buffer` from any other machine."""
 
 from __future__ import annotations
 
-from typing import Any
+import argparse
 
-from areal_like.config import Config
 from areal_like.errors import ConfigError
-from areal_like.paths import RunPaths
-from areal_like.runtime.daemon import read_endpoint
-from areal_like.shards import all_shards
-from launch.observation.http_json import Operator, fetch_json, post_json
+from launch.commands.parser import add_run
+from launch.observation.reach import RunningJob
 
 
-def buffer_settings(config: Config, paths: RunPaths | None, given: str) -> list[str]:
-    """Settings with the addresses of a job's buffers, for a server that joins it.
+def add_job(parser: argparse.ArgumentParser) -> None:
+    """RUN, or `--buffer` with the keys. With `--buffer` there is no RUN."""
+    parser.add_argument(
+        "--buffer",
+        metavar="HOST:PORT",
+        action="append",
+        default=[],
+        help="instead of RUN: address of the buffer's HTTP server (daemon.http_host, daemon.http_port); once "
+        "for each shard",
+    )
+    parser.add_argument(
+        "--keys", metavar="DIR", default="", help="with --buffer: has operator.token or monitor.token"
+    )
+    parser.add_argument(
+        "--tls-certificate", metavar="FILE", default="", help="with --buffer: security.tls_certificate"
+    )
+    if parser.get_default("has_buffer"):
+        parser.set_defaults(run=None)
+    else:
+        add_run(parser)
 
-    `given`: host:port of the first shard's buffer. If it is empty, `paths` (the run's directory) is needed.
-    Raises ConfigError when the addresses cannot be found.
-    """
-    if given:
-        host, _, port = given.rpartition(":")
-        if not (host and port.isdecimal()):
-            raise ConfigError(f"--buffer {given}: expected host:port")
-        return [
-            f'buffer.host="{host.strip("[]")}"',
-            "buffer.advertise_host=''",
-            f"buffer.port={port}",
-            "buffer.ports=[]",
-        ]
-    if paths is None:
+
+def job_of(args: argparse.Namespace) -> RunningJob:
+    """The job that the arguments of `add_job` name. Raises ConfigError."""
+    if args.buffer:
+        return RunningJob.at(args.buffer, keys=args.keys, tls_certificate=args.tls_certificate)
+    if args.keys or args.tls_certificate:
         raise ConfigError(
-            "rollout --join: there is no buffer to join; name a running job, or give --buffer host:port"
+            "--keys and --tls-certificate are for --buffer: the run's own settings name its keys"
         )
-    ports = []
-    for shard in all_shards(config.buffer.num_shards):
-        endpoint = read_endpoint(paths.endpoints / f"{shard.name}.json")
-        if endpoint is None or "stream" not in endpoint:
-            raise ConfigError(
-                f"rollout --join: {shard.name} of {paths.root.name} is not running: start the job first"
-            )
-        ports.append(str(endpoint["stream"]).rpartition(":")[2])
-    return [f"buffer.ports=[{','.join(ports)}]"]
-
-
-def servers_of(config: Config, paths: RunPaths) -> set[str]:
-    """Names of the rollout servers that are registered with a buffer of the job.
-
-    Raises ConfigError when no buffer answers.
-    """
-    operator = Operator(config.security, paths.endpoints)
-    answers = [
-        status
-        for address in _buffers(config, paths)
-        if (status := fetch_json(address, "/status", operator=operator)) is not None
-    ]
-    if not answers:
-        raise _no_answer(paths)
-    return {
-        str(peer["name"])
-        for status in answers
-        for peer in status.get("peers", [])
-        if peer.get("role") == "rollout"
-    }
-
-
-def ask_buffers(config: Config, paths: RunPaths, path: str, body: dict[str, Any]) -> None:
-    """POSTs a request to the job's buffers, in order, until one accepts it.
-
-    Raises ConfigError with the last refusal, or when no buffer answers.
-    """
-    operator = Operator(config.security, paths.endpoints)
-    error = _no_answer(paths)
-    for address in _buffers(config, paths):
-        try:
-            post_json(address, path, body, operator=operator)
-            return
-        except ConfigError as refusal:
-            error = refusal
-        except OSError:
-            continue
-    raise error
-
-
-def _buffers(config: Config, paths: RunPaths) -> list[str]:
-    """HTTP addresses of the buffers that have written one."""
-    endpoints = [
-        read_endpoint(paths.endpoints / f"{shard.name}.json")
-        for shard in all_shards(config.buffer.num_shards)
-    ]
-    return [str(endpoint["http"]) for endpoint in endpoints if endpoint and endpoint.get("http")]
-
-
-def _no_answer(paths: RunPaths) -> ConfigError:
-    return ConfigError(f"{paths.root}: its buffer does not answer; is the job running?")
+    return RunningJob.in_directory(args.run)

@@ -11,24 +11,17 @@ import contextlib
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
-from areal_like.config import Config
-from areal_like.errors import ConfigError, first_line
-from areal_like.paths import RunPaths, find_checkpoints, model_path
-from areal_like.runtime.command_line import load_config
-from areal_like.runtime.imports import torch_hidden, uncollected
+from areal_like.errors import ConfigError
 from launch.commands.parser import add_run
 from launch.run_directory.rundir import find_run
+from launch.samples.choosing import choose, decoder, no_text
 from launch.samples.reading import Row, RunLedgers, Selection
 from launch.samples.showing import lines_of
-from launch.samples.transcripts import Decode, transcript
-
-_NUM_AT_ENDS = 3
-"""Worst and best samples that are shown without options."""
+from launch.samples.transcripts import transcript
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +49,7 @@ def main(args: argparse.Namespace) -> int:
     )
     records = [ledgers.read(row) for row in chosen]
     has_text = any(not isinstance(record, str) for record in records)
-    decode = _decoder(root) if has_text else _no_text
+    decode = decoder(root) if has_text else no_text
     version_steps = ledgers.version_steps()
     samples = [
         transcript(row, record, decode=decode, version_steps=version_steps)
@@ -74,24 +67,6 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def choose(
-    rows: Sequence[Row], *, worst: int | None, best: int | None, limit: int | None, is_ticket: bool
-) -> list[Row]:
-    """The rows to show, each once: the worst, worst first, then the best, best first.
-
-    Among equals those of different groups come first. With `limit` alone, and of a ticket, the rows keep
-    their order.
-    """
-    if worst is None and best is None:
-        if is_ticket or limit is not None:
-            return list(rows[:limit])
-        worst = best = _NUM_AT_ENDS
-    low = sorted(rows, key=lambda row: (row.reward, row.sample_index, row.order))[: worst or 0]
-    others = [row for row in rows if row not in low]
-    high = sorted(others, key=lambda row: (-row.reward, row.sample_index, row.order))[: best or 0]
-    return [*low, *high][:limit]
-
-
 def _overview(rows: Sequence[Row], *, num_shown: int) -> str:
     first = rows[0]
     if len({row.ticket_id for row in rows}) == 1:
@@ -102,40 +77,6 @@ def _overview(rows: Sequence[Row], *, num_shown: int) -> str:
         where = f"step {first.step}"
     mean = sum(row.reward for row in rows) / len(rows)
     return f"{where}: {len(rows)} samples, mean reward {mean:.4g}; {num_shown} shown\n"
-
-
-def _decoder(root: Path) -> Decode:
-    """Decodes tokens with the run's tokenizer. Raises ConfigError if it cannot be loaded."""
-    source = _tokenizer_source(load_config(["--config", str(RunPaths(root).config)]), root)
-    with torch_hidden(), uncollected():
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"the tokenizer in {source} cannot be loaded, so no text can be shown: {first_line(error)}"
-            ) from None
-
-    def decode(tokens: Sequence[int]) -> str:
-        return str(
-            tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        )
-
-    return decode
-
-
-def _tokenizer_source(config: Config, root: Path) -> str:
-    """The newest checkpoint, which has a copy of the tokenizer; else the model that the run began with."""
-    checkpoints = find_checkpoints(RunPaths(root).checkpoints)
-    if checkpoints:
-        return str(checkpoints[max(checkpoints)])
-    built = RunPaths(root).built_model  # `root` may have been moved or copied: not by the configured path
-    return str(built) if (built / "tokenizer.json").exists() else model_path(config)
-
-
-def _no_text(tokens: Sequence[int]) -> str:
-    raise AssertionError("there is no record to decode")
 
 
 def _count(text: str) -> int:

@@ -1,39 +1,121 @@
-"""`areal-like status RUN`: shows the state of a run's daemons and the numbers of tickets by state."""
+"""`areal-like status RUN`: the state of a running job: daemons, rates, leases, weights, tickets."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import sys
+import time
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.text import Text
 
-from launch.commands.parser import add_run
-from launch.observation.http_json import operator_of
-from launch.observation.observer import Observation, look_at_daemons
-from launch.run_directory.rundir import find_run
+from launch.commands.running_job import add_job, job_of
+from launch.observation.job_report import job_report
+from launch.observation.observer import DaemonView, Observation
+from launch.observation.reach import RunningJob
 from launch.view.daemons import daemon_table, tickets_line
+from launch.view.job import rates_line, server_table, steps_line
+
+_WATCH_S = 2.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """RUN."""
-    add_run(parser)
+    """The job, and how to show it."""
+    add_job(parser)
+    parser.add_argument("--json", action="store_true", help="one object, for programs")
+    parser.add_argument(
+        "--watch",
+        nargs="?",
+        const=_WATCH_S,
+        type=_interval_s,
+        metavar="SECONDS",
+        help=f"show it again every SECONDS ({_WATCH_S:g}) until Ctrl-C; with --json one line each time",
+    )
+
+
+def _interval_s(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds; put RUN before it") from None
+    if not 0.1 <= seconds <= 86400:
+        raise argparse.ArgumentTypeError(f"{text}: use 0.1 to 86400 seconds")
+    return seconds
 
 
 def main(args: argparse.Namespace) -> int:
-    """Prints the table; returns 1 when no daemon runs.
+    """Prints the state; returns 1 when no daemon answers.
 
     Raises ConfigError without such a run, or without the operator's token of a run with keys.
     """
-    root = find_run(args.run)
-    daemons = look_at_daemons(root / "endpoints", operator=operator_of(root))
+    job = job_of(args)
+    if args.watch is not None:
+        return _watch(job, interval_s=args.watch, as_json=args.json)
+    daemons = job.daemons()
+    report = job_report(job.config, daemons)
+    if args.json:
+        sys.stdout.write(json.dumps(report, indent=2) + "\n")
+    else:
+        console = Console()
+        console.print(_drawn(job, daemons, report, width=console.width))
+    return 0 if report["answers"] else 1
+
+
+def _watch(job: RunningJob, *, interval_s: float, as_json: bool) -> int:
+    """Shows the state until Ctrl-C; returns 1 when no daemon has answered at the end."""
     console = Console()
+    daemons: dict[str, DaemonView] = {}
+    live = Live(console=console, auto_refresh=False) if console.is_terminal and not as_json else None
+    answers = False
+    try:
+        if live is not None:
+            live.start()
+        while True:
+            daemons = job.daemons(before=daemons)
+            report = job_report(job.config, daemons)
+            answers = report["answers"]
+            if as_json:
+                sys.stdout.write(json.dumps({"time_unix_s": round(time.time(), 3)} | report) + "\n")
+                sys.stdout.flush()
+            elif live is not None:
+                live.update(_drawn(job, daemons, report, width=console.width), refresh=True)
+            else:
+                console.print(time.strftime("%H:%M:%S"), highlight=False)
+                console.print(_drawn(job, daemons, report, width=console.width))
+                console.print()
+            time.sleep(interval_s)
+    except KeyboardInterrupt:
+        return 0 if answers else 1
+    finally:
+        if live is not None:
+            live.stop()
+
+
+def held_lines(buffer: dict[str, Any]) -> list[str]:
+    """What an operator holds back, of a buffer's /status."""
+    cordoned = [str(name) for name in buffer.get("cordoned") or ()]
+    return [
+        *(["paused by an operator: `areal-like resume RUN` ends it"] if buffer.get("paused") else []),
+        *([f"cordoned: {', '.join(cordoned)}"] if cordoned else []),
+    ]
+
+
+def _drawn(
+    job: RunningJob, daemons: dict[str, DaemonView], report: dict[str, Any], *, width: int
+) -> RenderableType:
     if not daemons:
-        console.print(f"{root}: no daemon is running", markup=False, highlight=False)
-        return 1
-    console.print(daemon_table(list(daemons.values()), width=console.width))
+        return Text(f"{job.name}: no daemon is running")
+    parts: list[RenderableType] = [daemon_table(list(daemons.values()), width=width)]
     seen = Observation(daemons=daemons)
     if seen.buffer:
-        console.print(tickets_line(seen))
+        if (servers := server_table(report)) is not None:
+            parts.append(servers)
+        parts += [steps_line(report), rates_line(report), tickets_line(seen)]
+        parts += [Text(line, style="yellow") for line in held_lines(seen.buffer)]
     for daemon in daemons.values():
         if url := daemon.endpoint.get("sessions"):
-            console.print(f"{daemon.name}: sessions for agents at {url}", markup=False, highlight=False)
-    return 0
+            parts.append(Text(f"{daemon.name}: sessions for agents at {url}"))
+    return Group(*parts)

@@ -10,37 +10,28 @@ from __future__ import annotations
 import argparse
 import sys
 
-from areal_like.paths import RunPaths
-from areal_like.runtime.command_line import load_config
-from areal_like.shards import all_shards
 from launch.commands.ledger_change import change_ledger
-from launch.commands.parser import add_run
-from launch.run_directory.rundir import find_run
+from launch.commands.running_job import add_job, job_of
+from launch.observation.reach import RunningJob
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """RUN and ROLE."""
-    add_run(parser)
+    """The job and ROLE."""
+    add_job(parser)
     parser.add_argument("role", metavar="ROLE", help="trainer, or the name of a rollout server")
 
 
 def main(args: argparse.Namespace) -> int:
     """Takes the name and prints the result."""
-    sys.stdout.write(unfence(args.run, args.role) + "\n")
+    sys.stdout.write(unfence(job_of(args), args.role) + "\n")
     return 0
 
 
-def unfence(run: str, role: str) -> str:
+def unfence(job: RunningJob, role: str) -> str:
     """Takes the name at every shard; returns a message for the user.
 
-    Raises ConfigError without such a run, or if no process of it has had the name.
+    Raises ConfigError if no process of the job has had the name.
     """
-    paths = RunPaths(find_run(run))
-    shards = all_shards(load_config(["--config", str(paths.config)]).buffer.num_shards)
-    are_running = [
-        change_ledger(paths, shard, verb="unfence", body={"name": role}, option=("--unfence", role))
-        for shard in shards
-    ]
-    if any(are_running):
+    if change_ledger(job, verb="unfence", body={"name": role}, option=("--unfence", role)):
         return f"{role} is unfenced: its process is refused from now on, start it again"
     return f"{role} is unfenced in the ledger of a job that is not running"

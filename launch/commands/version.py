@@ -13,9 +13,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Prints the version."""
-    try:
-        version = importlib.metadata.version("areal-like")
-    except importlib.metadata.PackageNotFoundError:
-        version = "(from a checkout)"
-    sys.stdout.write(f"areal-like {version}\n")
+    sys.stdout.write(f"areal-like {installed_version()}\n")
     return 0
+
+
+def installed_version() -> str:
+    """The version of the installed package."""
+    try:
+        return importlib.metadata.version("areal-like")
+    except importlib.metadata.PackageNotFoundError:
+        return "(from a checkout)"

@@ -6,24 +6,22 @@ import argparse
 import json
 import sys
 
-from launch.commands.parser import add_run
-from launch.observation.http_json import operator_of
-from launch.observation.observer import diagnosis, look_at_daemons
-from launch.run_directory.rundir import find_run
+from launch.commands.running_job import add_job, job_of
+from launch.observation.observer import diagnosis
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """RUN."""
-    add_run(parser)
+    """The job."""
+    add_job(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def main(args: argparse.Namespace) -> int:
     """Returns 1 if the job waits on something that should not take so long, or no daemon runs."""
-    root = find_run(args.run)
-    daemons = look_at_daemons(root / "endpoints", operator=operator_of(root))
+    job = job_of(args)
+    daemons = job.daemons()
     if not daemons:
-        sys.stdout.write(f"{root}: no daemon is running\n")
+        sys.stdout.write(f"{job.name}: no daemon is running\n")
         return 1
     found = diagnosis(daemons.values())
     sys.stdout.write(json.dumps(found, indent=2) + "\n" if args.json else text_of(found))

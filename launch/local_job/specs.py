@@ -62,7 +62,8 @@ class JobSpecs:
 
     def server(self, name: str, *, buffer_ports: Sequence[str]) -> ChildSpec:
         """A rollout server."""
-        command = ("rollout_server", *self._common, ports_setting(buffer_ports), "--name", name)
+        port = self._http_port(int(name.rpartition("-")[2]))
+        command = ("rollout_server", *self._common, *port, ports_setting(buffer_ports), "--name", name)
         return ChildSpec(name=name, command=command, num_threads=self._config.rollout.num_threads)
 
     def sft(self) -> ChildSpec:
@@ -70,9 +71,15 @@ class JobSpecs:
         command = ("trainer.sft", *self._common)
         return ChildSpec(name="sft", command=command, num_threads=self._config.trainer.num_threads)
 
+    def _http_port(self, index: int) -> list[str]:
+        """The setting for the process with this index after the buffers; none if every port is free."""
+        base = self._config.daemon.http_port
+        return [f"daemon.http_port={base + self._config.buffer.num_shards + index}"] if base else []
+
     def trainer(self, *, buffer_ports: Sequence[str]) -> ChildSpec:
         """The trainer; with several ranks, the process that starts the ranks."""
-        command = ("trainer", *self._common, ports_setting(buffer_ports))
+        port = self._http_port(self._config.rollout.num_servers)
+        command = ("trainer", *self._common, *port, ports_setting(buffer_ports))
         return ChildSpec(name="trainer", command=command, num_threads=self._config.trainer.num_threads)
 
 
@@ -90,7 +97,8 @@ class EvaluationSpecs(JobSpecs):
     def trainer(self, *, buffer_ports: Sequence[str]) -> ChildSpec:
         """The evaluator: one process without torch."""
         words = ("trainer.evaluate", "--step", str(self._step))
-        return ChildSpec(name="trainer", command=(*words, *self._common, ports_setting(buffer_ports)))
+        port = self._http_port(self._config.rollout.num_servers)
+        return ChildSpec(name="trainer", command=(*words, *self._common, *port, ports_setting(buffer_ports)))
 
 
 def ports_setting(buffer_ports: Sequence[str]) -> str:

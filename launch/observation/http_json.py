@@ -2,13 +2,14 @@
 
 The operator's token goes only to addresses in the run's endpoint files, which the daemons themselves write:
 never to an address that a daemon reports for another one, and on this machine only to processes of the user
-who has written the file.
+who has written the file. A user may name further addresses.
 """
 
 from __future__ import annotations
 
 import http.client
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config
 from areal_like.security.tls import client_context
-from areal_like.security.tokens import operator_token
+from areal_like.security.tokens import any_token, operator_token
 from launch.observation.listening_user import may_belong_to
 
 REQUEST_TIMEOUT_S = 1.0
@@ -29,29 +30,36 @@ _REFUSED = (401, 403, 421)
 class Operator:
     """The operator's access to the daemons of one run: a token, and the certificate to expect."""
 
-    def __init__(self, security: SecurityConfig, endpoints: Path) -> None:
-        """`endpoints`: the run's directory of endpoint files.
+    def __init__(
+        self, security: SecurityConfig, endpoints: Path | None, *, given: Iterable[str] = ()
+    ) -> None:
+        """`endpoints`: the run's directory of endpoint files. `given`: addresses that a user has named, who
+        may have the monitor's token only.
 
         Raises ConfigError if the token or the certificate is missing.
         """
         self._endpoints = endpoints
+        self._given = frozenset(given)
+        self._token_of = any_token if self._given else operator_token
         self._keys = security.keys
         self._known: dict[str, int] = {}
         """Address in an endpoint file -> user who has written the file."""
         self._tls = client_context(security)
         if security.keys:
-            operator_token(security.keys)
+            self._token_of(security.keys)
 
     def headers(self, address: str) -> dict[str, str]:
         """The headers of a request to `host:port`; without a token if it is no daemon's.
 
         Reads the token again, because it may have been rotated. Raises ConfigError if it is gone.
         """
+        if self._keys and address in self._given:
+            return {"Authorization": f"Bearer {self._token_of(self._keys)}"}
         if self._keys and address not in self._known:
             self._known = self._addresses()
         if address not in self._known or not may_belong_to(address, self._known[address]):
             return {}
-        return {"Authorization": f"Bearer {operator_token(self._keys)}"}
+        return {"Authorization": f"Bearer {self._token_of(self._keys)}"}
 
     def connection(self, host: str, port: int, *, timeout_s: float) -> http.client.HTTPConnection:
         """A connection that is not open yet; over TLS where the job has a certificate."""
@@ -61,7 +69,7 @@ class Operator:
 
     def _addresses(self) -> dict[str, int]:
         found = {}
-        for path in self._endpoints.glob("*.json"):
+        for path in self._endpoints.glob("*.json") if self._endpoints is not None else ():
             try:
                 found[str(json.loads(path.read_text())["http"])] = path.stat().st_uid
             except (OSError, ValueError, KeyError, TypeError):
@@ -79,8 +87,10 @@ def operator_of(root: Path) -> Operator:
     return Operator(load_config(["--config", str(paths.config)]).security, paths.endpoints)
 
 
-def fetch_json(address: str, path: str, *, operator: Operator = NO_OPERATOR) -> dict[str, Any] | None:
-    """GET http://address/path; returns the JSON object, or None if none arrives within REQUEST_TIMEOUT_S.
+def fetch_json(
+    address: str, path: str, *, operator: Operator = NO_OPERATOR, timeout_s: float = REQUEST_TIMEOUT_S
+) -> dict[str, Any] | None:
+    """GET http://address/path; returns the JSON object, or None if none arrives within `timeout_s`.
 
     Raises ConfigError if the daemon refuses this caller.
     """
@@ -88,7 +98,7 @@ def fetch_json(address: str, path: str, *, operator: Operator = NO_OPERATOR) -> 
     if not port.isdigit():
         return None
     headers = operator.headers(address)
-    connection = operator.connection(host.strip("[]"), int(port), timeout_s=REQUEST_TIMEOUT_S)
+    connection = operator.connection(host.strip("[]"), int(port), timeout_s=timeout_s)
     try:
         connection.request("GET", path, headers=headers)
         response = connection.getresponse()

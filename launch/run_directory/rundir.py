@@ -52,17 +52,22 @@ def is_over(paths: RunPaths) -> bool:
 
     A job whose roles were started by hand has no lock file and never counts as over.
     """
+    return is_held(paths) is False
+
+
+def is_held(paths: RunPaths) -> bool | None:
+    """True when a process of a launched run holds the directory; None without a lock file."""
     try:
         lock = os.open(paths.root / _LOCK, os.O_RDONLY)
     except FileNotFoundError:
-        return False
+        return None
     try:
         fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:  # it is locked, or the file system has no locks
-        return False
+        return True
     finally:
         os.close(lock)
-    return True
+    return False
 
 
 def holds_run(paths: RunPaths) -> bool:
@@ -94,6 +99,7 @@ def remove_unbegun(paths: RunPaths) -> None:
     The caller holds the lock, and this launch has created the directory.
     """
     ours = {paths.config, paths.logs, paths.endpoints, paths.traces, paths.built_model, paths.root / _LOCK}
+    ours.add(paths.spans)
     ours.update((paths.metrics, paths.summary, paths.rows, *paths.root.glob("ledger*")))
     ours.update((paths.tensorboard, paths.wandb))
     if not _has_steps(paths) and ours.issuperset(paths.root.iterdir()):

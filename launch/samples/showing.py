@@ -39,7 +39,7 @@ def harmless_name(text: str) -> str:
 def lines_of(sample: Transcript, *, shows_all: bool) -> Iterator[Text]:
     """The lines of one sample. `shows_all`: no part is shortened."""
     yield _title(sample)
-    yield Text(f"  {_facts(sample)}", style="dim")
+    yield Text(f"  {facts(sample)}", style="dim")
     if len(sample.turns) > 1:
         yield from (
             Text(f"  {_turn(index, turn)}", style="dim") for index, turn in enumerate(sample.turns, 1)
@@ -72,7 +72,8 @@ def _place(sample: Transcript) -> str:
     return sample.state if sample.step is None else f"step {sample.step}"
 
 
-def _facts(sample: Transcript) -> str:
+def facts(sample: Transcript) -> str:
+    """Prompt, lengths, versions, lag and end of a sample, in one line."""
     facts = [
         f"prompt {sample.prompt_index}",
         f"label {harmless_name(sample.label)}" if sample.label else "",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 
-from launch.observation.observer import Observation
+from launch.observation.observer import Observation, find_table
 from launch.view.formatting import duration
 
 
@@ -38,11 +38,15 @@ class Eta:
 
 
 def tokens_per_s_trained(seen: Observation) -> float | None:
-    """Trained tokens per second over the newest steps, waiting time included; None before the second step."""
+    """Trained tokens per second over the newest steps, waiting time included; None before the second step.
+
+    Where the rows are not complete, over the last minute, as the buffer counts them.
+    """
     rows = [row for row in seen.steps if "time_unix_s" in row and "tokens_trained" in row]
     rows = [row for row in rows if row["time_unix_s"] > rows[-1]["time_unix_s"] - 60]  # not across a resume
     if len(rows) < 2 or rows[-1]["time_unix_s"] <= rows[0]["time_unix_s"]:
-        return None
+        counted = find_table(seen.buffer, "rates").get("tokens_trained_per_s")
+        return float(counted) if isinstance(counted, (int, float)) else None
     seconds = rows[-1]["time_unix_s"] - rows[0]["time_unix_s"]
     return float(sum(row["tokens_trained"] for row in rows[1:]) / seconds)
 

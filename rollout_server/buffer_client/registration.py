@@ -36,7 +36,7 @@ def registration(
         content=task.fingerprint(),
         eval_content=content_of(eval_tasks),
         settings=shared_settings(config, Role.ROLLOUT),
-        http_address=f"{config.daemon.http_host}:{runtime.http_port}",
+        http_address=runtime.http_address,
         weights_address=weights_address,
         weights_version=weights_version,
         dtype=compute_dtype(config),

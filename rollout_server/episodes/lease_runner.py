@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -23,6 +24,7 @@ from areal_like.config import Config, EvalSetConfig
 from areal_like.config.evaluation import DEFAULT_SET
 from areal_like.errors import AgentLostError, EngineError, EpisodeError, RewardError
 from areal_like.failures import FailureKind
+from areal_like.spans import recorder
 from areal_like.trajectory import FinishReason
 from areal_like.wire.messages.producer import Lease, SampleDone
 from areal_like.wire.records import Record
@@ -225,7 +227,7 @@ class LeaseRunner:
                 FailedSample(lease=lease, sample_index=sample_index, kind=prompt.kind, error=prompt.reason)
             )
             return
-        engine, attempt = self.engine, None
+        engine, attempt, started_s, end = self.engine, None, time.monotonic(), "cancelled"
         try:
             await leader.wait_turn(sample_index)
             maker = self._makers[lease.eval_set]
@@ -249,11 +251,15 @@ class LeaseRunner:
                 if engine is None or self.engine is not engine:
                     return
             self._report_failed(FailedSample.of(error, lease, sample_index, attempt))
+            end = f"failed: {type(error).__name__}"
         else:
             self.num_done += 1
             self.num_finished[record.finish_reason] += 1
             self._on_result(SampleDone(lease_id=lease.lease_id, record=record))
+            end = record.finish_reason.name.lower()
         finally:
+            name = f"ticket {lease.ticket_id}.{sample_index}"
+            recorder.record("samples", name, start_s=started_s, end=end)
             leader.prompt_computed()
 
     def _report_failed(self, failed: FailedSample) -> None:

@@ -47,6 +47,7 @@ from rollout_server.inference.weight_update import OnUntrusted, WeightPush, Weig
 from rollout_server.weight_sync.checks import reason_to_refuse
 from rollout_server.weight_sync.repeated_requests import RepeatedRequests
 from rollout_server.weight_sync.scoring import Scoring
+from rollout_server.weight_sync.timeline import record_push
 
 log = logging.getLogger(__name__)
 
@@ -223,12 +224,7 @@ class WeightReceiver:
             self.num_pushes += 1
             self.seconds_total += answer.seconds
             self.stall_seconds_total += answer.stall_seconds
-            log.info(
-                "version %d active after %.3f s (stalled %.3f s)",
-                answer.version,
-                answer.seconds,
-                answer.stall_seconds,
-            )
+            record_push(answer)
             self._on_version(answer.version)
 
     def _alive(self) -> Alive | WeightsFailed:

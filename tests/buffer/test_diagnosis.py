@@ -60,6 +60,7 @@ def named(facts: JobFacts, **slow: str) -> list[tuple[str, On]]:
         ),
         ({"store_trouble": "disk full", "store_trouble_s": 3.0}, ("buffer", On.BUFFER)),
         ({"loop_late_s": 2.0}, ("buffer", On.BUFFER)),
+        ({"servers": (server(stats={"loop_late_s": 0.8}), server("rollout-1"))}, ("rollout-0", On.SERVER)),
         ({"servers": (), "lost_servers": {"rollout-0": 12.0}}, ("rollout-0", On.SERVER)),
         ({"servers": ()}, ("rollout servers", On.SERVER)),
         ({"paused_s": 30.0}, ("an operator", On.OPERATOR)),

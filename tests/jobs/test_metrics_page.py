@@ -12,6 +12,8 @@ import torch.distributed as dist
 from prometheus_client import CollectorRegistry
 
 from areal_like.runtime.metrics import PREFIX, Metrics
+from buffer.diagnosis.rules import Limits
+from buffer.diagnosis.watchdog import Watchdog
 from buffer.service.prometheus import BufferSeries
 from rollout_server.metrics import ServerStats
 from tests.support.launching import ROOT
@@ -32,6 +34,9 @@ LEADER_COLUMNS = {
     "weights_step",
     "weight_check_abs",
     "eval_reward",
+    "tokens_generated",
+    "generation_busy_s",
+    "generation_idle_s",
 }
 """Columns that rank 0 adds in a running job (tests/launch/test_run.py checks them)."""
 
@@ -77,6 +82,7 @@ def series_of(registry: CollectorRegistry) -> set[str]:
 def test_every_series_is_on_the_page() -> None:
     buffer, server, trainer = Metrics(), Metrics(), Metrics()
     BufferSeries(buffer, max_staleness=4)
+    Watchdog(buffer, limits=Limits.of(heartbeat_s=1))
     nothing = cast(Any, None)  # registering the series does not use the parts
     parts = (
         "buffers",

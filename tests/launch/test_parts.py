@@ -17,8 +17,7 @@ from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config, save_config
 from areal_like.wire.addresses import buffer_addresses
-from launch.commands.join import free_name
-from launch.commands.running_job import buffer_settings
+from launch.commands.join import buffer_settings, free_name
 from launch.local_job.restarts import Restarts, RestartState
 from launch.observation.metrics_tail import MetricsTail
 from launch.observation.observer import DaemonView, Observation, look_at_daemons

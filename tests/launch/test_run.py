@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.trace.reading import read_processes
 from tests.jobs.test_metrics_page import named_columns
 from tests.support.launching import (
     ROOT,
@@ -109,6 +110,7 @@ def test_a_run_survives_its_launcher_and_a_server(tmp_path: Path, root: Path, ca
     logs = {path.name for path in (root / "logs").glob("*.log")}
     assert "tracker Hanging did not end" in (root / "logs" / "trainer-0.log").read_text()
     assert logs >= {"buffer.log", "rollout-0.log", "trainer-0.log", "trainer-1.log"}
+    _check_trace(root, tmp_path)
 
     # test_resumption.py covers the command line, which would import torch here.
     code = f"from pathlib import Path; from trainer.replay.recording import *; Recording(Path({str(root)!r}))"
@@ -116,6 +118,32 @@ def test_a_run_survives_its_launcher_and_a_server(tmp_path: Path, root: Path, ca
     assert replay.returncode == 1 and "buffer.retain_trajectories=true" in replay.stderr, (
         "trajectories that were not kept cannot be replayed"
     )
+
+
+def _check_trace(root: Path, cwd: Path) -> None:
+    """Every daemon has spans, on clocks that agree with the rows' times; the report is written."""
+    written = areal_like("trace", "x", cwd=cwd)
+    assert written.returncode == 0 and "is off by" not in written.stdout, written.stderr
+    processes = read_processes(root / "spans")
+    assert all(
+        one.rtt_s is not None and abs(one.offset_s) < 0.5 for one in processes if one.daemon != "buffer"
+    )
+    lanes = {(one.daemon, span.lane) for one in processes for span in one.spans}
+    expected = {("trainer-0", lane) for lane in ("step", "pushes", "checkpoints", "evaluation of sampled")}
+    expected |= {("trainer-1", "step"), ("buffer", "ledger"), ("buffer", "steps being recorded")}
+    assert lanes >= expected | {("rollout-0", "samples"), ("rollout-0", "weights")}
+    steps = {
+        span.arguments["step"]: span.end_s
+        for one in processes
+        if one.daemon == "trainer-0"
+        for span in one.spans
+        if span.name == "update"
+    }
+    for row in map(json.loads, (root / "metrics.jsonl").read_text().splitlines()):
+        assert row["step"] not in steps or -0.1 < row["time_unix_s"] - steps[row["step"]] < 30
+    assert len(steps) > 20
+    assert areal_like("report", "x", cwd=cwd).returncode == 0
+    assert "held out: sampled" in (root / "report.html").read_text()
 
 
 def _check_summary(summary: dict[str, object], *, num_before: int) -> None:

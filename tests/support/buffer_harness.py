@@ -47,15 +47,24 @@ def job(directory: Path, **overrides: Any) -> Config:
 class BufferProcess:
     """A process of `python -m buffer`."""
 
-    def __init__(self, config: Config, *settings: str, name: str = "buffer", wait: bool = True) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *settings: str,
+        name: str = "buffer",
+        wait: bool = True,
+        settings_file: Path | None = None,
+    ) -> None:
+        """`settings_file`: where its configuration is written, instead of into the run's directory."""
         self.config = config
         self._name = name
         self.paths = RunPaths.of(config)
-        save_config(config, self.paths.config)
+        settings_file = settings_file or self.paths.config
+        save_config(config, settings_file)
         # A killed buffer leaves its endpoint behind.
         (self.paths.endpoints / f"{name}.json").unlink(missing_ok=True)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "buffer", "--config", str(self.paths.config), "--name", name, *settings],
+            [sys.executable, "-m", "buffer", "--config", str(settings_file), "--name", name, *settings],
             env=os.environ | {"PYTHONPATH": str(ROOT)},
             stderr=subprocess.PIPE,
             text=True,

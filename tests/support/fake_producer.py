@@ -14,7 +14,7 @@ from typing import Any
 from areal_like.errors import ArealError
 from areal_like.runtime.process import die_with_parent
 from areal_like.wire.channel import Link
-from areal_like.wire.messages.hello import Goodbye, Hello, HelloRequired, JobFailed, JobFinished, Role
+from areal_like.wire.messages.hello import Drain, Goodbye, Hello, HelloRequired, JobFailed, JobFinished, Role
 from areal_like.wire.messages.producer import (
     AbortLeases,
     HeartbeatAck,
@@ -108,7 +108,7 @@ class FakeProducer:
                         self._leases.pop(ack.lease_id, None)
             case JobFailed() | HelloRequired():
                 self._failed.set()
-            case JobFinished():
+            case JobFinished() | Drain():
                 self._finished = True
                 self._failed.set()
 

@@ -19,6 +19,7 @@ import yaml
 from areal_like.config import Config, from_mapping
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
+from areal_like.security.secret_values import HIDDEN, without_secrets
 from tests.support.launching import ROOT
 from tests.support.trackers import Hanging, Kept, Raising, scalars, texts, wandb_config, wandb_history
 from trainer.metrics.evaluations_file import EvaluationsFile
@@ -26,7 +27,6 @@ from trainer.metrics.run_files import MetricsFile
 from trainer.trackers import TrackedRun, Tracker, build_trackers
 from trainer.trackers.feed import MAX_WAITING, Trackers
 from trainer.trackers.names import VERL, VERL_EVALUATION, evaluation_numbers, step_numbers
-from trainer.trackers.sent_config import HIDDEN, without_secrets
 
 SECRET = "sk-0123456789"
 

@@ -36,6 +36,7 @@ from areal_like.wire.fingerprint import (
 )
 from areal_like.wire.messages.consumer import Directory, Fetch, Group, TrainerHeartbeat
 from areal_like.wire.messages.hello import Goodbye, Hello, Role
+from areal_like.wire.messages.producer import HeartbeatAck
 from trainer.buffer_client.connection import Connection
 from trainer.buffer_client.patience import Patience
 from trainer.buffer_client.shards import call_shards
@@ -73,6 +74,7 @@ class TrainerBufferClient:
         self.world_size = world_size
         self.state = "starting"
         self.step = 0
+        self.max_staleness = config.staleness_cap  # the bound that the buffer has now
         self.stats: dict[str, float] = {}
         self.waits = PendingWaits()
         self.directory = Directory(servers=[])
@@ -123,16 +125,15 @@ class TrainerBufferClient:
 
     def call(self, message: Any, *, timeout_s: float) -> Any:
         """Sends a request and returns the reply. Raises as `Link.call`, or when the buffer is lost."""
-        return self.run(
-            self.call_async(message, timeout_s=timeout_s),
-            name=type(message).__name__,
-            timeout_s=timeout_s + 5,
-        )
+        name = type(message).__name__
+        return self.run(self.call_async(message, timeout_s=timeout_s), name=name, timeout_s=timeout_s + 5)
 
     async def call_async(self, message: Any, *, timeout_s: float) -> Any:
         """`call` for coroutines in the client's own loop."""
-        calls = [functools.partial(self._call_shard, buffer, timeout_s) for buffer in self._buffers]
-        return await call_shards(message, calls)
+        call = self._call_shard
+        return await call_shards(
+            message, [functools.partial(call, each, timeout_s) for each in self._buffers]
+        )
 
     async def _call_shard(self, buffer: Connection, timeout_s: float, message: Any) -> Any:
         """Resends it now and then: a reply may have been lost with a connection."""
@@ -272,7 +273,7 @@ class TrainerBufferClient:
                 survives=self.config.buffer.durability != "none",
                 max_message_bytes=self.config.buffer.max_message_bytes,
                 on_message=functools.partial(self._on_message, index),
-                on_progress=functools.partial(self._on_progress, f"buffer {index}"),
+                on_ack=functools.partial(self._on_ack, f"buffer {index}"),
                 fail=self.fail,
                 keyring=self.runtime.keyring,
             )
@@ -307,7 +308,7 @@ class TrainerBufferClient:
             tokenizer=tokenizer_fingerprint(path),
             dataset=dataset_fingerprint(self.config),
             settings=shared_settings(self.config, Role.TRAINER),
-            http_address=f"{self.config.daemon.http_host}:{self.runtime.http_port}",
+            http_address=self.runtime.http_address,
             dtype=compute_dtype(self.config),
             device=self.device,
             rank=self.rank,
@@ -316,9 +317,8 @@ class TrainerBufferClient:
 
     async def _send_heartbeats(self) -> None:
         while True:
-            beat = TrainerHeartbeat(
-                state=self.state, step=self.step, stats=self.stats, waits=self.waits.longest()
-            )
+            waits = self.waits.longest()
+            beat = TrainerHeartbeat(state=self.state, step=self.step, stats=self.stats, waits=waits)
             for buffer in self._buffers:
                 buffer.send(beat)
             sent_s = self._loop.time()
@@ -340,8 +340,9 @@ class TrainerBufferClient:
         if not failed.cancelled() and (error := failed.exception()) is not None:
             self.fail(error if isinstance(error, ArealError) else ArealError(f"unexpected: {error!r}"))
 
-    def _on_progress(self, buffer: str, progress: float) -> None:
-        self._progress.observe(buffer, progress, now_s=self._untroubled_time_s())
+    def _on_ack(self, buffer: str, ack: HeartbeatAck) -> None:
+        self.max_staleness = ack.max_staleness
+        self._progress.observe(buffer, ack.progress, now_s=self._untroubled_time_s())
 
     def _on_message(self, shard: int, message: Any) -> None:
         if isinstance(message, Directory) and shard == 0:

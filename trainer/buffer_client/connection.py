@@ -35,20 +35,20 @@ class Connection:
         survives: bool,
         max_message_bytes: int,
         on_message: Callable[[Any], None],
-        on_progress: Callable[[float], None],
+        on_ack: Callable[[HeartbeatAck], None],
         fail: Callable[[ArealError], None],
         keyring: Keyring | None = None,
     ) -> None:
         """`survives`: True if the buffer's ledger survives a kill of the buffer.
 
-        `on_message`: called with every message that is no reply and no HeartbeatAck. `on_progress`: called
-        with the count of progress of every HeartbeatAck. `fail`: called with an error that neither waiting
+        `on_message`: called with every message that is no reply and no HeartbeatAck. `on_ack`: called
+        with every HeartbeatAck. `fail`: called with an error that neither waiting
         nor registering again can resolve.
         """
         self._hello = hello
         self._survives = survives
         self._on_other = on_message
-        self._on_progress = on_progress
+        self._on_ack = on_ack
         self._fail = fail
         self._buffer = BufferConnection(
             address,
@@ -95,9 +95,9 @@ class Connection:
         if not isinstance(message, HeartbeatAck):
             self._on_other(message)
             return
-        self._on_progress(message.progress)
+        self._on_ack(message)
         if message.trouble and not self._buffer.trouble:
-            log.warning("the buffer at %s cannot write, waiting for it: %s", self.address, message.trouble)
+            log.warning("waiting for the buffer at %s: %s", self.address, message.trouble)
 
     def _on_hello_required(self) -> None:
         if not self._survives:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import monotonic
 
@@ -22,11 +23,18 @@ class Place:
     since_s: float = field(default_factory=monotonic)
     """Start of the phase, monotonic clock."""
 
+    entered_s: float = field(default_factory=monotonic)
+    """As `since_s`, but not changed by a micro-batch."""
+    on_leave: Callable[[str, int, float], None] = field(default=lambda phase, step, since_s: None)
+    """Called with the phase that ends, its step and its start."""
+
     def enter(self, phase: str, *, step: int | None = None) -> None:
         """Begins a phase; with `step`, also a step or what comes after it."""
+        self.on_leave(self.phase, self.step, self.entered_s)
         if step is not None:
             self.step, self.microbatch = step, 0
         self.phase, self.since_s = phase, monotonic()
+        self.entered_s = self.since_s
 
     def next_microbatch(self) -> None:
         """Begins the next micro-batch of the step."""

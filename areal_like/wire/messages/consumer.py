@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar
 
+from areal_like.spans.recorder import unix_now
 from areal_like.trajectory import Trajectory
 from areal_like.wire.messages.evaluation import EvalResult as EvalResult
 from areal_like.wire.messages.evaluation import RequestEval as RequestEval
@@ -30,6 +31,8 @@ class TrainerHeartbeat:
     """`tokens_per_s`, `loss`, `reward`, ..."""
     waits: dict[str, float] = field(default_factory=dict)
     """What the rank waits for, and for how many seconds: at most `MAX_WAITS`, the longest ones."""
+    sent_s: float = field(default_factory=unix_now)
+    """Unix time of the rank."""
 
 
 @dataclass(frozen=True, kw_only=True)

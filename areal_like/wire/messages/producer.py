@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import ClassVar, TypeVar
 
 from areal_like.failures import FailureKind
+from areal_like.spans.recorder import unix_now
 from areal_like.wire.records import Record
 
 BATCH_BYTES = 1 << 18
@@ -74,6 +75,8 @@ class ServerHeartbeat:
     `reward_s`, ... as totals."""
     waits: dict[str, float] = field(default_factory=dict)
     """What the server waits for, and for how many seconds: at most `MAX_WAITS`, the longest ones."""
+    sent_s: float = field(default_factory=unix_now)
+    """Unix time of the server."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +92,12 @@ class HeartbeatAck:
     Empty: it can write."""
     progress: float = 0.0
     """To a rank: a count that changes whenever a rollout server reports progress."""
+    max_staleness: int = 0
+    """The bound of tickets that begin now, in optimizer steps."""
+    echo_s: float = 0.0
+    """`sent_s` of the heartbeat."""
+    unix_s: float = 0.0
+    """The first shard's time, by which peers estimate the offset of their clocks; 0 from other shards."""
 
 
 @dataclass(frozen=True, kw_only=True)

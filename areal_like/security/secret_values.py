@@ -1,4 +1,4 @@
-"""The configuration as it may be sent to a tracker's server: without values that could be secrets.
+"""The configuration as it may leave the machine, to a tracker's server or in a report: without secrets.
 
 Passwords belong into files and variables, and no setting of ours has one. But tasks, rewards and the
 environment of an engine have settings of their own (`task.reward.api_key`, `rollout.sglang.env.HF_TOKEN`). So

@@ -1,0 +1,183 @@
+"""A daemon's spans on disk, for `areal-like trace`: what it did when, in two files that are used in turn.
+
+Each daemon appends JSON lines to `runs/NAME/spans/<daemon>.jsonl`. When the file has half of the allowed size
+it becomes `<daemon>.old.jsonl`, in place of the one before. So the newest spans are always there, the size is
+bounded, and a process that is killed loses less than a second. Lines are of four kinds:
+
+    {"daemon": "trainer-0", "host": ..., "pid": ..., "began_s": ...}    a process, and at the top of each file
+    {"offset_s": ..., "rtt_s": ...}                                     its clock against the first buffer's
+    [start, seconds, lane, name, arguments]                             a span; a lane is a row of the trace
+    [time, "name", value]                                               a counter has a value from now on
+
+Times are Unix seconds of this process: read once, and advanced by the monotonic clock, so that a clock that
+is set during the run moves no span. A process has one recorder (`start`), as with `logging`: what is recorded
+lies deep in every part of a daemon. Without one, or on a full disk, nothing is recorded and nothing fails.
+Recording is thread-safe. At most MAX_PER_S lines a second are kept; a counter tells how many were left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import threading
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+log = logging.getLogger(__name__)
+
+MAX_PER_S = 1000
+"""Spans and values in a second, each."""
+_FLUSH_S = 0.5
+_SHORTEST_S = 1e-4
+"""Of the phases of a step."""
+_OFFSET_S = 10.0
+"""Interval at which a better estimate of the clock's offset is written."""
+_MAX_TEXT = 200
+
+_BASE_S = time.time() - time.monotonic()
+
+
+def unix_now() -> float:
+    """Unix time by this process: it never jumps."""
+    return _BASE_S + time.monotonic()
+
+
+class SpanRecorder:
+    """The files of one daemon."""
+
+    def __init__(self, directory: Path, daemon: str, *, max_bytes: int) -> None:
+        self._path = directory / f"{daemon}.jsonl"
+        self._old = directory / f"{daemon}.old.jsonl"
+        self._half = max_bytes // 2
+        self._head = {
+            "daemon": daemon,
+            "host": platform.node(),
+            "pid": os.getpid(),
+            "began_s": round(unix_now(), 6),
+        }
+        self._lock = threading.Lock()
+        self._file: TextIO | None = None
+        self._num_bytes = 0
+        self._flushed_s = self._second_s = time.monotonic()
+        self._num_in_second = self._num_left_out = 0
+        self._offset: dict[str, float] | None = None
+        self._offset_s = -_OFFSET_S
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._open()
+        except OSError as error:
+            self._give_up(error)
+
+    def span(self, lane: str, name: str, *, start_s: float, end_s: float, **arguments: Any) -> None:
+        """Records a span between two times of the monotonic clock."""
+        start, seconds = round(_BASE_S + start_s, 6), round(end_s - start_s, 6)
+        self._write([start, seconds, lane[:_MAX_TEXT], name[:_MAX_TEXT], arguments])
+
+    def value(self, name: str, value: float) -> None:
+        """Records the value of a counter now."""
+        self._write([round(unix_now(), 6), name[:_MAX_TEXT], value])
+
+    def offset(self, *, offset_s: float, rtt_s: float) -> None:
+        """What to add to this process's times to have the buffer's, and the round trip it was found with."""
+        now_s = time.monotonic()
+        if now_s - self._offset_s < _OFFSET_S:
+            return
+        self._offset_s, self._offset = now_s, {"offset_s": round(offset_s, 6), "rtt_s": round(rtt_s, 6)}
+        self._write(self._offset)
+
+    def close(self) -> None:
+        """Closes the file."""
+        with self._lock:
+            file, self._file = self._file, None
+            if file is not None:
+                with contextlib.suppress(OSError):  # a full disk
+                    file.close()
+
+    def _write(self, entry: Any) -> None:
+        line = json.dumps(entry, separators=(",", ":"), default=str) + "\n"
+        with self._lock:
+            if self._file is None:
+                return
+            now_s = time.monotonic()
+            if now_s - self._second_s >= 1:
+                if self._num_left_out:
+                    at = [round(_BASE_S + self._second_s, 6), "spans left out", self._num_left_out]
+                    line = json.dumps(at, separators=(",", ":")) + "\n" + line
+                self._second_s, self._num_in_second, self._num_left_out = now_s, 0, 0
+            self._num_in_second += 1
+            if self._num_in_second > MAX_PER_S:
+                self._num_left_out += 1
+                return
+            try:
+                self._file.write(line)
+                self._num_bytes += len(line)
+                if self._num_bytes > self._half:
+                    self._file.close()
+                    self._path.replace(self._old)
+                    self._open()
+                if now_s - self._flushed_s > _FLUSH_S:
+                    self._flushed_s = now_s
+                    self._file.flush()
+            except (OSError, ValueError) as error:
+                self._give_up(error)
+
+    def _open(self) -> None:
+        self._file = self._path.open("a")
+        head = json.dumps(self._head) + "\n" + (json.dumps(self._offset) + "\n" if self._offset else "")
+        self._file.write(head)
+        self._num_bytes = self._file.tell()
+
+    def _give_up(self, error: Exception) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            with contextlib.suppress(OSError):
+                file.close()
+        log.warning("no spans are recorded from now on (%s): %s", self._path, error)
+
+
+_recorder: SpanRecorder | None = None
+
+
+def start(directory: Path, daemon: str, *, max_bytes: int) -> None:
+    """Records the spans of this process from now on; with `max_bytes` 0 none."""
+    global _recorder
+    stop()
+    if max_bytes > 0:
+        _recorder = SpanRecorder(directory, daemon, max_bytes=max_bytes)
+
+
+def stop() -> None:
+    """Ends the recording."""
+    global _recorder
+    if _recorder is not None:
+        _recorder.close()
+        _recorder = None
+
+
+def record(lane: str, name: str, *, start_s: float, end_s: float | None = None, **arguments: Any) -> None:
+    """Records a span from `start_s` to `end_s` (now), both of the monotonic clock."""
+    if _recorder is not None:
+        end_s = time.monotonic() if end_s is None else end_s
+        _recorder.span(lane, name, start_s=start_s, end_s=end_s, **arguments)
+
+
+def count(name: str, value: float) -> None:
+    """Records the value of a counter."""
+    if _recorder is not None:
+        _recorder.value(name, value)
+
+
+def note_offset(*, offset_s: float, rtt_s: float) -> None:
+    """Records the clock's offset against the buffer's."""
+    if _recorder is not None:
+        _recorder.offset(offset_s=offset_s, rtt_s=rtt_s)
+
+
+def record_phase(phase: str, step: int, start_s: float) -> None:
+    """Records a phase of a trainer's step that ends now; one that took no time is left out."""
+    if _recorder is not None and (end_s := time.monotonic()) - start_s > _SHORTEST_S:
+        _recorder.span("step", phase, start_s=start_s, end_s=end_s, step=step)

@@ -1,0 +1,21 @@
+"""`areal-like resume RUN`: ends a pause."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from launch.commands.running_job import add_job, job_of
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The job."""
+    add_job(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Returns 0 when every shard of the buffer has it on disk."""
+    answers = job_of(args).post_all("resume", {})
+    has_changed = any(answer.get("changed") for answer in answers)
+    sys.stdout.write(f"the run goes on{'' if has_changed else ' (as before)'}\n")
+    return 0

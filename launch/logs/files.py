@@ -1,0 +1,246 @@
+"""The log files of a run, read as entries with a time: in bounded memory, also where a file has gigabytes.
+
+A daemon writes JSON lines (`<daemon>.log`, and `.log.1` and so on after a rotation, the oldest with the
+largest number). Its output (`.out`) and the engines' logs are plain text. A plain line without a time has
+that of the line before it, and at the beginning of a file that of the file's last change. Lines of an output
+that the daemon's own log has as well are left out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import BinaryIO
+
+MAX_LINE_BYTES = 1 << 18
+"""Longest line that is read at once; a longer one is cut."""
+_UNDATED_BYTES = 1 << 20
+"""How much of the end of a plain file is read for `--since` and for the last lines of all."""
+_LEVELS = {"DEBUG": 10, "INFO": 20, "WARNING": 30, "ERROR": 40, "CRITICAL": 50}
+LEVELS = tuple(_LEVELS)
+_OWN_LINE = re.compile(r"\d\d:\d\d:\d\d \S+ (DEBUG|INFO|WARNING|ERROR|CRITICAL) ")
+"""What `PlainFormatter` writes: the log file has it too."""
+_STAMP = re.compile(r"\[?(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)(?:[.,](\d{1,6}))?")
+_TROUBLE = re.compile(r"error|exception|traceback|fatal|critical|abort|segmentation", re.IGNORECASE)
+_WARNING = re.compile(r"warn", re.IGNORECASE)
+
+
+@dataclass(frozen=True, order=True)
+class Entry:
+    """One entry of a log; ordered by time."""
+
+    unix_s: float
+    source: str
+    level: str = field(compare=False)
+    text: str = field(compare=False)
+    """The message, then the lines of a traceback if there is one."""
+
+    def is_at_least(self, level: str) -> bool:
+        """True if its level is `level` or above."""
+        return _LEVELS.get(self.level, 20) >= _LEVELS[level]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files of one log, the oldest first."""
+
+    name: str
+    """The daemon, or `<server>-engine`."""
+    files: tuple[Path, ...]
+    is_json: bool
+
+    def entries(
+        self, *, since_unix_s: float | None, num_last: int | None, ends: Mapping[Path, int]
+    ) -> Iterator[Entry]:
+        """The entries since a time, or at least the last `num_last` (fewer if there are fewer), or all.
+
+        `ends`: where to end in a file.
+        """
+        for file, start in self._starts(since_unix_s, num_last):
+            yield from self.read(file, start, ends.get(file))
+
+    def read(self, path: Path, start: int = 0, end: int | None = None) -> Iterator[Entry]:
+        """The entries of one of its files from byte `start` on."""
+        try:
+            with path.open("rb") as file:
+                parser = LineParser(self, unix_s=path.stat().st_mtime)
+                file.seek(start)
+                while (end is None or file.tell() < end) and (line := file.readline(MAX_LINE_BYTES)):
+                    if (entry := parser.entry(line)) is not None:
+                        yield entry
+        except FileNotFoundError:
+            return  # it was rotated away or removed
+
+    def _starts(self, since_unix_s: float | None, num_last: int | None) -> Iterator[tuple[Path, int]]:
+        """(file, first byte to read) of each file that has entries to show."""
+        chosen: list[tuple[Path, int]] = []
+        left = num_last
+        for path in reversed(self.files):
+            try:
+                with path.open("rb") as file:
+                    size = file.seek(0, 2)
+                    if since_unix_s is not None and path.stat().st_mtime < since_unix_s:
+                        break
+                    start = 0
+                    if since_unix_s is not None:
+                        start = (
+                            _first_since(file, size, since_unix_s) if self.is_json else _near_end(file, size)
+                        )
+                    elif left is not None:
+                        start, num_found = _last_lines(file, size, left)
+                        left -= num_found
+            except FileNotFoundError:
+                continue
+            chosen.append((path, start))
+            if left is not None and left <= 0:
+                break
+        yield from reversed(chosen)
+
+
+class LineParser:
+    """Turns the lines of one file into entries."""
+
+    def __init__(self, source: Source, *, unix_s: float) -> None:
+        """`unix_s`: time of lines before the first one with a time."""
+        self._source, self._unix_s = source, unix_s
+
+    def entry(self, line: bytes) -> Entry | None:
+        """The entry of a line; None if it has nothing to show."""
+        text = line.decode(errors="replace").rstrip()
+        if not text:
+            return None
+        if self._source.is_json:
+            return self._from_json(text)
+        if _OWN_LINE.match(text):
+            return None
+        if (stamp := _STAMP.match(text)) is not None:
+            self._unix_s = _unix_s(stamp) or self._unix_s
+        level = "ERROR" if _TROUBLE.search(text) else "WARNING" if _WARNING.search(text) else "INFO"
+        return Entry(self._unix_s, self._source.name, level, text)
+
+    def _from_json(self, text: str) -> Entry | None:
+        try:
+            raw = json.loads(text)
+            unix_s, level, message = float(raw["time"]), str(raw["level"]), str(raw["message"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            # A line that was cut by a crash or by MAX_LINE_BYTES.
+            return Entry(self._unix_s, self._source.name, "INFO", text)
+        self._unix_s = unix_s
+        parts = [message, *(str(raw[key]) for key in ("exception", "stacks") if raw.get(key))]
+        return Entry(unix_s, self._source.name, level, "\n".join(parts))
+
+
+def find_sources(logs: Path, roles: Sequence[str]) -> list[Source]:
+    """The logs of a run, or those of `roles`: a daemon with its engine, or all daemons of a kind."""
+    families: dict[tuple[str, bool], list[tuple[int, Path]]] = {}
+    for path in logs.iterdir() if logs.is_dir() else ():
+        match = re.fullmatch(r"(.+?)\.(log|out)(?:\.(\d{1,6}))?", path.name)
+        if match is None or not path.is_file():
+            continue
+        name, kind, number = match[1], match[2], int(match[3] or 0)
+        is_json = kind == "log" and not name.endswith("-engine")
+        if not roles or any(name == role or name.startswith(f"{role}-") for role in roles):
+            families.setdefault((name, is_json), []).append((number, path))
+    return [
+        Source(name, tuple(path for _, path in sorted(files, reverse=True)), is_json)
+        for (name, is_json), files in sorted(families.items())
+    ]
+
+
+def _unix_s(stamp: re.Match[str]) -> float | None:
+    try:
+        when = datetime.fromisoformat(f"{stamp[1]} {stamp[2]}").timestamp()
+    except (ValueError, OverflowError):
+        return None
+    return when + float(f"0.{stamp[3]}") if stamp[3] else when
+
+
+def _first_since(file: BinaryIO, size: int, since_unix_s: float) -> int:
+    """Offset of the first line at or after a time, by bisection: times in a log ascend, or nearly so."""
+    low, high = 0, size
+    while high - low > MAX_LINE_BYTES:
+        middle = (low + high) // 2
+        unix_s = _time_after(file, middle, high)
+        if unix_s is not None and unix_s < since_unix_s:
+            low = middle
+        else:
+            high = middle
+    file.seek(low)
+    if low:
+        file.readline(MAX_LINE_BYTES)
+    while line := file.readline(MAX_LINE_BYTES):
+        unix_s = _time_of(line)
+        if unix_s is not None and unix_s >= since_unix_s:
+            return file.tell() - len(line)
+    return size
+
+
+def _time_after(file: BinaryIO, start: int, end: int) -> float | None:
+    file.seek(start)
+    file.readline(MAX_LINE_BYTES)
+    while file.tell() < end and (line := file.readline(MAX_LINE_BYTES)):
+        if (unix_s := _time_of(line)) is not None:
+            return unix_s
+    return None
+
+
+def _time_of(line: bytes) -> float | None:
+    try:
+        return float(json.loads(line)["time"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _near_end(file: BinaryIO, size: int) -> int:
+    if size <= _UNDATED_BYTES:
+        return 0
+    file.seek(size - _UNDATED_BYTES)
+    file.readline(MAX_LINE_BYTES)
+    return file.tell()
+
+
+def _last_lines(file: BinaryIO, size: int, num_lines: int) -> tuple[int, int]:
+    """(offset of the last `num_lines` lines, how many there are), read from the end in blocks."""
+    if num_lines <= 0:
+        return size, 0
+    num_found, end = 0, size
+    while end > 0:
+        start = max(0, end - (1 << 16))
+        file.seek(start)
+        block = file.read(end - start)
+        at = len(block)
+        while (at := block.rfind(b"\n", 0, at)) >= 0:
+            if start + at + 1 < size:  # not the newline that ends the file
+                num_found += 1
+                if num_found == num_lines:
+                    return start + at + 1, num_found
+        end = start
+    return 0, num_found + bool(size)
+
+
+def complete_bytes(path: Path) -> int:
+    """Offset of the end of the last complete line of a file, or of the file if its last line is very long."""
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        start = max(0, size - MAX_LINE_BYTES)
+        file.seek(start)
+        newline = file.read(size - start).rfind(b"\n")
+    return start + newline + 1 if newline >= 0 else size
+
+
+def since_time(text: str, *, now_unix_s: float) -> float:
+    """The time that `90s`, `10m`, `2h`, `1d` (ago), `12:30` (today) or `2026-01-31 12:30` means.
+
+    Raises ValueError.
+    """
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text):
+        return now_unix_s - float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+    if re.fullmatch(r"\d{1,2}:\d\d(:\d\d)?", text):
+        today = time.strftime("%Y-%m-%d", time.localtime(now_unix_s))
+        return datetime.fromisoformat(f"{today} {text:0>5}").timestamp()
+    return datetime.fromisoformat(text).timestamp()

@@ -1,0 +1,275 @@
+"""A running job as commands speak with it, from a machine that sees the run's directory or from any other.
+
+With the directory, addresses come from its endpoint files and settings from its `config.yaml`. Without it, a
+user gives the HTTP addresses of the buffers, which serve the settings at /config and report every peer in
+/status. Nothing else is asked then: the HTTP address of a peer may be a loopback of its own machine, and the
+operator's token goes to no address that one daemon reports for another.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Self
+
+from areal_like.config import Config, from_mapping
+from areal_like.config.security import SecurityConfig
+from areal_like.errors import ConfigError
+from areal_like.paths import RunPaths
+from areal_like.runtime.command_line import load_config
+from areal_like.runtime.daemon import read_endpoint
+from areal_like.shards import add_up, all_shards
+from launch.observation.http_json import REQUEST_TIMEOUT_S, Operator, fetch_json, post_json
+from launch.observation.observer import DaemonView, find_table, look_at_daemons
+from launch.run_directory.rundir import find_run
+
+_FAR_TIMEOUT_S = 5.0
+"""Of requests to a given address, which may be behind a tunnel."""
+_RATES_OF_A_SHARD = ("samples_per_s", "tokens_trained_per_s", "drops_per_min")
+_MIN_SILENCE_S = 2.0
+"""A peer that the buffer has heard within this time, or three heartbeats, is alive."""
+
+
+class RunningJob:
+    """The buffers of one job, and what they know."""
+
+    def __init__(
+        self, config: Config, *, operator: Operator, paths: RunPaths | None, addresses: Sequence[str] = ()
+    ) -> None:
+        """`paths`: the run's directory; None where it cannot be seen, and `addresses` are given."""
+        self.config = config
+        self.operator = operator
+        self.paths = paths
+        self._given = list(addresses)
+
+    @classmethod
+    def in_directory(cls, run: str) -> Self:
+        """The job of a run that this machine sees. It need not be running. Raises ConfigError."""
+        paths = RunPaths(find_run(run))
+        config = load_config(["--config", str(paths.config)])
+        return cls(config, operator=Operator(config.security, paths.endpoints), paths=paths)
+
+    @classmethod
+    def at(cls, addresses: Sequence[str], *, keys: str = "", tls_certificate: str = "") -> Self:
+        """The job of the buffers at these HTTP addresses, of which at least one answers. Raises ConfigError.
+
+        `keys`: a directory with `operator.token` or `monitor.token`. `tls_certificate`: as the setting.
+        """
+        for address in addresses:
+            host, _, port = address.rpartition(":")
+            if not (host and port.isdecimal() and 0 < int(port) < 65536):
+                raise ConfigError(f"--buffer {address}: give HOST:PORT of the buffer's HTTP server")
+        security = SecurityConfig(keys=keys, tls_certificate=tls_certificate, tls_private_key=tls_certificate)
+        operator = Operator(security, None, given=addresses)
+        return cls(_config_from(addresses, operator), operator=operator, paths=None, addresses=addresses)
+
+    @property
+    def name(self) -> str:
+        """For messages: the directory of the run, or its name."""
+        return str(self.paths.root) if self.paths is not None else self.config.name
+
+    @property
+    def short_name(self) -> str:
+        """The name of the run's directory."""
+        return self.paths.root.name if self.paths is not None else self.config.name
+
+    @property
+    def buffers(self) -> list[str]:
+        """HTTP addresses of the buffers: those given, or of those that have written one."""
+        if self.paths is None:
+            return self._given
+        shards = all_shards(self.config.buffer.num_shards)
+        endpoints = [read_endpoint(self.paths.endpoints / f"{shard.name}.json") for shard in shards]
+        return [str(endpoint["http"]) for endpoint in endpoints if endpoint and endpoint.get("http")]
+
+    def get(self, address: str, path: str) -> dict[str, Any] | None:
+        """The JSON object at a page of a buffer; None if it does not answer. Raises ConfigError."""
+        timeout_s = REQUEST_TIMEOUT_S if self.paths is not None else _FAR_TIMEOUT_S
+        return fetch_json(address, path, operator=self.operator, timeout_s=timeout_s)
+
+    def statuses(self) -> list[dict[str, Any]]:
+        """/status of each buffer that answers, in the order of the shards. Raises ConfigError."""
+        answers = [self.get(address, "/status") for address in self.buffers]
+        return [answer for answer in answers if answer is not None]
+
+    def status(self) -> dict[str, Any]:
+        """The first shard's /status, with the tickets, drops and peers of all. Raises ConfigError."""
+        answers = self.statuses()
+        if not answers:
+            raise self.no_answer()
+        return merged_status(answers)
+
+    def servers(self) -> set[str]:
+        """Names of the rollout servers that are registered. Raises ConfigError when no buffer answers."""
+        return {str(peer["name"]) for peer in self.status()["peers"] if peer.get("role") == "rollout"}
+
+    def post(self, verb: str, body: Mapping[str, Any], *, timeout_s: float = 5.0) -> dict[str, Any]:
+        """POSTs /control/<verb> to the buffers, in order, until one accepts it; returns its answer.
+
+        Raises ConfigError with the last refusal, or when no buffer answers.
+        """
+        error = self.no_answer()
+        for address in self.buffers:
+            try:
+                return self.post_to(address, verb, body, timeout_s=timeout_s)
+            except ConfigError as refusal:
+                error = refusal
+            except OSError:
+                continue
+        raise error
+
+    def post_all(
+        self, verb: str, body: Mapping[str, Any], *, timeout_s: float = 30.0
+    ) -> list[dict[str, Any]]:
+        """POSTs /control/<verb> to every shard's buffer; returns their answers.
+
+        Raises ConfigError with the first refusal, or when one of them is not known or does not answer.
+        """
+        num_shards, addresses = self.config.buffer.num_shards, self.buffers
+        if not addresses:
+            raise self.no_answer()
+        if len(addresses) != num_shards:
+            raise ConfigError(
+                f"{verb}: the job has {num_shards} buffers, and {len(addresses)} are known: "
+                + ("give --buffer for each" if self.paths is None else "is one of them being restarted?")
+            )
+        answers = []
+        for address in addresses:
+            try:
+                answers.append(self.post_to(address, verb, body, timeout_s=timeout_s))
+            except OSError as error:
+                raise ConfigError(
+                    f"{verb}: the buffer at {address} does not answer ({error}): is its disk full? See its "
+                    "/status"
+                ) from None
+        return answers
+
+    def post_to(
+        self, address: str, verb: str, body: Mapping[str, Any], *, timeout_s: float
+    ) -> dict[str, Any]:
+        """POSTs to one buffer. Raises OSError if it does not answer, ConfigError if it refuses."""
+        return post_json(address, f"/control/{verb}", dict(body), operator=self.operator, timeout_s=timeout_s)
+
+    def daemons(self, *, before: dict[str, DaemonView] | None = None) -> dict[str, DaemonView]:
+        """Every daemon of the job, by name: as it answers, or else as the buffers have heard from it.
+
+        `before`: the previous result.
+        """
+        if self.paths is not None:
+            views = look_at_daemons(self.paths.endpoints, before=before, operator=self.operator)
+        else:
+            views = {view.name: view for view in self._given_buffers(before or {})}
+        answers = [view.status for view in views.values() if view.role == "buffer" and view.status]
+        alive_s = max(_MIN_SILENCE_S, 3 * self.config.daemon.heartbeat_s)
+        for peer in merged_peers(answers):
+            name = str(peer["name"])
+            known = views.get(name)
+            is_heard = _number(peer.get("silent_s")) <= alive_s
+            if known is None or (known.status is None and is_heard):
+                views[name] = peer_view(peer, endpoint=known.endpoint if known else {}, is_heard=is_heard)
+        return dict(sorted(views.items()))
+
+    def no_answer(self) -> ConfigError:
+        """The error when no buffer answers."""
+        return ConfigError(f"{self.name}: its buffer does not answer; is the job running?")
+
+    def _given_buffers(self, before: Mapping[str, DaemonView]) -> Iterable[DaemonView]:
+        shards = all_shards(self.config.buffer.num_shards)
+        for index, address in enumerate(self._given):
+            try:
+                status = self.get(address, "/status")
+            except ConfigError as error:
+                status = {"not_ready": str(error)}
+            by_address = {view.endpoint.get("http"): view for view in before.values()}
+            known = by_address.get(address)
+            default = shards[index].name if index < len(shards) else f"buffer at {address}"
+            name = str((status or {}).get("name") or (known.name if known else default))
+            seen_s = time.monotonic() if status is not None else known.seen_s if known else 0.0
+            endpoint = {"role": "buffer", "http": address}
+            yield DaemonView(name=name, endpoint=endpoint, status=status, seen_s=seen_s)
+
+
+def merged_status(statuses: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The first shard's /status, with the tickets, drops, rates and peers of all."""
+    sums = {name: add_up(find_table(dict(each), name) for each in statuses) for name in ("tickets", "drops")}
+    rates: dict[str, float | None] = {}
+    for status in statuses:
+        for name, rate in find_table(dict(status), "rates").items():
+            # Every shard sees all steps and all servers' tokens, and its own samples and drops.
+            is_own = name in _RATES_OF_A_SHARD and name in rates
+            known = rates.get(name)
+            if known is None or not is_own:
+                rates[name] = rate if known is None or rate is None else max(known, rate)
+            elif rate is not None:
+                rates[name] = known + rate
+    return dict(statuses[0]) | sums | {"rates": rates, "peers": merged_peers(statuses)}
+
+
+def merged_peers(statuses: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The peers in the /status of all shards, each once: as the shard that heard it last has it."""
+    found: dict[str, dict[str, Any]] = {}
+    for status in statuses:
+        peers = status.get("peers")
+        for peer in peers if isinstance(peers, list) else ():
+            if not isinstance(peer, dict) or "name" not in peer:
+                continue
+            known = found.get(name := str(peer["name"]))
+            if known is None or _number(peer.get("silent_s")) < _number(known.get("silent_s")):
+                found[name] = peer
+    return list(found.values())
+
+
+def peer_view(
+    peer: Mapping[str, Any], *, endpoint: Mapping[str, Any] | None = None, is_heard: bool = True
+) -> DaemonView:
+    """A daemon from its entry in the buffer's /status, as if it had answered the numbers of its heartbeat.
+
+    `is_heard`: False if the buffer does not hear from it either: its status is then None.
+    """
+    stats = peer.get("stats")
+    status = {
+        **(stats if isinstance(stats, dict) else {}),
+        **{key: value for key, value in peer.items() if key not in ("stats", "waits")},
+        "not_ready": "" if peer.get("state") != "starting" else "starting",
+        "waiting_on": peer.get("waits") or {},
+    }
+    if isinstance(quarantine := peer.get("quarantine"), dict):
+        status["not_ready"] = f"quarantine: {quarantine.get('reason', '')}"
+    own = {"role": str(peer.get("role", "?")), "http": str(peer.get("http", ""))}
+    return DaemonView(
+        name=str(peer["name"]),
+        endpoint=own | dict(endpoint or {}),
+        status=status if is_heard else None,
+        seen_s=time.monotonic() - _number(peer.get("silent_s")),
+    )
+
+
+def _config_from(addresses: Sequence[str], operator: Operator) -> Config:
+    """The settings that the first buffer that answers has."""
+    for address in addresses:
+        status = fetch_json(address, "/status", operator=operator, timeout_s=_FAR_TIMEOUT_S)
+        if status is None:
+            continue
+        if status.get("role") != "buffer":
+            raise ConfigError(
+                f"--buffer {address}: {status.get('name', 'a daemon')} is there: give a buffer's address"
+            )
+        settings = fetch_json(address, "/config", operator=operator, timeout_s=_FAR_TIMEOUT_S)
+        if settings is None:
+            raise ConfigError(
+                f"--buffer {address}: it does not serve its settings (/config): is it of an earlier release?"
+            )
+        try:
+            return from_mapping(settings)
+        except ConfigError as error:
+            raise ConfigError(
+                f"--buffer {address}: this release cannot read the job's settings ({error}): use the job's"
+            ) from None
+    raise ConfigError(
+        f"no buffer answers at {', '.join(addresses)}: give the address of its HTTP server (`http` in "
+        "endpoints/buffer.json), not that of its stream; with TLS also --tls-certificate"
+    )
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) else 0.0

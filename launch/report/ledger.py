@@ -1,0 +1,126 @@
+"""What the ledgers of a run say beside its samples: counters, tickets, restarts, and what operators did.
+
+Buffers may write the ledgers meanwhile. What a ledger of an earlier release lacks is left out.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+_TIMEOUT_S = 10
+_MAX_ROWS = 500
+"""Of a table of events, the newest."""
+
+
+@dataclass(kw_only=True)
+class Event:
+    """Something that an operator or a restart has done to the run."""
+
+    text: str
+    step: int | None = None
+    """The step that it took effect in; None if it is only known by its time."""
+    unix_s: float | None = None
+
+
+@dataclass(kw_only=True)
+class LedgerFacts:
+    """Added up over the shards."""
+
+    counters: dict[str, float] = field(default_factory=dict)
+    """The table `statistics`: counters that survive restarts."""
+    counts_selection: bool = True
+    tickets: Counter[str] = field(default_factory=Counter)
+    """Train tickets by state."""
+    drops: Counter[str] = field(default_factory=Counter)
+    """Dropped train tickets by reason."""
+    starts: dict[str, int] = field(default_factory=dict)
+    """Name of a daemon -> how many processes have had it; `buffer` too."""
+    crashed_steps: dict[int, int] = field(default_factory=dict)
+    """Step -> trainers that began it and did not complete it."""
+    events: list[Event] = field(default_factory=list)
+    problem: str = ""
+    """Why a ledger could not be read."""
+
+
+def read_ledgers(directories: Sequence[Path]) -> LedgerFacts:
+    """The facts of all shards; empty without a ledger."""
+    facts = LedgerFacts()
+    for shard, directory in enumerate(directories):
+        path = directory / "ledger.sqlite3"
+        try:
+            with closing(
+                sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=_TIMEOUT_S)
+            ) as ledger:
+                _read(ledger, facts, shard=shard, num_shards=len(directories))
+        except (sqlite3.DatabaseError, ValueError, TypeError) as error:
+            facts.problem = f"{path} cannot be read: {error}"
+    return facts
+
+
+def _read(ledger: sqlite3.Connection, facts: LedgerFacts, *, shard: int, num_shards: int) -> None:
+    tables = {name for (name,) in ledger.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+
+    def rows(table: str, query: str) -> list[Any]:
+        return ledger.execute(query).fetchall() if table in tables else []
+
+    for name, value in rows("statistics", "SELECT name, value FROM statistics"):
+        facts.counters[str(name)] = facts.counters.get(str(name), 0.0) + float(value)
+    counts = "SELECT state, coalesce(reason, ''), count(*) FROM tickets WHERE purpose = 'train' GROUP BY 1, 2"
+    for state, reason, count in rows("tickets", counts):
+        facts.tickets[str(state)] += int(count)
+        if state == "dropped":
+            facts.drops[str(reason) or "unknown"] += int(count)
+    marks = {str(name): int(value) for name, value in rows("marks", "SELECT name, value FROM marks")}
+    facts.counts_selection &= bool(marks.get("counts_selection"))
+    suffix = f"-{shard}" if num_shards > 1 else ""
+    if "generation" in marks:
+        facts.starts[f"buffer{suffix}"] = marks["generation"]
+    for step, count in rows("attempts", "SELECT step, num_starts FROM attempts"):
+        facts.crashed_steps[int(step)] = max(int(count), facts.crashed_steps.get(int(step), 0))
+    if shard:
+        return  # the first shard alone has the names, versions and operations
+    for name, value in marks.items():
+        if name.startswith("incarnation:"):
+            facts.starts[name.removeprefix("incarnation:")] = value
+    if marks.get("trainer_incarnation"):
+        facts.starts["trainer"] = marks["trainer_incarnation"]
+    facts.events = [*_restarts(rows), *_operations(rows)]
+
+
+def _restarts(rows: Any) -> list[Event]:
+    first_versions = (
+        "SELECT trainer_incarnation, min(version), step FROM versions GROUP BY 1 ORDER BY 1 DESC "
+        f"LIMIT {_MAX_ROWS}"
+    )
+    events = [
+        Event(text=f"trainer process {incarnation} began", step=int(step))
+        for incarnation, _, step in rows("versions", first_versions)
+        if incarnation > 1
+    ]
+    undone = (
+        "SELECT from_step, to_step, num_tickets, num_tokens, unix_s FROM rollbacks ORDER BY id DESC "
+        f"LIMIT {_MAX_ROWS}"
+    )
+    events += [
+        Event(
+            text=f"steps {to_step} to {from_step - 1} were undone: {num_tickets} groups, {num_tokens} tokens",
+            step=int(to_step),
+            unix_s=float(unix_s),
+        )
+        for from_step, to_step, num_tickets, num_tokens, unix_s in rows("rollbacks", undone)
+    ]
+    return events
+
+
+def _operations(rows: Any) -> list[Event]:
+    done = f"SELECT verb, subject, detail, unix_s FROM operations ORDER BY id DESC LIMIT {_MAX_ROWS}"
+    return [
+        Event(text=f"{verb} {subject}" + (f" ({detail})" if detail else ""), unix_s=float(unix_s))
+        for verb, subject, detail, unix_s in rows("operations", done)
+    ]

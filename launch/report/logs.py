@@ -1,0 +1,132 @@
+"""What the logs of a run say: warnings and errors in groups, starts and ends of processes, why they ended.
+
+Messages that differ only in numbers are one group. Of each file only the end is read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launch.report.json_files import number, tail
+from launch.report.ledger import Event
+
+_MAX_BYTES = 4 << 20
+"""Of each file, its end."""
+_MAX_FILES = 64
+_LEVELS = {"WARNING": 1, "ERROR": 2, "CRITICAL": 3}
+_EXIT_LOGGER = "areal_like.runtime.exit"
+_VARYING = re.compile(r"0x[0-9a-f]+|\b[0-9a-f]{8,}\b|\d+(?:\.\d+)?")
+_STARTED = re.compile(r"(\S+) started, pid \d+")
+_ENDED = re.compile(r"(\S+) ended: (.*)", re.S)
+_MAX_EVENTS = 300
+
+
+@dataclass(kw_only=True)
+class Message:
+    """Warnings or errors of one daemon that differ only in numbers."""
+
+    daemon: str
+    level: str
+    example: str
+    """The newest."""
+    count: int = 0
+    first_s: float = 0.0
+    last_s: float = 0.0
+
+
+@dataclass(kw_only=True)
+class LogFacts:
+    """Of all log files of a run."""
+
+    messages: list[Message] = field(default_factory=list)
+    """Errors first, then by how often they occur."""
+    events: list[Event] = field(default_factory=list)
+    exits: list[tuple[float, str, str]] = field(default_factory=list)
+    """(Unix time, daemon, reason) of processes that ended with an error, by time."""
+    num_starts: dict[str, int] = field(default_factory=dict)
+    """Process -> starts by the launcher, if its log has not been rotated away."""
+    is_closing: bool = False
+    """True while the launcher ends the processes."""
+
+
+def read_logs(directory: Path) -> LogFacts:
+    """Reads `*.log` and what rotation has made of them (`*.log.1`)."""
+    facts = LogFacts()
+    groups: dict[tuple[str, str, str], Message] = {}
+    files = sorted(
+        path
+        for path in (directory.glob("*.log*") if directory.is_dir() else ())
+        if not path.name.endswith((".gz", ".zst"))
+    )
+    # What rotation has made is older: the highest number first.
+    files.sort(key=lambda path: (path.name.partition(".log")[0], -_age(path)))
+    for path in files[:_MAX_FILES]:
+        daemon = path.name.partition(".log")[0]
+        for entry in _entries(path, with_info=daemon == "launcher"):
+            message, time_s = str(entry.get("message", "")), number(entry.get("time")) or 0.0
+            if daemon == "launcher":
+                _note_process(facts, message, time_s)
+            level = str(entry.get("level"))
+            if level not in _LEVELS:
+                continue
+            if entry.get("logger") == _EXIT_LOGGER:
+                facts.exits.append((time_s, daemon, _reason(entry)))
+            key = (daemon, level, _VARYING.sub("#", message[:300]))
+            group = groups.setdefault(
+                key, Message(daemon=daemon, level=level, example=message, first_s=time_s)
+            )
+            group.count += 1
+            group.first_s = min(group.first_s, time_s)
+            if time_s >= group.last_s:
+                group.last_s, group.example = time_s, message
+    facts.messages = sorted(groups.values(), key=lambda one: (-_LEVELS[one.level], -one.count, one.first_s))
+    facts.exits.sort()
+    facts.events = sorted(facts.events, key=lambda one: one.unix_s or 0.0)[-_MAX_EVENTS:]
+    return facts
+
+
+def _age(path: Path) -> int:
+    """Number at the end of a rotated file's name; 0 for the newest."""
+    number_text = path.suffix.removeprefix(".")
+    return int(number_text) if number_text.isdecimal() else 0
+
+
+def _note_process(facts: LogFacts, message: str, time_s: float) -> None:
+    """Notes a start or an end that the launcher's log tells of."""
+    if match := _STARTED.match(message):
+        name = match[1]
+        facts.num_starts[name] = facts.num_starts.get(name, 0) + 1
+        if facts.num_starts[name] > 1 and name != "prepare_model":
+            facts.events.append(Event(text=f"{name} was started again", unix_s=time_s))
+    elif message in ("starting", "closing"):
+        facts.is_closing = message == "closing"
+    elif (match := _ENDED.match(message)) and not facts.is_closing and match[1] != "prepare_model":
+        facts.events.append(Event(text=f"{match[1]} ended: {match[2][:200]}", unix_s=time_s))
+    elif message.startswith(("replacing the trainer", "the run is drained", "the run is finished")):
+        facts.events.append(Event(text=message[:200], unix_s=time_s))
+
+
+def _reason(entry: dict[str, Any]) -> str:
+    """The message, and of an unexpected error the last line of its traceback."""
+    lines = str(entry.get("exception", "")).strip().splitlines()
+    message = str(entry.get("message", ""))
+    return f"{message}: {lines[-1]}" if lines else message
+
+
+def _entries(path: Path, *, with_info: bool) -> Iterator[dict[str, Any]]:
+    for line in tail(path, max_bytes=_MAX_BYTES).splitlines():
+        if not line.startswith("{"):
+            continue  # an engine's own log
+        if not with_info and '"level": "INFO"' in line[:80]:
+            continue
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(entry, dict):
+            yield entry

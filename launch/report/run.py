@@ -1,0 +1,226 @@
+"""Everything that a report needs of one run, read from its files: no daemon is asked, none needs to live."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from areal_like.config import Config, to_mapping
+from areal_like.errors import ConfigError
+from areal_like.paths import RunPaths, find_checkpoints
+from areal_like.runtime.command_line import OPEN_SECTIONS
+from areal_like.security.secret_values import without_secrets
+from areal_like.selection import selection_report
+from launch.report.columns import Columns, read_columns
+from launch.report.json_files import mapping, number, read_lines, read_object
+from launch.report.ledger import Event, LedgerFacts, read_ledgers
+from launch.report.logs import LogFacts, read_logs
+from launch.run_directory.rundir import is_held
+
+_SILENT_S = 120.0
+"""A run whose roles were started by hand counts as running if it has written something since."""
+_MAX_EVALUATIONS = 20_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """Whether the run goes on, and why not."""
+
+    word: str
+    """`running`, `finished`, `drained`, `failed` or `ended` (without a word why: killed, or lost)."""
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """One evaluation of one set."""
+
+    set_name: str
+    step: int
+    avg: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(kw_only=True)
+class Run:
+    """One run."""
+
+    root: Path
+    name: str
+    config: dict[str, Any]
+    """Plain; empty if config.yaml cannot be read. Without values that could be secrets."""
+    is_sft: bool
+    columns: Columns
+    evaluations: list[Evaluation]
+    """By step."""
+    summary: dict[str, Any]
+    rows: dict[str, Any]
+    """rows.json of a supervised run."""
+    ledger: LedgerFacts
+    logs: LogFacts
+    status: Status
+    checkpoints: list[int] = field(default_factory=list)
+    has_ledger: bool = False
+
+    @property
+    def num_steps(self) -> int | None:
+        """Steps that the run is to have."""
+        planned = number(self.rows.get("num_steps")) if self.is_sft else None
+        planned = planned or number(mapping(self.config.get("trainer")).get("num_steps"))
+        return int(planned) if planned else None
+
+    @property
+    def completed(self) -> int:
+        """Optimizer steps that have a row."""
+        return int(self.columns.steps[-1]) + 1 if len(self.columns.steps) else 0
+
+    @property
+    def seconds(self) -> float | None:
+        """From the first step's end to the last one's, pauses included."""
+        times = self.columns.times_s
+        return float(times[-1] - times[0]) if len(times) > 1 else None
+
+    @property
+    def selection(self) -> dict[str, Any]:
+        """As in summary.json, now."""
+        if self.has_ledger and self.ledger.counters:
+            return selection_report(self.ledger.counters)
+        return mapping(self.summary.get("selection"))
+
+    @property
+    def drops(self) -> dict[str, int]:
+        """Dropped tickets by reason, zeros left out."""
+        found = self.ledger.drops if self.has_ledger else mapping(self.summary.get("drops"))
+        return {str(name): int(count) for name, count in found.items() if number(count)}
+
+    def events(self) -> list[Event]:
+        """Restarts, rollbacks, and what operators did, in the order of time as far as it is known."""
+        found = [*self.ledger.events, *self.logs.events]
+        for event in found:
+            if event.unix_s is None and event.step is not None:
+                event.unix_s = self.time_of(event.step)
+            elif event.step is None and event.unix_s is not None:
+                event.step = self.step_at(event.unix_s)
+        return sorted(found, key=lambda one: (one.unix_s or 0.0, one.step or 0))
+
+    def step_at(self, unix_s: float) -> int | None:
+        """The step that was under way at a time; None before the first row and without rows."""
+        times = self.columns.times_s
+        if not len(times) or unix_s < times[0]:
+            return None
+        return int(self.columns.steps[min(len(times) - 1, int(times.searchsorted(unix_s)))])
+
+    def time_of(self, step: int) -> float | None:
+        """When a step ended; None if it has no row."""
+        at = int(self.columns.steps.searchsorted(step))
+        if at == len(self.columns.steps) or self.columns.steps[at] != step:
+            return None
+        return float(self.columns.times_s[at])
+
+    def settings(self) -> dict[str, str]:
+        """Settings that differ from the defaults, and all of the open sections, as they are typed."""
+        return {
+            key: text
+            for key, text in flat(self.config).items()
+            if key.partition(".")[0] in OPEN_SECTIONS or flat(_DEFAULTS).get(key) != text
+        }
+
+
+_DEFAULTS = to_mapping(Config())
+
+
+def read_run(root: Path) -> Run:
+    """Reads the files of a run. What is absent or damaged is left out."""
+    paths = RunPaths(root)
+    try:
+        directories, ledger = paths.ledgers, read_ledgers(paths.ledgers)
+    except ConfigError as error:  # it is on a disk that this machine does not have
+        directories, ledger = [], LedgerFacts(problem=str(error))
+    columns, logs = read_columns(paths.metrics), read_logs(paths.logs)
+    summary = read_object(paths.summary)
+    config = _config(paths.config)
+    return Run(
+        root=root,
+        name=str(config.get("name") or root.resolve().name),
+        config=config,
+        is_sft=paths.rows.exists(),
+        columns=columns,
+        evaluations=_evaluations(paths.evaluations),
+        summary=summary,
+        rows=read_object(paths.rows),
+        ledger=ledger,
+        logs=logs,
+        status=_status(paths, columns, logs, summary),
+        checkpoints=list(find_checkpoints(paths.checkpoints)),
+        has_ledger=bool(directories),
+    )
+
+
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Dotted key -> value as text."""
+    found: dict[str, str] = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = str(value).lower() if isinstance(value, bool) else str(value)
+    return found
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """Unchecked: the settings of a run of another release are shown, too."""
+    try:
+        plain = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException, ConfigError, RecursionError):
+        return {}
+    hidden = without_secrets(plain)
+    return hidden if isinstance(hidden, dict) else {}
+
+
+def _evaluations(path: Path) -> list[Evaluation]:
+    found = []
+    for row in read_lines(path)[-_MAX_EVALUATIONS:]:
+        step, avg = number(row.get("step")), number(row.get("avg"))
+        if step is None or avg is None:
+            continue
+        low, high = number(row.get("ci_low")), number(row.get("ci_high"))
+        found.append(
+            Evaluation(set_name=str(row.get("set", "")), step=int(step), avg=avg, low=low, high=high)
+        )
+    return sorted(found, key=lambda one: one.step)
+
+
+def _status(paths: RunPaths, columns: Columns, logs: LogFacts, summary: dict[str, Any]) -> Status:
+    held = is_held(paths)
+    newest = max((_modified(path) for path in (paths.metrics, *paths.logs.glob("*.log"))), default=0.0)
+    steps = f"{len(columns.steps):,} steps"
+    if held or (held is None and time.time() - newest < _SILENT_S and any(paths.endpoints.glob("*.json"))):
+        return Status(word="running", detail=f"{steps} so far")
+    summarized = _modified(paths.summary)
+    if summary and bool(summary.get("finished")):
+        return Status(word="finished", detail=f"all {steps} are trained")
+    failures = [one for one in logs.exits if one[0] > summarized - 1]
+    if failures:
+        # The first daemon that failed has usually taken the others with it.
+        last_s = failures[-1][0]
+        _, daemon, reason = next(one for one in failures if last_s - one[0] < _SILENT_S)
+        return Status(word="failed", detail=f"{daemon}: {reason}")
+    if summary:
+        return Status(word="drained", detail=f"stopped after {steps}; resume=latest continues it")
+    if newest == 0.0:
+        return Status(word="ended", detail="nothing is written yet")
+    return Status(word="ended", detail=f"after {steps}, without a summary: killed, or its machine was lost")
+
+
+def _modified(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0

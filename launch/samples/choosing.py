@@ -1,0 +1,70 @@
+"""Which samples are shown, and the tokenizer that makes text of their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from areal_like.config import Config
+from areal_like.errors import ConfigError, first_line
+from areal_like.paths import RunPaths, find_checkpoints, model_path
+from areal_like.runtime.command_line import load_config
+from areal_like.runtime.imports import torch_hidden, uncollected
+from launch.samples.reading import Row
+from launch.samples.transcripts import Decode
+
+NUM_AT_ENDS = 3
+"""Worst and best samples that are shown unless others are asked for."""
+
+
+def choose(
+    rows: Sequence[Row], *, worst: int | None, best: int | None, limit: int | None, is_ticket: bool
+) -> list[Row]:
+    """The rows to show, each once: the worst, worst first, then the best, best first.
+
+    Among equals those of different groups come first. With `limit` alone, and of a ticket, the rows keep
+    their order.
+    """
+    if worst is None and best is None:
+        if is_ticket or limit is not None:
+            return list(rows[:limit])
+        worst = best = NUM_AT_ENDS
+    low = sorted(rows, key=lambda row: (row.reward, row.sample_index, row.order))[: worst or 0]
+    others = [row for row in rows if row not in low]
+    high = sorted(others, key=lambda row: (-row.reward, row.sample_index, row.order))[: best or 0]
+    return [*low, *high][:limit]
+
+
+def decoder(root: Path) -> Decode:
+    """Decodes tokens with the run's tokenizer. Raises ConfigError if it cannot be loaded."""
+    source = _tokenizer_source(load_config(["--config", str(RunPaths(root).config)]), root)
+    with torch_hidden(), uncollected():
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"the tokenizer in {source} cannot be loaded, so no text can be shown: {first_line(error)}"
+            ) from None
+
+    def decode(tokens: Sequence[int]) -> str:
+        return str(
+            tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        )
+
+    return decode
+
+
+def _tokenizer_source(config: Config, root: Path) -> str:
+    """The newest checkpoint, which has a copy of the tokenizer; else the model that the run began with."""
+    checkpoints = find_checkpoints(RunPaths(root).checkpoints)
+    if checkpoints:
+        return str(checkpoints[max(checkpoints)])
+    built = RunPaths(root).built_model  # `root` may have been moved or copied: not by the configured path
+    return str(built) if (built / "tokenizer.json").exists() else model_path(config)
+
+
+def no_text(tokens: Sequence[int]) -> str:
+    """The decoder where no sample has a record."""
+    raise AssertionError("there is no record to decode")

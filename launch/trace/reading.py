@@ -1,0 +1,140 @@
+"""Reads what daemons have recorded in `runs/NAME/spans/` (areal_like/spans/), on the first buffer's clock."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+MAX_FILE_BYTES = 256 << 20
+"""Of a larger file the rest is left out."""
+_MAX_TEXT = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """Something that lasted. Unix seconds of the first buffer's clock."""
+
+    start_s: float
+    seconds: float
+    lane: str
+    name: str
+    arguments: dict[str, Any]
+
+    @property
+    def end_s(self) -> float:
+        """Its end."""
+        return self.start_s + self.seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Value:
+    """A counter has this value from a time on."""
+
+    at_s: float
+    name: str
+    value: float
+
+
+@dataclass(kw_only=True)
+class Process:
+    """One process of a daemon; a daemon that was restarted has several."""
+
+    daemon: str
+    host: str
+    pid: int
+    offset_s: float = 0.0
+    """Added to its times."""
+    rtt_s: float | None = None
+    """The round trip that the offset was found with; None for the buffer, and before the first heartbeat."""
+    spans: list[Span] = field(default_factory=list)
+    values: list[Value] = field(default_factory=list)
+
+
+def read_processes(directory: Path) -> list[Process]:
+    """All processes that have recorded something, by daemon and time; damaged lines are skipped."""
+    found: list[Process] = []
+    names = (path.name.removesuffix(".jsonl").removesuffix(".old") for path in directory.glob("*.jsonl"))
+    daemons = sorted(set(names))
+    for daemon in daemons:
+        current: dict[tuple[str, int], Process] = {}
+        process = None
+        lines = [*_lines(directory / f"{daemon}.old.jsonl"), *_lines(directory / f"{daemon}.jsonl")]
+        for line in lines:
+            match line:
+                case {"daemon": str(), "host": str(host), "pid": int(pid)}:
+                    process = current.setdefault((host, pid), Process(daemon=daemon, host=host, pid=pid))
+                case {"offset_s": float() | int() as offset, "rtt_s": float() | int() as rtt} if process:
+                    # The estimate with the shortest round trip counts for all of the process's times.
+                    if _is_usable(offset, rtt) and (process.rtt_s is None or rtt < process.rtt_s):
+                        process.offset_s, process.rtt_s = float(offset), float(rtt)
+                case [
+                    float() | int() as at,
+                    float() | int() as seconds,
+                    str(lane),
+                    str(name),
+                    dict(args),
+                ] if process:
+                    if _is_usable(at, seconds) and seconds >= 0:
+                        process.spans.append(
+                            Span(
+                                start_s=float(at),
+                                seconds=float(seconds),
+                                lane=lane[:_MAX_TEXT],
+                                name=name[:_MAX_TEXT],
+                                arguments=args,
+                            )
+                        )
+                case [float() | int() as at, str(name), float() | int() as value] if process:
+                    if _is_usable(at, value):
+                        process.values.append(
+                            Value(at_s=float(at), name=name[:_MAX_TEXT], value=float(value))
+                        )
+        found += current.values()
+    return [_on_one_clock(process) for process in found if process.spans or process.values]
+
+
+def _on_one_clock(process: Process) -> Process:
+    offset = process.offset_s
+    process.spans = sorted(
+        (
+            Span(
+                start_s=one.start_s + offset,
+                seconds=one.seconds,
+                lane=one.lane,
+                name=one.name,
+                arguments=one.arguments,
+            )
+            for one in process.spans
+        ),
+        key=lambda one: one.start_s,
+    )
+    process.values = sorted(
+        (Value(at_s=one.at_s + offset, name=one.name, value=one.value) for one in process.values),
+        key=lambda one: one.at_s,
+    )
+    return process
+
+
+def _is_usable(*numbers: float) -> bool:
+    return all(abs(number) < 1e13 and math.isfinite(number) for number in numbers)
+
+
+def _lines(path: Path) -> Iterator[Any]:
+    try:
+        file = path.open(errors="replace")
+    except OSError:
+        return
+    with file:
+        num_bytes = 0
+        for line in file:
+            num_bytes += len(line)
+            if num_bytes > MAX_FILE_BYTES:
+                return
+            try:
+                yield json.loads(line)
+            except (ValueError, RecursionError):
+                continue

@@ -1,0 +1,165 @@
+"""A real Prometheus scrapes a keyed job; every rule and panel can be evaluated; an alert fires and clears."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.chaos.test_stops import SETTINGS, process_of
+from tests.support.launching import areal_like, finish, launcher, wait_for_steps
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.timeout(400),
+    pytest.mark.skipif(shutil.which("prometheus") is None, reason="Prometheus is not installed"),
+]
+LAB = Path(__file__).with_name("prometheus_lab.sh")
+EVENTS = {
+    "ALERTS": "no alert fires in a healthy job",
+    "areal_trainer_eval": "the job has no evaluations",
+    "areal_trainer_loss_of": "the task has no parts of rewards",
+}
+"""What may be empty, by a part of the expression, and why."""
+
+
+class Lab:
+    """A Prometheus with the files of `areal-like deploy-files`, which scrapes and evaluates every second."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._environment = os.environ | {"PROM_PORT": str(probe.getsockname()[1])}
+        config = directory / "prometheus.yml"
+        text = config.read_text()
+        for interval in ("scrape_interval", "evaluation_interval", "refresh_interval"):
+            text = re.sub(rf"{interval}: \w+", f"{interval}: 1s", text)
+        config.write_text(text)
+        rules = directory / "rules.yml"
+        rules.write_text(re.sub(r"for: \w+", "for: 2s", rules.read_text()).replace("> 30", "> 6"))
+        self.url = self._run("start")
+
+    def _run(self, verb: str) -> str:
+        done = subprocess.run(
+            ["bash", str(LAB), verb, str(self.directory)],
+            env=self._environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        return done.stdout.strip()
+
+    def close(self) -> None:
+        self._run("stop")
+
+    def get(self, path: str, **parameters: str) -> Any:
+        query = urllib.parse.urlencode(parameters)
+        try:
+            with urllib.request.urlopen(f"{self.url}/api/v1/{path}?{query}", timeout=20) as answer:
+                return json.load(answer)["data"]
+        except urllib.error.HTTPError as error:
+            raise AssertionError(f"{parameters}: {error.read().decode()}") from None
+
+    def query(self, expression: str) -> list[Any]:
+        return list(self.get("query", query=expression)["result"])
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[Lab]:
+    done = areal_like("deploy-files", "deploy", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert areal_like("keys", "init", "keys", cwd=tmp_path).returncode == 0
+    shutil.copy(tmp_path / "keys" / "monitor.token", tmp_path / "deploy" / "prometheus")
+    made = Lab(tmp_path / "deploy" / "prometheus")
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def panel_expressions(directory: Path) -> dict[str, list[str]]:
+    """Dashboard and panel -> its expressions, for the run x."""
+
+    def panels(part: Any) -> Iterator[Any]:
+        for panel in part.get("panels", []):
+            yield panel
+            yield from panels(panel)
+
+    found: dict[str, list[str]] = {}
+    for file in sorted(directory.glob("*.json")):
+        for panel in panels(json.loads(file.read_text())):
+            expressions = [target["expr"] for target in panel.get("targets") or []]
+            for variable, value in (("$__rate_interval", "10s"), ("$run", "x"), ("$name", ".*")):
+                expressions = [expression.replace(variable, value) for expression in expressions]
+            if expressions:
+                found[f"{file.stem}: {panel['title']}"] = expressions
+    return found
+
+
+def wait_for(lab: Lab, expression: str, *, is_empty: bool, seconds: float) -> None:
+    end_s = time.monotonic() + seconds
+    while bool(lab.query(expression)) is is_empty:
+        assert time.monotonic() < end_s, f"{expression} is {'not empty' if is_empty else 'empty'}"
+        time.sleep(0.5)
+
+
+def test_prometheus_scrapes_a_job_and_alerts(lab: Lab, tmp_path: Path) -> None:
+    root = tmp_path / "runs" / "x"
+    settings = (
+        "security.keys=keys",
+        f"metrics.sd_path={lab.directory}/targets",
+        "rollout.generate_timeout_s=300",
+    )
+    with launcher(*SETTINGS, *settings, cwd=tmp_path) as process:
+        wait_for_steps(3, root, process=process)
+        wait_for(lab, 'up{run="x"} == 1', is_empty=False, seconds=30)
+        time.sleep(20)  # rates over ten seconds
+        roles = sorted(result["metric"]["role"] for result in lab.query('up{run="x"} == 1'))
+        assert roles == ["buffer", "engine", "engine", "rollout", "rollout", "trainer"]
+        assert lab.query("up == 0") == []
+
+        empty = []
+        for panel, expressions in panel_expressions(lab.directory.parent / "grafana" / "dashboards").items():
+            for expression in expressions:
+                if not lab.query(expression) and not any(event in expression for event in EVENTS):
+                    empty.append(f"{panel}: {expression}")
+        assert not empty, "\n".join(empty)
+        groups = lab.get("rules")["groups"]
+        rules = [rule for group in groups for rule in group["rules"]]
+        assert len(rules) > 20 and [rule for rule in rules if rule["health"] != "ok"] == []
+
+        engine = process_of(root, "engine")
+        firing = 'ALERTS{alertname="ArealWaits", alertstate="firing", on="engine"}'
+        os.kill(engine, signal.SIGSTOP)
+        try:
+            wait_for(lab, firing, is_empty=False, seconds=40)
+        finally:
+            os.kill(engine, signal.SIGCONT)
+        wait_for(lab, firing, is_empty=True, seconds=40)
+        process.terminate()
+        assert finish(process, root)[0] == 0
+    assert not list((lab.directory / "targets").iterdir())
+
+
+def test_dashboards_are_those_of_the_panels(tmp_path: Path) -> None:
+    pytest.importorskip("grafana_foundation_sdk", reason="grafana-foundation-sdk is not installed")
+    folder = Path(__file__).parents[2] / "launch" / "deploy" / "grafana"
+    subprocess.run([sys.executable, str(folder / "build.py"), str(tmp_path)], check=True, timeout=60)
+    for file in sorted((folder / "dashboards").glob("*.json")):
+        assert json.loads((tmp_path / file.name).read_text()) == json.loads(file.read_text()), file.name
