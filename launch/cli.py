@@ -165,8 +165,10 @@ COMMANDS = {
     ),
     "restart": Command(
         "restart",
-        "restart RUN trainer [trainer.KEY=VALUE ...]",
-        "replaces the trainer of a running job; its servers continue to generate",
+        f"restart {JOB} ROLE [trainer.KEY=VALUE ...]",
+        "replaces the trainer, the buffer or a rollout server of a running job, while the others go on; the "
+        "trainer may get new settings, which config.yaml then has. A role that was started by hand drains, "
+        "and its supervisor has to start it again",
     ),
     "profile": Command(
         "profile",

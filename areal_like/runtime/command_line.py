@@ -148,7 +148,9 @@ def role_arguments(argv: Sequence[str], *, default_name: str) -> tuple[Config, s
 def save_config(config: Config, path: Path) -> None:
     """Writes the resolved configuration so that `--config` reads it back."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create(to_mapping(config)), path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    OmegaConf.save(OmegaConf.create(to_mapping(config)), partial)
+    partial.replace(path)  # a daemon that starts meanwhile reads the old file or the new one
 
 
 def keep_config(config: Config, path: Path) -> None:

@@ -1,7 +1,7 @@
-"""`areal-like restart RUN trainer`: replaces the trainer of a running job, while its servers generate.
+"""`areal-like restart RUN ROLE`: replaces the trainer, a rollout server or the buffer of a running job.
 
-The launcher owns the trainer process, so this command writes an order into the run's directory and waits
-until the launcher has taken it.
+The launcher owns its processes, so this command writes an order into the run's directory and waits until the
+launcher has taken it. A role that was started by hand is asked to drain; its supervisor starts it again.
 """
 
 from __future__ import annotations
@@ -14,8 +14,14 @@ from collections.abc import Sequence
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths, write_json
 from areal_like.runtime.command_line import load_config
-from launch.commands.parser import add_run, add_settings
-from launch.run_directory.rundir import find_run, is_over, restart_order_file
+from areal_like.runtime.daemon import read_endpoint
+from areal_like.shards import all_shards
+from launch.commands.drain import drain
+from launch.commands.parser import add_settings
+from launch.commands.running_job import add_job, job_of
+from launch.observation.http_json import post_json
+from launch.observation.reach import RunningJob
+from launch.run_directory.rundir import has_launcher, is_over, restart_order_file
 
 _TICK_S = 0.2
 _TAKE_TIMEOUT_S = 10.0
@@ -24,31 +30,121 @@ _SHARED_SETTINGS = ("trainer.groups_per_step", "trainer.num_steps")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """RUN, the role, and its settings."""
-    add_run(parser)
-    parser.add_argument("role", metavar="trainer", help="the only role that can be restarted alone")
+    """The job, the role, and its settings."""
+    add_job(parser)
+    parser.add_argument("role", metavar="ROLE", help="trainer, buffer, or the name of a rollout server")
     add_settings(parser)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Returns 0 when the launcher has taken the order."""
-    return restart(args.run, args.role, args.settings)
-
-
-def restart(run: str, role: str, settings: Sequence[str]) -> int:
-    """Orders the launcher to replace a job's trainer; returns 0 when the launcher has taken the order.
-
-    Raises ConfigError for another role, for a setting that other roles use too, and if no launcher runs.
-    """
-    if "=" in role:
+    """Returns 0 when the launcher has taken the order, or the role has drained."""
+    if "=" in args.role:
         raise ConfigError(
-            "restart: put `trainer` before the settings: areal-like restart RUN trainer trainer.KEY=VALUE"
+            "restart: put the role before the settings: areal-like restart RUN trainer trainer.KEY=VALUE"
         )
-    paths = RunPaths(find_run(run))
-    if role != "trainer":
+    job = job_of(args)
+    _check_settings(args.role, args.settings)
+    if job.paths is not None and has_launcher(job.paths):
+        sys.stdout.write(order(job, job.paths, args.role, args.settings) + "\n")
+    else:
+        sys.stdout.write(by_hand(job, args.role, args.settings) + "\n")
+    return 0
+
+
+def order(job: RunningJob, paths: RunPaths, role: str, settings: Sequence[str]) -> str:
+    """Orders the launcher to replace a process; returns a message for the user when it has taken the order.
+
+    Raises ConfigError for a role that it does not run, and if no launcher runs.
+    """
+    load_config(["--config", str(paths.config), *settings])
+    if is_over(paths):
+        raise ConfigError(f"restart: no launcher runs {paths.root}: continue the run with resume=latest")
+    ours = [f"rollout-{index}" for index in range(job.config.rollout.num_servers)]
+    buffers = [shard.name for shard in all_shards(job.config.buffer.num_shards)]
+    if role not in ("trainer", *ours, *buffers):
+        if role in job.servers():
+            raise ConfigError(
+                f"restart: {role} was started by `rollout --join`: `drain` it, and join another one"
+            )
+        raise ConfigError(f"restart: there is no {role!r} (roles: {', '.join(['trainer', *ours, *buffers])})")
+    if role in buffers and job.config.buffer.durability == "none":
         raise ConfigError(
-            f"restart: only `trainer` can be restarted alone, not {role!r}; to replace a server, use "
-            "`drain` and `rollout --join`"
+            "restart: with buffer.durability=none the groups are lost with the buffer: stop the run instead"
+        )
+    file = restart_order_file(paths)
+    write_json(file, {"role": role, "settings": list(settings)})
+    deadline_s = time.monotonic() + _TAKE_TIMEOUT_S
+    while file.exists():
+        if time.monotonic() > deadline_s:
+            file.unlink(missing_ok=True)
+            raise ConfigError(
+                f"restart: the launcher of {paths.root.name} does not take the order; "
+                "is it closing, or still starting?"
+            )
+        time.sleep(_TICK_S)
+    if role == "trainer":
+        return "the trainer finishes its step, writes a checkpoint, and is started again"
+    if role in buffers:
+        return f"{role} is started again with its ledger; the others wait for it"
+    return f"{role} returns its leases, delivers its finished samples, and is started again"
+
+
+def by_hand(job: RunningJob, role: str, settings: Sequence[str]) -> str:
+    """Asks a role without a launcher to drain; returns a message for the user. Raises ConfigError."""
+    if settings:
+        raise ConfigError(
+            f"restart: {job.short_name} has no launcher: give {settings[0]} to the command that starts the "
+            "trainer, then restart it without settings"
+        )
+    code = job.config.daemon.exit_code_on_drain
+    again = f"its supervisor has to start it again, with the same command (its exit code is {code}" + (
+        "; daemon.exit_code_on_drain=75, say, tells a supervisor that the run is not finished)"
+        if code == 0
+        else ")"
+    )
+    shards = [shard.name for shard in all_shards(job.config.buffer.num_shards)]
+    if role in shards:
+        return f"{_drain_buffer(job, role)}; {again}"
+    if role == "trainer":
+        return f"{_hand_over(job)}; {again}"
+    drain(job, role)
+    return f"{role} has left; {again}"
+
+
+def _drain_buffer(job: RunningJob, name: str) -> str:
+    status = next((each for each in job.statuses() if each.get("name") == name), None)
+    if status is None:
+        raise ConfigError(f"restart: {name} of {job.name} does not answer")
+    if not any(peer.get("role") == "trainer" for peer in status.get("peers", [])):
+        raise ConfigError(
+            f"restart: {name} has no trainer now, and draining would end the run: start one first"
+        )
+    for address in job.buffers:
+        if (job.get(address, "/status") or {}).get("name") == name:
+            job.post_to(address, "drain", {}, timeout_s=5.0)
+    return f"{name} drains"
+
+
+def _hand_over(job: RunningJob) -> str:
+    """Asks rank 0, at the address in its own endpoint file: never at one that another daemon reports."""
+    endpoint = read_endpoint(job.paths.endpoints / "trainer-0.json") if job.paths is not None else None
+    if endpoint is None:
+        raise ConfigError(
+            "restart: rank 0 of the trainer is reached only where its endpoint file is: name the run by its "
+            "directory, on the trainer's machine, or send SIGTERM to the trainer"
+        )
+    try:
+        post_json(str(endpoint["http"]), "/control/hand_over", {}, operator=job.operator)
+    except OSError as error:
+        raise ConfigError(f"restart: rank 0 of the trainer does not answer ({error})") from None
+    return "the trainer finishes its step, writes a checkpoint, and exits"
+
+
+def _check_settings(role: str, settings: Sequence[str]) -> None:
+    if settings and role != "trainer":
+        raise ConfigError(
+            f"restart: {role} keeps its settings, which other roles share; only the trainer's can change: "
+            "otherwise stop the run and continue it with resume=latest key=value"
         )
     if any(not setting.startswith("trainer.") for setting in settings):
         raise ConfigError("restart: only trainer.* settings may change while the other roles keep theirs")
@@ -57,21 +153,3 @@ def restart(run: str, role: str, settings: Sequence[str]) -> int:
             f"restart: the buffer uses {shared[0].partition('=')[0]} too: "
             f"stop the run and continue it with resume=latest {shared[0]}"
         )
-    load_config(["--config", str(paths.config), *settings])
-    if is_over(paths):
-        raise ConfigError(
-            f"restart: no launcher runs {paths.root}; start the trainer yourself with resume=latest"
-        )
-    order = restart_order_file(paths)
-    write_json(order, {"role": role, "settings": list(settings)})
-    deadline_s = time.monotonic() + _TAKE_TIMEOUT_S
-    while order.exists():
-        if time.monotonic() > deadline_s:
-            order.unlink(missing_ok=True)
-            raise ConfigError(
-                f"restart: the launcher of {paths.root.name} does not take the order; "
-                "is it closing, or still starting?"
-            )
-        time.sleep(_TICK_S)
-    sys.stdout.write("the trainer finishes its step, writes a checkpoint, and is started again\n")
-    return 0

@@ -14,9 +14,11 @@ from collections.abc import Callable, Iterable
 from http.client import HTTPException
 
 from areal_like.errors import ConfigError
+from areal_like.runtime.command_line import load_config, save_config
 from launch.local_job.actions import Action, HandOver, Kill, KillEverything, Notice, Start, Terminate
 from launch.local_job.display import View
-from launch.local_job.lifecycle import JobLifecycle, Phase
+from launch.local_job.lifecycle import JobLifecycle
+from launch.local_job.outcome import Phase
 from launch.local_job.processes import ProcessTable
 from launch.local_job.specs import JobSpecs
 from launch.observation.http_json import Operator, post_json
@@ -96,8 +98,15 @@ class LocalJob:
             if (ended := self._processes.reap(name)) is not None:
                 self._carry_out(lifecycle.exited(ended, now_s=time.monotonic()))
         seen = self._observer.newest
-        if lifecycle.phase is Phase.RUNNING and (settings := take_restart_order(self._paths)) is not None:
-            self._carry_out(lifecycle.replace_trainer(settings, seen=seen))
+        if lifecycle.phase is Phase.RUNNING and (order := take_restart_order(self._paths)) is not None:
+            role, settings = order
+            if settings:  # for the next resume as well
+                save_config(load_config(["--config", str(self._paths.config), *settings]), self._paths.config)
+            is_trainer = role == "trainer"
+            replaced = (
+                lifecycle.replace_trainer(settings, seen=seen) if is_trainer else lifecycle.replace(role)
+            )
+            self._carry_out(replaced)
         self._carry_out(lifecycle.tick(seen, now_s=time.monotonic(), now_unix_s=time.time()))
         if lifecycle.phase is Phase.RUNNING:
             self._observer.slow_down()

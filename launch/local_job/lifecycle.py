@@ -22,14 +22,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from enum import StrEnum
 
 from areal_like.automatic_settings import start_limit_s
 from areal_like.config import Config
 from areal_like.runtime.progress import ProgressClock
 from areal_like.shards import all_shards
-from launch.local_job.actions import Action, Exit, HandOver, Kill, KillEverything, Notice, Start
-from launch.local_job.outcome import Outcome
+from launch.local_job.actions import Action, Exit, HandOver, Kill, KillEverything, Notice, Start, Terminate
+from launch.local_job.outcome import Outcome, Phase
 from launch.local_job.restarts import Restarts, RestartState
 from launch.local_job.servers import RolloutServers
 from launch.local_job.shutdown import Shutdown, Stage
@@ -48,19 +47,6 @@ FAILURE_CLOSE_S = 10.0
 TRAINER_RESERVE, SERVERS_RESERVE = 0.25, 0.1
 """Fraction of `daemon.drain_timeout_s` that trainer and servers must leave to the processes that end after
 them."""
-
-
-class Phase(StrEnum):
-    """The phase of the job."""
-
-    PREPARING = "preparing the model"
-    """The model is built; the buffers start."""
-    STARTING = "starting"
-    """Servers and trainer load the model and connect to the buffers."""
-    RUNNING = "running"
-    """All daemons are ready."""
-    CLOSING = "closing"
-    """Daemons end one after another."""
 
 
 class JobLifecycle:
@@ -153,6 +139,15 @@ class JobLifecycle:
         self._trainer.is_handing_over = True
         rank0 = seen.daemons.get("trainer-0")
         return [Notice(text), HandOver(str(rank0.endpoint["http"]) if rank0 else None)]
+
+    def replace(self, name: str) -> list[Action]:
+        """Replaces a server, once it has drained, or a buffer with a durable ledger."""
+        if name in self._running and name in self._buffer_restarts:
+            # Killed, because a buffer that drains without a trainer ends the run.
+            return [Notice(f"restarting {name}"), Kill(name), Start(self._buffers[name])]
+        if name in self._running and self._servers.replace(name):
+            return [Notice(f"restarting {name}"), Terminate(name)]
+        return [Notice(f"{name} is not restarted: this launcher does not run it")]
 
     def tick(self, seen: Observation, *, now_s: float, now_unix_s: float) -> list[Action]:
         """Advances the phase and starts due restarts. Call it about ten times per second."""

@@ -1,15 +1,29 @@
-"""The result of a local job: its exit code, and the reason for a failure."""
+"""The phases of a local job, and its result: its exit code, and the reason for a failure."""
 
 from __future__ import annotations
 
 import logging
 import signal
 from collections.abc import Sequence
+from enum import StrEnum
 
 from launch.local_job.actions import Exit
 from launch.local_job.specs import DRAINED
 
 log = logging.getLogger(__name__)
+
+
+class Phase(StrEnum):
+    """The phase of the job."""
+
+    PREPARING = "preparing the model"
+    """The model is built; the buffers start."""
+    STARTING = "starting"
+    """Servers and trainer load the model and connect to the buffers."""
+    RUNNING = "running"
+    """All daemons are ready."""
+    CLOSING = "closing"
+    """Daemons end one after another."""
 
 
 class Outcome:

@@ -22,6 +22,7 @@ class Restarts:
 
         RUNNING --died--> WAITING --due, started--> RUNNING
            \\--died too often--> GIVEN_UP
+        RUNNING --replaced--> WAITING (due at once)
 
     The delay doubles with each death in a row, from `base_s` to `max_s`. A process that ran for at least
     `healthy_s`, or a call of `made_progress`, resets the count of deaths. After more than `max_quick_deaths`
@@ -44,6 +45,8 @@ class Restarts:
         """Deaths in a row, each after less than `healthy_s` and without progress."""
         self.due_s = now_s
         """When WAITING: time of the next start."""
+        self.is_replacing = False
+        """True while the process is asked to end for its replacement."""
         self._started_s = now_s
         self._died_s = -math.inf
 
@@ -51,12 +54,21 @@ class Restarts:
         """Records an unexpected end of the process: RUNNING -> WAITING or GIVEN_UP."""
         assert self.state is RestartState.RUNNING
         self._died_s = now_s
+        self.is_replacing = False
         self.num_quick_deaths = 1 if now_s - self._started_s >= self._healthy_s else self.num_quick_deaths + 1
         if self.num_quick_deaths > self._max_quick_deaths:
             self.state = RestartState.GIVEN_UP
             return
         self.state = RestartState.WAITING
         self.due_s = now_s + min(self._max_s, self._base_s * 2 ** (self.num_quick_deaths - 1))
+
+    def replaced(self, *, now_s: float) -> bool:
+        """Records an orderly end; True if the next process is to be started now: RUNNING -> WAITING."""
+        if not self.is_replacing:
+            return False
+        self.is_replacing = False
+        self.state, self.due_s = RestartState.WAITING, now_s
+        return True
 
     def made_progress(self, *, at_s: float) -> None:
         """Records that at `at_s` the process got further than any before it: earlier deaths no longer

@@ -20,6 +20,7 @@ class RolloutServers:
     Our server: running -> dead -> restarted -> running
                                 -> too many deaths in a row: not restarted
                         -> drained (stopped by a user), or exit code 0 (the run is finished): not restarted
+                -> asked to end for its replacement -> drained -> restarted
     Joined server: observed only; the job is not over while one is left.
     """
 
@@ -35,6 +36,12 @@ class RolloutServers:
     def __contains__(self, name: str) -> bool:
         return name in self._restarts
 
+    def replace(self, name: str) -> bool:
+        """One of our servers is asked to end for its replacement; False if it is none of ours."""
+        if name in self._restarts:
+            self._restarts[name].is_replacing = True
+        return name in self._restarts
+
     @property
     def ours(self) -> list[str]:
         """Our servers, dead ones included, without those that were stopped or have left."""
@@ -48,6 +55,8 @@ class RolloutServers:
 
     def exited(self, ended: Exit, *, now_s: float) -> str:
         """Records the end of one of our servers; returns the notice for the user."""
+        if ended.code == DRAINED and self._restarts[ended.name].replaced(now_s=now_s):
+            return f"{ended.name} has left: starting it again"
         self._last_exit = ended
         if ended.code in (0, DRAINED):
             del self._restarts[ended.name]

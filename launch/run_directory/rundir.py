@@ -37,14 +37,19 @@ def restart_order_file(paths: RunPaths) -> Path:
     return paths.root / "restart.json"
 
 
-def take_restart_order(paths: RunPaths) -> list[str] | None:
-    """Takes an order to replace the trainer; returns its settings, or None if there is no order."""
+def take_restart_order(paths: RunPaths) -> tuple[str, list[str]] | None:
+    """Takes an order to replace a process; returns (its role, its settings), or None if there is no order."""
     try:
         order = json.loads(restart_order_file(paths).read_text())
     except FileNotFoundError:
         return None
     restart_order_file(paths).unlink()
-    return [str(setting) for setting in order["settings"]]
+    return str(order["role"]), [str(setting) for setting in order["settings"]]
+
+
+def has_launcher(paths: RunPaths) -> bool:
+    """True if `areal-like run` has started this run; its processes may have ended."""
+    return (paths.root / _LOCK).exists()
 
 
 def is_over(paths: RunPaths) -> bool:

@@ -20,7 +20,7 @@ from areal_like.config import Config
 from areal_like.shards import Shard, all_shards
 from areal_like.wire.addresses import buffer_addresses
 from launch.audit.run import audit_run
-from launch.commands.running_job import servers_of
+from launch.observation.reach import RunningJob
 from tests.chaos.job import chaos_config, check_counters, check_groups, counters_of, train
 from tests.support.buffer_harness import ROOT, BufferProcess
 from tests.support.launching import (
@@ -105,9 +105,10 @@ def test_a_dead_shard_stalls_the_step_and_loses_nothing(
             lambda seen: [peer.get("weights_version") for peer in seen["peers"]].count(3) == 2
         )
         job.kill(1)
-        assert sorted(servers_of(job.config, job.buffers[0].paths)) == ["rollout-0", "rollout-1"], (
-            "both are registered with the other shard too"
-        )
+        assert sorted(RunningJob.in_directory(str(job.buffers[0].paths.root)).servers()) == [
+            "rollout-0",
+            "rollout-1",
+        ], "both are registered with the other shard too"
         rest = training.submit(train, client, first=3, last=NUM_STEPS)
         # Groups are recorded one step ahead of the trainer and generated up to the staleness bound. The
         # shard that is alive fills its own three positions of each step.

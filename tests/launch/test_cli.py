@@ -63,7 +63,7 @@ def areal_like(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         ),
         (["rollout", "--join", "--buffer", "a:1", "--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
         (["replay"], "replay: the following arguments are required: RUN (usage"),
-        (["restart", "nowhere"], "restart: the following arguments are required: trainer (usage"),
+        (["restart", "nowhere"], "restart: the following arguments are required: ROLE (usage"),
         (["restart", "nowhere", "trainer"], "no run 'nowhere'"),
         (["restart", "nowhere", "trainer.lr=1"], "areal-like restart RUN trainer trainer.KEY=VALUE"),
         (["run", "model=/models/X"], "is model.path=/models/X"),

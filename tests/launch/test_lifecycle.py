@@ -10,7 +10,8 @@ import pytest
 
 from areal_like.config import Config, from_mapping
 from launch.local_job.actions import Action, Exit, HandOver, Kill, KillEverything, Notice, Start, Terminate
-from launch.local_job.lifecycle import JobLifecycle, Phase
+from launch.local_job.lifecycle import JobLifecycle
+from launch.local_job.outcome import Phase
 from launch.local_job.specs import DRAINED, JobSpecs
 from launch.observation.observer import DaemonView, Observation
 from launch.observation.progress import Progress
@@ -229,6 +230,38 @@ def test_a_replaced_trainer_starts_with_its_new_settings() -> None:
     assert isinstance(start, Start) and start.from_newest_checkpoint
     assert start.spec.command[-1] == "trainer.lr=1e-4" and job.phase is Phase.RUNNING
     assert job.exited(Exit(name="trainer", code=0), now_s=5.0)[0] == Terminate("rollout-0"), "it is done"
+
+
+def test_a_server_is_replaced_when_it_has_drained() -> None:
+    job = running_job()
+    assert job.replace("rollout-1")[1:] == [Terminate("rollout-1")]
+    assert notices(job.exited(Exit(name="rollout-1", code=DRAINED), now_s=4.0)).endswith("starting it again")
+    assert started(tick(job, 4.1, seen(*ALL))) == ["rollout-1"]
+    actions = job.exited(Exit(name="rollout-1", code=DRAINED), now_s=5.0)
+    assert notices(actions) == "rollout-1 was stopped by a user", "asked once, it is replaced once"
+    assert tick(job, 6.0, seen(*ALL)) == []
+
+
+def test_a_server_that_dies_instead_counts_as_dead() -> None:
+    job = running_job()
+    job.replace("rollout-1")
+    assert "starting it again in 0.5 s" in notices(job.exited(Exit(name="rollout-1", code=1), now_s=4.0))
+    assert started(tick(job, 5.0, seen(*ALL))) == ["rollout-1"]
+    assert "stopped by a user" in notices(job.exited(Exit(name="rollout-1", code=DRAINED), now_s=6.0))
+
+
+def test_a_buffer_is_replaced_at_its_port() -> None:
+    job = running_job()
+    notice, kill, start = job.replace("buffer")
+    assert isinstance(notice, Notice) and kill == Kill("buffer") and isinstance(start, Start)
+    assert start.spec.command[-1] == "buffer.ports=[7001]" and job.phase is Phase.RUNNING
+    for name in ("rollout-7", "prepare_model"):
+        assert "this launcher does not run it" in notices(job.replace(name))
+
+
+def test_a_buffer_without_a_ledger_is_not_replaced() -> None:
+    job = running_job(buffer={"durability": "none"})
+    assert "this launcher does not run it" in notices(job.replace("buffer"))
 
 
 def test_a_run_goes_back_to_its_step_before_anything_else() -> None:

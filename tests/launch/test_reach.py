@@ -137,8 +137,21 @@ def test_verbs_by_directory_and_by_address(buffer: BufferProcess, capsys: pytest
         assert "no process of this run has had the name rollout-7" in capsys.readouterr().err
         assert main(["drain", *where, "rollout-7"]) == 2
         assert "no rollout server 'rollout-7'" in capsys.readouterr().err
+    for role, message in (
+        ("trainer", "reached only where its endpoint file is"),
+        ("buffer", "has no trainer now, and draining would end the run"),
+        ("rollout-7", "no rollout server 'rollout-7'"),
+    ):
+        assert main(["restart", *address, role]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["restart", *address, "trainer", "trainer.lr=1"]) == 2
+    assert "job has no launcher: give trainer.lr=1 to the command" in capsys.readouterr().err
     assert main(["unfence", *address, "rollout-1"]) == 0
     assert "its process is refused" in capsys.readouterr().out
+    buffer.produce("rollout-2")
+    buffer.wait_status(lambda status: any(peer["name"] == "rollout-2" for peer in status["peers"]))
+    assert main(["restart", *address, "rollout-2"]) == 0
+    assert "rollout-2 has left; its supervisor has to start it again" in capsys.readouterr().out
     assert main(["drain", *address, "rollout-0"]) == 0
     assert capsys.readouterr().out == "rollout-0 has left\n"
 

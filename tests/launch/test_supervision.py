@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from areal_like.paths import RunPaths, write_json
+from areal_like.runtime.command_line import load_config
 from launch.cli import main
 from launch.run_directory.rundir import restart_order_file
 from tests.support.launching import (
@@ -267,6 +268,44 @@ def test_a_killed_buffer_and_trainer_are_started_again(workplace: Path) -> None:
         code, out, _ = drain(process, root)
     assert code == 0
     assert out.count("ended (killed by SIGKILL): starting it again") == 4
+
+
+def test_any_role_is_restarted_on_request(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = workplace / "runs" / "x"
+    monkeypatch.chdir(workplace)
+    with launcher("name=x", ENDLESS, cwd=workplace) as process:
+        wait_for_steps(1, root, process=process)
+        wait_for_notice("running", root, process)
+        for role, part, words in (
+            ("rollout-0", "-m rollout_server ", []),
+            ("buffer", "-m buffer ", []),
+            ("trainer", "-m trainer ", ["trainer.lr=3e-5"]),
+        ):
+            before = pid_of(root, part)
+            assert main(["restart", "x", role, *words]) == 0
+            wait_until(
+                lambda part=part, before=before: is_back(root, part, after=before),
+                what=f"{role} is back",
+                run_root=root,
+                process=process,
+            )
+        capsys.readouterr()
+        assert load_config(["--config", str(root / "config.yaml")]).trainer.lr == 3e-5
+        for words, message in (
+            (["rollout-7"], "there is no 'rollout-7' (roles: trainer, rollout-0, buffer)"),
+            (["rollout-0", "rollout.num_threads=2"], "rollout-0 keeps its settings"),
+            (["trainer", "trainer.num_steps=5"], "the buffer uses trainer.num_steps too"),
+        ):
+            assert main(["restart", "x", *words]) == 2
+            assert message in capsys.readouterr().err
+        assert drain(process, root)[0] == 0
+    assert main(["restart", "x", "trainer"]) == 2
+    assert "continue the run with resume=latest" in capsys.readouterr().err
+    log = "\n".join(launcher_log(root))
+    assert "restarting rollout-0" in log and "rollout-0 has left: starting it again" in log
+    assert load_config(["--config", str(root / "config.yaml")]).trainer.lr == 3e-5, "a resume has it too"
 
 
 def test_a_trainer_without_progress_is_not_restarted_for_ever(workplace: Path) -> None:
