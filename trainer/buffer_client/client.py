@@ -27,7 +27,7 @@ from areal_like.runtime.daemon import Runtime
 from areal_like.runtime.progress import ProgressClock
 from areal_like.runtime.threads import NamedThread
 from areal_like.runtime.waits import PendingWaits
-from areal_like.wire.addresses import buffer_addresses
+from areal_like.wire.addresses import buffer_addresses, buffer_lookup
 from areal_like.wire.fingerprint import (
     dataset_fingerprint,
     model_fingerprint,
@@ -275,6 +275,7 @@ class TrainerBufferClient:
                 on_progress=functools.partial(self._on_progress, f"buffer {index}"),
                 fail=self.fail,
                 keyring=self.runtime.keyring,
+                look_up=buffer_lookup(self.config, index),
             )
             self._buffers.append(connection)
         with self.waits("buffer: welcome"):
