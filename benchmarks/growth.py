@@ -129,6 +129,7 @@ class _Job:
         self._numbers = itertools.count(_NUM_SERVERS)
         self._samples = itertools.count()
         self._step = 0
+        self._now_s = 0.0
         ledger.set_num_train_prompts(1_000_000)
         ledger.start_training(incarnation=1, step=0, stream={})
         self._version = ledger.alloc_version(incarnation=1, step=0)
@@ -138,6 +139,9 @@ class _Job:
     async def step(self) -> None:
         """One optimizer step, and what belongs to it."""
         ledger, step = self._ledger, self._step
+        self._now_s += 1.0
+        assert not ledger.expire(now_s=self._now_s), "a server was lost"
+        assert not ledger.take_aborts(), "a lease was lost"
         if step % _EVAL_EVERY == 0:
             ledger.request_eval(eval_id=step, num_prompts=64, min_version=0, num_samples=1)
         if step % _REPLACE_EVERY == _REPLACE_EVERY - 1:
@@ -146,7 +150,7 @@ class _Job:
         while any(ledger.fetch(step=step, position=each) is None for each in range(_GROUPS_PER_STEP)):
             for name in self._names:
                 self._beat(name)
-            for name, leases in ledger.grant(now_s=0.0).items():
+            for name, leases in ledger.grant(now_s=self._now_s).items():
                 for lease in leases:
                     self._answer(name, lease)
             await self._durable()
@@ -187,7 +191,9 @@ class _Job:
 
     def _register(self, name: str) -> None:
         incarnation = self._ledger.admit_process(name, f"{name} {self._step}")
-        self._ledger.register_server(name, incarnation=incarnation, weights_version=self._version, now_s=0.0)
+        self._ledger.register_server(
+            name, incarnation=incarnation, weights_version=self._version, now_s=self._now_s
+        )
 
     def _beat(self, name: str) -> None:
         beat = ServerHeartbeat(
@@ -197,7 +203,7 @@ class _Job:
             weights_version=self._version,
             leases=[],
         )
-        self._ledger.heartbeat(name, beat, now_s=0.0)
+        self._ledger.heartbeat(name, beat, now_s=self._now_s)
 
     async def _durable(self) -> None:
         durable = asyncio.get_running_loop().create_future()

@@ -182,6 +182,21 @@ COMMANDS = {
         "records the next N steps (3) of a running trainer with torch's profiler, on rank 0 or those named: "
         "traces for Perfetto in RUN/profiles, and a table of where the time goes",
     ),
+    "submit": Command(
+        "submit",
+        "submit --slurm [--config FILE] [--rollout-jobs N] [--trainer-nodes N] [--partition NAME] "
+        "[--time LIMIT] [--interface NAME] [--max-failures N] [--sbatch-args=OPTIONS] "
+        "[--buffer-args=OPTIONS] [--trainer-args=OPTIONS] [--rollout-args=OPTIONS] [--dry-run] "
+        "[key=value ...]\n"
+        "       areal-like submit --slurm --join RUN [--rollout-jobs N]",
+        "starts a run, or continues it, as jobs of Slurm: a buffer, a trainer on N nodes, and one job for "
+        "each rollout server; OPTIONS (one quoted word) go to sbatch; --join: adds rollout jobs",
+    ),
+    "scale": Command(
+        "scale",
+        "scale RUN N",
+        "changes the number of rollout servers of a run on Slurm: submits jobs, or drains the newest ones",
+    ),
     "keys": Command(
         "keys",
         "keys init DIR [--roles ROLE ...]\n"

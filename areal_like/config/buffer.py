@@ -57,6 +57,10 @@ class BufferConfig(Section, key="buffer"):
     Daemons started by hand need a fixed port."""
     advertise_host: str = ""
     """Address at which other hosts reach the buffer, `{shard}` as in `host`; empty: `host`."""
+    discovery: Literal["address", "run_dir"] = "address"
+    """How rollout servers and ranks find the buffer. `address`: at `advertise_host` (`host`) and `port`.
+    `run_dir`: where its file in the run's directory says, which all machines must share; a buffer that is
+    silent is looked up again, so it may be started again on another machine, and its port may be 0."""
     num_shards: int = 1
     """Buffer daemons (buffer-0, buffer-1, ...) that split the prompts and the groups of every step; fixed for
     a run's life."""
@@ -139,6 +143,11 @@ class BufferConfig(Section, key="buffer"):
         require(
             not (self.ledger_dir and self.durability == "none"),
             f"buffer.ledger_dir={self.ledger_dir}: with buffer.durability=none there is no ledger on disk",
+        )
+        require(
+            not (self.discovery == "run_dir" and self.durability == "none"),
+            "buffer.discovery=run_dir is for a buffer that may be started again, and with "
+            "buffer.durability=none it would have lost its ledger: set durability to power_loss",
         )
         require(
             1 << 16 <= self.segment_bytes <= 1 << 31,

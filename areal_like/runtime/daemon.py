@@ -163,7 +163,11 @@ class Runtime:
         self._discovery.remove()
         await self._plane.close()
         recorder.stop()
-        (self.paths.endpoints / f"{self.name}.json").unlink(missing_ok=True)
+        file = self.paths.endpoints / f"{self.name}.json"
+        written = read_endpoint(file) or {}
+        # A successor may have written its own: this process can be one that was taken for dead.
+        if all(written.get(key) == self._endpoint.get(key) for key in ("pid", "started_unix_s")):
+            file.unlink(missing_ok=True)
 
     def _read_keys(self, keyring: Keyring) -> None:
         self._reading_keys = self._loop.call_later(_READ_KEYS_S, self._read_keys, keyring)

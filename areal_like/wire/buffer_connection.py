@@ -4,8 +4,8 @@ It registers, and detects that the buffer is silent or cannot write.
 
     UNREGISTERED -> register() -> REGISTERED -> HelloRequired (the buffer was restarted) -> UNREGISTERED
 
-A buffer may be restarted at the same address. The new process sends `HelloRequired` to peers that have not
-registered. Two other conditions need different behavior:
+A buffer may be restarted at the same address, or at another one that `look_up` finds. The new process sends
+`HelloRequired` to peers that have not registered. Two other conditions need different behavior:
 
     silent   Nothing was received for SILENT_AFTER_S, and messages pile up in the socket. A rollout server
              sends only a hello until the buffer replies. A trainer rank, which sends little, goes on with its
@@ -53,6 +53,8 @@ SILENT_AFTER_S = 5.0
 NAME_RETRY_S = 8.0
 """Time for which a hello is repeated while another process answers for the name."""
 _NAME_RETRY_PAUSE_S = 0.5
+_FOLLOW_S = 1.0
+"""Interval at which a silent buffer's address is looked up."""
 
 log = logging.getLogger(__name__)
 
@@ -72,13 +74,15 @@ class BufferConnection:
         on_finished: Callable[[], None] = lambda: None,
         keyring: Keyring | None = None,
         on_reopened: Callable[[], None] = lambda: None,
+        look_up: Callable[[], str | None] | None = None,
     ) -> None:
         """`on_message` gets all one-way messages that have no callback of their own.
 
         HelloRequired calls `on_hello_required`, JobFailed and Refused call `on_fatal` with the reason, Drain
         calls `on_drain`, JobFinished calls `on_finished`. AreYouAlive is answered here.
-        `on_reopened`: called when the socket was opened again because keys have changed: one-way messages of
-        both sides may be lost, and the owner should register again.
+        `on_reopened`: called when the socket was opened again, because keys have changed or the buffer has
+        moved: one-way messages of both sides may be lost, and the owner should register again.
+        `look_up`: asked for the buffer's present address while it is silent; see `buffer_lookup`.
         """
         self.address = address
         self.is_registered = False
@@ -98,6 +102,9 @@ class BufferConnection:
         self._on_drain = on_drain
         self._on_finished = on_finished
         self._clock = ClockOffset()
+        self._following: asyncio.TimerHandle | None = None
+        if look_up is not None:
+            self._following = self._loop.call_later(_FOLLOW_S, self._follow, look_up)
         self._incarnation = 0
         """Granted by this buffer; 0: none yet."""
         self._on_reopened = on_reopened
@@ -147,7 +154,18 @@ class BufferConnection:
 
     def close(self) -> None:
         """Closes the socket and fails pending calls."""
+        if self._following is not None:
+            self._following.cancel()
         self._link.close()
+
+    def _follow(self, look_up: Callable[[], str | None]) -> None:
+        """Once a second: connects to another address if the buffer is silent and was started again there."""
+        self._following = self._loop.call_later(_FOLLOW_S, self._follow, look_up)
+        if self.is_silent and (address := look_up()) not in (None, self.address):
+            assert address is not None
+            log.info("the buffer at %s is silent and has a successor at %s", self.address, address)
+            self.address = address
+            self._link.move(address)
 
     def _reopened(self) -> None:
         self.is_registered = False

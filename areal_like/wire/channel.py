@@ -250,6 +250,11 @@ class Link:
         self.resend_pending()
         self._on_reopened()
 
+    def move(self, address: str) -> None:
+        """Connects to another address, at which the peer was started again."""
+        self.address = address
+        self._reopen()
+
     def send(self, message: Any) -> None:
         """Queues a one-way message; drops it if the peer does not read the messages before it."""
         self._send(message, rid=0)

@@ -114,10 +114,13 @@ def buffer_settings(config: Config, paths: RunPaths | None, given: str) -> list[
             raise ConfigError(f"--buffer {given}: expected host:port")
         return [
             f'buffer.host="{host.strip("[]")}"',
+            "buffer.discovery=address",
             "buffer.advertise_host=''",
             f"buffer.port={port}",
             "buffer.ports=[]",
         ]
+    if paths is not None and config.buffer.discovery == "run_dir":
+        return []
     if paths is None:
         raise ConfigError(
             "rollout --join: there is no buffer to join; name a running job, or give --buffer host:port"

@@ -69,7 +69,7 @@ def open_run(argv: Sequence[str], *, is_sft: bool = False) -> OpenRun:
     if is_sft and not any(arg.startswith("name=") for arg in argv):
         config = dataclasses.replace(config, name=f"{config.name}-sft")
     is_named = any(arg.startswith("name=") or arg == "--config" for arg in argv)
-    resumes = _is_begun(RunPaths.of(config)) if config.resume == "auto" else bool(config.resume)
+    resumes = is_begun(RunPaths.of(config)) if config.resume == "auto" else bool(config.resume)
     is_named = is_named or config.resume == "auto"  # the next start must find the same directory
     if resumes:
         return prepared(_resume(config, argv, is_sft=is_sft))
@@ -80,7 +80,7 @@ def open_run(argv: Sequence[str], *, is_sft: bool = False) -> OpenRun:
 
 def open_replay(recorded: Path, argv: Sequence[str]) -> OpenRun:
     """Opens a new run with the settings of the recorded one, changed by `argv`. Raises ConfigError."""
-    config = _with_own_settings(load_config(argv), argv, own=recorded / "config.yaml")
+    config = with_own_settings(load_config(argv), argv, own=recorded / "config.yaml")
     is_named = any(arg.startswith("name=") for arg in argv)
     if config.model.path in BUILT_MODELS:
         built = str(RunPaths(recorded.resolve()).built_model)
@@ -92,7 +92,7 @@ def open_replay(recorded: Path, argv: Sequence[str]) -> OpenRun:
     return prepared(_start(resolved(config), is_named=is_named))
 
 
-def _is_begun(paths: RunPaths) -> bool:
+def is_begun(paths: RunPaths) -> bool:
     """True if a launcher has begun a run here that has something to continue with."""
     return paths.config.is_file() and (holds_run(paths) or bool(paths.ledgers))
 
@@ -203,7 +203,7 @@ def _resume(config: Config, argv: Sequence[str], *, is_sft: bool) -> OpenRun:
             raise ConfigError(f"resume={config.resume}: the checkpoints kept are {_listed(steps)}")
         lines = _resume_announcement(paths, steps, resume=config.resume)
         if "--config" not in argv:
-            config = _with_own_settings(config, argv, own=paths.config)
+            config = with_own_settings(config, argv, own=paths.config)
         config = resolved(config)
         if not is_sft:
             check_gpus_are_separate(config)
@@ -240,7 +240,7 @@ def _listed(steps: Sequence[int]) -> str:
     return ", ".join(f"step:{step}" for step in steps)
 
 
-def _with_own_settings(composed: Config, argv: Sequence[str], *, own: Path) -> Config:
+def with_own_settings(composed: Config, argv: Sequence[str], *, own: Path) -> Config:
     """The run's stored configuration with the overrides of `argv`.
 
     A section that `argv` replaces as a whole (`task=...`) is taken from `composed`. `scale=PRESET` changes

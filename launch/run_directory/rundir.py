@@ -75,6 +75,16 @@ def is_held(paths: RunPaths) -> bool | None:
     return False
 
 
+def release_for_others(paths: RunPaths) -> None:
+    """Prepares the directory for roles that no launcher starts, also if a launcher has begun the run.
+
+    Without a lock file the run does not count as over. Raises InUseError if a launcher runs it.
+    """
+    if paths.root.is_dir():
+        os.close(lock(paths))
+        (paths.root / _LOCK).unlink(missing_ok=True)
+
+
 def holds_run(paths: RunPaths) -> bool:
     """True when a step was trained here. A job that failed before its first step leaves its name free."""
     return paths.summary.exists() or _has_steps(paths)

@@ -23,7 +23,7 @@ from areal_like.errors import ArealError, DeadlineError, RunFinishedError
 from areal_like.runtime.waits import PendingWaits
 from areal_like.security.keyring import Keyring
 from areal_like.shards import WHOLE, Shard
-from areal_like.wire.addresses import buffer_addresses
+from areal_like.wire.addresses import buffer_addresses, buffer_lookup
 from areal_like.wire.buffer_connection import BufferConnection
 from areal_like.wire.limits import shortened
 from areal_like.wire.messages.hello import Goodbye, Hello
@@ -92,6 +92,7 @@ class BufferClient:
             on_finished=on_finished,
             keyring=keyring,
             on_reopened=self._wake,
+            look_up=buffer_lookup(config, shard.index),
         )
         self._on_finished = on_finished
         self._loop = asyncio.get_running_loop()

@@ -32,7 +32,9 @@ LAB = Path(__file__).with_name("prometheus_lab.sh")
 EVENTS = {
     "ALERTS": "no alert fires in a healthy job",
     "areal_trainer_eval": "the job has no evaluations",
-    "areal_trainer_loss_of": "the task has no parts of rewards",
+    "areal_trainer_reward_part": "the task's rewards have no parts",
+    "areal_trainer_label_reward": "its prompts have no labels",
+    "areal_trainer_sample_metric": "its samples have no metrics",
 }
 """What may be empty, by a part of the expression, and why."""
 

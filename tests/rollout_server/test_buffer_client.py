@@ -1,4 +1,4 @@
-"""The buffer client while its buffer restarts at the same address, or cannot write to its disk."""
+"""The buffer client while its buffer restarts, at the same or another address, or cannot write."""
 
 import asyncio
 from collections import Counter
@@ -9,6 +9,7 @@ import pytest
 
 from areal_like.config import from_mapping
 from areal_like.failures import FailureKind
+from areal_like.paths import RunPaths, write_json
 from areal_like.runtime.waits import PendingWaits
 from areal_like.wire.channel import Envelope, Listener
 from areal_like.wire.messages.hello import Hello, Role, Welcome
@@ -115,6 +116,55 @@ def test_messages_to_an_absent_buffer_do_not_pile_up(tmp_path: Path, monkeypatch
             await asyncio.sleep(0.01)
         assert second.received["ServerHeartbeat"] < 40, second.received
         assert second.received["SampleFailed"] < 15, second.received
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        client.close()
+        second.listener.close()
+
+    asyncio.run(body())
+
+
+@pytest.mark.timeout(60)
+def test_a_buffer_that_moved_gets_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("areal_like.wire.buffer_connection.SILENT_AFTER_S", 0.3)
+    monkeypatch.setattr("areal_like.wire.buffer_connection._FOLLOW_S", 0.05)
+    monkeypatch.setattr("rollout_server.buffer_client.client._HELLO_TIMEOUT_S", 0.5)
+    config = from_mapping(
+        {
+            "name": "job",
+            "runs_dir": str(tmp_path),
+            "buffer": {"discovery": "run_dir"},
+            "daemon": {"heartbeat_s": 0.02},
+        }
+    )
+
+    async def body() -> None:
+        first = PlayedBuffer()
+        endpoint = RunPaths.of(config).endpoints / "buffer.json"
+        write_json(endpoint, {"stream": f"tcp://127.0.0.1:{first.listener.port}"})
+        held, leases = HeldLeases(engine_samples=4, max_episodes=8), list[Any]()
+        client = BufferClient(
+            config,
+            hello=lambda: HELLO,
+            held=held,
+            waits=PendingWaits(),
+            on_leases=leases.extend,
+            on_abort=lambda _: None,
+        )
+        client.announce(state=ServerState.SERVING)
+        running = asyncio.create_task(client.run())
+        await first.expect("ServerHeartbeat")
+        first.listener.send(first.peer, Leases(leases=[LEASE]))
+        while not leases:
+            await asyncio.sleep(0.01)
+        first.listener.close()
+        client.deliver(FAILED)
+        second = PlayedBuffer(acknowledging=True)
+        write_json(endpoint, {"stream": f"tcp://127.0.0.1:{second.listener.port}"})
+        await second.expect("SampleFailed")
+        while held.num_unacknowledged:
+            await asyncio.sleep(0.01)
+        assert second.received["Hello"] and str(second.listener.port) not in client.problem
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
         client.close()

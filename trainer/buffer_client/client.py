@@ -1,8 +1,7 @@
 """One rank's client of the buffer (all its shards), for the training thread.
 
-The training thread is inside torch most of the time, so the client runs an event loop in another thread for
-the heartbeats, the HTTP server, the prefetch of groups and (on rank 0) the publisher. The training thread
-uses that loop only through `call`, `groups` and the flags of the client.
+The training thread is inside torch most of the time, so an event loop in another thread has the heartbeats,
+HTTP server, prefetch and (on rank 0) publisher. It is used only through `call`, `groups` and the flags here.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from areal_like.runtime.daemon import Runtime
 from areal_like.runtime.progress import ProgressClock
 from areal_like.runtime.threads import NamedThread
 from areal_like.runtime.waits import PendingWaits
-from areal_like.wire.addresses import buffer_addresses
+from areal_like.wire.addresses import buffer_addresses, buffer_lookup
 from areal_like.wire.fingerprint import (
     dataset_fingerprint,
     model_fingerprint,
@@ -74,7 +73,7 @@ class TrainerBufferClient:
         self.world_size = world_size
         self.state = "starting"
         self.step = 0
-        self.max_staleness = config.staleness_cap  # the bound that the buffer has now
+        self.max_staleness = config.staleness_cap  # the buffer's bound
         self.stats: dict[str, float] = {}
         self.waits = PendingWaits()
         self.directory = Directory(servers=[])
@@ -276,6 +275,7 @@ class TrainerBufferClient:
                 on_ack=functools.partial(self._on_ack, f"buffer {index}"),
                 fail=self.fail,
                 keyring=self.runtime.keyring,
+                look_up=buffer_lookup(self.config, index),
             )
             self._buffers.append(connection)
         with self.waits("buffer: welcome"):

@@ -38,12 +38,13 @@ class Connection:
         on_ack: Callable[[HeartbeatAck], None],
         fail: Callable[[ArealError], None],
         keyring: Keyring | None = None,
+        look_up: Callable[[], str | None] | None = None,
     ) -> None:
         """`survives`: True if the buffer's ledger survives a kill of the buffer.
 
         `on_message`: called with every message that is no reply and no HeartbeatAck. `on_ack`: called
-        with every HeartbeatAck. `fail`: called with an error that neither waiting
-        nor registering again can resolve.
+        with every HeartbeatAck. `fail`: called with an error that neither waiting nor registering again can
+        resolve. `look_up`: as of `BufferConnection`.
         """
         self._hello = hello
         self._survives = survives
@@ -58,13 +59,18 @@ class Connection:
             on_fatal=fail,
             keyring=keyring,
             on_reopened=self._start_registering,
+            look_up=look_up,
         )
         self._registering: asyncio.Task[None] | None = None
-        self.address = address
         self.call = self._buffer.call
         """As `Link.call`."""
         self.send = self._buffer.send
         """As `Link.send`."""
+
+    @property
+    def address(self) -> str:
+        """Of the buffer."""
+        return self._buffer.address
 
     @property
     def silent_s(self) -> float:

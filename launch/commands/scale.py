@@ -1,0 +1,46 @@
+"""`areal-like scale RUN N`: the number of rollout servers of a run that Slurm runs.
+
+More: it submits jobs. Fewer: it drains the newest servers, which return their leases and then their
+allocations. Which number is useful says `areal-like why RUN`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from areal_like.errors import ConfigError
+from areal_like.paths import RunPaths
+from areal_like.runtime.command_line import load_config
+from launch.commands.parser import add_run
+from launch.run_directory.rundir import find_run
+from launch.slurm.pool import add_servers, remove_servers, servers, to_end
+
+_MOST = 1000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """RUN and N."""
+    add_run(parser)
+    parser.add_argument("number", metavar="N", type=int, help="rollout servers that the run shall have")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Returns 0 when new jobs are in the queue, or when the drained ones have left it."""
+    if not 1 <= args.number <= _MOST:
+        raise ConfigError(f"scale: {args.number} rollout servers: use 1 to {_MOST}")
+    paths = RunPaths(find_run(args.run).resolve())
+    config = load_config(["--config", str(paths.config)])
+    jobs = servers(config, paths)
+    surplus = to_end(jobs, args.number)
+    if len(jobs) < args.number:
+        numbers = add_servers(config, paths, args.number - len(jobs))
+        sys.stdout.write(f"{len(jobs)} -> {args.number}: job {', '.join(map(str, numbers))} submitted\n")
+    elif surplus:
+        names = ", ".join(str(job.job_id) for job in surplus)
+        sys.stdout.write(f"{len(jobs)} -> {args.number}: job {names} drains\n")
+        sys.stdout.flush()
+        remove_servers(config, paths, surplus)
+    else:
+        sys.stdout.write(f"the run has {args.number} rollout jobs\n")
+    return 0

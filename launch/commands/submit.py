@@ -1,0 +1,125 @@
+"""`areal-like submit --slurm`: starts a run as jobs of Slurm: a buffer, a trainer, one job a rollout server.
+
+The jobs share the run's directory, where their batch scripts are (`slurm/`). After this command nothing of it
+stays: each job restarts itself, and all end with the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+
+from areal_like.errors import ConfigError
+from areal_like.paths import RunPaths
+from areal_like.runtime.command_line import add_config_option, load_config
+from areal_like.runtime.process import keep_files_private
+from launch.commands.parser import add_settings
+from launch.run_directory.rundir import find_run
+from launch.slurm.pool import add_servers
+from launch.slurm.prepare import begin, is_finished, scripts, settings_for_slurm
+from launch.slurm.scheduler import kill_wait_s
+from launch.slurm.script import ROLES, Options
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The scheduler, the numbers of jobs, options of sbatch, and settings."""
+    parser.add_argument("--slurm", action="store_true", help="the scheduler; there is no other")
+    parser.add_argument("--join", metavar="RUN", default="", help="only add rollout jobs to this run")
+    parser.add_argument("--rollout-jobs", metavar="N", type=int, help="default: rollout.num_servers")
+    parser.add_argument("--trainer-nodes", metavar="N", type=int, default=1, help="default: 1")
+    parser.add_argument("--partition", metavar="NAME", default="", help="default: the cluster's")
+    parser.add_argument("--time", metavar="LIMIT", default="", help="time limit of each job, as of sbatch")
+    parser.add_argument("--interface", metavar="NAME", default="", help="whose address the daemons bind")
+    parser.add_argument("--max-failures", metavar="N", type=int, default=5, help="in a row; default: 5")
+    parser.add_argument("--sbatch-args", metavar="OPTIONS", default="", help="of all jobs, one quoted word")
+    for role in ROLES:
+        parser.add_argument(f"--{role}-args", metavar="OPTIONS", default="", help=f"of the {role} jobs")
+    parser.add_argument("--dry-run", action="store_true", help="print the batch scripts, submit nothing")
+    add_config_option(parser)
+    add_settings(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Returns 0 when the jobs are in the queue, or when the run is finished already."""
+    if not args.slurm:
+        raise ConfigError("submit: give --slurm, the scheduler that this command knows")
+    keep_files_private()
+    if args.join:
+        return _join(args)
+    options = _options(args)
+    config = settings_for_slurm(
+        [*([] if args.config is None else ["--config", args.config]), *args.settings], options
+    )
+    number = _number(args.rollout_jobs, default=config.rollout.num_servers)
+    paths = RunPaths.of(config)
+    if args.dry_run:
+        for role, text in scripts(config, options).items():
+            sys.stdout.write(f"##### {paths.root}/slurm/{role}.sh\n{text}\n")
+        sys.stdout.write(f"##### 1 buffer, 1 trainer and {number} rollout jobs; nothing was submitted\n")
+        return 0
+    if is_finished(config):
+        sys.stdout.write(f"the run in {paths.root} is finished; trainer.num_steps=MORE continues it\n")
+        return 0
+    _warn_of_kill_wait(config.daemon.drain_timeout_s)
+    for role, numbers in begin(config, options, num_servers=number).items():
+        sys.stdout.write(f"{role}: job {', '.join(map(str, numbers))}\n")
+    sys.stdout.write(
+        f"the run is in {paths.root}; `areal-like status {paths.root}` shows it, `areal-like scale "
+        f"{paths.root} N` changes the number of rollout servers\n"
+    )
+    return 0
+
+
+def _join(args: argparse.Namespace) -> int:
+    if args.settings or args.config is not None:
+        raise ConfigError("submit --join: the run has its settings; leave others out")
+    paths = RunPaths(find_run(args.join).resolve())
+    config = load_config(["--config", str(paths.config)])
+    numbers = add_servers(config, paths, _number(args.rollout_jobs, default=1))
+    sys.stdout.write(f"rollout: job {', '.join(map(str, numbers))}\n")
+    return 0
+
+
+def _number(given: int | None, *, default: int) -> int:
+    number = default if given is None else given
+    if not 1 <= number <= 1000:
+        raise ConfigError(f"--rollout-jobs {number}: use 1 to 1000")
+    return number
+
+
+def _options(args: argparse.Namespace) -> Options:
+    if args.max_failures < 0:
+        raise ConfigError(f"--max-failures {args.max_failures}: use at least 0")
+    return Options(
+        trainer_nodes=args.trainer_nodes,
+        partition=args.partition,
+        time=args.time,
+        interface=args.interface,
+        max_failures=args.max_failures,
+        arguments=_words(args.sbatch_args, "--sbatch-args"),
+        role_arguments={role: _words(getattr(args, f"{role}_args"), f"--{role}-args") for role in ROLES},
+    )
+
+
+def _words(text: str, option: str) -> tuple[str, ...]:
+    """The options in one quoted word, each as it stands on a line of #SBATCH."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"{option}={text}: {error}") from None
+    wrong = next((word for word in words if not word.startswith("-") or "\n" in word or '"' in word), "")
+    if wrong:
+        raise ConfigError(f"{option}: {wrong!r} is no option of the form --name=value")
+    return tuple(words)
+
+
+def _warn_of_kill_wait(drain_timeout_s: float) -> None:
+    """Slurm kills what has not ended KillWait seconds after SIGTERM, in the middle of a drain if need be."""
+    limit_s = kill_wait_s()
+    if limit_s is not None and limit_s < drain_timeout_s:
+        sys.stderr.write(
+            f"areal-like: Slurm's KillWait is {limit_s} s and daemon.drain_timeout_s={drain_timeout_s:g}: "
+            "after `scancel` or a preemption the daemons may be killed before they have drained; ask for a "
+            f"larger KillWait, or set daemon.drain_timeout_s={max(1, limit_s - 5)}\n"
+        )
