@@ -175,7 +175,7 @@ def test_following_in_a_terminal(run: Path, tmp_path: Path) -> None:
             file.write(line(50, "f"))
         assert process.stdout.readline().endswith("trainer-0 INFO f\n")
         process.send_signal(signal.SIGINT)
-        wait_until(lambda: process.poll() is not None, what="its end", timeout_s=10)
+        wait_until(lambda: process.poll() is not None, what="its end", timeout_s=60)
         assert process.returncode == 0
 
 

@@ -96,7 +96,7 @@ def test_status_again_and_again(buffer: BufferProcess, tmp_path: Path) -> None:
         lines = [json.loads(process.stdout.readline()) for _ in range(3)]
         assert lines[0]["time_unix_s"] < lines[2]["time_unix_s"]
         process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
 
 
 @pytest.mark.usefixtures("elsewhere")
