@@ -219,6 +219,12 @@ COMMANDS = {
         "writes configurations to adapt into DIR: of Prometheus (with rules and alerts), of Grafana, and of "
         "schedulers; --force: also over files that are there",
     ),
+    "completion": Command(
+        "completion",
+        "completion bash|zsh|fish",
+        "prints the script with which a shell completes verbs, options, runs, servers and settings: "
+        "source <(areal-like completion bash)",
+    ),
     "version": Command("version", "version", "prints the version"),
 }
 """By verb. The texts are here and not in the modules, so that `areal-like --help` need not import those."""
