@@ -136,7 +136,7 @@ class Trainer:
         is_asked = self._buffer.stop_requested.is_set()
         if is_asked and parent_is_gone():
             log.warning("draining: the process that started this rank is gone (torchrun's agent?)")
-        return not self._ranks.any(is_asked)
+        return not self._recorder.meet(self._ranks, stop=is_asked)
 
     def _resume(self, step: int | None) -> tuple[int, dict[str, Any]]:
         """(completed steps, state of the prompt stream) of the checkpoint; (0, {}) for a new run."""

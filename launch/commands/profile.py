@@ -28,8 +28,6 @@ from launch.view.profile import profile_lines
 _TICK_S = 0.2
 _SILENCE_S = 20.0
 """Longest time without an answer of a rank and without its report."""
-_MARGIN_STEPS = 2
-"""Several ranks begin this many steps after the newest one that is seen, so that all have heard of it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,8 +51,8 @@ def main(args: argparse.Namespace) -> int:
     out = None if args.out is None else _made(Path(args.out))
     config = load_config(["--config", str(paths.config)])
     ranks = _ranks_of(args.rank, paths, Operator(config.security, paths.endpoints))
-    first_step = _first_step(ranks)
-    request = {"id": secrets.token_hex(8), "steps": args.steps, "first_step": first_step}
+    _check_goes_on(ranks)
+    request = {"id": secrets.token_hex(8), "steps": args.steps, "ranks": len(ranks)}
     for rank in ranks:
         rank.ask(request | {"shapes": args.shapes, "memory": args.memory})
     reports = [rank.wait(str(request["id"]), timeout_s=args.timeout) for rank in ranks]
@@ -154,12 +152,11 @@ def _ranks_of(given: str, paths: RunPaths, operator: Operator) -> list[_Rank]:
     return ranks
 
 
-def _first_step(ranks: list[_Rank]) -> int:
-    """The step at which all ranks begin. Raises ConfigError if the trainer trains no further one."""
+def _check_goes_on(ranks: list[_Rank]) -> None:
+    """Raises ConfigError if the trainer trains no further step."""
     step, num_steps = max(int(rank.status["step"]) for rank in ranks), int(ranks[0].status["num_steps"])
     if step >= num_steps or ranks[0].status["state"] == "draining":
         raise ConfigError("profile: the trainer is ending, and trains no further step")
-    return min(step + _MARGIN_STEPS, num_steps - 1) if len(ranks) > 1 else 0
 
 
 def _shortened(numbers: list[int]) -> str:

@@ -57,8 +57,9 @@ def test_a_profile_records_its_steps_and_changes_nothing(
     plain, profiled = make_runner(path, ranks), make_runner(path, ranks)
     for step in range(5):
         want = plain.run(groups, step=step)
-        if step == 1:
-            recorder.ask(ProfileRequest.of({"id": ID, "steps": 2, "first_step": 2}))
+        if step == 2:
+            recorder.ask(ProfileRequest.of({"id": ID, "steps": 2}))
+        assert not recorder.meet(ranks, stop=False)
         with recorder.step(step):
             got = profiled.run(groups, step=step)
         assert got["loss"] == want["loss"] and got["grad_norm"] == want["grad_norm"]
@@ -81,10 +82,48 @@ def test_a_profile_records_its_steps_and_changes_nothing(
     assert "compute " in text and "aten::mm " in text
 
 
-def test_the_end_of_a_trainer_writes_what_there_is(tmp_path: Path, recorder: StepRecorder) -> None:
+def test_ranks_begin_once_all_of_a_profile_are_asked(
+    tmp_path: Path, ranks: Ranks, recorder: StepRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Votes of one that trains on, of one of another profile, of this one, and later of its partner."""
+    request = ProfileRequest.of({"id": ID, "steps": 1, "ranks": 2})
+    other = ProfileRequest.of({"id": "f" * 16, "steps": 1, "ranks": 2})
+    partner = [0]
+
+    def stack(mine: torch.Tensor) -> torch.Tensor:
+        return torch.stack([torch.tensor([0, vote]) for vote in (0, other.vote, *partner)] + [mine])
+
+    monkeypatch.setattr(ranks, "stack", stack)
+    recorder.ask(request)
+    for step in range(3):
+        partner[0] = request.vote if step == 2 else 0
+        assert not recorder.meet(ranks, stop=False)
+        with recorder.step(step):
+            torch.ones(2) + 1
+    recorder.close()
+    assert report_of(tmp_path)["steps"] == [2]
+    assert recorder.meet(ranks, stop=True)
+
+
+def test_a_profile_whose_other_ranks_never_come_ends(
+    tmp_path: Path, ranks: Ranks, recorder: StepRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder.ask(ProfileRequest.of({"id": ID, "steps": 1, "ranks": 2}))
+    assert not recorder.meet(ranks, stop=False) and recorder.status()
+    monkeypatch.setattr("trainer.profiling.recorder._MEETING_S", -1.0)
+    assert not recorder.meet(ranks, stop=False)
+    recorder.close()
+    assert (report_of(tmp_path)["steps"], recorder.status()) == ([], {})
+    assert report_of(tmp_path)["error"].startswith("1 of the 2 ranks were asked within")
+
+
+def test_the_end_of_a_trainer_writes_what_there_is(
+    tmp_path: Path, ranks: Ranks, recorder: StepRecorder
+) -> None:
     recorder.ask(ProfileRequest.of({"id": ID, "steps": 5}))
     with pytest.raises(UserError, match=r"rank 3 still works on another one \(0 of 5 steps recorded\)"):
         recorder.ask(ProfileRequest.of({"id": "f" * 8, "steps": 1}))
+    recorder.meet(ranks, stop=False)
     with recorder.step(7), named_range("forward"):
         torch.ones(8, 8) @ torch.ones(8, 8)
     assert recorder.status()["id"] == ID
@@ -100,10 +139,11 @@ def test_the_end_of_a_trainer_writes_what_there_is(tmp_path: Path, recorder: Ste
 
 
 def test_a_disk_that_fails_ends_the_profile_only(
-    tmp_path: Path, recorder: StepRecorder, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, ranks: Ranks, recorder: StepRecorder, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "profiles").write_text("a file")
     recorder.ask(ProfileRequest.of({"id": ID, "steps": 1}))
+    recorder.meet(ranks, stop=False)
     with recorder.step(0):
         torch.ones(2) + 1
     recorder.close()
@@ -121,7 +161,7 @@ def test_a_disk_that_fails_ends_the_profile_only(
         ({"id": ID, "steps": True}, "steps must be"),
         ({"id": ID, "steps": MAX_STEPS + 1}, "steps must be"),
         ({"id": ID, "steps": "9" * 1000}, "steps must be"),
-        ({"id": ID, "steps": 1, "first_step": -1}, "first_step must be"),
+        ({"id": ID, "steps": 1, "ranks": 0}, "ranks must be"),
         ({"id": ID, "steps": 1, "shapes": 1}, "shapes must be true or false"),
     ],
 )

@@ -1,7 +1,7 @@
 """Records the next steps of one rank with torch's profiler, when an operator asks for it.
 
-    IDLE --ask()--> WAITING --a step begins--> RECORDING --the last one ends--> WRITING --> IDLE
-                       `---------close(): writes what there is------------------^
+    IDLE --ask()--> WAITING --all ranks are asked--> RECORDING --the last step ends--> WRITING --> IDLE
+                       `---------close(): writes what there is------------------------^
 
 Each step is a trace of its own, which a thread writes while training goes on: a rank that writes late would
 keep the others waiting in their next collective. The report is written last, so a reader who finds it finds
@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -35,10 +36,12 @@ log = logging.getLogger(__name__)
 
 _CLOSE_S = 60.0
 """Longest time that the end of a trainer waits for its traces."""
+_MEETING_S = 60.0
+"""Longest time until the other ranks of a profile have got the request, too; its caller may have ended."""
 
 
 class StepRecorder:
-    """`ask` and `status` are called in any thread, `step` and `close` in the training thread."""
+    """`ask` and `status` are called in any thread, the others in the training thread."""
 
     def __init__(
         self,
@@ -57,6 +60,8 @@ class StepRecorder:
         self._request: ProfileRequest | None = None
         self._report: ProfileReport | None = None
         self._num_recorded = 0
+        self._asked_s = 0.0
+        self._is_recording = False
         self._is_open = True
         self._writer: ThreadPoolExecutor | None = None
         self._last: Future[None] | None = None
@@ -78,7 +83,7 @@ class StepRecorder:
                 )
             if not self._is_open:
                 raise UserError("profile: the trainer is ending, and trains no further step")
-            self._num_recorded = 0
+            self._num_recorded, self._asked_s = 0, time.monotonic()
             self._report = ProfileReport(
                 id=request.id, rank=self._rank, device=self._device.type, num_asked=request.num_steps
             )
@@ -94,11 +99,25 @@ class StepRecorder:
         with self._lock:
             return {} if self._report is None else {"id": self._report.id, "progress": self._progress}
 
+    def meet(self, ranks: Ranks, *, stop: bool) -> bool:
+        """Collective, before each step: recording begins once all ranks of a profile are asked.
+
+        Returns True if `stop` is set on at least one rank.
+        """
+        request = None if self._is_recording else self._request
+        votes = ranks.stack(torch.tensor([int(stop), 0 if request is None else request.vote]))
+        if request is not None:
+            num_asked = int((votes[:, 1] == request.vote).sum())
+            self._is_recording = num_asked == request.num_ranks
+            if not self._is_recording and time.monotonic() > self._asked_s + _MEETING_S:
+                self._end(f"{num_asked} of the {request.num_ranks} ranks were asked within {_MEETING_S:g} s")
+        return bool(votes[:, 0].any())
+
     @contextlib.contextmanager
     def step(self, step: int) -> Iterator[None]:
         """A context around one step, which is recorded if somebody has asked."""
         request = self._request
-        if request is None or step < request.first_step:
+        if request is None or not self._is_recording:
             yield
             return
         profiler = self._started(request)
@@ -158,7 +177,7 @@ class StepRecorder:
 
     def _end(self, error: str) -> None:
         """No further step is recorded; the report is written after the traces."""
-        self._request = None
+        self._request, self._is_recording = None, False
         self._submit(lambda: self._write_report(error))
 
     def _submit(self, work: Callable[[], None]) -> None:

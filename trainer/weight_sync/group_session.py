@@ -143,7 +143,13 @@ class WeightGroupSession:
             }
             await self._leave_group()
             await self._ask_all_to_leave()
-        replies = await asyncio.gather(*requests)
+        replies = [
+            # A receiver that was interrupted knows only that it was: rank 0 knows why.
+            WeightsFailed(version=reply.version, reason=broken_reason)
+            if receiver.id in not_at_fault and isinstance(reply, WeightsFailed)
+            else reply
+            for receiver, reply in zip(self.receivers, await asyncio.gather(*requests), strict=True)
+        ]
         if not broken_reason and all(isinstance(reply, WeightsOk) for reply in replies):
             closing = in_thread(self.group.close_store, name=f"weight-session-{self.number}-store")
             await asyncio.wait([closing], timeout=ALIVE_S)
