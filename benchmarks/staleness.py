@@ -41,9 +41,9 @@ from benchmarks.report import RESULTS, ROOT
 from benchmarks.staleness_cell import Cell, CellResult, build_model, run_cell
 from benchmarks.staleness_report import as_table, draw
 
-LEARNING_RATES = (3e-4, 1e-4)
-PAGE_SETTINGS = (("fixed", 16), ("mixed", 16), ("fixed", 64), ("fixed", 4), ("fixed", 0))
-FULL_SETTINGS = (*PAGE_SETTINGS, *(("fixed", lag) for lag in (1, 2, 8, 32)), ("mixed", 4), ("mixed", 64))
+LEARNING_RATES = (3e-4, 1e-4, 1e-3, 3e-5)
+PAGE_SETTINGS = (("fixed", 16), ("mixed", 16), ("fixed", 64), ("fixed", 4), ("fixed", 0), ("fixed", 1))
+FULL_SETTINGS = (*PAGE_SETTINGS, *(("fixed", lag) for lag in (2, 8, 32)), ("mixed", 4), ("mixed", 64))
 
 PAGE_METHODS: dict[str, dict[str, Any]] = {
     "none": {"objective": {"name": "reinforce"}},
@@ -52,6 +52,10 @@ PAGE_METHODS: dict[str, dict[str, Any]] = {
     "PPO": {"objective": {"name": "ppo"}},
     "GSPO": {"objective": {"name": "gspo"}, "normalizer": "seq_mean_token_mean"},
     "VCPO": {"objective": {"name": "vcpo"}, "normalizer": "seq_mean_token_mean"},
+    "VCPO, scores": {
+        "objective": {"name": "vcpo", "baseline_weights": "score"},
+        "normalizer": "seq_mean_token_mean",
+    },
     "VESPO": {"objective": {"name": "vespo"}},
     "OAPL": {"objective": {"name": "oapl"}, "normalizer": "seq_mean_token_sum", "periodic": True},
 }
@@ -61,6 +65,10 @@ FULL_METHODS: dict[str, dict[str, Any]] = {
     "geometric TIS": {"objective": {"name": "tis", "level": "geometric", "cap": 2.0}},
     "VCPO, leave one out": {
         "objective": {"name": "vcpo", "leave_one_out": True},
+        "normalizer": "seq_mean_token_mean",
+    },
+    "VCPO, scores, leave one out": {
+        "objective": {"name": "vcpo", "baseline_weights": "score", "leave_one_out": True},
         "normalizer": "seq_mean_token_mean",
     },
     "VCPO, no baseline": {

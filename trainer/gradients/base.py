@@ -7,12 +7,17 @@ gradients, subclasses `Gradients` and writes the step's gradient to `.grad` itse
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
+from typing import TypeAlias
 
 from torch import Tensor
 
 from trainer.batching.packing import PackedBatch
 from trainer.batching.sampled_tokens import SampledTokens
+
+WeightsN: TypeAlias = Callable[[SampledTokens], Tensor]
+"""A micro-batch's weights [N] of its sequences' gradients."""
 
 
 class Gradients:

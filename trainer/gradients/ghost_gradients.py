@@ -1,12 +1,12 @@
 """Gradients with a variance-minimizing baseline at the cost of one ordinary backward (see `ghost_tape.py`).
 
-    backward -> squared norms [N] -> b* [N] -> coefficients A - b* [N] -> gradients, reduced into shards
+    backward -> squared norms [N] -> b* [N] -> coefficients w (A - b*) [N] -> gradients, reduced into shards
 
-With one baseline for the whole step, b* is known only after the last micro-batch. Then `sum A_i g_i` is
-accumulated in the shards' `.grad`, `sum g_i` in a second set of shards, and b* times the second is subtracted
-at the end.
+With one baseline for the whole step, b* is known only after the last micro-batch. Then `sum w_i A_i g_i` is
+accumulated in the shards' `.grad`, `sum w_i g_i` in a second set of shards, and b* times the second is
+subtracted at the end.
 
-Notation: A_i advantage, g_i gradient of sequence i at advantage 1.
+Notation: A_i advantage, g_i gradient of sequence i at advantage 1, w_i weight (1, or outside of the norms).
 Shape suffixes: S sampled tokens of a micro-batch, N its sequences.
 """
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from trainer.distributed.sharding import add_gradient, reduced
-from trainer.gradients.base import Gradients
+from trainer.gradients.base import Gradients, WeightsN
 from trainer.gradients.ghost_tape import GhostTape
 from trainer.gradients.optimal_baseline import optimal_baseline
 from trainer.gradients.segment_rows import Rows
@@ -36,16 +36,24 @@ class GhostGradients(Gradients):
     """Takes losses at advantage 1, in micro-batches of whole groups (with `over_batch`: of any sequences)."""
 
     def __init__(
-        self, policy: Policy, ranks: Ranks, *, over_batch: bool = False, leave_one_out: bool = False
+        self,
+        policy: Policy,
+        ranks: Ranks,
+        *,
+        over_batch: bool = False,
+        leave_one_out: bool = False,
+        weights: WeightsN | None = None,
     ) -> None:
         """`over_batch`: one baseline for all sequences of the step and all ranks.
 
+        `weights`: of the sequences' gradients, but not of their norms; None: 1.
         Raises ConfigError for a model with layers that GhostTape does not support.
         """
         self._policy = policy
         self._ranks = ranks
         self._over_batch = over_batch
         self._leave_one_out = leave_one_out
+        self._weights = weights
         self._params = {name: param for name, param in policy.named_parameters() if param.requires_grad}
         self._tape = GhostTape(policy, head=policy.model.get_output_embeddings())
 
@@ -78,27 +86,30 @@ class GhostGradients(Gradients):
         with torch.no_grad():
             squares_N = self._tape.squares(rows, head_rows, read_S=batch.sampled_S - 1)
             advantage_N = tokens.mean_N(tokens.advantage_S).double()
+            weight_N = torch.ones_like(advantage_N)
+            if self._weights is not None:
+                weight_N = self._weights(tokens).to(advantage_N)
             loss_N = tokens.sum_N(loss_S.detach())
             if self._over_batch:
                 self._sums += torch.stack([squares_N.sum(), (squares_N * advantage_N).sum()]).cpu()
-                self._add(advantage_N, loss_N)
-                for name, full in self._tape.combined(torch.ones_like(advantage_N)):
+                self._add(weight_N * advantage_N, loss_N)
+                for name, full in self._tape.combined(weight_N):
                     shard = reduced(self._params[name], full)
                     self._score_shards[name] = (
                         self._score_shards[name] + shard if name in self._score_shards else shard
                     )
-                self._loss_sum += loss_N.sum()
+                self._loss_sum += (weight_N * loss_N).sum()
             else:
                 baseline_N = optimal_baseline(
                     squares_N, advantage_N, tokens.group_N, leave_one_out=self._leave_one_out
                 )
-                self._add(advantage_N - baseline_N, loss_N)
+                self._add(weight_N * (advantage_N - baseline_N), loss_N)
                 self._baselines += (baseline_N * (squares_N > 0)).sum()
             self._num_sequences += (squares_N > 0).double().sum()  # zero for a dummy
         self._tape.clear()
 
     def finish(self) -> dict[str, tuple[Tensor | float, Tensor | float]]:
-        """With one baseline for the step: subtracts b* times `sum g_i`, now that all norms are known."""
+        """With one baseline for the step: subtracts b* times `sum w_i g_i`, now that all norms are known."""
         if self._over_batch:
             square_sum, weighted_sum = self._ranks.sum(self._sums).tolist()
             baseline = weighted_sum / square_sum if square_sum > 0 else 0.0

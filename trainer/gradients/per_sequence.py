@@ -1,6 +1,6 @@
 """Per-sequence gradients by autograd, with a variance-minimizing baseline, in one backward per sequence.
 
-    G_R = sum_i A_i g_i    G_S = sum_i g_i    gradient of a group = G_R - b* G_S
+    G_R = sum_i w_i A_i g_i    G_S = sum_i w_i g_i    gradient of a group = G_R - b* G_S
 
 b* is known once the group's last norm is known, so two accumulators suffice: no pass is run twice and no g_i
 is kept. Micro-batches are single sequences. Parameters stay unsharded on every rank during the step, since
@@ -8,7 +8,7 @@ FSDP2's reduce-scatter would mix the sequences of several ranks; groups are adde
 sum is reduced once. This supports any architecture, at the price of the full model, two accumulators and one
 gradient of its size on every rank.
 
-Notation: A_i advantage, g_i gradient of sequence i at advantage 1.
+Notation: A_i advantage, g_i gradient of sequence i at advantage 1, w_i weight (1, or outside of the norms).
 Shape suffixes: S sampled tokens, N sequences.
 """
 
@@ -25,7 +25,7 @@ from trainer.batching.packing import PackedBatch
 from trainer.batching.sampled_tokens import SampledTokens
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import add_gradient, reduced, reshard
-from trainer.gradients.base import Gradients
+from trainer.gradients.base import Gradients, WeightsN
 from trainer.gradients.optimal_baseline import optimal_baseline
 
 if TYPE_CHECKING:
@@ -35,11 +35,17 @@ if TYPE_CHECKING:
 class SequenceGradients(Gradients):
     """Takes micro-batches of one sequence each, group after group, with losses at advantage 1."""
 
-    def __init__(self, policy: Policy, ranks: Ranks, *, over_batch: bool = False) -> None:
-        """`over_batch`: one baseline for all sequences of the step and all ranks."""
+    def __init__(
+        self, policy: Policy, ranks: Ranks, *, over_batch: bool = False, weights: WeightsN | None = None
+    ) -> None:
+        """`over_batch`: one baseline for all sequences of the step and all ranks.
+
+        `weights`: of the sequences' gradients, but not of their norms; None: 1.
+        """
         self._policy = policy
         self._ranks = ranks
         self._over_batch = over_batch
+        self._weights = weights
 
     def __enter__(self) -> SequenceGradients:
         super().__enter__()
@@ -83,11 +89,12 @@ class SequenceGradients(Gradients):
         computed = torch.autograd.grad(loss_S.sum(), params, allow_unused=True, materialize_grads=True)
         grads = [grad.to(total.dtype) for grad, total in zip(computed, self._total, strict=True)]
         advantage = float(tokens.mean_N(tokens.advantage_S))
-        torch._foreach_add_(self._total, grads, alpha=advantage)
-        torch._foreach_add_(self._scores, grads)
+        weight = 1.0 if self._weights is None else float(self._weights(tokens))
+        torch._foreach_add_(self._total, grads, alpha=weight * advantage)
+        torch._foreach_add_(self._scores, grads, alpha=weight)
         self._squares.append(torch.stack(torch._foreach_norm(grads)).double().square().sum())
         self._advantages.append(advantage)
-        loss = float(loss_S.detach().sum())
+        loss = weight * float(loss_S.detach().sum())
         self._loss += advantage * loss
         self._loss_sum += loss
 

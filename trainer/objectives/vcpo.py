@@ -3,7 +3,7 @@
     loss_i     = -sg(w_i) (A_i - b*) sum_t log pi_t / L_i
     weight     w_i = min(W_i, cap),  W_i = prod_t pi_t / mu_t of the sequence
     step size  lr * sqrt(min(1, rho / rho_ref)),  rho = ESS / B of the untruncated W of the step's B sequences
-    baseline   b* = sum_i m_i A_i / sum_i m_i,  m_i = ||w_i grad log pi_i / L_i||^2
+    baseline   b* = sum_i m_i A_i / sum_i m_i,  m_i = ||w_i grad log pi_i / L_i||^2, or without w_i
 
 b* minimizes the variance of the gradient. It follows the shift and scale that an advantage applies to
 rewards: with A = (R - mean) / std, and b*_R computed from R, the b* of A is (b*_R - mean) / std, so A - b* is
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 _CHOICES = {
     "step_size": ("sqrt", "linear", "none"),
     "baseline": ("group", "batch", "none"),
+    "baseline_weights": ("gradient", "score"),
     "norms": ("ghost", "exact", "proxy"),
     "normalizer": ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant"),
 }
@@ -61,6 +62,11 @@ class Vcpo(Objective):
     """ESS ratio of a full step size: 1, or the job's on-policy value (.55 for several turns in the paper)."""
     baseline: str = "group"
     """Samples that share one b*: `group` (of a prompt) | `batch` (of the step) | `none` (no baseline)."""
+    baseline_weights: str = "gradient"
+    """m_i of b*: `gradient`, ||w_i grad log pi_i / L_i||^2, of the paper | `score`, the same without w_i.
+
+    `gradient` minimizes the variance, but a stale sample of large w_i holds most of its own b*.
+    """
     norms: str = "ghost"
     """Computation of ||grad log pi_i||: `ghost` | `exact` | `proxy`.
 
@@ -118,13 +124,19 @@ class Vcpo(Objective):
         return self.step_size == "none" and self.baseline != "batch"
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
-        """`-w (A - b*) log pi`; with late coefficients `-w log pi`, which `gradients` scales by A - b*."""
+        """`-w (A - b*) log pi`; with late coefficients `-w log pi`, which `gradients` scales by A - b*.
+
+        With `baseline_weights=score`, those are `-log pi`, which `gradients` scales by w (A - b*).
+        """
         weight_N = self._weights(batch)
         means = {
             "clipped_fraction": batch.log_w_N > math.log(self.cap) if self.cap else torch.zeros_like(weight_N)
         }
         if self.late_coefficients:
-            return TokenLosses(loss_S=-batch.spread_S(weight_N) * batch.logp_S, means=means)
+            loss_S = -batch.logp_S
+            if self.baseline_weights == "gradient":
+                loss_S = loss_S * batch.spread_S(weight_N)
+            return TokenLosses(loss_S=loss_S, means=means)
         if self.baseline == "none":
             return TokenLosses(
                 loss_S=-batch.spread_S(weight_N) * batch.advantage_S * batch.logp_S, means=means
@@ -171,10 +183,12 @@ class Vcpo(Objective):
         """The accumulator for the chosen `norms`."""
         if not self.late_coefficients:
             return Gradients()
+        over_batch = self.baseline == "batch"
+        weights = self._weights if self.baseline_weights == "score" else None
         if self.norms == "exact":
-            return SequenceGradients(policy, ranks, over_batch=self.baseline == "batch")
+            return SequenceGradients(policy, ranks, over_batch=over_batch, weights=weights)
         return GhostGradients(
-            policy, ranks, over_batch=self.baseline == "batch", leave_one_out=self.leave_one_out
+            policy, ranks, over_batch=over_batch, leave_one_out=self.leave_one_out, weights=weights
         )
 
     @property
@@ -190,14 +204,15 @@ class Vcpo(Objective):
         )
 
     def _proxy_squares(self, batch: SampledTokens) -> Tensor:
-        """[N] float64: squared gradient norm with respect to the logits, times w^2 (and 1 / L^2).
+        """[N] float64: squared gradient norm with respect to the logits, times the w^2 and 1 / L^2 of m.
 
         Per token it is `1 - 2 pi_t + sum_v pi_v^2`.
         """
         assert batch.collision_S is not None
         squares_S = 1 - 2 * batch.logp_S.detach().exp() + batch.collision_S
         squares_N = batch.sum_N(squares_S if batch.kept_S is None else squares_S * batch.kept_S).double()
-        scale_N = self._weights(batch).double()
+        weight_N = self._weights(batch).double()
+        scale_N = weight_N if self.baseline_weights == "gradient" else torch.ones_like(weight_N)
         if self.normalizer == "seq_mean_token_mean":
             counted_N = (
                 batch.length_N if batch.counted_S is None else batch.sum_N(batch.counted_S.to(batch.length_N))

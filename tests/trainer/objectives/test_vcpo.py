@@ -158,16 +158,17 @@ def test_tabular_norms_weights_and_sample_size() -> None:
     assert scores[1] == pytest.approx([-0.922975, 0.541664, 0.381311], abs=1e-6)
 
 
+@pytest.mark.parametrize("baseline_weights", ["gradient", "score"])
 @pytest.mark.parametrize("baseline", ["group", "batch"])
-def test_proxy_norms_are_exact_for_a_tabular_policy(baseline: str) -> None:
+def test_proxy_norms_are_exact_for_a_tabular_policy(baseline: str, baseline_weights: str) -> None:
     """With one token per sequence, the gradient with respect to the logits is the whole gradient."""
     model = Tabular()
     batch = sampled_uniformly(model, [[0], [1], [2], [2]], [1.0, 0.0, 0.5, 0.25])
     pi_N = batch.logp_S.detach().exp()
     others = torch.softmax(model.table.weight.detach()[:, 0], 0).square().sum()
-    squares_N = (3 * pi_N).square() * (1 - 2 * pi_N + others)
+    squares_N = (3 * pi_N if baseline_weights == "gradient" else 1.0) ** 2 * (1 - 2 * pi_N + others)
     want = optimal_baseline(squares_N, batch.reward_N, group_of(4))
-    objective = Vcpo(norms="proxy", baseline=baseline)
+    objective = Vcpo(norms="proxy", baseline=baseline, baseline_weights=baseline_weights)
     assert objective.scope is (Scope.BATCH if baseline == "batch" else Scope.GROUP)
     losses = objective.losses(batch, stats_of(objective, batch))
     assert losses.means["baseline"].tolist() == pytest.approx(want.tolist(), rel=1e-12)

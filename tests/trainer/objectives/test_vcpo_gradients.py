@@ -38,11 +38,12 @@ def defined(
     over_batch: bool = False,
     leave_one_out: bool = False,
     token_mean: bool = False,
+    baseline_weights: str = "gradient",
 ) -> tuple[float, float, dict[str, Tensor]]:
     """(loss, mean baseline, gradient) from the definition: each sequence alone, in float64."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
     names, params = zip(*model.named_parameters(), strict=True)
-    losses, grads, advantages, members = [], [], [], []
+    losses, grads, advantages, members, weights = [], [], [], [], []
     num_tokens = 0
     for g, group in enumerate(groups):
         rewards = np.array([t.reward for t in group])
@@ -52,11 +53,14 @@ def defined(
             pi_L = dense_logprobs(model, [t])[0] * mask_L
             w = torch.exp((pi_L - torch.from_numpy(t.logprobs) * mask_L).sum().detach()).clamp(max=CAP)
             loss = -w * pi_L.sum() / (1 if token_mean else mask_L.sum())
+            weights.append(float(w))
             grads.append(torch.autograd.grad(loss, params))
             losses.append(loss.item())
             members.append(0 if over_batch else g)
             num_tokens += int(mask_L.sum())
     squares = [sum(float(g.square().sum()) for g in grad) for grad in grads]
+    if baseline_weights == "score":
+        squares = [square / weight**2 for square, weight in zip(squares, weights, strict=True)]
     baselines = []
     for i, group_i in enumerate(members):
         others = [
@@ -94,6 +98,27 @@ def test_gradient_matches_the_definition(tmp_path: Path, ranks: Ranks, architect
         assert metrics["loss"] == pytest.approx(loss, rel=10 * relative)
         assert metrics["baseline"] == pytest.approx(baseline, rel=10 * relative)
         assert_same_gradient(gradient, want, relative=relative)
+
+
+@pytest.mark.parametrize("norms", ["ghost", "exact"])
+def test_a_baseline_of_scores_leaves_w_out_of_its_norms(tmp_path: Path, ranks: Ranks, norms: str) -> None:
+    path, groups = write_model(tmp_path, "gpt2"), random_groups(4, group_size=4)
+    for baseline, more in (("group", {}), ("batch", {}), ("group", {"leave_one_out": True})):
+        if norms == "exact" and more:
+            continue
+        runner = make_runner(
+            path, ranks, norms=norms, baseline=baseline, cap=CAP, baseline_weights="score", **more
+        )
+        metrics, gradient = gradient_of(runner, groups)
+        loss, mean_baseline, want = defined(
+            path, groups, over_batch=baseline == "batch", baseline_weights="score", **more
+        )
+        assert metrics["loss"] == pytest.approx(loss, rel=1e-11)
+        assert metrics["baseline"] == pytest.approx(mean_baseline, rel=1e-11)
+        assert_same_gradient(gradient, want, relative=1e-12)
+        _, _, weighted = defined(path, groups, over_batch=baseline == "batch", **more)
+        with pytest.raises(AssertionError):
+            assert_same_gradient(gradient, weighted, relative=1e-3)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen3"])
