@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.chaos.test_stops import SETTINGS, process_of
+from tests.cluster.prometheus import Prometheus, running_prometheus
 from tests.support.launching import areal_like, finish, launcher, wait_for_steps
 
 pytestmark = [
@@ -28,7 +24,6 @@ pytestmark = [
     pytest.mark.timeout(400),
     pytest.mark.skipif(shutil.which("prometheus") is None, reason="Prometheus is not installed"),
 ]
-LAB = Path(__file__).with_name("prometheus_lab.sh")
 EVENTS = {
     "ALERTS": "no alert fires in a healthy job",
     "areal_trainer_eval": "the job has no evaluations",
@@ -39,60 +34,11 @@ EVENTS = {
 """What may be empty, by a part of the expression, and why."""
 
 
-class Lab:
-    """A Prometheus with the files of `areal-like deploy-files`, which scrapes and evaluates every second."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._environment = os.environ | {"PROM_PORT": str(probe.getsockname()[1])}
-        config = directory / "prometheus.yml"
-        text = config.read_text()
-        for interval in ("scrape_interval", "evaluation_interval", "refresh_interval"):
-            text = re.sub(rf"{interval}: \w+", f"{interval}: 1s", text)
-        config.write_text(text)
-        rules = directory / "rules.yml"
-        rules.write_text(re.sub(r"for: \w+", "for: 2s", rules.read_text()).replace("> 30", "> 6"))
-        self.url = self._run("start")
-
-    def _run(self, verb: str) -> str:
-        done = subprocess.run(
-            ["bash", str(LAB), verb, str(self.directory)],
-            env=self._environment,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=True,
-        )
-        return done.stdout.strip()
-
-    def close(self) -> None:
-        self._run("stop")
-
-    def get(self, path: str, **parameters: str) -> Any:
-        query = urllib.parse.urlencode(parameters)
-        try:
-            with urllib.request.urlopen(f"{self.url}/api/v1/{path}?{query}", timeout=20) as answer:
-                return json.load(answer)["data"]
-        except urllib.error.HTTPError as error:
-            raise AssertionError(f"{parameters}: {error.read().decode()}") from None
-
-    def query(self, expression: str) -> list[Any]:
-        return list(self.get("query", query=expression)["result"])
-
-
 @pytest.fixture
-def lab(tmp_path: Path) -> Iterator[Lab]:
-    done = areal_like("deploy-files", "deploy", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+def lab(tmp_path: Path) -> Iterator[Prometheus]:
     assert areal_like("keys", "init", "keys", cwd=tmp_path).returncode == 0
-    shutil.copy(tmp_path / "keys" / "monitor.token", tmp_path / "deploy" / "prometheus")
-    made = Lab(tmp_path / "deploy" / "prometheus")
-    try:
+    with running_prometheus(tmp_path) as made:
         yield made
-    finally:
-        made.close()
 
 
 def panel_expressions(directory: Path) -> dict[str, list[str]]:
@@ -114,14 +60,7 @@ def panel_expressions(directory: Path) -> dict[str, list[str]]:
     return found
 
 
-def wait_for(lab: Lab, expression: str, *, is_empty: bool, seconds: float) -> None:
-    end_s = time.monotonic() + seconds
-    while bool(lab.query(expression)) is is_empty:
-        assert time.monotonic() < end_s, f"{expression} is {'not empty' if is_empty else 'empty'}"
-        time.sleep(0.5)
-
-
-def test_prometheus_scrapes_a_job_and_alerts(lab: Lab, tmp_path: Path) -> None:
+def test_prometheus_scrapes_a_job_and_alerts(lab: Prometheus, tmp_path: Path) -> None:
     root = tmp_path / "runs" / "x"
     settings = (
         "security.keys=keys",
@@ -130,7 +69,7 @@ def test_prometheus_scrapes_a_job_and_alerts(lab: Lab, tmp_path: Path) -> None:
     )
     with launcher(*SETTINGS, *settings, cwd=tmp_path) as process:
         wait_for_steps(3, root, process=process)
-        wait_for(lab, 'up{run="x"} == 1', is_empty=False, seconds=30)
+        lab.wait('up{run="x"} == 1', is_empty=False, seconds=30)
         time.sleep(20)  # rates over ten seconds
         roles = sorted(result["metric"]["role"] for result in lab.query('up{run="x"} == 1'))
         assert roles == ["buffer", "engine", "engine", "rollout", "rollout", "trainer"]
@@ -150,10 +89,10 @@ def test_prometheus_scrapes_a_job_and_alerts(lab: Lab, tmp_path: Path) -> None:
         firing = 'ALERTS{alertname="ArealWaits", alertstate="firing", on="engine"}'
         os.kill(engine, signal.SIGSTOP)
         try:
-            wait_for(lab, firing, is_empty=False, seconds=40)
+            lab.wait(firing, is_empty=False, seconds=40)
         finally:
             os.kill(engine, signal.SIGCONT)
-        wait_for(lab, firing, is_empty=True, seconds=40)
+        lab.wait(firing, is_empty=True, seconds=40)
         process.terminate()
         assert finish(process, root)[0] == 0
     assert not list((lab.directory / "targets").iterdir())

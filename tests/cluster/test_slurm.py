@@ -1,15 +1,21 @@
-"""A keyed run on a real Slurm: lost nodes, requeued jobs, a pool that grows and shrinks, and a clean end."""
+"""A keyed run on a real Slurm: lost nodes, requeued jobs, a pool that grows and shrinks, and a clean end.
+
+Where Prometheus is installed, it scrapes one of the runs, and an alert fires for each lost node and clears.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 
 import pytest
 import yaml
 
 from areal_like.paths import RunPaths
+from tests.cluster.prometheus import Prometheus, running_prometheus
 from tests.cluster.slurm import MISSING, Lab, is_alive, running_slurm
 from tests.support.keys import new_keys
 from tests.support.launching import num_steps_done
@@ -32,7 +38,7 @@ JOB = {
     "rollout": {"max_running": 8, "queue_samples": 4},
     "daemon": {"drain_timeout_s": 20, "linger_s": 20},
     "security": {"keys": "keys"},
-    "metrics": {"sd_path": "targets"},
+    "metrics": {"sd_path": "deploy/prometheus/targets"},
 }
 
 
@@ -41,8 +47,15 @@ def lab() -> Iterator[Lab]:
     with running_slurm() as lab:
         new_keys(lab.directory / "keys")
         (lab.directory / "job.yaml").write_text(yaml.safe_dump(JOB))
-        (lab.directory / "targets").mkdir()
+        (lab.directory / "deploy" / "prometheus" / "targets").mkdir(parents=True)
         yield lab
+
+
+@pytest.fixture
+def prometheus(lab: Lab) -> Iterator[Prometheus | None]:
+    """Scrapes the lab's runs; None where it is not installed."""
+    with running_prometheus(lab.directory) if shutil.which("prometheus") else contextlib.nullcontext() as one:
+        yield one
 
 
 class Run:
@@ -91,30 +104,44 @@ class Run:
         assert not list(self.paths.endpoints.glob("*.json"))
 
 
-def test_a_run_survives_lost_nodes_and_scales(lab: Lab) -> None:
+def test_a_run_survives_lost_nodes_and_scales(lab: Lab, prometheus: Prometheus | None) -> None:
     run = Run(lab, "killed", "--rollout-jobs", "2")
     run.wait_for_progress(5)
     run.wait_for_servers(lambda number: number == 2, "two servers")
-    assert len(list((lab.directory / "targets").glob("*.json"))) >= 4, "Prometheus finds every daemon"
+    if prometheus is not None:
+        for role, number in (("buffer", 1), ("trainer", 1), ("rollout", 2), ("engine", 2)):
+            prometheus.wait(
+                f'count(up{{run="killed", role="{role}"}} == 1) == {number}', is_empty=False, seconds=20
+            )
 
     for role in ("buffer", "trainer"):
         job, node = lab.jobs("killed")[role][0], run.node_of(role)
         lab.lose(node, with_processes=True)
+        down = f'ALERTS{{alertname="ArealDaemonDown", alertstate="firing", role="{role}"}}'
+        if prometheus is not None:
+            prometheus.wait(down, is_empty=False, seconds=20)
         run.wait_for_restart(role, job["id"])
         assert run.node_of(role) != node
         run.wait_for_progress()
         lab.bring_back(node)
+        if prometheus is not None:
+            prometheus.wait(down, is_empty=True, seconds=30)
         if role == "buffer":
             log = (run.paths.logs / "trainer-0.log").read_text()
             assert "has a successor at tcp://" in log and log.count(" started, pid") <= 1
 
     lab.areal_like("scale", "killed", "4")
     run.wait_for_servers(lambda number: number == 4, "four servers")
+    if prometheus is not None:
+        prometheus.wait('count(up{run="killed", role="rollout"} == 1) == 4', is_empty=False, seconds=20)
     run.wait_for_progress()
     lab.areal_like("scale", "killed", "2")
     assert len(lab.jobs("killed")["rollout"]) == 2
     run.wait_for_servers(lambda number: number == 2, "two servers again")
     run.ends_clean()
+    if prometheus is not None:
+        prometheus.wait('up{run="killed"}', is_empty=True, seconds=30)
+        assert prometheus.query('ALERTS{run="killed", alertstate="firing"}') == []
 
 
 def test_processes_on_a_lost_node_do_no_harm(lab: Lab) -> None:
