@@ -21,7 +21,7 @@ from tests.support.launching import (
     wait_until,
 )
 
-pytestmark = [pytest.mark.timeout(TEST_LIMIT_S), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(TEST_LIMIT_S), pytest.mark.chaos]
 SETTINGS = (
     *SMALL,
     "eval.num_prompts=4",
@@ -29,7 +29,9 @@ SETTINGS = (
     "trainer.num_steps=100000",
     "trainer.world_size=2",
     "trainer.checkpoint_interval=100000",
+    "trainer.keep_checkpoints=9",
     "trainer.lr=0.001",
+    "trainer.lr_schedule=constant",
     "buffer.retain_trajectories=true",
 )
 WANTED = {
