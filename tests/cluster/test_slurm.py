@@ -142,7 +142,8 @@ def test_a_run_survives_lost_nodes_and_scales(lab: Lab, prometheus: Prometheus |
     if prometheus is not None:
         prometheus.wait('up{run="killed"}', is_empty=True, seconds=30)
         # Those of severity info look half an hour back.
-        assert prometheus.query('ALERTS{run="killed", alertstate="firing", severity="page"}') == []
+        pages = 'ALERTS{run="killed", alertstate="firing", severity="page"}'
+        prometheus.wait(pages, is_empty=True, seconds=30)
 
 
 def test_processes_on_a_lost_node_do_no_harm(lab: Lab) -> None:
