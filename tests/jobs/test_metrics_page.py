@@ -12,6 +12,7 @@ import torch.distributed as dist
 from prometheus_client import CollectorRegistry
 
 from areal_like.runtime.metrics import PREFIX, Metrics
+from buffer.diagnosis.life_times import LifeTimes
 from buffer.diagnosis.rules import Limits
 from buffer.diagnosis.watchdog import Watchdog
 from buffer.service.prometheus import BufferSeries
@@ -83,6 +84,7 @@ def test_every_series_is_on_the_page() -> None:
     buffer, server, trainer = Metrics(), Metrics(), Metrics()
     BufferSeries(buffer, max_staleness=4)
     Watchdog(buffer, limits=Limits.of(heartbeat_s=1))
+    LifeTimes(buffer, clock=lambda: 0.0)
     nothing = cast(Any, None)  # registering the series does not use the parts
     parts = (
         "buffers",
