@@ -21,7 +21,7 @@ from typing import Protocol
 
 from areal_like.wire.records import Record
 from buffer.prompts.order import Prompt
-from buffer.storage.rows import EvaluationRow, OperationRow, Recovered, RollbackRow, VersionRow
+from buffer.storage.rows import EvaluationRow, OperationRow, Recovered, RollbackRow, SettingRow, VersionRow
 from buffer.tickets import LeaseRecord, SampleSummary, Ticket
 
 
@@ -69,6 +69,9 @@ class Store(Protocol):
 
     def put_operation(self, row: OperationRow) -> None:
         """An operator did something."""
+
+    def put_setting(self, row: SettingRow) -> None:
+        """A setting has another value from a step on, or an action is to be done."""
 
     def put_counters(self, values: Mapping[str, float]) -> None:
         """New values of some counters; the others stay."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from areal_like.wire.records import Record
 from buffer.prompts.order import Prompt
-from buffer.storage.rows import EvaluationRow, OperationRow, Recovered, RollbackRow, VersionRow
+from buffer.storage.rows import EvaluationRow, OperationRow, Recovered, RollbackRow, SettingRow, VersionRow
 from buffer.tickets import LeaseRecord, SampleSummary, State, Ticket
 
 Row = tuple[Any, ...]
@@ -38,6 +38,7 @@ class Changes:
     attempts: dict[int, int] = field(default_factory=dict)
     rollbacks: list[RollbackRow] = field(default_factory=list)
     operations: list[OperationRow] = field(default_factory=list)
+    settings: list[SettingRow] = field(default_factory=list)
     counters: dict[str, float] = field(default_factory=dict)
     evaluated: list[int] = field(default_factory=list)
     """Tickets whose records are kept and will not be fetched: they need no memory."""
@@ -150,6 +151,10 @@ class RowRecorder:
 
     def put_operation(self, row: OperationRow) -> None:
         self.changes.operations.append(row)
+        self._changed()
+
+    def put_setting(self, row: SettingRow) -> None:
+        self.changes.settings.append(row)
         self._changed()
 
     def put_counters(self, values: Mapping[str, float]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 
 from areal_like.wire.records import Record
 from buffer.prompts.order import Prompt
-from buffer.storage.rows import EvaluationRow, OperationRow, Recovered, RollbackRow, VersionRow
+from buffer.storage.rows import EvaluationRow, OperationRow, Recovered, RollbackRow, SettingRow, VersionRow
 from buffer.tickets import LeaseRecord, SampleSummary, State, Ticket
 
 
@@ -53,6 +53,8 @@ class MemoryStore:
     def put_rollback(self, row: RollbackRow) -> None: ...
 
     def put_operation(self, row: OperationRow) -> None: ...
+
+    def put_setting(self, row: SettingRow) -> None: ...
 
     def put_counters(self, values: Mapping[str, float]) -> None: ...
 
