@@ -75,8 +75,7 @@ class Leader:
         self._buffer = buffer
         self._step = step
         self._resumed_from_step = step
-        self._started_s = started_s
-        self._training_started_s = started_s
+        self._started_s = self._training_started_s = started_s
         self._busy_s = 0.0
         self._record = RunRecord(config, buffer.runtime.metrics, step=step)
         self._evaluations = Evaluations(config, buffer, on_row=self._record.evaluated)
