@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from areal_like.failures import FailureKind
+from areal_like.histograms.buckets import LONG_S, Buckets
 from areal_like.runtime.metrics import Metrics
 from areal_like.runtime.progress import ProgressClock
 from areal_like.spans import recorder
@@ -152,6 +153,12 @@ class ServerStats:
             label="status",
             values=list(map(str, _REFUSED)),
         )
+        self._generation = Buckets(LONG_S)
+        metrics.buckets(
+            "sample_generation_seconds",
+            "Seconds of a finished sample from its first request to its last token.",
+            lambda: {"": self._generation},
+        )
         self.concurrency_limit = 0
         """Set by the server."""
         self._before_engine = dict.fromkeys(_CUMULATIVE, 0.0)
@@ -218,6 +225,7 @@ class ServerStats:
             "engine_starts": self._engine.num_starts,
             "loop_late_s": self._loop_late_s,
         }
+        self._generation = self._runner.generation
         for key, counter in self._counters.items():
             counter.inc(values[key] - self.values[key])
         for kind, name in _FAILED.items():

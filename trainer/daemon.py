@@ -43,6 +43,7 @@ from trainer.checkpoint_files import remove_partials
 from trainer.distributed.process_group import device_of, joined_ranks
 from trainer.distributed.ranks import Ranks
 from trainer.leader import Leader
+from trainer.metrics.gpu_memory import GpuMemory
 from trainer.metrics.lag import LagTally
 from trainer.models.policy import build_policy
 from trainer.profiling.ranges import named_range
@@ -278,13 +279,9 @@ class Trainer:
         return {"handing_over": True}
 
     def _status(self) -> dict[str, Any]:
-        base: dict[str, Any] = {
-            "state": self._buffer.state,
-            "place": str(self._ranks.place),
-            "step": self._step,
-            "num_steps": self._config.trainer.num_steps,
-            "profile": self._recorder.status(),
-        }
+        base: dict[str, Any] = {"state": self._buffer.state, "place": str(self._ranks.place)}
+        base |= {"step": self._step, "num_steps": self._config.trainer.num_steps}
+        base["profile"] = self._recorder.status()
         return base | (self._leader.status() if self._leader is not None else {})
 
 
@@ -344,6 +341,7 @@ def _run(config: Config) -> bool:
             timer.start()
 
         DrainSignals(drain_timeout_s=config.daemon.drain_timeout_s, on_drain=on_drain)
+        buffer.runtime.metrics.registry.register(GpuMemory(device))
         with buffer:
             trainer = Trainer(config, buffer, ranks, started_s=started_s)
             trainer.run()

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import cast
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+from areal_like.histograms.buckets import Buckets
 
 PREFIX = "areal"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -60,9 +62,35 @@ class Metrics:
         """A histogram `areal_<name>`."""
         return Histogram(f"{PREFIX}_{name}", doc, buckets=buckets, registry=self.registry)
 
+    def buckets(
+        self, name: str, doc: str, read: Callable[[], Mapping[str, Buckets]], *, label: str = ""
+    ) -> None:
+        """A histogram `areal_<name>` of counts that another object keeps.
+
+        `read`: is called for each page; the counts by the value of `label`, or under "" without a label.
+        """
+        self.registry.register(BucketsCollector(name, doc, read, label=label))
+
     def exposition(self) -> bytes:
         """The body of /metrics, in Prometheus' text format."""
         return exposition(self.registry)
+
+
+class BucketsCollector(Collector):
+    """One histogram, or one for each value of a label, whose counts are read when they are asked for."""
+
+    def __init__(
+        self, name: str, doc: str, read: Callable[[], Mapping[str, Buckets]], *, label: str = ""
+    ) -> None:
+        self._name, self._doc, self._read = f"{PREFIX}_{name}", doc, read
+        self._labels = [label] if label else []
+
+    def collect(self) -> Iterable[Metric]:
+        """The family."""
+        family = HistogramMetricFamily(self._name, self._doc, labels=self._labels)
+        for value, buckets in self._read().items():
+            family.add_metric([value] if self._labels else [], buckets.cumulative(), buckets.total)
+        yield family
 
 
 class DaemonSeries(Collector):

@@ -105,6 +105,10 @@ class Ledger:
         above = self.trainer_incarnation if name == TRAINER else 0
         return self.state.incarnations.admit(name, process, above=above)
 
+    def advance(self, *, now_s: float) -> None:
+        """The operations that follow happen at this time: for the histograms of ages alone."""
+        self.state.ages.now_s = now_s
+
     def hold_grants(self) -> None:
         """Grants no lease until everything written so far is durable.
 

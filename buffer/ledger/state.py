@@ -14,6 +14,7 @@ from buffer.scheduling.step_log import StepLog
 from buffer.scheduling.step_scheduler import StepScheduler
 from buffer.settings import LedgerSettings
 from buffer.storage.base import Store
+from buffer.tables.ages import Ages
 from buffer.tables.counters import StreamCounters
 from buffer.tables.evaluations import EvalTable
 from buffer.tables.incarnations import IncarnationTable
@@ -41,8 +42,10 @@ class LedgerState:
         self.tickets = TicketTable(store, settings.shard)
         self.prompts = PromptSource(settings, store)
         self.evals = EvalTable(store, keep=settings.keep_evaluations)
+        self.ages = Ages()
         self.leases = LeaseTable(
             store,
+            self.ages,
             lease_timeout_s=settings.lease_timeout_s,
             first_lease_id=first_lease_id,
             shard=settings.shard,

@@ -105,6 +105,7 @@ class TrainerSession:
             return None
         records = self._state.store.records_of(ticket)
         self._steps.mark_served(step, shard.local(position))
+        self._state.ages.served(ticket)
         return Group(
             step=step,
             position=position,

@@ -127,7 +127,8 @@ class Handlers:
         peer = self._peers.at(envelope.peer)
         assert peer is not None
         self._check_key(peer, envelope)
-        peer.last_heard_s = self._clock()
+        peer.last_heard_s = now_s = self._clock()
+        self._ledger.advance(now_s=now_s)
         self.registration.heard(envelope.peer)
         if self._ledger.failure_reason:
             return JobFailed(reason=self._ledger.failure_reason)

@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from areal_like.histograms.buckets import Buckets
 from areal_like.wire.records import Record
 from buffer.prompts.order import Prompt
+from buffer.storage.base import new_write_times
 from buffer.storage.rows import EvaluationRow, OperationRow, Recovered, RollbackRow, VersionRow
 from buffer.tickets import LeaseRecord, SampleSummary, State, Ticket
 
@@ -56,6 +58,7 @@ class RowRecorder:
 
     def __init__(self) -> None:
         self.changes = Changes()
+        self.write_times: Mapping[str, Buckets] = new_write_times()
         self._first_returned = 0
         self._next_returned = 0
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 
+from areal_like.histograms.buckets import Buckets
 from areal_like.wire.records import Record
 from buffer.prompts.order import Prompt
+from buffer.storage.base import new_write_times
 from buffer.storage.rows import EvaluationRow, OperationRow, Recovered, RollbackRow, VersionRow
 from buffer.tickets import LeaseRecord, SampleSummary, State, Ticket
 
@@ -19,6 +21,7 @@ class MemoryStore:
     def __init__(self) -> None:
         self._records: dict[int, dict[int, Record]] = {}
         self._num_bytes = 0
+        self.write_times: Mapping[str, Buckets] = new_write_times()
 
     def put_ticket(self, ticket: Ticket) -> None:
         """Releases the records of a ticket that ended untrained: nobody could read those of an evaluation."""

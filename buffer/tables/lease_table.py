@@ -19,6 +19,7 @@ from areal_like.shards import Shard
 from areal_like.wire.messages.producer import ServerHeartbeat, ServerState
 from buffer.storage.base import Store
 from buffer.storage.rows import LeaseRow
+from buffer.tables.ages import Ages
 from buffer.tables.server_health import ServerHealth
 from buffer.tickets import LeaseRecord, Ticket
 
@@ -66,9 +67,12 @@ class Server:
 class LeaseTable:
     """Servers and leases. Methods that end leases return them; `TicketLifecycle` requeues their samples."""
 
-    def __init__(self, store: Store, *, lease_timeout_s: float, first_lease_id: int, shard: Shard) -> None:
-        """`first_lease_id`: counted within the shard."""
+    def __init__(
+        self, store: Store, ages: Ages, *, lease_timeout_s: float, first_lease_id: int, shard: Shard
+    ) -> None:
+        """`first_lease_id`: counted within the shard. `ages`: is told of every end."""
         self._store = store
+        self._ages = ages
         self._shard = shard
         self._timeout_s = lease_timeout_s
         self._next_id = first_lease_id
@@ -252,6 +256,7 @@ class LeaseTable:
 
     def _remove(self, lease: LeaseRecord) -> LeaseRecord:
         self._store.end_lease(lease.lease_id)
+        self._ages.lease_ended(lease)
         del self.live[lease.lease_id]
         server = self.servers.get(lease.server)
         if server is not None:

@@ -61,6 +61,8 @@ class EngineCore:
         self.num_generated = 0
         """Tokens sampled."""
         self.num_steps = 0
+        self.begun: list[Sequence] = []
+        """Sequences that got their first token in the last step."""
         self.scheduler = Scheduler(
             num_rows=options.max_running, max_prefill_tokens=options.max_prefill_tokens
         )
@@ -169,9 +171,11 @@ class EngineCore:
         length is a multiple of their `stream_interval`.
         """
         scheduler = self.scheduler
+        self.begun = []
         if not scheduler.runnable:
             return []
         admitted, moves = scheduler.admit(num_to_compute=self.contexts.num_to_compute)
+        self.begun = [sequence for sequence in admitted if not sequence.output_ids]
         if moves:
             sources, targets = [m.source for m in moves], [m.target for m in moves]
             self._cache.move(sources, targets, num_positions=int(self._rows.num_tokens[sources].max()))

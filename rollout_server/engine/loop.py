@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 
 from areal_like.errors import EngineError
+from areal_like.histograms.buckets import SHORT_S, Buckets
 from areal_like.runtime.threads import NamedThread
 from rollout_server.engine.core import EngineCore
 from rollout_server.engine.models.base import Weights
@@ -109,6 +110,8 @@ class EngineLoop:
         self._stopping = False
         self._idle_since_s: float | None = None
         self._idle_s = self._busy_s = self._stall_s = 0.0
+        self.first_token = Buckets(SHORT_S)
+        """Seconds from the arrival of a sequence's request to its first token."""
 
     def start(self) -> None:
         """Starts the thread."""
@@ -237,6 +240,8 @@ class EngineLoop:
         self._collect(self._core.step())
         ended_s = time.perf_counter()
         self._busy_s += ended_s - started_s
+        for sequence in self._core.begun:
+            self.first_token.observe(ended_s - sequence.arrived_s)
         if ended_s - self._reported_s >= _REPORT_EVERY_S:
             self._report()
 

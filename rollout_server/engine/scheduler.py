@@ -84,6 +84,8 @@ class Sequence:
     """Tokens between two reports of partial output; 0: only the finished sequence is reported."""
     keeps_prefix: bool = False
     """True if a later request may continue this sequence (the next turn of a conversation)."""
+    arrived_s: float = 0.0
+    """When its request came, by `time.perf_counter`. The core and the scheduler only pass it along."""
     owner: Any = None
     """The HTTP request's inbox. The engine only passes it along."""
     status: Status = Status.WAITING
