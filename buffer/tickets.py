@@ -159,8 +159,6 @@ class Ticket:
     """The server at which a sample failed last; others are preferred for the retry. Not stored."""
     step: int = -1
     position: int = -1
-    ready_s: float | None = None
-    """When its last sample arrived; None before that, and after the trainer has got it. Not stored."""
 
     def is_greedy(self, sample_index: int) -> bool:
         """True if a sample is a greedy baseline."""

@@ -159,9 +159,10 @@ COMMANDS = {
     ),
     "set": Command(
         "set",
-        f"set {JOB} max_staleness=N",
-        "changes the staleness bound of a running job, up to the one that it was started with; tickets that "
-        "have begun keep theirs",
+        f"set {JOB} key=value ...",
+        "changes a running job from its next step on: trainer.lr, eval.interval, daemon.log_level, "
+        "max_staleness (up to the one that it was started with; tickets that have begun keep theirs); "
+        "evaluate=now and checkpoint=now: once, after the step in training",
     ),
     "unfence": Command(
         "unfence",

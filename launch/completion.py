@@ -83,8 +83,10 @@ def _values(
         yield from daemons(named.get("run"), kind=action.dest, directory=directory)
     elif action.dest == "settings":
         yield from settings(current)
-    elif action.dest == "change":
-        yield "max_staleness="
+    elif action.dest == "changes":
+        from launch.commands.set import CHANGES
+
+        yield from (f"{key}=" for key in CHANGES)
     elif action.metavar and str(action.metavar).islower() and "=" not in str(action.metavar):
         yield str(action.metavar)
 

@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
         if config.trainer.world_size > 1:
             return start_ranks_of(config, argv)
     with uncollected():
-        from trainer.daemon import run_rank
+        from trainer.rank_process import run_rank
 
     code = run_rank(config)
     if code == 1 and "RANK" in os.environ:

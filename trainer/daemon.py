@@ -17,52 +17,33 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import secrets
 import signal
-import threading
 import time
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
-from areal_like.automatic_settings import compute_dtype, recomputes_activations, resolved
+from areal_like.automatic_settings import compute_dtype
 from areal_like.config import Config
 from areal_like.errors import ConfigError, RunFinishedError, UserError
 from areal_like.paths import RunPaths, model_path
-from areal_like.runtime.daemon import DrainSignals, exit_code_of
-from areal_like.runtime.logs import configure_logging
-from areal_like.runtime.process import keep_files_private, parent_is_gone
-from areal_like.runtime.signals import handle_log_signals
-from areal_like.security.binding import require_loopback_or_keys
+from areal_like.runtime.process import parent_is_gone
 from areal_like.spans.recorder import record, record_phase
 from areal_like.weights.snapshots_on_disk import VERSION_KEY
-from trainer.buffer_client.client import StopRequestedError, TrainerBufferClient
+from trainer.buffer_client.client import TrainerBufferClient
 from trainer.checkpoint import Checkpoints
-from trainer.checkpoint_files import remove_partials
-from trainer.distributed.process_group import device_of, joined_ranks
 from trainer.distributed.ranks import Ranks
 from trainer.leader import Leader
-from trainer.metrics.gpu_memory import GpuMemory
 from trainer.metrics.lag import LagTally
 from trainer.models.policy import build_policy
 from trainer.profiling.ranges import named_range
 from trainer.profiling.recorder import StepRecorder
 from trainer.step.build import build_step_runner
-from trainer.step.recipe import StepRecipe
 from trainer.step.runner import IncompleteStepError
-from trainer.trackers import build_trackers
-from trainer.weight_sync.backend import check_nccl
+from trainer.step_settings import received, shared
 from trainer.weight_sync.background_gather import BackgroundGather
 from trainer.weight_sync.boundary_gather import BoundaryGather
 from trainer.weight_sync.snapshot import Snapshot, WeightSnapshotter
 
 log = logging.getLogger(__name__)
-
-_CONTROL_TIMEOUT_S = 24 * 3600.0
-"""Longest time that a rank keeps the others waiting in a control message: for groups and evaluations, as long
-as the rollout servers make progress. A rank that stalls raises an error of its own, and one that dies closes
-its connections: both end this wait at once."""
 
 
 class Trainer:
@@ -131,13 +112,24 @@ class Trainer:
             self._end()
 
     def _should_continue(self) -> bool:
-        """Collective, called once per step: a drain of one rank ends the loop on all ranks."""
+        """Collective, called once per step: a drain of one rank ends the loop on all ranks.
+
+        All ranks get what an operator has changed.
+        """
         if self.is_finished:
             return False
         is_asked = self._buffer.stop_requested.is_set()
         if is_asked and parent_is_gone():
             log.warning("draining: the process that started this rank is gone (torchrun's agent?)")
-        return not self._recorder.meet(self._ranks, stop=is_asked)
+        is_stopping, numbers = self._recorder.meet(
+            self._ranks, stop=is_asked, shared=shared(self._leader.settings if self._leader else None)
+        )
+        if is_stopping:
+            return False
+        self._runner.optimizer.lr, is_save_asked = received(numbers)
+        if is_save_asked and self._saved_step < self._step:
+            self._save()
+        return True
 
     def _resume(self, step: int | None) -> tuple[int, dict[str, Any]]:
         """(completed steps, state of the prompt stream) of the checkpoint; (0, {}) for a new run."""
@@ -279,70 +271,11 @@ class Trainer:
         return {"handing_over": True}
 
     def _status(self) -> dict[str, Any]:
-        base: dict[str, Any] = {"state": self._buffer.state, "place": str(self._ranks.place)}
-        base |= {"step": self._step, "num_steps": self._config.trainer.num_steps}
-        base["profile"] = self._recorder.status()
+        base: dict[str, Any] = {
+            "state": self._buffer.state,
+            "place": str(self._ranks.place),
+            "step": self._step,
+            "num_steps": self._config.trainer.num_steps,
+            "profile": self._recorder.status(),
+        }
         return base | (self._leader.status() if self._leader is not None else {})
-
-
-def run_rank(config: Config) -> int:
-    """Runs one rank from start to end and returns its exit code."""
-    name = f"trainer-{os.environ.get('RANK', '0')}"
-    is_finished = False
-
-    def body() -> None:
-        nonlocal is_finished
-        try:
-            is_finished = _run(config)
-        except StopRequestedError as stop:
-            log.info("%s", stop)
-
-    keep_files_private(RunPaths.of(config).root)
-    configure_logging(config, name)
-    handle_log_signals()
-    code = exit_code_of(name, body)
-    return code if code or is_finished else config.daemon.exit_code_on_drain
-
-
-def _run(config: Config) -> bool:
-    """Returns True if the run is finished, False after a drain."""
-    started_s = time.monotonic()
-    config = resolved(config)
-    require_loopback_or_keys(config.security, config.weights.host, setting="weights.host")
-    StepRecipe.of(config).check_stream(config)  # reports a mistake in the settings before anything is loaded
-    build_trackers(config.trackers)  # reports a package that is missing
-    torch.set_num_threads(config.trainer.num_threads)
-    device = device_of(config)
-    activations = "recomputed" if recomputes_activations(config) else "kept"
-    log.info("the forward is in %s, activations are %s", config.model.dtype, activations)
-    if os.environ.get("RANK", "0") == "0":
-        check_nccl(config, device)
-    with joined_ranks(
-        config, device, control_timeout_s=_CONTROL_TIMEOUT_S, quiet=(UserError, StopRequestedError)
-    ) as ranks:
-        process = torch.tensor(list(secrets.token_bytes(16)), dtype=torch.int64)
-        dist.broadcast(process, src=0)
-        # Before the first request to the buffer: on a full disk the buffer replies only when there is space
-        # again.
-        if ranks.rank == 0:
-            remove_partials(RunPaths.of(config).checkpoints)
-        buffer = TrainerBufferClient(
-            config,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            device=str(device),
-            process=bytes(process.tolist()).hex(),
-        )
-
-        def on_drain() -> None:
-            buffer.stop_requested.set()
-            timer = threading.Timer(config.daemon.drain_timeout_s / 3, buffer.abandon_step.set)
-            timer.daemon = True
-            timer.start()
-
-        DrainSignals(drain_timeout_s=config.daemon.drain_timeout_s, on_drain=on_drain)
-        buffer.runtime.metrics.registry.register(GpuMemory(device))
-        with buffer:
-            trainer = Trainer(config, buffer, ranks, started_s=started_s)
-            trainer.run()
-        return trainer.is_finished

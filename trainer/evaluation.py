@@ -51,7 +51,8 @@ class Evaluations:
         """`on_row`: called with the row of every set that was evaluated (`evaluation_row`)."""
         self._buffer = buffer
         self._sets = config.eval.resolved_sets
-        self._interval = config.eval.interval
+        self.interval = config.eval.interval
+        """In steps; it may change between steps."""
         self._num_steps = config.trainer.num_steps
         self._stall_s = config.stall_s(config.eval.timeout_s)
         self._on_row = on_row
@@ -99,14 +100,18 @@ class Evaluations:
             log.warning("the evaluation set %s has no result: %s", name, problem)
         return self._reward_of(rows)
 
-    def start_if_due(self, *, step: int, min_version: int, done: Collection[str] = ()) -> None:
-        """Between the first and the last step, every `eval.interval` steps: starts an evaluation and returns.
+    def start_if_due(
+        self, *, step: int, min_version: int, done: Collection[str] = (), is_asked: bool = False
+    ) -> None:
+        """Between the first and the last step, every `interval` steps: starts an evaluation and returns.
+
+        Also if `is_asked`: an operator wants one now.
 
         Not of the sets in `done`, and not of those whose evaluation before is still running: the others need
         not wait for a set whose rewards are slow.
         """
         left = [name for name in self._sets if name not in done]
-        if not left or not 0 < step < self._num_steps or step % self._interval:
+        if not left or not 0 < step < self._num_steps or (step % self.interval and not is_asked):
             return
         if late := [f"{name} (step {self._running[name].step})" for name in left if name in self._running]:
             log.warning(

@@ -24,10 +24,12 @@ from areal_like.wire.messages.consumer import (
     CompleteStep,
     FinishRun,
     GetRunCounters,
+    GetStepSettings,
     GetStreamState,
     RunCounters,
     SetMaxStaleness,
     StartTraining,
+    StepSettings,
     VersionGranted,
 )
 from trainer.adaptive_staleness import StalenessController
@@ -37,6 +39,7 @@ from trainer.evaluation import Evaluations
 from trainer.metrics.generation_counts import GenerationCounts
 from trainer.metrics.run_files import WARM_UP_STEPS, step_row
 from trainer.run_record import RunRecord
+from trainer.step_settings import configured
 from trainer.weight_sync.broadcaster import Broadcaster
 from trainer.weight_sync.publisher import Publisher, PushReport
 from trainer.weight_sync.snapshot import Snapshot
@@ -72,14 +75,15 @@ class Leader:
         self._buffer = buffer
         self._step = step
         self._resumed_from_step = step
-        self._started_s = started_s
-        self._training_started_s = started_s
+        self._started_s = self._training_started_s = started_s
         self._busy_s = 0.0
         self._record = RunRecord(config, buffer.runtime.metrics, step=step)
         self._evaluations = Evaluations(config, buffer, on_row=self._record.evaluated)
         self._staleness: StalenessController | None = None
         if config.max_staleness == "auto":
             self._staleness = StalenessController(cap=config.max_staleness_cap, target=config.ess_target)
+        self.settings: StepSettings
+        """Of the step that begins or is in training."""
         self._eval_before: float | None = None
         self._counters_at_start: RunCounters
         self._counted_from_s: float
@@ -98,11 +102,14 @@ class Leader:
         cannot continue from this step: another start would be refused too. Raises RunFinishedError if the run
         is finished and this is its last step.
         """
-        start = StartTraining(step=self._step, stream=stream.get("stream", {}))
+        start = StartTraining(
+            step=self._step, stream=stream.get("stream", {}), settings=configured(self._config)
+        )
         try:
             welcome = self._buffer.call(start, timeout_s=_CALL_TIMEOUT_S)
         except RefusedError as error:
             raise UserError(str(error)) from error
+        self.settings = self._buffer.call(GetStepSettings(step=self._step), timeout_s=_CALL_TIMEOUT_S)
         self._counters_at_start, self._counted_from_s = self._get_counters(), time.monotonic()
         # Without a checkpoint the run starts over, but servers may still hold weights that an earlier trainer
         # pushed.
@@ -127,6 +134,7 @@ class Leader:
         self._push_limit_s = 2 * self._config.weights.deadline_s(num_bytes)  # staging, and broadcast
         self._buffer.run(self._open_publisher(), name="publisher", timeout_s=10)
         self._offer(snapshot, loaded=is_new)
+        self._evaluations.interval = max(1, self.settings.eval_interval)
         try:
             if not is_new:
                 self._wait_for_checkpoint_weights()
@@ -138,6 +146,7 @@ class Leader:
                     step=self._step,
                     min_version=self._publisher.active_version,
                     done=self._record.evaluations.sets_of(self._step),
+                    is_asked=self.settings.evaluate,
                 )
         except StopRequestedError as stop:
             log.info("%s", stop)
@@ -164,12 +173,19 @@ class Leader:
         self._adapt_staleness(metrics)
         self._buffer.call(CompleteStep(step=step), timeout_s=_CALL_TIMEOUT_S)
         self._step = step + 1
+        settings = self._buffer.submit_call(GetStepSettings(step=step + 1), timeout_s=_CALL_TIMEOUT_S)
         if snapshot is not None:
             self._offer(snapshot, loaded=False)
         self._record_row(step, metrics | {"max_staleness": staleness_bound} | self._counts.of_row())
         if self._step == WARM_UP_STEPS:
             self._counters_after_warm_up = self._get_counters()
-        self._evaluations.start_if_due(step=self._step, min_version=self._publisher.active_version)
+        self.settings = self._buffer.wait(settings, name="settings", timeout_s=_CALL_TIMEOUT_S + 5)
+        self._evaluations.interval = max(1, self.settings.eval_interval)
+        self._evaluations.start_if_due(
+            step=self._step,
+            min_version=self._publisher.active_version,
+            is_asked=self.settings.evaluate,
+        )
 
     def stream_state(self, step: int) -> dict[str, Any]:
         """The state after `step` that a checkpoint keeps for `start_stream` and `begin`."""
@@ -266,8 +282,8 @@ class Leader:
 
     @property
     def _staleness_bound(self) -> int:
-        """Largest lag, in steps, of samples that are admitted now."""
-        return self._buffer.max_staleness if self._staleness is None else self._staleness.bound
+        """Largest lag, in steps, of samples that are admitted in this step."""
+        return self.settings.max_staleness if self._staleness is None else self._staleness.bound
 
     def _adapt_staleness(self, metrics: dict[str, Any]) -> None:
         """With `max_staleness=auto`: moves the bound.

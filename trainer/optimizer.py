@@ -44,7 +44,8 @@ class ShardedAdamW:
         `weight_decay` applies to matrices only. `max_grad_norm`: 0 turns clipping off.
         """
         self._ranks = ranks
-        self._lr = lr
+        self.lr = lr
+        """After the warm-up, before the decay. It may change between steps."""
         self._warmup_steps = warmup_steps
         self._decay_steps = decay_steps
         self._max_grad_norm = max_grad_norm
@@ -83,7 +84,7 @@ class ShardedAdamW:
             if self._decay_steps
             else 1.0
         )
-        return self._lr * min(warm, max(left, 0.0))
+        return self.lr * min(warm, max(left, 0.0))
 
     def step(self, *, divisor: float, lr: float) -> float:
         """Divides the accumulated gradients by `divisor`, clips, updates and clears them. Collective.

@@ -26,6 +26,7 @@ from areal_like.config import Config
 from areal_like.config.job import DaemonConfig
 from areal_like.paths import RunPaths
 
+log = logging.getLogger(__name__)
 exit_log = logging.getLogger("areal_like.runtime.exit")
 """Logger of the reason why a process ends. It does not write to stderr: `exit_code_of` writes that line
 itself, without time and level."""
@@ -205,9 +206,25 @@ def log_file(path: Path, *, bounds: LogBounds = UNBOUNDED) -> ReopenedFile:
     return file
 
 
+_own_level = ""
+"""The level that this process is configured with; empty before `configure_handlers`."""
+
+
 def configure_handlers(*handlers: logging.Handler, level: str) -> None:
     """Makes these the handlers of the process."""
+    global _own_level
+    _own_level = level
     logging.basicConfig(level=level, handlers=handlers, force=True)
+
+
+def follow_level(level: str) -> None:
+    """Logs from this level on, which an operator has set for all daemons; empty: from the process's own."""
+    wanted, root = level or _own_level, logging.getLogger()
+    if not wanted or root.level == (number := logging.getLevelNamesMapping()[wanted]):
+        return
+    root.setLevel(min(number, root.level))
+    log.info("entries from %s on are logged", wanted)
+    root.setLevel(number)
 
 
 OUTPUT_FILE = "AREAL_LIKE_OUTPUT_FILE"

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import cast
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
-from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from areal_like.histograms.buckets import Buckets
-
 PREFIX = "areal"
+SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
+"""Buckets of durations: half a decade each, from a write to a disk to the longest generation."""
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -58,39 +58,19 @@ class Metrics:
             gauge.labels(*combination)
         return gauge
 
-    def histogram(self, name: str, doc: str, *, buckets: Sequence[float]) -> Histogram:
-        """A histogram `areal_<name>`."""
-        return Histogram(f"{PREFIX}_{name}", doc, buckets=buckets, registry=self.registry)
-
-    def buckets(
-        self, name: str, doc: str, read: Callable[[], Mapping[str, Buckets]], *, label: str = ""
-    ) -> None:
-        """A histogram `areal_<name>` of counts that another object keeps.
-
-        `read`: is called for each page; the counts by the value of `label`, or under "" without a label.
-        """
-        self.registry.register(BucketsCollector(name, doc, read, label=label))
+    def histogram(
+        self, name: str, doc: str, *, buckets: Sequence[float], label: str = "", values: Sequence[str] = ()
+    ) -> Histogram:
+        """A histogram `areal_<name>`, with at most one label whose values are known."""
+        labels = [label] if label else []
+        histogram = Histogram(f"{PREFIX}_{name}", doc, labels, buckets=buckets, registry=self.registry)
+        for value in values:
+            histogram.labels(value)
+        return histogram
 
     def exposition(self) -> bytes:
         """The body of /metrics, in Prometheus' text format."""
         return exposition(self.registry)
-
-
-class BucketsCollector(Collector):
-    """One histogram, or one for each value of a label, whose counts are read when they are asked for."""
-
-    def __init__(
-        self, name: str, doc: str, read: Callable[[], Mapping[str, Buckets]], *, label: str = ""
-    ) -> None:
-        self._name, self._doc, self._read = f"{PREFIX}_{name}", doc, read
-        self._labels = [label] if label else []
-
-    def collect(self) -> Iterable[Metric]:
-        """The family."""
-        family = HistogramMetricFamily(self._name, self._doc, labels=self._labels)
-        for value, buckets in self._read().items():
-            family.add_metric([value] if self._labels else [], buckets.cumulative(), buckets.total)
-        yield family
 
 
 class DaemonSeries(Collector):

@@ -10,9 +10,10 @@ hypothesis and in a simulator with a virtual clock.
     SampleIntake       verdicts on samples, group filters
     FailedSamples      retry or drop of a failed sample, quarantine of a server
     TrainerSession     start, fetch, complete, commit, evaluations
+    OperatorChanges    pause, cordon, settings that change while the run goes on
     Ledger             all of these operations on one state
 
-The four in the middle use LedgerState and TicketLifecycle; SampleIntake also uses FailedSamples.
+They use LedgerState, all but the last use TicketLifecycle; SampleIntake also uses FailedSamples.
 
 Steps are absolute (a run that resumes after K steps begins at step K). Let s be the step of a server's
 weights. Two rules are stricter than the staleness bound itself requires; both keep healthy tickets from ever
@@ -40,6 +41,7 @@ from buffer.ledger.data_change import DataChange
 from buffer.ledger.failed_samples import FailedSamples
 from buffer.ledger.lease_dispatcher import LeaseDispatcher
 from buffer.ledger.lifecycle import TicketLifecycle
+from buffer.ledger.operator_changes import OperatorChanges
 from buffer.ledger.sample_intake import SampleIntake
 from buffer.ledger.snapshot import LedgerSnapshot
 from buffer.ledger.state import LedgerState
@@ -83,6 +85,7 @@ class Ledger:
         self.start_training = session.start_training
         self.alloc_version = session.alloc_version
         self.adopt_version = session.adopt_version
+        self.settings_of = session.settings_of
         self.fetch = session.fetch
         self.complete_step = session.complete_step
         self.commit = session.commit
@@ -95,19 +98,16 @@ class Ledger:
         # Operations of an operator, and of every peer.
         self.poison = session.poison
         self.unfence = session.unfence
-        self.set_paused = session.set_paused
-        self.change_max_staleness = session.change_max_staleness
-        self.set_cordoned = session.set_cordoned
+        operator = OperatorChanges(state)
+        self.set_paused = operator.set_paused
+        self.set_cordoned = operator.set_cordoned
+        self.change_settings = operator.change_settings
         self.find_process = state.incarnations.find
 
     def admit_process(self, name: str, process: str) -> int:
         """Gives the name to a new process; returns its incarnation. Raises as `IncarnationTable.admit`."""
         above = self.trainer_incarnation if name == TRAINER else 0
         return self.state.incarnations.admit(name, process, above=above)
-
-    def advance(self, *, now_s: float) -> None:
-        """The operations that follow happen at this time: for the histograms of ages alone."""
-        self.state.ages.now_s = now_s
 
     def hold_grants(self) -> None:
         """Grants no lease until everything written so far is durable.

@@ -122,7 +122,6 @@ class TicketLifecycle:
     def mark_ready(self, ticket: Ticket) -> None:
         """All samples have arrived and passed the group filter: READY."""
         self._tickets.move(ticket, State.READY)
-        self._state.ages.became_ready(ticket)
         self._add_ready(ticket)
 
     def end_eval_sample(self, ticket: Ticket) -> None:

@@ -31,6 +31,7 @@ from buffer.settings import LedgerSettings
 from buffer.storage.base import Store
 from buffer.storage.rows import Recovered
 from buffer.tables.evaluations import DONE, tickets_of
+from buffer.tables.live_settings import MAX_STALENESS
 from buffer.tickets import State
 
 _GENERATION_BITS = 36
@@ -69,6 +70,7 @@ def recover(
     _compare_settings(state, recovered.scalars, dataset=dataset)
     _restore_tables(state, recovered)
     _restore_steps(state, recovered, now_s=now_s)
+    _restore_settings(state, recovered)
     _restore_evals(state, recovered)
     state.trainer_incarnation = recovered.scalars.get("trainer_incarnation", 0)
     state.is_finished = recovered.scalars.get("finished_steps", 0) >= settings.num_steps and not reopen
@@ -134,9 +136,6 @@ def _restore_tables(state: LedgerState, recovered: Recovered) -> None:
     state.versions.restore(recovered.versions, recovered.rollbacks, newest=scalars.get("newest_version", 0))
     if state.settings.adaptive:
         state.bound.current = min(scalars.get("max_staleness", 0), state.settings.staleness_cap)
-    elif scalars.get("max_staleness_of", 0) == state.settings.staleness_cap + 1:
-        # An operator's change holds until the setting itself is changed.
-        state.bound.current = min(scalars["max_staleness"], state.settings.staleness_cap)
     state.incarnations.restore(scalars)
     state.holds.restore(scalars)
     state.prompts.restore(scalars, recovered.returned, are_other_prompts=state.prompts_changed)
@@ -149,6 +148,18 @@ def _restore_steps(state: LedgerState, recovered: Recovered, *, now_s: float) ->
     if not state.settings_changed:
         taken = [(ticket.step, ticket.position) for ticket in batched]
         state.scheduler.restore(taken, first_step=state.steps.committed + 1)
+
+
+def _restore_settings(state: LedgerState, recovered: Recovered) -> None:
+    """An operator's staleness bound holds until the setting itself is changed."""
+    state.live.restore(recovered.settings)
+    configured = state.configured_bound
+    if state.live.configured(MAX_STALENESS) is None:  # a new ledger, or one of the release before
+        state.live.begin(state.steps.current, configured, unix_s=0.0)
+    row = state.live.newest(MAX_STALENESS)
+    is_as_before = state.live.configured(MAX_STALENESS) == configured[MAX_STALENESS]
+    if row is not None and is_as_before and not state.settings.adaptive:
+        state.bound.current = int(row.value)
 
 
 def _restore_evals(state: LedgerState, recovered: Recovered) -> None:

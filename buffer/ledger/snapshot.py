@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from areal_like.histograms.buckets import Buckets
 from buffer.ledger.state import LedgerState
 from buffer.tickets import Drop, State, Verdict
 
@@ -61,12 +59,6 @@ class LedgerSnapshot:
     closed_reason: str
     write_blocked_reason: str
     curriculum: CurriculumSnapshot | None
-    ready_age: Buckets
-    """Seconds from a group's last sample until the trainer got the group."""
-    lease_ages: Mapping[str, Buckets]
-    """Seconds from the grant of a lease to its end, by how it ended."""
-    write_times: Mapping[str, Buckets]
-    """Seconds of writes of the ledger, by part. All three are live and of this process."""
 
     @classmethod
     def of(cls, state: LedgerState) -> LedgerSnapshot:
@@ -100,9 +92,6 @@ class LedgerSnapshot:
             num_bytes=state.store.num_bytes,
             closed_reason=state.closed_reason,
             write_blocked_reason=state.store.write_blocked_reason,
-            ready_age=state.ages.ready,
-            lease_ages=state.ages.leases,
-            write_times=state.store.write_times,
             curriculum=None
             if curriculum is None
             else CurriculumSnapshot(

@@ -14,11 +14,11 @@ from buffer.scheduling.step_log import StepLog
 from buffer.scheduling.step_scheduler import StepScheduler
 from buffer.settings import LedgerSettings
 from buffer.storage.base import Store
-from buffer.tables.ages import Ages
 from buffer.tables.counters import StreamCounters
 from buffer.tables.evaluations import EvalTable
 from buffer.tables.incarnations import IncarnationTable
 from buffer.tables.lease_table import LeaseTable
+from buffer.tables.live_settings import MAX_STALENESS, LiveSettings
 from buffer.tables.operator_holds import OperatorHolds
 from buffer.tables.prompt_source import PromptSource
 from buffer.tables.ticket_table import TicketTable
@@ -42,10 +42,8 @@ class LedgerState:
         self.tickets = TicketTable(store, settings.shard)
         self.prompts = PromptSource(settings, store)
         self.evals = EvalTable(store, keep=settings.keep_evaluations)
-        self.ages = Ages()
         self.leases = LeaseTable(
             store,
-            self.ages,
             lease_timeout_s=settings.lease_timeout_s,
             first_lease_id=first_lease_id,
             shard=settings.shard,
@@ -61,6 +59,7 @@ class LedgerState:
         self.admission = Admission(settings, tickets=self.tickets, scheduler=self.scheduler, bound=self.bound)
         self.steps = StepLog(store, self.tickets, self.counters, groups_per_step=settings.groups_per_step)
         self.holds = OperatorHolds(store)
+        self.live = LiveSettings(store)
         self.drops: Counter[Drop] = Counter()
         """Dropped tickets by reason."""
         self.trainer_incarnation = 0
@@ -80,6 +79,11 @@ class LedgerState:
         self.recorded_settings: dict[str, int] = {}
         """The settings that recorded steps depend on, as scalars to compare at the next start."""
 
+    @property
+    def configured_bound(self) -> dict[str, str]:
+        """The setting `max_staleness` that the run has now, as `live` records it."""
+        return {MAX_STALENESS: "auto" if self.settings.adaptive else str(self.settings.staleness_cap)}
+
     def put_recorded_settings(self) -> None:
         """Writes the current settings as those of all recorded steps."""
         for name, value in self.recorded_settings.items():
@@ -89,12 +93,6 @@ class LedgerState:
         """Sets the incarnation of the newest trainer; requests of older trainers are refused."""
         self.trainer_incarnation = incarnation
         self.store.put_scalar("trainer_incarnation", incarnation)
-
-    def set_changed_bound(self, max_staleness: int) -> None:
-        """Sets the bound of new tickets, which a buffer of a run with the same setting continues with."""
-        self.bound.current = max_staleness
-        self.store.put_scalar("max_staleness", max_staleness)
-        self.store.put_scalar("max_staleness_of", self.settings.staleness_cap + 1)
 
     def set_finished(self, is_finished: bool) -> None:
         """Sets or removes the mark of a finished run; it is for the present number of steps."""

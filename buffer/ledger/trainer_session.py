@@ -6,12 +6,13 @@ may change the ledger; requests of older ones raise StaleIncarnationError.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from areal_like.config.evaluation import DEFAULT_SET
 from areal_like.errors import RefusedError, RunFinishedError
-from areal_like.wire.messages.consumer import Group
+from areal_like.wire.messages.consumer import Group, StepSettings
 from areal_like.wire.messages.evaluation import EvalResult
 from areal_like.wire.messages.producer import Purpose
 from buffer.ledger.lifecycle import TicketLifecycle
@@ -21,6 +22,14 @@ from buffer.prompts.order import Prompt
 from buffer.storage.rows import EvaluationRow, OperationRow
 from buffer.tables.evaluations import RUNNING, check_request
 from buffer.tables.incarnations import TRAINER, is_impossible, refuse_older
+from buffer.tables.live_settings import (
+    CHECKPOINT,
+    EVAL_INTERVAL,
+    EVALUATE,
+    LR,
+    MAX_STALENESS,
+    canonical,
+)
 from buffer.tables.version_table import MAX_VERSION
 from buffer.tickets import Drop, State, Ticket
 
@@ -46,22 +55,31 @@ class TrainerSession:
         refuse_older("trainer", incarnation, newest=self._state.trainer_incarnation)
 
     def start_training(
-        self, *, incarnation: int, step: int, stream: dict[str, Any], unix_s: float = 0.0
+        self,
+        *,
+        incarnation: int,
+        step: int,
+        stream: dict[str, Any],
+        settings: Mapping[str, str] = MappingProxyType({}),
+        unix_s: float = 0.0,
     ) -> None:
         """A trainer starts with `step` completed steps; older trainers are refused from now on. Idempotent.
 
         Raises RunFinishedError if the run is finished and this is its last step; an earlier step reopens it.
         `stream`: the `stream_state` in its checkpoint; empty without a checkpoint. See `stream_start.py`.
+        `settings`: the trainer's values of those that may change while the run goes on.
         """
         self.refuse_older_trainer(incarnation)
         if incarnation == self._state.trainer_incarnation:
             return
+        base = {key: canonical(key, value) for key, value in settings.items()}
         if self._state.is_finished:
             if step >= self._settings.num_steps:
                 raise RunFinishedError("the run is finished")
             self._state.set_finished(False)
         self._stream_start.start_at(step, stream, incarnation=incarnation, unix_s=unix_s)
         self._state.set_trainer(incarnation)
+        self._state.live.begin(step, base | self._state.configured_bound, unix_s=unix_s)
         self._state.set_closed("")
         self._lifecycle.record_ready_groups()
 
@@ -86,6 +104,25 @@ class TrainerSession:
                 f"and was not allocated for step {step}",
             )
 
+    def settings_of(self, *, incarnation: int, step: int) -> StepSettings:
+        """What may change while the run goes on, as of a step; the same answer whenever it is asked.
+
+        Raises RefusedError for a step that may still change: one after the step in training.
+        """
+        self._check_current(incarnation)
+        if not 0 <= step <= self._steps.current:
+            raise RefusedError("step", f"settings of steps 0..{self._steps.current} are fixed, not of {step}")
+        live = self._state.live
+        bound = live.at(MAX_STALENESS, step)
+        return StepSettings(
+            step=step,
+            lr=float(live.at(LR, step) or 0.0),
+            eval_interval=int(live.at(EVAL_INTERVAL, step) or 0),
+            max_staleness=self._state.bound.current if bound in (None, "auto") else int(bound),
+            evaluate=live.is_asked(EVALUATE, step - 1),
+            checkpoint=live.is_asked(CHECKPOINT, step - 1),
+        )
+
     def fetch(self, *, step: int, position: int) -> Group | None:
         """The group recorded at (step, position), always the same one; None: not recorded yet.
 
@@ -105,7 +142,6 @@ class TrainerSession:
             return None
         records = self._state.store.records_of(ticket)
         self._steps.mark_served(step, shard.local(position))
-        self._state.ages.served(ticket)
         return Group(
             step=step,
             position=position,
@@ -174,25 +210,6 @@ class TrainerSession:
         )
         return detail
 
-    def set_paused(self, is_paused: bool, *, unix_s: float) -> bool:
-        """Grants no leases of training tickets, or grants them again, for an operator. False: it was so."""
-        has_changed = self._state.holds.set_paused(is_paused)
-        if has_changed:
-            self._record("pause" if is_paused else "resume", "training", unix_s=unix_s)
-        return has_changed
-
-    def set_cordoned(self, name: str, is_cordoned: bool, *, unix_s: float) -> bool:
-        """Grants a server no new leases, or grants them again, for an operator. False: it was so."""
-        has_changed = self._state.holds.set_cordoned(name, is_cordoned)
-        if has_changed:
-            self._record("cordon" if is_cordoned else "uncordon", name, unix_s=unix_s)
-            if (server := self._state.leases.servers.get(name)) is not None:
-                server.is_cordoned = is_cordoned
-        return has_changed
-
-    def _record(self, verb: str, subject: str, *, unix_s: float) -> None:
-        self._state.store.put_operation(OperationRow(unix_s=unix_s, verb=verb, subject=subject, detail=""))
-
     def poison(self, ticket_ids: Sequence[int]) -> None:
         """Removes tickets from their steps, for an operator; other groups take their positions.
 
@@ -253,25 +270,6 @@ class TrainerSession:
             raise RefusedError("max_staleness", f"want 0..{cap} (max_staleness_cap), got {max_staleness}")
         self._state.bound.current = max_staleness
         self._state.store.put_scalar("max_staleness", max_staleness)
-
-    def change_max_staleness(self, max_staleness: int, *, unix_s: float) -> int:
-        """Sets the bound of new tickets for an operator; returns the one before.
-
-        It may be any number up to the one that the run was started with, with which metrics and servers are
-        laid out. Raises RefusedError.
-        """
-        cap, before = self._settings.staleness_cap, self._state.bound.current
-        least = self._settings.sync_interval - 1
-        if self._settings.adaptive:
-            raise RefusedError("max_staleness", "it follows the effective sample size (max_staleness=auto)")
-        if not least <= max_staleness <= cap:
-            raise RefusedError("max_staleness", f"want {least}..{cap}: the run was started with {cap}")
-        if max_staleness != before:
-            self._state.set_changed_bound(max_staleness)
-            detail = f"{before} -> {max_staleness} at step {self._state.steps.current}"
-            row = OperationRow(unix_s=unix_s, verb="set", subject="max_staleness", detail=detail)
-            self._state.store.put_operation(row)
-        return before
 
     def request_eval(
         self,

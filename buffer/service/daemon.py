@@ -302,7 +302,6 @@ class BufferDaemon:
         """Periodic work: expires leases, removes silent servers, updates the Prometheus series."""
         self._ticking = self._loop.call_later(_TICK_S, self._tick)
         with self._failing_on_error():
-            self._ledger.advance(now_s=self._loop.time())
             self._watch.tick(now_s=self._loop.time(), interval_s=_TICK_S)
             if reason := self._ledger.write_blocked_reason:
                 self._runtime.unready(reason)

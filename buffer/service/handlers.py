@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from areal_like.errors import RefusedError
+from areal_like.runtime.logs import follow_level
 from areal_like.spans.recorder import unix_now
 from areal_like.wire.channel import Envelope
 from areal_like.wire.limits import check_lengths
@@ -89,6 +90,7 @@ class Handlers:
                 consumer.TrainerHeartbeat: self._trainer_heartbeat,
                 consumer.Fetch: self._fetch,
                 consumer.StartTraining: _rank0_only(self._start_training),
+                consumer.GetStepSettings: _rank0_only(self._step_settings),
                 consumer.AllocVersion: _rank0_only(self._alloc_version),
                 consumer.AdoptVersion: _rank0_only(self._adopt_version),
                 consumer.CompleteStep: _rank0_only(self._complete_step),
@@ -127,8 +129,7 @@ class Handlers:
         peer = self._peers.at(envelope.peer)
         assert peer is not None
         self._check_key(peer, envelope)
-        peer.last_heard_s = now_s = self._clock()
-        self._ledger.advance(now_s=now_s)
+        peer.last_heard_s = self._clock()
         self.registration.heard(envelope.peer)
         if self._ledger.failure_reason:
             return JobFailed(reason=self._ledger.failure_reason)
@@ -151,7 +152,7 @@ class Handlers:
             newest_version=ledger.newest_version,
             trouble=ledger.write_blocked_reason,
             progress=progress,
-            max_staleness=ledger.state.bound.current,
+            log_level=ledger.state.live.log_level,
             echo_s=sent_s,
             unix_s=unix_now() if ledger.state.settings.shard.index == 0 else 0.0,
         )
@@ -230,14 +231,22 @@ class Handlers:
         message: consumer.StartTraining = envelope.message
         incarnation = peer.hello.incarnation
         self._ledger.start_training(
-            incarnation=incarnation, step=message.step, stream=message.stream, unix_s=time.time()
+            incarnation=incarnation,
+            step=message.step,
+            stream=message.stream,
+            settings=message.settings,
+            unix_s=time.time(),
         )
+        follow_level(self._ledger.state.live.log_level)
         self._outbox.keep_evals_of(peer.route)
         for rank in self._peers.of(Role.TRAINER):
             if rank.hello.incarnation < incarnation:
                 self._peers.remove(rank.hello.name)
         log.info("training starts at step %d, incarnation %d", message.step, incarnation)
         return self.registration.welcome(incarnation)
+
+    def _step_settings(self, peer: Peer, envelope: Envelope) -> consumer.StepSettings:
+        return self._ledger.settings_of(incarnation=peer.hello.incarnation, step=envelope.message.step)
 
     def _alloc_version(self, peer: Peer, envelope: Envelope) -> consumer.VersionGranted:
         version = self._ledger.alloc_version(incarnation=peer.hello.incarnation, step=envelope.message.step)

@@ -3,7 +3,8 @@
     drop {"tickets": [17, 23]}           removes recorded tickets: all of them, or none
     unfence {"name": "rollout-0"}        takes a name from its process; the next new one gets it
     cordon, uncordon {"server": "rollout-0"}    grants a rollout server no new leases; grants them again
-    set {"max_staleness": 2}             changes the bound of tickets that begin from now on
+    set {"trainer.lr": 1e-5, ...}        changes settings from the next step on (tables/live_settings.py), or
+                                         asks for an evaluation or a checkpoint: {"evaluate": "now"}
     pause, resume {}                     grants no leases of training tickets; grants them again
     drain_server {"server": "rollout-0"} tells a rollout server to leave, over its own connection: the HTTP
                                          address in a hello is whatever the peer wrote there
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import logging
 import time
@@ -23,6 +25,7 @@ from typing import Any
 
 from areal_like.config.common import NAME
 from areal_like.errors import RefusedError, UserError
+from areal_like.runtime.logs import follow_level
 from areal_like.wire.messages.hello import Drain, Role
 from buffer.ledger.ledger import Ledger
 from buffer.service.outbox import Outbox
@@ -32,6 +35,8 @@ from buffer.tables.incarnations import TRAINER
 
 log = logging.getLogger(__name__)
 
+_MAX_SETTINGS = 16
+_TEXTS = (str, int, float)
 Verb = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 
 
@@ -124,20 +129,23 @@ class Operations:
         return {"server": name, "changed": has_changed}
 
     async def _set(self, body: dict[str, Any]) -> dict[str, Any]:
-        wanted = body.get("max_staleness")
-        if set(body) != {"max_staleness"} or type(wanted) is not int:
-            raise UserError('want {"max_staleness": N}: nothing else changes while the run goes on')
-        refusal, before = "", 0
+        if not 0 < len(body) <= _MAX_SETTINGS or not all(type(value) in _TEXTS for value in body.values()):
+            raise UserError('want {KEY: VALUE, ...}, as {"trainer.lr": 1e-5, "evaluate": "now"}')
+        refusal, changes = "", []
         with self._changing():
             try:
-                before = self._ledger.change_max_staleness(wanted, unix_s=time.time())
+                changes = self._ledger.change_settings(
+                    {key: str(value) for key, value in body.items()}, unix_s=time.time()
+                )
             except RefusedError as error:
                 refusal = "{}: {}".format(*error.args)
         if refusal:
             raise UserError(refusal)
-        log.warning("an operator sets max_staleness from %d to %d", before, wanted)
+        for change in changes:
+            log.warning("an operator sets %s=%s, step %d", change.key, change.value, change.step)
+        follow_level(self._ledger.state.live.log_level)
         await self._durable()
-        return {"max_staleness": wanted, "before": before}
+        return {"changes": [dataclasses.asdict(change) for change in changes]}
 
     async def _set_paused(self, is_paused: bool, _: dict[str, Any]) -> dict[str, Any]:
         with self._changing():

@@ -101,7 +101,6 @@ class Outbox:
 
         Raises ArealError if the job has failed.
         """
-        self._ledger.advance(now_s=now_s)
         for notice in self._ledger.take_notices():
             log.warning("%s", notice)
         if self._ledger.failure_reason:

@@ -9,14 +9,11 @@ from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from areal_like.failures import FailureKind, FailurePolicy
-from areal_like.histograms.buckets import LONG_S, Buckets
 from areal_like.runtime.metrics import PREFIX, Metrics
 from areal_like.selection import LENGTHS, MAX_BUCKET, failures_of, lengths_of, wasted_of
 from areal_like.wire.messages.hello import Role
 from buffer.ledger.snapshot import LedgerSnapshot
 from buffer.service.peers import ConnectedPeers
-from buffer.storage.base import new_write_times
-from buffer.tables.ages import new_lease_ages
 from buffer.tickets import REFUSALS, Drop, State, Verdict
 
 _WASTED = sorted(
@@ -56,26 +53,6 @@ class BufferSeries:
         )
         self._wasted = metrics.counter(
             "tokens_wasted", "Sampled tokens that are not trained on", label="reason", values=_WASTED
-        )
-        self._ready: Mapping[str, Buckets] = {"": Buckets(LONG_S)}
-        self._leases: Mapping[str, Buckets] = new_lease_ages()
-        self._writes: Mapping[str, Buckets] = new_write_times()
-        metrics.buckets(
-            "ready_seconds",
-            "Seconds from the last sample of a train group until the trainer got the group",
-            lambda: self._ready,
-        )
-        metrics.buckets(
-            "lease_seconds",
-            "Seconds from the grant of a lease to its end: all samples have arrived or failed, or not",
-            lambda: self._leases,
-            label="outcome",
-        )
-        metrics.buckets(
-            "ledger_write_seconds",
-            "Seconds until a batch was durable on disk: its records, and its rows after them",
-            lambda: self._writes,
-            label="part",
         )
         self._lengths = ResponseLengths()
         metrics.registry.register(self._lengths)
@@ -140,8 +117,6 @@ class BufferSeries:
         for wasted_because, num_tokens in wasted_of(snapshot.counters).items():
             self._raise_to(self._wasted, num_tokens, wasted_because)
         self._lengths.counters = snapshot.counters
-        self._ready = {"": snapshot.ready_age}
-        self._leases, self._writes = snapshot.lease_ages, snapshot.write_times
         self._quarantined.set(snapshot.num_quarantined)
         for name, counter in self._unlabeled.items():
             self._raise_to(counter, unlabeled[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,9 @@ from buffer.ledger.snapshot import LedgerSnapshot
 from buffer.rates import RecentNumbers
 from buffer.service.peers import ConnectedPeers
 from buffer.tables.lease_table import Server
+
+_MAX_CHANGES = 50
+"""Rows of the table of settings in /status, the newest."""
 
 
 def stream_counters(
@@ -68,6 +72,7 @@ def status(
         "curriculum": snapshot.curriculum.status if snapshot.curriculum else None,
         "paused": ledger.state.holds.is_paused,
         "cordoned": sorted(ledger.state.holds.cordoned),
+        "changes": [dataclasses.asdict(row) for row in ledger.state.live.rows[-_MAX_CHANGES:]],
         "closed_because": snapshot.closed_reason,
         "store_trouble": snapshot.write_blocked_reason,
         "trainers_lost": {

@@ -19,18 +19,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Protocol
 
-from areal_like.histograms.buckets import SHORT_S, Buckets
 from areal_like.wire.records import Record
 from buffer.prompts.order import Prompt
-from buffer.storage.rows import EvaluationRow, OperationRow, Recovered, RollbackRow, VersionRow
+from buffer.storage.rows import EvaluationRow, OperationRow, Recovered, RollbackRow, SettingRow, VersionRow
 from buffer.tickets import LeaseRecord, SampleSummary, Ticket
-
-WRITE_PARTS = ("records", "rows")
-
-
-def new_write_times() -> dict[str, Buckets]:
-    """Seconds of writes by part, none yet."""
-    return {part: Buckets(SHORT_S) for part in WRITE_PARTS}
 
 
 class Store(Protocol):
@@ -78,6 +70,9 @@ class Store(Protocol):
     def put_operation(self, row: OperationRow) -> None:
         """An operator did something."""
 
+    def put_setting(self, row: SettingRow) -> None:
+        """A setting has another value from a step on, or an action is to be done."""
+
     def put_counters(self, values: Mapping[str, float]) -> None:
         """New values of some counters; the others stay."""
 
@@ -109,10 +104,6 @@ class Store(Protocol):
 
         Admit nothing new while it is set.
         """
-
-    @property
-    def write_times(self) -> Mapping[str, Buckets]:
-        """Seconds that a batch's `records` and its `rows` took until they were durable."""
 
     def close(self) -> None:
         """Writes pending rows and records, as far as the disk has space, and closes the files."""

@@ -11,11 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from areal_like.histograms.buckets import Buckets
 from areal_like.wire.records import Record
 from buffer.prompts.order import Prompt
-from buffer.storage.base import new_write_times
-from buffer.storage.rows import EvaluationRow, OperationRow, Recovered, RollbackRow, VersionRow
+from buffer.storage.rows import EvaluationRow, OperationRow, Recovered, RollbackRow, SettingRow, VersionRow
 from buffer.tickets import LeaseRecord, SampleSummary, State, Ticket
 
 Row = tuple[Any, ...]
@@ -40,6 +38,7 @@ class Changes:
     attempts: dict[int, int] = field(default_factory=dict)
     rollbacks: list[RollbackRow] = field(default_factory=list)
     operations: list[OperationRow] = field(default_factory=list)
+    settings: list[SettingRow] = field(default_factory=list)
     counters: dict[str, float] = field(default_factory=dict)
     evaluated: list[int] = field(default_factory=list)
     """Tickets whose records are kept and will not be fetched: they need no memory."""
@@ -58,7 +57,6 @@ class RowRecorder:
 
     def __init__(self) -> None:
         self.changes = Changes()
-        self.write_times: Mapping[str, Buckets] = new_write_times()
         self._first_returned = 0
         self._next_returned = 0
 
@@ -153,6 +151,10 @@ class RowRecorder:
 
     def put_operation(self, row: OperationRow) -> None:
         self.changes.operations.append(row)
+        self._changed()
+
+    def put_setting(self, row: SettingRow) -> None:
+        self.changes.settings.append(row)
         self._changed()
 
     def put_counters(self, values: Mapping[str, float]) -> None:

@@ -164,7 +164,6 @@ class DurableStore(RowRecorder):
             retain=self._settings.retain_trajectories,
             min_free_bytes=self._settings.min_free_bytes,
             loop=self._loop,
-            times=self.write_times,
             on_done=self._done,
             on_error=self._on_error,
         )

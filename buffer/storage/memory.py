@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 
-from areal_like.histograms.buckets import Buckets
 from areal_like.wire.records import Record
 from buffer.prompts.order import Prompt
-from buffer.storage.base import new_write_times
-from buffer.storage.rows import EvaluationRow, OperationRow, Recovered, RollbackRow, VersionRow
+from buffer.storage.rows import EvaluationRow, OperationRow, Recovered, RollbackRow, SettingRow, VersionRow
 from buffer.tickets import LeaseRecord, SampleSummary, State, Ticket
 
 
@@ -21,7 +19,6 @@ class MemoryStore:
     def __init__(self) -> None:
         self._records: dict[int, dict[int, Record]] = {}
         self._num_bytes = 0
-        self.write_times: Mapping[str, Buckets] = new_write_times()
 
     def put_ticket(self, ticket: Ticket) -> None:
         """Releases the records of a ticket that ended untrained: nobody could read those of an evaluation."""
@@ -56,6 +53,8 @@ class MemoryStore:
     def put_rollback(self, row: RollbackRow) -> None: ...
 
     def put_operation(self, row: OperationRow) -> None: ...
+
+    def put_setting(self, row: SettingRow) -> None: ...
 
     def put_counters(self, values: Mapping[str, float]) -> None: ...
 

@@ -63,6 +63,19 @@ class OperationRow:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SettingRow:
+    """A value of a setting that may change while the run goes on, or an action that an operator asked for."""
+
+    step: int
+    """The first optimizer step with this value. Of an action: the step after which it is done."""
+    key: str
+    value: str
+    origin: str
+    """`start`: a trainer started with it; `operator`: changed while the run went on."""
+    unix_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationRow:
     """One evaluation of one set. Its tickets were issued together, in the order of their prompts."""
 
@@ -112,6 +125,8 @@ class Recovered:
     attempts: dict[int, int] = field(default_factory=dict)
     """Step -> number of trainers that began it."""
     rollbacks: list[RollbackRow] = field(default_factory=list)
+    settings: list[SettingRow] = field(default_factory=list)
+    """In the order in which they were made."""
     counters: dict[str, float] = field(default_factory=dict)
     ended: dict[tuple[Purpose, State, Drop | None], int] = field(default_factory=dict)
     """Number of tickets by purpose, terminal state and drop reason, including those in `trained` and

@@ -93,7 +93,13 @@ CREATE TABLE evaluations (
 );
 CREATE INDEX evaluations_with_records ON evaluations (first_ticket) WHERE state IN ('running', 'done');
 """
-MIGRATIONS: tuple[str, ...] = (_VERSION_1, _VERSION_2, _VERSION_3)
+_VERSION_4 = """
+CREATE TABLE settings (
+    id INTEGER PRIMARY KEY, step INTEGER NOT NULL, key TEXT NOT NULL, value TEXT NOT NULL,
+    origin TEXT NOT NULL, unix_s REAL NOT NULL
+);
+"""
+MIGRATIONS: tuple[str, ...] = (_VERSION_1, _VERSION_2, _VERSION_3, _VERSION_4)
 """Script i takes a file from version i to i + 1. Never edit a released script: append another one."""
 
 
@@ -241,6 +247,11 @@ def _write(connection: sqlite3.Connection, changes: Changes, locations: Iterable
         connection,
         "INSERT INTO operations VALUES",
         [(None, row.unix_s, row.verb, row.subject, row.detail) for row in changes.operations],
+    )
+    _insert(
+        connection,
+        "INSERT INTO settings VALUES",
+        [(None, row.step, row.key, row.value, row.origin, row.unix_s) for row in changes.settings],
     )
     _insert(connection, "INSERT OR REPLACE INTO statistics VALUES", list(changes.counters.items()))
 

@@ -12,7 +12,15 @@ import sqlite3
 from areal_like.wire.messages.producer import Purpose
 from areal_like.wire.records import RecordLocation
 from buffer.prompts.order import Prompt
-from buffer.storage.rows import EvaluationRow, LeaseRow, Recovered, RollbackRow, SegmentRow, VersionRow
+from buffer.storage.rows import (
+    EvaluationRow,
+    LeaseRow,
+    Recovered,
+    RollbackRow,
+    SegmentRow,
+    SettingRow,
+    VersionRow,
+)
 from buffer.tickets import Drop, SampleSummary, State, Ticket
 
 
@@ -105,6 +113,10 @@ def read_all(connection: sqlite3.Connection) -> Recovered:
                 unix_s=row[6],
             )
             for row in query("SELECT * FROM rollbacks ORDER BY id")
+        ],
+        settings=[
+            SettingRow(step=row[1], key=row[2], value=row[3], origin=row[4], unix_s=row[5])
+            for row in query("SELECT * FROM settings ORDER BY id")
         ],
         counters=dict(query("SELECT * FROM statistics")),
         ended={

@@ -20,11 +20,10 @@ import queue
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from areal_like.histograms.buckets import Buckets
 from areal_like.runtime.threads import NamedThread
 from areal_like.spans.recorder import record
 from areal_like.wire.records import RecordLocation, segment_path
@@ -72,18 +71,16 @@ class Writer:
         retain: bool,
         min_free_bytes: int,
         loop: asyncio.AbstractEventLoop,
-        times: Mapping[str, Buckets],
         on_done: Callable[[Batch, list[RecordLocation]], None],
         on_error: Callable[[Exception], None],
     ) -> None:
-        """`on_done` and `on_error` are called in `loop`. `times`: gets the seconds of each write, by part."""
+        """`on_done` and `on_error` are called in `loop`."""
         self._directory = directory
         self._connection = connection
         self._segments = segments
         self._retain = retain
         self._min_free_bytes = min_free_bytes
         self._loop = loop
-        self._times = times
         self._on_done = on_done
         self._on_error = on_error
         self._batches: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
@@ -161,10 +158,9 @@ class Writer:
     def _write(self, batch: Batch, records: list[bytes]) -> list[RecordLocation]:
         if records and not (self.frees_space or batch.changes.released or batch.gone_segments):
             self._check_free(sum(map(len, records)))
-        first, started_s = self._segments.segment, time.perf_counter()
+        first = self._segments.segment
         try:
             locations = self._segments.write(records)
-            records_s = time.perf_counter() - started_s
             sizes = {location.segment: location.offset + location.num_bytes for location in locations}
             rows = [
                 SegmentRow(segment=segment, num_bytes=sizes.get(segment, 0), retained=self._retain)
@@ -191,9 +187,6 @@ class Writer:
             self._segments.cut()
             raise _NoSpaceError(reason) from None
         self._segments.keep()
-        if records:
-            self._times["records"].observe(records_s)
-        self._times["rows"].observe(time.perf_counter() - started_s - records_s)
         if self._writing_since_s is not None:
             record("ledger", "write", start_s=self._writing_since_s, records=len(records))
         for segment in batch.gone_segments:

@@ -12,14 +12,13 @@ server never received them or has lost them.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from areal_like.shards import Shard
 from areal_like.wire.messages.producer import ServerHeartbeat, ServerState
 from buffer.storage.base import Store
 from buffer.storage.rows import LeaseRow
-from buffer.tables.ages import Ages
 from buffer.tables.server_health import ServerHealth
 from buffer.tickets import LeaseRecord, Ticket
 
@@ -67,12 +66,9 @@ class Server:
 class LeaseTable:
     """Servers and leases. Methods that end leases return them; `TicketLifecycle` requeues their samples."""
 
-    def __init__(
-        self, store: Store, ages: Ages, *, lease_timeout_s: float, first_lease_id: int, shard: Shard
-    ) -> None:
-        """`first_lease_id`: counted within the shard. `ages`: is told of every end."""
+    def __init__(self, store: Store, *, lease_timeout_s: float, first_lease_id: int, shard: Shard) -> None:
+        """`first_lease_id`: counted within the shard."""
         self._store = store
-        self._ages = ages
         self._shard = shard
         self._timeout_s = lease_timeout_s
         self._next_id = first_lease_id
@@ -81,6 +77,8 @@ class LeaseTable:
         self._expiry: list[tuple[float, int]] = []
         self.servers: dict[str, Server] = {}
         self.live: dict[int, LeaseRecord] = {}
+        self.on_end: Callable[[LeaseRecord], None] | None = None
+        """Called with each lease that ends."""
         self._aborts: dict[str, set[int]] = {}
         self._health_of_removed: dict[str, tuple[int, ServerHealth]] = {}
         """Incarnation and health of servers that left or were silent, the newest of them."""
@@ -256,8 +254,9 @@ class LeaseTable:
 
     def _remove(self, lease: LeaseRecord) -> LeaseRecord:
         self._store.end_lease(lease.lease_id)
-        self._ages.lease_ended(lease)
         del self.live[lease.lease_id]
+        if self.on_end is not None:
+            self.on_end(lease)
         server = self.servers.get(lease.server)
         if server is not None:
             del server.leases[lease.lease_id]

@@ -129,6 +129,27 @@ _WITHIN_STALENESS = Invariant(
         WHERE state IN ('batched', 'trained') AND NOT step - oldest_step BETWEEN 0 AND max_staleness""",
 )
 
+# The bound of a ticket is the one in force when its first sample was leased. Changes count at once, so rows
+# of later steps than that of the sample's weights may have been in force, too. Weights that a rollback has
+# undone have steps that exist twice.
+_BOUND_IN_FORCE = Invariant(
+    text="the staleness bound of a trained ticket is one that the run had then",
+    count="SELECT count(*) FROM settings WHERE key = 'max_staleness'",
+    violations="""
+        WITH bounds AS (SELECT id, step, value FROM settings WHERE key = 'max_staleness'),
+             trained AS (SELECT ticket_id, max_staleness, min(oldest_step) AS began
+                         FROM tickets JOIN samples USING (ticket_id)
+                         WHERE purpose = 'train' AND state IN ('batched', 'trained') GROUP BY ticket_id)
+        SELECT printf('ticket %d: bound %d, weights of step %d', ticket_id, max_staleness, began)
+        FROM trained
+        WHERE began >= (SELECT min(step) FROM bounds)
+          AND NOT EXISTS (SELECT 1 FROM rollbacks WHERE began > to_step AND began <= from_step)
+          AND NOT EXISTS (
+              SELECT 1 FROM bounds
+              WHERE value IN (CAST(max_staleness AS TEXT), 'auto')
+                AND (step >= began OR id = (SELECT max(id) FROM bounds WHERE step < began)))""",
+)
+
 _VERSIONS_GROW = Invariant(
     text="versions increase, and each has an earlier version as its parent",
     count="SELECT count(*) FROM versions",
@@ -292,6 +313,7 @@ LEDGER_INVARIANTS = (
     _WHOLE_GROUPS,
     _OWN_BYTES,
     _WITHIN_STALENESS,
+    _BOUND_IN_FORCE,
     _VERSIONS_GROW,
     _KNOWN_WEIGHTS,
     _LEASES_OF_LEASED,

@@ -17,17 +17,19 @@ from launch.audit.invariants import LEDGER_INVARIANTS
 from launch.audit.result import Audit, Check
 
 _Row = tuple[int, ...]
-_WITHOUT_EVALUATIONS = 2
-"""Schema version of the release before, whose runs can be audited without a buffer that migrates them."""
-_ADDED = """
-PRAGMA temp_store = MEMORY;
+_OLDEST = 2
+"""Oldest schema version whose runs can be audited without a buffer that migrates them."""
+_ADDED = {
+    3: """
 CREATE TEMP VIEW tickets AS SELECT *, '' AS eval_set FROM main.tickets;
 CREATE TEMP VIEW failures AS SELECT *, 0 AS given_up FROM main.failures;
 CREATE TEMP TABLE evaluations (
     first_ticket INTEGER PRIMARY KEY, eval_id, eval_set, num_prompts, num_samples, state
 );
-"""
-"""What a newer schema has besides, in names that hide the tables of the file."""
+""",
+    4: "CREATE TEMP TABLE settings (id INTEGER PRIMARY KEY, step, key, value, origin, unix_s);",
+}
+"""Schema version -> what it has besides, in names that hide the tables of an older file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,8 @@ class LedgerAudit:
     """(step, number of groups, last position) of every step with groups, ascending."""
     versions: dict[int, int]
     """Version -> step of its weights."""
+    settings: list[tuple[int, str, str]]
+    """(first step, key, value) of what may change while the run goes on, in the order of the changes."""
 
     @property
     def first_step(self) -> int:
@@ -75,6 +79,7 @@ def audit_ledger(directory: Path) -> LedgerAudit:
             "GROUP BY step ORDER BY step"
         ).fetchall()
         versions = dict(query("SELECT version, step FROM versions"))
+        settings = query("SELECT step, key, value FROM settings ORDER BY id").fetchall()
         (num_bytes,) = query("SELECT coalesce(sum(num_bytes), 0) FROM segments").fetchone()
         num_rollbacks, num_tokens = query(
             "SELECT count(*), coalesce(sum(num_tokens), 0) FROM rollbacks"
@@ -112,6 +117,7 @@ def audit_ledger(directory: Path) -> LedgerAudit:
         committed_step=committed_step,
         steps=steps,
         versions=versions,
+        settings=settings,
     )
 
 
@@ -120,8 +126,9 @@ def _connect(directory: Path) -> sqlite3.Connection:
         f"file:{directory / 'ledger.sqlite3'}?mode=ro", uri=True, isolation_level=None, timeout=10
     )
     (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if version == _WITHOUT_EVALUATIONS:
-        connection.executescript(_ADDED)
+    if version >= _OLDEST:
+        connection.execute("PRAGMA temp_store = MEMORY")
+        connection.executescript("".join(script for since, script in _ADDED.items() if since > version))
     return connection
 
 

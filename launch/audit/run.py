@@ -7,8 +7,11 @@ right order, not the quality of the training data.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 from areal_like.config import Config
 from areal_like.errors import ConfigError, StoreCorruptError
@@ -19,6 +22,9 @@ from launch.audit.ledger import LedgerAudit, audit_ledger
 from launch.audit.result import Audit, Check
 from launch.run_directory.rundir import checkpoints
 
+_COLUMNS = {"trainer.lr": "lr_base", "max_staleness": "max_staleness"}
+"""Setting that may change while the run goes on -> column of metrics.jsonl."""
+
 
 def audit_run(root: Path) -> Audit:
     """Audits the run in `root`. Raises ConfigError without a ledger, StoreCorruptError when SQLite fails."""
@@ -26,7 +32,8 @@ def audit_run(root: Path) -> Audit:
     if not directories:
         raise ConfigError(f"{root} has no ledger: with buffer.durability=none a run records nothing to audit")
     config = load_config(["--config", str(RunPaths(root).config)])
-    # Before the ledgers are read: a running job may add a checkpoint afterwards.
+    # Before the ledgers are read: a running job may add a checkpoint, or a step, afterwards.
+    rows = _step_rows(RunPaths(root).metrics)
     num_checkpointed = max(checkpoints(RunPaths(root)), default=0)
     try:
         ledgers = [audit_ledger(directory) for directory in directories]
@@ -35,6 +42,7 @@ def audit_run(root: Path) -> Audit:
             f"{root}: its ledger cannot be read ({error}); it is damaged, or was written by another release"
         ) from None
     checks = [*_merged(ledgers), _whole_steps(ledgers, config=config, num_checkpointed=num_checkpointed)]
+    checks.append(_settings_in_force(ledgers, rows))
     if len(ledgers) > 1 or config.buffer.num_shards > 1:
         checks += [_every_shard(ledgers, config=config), _same_versions(ledgers)]
     results = [ledger.result for ledger in ledgers]
@@ -93,6 +101,38 @@ def _whole_steps(ledgers: list[LedgerAudit], *, config: Config, num_checkpointed
         num_checked=max(0, done - begun),
         offenders=problems,
     )
+
+
+def _settings_in_force(ledgers: list[LedgerAudit], rows: list[dict[str, Any]]) -> Check:
+    """Checks that the rows of steps have the settings that the ledger has for them; the first shard decides.
+
+    Columns that a row lacks, and steps before the first recorded value, are left out.
+    """
+    first = next((ledger for ledger in ledgers if ledger.shard.index == 0), None)
+    settings = first.settings if first is not None else []
+    problems, num_checked = [], 0
+    for row in rows:
+        for key, column in _COLUMNS.items():
+            values = [value for step, name, value in settings if name == key and step <= row["step"]]
+            found = row.get(column)
+            if not values or values[-1] == "auto" or not isinstance(found, (int, float)):
+                continue
+            num_checked += 1
+            if float(values[-1]) != found:
+                problems.append(f"step {row['step']}: {key}={values[-1]}, trained with {column} {found}")
+    text = "every step was trained with the settings that were in force"
+    return Check(text=text, num_checked=num_checked, offenders=problems)
+
+
+def _step_rows(metrics: Path) -> list[dict[str, Any]]:
+    """The rows of steps; without a last line that a crash cut short, or that is being written."""
+    rows = []
+    with contextlib.suppress(OSError, ValueError), metrics.open() as file:
+        for line in file:
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append({"step": row["step"]} | {name: row.get(name) for name in _COLUMNS.values()})
+    return rows
 
 
 def _every_shard(ledgers: list[LedgerAudit], *, config: Config) -> Check:

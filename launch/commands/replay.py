@@ -1,7 +1,8 @@
 """`areal-like replay RUN key=value ...`: trains again on the trajectories of a run, in a new directory.
 
-With the recorded run's settings the weights must be equal to the last bit. The weights are compared, and the
-result reported, at all steps at which both runs have a checkpoint.
+With the recorded run's settings the weights must be equal to the last bit, also if an operator has changed
+the learning rate meanwhile: each step has the one that it had, unless trainer.lr=... is given. The weights
+are compared, and the result reported, at all steps at which both runs have a checkpoint.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ def run_replay(recorded: Path, argv: Sequence[str]) -> int:
             view.notice(f"{arg} has no effect: the trajectories and their order come from the recorded run")
     view.notice(f"replaying {recorded} into {run.paths.root}")
     try:
-        code = _train(recorded, run, view=view)
+        own_lr = any(arg.startswith("trainer.lr=") for arg in argv)
+        code = _train(recorded, run, view=view, options=("--own-lr",) if own_lr else ())
         if code == 0:
             table = summary_table(json.loads(run.paths.summary.read_text()), title=run.config.name)
             with output_may_be_gone():
@@ -92,9 +94,10 @@ def run_replay(recorded: Path, argv: Sequence[str]) -> int:
         run.close()
 
 
-def _train(recorded: Path, run: OpenRun, *, view: View) -> int:
+def _train(recorded: Path, run: OpenRun, *, view: View, options: Sequence[str]) -> int:
     """Runs the replaying trainer to its end; returns the exit code."""
-    command = ("trainer.replay", "--recording", str(recorded.resolve()), "--config", str(run.paths.config))
+    command = ("trainer.replay", "--recording", str(recorded.resolve()), *options)
+    command += ("--config", str(run.paths.config))
     stops = StopSignals()
     foreground = Foreground(
         ProcessTable(run.paths, lock_fd=run.lock_fd),

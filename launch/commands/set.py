@@ -1,4 +1,4 @@
-"""`areal-like set RUN max_staleness=N`: changes what may change while a job runs."""
+"""`areal-like set RUN key=value ...`: changes what may change while a job runs."""
 
 from __future__ import annotations
 
@@ -8,22 +8,40 @@ import sys
 from areal_like.errors import ConfigError
 from launch.commands.running_job import add_job, job_of
 
+CHANGES = ("trainer.lr", "max_staleness", "eval.interval", "daemon.log_level", "evaluate", "checkpoint")
+"""For completion; the buffer decides."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The job and the change."""
+    """The job and the changes."""
     add_job(parser)
-    parser.add_argument("change", metavar="max_staleness=N", help="the new staleness bound")
+    parser.add_argument(
+        "changes",
+        metavar="key=value",
+        nargs="+",
+        help="trainer.lr=X, max_staleness=N, eval.interval=N, daemon.log_level=LEVEL, evaluate=now or "
+        "checkpoint=now",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
-    """Returns 0 when every shard has the change on disk. Raises ConfigError if it is refused."""
-    key, _, value = args.change.partition("=")
-    if key != "max_staleness" or not value.isdecimal():
-        raise ConfigError(
-            f"set {args.change}: only max_staleness=N can change while the run goes on; for other settings "
-            "stop the run and resume it with them; for trainer.* `areal-like restart RUN trainer key=value`"
-        )
-    answers = job_of(args).post_all("set", {"max_staleness": int(value)})
-    before = answers[0].get("before")
-    sys.stdout.write(f"max_staleness is {value} for tickets that begin from now on (before: {before})\n")
+    """Returns 0 when every shard has the changes on disk. Raises ConfigError if one of them is refused."""
+    wanted: dict[str, str] = {}
+    for change in args.changes:
+        key, separator, value = change.partition("=")
+        if not separator or not key or not value:
+            raise ConfigError(f"set {change}: want key=value, as trainer.lr=1e-5")
+        if key in wanted:
+            raise ConfigError(f"set {change}: {key} is there twice")
+        wanted[key] = value
+    for change in job_of(args).post_all("set", wanted)[0]["changes"]:
+        sys.stdout.write(f"{_told(**change)}\n")
     return 0
+
+
+def _told(*, key: str, value: str, before: str, step: int) -> str:
+    if not before:
+        return f"{key}: after step {step}"
+    if before == value:
+        return f"{key}={value}, as before"
+    return f"{key}={value} from step {step} on (before: {before})"

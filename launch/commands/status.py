@@ -20,6 +20,8 @@ from launch.view.daemons import daemon_table, tickets_line
 from launch.view.job import rates_line, server_table, steps_line
 
 _WATCH_S = 2.0
+_NUM_CHANGES = 5
+"""Changes of settings that are shown; --json has more."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -103,6 +105,17 @@ def held_lines(buffer: dict[str, Any]) -> list[str]:
     ]
 
 
+def change_lines(buffer: dict[str, Any]) -> list[str]:
+    """What an operator has changed while the run went on, the newest last, of a buffer's /status."""
+    rows = [row for row in buffer.get("changes") or () if row.get("origin") == "operator"]
+    return [
+        f"after step {row['step']}: {row['key']}"
+        if row["value"] == "now"
+        else f"from step {row['step']} on: {row['key']}={row['value']}"
+        for row in rows[-_NUM_CHANGES:]
+    ]
+
+
 def _drawn(
     job: RunningJob, daemons: dict[str, DaemonView], report: dict[str, Any], *, width: int
 ) -> RenderableType:
@@ -115,6 +128,7 @@ def _drawn(
             parts.append(servers)
         parts += [steps_line(report), rates_line(report), tickets_line(seen)]
         parts += [Text(line, style="yellow") for line in held_lines(seen.buffer)]
+        parts += [Text(line) for line in change_lines(seen.buffer)]
     for daemon in daemons.values():
         if url := daemon.endpoint.get("sessions"):
             parts.append(Text(f"{daemon.name}: sessions for agents at {url}"))

@@ -46,6 +46,7 @@ def job_report(config: Config, daemons: Mapping[str, DaemonView]) -> dict[str, A
         "ready": bool(daemons) and not any(view.not_ready for view in daemons.values()),
         "num_steps": config.trainer.num_steps,
         **{key: status.get(key) for key in _JOB},
+        "changes": status.get("changes") or [],
         "rates": {key: rates.get(key) for key in _RATES},
         "tickets": find_table(status, "tickets"),
         "drops": find_table(status, "drops"),

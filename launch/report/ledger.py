@@ -28,6 +28,26 @@ class Event:
     unix_s: float | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """A setting that got another value while the run went on, or an action that an operator asked for."""
+
+    step: int
+    """The first step with the value; of an action the step after which it was done."""
+    key: str
+    before: str
+    """Empty for an action."""
+    value: str
+    by: str
+    """`operator`, or `start`: configured anew when a trainer started."""
+    unix_s: float
+
+    @property
+    def text(self) -> str:
+        """In one line."""
+        return f"{self.key}: {self.before} -> {self.value}" if self.before else f"{self.key}={self.value}"
+
+
 @dataclass(kw_only=True)
 class LedgerFacts:
     """Added up over the shards."""
@@ -44,6 +64,8 @@ class LedgerFacts:
     crashed_steps: dict[int, int] = field(default_factory=dict)
     """Step -> trainers that began it and did not complete it."""
     events: list[Event] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
+    """In the order in which they were made."""
     problem: str = ""
     """Why a ledger could not be read."""
 
@@ -90,7 +112,12 @@ def _read(ledger: sqlite3.Connection, facts: LedgerFacts, *, shard: int, num_sha
             facts.starts[name.removeprefix("incarnation:")] = value
     if marks.get("trainer_incarnation"):
         facts.starts["trainer"] = marks["trainer_incarnation"]
-    facts.events = [*_restarts(rows), *_operations(rows)]
+    facts.changes = _changes(rows)
+    of_changes = [
+        Event(text=f"{change.text} ({change.by})", step=change.step, unix_s=change.unix_s)
+        for change in facts.changes[-_MAX_ROWS:]
+    ]
+    facts.events = [*_restarts(rows), *_operations(rows), *of_changes]
 
 
 def _restarts(rows: Any) -> list[Event]:
@@ -123,4 +150,28 @@ def _operations(rows: Any) -> list[Event]:
     return [
         Event(text=f"{verb} {subject}" + (f" ({detail})" if detail else ""), unix_s=float(unix_s))
         for verb, subject, detail, unix_s in rows("operations", done)
+        if verb != "set"  # in the table of settings, with its step
     ]
+
+
+def _changes(rows: Any) -> list[Change]:
+    """Without the values that the run was begun with."""
+    found: list[Change] = []
+    values: dict[str, list[tuple[int, str]]] = {}
+    for step, key, value, origin, unix_s in rows(
+        "settings", "SELECT step, key, value, origin, unix_s FROM settings ORDER BY id"
+    ):
+        earlier = [known for first, known in values.get(key, []) if first <= step]
+        if origin == "operator" or (earlier and earlier[-1] != value):
+            change = Change(
+                step=int(step),
+                key=str(key),
+                before=earlier[-1] if earlier else "",
+                value=str(value),
+                by=str(origin),
+                unix_s=float(unix_s),
+            )
+            found.append(change)
+        if value != "now":
+            values.setdefault(key, []).append((int(step), str(value)))
+    return found

@@ -23,6 +23,7 @@ from launch.report.numbers import utc
 from launch.report.run import Run
 from launch.report.svg import Mark, drawn, escape, x_axis
 from launch.report.tables import (
+    changes_table,
     compared,
     drops_and_failures,
     events_table,
@@ -54,6 +55,7 @@ def page(runs: Sequence[Run], *, samples: str, now_s: float, version: str) -> st
         *([("Figures", "figures", figures_table(run))] if len(runs) == 1 else []),
         ("Drops and failures", "drops", drops_and_failures(run)),
         ("Selection", "selection", selection_tables(run)),
+        ("Changes", "changes", changes_table(run)),
         ("Samples", "samples", samples),
         ("Events", "events", events_table(run)),
         ("Log messages", "log", messages_table(run)),

@@ -152,6 +152,23 @@ def selection_tables(run: Run) -> str:
     return f'{note}<div class="two">{numbers}{by_rate}</div>'
 
 
+def changes_table(run: Run) -> str:
+    """Settings that changed while the run went on; empty if none did."""
+    rows = [
+        (
+            utc(one.unix_s),
+            f"after {one.step:,}" if one.value == "now" else f"{one.step:,}",
+            escape(one.key),
+            escape(one.before) or "-",
+            escape(one.value),
+            "an operator" if one.by == "operator" else "the trainer's start",
+        )
+        for one in run.ledger.changes[-_MAX_EVENTS:]
+    ]
+    head = ("time", "from step", "setting", "before", "value", "by")
+    return table(head, rows, numeric=(1,)) if rows else ""
+
+
 def events_table(run: Run) -> str:
     """Restarts, rollbacks and what operators did; how many processes each name has had."""
     events = run.events()[-_MAX_EVENTS:]

@@ -20,6 +20,7 @@ from typing import Any
 
 from areal_like.config import Config
 from areal_like.errors import ArealError, DeadlineError, RunFinishedError
+from areal_like.runtime.logs import follow_level
 from areal_like.runtime.waits import PendingWaits
 from areal_like.security.keyring import Keyring
 from areal_like.shards import WHOLE, Shard
@@ -269,6 +270,7 @@ class BufferClient:
                 self._wake()
             case HeartbeatAck():
                 self.newest_version = max(self.newest_version, message.newest_version)
+                follow_level(message.log_level)
             case _:
                 log.warning("unexpected %s from the buffer", type(message).__name__)
 

@@ -171,17 +171,16 @@ class EngineCore:
         length is a multiple of their `stream_interval`.
         """
         scheduler = self.scheduler
-        self.begun = []
         if not scheduler.runnable:
             return []
         admitted, moves = scheduler.admit(num_to_compute=self.contexts.num_to_compute)
-        self.begun = [sequence for sequence in admitted if not sequence.output_ids]
         if moves:
             sources, targets = [m.source for m in moves], [m.target for m in moves]
             self._cache.move(sources, targets, num_positions=int(self._rows.num_tokens[sources].max()))
             self._rows.move(sources, targets)
         if admitted:
             self.contexts.fill(admitted, waiting=scheduler.upcoming(PREFILL_AHEAD_TOKENS))
+        self.begun = [sequence for sequence in admitted if not sequence.output_ids]
         num_rows = scheduler.num_running
         tokens_N, logprobs_N = self._decode(num_rows)
         return self._append_tokens(num_rows, tokens_N, logprobs_N)

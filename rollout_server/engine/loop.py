@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 import torch
 
 from areal_like.errors import EngineError
-from areal_like.histograms.buckets import SHORT_S, Buckets
 from areal_like.runtime.threads import NamedThread
 from rollout_server.engine.core import EngineCore
 from rollout_server.engine.models.base import Weights
@@ -110,8 +109,10 @@ class EngineLoop:
         self._stopping = False
         self._idle_since_s: float | None = None
         self._idle_s = self._busy_s = self._stall_s = 0.0
-        self.first_token = Buckets(SHORT_S)
-        """Seconds from the arrival of a sequence's request to its first token."""
+        self.on_first_token: Callable[[float], None] = lambda seconds: None
+        """Called with the time from a sequence's request to its first token."""
+        self.on_end: Callable[[float], None] = lambda seconds: None
+        """Called with the time from a sequence's request to its end."""
 
     def start(self) -> None:
         """Starts the thread."""
@@ -241,11 +242,15 @@ class EngineLoop:
         ended_s = time.perf_counter()
         self._busy_s += ended_s - started_s
         for sequence in self._core.begun:
-            self.first_token.observe(ended_s - sequence.arrived_s)
+            self.on_first_token(ended_s - sequence.made_s)
         if ended_s - self._reported_s >= _REPORT_EVERY_S:
             self._report()
 
     def _collect(self, sequences: list[Sequence]) -> None:
+        now_s = time.perf_counter()
+        for sequence in sequences:
+            if sequence.finish is not None:
+                self.on_end(now_s - sequence.made_s)
         self._unreported += [
             SequenceOutput(
                 sequence=sequence,

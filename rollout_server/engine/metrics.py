@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from areal_like.runtime.metrics import PREFIX, BucketsCollector
+from areal_like.runtime.metrics import PREFIX, SECONDS
 from rollout_server.engine.loop import EngineLoop, Load
 from rollout_server.engine.weight_update.updater import WeightUpdater
 
@@ -18,20 +19,31 @@ class EngineCollector(Collector):
     def __init__(self, loop: EngineLoop, updater: WeightUpdater) -> None:
         self._loop = loop
         self._updater = updater
-        self._first_token = BucketsCollector(
-            "engine_first_token_seconds",
-            "Seconds from the arrival of a sequence's request to its first token",
-            lambda: {"": loop.first_token},
-        )
 
     def collect(self) -> Iterable[Metric]:
         """All series."""
         load = self._loop.load()
         for name, doc, value in [*_counters_of_load(load), *_counters_of_updates(self._updater)]:
             yield CounterMetricFamily(f"{PREFIX}_engine_{name}", doc, value=value)
-        yield from self._first_token.collect()
         for name, doc, value in _gauges(load):
             yield GaugeMetricFamily(f"{PREFIX}_engine_{name}", doc, value=value)
+
+
+def watch_latencies(loop: EngineLoop, registry: CollectorRegistry) -> None:
+    """Adds the histograms of sequences to the registry."""
+    first = Histogram(
+        f"{PREFIX}_engine_first_token_seconds",
+        "Time from a sequence's request to its first token",
+        buckets=SECONDS,
+        registry=registry,
+    )
+    whole = Histogram(
+        f"{PREFIX}_engine_sequence_seconds",
+        "Time from a sequence's request to its end",
+        buckets=SECONDS,
+        registry=registry,
+    )
+    loop.on_first_token, loop.on_end = first.observe, whole.observe
 
 
 def update_numbers(updater: WeightUpdater) -> dict[str, float]:

@@ -18,6 +18,7 @@ update and first admission are therefore one mechanism.
 from __future__ import annotations
 
 import itertools
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -84,8 +85,6 @@ class Sequence:
     """Tokens between two reports of partial output; 0: only the finished sequence is reported."""
     keeps_prefix: bool = False
     """True if a later request may continue this sequence (the next turn of a conversation)."""
-    arrived_s: float = 0.0
-    """When its request came, by `time.perf_counter`. The core and the scheduler only pass it along."""
     owner: Any = None
     """The HTTP request's inbox. The engine only passes it along."""
     status: Status = Status.WAITING
@@ -99,6 +98,8 @@ class Sequence:
     finish: Finish | None = None
     num_cached_tokens: int = 0
     """Tokens of the prompt whose KV was not computed for this sequence."""
+    made_s: float = field(default_factory=time.perf_counter)
+    """When the request arrived."""
 
     @property
     def context(self) -> tuple[int, ...]:

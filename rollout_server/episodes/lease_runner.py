@@ -24,7 +24,6 @@ from areal_like.config import Config, EvalSetConfig
 from areal_like.config.evaluation import DEFAULT_SET
 from areal_like.errors import AgentLostError, EngineError, EpisodeError, RewardError
 from areal_like.failures import FailureKind
-from areal_like.histograms.buckets import LONG_S, Buckets
 from areal_like.spans import recorder
 from areal_like.trajectory import FinishReason
 from areal_like.wire.messages.producer import Lease, SampleDone
@@ -138,8 +137,6 @@ class LeaseRunner:
         """Those by the reason for their end."""
         self.num_failed = Counter[FailureKind]()
         """Failed samples by kind, those with reward 0 included."""
-        self.generation = Buckets(LONG_S)
-        """Seconds of the finished samples from the first request to the last token."""
 
     def start(self, leases: list[Lease]) -> None:
         """Starts every sample of these leases."""
@@ -258,7 +255,6 @@ class LeaseRunner:
         else:
             self.num_done += 1
             self.num_finished[record.finish_reason] += 1
-            self.generation.observe(record.generation_s)
             self._on_result(SampleDone(lease_id=lease.lease_id, record=record))
             end = record.finish_reason.name.lower()
         finally:

@@ -58,18 +58,19 @@ def test_a_changed_bound_holds_for_tickets_that_begin() -> None:
     (begun,) = {
         ledger.state.tickets.live[lease.ticket_id].max_staleness for lease in ledger.grant(now_s=0.0)["a"]
     }
-    assert ledger.change_max_staleness(1, unix_s=1.0) == 3 and begun == 3
+    (change,) = ledger.change_settings({"max_staleness": "1"}, unix_s=1.0)
+    assert (change.before, change.value, change.step, begun) == ("3", "1", 1, 3)
     beat(ledger, "a", capacity=64)
     for lease in ledger.grant(now_s=0.0).get("a", []):
         assert ledger.state.tickets.live[lease.ticket_id].max_staleness == 1
     for wrong in (-1, 4):
-        with pytest.raises(RefusedError, match="started with 3"):
-            ledger.change_max_staleness(wrong, unix_s=2.0)
+        with pytest.raises(RefusedError):
+            ledger.change_settings({"max_staleness": str(wrong)}, unix_s=2.0)
     assert recover(ledger_settings(**settings), store.copy(), now_s=0.0).state.bound.current == 1
     other = settings | {"max_staleness": 2}
     assert recover(ledger_settings(**other), store.copy(), now_s=0.0).state.bound.current == 2
     with pytest.raises(RefusedError, match="auto"):
-        new_ledger(adaptive=True).change_max_staleness(1, unix_s=1.0)
+        new_ledger(adaptive=True).change_settings({"max_staleness": "1"}, unix_s=1.0)
 
 
 def test_commands_hold_back_and_let_go(tmp_path: Path) -> None:
@@ -91,8 +92,8 @@ def test_commands_hold_back_and_let_go(tmp_path: Path) -> None:
         for verb in (("uncordon", "job", "rollout-0"), ("resume", "job")):
             assert areal_like(*verb, cwd=tmp_path).returncode == 0
         done = areal_like("set", "job", "max_staleness=0", cwd=tmp_path)
-        assert done.stdout == "max_staleness is 0 for tickets that begin from now on (before: 1)\n", done
-        for wrong in ("max_staleness=2", "trainer.lr=1", "max_staleness"):
+        assert done.stdout == "max_staleness=0 from step 0 on (before: 1)\n", done
+        for wrong in ("max_staleness=2", "trainer.lr=1", "max_staleness", "evaluate=now", "model.path=x"):
             assert areal_like("set", "job", wrong, cwd=tmp_path).returncode == 2
         status = buffer.status()
         assert status["max_staleness"] == 0

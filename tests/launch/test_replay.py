@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from contextlib import closing
 from dataclasses import replace
@@ -47,6 +48,12 @@ def test_replayed_conversations_give_the_same_weights(tmp_path: Path) -> None:
         with job.trainer() as link:
             groups = train(link, first=0, last=NUM_STEPS)
     config, root = job.buffer.config, job.buffer.paths.root
+    rates = [config.trainer.lr, 0.004, 0.002]
+    with closing(sqlite3.connect(root / "ledger" / "ledger.sqlite3")) as ledger, ledger:
+        ledger.executemany(
+            "INSERT INTO settings VALUES (NULL, ?, 'trainer.lr', ?, 'operator', 0.0)",
+            [(2, "0.5"), (1, "0.004"), (2, "0.002")],
+        )
     check_groups(groups, config, first=0, last=NUM_STEPS)
     audit = audit_run(root)
     assert audit.is_clean, "\n".join(audit.lines())
@@ -57,10 +64,12 @@ def test_replayed_conversations_give_the_same_weights(tmp_path: Path) -> None:
         for step in range(NUM_STEPS):
             lags = LagTally(config.staleness_cap)
             of_step = [lags.counted(group) for group in groups if group.step == step]
+            runner.optimizer.lr = rates[step]
             metrics = runner.run(of_step, step=step, lags=lags.of_tokens)
             assert metrics["grad_norm"] > 0 and metrics["segments"] == 1.5 and metrics["turns"] == 2
             assert metrics["by_label"]["conversation"]["num_samples"] == 8
         with closing(Recording(root)) as recording:
+            assert recording.learning_rates() == [(2, 0.5), (1, 0.004), (2, 0.002)]
             replay = Replay(replace(config, name="again"), recording, ranks, stopping=threading.Event())
             replay.run()
         for (name, ours), (_, theirs) in zip(

@@ -26,7 +26,7 @@ from areal_like.wire.messages.producer import HeartbeatAck
 from tests.support.buffer_harness import ROOT, BufferProcess, job
 from tests.support.trainer_helpers import write_model
 from tests.support.trainer_ranks import make_runner
-from trainer import daemon
+from trainer import rank_process
 from trainer.buffer_client.client import TrainerBufferClient
 from trainer.checkpoint import Checkpoints
 from trainer.distributed.process_group import device_of
@@ -234,4 +234,4 @@ def test_a_failed_heartbeat_ends_every_wait(tmp_path: Path) -> None:
 def test_an_open_rendezvous_needs_keys(tmp_path: Path) -> None:
     config = job(tmp_path, weights={"host": "192.0.2.1"})
     with pytest.raises(ConfigError, match=r"weights\.host=192\.0\.2\.1 is not a loopback address"):
-        daemon._run(config)
+        rank_process._run(config)

@@ -59,7 +59,7 @@ def test_a_profile_records_its_steps_and_changes_nothing(
         want = plain.run(groups, step=step)
         if step == 2:
             recorder.ask(ProfileRequest.of({"id": ID, "steps": 2}))
-        assert not recorder.meet(ranks, stop=False)
+        assert recorder.meet(ranks, stop=False) == (False, [])
         with recorder.step(step):
             got = profiled.run(groups, step=step)
         assert got["loss"] == want["loss"] and got["grad_norm"] == want["grad_norm"]
@@ -97,21 +97,21 @@ def test_ranks_begin_once_all_of_a_profile_are_asked(
     recorder.ask(request)
     for step in range(3):
         partner[0] = request.vote if step == 2 else 0
-        assert not recorder.meet(ranks, stop=False)
+        assert recorder.meet(ranks, stop=False) == (False, [])
         with recorder.step(step):
             torch.ones(2) + 1
     recorder.close()
     assert report_of(tmp_path)["steps"] == [2]
-    assert recorder.meet(ranks, stop=True)
+    assert recorder.meet(ranks, stop=True) == (True, [])
 
 
 def test_a_profile_whose_other_ranks_never_come_ends(
     tmp_path: Path, ranks: Ranks, recorder: StepRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorder.ask(ProfileRequest.of({"id": ID, "steps": 1, "ranks": 2}))
-    assert not recorder.meet(ranks, stop=False) and recorder.status()
+    assert not recorder.meet(ranks, stop=False)[0] and recorder.status()
     monkeypatch.setattr("trainer.profiling.recorder._MEETING_S", -1.0)
-    assert not recorder.meet(ranks, stop=False)
+    assert recorder.meet(ranks, stop=False) == (False, [])
     recorder.close()
     assert (report_of(tmp_path)["steps"], recorder.status()) == ([], {})
     assert report_of(tmp_path)["error"].startswith("1 of the 2 ranks were asked within")
@@ -123,7 +123,7 @@ def test_the_end_of_a_trainer_writes_what_there_is(
     recorder.ask(ProfileRequest.of({"id": ID, "steps": 5}))
     with pytest.raises(UserError, match=r"rank 3 still works on another one \(0 of 5 steps recorded\)"):
         recorder.ask(ProfileRequest.of({"id": "f" * 8, "steps": 1}))
-    recorder.meet(ranks, stop=False)
+    assert recorder.meet(ranks, stop=False, shared=[7, -1]) == (False, [7, -1])
     with recorder.step(7), named_range("forward"):
         torch.ones(8, 8) @ torch.ones(8, 8)
     assert recorder.status()["id"] == ID

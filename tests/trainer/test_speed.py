@@ -220,13 +220,7 @@ def test_two_ranks_report_their_slowest_and_all_lengths(tmp_path: Path) -> None:
     assert 0 < metrics["mismatch_abs"] < metrics["mismatch_abs_p99"] <= metrics["mismatch_abs_max"]
     assert metrics["mismatch_k3"] == pytest.approx(metrics["kl_k3"])
     series = TrainerSeries(shown := Metrics())
-    lags = {"lag_histogram": {"0": 2, "5": 6}}
-    series.stepped(5, metrics | {"tokens_trained": 1, "freeze_s": 0.0, "wait_data_s": 0.0} | lags)
+    series.stepped(5, metrics | {"tokens_trained": 1, "freeze_s": 0.0, "wait_data_s": 0.0})
     text = shown.exposition().decode()
     assert f'areal_trainer_phase_max_seconds{{phase="wait"}} {metrics["wait_s_max"]}' in text
-    assert 'areal_trainer_phase_seconds_bucket{le="0.1",phase="wait"} 0.0' in text
-    assert 'areal_trainer_phase_seconds_count{phase="wait"} 1.0' in text
-    assert f"areal_trainer_step_seconds_sum {metrics['step_s']}" in text
-    assert 'areal_trainer_sample_lag_bucket{le="4.0"} 2.0' in text
-    assert 'areal_trainer_sample_lag_bucket{le="6.0"} 8.0' in text
     assert f'areal_trainer_response_length{{of="max"}} {float(max(lengths))}' in text

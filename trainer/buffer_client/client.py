@@ -23,6 +23,7 @@ from areal_like.config import Config
 from areal_like.errors import ArealError, DeadlineError, PeerLostError
 from areal_like.paths import model_path
 from areal_like.runtime.daemon import Runtime
+from areal_like.runtime.logs import follow_level
 from areal_like.runtime.progress import ProgressClock
 from areal_like.runtime.threads import NamedThread
 from areal_like.runtime.waits import PendingWaits
@@ -73,7 +74,6 @@ class TrainerBufferClient:
         self.world_size = world_size
         self.state = "starting"
         self.step = 0
-        self.max_staleness = config.staleness_cap  # the buffer's bound
         self.stats: dict[str, float] = {}
         self.waits = PendingWaits()
         self.directory = Directory(servers=[])
@@ -341,7 +341,7 @@ class TrainerBufferClient:
             self.fail(error if isinstance(error, ArealError) else ArealError(f"unexpected: {error!r}"))
 
     def _on_ack(self, buffer: str, ack: HeartbeatAck) -> None:
-        self.max_staleness = ack.max_staleness
+        follow_level(ack.log_level)
         self._progress.observe(buffer, ack.progress, now_s=self._untroubled_time_s())
 
     def _on_message(self, shard: int, message: Any) -> None:

@@ -5,7 +5,7 @@
 | Fetch (one group of a step) | the shard that fills that position of the step |
 | StartTraining, CompleteStep, CommitStep, SetMaxStaleness, CloseAdmission, FinishRun | every shard |
 | AllocVersion | the first shard allocates; all others adopt the version before any server gets its weights |
-| RequestEval | the first shard, which also sends the directory of servers |
+| RequestEval, GetStepSettings | the first shard, which also sends the directory of servers |
 | GetRunCounters, GetStreamState | every shard; the replies are merged here |
 
 A request to every shard waits for the last reply, so a shard that is down stalls the step. The other shards
@@ -16,6 +16,7 @@ not, nothing is undone: every request is idempotent and is sent again, if need b
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
@@ -70,7 +71,7 @@ async def call_shards(message: Any, calls: Sequence[Call]) -> Any:
         case StartTraining():
             streams = split_stream(message.stream, num_shards=len(calls))
             welcomes = await _all(
-                call(StartTraining(step=message.step, stream=part))
+                call(dataclasses.replace(message, stream=part))
                 for call, part in zip(calls, streams, strict=True)
             )
             return welcomes[0]

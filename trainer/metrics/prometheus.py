@@ -9,8 +9,7 @@ from typing import Any
 from prometheus_client import Gauge
 
 from areal_like.config import EvalSetConfig
-from areal_like.histograms.buckets import LONG_S, Buckets
-from areal_like.runtime.metrics import Metrics
+from areal_like.runtime.metrics import SECONDS, Metrics
 from areal_like.trajectory import FinishReason
 from trainer.metrics.distributions import PERCENTILES
 from trainer.metrics.named_means import MAX_NAMES
@@ -83,6 +82,8 @@ _NAMED_GAUGES = {
     "by_label": ("trainer_label_reward", "label", "Mean reward of a label's samples in the last step"),
 }
 """Of names that tasks choose: the only series that do not exist from the start."""
+_PHASE_COLUMNS = {phase.removesuffix("_s"): "wait_data_s" if phase == "wait_s" else phase for phase in PHASES}
+"""Phase -> column of its seconds."""
 _FINISH_REASONS = tuple(reason.value for reason in FinishReason if reason is not FinishReason.ABORT)
 
 _EVAL_GAUGES = {
@@ -99,8 +100,6 @@ _PUSH_PARTS = {
     "broadcast": "Seconds of a push from the request to the engines to the end of the last broadcast",
     "stall": "Longest time that one engine decoded nothing because of a push",
 }
-_LAGS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
-"""Limits of the buckets of lag in optimizer steps; runs with a bound above 8 need no single steps."""
 TRACKER_OUTCOMES = ("logged", "failed", "left_out")
 """Of a row: the tracker has written it, has raised, or was not given it because it was too slow or off."""
 
@@ -128,20 +127,12 @@ class TrainerSeries:
             )
             for end, which in (("min", "fewest"), ("max", "most"))
         }
-        self._step_times = Buckets(LONG_S)
-        self._phase_times = {phase: Buckets(LONG_S) for phase in phases}
-        self._lags = Buckets(_LAGS)
-        metrics.buckets(
-            "trainer_step_seconds", "Seconds of an optimizer step", lambda: {"": self._step_times}
-        )
-        metrics.buckets(
+        self._phase_seconds = metrics.histogram(
             "trainer_phase_seconds",
-            "Seconds of a phase of a step at the rank with the most",
-            lambda: self._phase_times,
+            "Seconds of a step by phase, at rank 0",
+            buckets=SECONDS,
             label="phase",
-        )
-        metrics.buckets(
-            "trainer_sample_lag", "Lag of a trained sample in optimizer steps", lambda: {"": self._lags}
+            values=list(_PHASE_COLUMNS),
         )
         self._finished = metrics.gauge(
             "trainer_finished_fraction",
@@ -228,22 +219,15 @@ class TrainerSeries:
         for end, gauge in self._phases.items():
             for phase in PHASES:
                 _set(gauge.labels(phase.removesuffix("_s")), row.get(f"{phase}_{end}"))
-        self._observe(row)
         for reason, share in row.get("finish_reasons", {}).items():
             self._finished.labels(reason).set(share)
+        for phase, column in _PHASE_COLUMNS.items():
+            self._phase_seconds.labels(phase).observe(row[column])
         self._set_named(row)
         self._tokens.inc(row["tokens_trained"])
         self._freeze_seconds.inc(row["freeze_s"])
         self._seconds.labels("wait").inc(row["wait_data_s"])
         self._seconds.labels("work").inc(max(0.0, row["step_s"] - row["wait_data_s"]))
-
-    def _observe(self, row: Mapping[str, Any]) -> None:
-        self._step_times.observe(row["step_s"])
-        for phase, times in self._phase_times.items():
-            if (seconds := row.get(f"{phase}_s_max")) is not None:
-                times.observe(seconds)
-        for lag, count in row.get("lag_histogram", {}).items():
-            self._lags.observe(int(lag), times=count)
 
     def _set_named(self, row: dict[str, Any]) -> None:
         for kind, gauge in self._named.items():

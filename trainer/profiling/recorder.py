@@ -15,7 +15,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -99,19 +99,19 @@ class StepRecorder:
         with self._lock:
             return {} if self._report is None else {"id": self._report.id, "progress": self._progress}
 
-    def meet(self, ranks: Ranks, *, stop: bool) -> bool:
+    def meet(self, ranks: Ranks, *, stop: bool, shared: Sequence[int] = ()) -> tuple[bool, list[int]]:
         """Collective, before each step: recording begins once all ranks of a profile are asked.
 
-        Returns True if `stop` is set on at least one rank.
+        Returns True if `stop` is set on at least one rank, and rank 0's `shared` (as long on all ranks).
         """
         request = None if self._is_recording else self._request
-        votes = ranks.stack(torch.tensor([int(stop), 0 if request is None else request.vote]))
+        votes = ranks.stack(torch.tensor([int(stop), 0 if request is None else request.vote, *shared]))
         if request is not None:
             num_asked = int((votes[:, 1] == request.vote).sum())
             self._is_recording = num_asked == request.num_ranks
             if not self._is_recording and time.monotonic() > self._asked_s + _MEETING_S:
                 self._end(f"{num_asked} of the {request.num_ranks} ranks were asked within {_MEETING_S:g} s")
-        return bool(votes[:, 0].any())
+        return bool(votes[:, 0].any()), votes[0, 2:].tolist()
 
     @contextlib.contextmanager
     def step(self, step: int) -> Iterator[None]:

@@ -1,6 +1,6 @@
 """Trains again on the recorded data of a run.
 
-    python -m trainer.replay --recording RUN --config FILE key=value ...
+    python -m trainer.replay --recording RUN [--own-lr] --config FILE key=value ...
 
     read the recording -> { recorded groups -> step -> checkpoint now and then } * -> summary
 
@@ -8,6 +8,9 @@ The steps are run by the trainer's `StepRunner`, with the recorded groups at the
 own settings every parameter ends up bitwise equal (on a CPU, with the same number of ranks). With another
 objective the same data become more and more off-policy: such a replay is a study of an estimator, not a run
 that could have happened.
+
+Each step has the learning rate that it had in the run, also where an operator changed it; with --own-lr the
+configured one.
 
 SIGTERM and SIGINT end the replay after the current step, with a checkpoint. Left out: resuming a stopped
 replay, which would take as long as reading the recording up to that step.
@@ -30,18 +33,20 @@ from areal_like.runtime.process import die_with_launcher, die_with_parent, keep_
 from areal_like.runtime.signals import handle_log_signals
 from trainer.distributed.spawn import start_ranks
 
+_OWN_LR = "--own-lr"
 
-def _run(config: Config, root: Path) -> None:
+
+def _run(config: Config, root: Path, *, follows_changes: bool) -> None:
     with uncollected():
         # Imported here, because torch and transformers take seconds to import.
         from trainer.replay.run import run
 
-    run(config, root)
+    run(config, root, follows_changes=follows_changes)
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs one rank (under torchrun), or starts all; returns the exit code."""
-    args = list(argv)
+    args = [arg for arg in argv if arg != _OWN_LR]
     try:
         if "--recording" not in args[:-1]:
             raise ConfigError("--recording: name the directory of the run to replay")
@@ -61,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
     keep_files_private()
     configure_logging(config, name)
     handle_log_signals()
-    return exit_code_of(name, lambda: _run(config, root))
+    return exit_code_of(name, lambda: _run(config, root, follows_changes=_OWN_LR not in argv))
 
 
 if __name__ == "__main__":

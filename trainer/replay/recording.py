@@ -38,6 +38,18 @@ class Recording:
         self._places = self._read_places()
         """(step, position in the merged order) -> (shard, ticket_id, prompt_index)."""
 
+    def learning_rates(self) -> list[tuple[int, float]]:
+        """(first step, `trainer.lr`) of each value that the run had, in the order in which it was set.
+
+        A later one replaces earlier ones from its step on. Empty for a run of an earlier release.
+        """
+        first = self._ledgers[0]
+        tables = first.execute("SELECT count(*) FROM sqlite_master WHERE name = 'settings'").fetchone()
+        if not tables[0]:
+            return []
+        rows = first.execute("SELECT step, value FROM settings WHERE key = 'trainer.lr' ORDER BY id")
+        return [(step, float(value)) for step, value in rows]
+
     def close(self) -> None:
         """Closes the ledgers."""
         for ledger in self._ledgers:

@@ -29,12 +29,20 @@ class Replay:
     """One rank of a replay. `run` returns when every recorded step is trained, or after a signal."""
 
     def __init__(
-        self, config: Config, recording: Recording, ranks: Ranks, *, stopping: threading.Event
+        self,
+        config: Config,
+        recording: Recording,
+        ranks: Ranks,
+        *,
+        stopping: threading.Event,
+        follows_changes: bool = True,
     ) -> None:
+        """`follows_changes`: each step has the learning rate that it had, not the configured one."""
         self._config = config
         self._recording = recording
         self._ranks = ranks
         self._stopping = stopping
+        self._learning_rates = recording.learning_rates() if follows_changes else []
         self._started_s = time.monotonic()
         self._paths = RunPaths.of(config)
         source = model_path(config)
@@ -73,6 +81,8 @@ class Replay:
 
     def _train(self, step: int) -> None:
         trainer = self._config.trainer
+        changed = [lr for first_step, lr in self._learning_rates if first_step <= step]
+        self._runner.optimizer.lr = changed[-1] if changed else trainer.lr
         lags = LagTally(self._config.staleness_cap)
         positions = range(self._ranks.rank, trainer.groups_per_step, self._ranks.world_size)
         groups = (lags.counted(group) for group in self._recording.groups(step, positions))
@@ -102,7 +112,7 @@ class Replay:
         write_json(self._paths.summary, summary)
 
 
-def run(config: Config, root: Path) -> None:
+def run(config: Config, root: Path, *, follows_changes: bool) -> None:
     """Runs this process's rank of a replay of the run in `root`; SIGTERM and SIGINT end it after a step."""
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -112,4 +122,5 @@ def run(config: Config, root: Path) -> None:
     torch.set_num_threads(config.trainer.num_threads)
     device = device_of(config)
     with joined_ranks(config, device) as ranks, contextlib.closing(Recording(root)) as recording:
-        Replay(config, recording, ranks, stopping=stopping).run()
+        replay = Replay(config, recording, ranks, stopping=stopping, follows_changes=follows_changes)
+        replay.run()

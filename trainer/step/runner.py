@@ -285,7 +285,7 @@ class StepRunner:
     def _update(self, step: int, stats: StepStats, totals: StepTotals, timer: PhaseTimer) -> dict[str, Any]:
         """Divides the accumulated gradients, updates policy and critic, returns the metrics. Collective.
 
-        Metrics: loss, grad_norm, lr, lr_scale, those of the samples (`StepTotals`), num_groups,
+        Metrics: loss, grad_norm, lr, lr_scale, lr_base, those of the samples (`StepTotals`), num_groups,
         zero_advantage_groups, num_tokens (of the sequences run), shared_share (of them, not computed),
         num_microbatches (of all ranks), balance (see `Plan.busy_share`), ess_ratio, log_w_mean, log_w_std,
         kl_k3, entropy, clipped_fraction, kept_fraction, mismatch_abs (mean |log(pi / mu)| of tokens that
@@ -309,7 +309,8 @@ class StepRunner:
         metrics = totals.metrics() | self.rewards.metrics() | critic_metrics
         if self._balancer is not None:
             metrics["balance"] = self._balancer.busy_share
-        metrics.update(loss=totals.total("loss") / divisor, grad_norm=grad_norm, lr=lr, lr_scale=lr_scale)
+        metrics.update(loss=totals.total("loss") / divisor, grad_norm=grad_norm)
+        metrics.update(lr=lr, lr_scale=lr_scale, lr_base=self.optimizer.lr)
         seconds = timer.seconds()
         return (
             metrics

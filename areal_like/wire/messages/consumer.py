@@ -53,6 +53,36 @@ class StartTraining:
     """Completed optimizer steps (0 for a new run, K after resuming from checkpoint K)."""
     stream: dict[str, int | list[int]] = field(default_factory=dict)
     """The checkpoint's `StreamState.stream`; empty for a new run. Only an empty ledger uses it."""
+    settings: dict[str, str] = field(default_factory=dict)
+    """The trainer's values of the settings that may change while the run goes on, as text by key. Those that
+    differ from the values of the trainer before count from `step` on, and replace an operator's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GetStepSettings:
+    """Rank 0 -> buffer, after `StartTraining` and `CompleteStep`: the settings of the step that begins.
+
+    Reply: `StepSettings`. It only reads: an operator's change counts from the step after the one in training.
+    """
+
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSettings:
+    """Buffer -> rank 0: settings that an operator may change. The same whenever a step's are asked for."""
+
+    step: int
+    lr: float
+    """`trainer.lr`, before warm-up and schedule."""
+    eval_interval: int
+    """`eval.interval`; 0: there are no evaluations."""
+    max_staleness: int
+    """The bound of tickets that begin in this step."""
+    evaluate: bool
+    """Evaluate before this step."""
+    checkpoint: bool
+    """Save a checkpoint before this step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,6 +264,8 @@ class RunCounters:
 MESSAGES = (
     TrainerHeartbeat,
     StartTraining,
+    GetStepSettings,
+    StepSettings,
     AllocVersion,
     VersionGranted,
     AdoptVersion,
@@ -255,6 +287,7 @@ MESSAGES = (
 TO_BUFFER = (
     TrainerHeartbeat,
     StartTraining,
+    GetStepSettings,
     AllocVersion,
     AdoptVersion,
     Fetch,

@@ -92,8 +92,8 @@ class HeartbeatAck:
     Empty: it can write."""
     progress: float = 0.0
     """To a rank: a count that changes whenever a rollout server reports progress."""
-    max_staleness: int = 0
-    """The bound of tickets that begin now, in optimizer steps."""
+    log_level: str = ""
+    """The level that an operator has set for all daemons; empty: the peer's own setting."""
     echo_s: float = 0.0
     """`sent_s` of the heartbeat."""
     unix_s: float = 0.0

@@ -9,7 +9,6 @@ it would sample from a different distribution than the client asked for. In the 
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -87,7 +86,6 @@ def parse_generate(body: Mapping[str, Any], limits: RequestLimits) -> GenerateRe
     stream = flag(body, "stream")
     logprob_flags = _flags(body, "return_logprob", len(prompts))
     keep_flags = _flags(body, "keep_prefix", len(prompts))
-    arrived_s = time.perf_counter()
     sequences, sample_index, return_logprob = [], [], []
     rids = _rids(body.get("rid"), len(prompts))
     for i, (rid, prompt, (sampling, n)) in enumerate(zip(rids, prompts, checked, strict=True)):
@@ -98,7 +96,6 @@ def parse_generate(body: Mapping[str, Any], limits: RequestLimits) -> GenerateRe
                 prompt=tuple(prompt),
                 params=sampling,
                 keeps_prefix=keep_flags[i],
-                arrived_s=arrived_s,
                 stream_interval=(sampling.stream_interval or limits.stream_interval) if stream else 0,
             )
             sequences.append(sequence)

@@ -285,6 +285,38 @@ def test_the_ledger_says_what_became_of_groups(tmp_path: Path) -> None:
     assert "Step 6 was begun by 2 trainers" in found and "5 failed samples" in found
 
 
+def test_changes_of_settings_are_marked_at_their_steps(tmp_path: Path) -> None:
+    root = write_run(tmp_path / "one", rows(20))
+    (root / "ledger").mkdir()
+    path = root / "ledger" / "ledger.sqlite3"
+    connection = sqlite3.connect(path, isolation_level=None)
+    sql.migrate(connection, path=path)
+    connection.executemany(
+        "INSERT INTO settings VALUES (NULL, ?, ?, ?, ?, ?)",
+        [
+            (0, "trainer.lr", "0.001", "start", START_S),
+            (7, "trainer.lr", "0.003", "operator", START_S + 6),
+            (9, "evaluate", "now", "operator", START_S + 9),
+            (4, "trainer.lr", "0.002", "start", START_S + 12),
+            (5, "trainer.lr", "<b>", "operator", START_S + 13),
+        ],
+    )
+    set_lr = "INSERT INTO operations VALUES (NULL, ?, 'set', 'trainer.lr', 'x')"
+    connection.execute(set_lr, [START_S + 6])
+    connection.close()
+    events = [
+        ("trainer.lr: 0.001 -> 0.003 (operator)", 7),
+        ("evaluate=now (operator)", 9),
+        ("trainer.lr: 0.001 -> 0.002 (start)", 4),
+        ("trainer.lr: 0.002 -> <b> (operator)", 5),
+    ]
+    assert [(event.text, event.step) for event in read_run(root).events()] == events
+    page = Page(report(root))
+    for text in ("after 9", "an operator", "the trainer's start", "trainer.lr: 0.001 -> 0.003"):
+        assert text in page.text, text
+    assert "Changes" not in Page(report(write_run(tmp_path / "two", rows(20)))).text
+
+
 def _longer(root: Path) -> Path:
     (root / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows(40)))
     return root

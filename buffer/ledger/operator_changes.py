@@ -1,0 +1,112 @@
+"""The ledger's operations for an operator: pause, cordon, and settings that change while the run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from areal_like.errors import RefusedError
+from buffer.ledger.state import LedgerState
+from buffer.storage.rows import OperationRow
+from buffer.tables.live_settings import (
+    ACTIONS,
+    EVAL_INTERVAL,
+    EVALUATE,
+    LOG_LEVEL,
+    MAX_STALENESS,
+    canonical,
+)
+
+_MAX_ROWS = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """One change that was made."""
+
+    key: str
+    value: str
+    before: str
+    """Empty for an action."""
+    step: int
+    """The first step with this value. Of an action: the step after which it is done."""
+
+
+class OperatorChanges:
+    """Each change is recorded in the tables `operations` and, if it is a setting, `settings`."""
+
+    def __init__(self, state: LedgerState) -> None:
+        self._state = state
+
+    def set_paused(self, is_paused: bool, *, unix_s: float) -> bool:
+        """Grants no leases of training tickets, or grants them again. False: it was so."""
+        has_changed = self._state.holds.set_paused(is_paused)
+        if has_changed:
+            self._record("pause" if is_paused else "resume", "training", unix_s=unix_s)
+        return has_changed
+
+    def set_cordoned(self, name: str, is_cordoned: bool, *, unix_s: float) -> bool:
+        """Grants a server no new leases, or grants them again. False: it was so."""
+        has_changed = self._state.holds.set_cordoned(name, is_cordoned)
+        if has_changed:
+            self._record("cordon" if is_cordoned else "uncordon", name, unix_s=unix_s)
+            if (server := self._state.leases.servers.get(name)) is not None:
+                server.is_cordoned = is_cordoned
+        return has_changed
+
+    def change_settings(self, wanted: Mapping[str, str], *, unix_s: float) -> list[Change]:
+        """Makes all changes, or none: raises RefusedError(key, reason).
+
+        A setting counts from the first step that no trainer has begun; `max_staleness` and the log level are
+        used at once, too. An action is done after the step in training.
+        """
+        state = self._state
+        is_training = not state.closed_reason
+        first = state.steps.current + is_training
+        values = {key: canonical(key, text) for key, text in wanted.items()}
+        for key, value in values.items():
+            self._check(key, value, step=state.steps.current if key in ACTIONS else first)
+        changes = []
+        for key, value in values.items():
+            step = state.steps.current if key in ACTIONS else first
+            if key in ACTIONS:
+                state.live.ask(key, step=step, unix_s=unix_s)
+                before = ""
+            else:
+                before = state.live.change(key, value, step=step, unix_s=unix_s) or ""
+            if key == MAX_STALENESS:
+                state.bound.current = int(value)
+            if before != value:
+                when = f"after step {step}" if key in ACTIONS else f"{before} -> {value} from step {step}"
+                self._record("set", key, detail=when, unix_s=unix_s)
+            changes.append(Change(key=key, value=value, before=before, step=step))
+        return changes
+
+    def _check(self, key: str, value: str, *, step: int) -> None:
+        state, settings = self._state, self._state.settings
+        if len(state.live.rows) >= _MAX_ROWS:
+            raise RefusedError(
+                key, f"this run has {_MAX_ROWS} changes already: stop it, and resume it with this"
+            )
+        if state.is_finished or (step >= settings.num_steps and key != LOG_LEVEL):
+            raise RefusedError(key, "the last step has begun: nothing can change any more")
+        if key == MAX_STALENESS:
+            least, cap = settings.sync_interval - 1, settings.staleness_cap
+            if settings.adaptive:
+                raise RefusedError(key, "it follows the effective sample size (max_staleness=auto)")
+            if value == "auto" or not least <= int(value) <= cap:
+                raise RefusedError(key, f"want {least}..{cap}: the run was started with {cap}")
+            return
+        base = EVAL_INTERVAL if key == EVALUATE else key
+        if key not in ACTIONS or key == EVALUATE:
+            configured = state.live.configured(base)
+            if configured is None:
+                raise RefusedError(key, "no trainer has started yet: start it with this setting")
+            if base == EVAL_INTERVAL and int(configured) == 0:
+                raise RefusedError(key, "evaluations are off in this run (eval.num_prompts=0)")
+        if key == EVAL_INTERVAL and int(value) < 1:
+            raise RefusedError(key, f"want a whole number of at least 1, got {value}")
+
+    def _record(self, verb: str, subject: str, *, unix_s: float, detail: str = "") -> None:
+        row = OperationRow(unix_s=unix_s, verb=verb, subject=subject, detail=detail)
+        self._state.store.put_operation(row)

@@ -1,0 +1,101 @@
+"""One rank of the trainer as a process: what happens before the first step and after the last.
+
+log -> settings checked -> process group joined -> buffers registered with -> `Trainer.run` -> exit code
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import threading
+import time
+
+import torch
+import torch.distributed as dist
+
+from areal_like.automatic_settings import recomputes_activations, resolved
+from areal_like.config import Config
+from areal_like.errors import UserError
+from areal_like.paths import RunPaths
+from areal_like.runtime.daemon import DrainSignals, exit_code_of
+from areal_like.runtime.logs import configure_logging
+from areal_like.runtime.process import keep_files_private
+from areal_like.runtime.signals import handle_log_signals
+from areal_like.security.binding import require_loopback_or_keys
+from trainer.buffer_client.client import StopRequestedError, TrainerBufferClient
+from trainer.checkpoint_files import remove_partials
+from trainer.daemon import Trainer
+from trainer.distributed.process_group import device_of, joined_ranks
+from trainer.step.recipe import StepRecipe
+from trainer.trackers import build_trackers
+from trainer.weight_sync.backend import check_nccl
+
+log = logging.getLogger(__name__)
+
+_CONTROL_TIMEOUT_S = 24 * 3600.0
+"""Longest time that a rank keeps the others waiting in a control message: for groups and evaluations, as long
+as the rollout servers make progress. A rank that stalls raises an error of its own, and one that dies closes
+its connections: both end this wait at once."""
+
+
+def run_rank(config: Config) -> int:
+    """Runs one rank from start to end and returns its exit code."""
+    name = f"trainer-{os.environ.get('RANK', '0')}"
+    is_finished = False
+
+    def body() -> None:
+        nonlocal is_finished
+        try:
+            is_finished = _run(config)
+        except StopRequestedError as stop:
+            log.info("%s", stop)
+
+    keep_files_private(RunPaths.of(config).root)
+    configure_logging(config, name)
+    handle_log_signals()
+    code = exit_code_of(name, body)
+    return code if code or is_finished else config.daemon.exit_code_on_drain
+
+
+def _run(config: Config) -> bool:
+    """Returns True if the run is finished, False after a drain."""
+    started_s = time.monotonic()
+    config = resolved(config)
+    require_loopback_or_keys(config.security, config.weights.host, setting="weights.host")
+    StepRecipe.of(config).check_stream(config)  # reports a mistake in the settings before anything is loaded
+    build_trackers(config.trackers)  # reports a package that is missing
+    torch.set_num_threads(config.trainer.num_threads)
+    device = device_of(config)
+    activations = "recomputed" if recomputes_activations(config) else "kept"
+    log.info("the forward is in %s, activations are %s", config.model.dtype, activations)
+    if os.environ.get("RANK", "0") == "0":
+        check_nccl(config, device)
+    with joined_ranks(
+        config, device, control_timeout_s=_CONTROL_TIMEOUT_S, quiet=(UserError, StopRequestedError)
+    ) as ranks:
+        process = torch.tensor(list(secrets.token_bytes(16)), dtype=torch.int64)
+        dist.broadcast(process, src=0)
+        # Before the first request to the buffer: on a full disk the buffer replies only when there is space
+        # again.
+        if ranks.rank == 0:
+            remove_partials(RunPaths.of(config).checkpoints)
+        buffer = TrainerBufferClient(
+            config,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            device=str(device),
+            process=bytes(process.tolist()).hex(),
+        )
+
+        def on_drain() -> None:
+            buffer.stop_requested.set()
+            timer = threading.Timer(config.daemon.drain_timeout_s / 3, buffer.abandon_step.set)
+            timer.daemon = True
+            timer.start()
+
+        DrainSignals(drain_timeout_s=config.daemon.drain_timeout_s, on_drain=on_drain)
+        with buffer:
+            trainer = Trainer(config, buffer, ranks, started_s=started_s)
+            trainer.run()
+        return trainer.is_finished
