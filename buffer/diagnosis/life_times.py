@@ -21,7 +21,7 @@ class LifeTimes:
         """Train ticket -> when it became READY or BATCHED."""
         self._queue = metrics.histogram(
             "ticket_queue_seconds",
-            "Time that a complete group waited: ready for a place in a step, batched until that was trained",
+            "Time that a whole group waited: ready for a place in a step, batched until the trainer got it",
             buckets=SECONDS,
             label="state",
             values=(State.READY, State.BATCHED),
@@ -39,6 +39,7 @@ class LifeTimes:
     def watch(self, state: LedgerState) -> None:
         """Observes this ledger from now on."""
         state.tickets.on_move = self._moved
+        state.steps.on_served = self._served
         state.leases.on_end = self._lease_ended
 
     def _moved(self, ticket: Ticket, before: State, after: State) -> None:
@@ -46,13 +47,18 @@ class LifeTimes:
             return
         now_s = self._clock()
         since_s = self._since_s.pop(ticket.ticket_id, None)
-        if since_s is not None and (before, after) in (
-            (State.READY, State.BATCHED),
-            (State.BATCHED, State.TRAINED),
-        ):
+        if since_s is not None and (before, after) == (State.READY, State.BATCHED):
             self._queue.labels(before).observe(now_s - since_s)
         if after in (State.READY, State.BATCHED):
             self._since_s[ticket.ticket_id] = now_s
+
+    def _served(self, ticket: Ticket) -> None:
+        """The trainer gets a group; if it asks again, for the same step, that is not counted.
+
+        Not the move to TRAINED: that is at the next checkpoint, maybe an hour after.
+        """
+        if (since_s := self._since_s.pop(ticket.ticket_id, None)) is not None:
+            self._queue.labels(State.BATCHED).observe(self._clock() - since_s)
 
     def _lease_ended(self, lease: LeaseRecord) -> None:
         self._leases.observe(max(0.0, self._clock() - lease.granted_s))

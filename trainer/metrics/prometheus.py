@@ -127,6 +127,9 @@ class TrainerSeries:
             )
             for end, which in (("min", "fewest"), ("max", "most"))
         }
+        self._step_seconds = metrics.histogram(
+            "trainer_step_seconds", "Seconds of an optimizer step", buckets=SECONDS
+        )
         self._phase_seconds = metrics.histogram(
             "trainer_phase_seconds",
             "Seconds of a step by phase, at rank 0",
@@ -221,8 +224,10 @@ class TrainerSeries:
                 _set(gauge.labels(phase.removesuffix("_s")), row.get(f"{phase}_{end}"))
         for reason, share in row.get("finish_reasons", {}).items():
             self._finished.labels(reason).set(share)
+        self._step_seconds.observe(row["step_s"])
         for phase, column in _PHASE_COLUMNS.items():
-            self._phase_seconds.labels(phase).observe(row[column])
+            if (seconds := row.get(column)) is not None:
+                self._phase_seconds.labels(phase).observe(seconds)
         self._set_named(row)
         self._tokens.inc(row["tokens_trained"])
         self._freeze_seconds.inc(row["freeze_s"])
