@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from areal_like.failures import FailureKind
-from areal_like.runtime.metrics import Metrics
+from areal_like.runtime.metrics import SECONDS, Metrics
 from areal_like.runtime.progress import ProgressClock
 from areal_like.spans import recorder
 from areal_like.trajectory import FinishReason
@@ -96,6 +96,12 @@ _FINISHED = {reason: f"samples_finished_{reason.value}" for reason in FinishReas
 _ENDED = {outcome: f"sessions_{outcome.value}" for outcome in Outcome}
 _REFUSED = {status: f"session_refusals_{status}" for status in (400, 404, 405, 410, 413, 422, 429, 500, 503)}
 """By the HTTP status of the application's answer."""
+_DURATIONS = {
+    "samples": ("sample_seconds", "Time from the begin of a sample to its end, with its rewards."),
+    "generations": ("generation_seconds", "Time from a request to the engine to its answer."),
+    "weights": ("weight_receive_seconds", "Time from the request of a push to its activation."),
+}
+"""Lane of the spans -> histogram."""
 _SMOOTHING = 0.3
 _MOST_LATE_S = 1.0
 """One long gap alone does not make a server late."""
@@ -152,6 +158,11 @@ class ServerStats:
             label="status",
             values=list(map(str, _REFUSED)),
         )
+        self._durations = {
+            lane: metrics.histogram(name, doc, buckets=SECONDS) for lane, (name, doc) in _DURATIONS.items()
+        }
+        for lane, histogram in self._durations.items():
+            recorder.listen(lane, histogram.observe)
         self.concurrency_limit = 0
         """Set by the server."""
         self._before_engine = dict.fromkeys(_CUMULATIVE, 0.0)

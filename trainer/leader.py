@@ -75,8 +75,8 @@ class Leader:
         self._buffer = buffer
         self._step = step
         self._resumed_from_step = step
-        self._started_s = started_s
-        self._training_started_s = started_s
+        self._started_s = self._training_started_s = started_s
+        self._busy_s = 0.0
         self._record = RunRecord(config, buffer.runtime.metrics, step=step)
         self._evaluations = Evaluations(config, buffer, on_row=self._record.evaluated)
         self._staleness: StalenessController | None = None
@@ -309,7 +309,8 @@ class Leader:
         if (eval_reward := self._evaluations.poll()) is not None:
             row["eval_reward"] = eval_reward
         self._record.stepped(row, metrics=metrics)
-        self._buffer.stats = {"row_step": float(step)} | {
+        self._busy_s += max(0.0, row["step_s"] - row["wait_data_s"])
+        self._buffer.stats = {"row_step": float(step), "busy_s": self._busy_s} | {
             name: float(row[name]) for name in _REPORTED if name in row and math.isfinite(row[name])
         }
 

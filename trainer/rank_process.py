@@ -27,6 +27,7 @@ from trainer.buffer_client.client import StopRequestedError, TrainerBufferClient
 from trainer.checkpoint_files import remove_partials
 from trainer.daemon import Trainer
 from trainer.distributed.process_group import device_of, joined_ranks
+from trainer.metrics.gpu_memory import GpuMemory
 from trainer.step.recipe import StepRecipe
 from trainer.trackers import build_trackers
 from trainer.weight_sync.backend import check_nccl
@@ -95,6 +96,7 @@ def _run(config: Config) -> bool:
             timer.start()
 
         DrainSignals(drain_timeout_s=config.daemon.drain_timeout_s, on_drain=on_drain)
+        buffer.runtime.metrics.registry.register(GpuMemory(device))
         with buffer:
             trainer = Trainer(config, buffer, ranks, started_s=started_s)
             trainer.run()

@@ -18,6 +18,8 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 PREFIX = "areal"
+SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
+"""Buckets of durations: half a decade each, from a write to a disk to the longest generation."""
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -56,9 +58,15 @@ class Metrics:
             gauge.labels(*combination)
         return gauge
 
-    def histogram(self, name: str, doc: str, *, buckets: Sequence[float]) -> Histogram:
-        """A histogram `areal_<name>`."""
-        return Histogram(f"{PREFIX}_{name}", doc, buckets=buckets, registry=self.registry)
+    def histogram(
+        self, name: str, doc: str, *, buckets: Sequence[float], label: str = "", values: Sequence[str] = ()
+    ) -> Histogram:
+        """A histogram `areal_<name>`, with at most one label whose values are known."""
+        labels = [label] if label else []
+        histogram = Histogram(f"{PREFIX}_{name}", doc, labels, buckets=buckets, registry=self.registry)
+        for value in values:
+            histogram.labels(value)
+        return histogram
 
     def exposition(self) -> bytes:
         """The body of /metrics, in Prometheus' text format."""

@@ -12,6 +12,7 @@ bounded, and a process that is killed loses less than a second. Lines are of fou
 Times are Unix seconds of this process: read once, and advanced by the monotonic clock, so that a clock that
 is set during the run moves no span. A process has one recorder (`start`), as with `logging`: what is recorded
 lies deep in every part of a daemon. Without one, or on a full disk, nothing is recorded and nothing fails.
+The durations of a lane's spans also go to its listener (`listen`), for a histogram, also without a recorder.
 Recording is thread-safe. At most MAX_PER_S lines a second are kept; a counter tells how many were left out.
 """
 
@@ -24,6 +25,7 @@ import os
 import platform
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -140,6 +142,7 @@ class SpanRecorder:
 
 
 _recorder: SpanRecorder | None = None
+_listeners: dict[str, Callable[[float], None]] = {}
 
 
 def start(directory: Path, daemon: str, *, max_bytes: int) -> None:
@@ -158,10 +161,26 @@ def stop() -> None:
         _recorder = None
 
 
+def listen(lane: str, listener: Callable[[float], None]) -> None:
+    """Calls `listener(seconds)` for each span of a lane, in the thread that records it."""
+    _listeners[lane] = listener
+
+
+def observe(lane: str, seconds: float) -> None:
+    """Tells the listener of a lane of a duration that is no span."""
+    if (listener := _listeners.get(lane)) is not None:
+        listener(seconds)
+
+
 def record(lane: str, name: str, *, start_s: float, end_s: float | None = None, **arguments: Any) -> None:
     """Records a span from `start_s` to `end_s` (now), both of the monotonic clock."""
+    listener = _listeners.get(lane)
+    if _recorder is None and listener is None:
+        return
+    end_s = time.monotonic() if end_s is None else end_s
+    if listener is not None:
+        listener(end_s - start_s)
     if _recorder is not None:
-        end_s = time.monotonic() if end_s is None else end_s
         _recorder.span(lane, name, start_s=start_s, end_s=end_s, **arguments)
 
 
@@ -179,5 +198,5 @@ def note_offset(*, offset_s: float, rtt_s: float) -> None:
 
 def record_phase(phase: str, step: int, start_s: float) -> None:
     """Records a phase of a trainer's step that ends now; one that took no time is left out."""
-    if _recorder is not None and (end_s := time.monotonic()) - start_s > _SHORTEST_S:
-        _recorder.span("step", phase, start_s=start_s, end_s=end_s, step=step)
+    if (end_s := time.monotonic()) - start_s > _SHORTEST_S:
+        record("step", phase, start_s=start_s, end_s=end_s, step=step)

@@ -1,9 +1,11 @@
 """Notices a daemon that works, and far slower than it did before. Pure: times come in as arguments.
 
 The speed of an engine is its tokens a second while it has sequences, and those of one sequence; the speed of
-a trainer is its steps per second of work. Each is compared with its own mean of earlier windows: machines,
-models and lengths differ too much to compare daemons with one another. With more sequences at a time, each of
-them is slower, and with fewer all of them together are; so an engine is slow only if both have fallen.
+a trainer is its steps per second of work. The time of work is the daemon's own count of it: what it does at
+the moment of a heartbeat is no measure for steps that are shorter than the time between heartbeats. Each is
+compared with its own mean of earlier windows: machines, models and lengths differ too much to compare daemons
+with one another. With more sequences at a time, each of them is slower, and with fewer all of them together
+are; so an engine is slow only if both have fallen.
 """
 
 from __future__ import annotations
@@ -22,9 +24,9 @@ _SMOOTHING = 0.1
 
 @dataclass(kw_only=True)
 class _Known:
-    begun_s: float
     seen_s: float
     work: float
+    busy_total_s: float
     busy_s: float = 0.0
     in_parallel_s: float = 0.0
     usual: tuple[float, float] = (0.0, 0.0)
@@ -39,19 +41,18 @@ class Speeds:
 
     _known: dict[str, _Known] = field(default_factory=dict)
 
-    def observe(self, name: str, *, work: float, num_busy: float, now_s: float) -> None:
-        """Takes a daemon's total of work (tokens, steps), and how many sequences it works on now.
+    def observe(self, name: str, *, work: float, busy_s: float, num_busy: float, now_s: float) -> None:
+        """Takes a daemon's totals of work (tokens, steps) and of the seconds in which it had work.
 
-        0 for `num_busy` means that it has nothing to do: that time does not count.
+        `num_busy`: sequences that it works on now.
         """
         known = self._known.get(name)
-        if known is None or work < known.work:  # new, or it was restarted and counts from zero
-            self._known[name] = _Known(begun_s=now_s, seen_s=now_s, work=work)
+        if known is None or work < known.work or busy_s < known.busy_total_s:  # new, or it counts from zero
+            self._known[name] = _Known(seen_s=now_s, work=work, busy_total_s=busy_s)
             return
-        elapsed_s, known.seen_s = now_s - known.seen_s, now_s
-        if num_busy:
-            known.busy_s += elapsed_s
-            known.in_parallel_s += elapsed_s * num_busy
+        added_s, known.busy_total_s, known.seen_s = busy_s - known.busy_total_s, busy_s, now_s
+        known.busy_s += added_s
+        known.in_parallel_s += added_s * max(1.0, num_busy)
         if known.busy_s < WINDOW_S:
             return
         speed = ((work - known.work) / known.busy_s, (work - known.work) / known.in_parallel_s)

@@ -9,7 +9,7 @@ from typing import Any
 
 from areal_like.runtime.metrics import Metrics
 from buffer.diagnosis.bottleneck import Load, Utilisation, advice
-from buffer.diagnosis.facts import JobFacts
+from buffer.diagnosis.facts import JobFacts, PeerFacts
 from buffer.diagnosis.rules import Cause, Limits, On, causes_of, effects_of
 from buffer.diagnosis.speeds import Speeds
 
@@ -64,16 +64,10 @@ class Watchdog:
         """Takes the facts of this moment."""
         self._max_staleness = max_staleness
         for server in facts.servers:
-            stats = server.stats
-            self._speeds.observe(
-                server.name,
-                work=stats.get("tokens_generated", 0.0),
-                num_busy=stats.get("running", 0.0),
-                now_s=load.at_s,
-            )
-        for rank in facts.ranks:
-            is_busy = rank.state == "training" and not rank.longest_wait("buffer")[1]
-            self._speeds.observe(rank.name, work=rank.step, num_busy=float(is_busy), now_s=load.at_s)
+            running = server.stats.get("running", 0.0)
+            self._observe(server, "tokens_generated", num_busy=running, now_s=load.at_s)
+        for rank in facts.ranks:  # rank 0 alone counts, and all are as slow as the slowest
+            self._observe(rank, "row_step", num_busy=1.0, now_s=load.at_s)
         self._speeds.keep_only({peer.name: None for peer in (*facts.servers, *facts.ranks)})
         self._utilisation.observe(load)
         self._causes = causes_of(facts, slow=self._speeds.slow(), limits=self._limits)
@@ -96,6 +90,11 @@ class Watchdog:
             "trainer_idle": self._utilisation.trainer_idle,
             "generation_idle": self._utilisation.generation_idle,
         }
+
+    def _observe(self, peer: PeerFacts, work: str, *, num_busy: float, now_s: float) -> None:
+        if work in peer.stats and "busy_s" in peer.stats:
+            total, busy_s = peer.stats[work], peer.stats["busy_s"]
+            self._speeds.observe(peer.name, work=total, busy_s=busy_s, num_busy=num_busy, now_s=now_s)
 
     def _tell(self) -> None:
         """Logs a cause when it appears, and when it is gone."""

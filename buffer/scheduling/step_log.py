@@ -11,6 +11,8 @@ step is kept until the step is complete, to find data that crashes every trainer
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from buffer.storage.base import Store
 from buffer.tables.counters import StreamCounters
 from buffer.tables.ticket_table import TicketTable
@@ -44,6 +46,8 @@ class StepLog:
         """Step -> position -> ticket, of steps that are not released."""
         self.num_recorded = 0
         """Groups recorded since the process started; it never decreases."""
+        self.on_served: Callable[[Ticket], None] | None = None
+        """Called with each group that the trainer receives, also again."""
         self._served: dict[int, set[int]] = {}
         self._begun = -1
 
@@ -138,6 +142,8 @@ class StepLog:
 
     def mark_served(self, step: int, position: int) -> None:
         """The trainer has received this group."""
+        if self.on_served is not None:
+            self.on_served(self.recorded[step][position])
         if step >= self.current:
             self._served.setdefault(step, set()).add(position)
             self._count_attempt()

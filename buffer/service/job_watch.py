@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from areal_like.wire.messages.hello import Role
 from areal_like.wire.messages.producer import Purpose
 from buffer.diagnosis.bottleneck import Load
 from buffer.diagnosis.facts import JobFacts, LeaseFacts, RankFacts, ServerFacts
+from buffer.diagnosis.life_times import LifeTimes
 from buffer.diagnosis.rules import Limits
 from buffer.diagnosis.timeline import Timeline
 from buffer.diagnosis.watchdog import INTERVAL_S, Wakefulness, Watchdog
@@ -36,6 +38,7 @@ class JobWatch:
         self._watchdog = Watchdog(metrics, limits=Limits.of(heartbeat_s=config.daemon.heartbeat_s))
         self._awake = Wakefulness(now_s=now_s)
         self._timeline = Timeline()
+        LifeTimes(metrics, clock=time.monotonic).watch(ledger.state)
         self._lost: dict[str, float] = {}
         self._world_size = 0
         self._since: dict[str, float] = {}

@@ -12,7 +12,7 @@ server never received them or has lost them.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from areal_like.shards import Shard
@@ -77,6 +77,8 @@ class LeaseTable:
         self._expiry: list[tuple[float, int]] = []
         self.servers: dict[str, Server] = {}
         self.live: dict[int, LeaseRecord] = {}
+        self.on_end: Callable[[LeaseRecord], None] | None = None
+        """Called with each lease that ends."""
         self._aborts: dict[str, set[int]] = {}
         self._health_of_removed: dict[str, tuple[int, ServerHealth]] = {}
         """Incarnation and health of servers that left or were silent, the newest of them."""
@@ -253,6 +255,8 @@ class LeaseTable:
     def _remove(self, lease: LeaseRecord) -> LeaseRecord:
         self._store.end_lease(lease.lease_id)
         del self.live[lease.lease_id]
+        if self.on_end is not None:
+            self.on_end(lease)
         server = self.servers.get(lease.server)
         if server is not None:
             del server.leases[lease.lease_id]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from areal_like.shards import Shard
 from areal_like.wire.messages.producer import Purpose
@@ -25,6 +25,8 @@ class TicketTable:
         self.live: dict[int, Ticket] = {}
         """Ticket id -> ticket, in order of issue."""
         self._counts = {purpose: Counter[State]() for purpose in Purpose}
+        self.on_move: Callable[[Ticket, State, State], None] | None = None
+        """Called with each ticket that moves, the state before and the one after."""
 
     def restore(
         self,
@@ -89,7 +91,9 @@ class TicketTable:
         counts = self._counts[ticket.purpose]
         counts[ticket.state] -= 1
         counts[state] += 1
-        ticket.state = state
+        before, ticket.state = ticket.state, state
+        if self.on_move is not None:
+            self.on_move(ticket, before, state)
         if state.is_terminal:
             del self.live[ticket.ticket_id]
         self._store.put_ticket(ticket)

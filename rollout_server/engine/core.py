@@ -61,6 +61,8 @@ class EngineCore:
         self.num_generated = 0
         """Tokens sampled."""
         self.num_steps = 0
+        self.begun: list[Sequence] = []
+        """Sequences that got their first token in the last step."""
         self.scheduler = Scheduler(
             num_rows=options.max_running, max_prefill_tokens=options.max_prefill_tokens
         )
@@ -178,6 +180,7 @@ class EngineCore:
             self._rows.move(sources, targets)
         if admitted:
             self.contexts.fill(admitted, waiting=scheduler.upcoming(PREFILL_AHEAD_TOKENS))
+        self.begun = [sequence for sequence in admitted if not sequence.output_ids]
         num_rows = scheduler.num_running
         tokens_N, logprobs_N = self._decode(num_rows)
         return self._append_tokens(num_rows, tokens_N, logprobs_N)

@@ -109,6 +109,10 @@ class EngineLoop:
         self._stopping = False
         self._idle_since_s: float | None = None
         self._idle_s = self._busy_s = self._stall_s = 0.0
+        self.on_first_token: Callable[[float], None] = lambda seconds: None
+        """Called with the time from a sequence's request to its first token."""
+        self.on_end: Callable[[float], None] = lambda seconds: None
+        """Called with the time from a sequence's request to its end."""
 
     def start(self) -> None:
         """Starts the thread."""
@@ -237,10 +241,16 @@ class EngineLoop:
         self._collect(self._core.step())
         ended_s = time.perf_counter()
         self._busy_s += ended_s - started_s
+        for sequence in self._core.begun:
+            self.on_first_token(ended_s - sequence.made_s)
         if ended_s - self._reported_s >= _REPORT_EVERY_S:
             self._report()
 
     def _collect(self, sequences: list[Sequence]) -> None:
+        now_s = time.perf_counter()
+        for sequence in sequences:
+            if sequence.finish is not None:
+                self.on_end(now_s - sequence.made_s)
         self._unreported += [
             SequenceOutput(
                 sequence=sequence,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from areal_like.runtime.metrics import PREFIX
+from areal_like.runtime.metrics import PREFIX, SECONDS
 from rollout_server.engine.loop import EngineLoop, Load
 from rollout_server.engine.weight_update.updater import WeightUpdater
 
@@ -26,6 +27,23 @@ class EngineCollector(Collector):
             yield CounterMetricFamily(f"{PREFIX}_engine_{name}", doc, value=value)
         for name, doc, value in _gauges(load):
             yield GaugeMetricFamily(f"{PREFIX}_engine_{name}", doc, value=value)
+
+
+def watch_latencies(loop: EngineLoop, registry: CollectorRegistry) -> None:
+    """Adds the histograms of sequences to the registry."""
+    first = Histogram(
+        f"{PREFIX}_engine_first_token_seconds",
+        "Time from a sequence's request to its first token",
+        buckets=SECONDS,
+        registry=registry,
+    )
+    whole = Histogram(
+        f"{PREFIX}_engine_sequence_seconds",
+        "Time from a sequence's request to its end",
+        buckets=SECONDS,
+        registry=registry,
+    )
+    loop.on_first_token, loop.on_end = first.observe, whole.observe
 
 
 def update_numbers(updater: WeightUpdater) -> dict[str, float]:

@@ -18,6 +18,7 @@ update and first admission are therefore one mechanism.
 from __future__ import annotations
 
 import itertools
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -97,6 +98,8 @@ class Sequence:
     finish: Finish | None = None
     num_cached_tokens: int = 0
     """Tokens of the prompt whose KV was not computed for this sequence."""
+    made_s: float = field(default_factory=time.perf_counter)
+    """When the request arrived."""
 
     @property
     def context(self) -> tuple[int, ...]:

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from areal_like.errors import EngineError, EngineTimeoutError, EpisodeError, PromptRefusedError
+from areal_like.spans.recorder import observe
 from areal_like.trajectory import FinishReason
 from rollout_server.episodes.transcript import Transcript
 from rollout_server.inference.types import Generation, Sampling, SamplingClient
@@ -164,9 +165,12 @@ class PolicyClient:
             left_s = self._deadline_s - now_s
             if left_s <= 0:
                 raise EngineTimeoutError("the time limit was over when the request could be sent again")
-            return await self._engine.generate(
-                tokens_T.tolist(), sampling=sampling, rid=rid, timeout_s=left_s
-            )
+            try:
+                return await self._engine.generate(
+                    tokens_T.tolist(), sampling=sampling, rid=rid, timeout_s=left_s
+                )
+            finally:
+                observe("generations", asyncio.get_running_loop().time() - now_s)
 
 
 class Episode(ABC):

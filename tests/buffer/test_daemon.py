@@ -142,6 +142,8 @@ def test_a_whole_run_with_two_producers(buffer: BufferProcess) -> None:
         'areal_tickets{state="trained"} 24.0',
         'areal_tickets_dropped_total{reason="stale"} 0.0',
         'areal_peers{role="rollout"} 2.0',
+        'areal_ticket_queue_seconds_count{state="batched"} 24.0',
+        "areal_lease_seconds_count 40.0",
     ):
         buffer.wait_status(lambda _, line=line: line in buffer.get("/metrics"))
     code, stderr = buffer.terminate()

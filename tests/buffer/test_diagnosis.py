@@ -118,11 +118,11 @@ def test_an_engine_at_a_tenth_of_its_speed_is_slow() -> None:
     speeds, tokens = Speeds(), 0.0
     for second in range(60):
         tokens += 100.0 if second < 40 else 10.0
-        speeds.observe("rollout-0", work=tokens, num_busy=8, now_s=second)
+        speeds.observe("rollout-0", work=tokens, busy_s=second, num_busy=8, now_s=second)
         assert bool(speeds.slow()) == (second >= 44), second
     assert speeds.slow()["rollout-0"].startswith("10% of its usual speed for ")
     tokens += 400.0
-    speeds.observe("rollout-0", work=tokens, num_busy=8, now_s=64)
+    speeds.observe("rollout-0", work=tokens, busy_s=64, num_busy=8, now_s=64)
     assert not speeds.slow()
 
 
@@ -133,8 +133,27 @@ def test_other_loads_are_not_slow(num_busy: int, rate: float) -> None:
     for second in range(80):
         is_usual = second < 40
         tokens += 100.0 if is_usual else rate
-        speeds.observe("rollout-0", work=tokens, num_busy=8 if is_usual else num_busy, now_s=second)
+        busy_s = second if is_usual or num_busy else 40.0
+        speeds.observe(
+            "rollout-0", work=tokens, busy_s=busy_s, num_busy=8 if is_usual else num_busy, now_s=second
+        )
     assert not speeds.slow()
+
+
+def test_a_trainer_in_step_with_its_heartbeats_is_not_slow() -> None:
+    """Its steps of a tenth of a second fall between the heartbeats at first, and on them later."""
+    watchdog = Watchdog(Metrics(), limits=LIMITS)
+    for second in range(200):
+        waits = {"buffer: groups": 0.5} if second < 100 else {}
+        stats = {"row_step": float(second), "busy_s": 0.1 * second}
+        job = replace(JOB, ranks=(rank(waits=waits, stats=stats),))
+        watchdog.look(job, load=load(float(second), wait=0.9, idle=0.1), max_staleness=4)
+        assert watchdog.report()["causes"] == []
+    for second in range(200, 300):
+        stats = {"row_step": 200.0 + 0.1 * (second - 200), "busy_s": 20.0 + 0.9 * (second - 200)}
+        job = replace(JOB, ranks=(rank(stats=stats),))
+        watchdog.look(job, load=load(float(second), wait=0.1, idle=0.1), max_staleness=4)
+    assert [cause["name"] for cause in watchdog.report()["causes"]] == ["trainer-0"]
 
 
 def test_a_buffer_that_was_stopped_blames_nobody() -> None:

@@ -98,7 +98,8 @@ class Lab:
     @property
     def is_free(self) -> bool:
         """True if no job is in the queue and no node is allocated."""
-        states = self.command("sinfo", "-h", "-N", "-o", "%T").split()
+        # A star: the node does not respond.
+        states = [state.rstrip("*") for state in self.command("sinfo", "-h", "-N", "-o", "%T").split()]
         return not self.command("squeue", "-h").strip() and set(states) <= {"idle", "down"}
 
     def wait(self, condition: Callable[[], object], what: str, *, timeout_s: float = 180) -> None:

@@ -30,6 +30,7 @@ EVENTS = {
     "areal_trainer_reward_part": "the task's rewards have no parts",
     "areal_trainer_label_reward": "its prompts have no labels",
     "areal_trainer_sample_metric": "its samples have no metrics",
+    "areal_trainer_gpu_memory": "its trainer has no GPU",
 }
 """What may be empty, by a part of the expression, and why."""
 

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
 import torch.distributed as dist
 from prometheus_client import CollectorRegistry
 
 from areal_like.runtime.metrics import PREFIX, Metrics
+from buffer.diagnosis.life_times import LifeTimes
 from buffer.diagnosis.rules import Limits
 from buffer.diagnosis.watchdog import Watchdog
 from buffer.service.prometheus import BufferSeries
@@ -20,6 +22,7 @@ from tests.support.launching import ROOT
 from tests.support.trainer_helpers import random_groups, write_model
 from tests.support.trainer_ranks import make_runner
 from trainer.distributed.ranks import Ranks
+from trainer.metrics.gpu_memory import GpuMemory
 from trainer.metrics.lag import LagTally
 from trainer.metrics.prometheus import TrainerSeries
 from trainer.metrics.run_files import step_row
@@ -83,6 +86,7 @@ def test_every_series_is_on_the_page() -> None:
     buffer, server, trainer = Metrics(), Metrics(), Metrics()
     BufferSeries(buffer, max_staleness=4)
     Watchdog(buffer, limits=Limits.of(heartbeat_s=1))
+    LifeTimes(buffer, clock=lambda: 0.0)
     nothing = cast(Any, None)  # registering the series does not use the parts
     parts = (
         "buffers",
@@ -97,6 +101,7 @@ def test_every_series_is_on_the_page() -> None:
     )
     ServerStats(server, **dict.fromkeys(parts, nothing))
     TrainerSeries(trainer)
+    trainer.registry.register(GpuMemory(torch.device("cpu")))
     *_, buffer_text, server_text, trainer_text = re.split(r"^\*\*", PAGE, flags=re.M)
     for metrics, text in ((buffer, buffer_text), (server, server_text)):
         assert set(re.findall(r"`(areal_\w+)(?:\{[\w,]+\})?`", text)) == series_of(metrics.registry)

@@ -27,6 +27,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     for baseline in ("group", "batch")
 } | {
     "ghost-others": {"leave_one_out": True},
+    "ghost-scores": {"baseline_weights": "score"},
+    "exact-batch-scores": {"norms": "exact", "baseline": "batch", "baseline_weights": "score"},
     "none": {"baseline": "none"},
     "ghost-masks": {
         "masks": [
@@ -58,7 +60,7 @@ def make_runner(
     lr: float = 0.0,
     **settings: Any,
 ) -> StepRunner:
-    """A VCPO runner; `settings` may include `masks`. Adam's first moment is the last gradient."""
+    """Runs VCPO as published; `settings` may include `masks`. Adam's first moment is the last gradient."""
     policy = Policy.load(
         path, ranks, dtype=compute, chunk_tokens=16, gradient_checkpointing=checkpointing, master_dtype=dtype
     )
@@ -66,7 +68,7 @@ def make_runner(
         policy,
         ShardedAdamW(policy, ranks, lr=lr, betas=(0.0, 0.9), max_grad_norm=0.0),
         ranks,
-        objective=build_objective({"name": "vcpo", **settings}),
+        objective=build_objective({"name": "vcpo", "baseline_weights": "gradient", **settings}),
         advantage=Grpo(),
         normalizer=Normalizer(name="token_mean", max_tokens=10),
         budget_tokens=budget_tokens,

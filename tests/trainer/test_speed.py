@@ -29,6 +29,7 @@ from trainer.metrics.distributions import (
     joined_parts,
     percentile_of_counts,
 )
+from trainer.metrics.gpu_memory import GpuMemory
 from trainer.metrics.model_flops import ModelFlops
 from trainer.metrics.peak_flops import peak_flops
 from trainer.metrics.phase_timer import PhaseTimer, clock_of
@@ -128,6 +129,18 @@ def test_phases_of_a_gpu_are_read_at_the_end_only() -> None:
     assert seconds == {"wait_s": 2.5, "compute_s": 4.5, "update_s": 0.0}
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="its memory is read")
+def test_the_page_has_the_memory_of_a_gpu() -> None:
+    device = torch.device("cuda")
+    (family,) = GpuMemory(device).collect()
+    before = {sample.labels["of"]: sample.value for sample in family.samples}
+    held = torch.zeros(64 << 20, dtype=torch.uint8, device=device)
+    (family,) = GpuMemory(device).collect()
+    after = {sample.labels["of"]: sample.value for sample in family.samples}
+    assert after["allocated"] - before["allocated"] == held.numel() <= after["reserved"] <= after["total"]
+    assert after["free"] < after["total"]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA events need a GPU")
 def test_cuda_events_time_kernels_and_not_their_launch() -> None:
     device = torch.device("cuda")
@@ -223,4 +236,5 @@ def test_two_ranks_report_their_slowest_and_all_lengths(tmp_path: Path) -> None:
     series.stepped(5, metrics | {"tokens_trained": 1, "freeze_s": 0.0, "wait_data_s": 0.0})
     text = shown.exposition().decode()
     assert f'areal_trainer_phase_max_seconds{{phase="wait"}} {metrics["wait_s_max"]}' in text
+    assert f"areal_trainer_step_seconds_sum {metrics['step_s']}" in text
     assert f'areal_trainer_response_length{{of="max"}} {float(max(lengths))}' in text

@@ -9,7 +9,7 @@ from typing import Any
 from prometheus_client import Gauge
 
 from areal_like.config import EvalSetConfig
-from areal_like.runtime.metrics import Metrics
+from areal_like.runtime.metrics import SECONDS, Metrics
 from areal_like.trajectory import FinishReason
 from trainer.metrics.distributions import PERCENTILES
 from trainer.metrics.named_means import MAX_NAMES
@@ -82,6 +82,8 @@ _NAMED_GAUGES = {
     "by_label": ("trainer_label_reward", "label", "Mean reward of a label's samples in the last step"),
 }
 """Of names that tasks choose: the only series that do not exist from the start."""
+_PHASE_COLUMNS = {phase.removesuffix("_s"): "wait_data_s" if phase == "wait_s" else phase for phase in PHASES}
+"""Phase -> column of its seconds."""
 _FINISH_REASONS = tuple(reason.value for reason in FinishReason if reason is not FinishReason.ABORT)
 
 _EVAL_GAUGES = {
@@ -125,6 +127,16 @@ class TrainerSeries:
             )
             for end, which in (("min", "fewest"), ("max", "most"))
         }
+        self._step_seconds = metrics.histogram(
+            "trainer_step_seconds", "Seconds of an optimizer step", buckets=SECONDS
+        )
+        self._phase_seconds = metrics.histogram(
+            "trainer_phase_seconds",
+            "Seconds of a step by phase, at rank 0",
+            buckets=SECONDS,
+            label="phase",
+            values=list(_PHASE_COLUMNS),
+        )
         self._finished = metrics.gauge(
             "trainer_finished_fraction",
             "Share of the last step's samples that ended for this reason",
@@ -212,6 +224,10 @@ class TrainerSeries:
                 _set(gauge.labels(phase.removesuffix("_s")), row.get(f"{phase}_{end}"))
         for reason, share in row.get("finish_reasons", {}).items():
             self._finished.labels(reason).set(share)
+        self._step_seconds.observe(row["step_s"])
+        for phase, column in _PHASE_COLUMNS.items():
+            if (seconds := row.get(column)) is not None:
+                self._phase_seconds.labels(phase).observe(seconds)
         self._set_named(row)
         self._tokens.inc(row["tokens_trained"])
         self._freeze_seconds.inc(row["freeze_s"])

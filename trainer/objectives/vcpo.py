@@ -3,14 +3,18 @@
     loss_i     = -sg(w_i) (A_i - b*) sum_t log pi_t / L_i
     weight     w_i = min(W_i, cap),  W_i = prod_t pi_t / mu_t of the sequence
     step size  lr * sqrt(min(1, rho / rho_ref)),  rho = ESS / B of the untruncated W of the step's B sequences
-    baseline   b* = sum_i m_i A_i / sum_i m_i,  m_i = ||w_i grad log pi_i / L_i||^2, or without w_i
+    baseline   b* = sum_i m_i A_i / sum_i m_i,  m_i = ||grad log pi_i / L_i||^2
 
-b* minimizes the variance of the gradient. It follows the shift and scale that an advantage applies to
+The paper's m_i = ||w_i grad log pi_i / L_i||^2 minimizes the variance of the gradient that is used, and is
+`baseline_weights=gradient`. The default leaves w_i out, because with it learning from stale samples collapses
+at learning rates that the other methods bear. (The authors' release counts w_i twice and leaves out 1 / L_i.)
+
+b* follows the shift and scale that an advantage applies to
 rewards: with A = (R - mean) / std, and b*_R computed from R, the b* of A is (b*_R - mean) / std, so A - b* is
 the paper's (R - b*_R) / std. So the configured advantage sets the scale (`grpo` divides by the population
 standard deviation, `dr_grpo` does not divide), and the advantages of a group with equal rewards stay exactly
-zero. m_i is computed from the gradient that is used, so truncation, masks and the normalizer's 1 / L_i are
-included. A per-token advantage counts by its mean over the sequence.
+zero. Masks and the normalizer's 1 / L_i are in m_i, as in the gradient that is used. A per-token advantage
+counts by its mean over the sequence.
 
 A rho above rho_ref does not raise the step size. The method scales the learning rate and not the gradient,
 because Adam cancels the scale of a gradient.
@@ -62,10 +66,11 @@ class Vcpo(Objective):
     """ESS ratio of a full step size: 1, or the job's on-policy value (.55 for several turns in the paper)."""
     baseline: str = "group"
     """Samples that share one b*: `group` (of a prompt) | `batch` (of the step) | `none` (no baseline)."""
-    baseline_weights: str = "gradient"
-    """m_i of b*: `gradient`, ||w_i grad log pi_i / L_i||^2, of the paper | `score`, the same without w_i.
+    baseline_weights: str = "score"
+    """m_i of b*: `score`, ||grad log pi_i / L_i||^2 | `gradient`, with w_i in the norm, as in the paper.
 
-    `gradient` minimizes the variance, but a stale sample of large w_i holds most of its own b*.
+    `gradient` minimizes the variance, but a stale sample of large w_i holds most of its own b*: it is then
+    hardly trained on, and the others of its group are pushed away from it.
     """
     norms: str = "ghost"
     """Computation of ||grad log pi_i||: `ghost` | `exact` | `proxy`.

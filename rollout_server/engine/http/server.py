@@ -27,7 +27,7 @@ from rollout_server.engine.http.generation_routes import GenerationRoutes
 from rollout_server.engine.http.protocol import failure, success
 from rollout_server.engine.http.weight_routes import WeightRoutes, WeightSources
 from rollout_server.engine.loop import EngineLoop
-from rollout_server.engine.metrics import EngineCollector, update_numbers
+from rollout_server.engine.metrics import EngineCollector, update_numbers, watch_latencies
 from rollout_server.engine.weight_update.updater import WeightUpdater
 from rollout_server.packed_generate import MEDIA_TYPE
 
@@ -66,6 +66,7 @@ class EngineServer:
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
         self._registry.register(EngineCollector(loop, updater))
+        watch_latencies(loop, self._registry)
         generation = GenerationRoutes(loop, limits)
         chat = ChatRoutes(loop, limits, model_path=options.model_path)
         weights = WeightRoutes(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -304,11 +305,24 @@ def test_disconnect_aborts_the_clients_sequences(engine: Engine) -> None:
     asyncio.run(body())
 
 
+async def first_tokens(engine: Engine) -> tuple[int, str]:
+    """Sequences that the histogram has counted, and the page that says so."""
+    async with (
+        aiohttp.ClientSession(headers=engine.headers) as session,
+        session.get(f"{engine.url}/metrics") as response,
+    ):
+        text = await response.text()
+    found = re.search(r"^areal_engine_first_token_seconds_count (\S+)$", text, re.M)
+    assert found is not None
+    return int(float(found[1])), text
+
+
 def test_server_info_metrics_and_idle_time(engine: Engine) -> None:
     async def body() -> None:
         async with engine.client() as client:
             assert await client.health()
             await client.flush_cache()
+            num_before, _ = await first_tokens(engine)
             before = (await client.server_info())["load"]
             await asyncio.sleep(0.3)
             idle = (await client.server_info())["load"]
@@ -320,11 +334,8 @@ def test_server_info_metrics_and_idle_time(engine: Engine) -> None:
                 "a group's prompt is computed once"
             )
             assert after["busy_s"] > idle["busy_s"]
-            async with (
-                aiohttp.ClientSession(headers=engine.headers) as session,
-                session.get(f"{engine.url}/metrics") as response,
-            ):
-                text = await response.text()
+            num_first, text = await first_tokens(engine)
+            assert num_first == num_before + 8, "one first token a sequence"
             assert f"areal_engine_generated_tokens_total {after['generated_tokens']}.0" in text
             assert "areal_engine_kv_rows_used 0.0" in text
 

@@ -23,6 +23,9 @@ from trainer.objectives import OBJECTIVES, SampledTokens, build_objective
 from trainer.objectives.normalizers import Normalizer
 from trainer.objectives.vcpo import Vcpo
 
+PAPER = Vcpo(baseline_weights="gradient")
+"""As published: the weights are in the norms of the baseline."""
+
 ONE_RANK = cast(Ranks, SimpleNamespace(sum=lambda values: values))
 
 
@@ -78,7 +81,7 @@ def test_published_baselines() -> None:
 )
 def test_published_losses_at_a_given_baseline(std: float, loss: float, grad: tuple[float, float]) -> None:
     batch = published()
-    losses = Vcpo().losses(batch, {})
+    losses = PAPER.losses(batch, {})
     loss_S, _, num_seqs = Normalizer(name="seq_mean_token_mean", max_tokens=10).weigh(losses, batch)
     total = (loss_S * batch.spread_S((batch.reward_N - 0.956216) / std)).sum() / num_seqs
     total.backward()  # type: ignore[no-untyped-call]
@@ -125,7 +128,7 @@ def sampled_uniformly(model: Tabular, actions: list[list[int]], returns: list[fl
 )
 def test_tabular_gradient_matches_published_values(normalizer: str, ascent: list[float], loss: float) -> None:
     model = Tabular()
-    objective = Vcpo(normalizer=normalizer, norms="exact")
+    objective = Vcpo(normalizer=normalizer, norms="exact", baseline_weights="gradient")
     gradients = cast(SequenceGradients, objective.gradients(cast(Any, model), ONE_RANK))
     norm = Normalizer(name=normalizer, max_tokens=10)
     with gradients:
@@ -240,7 +243,7 @@ def test_baseline_is_unbiased_and_optimal_in_the_population() -> None:
     action_N = torch.multinomial(mu_V, num_samples, replacement=True, generator=generator)
     rows = pi_V.log()[action_N, None].tolist(), mu_V.log()[action_N, None].tolist()
     batch = tokens_of(*rows, [1.0] * num_samples)
-    (grad_S,) = torch.autograd.grad(Vcpo().losses(batch, {}).loss_S.sum(), batch.logp_S)
+    (grad_S,) = torch.autograd.grad(PAPER.losses(batch, {}).loss_S.sum(), batch.logp_S)
     weight_N = -grad_S  # one token per sequence
     assert float(weight_N.max()) < Vcpo().cap, "truncation would bias the mean"
     score_NV = torch.eye(4, dtype=torch.float64)[action_N] - pi_V
