@@ -107,9 +107,9 @@ class LiveSettings:
                 self._add(step, key, value, origin=START, unix_s=unix_s)
 
     def change(self, key: str, value: str, *, step: int, unix_s: float) -> str | None:
-        """Sets a canonical value from `step` on; returns the one before, which may be equal."""
-        before = self.at(key, step)
-        if before != value:
+        """Sets a canonical value for all steps from `step` on; returns the one before, which may be equal."""
+        before, newest = self.at(key, step), self.newest(key)
+        if newest is None or newest.value != value or newest.step > step:
             self._add(step, key, value, origin=OPERATOR, unix_s=unix_s)
         return before
 

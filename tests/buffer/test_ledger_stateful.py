@@ -7,6 +7,7 @@ and keep the same guarantees.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import numpy as np
@@ -15,7 +16,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from areal_like.errors import StaleIncarnationError
+from areal_like.errors import RefusedError, StaleIncarnationError
 from areal_like.failures import FailureKind
 from areal_like.selection import failures_of, selection_report
 from areal_like.wire.messages.evaluation import SampleOutcome
@@ -25,6 +26,7 @@ from buffer.ledger.recovery import recover
 from buffer.storage.base import Store
 from buffer.storage.memory import MemoryStore
 from buffer.tickets import Drop, State, Ticket, Verdict
+from launch.audit.invariants import LEDGER_INVARIANTS
 from tests.support.ledger_simulation import add_server, beat, deliver, done, failed, new_ledger
 from tests.support.row_store import RowStore
 
@@ -301,6 +303,16 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ledger.set_max_staleness(incarnation=self.incarnation, max_staleness=bound)
         self.grant()
 
+    @precondition(lambda self: not self.ledger.settings.adaptive)
+    @rule(data=st.data())
+    def operator_changes_the_bound(self, data: st.DataObject) -> None:
+        settings = self.ledger.settings
+        bound = data.draw(st.integers(settings.sync_interval - 1, settings.staleness_cap))
+        with contextlib.suppress(RefusedError):  # the last step has begun
+            (change,) = self.ledger.change_settings({"max_staleness": str(bound)}, unix_s=1.0)
+            assert change.step in (self.ledger.trainer_step, self.ledger.trainer_step + 1)
+        self.grant()
+
     @rule(eval_id=st.integers(1, 2), eval_set=st.sampled_from(["eval", "hard"]))
     def evaluate(self, eval_id: int, eval_set: str) -> None:
         size = EVAL_SETS[eval_set]
@@ -452,7 +464,13 @@ class DurableLedgerMachine(LedgerMachine):
 
     @rule()
     def rebuilding_changes_nothing(self) -> None:
-        assert observed(self.rebuilt()) == observed(self.ledger)
+        rebuilt = self.rebuilt()
+        assert observed(rebuilt) == observed(self.ledger)
+        store = rebuilt.state.store
+        assert isinstance(store, RowStore)
+        for law in LEDGER_INVARIANTS:
+            if "staleness bound" in law.text:
+                assert store.connection.execute(law.violations).fetchall() == [], law.text
 
     @rule(back=st.sets(st.sampled_from(SERVERS)))
     def buffer_is_killed(self, back: set[str]) -> None:
@@ -516,6 +534,7 @@ def observed(ledger: Ledger) -> dict[str, object]:
             ledger.state.versions.newest,
         ),
         "bound": ledger.state.bound.current,
+        "settings": ledger.state.live.rows,
         "open": not ledger.closed_reason,
         "trainer": (ledger.trainer_incarnation, ledger.state.incarnations._newest),
         "steps": (
