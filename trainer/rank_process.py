@@ -96,8 +96,8 @@ def _run(config: Config) -> bool:
             timer.start()
 
         DrainSignals(drain_timeout_s=config.daemon.drain_timeout_s, on_drain=on_drain)
-        buffer.runtime.metrics.registry.register(GpuMemory(device))
         with buffer:
+            buffer.runtime.metrics.registry.register(GpuMemory(device))
             trainer = Trainer(config, buffer, ranks, started_s=started_s)
             trainer.run()
         return trainer.is_finished

@@ -12,10 +12,7 @@ from areal_like.runtime.metrics import PREFIX
 
 
 class GpuMemory(Collector):
-    """`areal_trainer_gpu_memory_bytes{of}`; without values on a CPU.
-
-    Reading takes tens of microseconds and waits for no kernel.
-    """
+    """`areal_trainer_gpu_memory_bytes{of}`; without values on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

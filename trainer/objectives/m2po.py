@@ -1,14 +1,22 @@
-"""M2PO (arXiv 2510.01161): bounds the step's second moment of the log-ratio by dropping extreme tokens.
+"""M2PO (arXiv 2510.01161): bounds the second moment of the step's log-ratios, in place of a fixed clip.
 
-    loss_t = -A r [kept],  r = pi_t / mu_t;  mean over kept tokens of (log(mu_t / prox_t))^2 < threshold
+    authors   loss_t = max(-A r, -A clip(r, exp(-tau), exp(tau))),  r = pi_t / mu_t
+              tau: the largest for which mean_harmful min((log r)^2, tau^2) < threshold
+    areal     loss_t = -A r [kept];  mean over kept tokens of (log r)^2 < threshold
 
-A clip treats every token alike however stale the batch is. Here the tokens with the largest squared log-ratio
-are dropped until the mean over the rest is below the threshold, and the rest is trained on without a clip.
-The set depends on the whole step: scope BATCH. Dropped tokens stay in the normalizer.
+A token is harmful where a clip can act: A > 0 and r > 1, or A < 0 and r < 1. In the authors' form these alone
+count and are clipped, at the bound that the batch can bear; the others are trained on however far they are.
+AReaL's port drops the tokens with the largest squared log-ratio, of either sign, until the mean over the rest
+is below the threshold; dropped tokens stay in the normalizer. At a standard deviation of log r of 1 it drops
+73 % of the tokens where the authors' form clips 42 %.
+
+The bound is that of the whole step (the release: of a micro-batch): scope BATCH. The authors' optional least
+width of the clip is left out, as in their trainer.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,49 +26,82 @@ from areal_like.errors import ConfigError
 from trainer.batching.scope import Scope
 from trainer.objectives.base import OBJECTIVES, Need, Objective, SampledTokens, StepStats, TokenLosses
 from trainer.objectives.importance import live_ratio_S
+from trainer.objectives.ppo import clipped_surrogate
+
+_MARGIN = 1e-12
+"""The token that sets tau^2 is itself clipped."""
 
 
 @OBJECTIVES.register("m2po")
 @dataclass(frozen=True, kw_only=True)
 class M2po(Objective):
-    """`-A r` on the tokens kept, r = pi / mu"""
+    """`max(-A r, -A clip(r, exp(-tau), exp(tau)))`, r = pi / mu, tau from the step's second moment"""
 
     scope = Scope.BATCH
-    needs = frozenset({Need.PROX})
-    skips_zero_advantage = False  # the second moment is that of the tokens of all groups
 
     threshold: float = 0.04
-    """Bound on the mean of log(mu / prox)^2 over the tokens kept."""
+    """Bound on the mean squared log-ratio."""
+    variant: str = "authors"
+    """`authors` | `areal`: drop the tokens of the largest squared log-ratio, as AReaL does."""
 
     def __post_init__(self) -> None:
         if not self.threshold > 0:
             raise ConfigError(f"objective.threshold={self.threshold}: use a value above 0")
+        if self.variant not in ("authors", "areal"):
+            raise ConfigError(f"objective.variant={self.variant}: use authors or areal")
+
+    @property
+    def needs(self) -> frozenset[Need]:  # type: ignore[override]
+        """PROX for AReaL's variant."""
+        return frozenset({Need.PROX}) if self.variant == "areal" else frozenset()
+
+    @property
+    def skips_zero_advantage(self) -> bool:  # type: ignore[override]
+        """True in the authors' form: a token without an advantage is not harmful."""
+        return self.variant == "authors"
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
-        """The surrogate of the tokens kept; `kept_fraction` is their share."""
-        kept_S = _second_moment_S(batch).double() < stats["first_dropped"].to(batch.behavior_logp_S.device)
-        return TokenLosses(
-            loss_S=-batch.advantage_S * live_ratio_S(batch.logp_S, batch.behavior_logp_S) * kept_S,
-            means={"kept_fraction": kept_S},
+        """The clipped surrogate (`clipped_fraction`), or that of the tokens kept (`kept_fraction`)."""
+        r_S = live_ratio_S(batch.logp_S, batch.behavior_logp_S)
+        if self.variant == "areal":
+            kept_S = _dropped_by_S(batch).double() < stats["bound"].to(batch.behavior_logp_S.device)
+            return TokenLosses(loss_S=-batch.advantage_S * r_S * kept_S, means={"kept_fraction": kept_S})
+        tau = math.sqrt(float(stats["bound"]))
+        loss_S, clipped_S = clipped_surrogate(
+            r_S, r_S.clamp(math.exp(-tau), math.exp(min(tau, 700.0))), batch.advantage_S
         )
+        return TokenLosses(loss_S=loss_S, means={"clipped_fraction": clipped_S})
 
     def observe(self, batch: SampledTokens) -> dict[str, Tensor]:
-        """The squared log-ratio of every token."""
-        return {"second_moment": _second_moment_S(batch)}
+        """The squared log-ratio of every token that counts."""
+        if self.variant == "areal":
+            return {"second_moment": _dropped_by_S(batch)}
+        log_ratio_S = batch.logp_S.detach() - batch.behavior_logp_S
+        return {"second_moment": log_ratio_S[log_ratio_S * batch.advantage_S > 0].square()}
 
     def summarize(self, observed: StepStats) -> dict[str, Tensor]:
-        """The smallest squared log-ratio that is dropped (infinite: none).
+        """`bound` on the squared log-ratio: tau^2, or the smallest that is dropped; infinite: none.
 
         Equal ones are dropped together, so the order of tokens cannot matter.
         """
-        ascending_S = observed["second_moment"].sort().values
-        running_S = ascending_S.cumsum(0) / torch.arange(1, len(ascending_S) + 1)
-        num_kept = int((running_S < self.threshold).sum())  # running means of ascending values ascend
-        infinite = ascending_S.new_tensor(torch.inf)
-        return {"first_dropped": ascending_S[num_kept] if num_kept < len(ascending_S) else infinite}
+        ascending = observed["second_moment"].sort().values
+        infinite = ascending.new_tensor(torch.inf)
+        if not len(ascending):
+            return {"bound": infinite}
+        rank = torch.arange(1, len(ascending) + 1)
+        running = ascending.cumsum(0)
+        if self.variant == "areal":
+            num_kept = int((running / rank < self.threshold).sum())  # means of ascending values ascend
+            return {"bound": ascending[num_kept] if num_kept < len(ascending) else infinite}
+        if running[-1] / len(ascending) < self.threshold:
+            return {"bound": infinite}
+        capped = (running + (len(ascending) - rank) * ascending) / len(ascending)  # ascends, too
+        num_below = int((capped < self.threshold).sum())
+        bound = ascending[num_below - 1] - _MARGIN if num_below else ascending.new_tensor(0.0)
+        return {"bound": bound.clamp(min=0.0)}
 
 
-def _second_moment_S(batch: SampledTokens) -> Tensor:
+def _dropped_by_S(batch: SampledTokens) -> Tensor:
     """[S] log(mu / prox)^2"""
     assert batch.prox_logp_S is not None
     return (batch.behavior_logp_S - batch.prox_logp_S).square()

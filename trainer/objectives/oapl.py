@@ -16,7 +16,7 @@ never trained on: `buffer.group_filter=single_version`, which the objective requ
 
 Addition: a default for beta2. It is the weight of the sequence's log-ratio, which grows with length, so beta2
 must shrink with length: 1e-3 for thousands of tokens, .25 at 64, .3 at about ten. The default is a power law
-through the first two, capped at the third.
+through the first two, capped at the third, and never below 1e-3, which the authors use at 32,000 tokens.
 
 Shape suffixes: S sampled tokens, N sequences, G samples of a group.
 """
@@ -37,8 +37,8 @@ from trainer.objectives.base import OBJECTIVES, Objective, SampledTokens, StepSt
 
 
 def default_beta2(max_tokens: int) -> float:
-    """`min(.3, .25 (64 / max_tokens)^(4/3))`: .3 up to 55 tokens, .25 at 64, 1e-3 at 4096."""
-    return min(0.3, 0.25 * math.pow(64 / max_tokens, 4 / 3))
+    """`.25 (64 / max_tokens)^(4/3)` within [1e-3, .3]: .3 up to 55 tokens, .25 at 64, 1e-3 from 4096 on."""
+    return max(1e-3, min(0.3, 0.25 * math.pow(64 / max_tokens, 4 / 3)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,6 +35,9 @@ class Reinforce(Objective):
         return TokenLosses(loss_S=-batch.advantage_S * batch.logp_S)
 
 
+_LEAST_MEAN = 1e-8
+
+
 @OBJECTIVES.register("tis")
 @dataclass(frozen=True, kw_only=True)
 class TruncatedIS(Objective):
@@ -56,7 +59,10 @@ class TruncatedIS(Objective):
     denominator: str = "original"
     """Tokens that count in the normalizer: `original` (all) | `kept` (those that are not masked)."""
     normalize: bool = False
-    """Divide weights by their mean over the step's tokens (sequences for the other levels). Scope BATCH."""
+    """Divide weights by their mean over the step's tokens (sequences for the other levels). Scope BATCH.
+
+    A mean below 1e-8 leaves them as they are: a step so far off-policy is not learned from as if it were not.
+    """
 
     def __post_init__(self) -> None:
         check_level("objective.level", self.level)
@@ -96,10 +102,11 @@ class TruncatedIS(Objective):
         return {"weight": weight_S if self.level == "token" else batch.mean_N(weight_S)[batch.length_N > 0]}
 
     def summarize(self, observed: StepStats) -> dict[str, Tensor]:
-        """The mean weight. If all are masked, the smallest normal number, which leaves every weight zero."""
+        """The mean weight; 1 below `_LEAST_MEAN`."""
         if not self.normalize:
             return {}
-        return {"mean_weight": observed["weight"].mean().clamp(min=torch.finfo(torch.float32).tiny)}
+        mean = observed["weight"].mean()
+        return {"mean_weight": mean if mean >= _LEAST_MEAN else torch.ones_like(mean)}
 
     def _weights(self, batch: SampledTokens) -> tuple[Tensor, Tensor, Tensor]:
         """([S] weights, [S] bool kept, [S] bool truncated)"""

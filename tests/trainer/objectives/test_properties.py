@@ -25,6 +25,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"name": "decoupled_ppo", "prox": "interpolated"},
     {"name": "decoupled_ppo", "level": "sequence", "mode": "mask"},
     {"name": "gspo", "clip_low": 0.2, "clip_high": 0.3},
+    {"name": "m2po", "variant": "areal"},
     {"name": "topr", "level": "token"},
     {"name": "oapl", "beta2": 1e-3},
     {"name": "vcpo", "baseline": "none"},
@@ -182,6 +183,9 @@ def test_gradient_matches_finite_differences(settings: dict[str, Any]) -> None:
     objective = build_objective(settings)
     batch = batch_of(range(5))
     stats = stats_of(objective, batch)
+    if "bound" in stats and settings.get("variant") != "areal":
+        # The token that sets M2PO's bound lies on the clip's edge, where there is no derivative.
+        stats["bound"] = 0.99 * stats["bound"]
     loss_S = objective.losses(batch, stats).loss_S
     (grad_S,) = torch.autograd.grad(loss_S.sum(), batch.logp_S)
     if settings["name"] in DETACHED:

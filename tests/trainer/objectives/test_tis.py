@@ -163,6 +163,13 @@ def test_normalized_weights_have_mean_one() -> None:
     assert sum(weights) / 2 == pytest.approx(1.0) and weights[0] / weights[1] == pytest.approx(math.exp(2))
 
 
+def test_a_step_infinitely_off_policy_is_not_normalized() -> None:
+    objective = OBJECTIVES.build({"name": "tis", "level": "sequence", "normalize": True})
+    far = [[logp - 12.0 for logp in row] for row in BEHAVIOR_LOGP]
+    _, grad = evaluate(objective, [tokens_of(far, BEHAVIOR_LOGP, ADVANTAGES)])
+    assert 0 < max(map(abs, grad)) < 1e-8
+
+
 def test_a_fully_masked_batch_has_zero_gradient() -> None:
     for normalize in (True, False):
         settings = {

@@ -120,9 +120,15 @@ def test_oapl_value(rewards: list[float], at_one: float, at_half: float) -> None
 def test_oapl_default_beta2_follows_the_length_limit() -> None:
     assert default_beta2(64) == 0.25
     assert default_beta2(4096) == pytest.approx(1e-3, rel=0.03)
-    assert default_beta2(10) == 0.3
+    assert default_beta2(10) == 0.3 and default_beta2(32_000) == 1e-3
     batch = published()
     assert evaluate(Oapl(max_tokens=64), [batch]) == evaluate(Oapl(beta2=0.25), [batch])
+
+
+def test_gspo_bounds_the_mean_log_ratio() -> None:
+    batch = tokens_of([[-1.0, -1.0]], [[-31.0, -31.0]], [-1.0])
+    loss, _ = evaluate(OBJECTIVES.build(WIDE_GSPO), [batch], normalizer="seq_mean_token_mean")
+    assert loss == pytest.approx(math.exp(10))
 
 
 def test_vespo_kernel() -> None:
@@ -167,7 +173,7 @@ def test_interpolated_prox() -> None:
 def test_m2po_drops_the_fewest_tokens() -> None:
     def kept(threshold: float) -> list[bool]:
         batch: SampledTokens = published()
-        objective = M2po(threshold=threshold)
+        objective = M2po(threshold=threshold, variant="areal")
         stats = objective.summarize({name: v.double() for name, v in objective.observe(batch).items()})
         return objective.losses(batch, stats).means["kept_fraction"].tolist()
 
@@ -233,6 +239,7 @@ def test_dppo_drops_far_moved_tokens_and_pulls_all() -> None:
         ({"name": "topr", "level": "batch"}, "objective.level"),
         ({"name": "dppo_tv", "high": 0}, "high"),
         ({"name": "m2po", "threshold": 0}, "threshold"),
+        ({"name": "m2po", "variant": "verl"}, "use authors or areal"),
         ({"name": "vespo", "k_positive": 0}, "every k and lambda"),
         ({"name": "oapl", "beta2": -1}, "beta2"),
     ],
