@@ -219,7 +219,7 @@ def _operator(facts: JobFacts, limits: Limits) -> Iterator[Cause]:
             on=On.OPERATOR,
             name="an operator",
             seconds=facts.paused_s,
-            what=f"the run is paused since {_time(facts.paused_s)}",
+            what=f"it has paused the run for {_time(facts.paused_s)}",
             remedy="`areal-like resume RUN`",
         )
 
