@@ -72,7 +72,7 @@ def test_periodic_sync_has_the_mean_age_of_its_mode(mode: str, longest: int) -> 
 
 def test_grid_starts_with_one_seed_at_lag_16() -> None:
     cells = grid(full=False, seeds=[0, 1, 2], num_steps=400)
-    assert len(cells) == len({name_of(cell) for cell in cells}) == 8 * 5 * 2 * 3
+    assert len(cells) == len({name_of(cell) for cell in cells}) == 9 * 6 * 4 * 3
     assert {(cell.mode, cell.lag, cell.seed) for cell in cells[:16]} == {("fixed", 16, 0)}
     assert {own["objective"]["name"] for own in FULL_METHODS.values()} == set(OBJECTIVES.names())
 
@@ -111,17 +111,19 @@ def test_stopped_grid_resumes(tmp_path: Path) -> None:
     assert Results(path).get(cells[1]) == found
 
 
-def test_table_shows_best_and_worst_learning_rate(tmp_path: Path) -> None:
-    rewards = {(3e-4, 0): 0.9, (3e-4, 1): 0.5, (1e-4, 0): 0.2, (1e-4, 1): 0.4}
+def test_table_shows_the_best_and_the_common_rate(tmp_path: Path) -> None:
+    """1e-3 has one seed alone, which may have been lucky."""
+    rewards = {(3e-4, 0): 0.3, (3e-4, 1): 0.1, (1e-4, 0): 0.9, (1e-4, 1): 0.5, (1e-3, 0): 0.95}
     done = [
         (replace(TINY, lr=lr, seed=seed, lag=16), replace(RESULT, reward=reward))
         for (lr, seed), reward in rewards.items()
     ]
     done.append((replace(TINY, method="PPO", mode="mixed", lag=4), RESULT))
-    assert scores(done)["none", ("fixed", 16)] == pytest.approx((0.7, 0.3))
+    best, common = scores(done)["none", ("fixed", 16)]
+    assert common is not None and (best.mean, common.mean) == pytest.approx((0.7, 0.2))
     assert as_table(done, PAGE_METHODS).splitlines()[2:] == [
-        "| none | 0.70 / 0.30 | – |",
-        "| PPO | – | 0.50 / 0.50 |",
+        "| none | 0.70 / 0.20 (0.10) | – |",
+        "| PPO | – | 0.50 / – |",
     ]
     draw(done, PAGE_METHODS, tmp_path / "docs" / "figure.png")
     assert (tmp_path / "docs" / "figure.png").read_bytes().startswith(b"\x89PNG")
