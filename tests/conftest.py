@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,11 @@ from areal_like.runtime.imports import uncollected
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # before torch: its threads would compete with the other workers'
+
+# Where the tests run in the background of a script, SIGINT is ignored, and programs that they start would
+# ignore it too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONGEST_FIRST = (
     "jobs/test_resumption.py",

@@ -10,7 +10,7 @@ is looked at if nothing is certain.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -65,10 +65,12 @@ class Limits:
         return cls(stall_s=max(5.0, 6 * heartbeat_s), work_s=max(10.0, 12 * heartbeat_s))
 
 
-def causes_of(facts: JobFacts, *, slow: Mapping[str, str], limits: Limits) -> list[Cause]:
+def causes_of(
+    facts: JobFacts, *, slow: Mapping[str, str], late: Collection[str], limits: Limits
+) -> list[Cause]:
     """The causes, the longest first; empty if nothing waits for long.
 
-    `slow`: name of a server or rank -> how slow it is (`Speeds`).
+    `slow`: name of a server or rank -> how slow it is (`Speeds`). `late`: servers that have long been late.
     """
     if facts.is_finished:
         return []
@@ -78,7 +80,7 @@ def causes_of(facts: JobFacts, *, slow: Mapping[str, str], limits: Limits) -> li
         *_lost(facts, limits),
         *_engines(facts, limits),
     ]
-    causes = causes or [*_late(facts)] or [*_slow(facts, slow)]
+    causes = causes or [*_late(facts, late)] or [*_slow(facts, slow)]
     causes = causes or [*_operator(facts, limits), *_absent(facts, limits), *_pushes(facts, limits)]
     causes = causes or [*_behind_groups(facts, limits), *_behind_ranks(facts, limits)]
     return sorted(causes, key=lambda cause: -cause.seconds)
@@ -180,9 +182,15 @@ def _engines(facts: JobFacts, limits: Limits) -> Iterator[Cause]:
         )
 
 
-def _late(facts: JobFacts) -> Iterator[Cause]:
+def late_servers(facts: JobFacts) -> set[str]:
+    """Servers whose process does not get the time that it needs, for now."""
+    return {server.name for server in facts.servers if server.stats.get("loop_late_s", 0.0) > _LATE_S}
+
+
+def _late(facts: JobFacts, late: Collection[str]) -> Iterator[Cause]:
     for server in facts.servers:
-        if (late_s := server.stats.get("loop_late_s", 0.0)) > _LATE_S:
+        if server.name in late:
+            late_s = server.stats.get("loop_late_s", 0.0)
             yield Cause(
                 on=On.SERVER,
                 name=server.name,

@@ -10,7 +10,7 @@ from typing import Any
 from areal_like.runtime.metrics import Metrics
 from buffer.diagnosis.bottleneck import Load, Utilisation, advice
 from buffer.diagnosis.facts import JobFacts, PeerFacts
-from buffer.diagnosis.rules import Cause, Limits, On, causes_of, effects_of
+from buffer.diagnosis.rules import Cause, Limits, On, causes_of, effects_of, late_servers
 from buffer.diagnosis.speeds import Speeds
 
 log = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ class Watchdog:
     def __init__(self, metrics: Metrics, *, limits: Limits) -> None:
         self._limits = limits
         self._speeds = Speeds()
+        self._late_since_s: dict[str, float] = {}
         self._utilisation = Utilisation()
         self._waiting = metrics.gauge(
             "waiting_seconds",
@@ -70,7 +71,14 @@ class Watchdog:
             self._observe(rank, "row_step", num_busy=1.0, now_s=load.at_s)
         self._speeds.keep_only({peer.name: None for peer in (*facts.servers, *facts.ranks)})
         self._utilisation.observe(load)
-        self._causes = causes_of(facts, slow=self._speeds.slow(), limits=self._limits)
+        self._late_since_s = {name: self._late_since_s.get(name, load.at_s) for name in late_servers(facts)}
+        # What stands still altogether is found in this time, and makes others late.
+        late = [
+            name
+            for name, since_s in self._late_since_s.items()
+            if load.at_s - since_s >= 2 * self._limits.stall_s
+        ]
+        self._causes = causes_of(facts, slow=self._speeds.slow(), late=late, limits=self._limits)
         self._effects = effects_of(facts, limits=self._limits) if self._causes else []
         longest = dict.fromkeys(On, 0.0)
         for cause in self._causes:

@@ -9,7 +9,7 @@ import pytest
 from areal_like.runtime.metrics import Metrics
 from buffer.diagnosis.bottleneck import Load, Utilisation, advice
 from buffer.diagnosis.facts import JobFacts, LeaseFacts, RankFacts, ServerFacts
-from buffer.diagnosis.rules import Limits, On, causes_of, effects_of
+from buffer.diagnosis.rules import Limits, On, causes_of, effects_of, late_servers
 from buffer.diagnosis.speeds import Speeds
 from buffer.diagnosis.watchdog import Wakefulness, Watchdog
 
@@ -41,7 +41,7 @@ FROZEN = {"waits": {"engine: a token": 28.0}}
 
 
 def named(facts: JobFacts, **slow: str) -> list[tuple[str, On]]:
-    causes = causes_of(facts, slow=slow, limits=LIMITS)
+    causes = causes_of(facts, slow=slow, late=late_servers(facts), limits=LIMITS)
     return [(cause.name, cause.on) for cause in causes]
 
 
@@ -99,7 +99,7 @@ def test_those_who_wait_for_a_stopped_process_are_not_named() -> None:
 
 
 def test_a_removed_server_stays_named() -> None:
-    (cause,) = causes_of(replace(JOB, lost_servers={"rollout-2": 12.0}), slow={}, limits=LIMITS)
+    (cause,) = causes_of(replace(JOB, lost_servers={"rollout-2": 12.0}), slow={}, late=(), limits=LIMITS)
     assert (cause.name, cause.what) == (
         "rollout-2",
         "no message; removed 12 s ago: other servers make its samples",
@@ -138,6 +138,18 @@ def test_other_loads_are_not_slow(num_busy: int, rate: float) -> None:
             "rollout-0", work=tokens, busy_s=busy_s, num_busy=8 if is_usual else num_busy, now_s=second
         )
     assert not speeds.slow()
+
+
+def test_a_server_is_late_only_after_a_while() -> None:
+    watchdog = Watchdog(Metrics(), limits=LIMITS)
+    late = replace(JOB, ranks=(rank(),), servers=(server(stats={"loop_late_s": 0.8}), server("rollout-1")))
+    named = []
+    for second in range(30):
+        watchdog.look(late, load=load(float(second), wait=0.5, idle=0.5), max_staleness=4)
+        named.append([cause["name"] for cause in watchdog.report()["causes"]])
+    assert named.index(["rollout-0"]) == 2 * LIMITS.stall_s
+    watchdog.look(replace(JOB, ranks=(rank(),)), load=load(30.0, wait=0.5, idle=0.5), max_staleness=4)
+    assert watchdog.report()["causes"] == []
 
 
 def test_a_trainer_in_step_with_its_heartbeats_is_not_slow() -> None:

@@ -70,9 +70,17 @@ def test_a_kept_configuration_names_no_ones_key(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("elsewhere")
 def test_status_as_an_object(buffer: BufferProcess, capsys: pytest.CaptureFixture[str]) -> None:
     buffer.wait_status(lambda status: status["rates"]["samples_per_s"] is not None)
-    for where in ([str(buffer.paths.root)], ["--buffer", buffer.http]):
+
+    def status_of(*where: str) -> dict[str, Any]:
         assert main(["status", *where, "--json"]) == 0
-        shown = json.loads(capsys.readouterr().out)
+        return dict(json.loads(capsys.readouterr().out))
+
+    def age_s(status: dict[str, Any]) -> float:
+        return max((one.get("weights_age_s") or 0.0 for one in status["daemons"]), default=0.0)
+
+    wait_until(lambda: age_s(status_of("--buffer", buffer.http)) > 0, what="weights of some age")
+    for where in ([str(buffer.paths.root)], ["--buffer", buffer.http]):
+        shown = status_of(*where)
         assert (shown["run"], shown["answers"], shown["step"], shown["num_steps"]) == ("job", True, 0, 6)
         assert set(shown["rates"]) == {
             "window_s",
