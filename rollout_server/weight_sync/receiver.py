@@ -203,6 +203,11 @@ class WeightReceiver:
         finally:
             self._finish(envelope, answer)
 
+    @property
+    def is_working(self) -> bool:
+        """True while it handles a request."""
+        return self._work is not None
+
     def _reason_to_refuse(self, request: Any) -> str:
         """Why a request is not even queued; empty if it is."""
         if self._queue.full():
