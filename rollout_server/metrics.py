@@ -80,6 +80,10 @@ _GAUGES = {
     "kv_usage": ("kv_usage", "Fraction of the engine's KV memory that its sequences use."),
     "concurrency_limit": ("concurrency_limit", "Samples that may be at the engine."),
     "holding": ("samples_held", "Samples of leases that are not finished."),
+    "in_progress_s": (
+        "sample_seconds_in_progress",
+        "Time that the samples in progress have taken so far: what the loss of the server would cost.",
+    ),
     "unacknowledged": ("samples_unacknowledged", "Finished samples that the buffer has not confirmed."),
     "at_engine": ("samples_at_engine", "Held samples that wait for the engine or are at it."),
     "in_tools": ("samples_in_environments", "Held samples that wait for their environment or agent."),
@@ -230,6 +234,7 @@ class ServerStats:
             "kv_usage": float(load.get("kv_usage", 0.0)),
             "concurrency_limit": self.concurrency_limit,
             "holding": self._buffers.holding_samples,
+            "in_progress_s": self._runner.seconds_in_progress,
             "unacknowledged": self._buffers.num_unacknowledged,
             **self._of_places(now_s=now_s),
             "rewards_waiting": sum(pool.num_waiting for pool in self._rewards),
@@ -264,7 +269,7 @@ class ServerStats:
             request_s=request_s,
             passed_s=passed_s,
             late_s=self._late_s,
-            is_pushing=self._receiver.is_working,
+            is_pushing=self._receiver.work is not None,
             num_pushes=self._receiver.num_pushes,
             stall_s=self._receiver.stall_seconds_total,
         )
