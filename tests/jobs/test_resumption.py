@@ -189,6 +189,7 @@ def test_a_replay_needs_whole_steps(broken_run: BrokenRun) -> None:
     assert "no whole step of 8 groups" in wider.stderr
 
 
+@pytest.mark.long
 def test_a_run_continues_without_checkpoints_on_a_full_disk(
     tmp_path: Path, root: Path, cache: dict[str, str]
 ) -> None:
