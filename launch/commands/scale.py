@@ -1,7 +1,7 @@
-"""`areal-like scale RUN N`: the number of rollout servers of a run that Slurm runs.
+"""`areal-like scale RUN N`: the number of rollout servers of a run that Slurm or Ray runs.
 
 More: it submits jobs. Fewer: it drains the newest servers, which return their leases and then their
-allocations. Which number is useful says `areal-like why RUN`.
+allocations. On Ray the driver of the run does both. Which number is useful says `areal-like why RUN`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config
 from launch.commands.parser import add_run
+from launch.ray.wanted import MOST, directory_of, want_servers
 from launch.run_directory.rundir import find_run
 from launch.slurm.pool import add_servers, remove_servers, servers, to_end
-
-_MOST = 1000
+from launch.slurm.script import scripts_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,10 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Returns 0 when new jobs are in the queue, or when the drained ones have left it."""
-    if not 1 <= args.number <= _MOST:
-        raise ConfigError(f"scale: {args.number} rollout servers: use 1 to {_MOST}")
+    if not 1 <= args.number <= MOST:
+        raise ConfigError(f"scale: {args.number} rollout servers: use 1 to {MOST}")
     paths = RunPaths(find_run(args.run).resolve())
     config = load_config(["--config", str(paths.config)])
+    if directory_of(paths).is_dir() and not scripts_of(paths).is_dir():
+        want_servers(paths, args.number)
+        sys.stdout.write(f"the run's driver is told: {args.number} rollout servers\n")
+        return 0
     jobs = servers(config, paths)
     surplus = to_end(jobs, args.number)
     if len(jobs) < args.number:

@@ -1,7 +1,9 @@
-"""`areal-like submit --slurm`: starts a run as jobs of Slurm: a buffer, a trainer, one job a rollout server.
+"""`areal-like submit`: starts a run on a cluster: a buffer, a trainer, and rollout servers.
 
-The jobs share the run's directory, where their batch scripts are (`slurm/`). After this command nothing of it
-stays: each job restarts itself, and all end with the run.
+`--slurm`: as jobs of Slurm, which share the run's directory, where their batch scripts are (`slurm/`). After
+this command nothing of it stays: each job restarts itself, and all end with the run.
+
+`--ray`: as actors of a Ray cluster that own a process each. This command stays and starts again what fails.
 """
 
 from __future__ import annotations
@@ -9,22 +11,33 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Callable
 
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import add_config_option, load_config
 from areal_like.runtime.process import keep_files_private
 from launch.commands.parser import add_settings
+from launch.commands.stop_signals import StopSignals
+from launch.nodes.settings import is_finished, settings_for_nodes
+from launch.nodes.start import ROLES
+from launch.ray.cluster import STRATEGIES, RayOptions, import_ray
+from launch.ray.driver import run_on_ray
 from launch.run_directory.rundir import find_run
 from launch.slurm.pool import add_servers
-from launch.slurm.prepare import begin, is_finished, scripts, settings_for_slurm
+from launch.slurm.prepare import begin, scripts
 from launch.slurm.scheduler import kill_wait_s
-from launch.slurm.script import ROLES, Options
+from launch.slurm.script import Options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The scheduler, the numbers of jobs, options of sbatch, and settings."""
-    parser.add_argument("--slurm", action="store_true", help="the scheduler; there is no other")
+    parser.add_argument("--slurm", action="store_true", help="as jobs of Slurm")
+    parser.add_argument("--ray", action="store_true", help="as actors of a Ray cluster")
+    parser.add_argument("--address", metavar="ADDRESS", default="auto", help="of Ray; default: auto")
+    parser.add_argument("--strategy", choices=STRATEGIES, default=STRATEGIES[0], help="Ray's placement")
+    parser.add_argument("--cpus", metavar="N", type=float, default=1.0, help="of each Ray actor; default: 1")
+    parser.add_argument("--wait", metavar="S", type=float, default=300.0, help="longest, for Ray's resources")
     parser.add_argument("--join", metavar="RUN", default="", help="only add rollout jobs to this run")
     parser.add_argument("--rollout-jobs", metavar="N", type=int, help="default: rollout.num_servers")
     parser.add_argument("--trainer-nodes", metavar="N", type=int, default=1, help="default: 1")
@@ -42,15 +55,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Returns 0 when the jobs are in the queue, or when the run is finished already."""
-    if not args.slurm:
-        raise ConfigError("submit: give --slurm, the scheduler that this command knows")
+    if args.slurm == args.ray:
+        raise ConfigError("submit: give --slurm or --ray, the scheduler of the cluster")
     keep_files_private()
+    if args.ray:
+        return _ray(args)
     if args.join:
         return _join(args)
     options = _options(args)
-    config = settings_for_slurm(
-        [*([] if args.config is None else ["--config", args.config]), *args.settings], options
-    )
+    config = settings_for_nodes(_words_of(args), trainer_nodes=args.trainer_nodes)
     number = _number(args.rollout_jobs, default=config.rollout.num_servers)
     paths = RunPaths.of(config)
     if args.dry_run:
@@ -69,6 +82,41 @@ def main(args: argparse.Namespace) -> int:
         f"{paths.root} N` changes the number of rollout servers\n"
     )
     return 0
+
+
+def _words_of(args: argparse.Namespace) -> list[str]:
+    return [*([] if args.config is None else ["--config", args.config]), *args.settings]
+
+
+def _ray(args: argparse.Namespace) -> int:
+    """Runs the run on Ray to its end; returns its exit code."""
+    of_slurm = ("join", "partition", "time", "dry_run", "sbatch_args", *(f"{role}_args" for role in ROLES))
+    if wrong := [f"--{name.replace('_', '-')}" for name in of_slurm if getattr(args, name)]:
+        raise ConfigError(f"submit --ray: {', '.join(wrong)} is an option of Slurm; leave it out")
+    if not (args.cpus >= 0 and args.wait > 0 and args.max_failures >= 0):
+        raise ConfigError("submit --ray: use --cpus and --max-failures of at least 0, and --wait above 0")
+    options = RayOptions(
+        address=args.address,
+        trainer_nodes=args.trainer_nodes,
+        cpus=args.cpus,
+        strategy=args.strategy,
+        interface=args.interface,
+        max_failures=args.max_failures,
+        wait_s=args.wait,
+    )
+    import_ray()
+    config = settings_for_nodes(_words_of(args), trainer_nodes=args.trainer_nodes)
+    paths = RunPaths.of(config)
+    if is_finished(config):
+        sys.stdout.write(f"the run in {paths.root} is finished; trainer.num_steps=MORE continues it\n")
+        return 0
+    number = _number(args.rollout_jobs, default=config.rollout.num_servers)
+
+    def listen() -> Callable[[], bool]:
+        signals = StopSignals()
+        return lambda: signals.count > 0
+
+    return run_on_ray(config, options, num_servers=number, listen=listen)
 
 
 def _join(args: argparse.Namespace) -> int:

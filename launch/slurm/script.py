@@ -15,9 +15,6 @@ from pathlib import Path
 from areal_like.config import Config
 from areal_like.paths import RunPaths
 
-ROLES = ("buffer", "trainer", "rollout")
-DRAINED = 75
-"""`daemon.exit_code_on_drain` of the run's daemons; job.sh tests it."""
 BODY = Path(__file__).resolve().parents[1] / "deploy" / "slurm" / "job.sh"
 _EARLY_S = 600
 """A start that lasted longer is no failure in a row with the ones before."""

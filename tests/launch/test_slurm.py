@@ -19,7 +19,8 @@ from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config
 from launch.cli import main
-from launch.slurm.node import own_address, role_settings, server_name
+from launch.nodes.start import Place, role_settings
+from launch.slurm.node import own_address, place_of
 from launch.slurm.pool import to_end
 from launch.slurm.scheduler import Job
 from launch.slurm.script import BODY, Options, job_script
@@ -50,6 +51,13 @@ def script(role: str, options: Options | None = None, **settings: object) -> lis
     return text.splitlines()
 
 
+ADDRESS = "10.0.0.5"
+
+
+def at(environment: dict[str, str]) -> Place:
+    return place_of(environment, address=ADDRESS)
+
+
 def test_a_script_asks_for_what_its_role_needs() -> None:
     gpus = {"trainer": {"device": "cuda", "world_size": 16}, "rollout": {"engine_device": "cuda"}}
     options = Options(
@@ -78,19 +86,19 @@ def test_a_script_asks_for_what_its_role_needs() -> None:
 
 def test_each_role_binds_the_address_of_its_node() -> None:
     one = {"SLURM_JOB_ID": "31007", "SLURM_JOB_NUM_NODES": "1"}
-    assert 'buffer.host="10.0.0.5"' in role_settings("buffer", one, address="10.0.0.5")
-    assert 'rollout.host="10.0.0.5"' in role_settings("rollout", one, address="10.0.0.5")
-    assert not any("rendezvous" in each for each in role_settings("trainer", one, address="10.0.0.5"))
+    assert 'buffer.host="10.0.0.5"' in role_settings("buffer", at(one))
+    assert 'rollout.host="10.0.0.5"' in role_settings("rollout", at(one))
+    assert not any("rendezvous" in each for each in role_settings("trainer", at(one)))
     two = one | {"SLURM_JOB_NUM_NODES": "2", "SLURM_NODEID": "1", "AREAL_LIKE_FIRST_ADDRESS": "10.0.0.4"}
-    config = load_config(["trainer.world_size=4", *role_settings("trainer", two, address="10.0.0.5")])
+    config = load_config(["trainer.world_size=4", *role_settings("trainer", at(two))])
     assert config.weights.host == "10.0.0.4" and config.daemon.http_host == "10.0.0.5"
     assert (config.trainer.num_hosts, config.trainer.host_index) == (2, 1)
     assert config.trainer.rendezvous == "10.0.0.4:21007"
 
 
 def test_each_start_of_a_server_has_a_name_of_its_own() -> None:
-    first = server_name({"SLURM_JOB_ID": "12"})
-    again = server_name({"SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "1"})
+    first = place_of({"SLURM_JOB_ID": "12"}, address="10.0.0.5").server_name
+    again = place_of({"SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "1"}, address="10.0.0.5").server_name
     assert first != again
     assert not again.rpartition("-")[2].isdigit(), "a number at the end would choose GPUs"
 
@@ -117,7 +125,7 @@ def test_waiting_servers_go_first_and_then_the_newest() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["name=x"], "submit: give --slurm"),
+        (["name=x"], "submit: give --slurm or --ray"),
         (["--slurm", "name=x"], "areal-like keys init DIR"),
         (["--slurm", "security.keys=nowhere"], "nowhere"),
         (["--slurm", "security.insecure=true", "buffer.num_shards=2"], "set it to 1"),

@@ -1,0 +1,88 @@
+"""The settings of a run whose roles a scheduler starts on nodes of its choice, and the run's directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from areal_like.config import Config
+from areal_like.errors import ConfigError
+from areal_like.paths import RunPaths
+from areal_like.runtime.command_line import load_config, save_config
+from areal_like.security.keys import KeyDirectory
+from launch.nodes.start import DRAINED
+from launch.run_directory.open_run import is_begun, with_own_settings
+from launch.run_directory.rundir import is_trained, release_for_others
+
+
+def settings_for_nodes(argv: Sequence[str], *, trainer_nodes: int) -> Config:
+    """The configuration of a run, new or begun, with what its roles need as processes of a scheduler.
+
+    Raises ConfigError for settings with which the roles would not find or admit each other.
+    """
+    config = load_config(argv)
+    paths = RunPaths.of(config)
+    if is_begun(paths) and "--config" not in argv:
+        config = with_own_settings(config, argv, own=paths.config)
+    config = dataclasses.replace(
+        config,
+        runs_dir=str(paths.root.parent),
+        resume="auto",
+        buffer=dataclasses.replace(config.buffer, discovery="run_dir", ports=()),
+        daemon=dataclasses.replace(config.daemon, exit_code_on_drain=DRAINED),
+        security=dataclasses.replace(config.security, keys=_absolute(config.security.keys)),
+    )
+    _check(config, trainer_nodes)
+    return config
+
+
+def is_finished(config: Config) -> bool:
+    """True if the run has no step left to train."""
+    return is_trained(RunPaths.of(config), num_steps=config.trainer.num_steps)
+
+
+def make_directory(config: Config, *, folders: Sequence[Path] = ()) -> None:
+    """Writes the run's directory with its configuration, and removes endpoints of earlier processes.
+
+    Raises ConfigError, also if a launcher runs it.
+    """
+    paths = RunPaths.of(config)
+    release_for_others(paths)
+    for stale in paths.endpoints.glob("*.json"):
+        stale.unlink()
+    try:
+        for folder in (paths.root, paths.logs, paths.endpoints, *folders):
+            folder.mkdir(parents=True, exist_ok=True)
+        partial = paths.config.with_name(f".{paths.config.name}.{os.getpid()}")
+        save_config(config, partial)
+        partial.replace(paths.config)
+    except OSError as error:
+        raise ConfigError(f"cannot write to {paths.root}: {error.strerror}") from None
+
+
+def _check(config: Config, nodes: int) -> None:
+    world_size = config.trainer.world_size
+    if nodes < 1 or world_size % nodes:
+        raise ConfigError(
+            f"--trainer-nodes {nodes}: trainer.world_size={world_size} ranks cannot be divided evenly over "
+            "them: change one of the two"
+        )
+    if config.trainer.num_hosts != 1:
+        raise ConfigError("submit: leave trainer.num_hosts out, --trainer-nodes N sets it")
+    if config.buffer.num_shards != 1:
+        raise ConfigError(
+            f"submit: buffer.num_shards={config.buffer.num_shards}: a submitted run has one, set it to 1"
+        )
+    if config.security.keys:
+        KeyDirectory(Path(config.security.keys))
+    elif not config.security.insecure:
+        raise ConfigError(
+            "submit: the roles speak over the network, so they need keys: make them with `areal-like keys "
+            "init DIR`, in a directory that the nodes see and only you can read, and give security.keys=DIR"
+        )
+
+
+def _absolute(directory: str) -> str:
+    return str(Path(directory).expanduser().resolve()) if directory else ""

@@ -1,0 +1,223 @@
+"""Starts one role of a run on a node that a scheduler has chosen: waits, and becomes the daemon (exec).
+
+The daemon has the scheduler's process as its parent, so that signals reach the daemon itself. What a role
+waits for:
+
+    buffer    the lock of its ledger: on a node that the scheduler has given up a buffer may still work
+    trainer   the buffer; then a trainer of an earlier start loses its name
+    rollout   the buffer
+
+Each start of a rollout server has a name of its own, so a server on a lost node does no harm: as long as it
+reaches the job its samples count, and it ends with the run.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from areal_like.config import Config
+from areal_like.errors import ArealError, ConfigError, UserError
+from areal_like.paths import BUILT_MODELS, RunPaths
+from areal_like.runtime.command_line import load_config
+from areal_like.runtime.process import PARENT_PID, keep_files_private
+from areal_like.wire.addresses import buffer_lookup
+from launch.observation.reach import RunningJob
+from launch.run_directory.rundir import find_run
+
+ROLES = ("buffer", "trainer", "rollout")
+DRAINED = 75
+"""`daemon.exit_code_on_drain` of a run's daemons: their scheduler then knows that they did not fail."""
+_BUFFER_LIMIT_S = 600.0
+"""Longest wait for the buffer. The trainer and the rollout servers begin after it."""
+_UNFENCE_LIMIT_S = 60.0
+_TICK_S = 0.5
+_TELL_S = 30.0
+_SIOCGIFADDR = 0x8915
+_FIRST_PORT, _NUM_PORTS = 20_000, 10_000
+"""Ports of `trainer.rendezvous`, by the number of the job."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a role is started."""
+
+    address: str
+    """Numeric address of this node, which the other nodes reach."""
+    job: str
+    """The scheduler's name of what it started: letters and a number."""
+    number: int
+    """Chooses the trainer's port; the same on all nodes of one start."""
+    num_starts: int = 0
+    """Earlier starts of the same job."""
+    num_nodes: int = 1
+    """Of the trainer."""
+    index: int = 0
+    """This node among them."""
+    first_address: str = ""
+    """Address of the first of several nodes."""
+
+    @property
+    def server_name(self) -> str:
+        """The name of a rollout server. It does not end with a plain number, which would choose GPUs: the
+        scheduler has chosen those of the job."""
+        return f"rollout-{self.job}r{self.num_starts}"
+
+
+def open_run(run: str) -> tuple[RunPaths, Config]:
+    """Paths and settings of a run, by name or directory. Raises ConfigError."""
+    paths = RunPaths(find_run(run).resolve())
+    return paths, load_config(["--config", str(paths.config)])
+
+
+def exit_code_of(what: str, run: Callable[[], None]) -> int:
+    """Runs the body of a start and returns its exit code; one line on stderr if it fails.
+
+    SIGTERM ends it with DRAINED.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(DRAINED))
+    keep_files_private()
+    try:
+        run()
+    except UserError as error:
+        sys.stderr.write(f"{what}: {error}\n")
+        return 2
+    except ArealError as error:
+        sys.stderr.write(f"{what}: {error}\n")
+        return 1
+    return 0
+
+
+def start(role: str, config: Config, paths: RunPaths, place: Place) -> None:
+    """Waits, and replaces this process by the daemon. Raises ArealError at the limit of a wait."""
+    if role == "buffer":
+        _prepare_model(config, paths)
+        _wait_for_ledger(paths)
+    else:
+        _wait_for_buffer(config)
+    if role == "trainer" and place.num_starts:
+        _take_name(paths)
+    name = ["--name", place.server_name] if role == "rollout" else []
+    module = "rollout_server" if role == "rollout" else role
+    threads = {"trainer": config.trainer.num_threads, "rollout": config.rollout.num_threads}.get(role, 1)
+    settings = role_settings(role, place)
+    _become([module, "--config", str(paths.config), *name, *settings], num_threads=threads)
+
+
+def role_settings(role: str, place: Place) -> list[str]:
+    """The settings of one role that depend on the node."""
+    address = place.address
+    common = [f'daemon.http_host="{address}"', "daemon.advertise_host=''"]
+    if role == "buffer":
+        return [*common, f'buffer.host="{address}"', "buffer.advertise_host=''"]
+    if role == "rollout":
+        return [*common, f'rollout.host="{address}"', "rollout.advertise_host=''"]
+    first = place.first_address if place.num_nodes > 1 else address
+    port = _FIRST_PORT + place.number % _NUM_PORTS
+    several = [f"trainer.host_index={place.index}", f'trainer.rendezvous="{first}:{port}"']
+    # Only rank 0 binds weights.host, and it is on the first node.
+    hosts = [f'weights.host="{first}"', f"trainer.num_hosts={place.num_nodes}"]
+    return [*common, *hosts, *(several if place.num_nodes > 1 else [])]
+
+
+def address_of_interface(interface: str) -> str:
+    """The IPv4 address of a network interface of this node. Raises ConfigError without one."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+        try:
+            request = struct.pack("256s", interface.encode()[:15])
+            answer = fcntl.ioctl(one.fileno(), _SIOCGIFADDR, request)
+        except OSError as error:
+            known = ", ".join(name for _, name in socket.if_nameindex())
+            raise ConfigError(
+                f"--interface {interface}: no IPv4 address on {socket.gethostname()} ({error.strerror}; it "
+                f"has {known})"
+            ) from None
+    return socket.inet_ntoa(answer[20:24])
+
+
+def _prepare_model(config: Config, paths: RunPaths) -> None:
+    if config.model.path not in BUILT_MODELS or (paths.built_model / "config.json").exists():
+        return
+    command = [sys.executable, "-m", "trainer.prepare_model", "--config", str(paths.config)]
+    code = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False).returncode
+    if code:
+        error = UserError if code == 2 else ArealError
+        raise error(f"the model was not prepared (exit code {code})")
+
+
+def _wait_for_ledger(paths: RunPaths) -> None:
+    """Waits while another buffer has the ledger: it serves the run, and its file leads peers to it."""
+    lock = paths.ledger / "lock"
+
+    def is_free() -> bool:
+        try:
+            file = os.open(lock, os.O_RDWR)
+        except FileNotFoundError:
+            return True
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        finally:
+            os.close(file)
+        return True
+
+    _wait(is_free, what=f"another buffer has {paths.ledger}; this one takes over when it has ended")
+
+
+def _wait_for_buffer(config: Config) -> None:
+    look_up = buffer_lookup(config, 0)
+    if look_up is None:
+        raise ConfigError("buffer.discovery=address: a submitted run needs buffer.discovery=run_dir")
+    what = f"no buffer has written its address into {RunPaths.of(config).endpoints}"
+    _wait(lambda: look_up() is not None, what=what, limit_s=_BUFFER_LIMIT_S)
+
+
+def _take_name(paths: RunPaths) -> None:
+    """Takes the trainer's name from the process of an earlier start, which the scheduler has
+    given up.
+
+    It may still work where the scheduler does not reach its node. Without an operator's token the buffer
+    decides: the earlier one keeps the name while it answers.
+    """
+    until_s = time.monotonic() + _UNFENCE_LIMIT_S
+    while True:
+        try:
+            RunningJob.in_directory(str(paths.root)).post_all("unfence", {"name": "trainer"})
+        except ConfigError as error:
+            if time.monotonic() < until_s and "does not answer" in str(error):
+                time.sleep(_TICK_S)
+                continue
+            sys.stdout.write(f"trainer: the name is not taken from an earlier process: {error}\n")
+        return
+
+
+def _wait(is_done: Callable[[], bool], *, what: str, limit_s: float | None = None) -> None:
+    """Waits with a line on stdout every half minute. Raises ArealError at the limit."""
+    started_s = told_s = time.monotonic()
+    while not is_done():
+        now_s = time.monotonic()
+        if limit_s is not None and now_s - started_s > limit_s:
+            raise ArealError(f"waited {limit_s:.0f} s: {what}")
+        if told_s == started_s or now_s - told_s > _TELL_S:
+            told_s = max(now_s, started_s + 1e-6)
+            bound = "" if limit_s is None else f" of at most {limit_s:.0f} s"
+            sys.stdout.write(f"waiting ({now_s - started_s:.0f} s{bound}): {what}\n")
+            sys.stdout.flush()
+        time.sleep(_TICK_S)
+
+
+def _become(words: Sequence[str], *, num_threads: int) -> None:
+    sys.stdout.flush()
+    environment = os.environ | {PARENT_PID: str(os.getppid())}
+    environment.setdefault("OMP_NUM_THREADS", str(num_threads))
+    command = [sys.executable, "-m", *words]
+    os.execve(command[0], command, environment)

@@ -1,0 +1,162 @@
+"""What a run asks of a Ray cluster: placement groups with a bundle for each node of each role, and actors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from areal_like.config import Config
+from areal_like.errors import ArealError, ConfigError
+from launch.local_job.child import python_path
+from launch.ray.actors import RoleActor
+
+Resources = Mapping[str, float]
+STRATEGIES = ("SPREAD", "PACK", "STRICT_SPREAD", "STRICT_PACK")
+_LEAST_CPUS = 0.01
+"""Ray reserves nothing for a bundle without any resource."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayOptions:
+    """What a user chooses for the actors of a run."""
+
+    address: str = "auto"
+    """Of the cluster, as `ray.init` takes it."""
+    trainer_nodes: int = 1
+    cpus: float = 1.0
+    """CPUs that each actor reserves."""
+    strategy: str = STRATEGIES[0]
+    """Of the placement group."""
+    interface: str = ""
+    max_failures: int = 5
+    wait_s: float = 300.0
+    """Longest wait for the resources."""
+
+
+def resources_of(config: Config, role: str, options: RayOptions) -> Resources:
+    """What one actor of a role reserves."""
+    gpus = 0
+    if role == "trainer" and config.trainer.device != "cpu":
+        gpus = config.trainer.world_size // options.trainer_nodes
+    if role == "rollout" and config.rollout.engine_device != "cpu" and not config.rollout.sglang.url:
+        gpus = config.rollout.gpus_per_engine
+    found = {"CPU": max(_LEAST_CPUS, options.cpus)}
+    return found | ({"GPU": float(gpus)} if gpus else {})
+
+
+def import_ray() -> Any:
+    """The package. Raises ConfigError that says how to install it."""
+    try:
+        import ray
+    except ImportError as error:
+        raise ConfigError(
+            "submit --ray needs Ray in this environment and on all nodes: pip install 'areal-like[ray]' "
+            f"({error})"
+        ) from None
+    return ray
+
+
+class Cluster:
+    """A connection to Ray. Use it as a context; all of the run's actors end with it."""
+
+    def __init__(self, options: RayOptions) -> None:
+        self._options = options
+        self._ray = import_ray()
+        self._groups: list[Any] = []
+
+    def __enter__(self) -> Cluster:
+        try:
+            self._ray.init(
+                address=self._options.address,
+                log_to_driver=False,
+                configure_logging=False,
+                runtime_env={"env_vars": {"PYTHONPATH": python_path()}},
+            )
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"no Ray cluster at --address {self._options.address}: start one with `ray start --head` "
+                f"({error})"
+            ) from None
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for group in self._groups:
+            self._ray.util.remove_placement_group(group)
+        self._ray.shutdown()
+
+    def reserve(self, bundles: Sequence[Resources]) -> list[tuple[Any, int]]:
+        """Reserves the bundles, all or none; returns (placement group, index) of each.
+
+        If a node is lost, Ray places its bundles anew. Raises ArealError if the cluster has not the resources
+        within the limit.
+        """
+        ray, options = self._ray, self._options
+        group = ray.util.placement_group([dict(each) for each in bundles], strategy=options.strategy)
+        ready, _ = ray.wait([group.ready()], timeout=options.wait_s)
+        if not ready:
+            ray.util.remove_placement_group(group)
+            raise ArealError(
+                f"Ray has not the resources for {_summed(bundles)} in {len(bundles)} bundles "
+                f"({options.strategy}) within {options.wait_s:.0f} s; the cluster has "
+                f"{_shown(ray.cluster_resources())}, of which {_shown(ray.available_resources())} are free"
+            )
+        self._groups.append(group)
+        return [(group, index) for index in range(len(bundles))]
+
+    def actor(self, place: tuple[Any, int], resources: Resources) -> Any:
+        """An actor in a reserved bundle. Ray does not start it again: the run's supervision does."""
+        ray = self._ray
+        strategy = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(
+            placement_group=place[0], placement_group_bundle_index=place[1]
+        )
+        return (
+            ray.remote(RoleActor)
+            .options(
+                num_cpus=resources["CPU"],
+                num_gpus=resources.get("GPU", 0),
+                max_restarts=0,
+                max_task_retries=0,
+                scheduling_strategy=strategy,
+            )
+            .remote()
+        )
+
+    def get(self, reference: Any, *, timeout_s: float) -> Any:
+        """A result. Raises ArealError if its actor is lost or it takes longer."""
+        try:
+            return self._ray.get(reference, timeout=timeout_s)
+        except self._ray.exceptions.RayTaskError as error:
+            raise ArealError(f"an actor failed: {error.cause}") from None
+        except self._ray.exceptions.RayError as error:
+            raise ArealError(f"an actor did not answer ({type(error).__name__})") from None
+
+    def done(self, references: Sequence[Any], *, timeout_s: float) -> list[Any]:
+        """Those of the references that have a result, after the first has or the time is over."""
+        if not references:
+            return []
+        ready, _ = self._ray.wait(list(references), timeout=timeout_s, num_returns=1)
+        more, _ = self._ray.wait(list(references), timeout=0, num_returns=len(references))
+        return list({*ready, *more})
+
+    def kill(self, actor: Any) -> None:
+        """Ends an actor, and with it its child."""
+        self._ray.kill(actor)
+
+
+def _summed(bundles: Sequence[Resources]) -> str:
+    total: dict[str, float] = {}
+    for bundle in bundles:
+        for name, amount in bundle.items():
+            total[name] = total.get(name, 0.0) + amount
+    return _shown(total)
+
+
+def _shown(resources: Mapping[str, float]) -> str:
+    return " and ".join(f"{resources.get(name, 0):g} {name}s" for name in ("CPU", "GPU"))
+
+
+def own_directory() -> str:
+    """Where relative paths in the configuration begin, on every node."""
+    return str(Path.cwd())

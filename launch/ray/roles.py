@@ -1,0 +1,108 @@
+"""Which roles of a run are started again, and when. Pure: no Ray, no clock.
+
+    WAITING --begin()--> RUNNING --ended(code)--> over, or WAITING again
+
+A role is the buffer, the whole trainer (its nodes begin and end together), or one rollout server. It ends by:
+
+    0      the run is finished              over
+    75     drained                          over
+    2      a wrong setting                  over, and the run with it
+    None   its node or its actor is lost    begins again
+    else   a failure                        begins again; after `max_failures` in a row it is over, and the
+                                            run with it unless it is a rollout server
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from launch.nodes.start import DRAINED
+
+EARLY_S = 600.0
+"""A start that lasted longer is no failure in a row with the ones before."""
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
+
+
+@dataclass(kw_only=True)
+class RoleState:
+    """One role. `now_s`: seconds on any monotonic clock."""
+
+    role: str
+    """`buffer` | `trainer` | `rollout`"""
+    number: int = 0
+    """Of a rollout server."""
+    num_starts: int = 0
+    failures: int = 0
+    """In a row."""
+    is_over: bool = False
+    code: int | None = None
+    """Exit code with which it was over."""
+    due_s: float = 0.0
+    """When it begins, or begins again."""
+    began_s: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"rollout server {self.number}" if self.role == "rollout" else f"the {self.role}"
+
+    def begin(self, *, now_s: float) -> None:
+        """It is started now."""
+        self.num_starts += 1
+        self.began_s = now_s
+
+
+@dataclass(kw_only=True)
+class Supervision:
+    """The roles of one run."""
+
+    max_failures: int
+    """Failures in a row after which a role is given up."""
+    roles: list[RoleState] = field(default_factory=list)
+    is_stopping: bool = False
+    """True: nothing is started any more."""
+    exit_code: int = 0
+
+    @property
+    def is_over(self) -> bool:
+        """True when no role runs or will."""
+        return all(role.is_over for role in self.roles)
+
+    def add(self, role: str, *, now_s: float) -> RoleState:
+        """One more role, to be begun at once."""
+        numbers = [each.number for each in self.roles if each.role == "rollout"]
+        added = RoleState(role=role, number=max(numbers, default=-1) + 1, due_s=now_s)
+        self.roles.append(added)
+        return added
+
+    def servers(self) -> list[RoleState]:
+        """The rollout servers that are not over, oldest first."""
+        return [role for role in self.roles if role.role == "rollout" and not role.is_over]
+
+    def ended(self, role: RoleState, code: int | None, *, now_s: float) -> str:
+        """Decides on a role that has ended; returns a line for the user."""
+        if self.is_stopping or code in (0, DRAINED):
+            role.is_over, role.code = True, code
+            return f"{role.name} has ended: {_meaning(code)}"
+        if code is None:
+            role.due_s = now_s + _FIRST_PAUSE_S
+            return f"{role.name} is lost with its node or actor; it begins again"
+        role.failures = 1 if now_s - role.began_s > EARLY_S else role.failures + 1
+        if code != 2 and role.failures <= self.max_failures:
+            pause_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** (role.failures - 1))
+            role.due_s = now_s + pause_s
+            return (
+                f"{role.name} failed (exit code {code}, failure {role.failures} of {self.max_failures}); it "
+                f"begins again in {pause_s:.0f} s"
+            )
+        role.is_over, role.code = True, code
+        if role.role == "rollout" and code != 2:
+            return f"{role.name} failed {role.failures} times in a row and is given up"
+        self.exit_code = code
+        self.is_stopping = True
+        return f"{role.name} ended with exit code {code}: the run ends"
+
+
+def _meaning(code: int | None) -> str:
+    meanings = {0: "the run is finished", DRAINED: "drained", None: "lost"}
+    return meanings.get(code, f"exit code {code}")
