@@ -100,6 +100,8 @@ class StepRunner:
         self.on_first_forward: Callable[[PackedBatch, Tensor], None] = lambda batch, logp_S: None
         """Called in each step with this rank's first micro-batch and its log-probs [S] under the weights that
         the step starts from."""
+        self.on_losses: Callable[[SampledTokens, Tensor], None] = lambda tokens, loss_S: None
+        """Called with each of this rank's micro-batches and its weighed losses [S], before their gradient."""
         self._is_first_forward = True
         self._ranks = ranks
         self._objective = objective
@@ -197,6 +199,8 @@ class StepRunner:
                     with named_range("objective"):
                         losses = self._objective.losses(tokens, stats)
                         loss_S, num_tokens, num_seqs = self._normalizer.weigh(losses, tokens)
+                    if live:
+                        self.on_losses(tokens, loss_S)
                     # Times zero: a rank without work runs a dummy forward and backward all the same, which
                     # keeps FSDP2's collectives in step with the other ranks.
                     with named_range("backward"):

@@ -1,0 +1,150 @@
+"""Trains the steps of a run up to one again, and writes what that step computes for each token.
+
+    python -m trainer.replay.trace --recording RUN --step K --out DIR [--own-lr] --config FILE key=value ...
+
+    newest checkpoint that is not after step K, or the initial weights -> steps up to K -> DIR
+
+`name` and `runs_dir` of the configuration say whose checkpoints are used; nothing is written there. DIR gets
+`tokens.npz` (arrays over the sequences of step K in recorded order, and over their trained tokens) and
+`step.json`. One rank trains all, so the order of the sequences and of sums does not depend on the run's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from areal_like.automatic_settings import compute_dtype, resolved
+from areal_like.config import Config
+from areal_like.errors import ArealError, ConfigError
+from areal_like.paths import RunPaths, find_checkpoints, model_path, write_json
+from areal_like.runtime.command_line import Options, load_config
+from areal_like.runtime.process import die_with_parent, keep_files_private
+from trainer.batching.sampled_tokens import SampledTokens
+from trainer.checkpoint import Checkpoints
+from trainer.distributed.process_group import device_of, joined_ranks
+from trainer.distributed.ranks import Ranks
+from trainer.models.policy import Policy, build_policy
+from trainer.models.sharded_weights import gather, shards_of
+from trainer.replay.recording import Recording
+from trainer.replay.run import train_recorded_step
+from trainer.step.build import build_step_runner
+
+
+class TokenTrace:
+    """The micro-batches of one step, token by token."""
+
+    def __init__(self) -> None:
+        self._of_sequences: dict[str, list[Tensor]] = {"group_N": [], "length_N": [], "reward_N": []}
+        self._of_tokens: dict[str, list[Tensor]] = {"logp_S": [], "advantage_S": [], "weight_S": []}
+
+    def record(self, tokens: SampledTokens, loss_S: Tensor) -> None:
+        """Records a micro-batch; the weight of a token is the derivative of the loss by its log-prob."""
+        weight_S = torch.zeros_like(loss_S)
+        if loss_S.requires_grad and tokens.logp_S.requires_grad:
+            (found,) = torch.autograd.grad(loss_S.sum(), tokens.logp_S, retain_graph=True, allow_unused=True)
+            weight_S = weight_S if found is None else found
+        values = vars(tokens) | {"weight_S": weight_S}
+        for arrays in (self._of_sequences, self._of_tokens):
+            for name, parts in arrays.items():
+                parts.append(values[name].detach().cpu())
+
+    def arrays(self) -> dict[str, Any]:
+        """All micro-batches end to end, as float64."""
+        return {
+            name: np.concatenate([np.zeros(0), *(part.double().numpy() for part in parts)])
+            for name, parts in (self._of_sequences | self._of_tokens).items()
+        }
+
+
+def trace_step(
+    config: Config,
+    recording: Recording,
+    ranks: Ranks,
+    *,
+    step: int,
+    learning_rates: Sequence[tuple[int, float]],
+    out: Path,
+) -> None:
+    """Trains up to and including `step` and writes what it computed. Raises ConfigError."""
+    paths = RunPaths.of(config)
+    checkpoints = Checkpoints(paths.checkpoints, keep=1, tokenizer_path="", dtype=compute_dtype(config))
+    with contextlib.closing(checkpoints):
+        first = max((done for done in find_checkpoints(paths.checkpoints) if done <= step), default=0)
+        counts = recording.num_groups()
+        absent = [s for s in range(first, step + 1) if counts[s] < config.trainer.groups_per_step]
+        if absent:
+            raise ConfigError(f"the ledger has not all groups of step {absent[0]}")
+        source = model_path(config)
+        policy = build_policy(config, source, ranks)
+        runner = build_step_runner(config, policy, ranks, initial=source)
+        if first:
+            extra = checkpoints.load(first, policy, runner.optimizer, ranks, critic=runner.critic)
+            runner.rewards.restore(extra["shaping_duals"])
+    tokens = TokenTrace()
+    before = None
+    for number in range(first, step + 1):
+        if number == step:
+            before = _digest(policy)
+            runner.on_losses = tokens.record
+        metrics = train_recorded_step(
+            config, recording, runner, ranks, step=number, learning_rates=learning_rates
+        )
+    np.savez(out / "tokens.npz", **tokens.arrays())
+    write_json(
+        out / "step.json",
+        {
+            "step": step,
+            "first_step": first,
+            "loss": metrics["loss"],
+            "grad_norm": metrics["grad_norm"],
+            "parameters_before": before,
+            "parameters_after": _digest(policy),
+        },
+    )
+
+
+def _digest(policy: Policy) -> str:
+    """SHA-256 of the parameters, names included."""
+    digest = hashlib.sha256()
+    for name, tensor in gather(shards_of(policy)):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns 0, or 2 with one message on stderr."""
+    die_with_parent()
+    keep_files_private()
+    options = Options()
+    options.add_argument("--recording", type=Path, required=True)
+    options.add_argument("--step", type=int, required=True)
+    options.add_argument("--out", type=Path, required=True)
+    options.add_argument("--own-lr", action="store_true")
+    try:
+        values, rest = options.parse_known_args(list(argv))
+        config = resolved(load_config(rest))
+        torch.set_num_threads(config.trainer.num_threads)
+        with (
+            joined_ranks(config, device_of(config)) as ranks,
+            contextlib.closing(Recording(values.recording)) as recording,
+        ):
+            rates = [] if values.own_lr else recording.learning_rates()
+            trace_step(config, recording, ranks, step=values.step, learning_rates=rates, out=values.out)
+    except ArealError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
