@@ -81,6 +81,8 @@ FULL_METHODS: dict[str, dict[str, Any]] = {
     },
     "token mask": {"objective": {"name": "tis", "level": "token", "mode": "mask"}},
     "sequence mask": {"objective": {"name": "tis", "level": "sequence", "mode": "mask"}},
+    "KPop": {"objective": {"name": "tis", "level": "token", "cap": 5.0, "masks": [{"name": "kpop"}]}},
+    "TRM": {"objective": {"name": "tis", "level": "token", "cap": 2.0, "masks": [{"name": "trust_region"}]}},
     "decoupled PPO": {"objective": {"name": "decoupled_ppo"}},
     "A-3PO": {"objective": {"name": "decoupled_ppo", "prox": "interpolated"}},
     "SAPO": {"objective": {"name": "sapo"}, "normalizer": "seq_mean_token_mean"},

@@ -143,7 +143,7 @@ class Trainer:
                 f"{self._checkpoints.path(step)} is of supervised training: continue it with "
                 "`areal-like sft`, or start a new run from it with model.path"
             )
-        self._runner.rewards.restore(extra["shaping_duals"])
+        self._runner.restore(extra)
         return step, extra["stream"]
 
     def _begin(self) -> bool:
@@ -234,7 +234,7 @@ class Trainer:
         # The version before the stream's state, which contains the number of the next version.
         version = leader.alloc_version() if leader is not None else 0
         stream = leader.stream_state(step - 1) if leader is not None else {}
-        extra = {"stream": stream, "shaping_duals": self._runner.rewards.duals, VERSION_KEY: version}
+        extra = {"stream": stream, **self._runner.state(), VERSION_KEY: version}
 
         def commit(oldest_kept_step: int) -> None:
             assert leader is not None

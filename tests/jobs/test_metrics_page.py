@@ -73,7 +73,7 @@ def test_every_column_is_on_the_page(tmp_path: Path, ranks: Ranks) -> None:
         metrics = runner.run(groups, step=5 + step)
         rows.append(step_row(step, metrics | LagTally(4).reduced(ranks)))
     seen = {re.sub(r"_\d+$", "_I", name) for row in rows for name in row}
-    assert seen | LEADER_COLUMNS | DEVICE_COLUMNS | {"greedy_reward"} == named_columns()
+    assert seen | LEADER_COLUMNS | DEVICE_COLUMNS | {"greedy_reward", "reward_baseline"} == named_columns()
 
 
 def series_of(registry: CollectorRegistry) -> set[str]:

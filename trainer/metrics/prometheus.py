@@ -45,6 +45,7 @@ _GAUGES = {
     "balance": "Share of the ranks' time in the last step's micro-batches that is work, by the planned costs",
     "shared_share": "Share of the last step's tokens that were not computed: prefixes shared with others",
     "zero_advantage_groups": "Groups of the last step without any advantage",
+    "reward_baseline": "Running mean of the rewards of earlier steps (advantage=running)",
     "greedy_reward": "Mean reward of the last step's greedy samples (advantage=remax)",
     "value_loss": "Half the critic's mean squared error in the last step, before its update (advantage=gae)",
     "explained_variance": "Share of the variance of its targets that the critic explains; 0 is a constant",

@@ -26,6 +26,7 @@ from trainer.objectives.ppo import DecoupledPpo, Ppo
 from trainer.objectives.soft import Maspo, Sapo
 from trainer.objectives.tis import Reinforce, TruncatedIS
 from trainer.objectives.topr import Topr
+from trainer.objectives.trust_region import Kpop, TrustRegion
 from trainer.objectives.vcpo import Vcpo
 from trainer.objectives.vespo import Vespo
 
@@ -38,6 +39,7 @@ __all__ = [
     "DecoupledPpo",
     "DppoTv",
     "Gspo",
+    "Kpop",
     "Lad",
     "M2po",
     "Mask",
@@ -53,6 +55,7 @@ __all__ = [
     "TokenLosses",
     "Topr",
     "TruncatedIS",
+    "TrustRegion",
     "Vcpo",
     "Vespo",
     "build_objective",

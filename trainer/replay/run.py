@@ -94,7 +94,7 @@ class Replay:
             self._metrics.append(step_row(step, metrics))
 
     def _save(self, step: int) -> None:
-        extra = {"shaping_duals": self._runner.rewards.duals, "stream": {}}
+        extra = {**self._runner.state(), "stream": {}}
         self._checkpoints.save(
             step,
             self._policy,

@@ -28,7 +28,7 @@ from areal_like.errors import ArealError, ConfigError
 from areal_like.paths import RunPaths, find_checkpoints, model_path, write_json
 from areal_like.runtime.command_line import Options, load_config
 from areal_like.runtime.process import die_with_parent, keep_files_private
-from trainer.batching.sampled_tokens import SampledTokens
+from trainer.batching.packing import PackedBatch
 from trainer.checkpoint import Checkpoints
 from trainer.distributed.process_group import device_of, joined_ranks
 from trainer.distributed.ranks import Ranks
@@ -40,28 +40,41 @@ from trainer.step.build import build_step_runner
 
 
 class TokenTrace:
-    """The micro-batches of one step, token by token."""
+    """The micro-batches of one step, token by token. `attach` it to the policy before the step."""
 
     def __init__(self) -> None:
-        self._of_sequences: dict[str, list[Tensor]] = {"group_N": [], "length_N": [], "reward_N": []}
-        self._of_tokens: dict[str, list[Tensor]] = {"logp_S": [], "advantage_S": [], "weight_S": []}
+        self._batches: list[dict[str, Tensor]] = []
 
-    def record(self, tokens: SampledTokens, loss_S: Tensor) -> None:
-        """Records a micro-batch; the weight of a token is the derivative of the loss by its log-prob."""
-        weight_S = torch.zeros_like(loss_S)
-        if loss_S.requires_grad and tokens.logp_S.requires_grad:
-            (found,) = torch.autograd.grad(loss_S.sum(), tokens.logp_S, retain_graph=True, allow_unused=True)
-            weight_S = weight_S if found is None else found
-        values = vars(tokens) | {"weight_S": weight_S}
-        for arrays in (self._of_sequences, self._of_tokens):
-            for name, parts in arrays.items():
-                parts.append(values[name].detach().cpu())
+    def attach(self, policy: Policy) -> None:
+        """Records every forward pass with gradient from now on."""
+        policy.register_forward_hook(lambda _, inputs, output: self._record(inputs[0], output.logprobs_S))
+
+    def _record(self, batch: PackedBatch, logp_S: Tensor) -> None:
+        if not logp_S.requires_grad:
+            return
+        at = batch.sampled_S
+        found = {
+            "group_N": batch.groups_N,
+            "length_N": torch.bincount(batch.segments_T[at], minlength=batch.num_sequences),
+            "logp_S": logp_S,
+            "advantage_S": batch.advantages_T[at],
+            "weight_S": torch.zeros_like(logp_S),
+        }
+        found = {name: values.detach().cpu().double() for name, values in found.items()}
+        self._batches.append(found)
+
+        def add_weight(gradient_S: Tensor) -> None:
+            found["weight_S"] += gradient_S.detach().cpu()
+
+        # The derivative of the loss by each token's log-prob.
+        logp_S.register_hook(add_weight)  # type: ignore[no-untyped-call]
 
     def arrays(self) -> dict[str, Any]:
         """All micro-batches end to end, as float64."""
+        names = ("group_N", "length_N", "logp_S", "advantage_S", "weight_S")
         return {
-            name: np.concatenate([np.zeros(0), *(part.double().numpy() for part in parts)])
-            for name, parts in (self._of_sequences | self._of_tokens).items()
+            name: np.concatenate([np.zeros(0), *(found[name].numpy() for found in self._batches)])
+            for name in names
         }
 
 
@@ -88,13 +101,13 @@ def trace_step(
         runner = build_step_runner(config, policy, ranks, initial=source)
         if first:
             extra = checkpoints.load(first, policy, runner.optimizer, ranks, critic=runner.critic)
-            runner.rewards.restore(extra["shaping_duals"])
+            runner.restore(extra)
     tokens = TokenTrace()
     before = None
     for number in range(first, step + 1):
         if number == step:
             before = _digest(policy)
-            runner.on_losses = tokens.record
+            tokens.attach(policy)
         metrics = train_recorded_step(
             config, recording, runner, ranks, step=number, learning_rates=learning_rates
         )

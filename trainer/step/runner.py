@@ -100,8 +100,6 @@ class StepRunner:
         self.on_first_forward: Callable[[PackedBatch, Tensor], None] = lambda batch, logp_S: None
         """Called in each step with this rank's first micro-batch and its log-probs [S] under the weights that
         the step starts from."""
-        self.on_losses: Callable[[SampledTokens, Tensor], None] = lambda tokens, loss_S: None
-        """Called with each of this rank's micro-batches and its weighed losses [S], before their gradient."""
         self._is_first_forward = True
         self._ranks = ranks
         self._objective = objective
@@ -171,6 +169,15 @@ class StepRunner:
         # Divide, clip, AdamW: `_update`, and in it `ShardedAdamW.step`. Only now are the global counts known.
         return self._update(step, stats, totals, timer)
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint stores beside weights and moments, for `restore`; JSON."""
+        return {"shaping_duals": self.rewards.duals, "advantage_state": list(self.advantages.state)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Sets what `state` returned; a checkpoint of an earlier version has only `shaping_duals`."""
+        self.rewards.restore(state["shaping_duals"])
+        self.advantages.restore(state.get("advantage_state", []))
+
     def _accumulate(
         self,
         groups: Iterable[TrajectoryGroup],
@@ -199,8 +206,6 @@ class StepRunner:
                     with named_range("objective"):
                         losses = self._objective.losses(tokens, stats)
                         loss_S, num_tokens, num_seqs = self._normalizer.weigh(losses, tokens)
-                    if live:
-                        self.on_losses(tokens, loss_S)
                     # Times zero: a rank without work runs a dummy forward and backward all the same, which
                     # keeps FSDP2's collectives in step with the other ranks.
                     with named_range("backward"):
@@ -295,8 +300,8 @@ class StepRunner:
         kl_k3, entropy, clipped_fraction, kept_fraction, mismatch_abs (mean |log(pi / mu)| of tokens that
         the current weights sampled, if there are any: the numerical mismatch of engine and trainer), the
         objective's own, shaped_reward (where advantages are not computed from `reward`), shaping_dual_I (of
-        a shaping with a dual variable), the critic's, wait_s, compute_s, reduce_s, update_s, step_s, and
-        those of `StepSpeed`.
+        a shaping with a dual variable), reward_baseline (of advantage=running), the critic's, wait_s,
+        compute_s, reduce_s, update_s, step_s, and those of `StepSpeed`.
         """
         lr_scale = self._objective.lr_scale(stats)
         lr = self.optimizer.learning_rate(step) * lr_scale
@@ -311,6 +316,7 @@ class StepRunner:
             critic_metrics = self.advantages.train_critic(step)
         self.rewards.update_duals(mean_tokens=totals.mean("response_tokens"))
         metrics = totals.metrics() | self.rewards.metrics() | critic_metrics
+        metrics.update(self.advantages.update_state(totals))
         if self._balancer is not None:
             metrics["balance"] = self._balancer.busy_share
         metrics.update(loss=totals.total("loss") / divisor, grad_norm=grad_norm)

@@ -37,6 +37,8 @@ MASKED: list[dict[str, Any]] = [
     {"name": "vespo", "masks": [{"name": "opsm"}, {"name": "band", "low": 0.8, "denominator": "kept"}]},
     {"name": "m2po", "masks": [{"name": "stapo", "max_prob": 0.3}, {"name": "band", "level": "token"}]},
     {"name": "oapl", "masks": [{"name": "band", "level": "token"}]},
+    {"name": "tis", "masks": [{"name": "kpop", "max_kl": 0.5}]},
+    {"name": "ppo", "masks": [{"name": "trust_region", "mean_kl": 0.5}]},
 ]
 ALL = REGISTERED + VARIANTS + MASKED
 ON_POLICY: dict[str, Callable[[Any, float], float]] = {
