@@ -110,6 +110,9 @@ class Objective(ABC):
     """True: a group whose advantages are all zero has no gradient, so it is counted but not run."""
     single_version: bool = False
     """True: a group's samples must come from one weight version (`buffer.group_filter=single_version`)."""
+    ess_level: str = "sequence"
+    """Level of the importance weights, `sequence` | `geometric` | `token`: `max_staleness=auto` follows their
+    effective sample size."""
     advantage: Advantage | None = None
     """Set where the method prescribes its own advantage; it replaces the configured one."""
     normalizer: str | None = None

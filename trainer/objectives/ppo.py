@@ -46,6 +46,8 @@ def clipped_surrogate(ratio_S: Tensor, bounded_S: Tensor, advantage_S: Tensor) -
 class Ppo(Objective):
     """`max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))`, r = pi / mu of a token"""
 
+    ess_level = "token"
+
     clip_low: float = 0.2
     """A ratio below 1 - clip_low is not lowered further."""
     clip_high: float = 0.28
@@ -104,6 +106,11 @@ class DecoupledPpo(Objective):
     def needs(self) -> frozenset[Need]:  # type: ignore[override]
         """PROX, unless prox is interpolated."""
         return frozenset({Need.PROX} if self.prox == "recomputed" else ())
+
+    @property
+    def ess_level(self) -> str:  # type: ignore[override]
+        """That of the weights."""
+        return self.level
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
         """The weighted surrogate; `clipped_fraction`: cut by clip or cap, `kept_fraction`: not masked."""
