@@ -12,7 +12,15 @@ Notation of the formulas in these modules, for token t of a sequence:
     sg(x)    x without gradient
 """
 
-from trainer.objectives.base import OBJECTIVES, Need, Objective, SampledTokens, StepStats, TokenLosses
+from trainer.objectives.base import (
+    OBJECTIVES,
+    Need,
+    Objective,
+    ProximalRule,
+    SampledTokens,
+    StepStats,
+    TokenLosses,
+)
 from trainer.objectives.cispo import Cispo
 from trainer.objectives.composed import Composed, build_objective
 from trainer.objectives.dcpo import Dcpo
@@ -48,6 +56,7 @@ __all__ = [
     "Oapl",
     "Objective",
     "Ppo",
+    "ProximalRule",
     "Reinforce",
     "SampledTokens",
     "Sapo",

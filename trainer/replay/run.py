@@ -95,7 +95,14 @@ class Replay:
 
     def _save(self, step: int) -> None:
         extra = {**self._runner.state(), "stream": {}}
-        self._checkpoints.save(step, self._policy, self._runner.optimizer, self._ranks, extra=extra)
+        self._checkpoints.save(
+            step,
+            self._policy,
+            self._runner.optimizer,
+            self._ranks,
+            proximal=self._runner.proximal,
+            extra=extra,
+        )
 
     def _write_summary(self, *, finished: bool) -> None:
         assert self._metrics is not None
