@@ -84,6 +84,8 @@ FULL_METHODS: dict[str, dict[str, Any]] = {
     "KPop": {"objective": {"name": "tis", "level": "token", "cap": 5.0, "masks": [{"name": "kpop"}]}},
     "TRM": {"objective": {"name": "tis", "level": "token", "cap": 2.0, "masks": [{"name": "trust_region"}]}},
     "decoupled PPO": {"objective": {"name": "decoupled_ppo"}},
+    "online DPO": {"objective": {"name": "online_dpo"}, "normalizer": "seq_mean_token_sum"},
+    "REBEL": {"objective": {"name": "rebel"}, "normalizer": "seq_mean_token_sum"},
     "decoupled PPO, snapshot": {"objective": {"name": "decoupled_ppo", "prox": "snapshot"}},
     "PPO-EWMA": {"objective": {"name": "decoupled_ppo", "prox": "average"}},
     "A-3PO": {"objective": {"name": "decoupled_ppo", "prox": "interpolated"}},

@@ -30,6 +30,7 @@ from trainer.objectives.lad import Lad
 from trainer.objectives.m2po import M2po
 from trainer.objectives.masks import MASKS, Mask
 from trainer.objectives.oapl import Oapl
+from trainer.objectives.pairs import OnlineDpo, Rebel
 from trainer.objectives.ppo import DecoupledPpo, Ppo
 from trainer.objectives.soft import Maspo, Sapo
 from trainer.objectives.tis import Reinforce, TruncatedIS
@@ -55,8 +56,10 @@ __all__ = [
     "Need",
     "Oapl",
     "Objective",
+    "OnlineDpo",
     "Ppo",
     "ProximalRule",
+    "Rebel",
     "Reinforce",
     "SampledTokens",
     "Sapo",
