@@ -101,6 +101,7 @@ class Replay:
             self._runner.optimizer,
             self._ranks,
             critic=self._runner.critic,
+            proximal=self._runner.proximal,
             extra=extra,
         )
 
