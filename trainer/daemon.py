@@ -136,7 +136,12 @@ class Trainer:
         if step is None:
             return 0, {}
         extra = self._checkpoints.load(
-            step, self._policy, self._runner.optimizer, self._ranks, critic=self._runner.critic
+            step,
+            self._policy,
+            self._runner.optimizer,
+            self._ranks,
+            critic=self._runner.critic,
+            proximal=self._runner.proximal,
         )
         if "stream" not in extra:
             raise ConfigError(
@@ -256,6 +261,7 @@ class Trainer:
             self._runner.optimizer,
             self._ranks,
             critic=self._runner.critic,
+            proximal=self._runner.proximal,
             extra=extra,
             on_saved=commit,
         )

@@ -12,7 +12,15 @@ Notation of the formulas in these modules, for token t of a sequence:
     sg(x)    x without gradient
 """
 
-from trainer.objectives.base import OBJECTIVES, Need, Objective, SampledTokens, StepStats, TokenLosses
+from trainer.objectives.base import (
+    OBJECTIVES,
+    Need,
+    Objective,
+    ProximalRule,
+    SampledTokens,
+    StepStats,
+    TokenLosses,
+)
 from trainer.objectives.cispo import Cispo
 from trainer.objectives.composed import Composed, build_objective
 from trainer.objectives.dcpo import Dcpo
@@ -22,6 +30,7 @@ from trainer.objectives.lad import Lad
 from trainer.objectives.m2po import M2po
 from trainer.objectives.masks import MASKS, Mask
 from trainer.objectives.oapl import Oapl
+from trainer.objectives.pairs import OnlineDpo, Rebel
 from trainer.objectives.ppo import DecoupledPpo, Ppo
 from trainer.objectives.soft import Maspo, Sapo
 from trainer.objectives.tis import Reinforce, TruncatedIS
@@ -47,7 +56,10 @@ __all__ = [
     "Need",
     "Oapl",
     "Objective",
+    "OnlineDpo",
     "Ppo",
+    "ProximalRule",
+    "Rebel",
     "Reinforce",
     "SampledTokens",
     "Sapo",
