@@ -191,14 +191,17 @@ COMMANDS = {
         "[--time LIMIT] [--interface NAME] [--max-failures N] [--sbatch-args=OPTIONS] "
         "[--buffer-args=OPTIONS] [--trainer-args=OPTIONS] [--rollout-args=OPTIONS] [--dry-run] "
         "[key=value ...]\n"
-        "       areal-like submit --slurm --join RUN [--rollout-jobs N]",
-        "starts a run, or continues it, as jobs of Slurm: a buffer, a trainer on N nodes, and one job for "
-        "each rollout server; OPTIONS (one quoted word) go to sbatch; --join: adds rollout jobs",
+        "       areal-like submit --slurm --join RUN [--rollout-jobs N]\n"
+        "       areal-like submit --ray [--address ADDRESS] [--cpus N] [--strategy NAME] [--wait S] "
+        "[--rollout-jobs N] [--trainer-nodes N] [--interface NAME] [--max-failures N] [key=value ...]",
+        "starts a run, or continues it, on a cluster: a buffer, a trainer on N nodes, and rollout servers. "
+        "--slurm: as jobs, whose OPTIONS (one quoted word) go to sbatch; --join adds rollout jobs. --ray: as "
+        "actors that own a process each; the command stays until the run has ended",
     ),
     "scale": Command(
         "scale",
         "scale RUN N",
-        "changes the number of rollout servers of a run on Slurm: submits jobs, or drains the newest ones",
+        "changes the number of rollout servers of a run on Slurm or Ray: starts more, or drains the newest",
     ),
     "keys": Command(
         "keys",

@@ -1,0 +1,111 @@
+"""Which roles of a run on Ray begin again, without Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from areal_like.errors import ConfigError
+from areal_like.paths import RunPaths
+from launch.cli import main
+from launch.ray.actors import Started
+from launch.ray.roles import EARLY_S, RoleState, Supervision
+from launch.ray.wanted import as_driver, directory_of, has_driver, want_servers, wanted_servers
+
+
+def supervision(*, max_failures: int = 2) -> Supervision:
+    found = Supervision(max_failures=max_failures)
+    for role in ("buffer", "trainer", "rollout", "rollout"):
+        found.add(role, now_s=0.0).begin(now_s=0.0)
+    return found
+
+
+def role_of(one: Supervision, role: str) -> RoleState:
+    return next(each for each in one.roles if each.role == role)
+
+
+@pytest.mark.parametrize("code", [None, 1, 137])
+def test_a_lost_or_failed_role_begins_again(code: int | None) -> None:
+    one = supervision()
+    trainer = role_of(one, "trainer")
+    assert "begins again" in one.ended(trainer, code, now_s=100.0)
+    assert not trainer.is_over and 100 < trainer.due_s <= 102 and not one.is_stopping
+
+
+@pytest.mark.parametrize(("role", "ends_run"), [("trainer", True), ("buffer", True), ("rollout", False)])
+def test_failures_in_a_row_are_bounded(role: str, ends_run: bool) -> None:
+    one = supervision()
+    failing = role_of(one, role)
+    for _ in range(2):
+        one.ended(failing, 1, now_s=10.0)
+        assert not failing.is_over
+    one.ended(failing, 1, now_s=10.0)
+    assert failing.is_over and one.is_stopping == ends_run and one.exit_code == (1 if ends_run else 0)
+
+
+def test_a_long_start_is_no_failure_in_a_row_and_a_lost_node_none_at_all() -> None:
+    one = supervision(max_failures=1)
+    server = role_of(one, "rollout")
+    for number in range(5):
+        server.begin(now_s=1000.0 * number)
+        one.ended(server, 1, now_s=1000.0 * number + EARLY_S + 1)
+        one.ended(server, None, now_s=1000.0 * number + EARLY_S + 2)
+    assert not server.is_over and server.failures == 1
+
+
+def test_a_wrong_setting_ends_the_run() -> None:
+    one = supervision()
+    assert "the run ends" in one.ended(role_of(one, "rollout"), 2, now_s=1.0)
+    assert one.is_stopping and one.exit_code == 2
+    for role in one.roles:
+        one.ended(role, None, now_s=2.0)
+    assert one.is_over
+
+
+def test_who_drains_stays_away_and_numbers_are_not_used_twice() -> None:
+    one = supervision()
+    first, second = one.servers()
+    one.ended(second, 75, now_s=1.0)
+    assert one.servers() == [first] and not one.is_stopping
+    assert one.add("rollout", now_s=2.0).number == 2
+
+
+@pytest.mark.parametrize(
+    ("codes", "code"),
+    [([0, 0], 0), ([0, 75], 75), ([75, None], None), ([None, 1], 1), ([1, 2], 2), ([137, 0], 137)],
+)
+def test_nodes_of_a_trainer_end_as_one(codes: list[int | None], code: int | None) -> None:
+    started = Started([], [])
+    started.codes = dict(enumerate(codes))
+    assert started.code == code
+
+
+def test_scale_tells_the_driver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    paths = RunPaths(tmp_path / "runs" / "x")
+    directory_of(paths).mkdir(parents=True)
+    assert wanted_servers(paths) is None and not has_driver(paths)
+    with as_driver(paths):
+        assert has_driver(paths)
+        want_servers(paths, 3)
+        assert wanted_servers(paths) == 3
+        with pytest.raises(ConfigError, match="another `areal-like submit --ray` runs"), as_driver(paths):
+            pass
+    with pytest.raises(ConfigError, match="no driver runs"):
+        want_servers(paths, 3)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--slurm"], "give --slurm or --ray"),
+        (["--partition", "gpu"], "--partition is an option of Slurm"),
+        (["--cpus=-1"], "--cpus and --max-failures of at least 0"),
+    ],
+)
+def test_a_mistake_is_one_message(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["submit", "--ray", "name=x", "security.insecure=true", *words]) == 2
+    assert message in capsys.readouterr().err
