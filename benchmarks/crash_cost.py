@@ -59,11 +59,11 @@ from launch.audit.run import audit_run
 ROLES = ("server", "buffer", "trainer", "launcher", "job")
 KILLS = {"process_crash": 20, "none": 5, "power_loss": 5}
 """Kills of each role, by buffer.durability."""
-_KILLS_OFJOB_KEY = {"process_crash": 10, "none": 10, "power_loss": 5}
+_KILLS_OF_JOB = {"process_crash": 10, "none": 10, "power_loss": 5}
 """Those of role `job`: the comparison, and slow."""
 JOB_KEY = hashlib.sha256(json.dumps([SETTINGS, TOOL_TIMES]).encode()).hexdigest()[:8]
 """Tells the kills of this very job from those of another."""
-_ROUNDS_AJOB_KEY = 4
+_ROUNDS_A_JOB = 4
 Row = dict[str, Any]
 
 
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.report:
         wanted = Counter(
             {
-                (role, durability): args.kills or (_KILLS_OFJOB_KEY if role == "job" else KILLS)[durability]
+                (role, durability): args.kills or (_KILLS_OF_JOB if role == "job" else KILLS)[durability]
                 for durability in KILLS
                 for role in ROLES
                 if args.only in (None, [role, durability])
@@ -137,8 +137,7 @@ def run(wanted: Counter[tuple[str, str]], path: Path, *, scratch: Path | None) -
             return
         durability = next(each for each in KILLS if any(each == kind for _, kind in missing))
         rounds = [
-            [role for role in ROLES if missing[role, durability] > number]
-            for number in range(_ROUNDS_AJOB_KEY)
+            [role for role in ROLES if missing[role, durability] > number] for number in range(_ROUNDS_A_JOB)
         ]
         directory = Path(tempfile.mkdtemp(prefix="areal-like-crash-", dir=scratch))
         made = measured(directory, durability, [role for part in rounds for role in part], seed=number)
