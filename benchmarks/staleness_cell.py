@@ -271,7 +271,7 @@ def run_cell(cell: Cell, model_path: str) -> CellResult:
     wall_s, cpu_s = time.perf_counter(), time.process_time()
     config, ranks, plan = cell.config(), Ranks.alone(), cell.plan()
     policy = build_policy(config, model_path, ranks)
-    runner = build_step_runner(config, policy, ranks)
+    runner = build_step_runner(config, policy, ranks, initial=model_path)
     sampler = Sampler(model_path, config)
     queue: dict[int, dict[int, list[Trajectory]]] = defaultdict(dict)
     every = max(1, cell.num_steps // CURVE_POINTS)

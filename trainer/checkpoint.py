@@ -32,14 +32,16 @@ from areal_like.weights.snapshots_on_disk import STATE_FILE
 from trainer.advantages.critic import Critic
 from trainer.checkpoint_files import remove_rolled_back, set_aside, write_directory
 from trainer.checkpoints.hf_files import MAX_FILE_BYTES
+from trainer.checkpoints.host_copy import ModelState
 from trainer.checkpoints.model_files import ModelFiles
 from trainer.checkpoints.peers import Peers, check_shared, wait_until_visible
-from trainer.checkpoints.reading import CRITIC, POLICY, StateReader
+from trainer.checkpoints.reading import CRITIC, POLICY, PROXIMAL, StateReader
 from trainer.checkpoints.row_files import FOLDER, ModelRows, write_index
 from trainer.distributed.ranks import Ranks
 from trainer.models.packed_model import DTYPES, PackedModel
 from trainer.models.policy import Policy
 from trainer.optimizer import ShardedAdamW
+from trainer.step.proximal import ProximalPolicy
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +140,7 @@ class Checkpoints:
         ranks: Ranks,
         *,
         critic: Critic | None = None,
+        proximal: ProximalPolicy | None = None,
         extra: dict[str, Any],
         on_saved: Callable[[int], None] = lambda oldest_kept_step: None,
     ) -> Path:
@@ -150,7 +153,7 @@ class Checkpoints:
         self._finish_in_flight()  # before copying: its copies are still being written
         self.open(ranks)
         assert self._peers is not None
-        models = {POLICY: (policy, optimizer)} | _model_of(critic)
+        models = _models(policy, optimizer, critic, proximal)
         files = {name: self._files_of(name, model, adam, ranks) for name, (model, adam) in models.items()}
         for each in files.values():
             each.take()
@@ -226,12 +229,14 @@ class Checkpoints:
         ranks: Ranks,
         *,
         critic: Critic | None = None,
+        proximal: ProximalPolicy | None = None,
     ) -> dict[str, Any]:
         """Restores weights, moments and random state in place, at any number of ranks; returns `extra`.
 
         Collective.
 
-        If the checkpoint has no critic, `critic` gets its initial weights, with a warning. Raises ConfigError
+        If the checkpoint has no critic, `critic` gets its initial weights, and if it has no proximal policy,
+        `proximal` gets the policy's, with a warning. Raises ConfigError
         if there is no such checkpoint, it cannot be read, or it is of another model.
         """
         path = self.path(step)
@@ -250,7 +255,7 @@ class Checkpoints:
                 )
             extra: dict[str, Any] = state["extra"]
             reader = StateReader(path, ranks)
-            self._read(reader, state, path, {POLICY: (policy, optimizer)} | _model_of(critic))
+            self._read(reader, state, path, _models(policy, optimizer, critic, proximal))
         except (OSError, KeyError, TypeError) as error:
             raise ConfigError(f"{path} cannot be read ({error!r}): resume from another step") from error
         ranks.any(True)  # waits until every rank has found and read it
@@ -268,7 +273,7 @@ class Checkpoints:
                 set_aside(self.path(later))
         remove_rolled_back(self._root, keep=self._keep_rolled_back)
 
-    def _files_of(self, name: str, model: PackedModel, optimizer: ShardedAdamW, ranks: Ranks) -> ModelFiles:
+    def _files_of(self, name: str, model: PackedModel, optimizer: ModelState, ranks: Ranks) -> ModelFiles:
         if name not in self._files or not self._files[name].is_of(optimizer):
             self._files[name] = ModelFiles(
                 name,
@@ -285,7 +290,7 @@ class Checkpoints:
         reader: StateReader,
         state: dict[str, Any],
         path: Path,
-        models: dict[str, tuple[PackedModel, ShardedAdamW]],
+        models: dict[str, tuple[PackedModel, ModelState]],
     ) -> None:
         is_old = state["format"] == OLD_FORMAT
         counts = {POLICY: "num_updates", CRITIC: "num_critic_updates"}
@@ -294,6 +299,9 @@ class Checkpoints:
             if name == CRITIC and (counts[name] not in state if is_old else name not in stored):
                 model.read_initial_weights()
                 log.warning("%s was saved without a critic: the critic starts from its initial weights", path)
+            elif isinstance(optimizer, ProximalPolicy) and (is_old or name not in stored):
+                optimizer.restart()  # the policy has been read before it
+                log.warning("%s was saved without a proximal policy: it starts from the policy", path)
             elif is_old:
                 reader.read_old(name, model, optimizer, num_updates=int(state[counts[name]]))
             else:
@@ -317,5 +325,12 @@ def _read_json(path: Path) -> Any:
         raise ConfigError(f"{path} cannot be read ({error}): resume from another step") from error
 
 
-def _model_of(critic: Critic | None) -> dict[str, tuple[PackedModel, ShardedAdamW]]:
-    return {} if critic is None else {CRITIC: (critic.model, critic.optimizer)}
+def _models(
+    policy: Policy, optimizer: ShardedAdamW, critic: Critic | None, proximal: ProximalPolicy | None
+) -> dict[str, tuple[PackedModel, ModelState]]:
+    models: dict[str, tuple[PackedModel, ModelState]] = {POLICY: (policy, optimizer)}
+    if critic is not None:
+        models[CRITIC] = critic.model, critic.optimizer
+    if proximal is not None:
+        models[PROXIMAL] = proximal.model, proximal
+    return models

@@ -136,14 +136,19 @@ class Trainer:
         if step is None:
             return 0, {}
         extra = self._checkpoints.load(
-            step, self._policy, self._runner.optimizer, self._ranks, critic=self._runner.critic
+            step,
+            self._policy,
+            self._runner.optimizer,
+            self._ranks,
+            critic=self._runner.critic,
+            proximal=self._runner.proximal,
         )
         if "stream" not in extra:
             raise ConfigError(
                 f"{self._checkpoints.path(step)} is of supervised training: continue it with "
                 "`areal-like sft`, or start a new run from it with model.path"
             )
-        self._runner.rewards.restore(extra["shaping_duals"])
+        self._runner.restore(extra)
         return step, extra["stream"]
 
     def _begin(self) -> bool:
@@ -234,7 +239,7 @@ class Trainer:
         # The version before the stream's state, which contains the number of the next version.
         version = leader.alloc_version() if leader is not None else 0
         stream = leader.stream_state(step - 1) if leader is not None else {}
-        extra = {"stream": stream, "shaping_duals": self._runner.rewards.duals, VERSION_KEY: version}
+        extra = {"stream": stream, **self._runner.state(), VERSION_KEY: version}
 
         def commit(oldest_kept_step: int) -> None:
             assert leader is not None
@@ -256,6 +261,7 @@ class Trainer:
             self._runner.optimizer,
             self._ranks,
             critic=self._runner.critic,
+            proximal=self._runner.proximal,
             extra=extra,
             on_saved=commit,
         )

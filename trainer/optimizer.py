@@ -27,6 +27,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class ShardedAdamW:
     """Scales, clips and applies accumulated, unnormalized gradients."""
 
+    kinds = MOMENTS
+
     def __init__(
         self,
         model: PackedModel,

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from prometheus_client import CollectorRegistry
 
 from areal_like.runtime.metrics import PREFIX, Metrics
+from buffer.diagnosis.causes import Limits
 from buffer.diagnosis.life_times import LifeTimes
-from buffer.diagnosis.rules import Limits
 from buffer.diagnosis.watchdog import Watchdog
 from buffer.service.prometheus import BufferSeries
 from rollout_server.metrics import ServerStats
@@ -73,7 +73,7 @@ def test_every_column_is_on_the_page(tmp_path: Path, ranks: Ranks) -> None:
         metrics = runner.run(groups, step=5 + step)
         rows.append(step_row(step, metrics | LagTally(4).reduced(ranks)))
     seen = {re.sub(r"_\d+$", "_I", name) for row in rows for name in row}
-    assert seen | LEADER_COLUMNS | DEVICE_COLUMNS | {"greedy_reward"} == named_columns()
+    assert seen | LEADER_COLUMNS | DEVICE_COLUMNS | {"greedy_reward", "reward_baseline"} == named_columns()
 
 
 def series_of(registry: CollectorRegistry) -> set[str]:
@@ -95,6 +95,7 @@ def test_every_series_is_on_the_page() -> None:
         "environments",
         "receiver",
         "engine",
+        "gate",
         "supervisor",
         "starvation",
         "book",

@@ -34,9 +34,10 @@ from trainer.metrics.named_means import KINDS
 from trainer.models.policy import Policy
 from trainer.models.sharded_weights import gather, shards_of
 from trainer.models.value_model import ValueModel
-from trainer.objectives import build_objective
+from trainer.objectives import Need, build_objective
 from trainer.objectives.normalizers import Normalizer
 from trainer.optimizer import ShardedAdamW
+from trainer.step.proximal import ProximalPolicy
 from trainer.step.runner import IncompleteStepError, StepRunner
 
 SHARES = {"even": [0, 1, 0, 1, 0, 1, 0, 1], "uneven": [0, 0, 0, 1, 0, 0, 0, 0], "one-sided": [0] * 8}
@@ -74,23 +75,26 @@ def make_runner(
         model = ValueModel.load(path, ranks, gradient_checkpointing=checkpointing, master_dtype=dtype)
         adam = ShardedAdamW(model, ranks, lr=1e-2, betas=(beta1, 0.9), max_grad_norm=max_grad_norm)
         critic = Critic(model, adam, ranks, settings=estimator, budget_tokens=budget_tokens)
+    objective_settings = {"name": "tis", "level": "sequence", "cap": 2.0, "normalize": normalize}
+    objective = build_objective(sections.get("objective", objective_settings), kl=kl)
+    proximal = None
+    if objective.proximal:
+        proximal = ProximalPolicy(
+            Policy.load(path, ranks, master_dtype=dtype), policy, rule=objective.proximal
+        )
     return StepRunner(
         policy,
         ShardedAdamW(policy, ranks, lr=1e-2, betas=(beta1, 0.9), max_grad_norm=max_grad_norm),
         ranks,
-        objective=build_objective(
-            sections.get(
-                "objective", {"name": "tis", "level": "sequence", "cap": 2.0, "normalize": normalize}
-            ),
-            kl=kl,
-        ),
+        objective=objective,
         advantage=estimator,
         normalizer=Normalizer(name="token_mean", max_tokens=10),
         budget_tokens=budget_tokens,
-        reference=Policy.load(path, ranks, master_dtype=dtype) if kl else None,
+        reference=Policy.load(path, ranks, master_dtype=dtype) if kl or Need.REF in objective.needs else None,
         shapings=shapings,
         kl=kl if kl and kl.place == "reward" else None,
         critic=critic,
+        proximal=proximal,
         peak_tflops=peak_tflops,
         balances=balances,
     )

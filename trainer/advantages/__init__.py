@@ -3,6 +3,7 @@
 from trainer.advantages.base import ADVANTAGES, Advantage, Estimator, FloatArray
 from trainer.advantages.gae import Gae
 from trainer.advantages.group import DrGrpo, Gpg, Grpo, Opo, ReinforcePlusPlus, Remax, Rloo
+from trainer.advantages.running import Running
 
 __all__ = [
     "ADVANTAGES",
@@ -17,4 +18,5 @@ __all__ = [
     "ReinforcePlusPlus",
     "Remax",
     "Rloo",
+    "Running",
 ]

@@ -22,7 +22,12 @@ FloatArray = NDArray[np.float64]
 
 
 class Estimator:
-    """Base of all advantage estimators. An estimator of scope BATCH overrides `rescale`."""
+    """Base of all advantage estimators.
+
+    An estimator of scope BATCH overrides `rescale`. One that remembers earlier steps overrides
+    `initial_state`, `next_state` and `shift`; its state is a few numbers, the same on every rank, which
+    checkpoints store.
+    """
 
     scope: Scope = Scope.GROUP
     """BATCH: `rescale` is called, and no gradient is computed before the step's last group has arrived."""
@@ -38,6 +43,18 @@ class Estimator:
         token's group.
         """
         return 0.0, 1.0
+
+    def initial_state(self) -> tuple[float, ...]:
+        """The state before the first step; empty: none."""
+        return ()
+
+    def next_state(self, state: Sequence[float], *, mean_reward: float) -> tuple[float, ...]:
+        """The state after a step whose samples, over all ranks, had this mean reward (after shaping)."""
+        return tuple(state)
+
+    def shift(self, state: Sequence[float]) -> float:
+        """A number that is added to every advantage of the next step."""
+        return 0.0
 
 
 def whitening(advantages_S: FloatArray) -> tuple[float, float]:

@@ -9,12 +9,11 @@ import torch
 
 from areal_like.weights.hf_layout import hf_tensors
 from trainer.checkpoints.hf_files import HfFiles
-from trainer.checkpoints.host_copy import MASTER, HostCopy
+from trainer.checkpoints.host_copy import MASTER, HostCopy, ModelState
 from trainer.checkpoints.row_files import FOLDER, ModelRows, rows_of, write_rows
 from trainer.distributed.ranks import Ranks
 from trainer.models.packed_model import PackedModel
 from trainer.models.sharded_weights import row_range, shards_of
-from trainer.optimizer import ShardedAdamW
 
 
 class ModelFiles:
@@ -27,7 +26,7 @@ class ModelFiles:
         self,
         name: str,
         model: PackedModel,
-        optimizer: ShardedAdamW,
+        optimizer: ModelState,
         ranks: Ranks,
         *,
         dtype: torch.dtype | None,
@@ -52,7 +51,7 @@ class ModelFiles:
         self.rows: ModelRows
         """Index of the row files of all ranks; set by `take`."""
 
-    def is_of(self, optimizer: ShardedAdamW) -> bool:
+    def is_of(self, optimizer: ModelState) -> bool:
         """True if `take` copies the state of this optimizer and its model."""
         return self._optimizer is optimizer
 

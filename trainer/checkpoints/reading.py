@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from areal_like.errors import ConfigError
-from trainer.checkpoints.host_copy import MASTER
+from trainer.checkpoints.host_copy import MASTER, ModelState
 from trainer.checkpoints.row_files import (
     FOLDER,
     INDEX_FILE,
@@ -31,9 +31,8 @@ from trainer.models.packed_model import PackedModel
 from trainer.models.row_loading import read_rows
 from trainer.models.safetensors_rows import SafetensorsRows
 from trainer.models.sharded_weights import MODEL_PREFIX, row_range, shards_of
-from trainer.optimizer import ShardedAdamW
 
-CRITIC, POLICY = "critic", "policy"
+CRITIC, POLICY, PROXIMAL = "critic", "policy", "proximal"
 OLD_FILES = {
     POLICY: ("model.safetensors", "optimizer.safetensors"),
     CRITIC: ("critic.safetensors", "critic_optimizer.safetensors"),
@@ -67,7 +66,7 @@ class StateReader:
         """The index of a checkpoint with rows."""
         return read_index(self._path / FOLDER)
 
-    def read(self, rows: ModelRows, model: PackedModel, optimizer: ShardedAdamW) -> None:
+    def read(self, rows: ModelRows, model: PackedModel, optimizer: ModelState) -> None:
         """Reads masters and moments; the state is incomplete after an error."""
         self._check(rows, model)
         reads: dict[str, list[_Read]] = defaultdict(list)
@@ -90,7 +89,7 @@ class StateReader:
             source = SafetensorsRows([self._path / file for file in rows.masters], remedy=_REMEDY)
             read_rows(model.model, source, rank=self._rank, world_size=self._world_size, tied={})
 
-    def read_old(self, kind: str, model: PackedModel, optimizer: ShardedAdamW, *, num_updates: int) -> None:
+    def read_old(self, kind: str, model: PackedModel, optimizer: ModelState, *, num_updates: int) -> None:
         """`read` from whole tensors, which the release before wrote. `kind`: a key of OLD_FILES."""
         weights, moments = OLD_FILES[kind]
         shapes = {shard.name: shard.shape for shard in shards_of(model)}
@@ -132,7 +131,7 @@ class StateReader:
                 )
 
     def _wanted(
-        self, model: PackedModel, optimizer: ShardedAdamW, num_updates: int
+        self, model: PackedModel, optimizer: ModelState, num_updates: int
     ) -> Iterator[tuple[str, str, Tensor]]:
         """(kind, Hugging Face name, this rank's rows to fill) of all masters and moments."""
         moments = optimizer.new_moments(num_updates=num_updates)

@@ -4,6 +4,7 @@
     rows/policy-00000-of-00004.safetensors      rank 0's rows: `exp_avg.NAME`, `exp_avg_sq.NAME`, and
                                                 `master.NAME` unless the weights' files hold them exactly
     rows/critic-00000-of-00004.safetensors      the same for the critic, if there is one
+    rows/proximal-00000-of-00004.safetensors    `master.NAME` of the proximal policy, if there is one
     rows/random_state.safetensors               rank 0's random state
 
 They are in a folder of their own because engines load every safetensors file of a checkpoint's directory.
@@ -23,11 +24,10 @@ import torch
 from torch import Tensor
 
 from areal_like.errors import ConfigError
-from trainer.checkpoints.host_copy import KINDS, HostCopy
+from trainer.checkpoints.host_copy import HostCopy
 from trainer.checkpoints.safetensors_file import FileLayout, write_at
 from trainer.models.packed_model import PackedModel
 from trainer.models.sharded_weights import row_range, shards_of
-from trainer.optimizer import MOMENTS
 
 FOLDER = "rows"
 INDEX_FILE = "index.json"
@@ -83,7 +83,7 @@ def rows_of(
 
 def write_rows(folder: Path, rows: ModelRows, copy: HostCopy, *, rank: int) -> None:
     """Writes and syncs one rank's file. Raises OSError."""
-    kinds = MOMENTS if rows.masters else KINDS
+    kinds = copy.kinds[1:] if rows.masters else copy.kinds
     shapes = {
         f"{kind}.{name}": tuple(value.shape)
         for kind in kinds

@@ -31,15 +31,16 @@ class StepSpeed:
         ranks: Ranks,
         *,
         reference: PackedModel | None = None,
+        proximal: PackedModel | None = None,
         peak_tflops: float = 0.0,
     ) -> None:
-        """`reference`: a model that runs forward beside each pass of the policy.
+        """`reference`, `proximal`: models that run forward beside each pass of the policy.
 
         `peak_tflops`: of one rank's device; 0: by its name, and unknown on a CPU.
         """
         self._ranks = ranks
         self._policy = ModelFlops.of(policy.model)
-        self._reference = None if reference is None else ModelFlops.of(reference.model)
+        self._beside = [ModelFlops.of(each.model) for each in (reference, proximal) if each is not None]
         device = ranks.device
         known = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self._peak = peak_tflops * 1e12 or known
@@ -50,8 +51,7 @@ class StepSpeed:
         own_lengths = None if batch.shared is None else batch.shared.own_lengths
         return sum(
             times * model.of_forward(batch.lengths, num_targets=len(batch.sampled_S), own_lengths=own_lengths)
-            for model, times in ((self._policy, passes), (self._reference, FORWARD))
-            if model is not None
+            for model, times in ((self._policy, passes), *((model, FORWARD) for model in self._beside))
         )
 
     def metrics(self, seconds: Mapping[str, float], *, num_tokens: float, flops: float) -> dict[str, float]:

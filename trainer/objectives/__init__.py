@@ -12,7 +12,15 @@ Notation of the formulas in these modules, for token t of a sequence:
     sg(x)    x without gradient
 """
 
-from trainer.objectives.base import OBJECTIVES, Need, Objective, SampledTokens, StepStats, TokenLosses
+from trainer.objectives.base import (
+    OBJECTIVES,
+    Need,
+    Objective,
+    ProximalRule,
+    SampledTokens,
+    StepStats,
+    TokenLosses,
+)
 from trainer.objectives.cispo import Cispo
 from trainer.objectives.composed import Composed, build_objective
 from trainer.objectives.dcpo import Dcpo
@@ -22,10 +30,12 @@ from trainer.objectives.lad import Lad
 from trainer.objectives.m2po import M2po
 from trainer.objectives.masks import MASKS, Mask
 from trainer.objectives.oapl import Oapl
+from trainer.objectives.pairs import OnlineDpo, Rebel
 from trainer.objectives.ppo import DecoupledPpo, Ppo
 from trainer.objectives.soft import Maspo, Sapo
 from trainer.objectives.tis import Reinforce, TruncatedIS
 from trainer.objectives.topr import Topr
+from trainer.objectives.trust_region import Kpop, TrustRegion
 from trainer.objectives.vcpo import Vcpo
 from trainer.objectives.vespo import Vespo
 
@@ -38,6 +48,7 @@ __all__ = [
     "DecoupledPpo",
     "DppoTv",
     "Gspo",
+    "Kpop",
     "Lad",
     "M2po",
     "Mask",
@@ -45,7 +56,10 @@ __all__ = [
     "Need",
     "Oapl",
     "Objective",
+    "OnlineDpo",
     "Ppo",
+    "ProximalRule",
+    "Rebel",
     "Reinforce",
     "SampledTokens",
     "Sapo",
@@ -53,6 +67,7 @@ __all__ = [
     "TokenLosses",
     "Topr",
     "TruncatedIS",
+    "TrustRegion",
     "Vcpo",
     "Vespo",
     "build_objective",

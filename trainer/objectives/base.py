@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from trainer.distributed.ranks import Ranks
     from trainer.models.policy import Policy
 
-__all__ = ["OBJECTIVES", "Need", "Objective", "SampledTokens", "StepStats", "TokenLosses"]
+__all__ = ["OBJECTIVES", "Need", "Objective", "ProximalRule", "SampledTokens", "StepStats", "TokenLosses"]
 
 _RENAMED = {"lone_sequences": "one_sequence_per_microbatch"}
 """Earlier names of attributes that a custom objective may set, and the present ones."""
@@ -58,7 +58,8 @@ class Need(StrEnum):
     PROX = "prox"
     """Log-probs under the weights at the start of the step.
 
-    Free: with one optimizer step per batch they are `logp_S`, detached.
+    Free: with one optimizer step per batch they are `logp_S`, detached. With an objective's `proximal` they
+    are those of a copy of the policy instead: one more forward.
     """
     REF = "ref"
     """Log-probs under a frozen reference model: one more forward."""
@@ -66,6 +67,16 @@ class Need(StrEnum):
     """Sum over the vocabulary of squared probabilities at each token: one more pass over the logits."""
     ENTROPY = "entropy"
     """An entropy that carries gradient: its softmax is kept for the backward."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProximalRule:
+    """How a copy of the policy follows it (`trainer/step/proximal.py`); one of the two."""
+
+    interval: int = 0
+    """Steps after which it is replaced by the policy; 0: it is an average."""
+    decay: float = 0.0
+    """Of an exponential average: weight of a step's policy relative to that of the next step."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -110,6 +121,11 @@ class Objective(ABC):
     """True: a group whose advantages are all zero has no gradient, so it is counted but not run."""
     single_version: bool = False
     """True: a group's samples must come from one weight version (`buffer.group_filter=single_version`)."""
+    ess_level: str = "sequence"
+    """Level of the importance weights, `sequence` | `geometric` | `token`: `max_staleness=auto` follows their
+    effective sample size."""
+    proximal: ProximalRule | None = None
+    """Set where the log-probs of Need.PROX are those of a copy of the policy that lags behind it."""
     advantage: Advantage | None = None
     """Set where the method prescribes its own advantage; it replaces the configured one."""
     normalizer: str | None = None

@@ -29,7 +29,15 @@ from areal_like.errors import ConfigError
 from trainer.advantages.base import Advantage
 from trainer.batching.scope import Scope
 from trainer.gradients.base import Gradients
-from trainer.objectives.base import OBJECTIVES, Need, Objective, SampledTokens, StepStats, TokenLosses
+from trainer.objectives.base import (
+    OBJECTIVES,
+    Need,
+    Objective,
+    ProximalRule,
+    SampledTokens,
+    StepStats,
+    TokenLosses,
+)
 from trainer.objectives.importance import MAX_EXPONENT
 from trainer.objectives.masks import MASKS, Mask
 
@@ -107,6 +115,14 @@ class Composed(Objective):
     @property
     def single_version(self) -> bool:  # type: ignore[override]
         return self.inner.single_version
+
+    @property
+    def ess_level(self) -> str:  # type: ignore[override]
+        return self.inner.ess_level
+
+    @property
+    def proximal(self) -> ProximalRule | None:  # type: ignore[override]
+        return self.inner.proximal
 
     @property
     def advantage(self) -> Advantage | None:  # type: ignore[override]

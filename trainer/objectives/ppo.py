@@ -11,6 +11,12 @@ loss of a token with A < 0 that has become likelier (arXiv 1912.09729).
 the step, and corrects for the data's age by the weight w. With one optimizer step per batch and prox
 recomputed, r is 1 and the clip has no effect: the weight alone corrects for staleness.
 
+`prox=snapshot` and `prox=average` take for prox a copy of the policy that lags behind: its weights at the
+last multiple of `interval` steps, or an exponential average of them (PPO-EWMA, arXiv 2110.00641, section
+3.2). The clip then limits how far the policy moves from there in several steps. The copy costs memory and a
+forward (`trainer/step/proximal.py`). Both lag equally far behind on average where decay is
+(interval - 1) / (interval + 1).
+
 A-3PO (`prox=interpolated`) puts prox between mu and pi instead, so that the clip takes effect:
 
     log prox = log mu + alpha (log pi - log mu),  alpha = (v - 1 - v_b) / (v - v_b) = lag / (lag + 1)
@@ -28,7 +34,15 @@ import torch
 from torch import Tensor
 
 from areal_like.errors import ConfigError
-from trainer.objectives.base import OBJECTIVES, Need, Objective, SampledTokens, StepStats, TokenLosses
+from trainer.objectives.base import (
+    OBJECTIVES,
+    Need,
+    Objective,
+    ProximalRule,
+    SampledTokens,
+    StepStats,
+    TokenLosses,
+)
 from trainer.objectives.importance import check_level, live_ratio_S, ratio_S
 
 
@@ -45,6 +59,8 @@ def clipped_surrogate(ratio_S: Tensor, bounded_S: Tensor, advantage_S: Tensor) -
 @dataclass(frozen=True, kw_only=True)
 class Ppo(Objective):
     """`max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))`, r = pi / mu of a token"""
+
+    ess_level = "token"
 
     clip_low: float = 0.2
     """A ratio below 1 - clip_low is not lowered further."""
@@ -83,7 +99,12 @@ class DecoupledPpo(Objective):
     clip: float = 0.2
     """Half-width of the band around 1 in which pi / prox is not clipped."""
     prox: str = "recomputed"
-    """`recomputed` (weights at the start of the step) | `interpolated` between mu and pi by lag (A-3PO)."""
+    """`recomputed` (weights at the start of the step) | `interpolated` between mu and pi by lag (A-3PO) |
+    `snapshot` (weights some steps ago) | `average` (of the weights so far)."""
+    interval: int = 8
+    """With `prox=snapshot`: steps until the copy is replaced."""
+    decay: float = 0.8
+    """With `prox=average`: weight of a step's policy relative to that of the next."""
     level: str = "token"
     """Level of the weight: `token` | `sequence` | `geometric`."""
     mode: str = "truncate"
@@ -93,8 +114,13 @@ class DecoupledPpo(Objective):
 
     def __post_init__(self) -> None:
         check_level("objective.level", self.level)
-        if self.prox not in ("recomputed", "interpolated"):
-            raise ConfigError(f"objective.prox={self.prox}: use recomputed or interpolated")
+        if self.prox not in ("recomputed", "interpolated", "snapshot", "average"):
+            raise ConfigError(
+                f"objective.prox={self.prox}: use recomputed or interpolated, or a copy of the "
+                "policy: snapshot or average"
+            )
+        if self.interval < 1 or not 0 < self.decay < 1:
+            raise ConfigError("objective: use interval of at least 1 and decay between 0 and 1")
         if self.mode not in ("truncate", "mask", "none"):
             raise ConfigError(f"objective.mode={self.mode}: use truncate, mask or none")
         if not 0 < self.clip < 1 or not self.cap > 0:
@@ -103,7 +129,19 @@ class DecoupledPpo(Objective):
     @property
     def needs(self) -> frozenset[Need]:  # type: ignore[override]
         """PROX, unless prox is interpolated."""
-        return frozenset({Need.PROX} if self.prox == "recomputed" else ())
+        return frozenset(() if self.prox == "interpolated" else {Need.PROX})
+
+    @property
+    def proximal(self) -> ProximalRule | None:  # type: ignore[override]
+        """The copy's rule, for a snapshot or an average."""
+        if self.prox == "snapshot":
+            return ProximalRule(interval=self.interval)
+        return ProximalRule(decay=self.decay) if self.prox == "average" else None
+
+    @property
+    def ess_level(self) -> str:  # type: ignore[override]
+        """That of the weights."""
+        return self.level
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
         """The weighted surrogate; `clipped_fraction`: cut by clip or cap, `kept_fraction`: not masked."""
@@ -123,7 +161,7 @@ class DecoupledPpo(Objective):
 
     def prox_logp_S(self, batch: SampledTokens) -> Tensor:
         """[S] log-probs around which the ratio is clipped."""
-        if self.prox == "recomputed":
+        if self.prox != "interpolated":
             assert batch.prox_logp_S is not None
             return batch.prox_logp_S
         alpha_S = batch.lag_S / (batch.lag_S + 1)

@@ -49,6 +49,7 @@ MASTERS = "weights (float32 masters)"
 MOMENTS = "Adam's moments"
 GRADIENTS = "gradients"
 REFERENCE = "reference model"
+PROXIMAL = "proximal policy (float32)"
 CRITIC = "critic: weights, moments, gradients"
 SCORES = "attention scores (float32)"
 WORKSPACE = "workspace of attention's backward"
@@ -69,8 +70,8 @@ class StepTrace:
     resident_bytes: dict[str, int]
     """By purpose, between two steps."""
     linear_flops: dict[str, float]
-    """FLOPs of the micro-batch outside attention, by phase: `policy`, `reference`, `critic`. Includes what
-    is recomputed."""
+    """FLOPs of the micro-batch outside attention, by phase: `policy`, `reference`, `proximal`, `critic`.
+    Includes what is recomputed."""
     attention_flops: dict[str, float]
     """FLOPs of attention by phase, for each squared token of a sequence: times the sum of squared lengths."""
 
@@ -148,6 +149,7 @@ class _Trace:
         dtype, reshards = config.model.dtype, config.trainer.reshard_after_forward
         policy = self._build_policy()
         reference = self._build_policy(DTYPES[dtype]) if recipe.needs_reference else None
+        proximal = self._build_policy() if recipe.objective.proximal else None
         critic = self._build_critic() if isinstance(recipe.estimator, Gae) else None
         with FakeTensorMode(allow_non_fake_inputs=True), self._memory.recording():
             with self._memory.as_(MASTERS):
@@ -158,6 +160,10 @@ class _Trace:
                 reference.with_entropy = False
                 with self._memory.as_(REFERENCE):
                     reference.shard(self._ranks, dtype=dtype, frozen=True)
+            if proximal is not None:
+                proximal.requires_grad_(False).with_entropy = False
+                with self._memory.as_(PROXIMAL):
+                    proximal.shard(self._ranks, dtype=dtype, reshard_after_forward=reshards)
             if critic is not None:
                 with self._memory.as_(CRITIC):
                     critic.shard(self._ranks, dtype=dtype, reshard_after_forward=reshards)
@@ -167,6 +173,9 @@ class _Trace:
             if reference is not None:
                 with torch.no_grad(), self._memory.as_(ACTIVATIONS, phase="reference"):
                     reference(batch)
+            if proximal is not None:
+                with torch.no_grad(), self._memory.as_(ACTIVATIONS, phase="proximal"):
+                    proximal(batch)
             self._train_policy(policy, optimizer, batch)
             if critic is not None:
                 self._train_critic(critic, critic_optimizer, batch)

@@ -1,4 +1,4 @@
-"""Builds the configured StepRunner: optimizer, reference model and critic around a sharded policy."""
+"""Builds the configured StepRunner: optimizer and further models around a sharded policy."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy, build_policy
 from trainer.objectives.normalizers import Normalizer
 from trainer.optimizer import ShardedAdamW
+from trainer.step.proximal import ProximalPolicy
 from trainer.step.recipe import StepRecipe
 from trainer.step.runner import StepRunner
 
@@ -20,8 +21,8 @@ def build_step_runner(
     """Returns a runner with a fresh optimizer. `policy` is sharded. Raises ConfigError.
 
     `initial`: the model that the run started from. The critic starts from it, and it is the reference model
-    where one is needed and `kl.reference` names none. `with_weights`: False leaves the critic's weights
-    undefined, for a caller that reads a checkpoint into them.
+    where one is needed and `kl.reference` names none. `with_weights`: False leaves the weights of critic and
+    proximal policy undefined, for a caller that reads a checkpoint into them.
     """
     trainer, recipe = config.trainer, StepRecipe.of(config)
     reference = None
@@ -30,6 +31,11 @@ def build_step_runner(
     critic = None
     if isinstance(recipe.estimator, Gae) and initial:
         critic = Critic.of(config, recipe.estimator, ranks, initial=initial, with_weights=with_weights)
+    proximal = None
+    if (rule := recipe.objective.proximal) is not None and initial:
+        proximal = ProximalPolicy.of(
+            config, policy, ranks, rule=rule, path=initial, with_weights=with_weights
+        )
     return StepRunner(
         policy,
         ShardedAdamW.of(trainer, policy, ranks, lr=trainer.lr),
@@ -42,6 +48,7 @@ def build_step_runner(
         shapings=recipe.shapings,
         kl=recipe.kl,
         critic=critic,
+        proximal=proximal,
         turn_discount=recipe.turn_discount,
         peak_tflops=trainer.peak_tflops,
         balances=_balances(config, ranks),

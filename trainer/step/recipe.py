@@ -5,6 +5,7 @@ Built before any model is loaded, so that a misspelled setting ends the job at o
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Self
 
@@ -13,6 +14,9 @@ from areal_like.errors import ConfigError
 from trainer.advantages import ADVANTAGES, Advantage, Estimator
 from trainer.advantages.reward_shaping import SHAPINGS, Shaping
 from trainer.objectives import Need, Objective, build_objective
+from trainer.objectives.normalizers import Normalizer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,4 +85,21 @@ class StepRecipe:
             raise ConfigError(
                 "this objective needs groups of one weight version: set buffer.group_filter=single_version, "
                 "weights.update_mode=drain and weights.sync_interval (the preset objective=oapl does)"
+            )
+
+
+def warn_of_ignored_settings(objective: Objective, advantage: Estimator, normalizer: Normalizer) -> None:
+    """Logs which configured settings have no effect because the objective prescribes its own."""
+    own_advantage = objective.advantage and type(objective.advantage).__name__
+    for setting, configured, prescribed in (
+        ("trainer.normalizer", normalizer.name, objective.normalizer),
+        ("advantage", type(advantage).__name__, own_advantage),
+    ):
+        if prescribed not in (None, configured):
+            log.warning(
+                "%s=%s is ignored: objective %s prescribes %s",
+                setting,
+                configured,
+                objective.display_name,
+                prescribed,
             )

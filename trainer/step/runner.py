@@ -14,7 +14,6 @@ A group whose advantages are all zero counts in the normalizer but is not run, u
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -46,10 +45,10 @@ from trainer.optimizer import ShardedAdamW
 from trainer.profiling.ranges import named_range
 from trainer.step.forward import forward
 from trainer.step.observations import Observations
+from trainer.step.proximal import ProximalPolicy
+from trainer.step.recipe import warn_of_ignored_settings
 from trainer.step.reward_terms import RewardTerms, TrajectoryGroup
 from trainer.step.scoring import AdvantagePipeline, Lags
-
-log = logging.getLogger(__name__)
 
 
 class IncompleteStepError(ArealError):
@@ -73,6 +72,7 @@ class StepRunner:
         shapings: Sequence[Shaping] = (),
         kl: KlConfig | None = None,
         critic: Critic | None = None,
+        proximal: ProximalPolicy | None = None,
         turn_discount: float = 1.0,
         peak_tflops: float = 0.0,
         balances: bool = False,
@@ -81,7 +81,8 @@ class StepRunner:
 
         `budget_tokens`: most tokens of a micro-batch. `reference`: frozen model, for objectives that need
         one. `shapings`: of rewards, in order. `kl`: penalty on rewards; None: none (one in the loss is part
-        of the objective). `critic`: for an advantage that needs one. `turn_discount`: between the turns of a
+        of the objective). `critic`: for an advantage that needs one. `proximal`: for an objective with a
+        rule for it. `turn_discount`: between the turns of a
         sample. `peak_tflops`: of one rank's device, for MFU; 0: by its name. `balances`: sequences are
         divided over the ranks by cost once a step is complete; no effect with an objective that runs one
         sequence at a time. Raises ConfigError if the objective's reference or the advantage's critic is
@@ -91,12 +92,17 @@ class StepRunner:
             raise ConfigError(
                 f"objective {objective.display_name} needs a reference model, and none is configured"
             )
-        _warn_of_ignored_settings(objective, advantage, normalizer)
+        if objective.proximal is not None and proximal is None:
+            raise ConfigError(
+                f"objective {objective.display_name} needs a proximal policy, and none was built"
+            )
+        warn_of_ignored_settings(objective, advantage, normalizer)
         policy.with_collision = Need.COLLISION in objective.needs
         policy.with_entropy_gradient = Need.ENTROPY in objective.needs
         self.policy = policy
         self.optimizer = optimizer
         self.critic = critic
+        self.proximal = proximal
         self.on_first_forward: Callable[[PackedBatch, Tensor], None] = lambda batch, logp_S: None
         """Called in each step with this rank's first micro-batch and its log-probs [S] under the weights that
         the step starts from."""
@@ -121,6 +127,7 @@ class StepRunner:
             policy,
             ranks,
             reference=reference if Need.REF in objective.needs else None,
+            proximal=None if proximal is None else proximal.model,
             peak_tflops=peak_tflops,
         )
         self.rewards = RewardTerms(shapings, ranks, kl=kl, reference=reference, budget_tokens=budget_tokens)
@@ -168,6 +175,15 @@ class StepRunner:
             )
         # Divide, clip, AdamW: `_update`, and in it `ShardedAdamW.step`. Only now are the global counts known.
         return self._update(step, stats, totals, timer)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint stores beside weights and moments, for `restore`; JSON."""
+        return {"shaping_duals": self.rewards.duals, "advantage_state": list(self.advantages.state)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Sets what `state` returned; a checkpoint of an earlier version has only `shaping_duals`."""
+        self.rewards.restore(state["shaping_duals"])
+        self.advantages.restore(state.get("advantage_state", []))
 
     def _accumulate(
         self,
@@ -242,7 +258,11 @@ class StepRunner:
     def _forward(self, batch: PackedBatch, totals: StepTotals, *, live: bool) -> SampledTokens:
         with named_range("forward"):
             tokens = forward(
-                batch, policy=self.policy, reference=self._reference, needs=self._objective.needs
+                batch,
+                policy=self.policy,
+                reference=self._reference,
+                needs=self._objective.needs,
+                proximal=self.proximal.model if self.proximal else None,
             )
         totals.add("model_flops", self._speed.flops_of(batch) if live else 0.0)
         if self._is_first_forward:
@@ -287,12 +307,13 @@ class StepRunner:
 
         Metrics: loss, grad_norm, lr, lr_scale, lr_base, those of the samples (`StepTotals`), num_groups,
         zero_advantage_groups, num_tokens (of the sequences run), shared_share (of them, not computed),
-        num_microbatches (of all ranks), balance (see `Plan.busy_share`), ess_ratio, log_w_mean, log_w_std,
-        kl_k3, entropy, clipped_fraction, kept_fraction, mismatch_abs (mean |log(pi / mu)| of tokens that
-        the current weights sampled, if there are any: the numerical mismatch of engine and trainer), the
-        objective's own, shaped_reward (where advantages are not computed from `reward`), shaping_dual_I (of
-        a shaping with a dual variable), the critic's, wait_s, compute_s, reduce_s, update_s, step_s, and
-        those of `StepSpeed`.
+        num_microbatches (of all ranks), balance (see `Plan.busy_share`), ess_ratio and at other levels,
+        ess_weights (at the objective's), log_w_mean, log_w_std, kl_k3, entropy, clipped_fraction,
+        kept_fraction, mismatch_abs (mean |log(pi / mu)| of tokens that the current weights sampled, if there
+        are any: the numerical mismatch of engine and trainer), the objective's own, shaped_reward (where
+        advantages are not computed from `reward`), shaping_dual_I (of a shaping with a dual variable),
+        reward_baseline (of advantage=running), the critic's, wait_s, compute_s, reduce_s, update_s, step_s,
+        and those of `StepSpeed`.
         """
         lr_scale = self._objective.lr_scale(stats)
         lr = self.optimizer.learning_rate(step) * lr_scale
@@ -304,9 +325,13 @@ class StepRunner:
         with timer.span("update_s"):
             with named_range("optimizer"):
                 grad_norm = self.optimizer.step(divisor=divisor, lr=lr)
+                if self.proximal is not None:
+                    self.proximal.follow(step)
             critic_metrics = self.advantages.train_critic(step)
         self.rewards.update_duals(mean_tokens=totals.mean("response_tokens"))
         metrics = totals.metrics() | self.rewards.metrics() | critic_metrics
+        metrics.update(self.advantages.update_state(totals))
+        metrics["ess_weights"] = totals.ess_ratios()[self._objective.ess_level]
         if self._balancer is not None:
             metrics["balance"] = self._balancer.busy_share
         metrics.update(loss=totals.total("loss") / divisor, grad_norm=grad_norm)
@@ -319,20 +344,3 @@ class StepRunner:
                 seconds, num_tokens=totals.total("num_tokens"), flops=totals.total("model_flops")
             )
         )
-
-
-def _warn_of_ignored_settings(objective: Objective, advantage: Estimator, normalizer: Normalizer) -> None:
-    """Logs which configured settings have no effect because the objective prescribes its own."""
-    own_advantage = objective.advantage and type(objective.advantage).__name__
-    for setting, configured, prescribed in (
-        ("trainer.normalizer", normalizer.name, objective.normalizer),
-        ("advantage", type(advantage).__name__, own_advantage),
-    ):
-        if prescribed not in (None, configured):
-            log.warning(
-                "%s=%s is ignored: objective %s prescribes %s",
-                setting,
-                configured,
-                objective.display_name,
-                prescribed,
-            )

@@ -11,6 +11,7 @@ trajectory.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
@@ -32,12 +33,14 @@ from trainer.metrics.phase_timer import PhaseTimer
 from trainer.metrics.step_totals import StepTotals
 from trainer.step.reward_terms import RewardTerms, TokenPenalties, TrajectoryGroup
 
+log = logging.getLogger(__name__)
+
 Lags = NDArray[np.int64]
 """Lag of each token of a trajectory, [num_tokens], in optimizer steps."""
 
 
 class AdvantagePipeline:
-    """Called twice in each step: `compute`, and after the policy's update `train_critic`."""
+    """Called in each step: `compute`, and after the policy's update `train_critic` and `update_state`."""
 
     def __init__(
         self,
@@ -60,6 +63,8 @@ class AdvantagePipeline:
         self._critic = critic
         self._turn_discount = turn_discount
         self._value_targets: list[ValueTarget] = []
+        self.state = advantage.initial_state()
+        """Of an estimator that remembers earlier steps; checkpoints store it."""
 
     @property
     def extra_totals(self) -> tuple[str, ...]:
@@ -111,6 +116,22 @@ class AdvantagePipeline:
         targets, self._value_targets = self._value_targets, []
         return self._critic.learn(targets, step=step)
 
+    def update_state(self, totals: StepTotals) -> dict[str, float]:
+        """Updates the estimator's state, if it has one, after a step; returns `reward_baseline`."""
+        if not self.state:
+            return {}
+        metrics = {"reward_baseline": -self._advantage.shift(self.state)}
+        name = "reward" if self._rewards.is_identity else "shaped_reward"
+        self.state = self._advantage.next_state(self.state, mean_reward=totals.mean(name))
+        return metrics
+
+    def restore(self, state: Sequence[float]) -> None:
+        """Sets the state from a checkpoint; warns and keeps the initial one if it is another estimator's."""
+        if len(state) == len(self.state):
+            self.state = tuple(state)
+        else:
+            log.warning("advantage differs from the checkpoint's: what it remembers of earlier steps is lost")
+
     def _record_shaped(
         self, groups: Iterable[TrajectoryGroup], totals: StepTotals
     ) -> Iterator[TrajectoryGroup]:
@@ -123,7 +144,11 @@ class AdvantagePipeline:
 
     def _group_advantages(self, group: TrajectoryGroup) -> Sequence[float | FloatArray]:
         assert isinstance(self._advantage, Advantage)
-        return group_advantages(self._advantage, group, turn_discount=self._turn_discount)
+        advantages = group_advantages(self._advantage, group, turn_discount=self._turn_discount)
+        if not self.state:
+            return advantages
+        shift = self._advantage.shift(self.state)
+        return [advantage + shift for advantage in advantages]
 
     def _critic_advantages(
         self, groups: Sequence[TrajectoryGroup], penalties: TokenPenalties

@@ -55,6 +55,12 @@ WHOLE_STEP: list[dict[str, Any]] = [
     {"objective": {"name": "reinforce"}, "kl": {"coef": 0.3, "estimator": "k3", "place": "reward"}},
     {"objective": {"name": "oapl"}, "kl": {"coef": 0.3, "place": "loss"}},
     {"objective": {"name": "vcpo"}},
+    {
+        "objective": {
+            "name": "tis",
+            "masks": [{"name": "kpop"}, {"name": "trust_region", "max_kl": 9.0, "mean_kl": 3.0}],
+        }
+    },
 ]
 """Settings that depend on all groups of a step or on whole groups, or run a second model."""
 

@@ -1,0 +1,40 @@
+"""Ranks of a real trainer with methods that remember earlier steps, run by `run_ranks`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from tests.support.trainer_helpers import random_groups
+from tests.support.trainer_ranks import main, make_runner
+from trainer.distributed.ranks import Ranks
+from trainer.models.sharded_weights import gather, shards_of
+
+
+def baselines(ranks: Ranks, out_dir: Path, path: str, settings: str) -> None:
+    """Runs two steps of single samples; every rank writes what its advantage estimator remembers."""
+    runner = make_runner(path, ranks, settings=json.loads(settings))
+    for step in range(2):
+        groups = random_groups(4, group_size=1, seed=step)
+        runner.run(groups[ranks.rank :: ranks.world_size], step=step)
+    (out_dir / f"baseline-{ranks.rank}.json").write_text(json.dumps(runner.advantages.state))
+
+
+def lagging(ranks: Ranks, out_dir: Path, path: str, settings: str) -> None:
+    """Trains three steps; writes the gathered weights of the proximal policy and the losses."""
+    runner = make_runner(path, ranks, settings=json.loads(settings))
+    losses = []
+    for step in range(3):
+        groups = random_groups(4, seed=step)
+        losses.append(runner.run(groups[ranks.rank :: ranks.world_size], step=step)["loss"])
+    assert runner.proximal is not None
+    weights = {name: tensor.clone() for name, tensor in gather(shards_of(runner.proximal.model))}
+    if ranks.rank == 0:
+        save_file(weights, out_dir / "proximal.safetensors")
+        (out_dir / "losses.json").write_text(json.dumps(losses))
+
+
+if __name__ == "__main__":
+    main(baselines=baselines, lagging=lagging)

@@ -1,0 +1,102 @@
+"""A copy of the policy that lags behind it: the proximal policy around which decoupled PPO clips.
+
+    snapshot   replaced by the policy after every `interval` steps
+    average    sum_i decay^(n-i) theta_i / sum_i decay^(n-i), theta_0 .. theta_n the weights so far
+
+The average and its correction for the first steps are those of PPO-EWMA (arXiv 2110.00641, section 3.2). It
+is updated in place, after each step, in the masters' dtype: in bfloat16 a change of the weights smaller than
+1/256 would be lost.
+
+Memory of each rank: its rows of the weights once more, in the masters' dtype (4 bytes for each parameter of
+the rank, without moments and gradients), and as much host memory for checkpoints. Time: one more forward of
+every micro-batch, without gradient. Checkpoints contain the rows, so a resumed run goes on to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from areal_like.config import Config
+from trainer.distributed.ranks import Ranks
+from trainer.distributed.sharding import local, reshard
+from trainer.models.policy import Policy, build_policy
+from trainer.objectives import ProximalRule
+
+
+class ProximalPolicy:
+    """The copy, and how it follows the policy: restart() or a checkpoint -> [follow() after each step]*
+
+    For checkpoints it is the state of a model without moments (`ModelState`).
+    """
+
+    kinds: tuple[str, ...] = ()
+    """No moments."""
+
+    def __init__(self, model: Policy, policy: Policy, *, rule: ProximalRule) -> None:
+        """`model`: sharded like `policy`, with any weights; it is never trained."""
+        self.model = model.requires_grad_(False)
+        self.model.with_entropy = False
+        self.num_updates = 0
+        """Steps that it has followed."""
+        self._policy = policy
+        self._rule = rule
+        self.shards = {name: local(param.detach()) for name, param in model.named_parameters()}
+        """This rank's part of each parameter, by name; memory shared with the model."""
+
+    @classmethod
+    def of(
+        cls,
+        config: Config,
+        policy: Policy,
+        ranks: Ranks,
+        *,
+        rule: ProximalRule,
+        path: str,
+        with_weights: bool,
+    ) -> ProximalPolicy:
+        """Builds the copy, from the skeleton in `path`.
+
+        `with_weights`: False leaves the weights undefined, for a caller that reads a checkpoint into them.
+        """
+        proximal = cls(build_policy(config, path, ranks, with_weights=False), policy, rule=rule)
+        if with_weights:
+            proximal.restart()
+        return proximal
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Sets the weights to the policy's, as before the first step."""
+        self.num_updates = 0
+        self._move(1.0)
+
+    @torch.no_grad()
+    def follow(self, step: int) -> None:
+        """Follows the policy after the step that came after `step` completed ones."""
+        self.num_updates += 1
+        if self._rule.interval:
+            if (step + 1) % self._rule.interval == 0:
+                self._move(1.0)
+            return
+        self._move(1 / sum(self._rule.decay**i for i in range(self.num_updates + 1)))
+
+    def moments(self, shard_name: str) -> dict[str, Tensor]:
+        """None; part of `ModelState`."""
+        return {}
+
+    def new_moments(self, *, num_updates: int) -> Mapping[str, dict[str, Tensor]]:
+        """None; takes the number of steps followed from a checkpoint."""
+        self.num_updates = num_updates
+        return {}
+
+    def _move(self, share: float) -> None:
+        """Moves the weights by this share of the way to the policy's; 1 copies them exactly."""
+        reshard(self.model)  # its last forward left gathered copies of the former weights
+        for name, param in self._policy.named_parameters():
+            here, there = self.shards[name], local(param.detach())
+            if share == 1.0:
+                here.copy_(there)
+            else:
+                here.lerp_(there, share)
