@@ -24,9 +24,9 @@ Measured for each kill (benchmarks/crash_books.py has the arithmetic):
   completed step. *Until a new step*: until a step is completed that had not been before the kill.
 
 *As peers do it* is the row of `job` with `none`: all is killed and resumed from the newest checkpoint, and
-trajectories in flight and in the buffer are gone. That is what becomes of a job of a framework
-whose buffer is memory, whichever of its processes dies. Undone steps grow with the interval of checkpoints,
-here 5 steps of about two seconds; with the buffer's ledger only the steps themselves are made again.
+trajectories in flight and in the buffer are gone. That is what becomes of a job whose buffer is memory and
+whose processes are not started again one by one, whichever of them dies. Undone steps grow with the interval
+of checkpoints, here 5 steps; with the buffer's ledger their samples are kept.
 
 A kill is a line of benchmarks/results/crash_cost.jsonl, appended at the end of its job, which has a few kills
 of each role. Kills that are there already are not repeated, so the benchmark may be stopped and continued.
