@@ -17,6 +17,8 @@ WINDOW_S = 4.0
 """Time over which a speed is taken: several heartbeats, and several tokens of a slow engine."""
 _SLOW = 0.25
 """Fraction of the usual speed below which a daemon is slow. Lengths of answers alone change it by less."""
+_USUAL_AGAIN = 0.4
+"""Fraction above which a slow daemon is no longer slow."""
 _SETTLED = 4
 """Windows before a speed counts as usual."""
 _SMOOTHING = 0.1
@@ -27,6 +29,8 @@ class _Known:
     seen_s: float
     work: float
     busy_s: float
+    is_stale: bool = False
+    """True: the next observation begins a window."""
     added_s: float
     """As `busy_s`, added over what the daemon worked on in parallel."""
     usual: tuple[float, float] = (0.0, 0.0)
@@ -49,12 +53,20 @@ class Speeds:
             self._known[name] = _Known(seen_s=now_s, work=work, busy_s=busy_s, added_s=added_s)
             return
         known.seen_s = now_s
+        if known.is_stale:
+            known.work, known.busy_s, known.added_s, known.is_stale = work, busy_s, added_s, False
+            return
         if busy_s - known.busy_s < WINDOW_S:
             return
         done = work - known.work
         speed = (done / (busy_s - known.busy_s), done / max(busy_s - known.busy_s, added_s - known.added_s))
         known.work, known.busy_s, known.added_s = work, busy_s, added_s
         self._judge(known, speed, now_s=now_s)
+
+    def forget_window(self, name: str) -> None:
+        """Begins a window anew: the daemon stands still, for which there is a cause of another kind."""
+        if (known := self._known.get(name)) is not None:
+            known.is_stale = True
 
     def keep_only(self, names: Mapping[str, object]) -> None:
         """Forgets daemons that have left."""
@@ -71,7 +83,8 @@ class Speeds:
     @staticmethod
     def _judge(known: _Known, speed: tuple[float, float], *, now_s: float) -> None:
         share = max((now / usual if usual else 1.0) for now, usual in zip(speed, known.usual, strict=True))
-        if known.num_windows >= _SETTLED and share < _SLOW:
+        limit = _SLOW if known.slow_since_s is None else _USUAL_AGAIN
+        if known.num_windows >= _SETTLED and share < limit:
             known.share = share
             if known.slow_since_s is None:
                 known.slow_since_s = now_s - WINDOW_S
