@@ -2,6 +2,7 @@
 #   make run [ARGS="key=value ..."]    the default job (see `make run ARGS=--help`)
 #   make sft ARGS="CONFIG ..."         supervised training
 #   make test [JOBS=3]                 lint, types and the tests, in that many processes
+#   make test-long [JOBS=3]            the tests of whole jobs that `make test` leaves out: five minutes
 #   make chaos                         the promises about crashes and faults at length: about an hour
 #   make sglang                        an environment with SGLang on this CPU, for rollout.engine=sglang
 #   make test-sglang                   the tests against it
@@ -25,7 +26,7 @@ REQUIREMENTS ?= $(shell cat .venv/.requirements 2>/dev/null || echo requirements
 STAMP := .venv/.installed-$(shell cat $(REQUIREMENTS) requirements-dev.txt pyproject.toml | cksum | cut -d' ' -f1)
 DOCS_STAMP := $(STAMP)-docs-$(shell cksum < requirements-docs.txt | cut -d' ' -f1)
 
-.PHONY: run sft test chaos sglang test-sglang verifiers test-verifiers test-cluster trl docs lint ruff format setup clean
+.PHONY: run sft test test-long chaos sglang test-sglang verifiers test-verifiers test-cluster trl docs lint ruff format setup clean
 .DEFAULT_GOAL := run
 
 run: $(STAMP)
@@ -39,6 +40,9 @@ test: ruff
 	@$(BIN)/mypy & types=$$!; \
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS); tests=$$?; \
 	wait $$types || { echo "make test: mypy has found errors, printed above" >&2; exit 1; }; exit $$tests
+
+test-long: $(STAMP)
+	@$(BIN)/python -m pytest -q -n $(JOBS) --dist load -m long $(ARGS)
 
 chaos: $(STAMP)
 	@$(BIN)/python -m pytest -q -m chaos $(ARGS)

@@ -129,6 +129,11 @@ class RunPaths:
         return self.root / "rows.json"
 
     @property
+    def replay(self) -> Path:
+        """Of a replay: which run it trained again, one JSON object."""
+        return self.root / "replay.json"
+
+    @property
     def summary(self) -> Path:
         """Summary of the run, one JSON object written at its end."""
         return self.root / "summary.json"

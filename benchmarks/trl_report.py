@@ -1,6 +1,6 @@
 """Figures and the Markdown table of benchmarks/trl.py.
 
-python -m benchmarks.trl_report        prints the table of benchmarks/results/trl.json
+python -m benchmarks.trl_report        prints the table of benchmarks/results/trl.json, draws docs/trl.png
 """
 
 from __future__ import annotations
@@ -8,12 +8,23 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from benchmarks.report import RESULTS, table
+import matplotlib
+
+from benchmarks.report import RESULTS, ROOT, table
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
 
 WINDOW = 5
 REWARDS = (0.7, 0.9)
+_CURVE_POINTS = 150
+_TITLES = {
+    "default": "the default job: answers of up to 10 tokens",
+    "long": "counting: answers of up to 128 tokens",
+}
 PHASES = ("wait_data_s", "compute_s", "reduce_s", "update_s", "freeze_s", "step_s")
 """Metrics of this project's steps that say what its trainer does; `freeze_s`: copies of the weights."""
 
@@ -32,6 +43,14 @@ def result_of(facts: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, An
                 }
                 break
     seconds = rows[-1]["seconds"]
+    every = max(1, len(rows) // _CURVE_POINTS)
+    curve = [
+        (
+            round(rows[end - 1]["seconds"], 2),
+            round(statistics.mean(r["reward"] for r in rows[end - WINDOW : end]), 4),
+        )
+        for end in range(WINDOW, len(rows) + 1, every)
+    ]
     sampled = sum(row["sampled_tokens"] for row in rows)
     tokens = sampled + sum(row["prompt_tokens"] for row in rows)
     result = {
@@ -44,6 +63,7 @@ def result_of(facts: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, An
         "last_reward": round(statistics.mean(row["reward"] for row in rows[-WINDOW:]), 3),
         "start_s": round(facts["start_s"], 1),
         "peak_mib": round(facts["peak_mib"]),
+        "curve": curve,
     }
     if "lag" in rows[0]:
         result["lag"] = round(statistics.mean(row["lag"] for row in rows), 2)
@@ -73,6 +93,30 @@ def table_of(runs: Sequence[dict[str, Any]]) -> str:
             lines.append([name, "TRL / ours", *_ratios(of_job)])
     header = [f"{unit} to {reward}" for reward in REWARDS for unit in ("seconds", "samples")]
     return table(["job", "side", *header, "s a step", "tokens/s", "peak MiB"], lines)
+
+
+def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
+    """The reward by the clock: one panel a job, one line a run."""
+    jobs = list(dict.fromkeys(run["job"] for run in runs))
+    figure, panels = pyplot.subplots(1, len(jobs), figsize=(10, 3.2), squeeze=False, sharey=True)
+    colors = {"ours": "#3a6ea5", "TRL": "#c8772e"}
+    for panel, job in zip(panels[0], jobs, strict=True):
+        for run in runs:
+            if run["job"] == job:
+                is_first = run["seed"] == min(r["seed"] for r in runs if r["job"] == job)
+                seconds, rewards = zip(*run["curve"], strict=True)
+                label = {"ours": "this software", "TRL": "TRL"}[run["side"]] if is_first else None
+                panel.plot(seconds, rewards, color=colors[run["side"]], label=label, linewidth=1.2)
+        panel.axhline(REWARDS[0], color="black", linewidth=0.6, linestyle=":")
+        panel.set_title(_TITLES[job], fontsize=10)
+        panel.set_xlabel("seconds from the first step")
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.set_xlim(left=0)
+    panels[0][0].set_ylabel(f"mean reward of {WINDOW} steps")
+    panels[0][0].legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
 
 
 def phases_of(runs: Sequence[dict[str, Any]]) -> str:
@@ -120,3 +164,4 @@ def _spread(values: Sequence[Any]) -> str:
 if __name__ == "__main__":
     found = json.loads((RESULTS / "trl.json").read_text())["runs"]
     print(table_of(found) + "\n\n" + phases_of(found))
+    draw(found, ROOT / "docs" / "trl.png")

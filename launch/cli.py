@@ -110,9 +110,11 @@ COMMANDS = {
     ),
     "replay": Command(
         "replay",
-        "replay RUN [key=value ...]",
+        "replay RUN [key=value ...]\n"
+        "       areal-like replay RUN --against OTHER [--tolerance SHARE] [--json]",
         "trains again on the trajectories of a run, with the same or other settings; the run must have had "
-        "buffer.retain_trajectories=true",
+        "buffer.retain_trajectories=true. --against: trains nothing, prints the first step at which two runs "
+        "differ and by what; exit code 1 if they do",
     ),
     "eval": Command(
         "eval",

@@ -137,6 +137,7 @@ class RolloutServer:
             environments=self._environments,
             receiver=self._receiver,
             engine=engine,
+            gate=gate,
             supervisor=self._supervisor,
             starvation=Starvation.of(config),
             book=parts.book,

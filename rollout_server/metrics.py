@@ -17,9 +17,11 @@ from areal_like.spans import recorder
 from areal_like.trajectory import FinishReason
 from rollout_server.buffer_client.held_leases import Place
 from rollout_server.buffer_client.shards import ShardedBufferClient
+from rollout_server.engine_time import EngineTime
 from rollout_server.environments.workers.pool import EnvironmentPool
 from rollout_server.episodes.lease_runner import LeaseRunner
 from rollout_server.inference.engine import Engine
+from rollout_server.inference.generation_gate import GenerationGate
 from rollout_server.inference.supervisor import EngineSupervisor
 from rollout_server.rewards.pool import RewardPool
 from rollout_server.sessions.book import Outcome, SessionBook
@@ -41,6 +43,8 @@ _COUNTERS = {
     "tokens_generated": ("tokens_generated", "Tokens that this server's engines sampled."),
     "busy_s": ("generation_busy_seconds", "Time in which an engine had a runnable sequence."),
     "idle_s": ("generation_idle_seconds", "Time in which an engine had none."),
+    "at_engine_s": ("engine_request_seconds", "Time with a request at the engine, without stalls of pushes."),
+    "requests_s": ("requests_at_engine_seconds", "The same, added over the requests that were at it."),
     "progress": ("progress", "Heartbeats at which the server had made progress."),
     "prompt_tokens": ("prompt_tokens", "Tokens of the prompts of finished requests."),
     "cached_prompt_tokens": ("cached_prompt_tokens", "Those that were in the engine's prefix cache."),
@@ -76,6 +80,10 @@ _GAUGES = {
     "kv_usage": ("kv_usage", "Fraction of the engine's KV memory that its sequences use."),
     "concurrency_limit": ("concurrency_limit", "Samples that may be at the engine."),
     "holding": ("samples_held", "Samples of leases that are not finished."),
+    "in_progress_s": (
+        "sample_seconds_in_progress",
+        "Time that the samples in progress have taken so far: what the loss of the server would cost.",
+    ),
     "unacknowledged": ("samples_unacknowledged", "Finished samples that the buffer has not confirmed."),
     "at_engine": ("samples_at_engine", "Held samples that wait for the engine or are at it."),
     "in_tools": ("samples_in_environments", "Held samples that wait for their environment or agent."),
@@ -124,6 +132,7 @@ class ServerStats:
         environments: Sequence[EnvironmentPool],
         receiver: WeightReceiver,
         engine: Engine,
+        gate: GenerationGate,
         supervisor: EngineSupervisor,
         starvation: Starvation,
         book: SessionBook,
@@ -132,7 +141,8 @@ class ServerStats:
         self._progress = ProgressClock(now_s=0.0)
         self._buffers, self._runner, self._rewards = buffers, runner, rewards
         self._environments = environments
-        self._receiver, self._engine = receiver, engine
+        self._receiver, self._engine, self._gate = receiver, engine, gate
+        self._engine_time = EngineTime()
         self._starvation = starvation
         self._book = book
         self._counters = {key: metrics.counter(*named) for key, named in _COUNTERS.items()}
@@ -168,6 +178,8 @@ class ServerStats:
         self._before_engine = dict.fromkeys(_CUMULATIVE, 0.0)
         self._by_engine = dict.fromkeys(_CUMULATIVE, 0.0)
         self._loop_late_s = 0.0
+        self._late_s = 0.0
+        """How late the last timer was."""
         self._updated_s = 0.0
         self._weights = (-1, 0.0)
         """Version that the engine has, and since when."""
@@ -186,6 +198,7 @@ class ServerStats:
 
     def woke(self, *, late_s: float) -> None:
         """The timer of the heartbeats was late by this."""
+        self._late_s = late_s
         self._loop_late_s += _SMOOTHING * (min(max(0.0, late_s), _MOST_LATE_S) - self._loop_late_s)
 
     def engine_lost(self) -> None:
@@ -197,6 +210,7 @@ class ServerStats:
     def update(self, load: Mapping[str, Any], *, now_s: float) -> dict[str, float]:
         """Computes the values from the engine's `load` ({} if it did not answer) and the server's parts."""
         self._by_engine |= {key: float(load[name]) for key, name in _CUMULATIVE.items() if name in load}
+        passed_s = now_s - self._updated_s
         totals = {key: self._before_engine[key] + self._by_engine[key] for key in _CUMULATIVE}
         values = totals | {
             "progress": self._num_changes(now_s=now_s),
@@ -220,12 +234,14 @@ class ServerStats:
             "kv_usage": float(load.get("kv_usage", 0.0)),
             "concurrency_limit": self.concurrency_limit,
             "holding": self._buffers.holding_samples,
+            "in_progress_s": self._runner.seconds_in_progress,
             "unacknowledged": self._buffers.num_unacknowledged,
             **self._of_places(now_s=now_s),
             "rewards_waiting": sum(pool.num_waiting for pool in self._rewards),
             "tokens_per_s": self._rate(totals["tokens_generated"], now_s=now_s),
             "weights_version": self._receiver.version,
             "weights_age_s": self._weights_age_s(now_s=now_s),
+            **self._of_engine_time(passed_s=passed_s),
             "engine_starts": self._engine.num_starts,
             "loop_late_s": self._loop_late_s,
         }
@@ -245,6 +261,19 @@ class ServerStats:
         for key in _TRACED:
             recorder.count(key, self.values[key])
         return self.values
+
+    def _of_engine_time(self, *, passed_s: float) -> dict[str, float]:
+        busy_s, request_s = self._gate.seconds()
+        self._engine_time.observe(
+            busy_s=busy_s,
+            request_s=request_s,
+            passed_s=passed_s,
+            late_s=self._late_s,
+            is_pushing=self._receiver.work is not None,
+            num_pushes=self._receiver.num_pushes,
+            stall_s=self._receiver.stall_seconds_total,
+        )
+        return {"at_engine_s": self._engine_time.busy_s, "requests_s": self._engine_time.request_s}
 
     def _of_places(self, *, now_s: float) -> dict[str, float]:
         num_at = self._buffers.num_at

@@ -1,5 +1,9 @@
 """`max_staleness: auto`: adapts the staleness bound to the effective sample size (ESS) of the batches.
 
+The ESS is that of the objective's own weights (`Objective.ess_level`): products over sequences, their
+geometric means, or tokens. An engine whose numerics differ from the trainer's lowers that of products with
+the length of the answers, at any lag; that of tokens it hardly changes.
+
 With m the mean ESS ratio over a window of steps, T the target, and b the bound:
 
     m < T                                          b -> b // 2, and the old b becomes the ceiling

@@ -293,7 +293,7 @@ class Leader:
         if self._staleness is None or not metrics["num_tokens"]:
             return
         before = self._staleness.bound
-        if self._staleness.observe(ess_ratio=metrics["ess_ratio"], lag_max=metrics["lag_max"]) != before:
+        if self._staleness.observe(ess_ratio=metrics["ess_weights"], lag_max=metrics["lag_max"]) != before:
             self._send_staleness_bound(self._staleness.bound)
 
     def _send_staleness_bound(self, bound: int) -> None:

@@ -136,8 +136,9 @@ class Config(Section):
     max_staleness_cap: int = 8
     """With `max_staleness=auto`: upper limit of the bound, which starts at 0."""
     ess_target: float = 0.7
-    """With `max_staleness=auto`: target of the effective sample size divided by the batch size, averaged over
-    some steps."""
+    """With `max_staleness=auto`: target of the effective sample size divided by the number of weights,
+    averaged over some steps. The weights are those of the objective: of sequences or, with
+    `objective.level=token`, of tokens."""
     model: ModelConfig = field(default_factory=ModelConfig)
     task: dict[str, Any] = field(default_factory=lambda: {"name": "sort"})
     """`name` (`sort`, `adding`, `reasoning_gym`) or `_target_` (`my_module.MyTask`), and that task's own

@@ -36,7 +36,7 @@ from areal_like.runtime.logs import configure_logging, exit_log
 from areal_like.runtime.metrics import DaemonSeries, Metrics
 from areal_like.runtime.process import allow_many_files, die_with_launcher, keep_files_private
 from areal_like.runtime.signals import handle_log_signals, show_tasks_of
-from areal_like.runtime.waits import PendingWaits
+from areal_like.runtime.waits import TICK_S, PendingWaits
 from areal_like.security.keyring import Keyring
 from areal_like.security.keys import KeyRole
 from areal_like.spans import recorder
@@ -95,6 +95,7 @@ class Runtime:
         self._endpoint: dict[str, Any] = {}
         self._plane: HttpPlane | None = None
         self._reading_keys: asyncio.TimerHandle | None = None
+        self._ticking: asyncio.TimerHandle | None = None
 
     def ready(self) -> None:
         """Makes /readyz return 200 from now on (unless the daemon is draining)."""
@@ -151,14 +152,16 @@ class Runtime:
         except BaseException:
             await self.__aexit__()
             raise
+        self._tick()
         if self.keyring is not None:
             self._reading_keys = self._loop.call_later(_READ_KEYS_S, self._read_keys, self.keyring)
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         assert self._plane is not None
-        if self._reading_keys is not None:
-            self._reading_keys.cancel()
+        for timer in (self._reading_keys, self._ticking):
+            if timer is not None:
+                timer.cancel()
         self.failed.cancel()
         self._discovery.remove()
         await self._plane.close()
@@ -168,6 +171,10 @@ class Runtime:
         # A successor may have written its own: this process can be one that was taken for dead.
         if all(written.get(key) == self._endpoint.get(key) for key in ("pid", "started_unix_s")):
             file.unlink(missing_ok=True)
+
+    def _tick(self) -> None:
+        self._ticking = self._loop.call_later(TICK_S, self._tick)
+        self.waits.tick()
 
     def _read_keys(self, keyring: Keyring) -> None:
         self._reading_keys = self._loop.call_later(_READ_KEYS_S, self._read_keys, keyring)

@@ -1,13 +1,23 @@
-"""Named waits of a daemon, listed in its /status, so that a stall shows what the daemon waits for."""
+"""Named waits of a daemon, listed in its /status, so that a stall shows what the daemon waits for.
+
+A daemon that was stopped for a while (SIGSTOP, a suspended machine) does not count that time: the others may
+have answered long ago, and the answer lies unread in a socket.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 
 from areal_like.wire.limits import MAX_WAIT_CHARS, MAX_WAITS
+
+TICK_S = 1.0
+"""Interval at which a daemon calls `PendingWaits.tick`."""
+_STOPPED_S = 3.0
+"""Time without a tick after which the process has been stopped. A busy event loop is late by less."""
 
 
 class PendingWaits:
@@ -17,7 +27,12 @@ class PendingWaits:
         await link.call(...)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock`: seconds, monotonic."""
+        self._clock = clock
+        self._ticked_s: float | None = None
+        self._awake_since_s = -math.inf
+        """When the process last went on after it was stopped."""
         self._begun: dict[int, tuple[str, float]] = {}
         """Name and start of each wait, by a number of its own: waits of several threads may overlap."""
         self._numbers = itertools.count()
@@ -28,21 +43,33 @@ class PendingWaits:
     def __call__(self, name: str) -> Iterator[None]:
         """Lists the wait `name` for the duration of the block."""
         number = next(self._numbers)
-        self._begun[number] = (name, time.monotonic())
+        self._begun[number] = (name, self._clock())
         try:
             yield
         finally:
             del self._begun[number]
 
+    def tick(self) -> None:
+        """Call it every TICK_S, in the daemon's event loop. Without it, the time of stops counts."""
+        self._notice_a_stop(now_s := self._clock())
+        self._ticked_s = now_s
+
     def durations(self) -> dict[str, float]:
-        """Wait name -> seconds so far."""
-        now_s = time.monotonic()
+        """Wait name -> seconds so far, without those before the process was stopped for the last time."""
+        self._notice_a_stop(now_s := self._clock())
+        most_s = now_s - self._awake_since_s
         seconds: dict[str, float] = {}
         for name, since_s in list(self._begun.values()):
-            seconds[name] = max(seconds.get(name, 0.0), round(now_s - since_s, 3))
-        return seconds | {name: each for source in self.sources for name, each in source().items()}
+            seconds[name] = max(seconds.get(name, 0.0), now_s - since_s)
+        seconds |= {name: each for source in self.sources for name, each in source().items()}
+        return {name: round(min(each, most_s), 3) for name, each in seconds.items()}
 
     def longest(self) -> dict[str, float]:
         """The longest waits, as many and as much of their names as a heartbeat may carry."""
         longest = sorted(self.durations().items(), key=lambda wait: -wait[1])[:MAX_WAITS]
         return {name[:MAX_WAIT_CHARS]: max(0.0, seconds) for name, seconds in longest}
+
+    def _notice_a_stop(self, now_s: float) -> None:
+        # A wait may be asked for before the first tick after a stop.
+        if self._ticked_s is not None and now_s - self._ticked_s > _STOPPED_S:
+            self._awake_since_s = self._ticked_s = now_s

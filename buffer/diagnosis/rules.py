@@ -11,58 +11,12 @@ is looked at if nothing is certain.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from enum import StrEnum
 
+from buffer.diagnosis.causes import Cause, Limits, On
 from buffer.diagnosis.facts import JobFacts, RankFacts, ServerFacts
 
 _LATE_S = 0.5
 """Mean delay of a process' timer above which the process does not get the time that it needs."""
-
-
-class On(StrEnum):
-    """What a job waits for."""
-
-    TRAINER = "trainer"
-    SERVER = "rollout_server"
-    ENGINE = "engine"
-    REWARD = "reward"
-    ENVIRONMENT = "environment"
-    WEIGHTS = "weights"
-    """A push of weights."""
-    BUFFER = "buffer"
-    OPERATOR = "operator"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cause:
-    """One daemon, or part of one, on which others wait."""
-
-    on: On
-    name: str
-    """`rollout-1`, `rollout-1's engine`, `trainer-0`, ..."""
-    seconds: float
-    what: str
-    """`no token for 28 s`"""
-    remedy: str
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.what}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """Seconds after which waiting is worth a line."""
-
-    stall_s: float
-    """For what answers or advances several times in this time when it works."""
-    work_s: float
-    """For work whose time depends on the job: rewards, tools, a push, an optimizer step."""
-
-    @classmethod
-    def of(cls, *, heartbeat_s: float) -> Limits:
-        """For a job with this interval of heartbeats."""
-        return cls(stall_s=max(5.0, 6 * heartbeat_s), work_s=max(10.0, 12 * heartbeat_s))
 
 
 def causes_of(
@@ -76,8 +30,7 @@ def causes_of(
         return []
     causes = [
         *_buffer(facts, limits),
-        *_silent(facts, limits),
-        *_lost(facts, limits),
+        *([*_cut_off(facts, limits)] or [*_silent(facts, limits), *_lost(facts, limits)]),
         *_engines(facts, limits),
     ]
     causes = causes or [*_late(facts, late)] or [*_slow(facts, slow)]
@@ -123,6 +76,25 @@ def _buffer(facts: JobFacts, limits: Limits) -> Iterator[Cause]:
             what=f"its process runs {facts.loop_late_s:.1f} s late",
             remedy="its machine has too little CPU time for it, or something stops it again and again",
         )
+
+
+def _cut_off(facts: JobFacts, limits: Limits) -> Iterator[Cause]:
+    """Every server and every rank fell silent at once: so many do not stop in the same seconds."""
+    silent = [peer.silent_s for peer in (*facts.servers, *facts.ranks)]
+    if not facts.ranks or not (facts.servers or facts.lost_servers) or max(silent) <= limits.stall_s:
+        return
+    began_together = max(silent) - min(silent) < limits.stall_s / 3
+    # A server that was silent is removed after a lease, so later than the others fell silent.
+    if not began_together or max(facts.lost_servers.values(), default=0.0) > min(silent):
+        return
+    yield Cause(
+        on=On.BUFFER,
+        name="buffer",
+        seconds=max(silent),
+        what=f"no message from any server or rank for {_time(max(silent))}: its network is cut, or all of "
+        "them stand still",
+        remedy="look at the network of the buffer's machine, and at the machines of the others",
+    )
 
 
 def _silent(facts: JobFacts, limits: Limits) -> Iterator[Cause]:

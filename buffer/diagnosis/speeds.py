@@ -1,10 +1,10 @@
 """Notices a daemon that works, and far slower than it did before. Pure: times come in as arguments.
 
-The speed of an engine is its tokens a second while it has sequences, and those of one sequence; the speed of
-a trainer is its steps per second of work. The time of work is the daemon's own count of it: what it does at
-the moment of a heartbeat is no measure for steps that are shorter than the time between heartbeats. Each is
+The speed of an engine is its tokens a second while it has requests, and those of one request; the speed of
+a trainer is its steps per second of work. The time of work is counted by the daemon: what it does at the
+moment of a heartbeat is no measure for steps that are shorter than the time between heartbeats. Each is
 compared with its own mean of earlier windows: machines, models and lengths differ too much to compare daemons
-with one another. With more sequences at a time, each of them is slower, and with fewer all of them together
+with one another. With more requests at a time, each of them is slower, and with fewer all of them together
 are; so an engine is slow only if both have fallen.
 """
 
@@ -26,9 +26,9 @@ _SMOOTHING = 0.1
 class _Known:
     seen_s: float
     work: float
-    busy_total_s: float
-    busy_s: float = 0.0
-    in_parallel_s: float = 0.0
+    busy_s: float
+    added_s: float
+    """As `busy_s`, added over what the daemon worked on in parallel."""
     usual: tuple[float, float] = (0.0, 0.0)
     num_windows: int = 0
     slow_since_s: float | None = None
@@ -41,22 +41,19 @@ class Speeds:
 
     _known: dict[str, _Known] = field(default_factory=dict)
 
-    def observe(self, name: str, *, work: float, busy_s: float, num_busy: float, now_s: float) -> None:
-        """Takes a daemon's totals of work (tokens, steps) and of the seconds in which it had work.
-
-        `num_busy`: sequences that it works on now.
-        """
+    def observe(self, name: str, *, work: float, busy_s: float, added_s: float, now_s: float) -> None:
+        """Takes a daemon's totals: of work (tokens, steps), of the seconds in which it had work, and of these
+        seconds added over what it worked on in parallel (at least `busy_s`)."""
         known = self._known.get(name)
-        if known is None or work < known.work or busy_s < known.busy_total_s:  # new, or it counts from zero
-            self._known[name] = _Known(seen_s=now_s, work=work, busy_total_s=busy_s)
+        if known is None or work < known.work or busy_s < known.busy_s:  # new, or it counts from zero
+            self._known[name] = _Known(seen_s=now_s, work=work, busy_s=busy_s, added_s=added_s)
             return
-        added_s, known.busy_total_s, known.seen_s = busy_s - known.busy_total_s, busy_s, now_s
-        known.busy_s += added_s
-        known.in_parallel_s += added_s * max(1.0, num_busy)
-        if known.busy_s < WINDOW_S:
+        known.seen_s = now_s
+        if busy_s - known.busy_s < WINDOW_S:
             return
-        speed = ((work - known.work) / known.busy_s, (work - known.work) / known.in_parallel_s)
-        known.work, known.busy_s, known.in_parallel_s = work, 0.0, 0.0
+        done = work - known.work
+        speed = (done / (busy_s - known.busy_s), done / max(busy_s - known.busy_s, added_s - known.added_s))
+        known.work, known.busy_s, known.added_s = work, busy_s, added_s
         self._judge(known, speed, now_s=now_s)
 
     def keep_only(self, names: Mapping[str, object]) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 
 from areal_like.runtime.metrics import Metrics
 from buffer.diagnosis.bottleneck import Load, Utilisation, advice
+from buffer.diagnosis.causes import Cause, Limits, On
 from buffer.diagnosis.facts import JobFacts, PeerFacts
-from buffer.diagnosis.rules import Cause, Limits, On, causes_of, effects_of, late_servers
+from buffer.diagnosis.rules import causes_of, effects_of, late_servers
 from buffer.diagnosis.speeds import Speeds
 
 log = logging.getLogger(__name__)
@@ -65,10 +66,9 @@ class Watchdog:
         """Takes the facts of this moment."""
         self._max_staleness = max_staleness
         for server in facts.servers:
-            running = server.stats.get("running", 0.0)
-            self._observe(server, "tokens_generated", num_busy=running, now_s=load.at_s)
+            self._observe(server, "tokens_generated", "at_engine_s", "requests_s", now_s=load.at_s)
         for rank in facts.ranks:  # rank 0 alone counts, and all are as slow as the slowest
-            self._observe(rank, "row_step", num_busy=1.0, now_s=load.at_s)
+            self._observe(rank, "row_step", "busy_s", "busy_s", now_s=load.at_s)
         self._speeds.keep_only({peer.name: None for peer in (*facts.servers, *facts.ranks)})
         self._utilisation.observe(load)
         self._late_since_s = {name: self._late_since_s.get(name, load.at_s) for name in late_servers(facts)}
@@ -99,10 +99,10 @@ class Watchdog:
             "generation_idle": self._utilisation.generation_idle,
         }
 
-    def _observe(self, peer: PeerFacts, work: str, *, num_busy: float, now_s: float) -> None:
-        if work in peer.stats and "busy_s" in peer.stats:
-            total, busy_s = peer.stats[work], peer.stats["busy_s"]
-            self._speeds.observe(peer.name, work=total, busy_s=busy_s, num_busy=num_busy, now_s=now_s)
+    def _observe(self, peer: PeerFacts, work: str, busy: str, added: str, *, now_s: float) -> None:
+        if {work, busy, added} <= peer.stats.keys():
+            totals = {"work": peer.stats[work], "busy_s": peer.stats[busy], "added_s": peer.stats[added]}
+            self._speeds.observe(peer.name, **totals, now_s=now_s)
 
     def _tell(self) -> None:
         """Logs a cause when it appears, and when it is gone."""

@@ -3,6 +3,8 @@
 With the recorded run's settings the weights must be equal to the last bit, also if an operator has changed
 the learning rate meanwhile: each step has the one that it had, unless trainer.lr=... is given. The weights
 are compared, and the result reported, at all steps at which both runs have a checkpoint.
+
+`areal-like replay RUN --against OTHER` trains nothing: it finds the first step at which two runs differ.
 """
 
 from __future__ import annotations
@@ -10,13 +12,14 @@ from __future__ import annotations
 import argparse
 import filecmp
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from areal_like.errors import ConfigError
-from areal_like.paths import RunPaths, checkpoint_name
+from areal_like.paths import RunPaths, checkpoint_name, write_json
 from areal_like.runtime.process import keep_files_private
 from launch.commands.parser import add_run, add_settings
 from launch.commands.stop_signals import StopSignals
@@ -48,16 +51,37 @@ _WITHOUT_EFFECT = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """RUN and settings."""
+    """RUN, the run to compare it with, and settings."""
     add_run(parser)
+    parser.add_argument("--against", metavar="OTHER", help="compare RUN with this run, step by step")
+    parser.add_argument("--tolerance", metavar="SHARE", type=float, help="with --against: what is equal")
+    parser.add_argument("--json", action="store_true", help="with --against: print JSON")
     add_settings(parser)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Replays to the end; returns the exit code."""
+    """Replays to the end, or compares; returns the exit code."""
+    if args.against is not None:
+        return _compare_runs(args)
+    if args.json or args.tolerance is not None:
+        raise ConfigError("replay: --json and --tolerance are of a comparison: add --against OTHER")
     if "=" in args.run:
         raise ConfigError(f"replay: put the run before the settings: areal-like replay RUN {args.run}")
     return run_replay(find_run(args.run), args.settings)
+
+
+def _compare_runs(args: argparse.Namespace) -> int:
+    """Prints where RUN and OTHER differ; returns 1 if they do, else 0."""
+    if args.settings:
+        raise ConfigError("replay --against: two runs are compared as they are; leave settings out")
+    if args.tolerance is not None and not 0 <= args.tolerance < 1:
+        raise ConfigError(f"--tolerance {args.tolerance:g}: use a share from 0 up to 1, as 1e-5")
+    # Imported here: it reads records with the trainer's code, which no other command needs.
+    from launch.comparison.runs import compare_runs
+
+    comparison = compare_runs(find_run(args.run), find_run(args.against), tolerance=args.tolerance)
+    sys.stdout.write(comparison.dumps() + "\n" if args.json else "\n".join([*comparison.lines(), ""]))
+    return 0 if comparison.is_equal else 1
 
 
 def run_replay(recorded: Path, argv: Sequence[str]) -> int:
@@ -79,6 +103,7 @@ def run_replay(recorded: Path, argv: Sequence[str]) -> int:
     view.notice(f"replaying {recorded} into {run.paths.root}")
     try:
         own_lr = any(arg.startswith("trainer.lr=") for arg in argv)
+        write_json(run.paths.replay, {"recording": str(recorded.resolve()), "own_lr": own_lr})
         code = _train(recorded, run, view=view, options=("--own-lr",) if own_lr else ())
         if code == 0:
             table = summary_table(json.loads(run.paths.summary.read_text()), title=run.config.name)

@@ -132,11 +132,19 @@ class LeaseRunner:
         self.engine: EngineClient | None = None
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Gets the exception of a prompt or sample task that raises unexpectedly."""
+        self._began_s: dict[tuple[int, int], float] = {}
+        """Lease and index of each sample in progress -> when it began."""
         self.num_done = 0
         self.num_finished = Counter[FinishReason]()
         """Those by the reason for their end."""
         self.num_failed = Counter[FailureKind]()
         """Failed samples by kind, those with reward 0 included."""
+
+    @property
+    def seconds_in_progress(self) -> float:
+        """Time that the samples in progress have taken so far, added up."""
+        now_s = time.monotonic()
+        return sum(now_s - began_s for began_s in self._began_s.values())
 
     def start(self, leases: list[Lease]) -> None:
         """Starts every sample of these leases."""
@@ -228,6 +236,7 @@ class LeaseRunner:
             )
             return
         engine, attempt, started_s, end = self.engine, None, time.monotonic(), "cancelled"
+        self._began_s[lease.lease_id, sample_index] = started_s
         try:
             await leader.wait_turn(sample_index)
             maker = self._makers[lease.eval_set]
@@ -258,6 +267,7 @@ class LeaseRunner:
             self._on_result(SampleDone(lease_id=lease.lease_id, record=record))
             end = record.finish_reason.name.lower()
         finally:
+            self._began_s.pop((lease.lease_id, sample_index), None)
             name = f"ticket {lease.ticket_id}.{sample_index}"
             recorder.record("samples", name, start_s=started_s, end=end)
             leader.prompt_computed()

@@ -22,6 +22,7 @@ class GenerationGate:
         self._empty.set()
         self.num_inside = 0
         """Requests at the engine."""
+        self._busy_s = self._request_s = self._counted_s = 0.0
 
     async def __aenter__(self) -> None:
         if not self._waiting and self._has_room():
@@ -38,6 +39,11 @@ class GenerationGate:
 
     async def __aexit__(self, *exc: object) -> None:
         self._leave()
+
+    def seconds(self) -> tuple[float, float]:
+        """Time with a request at the engine, and the time of each request at it, added over requests."""
+        self._count()
+        return self._busy_s, self._request_s
 
     def set_limit(self, limit: int | None) -> None:
         """Most requests inside from now on; None: any number. Those inside stay."""
@@ -60,11 +66,20 @@ class GenerationGate:
     def _has_room(self) -> bool:
         return not self._is_held and (self._limit is None or self.num_inside < self._limit)
 
+    def _count(self) -> None:
+        now_s = asyncio.get_running_loop().time()
+        if self.num_inside:
+            self._busy_s += now_s - self._counted_s
+            self._request_s += self.num_inside * (now_s - self._counted_s)
+        self._counted_s = now_s
+
     def _enter(self) -> None:
+        self._count()
         self.num_inside += 1
         self._empty.clear()
 
     def _leave(self) -> None:
+        self._count()
         self.num_inside -= 1
         if self.num_inside == 0:
             self._empty.set()

@@ -112,7 +112,7 @@ class WeightReceiver:
         self._group_name = ""
         self._group_peer = b""
         """Peer that formed the group."""
-        self._work: asyncio.Task[None] | None = None
+        self.work: asyncio.Task[None] | None = None
         """The request that is being handled."""
         self._work_peer = b""
         """Its sender."""
@@ -129,14 +129,14 @@ class WeightReceiver:
         """Records that an engine was started with this version, or lost (None); a lost engine's weight group
         is gone too."""
         self.engine, self.version, self._group_name = engine, version, ""
-        if self._work is not None:
-            self._work.cancel()
+        if self.work is not None:
+            self.work.cancel()
 
     async def close(self) -> None:
         """Cancels a running push, reports it as failed to the trainer, and closes the socket."""
-        if self._work is not None:
-            self._work.cancel()
-            await asyncio.wait([self._work], timeout=_CLEANUP_TIMEOUT_S)
+        if self.work is not None:
+            self.work.cancel()
+            await asyncio.wait([self.work], timeout=_CLEANUP_TIMEOUT_S)
         self._scoring.cancel()
         self.serving.cancel()
         await asyncio.gather(self.serving, return_exceptions=True)
@@ -166,8 +166,8 @@ class WeightReceiver:
         is_newer = isinstance(envelope.message, FormGroup) or (
             isinstance(envelope.message, DissolveGroup) and envelope.peer == self._work_peer
         )
-        if is_newer and self._work is not None and self._is_cancellable:
-            self._work.cancel()
+        if is_newer and self.work is not None and self._is_cancellable:
+            self.work.cancel()
         self._queue.put_nowait(envelope)
 
     async def _serve(self) -> None:
@@ -175,13 +175,13 @@ class WeightReceiver:
         while True:
             envelope = await self._queue.get()
             self._work_peer = envelope.peer
-            self._work = asyncio.create_task(
+            self.work = asyncio.create_task(
                 self._handle(envelope), name=f"weights:{type(envelope.message).__name__}"
             )
-            await asyncio.wait([self._work])
-            if not self._work.cancelled():
-                self._work.result()
-            self._work, self._work_peer = None, b""
+            await asyncio.wait([self.work])
+            if not self.work.cancelled():
+                self.work.result()
+            self.work, self._work_peer = None, b""
 
     async def _handle(self, envelope: Envelope) -> None:
         """Performs one request and always sends an answer, also if it fails or is cancelled."""

@@ -8,8 +8,9 @@ import pytest
 
 from areal_like.runtime.metrics import Metrics
 from buffer.diagnosis.bottleneck import Load, Utilisation, advice
+from buffer.diagnosis.causes import Limits, On
 from buffer.diagnosis.facts import JobFacts, LeaseFacts, RankFacts, ServerFacts
-from buffer.diagnosis.rules import Limits, On, causes_of, effects_of, late_servers
+from buffer.diagnosis.rules import causes_of, effects_of, late_servers
 from buffer.diagnosis.speeds import Speeds
 from buffer.diagnosis.watchdog import Wakefulness, Watchdog
 
@@ -82,6 +83,25 @@ def test_one_cause_is_named(changes: dict[str, Any], culprit: tuple[str, On]) ->
     assert named(replace(JOB, **changes)) == [culprit]
 
 
+@pytest.mark.parametrize(
+    ("changes", "culprits"),
+    [
+        ({}, ["buffer"]),
+        # The first to be silent for 5 s is not the only one.
+        ({"ranks": (rank(silent_s=5.1),), "servers": (server(silent_s=4.0),)}, ["buffer"]),
+        ({"servers": (), "lost_servers": {"rollout-0": 14.0, "rollout-1": 14.0}}, ["buffer"]),
+        ({"servers": (server(), server("rollout-1", **SILENT))}, ["rollout-1", "trainer-0"]),
+        ({"servers": (server(silent_s=30.0),)}, ["rollout-0", "trainer-0"]),
+        ({"servers": (), "lost_servers": {"rollout-0": 60.0}}, ["rollout-0", "trainer-0"]),
+        ({"ranks": ()}, ["rollout-0", "rollout-1"]),
+    ],
+)
+def test_all_peers_at_once_are_the_buffers_network(changes: dict[str, Any], culprits: list[str]) -> None:
+    silent = (server(silent_s=19.5), server("rollout-1", **SILENT))
+    facts = replace(JOB, servers=silent, ranks=(rank(**SILENT),))
+    assert sorted(name for name, _ in named(replace(facts, **changes))) == culprits
+
+
 def test_a_healthy_job_has_no_cause() -> None:
     healthy = replace(JOB, ranks=(rank(waits={"buffer: group 3 of step 11": 0.4}),))
     assert named(healthy) == [] and named(replace(JOB, is_finished=True)) == []
@@ -118,26 +138,37 @@ def test_an_engine_at_a_tenth_of_its_speed_is_slow() -> None:
     speeds, tokens = Speeds(), 0.0
     for second in range(60):
         tokens += 100.0 if second < 40 else 10.0
-        speeds.observe("rollout-0", work=tokens, busy_s=second, num_busy=8, now_s=second)
+        speeds.observe("rollout-0", work=tokens, busy_s=second, added_s=8 * second, now_s=second)
         assert bool(speeds.slow()) == (second >= 44), second
     assert speeds.slow()["rollout-0"].startswith("10% of its usual speed for ")
     tokens += 400.0
-    speeds.observe("rollout-0", work=tokens, busy_s=64, num_busy=8, now_s=64)
+    speeds.observe("rollout-0", work=tokens, busy_s=64, added_s=8 * 64, now_s=64)
     assert not speeds.slow()
 
 
 @pytest.mark.parametrize(("num_busy", "rate"), [(1, 20.0), (64, 150.0), (0, 0.0)])
 def test_other_loads_are_not_slow(num_busy: int, rate: float) -> None:
     """Fewer sequences make fewer tokens together, more make fewer each, and none make none."""
-    speeds, tokens = Speeds(), 0.0
+    speeds, tokens, busy_s, added_s = Speeds(), 0.0, 0.0, 0.0
     for second in range(80):
-        is_usual = second < 40
-        tokens += 100.0 if is_usual else rate
-        busy_s = second if is_usual or num_busy else 40.0
-        speeds.observe(
-            "rollout-0", work=tokens, busy_s=busy_s, num_busy=8 if is_usual else num_busy, now_s=second
-        )
+        num_now = 8 if second < 40 else num_busy
+        tokens += 100.0 if second < 40 else rate
+        busy_s, added_s = busy_s + bool(num_now), added_s + num_now
+        speeds.observe("rollout-0", work=tokens, busy_s=busy_s, added_s=added_s, now_s=second)
     assert not speeds.slow()
+
+
+def test_an_engine_that_had_little_work_is_slow() -> None:
+    """It had a request for a fifth of the time; now, at a twentieth of its speed, it always has one."""
+    speeds, tokens, busy_s = Speeds(), 0.0, 0.0
+    for second in range(240):
+        is_usual = second < 200
+        tokens, busy_s = tokens + (20.0 if is_usual else 5.0), busy_s + (0.2 if is_usual else 1.0)
+        speeds.observe("rollout-0", work=tokens, busy_s=busy_s, added_s=busy_s, now_s=second)
+        assert not speeds.slow() or second >= 200
+        if second == 210:
+            assert speeds.slow()
+    assert speeds.slow()["rollout-0"].startswith("5% of")
 
 
 def test_a_server_is_late_only_after_a_while() -> None:

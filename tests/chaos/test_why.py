@@ -1,4 +1,5 @@
-"""Daemons of a real job run at a tenth of their speed, and the network is cut: `areal-like why` names them.
+"""Daemons of a real job run at a tenth of their speed, the network is cut, and an operator holds a job back:
+`areal-like why` names them.
 
 What stands still altogether is in `test_stops.py`.
 """
@@ -11,15 +12,18 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from areal_like.wire.messages.consumer import StartTraining
 from launch.observation.observer import diagnosis, look_at_daemons
-from tests.chaos.job import running_job
+from tests.chaos.job import CALL_TIMEOUT_S, running_job
 from tests.chaos.proxy import Faults
 from tests.chaos.test_stops import NAMED_WITHIN_S, ROLES, SETTINGS, causes_within, culprit, process_of
-from tests.support.launching import finish, launcher, wait_for_steps
+from tests.support.launching import areal_like, finish, launcher, wait_for_steps
 
 pytestmark = pytest.mark.chaos
 USUAL_S = 40.0
@@ -27,16 +31,16 @@ USUAL_S = 40.0
 
 
 @contextlib.contextmanager
-def at_a_tenth(pid: int) -> Iterator[None]:
-    """The process runs for .1 s of each second."""
+def at_a_fraction(pid: int, *, period_s: float = 1.0, runs_s: float = 0.1) -> Iterator[None]:
+    """The process runs for `runs_s` of each `period_s`."""
     is_over = threading.Event()
 
     def stop_and_go() -> None:
         while not is_over.is_set():
             os.kill(pid, signal.SIGSTOP)
-            time.sleep(0.9)
+            time.sleep(period_s - runs_s)
             os.kill(pid, signal.SIGCONT)
-            time.sleep(0.1)
+            time.sleep(runs_s)
 
     thread = threading.Thread(target=stop_and_go)
     thread.start()
@@ -64,22 +68,86 @@ def test_what_runs_at_a_tenth_of_its_speed_is_named(tmp_path: Path) -> None:
             until_healthy(root)
             pid = process_of(root, role)
             name = culprit(root, role, pid)
-            with at_a_tenth(pid):
+            with at_a_fraction(pid):
                 named = causes_within(root, seconds=2 * NAMED_WITHIN_S)
             assert named == [name], f"{role} is slow, and `why` names {named}"
         process.terminate()
         assert finish(process, root)[0] == 0
 
 
+@pytest.mark.timeout(600)
+def test_a_slow_engine_with_little_work_is_named(tmp_path: Path) -> None:
+    """Rewards limit the job, and engines are idle most of the time."""
+    root = tmp_path / "runs" / "x"
+    settings = [each.replace(".Checksum", ".SlowChecksum") for each in SETTINGS]
+    with launcher(*settings, "max_staleness=8", cwd=tmp_path) as process:
+        wait_for_steps(3, root, process=process)
+        time.sleep(2 * USUAL_S)
+        until_healthy(root)
+        pid = process_of(root, "engine")
+        name = culprit(root, "engine", pid)
+        with at_a_fraction(pid, period_s=2.0, runs_s=0.1):
+            named = causes_within(root, seconds=2 * NAMED_WITHIN_S)
+            time.sleep(NAMED_WITHIN_S)
+            later = {
+                cause["name"] for cause in diagnosis(look_at_daemons(root / "endpoints").values())["causes"]
+            }
+        assert named == [name] and later <= {name}, (named, later)
+        until_healthy(root)
+        process.terminate()
+        assert finish(process, root)[0] == 0
+
+
+def names(status: dict[str, Any]) -> set[str]:
+    return {cause["name"] for cause in status["why"]["causes"]}
+
+
+@pytest.mark.parametrize("has_trainer", [False, True])
 @pytest.mark.timeout(120)
-def test_servers_that_are_cut_off_are_named(tmp_path: Path) -> None:
+def test_who_is_cut_off_is_named(tmp_path: Path, has_trainer: bool) -> None:
+    """The servers alone, and all peers: then it is the buffer's network."""
+    servers = {"rollout-0", "rollout-1"}
+    culprits = {"buffer"} if has_trainer else servers
     with running_job(tmp_path, buffer={"lease_timeout_s": 10.0}) as job:
-        for name in ("rollout-0", "rollout-1"):
+        for name in servers:
             job.produce(name)
-        job.buffer.wait_status(lambda status: len(status["peers"]) >= 2)
-        job.proxy.faults = Faults(drop=1.0)
-        status = job.buffer.wait_status(lambda status: status["why"]["causes"], timeout_s=NAMED_WITHIN_S)
-        named = {cause["name"] for cause in status["why"]["causes"]}
-        assert named == {"rollout-0", "rollout-1"}
-        job.proxy.faults = Faults()
-        job.buffer.wait_status(lambda status: not status["why"]["causes"], timeout_s=30)
+        with job.trainer() if has_trainer else contextlib.nullcontext():
+            job.buffer.wait_status(
+                lambda status: len(status["peers"]) == 2 + has_trainer and not names(status)
+            )
+            job.proxy.faults = Faults(drop=1.0)
+            first = job.buffer.wait_status(names, timeout_s=NAMED_WITHIN_S)
+            assert names(first) <= culprits
+            # Longer than a lease: servers are removed, and stay named.
+            time.sleep(NAMED_WITHIN_S)
+            assert names(job.buffer.status()) == culprits
+            job.proxy.faults = Faults()
+            job.buffer.wait_status(lambda status: not names(status) & culprits, timeout_s=30)
+
+
+@pytest.mark.timeout(120)
+def test_an_operator_who_holds_back_is_named(tmp_path: Path) -> None:
+    def operate(*words: str) -> None:
+        done = areal_like(*words, cwd=tmp_path)
+        assert done.returncode == 0, done
+
+    servers = {"rollout-0", "rollout-1"}
+    with running_job(tmp_path) as job:
+        for name in servers:
+            job.produce(name)
+        job.buffer.wait_status(lambda status: servers <= {peer["name"] for peer in status["peers"]})
+        for name in servers:
+            operate("cordon", "job", name)
+        with job.trainer() as client, ThreadPoolExecutor(1) as thread:
+            client.call(StartTraining(step=0), timeout_s=CALL_TIMEOUT_S)
+            groups = thread.submit(lambda: list(client.groups(0)))
+            first = job.buffer.wait_status(names, timeout_s=NAMED_WITHIN_S)
+            assert names(first) == servers
+            assert all("cordoned" in cause["what"] for cause in first["why"]["causes"])
+            operate("pause", "job")
+            job.buffer.wait_status(lambda status: names(status) == {"an operator"}, timeout_s=NAMED_WITHIN_S)
+            operate("resume", "job")
+            for name in servers:
+                operate("uncordon", "job", name)
+            assert len(groups.result(timeout=CALL_TIMEOUT_S)) == 8
+            job.buffer.wait_status(lambda status: not names(status), timeout_s=30)

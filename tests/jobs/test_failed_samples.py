@@ -95,7 +95,7 @@ async def train(
         request = RequestEval(eval_id=0, num_prompts=4, min_version=0)
         evaluation = await trainer.call(request, timeout_s=WAIT_LIMIT_S)
         for step in range(NUM_STEPS):
-            groups += await asyncio.wait_for(trainer.train(step), WAIT_LIMIT_S)
+            groups += await trainer.train(step, timeout_s=WAIT_LIMIT_S)
             await trainer.call(CommitStep(step=step))
         return evaluation, groups, await trainer.call(GetRunCounters())
 

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from prometheus_client import CollectorRegistry
 
 from areal_like.runtime.metrics import PREFIX, Metrics
+from buffer.diagnosis.causes import Limits
 from buffer.diagnosis.life_times import LifeTimes
-from buffer.diagnosis.rules import Limits
 from buffer.diagnosis.watchdog import Watchdog
 from buffer.service.prometheus import BufferSeries
 from rollout_server.metrics import ServerStats
@@ -95,6 +95,7 @@ def test_every_series_is_on_the_page() -> None:
         "environments",
         "receiver",
         "engine",
+        "gate",
         "supervisor",
         "starvation",
         "book",

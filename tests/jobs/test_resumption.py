@@ -160,6 +160,9 @@ def test_a_replay_gives_the_weights_of_the_broken_run(broken_run: BrokenRun) -> 
     assert min(row["grad_norm"] for row in original) > 0, "without gradients the weights are equal anyway"
     assert [row["loss"] for row in replayed] == [row["loss"] for row in original]
     assert [row["lag_mean"] for row in replayed] == [row["lag_mean"] for row in original]
+    compared = json.loads(command("replay", "x", "--against", "x-replay", "--json", cwd=broken_run.folder))
+    assert (compared["equal"], compared["tolerance"], compared["last_step"]) == (True, 0, NUM_STEPS - 1)
+    assert compared["compared"]["moments"] == 2 and compared["compared_means"]["loss"] == NUM_STEPS
 
 
 def test_a_replay_with_another_objective_gives_other_weights(broken_run: BrokenRun) -> None:
@@ -167,6 +170,9 @@ def test_a_replay_with_another_objective_gives_other_weights(broken_run: BrokenR
     out = command("replay", "x", *words, cwd=broken_run.folder)
     assert "weights after step 12, 16: different from the recorded run's" in out
     assert "buffer.cache_bytes=0 has no effect" in out
+    compared = areal_like("replay", "x", "--against", "y", cwd=broken_run.folder)
+    assert compared.returncode == 1 and "first difference: step 0, settings" in compared.stdout
+    assert "objective._target_=tests.support.fault_points.KilledTrainer / " in compared.stdout
     replayed = rows_of(broken_run.folder / "runs" / "y")
     assert [row["reward_mean"] for row in replayed] == [
         row["reward_mean"] for row in rows_of(broken_run.root)
@@ -183,6 +189,7 @@ def test_a_replay_needs_whole_steps(broken_run: BrokenRun) -> None:
     assert "no whole step of 8 groups" in wider.stderr
 
 
+@pytest.mark.long
 def test_a_run_continues_without_checkpoints_on_a_full_disk(
     tmp_path: Path, root: Path, cache: dict[str, str]
 ) -> None:

@@ -74,6 +74,7 @@ def drain(process: subprocess.Popen[bytes]) -> int:
     return process.returncode
 
 
+@pytest.mark.long
 def test_roles_started_by_hand_and_a_replaced_trainer(tmp_path: Path, start: Any) -> None:
     run = tmp_path / "runs" / "x"
     preparing = start("trainer.prepare_model")
@@ -117,6 +118,7 @@ def test_roles_started_by_hand_and_a_replaced_trainer(tmp_path: Path, start: Any
     assert summary["tickets"]["trained"] == 4 * len(rows) and summary["weights_version"] > 0
 
 
+@pytest.mark.long
 def test_a_finished_fleet_ends_by_itself(tmp_path: Path, start: Any) -> None:
     """No launcher: the buffer tells each role. Signals for logs disturb none of them."""
     run = tmp_path / "runs" / "x"

@@ -159,6 +159,7 @@ SMALL = (
 )
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_whole_run_survives_a_killed_shard(tmp_path: Path, cache: dict[str, str]) -> None:
     root = tmp_path / "runs" / "x"

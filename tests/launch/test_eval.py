@@ -145,6 +145,7 @@ def samples_of(root: Path) -> dict[tuple[str, int, int], float]:
     return {}
 
 
+@pytest.mark.long
 @pytest.mark.timeout(TEST_LIMIT_S)
 def test_a_stopped_evaluation_is_continued(tmp_path: Path) -> None:
     root = tmp_path / "runs" / "one"

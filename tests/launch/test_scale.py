@@ -87,6 +87,7 @@ def check_finished_run(run: Path) -> None:
     assert audit.is_clean, "\n".join(audit.lines())
 
 
+@pytest.mark.long
 def test_servers_come_and_go_and_the_trainer_is_replaced(
     tmp_path: Path,
     cache: dict[str, str],

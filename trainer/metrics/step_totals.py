@@ -44,6 +44,7 @@ class StepTotals:
         self._sums: dict[str, Tensor | float] = dict.fromkeys((*_SEEDED, *seeded), 0.0)
         self._counts: dict[str, Tensor | float] = dict.fromkeys((*_SEEDED, *seeded), 0.0)
         self._log_w: list[Tensor] = []
+        self._mean_log_w: list[Tensor] = []
         self._lengths: list[tuple[int, int]] = []
         """Response and prompt of each sample."""
         self._mismatch = MagnitudeHistogram()
@@ -111,6 +112,12 @@ class StepTotals:
         for name, values in (fractions | losses.means).items():
             self.add_vector(name, values.detach().to(log_ratio_S.dtype), live=live)
         self._log_w.append(tokens.log_w_N if live else tokens.log_w_N[:0])
+        means_N = tokens.mean_N(log_ratio_S.detach())
+        self._mean_log_w.append(means_N if live else means_N[:0])
+        # Weights of tokens are summed up: to gather them from all ranks would cost as much as the data.
+        w_S = log_ratio_S.detach().double().clamp(-MAX_EXPONENT, MAX_EXPONENT).exp()
+        self.add_vector("token_w", w_S, live=live)
+        self.add_vector("token_w_square", w_S.square(), live=live)
 
     def reduce(self, ranks: Ranks) -> None:
         """Sums over ranks. Collective; call once."""
@@ -122,11 +129,13 @@ class StepTotals:
         self._counts = dict(zip(names, totals[len(names) : 2 * len(names)], strict=True))
         self._mismatch_K = np.array(totals[-NUM_BUCKETS:])
         self._named.reduce(ranks)
-        local = torch.cat(self._log_w) if self._log_w else torch.zeros(0)
+        log_w, mean_log_w = (
+            torch.cat(parts) if parts else torch.zeros(0) for parts in (self._log_w, self._mean_log_w)
+        )
         lengths = torch.tensor(self._lengths, dtype=torch.float64).reshape(-1, 2)
-        parts = as_parts([local, *lengths.T, torch.tensor([self._mismatch.largest])])
-        self.log_w_B, self._response_B, self._prompt_B, self._largest = joined_parts(
-            ranks.gather(parts), num_vectors=4
+        parts = as_parts([log_w, mean_log_w, *lengths.T, torch.tensor([self._mismatch.largest])])
+        self.log_w_B, self._mean_log_w_B, self._response_B, self._prompt_B, self._largest = joined_parts(
+            ranks.gather(parts), num_vectors=5
         )
         """Summed log-ratio of every sequence of the step, float64, the same on all ranks."""
 
@@ -142,6 +151,16 @@ class StepTotals:
     def count(self, name: str) -> float:
         """The number of values in the sum."""
         return float(self._counts.get(name, 0.0))
+
+    def ess_ratios(self) -> dict[str, float]:
+        """Level -> effective sample size over the number of weights: of sequences (products, and geometric
+        means over their tokens) and of tokens; 1 without tokens."""
+        total, square = self.total("token_w"), self.total("token_w_square")
+        return {
+            "sequence": ess_ratio(self.log_w_B),
+            "geometric": ess_ratio(self._mean_log_w_B),
+            "token": total**2 / (square * self.count("token_w")) if square else 1.0,
+        }
 
     def metrics(self) -> dict[str, Any]:
         """The metrics of the step: means, counts, and statistics of the sequences' importance weights.
@@ -163,7 +182,7 @@ class StepTotals:
             num_sequences=self.count("reward"),
             shared_share=shared_share(num_tokens=self.total("num_tokens"), num_rows=self.total("num_rows")),
             reward_std=max(variance, 0.0) ** 0.5,
-            ess_ratio=ess_ratio(log_w_B),
+            **{ESS_NAMES[level]: value for level, value in self.ess_ratios().items()},
             log_w_mean=float(log_w_B.mean()) if len(log_w_B) else 0.0,
             log_w_std=float(log_w_B.std(correction=0)) if len(log_w_B) else 0.0,
             finish_reasons={
@@ -180,6 +199,8 @@ def shared_share(*, num_tokens: float, num_rows: float) -> float:
     return 1 - num_rows / num_tokens if num_tokens else 0.0
 
 
+ESS_NAMES = {"sequence": "ess_ratio", "geometric": "ess_ratio_geometric", "token": "ess_ratio_token"}
+"""Level -> name of the metric."""
 _COUNTS = ("num_groups", "zero_advantage_groups", "num_tokens", "num_microbatches")
 _FINISHED: dict[FinishReason, str] = {
     reason: f"finished_{reason.value}" for reason in FinishReason if reason is not FinishReason.ABORT
@@ -191,6 +212,8 @@ _HIDDEN = (
     "counted_seqs",
     "num_rows",
     "model_flops",
+    "token_w",
+    "token_w_square",
     *_FINISHED.values(),
 )
 _SEEDED = (

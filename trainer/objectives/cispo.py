@@ -21,6 +21,8 @@ from trainer.objectives.importance import ratio_S
 class Cispo(Objective):
     """`-sg(min(r, high)) A log pi`"""
 
+    ess_level = "token"
+
     high: float = 5.0
     """Largest weight of a token."""
 

@@ -121,6 +121,10 @@ class Composed(Objective):
         return self.inner.proximal
 
     @property
+    def ess_level(self) -> str:  # type: ignore[override]
+        return self.inner.ess_level
+
+    @property
     def advantage(self) -> Advantage | None:  # type: ignore[override]
         return self.inner.advantage
 

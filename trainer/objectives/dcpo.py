@@ -29,6 +29,8 @@ from trainer.objectives.ppo import clipped_surrogate
 class Dcpo(Objective):
     """`max(-A r, -A clip(r, low(q), high(q)))`, q = mu of the token"""
 
+    ess_level = "token"
+
     clip_low: float = 0.16
     """Bound on |(r - 1) pi| of a token that loses probability."""
     clip_high: float = 0.2

@@ -25,6 +25,8 @@ from trainer.objectives.importance import live_ratio_S
 class DppoTv(Objective):
     """`-A r [inside the region] + pull (log r)^2`"""
 
+    ess_level = "token"
+
     low: float = 0.2
     """Probability that a token with A < 0 may lose."""
     high: float = 0.2

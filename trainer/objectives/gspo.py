@@ -27,6 +27,8 @@ _MAX_RATIO = math.exp(10.0)
 class Gspo(Objective):
     """`max(-A s, -A clip(s, 1 - clip_low, 1 + clip_high))`"""
 
+    ess_level = "geometric"
+
     clip_low: float = 3e-4
     """A ratio s below 1 - clip_low is not lowered further.
 

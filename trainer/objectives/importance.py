@@ -48,7 +48,7 @@ def live_ratio_S(logp_S: Tensor, old_S: Tensor) -> Tensor:
 
 
 def ess_ratio(log_w_B: Tensor) -> float:
-    """Effective sample size over B, `(sum W)^2 / (B sum W^2)`, from log W [B]; 1 for no sequences.
+    """Effective sample size over B, `(sum W)^2 / (B sum W^2)`, from log W [B]; 1 for no weights.
 
     Computed in log space so that it cannot overflow.
     """

@@ -51,6 +51,11 @@ class Lad(Objective):
         if self.eta <= 0:
             raise ConfigError(f"objective.eta={self.eta:g}: use a value above 0")
 
+    @property
+    def ess_level(self) -> str:  # type: ignore[override]
+        """That of the weights."""
+        return self.level
+
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
         """A loss with the divergence's gradient; `divergence` is the divergence itself."""
         advantage_S = (

@@ -37,6 +37,8 @@ _MARGIN = 1e-12
 class M2po(Objective):
     """`max(-A r, -A clip(r, exp(-tau), exp(tau)))`, r = pi / mu, tau from the step's second moment"""
 
+    ess_level = "token"
+
     scope = Scope.BATCH
 
     threshold: float = 0.04

@@ -60,6 +60,8 @@ def clipped_surrogate(ratio_S: Tensor, bounded_S: Tensor, advantage_S: Tensor) -
 class Ppo(Objective):
     """`max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))`, r = pi / mu of a token"""
 
+    ess_level = "token"
+
     clip_low: float = 0.2
     """A ratio below 1 - clip_low is not lowered further."""
     clip_high: float = 0.28
@@ -135,6 +137,11 @@ class DecoupledPpo(Objective):
         if self.prox == "snapshot":
             return ProximalRule(interval=self.interval)
         return ProximalRule(decay=self.decay) if self.prox == "average" else None
+
+    @property
+    def ess_level(self) -> str:  # type: ignore[override]
+        """That of the weights."""
+        return self.level
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
         """The weighted surrogate; `clipped_fraction`: cut by clip or cap, `kept_fraction`: not masked."""

@@ -30,6 +30,8 @@ from trainer.objectives.importance import live_ratio_S
 class Sapo(Objective):
     """`-A (4 / tau) sigmoid(tau (r - 1))`"""
 
+    ess_level = "token"
+
     tau_positive: float = 1.0
     """Temperature for A >= 0."""
     tau_negative: float = 1.05
@@ -50,6 +52,8 @@ class Sapo(Objective):
 @dataclass(frozen=True, kw_only=True)
 class Maspo(Objective):
     """`-sg(F) r A`, F = exp(-(r - 1)^2 / (2 sigma^2)) where A (r - 1) > 0, else 1"""
+
+    ess_level = "token"
 
     sigma: float = 1.0
     """Width of the gate at probability 1 and advantage 0."""

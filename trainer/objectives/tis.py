@@ -83,6 +83,11 @@ class TruncatedIS(Objective):
         """False where the normalizer or the mean weight depends on every token's weight."""
         return self.denominator == "original" and not self.normalize
 
+    @property
+    def ess_level(self) -> str:  # type: ignore[override]
+        """That of the weights."""
+        return self.level
+
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
         """`-sg(w) A log pi`; `clipped_fraction` counts truncated tokens, `kept_fraction` those not masked."""
         weight_S, kept_S, clipped_S = self._weights(batch)

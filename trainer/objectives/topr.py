@@ -28,6 +28,11 @@ class Topr(Objective):
     def __post_init__(self) -> None:
         check_level("objective.level", self.level)
 
+    @property
+    def ess_level(self) -> str:  # type: ignore[override]
+        """That of the weights."""
+        return self.level
+
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
         """The tapered loss; `clipped_fraction` counts tokens with A < 0 and a ratio above 1."""
         r_S = ratio_S(batch, batch.log_ratio_S, level=self.level)

@@ -11,11 +11,21 @@ import sqlite3
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.wire.messages.consumer import Group
 from areal_like.wire.records import RecordLocation, read_record
+
+
+class SampleRow(NamedTuple):
+    """What the ledger's row says of a sample."""
+
+    num_sampled: int
+    oldest_step: int
+    """Step that starts with the oldest weights that sampled one of its tokens."""
+    reward: float
 
 
 class Recording:
@@ -24,7 +34,8 @@ class Recording:
     Raises ConfigError if there are none, or trajectories were not kept.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, needs_records: bool = True) -> None:
+        """`needs_records`: False also opens a run that kept no trajectories, of which only rows are read."""
         self._root = root
         self._directories = RunPaths(root).ledgers
         if not self._directories:
@@ -35,6 +46,13 @@ class Recording:
             sqlite3.connect(f"file:{directory / 'ledger.sqlite3'}?mode=ro", uri=True, isolation_level=None)
             for directory in self._directories
         ]
+        self.num_gone = sum(map(_num_gone, self._ledgers))
+        """Trajectories that were trained on and not kept."""
+        if self.num_gone and needs_records:
+            raise ConfigError(
+                f"{self.num_gone} trajectories that {self._root} was trained on were not kept: "
+                "only a run with buffer.retain_trajectories=true can be replayed"
+            )
         self._places = self._read_places()
         """(step, position in the merged order) -> (shard, ticket_id, prompt_index)."""
 
@@ -50,6 +68,23 @@ class Recording:
         rows = first.execute("SELECT step, value FROM settings WHERE key = 'trainer.lr' ORDER BY id")
         return [(step, float(value)) for step, value in rows]
 
+    def steps_of_versions(self) -> dict[int, int]:
+        """Version of weights -> step that starts with them."""
+        return dict(self._ledgers[0].execute("SELECT version, step FROM versions"))
+
+    def num_groups(self) -> Counter[int]:
+        """Step -> number of its groups."""
+        return Counter(step for step, _ in self._places)
+
+    def sample_rows(self, step: int, position: int) -> tuple[int, list[SampleRow]]:
+        """(prompt index, rows of the samples) of one group, without the trajectories."""
+        shard, ticket_id, prompt_index = self._places[step, position]
+        rows = self._ledgers[shard].execute(
+            "SELECT num_sampled, oldest_step, reward FROM samples WHERE ticket_id = ? ORDER BY sample_index",
+            (ticket_id,),
+        )
+        return prompt_index, [SampleRow(*row) for row in rows]
+
     def close(self) -> None:
         """Closes the ledgers."""
         for ledger in self._ledgers:
@@ -60,7 +95,7 @@ class Recording:
 
         Raises ConfigError if there is none, or if the ledger does not begin at step 0.
         """
-        counts = Counter(step for step, _ in self._places)
+        counts = self.num_groups()
         first = min(counts, default=0)
         if first > 0:
             raise ConfigError(
@@ -102,16 +137,6 @@ class Recording:
     def _read_places(self) -> dict[tuple[int, int], tuple[int, int, int]]:
         rows = []
         for shard, ledger in enumerate(self._ledgers):
-            (num_gone,) = ledger.execute(
-                "SELECT count(*) FROM tickets CROSS JOIN samples USING (ticket_id) "
-                "WHERE state IN ('batched', 'trained') "
-                "AND segment NOT IN (SELECT segment FROM segments WHERE retained = 1)"
-            ).fetchone()
-            if num_gone:
-                raise ConfigError(
-                    f"{num_gone} trajectories that {self._root} was trained on were not kept: "
-                    "only a run with buffer.retain_trajectories=true can be replayed"
-                )
             tickets = ledger.execute(
                 "SELECT step, position, ticket_id, prompt_index FROM tickets "
                 "WHERE state IN ('batched', 'trained')"
@@ -126,3 +151,12 @@ class Recording:
             places[step, taken[step]] = (shard, ticket_id, prompt_index)
             taken[step] += 1
         return places
+
+
+def _num_gone(ledger: sqlite3.Connection) -> int:
+    (num_gone,) = ledger.execute(
+        "SELECT count(*) FROM tickets CROSS JOIN samples USING (ticket_id) "
+        "WHERE state IN ('batched', 'trained') "
+        "AND segment NOT IN (SELECT segment FROM segments WHERE retained = 1)"
+    ).fetchone()
+    return int(num_gone)

@@ -307,12 +307,13 @@ class StepRunner:
 
         Metrics: loss, grad_norm, lr, lr_scale, lr_base, those of the samples (`StepTotals`), num_groups,
         zero_advantage_groups, num_tokens (of the sequences run), shared_share (of them, not computed),
-        num_microbatches (of all ranks), balance (see `Plan.busy_share`), ess_ratio, log_w_mean, log_w_std,
-        kl_k3, entropy, clipped_fraction, kept_fraction, mismatch_abs (mean |log(pi / mu)| of tokens that
-        the current weights sampled, if there are any: the numerical mismatch of engine and trainer), the
-        objective's own, shaped_reward (where advantages are not computed from `reward`), shaping_dual_I (of
-        a shaping with a dual variable), reward_baseline (of advantage=running), the critic's, wait_s,
-        compute_s, reduce_s, update_s, step_s, and those of `StepSpeed`.
+        num_microbatches (of all ranks), balance (see `Plan.busy_share`), ess_ratio and at other levels,
+        ess_weights (at the objective's), log_w_mean, log_w_std, kl_k3, entropy, clipped_fraction,
+        kept_fraction, mismatch_abs (mean |log(pi / mu)| of tokens that the current weights sampled, if there
+        are any: the numerical mismatch of engine and trainer), the objective's own, shaped_reward (where
+        advantages are not computed from `reward`), shaping_dual_I (of a shaping with a dual variable),
+        reward_baseline (of advantage=running), the critic's, wait_s, compute_s, reduce_s, update_s, step_s,
+        and those of `StepSpeed`.
         """
         lr_scale = self._objective.lr_scale(stats)
         lr = self.optimizer.learning_rate(step) * lr_scale
@@ -330,6 +331,7 @@ class StepRunner:
         self.rewards.update_duals(mean_tokens=totals.mean("response_tokens"))
         metrics = totals.metrics() | self.rewards.metrics() | critic_metrics
         metrics.update(self.advantages.update_state(totals))
+        metrics["ess_weights"] = totals.ess_ratios()[self._objective.ess_level]
         if self._balancer is not None:
             metrics["balance"] = self._balancer.busy_share
         metrics.update(loss=totals.total("loss") / divisor, grad_norm=grad_norm)

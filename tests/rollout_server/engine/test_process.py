@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from areal_like.weights.buckets import cut_buckets, spec_of
 from areal_like.weights.collective import WeightGroup
 from areal_like.wire.sockets import bound_socket
 from rollout_server.inference.client import EngineClient
+from rollout_server.inference.supervisor import EngineSupervisor
 from tests.support import engine_conformance as conformance
 from tests.support.engine_harness import API_KEY, Models, engine_process, key_file, sample
 
@@ -41,6 +43,35 @@ def test_death_of_the_engine_fails_all_requests_at_once(models: Models) -> None:
                 assert not await client.health()
 
     asyncio.run(body())
+
+
+def test_an_engine_that_another_program_paused_is_reported(models: Models) -> None:
+    nothing: Any = None  # the engine is neither started nor replaced
+
+    async def body(url: str) -> None:
+        supervisor = EngineSupervisor(
+            nothing, nothing, model="", checkpoints=models[0], load_timeout_s=1, stall_timeout_s=60,
+            starting=nothing, on_ready=nothing, on_lost=nothing,
+        )  # fmt: skip
+
+        async def waits_after(seconds: float) -> list[str]:
+            for _ in range(round(seconds / 0.25)):
+                await asyncio.sleep(0.25)
+                await supervisor.load()
+            return list(supervisor.waits())
+
+        async with EngineClient(url, api_key=API_KEY) as client, EngineClient(url, api_key=API_KEY) as other:
+            supervisor.client = client
+            running = asyncio.ensure_future(sample(client, PROMPT, 2000))
+            assert await waits_after(0.25) == []
+            await other.pause("in_place")
+            assert await waits_after(2.75) == ["engine: paused"]
+            await other.resume()
+            await running
+            assert await waits_after(0.25) == []
+
+    with engine_process(models[0]) as (_, url):
+        asyncio.run(body(url))
 
 
 def test_sigterm_returns_partial_outputs_and_exits_0(models: Models) -> None:

@@ -301,6 +301,7 @@ def test_answers_are_progress_of_the_server() -> None:
             environments=[],
             receiver=others,
             engine=others,
+            gate=others,
             supervisor=idle,
             starvation=others,
             book=book,

@@ -1,0 +1,170 @@
+"""What became of every trajectory and every step of a job whose processes were killed: arithmetic only.
+
+Input are the lines of the journal (benchmarks/crash_job.py) and, for each kill, what the benchmark saw. A
+trainer is one process of it; it begins at the step that it resumed from and makes its steps in order, so the
+groups that it is given are, `groups_per_step` at a time, those of its steps.
+
+A trajectory is *trained* if it is in the last completed version of a step. It is *lost* if it had begun
+before a kill and was never trained, although the job went on until all that still could be trained was. Its
+loss belongs to
+
+- the first kill between its beginning and its end, if it never ended (its process died, or it was cancelled),
+  or if that kill was the buffer's (the record did not arrive);
+- otherwise the first kill after the last that was heard of it: it was complete, or trained in a step that was
+  undone, and the kill destroyed it.
+
+Its seconds are those from its beginning to its end or, if it never ended, to the kill: agents, tools and
+engine worked that long for nothing. A trajectory that was begun anew is another trajectory.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kill:
+    """One kill -9, and what was seen of it."""
+
+    role: str
+    at_s: float
+    last_step: int
+    """Newest completed step in metrics.jsonl just after the kill."""
+    resumed_step: int | None
+    """Step with which the next trainer began; None if the trainer lived on."""
+    answered_s: float
+    """Seconds until the killed role worked again: benchmarks/crash_cost.py defines it for each role."""
+    caught_up_s: float
+    """Seconds until a step was completed that had not been completed before the kill."""
+
+    @property
+    def num_undone(self) -> int:
+        """Completed steps that were lost, and are made again."""
+        return 0 if self.resumed_step is None else self.last_step + 1 - self.resumed_step
+
+
+@dataclass(kw_only=True)
+class Attempt:
+    """One trajectory."""
+
+    begun_s: float
+    maker: int
+    done_s: float | None = None
+    cancelled_s: float | None = None
+    used: list[tuple[int, float]] = field(default_factory=list)
+    """(step, when) for each completed step it was part of, undone ones too."""
+    is_trained: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What one kill has cost."""
+
+    lost_trajectories: int
+    lost_s: float
+    """Trajectory-seconds: of all trajectories that the kill destroyed."""
+    twice_samples: int
+    """Samples of undone steps that were trained on again."""
+    undone_samples: int
+    """Samples of undone steps, whether the same samples or others are trained on in their place."""
+    answered_s: float
+    caught_up_s: float
+
+
+def attempts_of(
+    journal: Iterable[Mapping[str, Any]], kills: Sequence[Kill], *, groups_per_step: int, last_step: int
+) -> dict[int, Attempt]:
+    """All trajectories. `last_step`: the newest step that was completed when the journal was read.
+
+    Raises ValueError if the journal does not have the groups of a completed step.
+    """
+    found: dict[int, Attempt] = {}
+    groups: dict[int, list[tuple[float, list[int]]]] = {}
+    for line in journal:
+        match line["event"]:
+            case "begun":
+                found[line["attempt"]] = Attempt(begun_s=line["at_s"], maker=line["maker"])
+            case "done":
+                found[line["attempt"]].done_s = line["at_s"]
+            case "cancelled":
+                found[line["attempt"]].cancelled_s = line["at_s"]
+            case "used":
+                groups.setdefault(line["trainer"], []).append((line["at_s"], line["attempts"]))
+    changes = [kill for kill in kills if kill.resumed_step is not None]
+    firsts = [0, *(kill.resumed_step or 0 for kill in changes)]
+    ends = [*(kill.last_step for kill in changes), last_step]
+    if len(groups) != len(firsts):
+        raise ValueError(f"{len(groups)} trainers have trained, {len(firsts)} were started")
+    newest: dict[int, list[int]] = {}
+    for first, last, given in zip(firsts, ends, groups.values(), strict=True):
+        if len(given) < (last + 1 - first) * groups_per_step:
+            raise ValueError(f"steps {first} to {last} have only {len(given)} groups in the journal")
+        for step in range(first, last + 1):
+            mine = given[(step - first) * groups_per_step :][:groups_per_step]
+            newest[step] = [attempt for _, attempts in mine for attempt in attempts]
+            for at_s, attempts in mine:
+                for attempt in attempts:
+                    found[attempt].used.append((step, at_s))
+    for attempts in newest.values():
+        for attempt in attempts:
+            found[attempt].is_trained = True
+    return found
+
+
+def blamed(attempt: Attempt, kills: Sequence[Kill]) -> int | None:
+    """Index of the kill that destroyed a trajectory that was not trained; None if none did."""
+    end_s = attempt.done_s
+    within = [at for at, kill in enumerate(kills) if attempt.begun_s < kill.at_s]
+    if end_s is None:
+        if attempt.cancelled_s is not None:  # cancelled: by the newest kill before that
+            before = [at for at, kill in enumerate(kills) if kill.at_s <= attempt.cancelled_s]
+            return before[-1] if before else None
+        return within[0] if within else None
+    for at in within:
+        if kills[at].at_s < end_s and kills[at].role == "buffer":
+            return at
+    last_s = max([end_s, *(at_s for _, at_s in attempt.used)])
+    return next((at for at in within if kills[at].at_s >= last_s), None)
+
+
+def lost_seconds(attempt: Attempt, kill: Kill) -> float:
+    """Time that went into a trajectory that was destroyed."""
+    ends = [at_s for at_s in (attempt.done_s, attempt.cancelled_s) if at_s is not None]
+    return max(0.0, (min(ends) if ends else kill.at_s) - attempt.begun_s)
+
+
+def _undone_by(step: int, at_s: float, kills: Sequence[Kill]) -> int:
+    return next(
+        index
+        for index, kill in enumerate(kills)
+        if kill.at_s >= at_s and kill.resumed_step is not None and kill.resumed_step <= step
+    )
+
+
+def costs(
+    attempts: Mapping[int, Attempt], kills: Sequence[Kill], *, samples_per_step: int, until_s: float
+) -> list[Cost]:
+    """The cost of each kill. `until_s`: the job was stopped then, which cancels trajectories, too."""
+    lost: list[list[float]] = [[] for _ in kills]
+    twice: Counter[int] = Counter()
+    for attempt in attempts.values():
+        for step, at_s in attempt.used[:-1]:
+            twice[_undone_by(step, at_s, kills)] += 1
+        if attempt.is_trained or (attempt.cancelled_s is not None and attempt.cancelled_s > until_s):
+            continue
+        if (at_kill := blamed(attempt, kills)) is not None:
+            lost[at_kill].append(lost_seconds(attempt, kills[at_kill]))
+    return [
+        Cost(
+            lost_trajectories=len(seconds),
+            lost_s=sum(seconds),
+            twice_samples=twice[at],
+            undone_samples=kill.num_undone * samples_per_step,
+            answered_s=kill.answered_s,
+            caught_up_s=kill.caught_up_s,
+        )
+        for at, (kill, seconds) in enumerate(zip(kills, lost, strict=True))
+    ]

@@ -1,0 +1,163 @@
+"""Measures what a crash costs: kill -9 of each role of a real job, in trajectory-seconds and samples.
+
+    python -m benchmarks.crash_cost [--only ROLE DURABILITY] [--kills N] [--report]
+
+The unit is that of verl's RFC 7579: the time that agents, tools and engine have put into trajectories that
+are then not trained on. The job (benchmarks/crash_run.py) is small and complete: two rollout servers with
+agents that mostly wait for their tools (1 to 3 calls of about half a second, at most 3 s), steps of 8 groups
+of 4, a checkpoint every 5 steps, all on one machine. Roles are killed in turn, each when the job has settled
+and at a random moment. After each kill the benchmark waits until the job makes new steps. It starts the job
+again, at once, only where nothing else would: after a kill of `job`, which is every process at the same time,
+as when a machine fails; after a kill of the launcher, whose daemons then end by themselves (the trainer
+writes a checkpoint first); and after a kill of the buffer with `buffer.durability=none`, which ends the run.
+
+Measured for each kill (benchmarks/crash_books.py has the arithmetic):
+
+- *lost trajectory-seconds*: from the journal that agents and trainer write as they go (crash_job.py). It does
+  not depend on the buffer, so it is the same measure whatever the buffer keeps.
+- *trained twice*: samples of completed steps that were undone and that were then trained on again; *undone*:
+  all samples of those steps. Where the buffer has lost the samples, others are trained on in their place.
+- *seconds to repair*: from the kill until the killed role works again. Buffer: its first answer to GET
+  /status. Server: the first complete trajectory of its new process. Trainer, launcher and job: the first
+  completed step. *Until a new step*: until a step is completed that had not been before the kill.
+
+*As peers do it* is the row of `job` with `none`: all is killed and resumed from the newest checkpoint, and
+trajectories in flight and in the buffer are gone. That is what becomes of a job of a framework
+whose buffer is memory, whichever of its processes dies. Undone steps grow with the interval of checkpoints,
+here 5 steps of about two seconds; with the buffer's ledger only the steps themselves are made again.
+
+A kill is a line of benchmarks/results/crash_cost.jsonl, appended at the end of its job, which has a few kills
+of each role. Kills that are there already are not repeated, so the benchmark may be stopped and continued.
+At its end it prints the table and draws docs/crash_cost.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from areal_like.paths import RunPaths
+from benchmarks import report
+from benchmarks.crash_books import Kill, attempts_of, costs
+from benchmarks.crash_job import read_journal
+from benchmarks.crash_report import as_table, draw
+from benchmarks.crash_run import GROUP_SIZE, GROUPS_PER_STEP, SETTINGS, CrashJob, crash_job
+from launch.audit.run import audit_run
+
+ROLES = ("server", "buffer", "trainer", "launcher", "job")
+KILLS = {"process_crash": 20, "none": 5, "power_loss": 5}
+"""Kills of each role, by buffer.durability."""
+_ROUNDS_A_JOB = 4
+Row = dict[str, Any]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Makes the kills that are missing, prints the table and draws the figure."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs=2, metavar=("ROLE", "DURABILITY"))
+    parser.add_argument("--kills", type=int, help="of each role; default 20 for process_crash, else 5")
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    parser.add_argument("--results", type=Path, default=report.RESULTS / "crash_cost.jsonl")
+    parser.add_argument("--figure", type=Path, default=report.ROOT / "docs" / "crash_cost.png")
+    parser.add_argument("--scratch", type=Path)
+    args = parser.parse_args(argv)
+    if args.only and not (args.only[0] in ROLES and args.only[1] in KILLS):
+        parser.error(
+            f"--only {' '.join(args.only)}: a role is {', '.join(ROLES)}, and then {', '.join(KILLS)}"
+        )
+    if not args.report:
+        wanted = Counter(
+            {
+                (role, durability): count if args.kills is None else args.kills
+                for durability, count in KILLS.items()
+                for role in ROLES
+                if args.only in (None, [role, durability])
+            }
+        )
+        run(wanted, args.results, scratch=args.scratch)
+    rows = read_rows(args.results)
+    if not rows:
+        parser.error(f"{args.results} has no kill of this job: omit --report")
+    print(as_table(rows))
+    draw(rows, args.figure)
+    return 0
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The kills of this very job; those of other settings are left out."""
+    text = path.read_text() if path.exists() else ""
+    rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return [row for row in rows if row["settings"] == list(SETTINGS)]
+
+
+def run(wanted: Counter[tuple[str, str]], path: Path, *, scratch: Path | None) -> None:
+    """Makes the kills that the file does not have, a job at a time."""
+    number = 0
+    while True:
+        done = Counter((row["role"], row["durability"]) for row in read_rows(path))
+        missing = wanted - done
+        if not missing:
+            return
+        durability = next(each for each in KILLS if any(each == kind for _, kind in missing))
+        rounds = [
+            [role for role in ROLES if missing[role, durability] > number] for number in range(_ROUNDS_A_JOB)
+        ]
+        directory = Path(tempfile.mkdtemp(prefix="areal-like-crash-", dir=scratch))
+        made = measured(directory, durability, [role for part in rounds for role in part], seed=number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in made)
+        shutil.rmtree(directory)  # kept when the job fails
+        number += 1
+
+
+def measured(directory: Path, durability: str, roles: list[str], *, seed: int) -> list[Row]:
+    """Rows of one job in which these roles are killed in turn."""
+    seed += int(time.time())
+    with crash_job(directory, durability, seed=seed) as job:
+        loads = []
+        for role in roles:
+            loads.append(round(os.getloadavg()[0], 2))
+            job.kill(role)
+            print(f"{time.strftime('%H:%M:%S')} {durability} {job.kills[-1]}", file=sys.stderr, flush=True)
+        return rows_of(job, durability, loads)
+
+
+def rows_of(job: CrashJob, durability: str, loads: list[float]) -> list[Row]:
+    """Ends the job and counts."""
+    kills: list[Kill] = job.kills
+    stopped_s, last_step = job.stop()
+    attempts = attempts_of(
+        read_journal(job.journal), kills, groups_per_step=GROUPS_PER_STEP, last_step=last_step
+    )
+    found = costs(attempts, kills, samples_per_step=GROUP_SIZE * GROUPS_PER_STEP, until_s=stopped_s)
+    summary = json.loads(RunPaths(job.root).summary.read_text())
+    is_clean = audit_run(job.root).is_clean if durability != "none" else None
+    return [
+        {
+            "role": kill.role,
+            "durability": durability,
+            **{name: round(value, 3) for name, value in asdict(cost).items()},
+            "undone_steps": kill.num_undone,
+            "load": load,
+            "job": {"drops": summary["drops"], "audit_is_clean": is_clean, "attempts": len(attempts)},
+            "settings": list(SETTINGS),
+            **report.machine(),
+        }
+        for kill, cost, load in zip(kills, found, loads, strict=True)
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""Compares the trajectories of one step: groups at the same position, sample by sample."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from areal_like.trajectory import NOT_SAMPLED, Trajectory
+from areal_like.wire.messages.consumer import Group
+from launch.comparison.result import Difference
+
+Steps = Mapping[int, int]
+"""Version -> step that starts with these weights."""
+
+
+_SHAPE = ("lengths of segments", "ends of turns", "finish reason", "is greedy", "label")
+
+
+class StepDifferences:
+    """The first difference of each kind in one step, and how many samples or groups have one."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, Difference] = {}
+        self._num: Counter[str] = Counter()
+
+    def add(self, kind: str, text: str, ours: Any, theirs: Any) -> None:
+        """Adds a difference with both values, which are put into the text."""
+        self._num[kind] += 1
+        if kind not in self._first:
+            difference = Difference(kind=kind, text=f"{text}: {ours} / {theirs}", run=ours, other=theirs)
+            self._first[kind] = difference
+
+    def add_text(self, kind: str, text: str) -> None:
+        """Adds a difference that is no pair of values."""
+        self._num[kind] += 1
+        self._first.setdefault(kind, Difference(kind=kind, text=text))
+
+    def found(self) -> list[Difference]:
+        """The differences, each with the number of further ones of its kind."""
+        return [
+            Difference(
+                kind=kind,
+                text=one.text + (f" (and {num} more)" if (num := self._num[kind] - 1) else ""),
+                run=one.run,
+                other=one.other,
+            )
+            for kind, one in self._first.items()
+        ]
+
+
+def compare_groups(
+    found: StepDifferences,
+    ours: Group,
+    theirs: Group,
+    *,
+    steps: tuple[Steps, Steps],
+    tolerance: float,
+) -> None:
+    """Adds what differs in two groups at the same position.
+
+    `steps`: of the versions of each run, which number them apart. `tolerance`: of log-probs and rewards.
+    """
+    where = f"group {ours.position} (tickets {ours.ticket_id} / {theirs.ticket_id})"
+    if ours.prompt_index != theirs.prompt_index:
+        found.add("prompts", f"{where} has the prompt of index", ours.prompt_index, theirs.prompt_index)
+    if len(ours.records) != len(theirs.records):
+        found.add("groups", f"samples of {where}", len(ours.records), len(theirs.records))
+    if ours.prompt_index != theirs.prompt_index or len(ours.records) != len(theirs.records):
+        return
+    for index, (one, another) in enumerate(zip(ours.records, theirs.records, strict=True)):
+        if one.data != another.data:
+            _compare_samples(
+                found,
+                one.trajectory(),
+                another.trajectory(),
+                where=f"group {ours.position}, sample {index}",
+                steps=steps,
+                tolerance=tolerance,
+            )
+
+
+def _compare_samples(
+    found: StepDifferences,
+    ours: Trajectory,
+    theirs: Trajectory,
+    *,
+    where: str,
+    steps: tuple[Steps, Steps],
+    tolerance: float,
+) -> None:
+    num_same = _num_same(found, ours, theirs, where=where)
+    for name, one, another in zip(_SHAPE, _shape_of(ours), _shape_of(theirs), strict=True):
+        if one != another:
+            found.add("shape of samples", f"{where}, {name}", one, another)
+    version_steps = [
+        _steps_of(t.versions[:num_same], of_run) for t, of_run in zip((ours, theirs), steps, strict=True)
+    ]
+    _compare_arrays(
+        found, "versions", f"{where}, step of the weights that sampled token", *version_steps, tolerance=0.0
+    )
+    _compare_arrays(
+        found,
+        "behavior log-probs",
+        f"{where}, log-prob of token",
+        ours.logprobs[:num_same],
+        theirs.logprobs[:num_same],
+        tolerance=tolerance,
+    )
+    _compare_rewards(found, ours, theirs, where=where, tolerance=tolerance)
+
+
+def _shape_of(trajectory: Trajectory) -> tuple[str, ...]:
+    ends = tuple(end for end, _ in trajectory.turns)
+    values = trajectory.segments, ends, trajectory.finish_reason, trajectory.is_greedy, trajectory.label
+    return tuple(map(str, values))
+
+
+def _num_same(found: StepDifferences, ours: Trajectory, theirs: Trajectory, *, where: str) -> int:
+    """The number of first tokens that are equal, and equal in whether the policy sampled them."""
+    num = min(ours.num_tokens, theirs.num_tokens)
+    other = (ours.tokens[:num] != theirs.tokens[:num]) | (ours.loss_mask[:num] != theirs.loss_mask[:num])
+    if not other.any():
+        if ours.num_tokens != theirs.num_tokens:
+            found.add("tokens", f"{where}, number of tokens", ours.num_tokens, theirs.num_tokens)
+        return num
+    at = int(other.argmax())
+    of_prompt = not ours.loss_mask[:at].any() and not ours.loss_mask[at] and not theirs.loss_mask[at]
+    if ours.tokens[at] == theirs.tokens[at]:
+        sampled = int(ours.loss_mask[at]), int(theirs.loss_mask[at])
+        found.add("tokens", f"{where}, loss mask of token {at}", *sampled)
+    else:
+        kind = "prompts" if of_prompt else "tokens"
+        found.add(kind, f"{where}, token {at}", int(ours.tokens[at]), int(theirs.tokens[at]))
+    return at
+
+
+def _steps_of(versions: NDArray[np.int32], steps: Steps) -> NDArray[np.int64]:
+    unique, inverse = np.unique(versions, return_inverse=True)
+    of_unique = [int(v) if v == NOT_SAMPLED else steps.get(int(v), int(v)) for v in unique]
+    return np.array(of_unique, dtype=np.int64)[inverse]
+
+
+def _compare_arrays(
+    found: StepDifferences,
+    kind: str,
+    what: str,
+    ours: NDArray[Any],
+    theirs: NDArray[Any],
+    *,
+    tolerance: float,
+) -> None:
+    close = np.isclose(ours, theirs, rtol=tolerance, atol=tolerance) if tolerance else ours == theirs
+    other = ~close
+    if other.any():
+        at = int(other.argmax())
+        found.add(kind, f"{what} {at}", ours[at].item(), theirs[at].item())
+
+
+def _compare_rewards(
+    found: StepDifferences, ours: Trajectory, theirs: Trajectory, *, where: str, tolerance: float
+) -> None:
+    rewards = np.array([ours.reward]), np.array([theirs.reward])
+    _compare_arrays(found, "rewards", f"{where}, reward", *rewards, tolerance=tolerance)
+    turns = [np.array([reward for _, reward in t.turns]) for t in (ours, theirs)]
+    if turns[0].shape == turns[1].shape:
+        _compare_arrays(found, "rewards", f"{where}, reward of turn", *turns, tolerance=tolerance)
+    if ours.reward_components != theirs.reward_components:
+        found.add("rewards", f"{where}, parts", str(ours.reward_components), str(theirs.reward_components))
+    for name in sorted(ours.arrays.keys() | theirs.arrays.keys()):
+        arrays = ours.arrays.get(name), theirs.arrays.get(name)
+        if arrays[0] is None or arrays[1] is None or arrays[0].shape != arrays[1].shape:
+            shapes = ["none" if array is None else str(array.shape) for array in arrays]
+            found.add("rewards", f"{where}, array {name}", *shapes)
+        elif not np.array_equal(arrays[0], arrays[1]):
+            at = int((arrays[0] != arrays[1]).reshape(-1).argmax())
+            values = [array.reshape(-1)[at].item() for array in arrays if array is not None]
+            found.add("rewards", f"{where}, array {name} at {at}", *values)

@@ -1,0 +1,115 @@
+"""The result of comparing two runs."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+KINDS = (
+    "settings",
+    "initial weights",
+    "damaged records",
+    "groups",
+    "prompts",
+    "tokens",
+    "shape of samples",
+    "versions",
+    "behavior log-probs",
+    "rewards",
+    "policy's log-probs",
+    "advantages",
+    "weights of the loss",
+    "loss",
+    "gradient norm",
+    "other metrics",
+    "parameters",
+    "moments",
+)
+"""What is compared, in the order of cause: in a step each follows from those before it."""
+_OF_STEP = ("loss", "gradient norm", "other metrics")
+"""Numbers of a step as a whole, which its row states fully."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """A difference of two runs in one step."""
+
+    kind: str
+    """One of KINDS."""
+    text: str
+    """What differs and where; values of both, in the order of the runs."""
+    run: Any = None
+    """The value in the first run, if it is one number or word."""
+    other: Any = None
+
+
+@dataclass(kw_only=True)
+class Comparison:
+    """What two runs have in common, and the first step at which they differ."""
+
+    run: str
+    other: str
+    first_step: int
+    last_step: int
+    """Of the steps that both have."""
+    tolerance: float
+    """Largest relative difference that counts as equal; 0: to the last bit."""
+    rounding: list[str] = field(default_factory=list)
+    """Settings that differ and change results by rounding alone."""
+    step: int | None = None
+    """The first step at which the runs differ; None: none."""
+    differences: list[Difference] = field(default_factory=list)
+    """Of that step, in the order of cause."""
+    compared: Counter[str] = field(default_factory=Counter)
+    """Kind -> how many steps it was compared in."""
+    compared_means: Counter[str] = field(default_factory=Counter)
+    """The same, of numbers of a whole step: the rows of metrics.jsonl."""
+    not_recorded: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def is_equal(self) -> bool:
+        """True if no difference was found."""
+        return not self.differences
+
+    def add(self, step: int, found: list[Difference]) -> None:
+        """Records the differences of a step, which ends the comparison."""
+        self.step = step
+        self.differences = sorted([*self.differences, *found], key=lambda one: KINDS.index(one.kind))
+
+    def dumps(self) -> str:
+        """The result as JSON."""
+        differences = [asdict(one) for one in self.differences]
+        return json.dumps(vars(self) | {"differences": differences, "equal": self.is_equal}, indent=2)
+
+    def lines(self) -> Iterator[str]:
+        """The result for people; where two values stand side by side, the first is `run`'s."""
+        yield f"{self.run} / {self.other}: steps {self.first_step} to {self.last_step}"
+        yield f"compared {self._precision()}"
+        others = [kind for kind in KINDS if kind not in {one.kind for one in self.differences}]
+        equal = [
+            kind for kind in others if self.compared[kind] or (kind in _OF_STEP and self._has_mean(kind))
+        ]
+        means = [kind for kind in others if kind not in equal and self._has_mean(kind)]
+        if self.is_equal:
+            yield "no difference"
+        else:
+            yield f"first difference: step {self.step}, {self.differences[0].kind}"
+        yield from (f"  {one.kind}: {one.text}" for one in self.differences)
+        for kinds, of in ((equal, ""), (means, "means over each step of ")):
+            if kinds:
+                yield f"equal: {of}{', '.join(kinds)}"
+        yield from (f"not recorded: {text}" for text in self.not_recorded)
+        yield from (f"note: {text}" for text in self.notes)
+
+    def _has_mean(self, kind: str, *, of: Sequence[str] = KINDS) -> bool:
+        return kind in of and self.compared_means[kind] > 0
+
+    def _precision(self) -> str:
+        because = f", because of {', '.join(self.rounding)}" if self.rounding else ""
+        if self.tolerance == 0:
+            return f"to the last bit{f' (rounding differs{because})' if because else ''}"
+        return f"to a relative difference of {self.tolerance:g}{because}"

@@ -1,0 +1,104 @@
+"""Compares the rows of two runs' metrics.jsonl, step by step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from launch.comparison.result import Difference
+
+Row = Mapping[str, Any]
+
+_KIND_OF = {
+    "lr_base": "settings",
+    "reward_mean": "rewards",
+    "reward_std": "rewards",
+    "shaped_reward": "rewards",
+    "prompt_tokens": "prompts",
+    "response_length_mean": "tokens",
+    "lag_mean": "versions",
+    "lag_max": "versions",
+    "entropy": "policy's log-probs",
+    "kl_k3": "policy's log-probs",
+    "log_w_mean": "policy's log-probs",
+    "log_w_std": "policy's log-probs",
+    "mismatch_abs": "policy's log-probs",
+    "ess_ratio": "policy's log-probs",
+    "ess_ratio_geometric": "policy's log-probs",
+    "ess_ratio_token": "policy's log-probs",
+    "ess_weights": "policy's log-probs",
+    "zero_advantage_groups": "advantages",
+    "clipped_fraction": "weights of the loss",
+    "kept_fraction": "weights of the loss",
+    "lr_scale": "weights of the loss",
+    "loss": "loss",
+    "grad_norm": "gradient norm",
+}
+"""Every other number of a row is among the other metrics."""
+_OF_TIME = ("_s", "_s_min", "_s_max")
+_OF_MACHINE = (
+    "time_",
+    "tokens_per_s",
+    "compute_tokens_per_s",
+    "mfu",
+    "gpu_",
+    "memory_",
+    "model_tflops_per_s",
+    "balance",
+    "num_microbatches",
+    "shared_share",
+    "weight_check",
+    "weights_version",
+    "weights_step",
+    "max_staleness",
+    "mismatch_abs_p99",
+    "step",
+)
+"""Names of numbers that depend on time, machine or number of ranks, or that a replay does not have."""
+
+
+def compare_rows(ours: Row, theirs: Row, *, tolerance: float) -> tuple[set[str], list[Difference]]:
+    """(kinds that both rows have, differences); numbers that only one row has are left out."""
+    kinds: set[str] = set()
+    found: dict[str, Difference] = {}
+    for name in _KIND_OF.keys() | (ours.keys() & theirs.keys()):
+        if name not in ours or name not in theirs or _is_of_machine(name):
+            continue
+        kind = _KIND_OF.get(name, "other metrics")
+        kinds.add(kind)
+        for path, one, another in _numbers(name, ours[name], theirs[name]):
+            if not are_close(one, another, tolerance=0.0 if path == "lr_base" else tolerance):
+                text = f"{path}: {one} / {another}"
+                known = found.get(kind)
+                if known is None or _rank(text) < _rank(known.text):
+                    found[kind] = Difference(kind=kind, text=text, run=one, other=another)
+    return kinds, list(found.values())
+
+
+def are_close(ours: Any, theirs: Any, *, tolerance: float) -> bool:
+    """True for equal values, and for numbers whose difference is at most `tolerance` of them, or of 1."""
+    if ours == theirs:
+        return True
+    both = isinstance(ours, int | float) and isinstance(theirs, int | float)
+    return both and math.isclose(ours, theirs, rel_tol=tolerance, abs_tol=tolerance)
+
+
+def _rank(text: str) -> tuple[int, str]:
+    """Of the names of a kind, that of the table above comes first."""
+    name = text.partition(":")[0]
+    return (list(_KIND_OF).index(name) if name in _KIND_OF else len(_KIND_OF), name)
+
+
+def _is_of_machine(name: str) -> bool:
+    return name.endswith(_OF_TIME) or name.startswith(_OF_MACHINE)
+
+
+def _numbers(name: str, ours: Any, theirs: Any) -> Iterator[tuple[str, Any, Any]]:
+    """The numbers below a name, which may be a table."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for key in sorted(ours.keys() & theirs.keys()):
+            if not _is_of_machine(key):
+                yield from _numbers(f"{name}.{key}", ours[key], theirs[key])
+    elif ours is None or theirs is None or isinstance(ours, int | float):
+        yield name, ours, theirs

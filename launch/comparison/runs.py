@@ -1,0 +1,209 @@
+"""Finds the first step at which two runs differ, and by what.
+
+    settings, initial weights -> for each step { trajectories -> row of metrics.jsonl -> checkpoint } *
+
+The comparison ends with the first step that differs, and lists what differs there in the order of cause.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from areal_like.errors import ConfigError, StoreCorruptError
+from areal_like.wire.messages.consumer import Group
+from launch.comparison.groups import StepDifferences, compare_groups
+from launch.comparison.recorded import RecordedRun
+from launch.comparison.result import Comparison, Difference
+from launch.comparison.rows import are_close, compare_rows
+from launch.comparison.settings import compare_settings
+from launch.comparison.weights import compare_weights, same_files
+from trainer.replay.recording import Recording
+
+ROUNDING_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
+"""By `model.dtype`, where settings differ that change the order of sums."""
+_OF_RECORDS = ("groups", "prompts", "tokens", "shape of samples", "versions", "behavior log-probs", "rewards")
+_OF_ROWS = ("groups", "prompts", "tokens", "versions", "rewards")
+
+
+def compare_runs(root: Path, other: Path, *, tolerance: float | None = None) -> Comparison:
+    """Compares two runs. `tolerance`: largest relative difference of equal numbers; None: by the settings.
+
+    Raises ConfigError if they have no step in common.
+    """
+    with closing(RecordedRun(root)) as ours, closing(RecordedRun(other)) as theirs:
+        return _Comparer(ours, theirs, tolerance=tolerance).run()
+
+
+class _Comparer:
+    def __init__(self, ours: RecordedRun, theirs: RecordedRun, *, tolerance: float | None) -> None:
+        self._ours, self._theirs = ours, theirs
+        settings = compare_settings(ours.settings, theirs.settings)
+        self._of_steps = settings.of_steps
+        if tolerance is None:
+            of_dtype = ROUNDING_TOLERANCE.get(ours.settings.get("model.dtype", ""), 1e-5)
+            tolerance = of_dtype if settings.of_rounding else 0.0
+        self._result = Comparison(
+            run=str(ours.root),
+            other=str(theirs.root),
+            first_step=-1,
+            last_step=-1,
+            tolerance=tolerance,
+            rounding=settings.of_rounding,
+        )
+        if settings.of_generation:
+            acted = "settings that act on trajectories alone: "
+            self._result.notes.append(acted + ", ".join(settings.of_generation))
+        self._same_trajectories = ours.recording is not None and ours.source == theirs.source
+        if self._same_trajectories:
+            self._result.notes.append(f"both have the trajectories of {ours.source}")
+        else:
+            self._result.not_recorded += [run.missing for run in (ours, theirs) if run.missing]
+
+    def run(self) -> Comparison:
+        """Compares step by step up to the first difference."""
+        result = self._result
+        for step, row, other_row in _in_both(self._ours.rows(), self._theirs.rows()):
+            if result.first_step < 0:
+                result.first_step = step
+                found = [*self._settings(), *(self._initial_weights() if step == 0 else [])]
+            else:
+                found = []
+            result.last_step = step
+            found += self._trajectories(step)
+            kinds, of_rows = compare_rows(row, other_row, tolerance=result.tolerance)
+            result.compared_means.update(kinds - {"settings"})
+            known = {one.kind for one in found}
+            # A mean of the row says less than the sample that changes it.
+            found += [one for one in of_rows if one.kind not in known or one.kind == "settings"]
+            found += self._checkpoint(step + 1)
+            if found:
+                result.add(step, found)
+                break
+        if result.first_step < 0:
+            raise ConfigError(f"{result.run} and {result.other} have no step in common")
+        if not result.compared["parameters"]:
+            result.not_recorded.append("parameters after any of these steps in both runs (no checkpoints)")
+        return result
+
+    def _settings(self) -> list[Difference]:
+        self._result.compared["settings"] += 1
+        return [Difference(kind="settings", text=text) for text in self._of_steps]
+
+    def _initial_weights(self) -> list[Difference]:
+        folders = self._ours.initial_weights, self._theirs.initial_weights
+        if folders[0] is None or folders[1] is None:
+            names = [run.settings.get("model.path", "") for run in (self._ours, self._theirs)]
+            if names[0] == names[1]:
+                return []
+            return [Difference(kind="initial weights", text=f"model.path={names[0]} / {names[1]}")]
+        self._result.compared["initial weights"] += 1
+        if folders[0] == folders[1]:
+            return []
+        difference = compare_weights(folders[0], folders[1])
+        if difference is None:
+            return []
+        text, share = difference.text, difference.relative
+        return [Difference(kind="initial weights", text=text, other=share)]
+
+    def _trajectories(self, step: int) -> list[Difference]:
+        """What differs in the trajectories of a step, as deep as both runs have recorded them."""
+        result = self._result
+        one, another = self._ours.recording, self._theirs.recording
+        if one is None or another is None:
+            return []
+        numbers = self._ours.num_groups.get(step, 0), self._theirs.num_groups.get(step, 0)
+        if not all(numbers):
+            return []
+        has_records = self._ours.has_records and self._theirs.has_records
+        result.compared.update(_OF_RECORDS if has_records or self._same_trajectories else _OF_ROWS)
+        if self._same_trajectories:
+            return []
+        found = StepDifferences()
+        if numbers[0] != numbers[1]:
+            found.add("groups", "number of groups", *numbers)
+        for position in range(min(numbers)):
+            if not has_records:
+                self._sample_rows(found, one, another, step, position)
+                continue
+            groups = [
+                _read(found, recording, step, position, of=str(run.root))
+                for recording, run in ((one, self._ours), (another, self._theirs))
+            ]
+            if groups[0] is not None and groups[1] is not None:
+                compare_groups(
+                    found,
+                    groups[0],
+                    groups[1],
+                    steps=(self._ours.steps_of_versions, self._theirs.steps_of_versions),
+                    tolerance=result.tolerance,
+                )
+        return found.found()
+
+    def _sample_rows(
+        self, found: StepDifferences, one: Recording, another: Recording, step: int, position: int
+    ) -> None:
+        prompts, rows = zip(
+            *(recording.sample_rows(step, position) for recording in (one, another)), strict=True
+        )
+        where = f"group {position}"
+        if prompts[0] != prompts[1]:
+            found.add("prompts", f"{where} has the prompt of index", *prompts)
+        elif len(rows[0]) != len(rows[1]):
+            found.add("groups", f"samples of {where}", len(rows[0]), len(rows[1]))
+        else:
+            for index, (a, b) in enumerate(zip(*rows, strict=True)):
+                sample = f"{where}, sample {index}"
+                if a.num_sampled != b.num_sampled:
+                    found.add("tokens", f"{sample}, number of sampled tokens", a.num_sampled, b.num_sampled)
+                if a.oldest_step != b.oldest_step:
+                    found.add("versions", f"{sample}, step of its weights", a.oldest_step, b.oldest_step)
+                if not are_close(a.reward, b.reward, tolerance=self._result.tolerance):
+                    found.add("rewards", f"{sample}, reward", a.reward, b.reward)
+
+    def _checkpoint(self, num_steps: int) -> list[Difference]:
+        """What differs in the checkpoints after this many steps, if both runs have one."""
+        folders = [run.checkpoints.get(num_steps) for run in (self._ours, self._theirs)]
+        if folders[0] is None or folders[1] is None:
+            return []
+        result = self._result
+        result.compared["parameters"] += 1
+        difference = compare_weights(folders[0], folders[1])
+        if difference is not None and difference.relative > result.tolerance:
+            text = f"checkpoint {folders[0].name}: {difference.text}"
+            return [Difference(kind="parameters", text=text, other=difference.relative)]
+        if result.tolerance:
+            return []
+        equal = same_files(folders[0], folders[1], "rows/*-of-*.safetensors")
+        if equal is not None:
+            result.compared["moments"] += 1
+        if equal is False:
+            text = f"checkpoint {folders[0].name}: the weights are equal, masters or moments differ"
+            return [Difference(kind="moments", text=text)]
+        return []
+
+
+def _read(found: StepDifferences, recording: Recording, step: int, position: int, *, of: str) -> Group | None:
+    try:
+        return next(recording.groups(step, range(position, position + 1)))
+    except StoreCorruptError as error:
+        found.add_text("damaged records", f"group {position} of {of}: {error}")
+        return None
+
+
+_Rows = Iterator[tuple[int, dict[str, Any]]]
+
+
+def _in_both(ours: _Rows, theirs: _Rows) -> Iterator[tuple[int, dict[str, Any], dict[str, Any]]]:
+    """(step, both rows) of the steps that both iterators have; both ascend."""
+    one, another = next(ours, None), next(theirs, None)
+    while one is not None and another is not None:
+        if one[0] == another[0]:
+            yield one[0], one[1], another[1]
+            one, another = next(ours, None), next(theirs, None)
+        elif one[0] < another[0]:
+            one = next(ours, None)
+        else:
+            another = next(theirs, None)

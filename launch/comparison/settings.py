@@ -1,0 +1,108 @@
+"""Compares the settings of two runs: those of the steps, those of rounding, and the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from areal_like.errors import ConfigError
+from areal_like.security.redaction import without_secrets
+from launch.report.run import flat
+
+_ROUNDING = (
+    "trainer.world_size",
+    "trainer.num_hosts",
+    "trainer.device",
+    "trainer.tokens_per_microbatch",
+    "trainer.balance",
+    "trainer.logprob_chunk_tokens",
+    "trainer.gradient_checkpointing",
+    "trainer.attention",
+    "trainer.compile",
+    "trainer.num_threads",
+)
+"""They change the order of sums, and so the last bits of the results."""
+_GENERATION = (
+    "buffer.",
+    "episode.",
+    "eval.",
+    "max_staleness",
+    "ess_target",
+    "rewards.",
+    "rollout.",
+    "seed",
+    "sessions.",
+    "task",
+    "weights.",
+)
+"""They act on the trajectories, which are compared themselves."""
+_WITHOUT_EFFECT = (
+    "name",
+    "runs_dir",
+    "resume",
+    "daemon.",
+    "metrics.",
+    "security.",
+    "sft.",
+    "trackers",
+    "model.path",
+    "model.warm_start_",
+    "trainer.host_index",
+    "trainer.rendezvous",
+    "trainer.reshard_after_forward",
+    "trainer.checkpoint_",
+    "trainer.keep_",
+    "trainer.collective_timeout_s",
+    "trainer.fetch_timeout_s",
+    "trainer.buffer_timeout_s",
+    "trainer.peak_tflops",
+    "trainer.lr",
+    "trainer.num_steps",
+)
+"""They change no result, but for the model, the learning rate and the number of steps on which its schedule
+depends: the initial weights and the learning rate of each step are compared themselves."""
+_STEP = ("trainer.lr_schedule",)
+"""Exceptions from the prefixes above."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettingsDifference:
+    """Keys with different values, each as `key=ours / theirs`."""
+
+    of_steps: list[str] = field(default_factory=list)
+    """They change what a step computes from its trajectories."""
+    of_rounding: list[str] = field(default_factory=list)
+    of_generation: list[str] = field(default_factory=list)
+
+
+def read_settings(path: Path) -> dict[str, str]:
+    """Dotted key -> value of a stored configuration, without secrets. Raises ConfigError."""
+    try:
+        plain = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    if not isinstance(plain, dict):
+        raise ConfigError(f"{path} is no configuration of a run")
+    return flat(without_secrets({str(key): value for key, value in plain.items()}))
+
+
+def compare_settings(ours: Mapping[str, str], theirs: Mapping[str, str]) -> SettingsDifference:
+    """Sorts the keys with different values by what they act on."""
+    found = SettingsDifference()
+    for key in sorted(ours.keys() | theirs.keys()):
+        values = ours.get(key, "(none)"), theirs.get(key, "(none)")
+        if values[0] == values[1]:
+            continue
+        text = f"{key}={values[0]} / {values[1]}"
+        if key in _ROUNDING:
+            found.of_rounding.append(text)
+        elif key in _STEP or not key.startswith((*_GENERATION, *_WITHOUT_EFFECT)):
+            found.of_steps.append(text)
+        elif key.startswith(_GENERATION):
+            found.of_generation.append(text)
+    return found

@@ -1,0 +1,49 @@
+"""The time in which a server's requests were at its engine: what the speed of the engine is measured against.
+
+The engine's own count of its busy time is no measure for that: an engine that is stopped again and again
+between two steps counts the time as idle. Time does not count in which the server itself did not run, and in
+which a push of weights kept the engine from decoding. Pure: no clock.
+"""
+
+from __future__ import annotations
+
+
+class EngineTime:
+    """Of one server. `busy_s`: seconds with a request at the engine; `request_s`: added over the requests."""
+
+    def __init__(self) -> None:
+        self.busy_s = 0.0
+        self.request_s = 0.0
+        self._seen = (0.0, 0.0)
+        self._pending = (0.0, 0.0)
+        """Since the begin of a push: how long it stalls the engine is known at its end."""
+        self._stall_s = 0.0
+        self._num_pushes = 0
+
+    def observe(
+        self,
+        *,
+        busy_s: float,
+        request_s: float,
+        passed_s: float,
+        late_s: float,
+        is_pushing: bool,
+        num_pushes: int,
+        stall_s: float,
+    ) -> None:
+        """Takes the totals of the gate, of pushes and of their stalls, once a heartbeat.
+
+        `passed_s`: seconds since the last call; `late_s`: those of them in which the server did not run.
+        """
+        share = max(0.0, 1 - late_s / passed_s) if passed_s > 0 else 1.0
+        added = (share * (busy_s - self._seen[0]), share * (request_s - self._seen[1]))
+        self._seen = (busy_s, request_s)
+        self._pending = (self._pending[0] + added[0], self._pending[1] + added[1])
+        if is_pushing and num_pushes == self._num_pushes:
+            return
+        pending_s, pending_request_s = self._pending
+        if pending_s > 0:
+            decoding = max(0.0, 1 - (stall_s - self._stall_s) / pending_s)
+            self.busy_s += decoding * pending_s
+            self.request_s += decoding * pending_request_s
+        self._pending, self._stall_s, self._num_pushes = (0.0, 0.0), stall_s, num_pushes
