@@ -30,6 +30,7 @@ import multiprocessing
 import os
 import tempfile
 import time
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
@@ -39,6 +40,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from areal_like.runtime.process import die_with_parent
 from benchmarks.report import RESULTS, ROOT
+from benchmarks.staleness_bounds import write_bounds
 from benchmarks.staleness_cell import Cell, CellResult, build_model, run_cell
 from benchmarks.staleness_report import COMMON_RATE, as_table, draw
 
@@ -140,6 +142,10 @@ class Results:
         """The result of exactly these settings, or None."""
         return self._done.get(_key(asdict(cell)))
 
+    def of(self, cells: Iterable[Cell]) -> list[tuple[Cell, CellResult]]:
+        """The cells that have results, with them."""
+        return [(cell, result) for cell in cells if (result := self.get(cell)) is not None]
+
     def add(self, cell: Cell, result: CellResult) -> None:
         """Appends a result to the file."""
         self._done[_key(asdict(cell))] = result
@@ -222,7 +228,7 @@ def main() -> None:
             if any(fnmatch.fnmatchcase(name_of(cell), pattern) for pattern in args.only)
         ]
         run([cell for cell in wanted if results.get(cell) is None], results, num_jobs=args.jobs)
-    done = [(cell, result) for cell in cells if (result := results.get(cell)) is not None]
+    done = results.of(cells)
     if not done:
         raise SystemExit(
             f"{args.results} has no cell of this grid and no cell was run: omit --report, or check --only"
@@ -233,6 +239,8 @@ def main() -> None:
     )
     print(as_table(done, FULL_METHODS))
     draw(done, FULL_METHODS, args.figure)
+    if args.results == RESULTS / "staleness.jsonl":
+        write_bounds(results.of(grid(full=True, seeds=args.seeds, num_steps=args.steps)))
 
 
 if __name__ == "__main__":
