@@ -3,8 +3,8 @@
     python -m benchmarks.staleness --report      writes trainer/step/staleness_bounds.json from all results
 
 A rate is borne where the mean reward over the seeds is at least HOLDS of the method's best on-policy, and all
-smaller rates that were tried are borne, too. Only rates that were tried with as many seeds as any other count.
-The trainer compares a job with this table when it starts.
+smaller rates that were tried are borne, too. Only rates that were tried with as many seeds as any other
+count. The trainer compares a job with this table when it starts.
 """
 
 from __future__ import annotations

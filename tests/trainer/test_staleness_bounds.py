@@ -23,7 +23,8 @@ RESULT = CellResult(
 
 
 def warned(objective: dict[str, Any], *, lr: float, max_staleness: int | str) -> str:
-    config = Config(objective=objective, max_staleness=max_staleness, trainer=TrainerConfig(lr=lr))  # type: ignore[arg-type]
+    trainer = TrainerConfig(lr=lr)
+    config = Config(objective=objective, max_staleness=max_staleness, trainer=trainer)  # type: ignore[arg-type]
     return staleness_warning(config, build_objective(objective, max_tokens=config.sampling.max_new_tokens))
 
 

@@ -6,8 +6,8 @@ benchmarks.staleness --report` writes it from the results. A job is compared by 
 bound at the smallest age of the grid that is not below its `max_staleness` (beyond the grid, at its largest).
 Ages that are mixed, as in a real queue, come before fixed ones.
 
-What the grid is: a model of less than a million parameters, the sorting task, answers of up to ten tokens,
-400 steps, 64 samples a step, a constant learning rate. Larger models and longer answers usually bear less, so
+What the grid is: a model of 105,000 parameters, the sorting task, answers of up to ten tokens, 400 steps, 64
+samples a step, a constant learning rate. Larger models and longer answers usually bear less, so
 a job without a warning is not thereby safe. A method that is not in the table has no warning.
 """
 
@@ -57,9 +57,9 @@ def staleness_warning(config: Config, objective: Objective) -> str:
     return (
         f"trainer.lr={lr:g} at max_staleness={lag}: learning rate x lag is {lr * lag:.2g}, {relation} in the "
         f"staleness grid, where {found['method']} at {failure.failed_lr:g} and {failure.mode} ages of "
-        f"{failure.lag} steps ended at {failure.failed_reward:.2f} of {found['best']:.2f}. That is of a small "
-        "model on the sorting task; larger ones usually bear less. Lower trainer.lr or max_staleness, or choose "
-        "a method that bears more (docs/results.md, Staleness)"
+        f"{failure.lag} steps ended at {failure.failed_reward:.2f} of {found['best']:.2f}. That is of a "
+        "small model on the sorting task; larger ones usually bear less. Lower trainer.lr or max_staleness, "
+        "or choose a method that bears more (docs/results.md, Staleness)"
     )
 
 
