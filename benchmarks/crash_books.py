@@ -8,10 +8,12 @@ A trajectory is *trained* if it is in the last completed version of a step. It i
 before a kill and was never trained, although the job went on until all that still could be trained was. Its
 loss belongs to
 
-- the first kill between its beginning and its end, if it never ended (its process died, or it was cancelled),
-  or if that kill was the buffer's (the record did not arrive);
-- otherwise the first kill after the last that was heard of it: it was complete, or trained in a step that was
-  undone, and the kill destroyed it.
+- the first kill after its beginning, if it never ended (its process died), or the newest kill before it was
+  cancelled;
+- the newest kill before its end, if `PATIENCE` new steps were then completed without it: it was refused, for
+  instance because a token was sampled with weights that the kill has undone;
+- otherwise the first kill after the last that was heard of it: it was in the buffer, or had been trained on
+  in a step that was undone, and the kill destroyed it.
 
 Its seconds are those from its beginning to its end or, if it never ended, to the kill: agents, tools and
 engine worked that long for nothing. A trajectory that was begun anew is another trajectory.
@@ -19,10 +21,14 @@ engine worked that long for nothing. A trajectory that was begun anew is another
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+PATIENCE = 3
+"""max_staleness + 1 of the job: a trajectory that is kept is trained within so many new steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +37,11 @@ class Kill:
 
     role: str
     at_s: float
+    over_s: float
+    """When the trainer that it ended was gone; `at_s` if none was. A trainer without a launcher goes on until
+    its step is complete."""
     last_step: int
-    """Newest completed step in metrics.jsonl just after the kill."""
+    """Newest completed step in metrics.jsonl just after that."""
     resumed_step: int | None
     """Step with which the next trainer began; None if the trainer lived on."""
     answered_s: float
@@ -64,8 +73,11 @@ class Cost:
     """What one kill has cost."""
 
     lost_trajectories: int
+    """That the kill destroyed."""
+    lost_complete: int
+    """Of these: complete ones, in the buffer, trained in an undone step, or refused."""
     lost_s: float
-    """Trajectory-seconds: of all trajectories that the kill destroyed."""
+    """Trajectory-seconds of all that are lost."""
     twice_samples: int
     """Samples of undone steps that were trained on again."""
     undone_samples: int
@@ -114,20 +126,30 @@ def attempts_of(
     return found
 
 
-def blamed(attempt: Attempt, kills: Sequence[Kill]) -> int | None:
-    """Index of the kill that destroyed a trajectory that was not trained; None if none did."""
-    end_s = attempt.done_s
-    within = [at for at, kill in enumerate(kills) if attempt.begun_s < kill.at_s]
-    if end_s is None:
-        if attempt.cancelled_s is not None:  # cancelled: by the newest kill before that
-            before = [at for at, kill in enumerate(kills) if kill.at_s <= attempt.cancelled_s]
-            return before[-1] if before else None
-        return within[0] if within else None
-    for at in within:
-        if kills[at].at_s < end_s and kills[at].role == "buffer":
-            return at
-    last_s = max([end_s, *(at_s for _, at_s in attempt.used)])
-    return next((at for at in within if kills[at].at_s >= last_s), None)
+def blamed(attempt: Attempt, kills: Sequence[Kill], *, new_steps_s: Sequence[float]) -> int | None:
+    """Index of the kill that destroyed a trajectory that was not trained; None if none did.
+
+    `new_steps_s`: when each step was begun for the first time.
+    """
+    if attempt.cancelled_s is not None and attempt.done_s is None:
+        return _newest(kills, before_s=attempt.cancelled_s)
+    if attempt.done_s is None:
+        return _first(kills, after_s=attempt.begun_s)
+    if attempt.used:
+        return _undone_by(*attempt.used[-1], kills)
+    after = _first(kills, after_s=attempt.done_s)
+    end_s = math.inf if after is None else kills[after].at_s
+    if sum(attempt.done_s < at_s < end_s for at_s in new_steps_s) >= PATIENCE:
+        return _newest(kills, before_s=attempt.done_s)
+    return after
+
+
+def _newest(kills: Sequence[Kill], *, before_s: float) -> int | None:
+    return next((at for at in reversed(range(len(kills))) if kills[at].at_s <= before_s), None)
+
+
+def _first(kills: Sequence[Kill], *, after_s: float) -> int | None:
+    return next((at for at, kill in enumerate(kills) if kill.at_s >= after_s), None)
 
 
 def lost_seconds(attempt: Attempt, kill: Kill) -> float:
@@ -140,7 +162,7 @@ def _undone_by(step: int, at_s: float, kills: Sequence[Kill]) -> int:
     return next(
         index
         for index, kill in enumerate(kills)
-        if kill.at_s >= at_s and kill.resumed_step is not None and kill.resumed_step <= step
+        if kill.over_s >= at_s and kill.resumed_step is not None and kill.resumed_step <= step
     )
 
 
@@ -148,23 +170,29 @@ def costs(
     attempts: Mapping[int, Attempt], kills: Sequence[Kill], *, samples_per_step: int, until_s: float
 ) -> list[Cost]:
     """The cost of each kill. `until_s`: the job was stopped then, which cancels trajectories, too."""
-    lost: list[list[float]] = [[] for _ in kills]
+    lost: list[list[Attempt]] = [[] for _ in kills]
+    firsts: dict[int, float] = {}
+    for attempt in attempts.values():
+        for step, at_s in attempt.used:
+            firsts[step] = min(at_s, firsts.get(step, at_s))
+    new_steps_s = sorted(firsts.values())
     twice: Counter[int] = Counter()
     for attempt in attempts.values():
         for step, at_s in attempt.used[:-1]:
             twice[_undone_by(step, at_s, kills)] += 1
         if attempt.is_trained or (attempt.cancelled_s is not None and attempt.cancelled_s > until_s):
             continue
-        if (at_kill := blamed(attempt, kills)) is not None:
-            lost[at_kill].append(lost_seconds(attempt, kills[at_kill]))
+        if (at_kill := blamed(attempt, kills, new_steps_s=new_steps_s)) is not None:
+            lost[at_kill].append(attempt)
     return [
         Cost(
-            lost_trajectories=len(seconds),
-            lost_s=sum(seconds),
+            lost_trajectories=len(mine),
+            lost_complete=sum(attempt.done_s is not None for attempt in mine),
+            lost_s=sum(lost_seconds(attempt, kill) for attempt in mine),
             twice_samples=twice[at],
             undone_samples=kill.num_undone * samples_per_step,
             answered_s=kill.answered_s,
             caught_up_s=kill.caught_up_s,
         )
-        for at, (kill, seconds) in enumerate(zip(kills, lost, strict=True))
+        for at, (kill, mine) in enumerate(zip(kills, lost, strict=True))
     ]

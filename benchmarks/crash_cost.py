@@ -4,7 +4,7 @@
 
 The unit is that of verl's RFC 7579: the time that agents, tools and engine have put into trajectories that
 are then not trained on. The job (benchmarks/crash_run.py) is small and complete: two rollout servers with
-agents that mostly wait for their tools (1 to 3 calls of about half a second, at most 3 s), steps of 8 groups
+agents that mostly wait for their tools (1 to 3 calls of .4 s in the median, at most 2 s), steps of 8 groups
 of 4, a checkpoint every 5 steps, all on one machine. Roles are killed in turn, each when the job has settled
 and at a random moment. After each kill the benchmark waits until the job makes new steps. It starts the job
 again, at once, only where nothing else would: after a kill of `job`, which is every process at the same time,
@@ -14,7 +14,9 @@ writes a checkpoint first); and after a kill of the buffer with `buffer.durabili
 Measured for each kill (benchmarks/crash_books.py has the arithmetic):
 
 - *lost trajectory-seconds*: from the journal that agents and trainer write as they go (crash_job.py). It does
-  not depend on the buffer, so it is the same measure whatever the buffer keeps.
+  not depend on the buffer, so it is the same measure whatever the buffer keeps. A killed server loses what it
+  was making. A trainer loses complete trajectories where the buffer drops (`abandoned`) what was sampled with
+  weights of undone steps.
 - *trained twice*: samples of completed steps that were undone and that were then trained on again; *undone*:
   all samples of those steps. Where the buffer has lost the samples, others are trained on in their place.
 - *seconds to repair*: from the kill until the killed role works again. Buffer: its first answer to GET
@@ -34,6 +36,7 @@ At its end it prints the table and draws docs/crash_cost.png.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -48,7 +51,7 @@ from typing import Any
 from areal_like.paths import RunPaths
 from benchmarks import report
 from benchmarks.crash_books import Kill, attempts_of, costs
-from benchmarks.crash_job import read_journal
+from benchmarks.crash_job import TOOL_TIMES, read_journal
 from benchmarks.crash_report import as_table, draw
 from benchmarks.crash_run import GROUP_SIZE, GROUPS_PER_STEP, SETTINGS, CrashJob, crash_job
 from launch.audit.run import audit_run
@@ -56,7 +59,11 @@ from launch.audit.run import audit_run
 ROLES = ("server", "buffer", "trainer", "launcher", "job")
 KILLS = {"process_crash": 20, "none": 5, "power_loss": 5}
 """Kills of each role, by buffer.durability."""
-_ROUNDS_A_JOB = 4
+_KILLS_OFJOB_KEY = {"process_crash": 10, "none": 10, "power_loss": 5}
+"""Those of role `job`: the comparison, and slow."""
+JOB_KEY = hashlib.sha256(json.dumps([SETTINGS, TOOL_TIMES]).encode()).hexdigest()[:8]
+"""Tells the kills of this very job from those of another."""
+_ROUNDS_AJOB_KEY = 4
 Row = dict[str, Any]
 
 
@@ -66,7 +73,9 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs=2, metavar=("ROLE", "DURABILITY"))
-    parser.add_argument("--kills", type=int, help="of each role; default 20 for process_crash, else 5")
+    parser.add_argument(
+        "--kills", type=positive, help="of each role; default 20 with process_crash, else 5, and 10 of `job`"
+    )
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--results", type=Path, default=report.RESULTS / "crash_cost.jsonl")
     parser.add_argument("--figure", type=Path, default=report.ROOT / "docs" / "crash_cost.png")
@@ -79,8 +88,8 @@ def main(argv: list[str] | None = None) -> int:
     if not args.report:
         wanted = Counter(
             {
-                (role, durability): count if args.kills is None else args.kills
-                for durability, count in KILLS.items()
+                (role, durability): args.kills or (_KILLS_OFJOB_KEY if role == "job" else KILLS)[durability]
+                for durability in KILLS
                 for role in ROLES
                 if args.only in (None, [role, durability])
             }
@@ -94,11 +103,28 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def positive(text: str) -> int:
+    """A number of kills."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"want a number from 1 on, got {text!r}")
+    return int(text)
+
+
 def read_rows(path: Path) -> list[Row]:
     """The kills of this very job; those of other settings are left out."""
     text = path.read_text() if path.exists() else ""
     rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-    return [row for row in rows if row["settings"] == list(SETTINGS)]
+    return [row for row in rows if row["job"]["key"] == JOB_KEY]
+
+
+def append_rows(path: Path, rows: list[Row]) -> None:
+    """Appends kills. Removes an incomplete last line, which a benchmark that was killed may have left."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = path.read_text() if path.exists() else ""
+    if not text.endswith("\n") and text:
+        path.write_text(text[: text.rfind("\n") + 1])
+    with path.open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def run(wanted: Counter[tuple[str, str]], path: Path, *, scratch: Path | None) -> None:
@@ -111,13 +137,12 @@ def run(wanted: Counter[tuple[str, str]], path: Path, *, scratch: Path | None) -
             return
         durability = next(each for each in KILLS if any(each == kind for _, kind in missing))
         rounds = [
-            [role for role in ROLES if missing[role, durability] > number] for number in range(_ROUNDS_A_JOB)
+            [role for role in ROLES if missing[role, durability] > number]
+            for number in range(_ROUNDS_AJOB_KEY)
         ]
         directory = Path(tempfile.mkdtemp(prefix="areal-like-crash-", dir=scratch))
         made = measured(directory, durability, [role for part in rounds for role in part], seed=number)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in made)
+        append_rows(path, made)
         shutil.rmtree(directory)  # kept when the job fails
         number += 1
 
@@ -151,8 +176,12 @@ def rows_of(job: CrashJob, durability: str, loads: list[float]) -> list[Row]:
             **{name: round(value, 3) for name, value in asdict(cost).items()},
             "undone_steps": kill.num_undone,
             "load": load,
-            "job": {"drops": summary["drops"], "audit_is_clean": is_clean, "attempts": len(attempts)},
-            "settings": list(SETTINGS),
+            "job": {
+                "key": JOB_KEY,
+                "trajectories": len(attempts),
+                "drops": summary["drops"],
+                "audit_is_clean": is_clean,
+            },
             **report.machine(),
         }
         for kill, cost, load in zip(kills, found, loads, strict=True)

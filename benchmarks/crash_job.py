@@ -31,8 +31,8 @@ from rollout_server.environments.base import Environment, Message, Reply, Step
 from rollout_server.tasks.base import Completion, Example, Score, Split, Task
 from trainer.advantages.group import Grpo
 
-_MEDIAN_S, _SPREAD, _LONGEST_S = 0.5, 0.7, 3.0
-"""A call of a tool takes exp(N(log median, spread)) seconds, at most the longest."""
+TOOL_TIMES = (0.4, 0.7, 2.0)
+"""(median, spread, longest): a call takes exp(N(log median, spread)) seconds, at most the longest."""
 _TURNS = (1, 2, 3)
 _ATTEMPTS = range(10**9, 10**10)
 
@@ -87,7 +87,8 @@ class Tools(Environment):
             note(self._journal, "cancelled", attempt=self._attempt)
 
     async def _call(self) -> None:
-        await asyncio.sleep(min(_LONGEST_S, _MEDIAN_S * self._rng.lognormvariate(0.0, _SPREAD)))
+        median_s, spread, longest_s = TOOL_TIMES
+        await asyncio.sleep(min(longest_s, median_s * self._rng.lognormvariate(0.0, spread)))
 
 
 @dataclass(frozen=True, kw_only=True)

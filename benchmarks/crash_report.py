@@ -21,12 +21,17 @@ _DURABILITIES = ("process_crash", "power_loss", "none")
 _COLUMNS = {
     "lost_s": "trajectory-seconds lost",
     "lost_trajectories": "trajectories lost",
+    "lost_complete": "complete ones",
     "twice_samples": "samples trained twice",
     "undone_samples": "samples undone",
     "answered_s": "seconds to repair",
     "caught_up_s": "until a new step",
 }
-_PANELS = ("lost_s", "twice_samples", "answered_s")
+_PANELS = {
+    "lost_s": "trajectory-seconds lost",
+    "undone_samples": "samples of steps made again",
+    "answered_s": "seconds to repair",
+}
 _NAMES = {
     "server": "rollout server",
     "buffer": "buffer",
@@ -77,7 +82,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         for key in bars
     ]
     figure, panels = pyplot.subplots(1, len(_PANELS), figsize=(10, 3.2), dpi=140, sharey=True)
-    for axes, column in zip(panels, _PANELS, strict=True):
+    for axes, (column, title) in zip(panels, _PANELS.items(), strict=True):
         for place, (key, kills) in enumerate(bars.items()):
             values = [kill[column] for kill in kills]
             mean = statistics.fmean(values)
@@ -97,9 +102,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                 va="center",
                 fontsize=8,
             )
-        axes.set_title(_COLUMNS[column], fontsize=10)
-        axes.set_xlim(left=0)
-        axes.margins(x=0.15)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlim(0, 1.2 * max(1.0, *(kill[column] for kills in bars.values() for kill in kills)))
         axes.grid(axis="x", alpha=0.25)
     panels[0].set_yticks(range(len(bars)), labels, fontsize=8)
     panels[0].invert_yaxis()

@@ -17,18 +17,18 @@ from typing import Any
 
 from areal_like.paths import find_checkpoints
 from areal_like.runtime.process import die_with_parent
-from benchmarks.crash_books import Kill
+from benchmarks.crash_books import PATIENCE, Kill
 from benchmarks.crash_job import read_journal
 from benchmarks.report import ROOT
 from launch.local_job.child import RUN_MARKER
 
 GROUP_SIZE, GROUPS_PER_STEP, CHECKPOINT_INTERVAL = 4, 8, 5
-SETTLED_STEPS = 2
-"""Steps between a recovery and the next kill: as many as may be buffered (max_staleness)."""
+SETTLED_STEPS = PATIENCE + 1
+"""New steps between two kills, at least: all that outlives the first is trained by then."""
 _LAST_STEPS = 6
 """Steps after the last kill: what is not trained by then never will be."""
 _WAIT_S = 180.0
-_PAUSE_S = 4.0
+_PAUSE_S = 3.0
 """A kill follows up to so long after the job has settled, so that it meets any phase of a step."""
 _CALM_S = 31.0
 """The launcher waits longer before it starts a daemon again that has lived for a shorter time."""
@@ -54,7 +54,7 @@ SETTINGS = (
     "trainer.lr=1e-5",
     "trainer.lr_schedule=constant",
     "eval.num_prompts=0",
-    "max_staleness=2",
+    f"max_staleness={PATIENCE - 1}",
     "weights.push_deadline_s=10",
     "buffer.lease_timeout_s=5",
 )
@@ -115,13 +115,14 @@ class CrashJob:
         for pid in victims.get(role, [daemons[name]]):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        last_step = self.last_step
+        over_s, last_step = at_s, self.last_step
         is_new_job = role in victims or (role == "buffer" and self._durability == "none")
         if is_new_job:
             # Without its buffer the job ends by itself, and without the launcher each daemon does. A user, or
             # systemd, starts it again as soon as it is over.
             self.launcher.wait(timeout=_WAIT_S)
             self._until(lambda: not any(map(_is_alive, living)), "end of all processes")
+            over_s, last_step = time.time(), self.last_step
             self.launcher = self._launch("resume=latest")
         answered_s = 0.0
         if role == "buffer":
@@ -129,8 +130,8 @@ class CrashJob:
             answered_s = time.time()
         resumed = None
         if is_new_job or role == "trainer":
-            self._wait(lambda: self._steps_after(at_s), "the first step after the kill")
-            resumed = self._steps_after(at_s)[0]
+            self._wait(lambda: self._steps_after(over_s), "the first step after the kill")
+            resumed = self._steps_after(over_s)[0]
         self._wait(lambda: self.last_step > last_step, "a new step after the kill")
         if role == "server":
             self._wait(lambda: self._new_samples(makers, offset), "a sample of the new server")
@@ -138,12 +139,13 @@ class CrashJob:
         elif role != "buffer":
             assert resumed is not None
             answered_s = resumed[1]
-        caught_up_s = next(when for step, when in self._steps_after(at_s) if step > last_step)
+        caught_up_s = next(when for step, when in self._steps_after(over_s) if step > last_step)
         self._restarted_s[name] = time.time()
         self.kills.append(
             Kill(
                 role=role,
                 at_s=at_s,
+                over_s=over_s,
                 last_step=last_step,
                 resumed_step=None if resumed is None else resumed[0],
                 answered_s=answered_s - at_s,

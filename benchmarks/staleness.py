@@ -86,6 +86,12 @@ FULL_METHODS: dict[str, dict[str, Any]] = {
     "KPop": {"objective": {"name": "tis", "level": "token", "cap": 5.0, "masks": [{"name": "kpop"}]}},
     "TRM": {"objective": {"name": "tis", "level": "token", "cap": 2.0, "masks": [{"name": "trust_region"}]}},
     "decoupled PPO": {"objective": {"name": "decoupled_ppo"}},
+    "REINFORCE, single samples": {
+        "objective": {"name": "tis", "level": "token", "cap": 2.0},
+        "advantage": {"name": "running"},
+        "groups_per_step": 64,
+        "group_size": 1,
+    },
     "online DPO": {"objective": {"name": "online_dpo"}, "normalizer": "seq_mean_token_sum"},
     "REBEL": {"objective": {"name": "rebel"}, "normalizer": "seq_mean_token_sum"},
     "decoupled PPO, snapshot": {"objective": {"name": "decoupled_ppo", "prox": "snapshot"}},
@@ -154,7 +160,9 @@ class Results:
 
 
 def _key(settings: dict[str, Any]) -> str:
-    return json.dumps(settings, sort_keys=True)
+    """The cell's settings; without an advantage that is not set, which older results do not have."""
+    known = {name: value for name, value in settings.items() if name != "advantage" or value}
+    return json.dumps(known, sort_keys=True)
 
 
 def run(cells: list[Cell], results: Results, *, num_jobs: int) -> None:

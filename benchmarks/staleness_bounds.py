@@ -25,13 +25,15 @@ HOLDS = 0.8
 
 
 def bounds(done: Iterable[tuple[Cell, CellResult]]) -> dict[str, Any]:
-    """The table; methods without on-policy results are left out."""
+    """The table; methods without on-policy results, or with an advantage of their own, are left out."""
     rewards: dict[str, dict[tuple[str, int], dict[float, list[float]]]] = defaultdict(
         lambda: defaultdict(lambda: defaultdict(list))
     )
     objectives: dict[str, dict[str, Any]] = {}
     for cell, result in done:
         # A periodic plan of "fixed" ages has some that are twice as large.
+        if cell.advantage:
+            continue
         if not cell.periodic or cell.mode == "mixed" or cell.lag == 0:
             objectives[cell.method] = cell.objective
             rewards[cell.method][cell.mode, cell.lag][cell.lr].append(result.reward)

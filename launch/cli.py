@@ -111,10 +111,10 @@ COMMANDS = {
     "replay": Command(
         "replay",
         "replay RUN [key=value ...]\n"
-        "       areal-like replay RUN --against OTHER [--tolerance SHARE] [--json]",
+        "       areal-like replay RUN --against OTHER [--records-only] [--tolerance SHARE] [--json]",
         "trains again on the trajectories of a run, with the same or other settings; the run must have had "
-        "buffer.retain_trajectories=true. --against: trains nothing, prints the first step at which two runs "
-        "differ and by what; exit code 1 if they do",
+        "buffer.retain_trajectories=true. --against: prints the first step at which two runs differ and by "
+        "what, and trains only that step of both again (--records-only: none); exit code 1 if they differ",
     ),
     "eval": Command(
         "eval",

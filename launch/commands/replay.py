@@ -4,7 +4,8 @@ With the recorded run's settings the weights must be equal to the last bit, also
 the learning rate meanwhile: each step has the one that it had, unless trainer.lr=... is given. The weights
 are compared, and the result reported, at all steps at which both runs have a checkpoint.
 
-`areal-like replay RUN --against OTHER` trains nothing: it finds the first step at which two runs differ.
+`areal-like replay RUN --against OTHER` writes no run: it finds the first step at which two runs differ, and
+trains only that step again.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
     parser.add_argument("--against", metavar="OTHER", help="compare RUN with this run, step by step")
     parser.add_argument("--tolerance", metavar="SHARE", type=float, help="with --against: what is equal")
+    parser.add_argument("--records-only", action="store_true", help="with --against: train nothing again")
     parser.add_argument("--json", action="store_true", help="with --against: print JSON")
     add_settings(parser)
 
@@ -63,8 +65,10 @@ def main(args: argparse.Namespace) -> int:
     """Replays to the end, or compares; returns the exit code."""
     if args.against is not None:
         return _compare_runs(args)
-    if args.json or args.tolerance is not None:
-        raise ConfigError("replay: --json and --tolerance are of a comparison: add --against OTHER")
+    if args.json or args.records_only or args.tolerance is not None:
+        raise ConfigError(
+            "replay: --json, --tolerance and --records-only are of a comparison: add --against OTHER"
+        )
     if "=" in args.run:
         raise ConfigError(f"replay: put the run before the settings: areal-like replay RUN {args.run}")
     return run_replay(find_run(args.run), args.settings)
@@ -79,7 +83,13 @@ def _compare_runs(args: argparse.Namespace) -> int:
     # Imported here: it reads records with the trainer's code, which no other command needs.
     from launch.comparison.runs import compare_runs
 
-    comparison = compare_runs(find_run(args.run), find_run(args.against), tolerance=args.tolerance)
+    keep_files_private()
+    comparison = compare_runs(
+        find_run(args.run),
+        find_run(args.against),
+        tolerance=args.tolerance,
+        replays=not args.records_only,
+    )
     sys.stdout.write(comparison.dumps() + "\n" if args.json else "\n".join([*comparison.lines(), ""]))
     return 0 if comparison.is_equal else 1
 

@@ -14,6 +14,9 @@ from launch.comparison.settings import read_settings
 from trainer.metrics.run_files import read_rows
 from trainer.replay.recording import Recording
 
+ROUNDING_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
+"""By `model.dtype`: what another order of sums may change."""
+
 
 class RecordedRun:
     """One run: settings, trajectories by step, rows of metrics.jsonl, checkpoints.
@@ -27,7 +30,7 @@ class RecordedRun:
         self.paths = RunPaths(root.resolve())
         self.settings = read_settings(self.paths.config)
         self.checkpoints = find_checkpoints(self.paths.checkpoints)
-        self.source = _recording_of(self.paths)
+        self.source, self.has_own_lr = _recording_of(self.paths)
         """The directory whose ledger has the trajectories."""
         self.missing = ""
         """Why there are no trajectories, or not all of what they had."""
@@ -39,6 +42,11 @@ class RecordedRun:
     def has_records(self) -> bool:
         """True if every trajectory that was trained on is kept."""
         return self.recording is not None and not self.recording.num_gone
+
+    @property
+    def rounding_tolerance(self) -> float:
+        """The relative difference that another order of sums may make."""
+        return ROUNDING_TOLERANCE.get(self.settings.get("model.dtype", ""), ROUNDING_TOLERANCE["float32"])
 
     @property
     def initial_weights(self) -> Path | None:
@@ -84,11 +92,14 @@ class RecordedRun:
         return recording
 
 
-def _recording_of(paths: RunPaths) -> Path | None:
+def _recording_of(paths: RunPaths) -> tuple[Path | None, bool]:
+    """(directory with the run's ledger, whether it is a replay with its own learning rate)."""
     if not paths.replay.exists():
-        return paths.root
+        return paths.root, False
     try:
-        named = Path(json.loads(paths.replay.read_text())["recording"])
+        replay = json.loads(paths.replay.read_text())
+        named, own_lr = Path(replay["recording"]), bool(replay["own_lr"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{paths.replay} cannot be read ({error!r})") from None
-    return next((path for path in (named, paths.root.parent / named.name) if path.is_dir()), None)
+    there = next((path for path in (named, paths.root.parent / named.name) if path.is_dir()), None)
+    return there, own_lr

@@ -19,6 +19,7 @@ KINDS = (
     "versions",
     "behavior log-probs",
     "rewards",
+    "parameters before the step",
     "policy's log-probs",
     "advantages",
     "weights of the loss",
@@ -46,6 +47,27 @@ class Difference:
     other: Any = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Replayed:
+    """The first step that differs, trained again from the records of both runs, each at one rank."""
+
+    step: int
+    differences: list[Difference]
+    """In the order of cause."""
+    equal: list[str]
+    """The kinds that do not differ."""
+    rows: list[str]
+    """For each run, whether the loss and gradient norm in its row are those that its records give."""
+
+    def lines(self) -> Iterator[str]:
+        """The result for people."""
+        yield f"step {self.step} of both, trained again from their records:"
+        yield from (f"  {one.kind}: {one.text}" for one in self.differences)
+        if self.equal:
+            yield f"  equal: {', '.join(self.equal)}"
+        yield from (f"  {text}" for text in self.rows)
+
+
 @dataclass(kw_only=True)
 class Comparison:
     """What two runs have in common, and the first step at which they differ."""
@@ -67,6 +89,7 @@ class Comparison:
     """Kind -> how many steps it was compared in."""
     compared_means: Counter[str] = field(default_factory=Counter)
     """The same, of numbers of a whole step: the rows of metrics.jsonl."""
+    replayed: Replayed | None = None
     not_recorded: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -83,13 +106,18 @@ class Comparison:
     def dumps(self) -> str:
         """The result as JSON."""
         differences = [asdict(one) for one in self.differences]
-        return json.dumps(vars(self) | {"differences": differences, "equal": self.is_equal}, indent=2)
+        replayed = None if self.replayed is None else asdict(self.replayed)
+        found = {"equal": self.is_equal, "differences": differences, "replayed": replayed}
+        return json.dumps(vars(self) | found, indent=2)
 
     def lines(self) -> Iterator[str]:
         """The result for people; where two values stand side by side, the first is `run`'s."""
         yield f"{self.run} / {self.other}: steps {self.first_step} to {self.last_step}"
         yield f"compared {self._precision()}"
-        others = [kind for kind in KINDS if kind not in {one.kind for one in self.differences}]
+        differing = {one.kind for one in self.differences}
+        if "parameters" in differing:  # then the moments of that step are not compared
+            differing.add("moments")
+        others = [kind for kind in KINDS if kind not in differing]
         equal = [
             kind for kind in others if self.compared[kind] or (kind in _OF_STEP and self._has_mean(kind))
         ]
@@ -102,6 +130,8 @@ class Comparison:
         for kinds, of in ((equal, ""), (means, "means over each step of ")):
             if kinds:
                 yield f"equal: {of}{', '.join(kinds)}"
+        if self.replayed is not None:
+            yield from self.replayed.lines()
         yield from (f"not recorded: {text}" for text in self.not_recorded)
         yield from (f"note: {text}" for text in self.notes)
 

@@ -36,6 +36,8 @@ _KIND_OF = {
     "grad_norm": "gradient norm",
 }
 """Every other number of a row is among the other metrics."""
+SCALED = ("grad_norm", "lr", "lr_base", "lr_scale")
+"""They are no sums of positive and negative terms, so their rounding is relative to themselves."""
 _OF_TIME = ("_s", "_s_min", "_s_max")
 _OF_MACHINE = (
     "time_",
@@ -68,7 +70,7 @@ def compare_rows(ours: Row, theirs: Row, *, tolerance: float) -> tuple[set[str],
         kind = _KIND_OF.get(name, "other metrics")
         kinds.add(kind)
         for path, one, another in _numbers(name, ours[name], theirs[name]):
-            if not are_close(one, another, tolerance=0.0 if path == "lr_base" else tolerance):
+            if not are_close(one, another, tolerance=tolerance, is_scaled=name in SCALED):
                 text = f"{path}: {one} / {another}"
                 known = found.get(kind)
                 if known is None or _rank(text) < _rank(known.text):
@@ -76,12 +78,15 @@ def compare_rows(ours: Row, theirs: Row, *, tolerance: float) -> tuple[set[str],
     return kinds, list(found.values())
 
 
-def are_close(ours: Any, theirs: Any, *, tolerance: float) -> bool:
-    """True for equal values, and for numbers whose difference is at most `tolerance` of them, or of 1."""
+def are_close(ours: Any, theirs: Any, *, tolerance: float, is_scaled: bool = False) -> bool:
+    """True for equal values, and for numbers whose difference is at most `tolerance` of them, or of 1.
+
+    `is_scaled`: of them alone.
+    """
     if ours == theirs:
         return True
     both = isinstance(ours, int | float) and isinstance(theirs, int | float)
-    return both and math.isclose(ours, theirs, rel_tol=tolerance, abs_tol=tolerance)
+    return both and math.isclose(ours, theirs, rel_tol=tolerance, abs_tol=0.0 if is_scaled else tolerance)
 
 
 def _rank(text: str) -> tuple[int, str]:

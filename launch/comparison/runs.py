@@ -16,35 +16,40 @@ from areal_like.errors import ConfigError, StoreCorruptError
 from areal_like.wire.messages.consumer import Group
 from launch.comparison.groups import StepDifferences, compare_groups
 from launch.comparison.recorded import RecordedRun
+from launch.comparison.replaying import add_replay
 from launch.comparison.result import Comparison, Difference
 from launch.comparison.rows import are_close, compare_rows
 from launch.comparison.settings import compare_settings
 from launch.comparison.weights import compare_weights, same_files
 from trainer.replay.recording import Recording
 
-ROUNDING_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
-"""By `model.dtype`, where settings differ that change the order of sums."""
 _OF_RECORDS = ("groups", "prompts", "tokens", "shape of samples", "versions", "behavior log-probs", "rewards")
 _OF_ROWS = ("groups", "prompts", "tokens", "versions", "rewards")
 
 
-def compare_runs(root: Path, other: Path, *, tolerance: float | None = None) -> Comparison:
+def compare_runs(
+    root: Path, other: Path, *, tolerance: float | None = None, replays: bool = False
+) -> Comparison:
     """Compares two runs. `tolerance`: largest relative difference of equal numbers; None: by the settings.
 
-    Raises ConfigError if they have no step in common.
+    `replays`: trains the first step that differs again, from the records of both. Raises ConfigError if they
+    have no step in common.
     """
     with closing(RecordedRun(root)) as ours, closing(RecordedRun(other)) as theirs:
-        return _Comparer(ours, theirs, tolerance=tolerance).run()
+        result = _Comparer(ours, theirs, tolerance=tolerance).run()
+        if replays and result.step is not None:
+            add_replay(result, ours, theirs)
+        return result
 
 
 class _Comparer:
     def __init__(self, ours: RecordedRun, theirs: RecordedRun, *, tolerance: float | None) -> None:
         self._ours, self._theirs = ours, theirs
+        self._incomplete: set[Path] = set()
         settings = compare_settings(ours.settings, theirs.settings)
         self._of_steps = settings.of_steps
         if tolerance is None:
-            of_dtype = ROUNDING_TOLERANCE.get(ours.settings.get("model.dtype", ""), 1e-5)
-            tolerance = of_dtype if settings.of_rounding else 0.0
+            tolerance = ours.rounding_tolerance if settings.of_rounding else 0.0
         self._result = Comparison(
             run=str(ours.root),
             other=str(theirs.root),
@@ -116,6 +121,7 @@ class _Comparer:
             return []
         numbers = self._ours.num_groups.get(step, 0), self._theirs.num_groups.get(step, 0)
         if not all(numbers):
+            self._is_gone(step, numbers)
             return []
         has_records = self._ours.has_records and self._theirs.has_records
         result.compared.update(_OF_RECORDS if has_records or self._same_trajectories else _OF_ROWS)
@@ -141,6 +147,14 @@ class _Comparer:
                     tolerance=result.tolerance,
                 )
         return found.found()
+
+    def _is_gone(self, step: int, numbers: tuple[int, int]) -> None:
+        """Says once that a ledger has not the groups of a step: it began later, or ended before."""
+        for run, number in zip((self._ours, self._theirs), numbers, strict=True):
+            if not number and run.root not in self._incomplete:
+                self._incomplete.add(run.root)
+                text = f"{run.root}: trajectories of some steps, the first of them step {step}"
+                self._result.not_recorded.append(text)
 
     def _sample_rows(
         self, found: StepDifferences, one: Recording, another: Recording, step: int, position: int

@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 from numpy.typing import NDArray
 
+from areal_like.runtime.command_line import load_config
 from areal_like.wire.records import segment_path
 from launch.cli import main
 from launch.comparison.rows import compare_rows
@@ -24,6 +26,9 @@ from launch.comparison.settings import compare_settings
 from launch.comparison.weights import compare_weights
 from tests.support.launching import TEST_LIMIT_S, areal_like
 from tests.support.recorded_run import NUM_STEPS, change_sample, record_run, replay_run, write_at
+from trainer.distributed.ranks import Ranks
+from trainer.replay.recording import Recording
+from trainer.replay.trace import trace_step
 
 pytestmark = pytest.mark.timeout(TEST_LIMIT_S)
 
@@ -65,19 +70,63 @@ def test_two_replays_are_equal_to_the_last_bit(
 
 
 def test_a_changed_sample_is_named_with_its_step(
-    copy: Path, recorded: Path, replayed: Path, capsys: pytest.CaptureFixture[str]
+    copy: Path, recorded: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     new = change_sample(copy, step=1, position=2, sample_index=3, token=20)
-    assert main(["replay", str(recorded), "--against", str(copy)]) == 1
+    assert main(["replay", str(recorded), "--against", str(copy), "--records-only"]) == 1
     out = capsys.readouterr().out
     assert "first difference: step 1, tokens" in out
     assert "tokens: group 2, sample 3, token 20: " in out and f" / {new}\n" in out
     assert "log-probs: group" not in out, "they are as they were"
-    result = compare_runs(replayed, replay_run(copy, "of-copy"))
-    kinds = [one.kind for one in result.differences]
-    assert (result.step, kinds[0]) == (1, "tokens")
+
+
+def test_the_step_that_differs_is_trained_again(
+    copy: Path, replayed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change_sample(copy, step=1, position=2, sample_index=3, token=20)
+    other = replay_run(copy, "of-copy")
+    rows = [json.loads(line) for line in (other / "metrics.jsonl").read_text().splitlines()]
+    rows[1]["loss"] += 0.5  # as a machine that computes wrongly
+    (other / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["replay", str(replayed), "--against", str(other), "--json"]) == 1
+    result = json.loads(capsys.readouterr().out)
+    kinds = [one["kind"] for one in result["differences"]]
+    assert (result["step"], kinds[0]) == (1, "tokens")
     assert {"loss", "gradient norm", "parameters"} <= set(kinds)
-    assert result.compared["parameters"] == 2, "step 0 was equal"
+    assert result["compared"]["parameters"] == 2, "step 0 was equal"
+    again = result["replayed"]
+    assert again["equal"] == ["advantages", "weights of the loss"]
+    assert again["differences"][0]["kind"] == "policy's log-probs"
+    assert again["differences"][0]["text"].startswith("group 2, sequence ")
+    assert again["rows"][0].endswith("loss and gradient norm of its row are those that its records give")
+    assert f"{other}: its row is NOT what its records give: loss {rows[1]['loss']} in" in again["rows"][1]
+
+
+def test_a_trace_begins_at_a_checkpoint_or_at_step_0(replayed: Path, tmp_path: Path) -> None:
+    traced = [trace_run(replayed, tmp_path / "a")]
+    without = replayed.parent / "without"
+    shutil.copytree(replayed, without, ignore=shutil.ignore_patterns("step_000001", "step_000002"))
+    traced.append(trace_run(without, tmp_path / "b"))
+    assert [step.pop("first_step") for step, _ in traced] == [2, 0]
+    assert traced[0][0] == traced[1][0]
+    for name, array in traced[0][1].items():
+        assert len(array) and np.array_equal(array, traced[1][1][name]), name
+    rows = [json.loads(line) for line in (replayed / "metrics.jsonl").read_text().splitlines()]
+    assert (traced[0][0]["loss"], traced[0][0]["grad_norm"]) == (rows[2]["loss"], rows[2]["grad_norm"])
+
+
+def trace_run(root: Path, out: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """Traces step 2 of a replay in this process; returns what it has written."""
+    out.mkdir()
+    recording = Recording(Path(json.loads((root / "replay.json").read_text())["recording"]))
+    config = load_config(["--config", str(root / "config.yaml"), f"name={root.name}"])
+    ranks = Ranks.alone()
+    try:
+        with closing(recording):
+            trace_step(config, recording, ranks, step=2, learning_rates=[], out=out)
+    finally:
+        dist.destroy_process_group()
+    return json.loads((out / "step.json").read_text()), dict(np.load(out / "tokens.npz"))
 
 
 def test_a_damaged_record_is_named(copy: Path, recorded: Path) -> None:
@@ -125,7 +174,7 @@ def test_one_and_two_ranks_are_equal_to_rounding(
     assert main(["replay", str(replayed), "--against", two]) == 0
     out = capsys.readouterr().out
     assert "trainer.world_size=1 / 2" in out and "no difference\n" in out, out
-    assert main(["replay", str(replayed), "--against", two, "--tolerance", "0"]) == 1
+    assert main(["replay", str(replayed), "--against", two, "--tolerance", "0", "--records-only"]) == 1
     assert "first difference: step 0" in capsys.readouterr().out
 
 

@@ -32,6 +32,7 @@ def record_run(folder: Path, *, num_steps: int = NUM_STEPS) -> Path:
     with running_job(
         folder,
         model={"path": model, "dtype": "float32"},
+        objective={"name": "reinforce"},  # made-up log-probs would make importance weights vanish
         trainer={
             "num_steps": num_steps,
             "groups_per_step": 4,

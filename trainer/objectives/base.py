@@ -121,11 +121,11 @@ class Objective(ABC):
     """True: a group whose advantages are all zero has no gradient, so it is counted but not run."""
     single_version: bool = False
     """True: a group's samples must come from one weight version (`buffer.group_filter=single_version`)."""
-    proximal: ProximalRule | None = None
-    """Set where the log-probs of Need.PROX are those of a copy of the policy that lags behind it."""
     ess_level: str = "sequence"
     """Level of the importance weights, `sequence` | `geometric` | `token`: `max_staleness=auto` follows their
     effective sample size."""
+    proximal: ProximalRule | None = None
+    """Set where the log-probs of Need.PROX are those of a copy of the policy that lags behind it."""
     advantage: Advantage | None = None
     """Set where the method prescribes its own advantage; it replaces the configured one."""
     normalizer: str | None = None

@@ -117,12 +117,12 @@ class Composed(Objective):
         return self.inner.single_version
 
     @property
-    def proximal(self) -> ProximalRule | None:  # type: ignore[override]
-        return self.inner.proximal
-
-    @property
     def ess_level(self) -> str:  # type: ignore[override]
         return self.inner.ess_level
+
+    @property
+    def proximal(self) -> ProximalRule | None:  # type: ignore[override]
+        return self.inner.proximal
 
     @property
     def advantage(self) -> Advantage | None:  # type: ignore[override]

@@ -6,6 +6,7 @@ import contextlib
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from trainer.models.policy import build_policy
 from trainer.replay.recording import Recording
 from trainer.step.build import build_step_runner
 from trainer.step.recipe import StepRecipe
+from trainer.step.runner import StepRunner
 
 
 class Replay:
@@ -80,18 +82,16 @@ class Replay:
             self._metrics.close()
 
     def _train(self, step: int) -> None:
-        trainer = self._config.trainer
-        changed = [lr for first_step, lr in self._learning_rates if first_step <= step]
-        self._runner.optimizer.lr = changed[-1] if changed else trainer.lr
-        lags = LagTally(self._config.staleness_cap)
-        positions = range(self._ranks.rank, trainer.groups_per_step, self._ranks.world_size)
-        groups = (lags.counted(group) for group in self._recording.groups(step, positions))
-        metrics: dict[str, Any] = dict(
-            self._runner.run(groups, step=step, num_groups=trainer.groups_per_step, lags=lags.of_tokens)
+        metrics = train_recorded_step(
+            self._config,
+            self._recording,
+            self._runner,
+            self._ranks,
+            step=step,
+            learning_rates=self._learning_rates,
         )
-        lag_metrics = lags.reduced(self._ranks)
         if self._metrics is not None:
-            self._metrics.append(step_row(step, metrics | lag_metrics))
+            self._metrics.append(step_row(step, metrics))
 
     def _save(self, step: int) -> None:
         extra = {**self._runner.state(), "stream": {}}
@@ -100,6 +100,7 @@ class Replay:
             self._policy,
             self._runner.optimizer,
             self._ranks,
+            critic=self._runner.critic,
             proximal=self._runner.proximal,
             extra=extra,
         )
@@ -117,6 +118,29 @@ class Replay:
             "wall_seconds": round(time.monotonic() - self._started_s, 3),
         }
         write_json(self._paths.summary, summary)
+
+
+def train_recorded_step(
+    config: Config,
+    recording: Recording,
+    runner: StepRunner,
+    ranks: Ranks,
+    *,
+    step: int,
+    learning_rates: Sequence[tuple[int, float]],
+) -> dict[str, Any]:
+    """Trains one recorded step; returns its metrics. Collective.
+
+    `learning_rates`: (first step, rate), as `Recording.learning_rates`; before the first, the configured one.
+    """
+    changed = [lr for first_step, lr in learning_rates if first_step <= step]
+    runner.optimizer.lr = changed[-1] if changed else config.trainer.lr
+    lags = LagTally(config.staleness_cap)
+    num_groups = config.trainer.groups_per_step
+    positions = range(ranks.rank, num_groups, ranks.world_size)
+    groups = (lags.counted(group) for group in recording.groups(step, positions))
+    metrics = runner.run(groups, step=step, num_groups=num_groups, lags=lags.of_tokens)
+    return dict(metrics) | lags.reduced(ranks)
 
 
 def run(config: Config, root: Path, *, follows_changes: bool) -> None:
