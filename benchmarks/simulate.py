@@ -1,6 +1,6 @@
 """Simulates large jobs: the real ledger under a virtual clock, beside two other rules of staleness.
 
-    python -m benchmarks.simulate scale [--tickets 1000000]   4,096 servers: CPU time a ticket, lag, throughput
+    python -m benchmarks.simulate scale [--tickets 1000000]   4,096 servers: CPU a ticket, lag, throughput
     python -m benchmarks.simulate rules                       the ledger, a gate at the begin, drop at the end
     python -m benchmarks.simulate tails                       which max_staleness a tail of durations needs
     python -m benchmarks.simulate report                      the tables, and docs/simulation.png

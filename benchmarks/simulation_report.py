@@ -26,16 +26,8 @@ def scale_table(rows: Rows) -> tuple[list[str], list[list[object]]]:
 
 def rules_table(rows: Rows) -> tuple[list[str], list[list[object]]]:
     """One line for each job and rule."""
-    header = [
-        "durations",
-        "rule",
-        "of the limit",
-        "lag mean",
-        "lag max",
-        "beyond the bound",
-        "dropped",
-        "lost",
-    ]
+    header = ["durations", "rule", "of the limit", "lag mean", "lag max", "beyond the bound"]
+    header += ["dropped", "lost"]
     return header, [
         [
             row["case"],
@@ -53,20 +45,11 @@ def rules_table(rows: Rows) -> tuple[list[str], list[list[object]]]:
 
 def tails_table(rows: Rows) -> tuple[list[str], list[list[object]]]:
     """The least bound that reaches ENOUGH, as measured and by the formula."""
-    header = [
-        "spread",
-        "slots / samples of a step",
-        f"least bound for {ENOUGH:.0%}",
-        "formula",
-        "reached with it",
-    ]
+    header = ["spread", "slots / samples of a step", f"least bound for {ENOUGH:.0%}", "formula", "reached"]
     lines: list[list[object]] = []
     for spread, slots in dict.fromkeys((row["job"]["spread"], row["slots_a_step"]) for row in rows):
-        some = {
-            r["job"]["max_staleness"]: r
-            for r in rows
-            if (r["job"]["spread"], r["slots_a_step"]) == (spread, slots)
-        }
+        those = [row for row in rows if (row["job"]["spread"], row["slots_a_step"]) == (spread, slots)]
+        some = {row["job"]["max_staleness"]: row for row in those}
         enough = [bound for bound, row in sorted(some.items()) if row["of_limit"] >= ENOUGH]
         wanted = least_staleness(slots_a_step=slots, spread=spread, samples=_samples(rows[0]))
         at = min((bound for bound in some if bound >= wanted), default=max(some))

@@ -1,4 +1,4 @@
-"""Rules by which a simulated job begins samples and trains on them: the buffer's ledger, and two baselines."""
+"""Rules by which a simulated job begins samples and trains on them: the ledger, and two baselines."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _BEATS_A_LEASE = 3
 
 
 class LedgerRule(Simulation):
-    """The buffer's ledger: leases, admission, the order of steps and the loss of silent servers are its own."""
+    """The buffer's ledger, with its leases, admission, order of steps and loss of silent servers."""
 
     title = "this software"
 
@@ -96,7 +96,7 @@ class LedgerRule(Simulation):
         held = known.owed_samples
         beat = ServerHeartbeat(
             state=ServerState.SERVING,
-            free_samples=self.job.slots - held,
+            free_samples=self.job.slots + self.job.queue - held,
             holding_samples=held,
             weights_version=self._versions[server.weights_step],
             leases=list(known.leases),
@@ -134,7 +134,7 @@ class LedgerRule(Simulation):
         self._done.setdefault(server.name, []).append(SampleDone(lease_id=lease.lease_id, record=record))
         self._samples[lease.ticket_id, index] = sample
 
-    def lost(self, server: Server, samples: list[Sample]) -> None:
+    def lost(self, server: Server, work: list[Any]) -> None:
         """The ledger notices a silent server when its leases run out."""
         for done in self._done.pop(server.name, []):
             self.lost_s += self._samples.pop((done.record.ticket_id, done.record.sample_index)).seconds
@@ -228,7 +228,7 @@ class _Central(Simulation):
         for _ in range(len(self._with_room)):
             server = self._with_room[0]
             self._with_room.rotate(-1)
-            while server.is_up and server.free:
+            for _ in range(server.free if server.is_up else 0):
                 if not self._queue:
                     if not self.may_begin():
                         return
@@ -245,9 +245,9 @@ class _Central(Simulation):
         if not group.missing:
             self._complete.append(group)
 
-    def lost(self, server: Server, samples: list[Sample]) -> None:
+    def lost(self, server: Server, work: list[Any]) -> None:
         """They begin again elsewhere."""
-        self._queue.extendleft(sample.work for sample in samples)
+        self._queue.extendleft(work)
 
 
 class GateRule(_Central):

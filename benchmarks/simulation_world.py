@@ -14,7 +14,7 @@ import heapq
 import math
 import random
 from abc import ABC, abstractmethod
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -32,6 +32,8 @@ class Job:
     num_servers: int = 64
     slots: int = 8
     """Samples that a server makes at a time."""
+    queue: int = 8
+    """Samples that wait at a server for a slot: leases are of whole groups, and slots become free singly."""
     groups_per_step: int = 64
     group_size: int = 4
     max_staleness: int = 4
@@ -109,6 +111,8 @@ class Server:
         self.is_up = True
         self.weights_step = 0
         self.running: dict[int, Sample] = {}
+        self.waiting: deque[Any] = deque()
+        """What the rule knows its waiting samples by."""
 
 
 class Simulation(ABC):
@@ -132,15 +136,15 @@ class Simulation(ABC):
 
     @abstractmethod
     def dispatch(self) -> Iterable[tuple[Server, Any]]:
-        """The samples that begin now, and where. A server with free slots gets at most as many."""
+        """The samples that go to servers now, and where."""
 
     @abstractmethod
     def ended(self, server: Server, sample: Sample) -> None:
         """A sample is complete."""
 
     @abstractmethod
-    def lost(self, server: Server, samples: list[Sample]) -> None:
-        """A server has failed with these samples."""
+    def lost(self, server: Server, work: list[Any]) -> None:
+        """A server has failed with these samples, running or waiting."""
 
     @abstractmethod
     def take(self) -> list[Sample] | None:
@@ -196,7 +200,8 @@ class Simulation(ABC):
 
     def _turn(self) -> None:
         for server, work in self.dispatch():
-            self._begin(server, work)
+            server.waiting.append(work)
+            self._fill(server)
         if not self._is_training and (samples := self.take()) is not None:
             self._is_training = True
             for sample in samples:
@@ -205,19 +210,22 @@ class Simulation(ABC):
             self.at(self.job.step_s, self._trained)
         self.at(self._turn_s, self._turn)
 
-    def _begin(self, server: Server, work: Any) -> None:
-        assert server.is_up and server.free > 0
-        server.free -= 1
-        self._num_samples += 1
-        number = self._num_samples
-        server.running[number] = Sample(work=work, began_s=self.now_s, weights_step=server.weights_step)
-        self.at(self.job.duration_s(self._random), self._ended, server, server.life, number)
+    def _fill(self, server: Server) -> None:
+        while server.is_up and server.free and server.waiting:
+            server.free -= 1
+            self._num_samples += 1
+            number = self._num_samples
+            server.running[number] = Sample(
+                work=server.waiting.popleft(), began_s=self.now_s, weights_step=server.weights_step
+            )
+            self.at(self.job.duration_s(self._random), self._ended, server, server.life, number)
 
     def _ended(self, server: Server, life: int, number: int) -> None:
         if server.life == life and (sample := server.running.pop(number, None)) is not None:
             server.free += 1
             sample.seconds = self.now_s - sample.began_s
             self.ended(server, sample)
+            self._fill(server)
 
     def _fail_later(self, server: Server) -> None:
         rate = self.job.failures_an_hour / 3600
@@ -228,9 +236,10 @@ class Simulation(ABC):
         samples = list(server.running.values())
         self.lost_s += sum(self.now_s - sample.began_s for sample in samples)
         server.running.clear()
+        waiting, server.waiting = [*server.waiting], deque()
         server.life += 1
         server.is_up, server.free = False, 0
-        self.lost(server, samples)
+        self.lost(server, [sample.work for sample in samples] + waiting)
         self.at(self.job.repair_s, self._return, server)
 
     def _return(self, server: Server) -> None:
