@@ -200,8 +200,9 @@ class Simulation(ABC):
 
     def _turn(self) -> None:
         for server, work in self.dispatch():
-            server.waiting.append(work)
-            self._fill(server)
+            if server.is_up:  # else nobody gets the message
+                server.waiting.append(work)
+                self._fill(server)
         if not self._is_training and (samples := self.take()) is not None:
             self._is_training = True
             for sample in samples:
