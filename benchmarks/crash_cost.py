@@ -24,9 +24,9 @@ Measured for each kill (benchmarks/crash_books.py has the arithmetic):
   completed step. *Until a new step*: until a step is completed that had not been before the kill.
 
 *As peers do it* is the row of `job` with `none`: all is killed and resumed from the newest checkpoint, and
-trajectories in flight and in the buffer are gone. That is what becomes of a job of a framework
-whose buffer is memory, whichever of its processes dies. Undone steps grow with the interval of checkpoints,
-here 5 steps of about two seconds; with the buffer's ledger only the steps themselves are made again.
+trajectories in flight and in the buffer are gone. That is what becomes of a job whose buffer is memory and
+whose processes are not started again one by one, whichever of them dies. Undone steps grow with the interval
+of checkpoints, here 5 steps; with the buffer's ledger their samples are kept.
 
 A kill is a line of benchmarks/results/crash_cost.jsonl, appended at the end of its job, which has a few kills
 of each role. Kills that are there already are not repeated, so the benchmark may be stopped and continued.
@@ -59,11 +59,11 @@ from launch.audit.run import audit_run
 ROLES = ("server", "buffer", "trainer", "launcher", "job")
 KILLS = {"process_crash": 20, "none": 5, "power_loss": 5}
 """Kills of each role, by buffer.durability."""
-_KILLS_OFJOB_KEY = {"process_crash": 10, "none": 10, "power_loss": 5}
+_KILLS_OF_JOB = {"process_crash": 10, "none": 10, "power_loss": 5}
 """Those of role `job`: the comparison, and slow."""
 JOB_KEY = hashlib.sha256(json.dumps([SETTINGS, TOOL_TIMES]).encode()).hexdigest()[:8]
 """Tells the kills of this very job from those of another."""
-_ROUNDS_AJOB_KEY = 4
+_ROUNDS_A_JOB = 4
 Row = dict[str, Any]
 
 
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.report:
         wanted = Counter(
             {
-                (role, durability): args.kills or (_KILLS_OFJOB_KEY if role == "job" else KILLS)[durability]
+                (role, durability): args.kills or (_KILLS_OF_JOB if role == "job" else KILLS)[durability]
                 for durability in KILLS
                 for role in ROLES
                 if args.only in (None, [role, durability])
@@ -137,8 +137,7 @@ def run(wanted: Counter[tuple[str, str]], path: Path, *, scratch: Path | None) -
             return
         durability = next(each for each in KILLS if any(each == kind for _, kind in missing))
         rounds = [
-            [role for role in ROLES if missing[role, durability] > number]
-            for number in range(_ROUNDS_AJOB_KEY)
+            [role for role in ROLES if missing[role, durability] > number] for number in range(_ROUNDS_A_JOB)
         ]
         directory = Path(tempfile.mkdtemp(prefix="areal-like-crash-", dir=scratch))
         made = measured(directory, durability, [role for part in rounds for role in part], seed=number)

@@ -17,6 +17,8 @@ WINDOW_S = 4.0
 """Time over which a speed is taken: several heartbeats, and several tokens of a slow engine."""
 _SLOW = 0.25
 """Fraction of the usual speed below which a daemon is slow. Lengths of answers alone change it by less."""
+_USUAL_AGAIN = 0.4
+"""Fraction above which a slow daemon is no longer slow."""
 _SETTLED = 4
 """Windows before a speed counts as usual."""
 _SMOOTHING = 0.1
@@ -71,7 +73,8 @@ class Speeds:
     @staticmethod
     def _judge(known: _Known, speed: tuple[float, float], *, now_s: float) -> None:
         share = max((now / usual if usual else 1.0) for now, usual in zip(speed, known.usual, strict=True))
-        if known.num_windows >= _SETTLED and share < _SLOW:
+        limit = _SLOW if known.slow_since_s is None else _USUAL_AGAIN
+        if known.num_windows >= _SETTLED and share < limit:
             known.share = share
             if known.slow_since_s is None:
                 known.slow_since_s = now_s - WINDOW_S

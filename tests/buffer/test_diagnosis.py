@@ -158,6 +158,15 @@ def test_other_loads_are_not_slow(num_busy: int, rate: float) -> None:
     assert not speeds.slow()
 
 
+def test_a_slow_engine_is_named_until_it_is_clearly_faster() -> None:
+    speeds, tokens, named = Speeds(), 0.0, []
+    for second, rate in enumerate([100.0] * 40 + [20.0] * 12 + [30.0] * 12 + [50.0] * 12):
+        tokens += rate
+        speeds.observe("rollout-0", work=tokens, busy_s=second, added_s=second, now_s=second)
+        named.append(bool(speeds.slow()))
+    assert not any(named[:43]) and all(named[48:64]) and not named[-1]
+
+
 def test_an_engine_that_had_little_work_is_slow() -> None:
     """It had a request for a fifth of the time; now, at a twentieth of its speed, it always has one."""
     speeds, tokens, busy_s = Speeds(), 0.0, 0.0
