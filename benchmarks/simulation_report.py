@@ -51,7 +51,7 @@ def tails_table(rows: Rows) -> tuple[list[str], list[list[object]]]:
         those = [row for row in rows if (row["job"]["spread"], row["slots_a_step"]) == (spread, slots)]
         some = {row["job"]["max_staleness"]: row for row in those}
         enough = [bound for bound, row in sorted(some.items()) if row["of_limit"] >= ENOUGH]
-        wanted = least_staleness(slots_a_step=slots, spread=spread, samples=_samples(rows[0]))
+        wanted = least_staleness(steps_a_sample=slots, spread=spread, samples=_samples(rows[0]))
         at = min((bound for bound in some if bound >= wanted), default=max(some))
         reached = f"{some[at]['of_limit']:.0%}"
         lines.append([spread, slots, enough[0] if enough else f"> {max(some)}", wanted, reached])

@@ -22,6 +22,6 @@ def quantile_of_mean(*, spread: float, samples: int) -> float:
     return math.exp(spread * NormalDist().inv_cdf(1 - 1 / max(2, samples)) - spread**2 / 2)
 
 
-def least_staleness(*, slots_a_step: float, spread: float, samples: int) -> int:
+def least_staleness(*, steps_a_sample: float, spread: float, samples: int) -> int:
     """The least `max_staleness` with which a job reaches about 95 % of its limit."""
-    return max(1, math.ceil(slots_a_step * quantile_of_mean(spread=spread, samples=samples)))
+    return max(1, math.ceil(steps_a_sample * quantile_of_mean(spread=spread, samples=samples)))
