@@ -18,12 +18,17 @@ from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import add_config_option, load_config
 from areal_like.runtime.process import keep_files_private
 from launch.commands.parser import add_settings
+<<<<<<< HEAD
 from launch.commands.stop_signals import StopSignals
 from launch.nodes.settings import is_finished, settings_for_nodes
 from launch.nodes.start import ROLES
 from launch.ray.cluster import STRATEGIES, RayOptions, import_ray
 from launch.ray.driver import run_on_ray
+=======
+from launch.run_directory.open_run import is_begun
+>>>>>>> main
 from launch.run_directory.rundir import find_run
+from launch.slurm.kept_options import complete, keep, read_kept
 from launch.slurm.pool import add_servers
 from launch.slurm.prepare import begin, scripts
 from launch.slurm.scheduler import kill_wait_s
@@ -40,14 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--wait", metavar="S", type=float, default=300.0, help="longest, for Ray's resources")
     parser.add_argument("--join", metavar="RUN", default="", help="only add rollout jobs to this run")
     parser.add_argument("--rollout-jobs", metavar="N", type=int, help="default: rollout.num_servers")
-    parser.add_argument("--trainer-nodes", metavar="N", type=int, default=1, help="default: 1")
-    parser.add_argument("--partition", metavar="NAME", default="", help="default: the cluster's")
-    parser.add_argument("--time", metavar="LIMIT", default="", help="time limit of each job, as of sbatch")
-    parser.add_argument("--interface", metavar="NAME", default="", help="whose address the daemons bind")
-    parser.add_argument("--max-failures", metavar="N", type=int, default=5, help="in a row; default: 5")
-    parser.add_argument("--sbatch-args", metavar="OPTIONS", default="", help="of all jobs, one quoted word")
+    parser.add_argument("--trainer-nodes", metavar="N", type=int, help="default: 1")
+    parser.add_argument("--partition", metavar="NAME", help="default: the cluster's")
+    parser.add_argument("--time", metavar="LIMIT", help="time limit of each job, as of sbatch")
+    parser.add_argument("--interface", metavar="NAME", help="whose address the daemons bind")
+    parser.add_argument("--max-failures", metavar="N", type=int, help="in a row; default: 5")
+    parser.add_argument("--sbatch-args", metavar="OPTIONS", help="of all jobs, one quoted word")
     for role in ROLES:
-        parser.add_argument(f"--{role}-args", metavar="OPTIONS", default="", help=f"of the {role} jobs")
+        parser.add_argument(f"--{role}-args", metavar="OPTIONS", help=f"of the {role} jobs")
     parser.add_argument("--dry-run", action="store_true", help="print the batch scripts, submit nothing")
     add_config_option(parser)
     add_settings(parser)
@@ -62,10 +67,18 @@ def main(args: argparse.Namespace) -> int:
         return _ray(args)
     if args.join:
         return _join(args)
+    settings = [*([] if args.config is None else ["--config", args.config]), *args.settings]
+    paths = RunPaths.of(load_config(settings))
+    kept = _kept(args, paths)
     options = _options(args)
+<<<<<<< HEAD
     config = settings_for_nodes(_words_of(args), trainer_nodes=args.trainer_nodes)
+=======
+    config = settings_for_slurm(settings, options)
+>>>>>>> main
     number = _number(args.rollout_jobs, default=config.rollout.num_servers)
-    paths = RunPaths.of(config)
+    if kept:
+        sys.stdout.write(f"options of the last submission: {kept}\n")
     if args.dry_run:
         for role, text in scripts(config, options).items():
             sys.stdout.write(f"##### {paths.root}/slurm/{role}.sh\n{text}\n")
@@ -77,6 +90,7 @@ def main(args: argparse.Namespace) -> int:
     _warn_of_kill_wait(config.daemon.drain_timeout_s)
     for role, numbers in begin(config, options, num_servers=number).items():
         sys.stdout.write(f"{role}: job {', '.join(map(str, numbers))}\n")
+    keep(paths, args)
     sys.stdout.write(
         f"the run is in {paths.root}; `areal-like status {paths.root}` shows it, `areal-like scale "
         f"{paths.root} N` changes the number of rollout servers\n"
@@ -84,6 +98,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
+<<<<<<< HEAD
 def _words_of(args: argparse.Namespace) -> list[str]:
     return [*([] if args.config is None else ["--config", args.config]), *args.settings]
 
@@ -117,6 +132,14 @@ def _ray(args: argparse.Namespace) -> int:
         return lambda: signals.count > 0
 
     return run_on_ray(config, options, num_servers=number, listen=listen)
+=======
+def _kept(args: argparse.Namespace, paths: RunPaths) -> str:
+    """Fills in the options that were not given: those of the last submission, if the run has begun."""
+    kept = read_kept(paths) if is_begun(paths) else {}
+    if any(setting.startswith("rollout.num_servers=") for setting in args.settings):
+        kept.pop("rollout_jobs", None)
+    return complete(args, kept)
+>>>>>>> main
 
 
 def _join(args: argparse.Namespace) -> int:

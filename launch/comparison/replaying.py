@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from launch.comparison.groups import StepDifferences
 from launch.comparison.recorded import RecordedRun
 from launch.comparison.result import KINDS, Comparison, Replayed
 from launch.comparison.rows import SCALED, are_close
+from launch.local_job.child import python_path
 
 _KIND_OF = {"logp_S": "policy's log-probs", "advantage_S": "advantages", "weight_S": "weights of the loss"}
 _ONE_RANK = ("trainer.world_size=1", "trainer.num_hosts=1", "trainer.host_index=0", "trainer.rendezvous=")
@@ -124,6 +126,7 @@ def _traced(run: RecordedRun, step: int, out: Path) -> Trace:
     place = [f"name={run.paths.root.name}", f"runs_dir={run.paths.root.parent}"]
     done = subprocess.run(
         [*command, "--config", str(run.paths.config), *_SETTINGS, *place],
+        env=os.environ | {"PYTHONPATH": python_path()},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -7,6 +7,7 @@ The comparison ends with the first step that differs, and lists what differs the
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -36,7 +37,10 @@ def compare_runs(
     have no step in common.
     """
     with closing(RecordedRun(root)) as ours, closing(RecordedRun(other)) as theirs:
-        result = _Comparer(ours, theirs, tolerance=tolerance).run()
+        try:
+            result = _Comparer(ours, theirs, tolerance=tolerance).run()
+        except sqlite3.DatabaseError as error:
+            raise ConfigError(f"the ledger of {root} or {other} cannot be read: {error}") from None
         if replays and result.step is not None:
             add_replay(result, ours, theirs)
         return result

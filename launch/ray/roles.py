@@ -5,7 +5,7 @@
 A role is the buffer, the whole trainer (its nodes begin and end together), or one rollout server. It ends by:
 
     0      the run is finished              over
-    75     drained                          over
+    75     drained                          over; if it is no rollout server, the run drains
     2      a wrong setting                  over, and the run with it
     None   its node or its actor is lost    begins again
     else   a failure                        begins again; after `max_failures` in a row it is over, and the
@@ -83,6 +83,8 @@ class Supervision:
         """Decides on a role that has ended; returns a line for the user."""
         if self.is_stopping or code in (0, DRAINED):
             role.is_over, role.code = True, code
+            # Without it the others would wait for ever.
+            self.is_stopping |= code == DRAINED and role.role != "rollout"
             return f"{role.name} has ended: {_meaning(code)}"
         if code is None:
             role.due_s = now_s + _FIRST_PAUSE_S

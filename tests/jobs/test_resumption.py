@@ -79,9 +79,9 @@ def pid_of(root: Path, part: str) -> int:
     return next(pid for pid, command in processes_of(root).items() if part in command)
 
 
-def command(*words: str, cwd: Path) -> str:
+def command(*words: str, cwd: Path, environment: dict[str, str] | None = None) -> str:
     """Runs `areal-like WORDS`, which must succeed; returns its output."""
-    run = areal_like(*words, cwd=cwd)
+    run = areal_like(*words, cwd=cwd, environment=environment)
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout
 

@@ -63,6 +63,13 @@ def test_a_wrong_setting_ends_the_run() -> None:
     assert one.is_over
 
 
+@pytest.mark.parametrize(("role", "drains_all"), [("trainer", True), ("rollout", False)])
+def test_a_drained_trainer_drains_the_run(role: str, drains_all: bool) -> None:
+    one = supervision()
+    one.ended(role_of(one, role), 75, now_s=1.0)
+    assert one.is_stopping == drains_all and one.exit_code == 0
+
+
 def test_who_drains_stays_away_and_numbers_are_not_used_twice() -> None:
     one = supervision()
     first, second = one.servers()

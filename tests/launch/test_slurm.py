@@ -6,6 +6,7 @@ The tests with a real Slurm are in tests/cluster.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -211,6 +212,38 @@ def test_a_refused_job_takes_the_others_back(
     error = capsys.readouterr().err
     assert "QOSMaxSubmitJobPerUserLimit" in error and "KillWait is 10 s" in error
     assert calls(slurm)[-1] == "scancel --quiet 101 102 103"
+
+
+def test_a_run_that_has_begun_keeps_its_options(slurm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    submit = ["submit", "--slurm", "name=x", "security.insecure=true", "trainer.world_size=4"]
+    given = ["--trainer-nodes", "2", "--partition", "p", "--sbatch-args=--qos=high", "--rollout-jobs", "2"]
+    assert main([*submit, *given]) == 0
+    kept = Path("runs/x/slurm/options.json")
+    stored = json.loads(kept.read_text())
+    assert (stored["trainer_nodes"], stored["sbatch_args"], stored["time"]) == (2, "--qos=high", "")
+
+    def again(*words: str) -> str:
+        (slurm / "queue.json").write_text("[]")
+        capsys.readouterr()
+        assert main(["submit", "--slurm", "name=x", *words]) == 0
+        return capsys.readouterr().out
+
+    (Path("runs/x/ledger")).mkdir()
+    (Path("runs/x/ledger/ledger.sqlite3")).touch()  # the run has begun
+    out = again("--partition", "other")
+    assert "--rollout-jobs=2 --trainer-nodes=2 --sbatch-args=--qos=high\n" in out, out
+    trainer = Path("runs/x/slurm/trainer.sh").read_text()
+    for line in ("--nodes=2", "--partition=other", "--qos=high"):
+        assert f"#SBATCH {line}\n" in trainer
+    assert (
+        out.count("rollout: job ") == 1 and len(out.partition("rollout: job ")[2].split("\n")[0].split()) == 2
+    )
+    out = again("--partition", "", "rollout.num_servers=1", "--dry-run")
+    assert "--partition" not in out and "1 trainer and 1 rollout jobs" in out
+    assert json.loads(kept.read_text())["partition"] == "other", "a dry run changes nothing"
+    kept.write_text('{"trainer_nodes": "2"}')
+    assert main(["submit", "--slurm", "name=x"]) == 2
+    assert "trainer_nodes='2' is no option of a submission" in capsys.readouterr().err
 
 
 def test_a_run_of_the_same_name_elsewhere_is_another_one(slurm: Path) -> None:
