@@ -18,15 +18,12 @@ from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import add_config_option, load_config
 from areal_like.runtime.process import keep_files_private
 from launch.commands.parser import add_settings
-<<<<<<< HEAD
 from launch.commands.stop_signals import StopSignals
 from launch.nodes.settings import is_finished, settings_for_nodes
 from launch.nodes.start import ROLES
 from launch.ray.cluster import STRATEGIES, RayOptions, import_ray
 from launch.ray.driver import run_on_ray
-=======
 from launch.run_directory.open_run import is_begun
->>>>>>> main
 from launch.run_directory.rundir import find_run
 from launch.slurm.kept_options import complete, keep, read_kept
 from launch.slurm.pool import add_servers
@@ -67,15 +64,11 @@ def main(args: argparse.Namespace) -> int:
         return _ray(args)
     if args.join:
         return _join(args)
-    settings = [*([] if args.config is None else ["--config", args.config]), *args.settings]
+    settings = _words_of(args)
     paths = RunPaths.of(load_config(settings))
     kept = _kept(args, paths)
     options = _options(args)
-<<<<<<< HEAD
-    config = settings_for_nodes(_words_of(args), trainer_nodes=args.trainer_nodes)
-=======
-    config = settings_for_slurm(settings, options)
->>>>>>> main
+    config = settings_for_nodes(settings, trainer_nodes=args.trainer_nodes)
     number = _number(args.rollout_jobs, default=config.rollout.num_servers)
     if kept:
         sys.stdout.write(f"options of the last submission: {kept}\n")
@@ -98,7 +91,6 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-<<<<<<< HEAD
 def _words_of(args: argparse.Namespace) -> list[str]:
     return [*([] if args.config is None else ["--config", args.config]), *args.settings]
 
@@ -108,6 +100,7 @@ def _ray(args: argparse.Namespace) -> int:
     of_slurm = ("join", "partition", "time", "dry_run", "sbatch_args", *(f"{role}_args" for role in ROLES))
     if wrong := [f"--{name.replace('_', '-')}" for name in of_slurm if getattr(args, name)]:
         raise ConfigError(f"submit --ray: {', '.join(wrong)} is an option of Slurm; leave it out")
+    complete(args, {})
     if not (args.cpus >= 0 and args.wait > 0 and args.max_failures >= 0):
         raise ConfigError("submit --ray: use --cpus and --max-failures of at least 0, and --wait above 0")
     options = RayOptions(
@@ -132,14 +125,14 @@ def _ray(args: argparse.Namespace) -> int:
         return lambda: signals.count > 0
 
     return run_on_ray(config, options, num_servers=number, listen=listen)
-=======
+
+
 def _kept(args: argparse.Namespace, paths: RunPaths) -> str:
     """Fills in the options that were not given: those of the last submission, if the run has begun."""
     kept = read_kept(paths) if is_begun(paths) else {}
     if any(setting.startswith("rollout.num_servers=") for setting in args.settings):
         kept.pop("rollout_jobs", None)
     return complete(args, kept)
->>>>>>> main
 
 
 def _join(args: argparse.Namespace) -> int:

@@ -10,7 +10,8 @@ from typing import Any
 
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths, write_json
-from launch.slurm.script import ROLES, scripts_of
+from launch.nodes.start import ROLES
+from launch.slurm.script import scripts_of
 
 DEFAULTS: dict[str, Any] = {
     "rollout_jobs": None,
