@@ -30,6 +30,7 @@ import multiprocessing
 import os
 import tempfile
 import time
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
@@ -39,6 +40,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from areal_like.runtime.process import die_with_parent
 from benchmarks.report import RESULTS, ROOT
+from benchmarks.staleness_bounds import write_bounds
 from benchmarks.staleness_cell import Cell, CellResult, build_model, run_cell
 from benchmarks.staleness_report import COMMON_RATE, as_table, draw
 
@@ -84,6 +86,12 @@ FULL_METHODS: dict[str, dict[str, Any]] = {
     "KPop": {"objective": {"name": "tis", "level": "token", "cap": 5.0, "masks": [{"name": "kpop"}]}},
     "TRM": {"objective": {"name": "tis", "level": "token", "cap": 2.0, "masks": [{"name": "trust_region"}]}},
     "decoupled PPO": {"objective": {"name": "decoupled_ppo"}},
+    "REINFORCE, single samples": {
+        "objective": {"name": "tis", "level": "token", "cap": 2.0},
+        "advantage": {"name": "running"},
+        "groups_per_step": 64,
+        "group_size": 1,
+    },
     "online DPO": {"objective": {"name": "online_dpo"}, "normalizer": "seq_mean_token_sum"},
     "REBEL": {"objective": {"name": "rebel"}, "normalizer": "seq_mean_token_sum"},
     "decoupled PPO, snapshot": {"objective": {"name": "decoupled_ppo", "prox": "snapshot"}},
@@ -140,6 +148,10 @@ class Results:
         """The result of exactly these settings, or None."""
         return self._done.get(_key(asdict(cell)))
 
+    def of(self, cells: Iterable[Cell]) -> list[tuple[Cell, CellResult]]:
+        """The cells that have results, with them."""
+        return [(cell, result) for cell in cells if (result := self.get(cell)) is not None]
+
     def add(self, cell: Cell, result: CellResult) -> None:
         """Appends a result to the file."""
         self._done[_key(asdict(cell))] = result
@@ -148,7 +160,9 @@ class Results:
 
 
 def _key(settings: dict[str, Any]) -> str:
-    return json.dumps(settings, sort_keys=True)
+    """The cell's settings; without an advantage that is not set, which older results do not have."""
+    known = {name: value for name, value in settings.items() if name != "advantage" or value}
+    return json.dumps(known, sort_keys=True)
 
 
 def run(cells: list[Cell], results: Results, *, num_jobs: int) -> None:
@@ -222,7 +236,7 @@ def main() -> None:
             if any(fnmatch.fnmatchcase(name_of(cell), pattern) for pattern in args.only)
         ]
         run([cell for cell in wanted if results.get(cell) is None], results, num_jobs=args.jobs)
-    done = [(cell, result) for cell in cells if (result := results.get(cell)) is not None]
+    done = results.of(cells)
     if not done:
         raise SystemExit(
             f"{args.results} has no cell of this grid and no cell was run: omit --report, or check --only"
@@ -233,6 +247,8 @@ def main() -> None:
     )
     print(as_table(done, FULL_METHODS))
     draw(done, FULL_METHODS, args.figure)
+    if args.results == RESULTS / "staleness.jsonl":
+        write_bounds(results.of(grid(full=True, seeds=args.seeds, num_steps=args.steps)))
 
 
 if __name__ == "__main__":

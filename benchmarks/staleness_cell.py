@@ -28,7 +28,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,8 @@ class Cell:
     """Label of the method in tables."""
     objective: dict[str, Any]
     """The `objective` section of a configuration."""
+    advantage: dict[str, Any] = field(default_factory=dict)
+    """The `advantage` section; empty: the default."""
     normalizer: str = "token_mean"
     """`trainer.normalizer`, as in the method's paper."""
     periodic: bool = False
@@ -122,7 +124,8 @@ class Cell:
             normalizer=self.normalizer,
             logprob_chunk_tokens=4096,
         )
-        return Config(seed=self.seed, objective=self.objective, trainer=trainer)
+        config = Config(seed=self.seed, objective=self.objective, trainer=trainer)
+        return replace(config, advantage=self.advantage) if self.advantage else config
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,11 +20,8 @@ from matplotlib import pyplot
 
 WINDOW = 5
 REWARDS = (0.7, 0.9)
-_CURVE_POINTS = 150
-_TITLES = {
-    "default": "the default job: answers of up to 10 tokens",
-    "long": "counting: answers of up to 128 tokens",
-}
+_TITLES = {"default": "default job:\nanswers up to 10 tokens", "long": "counting:\nanswers up to 128 tokens"}
+_COLORS = {"ours": "#3a6ea5", "TRL": "#c8772e"}
 PHASES = ("wait_data_s", "compute_s", "reduce_s", "update_s", "freeze_s", "step_s")
 """Metrics of this project's steps that say what its trainer does; `freeze_s`: copies of the weights."""
 
@@ -43,14 +40,6 @@ def result_of(facts: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, An
                 }
                 break
     seconds = rows[-1]["seconds"]
-    every = max(1, len(rows) // _CURVE_POINTS)
-    curve = [
-        (
-            round(rows[end - 1]["seconds"], 2),
-            round(statistics.mean(r["reward"] for r in rows[end - WINDOW : end]), 4),
-        )
-        for end in range(WINDOW, len(rows) + 1, every)
-    ]
     sampled = sum(row["sampled_tokens"] for row in rows)
     tokens = sampled + sum(row["prompt_tokens"] for row in rows)
     result = {
@@ -63,7 +52,6 @@ def result_of(facts: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, An
         "last_reward": round(statistics.mean(row["reward"] for row in rows[-WINDOW:]), 3),
         "start_s": round(facts["start_s"], 1),
         "peak_mib": round(facts["peak_mib"]),
-        "curve": curve,
     }
     if "lag" in rows[0]:
         result["lag"] = round(statistics.mean(row["lag"] for row in rows), 2)
@@ -96,24 +84,33 @@ def table_of(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
-    """The reward by the clock: one panel a job, one line a run."""
+    """Seconds to the first reward and seconds a step: a bar for the median, a dot for each run."""
+    reward = str(REWARDS[0])
     jobs = list(dict.fromkeys(run["job"] for run in runs))
-    figure, panels = pyplot.subplots(1, len(jobs), figsize=(10, 3.2), squeeze=False, sharey=True)
-    colors = {"ours": "#3a6ea5", "TRL": "#c8772e"}
-    for panel, job in zip(panels[0], jobs, strict=True):
-        for run in runs:
-            if run["job"] == job:
-                is_first = run["seed"] == min(r["seed"] for r in runs if r["job"] == job)
-                seconds, rewards = zip(*run["curve"], strict=True)
-                label = {"ours": "this software", "TRL": "TRL"}[run["side"]] if is_first else None
-                panel.plot(seconds, rewards, color=colors[run["side"]], label=label, linewidth=1.2)
-        panel.axhline(REWARDS[0], color="black", linewidth=0.6, linestyle=":")
-        panel.set_title(_TITLES[job], fontsize=10)
-        panel.set_xlabel("seconds from the first step")
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 2.8), sharey=True)
+    for number, job in enumerate(jobs):
+        for shift, side in ((-0.2, "ours"), (0.2, "TRL")):
+            some = [run for run in runs if (run["job"], run["side"]) == (job, side)]
+            place = number + shift
+            reached = [run["reached"][reward]["seconds"] for run in some if run["reached"][reward]]
+            missed = [run["seconds"] for run in some if not run["reached"][reward]]
+            steps = [run["seconds_per_step"] for run in some]
+            for panel, values in zip(panels, (reached + missed, steps), strict=True):
+                label = {"ours": "this software", "TRL": "TRL"}[side] if number == 0 else None
+                median = statistics.median(values)
+                panel.barh(place, median, height=0.36, color=_COLORS[side], label=label)
+            panels[0].plot(reached, [place] * len(reached), ".", color="black", markersize=5)
+            panels[0].plot(missed, [place] * len(missed), "x", color="black", markersize=6)
+            panels[1].plot(steps, [place] * len(steps), ".", color="black", markersize=5)
+    panels[0].set_yticks(range(len(jobs)), [_TITLES[job] for job in jobs])
+    panels[0].invert_yaxis()
+    panels[0].set_title(
+        f"seconds to a mean reward of {reward} (x: not reached when the run ended)", fontsize=10
+    )
+    panels[1].set_title("seconds a step", fontsize=10)
+    panels[1].legend(frameon=False)
+    for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
-        panel.set_xlim(left=0)
-    panels[0][0].set_ylabel(f"mean reward of {WINDOW} steps")
-    panels[0][0].legend(frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -29,6 +29,7 @@ from trainer.daemon import Trainer
 from trainer.distributed.process_group import device_of, joined_ranks
 from trainer.metrics.gpu_memory import GpuMemory
 from trainer.step.recipe import StepRecipe
+from trainer.step.staleness_bounds import staleness_warning
 from trainer.trackers import build_trackers
 from trainer.weight_sync.backend import check_nccl
 
@@ -64,7 +65,8 @@ def _run(config: Config) -> bool:
     started_s = time.monotonic()
     config = resolved(config)
     require_loopback_or_keys(config.security, config.weights.host, setting="weights.host")
-    StepRecipe.of(config).check_stream(config)  # reports a mistake in the settings before anything is loaded
+    recipe = StepRecipe.of(config)
+    recipe.check_stream(config)  # reports a mistake in the settings before anything is loaded
     build_trackers(config.trackers)  # reports a package that is missing
     torch.set_num_threads(config.trainer.num_threads)
     device = device_of(config)
@@ -72,6 +74,8 @@ def _run(config: Config) -> bool:
     log.info("the forward is in %s, activations are %s", config.model.dtype, activations)
     if os.environ.get("RANK", "0") == "0":
         check_nccl(config, device)
+        if text := staleness_warning(config, recipe.objective):
+            log.warning("%s", text)
     with joined_ranks(
         config, device, control_timeout_s=_CONTROL_TIMEOUT_S, quiet=(UserError, StopRequestedError)
     ) as ranks:

@@ -46,10 +46,12 @@ def effects_of(facts: JobFacts, *, limits: Limits) -> list[str]:
     if waiting is not None and _data_wait(waiting) > limits.stall_s:
         name, seconds = waiting.longest_wait("buffer")
         effects.append(f"{waiting.name} waits for {name}, {_time(seconds)}")
-    if facts.num_missing and (facts.ranks or facts.oldest_leases):
+    # Young tickets are work in progress, and wait for nothing.
+    old = [lease for lease in facts.oldest_leases if lease.age_s > limits.stall_s]
+    if facts.num_missing and (old or (facts.ranks and not facts.oldest_leases)):
         tickets = ", ".join(
             f"ticket {lease.ticket_id} at {lease.server} for {_time(lease.age_s)}"
-            for lease in facts.oldest_leases[: max(3, min(facts.num_missing, 8))]
+            for lease in old[: max(3, min(facts.num_missing, 8))]
         )
         places = "place" if facts.num_missing == 1 else "places"
         effects.append(

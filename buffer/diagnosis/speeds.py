@@ -29,6 +29,8 @@ class _Known:
     seen_s: float
     work: float
     busy_s: float
+    is_stale: bool = False
+    """True: the next observation begins a window."""
     added_s: float
     """As `busy_s`, added over what the daemon worked on in parallel."""
     usual: tuple[float, float] = (0.0, 0.0)
@@ -51,12 +53,20 @@ class Speeds:
             self._known[name] = _Known(seen_s=now_s, work=work, busy_s=busy_s, added_s=added_s)
             return
         known.seen_s = now_s
+        if known.is_stale:
+            known.work, known.busy_s, known.added_s, known.is_stale = work, busy_s, added_s, False
+            return
         if busy_s - known.busy_s < WINDOW_S:
             return
         done = work - known.work
         speed = (done / (busy_s - known.busy_s), done / max(busy_s - known.busy_s, added_s - known.added_s))
         known.work, known.busy_s, known.added_s = work, busy_s, added_s
         self._judge(known, speed, now_s=now_s)
+
+    def forget_window(self, name: str) -> None:
+        """Begins a window anew: the daemon stands still, for which there is a cause of another kind."""
+        if (known := self._known.get(name)) is not None:
+            known.is_stale = True
 
     def keep_only(self, names: Mapping[str, object]) -> None:
         """Forgets daemons that have left."""

@@ -66,6 +66,9 @@ class Watchdog:
         """Takes the facts of this moment."""
         self._max_staleness = max_staleness
         for server in facts.servers:
+            if server.longest_wait("engine")[1]:
+                self._speeds.forget_window(server.name)
+                continue
             self._observe(server, "tokens_generated", "at_engine_s", "requests_s", now_s=load.at_s)
         for rank in facts.ranks:  # rank 0 alone counts, and all are as slow as the slowest
             self._observe(rank, "row_step", "busy_s", "busy_s", now_s=load.at_s)

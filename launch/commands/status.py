@@ -14,7 +14,7 @@ from rich.text import Text
 
 from launch.commands.running_job import add_job, job_of
 from launch.observation.job_report import job_report
-from launch.observation.observer import DaemonView, Observation
+from launch.observation.observer import DaemonView, Observation, diagnosis
 from launch.observation.reach import RunningJob
 from launch.view.daemons import daemon_table, tickets_line
 from launch.view.job import rates_line, server_table, steps_line
@@ -121,7 +121,11 @@ def _drawn(
 ) -> RenderableType:
     if not daemons:
         return Text(f"{job.name}: no daemon is running")
-    parts: list[RenderableType] = [daemon_table(list(daemons.values()), width=width)]
+    causes = diagnosis(daemons.values())["causes"]
+    parts: list[RenderableType] = [
+        Text(f"waits on {cause['name']}: {cause['what']}", style="yellow") for cause in causes
+    ]
+    parts.append(daemon_table(list(daemons.values()), width=width))
     seen = Observation(daemons=daemons)
     if seen.buffer:
         if (servers := server_table(report)) is not None:

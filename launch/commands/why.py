@@ -38,8 +38,7 @@ def text_of(found: dict[str, object]) -> str:
         lines += [f"{cause['name']}: {cause['what']}", f"    {cause['remedy']}"]
     lines += [f"so {effect}" if number == 0 else f"   {effect}" for number, effect in enumerate(effects)]
     if not causes:
-        lines.append("nothing waits for long")
-        lines.append(
-            str(found["bottleneck"]) or "which pool is the limit is known after some seconds of training"
-        )
+        lines.append("healthy: nothing waits for long")
+        advice = str(found["bottleneck"]) or "which pool is the limit is known after some seconds of training"
+        lines.append(f"to make it faster: {advice}" if found["bottleneck"] else advice)
     return "\n".join(lines) + "\n"

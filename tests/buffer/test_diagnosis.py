@@ -132,6 +132,8 @@ def test_effects_name_tickets_and_places() -> None:
         "step 11 misses 3 places of 16: ticket 812 at rollout-0 for 41 s",
     ]
     assert effects_of(replace(JOB, open_step=12, ranks=(rank(),)), limits=LIMITS) == []
+    young = replace(JOB, oldest_leases=(LeaseFacts(ticket_id=812, server="rollout-0", age_s=1.0),))
+    assert effects_of(replace(young, ranks=(rank(),)), limits=LIMITS) == []
 
 
 def test_an_engine_at_a_tenth_of_its_speed_is_slow() -> None:
@@ -178,6 +180,20 @@ def test_an_engine_that_had_little_work_is_slow() -> None:
         if second == 210:
             assert speeds.slow()
     assert speeds.slow()["rollout-0"].startswith("5% of")
+
+
+def test_an_engine_that_stood_still_is_not_slow_afterwards() -> None:
+    watchdog = Watchdog(Metrics(), limits=LIMITS)
+    named = set()
+    for second in range(120):
+        stands_still = 60 <= second < 90
+        tokens = 100.0 * (second if second < 60 else max(60, second - 30))
+        stats = {"tokens_generated": tokens, "at_engine_s": float(second), "requests_s": 4.0 * second}
+        waits = {"engine: a token": second - 60.0} if second > 61 and stands_still else {}
+        facts = replace(JOB, ranks=(rank(),), servers=(server(stats=stats, waits=waits),))
+        watchdog.look(facts, load=load(float(second), wait=0.5, idle=0.5), max_staleness=4)
+        named |= {cause["what"] for cause in watchdog.report()["causes"]}
+    assert named and all(what.startswith("no token for") for what in named), named
 
 
 def test_a_server_is_late_only_after_a_while() -> None:

@@ -143,6 +143,10 @@ class Objective(ABC):
         """Name in log and error messages: the class that the user configured."""
         return type(self).__name__
 
+    def for_model(self, num_params: int) -> Objective:
+        """This objective for a model of that size; the trainer calls it before the first step."""
+        return self
+
     @abstractmethod
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
         """Per-token losses of one micro-batch.

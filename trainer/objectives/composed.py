@@ -132,6 +132,10 @@ class Composed(Objective):
     def normalizer(self) -> str | None:  # type: ignore[override]
         return self.inner.normalizer
 
+    def for_model(self, num_params: int) -> Composed:
+        """With the inner objective for it."""
+        return replace(self, inner=self.inner.for_model(num_params))
+
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
         """The inner losses plus the terms, zero at tokens that a mask drops."""
         batch = self._masked(batch, stats, [*enumerate(self.masks)])

@@ -25,7 +25,7 @@ Shape suffixes: S sampled tokens, N sequences, B sequences of the whole step.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,11 +44,12 @@ if TYPE_CHECKING:
     from trainer.distributed.ranks import Ranks
     from trainer.models.policy import Policy
 
+_MOST_PARAMS_OF_GHOST = 10**9
 _CHOICES = {
     "step_size": ("sqrt", "linear", "none"),
     "baseline": ("group", "batch", "none"),
     "baseline_weights": ("gradient", "score"),
-    "norms": ("ghost", "exact", "proxy"),
+    "norms": ("auto", "ghost", "exact", "proxy"),
     "normalizer": ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant"),
 }
 
@@ -72,12 +73,13 @@ class Vcpo(Objective):
     `gradient` minimizes the variance, but a stale sample of large w_i holds most of its own b*: it is then
     hardly trained on, and the others of its group are pushed away from it.
     """
-    norms: str = "ghost"
-    """Computation of ||grad log pi_i||: `ghost` | `exact` | `proxy`.
+    norms: str = "auto"
+    """Computation of ||grad log pi_i||: `auto` | `ghost` | `exact` | `proxy`.
 
-    `ghost`: exact, from activations and their gradients. `exact`: by autograd, one backward per sequence;
-    slow, but for any architecture. `proxy`: norm of the gradient of the logits only; one pass over the
-    logits.
+    `auto`: `proxy` for models above a billion parameters, else `ghost`, whose memory grows with the layers
+    (6 MB a token with 8B parameters). `ghost`: exact, from activations and their gradients. `exact`: by
+    autograd, one backward per sequence; slow, but for any architecture. `proxy`: norm of the gradient of the
+    logits only; one pass over the logits.
     """
     leave_one_out: bool = False
     """Each sample's b* is computed from the others of its group, which removes its bias.
@@ -95,8 +97,14 @@ class Vcpo(Objective):
             raise ConfigError("objective: use cap of at least 0 and rho_ref above 0 and at most 1")
         if self.leave_one_out and (self.baseline != "group" or self.norms == "exact"):
             raise ConfigError(
-                "objective.leave_one_out needs objective.baseline=group and objective.norms=ghost or proxy"
+                "objective.leave_one_out needs objective.baseline=group, and not objective.norms=exact"
             )
+
+    def for_model(self, num_params: int) -> Vcpo:
+        """With the norms that `auto` means."""
+        if self.norms != "auto":
+            return self
+        return replace(self, norms="proxy" if num_params > _MOST_PARAMS_OF_GHOST else "ghost")
 
     @property
     def scope(self) -> Scope:  # type: ignore[override]

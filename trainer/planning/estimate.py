@@ -16,6 +16,7 @@ from trainer.planning.engines import BYTES, EngineMemory
 from trainer.planning.gpus import GPUS_PER_HOST, Placement
 from trainer.planning.lengths import Lengths
 from trainer.planning.shapes import ModelShape
+from trainer.planning.staleness import least_staleness
 from trainer.planning.trace import StepTrace
 from trainer.step.recipe import StepRecipe
 
@@ -265,6 +266,15 @@ def _lag(
     if generate_s < train_s:
         formulas.append(f"lag = {bound}: the engines are faster, so they run ahead up to max_staleness")
         return float(bound)
+    num_samples = config.trainer.groups_per_step * config.sampling.group_size
+    wanted = {
+        spread: least_staleness(steps_a_sample=latency_s / step_s, spread=spread, samples=num_samples)
+        for spread in (0.5, 1.0)
+    }
+    formulas.append(
+        f"max_staleness with which neither pool waits for long: {wanted[0.5]} if durations of samples are "
+        f"log-normal with a spread of .5, {wanted[1.0]} with 1; a sample takes {latency_s / step_s:.2f} steps"
+    )
     lag = min(float(bound), latency_s / step_s + config.weights.sync_interval)
     formulas.append(
         f"lag = min(max_staleness = {bound}, a sample's time / step + weights.sync_interval) = {lag:.1f}: "

@@ -96,7 +96,7 @@ def trace_step(config: Config, shape: ModelShape, lengths: Lengths) -> StepTrace
     if recipe.objective.late_coefficients:
         raise ConfigError(
             "plan cannot trace objective.norms=ghost or exact, which keep the inputs and gradients of every "
-            "layer: set objective.norms=proxy"
+            "layer: set objective.norms=proxy, which `auto` chooses above a billion parameters"
         )
     packed = worst_lengths(lengths, budget_tokens=config.trainer.tokens_per_microbatch)
     with _fake_group(config.trainer.world_size):

@@ -36,11 +36,12 @@ def build_step_runner(
         proximal = ProximalPolicy.of(
             config, policy, ranks, rule=rule, path=initial, with_weights=with_weights
         )
+    num_params = sum(param.numel() for param in policy.model.parameters())
     return StepRunner(
         policy,
         ShardedAdamW.of(trainer, policy, ranks, lr=trainer.lr),
         ranks,
-        objective=recipe.objective,
+        objective=recipe.objective.for_model(num_params),
         advantage=recipe.advantage,
         normalizer=Normalizer(name=trainer.normalizer, max_tokens=config.sampling.max_new_tokens),
         budget_tokens=trainer.tokens_per_microbatch,

@@ -276,15 +276,22 @@ def test_requirements_of_each_setting() -> None:
     assert not Vcpo(baseline="batch").whole_groups
 
 
+def test_automatic_norms_of_large_models_are_by_proxy() -> None:
+    assert (Vcpo().for_model(10**9).norms, Vcpo().for_model(10**9 + 1).norms) == ("ghost", "proxy")
+    assert Vcpo(norms="exact").for_model(8 * 10**9).norms == "exact"
+    masked = build_objective({"name": "vcpo", "masks": [{"name": "band"}]}, max_tokens=8)
+    assert masked.late_coefficients and not masked.for_model(8 * 10**9).late_coefficients
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"norms": "ghosts"}, "objective.norms=ghosts: use ghost, exact, proxy"),
+        ({"norms": "ghosts"}, "objective.norms=ghosts: use auto, ghost, exact, proxy"),
         ({"step_size": "cubic"}, "use sqrt, linear, none"),
         ({"rho_ref": 0}, "rho_ref above 0"),
         ({"cap": -1}, "cap of at least 0"),
         ({"leave_one_out": True, "baseline": "batch"}, "leave_one_out needs objective.baseline=group"),
-        ({"leave_one_out": True, "norms": "exact"}, "norms=ghost or proxy"),
+        ({"leave_one_out": True, "norms": "exact"}, "not objective.norms=exact"),
     ],
 )
 def test_error_messages_for_invalid_settings(settings: dict[str, Any], message: str) -> None:

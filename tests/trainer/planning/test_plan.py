@@ -193,6 +193,15 @@ def test_gradients_are_part_of_the_trace(model: str) -> None:
     assert 5 * multiplied < per_token < 8.1 * multiplied
 
 
+def test_proximal_policy_is_part_of_the_trace(model: str) -> None:
+    """Its weights are as large as the masters, and its forward is a third of forward and backward."""
+    trace = small(model, "objective.prox=average", "objective=decoupled_ppo").trace
+    masters = trace.resident_bytes["weights (float32 masters)"]
+    assert trace.resident_bytes["proximal policy (float32)"] == masters
+    assert trace.linear_flops["proximal"] == pytest.approx(trace.linear_flops["policy"] / 3, rel=0.35)
+    assert "proximal" not in small(model).trace.linear_flops
+
+
 def test_worst_packing_pads_most() -> None:
     for context, budget in ((512, 512), (512, 513), (500, 2048), (4096, 16384)):
         lengths = Lengths(context=context, max_response=context - 1, prompt=1, response=1)

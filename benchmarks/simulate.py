@@ -1,0 +1,129 @@
+"""Simulates large jobs: the real ledger under a virtual clock, beside two other rules of staleness.
+
+    python -m benchmarks.simulate scale [--tickets 1000000]   4,096 servers: CPU a ticket, lag, throughput
+    python -m benchmarks.simulate rules                       the ledger, a gate at the begin, drop at the end
+    python -m benchmarks.simulate tails                       which max_staleness a tail of durations needs
+    python -m benchmarks.simulate report                      the tables, and docs/simulation.png
+
+`benchmarks/simulation_world.py` has the model of a job. Throughput is a share of the analytic limit, the
+slower of the two pools without any waiting: `max(step_s, samples of a step x mean_s / (slots x up))`. What
+`tails` measures is compared with the formula of `areal-like plan` (`trainer/planning/staleness.py`). The
+results are in benchmarks/results/simulate.jsonl; a part that is run again replaces its earlier ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import RESULTS, ROOT, machine, table
+from benchmarks.simulation_report import draw, rules_table, scale_table, tails_table
+from benchmarks.simulation_rules import RULES, LedgerRule
+from benchmarks.simulation_world import Job
+
+RESULT = RESULTS / "simulate.jsonl"
+SCALE = Job(num_servers=4096, groups_per_step=1024, mean_s=120.0, step_s=15.0)
+RULE_JOBS = {
+    "log-normal, spread 1.0": Job(spread=1.0),
+    "log-normal, spread 1.5": Job(spread=1.5),
+    "Pareto, exponent 1.5": Job(tail="pareto", spread=1.5),
+}
+BOUNDS = (0, 1, 2, 4, 8, 16, 32)
+SLOTS_A_STEP = (1.0, 2.0, 4.0)
+"""Slots of all servers over samples of a step: how many steps are in progress at a time."""
+SPREADS = (0.5, 1.0, 1.5)
+NUM_STEPS = 80
+
+
+def scale(num_tickets: int) -> Iterator[dict[str, Any]]:
+    """A long run of many servers; figures by tenths of it."""
+    simulation = LedgerRule(SCALE)
+    parts: list[dict[str, float]] = []
+    started_s = time.monotonic()
+    for part in range(1, 11):
+        before = simulation.num_tickets, simulation.cpu_s
+        while simulation.num_tickets < num_tickets * part // 10:
+            simulation.run(simulation.step + 1)
+        num_new = simulation.num_tickets - before[0]
+        parts.append(
+            {
+                "tickets": simulation.num_tickets,
+                "cpu_us_a_ticket": round(1e6 * (simulation.cpu_s - before[1]) / max(1, num_new), 1),
+                "lag_max": max(simulation.lags),
+            }
+        )
+        print(parts[-1], flush=True)
+    result = simulation.results()
+    share = simulation.cpu_s / simulation.step / result["step_s"]
+    yield result | {
+        "parts": parts,
+        "ledger_share_of_a_step": round(share, 5),
+        "wall_s": round(time.monotonic() - started_s, 1),
+    }
+
+
+def rules() -> Iterator[dict[str, Any]]:
+    """The three rules on the same jobs."""
+    for title, job in RULE_JOBS.items():
+        for rule in RULES:
+            simulation = rule(job)
+            simulation.run(NUM_STEPS)
+            yield {"case": title, "rule": rule.title} | simulation.results()
+
+
+def tails() -> Iterator[dict[str, Any]]:
+    """The ledger for each spread, number of slots and bound; both pools need the same time for a step."""
+    for spread in SPREADS:
+        for slots in SLOTS_A_STEP:
+            for bound in BOUNDS:
+                base = Job(spread=spread, max_staleness=bound, failures_an_hour=0.0, push_s=0.0)
+                num_servers = round(slots * base.samples_a_step / base.slots)
+                job = replace(base, num_servers=num_servers)
+                job = replace(job, step_s=job.generation_step_s)
+                simulation = LedgerRule(job)
+                simulation.run(NUM_STEPS)
+                yield {"slots_a_step": slots} | simulation.results()
+
+
+def read(part: str) -> list[dict[str, Any]]:
+    """The results of a part."""
+    lines = RESULT.read_text().splitlines() if RESULT.exists() else []
+    return [row for row in map(json.loads, lines) if row["part"] == part]
+
+
+def main() -> None:
+    """Runs one part, or prints the report."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", choices=["scale", "rules", "tails", "report"])
+    parser.add_argument("--tickets", type=int, default=1_000_000)
+    args = parser.parse_args()
+    if args.part != "report":
+        run = {"scale": lambda: scale(args.tickets), "rules": rules, "tails": tails}[args.part]
+        rows = []
+        for row in run():
+            rows.append({"part": args.part, "machine": machine()} | row)
+            print({key: row[key] for key in ("of_limit", "lag_mean", "lag_max", "dropped_share")}, flush=True)
+        _replace(args.part, rows)
+    for make, part in ((scale_table, "scale"), (rules_table, "rules"), (tails_table, "tails")):
+        if found := read(part):
+            print(table(*make(found)) + "\n")
+    if found := read("tails"):
+        draw(found, ROOT / "docs" / "simulation.png")
+
+
+def _replace(part: str, rows: list[dict[str, Any]]) -> None:
+    others = RESULT.read_text().splitlines() if RESULT.exists() else []
+    kept = [line for line in others if json.loads(line)["part"] != part]
+    text = "\n".join([*kept, *map(json.dumps, rows)]) + "\n"
+    Path(RESULT).write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,298 @@
+"""Rules by which a simulated job begins samples and trains on them: the ledger, and two baselines."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from areal_like.config import from_mapping
+from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory
+from areal_like.wire.messages.producer import SampleDone, ServerHeartbeat, ServerState
+from areal_like.wire.records import Record
+from benchmarks.simulation_world import Job, Sample, Server, Simulation
+from buffer.ledger.recovery import recover
+from buffer.settings import LedgerSettings
+from buffer.storage.memory import MemoryStore
+
+_COMMIT_EVERY = 8
+_BEATS_A_LEASE = 3
+
+
+class LedgerRule(Simulation):
+    """The buffer's ledger, with its leases, admission, order of steps and loss of silent servers."""
+
+    title = "this software"
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        self.cpu_s = 0.0
+        """CPU time inside the ledger."""
+        settings = LedgerSettings.from_config(from_mapping({}))
+        self._lease_timeout_s = settings.lease_timeout_s
+        self._ledger = recover(
+            dataclasses.replace(
+                settings,
+                staleness_cap=job.max_staleness,
+                groups_per_step=job.groups_per_step,
+                group_size=job.group_size,
+                num_steps=10**9,
+                durable=False,
+                max_tokens=sys.maxsize,
+                max_segment_tokens=sys.maxsize,
+            ),
+            MemoryStore(),
+            now_s=0.0,
+        )
+        self._ledger.set_num_train_prompts(10**9)
+        self._ledger.start_training(incarnation=1, step=0, stream={})
+        self._by_name = {server.name: server for server in self.servers}
+        self._done: dict[str, list[SampleDone]] = {}
+        self._samples: dict[tuple[int, int], Sample] = {}
+        """Complete samples that are not trained on yet, by ticket and index."""
+        self._next = 0
+        self._ready: list[Sample] = []
+        self._version = self._ledger.alloc_version(incarnation=1, step=0)
+        self._versions = {0: self._version}
+        """Step -> version of its weights."""
+        self._record = _record(self._version)
+        self._records = {0: self._record}
+        for server in self.servers:
+            self._register(server)
+            self.at(self._random.uniform(0, self._beat_s), self._beat_again, server)
+
+    @property
+    def num_tickets(self) -> int:
+        """Tickets that were issued."""
+        return self._ledger.state.tickets.num_issued
+
+    @property
+    def _beat_s(self) -> float:
+        return self._lease_timeout_s / _BEATS_A_LEASE
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        started_s = time.process_time()
+        yield
+        self.cpu_s += time.process_time() - started_s
+
+    def _register(self, server: Server) -> None:
+        with self._timed():
+            version = self._versions[server.weights_step]
+            self._ledger.register_server(
+                server.name, incarnation=server.life, weights_version=version, now_s=self.now_s
+            )
+        self._beat(server)
+
+    def _beat(self, server: Server) -> None:
+        known = self._ledger.servers[server.name]
+        held = known.owed_samples
+        beat = ServerHeartbeat(
+            state=ServerState.SERVING,
+            free_samples=self.job.slots + self.job.queue - held,
+            holding_samples=held,
+            weights_version=self._versions[server.weights_step],
+            leases=list(known.leases),
+        )
+        with self._timed():
+            self._ledger.heartbeat(server.name, beat, now_s=self.now_s)
+
+    def _beat_again(self, server: Server) -> None:
+        if server.is_up:
+            self._beat(server)
+        self.at(self._beat_s, self._beat_again, server)
+
+    def dispatch(self) -> Iterable[tuple[Server, Any]]:
+        """What the ledger leases."""
+        with self._timed():
+            for name, done in self._done.items():
+                for verdict in self._ledger.samples_done(name, done):
+                    assert not verdict.refusal, verdict
+            self._done.clear()
+            self._ledger.expire(now_s=self.now_s)
+            aborts = self._ledger.take_aborts()
+            granted = self._ledger.grant(now_s=self.now_s)
+        assert not aborts, "a lease of a living server was lost"
+        for name, leases in granted.items():
+            for lease in leases:
+                for index in lease.sample_indices:
+                    yield self._by_name[name], (lease, index)
+
+    def ended(self, server: Server, sample: Sample) -> None:
+        """Goes to the ledger with the next turn."""
+        lease, index = sample.work
+        record = dataclasses.replace(
+            self._records[sample.weights_step], ticket_id=lease.ticket_id, sample_index=index
+        )
+        self._done.setdefault(server.name, []).append(SampleDone(lease_id=lease.lease_id, record=record))
+        self._samples[lease.ticket_id, index] = sample
+
+    def lost(self, server: Server, work: list[Any]) -> None:
+        """The ledger notices a silent server when its leases run out."""
+        for done in self._done.pop(server.name, []):
+            self.lost_s += self._samples.pop((done.record.ticket_id, done.record.sample_index)).seconds
+
+    def returned(self, server: Server) -> None:
+        """Registers its new process."""
+        self._register(server)
+
+    def pushed(self, server: Server) -> None:
+        """Says so with a heartbeat."""
+        self._beat(server)
+
+    def take(self) -> list[Sample] | None:
+        """The groups of the step, in the order of their positions."""
+        while self._next < self.job.groups_per_step:
+            with self._timed():
+                group = self._ledger.fetch(step=self.step, position=self._next)
+            if group is None:
+                return None
+            self._next += 1
+            for index in range(self.job.group_size):
+                self._ready.append(self._samples.pop((group.ticket_id, index)))
+        samples, self._ready, self._next = self._ready, [], 0
+        return samples
+
+    def trained(self) -> None:
+        """Completes the step, and commits it now and then."""
+        with self._timed():
+            self._ledger.complete_step(incarnation=1, step=self.step - 1)
+            self._version = self._ledger.alloc_version(incarnation=1, step=self.step)
+            if self.step % _COMMIT_EVERY == 0:
+                self._ledger.commit(incarnation=1, step=self.step - 1)
+        self._versions[self.step] = self._version
+        self._records[self.step] = _record(self._version)
+        for table in (self._versions, self._records):
+            table.pop(self.step - 1000, None)
+
+    def results(self) -> dict[str, Any]:
+        """Also the ledger's own counts."""
+        snapshot = self._ledger.snapshot()
+        drops = {reason.value: count for reason, count in snapshot.drops.items() if count}
+        return super().results() | {
+            "tickets": self.num_tickets,
+            "drops": drops,
+            "cpu_us_a_ticket": round(1e6 * self.cpu_s / self.num_tickets, 1),
+        }
+
+
+def _record(version: int) -> Record:
+    """A sample of one token; the ledger reads its metadata only."""
+    trajectory = Trajectory(
+        tokens=np.array([1, 2], dtype=np.int32),
+        loss_mask=np.array([0, 1], dtype=np.uint8),
+        logprobs=np.array([0.0, -0.5], dtype=np.float32),
+        versions=np.array([NOT_SAMPLED, version], dtype=np.int32),
+        reward=0.0,
+        finish_reason=FinishReason.STOP,
+    )
+    return Record.of(0, 0, trajectory)
+
+
+@dataclass(kw_only=True)
+class _Group:
+    number: int
+    missing: int
+    samples: list[Sample] = field(default_factory=list)
+    """Complete ones."""
+
+    @property
+    def oldest(self) -> int:
+        return min(sample.weights_step for sample in self.samples)
+
+
+class _Central(Simulation):
+    """A controller that hands out samples of whole groups, and starts a sample again that was lost."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        self._num_begun = 0
+        self._queue: deque[_Group] = deque()
+        """A group for each sample that waits for a slot."""
+        self._complete: list[_Group] = []
+        self._with_room = deque(self.servers)
+
+    def may_begin(self) -> bool:
+        """True if one more group may begin."""
+        raise NotImplementedError
+
+    def dispatch(self) -> Iterable[tuple[Server, Any]]:
+        """Fills servers in turn."""
+        for _ in range(len(self._with_room)):
+            server = self._with_room[0]
+            self._with_room.rotate(-1)
+            for _ in range(server.free if server.is_up else 0):
+                if not self._queue:
+                    if not self.may_begin():
+                        return
+                    self._num_begun += 1
+                    group = _Group(number=self._num_begun, missing=self.job.group_size)
+                    self._queue.extend([group] * self.job.group_size)
+                yield server, self._queue.popleft()
+
+    def ended(self, server: Server, sample: Sample) -> None:
+        """Completes its group, maybe."""
+        group = sample.work
+        group.samples.append(sample)
+        group.missing -= 1
+        if not group.missing:
+            self._complete.append(group)
+
+    def lost(self, server: Server, work: list[Any]) -> None:
+        """They begin again elsewhere."""
+        self._queue.extendleft(work)
+
+
+class GateRule(_Central):
+    """AReaL's gate (arXiv 2505.24298): (groups begun - 1) // batch <= version + max_staleness.
+
+    The oldest complete groups are trained on first, whatever their age has become."""
+
+    title = "a gate at the begin"
+
+    def may_begin(self) -> bool:
+        """By the number of groups that have begun."""
+        return self._num_begun // self.job.groups_per_step <= self.step + self.job.max_staleness
+
+    def take(self) -> list[Sample] | None:
+        """The oldest groups."""
+        if len(self._complete) < self.job.groups_per_step:
+            return None
+        self._complete.sort(key=lambda group: group.number)
+        taken = self._complete[: self.job.groups_per_step]
+        del self._complete[: self.job.groups_per_step]
+        return [sample for group in taken for sample in group.samples]
+
+
+class DropRule(_Central):
+    """Every slot is always filled; what is too old when it is to be trained on is dropped."""
+
+    title = "drop at the end"
+
+    def may_begin(self) -> bool:
+        """Always."""
+        return True
+
+    def take(self) -> list[Sample] | None:
+        """The groups in the order in which they were complete, without those that are too old."""
+        kept = []
+        for group in self._complete:
+            if self.step - group.oldest <= self.job.max_staleness:
+                kept.append(group)
+            else:
+                self.dropped_s += sum(sample.seconds for sample in group.samples)
+        self._complete = kept
+        if len(kept) < self.job.groups_per_step:
+            return None
+        taken, self._complete = kept[: self.job.groups_per_step], kept[self.job.groups_per_step :]
+        return [sample for group in taken for sample in group.samples]
+
+
+RULES = (LedgerRule, GateRule, DropRule)

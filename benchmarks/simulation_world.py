@@ -1,0 +1,262 @@
+"""A job under a virtual clock: servers with slots, samples of long-tailed duration, a trainer, failures.
+
+The rule that decides which samples begin and which are trained on is left to a subclass: the project's own
+ledger (`simulation_rules.LedgerRule`), or one of the baselines.
+
+A sample takes the same time whatever else its server does. All servers get new weights `push_s` after a step;
+samples in progress go on, and their age counts from the weights that they began with. A server fails with a
+constant rate, loses its samples, and comes back after `repair_s`.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import random
+from abc import ABC, abstractmethod
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+_LONGEST_STEPS = 200
+"""A step that takes so many times the limit will not end."""
+TURNS_A_SAMPLE = 100
+"""The rule acts so often in the mean time of a sample: what happens in between is handled together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Sizes and times of a simulated job."""
+
+    num_servers: int = 64
+    slots: int = 8
+    """Samples that a server makes at a time."""
+    queue: int = 8
+    """Samples that wait at a server for a slot: leases are of whole groups, and slots become free singly."""
+    groups_per_step: int = 64
+    group_size: int = 4
+    max_staleness: int = 4
+    mean_s: float = 60.0
+    """Mean time of a sample."""
+    tail: str = "lognormal"
+    """`lognormal` | `pareto`"""
+    spread: float = 1.0
+    """Log-normal: standard deviation of the log. Pareto: the exponent."""
+    step_s: float = 60.0
+    """Time of the trainer for a step."""
+    push_s: float = 2.0
+    failures_an_hour: float = 0.05
+    """Of each server."""
+    repair_s: float = 120.0
+    seed: int = 0
+
+    @property
+    def samples_a_step(self) -> int:
+        """Samples that a step trains on."""
+        return self.groups_per_step * self.group_size
+
+    @property
+    def up(self) -> float:
+        """Share of the time in which a server works."""
+        return 1 / (1 + self.failures_an_hour / 3600 * self.repair_s)
+
+    @property
+    def generation_step_s(self) -> float:
+        """Time in which all slots make the samples of a step, if none of them ever waits."""
+        return self.samples_a_step * self.mean_s / (self.num_servers * self.slots * self.up)
+
+    @property
+    def limit_step_s(self) -> float:
+        """The least time of a step: that of the slower of the two pools."""
+        return max(self.step_s, self.generation_step_s)
+
+    def duration_s(self, random_: random.Random) -> float:
+        """Time of one sample."""
+        if self.tail == "pareto":
+            return self.mean_s * (self.spread - 1) / self.spread * random_.paretovariate(self.spread)
+        return self.mean_s * math.exp(random_.gauss(-(self.spread**2) / 2, self.spread))
+
+    def quantile_s(self, share: float) -> float:
+        """The time within which this share of samples ends."""
+        if self.tail == "pareto":
+            return self.mean_s * (self.spread - 1) / self.spread * (1 - share) ** (-1 / self.spread)
+        from statistics import NormalDist
+
+        return self.mean_s * math.exp(-(self.spread**2) / 2 + self.spread * NormalDist().inv_cdf(share))
+
+
+@dataclass(kw_only=True)
+class Sample:
+    """One sample in progress."""
+
+    work: Any
+    """What the rule knows it by."""
+    began_s: float
+    weights_step: int
+    """Step of the weights that it began with."""
+    seconds: float = 0.0
+    """Its time, when it is complete."""
+
+
+class Server:
+    """Its slots, and the weights that it has."""
+
+    def __init__(self, number: int, slots: int) -> None:
+        self.number = number
+        self.name = f"rollout-{number}"
+        self.free = slots
+        self.life = 1
+        """Grows with each failure: events of an earlier life are void."""
+        self.is_up = True
+        self.weights_step = 0
+        self.running: dict[int, Sample] = {}
+        self.waiting: deque[Any] = deque()
+        """What the rule knows its waiting samples by."""
+
+
+class Simulation(ABC):
+    """One run. `run` it once, then read the results."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.servers = [Server(number, job.slots) for number in range(job.num_servers)]
+        self.now_s = 0.0
+        self.step = 0
+        self.lags: Counter[int] = Counter()
+        """Lag -> samples that were trained on."""
+        self.trained_s = self.lost_s = self.dropped_s = 0.0
+        """Seconds of samples: trained on, lost with servers, dropped as too old."""
+        self.step_ends: list[float] = []
+        self._random = random.Random(job.seed)
+        self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._num_events = self._num_samples = 0
+        self._is_training = self._events_begun = False
+        self._turn_s = job.mean_s / TURNS_A_SAMPLE
+
+    @abstractmethod
+    def dispatch(self) -> Iterable[tuple[Server, Any]]:
+        """The samples that go to servers now, and where."""
+
+    @abstractmethod
+    def ended(self, server: Server, sample: Sample) -> None:
+        """A sample is complete."""
+
+    @abstractmethod
+    def lost(self, server: Server, work: list[Any]) -> None:
+        """A server has failed with these samples, running or waiting."""
+
+    @abstractmethod
+    def take(self) -> list[Sample] | None:
+        """The samples of the next step, which are then trained on; None if they are not there yet."""
+
+    def returned(self, server: Server) -> None:  # noqa: B027
+        """A server works again; it has the newest weights."""
+
+    def trained(self) -> None:  # noqa: B027
+        """The step `self.step - 1` is done."""
+
+    def pushed(self, server: Server) -> None:  # noqa: B027
+        """A server has new weights."""
+
+    def run(self, num_steps: int) -> None:
+        """Simulates until so many steps are done. Raises RuntimeError if a step takes too long."""
+        if not self._events_begun:
+            self._events_begun = True
+            for server in self.servers:
+                self._fail_later(server)
+            self._turn()
+        limit_s = self.now_s + _LONGEST_STEPS * (num_steps - self.step + 1) * self.job.limit_step_s
+        while self.step < num_steps:
+            self.now_s, _, act, arguments = heapq.heappop(self._events)
+            act(*arguments)
+            if self.now_s > limit_s:
+                raise RuntimeError(f"no progress after step {self.step}")
+
+    def at(self, delay_s: float, act: Callable[..., None], *arguments: Any) -> None:
+        """Schedules an event."""
+        self._num_events += 1
+        heapq.heappush(self._events, (self.now_s + delay_s, self._num_events, act, arguments))
+
+    def results(self) -> dict[str, Any]:
+        """Figures of the run after its first tenth, which fills the pipeline."""
+        first = len(self.step_ends) // 10
+        step_s = (self.step_ends[-1] - self.step_ends[first]) / (len(self.step_ends) - 1 - first)
+        num = sum(self.lags.values())
+        total_s = self.trained_s + self.lost_s + self.dropped_s
+        return {
+            "job": asdict(self.job),
+            "steps": self.step,
+            "step_s": round(step_s, 3),
+            "of_limit": round(self.job.limit_step_s / step_s, 4),
+            "lag_mean": round(sum(lag * count for lag, count in self.lags.items()) / num, 3),
+            "lag_max": max(self.lags),
+            "beyond_bound": round(
+                sum(count for lag, count in self.lags.items() if lag > self.job.max_staleness) / num, 5
+            ),
+            "lost_share": round(self.lost_s / total_s, 5),
+            "dropped_share": round(self.dropped_s / total_s, 5),
+        }
+
+    def _turn(self) -> None:
+        for server, work in self.dispatch():
+            if server.is_up:  # else nobody gets the message
+                server.waiting.append(work)
+                self._fill(server)
+        if not self._is_training and (samples := self.take()) is not None:
+            self._is_training = True
+            for sample in samples:
+                self.trained_s += sample.seconds
+                self.lags[self.step - sample.weights_step] += 1
+            self.at(self.job.step_s, self._trained)
+        self.at(self._turn_s, self._turn)
+
+    def _fill(self, server: Server) -> None:
+        while server.is_up and server.free and server.waiting:
+            server.free -= 1
+            self._num_samples += 1
+            number = self._num_samples
+            server.running[number] = Sample(
+                work=server.waiting.popleft(), began_s=self.now_s, weights_step=server.weights_step
+            )
+            self.at(self.job.duration_s(self._random), self._ended, server, server.life, number)
+
+    def _ended(self, server: Server, life: int, number: int) -> None:
+        if server.life == life and (sample := server.running.pop(number, None)) is not None:
+            server.free += 1
+            sample.seconds = self.now_s - sample.began_s
+            self.ended(server, sample)
+            self._fill(server)
+
+    def _fail_later(self, server: Server) -> None:
+        rate = self.job.failures_an_hour / 3600
+        if rate:
+            self.at(self._random.expovariate(rate), self._fail, server)
+
+    def _fail(self, server: Server) -> None:
+        samples = list(server.running.values())
+        self.lost_s += sum(self.now_s - sample.began_s for sample in samples)
+        server.running.clear()
+        waiting, server.waiting = [*server.waiting], deque()
+        server.life += 1
+        server.is_up, server.free = False, 0
+        self.lost(server, [sample.work for sample in samples] + waiting)
+        self.at(self.job.repair_s, self._return, server)
+
+    def _return(self, server: Server) -> None:
+        server.is_up, server.free, server.weights_step = True, self.job.slots, self.step
+        self.returned(server)
+        self._fail_later(server)
+
+    def _trained(self) -> None:
+        self.step += 1
+        self.step_ends.append(self.now_s)
+        self._is_training = False
+        self.trained()
+        self.at(self.job.push_s, self._pushed, self.step)
+
+    def _pushed(self, step: int) -> None:
+        for server in self.servers:
+            if server.is_up and server.weights_step < step:
+                server.weights_step = step
+                self.pushed(server)
