@@ -35,6 +35,10 @@ class RayOptions:
     """Longest wait for the resources."""
 
 
+class ActorLostError(ArealError):
+    """An actor has ended with its node or its process, or does not answer."""
+
+
 def resources_of(config: Config, role: str, options: RayOptions) -> Resources:
     """What one actor of a role reserves."""
     gpus = 0
@@ -124,13 +128,13 @@ class Cluster:
         )
 
     def get(self, reference: Any, *, timeout_s: float) -> Any:
-        """A result. Raises ArealError if its actor is lost or it takes longer."""
+        """A result. Raises ActorLostError if its actor is lost or it takes longer, ArealError if it failed."""
         try:
             return self._ray.get(reference, timeout=timeout_s)
         except self._ray.exceptions.RayTaskError as error:
-            raise ArealError(f"an actor failed: {error.cause}") from None
+            raise ArealError(f"its actor failed: {error.cause}") from None
         except self._ray.exceptions.RayError as error:
-            raise ArealError(f"an actor did not answer ({type(error).__name__})") from None
+            raise ActorLostError(f"its actor did not answer ({type(error).__name__})") from None
 
     def done(self, references: Sequence[Any], *, timeout_s: float) -> list[Any]:
         """Those of the references that have a result, after the first has or the time is over."""

@@ -21,7 +21,7 @@ from areal_like.paths import RunPaths
 from launch.nodes.settings import make_directory
 from launch.nodes.start import ROLES, Place
 from launch.ray.actors import Started
-from launch.ray.cluster import Cluster, RayOptions, own_directory, resources_of
+from launch.ray.cluster import ActorLostError, Cluster, RayOptions, own_directory, resources_of
 from launch.ray.roles import RoleState, Supervision
 from launch.ray.wanted import as_driver, directory_of, wanted_servers
 
@@ -100,8 +100,9 @@ class Driver:
             try:
                 self._begin(role, now_s)
             except ArealError as error:
+                code = None if isinstance(error, ActorLostError) else 1
                 _say(f"{role.name} was not started: {error}")
-                _say(self._supervision.ended(role, None, now_s=time.monotonic()))
+                _say(self._supervision.ended(role, code, now_s=time.monotonic()))
 
     def _begin(self, role: RoleState, now_s: float) -> None:
         resources = resources_of(self._config, role.role, self._options)
@@ -140,8 +141,11 @@ class Driver:
             started = self._started[id(role)]
             try:
                 started.codes[run] = int(self._cluster.get(run, timeout_s=_ANSWER_S))
-            except ArealError:
+            except ActorLostError:
                 started.codes[run] = None
+            except ArealError as error:
+                _say(f"{role.name}: {error}")
+                started.codes[run] = 1
             if len(started.codes) < len(started.runs):
                 self._stop(started)  # the nodes of a trainer begin and end together
                 continue
