@@ -128,7 +128,7 @@ class Cluster:
         )
 
     def get(self, reference: Any, *, timeout_s: float) -> Any:
-        """A result. Raises ActorLostError if its actor is lost or it takes longer, ArealError if it failed."""
+        """A result. Raises ActorLostError if its actor is lost or too slow, ArealError if it failed."""
         try:
             return self._ray.get(reference, timeout=timeout_s)
         except self._ray.exceptions.RayTaskError as error:
