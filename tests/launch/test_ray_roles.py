@@ -44,7 +44,7 @@ def test_failures_in_a_row_are_bounded(role: str, ends_run: bool) -> None:
     assert failing.is_over and one.is_stopping == ends_run and one.exit_code == (1 if ends_run else 0)
 
 
-def test_a_long_start_is_no_failure_in_a_row_and_a_lost_node_none_at_all() -> None:
+def test_long_starts_and_lost_nodes_are_no_failures_in_a_row() -> None:
     one = supervision(max_failures=1)
     server = role_of(one, "rollout")
     for number in range(5):
