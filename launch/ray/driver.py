@@ -78,6 +78,8 @@ class Driver:
                 supervision.is_stopping = True
             if supervision.is_stopping:
                 self._stop_all(now_s)
+            elif supervision.is_finished:
+                self._end_unstarted(now_s)  # those that run end by themselves
             else:
                 self._scale(now_s)
                 self._begin_due(now_s)
@@ -166,9 +168,7 @@ class Driver:
 
     def _stop_all(self, now_s: float) -> None:
         """Servers and trainer first; the buffer when they have ended, because they say goodbye to it."""
-        for role in self._supervision.roles:
-            if not role.is_over and id(role) not in self._started:
-                self._supervision.ended(role, None, now_s=now_s)
+        self._end_unstarted(now_s)
         if self._stop_limit_s == float("inf"):
             self._stop_limit_s = now_s + self._config.daemon.drain_timeout_s + _MARGIN_S
         others = [role for role in self._supervision.roles if role.role != "buffer" and not role.is_over]
@@ -180,6 +180,11 @@ class Driver:
             if now_s > self._stop_limit_s + _MARGIN_S:
                 for actor in started.actors:
                     self._cluster.kill(actor)
+
+    def _end_unstarted(self, now_s: float) -> None:
+        for role in self._supervision.roles:
+            if not role.is_over and id(role) not in self._started:
+                self._supervision.ended(role, None, now_s=now_s)
 
     def _scale(self, now_s: float) -> None:
         """Follows `areal-like scale`."""

@@ -60,7 +60,9 @@ class Supervision:
     """Failures in a row after which a role is given up."""
     roles: list[RoleState] = field(default_factory=list)
     is_stopping: bool = False
-    """True: nothing is started any more."""
+    """True: the run drains, and nothing is started any more."""
+    is_finished: bool = False
+    """True: nothing is started any more, because the run is finished."""
     exit_code: int = 0
 
     @property
@@ -81,8 +83,9 @@ class Supervision:
 
     def ended(self, role: RoleState, code: int | None, *, now_s: float) -> str:
         """Decides on a role that has ended; returns a line for the user."""
-        if self.is_stopping or code in (0, DRAINED):
+        if self.is_stopping or self.is_finished or code in (0, DRAINED):
             role.is_over, role.code = True, code
+            self.is_finished |= code == 0
             # Without it the others would wait for ever.
             self.is_stopping |= code == DRAINED and role.role != "rollout"
             return f"{role.name} has ended: {_meaning(code)}"

@@ -70,6 +70,15 @@ def test_a_drained_trainer_drains_the_run(role: str, drains_all: bool) -> None:
     assert one.is_stopping == drains_all and one.exit_code == 0
 
 
+def test_nothing_begins_again_when_the_run_is_finished() -> None:
+    one = supervision()
+    one.ended(role_of(one, "rollout"), 0, now_s=1.0)
+    assert one.is_finished and not one.is_stopping
+    for role in one.roles:
+        one.ended(role, 1, now_s=2.0)
+    assert one.is_over and one.exit_code == 0
+
+
 def test_who_drains_stays_away_and_numbers_are_not_used_twice() -> None:
     one = supervision()
     first, second = one.servers()
