@@ -27,7 +27,7 @@ from benchmarks.simulation_rules import RULES, LedgerRule
 from benchmarks.simulation_world import Job
 
 RESULT = RESULTS / "simulate.jsonl"
-SCALE = Job(num_servers=4096, groups_per_step=1024, mean_s=120.0, step_s=15.0)
+SCALE = Job(num_servers=4096, groups_per_step=8192, spread=0.5)
 RULE_JOBS = {
     "log-normal, spread 1.0": Job(spread=1.0),
     "log-normal, spread 1.5": Job(spread=1.5),
