@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.simulation_rules import RULES, DropRule, GateRule, LedgerRule
 from benchmarks.simulation_world import Job, Simulation
-from trainer.planning.staleness import least_staleness, quantile_of_mean
+from trainer.planning.staleness import least_staleness, slowest_over_mean
 
 SMALL = Job(num_servers=16, slots=4, groups_per_step=16, failures_an_hour=2.0)
 
@@ -51,7 +51,7 @@ def test_durations_have_their_mean_and_quantiles(tail: str, spread: float) -> No
 
 
 def test_the_formula_grows_with_tail_and_slots() -> None:
-    assert quantile_of_mean(spread=0.0, samples=256) == 1.0
+    assert slowest_over_mean(spread=0.0, samples=256) == 1.0
     bounds = [least_staleness(steps_a_sample=2.0, spread=each, samples=256) for each in (0.0, 0.5, 1.0)]
     assert bounds == sorted(bounds) and bounds[0] >= 1
     assert least_staleness(steps_a_sample=4.0, spread=1.0, samples=256) > bounds[2]
