@@ -6,9 +6,9 @@ their mean, and k the number of steps that a sample of mean duration takes,
 
     throughput / limit  <=  about (max_staleness + 1) / (q k)
 
-This holds for every rule that keeps the bound and drops no sample. benchmarks/simulate.py has the quantile and
-the margin: runs of the ledger fit q at 1 - 1/(10 N), the slowest sample of ten steps of N samples, and reach
-95 % of the limit with 1.4 times the bound at which the right side is 1.
+This holds for every rule that keeps the bound and drops no sample. Quantile and margin are fitted to
+benchmarks/simulate.py: q at 1 - 1/(10 N), the slowest sample of ten steps of N samples, and for 95 % of the
+limit 1.4 times the bound at which the right side is 1.
 """
 
 from __future__ import annotations
