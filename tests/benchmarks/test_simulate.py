@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks import simulate
 from benchmarks.simulation_rules import RULES, DropRule, GateRule, LedgerRule
 from benchmarks.simulation_world import Job, Simulation
 from trainer.planning.staleness import least_staleness, slowest_over_mean
@@ -48,6 +49,28 @@ def test_durations_have_their_mean_and_quantiles(tail: str, spread: float) -> No
     drawn = sorted(job.duration_s(random.Random(number)) for number in range(20_000))
     assert sum(drawn) / len(drawn) == pytest.approx(job.mean_s, rel=0.05)
     assert drawn[int(0.99 * len(drawn))] == pytest.approx(job.quantile_s(0.99), rel=0.1)
+
+
+def test_the_formula_fits_the_published_simulation() -> None:
+    """What has at least the formula's bound reaches the limit, and what has half of it does not."""
+    found = {True: 0, False: 0}
+    for row in simulate.read("tails"):
+        job = Job(**row["job"])
+        wanted = least_staleness(
+            steps_a_sample=row["slots_a_step"], spread=job.spread, samples=job.samples_a_step
+        )
+        if job.max_staleness >= wanted:
+            assert row["of_limit"] > 0.95, row
+            found[True] += 1
+        elif job.max_staleness + 1 <= wanted / 2:
+            assert row["of_limit"] < 0.9, row
+            found[False] += 1
+    assert min(found.values()) >= 5
+
+
+def test_the_longest_answer_bounds_the_formula() -> None:
+    bounded = least_staleness(steps_a_sample=2.0, spread=1.0, samples=256, longest_over_mean=2.0)
+    assert bounded == 5 < least_staleness(steps_a_sample=2.0, spread=1.0, samples=256)
 
 
 def test_the_formula_grows_with_tail_and_slots() -> None:

@@ -91,6 +91,7 @@ def estimate(
         config, shape, lengths, placement, trace, engine, assumed, formulas
     )
     step_s = _step_seconds(config, placement, train_s, generate_s, latency_s, push_s, formulas)
+    formulas.append(_wanted_staleness(lengths, latency_s / step_s, num_samples))
     return Estimate(
         tokens_per_step=num_samples * lengths.mean,
         train_s=train_s,
@@ -266,18 +267,25 @@ def _lag(
     if generate_s < train_s:
         formulas.append(f"lag = {bound}: the engines are faster, so they run ahead up to max_staleness")
         return float(bound)
-    num_samples = config.trainer.groups_per_step * config.sampling.group_size
-    wanted = {
-        spread: least_staleness(steps_a_sample=latency_s / step_s, spread=spread, samples=num_samples)
-        for spread in (0.5, 1.0)
-    }
-    formulas.append(
-        f"max_staleness with which neither pool waits for long: {wanted[0.5]} if durations of samples are "
-        f"log-normal with a spread of .5, {wanted[1.0]} with 1; a sample takes {latency_s / step_s:.2f} steps"
-    )
     lag = min(float(bound), latency_s / step_s + config.weights.sync_interval)
     formulas.append(
         f"lag = min(max_staleness = {bound}, a sample's time / step + weights.sync_interval) = {lag:.1f}: "
         "the trainer waits for the engines"
     )
     return lag
+
+
+def _wanted_staleness(lengths: Lengths, steps_a_sample: float, num_samples: int) -> str:
+    wanted = [
+        least_staleness(
+            steps_a_sample=steps_a_sample,
+            spread=spread,
+            samples=num_samples,
+            longest_over_mean=lengths.max_response / lengths.response,
+        )
+        for spread in (0.5, 1.0)
+    ]
+    return (
+        f"max_staleness with which neither pool waits for long: {wanted[0]} if durations of samples are "
+        f"log-normal with a spread of .5, {wanted[1]} with 1; a sample takes {steps_a_sample:.2f} steps"
+    )

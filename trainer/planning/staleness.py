@@ -24,7 +24,13 @@ def slowest_over_mean(*, spread: float, samples: int) -> float:
     return math.exp(spread * NormalDist().inv_cdf(1 - 1 / (_STEPS * samples)) - spread**2 / 2)
 
 
-def least_staleness(*, steps_a_sample: float, spread: float, samples: int) -> int:
-    """The least `max_staleness` with which a job reaches about 95 % of its limit."""
-    steps = _MARGIN * steps_a_sample * slowest_over_mean(spread=spread, samples=samples)
+def least_staleness(
+    *, steps_a_sample: float, spread: float, samples: int, longest_over_mean: float = math.inf
+) -> int:
+    """The least `max_staleness` with which a job reaches about 95 % of its limit.
+
+    `longest_over_mean`: bound of the durations over their mean, as `sampling.max_new_tokens` sets it.
+    """
+    slowest = min(longest_over_mean, slowest_over_mean(spread=spread, samples=samples))
+    steps = _MARGIN * steps_a_sample * slowest
     return max(1, math.ceil(steps) - 1)
