@@ -24,6 +24,7 @@ SETTINGS = (
     "task._target_=tests.support.rollout_tasks.Checksum",
     "advantage=running",
     "objective=ppo_ewma",
+    "objective.clip=0.001",
     "objective.masks=[{name: kpop}]",
     "trainer.groups_per_step=16",
     "trainer.num_steps=12",
