@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from areal_like.config import Config
@@ -117,11 +117,9 @@ class Driver:
         label = f"rollout-{self._job}n{role.number}" if role.role == "rollout" else role.role
         runs = []
         for index, (actor, address) in enumerate(zip(actors, addresses, strict=True)):
-            place = Place(
+            place = replace(
+                self._place(role),
                 address=address,
-                job=f"{self._job}n{role.number}",
-                number=self._number + role.num_starts,
-                num_starts=role.num_starts - 1,
                 num_nodes=len(actors),
                 index=index,
                 first_address=addresses[0],
@@ -131,6 +129,15 @@ class Driver:
             runs.append(actor.run.remote(words, directory=own_directory(), log=str(log)))
         self._started[id(role)] = Started(actors, runs)
         _say(f"{role.name} is on {', '.join(addresses)}, start {role.num_starts}")
+
+    def _place(self, role: RoleState) -> Place:
+        """Of the role's last start, on a node that is not known yet."""
+        return Place(
+            address="",
+            job=f"{self._job}n{role.number}",
+            number=self._number + role.num_starts,
+            num_starts=role.num_starts - 1,
+        )
 
     def _collect(self) -> None:
         """Takes the exit codes that have come; waits a moment for one."""
@@ -154,6 +161,9 @@ class Driver:
             for actor in started.actors:
                 self._cluster.kill(actor)
             del self._started[id(role)]
+            if role.role == "rollout":  # the next start has another name
+                name = self._place(role).server_name
+                (self._paths.endpoints / f"{name}.json").unlink(missing_ok=True)
             _say(self._supervision.ended(role, started.code, now_s=time.monotonic()))
 
     def _runs_of(self, role: RoleState) -> list[Any]:

@@ -61,21 +61,23 @@ class Run:
     """A run in a directory, with its driver."""
 
     def __init__(self, directory: Path, cluster: Any, *words: str) -> None:
-        new_keys(directory / "keys")
+        if not (directory / "keys").exists():
+            new_keys(directory / "keys")
         (directory / "job.yaml").write_text(yaml.safe_dump(JOB))
         self.directory = directory
         self.paths = RunPaths(directory / "runs" / "x")
         self._output = directory / "driver.out"
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH", "")])])
         submit = ["submit", "--ray", "--address", cluster.address, "--config", "job.yaml", "name=x"]
-        self.driver = subprocess.Popen(
-            [sys.executable, "-m", "launch", *submit, *words],
-            cwd=directory,
-            stdin=subprocess.DEVNULL,
-            stdout=self._output.open("wb"),
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        )
+        with self._output.open("wb") as output:
+            self.driver = subprocess.Popen(
+                [sys.executable, "-m", "launch", *submit, *words],
+                cwd=directory,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            )
 
     @property
     def output(self) -> str:
