@@ -54,7 +54,6 @@ def test_a_buffer_in_memory_cannot_move(tmp_path: Path) -> None:
         config_in(tmp_path, durability="none")
 
 
-@pytest.mark.timeout(60)
 def test_a_request_without_reply_follows_the_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     """A trainer's request is sent again where the buffer was started again, not where it was."""
     monkeypatch.setattr("areal_like.wire.buffer_connection.SILENT_AFTER_S", 0.2)

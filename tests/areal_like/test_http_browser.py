@@ -20,7 +20,6 @@ from tests.support.daemon_process import DaemonProcess
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
 pytestmark = [
     pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed (Debian: apt install chromium)"),
-    pytest.mark.timeout(120),
 ]
 
 PAGE = """<form id=f method=post target=frame action="DAEMON/control/drain"></form><iframe name=frame></iframe><script>

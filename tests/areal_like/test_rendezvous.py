@@ -121,7 +121,6 @@ def with_another_port(real: bytes) -> bytes:
     return real[:-33] + bytes([real[-33] ^ 1]) + real[-32:]
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     "forge",
     [lambda _: b"", lambda _: b"\0", lambda _: bytes(7 << 20), of_rank_0, with_another_port],

@@ -167,7 +167,6 @@ def test_a_line_that_was_cut_off_is_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.chaos
-@pytest.mark.timeout(600)
 def test_kills_of_a_real_job_are_counted(tmp_path: Path) -> None:
     directory = tmp_path / "run"
     directory.mkdir()

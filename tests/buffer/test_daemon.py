@@ -56,8 +56,6 @@ from tests.support.buffer_harness import (
 from tests.support.fake_producer import hello
 from tests.support.ledger_simulation import trajectory
 
-pytestmark = pytest.mark.timeout(60)
-
 
 @pytest.fixture
 def buffer(tmp_path: Path) -> Iterator[BufferProcess]:

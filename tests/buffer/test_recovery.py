@@ -35,8 +35,6 @@ from tests.support.buffer_harness import (
 from tests.support.fake_producer import hello
 from tests.support.ledger_simulation import done
 
-pytestmark = pytest.mark.timeout(90)
-
 
 def sample(lease: Lease, index: int) -> Samples:
     return Samples(samples=[done(lease, index, [0], reward=float(index))])

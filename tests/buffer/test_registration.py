@@ -37,7 +37,6 @@ from tests.support.fake_producer import hello
 from tests.support.ledger_simulation import ledger_settings, new_ledger
 from tests.support.row_store import RowStore
 
-pytestmark = pytest.mark.timeout(90)
 HUGE = (1 << 63) - 1
 
 

@@ -28,7 +28,6 @@ from areal_like.wire.messages.hello import Hello
 from launch.audit.run import audit_run
 from tests.support.buffer_harness import ROOT, BufferProcess, FakeTrainer, connected, trainer_hello
 
-pytestmark = pytest.mark.timeout(120)
 SAVED = Path(__file__).with_name("release_before")
 RESUMED, RECORDED, LAST = 12, 15, 18
 """Step of the newest checkpoint; first step that was not whole; first step that is not trained here."""

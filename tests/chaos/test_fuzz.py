@@ -108,7 +108,6 @@ def fuzz_buffer(directory: Path, *, num_frames: int, steps_of_frames: int) -> No
     )
 
 
-@pytest.mark.timeout(120)
 def test_mutated_messages_do_not_harm_a_buffer(tmp_path: Path) -> None:
     fuzz_buffer(tmp_path, num_frames=6_000, steps_of_frames=100)
 
@@ -233,7 +232,6 @@ def fuzz_control(directory: Path, *, num_requests: int) -> None:
         assert job.buffer.terminate()[0] == 0
 
 
-@pytest.mark.timeout(120)
 def test_bodies_of_requests_do_not_harm_a_buffer(tmp_path: Path) -> None:
     fuzz_control(tmp_path, num_requests=200)
 

@@ -85,13 +85,11 @@ def kill_producers(directory: Path, *, num_kills: int, num_steps: int) -> None:
         check_audit(job, num_steps=num_steps)
 
 
-@pytest.mark.timeout(120)
 def test_killed_producers_cost_only_their_leases(tmp_path: Path) -> None:
     kill_producers(tmp_path, num_kills=2, num_steps=40)
 
 
 @pytest.mark.chaos
-@pytest.mark.timeout(600)
 def test_twenty_killed_producers(tmp_path: Path) -> None:
     kill_producers(tmp_path, num_kills=20, num_steps=400)
 
@@ -110,7 +108,6 @@ def kill_buffers(directory: Path, *, num_kills: int, num_steps: int, durability:
         check_audit(job, num_steps=num_steps)
 
 
-@pytest.mark.timeout(120)
 def test_producers_and_trainer_survive_a_killed_buffer(tmp_path: Path) -> None:
     kill_buffers(tmp_path, num_kills=2, num_steps=40, durability="process_crash")
 
@@ -174,18 +171,15 @@ def stop_trainer(directory: Path, *, stopped_s: float) -> None:
         check_audit(job, num_steps=num_steps)
 
 
-@pytest.mark.timeout(180)
 def test_a_stopped_trainer_stops_the_producers(tmp_path: Path) -> None:
     stop_trainer(tmp_path, stopped_s=3.0)
 
 
 @pytest.mark.chaos
-@pytest.mark.timeout(300)
 def test_a_trainer_stopped_for_a_minute(tmp_path: Path) -> None:
     stop_trainer(tmp_path, stopped_s=60.0)
 
 
-@pytest.mark.timeout(90)
 def test_a_buffer_that_drains_under_load_is_unready_at_once(tmp_path: Path) -> None:
     with running_job(tmp_path, **settings(1000)) as job:
         producers = [job.produce(name) for name in ("rollout-0", "rollout-1")]

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.moe_model import run_moe_job
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.chaos
 
 
 def test_a_job_on_the_embedded_engine(tmp_path: Path) -> None:

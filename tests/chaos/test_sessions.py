@@ -64,7 +64,6 @@ def test_agents_from_outside_while_all_is_killed(tmp_path: Path, seed: int) -> N
 
 
 @pytest.mark.chaos
-@pytest.mark.timeout(600)
 def test_all_agents_from_outside_are_killed_at_once(tmp_path: Path) -> None:
     """64 sessions of 32 groups are idle at the same time; the job goes on with the next agents."""
     settings = ("sampling.group_size=2", "rollout.max_episodes=64", "trainer.groups_per_step=16")
@@ -88,7 +87,6 @@ def test_all_agents_from_outside_are_killed_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.chaos
-@pytest.mark.timeout(600)
 def test_a_buffer_is_restarted_under_64_open_sessions(tmp_path: Path) -> None:
     """The sessions go on; what their agents have ended is recorded, and none of them is made twice."""
     settings = ("rollout.max_episodes=64", "sessions.idle_timeout_s=30", "buffer.lease_timeout_s=15")

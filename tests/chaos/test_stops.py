@@ -114,7 +114,6 @@ def stop_each_role(directory: Path, *, stopped_s: float, num_rounds: int = 1) ->
 
 
 @pytest.mark.long
-@pytest.mark.timeout(600)
 def test_each_role_is_stopped_longer_than_a_lease(tmp_path: Path) -> None:
     stop_each_role(tmp_path, stopped_s=12.0)
 

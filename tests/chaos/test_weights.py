@@ -189,7 +189,6 @@ def run(folder: Path, *, seeds: range) -> None:
     print(f"{len(generations)} generations, {num_broken} of {len(seeds)} pushes broken")
 
 
-@pytest.mark.timeout(240)
 def test_killed_engines_serve_no_partial_update(tmp_path: Path) -> None:
     run(tmp_path, seeds=range(2))
 

@@ -75,7 +75,6 @@ def test_what_runs_at_a_tenth_of_its_speed_is_named(tmp_path: Path) -> None:
         assert finish(process, root)[0] == 0
 
 
-@pytest.mark.timeout(600)
 def test_a_slow_engine_with_little_work_is_named(tmp_path: Path) -> None:
     """Rewards limit the job, and engines are idle most of the time."""
     root = tmp_path / "runs" / "x"
@@ -103,7 +102,6 @@ def names(status: dict[str, Any]) -> set[str]:
 
 
 @pytest.mark.parametrize("has_trainer", [False, True])
-@pytest.mark.timeout(120)
 def test_who_is_cut_off_is_named(tmp_path: Path, has_trainer: bool) -> None:
     """The servers alone, and all peers: then it is the buffer's network."""
     servers = {"rollout-0", "rollout-1"}
@@ -125,7 +123,6 @@ def test_who_is_cut_off_is_named(tmp_path: Path, has_trainer: bool) -> None:
             job.buffer.wait_status(lambda status: not names(status) & culprits, timeout_s=30)
 
 
-@pytest.mark.timeout(120)
 def test_an_operator_who_holds_back_is_named(tmp_path: Path) -> None:
     def operate(*words: str) -> None:
         done = areal_like(*words, cwd=tmp_path)

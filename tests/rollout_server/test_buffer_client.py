@@ -76,7 +76,6 @@ class PlayedBuffer:
                 await asyncio.sleep(0.01)
 
 
-@pytest.mark.timeout(60)
 def test_messages_to_an_absent_buffer_do_not_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("areal_like.wire.buffer_connection.SILENT_AFTER_S", 0.3)
     monkeypatch.setattr("rollout_server.buffer_client.client._RESEND_AFTER_S", 0.05)
@@ -124,7 +123,6 @@ def test_messages_to_an_absent_buffer_do_not_pile_up(tmp_path: Path, monkeypatch
     asyncio.run(body())
 
 
-@pytest.mark.timeout(60)
 def test_a_buffer_that_moved_gets_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("areal_like.wire.buffer_connection.SILENT_AFTER_S", 0.3)
     monkeypatch.setattr("areal_like.wire.buffer_connection._FOLLOW_S", 0.05)
@@ -173,7 +171,6 @@ def test_a_buffer_that_moved_gets_the_results(tmp_path: Path, monkeypatch: pytes
     asyncio.run(body())
 
 
-@pytest.mark.timeout(60)
 def test_nothing_is_resent_to_a_buffer_that_cannot_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,7 +32,6 @@ from rollout_server.tasks.base import Completion, Score, make_task
 from tests.rollout_server.test_episodes import Digits
 from tests.support.line_chat import LineChat
 
-pytestmark = pytest.mark.timeout(60)
 EOS = 0
 TASK = {"_target_": "tests.support.environment_tasks.EchoTask", "num_turns": 3}
 Script = Sequence[str]

@@ -20,8 +20,6 @@ from rollout_server.rewards.pool import RewardPool
 from rollout_server.tasks.base import Completion, Example, Score, Split, Task
 from tests.support.environment_tasks import EchoTask
 
-pytestmark = pytest.mark.timeout(60)
-
 
 @pytest.fixture(autouse=True)
 def workers_find_this_module(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,11 +43,9 @@ from tests.support.rollout_harness import (
     wait_until,
 )
 from tests.support.snapshots import Held
-from tests.support.waiting import START_LIMIT_S, descendants
+from tests.support.waiting import descendants
 from trainer.models.tiny import build_tiny_model, character_tokenizer
 from trainer.weight_sync.broadcaster import Broadcaster, PushOutcome
-
-pytestmark = pytest.mark.timeout(START_LIMIT_S + 90)
 
 CAPACITY = 24
 

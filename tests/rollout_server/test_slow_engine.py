@@ -11,15 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 from aiohttp import web
 
 from areal_like.wire.messages.producer import ReturnLeases, SampleDone, SampleFailed
 from tests.support.rollout_harness import PlayedBuffer, job, serving
-from tests.support.waiting import START_LIMIT_S
 from trainer.models.tiny import build_tiny_model
-
-pytestmark = pytest.mark.timeout(START_LIMIT_S + 60)
 
 STALL_S = 1.0
 """`rollout.generate_timeout_s` of the test."""

@@ -9,6 +9,7 @@ import pytest
 from areal_like.config import Config
 from areal_like.paths import RunPaths
 from tests.support import engine_conformance as conformance
+from tests.support import moved_clock
 from tests.support.conversation_conformance import conversations_are_exact
 from tests.support.engine_harness import Engine, Models
 
@@ -41,7 +42,7 @@ def test_conversations_are_exact(engine: Engine, models: Models) -> None:
 
 
 def test_a_time_out_keeps_the_partial_tokens(engine: Engine, models: Models) -> None:
-    asyncio.run(conformance.a_time_out_keeps_the_partial_tokens(engine, models[0]))
+    moved_clock.run(conformance.a_time_out_keeps_the_partial_tokens(engine, models[0]))
 
 
 def test_progress_shows_in_the_load(engine: Engine) -> None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import aiohttp
 import numpy as np
@@ -18,6 +20,7 @@ import pytest
 
 from areal_like.errors import EngineError, PromptRefusedError
 from areal_like.trajectory import FinishReason
+from rollout_server.inference import generate_batcher
 from rollout_server.inference.client import EngineClient
 from rollout_server.inference.types import Sampling
 from tests.support.engine_harness import (
@@ -34,6 +37,7 @@ from tests.support.engine_harness import (
     sample,
     weights_of,
 )
+from tests.support.moved_clock import advance
 
 PROMPT = [5, 17, 33, 8]
 TOLERANCE = 1e-4
@@ -228,18 +232,38 @@ async def abort_returns_partial_tokens(engine: Engine, model_path: Path) -> None
 
 
 async def a_time_out_keeps_the_partial_tokens(engine: Engine, model_path: Path) -> None:
-    """At its time limit a sequence is truncated; others of its batch are not affected."""
+    """At its time limit a sequence is truncated; others of its batch are not affected.
+
+    Run with moved_clock. The engine stands still at the limit, so no sequence can end before it.
+    """
     model = load_model(model_path)
+    limit_s, aborted = 1000.0, asyncio.Event()
     async with engine.client() as client:
-        quick, *slow = await asyncio.gather(
-            sample(client, PROMPT, 3),
-            *(sample(client, PROMPT, CONTEXT - 50, timeout_s=1.0) for _ in range(3)),
-        )
-        assert quick.finish_reason is FinishReason.LENGTH
-        for generation in slow:
-            assert generation.finish_reason is FinishReason.TIMEOUT
-            assert 0 < len(generation.output_ids) < CONTEXT - 50
-            assert error_of(model, PROMPT, generation) < TOLERANCE
+        batcher = client._batcher
+        abort = batcher._abort_quietly
+
+        async def observed(rids: Iterable[str]) -> None:
+            await abort(rids)
+            aborted.set()
+
+        long = CONTEXT - 50
+        with (
+            patch.object(batcher, "_abort_quietly", observed),
+            patch.object(generate_batcher, "_ABORT_GRACE_S", limit_s),
+        ):
+            quick, *slow = [
+                asyncio.ensure_future(sample(client, PROMPT, 3, timeout_s=2 * limit_s)),
+                *(asyncio.ensure_future(sample(client, PROMPT, long, timeout_s=limit_s)) for _ in range(3)),
+            ]
+            assert (await quick).finish_reason is FinishReason.LENGTH
+            await client.pause("in_place")
+            advance(limit_s)
+            await aborted.wait()
+            await client.resume()
+            for generation in await asyncio.gather(*slow):
+                assert generation.finish_reason is FinishReason.TIMEOUT
+                assert 0 < len(generation.output_ids) < long
+                assert error_of(model, PROMPT, generation) < TOLERANCE
         assert len((await sample(client, PROMPT, 2)).output_ids) == 2
 
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from launch.local_job.child import RUN_MARKER
 
 ROOT = Path(__file__).resolve().parents[2]
-STALL_LIMIT_S = 120.0
+STALL_LIMIT_S = 240.0
 """A wait fails when the run's logs and metrics have not grown for this time."""
-WAIT_LIMIT_S = 300.0
+WAIT_LIMIT_S = 600.0
 """A wait fails after this time in any case. The limit ends a hang; it does not measure speed."""
-TEST_LIMIT_S = 600
+TEST_LIMIT_S = 1800
 """pytest's limit for tests that wait; above the sum of their waits."""
 Process = subprocess.Popen[str] | subprocess.Popen[bytes]
 _ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "MAKELEVEL"}

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-STALLED_AFTER_S = 60.0
+STALLED_AFTER_S = 120.0
 """A start without progress for this long has failed."""
-START_LIMIT_S = 300.0
+START_LIMIT_S = 600.0
 """Longest time of any start. A test that starts a process has a pytest timeout above this."""
 _POLL_S = 0.02
 

@@ -57,7 +57,6 @@ def test_resumed_training_is_bitwise_equal(tmp_path: Path, ranks: Ranks) -> None
     )
 
 
-@pytest.mark.timeout(120)
 def test_a_checkpoint_of_one_rank_resumes_on_two(tmp_path: Path, ranks: Ranks) -> None:
     path = write_model(tmp_path / "model", "qwen2")
     runner = make_runner(path, ranks)

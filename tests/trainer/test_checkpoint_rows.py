@@ -161,7 +161,6 @@ def test_damaged_files_are_named(tmp_path: Path, ranks: Ranks) -> None:
         assert str(bad / name) in str(caught.value), (case, caught.value)
 
 
-@pytest.mark.timeout(120)
 def test_ranks_write_their_rows_or_no_checkpoint(
     tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,7 +23,6 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.c
 
 
 @needs_compiler
-@pytest.mark.timeout(120)
 def test_compiled_layers_change_nothing_but_rounding(tmp_path: Path) -> None:
     path = write_model(tmp_path, "qwen3", dtype=torch.float32)
     batches = [

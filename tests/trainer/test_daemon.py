@@ -32,8 +32,6 @@ from trainer.checkpoint import Checkpoints
 from trainer.distributed.process_group import device_of
 from trainer.distributed.ranks import Ranks
 
-pytestmark = pytest.mark.timeout(90)
-
 
 @contextlib.contextmanager
 def trainer(buffer: BufferProcess, *settings: str) -> Iterator["subprocess.Popen[str]"]:

@@ -38,7 +38,6 @@ def test_character_tokenizer_round_trips_through_its_files(tmp_path: Path) -> No
     assert len({tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}) == 3
 
 
-@pytest.mark.timeout(120)
 def test_warm_start_learns_the_format_and_is_cached(tmp_path: Path, cache: Path) -> None:
     config = Config(seed=0, model=ModelConfig(path="tiny", warm_start_steps=20))
     path = prepare_model(config, out_dir=tmp_path / "model")

@@ -110,7 +110,6 @@ def test_a_resumed_run_has_the_same_bits(
     assert resumed.advantages.state == unbroken.advantages.state, "a checkpoint without one changes nothing"
 
 
-@pytest.mark.timeout(100)
 def test_two_ranks_have_the_baseline_of_one(tmp_path: Path, ranks: Ranks) -> None:
     path = write_model(tmp_path / "model")
     run_ranks("baselines", str(tmp_path), path, json.dumps(SETTINGS), world_size=2, module=MODULE)

@@ -144,7 +144,6 @@ def test_the_warm_start_needs_the_formats_renderer() -> None:
     assert (module, name) == (TinyRenderer.__module__, TinyRenderer.__name__)
 
 
-@pytest.mark.timeout(120)
 def test_each_variant_has_its_own_model(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     model = ModelConfig(renderer=TINY_RENDERER, warm_start_steps=2)

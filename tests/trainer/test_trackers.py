@@ -157,7 +157,6 @@ def test_wandb_offline_has_one_whole_series(tmp_path: Path, monkeypatch: pytest.
     assert not list((directory / "files").iterdir()), "the command line, packages or host"
 
 
-@pytest.mark.timeout(60)
 def test_trackers_that_fail_or_hang_do_not_stop_training(caplog: pytest.LogCaptureFixture) -> None:
     class Unopened(Kept):
         def open(self, run: TrackedRun) -> None:

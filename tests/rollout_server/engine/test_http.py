@@ -27,10 +27,10 @@ from rollout_server.inference.generate_wire import (
 from rollout_server.inference.types import Generation, Sampling
 from rollout_server.packed_generate import MEDIA_TYPE, pack_tokens
 from tests.support import engine_conformance as conformance
+from tests.support import moved_clock
 from tests.support.conversation_conformance import conversations_are_exact
 from tests.support.engine_harness import Engine, Models, running_engine, sample, save_models
 
-pytestmark = pytest.mark.timeout(90)
 PROMPT = conformance.PROMPT
 
 
@@ -78,7 +78,7 @@ def test_conversations_are_exact(engine: Engine, models: Models) -> None:
 
 
 def test_a_time_out_keeps_the_partial_tokens(engine: Engine, models: Models) -> None:
-    asyncio.run(conformance.a_time_out_keeps_the_partial_tokens(engine, models[0]))
+    moved_clock.run(conformance.a_time_out_keeps_the_partial_tokens(engine, models[0]))
 
 
 def test_progress_shows_in_the_load(engine: Engine) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import msgpack
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +19,6 @@ from rollout_server.packed_generate import MEDIA_TYPE
 from tests.support.engine_conformance import PROMPT
 from tests.support.engine_harness import Engine
 
-pytestmark = pytest.mark.timeout(120)
 MAX_ANSWER_S = 2.0
 SAMPLING = {
     "max_new_tokens": 4, "temperature": 0.0, "top_p": 1.0, "top_k": -1, "stop_token_ids": [3], "n": 1,

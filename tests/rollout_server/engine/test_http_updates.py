@@ -26,7 +26,6 @@ from tests.support.engine_harness import (
     weights_of,
 )
 
-pytestmark = pytest.mark.timeout(90)
 PROMPT = conformance.PROMPT
 
 

@@ -22,7 +22,6 @@ from rollout_server.inference.supervisor import EngineSupervisor
 from tests.support import engine_conformance as conformance
 from tests.support.engine_harness import API_KEY, Models, engine_process, key_file, sample
 
-pytestmark = pytest.mark.timeout(90)
 PROMPT = conformance.PROMPT
 
 

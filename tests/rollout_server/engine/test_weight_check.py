@@ -3,7 +3,6 @@
 import asyncio
 from typing import Any
 
-import pytest
 import torch
 
 from areal_like.config import WeightsConfig
@@ -22,7 +21,6 @@ from trainer.weight_sync.publisher import Publisher
 from trainer.weight_sync.weight_check import CheckTokens
 from trainer.weight_sync.weight_checks import CheckReport
 
-pytestmark = pytest.mark.timeout(90)
 TOKENS, FIRST = [5, 17, 33, 8, 9, 41, 3, 22], 4
 
 

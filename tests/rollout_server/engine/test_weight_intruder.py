@@ -34,7 +34,6 @@ from tests.support.snapshots import Held
 from trainer.weight_sync.broadcaster import Broadcaster, PushOutcome
 from trainer.weight_sync.snapshot import GatheredBucket
 
-pytestmark = pytest.mark.timeout(90)
 PROMPT = conformance.PROMPT
 HOST = "127.0.0.2"
 

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from typing import Any
 
-import pytest
 import torch
 
 from areal_like.config import WeightsConfig
@@ -142,7 +141,6 @@ class WideServer:
         self.listener.close()
 
 
-@pytest.mark.timeout(90)
 def test_engines_of_two_ranks_and_one_share_a_broadcast() -> None:
     async def body() -> None:
         broadcaster = Broadcaster(WeightsConfig(push_deadline_s=40), device="cpu")

@@ -22,7 +22,6 @@ from rollout_server.environments.workers import pool as pool_module
 from rollout_server.environments.workers.pool import EnvironmentPool, EnvironmentSession
 from tests.support.rollout_harness import is_alive
 
-pytestmark = pytest.mark.timeout(60)
 LIMIT_S = 1
 
 

@@ -13,7 +13,6 @@ from rollout_server.rewards.pool import RewardPool
 from rollout_server.tasks.base import Completion
 from tests.support.judge_server import Answer, judge_server
 
-pytestmark = pytest.mark.timeout(60)
 TASK = "tests.support.library_rewards.Rewarded"
 USERS = "tests.support.library_rewards"
 

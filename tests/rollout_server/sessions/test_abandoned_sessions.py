@@ -22,7 +22,6 @@ from tests.rollout_server.test_environment_attempts import EOS, Ordinals, Script
 from tests.rollout_server.test_episodes import Digits
 from tests.support.line_chat import LineChat
 
-pytestmark = pytest.mark.timeout(60)
 TASK = {"name": "external"}
 IDLE_TIMEOUT_S = 0.1
 MAX_RETRIES = 2

@@ -30,7 +30,6 @@ from tests.rollout_server.test_episodes import Digits
 from tests.support.agent_tasks import index_of
 from tests.support.line_chat import LineChat
 
-pytestmark = pytest.mark.timeout(60)
 TASK = {"_target_": "tests.support.agent_tasks.AgentTask"}
 
 

@@ -187,7 +187,6 @@ def test_steps_move_pairs_apart(tmp_path: Path, ranks: Ranks) -> None:
     assert margins[0] == pytest.approx(0, abs=1e-12) and margins[-1] > 0.05
 
 
-@pytest.mark.timeout(240)
 @pytest.mark.skipif(not TRL_PYTHON.exists(), reason="needs `make trl`")
 def test_dpo_step_has_the_gradient_of_trl(tmp_path: Path, ranks: Ranks) -> None:
     """Loss and gradient of a step, after one step away from the reference, are those of TRL's DPOTrainer."""

@@ -144,7 +144,6 @@ def test_a_resumed_run_has_the_same_bits(
     checkpoints.close()
 
 
-@pytest.mark.timeout(100)
 def test_two_ranks_follow_as_one(tmp_path: Path, ranks: Ranks) -> None:
     path = write_model(tmp_path / "model")
     run_ranks(

@@ -111,7 +111,6 @@ def test_cuts_do_not_change_any_objectives_gradient(path: str, ranks: Ranks, nam
         assert relative_error(gradient, gradients[0]) < 1e-9 or metrics["grad_norm"] == 0
 
 
-@pytest.mark.timeout(100)
 def test_two_ranks_give_the_gradient_of_one(path: str, ranks: Ranks, tmp_path: Path) -> None:
     run_ranks("steps", str(tmp_path), path, json.dumps(WHOLE_STEP), world_size=2)
     for index, settings in enumerate(WHOLE_STEP):
