@@ -14,6 +14,7 @@ from areal_like.wire.addresses import buffer_addresses, buffer_lookup
 from areal_like.wire.buffer_connection import BufferConnection
 from areal_like.wire.channel import Envelope, Listener
 from areal_like.wire.messages.consumer import FinishRun, VersionGranted
+from tests.support.waiting import HANG_LIMIT_S
 
 
 def config_in(directory: Path, **buffer: Any) -> Config:
@@ -80,7 +81,7 @@ def test_a_request_without_reply_follows_the_buffer(monkeypatch: pytest.MonkeyPa
             on_reopened=lambda: reopened.append(True),
             look_up=lambda: addresses[-1],
         )
-        pending = asyncio.create_task(connection.call(FinishRun(), timeout_s=20))
+        pending = asyncio.create_task(connection.call(FinishRun(), timeout_s=HANG_LIMIT_S))
         await received.wait()
         await asyncio.sleep(0.5)
         assert not reopened, "the file names the same address"

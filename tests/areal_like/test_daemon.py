@@ -47,7 +47,7 @@ def test_http_endpoints_and_drain(started: Any) -> None:
         assert daemon.get(f"/control/{verb}", body)[0] == code
     daemon.process.send_signal(signal.SIGTERM)
     daemon.process.send_signal(signal.SIGINT)  # the same Ctrl-C, delivered twice
-    assert daemon.process.wait(timeout=10) == 0
+    assert daemon.process.wait() == 0
     assert not (daemon.run / "endpoints" / "test-0.json").exists()
     assert all(
         json.loads(line)["level"] for line in (daemon.run / "logs" / "test-0.log").read_text().splitlines()
@@ -61,23 +61,25 @@ def test_a_drain_that_was_requested_counts_as_no_signal(started: Any) -> None:
     time.sleep(1.2)
     assert daemon.get("/control/drain", b"") == (200, '{"draining":true}')
     daemon.process.send_signal(signal.SIGTERM)  # as of a launcher that ends a finished run
-    assert daemon.process.wait(timeout=10) == 0
+    (daemon.run / "may end").touch()
+    assert daemon.process.wait() == 0
 
 
 def test_watchdog_ends_a_stuck_drain(started: Any) -> None:
     daemon = started("stuck", "daemon.drain_timeout_s=1")
     daemon.wait_ready()
     daemon.process.send_signal(signal.SIGTERM)
-    assert daemon.process.wait(timeout=10) == -signal.SIGALRM
+    assert daemon.process.wait() == -signal.SIGALRM
 
 
 def test_second_signal_ends_the_process_at_once(started: Any) -> None:
     daemon = started("stuck")
     daemon.wait_ready()
     daemon.process.send_signal(signal.SIGTERM)
-    time.sleep(1.3)
-    daemon.process.send_signal(signal.SIGTERM)
-    assert daemon.process.wait(timeout=10) != 0
+    while daemon.process.poll() is None:  # a signal within a second of the first one does not count
+        time.sleep(0.3)
+        daemon.process.send_signal(signal.SIGTERM)
+    assert daemon.process.returncode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize(
@@ -90,7 +92,7 @@ def test_second_signal_ends_the_process_at_once(started: Any) -> None:
 )
 def test_exit_codes_and_single_message(started: Any, mode: str, code: int, message: str) -> None:
     daemon = started(mode)
-    _, stderr = daemon.process.communicate(timeout=20)
+    _, stderr = daemon.process.communicate()
     assert daemon.process.returncode == code
     assert stderr.endswith(message)
     assert "Traceback" not in stderr
@@ -98,7 +100,7 @@ def test_exit_codes_and_single_message(started: Any, mode: str, code: int, messa
 
 def test_daemon_of_a_dead_launcher_does_not_start(tmp_path: Path) -> None:
     command = [sys.executable, "-c", BODY, "serve", "name=test", f"runs_dir={tmp_path}/runs"]
-    done = subprocess.run(command, env=dict(os.environ) | {PARENT_PID: "1"}, timeout=20, check=False)
+    done = subprocess.run(command, env=dict(os.environ) | {PARENT_PID: "1"}, check=False)
     assert done.returncode == 1
 
 

@@ -47,7 +47,7 @@ def browse(url: str, directory: Path) -> str:
                "--virtual-time-budget=4000", "--dump-dom", url]  # fmt: skip
     if os.geteuid() == 0:
         command.insert(1, "--no-sandbox")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout, done.stderr
     return done.stdout
 

@@ -54,7 +54,6 @@ def test_tokenizer_is_the_same_without_torch(tmp_path: Path) -> None:
         env=os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache")},
         capture_output=True,
         text=True,
-        timeout=60,
     )
     assert (run.returncode, run.stderr) == (0, ""), run.stderr
     assert len(list((tmp_path / "cache/areal_like").glob("transformers-index-*.json"))) == 1

@@ -20,11 +20,12 @@ from areal_like.wire.channel import Envelope, Link, Listener, tcp_address
 from areal_like.wire.messages.consumer import AllocVersion, VersionGranted
 from areal_like.wire.messages.hello import Refused
 from tests.support.keys import keyed_link, keyed_listener, keyring, keys_of_machine, new_keys
+from tests.support.waiting import HANG_LIMIT_S
 
 
 def run(body: Callable[[], Awaitable[None]]) -> None:
     async def bounded() -> None:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(HANG_LIMIT_S):
             await body()
 
     asyncio.run(bounded())
@@ -50,7 +51,7 @@ async def works(link: Link, step: int, *, timeout_s: float = 10.0) -> bool:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(HANG_LIMIT_S):
         while not condition():
             await asyncio.sleep(0.01)
 
@@ -396,7 +397,7 @@ def test_a_stranger_has_little_time_for_a_handshake(keys: Path, monkeypatch: pyt
         reader, writer = await asyncio.open_connection("127.0.0.1", listener.port)
         writer.write(b"\xff" + bytes(7) + b"\x01\x7f\x03\x00" + b"CURVE".ljust(20, b"\0") + bytes(32))
         writer.write(b"\x06" + (1 << 19).to_bytes(8) + bytes(1 << 18))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(HANG_LIMIT_S):
             await reader.read(-1)
         writer.close()
         await until(lambda: listener.num_refused_handshakes == 1)

@@ -8,6 +8,7 @@ import socket
 import pytest
 
 from areal_like.wire.sockets import bound_socket
+from tests.support.waiting import HANG_LIMIT_S
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
@@ -23,7 +24,7 @@ def test_accepted_connections_have_nagle_turned_off(host: str) -> None:
 
         async with await asyncio.start_server(serve, sock=bound_socket(host, 0)) as server:
             _, writer = await asyncio.open_connection(*server.sockets[0].getsockname()[:2])
-            answer = await asyncio.wait_for(found, timeout=10)
+            answer = await asyncio.wait_for(found, HANG_LIMIT_S)
             writer.close()
         return answer
 

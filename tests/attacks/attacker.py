@@ -98,7 +98,7 @@ def request(
     address: str, method: str, path: str, *, body: bytes | None = None, headers: dict[str, str] | None = None
 ) -> tuple[int, bytes]:
     """Status and body of an HTTP request to `host:port`."""
-    connection = http.client.HTTPConnection(address, timeout=10)
+    connection = http.client.HTTPConnection(address)
     try:
         connection.request(method, path, body=body, headers=headers or {})
         response = connection.getresponse()
@@ -109,7 +109,7 @@ def request(
 
 def bytes_accepted(address: str, path: str, *, num_bytes: int, chunked: bool, headers: dict[str, str]) -> int:
     """Bytes of a POST's body that can be sent before the server closes the connection."""
-    connection = http.client.HTTPConnection(address, timeout=10)
+    connection = http.client.HTTPConnection(address)
     connection.putrequest("POST", path)
     name, value = ("Transfer-Encoding", "chunked") if chunked else ("Content-Length", str(num_bytes))
     for key, text in (headers | {name: value}).items():
@@ -143,7 +143,7 @@ def leave_with_pings(port: int) -> None:
 
     In libzmq 4.3.5 this ends a process that has accepted the connection.
     """
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", port)) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         with contextlib.suppress(OSError):
             connection.sendall(NULL_GREETING + NULL_READY)
@@ -172,18 +172,18 @@ class Tap:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
             connection.close()
-        self._thread.join(10)
+        self._thread.join()
         assert not self._thread.is_alive()
 
     def _relay(self) -> None:
         with contextlib.suppress(OSError):
             client, _ = self._listener.accept()
-            server = socket.create_connection(("127.0.0.1", self._port), timeout=60)
+            server = socket.create_connection(("127.0.0.1", self._port))
             self._connections += [client, server]
             back = threading.Thread(target=self._copy, args=(server, client), daemon=True)
             back.start()
             self._copy(client, server, record=True)
-            back.join(10)
+            back.join()
 
     def _copy(self, source: socket.socket, target: socket.socket, *, record: bool = False) -> None:
         with contextlib.suppress(OSError):
@@ -211,7 +211,7 @@ class Trap:
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
-        self._thread.join(10)
+        self._thread.join()
         self._listener.close()
         assert not self._thread.is_alive()
 

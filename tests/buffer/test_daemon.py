@@ -55,6 +55,7 @@ from tests.support.buffer_harness import (
 )
 from tests.support.fake_producer import hello
 from tests.support.ledger_simulation import trajectory
+from tests.support.waiting import HANG_LIMIT_S
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def beat(
 
 
 async def until(inbox: list[Any], kind: type, *, count: int = 1) -> list[Any]:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(HANG_LIMIT_S):
         while len(found := [message for message in inbox if isinstance(message, kind)]) < count:
             await asyncio.sleep(0.01)
     return found
@@ -94,7 +95,9 @@ def test_a_whole_run_with_two_producers(buffer: BufferProcess) -> None:
     async def run() -> tuple[Any, list[int]]:
         tickets = []
         async with training(buffer, directories=directories) as trainer:
-            before = await trainer.call(RequestEval(eval_id=0, num_prompts=8, min_version=0), timeout_s=20)
+            before = await trainer.call(
+                RequestEval(eval_id=0, num_prompts=8, min_version=0), timeout_s=HANG_LIMIT_S
+            )
             assert (before.num_evaluated, before.num_failed, before.mean_reward, before.mean_tokens) == (
                 8,
                 0,
@@ -226,7 +229,7 @@ def test_hello_and_role_checks(buffer: BufferProcess) -> None:
             assert inbox == [HelloRequired()]
             for field in ("job", "dataset"):
                 with pytest.raises(RefusedError, match=rf"\({field}\): differs from the job's"):
-                    await link.call(trainer_hello(config, **{field: "other"}), timeout_s=5)
+                    await link.call(trainer_hello(config, **{field: "other"}), timeout_s=HANG_LIMIT_S)
             smaller = from_mapping(
                 {"trainer": {"groups_per_step": 2, "num_steps": 6}, "sampling": {"group_size": 2}}
             )
@@ -240,13 +243,15 @@ def test_hello_and_role_checks(buffer: BufferProcess) -> None:
                     hello("rollout-9", dataset=dataset, model="another model", num_train_prompts=0),
                     timeout_s=5,
                 )
-            await link.call(trainer_hello(config), timeout_s=5)
+            await link.call(trainer_hello(config), timeout_s=HANG_LIMIT_S)
             with pytest.raises(RefusedError, match=r"\(model\): differs"):
-                await link.call(hello("rollout-0", dataset=dataset, model="other"), timeout_s=5)
+                await link.call(hello("rollout-0", dataset=dataset, model="other"), timeout_s=HANG_LIMIT_S)
             with pytest.raises(RefusedError, match="a different name"):
-                await link.call(hello("trainer-0", dataset=dataset), timeout_s=5)
+                await link.call(hello("trainer-0", dataset=dataset), timeout_s=HANG_LIMIT_S)
             with pytest.raises(RefusedError, match="num_train_prompts"):
-                await link.call(hello("rollout-0", dataset=dataset, num_train_prompts=0), timeout_s=5)
+                await link.call(
+                    hello("rollout-0", dataset=dataset, num_train_prompts=0), timeout_s=HANG_LIMIT_S
+                )
         replaced: list[Any] = []
         first = trainer_hello(config)
         async with connected(buffer, first, inbox=replaced, answers=False) as old:
@@ -255,8 +260,8 @@ def test_hello_and_role_checks(buffer: BufferProcess) -> None:
                     await old.call(StartTraining(step=0), timeout_s=0.3)
                 assert HelloRequired() in replaced
                 with pytest.raises(RefusedError, match="incarnation"):
-                    await old.call(dataclasses.replace(first, incarnation=2), timeout_s=5)
-                await new.call(StartTraining(step=0), timeout_s=5)
+                    await old.call(dataclasses.replace(first, incarnation=2), timeout_s=HANG_LIMIT_S)
+                await new.call(StartTraining(step=0), timeout_s=HANG_LIMIT_S)
                 with pytest.raises(RefusedError, match="not for a trainer"):
                     await new.call(
                         SampleFailed(
@@ -270,11 +275,11 @@ def test_hello_and_role_checks(buffer: BufferProcess) -> None:
                         timeout_s=5,
                     )
                 with pytest.raises(RefusedError, match="step"):
-                    await new.call(Fetch(step=6, position=0), timeout_s=5)
+                    await new.call(Fetch(step=6, position=0), timeout_s=HANG_LIMIT_S)
             rank_1 = dataclasses.replace(first, name="trainer-1", rank=1, process="1" * 32)
             async with connected(buffer, rank_1) as other_rank:
                 with pytest.raises(RefusedError, match="only rank 0"):
-                    await other_rank.call(CommitStep(step=0), timeout_s=5)
+                    await other_rank.call(CommitStep(step=0), timeout_s=HANG_LIMIT_S)
 
     asyncio.run(run())
 
@@ -331,7 +336,7 @@ def test_a_server_resends_fails_and_leaves(buffer: BufferProcess) -> None:
                 assert [
                     entry.sample_indices for entry in again.leases if entry.ticket_id == lease.ticket_id
                 ] == [[1]]
-                await link.call(Goodbye(), timeout_s=5)
+                await link.call(Goodbye(), timeout_s=HANG_LIMIT_S)
                 link.send(beat(free=2))
                 await until(inbox, HelloRequired)
             totals = await trainer.call(GetRunCounters())
@@ -373,7 +378,7 @@ def test_a_failed_job_sends_the_reason_to_every_peer(tmp_path: Path) -> None:
                 await until(inbox, JobFailed)
 
         asyncio.run(run())
-        _, stderr = buffer.process.communicate(timeout=10)
+        _, stderr = buffer.process.communicate()
         assert buffer.process.returncode == 1
         assert "3 samples failed in a row" in stderr and "Traceback" not in stderr
 
@@ -404,11 +409,11 @@ def test_a_server_that_fails_is_quarantined_with_a_reason(tmp_path: Path) -> Non
                         )
                     )
                 await until(inbox, SampleAck, count=2)
-                await link.call(beat(free=8), timeout_s=5)
+                await link.call(beat(free=8), timeout_s=HANG_LIMIT_S)
                 (peer,) = [peer for peer in buffer.status()["peers"] if peer["name"] == "rollout-0"]
                 assert "out of memory" in peer["quarantine"]["reason"]
                 assert 0 < peer["quarantine"]["rest_s"] <= 30 and peer["free_samples"] == 0
-                await link.call(Goodbye(), timeout_s=5)
+                await link.call(Goodbye(), timeout_s=HANG_LIMIT_S)
                 await trainer.train(0)
 
         asyncio.run(run())
@@ -435,7 +440,7 @@ def test_a_draining_buffer_serves_its_trainer(buffer: BufferProcess) -> None:
             await trainer.call(CommitStep(step=1))
 
     asyncio.run(run())
-    _, stderr = buffer.process.communicate(timeout=10)
+    _, stderr = buffer.process.communicate()
     assert (buffer.process.returncode, stderr) == (0, "")
     assert not (buffer.paths.endpoints / "buffer.json").exists()
 
@@ -446,7 +451,7 @@ def test_a_port_in_use_is_a_user_error(tmp_path: Path) -> None:
         taken.listen()
         buffer = BufferProcess(job(tmp_path, buffer={"port": taken.getsockname()[1]}), wait=False)
         try:
-            _, stderr = buffer.process.communicate(timeout=20)
+            _, stderr = buffer.process.communicate()
         finally:
             buffer.close()
     assert buffer.process.returncode == 2
@@ -458,7 +463,7 @@ def test_invalid_settings_are_refused_at_the_start(tmp_path: Path) -> None:
         job(tmp_path, sampling={"group_size": 1}, buffer={"group_filter": "spread"}), wait=False
     )
     try:
-        _, stderr = buffer.process.communicate(timeout=20)
+        _, stderr = buffer.process.communicate()
     finally:
         buffer.close()
     assert buffer.process.returncode == 2 and "sampling.group_size" in stderr

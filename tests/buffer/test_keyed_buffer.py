@@ -26,6 +26,7 @@ from buffer.service.peer_keys import PeerKeys
 from tests.support.buffer_harness import ROOT, BufferProcess, FakeTrainer, running_buffer, trainer_hello
 from tests.support.fake_producer import hello as server_hello
 from tests.support.keys import keyed_link, keyring, new_keys
+from tests.support.waiting import HANG_LIMIT_S
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ class Peer:
             weights_version=0,
             leases=[*leases],
         )
-        return await self.link.call(message, timeout_s=5)
+        return await self.link.call(message, timeout_s=HANG_LIMIT_S)
 
     def received(self, kind: type) -> list[Any]:
         return [message for message in self.inbox if isinstance(message, kind)]
@@ -83,7 +84,7 @@ async def connected(
     link = keyed_link(buffer.address, ring, handler=inbox.append)
     try:
         if hello is not None:
-            assert isinstance(await link.call(hello, timeout_s=10), Welcome)
+            assert isinstance(await link.call(hello, timeout_s=HANG_LIMIT_S), Welcome)
         yield Peer(link, ring, inbox)
     finally:
         link.close()
@@ -96,7 +97,7 @@ def server(buffer: BufferProcess, name: str = "rollout-0", **changes: Any) -> He
 async def refused(link: Link, message: Any) -> str:
     """The field and reason with which a request is refused."""
     with pytest.raises(RefusedError) as error:
-        await link.call(message, timeout_s=5)
+        await link.call(message, timeout_s=HANG_LIMIT_S)
     return str(error.value)
 
 
@@ -116,10 +117,10 @@ def test_a_key_acts_only_in_its_role(buffer: BufferProcess, keys: Path) -> None:
             assert "rollout of role rollout is not a trainer's" in reason
         async with connected(buffer, keys, KeyRole.TRAINER) as trainer:
             assert "key role" in await refused(trainer.link, server(buffer))
-            welcome = await trainer.link.call(trainer_hello(buffer.config), timeout_s=5)
+            welcome = await trainer.link.call(trainer_hello(buffer.config), timeout_s=HANG_LIMIT_S)
             assert isinstance(welcome, Welcome)
-            await trainer.link.call(StartTraining(step=0), timeout_s=5)
-            counters = await trainer.link.call(GetRunCounters(), timeout_s=5)
+            await trainer.link.call(StartTraining(step=0), timeout_s=HANG_LIMIT_S)
+            counters = await trainer.link.call(GetRunCounters(), timeout_s=HANG_LIMIT_S)
             assert isinstance(counters, RunCounters)
         status = buffer.status()
         assert status["refused_frames"] == 3 and status["refused_handshakes"] == 0
@@ -174,12 +175,12 @@ def test_a_name_belongs_to_the_key_that_registered_it(buffer: BufferProcess, key
         async with connected(buffer, keys, KeyRole.ROLLOUT, name="gpu-7") as other:
             reason = await refused(other.link, server(buffer))
             assert "rollout-0 was registered with the key rollout, not gpu-7" in reason
-            assert isinstance(await other.link.call(server(buffer, "gpu-7"), timeout_s=5), Welcome)
+            assert isinstance(await other.link.call(server(buffer, "gpu-7"), timeout_s=HANG_LIMIT_S), Welcome)
             # The name is free again when its key is not valid any more.
             revoke_key(keys, "rollout")
             await until(lambda: all(peer["key"] == "gpu-7" for peer in buffer.status()["peers"]))
             hello = server(buffer)
-            assert isinstance(await other.link.call(hello, timeout_s=5), Welcome)
+            assert isinstance(await other.link.call(hello, timeout_s=HANG_LIMIT_S), Welcome)
 
     asyncio.run(body())
 
@@ -208,7 +209,7 @@ def test_a_revoked_server_is_out_within_5_s(buffer: BufferProcess, keys: Path) -
                 await asyncio.sleep(0.1)
             (refusal,) = set(bad.received(Refused))
             assert refusal.field == "key"
-            status = buffer.wait_status(lambda status: "gpu-7" not in str(status["peers"]), timeout_s=5)
+            status = buffer.wait_status(lambda status: "gpu-7" not in str(status["peers"]))
             assert status["refused_frames"] >= 1
             assert status["counters"]["leases_lost"] == len(leases)
             # The same tickets go to the other server.
@@ -227,7 +228,7 @@ def test_a_renewed_key_keeps_name_and_leases(buffer: BufferProcess, keys: Path) 
             connected(buffer, keys, KeyRole.TRAINER, hello=rank_hello) as rank,
             connected(buffer, keys, KeyRole.ROLLOUT, hello=server(buffer)) as good,
         ):
-            await rank.link.call(StartTraining(step=0), timeout_s=5)
+            await rank.link.call(StartTraining(step=0), timeout_s=HANG_LIMIT_S)
             await good.beat()
             await until(lambda: good.received(Leases))
             leases = tuple(lease.lease_id for message in good.received(Leases) for lease in message.leases)
@@ -239,11 +240,11 @@ def test_a_renewed_key_keeps_name_and_leases(buffer: BufferProcess, keys: Path) 
                 good.ring.refresh()
                 return any(entry.public_key == new for entry in rank.received(Directory)[-1].servers)
 
-            async with asyncio.timeout(40):
+            async with asyncio.timeout(HANG_LIMIT_S):
                 while not has_new_key():
                     assert isinstance(await good.beat(free=0, leases=leases), HeartbeatAck)
                     # As a rank does after it has connected again: it may have missed a directory.
-                    await rank.link.call(rank_hello, timeout_s=20)
+                    await rank.link.call(rank_hello, timeout_s=HANG_LIMIT_S)
                     await asyncio.sleep(0.2)
             status = buffer.status()
             assert status["counters"]["leases_lost"] == 0 and status["refused_frames"] == 0
@@ -263,7 +264,7 @@ def test_a_peer_with_an_expired_key_gets_nothing_more(buffer: BufferProcess, key
             await until(lambda: thief.received(Directory))
             rotate_keys(keys, "trainer", grace_s=0)
             num_received = len(thief.received(Directory))
-            buffer.wait_status(lambda status: "trainer" not in str(status["peers"]), timeout_s=8)
+            buffer.wait_status(lambda status: "trainer" not in str(status["peers"]))
             await good.beat(free=0)
             async with connected(buffer, keys, KeyRole.TRAINER, hello=trainer_hello(buffer.config)) as rank:
                 await until(lambda: rank.received(Directory))
@@ -300,7 +301,6 @@ def test_a_buffer_that_may_not_start(settings: list[str], message: str, keys: Pa
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
     )
     assert (ended.returncode, len(ended.stderr.splitlines())) == (2, 1), ended.stderr
     assert message in ended.stderr

@@ -26,6 +26,7 @@ from tests.support.buffer_harness import BufferProcess, connected, running_buffe
 from tests.support.fake_producer import hello
 from tests.support.ledger_simulation import ledger_settings, new_ledger
 from tests.support.store_load import raising, store_settings
+from tests.support.waiting import HANG_LIMIT_S
 
 SOURCES = (
     PromptSet(size=5000, weight=2),
@@ -166,7 +167,7 @@ def test_servers_with_other_data_never_feed_one_job(tmp_path: Path) -> None:
 
     async def greet(buffer: BufferProcess, name: str, **changes: Any) -> Any:
         async with connected(buffer) as link:
-            return await link.call(server_hello(buffer, name, **changes), timeout_s=10)
+            return await link.call(server_hello(buffer, name, **changes), timeout_s=HANG_LIMIT_S)
 
     async def first_start(buffer: BufferProcess) -> None:
         assert await greet(buffer, "rollout-0", content=ours, **sizes)

@@ -34,6 +34,7 @@ from tests.support.buffer_harness import (
 )
 from tests.support.fake_producer import hello
 from tests.support.ledger_simulation import done
+from tests.support.waiting import HANG_LIMIT_S
 
 
 def sample(lease: Lease, index: int) -> Samples:
@@ -49,7 +50,7 @@ def beat(leases: list[Lease], *, free: int) -> ServerHeartbeat:
 
 
 async def until(inbox: list[Any], kind: type, *, count: int = 1) -> list[Any]:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(HANG_LIMIT_S):
         while len(found := [message for message in inbox if isinstance(message, kind)]) < count:
             await asyncio.sleep(0.01)
     return found
@@ -87,9 +88,9 @@ def test_the_ledger_survives_sigkill_of_the_buffer(tmp_path: Path) -> None:
                 hello("rollout-0", dataset=server.dataset, incarnation=1),
             ):
                 with pytest.raises(RefusedError, match="incarnation"):
-                    await link.call(older, timeout_s=10)
-            await link.call(rank, timeout_s=10)
-            await producer.call(server, timeout_s=10)
+                    await link.call(older, timeout_s=HANG_LIMIT_S)
+            await link.call(rank, timeout_s=HANG_LIMIT_S)
+            await producer.call(server, timeout_s=HANG_LIMIT_S)
             producer.send(beat(leases[2:], free=0))
             for message in (
                 sample(leases[2], 0),
@@ -158,7 +159,7 @@ def post(buffer: BufferProcess, body: Any) -> tuple[int, Any]:
         f"http://{buffer.http}/control/drop", data=json.dumps(body).encode(), method="POST"
     )
     try:
-        with urllib.request.urlopen(request, timeout=10) as response:
+        with urllib.request.urlopen(request) as response:
             return response.status, json.loads(response.read())
     except urllib.error.HTTPError as error:
         return error.code, json.loads(error.read())
@@ -186,7 +187,7 @@ def test_an_operator_drops_a_ticket_that_crashes_trainers(tmp_path: Path) -> Non
                 await trainer.train(0)
                 await trainer.call(CompleteStep(step=1))
                 await trainer.call(AllocVersion(step=2))
-                assert (await trainer.call(Fetch(step=2, position=0), timeout_s=20)).step == 2
+                assert (await trainer.call(Fetch(step=2, position=0), timeout_s=HANG_LIMIT_S)).step == 2
 
         lists = [asyncio.run(die_in_step_1()) for _ in range(3)]
         assert lists[0] == lists[1] == lists[2]

@@ -36,6 +36,7 @@ from tests.support.buffer_harness import (
 from tests.support.fake_producer import hello
 from tests.support.ledger_simulation import ledger_settings, new_ledger
 from tests.support.row_store import RowStore
+from tests.support.waiting import HANG_LIMIT_S
 
 HUGE = (1 << 63) - 1
 
@@ -58,14 +59,14 @@ def control(buffer: BufferProcess, verb: str, body: dict[str, Any]) -> dict[str,
         f"http://{buffer.http}/control/{verb}", data=json.dumps(body).encode(), method="POST"
     )
     try:
-        with urllib.request.urlopen(request, timeout=10) as response:
+        with urllib.request.urlopen(request) as response:
             return dict(json.loads(response.read()))
     except urllib.error.HTTPError as error:
         return dict(json.loads(error.read()))
 
 
 async def wait_for(inbox: list[Any], message: Any) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(HANG_LIMIT_S):
         while message not in inbox:
             await asyncio.sleep(0.01)
 
@@ -98,7 +99,7 @@ def test_a_forged_hello_displaces_nobody(tmp_path: Path) -> None:
                         server_hello(buffer, incarnation=incarnation),
                     ]
                     refused = await asyncio.gather(
-                        *(stranger.call(attack, timeout_s=8) for attack in attacks[:1]),
+                        *(stranger.call(attack, timeout_s=HANG_LIMIT_S) for attack in attacks[:1]),
                         trainer.train(step),
                         return_exceptions=True,
                     )
@@ -106,7 +107,7 @@ def test_a_forged_hello_displaces_nobody(tmp_path: Path) -> None:
                     for attack in attacks[1:]:
                         async with connected(buffer) as other:
                             with pytest.raises(RefusedError, match="answers for it"):
-                                await other.call(attack, timeout_s=8)
+                                await other.call(attack, timeout_s=HANG_LIMIT_S)
                     await trainer.call(AllocVersion(step=step + 1))
                 for step in (4, 5):
                     await trainer.train(step)
@@ -126,13 +127,13 @@ def test_a_process_that_does_not_answer_is_replaced(tmp_path: Path) -> None:
             async with connected(buffer, old_hello, inbox=inbox, answers=False) as old:
                 started_s = time.monotonic()
                 async with connected(buffer) as link:
-                    welcome = await link.call(server_hello(buffer), timeout_s=10)
+                    welcome = await link.call(server_hello(buffer), timeout_s=HANG_LIMIT_S)
                     assert welcome.incarnation == 2
                     assert ANSWER_S <= time.monotonic() - started_s < ANSWER_S + 2
                     old.send(Goodbye())
                     await wait_for(inbox, HelloRequired())
                     with pytest.raises(RefusedError, match=r"\(incarnation\).*was replaced"):
-                        await old.call(dataclasses.replace(old_hello, incarnation=1), timeout_s=5)
+                        await old.call(dataclasses.replace(old_hello, incarnation=1), timeout_s=HANG_LIMIT_S)
 
         asyncio.run(run())
 
@@ -146,7 +147,7 @@ def test_a_dead_process_is_replaced_at_once(tmp_path: Path) -> None:
                 for _ in range(3):
                     async with connected(buffer) as link:
                         started_s = time.monotonic()
-                        granted.append((await link.call(make(buffer), timeout_s=5)).incarnation)
+                        granted.append((await link.call(make(buffer), timeout_s=HANG_LIMIT_S)).incarnation)
                         assert time.monotonic() - started_s < ANSWER_S / 2
                     await asyncio.sleep(0.1)
             return granted
@@ -157,7 +158,9 @@ def test_a_dead_process_is_replaced_at_once(tmp_path: Path) -> None:
 
         async def again() -> Welcome:
             async with connected(restarted) as link:
-                reply: Welcome = await link.call(server_hello(restarted, incarnation=HUGE), timeout_s=5)
+                reply: Welcome = await link.call(
+                    server_hello(restarted, incarnation=HUGE), timeout_s=HANG_LIMIT_S
+                )
                 return reply
 
         assert asyncio.run(again()).incarnation == 4, "a restarted buffer counts on"
@@ -173,10 +176,10 @@ def test_unfence_gives_the_name_to_the_next_process(tmp_path: Path) -> None:
             async with connected(buffer, server_hello(buffer), inbox=inbox) as old:
                 async with connected(buffer) as link:
                     with pytest.raises(RefusedError, match="areal-like unfence job rollout-0"):
-                        await link.call(server_hello(buffer), timeout_s=5)
+                        await link.call(server_hello(buffer), timeout_s=HANG_LIMIT_S)
                     reply = await asyncio.to_thread(control, buffer, "unfence", {"name": "rollout-0"})
                     assert reply == {"unfenced": "rollout-0", "change": "incarnation 1 -> 2"}
-                    assert (await link.call(server_hello(buffer), timeout_s=5)).incarnation == 3
+                    assert (await link.call(server_hello(buffer), timeout_s=HANG_LIMIT_S)).incarnation == 3
                 old.send(Goodbye())
                 await wait_for(inbox, HelloRequired())
             for name, error in (("rollout-9", "no process of this run"), ("../x", "want {")):
@@ -213,7 +216,9 @@ def test_a_stranger_learns_no_values(tmp_path: Path) -> None:
             async with connected(buffer, server), connected(buffer) as link:
                 for field in ("job", "dataset", "model", "tokenizer", "dtype", "settings"):
                     with pytest.raises(RefusedError) as refused:
-                        await link.call(dataclasses.replace(right, **{field: "guess"}), timeout_s=5)
+                        await link.call(
+                            dataclasses.replace(right, **{field: "guess"}), timeout_s=HANG_LIMIT_S
+                        )
                     assert refused.value.field == field
                     refusals.append(str(refused.value))
             return refusals
@@ -247,17 +252,19 @@ def test_a_hello_outside_the_limits_is_refused(
     async def run() -> None:
         async with connected(module_buffer) as link:
             with pytest.raises(RefusedError) as refused:
-                await link.call(dataclasses.replace(server_hello(module_buffer), **changes), timeout_s=5)
+                await link.call(
+                    dataclasses.replace(server_hello(module_buffer), **changes), timeout_s=HANG_LIMIT_S
+                )
             assert refused.value.field == field
             for address in ("tcp://127.0.0.1:80", "tcp://[::1]:80", "tcp://localhost:80", "tcp://0.0.0.0:80"):
                 allowed = dataclasses.replace(server_hello(module_buffer), weights_address=address)
-                assert isinstance(await link.call(allowed, timeout_s=5), Welcome)
-                await link.call(Goodbye(), timeout_s=5)
-            await link.call(server_hello(module_buffer, "rollout-7"), timeout_s=5)
+                assert isinstance(await link.call(allowed, timeout_s=HANG_LIMIT_S), Welcome)
+                await link.call(Goodbye(), timeout_s=HANG_LIMIT_S)
+            await link.call(server_hello(module_buffer, "rollout-7"), timeout_s=HANG_LIMIT_S)
             for stats in ({"k" * 65: 1.0}, {"tokens_generated": 1e308}):
                 with pytest.raises(RefusedError, match="stats"):
-                    await link.call(Goodbye(stats=stats), timeout_s=5)
-            await link.call(Goodbye(), timeout_s=5)
+                    await link.call(Goodbye(stats=stats), timeout_s=HANG_LIMIT_S)
+            await link.call(Goodbye(), timeout_s=HANG_LIMIT_S)
 
     asyncio.run(run())
 
@@ -289,7 +296,7 @@ def test_long_names_grow_neither_log_nor_directory(tmp_path: Path) -> None:
                 refusals = 0
                 for number in range(300):
                     try:
-                        await stranger.call(server_hello(buffer, f"x-{number}"), timeout_s=5)
+                        await stranger.call(server_hello(buffer, f"x-{number}"), timeout_s=HANG_LIMIT_S)
                     except RefusedError as error:
                         assert error.field == "peers"
                         refusals += 1
@@ -324,13 +331,13 @@ def test_every_peer_is_told_that_the_run_is_finished(tmp_path: Path) -> None:
                 await wait_for(inbox, JobFinished())  # told again, because it has not left
                 async with connected(buffer) as late:
                     with pytest.raises(RunFinishedError):
-                        await late.call(server_hello(buffer, "rollout-2"), timeout_s=5)
-                await idle.call(Goodbye(), timeout_s=5)
+                        await late.call(server_hello(buffer, "rollout-2"), timeout_s=HANG_LIMIT_S)
+                await idle.call(Goodbye(), timeout_s=HANG_LIMIT_S)
                 await trainer.call(Goodbye())
 
         asyncio.run(run())
-        assert producer.wait(timeout=10) == 0
-        _, stderr = buffer.process.communicate(timeout=15)
+        assert producer.wait() == 0
+        _, stderr = buffer.process.communicate()
         assert (buffer.process.returncode, stderr) == (0, "")
         assert scalar(buffer, "finished_steps") == 2
 
@@ -346,7 +353,7 @@ def test_a_finished_run_is_continued_with_more_steps(tmp_path: Path) -> None:
                 await finish(trainer)
 
         asyncio.run(run())
-        buffer.process.communicate(timeout=15)  # after linger_s: two peers have left without a goodbye
+        buffer.process.communicate()  # after linger_s: two peers have left without a goodbye
         assert buffer.process.returncode == 0
     again = BufferProcess(buffer.config)
     try:
@@ -354,13 +361,13 @@ def test_a_finished_run_is_continued_with_more_steps(tmp_path: Path) -> None:
         async def arrive_late() -> None:
             async with connected(again) as link:
                 with pytest.raises(RunFinishedError):
-                    await link.call(server_hello(again), timeout_s=5)
-                await link.call(trainer_hello(again.config), timeout_s=5)
+                    await link.call(server_hello(again), timeout_s=HANG_LIMIT_S)
+                await link.call(trainer_hello(again.config), timeout_s=HANG_LIMIT_S)
                 with pytest.raises(RunFinishedError):
-                    await link.call(StartTraining(step=1), timeout_s=5)
+                    await link.call(StartTraining(step=1), timeout_s=HANG_LIMIT_S)
 
         asyncio.run(arrive_late())
-        again.process.communicate(timeout=15)
+        again.process.communicate()
         assert again.process.returncode == 0
     finally:
         again.close()
@@ -370,9 +377,9 @@ def test_a_finished_run_is_continued_with_more_steps(tmp_path: Path) -> None:
 
         async def go_on() -> None:
             async with connected(continued) as link, connected(continued) as server:
-                await server.call(server_hello(continued), timeout_s=5)
-                await link.call(trainer_hello(more), timeout_s=5)
-                await link.call(StartTraining(step=1), timeout_s=5)
+                await server.call(server_hello(continued), timeout_s=HANG_LIMIT_S)
+                await link.call(trainer_hello(more), timeout_s=HANG_LIMIT_S)
+                await link.call(StartTraining(step=1), timeout_s=HANG_LIMIT_S)
 
         asyncio.run(go_on())
         code, stderr = continued.terminate()

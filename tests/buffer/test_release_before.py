@@ -27,6 +27,7 @@ from areal_like.wire.messages.consumer import AllocVersion, CommitStep, StartTra
 from areal_like.wire.messages.hello import Hello
 from launch.audit.run import audit_run
 from tests.support.buffer_harness import ROOT, BufferProcess, FakeTrainer, connected, trainer_hello
+from tests.support.waiting import HANG_LIMIT_S
 
 SAVED = Path(__file__).with_name("release_before")
 RESUMED, RECORDED, LAST = 12, 15, 18
@@ -84,7 +85,7 @@ def test_a_run_of_the_release_before_continues(config: Config) -> None:
 
     async def train() -> list[tuple[int, int, int]]:
         async with connected(buffer) as link:
-            welcome = await link.call(rank_of(config), timeout_s=10)
+            welcome = await link.call(rank_of(config), timeout_s=HANG_LIMIT_S)
             assert welcome.incarnation == marks["incarnation:trainer-0"] + 1
             trainer = FakeTrainer(config, link)
             await trainer.call(StartTraining(step=RESUMED))

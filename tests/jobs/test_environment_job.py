@@ -134,7 +134,7 @@ async def train(
 
 def status_of(server: ServerProcess) -> dict[str, Any]:
     endpoint = json.loads((server.paths.endpoints / "rollout-0.json").read_text())
-    with urllib.request.urlopen(f"http://{endpoint['http']}/status", timeout=10) as page:
+    with urllib.request.urlopen(f"http://{endpoint['http']}/status") as page:
         status: dict[str, Any] = json.loads(page.read())
         return status
 

@@ -15,6 +15,7 @@ from launch.audit.run import audit_run
 from launch.cli import main
 from tests.chaos.job import running_job, train
 from tests.support.launching import TEST_LIMIT_S
+from tests.support.waiting import HANG_LIMIT_S
 
 pytestmark = pytest.mark.timeout(TEST_LIMIT_S)
 
@@ -26,10 +27,12 @@ def killed_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with running_job(tmp_path_factory.mktemp("audit"), trainer=trainer) as job:
         fast = job.produce("rollout-0", capacity=16)
         with job.trainer() as link:
-            link.call(RequestEval(eval_id=0, num_prompts=4, num_samples=3, min_version=0), timeout_s=40)
+            link.call(
+                RequestEval(eval_id=0, num_prompts=4, num_samples=3, min_version=0), timeout_s=HANG_LIMIT_S
+            )
             train(link, first=0, last=5)
             # A slow producer, which would take minutes for step 5, leaves tickets leased.
-            job.buffer.wait_status(lambda status: status["tickets"]["batched"] >= 4, timeout_s=40)
+            job.buffer.wait_status(lambda status: status["tickets"]["batched"] >= 4)
             fast.terminate()
             job.produce("rollout-1", sample_s=60.0)
             train(link, first=5, last=6)
@@ -99,7 +102,7 @@ def test_the_ledger_is_clean_after_a_rollback(tmp_path: Path) -> None:
             train(link, first=0, last=7)
         with job.trainer() as link:
             train(link, first=5, last=5)
-            link.call(GetRunCounters(), timeout_s=10)
+            link.call(GetRunCounters(), timeout_s=HANG_LIMIT_S)
         job.buffer.process.kill()
         job.buffer.process.wait()
         audit = audit_run(job.buffer.paths.root)

@@ -32,7 +32,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def promtool(*words: str, cwd: Path) -> str:
-    done = subprocess.run(["promtool", *words], cwd=cwd, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["promtool", *words], cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 

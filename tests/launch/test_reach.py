@@ -278,6 +278,6 @@ def test_tables_of_shards_are_merged() -> None:
 @pytest.mark.usefixtures("elsewhere")
 def test_daemons_are_shown_without_their_files(buffer: BufferProcess) -> None:
     running = RunningJob.at([buffer.http])
-    wait_until(lambda: running.daemons()["buffer"].status, what="the buffer's answer", timeout_s=10)
+    wait_until(lambda: running.daemons()["buffer"].status, what="the buffer's answer")
     assert running.paths is None and running.name == buffer.config.name
     assert set(running.daemons()) >= {"buffer"}

@@ -281,7 +281,7 @@ class PlayedJob:
 
     def end(self) -> tuple[int, str]:
         """(exit code, output)"""
-        out, _ = self.process.communicate(timeout=30)
+        out, _ = self.process.communicate()
         return self.process.returncode, out
 
     @property

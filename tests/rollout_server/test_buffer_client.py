@@ -26,6 +26,7 @@ from areal_like.wire.messages.producer import (
 )
 from rollout_server.buffer_client.client import BufferClient
 from rollout_server.buffer_client.held_leases import HeldLeases
+from tests.support.waiting import HANG_LIMIT_S
 
 HELLO = Hello(
     role=Role.ROLLOUT,
@@ -71,7 +72,7 @@ class PlayedBuffer:
                 )
 
     async def expect(self, name: str) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HANG_LIMIT_S):
             while not self.received[name]:
                 await asyncio.sleep(0.01)
 
@@ -206,7 +207,7 @@ def test_nothing_is_resent_to_a_buffer_that_cannot_write(
         await asyncio.sleep(0.5)
         assert buffer.received["SampleFailed"] == 1
         buffer.trouble = ""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HANG_LIMIT_S):
             while buffer.received["SampleFailed"] < 3:
                 await asyncio.sleep(0.01)
         running.cancel()

@@ -31,6 +31,7 @@ from rollout_server.rewards.pool import Reward
 from rollout_server.tasks.base import Completion, Score, make_task
 from tests.rollout_server.test_episodes import Digits
 from tests.support.line_chat import LineChat
+from tests.support.waiting import HANG_LIMIT_S
 
 EOS = 0
 TASK = {"_target_": "tests.support.environment_tasks.EchoTask", "num_turns": 3}
@@ -152,7 +153,7 @@ class Job:
         )
 
     async def until(self, is_so: Callable[[], bool]) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(HANG_LIMIT_S):
             while not is_so():
                 await asyncio.sleep(0.005)
         assert not self.runner.failed.done()

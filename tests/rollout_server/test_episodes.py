@@ -17,6 +17,7 @@ from rollout_server.episodes.transcript import Transcript
 from rollout_server.inference.generation_gate import GenerationGate
 from rollout_server.inference.types import Generation, Sampling
 from rollout_server.tasks.base import Example
+from tests.support.waiting import HANG_LIMIT_S
 
 EOS = 99
 EXAMPLE = Example(prompt="7=", answer=None)
@@ -206,7 +207,7 @@ def test_a_slow_tool_holds_no_place_at_the_engine() -> None:
         answer.set()
         await asyncio.gather(*slow)
 
-    asyncio.run(asyncio.wait_for(body(), 10))
+    asyncio.run(asyncio.wait_for(body(), HANG_LIMIT_S))
 
 
 def test_the_time_limit_goes_on_when_a_turn_is_sent_again() -> None:

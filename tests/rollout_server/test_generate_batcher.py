@@ -16,6 +16,7 @@ from areal_like.errors import EngineError, EngineTimeoutError, PromptRefusedErro
 from areal_like.trajectory import FinishReason
 from rollout_server.inference.client import EngineClient
 from rollout_server.inference.types import Generation, Sampling
+from tests.support.waiting import HANG_LIMIT_S
 
 TOO_LONG, ODD, CRASH, SLOW, SILENT = 1000, 1001, 1002, 1003, 1004
 """First tokens of prompts that the stub refuses, answers with an unknown finish type, breaks its connection
@@ -117,7 +118,7 @@ async def generate(
 
 def run(body: Callable[[], Awaitable[None]]) -> None:
     async def limited() -> None:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(HANG_LIMIT_S):
             await body()
 
     asyncio.run(limited())
@@ -187,7 +188,7 @@ def test_an_engine_that_ignores_aborts_times_out(monkeypatch: pytest.MonkeyPatch
             assert {type(outcome) for outcome in slow} == {EngineTimeoutError}
             assert len(stub.requests) == 1, "a time-out is not sent again"
             assert client.num_generating == 0
-            async with asyncio.timeout(5):  # the stream that the engine keeps open is closed
+            async with asyncio.timeout(HANG_LIMIT_S):  # the stream that the engine keeps open is closed
                 while client._batcher._tasks:
                     await asyncio.sleep(0.01)
 

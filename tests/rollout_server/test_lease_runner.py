@@ -37,6 +37,7 @@ from rollout_server.inference.types import Generation, Sampling
 from rollout_server.rewards.pool import Reward
 from rollout_server.tasks.base import Completion, Example, Score, Split, Task
 from tests.rollout_server.test_episodes import CountingEngine, Digits
+from tests.support.waiting import HANG_LIMIT_S
 
 LIMIT_S = 0.5
 GROUP = 4
@@ -185,7 +186,7 @@ class Served:
         self.runner.start(leases)
 
     async def until(self, is_so: Callable[[], bool]) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(HANG_LIMIT_S):
             while not is_so():
                 await asyncio.sleep(0.005)
 

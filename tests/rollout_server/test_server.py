@@ -145,7 +145,7 @@ def test_status_readiness_and_metrics_pages(shared: tuple[PlayedBuffer, ServerPr
     address = json.loads((server.paths.endpoints / "rollout-0.json").read_text())["http"]
 
     def get(path: str) -> str:
-        with urllib.request.urlopen(f"http://{address}{path}", timeout=5) as response:
+        with urllib.request.urlopen(f"http://{address}{path}") as response:
             return str(response.read().decode())
 
     wait_until(lambda: json.loads(get("/status"))["not_ready"] == "")
@@ -161,7 +161,7 @@ def test_status_readiness_and_metrics_pages(shared: tuple[PlayedBuffer, ServerPr
         assert line in metrics
     assert "areal_engine_steps_total" in get("/metrics/engine")
     with pytest.raises(HTTPError, match="401"):
-        urllib.request.urlopen(f"{status['engine_url']}/server_info", timeout=5)
+        urllib.request.urlopen(f"{status['engine_url']}/server_info")
     command = Path(f"/proc/{status['engine_pid']}/cmdline").read_bytes()
     assert b"--api-key-file\0/dev/fd/" in command and status["engine_url"].startswith("http://127.0.0.1:")
 

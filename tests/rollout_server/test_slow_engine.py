@@ -43,7 +43,7 @@ class SlowSglang:
             yield self
         finally:
             self._loop.call_soon_threadsafe(self._loop.stop)
-            thread.join(10)
+            thread.join()
             self._loop.close()
 
     def _run(self, started: threading.Event) -> None:

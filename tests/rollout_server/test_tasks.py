@@ -125,7 +125,7 @@ def test_bad_settings_are_config_errors(settings: dict[str, object], message: st
 def test_tasks_import_no_torch() -> None:
     modules = "rollout_server.tasks.sort, rollout_server.rewards.worker"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=30, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_reasoning_gym_by_name_or_a_hint_to_install_it() -> None:
@@ -169,7 +169,6 @@ def test_keys_that_are_no_texts_and_sets_have_a_fingerprint() -> None:
             capture_output=True,
             text=True,
             check=True,
-            timeout=60,
             env=os.environ | {"PYTHONHASHSEED": str(number)},
         ).stdout
         for number in range(2)

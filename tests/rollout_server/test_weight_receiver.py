@@ -18,6 +18,7 @@ from rollout_server.inference.shadow_update import ShadowWeightUpdate
 from rollout_server.inference.weight_update import WeightUpdateStrategy
 from rollout_server.weight_sync.receiver import WeightReceiver
 from tests.support.snapshots import Held
+from tests.support.waiting import HANG_LIMIT_S
 
 
 class PlayedEngine:
@@ -112,7 +113,7 @@ def push(
                 timeout_s=5.0,
                 secret="",
             )
-            assert isinstance(await link.call(form, timeout_s=5), WeightsOk)
+            assert isinstance(await link.call(form, timeout_s=HANG_LIMIT_S), WeightsOk)
             manifest = Manifest(version=1, buckets=Held(tensors, bucket_bytes=64).buckets).to_dict()
             request = PushWeights(
                 epoch=1,
@@ -125,14 +126,14 @@ def push(
                 timeout_s=1.0,
             )
             link.send(PushChecksums(version=1, checksums=[], digests=[]))
-            answer = await link.call(request, timeout_s=8)
+            answer = await link.call(request, timeout_s=HANG_LIMIT_S)
             await receiver.close()
         link.close()
         await runner.cleanup()
         return answer
 
     async def bounded(work: Callable[[], Awaitable[Any]]) -> Any:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(HANG_LIMIT_S):
             return await work()
 
     return asyncio.run(bounded(body)), untrusted

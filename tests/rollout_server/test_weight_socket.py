@@ -24,6 +24,7 @@ from rollout_server.inference.generation_gate import GenerationGate
 from rollout_server.inference.shadow_update import ShadowWeightUpdate
 from rollout_server.weight_sync.checks import check_form_group, check_push
 from rollout_server.weight_sync.receiver import WeightReceiver
+from tests.support.waiting import HANG_LIMIT_S
 
 FORM = FormGroup(
     epoch=1,
@@ -98,7 +99,10 @@ def with_receiver(
             links.append(Link(tcp_address("127.0.0.1", receiver.port), handler=lambda _: None))
             return links[-1]
 
-        async with asyncio.timeout(20), EngineClient(f"http://127.0.0.1:{runner.addresses[0][1]}") as client:
+        async with (
+            asyncio.timeout(HANG_LIMIT_S),
+            EngineClient(f"http://127.0.0.1:{runner.addresses[0][1]}") as client,
+        ):
             receiver.set_engine(client)
             await body(engine, new_link)
             engine.go.set()
@@ -160,7 +164,7 @@ def test_push_out_of_bounds_is_refused(change: dict[str, Any], message: str) -> 
 def test_a_forged_request_does_not_reach_the_engine() -> None:
     async def body(engine: Engine, new_link: Callable[[], Link]) -> None:
         link = new_link()
-        answer = await link.call(dataclasses.replace(FORM, master_address="10.1.2.3"), timeout_s=5)
+        answer = await link.call(dataclasses.replace(FORM, master_address="10.1.2.3"), timeout_s=HANG_LIMIT_S)
         assert isinstance(answer, WeightsFailed) and "on another machine" in answer.reason
         assert not engine.called
 
@@ -170,19 +174,23 @@ def test_a_forged_request_does_not_reach_the_engine() -> None:
 def test_only_the_peer_that_formed_the_group_pushes() -> None:
     async def body(engine: Engine, new_link: Callable[[], Link]) -> None:
         trainer, stranger = new_link(), new_link()
-        assert isinstance(await trainer.call(FORM, timeout_s=5), WeightsOk)
+        assert isinstance(await trainer.call(FORM, timeout_s=HANG_LIMIT_S), WeightsOk)
         for request in (PUSH, DissolveGroup(epoch=1, group_name="g")):
-            answer = await stranger.call(request, timeout_s=5)
+            answer = await stranger.call(request, timeout_s=HANG_LIMIT_S)
             assert isinstance(answer, WeightsFailed) and "formed by another peer" in answer.reason
         engine.waits_at = "receive_weights"
-        pushing = asyncio.create_task(trainer.call(PUSH, timeout_s=5))
+        pushing = asyncio.create_task(trainer.call(PUSH, timeout_s=HANG_LIMIT_S))
         while "receive_weights" not in engine.called:
             await asyncio.sleep(0.01)
         # None of these cancels the push, and the stranger's sums are not the ones that are compared.
-        answer = await stranger.call(dataclasses.replace(FORM, master_address="10.1.2.3"), timeout_s=5)
+        answer = await stranger.call(
+            dataclasses.replace(FORM, master_address="10.1.2.3"), timeout_s=HANG_LIMIT_S
+        )
         assert isinstance(answer, WeightsFailed)
         stranger.send(PushChecksums(version=1, checksums=[8], digests=["e"]))
-        dissolving = asyncio.create_task(stranger.call(DissolveGroup(epoch=1, group_name="g"), timeout_s=5))
+        dissolving = asyncio.create_task(
+            stranger.call(DissolveGroup(epoch=1, group_name="g"), timeout_s=HANG_LIMIT_S)
+        )
         trainer.send(PushChecksums(version=1, checksums=[7], digests=["d"]))
         await asyncio.sleep(0.1)
         stranger.send(PushChecksums(version=1, checksums=[8], digests=["e"]))
@@ -197,12 +205,12 @@ def test_only_the_peer_that_formed_the_group_pushes() -> None:
 def test_requests_that_wait_are_bounded() -> None:
     async def body(engine: Engine, new_link: Callable[[], Link]) -> None:
         trainer, stranger = new_link(), new_link()
-        assert isinstance(await trainer.call(FORM, timeout_s=5), WeightsOk)
+        assert isinstance(await trainer.call(FORM, timeout_s=HANG_LIMIT_S), WeightsOk)
         engine.waits_at = "receive_weights"
-        pushing = asyncio.create_task(trainer.call(PUSH, timeout_s=5))
+        pushing = asyncio.create_task(trainer.call(PUSH, timeout_s=HANG_LIMIT_S))
         while "receive_weights" not in engine.called:
             await asyncio.sleep(0.01)
-        flood = [asyncio.create_task(stranger.call(PUSH, timeout_s=5)) for _ in range(40)]
+        flood = [asyncio.create_task(stranger.call(PUSH, timeout_s=HANG_LIMIT_S)) for _ in range(40)]
         done, _ = await asyncio.wait(flood, timeout=1)
         assert len(done) == 40 - 16
         assert all("16 requests are waiting already" in task.result().reason for task in done)
@@ -218,9 +226,9 @@ def test_requests_that_wait_are_bounded() -> None:
 def test_wrong_digests_keep_the_old_version(digests: list[str]) -> None:
     async def body(engine: Engine, new_link: Callable[[], Link]) -> None:
         trainer = new_link()
-        assert isinstance(await trainer.call(FORM, timeout_s=5), WeightsOk)
+        assert isinstance(await trainer.call(FORM, timeout_s=HANG_LIMIT_S), WeightsOk)
         trainer.send(PushChecksums(version=1, checksums=[7], digests=digests))
-        answer = await trainer.call(PUSH, timeout_s=5)
+        answer = await trainer.call(PUSH, timeout_s=HANG_LIMIT_S)
         assert isinstance(answer, WeightsFailed) and answer.version == engine.version == 0
         want = "bucket 0 of 1: the SHA-256 is wrong" if len(digests) == 1 else "want 1"
         assert want in answer.reason

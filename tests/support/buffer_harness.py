@@ -26,6 +26,7 @@ from areal_like.wire.fingerprint import dataset_fingerprint
 from areal_like.wire.messages.consumer import CompleteStep, Directory, Fetch, Group, StartTraining
 from areal_like.wire.messages.hello import AreYouAlive, Hello, Role, StillAlive
 from areal_like.wire.messages.producer import SampleAck, SampleAcks
+from tests.support.waiting import HANG_LIMIT_S
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -74,15 +75,11 @@ class BufferProcess:
             self._wait_ready()
 
     def _wait_ready(self) -> None:
-        deadline_s = time.monotonic() + 60
         file = self.paths.endpoints / f"{self._name}.json"
-        while time.monotonic() < deadline_s:
+        while not (file.exists() and "stream" in (endpoint := json.loads(file.read_text()))):
             assert self.process.poll() is None, self.process.communicate()[1]
-            if file.exists() and "stream" in (endpoint := json.loads(file.read_text())):
-                self.address, self.http = endpoint["stream"], endpoint["http"]
-                return
             time.sleep(0.02)
-        raise AssertionError("the buffer did not become ready")
+        self.address, self.http = endpoint["stream"], endpoint["http"]
 
     def produce(self, name: str, *, capacity: int = 8, sample_s: float = 0.01) -> subprocess.Popen[bytes]:
         """Starts a fake producer."""
@@ -107,14 +104,14 @@ class BufferProcess:
         keys = self.config.security.keys
         headers = {"Authorization": f"Bearer {operator_token(keys)}"} if keys else {}
         request = urllib.request.Request(f"http://{self.http}{path}", headers=headers)
-        with urllib.request.urlopen(request, timeout=5) as response:
+        with urllib.request.urlopen(request) as response:
             return str(response.read().decode())
 
     def status(self) -> dict[str, Any]:
         """The body of /status."""
         return dict(json.loads(self.get("/status")))
 
-    def wait_status(self, accept: Any, *, timeout_s: float = 10) -> dict[str, Any]:
+    def wait_status(self, accept: Any, *, timeout_s: float = HANG_LIMIT_S) -> dict[str, Any]:
         """Polls /status until `accept` returns true for it."""
         deadline_s = time.monotonic() + timeout_s
         while not accept(status := self.status()):
@@ -130,7 +127,7 @@ class BufferProcess:
     def terminate(self) -> tuple[int, str]:
         """(exit code, stderr) after SIGTERM."""
         self.process.send_signal(signal.SIGTERM)
-        _, stderr = self.process.communicate(timeout=30)
+        _, stderr = self.process.communicate()
         return self.process.returncode, stderr
 
     def close(self) -> None:
@@ -160,10 +157,10 @@ class FakeTrainer:
         self.config = config
         self.link = link
 
-    async def call(self, message: Any, *, timeout_s: float = 10) -> Any:
+    async def call(self, message: Any, *, timeout_s: float = HANG_LIMIT_S) -> Any:
         return await self.link.call(message, timeout_s=timeout_s)
 
-    async def groups(self, step: int, *, timeout_s: float = 10) -> list[Group]:
+    async def groups(self, step: int, *, timeout_s: float = HANG_LIMIT_S) -> list[Group]:
         """All groups of a step, fetched at the same time."""
         fetches = [
             self.call(Fetch(step=step, position=position), timeout_s=timeout_s)
@@ -171,8 +168,8 @@ class FakeTrainer:
         ]
         return list(await asyncio.gather(*fetches))
 
-    async def train(self, step: int, *, timeout_s: float = 10) -> list[Group]:
-        """Fetches a step and completes it. `timeout_s`: longer where processes have to start first."""
+    async def train(self, step: int, *, timeout_s: float = HANG_LIMIT_S) -> list[Group]:
+        """Fetches a step and completes it."""
         groups = await self.groups(step, timeout_s=timeout_s)
         await self.call(CompleteStep(step=step))
         return groups
@@ -223,7 +220,7 @@ async def connected(
     link = Link(buffer.address, handler=take)
     try:
         if hello is not None:
-            await link.call(hello, timeout_s=10)
+            await link.call(hello, timeout_s=HANG_LIMIT_S)
         yield link
     finally:
         link.close()

@@ -45,9 +45,8 @@ TOLERANCE = 1e-4
 
 async def until_running(client: EngineClient, num_sequences: int) -> None:
     """Waits until the engine decodes at least `num_sequences` sequences."""
-    async with asyncio.timeout(20):
-        while (await client.load())["running"] < num_sequences:
-            await asyncio.sleep(0.01)
+    while (await client.load())["running"] < num_sequences:
+        await asyncio.sleep(0.01)
 
 
 async def logprobs_and_greedy_match_transformers(engine: Engine, models: tuple[Path, Path]) -> None:
@@ -221,12 +220,12 @@ async def abort_returns_partial_tokens(engine: Engine, model_path: Path) -> None
         )
         await until_running(client, 2)
         await client.abort("1")
-        aborted = await asyncio.wait_for(one, 5)
+        aborted = await one
         assert aborted.finish_reason is FinishReason.ABORT and 0 < len(aborted.output_ids) < 1500
         assert error_of(model, PROMPT, aborted) < TOLERANCE
         assert not two.done(), "request 12 was aborted with request 1: compare ids for equality, not prefix"
         await client.abort()
-        assert (await asyncio.wait_for(two, 5)).finish_reason is FinishReason.ABORT
+        assert (await two).finish_reason is FinishReason.ABORT
         await client.abort("no such request")
         assert len((await sample(client, PROMPT, 2)).output_ids) == 2
 
@@ -308,12 +307,12 @@ async def pause_modes(engine: Engine, model_path: Path) -> None:
             assert not new.done(), f"a new request was served during a pause ({mode})"
             assert running.done() == (mode == "abort")
             await client.resume()
-            generation = await asyncio.wait_for(running, 20)
+            generation = await running
             assert generation.finish_reason is (
                 FinishReason.ABORT if mode == "abort" else FinishReason.LENGTH
             )
             assert error_of(model, PROMPT, generation) < TOLERANCE
-            assert len((await asyncio.wait_for(new, 10)).output_ids) == 3
+            assert len((await new).output_ids) == 3
 
 
 async def groups_are_made_destroyed_and_made_again(engine: Engine, model_path: Path) -> None:

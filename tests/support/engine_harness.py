@@ -43,6 +43,7 @@ from areal_like.weights.hf_layout import hf_tensors
 from rollout_server.inference.client import EngineClient
 from rollout_server.inference.sglang.client import SglangClient
 from rollout_server.inference.types import Generation, Sampling
+from tests.support.waiting import HANG_LIMIT_S
 
 transformers_logging.disable_progress_bar()
 
@@ -188,7 +189,7 @@ def running_engine(path: Path, **options: Any) -> Iterator[Engine]:
         yield Engine(url=url, path=path, pid=process.pid)
         assert process.poll() is None, "the engine died during the test"
         process.terminate()
-        assert process.wait(timeout=10) == 0
+        assert process.wait() == 0
 
 
 @contextlib.contextmanager
@@ -221,10 +222,8 @@ def engine_process(path: Path, **options: Any) -> Iterator[tuple[subprocess.Pope
         command += [f"--{name.replace('_', '-')}", str(value)]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
-        deadline_s = time.monotonic() + 60
         while not port_file.exists():
             assert process.poll() is None, "the engine ended before it was ready"
-            assert time.monotonic() < deadline_s, "the engine did not start in time"
             time.sleep(0.02)
         yield process, f"http://127.0.0.1:{int(port_file.read_text())}"
     finally:
@@ -245,7 +244,7 @@ class Pusher:
     """Rank 0 of a weight group with one engine."""
 
     def __init__(
-        self, engine: Engine, client: EngineClient, *, timeout_s: float = 20.0, name: str = "trainer"
+        self, engine: Engine, client: EngineClient, *, timeout_s: float = HANG_LIMIT_S, name: str = "trainer"
     ) -> None:
         self.engine, self.client, self.timeout_s, self.name = engine, client, timeout_s, name
         self.group: WeightGroup | None = None

@@ -26,6 +26,7 @@ from areal_like.wire.messages.producer import (
     ServerState,
 )
 from tests.support.ledger_simulation import done
+from tests.support.waiting import HANG_LIMIT_S
 
 
 def hello(name: str, **changes: Any) -> Hello:
@@ -62,14 +63,14 @@ class FakeProducer:
     async def run(self) -> None:
         while not self._failed.is_set():
             try:
-                await self._link.call(self._hello, timeout_s=5)
+                await self._link.call(self._hello, timeout_s=HANG_LIMIT_S)
             except ArealError:
                 return
             while not self._failed.is_set():
                 self._beat()
                 await asyncio.sleep(0.1)
         if self._finished:
-            await self._link.call(Goodbye(), timeout_s=5)
+            await self._link.call(Goodbye(), timeout_s=HANG_LIMIT_S)
 
     def _beat(self) -> None:
         holding = sum(map(len, self._leases.values()))

@@ -85,7 +85,7 @@ class _FaultPoints:
         note = self._notes.get(f"{point}:{step}")
         if note is not None and not note.exists():
             if point != "commit":  # called by the checkpoint's own thread
-                assert self.committed.wait(timeout=60)
+                assert self.committed.wait()
             note.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 

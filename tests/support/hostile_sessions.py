@@ -23,6 +23,7 @@ from tests.support.scripted_policy import (
     segments,
     serving_plane,
 )
+from tests.support.waiting import HANG_LIMIT_S
 
 Actions = Sequence[tuple[tuple[str, str, int], str]]
 BUDGETS = ((CONTEXT, 10 * CONTEXT), (CONTEXT, 10 * CONTEXT), (CONTEXT, 600), (150, CONTEXT))
@@ -65,14 +66,16 @@ class HostileSessions:
             async def push() -> None:
                 self._version += 1
                 path = self._models[self._version % 2]
-                await client.update_weights_from_disk(str(path), weight_version=self._version, timeout_s=20.0)
+                await client.update_weights_from_disk(
+                    str(path), weight_version=self._version, timeout_s=HANG_LIMIT_S
+                )
 
             script = Script(number, renderer.tokenizer)
             policy = ScriptedPolicy(client, script, renderer.tokenizer)
             session = plane.open(
                 policy, max_new_tokens=24, context_tokens=budgets[0], max_tokens=budgets[1], max_turns=16
             )
-            async with httpx.AsyncClient(base_url=plane.base_url(session), timeout=20) as http:
+            async with httpx.AsyncClient(base_url=plane.base_url(session), timeout=None) as http:
                 hostile = HostileClient(http=http, session=session, policy=policy, script=script, push=push)
                 for rewrite, way in actions:
                     self.seen[way] += 1

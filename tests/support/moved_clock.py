@@ -21,7 +21,9 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-class _MovedLoop(asyncio.SelectorEventLoop):
+class MovedLoop(asyncio.SelectorEventLoop):
+    """The usual loop; its clock is ahead by `moved_s`."""
+
     moved_s = 0.0
 
     def time(self) -> float:
@@ -30,12 +32,12 @@ class _MovedLoop(asyncio.SelectorEventLoop):
 
 def run(body: Coroutine[Any, Any, T]) -> T:
     """As asyncio.run, with a clock that `advance` moves."""
-    with asyncio.Runner(loop_factory=_MovedLoop) as runner:
+    with asyncio.Runner(loop_factory=MovedLoop) as runner:
         return runner.run(body)
 
 
 def advance(seconds: float) -> None:
     """Moves the clock of the running loop: whatever is due by then happens in its next turn."""
     loop = asyncio.get_running_loop()
-    assert isinstance(loop, _MovedLoop), "start the test with moved_clock.run"
+    assert isinstance(loop, MovedLoop), "start the test with moved_clock.run"
     loop.moved_s += seconds

@@ -33,7 +33,7 @@ from areal_like.wire.messages.producer import (
     ServerHeartbeat,
     ServerState,
 )
-from tests.support.waiting import START_LIMIT_S, wait_until_ready
+from tests.support.waiting import HANG_LIMIT_S, wait_until_ready
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -58,7 +58,7 @@ class PlayedBuffer:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
-        self._listener: Listener = asyncio.run_coroutine_threadsafe(self._open(), self._loop).result(5)
+        self._listener: Listener = asyncio.run_coroutine_threadsafe(self._open(), self._loop).result()
         self.port = self._listener.port
 
     async def _open(self) -> Listener:
@@ -68,9 +68,9 @@ class PlayedBuffer:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(5)
+        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(5)
+        self._thread.join()
         self._loop.close()
 
     async def _close(self) -> None:
@@ -99,7 +99,9 @@ class PlayedBuffer:
     def acknowledge(self, result: SampleDone | SampleFailed) -> None:
         self.send(ack_of(result))
 
-    def expect(self, kind: type | tuple[type, ...], *, count: int = 1, timeout_s: float = 20) -> list[Any]:
+    def expect(
+        self, kind: type | tuple[type, ...], *, count: int = 1, timeout_s: float = HANG_LIMIT_S
+    ) -> list[Any]:
         """The next `count` messages of a kind; others are skipped."""
         deadline_s = time.monotonic() + timeout_s
         found: list[Any] = []
@@ -115,7 +117,7 @@ class PlayedBuffer:
         return found
 
     def expect_beat(
-        self, accept: Callable[[ServerHeartbeat], bool], *, timeout_s: float = 30
+        self, accept: Callable[[ServerHeartbeat], bool], *, timeout_s: float = HANG_LIMIT_S
     ) -> ServerHeartbeat:
         """Waits until the newest heartbeat is accepted."""
         deadline_s = time.monotonic() + timeout_s
@@ -194,16 +196,16 @@ class ServerProcess:
         """Waits until the server announces SERVING."""
         self.wait_for_beat(buffer, lambda beat: beat.state is ServerState.SERVING)
 
-    def terminate(self, *, timeout_s: float = 20) -> tuple[int, float, str]:
+    def terminate(self, *, timeout_s: float = HANG_LIMIT_S) -> tuple[int, float, str]:
         """Sends SIGTERM; returns the exit code, the seconds that the drain took, and stderr."""
         started_s = time.monotonic()
         self.process.send_signal(signal.SIGTERM)
         return self.wait(timeout_s=timeout_s, started_s=started_s)
 
     def wait(
-        self, *, timeout_s: float = START_LIMIT_S, started_s: float | None = None
+        self, *, timeout_s: float = HANG_LIMIT_S, started_s: float | None = None
     ) -> tuple[int, float, str]:
-        """Waits for the server's end; returns as `terminate`. The default limit has room for a slow start."""
+        """Waits for the server's end; returns as `terminate`."""
         started_s = time.monotonic() if started_s is None else started_s
         _, errors = self.process.communicate(timeout=timeout_s)
         return self.process.returncode, time.monotonic() - started_s, errors
@@ -232,7 +234,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def wait_until(accept: Callable[[], bool], *, timeout_s: float = 10) -> None:
+def wait_until(accept: Callable[[], bool], *, timeout_s: float = HANG_LIMIT_S) -> None:
     deadline_s = time.monotonic() + timeout_s
     while not accept():
         assert time.monotonic() < deadline_s, f"not within {timeout_s} s"

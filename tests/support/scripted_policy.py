@@ -45,6 +45,7 @@ from rollout_server.sessions.http.app import session_app
 from rollout_server.sessions.open_session import OpenSession
 from rollout_server.tasks.base import Example
 from tests.support.chat_models import APPENDING, jinja_renderer
+from tests.support.waiting import HANG_LIMIT_S
 
 VOCAB = 128
 CONTEXT = 2048
@@ -307,7 +308,7 @@ def segments(trajectory: Trajectory) -> Iterator[slice]:
 
 
 def _session_app(book: SessionBook) -> Any:
-    return session_app(book, model=MODEL, max_context=CONTEXT, idle_timeout_s=60.0)
+    return session_app(book, model=MODEL, max_context=CONTEXT, idle_timeout_s=HANG_LIMIT_S)
 
 
 def _renderer() -> ChatRenderer:

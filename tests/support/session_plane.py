@@ -66,7 +66,7 @@ class PlaneServer(SessionServer):
             self.policy.open.set()
             self.run(self.plane.close())
             self._loop.call_soon_threadsafe(self._loop.stop)
-            thread.join(5)
+            thread.join()
             self._loop.close()
 
     def port_of(self, *, external: bool) -> int:
@@ -86,9 +86,9 @@ class PlaneServer(SessionServer):
         """One request on a connection of its own: status, JSON, headers in lower case."""
         port = self.port_of(external=external)
         connection = (
-            http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+            http.client.HTTPConnection("127.0.0.1", port)
             if tls is None
-            else http.client.HTTPSConnection("127.0.0.1", port, timeout=20, context=tls)
+            else http.client.HTTPSConnection("127.0.0.1", port, context=tls)
         )
         with contextlib.closing(connection):
             connection.request(method, path, body, headers or {})
@@ -99,7 +99,7 @@ class PlaneServer(SessionServer):
 
 def talk(port: int, *pieces: bytes) -> bytes:
     """Sends raw bytes; returns all that comes back until the server closes, empty after a reset."""
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+    with socket.create_connection(("127.0.0.1", port)) as connection:
         received = b""
         try:
             for piece in pieces:

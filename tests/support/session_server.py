@@ -28,6 +28,8 @@ from rollout_server.sessions.http.app import session_app
 from rollout_server.sessions.open_session import OpenSession
 from rollout_server.tasks.base import Example
 from tests.support.chat_models import APPENDING, jinja_renderer
+from tests.support.moved_clock import MovedLoop, advance
+from tests.support.waiting import HANG_LIMIT_S
 
 Result = TypeVar("Result")
 MAX_CONTEXT = 4096
@@ -98,7 +100,7 @@ class SessionServer:
         self.sessions: list[OpenSession] = []
         self._max_turns = max_turns
         self._keep_alive_s = keep_alive_s
-        self._loop = asyncio.new_event_loop()
+        self._loop = MovedLoop()
         self.book = SessionBook()
         self.port = 0
 
@@ -152,15 +154,18 @@ class SessionServer:
 
     def run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
         """Runs a coroutine in the server's loop."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(20)
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    def advance(self, seconds: float) -> None:
+        """Moves the clock of the server's loop."""
+        self.call(lambda: advance(seconds))
 
     def wait(self, condition: Callable[[], bool]) -> None:
         """Until it is true in the server's loop."""
 
         async def poll() -> None:
-            async with asyncio.timeout(15):
-                while not condition():
-                    await asyncio.sleep(0.01)
+            while not condition():
+                await asyncio.sleep(0.01)
 
         self.run(poll())
 
@@ -173,7 +178,7 @@ class SessionServer:
             self.book,
             model="policy",
             max_context=MAX_CONTEXT,
-            idle_timeout_s=60.0,
+            idle_timeout_s=500.0,
             sample_timeout_s=600.0,
             keep_alive_s=self._keep_alive_s,
             on_ignored=lambda name: self.ignored.update([name]),
@@ -181,7 +186,7 @@ class SessionServer:
         guard = HttpGuard(
             app,
             AccessRules(hosts=host_names("127.0.0.1"), role_of=None),
-            limits=BodyLimits(max_bytes=1 << 20, timeout_s=10),
+            limits=BodyLimits(max_bytes=1 << 20, timeout_s=HANG_LIMIT_S),
         )
         server = HttpServer(HttpConfig(guard, max_connections=200, shutdown_s=1))
         thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -192,7 +197,7 @@ class SessionServer:
         finally:
             self.policy.open.set()
             server.should_exit = True
-            serving.result(10)
+            serving.result()
             self._loop.call_soon_threadsafe(self._loop.stop)
-            thread.join(5)
+            thread.join()
             self._loop.close()

@@ -135,7 +135,6 @@ def run_ranks(
     check: str,
     *args: str,
     world_size: int,
-    timeout_s: float = 100.0,
     module: str = "tests.support.trainer_ranks",
 ) -> None:
     """Runs `python -m MODULE CHECK ARGS` as real ranks over gloo; raises with their output if one fails."""
@@ -150,7 +149,7 @@ def run_ranks(
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     try:
-        output, _ = ranks.communicate(timeout=timeout_s)
+        output, _ = ranks.communicate()
     finally:
         ranks.kill()  # the ranks are its forks and die with it
     assert ranks.returncode == 0, output

@@ -25,6 +25,7 @@ from areal_like.runtime.process import die_with_parent
 from areal_like.trajectory import Trajectory
 from tests.support.full_state import gather_full_state
 from tests.support.trainer_helpers import flattened, joined, random_groups, without_measured
+from tests.support.waiting import HANG_LIMIT_S
 from trainer.advantages import ADVANTAGES, Advantage, Gae
 from trainer.advantages.critic import Critic
 from trainer.advantages.reward_shaping import SHAPINGS
@@ -339,7 +340,7 @@ def _run_rank(rank: int, world_size: int, store: str, check: Callable[[Ranks], N
         store=dist.FileStore(store, world_size),
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=HANG_LIMIT_S),
     )
     check(Ranks())
     dist.destroy_process_group()

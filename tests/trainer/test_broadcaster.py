@@ -32,6 +32,7 @@ from areal_like.wire.messages.weights import (
     WeightsOk,
 )
 from tests.support.snapshots import Held
+from tests.support.waiting import HANG_LIMIT_S
 from trainer.weight_sync.backend import NcclTrial, choose_backend, refuse_mixed_nccl
 from trainer.weight_sync.broadcaster import Broadcaster
 from trainer.weight_sync.group_session import assign_ranks
@@ -185,7 +186,7 @@ def snapshot(value: float, *, size: int = 300) -> Held:
 def run(body: Callable[[Broadcaster], Awaitable[None]], *, deadline_s: float = 10.0, **settings: Any) -> None:
     async def bounded() -> None:
         broadcaster = Broadcaster(WeightsConfig(push_deadline_s=deadline_s, **settings), device="cpu")
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(HANG_LIMIT_S):
             await body(broadcaster)
             await broadcaster.close()
 

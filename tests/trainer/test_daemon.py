@@ -26,6 +26,7 @@ from areal_like.wire.messages.producer import HeartbeatAck
 from tests.support.buffer_harness import ROOT, BufferProcess, job
 from tests.support.trainer_helpers import write_model
 from tests.support.trainer_ranks import make_runner
+from tests.support.waiting import HANG_LIMIT_S
 from trainer import rank_process
 from trainer.buffer_client.client import TrainerBufferClient
 from trainer.checkpoint import Checkpoints
@@ -81,7 +82,7 @@ def test_a_drain_ends_waits_with_the_right_exit_code(tmp_path: Path, summary_can
             wait_for_state(buffer, "evaluating")  # there is no server, so no evaluation ends
             process.send_signal(signal.SIGTERM)
             started_s = time.monotonic()
-            assert process.wait(timeout=30) == (0 if summary_can_be_written else 1)
+            assert process.wait() == (0 if summary_can_be_written else 1)
             assert time.monotonic() - started_s < 15
             assert not list(paths.endpoints.glob("trainer-0.json"))
             assert not list(paths.checkpoints.glob(".*"))
@@ -177,7 +178,7 @@ def test_a_request_whose_reply_was_lost_is_sent_again(
             tmp_path, model={"path": write_model(tmp_path / "model")}, buffer={"port": scripted.port}
         )
         with TrainerBufferClient(config, rank=0, world_size=1, device="cpu", process="0" * 32) as buffer:
-            assert buffer.call(CompleteStep(step=3), timeout_s=5) == Ok()
+            assert buffer.call(CompleteStep(step=3), timeout_s=HANG_LIMIT_S) == Ok()
             assert requests == [CompleteStep(step=3)] * 2
 
             buffer.fail(ArealError("no more weights"))
@@ -226,7 +227,7 @@ def test_a_failed_heartbeat_ends_every_wait(tmp_path: Path) -> None:
         with TrainerBufferClient(config, rank=0, world_size=1, device="cpu", process="0" * 32) as buffer:
             buffer.stats = {"what cannot be sent": object()}  # type: ignore[dict-item]
             with pytest.raises(ArealError, match="no more heartbeats are sent: TypeError"):
-                buffer.call(CompleteStep(step=3), timeout_s=20)
+                buffer.call(CompleteStep(step=3), timeout_s=HANG_LIMIT_S)
 
 
 def test_an_open_rendezvous_needs_keys(tmp_path: Path) -> None:

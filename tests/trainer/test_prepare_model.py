@@ -90,7 +90,7 @@ def test_smollm2_without_its_extra_gives_the_pip_command(monkeypatch: pytest.Mon
 
 def test_command_line_exits_2_with_only_the_message(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "trainer.prepare_model", f"model.path={tmp_path}/nowhere"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: model.path=") and "Traceback" not in done.stderr
 
@@ -104,6 +104,6 @@ def test_settings_are_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
         f"runs_dir={tmp_path}",
         "objective.clpi=0.2",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert "unknown key `objective.clpi`" in done.stderr and "Traceback" not in done.stderr

@@ -166,7 +166,6 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
             check=True,
             capture_output=True,
             text=True,
-            timeout=100,
         ).stdout.split()
         assert output[0] == str(num_rows) and output[3] == "False"
         return int(output[2])

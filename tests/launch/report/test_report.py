@@ -338,4 +338,4 @@ def test_no_torch_is_imported(tmp_path: Path) -> None:
         "import sys; from launch.cli import main; "
         f"code = main(['report', {str(root)!r}]); sys.exit(code or 9 * ('torch' in sys.modules))"
     )
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

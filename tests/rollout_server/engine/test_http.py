@@ -30,6 +30,7 @@ from tests.support import engine_conformance as conformance
 from tests.support import moved_clock
 from tests.support.conversation_conformance import conversations_are_exact
 from tests.support.engine_harness import Engine, Models, running_engine, sample, save_models
+from tests.support.waiting import HANG_LIMIT_S
 
 PROMPT = conformance.PROMPT
 
@@ -139,7 +140,7 @@ def test_closing_a_client_fails_unsent_requests(engine: Engine) -> None:
             await asyncio.sleep(0)
         await client.close()
         with pytest.raises(EngineError, match="client was closed"):
-            await asyncio.wait_for(waiting, timeout=5)
+            await asyncio.wait_for(waiting, HANG_LIMIT_S)
 
     asyncio.run(body())
 

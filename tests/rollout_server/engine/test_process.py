@@ -156,6 +156,6 @@ def test_wrong_option_gives_one_message_and_exit_2(
         str(key_file(tmp_path)),
         *(str(models[0]) if a == "MODEL" else a for a in arguments),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr

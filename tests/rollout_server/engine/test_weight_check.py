@@ -16,6 +16,7 @@ from rollout_server.inference.weight_update import WeightPush
 from rollout_server.weight_sync.receiver import WeightReceiver
 from tests.support.engine_harness import Engine, Models, load_model, reference_logprobs, weights_of
 from tests.support.snapshots import Held
+from tests.support.waiting import HANG_LIMIT_S
 from trainer.weight_sync.broadcaster import Broadcaster
 from trainer.weight_sync.publisher import Publisher
 from trainer.weight_sync.weight_check import CheckTokens
@@ -48,7 +49,7 @@ def test_an_engine_that_keeps_old_weights_is_found(engine: Engine, models: Model
         reports: list[CheckReport] = []
         failures: list[ArealError] = []
         strategy = Forgetful(engine, gate=GenerationGate(), on_untrusted=lambda _: None)
-        async with engine.client() as client, asyncio.timeout(60):
+        async with engine.client() as client, asyncio.timeout(HANG_LIMIT_S):
             version = await client.weight_version()
             await client.fetch_info()
             receiver = WeightReceiver(

@@ -21,6 +21,7 @@ from rollout_server.environments.base import Reply
 from rollout_server.environments.workers import pool as pool_module
 from rollout_server.environments.workers.pool import EnvironmentPool, EnvironmentSession
 from tests.support.rollout_harness import is_alive
+from tests.support.waiting import HANG_LIMIT_S
 
 LIMIT_S = 1
 
@@ -63,7 +64,7 @@ async def pid_of_worker(environments: EnvironmentPool) -> int:
 
 
 async def until(accept: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(HANG_LIMIT_S):
         while not accept():
             await asyncio.sleep(0.005)
 

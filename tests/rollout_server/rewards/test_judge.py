@@ -242,7 +242,7 @@ def test_several_processes_share_the_cache(tmp_path: Path) -> None:
     for process in writers:
         process.start()
     for process in writers:
-        process.join(30)
+        process.join()
     assert [process.exitcode for process in writers] == [0, 0, 0]
     cache = ReplyCache(Path(file))
     assert cache.get(key_of("u", {"n": 99})) == "99" and cache.get(b"x") is None

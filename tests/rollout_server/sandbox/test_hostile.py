@@ -128,7 +128,6 @@ def read_in(sandbox: str, targets: list[str], outside_tmp: Path, *, pids: list[s
         },
         capture_output=True,
         text=True,
-        timeout=60,
         check=True,
     )
     stdout, stderr = json.loads(server.stdout)

@@ -21,6 +21,7 @@ from rollout_server.tasks.base import make_task
 from tests.rollout_server.test_environment_attempts import EOS, Ordinals, ScriptedEngine
 from tests.rollout_server.test_episodes import Digits
 from tests.support.line_chat import LineChat
+from tests.support.waiting import HANG_LIMIT_S
 
 TASK = {"name": "external"}
 IDLE_TIMEOUT_S = 0.1
@@ -65,13 +66,13 @@ class Job:
 
     async def claimed(self) -> OpenSession:
         """The next session."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(HANG_LIMIT_S):
             while (session := self.book.claim()) is None:
                 await asyncio.sleep(0.005)
         return session
 
     async def result(self) -> SampleResult:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(HANG_LIMIT_S):
             while not self.results:
                 await asyncio.sleep(0.005)
         (result,) = self.results

@@ -29,6 +29,7 @@ from tests.rollout_server.test_environment_attempts import EOS, Ordinals, Script
 from tests.rollout_server.test_episodes import Digits
 from tests.support.agent_tasks import index_of
 from tests.support.line_chat import LineChat
+from tests.support.waiting import HANG_LIMIT_S
 
 TASK = {"_target_": "tests.support.agent_tasks.AgentTask"}
 
@@ -79,7 +80,7 @@ class Job:
         self.runner.start([lease])
 
     async def until(self, is_so: Callable[[], bool]) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(HANG_LIMIT_S):
             while not is_so():
                 await asyncio.sleep(0.005)
         assert not self.runner.failed.done()

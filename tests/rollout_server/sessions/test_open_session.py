@@ -21,6 +21,7 @@ from rollout_server.metrics import ServerStats
 from rollout_server.sessions.book import Outcome, SessionBook
 from rollout_server.sessions.calls import Call
 from rollout_server.sessions.open_session import OpenSession, SessionState
+from tests.support.waiting import HANG_LIMIT_S
 
 Say = Callable[[str], Awaitable[FinishReason]]
 NONE = np.empty(0, np.int32)
@@ -96,7 +97,7 @@ async def delivered(session: OpenSession, text: str) -> Call:
 
 def run(body: Coroutine[Any, Any, None]) -> None:
     async def limited() -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HANG_LIMIT_S):
             await body
 
     asyncio.run(limited())

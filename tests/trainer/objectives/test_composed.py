@@ -227,7 +227,6 @@ def test_custom_objective_from_the_working_directory(tmp_path: Path) -> None:
         env=os.environ | {"PYTHONPATH": root},
         capture_output=True,
         text=True,
-        timeout=60,
     )
     assert done.stdout.split() == ["SoftReinforce", "0.5", "1"], done.stderr
 

@@ -23,7 +23,7 @@ class Client:
     def __init__(self, server: SessionServer) -> None:
         self.server = server
         self.session: OpenSession = server.add(max_new_tokens=4)
-        self.connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+        self.connection = http.client.HTTPConnection("127.0.0.1", server.port)
 
     def post(self, body: Any, *, path: str = "v1/chat/completions", method: str = "POST") -> tuple[int, Any]:
         """Status and answer; errors have the format, and tell an SDK not to try again."""

@@ -8,7 +8,6 @@ import http.client
 import json
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +24,7 @@ from rollout_server.tasks.base import Example
 from tests.support.certificates import make_certificate
 from tests.support.session_plane import PlaneServer
 from tests.support.session_server import SessionServer
+from tests.support.waiting import HANG_LIMIT_S
 
 EXAMPLE = Example(
     prompt=[{"role": "user", "content": "2+2"}], answer={4}, metadata={"level": 3}, label="sums"
@@ -32,12 +32,18 @@ EXAMPLE = Example(
 
 
 def posted(server: SessionServer, body: Any) -> tuple[int, http.client.HTTPMessage, Any]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port)
     connection.request("POST", "/sessions", json.dumps(body))
     response = connection.getresponse()
     answer = json.loads(response.read())
     connection.close()
     return response.status, response.headers, answer
+
+
+def num_clients(server: SessionServer) -> int:
+    """Clients that wait for a session; call it in the server's loop."""
+    routes: claims.ClaimRoutes = server.book.on_waiting.__self__  # type: ignore[attr-defined]
+    return len(routes._waiting)
 
 
 def test_a_session_is_claimed_and_used(server: SessionServer) -> None:
@@ -46,7 +52,7 @@ def test_a_session_is_claimed_and_used(server: SessionServer) -> None:
     assert claimed is not None
     server.wait(lambda: session.state is SessionState.OPEN)
     assert claimed.base_url == server.base_url(session)
-    assert (claimed.group, claimed.sample, claimed.deadline_s, claimed.idle_timeout_s) == (0, 0, 600.0, 60.0)
+    assert (claimed.group, claimed.sample, claimed.deadline_s, claimed.idle_timeout_s) == (0, 0, 600.0, 500.0)
     assert claimed.example == {
         "split": "train", "index": 0, "prompt": [{"role": "user", "content": "2+2"}], "answer": "{4}",
         "metadata": {"level": 3}, "label": "sums",
@@ -78,11 +84,11 @@ def test_without_a_session_clients_come_again(server: SessionServer) -> None:
 def test_a_client_waits_for_a_session(server: SessionServer) -> None:
     assert claim(server.url, wait_s=0.3) is None
     with ThreadPoolExecutor(4) as pool:
-        claiming = [pool.submit(claim, server.url, wait_s=15) for _ in range(4)]
-        time.sleep(0.3)
+        claiming = [pool.submit(claim, server.url, wait_s=claims.MAX_WAIT_S) for _ in range(4)]
+        server.wait(lambda: num_clients(server) == 4)
         for _ in range(4):
             server.add(example=EXAMPLE)
-        claimed = [one.result(15) for one in claiming]
+        claimed = [one.result() for one in claiming]
     ids = {session.id for session in claimed if session is not None}
     assert ids == {session.id for session in server.sessions}
 
@@ -101,20 +107,21 @@ def test_a_client_that_left_claims_nothing(server: SessionServer) -> None:
     with socket.create_connection(("127.0.0.1", server.port)) as left:
         head = f"POST /sessions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n{body}"
         left.sendall(head.encode())
-        time.sleep(0.3)
-    time.sleep(0.1)
+        server.wait(lambda: num_clients(server) == 1)
+    server.wait(lambda: num_clients(server) == 0)
     session = server.add(example=EXAMPLE)
     assert session.state is SessionState.WAITING and not session.is_offered
     assert claim(server.url) is not None
 
 
 def test_an_undelivered_session_waits_again(server: SessionServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claims, "_DELIVERY_S", 0.3)
+    monkeypatch.setattr(claims, "_DELIVERY_S", HANG_LIMIT_S)
     session = server.add(example=Example(prompt="x" * 30_000_000, answer=0))
     with socket.create_connection(("127.0.0.1", server.port)) as slow:
         slow.sendall(b"POST /sessions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 0\r\n\r\n")
         assert slow.recv(100).startswith(b"HTTP/1.1 200")
         assert server.call(server.book.offer) is None
+        server.advance(HANG_LIMIT_S)
         server.wait(lambda: not session.is_offered)
     assert session.state is SessionState.WAITING
     assert claim(server.url) is not None
@@ -122,7 +129,7 @@ def test_an_undelivered_session_waits_again(server: SessionServer, monkeypatch: 
 
 def test_the_key_of_an_undelivered_session_is_void(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that has read the beginning of the answer would share the session with the next one."""
-    monkeypatch.setattr(claims, "_DELIVERY_S", 0.3)
+    monkeypatch.setattr(claims, "_DELIVERY_S", HANG_LIMIT_S)
     with PlaneServer().serving() as server:
         session = server.add(example=Example(prompt="x" * 30_000_000, answer=0))
         port = server.port_of(external=True)
@@ -130,6 +137,7 @@ def test_the_key_of_an_undelivered_session_is_void(monkeypatch: pytest.MonkeyPat
             slow.sendall(b"POST /sessions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 0\r\n\r\n")
             while b'"api_key":"key-0"' not in slow.recv(65536):
                 pass
+            server.advance(HANG_LIMIT_S)
             server.wait(lambda: not session.is_offered)
         path, key = f"/sessions/{session.id}/v1/models", {"Authorization": "Bearer key-0"}
         assert server.ask("GET", path, headers=key)[0] == 401
@@ -165,7 +173,7 @@ def answering(*answers: bytes) -> Iterator[str]:
         thread = threading.Thread(target=serve)
         thread.start()
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        thread.join(10)
+        thread.join()
         assert not thread.is_alive(), "fewer requests than answers"
 
 
@@ -198,24 +206,26 @@ def test_rewards_are_sent_until_they_arrive(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_few_clients_wait(server: SessionServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claims, "MAX_WAITING", 2)
-    waiting = [threading.Thread(target=posted, args=(server, {"wait_s": 1.5})) for _ in range(2)]
+    waiting = [threading.Thread(target=posted, args=(server, {"wait_s": 30})) for _ in range(2)]
     for one in waiting:
         one.start()
-    time.sleep(0.5)
-    status, _, answer = posted(server, {"wait_s": 1.5})
+    server.wait(lambda: num_clients(server) == 2)
+    status, _, answer = posted(server, {"wait_s": 30})
+    server.advance(30)
     assert status == 429 and "2 clients wait" in answer["error"]["message"]
     for one in waiting:
         one.join()
 
 
-def test_the_end_of_a_server_answers_those_that_wait(server: SessionServer) -> None:
+def test_the_end_of_a_server_answers_those_that_wait(
+    server: SessionServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claims, "MAX_WAIT_S", 2 * HANG_LIMIT_S)
     with ThreadPoolExecutor(3) as pool:
-        waiting = [pool.submit(posted, server, {"wait_s": 20}) for _ in range(3)]
-        time.sleep(0.3)
-        begun_s = time.monotonic()
+        waiting = [pool.submit(posted, server, {"wait_s": 2 * HANG_LIMIT_S}) for _ in range(3)]
+        server.wait(lambda: num_clients(server) == 3)
         server.call(server.book.close)
-        answers = [one.result(10) for one in waiting]
-    assert time.monotonic() - begun_s < 5.0
+        answers = [one.result() for one in waiting]
     server.add(example=EXAMPLE)
     answers.append(posted(server, {"wait_s": 20}))
     for status, headers, answer in answers:
@@ -226,7 +236,7 @@ def test_the_end_of_a_server_answers_those_that_wait(server: SessionServer) -> N
 def test_sessions_are_counted(server: SessionServer) -> None:
     server.add()
     server.add(example=EXAMPLE)
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port)
     connection.request("GET", "/sessions")
     assert json.loads(connection.getresponse().read()) == {"waiting": 1, "open": 1}
     connection.close()

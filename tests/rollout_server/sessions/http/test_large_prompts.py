@@ -6,13 +6,13 @@ import contextlib
 import http.client
 import json
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
+from rollout_server.episodes import large_work
 from rollout_server.episodes.large_work import LARGE_BYTES
 from rollout_server.sessions.http import answering
 from rollout_server.sessions.http.chat_answer import chat_object
@@ -36,7 +36,7 @@ class SlowRenderer:
         text = messages[-1]["content"]
         if len(text) >= LARGE_BYTES:
             self.names.append(text[0])
-            assert self.may_go_on.wait(15)
+            assert self.may_go_on.wait()
         return self._render(messages, **options)  # type: ignore[no-any-return]
 
 
@@ -52,7 +52,7 @@ def post(
     server: SessionServer, session: OpenSession, body: Any, route: str = "chat/completions", *, key: str = ""
 ) -> Any:
     """Status and error message."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port)
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     with contextlib.closing(connection):
         connection.request("POST", f"/sessions/{session.id}/v1/{route}", content, {"Idempotency-Key": key})
@@ -73,7 +73,7 @@ def test_a_large_prompt_delays_no_other(server: SessionServer, slow: SlowRendere
         assert post(server, small, saying("hi")) == (200, "")
         assert not posted.done()
         slow.may_go_on.set()
-        status, message = posted.result(15)
+        status, message = posted.result()
     assert status == 400 and "leaves no room" in message
 
 
@@ -82,12 +82,12 @@ def test_sessions_take_turns_with_large_prompts(server: SessionServer, slow: Slo
     with ThreadPoolExecutor(5) as pool:
         posted = [pool.submit(post, server, many, saying("a" + LARGE)) for _ in range(4)]
         server.wait(lambda: slow.names == ["a"])
-        time.sleep(0.3)  # until the others have arrived
+        server.wait(lambda: len(many.conversation.large_work._lock._waiters or ()) == 3)
         posted.append(pool.submit(post, server, one, saying("b" + LARGE)))
-        time.sleep(0.3)
+        server.wait(lambda: large_work._THREAD._work_queue.qsize() == 1)
         slow.may_go_on.set()
-        assert [made.result(15)[0] for made in posted] == [400] * 5
-    assert len(slow.names) == 5 and slow.names.index("b") <= 2
+        assert [made.result()[0] for made in posted] == [400] * 5
+    assert slow.names == ["a", "b", "a", "a", "a"]
 
 
 def test_an_answer_is_written_once_for_all(server: SessionServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +104,7 @@ def test_an_answer_is_written_once_for_all(server: SessionServer, monkeypatch: p
         posted = [pool.submit(post, server, session, saying("hi"), key="x") for _ in range(8)]
         server.wait(lambda: [call.num_readers for call in session._calls._by_id.values()] == [8])
         server.policy.open.set()
-        assert [made.result(15)[0] for made in posted] == [200] * 8
+        assert [made.result()[0] for made in posted] == [200] * 8
     assert len(written) == 1
     (call,) = session._calls._by_id.values()
     server.wait(lambda: not call.num_readers)
@@ -136,7 +136,7 @@ def test_refused_prompts_keep_no_session(server: SessionServer, slow: SlowRender
         ended = server.run(session.wait_ended(idle_timeout_s=0.2, deadline_s=lambda: None))
         assert ended == "idle"
         slow.may_go_on.set()
-        posted.result(15)
+        posted.result()
 
 
 def test_a_first_prompt_may_take_longer(server: SessionServer, slow: SlowRenderer) -> None:
@@ -147,11 +147,12 @@ def test_a_first_prompt_may_take_longer(server: SessionServer, slow: SlowRendere
         waiting = pool.submit(
             lambda: server.run(session.wait_ended(idle_timeout_s=0.1, deadline_s=lambda: None))
         )
-        time.sleep(0.3)
+        server.advance(1.0)
+        server.call(lambda: None)  # a turn of the loop
         assert not waiting.done()
         slow.may_go_on.set()
-        posted.result(15)
-        assert waiting.result(15) == "idle"
+        posted.result()
+        assert waiting.result() == "idle"
 
 
 def test_a_body_of_many_parts_is_refused(server: SessionServer) -> None:
