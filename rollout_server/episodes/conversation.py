@@ -15,6 +15,7 @@ the first segment that contains it, and is context in the others.
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 
 from areal_like.errors import EpisodeBudgetError, EpisodeError, PromptRefusedError
 from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory
-from rollout_server.environments.base import Message, Reply
+from rollout_server.environments.base import Message, Reply, ToolCall
 from rollout_server.episodes.base import PolicyClient
 from rollout_server.episodes.large_work import LargeWork
 from rollout_server.episodes.messages import (
@@ -75,7 +76,7 @@ class Conversation:
         Raises EpisodeBudgetError if there is no room for another turn (PromptRefusedError if it would be the
         first), EpisodeError if the messages cannot be rendered, and as PolicyClient.extend.
         """
-        return (await self.answer(messages, tools=tools, stop=stop)).reply
+        return (await self.answer(messages, tools=tools, stop=stop, keeps_malformed=True)).reply
 
     async def answer(
         self,
@@ -84,8 +85,14 @@ class Conversation:
         tools: Sequence[ToolSchema] = (),
         stop: Sequence[str] = (),
         max_new_tokens: int | None = None,
+        keeps_malformed: bool = False,
     ) -> Answer:
-        """As `say`, with the tokens. `max_new_tokens`: of this turn, if below the job's."""
+        """As `say`, with the tokens. `max_new_tokens`: of this turn, if below the job's.
+
+        `keeps_malformed`: tool calls that cannot be read, or that no tool was offered for, are calls of the
+        reply; an environment can tell the policy what is wrong. Otherwise such a reply is its text, as a
+        client of OpenAI's API expects it.
+        """
         known = canonical_messages(messages)
         schemas = canonical_tools(tools)
         if schemas and not self.renderer.supports_tools:
@@ -95,7 +102,13 @@ class Conversation:
             )
         known, parent, prompt = await self._prompt(known, schemas)
         return await self._sample(
-            prompt, parent, known=known, tools=schemas, stop=stop, max_new_tokens=max_new_tokens
+            prompt,
+            parent,
+            known=known,
+            tools=schemas,
+            stop=stop,
+            max_new_tokens=max_new_tokens,
+            keeps_malformed=keeps_malformed,
         )
 
     async def continue_tokens(
@@ -133,6 +146,7 @@ class Conversation:
         tools: list[ToolSchema],
         stop: Sequence[str],
         max_new_tokens: int | None,
+        keeps_malformed: bool = False,
     ) -> Answer:
         """`known`: the messages of the prompt; None if it has none."""
         start = len(prompt)
@@ -156,7 +170,13 @@ class Conversation:
         if finish_reason is FinishReason.LENGTH:
             finish_reason = reason
         self.finish_reason = finish_reason
-        reply = self._reply(transcript, finish_reason, num_prompt_tokens=start, tools=tools)
+        reply = self._reply(
+            transcript,
+            finish_reason,
+            num_prompt_tokens=start,
+            tools=tools,
+            keeps_malformed=keeps_malformed,
+        )
         turn = None
         if reply.num_tokens:
             turn = Turn(
@@ -331,10 +351,17 @@ class Conversation:
         *,
         num_prompt_tokens: int,
         tools: list[ToolSchema],
+        keeps_malformed: bool,
     ) -> Reply:
         tokens = transcript.tokens.tolist()
         prompt_ids, completion_ids = tokens[:num_prompt_tokens], tokens[num_prompt_tokens:]
         parsed = self.renderer.parse(completion_ids, prompt_ids=prompt_ids, tools=tools)
+        if (
+            parsed.tool_calls
+            and not keeps_malformed
+            and not (tools and all(map(_is_whole, parsed.tool_calls)))
+        ):
+            parsed = self.renderer.parse_text(completion_ids, prompt_ids=prompt_ids)
         calls = []
         for call in parsed.tool_calls:
             # Nine letters and digits, as some templates demand.
@@ -348,3 +375,11 @@ class Conversation:
             finish_reason=finish_reason,
             num_tokens=len(completion_ids),
         )
+
+
+def _is_whole(call: ToolCall) -> bool:
+    """True if a call has a name, and a JSON object as arguments."""
+    try:
+        return bool(call.name) and isinstance(json.loads(call.arguments), dict)
+    except (ValueError, RecursionError):
+        return False

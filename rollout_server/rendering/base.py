@@ -98,6 +98,17 @@ class ChatRenderer(ABC):
     ) -> ParsedReply:
         """The reply in sampled tokens, whatever they are."""
 
+    def parse_text(self, completion_ids: Sequence[int], *, prompt_ids: Sequence[int]) -> ParsedReply:
+        """The reply without tool calls: what looks like one is left in the text as the policy wrote it."""
+        parsed = self.parse(completion_ids, prompt_ids=prompt_ids)
+        if not parsed.tool_calls:
+            return parsed
+        text = self.decode(completion_ids, skip_special_tokens=True)
+        if parsed.reasoning and parsed.reasoning in text:
+            after = text.partition(parsed.reasoning)[2]
+            text = after.lstrip().removeprefix("</think>").lstrip("\n")
+        return ParsedReply(text=text, reasoning=parsed.reasoning)
+
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The tokens as text."""
         return str(

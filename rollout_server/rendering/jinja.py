@@ -17,7 +17,7 @@ from areal_like.chat.messages import with_parsed_arguments
 from areal_like.errors import ConfigError, EpisodeError
 from rollout_server.environments.base import Message
 from rollout_server.rendering.base import ChatRenderer, ParsedReply, ToolSchema
-from rollout_server.rendering.replies import Markers, parse_json_call, split_reply
+from rollout_server.rendering.replies import Markers, ParseCall, parse_json_call, split_reply
 
 _REASONING = "reasoning_content"
 _PROBE_TOOL: dict[str, Any] = {
@@ -139,11 +139,20 @@ class JinjaRenderer(ChatRenderer):
         self, completion_ids: Sequence[int], *, prompt_ids: Sequence[int], tools: Sequence[ToolSchema] = ()
     ) -> ParsedReply:
         """See ChatRenderer."""
+        return self._split(completion_ids, prompt_ids, parse_call=self.parse_call)
+
+    def parse_text(self, completion_ids: Sequence[int], *, prompt_ids: Sequence[int]) -> ParsedReply:
+        """See ChatRenderer."""
+        return self._split(completion_ids, prompt_ids, parse_call=None)
+
+    def _split(
+        self, completion_ids: Sequence[int], prompt_ids: Sequence[int], *, parse_call: ParseCall | None
+    ) -> ParsedReply:
         before = self.decode(list(prompt_ids)[-_TOKENS_OF_A_MARKER:]).rstrip()
         return split_reply(
             self.decode([i for i in completion_ids if i not in self._hidden_ids]),
             markers=self.markers,
-            parse_call=self.parse_call,
+            parse_call=parse_call,
             starts_in_reasoning=before.endswith(self.markers.reasoning_begin),
         )
 

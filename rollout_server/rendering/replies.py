@@ -20,6 +20,10 @@ from rollout_server.rendering.base import ParsedReply
 _NAME = re.compile(r'"name"\s*:\s*"([^"\\]*)"')
 
 
+ParseCall = Callable[[str], tuple[str, str]]
+"""Name and arguments of a call, from the text between its markers."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Markers:
     """The texts around the parts of a reply."""
@@ -56,12 +60,12 @@ def split_reply(
     text: str,
     *,
     markers: Markers,
-    parse_call: Callable[[str], tuple[str, str]] = parse_json_call,
+    parse_call: ParseCall | None = parse_json_call,
     starts_in_reasoning: bool = False,
 ) -> ParsedReply:
     """The parts of a reply without its end-of-turn token.
 
-    `starts_in_reasoning`: the prompt ended with the marker that begins the reasoning. Reasoning that does not
+    `parse_call`: None leaves calls in the text. `starts_in_reasoning`: the prompt ended with the marker that begins the reasoning. Reasoning that does not
     end leaves no text; a call that does not end is malformed.
     """
     reasoning = ""
@@ -70,6 +74,8 @@ def split_reply(
         inside = begin.removeprefix(markers.reasoning_begin)
         reasoning, _, text = inside.partition(markers.reasoning_end)
         reasoning, text = reasoning.strip("\n"), text.lstrip("\n")
+    if parse_call is None:
+        return ParsedReply(text=text, reasoning=reasoning)
     text, *rest = text.split(markers.call_begin)
     calls = []
     for part in rest:

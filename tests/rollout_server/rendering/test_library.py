@@ -84,6 +84,16 @@ def test_malformed_calls_keep_their_text(said: str, name: str, arguments: str) -
     assert (call.name, call.arguments) == (name, arguments)
 
 
+@pytest.mark.parametrize("reasoning", ["", "<think>\nI add\n</think>\n\n"])
+def test_calls_can_be_left_in_the_text(reasoning: str) -> None:
+    renderer = qwen3()
+    said = 'so: <tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
+    completion = ids_of(renderer, f"{reasoning}{said}<|im_end|>")
+    parsed = renderer.parse_text(completion, prompt_ids=renderer.render([USER]))
+    assert (parsed.text, parsed.tool_calls) == (said, ())
+    assert parsed.reasoning.strip() == ("I add" if reasoning else "")
+
+
 def test_a_reply_that_cannot_be_parsed_is_text() -> None:
     renderer = qwen3()
     said = f"<tool_call>{'[' * 5000}</tool_call><|im_end|>"

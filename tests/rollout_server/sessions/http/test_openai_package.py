@@ -82,6 +82,43 @@ def test_tool_calls_continue_one_segment(server: SessionServer, sends_back: str)
     assert len(session.conversation.turns) == 3
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("said", "offered"),
+    [
+        (CALL, False),
+        (f"<think>so</think>I add: {CALL}", False),
+        ("<tool_call>add 1 1</tool_call>", True),
+        ('<tool_call>{"name": "add", "arguments": [1]}</tool_call>', True),
+        (f'{CALL}<tool_call>{{"name": "add"', True),
+    ],
+)
+def test_what_is_no_whole_call_of_a_tool_is_text(
+    server: SessionServer, said: str, offered: bool, stream: bool
+) -> None:
+    session = server.add()
+    server.policy.texts = [said, "done"]
+    messages: list[Any] = [*HI]
+    tools: Any = TOOLS if offered else openai.omit
+    with client_of(server, session) as client:
+        text, reasons = "", []
+        if stream:
+            for chunk in client.chat.completions.create(
+                model="m", messages=messages, tools=tools, stream=True
+            ):
+                assert not chunk.choices[0].delta.tool_calls
+                text += chunk.choices[0].delta.content or ""
+                reasons += [chunk.choices[0].finish_reason] if chunk.choices[0].finish_reason else []
+        else:
+            choice = client.chat.completions.create(model="m", messages=messages, tools=tools).choices[0]
+            assert not choice.message.tool_calls
+            text, reasons = choice.message.content or "", [choice.finish_reason]
+        assert (text, reasons) == (said.rpartition("</think>")[2], ["stop"])
+        messages += [{"role": "assistant", "content": text}, {"role": "user", "content": "go on"}]
+        client.chat.completions.create(model="m", messages=messages, tools=tools)
+    assert segments_of(server, session) == 1
+
+
 def test_streams_continue_one_segment(server: SessionServer) -> None:
     session = server.add()
     server.policy.texts = ["first", f"so{CALL}{CALL}", "done"]
