@@ -65,8 +65,8 @@ def split_reply(
 ) -> ParsedReply:
     """The parts of a reply without its end-of-turn token.
 
-    `parse_call`: None leaves calls in the text. `starts_in_reasoning`: the prompt ended with the marker that begins the reasoning. Reasoning that does not
-    end leaves no text; a call that does not end is malformed.
+    `parse_call`: None leaves calls in the text. `starts_in_reasoning`: the prompt ended with the marker that
+    begins the reasoning. Reasoning that does not end leaves no text; a call that does not end is malformed.
     """
     reasoning = ""
     begin = text.lstrip()

@@ -130,6 +130,7 @@ async def running_sessions(
                 step_timeout_s=config.episode.step_timeout_s,
                 memory_mb=config.episode.memory_mb,
             )
+            waits.sources.append(pool.slow_starts)
             with waits("agents: start"):
                 await stack.enter_async_context(pool)
         yield Sessions(config, book=book, chat=chat, context_tokens=context_tokens, pool=pool)

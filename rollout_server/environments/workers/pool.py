@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 from collections.abc import Mapping
 from typing import Any
@@ -29,14 +30,33 @@ log = logging.getLogger(__name__)
 
 _START_TIMEOUT_S = 60.0
 """Long, because importing a task may import a large library."""
-_FORK_TIMEOUT_S = 20.0
-"""A fork takes milliseconds; a zygote that takes longer hangs."""
+_FORK_TIMEOUT_S = 60.0
+"""A fork takes milliseconds. A zygote whose workers have all not started for so long hangs."""
+_FORK_CHECKS = 20
+"""Times that a worker is looked for in this time: if this process was stopped meanwhile, that counts once."""
+_STARTS_PER_CORE = 2
+"""Workers that start at the same time. Hundreds would take the time from each other, and from the engine."""
 _RESTART_DELAY_S = 1.0
 """Pause before a zygote is started again: a broken import must not cause a busy loop."""
 _CLOSE_TIMEOUT_S = 5.0
 _SHUTDOWN_TIMEOUT_S = 2.0
 _SLOW_CALL_S = 1.0
 """Calls that take longer are named in the server's status."""
+
+
+class StartPatience:
+    """For a worker that has not started: ends after `_FORK_CHECKS` looks between which no other has. Pure."""
+
+    def __init__(self) -> None:
+        self._num_started = -1
+        self._left = 0
+
+    def goes_on(self, num_started: int) -> bool:
+        """`num_started`: workers of the pool that have started so far."""
+        if num_started != self._num_started:
+            self._num_started, self._left = num_started, _FORK_CHECKS
+        self._left -= 1
+        return self._left > 0
 
 
 class EnvironmentPool:
@@ -63,6 +83,10 @@ class EnvironmentPool:
         """The one that was used last is used next: its memory is warm."""
         self._closing: set[asyncio.Task[None]] = set()
         self._last_number = 0
+        self._num_started = 0
+        self._may_start = asyncio.Semaphore(_STARTS_PER_CORE * len(os.sched_getaffinity(0)))
+        self._wait_to_start: dict[object, float] = {}
+        """Samples without a worker -> time of the loop since when."""
         self._open: dict[WorkerConnection, str] = {}
         """The environment that each worker serves."""
         self._keeping: asyncio.Task[None] | None = None
@@ -110,6 +134,13 @@ class EnvironmentPool:
         """Those that samples wait for."""
         return sum(worker.call_since_s is not None for worker in self._open)
 
+    def slow_starts(self) -> dict[str, float]:
+        """The number of samples that wait for a process -> seconds of the longest wait, if that is long."""
+        since_s = min(self._wait_to_start.values(), default=self._loop.time())
+        if (waiting_s := self._loop.time() - since_s) < _SLOW_CALL_S:
+            return {}
+        return {f"environments: {len(self._wait_to_start)} samples without a process": round(waiting_s, 3)}
+
     def slow_calls(self) -> dict[str, float]:
         """The environment that samples have waited for longest -> seconds so far, if that is long."""
         calls = [
@@ -121,14 +152,18 @@ class EnvironmentPool:
         waiting_s = self._loop.time() - since_s
         if waiting_s < _SLOW_CALL_S:
             return {}
-        return {f"environment of {name} ({len(calls)} called)": round(waiting_s, 3)}
+        return {f"environments: {name} ({len(calls)} called)": round(waiting_s, 3)}
 
     async def open(self, *, split: Split, index: int, seed: int) -> EnvironmentSession:
         """An environment for one sample of an example. Raises EnvironmentLostError without a process."""
+        mark = object()
+        self._wait_to_start[mark] = self._loop.time()
         try:
             worker = await self._take_worker()
         except OSError as error:  # too many open files
             raise EnvironmentLostError(f"no process for an environment can be started: {error}") from error
+        finally:
+            del self._wait_to_start[mark]
         self._open[worker] = f"{split} {index}"
         return EnvironmentSession(self, worker, start=[split, index, seed])
 
@@ -181,17 +216,25 @@ class EnvironmentPool:
         worker.lose(EpisodeError("the environment's process was ended"))
 
     async def _take_worker(self) -> WorkerConnection:
+        if (worker := self._take_idle()) is not None:
+            return worker
+        async with self._may_start:
+            if (worker := self._take_idle()) is not None:  # closed while this sample waited
+                return worker
+            try:
+                async with asyncio.timeout(_START_TIMEOUT_S):
+                    while self._zygote is None:  # it may be lost again before this task runs
+                        await self._is_ready.wait()
+            except TimeoutError:
+                raise EnvironmentLostError("the process that starts environments does not start") from None
+            return await self._fork_worker(self._zygote)
+
+    def _take_idle(self) -> WorkerConnection | None:
         while self._idle:
             worker = self._idle.pop()
             if worker.lost is None:
                 return worker
-        try:
-            async with asyncio.timeout(_START_TIMEOUT_S):
-                while self._zygote is None:  # it may be lost again before this task runs
-                    await self._is_ready.wait()
-        except TimeoutError:
-            raise EnvironmentLostError("the process that starts environments does not start") from None
-        return await self._fork_worker(self._zygote)
+        return None
 
     async def _fork_worker(self, zygote: ZygoteProcess) -> WorkerConnection:
         self._last_number += 1
@@ -203,15 +246,32 @@ class EnvironmentPool:
                 await self._loop.create_unix_connection(lambda: worker, sock=own)
                 self._workers[worker.number] = worker
                 zygote.fork(worker.number, theirs)
-            await worker.call(None, timeout_s=_FORK_TIMEOUT_S, timed_out=hung)
+            await self._wait_started(worker, hung)
         except BaseException:  # most likely the caller was cancelled
             if worker.lost is hung and self._zygote is zygote:
-                log.error("the process that starts environments hangs and is replaced")
-                zygote.replace()
+                zygote.replace(f"it hangs: {hung}")
             self._retire(worker)
             own.close()
             raise
         return worker
+
+    async def _wait_started(self, worker: WorkerConnection, hung: EpisodeError) -> None:
+        """Until it runs. Loses it because of `hung` if no worker of the pool starts for too long.
+
+        A worker is not lost for being slow: on a busy machine all are.
+        """
+        started = asyncio.ensure_future(worker.call(None, timeout_s=None, timed_out=hung))
+        started.add_done_callback(lambda done: done.cancelled() or done.exception())  # the caller may be gone
+        patience = StartPatience()
+        try:
+            while not started.done() and worker.lost is None:
+                await asyncio.wait({started}, timeout=_FORK_TIMEOUT_S / _FORK_CHECKS)
+                if not started.done() and not patience.goes_on(self._num_started):
+                    worker.lose(hung)
+            await started
+        finally:
+            started.cancel()
+        self._num_started += 1
 
     def _on_worker_ended(self, number: int, reason: str) -> None:
         if (worker := self._workers.get(number)) is not None:
@@ -228,6 +288,7 @@ class EnvironmentPool:
     async def _keep_zygote(self, started: asyncio.Future[None]) -> None:
         """Keeps a zygote running. `started`: gets the outcome of the first start."""
         while True:
+            reason = "this server ends"
             zygote = ZygoteProcess(self._setup, on_worker_ended=self._on_worker_ended)
             try:
                 async with asyncio.timeout(_START_TIMEOUT_S):
@@ -236,8 +297,8 @@ class EnvironmentPool:
                 self._is_ready.set()
                 if not started.done():
                     started.set_result(None)
-                await zygote.lost
-                log.error("the process that starts environments died; another is started")
+                reason = await zygote.lost
+                log.error("the process that starts environments was lost (%s); another is started", reason)
                 self.num_restarts += 1
             except (ConfigError, EnvironmentLostError, TimeoutError) as error:
                 problem = str(error) or f"its import took longer than {_START_TIMEOUT_S:g} s"
@@ -249,14 +310,14 @@ class EnvironmentPool:
                 self._zygote = None
                 self._is_ready.clear()
                 zygote.close()
-                self._lose_workers()
+                self._lose_workers(reason)
             await asyncio.sleep(_RESTART_DELAY_S)
 
-    def _lose_workers(self) -> None:
+    def _lose_workers(self, reason: str) -> None:
         workers, self._workers = self._workers, {}
         self._idle.clear()
         for worker in workers.values():
-            worker.lose(EnvironmentLostError("the process that starts environments was lost"))
+            worker.lose(EnvironmentLostError(f"the process that starts environments was lost: {reason}"))
 
 
 class EnvironmentSession:

@@ -43,8 +43,8 @@ class ZygoteProcess:
         self._loop = asyncio.get_running_loop()
         self._on_worker_ended = on_worker_ended
         self.ready: asyncio.Future[None] = self._loop.create_future()
-        self.lost: asyncio.Future[None] = self._loop.create_future()
-        """Done when its socket is closed."""
+        self.lost: asyncio.Future[str] = self._loop.create_future()
+        """Why, when its socket is closed."""
         self._mark = secrets.token_hex(16)
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
@@ -99,9 +99,9 @@ class ZygoteProcess:
                 theirs.close()
         self._loop.remove_writer(self._control.fileno())
 
-    def replace(self) -> None:
+    def replace(self, reason: str) -> None:
         """Gives it up; `lost` follows."""
-        self._end()
+        self._end(reason)
 
     def close(self) -> None:
         """Ends the process, which ends its workers first, and waits for it."""
@@ -135,11 +135,11 @@ class ZygoteProcess:
         else:
             self.ready.set_exception(ConfigError(str(message)))
 
-    def _end(self) -> None:
+    def _end(self, reason: str = "it died") -> None:
         if self._control.fileno() < 0:
             return
         if not self.lost.done():  # it is cancelled with a task that waits for it
-            self.lost.set_result(None)
+            self.lost.set_result(reason)
         self._loop.remove_reader(self._control.fileno())
         self._loop.remove_writer(self._control.fileno())
         self._control.close()

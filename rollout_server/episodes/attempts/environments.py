@@ -46,7 +46,7 @@ async def running_environments(
         step_timeout_s=episode.step_timeout_s,
         memory_mb=episode.memory_mb,
     )
-    waits.sources.append(pool.slow_calls)
+    waits.sources += [pool.slow_starts, pool.slow_calls]
     async with contextlib.AsyncExitStack() as stack:
         with waits("environments: start"):
             await stack.enter_async_context(pool)

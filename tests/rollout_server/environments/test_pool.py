@@ -245,7 +245,7 @@ def test_a_cancelled_call_is_closed_in_order() -> None:
                 ((name, waited_s),) = environments.slow_calls().items()
             finally:
                 pool_module._SLOW_CALL_S = before
-            assert name == "environment of train 3 (1 called)" and 0.05 <= waited_s < 20
+            assert name == "environments: train 3 (1 called)" and 0.05 <= waited_s < 20
             await slow
 
     run(body)
@@ -270,13 +270,46 @@ def test_a_lost_zygote_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
                         with pytest.raises(EnvironmentLostError, match="no process"):
                             await environments.open(split="train", index=0, seed=0)
                     await until(lambda: environments._zygote is None)
-                    with pytest.raises(EnvironmentLostError):
+                    cause = "it hangs: no process for" if signal_number is signal.SIGSTOP else "it died"
+                    with pytest.raises(EnvironmentLostError, match=f"was lost: {cause}"):
                         await session.step(reply("gone"))
                 await all_gone(zygote, pid, child)
                 assert await pid_of_worker(environments) != pid
             assert environments.num_restarts == 3, "two zygotes, and a worker that did not start"
 
     run(body)
+
+
+def test_few_workers_start_at_the_same_time() -> None:
+    """Hundreds of samples begin at once: each start takes the time of the others."""
+
+    async def body() -> None:
+        async with pool() as environments:
+            most = pool_module._STARTS_PER_CORE * len(os.sched_getaffinity(0))
+            assert environments._zygote is not None
+            starting, fork = [], environments._zygote.fork
+
+            def counted_fork(worker: int, theirs: Any) -> None:
+                starting.append(len(environments._workers) - environments._num_started)
+                fork(worker, theirs)
+
+            environments._zygote.fork = counted_fork  # type: ignore[method-assign]
+            sessions = await asyncio.gather(
+                *(environments.open(split="train", index=0, seed=seed) for seed in range(3 * most))
+            )
+            assert len(starting) == environments.num_open == 3 * most and max(starting) <= most
+            for session in sessions:
+                session.close()
+
+    run(body)
+
+
+def test_a_slow_start_is_no_hang() -> None:
+    patience = pool_module.StartPatience()
+    most = pool_module._FORK_CHECKS - 1
+    for num_started in range(3):  # another worker starts each time, just before it would be over
+        assert [patience.goes_on(num_started) for _ in range(most)] == [True] * most
+    assert not patience.goes_on(2)
 
 
 @pytest.mark.parametrize(
