@@ -26,6 +26,8 @@ class FailureKind(StrEnum):
     """The prompt is too long or empty, or the engine refuses it: it would fail at every server."""
     ENVIRONMENT = "environment"
     """The task's example() or the episode raised or hung."""
+    AGENT = "agent"
+    """Agents from outside did not make the sample: they made no request, posted no reward, or were gone."""
 
 
 class FailurePolicy(StrEnum):
@@ -43,3 +45,5 @@ FAULTS_OF_SERVER = frozenset({FailureKind.ENGINE, FailureKind.TIMEOUT})
 """Kinds that count against the rollout server."""
 FAULTS_OF_TASK = frozenset({FailureKind.REWARD, FailureKind.REWARD_TIMEOUT, FailureKind.ENVIRONMENT})
 """Kinds that count against the task's code."""
+FAULTS_OF_AGENTS = frozenset({FailureKind.AGENT})
+"""Kinds that count against who has claimed the session, which is noted at its server."""

@@ -33,9 +33,13 @@ class OnFailureConfig(Section, key="buffer.on_failure"):
     environment: Policy = "zero"
     """The task's example() or the episode raised or hung, or its turns became too long for the engine."""
 
+    agent: Policy = "drop"
+    """Agents from outside did not make the sample, although its server gave it to several of them: `drop`,
+    or `retry` (at another server, if one has room)."""
+
     def check(self) -> None:
         """`zero` only for failures that leave tokens to train on."""
-        for name in ("engine", "timeout", "prompt"):
+        for name in ("engine", "timeout", "prompt", "agent"):
             require(
                 getattr(self, name) != "zero",
                 f"buffer.on_failure.{name}=zero: such a sample has no tokens to train on: use retry or drop",
@@ -97,7 +101,8 @@ class BufferConfig(Section, key="buffer"):
     """Number of times that a failed sample is retried before its ticket is dropped with reason `failed`."""
     max_consecutive_failures: int = 20
     """Failed samples in a row, each of another ticket, after which a rollout server gets no leases for a
-    while. If the task's code failed at every server, the run ends with the last error instead."""
+    while. If the task's code failed at every server before the first good sample of the run, the run ends
+    with the last error instead."""
     on_failure: OnFailureConfig = field(default_factory=OnFailureConfig)
     max_peers: int = 1024
     """Most registered rollout servers and trainer ranks; further ones are refused."""

@@ -3,18 +3,21 @@
     failed sample -> retry (leased again) | drop (its ticket ends); `zero` arrives as a normal sample
     of an evaluation -> retry | given up: it counts 0, and the other samples of its prompt go on
     server's row too long -> quarantine of that server
-    rows of every server too long -> the job ends with the last error
+    rows of every server too long before the first good sample -> the job ends with the last error
 
 One server must not be able to end a job while others work, so every server has rows of its own
-(`buffer/tables/server_health.py`), and the job ends only when each server with an outcome is broken. Failures
-that a server in quarantine still reports are retried without a count: it cannot use up a ticket's retries. A
-prompt that is too long says nothing about server or task; only so many of them that no data set explains it
-end the job. Nor does the reward of an evaluation set with a task of its own: training goes on without it.
+(`buffer/tables/server_health.py`), and the job ends only when each server with an outcome is broken. The
+task's code can end it only while no sample was ever good: then it is most likely a mistake in it, and whoever
+has started the job is told at once. Later the job waits, with a try now and then, for a judge or a game
+server that comes back. Failures that a server in quarantine still reports are retried without a count: it
+cannot use up a ticket's retries. A prompt that is too long says nothing about server or task; only so many of
+them that no data set explains it end the job. Nor does the reward of an evaluation set with a task of its
+own: training goes on without it. Agents from outside are judged where they claim their sessions.
 """
 
 from __future__ import annotations
 
-from areal_like.failures import FAULTS_OF_SERVER, FAULTS_OF_TASK, FailureKind, FailurePolicy
+from areal_like.failures import FAULTS_OF_AGENTS, FAULTS_OF_SERVER, FAULTS_OF_TASK, FailureKind, FailurePolicy
 from areal_like.wire.messages.producer import Purpose
 from buffer.ledger.lifecycle import TicketLifecycle
 from buffer.ledger.state import LedgerState
@@ -89,6 +92,15 @@ class FailedSamples:
         self._counters.count_failure(kind, FailurePolicy.ZERO, num_tokens=num_tokens)
         self._leases.servers[name].health.succeed_without_reward()
 
+    @property
+    def task_trouble(self) -> str:
+        """Why no server makes samples, if the task's code fails at all of them; else empty."""
+        quarantines = [server.health.quarantine for server in self._leases.servers.values()]
+        if not quarantines or not all(one is not None and one.is_of_task for one in quarantines):
+            return ""
+        reasons = [one.reason for one in quarantines if one is not None]
+        return f"the task's code fails at every rollout server: {reasons[0]}"
+
     def take_notices(self) -> list[str]:
         """Quarantines since the last call, as texts for the log."""
         notices, self._notices = self._notices, []
@@ -100,6 +112,8 @@ class FailedSamples:
             kind is FailureKind.PROMPT
             or (kind in FAULTS_OF_TASK and ticket.eval_set in self._settings.eval_sets_with_task)
         ):
+            return
+        if kind in FAULTS_OF_AGENTS:
             return
         if kind not in FAULTS_OF_SERVER | FAULTS_OF_TASK:
             self._num_prompts_in_row += 1
@@ -117,8 +131,9 @@ class FailedSamples:
         reason = server.health.quarantine.reason
         backoff_s = server.health.quarantine.until_s - server.last_heard_s
         self._notices.append(f"{name} gets no leases for {backoff_s:g} s: {reason}")
-        healths = [other.health for other in self._leases.servers.values()]
-        if all(health.is_broken for health in healths if health.has_outcome):
+        healths = [other.health for other in self._leases.servers.values() if other.health.has_outcome]
+        may_task_end = not self._counters.num_good_samples
+        if all(health.is_broken(may_task_end=may_task_end) for health in healths):
             self._end_job(reason)
 
     def _end_job(self, reason: str) -> None:

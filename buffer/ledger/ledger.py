@@ -183,6 +183,11 @@ class Ledger:
         """Why the job cannot continue; empty while it can."""
         return self._failed_samples.job_failure_reason
 
+    @property
+    def task_trouble(self) -> str:
+        """As FailedSamples.task_trouble."""
+        return self._failed_samples.task_trouble
+
     def take_notices(self) -> list[str]:
         """What the log should tell since the last call: quarantines of servers, rows of groups without
         spread."""

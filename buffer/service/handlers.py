@@ -211,9 +211,11 @@ class Handlers:
         beat: consumer.TrainerHeartbeat = envelope.message
         peer.state, peer.stats, peer.waits, peer.step = beat.state, beat.stats, beat.waits, beat.step
         ack = self._heartbeat_ack(sent_s=beat.sent_s, progress=self._peers.total("progress"))
-        if self._ledger.state.holds.is_paused and not ack.trouble:  # its limits of time must not run out
-            ack = dataclasses.replace(ack, trouble="the run is paused by an operator")
-        return ack
+        if ack.trouble:
+            return ack
+        # Its limits of time must not run out.
+        paused = "the run is paused by an operator" if self._ledger.state.holds.is_paused else ""
+        return dataclasses.replace(ack, trouble=paused or self._ledger.task_trouble)
 
     def _trainer_goodbye(self, peer: Peer, envelope: Envelope) -> Ok:
         self._peers.remove(peer.hello.name)

@@ -40,6 +40,7 @@ _NAMES = {
     for name in _POPULATIONS
 }
 """Population -> counters of its lengths, its tokens and its rewards."""
+_ZERO_NAMES = [failure_key(kind, FailurePolicy.ZERO) for kind in FailureKind]
 _VERDICT_NAMES = {verdict: _VERDICT + verdict.name.lower() for verdict in Verdict}
 
 
@@ -61,6 +62,12 @@ class StreamCounters:
         changes = {name: self._values[name] for name in self._changed}
         self._changed.clear()
         return changes
+
+    @property
+    def num_good_samples(self) -> int:
+        """Accepted samples of the whole run that did not fail: those with reward 0 for a failure are not."""
+        zeros = sum(self._values.get(name, 0) for name in _ZERO_NAMES)
+        return int(self._values.get(_VERDICT_NAMES[Verdict.ACCEPTED], 0) - zeros)
 
     def count_offered(self, verdict: Verdict, *, num_sampled: int) -> None:
         """Counts a sample that arrived. The tokens of a duplicate were counted the first time."""

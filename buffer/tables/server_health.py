@@ -20,9 +20,10 @@ from areal_like.failures import FAULTS_OF_SERVER, FailureKind
 
 FIRST_BACKOFF_S = 30.0
 LONGEST_BACKOFF_S = 1920.0
+LONGEST_TASK_BACKOFF_S = 120.0
+"""For failures of the task's code: they are the same at every server, so no other one works meanwhile."""
 MAX_QUARANTINES = 3
-"""Quarantines in a row for failures of its engine after which a server counts as broken for good. One is
-enough for failures of the task's code."""
+"""Quarantines in a row for failures of its engine after which a server counts as broken for good."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +32,8 @@ class Quarantine:
 
     reason: str
     until_s: float
+    is_of_task: bool
+    """For failures of the task's code."""
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -42,21 +45,24 @@ class ServerHealth:
     """True once it has delivered a sample, or failed one by its own or the task's fault."""
     num_quarantines: int = 0
     """Since its last accepted sample."""
+    num_engine_quarantines: int = 0
+    """Those of them for failures of its engine."""
     has_failed_task: bool = False
     """True if a quarantine since its last accepted sample was for failures of the task's code."""
     _rows: dict[bool, set[int]] = field(default_factory=lambda: {True: set(), False: set()})
     """Fault of the server (else of the task) -> tickets of which samples failed, since the last success."""
 
-    @property
-    def is_broken(self) -> bool:
-        """True if more waiting is unlikely to help."""
-        return self.has_failed_task or self.num_quarantines >= MAX_QUARANTINES
+    def is_broken(self, *, may_task_end: bool) -> bool:
+        """True if more waiting is unlikely to help. `may_task_end`: one quarantine is enough for failures of
+        the task's code; without it they count for nothing."""
+        return (may_task_end and self.has_failed_task) or self.num_engine_quarantines >= MAX_QUARANTINES
 
     def succeed(self) -> None:
         """It delivered a sample that was accepted: the server is healthy."""
         self.has_outcome = True
         if self.num_quarantines or self._rows[True] or self._rows[False]:
-            self.quarantine, self.num_quarantines, self.has_failed_task = None, 0, False
+            self.quarantine, self.has_failed_task = None, False
+            self.num_quarantines = self.num_engine_quarantines = 0
             self._rows = {True: set(), False: set()}
 
     def succeed_without_reward(self) -> None:
@@ -76,11 +82,14 @@ class ServerHealth:
             row.add(ticket_id)
         if len(row) < limit:
             return False
-        backoff_s = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2**self.num_quarantines)
+        longest_s = LONGEST_BACKOFF_S if is_server_fault else LONGEST_TASK_BACKOFF_S
+        backoff_s = min(longest_s, FIRST_BACKOFF_S * 2**self.num_quarantines)
         self.num_quarantines += 1
+        self.num_engine_quarantines += is_server_fault
         self.has_failed_task |= not is_server_fault
         reason = f"{len(row)} samples failed in a row, all of different tickets; the last: {error}"
-        self.quarantine = Quarantine(reason=reason, until_s=now_s + backoff_s)
+        until_s = now_s + backoff_s
+        self.quarantine = Quarantine(reason=reason, until_s=until_s, is_of_task=not is_server_fault)
         return True
 
     def end_backoff(self, *, now_s: float) -> None:

@@ -17,7 +17,7 @@ from areal_like.wire.messages.producer import Lease, Purpose, SampleDone
 from buffer.ledger import failed_samples
 from buffer.ledger.ledger import Ledger
 from buffer.ledger.recovery import recover
-from buffer.tables.server_health import FIRST_BACKOFF_S, MAX_QUARANTINES
+from buffer.tables.server_health import FIRST_BACKOFF_S, LONGEST_TASK_BACKOFF_S, MAX_QUARANTINES
 from buffer.tickets import Drop, State, Verdict
 from tests.support.ledger_simulation import (
     add_server,
@@ -51,7 +51,7 @@ def fail_row(ledger: Ledger, name: str, leases: list[Lease], kind: FailureKind) 
 # --- policies ---
 
 
-@pytest.mark.parametrize("kind", ["engine", "timeout", "prompt"])
+@pytest.mark.parametrize("kind", ["engine", "timeout", "prompt", "agent"])
 def test_zero_needs_sampled_tokens(kind: str) -> None:
     with pytest.raises(ConfigError, match=f"on_failure.{kind}=zero"):
         from_mapping({"buffer": {"on_failure": {kind: "zero"}}})
@@ -238,12 +238,74 @@ def test_a_quarantine_outlives_a_reconnect_not_a_restart() -> None:
 
 
 def test_one_server_cannot_end_the_job_of_others() -> None:
-    ledger, leases = wide_ledger("good", "hostile")
+    ledger, leases = wide_ledger("good", "hostile", max_sample_retries=100)
     deliver(ledger, "good", done(leases["good"][0], 0, [0]))
     fail_row(ledger, "hostile", leases["hostile"], FailureKind.REWARD)
     assert not ledger.failure_reason and ledger.servers["hostile"].health.quarantine is not None
-    fail_row(ledger, "good", leases["good"][1:4], FailureKind.REWARD)
-    assert "good: reward raised" in ledger.failure_reason, "now it fails at every server"
+    assert ledger.task_trouble == "", "the other one works"
+
+
+def test_a_task_that_fails_at_every_server_ends_a_job_without_a_good_sample() -> None:
+    ledger, leases = wide_ledger("a", "b")
+    deliver(ledger, "a", done(leases["a"][0], 0, [0], failure="reward_timeout"))
+    fail_row(ledger, "a", leases["a"][1:4], FailureKind.REWARD)
+    assert ledger.failure_reason, (
+        "b has no outcome, and a sample with reward 0 for a failure is not a good one"
+    )
+    assert "a: reward raised" in ledger.failure_reason
+
+
+@pytest.mark.parametrize("kind", [FailureKind.REWARD, FailureKind.REWARD_TIMEOUT, FailureKind.ENVIRONMENT])
+def test_a_task_that_fails_later_is_waited_for(kind: FailureKind) -> None:
+    """A judge that is down for hours: the job tries now and then, and says what it waits for."""
+    store = RowStore()
+    ledger, leases = wide_ledger("a", "b", store=store, max_sample_retries=100)
+    deliver(ledger, "a", done(leases["a"][0], 0, [0]))
+    rest = {"a": leases["a"][1:], "b": leases["b"]}
+    now_s = 0.0
+    for _ in range(12):
+        for name in ("a", "b"):
+            fail_row(ledger, name, rest[name][:3], kind)
+        assert not ledger.failure_reason
+        assert (
+            "the task's code fails at every rollout server: 3 samples failed in a row" in ledger.task_trouble
+        )
+        backoffs = [server.health.quarantine for server in ledger.servers.values()]
+        ends = [one.until_s for one in backoffs if one is not None]
+        assert len(ends) == 2 and max(ends) <= now_s + LONGEST_TASK_BACKOFF_S
+        now_s = max(ends)
+        for name in ("a", "b"):
+            beat(ledger, name, capacity=100, now_s=now_s)
+        rest = ledger.grant(now_s=now_s)
+        assert ledger.task_trouble == "" and set(rest) == {"a", "b"}, "each server gets another try"
+    deliver(ledger, "b", done(rest["b"][0], rest["b"][0].sample_indices[0], [0]))
+    fail_row(ledger, "a", rest["a"][:2], kind)
+    assert ledger.servers["b"].health.num_quarantines == 0 and not ledger.failure_reason
+    store.close()
+
+
+def test_engines_that_fail_end_a_job_whatever_its_task_has_done() -> None:
+    ledger, leases = wide_ledger("a", max_sample_retries=100)
+    deliver(ledger, "a", done(leases["a"][0], 0, [0]))
+    fail_row(ledger, "a", leases["a"][1:4], FailureKind.REWARD)
+    kinds, now_s = [FailureKind.ENGINE] * 3, 0.0
+    for kind in kinds:
+        assert not ledger.failure_reason
+        quarantine = ledger.servers["a"].health.quarantine
+        assert quarantine is not None
+        now_s = quarantine.until_s
+        beat(ledger, "a", capacity=100, now_s=now_s)
+        fail_row(ledger, "a", ledger.grant(now_s=now_s)["a"][:3], kind)
+    assert "3 samples failed in a row" in ledger.failure_reason
+
+
+def test_what_agents_from_outside_do_is_no_fault_of_server_or_task() -> None:
+    ledger, leases = wide_ledger("a")
+    fail_row(ledger, "a", leases["a"], FailureKind.AGENT)
+    assert ledger.servers["a"].health.quarantine is None and not ledger.failure_reason
+    counters = ledger.counters()
+    assert counters["failed_agent_drop"] == len(leases["a"]) == ledger.drops[Drop.FAILED]
+    assert counters["prompts_given_up"] == 0, "their prompts are issued again"
 
 
 def test_a_hanging_verifier_does_not_end_the_job() -> None:
