@@ -245,7 +245,7 @@ def test_one_server_cannot_end_the_job_of_others() -> None:
     assert ledger.task_trouble == "", "the other one works"
 
 
-def test_a_task_that_fails_at_every_server_ends_a_job_without_a_good_sample() -> None:
+def test_a_task_that_never_works_ends_the_job() -> None:
     ledger, leases = wide_ledger("a", "b")
     deliver(ledger, "a", done(leases["a"][0], 0, [0], failure="reward_timeout"))
     fail_row(ledger, "a", leases["a"][1:4], FailureKind.REWARD)
@@ -284,7 +284,7 @@ def test_a_task_that_fails_later_is_waited_for(kind: FailureKind) -> None:
     store.close()
 
 
-def test_engines_that_fail_end_a_job_whatever_its_task_has_done() -> None:
+def test_failing_engines_end_a_job_at_any_time() -> None:
     ledger, leases = wide_ledger("a", max_sample_retries=100)
     deliver(ledger, "a", done(leases["a"][0], 0, [0]))
     fail_row(ledger, "a", leases["a"][1:4], FailureKind.REWARD)
@@ -299,7 +299,7 @@ def test_engines_that_fail_end_a_job_whatever_its_task_has_done() -> None:
     assert "3 samples failed in a row" in ledger.failure_reason
 
 
-def test_what_agents_from_outside_do_is_no_fault_of_server_or_task() -> None:
+def test_agents_from_outside_end_nothing() -> None:
     ledger, leases = wide_ledger("a")
     fail_row(ledger, "a", leases["a"], FailureKind.AGENT)
     assert ledger.servers["a"].health.quarantine is None and not ledger.failure_reason

@@ -93,9 +93,7 @@ def test_tool_calls_continue_one_segment(server: SessionServer, sends_back: str)
         (f'{CALL}<tool_call>{{"name": "add"', True),
     ],
 )
-def test_what_is_no_whole_call_of_a_tool_is_text(
-    server: SessionServer, said: str, offered: bool, stream: bool
-) -> None:
+def test_what_is_no_whole_call_is_text(server: SessionServer, said: str, offered: bool, stream: bool) -> None:
     session = server.add()
     server.policy.texts = [said, "done"]
     messages: list[Any] = [*HI]
