@@ -20,8 +20,15 @@ from numpy.typing import NDArray
 
 NOT_SAMPLED = -1
 """Version of a token that the policy did not sample: prompt, tool output."""
-LARGEST_REWARD = float(np.finfo(np.float32).max)
-"""The trainer computes with float32: a larger one would make the loss infinite."""
+LARGEST_REWARD = 1e9
+"""Largest size of a reward, of its parts, and of the reward of a turn or a token. The trainer computes with
+float32, in which sums over a step of their squares, and of those squares' squares, must stay finite."""
+LARGEST_METRIC = float(np.finfo(np.float32).max)
+"""Largest size of a metric of a sample. It is averaged in float64 and never trained on."""
+LEAST_LOGPROB = -1e6
+"""No engine that computes with float32 samples a token with a smaller log-prob."""
+MAX_SAMPLE_S = 1e9
+"""Longest time that a sample may have taken: 30 years."""
 
 
 class FinishReason(StrEnum):

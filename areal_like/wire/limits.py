@@ -7,6 +7,7 @@ refuses what is longer.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -34,7 +35,8 @@ MAX_WAIT_CHARS = 120
 """Characters of a wait's name in a heartbeat."""
 
 MAX_STAT = 1e18
-"""Size of a statistic: sums over all peers must stay finite, because JSON and the wire have no infinity."""
+"""Size of a statistic: sums over all peers must stay finite, because JSON and the wire have no infinity. A
+larger one is cut (`bounded_stats`) and never a reason to refuse its sender: many follow from rewards."""
 
 _PROCESS = re.compile(r"[0-9a-f]{32}")
 _CONTENT = re.compile(r"([0-9a-f]{16})?")
@@ -68,6 +70,15 @@ def shortened(text: str, *, max_chars: int = MAX_TEXT_CHARS) -> str:
         return text
     ending = f" ... ({len(text)} characters)"
     return text[: max_chars - len(ending)] + ending
+
+
+def bounded_stats(stats: Mapping[str, float]) -> dict[str, float]:
+    """The statistics cut to `MAX_STAT`, without those that are not numbers."""
+    return {
+        name: min(max(float(value), -MAX_STAT), MAX_STAT)
+        for name, value in stats.items()
+        if not math.isnan(value)
+    }
 
 
 def check_lengths(message: Any) -> None:
@@ -118,8 +129,6 @@ def _check_stats(stats: Mapping[str, float]) -> None:
         raise RefusedError(
             "stats", f"at most {MAX_STATS} statistics with keys of {MAX_WORD_CHARS} characters are accepted"
         )
-    if any(abs(value) > MAX_STAT for value in stats.values()):
-        raise RefusedError("stats", f"at most {MAX_STAT:g} is accepted")
 
 
 def _check_waits(waits: Mapping[str, float]) -> None:

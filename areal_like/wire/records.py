@@ -32,7 +32,17 @@ from typing import Any, Self
 import numpy as np
 
 from areal_like.errors import StoreCorruptError
-from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory, are_logprobs
+from areal_like.trajectory import (
+    LARGEST_METRIC,
+    LARGEST_REWARD,
+    LEAST_LOGPROB,
+    MAX_SAMPLE_S,
+    NOT_SAMPLED,
+    TOKEN_REWARDS,
+    FinishReason,
+    Trajectory,
+    are_logprobs,
+)
 from areal_like.wire.record_metadata import (
     BYTES_PER_TOKEN,
     PLAIN,
@@ -175,6 +185,27 @@ class Record:
     def longest_segment(self) -> int:
         """Tokens of the longest sequence that the model gets."""
         return max(self.structure.segments, default=self.num_tokens)
+
+    @property
+    def is_plausible(self) -> bool:
+        """True if all numbers are of a size that an honest server sends (`LARGEST_REWARD` and its neighbors).
+
+        Not a condition of a valid record: ledgers of earlier releases may hold larger numbers.
+        """
+        structure = self.structure
+        rewards = (self.reward, *self.reward_components.values(), *(reward for _, reward in structure.turns))
+        return (
+            max(map(abs, rewards)) <= LARGEST_REWARD
+            and max(map(abs, structure.metrics.values()), default=0.0) <= LARGEST_METRIC
+            and min(self.generation_s, self.reward_s) >= 0
+            and max(self.generation_s, self.reward_s) <= MAX_SAMPLE_S
+            and np.frombuffer(self.data, _FLOAT, self.num_tokens, self._logprobs_at).min() >= LEAST_LOGPROB
+            and all(
+                np.abs(array).max() <= LARGEST_REWARD
+                for name, array in self._arrays()
+                if name == TOKEN_REWARDS
+            )
+        )
 
     def trajectory(self) -> Trajectory:
         """The trajectory; its arrays, but for mask and versions, are read-only views of the bytes."""

@@ -123,8 +123,9 @@ class SampleIntake:
         return policy is not FailurePolicy.ZERO or done.record.reward != 0
 
     def _is_invalid(self, ticket: Ticket, record: Record) -> bool:
-        """True if a sample was aborted, is too long, or is not of the kind that was leased."""
-        if record.finish_reason is FinishReason.ABORT:
+        """True if a sample was aborted, is too long, is not of the kind that was leased, or has numbers that
+        no reward and no engine gives."""
+        if record.finish_reason is FinishReason.ABORT or not record.is_plausible:
             return True
         if ticket.purpose is Purpose.EVAL:  # it need not fit into a micro-batch
             return record.num_tokens > self._settings.max_eval_tokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from areal_like.errors import RefusedError
@@ -24,6 +24,7 @@ from areal_like.wire.messages.hello import (
     StillAlive,
     Welcome,
 )
+from areal_like.wire.pump import log_at_powers_of_2
 from buffer.ledger.ledger import Ledger
 from buffer.service.name_claims import Newcomer
 from buffer.service.outbox import Outbox
@@ -77,6 +78,8 @@ class Handlers:
         self.registration = Registration(ledger, peers, outbox, keys, job=job, clock=clock)
         self.num_unregistered_frames = 0
         """Messages of peers that have not registered; each was answered with HelloRequired."""
+        self.num_absurd_stats = 0
+        """Messages of servers with totals that cannot be true."""
         self._table: dict[Role, dict[type, Handler]] = {
             Role.ROLLOUT: {
                 producer.ServerHeartbeat: self._server_heartbeat,
@@ -157,13 +160,24 @@ class Handlers:
             unix_s=unix_now() if ledger.state.settings.shard.index == 0 else 0.0,
         )
 
+    def _take_stats(self, peer: Peer, stats: Mapping[str, float]) -> None:
+        if absurd := self._peers.take_stats(peer, stats, now_s=self._clock()):
+            self.num_absurd_stats += 1
+            log_at_powers_of_2(
+                self.num_absurd_stats,
+                "%s reports totals that cannot be true (%s): they are left out (%d so far)",
+                peer.hello.name,
+                absurd,
+            )
+
     # --- rollout servers ---
 
     def _server_heartbeat(self, peer: Peer, envelope: Envelope) -> producer.HeartbeatAck:
         beat: producer.ServerHeartbeat = envelope.message
         self._ledger.heartbeat(peer.hello.name, beat, now_s=self._clock())
         self._outbox.servers_changed()
-        peer.state, peer.stats, peer.waits = beat.state.value, beat.stats, beat.waits
+        peer.state, peer.waits = beat.state.value, beat.waits
+        self._take_stats(peer, beat.stats)
         return self._heartbeat_ack(sent_s=beat.sent_s)
 
     def _samples(self, peer: Peer, envelope: Envelope) -> None:
@@ -198,7 +212,8 @@ class Handlers:
         self._ledger.return_leases(peer.hello.name, message.leases)
 
     def _server_goodbye(self, peer: Peer, envelope: Envelope) -> Ok:
-        peer.stats = envelope.message.stats or peer.stats
+        if stats := envelope.message.stats:
+            self._take_stats(peer, stats)
         self._ledger.remove_server(peer.hello.name)
         self._outbox.servers_changed()
         self._peers.remove(peer.hello.name)
@@ -209,7 +224,8 @@ class Handlers:
 
     def _trainer_heartbeat(self, peer: Peer, envelope: Envelope) -> producer.HeartbeatAck:
         beat: consumer.TrainerHeartbeat = envelope.message
-        peer.state, peer.stats, peer.waits, peer.step = beat.state, beat.stats, beat.waits, beat.step
+        peer.state, peer.waits, peer.step = beat.state, beat.waits, beat.step
+        self._take_stats(peer, beat.stats)
         ack = self._heartbeat_ack(sent_s=beat.sent_s, progress=self._peers.total("progress"))
         if ack.trouble:
             return ack

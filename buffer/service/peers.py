@@ -20,6 +20,7 @@ from areal_like.errors import RefusedError
 from areal_like.hosts import is_loopback
 from areal_like.security.keys import AllowedKey
 from areal_like.shards import WHOLE, Shard
+from areal_like.wire.limits import bounded_stats
 from areal_like.wire.messages.hello import Hello, Role
 from buffer.tables.incarnations import TRAINER
 
@@ -29,6 +30,17 @@ _OPTIONAL = ("dtype", "content", "eval_content")
 """Fields of a Hello that are compared only where they are not empty."""
 _MAX_GONE = 1024
 """Servers that have left whose statistics are kept apart, because they may come back."""
+_MOST_PER_S = {
+    "tokens_generated": 1e6,
+    "progress": 1e6,
+    "busy_s": 1e3,
+    "idle_s": 1e3,
+    "starved_s": 1e3,
+}
+"""Totals of rollout servers that the buffer adds up -> more than any server adds in a second. (Seconds are
+sums over its engines.)"""
+_EARLIER_S = 86_400.0
+"""A server may have run for so long at these rates before it registered here."""
 
 
 def claimed_name(hello: Hello) -> str:
@@ -45,6 +57,8 @@ class Peer:
     hello: Hello
     """Its `incarnation` is the one that the ledger has granted."""
     last_heard_s: float
+    since_s: float
+    """When it registered at this buffer."""
     key: AllowedKey | None = None
     """The key of its newest message; None without keys."""
     state: str = "starting"
@@ -141,9 +155,9 @@ class ConnectedPeers:
             if not is_same_process:
                 self._keep_stats(known)
         stats = self._stats_of_gone.pop((hello.name, hello.incarnation), {})
-        peer = Peer(route=route, hello=hello, last_heard_s=now_s, key=key, stats=stats)
+        peer = Peer(route=route, hello=hello, last_heard_s=now_s, since_s=now_s, key=key, stats=stats)
         if known is not None and is_same_process:
-            peer.state, peer.stats = known.state, known.stats
+            peer.state, peer.stats, peer.since_s = known.state, known.stats, known.since_s
         self._by_name[hello.name] = self._by_route[route] = peer
         return peer
 
@@ -199,6 +213,24 @@ class ConnectedPeers:
         connected = (peer.stats for peer in self.of(Role.ROLLOUT))
         gone = (self._stats_of_long_gone, *self._stats_of_gone.values())
         return sum(stats.get(stat, 0.0) for stats in (*gone, *connected))
+
+    def take_stats(self, peer: Peer, stats: Mapping[str, float], *, now_s: float) -> str:
+        """Replaces a peer's statistics; returns which of a server's totals cannot be true, or "".
+
+        Such a total is left out, because it would stay in the sums over all servers.
+        """
+        bounded = bounded_stats(stats)
+        if peer.hello.role is Role.TRAINER:
+            peer.stats = bounded
+            return ""
+        seconds = _EARLIER_S + now_s - peer.since_s
+        absurd = [
+            name
+            for name, most_per_s in _MOST_PER_S.items()
+            if not 0 <= bounded.get(name, 0.0) <= most_per_s * seconds
+        ]
+        peer.stats = {name: value for name, value in bounded.items() if name not in absurd}
+        return ", ".join(f"{name} {bounded[name]:g}" for name in absurd)
 
     def _keep_stats(self, peer: Peer) -> None:
         if peer.hello.role is Role.ROLLOUT:

@@ -22,13 +22,11 @@ from areal_like.selection import (
     solve_rate_key,
     wasted_key,
 )
+from areal_like.trajectory import LARGEST_REWARD
 from buffer.tickets import REFUSALS, Drop, SampleSummary, Ticket, Verdict
 
 _LAG = "trained_lag_"
 _VERDICT = "verdict_"
-_LARGEST_REWARD = 1e12
-"""Rewards count up to here in sums, which must stay finite whatever a server sends: JSON and the wire have no
-infinity."""
 _POPULATIONS = ("offered", "trained", *(f"failed_{kind.value}" for kind in FailureKind))
 # Made once, because every sample passes here.
 _NAMES = {
@@ -143,8 +141,9 @@ class StreamCounters:
 
     def _add_sample(self, population: str, sample: SampleSummary, *, sign: int) -> None:
         num_tokens, reward = sample.num_sampled, sample.reward
-        if not -_LARGEST_REWARD < reward < _LARGEST_REWARD:
-            reward = math.copysign(_LARGEST_REWARD, reward)
+        # Ledgers of earlier releases may hold larger ones, and sums must stay finite for JSON and the wire.
+        if not -LARGEST_REWARD < reward < LARGEST_REWARD:
+            reward = math.copysign(LARGEST_REWARD, reward)
         lengths, sum_tokens, sum_reward = _NAMES[population]
         length = lengths[length_bucket(num_tokens)]
         values = self._values

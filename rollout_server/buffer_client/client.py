@@ -26,7 +26,7 @@ from areal_like.security.keyring import Keyring
 from areal_like.shards import WHOLE, Shard
 from areal_like.wire.addresses import buffer_addresses, buffer_lookup
 from areal_like.wire.buffer_connection import BufferConnection
-from areal_like.wire.limits import shortened
+from areal_like.wire.limits import bounded_stats, shortened
 from areal_like.wire.messages.hello import Goodbye, Hello
 from areal_like.wire.messages.producer import (
     BATCH_BYTES,
@@ -199,7 +199,7 @@ class BufferClient:
             async with asyncio.timeout(_GOODBYE_TIMEOUT_S):
                 while self._held.num_unacknowledged:
                     await asyncio.sleep(0.02)
-            await self._buffer.call(Goodbye(stats=self.stats), timeout_s=_GOODBYE_TIMEOUT_S)
+            await self._buffer.call(Goodbye(stats=bounded_stats(self.stats)), timeout_s=_GOODBYE_TIMEOUT_S)
         except (TimeoutError, ArealError) as error:
             log.info("the buffer did not confirm the goodbye: %s", error)
 
@@ -254,7 +254,7 @@ class BufferClient:
                 holding_samples=self._held.holding_samples,
                 weights_version=self.weights_version,
                 leases=self._held.lease_ids,
-                stats=self.stats,
+                stats=bounded_stats(self.stats),
                 waits=self._waits.longest(),
             )
         )

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Sequence
 from typing import Any
 
 from areal_like.errors import EpisodeError
-from areal_like.trajectory import LARGEST_REWARD, FinishReason
+from areal_like.trajectory import LARGEST_METRIC, LARGEST_REWARD, FinishReason
 from areal_like.wire.record_metadata import MAX_LABEL_CHARS
 from rollout_server.environments.base import Message, Reply, Step, ToolCall
 
@@ -97,14 +97,20 @@ def checked_step(value: Any) -> Step:
             "step() returned done=False without messages: "
             "return the messages that the policy reads before its next turn, or done=True"
         )
-    checked = {name: _finite(number, name=f"the metric {name!r:.100}") for name, number in metrics.items()}
+    checked = {
+        name: _bounded(number, name=f"the metric {name!r:.100}", largest=LARGEST_METRIC)
+        for name, number in metrics.items()
+    }
     if len(checked) > _MAX_METRICS or any(len(name) > _MAX_NAME_CHARS for name in checked):
         raise EpisodeError(
             f"step() returned {len(checked)} metrics: "
             f"return at most {_MAX_METRICS}, with names of at most {_MAX_NAME_CHARS} characters"
         )
     return Step(
-        messages=messages or [], reward=_finite(reward, name="the reward"), done=done, metrics=checked
+        messages=messages or [],
+        reward=_bounded(reward, name="the reward", largest=LARGEST_REWARD),
+        done=done,
+        metrics=checked,
     )
 
 
@@ -149,9 +155,11 @@ def _number(value: Any, *, name: str) -> float:
     return float(value)
 
 
-def _finite(value: Any, *, name: str) -> float:
-    if not isinstance(value, int | float) or not abs(value) <= LARGEST_REWARD:
-        raise EpisodeError(f"step() returned {name} {value!r:.100}: return a finite number (float32)")
+def _bounded(value: Any, *, name: str, largest: float) -> float:
+    if not isinstance(value, int | float) or not abs(value) <= largest:  # also if it is NaN
+        raise EpisodeError(
+            f"step() returned {name} {value!r:.100}: return a finite number of at most {largest:.4g} in size"
+        )
     return float(value)
 
 

@@ -50,7 +50,7 @@ def add_up(
 
     `score`: None if the task has no reward of its own. `step_rewards`: of the environment's steps, at most
     one for each turn (a turn that a limit ended has none). `step_metrics`: sums over the steps. Raises
-    ValueError if a sum is not a finite float32 or a length is wrong.
+    ValueError if a sum is above `LARGEST_REWARD` or a length is wrong.
     """
     score = Score() if score is None else score
     if len(score.turns) not in (0, num_turns) or len(step_rewards) > num_turns:
@@ -63,7 +63,7 @@ def add_up(
     token_rewards = np.asarray(score.tokens, np.float32)
     reward = sum((score.value, *turn_rewards, *token_rewards.tolist()))
     if not max(map(abs, (reward, *turn_rewards))) <= LARGEST_REWARD:  # also if one is NaN
-        raise ValueError(f"the rewards of the sample add up to {reward}: want finite numbers (float32)")
+        raise ValueError(f"the rewards of the sample add up to {reward}: want at most {LARGEST_REWARD:g}")
     return Outcome(
         reward=reward,
         reward_components=dict(score.parts),

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from areal_like.errors import RewardError
-from areal_like.trajectory import LARGEST_REWARD
+from areal_like.trajectory import LARGEST_METRIC, LARGEST_REWARD
 from rollout_server.tasks.base import Completion, Score
 
 MAX_NAMES = 1000
@@ -47,7 +47,7 @@ def as_score(returned: Any, completion: Completion, *, call: str = "reward") -> 
 
 def _checked(score: Score, completion: Completion) -> Score:
     parts = _numbers(score.parts, of="Score.parts")
-    metrics = _numbers(score.metrics, of="Score.metrics")
+    metrics = _numbers(score.metrics, of="Score.metrics", largest=LARGEST_METRIC)
     if len(parts) + len(metrics) > MAX_NAMES:
         raise RewardError(
             f"the Score has {len(parts)} parts and {len(metrics)} metrics: at most {MAX_NAMES} are accepted"
@@ -63,7 +63,7 @@ def _checked(score: Score, completion: Completion) -> Score:
     )
 
 
-def _number(value: Any, *, of: str) -> float:
+def _number(value: Any, *, of: str, largest: float = LARGEST_REWARD) -> float:
     if callable(item := getattr(value, "item", None)):
         try:
             value = item()  # numpy and torch scalars
@@ -75,12 +75,12 @@ def _number(value: Any, *, of: str) -> float:
         number = float(value)
     except OverflowError:
         number = math.inf
-    if not abs(number) <= LARGEST_REWARD:
-        raise RewardError(f"{of} must be a finite number (float32), got {number}")
+    if not abs(number) <= largest:  # also if it is NaN
+        raise RewardError(f"{of} must be a finite number of at most {largest:.4g} in size, got {number}")
     return number
 
 
-def _numbers(named: Any, *, of: str) -> dict[str, float]:
+def _numbers(named: Any, *, of: str, largest: float = LARGEST_REWARD) -> dict[str, float]:
     if not isinstance(named, Mapping):
         raise RewardError(f"{of} must be a dict of numbers, got {type(named).__name__}")
     if len(named) > MAX_NAMES:
@@ -89,7 +89,9 @@ def _numbers(named: Any, *, of: str) -> dict[str, float]:
         raise RewardError(
             f"{of} has a name of {len(str(long))} characters: at most {MAX_NAME_CHARS} are accepted"
         )
-    return {str(name): _number(value, of=f"{of}[{str(name)!r}]") for name, value in named.items()}
+    return {
+        str(name): _number(value, of=f"{of}[{str(name)!r}]", largest=largest) for name, value in named.items()
+    }
 
 
 def _array(values: Any, *, of: str, num: int, of_what: str) -> NDArray[np.float32]:
@@ -105,7 +107,11 @@ def _array(values: Any, *, of: str, num: int, of_what: str) -> NDArray[np.float3
         raise RewardError(
             f"{of} has {len(array)} numbers for {num} {of_what}: give one for each, or leave it empty"
         )
-    if not np.isfinite(array).all():
-        first = int(np.flatnonzero(~np.isfinite(array))[0])
-        raise RewardError(f"{of} must be finite numbers (float32), but number {first} is {array[first]}")
+    is_absurd = ~(np.abs(array) <= LARGEST_REWARD)  # also if it is NaN
+    if is_absurd.any():
+        first = int(np.flatnonzero(is_absurd)[0])
+        raise RewardError(
+            f"{of} must be finite numbers of at most {LARGEST_REWARD:g} in size, "
+            f"but number {first} is {array[first]}"
+        )
     return array

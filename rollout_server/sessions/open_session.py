@@ -200,12 +200,14 @@ class OpenSession:
     def set_reward(self, value: float, *, completion_id: str = "") -> None:
         """The reward of the whole sample, or of one turn; the last one counts, so it may be sent again.
 
-        Raises ValueError for a number that is not finite or a completion that is not of this session, and
+        Raises ValueError for a number that is too large or a completion that is not of this session, and
         SessionGoneError.
         """
         self.check_open()
         if not abs(value) <= LARGEST_REWARD:  # also if it is NaN
-            raise ValueError(f"reward must be a finite number (float32), got {value}")
+            raise ValueError(
+                f"reward must be a finite number of at most {LARGEST_REWARD:g} in size, got {value}"
+            )
         if not completion_id:
             self.reward = value
             return

@@ -261,9 +261,8 @@ def test_a_hello_outside_the_limits_is_refused(
                 assert isinstance(await link.call(allowed, timeout_s=HANG_LIMIT_S), Welcome)
                 await link.call(Goodbye(), timeout_s=HANG_LIMIT_S)
             await link.call(server_hello(module_buffer, "rollout-7"), timeout_s=HANG_LIMIT_S)
-            for stats in ({"k" * 65: 1.0}, {"tokens_generated": 1e308}):
-                with pytest.raises(RefusedError, match="stats"):
-                    await link.call(Goodbye(stats=stats), timeout_s=HANG_LIMIT_S)
+            with pytest.raises(RefusedError, match="stats"):
+                await link.call(Goodbye(stats={"k" * 65: 1.0}), timeout_s=HANG_LIMIT_S)
             await link.call(Goodbye(), timeout_s=HANG_LIMIT_S)
 
     asyncio.run(run())

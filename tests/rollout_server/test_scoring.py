@@ -23,11 +23,14 @@ SAID = Completion("x", token_ids=range(5), turn_lengths=(2, 3))
         (None, "reward() must be a number, got NoneType"),
         (math.nan, "reward() must be a finite number"),
         (10**400, "reward() must be a finite number"),
-        (1e300, "finite number (float32)"),
+        (1.1e9, "finite number of at most 1e+09 in size, got 1100000000.0"),
         (np.zeros(2), "reward() must be one number, got ndarray"),
         ({"a": math.inf}, "reward()['a'] must be a finite number"),
         ({"a": "1"}, "reward()['a'] must be a number, got str"),
-        ({"a": 3e38, "b": 3e38}, "the sum of the parts must be a finite number"),
+        ({"a": 8e8, "b": 8e8}, "the sum of the parts must be a finite number of at most 1e+09"),
+        (Score(parts={"a": -2e9}), "Score.parts['a'] must be a finite number of at most 1e+09"),
+        (Score(metrics={"a": 1e39}), "Score.metrics['a'] must be a finite number of at most 3.403e+38"),
+        (Score(turns=[0.0, 1e20]), "Score.turns must be finite numbers of at most 1e+09 in size"),
         (Score(value=math.nan), "Score.value must be a finite number"),
         (Score(parts={"a": None}), "Score.parts['a'] must be a number"),  # type: ignore[dict-item]
         (Score(metrics=[1]), "Score.metrics must be a dict of numbers, got list"),  # type: ignore[arg-type]
@@ -38,6 +41,7 @@ SAID = Completion("x", token_ids=range(5), turn_lengths=(2, 3))
         (Score(tokens=[1.0] * 6), "Score.tokens has 6 numbers for 5 sampled tokens: give one for each"),
         (Score(tokens=[0, 0, math.nan, 0, 0]), "number 2 is nan"),
         (Score(tokens=[0, 1e300, 0, 0, 0]), "number 1 is inf"),
+        (Score(tokens=[0, 0, 0, 0, -1e18]), "number 4 is -9.99"),
         (Score(turns=["a", "b"]), "Score.turns must be a list of numbers"),  # type: ignore[list-item]
         (Score(tokens=np.zeros((5, 1))), "an array of shape [5, 1]"),  # type: ignore[arg-type]
     ],

@@ -34,6 +34,7 @@ from areal_like.wire.fingerprint import (
     shared_settings,
     tokenizer_fingerprint,
 )
+from areal_like.wire.limits import bounded_stats
 from areal_like.wire.messages.consumer import Directory, Fetch, Group, TrainerHeartbeat
 from areal_like.wire.messages.hello import Goodbye, Hello, Role
 from areal_like.wire.messages.producer import HeartbeatAck
@@ -289,7 +290,8 @@ class TrainerBufferClient:
         if hasattr(self, "_heartbeat"):
             self._heartbeat.cancel()
             if self._lost is None:
-                goodbyes = (buffer.call(Goodbye(stats=self.stats), timeout_s=2.0) for buffer in self._buffers)
+                goodbye = Goodbye(stats=bounded_stats(self.stats))
+                goodbyes = (buffer.call(goodbye, timeout_s=2.0) for buffer in self._buffers)
                 with contextlib.suppress(ArealError):  # optional: the trainer ends in any case
                     await asyncio.gather(*goodbyes)
         for buffer in self._buffers:
@@ -318,7 +320,8 @@ class TrainerBufferClient:
     async def _send_heartbeats(self) -> None:
         while True:
             waits = self.waits.longest()
-            beat = TrainerHeartbeat(state=self.state, step=self.step, stats=self.stats, waits=waits)
+            stats = bounded_stats(self.stats)
+            beat = TrainerHeartbeat(state=self.state, step=self.step, stats=stats, waits=waits)
             for buffer in self._buffers:
                 buffer.send(beat)
             sent_s = self._loop.time()

@@ -176,7 +176,8 @@ class StepTotals:
             metrics["mismatch_abs_max"] = largest = float(self._largest.max())
             # The percentile is the end of a bucket, which may lie above the largest of all.
             metrics["mismatch_abs_p99"] = min(largest, percentile_of_counts(self._mismatch_K, 99))
-        variance = self.mean("reward_square") - self.mean("reward") ** 2
+        reward = self.mean("reward")
+        variance = self.mean("reward_square") - reward * reward  # of floats, ** raises OverflowError
         log_w_B = self.log_w_B
         metrics.update(
             num_sequences=self.count("reward"),

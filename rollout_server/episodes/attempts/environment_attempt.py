@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from areal_like.errors import EngineError, EpisodeBudgetError, EpisodeError, RewardError
-from areal_like.trajectory import FinishReason, Trajectory
+from areal_like.trajectory import LARGEST_METRIC, LARGEST_REWARD, FinishReason, Trajectory
 from rollout_server.buffer_client.held_leases import Place
 from rollout_server.environments.base import Message, Reply, Step
 from rollout_server.environments.workers.pool import EnvironmentPool, EnvironmentSession
@@ -170,5 +170,7 @@ class EnvironmentAttempt(Attempt):
             self._metrics[name] = self._metrics.get(name, 0.0) + value
         if len(self._metrics) > _MAX_METRICS:
             raise EpisodeError(f"the environment has more than {_MAX_METRICS} metrics in one episode")
-        if not math.isfinite(math.fsum((*self._step_rewards, *self._metrics.values()))):
-            raise EpisodeError("the rewards or metrics of the environment add up to no finite number")
+        if abs(math.fsum(self._step_rewards)) > LARGEST_REWARD:
+            raise EpisodeError(f"the rewards of the environment add up to more than {LARGEST_REWARD:g}")
+        if max(map(abs, self._metrics.values()), default=0.0) > LARGEST_METRIC:
+            raise EpisodeError(f"a metric of the environment adds up to more than {LARGEST_METRIC:.4g}")

@@ -1,0 +1,106 @@
+"""Rollout servers that send what no honest one sends: rewards, log-probs, times and totals of absurd size."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from areal_like.failures import FailureKind
+from areal_like.trajectory import LARGEST_METRIC, LARGEST_REWARD, LEAST_LOGPROB, MAX_SAMPLE_S, TOKEN_REWARDS
+from areal_like.wire.codec import decode, encode
+from areal_like.wire.limits import MAX_STAT, bounded_stats, check_lengths
+from areal_like.wire.messages.consumer import TrainerHeartbeat
+from areal_like.wire.messages.producer import SampleDone
+from areal_like.wire.records import Record
+from buffer.service.peers import ConnectedPeers, Peer
+from buffer.tickets import Verdict
+from tests.support.fake_producer import hello
+from tests.support.ledger_simulation import add_server, deliver, new_ledger, trajectory
+
+
+def sample(**changes: Any) -> Record:
+    """The record of sample 0 of ticket 1: three tokens, of which two were sampled."""
+    plain = {"turns": ((3, 0.0),)} if "arrays" in changes or "metrics" in changes else {}
+    return Record.of(1, 0, dataclasses.replace(trajectory([0, 0]), **(plain | changes)))
+
+
+OVER = 1.001
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"reward": 1e20},
+        {"reward": -OVER * LARGEST_REWARD},
+        {"reward_components": {"a": OVER * LARGEST_REWARD}},
+        {"turns": ((2, 0.0), (3, 1e300))},
+        {"metrics": {"a": -OVER * LARGEST_METRIC}},
+        {"arrays": {TOKEN_REWARDS: np.array([0, 0, 1e10], np.float32)}},
+        {"logprobs": np.array([0, -1, OVER * LEAST_LOGPROB], np.float32)},
+        {"generation_s": OVER * MAX_SAMPLE_S},
+        {"reward_s": -1.0},
+    ],
+)
+def test_a_sample_with_an_absurd_number_fails_alone(changes: dict[str, Any]) -> None:
+    ledger = new_ledger()
+    add_server(ledger, "a", capacity=4)
+    leases = {lease.ticket_id: lease for lease in ledger.grant(now_s=0.0)["a"]}
+    forged = SampleDone(lease_id=leases[1].lease_id, record=sample(**changes))
+    assert deliver(ledger, "a", forged) is Verdict.INVALID
+    counters = ledger.counters()
+    assert (counters["refusals_invalid"], counters["samples_failed"]) == (1, 1)
+    assert counters[f"failed_{FailureKind.ENGINE.value}_retry"] == 1
+    (again,) = ledger.grant(now_s=0.0)["a"]
+    assert (again.ticket_id, again.sample_indices) == (1, [0])
+    honest = SampleDone(lease_id=again.lease_id, record=sample(reward=LARGEST_REWARD))
+    assert deliver(ledger, "a", honest) is Verdict.ACCEPTED
+
+
+def test_the_largest_numbers_are_plausible() -> None:
+    record = sample(
+        reward=-LARGEST_REWARD,
+        reward_components={"a": LARGEST_REWARD},
+        metrics={"a": LARGEST_METRIC},
+        turns=((2, LARGEST_REWARD), (3, 0.0)),
+        logprobs=np.array([0, -1, LEAST_LOGPROB], np.float32),
+        generation_s=MAX_SAMPLE_S,
+    )
+    assert record.is_plausible
+
+
+def test_no_statistic_is_a_reason_to_refuse_a_trainer() -> None:
+    stats = {"reward_mean": 1e300, "loss": -math.inf, "mfu": math.nan, "huge": 10**30, "lag_mean": 0.5}
+    bounded = bounded_stats(stats)
+    assert bounded == {"reward_mean": MAX_STAT, "loss": -MAX_STAT, "huge": MAX_STAT, "lag_mean": 0.5}
+    beat = TrainerHeartbeat(state="training", step=3, stats=bounded)
+    assert decode(encode(beat)) == (beat, 0)
+    check_lengths(dataclasses.replace(beat, stats={"reward_mean": 1e300}))  # a trainer of the release before
+
+
+def registered(peers: ConnectedPeers, name: str, *, now_s: float = 0.0) -> Peer:
+    return peers.add(name.encode(), dataclasses.replace(hello(name), incarnation=1), now_s=now_s)
+
+
+def test_a_total_that_cannot_be_true_is_left_out_of_the_sums() -> None:
+    peers = ConnectedPeers(job="job", dataset="d")
+    honest, liar = registered(peers, "rollout-0"), registered(peers, "rollout-9")
+    assert peers.take_stats(honest, {"tokens_generated": 5e9, "idle_s": 864_000.0}, now_s=10.0) == ""
+    lies = {"tokens_generated": 1e17, "busy_s": -1.0, "running": 1e300}
+    assert peers.take_stats(liar, lies, now_s=10.0) == "tokens_generated 1e+17, busy_s -1"
+    assert (peers.total("tokens_generated"), peers.total("busy_s")) == (5e9, 0.0)
+    peers.remove("rollout-9")
+    assert peers.total("tokens_generated") == 5e9
+    assert json.loads(json.dumps(liar.stats)) == {"running": MAX_STAT}
+
+
+def test_a_server_may_run_for_years() -> None:
+    peers = ConnectedPeers(job="job", dataset="d")
+    server, year_s = registered(peers, "rollout-0"), 31_536_000.0
+    tokens = 200_000 * year_s
+    assert peers.take_stats(server, {"tokens_generated": tokens, "busy_s": 8 * year_s}, now_s=year_s) == ""
+    assert peers.total("tokens_generated") == tokens
