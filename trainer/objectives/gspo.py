@@ -2,24 +2,23 @@
 
     loss = max(-A s, -A clip(s, 1 - clip_low, 1 + clip_high)),  s = exp(mean_t log(pi_t / mu_t))
 
-The mean log-ratio is at most 10, as in verl. Each token carries `sg(s) pi_t / sg(pi_t)`, whose value is s and
-whose gradient reaches its own log-prob only (GSPO-token); with `trainer.normalizer=seq_mean_token_mean`, the
-paper's, the sum over tokens is the sequence's clipped s. The bounds are tiny because s is a mean.
+Each token carries `sg(s) pi_t / sg(pi_t)`, whose value is s and whose gradient reaches its own log-prob only
+(GSPO-token); with `trainer.normalizer=seq_mean_token_mean`, the paper's, the sum over tokens is the
+sequence's clipped s. The bounds are tiny because s is a mean. A mean log-ratio above 10 counts as 10 and has
+no gradient, as in verl.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 
 from areal_like.errors import ConfigError
 from trainer.objectives.base import OBJECTIVES, Objective, SampledTokens, StepStats, TokenLosses
-from trainer.objectives.importance import ratio_S
 from trainer.objectives.ppo import clipped_surrogate
 
-_MAX_RATIO = math.exp(10.0)
+_MAX_LOG_RATIO = 10.0
 
 
 @OBJECTIVES.register("gspo")
@@ -43,9 +42,8 @@ class Gspo(Objective):
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
         """The clipped surrogate of the sequence's ratio, at each of its tokens."""
-        s_S = ratio_S(batch, batch.log_ratio_S, level="geometric").clamp(max=_MAX_RATIO) * torch.exp(
-            batch.logp_S - batch.logp_S.detach()
-        )
+        mean_S = batch.spread_S(batch.mean_N(batch.log_ratio_S))
+        s_S = torch.exp((mean_S + (batch.logp_S - batch.logp_S.detach())).clamp(max=_MAX_LOG_RATIO))
         loss_S, clipped_S = clipped_surrogate(
             s_S, s_S.clamp(1 - self.clip_low, 1 + self.clip_high), batch.advantage_S
         )

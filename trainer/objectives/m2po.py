@@ -16,7 +16,6 @@ width of the clip is left out, as in their trainer.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -25,11 +24,7 @@ from torch import Tensor
 from areal_like.errors import ConfigError
 from trainer.batching.scope import Scope
 from trainer.objectives.base import OBJECTIVES, Need, Objective, SampledTokens, StepStats, TokenLosses
-from trainer.objectives.importance import live_ratio_S
-from trainer.objectives.ppo import clipped_surrogate
-
-_MARGIN = 1e-12
-"""The token that sets tau^2 is itself clipped."""
+from trainer.objectives.importance import MAX_EXPONENT, live_ratio_S
 
 
 @OBJECTIVES.register("m2po")
@@ -65,24 +60,24 @@ class M2po(Objective):
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
         """The clipped surrogate (`clipped_fraction`), or that of the tokens kept (`kept_fraction`)."""
         r_S = live_ratio_S(batch.logp_S, batch.behavior_logp_S)
+        bound = stats["bound"].to(r_S.device)
         if self.variant == "areal":
-            kept_S = _dropped_by_S(batch).double() < stats["bound"].to(batch.behavior_logp_S.device)
+            kept_S = _dropped_by_S(batch).double() < bound
             return TokenLosses(loss_S=-batch.advantage_S * r_S * kept_S, means={"kept_fraction": kept_S})
-        tau = math.sqrt(float(stats["bound"]))
-        loss_S, clipped_S = clipped_surrogate(
-            r_S, r_S.clamp(math.exp(-tau), math.exp(min(tau, 700.0))), batch.advantage_S
-        )
-        return TokenLosses(loss_S=loss_S, means={"clipped_fraction": clipped_S})
+        # Compared as in `observe`: exp(tau) in float32 may lie on either side of the ratio that has set it.
+        clipped_S = _is_harmful_S(batch) & (batch.log_ratio_S.square().double() >= bound)
+        tau = bound.sqrt().clamp(max=MAX_EXPONENT).to(r_S)
+        r_S = torch.where(clipped_S, torch.exp(tau * batch.advantage_S.sign()), r_S)
+        return TokenLosses(loss_S=-batch.advantage_S * r_S, means={"clipped_fraction": clipped_S})
 
     def observe(self, batch: SampledTokens) -> dict[str, Tensor]:
         """The squared log-ratio of every token that counts."""
         if self.variant == "areal":
             return {"second_moment": _dropped_by_S(batch)}
-        log_ratio_S = batch.logp_S.detach() - batch.behavior_logp_S
-        return {"second_moment": log_ratio_S[log_ratio_S * batch.advantage_S > 0].square()}
+        return {"second_moment": batch.log_ratio_S[_is_harmful_S(batch)].square()}
 
     def summarize(self, observed: StepStats) -> dict[str, Tensor]:
-        """`bound` on the squared log-ratio: tau^2, or the smallest that is dropped; infinite: none.
+        """`bound`: the smallest squared log-ratio that is clipped (tau^2) or dropped; infinite: none is.
 
         Equal ones are dropped together, so the order of tokens cannot matter.
         """
@@ -99,8 +94,12 @@ class M2po(Objective):
             return {"bound": infinite}
         capped = (running + (len(ascending) - rank) * ascending) / len(ascending)  # ascends, too
         num_below = int((capped < self.threshold).sum())
-        bound = ascending[num_below - 1] - _MARGIN if num_below else ascending.new_tensor(0.0)
-        return {"bound": bound.clamp(min=0.0)}
+        return {"bound": ascending[num_below - 1] if num_below else ascending.new_tensor(0.0)}
+
+
+def _is_harmful_S(batch: SampledTokens) -> Tensor:
+    """[S] bool: a clip can act on the token"""
+    return batch.log_ratio_S * batch.advantage_S > 0
 
 
 def _dropped_by_S(batch: SampledTokens) -> Tensor:

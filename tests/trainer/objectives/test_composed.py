@@ -13,7 +13,6 @@ import torch
 
 from areal_like.config import KlConfig
 from areal_like.errors import ConfigError
-from areal_like.runtime.command_line import load_config
 from tests.support.objective_helpers import BEHAVIOR_LOGP, LOGP, evaluate, published, tokens_of
 from trainer.advantages import ADVANTAGES
 from trainer.advantages.reward_shaping import SHAPINGS
@@ -266,24 +265,6 @@ def test_error_for_an_old_tokens_attribute_gives_the_new_name(old: str, new: str
     with pytest.raises(AttributeError, match=r"no attribute 'sigma_S'$"):
         getattr(published(), unknown)
     assert not hasattr(published(), old) and not hasattr(published(), unknown)
-
-
-@pytest.mark.parametrize(
-    "file",
-    sorted((Path(__file__).resolve().parents[3] / "configs" / "objective").glob("*.yaml")),
-    ids=lambda file: file.stem,
-)
-def test_every_preset_builds(file: Path) -> None:
-    config = load_config([f"objective={file.stem}"])
-    assert build_objective(config.objective, max_tokens=config.sampling.max_new_tokens).losses
-
-
-def test_every_registered_name_has_a_preset() -> None:
-    configs = Path(__file__).resolve().parents[3] / "configs"
-    for section, registry in (("objective", OBJECTIVES), ("advantage", ADVANTAGES)):
-        assert {file.stem for file in (configs / section).glob("*.yaml")} >= set(registry.names())
-    for name in ADVANTAGES.names():
-        assert ADVANTAGES.build(load_config([f"advantage={name}"]).advantage)
 
 
 def test_the_page_names_every_registered_choice() -> None:

@@ -1,12 +1,13 @@
-"""Properties of every registered objective; a new objective is tested here automatically.
+"""Properties of every registered objective and mask; a new one is tested here automatically.
 
-Objectives with `late_coefficients` are left out: their losses lack coefficients. So are those that compare
-the samples of a whole group, which cannot be cut. Other tests cover both.
+Objectives with `late_coefficients`, whose losses lack coefficients, and those that compare the samples of a
+whole group, which cannot be cut, are tested here for precision and reach only. Other tests cover the rest.
 """
 
 import math
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from tests.support.objective_helpers import NORMALIZERS, Rows, evaluate, tokens_of
 from trainer.batching.scope import Scope
-from trainer.objectives import OBJECTIVES, Objective, SampledTokens, build_objective
+from trainer.objectives import MASKS, OBJECTIVES, Objective, SampledTokens, build_objective
 from trainer.objectives.base import StepStats
 
 REGISTERED: list[dict[str, Any]] = [
@@ -34,6 +35,15 @@ VARIANTS: list[dict[str, Any]] = [
     {"name": "vcpo", "baseline": "none"},
     {"name": "lad", "divergence": "hellinger", "eta": 1.0},
     {"name": "lad", "divergence": "tv", "level": "token"},
+    *(
+        {"name": "tis", "level": level, "normalize": normalize}
+        for level in ("token", "sequence", "geometric")
+        for normalize in (False, True)
+    ),
+    *(
+        {"name": "tis", "level": level, "mode": "mask", "denominator": "kept", "normalize": normalize}
+        for level, normalize in (("token", False), ("sequence", False), ("sequence", True))
+    ),
 ]
 MASKED: list[dict[str, Any]] = [
     {"name": "tis", "masks": [{"name": "stapo", "max_prob": 0.3}]},
@@ -44,6 +54,21 @@ MASKED: list[dict[str, Any]] = [
     {"name": "ppo", "masks": [{"name": "trust_region", "mean_kl": 0.5}]},
 ]
 ALL = REGISTERED + VARIANTS + MASKED
+WHOLE_GROUPS: list[dict[str, Any]] = [
+    {"name": "vcpo"},
+    {"name": "vcpo", "baseline_weights": "gradient", "cap": 0.0},
+    {"name": "vcpo", "norms": "proxy"},
+    {"name": "vcpo", "norms": "proxy", "leave_one_out": True},
+    {"name": "vcpo", "norms": "proxy", "baseline": "batch"},
+    *(
+        {"name": name, "pairs": pairs, "anchor": anchor}
+        for name in ("online_dpo", "rebel")
+        for pairs, anchor in (("best_worst", "reference"), ("all", "behavior"))
+    ),
+]
+EACH_MASK: list[dict[str, Any]] = [
+    {"name": "tis", "level": "token", "masks": [{"name": name}]} for name in MASKS.names()
+]
 ON_POLICY: dict[str, Callable[[Any, float], float]] = {
     "oapl": lambda objective, advantage: 2 * (objective.beta2 or 0.25) * advantage,
     "lad": lambda objective, advantage: lad_advantage(objective.divergence, advantage / objective.eta),
@@ -135,10 +160,13 @@ def test_order_and_cuts_do_not_change_the_gradient(settings: dict[str, Any], nor
             assert values == pytest.approx(want[place], rel=1e-12)
 
 
-@pytest.mark.parametrize("settings", ALL, ids=str)
+@pytest.mark.parametrize("settings", ALL + WHOLE_GROUPS, ids=str)
 def test_a_loss_reaches_only_its_own_tokens_log_prob(settings: dict[str, Any]) -> None:
     objective = build_objective(settings)
-    batch = batch_of(range(5))
+    batch = replace(
+        batch_of(range(5), rewards=[1.0, 0.0, 0.5, 0.25, 0.75]),
+        collision_S=torch.full((sum(LENGTHS),), 0.1, dtype=torch.float64),
+    )
     loss_S = objective.losses(batch, stats_of(objective, batch)).loss_S
     for t in range(len(loss_S)):
         (grad_S,) = torch.autograd.grad(loss_S[t], batch.logp_S, retain_graph=True)
@@ -146,18 +174,76 @@ def test_a_loss_reaches_only_its_own_tokens_log_prob(settings: dict[str, Any]) -
         assert not grad_S.any()
 
 
-@pytest.mark.parametrize("settings", ALL, ids=str)
-@pytest.mark.parametrize("extreme", [1000.0, -1000.0])
-def test_extreme_ratios_stay_finite(settings: dict[str, Any], extreme: float) -> None:
-    objective, mild = build_objective(settings), -0.5
-    logp = [[min(extreme, 0.0) or mild, mild], [mild, mild], [min(extreme, 0.0) or mild] * 3]
-    behavior_logp = [[min(-extreme, 0.0) or mild, mild], [mild, mild], [min(-extreme, 0.0) or mild] * 3]
-    for advantages in ([1.0, -1.0, 1.0], [-1.0, 1.0, -1.0]):
-        batch = tokens_of(logp, behavior_logp, advantages, lag=[[2.0] * len(row) for row in logp])
-        loss, grad = evaluate(objective, [batch])
-        assert all(torch.isfinite(torch.tensor([loss, *grad])))
-        reported = objective.losses(batch, stats_of(objective, batch)).means
-        assert all(torch.isfinite(values.double()).all() for values in reported.values())
+def in_dtype(batch: SampledTokens, dtype: torch.dtype, *, rounded_to: torch.dtype) -> SampledTokens:
+    """The batch with all floats rounded to a type, in tensors of another."""
+    floats = {
+        field.name: value.detach().to(rounded_to).to(dtype)
+        for field in fields(batch)
+        if isinstance(value := getattr(batch, field.name), Tensor) and value.is_floating_point()
+    }
+    floats["logp_S"].requires_grad_()
+    return replace(batch, **floats)
+
+
+def far_apart(extreme: float) -> tuple[Rows, Rows]:
+    """Log-probs of which some differ by a thousand."""
+    mild = -0.5
+    near, far = min(extreme, 0.0) or mild, min(-extreme, 0.0) or mild
+    return [[near, mild], [mild, mild], [near] * 3], [[far, mild], [mild, mild], [far] * 3]
+
+
+CASES: dict[str, SampledTokens] = {
+    "near": batch_of(range(5)),
+    "on-policy": batch_of(range(5), logp=DATA["behavior_logp"], prox_logp=DATA["behavior_logp"]),
+    "without an advantage": batch_of(range(5), advantages=[0.0] * 5),
+    "one token each": tokens_of([[-0.1], [-2.0], [-0.4]], [[-0.3], [-0.2], [-0.4]], [1.0, -1.0, 0.5]),
+    **{
+        f"far, {extreme}, {sign}": tokens_of(
+            *far_apart(extreme), [sign, -sign, sign], lag=[[2.0] * 2, [2.0] * 2, [2.0] * 3]
+        )
+        for extreme in (1000.0, -1000.0)
+        for sign in (1.0, -1.0)
+    },
+}
+
+
+@pytest.mark.parametrize("settings", ALL + WHOLE_GROUPS + EACH_MASK, ids=str)
+def test_float32_gives_the_losses_of_float64(settings: dict[str, Any]) -> None:
+    """The trainer computes in float32, on log-probs that an engine may have rounded to bfloat16."""
+    objective = build_objective(settings)
+    for name, case in CASES.items():
+        spread_N = 0.0 if name == "without an advantage" else torch.arange(len(case.length_N)) % 3 / 2.0
+        case = replace(
+            case,
+            reward_N=torch.zeros_like(case.length_N) + spread_N,
+            collision_S=case.logp_S.detach().exp() ** 2 + 0.01,
+        )
+        for rounded_to in (torch.float32, torch.bfloat16):
+            results = []
+            for dtype in (torch.float64, torch.float32):
+                batch = in_dtype(case, dtype, rounded_to=rounded_to)
+                losses = objective.losses(batch, stats_of(objective, batch))
+                (grad_S,) = torch.autograd.grad(losses.loss_S.sum(), batch.logp_S, allow_unused=True)
+                results.append((losses.loss_S.detach(), grad_S, *losses.means.values()))
+            for want, got in zip(*results, strict=True):
+                where = f"{name}, {rounded_to}"
+                assert got.isfinite().all(), where
+                atol = 1e-6 * (1 + float(want.double().abs().sum()))
+                torch.testing.assert_close(
+                    got.double(), want.double(), rtol=1e-5, atol=atol, msg=lambda m, w=where: f"{w}: {m}"
+                )
+
+
+@pytest.mark.parametrize("settings", ALL + WHOLE_GROUPS, ids=str)
+@pytest.mark.parametrize("denominator", ["original", "kept"])
+def test_with_all_tokens_masked_there_is_no_gradient(settings: dict[str, Any], denominator: str) -> None:
+    mask = {"name": "truncated", "denominator": denominator}
+    objective = build_objective({**settings, "masks": [*settings.get("masks", []), mask]})
+    batch = replace(
+        batch_of(range(5), truncated=[True] * 5), collision_S=torch.full((sum(LENGTHS),), 0.1).double()
+    )
+    loss, grad = evaluate(objective, [in_dtype(batch, torch.float32, rounded_to=torch.float32)])
+    assert loss == 0 and not any(grad)
 
 
 def weighted(logp_S: Tensor, grad_S: Tensor) -> Tensor:

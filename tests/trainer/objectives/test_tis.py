@@ -1,4 +1,4 @@
-"""Truncated and masked importance sampling: published losses and gradients, and other properties."""
+"""Truncated and masked importance sampling: published losses and gradients, normalized weights, settings."""
 
 import math
 from collections.abc import Mapping
@@ -14,7 +14,6 @@ from tests.support.objective_helpers import (
     ADVANTAGES,
     BEHAVIOR_LOGP,
     LOGP,
-    NORMALIZERS,
     REWARDS,
     evaluate,
     tokens_of,
@@ -101,59 +100,6 @@ def test_published_vectors(settings: dict[str, Any], normalizer: str, loss: floa
     )
     assert got_loss == pytest.approx(loss, abs=1e-6)
     assert got_grad == pytest.approx(grad, abs=1e-6)
-
-
-SETTINGS: list[dict[str, Any]] = [
-    {"name": "reinforce"},
-    *(
-        {"name": "tis", "level": level, "normalize": n}
-        for level in ("token", "sequence", "geometric")
-        for n in (False, True)
-    ),
-    *(
-        {"name": "tis", "level": level, "mode": "mask", "denominator": "kept"}
-        for level in ("token", "sequence")
-    ),
-    {"name": "tis", "mode": "mask", "denominator": "kept", "normalize": True},
-]
-
-
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize("normalizer", NORMALIZERS)
-def test_cuts_do_not_change_the_gradient(settings: dict[str, Any], normalizer: str) -> None:
-    logp, behavior_logp = [*LOGP, [-0.3], [-1.1, -0.2]], [*BEHAVIOR_LOGP, [-0.9], [-0.6, -0.3]]
-    advantages = [1.0, -1.0, 0.5, -0.25]
-    objective = OBJECTIVES.build(settings)
-    whole = evaluate(objective, [tokens_of(logp, behavior_logp, advantages)], normalizer=normalizer)
-    for cut in (1, 2, 3):
-        parts = [
-            tokens_of(p, b, a)
-            for p, b, a in (
-                (logp[:cut], behavior_logp[:cut], advantages[:cut]),
-                (logp[cut:], behavior_logp[cut:], advantages[cut:]),
-            )
-        ]
-        loss, grad = evaluate(objective, parts, normalizer=normalizer)
-        assert loss == pytest.approx(whole[0], rel=1e-12)
-        assert grad == pytest.approx(whole[1], rel=1e-12)
-
-
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize("extreme", [1000.0, -1000.0])
-def test_extreme_ratios_stay_finite(settings: dict[str, Any], extreme: float) -> None:
-    logp = [[min(0.0, extreme), -1.0], [-1.0, min(0.0, extreme)]]
-    behavior_logp = [[min(0.0, -extreme), -1.0], [-1.0, min(0.0, -extreme)]]
-    loss, grad = evaluate(OBJECTIVES.build(settings), [tokens_of(logp, behavior_logp, ADVANTAGES)])
-    assert all(torch.isfinite(torch.tensor([loss, *grad])))
-
-
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_on_policy_every_variant_equals_reinforce(settings: dict[str, Any]) -> None:
-    plain = evaluate(
-        OBJECTIVES.build({"name": "reinforce"}), [tokens_of(BEHAVIOR_LOGP, BEHAVIOR_LOGP, ADVANTAGES)]
-    )
-    got = evaluate(OBJECTIVES.build(settings), [tokens_of(BEHAVIOR_LOGP, BEHAVIOR_LOGP, ADVANTAGES)])
-    assert got[0] == pytest.approx(plain[0], rel=1e-12) and got[1] == pytest.approx(plain[1], rel=1e-12)
 
 
 def test_normalized_weights_have_mean_one() -> None:

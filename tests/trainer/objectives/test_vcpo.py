@@ -211,26 +211,12 @@ def test_equal_returns_give_exactly_zero_coefficients() -> None:
     assert torch.isfinite(dominated).all() and dominated.min() >= 0 and dominated.max() <= 1
 
 
-@pytest.mark.parametrize("extreme", [1000.0, -1000.0])
-@pytest.mark.parametrize("settings", [{}, {"norms": "proxy"}, {"baseline": "none"}, {"cap": 0.0}], ids=str)
-def test_extreme_ratios_stay_finite(settings: dict[str, Any], extreme: float) -> None:
-    objective = Vcpo(**settings)
-    logp, behavior_logp = (
-        [[min(0.0, extreme), -1.0], [-1.0, -0.5]],
-        [[min(0.0, -extreme), -1.0], [-1.0, -0.5]],
-    )
-    batch = dataclasses.replace(
-        tokens_of(logp, behavior_logp, ADVANTAGES), collision_S=torch.full((4,), 0.5, dtype=torch.float64)
-    )
-    stats = stats_of(objective, batch)
-    losses = objective.losses(batch, stats)
-    losses.loss_S.sum().backward()  # type: ignore[no-untyped-call]
-    assert (
-        batch.logp_S.grad is not None
-        and torch.isfinite(losses.loss_S).all()
-        and torch.isfinite(batch.logp_S.grad).all()
-    )
-    assert float(stats["rho"]) == pytest.approx(0.5) and objective.lr_scale(stats) == pytest.approx(0.5**0.5)
+def test_sample_size_of_extreme_weights() -> None:
+    for logp in (-1000.0, 0.0):
+        batch = tokens_of([[logp], [-1.0]], [[-1000.0 - logp], [-1.0]], ADVANTAGES)
+        stats = stats_of(Vcpo(), batch)
+        assert float(stats["rho"]) == pytest.approx(0.5), "one weight of two outweighs the other"
+        assert Vcpo().lr_scale(stats) == pytest.approx(0.5**0.5)
 
 
 def test_baseline_is_unbiased_and_optimal_in_the_population() -> None:

@@ -125,10 +125,12 @@ def test_oapl_default_beta2_follows_the_length_limit() -> None:
     assert evaluate(Oapl(max_tokens=64), [batch]) == evaluate(Oapl(beta2=0.25), [batch])
 
 
-def test_gspo_bounds_the_mean_log_ratio() -> None:
-    batch = tokens_of([[-1.0, -1.0]], [[-31.0, -31.0]], [-1.0])
-    loss, _ = evaluate(OBJECTIVES.build(WIDE_GSPO), [batch], normalizer="seq_mean_token_mean")
-    assert loss == pytest.approx(math.exp(10))
+def test_gspo_beyond_a_mean_log_ratio_of_ten_has_no_gradient() -> None:
+    for mean in (9.0, 30.0):
+        batch = tokens_of([[-1.0, -1.0]], [[-1.0 - mean, -1.0 - mean]], [-1.0])
+        loss, grad = evaluate(OBJECTIVES.build(WIDE_GSPO), [batch], normalizer="seq_mean_token_mean")
+        s = math.exp(min(mean, 10.0))
+        assert loss == pytest.approx(s) and grad == pytest.approx([s / 2] * 2 if mean < 10 else [0.0] * 2)
 
 
 def test_vespo_kernel() -> None:
