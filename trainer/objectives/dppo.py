@@ -1,12 +1,12 @@
-"""DPPO with total variation: PPO with a trust region on probabilities instead of ratios.
+"""DPPO with total variation (arXiv 2602.04879): PPO with a trust region on probabilities instead of ratios.
 
     loss_t = -A r [inside the region] + pull (log r)^2,  r = pi_t / mu_t
     inside:  pi_t - mu_t <= high  if A > 0,  mu_t - pi_t <= low  if A < 0
 
 A ratio of 2 is a large change for a token of probability .4 and a negligible one for a token of probability
 1e-5. The policy term of a token is dropped once its probability has moved beyond the threshold in the
-direction of its advantage. The small quadratic term pulls every token, inside or outside the region, back
-towards the behavior policy.
+direction of its advantage. Addition: the small quadratic term, which pulls every token, inside or outside the
+region, back towards the behavior policy. It is prime-rl's, not the paper's (`pull=0` leaves it out).
 """
 
 from __future__ import annotations

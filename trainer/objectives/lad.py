@@ -10,7 +10,7 @@ log(2) / 2 and behaves like log W - u for small W. On-policy that is REINFORCE w
 (softplus(u) - log 2) / 2, whose slope at A = 0 is 1 / (4 eta).
 
 No clip and no cap, as published. Addition: the levels `geometric` and `token`, for long answers; the paper's
-W is the `sequence` product.
+W is the `sequence` product. Not compared with the authors' code.
 """
 
 from __future__ import annotations

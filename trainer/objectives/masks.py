@@ -115,7 +115,7 @@ class Truncated(Mask):
 @MASKS.register("stapo")
 @dataclass(frozen=True, kw_only=True)
 class Stapo(Mask):
-    """STAPO: drops spurious tokens: unlikely tokens of samples with A > 0 where the entropy is low.
+    """STAPO (arXiv 2602.15620): drops spurious tokens: unlikely ones, of A > 0, where the entropy is low.
 
     Such tokens have too large gradients.
     """

@@ -17,7 +17,8 @@ last multiple of `interval` steps, or an exponential average of them (PPO-EWMA, 
 forward (`trainer/step/proximal.py`). Both lag equally far behind on average where decay is
 (interval - 1) / (interval + 1).
 
-A-3PO (`prox=interpolated`) puts prox between mu and pi instead, so that the clip takes effect:
+A-3PO (`prox=interpolated`, arXiv 2512.06547) puts prox between mu and pi instead, so that the clip takes
+effect:
 
     log prox = log mu + alpha (log pi - log mu),  alpha = (v - 1 - v_b) / (v - v_b) = lag / (lag + 1)
 
