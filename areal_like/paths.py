@@ -37,6 +37,16 @@ class RunPaths:
         return self.root / "config.yaml"
 
     @property
+    def next_config(self) -> Path:
+        """What the processes of a resumed run read; `config` gets it once all daemons have been ready."""
+        return self.root / "config.next.yaml"
+
+    @property
+    def config_changes(self) -> Path:
+        """What changed in `config` and when, one JSON object for each change."""
+        return self.root / "config_changes.jsonl"
+
+    @property
     def logs(self) -> Path:
         """Directory with one `<daemon>.log` for each daemon."""
         return self.root / "logs"

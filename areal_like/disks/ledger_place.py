@@ -1,7 +1,9 @@
-"""Where the ledger of a run is to be, and whether it is safe there."""
+"""Where the ledger of a run is to be, whether it is safe there, and which shards have written one."""
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 from areal_like.config import Config
@@ -15,6 +17,26 @@ def wanted_place(config: Config, shard: Shard = WHOLE) -> Path:
     if not config.buffer.ledger_dir:
         return RunPaths.of(config).ledger_of(shard)
     return Path(config.buffer.ledger_dir).expanduser().resolve() / config.name / shard.ledger
+
+
+def recorded_shards(paths: RunPaths) -> int | None:
+    """The number of buffers (`buffer.num_shards`) whose ledgers have tickets of this run; None: none has.
+
+    A ledger without tickets is left out: it is of a buffer that was stopped before anything was recorded.
+    Raises ConfigError like `RunPaths.ledgers`.
+    """
+    for directory in paths.ledgers:
+        try:
+            with closing(sqlite3.connect(f"file:{directory}/ledger.sqlite3?mode=ro", uri=True)) as ledger:
+                found = ledger.execute(
+                    "SELECT coalesce((SELECT value FROM marks WHERE name = 'num_shards'), 1) "
+                    "WHERE EXISTS (SELECT 1 FROM tickets)"
+                ).fetchone()
+        except sqlite3.Error:  # of another release, damaged, or locked: its buffer will say so
+            continue
+        if found is not None:
+            return int(found[0])
+    return None
 
 
 def network_warning(config: Config) -> str:

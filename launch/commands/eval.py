@@ -81,7 +81,7 @@ def _run_job(run: OpenRun, model: EvaluatedModel, console: Console) -> int:
 
     view = LastingView(EvaluationView(write))
     try:
-        specs = EvaluationSpecs(run.config, config_path=run.paths.config, step=model.step)
+        specs = EvaluationSpecs(run.config, config_path=run.config_file, step=model.step)
         job = LocalJob(run, view=view, num_stops=lambda: stops.count, specs=specs)
         code = job.run()
         if code == 2 and not job.has_begun:

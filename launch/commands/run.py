@@ -20,6 +20,7 @@ from areal_like.runtime.signals import handle_log_signals, request_reopen
 from launch.commands.parser import add_settings
 from launch.commands.stop_signals import StopSignals
 from launch.local_job.job import LocalJob
+from launch.run_directory.kept_settings import left_out
 from launch.run_directory.open_run import open_run
 from launch.view.lasting import LastingView, output_may_be_gone
 from launch.view.live import LiveView
@@ -61,12 +62,14 @@ def run_local(argv: Sequence[str]) -> int:
     view = LastingView(
         LiveView(run.config, console) if console.is_terminal else PlainView(run.config, console)
     )
+    not_kept = ""
     try:
         job = LocalJob(run, view=view, num_stops=lambda: stops.count)
         exit_code = job.run()
         names_a_log = any(str(run.paths.logs) in line for line in job.failure)
         if exit_code == 2 and not job.has_begun and not names_a_log:
             run.remove_if_created()
+        not_kept = left_out(run.paths)
     except ConfigError:
         run.remove_if_created()
         raise
@@ -81,6 +84,9 @@ def run_local(argv: Sequence[str]) -> int:
     with output_may_be_gone():
         for line in job.failure:
             sys.stderr.write(f"{line}\n")
+        if not_kept:
+            line = f"config.yaml stays as it was, without {not_kept}"
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
     return exit_code
 
 

@@ -112,14 +112,18 @@ def _train(run: OpenRun, view: LastingView) -> int:
         tail=MetricsTail(run.paths.metrics),
         num_stops=lambda: stops.count,
     )
-    specs = JobSpecs(run.config, config_path=run.paths.config)
+    specs = JobSpecs(run.config, config_path=run.config_file)
     if foreground.run(specs.prepare_model(), phase="preparing the model", notice="stopping"):
         return 1
     if stops.count:
         return DRAINED
-    return foreground.run(
+    code = foreground.run(
         specs.sft(),
         phase="reading the rows",
         notice="stopping after this step, with a checkpoint (Ctrl-C again to stop at once)",
         orderly=(0, DRAINED),
+        on_step=run.keep_settings,
     )
+    if code == 0:  # its steps may have ended before they were seen
+        run.keep_settings()
+    return code

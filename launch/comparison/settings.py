@@ -10,9 +10,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from areal_like.config.dotted import flat
 from areal_like.errors import ConfigError
 from areal_like.security.redaction import without_secrets
-from launch.report.run import flat
 
 _ROUNDING = (
     "trainer.world_size",

@@ -29,16 +29,25 @@ class Foreground:
         """`tail`: of the run's metrics, for the view. `num_stops`: the number of stop signals so far."""
         self._processes, self._view, self._tail, self._num_stops = processes, view, tail, num_stops
 
-    def run(self, spec: ChildSpec, *, phase: str, notice: str, orderly: tuple[int, ...] = (0,)) -> int:
+    def run(
+        self,
+        spec: ChildSpec,
+        *,
+        phase: str,
+        notice: str,
+        orderly: tuple[int, ...] = (0,),
+        on_step: Callable[[], None] = lambda: None,
+    ) -> int:
         """Runs a process to its end; returns its exit code if that is in `orderly`, else 1; DRAINED if
         its stop signal ended it.
 
-        `phase`: for the view. `notice`: shown at the first stop signal. Everything of the run is killed if
+        `phase`: for the view. `notice`: shown at the first stop signal. `on_step`: called when the process
+        has done a step. Everything of the run is killed if
         this fails. Raises ConfigError with the process's own message for its exit code 2.
         """
         self._processes.start(spec)
         try:
-            ended = self._wait(spec.name, phase=phase, notice=notice)
+            ended = self._wait(spec.name, phase=phase, notice=notice, on_step=on_step)
         finally:
             self._processes.kill_everything()
         if ended is None:
@@ -53,9 +62,9 @@ class Foreground:
             return 1
         return ended.code
 
-    def _wait(self, name: str, *, phase: str, notice: str) -> Exit | None:
+    def _wait(self, name: str, *, phase: str, notice: str, on_step: Callable[[], None]) -> Exit | None:
         """Waits for the process and shows its progress; returns None on a second stop signal."""
-        num_obeyed = 0
+        num_obeyed, started_unix_s, has_step = 0, time.time(), False
         while (ended := self._processes.reap(name)) is None:
             if (num_stops := self._num_stops()) > num_obeyed:
                 num_obeyed = num_stops
@@ -63,6 +72,11 @@ class Foreground:
                     return None
                 self._view.notice(notice)
                 self._processes.terminate(name)
-            self._view.update(Observation(progress=self._tail.read()), phase=phase, detail="")
+            progress = self._tail.read()
+            newest_s = progress.recent[-1].get("time_unix_s", 0.0) if progress.recent else 0.0
+            if not has_step and newest_s > started_unix_s:  # older rows are of an earlier process
+                has_step = True
+                on_step()
+            self._view.update(Observation(progress=progress), phase=phase, detail="")
             time.sleep(_TICK_S)
         return ended

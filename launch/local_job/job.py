@@ -23,6 +23,7 @@ from launch.local_job.processes import ProcessTable
 from launch.local_job.specs import JobSpecs
 from launch.observation.http_json import Operator, post_json
 from launch.observation.observer import Observer
+from launch.run_directory.kept_settings import keep
 from launch.run_directory.open_run import OpenRun
 from launch.run_directory.rundir import checkpoints, take_restart_order
 
@@ -41,14 +42,15 @@ class LocalJob:
 
         Raises ConfigError if the run has keys and the operator's token is not here.
         """
-        self._paths, self._view, self._num_stops = run.paths, view, num_stops
+        self._run, self._paths, self._view, self._num_stops = run, run.paths, view, num_stops
+        self._are_settings_kept = False
         self._drain_code = run.config.daemon.exit_code_on_drain
         self._operator = Operator(run.config.security, run.paths.endpoints)
         self._observer = Observer(run.paths, operator=self._operator)
         self._processes = ProcessTable(run.paths, lock_fd=run.lock_fd)
         self._lifecycle = JobLifecycle(
             run.config,
-            specs=specs or JobSpecs(run.config, config_path=run.paths.config),
+            specs=specs or JobSpecs(run.config, config_path=run.config_file),
             last_words=self._processes.last_words,
             now_s=time.monotonic(),
         )
@@ -85,6 +87,8 @@ class LocalJob:
             for left in self._paths.endpoints.glob("*.json"):  # of daemons that were killed
                 left.unlink()
         outcome = self._lifecycle.outcome
+        if outcome.is_finished:  # a short run may end before it is seen to be ready
+            self._keep_settings()
         if outcome.exit_code:
             return outcome.exit_code
         log.info("the run is %s", "finished" if outcome.is_finished else "drained")
@@ -101,16 +105,25 @@ class LocalJob:
         if lifecycle.phase is Phase.RUNNING and (order := take_restart_order(self._paths)) is not None:
             role, settings = order
             if settings:  # for the next resume as well
-                save_config(load_config(["--config", str(self._paths.config), *settings]), self._paths.config)
+                changed = load_config(["--config", str(self._paths.config), *settings])
+                keep(changed, self._paths, by="restart")
+                save_config(changed, self._run.config_file)  # daemons that are started again read it
             is_trainer = role == "trainer"
             replaced = (
                 lifecycle.replace_trainer(settings, seen=seen) if is_trainer else lifecycle.replace(role)
             )
             self._carry_out(replaced)
         self._carry_out(lifecycle.tick(seen, now_s=time.monotonic(), now_unix_s=time.time()))
+        if lifecycle.has_begun:
+            self._keep_settings()
         if lifecycle.phase is Phase.RUNNING:
             self._observer.slow_down()
         self._view.update(seen, phase=lifecycle.phase, detail=self._detail())
+
+    def _keep_settings(self) -> None:
+        if not self._are_settings_kept:
+            self._are_settings_kept = True
+            self._run.keep_settings()
 
     def _carry_out(self, actions: Iterable[Action]) -> None:
         for action in actions:

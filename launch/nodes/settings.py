@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from areal_like.config import Config
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
-from areal_like.runtime.command_line import load_config, save_config
+from areal_like.runtime.command_line import load_config
 from areal_like.security.keys import KeyDirectory
 from launch.nodes.start import DRAINED
+from launch.run_directory.kept_settings import keep, stored
 from launch.run_directory.open_run import is_begun, with_own_settings
+from launch.run_directory.resume_check import check_resume
 from launch.run_directory.rundir import is_trained, release_for_others
 
 
@@ -24,8 +25,10 @@ def settings_for_nodes(argv: Sequence[str], *, trainer_nodes: int) -> Config:
     """
     config = load_config(argv)
     paths = RunPaths.of(config)
-    if is_begun(paths) and "--config" not in argv:
-        config = with_own_settings(config, argv, own=paths.config)
+    if is_begun(paths):
+        if "--config" not in argv:
+            config = with_own_settings(config, argv, own=paths.config)
+        check_resume(stored(paths), config, paths)
     config = dataclasses.replace(
         config,
         runs_dir=str(paths.root.parent),
@@ -55,9 +58,7 @@ def make_directory(config: Config, *, folders: Sequence[Path] = ()) -> None:
     try:
         for folder in (paths.root, paths.logs, paths.endpoints, *folders):
             folder.mkdir(parents=True, exist_ok=True)
-        partial = paths.config.with_name(f".{paths.config.name}.{os.getpid()}")
-        save_config(config, partial)
-        partial.replace(paths.config)
+        keep(config, paths, by="submit")
     except OSError as error:
         raise ConfigError(f"cannot write to {paths.root}: {error.strerror}") from None
 

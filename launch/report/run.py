@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from areal_like.config import Config, to_mapping
+from areal_like.config.dotted import flat
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths, find_checkpoints
 from areal_like.runtime.command_line import OPEN_SECTIONS
@@ -161,17 +162,6 @@ def read_run(root: Path) -> Run:
         checkpoints=list(find_checkpoints(paths.checkpoints)),
         has_ledger=bool(directories),
     )
-
-
-def flat(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Dotted key -> value as text."""
-    found: dict[str, str] = {}
-    for key, value in config.items():
-        if isinstance(value, dict) and value:
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = str(value).lower() if isinstance(value, bool) else str(value)
-    return found
 
 
 def _config(path: Path) -> dict[str, Any]:

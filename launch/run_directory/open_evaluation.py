@@ -129,7 +129,7 @@ def _continued(config: Config) -> OpenRun:
         lines: tuple[str, ...] = (f"the evaluation in {paths.root} is finished",)
         return OpenRun(config=config, paths=paths, lock_fd=lock_fd, announcement=lines, is_finished=True)
     lines = (f"continuing the evaluation in {paths.root} with the samples in its ledger",)
-    return prepared(OpenRun(config=config, paths=paths, lock_fd=lock_fd, announcement=lines))
+    return prepared(OpenRun(config=config, paths=paths, lock_fd=lock_fd, announcement=lines, is_resumed=True))
 
 
 def _new(config: Config, *, is_named: bool) -> OpenRun:

@@ -21,6 +21,8 @@ from areal_like.config.gpus import check_gpus_are_separate
 from areal_like.errors import ConfigError
 from areal_like.paths import BUILT_MODELS, RunPaths
 from areal_like.runtime.command_line import GROUPS, SCALE, load_config, save_config
+from launch.run_directory.kept_settings import keep, left_out, stored
+from launch.run_directory.resume_check import check_resume
 from launch.run_directory.rundir import (
     InUseError,
     checkpoints,
@@ -44,9 +46,23 @@ class OpenRun:
     announcement: tuple[str, ...] = ()
     """Lines for the user: the choice that was made, and the settings for other choices."""
     is_finished: bool = False
-    """True if `resume=auto` found a run without a step left to train: nothing is to be started."""
+    """True if a resume found a run without a step left to train: nothing is to be started."""
     is_created: bool = False
     """True if this launch has created the directory."""
+    is_resumed: bool = False
+    """True if the run has been begun by an earlier launch, whose settings `config.yaml` has."""
+    first_step: int = 0
+    """Completed steps at which the run continues."""
+
+    @property
+    def config_file(self) -> Path:
+        """The file with the settings of this launch, for its processes."""
+        return self.paths.next_config if self.is_resumed else self.paths.config
+
+    def keep_settings(self) -> None:
+        """The settings of this launch have worked: the run has them from now on."""
+        if self.is_resumed:
+            keep(self.config, self.paths, by="resume", step=self.first_step)
 
     def remove_if_created(self) -> None:
         """Leaves no directory behind of a job that is refused before it has begun."""
@@ -55,11 +71,12 @@ class OpenRun:
 
     def close(self) -> None:
         """Releases the directory (children that inherited the lock still hold it)."""
+        self.paths.next_config.unlink(missing_ok=True)
         os.close(self.lock_fd)
 
 
 def open_run(argv: Sequence[str], *, is_sft: bool = False) -> OpenRun:
-    """Resolves the command line of `areal-like run`, takes the directory and writes `config.yaml` there.
+    """Resolves the command line of `areal-like run`, takes the directory and writes `config_file` there.
 
     `is_sft`: of `areal-like sft`, whose run is called NAME-sft unless `name=` is in `argv`, because one file
     may have the settings of both. Raises ConfigError for a wrong setting, a directory that is in use or holds
@@ -99,13 +116,17 @@ def is_begun(paths: RunPaths) -> bool:
 
 def prepared(run: OpenRun) -> OpenRun:
     """Removes the traces of earlier processes and writes the configuration."""
+    if run.is_finished:  # no process is started
+        return run
     try:
         for stale in (*run.paths.endpoints.glob("*.json"), *run.paths.endpoints.glob(".*.json.*")):
             stale.unlink()  # also what a killed daemon left half written
+        if not run.is_resumed:
+            run.paths.config_changes.unlink(missing_ok=True)  # of a job that failed before its first step
         restart_order_file(run.paths).unlink(missing_ok=True)  # the order was for an earlier launcher
         for folder in (run.paths.endpoints, run.paths.logs):
             folder.mkdir(exist_ok=True)
-        save_config(run.config, run.paths.config)
+        save_config(run.config, run.config_file)
     except OSError as error:
         run.remove_if_created()
         run.close()
@@ -202,23 +223,36 @@ def _resume(config: Config, argv: Sequence[str], *, is_sft: bool) -> OpenRun:
         if config.resume.startswith("step:") and int(config.resume.removeprefix("step:")) not in steps:
             raise ConfigError(f"resume={config.resume}: the checkpoints kept are {_listed(steps)}")
         lines = _resume_announcement(paths, steps, resume=config.resume)
+        if not_kept := left_out(paths):  # its launcher was killed before the daemons were ready
+            lines += (f"settings of the last start, which was never ready, are left out: {not_kept}",)
         if "--config" not in argv:
             config = with_own_settings(config, argv, own=paths.config)
         config = resolved(config)
         if not is_sft:
             check_gpus_are_separate(config)
         _check_one_machine(config)
+        check_resume(stored(paths), config, paths)
         if begins_again and config.resume == "latest":
             config = dataclasses.replace(config, resume="")
     except ConfigError:
         os.close(lock_fd)
         raise
     # The number of steps of a supervised run follows from its rows: its trainer finds out if any is left.
-    may_be_finished = config.resume == "auto" and not is_sft
+    may_be_finished = config.resume in ("auto", "latest") and not is_sft
     is_finished = may_be_finished and is_trained(paths, num_steps=config.trainer.num_steps)
+    is_back = config.resume.startswith("step:")
+    first_step = int(config.resume.removeprefix("step:")) if is_back else max(steps, default=0)
     if is_finished:
         lines = (f"the run in {paths.root} is finished", "trainer.num_steps=MORE continues it")
-    return OpenRun(config=config, paths=paths, lock_fd=lock_fd, announcement=lines, is_finished=is_finished)
+    return OpenRun(
+        config=config,
+        paths=paths,
+        lock_fd=lock_fd,
+        announcement=lines,
+        is_finished=is_finished,
+        is_resumed=True,
+        first_step=first_step,
+    )
 
 
 def _resume_announcement(paths: RunPaths, steps: Sequence[int], *, resume: str) -> tuple[str, ...]:

@@ -114,7 +114,7 @@ def remove_unbegun(paths: RunPaths) -> None:
     The caller holds the lock, and this launch has created the directory.
     """
     ours = {paths.config, paths.logs, paths.endpoints, paths.traces, paths.built_model, paths.root / _LOCK}
-    ours.add(paths.spans)
+    ours.update((paths.spans, paths.next_config, paths.config_changes))
     ours.update((paths.metrics, paths.summary, paths.rows, paths.replay, *paths.root.glob("ledger*")))
     ours.update((paths.tensorboard, paths.wandb))
     if not _has_steps(paths) and ours.issuperset(paths.root.iterdir()):

@@ -20,6 +20,8 @@ class Eta:
 
     def see(self, step: int) -> None:
         """Records the time at which `step` was first seen; -1: no step yet."""
+        if step < self._step:  # a trainer has gone back to its checkpoint
+            self._seen.clear()
         if step != self._step:
             self._step = step
             self._seen.append((time.monotonic(), step))

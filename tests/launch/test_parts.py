@@ -145,6 +145,7 @@ def test_resume_auto_begins_continues_and_ends(tmp_path: Path) -> None:
     assert not start().is_finished, "its last evaluation and summary are missing"
     run.paths.summary.write_text(json.dumps({"finished": True}))
     assert start().is_finished and "is finished" in start().announcement[0]
+    assert start("resume=latest").is_finished, "its results stay as they are"
     more = start("trainer.num_steps=30")
     assert not more.is_finished and more.announcement[0].startswith("resume of step 20")
 
@@ -296,6 +297,15 @@ def test_bars_have_their_width() -> None:
 def test_units() -> None:
     assert (duration(7), duration(187), duration(3729)) == ("0:07", "3:07", "1:02:09")
     assert (rate(None), rate(940), rate(12_345), rate(2.5e6)) == ("-", "940", "12.3k", "2.50M")
+
+
+def test_a_trainer_that_goes_back_has_no_negative_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = [0.0]
+    monkeypatch.setattr("launch.view.speed.time.monotonic", lambda: now_s[0])
+    eta = Eta(num_steps=100)
+    for now_s[0], step in enumerate((20, 16, 17)):
+        eta.see(step)
+        assert (str(eta), eta.steps_per_s) == (("-", None) if step != 17 else ("1:22", 1.0))
 
 
 @pytest.mark.parametrize("width", [40, 80, 160])

@@ -18,6 +18,7 @@ import pytest
 from areal_like.paths import RunPaths, write_json
 from areal_like.runtime.command_line import load_config
 from launch.cli import main
+from launch.run_directory.kept_settings import read_changes
 from launch.run_directory.rundir import restart_order_file
 from tests.support.launching import (
     ROOT,
@@ -358,6 +359,11 @@ def test_sigterm_drains_and_the_run_can_be_resumed(
     monkeypatch.chdir(workplace)
     assert main(["run", "name=x"]) == 2
     assert "resume=latest" in capsys.readouterr().err
+    settings = (root / "config.yaml").read_bytes()
+    code, out, err = run(workplace, "resume=latest", "trainer.lr=3e-5", script={"buffer": "user error"})
+    assert (code, len(err.strip().splitlines())) == (2, 1)
+    assert "config.yaml stays as it was, without trainer.lr: 8e-05 -> 3e-05" in out
+    assert (root / "config.yaml").read_bytes() == settings
 
 
 def test_a_daemon_that_ignores_sigterm_is_killed(workplace: Path) -> None:
@@ -401,6 +407,9 @@ def test_a_killed_launcher_leaves_its_lock_to_its_daemons(
     code, out, _ = run(workplace, "resume=latest", "trainer.num_steps=3")
     assert code == 0
     assert out.startswith(f"resume of step {num_done} from {root}, its newest checkpoint\n")
+    (change,) = read_changes(RunPaths(root))
+    assert change.step == num_done and change.text.startswith("trainer.num_steps: ")
+    assert load_config(["--config", str(root / "config.yaml")]).trainer.num_steps == 3
 
 
 def test_a_server_that_a_user_stopped_is_not_replaced(workplace: Path) -> None:

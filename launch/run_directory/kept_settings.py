@@ -1,0 +1,130 @@
+"""`config.yaml` of a run, and the history of its changes.
+
+A resume or a restart may be given settings that a daemon refuses. Therefore `config.yaml` gets them only when
+all daemons have been ready with them: until then the daemons of a resumed run read `config.next.yaml`, and a
+later resume begins with settings that have worked. Each change is a line of `config_changes.jsonl`. Left out:
+earlier versions of the whole file, which the changes give.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from areal_like.config import Config, to_mapping
+from areal_like.config.dotted import flat
+from areal_like.errors import ConfigError
+from areal_like.paths import RunPaths
+from areal_like.runtime.command_line import load_config, save_config
+from areal_like.security.secret_values import without_secrets
+from launch.run_directory.rundir import checkpoints
+
+_MAX_CHANGES = 200
+"""Lines of the history; the oldest are left out."""
+_NOT_OF_THE_RUN = ("name", "resume", "runs_dir")
+"""Where the run is, and how a launch began."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettingsChange:
+    """One change of `config.yaml`."""
+
+    unix_s: float
+    step: int
+    """The first step with the new values: that of the checkpoint from which the run went on."""
+    by: str
+    """`resume` | `restart` | `submit`."""
+    changed: dict[str, tuple[str, str]]
+    """Dotted key -> (old value, new value), as text and without secrets; an empty text: the key is absent."""
+
+    @property
+    def text(self) -> str:
+        """The changes on one line."""
+        return ", ".join(change_lines(self.changed))
+
+
+def change_lines(changed: Mapping[str, tuple[str, str]]) -> list[str]:
+    """`trainer.lr: 1e-05 -> 3e-05`, for each key."""
+    return [f"{key}: {old or '(none)'} -> {new or '(none)'}" for key, (old, new) in changed.items()]
+
+
+def changes(before: Config, after: Config) -> dict[str, tuple[str, str]]:
+    """Dotted key -> (old value, new value) of the settings that differ; secrets are hidden."""
+    old, new = to_mapping(before), to_mapping(after)
+    plain, shown = (flat(old), flat(new)), (flat(without_secrets(old)), flat(without_secrets(new)))
+    return {
+        key: (shown[0].get(key, ""), shown[1].get(key, ""))
+        for key in sorted(plain[0].keys() | plain[1].keys())
+        if key not in _NOT_OF_THE_RUN and plain[0].get(key) != plain[1].get(key)
+    }
+
+
+def keep(config: Config, paths: RunPaths, *, by: str, step: int | None = None) -> None:
+    """Makes these the settings of the run: writes `config.yaml`, and what changed into its history.
+
+    `step`: the first with them; by default that of the newest checkpoint. Raises OSError.
+    """
+    before = stored(paths)
+    changed = changes(before, config) if before is not None else {}
+    if changed:
+        step = max(checkpoints(paths), default=0) if step is None else step
+        change = SettingsChange(unix_s=round(time.time(), 3), step=step, by=by, changed=changed)
+        _write(paths, [*read_changes(paths), change][-_MAX_CHANGES:])
+    save_config(config, paths.config)
+
+
+def stored(paths: RunPaths) -> Config | None:
+    """The run's `config.yaml`; None if there is none, or if this release cannot read it."""
+    return _read(paths.config)
+
+
+def left_out(paths: RunPaths) -> str:
+    """The settings of the last resume that `config.yaml` has not got: its daemons were never ready."""
+    before, after = stored(paths), _read(paths.next_config)
+    return ", ".join(change_lines(changes(before, after))) if before and after else ""
+
+
+def read_changes(paths: RunPaths) -> list[SettingsChange]:
+    """The history, the oldest change first. Lines that cannot be read are left out."""
+    found = []
+    for row in _rows(paths):
+        try:
+            changed = {str(key): (str(old), str(new)) for key, (old, new) in dict(row["changed"]).items()}
+            change = SettingsChange(
+                unix_s=float(row["unix_s"]), step=int(row["step"]), by=str(row["by"]), changed=changed
+            )
+        except (KeyError, TypeError, ValueError):
+            continue
+        found.append(change)
+    return found
+
+
+def _rows(paths: RunPaths) -> Iterable[Mapping[str, Any]]:
+    try:
+        lines = paths.config_changes.read_text(errors="replace").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            yield row
+
+
+def _read(path: os.PathLike[str]) -> Config | None:
+    try:
+        return load_config(["--config", os.fspath(path)])
+    except ConfigError:
+        return None
+
+
+def _write(paths: RunPaths, history: Iterable[SettingsChange]) -> None:
+    partial = paths.config_changes.with_name(f".{paths.config_changes.name}.{os.getpid()}.partial")
+    partial.write_text("".join(json.dumps(asdict(change)) + "\n" for change in history))
+    partial.replace(paths.config_changes)
