@@ -27,8 +27,10 @@ from rollout_server.sessions.maker import Sessions
 from rollout_server.tasks.base import make_task
 from tests.rollout_server.test_environment_attempts import EOS, Ordinals, ScriptedEngine
 from tests.rollout_server.test_episodes import Digits
+from tests.support import moved_clock
 from tests.support.agent_tasks import index_of
 from tests.support.line_chat import LineChat
+from tests.support.moved_clock import advance
 from tests.support.waiting import HANG_LIMIT_S
 
 TASK = {"_target_": "tests.support.agent_tasks.AgentTask"}
@@ -85,15 +87,19 @@ class Job:
                 await asyncio.sleep(0.005)
         assert not self.runner.failed.done()
 
-    async def result(self, script: str, *, lease_id: int = 1) -> SampleResult:
+    async def result(self, script: str, *, lease_id: int = 1, stands_still_s: float = 0.0) -> SampleResult:
+        """`stands_still_s`: time that passes after the first answer of the model."""
         self.grant(script, lease_id=lease_id)
+        if stands_still_s:
+            await self.until(lambda: Place.ENGINE in self.places and self.places[-1] is Place.TOOL)
+            advance(stands_still_s)
         await self.until(lambda: bool(self.results))
         return self.results[0]
 
 
 @contextlib.asynccontextmanager
 async def agents() -> AsyncIterator[EnvironmentPool]:
-    async with EnvironmentPool(TASK, seed=0, step_timeout_s=20.0, memory_mb=512) as pool:
+    async with EnvironmentPool(TASK, seed=0, step_timeout_s=HANG_LIMIT_S, memory_mb=512) as pool:
         yield pool
 
 
@@ -102,7 +108,7 @@ async def job(pool: EnvironmentPool, **settings: Any) -> AsyncIterator[Job]:
     book = SessionBook()
     plane = SessionPlane(
         from_mapping({}),
-        session_app(book, model="policy", max_context=200, idle_timeout_s=20.0),
+        session_app(book, model="policy", max_context=200, idle_timeout_s=HANG_LIMIT_S),
         book,
         keyring=None,
         index=0,
@@ -121,9 +127,11 @@ async def job(pool: EnvironmentPool, **settings: Any) -> AsyncIterator[Job]:
             assert not len(book) and not pool.num_open
 
 
-async def result_of(pool: EnvironmentPool, script: str, **settings: Any) -> SampleResult:
+async def result_of(
+    pool: EnvironmentPool, script: str, *, stands_still_s: float = 0.0, **settings: Any
+) -> SampleResult:
     async with job(pool, **settings) as running:
-        return await running.result(script)
+        return await running.result(script, stands_still_s=stands_still_s)
 
 
 def test_an_agent_makes_a_sample() -> None:
@@ -184,8 +192,8 @@ def test_a_failed_agent_fails_its_sample_only() -> None:
         "raise": "no such door",
         "exit": "SystemExit",
         "die": "signal 9",
-        "hang": "idle_timeout_s=0.5",
-        "block": "idle_timeout_s=0.5",
+        "hang": "idle_timeout_s=100",
+        "block": "idle_timeout_s=100",
         "nan": "agent() must be a finite number",
         "no call": "no request to the model",
         "nothing": "agent() returned None and posted no reward",
@@ -196,8 +204,14 @@ def test_a_failed_agent_fails_its_sample_only() -> None:
         retry = {"on_failure": dict.fromkeys(("environment", "reward"), "retry")}
         async with agents() as pool:
             for script, error in errors.items():
-                limits = {"idle_timeout_s": 0.5 if "idle" in error else 20.0}
-                result = await result_of(pool, script, sessions=limits, buffer=retry)
+                stands_still_s = 100.0 if "idle" in error else 0.0
+                result = await result_of(
+                    pool,
+                    script,
+                    stands_still_s=stands_still_s,
+                    sessions={"idle_timeout_s": 100.0},
+                    buffer=retry,
+                )
                 assert isinstance(result, SampleFailed) and error in result.error, (script, result)
                 kind = FailureKind.REWARD if script == "wrong turns" else FailureKind.ENVIRONMENT
                 assert result.kind is kind
@@ -209,7 +223,7 @@ def test_a_failed_agent_fails_its_sample_only() -> None:
             # Without a request to the model there is nothing to learn from, whatever the job says.
             assert isinstance(await result_of(pool, "no call"), SampleFailed)
 
-    asyncio.run(body())
+    moved_clock.run(body())
 
 
 def test_each_budget_ends_a_session_as_a_truncated_sample() -> None:
@@ -229,13 +243,13 @@ def test_each_budget_ends_a_session_as_a_truncated_sample() -> None:
                     record = result.record
                     assert (record.finish_reason, record.num_sampled) == (reason, num_sampled)
                     assert record.reward == reward and reason.is_truncated
-            late = {"sample_timeout_s": 0.5, "max_context": 99}
+            late = {"sample_timeout_s": 100.0, "max_context": 99}
             for script in ("hang", "block"):
-                result = await result_of(pool, script, rollout=late)
+                result = await result_of(pool, script, stands_still_s=100.0, rollout=late)
                 assert isinstance(result, SampleDone), result
                 assert (result.record.finish_reason, result.record.num_sampled) == (FinishReason.TIMEOUT, 4)
 
-    asyncio.run(body())
+    moved_clock.run(body())
 
 
 def test_what_an_agent_leaves_behind_is_killed() -> None:

@@ -20,6 +20,7 @@ from rollout_server.sessions.open_session import OpenSession
 from rollout_server.tasks.base import Score
 from tests.support.engine_harness import Engine, load_model
 from tests.support.scripted_policy import Plane, check_logprobs, finished, segments, serving_plane
+from tests.support.waiting import HANG_LIMIT_S
 
 Messages = list[Any]
 
@@ -33,7 +34,7 @@ class Agent:
 
     def __init__(self, plane: Plane, session: OpenSession) -> None:
         self.client = AsyncOpenAI(
-            base_url=plane.base_url(session), api_key=session.api_key, max_retries=0, timeout=20
+            base_url=plane.base_url(session), api_key=session.api_key, max_retries=0, timeout=None
         )
 
     async def __aenter__(self) -> Agent:
@@ -137,7 +138,12 @@ def test_budget_counts_all_segments(engine: Engine, models: tuple[Path, Path]) -
                 split="train", index=0, seed=0, is_greedy=False, policy=policy, on_move=lambda place: None
             )
             attempt = SessionAttempt(
-                request, session=session, book=plane.book, rewards=None, idle_timeout_s=20.0, run_agent=run
+                request,
+                session=session,
+                book=plane.book,
+                rewards=None,
+                idle_timeout_s=HANG_LIMIT_S,
+                run_agent=run,
             )
             trajectory = await attempt.make()
             (error,) = errors

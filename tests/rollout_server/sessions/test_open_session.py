@@ -21,6 +21,8 @@ from rollout_server.metrics import ServerStats
 from rollout_server.sessions.book import Outcome, SessionBook
 from rollout_server.sessions.calls import Call
 from rollout_server.sessions.open_session import OpenSession, SessionState
+from tests.support import moved_clock
+from tests.support.moved_clock import advance
 from tests.support.waiting import HANG_LIMIT_S
 
 Say = Callable[[str], Awaitable[FinishReason]]
@@ -206,7 +208,6 @@ def test_refused_requests_keep_no_session_alive() -> None:
 
 def test_limits_of_a_session() -> None:
     async def body() -> None:
-        loop = asyncio.get_running_loop()
         answered = asyncio.Event()
 
         async def slow(text: str) -> FinishReason:
@@ -215,21 +216,28 @@ def test_limits_of_a_session() -> None:
 
         session = make(slow)
         call = ask(session, "a")
-        end_s = loop.time() + 0.05
-        ended = asyncio.create_task(session.wait_ended(idle_timeout_s=0.01, deadline_s=lambda: end_s))
-        await asyncio.sleep(0.1)
+        end_s = asyncio.get_running_loop().time() + 10
+        ended = asyncio.create_task(session.wait_ended(idle_timeout_s=1, deadline_s=lambda: end_s))
+        await asyncio.sleep(0)
+        advance(11)
+        await asyncio.sleep(0.02)
         assert not ended.done(), "the engine cuts a request whose time is over"
         answered.set()
         assert await ended == "deadline" and call.task.done()
         # Nothing limits the time that a session waits for an agent.
         waiting = make(is_waiting=True)
-        ended = asyncio.create_task(waiting.wait_ended(idle_timeout_s=0.02, deadline_s=lambda: None))
-        await asyncio.sleep(0.06)
-        assert not ended.done() and waiting.idle_s >= 0.05
+        ended = asyncio.create_task(waiting.wait_ended(idle_timeout_s=20, deadline_s=lambda: None))
+        await asyncio.sleep(0)
+        advance(60)
+        await asyncio.sleep(0.02)
+        assert not ended.done() and waiting.idle_s >= 60
         waiting.claim()
+        await asyncio.sleep(0.02)
+        assert not ended.done()
+        advance(20)
         assert await ended == "idle"
 
-    run(body())
+    moved_clock.run(body())
 
 
 def test_an_engine_failure_ends_the_session() -> None:

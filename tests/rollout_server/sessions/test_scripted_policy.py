@@ -113,6 +113,8 @@ def test_held_answer_waits(engine: Engine) -> None:
             hold = asyncio.Event()
             session = plane.script(client, [Say(text="late", hold=hold)])
             asking = asyncio.create_task(session.answer(USER))
+            while not session.num_pending:
+                await asyncio.sleep(0.01)
             await asyncio.sleep(0.05)
             assert not asking.done() and session.num_pending == 1
             hold.set()

@@ -11,8 +11,11 @@ import pydantic
 import pytest
 
 from rollout_server.episodes.scoring import Outcome
+from rollout_server.sessions.http import answering
+from rollout_server.sessions.http.answering import CallResponse
 from rollout_server.sessions.open_session import OpenSession
 from tests.support.session_server import SessionServer
+from tests.support.waiting import HANG_LIMIT_S
 
 TOOLS: Any = [
     {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
@@ -141,12 +144,19 @@ def test_streams_continue_one_segment(server: SessionServer) -> None:
     assert len(session.conversation.turns) == 3
 
 
-def test_a_stream_is_kept_alive(server: SessionServer) -> None:
+def test_a_stream_is_kept_alive(server: SessionServer, monkeypatch: pytest.MonkeyPatch) -> None:
     session = server.add()
     server.policy.open.clear()
-    threading.Timer(1.0, server.policy.open.set).start()
-    # Each comment is a sign of life: the limit of 0.5 s is one of silence.
-    with client_of(server, session, timeout=0.5, max_retries=0) as client:
+    send_part, parts = CallResponse._send_part, list[bytes]()
+
+    async def watched(response: CallResponse, send: Any, part: bytes) -> None:
+        await send_part(response, send, part)
+        parts.append(part)
+        if parts == [answering._COMMENT] * 4:  # each is a sign of life
+            server.policy.open.set()
+
+    monkeypatch.setattr(CallResponse, "_send_part", watched)
+    with client_of(server, session, max_retries=0) as client:
         chunks = list(client.chat.completions.create(model="m", messages=HI, stream=True))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "ok"
     assert chunks[-1].choices[0].finish_reason == "stop"
@@ -156,8 +166,8 @@ def test_a_timed_out_request_is_one_turn(server: SessionServer) -> None:
     session = server.add()
     server.policy.texts = ["first", "never said"]
     server.policy.open.clear()
-    threading.Timer(1.0, server.policy.open.set).start()
-    with client_of(server, session, timeout=0.4, max_retries=5) as client:
+    threading.Timer(1.3, server.policy.open.set).start()
+    with client_of(server, session, timeout=1.0, max_retries=5) as client:
         answer = client.chat.completions.create(model="m", messages=HI)
     assert answer.choices[0].message.content == "first"
     assert segments_of(server, session) == 1
@@ -167,12 +177,12 @@ def test_a_timed_out_request_is_one_turn(server: SessionServer) -> None:
 def test_an_unread_turn_is_left_out(server: SessionServer) -> None:
     session = server.add()
     server.policy.open.clear()
-    with client_of(server, session, timeout=0.2, max_retries=0) as client:
+    with client_of(server, session, timeout=0.5, max_retries=0) as client:
         with pytest.raises(openai.APITimeoutError):
             client.chat.completions.create(model="m", messages=[{"role": "user", "content": "lost"}])
         server.policy.open.set()
         server.wait(lambda: len(session.conversation.turns) == 1)
-        client.with_options(timeout=5).chat.completions.create(model="m", messages=HI)
+        client.with_options(timeout=HANG_LIMIT_S).chat.completions.create(model="m", messages=HI)
 
     def num_turns() -> tuple[int, int]:
         before = len(session.conversation.turns)
@@ -270,7 +280,7 @@ def test_a_cancelled_lease_answers_at_once(server: SessionServer, stream: bool) 
     server.policy.open.clear()
     threading.Timer(0.5, server.call, [lambda: session.close("its lease was cancelled")]).start()
     with (
-        client_of(server, session, timeout=10) as client,
+        client_of(server, session) as client,
         pytest.raises(openai.APIError, match="its lease was cancelled") as raised,
     ):
         list(client.chat.completions.create(model="m", messages=HI, stream=stream))
