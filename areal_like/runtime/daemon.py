@@ -131,8 +131,9 @@ class Runtime:
             self.failed.set_exception(error)
 
     def stop(self) -> None:
-        """Begins the drain. Safe to call from any thread."""
-        self._loop.call_soon_threadsafe(self.stopping.set)
+        """Begins the drain. Safe to call from any thread, and in a signal handler after the loop's end."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self.stopping.set)
 
     async def __aenter__(self) -> Self:
         max_bytes = round(1e6 * self.config.daemon.trace_mb)
@@ -209,7 +210,18 @@ class Runtime:
 
 
 def exit_code_of(name: str, run: Callable[[], None]) -> int:
-    """Runs a daemon's body and returns its exit code; reports a failure in the log and on stderr."""
+    """Runs a daemon's body and returns its exit code; reports a failure in the log and on stderr.
+
+    The process ignores SIGTERM from then on: the interpreter's shutdown removes the handlers, and a launcher
+    that ends a finished run would kill a trainer there, whose exit code says that the run is finished.
+    """
+    try:
+        return _exit_code_of(name, run)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _exit_code_of(name: str, run: Callable[[], None]) -> int:
     try:
         run()
     except UserError as error:

@@ -10,7 +10,7 @@
   commits), servers, buffers.
 - A daemon that drains before CLOSING was stopped by a user. A stopped server is not replaced, and the run
   continues while another server is left; any other daemon closes the run. Exit code 0 of a
-  daemon means that the run is finished, which also closes it.
+  daemon means that the run is finished, which also closes it; a trainer gets time to end by itself then.
 - A daemon that dies is started again, and the others only pause: other servers generate a dead server's
   samples, a buffer restarts at the same port with its ledger (unless `buffer.durability=none`), the trainer
   restarts from its newest checkpoint. The number of deaths in a row is limited (restarts.py, trainer.py).
@@ -44,6 +44,8 @@ START_PATIENCE = 2.0
 reports the reason itself if its engine does not start."""
 FAILURE_CLOSE_S = 10.0
 """Time for the other daemons to end after one has failed."""
+FINISHED_GRACE_S = 10.0
+"""Time for the trainer of a finished run to end by itself: it has told the others, so that they end first."""
 TRAINER_RESERVE, SERVERS_RESERVE = 0.25, 0.1
 """Fraction of `daemon.drain_timeout_s` that trainer and servers must leave to the processes that end after
 them."""
@@ -113,6 +115,9 @@ class JobLifecycle:
     def exited(self, ended: Exit, *, now_s: float) -> list[Action]:
         """Handles the end of a process that was not ended by a `Kill` action."""
         self._running.discard(ended.name)
+        # Only what trains or keeps the ledger knows it; a task's code may call sys.exit() in a server.
+        if ended.code == 0 and (ended.name == "trainer" or ended.name in self._buffers):
+            self.outcome.is_finished = True
         if self.phase is Phase.CLOSING and not self._is_needed_to_close(ended.name):
             self.outcome.note_exit_while_closing(ended)
             return []
@@ -217,6 +222,9 @@ class JobLifecycle:
         self._progress.observe("daemons", seen.signs_of_progress, now_s=now_s)
         if not unready:
             self._enter(Phase.RUNNING, now_s=now_s)
+        elif seen.is_evaluating and not any(name in self._servers for name in unready):
+            # Everything has started; the first evaluation may wait for agents for as long as it is allowed to.
+            self._progress.advance(now_s=now_s)
         elif now_s - self._progress.last_s > START_PATIENCE * start_limit_s(self._config):
             return self._fail_unready(unready, seen, now_s=now_s)
         return []
@@ -263,8 +271,7 @@ class JobLifecycle:
     def _ended(self, ended: Exit, *, now_s: float) -> list[Action]:
         """Handles the orderly end of the trainer, or of a buffer that is faster: the run is over."""
         if ended.code == 0:
-            self.outcome.is_finished = True
-            return self._drain(now_s=now_s)
+            return self._finish(now_s=now_s)
         return [Notice(f"a user stopped the {ended.name}: closing the run"), *self._drain(now_s=now_s)]
 
     def _next_trainer(self) -> Start:
@@ -290,12 +297,19 @@ class JobLifecycle:
         ended = self._servers.last_exit_if_none_left(seen, now_s=now_s)
         if ended is None:
             return []
-        if ended.code in (0, DRAINED):
+        if ended.code == 0:
+            return self._finish(now_s=now_s)
+        if ended.code == DRAINED:
             return self._drain(now_s=now_s)
         headline = f"{ended.name} failed ({ended.description}) and no rollout server is left; its last lines:"
         return self._fail(ended.failure_lines(headline), exit_code=1, now_s=now_s)
 
     # Closing
+
+    def _finish(self, *, now_s: float) -> list[Action]:
+        """Closes a run whose daemons have heard that it is finished."""
+        timeout_s = self._config.daemon.drain_timeout_s
+        return self._close(timeout_s, grace_s=min(FINISHED_GRACE_S, timeout_s / 4), now_s=now_s)
 
     def _drain(self, *, now_s: float) -> list[Action]:
         return self._close(self._config.daemon.drain_timeout_s, now_s=now_s)
@@ -313,10 +327,11 @@ class JobLifecycle:
             lines += [f"  {line}" for line in self._last_words(process)]
         return self._fail(lines, exit_code=1, now_s=now_s)
 
-    def _close(self, timeout_s: float, *, now_s: float) -> list[Action]:
+    def _close(self, timeout_s: float, *, now_s: float, grace_s: float = 0.0) -> list[Action]:
+        """`grace_s`: before the trainer is asked to end."""
         if self.phase is not Phase.CLOSING:
             stages = (
-                Stage(names=("prepare_model", "trainer"), reserve=TRAINER_RESERVE),
+                Stage(names=("prepare_model", "trainer"), reserve=TRAINER_RESERVE, grace_s=grace_s),
                 Stage(names=tuple(self._servers.ours), reserve=SERVERS_RESERVE),
                 Stage(names=tuple(self._buffers), reserve=0.0),
             )

@@ -49,7 +49,6 @@ class Outcome:
 
     def note_exit_while_closing(self, ended: Exit) -> None:
         """Records an exit during the shutdown; only a failure of the trainer makes the run fail."""
-        self.is_finished = self.is_finished or (ended.name == "trainer" and ended.code == 0)
         # torchrun exits with 128 + the number of the signal that ended one of its ranks.
         was_terminated = ended.code in (0, DRAINED, -signal.SIGTERM, 128 + signal.SIGTERM)
         if ended.name == "trainer" and not was_terminated and not self.failure:

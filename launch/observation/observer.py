@@ -74,6 +74,12 @@ class Observation:
             for name, view in sorted(self.daemons.items())
         )
 
+    @property
+    def is_evaluating(self) -> bool:
+        """True while the trainer waits for an evaluation. It limits that wait itself (`eval.timeout_s`)."""
+        view = self.daemons.get("trainer-0")
+        return view is not None and (view.status or {}).get("state") == "evaluating"
+
     def reason_unready(self, name: str) -> str:
         """Why a daemon is not ready."""
         view = self.daemons.get(name)

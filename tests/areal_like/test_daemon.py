@@ -98,6 +98,20 @@ def test_exit_codes_and_single_message(started: Any, mode: str, code: int, messa
     assert "Traceback" not in stderr
 
 
+def test_a_stop_signal_in_the_shutdown_of_the_interpreter_does_not_change_the_exit_code() -> None:
+    body = """
+import os, signal, sys
+from areal_like.runtime.daemon import exit_code_of
+class Late:
+    def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGTERM):
+        kill(pid, number)
+late = Late()  # deleted with this module, after the interpreter has removed its signal handlers
+signal.signal(signal.SIGTERM, lambda *_: None)
+sys.exit(exit_code_of("test-0", lambda: None))
+"""
+    assert subprocess.run([sys.executable, "-c", body], timeout=60, check=False).returncode == 0
+
+
 def test_daemon_of_a_dead_launcher_does_not_start(tmp_path: Path) -> None:
     command = [sys.executable, "-c", BODY, "serve", "name=test", f"runs_dir={tmp_path}/runs"]
     done = subprocess.run(command, env=dict(os.environ) | {PARENT_PID: "1"}, check=False)

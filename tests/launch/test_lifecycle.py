@@ -90,9 +90,33 @@ def test_daemons_that_hear_of_the_end_close_a_finished_run() -> None:
     job = running_job()
     for name in ("rollout-0", "rollout-1"):
         assert notices(job.exited(Exit(name=name, code=0), now_s=9.0)) == f"{name} has left the finished run"
-    assert Terminate("trainer") in job.exited(Exit(name="buffer", code=0), now_s=9.1)
-    job.exited(Exit(name="trainer", code=-signal.SIGTERM), now_s=9.2)
+    assert job.exited(Exit(name="buffer", code=0), now_s=9.1) == [], "the trainer ends by itself"
+    assert job.waiting_for(seen()) == "waiting for trainer"
+    job.exited(Exit(name="trainer", code=0), now_s=9.2)
     assert job.is_over and job.outcome.is_finished and job.outcome.exit_code == 0
+
+
+def test_a_run_is_finished_if_its_buffer_says_so_after_the_servers() -> None:
+    job = running_job(daemon={"drain_timeout_s": 100.0})
+    for name in ("rollout-0", "rollout-1"):
+        job.exited(Exit(name=name, code=0), now_s=9.0)
+    assert tick(job, 9.1, seen(*ALL)) == [] and job.phase is Phase.CLOSING
+    assert tick(job, 18.9, seen(*ALL)) == []
+    assert tick(job, 19.2, seen(*ALL)) == [Terminate("trainer")], "it has had time to end by itself"
+    job.exited(Exit(name="trainer", code=-signal.SIGTERM), now_s=19.3)
+    job.exited(Exit(name="buffer", code=0), now_s=19.4)
+    assert job.is_over and job.outcome.is_finished and job.outcome.exit_code == 0
+
+
+def test_a_server_that_calls_exit_does_not_finish_the_run() -> None:
+    job = running_job()
+    job.exited(Exit(name="rollout-0", code=0), now_s=3.0)
+    assert tick(job, 3.1, seen(*ALL)) == [] and job.phase is Phase.RUNNING
+    job.exited(Exit(name="rollout-1", code=0), now_s=4.0)
+    tick(job, 4.1, seen(*ALL))
+    for name in ("trainer", "buffer"):
+        job.exited(Exit(name=name, code=DRAINED), now_s=15.0)
+    assert job.is_over and not job.outcome.is_finished
 
 
 @pytest.mark.parametrize("name", ["trainer", "buffer"])
@@ -298,6 +322,29 @@ def test_daemons_that_do_not_get_ready_are_named() -> None:
         "trainer-0 was not ready after 41 s: starting",
         "  trainer hangs",
     ]
+
+
+def evaluating(*ready: str) -> Observation:
+    """An observation in which the trainer waits for its first evaluation; its other ranks wait for it."""
+    observation = seen(*ready, "trainer-0")
+    status = {"not_ready": "starting", "state": "evaluating"}
+    view = dataclasses.replace(observation.daemons["trainer-0"], status=status)
+    observation.daemons["trainer-0"] = view
+    return observation
+
+
+def test_a_start_may_wait_for_the_first_evaluation() -> None:
+    job = lifecycle(trainer={"world_size": 2})
+    job.start()
+    job.exited(Exit(name="prepare_model", code=0), now_s=1.0)
+    tick(job, 1.0, seen("buffer"))
+    servers = ("buffer", "rollout-0", "rollout-1")
+    for now_s in (2.0, 30.0, 10_000.0):
+        assert tick(job, now_s, evaluating(*servers)) == [] and job.phase is Phase.STARTING
+    for now_s in (10_001.0, 10_021.0):
+        assert tick(job, now_s, evaluating("buffer", "rollout-0")) == []
+    tick(job, 10_042.0, evaluating("buffer", "rollout-0"))
+    assert "rollout-1 was not ready" in job.outcome.failure[0], "a server has not started meanwhile"
 
 
 def test_a_trainer_that_fails_while_it_drains_fails_the_run() -> None:
