@@ -111,8 +111,8 @@ def allow_many_files() -> None:
 def early_signals(drain_code: int = 128 + signal.SIGTERM) -> None:
     """Until the daemon handles signals itself, for its imports take seconds and it has nothing to lose yet.
 
-    SIGTERM ends the process with `drain_code`, by default a shell's code for it: before the settings are read,
-    0 could mean that the run is finished. SIGHUP and SIGUSR1 do nothing.
+    SIGTERM ends the process with `drain_code`, by default a shell's code for it: 0, before the settings are
+    read, could mean that the run is finished. SIGHUP and SIGUSR1 do nothing.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(drain_code))
     for number in (signal.SIGHUP, signal.SIGUSR1):

@@ -14,9 +14,15 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from buffer.diagnosis.causes import Cause, Limits, On
 from buffer.diagnosis.facts import JobFacts, RankFacts, ServerFacts
+from buffer.storage.base import Blocked
 
 _LATE_S = 0.5
 """Mean delay of a process' timer above which the process does not get the time that it needs."""
+_STORE_REMEDIES = {
+    Blocked.FULL: "make room on its disk; it goes on by itself",
+    Blocked.LOCKED: "end that program or its transaction; the buffer goes on by itself",
+    Blocked.HANGS: "see what keeps that disk busy, and the kernel's log (dmesg); it goes on by itself",
+}
 
 
 def causes_of(
@@ -68,7 +74,7 @@ def _buffer(facts: JobFacts, limits: Limits) -> Iterator[Cause]:
             name="buffer",
             seconds=facts.store_trouble_s,
             what=f"it cannot write its ledger: {facts.store_trouble}",
-            remedy="make room on its disk; it goes on by itself",
+            remedy=_STORE_REMEDIES[Blocked(facts.store_trouble.partition(":")[0])],
         )
     elif facts.loop_late_s > _LATE_S:
         yield Cause(

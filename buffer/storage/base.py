@@ -17,12 +17,24 @@ Left out: expiry times of leases (a restarted buffer sets new ones).
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from enum import StrEnum
 from typing import Protocol
 
 from areal_like.wire.records import Record
 from buffer.prompts.order import Prompt
 from buffer.storage.rows import EvaluationRow, OperationRow, Recovered, RollbackRow, SettingRow, VersionRow
 from buffer.tickets import LeaseRecord, SampleSummary, Ticket
+
+
+class Blocked(StrEnum):
+    """Why a store cannot write at this moment: `write_blocked_reason` begins with it and a colon."""
+
+    FULL = "disk full"
+    """There is not enough space."""
+    LOCKED = "locked"
+    """Another program holds the ledger's lock."""
+    HANGS = "disk hangs"
+    """A write has not returned."""
 
 
 class Store(Protocol):

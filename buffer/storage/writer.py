@@ -28,7 +28,9 @@ from areal_like.runtime.threads import NamedThread
 from areal_like.spans.recorder import record
 from areal_like.wire.records import RecordLocation, segment_path
 from buffer.storage import sql
+from buffer.storage.base import Blocked
 from buffer.storage.changes import Changes
+from buffer.storage.lock_holder import lock_holder
 from buffer.storage.rows import SegmentRow
 from buffer.storage.segments import SegmentWriter
 
@@ -102,7 +104,7 @@ class Writer:
             return self._refused_reason
         seconds = time.monotonic() - since_s
         return (
-            f"disk hangs: a write in {self._directory} has taken {seconds:.0f} s"
+            f"{Blocked.HANGS}: a write in {self._directory} has taken {seconds:.0f} s"
             if seconds > _HANGS_AFTER_S
             else ""
         )
@@ -174,14 +176,14 @@ class Writer:
             if error.errno not in _NO_SPACE:
                 raise
             self._segments.cut()
-            raise _NoSpaceError(f"disk full: {error.strerror} in {self._directory}") from None
+            raise _NoSpaceError(f"{Blocked.FULL}: {error.strerror} in {self._directory}") from None
         except sqlite3.OperationalError as error:
             if error.sqlite_errorname == "SQLITE_BUSY":
-                reason = (
-                    f"locked: another program holds {self._directory}/ledger.sqlite3 (an open sqlite3 shell?)"
-                )
+                database = self._directory / "ledger.sqlite3"
+                holder = lock_holder(database) or "an open sqlite3 shell?"
+                reason = f"{Blocked.LOCKED}: another program holds {database}: {holder}"
             elif error.sqlite_errorname in _SQLITE_NO_SPACE:
-                reason = f"disk full: {error} in {self._directory}"
+                reason = f"{Blocked.FULL}: {error} in {self._directory}"
             else:
                 raise
             self._segments.cut()
@@ -198,6 +200,6 @@ class Writer:
         num_free = disk.f_bavail * disk.f_frsize
         if num_free < self._min_free_bytes + num_bytes:
             raise _NoSpaceError(
-                f"disk full: {num_free >> 20} MiB are free in {self._directory}, "
+                f"{Blocked.FULL}: {num_free >> 20} MiB are free in {self._directory}, "
                 f"of which buffer.min_free_bytes keeps {self._min_free_bytes >> 20} MiB"
             )

@@ -115,13 +115,16 @@ def check_disks(facts: Facts) -> Iterator[Finding]:
 
 def _space(disk: Disk, what: str) -> Finding:
     free = f"{gigabytes(disk.free_bytes)} free"
-    if not disk.needed_bytes:
+    needed_bytes = disk.needed_bytes + disk.reserved_bytes
+    if not needed_bytes:
         return _ok(what, free)
-    found = f"{free}, about {gigabytes(disk.needed_bytes)} needed"
-    if disk.free_bytes < disk.needed_bytes:
+    found = f"{free}, about {gigabytes(needed_bytes)} needed"
+    if disk.reserved_bytes:
+        found += f", of which buffer.min_free_bytes keeps {gigabytes(disk.reserved_bytes)} free"
+    if disk.free_bytes < needed_bytes:
         remedy = f"free some, choose another {disk.setting}, or keep fewer (trainer.keep_checkpoints)"
         return _error(what, found, remedy)
-    if disk.free_bytes < 2 * disk.needed_bytes:
+    if disk.free_bytes < 2 * needed_bytes:
         return _warning(what, found, "watch it: other runs may fill it")
     return _ok(what, found)
 

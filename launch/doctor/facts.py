@@ -44,6 +44,8 @@ class Disk:
     error: str = ""
     """Why it cannot be written, or has no locks."""
     is_ledger: bool = False
+    reserved_bytes: int = 0
+    """What the ledger leaves free on this disk, besides `needed_bytes`: `buffer.min_free_bytes`."""
 
 
 @dataclass(frozen=True, kw_only=True)

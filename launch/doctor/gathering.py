@@ -142,10 +142,13 @@ def _disks(config: Config, roles: Sequence[str]) -> Iterator[Disk]:
         rows = tickets * _BYTES_PER_TICKET * max(1, config.sampling.group_size // 4)
         setting = "buffer.ledger_dir" if buffer.ledger_dir else "runs_dir"
         place = wanted_place(config).parent
-        yield _disk(setting, place, rows + held * group_tokens * _BYTES_PER_TOKEN, is_ledger=True)
+        needed = rows + held * group_tokens * _BYTES_PER_TOKEN
+        yield _disk(setting, place, needed, is_ledger=True, reserved_bytes=buffer.min_free_bytes)
 
 
-def _disk(setting: str, path: Path, needed_bytes: int, *, is_ledger: bool = False) -> Disk:
+def _disk(
+    setting: str, path: Path, needed_bytes: int, *, is_ledger: bool = False, reserved_bytes: int = 0
+) -> Disk:
     existing = next(each for each in (path, *path.parents) if each.exists())
     kind, error = file_system_of(existing), ""
     try:
@@ -163,6 +166,7 @@ def _disk(setting: str, path: Path, needed_bytes: int, *, is_ledger: bool = Fals
         is_network=is_network(kind),
         error=error,
         is_ledger=is_ledger,
+        reserved_bytes=reserved_bytes,
     )
 
 

@@ -183,7 +183,7 @@ class JobLifecycle:
         if self.phase is Phase.STARTING:
             return self._advance_starting(seen, now_s=now_s)
         if self.phase is Phase.CLOSING:
-            return self._advance_closing(now_s=now_s)
+            return self._advance_closing(seen, now_s=now_s)
         return []
 
     def _advance_preparing(self, seen: Observation, *, now_s: float) -> list[Action]:
@@ -223,7 +223,7 @@ class JobLifecycle:
         if not unready:
             self._enter(Phase.RUNNING, now_s=now_s)
         elif seen.is_evaluating and not any(name in self._servers for name in unready):
-            # Everything has started; the first evaluation may wait for agents for as long as it is allowed to.
+            # Everything has started. The first evaluation may wait for agents; the trainer limits that wait.
             self._progress.advance(now_s=now_s)
         elif now_s - self._progress.last_s > START_PATIENCE * start_limit_s(self._config):
             return self._fail_unready(unready, seen, now_s=now_s)
@@ -325,6 +325,8 @@ class JobLifecycle:
             lines.append(f"{name} was not ready after {waited_s:.0f} s: {seen.reason_unready(name)}")
             process = "trainer" if name.startswith("trainer-") else name
             lines += [f"  {line}" for line in self._last_words(process)]
+        if seen.cause:
+            lines.append(f"the job {seen.cause}")
         return self._fail(lines, exit_code=1, now_s=now_s)
 
     def _close(self, timeout_s: float, *, now_s: float, grace_s: float = 0.0) -> list[Action]:
@@ -337,17 +339,25 @@ class JobLifecycle:
             )
             self._shutdown = Shutdown(stages, now_s=now_s, timeout_s=timeout_s)
             self._enter(Phase.CLOSING, now_s=now_s)
-        return self._advance_closing(now_s=now_s)
+        return self._advance_closing(None, now_s=now_s)
 
-    def _advance_closing(self, *, now_s: float) -> list[Action]:
+    def _advance_closing(self, seen: Observation | None, *, now_s: float) -> list[Action]:
         if self._shutdown is None:  # stopped at once
             return []
-        actions = self._shutdown.advance(self._running, now_s=now_s)
+        reason = self._reason_of_slow_closing(seen) if seen is not None else ""
+        actions = self._shutdown.advance(self._running, now_s=now_s, reason=reason)
         killed = {action.name for action in actions if isinstance(action, Kill)}
         self._running -= killed
         if killed:
             self.outcome.overran()
         return actions
+
+    def _reason_of_slow_closing(self, seen: Observation) -> str:
+        """What the job waits on, or what the next process to end does."""
+        if seen.cause:
+            return f"the job {seen.cause}"
+        names = self._shutdown.awaited(self._running) if self._shutdown is not None else []
+        return seen.longest_wait("trainer-0" if names[0] == "trainer" else names[0]) if names else ""
 
     def _started(self, starts: Sequence[Start]) -> list[Action]:
         self._running |= {start.spec.name for start in starts}

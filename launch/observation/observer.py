@@ -111,6 +111,25 @@ class Observation:
         """What the job waits on, as its buffers say, or as is seen from here if one does not answer."""
         return diagnosis(self.daemons.values())
 
+    @property
+    def cause(self) -> str:
+        """What the job waits on, on one line; empty if it waits on nothing, or no buffer has answered yet."""
+        has_begun = any(view.role == "buffer" and view.seen_s for view in self.daemons.values())
+        causes = self.why["causes"] if has_begun else []
+        if not causes:
+            return ""
+        more = f" (and {len(causes) - 1} more)" if len(causes) > 1 else ""
+        return f"waits on {causes[0]['name']}: {causes[0]['what']}{more}"
+
+    def longest_wait(self, name: str) -> str:
+        """The longest wait of a daemon, or why it is not ready; empty if it does not say."""
+        view = self.daemons.get(name)
+        waits = (view.status or {}).get("waiting_on") if view else None
+        if not waits:
+            return view.not_ready if view else ""
+        wait, seconds = max(waits.items(), key=lambda each: float(each[1]))
+        return f"it waits for {wait}, {seconds:.0f} s"
+
 
 class Observer:
     """Polls the job in a thread between `start` and `close`."""

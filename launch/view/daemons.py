@@ -72,12 +72,3 @@ def _first_number(status: dict[str, Any], *keys: str) -> str:
     """The first of these numbers that the status has."""
     numbers = (find_number(status, key) for key in keys)
     return next((f"{number:.0f}" for number in numbers if number is not None), "")
-
-
-def why_line(seen: Observation) -> str:
-    """What the job waits on, on one line; empty if it waits on nothing."""
-    causes = seen.why["causes"]
-    if not causes:
-        return ""
-    more = f" (and {len(causes) - 1} more)" if len(causes) > 1 else ""
-    return f"waits on {causes[0]['name']}: {causes[0]['what']}{more}"

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from launch.observation.observer import Observation, find_number, find_table
 from launch.view.formatting import duration, fixed, rate
+from launch.view.plain import phase_line
 
 
 class EvaluationView:
@@ -28,7 +29,8 @@ class EvaluationView:
         if now_s < self._due_s:
             return
         self._due_s = now_s + self._interval_s
-        line = f"{phase}: {detail}" if detail else progress_line(seen) or phase
+        progress = "" if detail else progress_line(seen)
+        line = progress or phase_line(seen, phase=phase, detail=detail)
         if line != self._last:
             self._last = line
             self.notice(line)

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from areal_like.config import Config
 from launch.observation.observer import Observation
-from launch.view.daemons import daemon_table, tickets_line, why_line
+from launch.view.daemons import daemon_table, tickets_line
 from launch.view.formatting import fixed, rate
 from launch.view.plot import bar, curve
 from launch.view.speed import Eta, recent_mean, tokens_per_s_trained
@@ -35,7 +35,7 @@ def picture(
         parts += [middle, _rates(seen)]
     if seen.buffer:
         parts.append(tickets_line(seen))
-        if why := why_line(seen):
+        if why := seen.cause:
             parts.append(Text(why, style="yellow"))
     if seen.daemons:
         # The picture is redrawn in place, so wrapped reasons must not make it higher than the terminal.

@@ -8,7 +8,6 @@ from rich.console import Console
 
 from areal_like.config import Config
 from launch.observation.observer import Observation, find_number, find_table
-from launch.view.daemons import why_line
 from launch.view.formatting import fixed, rate
 from launch.view.speed import Eta, recent_mean, tokens_per_s_trained
 
@@ -29,9 +28,8 @@ class PlainView:
         if now_s < self._due_s:
             return
         self._due_s = now_s + self._interval_s
-        line = f"{phase}: {detail}" if detail else phase
-        if seen.steps and not detail:
-            line = self._line(seen)
+        is_training = seen.steps and not detail
+        line = self._line(seen) if is_training else phase_line(seen, phase=phase, detail=detail)
         if line != self._last:
             self._last = line
             self.notice(line)
@@ -48,6 +46,11 @@ class PlainView:
         """Does nothing: there is no drawing to end."""
 
 
+def phase_line(seen: Observation, *, phase: str, detail: str) -> str:
+    """What a job that does not train waits for."""
+    return "  ".join(filter(None, (f"{phase}: {detail}" if detail else phase, seen.cause)))
+
+
 def plain_line(seen: Observation, *, config: Config, eta: Eta) -> str:
     """The state of training on one line."""
     dropped = find_number(find_table(seen.buffer, "tickets"), "dropped")
@@ -62,6 +65,6 @@ def plain_line(seen: Observation, *, config: Config, eta: Eta) -> str:
         "" if mfu is None else f"MFU {mfu:.0%}",
         f"dropped {dropped:.0f}" if dropped is not None else "",
         f"ETA {eta}",
-        why_line(seen),
+        seen.cause,
     ]
     return "  ".join(filter(None, parts))

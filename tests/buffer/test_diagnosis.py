@@ -13,6 +13,7 @@ from buffer.diagnosis.facts import JobFacts, LeaseFacts, RankFacts, ServerFacts
 from buffer.diagnosis.rules import causes_of, effects_of, late_servers
 from buffer.diagnosis.speeds import Speeds
 from buffer.diagnosis.watchdog import Wakefulness, Watchdog
+from buffer.storage.base import Blocked
 
 LIMITS = Limits(stall_s=5.0, work_s=10.0)
 
@@ -59,7 +60,7 @@ def named(facts: JobFacts, **slow: str) -> list[tuple[str, On]]:
             {"servers": (server(waits={"engine: ready": 40.0}, state="starting"),)},
             ("rollout-0's engine", On.ENGINE),
         ),
-        ({"store_trouble": "disk full", "store_trouble_s": 3.0}, ("buffer", On.BUFFER)),
+        ({"store_trouble": "disk full: 0 MiB are free", "store_trouble_s": 3.0}, ("buffer", On.BUFFER)),
         ({"loop_late_s": 2.0}, ("buffer", On.BUFFER)),
         ({"servers": (server(stats={"loop_late_s": 0.8}), server("rollout-1"))}, ("rollout-0", On.SERVER)),
         ({"servers": (), "lost_servers": {"rollout-0": 12.0}}, ("rollout-0", On.SERVER)),
@@ -100,6 +101,16 @@ def test_all_peers_at_once_are_the_buffers_network(changes: dict[str, Any], culp
     silent = (server(silent_s=19.5), server("rollout-1", **SILENT))
     facts = replace(JOB, servers=silent, ranks=(rank(**SILENT),))
     assert sorted(name for name, _ in named(replace(facts, **changes))) == culprits
+
+
+@pytest.mark.parametrize(
+    ("kind", "remedy"),
+    [(Blocked.FULL, "room"), (Blocked.LOCKED, "end that program"), (Blocked.HANGS, "dmesg")],
+)
+def test_the_remedy_is_that_of_the_stores_trouble(kind: Blocked, remedy: str) -> None:
+    facts = replace(JOB, store_trouble=f"{kind}: in /runs/a/ledger", store_trouble_s=3.0)
+    (cause,) = causes_of(facts, slow={}, late=(), limits=LIMITS)
+    assert remedy in cause.remedy and "/runs/a/ledger" in cause.what
 
 
 def test_a_healthy_job_has_no_cause() -> None:

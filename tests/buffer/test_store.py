@@ -22,6 +22,7 @@ from areal_like.wire.records import segment_path
 from buffer.prompts.order import Prompt
 from buffer.storage import sql, sql_read
 from buffer.storage.durable import DurableStore
+from buffer.storage.lock_holder import lock_holder
 from buffer.storage.rows import LeaseRow, Recovered, RollbackRow, VersionRow
 from buffer.tickets import Drop, LeaseRecord, State, Ticket
 from tests.support.buffer_harness import job
@@ -529,6 +530,24 @@ def test_writes_wait_for_a_lock_of_another_program(tmp_path: Path) -> None:
             assert store.write_blocked_reason == ""
 
     asyncio.run(run())
+
+
+def test_the_holder_of_the_ledgers_lock_is_named(tmp_path: Path) -> None:
+    database = tmp_path / "ledger.sqlite3"
+    assert lock_holder(database, locks="") == "", "there is no ledger"
+    shm = tmp_path / "ledger.sqlite3-shm"
+    shm.touch()
+    inode = shm.stat().st_ino
+    others = (
+        f"1: POSIX  ADVISORY  WRITE 4711 fe:00:{inode + 1} 120 120\n"
+        f"2: POSIX  ADVISORY  READ 4712 fe:00:{inode} 124 124\n"
+        f"3: POSIX  ADVISORY  WRITE {os.getpid()} fe:00:{inode} 120 120\n"
+        f"3: -> POSIX  ADVISORY  WRITE 4714 fe:00:{inode} 120 120\n"
+        f"4: FLOCK  ADVISORY  WRITE 4713 fe:00:{inode} 0 EOF\n"
+    )
+    assert lock_holder(database, locks=others) == ""
+    parent = f"5: POSIX  ADVISORY  WRITE {os.getppid()} fe:00:{inode} 120 120\n"
+    assert lock_holder(database, locks=others + parent).startswith(f"pid {os.getppid()} (")
 
 
 def test_a_failing_disk_ends_the_writer(tmp_path: Path) -> None:

@@ -57,7 +57,9 @@ def limits(
     )
 
 
-def disk(free_gb: float, needed_gb: float, *, error: str = "", is_network: bool = False) -> Facts:
+def disk(
+    free_gb: float, needed_gb: float, *, error: str = "", is_network: bool = False, reserved_gb: float = 0
+) -> Facts:
     one = Disk(
         setting="runs_dir",
         path="/r",
@@ -67,6 +69,7 @@ def disk(free_gb: float, needed_gb: float, *, error: str = "", is_network: bool 
         error=error,
         is_network=is_network,
         is_ledger=True,
+        reserved_bytes=int(reserved_gb * 1e9),
     )
     return Facts(disks=(one,), limits=limits())
 
@@ -118,6 +121,7 @@ def cpu(**versions: str) -> Facts:
         (disk(15, 10), Level.WARNING, "15.0 GB free"),
         (disk(5, 10), Level.ERROR, "5.0 GB free, about 10.0 GB needed"),
         (disk(5, 0), Level.OK, "5.0 GB free"),
+        (disk(0.2, 0, reserved_gb=0.27), Level.ERROR, "buffer.min_free_bytes keeps 0.3 GB free"),
         (disk(5, 0, error="cannot write"), Level.ERROR, "cannot write"),
         (disk(100, 1, is_network=True), Level.WARNING, "nfs4: SQLite's WAL is unsafe"),
         (Facts(model_error="no config.json there", limits=limits()), Level.ERROR, "no config.json there"),
@@ -234,6 +238,7 @@ def test_what_a_machine_has_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (trainer,) = facts.versions
     assert trainer.torch and trainer.transformers and not trainer.error
     assert all(each.free_bytes > 0 and not each.error for each in facts.disks)
+    assert max(each.reserved_bytes for each in facts.disks) == config.buffer.min_free_bytes
     assert not (tmp_path / "runs").exists(), "looking has left something behind"
 
 

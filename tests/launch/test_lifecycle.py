@@ -15,6 +15,7 @@ from launch.local_job.outcome import Phase
 from launch.local_job.specs import DRAINED, JobSpecs
 from launch.observation.observer import DaemonView, Observation
 from launch.observation.progress import Progress
+from launch.view.plain import phase_line
 
 
 def lifecycle(**settings: object) -> JobLifecycle:
@@ -31,7 +32,7 @@ def seen(*ready: str, step: int = -1, at_unix_s: float = 0.0, joined: bool = Fal
         name: DaemonView(
             name=name,
             endpoint=endpoint | {"role": name.partition("-")[0]},
-            status={"not_ready": "", "peers": peers},
+            status={"not_ready": "", "peers": peers, "why": {}},
             seen_s=1.0,
         )
         for name in ready
@@ -146,6 +147,54 @@ def test_each_stage_is_killed_in_time_for_the_next() -> None:
     assert tick(job, 109.9, seen()) == []
     assert Kill("buffer") in tick(job, 110.1, seen())
     assert job.is_over and job.outcome.exit_code == 1
+
+
+FULL = {
+    "on": "buffer",
+    "name": "buffer",
+    "what": "it cannot write its ledger: disk full: 3 MiB are free",
+    "remedy": "make room",
+}
+
+
+def with_status(observation: Observation, name: str, **status: object) -> Observation:
+    """The observation with these fields of a daemon's /status."""
+    view = observation.daemons[name]
+    observation.daemons[name] = dataclasses.replace(view, status=(view.status or {}) | status)
+    return observation
+
+
+def test_a_process_that_is_killed_is_named_with_what_it_waited_for() -> None:
+    for waiting, reason in (
+        (
+            with_status(seen(*ALL), "buffer", why={"causes": [FULL]}),
+            "the job waits on buffer: it cannot write",
+        ),
+        (
+            with_status(seen(*ALL), "trainer-0", waiting_on={"CommitStep": 21.4}),
+            "it waits for CommitStep, 21 s",
+        ),
+    ):
+        job = running_job(daemon={"drain_timeout_s": 100.0})
+        job.stop_requested(1, now_s=10.0)
+        assert notices(tick(job, 86.0, waiting)).startswith(f"trainer did not end in time: killed; {reason}")
+
+
+def test_a_start_that_waits_for_the_disk_says_so() -> None:
+    job = lifecycle()
+    job.start()
+    job.exited(Exit(name="prepare_model", code=0), now_s=1.0)
+    tick(job, 1.0, seen("buffer"))
+    full = with_status(seen("buffer"), "buffer", why={"causes": [FULL]})
+    assert "disk full: 3 MiB" in phase_line(full, phase=job.phase, detail=job.waiting_for(full))
+    for now_s in (2.0, 42.1):
+        tick(job, now_s, full)
+    assert "disk full: 3 MiB" in job.outcome.failure[-1]
+
+
+def test_a_buffer_that_has_not_answered_yet_is_not_a_cause() -> None:
+    starting = DaemonView(name="buffer", endpoint={"role": "buffer"}, status=None, seen_s=0.0)
+    assert Observation(daemons={"buffer": starting}).cause == ""
 
 
 def test_a_second_stop_signal_kills_everything() -> None:
@@ -326,11 +375,7 @@ def test_daemons_that_do_not_get_ready_are_named() -> None:
 
 def evaluating(*ready: str) -> Observation:
     """An observation in which the trainer waits for its first evaluation; its other ranks wait for it."""
-    observation = seen(*ready, "trainer-0")
-    status = {"not_ready": "starting", "state": "evaluating"}
-    view = dataclasses.replace(observation.daemons["trainer-0"], status=status)
-    observation.daemons["trainer-0"] = view
-    return observation
+    return with_status(seen(*ready, "trainer-0"), "trainer-0", not_ready="starting", state="evaluating")
 
 
 def test_a_start_may_wait_for_the_first_evaluation() -> None:
