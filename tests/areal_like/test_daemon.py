@@ -98,7 +98,7 @@ def test_exit_codes_and_single_message(started: Any, mode: str, code: int, messa
     assert "Traceback" not in stderr
 
 
-def test_a_stop_signal_in_the_shutdown_of_the_interpreter_does_not_change_the_exit_code() -> None:
+def test_a_late_stop_signal_does_not_change_the_exit_code() -> None:
     body = """
 import os, signal, sys
 from areal_like.runtime.daemon import exit_code_of

@@ -97,7 +97,7 @@ def test_daemons_that_hear_of_the_end_close_a_finished_run() -> None:
     assert job.is_over and job.outcome.is_finished and job.outcome.exit_code == 0
 
 
-def test_a_run_is_finished_if_its_buffer_says_so_after_the_servers() -> None:
+def test_a_run_is_finished_if_its_buffer_says_so() -> None:
     job = running_job(daemon={"drain_timeout_s": 100.0})
     for name in ("rollout-0", "rollout-1"):
         job.exited(Exit(name=name, code=0), now_s=9.0)
@@ -164,7 +164,7 @@ def with_status(observation: Observation, name: str, **status: object) -> Observ
     return observation
 
 
-def test_a_process_that_is_killed_is_named_with_what_it_waited_for() -> None:
+def test_a_killed_process_is_named_with_its_wait() -> None:
     for waiting, reason in (
         (
             with_status(seen(*ALL), "buffer", why={"causes": [FULL]}),
