@@ -1,22 +1,24 @@
 """Sphinx configuration of the documentation site: `make docs` builds it, with every warning an error.
 
-The tables of settings and the list of commands are generated at build time, from the configuration's
-dataclasses and from `areal-like --help`, so they cannot differ from the code. After the build every page
+The tables of settings and the help of the commands are generated at build time, from the configuration's
+dataclasses and the parsers of `areal-like`, so they cannot differ from the code. After the build every page
 is checked for scripts, style sheets, fonts and images that a browser would load from the network: the
 site must be readable without one.
 """
 
 from __future__ import annotations
 
+import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from launch.cli import COMMANDS, command, overview  # noqa: E402
 from launch.settings_help import all_keys  # noqa: E402
 
 if TYPE_CHECKING:
@@ -53,15 +55,23 @@ def settings_tables() -> str:
     return "\n".join(lines)
 
 
-def command_help() -> str:
+def overview_of_commands() -> str:
     """Markdown: the output of `areal-like --help` as a code block."""
-    help_text = subprocess.run(
-        [sys.executable, "-m", "launch", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    return f"```text\n{help_text.stdout.strip()}\n```"
+    return f"```text\n{overview().strip()}\n```"
 
 
-GENERATED = {"<!-- settings -->": settings_tables, "<!-- commands -->": command_help}
+def commands() -> str:
+    """Markdown: a heading for each verb, and the output of `areal-like VERB --help` as a code block."""
+    with mock.patch.dict(os.environ, COLUMNS="92"):  # the width of the text
+        helps = [(verb, command(verb)[1].format_help().strip()) for verb in COMMANDS]
+    return "\n\n".join(f"### {verb}\n\n```text\n{text}\n```" for verb, text in helps)
+
+
+GENERATED = {
+    "<!-- settings -->": settings_tables,
+    "<!-- overview -->": overview_of_commands,
+    "<!-- commands -->": commands,
+}
 """Comment in a page -> the Markdown that replaces it."""
 
 _REMOTE = re.compile(

@@ -7,14 +7,12 @@ a second time. An answer of nothing leaves it to the shell, which then completes
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from areal_like.errors import ConfigError
-from launch.cli import COMMANDS
-from launch.commands.parser import Parser
+from launch.cli import COMMANDS, command
 
 _LEAVES_TO_SHELL = ("FILE", "DIR", "CONFIG")
 
@@ -35,9 +33,7 @@ def _next(before: list[str], current: str, directory: Path) -> Iterator[str]:
     verb, *typed = before
     if verb not in COMMANDS:
         return
-    parser = Parser(verb, usage=COMMANDS[verb].usage, summary="")
-    parser.set_defaults(has_buffer=any(word.partition("=")[0] == "--buffer" for word in typed))
-    importlib.import_module(f"launch.commands.{COMMANDS[verb].module}").add_arguments(parser)
+    _, parser = command(verb, typed)
     actions = parser._actions
     by_option = {option: action for action in actions for option in action.option_strings}
     waiting = by_option.get(typed[-1]) if typed else None

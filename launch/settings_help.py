@@ -82,16 +82,14 @@ def choices() -> dict[str, list[str]]:
 
 
 def help_text(*, width: int, everything: bool) -> str:
-    """The help of `areal-like run`: presets and settings in lines of `width` columns.
+    """The settings in the help of `areal-like run`: presets and settings in lines of `width` columns.
 
     Only the settings in COMMON unless `everything`.
     """
-    lines = [
-        "areal-like run key=value ...: runs a whole job on this machine and writes runs/<name>/",
-        "--config FILE: begins with the settings of a config.yaml, for instance that of another run",
-        "",
-    ]
-    lines += [f"  {section}={'|'.join(names)}" for section, names in choices().items()]
+    lines = ["presets:"]
+    for preset, names in choices().items():
+        first, *others = textwrap.wrap(" | ".join(names), width=width - 4 - len(preset))
+        lines += [f"  {preset}={first}", *(" " * (3 + len(preset)) + line for line in others)]
     lines.append("  task._target_=my_module.MyTask: a class of your own (objective and advantage alike)")
     section = None
     for setting in all_keys():

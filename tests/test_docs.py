@@ -8,14 +8,13 @@ from __future__ import annotations
 import re
 import runpy
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from areal_like.runtime.command_line import load_config
 from areal_like.wire.messages import MESSAGES
+from launch.cli import COMMANDS, command, overview
 from launch.settings_help import all_keys
 from tests.support.launching import ROOT
 
@@ -99,16 +98,21 @@ def test_wire_page_names_every_message() -> None:
 
 
 def test_commands_on_the_pages_exist() -> None:
-    known = subprocess.run(
-        [sys.executable, "-m", "launch", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    used = {
-        verb
-        for page in PAGES
-        for verb in re.findall(r"^(?:\.venv/bin/)?areal-like ([a-z]+)", page.read_text(), re.M)
-    }
-    assert {"run", "status", "audit"} <= used
-    assert [verb for verb in sorted(used) if not re.search(rf"\b{verb}\b", known)] == []
+    blocks = "\n".join(block for page in PAGES for block in _FENCE.findall(page.read_text()))
+    used = set(re.findall(r"^(?:\.venv/bin/)?areal-like ([a-z-]+)", blocks, re.M))
+    assert {"run", "status", "audit", "deploy-files"} <= used
+    assert used <= set(COMMANDS)
+
+
+def test_commands_page_has_every_verb_and_option() -> None:
+    page = (ROOT / "docs" / "reference" / "cli.md").read_text()
+    for comment, generate in CONFIGURATION["GENERATED"].items():
+        page = page.replace(comment, generate())
+    assert overview() in page
+    for verb in COMMANDS:
+        section = page.split(f"\n### {verb}\n")[1].split("\n### ")[0]
+        options = {option for action in command(verb)[1]._actions for option in action.option_strings}
+        assert sorted(option for option in options - {"--words"} if option not in section) == []
 
 
 def test_settings_on_the_pages_exist() -> None:

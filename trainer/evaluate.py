@@ -115,7 +115,7 @@ def main(argv: Sequence[str]) -> int:
     early_signals()
     try:
         options = Options()
-        options.add_argument("--step", action=OneValue, missing="give the model's optimizer steps, or 0")
+        options.add_argument("--step", action=OneValue)
         values, rest = options.parse_known_args(list(argv))
         if not (values.step or "0").isdecimal():
             raise ConfigError(f"--step {values.step}: give a number of optimizer steps")

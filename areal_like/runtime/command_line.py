@@ -43,15 +43,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 class OneValue(argparse.Action):
-    """Stores the value of an option that may be given once.
-
-    Raises ConfigError if the option is repeated, and if its value is absent (`missing` is the message then).
-    """
-
-    def __init__(self, option_strings: Sequence[str], dest: str, *, missing: str, **settings: Any) -> None:
-        # nargs="?" leaves an absent value to __call__: argparse's own message would not name what is missing.
-        super().__init__(option_strings, dest, nargs="?", **settings)
-        self._missing = missing
+    """Stores the value of an option. Raises ConfigError if the option is repeated or its value is empty."""
 
     def __call__(
         self,
@@ -61,7 +53,7 @@ class OneValue(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         if not values:
-            raise ConfigError(f"{option_string}: {self._missing}")
+            raise ConfigError(f"{option_string}: the value is empty")
         if getattr(namespace, self.dest) is not None:
             raise ConfigError(f"{option_string} is given more than once")
         setattr(namespace, self.dest, values)
@@ -69,8 +61,12 @@ class OneValue(argparse.Action):
 
 def add_config_option(parser: argparse.ArgumentParser) -> None:
     """Adds `--config FILE`; None by default."""
-    missing = "name a resolved configuration file"
-    parser.add_argument("--config", metavar="FILE", action=OneValue, missing=missing)
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        action=OneValue,
+        help="begin with the settings of a config.yaml, such as that of another run",
+    )
 
 
 class Options(argparse.ArgumentParser):
@@ -137,7 +133,7 @@ def role_arguments(argv: Sequence[str], *, default_name: str) -> tuple[Config, s
     Raises ConfigError.
     """
     options = Options()
-    options.add_argument("--name", action=OneValue, missing="give the daemon's name, e.g. rollout-1")
+    options.add_argument("--name", action=OneValue)
     values, rest = options.parse_known_args(list(argv))
     name = values.name or default_name
     if not NAME.fullmatch(name):

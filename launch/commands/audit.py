@@ -6,12 +6,17 @@ import argparse
 import sys
 
 from launch.audit.run import audit_run
-from launch.commands.parser import add_run
+from launch.commands.parser import Parser, add_run
 from launch.run_directory.rundir import find_run
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """RUN and `--json`."""
+    parser.describe(
+        "Check a run's ledger, trajectories and checkpoints against one another. Exit code 1, with the "
+        "offending ids, if they contradict each other.",
+        "audit myrun",
+    )
     add_run(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 

@@ -7,11 +7,17 @@ import sys
 from pathlib import Path
 
 from areal_like.errors import ConfigError
+from launch.commands.parser import Parser
 from launch.completion import SHELLS, candidates, script
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """SHELL; the scripts themselves call with the words typed so far."""
+    parser.describe(
+        "Print the script with which a shell completes verbs, options, runs, servers and settings. For bash, "
+        "put `source <(areal-like completion bash)` into ~/.bashrc.",
+        "completion bash",
+    )
     parser.add_argument("shell", metavar="SHELL", nargs="?", choices=SHELLS, help=", ".join(SHELLS))
     parser.add_argument("--words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import OneValue, add_config_option, load_config
-from launch.commands.parser import add_settings
+from launch.commands.parser import Parser, add_settings
 from launch.local_job.child import python_path
 from launch.observation.heard_prompts import read_heard_prompts
 from launch.run_directory.rundir import find_run
@@ -26,15 +26,30 @@ _DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 _ACTIONS = ("stats",)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """`stats`, what to look at, options and settings."""
+    parser.describe(
+        "Count and check rows: lengths, repeated prompts, held-out prompts that are also in training, labels "
+        "and broken rows. The rows are those of files (the first is the training split), of the task of a "
+        "configuration, or of the task of a run, then with the solve rates seen so far.",
+        "data stats train.jsonl test.jsonl model.path=Qwen/Qwen3-0.6B",
+        "data stats job.yaml",
+        "data stats myrun --rows 1000",
+    )
     parser.add_argument("action", metavar="ACTION", choices=_ACTIONS, help="stats")
     add_config_option(parser)
     parser.add_argument(
-        "--rows", metavar="N", action=OneValue, missing="give the largest number of rows of a split to read"
+        "--rows",
+        metavar="N",
+        action=OneValue,
+        help="read at most N rows of each split",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    add_settings(parser)
+    add_settings(
+        parser,
+        metavar="FILE|CONFIG|RUN|key=value",
+        help="files (*.jsonl, *.json, *.parquet, hf:...), a configuration (*.yaml), a run, settings",
+    )
 
 
 def main(args: argparse.Namespace) -> int:

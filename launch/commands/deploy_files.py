@@ -13,13 +13,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from areal_like.errors import ConfigError
+from launch.commands.parser import Parser
 
 SOURCE = Path(__file__).resolve().parents[1] / "deploy"
 """The files, package data of `launch`."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """DIR and --force."""
+    parser.describe(
+        "Write configurations to adapt: of Prometheus (with rules and alerts), Grafana, systemd, Slurm, "
+        "Kubernetes and containers.",
+        "deploy-files deploy",
+    )
     parser.add_argument("directory", metavar="DIR", type=Path, help="where to write the files")
     parser.add_argument(
         "--force", action="store_true", help="also into a directory that has files, and over those"

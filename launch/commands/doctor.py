@@ -12,9 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from areal_like.config import Config
-from areal_like.errors import ConfigError
-from areal_like.runtime.command_line import SCALE, load_config, presets
-from launch.commands.parser import add_settings
+from areal_like.runtime.command_line import load_config
+from launch.commands.configuration import add_configuration, settings_of
+from launch.commands.parser import Parser
 from launch.doctor.checks import Finding, Level, findings
 from launch.doctor.gathering import ROLES, gather
 from launch.observation.reach import RunningJob
@@ -22,8 +22,16 @@ from launch.observation.reach import RunningJob
 _STYLES = {Level.OK: "green", Level.WARNING: "yellow", Level.ERROR: "red"}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """CONFIG, what to check, and settings."""
+    parser.describe(
+        "Check this machine before a run: ports, names, disks, versions, GPUs, limits and keys. Exit code 1 "
+        "on errors; warnings do not count.",
+        "doctor",
+        "doctor job.yaml --role trainer",
+        "doctor job.yaml --role rollout --buffer node7:8080",
+    )
+    add_configuration(parser)
     parser.add_argument(
         "--role",
         action="append",
@@ -32,16 +40,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="only what this role needs here (buffer, trainer or rollout); may be repeated",
     )
     parser.add_argument(
-        "--buffer", action="append", metavar="HOST:PORT", help="compare clocks with a running job"
+        "--buffer",
+        action="append",
+        metavar="HOST:PORT",
+        help="compare clocks with a running job, at its buffer's HTTP server",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--all", action="store_true", help="also show what is in order")
-    add_settings(parser)
 
 
 def main(args: argparse.Namespace) -> int:
     """Prints the findings; returns 1 if one of them is an error. Raises ConfigError for a wrong setting."""
-    config = load_config(_configuration(args.settings))
+    config = load_config(settings_of("doctor", args))
     found = findings(gather(config, args.role or ROLES, job=_job(config, args.buffer)))
     if args.json:
         sys.stdout.write(json.dumps([dataclasses.asdict(each) for each in found], indent=2) + "\n")
@@ -55,21 +65,6 @@ def _job(config: Config, addresses: list[str] | None) -> RunningJob | None:
     if not addresses:
         return None
     return RunningJob.at(addresses, keys=security.keys, tls_certificate=security.tls_certificate)
-
-
-def _configuration(words: list[str]) -> list[str]:
-    """CONFIG (the first word, unless it is a setting) as `--config FILE` or `scale=PRESET`, then settings."""
-    if not words or "=" in words[0]:
-        return words
-    config, *settings = words
-    if config in presets(SCALE):
-        return [f"{SCALE}={config}", *settings]
-    if not config.endswith((".yaml", ".yml")):
-        known = ", ".join(presets(SCALE))
-        raise ConfigError(
-            f"doctor {config}: give a configuration file (*.yaml) or one of the presets {known}"
-        )
-    return ["--config", config, *settings]
 
 
 def _show(found: list[Finding], *, shows_all: bool) -> None:

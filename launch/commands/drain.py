@@ -10,16 +10,22 @@ import sys
 import time
 
 from areal_like.errors import ArealError, ConfigError
-from launch.commands.running_job import add_job, job_of
+from launch.commands.parser import Parser
+from launch.commands.running_job import add_job, add_server, job_of
 from launch.observation.reach import RunningJob
 
 _TICK_S = 0.2
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """The job and SERVER."""
+    parser.describe(
+        "End one rollout server of a running job: it takes no new leases, finishes or returns those it "
+        "holds, and exits. The command waits for that, at most daemon.drain_timeout_s.",
+        "drain myrun rollout-1",
+    )
     add_job(parser)
-    parser.add_argument("server", metavar="SERVER", help="its name, e.g. rollout-1")
+    add_server(parser)
 
 
 def main(args: argparse.Namespace) -> int:

@@ -11,12 +11,18 @@ import sys
 from collections.abc import Sequence
 
 from launch.commands.ledger_change import change_ledger
+from launch.commands.parser import Parser
 from launch.commands.running_job import add_job, job_of
 from launch.observation.reach import RunningJob
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """The job and the tickets' numbers."""
+    parser.describe(
+        "Permanently remove harmful tickets from the step in which they are recorded; other tickets take "
+        "their places. The step must not be trained yet. All of the tickets are dropped, or none.",
+        "drop myrun 1718 1723",
+    )
     add_job(parser)
     parser.add_argument("tickets", metavar="TICKET", nargs="+", type=_ticket_id, help="its number")
 

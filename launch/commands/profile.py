@@ -20,7 +20,7 @@ from areal_like.errors import ArealError, ConfigError
 from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config
 from areal_like.runtime.daemon import read_endpoint
-from launch.commands.parser import add_run
+from launch.commands.parser import Parser, add_run
 from launch.observation.http_json import Operator, fetch_json, post_json
 from launch.run_directory.rundir import find_run
 from launch.view.profile import profile_lines
@@ -30,8 +30,14 @@ _SILENCE_S = 20.0
 """Longest time without an answer of a rank and without its report."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """RUN and what to record."""
+    parser.describe(
+        "Record the next steps of a running trainer with torch's profiler: traces for Perfetto in "
+        "RUN/profiles, and a table of where the time goes. Exit code 1 if a rank has recorded fewer steps.",
+        "profile myrun",
+        "profile myrun --steps 5 --rank 0,3 --memory",
+    )
     add_run(parser)
     parser.add_argument("--steps", type=int, default=3, metavar="N", help="steps to record (3)")
     parser.add_argument("--rank", default="0", metavar="R", help="ranks: 0 (the default), 0,3 or all")

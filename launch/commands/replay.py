@@ -22,7 +22,7 @@ from rich.console import Console
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths, checkpoint_name, write_json
 from areal_like.runtime.process import keep_files_private
-from launch.commands.parser import add_run, add_settings
+from launch.commands.parser import Parser, add_run, add_settings
 from launch.commands.stop_signals import StopSignals
 from launch.local_job.display import View
 from launch.local_job.foreground import Foreground
@@ -51,11 +51,25 @@ _WITHOUT_EFFECT = (
 """Prefixes of settings that affect only the generation of trajectories."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """RUN, the run to compare it with, and settings."""
+    parser.describe(
+        "Train again on the trajectories of a run, with the same or other settings, in a new run directory. "
+        "The run must have had buffer.retain_trajectories=true. With --against, write no run: print the "
+        "first step at which two runs differ and by what, and train only that step of both again; exit code "
+        "1 if they differ.",
+        "replay myrun",
+        "replay myrun objective=ppo name=myrun-ppo",
+        "replay myrun --against other",
+    )
     add_run(parser)
     parser.add_argument("--against", metavar="OTHER", help="compare RUN with this run, step by step")
-    parser.add_argument("--tolerance", metavar="SHARE", type=float, help="with --against: what is equal")
+    parser.add_argument(
+        "--tolerance",
+        metavar="SHARE",
+        type=float,
+        help="with --against: relative difference that counts as equal, as 1e-5",
+    )
     parser.add_argument("--records-only", action="store_true", help="with --against: train nothing again")
     parser.add_argument("--json", action="store_true", help="with --against: print JSON")
     add_settings(parser)

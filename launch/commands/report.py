@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from areal_like.errors import ConfigError
-from launch.commands.parser import add_run
+from launch.commands.parser import Parser, add_run
 from launch.commands.version import installed_version
 from launch.report.page import page
 from launch.report.run import read_run
@@ -20,8 +20,14 @@ from launch.report.samples import samples_html
 from launch.run_directory.rundir import find_run
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """RUN, the run to compare it with, and where the page goes."""
+    parser.describe(
+        "Write one HTML page about a run that goes on, has ended or has failed: figures, charts, drops, "
+        "events, messages and samples.",
+        "report myrun",
+        "report myrun --against other --out both.html",
+    )
     add_run(parser)
     parser.add_argument("--against", metavar="OTHER", help="a second run, shown in the same charts")
     parser.add_argument("--out", metavar="FILE", help="the page (RUN/report.html); - for stdout")

@@ -17,7 +17,7 @@ from areal_like.runtime.command_line import load_config
 from areal_like.runtime.daemon import read_endpoint
 from areal_like.shards import all_shards
 from launch.commands.drain import drain
-from launch.commands.parser import add_settings
+from launch.commands.parser import Parser, add_settings
 from launch.commands.running_job import add_job, job_of
 from launch.observation.http_json import post_json
 from launch.observation.reach import RunningJob
@@ -29,11 +29,18 @@ _SHARED_SETTINGS = ("trainer.groups_per_step", "trainer.num_steps")
 """Settings of the trainer that the buffer uses too, so they cannot change while it runs."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """The job, the role, and its settings."""
+    parser.describe(
+        "Replace the trainer, the buffer or a rollout server of a running job, while the others go on. The "
+        "trainer may get new settings, which config.yaml then has. A role that was started by hand drains, "
+        "and its supervisor has to start it again.",
+        "restart myrun rollout-1",
+        "restart myrun trainer trainer.lr=1e-6",
+    )
     add_job(parser)
     parser.add_argument("role", metavar="ROLE", help="trainer, buffer, or the name of a rollout server")
-    add_settings(parser)
+    add_settings(parser, metavar="trainer.KEY=VALUE")
 
 
 def main(args: argparse.Namespace) -> int:

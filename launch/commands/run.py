@@ -17,7 +17,7 @@ from areal_like.runtime.command_line import add_config_option
 from areal_like.runtime.logs import configure_launcher_log
 from areal_like.runtime.process import keep_files_private
 from areal_like.runtime.signals import handle_log_signals, request_reopen
-from launch.commands.parser import add_settings
+from launch.commands.parser import Parser, add_settings
 from launch.commands.stop_signals import StopSignals
 from launch.local_job.job import LocalJob
 from launch.run_directory.kept_settings import left_out
@@ -28,10 +28,19 @@ from launch.view.plain import PlainView
 from launch.view.summary import show_summary
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """`--config FILE` and settings; the help shows the settings."""
-    parser.add_argument("-h", "--help", action=_ShowSettings, nargs=0)
-    parser.add_argument("--help-all", action=_ShowSettings, nargs=0)
+    parser.describe(
+        "Run a whole job on this machine: a buffer, rollout servers and a trainer, in the new directory "
+        "runs/NAME. Ctrl-C stops it in order; resume=latest continues it. Settings are key=value; "
+        "section=NAME chooses a preset.",
+        "run",
+        "run name=mine model=smollm2 task=adding trainer.num_steps=200",
+        "run name=mine resume=latest",
+        "run --config runs/mine/config.yaml name=again seed=1",
+    )
+    parser.add_argument("-h", "--help", action=_ShowSettings, nargs=0, help="this, and the main settings")
+    parser.add_argument("--help-all", action=_ShowSettings, nargs=0, help="this, and all settings")
     add_config_option(parser)
     add_settings(parser)
 
@@ -99,5 +108,6 @@ class _ShowSettings(argparse.Action):
         from launch.settings_help import help_text
 
         width = max(80, shutil.get_terminal_size().columns)
+        sys.stdout.write(parser.format_help() + "\n")
         sys.stdout.write(help_text(width=width, everything=option_string == "--help-all"))
         parser.exit()

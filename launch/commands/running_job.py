@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 
 from areal_like.errors import ConfigError
-from launch.commands.parser import add_run
+from launch.commands.parser import Parser, add_run
 from launch.observation.reach import RunningJob
 
 
-def add_job(parser: argparse.ArgumentParser) -> None:
+def add_job(parser: Parser) -> None:
     """RUN, or `--buffer` with the keys. With `--buffer` there is no RUN."""
-    parser.add_argument(
+    remote = parser.add_argument_group("a job whose directory this machine does not see")
+    remote.add_argument(
         "--buffer",
         metavar="HOST:PORT",
         action="append",
@@ -19,16 +20,21 @@ def add_job(parser: argparse.ArgumentParser) -> None:
         help="instead of RUN: address of the buffer's HTTP server (daemon.http_host, daemon.http_port); once "
         "for each shard",
     )
-    parser.add_argument(
+    remote.add_argument(
         "--keys", metavar="DIR", default="", help="with --buffer: has operator.token or monitor.token"
     )
-    parser.add_argument(
+    remote.add_argument(
         "--tls-certificate", metavar="FILE", default="", help="with --buffer: security.tls_certificate"
     )
-    if parser.get_default("has_buffer"):
+    if parser.names_buffer:
         parser.set_defaults(run=None)
     else:
         add_run(parser)
+
+
+def add_server(parser: Parser) -> None:
+    """The positional SERVER."""
+    parser.add_argument("server", metavar="SERVER", help="the rollout server's name, as rollout-1")
 
 
 def job_of(args: argparse.Namespace) -> RunningJob:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from areal_like.errors import ConfigError
-from launch.commands.parser import add_run
+from launch.commands.parser import Parser, add_run
 from launch.run_directory.rundir import find_run
 from launch.samples.choosing import choose, decoder, no_text
 from launch.samples.reading import Row, RunLedgers, Selection
@@ -24,8 +24,15 @@ from launch.samples.showing import lines_of
 from launch.samples.transcripts import transcript
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """RUN, what to show of it, and how."""
+    parser.describe(
+        "Show samples as text, with rewards, versions and lags by turn: by default the worst three and the "
+        "best three of the newest completed step.",
+        "samples myrun",
+        "samples myrun --step 120 --worst 10 --full",
+        "samples myrun --set held_out --best 5",
+    )
     add_run(parser)
     parser.add_argument("--step", type=int, metavar="K", help="of this step, not of the newest")
     parser.add_argument("--set", metavar="NAME", dest="set_name", help="of this set's evaluation")

@@ -12,15 +12,20 @@ import sys
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config
-from launch.commands.parser import add_run
+from launch.commands.parser import Parser, add_run
 from launch.ray.wanted import MOST, directory_of, want_servers
 from launch.run_directory.rundir import find_run
 from launch.slurm.pool import add_servers, remove_servers, servers, to_end
 from launch.slurm.script import scripts_of
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """RUN and N."""
+    parser.describe(
+        "Change the number of rollout servers of a run on Slurm or Ray: start more, or drain the newest. "
+        "`areal-like why RUN` says whether more would make it faster.",
+        "scale myrun 8",
+    )
     add_run(parser)
     parser.add_argument("number", metavar="N", type=int, help="rollout servers that the run shall have")
 

@@ -6,22 +6,24 @@ import argparse
 import sys
 
 from areal_like.errors import ConfigError
+from launch.commands.parser import Parser
 from launch.commands.running_job import add_job, job_of
 
 CHANGES = ("trainer.lr", "max_staleness", "eval.interval", "daemon.log_level", "evaluate", "checkpoint")
-"""For completion; the buffer decides."""
+"""For help and completion; the buffer decides."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """The job and the changes."""
-    add_job(parser)
-    parser.add_argument(
-        "changes",
-        metavar="key=value",
-        nargs="+",
-        help="trainer.lr=X, max_staleness=N, eval.interval=N, daemon.log_level=LEVEL, evaluate=now or "
-        "checkpoint=now",
+    parser.describe(
+        "Change a running job from its next step on. max_staleness may rise up to the one that the job was "
+        "started with, and tickets that have begun keep theirs. evaluate=now and checkpoint=now act once, "
+        "after the step in training.",
+        "set myrun trainer.lr=1e-5",
+        "set myrun evaluate=now checkpoint=now",
     )
+    add_job(parser)
+    parser.add_argument("changes", metavar="key=value", nargs="+", help=f"keys: {', '.join(CHANGES)}")
 
 
 def main(args: argparse.Namespace) -> int:

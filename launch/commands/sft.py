@@ -15,11 +15,11 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 
 from areal_like.errors import ConfigError
-from areal_like.runtime.command_line import add_config_option
 from areal_like.runtime.logs import configure_launcher_log
 from areal_like.runtime.process import keep_files_private
 from areal_like.runtime.signals import handle_log_signals, request_reopen
-from launch.commands.parser import add_settings
+from launch.commands.configuration import add_configuration, settings_of
+from launch.commands.parser import Parser
 from launch.commands.stop_signals import StopSignals
 from launch.local_job.foreground import Foreground
 from launch.local_job.processes import ProcessTable
@@ -43,21 +43,20 @@ _INSTEAD = {
 """Settings of the section `trainer` that have another name here."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """`CONFIG` or `--config FILE`, and settings."""
-    add_config_option(parser)
-    add_settings(parser)
+    parser.describe(
+        "Train on conversations, or on prompts with completions (sft.train=FILE), in the run NAME-sft. The "
+        "result is a model for `areal-like run`. resume=latest continues a run that was stopped.",
+        "sft name=mine model=smollm2 sft.train=train.jsonl",
+        "sft job.yaml name=mine resume=latest",
+    )
+    add_configuration(parser, has_presets=False)
 
 
 def main(args: argparse.Namespace) -> int:
     """Trains to the end; returns the exit code. Raises ConfigError before a step was trained."""
-    settings: list[str] = list(args.settings)
-    config = args.config
-    if settings and "=" not in settings[0]:
-        if config is not None:
-            raise ConfigError(f"sft: {settings[0]} and --config {config} both name a file: give one of them")
-        config = settings.pop(0)
-    return run_sft([*([] if config is None else ["--config", config]), *settings])
+    return run_sft(settings_of("sft", args, has_presets=False))
 
 
 def run_sft(argv: Sequence[str]) -> int:

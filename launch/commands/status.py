@@ -12,6 +12,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from launch.commands.parser import Parser
 from launch.commands.running_job import add_job, job_of
 from launch.observation.job_report import job_report
 from launch.observation.observer import DaemonView, Observation, diagnosis
@@ -24,8 +25,14 @@ _NUM_CHANGES = 5
 """Changes of settings that are shown; --json has more."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """The job, and how to show it."""
+    parser.describe(
+        "Show the daemons, rates, leases and weights of a running job. Exit code 1 if no daemon responds.",
+        "status myrun",
+        "status myrun --watch 5",
+        "status --buffer node7:8080 --keys keys --json",
+    )
     add_job(parser)
     parser.add_argument("--json", action="store_true", help="one object, for programs")
     parser.add_argument(
@@ -42,7 +49,7 @@ def _interval_s(text: str) -> float:
     try:
         seconds = float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds; put RUN before it") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds; put RUN before it") from None
     if not 0.1 <= seconds <= 86400:
         raise argparse.ArgumentTypeError(f"{text}: use 0.1 to 86400 seconds")
     return seconds

@@ -17,7 +17,7 @@ from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import add_config_option, load_config
 from areal_like.runtime.process import keep_files_private
-from launch.commands.parser import add_settings
+from launch.commands.parser import Parser, add_settings
 from launch.commands.stop_signals import StopSignals
 from launch.nodes.settings import is_finished, settings_for_nodes
 from launch.nodes.start import ROLES
@@ -32,26 +32,42 @@ from launch.slurm.scheduler import kill_wait_s
 from launch.slurm.script import Options
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """The scheduler, the numbers of jobs, options of sbatch, and settings."""
+    parser.describe(
+        "Start a run, or continue it, on a cluster: a buffer, a trainer on N nodes, and rollout servers. "
+        "With --slurm they are jobs that restart themselves, and this command ends at once; with --ray they "
+        "are actors that own a process each, and this command stays until the run has ended.",
+        "submit --slurm --config job.yaml name=myrun --rollout-jobs 4 --time 24:00:00",
+        "submit --slurm --join myrun --rollout-jobs 2",
+        "submit --ray --trainer-nodes 2 --config job.yaml name=myrun",
+    )
     parser.add_argument("--slurm", action="store_true", help="as jobs of Slurm")
     parser.add_argument("--ray", action="store_true", help="as actors of a Ray cluster")
-    parser.add_argument("--address", metavar="ADDRESS", default="auto", help="of Ray; default: auto")
-    parser.add_argument("--strategy", choices=STRATEGIES, default=STRATEGIES[0], help="Ray's placement")
-    parser.add_argument("--cpus", metavar="N", type=float, default=1.0, help="of each Ray actor; default: 1")
-    parser.add_argument("--wait", metavar="S", type=float, default=300.0, help="longest, for Ray's resources")
-    parser.add_argument("--join", metavar="RUN", default="", help="only add rollout jobs to this run")
     parser.add_argument("--rollout-jobs", metavar="N", type=int, help="default: rollout.num_servers")
     parser.add_argument("--trainer-nodes", metavar="N", type=int, help="default: 1")
-    parser.add_argument("--partition", metavar="NAME", help="default: the cluster's")
-    parser.add_argument("--time", metavar="LIMIT", help="time limit of each job, as of sbatch")
-    parser.add_argument("--interface", metavar="NAME", help="whose address the daemons bind")
+    parser.add_argument("--interface", metavar="NAME", help="network interface that the daemons listen on")
     parser.add_argument("--max-failures", metavar="N", type=int, help="in a row; default: 5")
-    parser.add_argument("--sbatch-args", metavar="OPTIONS", help="of all jobs, one quoted word")
-    for role in ROLES:
-        parser.add_argument(f"--{role}-args", metavar="OPTIONS", help=f"of the {role} jobs")
-    parser.add_argument("--dry-run", action="store_true", help="print the batch scripts, submit nothing")
     add_config_option(parser)
+    slurm = parser.add_argument_group("Slurm")
+    slurm.add_argument("--join", metavar="RUN", default="", help="only add rollout jobs to this run")
+    slurm.add_argument("--partition", metavar="NAME", help="default: the cluster's")
+    slurm.add_argument("--time", metavar="LIMIT", help="time limit of each job, as of sbatch")
+    slurm.add_argument("--sbatch-args", metavar="OPTIONS", help="for sbatch, of all jobs; one quoted word")
+    for role in ROLES:
+        slurm.add_argument(f"--{role}-args", metavar="OPTIONS", help=f"for sbatch, of the {role} jobs")
+    slurm.add_argument("--dry-run", action="store_true", help="print the batch scripts, submit nothing")
+    ray = parser.add_argument_group("Ray")
+    ray.add_argument("--address", metavar="ADDRESS", default="auto", help="of the cluster; default: auto")
+    ray.add_argument(
+        "--strategy",
+        metavar="NAME",
+        choices=STRATEGIES,
+        default=STRATEGIES[0],
+        help=f"placement: {', '.join(STRATEGIES)}",
+    )
+    ray.add_argument("--cpus", metavar="N", type=float, default=1.0, help="of each actor; default: 1")
+    ray.add_argument("--wait", metavar="S", type=float, default=300.0, help="longest, for resources (300)")
     add_settings(parser)
 
 
@@ -174,7 +190,7 @@ def _words(text: str, option: str) -> tuple[str, ...]:
         raise ConfigError(f"{option}={text}: {error}") from None
     wrong = next((word for word in words if not word.startswith("-") or "\n" in word or '"' in word), "")
     if wrong:
-        raise ConfigError(f"{option}: {wrong!r} is no option of the form --name=value")
+        raise ConfigError(f"{option}: {wrong!r} is not an option of the form --name=value")
     return tuple(words)
 
 

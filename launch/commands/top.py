@@ -12,6 +12,7 @@ import time
 
 from rich.console import Console
 
+from launch.commands.parser import Parser
 from launch.commands.running_job import add_job, job_of
 from launch.local_job.display import View
 from launch.observation.metrics_tail import MetricsTail
@@ -28,8 +29,13 @@ _GONE_S = 30.0
 """A buffer on another machine that does not answer for so long ends the view."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """The job."""
+    parser.describe(
+        "Show the live view of a running job, which `areal-like run` shows too, until Ctrl-C.",
+        "top myrun",
+        "top --buffer node7:8080 --once",
+    )
     add_job(parser)
     parser.add_argument("--once", action="store_true", help="one picture of this moment")
 

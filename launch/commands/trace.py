@@ -13,7 +13,7 @@ from pathlib import Path
 
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
-from launch.commands.parser import add_run
+from launch.commands.parser import Parser, add_run
 from launch.run_directory.rundir import find_run
 from launch.trace.perfetto import events, window
 from launch.trace.reading import Process, read_processes
@@ -21,8 +21,14 @@ from launch.trace.reading import Process, read_processes
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """RUN, which part of it, and where the trace goes."""
+    parser.describe(
+        "Write what all daemons of a run did when, on one clock, as a trace for https://ui.perfetto.dev: "
+        "steps, samples, pushes, checkpoints, evaluations, the ledger's writes.",
+        "trace myrun",
+        "trace myrun --steps 100:110 --out steps.json.gz",
+    )
     add_run(parser)
     parser.add_argument("--out", metavar="FILE", help="the trace (RUN/trace.json.gz)")
     part = parser.add_mutually_exclusive_group()

@@ -11,12 +11,18 @@ import argparse
 import sys
 
 from launch.commands.ledger_change import change_ledger
+from launch.commands.parser import Parser
 from launch.commands.running_job import add_job, job_of
 from launch.observation.reach import RunningJob
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """The job and ROLE."""
+    parser.describe(
+        "Take the name ROLE from the process that has it, so that a new one gets it. This is needed only "
+        "when a process that cannot be ended still responds under the name.",
+        "unfence myrun trainer",
+    )
     add_job(parser)
     parser.add_argument("role", metavar="ROLE", help="trainer, or the name of a rollout server")
 

@@ -6,9 +6,12 @@ import argparse
 import importlib.metadata
 import sys
 
+from launch.commands.parser import Parser
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Does nothing: the command takes no arguments."""
+
+def add_arguments(parser: Parser) -> None:
+    """The command takes no arguments."""
+    parser.describe("Print the version of the installed package.", "version")
 
 
 def main(args: argparse.Namespace) -> int:

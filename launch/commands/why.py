@@ -6,12 +6,20 @@ import argparse
 import json
 import sys
 
+from launch.commands.parser import Parser
 from launch.commands.running_job import add_job, job_of
 from launch.observation.observer import diagnosis
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """The job."""
+    parser.describe(
+        "Say what a running job waits on and for how long, down to the engine, and what to do about it. If "
+        "it waits on nothing, say which pool limits its speed. Exit code 1 if it waits on something that "
+        "should not take so long.",
+        "why myrun",
+        "why --buffer node7:8080 --json",
+    )
     add_job(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 

@@ -167,7 +167,7 @@ def main(argv: list[str]) -> int:
     try:
         options = Options()
         options.add_argument("--file", action="append", default=[])
-        options.add_argument("--rows", action=OneValue, missing="give the largest number of rows to read")
+        options.add_argument("--rows", action=OneValue)
         for name in ("--heard", "--json"):
             options.add_argument(name, action="store_true")
         values, settings = options.parse_known_args(argv)

@@ -132,7 +132,7 @@ def test_waiting_servers_go_first_and_then_the_newest() -> None:
         (["--slurm", "security.insecure=true", "buffer.num_shards=2"], "set it to 1"),
         (["--slurm", "security.insecure=true", "--trainer-nodes", "2"], "cannot be divided evenly"),
         (["--slurm", "security.insecure=true", "--rollout-jobs", "0"], "use 1 to 1000"),
-        (["--slurm", "security.insecure=true", "--sbatch-args=account"], "no option of the form"),
+        (["--slurm", "security.insecure=true", "--sbatch-args=account"], "not an option of the form"),
         (["--slurm", "security.insecure=true", "buffer.durability=none"], "would have lost its ledger"),
         (["--slurm", "--join", "nothing"], "there is no run"),
     ],

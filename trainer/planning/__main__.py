@@ -19,10 +19,9 @@ from areal_like.runtime.imports import uncollected
 
 def _options() -> Options:
     options = Options()
-    missing = "give the GPUs, as 4+4xH100"
-    options.add_argument("--gpus", action=OneValue, missing=missing)
+    options.add_argument("--gpus", action=OneValue)
     for name in ("--prompt-tokens", "--response-tokens"):
-        options.add_argument(name, action=OneValue, missing="give a mean number of tokens")
+        options.add_argument(name, action=OneValue)
     options.add_argument("--json", action="store_true")
     options.add_argument("--explain", action="store_true")
     return options
