@@ -31,7 +31,7 @@ ROLES = ("-m trainer ", "-m buffer ", "rollout-0")
 def test_a_run_with_kills_equals_one_without(tmp_path: Path, cache: dict[str, str]) -> None:
     command("run", *SETTINGS, cwd=tmp_path, environment=cache)
     root = tmp_path / "runs" / "killed"
-    with launcher(*SETTINGS, "name=killed", cwd=tmp_path, environment=cache) as process:
+    with launcher(*SETTINGS, "name=killed", cwd=tmp_path, environment=cache, is_forked=False) as process:
         for role in ROLES:
             wait_for_steps(num_steps_done(root) + 5, root, process=process)
             os.kill(pid_of(root, role), signal.SIGKILL)

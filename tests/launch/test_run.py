@@ -64,7 +64,7 @@ def test_a_run_survives_its_launcher_and_a_server(tmp_path: Path, root: Path, ca
         "resume=auto",
         "trackers=[tensorboard, {name: wandb, mode: offline}, {_target_: tests.support.trackers.Hanging}]",
     )
-    with launcher(*settings, cwd=tmp_path, environment=cache) as process:
+    with launcher(*settings, cwd=tmp_path, environment=cache, is_forked=False) as process:
         wait_for_steps(3, root, process=process)
         process.kill()
         wait_until(lambda: not processes_of(root), what="all daemons and engines end", run_root=root)
@@ -194,7 +194,9 @@ def _check_evaluations(root: Path) -> dict[int, float]:
 def test_a_model_that_does_not_exist_is_one_message(
     tmp_path: Path, root: Path, cache: dict[str, str]
 ) -> None:
-    with launcher(*SMALL, "model.path=./nowhere", cwd=tmp_path, environment=cache) as process:
+    with launcher(
+        *SMALL, "model.path=./nowhere", cwd=tmp_path, environment=cache, is_forked=False
+    ) as process:
         code, _, err = finish(process, root)
     assert code == 2
     assert len(err.strip().splitlines()) == 1 and "model.path=./nowhere" in err

@@ -43,6 +43,7 @@ from areal_like.weights.hf_layout import hf_tensors
 from rollout_server.inference.client import EngineClient
 from rollout_server.inference.sglang.client import SglangClient
 from rollout_server.inference.types import Generation, Sampling
+from tests.support import warm_start
 from tests.support.waiting import HANG_LIMIT_S
 
 transformers_logging.disable_progress_bar()
@@ -220,7 +221,7 @@ def engine_process(path: Path, **options: Any) -> Iterator[tuple[subprocess.Pope
     ]
     for name, value in settings.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = warm_start.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         while not port_file.exists():
             assert process.poll() is None, "the engine ended before it was ready"

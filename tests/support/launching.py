@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from launch.local_job.child import RUN_MARKER
+from tests.support import warm_start
 
 ROOT = Path(__file__).resolve().parents[2]
 STALL_LIMIT_S = 240.0
@@ -27,13 +28,19 @@ _ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "MAKEL
 
 @contextlib.contextmanager
 def launcher(
-    *settings: str, cwd: Path, environment: dict[str, str] | None = None, verb: str = "run"
+    *settings: str,
+    cwd: Path,
+    environment: dict[str, str] | None = None,
+    verb: str = "run",
+    is_forked: bool = True,
 ) -> Iterator[subprocess.Popen[str]]:
     """`areal-like run`, or another verb, with its run directories under `cwd/runs`, in a new session.
 
-    The process is killed at the end if it still runs.
+    The process is killed at the end if it still runs. `is_forked`: it and its daemons are forks of a process
+    with their imports (warm_start.py); otherwise they start as a user's.
     """
-    process = subprocess.Popen(
+    start = warm_start.Popen if is_forked else subprocess.Popen
+    process = start(
         [sys.executable, "-m", "launch", verb, *settings],
         cwd=cwd,
         env=_ENVIRONMENT | {"PYTHONPATH": str(ROOT)} | (environment or {}),

@@ -33,6 +33,7 @@ from areal_like.wire.messages.producer import (
     ServerHeartbeat,
     ServerState,
 )
+from tests.support import warm_start
 from tests.support.waiting import HANG_LIMIT_S, wait_until_ready
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -176,7 +177,7 @@ class ServerProcess:
         save_config(config, path)
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-m", "rollout_server", "--name", name, "--config", str(path)]
-        self.process = subprocess.Popen(
+        self.process = warm_start.Popen(
             command, cwd=path.parent, env=environment, stderr=subprocess.PIPE, text=True
         )
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from areal_like.trajectory import FinishReason, Trajectory
+from tests.support import warm_start
 from trainer.models.tiny import character_tokenizer
 
 VOCAB = 41
@@ -140,7 +141,7 @@ def run_ranks(
     """Runs `python -m MODULE CHECK ARGS` as real ranks over gloo; raises with their output if one fails."""
     store = Path(args[0]) / f"store-{check}-{world_size}-{os.urandom(4).hex()}"
     starter = "tests.support.quick_start"
-    ranks = subprocess.Popen(
+    ranks = warm_start.Popen(
         [sys.executable, "-m", starter, module, check, str(store), str(world_size), *args],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
