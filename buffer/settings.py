@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 from areal_like.config import BufferConfig, Config, OnFailureConfig
@@ -11,6 +11,9 @@ from areal_like.errors import ConfigError
 from areal_like.shards import WHOLE, Shard
 from areal_like.wire.records import BYTES_PER_TOKEN
 from buffer.prompts.curriculum import CurriculumKind, CurriculumSettings
+
+GROUPS_PER_STEP, DURABILITY = "trainer.groups_per_step", "buffer.durability"
+"""Recorded by step, although they change only with the start of a trainer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,8 @@ class LedgerSettings:
     """True if the store survives this process. Then a closed stream keeps its tickets, and committed steps
     can be served again."""
     curriculum: CurriculumSettings | None
+    recorded: Mapping[str, str] = field(default_factory=dict)
+    """Settings of the job, as text, whose values the ledger keeps by step for the audit."""
     shard: Shard = WHOLE
     """The shard of the job's numbers (tickets, leases, positions) that this ledger owns."""
 
@@ -100,6 +105,10 @@ class LedgerSettings:
             eval_sets_with_task=frozenset(name for name, one in config.eval.sets.items() if one.task),
             durable=config.buffer.durability != "none",
             curriculum=_curriculum(config.buffer),
+            recorded={
+                GROUPS_PER_STEP: str(config.trainer.groups_per_step),
+                DURABILITY: config.buffer.durability,
+            },
             shard=shard,
         )
 

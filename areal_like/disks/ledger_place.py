@@ -22,21 +22,24 @@ def wanted_place(config: Config, shard: Shard = WHOLE) -> Path:
 def recorded_shards(paths: RunPaths) -> int | None:
     """The number of buffers (`buffer.num_shards`) whose ledgers have tickets of this run; None: none has.
 
-    A ledger without tickets is left out: it is of a buffer that was stopped before anything was recorded.
-    Raises ConfigError like `RunPaths.ledgers`.
+    A ledger without tickets is left out: its buffer was stopped before it issued one.
     """
-    for directory in paths.ledgers:
-        try:
-            with closing(sqlite3.connect(f"file:{directory}/ledger.sqlite3?mode=ro", uri=True)) as ledger:
-                found = ledger.execute(
-                    "SELECT coalesce((SELECT value FROM marks WHERE name = 'num_shards'), 1) "
-                    "WHERE EXISTS (SELECT 1 FROM tickets)"
-                ).fetchone()
-        except sqlite3.Error:  # of another release, damaged, or locked: its buffer will say so
-            continue
-        if found is not None:
-            return int(found[0])
-    return None
+    counts = (shards_of(directory) for directory in paths.ledger_places)
+    return next((count for count in counts if count is not None), None)
+
+
+def shards_of(directory: Path) -> int | None:
+    """The number of shards of the buffer that has written a ledger; None without tickets."""
+    query = (
+        "SELECT coalesce((SELECT value FROM marks WHERE name = 'num_shards'), 1) "
+        "WHERE EXISTS (SELECT 1 FROM tickets)"
+    )
+    try:
+        with closing(sqlite3.connect(f"file:{directory}/ledger.sqlite3?mode=ro", uri=True)) as ledger:
+            found = ledger.execute(query).fetchone()
+    except sqlite3.Error:  # there is none, it is damaged, or locked: its buffer will say so
+        return None
+    return None if found is None else int(found[0])
 
 
 def network_warning(config: Config) -> str:

@@ -27,7 +27,7 @@ from areal_like.wire.messages.producer import Purpose
 from buffer.ledger.data_change import CONTENT
 from buffer.ledger.ledger import Ledger
 from buffer.ledger.state import LedgerState
-from buffer.settings import LedgerSettings
+from buffer.settings import GROUPS_PER_STEP, LedgerSettings
 from buffer.storage.base import Store
 from buffer.storage.rows import Recovered
 from buffer.tables.evaluations import DONE, tickets_of
@@ -153,13 +153,25 @@ def _restore_steps(state: LedgerState, recovered: Recovered, *, now_s: float) ->
 def _restore_settings(state: LedgerState, recovered: Recovered) -> None:
     """An operator's staleness bound holds until the setting itself is changed."""
     state.live.restore(recovered.settings)
-    configured = state.configured_bound
+    configured = {MAX_STALENESS: state.configured[MAX_STALENESS]}
     if state.live.configured(MAX_STALENESS) is None:  # a new ledger, or one of the release before
         state.live.begin(state.steps.current, configured, unix_s=0.0)
+    if state.live.configured(GROUPS_PER_STEP) is None:  # of the steps that the release before has recorded
+        state.live.begin(0, _groups_per_step(state, recovered.scalars), unix_s=0.0)
     row = state.live.newest(MAX_STALENESS)
     is_as_before = state.live.configured(MAX_STALENESS) == configured[MAX_STALENESS]
     if row is not None and is_as_before and not state.settings.adaptive:
         state.bound.current = int(row.value)
+
+
+def _groups_per_step(state: LedgerState, scalars: Mapping[str, int]) -> dict[str, str]:
+    """`trainer.groups_per_step` of the steps that are recorded; empty if it is not known."""
+    settings, share = state.settings, scalars.get("shape:groups_per_step")
+    if share is None or GROUPS_PER_STEP not in settings.recorded:
+        return {}
+    if share == settings.groups_per_step:
+        return {GROUPS_PER_STEP: settings.recorded[GROUPS_PER_STEP]}
+    return {GROUPS_PER_STEP: str(share)} if settings.shard.count == 1 else {}
 
 
 def _restore_evals(state: LedgerState, recovered: Recovered) -> None:

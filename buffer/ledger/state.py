@@ -80,9 +80,10 @@ class LedgerState:
         """The settings that recorded steps depend on, as scalars to compare at the next start."""
 
     @property
-    def configured_bound(self) -> dict[str, str]:
-        """The setting `max_staleness` that the run has now, as `live` records it."""
-        return {MAX_STALENESS: "auto" if self.settings.adaptive else str(self.settings.staleness_cap)}
+    def configured(self) -> dict[str, str]:
+        """The buffer's own settings that `live` records by step."""
+        bound = "auto" if self.settings.adaptive else str(self.settings.staleness_cap)
+        return {MAX_STALENESS: bound, **self.settings.recorded}
 
     def put_recorded_settings(self) -> None:
         """Writes the current settings as those of all recorded steps."""

@@ -79,7 +79,7 @@ class TrainerSession:
             self._state.set_finished(False)
         self._stream_start.start_at(step, stream, incarnation=incarnation, unix_s=unix_s)
         self._state.set_trainer(incarnation)
-        self._state.live.begin(step, base | self._state.configured_bound, unix_s=unix_s)
+        self._state.live.begin(step, base | self._state.configured, unix_s=unix_s)
         self._state.set_closed("")
         self._lifecycle.record_ready_groups()
 

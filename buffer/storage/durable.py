@@ -34,12 +34,14 @@ from typing import Self
 from areal_like.config import Config
 from areal_like.disks.ledger_place import network_warning
 from areal_like.errors import StoreCorruptError, UserError
+from areal_like.paths import RunPaths
 from areal_like.shards import WHOLE, Shard
 from areal_like.wire.records import Record, RecordLocation, read_record, segment_path
 from buffer.storage import sql, sql_read
 from buffer.storage.base import Store
 from buffer.storage.changes import Changes, RowRecorder
 from buffer.storage.memory import MemoryStore
+from buffer.storage.memory_beside_ledger import MemoryBesideLedger
 from buffer.storage.place import open_place
 from buffer.storage.record_cache import RecordCache
 from buffer.storage.rows import Recovered, SegmentRow
@@ -79,7 +81,9 @@ def open_store(config: Config, *, on_error: Callable[[Exception], None], shard: 
     """Opens the store that `buffer.durability` selects, where `buffer.ledger_dir` wants it."""
     settings = StoreSettings.from_config(config)
     if settings.durability == "none":
-        return MemoryStore()
+        ledger = RunPaths.of(config).ledger_of(shard)
+        has_ledger = (ledger / "ledger.sqlite3").is_file()
+        return MemoryBesideLedger(ledger) if has_ledger else MemoryStore()
     if warning := network_warning(config):
         log.warning("%s", warning)
     return DurableStore(open_place(config, shard=shard), settings, on_error=on_error)

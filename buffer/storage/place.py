@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from areal_like.config import Config
-from areal_like.disks.ledger_place import wanted_place
+from areal_like.disks.ledger_place import recorded_shards, wanted_place
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.shards import WHOLE, Shard
@@ -22,8 +22,14 @@ from buffer.storage.segments import sync_directory
 def open_place(config: Config, *, shard: Shard = WHOLE) -> Path:
     """The directory of the shard's ledger, with the link to it where `buffer.ledger_dir` wants one.
 
-    Raises ConfigError if the run's ledger is elsewhere.
+    Raises ConfigError if the run's ledger is elsewhere, or the run has another number of shards.
     """
+    count = recorded_shards(RunPaths.of(config))
+    if count is not None and count != shard.count:  # before it begins an empty ledger beside the real one
+        raise ConfigError(
+            f"buffer.num_shards={shard.count}: the ledgers of this run are of {count}, and the number of "
+            f"shards cannot change during a run: set buffer.num_shards={count}"
+        )
     path, target = RunPaths.of(config).ledger_of(shard), wanted_place(config, shard)
     if path.is_symlink() and not path.is_dir():
         raise ConfigError(

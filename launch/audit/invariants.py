@@ -150,15 +150,20 @@ _BOUND_IN_FORCE = Invariant(
                 AND (step >= began OR id = (SELECT max(id) FROM bounds WHERE step < began)))""",
 )
 
+# A buffer without a ledger (`buffer.durability=none`) has granted the versions before a run had one again.
 _VERSIONS_GROW = Invariant(
     text="versions increase, and each has an earlier version as its parent",
     count="SELECT count(*) FROM versions",
     violations="""
+        WITH again AS (SELECT step FROM (
+            SELECT step, value, lag(value) OVER (ORDER BY id) AS before FROM settings
+            WHERE key = 'buffer.durability') WHERE before = 'none' AND value != 'none')
         SELECT printf('version %d: parent %d, incarnation %d', version, parent, trainer_incarnation)
         FROM (SELECT *, lag(trainer_incarnation) OVER (ORDER BY version) AS before,
-                     row_number() OVER (ORDER BY version) AS place FROM versions)
+                     lag(version) OVER (ORDER BY version) AS newest FROM versions)
         WHERE parent >= version OR trainer_incarnation < before
-           OR (place > 1 AND parent NOT IN (SELECT version FROM versions))""",
+           OR (parent NOT IN (SELECT version FROM versions) AND newest IS NOT NULL
+               AND NOT (parent > newest AND step >= coalesce((SELECT min(step) FROM again), step + 1)))""",
 )
 
 _KNOWN_WEIGHTS = Invariant(

@@ -49,6 +49,11 @@ class LedgerAudit:
     settings: list[tuple[int, str, str]]
     """(first step, key, value) of what may change while the run goes on, in the order of the changes."""
 
+    def setting_at(self, key: str, step: int) -> str | None:
+        """The value that a step had; None if it is not recorded."""
+        values = (value for first, name, value in reversed(self.settings) if name == key and first <= step)
+        return next(values, None)
+
     @property
     def first_step(self) -> int:
         """The first step whose groups are still in the ledger."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from areal_like.config import Config
+from areal_like.disks.ledger_place import shards_of
 from areal_like.errors import ConfigError, StoreCorruptError
 from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config
@@ -28,10 +29,16 @@ _COLUMNS = {"trainer.lr": "lr_base", "max_staleness": "max_staleness"}
 
 def audit_run(root: Path) -> Audit:
     """Audits the run in `root`. Raises ConfigError without a ledger, StoreCorruptError when SQLite fails."""
-    directories = RunPaths(root).ledgers
+    config = load_config(["--config", str(RunPaths(root).config)])
+    configured = {shard.ledger for shard in all_shards(config.buffer.num_shards)}
+    # Others without a ticket are of buffers that were refused, because the run has another number of shards.
+    directories = [
+        directory
+        for directory in RunPaths(root).ledgers
+        if directory.name in configured or shards_of(directory) is not None
+    ]
     if not directories:
         raise ConfigError(f"{root} has no ledger: with buffer.durability=none a run records nothing to audit")
-    config = load_config(["--config", str(RunPaths(root).config)])
     # Before the ledgers are read: a running job may add a checkpoint, or a step, afterwards.
     rows = _step_rows(RunPaths(root).metrics)
     num_checkpointed = max(checkpoints(RunPaths(root)), default=0)
@@ -76,7 +83,11 @@ def _merged(ledgers: list[LedgerAudit]) -> list[Check]:
 
 
 def _whole_steps(ledgers: list[LedgerAudit], *, config: Config, num_checkpointed: int) -> Check:
-    """Checks that the steps that were committed, or that the newest checkpoint contains, have all groups."""
+    """Checks that the steps that were committed, or that the newest checkpoint contains, have all groups.
+
+    Each step is judged by the settings that it had; one that was trained with `buffer.durability=none` is in
+    no ledger. Steps of a release that did not record a setting have that of config.yaml.
+    """
     problems = []
     begun = min(ledger.first_step for ledger in ledgers)
     # The ledgers are read one after the other. In a running job only the steps that all of them have
@@ -84,16 +95,21 @@ def _whole_steps(ledgers: list[LedgerAudit], *, config: Config, num_checkpointed
     done = max(num_checkpointed, 1 + min(ledger.committed_step for ledger in ledgers))
     for ledger in ledgers:
         groups = {step: num_groups for step, num_groups, _ in ledger.steps}
-        wanted = ledger.shard.share(config.trainer.groups_per_step)
+        configured = config.trainer.groups_per_step
+        wanted = {
+            step: ledger.shard.share(int(ledger.setting_at("trainer.groups_per_step", step) or configured))
+            for step in range(begun, done)
+            if ledger.setting_at("buffer.durability", step) != "none"
+        }
         found = [
             f"step {step}: {num} groups, the last at position {last}"
             for step, num, last in ledger.steps
             if last != num - 1
         ]
         found += [
-            f"step {step}: {groups.get(step, 0)} of {wanted} groups"
-            for step in range(begun, done)
-            if groups.get(step, 0) != wanted
+            f"step {step}: {groups.get(step, 0)} of {num} groups"
+            for step, num in wanted.items()
+            if groups.get(step, 0) != num
         ]
         problems += [_located(problem, ledger, ledgers) for problem in found]
     return Check(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import errno
 import fcntl
 import os
 import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,8 @@ from areal_like.disks.ledger_place import network_warning
 from areal_like.errors import ConfigError, UserError
 from areal_like.paths import RunPaths
 from areal_like.shards import WHOLE, Shard
+from buffer.ledger.recovery import recover
+from buffer.settings import LedgerSettings
 from buffer.storage.durable import open_store
 from buffer.storage.place import open_place
 from launch.run_directory.rundir import is_over, lock, remove_ledgers, remove_unbegun
@@ -104,6 +109,39 @@ def test_a_ledger_on_another_machine_is_not_begun_again(tmp_path: Path) -> None:
     assert not (tmp_path / "nvme").exists()
     RunPaths.of(config).ledger.unlink()  # what the message says
     opened(config)
+
+
+def test_another_number_of_shards_begins_no_ledger(tmp_path: Path) -> None:
+    directory = opened(job_of(tmp_path))
+    two = job_of(tmp_path, num_shards=2)
+    opened(two, Shard(0, 2))  # no ticket was issued yet
+    with closing(sqlite3.connect(directory / "ledger.sqlite3")) as ledger, ledger:
+        columns = (
+            "ticket_id, purpose, prompt_index, num_samples, parent, num_reissues, eval_id, max_staleness"
+        )
+        values = "1, 'train', 0, 1, 0, 0, -1, 1, 'queued', 0"
+        ledger.execute(f"INSERT INTO tickets ({columns}, state, num_greedy) VALUES ({values})")
+    with pytest.raises(ConfigError, match=r"set buffer\.num_shards=1"):
+        opened(two, Shard(1, 2))
+    assert not RunPaths.of(two).ledger_of(Shard(1, 2)).exists()
+    opened(job_of(tmp_path))
+
+
+def test_a_ledger_on_disk_says_which_steps_it_lacks(tmp_path: Path) -> None:
+    config = job_of(tmp_path)
+    directory = opened(config)
+    memory = dataclasses.replace(config, buffer=dataclasses.replace(config.buffer, durability="none"))
+    for store in (open_store(memory, on_error=raising), open_store(memory, on_error=raising)):
+        ledger = recover(LedgerSettings.from_config(memory), store, now_s=0.0)
+        ledger.start_training(incarnation=1, step=0, stream={}, settings={"trainer.lr": "0.1"}, unix_s=5.0)
+    with closing(sqlite3.connect(directory / "ledger.sqlite3")) as connection:
+        rows = connection.execute("SELECT step, value FROM settings WHERE key = 'buffer.durability'")
+        assert rows.fetchall() == [(0, "none"), (0, "none")]
+        others = connection.execute("SELECT count(*) FROM settings WHERE key = 'trainer.lr'")
+        assert others.fetchone() == (0,)
+    (directory / "ledger.sqlite3").write_bytes(b"damaged" * 100)
+    ledger = recover(LedgerSettings.from_config(memory), open_store(memory, on_error=raising), now_s=0.0)
+    ledger.start_training(incarnation=1, step=0, stream={})
 
 
 def test_a_ledger_is_not_left_behind_or_mixed_up(tmp_path: Path) -> None:

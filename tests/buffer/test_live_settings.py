@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from areal_like.errors import RefusedError
 from buffer.ledger.ledger import Ledger
 from buffer.ledger.recovery import recover
+from buffer.settings import GROUPS_PER_STEP
 from tests.support.ledger_simulation import ledger_settings
 from tests.support.row_store import RowStore
 
@@ -181,3 +182,24 @@ def test_what_no_step_can_follow_is_refused() -> None:
         recover(ledger_settings(**SETTINGS), RowStore(), now_s=0.0).start_training(
             incarnation=1, step=0, stream={}, settings={"trainer.lr": "x"}
         )
+
+
+def test_settings_of_the_job_are_recorded_by_step() -> None:
+    """Also those of a ledger of the release before, which has only the number of groups of all its steps."""
+
+    def begun(store: RowStore, groups: int, *, incarnation: int, step: int) -> RowStore:
+        settings = SETTINGS | {"groups_per_step": groups, "recorded": {GROUPS_PER_STEP: str(groups)}}
+        ledger = recover(ledger_settings(**settings), store, now_s=0.0)
+        ledger.start_training(incarnation=incarnation, step=step, stream={}, settings=BASE)
+        return store.copy()
+
+    def values(store: RowStore) -> list[tuple[int, str]]:
+        rows = store.connection.execute(f"SELECT step, value FROM settings WHERE key = '{GROUPS_PER_STEP}'")
+        return rows.fetchall()
+
+    store = begun(RowStore(), 4, incarnation=1, step=0)
+    assert values(store) == [(0, "4")]
+    assert values(begun(store.copy(), 4, incarnation=2, step=0)) == [(0, "4")]
+    assert values(begun(store.copy(), 8, incarnation=2, step=3)) == [(0, "4"), (3, "8")]
+    store.connection.execute("DELETE FROM settings")
+    assert values(begun(store.copy(), 8, incarnation=2, step=3)) == [(0, "4"), (3, "8")]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from areal_like.wire.messages.consumer import GetRunCounters, RequestEval
+from buffer.storage import sql
 from launch.audit.run import audit_run
 from launch.cli import main
 from tests.chaos.job import running_job, train
@@ -152,6 +153,44 @@ def test_every_falsification_is_found(run: Path, law: str) -> None:
     execute(run, FALSIFICATIONS[law])
     offenders = {check.text: check.offenders for check in audit_run(run).checks}
     assert next(found for text, found in offenders.items() if text.startswith(law)), offenders
+
+
+def offenders_of(run: Path) -> list[str]:
+    return [offender for check in audit_run(run).checks for offender in check.offenders]
+
+
+def test_each_step_is_judged_by_its_own_settings(run: Path) -> None:
+    """Also after settings were changed that the steps before did not have."""
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("groups_per_step: 4", "groups_per_step: 8"))
+    assert offenders_of(run) == []
+    added = "INSERT INTO settings VALUES (NULL, {}, '{}', '{}', 'start', 1.0)".format
+    execute(run, added(4, "trainer.groups_per_step", 8))
+    assert offenders_of(run) == ["step 4: 4 of 8 groups"]
+    execute(run, "DELETE FROM settings WHERE key = 'trainer.groups_per_step' AND value = '8'")
+    # Two steps of a buffer that kept its groups in memory.
+    (run / "checkpoints" / "step_000008").mkdir(parents=True)
+    assert offenders_of(run) == ["step 6: 0 of 4 groups", "step 7: 0 of 4 groups"]
+    execute(run, added(6, "buffer.durability", "none"))
+    assert offenders_of(run) == []
+    execute(run, "INSERT INTO versions VALUES (100, 8, 99, 9)")
+    assert offenders_of(run) == ["version 100: parent 99, incarnation 9"]
+    execute(run, added(8, "buffer.durability", "process_crash"))
+    assert offenders_of(run) == []
+    (run / "checkpoints" / "step_000009").mkdir()
+    assert offenders_of(run) == ["step 8: 0 of 4 groups"]
+
+
+def test_empty_ledgers_of_other_shards_are_left_out(run: Path) -> None:
+    (run / "ledger-1").mkdir()
+    with closing(sqlite3.connect(run / "ledger-1" / "ledger.sqlite3")) as connection:
+        sql.migrate(connection, path=run)
+    assert offenders_of(run) == []
+    with closing(sqlite3.connect(run / "ledger-1" / "ledger.sqlite3")) as connection, connection:
+        connection.execute(f"ATTACH '{run / 'ledger' / 'ledger.sqlite3'}' AS whole")
+        connection.execute("INSERT INTO tickets SELECT * FROM whole.tickets WHERE ticket_id = 3")
+        connection.execute("INSERT INTO marks VALUES ('num_shards', 2), ('shard', 1)")
+    assert "ledger-1: shard 1 of 2" in offenders_of(run)
 
 
 def test_a_damaged_trajectory_is_named_with_its_file(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
