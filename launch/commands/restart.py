@@ -7,10 +7,14 @@ launcher has taken it. A role that was started by hand is asked to drain; its su
 from __future__ import annotations
 
 import argparse
+import json
+import secrets
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
+from areal_like.automatic_settings import start_limit_s
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths, write_json
 from areal_like.runtime.command_line import load_config
@@ -19,9 +23,10 @@ from areal_like.shards import all_shards
 from launch.commands.drain import drain
 from launch.commands.parser import Parser, add_settings
 from launch.commands.running_job import add_job, job_of
+from launch.local_job.lifecycle import START_PATIENCE
 from launch.observation.http_json import post_json
 from launch.observation.reach import RunningJob
-from launch.run_directory.rundir import has_launcher, is_over, restart_order_file
+from launch.run_directory.rundir import has_launcher, is_over, restart_order_file, restart_outcome_file
 
 _TICK_S = 0.2
 _TAKE_TIMEOUT_S = 10.0
@@ -44,21 +49,63 @@ def add_arguments(parser: Parser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Returns 0 when the launcher has taken the order, or the role has drained."""
+    """Returns 0 when the launcher has taken the order, or the role has drained.
+
+    If the trainer gets settings: when it is ready with them. 1: it has failed with them, and has those of
+    before again. Raises ConfigError if it refuses them.
+    """
     if "=" in args.role:
         raise ConfigError(
             "restart: put the role before the settings: areal-like restart RUN trainer trainer.KEY=VALUE"
         )
     job = job_of(args)
     _check_settings(args.role, args.settings)
-    if job.paths is not None and has_launcher(job.paths):
-        sys.stdout.write(order(job, job.paths, args.role, args.settings) + "\n")
-    else:
+    if job.paths is None or not has_launcher(job.paths):
         sys.stdout.write(by_hand(job, args.role, args.settings) + "\n")
+        return 0
+    order_id = secrets.token_hex(8)
+    sys.stdout.write(order(job, job.paths, args.role, args.settings, order_id=order_id) + "\n")
+    sys.stdout.flush()
+    return wait_until_ready(job, job.paths, args.settings, order_id=order_id) if args.settings else 0
+
+
+def wait_until_ready(job: RunningJob, paths: RunPaths, settings: Sequence[str], *, order_id: str) -> int:
+    """Waits until a trainer is ready with its new settings, or the launcher has given them up.
+
+    Returns the exit code. Raises ConfigError if the trainer refuses them.
+    """
+    limit_s = job.config.daemon.drain_timeout_s + START_PATIENCE * start_limit_s(job.config)
+    deadline_s = time.monotonic() + limit_s
+    words = " ".join(settings)
+    kept = "it runs with the settings of before, which config.yaml keeps"
+    while (outcome := _outcome(paths, order_id)) is None:
+        if is_over(paths):
+            sys.stderr.write(f"restart: the run ended before the trainer was ready with {words}\n")
+            return 1
+        if time.monotonic() > deadline_s:
+            sys.stderr.write(
+                f"restart: the trainer is not ready after {limit_s:.0f} s: see `areal-like why`\n"
+            )
+            return 1
+        time.sleep(_TICK_S)
+    if outcome["exit_code"] == 2:
+        raise ConfigError(f"restart: the trainer refused {words} ({outcome['reason']}): {kept}")
+    if outcome["exit_code"]:
+        sys.stderr.write(f"restart: the trainer failed with {words} ({outcome['reason']}): {kept}\n")
+        return 1
+    sys.stdout.write(f"the trainer is ready with {words}, which config.yaml has now\n")
     return 0
 
 
-def order(job: RunningJob, paths: RunPaths, role: str, settings: Sequence[str]) -> str:
+def _outcome(paths: RunPaths, order_id: str) -> dict[str, Any] | None:
+    try:
+        outcome = json.loads(restart_outcome_file(paths).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return dict(outcome) if outcome["order_id"] == order_id else None
+
+
+def order(job: RunningJob, paths: RunPaths, role: str, settings: Sequence[str], *, order_id: str) -> str:
     """Orders the launcher to replace a process; returns a message for the user when it has taken the order.
 
     Raises ConfigError for a role that it does not run, and if no launcher runs.
@@ -79,7 +126,7 @@ def order(job: RunningJob, paths: RunPaths, role: str, settings: Sequence[str]) 
             "restart: with buffer.durability=none the groups are lost with the buffer: stop the run instead"
         )
     file = restart_order_file(paths)
-    write_json(file, {"role": role, "settings": list(settings)})
+    write_json(file, {"role": role, "settings": list(settings), "order_id": order_id})
     deadline_s = time.monotonic() + _TAKE_TIMEOUT_S
     while file.exists():
         if time.monotonic() > deadline_s:

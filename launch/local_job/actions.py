@@ -76,7 +76,18 @@ class Notice:
     text: str
 
 
-Action = Start | Terminate | Kill | KillEverything | HandOver | Notice
+@dataclass(frozen=True, kw_only=True)
+class Tried:
+    """The end of a try to run the trainer with other settings."""
+
+    settings: tuple[str, ...]
+    """`key=value`."""
+    refusal: Exit | None = None
+    """The exit of the trainer that had them; the next one has the settings of before. None: a trainer has
+    been ready with them."""
+
+
+Action = Start | Terminate | Kill | KillEverything | HandOver | Notice | Tried
 
 
 def describe_exit(code: int) -> str:

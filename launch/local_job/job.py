@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable
 from http.client import HTTPException
 
 from areal_like.errors import ConfigError
+from areal_like.paths import write_json
 from areal_like.runtime.command_line import load_config, save_config
-from launch.local_job.actions import Action, HandOver, Kill, KillEverything, Notice, Start, Terminate
+from launch.local_job.actions import Action, HandOver, Kill, KillEverything, Notice, Start, Terminate, Tried
 from launch.local_job.display import View
 from launch.local_job.lifecycle import JobLifecycle
 from launch.local_job.outcome import Phase
@@ -25,7 +26,7 @@ from launch.observation.http_json import Operator, post_json
 from launch.observation.observer import Observer
 from launch.run_directory.kept_settings import keep
 from launch.run_directory.open_run import OpenRun
-from launch.run_directory.rundir import checkpoints, take_restart_order
+from launch.run_directory.rundir import checkpoints, restart_outcome_file, take_restart_order
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class LocalJob:
         """
         self._run, self._paths, self._view, self._num_stops = run, run.paths, view, num_stops
         self._are_settings_kept = False
+        self._order_id = ""
         self._drain_code = run.config.daemon.exit_code_on_drain
         self._operator = Operator(run.config.security, run.paths.endpoints)
         self._observer = Observer(run.paths, operator=self._operator)
@@ -87,10 +89,10 @@ class LocalJob:
             for left in self._paths.endpoints.glob("*.json"):  # of daemons that were killed
                 left.unlink()
         outcome = self._lifecycle.outcome
-        if outcome.is_finished:  # a short run may end before it is seen to be ready
-            self._keep_settings()
         if outcome.exit_code:
             return outcome.exit_code
+        if outcome.is_finished:  # a short run may end before it is seen to be ready
+            self._keep_settings()
         log.info("the run is %s", "finished" if outcome.is_finished else "drained")
         return 0 if outcome.is_finished else self._drain_code
 
@@ -103,16 +105,11 @@ class LocalJob:
                 self._carry_out(lifecycle.exited(ended, now_s=time.monotonic()))
         seen = self._observer.newest
         if lifecycle.phase is Phase.RUNNING and (order := take_restart_order(self._paths)) is not None:
-            role, settings = order
-            if settings:  # for the next resume as well
-                changed = load_config(["--config", str(self._paths.config), *settings])
-                keep(changed, self._paths, by="restart")
-                save_config(changed, self._run.config_file)  # daemons that are started again read it
-            is_trainer = role == "trainer"
-            replaced = (
-                lifecycle.replace_trainer(settings, seen=seen) if is_trainer else lifecycle.replace(role)
-            )
-            self._carry_out(replaced)
+            if order.role == "trainer":
+                self._order_id = order.order_id
+                self._carry_out(lifecycle.replace_trainer(order.settings, seen=seen))
+            else:
+                self._carry_out(lifecycle.replace(order.role))
         self._carry_out(lifecycle.tick(seen, now_s=time.monotonic(), now_unix_s=time.time()))
         if lifecycle.has_begun:
             self._keep_settings()
@@ -138,6 +135,8 @@ class LocalJob:
                     self._processes.kill_everything()
                 case HandOver(address):
                     self._hand_over(address)
+                case Tried():
+                    self._end_trial(action)
                 case Notice(text):
                     log.info("%s", text)
                     self._view.notice(text)
@@ -158,6 +157,21 @@ class LocalJob:
         except (OSError, HTTPException, ConfigError) as error:
             log.warning("no answer to the hand-over request (%s): sending the stop signal", error)
             self._processes.terminate("trainer")
+
+    def _end_trial(self, tried: Tried) -> None:
+        """Tells the command that has ordered the restart; settings that have worked are kept."""
+        refusal = tried.refusal
+        if refusal is None:
+            settings = load_config(["--config", str(self._paths.config), *tried.settings])
+            keep(settings, self._paths, by="restart")
+            save_config(settings, self._run.config_file)  # daemons that are started again read it
+        reason = "" if refusal is None else refusal.complaint or " | ".join(refusal.last_words[-3:])
+        outcome = {
+            "order_id": self._order_id,
+            "exit_code": 0 if refusal is None else 2 if refusal.code == 2 else 1,
+            "reason": "" if refusal is None else f"{refusal.description}: {reason}",
+        }
+        write_json(restart_outcome_file(self._paths), outcome)
 
     def _detail(self) -> str:
         """A short text about what the current phase waits for."""

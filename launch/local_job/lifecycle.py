@@ -121,6 +121,11 @@ class JobLifecycle:
         if self.phase is Phase.CLOSING and not self._is_needed_to_close(ended.name):
             self.outcome.note_exit_while_closing(ended)
             return []
+        if self._trainer is not None and ended.name == "trainer" and self._trainer.is_on_trial:
+            if ended.code == 0:  # it has trained the last step
+                return [self._trainer.accept(), *self._ended(ended, now_s=now_s)]
+            if ended.code != DRAINED:
+                return self._fall_back(self._trainer, ended)
         if ended.code == 2 and not self._has_worked(ended.name):
             report = self._trainer.death_report if self._trainer and ended.name == "trainer" else []
             return self._fail([ended.complaint, *report], exit_code=2, now_s=now_s)
@@ -161,6 +166,11 @@ class JobLifecycle:
             # The step may be observed up to a second late, after a death that followed it: pass its own time.
             late_s = now_unix_s - float(seen.steps[-1]["time_unix_s"])
             self._trainer.reached(seen.last_step, at_s=now_s - late_s)
+        if self._trainer is not None and self.phase is Phase.RUNNING:
+            rank0 = seen.daemons.get("trainer-0")
+            is_ready = rank0 is not None and not rank0.not_ready
+            if (tried := self._trainer.see(rank0.endpoint if rank0 else {}, is_ready=is_ready)) is not None:
+                actions += [Notice(f"the trainer is ready with {' '.join(tried.settings)}"), tried]
         self._ever_ready |= {view.name for view in seen.daemons.values() if not view.not_ready}
         if self.phase in (Phase.STARTING, Phase.RUNNING):
             actions += self._close_without_servers(seen, now_s=now_s)
@@ -267,6 +277,19 @@ class JobLifecycle:
             log.error("%s", line)
         delay_s = restarts.due_s - now_s
         return [Notice(f"{ended.name} ended ({ended.description}): starting it again in {delay_s:.1f} s")]
+
+    def _fall_back(self, trainer: SupervisedTrainer, ended: Exit) -> list[Action]:
+        """Handles the end of a trainer with new settings that was not ready: they may be the cause."""
+        tried = trainer.fall_back(ended)
+        for line in ended.last_words if ended.code > 0 else ():
+            log.error("%s", line)
+        words = " ".join(tried.settings)
+        text = f"the trainer with {words} ended ({ended.description}) before it was ready"
+        return [
+            Notice(f"{text}: starting it again with the settings of before"),
+            tried,
+            *self._started([self._next_trainer()]),
+        ]
 
     def _ended(self, ended: Exit, *, now_s: float) -> list[Action]:
         """Handles the orderly end of the trainer, or of a buffer that is faster: the run is over."""

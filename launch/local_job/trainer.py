@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from launch.local_job.actions import Exit, Start
+from launch.local_job.actions import Exit, Start, Tried
 from launch.local_job.restarts import Restarts, RestartState
 from launch.local_job.specs import DRAINED, ChildSpec
 
@@ -14,7 +15,8 @@ class SupervisedTrainer:
     """The trainer processes of one job, one after the other.
 
         running --died--> waiting --due--> running          (from the newest checkpoint)
-        running --asked to hand over--> ended --> running   (with other settings)
+        running --asked to hand over--> ended --> running   (with other settings, on trial)
+        on trial --ready--> running --ended before--> running   (with the settings of before)
 
     Only a step beyond all earlier ones resets the count of deaths in a row; the run time of a trainer does
     not. Data that kill the trainer at one step kill it again each time, after minutes without an error.
@@ -30,6 +32,12 @@ class SupervisedTrainer:
         self.is_handing_over = False
         """True while the running trainer is asked to end for its replacement."""
         self._resumes_at_step = resume.startswith("step:")
+        self._tried: tuple[str, ...] = ()
+        """Settings with which no trainer has been ready yet."""
+        self._before = spec
+        """The process without them."""
+        self._is_started_with_tried = False
+        self._last_endpoint: Mapping[str, Any] = {}
 
     def reached(self, step: int, *, at_s: float) -> None:
         """Records the newest finished step and the time at which it was finished."""
@@ -62,8 +70,45 @@ class SupervisedTrainer:
         Exception: with `resume=step:K`, the checkpoints after step K may still exist if no trainer was ready
         yet (`was_ready` is False). The command line with `resume=step:K` is then used again.
         """
+        self._is_started_with_tried = bool(self._tried)
         return Start(self.spec, from_newest_checkpoint=was_ready or not self._resumes_at_step)
 
     def change_settings(self, settings: Sequence[str]) -> None:
-        """Gives the next trainer these `key=value` settings."""
+        """Gives the next trainer these `key=value` settings; the trial of earlier ones goes on with them."""
+        if not self._tried:
+            self._before = self.spec
+        self._tried = (*self._tried, *settings)
         self.spec = self.spec.with_settings(settings)
+        self._is_started_with_tried = False
+
+    @property
+    def is_on_trial(self) -> bool:
+        """True from the start of a trainer with other settings until it is ready, or has ended."""
+        return self._is_started_with_tried
+
+    def see(self, endpoint: Mapping[str, Any], *, is_ready: bool) -> Tried | None:
+        """Records what was seen of rank 0: the content of its endpoint file, empty if there is none.
+
+        Returns the end of a trial when the trainer that is on trial is ready. What was seen before its start
+        is of the one before.
+        """
+        if not self.is_on_trial:
+            self._last_endpoint = dict(endpoint)
+        elif is_ready and endpoint != self._last_endpoint:
+            return self.accept()
+        return None
+
+    def accept(self) -> Tried:
+        """Records that the settings on trial have worked."""
+        return self._end_trial()
+
+    def fall_back(self, ended: Exit) -> Tried:
+        """Records that the trainer on trial has ended: the next one has the settings of before."""
+        self.spec = self._before
+        self.is_handing_over = False
+        return self._end_trial(ended)
+
+    def _end_trial(self, refusal: Exit | None = None) -> Tried:
+        tried, self._tried = self._tried, ()
+        self._is_started_with_tried = False
+        return Tried(settings=tried, refusal=refusal)

@@ -32,6 +32,7 @@ from launch.run_directory.rundir import (
     remove_ledgers,
     remove_unbegun,
     restart_order_file,
+    restart_outcome_file,
 )
 
 
@@ -123,7 +124,8 @@ def prepared(run: OpenRun) -> OpenRun:
             stale.unlink()  # also what a killed daemon left half written
         if not run.is_resumed:
             run.paths.config_changes.unlink(missing_ok=True)  # of a job that failed before its first step
-        restart_order_file(run.paths).unlink(missing_ok=True)  # the order was for an earlier launcher
+        for order in (restart_order_file(run.paths), restart_outcome_file(run.paths)):
+            order.unlink(missing_ok=True)  # it was for an earlier launcher
         for folder in (run.paths.endpoints, run.paths.logs):
             folder.mkdir(exist_ok=True)
         save_config(run.config, run.config_file)

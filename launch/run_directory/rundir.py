@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from areal_like.errors import ConfigError
@@ -37,14 +38,35 @@ def restart_order_file(paths: RunPaths) -> Path:
     return paths.root / "restart.json"
 
 
-def take_restart_order(paths: RunPaths) -> tuple[str, list[str]] | None:
-    """Takes an order to replace a process; returns (its role, its settings), or None if there is no order."""
+def restart_outcome_file(paths: RunPaths) -> Path:
+    """The file in which the launcher tells what became of an order with settings; `areal-like restart` waits
+    for it."""
+    return paths.root / "restart_outcome.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestartOrder:
+    """An order to replace a process."""
+
+    role: str
+    settings: list[str]
+    """`key=value` of the trainer."""
+    order_id: str = ""
+    """By which the command that has written it finds the outcome."""
+
+
+def take_restart_order(paths: RunPaths) -> RestartOrder | None:
+    """Takes an order; None if there is none."""
     try:
         order = json.loads(restart_order_file(paths).read_text())
     except FileNotFoundError:
         return None
     restart_order_file(paths).unlink()
-    return str(order["role"]), [str(setting) for setting in order["settings"]]
+    return RestartOrder(
+        role=str(order["role"]),
+        settings=[str(setting) for setting in order["settings"]],
+        order_id=str(order.get("order_id", "")),
+    )
 
 
 def has_launcher(paths: RunPaths) -> bool:
@@ -114,7 +136,7 @@ def remove_unbegun(paths: RunPaths) -> None:
     The caller holds the lock, and this launch has created the directory.
     """
     ours = {paths.config, paths.logs, paths.endpoints, paths.traces, paths.built_model, paths.root / _LOCK}
-    ours.update((paths.spans, paths.next_config, paths.config_changes))
+    ours.update((paths.spans, paths.next_config, paths.config_changes, restart_outcome_file(paths)))
     ours.update((paths.metrics, paths.summary, paths.rows, paths.replay, *paths.root.glob("ledger*")))
     ours.update((paths.tensorboard, paths.wandb))
     if not _has_steps(paths) and ours.issuperset(paths.root.iterdir()):

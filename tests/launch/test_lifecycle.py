@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 
 from areal_like.config import Config, from_mapping
-from launch.local_job.actions import Action, Exit, HandOver, Kill, KillEverything, Notice, Start, Terminate
+from launch.local_job.actions import (
+    Action,
+    Exit,
+    HandOver,
+    Kill,
+    KillEverything,
+    Notice,
+    Start,
+    Terminate,
+    Tried,
+)
 from launch.local_job.lifecycle import JobLifecycle
 from launch.local_job.outcome import Phase
 from launch.local_job.specs import DRAINED, JobSpecs
@@ -24,9 +34,14 @@ def lifecycle(**settings: object) -> JobLifecycle:
     return JobLifecycle(config, specs=specs, last_words=lambda name: [f"{name} hangs"], now_s=0.0)
 
 
-def seen(*ready: str, step: int = -1, at_unix_s: float = 0.0, joined: bool = False) -> Observation:
-    """An observation: these daemons are ready, `step` is finished, and a server has `joined` or not."""
-    endpoint = {"stream": "tcp://127.0.0.1:7001", "http": "127.0.0.1:8001"}
+def seen(
+    *ready: str, step: int = -1, at_unix_s: float = 0.0, joined: bool = False, pid: int = 1
+) -> Observation:
+    """An observation: these daemons are ready, `step` is finished, and a server has `joined` or not.
+
+    `pid`: of each daemon.
+    """
+    endpoint = {"stream": "tcp://127.0.0.1:7001", "http": "127.0.0.1:8001", "pid": pid}
     peers = [{"name": "joined", "role": "rollout"}] if joined else []
     daemons = {
         name: DaemonView(
@@ -302,7 +317,48 @@ def test_a_replaced_trainer_starts_with_its_new_settings() -> None:
     (start,) = job.exited(Exit(name="trainer", code=DRAINED), now_s=4.0)
     assert isinstance(start, Start) and start.from_newest_checkpoint
     assert start.spec.command[-1] == "trainer.lr=1e-4" and job.phase is Phase.RUNNING
-    assert job.exited(Exit(name="trainer", code=0), now_s=5.0)[0] == Terminate("rollout-0"), "it is done"
+    assert Terminate("rollout-0") in job.exited(Exit(name="trainer", code=0), now_s=5.0), "it is done"
+
+
+def on_trial(settings: list[str]) -> JobLifecycle:
+    """A job whose trainer has just been replaced by one with these settings."""
+    job = running_job()
+    job.replace_trainer(settings, seen=seen(*ALL))
+    assert tick(job, 3.0, seen(*ALL)) == [], "the trainer of before is ready, and finishes its step"
+    (start,) = job.exited(Exit(name="trainer", code=DRAINED), now_s=4.0)
+    assert isinstance(start, Start) and start.spec.command[-len(settings) :] == tuple(settings)
+    assert tick(job, 4.1, seen(*ALL)) == [], "this was seen before the new one began"
+    return job
+
+
+def test_settings_of_a_replaced_trainer_count_when_it_is_ready() -> None:
+    job = on_trial(["trainer.lr=1e-4"])
+    assert tick(job, 4.2, seen("buffer", "rollout-0")) == []
+    notice, tried = tick(job, 5.0, seen(*ALL, pid=2))
+    assert notice == Notice("the trainer is ready with trainer.lr=1e-4")
+    assert tried == Tried(settings=("trainer.lr=1e-4",))
+    job.exited(Exit(name="trainer", code=-signal.SIGKILL), now_s=6.0)
+    (start,) = tick(job, 7.0, seen(*ALL, pid=2))
+    assert isinstance(start, Start) and start.spec.command[-1] == "trainer.lr=1e-4", "for good"
+    job = on_trial(["trainer.lr=1e-4"])
+    tried, *_ = job.exited(Exit(name="trainer", code=0), now_s=5.0)
+    assert tried == Tried(settings=("trainer.lr=1e-4",)) and job.phase is Phase.CLOSING
+
+
+@pytest.mark.parametrize("code", [2, 1, -signal.SIGKILL])
+def test_a_trainer_that_is_not_ready_gets_its_old_settings(code: int) -> None:
+    job = on_trial(["trainer.device=cuda", "trainer.lr=1e-4"])
+    ended = Exit(name="trainer", code=code, complaint="no GPU")
+    notice, tried, start = job.exited(ended, now_s=5.0)
+    assert "starting it again with the settings of before" in notices([notice])
+    assert tried == Tried(settings=("trainer.device=cuda", "trainer.lr=1e-4"), refusal=ended)
+    assert isinstance(start, Start) and start.from_newest_checkpoint
+    assert not any(word.startswith(("trainer.device=", "trainer.lr=")) for word in start.spec.command)
+    assert job.phase is Phase.RUNNING and job.outcome.exit_code == 0
+    assert tick(job, 6.0, seen(*ALL, pid=3)) == []
+    assert "starting it again in" in notices(
+        job.exited(Exit(name="trainer", code=-signal.SIGKILL), now_s=7.0)
+    )
 
 
 def test_a_server_is_replaced_when_it_has_drained() -> None:

@@ -292,8 +292,16 @@ def test_any_role_is_restarted_on_request(
                 run_root=root,
                 process=process,
             )
-        capsys.readouterr()
+        assert "the trainer is ready with trainer.lr=3e-5" in capsys.readouterr().out
         assert load_config(["--config", str(root / "config.yaml")]).trainer.lr == 3e-5
+        assert [change.by for change in read_changes(RunPaths(root))] == ["restart"]
+        settings = (root / "config.yaml").read_bytes()
+        assert main(["restart", "x", "trainer", "trainer.device=cuda:0"]) == 2
+        assert (
+            "refused trainer.device=cuda:0 (exit code 2: trainer-0: trainer.device" in capsys.readouterr().err
+        )
+        assert (root / "config.yaml").read_bytes() == settings
+        wait_for_steps(num_steps_done(root) + 3, root, process=process)
         for words, message in (
             (["rollout-7"], "there is no 'rollout-7' (roles: trainer, rollout-0, buffer)"),
             (["rollout-0", "rollout.num_threads=2"], "rollout-0 keeps its settings"),

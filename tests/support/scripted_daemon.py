@@ -63,6 +63,8 @@ def main(role: str, default_name: str) -> None:
     async def body(runtime: Runtime) -> None:
         if script == "user error":
             raise ConfigError("cannot bind 127.0.0.1:1 (in use): set buffer.port to a free port")
+        if role == "trainer" and config.trainer.device != "cpu":
+            raise ConfigError(f"trainer.device={config.trainer.device}: 0 GPUs are visible")
         if script == "never ready":
             runtime.unready("waiting for a peer")
             await runtime.stopping.wait()
