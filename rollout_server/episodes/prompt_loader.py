@@ -12,7 +12,6 @@ and the time limit of an example needs no separate timer.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -88,6 +87,7 @@ class PromptLoader:
         self._tokenizer = tokenizer
         self._eval_sets = eval_sets or {}
         self._timeout_s = timeout_s
+        self._clock = asyncio.get_running_loop().time
         self._thread = _new_thread()
 
     async def load(
@@ -103,7 +103,7 @@ class PromptLoader:
         skipped and `on_prompt` gets a FailedPrompt.
         """
         while leases:
-            batch = _Batch(leases=leases, is_wanted=is_wanted, current=(0, time.monotonic()))
+            batch = _Batch(leases=leases, is_wanted=is_wanted, current=(0, self._clock()))
             num_loaded = await self._load_until_timeout(batch, on_prompt)
             if num_loaded < len(leases):
                 self._replace_thread()
@@ -130,7 +130,7 @@ class PromptLoader:
                 for prompt in batch.prompts[num_loaded:]:
                     on_prompt(batch.leases[num_loaded], prompt)
                     num_loaded += 1
-                if index == num_loaded and time.monotonic() - started_s > self._timeout_s:
+                if index == num_loaded and self._clock() - started_s > self._timeout_s:
                     break
         finally:
             batch.is_abandoned = True
@@ -142,7 +142,7 @@ class PromptLoader:
             # After an example that exceeded its time limit, this thread must stop: another has replaced it.
             if batch.is_abandoned:
                 return
-            batch.current = (index, time.monotonic())
+            batch.current = (index, self._clock())
             if batch.is_wanted(lease):
                 batch.prompts.append(self._make_prompt(lease))
             else:

@@ -1,29 +1,28 @@
 """Time in which requests were at the engine: the gate's count, without stalls and stops of the server."""
 
-import asyncio
-
 import pytest
 
 from rollout_server.engine_time import EngineTime
 from rollout_server.inference.generation_gate import GenerationGate
+from tests.support import moved_clock
+from tests.support.moved_clock import advance
 
 
 def test_the_gate_counts_time_and_requests() -> None:
-    async def request(gate: GenerationGate, seconds: float) -> None:
-        async with gate:
-            await asyncio.sleep(seconds)
-
     async def body() -> None:
         gate = GenerationGate()
-        await asyncio.sleep(0.1)
+        advance(1000)
         assert gate.seconds() == (0.0, 0.0)
-        await asyncio.gather(request(gate, 0.1), request(gate, 0.3))
-        await asyncio.sleep(0.1)
+        async with gate:
+            async with gate:
+                advance(1000)
+            advance(2000)
+        advance(1000)
         busy_s, request_s = gate.seconds()
-        assert busy_s == pytest.approx(0.3, abs=0.05) and request_s == pytest.approx(0.4, abs=0.1)
+        assert busy_s == pytest.approx(3000, abs=10) and request_s == pytest.approx(4000, abs=10)
         assert gate.seconds() == (busy_s, request_s)
 
-    asyncio.run(body())
+    moved_clock.run(body())
 
 
 def observe(time: EngineTime, busy_s: float, **fields: float) -> tuple[float, float]:

@@ -30,7 +30,9 @@ from rollout_server.inference.types import Generation, Sampling
 from rollout_server.rewards.pool import Reward
 from rollout_server.tasks.base import Completion, Score, make_task
 from tests.rollout_server.test_episodes import Digits
+from tests.support import moved_clock
 from tests.support.line_chat import LineChat
+from tests.support.moved_clock import advance
 from tests.support.waiting import HANG_LIMIT_S
 
 EOS = 0
@@ -161,16 +163,26 @@ class Job:
 
 @contextlib.asynccontextmanager
 async def environments(task: dict[str, Any] = TASK, **limits: Any) -> AsyncIterator[EnvironmentPool]:
-    async with EnvironmentPool(task, seed=0, **{"step_timeout_s": 20.0, "memory_mb": 256} | limits) as pool:
+    async with EnvironmentPool(
+        task, seed=0, **{"step_timeout_s": HANG_LIMIT_S, "memory_mb": 256} | limits
+    ) as pool:
         yield pool
 
 
 async def one_result(
-    pool: EnvironmentPool, *script: str, task: dict[str, Any] = TASK, **settings: Any
+    pool: EnvironmentPool,
+    *script: str,
+    task: dict[str, Any] = TASK,
+    stands_still_s: float = 0.0,
+    **settings: Any,
 ) -> tuple[SampleResult, Job]:
+    """`stands_still_s`: time that passes in the second step of the environment."""
     job = Job(pool, script, task=task, settings=settings)
     job.grant()
     try:
+        if stands_still_s:
+            await job.until(lambda: job.engine.num_turns.get("1.0") == 2 and pool.num_calling == 1)
+            advance(stands_still_s)
         await job.until(lambda: bool(job.results))
         return job.results[0], job
     finally:
@@ -214,7 +226,7 @@ def test_an_episode_is_a_record_with_its_turns() -> None:
     asyncio.run(body())
 
 
-def test_each_budget_ends_an_episode_as_a_truncated_sample() -> None:
+def test_each_budget_ends_an_episode_as_a_truncated_sample(may_go_on: Path) -> None:
     async def body() -> None:
         async with environments() as pool:
             turns = await record_of(pool, "abc", episode={"max_turns": 2})
@@ -228,25 +240,30 @@ def test_each_budget_ends_an_episode_as_a_truncated_sample() -> None:
             context = await record_of(pool, "abc", rollout={"max_context": 25})
             assert (context.finish_reason, context.num_sampled) == (FinishReason.CONTEXT, 4)
             late = await record_of(
-                pool, "abc", "wait 5", rollout={"sample_timeout_s": 0.3, "max_context": 99}
+                pool,
+                "abc",
+                "held",
+                stands_still_s=100.0,
+                rollout={"sample_timeout_s": 100.0, "max_context": 99},
             )
-            assert (late.finish_reason, late.reward, late.num_sampled) == (FinishReason.TIMEOUT, 0.5, 11)
+            assert (late.finish_reason, late.reward, late.num_sampled) == (FinishReason.TIMEOUT, 0.5, 9)
             for record in (turns, cut, tokens, context, late):
                 assert record.finish_reason.is_truncated
 
-    asyncio.run(body())
+    moved_clock.run(body())
 
 
 def test_a_failed_environment_leaves_its_tokens() -> None:
     async def body() -> None:
-        async with environments(step_timeout_s=0.5) as pool:
+        async with environments(step_timeout_s=100.0) as pool:
             for mishap, error in {"raise": "KeyError", "die": "signal 9", "hang": "step_timeout_s"}.items():
-                result, job = await one_result(pool, "abc", mishap)
+                late = {"stands_still_s": 100.0 if mishap == "hang" else 0.0}
+                result, job = await one_result(pool, "abc", mishap, **late)
                 assert isinstance(result, SampleDone) and result.failure == FailureKind.ENVIRONMENT
                 assert result.record.num_sampled == 5 + len(mishap) and result.record.reward == 0.0
                 assert job.runner.num_failed == {FailureKind.ENVIRONMENT: 1} and not job.runner.num_done
                 retry = {"on_failure": {"environment": "retry"}}
-                result, _ = await one_result(pool, "abc", mishap, buffer=retry)
+                result, _ = await one_result(pool, "abc", mishap, buffer=retry, **late)
                 assert isinstance(result, SampleFailed) and result.kind is FailureKind.ENVIRONMENT
                 assert result.num_tokens == 5 + len(mishap) and error in result.error
             # What ends with the zygote is not the policy's fault: it is made again, whatever the policy is.
@@ -261,18 +278,19 @@ def test_a_failed_environment_leaves_its_tokens() -> None:
             assert lost.num_tokens == 12 and "was lost" in lost.error
             await job.runner.close()
 
-    asyncio.run(body())
+    moved_clock.run(body())
 
 
-def test_a_cancelled_lease_closes_its_environments() -> None:
+def test_a_cancelled_lease_closes_its_environments(may_go_on: Path) -> None:
     async def body() -> None:
         async with environments() as pool:
-            job = Job(pool, ["wait 0.3", "abc"], task=TASK, settings={})
+            job = Job(pool, ["held", "abc"], task=TASK, settings={})
             job.grant(1, num_samples=4)
             job.grant(2, num_samples=2)
             await job.until(lambda: pool.num_open == 6 and pool.num_calling == 6)
             job.runner.cancel([1])
             await job.until(lambda: pool.num_open == 2)
+            may_go_on.touch()
             await job.until(lambda: len(job.results) == 2)
             await job.until(lambda: len(pool._idle) == 6)
             assert {result.lease_id for result in job.results} == {2} and pool.num_restarts == 0

@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import math
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -37,18 +36,24 @@ from rollout_server.inference.types import Generation, Sampling
 from rollout_server.rewards.pool import Reward
 from rollout_server.tasks.base import Completion, Example, Score, Split, Task
 from tests.rollout_server.test_episodes import CountingEngine, Digits
+from tests.support import moved_clock
+from tests.support.moved_clock import advance
 from tests.support.waiting import HANG_LIMIT_S
 
-LIMIT_S = 0.5
+LIMIT_S = 100.0
 GROUP = 4
 AT_ENGINE, EPISODES = 2 * GROUP, 6 * GROUP
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slow(Task):
-    """A task whose examples take `seconds`, or hang if in `hanging`; `requested` has the loaded indices."""
+    """A task whose examples take `seconds` of the loop's clock, or wait for `released` if in `hanging`.
 
-    seconds: float = LIMIT_S / 10
+    `requested` has the loaded indices.
+    """
+
+    seconds: float = 0.0
+    loop: asyncio.AbstractEventLoop | None = None
     hanging: tuple[int, ...] = ()
     released: threading.Event = field(default_factory=threading.Event)
     requested: list[int] = field(default_factory=list)
@@ -56,8 +61,12 @@ class Slow(Task):
     def example(self, split: Split, index: int) -> Example:
         self.requested.append(index)
         if index in self.hanging:
-            self.released.wait(60)
-        time.sleep(self.seconds)
+            self.released.wait()
+        if self.loop is not None:
+            passed = threading.Event()
+            self.loop.call_soon_threadsafe(advance, self.seconds)
+            self.loop.call_soon_threadsafe(passed.set)
+            passed.wait()
         return Example(prompt="7=", answer=None)
 
     def reward(self, example: Example, completion: str) -> float:
@@ -68,7 +77,7 @@ class Slow(Task):
 def hanging() -> Iterator[Callable[..., Slow]]:
     """Makes a task with hanging examples, whose threads end with the test."""
     released = threading.Event()
-    yield lambda *indices, seconds=0.0: Slow(hanging=indices, seconds=seconds, released=released)
+    yield lambda *indices: Slow(hanging=indices, released=released)
     released.set()
 
 
@@ -218,25 +227,24 @@ def assert_hung(results: list[SampleResult]) -> None:
 
 
 def test_time_limit_is_per_example_and_samples_start_early() -> None:
-    task = Slow()
-
     async def body() -> None:
+        task = Slow(hanging=(14,), seconds=LIMIT_S / 4, loop=asyncio.get_running_loop())
         async with serving(task) as served:
             served.grant(*range(15))
             served.grant(*range(15, 25))
-            await served.finished(0)
-            assert len(task.requested) < 15, "samples must start before the last example is loaded"
+            await served.finished(0)  # before the last example is loaded
+            task.released.set()
             await served.finished(*range(25))
             assert len(served.results) == 25 * GROUP and all(
                 isinstance(result, SampleDone) for result in served.results
             )
 
-    asyncio.run(body())
+    moved_clock.run(body())
 
 
 def test_every_set_has_its_own_task_and_sampling() -> None:
     async def body() -> None:
-        job, other = Slow(seconds=0.0), Slow(seconds=0.0)
+        job, other = Slow(), Slow()
         plain = EvalSet(
             settings=EvalSetConfig(), task=job, renderer=Digits(), rewards=FixedRewards(), environments=None
         )
@@ -280,7 +288,7 @@ def test_samples_that_wait_for_rewards_leave_the_engine_free() -> None:
     async def body() -> None:
         rewards = FixedRewards()
         rewards.released.clear()
-        async with serving(Slow(seconds=0.0), rewards=rewards) as served:
+        async with serving(Slow(), rewards=rewards) as served:
             lease_id = 0
             while served.held.free_samples >= GROUP:
                 lease_id += 1
@@ -307,6 +315,9 @@ def test_examples_that_hang_fail_only_their_own_samples(hanging: Callable[..., S
         async with serving(task) as served:
             served.grant(1, 2, 3, 4)
             served.grant(5, 6)
+            for index in (2, 3, 5):
+                await served.until(lambda index=index: task.requested[-1:] == [index])  # type: ignore[misc]
+                advance(LIMIT_S + 1)
             await served.finished(*range(1, 7))
             for lease_id in (2, 3, 5):
                 assert_hung(served.of(lease_id))
@@ -319,7 +330,7 @@ def test_examples_that_hang_fail_only_their_own_samples(hanging: Callable[..., S
                 "an abandoned thread must not load more examples"
             )
 
-    asyncio.run(body())
+    moved_clock.run(body())
 
 
 def test_cancelled_leases_load_no_example_and_report_nothing(hanging: Callable[..., Slow]) -> None:
@@ -330,11 +341,12 @@ def test_cancelled_leases_load_no_example_and_report_nothing(hanging: Callable[.
             served.grant(4, 5)
             await served.until(lambda: task.requested == [1])
             served.runner.cancel([1, 2, 4])
+            advance(LIMIT_S + 1)
             await served.finished(3, 5)
             assert {result.lease_id for result in served.results} == {3, 5}
             assert task.requested == [1, 3, 5]
 
-    asyncio.run(body())
+    moved_clock.run(body())
 
 
 def test_closing_does_not_wait_for_a_hanging_example(hanging: Callable[..., Slow]) -> None:
@@ -343,19 +355,17 @@ def test_closing_does_not_wait_for_a_hanging_example(hanging: Callable[..., Slow
         served = Served(task)
         served.grant(1, 2)
         await served.until(lambda: task.requested == [1])
-        began_s = time.monotonic()
-        await served.runner.close()
-        assert time.monotonic() - began_s < LIMIT_S
+        await served.runner.close()  # the example hangs until the next line
         task.released.set()
         await asyncio.sleep(0.05)
         assert task.requested == [1] and not served.results
 
-    asyncio.run(body())
+    moved_clock.run(body())
 
 
 def test_samples_of_quick_examples_start_together() -> None:
     async def body() -> None:
-        async with serving(Slow(seconds=0.0)) as served:
+        async with serving(Slow()) as served:
             served.grant(*range(20))
             num_requests = [0]
             while num_requests[-1] < 20 * GROUP:
@@ -373,7 +383,7 @@ def one_result(**parts: Any) -> SampleResult:
     """The result of one sample."""
 
     async def body() -> SampleResult:
-        async with serving(Slow(seconds=0.0), **parts) as served:
+        async with serving(Slow(), **parts) as served:
             served.grant(1, num_samples=1)
             await served.finished(1)
             (result,) = served.results
@@ -461,7 +471,7 @@ def test_a_prompt_that_does_not_fit_is_its_own_kind() -> None:
             raise ValueError("prompt of 9 tokens: the limit is 1 to 8")
 
     async def body() -> None:
-        async with serving(Slow(seconds=0.0)) as served:
+        async with serving(Slow()) as served:
             served.runner._prompts._tokenizer = Tight()
             served.grant(1)
             await served.finished(1)

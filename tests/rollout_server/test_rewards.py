@@ -8,7 +8,7 @@ import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -19,6 +19,9 @@ from areal_like.trajectory import FinishReason
 from rollout_server.rewards.pool import RewardPool
 from rollout_server.tasks.base import Completion, Example, Score, Split, Task
 from tests.support.environment_tasks import EchoTask
+from tests.support.waiting import HANG_LIMIT_S
+
+NUM_TOGETHER = 30
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +63,9 @@ class Hostile(Task):
                 return {}
             case "slow":
                 time.sleep(0.8)
+            case "held":
+                while not Path(os.environ["MAY_GO_ON"]).exists():
+                    time.sleep(0.01)
             case "coroutine":
                 return asyncio.sleep(0)
             case "details":
@@ -83,11 +89,19 @@ class Hostile(Task):
 class Judge(Task):
     """A reward that waits for a service; the completion says how it answers."""
 
+    num_together: ClassVar = 0
+
     def example(self, split: Split, index: int) -> Example:
         return Example(prompt="", answer=index)
 
     async def reward(self, example: Example, completion: Completion) -> float:
-        await asyncio.sleep(0.4)
+        match completion:
+            case "together":
+                Judge.num_together += 1
+                while Judge.num_together < NUM_TOGETHER:
+                    await asyncio.sleep(0.01)
+                return float(example.answer)
+        await asyncio.sleep(0.1)
         match completion:
             case "blocks":
                 time.sleep(3600)
@@ -112,7 +126,11 @@ def answer(text: str) -> Completion:
 
 
 def pool(
-    *, num_workers: int = 1, timeout_s: float = 5.0, task: str = f"{__name__}.Hostile", concurrency: int = 1
+    *,
+    num_workers: int = 1,
+    timeout_s: float = HANG_LIMIT_S,
+    task: str = f"{__name__}.Hostile",
+    concurrency: int = 1,
 ) -> RewardPool:
     return RewardPool(
         {"_target_": task},
@@ -158,11 +176,10 @@ def test_bad_returns_fail_their_own_sample() -> None:
 
 
 def test_hang_is_killed_and_items_behind_it_are_scored() -> None:
-    started = time.monotonic()
     answers, restarts = outcomes(["a", "hang", "b", "c"], timeout_s=1.0)
     assert "reward_timeout_s=1" in answers[1]
     assert [answers[i].score.value for i in (0, 2, 3)] == [0.0, 2.0, 3.0]
-    assert restarts == 1 and time.monotonic() - started < 15
+    assert restarts == 1
 
 
 def test_crash_names_the_signal_and_items_behind_are_scored() -> None:
@@ -191,19 +208,19 @@ def test_worker_that_dies_while_idle_fails_no_sample() -> None:
     assert not children()
 
 
-def test_a_slow_reward_holds_no_other_item() -> None:
+def test_a_slow_reward_holds_no_other_item(may_go_on: Path) -> None:
     """Two workers: while one is slow, the other does the rest, also what was sent in the slow one's batch."""
 
     async def body() -> None:
         async with pool(num_workers=2) as rewards:
             score = functools.partial(rewards.score, split="train")
             await asyncio.gather(*(score(index=i, completion=answer("")) for i in range(400)))
-            slow = asyncio.create_task(score(index=1, completion=answer("slow")))
+            slow = asyncio.create_task(score(index=1, completion=answer("held")))
             rest = [asyncio.create_task(score(index=i, completion=answer(""))) for i in range(100)]
-            started = time.monotonic()
             await asyncio.gather(*rest)
-            assert time.monotonic() - started < 0.7 and not slow.done()
-            assert rewards.num_waiting == 1 and (await slow).score.value == 1.0
+            assert not slow.done() and rewards.num_waiting == 1
+            may_go_on.touch()
+            assert (await slow).score.value == 1.0
             assert (await score(index=3, completion=answer(""))).score.value == 3.0
             assert rewards.num_restarts == 0
             with pytest.raises(RewardError, match="cannot be sent"):
@@ -217,14 +234,12 @@ def test_asynchronous_rewards_run_at_the_same_time() -> None:
     task = f"{__name__}.Judge"
 
     async def body() -> None:
-        async with pool(task=task, concurrency=32, timeout_s=1.0) as rewards:
+        async with pool(task=task, concurrency=NUM_TOGETHER + 2, timeout_s=2.0) as rewards:
             score = functools.partial(rewards.score, split="train")
             await score(index=0, completion=answer(""))
-            started = time.monotonic()
-            texts = ["never", "its own limit", *[""] * 30]
+            texts = ["never", "its own limit", *["together"] * NUM_TOGETHER]
             asked = [score(index=i, completion=answer(text)) for i, text in enumerate(texts)]
             answers = await asyncio.gather(*asked, return_exceptions=True)
-            assert time.monotonic() - started < 2.5
             assert isinstance(answers[0], RewardTimeoutError)
             assert "TimeoutError" in str(answers[1]) and not isinstance(answers[1], RewardTimeoutError)
             assert [a.score.value for a in answers[2:]] == [float(i) for i in range(2, 32)]
@@ -268,7 +283,7 @@ def test_task_that_cannot_be_imported_fails_its_samples() -> None:
 
 def test_closing_the_pool_fails_waiting_items() -> None:
     async def body() -> str:
-        async with pool(timeout_s=60) as rewards:
+        async with pool() as rewards:
             asked = asyncio.create_task(rewards.score(split="train", index=0, completion=Completion("hang")))
             await asyncio.sleep(0.5)
         with pytest.raises(RewardError, match="closed"):
@@ -281,7 +296,7 @@ def test_closing_the_pool_fails_waiting_items() -> None:
 
 def test_cpu_time_per_reward() -> None:
     async def body() -> float:
-        async with RewardPool({"name": "sort"}, seed=0, num_workers=1, timeout_s=5) as rewards:
+        async with RewardPool({"name": "sort"}, seed=0, num_workers=1, timeout_s=HANG_LIMIT_S) as rewards:
             sampled = Completion("0123", token_ids=np.arange(4, dtype=np.int32), turn_lengths=[4])
             await rewards.score(split="train", index=0, completion=sampled)
             started = time.process_time()
@@ -291,7 +306,7 @@ def test_cpu_time_per_reward() -> None:
                 )
             return (time.process_time() - started) / 2000
 
-    assert asyncio.run(body()) < 500e-6  # CPU seconds per reward in this process; about 60e-6 when measured
+    assert asyncio.run(body()) < 2e-3  # CPU seconds per reward in this process; about 60e-6 when measured
 
 
 def children() -> list[int]:

@@ -56,6 +56,9 @@ class Echo(Environment):
                 sys.exit(3)
             case "hang":
                 time.sleep(3600)
+            case "held":
+                while not Path(os.environ["MAY_GO_ON"]).exists():
+                    await asyncio.sleep(0.01)
             case "wait":
                 await asyncio.sleep(float(name.partition(" ")[2]))
             case "allocate":
