@@ -30,7 +30,8 @@ myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
 html_theme = "furo"
 html_title = "areal-like"
-html_static_path: list[str] = []
+html_static_path = ["static"]
+html_css_files = ["code.css"]
 html_copy_source = False
 pygments_style = "friendly"
 pygments_dark_style = "monokai"
@@ -106,5 +107,13 @@ def _check_site(app: Sphinx, exception: Exception | None) -> None:
 
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
+    from sphinx.search.en import SearchEnglish
+
+    class Search(SearchEnglish):
+        """Sphinx's English search, which also finds the verbs among its stop words, such as `why`."""
+
+        stopwords = SearchEnglish.stopwords - set(COMMANDS)
+
+    app.add_search_language(Search)
     app.connect("source-read", _fill_in)
     app.connect("build-finished", _check_site)
