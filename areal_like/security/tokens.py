@@ -32,6 +32,14 @@ def operator_token(directory: str | Path) -> str:
         ) from None
 
 
+def monitor_token(directory: str | Path) -> str | None:
+    """The token of `monitor`; None if its file is not there. Raises ConfigError if others can read it."""
+    try:
+        return read_secret(Path(directory).expanduser() / MONITOR_FILE)
+    except FileNotFoundError:
+        return None
+
+
 def any_token(directory: str | Path) -> str:
     """The operator's token, or that of `monitor` where the operator's is not. Raises ConfigError."""
     folder = Path(directory).expanduser()

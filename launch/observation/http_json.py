@@ -1,34 +1,51 @@
 """JSON requests to the daemons' HTTP servers: GET for a status, POST for a control request.
 
-The operator's token goes only to addresses in the run's endpoint files, which the daemons themselves write:
-never to an address that a daemon reports for another one, and on this machine only to processes of the user
-who has written the file. A user may name further addresses.
+A GET carries the token of `monitor`, which may read only. The operator's token goes with a change alone, and
+only to buffers and ranks of the trainer: every rollout server can write files into the run's directory, and
+no change is made at one (`drain_server` goes to the buffer). Where `monitor.token` is not there, a GET to a
+buffer or rank carries the operator's token, and one to a rollout server that of the servers' own key.
+
+Addresses are those in the run's endpoint files, which the daemons themselves write: never one that a daemon
+reports for another, and on this machine only of processes of the user who has written the file. A user may
+name further addresses.
 """
 
 from __future__ import annotations
 
 import http.client
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from areal_like.config.security import SecurityConfig
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config
+from areal_like.security.keys import KeyDirectory, KeyRole
 from areal_like.security.tls import client_context
-from areal_like.security.tokens import any_token, operator_token
+from areal_like.security.tokens import any_token, monitor_token, operator_token
 from launch.observation.listening_user import may_belong_to
 
 REQUEST_TIMEOUT_S = 1.0
 _MAX_ANSWER_BYTES = 64 << 20
 _REFUSED = (401, 403, 421)
 """Statuses of a daemon that refuses this caller whatever the request is."""
+_MAY_BE_CHANGED = re.compile(r"(buffer|trainer)(-\d+)?")
+"""Names of daemons that commands send changes to."""
+
+
+class _Daemon(NamedTuple):
+    """What the endpoint files say about an address."""
+
+    user: int
+    """Who has written the file."""
+    may_be_changed: bool
 
 
 class Operator:
-    """The operator's access to the daemons of one run: a token, and the certificate to expect."""
+    """The operator's access to the daemons of one run: tokens, and the certificate to expect."""
 
     def __init__(
         self, security: SecurityConfig, endpoints: Path | None, *, given: Iterable[str] = ()
@@ -41,25 +58,48 @@ class Operator:
         self._endpoints = endpoints
         self._given = frozenset(given)
         self._token_of = any_token if self._given else operator_token
-        self._keys = security.keys
-        self._known: dict[str, int] = {}
-        """Address in an endpoint file -> user who has written the file."""
+        self._keys, self._identity = security.keys, security.identity
+        self._known: dict[str, _Daemon] = {}
+        """Address in an endpoint file -> its daemon."""
         self._tls = client_context(security)
         if security.keys:
             self._token_of(security.keys)
 
-    def headers(self, address: str) -> dict[str, str]:
-        """The headers of a request to `host:port`; without a token if it is no daemon's.
+    @property
+    def has_keys(self) -> bool:
+        """True on a job with keys."""
+        return bool(self._keys)
 
-        Reads the token again, because it may have been rotated. Raises ConfigError if it is gone.
+    def headers(self, address: str, *, changes: bool) -> dict[str, str]:
+        """The headers of a request to `host:port`, which is for a change or only reads.
+
+        Without a token if it is no daemon's. Reads the token again, because it may have been rotated. Raises
+        ConfigError if it is gone.
         """
-        if self._keys and address in self._given:
-            return {"Authorization": f"Bearer {self._token_of(self._keys)}"}
-        if self._keys and address not in self._known:
-            self._known = self._addresses()
-        if address not in self._known or not may_belong_to(address, self._known[address]):
-            return {}
-        return {"Authorization": f"Bearer {self._token_of(self._keys)}"}
+        token = self._token(address, changes=changes) if self._keys else None
+        return {} if token is None else {"Authorization": f"Bearer {token}"}
+
+    def _token(self, address: str, *, changes: bool) -> str | None:
+        may_be_changed = address in self._given
+        if not may_be_changed:
+            if address not in self._known:
+                self._known = self._addresses()
+            daemon = self._known.get(address)
+            if daemon is None or not may_belong_to(address, daemon.user):
+                return None
+            may_be_changed = daemon.may_be_changed
+        if not changes and (token := monitor_token(self._keys)) is not None:
+            return token
+        if may_be_changed:
+            return self._token_of(self._keys)
+        return None if changes else self._token_of_servers()
+
+    def _token_of_servers(self) -> str | None:
+        """The token of the rollout servers' own key, which may read only; None if it is not here."""
+        try:
+            return KeyDirectory(self._keys).identity(self._identity or KeyRole.ROLLOUT.value).token
+        except ConfigError:
+            return None
 
     def connection(self, host: str, port: int, *, timeout_s: float) -> http.client.HTTPConnection:
         """A connection that is not open yet; over TLS where the job has a certificate."""
@@ -67,13 +107,16 @@ class Operator:
             return http.client.HTTPConnection(host, port, timeout=timeout_s)
         return http.client.HTTPSConnection(host, port, timeout=timeout_s, context=self._tls)
 
-    def _addresses(self) -> dict[str, int]:
-        found = {}
+    def _addresses(self) -> dict[str, _Daemon]:
+        found: dict[str, _Daemon] = {}
         for path in self._endpoints.glob("*.json") if self._endpoints is not None else ():
             try:
-                found[str(json.loads(path.read_text())["http"])] = path.stat().st_uid
+                address, user = str(json.loads(path.read_text())["http"]), path.stat().st_uid
             except (OSError, ValueError, KeyError, TypeError):
                 continue  # the daemon has just ended and removed its file
+            daemon = _Daemon(user=user, may_be_changed=_MAY_BE_CHANGED.fullmatch(path.stem) is not None)
+            if address not in found or daemon.may_be_changed:  # a forged file must not hide a buffer's
+                found[address] = daemon
         return found
 
 
@@ -92,12 +135,13 @@ def fetch_json(
 ) -> dict[str, Any] | None:
     """GET http://address/path; returns the JSON object, or None if none arrives within `timeout_s`.
 
-    Raises ConfigError if the daemon refuses this caller.
+    Also None if the daemon wants a token and this operator has none for it. Raises ConfigError if the daemon
+    refuses this caller.
     """
     host, _, port = address.rpartition(":")
     if not port.isdigit():
         return None
-    headers = operator.headers(address)
+    headers = operator.headers(address, changes=False)
     connection = operator.connection(host.strip("[]"), int(port), timeout_s=timeout_s)
     try:
         connection.request("GET", path, headers=headers)
@@ -108,6 +152,8 @@ def fetch_json(
     finally:
         connection.close()
     if response.status in _REFUSED:
+        if operator.has_keys and not headers:
+            return None
         raise ConfigError(_refusal(address, answer))
     return answer
 
@@ -125,7 +171,7 @@ def post_json(
     Raises OSError if the daemon does not answer, ConfigError with the daemon's reason if it refuses.
     """
     host, _, port = address.rpartition(":")
-    headers = operator.headers(address)
+    headers = operator.headers(address, changes=True)
     connection = operator.connection(host.strip("[]"), int(port), timeout_s=timeout_s)
     try:
         connection.request("POST", path, body=json.dumps(body), headers=headers)

@@ -37,7 +37,7 @@ def test_launcher_and_status_of_a_run_with_keys(workplace: Path) -> None:
         wait_for_steps(2, root, process=process)
         shown = areal_like("status", "x", cwd=workplace)
         assert shown.returncode == 0 and "queued" in shown.stdout, shown
-        (keys / "operator.token").write_text("a token that was revoked")
+        (keys / "monitor.token").write_text("a token that was revoked")
         shown = areal_like("status", "x", cwd=workplace, environment={"COLUMNS": "300"})
         assert "needs a valid token" in " ".join(shown.stdout.split()), shown
         (keys / "operator.token").unlink()
@@ -85,8 +85,8 @@ def server() -> Iterator[SimpleNamespace]:
         thread.join()
 
 
-def test_token_goes_only_to_addresses_in_endpoint_files(tmp_path: Path, server: SimpleNamespace) -> None:
-    token = make_keys(tmp_path / "keys")["operator"]
+def test_tokens_go_only_to_addresses_in_endpoint_files(tmp_path: Path, server: SimpleNamespace) -> None:
+    tokens = make_keys(tmp_path / "keys")
     operator = Operator(SecurityConfig(keys=str(tmp_path / "keys")), tmp_path / "endpoints")
     assert fetch_json(server.address, "/status", operator=operator) == {"x": 1}
     assert post_json(server.address, "/control/drain", {}, operator=operator) == {"x": 1}
@@ -97,9 +97,40 @@ def test_token_goes_only_to_addresses_in_endpoint_files(tmp_path: Path, server: 
     assert server.authorizations == [
         None,
         None,
-        f"Bearer {token}",
+        f"Bearer {tokens['monitor']}",
         "Bearer the token after a rotation",
     ]
+
+
+@pytest.mark.parametrize("name", ["rollout-9", "buffer-of-mine", "x"])
+def test_a_forged_endpoint_file_never_gets_the_operators_token(
+    tmp_path: Path, server: SimpleNamespace, name: str
+) -> None:
+    """Every rollout server can write such a file."""
+    tokens = make_keys(keys := tmp_path / "keys")
+    write_json(tmp_path / "endpoints" / f"{name}.json", {"role": "buffer", "http": server.address})
+    operator = Operator(SecurityConfig(keys=str(tmp_path / "keys")), tmp_path / "endpoints")
+    fetch_json(server.address, "/status", operator=operator)
+    post_json(server.address, "/control/drain", {}, operator=operator)
+    (keys / "monitor.token").unlink()
+    fetch_json(server.address, "/status", operator=operator)
+    (keys / "rollout.secret").unlink()
+    server.status = 401
+    assert fetch_json(server.address, "/status", operator=operator) is None
+    read_with = [f"Bearer {tokens[name]}" for name in ("monitor", "rollout")]
+    assert server.authorizations == [read_with[0], None, read_with[1], None]
+
+
+def test_without_the_monitors_token_the_operators_reads(tmp_path: Path, server: SimpleNamespace) -> None:
+    """A forged file with a buffer's address does not keep operators from the buffer."""
+    token = make_keys(tmp_path / "keys")["operator"]
+    (tmp_path / "keys" / "monitor.token").unlink()
+    for name in ("rollout-0", "buffer", "zzz"):
+        write_json(tmp_path / "endpoints" / f"{name}.json", {"http": server.address})
+    operator = Operator(SecurityConfig(keys=str(tmp_path / "keys")), tmp_path / "endpoints")
+    fetch_json(server.address, "/status", operator=operator)
+    post_json(server.address, "/control/drain", {}, operator=operator)
+    assert server.authorizations == [f"Bearer {token}"] * 2
 
 
 def test_no_token_for_another_user_with_a_daemons_port(
@@ -109,7 +140,7 @@ def test_no_token_for_another_user_with_a_daemons_port(
     make_keys(tmp_path / "keys")
     write_json(tmp_path / "endpoints" / "buffer.json", {"http": server.address})
     operator = Operator(SecurityConfig(keys=str(tmp_path / "keys")), tmp_path / "endpoints")
-    assert operator.headers(server.address)
+    assert operator.headers(server.address, changes=True)
     assert may_belong_to(server.address, os.getuid()) and may_belong_to("10.1.2.3:80", 12345)
     assert not may_belong_to(server.address, 12345) and not may_belong_to("[::1]:1", os.getuid())
     if os.getuid() == 0:
