@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from areal_like.errors import ArealError, ConfigError, UserError
+from areal_like.terminal_text import harmless
 from launch.commands.parser import Parser
 
 GROUPS = {
@@ -90,10 +91,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         return int(module.main(parsed))
     except UserError as error:
-        sys.stderr.write(f"areal-like: {error}\n")
+        sys.stderr.write(f"areal-like: {harmless(str(error))}\n")
         return 2
     except ArealError as error:
-        sys.stderr.write(f"areal-like: {error}\n")
+        sys.stderr.write(f"areal-like: {harmless(str(error))}\n")
         return 1
     except KeyboardInterrupt:  # before `run` has installed its signal handlers, or in another command
         return 130

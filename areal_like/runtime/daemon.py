@@ -40,6 +40,7 @@ from areal_like.runtime.waits import TICK_S, PendingWaits
 from areal_like.security.keyring import Keyring
 from areal_like.security.keys import KeyRole
 from areal_like.spans import recorder
+from areal_like.terminal_text import harmless
 from areal_like.wire.pump import set_io_threads
 
 log = logging.getLogger(__name__)
@@ -226,15 +227,16 @@ def _exit_code_of(name: str, run: Callable[[], None]) -> int:
         run()
     except UserError as error:
         exit_log.error("%s", error)
-        sys.stderr.write(f"{name}: {error}\n")
+        sys.stderr.write(f"{name}: {harmless(str(error))}\n")
         return 2
     except ArealError as error:
         exit_log.error("%s: %s", type(error).__name__, error)
-        sys.stderr.write(f"{name}: {error}\n")
+        sys.stderr.write(f"{name}: {harmless(str(error))}\n")
         return 1
     except Exception as error:  # the outermost frame of a process: the traceback must reach its log
         exit_log.exception("unexpected")
-        sys.stderr.write(f"{name}: unexpected {type(error).__name__}: {error} (traceback in its log)\n")
+        text = f"{type(error).__name__}: {harmless(str(error))}"
+        sys.stderr.write(f"{name}: unexpected {text} (traceback in its log)\n")
         return 1
     return 0
 

@@ -25,6 +25,7 @@ from typing import BinaryIO, ClassVar
 from areal_like.config import Config
 from areal_like.config.job import DaemonConfig
 from areal_like.paths import RunPaths
+from areal_like.terminal_text import harmless
 
 log = logging.getLogger(__name__)
 exit_log = logging.getLogger("areal_like.runtime.exit")
@@ -65,9 +66,9 @@ class PlainFormatter(logging.Formatter):
         self._name = name
 
     def format(self, record: logging.LogRecord) -> str:
-        """Time of day, daemon, level, message."""
+        """Time of day, daemon, level, message, which is harmless on a terminal."""
         time_of_day = time.strftime("%H:%M:%S", time.localtime(record.created))
-        return f"{time_of_day} {self._name} {record.levelname} {_shortened(record)}"
+        return f"{time_of_day} {self._name} {record.levelname} {harmless(_shortened(record))}"
 
 
 class RateLimit:

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
+from areal_like.terminal_text import harmless
 from launch.commands.parser import Parser, add_run
 from launch.logs.files import LEVELS, Entry, Source, complete_bytes, find_sources, since_time
 from launch.logs.following import Follower
 from launch.run_directory.rundir import find_run
-from launch.samples.showing import harmless
 
 _NUM_LAST = 200
 _POLL_S = 0.3

@@ -21,6 +21,7 @@ from pathlib import Path
 from areal_like.paths import RunPaths
 from areal_like.runtime.logs import OUTPUT_FILE
 from areal_like.runtime.process import PARENT_PID
+from areal_like.terminal_text import harmless
 from launch.local_job.specs import ChildSpec
 
 RUN_MARKER = "AREAL_LIKE_RUN"
@@ -87,7 +88,7 @@ class Child:
     def last_line(self) -> str:
         """The newest line of its output (a progress line rewritten with carriage returns counts as one)."""
         lines = _tail(self._output, start=self._output_start, num_lines=1)
-        return lines[-1].rsplit("\r", 1)[-1].strip() if lines else ""
+        return harmless(lines[-1].rsplit("\r", 1)[-1].strip()) if lines else ""
 
     def complaint(self) -> str:
         """The message for the user that a process with exit code 2 has printed."""
@@ -95,7 +96,8 @@ class Child:
         # torchrun prints its report of a failed rank after the rank's own message, which begins with the
         # rank's name.
         own = [line for line in lines if re.match(rf"({re.escape(self._spec.name)}(-\d+)?|error): ", line)]
-        return (own or lines or [f"{self._spec.name}: see {self._output}"])[-1].removeprefix("error: ")
+        told = (own or lines or [f"{self._spec.name}: see {self._output}"])[-1]
+        return harmless(told.removeprefix("error: "))
 
     def last_words(self, *, num_lines: int = 12) -> list[str]:
         """The last lines of its output, then of the newest traceback in its log, if there is one."""
@@ -103,7 +105,8 @@ class Child:
         traces = [
             entry["exception"] for entry in _entries(self._log, start=self._log_start) if "exception" in entry
         ]
-        return lines + ([*traces[-1].splitlines()[-num_lines:]] if traces else [])
+        lines += traces[-1].splitlines()[-num_lines:] if traces else []
+        return [harmless(line) for line in lines]
 
 
 def kill_marked(marker: str, *, timeout_s: float = 5.0) -> None:

@@ -26,13 +26,15 @@ from areal_like.runtime.command_line import load_config
 from areal_like.security.keys import KeyDirectory, KeyRole
 from areal_like.security.tls import client_context
 from areal_like.security.tokens import any_token, monitor_token, operator_token
+from areal_like.terminal_text import harmless, harmless_values
+from launch.observation.answers import checked_status, parsed_object
 from launch.observation.listening_user import may_belong_to
 
 REQUEST_TIMEOUT_S = 1.0
 _MAX_ANSWER_BYTES = 64 << 20
 _REFUSED = (401, 403, 421)
 """Statuses of a daemon that refuses this caller whatever the request is."""
-_MAY_BE_CHANGED = re.compile(r"(buffer|trainer)(-\d+)?")
+IS_BUFFER_OR_RANK = re.compile(r"(buffer|trainer)(-\d+)?")
 """Names of daemons that commands send changes to."""
 
 
@@ -114,7 +116,7 @@ class Operator:
                 address, user = str(json.loads(path.read_text())["http"]), path.stat().st_uid
             except (OSError, ValueError, KeyError, TypeError):
                 continue  # the daemon has just ended and removed its file
-            daemon = _Daemon(user=user, may_be_changed=_MAY_BE_CHANGED.fullmatch(path.stem) is not None)
+            daemon = _Daemon(user=user, may_be_changed=IS_BUFFER_OR_RANK.fullmatch(path.stem) is not None)
             if address not in found or daemon.may_be_changed:  # a forged file must not hide a buffer's
                 found[address] = daemon
         return found
@@ -155,7 +157,7 @@ def fetch_json(
         if operator.has_keys and not headers:
             return None
         raise ConfigError(_refusal(address, answer))
-    return answer
+    return checked_status(answer) if path == "/status" else answer
 
 
 def post_json(
@@ -184,8 +186,8 @@ def post_json(
     if response.status in _REFUSED:
         raise ConfigError(_refusal(address, answer))
     if response.status != 200:
-        raise ConfigError(str(answer.get("error", answer)))
-    return answer
+        raise ConfigError(_error_of(answer))
+    return dict(harmless_values(answer))
 
 
 def _object(response: http.client.HTTPResponse) -> dict[str, Any]:
@@ -193,14 +195,12 @@ def _object(response: http.client.HTTPResponse) -> dict[str, Any]:
     content = response.read(_MAX_ANSWER_BYTES + 1)
     if len(content) > _MAX_ANSWER_BYTES:
         raise ValueError(f"longer than {_MAX_ANSWER_BYTES} bytes")
-    try:
-        answer = json.loads(content)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if not isinstance(answer, dict):
-        raise ValueError("not an object")
-    return answer
+    return parsed_object(content)
 
 
 def _refusal(address: str, answer: dict[str, Any]) -> str:
-    return f"the daemon at {address} refuses this command: {answer.get('error', answer)}"
+    return f"the daemon at {address} refuses this command: {_error_of(answer)}"
+
+
+def _error_of(answer: dict[str, Any]) -> str:
+    return harmless(str(answer.get("error", answer)))

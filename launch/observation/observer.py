@@ -16,11 +16,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from areal_like.config.common import NAME
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.runtime.threads import NamedThread
 from areal_like.shards import add_up
-from launch.observation.http_json import NO_OPERATOR, REQUEST_TIMEOUT_S, Operator, fetch_json
+from launch.observation.answers import checked_endpoint
+from launch.observation.http_json import (
+    IS_BUFFER_OR_RANK,
+    NO_OPERATOR,
+    REQUEST_TIMEOUT_S,
+    Operator,
+    fetch_json,
+)
 from launch.observation.metrics_tail import MetricsTail
 from launch.observation.progress import Progress
 
@@ -177,9 +185,12 @@ def look_at_daemons(
     daemons = {}
     for path in sorted(folder.glob("*.json")):
         try:
-            endpoint = dict(json.loads(path.read_text()))
+            endpoint = checked_endpoint(json.loads(path.read_text()))
         except (OSError, ValueError):
             continue  # the daemon has just ended and removed its file
+        is_server = IS_BUFFER_OR_RANK.fullmatch(path.stem) is None
+        if not NAME.fullmatch(path.stem) or (is_server and endpoint.get("role") in ("buffer", "trainer")):
+            continue  # not written by a daemon: a server must not pass for a buffer, whose `why` is believed
         try:
             status = fetch_json(str(endpoint.get("http", "")), "/status", operator=operator)
         except ConfigError as error:

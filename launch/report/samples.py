@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from areal_like.errors import ArealError
+from areal_like.terminal_text import harmless_name
 from launch.report.numbers import short
 from launch.report.svg import escape
 from launch.samples.choosing import NUM_AT_ENDS, choose, decoder, no_text
 from launch.samples.reading import RunLedgers, Selection
-from launch.samples.showing import facts, harmless_name
+from launch.samples.showing import facts
 from launch.samples.transcripts import Part, Transcript, transcript
 
 _SHOWN_CHARS = 3000

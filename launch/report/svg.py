@@ -11,9 +11,9 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from areal_like.terminal_text import harmless
 from launch.report.charts import Chart, DrawnLine, DrawnPoints
 from launch.report.numbers import labels, short, ticks
-from launch.samples.showing import harmless
 
 WIDTH, HEIGHT = 1000, 200
 """Of the plot's coordinates."""

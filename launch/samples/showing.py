@@ -1,39 +1,20 @@
 """Samples on a terminal, or as plain text in a pipe.
 
-Text of a policy is hostile: it may contain terminal escape sequences, or the markup of rich. So each
-control character, and each invisible one that changes the order of text, is shown as its escape (`\\x1b`),
-and nothing is read as markup.
+Text of a policy is hostile: it may contain terminal escape sequences (`terminal_text.py`), or the markup of
+rich, so nothing is read as markup.
 """
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterator
 
 from rich.text import Text
 
+from areal_like.terminal_text import harmless, harmless_name
 from launch.samples.transcripts import Part, Transcript, Turn
 
 _SHOWN_CHARS = 2000
 """Of one part, unless everything is asked for: half from its beginning, half from its end."""
-_HIDDEN_CATEGORIES = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
-
-
-def harmless(text: str) -> str:
-    """The text with its control and invisible characters as escapes; line ends and tabs stay."""
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(
-        char
-        if char in "\n\t" or unicodedata.category(char) not in _HIDDEN_CATEGORIES
-        else char.encode("unicode_escape", "surrogatepass").decode()
-        for char in text
-    )
-
-
-def harmless_name(text: str) -> str:
-    """A label or a name, which must not begin a line of its own: that could look like another sample."""
-    return harmless(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def lines_of(sample: Transcript, *, shows_all: bool) -> Iterator[Text]:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.live import Live
 
 from areal_like.config import Config
+from areal_like.terminal_text import harmless
 from launch.observation.observer import Observation
 from launch.view.picture import picture
 from launch.view.speed import Eta
@@ -36,7 +37,7 @@ class LiveView:
 
     def notice(self, text: str) -> None:
         """Prints one line above the picture."""
-        self._live.console.print(text, markup=False, highlight=False)
+        self._live.console.print(harmless(text), markup=False, highlight=False)
 
     def close(self) -> None:
         """Ends the redrawing; the last picture stays on the screen."""

@@ -7,6 +7,7 @@ import time
 from rich.console import Console
 
 from areal_like.config import Config
+from areal_like.terminal_text import harmless
 from launch.observation.observer import Observation, find_number, find_table
 from launch.view.formatting import fixed, rate
 from launch.view.speed import Eta, recent_mean, tokens_per_s_trained
@@ -39,7 +40,7 @@ class PlainView:
 
     def notice(self, text: str) -> None:
         """Prints one line with the time of day."""
-        line = f"{time.strftime('%H:%M:%S')} {text}"
+        line = f"{time.strftime('%H:%M:%S')} {harmless(text)}"
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:

@@ -18,12 +18,12 @@ from rich.console import Console
 from areal_like.config import from_mapping
 from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import save_config
+from areal_like.terminal_text import harmless, harmless_name
 from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory
 from areal_like.wire.records import Record
 from buffer.storage import sql
 from buffer.storage.segments import SegmentWriter
 from launch.cli import main
-from launch.samples.showing import harmless, harmless_name
 from tests.support.launching import ROOT
 
 CHARS = "abcdefghijklmnopqrstuvwxyzJ0123456789=[];/ \n\x1b\x07\u202eé"
