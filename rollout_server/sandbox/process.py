@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import selectors
@@ -20,13 +21,25 @@ _MAX_DISCARDED_BYTES = 16 << 20
 _END_TIMEOUT_S = 7.0
 """Time for the supervisor to end what the program left behind."""
 _REST_TIMEOUT_S = 1.0
+_MFD_NOEXEC_SEAL = 8
 
 
 def memory_file(content: str) -> BinaryIO:
-    """An anonymous file with `content`, at its start."""
-    file = os.fdopen(os.memfd_create("areal-like"), "w+b")
+    """An anonymous file with `content`, at its start.
+
+    It is sealed: the program that reads it can neither use it as memory that no limit counts, nor execute it
+    (before Linux 6.3 it can).
+    """
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    try:
+        descriptor = os.memfd_create("areal-like", flags | _MFD_NOEXEC_SEAL)
+    except OSError:  # an older kernel does not know the flag
+        descriptor = os.memfd_create("areal-like", flags)
+    file = os.fdopen(descriptor, "w+b")
     file.write(content.encode(errors="replace"))
     file.seek(0)
+    seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
     return file
 
 

@@ -12,7 +12,10 @@ inherits daemons, whose parents have ended, and finds them among its descendants
 
 A filter of system calls (seccomp) takes from the program what would escape these limits: memory that belongs
 to no process (memfd_create, System V segments), namespaces of its own, in which it could mount file systems
-in memory, and signals to this process, which would no longer count. The program has no capabilities.
+in memory, and signals to this process, which would no longer count. It also takes what no namespace
+separates: the kernel's keyrings of the server's user, which would show the program the server's secrets and
+carry notes to the next one, and sockets of families other than unix and internet, by which a program reaches
+the host of a virtual machine (vsock) or the kernel (netlink). The program has no capabilities.
 """
 
 from __future__ import annotations
@@ -52,6 +55,7 @@ _CALLS: dict[str, tuple[int, dict[str, int]]] = {
             "pidfd_open": 434, "prlimit64": 302, "sched_setscheduler": 144, "sched_setparam": 142,
             "sched_setaffinity": 203, "sched_setattr": 314, "ptrace": 101, "process_vm_readv": 310,
             "process_vm_writev": 311, "pidfd_getfd": 438,
+            "add_key": 248, "request_key": 249, "keyctl": 250, "socket": 41, "socketpair": 53,
         },
     ),
     "aarch64": (
@@ -63,16 +67,17 @@ _CALLS: dict[str, tuple[int, dict[str, int]]] = {
             "pidfd_open": 434, "prlimit64": 261, "sched_setscheduler": 119, "sched_setparam": 118,
             "sched_setaffinity": 122, "sched_setattr": 274, "ptrace": 117, "process_vm_readv": 270,
             "process_vm_writev": 271, "pidfd_getfd": 438,
+            "add_key": 217, "request_key": 218, "keyctl": 219, "socket": 198, "socketpair": 199,
         },
     ),
 }  # fmt: skip
 """Machine -> its AUDIT_ARCH and numbers of system calls. On other machines there is no filter."""
 _REFUSED = (
     "memfd_create", "memfd_secret", "shmget", "msgget", "semget", "unshare", "setns",
-    "ptrace", "process_vm_readv", "process_vm_writev", "pidfd_getfd",
+    "ptrace", "process_vm_readv", "process_vm_writev", "pidfd_getfd", "add_key", "request_key", "keyctl",
 )  # fmt: skip
-"""Memory that no limit counts, other namespaces, and other processes: bwrap's own, which is in the namespace,
-has neither limits nor a filter."""
+"""Memory that no limit counts, other namespaces, other processes (bwrap's own, which is in the namespace, has
+neither limits nor a filter), and keyrings."""
 _ABSENT = ("clone3", "io_uring_setup")
 """The filter cannot see their arguments; for clone3, the C library then uses clone."""
 _ON_PROCESS = (
@@ -82,6 +87,9 @@ _ON_PROCESS = (
 """Their first argument is a process."""
 _CLONE_NEW = 0x7E020080
 """Flags of clone for new namespaces."""
+_FAMILIES = (1, 2, 10)
+"""Of sockets that the program may open: AF_UNIX, AF_INET, AF_INET6."""
+_KEYCTL_JOIN_SESSION_KEYRING = 1
 
 
 def main() -> None:
@@ -112,6 +120,7 @@ def _become(command: list[str], limits: dict[str, float]) -> None:
         os.setsid()
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         set_limits(limits)
+        leave_keyring()
         drop_capabilities()
         filter_calls()
         os.execvp(command[0], command)
@@ -138,6 +147,13 @@ def set_limits(limits: dict[str, float]) -> None:
         _, hard = resource.getrlimit(kind)
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(kind, (value, value))
+
+
+def leave_keyring() -> None:
+    """Gives this process a session keyring of its own, which is empty."""
+    _, numbers = _CALLS.get(os.uname().machine, (0, {}))
+    if numbers:  # a kernel without keyrings has nothing to leave
+        ctypes.CDLL(None, use_errno=True).syscall(numbers["keyctl"], _KEYCTL_JOIN_SESSION_KEYRING, None)
 
 
 def drop_capabilities() -> None:
@@ -168,6 +184,7 @@ def _filter(arch: int, numbers: dict[str, int], *, supervisor: int) -> bytes:
     """The filter in classic BPF: 8 bytes for each instruction (linux/seccomp.h, linux/bpf_common.h)."""
     load, jump_if_equal, jump_if_any_bit, give = 0x20, 0x15, 0x45, 0x06
     allow, refuse, absent = 0x7FFF0000, 0x50000 | errno.EPERM, 0x50000 | errno.ENOSYS
+    no_family = 0x50000 | errno.EAFNOSUPPORT
     call_at, arch_at, argument_at = 0, 4, 16  # in struct seccomp_data; of the argument its lower half
 
     def op(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
@@ -181,6 +198,11 @@ def _filter(arch: int, numbers: dict[str, int], *, supervisor: int) -> bytes:
             parts += [op(jump_if_equal, numbers[name], 0, 1), op(give, outcome)]
     parts += [op(jump_if_equal, numbers["clone"], 0, 4), op(load, argument_at)]
     parts += [op(jump_if_any_bit, _CLONE_NEW, 0, 1), op(give, refuse), op(give, allow)]
+    for name in ("socket", "socketpair"):
+        parts += [op(jump_if_equal, numbers[name], 0, 3 + len(_FAMILIES)), op(load, argument_at)]
+        for number, family in enumerate(_FAMILIES):
+            parts.append(op(jump_if_equal, family, len(_FAMILIES) - number))
+        parts += [op(give, no_family), op(give, allow)]
     for name in _ON_PROCESS:
         # The supervisor, its group, and all processes (-1).
         targets = (supervisor, -supervisor, -1)

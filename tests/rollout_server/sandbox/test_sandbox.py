@@ -18,6 +18,7 @@ import pytest
 from areal_like.errors import ConfigError
 from rollout_server.sandbox import BwrapSandbox, Limits, RlimitsSandbox, Sandbox, make_sandbox
 from rollout_server.sandbox import bwrap as module
+from rollout_server.sandbox.supervisor import _CALLS
 
 
 def problem_of_bwrap() -> str:
@@ -231,6 +232,9 @@ calls = {
     "prlimit": lambda: libc.prlimit(parent, 0, None, None),
     "ptrace": lambda: libc.ptrace(16, 1, 0, 0),
     "process_vm_writev": lambda: libc.process_vm_writev(1, None, 0, None, 0, 0),
+    "add_key": lambda: libc.syscall(KEYS[0], b"user", b"x", b"y", 1, -3),
+    "request_key": lambda: libc.syscall(KEYS[1], b"user", b"x", None, 0),
+    "keyctl": lambda: libc.syscall(KEYS[2], 0, -3, 0),
 }
 for name, call in calls.items():
     print(name, call(), errno.errorcode[ctypes.get_errno()])
@@ -240,10 +244,62 @@ thread.start()
 thread.join()
 print(subprocess.run([sys.executable, "-c", "print(1)"], capture_output=True, text=True, check=True).stdout)
 """
-    result = sandbox.run(program)
+    numbers = _CALLS[os.uname().machine][1]
+    keys = [numbers[name] for name in ("add_key", "request_key", "keyctl")]
+    result = sandbox.run(f"KEYS = {keys}\n{program}")
     *refused, capabilities, one, _ = result.stdout.splitlines()
-    assert len(refused) == 8 and all(line.endswith(" -1 EPERM") for line in refused), result
+    assert len(refused) == 11 and all(line.endswith(" -1 EPERM") for line in refused), result
     assert set(eval(capabilities)) == {"0" * 16} and one == "1", result
+
+
+def test_only_common_sockets_can_be_opened(sandbox: Sandbox) -> None:
+    program = """
+import errno, socket
+for family in (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, 16, 17, 38, 40):
+    try:
+        socket.socket(family, socket.SOCK_STREAM if family < 16 else socket.SOCK_RAW).close()
+        print(family.name)
+    except OSError as error:
+        print(errno.errorcode[error.errno])
+print(len(socket.socketpair()))
+"""
+    lines = sandbox.run(program).stdout.split()
+    assert lines == ["AF_UNIX", "AF_INET", "AF_INET6", *["EAFNOSUPPORT"] * 4, "2"]
+
+
+def test_the_input_is_no_memory_of_the_program(sandbox: Sandbox) -> None:
+    program = """
+import fcntl, os, sys
+for change in (lambda: os.open("/proc/self/fd/0", os.O_RDWR), lambda: 0):
+    try:
+        descriptor = change()
+        os.write(descriptor, b"x" * 4096)
+        print("written")
+    except OSError as error:
+        print(type(error).__name__)
+try:
+    os.ftruncate(0, 1 << 20)
+    print("grown")
+except OSError as error:
+    print(type(error).__name__)
+print(sys.stdin.read())
+"""
+    assert sandbox.run(program, stdin="input").stdout.split() == [*["PermissionError"] * 3, "input"]
+
+
+def test_each_program_leaves_the_session_keyring() -> None:
+    """It must not find what the server or another program has put there, also on a kernel without filters."""
+    keyctl = _CALLS[os.uname().machine][1]["keyctl"]
+    program = f"""
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+from rollout_server.sandbox import supervisor
+before = libc.syscall({keyctl}, 0, -3, 0)
+supervisor.leave_keyring()
+print(before != libc.syscall({keyctl}, 0, -3, 0))
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout == "True\n"
 
 
 def test_bwrap_shows_no_kernel_setting_to_change(bwrap: Sandbox) -> None:
