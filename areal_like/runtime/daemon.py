@@ -31,6 +31,7 @@ from areal_like.errors import ArealError, UserError
 from areal_like.http.access import Reason
 from areal_like.http.discovery import DiscoveryFile, http_address
 from areal_like.paths import RunPaths, write_json
+from areal_like.runtime.exhaustion import end_if_callbacks_fail, end_if_threads_fail
 from areal_like.runtime.http_pages import HttpPlane, Page, Verb
 from areal_like.runtime.logs import configure_logging, exit_log
 from areal_like.runtime.metrics import DaemonSeries, Metrics
@@ -140,6 +141,7 @@ class Runtime:
         max_bytes = round(1e6 * self.config.daemon.trace_mb)
         recorder.start(self.paths.spans, self.name, max_bytes=max_bytes)
         show_tasks_of(self._loop)
+        end_if_callbacks_fail(self._loop)
         self._plane = HttpPlane(self)
         self.http_port = self._plane.bind()
         self._plane.start()
@@ -216,6 +218,7 @@ def exit_code_of(name: str, run: Callable[[], None]) -> int:
     The process ignores SIGTERM from then on: the interpreter's shutdown removes the handlers, and a launcher
     that ends a finished run would kill a trainer there, whose exit code says that the run is finished.
     """
+    end_if_threads_fail()
     try:
         return _exit_code_of(name, run)
     finally:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from areal_like.errors import ConfigError, UserError
 from areal_like.hosts import LOOPBACK
+from areal_like.runtime.exhaustion import end_if_threads_fail
 from areal_like.runtime.imports import uncollected
 from areal_like.runtime.process import die_with_parent, exit_at_once, keep_files_private
 from areal_like.runtime.signals import handle_log_signals
@@ -126,6 +127,7 @@ def main(argv: list[str]) -> int:
         level=options.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr
     )
     handle_log_signals()
+    end_if_threads_fail()
     try:
         check_model_path(options.model_path)
         api_key = read_key(options.api_key_file)

@@ -112,6 +112,40 @@ sys.exit(exit_code_of("test-0", lambda: None))
     assert subprocess.run([sys.executable, "-c", body], timeout=60, check=False).returncode == 0
 
 
+@pytest.mark.parametrize(
+    "failure",
+    [
+        # Python waits without a limit for a thread that cannot begin.
+        """
+class NoMemory(threading.Thread):
+    def _bootstrap_inner(self):
+        raise MemoryError
+end_if_threads_fail()
+NoMemory(daemon=True).start()
+""",
+        """
+def no_thread():
+    raise RuntimeError("can't start new thread")
+async def main():
+    loop = asyncio.get_running_loop()
+    end_if_callbacks_fail(loop)
+    loop.call_soon(no_thread)
+    await asyncio.sleep(60)
+asyncio.run(main())
+""",
+    ],
+)
+def test_a_process_without_memory_ends_at_once(failure: str) -> None:
+    imports = """
+import asyncio, threading
+from areal_like.runtime.exhaustion import end_if_callbacks_fail, end_if_threads_fail
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", imports + failure], capture_output=True, text=True, timeout=50, check=False
+    )
+    assert done.returncode == 1 and "it gets no more memory, or no more threads" in done.stderr
+
+
 def test_daemon_of_a_dead_launcher_does_not_start(tmp_path: Path) -> None:
     command = [sys.executable, "-c", BODY, "serve", "name=test", f"runs_dir={tmp_path}/runs"]
     done = subprocess.run(command, env=dict(os.environ) | {PARENT_PID: "1"}, check=False)

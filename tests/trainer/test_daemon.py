@@ -225,9 +225,11 @@ def test_a_failed_heartbeat_ends_every_wait(tmp_path: Path) -> None:
         }
         config = job(tmp_path, **settings)
         with TrainerBufferClient(config, rank=0, world_size=1, device="cpu", process="0" * 32) as buffer:
+            left = buffer.submit(asyncio.sleep(1e6))
             buffer.stats = {"what cannot be sent": object()}  # type: ignore[dict-item]
             with pytest.raises(ArealError, match="no more heartbeats are sent: TypeError"):
                 buffer.call(CompleteStep(step=3), timeout_s=HANG_LIMIT_S)
+        assert left.cancelled(), "a task that its loop leaves behind would be logged as an error of its own"
 
 
 def test_an_open_rendezvous_needs_keys(tmp_path: Path) -> None:

@@ -45,6 +45,8 @@ from trainer.buffer_client.shards import call_shards
 log = logging.getLogger(__name__)
 
 _RESEND_AFTER_S = 20.0
+_LEAVE_S = 2.0
+"""Time for tasks to end after they were cancelled."""
 _POLL_S = 0.25
 """Interval at which a blocked training thread checks for a lost buffer or a requested stop."""
 _OUTSIDE = (
@@ -298,6 +300,12 @@ class TrainerBufferClient:
             buffer.close()
         if hasattr(self, "runtime"):
             await self.runtime.__aexit__()
+        # After an error others may still run, such as the publisher. Python calls a task that ends with its
+        # loop an error of its own, which would follow the real one in the log.
+        if left := asyncio.all_tasks() - {asyncio.current_task()}:
+            for task in left:
+                task.cancel()
+            await asyncio.wait(left, timeout=_LEAVE_S)
 
     def _hello(self) -> Hello:
         path = model_path(self.config)

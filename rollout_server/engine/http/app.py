@@ -17,6 +17,7 @@ from areal_like.errors import ConfigError
 from areal_like.http.access import AccessRules, host_names, single_key
 from areal_like.http.guard import BodyLimits, HttpGuard
 from areal_like.http.server import HttpConfig, HttpServer
+from areal_like.runtime.exhaustion import end_if_callbacks_fail
 from rollout_server.engine.core import EngineCore, EngineOptions
 from rollout_server.engine.http.generate_request import RequestLimits
 from rollout_server.engine.http.generation_routes import deliver
@@ -98,6 +99,7 @@ async def serve(
 ) -> int:
     """Serves until SIGTERM, SIGINT or a failure of the engine; returns the exit code, 0 or 1."""
     main_loop = asyncio.get_running_loop()
+    end_if_callbacks_fail(main_loop)
     port = listener.getsockname()[1]
     failures: list[str] = []
 
