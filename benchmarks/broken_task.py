@@ -1,0 +1,43 @@
+"""A task of benchmarks/bystanders.py whose reward does everything that a reward should not."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from dataclasses import dataclass
+
+from rollout_server.tasks.base import Completion, Example, Split, Task
+
+ESCAPES = "\x1b]0;owned\x07\x1b[2J\x1b[31m"
+"""Renames a terminal's window, clears it, and goes on in red."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BrokenTask(Task):
+    """Digits as prompts, a checksum as the reward; with `is_broken` a mishap for each completion.
+
+    One in a hundred hangs, and holds its worker until `rollout.reward_timeout_s` is over.
+    """
+
+    is_broken: bool = False
+
+    def example(self, split: Split, index: int) -> Example:
+        """As Task.example."""
+        return Example(prompt="".join(self.rng(split, index).choices("0123456789", k=4)) + "=", answer=None)
+
+    def reward(self, example: Example, completion: Completion) -> float:
+        """As Task.reward."""
+        text = completion.raw_text
+        if self.is_broken:
+            match zlib.crc32(text.encode()) % 100:
+                case 0:
+                    time.sleep(3600)
+                case number if number < 25:
+                    return 1e20
+                case number if number < 50:
+                    return float("nan")
+                case number if number < 75:
+                    raise ValueError(f"{ESCAPES}{text}")
+                case _:
+                    raise RuntimeError("x" * 100_000)
+        return sum(map(ord, text)) % 7 / 6
