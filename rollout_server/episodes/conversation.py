@@ -32,9 +32,11 @@ from rollout_server.episodes.large_work import LargeWork
 from rollout_server.episodes.messages import (
     canonical_messages,
     canonical_tools,
+    comparable,
     is_same,
     packed_bytes,
     prefix_digests,
+    with_ids_of,
 )
 from rollout_server.episodes.scoring import Outcome, placed_token_rewards, placed_turns
 from rollout_server.episodes.transcript import Transcript
@@ -190,7 +192,7 @@ class Conversation:
             )
             self._turns.append(turn)
             if known is not None:
-                self._states[prefix_digests(turn.messages, tools)[-1]].append(turn)
+                self._states[prefix_digests(comparable(turn.messages), tools)[-1]].append(turn)
         return Answer(
             reply=reply,
             prompt_ids=prompt,
@@ -272,7 +274,8 @@ class Conversation:
         size = packed_bytes(messages, tools)
         turn = self._longest_known(messages, tools)
         if turn is not None:
-            new = messages[len(turn.messages) :]
+            split = len(turn.messages)
+            new = with_ids_of(turn.messages, messages[:split], messages[split:])
             # A client may have left out the reasoning, which the template may need.
             messages = [*turn.messages, *new]
             tokens = turn.tokens
@@ -288,10 +291,11 @@ class Conversation:
 
     def _longest_known(self, messages: list[Message], tools: list[ToolSchema]) -> Turn | None:
         """The turn with the most messages that the list begins with."""
-        digests = prefix_digests(messages, tools)
+        forms = comparable(messages)
+        digests = prefix_digests(forms, tools)
         for num_messages in range(len(messages), 0, -1):
             for turn in reversed(self._states.get(digests[num_messages - 1], ())):
-                if is_same(messages[:num_messages], turn.messages):
+                if is_same(forms[:num_messages], comparable(turn.messages)):
                     return turn
         return None
 

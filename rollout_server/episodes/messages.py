@@ -17,6 +17,7 @@ from areal_like.errors import EpisodeError
 from rollout_server.environments.base import Message
 
 _REASONING = "reasoning_content"
+_LARGEST_EXACT = 1 << 53
 
 
 def canonical_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
@@ -34,14 +35,66 @@ def canonical_tools(tools: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any
     return list(copies)
 
 
-def prefix_digests(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[bytes]:
-    """One digest for each message, of `tools` and the messages up to and with it, reasoning left out."""
+def comparable(messages: Sequence[Message]) -> list[Message]:
+    """The canonical messages in a form that is equal for those that mean the same. For comparison only.
+
+    SDKs write tool calls anew: the arguments with other spaces and another order of keys, other ids, the
+    name of the tool at its answer. Ids become the number of the call, and arguments what they say.
+    """
+    calls: dict[Any, tuple[int, str]] = {}
+    forms = []
+    num_calls = 0
+    for message in messages:
+        form = dict(message)
+        if message["role"] == "assistant":
+            form.pop("name", None)
+        if "tool_calls" in message:
+            form["tool_calls"] = []
+            for call in message["tool_calls"]:
+                function = call["function"]
+                if isinstance(call.get("id"), str):
+                    calls[call["id"]] = num_calls, function["name"]
+                parsed = {**function, "arguments": _parsed(function["arguments"])}
+                form["tool_calls"].append({**call, "id": num_calls, "function": parsed})
+                num_calls += 1
+        if message["role"] == "tool" and (id := message.get("tool_call_id")) in calls:
+            form["tool_call_id"], name = calls[id]
+            form.setdefault("name", name)
+        forms.append(form)
+    return forms
+
+
+def with_ids_of(
+    known: Sequence[Message], messages: Sequence[Message], new: Sequence[Message]
+) -> list[Message]:
+    """The new messages, with the ids that tool calls have in `known`.
+
+    `messages`: those of the client that are the known ones, maybe with other ids.
+    """
+    ids = {
+        theirs.get("id"): ours.get("id")
+        for message, other in zip(known, messages, strict=True)
+        for ours, theirs in zip(message.get("tool_calls", ()), other.get("tool_calls", ()), strict=True)
+        if "id" in ours and "id" in theirs
+    }
+    return [
+        {**message, "tool_call_id": ids.get(message["tool_call_id"], message["tool_call_id"])}
+        if message["role"] == "tool" and isinstance(message.get("tool_call_id"), str)
+        else message
+        for message in new
+    ]
+
+
+def prefix_digests(forms: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[bytes]:
+    """One digest for each message, of `tools` and the messages up to and with it, reasoning left out.
+
+    `forms`: of `comparable`.
+    """
     digest = hashlib.sha256(msgpack.packb(tools)).digest()
     digests = []
-    for message in messages:
-        # Sorted, as the order of the keys means nothing. Where it differs deeper inside, two messages that
-        # mean the same have two digests, and the conversation begins a new segment.
-        fields = sorted(_without_reasoning(message).items())
+    for form in forms:
+        # Sorted, as the order of the keys means nothing.
+        fields = sorted(_without_reasoning(form).items())
         digest = hashlib.sha256(digest + msgpack.packb(fields)).digest()
         digests.append(digest)
     return digests
@@ -53,7 +106,10 @@ def packed_bytes(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
 
 
 def is_same(messages: Sequence[Message], known: Sequence[Message]) -> bool:
-    """True if the messages are the known ones; reasoning may be left out, but not changed."""
+    """True if the messages are the known ones; reasoning may be left out, but not changed.
+
+    Both: of `comparable`.
+    """
     return len(messages) == len(known) and all(
         ours == theirs or (_REASONING not in ours and ours == _without_reasoning(theirs))
         for ours, theirs in zip(messages, known, strict=True)
@@ -64,6 +120,25 @@ def _without_reasoning(message: Message) -> Message:
     if message["role"] != "assistant":
         return message
     return {key: value for key, value in message.items() if key != _REASONING}
+
+
+def _parsed(arguments: str) -> str:
+    """What the arguments of a call say, as a text that is the same for all ways to write it."""
+    try:
+        value = json.loads(arguments, parse_float=_number, parse_constant=_refuse_constant)
+        return json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    except (ValueError, RecursionError):
+        return arguments
+
+
+def _number(text: str) -> float | int:
+    """JavaScript writes 1.0 as 1."""
+    value = float(text)
+    return int(value) if value.is_integer() and abs(value) < _LARGEST_EXACT else value
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(name)
 
 
 def _canonical(copy: Any, where: str) -> Message:

@@ -85,6 +85,46 @@ def test_tool_calls_continue_one_segment(server: SessionServer, sends_back: str)
     assert len(session.conversation.turns) == 3
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_calls_that_are_written_anew_continue_one_segment(server: SessionServer, named: bool) -> None:
+    """As Vercel's SDK does it, with ids of its own as others have."""
+    session = server.add()
+    said = '<tool_call>{"name": "add", "arguments": {"b": 2.0, "a": "x"}}</tool_call>'
+    server.policy.texts = [said, said, "done"]
+    messages: list[Any] = [*HI]
+    with client_of(server, session) as client:
+        for turn in range(3):
+            message = (
+                client.chat.completions.create(model="m", messages=messages, tools=TOOLS).choices[0].message
+            )
+            if turn == 2:
+                break
+            assert message.tool_calls is not None and len(message.tool_calls) == 1
+            function = {"arguments": '{"a":"\\u0078","b":2}', "name": "add"}
+            calls = [{"function": function, "id": f"tool_{turn}", "type": "function"}]
+            answer = {"role": "tool", "tool_call_id": f"tool_{turn}", "content": str(turn)}
+            reply = {"role": "assistant", "content": "", "tool_calls": calls}
+            messages += [reply | {"name": "Adder"} if named else reply, answer]
+            if named:
+                answer["name"] = "add"
+    assert segments_of(server, session) == 1 and len(session.conversation.turns) == 3
+    ids = [one.get("tool_call_id") for one in session.conversation.turns[-1].messages]
+    assert [id for id in ids if id] == ["call00000", "call00001"], "those of the calls that the policy made"
+
+
+@pytest.mark.parametrize("changed", ['{"a": 2}', '{"a": "1"}', '{"a": 1, "b": 1}', '{"a": 1', "[1]"])
+def test_calls_of_other_arguments_begin_a_segment(server: SessionServer, changed: str) -> None:
+    session = server.add()
+    server.policy.texts = [CALL, "done"]
+    with client_of(server, session) as client:
+        message = client.chat.completions.create(model="m", messages=HI, tools=TOOLS).choices[0].message
+        reply: Any = message.model_dump(exclude_none=True)
+        reply["tool_calls"][0]["function"]["arguments"] = changed
+        answer = {"role": "tool", "tool_call_id": reply["tool_calls"][0]["id"], "content": "3"}
+        client.chat.completions.create(model="m", messages=[*HI, reply, answer], tools=TOOLS)
+    assert segments_of(server, session) == 2
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("said", "offered"),
