@@ -22,7 +22,7 @@ from areal_like.runtime.command_line import load_config
 from rollout_server.environments.scripted import play, say
 from rollout_server.tasks import Completion, Score, Task, make_task
 from rollout_server.tasks.tools import ToolTask
-from tests.support.launching import ROOT, areal_like
+from tests.support.launching import ROOT, TEST_LIMIT_S, areal_like, finish, launcher
 
 _BLOCK = re.compile(r"^( *)```python\n(.*?)^ *```", re.M | re.S)
 _NAME = re.compile(r"# (\w+)\.py\n")
@@ -62,6 +62,26 @@ def test_an_agent_has_fifteen_lines() -> None:
     (agent,) = (code for name, code in modules_of("agents").items() if name == "my_agent")
     (task,) = (node for node in ast.parse(agent).body if isinstance(node, ast.ClassDef))
     assert num_lines(task, agent) <= 15
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(TEST_LIMIT_S)
+def test_the_agent_of_the_guide_runs_without_a_model(tmp_path: Path, cache: dict[str, str]) -> None:
+    """With the command and the settings that the guide gives for it, and a small budget."""
+    page = (ROOT / "docs" / "guides" / "agents.md").read_text()
+    (tmp_path / "my_agent.py").write_text(modules_of("agents")["my_agent"])
+    command = re.search(r"areal-like run (task._target_=my_agent\S*).* (episode\.\S+)", page)
+    hint = re.search(r"without a model that can say anything: `(.+?)`", page, re.S)
+    assert command is not None and hint is not None
+    settings = [*command.groups(), *hint[1].split(), "name=x", "trainer.num_steps=1", "eval.num_prompts=4"]
+    small = [
+        "trainer.groups_per_step=4",
+        "sampling.group_size=4",
+    ]  # and as many samples at a time as by default
+    environment = cache | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    with launcher(*settings, *small, cwd=tmp_path, environment=environment) as process:
+        code, out, err = finish(process, tmp_path / "runs" / "x")
+    assert (code, err) == (0, ""), out + err
 
 
 def num_lines(node: ast.AST, source: str) -> int:
