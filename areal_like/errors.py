@@ -116,7 +116,12 @@ class EnvironmentLostError(EpisodeError):
 
 
 class AgentLostError(EnvironmentLostError):
-    """An agent from outside has gone without ending its session: another one may make the sample."""
+    """An agent from outside has not made the sample of its session: another one may."""
+
+    def __init__(self, message: str, *, is_of_sample: bool = True) -> None:
+        """`is_of_sample`: the agent made the samples before, so this one may be to blame."""
+        super().__init__(message)
+        self.is_of_sample = is_of_sample
 
 
 class SessionGoneError(ArealError):

@@ -24,7 +24,7 @@ from rollout_server.inference.engine import Engine
 from rollout_server.inference.generation_gate import GenerationGate
 from rollout_server.inference.supervisor import EngineSupervisor
 from rollout_server.rewards.pool import RewardPool
-from rollout_server.sessions.book import Outcome, SessionBook
+from rollout_server.sessions.book import WRONG_ROUTES, Outcome, SessionBook
 from rollout_server.starvation import Starvation
 from rollout_server.weight_sync.receiver import WeightReceiver
 
@@ -62,6 +62,12 @@ _COUNTERS = {
         "Processes of environments lost to a time limit or a crash.",
     ),
     "session_requests": ("session_requests", "Requests of agents to the model."),
+    "agent_failures": ("session_agent_failures", "Sessions that agents from outside made no sample of."),
+    "claims_slowed": (
+        "session_claims_slowed",
+        "Claims of agents that had to wait, as their sessions failed.",
+    ),
+    "claims_refused": ("session_claims_refused", "Claims that were refused for that."),
     "session_fields_ignored": (
         "session_fields_ignored",
         "Fields of these requests that had no effect: the job decides about them.",
@@ -102,6 +108,7 @@ _GAUGES = {
 _FAILED = {kind: f"samples_failed_{kind.value}" for kind in FailureKind}
 _FINISHED = {reason: f"samples_finished_{reason.value}" for reason in FinishReason}
 _ENDED = {outcome: f"sessions_{outcome.value}" for outcome in Outcome}
+_ROUTES = {name: f"session_wrong_routes_{name}" for name in WRONG_ROUTES}
 _REFUSED = {status: f"session_refusals_{status}" for status in (400, 404, 405, 410, 413, 422, 429, 500, 503)}
 """By the HTTP status of the application's answer."""
 _DURATIONS = {
@@ -168,6 +175,12 @@ class ServerStats:
             label="status",
             values=list(map(str, _REFUSED)),
         )
+        self._routes = metrics.counter(
+            "session_wrong_routes",
+            "Requests of agents for routes that sessions do not have, by the last word of their paths.",
+            label="route",
+            values=list(_ROUTES),
+        )
         self._durations = {
             lane: metrics.histogram(name, doc, buckets=SECONDS) for lane, (name, doc) in _DURATIONS.items()
         }
@@ -191,6 +204,7 @@ class ServerStats:
                 *_FINISHED.values(),
                 *_ENDED.values(),
                 *_REFUSED.values(),
+                *_ROUTES.values(),
             ),
             0.0,
         )
@@ -255,6 +269,8 @@ class ServerStats:
             self._ended.labels(outcome).inc(values[name] - self.values[name])
         for status, name in _REFUSED.items():
             self._refused.labels(str(status)).inc(values[name] - self.values[name])
+        for route, name in _ROUTES.items():
+            self._routes.labels(route).inc(values[name] - self.values[name])
         for key, gauge in self._gauges.items():
             gauge.set(values[key])
         self.values = {key: float(value) for key, value in values.items()}
@@ -303,14 +319,19 @@ class ServerStats:
             "session_requests": book.num_calls,
             "session_fields_ignored": book.num_ignored.total(),
             **{name: book.num_ended[outcome] for outcome, name in _ENDED.items()},
+            "agent_failures": book.claimants.num_failures,
+            "claims_slowed": book.claimants.num_slowed,
+            "claims_refused": book.claimants.num_refused,
             **{name: book.num_refused[status] for status, name in _REFUSED.items()},
+            **{name: book.num_wrong_routes[route] for route, name in _ROUTES.items()},
         }
 
     def _num_changes(self, *, now_s: float) -> int:
         """Times at which this server was seen to make progress: the trainer waits while it does.
 
         Its parts limit their own time: a start of the engine, a push, a reward, a call of an environment, a
-        session without requests, an engine with requests. Sessions that wait for an agent are no progress.
+        session without requests, an engine with requests. While all sessions wait for agents, the server
+        does what it can: it is for whoever runs the agents how long they may stay away.
         """
         client, receiver = self._supervisor.client, self._receiver
         reward_s = sum(pool.seconds_total for pool in self._rewards)
@@ -324,6 +345,8 @@ class ServerStats:
         if self._environments:
             self._progress.observe("environments", num_calls, now_s=now_s)
         self._progress.observe("sessions", self._book.progress, now_s=now_s)
+        if self._book.num_waiting and not self._book.open:
+            self._progress.advance(now_s=now_s)
         self._progress.observe("samples", self._runner.num_done, now_s=now_s)
         return self._progress.num_changes
 

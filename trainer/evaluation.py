@@ -55,6 +55,7 @@ class Evaluations:
         """In steps; it may change between steps."""
         self._num_steps = config.trainer.num_steps
         self._stall_s = config.stall_s(config.eval.timeout_s)
+        self._has_outside_agents = config.has_outside_agents
         self._on_row = on_row
         self._running: dict[str, _Requested] = {}
         """By set."""
@@ -165,10 +166,14 @@ class Evaluations:
             setting="eval.timeout_s",
         )
         if result.num_evaluated == 0:
-            raise ArealError(
+            problem = (
                 f"none of the {len(result.rewards)} samples for the held-out prompts of {name} could be "
                 "made: see the rollout servers' logs"
             )
+            if not self._has_outside_agents:
+                raise ArealError(problem)
+            # Broken agents must not end a job before its first step.
+            log.error("%s; they count as reward 0", problem)
         return result
 
     def _recorded(self, name: str, one: _Requested, result: EvalResult) -> dict[str, Any]:

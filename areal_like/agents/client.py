@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
+import socket
 import ssl
 import time
 import urllib.error
@@ -24,6 +26,7 @@ from typing import Any
 
 from areal_like.errors import SessionGoneError, UserError
 
+_MAX_HOST_CHARS = 64
 _NUM_TRIES = 4
 _RETRY_S = 0.5
 _TIMEOUT_S = 60.0
@@ -48,7 +51,7 @@ class ClaimedSession:
     deadline_s: float | None
     """Seconds from the first request to the model until the sample is cut off; None: no limit."""
     idle_timeout_s: float
-    """Seconds without a request to the model after which the session is over."""
+    """Seconds without a request after which the session is over; a heartbeat is one."""
     ca_file: str = ""
 
     def reward(self, value: float, *, completion_id: str = "") -> None:
@@ -62,41 +65,54 @@ class ClaimedSession:
             body["completion_id"] = completion_id
         self._post("reward", body)
 
+    def heartbeat(self) -> None:
+        """The agent works, without the model: call it more often than every `idle_timeout_s` in a long tool.
+
+        Raises SessionGoneError if the session is over, OSError if the server cannot be reached.
+        """
+        self._post("heartbeat", {})
+
     def end(self) -> bool:
-        """The sample is complete. False if the session was over already.
+        """The sample is complete. False if there is none: the session was over already, had no request to the
+        model, or no reward although the task has none of its own.
 
         Raises OSError if the server cannot be reached.
         """
         try:
-            self._post("end", {})
+            return not self._post("end", {}).get("problem")
         except SessionGoneError:
             return False
-        return True
 
-    def _post(self, verb: str, body: Mapping[str, Any]) -> None:
-        # Both verbs may be sent again: what counts is the last reward, and that there was an end.
+    def _post(self, verb: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        # All may be sent again: what counts is the last reward, and that there was an end.
         for left in reversed(range(_NUM_TRIES)):
             try:
-                if _posted(f"{self.base_url}/{verb}", body, key=self.api_key, ca_file=self.ca_file) is None:
+                answer = _posted(f"{self.base_url}/{verb}", body, key=self.api_key, ca_file=self.ca_file)
+                if answer is None:
                     raise OSError(f"{self.base_url}: too many requests of the session are in progress")
-                return
+                return answer
             except OSError:
                 if not left:
                     raise
                 time.sleep(_RETRY_S)
+        raise AssertionError("the last try has raised")
 
 
-def claim(url: str, *, token: str = "", wait_s: float = 0.0, ca_file: str = "") -> ClaimedSession | None:
+def claim(
+    url: str, *, token: str = "", wait_s: float = 0.0, ca_file: str = "", name: str = ""
+) -> ClaimedSession | None:
     """A session of the rollout server at `url`; None if none was free within `wait_s`.
 
     `token`: of role agent or operator, if the job has keys. `ca_file`: PEM file with the authority of the
-    server's certificate; empty: those of the system. Raises UserError if the server refuses, OSError if it
-    cannot be reached.
+    server's certificate; empty: those of the system. `name`: of this agent; empty: machine and process. A
+    server gives fewer sessions, and in the end none, to an agent whose sessions fail, and knows it by its
+    name. Raises UserError if the server refuses, OSError if it cannot be reached.
     """
+    name = name or f"{socket.gethostname()[:_MAX_HOST_CHARS]}:{os.getpid()}"
     end_s = time.monotonic() + wait_s
     while True:
         left_s = max(0.0, end_s - time.monotonic())
-        body = {"wait_s": min(left_s, _LONGEST_WAIT_S)}
+        body = {"wait_s": min(left_s, _LONGEST_WAIT_S), "name": name}
         answer = _posted(f"{url.rstrip('/')}/sessions", body, key=token, ca_file=ca_file)
         if answer is not None:
             names = set(ClaimedSession.__dataclass_fields__) - {"ca_file"}
@@ -124,7 +140,7 @@ def _posted(url: str, body: Mapping[str, Any], *, key: str, ca_file: str) -> dic
         if error.code == 410 or (error.code == 401 and "/sessions/" in url):
             raise SessionGoneError(message) from None
         raise UserError(f"{url}: {error.code}: {message}") from None
-    except (http.client.HTTPException, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (http.client.HTTPException, ConnectionError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise OSError(f"{url}: no whole answer ({type(error).__name__}: {error})") from error
 
 

@@ -40,28 +40,28 @@ class EpisodeConfig(Section, key="episode"):
 
 @dataclass(frozen=True, kw_only=True)
 class SessionsConfig(Section, key="sessions"):
-    """Sessions, for tasks with `agent()` and for agents from outside (`task.external=true`).
+    """Sessions, for tasks with `agent()` and for external agents (`task.external=true`).
 
     `episode.max_turns`, `episode.max_tokens` and `rollout.sample_timeout_s` limit each session.
-    A session waits for an agent from outside without a limit of its own. But the trainer stops if no server
-    makes progress for `rollout.generate_timeout_s` + `trainer.fetch_timeout_s`: raise the latter if all
-    agents may stay away longer.
+    A session waits for an external agent without a limit, and the job with it.
     """
 
     host: str = "127.0.0.1"
-    """Address that a rollout server binds for agents from outside. The server's own `agent()` processes use
+    """Address that a rollout server binds for external agents. The server's own `agent()` processes use
     loopback."""
     port: int = 0
-    """Port for agents from outside; rollout server I (the number at the end of its name) binds `port` + I.
+    """Port for external agents; rollout server I (the number at the end of its name) binds `port` + I.
     0: a free one, which `areal-like status` shows."""
     advertise_host: str = ""
-    """Name or address in the base URL that agents from outside are given; empty: the one that their request
+    """Name or address in the base URL that external agents are given; empty: the one that their request
     was sent to."""
     idle_timeout_s: float = 120.0
-    """Longest time of a session without a request to the model, in seconds: between two of them, before the
-    first and after the last. After it the session's sample counts as failed
-    (`buffer.on_failure.environment`). One of an agent from outside is given to the next agent first, up to
-    `buffer.max_sample_retries` times."""
+    """Longest time of a session without a request, in seconds: between two of them, before the first and
+    after the last. A heartbeat is a request, too; a refused request to the model is not. After it the
+    session's sample counts as failed (`buffer.on_failure.environment`). One of an external agent is given
+    to the next agent first, up to `buffer.max_sample_retries` times."""
+    heartbeat_limit_s: float = 3600.0
+    """Longest time without an answer of the model in which heartbeats keep a session alive, in seconds."""
 
     def check(self) -> None:
         require(bool(self.host), "sessions.host is empty: give an address to bind, e.g. 127.0.0.1")
@@ -69,6 +69,7 @@ class SessionsConfig(Section, key="sessions"):
             0 <= self.port <= _LARGEST_PORT, f"sessions.port={self.port}: use 0 (a free port) or 1..65535"
         )
         require(self.idle_timeout_s > 0, "sessions.idle_timeout_s must be above 0")
+        require(self.heartbeat_limit_s >= 0, "sessions.heartbeat_limit_s must be at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,8 @@ class On(StrEnum):
     ENGINE = "engine"
     REWARD = "reward"
     ENVIRONMENT = "environment"
+    AGENT = "agent"
+    """External agents, or the task's `agent()`."""
     WEIGHTS = "weights"
     """A push of weights."""
     BUFFER = "buffer"

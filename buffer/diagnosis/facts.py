@@ -24,12 +24,13 @@ class PeerFacts:
 
     def longest_wait(self, prefix: str) -> tuple[str, float]:
         """Its longest wait whose name begins with `prefix:`, without that, and the seconds; ("", 0): none."""
-        found = {
-            name.partition(": ")[2]: seconds
-            for name, seconds in self.waits.items()
-            if name.startswith(f"{prefix}: ")
-        }
+        found = self.names_of(prefix)
         return max(found.items(), key=lambda wait: wait[1], default=("", 0.0))
+
+    def names_of(self, prefix: str) -> dict[str, float]:
+        """Its waits whose names begin with `prefix:`, without that."""
+        begin = f"{prefix}: "
+        return {name.removeprefix(begin): s for name, s in self.waits.items() if name.startswith(begin)}
 
 
 @dataclass(frozen=True, kw_only=True)

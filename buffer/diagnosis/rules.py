@@ -16,6 +16,8 @@ from buffer.diagnosis.causes import Cause, Limits, On
 from buffer.diagnosis.facts import JobFacts, RankFacts, ServerFacts
 from buffer.storage.base import Blocked
 
+_EVALUATION = "the evaluation"
+"""The trainer's name of its wait for one."""
 _LATE_S = 0.5
 """Mean delay of a process' timer above which the process does not get the time that it needs."""
 _STORE_REMEDIES = {
@@ -23,6 +25,24 @@ _STORE_REMEDIES = {
     Blocked.LOCKED: "end that program or its transaction; the buffer goes on by itself",
     Blocked.HANGS: "see what keeps that disk busy, and the kernel's log (dmesg); it goes on by itself",
 }
+
+
+_REMEDIES = {
+    "rewards": (
+        On.REWARD,
+        "more rollout.reward_workers, a faster reward, or a shorter rollout.reward_timeout_s",
+    ),
+    "environments": (
+        On.ENVIRONMENT,
+        "a shorter episode.step_timeout_s, or more samples at a time (rollout.max_episodes)",
+    ),
+    "agents": (On.AGENT, "its log says what their process does"),
+    "sessions": (
+        On.AGENT,
+        "start agents (`areal-like status` shows the address); mend and restart those that fail",
+    ),
+}
+"""By the kind of a server's waits."""
 
 
 def causes_of(
@@ -41,7 +61,7 @@ def causes_of(
     ]
     causes = causes or [*_late(facts, late)] or [*_slow(facts, slow)]
     causes = causes or [*_operator(facts, limits), *_absent(facts, limits), *_pushes(facts, limits)]
-    causes = causes or [*_behind_groups(facts, limits), *_behind_ranks(facts, limits)]
+    causes = causes or [*_behind_groups(facts, limits)] or [*_behind_ranks(facts, limits)]
     return sorted(causes, key=lambda cause: -cause.seconds)
 
 
@@ -251,25 +271,24 @@ def _pushes(facts: JobFacts, limits: Limits) -> Iterator[Cause]:
 
 
 def _behind_groups(facts: JobFacts, limits: Limits) -> Iterator[Cause]:
-    """The trainer waits for groups, and every process is alive."""
-    waits_s = max(map(_data_wait, facts.ranks), default=0.0)
+    """The trainer waits for groups or an evaluation, and every process is alive."""
+    waits_s = max(
+        (max(_data_wait(rank), rank.waits.get(_EVALUATION, 0.0)) for rank in facts.ranks), default=0.0
+    )
     if waits_s <= limits.stall_s:
         return
     for server in facts.servers:
-        name, seconds = max(
-            (server.longest_wait(kind) for kind in ("rewards", "environments", "agents", "sessions")),
-            key=lambda wait: wait[1],
-        )
+        kind = max(_REMEDIES, key=lambda kind: server.longest_wait(kind)[1])
+        name, seconds = server.longest_wait(kind)
         if seconds > limits.stall_s and not server.stats.get("running", 0.0):
-            is_reward = bool(server.longest_wait("rewards")[1])
+            on, remedy = _REMEDIES[kind]
+            others = [wait for wait in server.names_of(kind) if wait != name]
             yield Cause(
-                on=On.REWARD if is_reward else On.ENVIRONMENT,
-                name=f"{server.name}'s {'rewards' if is_reward else 'environments'}",
+                on=on,
+                name=f"{server.name}'s {'agents' if kind == 'sessions' else kind}",
                 seconds=seconds,
-                what=f"{name} for {_time(seconds)}",
-                remedy="more rollout.reward_workers, a faster reward, or a shorter rollout.reward_timeout_s"
-                if is_reward
-                else "a shorter episode.step_timeout_s, or more samples at a time (rollout.max_episodes)",
+                what="; ".join([f"{name} for {_time(seconds)}", *others]),
+                remedy=remedy,
             )
     able = [server for server in facts.servers if server.state == "serving" and not server.held_back]
     if not able:

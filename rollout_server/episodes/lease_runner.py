@@ -29,7 +29,7 @@ from areal_like.trajectory import FinishReason
 from areal_like.wire.messages.producer import Lease, SampleDone
 from areal_like.wire.records import Record
 from rollout_server.buffer_client.held_leases import Place, SampleResult
-from rollout_server.episodes.attempts.base import Attempt, SessionMaker
+from rollout_server.episodes.attempts.base import NOT_WANTED, Attempt, SessionMaker
 from rollout_server.episodes.attempts.environments import Environments
 from rollout_server.episodes.attempts.failed_sample import FailedSample
 from rollout_server.episodes.attempts.maker import AttemptMaker
@@ -48,6 +48,26 @@ _ENGINE_GRACE_S = 0.5
 """Wait after a failed request before its sample is reported as failed. If the engine is dying, requests fail
 shortly before the server notices the engine's end; these samples must not be reported."""
 _CLOSE_TIMEOUT_S = 5.0
+_TRIES_OF_BROKEN_AGENTS = 4
+"""Tries of all agents for each one that counts."""
+
+
+class AgentTries:
+    """The tries of one sample by agents from outside. Pure.
+
+    Broken agents must not use them up for samples that others can make, so those of an agent whose sample
+    before was not made either do not count, up to a limit: with one agent, all failures may be of one sample.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._left = most
+        self._left_of_all = _TRIES_OF_BROKEN_AGENTS * most
+
+    def goes_on(self, error: AgentLostError) -> bool:
+        """After a try that has failed: True if the sample is offered again."""
+        self._left -= error.is_of_sample
+        self._left_of_all -= 1
+        return min(self._left, self._left_of_all) > 0
 
 
 async def _record_of(attempt: Attempt, lease: Lease, sample_index: int) -> Record:
@@ -113,8 +133,8 @@ class LeaseRunner:
         self._on_result = on_result
         self._on_failure = config.buffer.on_failure
         self._num_tries = 1 + config.buffer.max_sample_retries
-        """Of a sample that agents from outside abandon. Their end says nothing about server or task: if the
-        buffer heard of it at once, the end of a machine with many agents would end the job."""
+        """Of a sample that agents from outside do not make, counted as `AgentLostError` says. The buffer
+        hears of it only then: what agents do says nothing about server or task."""
         self._prompts = PromptLoader(
             task,
             tokenizer if sessions is None else NoTokens(),
@@ -164,7 +184,7 @@ class LeaseRunner:
             self._loading = asyncio.create_task(self._load_prompts())
             self._loading.add_done_callback(self._report_unexpected)
 
-    def cancel(self, lease_ids: list[int], *, reason: str = "its lease was cancelled") -> None:
+    def cancel(self, lease_ids: list[int], *, reason: str = NOT_WANTED) -> None:
         """Cancels the samples of these leases; their requests at the engine are aborted.
 
         `reason`: what clients of their sessions are told.
@@ -240,13 +260,14 @@ class LeaseRunner:
         try:
             await leader.wait_turn(sample_index)
             maker = self._makers[lease.eval_set]
-            for left in reversed(range(self._num_tries)):
+            tries = AgentTries(self._num_tries)
+            while True:
                 attempt = maker.begin(engine, lease, sample_index, prompt=prompt, leader=leader)
                 try:
                     record = await _record_of(attempt, lease, sample_index)
                     break
                 except AgentLostError as error:
-                    if not left:
+                    if not tries.goes_on(error):
                         raise
                     log.warning(
                         "sample %d of ticket %d waits for another agent: %s",

@@ -15,11 +15,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from areal_like.errors import AgentLostError, EngineError, EnvironmentLostError, EpisodeError, RewardError
+from areal_like.errors import (
+    AgentLostError,
+    EngineError,
+    EnvironmentLostError,
+    EpisodeError,
+    PromptRefusedError,
+    RewardError,
+)
 from areal_like.trajectory import FinishReason, Trajectory
 from rollout_server.buffer_client.held_leases import Place
 from rollout_server.episodes import scoring
-from rollout_server.episodes.attempts.base import Attempt, SampleRequest
+from rollout_server.episodes.attempts.base import NOT_WANTED, Attempt, SampleRequest
 from rollout_server.episodes.scoring import add_up
 from rollout_server.rewards.pool import Reward, RewardPool
 from rollout_server.sessions.book import Outcome, SessionBook
@@ -58,28 +65,29 @@ class SessionAttempt(Attempt):
         """As Attempt.make."""
         session, conversation = self._session, self._session.conversation
         self._book.add(session)
+        problem: EpisodeError | PromptRefusedError | None = None
         try:
             score, limit = await self._run()
             session.end()
             turn_rewards = session.finish()
             finish_reason = limit or conversation.finish_reason
-            is_cut = finish_reason.is_truncated
-            outcome = Outcome.TRUNCATED if is_cut else Outcome.ENDED
-            self._outcome = outcome if conversation.turns else Outcome.FAILED
+            num_turns = len(conversation.turn_lengths)
+            if not num_turns:
+                raise session.refused_prompt or EnvironmentLostError(self._no_request())
+            self._outcome = Outcome.TRUNCATED if finish_reason.is_truncated else Outcome.ENDED
+        except (EpisodeError, PromptRefusedError) as error:
+            problem = error
         except EngineError:
             self._outcome = Outcome.ENGINE
             raise
         except asyncio.CancelledError as cancelled:
-            session.close(str(cancelled.args[0]) if cancelled.args else "its lease was cancelled")
+            session.close(str(cancelled.args[0]) if cancelled.args else NOT_WANTED)
             self._outcome = Outcome.CANCELLED
             raise
         finally:
-            self._book.remove(session, self._outcome)
-        if session.failure is not None:
-            raise session.failure
-        num_turns = len(conversation.turn_lengths)
-        if not num_turns:
-            raise session.refused_prompt or EnvironmentLostError("the agent has made no request to the model")
+            is_of_sample = self._book.remove(session, self._outcome, str(problem or ""))
+        if problem is not None:
+            raise self._failure(problem, is_of_sample=is_of_sample)
         scored = await self._score(finish_reason) if self._rewards is not None else None
         try:
             rewards = add_up(
@@ -114,6 +122,19 @@ class SessionAttempt(Attempt):
             scoring.Outcome(), is_greedy=self._request.is_greedy, label=self._label
         )
 
+    def _failure(
+        self, problem: EpisodeError | PromptRefusedError, *, is_of_sample: bool
+    ) -> EpisodeError | PromptRefusedError:
+        """What the sample fails with: what an agent from outside does is no behavior of the policy."""
+        if self._run_agent is not None or (is_of_sample and isinstance(problem, PromptRefusedError)):
+            return problem
+        return AgentLostError(str(problem), is_of_sample=is_of_sample)
+
+    def _no_request(self) -> str:
+        refused = self._session.refused_route
+        made = "the agent has made no request to the model"
+        return f"{made} ({refused} is not served: chat/completions is)" if refused else made
+
     async def _run(self) -> tuple[Score | None, FinishReason | None]:
         """The agent's score, and the limit that has ended the session. Raises EpisodeError, EngineError."""
         session = self._session
@@ -137,7 +158,8 @@ class SessionAttempt(Attempt):
                 session.close("the session's time is over (rollout.sample_timeout_s)")
                 return self._posted(), FinishReason.TIMEOUT
             score = await self._result(running)
-            if score is None and self._rewards is None and session.budget is None and not session.has_rewards:
+            is_scored = score is not None or self._rewards is not None or session.has_rewards
+            if not is_scored and session.budget is None and session.conversation.turn_lengths:
                 raise self._no_reward()
             return score, session.budget
         finally:
@@ -187,8 +209,7 @@ class SessionAttempt(Attempt):
         )
         self._session.close(problem)
         self._outcome = Outcome.IDLE
-        # What an agent from outside does is no behavior of the policy: the sample is made again.
-        return EpisodeError(problem) if self._run_agent is not None else AgentLostError(problem)
+        return EpisodeError(problem)
 
     async def _score(self, finish_reason: FinishReason) -> Reward:
         assert self._rewards is not None

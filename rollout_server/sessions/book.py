@@ -11,10 +11,14 @@ from collections.abc import Callable
 from enum import StrEnum
 
 from areal_like.errors import SessionGoneError
+from rollout_server.sessions.claimants import Claimants
 from rollout_server.sessions.open_session import OpenSession, SessionState
 
 _MAX_REMEMBERED = 10_000
 """Sessions that have gone, whose clients are told why."""
+WRONG_ROUTES = ("responses", "messages", "embeddings", "other")
+"""Of other APIs, by which clients find out that this server does not have them."""
+_MAX_ROUTE_CHARS = 60
 _LONG_S = 1.0
 """Waits that take longer are named in the server's status."""
 
@@ -54,6 +58,10 @@ class SessionBook:
         """Requests of clients that were refused, by HTTP status."""
         self.num_ignored = Counter[str]()
         """Fields of requests that had no effect."""
+        self.claimants = Claimants()
+        """How the sessions of agents from outside end, and who gets no more for now."""
+        self.num_wrong_routes = Counter[str]()
+        """Requests of sessions for routes that do not exist, by the names of `WRONG_ROUTES`."""
         self._calls_of_gone = 0
         self._answers_of_gone = 0
 
@@ -88,8 +96,9 @@ class SessionBook:
 
     @property
     def progress(self) -> tuple[int, int, int]:
-        """Changes when a session is claimed or ends, and when a request is answered."""
-        answers = self._answers_of_gone + sum(one.num_answers for one in self._sessions.values())
+        """Changes when a session is claimed or ends, and when a request is answered or an agent is heard."""
+        living = self._sessions.values()
+        answers = self._answers_of_gone + sum(one.num_answers + one.num_heard for one in living)
         return answers, len(self.open), self.num_ended.total()
 
     @property
@@ -99,23 +108,53 @@ class SessionBook:
 
     def waits(self) -> dict[str, float]:
         """What sessions wait for -> seconds of the longest wait, for a server's status."""
-        waiting = [one.idle_s for one in self._sessions.values() if one.state is SessionState.WAITING]
-        found = {f"{len(waiting)} sessions wait for an agent (POST /sessions)": max(waiting, default=0.0)}
+        waiting = [one for one in self._sessions.values() if one.state is SessionState.WAITING]
+        longest_s = max((one.idle_s for one in waiting), default=0.0)
+        found = {f"sessions: {len(waiting)} wait for an agent (POST /sessions)": longest_s}
+        if waiting:
+            troubles = self.claimants.troubles(now_s=waiting[0].now_s)
+            found |= {
+                f"sessions: {trouble}": min(seconds, longest_s) for trouble, seconds in troubles.items()
+            }
         if opened := self.open:
             idle = max(opened, key=lambda one: one.idle_s)
-            found[f"session {idle.id} of {len(opened)} open: the next request of its agent"] = idle.idle_s
+            found[f"sessions: the next request to {idle.id}, of {len(opened)} open"] = idle.idle_s
         return {name: round(seconds, 3) for name, seconds in found.items() if seconds >= _LONG_S}
 
-    def remove(self, session: OpenSession, outcome: Outcome = Outcome.ENDED) -> None:
-        """Its sample is finished or not wanted any more; clients are told `session.reason`."""
+    def remove(self, session: OpenSession, outcome: Outcome = Outcome.ENDED, problem: str = "") -> bool:
+        """Its sample is finished or not wanted any more; clients are told `session.reason`.
+
+        `problem`: why its agent has not made the sample, for outcomes IDLE and FAILED. True if that may be
+        for the sample: the agent has made the one before.
+        """
         session.close(session.reason or f"the session {session.id} has ended")
         if self._sessions.pop(session.id, None) is not None:
             self.num_ended[outcome] += 1
             self._calls_of_gone += session.num_calls
-            self._answers_of_gone += session.num_answers
+            self._answers_of_gone += session.num_answers + session.num_heard
             self._gone[session.id] = session.reason, session.api_key
             if len(self._gone) > _MAX_REMEMBERED:
                 self._gone.popitem(last=False)
+            return self._judge(session, outcome, problem)
+        return True
+
+    def _judge(self, session: OpenSession, outcome: Outcome, problem: str) -> bool:
+        claimant = session.claimant
+        if claimant is None:
+            return True
+        if outcome in (Outcome.IDLE, Outcome.FAILED):
+            now_s, claimed_s = session.now_s, session.claimed_s
+            return self.claimants.fail(claimant, problem, claimed_s=claimed_s, now_s=now_s)
+        if outcome in (Outcome.ENDED, Outcome.TRUNCATED):
+            self.claimants.deliver(claimant)
+        return True
+
+    def note_wrong_route(self, id: str, request: str) -> None:
+        """A session's client asked for a route that does not exist; `request`: `POST /v1/responses`."""
+        name = request.rpartition("/")[2]
+        self.num_wrong_routes[name if name in WRONG_ROUTES else "other"] += 1
+        if (session := self._sessions.get(id)) is not None:
+            session.refused_route = request[:_MAX_ROUTE_CHARS]
 
     def find(self, id: str) -> OpenSession | None:
         """None if there was none. Raises SessionGoneError if there was one."""

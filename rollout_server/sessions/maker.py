@@ -42,6 +42,7 @@ class Sessions(SessionMaker):
         self._max_tokens = config.episode.max_tokens or context_tokens
         self._max_turns = config.episode.max_turns
         self._idle_timeout_s = config.sessions.idle_timeout_s
+        self._heartbeat_limit_s = config.sessions.heartbeat_limit_s
 
     def begin(
         self,
@@ -71,6 +72,8 @@ class Sessions(SessionMaker):
             on_move=request.on_move,
             example=example if is_external else None,
             is_waiting=is_external,
+            needs_reward=is_external and rewards is None,
+            heartbeat_limit_s=self._heartbeat_limit_s,
         )
         return SessionAttempt(
             request,

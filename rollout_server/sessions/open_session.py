@@ -32,6 +32,7 @@ from rollout_server.buffer_client.held_leases import Place
 from rollout_server.episodes.conversation import Conversation
 from rollout_server.episodes.turns import Answer, Turn
 from rollout_server.sessions.calls import Call, Calls
+from rollout_server.sessions.claimants import Claimant
 from rollout_server.tasks.base import Example, Split
 
 _CUT_S = 5.0
@@ -67,10 +68,13 @@ class OpenSession:
         on_move: Callable[[Place], None] = lambda place: None,
         example: Example | None = None,
         is_waiting: bool = False,
+        needs_reward: bool = False,
+        heartbeat_limit_s: float = math.inf,
     ) -> None:
         """`id`: with the attempt in it, so that no client of an earlier attempt reaches this one.
         `group`, `sample`: ticket and sample index. `example`: for agents from outside; None: the agent has
-        it. `is_waiting`: until an agent claims it."""
+        it. `is_waiting`: until an agent claims it. `needs_reward`: the task has none of its own.
+        `heartbeat_limit_s`: longest time without an answer in which heartbeats count."""
         self.id = id
         self.api_key = api_key
         self.group = group
@@ -82,6 +86,12 @@ class OpenSession:
         self.state = SessionState.WAITING if is_waiting else SessionState.OPEN
         self.is_offered = False
         """True while the answer that gives it to an agent is being sent."""
+        self.claimant: Claimant | None = None
+        """The agent from outside that it is offered to, or that has claimed it."""
+        self.claimed_s = 0.0
+        """Time of the loop at which it has."""
+        self.refused_route = ""
+        """The newest request for a route that does not exist: `POST /v1/responses`."""
         self.reason = ""
         """Why it is gone."""
         self.failure: EngineError | None = None
@@ -106,11 +116,15 @@ class OpenSession:
         """The newest one."""
         self._was_refused = False
         """True if a request was refused since the last answer."""
+        self.num_heard = 0
+        """Heartbeats, and other requests that are not to the model."""
+        self._needs_reward = needs_reward
+        self._heartbeat_limit_s = heartbeat_limit_s
         self._max_turns = max_turns
         self._on_move = on_move
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
-        self._last_activity_s = self._loop.time()
+        self._last_activity_s = self._answered_s = self._loop.time()
         self._busy_since_s = 0.0
         self._calls = Calls(gone=lambda: self.gone)
         self._turn_rewards: dict[Turn, float] = {}
@@ -121,6 +135,7 @@ class OpenSession:
         """An agent has taken it."""
         assert self.state is SessionState.WAITING
         self.is_offered = False
+        self.claimed_s = self._answered_s = self._loop.time()
         self._set(SessionState.OPEN)
 
     def end(self) -> None:
@@ -163,6 +178,11 @@ class OpenSession:
                 return "idle"
             await self._wait_changed(min(idle_s, end_s) - now_s)
         return ""
+
+    @property
+    def now_s(self) -> float:
+        """Time of its loop."""
+        return self._loop.time()
 
     @property
     def _is_busy(self) -> bool:
@@ -225,6 +245,21 @@ class OpenSession:
     def touch(self) -> None:
         """The idle time begins again. A refused request is no reason: its client may repeat it for ever."""
         self._last_activity_s = self._loop.time()
+
+    def hear(self) -> None:
+        """A request of its agent that is not to the model: it lives. Raises SessionGoneError."""
+        self.check_open()
+        if self.now_s - self._answered_s < self._heartbeat_limit_s:
+            self.num_heard += 1
+            self.touch()
+            self._changed.set()
+
+    @property
+    def problem(self) -> str:
+        """Why it is no sample if it ends now; empty if it is one."""
+        if not self.num_answers:
+            return "no request to the model was answered"
+        return "no reward was posted" if self._needs_reward and not self.has_rewards else ""
 
     def check_open(self) -> None:
         """Raises SessionGoneError unless requests are answered."""
@@ -293,6 +328,7 @@ class OpenSession:
                     self._on_move(Place.TOOL)
             self._changed.set()
         self.touch()
+        self._answered_s = self._last_activity_s
         self.num_answers += 1
         self.budget = None
         self._was_refused = False

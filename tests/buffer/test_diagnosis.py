@@ -74,6 +74,17 @@ def named(facts: JobFacts, **slow: str) -> list[tuple[str, On]]:
             ("rollout-0's environments", On.ENVIRONMENT),
         ),
         (
+            {"servers": (server(waits={"sessions: 64 wait for an agent (POST /sessions)": 30.0}),)},
+            ("rollout-0's agents", On.AGENT),
+        ),
+        (
+            {
+                "ranks": (rank(waits={"the evaluation": 30.0}),),
+                "servers": (server(waits={"sessions: 64 wait for an agent (POST /sessions)": 30.0}),),
+            },
+            ("rollout-0's agents", On.AGENT),
+        ),
+        (
             {"ranks": (rank(waits={"weights: rollout-1 to activate version 49": 26.0}),)},
             ("rollout-1", On.WEIGHTS),
         ),
@@ -127,6 +138,18 @@ def test_those_who_wait_for_a_stopped_process_are_not_named() -> None:
     assert named(replace(facts, servers=(server(), server("rollout-1", **FROZEN)))) == [
         ("rollout-1's engine", On.ENGINE)
     ]
+
+
+def test_agents_that_fail_are_named_with_the_sessions_that_wait() -> None:
+    waits = {
+        "sessions: 64 wait for an agent (POST /sessions)": 30.0,
+        "sessions: 12 in a row failed, of 10.0.0.1: no request": 2.0,
+    }
+    facts = replace(JOB, servers=(server(waits=waits),))
+    (cause,) = causes_of(facts, slow={}, late=(), limits=LIMITS)
+    assert cause.what == (
+        "64 wait for an agent (POST /sessions) for 30 s; 12 in a row failed, of 10.0.0.1: no request"
+    )
 
 
 def test_a_removed_server_stays_named() -> None:

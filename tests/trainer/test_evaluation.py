@@ -6,9 +6,12 @@ from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
+import pytest
 
 from areal_like.config import from_mapping
-from areal_like.wire.messages.evaluation import EvalResult, RequestEval
+from areal_like.config.evaluation import DEFAULT_SET
+from areal_like.errors import ArealError
+from areal_like.wire.messages.evaluation import EvalResult, RequestEval, SampleOutcome
 from trainer.evaluation import Evaluations
 
 
@@ -24,15 +27,15 @@ class Requests:
     def wait(self, future: Future[EvalResult], **limits: Any) -> EvalResult:
         return future.result(timeout=0)
 
-    def answer(self, step: int, eval_set: str) -> None:
+    def answer(self, step: int, eval_set: str, *, outcome: int = 0) -> None:
         self.futures[step, eval_set].set_result(
             EvalResult(
                 eval_id=step,
                 eval_set=eval_set,
                 num_samples=1,
-                rewards=np.ones(2),
-                tokens=np.ones(2, np.int32),
-                outcomes=np.zeros(2, np.uint8),
+                rewards=np.full(2, float(outcome == 0)),
+                tokens=np.full(2, int(outcome == 0), np.int32),
+                outcomes=np.full(2, outcome, np.uint8),
                 oldest_version=step,
                 newest_version=step,
                 oldest_step=step,
@@ -61,3 +64,17 @@ def test_a_slow_set_does_not_hold_up_the_others() -> None:
     assert evaluations.run(step=6, min_version=0) == 1.0
     order = [(row["step"], row["set"]) for row in rows]
     assert order == [(2, "fast"), (4, "fast"), (2, "slow"), (6, "fast"), (6, "slow")]
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_samples_that_no_agent_made_end_no_job(external: bool) -> None:
+    task = {"name": "external"} if external else {"name": "sort"}
+    requests = Requests()
+    evaluations = Evaluations(from_mapping({"task": task}), requests, on_row=lambda row: None)  # type: ignore[arg-type]
+    requests.futures[0, DEFAULT_SET] = Future()
+    requests.answer(0, DEFAULT_SET, outcome=SampleOutcome.MISSING)
+    if external:
+        assert evaluations.run(step=0, min_version=0) == 0.0
+    else:
+        with pytest.raises(ArealError, match="none of the 2 samples"):
+            evaluations.run(step=0, min_version=0)

@@ -50,8 +50,8 @@ _LEAVE_S = 2.0
 _POLL_S = 0.25
 """Interval at which a blocked training thread checks for a lost buffer or a requested stop."""
 _OUTSIDE = (
-    "; agents from outside make the samples: the servers' /status counts the sessions that wait for one. If "
-    "agents may stay away longer, raise trainer.fetch_timeout_s"
+    "; external agents make the samples: `areal-like why` counts the sessions that wait for one, and "
+    "names the agents that fail"
 )
 
 

@@ -20,6 +20,9 @@ from rollout_server.episodes.base import PolicyClient
 from rollout_server.rewards.pool import RewardPool
 from rollout_server.tasks.base import Example, Split
 
+NOT_WANTED = "its sample is not wanted any more: the job has ended, or another server makes it"
+"""What clients of the session of a cancelled lease are told."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleRequest:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from areal_like.errors import (
+    AgentLostError,
     ArealError,
     EngineError,
     EngineTimeoutError,
@@ -26,6 +27,7 @@ _KINDS: tuple[tuple[type[ArealError], FailureKind], ...] = (
     (EngineError, FailureKind.ENGINE),
     (RewardTimeoutError, FailureKind.REWARD_TIMEOUT),
     (RewardError, FailureKind.REWARD),
+    (AgentLostError, FailureKind.AGENT),
     (EpisodeError, FailureKind.ENVIRONMENT),
 )
 """Kinds of failures by exception; the first that fits."""

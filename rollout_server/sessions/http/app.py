@@ -23,7 +23,7 @@ from rollout_server.sessions.http.errors import ParamError, error_response, resp
 from rollout_server.sessions.http.token_routes import TokenRoutes
 
 _THERE = (
-    "there are chat/completions, completions, models, reward and end under /sessions/ID/v1, and "
+    "there are chat/completions, completions, models, reward, heartbeat and end under /sessions/ID/v1, and "
     "/sessions/ID/inference/v1/generate; not the Responses API, nor Anthropic's"
 )
 
@@ -61,19 +61,28 @@ def session_app(
         Route(f"{session}/v1/models", chat.models, methods=["GET"]),
         Route(f"{session}/v1/models/{{name:path}}", chat.model, methods=["GET"]),
         *(Route(f"{session}{v1}/reward", life.reward, methods=["POST"]) for v1 in ("", "/v1")),
+        *(Route(f"{session}{v1}/heartbeat", life.heartbeat, methods=["POST"]) for v1 in ("", "/v1")),
         *(Route(f"{session}{v1}/end", life.end, methods=["POST"]) for v1 in ("", "/v1")),
         Route("/sessions", claims.claim, methods=["POST"]),
         Route("/sessions", claims.counts, methods=["GET"]),
     ]
+
+    async def refused(request: Request, error: Exception) -> Response:
+        _, found, rest = request.url.path.partition("/sessions/")
+        id, has_route, route = rest.partition("/")
+        if found and has_route:
+            book.note_wrong_route(id, f"{request.method} /{route}")
+        return await _refused(request, error)
+
     app = Starlette(
-        routes=routes, exception_handlers={ArealError: _failed, HTTPException: _refused, Exception: _broken}
+        routes=routes, exception_handlers={ArealError: _failed, HTTPException: refused, Exception: _broken}
     )
     app.router.redirect_slashes = False  # a redirection has no format, and names the host as the client did
     return app
 
 
 class _LifeRoutes:
-    """Reward and end of a session. Both may be sent again."""
+    """Reward, heartbeat and end of a session. Each may be sent again."""
 
     def __init__(self, book: SessionBook) -> None:
         self._book = book
@@ -90,14 +99,23 @@ class _LifeRoutes:
             session.set_reward(float(value), completion_id=id)
         except (ValueError, OverflowError) as error:
             raise ParamError(str(error), param="completion_id" if id else "reward") from None
+        session.hear()
         return JSONResponse({"id": session.id, "reward": value})
+
+    async def heartbeat(self, request: Request) -> Response:
+        """The agent works on it, without the model."""
+        session = session_of(request, self._book)
+        parse_json(await request.body())
+        session.hear()
+        return JSONResponse({"id": session.id})
 
     async def end(self, request: Request) -> Response:
         """The sample is finished from what it has."""
         session = session_of(request, self._book)
         parse_json(await request.body())
+        problem = session.problem
         session.end()
-        return JSONResponse({"id": session.id, "ended": True})
+        return JSONResponse({"id": session.id, "ended": True, "problem": problem or None})
 
 
 async def _failed(request: Request, error: Exception) -> Response:

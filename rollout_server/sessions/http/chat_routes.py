@@ -36,12 +36,12 @@ class ChatRoutes:
 
     async def models(self, request: Request) -> Response:
         """/v1/models: the policy."""
-        session_of(request, self._book)
+        session_of(request, self._book).hear()
         return JSONResponse({"object": "list", "data": [self._described()]})
 
     async def model(self, request: Request) -> Response:
         """/v1/models/NAME: the policy, whatever the name is, as requests may have any."""
-        session_of(request, self._book)
+        session_of(request, self._book).hear()
         return JSONResponse({**self._described(), "id": request.path_params["name"]})
 
     async def complete(self, request: Request) -> CallResponse:

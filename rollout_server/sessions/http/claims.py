@@ -9,7 +9,9 @@ A client may wait for a session. Those that wait are served in the order of thei
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
+import math
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
@@ -18,13 +20,16 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from rollout_server.engine.http.bodies import number
+from areal_like.http.access import bearer_token
+from rollout_server.engine.http.bodies import number, text
 from rollout_server.sessions.book import SessionBook
+from rollout_server.sessions.claimants import Claimant
 from rollout_server.sessions.http.answering import disconnected, drained, parse_json
-from rollout_server.sessions.http.errors import error_response
+from rollout_server.sessions.http.errors import ParamError, error_response
 from rollout_server.sessions.open_session import OpenSession, SessionState
 
 MAX_WAIT_S = 30.0
+MAX_NAME_CHARS = 100
 MAX_WAITING = 1024
 """Clients that may wait at the same time."""
 RETRY_AFTER_S = 5
@@ -58,6 +63,9 @@ class ClaimRoutes:
         """POST /sessions."""
         body = parse_json(await request.body())
         wait_s = number(body, "wait_s", 0.0, low=0.0, high=MAX_WAIT_S)
+        claimant = _claimant(request, body)
+        if (held := self._held(claimant)) is not None:
+            return held
         session = self._book.offer() if not self._waiting else None
         if session is None and wait_s and not self._book.is_closed:
             if len(self._waiting) >= MAX_WAITING:
@@ -69,11 +77,25 @@ class ClaimRoutes:
                 if self._book.is_closed
                 else "no session waits for an agent: all samples that the job needs now are being made"
             )
+        if (held := self._held(claimant)) is not None:  # its other sessions have failed while it waited
+            self._book.take_back(session)
+            return held
+        session.claimant = claimant
         try:
             return _Claimed(session, self._described(request, session), book=self._book)
         except BaseException:
             self._book.take_back(session)
             raise
+
+    def _held(self, claimant: Claimant) -> Response | None:
+        """The refusal of a claimant whose sessions fail; None if it may have one."""
+        hold = self._book.claimants.hold(claimant, now_s=asyncio.get_running_loop().time())
+        if hold is None:
+            return None
+        if hold.is_refused:
+            return error_response(403, hold.reason, code="agent_refused")
+        headers = {"retry-after": str(math.ceil(hold.wait_s))}
+        return error_response(429, hold.reason, code="agent_slowed", headers=headers)
 
     def _wake(self) -> None:
         while self._waiting:
@@ -167,6 +189,18 @@ class _Claimed:
             self._book.take_back(self._session)
         if is_sent:
             await send({"type": "http.response.body", "body": b""})
+
+
+def _claimant(request: Request, body: Mapping[str, Any]) -> Claimant:
+    token = bearer_token(request.scope["headers"])
+    name = "" if body.get("name") is None else text(body, "name")
+    if len(name) > MAX_NAME_CHARS:
+        raise ParamError(f"name may have at most {MAX_NAME_CHARS} characters", param="name")
+    return Claimant(
+        address=request.client.host if request.client is not None else "",
+        token=hashlib.sha256(token.encode()).hexdigest()[:16] if token else "",
+        name=name,
+    )
 
 
 def _none(message: str) -> Response:

@@ -89,7 +89,10 @@ class SessionRules:
         key = self._book.key_of(id)
         is_key = hmac.compare_digest(token.encode(), (key or _NO_KEY).encode())
         if not (is_key and key):
-            wanted = "this needs the api_key of this session: Authorization: Bearer API_KEY"
+            wanted = (
+                "no session of this server has this id and this key: send the api_key of the session "
+                "(Authorization: Bearer API_KEY). If you do, the server was started again: claim another"
+            )
             if self._role_of is not None and self._role_of(token) is not None:
                 wanted += "; a token of the job opens no session"
             return Refusal(401, Reason.TOKEN, wanted)

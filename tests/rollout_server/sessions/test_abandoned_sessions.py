@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from dataclasses import dataclass, field
 
 import pytest
 
 from areal_like.config import from_mapping
+from areal_like.errors import AgentLostError
 from areal_like.failures import FailureKind
 from areal_like.wire.messages.producer import Lease, Purpose, SampleDone, SampleFailed
 from rollout_server.buffer_client.held_leases import SampleResult
 from rollout_server.episodes.base import SingleTurn
-from rollout_server.episodes.lease_runner import LeaseRunner
+from rollout_server.episodes.lease_runner import AgentTries, LeaseRunner
 from rollout_server.inference.generation_gate import GenerationGate
 from rollout_server.sessions.book import SessionBook
+from rollout_server.sessions.claimants import LONGEST_WAIT_S, Claimant
 from rollout_server.sessions.maker import Sessions
 from rollout_server.sessions.open_session import OpenSession
 from rollout_server.tasks.base import make_task
@@ -111,8 +114,60 @@ def test_a_sample_that_each_agent_abandons_fails() -> None:
         ids = [(await job.claimed()).id for _ in range(1 + MAX_RETRIES)]
         assert ids == ["7-0-1", "7-0-1-2", "7-0-1-3"]
         result = await job.result()
-        assert isinstance(result, SampleFailed) and result.kind is FailureKind.ENVIRONMENT
+        assert isinstance(result, SampleFailed) and result.kind is FailureKind.AGENT
         assert "no request" in result.error and not len(job.book)
         await runner.close()
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("kind", "problem"),
+    [
+        ("ends", "the agent has made no request to the model"),
+        ("other_api", "the agent has made no request to the model (POST /v1/responses is not served"),
+        ("no_reward", "its agent has ended it without a reward"),
+    ],
+)
+def test_broken_agents_use_up_no_sample(kind: str, problem: str) -> None:
+    """Its failures behind the first are the agent's: the sample waits for another one."""
+
+    async def run() -> None:
+        job = Job()
+        runner = job.start()
+        broken, healthy = Claimant(address="1.2.3.4", name="a"), Claimant(address="1.2.3.4", name="b")
+        for _ in range(MAX_RETRIES + 3):
+            session = await job.claimed()
+            session.claimant = broken
+            if kind == "other_api":
+                job.book.note_wrong_route(session.id, "POST /v1/responses")
+            if kind == "no_reward":
+                await session.answer([{"role": "user", "content": "go"}])
+            session.end()
+        session = await job.claimed()
+        troubles = job.book.claimants.troubles(now_s=session.now_s)
+        assert troubles and all(problem in trouble for trouble in troubles)
+        assert job.book.claimants.hold(healthy, now_s=session.now_s + LONGEST_WAIT_S) is None
+        session.claimant = healthy
+        call = session.begin(
+            b"", lambda: session.answer([{"role": "user", "content": "go"}]), is_repetition=False
+        )
+        await call.answer()
+        call.is_delivered = True
+        session.set_reward(1.0)
+        session.end()
+        assert isinstance(await job.result(), SampleDone)
+        assert job.book.claimants.hold(healthy, now_s=session.now_s) is None
+        await runner.close()
+
+    asyncio.run(run())
+
+
+def test_a_sample_that_no_agent_can_make_fails() -> None:
+    def num_tries(*are_of_sample: bool) -> int:
+        tries = AgentTries(1 + MAX_RETRIES)
+        errors = (AgentLostError("no request", is_of_sample=is_of_sample) for is_of_sample in are_of_sample)
+        return 1 + sum(1 for _ in itertools.takewhile(tries.goes_on, errors))
+
+    assert num_tries(*[True] * 99) == 1 + MAX_RETRIES
+    assert num_tries(True, *[False] * 99) == 4 * (1 + MAX_RETRIES), "with one agent it may be the sample"

@@ -240,6 +240,32 @@ def test_limits_of_a_session() -> None:
     moved_clock.run(body())
 
 
+def test_heartbeats_keep_a_session_for_a_while() -> None:
+    async def body() -> None:
+        session = make()
+        session._heartbeat_limit_s = 100.0
+        book = SessionBook()
+        book.add(session)
+        ended = asyncio.create_task(session.wait_ended(idle_timeout_s=50.0, deadline_s=lambda: None))
+        for age_s in (40.0, 80.0, 120.0):  # a long tool; the clock is moved by moving the past
+            before = book.progress
+            session._last_activity_s -= 40.0
+            session._answered_s -= 40.0
+            session._changed.set()
+            await asyncio.sleep(0)
+            assert not ended.done()
+            session.hear()
+            assert (book.progress != before) == (age_s < 100.0)
+        session._last_activity_s -= 40.0
+        session._changed.set()
+        assert await ended == "idle", "the last one was too late to count"
+        session.end()
+        with pytest.raises(SessionGoneError):
+            session.hear()
+
+    run(body())
+
+
 def test_an_engine_failure_ends_the_session() -> None:
     async def body() -> None:
         async def fail(text: str) -> FinishReason:
@@ -321,6 +347,14 @@ def test_answers_are_progress_of_the_server() -> None:
         assert stats._num_changes(now_s=1.0) == before
         await delivered(session, "a")
         assert stats._num_changes(now_s=2.0) == before + 1
+        # A job waits for its agents as long as they stay away.
+        book.remove(session)
+        changes = stats._num_changes(now_s=3.0)
+        book.add(make(id="waiting", is_waiting=True))
+        assert changes < stats._num_changes(now_s=4.0) < stats._num_changes(now_s=5.0)
+        assert book.claim() is not None
+        changes = stats._num_changes(now_s=6.0)
+        assert stats._num_changes(now_s=7.0) == changes, "an agent has it, and its limits count"
 
     run(body())
 
@@ -333,8 +367,8 @@ def test_the_book_says_what_sessions_wait_for() -> None:
             book.add(session)
             session._last_activity_s -= 5
         assert list(book.waits()) == [
-            "2 sessions wait for an agent (POST /sessions)",
-            "session 7-0-3 of 1 open: the next request of its agent",
+            "sessions: 2 wait for an agent (POST /sessions)",
+            "sessions: the next request to 7-0-3, of 1 open",
         ]
         assert book.claim() is sessions[1], "in the order of the leases"
         book.remove(sessions[0], Outcome.IDLE)

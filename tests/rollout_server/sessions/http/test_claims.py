@@ -7,6 +7,8 @@ import dataclasses
 import http.client
 import json
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,10 +20,13 @@ import pytest
 from areal_like.agents import client
 from areal_like.agents.client import ClaimedSession, claim
 from areal_like.errors import SessionGoneError, UserError
+from rollout_server.sessions.book import Outcome
+from rollout_server.sessions.claimants import LONGEST_WAIT_S, NUM_FREE, NUM_REFUSED, Claimant
 from rollout_server.sessions.http import claims
 from rollout_server.sessions.open_session import SessionState
 from rollout_server.tasks.base import Example
 from tests.support.certificates import make_certificate
+from tests.support.launching import ROOT
 from tests.support.session_plane import PlaneServer
 from tests.support.session_server import SessionServer
 from tests.support.waiting import HANG_LIMIT_S
@@ -64,6 +69,8 @@ def test_a_session_is_claimed_and_used(server: SessionServer) -> None:
         claimed.reward(1e300)
     with pytest.raises(UserError, match="names no completion"):
         claimed.reward(1.0, completion_id="chatcmpl-1")
+    ask = {"messages": [{"role": "user", "content": "2+2"}]}
+    claimed._post("chat/completions", ask)
     assert claimed.end() and session.state is SessionState.ENDED
     server.call(lambda: server.book.remove(session))
     assert not claimed.end()
@@ -233,6 +240,65 @@ def test_the_end_of_a_server_answers_those_that_wait(
         assert "the server is ending" in answer["error"]["message"]
 
 
+def test_a_broken_agent_is_slowed_and_refused(server: SessionServer) -> None:
+    def fail() -> tuple[int, http.client.HTTPMessage, Any]:
+        answer = posted(server, {"name": "broken"})
+        if answer[0] == 200:
+            session = next(one for one in server.sessions if one.id == answer[2]["id"])
+            server.wait(lambda: session.state is SessionState.OPEN)
+            server.call(lambda: server.book.remove(session, Outcome.FAILED, "no request to the model"))
+        return answer
+
+    def pass_time() -> None:
+        for record in server.book.claimants._records.values():
+            record.until_s -= LONGEST_WAIT_S
+
+    for _ in range(NUM_REFUSED + 2):
+        server.add(example=EXAMPLE)
+    assert [fail()[0] for _ in range(NUM_FREE + 2)] == [200] * (NUM_FREE + 1) + [429]
+    status, headers, answer = fail()
+    assert (status, answer["error"]["code"]) == (429, "agent_slowed")
+    assert 1 <= int(headers["Retry-After"]) <= LONGEST_WAIT_S and "no request to the model" in str(answer)
+    for _ in range(NUM_REFUSED - NUM_FREE - 1):
+        server.call(pass_time)
+        assert fail()[0] == 200
+    status, _, answer = fail()
+    assert (status, answer["error"]["code"]) == (403, "agent_refused")
+    with pytest.raises(UserError, match="12 sessions in a row of the agents 'broken' at 127"):
+        claim(server.url, name="broken")
+    healthy = Claimant(address="127.0.0.1", name="healthy")
+    server.call(lambda: server.book.claimants.deliver(healthy))
+    assert claim(server.url, name="healthy") is not None
+    assert posted(server, {"name": "x" * 101})[0] == posted(server, {"name": 1})[0] == 400
+
+
+def test_requests_that_are_not_to_the_model(server: SessionServer) -> None:
+    session = server.add(example=EXAMPLE)
+    claimed = claim(server.url)
+    assert claimed is not None
+    for route in ("responses", "messages", "nonsense/x"):
+        with pytest.raises(UserError, match="404"):
+            claimed._post(route, {})
+    assert session.refused_route == "POST /v1/nonsense/x"
+    assert server.book.num_wrong_routes == {"responses": 1, "messages": 1, "other": 1}
+    before = session.num_heard
+    claimed.heartbeat()
+    claimed.reward(1.0)
+    assert session.num_heard == before + 2
+    assert not claimed.end(), "there is no turn, so no sample"
+
+
+def test_the_client_needs_only_the_standard_library() -> None:
+    """It is copied to machines of agents, without torch and without this package's other files."""
+    code = "import sys, areal_like.agents.client; print(*sys.modules)"
+    alone = subprocess.run(
+        [sys.executable, "-S", "-c", code], env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert alone.returncode == 0, alone.stderr
+    own = {name for name in alone.stdout.split() if name.startswith("areal_like")}
+    assert own == {"areal_like", "areal_like.errors", "areal_like.agents", "areal_like.agents.client"}
+
+
 def test_sessions_are_counted(server: SessionServer) -> None:
     server.add()
     server.add(example=EXAMPLE)
@@ -249,7 +315,7 @@ def test_a_restarted_server_does_not_know_it() -> None:
         assert claimed is not None
         other = dataclasses.replace(claimed, base_url=claimed.base_url.replace("/0-0-0/", "/7-0-0/"))
         assert not other.end()
-        with pytest.raises(SessionGoneError, match="api_key of this session"):
+        with pytest.raises(SessionGoneError, match="claim another"):
             other.reward(1.0)
         claimed.reward(1.0)
 

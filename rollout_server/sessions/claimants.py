@@ -1,0 +1,158 @@
+"""Who claims sessions, and how their sessions end: who fails again and again gets fewer, and then none. Pure.
+
+    GOOD -> sessions fail -> SLOWED: waits 1, 2, 4, ... s for the next -> REFUSED for ten minutes -> a try
+      ^                        |                                                                      |
+      +---- a good sample -----+----------------------------------------------------------------------+
+
+A broken agent costs little each time, and can claim thousands of times a minute: without this it would have
+most sessions, and the healthy ones few. A claimant is an address, a token and the name that it gives itself
+(the client of this project names its process). Names cost nothing, so those that have not delivered a sample
+yet are slowed together, by address; one that has is judged by its own sessions only, and agents of the same
+machine that work go on beside one that does not.
+
+Sessions that fail at the same time have one cause, as when a machine with a hundred of them dies. So a
+session counts only if it was claimed after the failure before. And the first failure after a good sample is
+the sample's: it may be one that no agent can make. Those that follow are the claimant's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from dataclasses import dataclass
+
+NUM_FREE = 3
+"""Failures in a row after which the next session comes at once."""
+FIRST_WAIT_S = 1.0
+LONGEST_WAIT_S = 60.0
+NUM_REFUSED = 12
+"""Failures in a row after which a claimant is refused."""
+REFUSED_S = 600.0
+"""For so long; then it gets one more."""
+MAX_REMEMBERED = 4096
+_MAX_NAME_CHARS = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claimant:
+    """Who claims."""
+
+    address: str
+    token: str = ""
+    """A digest of it."""
+    name: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name[:_MAX_NAME_CHARS]!r} at {self.address}" if self.name else self.address
+
+    @property
+    def newcomers(self) -> Claimant:
+        """All of its address that have not delivered a sample yet."""
+        return Claimant(address=self.address)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hold:
+    """Why a claimant gets no session now."""
+
+    wait_s: float
+    reason: str
+    is_refused: bool
+
+
+@dataclass(kw_only=True)
+class _Record:
+    row: int = 0
+    """Sessions in a row that have failed."""
+    failed_s: float = -math.inf
+    """When the last of them has."""
+    until_s: float = -math.inf
+    """No session before."""
+    error: str = ""
+    has_delivered: bool = False
+
+    def fail(self, error: str, *, claimed_s: float, now_s: float) -> None:
+        self.error = error
+        if claimed_s < self.failed_s:  # of the same burst
+            return
+        self.row += 1
+        self.failed_s = now_s
+        wait_s = 0.0
+        if self.row > NUM_FREE:
+            wait_s = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2.0 ** min(self.row - NUM_FREE - 1, 10))
+        self.until_s = now_s + wait_s
+
+    def succeed(self) -> None:
+        self.row, self.until_s, self.has_delivered = 0, -math.inf, True
+
+
+class Claimants:
+    """All of one server. `now_s`: seconds on any monotonic clock."""
+
+    def __init__(self) -> None:
+        self._records: OrderedDict[Claimant, _Record] = OrderedDict()
+        """The one that was used last is last; the others are forgotten when there are many."""
+        self.num_failures = 0
+        """Sessions that agents have not brought to a sample."""
+        self.num_slowed = 0
+        """Claims that were answered with a time to wait."""
+        self.num_refused = 0
+        """Claims that were refused."""
+
+    def hold(self, claimant: Claimant, *, now_s: float) -> Hold | None:
+        """Why it gets no session now; None if it may have one."""
+        own = self._records.get(claimant)
+        if own is not None and claimant.name and own.row >= NUM_REFUSED:
+            until_s = own.failed_s + REFUSED_S
+            if now_s < until_s:
+                self.num_refused += 1
+                return self._hold(claimant, own, until_s - now_s, is_refused=True)
+        judge = self._judge(claimant)
+        record = self._records.get(judge)
+        if record is None or record.until_s <= now_s:
+            return None
+        self.num_slowed += 1
+        return self._hold(judge, record, record.until_s - now_s, is_refused=False)
+
+    def fail(self, claimant: Claimant, error: str, *, claimed_s: float, now_s: float) -> bool:
+        """Its session has failed. True if that is the sample's failure: the claimant was good before."""
+        self.num_failures += 1
+        was_good = self._record(self._judge(claimant)).row == 0
+        for one in {claimant, self._judge(claimant)}:
+            self._record(one).fail(error, claimed_s=claimed_s, now_s=now_s)
+        return was_good
+
+    def deliver(self, claimant: Claimant) -> None:
+        """Its session has become a sample."""
+        self._record(self._judge(claimant)).succeed()
+        self._record(claimant).succeed()
+
+    def troubles(self, *, now_s: float) -> dict[str, float]:
+        """What is wrong with those that are slowed or refused -> seconds since their last failure."""
+        found = {}
+        for claimant, record in self._records.items():
+            if record.row > NUM_FREE:
+                found[f"{record.row} in a row failed, of {claimant}: {record.error}"] = (
+                    now_s - record.failed_s
+                )
+        return found
+
+    def _judge(self, claimant: Claimant) -> Claimant:
+        """Whose record says how long it waits."""
+        own = self._records.get(claimant)
+        is_known = own is not None and own.has_delivered and claimant.name
+        return claimant if is_known else claimant.newcomers
+
+    def _record(self, claimant: Claimant) -> _Record:
+        record = self._records.setdefault(claimant, _Record())
+        self._records.move_to_end(claimant)
+        if len(self._records) > MAX_REMEMBERED:
+            self._records.popitem(last=False)
+        return record
+
+    def _hold(self, claimant: Claimant, record: _Record, wait_s: float, *, is_refused: bool) -> Hold:
+        reason = (
+            f"{record.row} sessions in a row of the agents {claimant} have failed "
+            f"(the last: {record.error}): no session for {max(1, math.ceil(wait_s))} s"
+        )
+        return Hold(wait_s=wait_s, reason=reason, is_refused=is_refused)
