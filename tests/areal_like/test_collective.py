@@ -18,6 +18,7 @@ import torch
 
 from areal_like.errors import WeightSyncError
 from areal_like.weights.collective import WeightGroup
+from tests.support import warm_start
 
 NUM_BYTES = 1 << 16
 
@@ -63,7 +64,7 @@ dist.destroy_process_group(group)
 
 @contextmanager
 def receiver(code: str, *args: object) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
+    process = warm_start.Popen(
         [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -129,7 +129,7 @@ def attacked_job(
     """Starts a job. At the end it must drain, and its books must be whole."""
     run = directory / "runs" / "x"
     with launcher(
-        *_SETTINGS, f"runs_dir={directory}/runs", *settings, cwd=directory, environment=cache
+        *_SETTINGS, f"runs_dir={directory}/runs", *settings, cwd=directory, environment=cache, is_forked=False
     ) as process:
         job = AttackedJob(run, process, keys=keys)
         yield job

@@ -64,6 +64,13 @@ def buffer(tmp_path: Path) -> Iterator[BufferProcess]:
         yield process
 
 
+@pytest.fixture
+def plain_buffer(tmp_path: Path) -> Iterator[BufferProcess]:
+    """A buffer that shares no memory, for a test of its size."""
+    with running_buffer(tmp_path, is_forked=False) as process:
+        yield process
+
+
 def beat(
     *, free: int, leases: list[Lease] | None = None, state: ServerState = ServerState.SERVING
 ) -> ServerHeartbeat:
@@ -170,7 +177,8 @@ def test_leases_of_a_killed_producer_go_to_the_other(buffer: BufferProcess) -> N
     assert [peer["name"] for peer in buffer.status()["peers"] if peer["role"] == "rollout"] == ["rollout-1"]
 
 
-def test_garbage_is_counted_and_changes_nothing(buffer: BufferProcess) -> None:
+def test_garbage_is_counted_and_changes_nothing(plain_buffer: BufferProcess) -> None:
+    buffer = plain_buffer
     rng = random.Random(0)
     good = encode(trainer_hello(buffer.config), rid=1)
     sample = encode(Samples(samples=[SampleDone(lease_id=1, record=Record.of(1, 0, trajectory([0])))]))

@@ -65,7 +65,7 @@ class ChaosJob:
 
     def __init__(self, config: Config, *, faults: Faults, seed: int, stack: ExitStack) -> None:
         self._stack = stack
-        self.buffer = BufferProcess(config)
+        self.buffer = BufferProcess(config, is_forked=False)
         stack.callback(lambda: self.buffer.close())
         self.proxy = stack.enter_context(
             FaultProxy(lambda: self.buffer.address.removeprefix("tcp://"), faults=faults, seed=seed)
@@ -81,7 +81,7 @@ class ChaosJob:
         self.buffer.close()
         # The endpoint file of the killed process would be taken for the new one's.
         (self.buffer.paths.endpoints / "buffer.json").unlink(missing_ok=True)
-        self.buffer = BufferProcess(self.buffer.config)
+        self.buffer = BufferProcess(self.buffer.config, is_forked=False)
 
     def produce(
         self, name: str, *, capacity: int = 32, sample_s: float = 0.002, num_tokens: int = 64

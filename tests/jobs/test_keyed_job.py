@@ -17,6 +17,7 @@ from areal_like.security.administration import add_key, revoke_key
 from areal_like.security.keys import KeyRole
 from areal_like.wire.messages.weights import AskAlive
 from launch.cli import main as areal_like
+from tests.support import warm_start
 from tests.support.keys import keyed_link, keyring, keys_of_machine, new_keys
 from tests.support.launching import ROOT, TEST_LIMIT_S, finish, launcher, num_steps_done, wait_until
 
@@ -72,7 +73,7 @@ def test_a_keyed_job_with_renewed_and_revoked_keys(tmp_path: Path, cache: dict[s
             wait(lambda: num_steps_done(run) >= goal, f"step {goal}")
 
         wait(lambda: num_steps_done(run) > 2, "steps")
-        joined = subprocess.Popen(
+        joined = warm_start.Popen(
             [
                 *(sys.executable, "-m", "launch", "rollout", "x", "--join", "--name", "joined"),
                 *(f"security.keys={machine}", "security.identity=gpu-7"),
@@ -112,7 +113,7 @@ def test_a_keyed_job_with_renewed_and_revoked_keys(tmp_path: Path, cache: dict[s
             assert joined.stderr is not None
             joined.stderr.close()
     assert code == 0
-    audit = subprocess.run(
+    audit = warm_start.run(
         [sys.executable, "-m", "launch", "audit", "x"],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)},

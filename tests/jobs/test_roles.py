@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from launch.local_job.child import RUN_MARKER
+from tests.support import warm_start
 from tests.support.launching import (
     ROOT,
     TEST_LIMIT_S,
@@ -54,7 +55,7 @@ def start(tmp_path: Path, cache: dict[str, str]) -> Iterator[Callable[..., subpr
         given = {word.partition("=")[0] for word in command}
         others = [setting for setting in settings if setting.partition("=")[0] not in given]
         started.append(
-            subprocess.Popen([sys.executable, "-m", *command, *others], cwd=tmp_path, env=environment)
+            warm_start.Popen([sys.executable, "-m", *command, *others], cwd=tmp_path, env=environment)
         )
         return started[-1]
 

@@ -17,6 +17,7 @@ from launch.audit.run import audit_run
 from launch.cli import main
 from launch.observation.http_json import fetch_json
 from launch.run_directory.rundir import is_over
+from tests.support import warm_start
 from tests.support.launching import (
     ROOT,
     TEST_LIMIT_S,
@@ -43,7 +44,7 @@ SMALL = (
 
 def command(*args: str, cwd: Path) -> subprocess.Popen[str]:
     """Starts `areal-like ARGS` in another shell."""
-    return subprocess.Popen(
+    return warm_start.Popen(
         [sys.executable, "-m", "launch", *args],
         cwd=cwd,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},

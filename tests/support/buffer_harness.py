@@ -26,6 +26,7 @@ from areal_like.wire.fingerprint import dataset_fingerprint
 from areal_like.wire.messages.consumer import CompleteStep, Directory, Fetch, Group, StartTraining
 from areal_like.wire.messages.hello import AreYouAlive, Hello, Role, StillAlive
 from areal_like.wire.messages.producer import SampleAck, SampleAcks
+from tests.support import warm_start
 from tests.support.waiting import HANG_LIMIT_S
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,8 +56,12 @@ class BufferProcess:
         name: str = "buffer",
         wait: bool = True,
         settings_file: Path | None = None,
+        is_forked: bool = True,
     ) -> None:
-        """`settings_file`: where its configuration is written, instead of into the run's directory."""
+        """`settings_file`: where its configuration is written, instead of into the run's directory.
+
+        `is_forked`: see warm_start.py. A fork shares memory, so tests of its size start it as a user does.
+        """
         self.config = config
         self._name = name
         self.paths = RunPaths.of(config)
@@ -64,7 +69,8 @@ class BufferProcess:
         save_config(config, settings_file)
         # A killed buffer leaves its endpoint behind.
         (self.paths.endpoints / f"{name}.json").unlink(missing_ok=True)
-        self.process = subprocess.Popen(
+        start = warm_start.Popen if is_forked else subprocess.Popen
+        self.process = start(
             [sys.executable, "-m", "buffer", "--config", str(settings_file), "--name", name, *settings],
             env=os.environ | {"PYTHONPATH": str(ROOT)},
             stderr=subprocess.PIPE,
@@ -83,7 +89,7 @@ class BufferProcess:
 
     def produce(self, name: str, *, capacity: int = 8, sample_s: float = 0.01) -> subprocess.Popen[bytes]:
         """Starts a fake producer."""
-        process = subprocess.Popen(
+        process = warm_start.Popen(
             [
                 sys.executable,
                 "-m",
@@ -141,9 +147,9 @@ class BufferProcess:
 
 
 @contextmanager
-def running_buffer(directory: Path, **overrides: Any) -> Iterator[BufferProcess]:
+def running_buffer(directory: Path, *, is_forked: bool = True, **overrides: Any) -> Iterator[BufferProcess]:
     """A ready buffer; it and its producers are killed at the end."""
-    buffer = BufferProcess(job(directory, **overrides))
+    buffer = BufferProcess(job(directory, **overrides), is_forked=is_forked)
     try:
         yield buffer
     finally:

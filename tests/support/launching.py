@@ -62,7 +62,7 @@ def areal_like(
     *words: str, cwd: Path, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Runs `areal-like WORDS`, as a user would in another shell, and waits for its end."""
-    return subprocess.run(
+    return warm_start.run(
         [sys.executable, "-m", "launch", *words],
         cwd=cwd,
         env=_ENVIRONMENT | {"PYTHONPATH": str(ROOT)} | (environment or {}),

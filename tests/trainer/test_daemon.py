@@ -23,6 +23,7 @@ from areal_like.wire.channel import Envelope, Listener
 from areal_like.wire.messages.consumer import CompleteStep, TrainerHeartbeat
 from areal_like.wire.messages.hello import Goodbye, Hello, Ok, Welcome
 from areal_like.wire.messages.producer import HeartbeatAck
+from tests.support import warm_start
 from tests.support.buffer_harness import ROOT, BufferProcess, job
 from tests.support.trainer_helpers import write_model
 from tests.support.trainer_ranks import make_runner
@@ -37,7 +38,7 @@ from trainer.distributed.ranks import Ranks
 @contextlib.contextmanager
 def trainer(buffer: BufferProcess, *settings: str) -> Iterator["subprocess.Popen[str]"]:
     port = buffer.address.rpartition(":")[2]
-    process = subprocess.Popen(
+    process = warm_start.Popen(
         [
             sys.executable,
             "-m",

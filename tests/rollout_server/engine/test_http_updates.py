@@ -15,6 +15,7 @@ import torch
 from areal_like.errors import EngineError
 from areal_like.weights.buckets import checksum, cut_buckets, flatten, spec_of
 from tests.support import engine_conformance as conformance
+from tests.support import warm_start
 from tests.support.engine_harness import (
     Engine,
     Models,
@@ -129,7 +130,7 @@ sys.stdin.readline()
 
 def test_sender_killed_in_mid_broadcast_keeps_old_weights(engine: Engine, models: Models) -> None:
     async def body() -> None:
-        sender = subprocess.Popen(
+        sender = warm_start.Popen(
             [sys.executable, "-c", SENDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         assert sender.stdout is not None

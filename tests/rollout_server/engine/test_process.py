@@ -20,6 +20,7 @@ from areal_like.wire.sockets import bound_socket
 from rollout_server.inference.client import EngineClient
 from rollout_server.inference.supervisor import EngineSupervisor
 from tests.support import engine_conformance as conformance
+from tests.support import warm_start
 from tests.support.engine_harness import API_KEY, Models, engine_process, key_file, sample
 
 PROMPT = conformance.PROMPT
@@ -156,6 +157,6 @@ def test_wrong_option_gives_one_message_and_exit_2(
         str(key_file(tmp_path)),
         *(str(models[0]) if a == "MODEL" else a for a in arguments),
     ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = warm_start.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr

@@ -22,6 +22,7 @@ from areal_like.wire.messages.weights import (
     PushWeights,
     WeightsOk,
 )
+from tests.support import warm_start
 from tests.support.launching import ROOT
 from tests.support.snapshots import Held
 from trainer.weight_sync.broadcaster import Broadcaster
@@ -53,7 +54,7 @@ class WideServer:
         self.name, self.num_ranks = name, num_ranks
         self.group_ranks: list[int] = []
         self.ranks = [
-            subprocess.Popen(
+            warm_start.Popen(
                 [sys.executable, "-c", RANK],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from areal_like.config import Config, RolloutConfig, SglangConfig, TrainerConfig
 from areal_like.errors import ArealError, ConfigError
 from areal_like.paths import RunPaths
+from tests.support import warm_start
 from tests.support.buffer_harness import ROOT
 from trainer.distributed.connections import interface_towards
 from trainer.distributed.meeting import Meeting, meet
@@ -98,7 +99,7 @@ def test_a_failed_block_keeps_its_phase() -> None:
 def test_the_other_ranks_name_the_one_that_failed(tmp_path: Path, how: str) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.support.lost_rank", str(tmp_path), "3", how]
-    subprocess.run(command, env=environment, check=True, capture_output=True)
+    warm_start.run(command, env=environment, check=True, capture_output=True)
     assert (tmp_path / "codes").read_text() == "1 1"
     for rank in (0, 1):
         last = (tmp_path / f"rank-{rank}.log").read_text().splitlines()[-1]
