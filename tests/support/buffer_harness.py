@@ -125,6 +125,13 @@ class BufferProcess:
             time.sleep(0.05)
         return status
 
+    def wait_series(self, line: str) -> None:
+        """Waits until /metrics, which follows the ledger a heartbeat later, has this line."""
+        deadline_s = time.monotonic() + HANG_LIMIT_S
+        while line not in (metrics := self.get("/metrics")).splitlines():
+            assert time.monotonic() < deadline_s, metrics
+            time.sleep(0.05)
+
     def rss_bytes(self) -> int:
         """Resident memory of the process, in bytes."""
         pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
