@@ -104,7 +104,7 @@ time.sleep(600)
 """
 
 
-def test_processes_and_nurseries_end_with_those_that_started_them(tmp_path: Path) -> None:
+def test_forks_and_nurseries_end_with_their_parent(tmp_path: Path) -> None:
     (tmp_path / "launch").mkdir()  # a program of this name may have children, and this one comes first
     (tmp_path / "launch" / "__init__.py").touch()
     (tmp_path / "launch" / "__main__.py").write_text(PARENT)
