@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 
 from areal_like.errors import ConfigError, DiskFullError
 from areal_like.paths import checkpoint_name, find_checkpoints
-from areal_like.weights.snapshots_on_disk import STATE_FILE
+from areal_like.weights.snapshots_on_disk import FORMAT, OLD_FORMAT, STATE_FILE
 from trainer.advantages.critic import Critic
 from trainer.checkpoint_files import remove_rolled_back, set_aside, write_directory
 from trainer.checkpoints.hf_files import MAX_FILE_BYTES
@@ -44,10 +44,6 @@ from trainer.optimizer import ShardedAdamW
 from trainer.step.proximal import ProximalPolicy
 
 log = logging.getLogger(__name__)
-
-FORMAT = 2
-OLD_FORMAT = 1
-"""Of the release before: whole tensors in one file for the weights and one for the moments."""
 
 
 class Checkpoints:

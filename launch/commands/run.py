@@ -20,6 +20,7 @@ from areal_like.runtime.signals import handle_log_signals, request_reopen
 from launch.commands.parser import Parser, add_settings
 from launch.commands.stop_signals import StopSignals
 from launch.local_job.job import LocalJob
+from launch.run_directory.dry_run import described
 from launch.run_directory.kept_settings import left_out
 from launch.run_directory.open_run import open_run
 from launch.view.lasting import LastingView, output_may_be_gone
@@ -37,17 +38,28 @@ def add_arguments(parser: Parser) -> None:
         "run",
         "run name=mine model=smollm2 task=adding trainer.num_steps=200",
         "run name=mine resume=latest",
+        "run name=mine resume=latest trainer.lr=1e-5 --dry-run",
         "run --config runs/mine/config.yaml name=again seed=1",
     )
     parser.add_argument("-h", "--help", action=_ShowSettings, nargs=0, help="this, and the main settings")
     parser.add_argument("--help-all", action=_ShowSettings, nargs=0, help="this, and all settings")
     add_config_option(parser)
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say which directory and settings the run would have, and whether a checkpoint accepts them; "
+        "nothing is written or started",
+    )
     add_settings(parser)
 
 
 def main(args: argparse.Namespace) -> int:
     """Runs the job to its end; returns its exit code. Raises ConfigError before any process was started."""
     config = [] if args.config is None else ["--config", args.config]
+    if args.dry_run:
+        for line in described(open_run([*config, *args.settings], is_dry=True)):
+            sys.stdout.write(f"{line}\n")
+        return 0
     return run_local([*config, *args.settings])
 
 

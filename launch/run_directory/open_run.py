@@ -27,6 +27,7 @@ from launch.run_directory.rundir import (
     InUseError,
     checkpoints,
     holds_run,
+    is_held,
     is_trained,
     lock,
     remove_ledgers,
@@ -76,12 +77,12 @@ class OpenRun:
         os.close(self.lock_fd)
 
 
-def open_run(argv: Sequence[str], *, is_sft: bool = False) -> OpenRun:
+def open_run(argv: Sequence[str], *, is_sft: bool = False, is_dry: bool = False) -> OpenRun:
     """Resolves the command line of `areal-like run`, takes the directory and writes `config_file` there.
 
     `is_sft`: of `areal-like sft`, whose run is called NAME-sft unless `name=` is in `argv`, because one file
-    may have the settings of both. Raises ConfigError for a wrong setting, a directory that is in use or holds
-    another run, or a run that cannot be resumed.
+    may have the settings of both. `is_dry`: nothing is written and no lock is taken. Raises ConfigError for a
+    wrong setting, a directory that is in use or holds another run, or a run that cannot be resumed.
     """
     config = load_config(argv)
     if is_sft and not any(arg.startswith("name=") for arg in argv):
@@ -90,10 +91,12 @@ def open_run(argv: Sequence[str], *, is_sft: bool = False) -> OpenRun:
     resumes = is_begun(RunPaths.of(config)) if config.resume == "auto" else bool(config.resume)
     is_named = is_named or config.resume == "auto"  # the next start must find the same directory
     if resumes:
-        return prepared(_resume(config, argv, is_sft=is_sft))
-    if not is_sft:
-        check_gpus_are_separate(config)
-    return prepared(_start(resolved(config), is_named=is_named))
+        run = _resume(config, argv, is_sft=is_sft, is_dry=is_dry)
+    else:
+        if not is_sft:
+            check_gpus_are_separate(config)
+        run = _start(resolved(config), is_named=is_named, is_dry=is_dry)
+    return run if is_dry else prepared(run)
 
 
 def open_replay(recorded: Path, argv: Sequence[str]) -> OpenRun:
@@ -144,7 +147,25 @@ def _check_one_machine(config: Config) -> None:
         )
 
 
-def _start(config: Config, *, is_named: bool) -> OpenRun:
+_NO_LOCK = -1
+"""`lock_fd` of a dry run."""
+
+
+def _lock(paths: RunPaths, *, is_dry: bool) -> int:
+    """Takes the lock; a dry run only raises InUseError."""
+    if not is_dry:
+        return lock(paths)
+    if is_held(paths):
+        raise InUseError(f"{paths.root} is in use: wait for the end of that run, or choose another name=...")
+    return _NO_LOCK
+
+
+def _unlock(lock_fd: int) -> None:
+    if lock_fd != _NO_LOCK:
+        os.close(lock_fd)
+
+
+def _start(config: Config, *, is_named: bool, is_dry: bool = False) -> OpenRun:
     """A new run under the given name, or under the first free numbered name if none was given."""
     _check_one_machine(config)
     for number in itertools.count(1):
@@ -154,14 +175,14 @@ def _start(config: Config, *, is_named: bool) -> OpenRun:
             continue
         is_created = not paths.root.exists()
         try:
-            lock_fd = lock(paths)
+            lock_fd = _lock(paths, is_dry=is_dry)
         except InUseError:
             if is_named:
                 raise
             continue
         if not holds_run(paths):
-            # A ledger left by a job that failed before its first step: its tickets belong to no step.
-            remove_ledgers(paths)
+            if not is_dry:  # a ledger left by a job that failed before its first step
+                remove_ledgers(paths)
             lines = _new_run_announcement(paths, config, number=number)
             return OpenRun(
                 config=candidate,
@@ -170,7 +191,7 @@ def _start(config: Config, *, is_named: bool) -> OpenRun:
                 announcement=lines,
                 is_created=is_created,
             )
-        os.close(lock_fd)
+        _unlock(lock_fd)
         if is_named:
             raise ConfigError(_refusal(paths))
     raise AssertionError("itertools.count ended")
@@ -201,14 +222,14 @@ def _new_run_announcement(paths: RunPaths, config: Config, *, number: int) -> tu
     return (f"new run in {paths.root} ({taken.root} holds {kind})", choices)
 
 
-def _resume(config: Config, argv: Sequence[str], *, is_sft: bool) -> OpenRun:
+def _resume(config: Config, argv: Sequence[str], *, is_sft: bool, is_dry: bool) -> OpenRun:
     """The run in the directory that `config` names, resumed at `config.resume`."""
     paths = RunPaths.of(config)
     if not paths.config.is_file():
         raise ConfigError(
             f"resume={config.resume}: there is no run in {paths.root}; choose the run with name=..."
         )
-    lock_fd = lock(paths)
+    lock_fd = _lock(paths, is_dry=is_dry)
     try:
         steps = checkpoints(paths)
         if steps and paths.rows.exists() != is_sft:
@@ -237,7 +258,7 @@ def _resume(config: Config, argv: Sequence[str], *, is_sft: bool) -> OpenRun:
         if begins_again and config.resume == "latest":
             config = dataclasses.replace(config, resume="")
     except ConfigError:
-        os.close(lock_fd)
+        _unlock(lock_fd)
         raise
     # The number of steps of a supervised run follows from its rows: its trainer finds out if any is left.
     may_be_finished = config.resume in ("auto", "latest") and not is_sft

@@ -380,9 +380,8 @@ def test_a_daemon_that_ignores_sigterm_is_killed(workplace: Path) -> None:
     with launcher(*settings, cwd=workplace, environment=scripted({"rollout-0": "ignore signals"})) as process:
         wait_for_steps(3, root, process=process)
         code, out, _ = drain(process, root)
-    # In time for the others to end: test_lifecycle.py checks the exact time with simulated time.
-    assert code == 1
-    assert "rollout-0 did not end in time" in out and "buffer did not end in time" not in out
+    # test_lifecycle.py checks that the others have time left, with simulated time.
+    assert code == 1 and "rollout-0 did not end in time" in out
 
 
 def test_a_second_signal_ends_everything_at_once(workplace: Path) -> None:
