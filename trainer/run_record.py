@@ -16,7 +16,7 @@ from areal_like.runtime.metrics import Metrics
 from areal_like.spans.recorder import record
 from trainer.metrics.evaluations_file import EvaluationsFile
 from trainer.metrics.prometheus import TrainerSeries
-from trainer.metrics.run_files import MetricsFile, write_summary
+from trainer.metrics.run_files import MetricsFile, finished_summary, write_summary
 from trainer.trackers.feed import Trackers
 from trainer.weight_sync.publisher import PushReport
 
@@ -64,10 +64,22 @@ class RunRecord:
         self.series.pushed(report)
 
     def summarize(self, **figures: Any) -> dict[str, Any]:
-        """Writes and returns the summary, and closes the files. `figures`: see `write_summary`."""
-        summary = write_summary(
-            self._summary, totals=self.steps.totals(), evaluations=self.evaluations.summary(), **figures
-        )
+        """Writes and returns the summary, and closes the files. `figures`: see `write_summary`.
+
+        That of a run that was finished already stays, if no step was trained since.
+        """
+        steps = self.steps
+        before = finished_summary(self._summary, num_steps=steps.num_rows)
+        if before is not None and steps.num_rows == steps.num_kept and not steps.num_dropped:
+            summary = before
+        else:
+            summary = write_summary(
+                self._summary,
+                totals=steps.totals(),
+                evaluations=self.evaluations.summary(),
+                was_restarted=bool(steps.num_kept or steps.num_dropped),
+                **figures,
+            )
         self.steps.close()
         self.evaluations.close()
         return summary

@@ -7,6 +7,7 @@ import argparse
 from areal_like.errors import ConfigError
 from launch.commands.parser import Parser, add_run
 from launch.observation.reach import RunningJob
+from launch.report.ended import Ended, read_end
 
 
 def add_job(parser: Parser) -> None:
@@ -46,3 +47,14 @@ def job_of(args: argparse.Namespace) -> RunningJob:
             "--keys and --tls-certificate are for --buffer: the run's own settings name its keys"
         )
     return RunningJob.in_directory(args.run)
+
+
+def end_of(job: RunningJob) -> Ended | None:
+    """How the run has ended; None while it goes on, and where its directory cannot be seen."""
+    return None if job.paths is None else read_end(job.paths.root)
+
+
+def without_daemons(job: RunningJob) -> str:
+    """The lines of a command that finds no daemon: how the run has ended, and what to do next."""
+    end = end_of(job)
+    return "\n".join([f"{job.name}: no daemon is running", *(end.lines() if end is not None else [])])

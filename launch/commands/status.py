@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -13,7 +14,7 @@ from rich.live import Live
 from rich.text import Text
 
 from launch.commands.parser import Parser
-from launch.commands.running_job import add_job, job_of
+from launch.commands.running_job import add_job, end_of, job_of, without_daemons
 from launch.observation.job_report import job_report
 from launch.observation.observer import DaemonView, Observation, diagnosis
 from launch.observation.reach import RunningJob
@@ -66,7 +67,11 @@ def main(args: argparse.Namespace) -> int:
     daemons = job.daemons()
     report = job_report(job.config, daemons)
     if args.json:
+        end = None if report["answers"] else end_of(job)
+        report["ended"] = asdict(end) if end is not None else None
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
+    elif _has_ended(job, daemons, report):
+        sys.stdout.write(without_daemons(job) + "\n")  # a command to copy must not be wrapped
     else:
         console = Console()
         console.print(_drawn(job, daemons, report, width=console.width))
@@ -103,6 +108,11 @@ def _watch(job: RunningJob, *, interval_s: float, as_json: bool) -> int:
             live.stop()
 
 
+def _has_ended(job: RunningJob, daemons: dict[str, DaemonView], report: dict[str, Any]) -> bool:
+    """True without daemons; endpoint files of killed ones may be left."""
+    return not report["answers"] and (not daemons or end_of(job) is not None)
+
+
 def held_lines(buffer: dict[str, Any]) -> list[str]:
     """What an operator holds back, of a buffer's /status."""
     cordoned = [str(name) for name in buffer.get("cordoned") or ()]
@@ -126,8 +136,8 @@ def change_lines(buffer: dict[str, Any]) -> list[str]:
 def _drawn(
     job: RunningJob, daemons: dict[str, DaemonView], report: dict[str, Any], *, width: int
 ) -> RenderableType:
-    if not daemons:
-        return Text(f"{job.name}: no daemon is running")
+    if _has_ended(job, daemons, report):
+        return Text(without_daemons(job))
     causes = diagnosis(daemons.values())["causes"]
     parts: list[RenderableType] = [
         Text(f"waits on {cause['name']}: {cause['what']}", style="yellow") for cause in causes

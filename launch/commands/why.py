@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import asdict
 
 from launch.commands.parser import Parser
-from launch.commands.running_job import add_job, job_of
+from launch.commands.running_job import add_job, end_of, job_of, without_daemons
 from launch.observation.observer import diagnosis
 
 
@@ -28,12 +29,13 @@ def main(args: argparse.Namespace) -> int:
     """Returns 1 if the job waits on something that should not take so long, or no daemon runs."""
     job = job_of(args)
     daemons = job.daemons()
-    if not daemons:
-        sys.stdout.write(f"{job.name}: no daemon is running\n")
+    end = end_of(job) if not any(view.status is not None for view in daemons.values()) else None
+    if not args.json and (end is not None or not daemons):
+        sys.stdout.write(without_daemons(job) + "\n")
         return 1
-    found = diagnosis(daemons.values())
+    found = diagnosis(daemons.values()) | {"ended": asdict(end) if end is not None else None}
     sys.stdout.write(json.dumps(found, indent=2) + "\n" if args.json else text_of(found))
-    return 1 if found["causes"] else 0
+    return 1 if found["causes"] or end is not None or not daemons else 0
 
 
 def text_of(found: dict[str, object]) -> str:

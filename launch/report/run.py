@@ -158,7 +158,7 @@ def read_run(root: Path) -> Run:
         rows=read_object(paths.rows),
         ledger=ledger,
         logs=logs,
-        status=_status(paths, columns, logs, summary),
+        status=status_of(paths, logs, summary, num_rows=len(columns.steps)),
         checkpoints=list(find_checkpoints(paths.checkpoints)),
         has_ledger=bool(directories),
     )
@@ -187,10 +187,11 @@ def _evaluations(path: Path) -> list[Evaluation]:
     return sorted(found, key=lambda one: one.step)
 
 
-def _status(paths: RunPaths, columns: Columns, logs: LogFacts, summary: dict[str, Any]) -> Status:
+def status_of(paths: RunPaths, logs: LogFacts, summary: dict[str, Any], *, num_rows: int) -> Status:
+    """Whether a run goes on, from its files. `num_rows`: steps that have a row."""
     held = is_held(paths)
     newest = max((_modified(path) for path in (paths.metrics, *paths.logs.glob("*.log"))), default=0.0)
-    steps = f"{len(columns.steps):,} steps"
+    steps = f"{num_rows:,} steps"
     if held or (held is None and time.time() - newest < _SILENT_S and any(paths.endpoints.glob("*.json"))):
         return Status(word="running", detail=f"{steps} so far")
     summarized = _modified(paths.summary)

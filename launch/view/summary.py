@@ -27,10 +27,9 @@ ROWS = (
     ("lag of trained samples, mean", "mean_trained_lag", "{:.2f}"),
     ("lag of trained samples, max", "max_trained_lag", "{}"),
     ("weights version", "weights_version", "{}"),
-    ("generation idle", "generation_idle_fraction", "{:.1%}"),
     ("trainer idle", "trainer_idle_fraction", "{:.1%}"),
 )
-"""(label, key of summary.json, format)"""
+"""(label, key of summary.json, format) of the whole run."""
 
 
 def show_summary(run: OpenRun, console: Console, *, since_unix_s: float) -> None:
@@ -61,12 +60,14 @@ def summary_table(summary: dict[str, Any], *, title: str) -> Table:
     for label, key, form in ROWS:
         if isinstance(summary.get(key), (int, float)):
             table.add_row(label, form.format(summary[key]))
+    # These count from the last start of the trainer, and the rows above from the first one.
+    since = f", since step {summary.get('resumed_from_step', 0)}" if summary.get("was_restarted") else ""
+    if isinstance(idle := summary.get("generation_idle_fraction"), (int, float)):
+        table.add_row(f"generation idle{since}", f"{idle:.1%}")
     if isinstance(seconds := summary.get("wall_seconds"), (int, float)):
-        # Not tokens_generated / seconds: after a resume, the tokens count from the run's start, the seconds
-        # from the resume.
         generated = summary.get("tokens_per_s_generated")
         speed = f", {rate(generated)} generated tok/s" if generated is not None else ""
-        table.add_row("wall time", f"{duration(seconds)}{speed}")
+        table.add_row(f"wall time{since}", f"{duration(seconds)}{speed}")
     for label, text in _evaluations(summary.get("evaluations") or {}):
         table.add_row(label, text)
     failures = (summary.get("selection") or {}).get("failures") or {}

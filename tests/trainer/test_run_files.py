@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import random
@@ -13,11 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from areal_like.config import EvalSetConfig
+from areal_like.config import EvalSetConfig, from_mapping
+from areal_like.paths import RunPaths, write_json
+from areal_like.runtime.metrics import Metrics
 from areal_like.wire.messages.consumer import RunCounters
 from areal_like.wire.messages.evaluation import EvalResult, SampleOutcome
+from launch.view.summary import summary_table
 from trainer.metrics.evaluations_file import EvaluationsFile, described, evaluation_row
 from trainer.metrics.run_files import WARM_UP_STEPS, MetricsFile, write_summary
+from trainer.run_record import RunRecord
 
 
 def row(step: int) -> dict[str, Any]:
@@ -123,6 +128,7 @@ def test_rates_after_a_resume_cover_one_time_span(tmp_path: Path) -> None:
         evaluations={},
         weights_version=60,
         finished=True,
+        was_restarted=True,
         resumed_from_step=40,
         wall_seconds=25.0,
         training_seconds=20.0,
@@ -134,6 +140,42 @@ def test_rates_after_a_resume_cover_one_time_span(tmp_path: Path) -> None:
     assert (summary["steps"], summary["resumed_from_step"]) == (60, 40)
     assert (summary["tokens_generated"], summary["tokens_trained"]) == (360_000, 180_000)
     assert (summary["wall_seconds"], summary["generation_idle_fraction"]) == (25.0, 0.1)
+    assert (resumed.num_kept, resumed.num_dropped) == (40, 0)
+    labels = list(summary_table(summary, title="x").columns[0].cells)
+    assert labels[-3:] == ["generation idle, since step 40", "wall time, since step 40", "tickets"]
+    labels = list(summary_table(summary | {"was_restarted": False}, title="x").columns[0].cells)
+    assert labels[-3:] == ["generation idle", "wall time", "tickets"]
+
+
+def test_a_finished_summary_is_not_replaced_by_an_idle_trainer(tmp_path: Path) -> None:
+    """A trainer that is started again after the last step has trained nothing itself."""
+    config = from_mapping({"runs_dir": str(tmp_path), "name": "x"})
+    paths = RunPaths.of(config)
+    first = MetricsFile(paths.metrics, start_step=0)
+    for step in range(3):
+        first.append(row(step))
+    first.close()
+    for summary, stays in (({"finished": True, "steps": 3}, True), ({"finished": True, "steps": 2}, False)):
+        write_json(paths.summary, summary)
+        record = RunRecord(config, Metrics(), step=3)
+        again = counters(tokens_generated=1.0, busy_s=0.0, idle_s=0.0)
+        found = record.summarize(
+            counters_at_start=again,
+            counters_after_warm_up=None,
+            counters_at_close=again,
+            counters_at_end=again,
+            counted_seconds=0.0,
+            eval_before=None,
+            eval_after=None,
+            weights_version=1,
+            finished=True,
+            resumed_from_step=3,
+            wall_seconds=1.0,
+            training_seconds=0.0,
+        )
+        record.close(found, waits=lambda name: contextlib.nullcontext())
+        assert (found == summary) == stays == (json.loads(paths.summary.read_text()) == summary)
+        assert stays or found["was_restarted"]
 
 
 def evaluated(step: int, *, rewards: list[float], eval_set: str = "hard") -> dict[str, Any]:

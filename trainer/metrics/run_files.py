@@ -69,6 +69,8 @@ class MetricsFile:
         self.num_rows = 0
         self.num_dropped = 0
         """Rows of steps that will be trained again."""
+        self.num_kept = 0
+        """Rows of steps that earlier trainers have done."""
         self.last: dict[str, Any] = {}
         """The newest row; empty before the first."""
         partial = path.with_suffix(".partial")
@@ -79,6 +81,7 @@ class MetricsFile:
                 else:
                     self.num_dropped += 1
         partial.replace(path)
+        self.num_kept = self.num_rows
         self._file = path.open("a+")
 
     def append(self, row: dict[str, Any]) -> None:
@@ -164,6 +167,7 @@ def write_summary(
     evaluations: dict[str, dict[str, Any]],
     weights_version: int,
     finished: bool,
+    was_restarted: bool,
     resumed_from_step: int,
     wall_seconds: float,
     training_seconds: float,
@@ -171,9 +175,9 @@ def write_summary(
     """Writes and returns the summary of a run.
 
     Over the whole run: rewards, the trainer's idle fraction, and (if the buffer's ledger is durable) tickets,
-    tokens, lags and `selection`. Since the trainer's last start, which may have been a resume: seconds,
-    `tokens_per_s_generated` and the idle fraction of generation. For another rate, divide figures of the same
-    span.
+    tokens, lags and `selection`. Since the trainer's last start, at `resumed_from_step`: seconds,
+    `tokens_per_s_generated` and the idle fraction of generation. They are of the whole run only without
+    `was_restarted`. For another rate, divide figures of the same span.
 
     `counters_at_start`, `counters_at_end`: the buffer's counters `counted_seconds` apart, from which the rate
     is computed. `counters_after_warm_up`, `counters_at_close`: the buffer's counters at the two ends of the
@@ -182,6 +186,7 @@ def write_summary(
     counters = counters_at_end.counters
     summary = {
         "finished": finished,
+        "was_restarted": was_restarted,
         "resumed_from_step": resumed_from_step,
         "steps": totals.num_steps,
         "reward_first": totals.reward_first,
@@ -208,6 +213,16 @@ def write_summary(
     }
     write_json(path, summary)
     return summary
+
+
+def finished_summary(path: Path, *, num_steps: int) -> dict[str, Any] | None:
+    """The summary of a run that was finished with this number of steps; None if there is none."""
+    try:
+        summary = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    is_of_all = isinstance(summary, dict) and summary.get("finished") and summary.get("steps") == num_steps
+    return summary if is_of_all else None
 
 
 def _rate(name: str, first: RunCounters, last: RunCounters, seconds: float) -> float | None:

@@ -1,0 +1,114 @@
+"""How and when a run ended, its last error, and the command that continues it: what an operator asks of a run
+without daemons. Made from the run's files.
+"""
+
+from __future__ import annotations
+
+import shlex
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from areal_like.paths import RunPaths
+from areal_like.terminal_text import harmless
+from launch.report.columns import read_columns
+from launch.report.json_files import read_object
+from launch.report.logs import LogFacts, read_logs
+from launch.report.run import status_of
+from launch.run_directory.kept_settings import read_changes
+from launch.run_directory.rundir import checkpoints, has_launcher, is_held
+
+_NUM_CHANGES = 3
+"""Newest changes of config.yaml that are shown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """The end of a run."""
+
+    how: str
+    """As the word of `launch.report.run.Status`: `finished`, `drained`, `failed` or `ended`."""
+    detail: str
+    unix_s: float | None
+    """When it last wrote a log or a row; None: never."""
+    last_error: str
+    """Daemon, time and message; empty without one."""
+    settings: list[str]
+    """The newest changes of `config.yaml`, each on one line."""
+    next_command: str
+    """Empty if there is nothing to continue, or no launcher has begun the run."""
+    next_note: str
+    """What it does; what else to do without a command."""
+
+    def lines(self) -> list[str]:
+        """For a terminal."""
+        when = "" if self.unix_s is None else f" at {_clock(self.unix_s)} ({_ago(self.unix_s)})"
+        return [
+            f"{self.how}{when}: {self.detail}",
+            *([f"last error: {self.last_error}"] if self.last_error else []),
+            *self.settings,
+            *([f"next: {self.next_command}  ({self.next_note})"] if self.next_command else []),
+            *([f"next: {self.next_note}"] if self.next_note and not self.next_command else []),
+        ]
+
+
+def read_end(root: Path) -> Ended | None:
+    """The end of the run in this directory; None while it goes on."""
+    paths = RunPaths(root)
+    if is_held(paths):
+        return None
+    logs, columns = read_logs(paths.logs), read_columns(paths.metrics)
+    status = status_of(paths, logs, read_object(paths.summary), num_rows=len(columns.steps))
+    if status.word == "running":
+        return None
+    times = [path.stat().st_mtime for path in (paths.metrics, *paths.logs.glob("*.log")) if path.exists()]
+    changes = read_changes(paths)[-_NUM_CHANGES:]
+    command, note = _next(paths, is_finished=status.word == "finished")
+    return Ended(
+        how=status.word,
+        detail=harmless(status.detail),
+        unix_s=max(times, default=None),
+        last_error=_last_error(logs),
+        settings=[
+            f"config.yaml, {_clock(change.unix_s)}, from step {change.step} on ({change.by}): "
+            + harmless(change.text)
+            for change in changes
+        ],
+        next_command=command,
+        next_note=note,
+    )
+
+
+def _last_error(logs: LogFacts) -> str:
+    errors = [message for message in logs.messages if message.level != "WARNING"]
+    if not errors:
+        return ""
+    last = max(errors, key=lambda message: message.last_s)
+    return f"{last.daemon}, {_clock(last.last_s)}: {harmless(last.example)}"
+
+
+def _next(paths: RunPaths, *, is_finished: bool) -> tuple[str, str]:
+    """(the command that continues the run, what it does)"""
+    steps = checkpoints(paths)
+    if not steps and not paths.metrics.exists():
+        return "", ""
+    if not has_launcher(paths):
+        return "", "start its roles again, with resume=latest"
+    root, is_sft = paths.root.resolve(), paths.rows.exists()
+    where = "" if root.parent == Path("runs").resolve() else f" runs_dir={shlex.quote(str(root.parent))}"
+    command = f"areal-like {'sft' if is_sft else 'run'} name={shlex.quote(root.name)}{where} resume=latest"
+    if is_finished:
+        return f"{command} {'sft' if is_sft else 'trainer'}.num_steps=MORE", "trains more steps"
+    if not steps:
+        return command, "from step 0: it has no checkpoint yet"
+    return command, f"from step {steps[-1]}, its newest checkpoint"
+
+
+def _clock(unix_s: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(unix_s))
+
+
+def _ago(unix_s: float) -> str:
+    minutes = max(0, round((time.time() - unix_s) / 60))
+    hours, days = minutes // 60, minutes // 1440
+    return f"{days} days ago" if days > 1 else f"{hours} h ago" if hours > 1 else f"{minutes} min ago"
