@@ -20,6 +20,7 @@ from areal_like.paths import RunPaths, write_json
 from areal_like.runtime.command_line import load_config
 from areal_like.runtime.daemon import read_endpoint
 from areal_like.shards import all_shards
+from areal_like.terminal_text import harmless_values
 from launch.commands.drain import drain
 from launch.commands.parser import Parser, add_settings
 from launch.commands.running_job import add_job, job_of
@@ -102,7 +103,7 @@ def _outcome(paths: RunPaths, order_id: str) -> dict[str, Any] | None:
         outcome = json.loads(restart_outcome_file(paths).read_text())
     except (FileNotFoundError, ValueError):
         return None
-    return dict(outcome) if outcome["order_id"] == order_id else None
+    return dict(harmless_values(outcome)) if outcome["order_id"] == order_id else None
 
 
 def order(job: RunningJob, paths: RunPaths, role: str, settings: Sequence[str], *, order_id: str) -> str:

@@ -57,8 +57,8 @@ def main(args: argparse.Namespace) -> int:
     """Runs the job to its end; returns its exit code. Raises ConfigError before any process was started."""
     config = [] if args.config is None else ["--config", args.config]
     if args.dry_run:
-        for line in described(open_run([*config, *args.settings], is_dry=True)):
-            sys.stdout.write(f"{line}\n")
+        lines = list(described(open_run([*config, *args.settings], is_dry=True)))
+        sys.stdout.write("\n".join([*lines, ""]))
         return 0
     return run_local([*config, *args.settings])
 

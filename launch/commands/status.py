@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.text import Text
 
 from launch.commands.parser import Parser
-from launch.commands.running_job import add_job, end_of, job_of, without_daemons
+from launch.commands.running_job import add_job, end_of, end_text, job_of
 from launch.observation.job_report import job_report
 from launch.observation.observer import DaemonView, Observation, diagnosis
 from launch.observation.reach import RunningJob
@@ -67,11 +67,11 @@ def main(args: argparse.Namespace) -> int:
     daemons = job.daemons()
     report = job_report(job.config, daemons)
     if args.json:
-        end = None if report["answers"] else end_of(job)
+        end = end_of(job, daemons)
         report["ended"] = asdict(end) if end is not None else None
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
-    elif _has_ended(job, daemons, report):
-        sys.stdout.write(without_daemons(job) + "\n")  # a command to copy must not be wrapped
+    elif (text := _end(job, daemons)) is not None:
+        sys.stdout.write(text)  # a command to copy must not be wrapped
     else:
         console = Console()
         console.print(_drawn(job, daemons, report, width=console.width))
@@ -108,9 +108,10 @@ def _watch(job: RunningJob, *, interval_s: float, as_json: bool) -> int:
             live.stop()
 
 
-def _has_ended(job: RunningJob, daemons: dict[str, DaemonView], report: dict[str, Any]) -> bool:
-    """True without daemons; endpoint files of killed ones may be left."""
-    return not report["answers"] and (not daemons or end_of(job) is not None)
+def _end(job: RunningJob, daemons: dict[str, DaemonView]) -> str | None:
+    """How the run has ended; None while it has daemons."""
+    end = end_of(job, daemons)
+    return end_text(job, end) if end is not None or not daemons else None
 
 
 def held_lines(buffer: dict[str, Any]) -> list[str]:
@@ -136,8 +137,8 @@ def change_lines(buffer: dict[str, Any]) -> list[str]:
 def _drawn(
     job: RunningJob, daemons: dict[str, DaemonView], report: dict[str, Any], *, width: int
 ) -> RenderableType:
-    if _has_ended(job, daemons, report):
-        return Text(without_daemons(job))
+    if (text := _end(job, daemons)) is not None:
+        return Text(text)
     causes = diagnosis(daemons.values())["causes"]
     parts: list[RenderableType] = [
         Text(f"waits on {cause['name']}: {cause['what']}", style="yellow") for cause in causes

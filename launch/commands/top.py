@@ -13,7 +13,7 @@ import time
 from rich.console import Console
 
 from launch.commands.parser import Parser
-from launch.commands.running_job import add_job, job_of, without_daemons
+from launch.commands.running_job import add_job, end_of, end_text, job_of
 from launch.local_job.display import View
 from launch.observation.metrics_tail import MetricsTail
 from launch.observation.observer import DaemonView, Observation
@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> int:
     seen = look.now()
     console = Console()
     if not any(view.status is not None for view in seen.daemons.values()):
-        sys.stderr.write(without_daemons(job) + "\n")
+        sys.stderr.write(end_text(job, end_of(job, seen.daemons)))
         return 1
     if args.once:
         eta = Eta(num_steps=job.config.trainer.num_steps)

@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict
 
 from launch.commands.parser import Parser
-from launch.commands.running_job import add_job, end_of, job_of, without_daemons
+from launch.commands.running_job import add_job, end_of, end_text, job_of
 from launch.observation.observer import diagnosis
 
 
@@ -29,9 +29,9 @@ def main(args: argparse.Namespace) -> int:
     """Returns 1 if the job waits on something that should not take so long, or no daemon runs."""
     job = job_of(args)
     daemons = job.daemons()
-    end = end_of(job) if not any(view.status is not None for view in daemons.values()) else None
+    end = end_of(job, daemons)
     if not args.json and (end is not None or not daemons):
-        sys.stdout.write(without_daemons(job) + "\n")
+        sys.stdout.write(end_text(job, end))
         return 1
     found = diagnosis(daemons.values()) | {"ended": asdict(end) if end is not None else None}
     sys.stdout.write(json.dumps(found, indent=2) + "\n" if args.json else text_of(found))
