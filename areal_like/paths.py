@@ -197,6 +197,14 @@ def smollm2_file() -> Path:
     return cache_dir() / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+def read_json(path: Path) -> Any:
+    """The content of a JSON file that others wrote. Raises OSError, and ValueError if it is not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file atomically: readers never see a partial one."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -129,3 +129,17 @@ def test_test_names_are_short() -> None:
         and len(node.name) >= MAX_TEST_NAME
     ]
     assert not long, long
+
+
+def test_no_model_directory_runs_code() -> None:
+    """Without the argument transformers asks on stdin whether to run the directory's Python."""
+    trusting = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in modules().values()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func).startswith("Auto")
+        and ast.unparse(node.func).endswith((".from_pretrained", ".from_config"))
+        and "trust_remote_code=False" not in map(ast.unparse, node.keywords)
+    ]
+    assert trusting == []

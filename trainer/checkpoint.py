@@ -27,7 +27,7 @@ import torch
 from transformers import AutoTokenizer
 
 from areal_like.errors import ConfigError, DiskFullError
-from areal_like.paths import checkpoint_name, find_checkpoints
+from areal_like.paths import checkpoint_name, find_checkpoints, read_json
 from areal_like.weights.snapshots_on_disk import FORMAT, OLD_FORMAT, STATE_FILE
 from trainer.advantages.critic import Critic
 from trainer.checkpoint_files import remove_rolled_back, set_aside, write_directory
@@ -181,7 +181,8 @@ class Checkpoints:
             config.save_pretrained(partial)
             if policy.model.generation_config is not None:
                 policy.model.generation_config.save_pretrained(partial)
-            AutoTokenizer.from_pretrained(self._tokenizer_path).save_pretrained(partial)
+            tokenizer = AutoTokenizer.from_pretrained(self._tokenizer_path, trust_remote_code=False)
+            tokenizer.save_pretrained(partial)
 
         def write() -> DiskFullError | None:
             if (full := write_directory(final, peers, create=create, fill=fill)) is not None:
@@ -316,7 +317,7 @@ class Checkpoints:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return read_json(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read ({error}): resume from another step") from error
 

@@ -188,7 +188,7 @@ def _check_existing(config: Config) -> str:
     try:
         model_type = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
         AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+    except (OSError, ValueError, KeyError, RecursionError, StrictDataclassError) as error:
         raise ConfigError(
             f"model.path={config.model.path}: transformers can load no configuration and tokenizer from it "
             f"({first_line(error)}). Use tiny, smollm2, a directory with config.json, or an owner/name"

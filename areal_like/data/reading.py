@@ -23,7 +23,11 @@ from areal_like.errors import ConfigError
 
 Text = tuple[bytes, int]
 """A row as JSON in UTF-8, and its number in the file: the line of JSON lines, else the row; from 1."""
-_BATCH_ROWS = 1000
+_BATCH_ROWS = 64
+MAX_ROW_BYTES = 16 << 20
+"""Of the JSON text of one row: far more than any context holds."""
+_BATCH_BYTES = 512 << 20
+"""Most memory of a batch of a parquet file, which may repeat a large value without taking space for it."""
 _READ_BYTES = 1 << 20
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -47,6 +51,8 @@ def _json_lines(path: Path, *, key: str) -> Iterator[Text]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             text = line.removeprefix(_BYTE_ORDER_MARK).strip() if number == 1 else line.strip()
+            if len(text) > MAX_ROW_BYTES:
+                raise _too_long(f"{key}: {path.name}:{number}", len(text))
             if text:
                 _check(text, place=f"{key}: {path.name}:{number}", is_first=number == 1)
                 yield text, number
@@ -86,9 +92,28 @@ def _parquet(path: Path, *, key: str) -> Iterator[Text]:
 
     try:
         with parquet.ParquetFile(path) as file:
-            yield from _rows_of(file.iter_batches(batch_size=_BATCH_ROWS), label=f"{key}: {path.name}")
+            # No value is larger than a column of its group, so this bounds what a batch can take.
+            num_rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, _largest_column(file.metadata))))
+            yield from _rows_of(file.iter_batches(batch_size=num_rows), label=f"{key}: {path.name}")
     except (pyarrow.ArrowException, OSError) as error:
         raise ConfigError(f"{key}: {path} is no parquet file that can be read: {error}") from error
+
+
+def _largest_column(metadata: Any) -> int:
+    """Uncompressed bytes of the largest column of a row group."""
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    return max(
+        (
+            group.column(index).total_uncompressed_size
+            for group in groups
+            for index in range(group.num_columns)
+        ),
+        default=0,
+    )
+
+
+def _too_long(place: str, num_bytes: int) -> ConfigError:
+    return ConfigError(f"{place}: the row has {num_bytes} bytes as JSON: at most {MAX_ROW_BYTES} are read")
 
 
 def load_hub(source: HubSource, *, key: str) -> Any:
@@ -125,9 +150,12 @@ def _rows_of(batches: Any, *, label: str) -> Iterator[Text]:
             number += 1
             try:
                 row = row if isinstance(row, dict) else row.to_pylist(maps_as_pydicts="lossy")[0]
-                yield json.dumps(row, ensure_ascii=False, default=_as_json).encode(), number
-            except (UnicodeError, TypeError) as error:
+                text = json.dumps(row, ensure_ascii=False, default=_as_json).encode()
+            except (UnicodeError, TypeError, RecursionError) as error:
                 raise ConfigError(f"{label}:{number}: the row cannot be read ({error})") from error
+            if len(text) > MAX_ROW_BYTES:
+                raise _too_long(f"{label}:{number}", len(text))
+            yield text, number
 
 
 def _as_json(value: Any) -> Any:

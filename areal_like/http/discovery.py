@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 from pathlib import Path
 
 from areal_like.config import Config
@@ -57,13 +58,16 @@ class DiscoveryFile:
         if self._has_engine:
             labels = self._labels | {"role": "engine", "__metrics_path__": "/metrics/engine"}
             targets.append({"targets": [address], "labels": labels})
-        partial = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         try:
             if not self._path.parent.is_dir():
                 self._path.parent.mkdir(parents=True)
                 self._path.parent.chmod(0o755)
-            partial.write_text(json.dumps(targets, indent=2) + "\n")
-            partial.chmod(_READABLE)
+            # Others may write into the directory: a file that is there already, or a link, is not followed.
+            partial = self._path.with_name(f".{self._path.name}.{secrets.token_hex(8)}")
+            descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+            with os.fdopen(descriptor, "w") as file:
+                os.fchmod(descriptor, _READABLE)
+                file.write(json.dumps(targets, indent=2) + "\n")
             partial.replace(self._path)
         except OSError as error:
             raise ConfigError(

@@ -1,53 +1,95 @@
-"""A configuration without its secrets, for the HTTP page /config.
+"""A configuration as it may leave the job: on the page /config, in a report, at a tracker's server.
 
 The settings of this project name files of secrets and contain none. Those of a task, a tracker or an engine's
-environment are open, and users write keys into them. What has the name of a secret is therefore hidden, and
-so are user names and passwords in addresses. Left out: secrets under names that do not say so.
+environment are open, and users write keys into them. What has the name of a secret is therefore hidden,
+whatever it holds, and so are the values of environments and headers, users and passwords in addresses,
+parameters of queries, options of command lines, and bearer tokens. Left out: secrets under names that do not
+say so.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 HIDDEN = "***"
 PUBLIC = frozenset({"security.keys", "security.tls_private_key"})
 """Settings with the name of a secret that are the name of a file."""
-_SECRET_VALUE = re.compile(r"secret|passw|credential|authorization|private_?key", re.IGNORECASE)
+_CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
+_SECRET_VALUE = re.compile(
+    r"secret|passw|passphrase|credential|authorization|private_?key|cookie|bearer", re.IGNORECASE
+)
 """In the name of a setting: hides values of every type."""
 _SECRET_TEXT = re.compile(
-    r"(^|[_-])(auth|token|passphrase)s?$|(^|_|-)(api|access|account|master|signing|storage)[_-]?keys?$|^keys?$",
+    r"(^|[_.-])(auth|token)s?$"
+    r"|(^|[_.-])(api|access|account|master|signing|storage|openai|anthropic|hf|wandb)[_-]?keys?$|^keys?$",
     re.IGNORECASE,
 )
-"""At the end of the name: hides texts. `max_new_tokens` is a number, and `prompt_key` names a column."""
+"""At the end of the name: hides everything but numbers. `max_new_tokens` is a number, and `prompt_key` names
+a column."""
+_ALL_HIDDEN = ("env", "environment", "headers")
+"""Mappings of which every value is hidden."""
 _USER_OF_URL = re.compile(r"(?<=://)[^/@\s]+@")
-_OPTION = re.compile(
-    r"(--[\w-]*(?:key|token|secret|password|passwd|auth))([ =]+)('[^']*'|\"[^\"]*\"|\S+)", re.IGNORECASE
-)
+_IN_QUERY = re.compile(r"([?&][^=&\s]*(?:key|token|secret|password|sig|auth)[^=&\s]*=)[^&\s]+", re.IGNORECASE)
+_BEARER = re.compile(r"\b(bearer|basic)\s+[^\s'\"]{8,}", re.IGNORECASE)
+_SECRET_OPTION = r"--?[\w-]*(?:key|token|secret|password|passwd|passphrase|auth)"
+_OPTION = re.compile(rf"({_SECRET_OPTION})([ =]+)('[^']*'|\"[^\"]*\"|(?!-)\S+)", re.IGNORECASE)
 """An option with its value, in a setting that is a command line."""
+_BARE_OPTION = re.compile(_SECRET_OPTION, re.IGNORECASE)
 
 
-def without_secrets(settings: dict[str, Any]) -> dict[str, Any]:
+def without_secrets(settings: Mapping[str, Any]) -> dict[str, Any]:
     """A copy for JSON: secrets are HIDDEN, and numbers that JSON does not have are texts (`inf`)."""
-    return {name: _shown(value, path=str(name), name=str(name)) for name, value in settings.items()}
+    return {str(name): _shown(value, path=str(name), name=str(name)) for name, value in settings.items()}
 
 
 def has_secret_name(name: str, value: Any) -> bool:
     """True if this setting's value is to be hidden."""
-    if value is None or isinstance(value, (bool, dict, list, tuple)) or value == "":
+    if value is None or isinstance(value, bool) or value in ("", [], {}, ()):
         return False
-    is_text = isinstance(value, str)
-    return _SECRET_VALUE.search(name) is not None or (is_text and _SECRET_TEXT.search(name) is not None)
+    words = _CAMEL.sub("_", name)
+    if _SECRET_VALUE.search(words) is not None:
+        return True
+    if _SECRET_TEXT.search(words) is None:
+        return False
+    # Numbers are not secrets here: `stop_tokens: [1, 2]`.
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return not all(isinstance(item, (int, float)) for item in items)
 
 
 def _shown(value: Any, *, path: str, name: str) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _shown(item, path=f"{path}.{key}", name=str(key)) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_shown(item, path=path, name=name) for item in value]
     if path not in PUBLIC and has_secret_name(name, value):
         return HIDDEN
+    if isinstance(value, Mapping):
+        if name.lower() in _ALL_HIDDEN:
+            return {str(key): item if item in ("", None) else HIDDEN for key, item in value.items()}
+        return {str(key): _shown(item, path=f"{path}.{key}", name=str(key)) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return _shown_items(value, path=path, name=name)
     if isinstance(value, str):
-        return _OPTION.sub(rf"\1\2{HIDDEN}", _USER_OF_URL.sub(f"{HIDDEN}@", value))
+        for pattern, shown in _PARTS:
+            value = pattern.sub(shown, value)
+        return value
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _shown_items(items: Sequence[Any], *, path: str, name: str) -> list[Any]:
+    """The items of a list; of a command line in words, the word behind a secret's option is hidden."""
+    shown: list[Any] = []
+    is_secret = False
+    for item in items:
+        is_text = isinstance(item, str)
+        shown.append(HIDDEN if is_secret and is_text else _shown(item, path=path, name=name))
+        is_secret = is_text and _BARE_OPTION.fullmatch(item) is not None
+    return shown
+
+
+_PARTS = (
+    (_USER_OF_URL, f"{HIDDEN}@"),
+    (_IN_QUERY, rf"\1{HIDDEN}"),
+    (_BEARER, rf"\1 {HIDDEN}"),
+    (_OPTION, rf"\1\2{HIDDEN}"),
+)
+"""Patterns of secrets in a text, and what is shown of each."""

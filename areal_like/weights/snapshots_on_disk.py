@@ -7,11 +7,10 @@ version that the ledger accepts (if the staleness bound allows it), without wait
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from areal_like.paths import find_checkpoints
+from areal_like.paths import find_checkpoints, read_json
 
 STATE_FILE = "trainer_state.json"
 FORMAT = 2
@@ -40,7 +39,7 @@ def newest_snapshot(checkpoints: Path) -> DiskSnapshot | None:
         if not steps:
             return None
         path = steps[max(steps)]
-        version = json.loads((path / STATE_FILE).read_text())["extra"][VERSION_KEY]
+        version = read_json(path / STATE_FILE)["extra"][VERSION_KEY]
     except (OSError, ValueError, KeyError):
         return None  # unreadable, deleted meanwhile, or written before checkpoints contained versions
     return DiskSnapshot(path=path, version=int(version))

@@ -12,6 +12,7 @@ both values are in the log.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NoReturn
@@ -30,6 +31,9 @@ _OPTIONAL = ("dtype", "content", "eval_content")
 """Fields of a Hello that are compared only where they are not empty."""
 _MAX_GONE = 1024
 """Servers that have left whose statistics are kept apart, because they may come back."""
+_SETTING = re.compile(r"(?:sampling|eval|buffer|model|trainer)\.[\w.-]+", re.ASCII)
+_SETTINGS = re.compile(f" (?={_SETTING.pattern}=)")
+"""Between two settings of a Hello."""
 _MOST_PER_S = {
     "tokens_generated": 1e6,
     "progress": 1e6,
@@ -101,23 +105,19 @@ class ConnectedPeers:
         self._stats_of_long_gone: dict[str, float] = {}
         """Sums over the servers that left before those."""
 
-    def check(self, hello: Hello, *, tells_values: bool = False) -> None:
+    def check(self, hello: Hello) -> None:
         """Raises RefusedError(field, reason) if a peer's configuration differs from the job's.
 
-        Also for a name of the other role, an address outside this machine, and too many peers.
-        `tells_values`: the reason contains the job's value, because the peer has a key.
-        """
+        Also for a name of the other role, an address outside this machine, and too many peers."""
         for name in ("job", "num_shards", "shard", "dataset", "model", "tokenizer", *_OPTIONAL):
             expected, owner = self._expected.get(name, (getattr(hello, name), hello.name))
             # The trainer does not know the content, and peers of an earlier release send no dtype.
             is_compared = name not in _OPTIONAL or getattr(hello, name)
             if is_compared and getattr(hello, name) != expected:
-                _refuse_difference(hello, name, expected=expected, owner=owner, tells_values=tells_values)
+                _refuse_difference(hello, name, expected=expected, owner=owner)
         expected = self._settings.get(hello.role, "")
         if hello.settings and expected and hello.settings != expected:
-            _refuse_difference(
-                hello, "settings", expected=expected, owner="the buffer", tells_values=tells_values
-            )
+            _refuse_difference(hello, "settings", expected=expected, owner="the buffer")
         # Otherwise a server could keep a trainer from registering by taking its name.
         is_rank_name = hello.name == TRAINER or hello.name.startswith(f"{TRAINER}-")
         if is_rank_name is not (hello.role is Role.TRAINER):
@@ -241,13 +241,24 @@ class ConnectedPeers:
                     self._stats_of_long_gone[stat] = self._stats_of_long_gone.get(stat, 0.0) + value
 
 
-def _refuse_difference(
-    hello: Hello, name: str, *, expected: object, owner: str, tells_values: bool
-) -> NoReturn:
-    values = f"{hello.name} has {getattr(hello, name)!r}, {owner} has {expected!r}"
-    log.warning("%s refused (%s): %s", hello.name, name, values)
-    difference = values if tells_values else "differs from the job's; the buffer's log has both values"
-    raise RefusedError(name, f"{difference}: start both with the same configuration")
+def _refuse_difference(hello: Hello, name: str, *, expected: object, owner: str) -> NoReturn:
+    own = getattr(hello, name)
+    log.warning("%s refused (%s): it has %r, %s has %r", hello.name, name, own, owner, expected)
+    which = f" in {', '.join(names)}" if (names := _differing(own, expected)) else ""
+    raise RefusedError(
+        name,
+        f"differs from the job's{which}; the buffer's log has both values: start both with the same "
+        "configuration",
+    )
+
+
+def _differing(own: object, expected: object) -> list[str]:
+    """Names of the settings that differ, if both values are texts of settings (`shared_settings`)."""
+    ours, theirs = (
+        dict(part.partition("=")[::2] for part in _SETTINGS.split(str(each))) for each in (own, expected)
+    )
+    # Only the job's names: what the peer calls its settings is its own text.
+    return [name for name, value in theirs.items() if _SETTING.fullmatch(name) and ours.get(name) != value]
 
 
 def _is_local(address: str) -> bool:

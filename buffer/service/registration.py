@@ -103,7 +103,7 @@ class Registration:
         hello = newcomer.hello
         # Again: another key may have got the name while this newcomer waited for it.
         self._keys.check_hello(hello, newcomer.key)
-        self._peers.check(hello, tells_values=newcomer.key is not None)
+        self._peers.check(hello)
         name = claimed_name(hello)
         incarnation = self._ledger.find_process(name, hello.process, hello.incarnation)
         if self._ledger.is_finished and hello.role is Role.ROLLOUT:

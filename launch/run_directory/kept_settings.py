@@ -20,7 +20,7 @@ from areal_like.config.dotted import flat
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config, save_config
-from areal_like.security.secret_values import without_secrets
+from areal_like.security.redaction import without_secrets
 from launch.run_directory.rundir import checkpoints
 
 _MAX_CHANGES = 200

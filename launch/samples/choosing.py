@@ -42,7 +42,7 @@ def decoder(root: Path) -> Decode:
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"the tokenizer in {source} cannot be loaded, so no text can be shown: {first_line(error)}"

@@ -7,17 +7,21 @@ shrinks by jobs. Left out: job arrays, because a job of an array cannot be added
 from __future__ import annotations
 
 import math
+import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from areal_like.config import Config
+from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 
 BODY = Path(__file__).resolve().parents[1] / "deploy" / "slurm" / "job.sh"
 _EARLY_S = 600
 """A start that lasted longer is no failure in a row with the ones before."""
+_PLAIN = re.compile(r"[\w.,:;@%+=/\[\]~-]+", re.ASCII)
+"""An option that sbatch reads as it is."""
 _MARGIN_S = 30
 """Between the end of the longest drain and the time limit."""
 
@@ -53,7 +57,10 @@ def scripts_of(paths: RunPaths) -> Path:
 def job_script(
     config: Config, role: str, options: Options, *, python: str, python_path: str, directory: Path
 ) -> str:
-    """The batch script of one role. `directory`: where relative paths in the configuration begin."""
+    """The batch script of one role. `directory`: where relative paths in the configuration begin.
+
+    Raises ConfigError for control characters in an option or a path.
+    """
     paths = RunPaths.of(config)
     sbatch = [
         f"--job-name={job_name(config, role)}",
@@ -81,6 +88,7 @@ def job_script(
     exported = {"PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
     if options.interface:
         exported["AREAL_LIKE_INTERFACE"] = options.interface
+    _check_printable([*sbatch, *(f"{name}={value}" for name, value in (variables | exported).items())])
     return "\n".join(
         [
             "#!/bin/bash",
@@ -104,6 +112,16 @@ def _gpus(config: Config, role: str, options: Options) -> list[str]:
     return []
 
 
+def _check_printable(lines: Iterable[str]) -> None:
+    """Raises ConfigError for a line that is more than one in a script: the second would be a command."""
+    for line in lines:
+        if not line.isprintable():
+            raise ConfigError(f"submit: {line!r} has a character that is not printable: remove it")
+
+
 def _quoted(option: str) -> str:
-    """sbatch splits its lines at blanks, but for quoted values."""
-    return f'"{option}"' if " " in option else option
+    """sbatch splits its lines at blanks and ends them at `#`, but for quoted values."""
+    if _PLAIN.fullmatch(option):
+        return option
+    escaped = option.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'

@@ -39,9 +39,9 @@ class PromptRenderer:
         from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(model)
-            config = AutoConfig.from_pretrained(model)
-        except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, RecursionError, StrictDataclassError) as error:
             raise ConfigError(
                 f"model.path={model}: no tokenizer and config that transformers can load ({error})"
             ) from error

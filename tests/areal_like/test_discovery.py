@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import socket
 import stat
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from areal_like.config import Config, from_mapping
 from areal_like.errors import ConfigError
-from areal_like.http.discovery import http_port
+from areal_like.http.discovery import DiscoveryFile, http_port
 from areal_like.runtime.daemon import Runtime
 from launch.local_job.specs import JobSpecs
 
@@ -52,6 +53,19 @@ def test_a_server_and_its_engine_are_targets(tmp_path: Path) -> None:
         common | {"role": "engine", "__metrics_path__": "/metrics/engine"},
     ]
     assert not list(folder.iterdir())
+
+
+def test_a_link_in_the_directory_is_not_followed(tmp_path: Path) -> None:
+    """Others may write into it, and know the names of files and processes."""
+    folder, victim = tmp_path / "targets", tmp_path / "victim"
+    folder.mkdir()
+    victim.write_text("mine")
+    job = config(tmp_path, metrics={"sd_path": str(folder)})
+    for name in ("x.buffer.json", f".x.buffer.json.{os.getpid()}"):
+        (folder / name).symlink_to(victim)
+    DiscoveryFile(job, role="buffer", name="buffer").write("h:1")
+    assert victim.read_text() == "mine"
+    assert json.loads((folder / "x.buffer.json").read_text())[0]["targets"] == ["h:1"]
 
 
 def test_a_fixed_port_is_bound_or_named(tmp_path: Path) -> None:

@@ -63,6 +63,15 @@ def test_a_wrong_checksum_leaves_nothing(index: list[str], cache: Path) -> None:
     assert not list(cache.iterdir())
 
 
+def test_a_file_that_is_too_large_is_not_unpacked(
+    index: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launch.commands.fetch._MAX_BYTES", 100)
+    with pytest.raises(ArealError, match="more than 100 bytes"):
+        fetch_smollm2(index, sha256=SHA256)
+    assert not list(cache.iterdir())
+
+
 def test_a_failed_download_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ArealError, match="PIP_INDEX_URL"):
         fetch_smollm2(["--no-index", "--find-links", str(tmp_path)])

@@ -54,7 +54,7 @@ def test_settings_that_worked_are_kept_with_a_history(resume: Open) -> None:
     assert rate_in_file(run) == 3e-5
     first, second = read_changes(run.paths)
     assert (first.step, first.by, first.text) == (20, "resume", "trainer.lr: 1e-05 -> 3e-05")
-    assert (second.step, second.text) == (10, "task.api_key: (none) -> (hidden)")
+    assert (second.step, second.text) == (10, "task.api_key: (none) -> ***")
     with run.paths.config_changes.open("a") as file:
         file.write("{\n[]\n" + '{"unix_s": 1}\n')
     assert read_changes(run.paths) == [first, second]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import signal
 import socket
 from collections.abc import Iterator
@@ -233,9 +234,16 @@ def test_the_served_configuration_has_no_secrets(tmp_path: Path) -> None:
     }
     shown = json.dumps(without_secrets(secrets), allow_nan=False)
     assert "hidden" not in shown and "4711" not in shown
-    assert shown.count(HIDDEN) == 7 and '"max_tokens": 5' in shown and '"cap": "inf"' in shown
+    assert shown.count(HIDDEN) == 8 and '"max_tokens": 5' in shown and '"cap": "inf"' in shown
     command = without_secrets({"args": "--mem 0.8 --admin-api-key hidden-1 --api-key='hid den-2' --x"})
     assert command == {"args": f"--mem 0.8 --admin-api-key {HIDDEN} --api-key={HIDDEN} --x"}
+    more = {
+        "openai_key": "s1", "keys": ["s2"], "passphrase": "s3", "secret": {"v": "s4"}, "credential": 5,
+        "accessToken": "s6", "args": ["--api-key", "s7", "--mem", "0.8"], "url": "http://h/?api_key=s8&n=1",
+        "bearer": "s9", "note": "Authorization: Bearer s10-s10-s10", "auth": ["s11", "s12"],
+    }  # fmt: skip
+    shown = json.dumps(without_secrets({"task": more, "stop_tokens": [1, 2], "api_key_file": "k"}))
+    assert not re.findall(r"s\d", shown) and "0.8" in shown and '[1, 2], "api_key_file": "k"' in shown
     process = by_hand(tmp_path, trackers=[{"name": "wandb", "api_key": "hidden-7"}])
     try:
         served = json.loads(process.get("/config"))

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,6 +58,26 @@ ADDRESS = "10.0.0.5"
 
 def at(environment: dict[str, str]) -> Place:
     return place_of(environment, address=ADDRESS)
+
+
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [
+        (Options(partition="p\ntouch /tmp/x"), {}),
+        (Options(), {"runs_dir": "/shared/a\nrm -rf b"}),
+        (Options(arguments=("--comment=a\rb",)), {}),
+        (Options(interface="eth0\x00"), {}),
+    ],
+)
+def test_an_option_is_no_second_line_of_a_script(options: Options, settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="not printable"):
+        script("buffer", options, **settings)
+
+
+def test_options_are_quoted_for_sbatch() -> None:
+    lines = script("buffer", Options(time="1-00:00:00", arguments=('--comment=a"b #\\c',)))
+    assert "#SBATCH --time=1-00:00:00" in lines
+    assert '#SBATCH "--comment=a\\"b #\\\\c"' in lines
 
 
 def test_a_script_asks_for_what_its_role_needs() -> None:

@@ -151,6 +151,7 @@ BROKEN: dict[str, tuple[str, Callable[[Path], Any]]] = {
         lambda p: edit_index(p, lambda m: m.update({NORM: min(m.values())})),
     ),
     "index-broken": ("is no index", lambda p: (p / INDEX).write_text("[]")),
+    "index-nested": ("nested too deeply", lambda p: (p / INDEX).write_text("[" * 100_000)),
 }
 
 

@@ -19,7 +19,7 @@ import yaml
 from areal_like.config import Config, from_mapping
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
-from areal_like.security.secret_values import HIDDEN, without_secrets
+from areal_like.security.redaction import HIDDEN, without_secrets
 from tests.support.launching import ROOT
 from tests.support.trackers import Hanging, Kept, Raising, scalars, texts, wandb_config, wandb_history
 from trainer.metrics.evaluations_file import EvaluationsFile
@@ -269,7 +269,7 @@ def test_secrets_are_not_sent() -> None:
     assert not re.findall(r"\bs\d\b", json.dumps(sent)), sent
     assert sent["max_tokens"] == 7 and sent["prompt_key"] == "question" and sent["env"]["EMPTY"] == ""
     assert (
-        sent["judge"][0]["url"].startswith("https://(hidden)@host/v1?") and sent["judge"][0]["api_key_file"]
+        sent["judge"][0]["url"].startswith(f"https://{HIDDEN}@host/v1?") and sent["judge"][0]["api_key_file"]
     )
     assert sent["args"].endswith("--max-total-tokens 100 --tokenizer-path t")
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from areal_like.errors import ConfigError
+from areal_like.paths import read_json
 from trainer.checkpoints.host_copy import HostCopy
 from trainer.checkpoints.safetensors_file import FileLayout, write_at
 from trainer.models.packed_model import PackedModel
@@ -121,7 +122,7 @@ def read_index(folder: Path) -> dict[str, ModelRows]:
     try:
         if path.stat().st_size > _MAX_INDEX_BYTES:
             raise ValueError(f"more than {_MAX_INDEX_BYTES} bytes")
-        return {name: _model_rows(fields) for name, fields in json.loads(path.read_text())["models"].items()}
+        return {name: _model_rows(fields) for name, fields in read_json(path)["models"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} cannot be read ({error!r}): resume from another step") from None
 

@@ -8,7 +8,6 @@ Left out: files that hold pickles (`pytorch_model.bin`).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -19,6 +18,7 @@ from torch import Tensor
 from transformers.utils.hub import cached_file
 
 from areal_like.errors import ConfigError, first_line
+from areal_like.paths import read_json
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -153,7 +153,7 @@ def _find(model: str, name: str) -> Path | None:
 def _read_index(index: Path) -> dict[str, str]:
     """Tensor -> name of its file, of `model.safetensors.index.json`."""
     try:
-        file_of = json.loads(index.read_text())["weight_map"]
+        file_of = read_json(index)["weight_map"]
         names = set(file_of.values())
         inside = all(_is_inside(name) for name in names)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

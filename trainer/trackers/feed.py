@@ -24,7 +24,7 @@ from typing import Any
 
 from areal_like.config import Config, to_mapping
 from areal_like.paths import RunPaths
-from areal_like.security.secret_values import without_secrets
+from areal_like.security.redaction import without_secrets
 from trainer.metrics.prometheus import TRACKER_OUTCOMES
 from trainer.metrics.run_files import read_rows
 from trainer.trackers.base import Aliases, TrackedRow, TrackedRun, Tracker, build_trackers

@@ -145,7 +145,7 @@ class ChatRoutes:
         from transformers import AutoTokenizer  # an engine that is not asked for text needs no tokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self._model_path)
+            tokenizer = AutoTokenizer.from_pretrained(self._model_path, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"{self._model_path} has no tokenizer: {error}") from error
         return JinjaRenderer(

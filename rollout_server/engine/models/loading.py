@@ -103,7 +103,9 @@ def load(
 
 def _from_pretrained(path: str, *, dtype: torch.dtype) -> Any:
     try:
-        return AutoModelForCausalLM.from_pretrained(str(Path(path).expanduser()), dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(
+            str(Path(path).expanduser()), dtype=dtype, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise ConfigError(f"--model-path {path}: {first_line(error)}") from None
 

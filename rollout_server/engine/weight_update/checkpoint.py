@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from areal_like.errors import WeightSyncError
+from areal_like.paths import read_json
 from rollout_server.engine.weight_update.bucket_receiver import BucketReceiver
 
 
@@ -17,7 +17,7 @@ def store_checkpoint(path: Path, receiver: BucketReceiver) -> None:
         index = path / "model.safetensors.index.json"
         files = ["model.safetensors"]
         if index.is_file():
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            files = sorted(set(read_json(index)["weight_map"].values()))
         for file in files:
             with safe_open(path / file, framework="pt", device=str(receiver.device)) as tensors:
                 names = tensors.keys()

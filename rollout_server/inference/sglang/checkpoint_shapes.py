@@ -7,7 +7,6 @@ loaded, before anything is sent. No tensor is read, and torch is not needed.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from areal_like.errors import ConfigError
+from areal_like.paths import read_json
 from areal_like.weights.buckets import TensorSpec, check_names
 
 _INDEX = "model.safetensors.index.json"
@@ -63,7 +63,7 @@ def _find(model: str, name: str) -> Path | None:
 
 def _ties_head(model: str) -> bool:
     config = _find(model, "config.json")
-    facts = {} if config is None else json.loads(config.read_text())
+    facts = {} if config is None else read_json(config)
     text = facts.get("text_config") or {}
     return text.get("tie_word_embeddings", facts.get("tie_word_embeddings")) is not False
 
@@ -72,7 +72,7 @@ def _files(model: str) -> list[Path]:
     index = _find(model, _INDEX)
     names = ["model.safetensors"]
     if index is not None:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(read_json(index)["weight_map"].values()))
     files = [_find(model, name) for name in names]
     if absent := [name for name, path in zip(names, files, strict=True) if path is None]:
         raise OSError(f"{absent[0]} is missing")

@@ -14,7 +14,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from areal_like.data import open_rows
+from areal_like.data import open_rows, reading
 from areal_like.data.selections import open_selection
 from areal_like.errors import ConfigError
 
@@ -72,6 +72,26 @@ def test_broken_row_is_named_by_file_and_line(tmp_path: Path, line: str, message
     source = write(tmp_path / "x.jsonl", {"a": 1}, "", line, {"a": 2})
     with pytest.raises(ConfigError, match=message):
         open_rows(source, key="task.train")
+
+
+def test_a_row_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "MAX_ROW_BYTES", 1000)
+    parquet.write_table(pyarrow.table({"a": ["x", "y" * 1000]}), tmp_path / "x.parquet")
+    for source in (str(tmp_path / "x.parquet"), write(tmp_path / "x.jsonl", {"a": 1}, {"a": "y" * 1000})):
+        with pytest.raises(ConfigError, match=r"x\.(parquet|jsonl):2: the row has \d+ bytes"):
+            open_rows(source, key="task.train")
+
+
+def test_a_small_parquet_file_takes_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand rows share one text of 1 MB, which the file has once."""
+    path = tmp_path / "x.parquet"
+    parquet.write_table(pyarrow.table({"a": ["y" * 1_000_000] * 1000}), path, compression="zstd")
+    assert path.stat().st_size < 20_000
+    monkeypatch.setattr(reading, "_BATCH_BYTES", 4_000_000)
+    before = pyarrow.default_memory_pool().max_memory()
+    rows = reading.texts_of_file(path, key="task.train")
+    assert [number for (_, number), _ in zip(rows, range(12), strict=False)] == [*range(1, 13)]
+    assert pyarrow.default_memory_pool().max_memory() - before < 20_000_000
 
 
 def test_what_cannot_be_read_says_what_to_change(tmp_path: Path) -> None:
@@ -142,7 +162,7 @@ def test_processes_may_build_the_same_entry_at_once(tmp_path: Path, cache: Path)
 
 _MEASURED = """
 import resource, sys
-from areal_like.data import open_rows
+from areal_like.data import open_rows, reading
 def anonymous_kb():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith("RssAnon"))

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from areal_like.paths import RunPaths
+from areal_like.security.redaction import HIDDEN
 from buffer.storage import sql
 from launch.cli import main
 from launch.report.figures import figures
@@ -119,7 +120,7 @@ def test_secrets_in_settings_are_hidden(tmp_path: Path) -> None:
     root = write_run(tmp_path / "one", rows(3))
     (root / "config.yaml").write_text("task: {reward: {api_key: sk-123}}\nname: one\n")
     text = report(root)
-    assert "sk-123" not in text and "(hidden)" in text
+    assert "sk-123" not in text and HIDDEN in text
 
 
 def test_two_runs_are_in_the_same_charts(tmp_path: Path) -> None:
