@@ -68,17 +68,20 @@ class Listener:
         setting: str = "port",
         accepts: Collection[type] | None = None,
         screen: Callable[[bytes, type], bool] | None = None,
+        on_malformed: Callable[[bytes, str], None] = lambda peer, what: None,
         curve: CurveServer | None = None,
     ) -> None:
         """`accepts`: the message types that peers may send; others are malformed. None: all.
 
-        `screen(peer, type)` is called before a message is decoded; False drops it. `curve`: only peers with
-        an allowed key connect. Raises ConfigError if the address cannot be bound; the error message names
-        `setting`, the port's key in the configuration.
+        `screen(peer, type)` is called before a message is decoded; False drops it. `on_malformed(peer, what)`
+        is called for each frame that is read and cannot be decoded. `curve`: only peers with an allowed key
+        connect. Raises ConfigError if the address cannot be bound; the error message names `setting`, the
+        port's key in the configuration.
         """
         self._handler = handler
         self._accepts = accepts
         self._screen = screen
+        self._on_malformed = on_malformed
         self._bad_peers = BadPeers()
         self._clock = asyncio.get_running_loop().time
         self.num_bad_frames = 0
@@ -176,6 +179,7 @@ class Listener:
             self.num_bad_frames += 1
             self._bad_peers.record(peer, now_s=self._clock())
             log_at_powers_of_2(self.num_bad_frames, "bad frame refused: %s (%d so far)", error)
+            self._on_malformed(peer, str(error))
             # The peer cannot decode the refusal, but can read our wire version in its header.
             if isinstance(error, WireVersionError):
                 self.send(peer, Refused(field="wire version", reason=str(error)))

@@ -39,6 +39,8 @@ class ServerFacts(PeerFacts):
 
     held_back: str = ""
     """Why the buffer grants it no leases: a quarantine, or an operator; empty if it does."""
+    lies: str = ""
+    """Why it is in quarantine, if that is for messages that no server sends."""
     num_leases: int = 0
     free_samples: int = 0
     weights_version: int = 0

@@ -58,6 +58,7 @@ def causes_of(
         *_buffer(facts, limits),
         *([*_cut_off(facts, limits)] or [*_silent(facts, limits), *_lost(facts, limits)]),
         *_engines(facts, limits),
+        *_liars(facts),
     ]
     causes = causes or [*_late(facts, late)] or [*_slow(facts, slow)]
     causes = causes or [*_operator(facts, limits), *_absent(facts, limits), *_pushes(facts, limits)]
@@ -151,6 +152,20 @@ def _lost(facts: JobFacts, limits: Limits) -> Iterator[Cause]:
             what=f"no message; removed {_time(seconds)} ago: {taken}",
             remedy="start it again, or another one (`areal-like rollout RUN --join`)",
         )
+
+
+def _liars(facts: JobFacts) -> Iterator[Cause]:
+    """Whatever the job waits for: such a server is broken, or somebody else has its key."""
+    for server in facts.servers:
+        if server.lies:
+            yield Cause(
+                on=On.SERVER,
+                name=server.name,
+                seconds=0.0,
+                what=f"it gets no leases: {server.lies}",
+                remedy="end it and look at its machine; on a job with keys revoke its key "
+                "(`areal-like keys revoke`)",
+            )
 
 
 def _engines(facts: JobFacts, limits: Limits) -> Iterator[Cause]:

@@ -101,6 +101,17 @@ class FailedSamples:
         reasons = [one.reason for one in quarantines if one is not None]
         return f"the task's code fails at every rollout server: {reasons[0]}"
 
+    def lied(self, name: str, what: str) -> None:
+        """A server has sent what no server sends. Others make its samples while it is in quarantine."""
+        server = self._leases.servers.get(name)
+        if server is None or not server.health.lie(what, now_s=server.last_heard_s):
+            return
+        assert server.health.quarantine is not None
+        self._counters.count_quarantine()
+        self._notices.append(f"{name} gets no leases: {server.health.quarantine.reason}")
+        for lease in list(server.leases.values()):
+            self._lifecycle.revoke(lease)
+
     def take_notices(self) -> list[str]:
         """Quarantines since the last call, as texts for the log."""
         notices, self._notices = self._notices, []

@@ -76,6 +76,7 @@ class Ledger:
         self.expire = dispatcher.expire
         self.samples_done = intake.samples_done
         self.sample_failed = intake.sample_failed
+        self.lied = self._failed_samples.lied
         self.set_num_train_prompts = state.prompts.set_num_train_prompts
         self.set_content = DataChange(state, self._lifecycle).set_content
         self.take_aborts = state.leases.take_aborts

@@ -41,6 +41,10 @@ class SampleIntake:
     def samples_done(self, name: str, samples: Sequence[SampleDone]) -> list[Verdict]:
         """Takes the samples that a server sent. The caller acknowledges them when they are durable."""
         verdicts = [self._take(name, sample) for sample in samples]
+        for sample, verdict in zip(samples, verdicts, strict=True):
+            if verdict is Verdict.INVALID and not sample.record.is_plausible:
+                what = f"a sample with an absurd number (its reward is {sample.record.reward:g})"
+                self._failed_samples.lied(name, what)
         self._lifecycle.record_ready_groups()
         return verdicts
 

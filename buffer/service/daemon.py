@@ -128,6 +128,7 @@ class BufferDaemon:
             curve=curve,
             accepts=TO_BUFFER,
             screen=self._screen,
+            on_malformed=self._on_malformed,
         )
         self._outbox = Outbox(self._ledger, self._peers, self._listener)
         self._handlers = Handlers(
@@ -256,6 +257,11 @@ class BufferDaemon:
         except Exception as error:
             self._fail(error)
             return False
+
+    def _on_malformed(self, route: bytes, what: str) -> None:
+        with self._failing_on_error():
+            self._handlers.malformed(route, what)
+            self._flush_soon()
 
     def _on_envelope(self, envelope: Envelope) -> None:
         self._received_bytes += envelope.num_bytes

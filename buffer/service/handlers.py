@@ -117,6 +117,12 @@ class Handlers:
         self._outbox.send(route, HelloRequired())
         return False
 
+    def malformed(self, route: bytes, what: str) -> None:
+        """A frame that cannot be decoded: a registered server does not send any."""
+        peer = self._peers.at(route)
+        if peer is not None and peer.hello.role is Role.ROLLOUT:
+            self._ledger.lied(peer.hello.name, f"a malformed message ({what})")
+
     def handle(self, envelope: Envelope) -> Any:
         """The reply to a message that `may_send` let pass, or None.
 
@@ -137,6 +143,10 @@ class Handlers:
         if self._ledger.failure_reason:
             return JobFailed(reason=self._ledger.failure_reason)
         role = peer.hello.role
+        server = self._ledger.servers.get(peer.hello.name)
+        if server is not None and server.health.is_refused:
+            assert server.health.quarantine is not None
+            raise RefusedError("conduct", server.health.quarantine.reason)
         handler = self._table[role].get(type(message))
         if handler is None:
             raise RefusedError("message", f"{type(message).__name__} is not for a {role.value} to send")
@@ -169,6 +179,7 @@ class Handlers:
                 peer.hello.name,
                 absurd,
             )
+            self._ledger.lied(peer.hello.name, f"totals that cannot be true ({absurd})")
 
     # --- rollout servers ---
 

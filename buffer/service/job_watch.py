@@ -134,6 +134,7 @@ class JobWatch:
                 waits=peer.waits,
                 stats=peer.stats,
                 held_back=_held_back(server),
+                lies=_lies(server),
                 num_leases=len(server.leases),
                 free_samples=server.free_samples,
                 weights_version=server.weights_version,
@@ -157,6 +158,11 @@ class JobWatch:
             self._since.pop(name, None)
             return 0.0
         return now_s - self._since.setdefault(name, now_s)
+
+
+def _lies(server: Server) -> str:
+    quarantine = server.health.quarantine
+    return quarantine.reason if quarantine is not None and quarantine.is_for_lies else ""
 
 
 def _held_back(server: Server) -> str:

@@ -227,7 +227,7 @@ class ConnectedPeers:
         absurd = [
             name
             for name, most_per_s in _MOST_PER_S.items()
-            if not 0 <= bounded.get(name, 0.0) <= most_per_s * seconds
+            if not -1 < bounded.get(name, 0.0) <= most_per_s * seconds
         ]
         peer.stats = {name: value for name, value in bounded.items() if name not in absurd}
         return ", ".join(f"{name} {bounded[name]:g}" for name in absurd)

@@ -148,6 +148,9 @@ class Registration:
                 weights_version=hello.weights_version,
                 now_s=self._clock(),
             )
+            if self._ledger.servers[hello.name].health.is_refused:
+                self._ledger.remove_server(hello.name)
+                raise RefusedError("conduct", "this process was refused for good; the buffer's log says why")
             self.eval_sets = hello.eval_sets
         else:
             self._ledger.refuse_older_trainer(incarnation)

@@ -9,6 +9,11 @@ The back-off doubles with each quarantine in a row. A row counts tickets, not sa
 often fail for one cause. Failures of the server (its engine) and of the task's code (reward, environment) are
 separate rows, because they have different causes.
 
+A lie is a message that no server of this release sends: a record or a total with an absurd number, a frame
+that cannot be decoded. Accepted samples do not make up for lies:
+
+    HEALTHY -> every `LIES_PER_QUARANTINE` lies -> QUARANTINED -> ... -> `MAX_LIES` -> REFUSED
+
 Not stored: a restart of the buffer is a retry.
 """
 
@@ -26,14 +31,21 @@ MAX_QUARANTINES = 3
 """Quarantines in a row for failures of its engine after which a server counts as broken for good."""
 
 
+LIES_PER_QUARANTINE = 16
+MAX_LIES = 8 * LIES_PER_QUARANTINE
+"""Lies after which a server process is refused for good. With the back-offs before, it has had two hours."""
+_FOR_GOOD_S = 1e9
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Quarantine:
     """Why a server gets no leases, and until when."""
 
     reason: str
     until_s: float
-    is_of_task: bool
+    is_of_task: bool = False
     """For failures of the task's code."""
+    is_for_lies: bool = False
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -49,6 +61,7 @@ class ServerHealth:
     """Those of them for failures of its engine."""
     has_failed_task: bool = False
     """True if a quarantine since its last accepted sample was for failures of the task's code."""
+    num_lies: int = 0
     _rows: dict[bool, set[int]] = field(default_factory=lambda: {True: set(), False: set()})
     """Fault of the server (else of the task) -> tickets of which samples failed, since the last success."""
 
@@ -61,7 +74,9 @@ class ServerHealth:
         """It delivered a sample that was accepted: the server is healthy."""
         self.has_outcome = True
         if self.num_quarantines or self._rows[True] or self._rows[False]:
-            self.quarantine, self.has_failed_task = None, False
+            if self.quarantine is not None and not self.quarantine.is_for_lies:
+                self.quarantine = None
+            self.has_failed_task = False
             self.num_quarantines = self.num_engine_quarantines = 0
             self._rows = {True: set(), False: set()}
 
@@ -90,6 +105,24 @@ class ServerHealth:
         reason = f"{len(row)} samples failed in a row, all of different tickets; the last: {error}"
         until_s = now_s + backoff_s
         self.quarantine = Quarantine(reason=reason, until_s=until_s, is_of_task=not is_server_fault)
+        return True
+
+    @property
+    def is_refused(self) -> bool:
+        """True if the server has lied so often that it is not served any more."""
+        return self.num_lies >= MAX_LIES
+
+    def lie(self, what: str, *, now_s: float) -> bool:
+        """Counts a message that no server of this release sends. True if it begins a quarantine."""
+        self.num_lies += 1
+        rounds, rest = divmod(self.num_lies, LIES_PER_QUARANTINE)
+        if rest:
+            return False
+        backoff_s = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2 ** (rounds - 1))
+        reason = f"it has sent {self.num_lies} messages that no rollout server sends; the last: {what}"
+        if self.is_refused:
+            backoff_s, reason = _FOR_GOOD_S, f"refused for good: {reason}"
+        self.quarantine = Quarantine(reason=reason, until_s=now_s + backoff_s, is_for_lies=True)
         return True
 
     def end_backoff(self, *, now_s: float) -> None:

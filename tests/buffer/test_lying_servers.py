@@ -17,10 +17,15 @@ from areal_like.wire.limits import MAX_STAT, bounded_stats, check_lengths
 from areal_like.wire.messages.consumer import TrainerHeartbeat
 from areal_like.wire.messages.producer import SampleDone
 from areal_like.wire.records import Record
+from buffer.diagnosis.causes import Limits
+from buffer.diagnosis.facts import JobFacts, ServerFacts
+from buffer.diagnosis.rules import causes_of
+from buffer.ledger.ledger import Ledger
 from buffer.service.peers import ConnectedPeers, Peer
+from buffer.tables.server_health import LIES_PER_QUARANTINE
 from buffer.tickets import Verdict
 from tests.support.fake_producer import hello
-from tests.support.ledger_simulation import add_server, deliver, new_ledger, trajectory
+from tests.support.ledger_simulation import add_server, beat, deliver, done, new_ledger, trajectory
 
 
 def sample(**changes: Any) -> Record:
@@ -96,6 +101,54 @@ def test_a_total_that_cannot_be_true_is_left_out_of_the_sums() -> None:
     peers.remove("rollout-9")
     assert peers.total("tokens_generated") == 5e9
     assert json.loads(json.dumps(liar.stats)) == {"running": MAX_STAT}
+
+
+def lie(ledger: Ledger, *, times: int, now_s: float) -> None:
+    beat(ledger, "liar", capacity=8, now_s=now_s)
+    for _ in range(times):
+        ledger.lied("liar", "x")
+
+
+def test_lies_slow_a_server_down_until_it_is_refused() -> None:
+    """Others make its samples, and its good ones do not make up for the lies."""
+    ledger, now_s = new_ledger(max_staleness=9, num_steps=10), 0.0
+    add_server(ledger, "liar", capacity=8)
+    (first, *_) = ledger.grant(now_s=0.0)["liar"]
+    lie(ledger, times=LIES_PER_QUARANTINE - 1, now_s=0.0)
+    assert ledger.servers["liar"].health.quarantine is None
+    assert deliver(ledger, "liar", done(first, 0, [0])) is Verdict.ACCEPTED
+    lie(ledger, times=1, now_s=0.0)
+    assert not ledger.servers["liar"].leases and ledger.take_aborts()["liar"]
+    add_server(ledger, "honest", capacity=8)
+    assert first.ticket_id in [lease.ticket_id for lease in ledger.grant(now_s=0.0)["honest"]]
+    assert "liar gets no leases: it has sent 16 messages" in " ".join(ledger.take_notices())
+    waits = []
+    while not ledger.servers["liar"].health.is_refused:
+        quarantine = ledger.servers["liar"].health.quarantine
+        assert quarantine is not None
+        waits.append(quarantine.until_s - now_s)
+        now_s = quarantine.until_s + 1
+        beat(ledger, "honest", capacity=8, now_s=now_s)
+        beat(ledger, "liar", capacity=8, now_s=now_s)
+        assert "liar" in ledger.grant(now_s=now_s) or not ledger.servers["liar"].free_samples
+        lie(ledger, times=LIES_PER_QUARANTINE, now_s=now_s)
+    assert waits == [30.0 * 2**each for each in range(7)]
+    quarantine = ledger.servers["liar"].health.quarantine
+    assert quarantine is not None and quarantine.until_s > 1e8 and "refused for good" in quarantine.reason
+    assert not ledger.failure_reason
+
+
+def test_absurd_samples_are_lies_and_why_names_their_server() -> None:
+    ledger = new_ledger(max_staleness=9, num_steps=20, groups_per_step=4, max_consecutive_failures=100)
+    add_server(ledger, "liar", capacity=100)
+    for lease in ledger.grant(now_s=0.0)["liar"][:LIES_PER_QUARANTINE]:
+        ledger.samples_done("liar", [done(lease, 0, [0], reward=1e20)])
+    quarantine = ledger.servers["liar"].health.quarantine
+    assert quarantine is not None and quarantine.is_for_lies and "reward is 1e+20" in quarantine.reason
+    server = ServerFacts(name="liar", silent_s=0.0, state="serving", lies=quarantine.reason)
+    limits = Limits.of(heartbeat_s=1.0)
+    (cause,) = causes_of(JobFacts(servers=(server,)), slow={}, late=(), limits=limits)
+    assert cause.name == "liar" and "1e+20" in cause.what and "keys revoke" in cause.remedy
 
 
 def test_a_server_may_run_for_years() -> None:
