@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import secrets
 from collections.abc import Iterator
@@ -23,7 +24,14 @@ from areal_like.wire.fingerprint import (
 )
 from areal_like.wire.messages.consumer import AllocVersion, CommitStep, CompleteStep, StartTraining
 from areal_like.wire.messages.hello import Goodbye, Hello, Role
-from areal_like.wire.messages.producer import SampleDone, SampleFailed, Samples, ServerHeartbeat, ServerState
+from areal_like.wire.messages.producer import (
+    Lease,
+    SampleDone,
+    SampleFailed,
+    Samples,
+    ServerHeartbeat,
+    ServerState,
+)
 from areal_like.wire.messages.weights import FormGroup, PushChecksums, PushWeights
 from areal_like.wire.records import Record
 from rollout_server.tasks.base import make_task
@@ -81,6 +89,23 @@ def forged_samples(*, ticket_id: int = 1, lease_id: int = 1) -> Samples:
         for index in range(4)
     ]
     return Samples(samples=[SampleDone(lease_id=lease_id, record=record) for record in records])
+
+
+def absurd_samples(lease: Lease, *, version: int) -> Samples:
+    """All samples of a lease, with rewards that no reward gives."""
+    samples = [
+        dataclasses.replace(
+            synthetic(lease.ticket_id, index, num_tokens=7, version=version),
+            reward=1e20,
+            is_greedy=index in lease.greedy_indices,
+        )
+        for index in lease.sample_indices
+    ]
+    records = [
+        Record.of(lease.ticket_id, index, sample)
+        for index, sample in zip(lease.sample_indices, samples, strict=True)
+    ]
+    return Samples(samples=[SampleDone(lease_id=lease.lease_id, record=record) for record in records])
 
 
 def failure(*, lease_id: int = 1, ticket_id: int = 1, index: int = 0, kind: FailureKind) -> SampleFailed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from areal_like.wire.messages.producer import Leases
 from tests.attacks.attacker import Attacker, bytes_accepted, request
 from tests.attacks.forgeries import (
     HUGE,
+    absurd_samples,
     engine_requests,
     failure,
     heartbeat,
@@ -26,7 +28,7 @@ from tests.attacks.forgeries import (
     with_long_name,
 )
 from tests.attacks.job import AttackedJob, attacked_job
-from tests.support.launching import TEST_LIMIT_S
+from tests.support.launching import TEST_LIMIT_S, areal_like
 
 pytestmark = [pytest.mark.timeout(TEST_LIMIT_S), pytest.mark.slow]
 
@@ -147,3 +149,34 @@ def test_an_engine_has_a_key_in_any_case(job: AttackedJob, tmp_path: Path) -> No
         for headers in ({}, {"Authorization": "Bearer x"}):
             assert request(job.engine, "POST", path, body=body, headers=headers)[0] == 401
     job.goes_on()
+
+
+def test_a_server_that_lies(job: AttackedJob) -> None:
+    """Absurd rewards, totals and waits: it fails its own samples, is named, and gets no leases."""
+    before, name, until_s = job.status(), "liar", time.monotonic() + 60
+    lies = {"stats": {"tokens_generated": 1e17, "busy_s": 1e300}, "waits": {"engine: \x1b[2J": 500.0}}
+    with Attacker(job.buffer) as attacker:
+        assert isinstance(attacker.call(server_hello(job.config, name)), Welcome)
+        while "quarantine" not in entry_of(job, name):
+            assert time.monotonic() < until_s, job.status()
+            attacker.inbox.clear()
+            version = job.status()["newest_version"]
+            attacker.send(dataclasses.replace(heartbeat(free=400, version=version), **lies))
+            for message in attacker.received(wait_s=0.2):
+                for lease in message.leases if isinstance(message, Leases) else ():
+                    attacker.send(absurd_samples(lease, version=version))
+        status = job.status()
+        assert "no rollout server sends" in entry_of(job, name)["quarantine"]["reason"]
+        assert name in [cause["name"] for cause in status["why"]["causes"]]
+        assert status["counters"]["refusals_invalid"] > before["counters"]["refusals_invalid"]
+        assert status["counters"]["tokens_generated"] < 1e9
+        shown = areal_like("why", str(job.run)).stdout + areal_like("status", str(job.run)).stdout
+        assert name in shown and "\x1b" not in shown
+        attacker.inbox.clear()
+        attacker.send(heartbeat(free=400, version=version))
+        assert not any(isinstance(message, Leases) for message in attacker.received(wait_s=0.5))
+        job.goes_on()
+        attacker.call(Goodbye())
+    assert (
+        job.status()["failed_because"] == "" and job.status()["drops"]["failed"] == before["drops"]["failed"]
+    )
