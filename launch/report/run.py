@@ -170,7 +170,7 @@ def _config(path: Path) -> dict[str, Any]:
         plain = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except (OSError, ValueError, YAMLError, OmegaConfBaseException, ConfigError, RecursionError):
         return {}
-    return without_secrets(plain) if isinstance(plain, dict) else {}
+    return without_secrets({str(key): plain[key] for key in plain}) if isinstance(plain, dict) else {}
 
 
 def _evaluations(path: Path) -> list[Evaluation]:
