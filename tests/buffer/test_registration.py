@@ -20,11 +20,12 @@ from areal_like.errors import ConfigError, DeadlineError, RefusedError, RunFinis
 from areal_like.shards import WHOLE
 from areal_like.wire.fingerprint import dataset_fingerprint
 from areal_like.wire.messages.consumer import AllocVersion, CommitStep, FinishRun, StartTraining
-from areal_like.wire.messages.hello import Drain, Goodbye, Hello, HelloRequired, JobFinished, Welcome
+from areal_like.wire.messages.hello import Drain, Goodbye, Hello, HelloRequired, JobFinished, Role, Welcome
 from areal_like.wire.messages.producer import ServerHeartbeat, ServerState
 from buffer.ledger.recovery import recover
 from buffer.service.name_claims import ANSWER_S, MAX_WAITING, NameClaims, Newcomer
 from buffer.service.offline import unfence_offline
+from buffer.service.peers import ConnectedPeers
 from tests.support.buffer_harness import (
     BufferProcess,
     FakeTrainer,
@@ -473,3 +474,17 @@ def test_a_silent_holder_loses_its_name() -> None:
     ((name, newcomers),) = claims.expired(now_s=ANSWER_S)
     assert name == "trainer" and [each.route for each in newcomers] == routes
     assert claims.cancel("trainer") == []
+
+
+def test_a_refusal_names_the_settings_that_differ_and_no_values() -> None:
+    settings = {Role.ROLLOUT: "sampling.temperature=1.0 eval.sets.a=0f model.chat_template_kwargs={}"}
+    peers = ConnectedPeers(job="secret-job", dataset="d", settings=settings)
+    with pytest.raises(RefusedError) as refused:
+        peers.check(hello("rollout-0", job="mine"))
+    assert refused.value.args[0] == "job" and "secret-job" not in str(refused.value)
+    theirs = "sampling.temperature=0.5 eval.sets.a=0f model.chat_template_kwargs={x: model.y=1 0}"
+    with pytest.raises(RefusedError) as refused:
+        peers.check(hello("rollout-0", job="secret-job", settings=theirs))
+    reason = str(refused.value)
+    assert "in sampling.temperature, model.chat_template_kwargs;" in reason
+    assert "1.0" not in reason and "0.5" not in reason
