@@ -154,7 +154,8 @@ class SessionBook:
         name = request.rpartition("/")[2]
         self.num_wrong_routes[name if name in WRONG_ROUTES else "other"] += 1
         if (session := self._sessions.get(id)) is not None:
-            session.refused_route = request[:_MAX_ROUTE_CHARS]
+            shown = (one if one.isprintable() else "?" for one in request[:_MAX_ROUTE_CHARS])  # it is logged
+            session.refused_route = "".join(shown)
 
     def find(self, id: str) -> OpenSession | None:
         """None if there was none. Raises SessionGoneError if there was one."""

@@ -31,6 +31,8 @@ REFUSED_S = 600.0
 """For so long; then it gets one more."""
 MAX_REMEMBERED = 4096
 _MAX_NAME_CHARS = 40
+_MAX_ERROR_CHARS = 300
+_MOST_NAMED = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +74,7 @@ class _Record:
     has_delivered: bool = False
 
     def fail(self, error: str, *, claimed_s: float, now_s: float) -> None:
-        self.error = error
+        self.error = error[:_MAX_ERROR_CHARS]
         if claimed_s < self.failed_s:  # of the same burst
             return
         self.row += 1
@@ -128,14 +130,13 @@ class Claimants:
         self._record(claimant).succeed()
 
     def troubles(self, *, now_s: float) -> dict[str, float]:
-        """What is wrong with those that are slowed or refused -> seconds since their last failure."""
-        found = {}
-        for claimant, record in self._records.items():
-            if record.row > NUM_FREE:
-                found[f"{record.row} in a row failed, of {claimant}: {record.error}"] = (
-                    now_s - record.failed_s
-                )
-        return found
+        """What is wrong with the worst of those that are slowed -> seconds since their last failure."""
+        failing = [item for item in self._records.items() if item[1].row > NUM_FREE]
+        failing.sort(key=lambda item: -item[1].row)
+        return {
+            f"{record.row} in a row failed, of {claimant}: {record.error}": now_s - record.failed_s
+            for claimant, record in failing[:_MOST_NAMED]
+        }
 
     def _judge(self, claimant: Claimant) -> Claimant:
         """Whose record says how long it waits."""

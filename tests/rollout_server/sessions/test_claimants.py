@@ -99,3 +99,6 @@ def test_little_is_remembered() -> None:
     for number in range(2 * MAX_REMEMBERED):
         claimants.deliver(Claimant(address=str(number)))
     assert len(claimants._records) <= MAX_REMEMBERED
+    for number in range(100):
+        claims(claimants, Claimant(address=f"broken {number}"), until_s=10.0)
+    assert 0 < len(claimants.troubles(now_s=10.0)) < 10
