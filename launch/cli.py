@@ -1,21 +1,24 @@
 """The command `areal-like`: looks up the verb and runs its module in launch/commands/.
 
-It starts quickly, because only the module of the verb is imported, and no such module imports torch. So each
-verb's line of `areal-like --help` is here; its arguments and the text of `areal-like VERB --help` are in its
-module.
+It starts quickly, because only the module of the verb is imported, and no such module imports torch; the
+overview imports next to nothing. So each verb's line in it is here; its arguments and the text of
+`areal-like VERB --help` are in its module.
 """
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 from collections.abc import Sequence
-from types import ModuleType
+from typing import TYPE_CHECKING
 
 from areal_like.errors import ArealError, ConfigError, UserError
 from areal_like.terminal_text import harmless
-from launch.commands.parser import Parser
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from launch.commands.parser import Parser
 
 GROUPS = {
     "run": {
@@ -106,9 +109,13 @@ def command(verb: str, words: Sequence[str] = ()) -> tuple[ModuleType, Parser]:
     The module has `add_arguments(parser)` and `main(args) -> exit code`. `words`: what follows the verb.
     """
     if verb not in COMMANDS:
+        import difflib
+
         near = difflib.get_close_matches(verb, COMMANDS, n=1)
         hint = f"did you mean `{near[0]}`?" if near else "`areal-like --help` lists them"
         raise ConfigError(f"unknown command {verb!r}: {hint}")
+    from launch.commands.parser import Parser
+
     module = importlib.import_module(f"launch.commands.{_MODULES.get(verb, verb.replace('-', '_'))}")
     parser = Parser(verb, words)
     module.add_arguments(parser)

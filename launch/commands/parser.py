@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import textwrap
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -70,7 +69,7 @@ class _Formatter(argparse.HelpFormatter):
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         if text.startswith("examples:\n"):
             return text
-        return textwrap.fill(" ".join(text.split()), width, initial_indent=indent, subsequent_indent=indent)
+        return super()._fill_text(text, width, indent)
 
 
 def add_run(parser: Parser, *, nargs: str | None = None) -> None:

@@ -6,6 +6,7 @@ ended, so a second launcher cannot start while the daemons of a killed one still
 
 from __future__ import annotations
 
+import difflib
 import fcntl
 import json
 import os
@@ -29,7 +30,10 @@ def find_run(name: str) -> Path:
         (path for path in (Path(name), Path("runs") / name) if (path / "config.yaml").is_file()), None
     )
     if root is None:
-        raise ConfigError(f"there is no run {name!r} (neither a run directory nor a name under runs/)")
+        names = [path.parent.name for path in Path("runs").glob("*/config.yaml")]
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f": did you mean {near[0]}?" if near else " (neither a run directory nor a name under runs/)"
+        raise ConfigError(f"there is no run {name!r}{hint}")
     return root
 
 

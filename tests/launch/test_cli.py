@@ -81,6 +81,16 @@ def test_a_mistake_is_one_message_and_code_2(args: list[str], message: str, tmp_
     assert not list(tmp_path.iterdir()), "a mistake has left files behind"
 
 
+def test_a_mistyped_run_gets_the_nearest_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "sort").mkdir(parents=True)
+    (tmp_path / "runs" / "sort" / "config.yaml").touch()
+    assert main(["why", "srot"]) == 2
+    assert capsys.readouterr().err == "areal-like: there is no run 'srot': did you mean sort?\n"
+
+
 def test_help_names_the_keys_with_their_defaults(tmp_path: Path) -> None:
     done = areal_like("run", "--help", cwd=tmp_path)
     assert done.returncode == 0
