@@ -39,8 +39,9 @@ def add_arguments(parser: Parser) -> None:
     """The job, the role, and its settings."""
     parser.describe(
         "Replace the trainer, the buffer or a rollout server of a running job, while the others go on. The "
-        "trainer may get new settings, which config.yaml then has. A role that was started by hand drains, "
-        "and its supervisor has to start it again.",
+        "trainer may get new settings: config.yaml has them when the new trainer is ready; if it refuses "
+        "them (exit code 2) or dies before (1), the run goes on with the old ones. A role that was started "
+        "by hand drains, and its supervisor has to start it again.",
         "restart myrun rollout-1",
         "restart myrun trainer trainer.lr=1e-6",
     )

@@ -29,7 +29,8 @@ _NUM_CHANGES = 5
 def add_arguments(parser: Parser) -> None:
     """The job, and how to show it."""
     parser.describe(
-        "Show the daemons, rates, leases and weights of a running job. Exit code 1 if no daemon responds.",
+        "Show the daemons, rates, leases and weights of a running job, or how a run has ended and what "
+        "continues it. Exit code 1 if no daemon responds.",
         "status myrun",
         "status myrun --watch 5",
         "status --buffer node7:8080 --keys keys --json",
@@ -65,10 +66,8 @@ def main(args: argparse.Namespace) -> int:
     if args.watch is not None:
         return _watch(job, interval_s=args.watch, as_json=args.json)
     daemons = job.daemons()
-    report = job_report(job.config, daemons)
+    report = _report(job, daemons)
     if args.json:
-        end = end_of(job, daemons)
-        report["ended"] = asdict(end) if end is not None else None
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
     elif (text := _end(job, daemons)) is not None:
         sys.stdout.write(text)  # a command to copy must not be wrapped
@@ -89,7 +88,7 @@ def _watch(job: RunningJob, *, interval_s: float, as_json: bool) -> int:
             live.start()
         while True:
             daemons = job.daemons(before=daemons)
-            report = job_report(job.config, daemons)
+            report = _report(job, daemons)
             answers = report["answers"]
             if as_json:
                 sys.stdout.write(json.dumps({"time_unix_s": round(time.time(), 3)} | report) + "\n")
@@ -106,6 +105,11 @@ def _watch(job: RunningJob, *, interval_s: float, as_json: bool) -> int:
     finally:
         if live is not None:
             live.stop()
+
+
+def _report(job: RunningJob, daemons: dict[str, DaemonView]) -> dict[str, Any]:
+    end = end_of(job, daemons)
+    return job_report(job.config, daemons) | {"ended": asdict(end) if end is not None else None}
 
 
 def _end(job: RunningJob, daemons: dict[str, DaemonView]) -> str | None:
