@@ -11,7 +11,8 @@ bounded, and a process that is killed loses less than a second. Lines are of fou
 
 Times are Unix seconds of this process: read once, and advanced by the monotonic clock, so that a clock that
 is set during the run moves no span. A process has one recorder (`start`), as with `logging`: what is recorded
-lies deep in every part of a daemon. Without one, or on a full disk, nothing is recorded and nothing fails.
+lies deep in every part of a daemon. Without one nothing is recorded; on a full disk neither, until there is
+space again, and nothing fails.
 The durations of a lane's spans also go to its listener (`listen`), for a histogram, also without a recorder.
 Recording is thread-safe. At most MAX_PER_S lines a second are kept; a counter tells how many were left out.
 """
@@ -21,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import platform
 import threading
@@ -38,6 +40,8 @@ _SHORTEST_S = 1e-4
 """Of the phases of a step."""
 _OFFSET_S = 10.0
 """Interval at which a better estimate of the clock's offset is written."""
+_RETRY_S = 30.0
+"""Interval at which a file that could not be written is opened again."""
 _MAX_TEXT = 200
 
 _BASE_S = time.time() - time.monotonic()
@@ -63,6 +67,8 @@ class SpanRecorder:
         }
         self._lock = threading.Lock()
         self._file: TextIO | None = None
+        self._retry_s = math.inf
+        """When to open the file again after an error."""
         self._num_bytes = 0
         self._flushed_s = self._second_s = time.monotonic()
         self._num_in_second = self._num_left_out = 0
@@ -94,7 +100,7 @@ class SpanRecorder:
     def close(self) -> None:
         """Closes the file."""
         with self._lock:
-            file, self._file = self._file, None
+            file, self._file, self._retry_s = self._file, None, math.inf
             if file is not None:
                 with contextlib.suppress(OSError):  # a full disk
                     file.close()
@@ -102,9 +108,10 @@ class SpanRecorder:
     def _write(self, entry: Any) -> None:
         line = json.dumps(entry, separators=(",", ":"), default=str) + "\n"
         with self._lock:
-            if self._file is None:
-                return
             now_s = time.monotonic()
+            if self._file is None and not self._opens_again(now_s=now_s):
+                return
+            assert self._file is not None
             if now_s - self._second_s >= 1:
                 if self._num_left_out:
                     at = [round(_BASE_S + self._second_s, 6), "spans left out", self._num_left_out]
@@ -129,16 +136,37 @@ class SpanRecorder:
 
     def _open(self) -> None:
         self._file = self._path.open("a")
-        head = json.dumps(self._head) + "\n" + (json.dumps(self._offset) + "\n" if self._offset else "")
+        # The line before may have been cut by a full disk.
+        head = (
+            "\n" * bool(self._file.tell())
+            + json.dumps(self._head)
+            + "\n"
+            + (json.dumps(self._offset) + "\n" if self._offset else "")
+        )
         self._file.write(head)
+        self._file.flush()  # a full disk fails here
         self._num_bytes = self._file.tell()
+
+    def _opens_again(self, *, now_s: float) -> bool:
+        if now_s < self._retry_s:
+            return False
+        try:
+            self._open()
+        except OSError as error:
+            self._give_up(error)
+            return False
+        self._retry_s = math.inf
+        log.warning("spans are recorded again (%s)", self._path)
+        return True
 
     def _give_up(self, error: Exception) -> None:
         file, self._file = self._file, None
+        is_first, self._retry_s = self._retry_s == math.inf, time.monotonic() + _RETRY_S
         if file is not None:
             with contextlib.suppress(OSError):
                 file.close()
-        log.warning("no spans are recorded from now on (%s): %s", self._path, error)
+        if is_first:
+            log.warning("no spans are recorded until this can be written (%s): %s", self._path, error)
 
 
 _recorder: SpanRecorder | None = None

@@ -150,7 +150,8 @@ def _lost(facts: JobFacts, limits: Limits) -> Iterator[Cause]:
             name=name,
             seconds=seconds,
             what=f"no message; removed {_time(seconds)} ago: {taken}",
-            remedy="start it again, or another one (`areal-like rollout RUN --join`)",
+            remedy="`kill -CONT` wakes a stopped process; else start it again, or another one (`areal-like "
+            "rollout RUN --join`)",
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -57,6 +58,8 @@ class Watchdog:
             label="on",
             values=list(On),
         )
+        self._blocked_at_s = -math.inf
+        """When the buffer could not write for the last time."""
         self._told: dict[str, str] = {}
         self._causes: list[Cause] = []
         self._effects: list[str] = []
@@ -82,6 +85,11 @@ class Watchdog:
             if load.at_s - since_s >= 2 * self._limits.stall_s
         ]
         self._causes = causes_of(facts, slow=self._speeds.slow(), late=late, limits=self._limits)
+        if facts.store_trouble:
+            self._blocked_at_s = load.at_s
+        elif load.at_s - self._blocked_at_s < self._limits.stall_s:
+            # The peers' last heartbeats still tell of waits for the buffer's disk.
+            self._causes = [cause for cause in self._causes if cause.on is On.BUFFER]
         self._effects = effects_of(facts, limits=self._limits) if self._causes else []
         longest = dict.fromkeys(On, 0.0)
         for cause in self._causes:

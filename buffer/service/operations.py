@@ -110,18 +110,22 @@ class Operations:
     async def _drain_server(self, body: dict[str, Any]) -> dict[str, Any]:
         peer = self._peers.named(str(body.get("server")))
         if peer is None or peer.hello.role is not Role.ROLLOUT:
-            raise UserError('want {"server": NAME} of a registered rollout server')
+            raise UserError(self._no_server(body.get("server")))
         if not self._outbox.send(peer.route, Drain()):
             raise UserError(f"{peer.hello.name} is not connected: end its process")
         log.info("an operator drains %s", peer.hello.name)
         return {"draining": peer.hello.name}
+
+    def _no_server(self, name: Any) -> str:
+        servers = ", ".join(sorted(peer.hello.name for peer in self._peers.of(Role.ROLLOUT))) or "none"
+        return f"{str(name)[:80]!r} is not a registered rollout server (registered: {servers})"
 
     async def _set_cordoned(self, is_cordoned: bool, body: dict[str, Any]) -> dict[str, Any]:
         name = body.get("server")
         peer = self._peers.named(name) if isinstance(name, str) else None
         is_known = peer is not None and peer.hello.role is Role.ROLLOUT
         if not isinstance(name, str) or not (is_known or name in self._ledger.state.holds.cordoned):
-            raise UserError('want {"server": NAME} of a registered rollout server')
+            raise UserError(self._no_server(name))
         with self._changing():
             has_changed = self._ledger.set_cordoned(name, is_cordoned, unix_s=time.time())
         log.warning("an operator %s %s", "cordons" if is_cordoned else "uncordons", name)

@@ -40,6 +40,12 @@ def main(args: argparse.Namespace) -> int:
         want_servers(paths, args.number)
         sys.stdout.write(f"the run's driver is told: {args.number} rollout servers\n")
         return 0
+    if not scripts_of(paths).is_dir():
+        raise ConfigError(
+            f"scale: neither Slurm nor Ray runs {paths.root.name}: add a server with `areal-like rollout "
+            f"{paths.root.name} --join`, end one with `areal-like drain {paths.root.name} SERVER`; "
+            "rollout.num_servers counts at the next start"
+        )
     jobs = servers(config, paths)
     surplus = to_end(jobs, args.number)
     if len(jobs) < args.number:

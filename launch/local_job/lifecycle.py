@@ -42,6 +42,8 @@ BUFFER_START_TIMEOUT_S = 60.0
 START_PATIENCE = 2.0
 """Longest time without progress in STARTING, in multiples of `start_limit_s`. Above 1, because a server
 reports the reason itself if its engine does not start."""
+_LATEST_S = 5.0
+"""Longest time after which a finished step is observed. More is a clock that was set."""
 FAILURE_CLOSE_S = 10.0
 """Time for the other daemons to end after one has failed."""
 FINISHED_GRACE_S = 10.0
@@ -164,7 +166,7 @@ class JobLifecycle:
         actions = self._advance_phase(seen, now_s=now_s)
         if self._trainer is not None and seen.last_step > self._trainer.best_step:
             # The step may be observed up to a second late, after a death that followed it: pass its own time.
-            late_s = now_unix_s - float(seen.steps[-1]["time_unix_s"])
+            late_s = min(max(0.0, now_unix_s - float(seen.steps[-1]["time_unix_s"])), _LATEST_S)
             self._trainer.reached(seen.last_step, at_s=now_s - late_s)
         if self._trainer is not None and self.phase is Phase.RUNNING:
             rank0 = seen.daemons.get("trainer-0")

@@ -26,6 +26,8 @@ LEVELS = tuple(_LEVELS)
 _OWN_LINE = re.compile(r"\d\d:\d\d:\d\d \S+ (DEBUG|INFO|WARNING|ERROR|CRITICAL) ")
 """What `PlainFormatter` writes: the log file has it too."""
 _STAMP = re.compile(r"\[?(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)(?:[.,](\d{1,6}))?")
+_HEADER = re.compile(r" (DEBUG|INFO|WARNING|ERROR|CRITICAL) \S+ ")
+"""Level and logger after the stamp of the embedded engine, which are shown once, in front of all entries."""
 _TROUBLE = re.compile(r"error|exception|traceback|fatal|critical|abort|segmentation", re.IGNORECASE)
 _WARNING = re.compile(r"warn", re.IGNORECASE)
 
@@ -118,9 +120,13 @@ class LineParser:
             return self._from_json(text)
         if _OWN_LINE.match(text):
             return None
+        level = ""
         if (stamp := _STAMP.match(text)) is not None:
             self._unix_s = _unix_s(stamp) or self._unix_s
-        level = "ERROR" if _TROUBLE.search(text) else "WARNING" if _WARNING.search(text) else "INFO"
+            if (header := _HEADER.match(text, stamp.end())) is not None:
+                text, level = text[header.end() :], header[1]
+        if not level:
+            level = "ERROR" if _TROUBLE.search(text) else "WARNING" if _WARNING.search(text) else "INFO"
         return Entry(self._unix_s, self._source.name, level, text)
 
     def _from_json(self, text: str) -> Entry | None:

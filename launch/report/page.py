@@ -124,13 +124,15 @@ def _task(run: Run) -> str:
 
 
 def _keys(run: Run) -> str:
-    cards = "".join(
+    cards = [
         f'<div class="key"><b>{escape(one.text)}</b><span>{escape(one.name)}</span>'
         f"<span>{escape(one.note)}</span></div>"
         for one in figures(run)
         if one.is_key and one.value is not None
-    )
-    return f'<div class="keys">{cards}</div>'
+    ]
+    # Seven fit beside one another: more are in two rows, so that none stands alone.
+    columns = len(cards) if len(cards) <= 7 else min(7, math.ceil(len(cards) / 2))
+    return f'<div class="keys of-{columns}">{"".join(cards)}</div>'
 
 
 def _findings(runs: Sequence[Run]) -> str:

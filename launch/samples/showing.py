@@ -66,7 +66,9 @@ def facts(sample: Transcript) -> str:
         "greedy" if sample.is_greedy else "",
         f"failed ({harmless_name(sample.failure)})" if sample.failure else "",
         f"{len(sample.turns)} turns" if len(sample.turns) > 1 else "",
-        f"{sample.generation_s:.2f} s, reward {sample.reward_s:.2f} s" if sample.finish_reason else "",
+        f"made in {sample.generation_s:.2f} s, reward computed in {sample.reward_s:.2f} s"
+        if sample.finish_reason
+        else "",
     ]
     return ", ".join(fact for fact in facts if fact)
 

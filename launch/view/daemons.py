@@ -14,6 +14,10 @@ _NARROW = 80
 """A terminal with fewer columns gets the table without its numbers, to leave room for the reasons."""
 
 
+_STATES = {"trained": "trained and saved"}
+"""Names of states for a reader: a ticket that was trained is `batched` until a checkpoint contains it."""
+
+
 def daemon_table(daemons: list[DaemonView], *, width: int, one_line: bool = False) -> Table:
     """A table with one row per daemon; `width`: of the terminal, in characters.
 
@@ -48,7 +52,13 @@ def tickets_line(seen: Observation) -> Text:
     drops = {reason: count for reason, count in find_table(seen.buffer, "drops").items() if count}
     states = find_table(seen.buffer, "tickets")
     text = Text.assemble(("tickets ", "dim"))
-    text.append("  ".join(f"{state} {count:,}" for state, count in states.items() if isinstance(count, int)))
+    text.append(
+        "  ".join(
+            f"{_STATES.get(state, state)} {count:,}"
+            for state, count in states.items()
+            if isinstance(count, int)
+        )
+    )
     if drops:
         text.append(
             f"  ({', '.join(f'{reason} {count:,}' for reason, count in drops.items())})", style="yellow"

@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 def record_push(answer: WeightsOk) -> None:
     """`answer`: to the request that has just ended."""
-    log.info(
+    log.debug(
         "version %d active after %.3f s (stalled %.3f s)",
         answer.version,
         answer.seconds,

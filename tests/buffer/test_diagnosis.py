@@ -258,6 +258,23 @@ def test_a_trainer_in_step_with_its_heartbeats_is_not_slow() -> None:
     assert [cause["name"] for cause in watchdog.report()["causes"]] == ["trainer-0"]
 
 
+def test_waits_for_a_buffer_that_could_not_write_blame_nobody() -> None:
+    watchdog = Watchdog(Metrics(), limits=LIMITS)
+    waiting = replace(JOB, ranks=(rank(waits={"CommitStep": 31.0}),), servers=(server(),))
+    blocked = replace(waiting, store_trouble="disk full: 0 MiB are free", store_trouble_s=31.0)
+    named = []
+    for second, facts in enumerate((blocked, waiting, waiting, *[waiting] * 5)):
+        watchdog.look(facts, load=load(float(second), wait=0.5, idle=0.5), max_staleness=4)
+        named.append([cause["name"] for cause in watchdog.report()["causes"]])
+    assert named[:5] == [["buffer"], [], [], [], []] and named[-1] == ["trainer-0"]
+
+
+def test_a_server_that_is_removed_may_only_be_stopped() -> None:
+    facts = replace(JOB, servers=(), lost_servers={"rollout-0": 12.0})
+    (cause,) = causes_of(facts, slow={}, late=(), limits=LIMITS)
+    assert "kill -CONT" in cause.remedy and "--join" in cause.remedy
+
+
 def test_a_buffer_that_was_stopped_blames_nobody() -> None:
     awake = Wakefulness(now_s=0.0)
     for tick in range(4):

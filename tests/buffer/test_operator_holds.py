@@ -88,7 +88,10 @@ def test_commands_hold_back_and_let_go(tmp_path: Path) -> None:
         assert status["paused"] and status["cordoned"] == ["rollout-0"]
         shown = areal_like("status", "job", cwd=tmp_path).stdout
         assert "paused by an operator" in shown and "cordoned: rollout-0" in shown, shown
-        assert areal_like("cordon", "job", "rollout-7", cwd=tmp_path).returncode == 2
+        assert "trained and saved 0" in shown, shown
+        done = areal_like("cordon", "job", "trainer", cwd=tmp_path)
+        assert done.returncode == 2
+        assert "'trainer' is not a registered rollout server (registered: rollout-0)" in done.stderr, done
         for verb in (("uncordon", "job", "rollout-0"), ("resume", "job")):
             assert areal_like(*verb, cwd=tmp_path).returncode == 0
         done = areal_like("set", "job", "max_staleness=0", cwd=tmp_path)

@@ -290,6 +290,19 @@ def test_a_trainer_that_gets_further_is_always_started_again() -> None:
     assert job.phase is Phase.CLOSING and "trainer died 4 times in a row" in job.outcome.failure[0]
 
 
+@pytest.mark.parametrize("ahead_s", [-3600.0, 3600.0])
+def test_a_clock_that_is_set_does_not_end_a_run(ahead_s: float) -> None:
+    """The rows of finished steps carry the trainer's clock, which may not be the launcher's any more."""
+    job = running_job()
+    now_s = 3.0
+    for step in range(10):
+        tick(job, now_s, seen(*ALL, step=step, at_unix_s=now_s - ahead_s))
+        job.exited(Exit(name="trainer", code=1), now_s=now_s + 1)
+        now_s += 60.0
+        tick(job, now_s, seen(*ALL, step=step, at_unix_s=now_s - 60 - ahead_s))
+    assert job.phase is Phase.RUNNING
+
+
 @pytest.mark.parametrize("durability", ["process_crash", "none"])
 def test_a_buffer_with_a_durable_ledger_restarts_at_its_port(durability: str) -> None:
     job = running_job(buffer={"durability": durability})

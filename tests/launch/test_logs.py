@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch.cli import main
-from launch.logs.files import Entry, Source, complete_bytes, find_sources, since_time
+from launch.logs.files import Entry, LineParser, Source, complete_bytes, find_sources, since_time
 from launch.logs.following import Follower
 from tests.support.launching import ROOT, launcher, wait_until
 
@@ -65,6 +65,14 @@ def test_logs_are_merged_by_time(run: Path, capsys: pytest.CaptureFixture[str]) 
     assert everything[4] == "rollout-1 WARNING d" and '{"time": 1, "lev' in everything[5]
     assert everything[6].startswith("rollout-1-engine INFO [20") and everything[-1] == "trainer-0 ERROR e"
     assert everything[7] == "rollout-1-engine ERROR Traceback of it"
+
+
+def test_a_line_of_the_embedded_engine_has_one_header() -> None:
+    parser = LineParser(Source("rollout-0-engine", (), is_json=False), unix_s=0.0)
+    stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(START_S))
+    entry = parser.entry(f"{stamp},250 WARNING rollout_server.engine.loop no error\n".encode())
+    assert entry == Entry(START_S + 0.25, "rollout-0-engine", "WARNING", "no error")
+    assert entry.level == "WARNING" and entry.text == "no error"
 
 
 def test_what_is_shown_can_be_chosen(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

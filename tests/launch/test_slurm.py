@@ -183,6 +183,14 @@ def test_a_dry_run_prints_the_scripts_only(slurm: Path, capsys: pytest.CaptureFi
     assert not calls(slurm) and not Path("runs").exists()
 
 
+def test_a_local_run_is_not_scaled(slurm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = Path("runs/x")
+    root.mkdir(parents=True)
+    (root / "config.yaml").write_text("name: x\n")
+    assert main(["scale", "x", "2"]) == 2
+    assert "areal-like rollout x --join" in capsys.readouterr().err and not calls(slurm)
+
+
 def test_submit_join_and_scale(slurm: Path, capsys: pytest.CaptureFixture[str]) -> None:
     new_keys(Path("keys"))
     submit = ["submit", "--slurm", "name=x", "security.keys=keys", "--rollout-jobs", "2"]

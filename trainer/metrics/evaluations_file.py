@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from areal_like.config import EvalSetConfig
 from areal_like.evaluation.statistics import EvalStatistics
+from areal_like.spans.recorder import unix_now
 from areal_like.wire.messages.evaluation import EvalResult, SampleOutcome
 from trainer.metrics.run_files import read_rows
 
@@ -47,7 +47,7 @@ def evaluation_row(result: EvalResult, settings: EvalSetConfig, *, seconds: floa
     return {
         "step": result.eval_id,
         "set": result.eval_set,
-        "time_unix_s": round(time.time(), 3),
+        "time_unix_s": round(unix_now(), 3),
         "avg": _finite(numbers.avg),
         "ci_low": _finite(low),
         "ci_high": _finite(high),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, TextIO
 
 from areal_like.paths import write_json
 from areal_like.selection import selection_report
+from areal_like.spans.recorder import unix_now
 from areal_like.wire.messages.consumer import RunCounters
 
 WARM_UP_STEPS = 10
@@ -33,7 +33,7 @@ ROW_NAMES = {
 def step_row(step: int, metrics: dict[str, Any]) -> dict[str, Any]:
     """The row of one optimizer step, from the metrics that `StepRunner.run` returned."""
     num_tokens = round(metrics["response_tokens"] * metrics["num_sequences"])
-    row = {"step": step, "time_unix_s": round(time.time(), 3)} | {
+    row = {"step": step, "time_unix_s": round(unix_now(), 3)} | {
         ROW_NAMES.get(name, name): value for name, value in metrics.items()
     }
     return row | {

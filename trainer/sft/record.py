@@ -9,6 +9,7 @@ from typing import Any
 
 from areal_like.config import Config
 from areal_like.paths import RunPaths, write_json
+from areal_like.spans.recorder import unix_now
 from trainer.metrics.run_files import ROW_NAMES, MetricsFile, read_rows
 from trainer.trackers.feed import Trackers
 
@@ -35,7 +36,7 @@ class SftRecord:
 
     def stepped(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Appends the row of a step, from the metrics of `SupervisedStep.train` and further columns."""
-        row = {"step": step, "time_unix_s": round(time.time(), 3)}
+        row = {"step": step, "time_unix_s": round(unix_now(), 3)}
         row |= {ROW_NAMES.get(name, name): value for name, value in metrics.items()}
         row["tokens_per_s_trained"] = metrics["tokens_trained"] / max(1e-9, metrics["step_s"])
         self._metrics.append({name: value for name, value in row.items() if value is not None})

@@ -25,6 +25,7 @@ from typing import Any
 from areal_like.config import Config, to_mapping
 from areal_like.paths import RunPaths
 from areal_like.security.redaction import without_secrets
+from areal_like.spans.recorder import unix_now
 from trainer.metrics.prometheus import TRACKER_OUTCOMES
 from trainer.metrics.run_files import read_rows
 from trainer.trackers.base import Aliases, TrackedRow, TrackedRun, Tracker, build_trackers
@@ -55,7 +56,7 @@ class Trackers:
         cls, config: Config, *, start_step: int, is_rewound: bool, on_outcome: Callable[[str], None]
     ) -> Trackers:
         """Opens the trackers that `config.trackers` names. `start_step`, `is_rewound`: as of TrackedRun."""
-        paths, opened_unix_s = RunPaths.of(config), time.time()
+        paths, opened_unix_s = RunPaths.of(config), unix_now()
 
         def earlier_rows(aliases: Aliases) -> Iterator[TrackedRow]:
             files = (

@@ -286,7 +286,7 @@ class WeightUpdater:
         )
         self.num_updates += 1
         self.update_s += time.perf_counter() - update.started_s
-        logger.info("weight version %s is active, decoding stalled for %.1f ms", version, stall_s * 1e3)
+        logger.debug("weight version %s is active, decoding stalled for %.1f ms", version, stall_s * 1e3)
         return stall_s
 
     async def load_from_disk(self, path: str, *, version: str, recompute: bool) -> float:

@@ -128,6 +128,13 @@ def test_a_disk_that_fails_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptu
     for _ in range(5000):
         kept.span("a", "b", start_s=0, end_s=1)
     assert kept._file is None
+    kept._retry_s = 0.0  # half a minute passes, and there is space again
+    kept.span("a", "later", start_s=2, end_s=3)
+    kept.close()
+    kept.span("a", "after the end", start_s=2, end_s=3)
+    (process,) = read_processes(tmp_path / "full")
+    assert [one.name for one in process.spans] == ["later"]
+    assert caplog.text.count("no spans are recorded") == 2 and "recorded again" in caplog.text
 
 
 @given(
