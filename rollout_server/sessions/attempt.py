@@ -74,6 +74,8 @@ class SessionAttempt(Attempt):
             num_turns = len(conversation.turn_lengths)
             if not num_turns:
                 raise session.refused_prompt or EnvironmentLostError(self._no_request())
+            if self._run_agent is None:
+                _check_posted(score, turn_rewards, num_turns=num_turns)
             self._outcome = Outcome.TRUNCATED if finish_reason.is_truncated else Outcome.ENDED
         except (EpisodeError, PromptRefusedError) as error:
             problem = error
@@ -243,3 +245,12 @@ def _sum(agent: Score | None, task: Score | None) -> Score | None:
         turns=agent.turns or task.turns,
         tokens=agent.tokens or task.tokens,
     )
+
+
+def _check_posted(score: Score | None, turn_rewards: list[float], *, num_turns: int) -> None:
+    """Raises EpisodeError for rewards of an external agent that do not add up: they say nothing about the
+    task's own reward, whose failures may end a job at its start."""
+    try:
+        add_up(score, num_turns=num_turns, step_rewards=turn_rewards)
+    except ValueError as error:
+        raise EpisodeError(f"the rewards that were posted cannot be used: {error}") from None

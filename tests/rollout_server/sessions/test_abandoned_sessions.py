@@ -11,6 +11,7 @@ import pytest
 from areal_like.config import from_mapping
 from areal_like.errors import AgentLostError
 from areal_like.failures import FailureKind
+from areal_like.trajectory import LARGEST_REWARD
 from areal_like.wire.messages.producer import Lease, Purpose, SampleDone, SampleFailed
 from rollout_server.buffer_client.held_leases import SampleResult
 from rollout_server.episodes.base import SingleTurn
@@ -82,6 +83,15 @@ class Job:
         return result
 
 
+async def delivered(session: OpenSession) -> None:
+    """One turn, whose answer its client has read."""
+    call = session.begin(
+        b"", lambda: session.answer([{"role": "user", "content": "go"}]), is_repetition=False
+    )
+    await call.answer()
+    call.is_delivered = True
+
+
 def test_the_next_agent_makes_an_abandoned_sample() -> None:
     async def run() -> None:
         job = Job()
@@ -92,11 +102,7 @@ def test_the_next_agent_makes_an_abandoned_sample() -> None:
         assert (first.id, second.id) == ("7-0-1", "7-0-1-2") and first.api_key != second.api_key
         with pytest.raises(Exception, match=r"sessions\.idle_timeout_s=0\.1"):
             first.check_open()
-        call = second.begin(
-            b"", lambda: second.answer([{"role": "user", "content": "go"}]), is_repetition=False
-        )
-        await call.answer()
-        call.is_delivered = True
+        await delivered(second)
         second.set_reward(0.5)
         second.end()
         result = await job.result()
@@ -127,6 +133,7 @@ def test_a_sample_that_each_agent_abandons_fails() -> None:
         ("ends", "the agent has made no request to the model"),
         ("other_api", "the agent has made no request to the model (POST /v1/responses is not served"),
         ("no_reward", "its agent has ended it without a reward"),
+        ("too_much", "the rewards that were posted cannot be used"),
     ],
 )
 def test_broken_agents_use_up_no_sample(kind: str, problem: str) -> None:
@@ -143,17 +150,18 @@ def test_broken_agents_use_up_no_sample(kind: str, problem: str) -> None:
                 job.book.note_wrong_route(session.id, "POST /v1/responses")
             if kind == "no_reward":
                 await session.answer([{"role": "user", "content": "go"}])
+            if kind == "too_much":
+                await delivered(session)
+                session.set_reward(LARGEST_REWARD)
+                for id in list(session._calls._by_id):
+                    session.set_reward(LARGEST_REWARD, completion_id=f"chatcmpl-{id}")
             session.end()
         session = await job.claimed()
         troubles = job.book.claimants.troubles(now_s=session.now_s)
         assert troubles and all(problem in trouble for trouble in troubles)
         assert job.book.claimants.hold(healthy, now_s=session.now_s + LONGEST_WAIT_S) is None
         session.claimant = healthy
-        call = session.begin(
-            b"", lambda: session.answer([{"role": "user", "content": "go"}]), is_repetition=False
-        )
-        await call.answer()
-        call.is_delivered = True
+        await delivered(session)
         session.set_reward(1.0)
         session.end()
         assert isinstance(await job.result(), SampleDone)
