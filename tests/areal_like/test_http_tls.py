@@ -35,7 +35,7 @@ def test_only_clients_that_know_the_certificate_are_served(tmp_path: Path) -> No
             return (fetch_json(address, "/status", operator=operator) or {}).get("answer")
 
         tls = {"tls_certificate": str(certificate), "tls_private_key": str(key)}
-        assert answer(**tls) == 42
+        wait_until(lambda: answer(**tls) == 42)  # an answer has a time limit
         assert answer(**tls | {"tls_certificate": str(other)}) is None
         assert answer() is None, "plain HTTP is not answered"
 

@@ -39,7 +39,7 @@ def address_of(listener: Listener) -> str:
     return tcp_address("127.0.0.1", listener.port)
 
 
-async def works(link: Link, step: int, *, timeout_s: float = 10.0) -> bool:
+async def works(link: Link, step: int, *, timeout_s: float = HANG_LIMIT_S) -> bool:
     """True if a request is answered."""
     try:
         return bool(
@@ -104,7 +104,7 @@ def test_strangers_get_no_answer(keys: Path, tmp_path: Path) -> None:
         }
         answered = await asyncio.gather(*(works(link, 1, timeout_s=0.7) for link in links.values()))
         assert dict(zip(links, answered, strict=True)) == dict.fromkeys(links, False)
-        assert listener.num_refused_handshakes >= len(links)
+        await until(lambda: listener.num_refused_handshakes >= len(links))
         assert listener.num_refused_frames == 0, "nothing of a stranger is read"
         for link in links.values():
             link.close()
@@ -253,10 +253,10 @@ def test_an_old_key_works_in_the_grace_only(keys: Path, tmp_path: Path) -> None:
         assert await works(link, 2)
         now_s = 2001.0
         assert not await works(link, 3, timeout_s=0.3)
-        assert listener.num_refused_frames == 1
+        await until(lambda: listener.num_refused_frames == 1)
         late = keyed_link(address_of(listener), keyring(machine, KeyRole.ROLLOUT))
         assert not await works(late, 4, timeout_s=0.5)
-        assert listener.num_refused_handshakes >= 1
+        await until(lambda: listener.num_refused_handshakes >= 1)
         for own in (link, late):
             own.close()
         listener.close()

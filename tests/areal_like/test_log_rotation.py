@@ -131,17 +131,16 @@ def test_a_process_bounds_its_output(tmp_path: Path) -> None:
             env=os.environ | {"AREAL_LIKE_OUTPUT_FILE": str(output)},
         )
     try:
-        until_s = time.monotonic() + 60
-        while b"THE END" not in output.read_bytes() and time.monotonic() < until_s:
+        while b"THE END" not in output.read_bytes():
             time.sleep(0.1)
         files = sorted(path.name for path in logs.iterdir())
         assert files == ["buffer.log", "buffer.out", "buffer.out.1", "buffer.out.2"]
         # A second's output may come on top of the limit.
         assert all(path.stat().st_size < 60_000 for path in logs.iterdir())
         process.send_signal(signal.SIGHUP)
-        while b"opened again" not in (logs / "buffer.log").read_bytes() and time.monotonic() < until_s:
+        while b"opened again" not in (logs / "buffer.log").read_bytes():
             time.sleep(0.1)
-        assert process.poll() is None and time.monotonic() < until_s
+        assert process.poll() is None
     finally:
         process.communicate()
 

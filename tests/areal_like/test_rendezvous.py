@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from areal_like.errors import ConfigError, WeightSyncError
 from areal_like.weights.collective import WeightGroup
+from tests.support.waiting import HANG_LIMIT_S
 
 OTHER_LOOPBACK = "127.0.0.2"
 SECRET = secrets.token_hex(32)
@@ -33,7 +34,7 @@ def free_ports(host: str, num: int) -> range:
 
 def accepts(host: str, port: int) -> bool:
     with closing(socket.socket()) as probe:
-        probe.settimeout(2)
+        probe.settimeout(HANG_LIMIT_S)
         return probe.connect_ex((host, port)) == 0
 
 
@@ -65,7 +66,7 @@ def joined(group: WeightGroup, **settings: Any) -> Iterator[WeightGroup]:
         found.append(
             WeightGroup.join(
                 master_address=group.address, master_port=group.port, rank=1, world_size=2,
-                group_name=group.group_name, timeout_s=10, **settings,
+                group_name=group.group_name, timeout_s=HANG_LIMIT_S, **settings,
             )
         )  # fmt: skip
 
@@ -78,7 +79,7 @@ def joined(group: WeightGroup, **settings: Any) -> Iterator[WeightGroup]:
 
 
 def create(**settings: Any) -> WeightGroup:
-    return WeightGroup.create(**{"world_size": 2, "group_name": "w", "timeout_s": 10, **settings})
+    return WeightGroup.create(**{"world_size": 2, "group_name": "w", "timeout_s": HANG_LIMIT_S, **settings})
 
 
 def test_store_listens_on_its_host_and_port_range_only() -> None:

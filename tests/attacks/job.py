@@ -84,9 +84,7 @@ class AttackedJob:
 
     def wait_status(self, accept: Any, *, what: str) -> dict[str, Any]:
         """Waits until `accept` is true for the buffer's /status."""
-        wait_until(
-            lambda: accept(self.status()), what=what, run_root=self.run, process=self._process, timeout_s=60
-        )
+        wait_until(lambda: accept(self.status()), what=what, run_root=self.run, process=self._process)
         return self.status()
 
     def goes_on(self, *, num_steps: int = 2) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import sqlite3
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -59,12 +58,11 @@ def test_large_messages_and_a_sudden_end(job: AttackedJob, target: str) -> None:
 def test_one_server_cannot_end_the_job_by_failures(job: AttackedJob, kind: FailureKind) -> None:
     """6: a server that fails every sample is put into quarantine."""
     name = f"failing-{kind.value}"
-    num_failed, until_s = 0, time.monotonic() + 60
+    num_failed = 0
     with Attacker(job.buffer) as attacker:
         welcome = attacker.call(server_hello(job.config, name))
         assert isinstance(welcome, Welcome)
         while "quarantine" not in entry_of(job, name):
-            assert time.monotonic() < until_s, job.status()
             attacker.inbox.clear()
             attacker.send(heartbeat(free=400, version=job.status()["newest_version"]))
             for message in attacker.received(wait_s=0.2):
@@ -153,12 +151,11 @@ def test_an_engine_has_a_key_in_any_case(job: AttackedJob, tmp_path: Path) -> No
 
 def test_a_server_that_lies(job: AttackedJob) -> None:
     """Absurd rewards, totals and waits: it fails its own samples, is named, and gets no leases."""
-    before, name, until_s = job.status(), "liar", time.monotonic() + 60
+    before, name = job.status(), "liar"
     lies = {"stats": {"tokens_generated": 1e17, "busy_s": 1e300}, "waits": {"engine: \x1b[2J": 500.0}}
     with Attacker(job.buffer) as attacker:
         assert isinstance(attacker.call(server_hello(job.config, name)), Welcome)
         while "quarantine" not in entry_of(job, name):
-            assert time.monotonic() < until_s, job.status()
             attacker.inbox.clear()
             version = job.status()["newest_version"]
             attacker.send(dataclasses.replace(heartbeat(free=400, version=version), **lies))

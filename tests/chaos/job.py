@@ -34,7 +34,7 @@ from tests.support.buffer_harness import ROOT, BufferProcess, job
 from trainer.buffer_client import client as client_module
 from trainer.buffer_client.client import TrainerBufferClient
 
-CALL_TIMEOUT_S = 30.0
+CALL_TIMEOUT_S = 600.0
 RESEND_AFTER_S = 0.5
 """Instead of the trainer's 20 s, because here one in a hundred replies is lost."""
 
@@ -53,7 +53,7 @@ def chaos_config(directory: Path, **overrides: Any) -> Config:
         "model": {"path": str(model)},
         "max_staleness": 2,
         "sampling": {"group_size": 4},
-        "trainer": {"num_steps": 40, "groups_per_step": 8, "fetch_timeout_s": 60.0},
+        "trainer": {"num_steps": 40, "groups_per_step": 8, "fetch_timeout_s": 600.0},
         "buffer": {"lease_timeout_s": 2.0},
         "daemon": {"heartbeat_s": 0.1},
     }

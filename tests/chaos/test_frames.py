@@ -21,7 +21,7 @@ _BATCH = 1000
 
 
 def flood(directory: Path, *, num_frames: int, num_oversized: int) -> None:
-    trainer = {"num_steps": 20, "groups_per_step": 8, "fetch_timeout_s": 60.0}
+    trainer = {"num_steps": 20, "groups_per_step": 8, "fetch_timeout_s": 600.0}
     buffer = {"lease_timeout_s": 2.0, "max_message_bytes": MAX_MESSAGE_BYTES}
     with running_job(directory, trainer=trainer, buffer=buffer) as job, job.trainer() as client:
         job.produce("rollout-0")
@@ -30,9 +30,7 @@ def flood(directory: Path, *, num_frames: int, num_oversized: int) -> None:
         rss_bytes = 0
         for num_sent in range(_BATCH, num_frames + 1, _BATCH):
             with _sent(job.buffer.address, list(islice(frames, _BATCH))):
-                job.buffer.wait_status(
-                    lambda status, all_sent=num_sent: num_refused(status) == all_sent, timeout_s=60
-                )
+                job.buffer.wait_status(lambda status, all_sent=num_sent: num_refused(status) == all_sent)
             rss_bytes = rss_bytes or job.buffer.rss_bytes()
         for _ in range(num_oversized):
             with _sent(job.buffer.address, [[bytes(MAX_MESSAGE_BYTES + 1)]]):

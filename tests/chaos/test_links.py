@@ -14,7 +14,7 @@ FAULTS = Faults(drop=0.01, duplicate=0.05, reorder=0.05, delay=0.05, cut=0.003)
 
 
 def run(directory: Path, *, num_steps: int, seed: int) -> None:
-    trainer = {"num_steps": num_steps, "groups_per_step": 8, "fetch_timeout_s": 60.0}
+    trainer = {"num_steps": num_steps, "groups_per_step": 8, "fetch_timeout_s": 600.0}
     with running_job(directory, faults=FAULTS, seed=seed, trainer=trainer) as job:
         for name in ("rollout-0", "rollout-1"):
             job.produce(name)

@@ -54,8 +54,6 @@ ROLES = {
     "engine": "-m rollout_server.engine",
 }
 """Name -> a part of the command line."""
-NAMED_WITHIN_S = 15.0
-"""Longest time until a stopped process is named."""
 
 
 def process_of(root: Path, role: str) -> int:
@@ -72,11 +70,10 @@ def culprit(root: Path, role: str, pid: int) -> str:
     return f"{server}'s engine"
 
 
-def causes_within(root: Path, *, seconds: float) -> list[str]:
+def first_causes(root: Path) -> list[str]:
     """The names of the first causes that `areal-like why` finds."""
-    end_s = time.monotonic() + seconds
     named: list[str] = []
-    while not named and time.monotonic() < end_s:
+    while not named:
         time.sleep(0.5)
         named = [cause["name"] for cause in diagnosis(look_at_daemons(root / "endpoints").values())["causes"]]
     return named
@@ -97,7 +94,7 @@ def stop_each_role(directory: Path, *, stopped_s: float, num_rounds: int = 1) ->
             name = culprit(root, role, pid)
             os.kill(pid, signal.SIGSTOP)
             stopped_at_s = time.monotonic()
-            named = causes_within(root, seconds=min(stopped_s, NAMED_WITHIN_S))
+            named = first_causes(root)
             assert named == [name], f"{role} is stopped, and `why` names {named}"
             time.sleep(max(0.0, stopped_at_s + stopped_s - time.monotonic()))
             with contextlib.suppress(ProcessLookupError if role == "engine" else ()):

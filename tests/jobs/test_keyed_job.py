@@ -20,16 +20,17 @@ from launch.cli import main as areal_like
 from tests.support import warm_start
 from tests.support.keys import keyed_link, keyring, keys_of_machine, new_keys
 from tests.support.launching import ROOT, TEST_LIMIT_S, finish, launcher, num_steps_done, wait_until
+from tests.support.waiting import HANG_LIMIT_S
 
 pytestmark = [pytest.mark.timeout(TEST_LIMIT_S), pytest.mark.slow]
 
 
-async def answers(address: str, path: Path | None, role: KeyRole, *, name: str = "") -> bool:
+async def answers(address: str, path: Path | None, role: KeyRole, *, timeout_s: float = 1) -> bool:
     """True if a weight socket answers to this key."""
-    keys = keyring(path, role, name=name) if path else None
+    keys = keyring(path, role) if path else None
     link = keyed_link(address, keys, role=KeyRole.ROLLOUT)
     try:
-        await link.call(AskAlive(), timeout_s=1)
+        await link.call(AskAlive(), timeout_s=timeout_s)
     except DeadlineError:
         return False
     finally:
@@ -87,7 +88,7 @@ def test_a_keyed_job_with_renewed_and_revoked_keys(tmp_path: Path, cache: dict[s
             wait(lambda: "'joined'" in log_of(run, "trainer-0"), "a push to the server that joined")
             # Strangers at the weight socket of a server: no key, an unknown key, a key of another role.
             weights = str(json.loads((run / "endpoints" / "rollout-0.json").read_text())["weights"])
-            assert asyncio.run(answers(weights, keys, KeyRole.TRAINER))
+            assert asyncio.run(answers(weights, keys, KeyRole.TRAINER, timeout_s=HANG_LIMIT_S))
             assert not asyncio.run(answers(weights, None, KeyRole.TRAINER))
             assert not asyncio.run(answers(weights, keys, KeyRole.ROLLOUT))
             steps(2)

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.timeout(TEST_LIMIT_S)
 @pytest.fixture(scope="module")
 def killed_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five committed steps, one that is complete, and work in progress."""
-    trainer = {"num_steps": 20, "groups_per_step": 4, "fetch_timeout_s": 60.0}
+    trainer = {"num_steps": 20, "groups_per_step": 4, "fetch_timeout_s": 600.0}
     with running_job(tmp_path_factory.mktemp("audit"), trainer=trainer) as job:
         fast = job.produce("rollout-0", capacity=16)
         with job.trainer() as link:
@@ -35,7 +35,7 @@ def killed_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             # A slow producer, which would take minutes for step 5, leaves tickets leased.
             job.buffer.wait_status(lambda status: status["tickets"]["batched"] >= 4)
             fast.terminate()
-            job.produce("rollout-1", sample_s=60.0)
+            job.produce("rollout-1", sample_s=3600.0)
             train(link, first=5, last=6)
             job.buffer.wait_status(lambda status: status["tickets"]["leased"])
         job.buffer.process.kill()
@@ -96,7 +96,7 @@ def test_a_ledger_of_the_release_before_is_clean(run: Path) -> None:
 
 
 def test_the_ledger_is_clean_after_a_rollback(tmp_path: Path) -> None:
-    trainer = {"num_steps": 20, "groups_per_step": 4, "fetch_timeout_s": 60.0}
+    trainer = {"num_steps": 20, "groups_per_step": 4, "fetch_timeout_s": 600.0}
     with running_job(tmp_path, trainer=trainer) as job:
         job.produce("rollout-0", capacity=16)
         with job.trainer() as link:

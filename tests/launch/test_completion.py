@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -140,9 +139,7 @@ class Terminal:
 
     def expect(self, text: str) -> None:
         """Waits until the text is shown."""
-        deadline_s = time.monotonic() + 60
         while text not in self._seen:
-            assert time.monotonic() < deadline_s, self._seen
             if select.select([self._terminal], [], [], 1.0)[0]:
                 self._seen += os.read(self._terminal, 4096).decode(errors="replace").replace("\r", "")
         self._seen = ""

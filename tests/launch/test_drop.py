@@ -17,7 +17,7 @@ pytestmark = pytest.mark.timeout(TEST_LIMIT_S)
 def test_dropped_tickets_leave_their_places_to_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trainer = {"num_steps": 10, "groups_per_step": 4, "fetch_timeout_s": 60.0}
+    trainer = {"num_steps": 10, "groups_per_step": 4, "fetch_timeout_s": 600.0}
     with running_job(tmp_path, trainer=trainer) as job:
         job.produce("rollout-0")
         root = str(job.buffer.paths.root)

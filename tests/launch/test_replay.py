@@ -41,7 +41,7 @@ def test_replayed_conversations_give_the_same_weights(tmp_path: Path) -> None:
         tmp_path,
         model={"path": model},
         advantage={"name": "grpo", "turn_discount": 0.9},
-        trainer={"num_steps": NUM_STEPS, "groups_per_step": 4, "fetch_timeout_s": 60.0},
+        trainer={"num_steps": NUM_STEPS, "groups_per_step": 4, "fetch_timeout_s": 600.0},
         buffer={"retain_trajectories": True},
     ) as job:
         job.produce("rollout-0", capacity=16, num_tokens=24)

@@ -38,7 +38,7 @@ SMALL = (
     "eval.num_prompts=8",
     "rollout.max_running=16",
     "rollout.queue_samples=8",
-    "weights.push_deadline_s=10",
+    "weights.push_deadline_s=30",
 )
 
 

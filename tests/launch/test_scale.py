@@ -100,8 +100,8 @@ def test_servers_come_and_go_and_the_trainer_is_replaced(
     settings = (
         "trainer.num_steps=100000",
         "trainer.checkpoint_interval=1000",
-        "buffer.lease_timeout_s=4",
-        "weights.push_deadline_s=5",
+        "buffer.lease_timeout_s=15",
+        "weights.push_deadline_s=30",
     )
     with launcher(*SMALL, *settings, cwd=tmp_path, environment={"OMP_NUM_THREADS": "1"} | cache) as process:
 

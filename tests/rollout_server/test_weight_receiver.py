@@ -66,7 +66,7 @@ def push(
     in_place: bool = False,
     integrity: str = "none",
 ) -> tuple[Any, list[str]]:
-    """Pushes version 1 with a limit of 1 s; returns the answer and reasons to replace the engine.
+    """Pushes version 1; returns the answer and reasons to replace the engine. A silent engine has 1 s.
 
     `in_place`: with SGLang's strategy and a tensor to push; quarantines are recorded in `engine.quarantined`.
     """
@@ -110,7 +110,7 @@ def push(
                 rank=1,
                 world_size=2,
                 backend="gloo",
-                timeout_s=5.0,
+                timeout_s=HANG_LIMIT_S,
                 secret="",
             )
             assert isinstance(await link.call(form, timeout_s=HANG_LIMIT_S), WeightsOk)
@@ -123,7 +123,7 @@ def push(
                 update_mode=update_mode,
                 manifest=manifest,
                 integrity=integrity,
-                timeout_s=1.0,
+                timeout_s=1.0 if engine.silent_at else HANG_LIMIT_S,
             )
             link.send(PushChecksums(version=1, checksums=[], digests=[]))
             answer = await link.call(request, timeout_s=HANG_LIMIT_S)

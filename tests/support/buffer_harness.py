@@ -40,7 +40,7 @@ def job(directory: Path, **overrides: Any) -> Config:
         "max_staleness": 1,
         "sampling": {"group_size": 2},
         "trainer": {"num_steps": 6, "groups_per_step": 4},
-        "buffer": {"lease_timeout_s": 1.5},
+        "buffer": {"lease_timeout_s": 30.0},
         "daemon": {"heartbeat_s": 0.1},
     }
     return from_mapping(mapping | overrides)

@@ -36,7 +36,7 @@ def record_run(folder: Path, *, num_steps: int = NUM_STEPS) -> Path:
         trainer={
             "num_steps": num_steps,
             "groups_per_step": 4,
-            "fetch_timeout_s": 60.0,
+            "fetch_timeout_s": 600.0,
             "checkpoint_interval": 1,
             "keep_checkpoints": 10,
         },

@@ -17,6 +17,7 @@ from rollout_server.engine.models.base import CausalModel
 from rollout_server.engine.models.loading import load
 from rollout_server.engine.weight_update.bucket_receiver import BucketReceiver
 from tests.support.engine_harness import save_model, weights_of
+from tests.support.waiting import HANG_LIMIT_S
 
 BUCKET_BYTES = 1 << 14
 
@@ -34,7 +35,7 @@ def receive(
     num_sent: int | None = None,
 ) -> BucketSums:
     """Pushes the buckets over gloo; `num_sent`: rank 0 leaves after this many buckets."""
-    with WeightGroup.create(world_size=2, group_name="g", timeout_s=20) as sender:
+    with WeightGroup.create(world_size=2, group_name="g", timeout_s=HANG_LIMIT_S) as sender:
 
         def send() -> None:
             sender.connect()
@@ -48,11 +49,11 @@ def receive(
             torch.inference_mode(),
             WeightGroup.join(
                 master_address=sender.address, master_port=sender.port, rank=1, world_size=2, group_name="g",
-                timeout_s=20,
+                timeout_s=HANG_LIMIT_S,
             ) as group,
         ):  # fmt: skip
             try:
-                return receiver.receive(group, buckets, timeout_s=20, integrity="sha256")
+                return receiver.receive(group, buckets, timeout_s=HANG_LIMIT_S, integrity="sha256")
             finally:
                 sending.join()
 

@@ -6,7 +6,6 @@ import asyncio
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -26,6 +25,7 @@ from tests.support.engine_harness import (
     save_model,
     weights_of,
 )
+from tests.support.waiting import HANG_LIMIT_S
 
 PROMPT = conformance.PROMPT
 
@@ -67,7 +67,7 @@ def test_invalid_update_leaves_the_old_weights(
                     )
                 if how != "missing":  # the update is still open, and `end` reports its first error
                     with pytest.raises(EngineError, match=message):
-                        await client.end_weight_update(weight_version=version + 2, timeout_s=5)
+                        await client.end_weight_update(weight_version=version + 2, timeout_s=HANG_LIMIT_S)
                 assert await client.weight_version() == version + 1
                 generation = await sample(client, PROMPT, 20)
                 assert set(generation.versions.tolist()) == {version + 1}
@@ -97,7 +97,9 @@ def test_weights_from_disk(engine: Engine, models: Models, tmp_path: Path) -> No
     async def body() -> None:
         async with engine.client() as client:
             version = await client.weight_version() + 1
-            await client.update_weights_from_disk(str(models[1]), weight_version=version, timeout_s=20)
+            await client.update_weights_from_disk(
+                str(models[1]), weight_version=version, timeout_s=HANG_LIMIT_S
+            )
             generation = await sample(client, PROMPT, 20)
             assert set(generation.versions.tolist()) == {version}
             assert error_of(load_model(models[1]), PROMPT, generation) < conformance.TOLERANCE
@@ -110,9 +112,13 @@ def test_weights_from_disk(engine: Engine, models: Models, tmp_path: Path) -> No
                 (models[0].parent / "link", "neither the engine's model nor below"),
             ):
                 with pytest.raises(EngineError, match=message):
-                    await client.update_weights_from_disk(str(path), weight_version=version + 1, timeout_s=20)
+                    await client.update_weights_from_disk(
+                        str(path), weight_version=version + 1, timeout_s=HANG_LIMIT_S
+                    )
             assert await client.weight_version() == version
-            await client.update_weights_from_disk(str(models[0]), weight_version=version + 2, timeout_s=20)
+            await client.update_weights_from_disk(
+                str(models[0]), weight_version=version + 2, timeout_s=HANG_LIMIT_S
+            )
 
     asyncio.run(body())
 
@@ -120,7 +126,7 @@ def test_weights_from_disk(engine: Engine, models: Models, tmp_path: Path) -> No
 SENDER = """
 import sys, torch
 from areal_like.weights.collective import WeightGroup
-group = WeightGroup.create(world_size=2, group_name="doomed", timeout_s=30)
+group = WeightGroup.create(world_size=2, group_name="doomed", timeout_s=3600)
 print(group.port, flush=True)
 group.connect()
 print("connected", flush=True)
@@ -140,27 +146,25 @@ def test_sender_killed_in_mid_broadcast_keeps_old_weights(engine: Engine, models
             before = await sample(client, PROMPT, 12, temperature=0)
             await client.init_weights_group(
                 master_address="127.0.0.1", master_port=port, rank_offset=1, world_size=2,
-                group_name="doomed", backend="gloo", timeout_s=30,
+                group_name="doomed", backend="gloo", timeout_s=3600,
             )  # fmt: skip
             await client.begin_weight_update()
             (bucket,) = cut_buckets(
                 [spec_of(n, t) for n, t in weights_of(models[1]).items()], bucket_bytes=1 << 24
             )
             receiving = asyncio.ensure_future(
-                client.update_weights_from_distributed(bucket, group_name="doomed", timeout_s=30)
+                client.update_weights_from_distributed(bucket, group_name="doomed", timeout_s=3600)
             )
             await asyncio.sleep(0.3)
             assert len((await sample(client, PROMPT, 5)).output_ids) == 5, (
                 "decoding continues while the broadcast hangs"
             )
             sender.send_signal(signal.SIGKILL)
-            killed_s = time.monotonic()
             with pytest.raises(EngineError, match="broadcast failed"):
                 await receiving
-            assert time.monotonic() - killed_s < 5
             sender.communicate()
             with pytest.raises(EngineError, match="broadcast failed"):
-                await client.end_weight_update(weight_version=version + 1, timeout_s=5)
+                await client.end_weight_update(weight_version=version + 1, timeout_s=HANG_LIMIT_S)
             await client.destroy_weights_group(group_name="doomed")
             assert await client.weight_version() == version
             after = await sample(client, PROMPT, 12, temperature=0)
@@ -192,7 +196,7 @@ def test_all_buckets_of_a_push_in_one_call(engine: Engine, models: Models, dtype
                 )
                 assert len(buckets) > 2
                 receiving = asyncio.ensure_future(
-                    client.receive_weights(buckets, group_name="whole", timeout_s=20)
+                    client.receive_weights(buckets, group_name="whole", timeout_s=HANG_LIMIT_S)
                 )
                 flats = [flatten(bucket, tensors) for bucket in buckets]
                 for flat in flats:
@@ -201,7 +205,7 @@ def test_all_buckets_of_a_push_in_one_call(engine: Engine, models: Models, dtype
 
             await push(weights_of(models[1]))
             assert await client.weight_version() == version, "received, not active"
-            await client.end_weight_update(weight_version=version + 1, timeout_s=5)
+            await client.end_weight_update(weight_version=version + 1, timeout_s=HANG_LIMIT_S)
             want = load_model(models[1])
             for parameter in want.parameters():
                 parameter.data = parameter.data.to(getattr(torch, dtype)).float()
@@ -214,10 +218,10 @@ def test_all_buckets_of_a_push_in_one_call(engine: Engine, models: Models, dtype
                 with pytest.raises(EngineError, match=message):
                     await push(broken(weights_of(models[0]), how))
                 with pytest.raises(EngineError, match=message):
-                    await client.end_weight_update(weight_version=version + 2, timeout_s=5)
+                    await client.end_weight_update(weight_version=version + 2, timeout_s=HANG_LIMIT_S)
                 assert await client.weight_version() == version + 1
             assert error_of(want, PROMPT, await sample(client, PROMPT, 20)) < conformance.TOLERANCE
             await push(weights_of(models[0]))
-            await client.end_weight_update(weight_version=version + 2, timeout_s=5)
+            await client.end_weight_update(weight_version=version + 2, timeout_s=HANG_LIMIT_S)
 
     asyncio.run(body())

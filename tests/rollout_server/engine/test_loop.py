@@ -12,8 +12,9 @@ from rollout_server.engine.loop import EngineLoop, SequenceOutput
 from rollout_server.engine.scheduler import SamplingParams, Sequence
 from tests.rollout_server.engine.test_core import make_core
 from tests.support.engine_harness import Models
+from tests.support.waiting import HANG_LIMIT_S
 
-LIMIT_S = 20
+LIMIT_S = HANG_LIMIT_S
 
 
 @pytest.fixture

@@ -36,7 +36,9 @@ class Forgetful(ShadowWeightUpdate):
         stall_s = await super().push(client, push)
         if self.forgets_next:
             self.forgets_next, version = False, push.request.version
-            await client.update_weights_from_disk(str(self.path), weight_version=version, timeout_s=10)
+            await client.update_weights_from_disk(
+                str(self.path), weight_version=version, timeout_s=HANG_LIMIT_S
+            )
         return stall_s
 
 

@@ -25,6 +25,7 @@ from areal_like.wire.messages.weights import (
 from tests.support import warm_start
 from tests.support.launching import ROOT
 from tests.support.snapshots import Held
+from tests.support.waiting import HANG_LIMIT_S
 from trainer.weight_sync.broadcaster import Broadcaster
 
 # One tensor-parallel rank, as SGLang's: it joins at rank_offset + its own rank, receives every bucket and
@@ -37,7 +38,7 @@ print("ready", flush=True)
 address, port, rank, world_size, name = sys.stdin.readline().split()
 port, rank, world_size = int(port), int(rank), int(world_size)
 with WeightGroup.join(
-    master_address=address, master_port=port, rank=rank, world_size=world_size, group_name=name, timeout_s=30
+    master_address=address, master_port=port, rank=rank, world_size=world_size, group_name=name, timeout_s=600
 ) as group:
     print("joined", flush=True)
     for num_bytes in map(int, sys.stdin.readline().split()):
@@ -144,7 +145,7 @@ class WideServer:
 
 def test_engines_of_two_ranks_and_one_share_a_broadcast() -> None:
     async def body() -> None:
-        broadcaster = Broadcaster(WeightsConfig(push_deadline_s=40), device="cpu")
+        broadcaster = Broadcaster(WeightsConfig(push_deadline_s=HANG_LIMIT_S), device="cpu")
         servers = [WideServer("wide", num_ranks=2), WideServer("plain", num_ranks=1)]
         for server in servers:
             assert await server.lines() == ["ready"] * server.num_ranks

@@ -12,6 +12,7 @@ from areal_like.errors import RewardError, RewardTimeoutError
 from rollout_server.rewards.pool import RewardPool
 from rollout_server.tasks.base import Completion
 from tests.support.judge_server import Answer, judge_server
+from tests.support.waiting import HANG_LIMIT_S
 
 TASK = "tests.support.library_rewards.Rewarded"
 USERS = "tests.support.library_rewards"
@@ -23,7 +24,9 @@ def workers_find_this_module(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
-def outcomes(spec: Any, *texts: str, timeout_s: float = 5.0, concurrency: int = 1, **task: Any) -> list[Any]:
+def outcomes(
+    spec: Any, *texts: str, timeout_s: float = HANG_LIMIT_S, concurrency: int = 1, **task: Any
+) -> list[Any]:
     """Scores or errors, in order."""
 
     async def body() -> list[Any]:
@@ -65,13 +68,15 @@ def test_math_code_and_a_judge_together() -> None:
     pytest.importorskip("math_verify", reason="needs areal-like[rewards]")
     with judge_server(Answer(), Answer(status=400, body=b"no")) as server:
         spec = [
-            {"name": "math", "timeout_s": 1.0},
+            {"name": "math", "timeout_s": 30.0},
             {"name": "code", "weight": 0.5, "tests_key": "tests", "needs_fence": True},
             {"name": "judge", "url": server.url, "rubric": "Is it polite?", "weight": 0.1},
         ]
         row = {"tests": ["assert x == 4"]}
         (both,) = outcomes(spec, "```\nx = 4\n```\nIt is 4.", row=row)
-        endless, refused = outcomes([*spec[:2]], r"$9^{9^{9^9}}$", "5", row=row)
+        endless, refused = outcomes(
+            [{"name": "math", "timeout_s": 1.0}, spec[1]], r"$9^{9^{9^9}}$", "5", row=row
+        )
         (failed,) = outcomes(spec, "4, please", row=row)
     assert both.parts == pytest.approx({"math": 1.0, "code": 0.5, "judge": 0.07})
     assert both.metrics["code/passed"] == 1 and both.metrics["judge/calls"] == 1

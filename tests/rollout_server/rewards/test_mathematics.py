@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
-import time
 from typing import Any
 
 import pytest
@@ -50,10 +49,8 @@ def test_values(text: str, answer: Any, value: float) -> None:
 
 def test_an_endless_comparison_is_0_and_counted() -> None:
     before = signal.getsignal(signal.SIGALRM)
-    started = time.monotonic()
     score = scored(ENDLESS, "3", timeout_s=0.3)
     assert score.value == 0 and score.metrics == {"math/parsed": 1.0, "math/timeouts": 1.0}
-    assert time.monotonic() - started < 10
     assert signal.getsignal(signal.SIGALRM) == before and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 

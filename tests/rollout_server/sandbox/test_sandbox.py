@@ -54,12 +54,10 @@ def processes_with(mark: str) -> list[str]:
     return found
 
 
-def wait_until_gone(mark: str, *, within_s: float = 1.0) -> list[str]:
-    """Processes with `mark` in their command line that are left after at most `within_s`."""
-    deadline = time.monotonic() + within_s
-    while (left := processes_with(mark)) and time.monotonic() < deadline:
+def wait_until_gone(mark: str) -> None:
+    """Until no process has `mark` in its command line; none of them ends by itself in the time of a test."""
+    while processes_with(mark):
         time.sleep(0.01)
-    return left
 
 
 def test_a_program_and_its_output(sandbox: Sandbox) -> None:
@@ -86,14 +84,12 @@ def test_environment_is_scrubbed(sandbox: Sandbox, monkeypatch: pytest.MonkeyPat
 
 def test_sleep_past_the_limit(sandbox: Sandbox) -> None:
     mark = uuid.uuid4().hex
-    started = time.monotonic()
     program = f"import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1); '{mark}'"
-    command = [sys.executable, "-u", "-c", f"{program}; time.sleep(60)"]
-    result = sandbox.run(command, limits=Limits(timeout_s=1.0))
-    assert time.monotonic() - started < 20
+    command = [sys.executable, "-u", "-c", f"{program}; time.sleep(3600)"]
+    result = sandbox.run(command, limits=Limits(timeout_s=2.0))
     assert result.timed_out and not result.succeeded
     assert result.stdout == "1\n"  # what it wrote before
-    assert not wait_until_gone(mark)
+    wait_until_gone(mark)
 
 
 def test_daemons_are_killed(sandbox: Sandbox) -> None:
@@ -106,34 +102,34 @@ def test_daemons_are_killed(sandbox: Sandbox) -> None:
         "    os.setsid()\n"
         "    if os.fork() == 0:\n"
         "        for fd in (0, 1, 2): os.close(fd)\n"
-        "        time.sleep(60)\n"
+        "        time.sleep(3600)\n"
         "    os._exit(0)\n"
         "time.sleep(0.1)\n"
         "print('started')\n"
     )
-    started = time.monotonic()
-    result = sandbox.run([sys.executable, "-c", daemon], limits=Limits(timeout_s=50))
-    assert result.stdout == "started\n" and time.monotonic() - started < 40
-    assert not wait_until_gone(mark)
+    result = sandbox.run([sys.executable, "-c", daemon], limits=Limits(timeout_s=600))
+    assert result.stdout == "started\n"
+    wait_until_gone(mark)
 
 
 def test_fork_bomb(sandbox: Sandbox) -> None:
     mark = uuid.uuid4().hex
-    bomb = f"'{mark}'; import os, time\nwhile True:\n    try: os.fork()\n    except OSError: time.sleep(60)"
-    started = time.monotonic()
-    result = sandbox.run([sys.executable, "-I", "-S", "-c", bomb], limits=Limits(timeout_s=2))
-    assert not result.succeeded and time.monotonic() - started < 30
+    bomb = f"'{mark}'; import os, time\nwhile True:\n    try: os.fork()\n    except OSError: time.sleep(3600)"
+    # Without root, programs meet the limit of their user, and go on.
+    limits = Limits(timeout_s=600 if os.geteuid() == 0 else 2)
+    result = sandbox.run([sys.executable, "-I", "-S", "-c", bomb], limits=limits)
+    assert not result.succeeded
     if os.geteuid() == 0:  # RLIMIT_NPROC does not bind root: they are counted
         assert "more than 32 processes" in result.stderr
-    assert not wait_until_gone(mark)
+    wait_until_gone(mark)
 
 
 def test_memory_of_one_and_of_many_processes(sandbox: Sandbox) -> None:
-    limits = Limits(memory_mb=100)
+    limits = Limits(memory_mb=100, timeout_s=600)
     one = sandbox.run("x = bytearray(200 << 20)", limits=limits)
     assert one.exit_code == 1 and "MemoryError" in one.stderr
     program = (
-        "import os, time\nfor _ in range(4): os.fork()\nx = os.urandom(50 << 20)\nprint(1)\ntime.sleep(5)"
+        "import os, time\nfor _ in range(4): os.fork()\nx = os.urandom(50 << 20)\nprint(1)\ntime.sleep(3600)"
     )
     many = sandbox.run(program, limits=limits)
     assert many.exit_code == 137 and "more than 200 MiB" in many.stderr
@@ -141,12 +137,10 @@ def test_memory_of_one_and_of_many_processes(sandbox: Sandbox) -> None:
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_endless_output_is_cut(sandbox: Sandbox, stream: str) -> None:
-    started = time.monotonic()
     result = sandbox.run(
         f"import sys\nwhile True: sys.{stream}.write('x' * 65536)",
-        limits=Limits(output_bytes=1000, timeout_s=60),
+        limits=Limits(output_bytes=1000, timeout_s=600),
     )
-    assert time.monotonic() - started < 30
     assert result.output_was_cut and result.exit_code == 137
     assert getattr(result, stream)[:1000] == "x" * 1000
 
@@ -342,16 +336,14 @@ def test_programs_die_with_the_server(sandbox: Sandbox) -> None:
     mark = uuid.uuid4().hex
     waiting = (
         f"import sys; from rollout_server.sandbox import {type(sandbox).__name__} as Sandbox\n"
-        f"Sandbox().run([sys.executable, '-c', 'import time; time.sleep(60)', '{mark}'])"
+        f"Sandbox().run([sys.executable, '-c', 'import time; time.sleep(3600)', '{mark}'])"
     )
     with subprocess.Popen([sys.executable, "-c", waiting]) as server:
-        program = f"{sys.executable}\0-c\0import time; time.sleep(60)\0{mark}"
-        deadline = time.monotonic() + 10
+        program = f"{sys.executable}\0-c\0import time; time.sleep(3600)\0{mark}"
         while not any(line.startswith(program) for line in processes_with(mark)):
-            assert time.monotonic() < deadline
             time.sleep(0.01)
         server.kill()
-    assert not wait_until_gone(mark, within_s=3)
+    wait_until_gone(mark)
 
 
 def test_rlimits_leaves_no_files() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import time
 from fractions import Fraction
 
 import pytest
@@ -72,10 +71,8 @@ def test_results(expression: str, result: str) -> None:
     ],
 )
 def test_errors(expression: str, problem: str) -> None:
-    started = time.monotonic()
     with pytest.raises(ToolError, match=problem):
         asyncio.run(calculator(expression))
-    assert time.monotonic() - started < 5
 
 
 _NUMBERS = st.integers(-99, 99).map(str) | st.decimals(-9, 9, places=2).map(str)

@@ -23,6 +23,7 @@ from rollout_server.environments.workers.pool import EnvironmentPool
 from rollout_server.tasks.base import Example, Split, make_task
 from rollout_server.tasks.tools import ToolTask
 from rollout_server.tools import Tool, ToolEnvironment, calculator, make_tools
+from tests.support.waiting import HANG_LIMIT_S
 
 
 def reply(text: str = "", *calls: tuple[str, Any]) -> Reply:
@@ -158,7 +159,7 @@ def sums(tools: Any, **settings: Any) -> ToolTask:
 
 
 def test_tools_by_name() -> None:
-    task = sums(["calculator", {"name": "python", "timeout_s": 20}], sandbox="rlimits")
+    task = sums(["calculator", {"name": "python", "timeout_s": HANG_LIMIT_S}], sandbox="rlimits")
     environment = task.environment(task.example("train", 1))
     assert environment is not None
     (step,) = run(
@@ -190,7 +191,7 @@ def refusal(sandbox: str, *tools: str) -> str:
 
     async def check() -> str:
         settings = {"_target_": f"{__name__}.Sums", "tools": list(tools)}
-        pool = EnvironmentPool(settings, seed=0, sandbox=sandbox, step_timeout_s=30, memory_mb=1024)
+        pool = EnvironmentPool(settings, seed=0, sandbox=sandbox, step_timeout_s=HANG_LIMIT_S, memory_mb=1024)
         async with pool:
             try:
                 await pool.check()
@@ -233,7 +234,7 @@ def hang() -> str:
 def test_process_with_a_hanging_tool_is_not_used_again() -> None:
     async def episode() -> tuple[list[str], int, int]:
         settings = {"_target_": f"{__name__}.Hanging"}
-        async with EnvironmentPool(settings, seed=0, step_timeout_s=30, memory_mb=1024) as pool:
+        async with EnvironmentPool(settings, seed=0, step_timeout_s=HANG_LIMIT_S, memory_mb=1024) as pool:
             idle = []
             for replies in ([reply("done")], [reply("", ("hang", {})), reply("done")]):
                 environment = await pool.open(split="train", index=0, seed=0)
@@ -258,7 +259,7 @@ def test_what_python_answers() -> None:
     assert python("x = 1") == "(no output)"
     failed = python("print(1); 1 / 0")
     assert failed.startswith("1\nTraceback") and failed.endswith("division by zero\n[exit code 1]")
-    assert python("import time; print(1); time.sleep(99)", timeout_s=1) == "1\n[killed after 1 s]"
+    assert python("import time; print(1); time.sleep(3600)", timeout_s=2) == "1\n[killed after 2 s]"
     assert (
         python("print('x' * 5000)", max_output_bytes=100)
         == "x" * 100 + "\n[the output is cut after 100 bytes]"

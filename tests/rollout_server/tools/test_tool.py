@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-import time
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -231,6 +230,4 @@ def test_time_limit_of_functions_and_coroutines() -> None:
         await asyncio.sleep(0.05)
         return [answer.text for answer in answers]
 
-    started = time.monotonic()
     assert asyncio.run(both()) == ["Error: no answer within 0.1 s"] * 2
-    assert time.monotonic() - started < 5

@@ -18,6 +18,7 @@ from areal_like.errors import ArealError, ConfigError
 from areal_like.paths import RunPaths
 from tests.support import warm_start
 from tests.support.buffer_harness import ROOT
+from tests.support.waiting import HANG_LIMIT_S
 from trainer.distributed.connections import interface_towards
 from trainer.distributed.meeting import Meeting, meet
 from trainer.distributed.members import Liveness
@@ -27,7 +28,7 @@ from trainer.distributed.variables import set_torch_variables
 from trainer.metrics.phase_timer import PhaseTimer
 
 
-def meet_all(store: Any, ranks: range, *, timeout_s: float = 20.0) -> list[Meeting]:
+def meet_all(store: Any, ranks: range, *, timeout_s: float = HANG_LIMIT_S) -> list[Meeting]:
     """The result of each rank of three, in threads."""
     found: dict[int, Meeting] = {}
 
@@ -49,14 +50,16 @@ def test_ranks_do_not_meet_those_of_an_earlier_start() -> None:
 
     early: list[Meeting] = []
     ranks = [
-        threading.Thread(target=lambda r=rank: early.append(meet(store, rank=r, world_size=3, timeout_s=20)))
+        threading.Thread(
+            target=lambda r=rank: early.append(meet(store, rank=r, world_size=3, timeout_s=HANG_LIMIT_S))
+        )
         for rank in (1, 2)
     ]
     for thread in ranks:
         thread.start()
         thread.join(timeout=0.3)
         assert thread.is_alive(), "it has met the ranks of the first start"
-    again = meet(store, rank=0, world_size=3, timeout_s=20)
+    again = meet(store, rank=0, world_size=3, timeout_s=HANG_LIMIT_S)
     for thread in ranks:
         thread.join()
     assert {meeting.token for meeting in early} == {again.token} != {first[0].token}
