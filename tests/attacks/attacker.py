@@ -17,6 +17,7 @@ import zmq
 
 from areal_like.security.keys import Identity
 from areal_like.wire.codec import decode, encode
+from tests.support.waiting import HANG_LIMIT_S
 
 NULL_GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"NULL".ljust(20, b"\0") + bytes(32)
 """The first bytes of a ZeroMQ peer without keys."""
@@ -67,7 +68,7 @@ class Attacker:
         with contextlib.suppress(zmq.Again):
             self._socket.send_multipart(frames, flags=zmq.NOBLOCK, copy=False)
 
-    def call(self, message: Any, *, timeout_s: float = 10.0) -> Any:
+    def call(self, message: Any, *, timeout_s: float = HANG_LIMIT_S) -> Any:
         """The reply; None if there is none in time."""
         rid = next(self._rids)
         self.send(message, rid=rid)
@@ -79,7 +80,7 @@ class Attacker:
                 self.inbox.append(received)
         return None
 
-    def next_message(self, *, timeout_s: float = 20.0) -> Any:
+    def next_message(self, *, timeout_s: float = HANG_LIMIT_S) -> Any:
         """The next message that arrives; None if there is none in time."""
         return next((message for message, _ in self._receive(timeout_s)), None)
 

@@ -17,9 +17,9 @@ from areal_like.wire.messages.producer import ReturnLeases, SampleDone, SampleFa
 from tests.support.rollout_harness import PlayedBuffer, job, serving
 from trainer.models.tiny import build_tiny_model
 
-STALL_S = 1.0
+STALL_S = 2.0
 """`rollout.generate_timeout_s` of the test."""
-ANSWER_S = 3.0
+ANSWER_S = 4.0
 """Time of one answer: longer than the limit, as an answer of 32k tokens is longer than ten minutes."""
 
 
@@ -38,7 +38,7 @@ class SlowSglang:
         started = threading.Event()
         thread = threading.Thread(target=self._run, args=(started,), daemon=True)
         thread.start()
-        assert started.wait(10)
+        assert started.wait()
         try:
             yield self
         finally:
@@ -126,5 +126,5 @@ def test_a_slow_engine_is_kept_and_a_still_one_replaced(tmp_path: Path) -> None:
             buffer.grant(buffer.lease(3, samples=1))
             assert isinstance(buffer.expect((SampleDone, SampleFailed))[0], SampleDone)
             log = (server.paths.logs / "rollout-0.log").read_text()
-            assert "requests have made no progress for 1 s (rollout.generate_timeout_s)" in log
+            assert "requests have made no progress for 2 s (rollout.generate_timeout_s)" in log
             assert server.terminate()[0] == 0

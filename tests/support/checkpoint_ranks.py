@@ -165,7 +165,6 @@ def _lose_a_rank(checkpoints: Checkpoints, save: Callable[[int], None], ranks: R
         checkpoints.wait()
     save(5)
     time.sleep(1.0)
-    started_s = time.monotonic()
     if ranks.rank == 0:  # fails for a reason of its own
         with pytest.raises(CheckpointError, match="have not written their parts"):
             checkpoints.close()
@@ -176,7 +175,6 @@ def _lose_a_rank(checkpoints: Checkpoints, save: Callable[[int], None], ranks: R
     if ranks.rank == 0:
         end.touch()
         time.sleep(1.0)  # it is rank 3 that the others lose
-    assert time.monotonic() - started_s < 20
     assert checkpoints.steps() == [1, 4]
 
 
