@@ -12,6 +12,7 @@ same reason, and percentiles are interpolated in them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -88,10 +89,13 @@ def wasted_of(counters: Mapping[str, float]) -> dict[str, int]:
     return {name.removeprefix(_WASTED): wasted[name] for name in sorted(wasted)}
 
 
-def selection_report(counters: Mapping[str, float]) -> dict[str, Any]:
-    """The section `selection` of summary.json and of the buffer's /status."""
+def selection_report(counters: Mapping[str, float], *, limit: float = math.inf) -> dict[str, Any]:
+    """The section `selection` of summary.json.
+
+    `limit`: of sampled tokens in one turn; the percentiles of samples with one turn are not above it.
+    """
     report: dict[str, Any] = {
-        name: _samples(counters, name)
+        name: _samples(counters, name, limit=limit)
         | {"reward_mean": _mean(counters, f"{name}_sum_reward", lengths_of(counters, [name]))}
         for name in SAMPLE_POPULATIONS
     }
@@ -99,7 +103,7 @@ def selection_report(counters: Mapping[str, float]) -> dict[str, Any]:
         groups = {bucket: int(counters.get(solve_rate_key(name, bucket), 0)) for bucket in SOLVE_RATES}
         report[f"{name}_by_solve_rate"] = {bucket: max(0, count) for bucket, count in groups.items()}
     report["failures"] = {
-        kind: outcomes | {"length": _samples(counters, f"failed_{kind}")}
+        kind: outcomes | {"length": _samples(counters, f"failed_{kind}", limit=limit)}
         for kind, outcomes in failures_of(counters).items()
     }
     report["tokens_wasted"] = wasted_of(counters)
@@ -107,10 +111,10 @@ def selection_report(counters: Mapping[str, float]) -> dict[str, Any]:
     return report
 
 
-def percentile(histogram: Sequence[int], percent: float) -> float | None:
+def percentile(histogram: Sequence[int], percent: float, *, limit: float = math.inf) -> float | None:
     """A percentile of lengths, interpolated in its bucket; None without samples.
 
-    A percentile in the last bucket is that bucket's lower limit.
+    A percentile in the last bucket is that bucket's lower limit. `limit`: ends its bucket, if none is longer.
     """
     wanted = sum(histogram) * percent / 100
     if not wanted:
@@ -122,15 +126,17 @@ def percentile(histogram: Sequence[int], percent: float) -> float | None:
     if bucket >= MAX_BUCKET:
         return float(LENGTHS[-1])
     lower = LENGTHS[bucket] / 2 if bucket else 0.0
-    return round(lower + (LENGTHS[bucket] - lower) * (wanted - below) / histogram[bucket], 1)
+    is_longest = not sum(histogram[bucket + 1 :])
+    upper = min(LENGTHS[bucket], limit) if is_longest and limit > lower else LENGTHS[bucket]
+    return round(lower + (upper - lower) * (wanted - below) / histogram[bucket], 1)
 
 
-def _samples(counters: Mapping[str, float], population: str) -> dict[str, Any]:
+def _samples(counters: Mapping[str, float], population: str, *, limit: float) -> dict[str, Any]:
     histogram = lengths_of(counters, [population])
     return {
         "samples": sum(histogram),
         "tokens_mean": _mean(counters, f"{population}_sum_tokens", histogram),
-        **{f"tokens_p{percent}": percentile(histogram, percent) for percent in _PERCENTILES},
+        **{f"tokens_p{percent}": percentile(histogram, percent, limit=limit) for percent in _PERCENTILES},
     }
 
 

@@ -39,6 +39,7 @@ class RunRecord:
             on_outcome=self.series.tracked,
         )
         self._summary = paths.summary
+        self._max_new_tokens = config.sampling.max_new_tokens
         self._first_set = next(iter(config.eval.resolved_sets), "")
         self._trackers_limit_s = min(_TRACKERS_END_S, config.daemon.drain_timeout_s / 3)
 
@@ -78,6 +79,7 @@ class RunRecord:
                 totals=steps.totals(),
                 evaluations=self.evaluations.summary(),
                 was_restarted=bool(steps.num_kept or steps.num_dropped),
+                max_new_tokens=self._max_new_tokens,
                 **figures,
             )
         self.steps.close()

@@ -52,6 +52,14 @@ def test_percentiles_are_within_their_bucket() -> None:
     assert percentile([0] * MAX_BUCKET + [3], 50) == LENGTHS[-1]
 
 
+def test_no_percentile_is_above_the_limit_of_a_turn() -> None:
+    up_to_16 = [0, 0, 0, 2, 8] + [0] * (MAX_BUCKET - 4)
+    assert [percentile(up_to_16, percent, limit=10) for percent in (20, 60, 100)] == [8.0, 9.0, 10.0]
+    assert percentile(up_to_16, 100) == 16.0
+    of_turns = [0, 0, 0, 2, 8, 1] + [0] * (MAX_BUCKET - 5)
+    assert percentile(of_turns, 100, limit=10) == 32.0, "samples with several turns may be longer"
+
+
 def test_a_report_compares_offered_with_trained() -> None:
     counters: dict[str, float] = {
         length_key("offered", 3): 8,

@@ -132,6 +132,7 @@ def test_rates_after_a_resume_cover_one_time_span(tmp_path: Path) -> None:
         resumed_from_step=40,
         wall_seconds=25.0,
         training_seconds=20.0,
+        max_new_tokens=10,
     )
     resumed.close()
 

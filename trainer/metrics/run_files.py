@@ -171,6 +171,7 @@ def write_summary(
     resumed_from_step: int,
     wall_seconds: float,
     training_seconds: float,
+    max_new_tokens: int,
 ) -> dict[str, Any]:
     """Writes and returns the summary of a run.
 
@@ -182,6 +183,7 @@ def write_summary(
     `counters_at_start`, `counters_at_end`: the buffer's counters `counted_seconds` apart, from which the rate
     is computed. `counters_after_warm_up`, `counters_at_close`: the buffer's counters at the two ends of the
     time over which generation counts as idle or busy. Generation stops soon after the close of admission.
+    `max_new_tokens`: `sampling.max_new_tokens`.
     """
     counters = counters_at_end.counters
     summary = {
@@ -208,7 +210,7 @@ def write_summary(
         "drops": counters_at_end.drops,
         "generation_idle_fraction": _generation_idle(counters_after_warm_up, counters_at_close),
         "trainer_idle_fraction": totals.trainer_idle_fraction,
-        "selection": selection_report(counters),
+        "selection": selection_report(counters, limit=max_new_tokens),
         "counters": counters,
     }
     write_json(path, summary)
