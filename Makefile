@@ -2,6 +2,7 @@
 #   make run [ARGS="key=value ..."]    the default job (see `make run ARGS=--help`)
 #   make sft ARGS="CONFIG ..."         supervised training
 #   make test [JOBS=3]                 lint, types and the tests, in that many processes
+#   make test-fast                     the tests without processes, connections, models and command lines
 #   make test-long [JOBS=3]            the tests of whole jobs that `make test` leaves out: five minutes
 #   make chaos                         the promises about crashes and faults at length: about an hour
 #   make sglang                        an environment with SGLang on this CPU, for rollout.engine=sglang
@@ -26,7 +27,7 @@ REQUIREMENTS ?= $(shell cat .venv/.requirements 2>/dev/null || echo requirements
 STAMP := .venv/.installed-$(shell cat $(REQUIREMENTS) requirements-dev.txt pyproject.toml | cksum | cut -d' ' -f1)
 DOCS_STAMP := $(STAMP)-docs-$(shell cksum < requirements-docs.txt | cut -d' ' -f1)
 
-.PHONY: run sft test test-long chaos sglang test-sglang verifiers test-verifiers test-cluster trl docs lint ruff format setup clean
+.PHONY: run sft test test-fast test-long chaos sglang test-sglang verifiers test-verifiers test-cluster trl docs lint ruff format setup clean
 .DEFAULT_GOAL := run
 
 run: $(STAMP)
@@ -36,10 +37,18 @@ sft: $(STAMP)
 	@exec $(BIN)/python -m launch sft $(ARGS)
 
 # The types are checked beside the first tests: mypy needs one core for most of a minute if it has no cache.
+# Bytecode is written even where the environment says otherwise (as in images of containers): each of the workers and of the
+# hundreds of processes that they start would compile the sources again.
 test: ruff
-	@$(BIN)/mypy & types=$$!; \
-	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS); tests=$$?; \
+	@unset PYTHONDONTWRITEBYTECODE; \
+	$(BIN)/mypy & types=$$!; \
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=25 --durations-min=1 $(ARGS); tests=$$?; \
 	wait $$types || { echo "make test: mypy has found errors, printed above" >&2; exit 1; }; exit $$tests
+
+# What is fast follows from what a test uses: tests/support/selection.py.
+test-fast: $(STAMP)
+	@unset PYTHONDONTWRITEBYTECODE; \
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --fast $(ARGS)
 
 test-long: $(STAMP)
 	@$(BIN)/python -m pytest -q -n $(JOBS) --dist load -m long $(ARGS)

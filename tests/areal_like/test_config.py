@@ -20,6 +20,7 @@ def test_default_job_has_the_defaults_of_the_dataclasses() -> None:
     assert load_config([]) == Config()
 
 
+@pytest.mark.slow
 def test_presets_state_only_what_differs_from_the_class() -> None:
     for section, registry in (("objective", OBJECTIVES), ("advantage", ADVANTAGES)):
         for file in (CONFIGS / section).glob("*.yaml"):

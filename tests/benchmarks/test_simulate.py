@@ -9,6 +9,8 @@ from benchmarks.simulation_rules import RULES, DropRule, GateRule, LedgerRule
 from benchmarks.simulation_world import Job, Simulation
 from trainer.planning.staleness import least_staleness, slowest_over_mean
 
+pytestmark = pytest.mark.slow
+
 SMALL = Job(num_servers=16, slots=4, groups_per_step=16, failures_an_hour=2.0)
 
 

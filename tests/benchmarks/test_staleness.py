@@ -91,6 +91,7 @@ def test_cell_is_deterministic_and_ages_are_as_planned(tmp_path: Path) -> None:
     assert [step for step, _ in old.curve] == list(range(11))
 
 
+@pytest.mark.slow
 def test_stopped_grid_resumes(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     cells = [replace(TINY, num_steps=2, warm_start_steps=0, seed=seed) for seed in (0, 1)]

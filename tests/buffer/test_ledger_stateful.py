@@ -36,6 +36,9 @@ EVAL_SETS = {"eval": 1, "hard": 3}
 """Answers to each prompt by evaluation set."""
 
 
+pytestmark = pytest.mark.slow
+
+
 class LedgerMachine(RuleBasedStateMachine):
     """Model: leases granted, samples accepted, groups served by position."""
 
