@@ -8,6 +8,7 @@ that the daemon's own log has as well are left out.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import time
@@ -21,6 +22,8 @@ MAX_LINE_BYTES = 1 << 18
 """Longest line that is read at once; a longer one is cut."""
 _UNDATED_BYTES = 1 << 20
 """How much of the end of a plain file is read for `--since` and for the last lines of all."""
+_OFFSET_BYTES = 1 << 16
+"""How much of the begin of a daemon's spans is read for its clock."""
 _LEVELS = {"DEBUG": 10, "INFO": 20, "WARNING": 30, "ERROR": 40, "CRITICAL": 50}
 LEVELS = tuple(_LEVELS)
 _OWN_LINE = re.compile(r"\d\d:\d\d:\d\d \S+ (DEBUG|INFO|WARNING|ERROR|CRITICAL) ")
@@ -55,6 +58,8 @@ class Source:
     """The daemon, or `<server>-engine`."""
     files: tuple[Path, ...]
     is_json: bool
+    offset_s: float = 0.0
+    """Added to its times, which are of another machine's clock."""
 
     def entries(
         self, *, since_unix_s: float | None, num_last: int | None, ends: Mapping[Path, int]
@@ -81,6 +86,8 @@ class Source:
     def _starts(self, since_unix_s: float | None, num_last: int | None) -> Iterator[tuple[Path, int]]:
         """(file, first byte to read) of each file that has entries to show."""
         chosen: list[tuple[Path, int]] = []
+        if since_unix_s is not None:
+            since_unix_s -= self.offset_s
         left = num_last
         for path in reversed(self.files):
             try:
@@ -127,7 +134,7 @@ class LineParser:
                 text, level = text[header.end() :], header[1]
         if not level:
             level = "ERROR" if _TROUBLE.search(text) else "WARNING" if _WARNING.search(text) else "INFO"
-        return Entry(self._unix_s, self._source.name, level, text)
+        return Entry(self._unix_s + self._source.offset_s, self._source.name, level, text)
 
     def _from_json(self, text: str) -> Entry | None:
         try:
@@ -135,10 +142,10 @@ class LineParser:
             unix_s, level, message = float(raw["time"]), str(raw["level"]), str(raw["message"])
         except (ValueError, KeyError, TypeError, RecursionError):
             # A line that was cut by a crash or by MAX_LINE_BYTES.
-            return Entry(self._unix_s, self._source.name, "INFO", text)
+            return Entry(self._unix_s + self._source.offset_s, self._source.name, "INFO", text)
         self._unix_s = unix_s
         parts = [message, *(str(raw[key]) for key in ("exception", "stacks") if raw.get(key))]
-        return Entry(unix_s, self._source.name, level, "\n".join(parts))
+        return Entry(unix_s + self._source.offset_s, self._source.name, level, "\n".join(parts))
 
 
 def find_sources(logs: Path, roles: Sequence[str]) -> list[Source]:
@@ -153,9 +160,38 @@ def find_sources(logs: Path, roles: Sequence[str]) -> list[Source]:
         if not roles or any(name == role or name.startswith(f"{role}-") for role in roles):
             families.setdefault((name, is_json), []).append((number, path))
     return [
-        Source(name, tuple(path for _, path in sorted(files, reverse=True)), is_json)
+        Source(
+            name,
+            tuple(path for _, path in sorted(files, reverse=True)),
+            is_json,
+            _clock_offset_s(logs.parent / "spans", name.removesuffix("-engine")),
+        )
         for (name, is_json), files in sorted(families.items())
     ]
+
+
+def _clock_offset_s(spans: Path, daemon: str) -> float:
+    """What the daemon has found out about its clock against the first buffer's; 0 if they agree.
+
+    It is among the first lines of its spans: with the estimate of the shortest round trip, if that is shorter
+    than the offset.
+    """
+    for path in (spans / f"{daemon}.jsonl", spans / f"{daemon}.old.jsonl"):
+        found: list[tuple[float, float]] = []
+        try:
+            with path.open("rb") as file:
+                lines = file.read(_OFFSET_BYTES).splitlines()
+        except OSError:
+            continue
+        for line in lines:
+            if line.startswith(b'{"offset_s"'):
+                with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+                    estimate = json.loads(line)
+                    found.append((abs(float(estimate["rtt_s"])), float(estimate["offset_s"])))
+        if found:
+            rtt_s, offset_s = min(found)
+            return offset_s if rtt_s < abs(offset_s) < 1e9 else 0.0
+    return 0.0
 
 
 def _unix_s(stamp: re.Match[str]) -> float | None:

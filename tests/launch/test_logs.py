@@ -67,6 +67,28 @@ def test_logs_are_merged_by_time(run: Path, capsys: pytest.CaptureFixture[str]) 
     assert everything[7] == "rollout-1-engine ERROR Traceback of it"
 
 
+def test_the_clock_of_another_machine_is_corrected(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "spans").mkdir()
+    estimates = '{"daemon":"rollout-1"}\n{"offset_s":-9.0,"rtt_s":0.5}\n{"offset_s":-15.0,"rtt_s":0.01}\n'
+    (run / "spans" / "rollout-1.jsonl").write_text(estimates)
+    (run / "spans" / "trainer-0.jsonl").write_text('{"offset_s":0.004,"rtt_s":0.01}\n')
+    by_name = {(source.name, source.is_json): source.offset_s for source in find_sources(run / "logs", [])}
+    assert by_name["rollout-1", True] == by_name["rollout-1-engine", False] == -15.0
+    assert by_name["trainer-0", True] == 0.0, "less than the round trip"
+    shown_first = shown(run, capsys, "rollout-1", "trainer")
+    assert [text.rsplit(" ", 1)[1] for text in shown_first[:3]] == ["aa", "a", "b"]
+    texts = "\n".join(
+        shown(
+            run,
+            capsys,
+            "rollout-1",
+            "--since",
+            time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(START_S + 6)),
+        )
+    )
+    assert "WARNING d" in texts and "INFO aa" not in texts
+
+
 def test_a_line_of_the_embedded_engine_has_one_header() -> None:
     parser = LineParser(Source("rollout-0-engine", (), is_json=False), unix_s=0.0)
     stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(START_S))
