@@ -49,7 +49,7 @@ def server_hello(buffer: BufferProcess, name: str = "rollout-0", **changes: Any)
 def scalar(buffer: BufferProcess, name: str) -> int:
     """A scalar of the ledger on disk."""
     file = buffer.paths.ledger / "ledger.sqlite3"
-    with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True, timeout=10)) as connection:
+    with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True, timeout=600)) as connection:
         row = connection.execute("SELECT value FROM marks WHERE name = ?", (name,)).fetchone()
     return int(row[0]) if row else 0
 

@@ -53,7 +53,7 @@ def config(tmp_path: Path) -> Config:
 
 @contextmanager
 def ledger_of(config: Config) -> Iterator[sqlite3.Connection]:
-    with closing(sqlite3.connect(RunPaths.of(config).ledger / "ledger.sqlite3", timeout=10)) as connection:
+    with closing(sqlite3.connect(RunPaths.of(config).ledger / "ledger.sqlite3", timeout=600)) as connection:
         yield connection
 
 

@@ -189,7 +189,7 @@ async def fuzz_link(*, num_frames: int) -> None:
 
 
 def test_mutated_messages_do_not_harm_a_link() -> None:
-    asyncio.run(asyncio.wait_for(fuzz_link(num_frames=3_000), 60))
+    asyncio.run(asyncio.wait_for(fuzz_link(num_frames=3_000), HANG_LIMIT_S))
 
 
 def bodies(rng: random.Random) -> Iterator[bytes]:

@@ -59,7 +59,7 @@ def query(root: Path, sql: str) -> list[tuple[object, ...]]:
     path = root / "ledger" / "ledger.sqlite3"
     if not path.exists():
         return []
-    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=10)) as connection:
+    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=600)) as connection:
         # The buffer creates the file first and its tables a moment later.
         if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'tickets'").fetchone() is None:
             return []

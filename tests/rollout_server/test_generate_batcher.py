@@ -16,6 +16,8 @@ from areal_like.errors import EngineError, EngineTimeoutError, PromptRefusedErro
 from areal_like.trajectory import FinishReason
 from rollout_server.inference.client import EngineClient
 from rollout_server.inference.types import Generation, Sampling
+from tests.support import moved_clock
+from tests.support.moved_clock import advance
 from tests.support.waiting import HANG_LIMIT_S
 
 TOO_LONG, ODD, CRASH, SLOW, SILENT = 1000, 1001, 1002, 1003, 1004
@@ -105,7 +107,7 @@ async def stubbed() -> AsyncIterator[tuple[StubEngine, EngineClient]]:
 
 
 async def generate(
-    client: EngineClient, first_tokens: list[int], *, timeout_s: float = 20.0
+    client: EngineClient, first_tokens: list[int], *, timeout_s: float = HANG_LIMIT_S
 ) -> list[Generation | BaseException]:
     """The outcomes of requests that start in one turn of the loop."""
     sampling = Sampling(max_new_tokens=8)
@@ -116,12 +118,19 @@ async def generate(
     return await asyncio.gather(*asked, return_exceptions=True)
 
 
+async def until_left(client: EngineClient, num_requests: int) -> None:
+    """Until only so many have no answer."""
+    await asyncio.sleep(0)  # they have been asked
+    while client.num_generating != num_requests:
+        await asyncio.sleep(0.01)
+
+
 def run(body: Callable[[], Awaitable[None]]) -> None:
     async def limited() -> None:
         async with asyncio.timeout(HANG_LIMIT_S):
             await body()
 
-    asyncio.run(limited())
+    moved_clock.run(limited())
 
 
 @pytest.mark.parametrize(
@@ -167,23 +176,32 @@ def test_an_unknown_finish_type_fails_alone() -> None:
 def test_a_time_out_keeps_the_partial_tokens() -> None:
     async def body() -> None:
         async with stubbed() as (stub, client):
-            quick, slow, silent = await generate(client, [10, SLOW, SILENT], timeout_s=0.3)
+            asked = asyncio.create_task(generate(client, [10, SLOW, SILENT], timeout_s=100))
+            await until_left(client, 2)
+            advance(100)
+            quick, slow, silent = await asked
             assert isinstance(quick, Generation) and quick.finish_reason is FinishReason.LENGTH
             assert isinstance(slow, Generation) and slow.finish_reason is FinishReason.TIMEOUT
             assert (slow.output_ids.tolist(), slow.versions.tolist()) == ([7] * 5, [3] * 5)
-            assert type(silent) is EngineTimeoutError and "0.3 s (rollout.sample_timeout_s)" in str(silent)
+            assert type(silent) is EngineTimeoutError and "100 s (rollout.sample_timeout_s)" in str(silent)
             assert len(stub.requests) == 1 and stub.aborted == ["1.1.0;", "1.2.0;"]
 
     run(body)
 
 
 def test_an_engine_that_ignores_aborts_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rollout_server.inference.generate_batcher._ABORT_GRACE_S", 0.2)
+    monkeypatch.setattr("rollout_server.inference.generate_batcher._ABORT_GRACE_S", 100)
 
     async def body() -> None:
         async with stubbed() as (stub, client):
             stub.aborts_are_ignored = True
-            quick, *slow = await generate(client, [10, SLOW, SLOW], timeout_s=0.2)
+            asked = asyncio.create_task(generate(client, [10, SLOW, SLOW], timeout_s=100))
+            await until_left(client, 2)
+            advance(100)
+            while len(stub.aborted) < 2:
+                await asyncio.sleep(0.01)
+            advance(100)
+            quick, *slow = await asked
             assert isinstance(quick, Generation)
             assert {type(outcome) for outcome in slow} == {EngineTimeoutError}
             assert len(stub.requests) == 1, "a time-out is not sent again"
@@ -198,13 +216,17 @@ def test_an_engine_that_ignores_aborts_times_out(monkeypatch: pytest.MonkeyPatch
 def test_each_of_a_batch_has_its_own_time_limit() -> None:
     async def body() -> None:
         async with stubbed() as (stub, client):
-            short = asyncio.create_task(generate(client, [SLOW], timeout_s=0.2))
+            short = asyncio.create_task(generate(client, [SLOW], timeout_s=100))
             sampling = Sampling(max_new_tokens=8)
-            long = asyncio.create_task(client.generate([SLOW, 5], sampling=sampling, rid="2", timeout_s=0.6))
+            long = asyncio.create_task(client.generate([SLOW, 5], sampling=sampling, rid="2", timeout_s=300))
             unlimited = asyncio.create_task(client.generate([SLOW, 5], sampling=sampling, rid="3"))
+            while not stub.requests:
+                await asyncio.sleep(0.01)
+            advance(100)
             (first,) = await short
             assert isinstance(first, Generation) and first.finish_reason is FinishReason.TIMEOUT
             assert not long.done()
+            advance(200)
             assert (await long).finish_reason is FinishReason.TIMEOUT
             assert len(stub.requests) == 1 and stub.aborted == ["1.0.0;", "2;"]
             assert not unlimited.done()
