@@ -31,6 +31,7 @@ from launch.run_directory.rundir import checkpoints, restart_outcome_file, take_
 log = logging.getLogger(__name__)
 
 TICK_S = 0.1
+_KEEP_AGAIN_S = 10.0
 
 
 class LocalJob:
@@ -44,7 +45,9 @@ class LocalJob:
         Raises ConfigError if the run has keys and the operator's token is not here.
         """
         self._run, self._paths, self._view, self._num_stops = run, run.paths, view, num_stops
-        self._are_settings_kept = False
+        self._unkept: Callable[[], None] | None = run.keep_settings
+        """Writes the settings of the job into `config.yaml`, once they have worked."""
+        self._keep_due_s = 0.0
         self._order_id = ""
         self._drain_code = run.config.daemon.exit_code_on_drain
         self._operator = Operator(run.config.security, run.paths.endpoints)
@@ -118,9 +121,16 @@ class LocalJob:
         self._view.update(seen, phase=lifecycle.phase, detail=self._detail())
 
     def _keep_settings(self) -> None:
-        if not self._are_settings_kept:
-            self._are_settings_kept = True
-            self._run.keep_settings()
+        """Tries again later while the disk is full: the job goes on without it."""
+        if self._unkept is None or time.monotonic() < self._keep_due_s:
+            return
+        try:
+            self._unkept()
+        except OSError as error:
+            self._keep_due_s = time.monotonic() + _KEEP_AGAIN_S
+            log.warning("%s has not got the settings of this job yet: %s", self._paths.config, error)
+        else:
+            self._unkept = None
 
     def _carry_out(self, actions: Iterable[Action]) -> None:
         for action in actions:
@@ -162,16 +172,24 @@ class LocalJob:
         """Tells the command that has ordered the restart; settings that have worked are kept."""
         refusal = tried.refusal
         if refusal is None:
-            settings = load_config(["--config", str(self._paths.config), *tried.settings])
-            keep(settings, self._paths, by="restart")
-            save_config(settings, self._run.config_file)  # daemons that are started again read it
+            settings = load_config(["--config", str(self._run.config_file), *tried.settings])
+
+            def write() -> None:
+                keep(settings, self._paths, by="restart")
+                save_config(settings, self._run.config_file)  # daemons that are started again read it
+
+            self._unkept, self._keep_due_s = write, 0.0
+            self._keep_settings()
         reason = "" if refusal is None else refusal.complaint or " | ".join(refusal.last_words[-3:])
         outcome = {
             "order_id": self._order_id,
             "exit_code": 0 if refusal is None else 2 if refusal.code == 2 else 1,
             "reason": "" if refusal is None else f"{refusal.description}: {reason}",
         }
-        write_json(restart_outcome_file(self._paths), outcome)
+        try:
+            write_json(restart_outcome_file(self._paths), outcome)
+        except OSError as error:
+            log.warning("the outcome of the restart was not written: %s", error)
 
     def _detail(self) -> str:
         """A short text about what the current phase waits for."""

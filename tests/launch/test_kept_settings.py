@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config
+from launch.local_job.job import LocalJob
 from launch.run_directory.kept_settings import read_changes
 from launch.run_directory.open_run import OpenRun, open_run
+from launch.view.plain import PlainView
 
 Open = Callable[..., OpenRun]
 
@@ -58,6 +62,23 @@ def test_settings_that_worked_are_kept_with_a_history(resume: Open) -> None:
     with run.paths.config_changes.open("a") as file:
         file.write("{\n[]\n" + '{"unix_s": 1}\n')
     assert read_changes(run.paths) == [first, second]
+
+
+def test_a_full_disk_does_not_end_a_job_that_is_ready(resume: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = resume("trainer.lr=3e-5")
+    job = LocalJob(run, view=PlainView(run.config, Console()), num_stops=lambda: 0)
+    with monkeypatch.context() as full:
+        full.setattr("launch.run_directory.open_run.keep", raising)
+        job._keep_settings()
+    assert rate_in_file(run) == 1e-5
+    job._keep_due_s = 0.0
+    job._keep_settings()
+    assert rate_in_file(run) == 3e-5
+    run.close()
+
+
+def raising(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_start_that_was_killed_is_left_out_and_named(resume: Open) -> None:
