@@ -4,7 +4,7 @@
 
     agent    agents from outside make the samples; one more process claims sessions and makes no request,
              posts absurd rewards, sends malformed bodies, or forgets them
-    reward   one of fifty prompts is of a task whose rewards are 1e20 or NaN, raise, or (1 %) hang
+    reward   one of a hundred prompts is of a task whose rewards are 1e20 or NaN, raise, or (1 %) hang
     server   beside the rollout server joins another that answers leases with forgeries and absurd statistics
 
 The sides of a round run one after the other on the same machine; every other round begins with the disturbed
@@ -56,7 +56,7 @@ SETTINGS = (
 )
 OUTSIDE = ("task={name: external}", "model.renderer=tests.support.line_chat.LineChat")
 TASK = "_target_: benchmarks.broken_task.BrokenTask"
-HEALTHY_PARTS, BROKEN_PARTS = 49, 1
+HEALTHY_PARTS, BROKEN_PARTS = 99, 1
 """Weights of the two tasks."""
 NUM_AGENTS = 32
 PAUSE_S = 0.1

@@ -27,7 +27,7 @@ from areal_like.failures import FailureKind
 from areal_like.runtime.command_line import load_config
 from areal_like.wire.codec import encode
 from areal_like.wire.messages.hello import Refused, Welcome
-from areal_like.wire.messages.producer import Lease, Leases, SampleDone, Samples
+from areal_like.wire.messages.producer import HeartbeatAck, Lease, Leases, SampleDone, Samples
 from areal_like.wire.records import Record
 from benchmarks.broken_task import ESCAPES
 from benchmarks.session_agents import Connection
@@ -138,7 +138,7 @@ class LyingServer:
         self._config = config
         self._address = address
         self._held: dict[int, Lease] = {}
-        self._sent_to: dict[int, int] = {}
+        self._version = 0
         self.tally = Tally()
 
     def run(self, is_over: Callable[[], bool]) -> None:
@@ -159,7 +159,7 @@ class LyingServer:
 
     def _send(self, connection: Attacker, lies: Iterator[tuple[str, Any]]) -> None:
         for kind, message in itertools.islice(lies, _AT_ONCE):
-            frames = message if isinstance(message, list) else encode(message)
+            frames = message if isinstance(message, list) else encode(message, rid=1)
             connection.try_send(frames)
             self.tally.outcomes[kind] += 1
             time.sleep(PAUSE_S)
@@ -168,20 +168,23 @@ class LyingServer:
         for message in connection.received(wait_s=0.0):
             if isinstance(message, Leases):
                 self._held |= {lease.lease_id: lease for lease in message.leases}
+            elif isinstance(message, HeartbeatAck):
+                self._version = message.newest_version
         connection.inbox.clear()
 
     def _lies(self) -> Iterator[tuple[str, Any]]:
         """(kind, message or frames)"""
         for number in itertools.count():
-            yield "heartbeat", heartbeat(free=_FREE_SAMPLES, version=0, leases=tuple(self._held))
-            yield (
-                "absurd heartbeat",
-                replace(
-                    heartbeat(free=HUGE, version=HUGE, leases=(-1, HUGE)),
-                    stats={"tokens_generated": 1e300, "running": -1e300, f"{ESCAPES}x": 1e17},
-                    waits={f"engine: {ESCAPES}": 1e17},
-                ),
-            )
+            true = heartbeat(free=_FREE_SAMPLES, version=self._version, leases=tuple(self._held))
+            yield "heartbeat", true
+            match number % 10:
+                case 7:
+                    stats = {"tokens_generated": 1e300, "running": -1e300, f"{ESCAPES}x": 1e17}
+                    yield "absurd statistics", replace(true, stats=stats, waits={f"engine: {ESCAPES}": 1e17})
+                case 8:
+                    yield "absurd credit", replace(true, free_samples=HUGE, leases=[-1, HUGE])
+                case 9:
+                    yield "absurd version", replace(true, weights_version=HUGE)
             for lease in list(self._held.values())[:4]:
                 yield from self._about(lease, number)
 
