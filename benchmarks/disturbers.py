@@ -85,7 +85,8 @@ class BrokenAgent:
             await asyncio.sleep(PAUSE_S)
 
     async def _one(self, connection: Connection, number: int) -> None:
-        status, session = await self._post(connection, "/sessions", {"wait_s": _CLAIM_WAIT_S}, of="claim")
+        body = {"wait_s": _CLAIM_WAIT_S, "name": "broken"}
+        status, session = await self._post(connection, "/sessions", body, of="claim")
         if status != 200:
             await asyncio.sleep(0.2)
             return

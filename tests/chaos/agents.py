@@ -66,7 +66,9 @@ class Agents:
             host, _, port = self._rng.choice(self._plan.urls).removeprefix("http://").partition(":")
             connection = Connection(host, int(port))
             try:
-                status, session = await self._answered(connection, "/sessions", {"wait_s": _CLAIM_WAIT_S})
+                status, session = await self._answered(
+                    connection, "/sessions", {"wait_s": _CLAIM_WAIT_S, "name": "chaos"}
+                )
                 if status == 200:
                     await self._work(connection, session)
                 else:
