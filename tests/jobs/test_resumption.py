@@ -165,6 +165,7 @@ def test_a_replay_gives_the_weights_of_the_broken_run(broken_run: BrokenRun) -> 
 
 
 def test_a_replay_with_another_objective_gives_other_weights(broken_run: BrokenRun) -> None:
+    """Long, because all steps of a run are trained again."""
     words = ("name=y", "objective=ppo", "buffer.cache_bytes=0")
     out = command("replay", "x", *words, cwd=broken_run.folder)
     assert "weights after step 12, 16: different from the recorded run's" in out

@@ -73,12 +73,29 @@ def areal_like(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["run", "objective=tsi"], "did you mean tis?"),
     ],
 )
-def test_a_mistake_is_one_message_and_code_2(args: list[str], message: str, tmp_path: Path) -> None:
-    done = areal_like(*args, cwd=tmp_path)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1 and done.stdout == ""
+def test_a_mistake_is_one_message_and_code_2(
+    args: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = os.umask(0o022)
+    try:
+        assert main(args) == 2
+    finally:
+        os.umask(before)
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert len(shown.err.strip().splitlines()) == 1 and shown.out == ""
     assert not list(tmp_path.iterdir()), "a mistake has left files behind"
+
+
+def test_a_process_ends_with_the_code_of_a_mistake(tmp_path: Path) -> None:
+    done = areal_like("run", "trainer.num_steps=0", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "areal-like: trainer.num_steps must be at least 1\n"
 
 
 def test_a_mistyped_run_gets_the_nearest_name(

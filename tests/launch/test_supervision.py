@@ -105,19 +105,6 @@ def test_a_run_ends_with_a_summary_and_without_processes(
     assert "already holds a finished run" in capsys.readouterr().err
 
 
-def test_a_dead_server_is_started_again(workplace: Path) -> None:
-    root = workplace / "runs" / "x"
-    environment = scripted({"rollout-1": "crash once"})
-    with launcher(
-        "name=x", ENDLESS, "rollout.num_servers=2", cwd=workplace, environment=environment
-    ) as process:
-        wait_for_notice("rollout-1 ended (exit code 3): starting it again", root, process)
-        wait_for_notice("running", root, process)
-        code, out, _ = drain(process, root)
-    assert code == 0
-    assert out.count("rollout-1 ended (exit code 3): starting it again") == 1
-
-
 @pytest.fixture(scope="module")
 def run_without_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int, str, str]]:
     """(run directory, exit code, stdout, stderr) of a run whose server keeps dying and whose trainer drains
@@ -221,16 +208,6 @@ def test_a_run_whose_terminal_goes_away_drains(workplace: Path) -> None:
     wait_until(lambda: process.poll() is not None, what="the end of the launcher", run_root=root)
     assert process.returncode == 0
     assert list((root / "checkpoints").iterdir())
-
-
-def test_without_a_durable_ledger_a_run_ends_with_its_buffer(workplace: Path) -> None:
-    root = workplace / "runs" / "x"
-    with launcher("name=x", ENDLESS, "buffer.durability=none", cwd=workplace) as process:
-        wait_for_steps(3, root, process=process)
-        os.kill(pid_of(root, "-m buffer "), signal.SIGKILL)
-        code, _, err = finish(process, root)
-    assert code == 1
-    assert err.startswith("buffer failed (killed by SIGKILL)")
 
 
 def test_a_killed_buffer_and_trainer_are_started_again(workplace: Path) -> None:

@@ -164,6 +164,7 @@ def test_damaged_files_are_named(tmp_path: Path, ranks: Ranks) -> None:
 def test_ranks_write_their_rows_or_no_checkpoint(
     tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Long, because ranks hang or die in checkpoints, and the others wait for them."""
     path = write_model(tmp_path / "model", dtype=torch.float32)
     wide = tmp_path / "wide"
     config = LlamaConfig(

@@ -24,6 +24,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.c
 
 @needs_compiler
 def test_compiled_layers_change_nothing_but_rounding(tmp_path: Path) -> None:
+    """Long, because torch compiles the layers."""
     path = write_model(tmp_path, "qwen3", dtype=torch.float32)
     batches = [
         collate([TrainingSample(trajectory=t, advantage=1.0, group=0) for group in groups for t in group])

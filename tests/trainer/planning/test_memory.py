@@ -36,6 +36,7 @@ SHAPE = Qwen3Config(
 def test_trace_is_measured_memory(
     world_size: int, checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Long, because ranks train while their memory is measured."""
     SHAPE.save_pretrained(tmp_path / "model")
     settings = {
         "model": {"path": str(tmp_path / "model"), "dtype": "float32"},

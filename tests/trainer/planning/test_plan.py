@@ -67,6 +67,7 @@ def small(model: str, *settings: str, gpus: str = "1+1xH100") -> Plan:
     ["8xh100_8b", *(pytest.param(n, marks=pytest.mark.chaos) for n in ("1xh100_1.7b", "8x8h100_32b"))],
 )
 def test_preset_fits(name: str) -> None:
+    """Long for large models: steps of their real sizes are traced, though not computed."""
     plan = make_plan(load_config([f"scale={name}"]))
     assert plan.fits, plan.memory.problems
     assert plan.trace.num_params == pytest.approx(PARAMETERS[name], rel=0.005)
