@@ -155,8 +155,9 @@ def test_help_has_usage_description_options_and_valid_examples(
         assert f"\n  areal-like {example}\n" in shown
         first, *words = shlex.split(example)
         assert first == verb
-        settings = getattr(command(verb, words)[1].parse_words(words), "settings", [])
-        load_config([setting for setting in settings if "=" in setting])
+        parsed = command(verb, words)[1].parse_words(words)
+        if settings := [word for word in getattr(parsed, "settings", []) if "=" in word]:
+            load_config(settings)
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["run", "--help-all"], ["rollout", "x", "--help"]])
