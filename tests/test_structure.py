@@ -31,9 +31,20 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def imported_by(path: Path) -> Iterator[str]:
+@cache
+def nodes_of(path: Path) -> tuple[ast.AST, ...]:
+    """All nodes of a file's syntax tree."""
+    return tuple(ast.walk(ast.parse(path.read_text())))
+
+
+@cache
+def imported_by(path: Path) -> frozenset[str]:
     """Modules of the product that a file imports, at any depth of its code and for type checking too."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    return frozenset(_imports(path))
+
+
+def _imports(path: Path) -> Iterator[str]:
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -123,7 +134,7 @@ def test_test_names_are_short() -> None:
     long = [
         f"{path.relative_to(ROOT)}: {node.name}"
         for path in sorted((ROOT / "tests").rglob("test_*.py"))
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in nodes_of(path)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         and node.name.startswith("test_")
         and len(node.name) >= MAX_TEST_NAME
@@ -136,7 +147,7 @@ def test_no_model_directory_runs_code() -> None:
     trusting = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in modules().values()
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in nodes_of(path)
         if isinstance(node, ast.Call)
         and ast.unparse(node.func).startswith("Auto")
         and ast.unparse(node.func).endswith((".from_pretrained", ".from_config"))
