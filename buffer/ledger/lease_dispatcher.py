@@ -10,6 +10,9 @@ from buffer.ledger.state import LedgerState
 from buffer.tables.lease_table import Server
 from buffer.tickets import Ticket
 
+MOST_UNPROVEN = 4
+"""Leases of a server that has not delivered a sample yet, while another has."""
+
 
 class LeaseDispatcher:
     """The ledger's operations for rollout servers, except deliveries of samples (`SampleIntake`)."""
@@ -62,10 +65,14 @@ class LeaseDispatcher:
         """New leases by server: evaluations first, then waiting tickets, then new prompts.
 
         The server with the most free samples is served first, one ticket at a time, so that no server takes
-        all of a small budget. A sample that failed goes to another server if one can take it.
+        all of a small budget. One that has only said what it can do gets a few at first: it may hold all
+        tickets of a job and make nothing of them. A sample that failed goes to another server if one can take
+        it.
         """
+        any_proven = False
         for server in self._leases.servers.values():
             server.health.end_backoff(now_s=now_s)
+            any_proven |= server.health.has_delivered
         granted: dict[str, list[Lease]] = {}
         is_blocked = self._state.store.write_blocked_reason or not self._leases.may_grant
         if is_blocked or not self._may_have_work():
@@ -73,7 +80,7 @@ class LeaseDispatcher:
         with_credit = [
             (-server.free_samples, name)
             for name, server in self._leases.servers.items()
-            if server.free_samples > 0
+            if _may_take_more(server, any_proven=any_proven)
         ]
         heapq.heapify(with_credit)
         while with_credit:
@@ -84,7 +91,7 @@ class LeaseDispatcher:
                 continue
             lease = self._lifecycle.lease(ticket, server, weights_step, now_s=now_s)
             granted.setdefault(server.name, []).append(lease)
-            if server.free_samples > 0:
+            if _may_take_more(server, any_proven=any_proven):
                 heapq.heappush(with_credit, (-server.free_samples, server.name))
         if granted:
             self._tickets.check_conservation()
@@ -123,3 +130,8 @@ class LeaseDispatcher:
         if not self._is_open:
             return None
         return self._state.admission.next_for(server, weights_step, issue=self._lifecycle.issue_train)
+
+
+def _may_take_more(server: Server, *, any_proven: bool) -> bool:
+    is_limited = any_proven and not server.health.has_delivered
+    return server.free_samples > 0 and (not is_limited or len(server.leases) < MOST_UNPROVEN)

@@ -55,6 +55,8 @@ class ServerHealth:
     quarantine: Quarantine | None = None
     has_outcome: bool = False
     """True once it has delivered a sample, or failed one by its own or the task's fault."""
+    has_delivered: bool = False
+    """True once a sample of it was accepted."""
     num_quarantines: int = 0
     """Since its last accepted sample."""
     num_engine_quarantines: int = 0
@@ -72,7 +74,7 @@ class ServerHealth:
 
     def succeed(self) -> None:
         """It delivered a sample that was accepted: the server is healthy."""
-        self.has_outcome = True
+        self.has_outcome = self.has_delivered = True
         if self.num_quarantines or self._rows[True] or self._rows[False]:
             if self.quarantine is not None and not self.quarantine.is_for_lies:
                 self.quarantine = None
@@ -82,7 +84,7 @@ class ServerHealth:
 
     def succeed_without_reward(self) -> None:
         """It delivered tokens that are trained on with reward 0: its engine works, the task may not."""
-        self.has_outcome = True
+        self.has_outcome = self.has_delivered = True
         self._rows[True].clear()
 
     def fail(self, ticket_id: int, kind: FailureKind, error: str, *, limit: int, now_s: float) -> bool:

@@ -15,6 +15,7 @@ from areal_like.wire.fingerprint import shared_settings
 from areal_like.wire.messages.hello import Role
 from areal_like.wire.messages.producer import Lease, Purpose, SampleDone
 from buffer.ledger import failed_samples
+from buffer.ledger.lease_dispatcher import MOST_UNPROVEN
 from buffer.ledger.ledger import Ledger
 from buffer.ledger.recovery import recover
 from buffer.tables.server_health import FIRST_BACKOFF_S, LONGEST_TASK_BACKOFF_S, MAX_QUARANTINES
@@ -209,6 +210,7 @@ def test_the_back_off_doubles_until_a_success() -> None:
     ledger, leases = wide_ledger("a", "b")
     deliver(ledger, "b", done(leases["b"][0], 0, [0]))
     fail_row(ledger, "a", leases["a"][:3], FailureKind.ENGINE)
+    ledger.return_leases("a", [lease.lease_id for lease in leases["a"] if lease is not leases["a"][4]])
     now_s = 0.0
     for backoff_s in (FIRST_BACKOFF_S, 2 * FIRST_BACKOFF_S):
         for time_s in (now_s + backoff_s - 1, now_s + backoff_s):
@@ -217,11 +219,27 @@ def test_the_back_off_doubles_until_a_success() -> None:
             assert ("a" in granted) == (time_s == now_s + backoff_s)
         now_s += backoff_s
         fail_row(ledger, "a", granted["a"][:1], FailureKind.ENGINE)
+        ledger.return_leases("a", [lease.lease_id for lease in granted["a"]])
         assert ledger.servers["a"].health.quarantine is not None, "one failure on probation is enough"
     deliver(ledger, "a", done(leases["a"][4], 0, [0]))
     health = ledger.servers["a"].health
     assert health.quarantine is None and health.num_quarantines == 0
     assert not ledger.failure_reason
+
+
+def test_a_server_that_has_delivered_nothing_holds_few_leases() -> None:
+    """It may hold the tickets of a job and make nothing of them, as long as it sends heartbeats."""
+    ledger, leases = wide_ledger("a")
+    assert len(leases["a"]) > MOST_UNPROVEN, "no other one has delivered either"
+    add_server(ledger, "liar", capacity=1_000_000)
+    deliver(ledger, "a", done(leases["a"][0], 0, [0]))
+    granted = ledger.grant(now_s=0.0)["liar"]
+    assert len(granted) == MOST_UNPROVEN
+    beat(ledger, "liar", capacity=1_000_000, now_s=1.0)
+    assert "liar" not in ledger.grant(now_s=1.0)
+    deliver(ledger, "liar", done(granted[0], granted[0].sample_indices[0], [0]))
+    beat(ledger, "liar", capacity=1_000_000, now_s=2.0)
+    assert ledger.grant(now_s=2.0)["liar"], "one sample is enough"
 
 
 def test_a_quarantine_outlives_a_reconnect_not_a_restart() -> None:
@@ -266,6 +284,7 @@ def test_a_task_that_fails_later_is_waited_for(kind: FailureKind) -> None:
     for _ in range(12):
         for name in ("a", "b"):
             fail_row(ledger, name, rest[name][:3], kind)
+            ledger.return_leases(name, [lease.lease_id for lease in rest[name]])
         assert not ledger.failure_reason
         assert (
             "the task's code fails at every rollout server: 3 samples failed in a row" in ledger.task_trouble
