@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from areal_like.runtime.imports import uncollected
@@ -16,6 +17,12 @@ from tests.support.selection import is_fast, largest_first, refuse_processes
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # before torch: its threads would compete with the other workers'
+
+# The first draw of a process takes seconds on a loaded machine, and an example may take any time there.
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any machine")
 
 # Where the tests run in the background of a script, SIGINT is ignored, and programs that they start would
 # ignore it too.

@@ -35,7 +35,7 @@ specs = st.lists(
 
 
 @given(specs=specs, bucket_bytes=st.integers(1, 400))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_every_tensor_is_sent_once_and_unchanged(specs: list[TensorSpec], bucket_bytes: int) -> None:
     sent = {s.name: torch.randn(s.shape).to(getattr(torch, s.dtype)) for s in specs}
     buckets = cut_buckets(specs, bucket_bytes=bucket_bytes)
@@ -188,7 +188,7 @@ _plain = st.recursive(
         ),
     )
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_malformed_manifests_raise_weight_sync_errors(manifest: dict[str, object]) -> None:
     try:
         parsed = Manifest.from_dict(manifest)

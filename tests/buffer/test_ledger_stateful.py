@@ -574,9 +574,9 @@ def fields_of(ticket: Ticket) -> dict[str, object]:
 
 TestLedger = LedgerMachine.TestCase
 TestLedger.settings = settings(
-    max_examples=50, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=50, stateful_step_count=60, suppress_health_check=list(HealthCheck)
 )
 TestDurableLedger = DurableLedgerMachine.TestCase
 TestDurableLedger.settings = settings(
-    max_examples=50, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=50, stateful_step_count=60, suppress_health_check=list(HealthCheck)
 )

@@ -39,7 +39,7 @@ OPERATIONS = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(OPERATIONS)
 @example([("set", 1), ("drain", 0), ("set", 0), ("resume", 0), ("complete", 0)])
 def test_a_step_keeps_the_value_that_it_began_with(operations: list[tuple[str, int]]) -> None:

@@ -472,7 +472,7 @@ def test_a_turn_without_tokens_leaves_the_earlier_ones() -> None:
 PLAIN = st.text(alphabet="abc7\n {}", max_size=8)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@settings(max_examples=40, derandomize=True, database=None)
 @given(
     turns=st.lists(st.tuples(PLAIN, PLAIN, st.sampled_from(["user", "tool"])), min_size=2, max_size=5),
     template=st.sampled_from([APPENDING, STRIPPING, WITH_BOS]),

@@ -155,7 +155,7 @@ def test_recorded_logprobs_are_those_of_the_segments(name: str, served: Served) 
     tools = [TOOL] if renderer.supports_tools and name != "llama-3 by its template" else []
     num_bridged, num_continued = 0, served.core.contexts.num_continued
 
-    @settings(max_examples=20, deadline=None, database=None, derandomize=True)
+    @settings(max_examples=20, database=None, derandomize=True)
     @given(
         actions=st.lists(REWRITES, min_size=2, max_size=6),
         interrupt_after=st.lists(st.integers(0, 6), max_size=3),

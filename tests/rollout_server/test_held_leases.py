@@ -119,4 +119,4 @@ class HeldLeasesMachine(RuleBasedStateMachine):
 
 
 TestHeldLeases = HeldLeasesMachine.TestCase
-TestHeldLeases.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestHeldLeases.settings = settings(max_examples=60, stateful_step_count=40)

@@ -20,7 +20,7 @@ from tests.support.engine_harness import VOCAB, PieceTokenizer
 TEXTS = st.lists(st.text("abcdéê", min_size=1, max_size=5), min_size=1, max_size=3)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(tokens=st.lists(st.integers(0, VOCAB - 1) | st.sampled_from([8, 9, 39, 2]), max_size=40), stops=TEXTS)
 def test_the_first_token_that_completes_a_text(tokens: list[int], stops: list[str]) -> None:
     tokenizer = PieceTokenizer()
@@ -39,7 +39,7 @@ class Bytes:
         return None
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     text=st.text("a\u00e9\u4e2d\U0001f600", max_size=12),
     stop=st.text("a\u00e9\u4e2d\U0001f600", min_size=1, max_size=3),

@@ -44,7 +44,7 @@ class HostileSessions:
     def play(self, renderer: ChatRenderer, *, num_examples: int, seed: int | None) -> None:
         """Plays many clients. `seed`: None for the same ones each time."""
 
-        @settings(max_examples=num_examples, deadline=None, database=None, derandomize=seed is None)
+        @settings(max_examples=num_examples, database=None, derandomize=seed is None)
         @given(texts=st.lists(TEXTS, min_size=4, max_size=9), number=st.integers(0, (1 << 32) - 1))
         def one(texts: list[str], number: int) -> None:
             budgets = BUDGETS[number % len(BUDGETS)]

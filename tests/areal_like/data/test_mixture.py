@@ -13,7 +13,7 @@ WEIGHTS = st.lists(st.floats(0.001, 1000) | st.integers(1, 9), min_size=1, max_s
 PHASES = st.floats(0, 1, exclude_max=True)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(weights=WEIGHTS, phase=PHASES, first=st.integers(0, 1 << 40))
 def test_weights_hold_in_every_window(weights: list[float], phase: float, first: int) -> None:
     drawn = Counter(place_of(first + index, weights, phase=phase)[0] for index in range(1000))
@@ -21,7 +21,7 @@ def test_weights_hold_in_every_window(weights: list[float], phase: float, first:
         assert abs(drawn[source] - 1000 * weight / sum(weights)) < 5  # half a percent
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(weights=WEIGHTS, phase=PHASES)
 def test_draws_of_a_source_are_numbered(weights: list[float], phase: float) -> None:
     drawn = Counter[int]()

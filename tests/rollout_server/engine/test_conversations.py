@@ -300,6 +300,6 @@ def shared(one: list[int], other: list[int]) -> int:
 
 
 TestKeptPrefixes = KeptPrefixesMachine.TestCase
-TestKeptPrefixes.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+TestKeptPrefixes.settings = settings(max_examples=40, stateful_step_count=25)
 TestRoomy = RoomyMachine.TestCase
-TestRoomy.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+TestRoomy.settings = settings(max_examples=25, stateful_step_count=25)

@@ -87,7 +87,7 @@ def assert_generates(engine: Engine) -> None:
     assert status == 200 and json.loads(answer)["output_ids"], answer
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, suppress_health_check=list(HealthCheck))
 @given(request=requests())
 def test_arbitrary_bodies_are_answered(engine: Engine, request: tuple[str, dict[str, Any]]) -> None:
     path, body = request
@@ -97,7 +97,7 @@ def test_arbitrary_bodies_are_answered(engine: Engine, request: tuple[str, dict[
     assert_generates(engine)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(
     prompt=st.binary(max_size=24) | st.lists(st.integers() | st.binary(max_size=4), max_size=4),
     fields=st.dictionaries(st.sampled_from(["rid", "sampling_params", "stream"]), JSON, max_size=2),

@@ -26,6 +26,9 @@ from tests.support.scripted_policy import (
 )
 
 USER = [{"role": "user", "content": "go"}]
+TOOLS = [
+    {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+]
 
 
 @asynccontextmanager
@@ -40,13 +43,15 @@ def test_script_is_sampled_with_real_logprobs(engine: Engine, models: tuple[Path
             # "abc" is one token; the ids spell it with two.
             ids = tuple(plane.renderer.tokenizer.convert_tokens_to_ids(["ab", "c"]))
             session = plane.script(client, [tool_call("add", a=1), Say(token_ids=ids), "x" * 300])
-            first = await session.answer(USER)
+            first = await session.answer(USER, tools=TOOLS)
             assert [call.name for call in first.reply.tool_calls] == ["add"]
             messages = [*USER, first.reply.message, {"role": "tool", "content": "1"}]
-            second = await session.answer(messages)
+            second = await session.answer(messages, tools=TOOLS)
             end = plane.renderer.stop_token_ids[0]
             assert second.token_ids.tolist() == [*ids, end] and second.reply.text == "abc"
-            third = await session.answer([*messages, second.reply.message, *USER], max_new_tokens=50)
+            third = await session.answer(
+                [*messages, second.reply.message, *USER], tools=TOOLS, max_new_tokens=50
+            )
             assert third.reply.text == "x" * 50 and third.reply.finish_reason is FinishReason.LENGTH
             trajectory = finished(session)
             assert len(list(segments(trajectory))) == 1 and trajectory.num_turns == 3

@@ -86,7 +86,7 @@ _EXPRESSIONS = st.recursive(
 
 
 @given(_EXPRESSIONS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_agrees_with_fractions(expression: str) -> None:
     exact = re.sub(r"\d+(\.\d+)?", lambda number: f"Fraction('{number[0]}')", expression)
     try:
@@ -99,7 +99,7 @@ def test_agrees_with_fractions(expression: str) -> None:
 
 
 @given(st.text(st.sampled_from("0123456789.+-*/%()e, sqrtmaxgcd"), max_size=60))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_text_is_a_number_or_an_error(expression: str) -> None:
     try:
         assert asyncio.run(calculator(expression))

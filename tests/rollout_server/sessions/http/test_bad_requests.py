@@ -160,7 +160,7 @@ BODIES = st.fixed_dictionaries(
 
 
 @given(body=BODIES, cut=st.none() | st.integers(0, 200))
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, suppress_health_check=list(HealthCheck))
 def test_no_body_makes_a_server_error(client: Client, body: Any, cut: int | None) -> None:
     # `json` writes NaN and halves of surrogate pairs, as some clients do.
     client.session = client.server.add(max_new_tokens=4)
