@@ -154,3 +154,7 @@ class DiskFullError(ArealError):
 
 class StoreCorruptError(ArealError):
     """A record on disk differs from its row in the ledger; the message names the ticket and the file."""
+
+
+RAISED_BY_TASKS = (Exception, SystemExit)
+"""What the code of a task, an episode or a renderer may raise: its `sys.exit()` must not end the daemon."""

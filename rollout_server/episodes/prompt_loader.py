@@ -20,6 +20,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from areal_like.errors import RAISED_BY_TASKS
 from areal_like.failures import FailureKind
 from areal_like.wire.messages.producer import Lease, Purpose
 from rollout_server.tasks.base import Example, Split, Task
@@ -155,13 +156,13 @@ class PromptLoader:
         name = f"example({split!r}, {index})"
         try:
             example = task.example(split, index)
-        except Exception as error:  # a task's code may raise anything; only the samples of this lease fail
+        except RAISED_BY_TASKS as error:  # only the samples of this lease fail
             return FailedPrompt(reason=f"{name}: {type(error).__name__}: {error}")
         try:
             return Prompt(example=example, tokens_P=tokenizer.encode(example))
         except ValueError as error:
             return FailedPrompt(reason=f"{name}: {error}", kind=FailureKind.PROMPT)
-        except Exception as error:  # a chat template may raise anything, too
+        except RAISED_BY_TASKS as error:  # a chat template's, too
             return FailedPrompt(reason=f"{name}: {type(error).__name__}: {error}")
 
     def _replace_thread(self) -> None:

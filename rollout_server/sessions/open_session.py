@@ -21,6 +21,7 @@ from enum import StrEnum
 from typing import Any
 
 from areal_like.errors import (
+    RAISED_BY_TASKS,
     EngineError,
     EpisodeBudgetError,
     EpisodeError,
@@ -317,7 +318,7 @@ class OpenSession:
             raise
         except EpisodeError:
             raise
-        except Exception as error:  # a renderer's code may raise anything; only this request fails
+        except RAISED_BY_TASKS as error:  # only this request fails
             raise EpisodeError(f"the messages cannot be used: {type(error).__name__}: {error}") from error
         finally:
             self._was_refused = True

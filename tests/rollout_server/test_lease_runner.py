@@ -122,7 +122,7 @@ class FailingEngine(CountingEngine):
 class TwoTurns(Episode):
     """Two turns of the policy; then it raises `error`, if there is one."""
 
-    def __init__(self, error: Exception | None = None) -> None:
+    def __init__(self, error: Exception | SystemExit | None = None) -> None:
         self.error = error
 
     async def run(
@@ -240,6 +240,26 @@ def test_time_limit_is_per_example_and_samples_start_early() -> None:
             )
 
     moved_clock.run(body())
+
+
+class Quits(Slow):
+    """A task whose code ends the program, as it believes."""
+
+    def example(self, split: Split, index: int) -> Example:
+        if index == 1:
+            raise SystemExit(0)
+        return super().example(split, index)
+
+
+def test_a_task_that_calls_exit_fails_only_its_samples() -> None:
+    async def body() -> None:
+        async with serving(Quits()) as served:
+            served.grant(1, 2)
+            await served.finished(1, 2)
+            assert {type(result) for result in served.of(1)} == {SampleFailed}
+            assert {type(result) for result in served.of(2)} == {SampleDone}
+
+    asyncio.run(body())
 
 
 def test_every_set_has_its_own_task_and_sampling() -> None:
@@ -424,6 +444,7 @@ def test_a_failed_sample_has_its_kind_and_tokens(parts: dict[str, Any], kind: st
     [
         ({"rewards": FixedRewards(RewardTimeoutError("slow"))}, "reward_timeout", 10),
         ({"episode": TwoTurns(ZeroDivisionError("no door"))}, "environment", 20),
+        ({"episode": TwoTurns(SystemExit(0))}, "environment", 20),
         (
             {"engine": FailingEngine(PromptRefusedError("too long")), "episode": TwoTurns()},
             "environment",  # the prompt was good: the turns have become too long

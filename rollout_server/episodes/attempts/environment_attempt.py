@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from areal_like.errors import EngineError, EpisodeBudgetError, EpisodeError, RewardError
+from areal_like.errors import RAISED_BY_TASKS, EngineError, EpisodeBudgetError, EpisodeError, RewardError
 from areal_like.trajectory import LARGEST_METRIC, LARGEST_REWARD, FinishReason, Trajectory
 from rollout_server.buffer_client.held_leases import Place
 from rollout_server.environments.base import Message, Reply, Step
@@ -126,7 +126,7 @@ class EnvironmentAttempt(Attempt):
                 environment.close()
         except (EngineError, EpisodeError):
             raise
-        except Exception as error:  # a renderer's code may raise anything; only its own sample fails
+        except RAISED_BY_TASKS as error:  # only its own sample fails
             raise EpisodeError(f"the episode raised {type(error).__name__}: {error}") from error
 
     async def _converse(self, environment: EnvironmentSession) -> FinishReason:

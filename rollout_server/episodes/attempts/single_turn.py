@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from areal_like.errors import EngineError, EpisodeError, RewardError
+from areal_like.errors import RAISED_BY_TASKS, EngineError, EpisodeError, RewardError
 from areal_like.trajectory import FinishReason, Trajectory
 from rollout_server.buffer_client.held_leases import Place
 from rollout_server.episodes.attempts.base import Attempt, SampleRequest
@@ -93,5 +93,5 @@ class SingleTurnAttempt(Attempt):
             )
         except (EngineError, EpisodeError, RewardError):
             raise
-        except Exception as error:  # an episode's code may raise anything; only its own sample fails
+        except RAISED_BY_TASKS as error:  # only its own sample fails
             raise EpisodeError(f"the episode raised {type(error).__name__}: {error}") from error
