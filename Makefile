@@ -1,9 +1,9 @@
 # Needs Python 3.11 to 3.13, make and a package index: the first target that is run builds .venv from the pinned requirements.
 #   make run [ARGS="key=value ..."]    the default job (see `make run ARGS=--help`)
 #   make sft ARGS="CONFIG ..."         supervised training
-#   make test [JOBS=3]                 lint, types and the tests, in that many processes
+#   make test [JOBS=4]                 lint, types and the tests, in that many processes
 #   make test-fast                     the tests without processes, connections, models and command lines
-#   make test-long [JOBS=3]            the tests of whole jobs that `make test` leaves out: five minutes
+#   make test-long [JOBS=4]            the tests of whole jobs that `make test` leaves out: five minutes
 #   make chaos                         the promises about crashes and faults at length: about an hour
 #   make sglang                        an environment with SGLang on this CPU, for rollout.engine=sglang
 #   make test-sglang                   the tests against it
@@ -19,7 +19,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo $$p; break; }; done)
 PIP_ARGS ?=
 # More processes than a small machine has cores, because many tests wait for timeouts and for other processes.
-JOBS ?= 3
+JOBS ?= 4
 BIN := .venv/bin
 # The choice of an earlier set-up stays, so that `make run` does not replace the torch for GPUs.
 REQUIREMENTS ?= $(shell cat .venv/.requirements 2>/dev/null || echo requirements.txt)
