@@ -54,8 +54,10 @@ def start(tmp_path: Path, cache: dict[str, str]) -> Iterator[Callable[..., subpr
     def begin(*command: str) -> subprocess.Popen[bytes]:
         given = {word.partition("=")[0] for word in command}
         others = [setting for setting in settings if setting.partition("=")[0] not in given]
+        # A forked server would have torch from the process that it is forked from.
+        start_process = subprocess.Popen if command[0] == "rollout_server" else warm_start.Popen
         started.append(
-            warm_start.Popen([sys.executable, "-m", *command, *others], cwd=tmp_path, env=environment)
+            start_process([sys.executable, "-m", *command, *others], cwd=tmp_path, env=environment)
         )
         return started[-1]
 
