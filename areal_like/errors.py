@@ -116,7 +116,7 @@ class EnvironmentLostError(EpisodeError):
 
 
 class AgentLostError(EnvironmentLostError):
-    """An agent from outside has not made the sample of its session: another one may."""
+    """An external agent has not made the sample of its session: another one may."""
 
     def __init__(self, message: str, *, is_of_sample: bool = True) -> None:
         """`is_of_sample`: the agent made the samples before, so this one may be to blame."""

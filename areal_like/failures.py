@@ -27,7 +27,7 @@ class FailureKind(StrEnum):
     ENVIRONMENT = "environment"
     """The task's example() or the episode raised or hung."""
     AGENT = "agent"
-    """Agents from outside did not make the sample: they made no request, posted no reward, or were gone."""
+    """External agents did not make the sample: they made no request, posted no reward, or were gone."""
 
 
 class FailurePolicy(StrEnum):

@@ -2,7 +2,7 @@
 
     python -m benchmarks.bystanders [--only agent reward server] [--rounds 3] [--seconds 25] [key=value ...]
 
-    agent    agents from outside make the samples; one more process claims sessions and makes no request,
+    agent    external agents make the samples; one more process claims sessions and makes no request,
              posts absurd rewards, sends malformed bodies, or forgets them
     reward   one of a hundred prompts is of a task whose rewards are 1e20 or NaN, raise, or (1 %) hang
     server   beside the rollout server joins another that answers leases with forgeries and absurd statistics

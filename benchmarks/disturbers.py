@@ -1,4 +1,4 @@
-"""Peers that disturb a job of benchmarks/bystanders.py: an agent from outside, and a rollout server.
+"""Peers that disturb a job of benchmarks/bystanders.py: an external agent, and a rollout server.
 
     python -m benchmarks.disturbers agent URL
     python -m benchmarks.disturbers server RUN_DIRECTORY

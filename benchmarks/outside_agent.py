@@ -1,4 +1,4 @@
-"""An agent from outside: claims sessions of a running job, adds with the OpenAI Agents SDK, posts the reward.
+"""An external agent: claims sessions of a running job, adds with the OpenAI Agents SDK, posts the reward.
 
     python -m benchmarks.outside_agent http://127.0.0.1:8321 [--concurrent 16]
 

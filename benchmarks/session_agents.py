@@ -1,4 +1,4 @@
-"""Agents from outside that cost little: raw HTTP over asyncio, one kept connection each.
+"""External agents that cost little: raw HTTP over asyncio, one kept connection each.
 
     python -m benchmarks.session_agents '{"url": ..., "num_agents": 128, ...}' FILE
 

@@ -1,4 +1,4 @@
-"""256 sessions of slow agents from outside on one rollout server, beside a trainer: what the proxy costs.
+"""256 sessions of slow external agents on one rollout server, beside a trainer: what the proxy costs.
 
     python -m benchmarks.sessions [--seconds 60] [--agents 256] [--pause 2.5]
 
@@ -221,7 +221,7 @@ def drained(job: Job) -> dict[str, Any]:
 
 
 def measured_sessions(directory: Path, *, num_agents: int, pause_s: float, seconds: float) -> dict[str, Any]:
-    """The agents from outside."""
+    """The external agents."""
     port = free_port()
     with running_job(
         directory, "task={name: external}", f"sessions.port={port}", num_agents=num_agents

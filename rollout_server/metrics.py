@@ -62,7 +62,7 @@ _COUNTERS = {
         "Processes of environments lost to a time limit or a crash.",
     ),
     "session_requests": ("session_requests", "Requests of agents to the model."),
-    "agent_failures": ("session_agent_failures", "Sessions that agents from outside made no sample of."),
+    "agent_failures": ("session_agent_failures", "Sessions that external agents made no sample of."),
     "claims_slowed": (
         "session_claims_slowed",
         "Claims of agents that had to wait, as their sessions failed.",
@@ -97,7 +97,7 @@ _GAUGES = {
     "rewards_waiting": ("rewards_waiting", "Completions that wait for their reward."),
     "environments_open": ("environments_open", "Environments that samples use."),
     "sessions_open": ("sessions_open", "Sessions that agents work on."),
-    "sessions_waiting": ("sessions_waiting", "Sessions that an agent from outside can claim."),
+    "sessions_waiting": ("sessions_waiting", "Sessions that an external agent can claim."),
     "session_requests_pending": ("session_requests_pending", "Requests of agents without an answer yet."),
     "tokens_per_s": ("tokens_per_second", "Tokens sampled per second, over the last heartbeats."),
     "weights_version": ("weights_version", "Version that the engine samples with."),

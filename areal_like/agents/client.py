@@ -1,4 +1,4 @@
-"""Claims sessions for agents from outside. Needs nothing but Python's standard library.
+"""Claims sessions for external agents. Needs nothing but Python's standard library.
 
     session = claim("http://server:7700", token=..., wait_s=30)     # None: no sample is wanted now
     model = OpenAI(base_url=session.base_url, api_key=session.api_key)

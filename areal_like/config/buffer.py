@@ -34,7 +34,7 @@ class OnFailureConfig(Section, key="buffer.on_failure"):
     """The task's example() or the episode raised or hung, or its turns became too long for the engine."""
 
     agent: Policy = "drop"
-    """Agents from outside did not make the sample, although its server gave it to several of them: `drop`,
+    """External agents did not make the sample, although its server gave it to several of them: `drop`,
     or `retry` (at another server, if one has room)."""
 
     def check(self) -> None:

@@ -260,7 +260,7 @@ class Config(Section):
 
     @property
     def has_outside_agents(self) -> bool:
-        """True if agents from outside make the samples of the job's task, by its settings."""
+        """True if external agents make the samples of the job's task, by its settings."""
         return bool(self.task.get("external", self.task.get("name") == "external"))
 
     @property

@@ -48,7 +48,7 @@ class KeyRole(StrEnum):
     MONITOR = "monitor"
     """GET requests, for Prometheus."""
     AGENT = "agent"
-    """Claim sessions of rollout servers, and nothing else: for agents from outside."""
+    """Claim sessions of rollout servers, and nothing else: for external agents."""
 
 
 _TOKEN_ROLES = (KeyRole.OPERATOR, KeyRole.MONITOR, KeyRole.AGENT)

@@ -12,7 +12,7 @@ has started the job is told at once. Later the job waits, with a try now and the
 server that comes back. Failures that a server in quarantine still reports are retried without a count: it
 cannot use up a ticket's retries. A prompt that is too long says nothing about server or task; only so many of
 them that no data set explains it end the job. Nor does the reward of an evaluation set with a task of its
-own: training goes on without it. Agents from outside are judged where they claim their sessions.
+own: training goes on without it. External agents are judged where they claim their sessions.
 """
 
 from __future__ import annotations

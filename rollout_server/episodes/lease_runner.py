@@ -53,7 +53,7 @@ _TRIES_OF_BROKEN_AGENTS = 4
 
 
 class AgentTries:
-    """The tries of one sample by agents from outside. Pure.
+    """The tries of one sample by external agents. Pure.
 
     Broken agents must not use them up for samples that others can make, so those of an agent whose sample
     before was not made either do not count, up to a limit: with one agent, all failures may be of one sample.
@@ -133,7 +133,7 @@ class LeaseRunner:
         self._on_result = on_result
         self._on_failure = config.buffer.on_failure
         self._num_tries = 1 + config.buffer.max_sample_retries
-        """Of a sample that agents from outside do not make, counted as `AgentLostError` says. The buffer
+        """Of a sample that external agents do not make, counted as `AgentLostError` says. The buffer
         hears of it only then: what agents do says nothing about server or task."""
         self._prompts = PromptLoader(
             task,

@@ -1,4 +1,4 @@
-"""The attempt to make one sample as a session: by the task's `agent()`, or by an agent from outside.
+"""The attempt to make one sample as a session: by the task's `agent()`, or by an external agent.
 
     agent():  its process runs -> it returns a score                       -> ended
     outside:  waiting -> claimed -> POST end                               -> ended
@@ -51,7 +51,7 @@ class SessionAttempt(Attempt):
         run_agent: RunAgent | None,
         label: str = "",
     ) -> None:
-        """`rewards`: None if the task has no reward. `run_agent`: None for agents from outside."""
+        """`rewards`: None if the task has no reward. `run_agent`: None for external agents."""
         self._request = request
         self._session = session
         self._book = book
@@ -127,7 +127,7 @@ class SessionAttempt(Attempt):
     def _failure(
         self, problem: EpisodeError | PromptRefusedError, *, is_of_sample: bool
     ) -> EpisodeError | PromptRefusedError:
-        """What the sample fails with: what an agent from outside does is no behavior of the policy."""
+        """What the sample fails with: what an external agent does is no behavior of the policy."""
         if self._run_agent is not None or (is_of_sample and isinstance(problem, PromptRefusedError)):
             return problem
         return AgentLostError(str(problem), is_of_sample=is_of_sample)

@@ -1,4 +1,4 @@
-"""The sessions of one rollout server: found by id, claimed by agents from outside. Pure.
+"""The sessions of one rollout server: found by id, claimed by external agents. Pure.
 
 add -> (waiting: claimed in the order of the leases) -> remove -> remembered as gone for a while
 """
@@ -59,7 +59,7 @@ class SessionBook:
         self.num_ignored = Counter[str]()
         """Fields of requests that had no effect."""
         self.claimants = Claimants()
-        """How the sessions of agents from outside end, and who gets no more for now."""
+        """How the sessions of external agents end, and who gets no more for now."""
         self.num_wrong_routes = Counter[str]()
         """Requests of sessions for routes that do not exist, by the names of `WRONG_ROUTES`."""
         self._calls_of_gone = 0
@@ -170,7 +170,7 @@ class SessionBook:
         return self._gone[id][1] if id in self._gone else ""
 
     def offer(self) -> OpenSession | None:
-        """The next session for an agent from outside, offered to it; None if there is none.
+        """The next session for an external agent, offered to it; None if there is none.
 
         It is claimed once the agent has the answer. Until then it is offered to nobody else.
         """
@@ -189,7 +189,7 @@ class SessionBook:
             self.on_waiting()
 
     def claim(self) -> OpenSession | None:
-        """The next session for an agent from outside, claimed at once; None if there is none."""
+        """The next session for an external agent, claimed at once; None if there is none."""
         session = self.offer()
         if session is not None:
             session.claim()

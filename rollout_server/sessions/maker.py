@@ -34,7 +34,7 @@ class Sessions(SessionMaker):
         context_tokens: int,
         pool: EnvironmentPool | None,
     ) -> None:
-        """`pool`: of the processes of `agent()`; None if agents from outside make the samples."""
+        """`pool`: of the processes of `agent()`; None if external agents make the samples."""
         self.pool = pool
         self._book = book
         self._chat = chat

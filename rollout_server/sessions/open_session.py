@@ -73,7 +73,7 @@ class OpenSession:
         heartbeat_limit_s: float = math.inf,
     ) -> None:
         """`id`: with the attempt in it, so that no client of an earlier attempt reaches this one.
-        `group`, `sample`: ticket and sample index. `example`: for agents from outside; None: the agent has
+        `group`, `sample`: ticket and sample index. `example`: for external agents; None: the agent has
         it. `is_waiting`: until an agent claims it. `needs_reward`: the task has none of its own.
         `heartbeat_limit_s`: longest time without an answer in which heartbeats count."""
         self.id = id
@@ -88,7 +88,7 @@ class OpenSession:
         self.is_offered = False
         """True while the answer that gives it to an agent is being sent."""
         self.claimant: Claimant | None = None
-        """The agent from outside that it is offered to, or that has claimed it."""
+        """The external agent that it is offered to, or that has claimed it."""
         self.claimed_s = 0.0
         """Time of the loop at which it has."""
         self.refused_route = ""

@@ -1,6 +1,6 @@
 """The tool job's sums, solved by an agent of the OpenAI Agents SDK: `task.name=adding_agent`.
 
-The prompts are those of `adding`. With `task.external=true` agents from outside make the samples, and the
+The prompts are those of `adding`. With `task.external=true` external agents make the samples, and the
 server does not need the package (docs/guides/agents.md, benchmarks/agent_job.py).
 """
 

@@ -169,7 +169,7 @@ class Task(ABC):
     sandbox: str = "bwrap"
     """The job's `rewards.sandbox`: `rollout_server.sandbox.make_sandbox(task.sandbox)` runs a program."""
     external: bool = False
-    """Samples are made by agents from outside, which claim them from the rollout servers (POST /sessions)."""
+    """Samples are made by external agents, which claim them from the rollout servers (POST /sessions)."""
 
     least: ClassVar[Mapping[str, int]] = {"num_train": 1, "num_eval": 1, "max_prompt_tokens": 1}
     """Smallest values of settings."""
@@ -257,7 +257,7 @@ class Task(ABC):
 
     @property
     def uses_sessions(self) -> bool:
-        """True if samples are sessions: of `agent`, or of agents from outside."""
+        """True if samples are sessions: of `agent`, or of external agents."""
         return self.has_agent or self.external
 
     @property

@@ -1,4 +1,4 @@
-"""`task: {name: external}`: examples are numbers only, for agents from outside that have their own data."""
+"""`task: {name: external}`: examples are numbers only, for external agents that have their own data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class ExternalTask(Task):
     def __post_init__(self) -> None:
         if not self.external:
             raise ConfigError(
-                "task.external=false: the samples of the task `external` are made by agents from outside; "
+                "task.external=false: the samples of the task `external` are made by external agents; "
                 "leave the setting out, or use another task"
             )
         super().__post_init__()

@@ -112,7 +112,7 @@ class MixtureTask(Task):
             )
         if not self.external and any(part.task.external for part in parts):
             raise ConfigError(
-                "task.tasks: agents from outside make all samples of a mixture or none: "
+                "task.tasks: external agents make all samples of a mixture or none: "
                 "set task.external=true of the mixture itself, or leave out external tasks"
             )
         super().__post_init__()

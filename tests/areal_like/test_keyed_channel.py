@@ -99,7 +99,7 @@ def test_strangers_get_no_answer(keys: Path, tmp_path: Path) -> None:
             "no key": keyed_link(address, None),
             "unknown key": keyed_link(address, keyring(mixed, KeyRole.ROLLOUT)),
             "another role": keyed_link(address, keyring(keys, KeyRole.TRAINER)),
-            "an agent from outside": keyed_link(address, keyring(keys, KeyRole.AGENT)),
+            "an external agent": keyed_link(address, keyring(keys, KeyRole.AGENT)),
             "a wrong server key": keyed_link(address, keyring(other_job, KeyRole.ROLLOUT)),
         }
         answered = await asyncio.gather(*(works(link, 1, timeout_s=0.7) for link in links.values()))

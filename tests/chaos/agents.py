@@ -1,4 +1,4 @@
-"""Agents from outside that misbehave; a process of them may be killed or stopped at any time.
+"""External agents that misbehave; a process of them may be killed or stopped at any time.
 
     python -m tests.chaos.agents '{"urls": [...], "num_agents": 32, ...}' FILE
 

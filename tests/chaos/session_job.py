@@ -1,4 +1,4 @@
-"""Real jobs whose samples are sessions: agents from outside, strikes at processes, the books at the end."""
+"""Real jobs whose samples are sessions: external agents, strikes at processes, the books at the end."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def free_ports(count: int) -> int:
 
 
 class OutsideAgents:
-    """Processes of agents from outside."""
+    """Processes of external agents."""
 
     def __init__(self, directory: Path, plan: Plan) -> None:
         self._directory = directory
@@ -246,7 +246,7 @@ class Strikes:
 def external_job(
     directory: Path, *settings: str, plan: dict[str, Any], num_processes: int = 2, num_servers: int = 2
 ) -> Iterator[tuple[subprocess.Popen[str], OutsideAgents, Path]]:
-    """A job of agents from outside, with some of them; both run."""
+    """A job of external agents, with some of them; both run."""
     port, root = free_ports(num_servers), directory / "runs" / "x"
     build_chat_model(directory / "model")
     urls = [f"http://127.0.0.1:{port + index}" for index in range(num_servers)]

@@ -1,6 +1,6 @@
 """Real jobs whose samples are sessions, while agents and every process of the job are killed and stopped.
 
-Agents from outside (agents.py) and those of the job (agent_task.py) give the number of their turns as the
+External agents (agents.py) and those of the job (agent_task.py) give the number of their turns as the
 reward, so the ledger itself shows whether a sample has the turns that its agent saw: no more, where a request
 was sent again, and no fewer.
 """

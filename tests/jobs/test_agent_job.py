@@ -1,4 +1,4 @@
-"""A buffer and a rollout server whose samples are sessions: of `agent()`, and of agents from outside."""
+"""A buffer and a rollout server whose samples are sessions: of `agent()`, and of external agents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A keyed job whose samples are made by agents from outside, which have `agent.token` and no other key."""
+"""A keyed job whose samples are made by external agents, which have `agent.token` and no other key."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def session_app(
     on_ignored: Callable[[str], None] = lambda name: None,
 ) -> Starlette:
     """`model`: its name in answers. `max_context`: longest sequence in tokens. `sample_timeout_s`,
-    `idle_timeout_s`: of a session, for agents from outside. `advertise_host`: in their base URL; empty: as
+    `idle_timeout_s`: of a session, for external agents. `advertise_host`: in their base URL; empty: as
     they reached the server. `on_ignored` counts fields that have no effect."""
     claims = ClaimRoutes(
         book,

@@ -1,4 +1,4 @@
-"""POST /sessions: an agent from outside claims the sample of a lease.
+"""POST /sessions: an external agent claims the sample of a lease.
 
     session.is_offered -> the answer is sent -> claimed
           `------------> the client is gone -> waits again, with another key

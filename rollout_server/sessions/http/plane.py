@@ -1,7 +1,7 @@
 """The HTTP servers of a rollout server's sessions.
 
     loopback, a free port, plain HTTP           the server's own agents (`agent()`), always
-    sessions.host:port + index of the server    agents from outside, if a task is `external`; TLS as the job's
+    sessions.host:port + index of the server    external agents, if a task is `external`; TLS as the job's
 
 Both need the session's key for each request: other users of the machine reach loopback, too. Both run in the
 server's event loop, so what a client can cost is bounded before a request is answered: connections, size and
@@ -76,7 +76,7 @@ class SessionPlane:
         self.internal_url = ""
         """For this machine: `http://127.0.0.1:PORT`."""
         self.external_url = ""
-        """For agents from outside; empty without them."""
+        """For external agents; empty without them."""
         self.serving: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         """Ends with the servers; raises what ended them."""
 

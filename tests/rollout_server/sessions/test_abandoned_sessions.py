@@ -1,4 +1,4 @@
-"""Agents from outside that go without ending their session: the sample is made by the next one."""
+"""External agents that go without ending their session: the sample is made by the next one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""POST /sessions: agents from outside claim sessions with the client of the standard library."""
+"""POST /sessions: external agents claim sessions with the client of the standard library."""
 
 from __future__ import annotations
 
