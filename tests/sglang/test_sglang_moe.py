@@ -60,5 +60,4 @@ def test_a_job_on_sglang(tmp_path: Path) -> None:
         f"rollout.sglang.python={find_python('')}",
         f"rollout.start_timeout_s={START_S}",
         num_steps=6,
-        timeout_s=850,
     )
