@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import time
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -14,23 +15,34 @@ from hypothesis import strategies as st
 
 from areal_like.errors import WireError
 from areal_like.wire.codec import MESSAGES, decode, encode
+from tests.support.cpu_time import cpu_units
 from tests.support.wire_mutation import encoded, mutated
 
+MOST_UNITS = 8
+"""Of `cpu_units`: one message takes no longer."""
 
-def decode_all(seed: int, *, num_frames: int) -> tuple[int, float]:
-    """(number of refused messages, longest time of one, in seconds)."""
-    num_refused, longest_s = 0, 0.0
+
+def decode_all(seed: int, *, num_frames: int) -> int:
+    """Number of refused messages; each is decoded or refused at once."""
+    num_refused = 0
     for frames in islice(mutated(random.Random(seed)), num_frames):
         started_s = time.process_time()
-        try:
-            message, rid = decode(frames)
-        except WireError as error:
-            num_refused += 1
-            assert len(str(error)) < 500
-        else:
-            encode(message, rid=rid)
-        longest_s = max(longest_s, time.process_time() - started_s)
-    return num_refused, longest_s
+        num_refused += is_refused(frames)
+        # One measurement may hold a collection of garbage, or a busy machine's other work.
+        if time.process_time() - started_s > 0.01:
+            assert cpu_units(partial(is_refused, frames)) < MOST_UNITS
+    return num_refused
+
+
+def is_refused(frames: list[bytes]) -> bool:
+    """False if it can be decoded and encoded again."""
+    try:
+        message, rid = decode(frames)
+    except WireError as error:
+        assert len(str(error)) < 500
+        return True
+    encode(message, rid=rid)
+    return False
 
 
 @pytest.mark.parametrize("kind", MESSAGES)
@@ -45,8 +57,7 @@ def test_every_message_survives_a_round_trip(kind: str) -> None:
 @settings(max_examples=20)
 @given(seed=st.integers(0, 1 << 32))
 def test_mutated_messages_are_refused_or_decoded(seed: int) -> None:
-    num_refused, longest_s = decode_all(seed, num_frames=100)
-    assert num_refused > 50 and longest_s < 0.05
+    assert decode_all(seed, num_frames=100) > 50
 
 
 @pytest.mark.chaos
@@ -54,10 +65,10 @@ def test_mutated_messages_are_refused_or_decoded(seed: int) -> None:
 def test_a_million_mutated_messages_are_decoded_or_refused() -> None:
     decode_all(0, num_frames=100_000)
     before_bytes = resident_bytes()
-    num_refused, longest_s = decode_all(1, num_frames=1_000_000)
+    num_refused = decode_all(1, num_frames=1_000_000)
     grown_bytes = resident_bytes() - before_bytes
-    print(f"{num_refused} refused, longest {longest_s:.3f} s, grown by {grown_bytes} bytes")
-    assert longest_s < 0.1 and grown_bytes < 8 << 20
+    print(f"{num_refused} refused, grown by {grown_bytes} bytes")
+    assert grown_bytes < 8 << 20
 
 
 def resident_bytes() -> int:

@@ -20,9 +20,13 @@ PLANES = ("buffer", "rollout-0", "trainer-0")
 _DAEMON = re.compile(r"-m (buffer|trainer|rollout_server(?:\.engine)?) ")
 _SETTINGS = (
     "name=x",
-    "model.warm_start_steps=20",
+    "model.warm_start_steps=0",
+    "task._target_=tests.support.rollout_tasks.SlowChecksum",  # a job at full speed would use most of a core
+    "rollout.reward_workers=2",
+    "sampling.max_new_tokens=8",
+    "buffer.max_consecutive_failures=10",
     "sampling.group_size=4",
-    "trainer.groups_per_step=4",
+    "trainer.groups_per_step=2",
     "trainer.num_steps=100000",
     "trainer.checkpoint_interval=50",
     "eval.num_prompts=4",
@@ -127,7 +131,7 @@ def attacked_job(
     """Starts a job. At the end it must drain, and its books must be whole."""
     run = directory / "runs" / "x"
     with launcher(
-        *_SETTINGS, f"runs_dir={directory}/runs", *settings, cwd=directory, environment=cache, is_forked=False
+        *_SETTINGS, f"runs_dir={directory}/runs", *settings, cwd=directory, environment=cache
     ) as process:
         job = AttackedJob(run, process, keys=keys)
         yield job

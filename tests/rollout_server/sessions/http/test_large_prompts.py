@@ -78,6 +78,7 @@ def test_a_large_prompt_delays_no_other(server: SessionServer, slow: SlowRendere
 
 
 def test_sessions_take_turns_with_large_prompts(server: SessionServer, slow: SlowRenderer) -> None:
+    """A prompt is parsed, then rendered; before each of the two, one piece of the other's work may come."""
     many, one = server.add(), server.add()
     with ThreadPoolExecutor(5) as pool:
         posted = [pool.submit(post, server, many, saying("a" + LARGE)) for _ in range(4)]
@@ -87,7 +88,7 @@ def test_sessions_take_turns_with_large_prompts(server: SessionServer, slow: Slo
         server.wait(lambda: large_work._THREAD._work_queue.qsize() == 1)
         slow.may_go_on.set()
         assert [made.result()[0] for made in posted] == [400] * 5
-    assert slow.names == ["a", "b", "a", "a", "a"]
+    assert sorted(slow.names) == ["a", "a", "a", "a", "b"] and slow.names.index("b") <= 2
 
 
 def test_an_answer_is_written_once_for_all(server: SessionServer, monkeypatch: pytest.MonkeyPatch) -> None:
