@@ -93,6 +93,7 @@ def test_cell_is_deterministic_and_ages_are_as_planned(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_stopped_grid_resumes(tmp_path: Path) -> None:
+    """Long, because a whole job runs first."""
     path = tmp_path / "results.jsonl"
     cells = [replace(TINY, num_steps=2, warm_start_steps=0, seed=seed) for seed in (0, 1)]
     run(cells[:1], Results(path), num_jobs=1)

@@ -51,6 +51,7 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.mark.timeout(TEST_LIMIT_S)
 def test_answers_that_hang_the_verifier_get_reward_0(tmp_path: Path) -> None:
+    """Long, because a sixth of all rewards takes its whole time limit, and its worker is then replaced."""
     model = tmp_path / "model"
     build_tiny_model(model, seed=0, warm_start_steps=5, swap_prob=0.5)
     with ExitStack() as stack:

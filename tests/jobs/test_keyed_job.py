@@ -43,6 +43,7 @@ def log_of(run: Path, daemon: str) -> str:
 
 
 def test_a_keyed_job_with_renewed_and_revoked_keys(tmp_path: Path, cache: dict[str, str]) -> None:
+    """Long, because a server joins, changes its key and is shut out of a job that goes on."""
     keys = new_keys(tmp_path / "keys")
     add_key(keys, "gpu-7", KeyRole.ROLLOUT)
     # The joining machine has only what it needs.

@@ -134,6 +134,7 @@ def broken_run(tmp_path_factory: pytest.TempPathFactory, cache: dict[str, str]) 
 
 
 def test_a_trainer_killed_at_each_point_loses_nothing(broken_run: BrokenRun) -> None:
+    """Long, because the run before it starts its trainer four times and trains some steps twice."""
     root, out = broken_run.root, broken_run.out
     assert all((broken_run.folder / death).exists() for death in DEATHS)
     assert out.count("trainer ended (killed by SIGKILL): starting it again") == 3
@@ -153,6 +154,7 @@ def test_a_trainer_killed_at_each_point_loses_nothing(broken_run: BrokenRun) -> 
 
 
 def test_a_replay_gives_the_weights_of_the_broken_run(broken_run: BrokenRun) -> None:
+    """Long, because all steps of a run are trained again."""
     out = command("replay", "x", cwd=broken_run.folder)
     assert "weights after step 12, 16: equal to the recorded run's, to the last bit" in out, out
     original, replayed = rows_of(broken_run.root), rows_of(broken_run.folder / "runs" / "x-replay")

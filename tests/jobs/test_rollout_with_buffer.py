@@ -35,6 +35,7 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.mark.timeout(TEST_LIMIT_S)
 def test_a_run_survives_a_killed_server(tmp_path: Path) -> None:
+    """Long, because the dead server's leases expire, and its samples are generated again."""
     model = tmp_path / "model"
     build_tiny_model(model, seed=0, warm_start_steps=5, swap_prob=0.5)
     with ExitStack() as stack:

@@ -59,6 +59,7 @@ def execute(run: Path, *statements: str) -> None:
 
 
 def test_the_ledger_of_a_killed_buffer_is_clean(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Long, because the run that this file reads is made first, by a real buffer and its producers."""
     audit = audit_run(run)
     assert audit.is_clean, "\n".join(audit.lines())
     assert audit.tickets["trained"] == 20 and audit.facts["committed_steps"] == 5

@@ -227,7 +227,10 @@ def test_samples_that_were_not_planned_are_refused() -> None:
 
 
 def test_three_ranks_give_the_gradient_of_streaming(tmp_path: Path) -> None:
-    """With segments, groups without advantages and a rank without work; abandoned; the same step twice."""
+    """With segments, groups without advantages and a rank without work; abandoned; the same step twice.
+
+    Long, because three ranks take turns on the cores for each of them.
+    """
     # RMSNorm rounds the gradient of every row to float32: LayerNorm does not.
     run_ranks("balanced", str(tmp_path), write_model(tmp_path / "model", "gpt2"), world_size=3)
 

@@ -150,7 +150,10 @@ async def check_weights(client: EngineClient, path: Path, *, version: int) -> No
 def test_an_intruder_in_the_store_at_worst_fails_a_push(
     engine: Engine, models: Models, attack: Callable[[Any, list[str]], None], reason: str
 ) -> None:
-    """A push that it blocks ends at its time limit, and the next one uses another session."""
+    """A push that it blocks ends at its time limit, and the next one uses another session.
+
+    Long, because gloo notices a deleted key only at that limit.
+    """
 
     async def body() -> None:
         ports = free_ports(HOST, 1)

@@ -16,6 +16,7 @@ from tests.support.scripted_policy import VOCAB
 
 
 def test_record_is_what_the_engine_sampled(engine: Engine, models: tuple[Path, Path]) -> None:
+    """Long, because every example is a conversation with a real engine, forty of them."""
     sessions = HostileSessions(engine, models)
     stripping = jinja_renderer(STRIPPING)
     stripping.vocab_size = VOCAB

@@ -172,6 +172,7 @@ def test_cuts_do_not_change_the_gradient(tmp_path: Path, ranks: Ranks, variant: 
 
 
 def test_two_ranks_give_the_gradient_of_one(tmp_path: Path, ranks: Ranks) -> None:
+    """Long, because every variant is trained on two ranks in two shares, and on one."""
     path = write_model(tmp_path / "model", "gpt2")
     run_ranks("shares", str(tmp_path), path, world_size=2, module="tests.support.vcpo_ranks")
     for variant, settings in VARIANTS.items():
