@@ -36,7 +36,7 @@ from areal_like.trajectory import FinishReason, Trajectory
 from benchmarks.report import ROOT, table, write
 from tests.support.memory import peak, reset_peak
 from trainer.advantages.group import Grpo
-from trainer.checkpoint import Checkpoints
+from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy
 from trainer.objectives import OBJECTIVES

@@ -33,18 +33,18 @@ from areal_like.config import Config, WeightsConfig, from_mapping
 from areal_like.trajectory import Trajectory
 from areal_like.wire.messages.consumer import ServerEntry
 from benchmarks.report import table, write
-from rollout_server.episodes.base import PolicyClient
-from rollout_server.episodes.scoring import Outcome
-from rollout_server.episodes.transcript import Transcript
-from rollout_server.inference.client import EngineClient
-from rollout_server.inference.generation_gate import GenerationGate
-from rollout_server.inference.process import EmbeddedProcess, EngineProcess
-from rollout_server.inference.sglang.process import SglangProcess
-from rollout_server.inference.types import Sampling
-from rollout_server.weight_sync.receiver import WeightReceiver
+from rollout_server.policy.client import EngineClient
+from rollout_server.policy.engines.process import EmbeddedProcess, EngineProcess
+from rollout_server.policy.engines.sglang.process import SglangProcess
+from rollout_server.policy.gate import GenerationGate
+from rollout_server.policy.types import Sampling
+from rollout_server.sample.base import PolicyClient
+from rollout_server.sample.scoring import Outcome
+from rollout_server.sample.transcript import Transcript
+from rollout_server.weights.receiver import WeightReceiver
 from tests.support.snapshots import Held
 from trainer.models.tiny import build_tiny_model
-from trainer.weight_sync.broadcaster import Broadcaster
+from trainer.weights.broadcaster import Broadcaster
 
 MODES = ("recompute", "keep", "abort_resume", "drain")
 NUM_RUNNING, NUM_SEQUENCES, PROMPT_TOKENS = 32, 128, 8

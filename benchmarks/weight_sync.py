@@ -41,16 +41,16 @@ from areal_like.config import WeightsConfig, from_mapping
 from areal_like.weights.buckets import checksum, cut_buckets, flatten, spec_of
 from areal_like.wire.messages.consumer import ServerEntry
 from benchmarks.report import ROOT, table, write
-from rollout_server.inference.generation_gate import GenerationGate
-from rollout_server.inference.process import EmbeddedProcess
-from rollout_server.inference.shadow_update import ShadowWeightUpdate
-from rollout_server.weight_sync.receiver import WeightReceiver
+from rollout_server.policy.engines.process import EmbeddedProcess
+from rollout_server.policy.gate import GenerationGate
+from rollout_server.weights.receiver import WeightReceiver
+from rollout_server.weights.shadow import ShadowWeightUpdate
 from tests.support.full_state import gather_full_state
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy
-from trainer.weight_sync.background_gather import BackgroundGather
-from trainer.weight_sync.broadcaster import Broadcaster, PushOutcome
-from trainer.weight_sync.snapshot import Snapshot
+from trainer.weights.background_gather import BackgroundGather
+from trainer.weights.broadcaster import Broadcaster, PushOutcome
+from trainer.weights.snapshot import Snapshot
 
 SIZES = {"10MB": (256, 688, 3), "100MB": (512, 1376, 8), "500MB": (1024, 2752, 10), "2GB": (2048, 5504, 10)}
 """Bytes in float32 (approximate) -> hidden size, intermediate size and layers of a Llama model."""

@@ -30,18 +30,18 @@ from areal_like.wire.curve import CurveServer
 from areal_like.wire.fingerprint import model_fingerprint, tokenizer_fingerprint
 from areal_like.wire.messages.hello import Hello
 from areal_like.wire.messages.producer import Lease, ServerState
-from rollout_server.buffer_client.registration import registration
-from rollout_server.buffer_client.shards import ShardedBufferClient
-from rollout_server.episodes.base import SingleTurn
-from rollout_server.episodes.lease_runner import LeaseRunner
-from rollout_server.inference.client import EngineClient
-from rollout_server.inference.concurrency import ConcurrencyController, EngineLoad
-from rollout_server.inference.generation_gate import GenerationGate
-from rollout_server.inference.supervisor import INITIAL_VERSION, EngineSupervisor
+from rollout_server.leases.registration import registration
+from rollout_server.leases.shards import ShardedBufferClient
 from rollout_server.metrics import ServerStats
 from rollout_server.parts import Parts, running_parts
+from rollout_server.policy.client import EngineClient
+from rollout_server.policy.concurrency import ConcurrencyController, EngineLoad
+from rollout_server.policy.engines.supervisor import INITIAL_VERSION, EngineSupervisor
+from rollout_server.policy.gate import GenerationGate
+from rollout_server.sample.base import SingleTurn
+from rollout_server.sample.lease_runner import LeaseRunner
 from rollout_server.starvation import Starvation
-from rollout_server.weight_sync.receiver import WeightReceiver
+from rollout_server.weights.receiver import WeightReceiver
 
 log = logging.getLogger(__name__)
 

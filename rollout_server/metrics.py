@@ -15,18 +15,18 @@ from areal_like.runtime.metrics import SECONDS, Metrics
 from areal_like.runtime.progress import ProgressClock
 from areal_like.spans import recorder
 from areal_like.trajectory import FinishReason
-from rollout_server.buffer_client.held_leases import Place
-from rollout_server.buffer_client.shards import ShardedBufferClient
 from rollout_server.engine_time import EngineTime
 from rollout_server.environments.workers.pool import EnvironmentPool
-from rollout_server.episodes.lease_runner import LeaseRunner
-from rollout_server.inference.engine import Engine
-from rollout_server.inference.generation_gate import GenerationGate
-from rollout_server.inference.supervisor import EngineSupervisor
+from rollout_server.leases.held_leases import Place
+from rollout_server.leases.shards import ShardedBufferClient
+from rollout_server.policy.engines.engine import Engine
+from rollout_server.policy.engines.supervisor import EngineSupervisor
+from rollout_server.policy.gate import GenerationGate
 from rollout_server.rewards.pool import RewardPool
+from rollout_server.sample.lease_runner import LeaseRunner
 from rollout_server.sessions.book import WRONG_ROUTES, Outcome, SessionBook
 from rollout_server.starvation import Starvation
-from rollout_server.weight_sync.receiver import WeightReceiver
+from rollout_server.weights.receiver import WeightReceiver
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Self
 
 from areal_like.config import Config
-from rollout_server.buffer_client.held_leases import Place
+from rollout_server.leases.held_leases import Place
 
 _HINT_AFTER_S = 15.0
 """Longer than a burst of samples that end together."""

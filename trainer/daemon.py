@@ -29,7 +29,7 @@ from areal_like.runtime.process import parent_is_gone
 from areal_like.spans.recorder import record, record_phase
 from areal_like.weights.snapshots_on_disk import VERSION_KEY
 from trainer.buffer_client.client import TrainerBufferClient
-from trainer.checkpoint import Checkpoints
+from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
 from trainer.leader import Leader
 from trainer.metrics.lag import LagTally
@@ -39,9 +39,9 @@ from trainer.profiling.recorder import StepRecorder
 from trainer.step.build import build_step_runner
 from trainer.step.runner import IncompleteStepError
 from trainer.step_settings import received, shared
-from trainer.weight_sync.background_gather import BackgroundGather
-from trainer.weight_sync.boundary_gather import BoundaryGather
-from trainer.weight_sync.snapshot import Snapshot, WeightSnapshotter
+from trainer.weights.background_gather import BackgroundGather
+from trainer.weights.boundary_gather import BoundaryGather
+from trainer.weights.snapshot import Snapshot, WeightSnapshotter
 
 log = logging.getLogger(__name__)
 

@@ -40,11 +40,11 @@ from trainer.metrics.generation_counts import GenerationCounts
 from trainer.metrics.run_files import WARM_UP_STEPS, step_row
 from trainer.run_record import RunRecord
 from trainer.step_settings import configured
-from trainer.weight_sync.broadcaster import Broadcaster
-from trainer.weight_sync.publisher import Publisher, PushReport
-from trainer.weight_sync.snapshot import Snapshot
-from trainer.weight_sync.weight_check import NOISE, check_tokens
-from trainer.weight_sync.weight_checks import CheckReport
+from trainer.weights.broadcaster import Broadcaster
+from trainer.weights.publisher import Publisher, PushReport
+from trainer.weights.snapshot import Snapshot
+from trainer.weights.weight_check import NOISE, check_tokens
+from trainer.weights.weight_checks import CheckReport
 
 log = logging.getLogger(__name__)
 

@@ -24,14 +24,14 @@ from areal_like.runtime.process import keep_files_private
 from areal_like.runtime.signals import handle_log_signals
 from areal_like.security.binding import require_loopback_or_keys
 from trainer.buffer_client.client import StopRequestedError, TrainerBufferClient
-from trainer.checkpoint_files import remove_partials
+from trainer.checkpoints.directory import remove_partials
 from trainer.daemon import Trainer
 from trainer.distributed.process_group import device_of, joined_ranks
 from trainer.metrics.gpu_memory import GpuMemory
 from trainer.step.recipe import StepRecipe
 from trainer.step.staleness_bounds import staleness_warning
 from trainer.trackers import build_trackers
-from trainer.weight_sync.backend import check_nccl
+from trainer.weights.backend import check_nccl
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from trainer.metrics.evaluations_file import EvaluationsFile
 from trainer.metrics.prometheus import TrainerSeries
 from trainer.metrics.run_files import MetricsFile, finished_summary, write_summary
 from trainer.trackers.feed import Trackers
-from trainer.weight_sync.publisher import PushReport
+from trainer.weights.publisher import PushReport
 
 _TRACKERS_END_S = 20.0
 """Longest wait for the trackers at the end of the run."""

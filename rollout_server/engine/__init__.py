@@ -14,7 +14,7 @@ step is a few array operations over dense rows.
     sampling.py      one batched sampler, reproducible by request
     core.py          one step: admit, prefill, decode, sample, finish; swapping weights between two steps
     loop.py          the thread that runs the steps, and commands between them
-    weight_update/   receiving new weights while decoding continues
+    weights/         receiving new weights while decoding continues
     metrics.py       Prometheus series
     http/            request bodies, response formats, endpoints, the server process
 """

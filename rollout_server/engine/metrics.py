@@ -10,7 +10,7 @@ from prometheus_client.registry import Collector
 
 from areal_like.runtime.metrics import PREFIX, SECONDS
 from rollout_server.engine.loop import EngineLoop, Load
-from rollout_server.engine.weight_update.updater import WeightUpdater
+from rollout_server.engine.weights.updater import WeightUpdater
 
 
 class EngineCollector(Collector):

@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from areal_like.runtime.daemon import Runtime
 from rollout_server.engine.http.chat_request import FREE_BYTES, MAX_BYTES_PER_TOKEN
-from rollout_server.inference.sglang.process import server_index
+from rollout_server.policy.engines.sglang.process import server_index
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.http.app import session_app
 from rollout_server.sessions.http.plane import SessionPlane

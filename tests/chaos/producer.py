@@ -26,8 +26,8 @@ from areal_like.wire.fingerprint import dataset_fingerprint, model_fingerprint, 
 from areal_like.wire.messages.hello import Hello, Role
 from areal_like.wire.messages.producer import Lease, SampleDone, ServerState
 from areal_like.wire.records import Record
-from rollout_server.buffer_client import client as client_module
-from rollout_server.buffer_client.shards import ShardedBufferClient
+from rollout_server.leases import client as client_module
+from rollout_server.leases.shards import ShardedBufferClient
 
 RESEND_AFTER_S = 0.5
 

@@ -24,8 +24,8 @@ from areal_like.wire.messages import MESSAGES, TO_BUFFER
 from areal_like.wire.messages.consumer import AllocVersion
 from areal_like.wire.messages.weights import TO_SERVER, Alive, AskAlive, WeightsFailed
 from launch.audit.run import audit_run
-from rollout_server.inference.client import EngineClient
-from rollout_server.weight_sync.receiver import WeightReceiver
+from rollout_server.policy.client import EngineClient
+from rollout_server.weights.receiver import WeightReceiver
 from tests.chaos.flooder import hello
 from tests.chaos.job import QUIET, check_counters, check_groups, counters_of, running_job, train
 from tests.chaos.test_flood import MAX_GROWTH_BYTES, HttpProbe

@@ -18,15 +18,15 @@ import torch
 from areal_like.config import WeightsConfig, from_mapping
 from areal_like.errors import EngineError
 from areal_like.wire.messages.consumer import ServerEntry
-from rollout_server.inference.client import EngineClient
-from rollout_server.inference.generation_gate import GenerationGate
-from rollout_server.inference.process import EmbeddedProcess
-from rollout_server.inference.shadow_update import ShadowWeightUpdate
-from rollout_server.inference.types import Generation
-from rollout_server.weight_sync.receiver import WeightReceiver
+from rollout_server.policy.client import EngineClient
+from rollout_server.policy.engines.process import EmbeddedProcess
+from rollout_server.policy.gate import GenerationGate
+from rollout_server.policy.types import Generation
+from rollout_server.weights.receiver import WeightReceiver
+from rollout_server.weights.shadow import ShadowWeightUpdate
 from tests.support.engine_harness import load_model, reference_logprobs, sample, save_model, weights_of
 from tests.support.snapshots import Held
-from trainer.weight_sync.broadcaster import Broadcaster, PushOutcome
+from trainer.weights.broadcaster import Broadcaster, PushOutcome
 
 PROMPT = [5, 17, 3]
 DEADLINE_S = 20.0

@@ -24,8 +24,8 @@ from areal_like.wire.messages.producer import (
     ServerHeartbeat,
     ServerState,
 )
-from rollout_server.buffer_client.client import BufferClient
-from rollout_server.buffer_client.held_leases import HeldLeases
+from rollout_server.leases.client import BufferClient
+from rollout_server.leases.held_leases import HeldLeases
 from tests.support import moved_clock
 from tests.support.moved_clock import advance
 from tests.support.waiting import HANG_LIMIT_S
@@ -80,7 +80,7 @@ class PlayedBuffer:
 
 
 def test_messages_to_an_absent_buffer_do_not_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rollout_server.buffer_client.client._HELLO_TIMEOUT_S", 5.0)
+    monkeypatch.setattr("rollout_server.leases.client._HELLO_TIMEOUT_S", 5.0)
 
     async def body() -> None:
         first = PlayedBuffer()
@@ -129,7 +129,7 @@ def test_messages_to_an_absent_buffer_do_not_pile_up(tmp_path: Path, monkeypatch
 def test_a_buffer_that_moved_gets_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("areal_like.wire.buffer_connection.SILENT_AFTER_S", 0.3)
     monkeypatch.setattr("areal_like.wire.buffer_connection._FOLLOW_S", 0.05)
-    monkeypatch.setattr("rollout_server.buffer_client.client._HELLO_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("rollout_server.leases.client._HELLO_TIMEOUT_S", 0.5)
     config = from_mapping(
         {
             "name": "job",
@@ -177,7 +177,7 @@ def test_a_buffer_that_moved_gets_the_results(tmp_path: Path, monkeypatch: pytes
 def test_nothing_is_resent_to_a_buffer_that_cannot_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rollout_server.buffer_client.client._RESEND_AFTER_S", 0.05)
+    monkeypatch.setattr("rollout_server.leases.client._RESEND_AFTER_S", 0.05)
 
     async def body() -> None:
         buffer = PlayedBuffer()

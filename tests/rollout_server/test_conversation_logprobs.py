@@ -28,14 +28,14 @@ from rollout_server.engine.models.loading import load
 from rollout_server.engine.scheduler import SamplingParams
 from rollout_server.engine.scheduler import Sequence as EngineSequence
 from rollout_server.environments.base import Message, Reply
-from rollout_server.episodes.base import PolicyClient
-from rollout_server.episodes.conversation import Conversation
-from rollout_server.episodes.scoring import Outcome
-from rollout_server.inference.generation_gate import GenerationGate
-from rollout_server.inference.types import Generation, Sampling
+from rollout_server.policy.gate import GenerationGate
+from rollout_server.policy.types import Generation, Sampling
 from rollout_server.rendering.base import ChatRenderer
 from rollout_server.rendering.jinja import JinjaRenderer
 from rollout_server.rendering.library import LibraryRenderer
+from rollout_server.sample.base import PolicyClient
+from rollout_server.sample.conversation import Conversation
+from rollout_server.sample.scoring import Outcome
 from tests.support.chat_models import (
     TEMPLATES,
     chat_tokenizer,

@@ -14,8 +14,8 @@ from aiohttp import web
 
 from areal_like.errors import EngineError, EngineTimeoutError, PromptRefusedError
 from areal_like.trajectory import FinishReason
-from rollout_server.inference.client import EngineClient
-from rollout_server.inference.types import Generation, Sampling
+from rollout_server.policy.client import EngineClient
+from rollout_server.policy.types import Generation, Sampling
 from tests.support import moved_clock
 from tests.support.moved_clock import advance
 from tests.support.waiting import HANG_LIMIT_S
@@ -190,7 +190,7 @@ def test_a_time_out_keeps_the_partial_tokens() -> None:
 
 
 def test_an_engine_that_ignores_aborts_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rollout_server.inference.generate_batcher._ABORT_GRACE_S", 100)
+    monkeypatch.setattr("rollout_server.policy.batcher._ABORT_GRACE_S", 100)
 
     async def body() -> None:
         async with stubbed() as (stub, client):

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from areal_like.errors import EngineError, PromptRefusedError
 from rollout_server import frames
-from rollout_server.inference.generate_wire import encode_request, parse_generation, read_frames
 from rollout_server.packed_generate import (
     END_OF_FRAMES,
     MEDIA_TYPE,
@@ -23,6 +22,7 @@ from rollout_server.packed_generate import (
     pack_tokens,
     unpack_tokens,
 )
+from rollout_server.policy.wire import encode_request, parse_generation, read_frames
 
 EVENT = {
     "output_ids": pack_tokens([5, 6]),

@@ -11,7 +11,7 @@ from areal_like.failures import FailureKind
 from areal_like.trajectory import FinishReason, Trajectory
 from areal_like.wire.messages.producer import Lease, Purpose, SampleAck, SampleDone, SampleFailed
 from areal_like.wire.records import Record
-from rollout_server.buffer_client.held_leases import HeldLeases, Place
+from rollout_server.leases.held_leases import HeldLeases, Place
 
 AT_ENGINE, EPISODES = 9, 14
 

@@ -45,7 +45,7 @@ from tests.support.rollout_harness import (
 from tests.support.snapshots import Held
 from tests.support.waiting import descendants
 from trainer.models.tiny import build_tiny_model, character_tokenizer
-from trainer.weight_sync.broadcaster import Broadcaster, PushOutcome
+from trainer.weights.broadcaster import Broadcaster, PushOutcome
 
 CAPACITY = 24
 

@@ -9,7 +9,7 @@ from aiohttp import web
 
 from areal_like.config import Config, from_mapping
 from areal_like.errors import ConfigError, EngineError
-from rollout_server.inference.sglang.process import SglangAtUrl
+from rollout_server.policy.engines.sglang.process import SglangAtUrl
 from tests.support.certificates import make_certificate
 
 

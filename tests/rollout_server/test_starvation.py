@@ -1,7 +1,7 @@
 """Starvation: counted only while the limit on held samples keeps work from the engine, and reported once."""
 
 from areal_like.wire.messages.producer import Lease, Purpose
-from rollout_server.buffer_client.held_leases import HeldLeases, Place
+from rollout_server.leases.held_leases import HeldLeases, Place
 from rollout_server.starvation import Starvation
 
 

@@ -10,13 +10,13 @@ from aiohttp import web
 from areal_like.weights.buckets import Manifest
 from areal_like.wire.channel import Link, tcp_address
 from areal_like.wire.messages.weights import FormGroup, PushChecksums, PushWeights, WeightsFailed, WeightsOk
-from rollout_server.inference.client import EngineClient
-from rollout_server.inference.generation_gate import GenerationGate
-from rollout_server.inference.sglang.checkpoint_shapes import CheckpointShapes
-from rollout_server.inference.sglang.weight_update import SglangWeightUpdate
-from rollout_server.inference.shadow_update import ShadowWeightUpdate
-from rollout_server.inference.weight_update import WeightUpdateStrategy
-from rollout_server.weight_sync.receiver import WeightReceiver
+from rollout_server.policy.client import EngineClient
+from rollout_server.policy.gate import GenerationGate
+from rollout_server.weights.checkpoint_shapes import CheckpointShapes
+from rollout_server.weights.in_place import SglangWeightUpdate
+from rollout_server.weights.receiver import WeightReceiver
+from rollout_server.weights.shadow import ShadowWeightUpdate
+from rollout_server.weights.strategy import WeightUpdateStrategy
 from tests.support.snapshots import Held
 from tests.support.waiting import HANG_LIMIT_S
 

@@ -19,11 +19,11 @@ from areal_like.wire.messages.weights import (
     WeightsFailed,
     WeightsOk,
 )
-from rollout_server.inference.client import EngineClient
-from rollout_server.inference.generation_gate import GenerationGate
-from rollout_server.inference.shadow_update import ShadowWeightUpdate
-from rollout_server.weight_sync.checks import check_form_group, check_push
-from rollout_server.weight_sync.receiver import WeightReceiver
+from rollout_server.policy.client import EngineClient
+from rollout_server.policy.gate import GenerationGate
+from rollout_server.weights.checks import check_form_group, check_push
+from rollout_server.weights.receiver import WeightReceiver
+from rollout_server.weights.shadow import ShadowWeightUpdate
 from tests.support.waiting import HANG_LIMIT_S
 
 FORM = FormGroup(

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from areal_like.config import Config, from_mapping
-from rollout_server.inference.client import EngineClient
-from rollout_server.inference.sglang.process import SglangProcess
+from rollout_server.policy.client import EngineClient
+from rollout_server.policy.engines.sglang.process import SglangProcess
 from tests.support.engine_harness import CONTEXT, VOCAB, Engine, Models, save_models, store_tied_head
 
 START_S = 400.0

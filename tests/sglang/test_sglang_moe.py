@@ -9,8 +9,8 @@ import pytest
 
 from areal_like.config import from_mapping
 from areal_like.weights.buckets import spec_of
-from rollout_server.inference.sglang.checkpoint_shapes import CheckpointShapes
-from rollout_server.inference.sglang.process import SglangProcess, find_python
+from rollout_server.policy.engines.sglang.process import SglangProcess, find_python
+from rollout_server.weights.checkpoint_shapes import CheckpointShapes
 from tests.sglang.conftest import START_S
 from tests.support import engine_conformance as conformance
 from tests.support.engine_harness import CONTEXT, VOCAB, Engine, save_models, weights_of

@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 
 from areal_like.config import Config
-from rollout_server.inference.client import EngineClient
-from rollout_server.inference.sglang.client import SglangClient
-from rollout_server.inference.sglang.process import SglangProcess
+from rollout_server.policy.client import EngineClient
+from rollout_server.policy.engines.sglang.process import SglangProcess
+from rollout_server.policy.sglang_client import SglangClient
 from tests.sglang.test_sglang_update import UpdateHarness
 from tests.support.engine_harness import CONTEXT, VOCAB, Models, load_model, weights_of
 

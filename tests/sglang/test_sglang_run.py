@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rollout_server.inference.sglang.process import find_python
+from rollout_server.policy.engines.sglang.process import find_python
 from tests.launch.test_run import SMALL
 from tests.sglang.conftest import START_S
 from tests.support.launching import launcher, processes_of

@@ -19,7 +19,7 @@ from tests.sglang.conftest import START_S
 from tests.support.rollout_harness import PlayedBuffer, is_alive, job, serving, wait_until
 from tests.support.waiting import descendants
 from trainer.models.tiny import build_tiny_model, character_tokenizer
-from trainer.weight_sync.broadcaster import PushOutcome
+from trainer.weights.broadcaster import PushOutcome
 
 pytestmark = pytest.mark.timeout(900)
 

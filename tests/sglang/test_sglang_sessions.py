@@ -18,7 +18,7 @@ from openai import APIError, OpenAI
 from areal_like.agents.client import ClaimedSession, claim
 from areal_like.errors import ArealError
 from launch.audit.run import audit_run
-from rollout_server.inference.sglang.process import find_python
+from rollout_server.policy.engines.sglang.process import find_python
 from tests.sglang.conftest import START_S
 from tests.support.launching import ROOT, launcher, processes_of
 

@@ -18,8 +18,8 @@ from areal_like.errors import CheckpointError, ConfigError, DiskFullError
 from tests.support.memory import peak, reset_peak
 from tests.support.trainer_helpers import random_groups
 from tests.support.trainer_ranks import main, make_runner
-from trainer.checkpoint import Checkpoints
 from trainer.checkpoints import peers
+from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import local
 from trainer.models.policy import Policy

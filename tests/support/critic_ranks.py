@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from tests.support.trainer_helpers import random_groups
 from tests.support.trainer_ranks import SHARES, last_gradient, main, make_runner
-from trainer.checkpoint import Checkpoints
+from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
 
 SETTINGS = {

@@ -20,9 +20,8 @@ import pytest
 
 from areal_like.errors import EngineError, PromptRefusedError
 from areal_like.trajectory import FinishReason
-from rollout_server.inference import generate_batcher
-from rollout_server.inference.client import EngineClient
-from rollout_server.inference.types import Sampling
+from rollout_server.policy.client import EngineClient
+from rollout_server.policy.types import Sampling
 from tests.support.engine_harness import (
     CONTEXT,
     EOS,
@@ -249,7 +248,7 @@ async def a_time_out_keeps_the_partial_tokens(engine: Engine, model_path: Path) 
         long = CONTEXT - 50
         with (
             patch.object(batcher, "_abort_quietly", observed),
-            patch.object(generate_batcher, "_ABORT_GRACE_S", limit_s),
+            patch.object(batcher_module, "_ABORT_GRACE_S", limit_s),
         ):
             quick, *slow = [
                 asyncio.ensure_future(sample(client, PROMPT, 3, timeout_s=2 * limit_s)),

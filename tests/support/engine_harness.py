@@ -40,9 +40,9 @@ from transformers.utils import logging as transformers_logging
 from areal_like.weights.buckets import checksum, cut_buckets, flatten, spec_of, unflatten
 from areal_like.weights.collective import WeightGroup
 from areal_like.weights.hf_layout import hf_tensors
-from rollout_server.inference.client import EngineClient
-from rollout_server.inference.sglang.client import SglangClient
-from rollout_server.inference.types import Generation, Sampling
+from rollout_server.policy.client import EngineClient
+from rollout_server.policy.sglang_client import SglangClient
+from rollout_server.policy.types import Generation, Sampling
 from tests.support import warm_start
 from tests.support.waiting import HANG_LIMIT_S
 

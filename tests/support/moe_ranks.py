@@ -14,11 +14,11 @@ from tests.support.snapshot_ranks import received
 from tests.support.trainer_helpers import random_groups
 from tests.support.trainer_ranks import SHARES, last_gradient, main, make_runner
 from trainer.batching.packing import TrainingSample, collate
-from trainer.checkpoint import Checkpoints
+from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy
-from trainer.weight_sync.background_gather import BackgroundGather
-from trainer.weight_sync.boundary_gather import BoundaryGather
+from trainer.weights.background_gather import BackgroundGather
+from trainer.weights.boundary_gather import BoundaryGather
 
 
 def steps(ranks: Ranks, out_dir: Path, path: str) -> None:

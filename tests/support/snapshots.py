@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from areal_like.weights.buckets import cut_buckets, flatten, spec_of
-from trainer.weight_sync.snapshot import GatheredBucket
+from trainer.weights.snapshot import GatheredBucket
 
 
 class Held:
-    """Stands in for the snapshot that trainer.weight_sync makes of a policy."""
+    """Stands in for the snapshot that trainer.weights makes of a policy."""
 
     def __init__(self, tensors: Mapping[str, Tensor], *, bucket_bytes: int, dtype: str = "float32") -> None:
         self.buckets = cut_buckets(

@@ -29,7 +29,7 @@ from tests.support.waiting import HANG_LIMIT_S
 from trainer.advantages import ADVANTAGES, Advantage, Gae
 from trainer.advantages.critic import Critic
 from trainer.advantages.reward_shaping import SHAPINGS
-from trainer.checkpoint import Checkpoints
+from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
 from trainer.metrics.named_means import KINDS
 from trainer.models.policy import Policy

@@ -33,12 +33,12 @@ from areal_like.wire.messages.weights import (
 )
 from tests.support.snapshots import Held
 from tests.support.waiting import HANG_LIMIT_S
-from trainer.weight_sync.backend import NcclTrial, choose_backend, refuse_mixed_nccl
-from trainer.weight_sync.broadcaster import Broadcaster
-from trainer.weight_sync.group_session import assign_ranks
-from trainer.weight_sync.publisher import Publisher, PushReport
-from trainer.weight_sync.receivers import Receiver, ReceiverBackoff, split_groups
-from trainer.weight_sync.snapshot import GatheredBucket
+from trainer.weights.backend import NcclTrial, choose_backend, refuse_mixed_nccl
+from trainer.weights.broadcaster import Broadcaster
+from trainer.weights.group_session import assign_ranks
+from trainer.weights.publisher import Publisher, PushReport
+from trainer.weights.receivers import Receiver, ReceiverBackoff, split_groups
+from trainer.weights.snapshot import GatheredBucket
 
 
 class FakeServer:
@@ -279,9 +279,7 @@ def test_a_server_that_cannot_be_reached_costs_no_push(tmp_path: Path) -> None:
 def test_a_slow_server_is_retried_and_costs_no_versions(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(
-        "trainer.weight_sync.broadcaster.ReceiverBackoff", lambda: ReceiverBackoff(first_s=1.5)
-    )
+    monkeypatch.setattr("trainer.weights.broadcaster.ReceiverBackoff", lambda: ReceiverBackoff(first_s=1.5))
     versions = iter(range(1, 100))
 
     async def granted(_: Any, *, timeout_s: float) -> VersionGranted:
@@ -310,9 +308,7 @@ def test_a_slow_server_is_retried_and_costs_no_versions(
 
 
 def test_a_refusing_server_costs_others_no_further_pushes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "trainer.weight_sync.broadcaster.ReceiverBackoff", lambda: ReceiverBackoff(first_s=3.0)
-    )
+    monkeypatch.setattr("trainer.weights.broadcaster.ReceiverBackoff", lambda: ReceiverBackoff(first_s=3.0))
     versions = iter(range(1, 100))
 
     async def granted(_: Any, *, timeout_s: float) -> VersionGranted:

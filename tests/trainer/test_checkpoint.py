@@ -18,7 +18,7 @@ from tests.support.launching import wait_until
 from tests.support.small_disk import small_disk
 from tests.support.trainer_helpers import random_groups, run_ranks, write_model
 from tests.support.trainer_ranks import make_runner
-from trainer.checkpoint import Checkpoints
+from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
 from trainer.models.sharded_weights import gather
 

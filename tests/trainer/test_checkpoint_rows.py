@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from areal_like.errors import ConfigError
-from rollout_server.inference.sglang.checkpoint_shapes import CheckpointShapes
+from rollout_server.weights.checkpoint_shapes import CheckpointShapes
 from tests.support.full_state import gather_full_state
 from tests.support.small_disk import small_disk
 from tests.support.trainer_helpers import random_groups, run_ranks, write_model
 from tests.support.trainer_ranks import make_runner
-from trainer.checkpoint import Checkpoints
+from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.checkpoints.hf_files import INDEX_FILE
 from trainer.distributed.ranks import Ranks
 from trainer.models.tiny import character_tokenizer

@@ -30,7 +30,7 @@ from tests.support.trainer_ranks import make_runner
 from tests.support.waiting import HANG_LIMIT_S
 from trainer import rank_process
 from trainer.buffer_client.client import TrainerBufferClient
-from trainer.checkpoint import Checkpoints
+from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.process_group import device_of
 from trainer.distributed.ranks import Ranks
 

@@ -28,7 +28,7 @@ from trainer.advantages import ADVANTAGES, FloatArray
 from trainer.advantages.critic import Critic, value_loss
 from trainer.advantages.gae import Gae, gae
 from trainer.batching.packing import TrainingSample
-from trainer.checkpoint import Checkpoints
+from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
 from trainer.metrics.phase_timer import PhaseTimer
 from trainer.metrics.prometheus import TrainerSeries

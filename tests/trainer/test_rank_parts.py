@@ -8,8 +8,8 @@ from torch import nn
 
 from areal_like.weights.buckets import flatten, unflatten
 from areal_like.weights.hf_layout import HfTensor, hf_tensors
-from trainer.weight_sync import rank_parts
-from trainer.weight_sync.rank_parts import PushLayout
+from trainer.weights import rank_parts
+from trainer.weights.rank_parts import PushLayout
 
 EXPERTS = 5
 

@@ -15,7 +15,7 @@ from tests.support.full_state import gather_full_state
 from tests.support.trainer_helpers import random_groups, run_ranks, write_model
 from tests.support.trainer_ranks import make_runner
 from trainer.advantages import ADVANTAGES, Running
-from trainer.checkpoint import Checkpoints
+from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
 
 MODULE = "tests.support.method_ranks"

@@ -9,8 +9,8 @@ import torch
 from areal_like.trajectory import FinishReason, Trajectory
 from areal_like.wire.messages.weights import ScoreTokens, TokenScores, WeightsFailed
 from trainer.batching.packing import TrainingSample, collate
-from trainer.weight_sync.receivers import ReceiverId
-from trainer.weight_sync.weight_check import (
+from trainer.weights.receivers import ReceiverId
+from trainer.weights.weight_check import (
     MAX_CONTEXT,
     NOISE,
     CheckTokens,
@@ -18,7 +18,7 @@ from trainer.weight_sync.weight_check import (
     RepushRule,
     check_tokens,
 )
-from trainer.weight_sync.weight_checks import CheckReport, WeightChecks
+from trainer.weights.weight_checks import CheckReport, WeightChecks
 
 
 def sample(mask: list[int], *, first_token: int) -> TrainingSample:

@@ -15,7 +15,7 @@ import torch
 from areal_like.automatic_settings import compute_dtype, resolved
 from areal_like.config import Config
 from areal_like.paths import RunPaths, model_path, write_json
-from trainer.checkpoint import Checkpoints
+from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.process_group import device_of, joined_ranks
 from trainer.distributed.ranks import Ranks
 from trainer.metrics.lag import LagTally

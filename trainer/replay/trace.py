@@ -29,7 +29,7 @@ from areal_like.paths import RunPaths, find_checkpoints, model_path, write_json
 from areal_like.runtime.command_line import Options, load_config
 from areal_like.runtime.process import die_with_parent, keep_files_private
 from trainer.batching.packing import PackedBatch
-from trainer.checkpoint import Checkpoints
+from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.process_group import device_of, joined_ranks
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy, build_policy

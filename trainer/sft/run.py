@@ -23,8 +23,8 @@ from areal_like.chat.token_row import TokenRow
 from areal_like.config import Config
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths, model_path, write_json
-from trainer.checkpoint import Checkpoints
-from trainer.checkpoint_files import remove_partials
+from trainer.checkpoints.checkpoint import Checkpoints
+from trainer.checkpoints.directory import remove_partials
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import build_policy
 from trainer.optimizer import ShardedAdamW

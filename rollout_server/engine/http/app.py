@@ -24,7 +24,7 @@ from rollout_server.engine.http.generation_routes import deliver
 from rollout_server.engine.http.server import EngineServer, ServerOptions
 from rollout_server.engine.loop import EngineLoop, SequenceOutput
 from rollout_server.engine.models.loading import load
-from rollout_server.engine.weight_update.updater import WeightUpdater
+from rollout_server.engine.weights.updater import WeightUpdater
 
 logger = logging.getLogger(__name__)
 

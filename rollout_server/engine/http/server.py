@@ -28,7 +28,7 @@ from rollout_server.engine.http.protocol import failure, success
 from rollout_server.engine.http.weight_routes import WeightRoutes, WeightSources
 from rollout_server.engine.loop import EngineLoop
 from rollout_server.engine.metrics import EngineCollector, update_numbers, watch_latencies
-from rollout_server.engine.weight_update.updater import WeightUpdater
+from rollout_server.engine.weights.updater import WeightUpdater
 from rollout_server.packed_generate import MEDIA_TYPE
 
 Endpoint = Callable[[Request], Awaitable[Response]]

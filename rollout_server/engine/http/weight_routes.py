@@ -25,7 +25,7 @@ from areal_like.errors import UserError
 from areal_like.weights.buckets import Bucket
 from rollout_server.engine.http import bodies
 from rollout_server.engine.http.protocol import success
-from rollout_server.engine.weight_update.updater import WeightUpdater
+from rollout_server.engine.weights.updater import WeightUpdater
 
 DEFAULT_GROUP = "weight_update_group"
 

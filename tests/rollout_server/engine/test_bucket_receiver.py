@@ -15,7 +15,7 @@ from areal_like.weights.collective import WeightGroup
 from areal_like.weights.integrity import BucketSums
 from rollout_server.engine.models.base import CausalModel
 from rollout_server.engine.models.loading import load
-from rollout_server.engine.weight_update.bucket_receiver import BucketReceiver
+from rollout_server.engine.weights.bucket_receiver import BucketReceiver
 from tests.support.engine_harness import save_model, weights_of
 from tests.support.waiting import HANG_LIMIT_S
 

@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 
 from areal_like.errors import EngineError, PromptRefusedError
-from rollout_server.inference import generate_batcher, generate_wire
-from rollout_server.inference.client import EngineClient
-from rollout_server.inference.generate_wire import (
+from rollout_server.packed_generate import MEDIA_TYPE, pack_tokens
+from rollout_server.policy import batcher, wire
+from rollout_server.policy.client import EngineClient
+from rollout_server.policy.types import Generation, Sampling
+from rollout_server.policy.wire import (
     is_last,
     output_tokens,
     parse_generation,
     read_events,
     read_frames,
 )
-from rollout_server.inference.types import Generation, Sampling
-from rollout_server.packed_generate import MEDIA_TYPE, pack_tokens
 from tests.support import engine_conformance as conformance
 from tests.support import moved_clock
 from tests.support.conversation_conformance import conversations_are_exact
@@ -252,13 +252,13 @@ def test_packed_and_json_streams_say_the_same(gpt2_engine: Engine) -> None:
 
 def test_a_client_packs_after_a_packed_answer(gpt2_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[bool] = []
-    encode = generate_wire.encode_request
+    encode = wire.encode_request
 
     def watched(*args: Any, is_packed: bool, **options: Any) -> Any:
         sent.append(is_packed)
         return encode(*args, is_packed=is_packed, **options)
 
-    monkeypatch.setattr(generate_batcher, "encode_request", watched)
+    monkeypatch.setattr(batcher, "encode_request", watched)
 
     async def body() -> None:
         async with gpt2_engine.client() as client:

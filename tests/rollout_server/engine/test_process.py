@@ -17,8 +17,8 @@ from areal_like.trajectory import FinishReason
 from areal_like.weights.buckets import cut_buckets, spec_of
 from areal_like.weights.collective import WeightGroup
 from areal_like.wire.sockets import bound_socket
-from rollout_server.inference.client import EngineClient
-from rollout_server.inference.supervisor import EngineSupervisor
+from rollout_server.policy.client import EngineClient
+from rollout_server.policy.engines.supervisor import EngineSupervisor
 from tests.support import engine_conformance as conformance
 from tests.support import moved_clock, warm_start
 from tests.support.engine_conformance import until_running

@@ -9,18 +9,18 @@ from areal_like.config import WeightsConfig
 from areal_like.errors import ArealError
 from areal_like.wire.channel import tcp_address
 from areal_like.wire.messages.consumer import ServerEntry, VersionGranted
-from rollout_server.inference.client import EngineClient
-from rollout_server.inference.generation_gate import GenerationGate
-from rollout_server.inference.shadow_update import ShadowWeightUpdate
-from rollout_server.inference.weight_update import WeightPush
-from rollout_server.weight_sync.receiver import WeightReceiver
+from rollout_server.policy.client import EngineClient
+from rollout_server.policy.gate import GenerationGate
+from rollout_server.weights.receiver import WeightReceiver
+from rollout_server.weights.shadow import ShadowWeightUpdate
+from rollout_server.weights.strategy import WeightPush
 from tests.support.engine_harness import Engine, Models, load_model, reference_logprobs, weights_of
 from tests.support.snapshots import Held
 from tests.support.waiting import HANG_LIMIT_S
-from trainer.weight_sync.broadcaster import Broadcaster
-from trainer.weight_sync.publisher import Publisher
-from trainer.weight_sync.weight_check import CheckTokens
-from trainer.weight_sync.weight_checks import CheckReport
+from trainer.weights.broadcaster import Broadcaster
+from trainer.weights.publisher import Publisher
+from trainer.weights.weight_check import CheckTokens
+from trainer.weights.weight_checks import CheckReport
 
 TOKENS, FIRST = [5, 17, 33, 8, 9, 41, 3, 22], 4
 

@@ -23,17 +23,17 @@ from areal_like.errors import EngineError
 from areal_like.weights.buckets import checksum
 from areal_like.weights.integrity import sha256
 from areal_like.wire.messages.consumer import ServerEntry
-from rollout_server.inference.client import EngineClient
-from rollout_server.inference.generation_gate import GenerationGate
-from rollout_server.inference.shadow_update import ShadowWeightUpdate
-from rollout_server.weight_sync.receiver import WeightReceiver
+from rollout_server.policy.client import EngineClient
+from rollout_server.policy.gate import GenerationGate
+from rollout_server.weights.receiver import WeightReceiver
+from rollout_server.weights.shadow import ShadowWeightUpdate
 from tests.areal_like.test_rendezvous import accepts, free_ports, listening_addresses
 from tests.support import engine_conformance as conformance
 from tests.support.engine_harness import Engine, Models, Pusher, error_of, load_model, sample, weights_of
 from tests.support.snapshots import Held
 from tests.support.waiting import HANG_LIMIT_S
-from trainer.weight_sync.broadcaster import Broadcaster, PushOutcome
-from trainer.weight_sync.snapshot import GatheredBucket
+from trainer.weights.broadcaster import Broadcaster, PushOutcome
+from trainer.weights.snapshot import GatheredBucket
 
 PROMPT = conformance.PROMPT
 HOST = "127.0.0.2"

@@ -26,7 +26,7 @@ from tests.support import warm_start
 from tests.support.launching import ROOT
 from tests.support.snapshots import Held
 from tests.support.waiting import HANG_LIMIT_S
-from trainer.weight_sync.broadcaster import Broadcaster
+from trainer.weights.broadcaster import Broadcaster
 
 # One tensor-parallel rank, as SGLang's: it joins at rank_offset + its own rank, receives every bucket and
 # prints its checksum.

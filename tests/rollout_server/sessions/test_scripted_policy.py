@@ -12,7 +12,7 @@ import pytest
 
 from areal_like.errors import EngineError, EngineTimeoutError
 from areal_like.trajectory import FinishReason
-from rollout_server.inference.client import EngineClient
+from rollout_server.policy.client import EngineClient
 from tests.support.engine_harness import Engine, Pusher, load_model, weights_of
 from tests.support.scripted_policy import (
     Plane,

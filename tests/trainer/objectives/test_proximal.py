@@ -18,7 +18,7 @@ from tests.support.full_state import gather_full_state
 from tests.support.objective_helpers import evaluate, tokens_of
 from tests.support.trainer_helpers import dense_logprobs, random_groups, run_ranks, write_model
 from tests.support.trainer_ranks import make_runner
-from trainer.checkpoint import Checkpoints
+from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import build_policy
 from trainer.models.sharded_weights import gather, shards_of

@@ -1,0 +1,297 @@
+"""The server's client of one buffer: registration, heartbeats with credit, results out, acknowledgements in.
+
+    UNREGISTERED -> hello -> REGISTERED -> HelloRequired (the buffer was restarted) -> UNREGISTERED
+                             `-> unacknowledged results are sent again
+
+While a buffer is silent, the client sends only an occasional hello, because messages pile up in the socket.
+Without new leases the server becomes idle, and it keeps finished results until they are acknowledged. The
+server ends only if the buffer refuses it (a newer process has the same name, the model differs), if the job
+has failed, or when the run is finished.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from areal_like.config import Config
+from areal_like.errors import ArealError, DeadlineError, RunFinishedError
+from areal_like.runtime.logs import follow_level
+from areal_like.runtime.waits import PendingWaits
+from areal_like.security.keyring import Keyring
+from areal_like.shards import WHOLE, Shard
+from areal_like.wire.addresses import buffer_addresses, buffer_lookup
+from areal_like.wire.buffer_connection import BufferConnection
+from areal_like.wire.limits import bounded_stats, shortened
+from areal_like.wire.messages.hello import Goodbye, Hello
+from areal_like.wire.messages.producer import (
+    BATCH_BYTES,
+    AbortLeases,
+    HeartbeatAck,
+    Lease,
+    Leases,
+    ReturnLeases,
+    SampleAcks,
+    SampleDone,
+    SampleFailed,
+    Samples,
+    ServerHeartbeat,
+    ServerState,
+)
+from rollout_server.leases.held_leases import HeldLeases, Place, SampleResult
+
+log = logging.getLogger(__name__)
+
+_HELLO_TIMEOUT_S = 5.0
+_RESEND_AFTER_S = 5.0
+"""An acknowledgement takes milliseconds; after this long, the result or its acknowledgement was lost."""
+_GOODBYE_TIMEOUT_S = 2.0
+_LARGE_RISE = 0.1
+"""Rise of the capacity that is announced before the next heartbeat is due, as a fraction of the samples that
+may be at the engine."""
+_EARLY_HEARTBEAT_S = 0.05
+"""After this time, if it still lasts."""
+
+
+class BufferClient:
+    """The connection to one buffer. Create it in its event loop; `run` registers and sends heartbeats."""
+
+    def __init__(
+        self,
+        config: Config,
+        shard: Shard = WHOLE,
+        *,
+        hello: Callable[[], Hello],
+        held: HeldLeases,
+        waits: PendingWaits,
+        on_leases: Callable[[list[Lease]], None],
+        on_abort: Callable[[list[int]], None],
+        on_drain: Callable[[], None] = lambda: None,
+        on_finished: Callable[[], None] = lambda: None,
+        keyring: Keyring | None = None,
+    ) -> None:
+        """`hello` returns the current registration; `on_abort` is called with the leases that the buffer has
+        aborted, `on_drain` when an operator drains the server, `on_finished` when the run is finished."""
+        self._config = config
+        self._shard = shard
+        self._hello = hello
+        self._held = held
+        self._waits = waits
+        self._on_leases = on_leases
+        self._on_abort = on_abort
+        self._buffer = BufferConnection(
+            buffer_addresses(config)[shard.index],
+            max_message_bytes=config.buffer.max_message_bytes,
+            on_message=self._on_message,
+            on_hello_required=self._wake,
+            on_fatal=self._end,
+            on_drain=on_drain,
+            on_finished=on_finished,
+            keyring=keyring,
+            on_reopened=self._wake,
+            look_up=buffer_lookup(config, shard.index),
+        )
+        self._on_finished = on_finished
+        self._loop = asyncio.get_running_loop()
+        self._heartbeat_now = asyncio.Event()
+        self._announced_samples = 0
+        """`HeldLeases.capacity_samples` of the last heartbeat."""
+        self._is_checking = False
+        """True while `_heartbeat_if_room` is scheduled."""
+        self._outbox: list[SampleResult] = []
+        """Results delivered in this turn of the loop, sent together."""
+        self._fatal: ArealError | None = None
+        self.state = ServerState.STARTING
+        self.weights_version = 0
+        self.stats: dict[str, float] = {}
+        """Sent with every heartbeat."""
+        self.newest_version = 0
+        """Newest weights version that the buffer has allocated, as of its last answer."""
+        self.num_refused: dict[str, int] = {}
+        """Samples that the buffer refused, by reason."""
+
+    @property
+    def problem(self) -> str:
+        """The reason why the buffer cannot be used now; empty if it can."""
+        if not self._buffer.is_registered:
+            return f"not registered at the buffer ({self._buffer.address})"
+        if self._buffer.is_silent:
+            return f"the buffer ({self._buffer.address}) has been silent for {self._buffer.silent_s:.0f} s"
+        return ""
+
+    async def run(self) -> None:
+        """Registers, and sends heartbeats until cancelled.
+
+        Raises RefusedError or ArealError when the buffer refuses this server or the job has failed.
+        """
+        while True:
+            if not self._buffer.is_registered or self._buffer.is_silent:
+                await self._register()
+            self._send_heartbeat()
+            # A buffer that is out of disk queues one reply per resend, so do not resend.
+            if not self._buffer.is_stuck:
+                self._resend(older_than_s=_RESEND_AFTER_S)
+            try:
+                async with asyncio.timeout(self._config.daemon.heartbeat_s):
+                    await self._heartbeat_now.wait()
+            except TimeoutError:
+                pass
+            self._heartbeat_now.clear()
+            if self._fatal is not None:
+                raise self._fatal
+
+    def announce(self, *, state: ServerState | None = None, weights_version: int | None = None) -> None:
+        """Changes the announced state or version, and sends a heartbeat in the next turn of the loop."""
+        self.state = self.state if state is None else state
+        self.weights_version = self.weights_version if weights_version is None else weights_version
+        self._wake()
+
+    def deliver(self, result: SampleResult) -> None:
+        """Sends a result, and sends it again until it is acknowledged.
+
+        Results delivered in the same turn of the loop are sent together.
+        """
+        if self._held.finish(result, now_s=self._loop.time()):
+            if not self._outbox:
+                self._loop.call_soon(self._flush)
+            self._outbox.append(result)
+
+    def moved(self, lease_id: int, sample_index: int, place: Place) -> None:
+        """A sample has left the engine, or has come back to it.
+
+        The buffer sees the credit that a finished sample leaves when the sample arrives, but not this one.
+        So that the engine is not idle until the next heartbeat, a large rise is announced at once. A rise
+        that ends within milliseconds (a fast reward) is not worth a message.
+        """
+        self._held.moved(lease_id, sample_index, place)
+        if not self._is_checking and self._has_more_room():
+            self._is_checking = True
+            self._loop.call_later(_EARLY_HEARTBEAT_S, self._heartbeat_if_room)
+
+    def _heartbeat_if_room(self) -> None:
+        self._is_checking = False
+        if self._has_more_room():
+            self._wake()
+
+    def _has_more_room(self) -> bool:
+        num_more = self._held.capacity_samples - self._announced_samples
+        return self.state is ServerState.SERVING and num_more > self._held.engine_samples * _LARGE_RISE
+
+    def give_back(self, *, reason: str) -> list[int]:
+        """Gives every lease with a missing sample back to the buffer; returns their ids."""
+        leases = self._held.drop_unfinished()
+        if leases:
+            self._flush()  # first, so that finished samples of these leases still count
+            self._buffer.send(ReturnLeases(leases=leases, reason=shortened(reason)))
+        return leases
+
+    async def leave(self) -> None:
+        """Ends a drain: gives leases back, waits a short time for acknowledgements, sends goodbye."""
+        if not self._buffer.is_registered:
+            return
+        self.give_back(reason="draining")
+        self._send_heartbeat()
+        try:
+            async with asyncio.timeout(_GOODBYE_TIMEOUT_S):
+                while self._held.num_unacknowledged:
+                    await asyncio.sleep(0.02)
+            await self._buffer.call(Goodbye(stats=bounded_stats(self.stats)), timeout_s=_GOODBYE_TIMEOUT_S)
+        except (TimeoutError, ArealError) as error:
+            log.info("the buffer did not confirm the goodbye: %s", error)
+
+    def close(self) -> None:
+        """Closes the socket. Unacknowledged results are lost; their leases expire at the buffer."""
+        self._outbox.clear()
+        self._buffer.close()
+
+    async def _register(self) -> None:
+        for attempt in itertools.count(1):
+            hello = dataclasses.replace(self._hello(), shard=self._shard.index, num_shards=self._shard.count)
+            try:
+                with self._waits(f"{self._shard.name}: welcome"):
+                    welcome = await self._buffer.register(hello, timeout_s=_HELLO_TIMEOUT_S)
+                break
+            except RunFinishedError:
+                self._on_finished()
+                with self._waits(f"{self._shard.name}: the run is finished"):
+                    await asyncio.Event().wait()  # the drain cancels it
+            except DeadlineError:
+                if self._fatal is not None:
+                    raise self._fatal from None
+                if attempt.bit_count() == 1:  # log attempts 1, 2, 4, 8, ...: a buffer may be down for days
+                    log.warning("no welcome from the buffer at %s yet", self._buffer.address)
+        log.info("registered at %s: job %s, step %d", self._buffer.address, welcome.job, welcome.step)
+        self.newest_version = max(self.newest_version, welcome.newest_version)
+        self._outbox.clear()  # its results are also unacknowledged, so they are sent by the next line
+        self._resend(older_than_s=0)
+
+    def _resend(self, *, older_than_s: float) -> None:
+        """Sends again the results that may have been lost with a connection."""
+        self._outbox += self._held.to_resend(now_s=self._loop.time(), older_than_s=older_than_s)
+        self._flush()
+
+    def _flush(self) -> None:
+        results, self._outbox = self._outbox, []
+        samples = (result for result in results if isinstance(result, SampleDone))
+        max_bytes = min(BATCH_BYTES, self._config.buffer.max_message_bytes // 2)
+        for batch in Samples.batches(samples, max_bytes=max_bytes):
+            self._buffer.send(batch)
+        for result in results:
+            if isinstance(result, SampleFailed):
+                self._buffer.send(dataclasses.replace(result, error=shortened(result.error)))
+
+    def _send_heartbeat(self) -> None:
+        self._flush()  # first: the credit counts samples in the outbox as sent
+        self._announced_samples = self._held.capacity_samples
+        self._buffer.send(
+            ServerHeartbeat(
+                state=self.state,
+                free_samples=self._held.free_samples if self.state is ServerState.SERVING else 0,
+                holding_samples=self._held.holding_samples,
+                weights_version=self.weights_version,
+                leases=self._held.lease_ids,
+                stats=bounded_stats(self.stats),
+                waits=self._waits.longest(),
+            )
+        )
+
+    def _on_message(self, message: Any) -> None:
+        match message:
+            case SampleAcks():
+                self._acknowledge(message)
+            case Leases():
+                self._take(message.leases)
+            case AbortLeases():
+                self._on_abort(self._held.drop(message.leases))
+                self._wake()
+            case HeartbeatAck():
+                self.newest_version = max(self.newest_version, message.newest_version)
+                follow_level(message.log_level)
+            case _:
+                log.warning("unexpected %s from the buffer", type(message).__name__)
+
+    def _acknowledge(self, message: SampleAcks) -> None:
+        for ack in message.acks:
+            self._held.acknowledge(ack)
+            if ack.refused:
+                num_refused = self.num_refused.get(ack.refused, 0)
+                self.num_refused[ack.refused] = num_refused + len(ack.sample_indices)
+
+    def _take(self, leases: list[Lease]) -> None:
+        if self.state is not ServerState.SERVING:  # granted before the buffer had received the new state
+            lease_ids = [lease.lease_id for lease in leases]
+            self._buffer.send(ReturnLeases(leases=lease_ids, reason=self.state.value))
+            return
+        self._on_leases([lease for lease in leases if self._held.grant(lease)])
+
+    def _end(self, error: ArealError) -> None:
+        self._fatal = self._fatal or error
+        self._wake()
+
+    def _wake(self) -> None:
+        """Sends the next heartbeat (or registers) in the next turn of the loop."""
+        self._heartbeat_now.set()

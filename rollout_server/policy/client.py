@@ -1,0 +1,350 @@
+"""The client of an inference engine: SGLang's HTTP API, used for both the embedded engine and a real SGLang.
+
+Weight versions come from the engine's own reports (`weight_versions` spans); the client never assumes one. An
+engine that dies closes its connections, so every call that waits for it fails at once. Left out: retries. The
+code that holds a generation's lease decides about a retry.
+"""
+
+from __future__ import annotations
+
+import math
+import ssl
+import uuid
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+from areal_like.errors import EngineError
+from areal_like.weights.buckets import Bucket
+from areal_like.weights.integrity import BucketSums
+from rollout_server.policy.batcher import GenerateBatcher
+from rollout_server.policy.http import EngineHttp
+from rollout_server.policy.types import (
+    EngineInfo,
+    Generation,
+    Sampling,
+    SamplingClient,
+    parse_scores,
+    parse_weight_version,
+)
+
+
+class EngineClient:
+    """Asynchronous client of one engine at `base_url` (`http://host:port`). All failures are EngineError.
+
+    Use as an async context manager or call `close()`. One client belongs to one event loop.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        api_key: str = "",
+        tls: ssl.SSLContext | None = None,
+        connect_timeout_s: float = 5.0,
+        control_timeout_s: float = 30.0,
+        stream_interval: int = 0,
+    ) -> None:
+        """`tls`: how an https engine is checked; None: with the certificates of the system.
+        `stream_interval`: tokens between two chunks of a sequence; 0: as the engine does it."""
+        self._http = EngineHttp(
+            base_url,
+            api_key=api_key,
+            tls=tls,
+            connect_timeout_s=connect_timeout_s,
+            control_timeout_s=control_timeout_s,
+        )
+        self._batcher = GenerateBatcher(self._http, stream_interval=stream_interval)
+        self.stop_texts = self._batcher.stop_texts
+        """Requests with stop texts need its `tokenizer`."""
+        self._connect_timeout_s = connect_timeout_s
+        self.base_url = self._http.base_url
+        self.info = EngineInfo()
+        """Filled by `fetch_info`."""
+        self.progress: tuple[float, ...] = ()
+        """Counts that change with every step of the engine, as `load` saw them last."""
+        self._is_paused = False
+        self._num_loads = 0
+        """Calls in progress that load weights."""
+        self.caches_prefixes = False
+        """True if the engine computes a prompt once that several requests share."""
+
+    async def __aenter__(self) -> EngineClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    @property
+    def is_closed(self) -> bool:
+        """True once `close` was called."""
+        return self._http.is_closed
+
+    async def close(self) -> None:
+        """Aborts every request at the engine; pending and later calls raise EngineError."""
+        self._http.refuse_calls()
+        await self._batcher.close()
+        await self._http.close()
+
+    # Generation
+
+    async def generate(
+        self,
+        input_ids: Sequence[int],
+        *,
+        sampling: Sampling,
+        rid: str | None = None,
+        timeout_s: float = math.inf,
+    ) -> Generation:
+        """Samples one continuation of `input_ids`.
+
+        `rid`: id of the request for `abort`, unique among those in flight. If any client aborts it, returns
+        the partial tokens with finish_reason ABORT, and those sampled within `timeout_s` with TIMEOUT.
+        Cancelling the caller aborts the request. Raises PromptRefusedError if the engine refused the prompt,
+        EngineTimeoutError if there was no token in time, and EngineError for other refusals or its death.
+        """
+        return await self._batcher.generate(input_ids, sampling=sampling, rid=rid, timeout_s=timeout_s)
+
+    @property
+    def num_generating(self) -> int:
+        """Calls of `generate` that have not returned."""
+        return self._batcher.num_open
+
+    @property
+    def is_held(self) -> bool:
+        """True while this client has paused the engine or has it load weights: no request advances then."""
+        return self._is_paused or self._num_loads > 0
+
+    def episode(self, *, on_first_token: Callable[[], None] | None = None) -> SamplingClient:
+        """The client with which one episode samples all its turns; `on_first_token` is called if this engine
+        reports it."""
+        return self
+
+    def renew_cache_salt(self) -> None:
+        """Call while the engine is paused, before its weights change, where prefixes are kept: later episodes
+        share none with earlier ones. Does nothing for an engine that keeps none."""
+
+    async def score(self, tokens: Sequence[int], *, first: int) -> tuple[list[float], int]:
+        """Log-probs, at temperature 1, of the tokens from index `first` (at least 1); and the version that
+        gave them."""
+        body: dict[str, Any] = {
+            "input_ids": list(tokens),
+            "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
+            "return_logprob": True,
+            "logprob_start_len": first - 1,
+        }
+        if self.caches_prefixes:
+            body["cache_salt"] = uuid.uuid4().hex  # nothing that was computed before may be used
+        answer = await self._http.call("POST", "/generate", body)
+        return parse_scores(answer, num_scored=len(tokens) - first)
+
+    async def abort(self, rid: str | None = None) -> None:
+        """Aborts one request, or all with `rid=None`; their generate() calls return the partial tokens.
+
+        Unknown rids are ignored.
+        """
+        body = {"abort_all": True} if rid is None else {"rid": self._batcher.wire_rid(rid)}
+        await self._http.call("POST", "/abort_request", body)
+
+    async def pause(self, mode: str = "abort") -> None:
+        """Stops decoding until `resume`; new requests wait.
+
+        `mode`: `abort` (running requests return their partial tokens), `in_place` (the KV cache is kept) or
+        `retract` (the KV cache is rebuilt when resumed).
+        """
+        self._is_paused = True
+        await self._http.call("POST", "/pause_generation", {"mode": mode})
+
+    async def resume(self) -> None:
+        """Continues decoding after `pause`."""
+        await self._http.call("POST", "/continue_generation", {})
+        self._is_paused = False
+
+    # Weights
+
+    async def init_weights_group(
+        self,
+        *,
+        master_address: str,
+        master_port: int,
+        rank_offset: int,
+        world_size: int,
+        group_name: str,
+        backend: str,
+        timeout_s: float,
+        secret: str = "",
+    ) -> None:
+        """Joins a weight group, which rank 0 must do at the same time; returns once all have joined.
+
+        `secret`: key of the group's rendezvous, for an engine with `info.authenticates_store`.
+        """
+        body = {
+            "master_address": master_address,
+            "master_port": master_port,
+            "rank_offset": rank_offset,
+            "world_size": world_size,
+            "group_name": group_name,
+            "backend": backend,
+            "timeout_s": timeout_s,
+            **({"secret": secret} if secret else {}),
+        }
+        await self._http.call(
+            "POST", "/init_weights_update_group", body, timeout_s=timeout_s + self._connect_timeout_s
+        )
+
+    async def destroy_weights_group(self, *, group_name: str) -> None:
+        """Leaves the group. Raises EngineError if the engine is not in it."""
+        await self._http.call("POST", "/destroy_weights_update_group", {"group_name": group_name})
+
+    async def begin_weight_update(self) -> None:
+        """Opens an update session; the engine accepts buckets only inside a session. Discards an open one."""
+        await self._http.call("POST", "/begin_weight_update", {})
+
+    async def update_weights_from_distributed(
+        self,
+        bucket: Bucket,
+        *,
+        group_name: str,
+        timeout_s: float,
+        flattened: bool = True,
+        weight_version: int | None = None,
+        flush_cache: bool = False,
+    ) -> None:
+        """Receives one bucket, which rank 0 must be sending at the same time; returns once it is received.
+
+        `weight_version`: for SGLang only, with the last bucket (the embedded engine gets the version in
+        `end_weight_update`).
+        """
+        body = {
+            **bucket.to_dict(),
+            "group_name": group_name,
+            "load_format": "flattened_bucket" if flattened else None,
+            "flush_cache": flush_cache,
+            "abort_all_requests": False,
+        }
+        if weight_version is not None:
+            body["weight_version"] = str(weight_version)
+        await self._load_weights("/update_weights_from_distributed", body, timeout_s=timeout_s)
+
+    async def receive_weights(
+        self, buckets: Sequence[Bucket], *, group_name: str, timeout_s: float, integrity: str = "none"
+    ) -> BucketSums:
+        """Embedded engine only: opens a session and receives all buckets of a push, in order, in one call.
+
+        Returns the sums of the buckets, with digests if `integrity` is `sha256`. `timeout_s` is enforced by
+        the engine, so that the error is the engine's own.
+        """
+        body = {
+            "buckets": [bucket.to_dict() for bucket in buckets],
+            "group_name": group_name,
+            "timeout_s": timeout_s,
+            "integrity": integrity,
+        }
+        answer = await self._http.call(
+            "POST", "/receive_weights", body, timeout_s=timeout_s + self._connect_timeout_s
+        )
+        return BucketSums(
+            checksums=[int(checksum) for checksum in answer.get("checksums", ())],
+            digests=[str(digest) for digest in answer.get("digests", ())],
+        )
+
+    async def end_weight_update(
+        self, *, weight_version: int | None = None, running: str = "recompute", timeout_s: float
+    ) -> dict[str, Any]:
+        """Embedded engine: verifies what the session received and activates it between two decode steps.
+        SGLang: closes the session.
+
+        `running`: `recompute` or `keep` the KV cache of running sequences. Returns the engine's answer, which
+        contains `stall_s` if it is the embedded engine. Raises EngineError if the engine refused the update;
+        the embedded engine then still has its old weights.
+        """
+        body: dict[str, Any] = {"running": running}
+        if weight_version is not None:
+            body["weight_version"] = str(weight_version)
+        answer: dict[str, Any] = await self._http.call(
+            "POST", "/end_weight_update", body, timeout_s=timeout_s
+        )
+        return answer
+
+    async def update_weights_from_disk(self, path: str, *, weight_version: int, timeout_s: float) -> None:
+        """Loads a Hugging Face directory (safetensors) and activates it under `weight_version`."""
+        body = {"model_path": path, "weight_version": str(weight_version)}
+        await self._load_weights("/update_weights_from_disk", body, timeout_s=timeout_s)
+
+    async def set_weight_version(self, version: int) -> None:
+        """SGLang only: sets the version of the loaded weights, which later sampled tokens carry."""
+        body = {"new_version": str(version), "abort_all_requests": False}
+        await self._http.call("POST", "/update_weight_version", body)
+
+    async def weights_checksum(self, *, timeout_s: float) -> str:
+        """SGLang only: a digest of all parameters over all ranks of the engine; works while paused."""
+        body = {"action": "checksum"}
+        answer = await self._http.call("POST", "/weights_checker", body, timeout_s=timeout_s)
+        return str(answer["per_engine_checksum"])
+
+    async def synchronize(self, *, timeout_s: float) -> None:
+        """SGLang only: waits until its GPUs have done what the engine has begun, by a checksum of no tensor.
+
+        It answers a pause before its last batch is computed, and over NCCL a bucket before it has arrived.
+        """
+        body = {"action": "checksum", "skip_tensor_list": [""]}  # the empty text is a part of every name
+        await self._http.call("POST", "/weights_checker", body, timeout_s=timeout_s)
+
+    async def flush_cache(self) -> None:
+        """Drops cached prefixes."""
+        await self._http.call("GET", "/flush_cache")
+
+    # State
+
+    async def health(self) -> bool:
+        """True if the engine answers and can generate."""
+        try:
+            await self._http.call("GET", "/health", timeout_s=self._connect_timeout_s)
+        except EngineError:
+            return False
+        return True
+
+    async def model_info(self) -> dict[str, Any]:
+        """`/model_info`: `model_path`, `weight_version`, ..."""
+        info: dict[str, Any] = await self._http.call("GET", "/model_info")
+        return info
+
+    async def weight_version(self) -> int:
+        """The version that is active now."""
+        return parse_weight_version((await self.model_info()).get("weight_version"))
+
+    async def server_info(self) -> dict[str, Any]:
+        """`/server_info`: the engine's options, and the embedded engine's `load`."""
+        info: dict[str, Any] = await self._http.call("GET", "/server_info")
+        return info
+
+    async def load(self) -> dict[str, float]:
+        """Running and waiting sequences, and the fraction of the KV memory in use; tokens, retractions, busy
+        and idle seconds since the engine's start."""
+        load: dict[str, float] = (await self.server_info()).get("load", {})
+        self.progress = tuple(
+            float(load.get(key, 0)) for key in ("steps", "prefilled_tokens", "running", "waiting")
+        )
+        num_rows = load.get("rows", 0)
+        return load | {
+            "kv_usage": load.get("running", 0) / num_rows if num_rows else 0.0,
+            "prompt_tokens": self._batcher.num_prompt_tokens,
+            "cached_prompt_tokens": self._batcher.num_cached_tokens,
+        }
+
+    async def metrics(self) -> bytes:
+        """The engine's page in Prometheus' format."""
+        return await self._http.fetch("GET", "/metrics", timeout_s=self._connect_timeout_s)
+
+    async def _load_weights(self, path: str, body: dict[str, Any], *, timeout_s: float) -> None:
+        self._num_loads += 1
+        try:
+            await self._http.call("POST", path, body, timeout_s=timeout_s)
+        finally:
+            self._num_loads -= 1
+
+    async def fetch_info(self) -> None:
+        """Fills `info` from the engine."""
+        self.info = EngineInfo.from_server_info(await self.server_info())

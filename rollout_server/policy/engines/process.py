@@ -1,0 +1,296 @@
+"""An engine as a child process: start, wait until ready, watch, stop; and the embedded engine's process.
+
+    STOPPED -> start() -> (port file appears, /health answers) -> RUNNING -> stop(), or it dies -> STOPPED
+
+The engine is a separate process, so that decoding and the stream of samples do not share Python's interpreter
+lock, and so that the server survives a crash of the engine, returns its leases and starts another engine. The
+engine dies with this process. It binds loopback only, and each engine gets a new random API key through a
+pipe, so that no other user of the machine can use it. SGLang's processes are in sglang/process.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import signal
+import subprocess
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+
+from areal_like.automatic_settings import compute_dtype, start_limit_s
+from areal_like.config import Config
+from areal_like.errors import ConfigError, EngineError
+from areal_like.hosts import LOOPBACK
+from areal_like.paths import RunPaths
+from areal_like.runtime.daemon import cancelled_on_exit
+from areal_like.runtime.logs import OUTPUT_FILE, LogBounds, Outputs
+from rollout_server.policy.batcher import MAX_BATCH
+from rollout_server.policy.client import EngineClient
+from rollout_server.policy.gate import GenerationGate
+from rollout_server.weights.shadow import ShadowWeightUpdate
+from rollout_server.weights.strategy import OnQuarantine, OnUntrusted, WeightUpdateStrategy
+
+_POLL_S = 0.05
+_STOP_TIMEOUT_S = 5.0
+_LOG_LINES, _LOG_LINE_CHARS = 8, 200
+"""Log lines, and characters of each line, quoted in an error message: SGLang logs all options in one line."""
+_TAIL_BYTES = 64 << 10
+"""Bytes read from the end of the log to find those lines: the read blocks the event loop, and a log may be
+large."""
+_SPARE_CONNECTIONS = 256
+"""Connections for weight updates, aborts and the engine's state, beyond those of generation."""
+_PUSH_BODY_BYTES = 16 << 20
+"""Names and shapes of the tensors of a push: about 100 bytes each."""
+_BYTES_PER_TOKEN = 10
+"""A token id and its comma in JSON."""
+_BYTES_PER_PROMPT = 1024
+"""Request id and sampling parameters of a prompt in JSON."""
+_BAD_SETTINGS_EXIT_CODE = 2
+"""The engine's exit code when it refuses its options, the model or the device. A restart would fail too."""
+
+
+class EngineProcess(ABC):
+    """An `Engine` that is a child process. Every `start` creates a new process on a new port."""
+
+    def __init__(self, config: Config, *, name: str, model: str, context_tokens: int) -> None:
+        """`model`: argument for `from_pretrained`; `context_tokens`: longest sequence in tokens."""
+        self._config = config
+        self._name = name
+        self._model = model
+        self._context_tokens = context_tokens
+        self.log_path = RunPaths.of(config).logs / f"{name}-engine.log"
+        Outputs.bound(self.log_path, LogBounds.of(config.daemon))
+        self._process: subprocess.Popen[bytes] | None = None
+        self.api_key = ""
+        """The key of the newest engine."""
+        self.num_starts = 0
+
+    @property
+    def pid(self) -> int:
+        """Process id; 0 when stopped."""
+        return self._process.pid if self._process is not None else 0
+
+    @abstractmethod
+    def weight_update_strategy(
+        self, *, gate: GenerationGate, on_quarantine: OnQuarantine, on_untrusted: OnUntrusted
+    ) -> WeightUpdateStrategy:
+        """The strategy that updates this engine's weights from version to version."""
+
+    @property
+    def is_running(self) -> bool:
+        """True while the process runs."""
+        return self._process is not None and self._process.poll() is None
+
+    async def start(self, *, version: int) -> EngineClient:
+        """Starts an engine with the model's weights as `version`; returns a client once it can generate.
+
+        Raises EngineError, with the end of the engine's log, if it dies or if `start_limit_s` passes without
+        progress, and ConfigError if it refuses its options. A longer log is progress until the engine
+        listens: after that it also logs the requests of this process.
+        """
+        assert not self.is_running
+        self._launch(version=version)
+        self.num_starts += 1
+        timeout_s = start_limit_s(self._config)
+        try:
+            async with asyncio.timeout(timeout_s) as limit:
+                watching = asyncio.create_task(self._extend_while_logging(limit, timeout_s))
+                async with cancelled_on_exit(watching):
+                    port = await self._port()
+                    await self._listening(port)
+                    watching.cancel()
+                    return await self._connect(port)
+        except TimeoutError:
+            await self._end()
+            raise EngineError(
+                f"engine was not ready, and has not logged anything for {timeout_s:.0f} s "
+                f"(rollout.start_timeout_s){self._log_end()}"
+            ) from None
+
+    async def died(self) -> str:
+        """Waits until the process has ended; returns the reason for a log line or an error."""
+        assert self._process is not None
+        process = self._process
+        while (code := process.poll()) is None:
+            await asyncio.sleep(_POLL_S)
+        return f"engine ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}{self._log_end()}"
+
+    async def stop(self) -> None:
+        """Sends SIGTERM, then SIGKILL if the process does not end in time."""
+        if self._process is None:
+            return
+        if self.is_running:
+            self._process.send_signal(signal.SIGTERM)
+        try:
+            async with asyncio.timeout(_STOP_TIMEOUT_S):
+                await self.died()
+            self._process = None
+        except TimeoutError:
+            await self._end()
+
+    def kill(self) -> None:
+        """Sends SIGKILL and does not wait: the process may be stuck in the kernel. `died` reaps it."""
+        if self._process is not None:
+            self._process.kill()
+
+    async def _end(self) -> None:
+        """Kills the process and waits for its end, for a limited time."""
+        self.kill()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_STOP_TIMEOUT_S):
+                await self.died()
+        self._process = None
+
+    @abstractmethod
+    def _command(self, *, version: int, key_file: str) -> list[str]:
+        """Command line of a new engine, which reads its API key from `key_file`."""
+
+    def _environment(self) -> dict[str, str]:
+        threads = str(self._config.rollout.num_threads)
+        return os.environ | {"OMP_NUM_THREADS": threads, OUTPUT_FILE: str(self.log_path)}
+
+    @abstractmethod
+    async def _port(self) -> int:
+        """Waits for the port that the new engine listens on. Raises EngineError if it ends first."""
+
+    def _client(self, url: str) -> EngineClient:
+        """A client of the engine at `url`."""
+        return EngineClient(url, api_key=self.api_key)
+
+    def _launch(self, *, version: int) -> None:
+        self.api_key = secrets.token_hex(32)
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        with _pipe_with(self.api_key) as key_fd, self.log_path.open("ab") as log_file:
+            command = self._command(version=version, key_file=f"/dev/fd/{key_fd}")
+            # A new process group: some engines consist of several processes, which are killed together.
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log_file,
+                stderr=log_file,
+                env=self._environment(),
+                pass_fds=(key_fd,),
+                start_new_session=True,
+            )
+
+    async def _extend_while_logging(self, limit: asyncio.Timeout, timeout_s: float) -> None:
+        """Moves the limit to `timeout_s` after every growth of the engine's log."""
+        num_bytes = 0
+        while True:
+            grown = self.log_path.stat().st_size if self.log_path.exists() else 0
+            if grown != num_bytes:
+                num_bytes = grown
+                limit.reschedule(asyncio.get_running_loop().time() + timeout_s)
+            await asyncio.sleep(_POLL_S)
+
+    async def _listening(self, port: int) -> None:
+        """Waits until the new engine accepts connections. Raises as `_check_alive`."""
+        while True:
+            self._check_alive()
+            try:
+                _, writer = await asyncio.open_connection(LOOPBACK, port)
+            except OSError:
+                await asyncio.sleep(_POLL_S)
+                continue
+            writer.close()
+            return
+
+    async def _connect(self, port: int) -> EngineClient:
+        client = self._client(f"http://{LOOPBACK}:{port}")
+        try:
+            while not await client.health():
+                self._check_alive()
+                await asyncio.sleep(_POLL_S)
+            await client.fetch_info()
+        except BaseException:  # cancellation included: it must not leak the client's connections
+            await client.close()
+            raise
+        return client
+
+    def _check_alive(self) -> None:
+        assert self._process is not None
+        code = self._process.poll()
+        if code == _BAD_SETTINGS_EXIT_CODE:
+            last_line = _tail(self.log_path).rpartition("\n")[2].strip()
+            raise ConfigError(f"the engine refuses its settings: {last_line} (log: {self.log_path})")
+        if code is not None:
+            raise EngineError(f"engine ended with code {code} before it was ready{self._log_end()}")
+
+    def _log_end(self) -> str:
+        return f" (log: {self.log_path}){_tail(self.log_path)}"
+
+
+class EmbeddedProcess(EngineProcess):
+    """The embedded engine as a child process. The kernel picks its port; the engine writes it to a file."""
+
+    def weight_update_strategy(
+        self, *, gate: GenerationGate, on_quarantine: OnQuarantine, on_untrusted: OnUntrusted
+    ) -> WeightUpdateStrategy:
+        """The strategy that receives into shadow weights. `on_quarantine` is not needed: only a verified
+        update is activated."""
+        return ShadowWeightUpdate(gate=gate, on_untrusted=on_untrusted)
+
+    @property
+    def _port_file(self) -> Path:
+        return RunPaths.of(self._config).endpoints / f"{self._name}-engine.port"
+
+    def _command(self, *, version: int, key_file: str) -> list[str]:
+        rollout = self._config.rollout
+        self._port_file.parent.mkdir(parents=True, exist_ok=True)
+        self._port_file.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "rollout_server.engine"]
+        for key, value in {
+            "model-path": self._model,
+            "api-key-file": key_file,
+            "port": 0,
+            "port-file": self._port_file,
+            "device": rollout.engine_device,
+            "dtype": compute_dtype(self._config),
+            "max-running-requests": rollout.max_running,
+            "context-length": self._context_tokens,
+            "weights-from": RunPaths.of(self._config).checkpoints,
+            "max-body-bytes": longest_body(self._context_tokens),
+            "max-connections": _SPARE_CONNECTIONS + 4 * (rollout.max_running + rollout.queue_samples),
+            "weight-version": version,
+            "random-seed": self._config.seed,
+            "num-threads": rollout.num_threads,
+        }.items():
+            command += [f"--{key}", str(value)]
+        return [*command, "--enable-fp32-lm-head"] if self._config.model.fp32_head else command
+
+    async def _port(self) -> int:
+        while True:
+            self._check_alive()
+            if self._port_file.exists():
+                return int(self._port_file.read_text())
+            await asyncio.sleep(_POLL_S)
+
+
+def longest_body(context_tokens: int) -> int:
+    """Bytes that a request to the engine may need: a full batch of prompts, or the tensors of a push."""
+    return _PUSH_BODY_BYTES + MAX_BATCH * (_BYTES_PER_TOKEN * context_tokens + _BYTES_PER_PROMPT)
+
+
+@contextlib.contextmanager
+def _pipe_with(text: str) -> Iterator[int]:
+    """The descriptor of a pipe from which the text can be read once."""
+    reading, writing = os.pipe()
+    try:
+        os.write(writing, text.encode())
+        os.close(writing)
+        yield reading
+    finally:
+        os.close(reading)
+
+
+def _tail(path: Path) -> str:
+    if not path.exists():
+        return ""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+        lines = file.read().decode(errors="replace").splitlines()[-_LOG_LINES:]
+    return "".join(f"\n    {line[:_LOG_LINE_CHARS]}" for line in lines)

@@ -1,0 +1,334 @@
+"""SGLang as this server's engine: started in a separate Python environment, or already running at a URL.
+
+The environment is separate because SGLang pins versions of torch and transformers. A process that this server
+has started is ended with SIGKILL: it holds no state that is needed later, and it reacts to a request to drain
+only after up to five seconds. An engine at a URL is reset at every start, because an earlier client may have
+left it paused, in an update session or with other weights. It counts as lost when it stops answering;
+"restarting" it means resetting it again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from areal_like.automatic_settings import start_limit_s
+from areal_like.config import Config
+from areal_like.errors import ConfigError, EngineError
+from areal_like.hosts import LOOPBACK
+from areal_like.runtime.tied_exec import foreign_environment
+from areal_like.security.tokens import read_secret
+from areal_like.weights.foreign_torch import torch_versions
+from rollout_server.policy.client import EngineClient
+from rollout_server.policy.engines.process import EngineProcess
+from rollout_server.policy.engines.sglang import launch_with_key
+from rollout_server.policy.engines.sglang.engine_checks import (
+    UNUSABLE_TOKENS,
+    check_context_option,
+    check_server_info,
+)
+from rollout_server.policy.engines.sglang.launch_options import launch_options
+from rollout_server.policy.gate import GenerationGate
+from rollout_server.policy.sglang_client import SglangClient
+from rollout_server.weights.checkpoint_shapes import CheckpointShapes
+from rollout_server.weights.in_place import SglangWeightUpdate
+from rollout_server.weights.strategy import OnQuarantine, OnUntrusted, WeightUpdateStrategy
+
+BUILT_PYTHON = Path("areal_like/sglang/bin/python")
+"""Interpreter that `make sglang` builds, below the cache directory."""
+_POLL_S = 0.5
+_PROBE_S = 2.0
+_LOST_AFTER_S = 15.0
+"""An engine at a URL that has not answered for this long is lost."""
+_CHECK_TIMEOUT_S = 60.0
+_PORTS = {"http": 80, "https": 443}
+_MODULE_CHECK = "import importlib.util, sys; sys.exit(importlib.util.find_spec('sglang') is None)"
+
+
+def find_python(configured: str) -> str:
+    """The interpreter to start SGLang with. Raises ConfigError if SGLang is installed for none."""
+    if configured:
+        candidates = [str(Path(configured).expanduser())]
+    else:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        candidates = [sys.executable, str(cache / BUILT_PYTHON)]
+    for candidate in candidates:
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            environment = foreign_environment(os.environ)
+            command = [candidate, "-c", _MODULE_CHECK]
+            check = subprocess.run(
+                command, env=environment, stderr=subprocess.DEVNULL, check=False, timeout=_CHECK_TIMEOUT_S
+            )
+            if check.returncode == 0:
+                return candidate
+    raise ConfigError(
+        f"rollout.engine=sglang: no SGLang in {' or '.join(candidates)}: set rollout.sglang.python to the "
+        "interpreter of an environment that has it, or build one for this CPU with `make sglang`"
+    )
+
+
+def server_index(name: str) -> int:
+    """The number at the end of a server's name: 2 for `rollout-2`; 0 if there is no number."""
+    number = name.rpartition("-")[2]
+    return int(number) if number.isdigit() else 0
+
+
+class SglangProcess(EngineProcess):
+    """A `sglang.launch_server` started by this process."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        name: str,
+        model: str,
+        context_tokens: int,
+        max_positions: int,
+        vocab_size: int,
+    ) -> None:
+        """`max_positions`: longest sequence of the model, in tokens.
+
+        Raises ConfigError if no interpreter with SGLang is found, or if `--context-length` in
+        `rollout.sglang.args` is too short for the job.
+        """
+        super().__init__(config, name=name, model=model, context_tokens=context_tokens)
+        check_context_option(config.rollout.sglang.args, context_tokens=context_tokens)
+        self._context_length = min(context_tokens + UNUSABLE_TOKENS, max_positions)
+        self._python = find_python(config.rollout.sglang.python)
+        self._nccl_version = ""
+        if config.rollout.engine_device.startswith("cuda") and (versions := torch_versions(self._python)):
+            self._nccl_version = versions.nccl
+        self._index = server_index(name)
+        self._vocab_size = vocab_size
+        self._chosen_port = 0
+
+    def weight_update_strategy(
+        self, *, gate: GenerationGate, on_quarantine: OnQuarantine, on_untrusted: OnUntrusted
+    ) -> WeightUpdateStrategy:
+        """Pauses and loads in place. Raises ConfigError if the model has no readable safetensors."""
+        return SglangWeightUpdate(
+            shapes=CheckpointShapes.of(self._model),
+            gate=gate,
+            on_quarantine=on_quarantine,
+            on_untrusted=on_untrusted,
+            reload_timeout_s=start_limit_s(self._config),
+        )
+
+    async def stop(self) -> None:
+        """Kills the engine and waits for its end, for a limited time."""
+        if self._process is not None:
+            await self._end()
+
+    def kill(self) -> None:
+        """Kills the engine and its scheduler processes."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    def _command(self, *, version: int, key_file: str) -> list[str]:
+        # SGLang cannot pick a free port and report it. If another process takes this port meanwhile, SGLang
+        # ends and is started again.
+        with socket.socket() as probe:
+            probe.bind((LOOPBACK, 0))
+            self._chosen_port = probe.getsockname()[1]
+        options = launch_options(
+            self._config, model=self._model, port=self._chosen_port, version=version, index=self._index,
+            context_length=self._context_length,
+        )  # fmt: skip
+        return [
+            sys.executable,
+            "-m",
+            "areal_like.runtime.tied_exec",
+            self._python,
+            launch_with_key.__file__,
+            key_file,
+            *options,
+        ]
+
+    def _environment(self) -> dict[str, str]:
+        rollout = self._config.rollout
+        environment = super()._environment()
+        if rollout.engine_device == "cpu":
+            environment["SGLANG_USE_CPU_ENGINE"] = "1"
+        return environment | {key: str(value) for key, value in rollout.sglang.env.items()}
+
+    async def _port(self) -> int:
+        return self._chosen_port
+
+    async def _connect(self, port: int) -> EngineClient:
+        client = await super()._connect(port)
+        try:
+            check_server_info(
+                await client.server_info(), name="the engine", context_tokens=self._context_tokens
+            )
+        except BaseException:
+            await client.close()
+            raise
+        return client
+
+    def _client(self, url: str) -> EngineClient:
+        return SglangClient(
+            url,
+            vocab_size=self._vocab_size,
+            nccl_version=self._nccl_version,
+            api_key=self.api_key,
+        )
+
+
+class SglangAtUrl:
+    """An SGLang that this server neither starts nor ends; an `Engine`."""
+
+    pid = 0
+    """This server has started no process."""
+
+    def __init__(
+        self, config: Config, *, name: str, model: str, context_tokens: int, vocab_size: int
+    ) -> None:
+        """Raises ConfigError if the file with the API key or with certificates cannot be used."""
+        self._config = config
+        self._context_tokens = context_tokens
+        self._model = model
+        sglang = config.rollout.sglang
+        self._url = sglang.url.replace("{index}", str(server_index(name)))
+        self._access: dict[str, Any] = {
+            "api_key": _key_in(sglang.api_key_file),
+            "tls": _tls_of(sglang.ca_file),
+        }
+        self._vocab_size = vocab_size
+        self._abandoned = asyncio.Event()
+        self.num_starts = 0
+
+    def weight_update_strategy(
+        self, *, gate: GenerationGate, on_quarantine: OnQuarantine, on_untrusted: OnUntrusted
+    ) -> WeightUpdateStrategy:
+        """Pauses and loads in place. Raises ConfigError if the model has no readable safetensors."""
+        return SglangWeightUpdate(
+            shapes=CheckpointShapes.of(self._model),
+            gate=gate,
+            on_quarantine=on_quarantine,
+            on_untrusted=on_untrusted,
+            reload_timeout_s=start_limit_s(self._config),
+        )
+
+    async def start(self, *, version: int) -> EngineClient:
+        """Resets the engine and loads the weights at `model.path` as `version`.
+
+        Raises EngineError if the engine refuses or is not ready within `start_limit_s`, and ConfigError if
+        its options contradict the configuration.
+        """
+        self._abandoned.clear()
+        self.num_starts += 1
+        timeout_s = start_limit_s(self._config)
+        client = SglangClient(
+            self._url,
+            vocab_size=self._vocab_size,
+            **self._access,
+        )
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not await client.health():
+                    with contextlib.suppress(EngineError):  # a paused engine is not ready either
+                        await client.resume()
+                    await asyncio.sleep(_POLL_S)
+                await self._reset(client, version=version)
+        except TimeoutError:
+            await client.close()
+            raise EngineError(
+                f"no engine was ready at rollout.sglang.url={self._url} "
+                f"within {timeout_s:.0f} s (rollout.start_timeout_s)"
+            ) from None
+        except BaseException:  # a cancelled start, too, must not leak the client's connections
+            await client.close()
+            raise
+        return client
+
+    async def died(self) -> str:
+        """Waits until the engine is silent for too long, stops listening or `kill` is called.
+
+        Returns the reason.
+        """
+        loop = asyncio.get_running_loop()
+        async with EngineClient(self._url, **self._access) as probe:
+            answered_s, num_refused = loop.time(), 0
+            while loop.time() - answered_s < _LOST_AFTER_S:
+                try:
+                    await probe.model_info()
+                    answered_s, num_refused = loop.time(), 0
+                except EngineError:
+                    # Check for a closed port, to return early: each lease taken in the meantime would fail at
+                    # once and use up one of its ticket's retries.
+                    num_refused = num_refused + 1 if await _refuses(self._url) else 0
+                    if num_refused == 2:
+                        return f"no server listens at {self._url} any more"
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_POLL_S if num_refused else _PROBE_S):
+                        await self._abandoned.wait()
+                        return f"the engine at {self._url} was abandoned"
+        return f"the engine at {self._url} has been silent for {_LOST_AFTER_S:g} s"
+
+    async def stop(self) -> None:
+        """Leaves the engine running; closing the connections has aborted this server's requests."""
+
+    def kill(self) -> None:
+        """Abandons the engine: `died` returns, so that `start` can reset it."""
+        self._abandoned.set()
+
+    async def _reset(self, client: SglangClient, *, version: int) -> None:
+        check_server_info(
+            await client.server_info(),
+            name=f"the engine at rollout.sglang.url={self._url}",
+            context_tokens=self._context_tokens,
+        )
+        await client.fetch_info()
+        await client.abort()
+        with contextlib.suppress(EngineError):  # SGLang answers 400 if no session is open
+            await client.end_weight_update(timeout_s=_PROBE_S)
+        await client.update_weights_from_disk(
+            self._model, weight_version=version, timeout_s=start_limit_s(self._config)
+        )
+
+
+def _key_in(file: str) -> str:
+    """The API key in a file; empty if no file is named. Raises ConfigError."""
+    try:
+        return read_secret(Path(file).expanduser()) if file else ""
+    except FileNotFoundError:
+        raise ConfigError(f"rollout.sglang.api_key_file={file}: no such file") from None
+
+
+def _tls_of(ca_file: str) -> ssl.SSLContext | None:
+    """Checks certificates with those in a file; None if no file is named. Raises ConfigError."""
+    try:
+        return ssl.create_default_context(cafile=Path(ca_file).expanduser()) if ca_file else None
+    except OSError as error:  # ssl.SSLError is one
+        raise ConfigError(f"rollout.sglang.ca_file={ca_file}: {error.strerror or error}") from None
+
+
+async def _refuses(url: str) -> bool:
+    """True if the host refuses connections at every address; False if it does not answer at all."""
+    parts, loop = urlsplit(url), asyncio.get_running_loop()
+    num_refused = 0
+    try:
+        async with asyncio.timeout(_PROBE_S):
+            for family, kind, protocol, _, address in await loop.getaddrinfo(
+                parts.hostname, parts.port or _PORTS[parts.scheme], type=socket.SOCK_STREAM
+            ):
+                with socket.socket(family, kind, protocol) as probe:
+                    probe.setblocking(False)
+                    try:
+                        await loop.sock_connect(probe, address)
+                        return False
+                    except ConnectionRefusedError:
+                        num_refused += 1
+    except (OSError, TimeoutError):
+        return False
+    return num_refused > 0

@@ -1,0 +1,189 @@
+"""Keeps an engine running: starts it with the newest checkpoint, replaces it when it dies or stands still.
+
+    STARTING -> on_ready -> RUNNING -> (died, or replaced) -> on_lost -> backoff -> STARTING ...
+                                          `-> too many deaths in a row -> EngineError
+
+An engine starts with the run's newest checkpoint if this machine can see it, under the version that the
+trainer gave it; otherwise with the weights at `model.path`.
+
+An engine stands still when it answers nothing, or when it has requests and no count of its load changes. The
+limit is on the engine and not on each request: a request advances with the engine, and one that waits in the
+engine's queue is not late. While a push or a load of weights holds the engine, neither time runs: those calls
+have limits of their own, and the engine may not answer then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from areal_like.errors import EngineError
+from areal_like.runtime.progress import ProgressClock
+from areal_like.weights.snapshots_on_disk import newest_snapshot
+from rollout_server.policy.client import EngineClient
+from rollout_server.policy.engines.engine import Engine
+from rollout_server.weights.strategy import WeightUpdateStrategy
+
+log = logging.getLogger(__name__)
+
+INITIAL_VERSION = 0
+"""Version of the weights at `model.path`."""
+_MAX_DEATHS_IN_A_ROW = 5
+"""The server exits after this many deaths in a row, each within `_HEALTHY_AFTER_S` of the engine's start."""
+_HEALTHY_AFTER_S = 30.0
+_FIRST_BACKOFF_S = 0.5
+_LATE_S = 2.0
+"""An engine that answers or advances later than this is listed among the waits."""
+_MAX_SILENCE_S = 60.0
+"""An engine that runs but has not answered for this long is replaced, unless it loads weights."""
+
+
+class EngineSupervisor:
+    """One engine at a time. `run` is its task; `load` is called every heartbeat."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        strategy: WeightUpdateStrategy,
+        *,
+        model: str,
+        checkpoints: Path,
+        load_timeout_s: float,
+        stall_timeout_s: float,
+        starting: Callable[[], AbstractContextManager[None]],
+        on_ready: Callable[[EngineClient, int], None],
+        on_lost: Callable[[], None],
+    ) -> None:
+        """`stall_timeout_s`: longest time in which an engine with requests may make no progress.
+
+        `starting` returns a context in which each start runs. `on_ready` is called with the client and the
+        loaded version, `on_lost` when `client` is None already, but its connections are still open."""
+        self._engine = engine
+        self._strategy = strategy
+        self._model = model
+        self._checkpoints = checkpoints
+        self._load_timeout_s = load_timeout_s
+        self._starting = starting
+        self._on_ready = on_ready
+        self._on_lost = on_lost
+        self._stall_timeout_s = stall_timeout_s
+        self._answered_s = asyncio.get_running_loop().time()
+        self._progress = ProgressClock(now_s=self._answered_s)
+        self._is_paused = False
+        """True if the engine said so in its last answer."""
+        self.client: EngineClient | None = None
+        """Client of the running engine; None while there is none."""
+
+    async def run(self) -> None:
+        """Runs until cancelled.
+
+        Raises EngineError or ConfigError if a start fails, and EngineError if engines keep dying.
+        """
+        loop = asyncio.get_running_loop()
+        num_deaths = 0
+        while True:
+            started_s = loop.time()
+            with self._starting():
+                client = await self._engine.start(version=INITIAL_VERSION)
+                path, version = await self._load_newest(client)
+                await self._strategy.engine_started(client, path=path, version=version)
+            self.client = client
+            self._on_ready(client, version)
+            reason = await self._engine.died()
+            await self._lose(reason)
+            num_deaths = 1 if loop.time() - started_s > _HEALTHY_AFTER_S else num_deaths + 1
+            if num_deaths >= _MAX_DEATHS_IN_A_ROW:
+                raise EngineError(reason)
+            await asyncio.sleep(_FIRST_BACKOFF_S * 2 ** (num_deaths - 1))
+
+    def waits(self) -> dict[str, float]:
+        """What the engine owes for longer than `_LATE_S` -> seconds. Nothing while a push holds it."""
+        client = self.client
+        if client is None or client.is_held:
+            return {}
+        now_s = asyncio.get_running_loop().time()
+        found = {}
+        if (silent_s := now_s - self._answered_s) > _LATE_S:
+            found["engine: an answer"] = silent_s
+        if client.num_generating and (stalled_s := now_s - self._progress.last_s) > _LATE_S:
+            found["engine: paused" if self._is_paused else "engine: a token"] = stalled_s
+        return {name: round(seconds, 3) for name, seconds in found.items()}
+
+    async def load(self) -> dict[str, Any]:
+        """The engine's load, or {} if it does not answer. Replaces one that stands still for too long."""
+        loop = asyncio.get_running_loop()
+        load: dict[str, Any] = {}
+        client = self.client
+        if client is None or client.is_held:
+            self._answered_s = loop.time()
+            self._progress.advance(now_s=loop.time())
+        if client is None:
+            return load
+        try:
+            load = await client.load()
+            self._answered_s = loop.time()
+            self._is_paused = bool(load.get("paused"))
+        except EngineError as error:
+            log.info("the engine did not report its load: %s", error)
+            silent_s = loop.time() - self._answered_s
+            if silent_s > _MAX_SILENCE_S and not client.is_held:
+                self.replace(f"silent for {silent_s:.0f} s: {error}")
+            return load
+        if client is self.client and not client.is_held:
+            self._watch(client, now_s=loop.time())
+        return load
+
+    def _watch(self, client: EngineClient, *, now_s: float) -> None:
+        """Replaces an engine that has requests and has made no progress for `stall_timeout_s`."""
+        if not client.num_generating:
+            self._progress.advance(now_s=now_s)
+        self._progress.observe("engine", client.progress, now_s=now_s)
+        stalled_s = now_s - self._progress.last_s
+        if stalled_s > self._stall_timeout_s:
+            self._progress.advance(now_s=now_s)  # for the next engine
+            self.replace(
+                f"{client.num_generating} requests have made no progress for {stalled_s:.0f} s "
+                "(rollout.generate_timeout_s)"
+            )
+
+    def replace(self, reason: str) -> None:
+        """Kills the engine; `run` then starts another."""
+        log.error("replacing the engine: %s", reason)
+        self._engine.kill()
+
+    async def close(self) -> None:
+        """Stops the engine. Cancel `run` first."""
+        if self.client is not None:
+            await self.client.close()
+        await self._engine.stop()
+
+    async def _lose(self, reason: str) -> None:
+        log.error("engine lost: %s", reason)
+        client, self.client = self.client, None
+        self._on_lost()
+        if client is not None:
+            await client.close()
+
+    async def _load_newest(self, client: EngineClient) -> tuple[str, int]:
+        """Loads the newest checkpoint, if there is one; returns the loaded directory and version."""
+        newest = newest_snapshot(self._checkpoints)
+        if newest is None:
+            return self._model, INITIAL_VERSION
+        try:
+            await client.update_weights_from_disk(
+                str(newest.path), weight_version=newest.version, timeout_s=self._load_timeout_s
+            )
+        except EngineError as error:
+            log.warning(
+                "%s was not loaded, the engine starts with the run's first weights: %s", newest.path, error
+            )
+            await self._strategy.restore_after_failed_load(
+                client, path=self._model, version=INITIAL_VERSION, timeout_s=self._load_timeout_s
+            )
+            return self._model, INITIAL_VERSION
+        log.info("%s loaded as version %d", newest.path, newest.version)
+        return str(newest.path), newest.version

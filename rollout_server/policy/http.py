@@ -1,0 +1,130 @@
+"""HTTP requests to one engine: calls over one session; every failure is an EngineError.
+
+Answers are bounded, and redirections are not followed: they would take the key to another host.
+"""
+
+from __future__ import annotations
+
+import json
+import ssl
+from typing import Any
+
+import aiohttp
+
+from areal_like.errors import EngineError
+from rollout_server.policy.wire import MAX_ERROR_CHARS
+
+_KEEPALIVE_S = 2.0
+_MAX_ANSWER_BYTES = 64 << 20
+
+
+class EngineHttp:
+    """The HTTP session with one engine.
+
+    OPEN -> refuse_calls() -> REFUSING (`call` raises EngineError) -> close() -> CLOSED
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        api_key: str,
+        tls: ssl.SSLContext | None,
+        connect_timeout_s: float,
+        control_timeout_s: float,
+    ) -> None:
+        """`tls`: how an https engine is checked; None: with the certificates of the system."""
+        self.base_url = base_url.rstrip("/")
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._tls: ssl.SSLContext | bool = tls or True
+        self.connect_timeout_s = connect_timeout_s
+        self._control_timeout_s = control_timeout_s
+        self._session: aiohttp.ClientSession | None = None
+        self.is_closed = False
+
+    def refuse_calls(self) -> None:
+        """Makes every later `call` raise EngineError."""
+        self.is_closed = True
+
+    async def close(self) -> None:
+        """Closes all connections."""
+        self.refuse_calls()
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    @property
+    def session(self) -> aiohttp.ClientSession:
+        """The session, opened on first use."""
+        if self._session is None:
+            # limit=0 is no limit: each stream occupies a connection, and aborts and weight calls must never
+            # queue behind streams. Idle connections are closed before uvicorn closes them after 5 s: a POST
+            # on a connection that the server is closing would be lost, and is not retried.
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S, ssl=self._tls),
+                headers=self._headers,
+            )
+        return self._session
+
+    async def call(
+        self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout_s: float | None = None
+    ) -> Any:
+        """Makes one request; returns the decoded JSON answer, or {} if the answer is plain text.
+
+        Raises EngineError as `fetch` does, and for an answer with `success: false`.
+        """
+        content = await self.fetch(method, path, body, timeout_s=timeout_s)
+        try:
+            answer = json.loads(content)
+        except ValueError:
+            return {}  # SGLang's /health and /flush_cache answer in plain text
+        if isinstance(answer, dict) and answer.get("success") is False:
+            raise EngineError(f"engine {self.base_url}{path}: {answer.get('message', 'success: false')}")
+        return answer
+
+    async def fetch(
+        self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout_s: float | None = None
+    ) -> bytes:
+        """Makes one request; returns the body of the answer.
+
+        Raises EngineError if there is no answer within `timeout_s`, for a status other than 200, and for an
+        answer of more than 64 MiB.
+        """
+        total_s = self._control_timeout_s if timeout_s is None else timeout_s
+        timeout = aiohttp.ClientTimeout(total=total_s, sock_connect=min(total_s, self.connect_timeout_s))
+        name = f"engine {self.base_url}{path}"
+        if self.is_closed:
+            raise EngineError(f"{name}: the client was closed")
+        try:
+            async with self.session.request(
+                method, f"{self.base_url}{path}", json=body, timeout=timeout, allow_redirects=False
+            ) as response:
+                if response.status != 200:
+                    raise EngineError(f"{name}: {await error_text(response)}")
+                return await _content(response)
+        except TimeoutError:
+            raise EngineError(f"{name}: no answer within {total_s:g} s") from None
+        except (aiohttp.ClientError, ConnectionError) as error:
+            raise EngineError(f"{name}: {error or type(error).__name__}") from None
+
+
+async def error_text(response: aiohttp.ClientResponse) -> str:
+    """The message of an error answer. SGLang sends {"error": {"message"}}, {"message"} or plain text."""
+    text = (await _content(response)).decode(errors="replace")
+    try:
+        answer = json.loads(text)
+        inner = answer.get("error", answer) if isinstance(answer, dict) else answer
+        text = str(inner.get("message", inner) if isinstance(inner, dict) else inner)
+    except ValueError:
+        pass
+    return f"HTTP {response.status}: {text[:MAX_ERROR_CHARS]}"
+
+
+async def _content(response: aiohttp.ClientResponse) -> bytes:
+    """The body of an answer. Raises EngineError if it is too long."""
+    content = bytearray()
+    async for piece in response.content.iter_any():
+        content += piece
+        if len(content) > _MAX_ANSWER_BYTES:
+            raise EngineError(f"{response.url}: the answer is longer than {_MAX_ANSWER_BYTES} bytes")
+    return bytes(content)

@@ -1,0 +1,198 @@
+"""The client of an SGLang engine: EngineClient with five differences.
+
+- A token id outside the vocabulary kills the whole SGLang server, so it is refused before it is sent.
+- `/health` generates a token and hangs while the engine is paused, so readiness is read from `/ready`.
+- SGLang reports no cumulative load, so the client counts generated tokens and busy time itself.
+- Each request has a cache salt, so that an episode never starts with a prefix computed under other weights.
+- Each request says how often its tokens are streamed, because an engine at a URL may run with the default.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import math
+import re
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from areal_like.errors import EngineError, PromptRefusedError
+from rollout_server.policy.client import EngineClient
+from rollout_server.policy.types import EngineInfo, Generation, Sampling, SamplingClient
+
+STREAM_INTERVAL = 1 << 20
+"""Tokens between two chunks of a sequence after its first one. A chunk repeats all tokens before it, so the
+bytes of a long answer grow with the square of its length unless the interval is long."""
+_RETRACTIONS_EVERY_S = 2.0
+_RETRACTED = re.compile(rb"^sglang:num_retracted_requests_total\{[^\n]*\} (\S+)$", re.M)
+
+_PROGRESS_KEYS = (
+    "num_running_reqs",
+    "num_waiting_reqs",
+    "num_used_tokens",
+    "num_total_tokens",
+    "total_prefill_uncached_tokens",
+)
+
+
+class SglangClient(EngineClient):
+    """Asynchronous client of one SGLang (0.5.23 and compatible versions)."""
+
+    def __init__(self, base_url: str, *, vocab_size: int, nccl_version: str = "", **options: Any) -> None:
+        """`vocab_size`: rows of the model's embedding; `options`: as of EngineClient.
+
+        `nccl_version`: of the engine, which SGLang does not report; empty: unknown.
+        """
+        super().__init__(base_url, stream_interval=STREAM_INTERVAL, **options)
+        self._vocab_size = vocab_size
+        self._nccl_version = nccl_version
+        self._num_running = 0
+        self._num_tokens = 0
+        self._created_s = self._since_s = asyncio.get_running_loop().time()
+        self._busy_s = 0.0
+        self._salts = (f"{uuid.uuid4().hex}.{number}" for number in itertools.count())
+        self.cache_salt = next(self._salts)
+        """The salt of episodes that start now: it stands for the weights that the engine holds."""
+        self.caches_prefixes = True
+        self._num_retractions, self._retractions_due_s = 0, 0.0
+
+    def renew_cache_salt(self) -> None:
+        """As EngineClient.renew_cache_salt."""
+        self.cache_salt = next(self._salts)
+
+    def episode(self, *, on_first_token: Callable[[], None] | None = None) -> SamplingClient:
+        """As EngineClient.episode; all turns have the salt of the weights at the episode's first request."""
+        return _Episode(self, on_first_token=on_first_token)
+
+    async def generate(
+        self,
+        input_ids: Sequence[int],
+        *,
+        sampling: Sampling,
+        rid: str | None = None,
+        timeout_s: float = math.inf,
+        cache_salt: str = "",
+        on_first_token: Callable[[], None] | None = None,
+    ) -> Generation:
+        """As EngineClient.generate. Refuses ids outside the vocabulary, in the prompt and as stop tokens.
+
+        `cache_salt`: only prefixes computed with the same salt are used; empty: the present one.
+        `on_first_token` is called when the prompt is computed and another request can use its prefix; not if
+        there is only one token.
+        """
+        self._check_ids(input_ids, PromptRefusedError, name="input_ids")
+        self._check_ids(sampling.stop_token_ids, EngineError, name="stop_token_ids")
+        self._count_running(+1)
+        try:
+            generation = await self._batcher.generate(
+                input_ids,
+                sampling=sampling,
+                rid=rid,
+                timeout_s=timeout_s,
+                cache_salt=cache_salt or self.cache_salt,
+                on_first_token=on_first_token,
+            )
+        finally:
+            self._count_running(-1)
+        self._num_tokens += len(generation.output_ids)
+        return generation
+
+    async def score(self, tokens: Sequence[int], *, first: int) -> tuple[list[float], int]:
+        """As EngineClient.score. Refuses ids outside the vocabulary."""
+        self._check_ids(tokens, EngineError, name="tokens")
+        return await super().score(tokens, first=first)
+
+    async def fetch_info(self) -> None:
+        """As EngineClient.fetch_info; also finds out if the engine has a prefix cache.
+
+        SGLang loads weights in place and does not report its NCCL version.
+        """
+        answer = await self.server_info()
+        info = EngineInfo.from_server_info(answer)
+        self.info = replace(info, loads_in_place=True, nccl_version=info.nccl_version or self._nccl_version)
+        self.caches_prefixes = not answer.get("disable_radix_cache")
+
+    def _check_ids(self, ids: Sequence[int], error: type[EngineError], *, name: str) -> None:
+        outside = next((token for token in ids if not 0 <= token < self._vocab_size), None)
+        if outside is not None:
+            raise error(f"{name}: token id {outside} is outside the vocabulary of {self._vocab_size}")
+
+    async def health(self) -> bool:
+        """True if the engine has started and accepts requests; False while it is paused."""
+        try:
+            await self._http.call("GET", "/ready", timeout_s=self._connect_timeout_s)
+        except EngineError:
+            return False
+        return True
+
+    async def load(self) -> dict[str, float]:
+        """Sequences as the engine reports them; tokens and seconds as counted by this client."""
+        queues = (await self._http.call("GET", "/v1/loads"))["loads"]
+        self._count_running(0)
+        # Not `timestamp`, which changes also while the scheduler stands still. A sequence is streamed as one
+        # chunk, so its tokens show only here: as KV entries in use, and as decode steps (`decode_moments`).
+        self.progress = tuple(
+            float(queue.get(key) or 0) for queue in queues for key in _PROGRESS_KEYS
+        ) + tuple(float((queue.get("decode_moments") or [0])[0]) for queue in queues)
+        return {
+            "running": sum(queue["num_running_reqs"] for queue in queues),
+            "waiting": sum(queue["num_waiting_reqs"] for queue in queues),
+            "kv_usage": max((float(queue.get("token_usage", 0.0)) for queue in queues), default=0.0),
+            "retractions": await self._retractions(),
+            "prompt_tokens": self._batcher.num_prompt_tokens,
+            "cached_prompt_tokens": self._batcher.num_cached_tokens,
+            "generated_tokens": self._num_tokens,
+            "busy_s": self._busy_s,
+            "idle_s": self._since_s - self._created_s - self._busy_s,
+        }
+
+    async def _retractions(self) -> int:
+        """Sequences that the engine has retracted for lack of KV memory. Only its page of metrics has them:
+        `num_retractions` of an answer also counts those of a weight update, and comes at its end."""
+        now_s = asyncio.get_running_loop().time()
+        if now_s >= self._retractions_due_s:
+            self._retractions_due_s = now_s + _RETRACTIONS_EVERY_S
+            with contextlib.suppress(EngineError, ValueError):  # at a URL it may run without metrics
+                counts = _RETRACTED.findall(await self.metrics())
+                self._num_retractions = int(sum(map(float, counts)))
+        return self._num_retractions
+
+    def _count_running(self, change: int) -> None:
+        """Adds the time since the last call to the busy time if requests were running."""
+        now_s = asyncio.get_running_loop().time()
+        if self._num_running:
+            self._busy_s += now_s - self._since_s
+        self._since_s = now_s
+        self._num_running += change
+
+
+class _Episode:
+    """A `SamplingClient` of one episode."""
+
+    def __init__(self, client: SglangClient, *, on_first_token: Callable[[], None] | None) -> None:
+        self._client = client
+        self._cache_salt = ""
+        self._on_first_token = on_first_token
+
+    async def generate(
+        self,
+        input_ids: Sequence[int],
+        *,
+        sampling: Sampling,
+        rid: str | None = None,
+        timeout_s: float = math.inf,
+    ) -> Generation:
+        """As SglangClient.generate."""
+        # Not before: the episode may have waited for its turn (GenerationGate) while weights were pushed.
+        self._cache_salt = self._cache_salt or self._client.cache_salt
+        return await self._client.generate(
+            input_ids,
+            sampling=sampling,
+            rid=rid,
+            timeout_s=timeout_s,
+            cache_salt=self._cache_salt,
+            on_first_token=self._on_first_token,
+        )

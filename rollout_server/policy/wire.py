@@ -1,0 +1,194 @@
+"""Encodes the bodies of `POST /generate`, and parses its answers: server-sent events, or frames in the packed
+form of the embedded engine (packed_generate.py).
+
+A batch request streams the events of all its sequences, each with the `index` of its sequence in the batch.
+Events before the last one of a sequence repeat what the last one contains, so only the last one is parsed.
+SGLang reports an error of one sequence (a prompt that is too long) as an event without an index, after it has
+answered with status 200, and ends the stream.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+import aiohttp
+import msgpack
+import numpy as np
+from numpy.typing import NDArray
+
+from areal_like.errors import EngineError, PromptRefusedError
+from areal_like.trajectory import FinishReason
+from areal_like.wire.unpacking import unpack
+from rollout_server.frames import HEADER
+from rollout_server.packed_generate import MEDIA_TYPE, pack_tokens, unpack_logprobs, unpack_tokens
+from rollout_server.policy.types import Generation, parse_weight_version
+
+MAX_EVENT_BYTES = 64 << 20
+MAX_ERROR_CHARS = 500
+"""An engine's error message is cut to this length."""
+_PROMPT_STATUSES = (400, 413, 422)
+_FINISH_REASONS = {reason.value: reason for reason in FinishReason if reason is not FinishReason.TIMEOUT}
+"""Reasons that an engine gives; it knows nothing of our time limit."""
+
+
+def encode_request(
+    rids: Sequence[str],
+    prompts: Sequence[Sequence[int]],
+    sampling_params: Sequence[Mapping[str, Any]],
+    *,
+    keeps_prefix: Sequence[bool],
+    cache_salts: Sequence[str],
+    is_packed: bool,
+) -> tuple[bytes, dict[str, str]]:
+    """The body of a batch, which is streamed, and its headers. Each argument has one entry for a prompt."""
+    body: dict[str, Any] = {
+        "rid": rids,
+        "input_ids": [_prompt(prompt, is_packed=is_packed) for prompt in prompts],
+        "sampling_params": sampling_params,
+        "return_logprob": True,
+        "stream": True,
+    }
+    if any(keeps_prefix):
+        body["keep_prefix"] = keeps_prefix
+    if any(cache_salts):
+        body["cache_salt"] = cache_salts
+    content = msgpack.packb(body) if is_packed else json.dumps(body).encode()
+    headers = {
+        "Accept": f"{MEDIA_TYPE}, text/event-stream",
+        "Content-Type": MEDIA_TYPE if is_packed else "application/json",
+    }
+    return content, headers
+
+
+def _prompt(prompt: Sequence[int], *, is_packed: bool) -> bytes | list[int]:
+    if is_packed:
+        with contextlib.suppress(OverflowError):  # the engine says what is wrong with such a token
+            return pack_tokens(prompt)
+    return list(map(int, prompt))
+
+
+async def read_events(stream: aiohttp.StreamReader) -> AsyncIterator[dict[str, Any]]:
+    """Yields the object of each `data: {json}` line until `data: [DONE]`; other lines are skipped.
+
+    Raises ValueError for an event that is too long or not an object, and for an error event EngineError or
+    PromptRefusedError with the engine's message.
+    """
+    buffered = bytearray()
+    async for piece in stream.iter_any():
+        buffered += piece
+        if len(buffered) > MAX_EVENT_BYTES:
+            raise ValueError(f"event longer than {MAX_EVENT_BYTES} bytes")
+        if b"\n" not in piece:
+            continue
+        *lines, rest = bytes(buffered).split(b"\n")
+        buffered = bytearray(rest)
+        for line in lines:
+            if not line.startswith(b"data:"):
+                continue
+            data = line[5:].strip()
+            if data == b"[DONE]":
+                return
+            yield _checked(json.loads(data))
+
+
+async def read_frames(stream: aiohttp.StreamReader) -> AsyncIterator[dict[str, Any]]:
+    """As `read_events`, for frames; the one without content is the last."""
+    buffered = bytearray()
+    async for piece in stream.iter_any():
+        buffered += piece
+        start = 0
+        while len(buffered) - start >= HEADER.size:
+            (size,) = HEADER.unpack_from(buffered, start)
+            if size > MAX_EVENT_BYTES:
+                raise ValueError(f"frame longer than {MAX_EVENT_BYTES} bytes")
+            if size == 0:
+                return
+            end = start + HEADER.size + size
+            if len(buffered) < end:
+                break
+            events = unpack(bytes(buffered[start + HEADER.size : end]))
+            if not isinstance(events, list):
+                raise ValueError("frame is not a list")
+            start = end
+            for event in events:
+                yield _checked(event)
+        del buffered[:start]
+
+
+def _checked(event: Any) -> dict[str, Any]:
+    """An event that reports no error."""
+    if not isinstance(event, dict):
+        raise ValueError("event is not an object")
+    if "error" in event:
+        raise _error_of(event["error"])
+    return event
+
+
+def refusal(status: int, message: str) -> EngineError:
+    """The exception for an engine's error with this HTTP status."""
+    kind = PromptRefusedError if status in _PROMPT_STATUSES else EngineError
+    return kind(message[:MAX_ERROR_CHARS])
+
+
+def _error_of(error: Any) -> EngineError:
+    fields = error if isinstance(error, dict) else {"message": error}
+    code = fields.get("code")
+    # SGLang gives no code: it sends these events for requests that it finds invalid.
+    return refusal(code if isinstance(code, int) else 400, str(fields.get("message", error)))
+
+
+def is_last(event: dict[str, Any]) -> bool:
+    """True if this event ends its sequence. Raises KeyError or TypeError for a malformed event."""
+    return event["meta_info"]["finish_reason"] is not None
+
+
+def output_tokens(event: dict[str, Any]) -> NDArray[np.int32]:
+    """The tokens of an event. Raises as `parse_generation`."""
+    tokens = event["output_ids"]
+    return unpack_tokens(tokens) if isinstance(tokens, bytes) else np.asarray(tokens, dtype=np.int32)
+
+
+def _logprobs(entries: Any) -> NDArray[np.float32]:
+    if isinstance(entries, bytes):
+        return unpack_logprobs(entries)
+    return np.asarray([entry[0] for entry in entries], dtype=np.float32)
+
+
+def parse_generation(event: dict[str, Any]) -> Generation:
+    """The generation in the last event of a sequence.
+
+    Raises EngineError or PromptRefusedError if the engine aborted the request because of an error, ValueError
+    if lengths disagree, a token has no version or the finish reason is unknown, and KeyError, TypeError or
+    AttributeError for a malformed event.
+    """
+    meta = event["meta_info"]
+    reason = meta["finish_reason"]
+    output_ids, logprobs = output_tokens(event), _logprobs(meta["output_token_logprobs"])
+    if logprobs.shape != output_ids.shape:
+        raise ValueError(f"{len(output_ids)} tokens but {len(logprobs)} log-probs")
+    whole_output = {"version": meta.get("weight_version"), "start": 0, "end": len(output_ids)}
+    versions = np.full(output_ids.shape, -1, dtype=np.int32)
+    for span in meta.get("weight_versions") or [whole_output]:
+        versions[int(span["start"]) : int(span["end"])] = parse_weight_version(span["version"])
+    if versions.size and versions.min() < 0:
+        raise ValueError("weight_versions do not cover the output")
+    kind = str(reason["type"])
+    matched = reason.get("matched")
+    status = int(reason.get("status_code") or 200)
+    if kind == FinishReason.ABORT.value and status >= 400:
+        raise refusal(status, f"the engine aborted a request with an error: {reason.get('message')}")
+    if kind not in _FINISH_REASONS:
+        raise ValueError(f"unknown finish reason {kind[:MAX_ERROR_CHARS]!r}")
+    return Generation(
+        output_ids=output_ids,
+        logprobs=logprobs,
+        versions=versions,
+        finish_reason=_FINISH_REASONS[kind],
+        matched=matched if isinstance(matched, int) else None,
+        message=str(reason.get("message") or ""),
+        num_prompt_tokens=int(meta.get("prompt_tokens") or 0),
+        num_cached_tokens=int(meta.get("cached_tokens") or 0),
+    )

@@ -1,0 +1,305 @@
+"""Runs leases: each sample is one asyncio task that generates, scores and reports its result.
+
+    lease -> prompt -> each sample: episode (engine) -> reward (worker process) -> SampleDone | SampleFailed
+    lease -----------> each sample: environment (worker process) <-> engine -> reward -> as above
+    lease -> example > each sample: session <-> engine -> reward -> as above
+
+A sample starts as soon as its prompt is ready; a task with environments needs none. Samples whose prompts are
+ready together start in the same turn of the event loop, so that the engine client can send them as one
+request. Nothing is retried here: a failed sample is reported with the kind of its failure, and the buffer
+decides about a retry. Where `buffer.on_failure` says `zero` and there are sampled tokens, it is a sample with
+reward 0 instead. A sample that is lost with the engine is not reported: the server gives its lease back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import partial
+
+from areal_like.config import Config, EvalSetConfig
+from areal_like.config.evaluation import DEFAULT_SET
+from areal_like.errors import AgentLostError, EngineError, EpisodeError, RewardError
+from areal_like.failures import FailureKind
+from areal_like.spans import recorder
+from areal_like.trajectory import FinishReason
+from areal_like.wire.messages.producer import Lease, SampleDone
+from areal_like.wire.records import Record
+from rollout_server.eval_sets import EvalSet
+from rollout_server.leases.held_leases import Place, SampleResult
+from rollout_server.policy.client import EngineClient
+from rollout_server.policy.gate import GenerationGate
+from rollout_server.rewards.pool import RewardPool
+from rollout_server.sample.attempts.base import NOT_WANTED, Attempt, SessionMaker
+from rollout_server.sample.attempts.environments import Environments
+from rollout_server.sample.attempts.failed_sample import FailedSample
+from rollout_server.sample.attempts.maker import AttemptMaker
+from rollout_server.sample.base import Episode, Tokenizer
+from rollout_server.sample.prompt_leader import PromptLeader, needs_leader
+from rollout_server.sample.prompt_loader import FailedPrompt, NoTokens, Prompt, PromptLoader
+from rollout_server.tasks.base import Task
+
+log = logging.getLogger(__name__)
+
+_ENGINE_GRACE_S = 0.5
+"""Wait after a failed request before its sample is reported as failed. If the engine is dying, requests fail
+shortly before the server notices the engine's end; these samples must not be reported."""
+_CLOSE_TIMEOUT_S = 5.0
+_TRIES_OF_BROKEN_AGENTS = 4
+"""Tries of all agents for each one that counts."""
+
+
+class AgentTries:
+    """The tries of one sample by external agents. Pure.
+
+    Broken agents must not use them up for samples that others can make, so those of an agent whose sample
+    before was not made either do not count, up to a limit: with one agent, all failures may be of one sample.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._left = most
+        self._left_of_all = _TRIES_OF_BROKEN_AGENTS * most
+
+    def goes_on(self, error: AgentLostError) -> bool:
+        """After a try that has failed: True if the sample is offered again."""
+        self._left -= error.is_of_sample
+        self._left_of_all -= 1
+        return min(self._left, self._left_of_all) > 0
+
+
+async def _record_of(attempt: Attempt, lease: Lease, sample_index: int) -> Record:
+    trajectory = await attempt.make()
+    try:
+        return Record.of(lease.ticket_id, sample_index, trajectory)
+    except ValueError as error:  # too many components
+        raise RewardError(f"the reward cannot be stored: {error}") from None
+
+
+class LeaseRunner:
+    """Runs leases on the current engine. Belongs to one event loop; `close` cancels everything."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        task: Task,
+        tokenizer: Tokenizer,
+        stop_token_ids: tuple[int, ...],
+        episode: Episode,
+        rewards: RewardPool,
+        gate: GenerationGate,
+        on_result: Callable[[SampleResult], None],
+        on_move: Callable[[int, int, Place], None] = lambda lease_id, sample_index, place: None,
+        environments: Environments | None = None,
+        sessions: SessionMaker | None = None,
+        eval_sets: Mapping[str, EvalSet] | None = None,
+    ) -> None:
+        """`on_result` is called once per sample, unless its lease was cancelled or the engine lost;
+        `on_move` with (lease id, sample index, place) when a sample leaves the engine or comes back.
+        `environments`, `sessions`: for a task that has some; else each sample is an `episode`. `eval_sets`:
+        by name; without it there is one, with the held-out prompts of `task` and greedy answers."""
+        new_maker = partial(
+            AttemptMaker,
+            config,
+            stop_token_ids=stop_token_ids,
+            episode=episode,
+            gate=gate,
+            on_move=on_move,
+        )
+        of_job = partial(
+            new_maker,
+            task=task,
+            tokenizer=tokenizer,
+            environments=environments,
+            sessions=sessions,
+            rewards=rewards,
+        )
+        self._makers = {"": of_job()}
+        """By name of the evaluation set; empty: training."""
+        if eval_sets is None:
+            self._makers[DEFAULT_SET] = of_job(eval_set=EvalSetConfig())
+        for name, one in (eval_sets or {}).items():
+            self._makers[name] = new_maker(
+                task=one.task,
+                tokenizer=one.renderer,
+                environments=one.environments,
+                sessions=one.sessions,
+                rewards=one.rewards,
+                eval_set=one.settings,
+            )
+        self._on_result = on_result
+        self._on_failure = config.buffer.on_failure
+        self._num_tries = 1 + config.buffer.max_sample_retries
+        """Of a sample that external agents do not make, counted as `AgentLostError` says. The buffer
+        hears of it only then: what agents do says nothing about server or task."""
+        self._prompts = PromptLoader(
+            task,
+            tokenizer if sessions is None else NoTokens(),
+            timeout_s=config.rollout.reward_timeout_s,
+            eval_sets={
+                name: (one.task, one.renderer if one.sessions is None else NoTokens())
+                for name, one in (eval_sets or {}).items()
+            },
+        )
+        self._waiting: list[Lease] = []
+        """Leases whose prompts are not being loaded yet."""
+        self._loading: asyncio.Task[None] | None = None
+        self._samples: dict[int, set[asyncio.Task[None]]] = {}
+        """Tasks by lease; a lease is removed when its last task ends, or when it is cancelled."""
+        self.engine: EngineClient | None = None
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Gets the exception of a prompt or sample task that raises unexpectedly."""
+        self._began_s: dict[tuple[int, int], float] = {}
+        """Lease and index of each sample in progress -> when it began."""
+        self.num_done = 0
+        self.num_finished = Counter[FinishReason]()
+        """Those by the reason for their end."""
+        self.num_failed = Counter[FailureKind]()
+        """Failed samples by kind, those with reward 0 included."""
+
+    @property
+    def seconds_in_progress(self) -> float:
+        """Time that the samples in progress have taken so far, added up."""
+        now_s = time.monotonic()
+        return sum(now_s - began_s for began_s in self._began_s.values())
+
+    def start(self, leases: list[Lease]) -> None:
+        """Starts every sample of these leases."""
+        self._samples |= {lease.lease_id: set() for lease in leases}
+        for lease in leases:
+            maker = self._makers.get(lease.eval_set)
+            if maker is None:
+                reason = f"this server has no evaluation set {lease.eval_set}"
+                self._start_samples(lease, FailedPrompt(reason=reason))
+            elif maker.needs_prompt:
+                self._waiting.append(lease)
+            else:
+                self._start_samples(lease, None)
+        if not self._waiting:
+            return
+        if self._loading is None or self._loading.done():
+            self._loading = asyncio.create_task(self._load_prompts())
+            self._loading.add_done_callback(self._report_unexpected)
+
+    def cancel(self, lease_ids: list[int], *, reason: str = NOT_WANTED) -> None:
+        """Cancels the samples of these leases; their requests at the engine are aborted.
+
+        `reason`: what clients of their sessions are told.
+        """
+        for lease_id in lease_ids:
+            for task in self._samples.pop(lease_id, set()):
+                task.cancel(reason)
+
+    async def close(self) -> None:
+        """Cancels everything and waits for it."""
+        loading = {self._loading} if self._loading is not None else set()
+        tasks = loading.union(*self._samples.values())
+        for task in tasks:
+            task.cancel("the server is draining")
+        if tasks:
+            await asyncio.wait(tasks, timeout=_CLOSE_TIMEOUT_S)
+        self._prompts.close()
+
+    def _report_unexpected(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None and not self.failed.done():
+            self.failed.set_exception(error)
+
+    async def _load_prompts(self) -> None:
+        """Loads the prompts of all waiting leases, in the order in which the leases were granted."""
+        while self._waiting:
+            leases, self._waiting = self._waiting, []
+            await self._prompts.load(leases, is_wanted=self._is_wanted, on_prompt=self._start_samples)
+
+    def _is_wanted(self, lease: Lease) -> bool:
+        return lease.lease_id in self._samples
+
+    def _start_samples(self, lease: Lease, prompt: Prompt | FailedPrompt | None) -> None:
+        """`prompt`: None if the environment gives it."""
+        if self._is_wanted(lease):  # the lease may have been cancelled in the meantime
+            leader = PromptLeader(self._leader_of(lease, prompt))
+            for sample_index in lease.sample_indices:
+                self._start_sample(lease, sample_index, prompt, leader)
+
+    def _leader_of(self, lease: Lease, prompt: Prompt | FailedPrompt | None) -> int | None:
+        """The sample that computes the prompt before the others; None if all start at once."""
+        is_needed = isinstance(prompt, Prompt) and needs_leader(
+            num_prompt_tokens=len(prompt.tokens_P),
+            num_samples=len(lease.sample_indices),
+            caches_prefixes=self.engine is not None and self.engine.caches_prefixes,
+        )
+        return lease.sample_indices[0] if is_needed else None
+
+    def _start_sample(
+        self, lease: Lease, sample_index: int, prompt: Prompt | FailedPrompt | None, leader: PromptLeader
+    ) -> None:
+        def ended(task: asyncio.Task[None]) -> None:
+            tasks.discard(task)
+            if not tasks:
+                self._samples.pop(lease.lease_id, None)
+            self._report_unexpected(task)
+
+        tasks = self._samples[lease.lease_id]
+        task = asyncio.create_task(self._make_sample(lease, sample_index, prompt, leader))
+        tasks.add(task)
+        task.add_done_callback(ended)
+
+    async def _make_sample(
+        self, lease: Lease, sample_index: int, prompt: Prompt | FailedPrompt | None, leader: PromptLeader
+    ) -> None:
+        """Makes one sample and reports its result."""
+        if isinstance(prompt, FailedPrompt):
+            self._report_failed(
+                FailedSample(lease=lease, sample_index=sample_index, kind=prompt.kind, error=prompt.reason)
+            )
+            return
+        engine, attempt, started_s, end = self.engine, None, time.monotonic(), "cancelled"
+        self._began_s[lease.lease_id, sample_index] = started_s
+        try:
+            await leader.wait_turn(sample_index)
+            maker = self._makers[lease.eval_set]
+            tries = AgentTries(self._num_tries)
+            while True:
+                attempt = maker.begin(engine, lease, sample_index, prompt=prompt, leader=leader)
+                try:
+                    record = await _record_of(attempt, lease, sample_index)
+                    break
+                except AgentLostError as error:
+                    if not tries.goes_on(error):
+                        raise
+                    log.warning(
+                        "sample %d of ticket %d waits for another agent: %s",
+                        sample_index,
+                        lease.ticket_id,
+                        error,
+                    )
+        except (EngineError, EpisodeError, RewardError) as error:
+            if isinstance(error, EngineError):
+                await asyncio.sleep(_ENGINE_GRACE_S)
+                if engine is None or self.engine is not engine:
+                    return
+            self._report_failed(FailedSample.of(error, lease, sample_index, attempt))
+            end = f"failed: {type(error).__name__}"
+        else:
+            self.num_done += 1
+            self.num_finished[record.finish_reason] += 1
+            self._on_result(SampleDone(lease_id=lease.lease_id, record=record))
+            end = record.finish_reason.name.lower()
+        finally:
+            self._began_s.pop((lease.lease_id, sample_index), None)
+            name = f"ticket {lease.ticket_id}.{sample_index}"
+            recorder.record("samples", name, start_s=started_s, end=end)
+            leader.prompt_computed()
+
+    def _report_failed(self, failed: FailedSample) -> None:
+        self.num_failed[failed.kind] += 1
+        log.warning(
+            "sample %d of ticket %d failed (%s): %s",
+            failed.sample_index,
+            failed.lease.ticket_id,
+            failed.kind,
+            failed.error,
+        )
+        self._on_result(failed.result(self._on_failure.policy(failed.kind)))

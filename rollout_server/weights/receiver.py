@@ -1,0 +1,346 @@
+"""Receives weight pushes for one engine, directed by trainer rank 0 over a control socket.
+
+    NO GROUP -> FormGroup -> IN GROUP -> PushWeights -> IN GROUP -> DissolveGroup (also mid-push) -> NO GROUP
+
+The engine's strategy receives and activates a version (`weights/strategy.py`). No token comes from a
+partial update: a version is activated only after all of it was received and verified, and a failure leaves
+the old version active. If the engine does not report its version after a failure, its weights are unknown:
+it is reported with `on_untrusted` and replaced. A control message of a newer weight group cancels the work
+for an older one.
+
+Requests are bounded (checks.py), and only the peer that formed the group may push into it or dissolve it.
+Anybody who reaches the socket may form a group, because a restarted trainer is a new peer: who may reach it
+is for the socket's keys to decide.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from areal_like.errors import EngineError, WeightSyncError
+from areal_like.weights.buckets import Manifest
+from areal_like.weights.integrity import BucketSums
+from areal_like.wire.channel import Envelope, Listener
+from areal_like.wire.codec import HEADER_LIMITS
+from areal_like.wire.curve import CurveServer
+from areal_like.wire.messages import TAGS
+from areal_like.wire.messages.weights import (
+    TO_SERVER,
+    Alive,
+    AskAlive,
+    DissolveGroup,
+    FormGroup,
+    PushChecksums,
+    PushWeights,
+    ScoreTokens,
+    TokenScores,
+    WeightsFailed,
+    WeightsOk,
+)
+from rollout_server.policy.client import EngineClient
+from rollout_server.weights.checks import reason_to_refuse
+from rollout_server.weights.repeated_requests import RepeatedRequests
+from rollout_server.weights.scoring import Scoring
+from rollout_server.weights.strategy import OnUntrusted, WeightPush, WeightUpdateStrategy
+from rollout_server.weights.timeline import record_push
+
+log = logging.getLogger(__name__)
+
+_CLEANUP_TIMEOUT_S = 5.0
+"""Time limit of each call to the engine after a failure, and of waiting for a cancelled request."""
+_MAX_QUEUED = 16
+"""Requests that may wait. A trainer sends the next one when it has the answer to the last; two trainers may
+overlap."""
+_MAX_REQUEST_BYTES = (1 << 10) + max(HEADER_LIMITS[TAGS[kind]] for kind in TO_SERVER)
+"""Requests carry no arrays, and encryption adds a few bytes. libzmq keeps up to this much of what a stranger
+without a key sends."""
+_NO_ENGINE = "this server's engine is not running"
+_MIN_TIMEOUT_S = 0.001
+"""Shortest timeout passed to the engine, where 0 would mean no timeout."""
+
+
+class WeightReceiver:
+    """Weight updates of one server. Create it in the event loop that serves it.
+
+    `engine` is None while there is no engine to update: every request is then refused.
+    """
+
+    def __init__(
+        self,
+        *,
+        host: str,
+        max_message_bytes: int,
+        strategy: WeightUpdateStrategy,
+        on_version: Callable[[int], None],
+        on_untrusted: OnUntrusted,
+        curve: CurveServer | None = None,
+        integrity: str = "none",
+    ) -> None:
+        """`on_version` is called with each activated version, `on_untrusted` with the reason why the engine's
+        weights are unknown. `curve`: which keys may push weights. `integrity`: `weights.integrity` of this
+        server; `sha256` refuses a push without digests."""
+        self.listener = Listener(
+            host=host,
+            port=0,
+            handler=self._on_request,
+            max_message_bytes=min(max_message_bytes, _MAX_REQUEST_BYTES),
+            setting="rollout.host",
+            curve=curve,
+            accepts=TO_SERVER,
+        )
+        """The control socket."""
+        self.port = self.listener.port
+        self.engine: EngineClient | None = None
+        self.version = 0
+        """Version that is active in the engine."""
+        self.num_pushes = 0
+        self.num_failures = 0
+        self.seconds_total = 0.0
+        """Time from request to activation, summed over pushes."""
+        self.stall_seconds_total = 0.0
+        """Time in which a push kept the engine from decoding, summed over pushes."""
+        self._strategy = strategy
+        self._on_version = on_version
+        self._on_untrusted = on_untrusted
+        self._host = host
+        self._integrity = integrity
+        self._group_name = ""
+        self._group_peer = b""
+        """Peer that formed the group."""
+        self.work: asyncio.Task[None] | None = None
+        """The request that is being handled."""
+        self._work_peer = b""
+        """Its sender."""
+        self._is_cancellable = False
+        self._sent_checksums: PushChecksums | None = None
+        self._checksums_arrived = asyncio.Event()
+        self._repeated = RepeatedRequests()
+        self._scoring = Scoring(self._answer)
+        self._queue: asyncio.Queue[Envelope] = asyncio.Queue(_MAX_QUEUED)
+        self.serving = asyncio.create_task(self._serve(), name="weights")
+        """Ends only by `close`, or with an unexpected exception."""
+
+    def set_engine(self, engine: EngineClient | None, *, version: int = 0) -> None:
+        """Records that an engine was started with this version, or lost (None); a lost engine's weight group
+        is gone too."""
+        self.engine, self.version, self._group_name = engine, version, ""
+        if self.work is not None:
+            self.work.cancel()
+
+    async def close(self) -> None:
+        """Cancels a running push, reports it as failed to the trainer, and closes the socket."""
+        if self.work is not None:
+            self.work.cancel()
+            await asyncio.wait([self.work], timeout=_CLEANUP_TIMEOUT_S)
+        self._scoring.cancel()
+        self.serving.cancel()
+        await asyncio.gather(self.serving, return_exceptions=True)
+        self.listener.close()
+
+    def _on_request(self, envelope: Envelope) -> None:
+        if isinstance(envelope.message, AskAlive):
+            self._answer(envelope, self._alive())
+            return
+        if isinstance(envelope.message, PushChecksums):
+            if envelope.peer == self._group_peer:
+                self._sent_checksums = envelope.message
+                self._checksums_arrived.set()
+            return
+        if isinstance(envelope.message, ScoreTokens):
+            engine = self.engine if envelope.peer == self._group_peer else None
+            self._scoring.start(envelope, engine=engine, version=self.version)
+            return
+        if not self._repeated.is_new(envelope):
+            if (answer := self._repeated.answer_to(envelope)) is not None:
+                self._answer(envelope, answer)
+            return
+        if reason := self._reason_to_refuse(envelope.message):
+            self._finish(envelope, WeightsFailed(version=self.version, reason=reason))
+            return
+        # FormGroup and DissolveGroup cancel a rendezvous or broadcast, which may be waiting for a dead rank.
+        is_newer = isinstance(envelope.message, FormGroup) or (
+            isinstance(envelope.message, DissolveGroup) and envelope.peer == self._work_peer
+        )
+        if is_newer and self.work is not None and self._is_cancellable:
+            self.work.cancel()
+        self._queue.put_nowait(envelope)
+
+    async def _serve(self) -> None:
+        """Handles requests one after the other."""
+        while True:
+            envelope = await self._queue.get()
+            self._work_peer = envelope.peer
+            self.work = asyncio.create_task(
+                self._handle(envelope), name=f"weights:{type(envelope.message).__name__}"
+            )
+            await asyncio.wait([self.work])
+            if not self.work.cancelled():
+                self.work.result()
+            self.work, self._work_peer = None, b""
+
+    async def _handle(self, envelope: Envelope) -> None:
+        """Performs one request and always sends an answer, also if it fails or is cancelled."""
+        request = envelope.message
+        loop = asyncio.get_running_loop()
+        started_s = loop.time()
+        answer: WeightsOk | WeightsFailed = WeightsFailed(
+            version=self.version, reason=f"cannot handle {type(request).__name__}"
+        )
+        try:
+            stall_s = await self._perform(request, peer=envelope.peer)
+            answer = WeightsOk(version=self.version, seconds=loop.time() - started_s, stall_seconds=stall_s)
+        except (EngineError, WeightSyncError) as error:
+            answer = WeightsFailed(version=self.version, reason=str(error))
+        except asyncio.CancelledError:
+            answer = WeightsFailed(
+                version=self.version, reason=f"{type(request).__name__} was cancelled before it was done"
+            )
+        finally:
+            self._finish(envelope, answer)
+
+    def _reason_to_refuse(self, request: Any) -> str:
+        """Why a request is not even queued; empty if it is."""
+        if self._queue.full():
+            return f"{_MAX_QUEUED} requests are waiting already"
+        num_ranks = self.engine.info.num_ranks if self.engine is not None else 1
+        return reason_to_refuse(request, host=self._host, num_ranks=num_ranks, integrity=self._integrity)
+
+    def _finish(self, envelope: Envelope, answer: WeightsOk | WeightsFailed) -> None:
+        """Answers a request, and counts it."""
+        self._answer(envelope, answer)
+        self._repeated.record_answer(envelope, answer)
+        request = envelope.message
+        if isinstance(answer, WeightsFailed):
+            self.num_failures += 1
+            # Of a peer without a group only failures 1, 2, 4, 8, ... are logged: it may send millions.
+            if envelope.peer == self._group_peer or self.num_failures.bit_count() == 1:
+                log.warning("%s failed: %s", type(request).__name__, answer.reason)
+        elif isinstance(request, PushWeights):
+            self.num_pushes += 1
+            self.seconds_total += answer.seconds
+            self.stall_seconds_total += answer.stall_seconds
+            record_push(answer)
+            self._on_version(answer.version)
+
+    def _alive(self) -> Alive | WeightsFailed:
+        if self.engine is None:
+            return WeightsFailed(version=self.version, reason=_NO_ENGINE)
+        return Alive(version=self.version, **dataclasses.asdict(self.engine.info))
+
+    def _answer(self, envelope: Envelope, answer: Alive | WeightsOk | WeightsFailed | TokenScores) -> None:
+        self.listener.send(envelope.peer, answer, rid=envelope.rid)
+
+    async def _perform(self, request: Any, *, peer: bytes) -> float:
+        """Performs a request; returns the seconds in which nothing was decoded."""
+        if self.engine is None:
+            raise EngineError(_NO_ENGINE)
+        match request:
+            case FormGroup():
+                await self._join_group(self.engine, request, peer=peer)
+                return 0.0
+            case DissolveGroup():
+                if request.group_name == self._group_name:
+                    self._check_peer(peer)
+                    await self._leave_group(self.engine)
+                return 0.0
+            case PushWeights():
+                if request.group_name != self._group_name:
+                    raise WeightSyncError(
+                        f"the push is for weight group {request.group_name!r} of session {request.epoch}, "
+                        f"the engine is in group {self._group_name!r}"
+                    )
+                self._check_peer(peer)
+                return await self._push(self.engine, request)
+        raise WeightSyncError(f"unexpected {type(request).__name__} on the weight control socket")
+
+    def _check_peer(self, peer: bytes) -> None:
+        if peer != self._group_peer:
+            raise WeightSyncError(f"weight group {self._group_name!r} was formed by another peer")
+
+    async def _join_group(self, engine: EngineClient, request: FormGroup, *, peer: bytes) -> None:
+        if self._group_name:
+            await self._leave_group(engine)
+        # Recorded before joining: after a cancelled rendezvous the group still has to be left.
+        self._group_name, self._group_peer, self._sent_checksums = request.group_name, peer, None
+        with self._cancellable():
+            await engine.init_weights_group(
+                master_address=request.master_address,
+                master_port=request.master_port,
+                rank_offset=request.rank,
+                world_size=request.world_size,
+                group_name=request.group_name,
+                backend=request.backend,
+                timeout_s=request.timeout_s,
+                secret=request.secret,
+            )
+
+    async def _leave_group(self, engine: EngineClient) -> None:
+        group_name, self._group_name = self._group_name, ""
+        try:
+            await engine.destroy_weights_group(group_name=group_name)
+        except EngineError as error:
+            # The engine never joined the group, or has left it already.
+            log.info("leaving group %s: %s", group_name, error)
+
+    async def _push(self, engine: EngineClient, request: PushWeights) -> float:
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + request.timeout_s
+        push = WeightPush(
+            request=request,
+            manifest=Manifest.from_dict(request.manifest),
+            left_s=lambda: max(_MIN_TIMEOUT_S, end_s - loop.time()),
+            cancellable=self._cancellable,
+            sent_sums=lambda: self._wait_sums(request.version),
+        )
+        try:
+            async with asyncio.timeout(request.timeout_s):
+                stall_s = await self._strategy.push(engine, push)
+        except (TimeoutError, EngineError, WeightSyncError) as error:
+            if not await self._is_active_after_all(engine, request.version):
+                # The sender may be waiting for this engine to receive the next bucket. If the engine leaves
+                # the group, the sender's broadcast fails now and not at its time limit.
+                await self._leave_group(engine)
+                if isinstance(error, TimeoutError):
+                    raise WeightSyncError(
+                        f"version {request.version} was not active within {request.timeout_s:.4g} s"
+                    ) from None
+                raise
+            stall_s = 0.0  # the swap succeeded, only the engine's answer was lost
+        self.version = request.version
+        return stall_s
+
+    async def _wait_sums(self, version: int) -> BucketSums:
+        """Waits for the sender's sums of this version, which may arrive before or after the buckets."""
+        while self._sent_checksums is None or self._sent_checksums.version != version:
+            self._checksums_arrived.clear()
+            await self._checksums_arrived.wait()
+        return BucketSums(checksums=self._sent_checksums.checksums, digests=self._sent_checksums.digests)
+
+    @contextlib.contextmanager
+    def _cancellable(self) -> Iterator[None]:
+        """Inside this context a newer control message may cancel the work; a swap of weights runs outside it,
+        because it must be completed once begun."""
+        self._is_cancellable = True
+        try:
+            yield
+        finally:
+            self._is_cancellable = False
+
+    async def _is_active_after_all(self, engine: EngineClient, version: int) -> bool:
+        """Asks the engine after a failed push if the new version is active.
+
+        Calls `on_untrusted` if the engine does not answer.
+        """
+        try:
+            async with asyncio.timeout(_CLEANUP_TIMEOUT_S):
+                return await engine.weight_version() == version
+        except (EngineError, TimeoutError) as error:
+            self._on_untrusted(
+                f"it does not report its weight version after a failed push of version {version}: {error}"
+            )
+            return False
