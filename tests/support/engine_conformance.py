@@ -20,6 +20,7 @@ import pytest
 
 from areal_like.errors import EngineError, PromptRefusedError
 from areal_like.trajectory import FinishReason
+from rollout_server.policy import batcher as batcher_module
 from rollout_server.policy.client import EngineClient
 from rollout_server.policy.types import Sampling
 from tests.support.engine_harness import (
