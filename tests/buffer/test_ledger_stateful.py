@@ -23,6 +23,7 @@ from areal_like.wire.messages.evaluation import SampleOutcome
 from areal_like.wire.messages.producer import Lease, Purpose, ServerState
 from buffer.ledger.ledger import Ledger
 from buffer.ledger.recovery import recover
+from buffer.scheduling.step_log import MAX_STARTS
 from buffer.storage.base import Store
 from buffer.storage.memory import MemoryStore
 from buffer.tickets import Drop, State, Ticket, Verdict
@@ -291,13 +292,16 @@ class LedgerMachine(RuleBasedStateMachine):
             ticket.ticket_id for ticket in self.ledger.state.steps.tickets_from(self.ledger.trainer_step)
         )
         if ids:
-            ticket = self.ledger.state.tickets.live[data.draw(st.sampled_from(ids))]
-            self.ledger.poison([ticket.ticket_id])
-            self.served.pop((ticket.step, ticket.position), None)
-            self.num_trained = min(self.num_trained, ticket.step)
+            self.drop_as_poison(data.draw(st.sampled_from(ids)))
             with pytest.raises(StaleIncarnationError):
                 self.ledger.commit(incarnation=self.incarnation, step=0)
             self.trainer_restarts_at(self.ledger.trainer_step)
+
+    def drop_as_poison(self, ticket_id: int) -> None:
+        ticket = self.ledger.state.tickets.live[ticket_id]
+        self.ledger.poison([ticket_id])
+        self.served.pop((ticket.step, ticket.position), None)
+        self.num_trained = min(self.num_trained, ticket.step)
 
     @precondition(lambda self: self.ledger.settings.adaptive)
     @rule(data=st.data())
@@ -442,7 +446,13 @@ class LedgerMachine(RuleBasedStateMachine):
             assert all(round_.is_done for round_ in kept) and len(kept) <= len(EVAL_SETS)
 
     def trainer_restarts_at(self, step: int) -> None:
+        steps = self.ledger.state.steps
         self.incarnation = max(self.incarnation, self.ledger.trainer_incarnation) + 1
+        while (looping := steps.find_crash_loop(first=step)) is not None:  # an operator has to drop its data
+            with pytest.raises(RefusedError, match=f"{MAX_STARTS} trainers died in step {looping}"):
+                self.ledger.start_training(incarnation=self.incarnation, step=step, stream={})
+            self.drop_as_poison(steps.tickets_of(looping)[0].ticket_id)
+            self.incarnation = self.ledger.trainer_incarnation + 1
         self.ledger.start_training(incarnation=self.incarnation, step=step, stream={})
         self.results.clear()
         self.abandoned |= {version for version in self.versions if self.steps_of[version] > step}
