@@ -30,15 +30,13 @@ from areal_like.spans.recorder import record, record_phase
 from areal_like.weights.snapshots_on_disk import VERSION_KEY
 from trainer.buffer_client.client import TrainerBufferClient
 from trainer.checkpoints.checkpoint import Checkpoints
-from trainer.distributed.ranks import Ranks
-from trainer.leader import Leader
+from trainer.distributed.ranks import IncompleteStepError, Ranks
+from trainer.leader import Leader, received, shared
 from trainer.metrics.lag import LagTally
 from trainer.models.policy import build_policy
 from trainer.profiling.ranges import named_range
 from trainer.profiling.recorder import StepRecorder
 from trainer.step.build import build_step_runner
-from trainer.step.runner import IncompleteStepError
-from trainer.step_settings import received, shared
 from trainer.weights.background_gather import BackgroundGather
 from trainer.weights.boundary_gather import BoundaryGather
 from trainer.weights.snapshot import Snapshot, WeightSnapshotter
@@ -80,10 +78,9 @@ class Trainer:
         self._step, self._stream = self._resume(resume_step)
         self._saved_step, self._saved_s = self._step, time.monotonic()
         buffer.step = self._step
+        self._started_s = started_s
         self._leader: Leader | None = None
-        if ranks.rank == 0:
-            self._leader = Leader(config, buffer, step=self._step, started_s=started_s)
-            self._runner.on_first_forward = self._leader.check_weights
+        """On rank 0, from `_begin` on."""
         buffer.runtime.status = self._status
         self._hands_over = False
         buffer.runtime.verbs["hand_over"] = self._hand_over
@@ -97,8 +94,10 @@ class Trainer:
 
     def run(self) -> None:
         """Trains until `trainer.num_steps` or a drain."""
-        leader = contextlib.closing(self._leader or contextlib.ExitStack())
-        with leader, contextlib.closing(self._checkpoints), contextlib.closing(self._recorder):
+        with contextlib.ExitStack() as closed_at_end:
+            closed_at_end.callback(lambda: self._leader.close() if self._leader is not None else None)
+            closed_at_end.callback(self._checkpoints.close)
+            closed_at_end.callback(self._recorder.close)
             if not self._begin():
                 self._snapshotter.close()
                 return
@@ -154,21 +153,25 @@ class Trainer:
     def _begin(self) -> bool:
         """Returns False if the run was finished before this trainer started."""
         snapshot = self._take_snapshot()
-        if self._leader is not None:
-            assert snapshot is not None
+        if snapshot is not None:  # rank 0
             try:
-                is_new = self._leader.start_stream(self._stream)
+                self._leader = Leader(
+                    self._config,
+                    self._buffer,
+                    step=self._step,
+                    stream=self._stream,
+                    push_bytes=sum(bucket.num_bytes for bucket in snapshot.buckets),
+                    started_s=self._started_s,
+                )
             except RunFinishedError as error:
                 log.info("%s", error)
                 return not self._ranks.any(True)
-            # Not before start_stream, which the buffer may refuse. Not after begin, which waits for servers:
-            # a trainer that replaces this one in the meantime resumes from the latest checkpoint, and that
-            # must not be one after this step.
+            self._runner.on_first_forward = self._leader.check_weights
+            # Not before the buffer has accepted the start. Not after begin, which waits for servers: a
+            # trainer that replaces this one in the meantime resumes from the latest checkpoint, and that must
+            # not be one after this step.
             self._checkpoints.set_aside_after(self._step)
-            oldest_kept_step = min(self._checkpoints.steps(), default=0)
-            self._leader.begin(
-                snapshot, is_new=is_new, stream=self._stream, oldest_kept_step=oldest_kept_step
-            )
+            self._leader.begin(snapshot, oldest_kept_step=min(self._checkpoints.steps(), default=0))
         # No rank may fetch groups before the buffer has received StartTraining, so all ranks meet here.
         if self._ranks.any(False):
             return False
@@ -269,7 +272,7 @@ class Trainer:
 
     async def _hand_over(self, _: dict[str, Any]) -> dict[str, Any]:
         """Control verb of rank 0: drains, but leaves the stream open for the next trainer."""
-        if self._leader is None:
+        if self._ranks.rank > 0:
             raise UserError("hand_over: send this to rank 0, which drains all ranks")
         if not self._hands_over:  # a second signal would end the process at once
             self._hands_over = True

@@ -30,7 +30,7 @@ from trainer.advantages import ADVANTAGES, Advantage, Gae
 from trainer.advantages.critic import Critic
 from trainer.advantages.reward_shaping import SHAPINGS
 from trainer.checkpoints.checkpoint import Checkpoints
-from trainer.distributed.ranks import Ranks
+from trainer.distributed.ranks import IncompleteStepError, Ranks
 from trainer.metrics.named_means import KINDS
 from trainer.models.policy import Policy
 from trainer.models.sharded_weights import gather, shards_of
@@ -39,7 +39,7 @@ from trainer.objectives import Need, build_objective
 from trainer.objectives.normalizers import Normalizer
 from trainer.optimizer import ShardedAdamW
 from trainer.step.proximal import ProximalPolicy
-from trainer.step.runner import IncompleteStepError, StepRunner
+from trainer.step.runner import StepRunner
 
 SHARES = {"even": [0, 1, 0, 1, 0, 1, 0, 1], "uneven": [0, 0, 0, 1, 0, 0, 0, 0], "one-sided": [0] * 8}
 """The rank that gets each of eight groups."""

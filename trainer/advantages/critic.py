@@ -149,8 +149,5 @@ class Critic:
 
     def _microbatches(self, trajectories: Sequence[Trajectory]) -> Iterator[MicroBatch]:
         """Cuts the trajectories into micro-batches, in order."""
-        packer = Packer(budget_tokens=self._budget_tokens)
-        yield from packer.add(
-            [TrainingSample(trajectory=trajectory, advantage=0.0, group=0) for trajectory in trajectories]
-        )
-        yield from packer.flush()
+        samples = [TrainingSample(trajectory=t, advantage=0.0, group=0) for t in trajectories]
+        return Packer(budget_tokens=self._budget_tokens).microbatches([samples])

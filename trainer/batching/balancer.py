@@ -7,7 +7,7 @@ The step has to be complete, so nothing is run while groups are still being gene
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -40,11 +40,14 @@ class Balancer:
         self.busy_share = 1.0
         """Of the last plan, see `Plan`."""
 
-    def microbatches(self, groups: Sequence[Sequence[TrainingSample]]) -> list[MicroBatch]:
-        """This rank's micro-batches, one for each round, from this rank's groups. Collective.
+    def microbatches(self, groups: Iterable[Sequence[TrainingSample]]) -> Iterator[MicroBatch]:
+        """Yields this rank's micro-batches, one for each round, once the last group is there. Collective.
 
         Raises ConfigError on every rank if a sequence of any of them is longer than the budget.
         """
+        yield from self._divided(list(groups))
+
+    def _divided(self, groups: Sequence[Sequence[TrainingSample]]) -> list[MicroBatch]:
         own = [sample for group in groups for sample in group]
         rows = [
             (

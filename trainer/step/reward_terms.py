@@ -170,7 +170,7 @@ class RewardTerms:
             for segment in of_trajectory
         ]
         penalties: list[FloatArray] = []
-        for batch, live in in_lockstep([*packer.add(samples), *packer.flush()], self._ranks):
+        for batch, live in in_lockstep(packer.microbatches([samples]), self._ranks):
             with torch.no_grad():
                 ref_logp_S = self._reference(batch).logprobs_S
             if live:

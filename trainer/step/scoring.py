@@ -40,7 +40,7 @@ Lags = NDArray[np.int64]
 
 
 class AdvantagePipeline:
-    """Called in each step: `compute`, and after the policy's update `train_critic` and `update_state`."""
+    """Called in each step: `compute`, and with the policy's update `learn`."""
 
     def __init__(
         self,
@@ -106,23 +106,21 @@ class AdvantagePipeline:
         """True in the first steps, in which only the critic is trained."""
         return self._critic is not None and step < self._critic.settings.critic_warmup_steps
 
-    def train_critic(self, step: int) -> dict[str, float]:
-        """Trains the critic, if there is one, on this step's value targets; returns its metrics.
+    def learn(self, totals: StepTotals, *, step: int) -> dict[str, float]:
+        """Trains the critic on this step's value targets; updates dual variables and the estimator's state.
 
-        Collective.
+        Returns the metrics of those that there are. Collective.
         """
-        if self._critic is None:
-            return {}
-        targets, self._value_targets = self._value_targets, []
-        return self._critic.learn(targets, step=step)
-
-    def update_state(self, totals: StepTotals) -> dict[str, float]:
-        """Updates the estimator's state, if it has one, after a step; returns `reward_baseline`."""
-        if not self.state:
-            return {}
-        metrics = {"reward_baseline": -self._advantage.shift(self.state)}
-        name = "reward" if self._rewards.is_identity else "shaped_reward"
-        self.state = self._advantage.next_state(self.state, mean_reward=totals.mean(name))
+        metrics: dict[str, float] = {}
+        if self._critic is not None:
+            targets, self._value_targets = self._value_targets, []
+            metrics = self._critic.learn(targets, step=step)
+        self._rewards.update_duals(mean_tokens=totals.mean("response_tokens"))
+        metrics = self._rewards.metrics() | metrics
+        if self.state:
+            metrics["reward_baseline"] = -self._advantage.shift(self.state)
+            name = "reward" if self._rewards.is_identity else "shaped_reward"
+            self.state = self._advantage.next_state(self.state, mean_reward=totals.mean(name))
         return metrics
 
     def restore(self, state: Sequence[float]) -> None:
@@ -153,7 +151,7 @@ class AdvantagePipeline:
     def _critic_advantages(
         self, groups: Sequence[TrajectoryGroup], penalties: TokenPenalties
     ) -> list[list[FloatArray]]:
-        """[num_tokens] advantages of each sample by GAE; keeps the value targets for `train_critic`.
+        """[num_tokens] advantages of each sample by GAE; keeps the value targets for `learn`.
 
         Collective.
         """
