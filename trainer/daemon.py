@@ -37,9 +37,7 @@ from trainer.models.policy import build_policy
 from trainer.profiling.ranges import named_range
 from trainer.profiling.recorder import StepRecorder
 from trainer.step.build import build_step_runner
-from trainer.weights.background_gather import BackgroundGather
-from trainer.weights.boundary_gather import BoundaryGather
-from trainer.weights.snapshot import Snapshot, WeightSnapshotter
+from trainer.weights.snapshot import BackgroundGather, BoundaryGather, Snapshot, WeightSnapshotter
 
 log = logging.getLogger(__name__)
 

@@ -43,10 +43,9 @@ from trainer.evaluation import Evaluations
 from trainer.metrics.run_files import WARM_UP_STEPS, step_row
 from trainer.run_record import RunRecord
 from trainer.weights.broadcaster import Broadcaster
+from trainer.weights.checks import NOISE, CheckReport, check_tokens
 from trainer.weights.publisher import Publisher, PushReport
 from trainer.weights.snapshot import Snapshot
-from trainer.weights.weight_check import NOISE, check_tokens
-from trainer.weights.weight_checks import CheckReport
 
 log = logging.getLogger(__name__)
 

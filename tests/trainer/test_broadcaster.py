@@ -34,8 +34,7 @@ from areal_like.wire.messages.weights import (
 from tests.support.snapshots import Held
 from tests.support.waiting import HANG_LIMIT_S
 from trainer.weights.backend import NcclTrial, choose_backend, refuse_mixed_nccl
-from trainer.weights.broadcaster import Broadcaster
-from trainer.weights.group_session import assign_ranks
+from trainer.weights.broadcaster import Broadcaster, assign_ranks
 from trainer.weights.publisher import Publisher, PushReport
 from trainer.weights.receivers import Receiver, ReceiverBackoff, split_groups
 from trainer.weights.snapshot import GatheredBucket

@@ -14,8 +14,8 @@ from areal_like.trajectory import FinishReason
 from trainer.metrics.distributions import PERCENTILES
 from trainer.metrics.named_means import MAX_NAMES
 from trainer.metrics.speed import PHASES
+from trainer.weights.checks import CheckReport
 from trainer.weights.publisher import PushReport
-from trainer.weights.weight_checks import CheckReport
 
 _GAUGES = {
     "loss": "Loss of the last step",
