@@ -71,8 +71,6 @@ from trainer.weights.receivers import (
     Receiver,
     ReceiverBackoff,
     ReceiverId,
-    Reply,
-    failure_reason,
     has_valid_key,
     receiver_id,
     split_groups,
@@ -110,7 +108,7 @@ class PushOutcome:
 class Broadcaster:
     """Pushes snapshots to servers, one `push` at a time. For each group of servers a push does this:
 
-        alive = await receiver.request(AskAlive())          # each receiver; the silent ones are left out
+        alive = await receiver.request(AskAlive(), Alive)   # each receiver; the silent ones are left out
         session = WeightGroupSession(group=WeightGroup.create(backend=...), ...)    # an NCCL or gloo group
         await session.form()                                # FormGroup to each receiver, then the rendezvous
         await session.stage(snapshot, ...)                  # only if an engine loads in place
@@ -191,7 +189,7 @@ class Broadcaster:
         """Asks a server of the last push for log-probs; every failure is a WeightsFailed."""
         if (known := self._receivers.get(receiver)) is None:
             return WeightsFailed(version=-1, reason="no longer connected")
-        return await known.score(request, timeout_s=_SCORE_S)
+        return await known.request(request, TokenScores, timeout_s=_SCORE_S)
 
     async def close(self) -> None:
         """Dissolves the groups and closes every link."""
@@ -245,13 +243,13 @@ class Broadcaster:
         if (session := self._sessions.get(frozenset(group))) is not None:
             return session
         receivers = self._connected(group, outcome)
-        replies = await asyncio.gather(*(r.request(AskAlive(), timeout_s=ALIVE_S) for r in receivers))
+        replies = await asyncio.gather(*(r.request(AskAlive(), Alive, timeout_s=ALIVE_S) for r in receivers))
         alive = dict[ReceiverId, Alive]()
         for receiver, reply in zip(receivers, replies, strict=True):
             if isinstance(reply, Alive):
                 alive[receiver.id] = reply
             else:
-                self._record_failure(receiver, reply, outcome)
+                self._record_failure(receiver, reply.reason, outcome)
         receivers = [receiver for receiver in receivers if receiver.id in alive]
         if not receivers:
             return None
@@ -261,7 +259,7 @@ class Broadcaster:
             if self.num_sessions == 1:
                 raise ConfigError(str(error)) from None
             for receiver in receivers:
-                self._record_failure(receiver, WeightsFailed(version=-1, reason=str(error)), outcome)
+                self._record_failure(receiver, str(error), outcome)
             return None
         formed = await session.form()
         if self._record_replies(session, formed, outcome) < len(receivers) or formed.broken_reason:
@@ -314,26 +312,29 @@ class Broadcaster:
         """
         num_succeeded = 0
         for receiver, reply in zip(session.receivers, result.replies, strict=True):
-            key = receiver.id
+            key, name = receiver.id, receiver.entry.name
+            reason = (
+                reply.reason
+                if isinstance(reply, WeightsFailed)
+                else f"is at version {reply.version} after the push of {version}"
+            )
             if isinstance(reply, WeightsOk) and version in (None, reply.version):
                 num_succeeded += 1
                 if version is not None:
-                    outcome.activated[receiver.entry.name] = reply
+                    outcome.activated[name] = reply
                     self._backoff.record_success(key)
                     del self._num_breaks_survived[key]
             elif key in result.not_at_fault and (
                 len(session.receivers) > 1 or self._num_breaks_survived[key] < _ISOLATE_AFTER
             ):
-                outcome.failed[receiver.entry.name] = failure_reason(reply, version)
+                outcome.failed[name] = reason
                 self._num_breaks_survived[key] += 1
             else:
-                self._record_failure(receiver, reply, outcome, version=version)
+                self._record_failure(receiver, reason, outcome)
         return num_succeeded
 
-    def _record_failure(
-        self, receiver: Receiver, reply: Reply, outcome: PushOutcome, *, version: int | None = None
-    ) -> None:
-        outcome.failed[receiver.entry.name] = failure_reason(reply, version)
+    def _record_failure(self, receiver: Receiver, reason: str, outcome: PushOutcome) -> None:
+        outcome.failed[receiver.entry.name] = reason
         self._backoff.record_failure(self._directory[receiver.id], now_s=time.monotonic())
         del self._num_breaks_survived[receiver.id]
 
@@ -401,7 +402,7 @@ def assign_ranks(receivers: Sequence[Receiver], alive: Sequence[Alive]) -> tuple
 class SessionOutcome:
     """Result of forming a session, or of one push through it."""
 
-    replies: list[Reply]
+    replies: list[WeightsOk | WeightsFailed]
     """One for each receiver, in their order."""
     not_at_fault: set[ReceiverId] = field(default_factory=set)
     """Receivers that failed only because another receiver did."""
@@ -451,7 +452,9 @@ class WeightGroupSession:
         timeout_s = self.group.timeout_s
         requests = [
             asyncio.create_task(
-                rank_range.receiver.request(self._form_group(rank_range), timeout_s=timeout_s + 2 * ALIVE_S)
+                rank_range.receiver.request(
+                    self._form_group(rank_range), WeightsOk, timeout_s=timeout_s + 2 * ALIVE_S
+                )
             )
             for rank_range in self._rank_ranges
         ]
@@ -484,7 +487,7 @@ class WeightGroupSession:
         return SessionOutcome(replies=replies, not_at_fault=not_at_fault, broken_reason=broken_reason)
 
     async def stage(self, snapshot: Snapshot, *, integrity: str, timeout_s: float) -> None:
-        """Makes every bucket ready, so that engines that stand still wait only for the broadcast.
+        """Makes every bucket ready, so that engines that are paused wait only for the broadcast.
 
         Raises WeightSyncError if it fails or takes longer than `timeout_s`.
         """
@@ -500,7 +503,7 @@ class WeightGroupSession:
         """
         requests = [
             asyncio.create_task(
-                receiver.request(request, timeout_s=request.timeout_s + _REPLY_GRACE_S + ALIVE_S)
+                receiver.request(request, WeightsOk, timeout_s=request.timeout_s + _REPLY_GRACE_S + ALIVE_S)
             )
             for receiver in self.receivers
         ]
@@ -586,7 +589,7 @@ class WeightGroupSession:
 
         async def ask_to_leave(receiver: Receiver) -> None:
             request = DissolveGroup(epoch=self.number, group_name=self.group.group_name)
-            reply = await receiver.request(request, timeout_s=ALIVE_S)
+            reply = await receiver.request(request, WeightsOk, timeout_s=ALIVE_S)
             if not isinstance(reply, WeightsFailed):
                 left_after_s[receiver.entry.name] = time.monotonic() - started_s
 
@@ -596,7 +599,7 @@ class WeightGroupSession:
 
 async def _wait_unless_refused(
     work: asyncio.Future[T],
-    requests: Sequence[asyncio.Task[Reply]],
+    requests: Sequence[asyncio.Task[WeightsOk | WeightsFailed]],
     *,
     timeout_s: float,
     grace_s: float = 0.0,
@@ -621,7 +624,7 @@ async def _wait_unless_refused(
 
 
 async def _wait_for_replies_while_alive(
-    receivers: list[Receiver], requests: list[asyncio.Task[Reply]], *, sent: PushChecksums
+    receivers: list[Receiver], requests: list[asyncio.Task[WeightsOk | WeightsFailed]], *, sent: PushChecksums
 ) -> None:
     """Waits for the replies to a push, but not for a server that no longer replies to AskAlive.
 
@@ -637,7 +640,7 @@ async def _wait_for_replies_while_alive(
             for receiver in pending.values():
                 receiver.link.send(sent)
             alive = await asyncio.gather(
-                *(receiver.request(AskAlive(), timeout_s=ALIVE_S) for receiver in pending.values())
+                *(receiver.request(AskAlive(), Alive, timeout_s=ALIVE_S) for receiver in pending.values())
             )
             done = {
                 task for task, reply in zip(pending, alive, strict=True) if isinstance(reply, WeightsFailed)

@@ -25,7 +25,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -72,62 +72,49 @@ class GatheredBucket:
         return self.checksum, self.digest if integrity == "sha256" else ""
 
 
-class Snapshot(Protocol):
-    """The weights at the end of one optimizer step, for the publisher.
+class Snapshot:
+    """The weights at the end of one optimizer step: one rank's share of them, and on rank 0 what is pushed.
 
     NEWEST -> acquire() -> being pushed -> release() -> NEWEST -> replaced by a newer one: acquire() is False
+
+    At most one is acquired at a time.
     """
 
-    @property
-    def buckets(self) -> tuple[Bucket, ...]:
-        """The buckets in the order of sending, without checksums."""
-        ...
+    def __init__(self, snapshotter: WeightSnapshotter, *, number: int, buffers: list[Tensor]) -> None:
+        self.number = number
+        self.buffers = buffers
+        """What this rank holds of each bucket, uint8; its meaning depends on the snapshotter."""
+        self.buckets = snapshotter.buckets
+        """In the order of sending, without checksums."""
+        self.is_acquired = self.is_freed = False
+        self._snapshotter = snapshotter
 
     def acquire(self) -> bool:
         """Keeps the weights until `release`; returns False if a newer snapshot has replaced this one."""
-        ...
+        with self._snapshotter.lock:
+            self.is_acquired = not self.is_freed
+            return self.is_acquired
 
     def release(self) -> None:
         """Ends the push."""
-        ...
+        with self._snapshotter.lock:
+            self.is_acquired = False
 
     def stage(self, *, integrity: str) -> None:
-        """Makes every bucket and its sums ready, so that `read` returns at once: for engines that stand still
+        """Makes every bucket and its sums ready, so that `read` returns at once: for engines that are paused
         during the broadcast. From any thread, while acquired, also twice. Raises WeightSyncError.
 
         `integrity`: `sha256` computes the digests too.
         """
-        ...
+        self._snapshotter.stages = True
+        for index in range(len(self.buckets)):
+            self.read(index).sums(integrity=integrity)
 
     def read(self, index: int) -> GatheredBucket:
         """Returns one bucket. From any thread, while acquired. Raises WeightSyncError."""
-        ...
-
-
-class RankSnapshot:
-    """One rank's share of a snapshot; on rank 0 it is also the `Snapshot`."""
-
-    def __init__(self, snapshotter: WeightSnapshotter, number: int, buffers: list[Tensor]) -> None:
-        self.number = number
-        self.buffers = buffers
-        """What this rank holds of each bucket, uint8; its meaning depends on the snapshotter."""
-        self._snapshotter = snapshotter
-
-    @property
-    def buckets(self) -> tuple[Bucket, ...]:
-        return self._snapshotter.buckets
-
-    def acquire(self) -> bool:
-        return self._snapshotter.acquire(self)
-
-    def release(self) -> None:
-        self._snapshotter.release(self)
-
-    def stage(self, *, integrity: str) -> None:
-        self._snapshotter.stage(self, integrity=integrity)
-
-    def read(self, index: int) -> GatheredBucket:
-        return self._snapshotter.read(self, index)
+        if not self.is_acquired:
+            raise WeightSyncError("the push of these weights is over")
+        return self._snapshotter.gathered(self, index)
 
 
 class WeightSnapshotter(ABC):
@@ -145,10 +132,12 @@ class WeightSnapshotter(ABC):
         )
         self.buckets = tuple(parts.bucket for parts in self._layout.buckets)
         """The buckets of every snapshot, without checksums."""
-        self._lock = threading.Condition()
-        self._snapshots: list[RankSnapshot] = []
+        self.lock = threading.Condition()
+        """Of the snapshots' states."""
+        self.stages = False
+        """True once a push was staged: every bucket of a snapshot is kept from then on."""
+        self._snapshots: list[Snapshot] = []
         """The newest snapshot, and the snapshot that is being pushed."""
-        self._acquired: RankSnapshot | None = None
         self._free_buffers: list[list[Tensor]] = []
         self._num_taken = 0
 
@@ -163,36 +152,12 @@ class WeightSnapshotter(ABC):
         self._free_superseded()
         buffers = self._free_buffers.pop() if self._free_buffers else self._new_buffers()
         self._copy_weights(buffers, number=self._num_taken + 1)
-        with self._lock:
+        with self.lock:
             self._num_taken += 1
-            snapshot = RankSnapshot(self, self._num_taken, buffers)
+            snapshot = Snapshot(self, number=self._num_taken, buffers=buffers)
             self._snapshots.append(snapshot)
-            self._lock.notify_all()
+            self.lock.notify_all()
         return snapshot if self._ranks.rank == 0 else None
-
-    def acquire(self, snapshot: RankSnapshot) -> bool:
-        """`Snapshot.acquire`; at most one is acquired at a time."""
-        with self._lock:
-            assert self._acquired is None
-            self._acquired = snapshot if snapshot in self._snapshots else None
-            return self._acquired is snapshot
-
-    def release(self, snapshot: RankSnapshot) -> None:
-        """`Snapshot.release`."""
-        with self._lock:
-            assert self._acquired is snapshot
-            self._acquired = None
-
-    def stage(self, snapshot: RankSnapshot, *, integrity: str) -> None:
-        """`Snapshot.stage`."""
-        for index in range(len(self.buckets)):
-            self.read(snapshot, index).sums(integrity=integrity)
-
-    def read(self, snapshot: RankSnapshot, index: int) -> GatheredBucket:
-        """`Snapshot.read`."""
-        if self._acquired is not snapshot:
-            raise WeightSyncError("the push of these weights is over")
-        return self._read(snapshot, index)
 
     @abstractmethod
     def close(self) -> None:
@@ -207,21 +172,27 @@ class WeightSnapshotter(ABC):
         """Fills the buffers of snapshot `number` with the present weights. Collective."""
 
     @abstractmethod
-    def _read(self, snapshot: RankSnapshot, index: int) -> GatheredBucket: ...
+    def gathered(self, snapshot: Snapshot, index: int) -> GatheredBucket:
+        """A bucket of an acquired snapshot. On rank 0, from any thread. Raises WeightSyncError."""
 
     def _free_superseded(self) -> None:
         """Frees every snapshot but the acquired one. Collective: only rank 0 has acquired one."""
-        with self._lock:
-            kept = torch.tensor([_NONE if self._acquired is None else self._acquired.number])
+        with self.lock:
+            acquired = [each.number for each in self._snapshots if each.is_acquired]
+            assert len(acquired) <= 1
+            kept = torch.tensor(acquired or [_NONE])
             if self._ranks.rank == 0:
                 self._free_all_but(int(kept))
         if self._ranks.world_size > 1:
             dist.broadcast(kept, src=0)
-            with self._lock:
+            with self.lock:
                 self._free_all_but(int(kept))
 
     def _free_all_but(self, number: int) -> None:
-        self._free_buffers += [each.buffers for each in self._snapshots if each.number != number]
+        for each in self._snapshots:
+            if each.number != number:
+                each.is_freed = True
+                self._free_buffers.append(each.buffers)
         self._snapshots = [each for each in self._snapshots if each.number == number]
 
 
@@ -242,15 +213,23 @@ _CLOSE = -1
 
 
 class BackgroundGather(WeightSnapshotter):
-    """A `WeightSnapshotter` whose buffers hold this rank's rows of each bucket."""
+    """A `WeightSnapshotter` whose buffers hold this rank's rows of each bucket.
+
+    Training waits only until every rank has copied its own rows. Rank 0 reads one bucket at a time: it keeps
+    at most `_MAX_GATHERED` buckets and the parts of one more. If a push is staged it keeps all of them, in
+    memory that later pushes reuse.
+
+    With one rank the rows are the whole tensors: its copies are the buckets, and nothing is gathered. The
+    other ranks gather in a thread that waits for rank 0's requests without a time limit: a run may push
+    nothing for hours, and if a rank dies the group breaks at once.
+    """
 
     def __init__(self, policy: Policy, ranks: Ranks, *, bucket_bytes: int, dtype: str) -> None:
-        """As WeightSnapshotter."""
+        """Arguments: those of WeightSnapshotter."""
         super().__init__(policy, ranks, bucket_bytes=bucket_bytes, dtype=dtype)
         self._gather_lock = threading.Lock()
         self._gathered: OrderedDict[int, tuple[int, GatheredBucket]] = OrderedDict()
         """Index of a bucket -> (number of the snapshot, bucket), on rank 0, oldest first."""
-        self._max_gathered = _MAX_GATHERED
         is_alone = ranks.world_size == 1
         self._group = None if is_alone else dist.new_group(backend="gloo", timeout=_GROUP_TIMEOUT)
         self._thread = NamedThread(self._serve_gathers, name="gather")
@@ -258,17 +237,12 @@ class BackgroundGather(WeightSnapshotter):
             self._thread.start()
 
     def close(self) -> None:
-        """As WeightSnapshotter.close."""
+        """Ends the other ranks' threads."""
         if self._ranks.rank > 0:
             self._thread.join()
         elif self._group is not None:
             with self._gather_lock:
                 dist.broadcast(torch.tensor([_CLOSE, 0]), group=self._group, group_src=0)
-
-    def stage(self, snapshot: RankSnapshot, *, integrity: str) -> None:
-        """As WeightSnapshotter.stage."""
-        self._max_gathered = len(self.buckets)
-        super().stage(snapshot, integrity=integrity)
 
     def _new_buffers(self) -> list[Tensor]:
         return [empty_buffer(part.num_bytes, self._ranks.device) for part in self._layout.own]
@@ -277,7 +251,8 @@ class BackgroundGather(WeightSnapshotter):
         for index, buffer in enumerate(buffers):
             self._layout.copy_own(index, buffer)
 
-    def _read(self, snapshot: RankSnapshot, index: int) -> GatheredBucket:
+    def gathered(self, snapshot: Snapshot, index: int) -> GatheredBucket:
+        """Gathers the bucket, or returns it if it was gathered before and is kept."""
         with self._gather_lock:
             number, bucket = self._gathered.get(index, (0, None))
             if bucket is None or number != snapshot.number:
@@ -285,11 +260,12 @@ class BackgroundGather(WeightSnapshotter):
                 flat = self._gather(snapshot, index, into=bucket.data if bucket is not None else None)
                 self._gathered.pop(index, None)
                 self._gathered[index] = snapshot.number, (bucket := GatheredBucket(flat))
-                while len(self._gathered) > self._max_gathered:
+                most = len(self.buckets) if self.stages else _MAX_GATHERED
+                while len(self._gathered) > most:
                     self._gathered.popitem(last=False)
             return bucket
 
-    def _gather(self, snapshot: RankSnapshot, index: int, *, into: Tensor | None) -> Tensor:
+    def _gather(self, snapshot: Snapshot, index: int, *, into: Tensor | None) -> Tensor:
         """On rank 0: bucket `index` with the rows of all ranks, uint8[num_bytes]; in `into` if given."""
         parts, num_bytes = self._layout.buckets[index], self.buckets[index].num_bytes
         if self._group is None:
@@ -322,10 +298,10 @@ class BackgroundGather(WeightSnapshotter):
             log.info("this rank gathers no more weights: %s", error)
 
     def _rows_of(self, number: int, index: int) -> Tensor:
-        with self._lock:
+        with self.lock:
             # Rank 0 may request a snapshot that this rank has not taken yet. No timeout is needed: rank 0
             # bounds its own wait, and if this rank's training thread fails first, the process ends.
-            self._lock.wait_for(lambda: self._num_taken >= number)
+            self.lock.wait_for(lambda: self._num_taken >= number)
             for snapshot in self._snapshots:
                 if snapshot.number == number:
                     return snapshot.buffers[index]
@@ -340,18 +316,29 @@ _MAX_COPYING = 2
 class BoundaryGather(WeightSnapshotter):
     """A `WeightSnapshotter` whose buffers hold whole buckets, on rank 0 only.
 
-    The same code runs on any device; tests compare its buckets with `BackgroundGather`'s on gloo.
+    Bucket by bucket, every rank casts its rows to the dtype on the wire on its own device and sends them to
+    rank 0, which puts them in order on its device, computes the checksum there, and copies the bucket into
+    pinned host memory. Gathering bucket i + 1 overlaps copying bucket i. All ranks issue these collectives at
+    the same place of the training loop, so that the order on the communicator is the same everywhere.
+
+    Rank 0 holds all buckets of up to two snapshots in host memory, the other ranks nothing. Rank 0's device
+    needs room for `_MAX_COPYING` + 1 buckets, and every device for its own part of one. No activations exist
+    at that time, so this does not raise the peak of a step.
+
+    Left out: overlap with the next step's forward. The copy to the host takes most of the time, and a forward
+    that shares the communicator would wait for it too. The same code runs on any device; tests compare its
+    buckets with `BackgroundGather`'s on gloo.
     """
 
     def __init__(self, policy: Policy, ranks: Ranks, *, bucket_bytes: int, dtype: str) -> None:
-        """As WeightSnapshotter."""
+        """Arguments: those of WeightSnapshotter."""
         super().__init__(policy, ranks, bucket_bytes=bucket_bytes, dtype=dtype)
         self._gathered: dict[int, list[GatheredBucket]] = {}
         """Number of a snapshot -> its buckets, on rank 0."""
         self._copier = _HostCopier(ranks.device)
 
     def close(self) -> None:
-        """As WeightSnapshotter.close: there are no threads to end."""
+        """There are no threads to end."""
 
     def _new_buffers(self) -> list[Tensor]:
         if self._ranks.rank > 0:
@@ -374,12 +361,13 @@ class BoundaryGather(WeightSnapshotter):
                 gathered.append(GatheredBucket(buffers[index], known_checksum=checksum(whole)))
                 self._copier.copy(whole, into=buffers[index])
         self._copier.finish()
-        with self._lock:
+        with self.lock:
             kept = {each.number: self._gathered[each.number] for each in self._snapshots}
             self._gathered = kept | {number: gathered}
 
-    def _read(self, snapshot: RankSnapshot, index: int) -> GatheredBucket:
-        with self._lock:
+    def gathered(self, snapshot: Snapshot, index: int) -> GatheredBucket:
+        """The bucket that was gathered when the snapshot was taken."""
+        with self.lock:
             return self._gathered[snapshot.number][index]
 
 
@@ -423,7 +411,7 @@ def _empty(num_bytes: int, device: torch.device) -> Tensor:
 
 
 _ALIGN = 8
-"""Every part ends at a multiple of this, so that parts one behind the other can be viewed in any dtype."""
+"""Every part ends at a multiple of this, so that parts end to end can be viewed in any dtype."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -457,7 +445,7 @@ class BucketParts:
 
     @property
     def num_bytes(self) -> int:
-        """Length of all parts, one behind the other."""
+        """Length of all parts, end to end."""
         return sum(part.num_bytes for part in self.of_rank)
 
     def assemble(self, parts: Tensor, into: Tensor) -> None:
@@ -489,7 +477,14 @@ class BucketParts:
 
 
 class PushLayout:
-    """The buckets of every push, and this rank's rows of them."""
+    """The buckets of every push, and this rank's rows of them.
+
+    FSDP2 shards rows: of M ranks, rank r holds ceil(rows / M) rows of each parameter from r * ceil(rows / M)
+    on. A checkpoint's tensor that is a whole parameter is divided in the same way; one inside a row of a
+    parameter (an expert's matrix) lies wholly on one rank. A rank's part of a bucket is one flat buffer with
+    its rows of the bucket's tensors, in their order. Parts have different sizes: with padding to the largest,
+    a bucket of experts that are all on one rank would need M times its memory.
+    """
 
     def __init__(
         self, model: nn.Module, *, rank: int, world_size: int, bucket_bytes: int, dtype: str
