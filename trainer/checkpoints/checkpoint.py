@@ -30,13 +30,16 @@ from areal_like.errors import ConfigError, DiskFullError
 from areal_like.paths import checkpoint_name, find_checkpoints, read_json
 from areal_like.weights.snapshots_on_disk import FORMAT, OLD_FORMAT, STATE_FILE
 from trainer.advantages.critic import Critic
-from trainer.checkpoints.directory import remove_rolled_back, set_aside, write_directory
-from trainer.checkpoints.hf_files import MAX_FILE_BYTES
-from trainer.checkpoints.host_copy import ModelState
-from trainer.checkpoints.model_files import ModelFiles
-from trainer.checkpoints.peers import Peers, check_shared, wait_until_visible
+from trainer.checkpoints.directory import (
+    Peers,
+    check_shared,
+    remove_rolled_back,
+    set_aside,
+    wait_until_visible,
+    write_directory,
+)
 from trainer.checkpoints.reading import CRITIC, POLICY, PROXIMAL, StateReader
-from trainer.checkpoints.row_files import FOLDER, ModelRows, write_index
+from trainer.checkpoints.writing import FOLDER, MAX_FILE_BYTES, ModelFiles, ModelRows, ModelState, write_index
 from trainer.distributed.ranks import Ranks
 from trainer.models.packed_model import DTYPES, PackedModel
 from trainer.models.policy import Policy
