@@ -39,7 +39,7 @@ from areal_like.wire.messages.consumer import (
 from trainer.adaptive_staleness import StalenessController
 from trainer.batching.packing import PackedBatch
 from trainer.buffer_client.client import StopRequestedError, TrainerBufferClient
-from trainer.evaluation import Evaluations
+from trainer.evaluate import Evaluations
 from trainer.metrics.run_files import WARM_UP_STEPS, step_row
 from trainer.run_record import RunRecord
 from trainer.weights.broadcaster import Broadcaster
