@@ -54,27 +54,22 @@ class Trainer:
         self._paths = RunPaths.of(config)
         buffer.state = "loading"
         source = model_path(config)
-        dtype = compute_dtype(config)
-        self._checkpoints = Checkpoints(
-            self._paths.checkpoints,
-            keep=config.trainer.keep_checkpoints,
-            keep_rolled_back=config.trainer.keep_rolled_back,
-            tokenizer_path=source,
-            dtype=dtype,
-        )
+        self._checkpoints = Checkpoints.of(config)
         resume_step = self._checkpoints.resume_step(config.resume, ranks)
         is_new = resume_step is None  # else a checkpoint has the weights: reading the initial ones is wasted
         self._policy = build_policy(config, source, ranks, with_weights=is_new)
         self._runner = build_step_runner(config, self._policy, ranks, initial=source, with_weights=is_new)
         gather = BoundaryGather if ranks.device.type == "cuda" else BackgroundGather
         self._snapshotter: WeightSnapshotter = gather(
-            self._policy, ranks, bucket_bytes=config.weights.bucket_bytes_on(ranks.device.type), dtype=dtype
+            self._policy,
+            ranks,
+            bucket_bytes=config.weights.bucket_bytes_on(ranks.device.type),
+            dtype=compute_dtype(config),
         )
         self._snapshot_s = 0.0
         """Seconds that the last snapshot took."""
         self._checkpoints.open(ranks)
         self._step, self._stream = self._resume(resume_step)
-        self._saved_step, self._saved_s = self._step, time.monotonic()
         buffer.step = self._step
         self._started_s = started_s
         self._leader: Leader | None = None
@@ -124,7 +119,7 @@ class Trainer:
         if is_stopping:
             return False
         self._runner.optimizer.lr, is_save_asked = received(numbers)
-        if is_save_asked and self._saved_step < self._step:
+        if is_save_asked and self._checkpoints.saved_step < self._step:
             self._save()
         return True
 
@@ -198,17 +193,12 @@ class Trainer:
         metrics["freeze_s"] = self._snapshot_s if is_sync else 0.0
         if self._leader is not None:
             self._leader.finish_step(step, metrics, snapshot)
-        if is_last or self._step % trainer.checkpoint_interval == 0 or self._is_checkpoint_overdue():
+        if is_last or self._checkpoints.is_due(self._step, trainer, self._ranks):
             self._save()
-
-    def _is_checkpoint_overdue(self) -> bool:
-        """True when `trainer.checkpoint_minutes` have passed since the last checkpoint, by rank 0's clock."""
-        minutes = self._config.trainer.checkpoint_minutes
-        return minutes > 0 and bool(self._ranks.agree(int(time.monotonic() - self._saved_s >= 60 * minutes)))
 
     def _end(self) -> None:
         self._buffer.state = "draining"
-        if self._saved_step < self._step:
+        if self._checkpoints.saved_step < self._step:
             self._save()
         self._checkpoints.wait()  # no later checkpoint can replace the last one: here a full disk is an error
         if self._leader is not None:
@@ -236,7 +226,7 @@ class Trainer:
         """
         step, leader = self._step, self._leader
         self._ranks.place.enter("checkpoint", step=step)
-        started_s = self._saved_s = time.monotonic()
+        started_s = time.monotonic()
         # The version before the stream's state, which contains the number of the next version.
         version = leader.alloc_version() if leader is not None else 0
         stream = leader.stream_state(step - 1) if leader is not None else {}
@@ -266,7 +256,6 @@ class Trainer:
             extra=extra,
             on_saved=commit,
         )
-        self._saved_step = step
 
     async def _hand_over(self, _: dict[str, Any]) -> dict[str, Any]:
         """Control verb of rank 0: drains, but leaves the stream open for the next trainer."""

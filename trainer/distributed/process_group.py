@@ -83,11 +83,6 @@ def _report(
         write_collectives(traces, ranks.rank)
 
 
-def world_size_here() -> int:
-    """The number of ranks of this trainer, from the environment of its rank."""
-    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
-
-
 def join_ranks(config: Config, device: torch.device) -> Meeting | None:
     """Creates the default process group: of this process alone, of `spawn.py`'s ranks, or of torchrun's.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from areal_like.automatic_settings import compute_dtype, resolved
+from areal_like.automatic_settings import resolved
 from areal_like.config import Config
 from areal_like.paths import RunPaths, model_path, write_json
 from trainer.checkpoints.checkpoint import Checkpoints
@@ -50,13 +50,7 @@ class Replay:
         source = model_path(config)
         self._policy = build_policy(config, source, ranks)
         self._runner = build_step_runner(config, self._policy, ranks, initial=source)
-        self._checkpoints = Checkpoints(
-            self._paths.checkpoints,
-            keep=config.trainer.keep_checkpoints,
-            keep_rolled_back=config.trainer.keep_rolled_back,
-            tokenizer_path=source,
-            dtype=compute_dtype(config),
-        )
+        self._checkpoints = Checkpoints.of(config)
         self._checkpoints.open(ranks)
         self._metrics = MetricsFile(self._paths.metrics, start_step=0) if ranks.rank == 0 else None
 
@@ -66,15 +60,14 @@ class Replay:
         num_steps = min(
             trainer.num_steps, self._recording.num_whole_steps(groups_per_step=trainer.groups_per_step)
         )
-        step = saved_step = 0
+        step = 0
         with contextlib.closing(self._checkpoints):
             while step < num_steps and not self._ranks.any(self._stopping.is_set()):
                 self._train(step)
                 step += 1
                 if step % trainer.checkpoint_interval == 0:
                     self._save(step)
-                    saved_step = step
-            if saved_step < step:
+            if self._checkpoints.saved_step < step:
                 self._save(step)
             self._checkpoints.wait()
         if self._metrics is not None:

@@ -19,16 +19,16 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from areal_like.config import KlConfig
 from areal_like.errors import ConfigError
 from areal_like.trajectory import Trajectory
 from trainer.advantages.base import FloatArray
 from trainer.advantages.reward_shaping import Shaping, ShapingContext
-from trainer.batching.lockstep import in_lockstep
-from trainer.batching.packing import Packer, TrainingSample, num_targets, split_by_sequence
+from trainer.batching.packing import PackedBatch, num_targets
 from trainer.batching.scope import Scope
-from trainer.batching.segments import segments_of
+from trainer.batching.segments import values_of_targets
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy
 from trainer.objectives.composed import kl_estimate
@@ -159,26 +159,17 @@ class RewardTerms:
         """
         if self._kl is None:
             return [[np.zeros(num_targets(t)) for t in group] for group in groups]
-        assert self._reference is not None
-        packer = Packer(budget_tokens=self._budget_tokens)
-        segments = [
-            [segment for _, segment in segments_of(t)] for group in groups for t in group if not t.is_greedy
-        ]
-        samples = [
-            TrainingSample(trajectory=segment, advantage=0.0, group=0)
-            for of_trajectory in segments
-            for segment in of_trajectory
-        ]
-        penalties: list[FloatArray] = []
-        for batch, live in in_lockstep(packer.microbatches([samples]), self._ranks):
-            with torch.no_grad():
-                ref_logp_S = self._reference(batch).logprobs_S
-            if live:
-                behavior_logp_S = batch.behavior_logp_T[batch.sampled_S].to(ref_logp_S.dtype)
-                kl_S = kl_estimate(behavior_logp_S - ref_logp_S, estimator=self._kl.estimator)
-                penalties += split_by_sequence(self._kl.coef * kl_S, batch)
-        parts = iter(penalties)
-        remaining = iter([np.concatenate([next(parts) for _ in each]) for each in segments])
+        kl, reference = self._kl, self._reference
+        assert reference is not None
+
+        def penalties_S(batch: PackedBatch) -> Tensor:
+            ref_logp_S = reference(batch).logprobs_S
+            behavior_logp_S = batch.behavior_logp_T[batch.sampled_S].to(ref_logp_S.dtype)
+            return kl.coef * kl_estimate(behavior_logp_S - ref_logp_S, estimator=kl.estimator)
+
+        sampled = [t for group in groups for t in group if not t.is_greedy]
+        found = values_of_targets(sampled, penalties_S, self._ranks, budget_tokens=self._budget_tokens)
+        remaining = iter(found)
         return [
             [np.zeros(num_targets(t)) if t.is_greedy else next(remaining) for t in group] for group in groups
         ]
