@@ -119,7 +119,7 @@ class Leader:
         """False also for a run that starts over without a checkpoint: its servers may still hold weights that
         an earlier trainer pushed."""
         self.settings: StepSettings = buffer.call(GetStepSettings(step=step), timeout_s=_CALL_TIMEOUT_S)
-        """Of the step that begins or is in training."""
+        """Settings of the step that begins or is in training."""
         self._counters_at_start, self._counted_from_s = self._get_counters(), time.monotonic()
         self._publisher: Publisher = buffer.run(self._open_publisher(), name="publisher", timeout_s=10)
         # Last: from now on `close` has to end its trackers.

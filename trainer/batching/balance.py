@@ -35,7 +35,7 @@ sequences."""
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Of the forward and backward of a sequence, in any unit: `per_row` L + `per_pair` L^2 / 2."""
+    """Cost of the forward and backward of a sequence, in any unit: `per_row` L + `per_pair` L^2 / 2."""
 
     per_row: int
     per_pair: int

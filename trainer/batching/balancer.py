@@ -38,7 +38,7 @@ class Balancer:
         self._whole_groups = whole_groups
         self._shares_prefixes = shares_prefixes
         self.busy_share = 1.0
-        """Of the last plan, see `Plan`."""
+        """That of the last plan, see `Plan`."""
 
     def microbatches(self, groups: Iterable[Sequence[TrainingSample]]) -> Iterator[MicroBatch]:
         """Yields this rank's micro-batches, one for each round, once the last group is there. Collective.

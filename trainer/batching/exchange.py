@@ -20,9 +20,9 @@ from trainer.distributed.ranks import Ranks
 
 _TOKEN_ARRAYS = {"tokens": "<i4", "loss_mask": "u1", "logprobs": "<f4", "versions": "<i4"}
 _BYTES_PER_TOKEN = 29
-"""Of the arrays above, and of an advantage and a lag for each token."""
+"""Bytes of the arrays above, and of an advantage and a lag for each token."""
 _BYTES_PER_SAMPLE = 256
-"""Most bytes of a sample beside its tokens, and of the list that it is in."""
+"""Most bytes of a sample besides its tokens, and of the list that it is in."""
 
 
 def exchange(

@@ -53,7 +53,7 @@ class TensorRows:
     """Where the rows of one parameter are."""
 
     shape: Sequence[int]
-    """Of the whole parameter."""
+    """Shape of the whole parameter."""
     rows: Sequence[Sequence[int]]
     """[first, end) of the rows in each file of `ModelRows.files`; empty ranges are not in the file."""
 
@@ -63,9 +63,9 @@ class ModelRows:
     """The row files of one model."""
 
     num_updates: int
-    """Of its optimizer, for Adam's bias correction."""
+    """Updates of its optimizer, for Adam's bias correction."""
     dtype: str
-    """Of masters and moments: `float32`."""
+    """Dtype of masters and moments: `float32`."""
     masters: Sequence[str]
     """Files of weights, next to the folder, that hold the masters; empty: the row files hold them."""
     files: Sequence[str]
@@ -195,7 +195,7 @@ class HostCopy:
         dtypes = {shard.dtype for shard in shards.values()}
         assert len(dtypes) == 1, f"masters of several dtypes: {dtypes}"
         (self.dtype,) = dtypes
-        """Of masters and moments."""
+        """Dtype of masters and moments."""
         places = [(kind, name, shard.shape) for kind in self.kinds for name, shard in shards.items()]
         sizes = [math.prod(shape) for _, _, shape in places]
         self._flat = torch.empty(sum(sizes), dtype=self.dtype)
@@ -327,7 +327,7 @@ class TensorPlace:
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
-    """Of its first byte in the file."""
+    """Place of its first byte in the file."""
 
     @property
     def row_bytes(self) -> int:
@@ -348,7 +348,7 @@ class FileLayout:
     """With its length in front."""
     places: Mapping[str, TensorPlace]
     num_bytes: int
-    """Of the whole file."""
+    """Size of the whole file."""
 
     @classmethod
     def of(cls, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> Self:

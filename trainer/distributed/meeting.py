@@ -33,7 +33,7 @@ class Meeting:
     token: str
     """Prefix of this start's keys in the store."""
     names: Sequence[str]
-    """Of the ranks, with machine and pid, for messages."""
+    """Names of the ranks, with machine and pid, for messages."""
     store: Any = None
     """Kept open until this rank ends: rank 0's process serves it to the others."""
 

@@ -40,7 +40,7 @@ class StepSpeed:
         """
         self._ranks = ranks
         self._policy = ModelFlops.of(policy.model)
-        self._beside = [ModelFlops.of(each.model) for each in (reference, proximal) if each is not None]
+        self._others = [ModelFlops.of(each.model) for each in (reference, proximal) if each is not None]
         device = ranks.device
         known = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self._peak = peak_tflops * 1e12 or known
@@ -56,7 +56,7 @@ class StepSpeed:
         own_lengths = None if batch.shared is None else batch.shared.own_lengths
         return sum(
             times * model.of_forward(batch.lengths, num_targets=len(batch.sampled_S), own_lengths=own_lengths)
-            for model, times in ((self._policy, passes), *((model, FORWARD) for model in self._beside))
+            for model, times in ((self._policy, passes), *((model, FORWARD) for model in self._others))
         )
 
     def metrics(self, timer: PhaseTimer, *, num_tokens: float, flops: float) -> dict[str, float]:

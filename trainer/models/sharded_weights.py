@@ -2,7 +2,7 @@
 
 FSDP2 shards rows: of M ranks, rank r holds ceil(rows / M) rows from r * ceil(rows / M) on. Plain padded
 tensors are gathered, not DTensors: that works on any process group, not only the mesh's, and for tensors
-that are sharded like the parameters but are no parameters (the optimizer's moments). Names and order are
+that are sharded like the parameters but are not parameters (the optimizer's moments). Names and order are
 those of the Hugging Face model; tied weights appear once.
 """
 
@@ -28,7 +28,7 @@ class RowShard:
     name: str
     rows: Tensor
     shape: torch.Size
-    """Of the whole tensor."""
+    """Shape of the whole tensor."""
 
 
 def shards_of(model: nn.Module, values: Mapping[str, Tensor] | None = None) -> list[RowShard]:

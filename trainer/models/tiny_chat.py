@@ -51,9 +51,9 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt %}{{ '<assistant>' }}{% endif -%}
 """
 MATRIX_LR = 1e-2
-"""Of Muon."""
+"""Learning rate of Muon."""
 OTHER_LR = 5e-3
-"""Of AdamW: embedding and norms."""
+"""Learning rate of AdamW: embedding and norms."""
 NUM_ROWS, ROW_LENGTH = 4, 256
 """Tokens of one step; the longest conversation has about 200."""
 

@@ -65,7 +65,7 @@ class _OnPairs(Objective):
     advantage = RewardSpread()
 
     pairs: str = "best_worst"
-    """Of a group: `best_worst` (one pair) | `all`."""
+    """Pairs of a group: `best_worst` (one pair) | `all`."""
     anchor: str = "reference"
     """Policy whose log-probs the log-ratios are relative to: `reference` | `behavior` (that sampled)."""
 
@@ -155,7 +155,7 @@ class Rebel(_OnPairs):
     skips_zero_advantage = False
 
     pairs: str = "all"
-    """Of a group: `best_worst` (one pair) | `all`."""
+    """Pairs of a group: `best_worst` (one pair) | `all`."""
     anchor: str = "behavior"
     """Policy whose log-probs the log-ratios are relative to: `behavior` (that sampled) | `reference`."""
     beta: float = 0.0

@@ -64,7 +64,7 @@ class AdvantagePipeline:
         self._turn_discount = turn_discount
         self._value_targets: list[ValueTarget] = []
         self.state = advantage.initial_state()
-        """Of an estimator that remembers earlier steps; checkpoints store it."""
+        """What an estimator remembers of earlier steps; checkpoints store it."""
 
     @property
     def extra_totals(self) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ _PERFORMANCE = (
 _GROUP_OF = dict.fromkeys(_STABILITY, "stability") | dict.fromkeys(_PERFORMANCE, "performance")
 _OTHER_GROUP = "train"
 _NOT_TRACKED = ("step", "time_unix_s", "eval_reward")
-"""Columns that are no numbers of the step: evaluations have rows of their own."""
+"""Columns that are not numbers of the step: evaluations have rows of their own."""
 _OF_EVALUATION = ("ci_low", "ci_high", "truncated_fraction", "mean_tokens", "num_failed", "seconds")
 
 VERL: dict[str, tuple[str, ...]] = {

@@ -159,7 +159,7 @@ class Broadcaster:
         """Sends an acquired snapshot to every eligible server of the directory and waits for activation.
 
         Failures of servers do not raise; their reasons are in the outcome. Raises ConfigError when
-        `weights.host` is no address of this machine, or the first session finds every port of
+        `weights.host` is not an address of this machine, or the first session finds every port of
         `weights.port_range` taken. Later a port is taken for a while only, and the push is tried again.
         """
         self._directory = {receiver_id(entry): entry for entry in servers}

@@ -58,7 +58,7 @@ class CheckTokens:
     first: int
     """Index of the first token with a log-prob."""
     logprobs: list[float]
-    """Of the tokens from `first` on."""
+    """Log-probs of the tokens from `first` on."""
 
     def difference(self, logprobs: Sequence[float]) -> float:
         """Mean |difference| in nats to an engine's log-probs of these tokens; NaN if one is not finite."""

@@ -133,7 +133,7 @@ class WeightSnapshotter(ABC):
         self.buckets = tuple(parts.bucket for parts in self._layout.buckets)
         """The buckets of every snapshot, without checksums."""
         self.lock = threading.Condition()
-        """Of the snapshots' states."""
+        """Guards the states of the snapshots."""
         self.stages = False
         """True once a push was staged: every bucket of a snapshot is kept from then on."""
         self._snapshots: list[Snapshot] = []
