@@ -40,7 +40,7 @@ from areal_like.wire.messages.consumer import FinishRun, StartTraining
 from areal_like.wire.messages.evaluation import EvalResult, RequestEval
 from areal_like.wire.messages.producer import ServerState
 from trainer.buffer_client.client import StopRequestedError, TrainerBufferClient
-from trainer.metrics.evaluations_file import EvaluationsFile, described, evaluation_row
+from trainer.metrics.run_files import EvaluationsFile, described, evaluation_row
 from trainer.start import run_to_end
 
 log = logging.getLogger(__name__)

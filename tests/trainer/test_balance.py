@@ -18,8 +18,7 @@ from areal_like.errors import ArealError, ConfigError
 from areal_like.trajectory import FinishReason, Trajectory
 from tests.support.trainer_helpers import run_ranks, write_model
 from trainer.batching.balance import Cost, SequenceSize, plan
-from trainer.batching.balancer import Balancer
-from trainer.batching.exchange import _decoded, _encoded, exchange
+from trainer.batching.balancer import Balancer, _decoded, _encoded, exchange
 from trainer.batching.packing import Packer, TrainingSample
 from trainer.batching.shared_prefixes import budget_size
 from trainer.distributed.ranks import Ranks
