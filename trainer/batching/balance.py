@@ -24,6 +24,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 from areal_like.errors import ConfigError
 from trainer.batching.shared_prefixes import budget_size
@@ -46,8 +47,7 @@ class Cost:
         return self.per_row * (num_tokens - prefix) + self.per_pair * pairs
 
 
-@dataclass(frozen=True, kw_only=True)
-class SequenceSize:
+class SequenceSize(NamedTuple):
     """What the plan needs to know of one sequence."""
 
     group: int

@@ -56,33 +56,16 @@ class Balancer:
     def _divided(self, groups: Sequence[Sequence[TrainingSample]]) -> list[MicroBatch]:
         own = [sample for group in groups for sample in group]
         rows = [
-            (
-                self._ranks.rank,
-                place,
-                size.group,
-                size.num_tokens,
-                size.prefix,
-                size.distance,
-                size.prefix_of_last,
-            )
+            (self._ranks.rank, place, *size)
             for group in groups
             for place, size in enumerate(self._sizes(group))
         ]
         flat = torch.tensor(rows, dtype=torch.int64).flatten()
-        table_NC = self._ranks.gather(flat).view(-1, 7).numpy()
+        table_NC = self._ranks.gather(flat).view(-1, 2 + len(SequenceSize._fields)).numpy()
         # By group and place in it: the recorded order, whichever rank has fetched a group.
         order_N = np.lexsort((table_NC[:, 1], table_NC[:, 2]))
         table = table_NC[order_N].tolist()
-        sizes = [
-            SequenceSize(
-                group=group,
-                num_tokens=num_tokens,
-                prefix=prefix,
-                distance=distance,
-                prefix_of_last=prefix_of_last,
-            )
-            for _, _, group, num_tokens, prefix, distance, prefix_of_last in table
-        ]
+        sizes = [SequenceSize(*size) for _, _, *size in table]
         made = plan(
             sizes,
             num_ranks=self._ranks.world_size,
