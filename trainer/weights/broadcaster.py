@@ -39,6 +39,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
@@ -279,7 +280,7 @@ class Broadcaster:
         if warning and warning != self._last_warning:
             log.warning("weights travel over gloo: %s", warning)
         self._last_warning = warning
-        rank_ranges, world_size = assign_ranks(receivers, alive)
+        first_ranks, world_size = assign_ranks(alive)
         is_authenticated = backend == "gloo" and all(engine.authenticates_store for engine in alive)
         group = WeightGroup.create(
             host=self._config.host,
@@ -293,7 +294,8 @@ class Broadcaster:
         return WeightGroupSession(
             number=self.num_sessions,
             group=group,
-            rank_ranges=rank_ranges,
+            receivers=receivers,
+            first_ranks=first_ranks,
             device=self._device,
             loads_in_place=any(engine.loads_in_place for engine in alive),
         )
@@ -381,21 +383,13 @@ _REPLY_GRACE_S = 5.0
 """Time after a push's deadline in which a receiver may ask its engine which weights it has."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RankRange:
-    """A receiver's ranks in the process group: one per tensor-parallel rank, from `first_rank` on."""
+def assign_ranks(alive: Sequence[Alive]) -> tuple[list[int], int]:
+    """(first rank of each receiver, the group's world size): rank 0 is the trainer.
 
-    receiver: Receiver
-    first_rank: int
-
-
-def assign_ranks(receivers: Sequence[Receiver], alive: Sequence[Alive]) -> tuple[list[RankRange], int]:
-    """Ranks in the order given, after rank 0 (the trainer); and the group's world size."""
-    rank_ranges, next_rank = [], 1
-    for receiver, reply in zip(receivers, alive, strict=True):
-        rank_ranges.append(RankRange(receiver=receiver, first_rank=next_rank))
-        next_rank += reply.num_ranks
-    return rank_ranges, next_rank
+    A receiver has one rank for each tensor-parallel rank, from its first rank on.
+    """
+    *first_ranks, world_size = accumulate((reply.num_ranks for reply in alive), initial=1)
+    return first_ranks, world_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -427,7 +421,8 @@ class WeightGroupSession:
         *,
         number: int,
         group: WeightGroup,
-        rank_ranges: Sequence[RankRange],
+        receivers: Sequence[Receiver],
+        first_ranks: Sequence[int],
         device: Device,
         loads_in_place: bool = False,
     ) -> None:
@@ -435,8 +430,8 @@ class WeightGroupSession:
         self.number = number
         self.loads_in_place = loads_in_place
         self.group = group
-        self.receivers = [rank_range.receiver for rank_range in rank_ranges]
-        self._rank_ranges = rank_ranges
+        self.receivers = list(receivers)
+        self._first_ranks = first_ranks
         self._sender = BucketSender(group, device=device, name=f"weight-session-{number}")
 
     @property
@@ -452,11 +447,9 @@ class WeightGroupSession:
         timeout_s = self.group.timeout_s
         requests = [
             asyncio.create_task(
-                rank_range.receiver.request(
-                    self._form_group(rank_range), WeightsOk, timeout_s=timeout_s + 2 * ALIVE_S
-                )
+                receiver.request(self._form_group(rank), WeightsOk, timeout_s=timeout_s + 2 * ALIVE_S)
             )
-            for rank_range in self._rank_ranges
+            for receiver, rank in zip(self.receivers, self._first_ranks, strict=True)
         ]
         connecting = in_thread(self.group.connect, name=f"weight-session-{self.number}")
         not_at_fault: set[ReceiverId] = set()
@@ -567,13 +560,13 @@ class WeightGroupSession:
         leaving = in_thread(self.group.close, name=f"weight-session-{self.number}-close")
         await asyncio.wait([leaving], timeout=ALIVE_S)
 
-    def _form_group(self, rank_range: RankRange) -> FormGroup:
+    def _form_group(self, rank: int) -> FormGroup:
         return FormGroup(
             epoch=self.number,
             group_name=self.group.group_name,
             master_address=self.group.address,
             master_port=self.group.port,
-            rank=rank_range.first_rank,
+            rank=rank,
             world_size=self.group.world_size,
             backend=self.group.backend,
             # Longer than rank 0's own timeout, so that at its end a receiver that still waits has not replied
