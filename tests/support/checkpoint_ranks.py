@@ -21,9 +21,8 @@ from tests.support.trainer_ranks import main, make_runner
 from trainer.checkpoints import directory
 from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
-from trainer.distributed.sharding import local
+from trainer.distributed.sharding import MODEL_PREFIX, local, row_range
 from trainer.models.policy import Policy
-from trainer.models.sharded_weights import MODEL_PREFIX, row_range
 from trainer.optimizer import MOMENTS, ShardedAdamW
 
 

@@ -31,9 +31,9 @@ from trainer.advantages.critic import Critic
 from trainer.advantages.reward_shaping import SHAPINGS
 from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import IncompleteStepError, Ranks
+from trainer.distributed.sharding import gather, shards_of
 from trainer.metrics.named_means import KINDS
 from trainer.models.policy import Policy
-from trainer.models.sharded_weights import gather, shards_of
 from trainer.models.value_model import ValueModel
 from trainer.objectives import Need, build_objective
 from trainer.objectives.normalizers import Normalizer

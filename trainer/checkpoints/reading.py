@@ -30,10 +30,10 @@ from trainer.checkpoints.writing import (
     TensorRows,
 )
 from trainer.distributed.ranks import Ranks
+from trainer.distributed.sharding import MODEL_PREFIX, row_range, shards_of
 from trainer.models.packed_model import PackedModel
 from trainer.models.row_loading import read_rows
 from trainer.models.safetensors_rows import SafetensorsRows
-from trainer.models.sharded_weights import MODEL_PREFIX, row_range, shards_of
 
 CRITIC, POLICY, PROXIMAL = "critic", "policy", "proximal"
 OLD_FILES = {

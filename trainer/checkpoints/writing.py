@@ -38,9 +38,9 @@ from torch import Tensor
 
 from areal_like.weights.hf_layout import HfTensor, hf_tensors
 from trainer.distributed.ranks import Ranks
+from trainer.distributed.sharding import MODEL_PREFIX, row_range, shards_of
 from trainer.models.packed_model import PackedModel
 from trainer.models.safetensors_rows import INDEX_FILE, SINGLE_FILE
-from trainer.models.sharded_weights import MODEL_PREFIX, row_range, shards_of
 
 MASTER = "master"
 FOLDER = "rows"

@@ -37,9 +37,8 @@ from areal_like.weights.buckets import Bucket, TensorSpec, checksum, cut_buckets
 from areal_like.weights.hf_layout import HfTensor, hf_tensors
 from areal_like.weights.integrity import sha256
 from trainer.distributed.ranks import Ranks
-from trainer.distributed.sharding import local
+from trainer.distributed.sharding import local, row_range
 from trainer.models.policy import Policy
-from trainer.models.sharded_weights import row_range
 
 log = logging.getLogger(__name__)
 
