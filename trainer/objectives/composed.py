@@ -3,7 +3,7 @@
     losses = mask * (objective + kl.coef * KL(pi || ref) - entropy_coef * entropy)
 
 `build_objective` returns the bare objective where none of these is configured. The KL penalty on rewards is
-not part of the loss (see `trainer/step/reward_terms.py`).
+not part of the loss (see `trainer/step/advantage_pipeline.py`).
 
 Estimators of KL(pi || ref) from one token, with x = log(pi / ref):
 

@@ -45,10 +45,9 @@ from trainer.objectives import Need, Objective, StepStats
 from trainer.objectives.normalizers import Normalizer
 from trainer.optimizer import ShardedAdamW
 from trainer.profiling.ranges import named_range, ranged
-from trainer.step.advantage_pipeline import AdvantagePipeline, Lags
+from trainer.step.advantage_pipeline import AdvantagePipeline, Lags, RewardTerms, TrajectoryGroup
 from trainer.step.proximal import ProximalPolicy
 from trainer.step.recipe import warn_of_ignored_settings
-from trainer.step.reward_terms import RewardTerms, TrajectoryGroup
 
 
 class StepRunner:
