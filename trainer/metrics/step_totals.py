@@ -100,7 +100,7 @@ class StepTotals:
         tokens: SampledTokens,
         losses: TokenLosses,
         *,
-        counted: tuple[Tensor, Tensor],
+        counted: Sequence[Tensor],
         live: bool,
     ) -> None:
         """Records a micro-batch: its size, the diagnostics of every objective and the objective's own.

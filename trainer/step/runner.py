@@ -167,7 +167,8 @@ class StepRunner:
         with self._ranks.abandonable(is_abandoned):
             # Groups -> advantages -> micro-batches, as the groups arrive unless something needs all of them.
             samples = self.advantages.compute(timer.timed("wait_s", groups), totals, timer, lags=lags)
-            microbatches: Iterable[MicroBatch] = self._packer.microbatches(self._to_run(samples, totals))
+            samples = self._with_gradient(samples, totals)
+            microbatches: Iterable[MicroBatch] = self._packer.microbatches(samples)
             with self._gradients as gradients:
                 if is_batch:  # statistics of the whole step first, in a pass without gradient
                     microbatches = list(microbatches)  # waits for the last group
@@ -182,12 +183,12 @@ class StepRunner:
                         tokens = self._forward(batch, totals, live=live)
                         with named_range("objective"):
                             losses = objective.losses(tokens, stats)
-                            loss_S, num_tokens, num_seqs = self._normalizer.weigh(losses, tokens)
+                            loss_S, *counted = self._normalizer.weigh(losses, tokens)
                         # Times zero: a rank without work runs a dummy forward and backward all the same,
                         # which keeps FSDP2's collectives in step with the other ranks.
                         with named_range("backward"):
                             gradients.add(loss_S if live else loss_S * 0.0, tokens=tokens, batch=batch)
-                        totals.observe(batch, tokens, losses, counted=(num_tokens, num_seqs), live=live)
+                        totals.observe(batch, tokens, losses, counted=counted, live=live)
                         if not is_batch:
                             observed.append(self._observe(tokens, live=live))
                 if not is_batch:
@@ -215,8 +216,8 @@ class StepRunner:
                 if self.proximal is not None:
                     self.proximal.follow(step)
             learned = self.advantages.learn(totals, step=step)
-        update = {"loss": totals.total("loss") / divisor, "grad_norm": grad_norm, "lr": lr}
-        return self._metrics(totals, learned, update | {"lr_scale": lr_scale}, timer)
+        loss = totals.total("loss") / divisor
+        return self._metrics(timer, totals, learned, loss=loss, grad_norm=grad_norm, lr=lr, lr_scale=lr_scale)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint stores besides weights and moments, for `restore`; JSON."""
@@ -227,7 +228,7 @@ class StepRunner:
         self.rewards.restore(state["shaping_duals"])
         self.advantages.restore(state.get("advantage_state", []))
 
-    def _to_run(
+    def _with_gradient(
         self, groups: Iterable[list[TrainingSample]], totals: StepTotals
     ) -> Iterator[list[TrainingSample]]:
         """The groups that need a gradient. The others are only counted."""
@@ -292,11 +293,7 @@ class StepRunner:
         return self._objective.summarize(gathered) if gathered else {}
 
     def _metrics(
-        self,
-        totals: StepTotals,
-        learned: dict[str, float],
-        update: dict[str, float],
-        timer: PhaseTimer,
+        self, timer: PhaseTimer, totals: StepTotals, learned: dict[str, float], **update: float
     ) -> dict[str, Any]:
         """The metrics of the step that has just ended. Collective.
 
