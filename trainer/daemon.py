@@ -32,7 +32,6 @@ from trainer.buffer_client.client import TrainerBufferClient
 from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import IncompleteStepError, Ranks
 from trainer.leader import Leader, received, shared
-from trainer.metrics.lag import LagTally
 from trainer.models.policy import build_policy
 from trainer.profiling.ranges import named_range
 from trainer.profiling.recorder import StepRecorder
@@ -174,19 +173,14 @@ class Trainer:
     def _train_step(self) -> None:
         step, trainer = self._step, self._config.trainer
         self._buffer.state = "training"
-        lags = LagTally(self._config.staleness_cap)
-        groups = (lags.counted(group) for group in self._buffer.groups(step))
-        metrics: dict[str, Any] = dict(
-            self._runner.run(
-                groups,
-                step=step,
-                num_groups=trainer.groups_per_step,
-                lags=lags.of_tokens,
-                is_abandoned=self._buffer.abandon_step.is_set,
-            )
+        metrics = self._runner.run_served(
+            self._buffer.groups(step),
+            step=step,
+            num_groups=trainer.groups_per_step,
+            max_staleness=self._config.staleness_cap,
+            is_abandoned=self._buffer.abandon_step.is_set,
         )
         self._step = self._buffer.step = step + 1
-        metrics |= lags.reduced(self._ranks)
         is_last = self._step == trainer.num_steps
         is_sync = is_last or self._step % self._config.weights.sync_interval == 0
         snapshot = self._take_snapshot() if is_sync else None

@@ -18,7 +18,6 @@ from areal_like.paths import RunPaths, model_path, write_json
 from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.process_group import device_of, joined_ranks
 from trainer.distributed.ranks import Ranks
-from trainer.metrics.lag import LagTally
 from trainer.metrics.run_files import MetricsFile, step_row
 from trainer.models.policy import build_policy
 from trainer.replay.recording import Recording
@@ -105,12 +104,9 @@ def train_recorded_step(
     """
     changed = [lr for first_step, lr in learning_rates if first_step <= step]
     runner.optimizer.lr = changed[-1] if changed else config.trainer.lr
-    lags = LagTally(config.staleness_cap)
     num_groups = config.trainer.groups_per_step
-    positions = range(ranks.rank, num_groups, ranks.world_size)
-    groups = (lags.counted(group) for group in recording.groups(step, positions))
-    metrics = runner.run(groups, step=step, num_groups=num_groups, lags=lags.of_tokens)
-    return dict(metrics) | lags.reduced(ranks)
+    groups = recording.groups(step, range(ranks.rank, num_groups, ranks.world_size))
+    return runner.run_served(groups, step=step, num_groups=num_groups, max_staleness=config.staleness_cap)
 
 
 def run(config: Config, root: Path, *, follows_changes: bool) -> None:

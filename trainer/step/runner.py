@@ -27,6 +27,7 @@ from torch import Tensor
 from areal_like.config import KlConfig
 from areal_like.errors import ConfigError
 from areal_like.trajectory import Trajectory
+from areal_like.wire.messages.consumer import Group
 from trainer.advantages.base import Estimator
 from trainer.advantages.critic import Critic
 from trainer.advantages.reward_shaping import Shaping
@@ -36,6 +37,7 @@ from trainer.batching.packing import MicroBatch, PackedBatch, Packer, TrainingSa
 from trainer.batching.sampled_tokens import SampledTokens
 from trainer.batching.scope import Scope
 from trainer.distributed.ranks import IncompleteStepError, Ranks
+from trainer.metrics.lag import LagTally
 from trainer.metrics.model_flops import ModelFlops, cost_of
 from trainer.metrics.phase_timer import PhaseTimer
 from trainer.metrics.speed import StepSpeed
@@ -218,6 +220,29 @@ class StepRunner:
             learned = self.advantages.learn(totals, step=step)
         loss = totals.total("loss") / divisor
         return self._metrics(timer, totals, learned, loss=loss, grad_norm=grad_norm, lr=lr, lr_scale=lr_scale)
+
+    def run_served(
+        self,
+        groups: Iterable[Group],
+        *,
+        step: int,
+        num_groups: int,
+        max_staleness: int,
+        is_abandoned: Callable[[], bool] = lambda: False,
+    ) -> dict[str, Any]:
+        """`run` on groups as the buffer serves them, with the metrics of their lags. Collective.
+
+        Asserts that no lag is above `max_staleness`.
+        """
+        lags = LagTally(max_staleness)
+        metrics = self.run(
+            (lags.counted(group) for group in groups),
+            step=step,
+            num_groups=num_groups,
+            lags=lags.of_tokens,
+            is_abandoned=is_abandoned,
+        )
+        return metrics | lags.reduced(self._ranks)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint stores besides weights and moments, for `restore`; JSON."""
