@@ -26,8 +26,7 @@ from areal_like.chat.learned_tokens import ConversationTokens
 from areal_like.chat.token_row import TokenRow
 from areal_like.data import RowFormat
 from trainer.models.tiny import character_tokenizer, untrained_model
-from trainer.models.token_rows import packed
-from trainer.models.warm_start import warm_start
+from trainer.models.warm_start import packed, warm_start
 
 CHAT_TOKENS = ("<tools>", "<user>", "<tool>", "<assistant>", "<call>", "</call>")
 CHAT_TEMPLATE = """\
