@@ -1,7 +1,7 @@
 """The checkpoints of a run: directories that transformers can load, and from which a run resumes.
 
     step_000100/  model*.safetensors config.json tokenizer*    the policy, for `from_pretrained` and engines
-                  rows/                                        masters, moments, random state (`row_files`)
+                  rows/                                        masters, moments, random state (`writing`)
                   trainer_state.json                           format, step, `extra`
 
 Each rank writes and reads its own rows, so no rank ever holds the whole state. The weights' files have the

@@ -1,6 +1,6 @@
 """Reads a checkpoint's state into a model and its optimizer, each rank only its rows.
 
-Two formats: rows of each rank (see `row_files`), and whole tensors in one file for the weights and one for
+Two formats: rows of each rank (see `writing`), and whole tensors in one file for the weights and one for
 the moments, which the release before wrote. One file is open at a time.
 """
 
