@@ -4,7 +4,7 @@
 
 The loss of a step is the mean of -log p over all learned tokens of the step: sums are added up over
 micro-batches and ranks and divided once by the global number of learned tokens. So it depends neither on the
-cuts nor on the number of ranks, and a long answer weighs more than a short one, as in TRL's SFTTrainer.
+cuts nor on the number of ranks, and a long completion weighs more than a short one, as in TRL's SFTTrainer.
 
 Shape suffix: S learned tokens of a micro-batch.
 """

@@ -7,7 +7,7 @@ If rewards and advantage do not depend on the whole step, each group is processe
 samples serve as baselines and are then left out.
 
 The KL penalty is that of the behavior policy mu, whose log-probs are recorded, so only the reference model
-needs a forward pass. The penalty is a sum over the sample's tokens, so it also favors short answers; GAE
+needs a forward pass. The penalty is a sum over the sample's tokens, so it also favors short completions; GAE
 subtracts each token's term from the reward of that token. A greedy sample is shaped like its group but gets
 no penalty, because its recorded log-probs are not the policy's. Both changes are made on copies; metrics
 still show the task's reward.

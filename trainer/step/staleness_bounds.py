@@ -6,9 +6,9 @@ benchmarks.staleness --report` writes it from the results. A job is compared by 
 bound at the smallest age of the grid that is not below its `max_staleness` (beyond the grid, at its largest).
 Ages that are mixed, as in a real queue, come before fixed ones.
 
-What the grid is: a model of 105,000 parameters, the sorting task, answers of up to ten tokens, 400 steps, 64
-samples a step, a constant learning rate. Larger models and longer answers usually tolerate less, so
-a job without a warning is not thereby safe. A method that is not in the table has no warning.
+What the grid is: a model of 105,000 parameters, the sorting task, completions of up to ten tokens, 400 steps,
+64 samples a step, a constant learning rate. Larger models and longer completions usually tolerate less, so a
+job without a warning is not thereby safe. A method that is not in the table has no warning.
 """
 
 from __future__ import annotations

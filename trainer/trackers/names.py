@@ -90,7 +90,7 @@ def step_numbers(row: Mapping[str, Any], *, aliases: str = "none") -> dict[str, 
 
 
 def evaluation_numbers(row: Mapping[str, Any], *, aliases: str = "none") -> dict[str, float]:
-    """The numbers of a row of evaluations.jsonl: `eval/SET/avg@N` over N answers, `eval/SET/pass@K`, ..."""
+    """The numbers of a row of evaluations.jsonl: `eval/SET/avg@N` of N completions, `eval/SET/pass@K`, ..."""
     group = f"{EVALUATION}/{row['set']}"
     named = {f"{group}/avg@{row['num_samples']}": row["avg"]}
     named |= {f"{group}/pass@{k}": share for k, share in row["pass_at_k"].items()}

@@ -1,6 +1,6 @@
 """Asks engines for log-probs after pushes, and decides from them whether they have the weights they report.
 
-An engine may answer a push with success and keep its old weights, or load some tensors wrongly, and then
+An engine may report success for a push and keep its old weights, or load some tensors wrongly, and then
 report a version that its tokens do not come from. So the engines are asked, after pushes, for the log-probs
 of a few tokens that the trainer has scored with the same weights. The mean absolute difference of a correct
 engine is its numerical noise: 1e-6 in float32, some hundredths in bfloat16. A difference far above that of
@@ -43,7 +43,7 @@ _MIN_HISTORY = 3
 _FACTOR = 3.0
 NOISE = {"float32": 1e-3, "bfloat16": 0.05}
 """By `model.dtype`: a mean difference that is never a jump, in nats. In bfloat16 a check of few tokens with
-nearly certain answers may differ by a few thousandths, and the next one by some hundredths."""
+nearly certain tokens may differ by a few thousandths, and the next one by some hundredths."""
 _UNKNOWN_LIMIT = 0.5
 """Limit before there is a history: above the noise of any correct engine, bfloat16 and 8 bits included."""
 
@@ -119,7 +119,7 @@ class JumpDetector:
 
 
 class RepushRule:
-    """Which jumps are answered by another push of the same weights: of jumps in a row 1, 2, 4, 8, ...
+    """Which jumps lead to another push of the same weights: of jumps in a row 1, 2, 4, 8, ...
 
     If pushes do not help, more of them only cost time; the alert stays.
     """
