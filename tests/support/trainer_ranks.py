@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from trainer.advantages.critic import Critic
 from trainer.advantages.reward_shaping import SHAPINGS
 from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import IncompleteStepError, Ranks
-from trainer.distributed.sharding import gather, shards_of
+from trainer.distributed.sharding import MODEL_PREFIX, gather, shards_of
 from trainer.metrics.named_means import KINDS
 from trainer.models.policy import Policy
 from trainer.models.value_model import ValueModel
@@ -103,8 +104,9 @@ def make_runner(
 
 def last_gradient(runner: StepRunner | Critic) -> dict[str, Tensor]:
     """The gradient of the last step: with beta1 = 0, Adam's first moment. Unsharded, on rank 0."""
-    moments = {name: runner.optimizer.moments(name)["exp_avg"] for name in runner.optimizer.shards}
-    return dict(gather(shards_of(runner.model if isinstance(runner, Critic) else runner.policy, moments)))
+    shards = shards_of(runner.model if isinstance(runner, Critic) else runner.policy)
+    moments = [runner.optimizer.moments(MODEL_PREFIX + shard.name)["exp_avg"] for shard in shards]
+    return dict(gather([replace(s, rows=rows) for s, rows in zip(shards, moments, strict=True)]))
 
 
 def gradients(ranks: Ranks, out_dir: Path, *paths: str) -> None:
