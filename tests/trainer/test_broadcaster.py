@@ -34,8 +34,7 @@ from areal_like.wire.messages.weights import (
 from tests.support.snapshots import Held
 from tests.support.waiting import HANG_LIMIT_S
 from trainer.weights.backend import NcclTrial, choose_backend, refuse_mixed_nccl
-from trainer.weights.broadcaster import Broadcaster
-from trainer.weights.group_session import assign_ranks
+from trainer.weights.broadcaster import Broadcaster, assign_ranks
 from trainer.weights.publisher import Publisher, PushReport
 from trainer.weights.receivers import Receiver, ReceiverBackoff, split_groups
 from trainer.weights.snapshot import GatheredBucket
@@ -627,9 +626,7 @@ def alive(*, num_ranks: int = 1, device: str = "cuda:0", uuid: str = "", nccl: s
 
 
 def test_an_engine_gets_one_group_rank_per_tensor_parallel_rank() -> None:
-    receivers: list[Any] = [Receiver(entry=None, link=None) for _ in range(3)]  # type: ignore[arg-type]
-    ranges, world_size = assign_ranks(receivers, [alive(), alive(num_ranks=4), alive(num_ranks=2)])
-    assert [each.first_rank for each in ranges] == [1, 2, 6] and world_size == 8
+    assert assign_ranks([alive(), alive(num_ranks=4), alive(num_ranks=2)]) == ([1, 2, 6], 8)
 
 
 def test_nccl_needs_equal_versions_and_separate_gpus() -> None:

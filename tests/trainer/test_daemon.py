@@ -233,4 +233,4 @@ def test_a_failed_heartbeat_ends_every_wait(tmp_path: Path) -> None:
 def test_an_open_rendezvous_needs_keys(tmp_path: Path) -> None:
     config = job(tmp_path, weights={"host": "192.0.2.1"})
     with pytest.raises(ConfigError, match=r"weights\.host=192\.0\.2\.1 is not a loopback address"):
-        rank_process._run(config)
+        rank_process.run_rank(config)

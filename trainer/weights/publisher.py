@@ -17,10 +17,9 @@ from typing import Any
 from areal_like.errors import ArealError
 from areal_like.wire.messages.consumer import AllocVersion, ServerEntry, VersionGranted
 from trainer.weights.broadcaster import Broadcaster
+from trainer.weights.checks import NOISE, CheckReport, WeightChecks
 from trainer.weights.receivers import ReceiverId, receiver_id
 from trainer.weights.snapshot import Snapshot
-from trainer.weights.weight_check import NOISE
-from trainer.weights.weight_checks import CheckReport, WeightChecks
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +81,7 @@ class Publisher:
         """`call`: sends a request to the buffer. `servers`: the buffer's directory of rollout servers.
 
         `on_failure`: called with the error when the task fails, because nothing awaits the task until the
-        end of training. `on_check`: called with each comparison of log-probs (weight_checks.py).
+        end of training. `on_check`: called with each comparison of log-probs (`checks.py`).
         `check_interval_s`: shortest time between two of one server; None: there are none. `check_noise`: as
         of JumpDetector.
         """
