@@ -175,11 +175,6 @@ class EvalTable:
         return ticket.ticket_id in self._round_of
 
     @property
-    def has_queued(self) -> bool:
-        """True if a ticket of any round waits for a lease."""
-        return any(round_.next_ticket is not None for round_ in self.rounds.values())
-
-    @property
     def num_open(self) -> int:
         """Tickets of all rounds that have not ended."""
         return sum(round_.num_open for round_ in self.rounds.values())

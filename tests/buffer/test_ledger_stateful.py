@@ -388,6 +388,16 @@ class LedgerMachine(RuleBasedStateMachine):
                 assert (ticket.state is State.LEASED) == bool(ticket.leases)
 
     @invariant()
+    def the_order_has_the_servers_with_credit(self) -> None:
+        leases = self.ledger.state.leases
+        places = {}
+        for server in leases.servers.values():
+            if server.credit > 0:
+                kind = server.weights_version, not server.leases
+                places.setdefault(kind, []).append((-server.credit, server.name))
+        assert leases.order._lists == {kind: sorted(those) for kind, those in places.items()}
+
+    @invariant()
     def evaluations_have_their_tickets(self) -> None:
         evals, live = self.ledger.state.evals, self.ledger.state.tickets.live
         running = [round_ for round_ in evals.rounds.values() if not round_.is_done]
