@@ -202,9 +202,8 @@ class Link:
         handler: Callable[[Any], None],
         max_message_bytes: int = 64 << 20,
         curve: CurveClient | None = None,
-        on_reopened: Callable[[], None] = lambda: None,
     ) -> None:
-        """With `curve` the socket is opened again when keys change; `on_reopened` is then called.
+        """With `curve` the socket is opened again when keys change; `reopened` is then called.
 
         Pending requests are sent again; one-way messages of both sides may be lost. Raises ConfigError for a
         malformed address.
@@ -221,7 +220,6 @@ class Link:
         # With a fixed routing id, a TCP reconnect loses neither our registration nor replies in flight.
         self._routing_id = uuid.uuid4().bytes
         self._curve = curve
-        self._on_reopened = on_reopened
         if curve is not None:
             curve.start(address, reopen=self._reopen)
         self._pump = self._open()
@@ -252,7 +250,10 @@ class Link:
         self._pump.close()
         self._pump = self._open()
         self.resend_pending()
-        self._on_reopened()
+        self.reopened()
+
+    def reopened(self) -> None:
+        """Called when the socket was opened again; one-way messages of both sides may be lost."""
 
     def move(self, address: str) -> None:
         """Connects to another address, at which the peer was started again."""

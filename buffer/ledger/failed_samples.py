@@ -32,13 +32,12 @@ class FailedSamples:
     """Retries failed samples up to `buffer.max_sample_retries` times each, or drops their ticket."""
 
     def __init__(self, state: LedgerState, lifecycle: TicketLifecycle) -> None:
+        self._state = state
         self._lifecycle = lifecycle
         self._settings = state.settings
         self._store = state.store
         self._counters = state.counters
         self._leases = state.leases
-        self.job_failure_reason = ""
-        """Why the job cannot continue (too many failures in a row); empty while it can."""
         self._notices: list[str] = []
         self._num_prompts_in_row = 0
 
@@ -151,4 +150,4 @@ class FailedSamples:
         self._notices.append(f"{server.name} gets no leases{how_long}: {server.health.quarantine.reason}")
 
     def _end_job(self, reason: str) -> None:
-        self.job_failure_reason = self.job_failure_reason or reason
+        self._state.failure_reason = self._state.failure_reason or reason

@@ -1,15 +1,28 @@
-"""Registration of rollout servers, their heartbeats, and the granting of leases to them."""
+"""Registration of rollout servers, their heartbeats, and the granting of leases to them.
+
+Servers tell the fingerprint of their task's content when they register; the directory of peers admits only
+those that agree with the first one. The ledger remembers the fingerprint. If it has changed since an earlier
+buffer, prompt indices mean other prompts: what is issued and not recorded yet is cancelled, and the order of
+prompts and the curriculum begin anew. Recorded groups keep their prompts' tokens, so they are trained. (A
+changed configuration of the task is detected when the buffer starts, and handled in `stream_start.py`.)
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 
-from areal_like.wire.messages.producer import Lease, ServerHeartbeat
+from areal_like.wire.messages.producer import Lease, Purpose, ServerHeartbeat
 from buffer.ledger.lifecycle import TicketLifecycle
 from buffer.ledger.state import LedgerState
 from buffer.tables.lease_table import Server
 from buffer.tables.server_order import FRONT, Place
+from buffer.tickets import Drop, State
 
+log = logging.getLogger(__name__)
+
+CONTENT = "shape:content"
+"""Scalar with the content under which prompts were issued; 0 or absent: not known (an earlier release)."""
 MOST_UNPROVEN = 4
 """Leases of a server that has not delivered a sample yet, while another has."""
 
@@ -38,6 +51,24 @@ class LeaseDispatcher:
     def remove_server(self, name: str) -> None:
         """A server left; its missing samples are leased again."""
         self._lifecycle.lose_leases(self._leases.remove_server(name))
+
+    def set_content(self, content: int) -> None:
+        """Sets the content of the servers' task, a positive number; 0: not known."""
+        state = self._state
+        if not content or content == state.content:
+            return
+        before, state.content = state.content, content
+        state.store.put_scalar(CONTENT, content)
+        if not before:
+            return
+        log.warning("the data of the task has changed: its prompts are issued from the beginning")
+        # For a trainer that starts later: the position in its checkpoint is one in the old data.
+        state.prompts_changed = state.prompts_changed or bool(state.closed_reason)
+        for ticket in state.tickets.of_purpose(Purpose.TRAIN):
+            if ticket.state is not State.BATCHED:
+                self._lifecycle.drop(ticket, Drop.CANCELLED)
+        state.prompts.restart(cursor=0, pending=[])
+        state.prompts.forget_outcomes()
 
     def heartbeat(self, name: str, beat: ServerHeartbeat, *, now_s: float) -> None:
         """Updates a registered server's state and credit, and renews its leases."""
@@ -74,7 +105,7 @@ class LeaseDispatcher:
         """
         granted: dict[str, list[Lease]] = {}
         self._leases.end_backoffs(now_s=now_s)
-        if self._state.store.write_blocked_reason or not self._leases.may_grant:
+        if self._state.failure_reason or self._state.store.write_blocked_reason or not self._leases.may_grant:
             return granted
         any_proven = any(server.health.has_delivered for server in self._leases.servers.values())
         passed, kept = FRONT, None

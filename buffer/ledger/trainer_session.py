@@ -6,7 +6,7 @@ may change the ledger; requests of older ones raise StaleIncarnationError.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -19,9 +19,9 @@ from buffer.ledger.lifecycle import TicketLifecycle
 from buffer.ledger.state import LedgerState
 from buffer.ledger.stream_start import StreamStart
 from buffer.prompts.order import Prompt
-from buffer.storage.rows import EvaluationRow, OperationRow
+from buffer.storage.rows import EvaluationRow
 from buffer.tables.evaluations import RUNNING, check_request
-from buffer.tables.incarnations import TRAINER, is_impossible, refuse_older
+from buffer.tables.incarnations import refuse_older
 from buffer.tables.live_settings import (
     CHECKPOINT,
     EVAL_INTERVAL,
@@ -31,7 +31,7 @@ from buffer.tables.live_settings import (
     canonical,
 )
 from buffer.tables.version_table import MAX_VERSION
-from buffer.tickets import Drop, State, Ticket
+from buffer.tickets import State
 
 
 class TrainerSession:
@@ -193,45 +193,6 @@ class TrainerSession:
             raise RefusedError("step", f"{num_done} of {num_steps} steps are committed: the run goes on")
         self._state.set_finished(True)
 
-    def unfence(self, name: str, *, unix_s: float) -> str:
-        """Takes a name from the process that has it, for an operator; the next new process gets it.
-
-        `name`: of a rollout server, or TRAINER. Returns a description of the change.
-        """
-        newest_used = self._versions.newest_incarnation if name == TRAINER else 0
-        before, after = self._state.incarnations.unfence(name, floor=newest_used)
-        if name != TRAINER:
-            self._lifecycle.lose_leases(self._state.leases.remove_server(name))
-        elif is_impossible(self._state.trainer_incarnation):
-            self._state.set_trainer(after)
-        detail = f"incarnation {before} -> {after}"
-        self._state.store.put_operation(
-            OperationRow(unix_s=unix_s, verb="unfence", subject=name, detail=detail)
-        )
-        return detail
-
-    def poison(self, ticket_ids: Sequence[int]) -> None:
-        """Removes tickets from their steps, for an operator; other groups take their positions.
-
-        The trainer may already have trained on one of them, so its incarnation becomes stale and it has to
-        restart from its checkpoint. Removes all tickets or raises RefusedError(ticket_id, reason). Tickets of
-        other shards are ignored, except that the counts of attempts of all steps are reset.
-        """
-        own = [ticket_id for ticket_id in dict.fromkeys(ticket_ids) if self._settings.shard.owns(ticket_id)]
-        tickets = [self._recorded_ticket(ticket_id) for ticket_id in own]
-        if len(own) < len(ticket_ids):
-            for step in list(self._steps.attempts):
-                self._steps.reset_attempts(step)
-        for ticket in tickets:
-            self._steps.uncount_from(ticket.step)
-            self._steps.remove(ticket)
-            self._steps.reset_attempts(ticket.step)
-            self._scheduler.free((ticket.step, ticket.position))
-            self._lifecycle.drop(ticket, Drop.POISON)
-        if tickets:
-            self._state.set_trainer(self._state.trainer_incarnation + 1)
-            self._lifecycle.record_ready_groups()
-
     def stream_state(self, *, step: int) -> dict[str, int | list[int]]:
         """Position of the stream, for `start_training`, in a checkpoint that contains steps <= `step`."""
         pending = [
@@ -315,22 +276,6 @@ class TrainerSession:
         return (
             round_.result(lambda version: self._versions.weights_of(version)[0]) if round_.is_done else None
         )
-
-    def _recorded_ticket(self, ticket_id: int) -> Ticket:
-        """A ticket that an operator may remove. Raises RefusedError(ticket_id, reason)."""
-        ticket = self._tickets.live.get(ticket_id)
-        if ticket is None or ticket.state is not State.BATCHED:
-            state = f"{ticket.state.value}" if ticket else "ended, or was never issued"
-            raise RefusedError(
-                str(ticket_id), f"is not recorded in a step that is still to be trained: it is {state}"
-            )
-        if ticket.step < self._steps.current:
-            raise RefusedError(
-                str(ticket_id),
-                f"was trained on in step {ticket.step}, and is part of the weights: "
-                f"go back with resume=step:K, K <= {ticket.step}, first",
-            )
-        return ticket
 
     def _check_current(self, incarnation: int) -> None:
         """Raises unless this is the trainer that started last."""

@@ -105,7 +105,7 @@ class BufferDaemon:
             max_peers=config.buffer.max_peers,
             only_loopback=admits_only_this_machine(config.security, buffer_host(config, shard)),
         )
-        is_finished = self._ledger.is_finished
+        is_finished = self._ledger.state.is_finished
         self._end = RunEnd(self._peers, linger_s=config.daemon.linger_s, was_finished=is_finished)
         keyring = runtime.keyring
         self._recent = RecentNumbers()
@@ -162,18 +162,18 @@ class BufferDaemon:
         stopping = asyncio.create_task(self._runtime.stopping.wait(), name="stopping")
         stopping.add_done_callback(lambda _: self._wake.set())
         async with cancelled_on_exit(stopping):
-            if self._ledger.is_finished:
+            if self._ledger.state.is_finished:
                 log.info("the run is finished: telling late peers")
                 self._wake.set()
             while True:
                 await self._wake.wait()
                 self._wake.clear()
                 is_stopped = self._over.done() or self._runtime.stopping.is_set()
-                if is_stopped or (self._ledger.is_finished and await self._linger()):
+                if is_stopped or (self._ledger.state.is_finished and await self._linger()):
                     break
-        if not self._over.done() and not self._ledger.is_finished:
+        if not self._over.done() and not self._ledger.state.is_finished:
             await self._drain()
-        self._runtime.is_finished = self._ledger.is_finished and not self._over.done()
+        self._runtime.is_finished = self._ledger.state.is_finished and not self._over.done()
         if self._over.done():
             await asyncio.sleep(_FAREWELL_S)
             self._over.result()
@@ -184,7 +184,7 @@ class BufferDaemon:
         self._outbox.close()
         self._ticking.cancel()
         self._listener.close()
-        self._ledger.close_store()
+        self._ledger.state.store.close()
 
     def run_counters(self) -> consumer.RunCounters:
         """Tickets, drops and counters of the whole run."""
@@ -212,7 +212,7 @@ class BufferDaemon:
                 if self._loop.time() > told_s + _TELL_AGAIN_S:
                     told_s = self._loop.time()
                     self._outbox.finish()
-                if not self._ledger.is_finished:
+                if not self._ledger.state.is_finished:
                     self._end.reopened()
                     return False
                 if self._end.has_ended(now_s=self._loop.time()):
@@ -222,7 +222,7 @@ class BufferDaemon:
         return True
 
     def _on_finished(self) -> None:
-        log.info("the run is finished after %d steps", self._ledger.trainer_step)
+        log.info("the run is finished after %d steps", self._ledger.state.steps.current)
         self._outbox.finish()
         self._wake.set()
 
@@ -243,7 +243,7 @@ class BufferDaemon:
                 await asyncio.sleep(0.05)
         # A trainer that is still running continues with the next buffer, if that recovers an open ledger.
         if not (self._has_trainer() and self._ledger.settings.durable):
-            self._ledger.close("the buffer is draining")
+            self._ledger.trainer.close("the buffer is draining")
         self._flush()
 
     def _has_trainer(self) -> bool:
@@ -309,11 +309,11 @@ class BufferDaemon:
         self._ticking = self._loop.call_later(_TICK_S, self._tick)
         with self._failing_on_error():
             self._watch.tick(now_s=self._loop.time(), interval_s=_TICK_S)
-            if reason := self._ledger.write_blocked_reason:
+            if reason := self._ledger.state.store.write_blocked_reason:
                 self._runtime.unready(reason)
             else:
                 self._runtime.ready()
-            for name in self._ledger.expire(now_s=self._loop.time()):
+            for name in self._ledger.dispatcher.expire(now_s=self._loop.time()):
                 log.warning(
                     "%s has been silent for %g s: its samples are leased again",
                     name,
@@ -340,7 +340,7 @@ class BufferDaemon:
                     "%s is removed: its key %s is revoked or has expired", name, peer.key and peer.key.name
                 )
                 if role is Role.ROLLOUT:
-                    self._ledger.remove_server(name)
+                    self._ledger.dispatcher.remove_server(name)
                 self._peers.remove(name)
 
     def _fail(self, error: Exception) -> None:

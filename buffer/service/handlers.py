@@ -121,7 +121,7 @@ class Handlers:
         """A frame that cannot be decoded: a registered server does not send any."""
         peer = self._peers.at(route)
         if peer is not None and peer.hello.role is Role.ROLLOUT:
-            self._ledger.lied(peer.hello.name, f"a malformed message ({what})")
+            self._ledger.failed_samples.lied(peer.hello.name, f"a malformed message ({what})")
 
     def handle(self, envelope: Envelope) -> Any:
         """The reply to a message that `may_send` let pass, or None.
@@ -140,8 +140,8 @@ class Handlers:
         self._check_key(peer, envelope)
         peer.last_heard_s = self._clock()
         self.registration.heard(envelope.peer)
-        if self._ledger.failure_reason:
-            return JobFailed(reason=self._ledger.failure_reason)
+        if self._ledger.state.failure_reason:
+            return JobFailed(reason=self._ledger.state.failure_reason)
         role = peer.hello.role
         server = self._ledger.servers.get(peer.hello.name)
         if server is not None and server.health.is_refused:
@@ -161,9 +161,9 @@ class Handlers:
     def _heartbeat_ack(self, *, sent_s: float, progress: float = 0.0) -> producer.HeartbeatAck:
         ledger = self._ledger
         return producer.HeartbeatAck(
-            step=ledger.trainer_step,
-            newest_version=ledger.newest_version,
-            trouble=ledger.write_blocked_reason,
+            step=ledger.state.steps.current,
+            newest_version=ledger.state.versions.newest,
+            trouble=ledger.state.store.write_blocked_reason,
             progress=progress,
             log_level=ledger.state.live.log_level,
             echo_s=sent_s,
@@ -179,13 +179,13 @@ class Handlers:
                 peer.hello.name,
                 absurd,
             )
-            self._ledger.lied(peer.hello.name, f"totals that cannot be true ({absurd})")
+            self._ledger.failed_samples.lied(peer.hello.name, f"totals that cannot be true ({absurd})")
 
     # --- rollout servers ---
 
     def _server_heartbeat(self, peer: Peer, envelope: Envelope) -> producer.HeartbeatAck:
         beat: producer.ServerHeartbeat = envelope.message
-        self._ledger.heartbeat(peer.hello.name, beat, now_s=self._clock())
+        self._ledger.dispatcher.heartbeat(peer.hello.name, beat, now_s=self._clock())
         self._outbox.servers_changed()
         peer.state, peer.waits = beat.state.value, beat.waits
         self._take_stats(peer, beat.stats)
@@ -194,7 +194,7 @@ class Handlers:
     def _samples(self, peer: Peer, envelope: Envelope) -> None:
         name = peer.hello.name
         samples: list[producer.SampleDone] = envelope.message.samples
-        for sample, verdict in zip(samples, self._ledger.samples_done(name, samples), strict=True):
+        for sample, verdict in zip(samples, self._ledger.intake.samples_done(name, samples), strict=True):
             if verdict in (Verdict.UNKNOWN_VERSION, Verdict.INVALID):
                 log.warning(
                     "sample %d of ticket %d by %s refused: %s",
@@ -215,17 +215,17 @@ class Handlers:
             failed.kind.value,
             failed.error,
         )
-        self._outbox.acknowledge(peer, failed, self._ledger.sample_failed(peer.hello.name, failed))
+        self._outbox.acknowledge(peer, failed, self._ledger.intake.sample_failed(peer.hello.name, failed))
 
     def _return_leases(self, peer: Peer, envelope: Envelope) -> None:
         message: producer.ReturnLeases = envelope.message
         log.info("%s returned %d leases: %s", peer.hello.name, len(message.leases), message.reason)
-        self._ledger.return_leases(peer.hello.name, message.leases)
+        self._ledger.dispatcher.return_leases(peer.hello.name, message.leases)
 
     def _server_goodbye(self, peer: Peer, envelope: Envelope) -> Ok:
         if stats := envelope.message.stats:
             self._take_stats(peer, stats)
-        self._ledger.remove_server(peer.hello.name)
+        self._ledger.dispatcher.remove_server(peer.hello.name)
         self._outbox.servers_changed()
         self._peers.remove(peer.hello.name)
         log.info("%s left", peer.hello.name)
@@ -242,7 +242,7 @@ class Handlers:
             return ack
         # Its limits of time must not run out.
         paused = "the run is paused by an operator" if self._ledger.state.holds.is_paused else ""
-        return dataclasses.replace(ack, trouble=paused or self._ledger.task_trouble)
+        return dataclasses.replace(ack, trouble=paused or self._ledger.failed_samples.task_trouble)
 
     def _trainer_goodbye(self, peer: Peer, envelope: Envelope) -> Ok:
         self._peers.remove(peer.hello.name)
@@ -250,8 +250,8 @@ class Handlers:
 
     def _fetch(self, peer: Peer, envelope: Envelope) -> consumer.Group | None:
         message: consumer.Fetch = envelope.message
-        self._ledger.refuse_older_trainer(peer.hello.incarnation)
-        group = self._ledger.fetch(step=message.step, position=message.position)
+        self._ledger.trainer.refuse_older_trainer(peer.hello.incarnation)
+        group = self._ledger.trainer.fetch(step=message.step, position=message.position)
         if group is None:
             self._outbox.add_fetch(peer.route, message, rid=envelope.rid)
         return group
@@ -259,7 +259,7 @@ class Handlers:
     def _start_training(self, peer: Peer, envelope: Envelope) -> Welcome:
         message: consumer.StartTraining = envelope.message
         incarnation = peer.hello.incarnation
-        self._ledger.start_training(
+        self._ledger.trainer.start_training(
             incarnation=incarnation,
             step=message.step,
             stream=message.stream,
@@ -275,38 +275,42 @@ class Handlers:
         return self.registration.welcome(incarnation)
 
     def _step_settings(self, peer: Peer, envelope: Envelope) -> consumer.StepSettings:
-        return self._ledger.settings_of(incarnation=peer.hello.incarnation, step=envelope.message.step)
+        return self._ledger.trainer.settings_of(
+            incarnation=peer.hello.incarnation, step=envelope.message.step
+        )
 
     def _alloc_version(self, peer: Peer, envelope: Envelope) -> consumer.VersionGranted:
-        version = self._ledger.alloc_version(incarnation=peer.hello.incarnation, step=envelope.message.step)
+        version = self._ledger.trainer.alloc_version(
+            incarnation=peer.hello.incarnation, step=envelope.message.step
+        )
         return consumer.VersionGranted(version=version)
 
     def _adopt_version(self, peer: Peer, envelope: Envelope) -> Ok:
         message: consumer.AdoptVersion = envelope.message
-        self._ledger.adopt_version(
+        self._ledger.trainer.adopt_version(
             incarnation=peer.hello.incarnation, version=message.version, step=message.step
         )
         return Ok()
 
     def _complete_step(self, peer: Peer, envelope: Envelope) -> Ok:
-        self._ledger.complete_step(incarnation=peer.hello.incarnation, step=envelope.message.step)
+        self._ledger.trainer.complete_step(incarnation=peer.hello.incarnation, step=envelope.message.step)
         return Ok()
 
     def _set_max_staleness(self, peer: Peer, envelope: Envelope) -> Ok:
         bound = envelope.message.max_staleness
-        self._ledger.set_max_staleness(incarnation=peer.hello.incarnation, max_staleness=bound)
+        self._ledger.trainer.set_max_staleness(incarnation=peer.hello.incarnation, max_staleness=bound)
         log.info("max_staleness of new tickets is %d from now on", bound)
         return Ok()
 
     def _commit_step(self, peer: Peer, envelope: Envelope) -> Ok:
         message: consumer.CommitStep = envelope.message
-        self._ledger.commit(
+        self._ledger.trainer.commit(
             incarnation=peer.hello.incarnation, step=message.step, oldest_kept_step=message.oldest_kept_step
         )
         return Ok()
 
     def _stream_state(self, peer: Peer, envelope: Envelope) -> consumer.StreamState:
-        return consumer.StreamState(stream=self._ledger.stream_state(step=envelope.message.step))
+        return consumer.StreamState(stream=self._ledger.trainer.stream_state(step=envelope.message.step))
 
     def _request_eval(self, peer: Peer, envelope: Envelope) -> consumer.EvalResult | None:
         message: consumer.RequestEval = envelope.message
@@ -319,19 +323,19 @@ class Handlers:
                     f"{message.num_prompts} were requested: lower num_prompts"
                 )
                 raise RefusedError("num_prompts", reason)
-        result = self._ledger.request_eval(**dataclasses.asdict(message))
+        result = self._ledger.trainer.request_eval(**dataclasses.asdict(message))
         if result is None:
             self._outbox.add_eval(peer.route, message, rid=envelope.rid)
         return result
 
     def _close_admission(self, peer: Peer, envelope: Envelope) -> Ok:
-        self._ledger.close(envelope.message.reason)
+        self._ledger.trainer.close(envelope.message.reason)
         log.info("admission closed: %s", envelope.message.reason)
         return Ok()
 
     def _finish_run(self, peer: Peer, envelope: Envelope) -> Ok:
-        self._ledger.finish(incarnation=peer.hello.incarnation)
-        self._ledger.when_durable(self._on_finished)
+        self._ledger.trainer.finish(incarnation=peer.hello.incarnation)
+        self._ledger.state.store.when_durable(self._on_finished)
         return Ok()
 
     def _get_run_counters(self, peer: Peer, envelope: Envelope) -> consumer.RunCounters:

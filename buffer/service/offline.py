@@ -33,7 +33,7 @@ def drop_offline(config: Config, ticket_ids: Sequence[int], shard: Shard) -> Non
 
     def drop(ledger: Ledger) -> None:
         try:
-            ledger.poison(ticket_ids)
+            ledger.operator.poison(ticket_ids)
         except RefusedError as error:
             raise ConfigError("ticket {} {}".format(*error.args)) from None
 
@@ -51,7 +51,7 @@ def unfence_offline(config: Config, name: str, shard: Shard) -> None:
         key = fenced_name(name)
         if key not in ledger.state.incarnations:
             raise ConfigError(f"no process of this run has had the name {key}")
-        ledger.unfence(key, unix_s=time.time())
+        ledger.operator.unfence(key, unix_s=time.time())
 
     asyncio.run(_change(config, shard, unfence))
 

@@ -88,7 +88,7 @@ class Operations:
         refusal = ""
         with self._changing():
             try:
-                self._ledger.poison(ticket_ids)
+                self._ledger.operator.poison(ticket_ids)
             except RefusedError as error:
                 refusal = "ticket {} {}".format(*error.args)
         if refusal:
@@ -127,7 +127,7 @@ class Operations:
         if not isinstance(name, str) or not (is_known or name in self._ledger.state.holds.cordoned):
             raise UserError(self._no_server(name))
         with self._changing():
-            has_changed = self._ledger.set_cordoned(name, is_cordoned, unix_s=time.time())
+            has_changed = self._ledger.operator.set_cordoned(name, is_cordoned, unix_s=time.time())
         log.warning("an operator %s %s", "cordons" if is_cordoned else "uncordons", name)
         await self._durable()
         return {"server": name, "changed": has_changed}
@@ -138,7 +138,7 @@ class Operations:
         refusal, changes = "", []
         with self._changing():
             try:
-                changes = self._ledger.change_settings(
+                changes = self._ledger.operator.change_settings(
                     {key: str(value) for key, value in body.items()}, unix_s=time.time()
                 )
             except RefusedError as error:
@@ -153,7 +153,7 @@ class Operations:
 
     async def _set_paused(self, is_paused: bool, _: dict[str, Any]) -> dict[str, Any]:
         with self._changing():
-            has_changed = self._ledger.set_paused(is_paused, unix_s=time.time())
+            has_changed = self._ledger.operator.set_paused(is_paused, unix_s=time.time())
         log.warning("an operator %s the run", "pauses" if is_paused else "resumes")
         await self._durable()
         return {"paused": is_paused, "changed": has_changed}
@@ -161,7 +161,7 @@ class Operations:
     async def _durable(self) -> None:
         self._changed()
         durable = asyncio.Event()
-        self._ledger.when_durable(durable.set)
+        self._ledger.state.store.when_durable(durable.set)
         await durable.wait()
 
 

@@ -79,10 +79,10 @@ def status(
             str(step): {"starts": attempts.num_starts, "tickets": attempts.ticket_ids}
             for step, attempts in snapshot.attempts.items()
         },
-        "failed_because": ledger.failure_reason,
+        "failed_because": ledger.state.failure_reason,
         "tickets": totals.tickets,
         "drops": totals.drops,
-        "last_rejection": ledger.last_rejection,
+        "last_rejection": ledger.intake.last_rejection,
         "counters": totals.counters,
         "rates": recent.rates(snapshot, totals.counters, now_s=now_s),
         "selection": selection_report(totals.counters),

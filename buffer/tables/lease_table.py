@@ -125,6 +125,7 @@ class LeaseTable:
         assert known is None or known.incarnation <= incarnation
         if known is not None and known.incarnation == incarnation:
             known.weights_version = weights_version
+            self._changed.add(name)
             self._was_heard(known, now_s=now_s)
             return []
         lost = self.remove_server(name)
@@ -157,14 +158,21 @@ class LeaseTable:
     def heartbeat(self, name: str, beat: ServerHeartbeat, *, now_s: float) -> None:
         """Updates a server, renews its leases that the heartbeat names, and aborts others that it names."""
         server = self.servers[name]
-        server.state, server.weights_version = beat.state, beat.weights_version
-        server.capacity_samples = beat.free_samples + beat.holding_samples
+        capacity = beat.free_samples + beat.holding_samples
+        if (server.state, server.weights_version, server.capacity_samples) != (
+            beat.state,
+            beat.weights_version,
+            capacity,
+        ):
+            server.state, server.weights_version = beat.state, beat.weights_version
+            server.capacity_samples = capacity
+            self._changed.add(name)
         self._was_heard(server, now_s=now_s)
-        foreign = []
+        foreign, expires_s = [], now_s + self._timeout_s
         for lease_id in beat.leases:
             lease = server.leases.get(lease_id)
             if lease is not None:
-                lease.expires_s = now_s + self._timeout_s
+                lease.expires_s = expires_s
             elif server.lost is None or lease_id in server.lost:
                 # Any other unknown lease has just finished: the server sent the heartbeat before it received
                 # the acknowledgement.
@@ -289,7 +297,6 @@ class LeaseTable:
         server.last_heard_s = now_s
         self._heard[server.name] = None
         self._heard.move_to_end(server.name)
-        self._changed.add(server.name)
 
     def _take_from_server(self, lease: LeaseRecord) -> None:
         self._remove(lease)

@@ -38,7 +38,7 @@ from areal_like.wire.limits import bounded_stats
 from areal_like.wire.messages.consumer import Directory, Fetch, Group, TrainerHeartbeat
 from areal_like.wire.messages.hello import Goodbye, Hello, Role
 from areal_like.wire.messages.producer import HeartbeatAck
-from trainer.buffer_client.connection import Connection
+from trainer.buffer_client.connection import RankConnection
 from trainer.buffer_client.patience import Patience
 from trainer.buffer_client.shards import call_shards
 
@@ -99,9 +99,10 @@ class TrainerBufferClient:
         self._progress = ProgressClock(now_s=self._untroubled_time_s())
         """Of the rollout servers, as the buffers report it."""
         self.runtime: Runtime
-        self._buffers: list[Connection] = []
+        self._buffers: list[RankConnection] = []
         """In the order of shards."""
-        self._heartbeat: asyncio.Task[None]
+        self._heartbeat: asyncio.Task[None] | None = None
+        self._exit_stack = contextlib.AsyncExitStack()
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -137,7 +138,7 @@ class TrainerBufferClient:
             message, [functools.partial(call, each, timeout_s) for each in self._buffers]
         )
 
-    async def _call_shard(self, buffer: Connection, timeout_s: float, message: Any) -> Any:
+    async def _call_shard(self, buffer: RankConnection, timeout_s: float, message: Any) -> Any:
         """Resends it now and then: a reply may have been lost with a connection."""
         deadline_s = self._untroubled_time_s() + timeout_s
         while True:
@@ -156,7 +157,7 @@ class TrainerBufferClient:
         return time.monotonic() - self._troubled_s
 
     def submit_call(self, message: Any, *, timeout_s: float) -> concurrent.futures.Future[Any]:
-        """As `call_async`; the reply is the future's result."""
+        """Sends a request to the job's buffers; the reply is the future's result."""
         return self.submit(self.call_async(message, timeout_s=timeout_s))
 
     def fail(self, error: ArealError) -> None:
@@ -266,15 +267,16 @@ class TrainerBufferClient:
     async def _open(self) -> None:
         self.runtime = Runtime(self.config, role="trainer", name=f"trainer-{self.rank}", waits=self.waits)
         self.runtime.failed.add_done_callback(self._on_runtime_failed)
+        self._exit_stack.push_async_exit(self.runtime)
         await self.runtime.__aenter__()
         hello = self._hello()
         for index, address in enumerate(buffer_addresses(self.config)):
-            connection = Connection(
+            connection = RankConnection(
                 address,
                 hello=dataclasses.replace(hello, shard=index, num_shards=self.config.buffer.num_shards),
                 survives=self.config.buffer.durability != "none",
                 max_message_bytes=self.config.buffer.max_message_bytes,
-                on_message=functools.partial(self._on_message, index),
+                on_other=functools.partial(self._on_message, index),
                 on_ack=functools.partial(self._on_ack, f"buffer {index}"),
                 fail=self.fail,
                 keyring=self.runtime.keyring,
@@ -282,14 +284,14 @@ class TrainerBufferClient:
             )
             self._buffers.append(connection)
         with self.waits("buffer: welcome"):
-            await asyncio.gather(*(buffer.register(timeout_s=55.0) for buffer in self._buffers))
+            await asyncio.gather(*(buffer.say_hello(timeout_s=55.0) for buffer in self._buffers))
         self._heartbeat = asyncio.create_task(self._send_heartbeats(), name="heartbeat")
         self._heartbeat.add_done_callback(self._on_heartbeat_end)
 
     async def _close(self) -> None:
         for future in self._fetches.values():
             future.cancel()
-        if hasattr(self, "_heartbeat"):
+        if self._heartbeat is not None:
             self._heartbeat.cancel()
             if self._lost is None:
                 goodbye = Goodbye(stats=bounded_stats(self.stats))
@@ -298,8 +300,7 @@ class TrainerBufferClient:
                     await asyncio.gather(*goodbyes)
         for buffer in self._buffers:
             buffer.close()
-        if hasattr(self, "runtime"):
-            await self.runtime.__aexit__()
+        await self._exit_stack.aclose()
         # After an error others may still run, such as the publisher. Python calls a task that ends with its
         # loop an error of its own, which would follow the real one in the log.
         if left := asyncio.all_tasks() - {asyncio.current_task()}:
