@@ -192,14 +192,18 @@ class Record:
 
         Not a condition of a valid record: ledgers of earlier releases may hold larger numbers.
         """
-        structure = self.structure
-        rewards = (self.reward, *self.reward_components.values(), *(reward for _, reward in structure.turns))
+        logprobs = np.frombuffer(self.data, _FLOAT, self.num_tokens, self._logprobs_at)
+        is_plain_plausible = (
+            all(abs(reward) <= LARGEST_REWARD for reward in (self.reward, *self.reward_components.values()))
+            and 0 <= self.generation_s <= MAX_SAMPLE_S
+            and 0 <= self.reward_s <= MAX_SAMPLE_S
+            and bool(np.minimum.reduce(logprobs) >= LEAST_LOGPROB)
+        )
+        if self.structure is PLAIN or not is_plain_plausible:
+            return is_plain_plausible
         return (
-            max(map(abs, rewards)) <= LARGEST_REWARD
-            and max(map(abs, structure.metrics.values()), default=0.0) <= LARGEST_METRIC
-            and min(self.generation_s, self.reward_s) >= 0
-            and max(self.generation_s, self.reward_s) <= MAX_SAMPLE_S
-            and np.frombuffer(self.data, _FLOAT, self.num_tokens, self._logprobs_at).min() >= LEAST_LOGPROB
+            all(abs(reward) <= LARGEST_REWARD for _, reward in self.structure.turns)
+            and all(abs(value) <= LARGEST_METRIC for value in self.structure.metrics.values())
             and all(
                 np.abs(array).max() <= LARGEST_REWARD
                 for name, array in self._arrays()

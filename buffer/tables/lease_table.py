@@ -11,7 +11,6 @@ server never received them or has lost them.
 
 from __future__ import annotations
 
-import heapq
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -75,7 +74,6 @@ class LeaseTable:
         self._next_id = first_lease_id
         self.may_grant = True
         """False while no lease may be granted (`Ledger.hold_grants`)."""
-        self._expiry: list[tuple[float, int]] = []
         self.servers: dict[str, Server] = {}
         self.in_quarantine: set[str] = set()
         """Servers whose quarantine may have to be ended."""
@@ -84,7 +82,8 @@ class LeaseTable:
         self._order = ServerOrder()
         self._changed: set[str] = set()
         """Servers whose place in the order may have changed."""
-        self.live: dict[int, LeaseRecord] = {}
+        self.live: OrderedDict[int, LeaseRecord] = OrderedDict()
+        """The one that was granted or renewed longest ago, and expires first, is the first."""
         self.on_end: Callable[[LeaseRecord], None] | None = None
         """Called with each lease that ends."""
         self._aborts: dict[str, set[int]] = {}
@@ -173,6 +172,7 @@ class LeaseTable:
             lease = server.leases.get(lease_id)
             if lease is not None:
                 lease.expires_s = expires_s
+                self.live.move_to_end(lease_id)
             elif server.lost is None or lease_id in server.lost:
                 # Any other unknown lease has just finished: the server sent the heartbeat before it received
                 # the acknowledgement.
@@ -192,15 +192,9 @@ class LeaseTable:
         Returns (lost leases, names of the removed servers).
         """
         lost = []
-        while self._expiry and self._expiry[0][0] <= now_s:
-            lease = self.live.get(heapq.heappop(self._expiry)[1])
-            if lease is None:
-                continue
-            if lease.expires_s > now_s:
-                heapq.heappush(self._expiry, (lease.expires_s, lease.lease_id))
-            else:
-                self._take_from_server(lease)
-                lost.append(lease)
+        while self.live and (lease := next(iter(self.live.values()))).expires_s <= now_s:
+            self._take_from_server(lease)
+            lost.append(lease)
         silent = []
         for name in self._heard:
             if self.servers[name].last_heard_s + self._timeout_s > now_s:
@@ -309,7 +303,6 @@ class LeaseTable:
         ticket.leases[lease.lease_id] = server.leases[lease.lease_id] = self.live[lease.lease_id] = lease
         server.owed_samples += len(lease.outstanding)
         self._changed.add(server.name)
-        heapq.heappush(self._expiry, (lease.expires_s, lease.lease_id))
 
     def _remove(self, lease: LeaseRecord) -> LeaseRecord:
         self._store.end_lease(lease.lease_id)
