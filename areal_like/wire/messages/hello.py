@@ -154,18 +154,8 @@ class Goodbye:
     """Last statistics, with the same keys as in heartbeats."""
 
 
-MESSAGES = (
-    Hello,
-    Welcome,
-    Refused,
-    HelloRequired,
-    Ok,
-    JobFailed,
-    AreYouAlive,
-    StillAlive,
-    Drain,
-    JobFinished,
-    Goodbye,
-)
 TO_BUFFER = (Hello, StillAlive, Goodbye)
-"""The messages that peers send to a buffer; the others are the buffer's."""
+"""The messages that peers send to a buffer."""
+FROM_BUFFER = (Welcome, Refused, HelloRequired, Ok, JobFailed, AreYouAlive, Drain, JobFinished)
+"""The messages that a buffer sends."""
+MESSAGES = (*TO_BUFFER, *FROM_BUFFER)

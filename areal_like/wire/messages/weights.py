@@ -175,17 +175,8 @@ class TokenScores:
     """At temperature 1, one for each token from `ScoreTokens.first` on."""
 
 
-MESSAGES = (
-    AskAlive,
-    Alive,
-    FormGroup,
-    PushWeights,
-    PushChecksums,
-    DissolveGroup,
-    WeightsOk,
-    WeightsFailed,
-    ScoreTokens,
-    TokenScores,
-)
 TO_SERVER = (AskAlive, FormGroup, PushWeights, PushChecksums, DissolveGroup, ScoreTokens)
-"""The messages that rank 0 sends; the others are the server's."""
+"""The messages that rank 0 sends."""
+TO_TRAINER = (Alive, WeightsOk, WeightsFailed, TokenScores)
+"""The messages that servers send."""
+MESSAGES = (*TO_SERVER, *TO_TRAINER)
