@@ -174,8 +174,7 @@ class LedgerRule(Simulation):
 
     def results(self) -> dict[str, Any]:
         """Also the ledger's own counts."""
-        snapshot = self._ledger.snapshot()
-        drops = {reason.value: count for reason, count in snapshot.drops.items() if count}
+        drops = {reason.value: count for reason, count in self._ledger.state.drops.items() if count}
         return super().results() | {
             "tickets": self.num_tickets,
             "drops": drops,

@@ -37,7 +37,6 @@ from buffer.ledger.lease_dispatcher import LeaseDispatcher
 from buffer.ledger.lifecycle import TicketLifecycle
 from buffer.ledger.operator_changes import OperatorChanges
 from buffer.ledger.sample_intake import SampleIntake
-from buffer.ledger.snapshot import LedgerSnapshot
 from buffer.ledger.state import LedgerState
 from buffer.ledger.trainer_session import TrainerSession
 from buffer.tables.incarnations import TRAINER
@@ -87,7 +86,3 @@ class Ledger:
         """What the log should tell since the last call: quarantines of servers, rows of groups without
         spread."""
         return [*self.failed_samples.take_notices(), *self.intake.take_notices()]
-
-    def snapshot(self) -> LedgerSnapshot:
-        """All numbers for /status and Prometheus."""
-        return LedgerSnapshot.of(self.state)

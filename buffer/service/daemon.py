@@ -35,7 +35,6 @@ from areal_like.wire.fingerprint import as_number, dataset_fingerprint, shared_s
 from areal_like.wire.messages import TO_BUFFER, consumer
 from areal_like.wire.messages.hello import JobFinished, Role
 from buffer.ledger.recovery import recover
-from buffer.rates import RecentNumbers
 from buffer.service import status
 from buffer.service.handlers import NEEDS_DURABILITY, Handlers
 from buffer.service.job_watch import JobWatch
@@ -108,7 +107,7 @@ class BufferDaemon:
         is_finished = self._ledger.state.is_finished
         self._end = RunEnd(self._peers, linger_s=config.daemon.linger_s, was_finished=is_finished)
         keyring = runtime.keyring
-        self._recent = RecentNumbers()
+        self._recent = status.RecentNumbers()
         self._watch = JobWatch(config, runtime.metrics, self._ledger, self._peers, now_s=self._loop.time())
         self._series = BufferSeries(runtime.metrics, max_staleness=config.staleness_cap)
         self._keys = PeerKeys(
@@ -188,7 +187,7 @@ class BufferDaemon:
 
     def run_counters(self) -> consumer.RunCounters:
         """Tickets, drops and counters of the whole run."""
-        return status.run_counters(self._ledger.snapshot(), self._peers, received_bytes=self._received_bytes)
+        return status.run_counters(self._ledger.state, self._peers, received_bytes=self._received_bytes)
 
     def status(self) -> dict[str, Any]:
         """The body of /status."""
@@ -326,10 +325,10 @@ class BufferDaemon:
             self._remove_revoked()
             self._outbox.servers_changed()
             self._flush_soon()
-            snapshot = self._ledger.snapshot()
-            counters = status.stream_counters(snapshot, self._peers, received_bytes=self._received_bytes)
-            self._recent.see(snapshot, counters, self._ledger.servers, now_s=self._loop.time())
-            self._series.update(snapshot, self._peers, counters | self._refused_frames())
+            state = self._ledger.state
+            counters = status.stream_counters(state, self._peers, received_bytes=self._received_bytes)
+            self._recent.see(state, counters, now_s=self._loop.time())
+            self._series.update(state, self._peers, counters | self._refused_frames())
 
     def _remove_revoked(self) -> None:
         """Removes peers whose key was revoked; the leases of servers return."""

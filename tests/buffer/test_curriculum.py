@@ -233,7 +233,9 @@ def test_solve_rates_are_prometheus_series() -> None:
     for _ in range(200):
         ledger.state.prompts.order.next()
     peers = ConnectedPeers(job="job", dataset="")
-    BufferSeries(metrics, max_staleness=1).update(ledger.snapshot(), peers, Counter())
+    BufferSeries(metrics, max_staleness=1).update(
+        ledger.state, peers, Counter(ledger.state.counters.summary())
+    )
     for of in ("issued", "all"):
         assert metrics.registry.get_sample_value("areal_curriculum_solve_rate", {"of": of}) == pytest.approx(
             1 / 128, rel=0.2
