@@ -26,7 +26,7 @@ def main() -> int:
     keep_files_private()
     from areal_like.runtime.daemon import run_daemon
     from buffer.service.daemon import main as serve
-    from buffer.service.offline import drop_offline, unfence_offline
+    from buffer.service.operations import drop_offline, unfence_offline
 
     try:
         dropped, args = _option(sys.argv[1:], "--drop", "name tickets by their numbers, e.g. --drop 17,23")

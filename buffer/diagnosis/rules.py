@@ -12,8 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
-from buffer.diagnosis.causes import Cause, Limits, On
-from buffer.diagnosis.facts import JobFacts, RankFacts, ServerFacts
+from buffer.diagnosis.facts import Cause, JobFacts, Limits, On, RankFacts, ServerFacts
 from buffer.storage.base import Blocked
 
 _EVALUATION = "the evaluation"

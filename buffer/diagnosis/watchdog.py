@@ -10,8 +10,7 @@ from typing import Any
 
 from areal_like.runtime.metrics import Metrics
 from buffer.diagnosis.bottleneck import Load, Utilisation, advice
-from buffer.diagnosis.causes import Cause, Limits, On
-from buffer.diagnosis.facts import JobFacts, PeerFacts
+from buffer.diagnosis.facts import Cause, JobFacts, Limits, On, PeerFacts
 from buffer.diagnosis.rules import causes_of, effects_of, late_servers
 from buffer.diagnosis.speeds import Speeds
 

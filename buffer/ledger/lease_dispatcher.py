@@ -4,7 +4,7 @@ Servers tell the fingerprint of their task's content when they register; the dir
 those that agree with the first one. The ledger remembers the fingerprint. If it has changed since an earlier
 buffer, prompt indices mean other prompts: what is issued and not recorded yet is cancelled, and the order of
 prompts and the curriculum begin anew. Recorded groups keep their prompts' tokens, so they are trained. (A
-changed configuration of the task is detected when the buffer starts, and handled in `stream_start.py`.)
+changed configuration of the task is detected when the buffer starts, and handled when a trainer starts.)
 """
 
 from __future__ import annotations

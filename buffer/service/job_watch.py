@@ -12,10 +12,8 @@ from areal_like.runtime.metrics import Metrics
 from areal_like.wire.messages.hello import Role
 from areal_like.wire.messages.producer import Purpose
 from buffer.diagnosis.bottleneck import Load
-from buffer.diagnosis.causes import Limits
-from buffer.diagnosis.facts import JobFacts, LeaseFacts, RankFacts, ServerFacts
-from buffer.diagnosis.life_times import LifeTimes
-from buffer.diagnosis.timeline import Timeline
+from buffer.diagnosis.facts import JobFacts, LeaseFacts, Limits, RankFacts, ServerFacts
+from buffer.diagnosis.life_times import LifeTimes, Timeline
 from buffer.diagnosis.watchdog import INTERVAL_S, Wakefulness, Watchdog
 from buffer.ledger.ledger import Ledger
 from buffer.service.peers import ConnectedPeers

@@ -17,8 +17,7 @@ from areal_like.wire.limits import MAX_STAT, bounded_stats, check_lengths
 from areal_like.wire.messages.consumer import TrainerHeartbeat
 from areal_like.wire.messages.producer import SampleDone
 from areal_like.wire.records import Record
-from buffer.diagnosis.causes import Limits
-from buffer.diagnosis.facts import JobFacts, ServerFacts
+from buffer.diagnosis.facts import JobFacts, Limits, ServerFacts
 from buffer.diagnosis.rules import causes_of
 from buffer.ledger.ledger import Ledger
 from buffer.service.peers import ConnectedPeers, Peer

@@ -24,7 +24,7 @@ from areal_like.wire.messages.hello import Drain, Goodbye, Hello, HelloRequired,
 from areal_like.wire.messages.producer import ServerHeartbeat, ServerState
 from buffer.ledger.recovery import recover
 from buffer.service.name_claims import ANSWER_S, MAX_WAITING, NameClaims, Newcomer
-from buffer.service.offline import unfence_offline
+from buffer.service.operations import unfence_offline
 from buffer.service.peers import ConnectedPeers
 from tests.support.buffer_harness import (
     BufferProcess,
