@@ -218,7 +218,7 @@ def _figures(config: Config, ledger: Ledger) -> dict[str, Any]:
     state, directory = ledger.state, RunPaths.of(config).ledger
     return {
         "tickets": state.tickets.num_issued,
-        "rss_mb": round(_rss_bytes() / 1e6, 1),
+        "rss_mb": round(rss_bytes() / 1e6, 1),
         "sqlite_mb": round((directory / "ledger.sqlite3").stat().st_size / 1e6, 1),
         "wal_mb": round((directory / "ledger.sqlite3-wal").stat().st_size / 1e6, 1),
         "segments_mb": round(sum(_sizes(directory / "segments")) / 1e6, 1),
@@ -242,7 +242,7 @@ def _mb_by_table(path: Path) -> dict[str, float]:
         return {name: round(num_bytes / 1e6, 2) for name, num_bytes in found if num_bytes >= 1e4}
 
 
-def _rss_bytes() -> int:
+def rss_bytes() -> int:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096
 

@@ -181,9 +181,11 @@ class Ticket:
         A lease counts with the step of its server's weights when it was granted, because its tokens cannot be
         from older weights.
         """
-        steps = [sample.oldest_step for sample in self.samples.values()]
-        steps += [lease.weights_step for lease in self.leases.values()]
-        return min(steps, default=None)
+        oldest = self.oldest_sampled_step
+        for lease in self.leases.values():
+            if oldest is None or lease.weights_step < oldest:
+                oldest = lease.weights_step
+        return oldest
 
 
 @dataclass(kw_only=True, slots=True, eq=False)

@@ -11,7 +11,8 @@ server never received them or has lost them.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import heapq
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -43,6 +44,8 @@ class Server:
     owed_samples: int = 0
     """Samples of its live leases that have not arrived yet."""
     leases: dict[int, LeaseRecord] = field(default_factory=dict)
+    check_s: float = 0.0
+    """No lease expires before it, and the server is not considered silent before it."""
     lost: set[int] | None = None
     """Lost leases that the server may still work on. None until its first heartbeat, which may name leases of
     an earlier buffer."""
@@ -77,13 +80,12 @@ class LeaseTable:
         self.servers: dict[str, Server] = {}
         self.in_quarantine: set[str] = set()
         """Servers whose quarantine may have to be ended."""
-        self._heard: OrderedDict[str, None] = OrderedDict()
-        """Names of the servers, the one that has been silent longest first."""
+        self._checks: list[tuple[float, str]] = []
+        """Heap of (`Server.check_s`, name). Entries of servers that were removed are skipped."""
         self._order = ServerOrder()
         self._changed: set[str] = set()
         """Servers whose place in the order may have changed."""
-        self.live: OrderedDict[int, LeaseRecord] = OrderedDict()
-        """The one that was granted or renewed longest ago, and expires first, is the first."""
+        self.live: dict[int, LeaseRecord] = {}
         self.on_end: Callable[[LeaseRecord], None] | None = None
         """Called with each lease that ends."""
         self._aborts: dict[str, set[int]] = {}
@@ -109,7 +111,7 @@ class LeaseTable:
                     name=row.server, incarnation=row.server_incarnation, weights_version=0, last_heard_s=now_s
                 )
                 self.servers[row.server] = server
-                self._was_heard(server, now_s=now_s)
+                self._check_later(server)
             self._next_id = max(self._next_id, self._shard.local(row.lease_id) + 1)
             self._add(lease, server, ticket)
 
@@ -123,9 +125,8 @@ class LeaseTable:
         known = self.servers.get(name)
         assert known is None or known.incarnation <= incarnation
         if known is not None and known.incarnation == incarnation:
-            known.weights_version = weights_version
+            known.last_heard_s, known.weights_version = now_s, weights_version
             self._changed.add(name)
-            self._was_heard(known, now_s=now_s)
             return []
         lost = self.remove_server(name)
         before, health = self._health_of_removed.pop(name, (0, ServerHealth()))
@@ -136,7 +137,7 @@ class LeaseTable:
             last_heard_s=now_s,
             health=health if before == incarnation else ServerHealth(),
         )
-        self._was_heard(server, now_s=now_s)
+        self._check_later(server)
         if server.health.quarantine is not None:
             self.in_quarantine.add(name)
         return lost
@@ -146,7 +147,6 @@ class LeaseTable:
         server = self.servers.pop(name, None)
         if server is None:
             return []
-        del self._heard[name]
         self._changed.add(name)
         # Leaving and registering again must not end a quarantine.
         self._health_of_removed[name] = (server.incarnation, server.health)
@@ -166,13 +166,12 @@ class LeaseTable:
             server.state, server.weights_version = beat.state, beat.weights_version
             server.capacity_samples = capacity
             self._changed.add(name)
-        self._was_heard(server, now_s=now_s)
+        server.last_heard_s = now_s
         foreign, expires_s = [], now_s + self._timeout_s
         for lease_id in beat.leases:
             lease = server.leases.get(lease_id)
             if lease is not None:
                 lease.expires_s = expires_s
-                self.live.move_to_end(lease_id)
             elif server.lost is None or lease_id in server.lost:
                 # Any other unknown lease has just finished: the server sent the heartbeat before it received
                 # the acknowledgement.
@@ -191,15 +190,21 @@ class LeaseTable:
 
         Returns (lost leases, names of the removed servers).
         """
-        lost = []
-        while self.live and (lease := next(iter(self.live.values()))).expires_s <= now_s:
-            self._take_from_server(lease)
-            lost.append(lease)
-        silent = []
-        for name in self._heard:
-            if self.servers[name].last_heard_s + self._timeout_s > now_s:
-                break
-            silent.append(name)
+        lost: list[LeaseRecord] = []
+        silent: list[str] = []
+        while self._checks and self._checks[0][0] <= now_s:
+            check_s, name = heapq.heappop(self._checks)
+            server = self.servers.get(name)
+            if server is None or server.check_s != check_s:
+                continue
+            server.check_s = math.inf  # there may be another entry of this time
+            for lease in [lease for lease in server.leases.values() if lease.expires_s <= now_s]:
+                self._take_from_server(lease)
+                lost.append(lease)
+            if server.last_heard_s + self._timeout_s <= now_s:
+                silent.append(name)
+            else:
+                self._check_later(server)
         for lease in lost:
             if lease.server not in silent:
                 self._aborts.setdefault(lease.server, set()).add(lease.lease_id)
@@ -287,10 +292,10 @@ class LeaseTable:
         self._changed.clear()
         return self._order
 
-    def _was_heard(self, server: Server, *, now_s: float) -> None:
-        server.last_heard_s = now_s
-        self._heard[server.name] = None
-        self._heard.move_to_end(server.name)
+    def _check_later(self, server: Server) -> None:
+        expiries_s = [lease.expires_s for lease in server.leases.values()]
+        server.check_s = min([server.last_heard_s + self._timeout_s, *expiries_s])
+        heapq.heappush(self._checks, (server.check_s, server.name))
 
     def _take_from_server(self, lease: LeaseRecord) -> None:
         self._remove(lease)

@@ -24,7 +24,7 @@ class TicketTable:
         self.num_issued = 0
         self.live: dict[int, Ticket] = {}
         """Ticket id -> ticket, in order of issue."""
-        self._counts = {purpose: Counter[State]() for purpose in Purpose}
+        self._counts = {purpose: Counter(dict.fromkeys(State, 0)) for purpose in Purpose}
         self._is_checked = False
         """False if a ticket was issued or moved since the last `check_conservation`."""
         self.on_move: Callable[[Ticket, State, State], None] | None = None
@@ -112,7 +112,8 @@ class TicketTable:
 
     def count(self, purpose: Purpose, *states: State) -> int:
         """Number of tickets of a purpose in any of these states."""
-        return sum(self._counts[purpose][state] for state in states)
+        counts = self._counts[purpose]
+        return sum([counts[state] for state in states])
 
     def num_by_state(self) -> dict[State, int]:
         """Number of tickets in each state, over both purposes."""
