@@ -172,7 +172,7 @@ class Ticket:
     @property
     def oldest_sampled_step(self) -> int | None:
         """Step of the oldest token that has arrived; None before the first sample."""
-        return min((sample.oldest_step for sample in self.samples.values()), default=None)
+        return min([sample.oldest_step for sample in self.samples.values()], default=None)
 
     @property
     def oldest_possible_step(self) -> int | None:

@@ -40,6 +40,16 @@ from buffer.tickets import Drop, SampleSummary, State, Ticket
 _T = TypeVar("_T")
 _MAX_ROWS = 256
 """Rows in one statement: at most 15 values each, of the 32,766 that SQLite accepts."""
+_OF_SAMPLE = (
+    "lease_id",
+    "oldest_step",
+    "sum_token_steps",
+    "oldest_version",
+    "newest_version",
+    "num_sampled",
+    "reward",
+)
+"""Columns of the table `samples` that are fields of `SampleSummary`."""
 
 _VERSION_1 = """
 CREATE TABLE tickets (
@@ -215,7 +225,7 @@ def _write(connection: sqlite3.Connection, changes: Changes, locations: Iterable
     _insert(
         connection,
         "INSERT INTO versions VALUES",
-        [(row.version, row.step, row.parent, row.trainer_incarnation) for row in changes.versions],
+        [dataclasses.astuple(row) for row in changes.versions],
     )
     # On disk the table of scalars is called `marks`, and the table of counters `statistics`.
     _insert(connection, "INSERT OR REPLACE INTO marks VALUES", list(changes.scalars.items()))
@@ -242,28 +252,17 @@ def _write(connection: sqlite3.Connection, changes: Changes, locations: Iterable
     _insert(
         connection,
         "INSERT INTO rollbacks VALUES",
-        [
-            (
-                None,
-                row.trainer_incarnation,
-                row.from_step,
-                row.to_step,
-                row.num_tickets,
-                row.num_tokens,
-                row.unix_s,
-            )
-            for row in changes.rollbacks
-        ],
+        [(None, *dataclasses.astuple(row)) for row in changes.rollbacks],
     )
     _insert(
         connection,
         "INSERT INTO operations VALUES",
-        [(None, row.unix_s, row.verb, row.subject, row.detail) for row in changes.operations],
+        [(None, *dataclasses.astuple(row)) for row in changes.operations],
     )
     _insert(
         connection,
         "INSERT INTO settings VALUES",
-        [(None, row.step, row.key, row.value, row.origin, row.unix_s) for row in changes.settings],
+        [(None, *dataclasses.astuple(row)) for row in changes.settings],
     )
     _insert(connection, "INSERT OR REPLACE INTO statistics VALUES", list(changes.counters.items()))
 
@@ -304,13 +303,7 @@ def _sample_rows(changes: Changes, locations: Iterable[RecordLocation]) -> list[
         (
             record.ticket_id,
             record.sample_index,
-            sample.lease_id,
-            sample.oldest_step,
-            sample.sum_token_steps,
-            sample.oldest_version,
-            sample.newest_version,
-            sample.num_sampled,
-            sample.reward,
+            *[getattr(sample, name) for name in _OF_SAMPLE],
             location.segment,
             location.offset,
             location.num_bytes,
@@ -345,13 +338,13 @@ def read_all(connection: sqlite3.Connection) -> Recovered:
         )
         for row in query("SELECT * FROM tickets WHERE released = 0 ORDER BY ticket_id")
     }
-    for ticket_id, sample_index, *columns in query(
-        "SELECT samples.ticket_id, sample_index, "
-        "lease_id, oldest_step, sum_token_steps, oldest_version, newest_version, num_sampled, reward, "
-        "truncated, failure "
+    for ticket_id, sample_index, truncated, failure, *columns in query(
+        f"SELECT samples.ticket_id, sample_index, truncated, failure, {', '.join(_OF_SAMPLE)} "
         "FROM tickets CROSS JOIN samples USING (ticket_id) WHERE released = 0"
     ):
-        tickets[ticket_id].samples[sample_index] = _summary(*columns)
+        tickets[ticket_id].samples[sample_index] = SampleSummary(
+            **dict(zip(_OF_SAMPLE, columns, strict=True)), is_truncated=bool(truncated), failure=failure
+        )
         tickets[ticket_id].unleased.discard(sample_index)
     for ticket_id, sample_index, count, given_up in query(
         "SELECT failures.* FROM tickets CROSS JOIN failures USING (ticket_id) WHERE released = 0"
@@ -365,20 +358,9 @@ def read_all(connection: sqlite3.Connection) -> Recovered:
         tickets=[ticket for ticket in tickets.values() if not ticket.state.is_terminal],
         trained=sorted(trained, key=lambda ticket: (ticket.step, ticket.position)),
         evaluated=[ticket for ticket in tickets.values() if ticket.state is State.EVALUATED],
-        evaluations=[
-            EvaluationRow(
-                first_ticket=row[0],
-                eval_id=row[1],
-                eval_set=row[2],
-                num_prompts=row[3],
-                num_samples=row[4],
-                min_version=row[5],
-                state=row[6],
-            )
-            for row in query(
-                "SELECT * FROM evaluations WHERE state IN ('running', 'done') ORDER BY first_ticket"
-            )
-        ],
+        evaluations=_read(
+            connection, EvaluationRow, "evaluations WHERE state IN ('running', 'done') ORDER BY first_ticket"
+        ),
         leases=[
             LeaseRow(
                 lease_id=row[0],
@@ -390,10 +372,7 @@ def read_all(connection: sqlite3.Connection) -> Recovered:
             )
             for row in query("SELECT * FROM leases ORDER BY lease_id")
         ],
-        versions=[
-            VersionRow(version=row[0], step=row[1], parent=row[2], trainer_incarnation=row[3])
-            for row in query("SELECT * FROM versions ORDER BY version")
-        ],
+        versions=_read(connection, VersionRow, "versions ORDER BY version"),
         # The table of scalars is called `marks` on disk.
         scalars=dict(query("SELECT * FROM marks")),
         returned=[
@@ -401,21 +380,8 @@ def read_all(connection: sqlite3.Connection) -> Recovered:
             for row in query("SELECT prompt_index, parent, num_reissues FROM returned_prompts ORDER BY place")
         ],
         attempts=dict(query("SELECT * FROM attempts")),
-        rollbacks=[
-            RollbackRow(
-                trainer_incarnation=row[1],
-                from_step=row[2],
-                to_step=row[3],
-                num_tickets=row[4],
-                num_tokens=row[5],
-                unix_s=row[6],
-            )
-            for row in query("SELECT * FROM rollbacks ORDER BY id")
-        ],
-        settings=[
-            SettingRow(step=row[1], key=row[2], value=row[3], origin=row[4], unix_s=row[5])
-            for row in query("SELECT * FROM settings ORDER BY id")
-        ],
+        rollbacks=_read(connection, RollbackRow, "rollbacks ORDER BY id"),
+        settings=_read(connection, SettingRow, "settings ORDER BY id"),
         counters=dict(query("SELECT * FROM statistics")),
         ended={
             (Purpose(purpose), State(state), Drop(reason) if reason else None): count
@@ -452,25 +418,9 @@ def read_segments(connection: sqlite3.Connection) -> list[SegmentRow]:
     ]
 
 
-def _summary(
-    lease_id: int,
-    oldest_step: int,
-    sum_token_steps: int,
-    oldest_version: int,
-    newest_version: int,
-    num_sampled: int,
-    reward: float,
-    truncated: int,
-    failure: str,
-) -> SampleSummary:
-    return SampleSummary(
-        lease_id=lease_id,
-        oldest_step=oldest_step,
-        sum_token_steps=sum_token_steps,
-        oldest_version=oldest_version,
-        newest_version=newest_version,
-        num_sampled=num_sampled,
-        reward=reward,
-        is_truncated=bool(truncated),
-        failure=failure,
-    )
+def _read(connection: sqlite3.Connection, kind: type[_T], rest: str) -> list[_T]:
+    """An object for each row. `kind`: a dataclass whose fields have the names of the columns; `rest`: what
+    follows FROM."""
+    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    rows = connection.execute(f"SELECT {', '.join(names)} FROM {rest}")
+    return [kind(**dict(zip(names, row, strict=True))) for row in rows]

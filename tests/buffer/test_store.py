@@ -583,7 +583,7 @@ def test_recovery_does_not_scan_ended_tickets(tmp_path: Path) -> None:
         plans = {
             statement: " ".join(row[3] for row in ledger.execute(f"EXPLAIN QUERY PLAN {statement}"))
             for statement in statements
-            if "samples" in statement
+            if " samples" in statement
         }
     assert plans
     for statement, plan in plans.items():
