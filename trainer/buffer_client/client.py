@@ -92,7 +92,7 @@ class TrainerBufferClient:
         self._loop = asyncio.new_event_loop()
         self._thread = NamedThread(self._loop.run_forever, name="buffer-client")
         self._lost: ArealError | None = None
-        self._fetches: dict[tuple[int, int], concurrent.futures.Future[Any]] = {}
+        self._fetches: dict[tuple[int, int], concurrent.futures.Future[Group]] = {}
         """(step, position) -> group that was requested and not used yet."""
         self._troubled_s = 0.0
         """Total time in trouble so far."""
@@ -187,34 +187,35 @@ class TrainerBufferClient:
         """
         patience = Patience(name=name, started_s=self._untroubled_time_s(), **limits)
         with self.waits(name):
-            return self._result(future, patience, may_stop=may_stop)
-
-    def _result(self, future: concurrent.futures.Future[Any], patience: Patience, *, may_stop: bool) -> Any:
-        while True:
-            try:
-                return future.result(timeout=_POLL_S)
-            except concurrent.futures.TimeoutError:
-                if future.done():  # finished just now, or failed with a TimeoutError of its own
-                    return future.result()
-            if self._lost is not None:
-                raise self._lost
-            if may_stop and self.stop_requested.is_set():
+            if not self._is_done(future, patience, unless=self.stop_requested if may_stop else None):
                 future.cancel()
-                raise StopRequestedError(f"draining while waiting for {patience.name}")
-            try:
-                self._check(patience)
-            except DeadlineError:
-                future.cancel()
-                raise
+                raise StopRequestedError(f"draining while waiting for {name}")
+        return future.result()
 
-    def _check(self, patience: Patience) -> None:
-        """Raises DeadlineError when a wait has reached a limit."""
+    def _is_done(
+        self, future: concurrent.futures.Future[Any], patience: Patience, *, unless: threading.Event | None
+    ) -> bool:
+        """Waits for a future; False if `unless` was set before. Raises as `wait`."""
 
         def servers() -> str:
             shown = f"servers {[(s.name, s.state, s.weights_version) for s in self.directory.servers]}"
             return shown + (_OUTSIDE if self.config.has_outside_agents else "")
 
-        patience.check(now_s=self._untroubled_time_s(), progressed_s=self._progress.last_s, servers=servers)
+        while True:
+            concurrent.futures.wait([future], timeout=_POLL_S)
+            if future.done():
+                return True
+            if self._lost is not None:
+                raise self._lost
+            if unless is not None and unless.is_set():
+                return False
+            try:
+                patience.check(
+                    now_s=self._untroubled_time_s(), progressed_s=self._progress.last_s, servers=servers
+                )
+            except DeadlineError:
+                future.cancel()
+                raise
 
     def groups(self, step: int) -> Iterator[Group]:
         """This rank's groups of a step in recorded order, each as soon as the buffer has recorded it.
@@ -229,39 +230,25 @@ class TrainerBufferClient:
                     self._request_group(ahead, position)
         for position in self.positions:
             future = self._fetches[step, position]
-            with self.waits(f"buffer: group {position} of step {step}"):
-                group = self._wait_group(future, step=step, position=position)
-            if group is None:
-                return
+            patience = Patience(
+                name=f"group {position} of step {step}",
+                started_s=self._untroubled_time_s(),
+                stall_s=self.config.stall_s(self.config.trainer.fetch_timeout_s),
+                setting="trainer.fetch_timeout_s",
+            )
+            with self.waits(f"buffer: {patience.name}"):
+                if not self._is_done(future, patience, unless=self.abandon_step):
+                    return
             del self._fetches[step, position]
-            yield group
+            yield future.result()
 
     def _request_group(self, step: int, position: int) -> None:
         if (step, position) not in self._fetches:
             self._fetches[step, position] = self.submit(self._fetch(Fetch(step=step, position=position)))
 
     async def _fetch(self, request: Fetch) -> Group:
-        group = await self.call_async(request, timeout_s=math.inf)  # `_wait_group` bounds the wait
+        group = await self.call_async(request, timeout_s=math.inf)  # `groups` bounds the wait
         assert isinstance(group, Group)
-        return group
-
-    def _wait_group(
-        self, future: concurrent.futures.Future[Any], *, step: int, position: int
-    ) -> Group | None:
-        patience = Patience(
-            name=f"group {position} of step {step}",
-            started_s=self._untroubled_time_s(),
-            stall_s=self.config.stall_s(self.config.trainer.fetch_timeout_s),
-            setting="trainer.fetch_timeout_s",
-        )
-        while not future.done():
-            if self._lost is not None:
-                raise self._lost
-            if self.abandon_step.is_set():
-                return None
-            self._check(patience)
-            concurrent.futures.wait([future], timeout=_POLL_S)
-        group: Group = future.result()
         return group
 
     async def _open(self) -> None:
