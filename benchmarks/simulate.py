@@ -1,4 +1,4 @@
-"""Simulates large jobs: the real ledger under a virtual clock, beside two other rules of staleness.
+"""Simulates large jobs: the real ledger under a virtual clock, and two other rules of staleness.
 
     python -m benchmarks.simulate scale [--tickets 1000000]   4,096 servers: CPU a ticket, lag, throughput
     python -m benchmarks.simulate rules                       the ledger, a gate at the begin, drop at the end

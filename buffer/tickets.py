@@ -154,7 +154,7 @@ class Ticket:
     num_failures: dict[int, int] = field(default_factory=dict)
     """Number of failures so far, by sample index."""
     failed: set[int] = field(default_factory=set)
-    """Of an eval ticket: samples that failed for good. A train ticket is dropped instead."""
+    """Samples of an eval ticket that failed for good. A train ticket is dropped instead."""
     failed_at: str = ""
     """The server at which a sample failed last; others are preferred for the retry. Not stored."""
     step: int = -1

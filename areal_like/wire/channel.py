@@ -279,7 +279,7 @@ class Link:
                 reply = await future
         except TimeoutError:
             raise DeadlineError(
-                f"{self.address} did not answer {type(message).__name__} within {timeout_s:g} s"
+                f"{self.address} did not reply to {type(message).__name__} within {timeout_s:g} s"
             ) from None
         finally:
             del self._pending[rid]

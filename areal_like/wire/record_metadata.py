@@ -6,7 +6,7 @@
      "arrays": [[name, dtype, [size, ...]], ...]}
 
 Plain is a trajectory of one segment and one turn without metrics, label and arrays: its eight fields are
-those of earlier releases, so their ledgers are read, and a job with single-turn answers pays nothing.
+those of earlier releases, so their ledgers are read, and a job with single-turn samples pays nothing.
 
 Everything is bounded before it is unpacked. The metadata may be up to 64 KiB longer than the arrays: enough
 for one version per token and for the names of a thousand reward components. Longer metadata would take many
@@ -81,7 +81,7 @@ class Structure:
 
 
 PLAIN = Structure()
-"""Of every plain trajectory."""
+"""The structure of every plain trajectory."""
 
 
 class Metadata(NamedTuple):

@@ -1,6 +1,6 @@
 """What the buffer knows of a running job when it asks who waits on whom, and how it reports it. No rules.
 
-Everything comes from the ledger and from the last heartbeat of each peer, so one answer of the buffer is
+Everything comes from the ledger and from the last heartbeat of each peer, so one response of the buffer is
 enough, whatever machines the peers run on.
 """
 
@@ -81,7 +81,7 @@ class JobFacts:
     trainer_step: int = 0
     """Steps that the trainer has completed."""
     oldest_leases: tuple[LeaseFacts, ...] = ()
-    """Of training tickets, the oldest first."""
+    """Leases of training tickets, the oldest first."""
     lost_servers: Mapping[str, float] = field(default_factory=dict)
     """Servers that were silent and are removed -> seconds since."""
     store_trouble: str = ""
@@ -137,11 +137,11 @@ class Limits:
     """Seconds after which waiting is worth a line."""
 
     stall_s: float
-    """For what answers or advances several times in this time when it works."""
+    """For what replies or advances several times in this time when it works."""
     work_s: float
     """For work whose time depends on the job: rewards, tools, a push, an optimizer step."""
 
     @classmethod
     def of(cls, *, heartbeat_s: float) -> Limits:
-        """For a job with this interval of heartbeats."""
+        """Limits for a given heartbeat interval."""
         return cls(stall_s=max(5.0, 6 * heartbeat_s), work_s=max(10.0, 12 * heartbeat_s))

@@ -77,7 +77,7 @@ class Watchdog:
         self._speeds.keep_only({peer.name: None for peer in (*facts.servers, *facts.ranks)})
         self._utilisation.observe(load)
         self._late_since_s = {name: self._late_since_s.get(name, load.at_s) for name in late_servers(facts)}
-        # What stands still altogether is found in this time, and makes others late.
+        # What has stalled completely is found in this time, and makes others late.
         late = [
             name
             for name, since_s in self._late_since_s.items()

@@ -1,6 +1,6 @@
 """The ledger: a pure state machine that leases prompts, takes samples, and fills the trainer's steps.
 
-It owns no socket, task, thread or clock: time and messages are arguments, answers are return values, and
+It owns no socket, task, thread or clock: time and messages are arguments, replies are return values, and
 leases to abort at a server are returned by `take_aborts()`. So the same code runs in the daemon, under
 hypothesis and in a simulator with a virtual clock.
 

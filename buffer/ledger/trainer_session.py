@@ -111,7 +111,7 @@ class TrainerSession:
             )
 
     def settings_of(self, *, incarnation: int, step: int) -> StepSettings:
-        """What may change while the run goes on, as of a step; the same answer whenever it is asked.
+        """What may change while the run goes on, as of a step; the same whenever it is requested.
 
         Raises RefusedError for a step that may still change: one after the step in training.
         """

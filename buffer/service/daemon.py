@@ -266,18 +266,18 @@ class BufferDaemon:
         self._received_bytes += envelope.num_bytes
         with self._failing_on_error():
             try:
-                answer = self._handlers.handle(envelope)
+                reply = self._handlers.handle(envelope)
             except (RefusedError, StaleIncarnationError) as error:
-                answer = refusal_of(error)
-                if answer.field in KEY_FIELDS:
-                    self._listener.count_refused_frame(answer.reason)
+                reply = refusal_of(error)
+                if reply.field in KEY_FIELDS:
+                    self._listener.count_refused_frame(reply.reason)
             except RunFinishedError:
-                answer = JobFinished()
-            if answer is not None:
+                reply = JobFinished()
+            if reply is not None:
                 if isinstance(envelope.message, NEEDS_DURABILITY):
-                    self._outbox.send_when_durable(envelope.peer, answer, rid=envelope.rid)
+                    self._outbox.send_when_durable(envelope.peer, reply, rid=envelope.rid)
                 else:
-                    self._outbox.send(envelope.peer, answer, rid=envelope.rid)
+                    self._outbox.send(envelope.peer, reply, rid=envelope.rid)
             self._flush_soon()
 
     @contextlib.contextmanager

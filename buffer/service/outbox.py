@@ -61,11 +61,11 @@ class Outbox:
         """Sends at once. False if the peer cannot be reached."""
         return not self._is_closed and self._listener.send(route, message, rid=rid)
 
-    def send_when_durable(self, route: bytes, answer: Any, *, rid: int) -> None:
+    def send_when_durable(self, route: bytes, reply: Any, *, rid: int) -> None:
         """Sends once everything written so far is durable."""
 
         def send() -> None:
-            self.send(route, answer, rid=rid)
+            self.send(route, reply, rid=rid)
 
         self._ledger.state.store.when_durable(send)
 

@@ -2,7 +2,7 @@
 
     hello -> refused (its configuration differs, it was replaced, its name is taken)
           -> welcome (the process that has the name; a new one under a free name)
-          -> asked: another process has the name -> refused (that one answers) | welcome (it does not)
+          -> asked: another process has the name -> refused (that one replies) | welcome (it does not)
           -> the run is finished (rollout servers)
 
 A welcome to a new process is sent when its incarnation is durable: a restarted buffer must know it.
@@ -59,7 +59,7 @@ class Registration:
             self._outbox.send(newcomer.route, refusal_of(error), rid=newcomer.rid)
 
     def heard(self, route: bytes) -> None:
-        """A registered peer has sent a message: it answers for its name."""
+        """A registered peer has sent a message: it has its name."""
         for newcomer in self._claims.heard(route):
             name = newcomer.hello.name
             log.warning("a second process says hello as %s, and the first one answers", name)
@@ -70,7 +70,7 @@ class Registration:
             self._outbox.send(newcomer.route, Refused(field="name", reason=reason), rid=newcomer.rid)
 
     def tick(self) -> None:
-        """Admits the newcomers whose predecessors have not answered in time. Call it a few times a second."""
+        """Admits the newcomers whose predecessors have not replied in time. Call it a few times a second."""
         for name, newcomers in self._claims.expired(now_s=self._clock()):
             log.warning("the process that had the name %s does not answer: it is replaced", name)
             self._peers.take_name(name, kept=newcomers[0].hello.process)

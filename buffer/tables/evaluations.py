@@ -137,7 +137,7 @@ class EvalTable:
     def requested(self, key: tuple[int, str], *, size: tuple[int, int], min_version: int) -> EvalRound | None:
         """The round of this request, which may be repeated; None if it has to begin.
 
-        `size`: (prompts, answers to each). A finished round with other fields is not returned again.
+        `size`: (prompts, samples of each). A finished round with other fields is not returned again.
         """
         round_ = self.rounds.get(key)
         if round_ is None or not round_.is_done:

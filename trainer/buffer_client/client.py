@@ -97,7 +97,7 @@ class TrainerBufferClient:
         self._troubled_s = 0.0
         """Total time in trouble so far."""
         self._progress = ProgressClock(now_s=self._untroubled_time_s())
-        """Of the rollout servers, as the buffers report it."""
+        """Progress of the rollout servers, as the buffers report it."""
         self.runtime: Runtime
         self._buffers: list[RankConnection] = []
         """In the order of shards."""

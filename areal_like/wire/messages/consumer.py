@@ -190,7 +190,7 @@ class StreamState:
     """Buffer -> rank 0: state of the prompt stream. The trainer stores it without interpreting it."""
 
     max_header_bytes: ClassVar[int] = 4 << 20
-    """As `StartTraining`."""
+    """It holds what `StartTraining` sends back."""
 
     stream: dict[str, int | list[int]]
 
