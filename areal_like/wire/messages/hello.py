@@ -4,7 +4,7 @@ A peer that sends any other message before its `Hello` was accepted gets `HelloR
 restarted buffer register again at once.
 
 A name belongs to the process that replies under it. When another process says hello under a name that is
-taken, the buffer sends `AreYouAlive` to the process that has it, and refuses the newcomer if that one replies.
+taken, the buffer sends `AreYouAlive` to the process that has it. It refuses the newcomer if that one replies.
 """
 
 from __future__ import annotations
