@@ -110,10 +110,7 @@ class BufferDaemon:
         self._recent = status.RecentNumbers()
         self._watch = JobWatch(config, runtime.metrics, self._ledger, self._peers, now_s=self._loop.time())
         self._series = BufferSeries(runtime.metrics, max_staleness=config.staleness_cap)
-        self._keys = PeerKeys(
-            is_named=lambda name, role: keyring is None or keyring.is_named(name, role),
-            is_valid=lambda key: keyring is None or keyring.sender(key.public) is not None,
-        )
+        self._keys = PeerKeys(keyring)
         curve = None
         if keyring is not None:
             curve = CurveServer(keyring, roles=ROLES, on_failure=self._fail)

@@ -15,6 +15,7 @@ import asyncio
 import dataclasses
 import itertools
 import logging
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -105,7 +106,7 @@ class BufferClient(BufferConnection):
         """Sent with every heartbeat."""
         self.newest_version = 0
         """Newest weights version that the buffer has allocated, as of its last reply."""
-        self.num_refused: dict[str, int] = {}
+        self.num_refused: Counter[str] = Counter()
         """Samples that the buffer refused, by reason."""
 
     @property
@@ -273,8 +274,7 @@ class BufferClient(BufferConnection):
         for ack in message.acks:
             self._held.acknowledge(ack)
             if ack.refused:
-                num_refused = self.num_refused.get(ack.refused, 0)
-                self.num_refused[ack.refused] = num_refused + len(ack.sample_indices)
+                self.num_refused[ack.refused] += len(ack.sample_indices)
 
     def _take(self, leases: list[Lease]) -> None:
         if self.state is not ServerState.SERVING:  # granted before the buffer had received the new state
