@@ -260,9 +260,18 @@ class Link:
         self.address = address
         self._reopen()
 
-    def send(self, message: Any) -> None:
-        """Queues a one-way message; drops it if the peer does not read the messages before it."""
-        self._send(message, rid=0)
+    def send(self, message: Any, *, rid: int = 0) -> None:
+        """Queues a message, one-way without a `rid`; drops it if the peer does not read those before."""
+        try:
+            self._pump.send(encode(message, rid=rid))
+        except zmq.Again:
+            self.num_dropped += 1
+            log_at_powers_of_2(
+                self.num_dropped,
+                "%s does not read: %s dropped (%d so far)",
+                self.address,
+                type(message).__name__,
+            )
 
     async def call(self, message: Any, *, timeout_s: float) -> Any:
         """Sends a request and returns its reply.
@@ -274,7 +283,7 @@ class Link:
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._pending[rid] = (message, future)
         try:
-            self._send(message, rid=rid)
+            self.send(message, rid=rid)
             async with asyncio.timeout(timeout_s):
                 reply = await future
         except TimeoutError:
@@ -299,7 +308,7 @@ class Link:
         Requests are idempotent.
         """
         for rid, (message, _) in self._pending.items():
-            self._send(message, rid=rid)
+            self.send(message, rid=rid)
 
     def close(self) -> None:
         """Closes the socket; pending calls raise PeerLostError."""
@@ -309,18 +318,6 @@ class Link:
         for _, future in self._pending.values():
             if not future.done():
                 future.set_exception(PeerLostError(f"link to {self.address} was closed"))
-
-    def _send(self, message: Any, *, rid: int) -> None:
-        try:
-            self._pump.send(encode(message, rid=rid))
-        except zmq.Again:
-            self.num_dropped += 1
-            log_at_powers_of_2(
-                self.num_dropped,
-                "%s does not read: %s dropped (%d so far)",
-                self.address,
-                type(message).__name__,
-            )
 
     def _on_frames(self, frames: list[bytes]) -> None:
         self.last_heard_s = asyncio.get_running_loop().time()
