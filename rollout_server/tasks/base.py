@@ -38,7 +38,7 @@ from areal_like.errors import ConfigError
 from areal_like.registry import Registry
 from areal_like.trajectory import FinishReason
 from areal_like.wire.fingerprint import canonical_json
-from areal_like.wire.record_metadata import MAX_LABEL_CHARS
+from areal_like.wire.records import MAX_LABEL_CHARS
 from rollout_server.agents.base import Session, is_agent
 from rollout_server.environments.base import Environment, Message
 

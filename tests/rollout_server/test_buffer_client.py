@@ -204,7 +204,7 @@ def test_nothing_is_resent_to_a_buffer_that_cannot_write(
         buffer.listener.send(buffer.peer, Leases(leases=[LEASE]))
         while not leases:
             await asyncio.sleep(0.01)
-        while not client._buffer.is_stuck:
+        while not client.is_stuck:
             await asyncio.sleep(0.01)
         client.deliver(FAILED)
         await asyncio.sleep(0.5)
