@@ -45,8 +45,8 @@ ROLES = {
     "rollout_server": "rollout server",
     "rollout_server.engine": "engine",
     "sglang.launch_server": "engine",
-    "rollout_server.rewards.worker": "reward workers",
-    "rollout_server.environments.workers.zygote": "environments",
+    "rollout_server.workers.reward_worker": "reward workers",
+    "rollout_server.workers.zygote": "environments",
 }
 """Module of `python -m` -> role. Another process has the role of the nearest ancestor that has one."""
 OWN_SETTINGS = ("eval.num_prompts=0",)

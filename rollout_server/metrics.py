@@ -16,17 +16,17 @@ from areal_like.runtime.progress import ProgressClock
 from areal_like.spans import recorder
 from areal_like.trajectory import FinishReason
 from rollout_server.engine_time import EngineTime
-from rollout_server.environments.workers.pool import EnvironmentPool
 from rollout_server.leases.held_leases import Place
 from rollout_server.leases.shards import ShardedBufferClient
 from rollout_server.policy.engines.engine import Engine
 from rollout_server.policy.engines.supervisor import EngineSupervisor
 from rollout_server.policy.gate import GenerationGate
-from rollout_server.rewards.pool import RewardPool
 from rollout_server.sample.lease_runner import LeaseRunner
 from rollout_server.sessions.book import WRONG_ROUTES, Outcome, SessionBook
 from rollout_server.starvation import Starvation
 from rollout_server.weights.receiver import WeightReceiver
+from rollout_server.workers.environment_pool import EnvironmentPool
+from rollout_server.workers.reward_pool import RewardPool
 
 log = logging.getLogger(__name__)
 

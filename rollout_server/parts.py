@@ -14,18 +14,18 @@ from areal_like.runtime.imports import torch_hidden, uncollected
 from areal_like.security.binding import require_loopback_or_keys
 from areal_like.wire.addresses import buffer_addresses
 from rollout_server.context_length import longest_sequence
-from rollout_server.environments.workers.pool import EnvironmentPool
 from rollout_server.eval_sets import EvalSet, eval_contexts, job_rewards, running_eval_sets
 from rollout_server.job_tasks import make_tasks, without_long_prompts
 from rollout_server.policy.engines.engine import Engine, make_engine
 from rollout_server.rendering.prompt_renderer import PromptRenderer
-from rollout_server.rewards.pool import RewardPool
 from rollout_server.sample.attempts.environments import Environments, running_environments
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.http.plane import SessionPlane
 from rollout_server.sessions.maker import Sessions, running_sessions
 from rollout_server.sessions.serving import served_sessions
 from rollout_server.tasks.base import Task
+from rollout_server.workers.environment_pool import EnvironmentPool
+from rollout_server.workers.reward_pool import RewardPool
 
 log = logging.getLogger(__name__)
 

@@ -32,7 +32,6 @@ from rollout_server.eval_sets import EvalSet
 from rollout_server.leases.held_leases import Place, SampleResult
 from rollout_server.policy.client import EngineClient
 from rollout_server.policy.gate import GenerationGate
-from rollout_server.rewards.pool import RewardPool
 from rollout_server.sample.attempts.base import NOT_WANTED, Attempt, SessionMaker
 from rollout_server.sample.attempts.environments import Environments
 from rollout_server.sample.attempts.failed_sample import FailedSample
@@ -41,6 +40,7 @@ from rollout_server.sample.base import Episode, Tokenizer
 from rollout_server.sample.prompt_leader import PromptLeader, needs_leader
 from rollout_server.sample.prompt_loader import FailedPrompt, NoTokens, Prompt, PromptLoader
 from rollout_server.tasks.base import Task
+from rollout_server.workers.reward_pool import RewardPool
 
 log = logging.getLogger(__name__)
 

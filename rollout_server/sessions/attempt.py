@@ -25,13 +25,13 @@ from areal_like.errors import (
 )
 from areal_like.trajectory import FinishReason, Trajectory
 from rollout_server.leases.held_leases import Place
-from rollout_server.rewards.pool import Reward, RewardPool
 from rollout_server.sample import scoring
 from rollout_server.sample.attempts.base import NOT_WANTED, Attempt, SampleRequest
 from rollout_server.sample.scoring import add_up
 from rollout_server.sessions.book import Outcome, SessionBook
 from rollout_server.sessions.open_session import OpenSession
 from rollout_server.tasks.base import Completion, Score
+from rollout_server.workers.reward_pool import Reward, RewardPool
 
 RunAgent = Callable[[OpenSession, SampleRequest], Awaitable[Score | None]]
 """Runs the task's `agent()` in a process; returns its score. Raises EpisodeError. Cancelling it ends it."""

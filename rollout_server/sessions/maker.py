@@ -10,16 +10,16 @@ from areal_like.config import Config
 from areal_like.errors import ConfigError
 from areal_like.runtime.waits import PendingWaits
 from areal_like.wire.messages.producer import Lease
-from rollout_server.environments.workers.pool import EnvironmentPool
 from rollout_server.rendering.base import ChatRenderer
 from rollout_server.rendering.prompt_renderer import PromptRenderer
-from rollout_server.rewards.pool import RewardPool
 from rollout_server.sample.attempts.base import SampleRequest, SessionMaker
 from rollout_server.sample.conversation import Conversation
 from rollout_server.sessions.attempt import SessionAttempt
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.open_session import OpenSession
 from rollout_server.tasks.base import Example, Score, Task
+from rollout_server.workers.environment_pool import EnvironmentPool
+from rollout_server.workers.reward_pool import RewardPool
 
 
 class Sessions(SessionMaker):

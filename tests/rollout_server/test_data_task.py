@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from areal_like.errors import ConfigError
-from rollout_server.rewards.pool import RewardPool
 from rollout_server.tasks import Completion, Task, make_task
 from rollout_server.tasks.base import Prompt
+from rollout_server.workers.reward_pool import RewardPool
 from tests.support.waiting import HANG_LIMIT_S
 
 

@@ -29,12 +29,12 @@ from rollout_server.eval_sets import EvalSet
 from rollout_server.leases.held_leases import HeldLeases, Place, SampleResult
 from rollout_server.policy.gate import GenerationGate
 from rollout_server.policy.types import Generation, Sampling
-from rollout_server.rewards.pool import Reward
 from rollout_server.sample.base import Episode, PolicyClient, SingleTurn, Tokenizer
 from rollout_server.sample.lease_runner import LeaseRunner
 from rollout_server.sample.prompt_leader import LONG_PROMPT_TOKENS, needs_leader
 from rollout_server.sample.transcript import Transcript
 from rollout_server.tasks.base import Completion, Example, Score, Split, Task
+from rollout_server.workers.reward_pool import Reward
 from tests.rollout_server.test_episodes import CountingEngine, Digits
 from tests.support import moved_clock
 from tests.support.moved_clock import advance

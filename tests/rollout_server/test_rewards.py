@@ -16,8 +16,8 @@ import pytest
 from areal_like.config import from_mapping
 from areal_like.errors import ConfigError, RewardError, RewardTimeoutError
 from areal_like.trajectory import FinishReason
-from rollout_server.rewards.pool import RewardPool
 from rollout_server.tasks.base import Completion, Example, Score, Split, Task
+from rollout_server.workers.reward_pool import RewardPool
 from tests.support.environment_tasks import EchoTask
 from tests.support.waiting import HANG_LIMIT_S
 
@@ -312,4 +312,4 @@ def test_cpu_time_per_reward() -> None:
 def children() -> list[int]:
     """Process ids of the reward workers of this process, which may have other children from other tests."""
     pids = map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
-    return [pid for pid in pids if b"rewards.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return [pid for pid in pids if b"workers.reward_worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]

@@ -16,9 +16,9 @@ from typing import Protocol
 from areal_like.trajectory import Trajectory
 from areal_like.wire.messages.producer import Lease
 from rollout_server.leases.held_leases import Place
-from rollout_server.rewards.pool import RewardPool
 from rollout_server.sample.base import PolicyClient
 from rollout_server.tasks.base import Example, Split
+from rollout_server.workers.reward_pool import RewardPool
 
 NOT_WANTED = "its sample is not wanted any more: the job has ended, or another server makes it"
 """What clients of the session of a cancelled lease are told."""

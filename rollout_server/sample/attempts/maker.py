@@ -14,7 +14,6 @@ from rollout_server.leases.held_leases import Place
 from rollout_server.policy.client import EngineClient
 from rollout_server.policy.gate import GenerationGate
 from rollout_server.policy.types import Sampling
-from rollout_server.rewards.pool import RewardPool
 from rollout_server.sample.attempts.base import Attempt, SampleRequest, SessionMaker
 from rollout_server.sample.attempts.environment_attempt import EnvironmentAttempt
 from rollout_server.sample.attempts.environments import Environments
@@ -23,6 +22,7 @@ from rollout_server.sample.base import Episode, PolicyClient, Tokenizer
 from rollout_server.sample.prompt_leader import PromptLeader
 from rollout_server.sample.prompt_loader import SPLITS, Prompt
 from rollout_server.tasks.base import Task
+from rollout_server.workers.reward_pool import RewardPool
 
 _MAX_SEED = 1 << 31
 

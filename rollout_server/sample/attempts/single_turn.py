@@ -7,7 +7,6 @@ import asyncio
 from areal_like.errors import RAISED_BY_TASKS, EngineError, EpisodeError, RewardError
 from areal_like.trajectory import FinishReason, Trajectory
 from rollout_server.leases.held_leases import Place
-from rollout_server.rewards.pool import RewardPool
 from rollout_server.sample.attempts.base import Attempt, SampleRequest
 from rollout_server.sample.base import Episode, Tokenizer
 from rollout_server.sample.prompt_leader import PromptLeader
@@ -15,6 +14,7 @@ from rollout_server.sample.prompt_loader import Prompt
 from rollout_server.sample.scoring import Outcome, add_up
 from rollout_server.sample.transcript import Transcript
 from rollout_server.tasks.base import Completion
+from rollout_server.workers.reward_pool import RewardPool
 
 
 class SingleTurnAttempt(Attempt):

@@ -17,8 +17,8 @@ import pytest
 from areal_like.errors import ConfigError, EnvironmentLostError, EpisodeError
 from areal_like.trajectory import FinishReason
 from rollout_server.environments.base import Reply
-from rollout_server.environments.workers import pool as pool_module
-from rollout_server.environments.workers.pool import EnvironmentPool, EnvironmentSession
+from rollout_server.workers import environment_pool as pool_module
+from rollout_server.workers.environment_pool import EnvironmentPool, EnvironmentSession
 from tests.support import moved_clock
 from tests.support.moved_clock import advance
 from tests.support.rollout_harness import is_alive

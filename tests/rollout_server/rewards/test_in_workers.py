@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from areal_like.errors import RewardError, RewardTimeoutError
-from rollout_server.rewards.pool import RewardPool
 from rollout_server.tasks.base import Completion
+from rollout_server.workers.reward_pool import RewardPool
 from tests.support.judge_server import Answer, judge_server
 from tests.support.waiting import HANG_LIMIT_S
 

@@ -15,7 +15,6 @@ from areal_like.errors import SessionGoneError
 from areal_like.failures import FailureKind
 from areal_like.trajectory import FinishReason
 from areal_like.wire.messages.producer import Lease, Purpose, SampleDone, SampleFailed
-from rollout_server.environments.workers.pool import EnvironmentPool
 from rollout_server.leases.held_leases import Place, SampleResult
 from rollout_server.policy.gate import GenerationGate
 from rollout_server.sample.base import SingleTurn
@@ -25,6 +24,7 @@ from rollout_server.sessions.http.app import session_app
 from rollout_server.sessions.http.plane import SessionPlane
 from rollout_server.sessions.maker import Sessions
 from rollout_server.tasks.base import make_task
+from rollout_server.workers.environment_pool import EnvironmentPool
 from tests.rollout_server.test_environment_attempts import EOS, Ordinals, ScriptedEngine
 from tests.rollout_server.test_episodes import Digits
 from tests.support import moved_clock

@@ -19,10 +19,10 @@ import pytest
 from areal_like.errors import ConfigError
 from areal_like.trajectory import FinishReason
 from rollout_server.environments.base import Environment, Reply, Step, ToolCall
-from rollout_server.environments.workers.pool import EnvironmentPool
 from rollout_server.tasks.base import Example, Split, make_task
 from rollout_server.tasks.tools import ToolTask
 from rollout_server.tools import Tool, ToolEnvironment, calculator, make_tools
+from rollout_server.workers.environment_pool import EnvironmentPool
 from tests.support.waiting import HANG_LIMIT_S
 
 

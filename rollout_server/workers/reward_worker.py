@@ -1,4 +1,6 @@
-"""One reward process: `python -m rollout_server.rewards.worker`; pool.py drives it over its stdin and stdout.
+"""One reward process: `python -m rollout_server.workers.reward_worker`.
+
+reward_pool.py drives it over its stdin and stdout.
 
     parent -> worker   {"task": {...}, "seed": n, "timeout_s": s}     first frame: the task to import
     worker -> parent   ["" | error message, is_async]                 is_async: `async def reward`

@@ -36,9 +36,9 @@ from areal_like.runtime.process import adopt_orphans
 from rollout_server.agents.base import Session
 from rollout_server.environments.base import Environment, Message, Reply, Step, messages_of
 from rollout_server.environments.exchange import MAX_ANSWER_BYTES, awaitable, reply_of, step_fields
-from rollout_server.environments.workers.agents import run_agent
 from rollout_server.frames import HEADER, pack
 from rollout_server.tasks.base import Example, Split, Task
+from rollout_server.workers.agents import run_agent
 
 _PAGE_BYTES = resource.getpagesize()
 

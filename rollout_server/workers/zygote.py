@@ -1,4 +1,4 @@
-"""The process that starts environments: `python -m rollout_server.environments.workers.zygote`.
+"""The process that starts environments: `python -m rollout_server.workers.zygote`.
 
 It imports the task once and forks a worker whenever the server asks for one, which takes milliseconds and
 shares the memory of the imports. It never runs an environment itself, has one thread, and answers on the
@@ -36,9 +36,9 @@ import msgpack
 
 from areal_like.errors import ConfigError
 from areal_like.runtime.process import adopt_orphans, die_with_parent, exit_at_once
-from rollout_server.environments.workers.worker import serve
 from rollout_server.frames import claim_stdin
 from rollout_server.tasks.base import Task, make_task
+from rollout_server.workers.environment_worker import serve
 
 log = logging.getLogger(__name__)
 

@@ -23,8 +23,8 @@ import msgpack
 
 from areal_like.errors import RewardError, RewardTimeoutError
 from rollout_server.frames import HEADER, pack
-from rollout_server.rewards.worker import MAX_FRAME_BYTES, pack_items, score_of
 from rollout_server.tasks.base import Score
+from rollout_server.workers.reward_worker import MAX_FRAME_BYTES, pack_items, score_of
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ class RewardWorker:
             own_end, worker_end = socket.socketpair()
             with worker_end:
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "rollout_server.rewards.worker"],
+                    [sys.executable, "-m", "rollout_server.workers.reward_worker"],
                     stdin=worker_end.fileno(),
                     stdout=worker_end.fileno(),
                 )

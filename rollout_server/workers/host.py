@@ -24,7 +24,7 @@ from typing import Any
 import msgpack
 
 from areal_like.errors import ConfigError, EnvironmentLostError
-from rollout_server.environments.workers.zygote import MAX_PACKET_BYTES
+from rollout_server.workers.zygote import MAX_PACKET_BYTES
 
 _END_TIMEOUT_S = 1.0
 """To kill workers takes milliseconds."""
@@ -49,7 +49,7 @@ class ZygoteProcess:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "rollout_server.environments.workers.zygote"],
+                [sys.executable, "-m", "rollout_server.workers.zygote"],
                 stdin=theirs.fileno(),
                 env=os.environ
                 | {name: os.environ.get(name, "1") for name in _ONE_THREAD}

@@ -21,10 +21,10 @@ from typing import Any
 from areal_like.errors import ConfigError, EnvironmentLostError, EpisodeError
 from rollout_server.environments.base import Message, Reply, Step
 from rollout_server.environments.exchange import checked_label, checked_start, checked_step, reply_fields
-from rollout_server.environments.workers.agents import checked_score
-from rollout_server.environments.workers.connection import WorkerConnection
-from rollout_server.environments.workers.zygote_process import ZygoteProcess
 from rollout_server.tasks.base import Score, Split
+from rollout_server.workers.agents import checked_score
+from rollout_server.workers.connection import WorkerConnection
+from rollout_server.workers.host import ZygoteProcess
 
 log = logging.getLogger(__name__)
 

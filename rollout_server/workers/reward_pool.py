@@ -1,7 +1,7 @@
 """A pool of worker processes that run reward functions, which may raise, hang, print, or crash the process.
 
-Each worker is a `python -m rollout_server.rewards.worker`; worker.py describes the protocol. Workers are
-processes, because a thread cannot be killed and the event loop must not wait. They are not started with
+Each worker is a `python -m rollout_server.workers.reward_worker`; worker.py describes the protocol.
+Workers are processes, because a thread cannot be killed and the event loop must not wait. They are not started with
 multiprocessing, because it pickles, and because an executor does not report which of its workers hangs.
 
     worker:  STARTING -> SERVING -> (timeout or crash: killed) -> STARTING ...  -> CLOSED
@@ -33,9 +33,9 @@ from typing import Any, Self
 
 from areal_like.config import Config
 from areal_like.errors import ConfigError, RewardError
-from rollout_server.rewards.process import Item, RewardWorker
-from rollout_server.rewards.worker import MAX_FRAME_BYTES, pack_item
 from rollout_server.tasks.base import Completion, Score, Split, Task
+from rollout_server.workers.reward_process import Item, RewardWorker
+from rollout_server.workers.reward_worker import MAX_FRAME_BYTES, pack_item
 
 log = logging.getLogger(__name__)
 
