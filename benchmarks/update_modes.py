@@ -33,14 +33,14 @@ from areal_like.config import Config, WeightsConfig, from_mapping
 from areal_like.trajectory import Trajectory
 from areal_like.wire.messages.consumer import ServerEntry
 from benchmarks.report import table, write
+from rollout_server.conversation.policy_client import PolicyClient
+from rollout_server.conversation.scoring import Outcome
+from rollout_server.conversation.transcript import Transcript
 from rollout_server.policy.client import EngineClient
 from rollout_server.policy.engines.process import EmbeddedProcess, EngineProcess
 from rollout_server.policy.engines.sglang.process import SglangProcess
 from rollout_server.policy.gate import GenerationGate
 from rollout_server.policy.types import Sampling
-from rollout_server.sample.base import PolicyClient
-from rollout_server.sample.scoring import Outcome
-from rollout_server.sample.transcript import Transcript
 from rollout_server.weights.receiver import WeightReceiver
 from tests.support.snapshots import Held
 from trainer.models.tiny import build_tiny_model

@@ -30,6 +30,7 @@ from areal_like.wire.curve import CurveServer
 from areal_like.wire.fingerprint import model_fingerprint, tokenizer_fingerprint
 from areal_like.wire.messages.hello import Hello
 from areal_like.wire.messages.producer import Lease, ServerState
+from rollout_server.conversation.policy_client import SingleTurn
 from rollout_server.leases.registration import registration
 from rollout_server.leases.shards import ShardedBufferClient
 from rollout_server.metrics import ServerStats
@@ -38,7 +39,6 @@ from rollout_server.policy.client import EngineClient
 from rollout_server.policy.concurrency import ConcurrencyController, EngineLoad
 from rollout_server.policy.engines.supervisor import INITIAL_VERSION, EngineSupervisor
 from rollout_server.policy.gate import GenerationGate
-from rollout_server.sample.base import SingleTurn
 from rollout_server.sample.lease_runner import LeaseRunner
 from rollout_server.starvation import Starvation
 from rollout_server.weights.receiver import WeightReceiver

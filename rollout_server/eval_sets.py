@@ -17,7 +17,7 @@ from areal_like.runtime.waits import PendingWaits
 from rollout_server.context_length import longest_evaluation
 from rollout_server.job_tasks import key_of
 from rollout_server.rendering.prompt_renderer import PromptRenderer
-from rollout_server.sample.attempts.environments import Environments, running_environments
+from rollout_server.sample.environments import Environments, running_environments
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.maker import Sessions, running_sessions
 from rollout_server.tasks.base import Task

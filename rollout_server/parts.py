@@ -18,7 +18,7 @@ from rollout_server.eval_sets import EvalSet, eval_contexts, job_rewards, runnin
 from rollout_server.job_tasks import make_tasks, without_long_prompts
 from rollout_server.policy.engines.engine import Engine, make_engine
 from rollout_server.rendering.prompt_renderer import PromptRenderer
-from rollout_server.sample.attempts.environments import Environments, running_environments
+from rollout_server.sample.environments import Environments, running_environments
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.http.plane import SessionPlane
 from rollout_server.sessions.maker import Sessions, running_sessions

@@ -28,15 +28,15 @@ from areal_like.spans import recorder
 from areal_like.trajectory import FinishReason
 from areal_like.wire.messages.producer import Lease, SampleDone
 from areal_like.wire.records import Record
+from rollout_server.conversation.policy_client import Episode, Tokenizer
 from rollout_server.eval_sets import EvalSet
 from rollout_server.leases.held_leases import Place, SampleResult
 from rollout_server.policy.client import EngineClient
 from rollout_server.policy.gate import GenerationGate
-from rollout_server.sample.attempts.base import NOT_WANTED, Attempt, SessionMaker
-from rollout_server.sample.attempts.environments import Environments
-from rollout_server.sample.attempts.failed_sample import FailedSample
-from rollout_server.sample.attempts.maker import AttemptMaker
-from rollout_server.sample.base import Episode, Tokenizer
+from rollout_server.sample.attempt import NOT_WANTED, Attempt, SessionMaker
+from rollout_server.sample.environments import Environments
+from rollout_server.sample.failed_sample import FailedSample
+from rollout_server.sample.maker import AttemptMaker
 from rollout_server.sample.prompt_leader import PromptLeader, needs_leader
 from rollout_server.sample.prompt_loader import FailedPrompt, NoTokens, Prompt, PromptLoader
 from rollout_server.tasks.base import Task

@@ -24,10 +24,10 @@ from areal_like.errors import (
     RewardError,
 )
 from areal_like.trajectory import FinishReason, Trajectory
+from rollout_server.conversation import scoring
+from rollout_server.conversation.scoring import add_up
 from rollout_server.leases.held_leases import Place
-from rollout_server.sample import scoring
-from rollout_server.sample.attempts.base import NOT_WANTED, Attempt, SampleRequest
-from rollout_server.sample.scoring import add_up
+from rollout_server.sample.attempt import NOT_WANTED, Attempt, SampleRequest
 from rollout_server.sessions.book import Outcome, SessionBook
 from rollout_server.sessions.open_session import OpenSession
 from rollout_server.tasks.base import Completion, Score

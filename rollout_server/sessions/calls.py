@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 from areal_like.errors import SessionGoneError
-from rollout_server.sample.turns import Answer
+from rollout_server.conversation.turns import Answer
 
 
 class Call:

@@ -10,10 +10,10 @@ from areal_like.config import Config
 from areal_like.errors import ConfigError
 from areal_like.runtime.waits import PendingWaits
 from areal_like.wire.messages.producer import Lease
+from rollout_server.conversation.conversation import Conversation
 from rollout_server.rendering.base import ChatRenderer
 from rollout_server.rendering.prompt_renderer import PromptRenderer
-from rollout_server.sample.attempts.base import SampleRequest, SessionMaker
-from rollout_server.sample.conversation import Conversation
+from rollout_server.sample.attempt import SampleRequest, SessionMaker
 from rollout_server.sessions.attempt import SessionAttempt
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.open_session import OpenSession

@@ -29,9 +29,9 @@ from areal_like.errors import (
     SessionGoneError,
 )
 from areal_like.trajectory import LARGEST_REWARD, FinishReason
+from rollout_server.conversation.conversation import Conversation
+from rollout_server.conversation.turns import Answer, Turn
 from rollout_server.leases.held_leases import Place
-from rollout_server.sample.conversation import Conversation
-from rollout_server.sample.turns import Answer, Turn
 from rollout_server.sessions.calls import Call, Calls
 from rollout_server.sessions.claimants import Claimant
 from rollout_server.tasks.base import Example, Split

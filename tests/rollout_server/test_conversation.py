@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 
 from areal_like.errors import EngineTimeoutError, EpisodeBudgetError, EpisodeError, PromptRefusedError
 from areal_like.trajectory import NOT_SAMPLED, TOKEN_REWARDS, FinishReason
+from rollout_server.conversation.conversation import Conversation
+from rollout_server.conversation.policy_client import PolicyClient
+from rollout_server.conversation.scoring import Outcome
 from rollout_server.environments.base import Message
 from rollout_server.policy.gate import GenerationGate
 from rollout_server.policy.types import Generation, Sampling
 from rollout_server.rendering.jinja import JinjaRenderer
-from rollout_server.sample.base import PolicyClient
-from rollout_server.sample.conversation import Conversation
-from rollout_server.sample.scoring import Outcome
 from tests.support.chat_models import APPENDING, NEVER_ENDING, STRIPPING, TOOLLESS, WITH_BOS, jinja_renderer
 
 TOOLS = [

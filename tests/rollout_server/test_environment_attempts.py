@@ -19,12 +19,12 @@ from areal_like.failures import FailureKind
 from areal_like.trajectory import FinishReason
 from areal_like.wire.messages.producer import Lease, Purpose, SampleDone, SampleFailed
 from areal_like.wire.records import Record
+from rollout_server.conversation.conversation import Conversation
+from rollout_server.conversation.policy_client import SingleTurn
 from rollout_server.leases.held_leases import Place, SampleResult
 from rollout_server.policy.gate import GenerationGate
 from rollout_server.policy.types import Generation, Sampling
-from rollout_server.sample.attempts.environments import Environments
-from rollout_server.sample.base import SingleTurn
-from rollout_server.sample.conversation import Conversation
+from rollout_server.sample.environments import Environments
 from rollout_server.sample.lease_runner import LeaseRunner
 from rollout_server.tasks.base import Completion, Score, make_task
 from rollout_server.workers.environment_pool import EnvironmentPool

@@ -11,11 +11,11 @@ import pytest
 
 from areal_like.errors import EngineError
 from areal_like.trajectory import NOT_SAMPLED, FinishReason
+from rollout_server.conversation.policy_client import Episode, PolicyClient, SingleTurn, Tokenizer
+from rollout_server.conversation.scoring import Outcome
+from rollout_server.conversation.transcript import Transcript
 from rollout_server.policy.gate import GenerationGate
 from rollout_server.policy.types import Generation, Sampling
-from rollout_server.sample.base import Episode, PolicyClient, SingleTurn, Tokenizer
-from rollout_server.sample.scoring import Outcome
-from rollout_server.sample.transcript import Transcript
 from rollout_server.tasks.base import Example
 from tests.support import moved_clock
 from tests.support.moved_clock import advance

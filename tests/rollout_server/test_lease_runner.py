@@ -25,14 +25,14 @@ from areal_like.errors import (
 from areal_like.failures import FailureKind
 from areal_like.trajectory import FinishReason
 from areal_like.wire.messages.producer import Lease, Purpose, SampleDone, SampleFailed
+from rollout_server.conversation.policy_client import Episode, PolicyClient, SingleTurn, Tokenizer
+from rollout_server.conversation.transcript import Transcript
 from rollout_server.eval_sets import EvalSet
 from rollout_server.leases.held_leases import HeldLeases, Place, SampleResult
 from rollout_server.policy.gate import GenerationGate
 from rollout_server.policy.types import Generation, Sampling
-from rollout_server.sample.base import Episode, PolicyClient, SingleTurn, Tokenizer
 from rollout_server.sample.lease_runner import LeaseRunner
 from rollout_server.sample.prompt_leader import LONG_PROMPT_TOKENS, needs_leader
-from rollout_server.sample.transcript import Transcript
 from rollout_server.tasks.base import Completion, Example, Score, Split, Task
 from rollout_server.workers.reward_pool import Reward
 from tests.rollout_server.test_episodes import CountingEngine, Digits

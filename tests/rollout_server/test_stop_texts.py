@@ -9,11 +9,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from areal_like.trajectory import FinishReason
+from rollout_server.conversation.policy_client import PolicyClient
+from rollout_server.conversation.transcript import Transcript
 from rollout_server.policy.gate import GenerationGate
 from rollout_server.policy.stop_texts import StopFinder
 from rollout_server.policy.types import Sampling
-from rollout_server.sample.base import PolicyClient
-from rollout_server.sample.transcript import Transcript
 from tests.rollout_server.test_episodes import EXAMPLE, CountingEngine, Digits
 from tests.support.engine_harness import VOCAB, PieceTokenizer
 

@@ -20,13 +20,13 @@ from areal_like.weights.buckets import Bucket, Manifest, cut_buckets, flatten, s
 from areal_like.weights.collective import WeightGroup
 from areal_like.weights.integrity import BucketSums
 from areal_like.wire.messages.weights import PushWeights
+from rollout_server.conversation.policy_client import PolicyClient
+from rollout_server.conversation.scoring import Outcome
+from rollout_server.conversation.transcript import Transcript
 from rollout_server.policy.engines.sglang.process import SglangAtUrl
 from rollout_server.policy.gate import GenerationGate
 from rollout_server.policy.sglang_client import SglangClient
 from rollout_server.policy.types import Sampling
-from rollout_server.sample.base import PolicyClient
-from rollout_server.sample.scoring import Outcome
-from rollout_server.sample.transcript import Transcript
 from rollout_server.weights.checkpoint_shapes import CheckpointShapes
 from rollout_server.weights.in_place import SglangWeightUpdate
 from rollout_server.weights.strategy import WeightPush

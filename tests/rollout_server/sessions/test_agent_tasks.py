@@ -15,9 +15,9 @@ from areal_like.errors import SessionGoneError
 from areal_like.failures import FailureKind
 from areal_like.trajectory import FinishReason
 from areal_like.wire.messages.producer import Lease, Purpose, SampleDone, SampleFailed
+from rollout_server.conversation.policy_client import SingleTurn
 from rollout_server.leases.held_leases import Place, SampleResult
 from rollout_server.policy.gate import GenerationGate
-from rollout_server.sample.base import SingleTurn
 from rollout_server.sample.lease_runner import LeaseRunner
 from rollout_server.sessions.book import Outcome, SessionBook
 from rollout_server.sessions.http.app import session_app

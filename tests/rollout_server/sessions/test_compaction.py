@@ -11,10 +11,10 @@ from openai import AsyncOpenAI, BadRequestError
 
 from areal_like.errors import EpisodeError
 from areal_like.trajectory import FinishReason
+from rollout_server.conversation.policy_client import PolicyClient
 from rollout_server.policy.gate import GenerationGate
 from rollout_server.policy.types import Sampling
-from rollout_server.sample.attempts.base import SampleRequest
-from rollout_server.sample.base import PolicyClient
+from rollout_server.sample.attempt import SampleRequest
 from rollout_server.sessions.attempt import SessionAttempt
 from rollout_server.sessions.open_session import OpenSession
 from rollout_server.tasks.base import Score

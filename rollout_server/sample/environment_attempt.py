@@ -18,11 +18,11 @@ from typing import Any
 
 from areal_like.errors import RAISED_BY_TASKS, EngineError, EpisodeBudgetError, EpisodeError, RewardError
 from areal_like.trajectory import LARGEST_METRIC, LARGEST_REWARD, FinishReason, Trajectory
+from rollout_server.conversation.conversation import Conversation
+from rollout_server.conversation.scoring import Outcome, add_up
 from rollout_server.environments.base import Message, Reply, Step
 from rollout_server.leases.held_leases import Place
-from rollout_server.sample.attempts.base import Attempt, SampleRequest
-from rollout_server.sample.conversation import Conversation
-from rollout_server.sample.scoring import Outcome, add_up
+from rollout_server.sample.attempt import Attempt, SampleRequest
 from rollout_server.tasks.base import Completion
 from rollout_server.workers.environment_pool import EnvironmentPool, EnvironmentSession
 from rollout_server.workers.reward_pool import Reward, RewardPool

@@ -15,8 +15,8 @@ from typing import Protocol
 
 from areal_like.trajectory import Trajectory
 from areal_like.wire.messages.producer import Lease
+from rollout_server.conversation.policy_client import PolicyClient
 from rollout_server.leases.held_leases import Place
-from rollout_server.sample.base import PolicyClient
 from rollout_server.tasks.base import Example, Split
 from rollout_server.workers.reward_pool import RewardPool
 

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory
+from rollout_server.conversation.scoring import Outcome, Span, placed_token_rewards, placed_turns
 from rollout_server.policy.types import Generation
-from rollout_server.sample.scoring import Outcome, Span, placed_token_rewards, placed_turns
 
 
 @dataclass(kw_only=True, eq=False)

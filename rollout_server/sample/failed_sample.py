@@ -18,7 +18,7 @@ from areal_like.errors import (
 from areal_like.failures import FailureKind, FailurePolicy
 from areal_like.wire.messages.producer import Lease, SampleDone, SampleFailed
 from areal_like.wire.records import Record
-from rollout_server.sample.attempts.base import Attempt
+from rollout_server.sample.attempt import Attempt
 
 _MAX_ERROR_CHARS = 500
 _KINDS: tuple[tuple[type[ArealError], FailureKind], ...] = (

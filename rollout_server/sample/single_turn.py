@@ -6,13 +6,13 @@ import asyncio
 
 from areal_like.errors import RAISED_BY_TASKS, EngineError, EpisodeError, RewardError
 from areal_like.trajectory import FinishReason, Trajectory
+from rollout_server.conversation.policy_client import Episode, Tokenizer
+from rollout_server.conversation.scoring import Outcome, add_up
+from rollout_server.conversation.transcript import Transcript
 from rollout_server.leases.held_leases import Place
-from rollout_server.sample.attempts.base import Attempt, SampleRequest
-from rollout_server.sample.base import Episode, Tokenizer
+from rollout_server.sample.attempt import Attempt, SampleRequest
 from rollout_server.sample.prompt_leader import PromptLeader
 from rollout_server.sample.prompt_loader import Prompt
-from rollout_server.sample.scoring import Outcome, add_up
-from rollout_server.sample.transcript import Transcript
 from rollout_server.tasks.base import Completion
 from rollout_server.workers.reward_pool import RewardPool
 

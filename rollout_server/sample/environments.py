@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from areal_like.config import Config
 from areal_like.errors import ConfigError, EpisodeError
 from areal_like.runtime.waits import PendingWaits
+from rollout_server.conversation.conversation import Conversation
+from rollout_server.conversation.policy_client import PolicyClient
 from rollout_server.rendering.prompt_renderer import PromptRenderer
-from rollout_server.sample.base import PolicyClient
-from rollout_server.sample.conversation import Conversation
 from rollout_server.tasks.base import Task
 from rollout_server.workers.environment_pool import EnvironmentPool
 

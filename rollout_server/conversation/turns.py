@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from areal_like.trajectory import NOT_SAMPLED
+from rollout_server.conversation.scoring import Span
 from rollout_server.environments.base import Message, Reply
-from rollout_server.sample.scoring import Span
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

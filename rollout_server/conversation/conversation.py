@@ -26,11 +26,8 @@ from numpy.typing import NDArray
 
 from areal_like.errors import EpisodeBudgetError, EpisodeError, PromptRefusedError
 from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory
-from rollout_server.environments.base import Message, Reply, ToolCall
-from rollout_server.rendering.base import ChatRenderer, ToolSchema
-from rollout_server.sample.base import PolicyClient
-from rollout_server.sample.large_work import LargeWork
-from rollout_server.sample.messages import (
+from rollout_server.conversation.large_work import LargeWork
+from rollout_server.conversation.messages import (
     canonical_messages,
     canonical_tools,
     comparable,
@@ -39,9 +36,12 @@ from rollout_server.sample.messages import (
     prefix_digests,
     with_ids_of,
 )
-from rollout_server.sample.scoring import Outcome, placed_token_rewards, placed_turns
-from rollout_server.sample.transcript import Transcript
-from rollout_server.sample.turns import Answer, Layout, RunningTurn, Turn
+from rollout_server.conversation.policy_client import PolicyClient
+from rollout_server.conversation.scoring import Outcome, placed_token_rewards, placed_turns
+from rollout_server.conversation.transcript import Transcript
+from rollout_server.conversation.turns import Answer, Layout, RunningTurn, Turn
+from rollout_server.environments.base import Message, Reply, ToolCall
+from rollout_server.rendering.base import ChatRenderer, ToolSchema
 
 
 class Conversation:

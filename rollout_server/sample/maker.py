@@ -10,17 +10,17 @@ from functools import partial
 from areal_like.config import Config, EvalSetConfig
 from areal_like.errors import EngineError
 from areal_like.wire.messages.producer import Lease
+from rollout_server.conversation.policy_client import Episode, PolicyClient, Tokenizer
 from rollout_server.leases.held_leases import Place
 from rollout_server.policy.client import EngineClient
 from rollout_server.policy.gate import GenerationGate
 from rollout_server.policy.types import Sampling
-from rollout_server.sample.attempts.base import Attempt, SampleRequest, SessionMaker
-from rollout_server.sample.attempts.environment_attempt import EnvironmentAttempt
-from rollout_server.sample.attempts.environments import Environments
-from rollout_server.sample.attempts.single_turn import SingleTurnAttempt
-from rollout_server.sample.base import Episode, PolicyClient, Tokenizer
+from rollout_server.sample.attempt import Attempt, SampleRequest, SessionMaker
+from rollout_server.sample.environment_attempt import EnvironmentAttempt
+from rollout_server.sample.environments import Environments
 from rollout_server.sample.prompt_leader import PromptLeader
 from rollout_server.sample.prompt_loader import SPLITS, Prompt
+from rollout_server.sample.single_turn import SingleTurnAttempt
 from rollout_server.tasks.base import Task
 from rollout_server.workers.reward_pool import RewardPool
 

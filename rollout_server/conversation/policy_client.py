@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from areal_like.errors import EngineError, EngineTimeoutError, EpisodeError, PromptRefusedError
 from areal_like.spans.recorder import observe
 from areal_like.trajectory import FinishReason
+from rollout_server.conversation.transcript import Transcript
 from rollout_server.policy.types import Generation, Sampling, SamplingClient
-from rollout_server.sample.transcript import Transcript
 from rollout_server.tasks.base import Example
 
 _MAX_EMPTY_ABORTS = 16
