@@ -11,14 +11,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from areal_like.trajectory import Trajectory
-from areal_like.wire.messages.producer import Lease
 from rollout_server.conversation.policy_client import PolicyClient
 from rollout_server.leases.held_leases import Place
-from rollout_server.tasks.base import Example, Split
-from rollout_server.workers.reward_pool import RewardPool
+from rollout_server.tasks.base import Split
 
 NOT_WANTED = "its sample is not wanted any more: the job has ended, or another server makes it"
 """What clients of the session of a cancelled lease are told."""
@@ -54,18 +51,3 @@ class Attempt(ABC):
     @abstractmethod
     def without_reward(self) -> Trajectory:
         """The tokens so far, with reward 0. Raises ValueError if they cannot be trained on."""
-
-
-class SessionMaker(Protocol):
-    """Begins the attempts of a task whose samples are sessions (rollout_server/sessions/maker.py)."""
-
-    def begin(
-        self,
-        request: SampleRequest,
-        lease: Lease,
-        sample_index: int,
-        *,
-        example: Example,
-        rewards: RewardPool | None,
-    ) -> Attempt:
-        """`rewards`: None if the task has no reward."""

@@ -17,30 +17,25 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable
 
-from areal_like.config import Config, EvalSetConfig
-from areal_like.config.evaluation import DEFAULT_SET
+from areal_like.config import Config
 from areal_like.errors import AgentLostError, EngineError, EpisodeError, RewardError
 from areal_like.failures import FailureKind
 from areal_like.spans import recorder
 from areal_like.trajectory import FinishReason
 from areal_like.wire.messages.producer import Lease, SampleDone
 from areal_like.wire.records import Record
-from rollout_server.conversation.policy_client import Episode, Tokenizer
-from rollout_server.eval_sets import EvalSet
 from rollout_server.leases.held_leases import Place, SampleResult
 from rollout_server.policy.client import EngineClient
 from rollout_server.policy.gate import GenerationGate
-from rollout_server.sample.attempt import NOT_WANTED, Attempt, SessionMaker
-from rollout_server.sample.environments import Environments
+from rollout_server.sample.attempt import NOT_WANTED, Attempt
 from rollout_server.sample.failed_sample import FailedSample
 from rollout_server.sample.maker import AttemptMaker
 from rollout_server.sample.prompt_leader import PromptLeader, needs_leader
-from rollout_server.sample.prompt_loader import FailedPrompt, NoTokens, Prompt, PromptLoader
-from rollout_server.tasks.base import Task
-from rollout_server.workers.reward_pool import RewardPool
+from rollout_server.sample.prompt_loader import FailedPrompt, Prompt, PromptLoader
+from rollout_server.sessions.book import SessionBook
+from rollout_server.sources import Sources
 
 log = logging.getLogger(__name__)
 
@@ -84,66 +79,28 @@ class LeaseRunner:
     def __init__(
         self,
         config: Config,
+        sources: Sources,
         *,
-        task: Task,
-        tokenizer: Tokenizer,
-        stop_token_ids: tuple[int, ...],
-        episode: Episode,
-        rewards: RewardPool,
         gate: GenerationGate,
         on_result: Callable[[SampleResult], None],
         on_move: Callable[[int, int, Place], None] = lambda lease_id, sample_index, place: None,
-        environments: Environments | None = None,
-        sessions: SessionMaker | None = None,
-        eval_sets: Mapping[str, EvalSet] | None = None,
+        book: SessionBook | None = None,
     ) -> None:
         """`on_result` is called once per sample, unless its lease was cancelled or the engine lost;
         `on_move` with (lease id, sample index, place) when a sample leaves the engine or comes back.
-        `environments`, `sessions`: for a task that has some; else each sample is an `episode`. `eval_sets`:
-        by name; without it there is one, with the held-out prompts of `task` and greedy answers."""
-        new_maker = partial(
-            AttemptMaker,
-            config,
-            stop_token_ids=stop_token_ids,
-            episode=episode,
-            gate=gate,
-            on_move=on_move,
-        )
-        of_job = partial(
-            new_maker,
-            task=task,
-            tokenizer=tokenizer,
-            environments=environments,
-            sessions=sessions,
-            rewards=rewards,
-        )
-        self._makers = {"": of_job()}
-        """By name of the evaluation set; empty: training."""
-        if eval_sets is None:
-            self._makers[DEFAULT_SET] = of_job(eval_set=EvalSetConfig())
-        for name, one in (eval_sets or {}).items():
-            self._makers[name] = new_maker(
-                task=one.task,
-                tokenizer=one.renderer,
-                environments=one.environments,
-                sessions=one.sessions,
-                rewards=one.rewards,
-                eval_set=one.settings,
-            )
+        `book`: gets the sessions."""
+        book = book or SessionBook()
+        self._makers = {
+            name: AttemptMaker(config, source, gate=gate, on_move=on_move, book=book)
+            for name, source in sources.items()
+        }
+        self._sources = sources
         self._on_result = on_result
         self._on_failure = config.buffer.on_failure
         self._num_tries = 1 + config.buffer.max_sample_retries
         """Of a sample that external agents do not make, counted as `AgentLostError` says. The buffer
         hears of it only then: what agents do says nothing about server or task."""
-        self._prompts = PromptLoader(
-            task,
-            tokenizer if sessions is None else NoTokens(),
-            timeout_s=config.rollout.reward_timeout_s,
-            eval_sets={
-                name: (one.task, one.renderer if one.sessions is None else NoTokens())
-                for name, one in (eval_sets or {}).items()
-            },
-        )
+        self._prompts = PromptLoader(sources, timeout_s=config.rollout.reward_timeout_s)
         self._waiting: list[Lease] = []
         """Leases whose prompts are not being loaded yet."""
         self._loading: asyncio.Task[None] | None = None
@@ -170,14 +127,14 @@ class LeaseRunner:
         """Starts every sample of these leases."""
         self._samples |= {lease.lease_id: set() for lease in leases}
         for lease in leases:
-            maker = self._makers.get(lease.eval_set)
-            if maker is None:
+            source = self._sources.get(lease.eval_set)
+            if source is None:
                 reason = f"this server has no evaluation set {lease.eval_set}"
                 self._start_samples(lease, FailedPrompt(reason=reason))
-            elif maker.needs_prompt:
-                self._waiting.append(lease)
-            else:
+            elif source.task.has_environment:
                 self._start_samples(lease, None)
+            else:
+                self._waiting.append(lease)
         if not self._waiting:
             return
         if self._loading is None or self._loading.done():

@@ -1,82 +1,73 @@
-"""Begins the attempts to make the samples of leases: sampling parameters, seeds, limits, kind of episode."""
+"""Begins the attempts to make the samples of one source: parameters, seeds, limits, and who makes them."""
 
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from areal_like.config import Config, EvalSetConfig
+from areal_like.config import Config
 from areal_like.errors import EngineError
 from areal_like.wire.messages.producer import Lease
-from rollout_server.conversation.policy_client import Episode, PolicyClient, Tokenizer
+from rollout_server.conversation.conversation import Conversation
+from rollout_server.conversation.policy_client import PolicyClient, SingleTurn
 from rollout_server.leases.held_leases import Place
 from rollout_server.policy.client import EngineClient
 from rollout_server.policy.gate import GenerationGate
 from rollout_server.policy.types import Sampling
-from rollout_server.sample.attempt import Attempt, SampleRequest, SessionMaker
+from rollout_server.sample.attempt import Attempt, SampleRequest
 from rollout_server.sample.environment_attempt import EnvironmentAttempt
-from rollout_server.sample.environments import Environments
 from rollout_server.sample.prompt_leader import PromptLeader
 from rollout_server.sample.prompt_loader import SPLITS, Prompt
+from rollout_server.sample.session_attempt import SessionAttempt
 from rollout_server.sample.single_turn import SingleTurnAttempt
-from rollout_server.tasks.base import Task
+from rollout_server.sessions.book import SessionBook
+from rollout_server.sessions.open_session import OpenSession
+from rollout_server.sources import Source
+from rollout_server.tasks.base import Score
 from rollout_server.workers.reward_pool import RewardPool
 
 _MAX_SEED = 1 << 31
 
 
 class AttemptMaker:
-    """Makes an attempt for each sample."""
+    """Begins an attempt for each sample."""
 
     def __init__(
         self,
         config: Config,
+        source: Source,
         *,
-        task: Task,
-        tokenizer: Tokenizer,
-        stop_token_ids: tuple[int, ...],
-        episode: Episode,
-        environments: Environments | None,
-        rewards: RewardPool,
         gate: GenerationGate,
         on_move: Callable[[int, int, Place], None],
-        sessions: SessionMaker | None = None,
-        eval_set: EvalSetConfig | None = None,
+        book: SessionBook,
     ) -> None:
-        """`environments`, `sessions`: for a task that has some; else each sample is an `episode`. `on_move`:
-        see LeaseRunner. `eval_set`: how to sample; None: as for training."""
-        self._tokenizer = tokenizer
-        self._episode = episode
-        self._environments = environments
-        self._sessions = sessions
-        self._rewards = rewards
-        self._task = task
+        """`on_move`, `book`: see LeaseRunner."""
+        self._source = source
         self._gate = gate
         self._on_move = on_move
+        self._book = book
+        self._sessions = config.sessions
         self._sampling = Sampling(
             max_new_tokens=config.sampling.max_new_tokens,
             temperature=config.sampling.temperature,
-            stop_token_ids=stop_token_ids,
+            stop_token_ids=tuple(source.renderer.stop_token_ids),
             stop=config.sampling.stop,
         )
-        if eval_set is not None:
+        if (one := source.settings) is not None:
             self._sampling = replace(
                 self._sampling,
-                max_new_tokens=eval_set.max_new_tokens or config.sampling.max_new_tokens,
-                temperature=eval_set.temperature,
-                top_p=eval_set.top_p,
-                top_k=eval_set.top_k or -1,
-                min_p=eval_set.min_p,
+                max_new_tokens=one.max_new_tokens or config.sampling.max_new_tokens,
+                temperature=one.temperature,
+                top_p=one.top_p,
+                top_k=one.top_k or -1,
+                min_p=one.min_p,
             )
         self._sample_timeout_s = config.rollout.sample_timeout_s or math.inf
         self._max_turns = config.episode.max_turns
-
-    @property
-    def needs_prompt(self) -> bool:
-        """False if an environment gives the prompt. Of the example of a session its label is needed."""
-        return self._environments is None
+        self._max_tokens = config.episode.max_tokens or source.context_tokens
 
     def begin(
         self,
@@ -87,9 +78,10 @@ class AttemptMaker:
         prompt: Prompt | None,
         leader: PromptLeader,
     ) -> Attempt:
-        """`prompt`: None unless `needs_prompt`. Raises EngineError if there is no engine."""
+        """`prompt`: None if an environment gives it. Raises EngineError if there is no engine."""
         if engine is None:
             raise EngineError("there is no engine")
+        source = self._source
         is_greedy = self._sampling.temperature == 0 or sample_index in lease.greedy_indices
         seed = (lease.seed + sample_index) % _MAX_SEED
         sampling = replace(
@@ -114,29 +106,84 @@ class AttemptMaker:
             policy=policy,
             on_move=partial(self._on_move, lease.lease_id, sample_index),
         )
-        if self._sessions is not None:
-            assert prompt is not None
-            return self._sessions.begin(
-                request,
-                lease,
-                sample_index,
-                example=prompt.example,
-                rewards=self._rewards if self._task.rewards(prompt.example) else None,
-            )
+        is_rewarded = source.task.has_reward if prompt is None else source.task.rewards(prompt.example)
+        rewards = source.rewards if is_rewarded else None
+        if prompt is not None and source.task.uses_sessions:
+            return self._begin_session(request, lease, sample_index, prompt=prompt, rewards=rewards)
         if prompt is not None:
             return SingleTurnAttempt(
                 request,
                 prompt=prompt,
                 leader=leader,
-                episode=self._episode,
-                tokenizer=self._tokenizer,
-                rewards=self._rewards,
+                episode=SingleTurn(),
+                tokenizer=source.renderer,
+                rewards=source.rewards,
             )
-        assert self._environments is not None
+        assert source.environments is not None
         return EnvironmentAttempt(
             request,
-            environments=self._environments.pool,
-            conversation=self._environments.begin_conversation(policy),
-            rewards=self._rewards if self._task.has_reward else None,
+            environments=source.environments,
+            conversation=self._conversation(policy),
+            rewards=rewards,
             max_turns=self._max_turns,
         )
+
+    def _conversation(self, policy: PolicyClient) -> Conversation:
+        source = self._source
+        return Conversation(
+            source.renderer.chat, policy, context_tokens=source.context_tokens, max_tokens=self._max_tokens
+        )
+
+    def _begin_session(
+        self,
+        request: SampleRequest,
+        lease: Lease,
+        sample_index: int,
+        *,
+        prompt: Prompt,
+        rewards: RewardPool | None,
+    ) -> SessionAttempt:
+        is_external = self._source.environments is None
+        session = OpenSession(
+            id=self._new_id(f"{lease.ticket_id}-{sample_index}-{lease.lease_id}"),
+            api_key=secrets.token_urlsafe(32),
+            conversation=self._conversation(request.policy),
+            max_turns=self._max_turns,
+            group=lease.ticket_id,
+            sample=sample_index,
+            split=request.split,
+            index=request.index,
+            on_move=request.on_move,
+            example=prompt.example if is_external else None,
+            is_waiting=is_external,
+            needs_reward=is_external and rewards is None,
+            heartbeat_limit_s=self._sessions.heartbeat_limit_s,
+        )
+        return SessionAttempt(
+            request,
+            session=session,
+            book=self._book,
+            rewards=rewards,
+            idle_timeout_s=self._sessions.idle_timeout_s,
+            run_agent=None if is_external else self._run_agent,
+            label=prompt.example.label,
+        )
+
+    def _new_id(self, place: str) -> str:
+        """With the attempt in it, so that a client of an earlier one does not reach this one: the lease, and
+        a number if an agent has abandoned the lease's sample."""
+        number, id = 1, place
+        while self._book.key_of(id):
+            number += 1
+            id = f"{place}-{number}"
+        return id
+
+    async def _run_agent(self, session: OpenSession, request: SampleRequest) -> Score | None:
+        assert self._source.environments is not None
+        process = await self._source.environments.open(
+            split=request.split, index=request.index, seed=request.seed
+        )
+        try:
+            return await process.run_agent(f"{self._book.url}/sessions/{session.id}/v1", session.api_key)
+        finally:
+            process.kill()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -79,7 +81,13 @@ class CountingEngine:
         return generation
 
 
+@dataclass(frozen=True, kw_only=True)
 class Digits:
+    """A renderer whose tokens are digits. `chat`: for conversations."""
+
+    stop_token_ids: Sequence[int] = ()
+    chat: Any = None
+
     def encode(self, example: Example) -> np.ndarray:
         return np.array([ord(char) - ord("0") for char in str(example.prompt).removesuffix("=")], np.int32)
 
