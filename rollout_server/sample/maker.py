@@ -12,7 +12,7 @@ from areal_like.config import Config
 from areal_like.errors import EngineError
 from areal_like.wire.messages.producer import Lease
 from rollout_server.conversation.conversation import Conversation
-from rollout_server.conversation.policy_client import PolicyClient, SingleTurn
+from rollout_server.conversation.policy_client import PolicyClient
 from rollout_server.leases.held_leases import Place
 from rollout_server.policy.client import EngineClient
 from rollout_server.policy.gate import GenerationGate
@@ -22,12 +22,11 @@ from rollout_server.sample.environment_attempt import EnvironmentAttempt
 from rollout_server.sample.prompt_leader import PromptLeader
 from rollout_server.sample.prompt_loader import SPLITS, Prompt
 from rollout_server.sample.session_attempt import SessionAttempt
-from rollout_server.sample.single_turn import SingleTurnAttempt
+from rollout_server.sample.single_turn import SingleTurn
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.open_session import OpenSession
 from rollout_server.sources import Source
 from rollout_server.tasks.base import Score
-from rollout_server.workers.reward_pool import RewardPool
 
 _MAX_SEED = 1 << 31
 
@@ -98,6 +97,7 @@ class AttemptMaker:
             gate=self._gate,
             timeout_s=self._sample_timeout_s,
         )
+        is_rewarded = source.task.has_reward if prompt is None else source.task.rewards(prompt.example)
         request = SampleRequest(
             split=SPLITS[lease.purpose],
             index=lease.prompt_index,
@@ -105,26 +105,17 @@ class AttemptMaker:
             is_greedy=is_greedy,
             policy=policy,
             on_move=partial(self._on_move, lease.lease_id, sample_index),
+            rewards=source.rewards if is_rewarded else None,
         )
-        is_rewarded = source.task.has_reward if prompt is None else source.task.rewards(prompt.example)
-        rewards = source.rewards if is_rewarded else None
         if prompt is not None and source.task.uses_sessions:
-            return self._begin_session(request, lease, sample_index, prompt=prompt, rewards=rewards)
+            return self._begin_session(request, lease, sample_index, prompt=prompt)
         if prompt is not None:
-            return SingleTurnAttempt(
-                request,
-                prompt=prompt,
-                leader=leader,
-                episode=SingleTurn(),
-                tokenizer=source.renderer,
-                rewards=source.rewards,
-            )
+            return SingleTurn(request, prompt=prompt, leader=leader, renderer=source.renderer)
         assert source.environments is not None
         return EnvironmentAttempt(
             request,
-            environments=source.environments,
             conversation=self._conversation(policy),
-            rewards=rewards,
+            environments=source.environments,
             max_turns=self._max_turns,
         )
 
@@ -135,13 +126,7 @@ class AttemptMaker:
         )
 
     def _begin_session(
-        self,
-        request: SampleRequest,
-        lease: Lease,
-        sample_index: int,
-        *,
-        prompt: Prompt,
-        rewards: RewardPool | None,
+        self, request: SampleRequest, lease: Lease, sample_index: int, *, prompt: Prompt
     ) -> SessionAttempt:
         is_external = self._source.environments is None
         session = OpenSession(
@@ -156,14 +141,13 @@ class AttemptMaker:
             on_move=request.on_move,
             example=prompt.example if is_external else None,
             is_waiting=is_external,
-            needs_reward=is_external and rewards is None,
+            needs_reward=is_external and request.rewards is None,
             heartbeat_limit_s=self._sessions.heartbeat_limit_s,
         )
         return SessionAttempt(
             request,
             session=session,
             book=self._book,
-            rewards=rewards,
             idle_timeout_s=self._sessions.idle_timeout_s,
             run_agent=None if is_external else self._run_agent,
             label=prompt.example.label,

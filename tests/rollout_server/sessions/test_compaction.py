@@ -135,13 +135,18 @@ def test_budget_counts_all_segments(engine: Engine, models: tuple[Path, Path]) -
                 client, sampling=Sampling(max_new_tokens=1), rid="none", gate=GenerationGate()
             )
             request = SampleRequest(
-                split="train", index=0, seed=0, is_greedy=False, policy=policy, on_move=lambda place: None
+                split="train",
+                index=0,
+                seed=0,
+                is_greedy=False,
+                policy=policy,
+                on_move=lambda place: None,
+                rewards=None,
             )
             attempt = SessionAttempt(
                 request,
                 session=session,
                 book=plane.book,
-                rewards=None,
                 idle_timeout_s=HANG_LIMIT_S,
                 run_agent=run,
             )
