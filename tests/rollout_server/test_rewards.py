@@ -273,6 +273,12 @@ def test_workers_fit_the_task() -> None:
     asyncio.run(body())
 
 
+def test_an_import_that_does_not_survive_a_fork_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    answers, restarts = outcomes(["a"], task="tests.support.threaded_task.Threaded")
+    assert answers[0].score.value == 1.0 and restarts == 0
+
+
 def test_task_that_cannot_be_imported_fails_its_samples() -> None:
     answers, _ = outcomes(["a"], task="nowhere_at_all.Task")
     assert "nowhere_at_all" in answers[0]
