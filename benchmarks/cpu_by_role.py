@@ -5,8 +5,8 @@
 Runs a job as `areal-like run` does, by default the default job without evaluations, and reads the CPU time
 (user and system) of all its processes between two optimizer steps: trainer ranks, engines, rollout servers,
 buffers, task workers (rewards, environments, agents), the launcher, and whatever these have started. Prints
-milliseconds of a step, of a sample and of a thousand tokens of the samples (prompt and answer, also of groups that have nothing
-to teach and are not run), and the threads of each role.
+milliseconds of a step, of a sample and of a thousand tokens of the samples (prompt and answer, also of groups
+that have nothing to teach and are not run), and the threads of each role.
 
 CPU time does not depend on what else the machine does as much as seconds do, but it is not free of it: two
 hyper-threads share one core, and caches are shared too. The result says whether the machine was quiet.
