@@ -3,7 +3,7 @@
     make(): play() -> the task's reward -> Trajectory
        `----> EngineError, EpisodeError, RewardError -> num_sampled, without_reward()
 
-Who plays is the difference between the kinds of samples: one prompt and one completion (single_turn.py), a
+Who plays is the difference between the kinds of samples: one prompt and one completion (here), a
 conversation with an environment (environment_attempt.py), or a program that asks for each turn
 (session_attempt.py). An attempt outlives its failure, because `buffer.on_failure` may want what was sampled
 before it.
@@ -11,6 +11,7 @@ before it.
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ from rollout_server.conversation.scoring import Outcome, add_up, both
 from rollout_server.conversation.turns import Turns
 from rollout_server.environments.base import Message
 from rollout_server.leases.held_leases import Place
+from rollout_server.sample.prompt_leader import PromptLeader
+from rollout_server.sample.prompt_loader import Prompt
+from rollout_server.sources import Renderer
 from rollout_server.tasks.base import Completion, Score, Split
 from rollout_server.workers.reward_pool import Reward, RewardPool
 
@@ -126,3 +130,29 @@ class Attempt(ABC):
     def without_reward(self) -> Trajectory:
         """The turns so far, with reward 0. Raises ValueError if they cannot be trained on."""
         return self._turns.to_trajectory(Outcome(), is_greedy=self._request.is_greedy, label=self._label)
+
+
+class SingleTurn(Attempt):
+    """A sample of one turn."""
+
+    def __init__(
+        self, request: SampleRequest, *, prompt: Prompt, leader: PromptLeader, renderer: Renderer
+    ) -> None:
+        """`leader`: is told when the prompt is computed."""
+        super().__init__(request, Turns(request.policy), label=prompt.example.label)
+        self._prompt = prompt
+        self._leader = leader
+        self._renderer = renderer
+
+    async def play(self) -> Played:
+        """Samples the turn. Raises EngineError."""
+        loop = asyncio.get_running_loop()
+        started_s = loop.time()
+        generation, _ = await self._turns.sample(self._prompt.tokens_P)
+        self._leader.prompt_computed()  # a completion of one token was not reported before
+        return Played(
+            finish_reason=generation.finish_reason,
+            generation_s=loop.time() - started_s,
+            text=self._renderer.decode(generation.output_ids),
+            raw_text=self._renderer.text_of(generation.output_ids.tolist()),
+        )

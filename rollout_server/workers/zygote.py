@@ -102,7 +102,7 @@ def run_zygote() -> None:
     num_threads = sum(1 for _ in Path("/proc/self/task").iterdir())
     if num_threads > 1:
         log.warning(
-            "the task's import has started %d threads; an environment that needs them may hang",
+            "the task's import has started %d threads; an environment or agent that needs them may hang",
             num_threads - 1,
         )
     # From here on the end of the socket says that the server has ended, and there are workers to end first. A
