@@ -31,11 +31,11 @@ class Parts:
     """The parts, running. The engine is started by its supervisor."""
 
     sources: Mapping[str, Source]
-    """Of training (empty name) and of each evaluation set."""
+    """What samples are made with, for training (empty name) and for each evaluation set."""
     renderer: PromptRenderer
     model: str
     book: SessionBook
-    """Of the sessions of all tasks."""
+    """The sessions of all tasks."""
     plane: SessionPlane | None
     """Where they are served; None if no task has sessions."""
     engine: Engine

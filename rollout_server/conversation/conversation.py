@@ -83,7 +83,9 @@ class Conversation(Turns):
         max_new_tokens: int | None = None,
         keeps_malformed: bool = False,
     ) -> Answer:
-        """As `say`, with the tokens. `max_new_tokens`: of this turn, if below the job's.
+        """Samples a turn as `say` does; also returns its tokens.
+
+        `max_new_tokens`: limit of this turn, if below the job's.
 
         `keeps_malformed`: tool calls that cannot be read, or that no tool was offered for, are calls of the
         reply; an environment can tell the policy what is wrong. Otherwise such a reply is its text, as a
@@ -110,7 +112,7 @@ class Conversation(Turns):
     async def continue_tokens(
         self, prompt_ids: Sequence[int], *, stop: Sequence[str] = (), max_new_tokens: int | None = None
     ) -> Answer:
-        """As `answer`, after a prompt that the client has rendered itself.
+        """Samples a turn after a prompt that the client has rendered itself.
 
         It follows the longest earlier turn whose tokens it begins with.
         """
@@ -125,7 +127,7 @@ class Conversation(Turns):
         )
 
     def forget(self, turn: Turn) -> None:
-        """As Turns.forget; its messages are not recognized any more."""
+        """Leaves out a turn that nobody has read; its messages are not recognized any more."""
         super().forget(turn)
         if turn not in self._turns:
             for known in self._states.values():

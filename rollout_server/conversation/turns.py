@@ -85,7 +85,7 @@ class Turns:
         """In the order in which they were finished: a turn is behind its parent."""
         self._running: list[RunningTurn] = []
         self.finish_reason = FinishReason.STOP
-        """Of the last turn."""
+        """Why the last turn ended."""
 
     async def sample(
         self,

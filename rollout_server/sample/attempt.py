@@ -39,7 +39,7 @@ class SampleRequest:
 
     split: Split
     index: int
-    """Of the example in its split."""
+    """Position of the example in its split."""
     seed: int
     """Differs between the samples of a group, and from attempt to attempt."""
     is_greedy: bool
@@ -58,15 +58,15 @@ class Played:
     generation_s: float
     """Time at the engine."""
     text: str
-    """Of the last turn, for the reward."""
+    """The last turn, for the reward."""
     raw_text: str
     messages: Sequence[Message] = ()
     """The whole conversation; empty for one prompt and one completion."""
     step_rewards: Sequence[float] = ()
-    """Of the turns, at most one for each."""
+    """Rewards of the turns, at most one for each."""
     metrics: Mapping[str, float] | None = None
     score: Score | None = None
-    """Of an agent; the task's is added to it."""
+    """What an agent returned; the task's score is added to it."""
 
 
 class Attempt(ABC):

@@ -112,8 +112,8 @@ class LeaseRunner:
         self._on_result = on_result
         self._on_failure = config.buffer.on_failure
         self._num_tries = 1 + config.buffer.max_sample_retries
-        """Of a sample that external agents do not make, counted as `AgentLostError` says. The buffer
-        hears of it only then: what agents do says nothing about server or task."""
+        """Tries to have one sample made by external agents, counted as `AgentLostError` says. The buffer
+        hears of a failure only then: what agents do says nothing about server or task."""
         self._prompts = PromptLoader(sources, timeout_s=config.rollout.reward_timeout_s)
         self._waiting: list[Lease] = []
         """Leases whose prompts are not being loaded yet."""

@@ -104,7 +104,7 @@ class SessionAttempt(Attempt):
     def _failure(
         self, problem: EpisodeError | PromptRefusedError, *, is_of_sample: bool
     ) -> EpisodeError | PromptRefusedError:
-        """What the sample fails with: what an external agent does is no behavior of the policy."""
+        """What the sample fails with: what an external agent does is not behavior of the policy."""
         if self._run_agent is not None or (is_of_sample and isinstance(problem, PromptRefusedError)):
             return problem
         return AgentLostError(str(problem), is_of_sample=is_of_sample)

@@ -60,7 +60,7 @@ class _Worker:
         self._environment: Environment | None = None
         self._is_out_of_memory = False
         self._label = ""
-        """Of the newest example."""
+        """Label of the newest example."""
 
     async def run(self, connection: socket.socket) -> None:
         """Returns at the end of the stream."""

@@ -96,7 +96,7 @@ class Worker(asyncio.Protocol):
         return self._transport is not None and not self._transport.is_closing()
 
     def send(self, frames: bytes) -> None:
-        """Sends frames that are no calls."""
+        """Sends frames to which no call waits for an answer."""
         assert self._transport is not None
         self._transport.write(frames)
 
