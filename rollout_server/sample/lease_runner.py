@@ -96,14 +96,13 @@ class LeaseRunner:
         sources: Sources,
         *,
         gate: GenerationGate,
+        book: SessionBook,
         on_result: Callable[[SampleResult], None],
         on_move: Callable[[int, int, Place], None] = lambda lease_id, sample_index, place: None,
-        book: SessionBook | None = None,
     ) -> None:
         """`on_result` is called once per sample, unless its lease was cancelled or the engine lost;
         `on_move` with (lease id, sample index, place) when a sample leaves the engine or comes back.
-        `book`: gets the sessions."""
-        book = book or SessionBook()
+        `book`: the sessions that agents find."""
         self._makers = {
             name: AttemptMaker(config, source, gate=gate, on_move=on_move, book=book)
             for name, source in sources.items()

@@ -23,6 +23,7 @@ from rollout_server.leases.held_leases import Place, SampleResult
 from rollout_server.policy.gate import GenerationGate
 from rollout_server.policy.types import Generation, Sampling
 from rollout_server.sample.lease_runner import LeaseRunner
+from rollout_server.sessions.book import SessionBook
 from rollout_server.sources import Source
 from rollout_server.tasks.base import Completion, Score, make_task
 from rollout_server.workers.environment_pool import EnvironmentPool
@@ -128,6 +129,7 @@ class Job:
                 )
             },
             gate=GenerationGate(),
+            book=SessionBook(),
             on_result=self.results.append,
             on_move=lambda lease, sample, place: self.places.append(place),
         )

@@ -33,6 +33,7 @@ from rollout_server.policy.gate import GenerationGate
 from rollout_server.policy.types import Generation, Sampling
 from rollout_server.sample.lease_runner import LeaseRunner
 from rollout_server.sample.prompt_leader import LONG_PROMPT_TOKENS, needs_leader
+from rollout_server.sessions.book import SessionBook
 from rollout_server.sources import Source
 from rollout_server.tasks.base import Completion, Example, Score, Split, Task
 from rollout_server.workers.reward_pool import Reward
@@ -199,6 +200,7 @@ class Served:
             config,
             {"": source(task, rewards=rewards, environments=environments), **(eval_sets or {})},
             gate=GenerationGate(),
+            book=SessionBook(),
             on_result=self._deliver,
             on_move=self.held.moved,
         )
