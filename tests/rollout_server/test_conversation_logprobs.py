@@ -184,7 +184,7 @@ def test_recorded_logprobs_are_those_of_the_segments(name: str, served: Served) 
                 return
             trajectory = conversation.to_trajectory(Outcome())
             assert trajectory.num_turns == num_turns
-            assert trajectory.num_sampled == num_sampled == conversation.num_sampled
+            assert trajectory.num_sampled == num_sampled == len(conversation.token_ids)
             assert max(trajectory.segments, default=0) <= budgets[0]
             assert trajectory.num_tokens <= budgets[1]
             assert trajectory.finish_reason is not FinishReason.ABORT
