@@ -142,7 +142,7 @@ class Score:
     parts: Mapping[str, float] = field(default_factory=dict)
     """Named parts of the reward, for metrics."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """Named numbers that are no part of the reward."""
+    """Named numbers that are not part of the reward."""
     turns: Sequence[float] = ()
     """Reward of each turn of the policy; empty: none has one."""
     tokens: Sequence[float] = ()

@@ -20,7 +20,7 @@ from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from areal_like.errors import UserError
-from rollout_server.sample.turns import Answer
+from rollout_server.conversation.turns import Answer
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.calls import Call
 from rollout_server.sessions.http.errors import NoSessionError, described, error_object, response_of

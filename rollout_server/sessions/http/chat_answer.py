@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from areal_like.trajectory import FinishReason
-from rollout_server.sample.turns import Answer
+from rollout_server.conversation.turns import Answer
 from rollout_server.sessions.http.answering import END_OF_STREAM, encode_event
 from rollout_server.sessions.http.chat_request import ChatRequest
 

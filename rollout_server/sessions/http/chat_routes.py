@@ -8,7 +8,7 @@ from collections.abc import Callable
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from rollout_server.sample.turns import Answer
+from rollout_server.conversation.turns import Answer
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.calls import Call
 from rollout_server.sessions.http.answering import CallResponse, begin_call, parse_json, session_of

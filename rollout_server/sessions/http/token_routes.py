@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from starlette.requests import Request
 
-from rollout_server.sample.conversation import Conversation
-from rollout_server.sample.turns import Answer
+from rollout_server.conversation.conversation import Conversation
+from rollout_server.conversation.turns import Answer
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.calls import Call
 from rollout_server.sessions.http.answering import CallResponse, begin_call, parse_json, session_of

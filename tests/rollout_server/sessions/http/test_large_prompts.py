@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from rollout_server.sample import large_work
-from rollout_server.sample.large_work import LARGE_BYTES
+from rollout_server.conversation import large_work
+from rollout_server.conversation.large_work import LARGE_BYTES
 from rollout_server.sessions.http import answering
 from rollout_server.sessions.http.chat_answer import chat_object
 from rollout_server.sessions.open_session import OpenSession

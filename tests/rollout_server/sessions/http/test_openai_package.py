@@ -10,7 +10,7 @@ import openai
 import pydantic
 import pytest
 
-from rollout_server.sample.scoring import Outcome
+from rollout_server.conversation.scoring import Outcome
 from rollout_server.sessions.http import answering
 from rollout_server.sessions.http.answering import CallResponse
 from rollout_server.sessions.open_session import OpenSession

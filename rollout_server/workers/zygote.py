@@ -1,20 +1,27 @@
-"""The process that starts environments: `python -m rollout_server.environments.workers.zygote`.
+"""The process that starts workers: `python -m rollout_server.workers.zygote`.
 
 It imports the task once and forks a worker whenever the server asks for one, which takes milliseconds and
-shares the memory of the imports. It never runs an environment itself, has one thread, and answers on the
+shares the memory of the imports. It never runs a task's code itself, has one thread, and answers on the
 SOCK_SEQPACKET socket that is its stdin; each packet is one msgpack message.
 
-    server -> zygote   {"task": {...}, "seed": n, "sandbox": kind, "memory_mb": n}   first: the task to import
+    server -> zygote   {"task": {...}, "seed": n, "sandbox": kind, "added": [...]}   first: the task to import
     zygote -> server   null | "error message"                         null if the task was imported
-    server -> zygote   ["fork", worker]                               with the worker's socket (SCM_RIGHTS)
-    server -> zygote   ["kill", worker]
+    server -> zygote   ["fork", worker, may_import]                   with the worker's socket (SCM_RIGHTS)
+    server -> zygote   ["kill", worker, false]
     zygote -> server   ["ended", worker, "signal 9" | "exit code 1"]
 
+    server -> worker   {"role": name, "options": {...}, "task": ...}  first frame: what to serve
+    worker -> server   [value, error]                                 the role's first word
+
 Only the zygote can signal a worker without a race: a process id is free for others once its parent has waited
-for it. It also reports a worker's end, because a process that the environment has forked may keep the
-worker's socket open. When a worker has ended, the rest of its session and every process that it has left
-behind is killed. When the server ends, the zygote does the same with all workers, and ends. If the zygote is
-killed itself, its workers end with it (PDEATHSIG), and the server kills what these have started.
+for it. It also reports a worker's end, because a process that a task's code has forked may keep the worker's
+socket open. When a worker has ended, the rest of its session and every process that it has left behind is
+killed. When the server ends, the zygote does the same with all workers, and ends. If the zygote is killed
+itself, its workers end with it (PDEATHSIG), and the server kills what these have started.
+
+Neither threads nor CUDA survive a fork. So if the import of a task has started threads or has loaded torch, a
+worker that may import the task (`may_import`) replaces the fork's program by its own interpreter, without the
+limit to one thread that the server has added to the environment (`added`).
 """
 
 from __future__ import annotations
@@ -29,6 +36,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +44,9 @@ import msgpack
 
 from areal_like.errors import ConfigError
 from areal_like.runtime.process import adopt_orphans, die_with_parent, exit_at_once
-from rollout_server.environments.workers.worker import serve
-from rollout_server.frames import claim_stdin
+from rollout_server import frames
 from rollout_server.tasks.base import Task, make_task
+from rollout_server.workers import environment_worker, reward_worker
 
 log = logging.getLogger(__name__)
 
@@ -46,30 +54,63 @@ MAX_PACKET_BYTES = 1 << 16
 _END_TIMEOUT_S = 5.0
 _SIGNALS_TO_IGNORE = (signal.SIGINT, signal.SIGTERM)
 """They reach the whole process group, but only the server ends its processes."""
+_SERVE: dict[str, Callable[..., None]] = {
+    "environment": environment_worker.serve,
+    "reward": reward_worker.serve,
+}
+"""By the name of the role."""
+_WORKER = "worker"
+"""Argument of a worker that imports the task itself."""
 
 
 def main() -> None:
     """Serves until the server closes the socket."""
     die_with_parent(signum=signal.SIGKILL)
+    if sys.argv[1:] == [_WORKER]:
+        serve(frames.claim_stdin(), task=None)
+    else:
+        run_zygote()
+
+
+def serve(connection: socket.socket, *, task: Task | None) -> None:
+    """Runs in a worker, until the server closes the socket. `task`: None if it is not imported."""
+    setup = frames.read(lambda size: connection.recv(size, socket.MSG_WAITALL))
+    try:
+        task = task or _make_task(setup)
+    except ConfigError as error:
+        connection.sendall(frames.pack([None, str(error)]))
+        return
+    _SERVE[setup["role"]](task, connection, **setup["options"])
+
+
+def _make_task(setup: dict[str, Any]) -> Task:
+    return make_task(setup["task"], seed=setup["seed"], sandbox=setup["sandbox"])
+
+
+def run_zygote() -> None:
+    """Starts workers until the server closes the socket."""
     for number in _SIGNALS_TO_IGNORE:
         signal.signal(number, signal.SIG_IGN)
-    control = claim_stdin()
-    setup = msgpack.unpackb(control.recv(MAX_PACKET_BYTES), strict_map_key=False)  # YAML has other keys
+    control = frames.claim_stdin()
+    setup = frames.unpack(control.recv(MAX_PACKET_BYTES))
     try:
-        task = make_task(setup["task"], seed=setup["seed"], sandbox=setup["sandbox"])
+        task = _make_task(setup)
     except ConfigError as error:
         control.send(msgpack.packb(str(error)[: MAX_PACKET_BYTES // 8]))
         return
     control.send(msgpack.packb(None))
-    if (num_threads := sum(1 for _ in Path("/proc/self/task").iterdir())) > 1:
+    num_threads = sum(1 for _ in Path("/proc/self/task").iterdir())
+    if num_threads > 1:
         log.warning(
-            "the task's import has started %d threads; an environment that needs them may hang",
+            "the task's import has started %d threads; an environment or agent that needs them may hang",
             num_threads - 1,
         )
     # From here on the end of the socket says that the server has ended, and there are workers to end first. A
     # zygote that is stopped notices it, too.
     die_with_parent(signum=signal.SIGCONT)
-    zygote = Zygote(task, control, memory_mb=setup["memory_mb"])
+    zygote = Zygote(
+        task, control, survives_fork=num_threads == 1 and "torch" not in sys.modules, added=setup["added"]
+    )
     with contextlib.suppress(ConnectionError):  # the server ended while it was sent a message
         zygote.run()
     zygote.end_workers()
@@ -78,10 +119,15 @@ def main() -> None:
 class Zygote:
     """Forks, kills and reaps workers."""
 
-    def __init__(self, task: Task, control: socket.socket, *, memory_mb: int) -> None:
+    def __init__(
+        self, task: Task, control: socket.socket, *, survives_fork: bool, added: Sequence[str]
+    ) -> None:
+        """`survives_fork`: the import of the task does. `added`: names of environment variables that only
+        this process needs."""
         self._task = task
         self._control = control
-        self._memory_mb = memory_mb
+        self._survives_fork = survives_fork
+        self._added = added
         self._pid = os.getpid()
         self._pids: dict[int, int] = {}
         """Worker -> pid, of those that are not reaped."""
@@ -129,14 +175,14 @@ class Zygote:
             return False
         if not packet:
             return False
-        order, worker = msgpack.unpackb(packet)
+        order, worker, may_import = msgpack.unpackb(packet)
         if order == "fork":
-            self._fork(worker, descriptors[0])
+            self._fork(worker, descriptors[0], may_import=may_import)
         elif worker in self._pids:
             os.kill(self._pids[worker], signal.SIGKILL)
         return True
 
-    def _fork(self, worker: int, descriptor: int) -> None:
+    def _fork(self, worker: int, descriptor: int, *, may_import: bool) -> None:
         try:
             pid = os.fork()
         except OSError as error:
@@ -144,11 +190,11 @@ class Zygote:
             self._report(worker, f"it could not be started: {error}")
             return
         if pid == 0:
-            self._become_worker(descriptor)
+            self._become_worker(descriptor, may_import=may_import)
         os.close(descriptor)
         self._pids[worker] = pid
 
-    def _become_worker(self, descriptor: int) -> None:
+    def _become_worker(self, descriptor: int, *, may_import: bool) -> None:
         """Runs in the worker, and does not return."""
         code = 1
         try:
@@ -161,9 +207,16 @@ class Zygote:
             os.setsid()
             for inherited in (self._control, self._wakeup, self._wakes):
                 inherited.close()
+            if may_import:
+                for name in self._added:
+                    os.environ.pop(name, None)
+                if not self._survives_fork:
+                    os.dup2(descriptor, 0)
+                    os.set_inheritable(descriptor, False)
+                    os.execv(sys.executable, [sys.executable, "-m", "rollout_server.workers.zygote", _WORKER])
             connection = socket.socket(fileno=descriptor)
             connection.set_inheritable(False)
-            serve(self._task, connection, memory_mb=self._memory_mb)
+            serve(connection, task=self._task)
             code = 0
         except BaseException:  # of any kind: it must not reach the zygote's loop
             traceback.print_exc()

@@ -1,17 +1,17 @@
-"""The process in which environments run: forked by zygote.py, it serves one environment after the other.
+"""The process in which environments and agents run: it serves one environment after the other.
 
-    server -> worker   null | ["check" or "reset", split, index, seed] | ["step", reply] | ["close"]
+    server -> worker   ["check" or "reset", split, index, seed] | ["step", reply] | ["close"]
                        ["agent", split, index, seed, base_url, api_key]
-    worker -> server   [value, seconds, error]                        one frame for each request, in order
+    worker -> server   [value, error]                                 one frame for each request, in order
 
     IDLE -> reset -> OPEN -> step -> OPEN ... -> close -> IDLE, or false: the server ends this process
 
-The first frame, null, is answered as soon as the process runs. The example is rebuilt here from (split,
-index), so a task's answers need not be serialized. The environment runs in this process's event loop, so its
-own asyncio tasks go on between the calls; calls that block only delay this environment. The process is used
-again because a fork of a large process costs more than most episodes, unless the environment has left a
-child process, a thread (a tool that was abandoned at its time limit), or more than half of the memory that
-one may have. The process of an agent serves one sample: libraries keep clients with the address of a session.
+The example is rebuilt here from (split, index), so a task's answers need not be serialized. The environment
+runs in this process's event loop, so its own asyncio tasks go on between the calls; calls that block only
+delay this environment. The process is used again because a fork of a large process costs more than most
+episodes, unless the environment has left a child process, a thread (a tool that was abandoned at its time
+limit), or more than half of the memory that one may have. The process of an agent serves one sample:
+libraries keep clients with the address of a session.
 """
 
 from __future__ import annotations
@@ -24,27 +24,24 @@ import resource
 import socket
 import sys
 import threading
-import time
-import traceback
 from pathlib import Path
 from typing import Any
-
-import msgpack
 
 from areal_like.errors import ConfigError, EpisodeError
 from areal_like.runtime.process import adopt_orphans
 from rollout_server.agents.base import Session
 from rollout_server.environments.base import Environment, Message, Reply, Step, messages_of
 from rollout_server.environments.exchange import MAX_ANSWER_BYTES, awaitable, reply_of, step_fields
-from rollout_server.environments.workers.agents import run_agent
-from rollout_server.frames import HEADER, pack
+from rollout_server.frames import described, messages, pack
 from rollout_server.tasks.base import Example, Split, Task
+from rollout_server.workers.agents import run_agent
 
 _PAGE_BYTES = resource.getpagesize()
 
 
 def serve(task: Task, connection: socket.socket, *, memory_mb: int) -> None:
-    """Serves until the server closes the socket."""
+    """Serves until the server closes the socket. `memory_mb`: `episode.memory_mb`."""
+    connection.sendall(pack([None, ""]))
     adopt_orphans()
     base_bytes = _address_space()
     limit_bytes = base_bytes + (memory_mb << 20)
@@ -63,28 +60,18 @@ class _Worker:
         self._environment: Environment | None = None
         self._is_out_of_memory = False
         self._label = ""
-        """Of the newest example."""
+        """Label of the newest example."""
 
     async def run(self, connection: socket.socket) -> None:
         """Returns at the end of the stream."""
         reader, writer = await asyncio.open_unix_connection(sock=connection)
-        while True:
-            try:
-                (size,) = HEADER.unpack(await reader.readexactly(HEADER.size))
-                request = msgpack.unpackb(await reader.readexactly(size))
-            except (asyncio.IncompleteReadError, ConnectionError):
-                return
-            started_s = time.perf_counter()
-            value, error = await self._answer(request)
-            frame = self._packed(value, time.perf_counter() - started_s, error)
-            writer.write(frame)
+        async for request in messages(reader):
+            writer.write(self._packed(*await self._answer(request)))
             with contextlib.suppress(ConnectionError):  # the end of the stream follows
                 await writer.drain()
 
-    async def _answer(self, request: list[Any] | None) -> tuple[Any, str]:
+    async def _answer(self, request: list[Any]) -> tuple[Any, str]:
         """The value of a call, and why it has none."""
-        if request is None:
-            return None, ""
         call, *arguments = request
         called = call
         try:
@@ -156,24 +143,21 @@ class _Worker:
 
     def _described(self, call: str, raised: BaseException) -> str:
         """The message of an exception, and the place of the task's code where it was raised."""
-        message = traceback.format_exception_only(raised)[-1].strip()
         if isinstance(raised, EpisodeError | ConfigError):
             return str(raised)
-        if isinstance(raised, MemoryError):
-            message += f" (episode.memory_mb={self._memory_mb})"
-        frames = traceback.extract_tb(raised.__traceback__)
-        where = f" ({frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
-        return f"{call}() raised {message}{where}"
+        is_memory = isinstance(raised, MemoryError)
+        note = f" (episode.memory_mb={self._memory_mb})" if is_memory else ""
+        return f"{call}() raised {described(raised, note=note)}"
 
     @staticmethod
-    def _packed(value: Any, seconds: float, error: str) -> bytes:
+    def _packed(value: Any, error: str) -> bytes:
         try:
-            frame = pack([value, seconds, error])
+            frame = pack([value, error])
         except (TypeError, ValueError, OverflowError, RecursionError) as unpackable:
-            return pack([None, seconds, f"messages, tools and metrics must be JSON values: {unpackable}"])
+            return pack([None, f"messages, tools and metrics must be JSON values: {unpackable}"])
         if len(frame) <= MAX_ANSWER_BYTES:
             return frame
-        return pack([None, seconds, f"an answer of {len(frame)} bytes: the limit is {MAX_ANSWER_BYTES}"])
+        return pack([None, f"an answer of {len(frame)} bytes: the limit is {MAX_ANSWER_BYTES}"])
 
 
 class _OneAnswer(Environment):

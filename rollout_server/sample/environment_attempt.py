@@ -16,40 +16,33 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from areal_like.errors import RAISED_BY_TASKS, EngineError, EpisodeBudgetError, EpisodeError, RewardError
-from areal_like.trajectory import LARGEST_METRIC, LARGEST_REWARD, FinishReason, Trajectory
+from areal_like.errors import RAISED_BY_TASKS, EngineError, EpisodeBudgetError, EpisodeError
+from areal_like.trajectory import LARGEST_METRIC, LARGEST_REWARD, FinishReason
+from rollout_server.conversation.conversation import Conversation
 from rollout_server.environments.base import Message, Reply, Step
-from rollout_server.environments.workers.pool import EnvironmentPool, EnvironmentSession
 from rollout_server.leases.held_leases import Place
-from rollout_server.rewards.pool import Reward, RewardPool
-from rollout_server.sample.attempts.base import Attempt, SampleRequest
-from rollout_server.sample.conversation import Conversation
-from rollout_server.sample.scoring import Outcome, add_up
-from rollout_server.tasks.base import Completion
+from rollout_server.sample.attempt import Attempt, Played, SampleRequest
+from rollout_server.workers.environment_pool import EnvironmentPool, EnvironmentSession
 
 _MAX_METRICS = 64
 """Names of metrics in one episode."""
 
 
 class EnvironmentAttempt(Attempt):
-    """One sample of a task with an environment."""
+    """A sample of a task with an environment."""
 
     def __init__(
         self,
         request: SampleRequest,
         *,
-        environments: EnvironmentPool,
         conversation: Conversation,
-        rewards: RewardPool | None,
+        environments: EnvironmentPool,
         max_turns: int,
     ) -> None:
-        """`rewards`: None if the task has no reward besides those of its environment's steps."""
-        self._request = request
-        self._environments = environments
+        super().__init__(request, conversation)
         self._conversation = conversation
-        self._rewards = rewards
+        self._environments = environments
         self._max_turns = max_turns
-        self._label = ""
         self._messages: list[Message] = []
         self._last: Reply | None = None
         self._step_rewards: list[float] = []
@@ -58,62 +51,20 @@ class EnvironmentAttempt(Attempt):
         """Sums of the environment's metrics."""
         self._generation_s = 0.0
 
-    async def make(self) -> Trajectory:
-        """As Attempt.make."""
+    async def play(self) -> Played:
+        """Talks to the environment. Raises EngineError, or EpisodeError for any other exception."""
         finish_reason = await self._run()
-        conversation, request = self._conversation, self._request
-        scored = await self._score(finish_reason) if self._rewards is not None else None
-        num_turns = len(conversation.turn_lengths)
-        try:
-            outcome = add_up(
-                scored.score if scored is not None else None,
-                num_turns=num_turns,
-                step_rewards=self._step_rewards,
-                step_metrics={"tool_calls": float(self._num_tool_calls), **self._metrics},
-            )
-        except ValueError as error:
-            raise RewardError(str(error)) from None
-        try:
-            return conversation.to_trajectory(
-                outcome,
-                finish_reason=finish_reason,
-                generation_s=self._generation_s,
-                reward_s=scored.seconds if scored is not None else 0.0,
-                is_greedy=request.is_greedy,
-                label=self._label,
-            )
-        except ValueError as error:
-            raise EngineError(f"the engine's answer cannot be used: {error}") from None
-
-    @property
-    def num_sampled(self) -> int:
-        """As Attempt.num_sampled."""
-        return self._conversation.num_sampled
-
-    def without_reward(self) -> Trajectory:
-        """As Attempt.without_reward."""
-        return self._conversation.to_trajectory(
-            Outcome(), is_greedy=self._request.is_greedy, label=self._label
-        )
-
-    async def _score(self, finish_reason: FinishReason) -> Reward:
-        assert self._rewards is not None and self._last is not None
-        self._request.on_move(Place.REWARD)
-        conversation = self._conversation
-        completion = Completion(
-            self._last.text,
-            raw_text=self._last.raw_text,
-            messages=self._messages,
-            token_ids=conversation.token_ids,  # type: ignore[arg-type]  # an array is as good as a sequence
-            turn_lengths=conversation.turn_lengths,
+        return Played(
             finish_reason=finish_reason,
-        )
-        return await self._rewards.score(
-            split=self._request.split, index=self._request.index, completion=completion
+            generation_s=self._generation_s,
+            text=self._last.text if self._last is not None else "",
+            raw_text=self._last.raw_text if self._last is not None else "",
+            messages=self._messages,
+            step_rewards=self._step_rewards,
+            metrics={"tool_calls": float(self._num_tool_calls), **self._metrics},
         )
 
     async def _run(self) -> FinishReason:
-        """Raises EngineError, or EpisodeError for any other exception."""
         request = self._request
         request.on_move(Place.TOOL)
         try:

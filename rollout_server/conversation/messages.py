@@ -152,7 +152,7 @@ def _canonical(copy: Any, where: str) -> Message:
     calls = copy.pop("tool_calls", None)
     if calls:
         if not isinstance(calls, list):
-            raise EpisodeError(f"{where}: tool_calls is no list")
+            raise EpisodeError(f"{where}: tool_calls is not a list")
         copy["tool_calls"] = [_canonical_call(call, where) for call in calls]
     return dict(copy)
 

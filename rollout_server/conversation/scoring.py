@@ -39,6 +39,21 @@ class Outcome:
     """[S] one for each sampled token, in the order of sampling; empty: no token has one."""
 
 
+def both(agent: Score | None, task: Score | None) -> Score | None:
+    """The agent's score and the task's as one. Raises ValueError for rewards of turns or tokens in both."""
+    if agent is None or task is None:
+        return agent or task
+    if (agent.turns and task.turns) or (agent.tokens and task.tokens):
+        raise ValueError("both the agent and the task's reward give rewards of turns or tokens")
+    return Score(
+        value=agent.value + task.value,
+        parts={**task.parts, **agent.parts},
+        metrics={**task.metrics, **agent.metrics},
+        turns=agent.turns or task.turns,
+        tokens=agent.tokens or task.tokens,
+    )
+
+
 def add_up(
     score: Score | None = None,
     *,

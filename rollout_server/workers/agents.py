@@ -16,38 +16,28 @@ from typing import Any
 from areal_like.errors import EpisodeError, RewardError
 from rollout_server.agents.base import Session
 from rollout_server.environments.exchange import awaitable
-from rollout_server.rewards.scores import as_score
+from rollout_server.rewards.scores import as_score, score_fields, score_of
 from rollout_server.tasks.base import Completion, Example, Score, Task
 
 _LOOPBACK = "127.0.0.1,localhost"
-_NUM_FIELDS = 5
 
 
 async def run_agent(task: Task, example: Example, session: Session) -> list[Any] | None:
     """Runs in the agent's process. Returns the score's fields; raises what `agent()` raises."""
     with _variables(session):
         returned = await awaitable(task.agent(example, session), call="agent")
-    return _score_fields(returned)
+    return None if returned is None else score_fields(_as_score(returned))
 
 
 def checked_score(fields: Any) -> Score | None:
     """The agent's score, as the server takes it; None if it returned none. Raises EpisodeError."""
     if fields is None:
         return None
-    if not isinstance(fields, list) or len(fields) != _NUM_FIELDS:
-        raise EpisodeError("the agent's process sent no valid score")
-    value, parts, metrics, turns, tokens = fields
-    if not isinstance(turns, list) or not isinstance(tokens, list):
-        raise EpisodeError("the agent's process sent no valid score")
-    return _as_score(Score(value=value, parts=parts, metrics=metrics, turns=turns, tokens=tokens))
-
-
-def _score_fields(returned: Any) -> list[Any] | None:
-    if returned is None:
-        return None
-    score = _as_score(returned)
-    tokens = [float(one) for one in score.tokens]
-    return [score.value, dict(score.parts), dict(score.metrics), list(score.turns), tokens]
+    try:
+        score = score_of(fields)
+    except (ValueError, TypeError):
+        raise EpisodeError("the agent's process sent no valid score") from None
+    return _as_score(score)
 
 
 def _as_score(returned: Any) -> Score:

@@ -25,12 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from areal_like.errors import EpisodeBudgetError, EpisodeError, PromptRefusedError
-from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory
-from rollout_server.environments.base import Message, Reply, ToolCall
-from rollout_server.rendering.base import ChatRenderer, ToolSchema
-from rollout_server.sample.base import PolicyClient
-from rollout_server.sample.large_work import LargeWork
-from rollout_server.sample.messages import (
+from areal_like.trajectory import FinishReason
+from rollout_server.conversation.large_work import LargeWork
+from rollout_server.conversation.messages import (
     canonical_messages,
     canonical_tools,
     comparable,
@@ -39,32 +36,29 @@ from rollout_server.sample.messages import (
     prefix_digests,
     with_ids_of,
 )
-from rollout_server.sample.scoring import Outcome, placed_token_rewards, placed_turns
-from rollout_server.sample.transcript import Transcript
-from rollout_server.sample.turns import Answer, Layout, RunningTurn, Turn
+from rollout_server.conversation.policy_client import PolicyClient
+from rollout_server.conversation.turns import Answer, Turn, Turns
+from rollout_server.environments.base import Message, Reply, ToolCall
+from rollout_server.policy.types import Generation
+from rollout_server.rendering.base import ChatRenderer, ToolSchema
 
 
-class Conversation:
-    """The turns of one episode. Belongs to one event loop; several `say` may run at the same time."""
+class Conversation(Turns):
+    """The turns of one sample that come from messages. Several `say` may run at the same time."""
 
     def __init__(
         self, renderer: ChatRenderer, policy: PolicyClient, *, context_tokens: int, max_tokens: int
     ) -> None:
         """`context_tokens`: longest segment. `max_tokens`: of all segments together (a prefix that branches
         share counts for each)."""
+        super().__init__(policy)
         self.renderer = renderer
         self.large_work = LargeWork()
-        self._policy = policy
         self._context_tokens = context_tokens
         self._max_tokens = max_tokens
-        self._turns: list[Turn] = []
-        """In the order in which they were finished: a turn is behind its parent."""
-        self._running: list[RunningTurn] = []
         self._states: defaultdict[bytes, list[Turn]] = defaultdict(list)
         """Turns by the digest of tools and messages up to them."""
         self._num_calls = 0
-        self.finish_reason = FinishReason.STOP
-        """Of the last turn."""
 
     async def say(
         self, messages: Sequence[Message], *, tools: Sequence[ToolSchema] = (), stop: Sequence[str] = ()
@@ -76,7 +70,7 @@ class Conversation:
         reason, and the episode should end; a TIMEOUT may have no tokens.
 
         Raises EpisodeBudgetError if there is no room for another turn (PromptRefusedError if it would be the
-        first), EpisodeError if the messages cannot be rendered, and as PolicyClient.extend.
+        first), EpisodeError if the messages cannot be rendered, and the errors of PolicyClient.sample.
         """
         return (await self.answer(messages, tools=tools, stop=stop, keeps_malformed=True)).reply
 
@@ -89,7 +83,9 @@ class Conversation:
         max_new_tokens: int | None = None,
         keeps_malformed: bool = False,
     ) -> Answer:
-        """As `say`, with the tokens. `max_new_tokens`: of this turn, if below the job's.
+        """Samples a turn as `say` does; also returns its tokens.
+
+        `max_new_tokens`: limit of this turn, if below the job's.
 
         `keeps_malformed`: tool calls that cannot be read, or that no tool was offered for, are calls of the
         reply; an environment can tell the policy what is wrong. Otherwise such a reply is its text, as a
@@ -116,7 +112,7 @@ class Conversation:
     async def continue_tokens(
         self, prompt_ids: Sequence[int], *, stop: Sequence[str] = (), max_new_tokens: int | None = None
     ) -> Answer:
-        """As `answer`, after a prompt that the client has rendered itself.
+        """Samples a turn after a prompt that the client has rendered itself.
 
         It follows the longest earlier turn whose tokens it begins with.
         """
@@ -131,10 +127,9 @@ class Conversation:
         )
 
     def forget(self, turn: Turn) -> None:
-        """Leaves out a turn that nobody has read, unless another one follows it."""
-        followed = {one.parent for one in self._turns} | {one.parent for one in self._running}
-        if turn in self._turns and turn not in followed:
-            self._turns.remove(turn)
+        """Leaves out a turn that nobody has read; its messages are not recognized any more."""
+        super().forget(turn)
+        if turn not in self._turns:
             for known in self._states.values():
                 if turn in known:
                     known.remove(turn)
@@ -151,121 +146,34 @@ class Conversation:
         keeps_malformed: bool = False,
     ) -> Answer:
         """`known`: the messages of the prompt; None if it has none."""
-        start = len(prompt)
-        limit, reason = self._room(parent, start)
-        if max_new_tokens is not None and max_new_tokens < limit:
-            limit, reason = max_new_tokens, FinishReason.LENGTH
-        transcript = Transcript()
-        transcript.append_context(prompt)
-        running = RunningTurn(parent=parent, most_tokens=start + limit)
-        self._running.append(running)
-        try:
-            finish_reason = await self._policy.extend(
-                transcript,
-                max_new_tokens=limit,
-                stop=stop,
-                stop_token_ids=self.renderer.stop_token_ids,
-                keeps_prefix=True,
-            )
-        finally:
-            self._running.remove(running)
-        if finish_reason is FinishReason.LENGTH:
-            finish_reason = reason
-        self.finish_reason = finish_reason
-        reply = self._reply(
-            transcript,
-            finish_reason,
-            num_prompt_tokens=start,
-            tools=tools,
-            keeps_malformed=keeps_malformed,
+        limit = self._room(parent, len(prompt))
+        if max_new_tokens is not None and max_new_tokens < limit[0]:
+            limit = max_new_tokens, FinishReason.LENGTH
+        generation, turn = await self.sample(
+            prompt,
+            parent,
+            limit=limit,
+            stop=stop,
+            stop_token_ids=self.renderer.stop_token_ids,
+            keeps_prefix=True,
         )
-        turn = None
-        if reply.num_tokens:
-            turn = Turn(
-                parent=parent,
-                context=prompt[parent.end :] if parent is not None else prompt,
-                sampled=transcript.tokens[start:],
-                logprobs=transcript.logprobs[start:],
-                versions=transcript.versions[start:],
-                messages=[] if known is None else [*known, *canonical_messages([reply.message])],
-                end=start + reply.num_tokens,
-            )
-            self._turns.append(turn)
-            if known is not None:
-                self._states[prefix_digests(comparable(turn.messages), tools)[-1]].append(turn)
+        reply = self._reply(
+            prompt.tolist(), generation, self.finish_reason, tools=tools, keeps_malformed=keeps_malformed
+        )
+        if turn is not None and known is not None:
+            turn.messages.extend([*known, *canonical_messages([reply.message])])
+            self._states[prefix_digests(comparable(turn.messages), tools)[-1]].append(turn)
         return Answer(
             reply=reply,
             prompt_ids=prompt,
-            token_ids=transcript.tokens[start:],
-            logprobs=transcript.logprobs[start:],
+            token_ids=generation.output_ids,
+            logprobs=generation.logprobs,
             turn=turn,
         )
 
     def decode(self, token_id: int) -> str:
         """One token as text; a token that is a part of a character has a replacement character."""
         return self.renderer.decode([token_id])
-
-    @property
-    def is_sampling(self) -> bool:
-        """True while a turn is at the engine, or waits for it."""
-        return bool(self._running)
-
-    @property
-    def turns(self) -> Sequence[Turn]:
-        """In the order in which they were finished."""
-        return self._turns
-
-    @property
-    def num_sampled(self) -> int:
-        """Tokens that the policy sampled, in all turns."""
-        return sum(self.turn_lengths)
-
-    @property
-    def turn_lengths(self) -> list[int]:
-        """Number of sampled tokens of each turn, in the order in which the turns were finished."""
-        return [len(turn.sampled) for turn in self._turns]
-
-    @property
-    def token_ids(self) -> NDArray[np.int32]:
-        """The sampled tokens of all turns, in the order in which the turns were finished."""
-        return np.concatenate([turn.sampled for turn in self._turns] or [np.empty(0, np.int32)])
-
-    def to_trajectory(
-        self,
-        outcome: Outcome,
-        *,
-        finish_reason: FinishReason | None = None,
-        generation_s: float = 0.0,
-        reward_s: float = 0.0,
-        is_greedy: bool = False,
-        label: str = "",
-    ) -> Trajectory:
-        """The conversation as a Trajectory; its segments are in the order of their last turns.
-
-        `outcome`: its turns are those of `turn_lengths`, its tokens those of `token_ids`, in their order.
-        `finish_reason`: None for that of the last turn. Raises ValueError if nothing was sampled, for an
-        outcome of other turns or tokens, and for invalid log-probs or versions.
-        """
-        if not self._turns:
-            raise ValueError("the policy has sampled nothing")
-        layout = Layout(self._turns)
-        return Trajectory(
-            tokens=layout.tokens,
-            loss_mask=(layout.versions != NOT_SAMPLED).astype(np.uint8),
-            logprobs=layout.logprobs,
-            versions=layout.versions,
-            reward=outcome.reward,
-            reward_components=outcome.reward_components,
-            segments=tuple(layout.segments) if len(layout.segments) > 1 else (),
-            turns=placed_turns(outcome, layout.spans),
-            metrics=outcome.metrics,
-            label=label,
-            arrays=placed_token_rewards(outcome, layout.spans, num_tokens=layout.num_tokens),
-            finish_reason=finish_reason or self.finish_reason,
-            is_greedy=is_greedy,
-            generation_s=generation_s,
-            reward_s=reward_s,
-        )
 
     async def _prompt(
         self, messages: list[Message], tools: list[ToolSchema]
@@ -350,15 +258,14 @@ class Conversation:
 
     def _reply(
         self,
-        transcript: Transcript,
+        prompt_ids: list[int],
+        generation: Generation,
         finish_reason: FinishReason,
         *,
-        num_prompt_tokens: int,
         tools: list[ToolSchema],
         keeps_malformed: bool,
     ) -> Reply:
-        tokens = transcript.tokens.tolist()
-        prompt_ids, completion_ids = tokens[:num_prompt_tokens], tokens[num_prompt_tokens:]
+        completion_ids = generation.output_ids.tolist()
         parsed = self.renderer.parse(completion_ids, prompt_ids=prompt_ids, tools=tools)
         if (
             parsed.tool_calls

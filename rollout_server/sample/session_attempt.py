@@ -21,24 +21,21 @@ from areal_like.errors import (
     EnvironmentLostError,
     EpisodeError,
     PromptRefusedError,
-    RewardError,
 )
 from areal_like.trajectory import FinishReason, Trajectory
+from rollout_server.conversation.scoring import add_up
 from rollout_server.leases.held_leases import Place
-from rollout_server.rewards.pool import Reward, RewardPool
-from rollout_server.sample import scoring
-from rollout_server.sample.attempts.base import NOT_WANTED, Attempt, SampleRequest
-from rollout_server.sample.scoring import add_up
+from rollout_server.sample.attempt import NOT_WANTED, Attempt, Played, SampleRequest
 from rollout_server.sessions.book import Outcome, SessionBook
 from rollout_server.sessions.open_session import OpenSession
-from rollout_server.tasks.base import Completion, Score
+from rollout_server.tasks.base import Score
 
 RunAgent = Callable[[OpenSession, SampleRequest], Awaitable[Score | None]]
 """Runs the task's `agent()` in a process; returns its score. Raises EpisodeError. Cancelling it ends it."""
 
 
 class SessionAttempt(Attempt):
-    """One sample of a task with an agent."""
+    """A sample that an agent makes."""
 
     def __init__(
         self,
@@ -46,23 +43,20 @@ class SessionAttempt(Attempt):
         *,
         session: OpenSession,
         book: SessionBook,
-        rewards: RewardPool | None,
         idle_timeout_s: float,
         run_agent: RunAgent | None,
         label: str = "",
     ) -> None:
-        """`rewards`: None if the task has no reward. `run_agent`: None for external agents."""
-        self._request = request
+        """`run_agent`: None for external agents."""
+        super().__init__(request, session.conversation, label=label)
         self._session = session
         self._book = book
-        self._rewards = rewards
         self._idle_timeout_s = idle_timeout_s
         self._run_agent = run_agent
-        self._label = label
         self._outcome = Outcome.FAILED
 
-    async def make(self) -> Trajectory:
-        """As Attempt.make."""
+    async def play(self) -> Played:
+        """Waits for the agent. Raises EngineError or EpisodeError."""
         session, conversation = self._session, self._session.conversation
         self._book.add(session)
         problem: EpisodeError | PromptRefusedError | None = None
@@ -90,44 +84,27 @@ class SessionAttempt(Attempt):
             is_of_sample = self._book.remove(session, self._outcome, str(problem or ""))
         if problem is not None:
             raise self._failure(problem, is_of_sample=is_of_sample)
-        scored = await self._score(finish_reason) if self._rewards is not None else None
-        try:
-            rewards = add_up(
-                _sum(score, scored.score if scored is not None else None),
-                num_turns=num_turns,
-                step_rewards=turn_rewards,
-                step_metrics={"tool_calls": float(session.num_tool_calls)},
-            )
-        except ValueError as error:
-            raise RewardError(str(error)) from None
-        try:
-            return conversation.to_trajectory(
-                rewards,
-                finish_reason=finish_reason,
-                generation_s=session.generation_s,
-                reward_s=scored.seconds if scored is not None else 0.0,
-                is_greedy=self._request.is_greedy,
-                label=self._label,
-            )
-        except ValueError as error:
-            raise EngineError(f"the engine's answer cannot be used: {error}") from None
-
-    @property
-    def num_sampled(self) -> int:
-        """As Attempt.num_sampled."""
-        return self._session.conversation.num_sampled
+        last, answer = conversation.turns[-1], session.last_answer
+        return Played(
+            finish_reason=finish_reason,
+            generation_s=session.generation_s,
+            text=answer.reply.text if answer is not None else "",
+            raw_text=answer.reply.raw_text if answer is not None else "",
+            messages=last.messages,
+            step_rewards=turn_rewards,
+            metrics={"tool_calls": float(session.num_tool_calls)},
+            score=score,
+        )
 
     def without_reward(self) -> Trajectory:
-        """As Attempt.without_reward."""
+        """As it is with the turns that a client has read."""
         self._session.finish()
-        return self._session.conversation.to_trajectory(
-            scoring.Outcome(), is_greedy=self._request.is_greedy, label=self._label
-        )
+        return super().without_reward()
 
     def _failure(
         self, problem: EpisodeError | PromptRefusedError, *, is_of_sample: bool
     ) -> EpisodeError | PromptRefusedError:
-        """What the sample fails with: what an external agent does is no behavior of the policy."""
+        """What the sample fails with: what an external agent does is not behavior of the policy."""
         if self._run_agent is not None or (is_of_sample and isinstance(problem, PromptRefusedError)):
             return problem
         return AgentLostError(str(problem), is_of_sample=is_of_sample)
@@ -160,7 +137,7 @@ class SessionAttempt(Attempt):
                 session.close("the session's time is over (rollout.sample_timeout_s)")
                 return self._posted(), FinishReason.TIMEOUT
             score = await self._result(running)
-            is_scored = score is not None or self._rewards is not None or session.has_rewards
+            is_scored = score is not None or self._request.rewards is not None or session.has_rewards
             if not is_scored and session.budget is None and session.conversation.turn_lengths:
                 raise self._no_reward()
             return score, session.budget
@@ -212,39 +189,6 @@ class SessionAttempt(Attempt):
         self._session.close(problem)
         self._outcome = Outcome.IDLE
         return EpisodeError(problem)
-
-    async def _score(self, finish_reason: FinishReason) -> Reward:
-        assert self._rewards is not None
-        self._request.on_move(Place.REWARD)
-        session, conversation = self._session, self._session.conversation
-        last = conversation.turns[-1]
-        answer = session.last_answer
-        completion = Completion(
-            answer.reply.text if answer is not None else "",
-            raw_text=answer.reply.raw_text if answer is not None else "",
-            messages=last.messages,
-            token_ids=conversation.token_ids,  # type: ignore[arg-type]  # an array is as good as a sequence
-            turn_lengths=conversation.turn_lengths,
-            finish_reason=finish_reason,
-        )
-        return await self._rewards.score(
-            split=self._request.split, index=self._request.index, completion=completion
-        )
-
-
-def _sum(agent: Score | None, task: Score | None) -> Score | None:
-    """The agent's score and the task's as one. Raises ValueError for rewards of turns or tokens in both."""
-    if agent is None or task is None:
-        return agent or task
-    if (agent.turns and task.turns) or (agent.tokens and task.tokens):
-        raise ValueError("both the agent and the task's reward give rewards of turns or tokens")
-    return Score(
-        value=agent.value + task.value,
-        parts={**task.parts, **agent.parts},
-        metrics={**task.metrics, **agent.metrics},
-        turns=agent.turns or task.turns,
-        tokens=agent.tokens or task.tokens,
-    )
 
 
 def _check_posted(score: Score | None, turn_rewards: list[float], *, num_turns: int) -> None:

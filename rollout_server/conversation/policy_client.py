@@ -1,21 +1,16 @@
-"""Episodes: the turns of the policy and its environment that extend a prompt to a complete transcript.
+"""Samples the turns of one sample's policy, and continues a turn that a weight update has interrupted.
 
-An `Episode` alternates two calls: `PolicyClient.extend` appends tokens sampled by the policy,
-`Transcript.append_context` appends all other tokens. An episode that uses tools makes these two calls in a
-loop (tests/rollout_server/test_episodes.py has an example). Episodes need not handle weight updates: if an
-update interrupts a generation (`abort_resume`), `PolicyClient` submits the transcript so far again and
-appends the continuation, whose tokens have the new weight version.
+After such an abort (`abort_resume`) the tokens so far are submitted again, and the continuation has the new
+weight version.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +19,6 @@ from areal_like.errors import EngineError, EngineTimeoutError, EpisodeError, Pro
 from areal_like.spans.recorder import observe
 from areal_like.trajectory import FinishReason
 from rollout_server.policy.types import Generation, Sampling, SamplingClient
-from rollout_server.sample.transcript import Transcript
-from rollout_server.tasks.base import Example
 
 _MAX_EMPTY_ABORTS = 16
 """Aborts in a row without a new token after which the engine counts as broken: no job updates its weights so
@@ -33,21 +26,8 @@ often."""
 _SEED_STRIDE = 0x9E3779B1
 
 
-class Tokenizer(Protocol):
-    """The part of a `PromptRenderer` that episodes use."""
-
-    def encode(self, example: Example) -> NDArray[np.int32]:
-        """Prompt token ids [P]."""
-
-    def decode(self, tokens: NDArray[np.int32]) -> str:
-        """Text without special tokens."""
-
-    def text_of(self, tokens: Sequence[int]) -> str:
-        """Text with special tokens."""
-
-
 class PolicyClient:
-    """Samples the policy's turns of one episode, and continues them after an abort."""
+    """The policy of one sample."""
 
     def __init__(
         self,
@@ -69,8 +49,8 @@ class PolicyClient:
         self._timeout_s = timeout_s
         self._deadline_s: float | None = None
         """End of the time limit; None before the first request."""
-        self._has_sampled = False
-        """True once a turn has a token."""
+        self.num_sampled = 0
+        """Tokens of all turns, also of a turn that has failed."""
 
     @property
     def deadline_s(self) -> float | None:
@@ -82,21 +62,21 @@ class PolicyClient:
         """Limit of the tokens of one turn."""
         return self._sampling.max_new_tokens
 
-    async def extend(
+    async def sample(
         self,
-        transcript: Transcript,
+        prompt_T: NDArray[np.int32],
         *,
         max_new_tokens: int | None = None,
         stop: Sequence[str] = (),
         stop_token_ids: Sequence[int] = (),
         keeps_prefix: bool = False,
-    ) -> FinishReason:
-        """Appends one turn of the policy to the transcript; returns STOP, LENGTH or TIMEOUT, never ABORT.
+    ) -> Generation:
+        """One turn after these tokens; its finish reason is STOP, LENGTH or TIMEOUT, never ABORT.
 
-        `max_new_tokens`: limit of this turn. `stop` and `stop_token_ids`: what ends this turn, beside what
-        ends every turn. `keeps_prefix`: another turn may follow. Several turns of an episode may be sampled
-        at the same time.
-        After TIMEOUT the episode should end. Raises PromptRefusedError if the engine refused the prompt,
+        `max_new_tokens`: limit of this turn. `stop` and `stop_token_ids`: what ends this turn, in addition to
+        what ends every turn. `keeps_prefix`: another turn may follow. Several turns of a sample may be
+        sampled at the same time.
+        After TIMEOUT the sample should end. Raises PromptRefusedError if the engine refused the prompt,
         EpisodeError if it refused the prompt with the turns so far (they may have become too long),
         EngineTimeoutError if the policy had sampled nothing at the time limit, and EngineError if the engine
         failed in another way. Cancelling the caller aborts the request.
@@ -110,33 +90,32 @@ class PolicyClient:
                 stop_token_ids=tuple(dict.fromkeys((*sampling.stop_token_ids, *stop_token_ids))),
                 keeps_prefix=keeps_prefix,
             )
+        parts: list[Generation] = []
         num_left = sampling.max_new_tokens
         num_empty_aborts = 0
         while True:
             try:
                 generation = await self._request(
-                    transcript.tokens,
+                    np.concatenate([prompt_T, *(part.output_ids for part in parts)]) if parts else prompt_T,
                     sampling=sampling,
                     max_new_tokens=num_left,
                     num_resumed=sampling.max_new_tokens - num_left,
                 )
             except EngineTimeoutError:
-                if not self._has_sampled:
+                if not self.num_sampled:
                     raise
-                transcript.finish_reason = FinishReason.TIMEOUT
-                return FinishReason.TIMEOUT
+                return _joined(parts, FinishReason.TIMEOUT)
             except PromptRefusedError as error:
-                if not self._has_sampled:
+                if not self.num_sampled:
                     raise
                 raise EpisodeError(f"the turns so far cannot be continued: {error}") from error
-            transcript.append_sampled(generation)
-            self._has_sampled |= len(generation.output_ids) > 0
+            parts.append(generation)
+            self.num_sampled += len(generation.output_ids)
             num_left -= len(generation.output_ids)
             if generation.finish_reason is not FinishReason.ABORT:
-                return generation.finish_reason
+                return _joined(parts, generation.finish_reason)
             if num_left <= 0:
-                transcript.finish_reason = FinishReason.LENGTH
-                return FinishReason.LENGTH
+                return _joined(parts, FinishReason.LENGTH)
             num_empty_aborts = 0 if len(generation.output_ids) else num_empty_aborts + 1
             if num_empty_aborts >= _MAX_EMPTY_ABORTS:
                 raise EngineError(
@@ -173,22 +152,13 @@ class PolicyClient:
                 observe("generations", asyncio.get_running_loop().time() - now_s)
 
 
-class Episode(ABC):
-    """A kind of conversation between policy and environment."""
-
-    @abstractmethod
-    async def run(
-        self, example: Example, policy: PolicyClient, tokenizer: Tokenizer, transcript: Transcript
-    ) -> str:
-        """Extends the transcript, which holds the prompt; returns the text for the reward function."""
-
-
-class SingleTurn(Episode):
-    """One prompt, one answer."""
-
-    async def run(
-        self, example: Example, policy: PolicyClient, tokenizer: Tokenizer, transcript: Transcript
-    ) -> str:
-        """Returns the answer's text."""
-        await policy.extend(transcript)
-        return tokenizer.decode(transcript.sampled)
+def _joined(parts: Sequence[Generation], finish_reason: FinishReason) -> Generation:
+    """The parts of one turn as one."""
+    if len(parts) == 1 and parts[0].finish_reason is finish_reason:
+        return parts[0]
+    return Generation(
+        output_ids=np.concatenate([part.output_ids for part in parts] or [np.empty(0, np.int32)]),
+        logprobs=np.concatenate([part.logprobs for part in parts] or [np.empty(0, np.float32)]),
+        versions=np.concatenate([part.versions for part in parts] or [np.empty(0, np.int32)]),
+        finish_reason=finish_reason,
+    )
