@@ -2,7 +2,7 @@
 
 At some hundreds of samples per second on two cores, one HTTP request per sample would be the bottleneck. Each
 `generate` call still returns when its own sequence ends. An engine that answers in the packed form
-(packed_generate.py) gets its requests in it too, from the second on.
+(areal_like/http/streams.py) gets its requests in it too, from the second on.
 
     sent in a batch -> answered
                     -> the batch ends early (an error event, a refusal, a broken stream) -> sent alone, once
@@ -33,18 +33,17 @@ from typing import Any
 import aiohttp
 
 from areal_like.errors import EngineError, EngineTimeoutError
+from areal_like.http.streams import FRAMES, read_events, read_frames
 from areal_like.trajectory import FinishReason
-from rollout_server.packed_generate import MEDIA_TYPE
 from rollout_server.policy.http import EngineHttp, error_text
 from rollout_server.policy.stop_texts import StopTexts, StopWatch
 from rollout_server.policy.types import Generation, Sampling
 from rollout_server.policy.wire import (
+    checked,
     encode_request,
     is_last,
     output_tokens,
     parse_generation,
-    read_events,
-    read_frames,
     refusal,
 )
 
@@ -237,10 +236,10 @@ class GenerateBatcher:
                 if response.status != 200:
                     reason = await error_text(response)
                     return refusal(response.status, f"{name} refused /generate: {reason}")
-                self._is_packed = response.content_type == MEDIA_TYPE
+                self._is_packed = response.content_type == FRAMES
                 read = read_frames if self._is_packed else read_events
-                async for event in read(response.content):
-                    self._resolve(batch, event)
+                async for event in read(response.content.iter_any()):
+                    self._resolve(batch, checked(event))
         except EngineError as error:
             return type(error)(f"{name} refused a request: {error}")
         except (aiohttp.ClientError, ConnectionError, ValueError) as error:

@@ -122,10 +122,6 @@ class EngineClient:
         reports it."""
         return self
 
-    def renew_cache_salt(self) -> None:
-        """Call while the engine is paused, before its weights change, where prefixes are kept: later episodes
-        share none with earlier ones. Does nothing for an engine that keeps none."""
-
     async def score(self, tokens: Sequence[int], *, first: int) -> tuple[list[float], int]:
         """Log-probs, at temperature 1, of the tokens from index `first` (at least 1); and the version that
         gave them."""
@@ -228,28 +224,6 @@ class EngineClient:
             body["weight_version"] = str(weight_version)
         await self._load_weights("/update_weights_from_distributed", body, timeout_s=timeout_s)
 
-    async def receive_weights(
-        self, buckets: Sequence[Bucket], *, group_name: str, timeout_s: float, integrity: str = "none"
-    ) -> BucketSums:
-        """Embedded engine only: opens a session and receives all buckets of a push, in order, in one call.
-
-        Returns the sums of the buckets, with digests if `integrity` is `sha256`. `timeout_s` is enforced by
-        the engine, so that the error is the engine's own.
-        """
-        body = {
-            "buckets": [bucket.to_dict() for bucket in buckets],
-            "group_name": group_name,
-            "timeout_s": timeout_s,
-            "integrity": integrity,
-        }
-        answer = await self._http.call(
-            "POST", "/receive_weights", body, timeout_s=timeout_s + self._connect_timeout_s
-        )
-        return BucketSums(
-            checksums=[int(checksum) for checksum in answer.get("checksums", ())],
-            digests=[str(digest) for digest in answer.get("digests", ())],
-        )
-
     async def end_weight_update(
         self, *, weight_version: int | None = None, running: str = "recompute", timeout_s: float
     ) -> dict[str, Any]:
@@ -272,25 +246,6 @@ class EngineClient:
         """Loads a Hugging Face directory (safetensors) and activates it under `weight_version`."""
         body = {"model_path": path, "weight_version": str(weight_version)}
         await self._load_weights("/update_weights_from_disk", body, timeout_s=timeout_s)
-
-    async def set_weight_version(self, version: int) -> None:
-        """SGLang only: sets the version of the loaded weights, which later sampled tokens carry."""
-        body = {"new_version": str(version), "abort_all_requests": False}
-        await self._http.call("POST", "/update_weight_version", body)
-
-    async def weights_checksum(self, *, timeout_s: float) -> str:
-        """SGLang only: a digest of all parameters over all ranks of the engine; works while paused."""
-        body = {"action": "checksum"}
-        answer = await self._http.call("POST", "/weights_checker", body, timeout_s=timeout_s)
-        return str(answer["per_engine_checksum"])
-
-    async def synchronize(self, *, timeout_s: float) -> None:
-        """SGLang only: waits until its GPUs have done what the engine has begun, by a checksum of no tensor.
-
-        It answers a pause before its last batch is computed, and over NCCL a bucket before it has arrived.
-        """
-        body = {"action": "checksum", "skip_tensor_list": [""]}  # the empty text is a part of every name
-        await self._http.call("POST", "/weights_checker", body, timeout_s=timeout_s)
 
     async def flush_cache(self) -> None:
         """Drops cached prefixes."""
@@ -348,3 +303,29 @@ class EngineClient:
     async def fetch_info(self) -> None:
         """Fills `info` from the engine."""
         self.info = EngineInfo.from_server_info(await self.server_info())
+
+
+class EmbeddedClient(EngineClient):
+    """Asynchronous client of one embedded engine."""
+
+    async def receive_weights(
+        self, buckets: Sequence[Bucket], *, group_name: str, timeout_s: float, integrity: str = "none"
+    ) -> BucketSums:
+        """Opens a session and receives all buckets of a push, in order, in one call.
+
+        Returns the sums of the buckets, with digests if `integrity` is `sha256`. `timeout_s` is enforced by
+        the engine, so that the error is the engine's own.
+        """
+        body = {
+            "buckets": [bucket.to_dict() for bucket in buckets],
+            "group_name": group_name,
+            "timeout_s": timeout_s,
+            "integrity": integrity,
+        }
+        answer = await self._http.call(
+            "POST", "/receive_weights", body, timeout_s=timeout_s + self._connect_timeout_s
+        )
+        return BucketSums(
+            checksums=[int(checksum) for checksum in answer.get("checksums", ())],
+            digests=[str(digest) for digest in answer.get("digests", ())],
+        )

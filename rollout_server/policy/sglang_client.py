@@ -1,4 +1,4 @@
-"""The client of an SGLang engine: EngineClient with five differences.
+"""The client of an SGLang engine: EngineClient with five differences, and the calls that only SGLang has.
 
 - A token id outside the vocabulary kills the whole SGLang server, so it is refused before it is sent.
 - `/health` generates a token and hangs while the engine is paused, so readiness is read from `/ready`.
@@ -60,7 +60,8 @@ class SglangClient(EngineClient):
         self._num_retractions, self._retractions_due_s = 0, 0.0
 
     def renew_cache_salt(self) -> None:
-        """As EngineClient.renew_cache_salt."""
+        """Call while the engine is paused, before its weights change: later episodes share no prefix with
+        earlier ones."""
         self.cache_salt = next(self._salts)
 
     def episode(self, *, on_first_token: Callable[[], None] | None = None) -> SamplingClient:
@@ -105,6 +106,26 @@ class SglangClient(EngineClient):
         self._check_ids(tokens, EngineError, name="tokens")
         return await super().score(tokens, first=first)
 
+    async def set_weight_version(self, version: int) -> None:
+        """Sets the version of the loaded weights, which later sampled tokens carry."""
+        body = {"new_version": str(version), "abort_all_requests": False}
+        await self._http.call("POST", "/update_weight_version", body)
+
+    async def weights_checksum(self, *, timeout_s: float) -> str:
+        """A digest of all parameters over all ranks of the engine; works while paused."""
+        body = {"action": "checksum"}
+        answer = await self._http.call("POST", "/weights_checker", body, timeout_s=timeout_s)
+        return str(answer["per_engine_checksum"])
+
+    async def synchronize(self, *, timeout_s: float) -> None:
+        """Waits until the GPUs have done what the engine has begun, by a checksum of no tensor.
+
+        SGLang responds to a pause before its last batch is computed, and over NCCL to a bucket before it has
+        arrived.
+        """
+        body = {"action": "checksum", "skip_tensor_list": [""]}  # the empty text is a part of every name
+        await self._http.call("POST", "/weights_checker", body, timeout_s=timeout_s)
+
     async def fetch_info(self) -> None:
         """As EngineClient.fetch_info; also finds out if the engine has a prefix cache.
 
@@ -132,7 +153,7 @@ class SglangClient(EngineClient):
         """Sequences as the engine reports them; tokens and seconds as counted by this client."""
         queues = (await self._http.call("GET", "/v1/loads"))["loads"]
         self._count_running(0)
-        # Not `timestamp`, which changes also while the scheduler stands still. A sequence is streamed as one
+        # Not `timestamp`, which changes also while the scheduler is stalled. A sequence is streamed as one
         # chunk, so its tokens show only here: as KV entries in use, and as decode steps (`decode_moments`).
         self.progress = tuple(
             float(queue.get(key) or 0) for queue in queues for key in _PROGRESS_KEYS

@@ -40,7 +40,7 @@ from transformers.utils import logging as transformers_logging
 from areal_like.weights.buckets import checksum, cut_buckets, flatten, spec_of, unflatten
 from areal_like.weights.collective import WeightGroup
 from areal_like.weights.hf_layout import hf_tensors
-from rollout_server.policy.client import EngineClient
+from rollout_server.policy.client import EmbeddedClient, EngineClient
 from rollout_server.policy.sglang_client import SglangClient
 from rollout_server.policy.types import Generation, Sampling
 from tests.support import warm_start
@@ -180,7 +180,7 @@ class Engine:
     def client(self, **options: Any) -> EngineClient:
         if self.kind == "sglang":
             return SglangClient(self.url, vocab_size=VOCAB, api_key=self.api_key, **options)
-        return EngineClient(self.url, api_key=self.api_key, **options)
+        return EmbeddedClient(self.url, api_key=self.api_key, **options)
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from areal_like.errors import EngineError, EngineTimeoutError
 from areal_like.http.server import HttpConfig, HttpServer
 from areal_like.trajectory import FinishReason, Trajectory
-from rollout_server.engine.http.score_request import MAX_SCORED
+from rollout_server.engine.http.generate_request import MAX_SCORED
 from rollout_server.policy.client import EngineClient
 from rollout_server.policy.gate import GenerationGate
 from rollout_server.policy.types import Generation, Sampling, SamplingClient

@@ -21,11 +21,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from areal_like.http.access import bearer_token
-from rollout_server.engine.http.bodies import number, text
+from areal_like.http.bodies import ParamError, number, parse_bounded_object, text
+from areal_like.http.streams import disconnected
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.claimants import Claimant
-from rollout_server.sessions.http.answering import disconnected, drained, parse_json
-from rollout_server.sessions.http.errors import ParamError, error_response
+from rollout_server.sessions.http.call_response import drained
+from rollout_server.sessions.http.errors import error_response
 from rollout_server.sessions.open_session import OpenSession, SessionState
 
 MAX_WAIT_S = 30.0
@@ -61,7 +62,7 @@ class ClaimRoutes:
 
     async def claim(self, request: Request) -> Response | _Claimed:
         """POST /sessions."""
-        body = parse_json(await request.body())
+        body = parse_bounded_object(await request.body())
         wait_s = number(body, "wait_s", 0.0, low=0.0, high=MAX_WAIT_S)
         claimant = _claimant(request, body)
         if (held := self._held(claimant)) is not None:

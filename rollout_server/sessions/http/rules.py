@@ -18,12 +18,12 @@ import secrets
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from areal_like.chat.openai import error_object
 from areal_like.errors import SessionGoneError
 from areal_like.http.access import AccessRules, Reason, Refusal, RoleOfToken, bearer_token
 from areal_like.http.guard import Headers
 from areal_like.security.keys import KeyRole
 from rollout_server.sessions.book import SessionBook
-from rollout_server.sessions.http.errors import error_object
 
 _CLAIMING_ROLES = (KeyRole.AGENT, KeyRole.OPERATOR)
 _SMALL_BODY_BYTES = 1 << 16

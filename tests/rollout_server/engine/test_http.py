@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from areal_like.errors import EngineError, PromptRefusedError
-from rollout_server.packed_generate import MEDIA_TYPE, pack_tokens
+from areal_like.http.streams import EVENTS, FRAMES, pack_tokens, read_events, read_frames
 from rollout_server.policy import batcher, wire
 from rollout_server.policy.client import EngineClient
 from rollout_server.policy.types import Generation, Sampling
@@ -22,8 +22,6 @@ from rollout_server.policy.wire import (
     is_last,
     output_tokens,
     parse_generation,
-    read_events,
-    read_frames,
 )
 from tests.support import engine_conformance as conformance
 from tests.support import moved_clock
@@ -229,8 +227,8 @@ def test_packed_and_json_streams_say_the_same(gpt2_engine: Engine) -> None:
             session.post(f"{gpt2_engine.url}/generate", data=content, headers=headers) as response,
         ):
             assert response.content_type == headers["Accept"], await response.text()
-            read = read_frames if response.content_type == MEDIA_TYPE else read_events
-            events = [event async for event in read(response.content)]
+            read = read_frames if response.content_type == FRAMES else read_events
+            events = [event async for event in read(response.content.iter_any())]
         assert sorted(len(output_tokens(event)) for event in events) == [4, 4, 8, 8, 10, 10]
         last = sorted(filter(is_last, events), key=lambda event: int(event["index"]))
         return [parse_generation(event) for event in last]
@@ -240,8 +238,8 @@ def test_packed_and_json_streams_say_the_same(gpt2_engine: Engine) -> None:
     both = [
         asyncio.run(generations(content, {"Content-Type": kind, "Accept": accept}))
         for content, kind, accept in (
-            (as_json, "application/json", "text/event-stream"),
-            (packed, MEDIA_TYPE, MEDIA_TYPE),
+            (as_json, "application/json", EVENTS),
+            (packed, FRAMES, FRAMES),
         )
     ]
     for of_json, of_frames in zip(*both, strict=True):

@@ -31,12 +31,12 @@ from areal_like.weights.foreign_torch import torch_versions
 from rollout_server.policy.client import EngineClient
 from rollout_server.policy.engines.process import EngineProcess
 from rollout_server.policy.engines.sglang import launch_with_key
-from rollout_server.policy.engines.sglang.engine_checks import (
+from rollout_server.policy.engines.sglang.options import (
     UNUSABLE_TOKENS,
     check_context_option,
     check_server_info,
+    launch_options,
 )
-from rollout_server.policy.engines.sglang.launch_options import launch_options
 from rollout_server.policy.gate import GenerationGate
 from rollout_server.policy.sglang_client import SglangClient
 from rollout_server.weights.checkpoint_shapes import CheckpointShapes
@@ -82,7 +82,26 @@ def server_index(name: str) -> int:
     return int(number) if number.isdigit() else 0
 
 
-class SglangProcess(EngineProcess):
+class _LoadsInPlace:
+    """What the engines of SGLang have in common."""
+
+    _config: Config
+    _model: str
+
+    def weight_update_strategy(
+        self, *, gate: GenerationGate, on_quarantine: OnQuarantine, on_untrusted: OnUntrusted
+    ) -> WeightUpdateStrategy:
+        """Pauses and loads in place. Raises ConfigError if the model has no readable safetensors."""
+        return SglangWeightUpdate(
+            shapes=CheckpointShapes.of(self._model),
+            gate=gate,
+            on_quarantine=on_quarantine,
+            on_untrusted=on_untrusted,
+            reload_timeout_s=start_limit_s(self._config),
+        )
+
+
+class SglangProcess(_LoadsInPlace, EngineProcess):
     """A `sglang.launch_server` started by this process."""
 
     def __init__(
@@ -111,18 +130,6 @@ class SglangProcess(EngineProcess):
         self._vocab_size = vocab_size
         self._chosen_port = 0
 
-    def weight_update_strategy(
-        self, *, gate: GenerationGate, on_quarantine: OnQuarantine, on_untrusted: OnUntrusted
-    ) -> WeightUpdateStrategy:
-        """Pauses and loads in place. Raises ConfigError if the model has no readable safetensors."""
-        return SglangWeightUpdate(
-            shapes=CheckpointShapes.of(self._model),
-            gate=gate,
-            on_quarantine=on_quarantine,
-            on_untrusted=on_untrusted,
-            reload_timeout_s=start_limit_s(self._config),
-        )
-
     async def stop(self) -> None:
         """Kills the engine and waits for its end, for a limited time."""
         if self._process is not None:
@@ -134,7 +141,7 @@ class SglangProcess(EngineProcess):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
 
-    def _command(self, *, version: int, key_file: str) -> list[str]:
+    def _command(self, *, version: int, secret_file: str) -> list[str]:
         # SGLang cannot pick a free port and report it. If another process takes this port meanwhile, SGLang
         # ends and is started again.
         with socket.socket() as probe:
@@ -144,15 +151,8 @@ class SglangProcess(EngineProcess):
             self._config, model=self._model, port=self._chosen_port, version=version, index=self._index,
             context_length=self._context_length,
         )  # fmt: skip
-        return [
-            sys.executable,
-            "-m",
-            "areal_like.runtime.tied_exec",
-            self._python,
-            launch_with_key.__file__,
-            key_file,
-            *options,
-        ]
+        tied = [sys.executable, "-m", "areal_like.runtime.tied_exec", self._python]
+        return [*tied, launch_with_key.__file__, secret_file, *options]
 
     def _environment(self) -> dict[str, str]:
         rollout = self._config.rollout
@@ -177,14 +177,11 @@ class SglangProcess(EngineProcess):
 
     def _client(self, url: str) -> EngineClient:
         return SglangClient(
-            url,
-            vocab_size=self._vocab_size,
-            nccl_version=self._nccl_version,
-            api_key=self.api_key,
+            url, vocab_size=self._vocab_size, nccl_version=self._nccl_version, api_key=self.api_key
         )
 
 
-class SglangAtUrl:
+class SglangAtUrl(_LoadsInPlace):
     """An SGLang that this server neither starts nor ends; an `Engine`."""
 
     pid = 0
@@ -207,18 +204,6 @@ class SglangAtUrl:
         self._abandoned = asyncio.Event()
         self.num_starts = 0
 
-    def weight_update_strategy(
-        self, *, gate: GenerationGate, on_quarantine: OnQuarantine, on_untrusted: OnUntrusted
-    ) -> WeightUpdateStrategy:
-        """Pauses and loads in place. Raises ConfigError if the model has no readable safetensors."""
-        return SglangWeightUpdate(
-            shapes=CheckpointShapes.of(self._model),
-            gate=gate,
-            on_quarantine=on_quarantine,
-            on_untrusted=on_untrusted,
-            reload_timeout_s=start_limit_s(self._config),
-        )
-
     async def start(self, *, version: int) -> EngineClient:
         """Resets the engine and loads the weights at `model.path` as `version`.
 
@@ -228,11 +213,7 @@ class SglangAtUrl:
         self._abandoned.clear()
         self.num_starts += 1
         timeout_s = start_limit_s(self._config)
-        client = SglangClient(
-            self._url,
-            vocab_size=self._vocab_size,
-            **self._access,
-        )
+        client = SglangClient(self._url, vocab_size=self._vocab_size, **self._access)
         try:
             async with asyncio.timeout(timeout_s):
                 while not await client.health():
