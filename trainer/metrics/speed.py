@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
+from areal_like.gpus import peak_flops
 from trainer.batching.packing import PackedBatch
 from trainer.distributed.ranks import Ranks
 from trainer.metrics.model_flops import FORWARD, FORWARD_AND_BACKWARD, ModelFlops
-from trainer.metrics.peak_flops import peak_flops
 from trainer.models.packed_model import PackedModel
 
 PHASES = ("wait_s", "compute_s", "reduce_s", "update_s")
