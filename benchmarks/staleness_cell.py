@@ -237,10 +237,13 @@ class Sampler:
                 sampling_seed=seed,
             )
             groups.append(
-                [Sequence(seq_id=f"{number}.{i}", prompt=prompt, params=params) for i in range(size)]
+                [
+                    Sequence(seq_id=f"{number}.{i}", prompt=prompt, params=params, sample_index=i)
+                    for i in range(size)
+                ]
             )
-            for index, sequence in enumerate(groups[-1]):
-                self._core.submit(sequence, index=index)
+            for sequence in groups[-1]:
+                self._core.submit(sequence)
         while self._core.all_sequences:
             self._core.step()
         return groups

@@ -241,7 +241,7 @@ def usage(*, prompt: int, completion: int) -> dict[str, int]:
 
 
 def finite(logprobs: Sequence[float]) -> list[float]:
-    """As JSON can have them."""
+    """Log-probs without the infinities that JSON does not have."""
     return [value if math.isfinite(value) else _LEAST_LOGPROB for value in logprobs]
 
 

@@ -83,7 +83,7 @@ class AccessRules:
     open_paths: frozenset[str] = PROBE_PATHS
 
     def refusal(self, scope: Mapping[str, Any]) -> Refusal | None:
-        """As Rules.refusal."""
+        """Why a request is refused, by its head; None if it may be read."""
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         if sum(len(name) + len(value) for name, value in headers) > MAX_HEAD_BYTES:
             return Refusal(431, Reason.HEAD, f"the headers are longer than {MAX_HEAD_BYTES} bytes")

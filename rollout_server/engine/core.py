@@ -74,13 +74,9 @@ class EngineCore:
 
     # Requests
 
-    def submit(self, sequence: Sequence, *, index: int = 0) -> None:
-        """Puts a checked sequence in the queue.
-
-        `index`: number of the sample within its request; samples that share a `sampling_seed` need different
-        ones.
-        """
-        seed = sequence.params.sampling_seed
+    def submit(self, sequence: Sequence) -> None:
+        """Puts a checked sequence in the queue."""
+        seed, index = sequence.params.sampling_seed, sequence.sample_index
         if seed is None:
             # ~: a request whose sampling_seed equals the engine's seed must not draw the same numbers.
             seed, index = ~self.options.random_seed, next(self._sequence_index)

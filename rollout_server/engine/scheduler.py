@@ -86,7 +86,11 @@ class Sequence:
     keeps_prefix: bool = False
     """True if a later request may continue this sequence (the next turn of a conversation)."""
     owner: Any = None
-    """The HTTP request's inbox. The engine only passes it along."""
+    """The HTTP request (OpenRequest). The engine only passes it along."""
+    sample_index: int = 0
+    """Among the samples of its prompt in the request, which share a seed."""
+    return_logprob: bool = False
+    """The response has log-probs."""
     status: Status = Status.WAITING
     row: int = -1
     """-1 while not RUNNING."""

@@ -118,7 +118,10 @@ class GenerateBatcher:
         cache_salt: str = "",
         on_first_token: Callable[[], None] | None = None,
     ) -> Generation:
-        """As EngineClient.generate; `cache_salt` and `on_first_token` as in SglangClient.generate."""
+        """One continuation of `input_ids`, from a batch with the other calls of this turn of the event loop.
+
+        See EngineClient.generate; `cache_salt` and `on_first_token`: see SglangClient.generate.
+        """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Generation] = loop.create_future()
         rid = rid or uuid.uuid4().hex

@@ -65,7 +65,7 @@ class SglangClient(EngineClient):
         self.cache_salt = next(self._salts)
 
     def episode(self, *, on_first_token: Callable[[], None] | None = None) -> SamplingClient:
-        """As EngineClient.episode; all turns have the salt of the weights at the episode's first request."""
+        """A client whose turns all have the salt of the weights at the episode's first request."""
         return _Episode(self, on_first_token=on_first_token)
 
     async def generate(
@@ -78,7 +78,7 @@ class SglangClient(EngineClient):
         cache_salt: str = "",
         on_first_token: Callable[[], None] | None = None,
     ) -> Generation:
-        """As EngineClient.generate. Refuses ids outside the vocabulary, in the prompt and as stop tokens.
+        """Samples one continuation. Refuses ids outside the vocabulary, in the prompt and as stop tokens.
 
         `cache_salt`: only prefixes computed with the same salt are used; empty: the present one.
         `on_first_token` is called when the prompt is computed and another request can use its prefix; not if
@@ -102,7 +102,7 @@ class SglangClient(EngineClient):
         return generation
 
     async def score(self, tokens: Sequence[int], *, first: int) -> tuple[list[float], int]:
-        """As EngineClient.score. Refuses ids outside the vocabulary."""
+        """Log-probs of the tokens from `first` on, and their version. Refuses ids outside the vocabulary."""
         self._check_ids(tokens, EngineError, name="tokens")
         return await super().score(tokens, first=first)
 
@@ -127,7 +127,7 @@ class SglangClient(EngineClient):
         await self._http.call("POST", "/weights_checker", body, timeout_s=timeout_s)
 
     async def fetch_info(self) -> None:
-        """As EngineClient.fetch_info; also finds out if the engine has a prefix cache.
+        """Fills `info`, and finds out if the engine has a prefix cache.
 
         SGLang loads weights in place and does not report its NCCL version.
         """
@@ -206,7 +206,6 @@ class _Episode:
         rid: str | None = None,
         timeout_s: float = math.inf,
     ) -> Generation:
-        """As SglangClient.generate."""
         # Not before: the episode may have waited for its turn (GenerationGate) while weights were pushed.
         self._cache_salt = self._cache_salt or self._client.cache_salt
         return await self._client.generate(

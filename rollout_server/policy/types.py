@@ -94,7 +94,7 @@ class SamplingClient(Protocol):
         rid: str | None = None,
         timeout_s: float = math.inf,
     ) -> Generation:
-        """As EngineClient.generate."""
+        """Samples one continuation of `input_ids`; see EngineClient.generate."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,6 @@ class TinyRenderer(JinjaRenderer):
     def parse(
         self, completion_ids: Sequence[int], *, prompt_ids: Sequence[int], tools: Sequence[ToolSchema] = ()
     ) -> ParsedReply:
-        """See ChatRenderer."""
         names = {
             tool["function"]["name"]: list(tool["function"]["parameters"]["properties"]) for tool in tools
         }

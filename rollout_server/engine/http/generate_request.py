@@ -58,15 +58,10 @@ class RequestLimits:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GenerateRequest:
-    """A checked /generate body.
-
-    The three lists have one entry per sequence; the samples of one prompt are adjacent.
-    """
+    """A checked /generate body."""
 
     sequences: list[Sequence]
-    sample_index: list[int]
-    """Index of each sequence among the `n` samples of its prompt."""
-    return_logprob: list[bool]
+    """The samples of one prompt are adjacent."""
     single: bool
     """One prompt and one sample: the response is an object, otherwise a list."""
     stream: bool
@@ -91,27 +86,27 @@ def parse_generate(body: Mapping[str, Any], limits: RequestLimits) -> GenerateRe
     stream = flag(body, "stream")
     logprob_flags = _flags(body, "return_logprob", len(prompts))
     keep_flags = _flags(body, "keep_prefix", len(prompts))
-    sequences, sample_index, return_logprob = [], [], []
     rids = _rids(body.get("rid"), len(prompts))
-    for i, (rid, prompt, (sampling, n)) in enumerate(zip(rids, prompts, checked, strict=True)):
-        for index in range(n):
-            sequence = Sequence(
-                seq_id=rid if n == 1 else f"{rid}_{index}",
-                rid=body["rid"] if isinstance(body.get("rid"), str) else rid,
-                prompt=tuple(prompt),
-                params=sampling,
-                keeps_prefix=keep_flags[i],
-                stream_interval=(sampling.stream_interval or limits.stream_interval) if stream else 0,
-            )
-            sequences.append(sequence)
-            sample_index.append(index)
-            return_logprob.append(logprob_flags[i])
+    sequences = [
+        Sequence(
+            seq_id=rid if n == 1 else f"{rid}_{index}",
+            rid=body["rid"] if isinstance(body.get("rid"), str) else rid,
+            prompt=tuple(prompt),
+            params=sampling,
+            keeps_prefix=keeps_prefix,
+            stream_interval=(sampling.stream_interval or limits.stream_interval) if stream else 0,
+            sample_index=index,
+            return_logprob=return_logprob,
+        )
+        for rid, prompt, (sampling, n), keeps_prefix, return_logprob in zip(
+            rids, prompts, checked, keep_flags, logprob_flags, strict=True
+        )
+        for index in range(n)
+    ]
     if len({sequence.seq_id for sequence in sequences}) < len(sequences):
         raise UserError("rid: every prompt of a request needs a different id")
     return GenerateRequest(
         sequences=sequences,
-        sample_index=sample_index,
-        return_logprob=return_logprob,
         single=not batched and len(sequences) == 1,
         stream=stream,
     )

@@ -66,8 +66,8 @@ class OpenRequest:
             for sequence in request.sequences:
                 if sequence.seq_id in core.scheduler.by_id:
                     raise UserError(f"rid {sequence.seq_id} is in use")
-            for sequence, index in zip(request.sequences, request.sample_index, strict=True):
-                core.submit(sequence, index=index)
+            for sequence in request.sequences:
+                core.submit(sequence)
 
         for sequence in request.sequences:
             sequence.owner = opened
@@ -176,11 +176,8 @@ class GenerationRoutes:
         self, write: Callable[..., dict[str, Any]], opened: OpenRequest, output: SequenceOutput
     ) -> dict[str, Any]:
         """What `write`, one of the functions in `protocol`, makes of an output."""
-        index = opened.index_of(output)
         version = output.version_spans[-1][0] if output.version_spans else self._loop.load().weight_version
-        return write(
-            output, index=index, return_logprob=opened.request.return_logprob[index], version=version
-        )
+        return write(output, index=opened.index_of(output), version=version)
 
     async def abort(self, body: dict[str, Any]) -> Response:
         """/abort_request: ends the sequences of one request or of all, with the tokens they have."""

@@ -14,29 +14,25 @@ from areal_like.trajectory import FinishReason
 from rollout_server.engine.loop import SequenceOutput
 
 
-def sequence_json(
-    output: SequenceOutput, *, index: int, return_logprob: bool, version: str
-) -> dict[str, Any]:
+def sequence_json(output: SequenceOutput, *, index: int, version: str) -> dict[str, Any]:
     """One sequence in SGLang's format.
 
     `index`: position of the sequence in the request. `version`: weight version of its last token. The field
     `meta_info.weight_versions` is not SGLang's: it has the version that sampled each range of output tokens.
     """
     event = _sequence(output, index=index, version=version)
-    if return_logprob:
+    if output.sequence.return_logprob:
         pairs = zip(output.output_logprobs, output.output_ids, strict=True)
         event["meta_info"]["input_token_logprobs"] = []
         event["meta_info"]["output_token_logprobs"] = [(logprob, token, None) for logprob, token in pairs]
     return event
 
 
-def packed_sequence(
-    output: SequenceOutput, *, index: int, return_logprob: bool, version: str
-) -> dict[str, Any]:
+def packed_sequence(output: SequenceOutput, *, index: int, version: str) -> dict[str, Any]:
     """One sequence in SGLang's format, with bytes for the tokens and their log-probs."""
     event = _sequence(output, index=index, version=version)
     event["output_ids"] = pack_tokens(output.output_ids)
-    if return_logprob:
+    if output.sequence.return_logprob:
         event["meta_info"]["output_token_logprobs"] = pack_logprobs(output.output_logprobs)
     return event
 

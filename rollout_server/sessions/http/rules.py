@@ -60,7 +60,7 @@ class SessionRules:
         self._most_requests = most_requests
 
     def refusal(self, scope: Mapping[str, Any]) -> Refusal | None:
-        """As Rules.refusal."""
+        """Why a request is refused, by its head; None if it may be read."""
         refusal = self._head.refusal(scope)
         if refusal is not None:
             return refusal
