@@ -56,7 +56,7 @@ class HttpGuard:
     ) -> None:
         """`max_bytes_of`: the bound of one request, if it is not that of `limits`. `on_refused` counts
         refusals. `describe`: their bodies, as JSON. `place`: entered for a request that the rules accept, and
-        left when it is answered; gives the refusal if there are too many."""
+        left after its response; gives the refusal if there are too many."""
         self._app = app
         self._rules = rules
         self._limits = limits
@@ -66,7 +66,7 @@ class HttpGuard:
         self._on_refused = on_refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers one request."""
+        """Handles one request."""
         assert scope["type"] == "http", "servers are configured without WebSockets and lifespan"
         refusal = self._rules.refusal(scope)
         if refusal is None:

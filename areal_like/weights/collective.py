@@ -116,7 +116,7 @@ class WeightGroup:
 
         `ports`: the first free one is used; 0 is any. `secret`: key of the rendezvous, which every rank must
         have (`rendezvous.AuthenticatedStore`); empty: values are not authenticated. Raises ConfigError if
-        `host` is no address of this machine, WeightSyncError if every port is taken.
+        `host` is not an address of this machine, WeightSyncError if every port is taken.
         """
         _check(rank=0, world_size=world_size, backend=backend)
         server, store, bound_port = open_store(host=host, ports=ports, timeout_s=timeout_s)

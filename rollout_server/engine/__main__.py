@@ -1,7 +1,7 @@
 """`python -m rollout_server.engine`: runs one embedded engine as a process. Its options: `engine/options.py`.
 
 The process dies with its parent. With `--port 0` the kernel picks a port, which is written to `--port-file`
-once the engine answers requests. Exit codes: 0 after SIGTERM or SIGINT, 1 if the engine failed, 2 if an
+once the engine accepts requests. Exit codes: 0 after SIGTERM or SIGINT, 1 if the engine failed, 2 if an
 option or the model is wrong (one message on stderr). Options are checked and the port is bound before torch
 is imported, so a mistake is reported at once.
 """

@@ -55,7 +55,7 @@ class ProcessOptions(EngineOptions):
     api_key: str = field(repr=False)
     """That requests need (Authorization: Bearer KEY); on the command line `--api-key-file`."""
     port: int = _option("of 127.0.0.1; 0 picks a free one", default=30000)
-    port_file: str = _option("the port is written here once the engine answers", default="")
+    port_file: str = _option("the port is written here once the engine accepts requests", default="")
     device: str = _option("cpu | cuda | cuda:N", default="cpu")
     dtype: str = _option("of weights and KV", default="float32", choices=("bfloat16", "float16", "float32"))
     enable_fp32_lm_head: bool = _option("compute the logits in float32", default=False)

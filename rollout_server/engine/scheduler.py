@@ -130,8 +130,8 @@ class Scheduler:
         self.num_rows = num_rows
         self.max_prefill_tokens = max_prefill_tokens
         """Most context tokens to compute in one call of `admit`, so that a long queue does not stall the
-        running sequences. The first admitted sequence may exceed it, otherwise a long one would wait for
-        ever."""
+        running sequences. The first admitted sequence may exceed it, otherwise a long one would wait
+        forever."""
         self.paused = False
         self.waiting: deque[Sequence] = deque()
         self.rows: list[Sequence | None] = []

@@ -133,8 +133,8 @@ class EngineClient:
         }
         if self.caches_prefixes:
             body["cache_salt"] = uuid.uuid4().hex  # nothing that was computed before may be used
-        answer = await self._http.call("POST", "/generate", body)
-        return parse_scores(answer, num_scored=len(tokens) - first)
+        response = await self._http.call("POST", "/generate", body)
+        return parse_scores(response, num_scored=len(tokens) - first)
 
     async def abort(self, rid: str | None = None) -> None:
         """Aborts one request, or all with `rid=None`; their generate() calls return the partial tokens.
@@ -230,17 +230,17 @@ class EngineClient:
         """Embedded engine: verifies what the session received and activates it between two decode steps.
         SGLang: closes the session.
 
-        `running`: `recompute` or `keep` the KV cache of running sequences. Returns the engine's answer, which
-        contains `stall_s` if it is the embedded engine. Raises EngineError if the engine refused the update;
-        the embedded engine then still has its old weights.
+        `running`: `recompute` or `keep` the KV cache of running sequences. Returns the engine's response,
+        which contains `stall_s` if it is the embedded engine. Raises EngineError if the engine refused the
+        update; the embedded engine then still has its old weights.
         """
         body: dict[str, Any] = {"running": running}
         if weight_version is not None:
             body["weight_version"] = str(weight_version)
-        answer: dict[str, Any] = await self._http.call(
+        response: dict[str, Any] = await self._http.call(
             "POST", "/end_weight_update", body, timeout_s=timeout_s
         )
-        return answer
+        return response
 
     async def update_weights_from_disk(self, path: str, *, weight_version: int, timeout_s: float) -> None:
         """Loads a Hugging Face directory (safetensors) and activates it under `weight_version`."""
@@ -254,7 +254,7 @@ class EngineClient:
     # State
 
     async def health(self) -> bool:
-        """True if the engine answers and can generate."""
+        """True if the engine responds and can generate."""
         try:
             await self._http.call("GET", "/health", timeout_s=self._connect_timeout_s)
         except EngineError:
@@ -322,10 +322,10 @@ class EmbeddedClient(EngineClient):
             "timeout_s": timeout_s,
             "integrity": integrity,
         }
-        answer = await self._http.call(
+        response = await self._http.call(
             "POST", "/receive_weights", body, timeout_s=timeout_s + self._connect_timeout_s
         )
         return BucketSums(
-            checksums=[int(checksum) for checksum in answer.get("checksums", ())],
-            digests=[str(digest) for digest in answer.get("digests", ())],
+            checksums=[int(checksum) for checksum in response.get("checksums", ())],
+            digests=[str(digest) for digest in response.get("digests", ())],
         )

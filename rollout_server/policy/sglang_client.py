@@ -25,7 +25,7 @@ from rollout_server.policy.types import EngineInfo, Generation, Sampling, Sampli
 
 STREAM_INTERVAL = 1 << 20
 """Tokens between two chunks of a sequence after its first one. A chunk repeats all tokens before it, so the
-bytes of a long answer grow with the square of its length unless the interval is long."""
+bytes of a long completion grow with the square of its length unless the interval is long."""
 _RETRACTIONS_EVERY_S = 2.0
 _RETRACTED = re.compile(rb"^sglang:num_retracted_requests_total\{[^\n]*\} (\S+)$", re.M)
 
@@ -114,8 +114,8 @@ class SglangClient(EngineClient):
     async def weights_checksum(self, *, timeout_s: float) -> str:
         """A digest of all parameters over all ranks of the engine; works while paused."""
         body = {"action": "checksum"}
-        answer = await self._http.call("POST", "/weights_checker", body, timeout_s=timeout_s)
-        return str(answer["per_engine_checksum"])
+        response = await self._http.call("POST", "/weights_checker", body, timeout_s=timeout_s)
+        return str(response["per_engine_checksum"])
 
     async def synchronize(self, *, timeout_s: float) -> None:
         """Waits until the GPUs have done what the engine has begun, by a checksum of no tensor.
@@ -131,10 +131,10 @@ class SglangClient(EngineClient):
 
         SGLang loads weights in place and does not report its NCCL version.
         """
-        answer = await self.server_info()
-        info = EngineInfo.from_server_info(answer)
+        facts = await self.server_info()
+        info = EngineInfo.from_server_info(facts)
         self.info = replace(info, loads_in_place=True, nccl_version=info.nccl_version or self._nccl_version)
-        self.caches_prefixes = not answer.get("disable_radix_cache")
+        self.caches_prefixes = not facts.get("disable_radix_cache")
 
     def _check_ids(self, ids: Sequence[int], error: type[EngineError], *, name: str) -> None:
         outside = next((token for token in ids if not 0 <= token < self._vocab_size), None)
@@ -172,7 +172,7 @@ class SglangClient(EngineClient):
 
     async def _retractions(self) -> int:
         """Sequences that the engine has retracted for lack of KV memory. Only its page of metrics has them:
-        `num_retractions` of an answer also counts those of a weight update, and comes at its end."""
+        `num_retractions` of a completion also counts those of a weight update, and comes at its end."""
         now_s = asyncio.get_running_loop().time()
         if now_s >= self._retractions_due_s:
             self._retractions_due_s = now_s + _RETRACTIONS_EVERY_S

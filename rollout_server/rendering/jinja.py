@@ -127,7 +127,7 @@ class JinjaRenderer(ChatRenderer):
         end = max(turn.rfind(text) for text in self._stop_texts.values())
         if end < 0:
             return None
-        # A token may take the white space beside it, so the end-of-turn token is tokenized with what follows.
+        # A token may include adjacent white space, so the end-of-turn token is tokenized with what follows.
         first, *rest = self._encode(turn[end:] + whole[len(until_turn) :])
         if first not in self._stop_texts:
             return None

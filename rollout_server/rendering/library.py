@@ -28,7 +28,7 @@ from rollout_server.rendering.jinja import JinjaRenderer
 log = logging.getLogger(__name__)
 
 _NEED_NAMES = ("gemma4", "gpt-oss")
-"""Renderers that need the tool's name in its answer, which the chat templates find in the call."""
+"""Renderers that need the tool's name in its result, which the chat templates find in the call."""
 _EMPTY_REASONING = re.compile(r"<think>\s*</think>\s*")
 _CHARS_BEFORE = 20
 _CHARS_OF_DIFFERENCE = 100

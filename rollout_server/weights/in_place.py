@@ -14,11 +14,11 @@ Update modes:
 
 SGLang's own `abort` pause is not used: it checks only once per second if the running sequences have ended.
 
-Names and shapes are compared with the checkpoint before anything is sent, because SGLang answers 200 to a
-name that it does not have. The version is set by a separate call at the end, so that a token can carry it
+Names and shapes are compared with the checkpoint before anything is sent, because SGLang responds with 200 to
+a name that it does not have. The version is set by a separate call at the end, so that a token can carry it
 only if everything before has succeeded. Unlike the embedded engine, SGLang does not verify the received
 bytes: TCP and NCCL protect them in transit, and the digest over all parameters shows if anything was loaded.
-It is no proof of what was sent: SGLang computes it after loading, from 64-bit hashes of its own fused and
+It does not prove what was sent: SGLang computes it after loading, from 64-bit hashes of its own fused and
 sharded tensors. So a push with `weights.integrity=sha256` is refused.
 """
 
@@ -162,7 +162,7 @@ class SglangWeightUpdate:
         except (EngineError, TimeoutError) as error:
             # A closed client means that its engine is lost already: a new one must not be reported instead.
             if not client.is_closed:
-                self._on_untrusted(f"its weights are unknown after a failed push: {error or 'no answer'}")
+                self._on_untrusted(f"its weights are unknown after a failed push: {error or 'no response'}")
         finally:
             if is_held:
                 self._gate.release()

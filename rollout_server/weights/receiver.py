@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 _CLEANUP_TIMEOUT_S = 5.0
 """Time limit of each call to the engine after a failure, and of waiting for a cancelled request."""
 _MAX_QUEUED = 16
-"""Requests that may wait. A trainer sends the next one when it has the answer to the last; two trainers may
+"""Requests that may wait. A trainer sends the next one when it has the response to the last; two trainers may
 overlap."""
 _MAX_REQUEST_BYTES = (1 << 10) + max(HEADER_LIMITS[TAGS[kind]] for kind in TO_SERVER)
 """Requests carry no arrays, and encryption adds a few bytes. libzmq keeps up to this much of what a stranger
@@ -183,7 +183,7 @@ class WeightReceiver:
 
     def _on_request(self, envelope: Envelope) -> None:
         if isinstance(envelope.message, AskAlive):
-            self._answer(envelope, self._alive())
+            self._respond(envelope, self._alive())
             return
         if isinstance(envelope.message, PushChecksums):
             if envelope.peer == self._group_peer:
@@ -195,7 +195,7 @@ class WeightReceiver:
             return
         if not self._repeated.is_new(envelope):
             if (response := self._repeated.response_to(envelope)) is not None:
-                self._answer(envelope, response)
+                self._respond(envelope, response)
             return
         if reason := self._reason_to_refuse(envelope.message):
             self._finish(envelope, WeightsFailed(version=self.version, reason=reason))
@@ -222,24 +222,24 @@ class WeightReceiver:
             self.work, self._work_peer = None, b""
 
     async def _handle(self, envelope: Envelope) -> None:
-        """Performs one request and always sends an answer, also if it fails or is cancelled."""
+        """Performs one request and always sends a response, also if it fails or is cancelled."""
         request = envelope.message
         loop = asyncio.get_running_loop()
         started_s = loop.time()
-        answer: WeightsOk | WeightsFailed = WeightsFailed(
+        response: WeightsOk | WeightsFailed = WeightsFailed(
             version=self.version, reason=f"cannot handle {type(request).__name__}"
         )
         try:
             stall_s = await self._perform(request, peer=envelope.peer)
-            answer = WeightsOk(version=self.version, seconds=loop.time() - started_s, stall_seconds=stall_s)
+            response = WeightsOk(version=self.version, seconds=loop.time() - started_s, stall_seconds=stall_s)
         except (EngineError, WeightSyncError) as error:
-            answer = WeightsFailed(version=self.version, reason=str(error))
+            response = WeightsFailed(version=self.version, reason=str(error))
         except asyncio.CancelledError:
-            answer = WeightsFailed(
+            response = WeightsFailed(
                 version=self.version, reason=f"{type(request).__name__} was cancelled before it was done"
             )
         finally:
-            self._finish(envelope, answer)
+            self._finish(envelope, response)
 
     def _reason_to_refuse(self, request: Any) -> str:
         """Why a request is not even queued; empty if it is."""
@@ -248,30 +248,30 @@ class WeightReceiver:
         num_ranks = self.engine.info.num_ranks if self.engine is not None else 1
         return reason_to_refuse(request, host=self._host, num_ranks=num_ranks, integrity=self._integrity)
 
-    def _finish(self, envelope: Envelope, answer: WeightsOk | WeightsFailed) -> None:
-        """Answers a request, and counts it."""
-        self._answer(envelope, answer)
-        self._repeated.record(envelope, answer)
+    def _finish(self, envelope: Envelope, response: WeightsOk | WeightsFailed) -> None:
+        """Responds to a request, and counts it."""
+        self._respond(envelope, response)
+        self._repeated.record(envelope, response)
         request = envelope.message
-        if isinstance(answer, WeightsFailed):
+        if isinstance(response, WeightsFailed):
             self.num_failures += 1
             # Of a peer without a group only failures 1, 2, 4, 8, ... are logged: it may send millions.
             if envelope.peer == self._group_peer or self.num_failures.bit_count() == 1:
-                log.warning("%s failed: %s", type(request).__name__, answer.reason)
+                log.warning("%s failed: %s", type(request).__name__, response.reason)
         elif isinstance(request, PushWeights):
             self.num_pushes += 1
-            self.seconds_total += answer.seconds
-            self.stall_seconds_total += answer.stall_seconds
-            _record_push(answer)
-            self._on_version(answer.version)
+            self.seconds_total += response.seconds
+            self.stall_seconds_total += response.stall_seconds
+            _record_push(response)
+            self._on_version(response.version)
 
     def _alive(self) -> Alive | WeightsFailed:
         if self.engine is None:
             return WeightsFailed(version=self.version, reason=_NO_ENGINE)
         return Alive(version=self.version, **dataclasses.asdict(self.engine.info))
 
-    def _answer(self, envelope: Envelope, answer: Alive | WeightsOk | WeightsFailed | TokenScores) -> None:
-        self.listener.send(envelope.peer, answer, rid=envelope.rid)
+    def _respond(self, envelope: Envelope, response: Alive | WeightsOk | WeightsFailed | TokenScores) -> None:
+        self.listener.send(envelope.peer, response, rid=envelope.rid)
 
     def _start_scoring(self, envelope: Envelope) -> None:
         """Scores tokens in a task, one request at a time; others are refused meanwhile."""
@@ -284,7 +284,7 @@ class WeightReceiver:
         except WeightSyncError as error:
             reason = str(error)
         if engine is None or reason:
-            self._answer(envelope, WeightsFailed(version=self.version, reason=reason))
+            self._respond(envelope, WeightsFailed(version=self.version, reason=reason))
             return
         self._scoring = asyncio.create_task(self._score(envelope, engine), name="weights:ScoreTokens")
 
@@ -295,9 +295,9 @@ class WeightReceiver:
                 logprobs, scored_by = await engine.score(request.tokens, first=request.first)
         except (EngineError, TimeoutError) as error:
             reason = str(error) or f"no log-probs within {_SCORE_TIMEOUT_S:g} s"
-            self._answer(envelope, WeightsFailed(version=self.version, reason=reason))
+            self._respond(envelope, WeightsFailed(version=self.version, reason=reason))
         else:
-            self._answer(envelope, TokenScores(version=scored_by, logprobs=logprobs))
+            self._respond(envelope, TokenScores(version=scored_by, logprobs=logprobs))
 
     async def _perform(self, request: Any, *, peer: bytes) -> float:
         """Performs a request; returns the seconds in which nothing was decoded."""
@@ -374,7 +374,7 @@ class WeightReceiver:
                         f"version {request.version} was not active within {request.timeout_s:.4g} s"
                     ) from None
                 raise
-            stall_s = 0.0  # the swap succeeded, only the engine's answer was lost
+            stall_s = 0.0  # the swap succeeded, only the engine's response was lost
         self.version = request.version
         return stall_s
 
@@ -398,7 +398,7 @@ class WeightReceiver:
     async def _is_active_after_all(self, engine: EngineClient, version: int) -> bool:
         """Asks the engine after a failed push if the new version is active.
 
-        Calls `on_untrusted` if the engine does not answer.
+        Calls `on_untrusted` if the engine does not respond.
         """
         try:
             async with asyncio.timeout(_CLEANUP_TIMEOUT_S):

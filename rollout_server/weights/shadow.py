@@ -55,12 +55,12 @@ class ShadowWeightUpdate:
         mode = push.request.update_mode
 
         async def swap() -> float:
-            answer = await client.end_weight_update(
+            response = await client.end_weight_update(
                 weight_version=push.request.version,
                 running="keep" if mode == "keep" else "recompute",
                 timeout_s=push.left_s(),
             )
-            return float(answer.get("stall_s", 0.0))
+            return float(response.get("stall_s", 0.0))
 
         async def hold_and_drain() -> None:
             self._gate.hold()

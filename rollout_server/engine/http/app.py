@@ -123,7 +123,8 @@ async def serve(options: ProcessOptions, core: EngineCore, listener: socket.sock
     http = _Server(config, port_file=options.port_file, port=port)
 
     def stop() -> None:
-        """Stops the server; ends every sequence and update first, so that open requests are answered."""
+        """Stops the server; ends every sequence and update first, so that open requests get their
+        responses."""
         engine.abort(lambda core: core.all_sequences)
         updater.close()
         http.should_exit = True

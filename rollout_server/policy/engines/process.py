@@ -1,6 +1,6 @@
 """An engine as a child process: start, wait until ready, watch, stop; and the embedded engine's process.
 
-    STOPPED -> start() -> (port file appears, /health answers) -> RUNNING -> stop(), or it dies -> STOPPED
+    STOPPED -> start() -> (port file appears, /health responds) -> RUNNING -> stop(), or it dies -> STOPPED
 
 The engine is a separate process, so that decoding and the stream of samples do not share Python's interpreter
 lock, and so that the server survives a crash of the engine, returns its leases and starts another engine. The

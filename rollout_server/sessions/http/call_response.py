@@ -41,7 +41,7 @@ def session_of(request: Request, book: SessionBook) -> OpenSession:
     if session is None or (session.state is SessionState.WAITING and not session.is_offered):
         raise NoSessionError(f"there is no session {id!r:.100} on this server")
     if session.state is SessionState.WAITING:
-        session.claim()  # its client was faster than the confirmation that it got the answer
+        session.claim()  # its client was faster than the confirmation that it got the response
     return session
 
 

@@ -1,6 +1,6 @@
 """POST /sessions: an external agent claims the sample of a lease.
 
-    session.is_offered -> the answer is sent -> claimed
+    session.is_offered -> the response is sent -> claimed
           `------------> the client is gone -> waits again, with another key
 
 A client may wait for a session. Those that wait are served in the order of their requests.
@@ -35,7 +35,7 @@ MAX_WAITING = 1024
 """Clients that may wait at the same time."""
 RETRY_AFTER_S = 5
 _DELIVERY_S = 10.0
-"""Longest time for the answer with a session; a client that reads more slowly does not get it."""
+"""Longest time for the response with a session; a client that reads more slowly does not get it."""
 
 
 class ClaimRoutes:
@@ -144,7 +144,7 @@ class ClaimRoutes:
                 "metadata": _json(example.metadata),
                 "label": example.label,
             }
-        answer = {
+        described = {
             "id": session.id,
             "base_url": f"{request.url.scheme}://{host}/sessions/{session.id}/v1",
             "api_key": session.api_key,
@@ -154,7 +154,7 @@ class ClaimRoutes:
             "deadline_s": self._sample_timeout_s,
             "idle_timeout_s": self._idle_timeout_s,
         }
-        return json.dumps(answer, separators=(",", ":")).encode()
+        return json.dumps(described, separators=(",", ":")).encode()
 
 
 class _Claimed:

@@ -1,9 +1,9 @@
 """Errors in OpenAI's format: what an SDK raises, and whether it tries again.
 
-    400 a request that cannot be answered | 404 no such session | 410 the session has ended
+    400 a request that cannot be served | 404 no such session | 410 the session has ended
     429 no session waits (Retry-After)    | 500 the engine failed, and the sample with it
 
-An SDK repeats a request that was answered by 408, 409, 429 or 5xx, unless `x-should-retry` forbids it.
+An SDK repeats a request whose status was 408, 409, 429 or 5xx, unless `x-should-retry` forbids it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TURN_LIMIT = "turn_limit_exceeded"
 
 
 class NoSessionError(UserError):
-    """There is no session of this id."""
+    """No session has this id."""
 
 
 def error_response(

@@ -4,7 +4,7 @@
     sessions.host:port + index of the server    external agents, if a task is `external`; TLS as the job's
 
 Both need the session's key for each request: other users of the machine reach loopback, too. Both run in the
-server's event loop, so what a client can cost is bounded before a request is answered: connections, size and
+server's event loop, so what a client can cost is bounded before a request is handled: connections, size and
 time of heads and bodies, requests of one connection, clients that do not read. File descriptors for all of
 them are checked at the start.
 """
@@ -61,8 +61,9 @@ class SessionPlane:
         max_body_bytes: int,
         on_refused: Callable[[Reason], None] = lambda reason: None,
     ) -> None:
-        """`index`: number of this rollout server, added to `sessions.port`. `needs_external`: whether agents
-        from outside make samples. `max_body_bytes`: of a request to the model. `on_refused` counts refusals.
+        """`index`: number of this rollout server, added to `sessions.port`. `needs_external`: whether
+        external agents make samples. `max_body_bytes`: of a request to the model. `on_refused` counts
+        refusals.
         """
         self._config = config
         self._app = app
@@ -98,7 +99,7 @@ class SessionPlane:
         self.serving = asyncio.gather(*(server.serve(sockets=[listener]) for server, listener in bound))
 
     async def close(self) -> None:
-        """Stops the servers. Sessions must have ended: what is open then gets a second to be answered."""
+        """Stops the servers. Sessions must have ended: what is open then has a second to end."""
         for server in self._servers:
             server.should_exit = True
         if self._servers:

@@ -23,7 +23,7 @@ _IGNORED = (
 _MAX_LOGPROBS = 1 << 20
 _LARGEST_ID = (1 << 31) - 1
 _IMAGES = ("features", "content_parts")
-"""Of /inference/v1/generate."""
+"""Fields of /inference/v1/generate for models that see images."""
 
 
 def session_rules(model: str) -> ChatRules:

@@ -28,7 +28,7 @@ DecodeToken = Callable[[int], str]
 
 
 def chat_body(turn: Answer, request: ChatRequest, *, id: str, created_s: int, decode: DecodeToken) -> bytes:
-    """Of /v1/chat/completions."""
+    """The body of /v1/chat/completions."""
     write = _chat_events if request.options.stream else _chat_object
     return write(turn, request, id=id, created_s=created_s, decode=decode)
 
@@ -88,7 +88,7 @@ def _chat_events(
 def completion_body(
     turn: Answer, request: CompletionRequest, *, id: str, created_s: int, text: str, decode: DecodeToken
 ) -> bytes:
-    """Of /v1/completions. `text`: of the sampled tokens."""
+    """The body of /v1/completions. `text`: of the sampled tokens."""
     options = request.options
     choice: dict[str, Any] = {
         "index": 0,
@@ -111,7 +111,7 @@ def completion_body(
 
 
 def tokens_body(turn: Answer, *, id: str) -> bytes:
-    """Of /inference/v1/generate."""
+    """The body of /inference/v1/generate."""
     tokens = turn.token_ids.tolist()
     logprobs: list[dict[str, Any]] = [
         {"token": f"token_id:{token}", "logprob": logprob, "bytes": None, "top_logprobs": []}

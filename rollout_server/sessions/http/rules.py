@@ -4,7 +4,7 @@
     /sessions/ID/...    the key of this session; 410 if it has ended
     everything else     as /sessions, and then 404
 
-A wrong key and an unknown id get the same answer, 401: who has no key learns no id, and not what has become
+A wrong key and an unknown id get the same response, 401: who has no key learns no id, and not what has become
 of a session. So a client of a session that this server does not know (any more) is told that its key is
 wrong, and not 404.
 """
@@ -70,7 +70,7 @@ class SessionRules:
 
     @contextlib.contextmanager
     def place(self, scope: Mapping[str, Any]) -> Iterator[Refusal | None]:
-        """While a request that `refusal` accepts is read and answered; gives the refusal if its session has
+        """While a request that `refusal` accepts is read and handled; gives the refusal if its session has
         too many: with its key alone a client would use all connections, and memory for as many bodies."""
         session = self._book.find(_session_id(scope["path"]))
         if session is None:

@@ -20,8 +20,8 @@ from areal_like.hosts import LOOPBACK
 from rollout_server.policy.sglang_client import STREAM_INTERVAL
 
 UNUSABLE_TOKENS = 8
-"""Of N tokens (`--context-length`, or the KV cache if that is smaller) SGLang 0.5.23 uses N - 2 for prompt
-and answer, and takes prompts of less than N - 6."""
+"""SGLang 0.5.23 uses N - 2 of N tokens (`--context-length`, or the KV cache if that is smaller) for prompt
+and completion, and takes prompts of less than N - 6."""
 _BEYOND_PROMPT = 6
 """The difference between the N tokens and SGLang's `max_req_input_len`."""
 _MAX_CPU_KV_TOKENS = 1 << 16

@@ -3,7 +3,7 @@
 The environment is separate because SGLang pins versions of torch and transformers. A process that this server
 has started is ended with SIGKILL: it holds no state that is needed later, and it reacts to a request to drain
 only after up to five seconds. An engine at a URL is reset at every start, because an earlier client may have
-left it paused, in an update session or with other weights. It counts as lost when it stops answering;
+left it paused, in an update session or with other weights. It counts as lost when it stops responding;
 "restarting" it means resetting it again.
 """
 
@@ -48,7 +48,7 @@ BUILT_PYTHON = Path("areal_like/sglang/bin/python")
 _POLL_S = 0.5
 _PROBE_S = 2.0
 _LOST_AFTER_S = 15.0
-"""An engine at a URL that has not answered for this long is lost."""
+"""An engine at a URL that has not responded for this long is lost."""
 _CHECK_TIMEOUT_S = 60.0
 _PORTS = {"http": 80, "https": 443}
 _MODULE_CHECK = "import importlib.util, sys; sys.exit(importlib.util.find_spec('sglang') is None)"
@@ -239,11 +239,11 @@ class SglangAtUrl(_LoadsInPlace):
         """
         loop = asyncio.get_running_loop()
         async with EngineClient(self._url, **self._access) as probe:
-            answered_s, num_refused = loop.time(), 0
-            while loop.time() - answered_s < _LOST_AFTER_S:
+            responded_s, num_refused = loop.time(), 0
+            while loop.time() - responded_s < _LOST_AFTER_S:
                 try:
                     await probe.model_info()
-                    answered_s, num_refused = loop.time(), 0
+                    responded_s, num_refused = loop.time(), 0
                 except EngineError:
                     # Check for a closed port, to return early: each lease taken in the meantime would fail at
                     # once and use up one of its ticket's retries.
@@ -271,7 +271,7 @@ class SglangAtUrl(_LoadsInPlace):
         )
         await client.fetch_info()
         await client.abort()
-        with contextlib.suppress(EngineError):  # SGLang answers 400 if no session is open
+        with contextlib.suppress(EngineError):  # SGLang responds with 400 if no session is open
             await client.end_weight_update(timeout_s=_PROBE_S)
         await client.update_weights_from_disk(
             self._model, weight_version=version, timeout_s=start_limit_s(self._config)
@@ -295,7 +295,7 @@ def _tls_of(ca_file: str) -> ssl.SSLContext | None:
 
 
 async def _refuses(url: str) -> bool:
-    """True if the host refuses connections at every address; False if it does not answer at all."""
+    """True if the host refuses connections at every address; False if it does not respond at all."""
     parts, loop = urlsplit(url), asyncio.get_running_loop()
     num_refused = 0
     try:
