@@ -30,9 +30,10 @@ from rollout_server.sample.transcript import Transcript
 from rollout_server.weights.checkpoint_shapes import CheckpointShapes
 from rollout_server.weights.in_place import SglangWeightUpdate
 from rollout_server.weights.strategy import WeightPush
-from tests.support.engine_conformance import PROMPT, TOLERANCE, until_running
+from tests.support.engine_conformance import PROMPT, until_running
 from tests.support.engine_harness import (
     CONTEXT,
+    TOLERANCE,
     VOCAB,
     Engine,
     Models,

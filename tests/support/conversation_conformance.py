@@ -21,9 +21,9 @@ from rollout_server.rendering.base import ChatRenderer, ParsedReply, ToolSchema
 from rollout_server.sample.base import PolicyClient
 from rollout_server.sample.conversation import Conversation
 from rollout_server.sample.scoring import Outcome
-from tests.support.engine_conformance import TOLERANCE
 from tests.support.engine_harness import (
     EOS,
+    TOLERANCE,
     VOCAB,
     Engine,
     PieceTokenizer,

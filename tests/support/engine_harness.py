@@ -52,6 +52,8 @@ VOCAB = 100
 EOS = 2
 CONTEXT = 2048
 API_KEY = "a key of the tests"
+TOLERANCE = 1e-4
+"""Of log-probs in float32."""
 KINDS = ("llama", "qwen2", "qwen3", "gpt2", "qwen3_moe")
 
 Models = tuple[Path, Path]
