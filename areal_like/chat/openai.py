@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from areal_like.http.bodies import ParamError, flag, number
+from areal_like.http.bodies import ParamError, flag, integer
 
 MAX_MESSAGES = 4096
 MAX_TOOLS = 1024
@@ -98,7 +98,7 @@ def parse_options(body: Mapping[str, Any], rules: ChatRules) -> RequestOptions:
     if not isinstance(stream_options, Mapping):
         raise ParamError("stream_options must be an object", param="stream_options")
     limits = [
-        int(number(body, name, 0, low=1, high=1 << 30, integer=True))
+        integer(body, name, 0, low=1, high=1 << 30)
         for name in ("max_tokens", "max_completion_tokens")
         if body.get(name) is not None
     ]

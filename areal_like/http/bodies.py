@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from areal_like.errors import UserError
 from areal_like.wire.unpacking import unpack
+
+D = TypeVar("D", int, None)
 
 _MAX_DEPTH = 64
 MAX_CONTAINERS = 1 << 17
@@ -71,31 +73,40 @@ def parse_packed_object(content: bytes) -> dict[str, Any]:
 
 
 def number(
-    body: Mapping[str, Any],
-    name: str,
-    default: float,
-    *,
-    low: float,
-    high: float = math.inf,
-    integer: bool = False,
+    body: Mapping[str, Any], name: str, default: float, *, low: float, high: float = math.inf
 ) -> float:
     """A number from `low` to `high`; `default` where the field is absent or null."""
-    value = body.get(name)
-    if value is None:
-        return default
-    kinds = (int,) if integer else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
-        kind = "an integer" if integer else "a number"
-        bound = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:.12g}"
-        raise ParamError(f"{name} must be {kind} {bound}, got {value!r}", param=name)
-    return value
+    return _bounded(body, name, default, low=low, high=high, kinds=(int, float), kind="a number")
+
+
+def integer(body: Mapping[str, Any], name: str, default: D, *, low: float, high: float = math.inf) -> int | D:
+    """An integer from `low` to `high`; `default` where the field is absent or null."""
+    return _bounded(body, name, default, low=low, high=high, kinds=(int,), kind="an integer")
 
 
 def required_integer(body: Mapping[str, Any], name: str, *, high: int = 1 << 20) -> int:
     """An integer from 0 to `high`, without a default."""
+    if body.get(name) is None:
+        raise ParamError(f"{name} must be an integer between 0 and {high}, got None", param=name)
+    return integer(body, name, 0, low=0, high=high)
+
+
+def _bounded(
+    body: Mapping[str, Any],
+    name: str,
+    default: Any,
+    *,
+    low: float,
+    high: float,
+    kinds: tuple[type, ...],
+    kind: str,
+) -> Any:
     value = body.get(name)
-    if type(value) is not int or not 0 <= value <= high:
-        raise ParamError(f"{name} must be an integer between 0 and {high}, got {value!r}", param=name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+        bound = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:.12g}"
+        raise ParamError(f"{name} must be {kind} {bound}, got {value!r}", param=name)
     return value
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from areal_like.errors import EngineError
 from areal_like.weights.buckets import Bucket
 from areal_like.weights.integrity import BucketSums
+from areal_like.wire.messages.weights import FormGroup
 from rollout_server.policy.batcher import GenerateBatcher
 from rollout_server.policy.http import EngineHttp
 from rollout_server.policy.types import (
@@ -160,35 +161,23 @@ class EngineClient:
 
     # Weights
 
-    async def init_weights_group(
-        self,
-        *,
-        master_address: str,
-        master_port: int,
-        rank_offset: int,
-        world_size: int,
-        group_name: str,
-        backend: str,
-        timeout_s: float,
-        secret: str = "",
-    ) -> None:
+    async def init_weights_group(self, form: FormGroup) -> None:
         """Joins a weight group, which rank 0 must do at the same time; returns once all have joined.
 
-        `secret`: key of the group's rendezvous, for an engine with `info.authenticates_store`.
+        `form.secret`: for an engine with `info.authenticates_store` only.
         """
         body = {
-            "master_address": master_address,
-            "master_port": master_port,
-            "rank_offset": rank_offset,
-            "world_size": world_size,
-            "group_name": group_name,
-            "backend": backend,
-            "timeout_s": timeout_s,
-            **({"secret": secret} if secret else {}),
+            "master_address": form.master_address,
+            "master_port": form.master_port,
+            "rank_offset": form.rank,
+            "world_size": form.world_size,
+            "group_name": form.group_name,
+            "backend": form.backend,
+            "timeout_s": form.timeout_s,
+            **({"secret": form.secret} if form.secret else {}),
         }
-        await self._http.call(
-            "POST", "/init_weights_update_group", body, timeout_s=timeout_s + self._connect_timeout_s
-        )
+        timeout_s = form.timeout_s + self._connect_timeout_s
+        await self._http.call("POST", "/init_weights_update_group", body, timeout_s=timeout_s)
 
     async def destroy_weights_group(self, *, group_name: str) -> None:
         """Leaves the group. Raises EngineError if the engine is not in it."""

@@ -332,16 +332,7 @@ class WeightReceiver:
         # Recorded before joining: after a cancelled rendezvous the group still has to be left.
         self._group_name, self._group_peer, self._sent_checksums = request.group_name, peer, None
         with self._cancellable():
-            await engine.init_weights_group(
-                master_address=request.master_address,
-                master_port=request.master_port,
-                rank_offset=request.rank,
-                world_size=request.world_size,
-                group_name=request.group_name,
-                backend=request.backend,
-                timeout_s=request.timeout_s,
-                secret=request.secret,
-            )
+            await engine.init_weights_group(request)
 
     async def _leave_group(self, engine: EngineClient) -> None:
         group_name, self._group_name = self._group_name, ""

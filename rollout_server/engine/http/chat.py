@@ -24,7 +24,7 @@ from starlette.responses import JSONResponse, Response
 from areal_like.chat import openai
 from areal_like.chat.openai import ChatRequest, ChatRules, chat_choice, chat_delta, chat_head
 from areal_like.errors import ArealError, ConfigError, EngineError, EpisodeError, UserError
-from areal_like.http.bodies import ParamError, number, parse_bounded_object
+from areal_like.http.bodies import ParamError, integer, parse_bounded_object
 from areal_like.http.streams import END_OF_EVENTS, encode_event
 from areal_like.trajectory import FinishReason
 from rollout_server.engine.http.generate_request import RequestLimits, parse_generate
@@ -88,15 +88,14 @@ def parse_sampled_chat(body: Mapping[str, Any]) -> SampledChat:
             f"chat_template_kwargs: {', '.join(refused)} are not settings of a template",
             param="chat_template_kwargs",
         )
-    number(body, "n", 1, low=1, high=MAX_CHOICES, integer=True)
+    integer(body, "n", 1, low=1, high=MAX_CHOICES)
     params = {name: body[name] for name in _SAME_NAME if body.get(name) is not None}
     if not isinstance(params.get("stop_token_ids", []), list):
         raise ParamError("stop_token_ids must be a list of token ids", param="stop_token_ids")
     if chat.options.max_new_tokens is not None:
         params["max_new_tokens"] = chat.options.max_new_tokens
-    if body.get("seed") is not None:
-        seed = number(body, "seed", 0, low=-(1 << 63), high=(1 << 64) - 1, integer=True)
-        params["sampling_seed"] = int(seed)
+    if (seed := integer(body, "seed", None, low=-(1 << 63), high=(1 << 64) - 1)) is not None:
+        params["sampling_seed"] = seed
     return SampledChat(chat=chat, template_kwargs=kwargs, sampling_params=params)
 
 

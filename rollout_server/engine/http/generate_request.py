@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from areal_like.errors import UserError
-from areal_like.http.bodies import flag, number
+from areal_like.http.bodies import flag, integer, number
 from areal_like.http.streams import unpack_tokens
 from rollout_server.engine.scheduler import SamplingParams, Sequence
 
@@ -146,7 +146,7 @@ def parse_score(body: Mapping[str, Any], limits: RequestLimits) -> ScoreRequest 
     if not isinstance(tokens, list) or not tokens or isinstance(tokens[0], (list, bytes)):
         raise UserError("logprob_start_len: give one prompt of token ids in input_ids")
     check_tokens(tokens, limits, name="input_ids")
-    start = int(number(body, "logprob_start_len", 0, low=0, integer=True))
+    start = integer(body, "logprob_start_len", 0, low=0)
     if (
         not isinstance(params, dict)
         or params.get("max_new_tokens") != 0
@@ -206,7 +206,7 @@ def _sampling_params(raw: Any, prompt: Any, limits: RequestLimits) -> tuple[Samp
         raise UserError("sampling_params must be an object")
     _check_supported(raw)
     room = limits.context_length - len(prompt)
-    max_new_tokens = number(raw, "max_new_tokens", min(DEFAULT_NEW_TOKENS, room), low=1, integer=True)
+    max_new_tokens = integer(raw, "max_new_tokens", min(DEFAULT_NEW_TOKENS, room), low=1)
     if max_new_tokens > room:
         raise UserError(
             f"{len(prompt)} prompt tokens and max_new_tokens={max_new_tokens} "
@@ -218,27 +218,23 @@ def _sampling_params(raw: Any, prompt: Any, limits: RequestLimits) -> tuple[Samp
     check_tokens(stops, limits, name="stop_token_ids")
     if not flag(raw, "ignore_eos"):
         stops = [*stops, *limits.eos_token_ids]
-    top_k = int(number(raw, "top_k", -1, low=-1, integer=True))
+    top_k = integer(raw, "top_k", -1, low=-1)
     if top_k == 0:
         raise UserError("top_k must be at least 1, or -1 for no limit")
     top_p = number(raw, "top_p", 1.0, low=0, high=1)
     if top_p == 0:
         raise UserError("top_p must be above 0 and at most 1")
-    temperature = number(raw, "temperature", 1.0, low=0, high=1e4)
-    min_p = number(raw, "min_p", 0.0, low=0, high=1)
-    interval = number(raw, "stream_interval", 0, low=1, high=1 << 30, integer=True)
-    seed = number(raw, "sampling_seed", 0, low=-(1 << 63), high=(1 << 64) - 1, integer=True)
     params = SamplingParams(
-        max_new_tokens=int(max_new_tokens),
-        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        temperature=number(raw, "temperature", 1.0, low=0, high=1e4),
         top_p=top_p,
         top_k=top_k,
-        min_p=min_p,
+        min_p=number(raw, "min_p", 0.0, low=0, high=1),
         stop_token_ids=tuple(dict.fromkeys(stops)),
-        sampling_seed=None if raw.get("sampling_seed") is None else int(seed),
-        stream_interval=int(interval),
+        sampling_seed=integer(raw, "sampling_seed", None, low=-(1 << 63), high=(1 << 64) - 1),
+        stream_interval=integer(raw, "stream_interval", 0, low=1, high=1 << 30),
     )
-    return params, int(number(raw, "n", 1, low=1, high=MAX_SEQUENCES, integer=True))
+    return params, integer(raw, "n", 1, low=1, high=MAX_SEQUENCES)
 
 
 def _check_supported(raw: Mapping[str, Any]) -> None:

@@ -25,7 +25,7 @@ from rollout_server.engine.http.chat import ChatRoutes
 from rollout_server.engine.http.generate_request import RequestLimits
 from rollout_server.engine.http.generation_routes import GenerationRoutes
 from rollout_server.engine.http.protocol import failure, success
-from rollout_server.engine.http.weight_routes import WeightRoutes, WeightSources
+from rollout_server.engine.http.weight_routes import WeightRoutes
 from rollout_server.engine.loop import EngineLoop
 from rollout_server.engine.metrics import EngineCollector, update_numbers, watch_latencies
 from rollout_server.engine.options import ProcessOptions
@@ -58,11 +58,7 @@ class EngineServer:
         watch_latencies(loop, self._registry)
         generation = GenerationRoutes(loop, limits)
         chat = ChatRoutes(loop, limits, model_path=options.model_path)
-        weights = WeightRoutes(
-            updater,
-            default_timeout_s=options.weights_timeout_s,
-            sources=WeightSources(options.model_path, options.weights_from),
-        )
+        weights = WeightRoutes(updater, options)
         post: dict[str, BodyHandler] = {
             "/abort_request": generation.abort,
             "/pause_generation": generation.pause,

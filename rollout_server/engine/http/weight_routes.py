@@ -16,7 +16,7 @@ single request.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,41 +26,21 @@ from areal_like.errors import UserError
 from areal_like.http.bodies import ParamError, one_of, required_integer, text
 from areal_like.weights.buckets import Bucket
 from rollout_server.engine.http.protocol import success
+from rollout_server.engine.options import ProcessOptions
 from rollout_server.engine.weights.updater import WeightUpdater
 
 DEFAULT_GROUP = "weight_update_group"
 _MAX_TIMEOUT_S = 86400.0
 
 
-class WeightSources:
-    """The places on this machine that weights may be loaded from."""
-
-    def __init__(self, model_path: str, directories: Sequence[str]) -> None:
-        """`model_path`: directory or hub name; `directories`: all that is below them is allowed."""
-        self._model_path = model_path
-        self._directories = [Path(directory).expanduser().resolve() for directory in directories]
-
-    def check(self, path: str) -> None:
-        """Raises UserError for every other path. Links are followed before the comparison."""
-        if path == self._model_path:
-            return
-        try:
-            resolved = Path(path).expanduser().resolve()
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"model_path={path!r}: {error}") from None
-        if not any(resolved.is_relative_to(directory) for directory in self._directories):
-            raise UserError(
-                f"model_path={path!r} is neither the engine's model nor below --weights-from: refused"
-            )
-
-
 class WeightRoutes:
     """Handlers of the weight update endpoints."""
 
-    def __init__(self, updater: WeightUpdater, *, default_timeout_s: float, sources: WeightSources) -> None:
+    def __init__(self, updater: WeightUpdater, options: ProcessOptions) -> None:
         self._updater = updater
-        self._default_timeout_s = default_timeout_s
-        self._sources = sources
+        self._default_timeout_s = options.weights_timeout_s
+        self._model_path = options.model_path
+        self._directories = [Path(directory).expanduser().resolve() for directory in options.weights_from]
 
     async def init_group(self, body: dict[str, Any]) -> Response:
         """/init_weights_update_group."""
@@ -91,25 +71,27 @@ class WeightRoutes:
         load_format = body.get("load_format")
         if load_format not in (None, "flattened_bucket"):
             raise UserError(f"load_format must be null or flattened_bucket, got {load_format!r}")
-        checksum = await self._updater.receive(
-            Bucket.from_dict(body),
+        sums = await self._updater.receive(
+            [Bucket.from_dict(body)],
             group_name=text(body, "group_name", DEFAULT_GROUP),
             flattened=load_format is not None,
             version=_weight_version(body),
             timeout_s=_timeout(body, self._default_timeout_s),
         )
-        return success("received", checksum=checksum)
+        return success("received", checksum=next(iter(sums.checksums), None))
 
     async def receive_all(self, body: dict[str, Any]) -> Response:
         """/receive_weights."""
         buckets = body.get("buckets")
         if not isinstance(buckets, list) or not all(isinstance(bucket, dict) for bucket in buckets):
             raise UserError("buckets must be a list of objects")
-        sums = await self._updater.receive_all(
-            [Bucket.from_dict(bucket) for bucket in buckets],
-            group_name=text(body, "group_name", DEFAULT_GROUP),
-            timeout_s=_timeout(body, self._default_timeout_s),
-            integrity=one_of(body, "integrity", ("none", "sha256")),
+        parsed = [Bucket.from_dict(bucket) for bucket in buckets]
+        group_name = text(body, "group_name", DEFAULT_GROUP)
+        timeout_s = _timeout(body, self._default_timeout_s)
+        integrity = one_of(body, "integrity", ("none", "sha256"))
+        await self._updater.begin()
+        sums = await self._updater.receive(
+            parsed, group_name=group_name, timeout_s=timeout_s, integrity=integrity
         )
         return success("received", checksums=sums.checksums, digests=sums.digests)
 
@@ -121,9 +103,22 @@ class WeightRoutes:
     async def load_from_disk(self, body: dict[str, Any]) -> Response:
         """/update_weights_from_disk."""
         path, version = text(body, "model_path"), _weight_version(body)
-        self._sources.check(path)
+        self._check_source(path)
         stall_s = await self._updater.load_from_disk(path, version=version, recompute=_recomputes(body))
         return success("active", stall_s=stall_s)
+
+    def _check_source(self, path: str) -> None:
+        """Raises UserError unless weights may be loaded from there. Links are followed first."""
+        if path == self._model_path:
+            return
+        try:
+            resolved = Path(path).expanduser().resolve()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"model_path={path!r}: {error}") from None
+        if not any(resolved.is_relative_to(directory) for directory in self._directories):
+            raise UserError(
+                f"model_path={path!r} is neither the engine's model nor below --weights-from: refused"
+            )
 
 
 def _timeout(body: Mapping[str, Any], default_s: float) -> float:

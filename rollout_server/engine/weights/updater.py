@@ -107,9 +107,8 @@ class WeightUpdater:
         CLOSED -> begin -> OPEN -> receive (repeated) -> end -> verified: weights swapped -> CLOSED
                                                              -> any error: active weights stay -> CLOSED
 
-    `begin` in state OPEN discards the update and opens another. `receive_all` and `load_from_disk` call
-    `begin` themselves. An error in a bucket makes the call that received it fail, and later `end` with the
-    message of the first error.
+    `begin` in state OPEN discards the update and opens another. `load_from_disk` calls it itself. An error in
+    a bucket makes the call that received it fail, and later `end` with the message of the first error.
     """
 
     def __init__(self, loop: EngineLoop, facts: ModelFacts) -> None:
@@ -221,48 +220,23 @@ class WeightUpdater:
         self._update = _OpenUpdate(BucketReceiver(weights, self._facts, buffers))
 
     async def receive(
-        self, bucket: Bucket, *, group_name: str, flattened: bool, version: str, timeout_s: float
-    ) -> int | None:
-        """Receives one bucket, in the order of the calls; returns its checksum if it is flattened.
-
-        `timeout_s`: of each broadcast. Raises WeightSyncError; the update can then no longer be activated.
-        """
-        update = self._open_update()
-        sums = await self._receive(
-            update, [bucket], group_name=group_name, flattened=flattened, timeout_s=timeout_s
-        )
-        update.version = version or update.version
-        return sums.checksums[0] if flattened else None
-
-    async def receive_all(
-        self, buckets: Sequence[Bucket], *, group_name: str, timeout_s: float, integrity: str
-    ) -> BucketSums:
-        """Opens an update and receives all its flattened buckets; returns their sums.
-
-        `integrity`: `none`, or `sha256` for sums with digests.
-        `timeout_s`: of all broadcasts together. Raises WeightSyncError; the update can then no longer be
-        activated.
-        """
-        await self.begin()
-        return await self._receive(
-            self._open_update(),
-            buckets,
-            group_name=group_name,
-            flattened=True,
-            timeout_s=timeout_s,
-            integrity=integrity,
-        )
-
-    async def _receive(
         self,
-        update: _OpenUpdate,
         buckets: Sequence[Bucket],
         *,
         group_name: str,
-        flattened: bool,
         timeout_s: float,
+        flattened: bool = True,
+        version: str = "",
         integrity: str = "none",
     ) -> BucketSums:
+        """Receives buckets into the open update, in the order of the calls; returns their sums.
+
+        `timeout_s`: of all broadcasts together. `flattened`: False for one bucket whose tensors come one by
+        one, which has no sums; `timeout_s` is then that of each. `version`: of the update; empty: `end` has
+        it. `integrity`: `none`, or `sha256` for sums with digests. Raises WeightSyncError; the update can
+        then no longer be activated.
+        """
+        update = self._open_update()
         receiver = update.receiver
         group = self._groups.get(group_name)
         if group is None:
@@ -294,6 +268,7 @@ class WeightUpdater:
         finally:
             update.num_receiving -= 1
             self._reclaim(update)
+        update.version = version or update.version
         return sums
 
     async def end(self, *, version: str, recompute: bool) -> float:

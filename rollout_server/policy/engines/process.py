@@ -75,12 +75,6 @@ class EngineProcess(ABC):
         """Process id; 0 when stopped."""
         return self._process.pid if self._process is not None else 0
 
-    @abstractmethod
-    def weight_update_strategy(
-        self, *, gate: GenerationGate, on_quarantine: OnQuarantine, on_untrusted: OnUntrusted
-    ) -> WeightUpdateStrategy:
-        """The strategy that updates this engine's weights from version to version."""
-
     @property
     def is_running(self) -> bool:
         """True while the process runs."""

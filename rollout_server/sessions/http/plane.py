@@ -107,13 +107,7 @@ class SessionPlane:
         self.serving.cancel()
 
     def _internal(self) -> tuple[HttpServer, socket.socket]:
-        rules = SessionRules(
-            self._book,
-            hosts=host_names(_LOOPBACK),
-            role_of=self._role_of,
-            takes_claims=False,
-            most_requests=self._requests_of_a_session,
-        )
+        rules = self._rules(host_names(_LOOPBACK), takes_claims=False)
         listener = self._bound(_LOOPBACK, 0)
         self.internal_url = f"http://{_LOOPBACK}:{listener.getsockname()[1]}"
         return self._server(rules, max_connections=self._connections_of_samples), listener
@@ -124,13 +118,7 @@ class SessionPlane:
         require_loopback_or_keys(security, host, setting="sessions.host")
         certificate, private_key = tls_files(security)
         others = [*security.allowed_hosts, sessions.advertise_host, self._config.rollout.advertise_host]
-        rules = SessionRules(
-            self._book,
-            hosts=host_names(host, others=others),
-            role_of=self._role_of,
-            takes_claims=True,
-            most_requests=self._requests_of_a_session,
-        )
+        rules = self._rules(host_names(host, others=others), takes_claims=True)
         server = self._server(
             rules,
             max_connections=self._connections_of_samples + MAX_WAITING,
@@ -154,6 +142,15 @@ class SessionPlane:
         """At the same time: one for each turn that it may have, if others keep half of the connections."""
         turns = min(self._config.episode.max_turns, self._connections_of_samples // 2)
         return max(turns, _SPARE_CONNECTIONS)
+
+    def _rules(self, hosts: frozenset[str], *, takes_claims: bool) -> SessionRules:
+        return SessionRules(
+            self._book,
+            hosts=hosts,
+            role_of=self._role_of,
+            takes_claims=takes_claims,
+            most_requests=self._requests_of_a_session,
+        )
 
     def _server(
         self, rules: SessionRules, *, max_connections: int, certificate: str = "", private_key: str = ""

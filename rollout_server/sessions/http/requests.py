@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from areal_like.chat.openai import ChatRules, RequestOptions, parse_options
-from areal_like.http.bodies import ParamError, flag, number
+from areal_like.http.bodies import ParamError, flag, integer
 
 _NOTHING: tuple[Any, ...] = ([], {}, "", False)
 _IGNORED = (
@@ -72,7 +72,7 @@ def parse_completion(body: Mapping[str, Any], rules: ChatRules) -> CompletionReq
     if isinstance(logprobs, bool):  # as vLLM takes it
         logprobs = 1 if logprobs else None
     else:
-        number(body, "logprobs", 0, low=0, high=_MAX_LOGPROBS, integer=True)
+        integer(body, "logprobs", 0, low=0, high=_MAX_LOGPROBS)
     return CompletionRequest(
         options=parse_options(body, rules),
         prompt=_prompt(body.get("prompt")),

@@ -22,7 +22,7 @@ from rollout_server.policy.engines.supervisor import EngineSupervisor
 from tests.support import engine_conformance as conformance
 from tests.support import moved_clock, warm_start
 from tests.support.engine_conformance import until_running
-from tests.support.engine_harness import API_KEY, Models, engine_process, key_file, sample
+from tests.support.engine_harness import API_KEY, Models, engine_process, form_group, key_file, sample
 from tests.support.moved_clock import advance
 
 PROMPT = conformance.PROMPT
@@ -88,10 +88,7 @@ def test_sigterm_returns_partial_outputs_and_exits_0(models: Models) -> None:
             WeightGroup.create(world_size=2, group_name="w", timeout_s=3600) as group,
         ):
             async with EmbeddedClient(url, api_key=API_KEY) as client:
-                joining = client.init_weights_group(
-                    master_address=group.address, master_port=group.port, rank_offset=1, world_size=2,
-                    group_name="w", backend="gloo", timeout_s=3600,
-                )  # fmt: skip
+                joining = client.init_weights_group(form_group("w", port=group.port, timeout_s=3600))
                 await asyncio.gather(joining, asyncio.to_thread(group.connect))
                 await client.begin_weight_update()
                 (bucket,) = cut_buckets([spec_of("lm_head.weight", torch.zeros(4))], bucket_bytes=100)
