@@ -38,9 +38,9 @@ async def served_sessions(
         on_ignored=lambda name: book.num_ignored.update([name]),
     )
     plane = SessionPlane(
-        config,
-        _counted(app, book),
-        book,
+        config=config,
+        app=_counted(app, book),
+        book=book,
         keyring=runtime.keyring,
         index=server_index(runtime.name),
         needs_external=any(task.external for task in tasks),

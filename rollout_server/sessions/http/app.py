@@ -43,7 +43,7 @@ def session_app(
     `idle_timeout_s`: of a session, for external agents. `advertise_host`: in their base URL; empty: as
     they reached the server. `on_ignored` counts fields that have no effect."""
     claims = ClaimRoutes(
-        book,
+        book=book,
         advertise_host=advertise_host,
         sample_timeout_s=sample_timeout_s,
         idle_timeout_s=idle_timeout_s,

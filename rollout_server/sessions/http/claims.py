@@ -14,6 +14,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request
@@ -38,27 +39,23 @@ _DELIVERY_S = 10.0
 """Longest time for the response with a session; a client that reads more slowly does not get it."""
 
 
+@dataclass(eq=False, kw_only=True)
 class ClaimRoutes:
     """The endpoints of /sessions. Belongs to one event loop."""
 
-    def __init__(
-        self,
-        book: SessionBook,
-        *,
-        advertise_host: str,
-        sample_timeout_s: float | None,
-        idle_timeout_s: float,
-    ) -> None:
-        self._book = book
-        self._advertise_host = advertise_host
-        self._sample_timeout_s = sample_timeout_s
-        self._idle_timeout_s = idle_timeout_s
-        self._waiting: deque[asyncio.Future[None]] = deque()
-        book.on_waiting = self._wake
+    book: SessionBook
+    advertise_host: str
+    """In the base URL of a session; empty: as its client reached the server."""
+    sample_timeout_s: float | None
+    idle_timeout_s: float
+    _waiting: deque[asyncio.Future[None]] = field(default_factory=deque, init=False)
+
+    def __post_init__(self) -> None:
+        self.book.on_waiting = self._wake
 
     async def counts(self, request: Request) -> Response:
         """GET /sessions: how many wait, and how many are open."""
-        return JSONResponse({"waiting": self._book.num_waiting, "open": len(self._book.open)})
+        return JSONResponse({"waiting": self.book.num_waiting, "open": len(self.book.open)})
 
     async def claim(self, request: Request) -> Response | _Claimed:
         """POST /sessions."""
@@ -67,30 +64,30 @@ class ClaimRoutes:
         claimant = _claimant(request, body)
         if (held := self._held(claimant)) is not None:
             return held
-        session = self._book.offer() if not self._waiting else None
-        if session is None and wait_s and not self._book.is_closed:
+        session = self.book.offer() if not self._waiting else None
+        if session is None and wait_s and not self.book.is_closed:
             if len(self._waiting) >= MAX_WAITING:
                 return _none(f"{MAX_WAITING} clients wait for a session already")
             session = await self._wait(request, wait_s)
         if session is None:
             return _none(
                 "the server is ending: claim at another one, or after it has started again"
-                if self._book.is_closed
+                if self.book.is_closed
                 else "no session waits for an agent: all samples that the job needs now are being made"
             )
         if (held := self._held(claimant)) is not None:  # its other sessions have failed while it waited
-            self._book.take_back(session)
+            self.book.take_back(session)
             return held
         session.claimant = claimant
         try:
-            return _Claimed(session, self._described(request, session), book=self._book)
+            return _Claimed(session, self._described(request, session), book=self.book)
         except BaseException:
-            self._book.take_back(session)
+            self.book.take_back(session)
             raise
 
     def _held(self, claimant: Claimant) -> Response | None:
         """The refusal of a claimant whose sessions fail; None if it may have one."""
-        hold = self._book.claimants.hold(claimant, now_s=asyncio.get_running_loop().time())
+        hold = self.book.claimants.hold(claimant, now_s=asyncio.get_running_loop().time())
         if hold is None:
             return None
         if hold.is_refused:
@@ -103,7 +100,7 @@ class ClaimRoutes:
             first = self._waiting.popleft()
             if not first.done():
                 first.set_result(None)
-                if not self._book.is_closed:
+                if not self.book.is_closed:
                     return
 
     async def _wait(self, request: Request, wait_s: float) -> OpenSession | None:
@@ -116,9 +113,9 @@ class ClaimRoutes:
         try:
             while (left_s := end_s - loop.time()) > 0 and not gone.done():
                 await asyncio.wait({turn, gone}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
-                if gone.done() or not turn.done() or self._book.is_closed:
+                if gone.done() or not turn.done() or self.book.is_closed:
                     return None
-                if (session := self._book.offer()) is not None:
+                if (session := self.book.offer()) is not None:
                     return session
                 turn = loop.create_future()  # it was its turn, but the session has gone meanwhile
                 self._waiting.appendleft(turn)
@@ -127,13 +124,13 @@ class ClaimRoutes:
             gone.cancel()
             if turn in self._waiting:
                 self._waiting.remove(turn)
-            if turn.done() and self._book.num_waiting:
+            if turn.done() and self.book.num_waiting:
                 self._wake()  # of the next client, if this one has not taken what it was woken for
 
     def _described(self, request: Request, session: OpenSession) -> bytes:
         example = session.example
         port = request.url.port
-        host = self._advertise_host or request.url.hostname or "127.0.0.1"
+        host = self.advertise_host or request.url.hostname or "127.0.0.1"
         host = f"[{host}]" if ":" in host else host
         host = f"{host}:{port}" if port is not None else host
         shown: dict[str, Any] = {"split": session.split, "index": session.index}
@@ -151,8 +148,8 @@ class ClaimRoutes:
             "example": shown,
             "group": session.group,
             "sample": session.sample,
-            "deadline_s": self._sample_timeout_s,
-            "idle_timeout_s": self._idle_timeout_s,
+            "deadline_s": self.sample_timeout_s,
+            "idle_timeout_s": self.idle_timeout_s,
         }
         return json.dumps(described, separators=(",", ":")).encode()
 

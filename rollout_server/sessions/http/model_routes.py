@@ -15,18 +15,17 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from areal_like.chat.openai import ChatRules, RequestOptions, model_object, parse_chat
+from areal_like.chat.openai import ChatRequest, ChatRules, model_object, parse_chat
 from areal_like.http.bodies import parse_bounded_object
-from rollout_server.sample.conversation import Conversation
 from rollout_server.sample.turns import Answer
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.calls import Call
-from rollout_server.sessions.http.call_response import CallResponse, WriteBody, begin_call, session_of
+from rollout_server.sessions.http.call_response import CallResponse, begin_call, session_of
 from rollout_server.sessions.http.requests import CompletionRequest, parse_completion, parse_tokens
 from rollout_server.sessions.http.responses import chat_body, completion_body, tokens_body
 from rollout_server.sessions.open_session import OpenSession
 
-T = TypeVar("T")
+R = TypeVar("R", ChatRequest, CompletionRequest)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,87 +52,59 @@ class ModelRoutes:
 
     async def chat(self, request: Request) -> CallResponse:
         """/v1/chat/completions."""
-        session, content, chat = await self._read(request, parse_chat)
-
-        def write(call: Call, turn: Answer) -> bytes:
-            decode = session.conversation.decode
-            return chat_body(turn, chat, id=call.id, created_s=int(time.time()), decode=decode)
-
-        def ask() -> Coroutine[Any, Any, Answer]:
-            options = chat.options
-            return session.answer(
-                chat.messages, tools=chat.tools, stop=options.stop, max_new_tokens=options.max_new_tokens
-            )
-
-        return self._response(request, session, content, chat.options, ask, write)
+        return await self._served(request, parse_chat, _next_turn, chat_body)
 
     async def complete(self, request: Request) -> CallResponse:
         """/v1/completions."""
-        session, content, completion = await self._read(request, parse_completion)
-        conversation, options = session.conversation, completion.options
-
-        def write(call: Call, turn: Answer) -> bytes:
-            text = conversation.renderer.decode(turn.token_ids.tolist(), skip_special_tokens=True)
-            now_s, decode = int(time.time()), conversation.decode
-            return completion_body(turn, completion, id=call.id, created_s=now_s, text=text, decode=decode)
-
-        async def ask() -> Answer:
-            prompt = await _prompt_of(completion, conversation)
-            return await session.continue_tokens(
-                prompt, stop=options.stop, max_new_tokens=options.max_new_tokens
-            )
-
-        return self._response(request, session, content, options, ask, write)
+        return await self._served(request, parse_completion, _continuation, completion_body)
 
     async def generate(self, request: Request) -> CallResponse:
         """/inference/v1/generate."""
-        session, content, asked = await self._read(request, parse_tokens)
+        return await self._served(request, parse_tokens, _continuation, tokens_body)
 
-        def ask() -> Coroutine[Any, Any, Answer]:
-            return session.continue_tokens(
-                asked.token_ids, stop=asked.options.stop, max_new_tokens=asked.options.max_new_tokens
-            )
-
-        def write(call: Call, turn: Answer) -> bytes:
-            return tokens_body(turn, id=call.id)
-
-        return self._response(request, session, content, asked.options, ask, write)
-
-    async def _read(
-        self, request: Request, parse: Callable[[Mapping[str, Any], ChatRules], T]
-    ) -> tuple[OpenSession, bytes, T]:
-        session = session_of(request, self.book)
-        content = await request.body()
-        parsed = await session.conversation.large_work.run(
-            lambda: parse(parse_bounded_object(content), self.rules), size=len(content)
-        )
-        return session, content, parsed
-
-    def _response(
+    async def _served(
         self,
         request: Request,
-        session: OpenSession,
-        content: bytes,
-        options: RequestOptions,
-        ask: Callable[[], Coroutine[Any, Any, Answer]],
-        write: WriteBody,
+        parse: Callable[[Mapping[str, Any], ChatRules], R],
+        sample: Callable[[OpenSession, R], Coroutine[Any, Any, Answer]],
+        write: Callable[..., bytes],
     ) -> CallResponse:
-        for name in options.ignored:
+        """Parses a body, and samples and writes its turn. `write`: one of those in `responses`."""
+        session = session_of(request, self.book)
+        conversation, content = session.conversation, await request.body()
+        parsed = await conversation.large_work.run(
+            lambda: parse(parse_bounded_object(content), self.rules), size=len(content)
+        )
+        for name in parsed.options.ignored:
             self.on_ignored(name)
-        call = begin_call(request, session, content, ask)
-        return CallResponse(call, write, is_stream=options.stream, keep_alive_s=self.keep_alive_s)
+
+        def body_of(call: Call, turn: Answer) -> bytes:
+            return write(turn, parsed, id=call.id, created_s=int(time.time()), conversation=conversation)
+
+        call = begin_call(request, session, content, lambda: sample(session, parsed))
+        is_stream = parsed.options.stream
+        return CallResponse(call, body_of, is_stream=is_stream, keep_alive_s=self.keep_alive_s)
 
     def _described(self, name: str) -> dict[str, Any]:
         return model_object(name, max_context=self.max_context)
 
 
-async def _prompt_of(request: CompletionRequest, conversation: Conversation) -> list[int]:
-    """The prompt; a text is tokenized as it is, without a chat template."""
-    prompt, tokenizer = request.prompt, conversation.renderer.tokenizer
-    if not isinstance(prompt, str):
-        return prompt
+async def _next_turn(session: OpenSession, chat: ChatRequest) -> Answer:
+    options = chat.options
+    return await session.answer(
+        chat.messages, tools=chat.tools, stop=options.stop, max_new_tokens=options.max_new_tokens
+    )
 
-    def tokenized() -> list[int]:
-        return list(tokenizer(prompt, add_special_tokens=request.add_special_tokens)["input_ids"])
 
-    return await conversation.large_work.run(tokenized, size=len(prompt))
+async def _continuation(session: OpenSession, request: CompletionRequest) -> Answer:
+    """The turn after a prompt; a text is tokenized as it is, without a chat template."""
+    prompt, conversation = request.prompt, session.conversation
+    if isinstance(prompt, str):
+        text, tokenizer = prompt, conversation.renderer.tokenizer
+
+        def tokenized() -> list[int]:
+            return list(tokenizer(text, add_special_tokens=request.add_special_tokens)["input_ids"])
+
+        prompt = await conversation.large_work.run(tokenized, size=len(text))
+    options = request.options
+    return await session.continue_tokens(prompt, stop=options.stop, max_new_tokens=options.max_new_tokens)

@@ -45,21 +45,14 @@ def session_rules(model: str) -> ChatRules:
 
 @dataclass(frozen=True, kw_only=True)
 class CompletionRequest:
-    """A checked body of /v1/completions."""
+    """A checked body of /v1/completions or /inference/v1/generate."""
 
     options: RequestOptions
     prompt: str | list[int]
-    add_special_tokens: bool
+    """A text, or token ids."""
+    add_special_tokens: bool = False
     """The tokenizer puts its BOS before a text; as in vLLM."""
-    logprobs: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenRequest:
-    """A checked body of /inference/v1/generate."""
-
-    options: RequestOptions
-    token_ids: list[int]
+    logprobs: bool = True
 
 
 def parse_completion(body: Mapping[str, Any], rules: ChatRules) -> CompletionRequest:
@@ -81,7 +74,7 @@ def parse_completion(body: Mapping[str, Any], rules: ChatRules) -> CompletionReq
     )
 
 
-def parse_tokens(body: Mapping[str, Any], rules: ChatRules) -> TokenRequest:
+def parse_tokens(body: Mapping[str, Any], rules: ChatRules) -> CompletionRequest:
     """Checks a body of /inference/v1/generate. Raises UserError for the first error."""
     params = body.get("sampling_params")
     if params is None:
@@ -94,8 +87,8 @@ def parse_tokens(body: Mapping[str, Any], rules: ChatRules) -> TokenRequest:
     if flag(body, "stream"):
         raise ParamError("stream is not supported here: the response is one object", param="stream")
     fields = {**params, "model": body.get("model"), "stream": False}
-    return TokenRequest(
-        options=parse_options(fields, rules), token_ids=_token_ids(body.get("token_ids"), "token_ids")
+    return CompletionRequest(
+        options=parse_options(fields, rules), prompt=_token_ids(body.get("token_ids"), "token_ids")
     )
 
 

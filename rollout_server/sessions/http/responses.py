@@ -21,20 +21,28 @@ from areal_like.chat.openai import (
 )
 from areal_like.http.streams import END_OF_EVENTS, encode_event
 from areal_like.trajectory import FinishReason
+from rollout_server.sample.conversation import Conversation
 from rollout_server.sample.turns import Answer
 from rollout_server.sessions.http.requests import CompletionRequest
 
 DecodeToken = Callable[[int], str]
 
 
-def chat_body(turn: Answer, request: ChatRequest, *, id: str, created_s: int, decode: DecodeToken) -> bytes:
+def chat_body(
+    turn: Answer, request: ChatRequest, *, id: str, created_s: int, conversation: Conversation
+) -> bytes:
     """The body of /v1/chat/completions."""
+    head = chat_head(id=id, created_s=created_s, model=request.options.model, is_chunk=request.options.stream)
+    logprobs = None
+    if request.logprobs:
+        content = chat_logprobs(turn.token_ids.tolist(), turn.logprobs.tolist(), conversation.decode)
+        logprobs = {"content": content, "refusal": None}
     write = _chat_events if request.options.stream else _chat_object
-    return write(turn, request, id=id, created_s=created_s, decode=decode)
+    return write(turn, request, head, logprobs)
 
 
 def _chat_object(
-    turn: Answer, request: ChatRequest, *, id: str, created_s: int, decode: DecodeToken
+    turn: Answer, request: ChatRequest, head: dict[str, Any], logprobs: dict[str, Any] | None
 ) -> bytes:
     reply = turn.reply
     message: dict[str, Any] = {
@@ -46,9 +54,7 @@ def _chat_object(
     for name in ("reasoning_content", "tool_calls"):
         if name in reply.message:
             message[name] = reply.message[name]
-    logprobs = _chat_logprobs(turn, decode) if request.logprobs else None
     choice = chat_choice(0, message, reason=_chat_reason(turn), logprobs=logprobs)
-    head = chat_head(id=id, created_s=created_s, model=request.options.model, is_chunk=False)
     body = {**head, "choices": [choice], "usage": _usage(turn)}
     if request.options.return_token_ids:
         body["prompt_token_ids"] = turn.prompt_ids.tolist()
@@ -57,10 +63,9 @@ def _chat_object(
 
 
 def _chat_events(
-    turn: Answer, request: ChatRequest, *, id: str, created_s: int, decode: DecodeToken
+    turn: Answer, request: ChatRequest, head: dict[str, Any], logprobs: dict[str, Any] | None
 ) -> bytes:
     reply = turn.reply
-    head = chat_head(id=id, created_s=created_s, model=request.options.model, is_chunk=True)
     if request.options.include_usage:
         head["usage"] = None
     deltas: list[dict[str, Any]] = [{"role": "assistant", "content": None if reply.tool_calls else ""}]
@@ -73,8 +78,7 @@ def _chat_events(
     choices = [chat_delta(0, delta) for delta in deltas]
     last = chat_delta(0, {}, reason=_chat_reason(turn))
     # Tokens and texts do not begin and end at the same places: the first chunk has the tokens.
-    if request.logprobs:
-        choices[0]["logprobs"] = _chat_logprobs(turn, decode)
+    choices[0]["logprobs"] = logprobs
     if request.options.return_token_ids:
         choices[0]["token_ids"] = turn.token_ids.tolist()
     events = [{**head, "choices": [choice]} for choice in (*choices, last)]
@@ -86,13 +90,13 @@ def _chat_events(
 
 
 def completion_body(
-    turn: Answer, request: CompletionRequest, *, id: str, created_s: int, text: str, decode: DecodeToken
+    turn: Answer, request: CompletionRequest, *, id: str, created_s: int, conversation: Conversation
 ) -> bytes:
-    """The body of /v1/completions. `text`: of the sampled tokens."""
-    options = request.options
+    """The body of /v1/completions."""
+    options, decode = request.options, conversation.decode
     choice: dict[str, Any] = {
         "index": 0,
-        "text": text,
+        "text": conversation.renderer.decode(turn.token_ids.tolist(), skip_special_tokens=True),
         "logprobs": _completion_logprobs(turn, decode) if request.logprobs else None,
         "finish_reason": _reason(turn),
     }
@@ -110,7 +114,9 @@ def completion_body(
     return b"".join(map(encode_event, events)) + END_OF_EVENTS
 
 
-def tokens_body(turn: Answer, *, id: str) -> bytes:
+def tokens_body(
+    turn: Answer, request: CompletionRequest, *, id: str, created_s: int, conversation: Conversation
+) -> bytes:
     """The body of /inference/v1/generate."""
     tokens = turn.token_ids.tolist()
     logprobs: list[dict[str, Any]] = [
@@ -141,11 +147,6 @@ def _chat_reason(turn: Answer) -> str:
 
 def _usage(turn: Answer) -> dict[str, int]:
     return usage(prompt=len(turn.prompt_ids), completion=len(turn.token_ids))
-
-
-def _chat_logprobs(turn: Answer, decode: DecodeToken) -> dict[str, Any]:
-    content = chat_logprobs(turn.token_ids.tolist(), turn.logprobs.tolist(), decode)
-    return {"content": content, "refusal": None}
 
 
 def _completion_logprobs(turn: Answer, decode: DecodeToken) -> dict[str, Any]:
