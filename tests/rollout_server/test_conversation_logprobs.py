@@ -26,8 +26,9 @@ from areal_like.trajectory import FinishReason
 from rollout_server.conversation.conversation import Conversation
 from rollout_server.conversation.policy_client import PolicyClient
 from rollout_server.conversation.scoring import Outcome
-from rollout_server.engine.core import EngineCore, EngineOptions
+from rollout_server.engine.core import EngineCore
 from rollout_server.engine.models.loading import load
+from rollout_server.engine.options import EngineOptions
 from rollout_server.engine.scheduler import SamplingParams
 from rollout_server.engine.scheduler import Sequence as EngineSequence
 from rollout_server.environments.base import Message, Reply
@@ -80,7 +81,7 @@ class Served:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     path = save_chat_model(tmp_path_factory.mktemp("model"))
     causal, weights = load(str(path), dtype=torch.float32, device=torch.device("cpu"), context_length=CONTEXT)
-    options = EngineOptions(max_running=8, context_length=CONTEXT)
+    options = EngineOptions(max_running_requests=8, context_length=CONTEXT)
     yield Served(core=EngineCore(causal, weights, options, version="0"), reference=load_model(path))
 
 

@@ -30,14 +30,16 @@ from rollout_server.policy.types import Sampling
 from rollout_server.weights.checkpoint_shapes import CheckpointShapes
 from rollout_server.weights.in_place import SglangWeightUpdate
 from rollout_server.weights.strategy import WeightPush
-from tests.support.engine_conformance import PROMPT, TOLERANCE, until_running
+from tests.support.engine_conformance import PROMPT, until_running
 from tests.support.engine_harness import (
     CONTEXT,
+    TOLERANCE,
     VOCAB,
     Engine,
     Models,
     Pusher,
     error_of,
+    form_group,
     load_model,
     reference_logprobs,
     sample,
@@ -86,9 +88,8 @@ class UpdateHarness:
         world_size = 1 + self.client.info.num_ranks
         with WeightGroup.create(world_size=world_size, group_name="updates", timeout_s=30) as group:
             joining = self.client.init_weights_group(
-                master_address=group.address, master_port=group.port, rank_offset=1, world_size=world_size,
-                group_name="updates", backend="gloo", timeout_s=20,
-            )  # fmt: skip
+                form_group("updates", port=group.port, timeout_s=20, world_size=world_size)
+            )
             await asyncio.gather(joining, asyncio.to_thread(group.connect))
             sending = asyncio.create_task(
                 asyncio.to_thread(_send, group, buckets[:num_sent], tensors, leaves=not hangs)

@@ -21,9 +21,9 @@ from rollout_server.policy.client import EngineClient
 from rollout_server.policy.gate import GenerationGate
 from rollout_server.policy.types import Sampling
 from rollout_server.rendering.base import ChatRenderer, ParsedReply, ToolSchema
-from tests.support.engine_conformance import TOLERANCE
 from tests.support.engine_harness import (
     EOS,
+    TOLERANCE,
     VOCAB,
     Engine,
     PieceTokenizer,

@@ -35,7 +35,7 @@ from areal_like.trajectory import FinishReason, Trajectory
 from rollout_server.conversation.conversation import Conversation
 from rollout_server.conversation.policy_client import PolicyClient
 from rollout_server.conversation.scoring import Outcome
-from rollout_server.engine.http.score_request import MAX_SCORED
+from rollout_server.engine.http.generate_request import MAX_SCORED
 from rollout_server.policy.client import EngineClient
 from rollout_server.policy.gate import GenerationGate
 from rollout_server.policy.types import Generation, Sampling, SamplingClient

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
+from areal_like.gpus import peak_flops
 from trainer.batching.packing import PackedBatch
 from trainer.distributed.ranks import Ranks
 from trainer.metrics.model_flops import FORWARD, FORWARD_AND_BACKWARD, ModelFlops
-from trainer.metrics.peak_flops import peak_flops
 from trainer.metrics.phase_timer import PhaseTimer, clock_of
 from trainer.models.packed_model import PackedModel
 

@@ -109,9 +109,9 @@ async def agents() -> AsyncIterator[EnvironmentPool]:
 async def job(pool: EnvironmentPool, **settings: Any) -> AsyncIterator[Job]:
     book = SessionBook()
     plane = SessionPlane(
-        from_mapping({}),
-        session_app(book, model="policy", max_context=200, idle_timeout_s=HANG_LIMIT_S),
-        book,
+        config=from_mapping({}),
+        app=session_app(book, model="policy", max_context=200, idle_timeout_s=HANG_LIMIT_S),
+        book=book,
         keyring=None,
         index=0,
         needs_external=False,

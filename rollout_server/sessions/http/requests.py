@@ -1,4 +1,8 @@
-"""Checks the bodies of the endpoints that take a prompt as a text or as token ids. Pure."""
+"""What a session takes of a request to the model: chats, and prompts that are a text or token ids. Pure.
+
+The sampling is the job's, else the log-probs would not be those of the policy that is trained: temperature
+and the like are accepted without effect, and so are formats of the response and demands for a certain tool.
+"""
 
 from __future__ import annotations
 
@@ -6,36 +10,52 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rollout_server.engine.http.bodies import flag, number
-from rollout_server.sessions.http.chat_request import RequestOptions, parse_options
-from rollout_server.sessions.http.errors import ParamError
+from areal_like.chat.openai import ChatRules, RequestOptions, parse_options
+from areal_like.http.bodies import ParamError, flag, integer
 
+_NOTHING: tuple[Any, ...] = ([], {}, "", False)
+_IGNORED = (
+    "temperature", "top_p", "top_k", "min_p", "n", "best_of", "seed", "frequency_penalty",
+    "presence_penalty", "repetition_penalty", "logit_bias", "response_format", "parallel_tool_calls",
+    "reasoning_effort", "prediction", "min_tokens", "ignore_eos", "stop_token_ids", "top_logprobs",
+    "chat_template_kwargs", "verbosity",
+)  # fmt: skip
 _MAX_LOGPROBS = 1 << 20
 _LARGEST_ID = (1 << 31) - 1
 _IMAGES = ("features", "content_parts")
-"""Of /inference/v1/generate."""
+"""Fields of /inference/v1/generate for models that see images."""
+
+
+def session_rules(model: str) -> ChatRules:
+    """What sessions take. `model`: name of the policy in responses."""
+    return ChatRules(
+        server="sessions",
+        default_model=model,
+        takes_tools=True,
+        refused={
+            "functions": (_NOTHING, "use tools"),
+            "function_call": (_NOTHING, "use tools and tool_choice"),
+            "audio": (_NOTHING, "the policy writes text"),
+            "web_search_options": (_NOTHING, "the policy has the tools of the request only"),
+            "modalities": (([], ["text"]), "the policy writes text only"),
+        },
+        ignored=_IGNORED,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompletionRequest:
-    """A checked body of /v1/completions."""
+    """A checked body of /v1/completions or /inference/v1/generate."""
 
     options: RequestOptions
     prompt: str | list[int]
-    add_special_tokens: bool
+    """A text, or token ids."""
+    add_special_tokens: bool = False
     """The tokenizer puts its BOS before a text; as in vLLM."""
-    logprobs: bool
+    logprobs: bool = True
 
 
-@dataclass(frozen=True, kw_only=True)
-class GenerateRequest:
-    """A checked body of /inference/v1/generate."""
-
-    options: RequestOptions
-    token_ids: list[int]
-
-
-def parse_completion(body: Mapping[str, Any], *, default_model: str) -> CompletionRequest:
+def parse_completion(body: Mapping[str, Any], rules: ChatRules) -> CompletionRequest:
     """Checks a body. Raises UserError for the first error."""
     if flag(body, "echo"):
         raise ParamError("echo is not supported: the client has the prompt", param="echo")
@@ -45,17 +65,17 @@ def parse_completion(body: Mapping[str, Any], *, default_model: str) -> Completi
     if isinstance(logprobs, bool):  # as vLLM takes it
         logprobs = 1 if logprobs else None
     else:
-        number(body, "logprobs", 0, low=0, high=_MAX_LOGPROBS, integer=True)
+        integer(body, "logprobs", 0, low=0, high=_MAX_LOGPROBS)
     return CompletionRequest(
-        options=parse_options(body, default_model=default_model),
+        options=parse_options(body, rules),
         prompt=_prompt(body.get("prompt")),
         add_special_tokens=body.get("add_special_tokens") is None or flag(body, "add_special_tokens"),
         logprobs=logprobs is not None,
     )
 
 
-def parse_generate(body: Mapping[str, Any], *, default_model: str) -> GenerateRequest:
-    """Checks a body. Raises UserError for the first error."""
+def parse_tokens(body: Mapping[str, Any], rules: ChatRules) -> CompletionRequest:
+    """Checks a body of /inference/v1/generate. Raises UserError for the first error."""
     params = body.get("sampling_params")
     if params is None:
         params = {}
@@ -65,11 +85,10 @@ def parse_generate(body: Mapping[str, Any], *, default_model: str) -> GenerateRe
         if body.get(name):
             raise ParamError(f"{name} is not supported: the policy reads text only", param=name)
     if flag(body, "stream"):
-        raise ParamError("stream is not supported here: the answer is one object", param="stream")
+        raise ParamError("stream is not supported here: the response is one object", param="stream")
     fields = {**params, "model": body.get("model"), "stream": False}
-    return GenerateRequest(
-        options=parse_options(fields, default_model=default_model),
-        token_ids=_token_ids(body.get("token_ids"), "token_ids"),
+    return CompletionRequest(
+        options=parse_options(fields, rules), prompt=_token_ids(body.get("token_ids"), "token_ids")
     )
 
 

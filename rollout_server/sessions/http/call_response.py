@@ -1,9 +1,9 @@
-"""Answers one request to the model: begins or joins its call, waits, sends, and notes what was delivered.
+"""The response to a request to the model: begins or joins its call, waits, sends, notes what was delivered.
 
     body -> begin_call -> Call -> CallResponse: wait -> send -> `call.is_delivered`
 
 A client that disconnects does not cancel its call: an SDK that gave up waiting sends the request again, and
-gets the answer of the first one. In a stream the answer is sent as a whole once it is complete; until then,
+gets the turn of the first one. In a stream the response is sent as a whole once it is complete; until then,
 comment lines keep the connection alive. The status is sent late, so that a request that is refused at once
 has the status of its error also in a stream.
 """
@@ -12,31 +12,25 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
-from areal_like.errors import UserError
+from areal_like.chat.openai import error_object
+from areal_like.http.streams import EVENTS, disconnected, encode_event
 from rollout_server.conversation.turns import Answer
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.calls import Call
-from rollout_server.sessions.http.errors import NoSessionError, described, error_object, response_of
+from rollout_server.sessions.http.errors import NoSessionError, described, response_of
 from rollout_server.sessions.open_session import OpenSession, SessionState
 
 KEEP_ALIVE_S = 5.0
 """Time between two comments of a stream, and before its status is sent."""
 _COMMENT = b": the policy is being sampled\n\n"
-_MAX_DEPTH = 64
-_MAX_CONTAINERS = 1 << 17
-"""Objects and lists of a body: 30 for each of the most messages. A body of nothing else would become fifty
-times as large in memory."""
-_NOT_UNICODE = "the body is not UTF-8, or has half of a surrogate pair"
-END_OF_STREAM = b"data: [DONE]\n\n"
 
-WriteAnswer = Callable[[Call, Answer], bytes]
+WriteBody = Callable[[Call, Answer], bytes]
 """The whole body: a JSON object, or the events of a stream."""
 
 
@@ -47,32 +41,8 @@ def session_of(request: Request, book: SessionBook) -> OpenSession:
     if session is None or (session.state is SessionState.WAITING and not session.is_offered):
         raise NoSessionError(f"there is no session {id!r:.100} on this server")
     if session.state is SessionState.WAITING:
-        session.claim()  # its client was faster than the confirmation that it got the answer
+        session.claim()  # its client was faster than the confirmation that it got the response
     return session
-
-
-def parse_json(content: bytes) -> dict[str, Any]:
-    """The body as a JSON object that can be encoded again, without NaN; an empty body is an empty object.
-
-    Raises UserError.
-    """
-    try:
-        text = content.decode()
-    except UnicodeError:
-        raise UserError(_NOT_UNICODE) from None
-    _check_containers(text)
-    try:
-        body = json.loads(text, parse_constant=_refuse_constant) if text else {}
-        if "\\ud" in text or "\\uD" in text:
-            json.dumps(body, ensure_ascii=False).encode()
-    except UnicodeError:
-        raise UserError(_NOT_UNICODE) from None
-    except (ValueError, RecursionError):
-        raise UserError("the body is not JSON (which has no NaN and no Infinity)") from None
-    if not isinstance(body, dict):
-        raise UserError("the body must be a JSON object")
-    _check_depth(body)
-    return body
 
 
 def begin_call(
@@ -96,7 +66,7 @@ class CallResponse:
     """The response of a call, as an ASGI application: one of the call's readers."""
 
     def __init__(
-        self, call: Call, write: WriteAnswer, *, is_stream: bool, keep_alive_s: float = KEEP_ALIVE_S
+        self, call: Call, write: WriteBody, *, is_stream: bool, keep_alive_s: float = KEEP_ALIVE_S
     ) -> None:
         """`is_stream`: `write` gives server-sent events."""
         self._call = call
@@ -106,7 +76,7 @@ class CallResponse:
         self._has_begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Waits for the answer and sends it, unless the client disconnects."""
+        """Waits for the turn and sends it, unless the client disconnects."""
         call = self._call
         call.num_readers += 1  # before anything is awaited: an equal request now wants a sample of its own
         gone = asyncio.ensure_future(disconnected(receive))
@@ -119,8 +89,8 @@ class CallResponse:
             if gone.done():
                 return
             try:
-                answer = await call.answer()
-                call.body = body = call.body or self._write(call, answer)
+                turn = await call.answer()
+                call.body = body = call.body or self._write(call, turn)
             except Exception as error:  # `described` raises what it does not know
                 if self._has_begun:
                     status, message, code, param = described(error)
@@ -144,7 +114,7 @@ class CallResponse:
         if not self._has_begun:
             self._has_begun = True
             if self._is_stream:
-                headers = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")]
+                headers = [(b"content-type", EVENTS.encode()), (b"cache-control", b"no-cache")]
             else:
                 headers = [
                     (b"content-type", b"application/json"),
@@ -154,49 +124,7 @@ class CallResponse:
         await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
-def encode_event(event: dict[str, Any]) -> bytes:
-    """One server-sent event."""
-    return b"data: " + json.dumps(event, separators=(",", ":")).encode() + b"\n\n"
-
-
 async def drained(send: Send) -> None:
     """Until the client has read what was sent, apart from what fits into buffers."""
     # uvicorn waits for its buffer at the beginning of each message, not at the end.
     await send({"type": "http.response.body", "body": b"", "more_body": True})
-
-
-async def disconnected(receive: Receive) -> None:
-    """Until the client has disconnected; the body was read before."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(name)
-
-
-def _check_containers(text: str) -> None:
-    """Raises UserError for a body of very many objects and lists."""
-    if _num_containers([text]) > _MAX_CONTAINERS:
-        pieces = text.replace("\\\\", "").replace('\\"', "").split('"')
-        if _num_containers(pieces[::2]) > _MAX_CONTAINERS:  # between the strings
-            raise UserError(f"the body has more than {_MAX_CONTAINERS} objects and lists")
-
-
-def _num_containers(texts: list[str]) -> int:
-    return sum(text.count("[") + text.count("{") for text in texts)
-
-
-def _check_depth(body: dict[str, Any]) -> None:
-    """Raises UserError for what templates and encoders would recurse into too deeply."""
-    level: list[Any] = [body]
-    for _ in range(_MAX_DEPTH):
-        level = [
-            value
-            for one in level
-            for value in (one.values() if isinstance(one, dict) else one)
-            if isinstance(value, (dict, list))
-        ]
-        if not level:
-            return
-    raise UserError(f"the body is nested more than {_MAX_DEPTH} levels deep")
