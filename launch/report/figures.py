@@ -9,11 +9,11 @@ import numpy as np
 
 from areal_like.failures import FailureKind
 from areal_like.selection import failures_of
+from launch.formatting import duration, percent, short
 from launch.report.charts import generated_rate, idle_of_engines, idle_of_trainer
 from launch.report.columns import mean
-from launch.report.json_files import mapping, number
-from launch.report.numbers import duration, percent, short
 from launch.report.run import Evaluation, Run
+from launch.run_files import mapping, number
 
 _WARM_UP = 10
 """First steps, left out of idle shares and rates if there are more: the pipeline is still filling."""

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from launch.formatting import duration, percent, short
 from launch.report.charts import idle_of_engines, idle_of_trainer
 from launch.report.columns import mean
 from launch.report.figures import num_failures, num_restarts, settled
-from launch.report.json_files import mapping, number
-from launch.report.numbers import duration, percent, short
 from launch.report.run import Run
+from launch.run_files import mapping, number
 
 _MAX_GAPS = 3
 _LONG_GAP_S = 10.0

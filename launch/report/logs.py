@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.report.json_files import number, tail
 from launch.report.ledger import Event
+from launch.run_files import number, tail
 
 _MAX_BYTES = 4 << 20
 """Of each file, its end."""

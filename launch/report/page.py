@@ -15,11 +15,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from launch.formatting import utc
 from launch.report.charts import Chart, Section, sections
 from launch.report.columns import reduced
 from launch.report.figures import figures
 from launch.report.findings import findings
-from launch.report.numbers import utc
 from launch.report.run import Run
 from launch.report.svg import Mark, drawn, escape, x_axis
 from launch.report.tables import (

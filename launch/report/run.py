@@ -19,10 +19,10 @@ from areal_like.runtime.command_line import OPEN_SECTIONS
 from areal_like.security.redaction import without_secrets
 from areal_like.selection import selection_report
 from launch.report.columns import Columns, read_columns
-from launch.report.json_files import mapping, number, read_lines, read_object
 from launch.report.ledger import Event, LedgerFacts, read_ledgers
 from launch.report.logs import LogFacts, read_logs
 from launch.run_directory.rundir import is_held
+from launch.run_files import mapping, number, read_lines, read_object
 
 _SILENT_S = 120.0
 """A run whose roles were started by hand counts as running if it has written something since."""

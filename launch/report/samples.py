@@ -8,7 +8,7 @@ from pathlib import Path
 
 from areal_like.errors import ArealError
 from areal_like.terminal_text import harmless_name
-from launch.report.numbers import short
+from launch.formatting import short
 from launch.report.svg import escape
 from launch.samples.choosing import NUM_AT_ENDS, choose, decoder, no_text
 from launch.samples.reading import RunLedgers, Selection

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from areal_like.terminal_text import harmless
+from launch.formatting import labels, short, ticks
 from launch.report.charts import Chart, DrawnLine, DrawnPoints
-from launch.report.numbers import labels, short, ticks
 
 WIDTH, HEIGHT = 1000, 200
 """Of the plot's coordinates."""

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from areal_like.failures import FailureKind
 from areal_like.selection import SOLVE_RATES
+from launch.formatting import short, utc
 from launch.report.figures import figures
-from launch.report.json_files import mapping, number
-from launch.report.numbers import short, utc
 from launch.report.run import Run
 from launch.report.svg import escape
+from launch.run_files import mapping, number
 
 _MAX_MESSAGES = 60
 _MAX_EVENTS = 200

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from launch.formatting import duration, labels, short, ticks
 from launch.report.columns import MAX_COLUMNS, NUM_BUCKETS, Columns, filled_back, read_columns, reduced
-from launch.report.numbers import duration, labels, short, ticks
 
 
 def columns_of(path: Path, *lines: str) -> Columns:
