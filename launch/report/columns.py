@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,9 @@ class Columns:
     """True if a line could not be read, so that it and the lines after it are missing."""
 
     def get(self, name: str) -> Floats:
-        """A column; NaN in each step if no row has it."""
+        """A column of metrics.jsonl, or one of `DERIVED`; NaN in each step if no row has it."""
+        if name in DERIVED:
+            return DERIVED[name](self)
         absent = np.full(len(self.steps), np.nan, np.float32)
         return self.values.get(name, absent)
 
@@ -50,10 +52,17 @@ class Columns:
         """True if a row has a finite number in the column."""
         return bool(np.isfinite(self.get(name)).any())
 
-    def tail_mean(self, name: str, share: float = 0.1) -> float | None:
+    def head_mean(self, name: str) -> float | None:
+        """Mean over the first tenth of the steps (at least one); None without a number there."""
+        return mean(self.get(name)[: self._tenth])
+
+    def tail_mean(self, name: str) -> float | None:
         """Mean over the last tenth of the steps (at least one); None without a number there."""
-        count = max(1, round(len(self.steps) * share))
-        return mean(self.get(name)[-count:])
+        return mean(self.get(name)[-self._tenth :])
+
+    @property
+    def _tenth(self) -> int:
+        return max(1, round(len(self.steps) / 10))
 
     def increase(self, name: str) -> Floats:
         """What a counter has gained since the row before that has it, at each row that has it.
@@ -153,6 +162,23 @@ def reduced(steps: NDArray[np.int64], values: NDArray[Any], *, num_buckets: int 
         low=filled(np.minimum.reduceat(np.where(known, values, np.inf), starts)),
         high=filled(np.maximum.reduceat(np.where(known, values, -np.inf), starts)),
     )
+
+
+def _idle_of_engines(rows: Columns) -> Floats:
+    idle = rows.increase("generation_idle_s")
+    return filled_back(ratio(idle, idle + rows.increase("generation_busy_s")))
+
+
+DERIVED: dict[str, Callable[[Columns], Floats]] = {
+    "trainer idle": lambda rows: ratio(rows.get("wait_data_s"), rows.get("step_s")),
+    "engines idle": _idle_of_engines,
+    "generated rate": lambda rows: filled_back(
+        ratio(rows.increase("tokens_generated"), rows.seconds_between("tokens_generated"))
+    ),
+}
+"""Columns that are computed from others: the share of each step's time in which rank 0 waited for data, the
+share of the time in which the engines had nothing to decode, and sampled tokens a second. The last two are
+since the row before that has the counters."""
 
 
 def filled_back(values: Floats) -> Floats:

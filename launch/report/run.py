@@ -89,8 +89,16 @@ class Run:
         return float(times[-1] - times[0]) if len(times) > 1 else None
 
     @property
+    def num_starts(self) -> dict[str, int]:
+        """Name -> how many processes have had it, by the ledger and by the launcher's log."""
+        return {
+            name: max(self.ledger.starts.get(name, 0), self.logs.num_starts.get(name, 0))
+            for name in sorted({*self.ledger.starts, *self.logs.num_starts} - {"prepare_model"})
+        }
+
+    @property
     def selection(self) -> dict[str, Any]:
-        """As in summary.json, now."""
+        """What was offered against what was trained on, as `selection` in summary.json."""
         if self.has_ledger and self.ledger.counters:
             return selection_report(self.ledger.counters)
         return mapping(self.summary.get("selection"))

@@ -87,12 +87,8 @@ def _turn(index: int, turn: Turn) -> str:
 
 
 def _part(part: Part, *, shows_all: bool) -> Iterator[Text]:
-    text = part.text
-    num_left_out = len(text) - _SHOWN_CHARS
-    if num_left_out > 0 and not shows_all:
-        half = _SHOWN_CHARS // 2
-        gap = f"[... {num_left_out:,} characters are left out: --full shows them ...]"
-        text = f"{text[:half]}\n{gap}\n{text[-half:]}"
+    note = " are left out: --full shows them"
+    text = part.text if shows_all else part.shortened(_SHOWN_CHARS, note=note)
     mark, style = (">", "cyan") if part.is_sampled else ("|", "")
     for line in harmless(text).split("\n"):
         yield Text(f"  {mark} {line}", style=style)

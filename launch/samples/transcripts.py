@@ -29,6 +29,14 @@ class Part:
     text: str
     num_tokens: int
 
+    def shortened(self, num_chars: int, *, note: str) -> str:
+        """The text, or `num_chars` of it, half from each end. `note`: what to say of those left out."""
+        left_out = len(self.text) - num_chars
+        if left_out <= 0:
+            return self.text
+        half = num_chars // 2
+        return f"{self.text[:half]}\n[... {left_out:,} characters{note} ...]\n{self.text[-half:]}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
