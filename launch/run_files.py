@@ -1,14 +1,27 @@
-"""Reads JSON that a run has written; it may be absent, cut short by a crash, or of another release."""
+"""Reads what a run has written: JSON, its configuration, its ledger.
+
+A file may be absent, cut short by a crash, or of another release.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from areal_like.errors import ConfigError
+from areal_like.security.redaction import without_secrets
+
 MAX_BYTES = 16 << 20
 """Of a file that is read whole."""
+LEDGER_FILE = "ledger.sqlite3"
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -33,6 +46,39 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         if isinstance(value, dict):
             found.append(value)
     return found
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any] | None]:
+    """The rows of metrics.jsonl, one by one: there may be millions. None, at the end: a line is damaged."""
+    try:
+        file = path.open(errors="replace")
+    except FileNotFoundError:
+        return
+    with file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                yield None
+                return
+            yield row if isinstance(row, dict) else {}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A stored configuration as plain values, unchecked and without secrets. Raises ConfigError."""
+    try:
+        plain = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    if not isinstance(plain, dict):
+        raise ConfigError(f"{path} is not the configuration of a run")
+    return without_secrets({str(key): value for key, value in plain.items()})
+
+
+def open_ledger(directory: Path) -> sqlite3.Connection:
+    """A connection that only reads; buffers may write meanwhile. Raises sqlite3.DatabaseError."""
+    path = (directory / LEDGER_FILE).absolute().as_uri()
+    return sqlite3.connect(f"{path}?mode=ro", uri=True, timeout=10, isolation_level=None)
 
 
 def tail(path: Path, *, max_bytes: int) -> str:
