@@ -15,6 +15,7 @@ from areal_like.trajectory import NOT_SAMPLED
 from areal_like.wire.records import Record, RecordLocation, read_record
 from launch.audit.invariants import LEDGER_INVARIANTS
 from launch.audit.result import Audit, Check
+from launch.run_files import open_ledger
 
 _Row = tuple[int, ...]
 _OLDEST = 2
@@ -127,9 +128,7 @@ def audit_ledger(directory: Path) -> LedgerAudit:
 
 
 def _connect(directory: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(
-        f"file:{directory / 'ledger.sqlite3'}?mode=ro", uri=True, isolation_level=None, timeout=10
-    )
+    connection = open_ledger(directory)
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version >= _OLDEST:
         connection.execute("PRAGMA temp_store = MEMORY")

@@ -64,8 +64,8 @@ def main(args: argparse.Namespace) -> int:
 
 def _overview(rows: Sequence[Row], *, num_shown: int) -> str:
     first = rows[0]
-    if len({row.ticket_id for row in rows}) == 1:
-        where = f"ticket {first.ticket_id}"
+    if len({row.ticket for row in rows}) == 1:
+        where = f"ticket {first.ticket}"
     elif first.eval_set:
         where = f"set {first.eval_set}, weights of step {first.step}"
     else:

@@ -7,7 +7,6 @@ minimum and maximum, so that a single outlier stays visible.
 
 from __future__ import annotations
 
-import json
 import math
 from array import array
 from collections.abc import Callable, Iterator
@@ -17,6 +16,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from launch.run_files import read_rows
 
 NUM_BUCKETS = 320
 """Most points of a line."""
@@ -90,7 +91,7 @@ def read_columns(path: Path) -> Columns:
     steps, times = array("q"), array("d")
     values: dict[str, array[float]] = {}
     is_incomplete = False
-    for row in _rows(path):
+    for row in read_rows(path):
         if row is None:
             is_incomplete = True
             break
@@ -201,42 +202,16 @@ def mean(values: Floats) -> float | None:
     return float(known.mean(dtype=np.float64)) if len(known) else None
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any] | None]:
-    """The rows; None at the end for a line that is no JSON object."""
-    try:
-        with path.open(errors="replace") as file:
-            for line in file:
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError):
-                    yield None
-                    return
-                yield row if isinstance(row, dict) else None
-    except FileNotFoundError:
-        return
-
-
 def _numbers(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
     for name, value in row.items():
-        if name in ("step", "time_unix_s"):
-            continue
-        if _is_number(value):
-            yield name, _as_float32(value)
-        elif name in _NESTED and isinstance(value, dict):
-            for key, item in value.items():
-                if _is_number(item):
-                    yield f"{name}.{key}", _as_float32(item)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+        nested = name in _NESTED and isinstance(value, dict)
+        for key, item in value.items() if nested else [("", value)]:
+            is_number = isinstance(item, int | float) and not isinstance(item, bool)
+            if is_number and name not in ("step", "time_unix_s"):
+                # A float32 cannot hold more.
+                yield f"{name}.{key}" if nested else name, item if abs(item) < 3e38 else math.nan
 
 
 def _as_float(value: object) -> float:
-    """A Unix time; NaN for what is none."""
+    """A Unix time; NaN for anything else."""
     return float(value) if isinstance(value, int | float) and abs(value) < 1e15 else math.nan
-
-
-def _as_float32(value: float) -> float:
-    """NaN for what a float32 cannot hold."""
-    return value if abs(value) < 3e38 else math.nan

@@ -7,22 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
 from areal_like.config import Config, to_mapping
 from areal_like.config.dotted import flat
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths, find_checkpoints
 from areal_like.runtime.command_line import OPEN_SECTIONS
-from areal_like.security.redaction import without_secrets
 from areal_like.selection import selection_report
 from launch.report.columns import Columns, read_columns
 from launch.report.ledger import Event, LedgerFacts, read_ledgers
 from launch.report.logs import LogFacts, read_logs
 from launch.run_directory.rundir import is_held
-from launch.run_files import mapping, number, read_lines, read_object
+from launch.run_files import mapping, number, read_config, read_lines, read_object
 
 _SILENT_S = 120.0
 """A run whose roles were started by hand counts as running if it has written something since."""
@@ -154,7 +149,10 @@ def read_run(root: Path) -> Run:
         directories, ledger = [], LedgerFacts(problem=str(error))
     columns, logs = read_columns(paths.metrics), read_logs(paths.logs)
     summary = read_object(paths.summary)
-    config = _config(paths.config)
+    try:
+        config = read_config(paths.config)
+    except ConfigError:
+        config = {}
     return Run(
         root=root,
         name=str(config.get("name") or root.resolve().name),
@@ -170,15 +168,6 @@ def read_run(root: Path) -> Run:
         checkpoints=list(find_checkpoints(paths.checkpoints)),
         has_ledger=bool(directories),
     )
-
-
-def _config(path: Path) -> dict[str, Any]:
-    """Unchecked: the settings of a run of another release are shown, too."""
-    try:
-        plain = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException, ConfigError, RecursionError):
-        return {}
-    return without_secrets({str(key): plain[key] for key in plain}) if isinstance(plain, dict) else {}
 
 
 def _evaluations(path: Path) -> list[Evaluation]:

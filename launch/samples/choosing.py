@@ -10,7 +10,7 @@ from areal_like.errors import ConfigError, first_line
 from areal_like.paths import RunPaths, find_checkpoints, model_path
 from areal_like.runtime.command_line import load_config
 from areal_like.runtime.imports import torch_hidden, uncollected
-from launch.samples.reading import Row, RunLedgers, Selection
+from launch.samples.reading import LocatedRow, RunLedgers, Selection
 from launch.samples.transcripts import Decode, Transcript, transcript
 
 NUM_AT_ENDS = 3
@@ -24,7 +24,7 @@ def transcripts(
     worst: int | None = None,
     best: int | None = None,
     limit: int | None = None,
-) -> tuple[list[Row], list[Transcript]]:
+) -> tuple[list[LocatedRow], list[Transcript]]:
     """(all rows of a selection, the samples of those that `choose` takes).
 
     Raises ConfigError without any or without a tokenizer, StoreCorruptError for a damaged record.
@@ -44,8 +44,8 @@ def transcripts(
 
 
 def choose(
-    rows: Sequence[Row], *, worst: int | None, best: int | None, limit: int | None, is_ticket: bool
-) -> list[Row]:
+    rows: Sequence[LocatedRow], *, worst: int | None, best: int | None, limit: int | None, is_ticket: bool
+) -> list[LocatedRow]:
     """The rows to show, each once: the worst, worst first, then the best, best first.
 
     Among equals those of different groups come first. With `limit` alone, and of a ticket, the rows keep
@@ -55,9 +55,9 @@ def choose(
         if is_ticket or limit is not None:
             return list(rows[:limit])
         worst = best = NUM_AT_ENDS
-    low = sorted(rows, key=lambda row: (row.reward, row.sample_index, row.order))[: worst or 0]
+    low = sorted(rows, key=lambda row: (row.reward, row.sample, row.order))[: worst or 0]
     others = [row for row in rows if row not in low]
-    high = sorted(others, key=lambda row: (-row.reward, row.sample_index, row.order))[: best or 0]
+    high = sorted(others, key=lambda row: (-row.reward, row.sample, row.order))[: best or 0]
     return [*low, *high][:limit]
 
 
