@@ -15,11 +15,11 @@ from typing import Any
 
 from areal_like.errors import ConfigError, StoreCorruptError
 from areal_like.wire.messages.consumer import Group
-from launch.comparison.groups import StepDifferences, compare_groups
+from launch.comparison.groups import StepDifferences, compare_groups, compare_sample_rows
 from launch.comparison.recorded import RecordedRun
 from launch.comparison.replaying import add_replay
 from launch.comparison.result import Comparison, Difference
-from launch.comparison.rows import are_close, compare_rows
+from launch.comparison.rows import compare_rows
 from launch.comparison.settings import compare_settings
 from launch.comparison.weights import compare_weights, same_files
 from trainer.replay.recording import Recording
@@ -136,7 +136,8 @@ class _Comparer:
             found.add("groups", "number of groups", *numbers)
         for position in range(min(numbers)):
             if not has_records:
-                self._sample_rows(found, one, another, step, position)
+                rows = one.sample_rows(step, position), another.sample_rows(step, position)
+                compare_sample_rows(found, *rows, position=position, tolerance=result.tolerance)
                 continue
             groups = [
                 _read(found, recording, step, position, of=str(run.root))
@@ -159,27 +160,6 @@ class _Comparer:
                 self._incomplete.add(run.root)
                 text = f"{run.root}: trajectories of some steps, the first of them step {step}"
                 self._result.not_recorded.append(text)
-
-    def _sample_rows(
-        self, found: StepDifferences, one: Recording, another: Recording, step: int, position: int
-    ) -> None:
-        prompts, rows = zip(
-            *(recording.sample_rows(step, position) for recording in (one, another)), strict=True
-        )
-        where = f"group {position}"
-        if prompts[0] != prompts[1]:
-            found.add("prompts", f"{where} has the prompt of index", *prompts)
-        elif len(rows[0]) != len(rows[1]):
-            found.add("groups", f"samples of {where}", len(rows[0]), len(rows[1]))
-        else:
-            for index, (a, b) in enumerate(zip(*rows, strict=True)):
-                sample = f"{where}, sample {index}"
-                if a.num_sampled != b.num_sampled:
-                    found.add("tokens", f"{sample}, number of sampled tokens", a.num_sampled, b.num_sampled)
-                if a.oldest_step != b.oldest_step:
-                    found.add("versions", f"{sample}, step of its weights", a.oldest_step, b.oldest_step)
-                if not are_close(a.reward, b.reward, tolerance=self._result.tolerance):
-                    found.add("rewards", f"{sample}, reward", a.reward, b.reward)
 
     def _checkpoint(self, num_steps: int) -> list[Difference]:
         """What differs in the checkpoints after this many steps, if both runs have one."""
@@ -207,7 +187,7 @@ def _read(found: StepDifferences, recording: Recording, step: int, position: int
     try:
         return next(recording.groups(step, range(position, position + 1)))
     except StoreCorruptError as error:
-        found.add_text("damaged records", f"group {position} of {of}: {error}")
+        found.add("damaged records", f"group {position} of {of}: {error}")
         return None
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import filecmp
 import json
 import math
-import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,11 +127,7 @@ class _Tensors:
     def flat(self, name: str) -> NDArray[Any]:
         place = self.places[name]
         num = math.prod(place.shape)
-        if num == 0:
-            return np.zeros(0)
-        with place.file.open("rb") as opened:
-            data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
         try:
-            return np.frombuffer(data, place.dtype, num, place.offset)
-        except ValueError as error:
+            return np.memmap(place.file, place.dtype, "r", place.offset, (num,)) if num else np.zeros(0)
+        except (OSError, ValueError) as error:
             raise ConfigError(f"{place.file} cannot be read ({error})") from None
