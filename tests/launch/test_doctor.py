@@ -16,7 +16,6 @@ from areal_like.config import from_mapping
 from launch.cli import main
 from launch.doctor import gathering
 from launch.doctor.checks import CHECKS, TORCH, TRANSFORMERS, Level, findings
-from launch.doctor.devices import gpus_from
 from launch.doctor.facts import (
     BoundAddress,
     Clock,
@@ -29,7 +28,7 @@ from launch.doctor.facts import (
     SecretFile,
     Versions,
 )
-from launch.doctor.gathering import gather
+from launch.doctor.gathering import gather, gpus_from
 from tests.support.buffer_harness import ROOT, running_buffer
 from tests.support.keys import make_keys
 
