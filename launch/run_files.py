@@ -20,7 +20,7 @@ from areal_like.errors import ConfigError
 from areal_like.security.redaction import without_secrets
 
 MAX_BYTES = 16 << 20
-"""Of a file that is read whole."""
+"""Largest file that is read whole."""
 LEDGER_FILE = "ledger.sqlite3"
 
 

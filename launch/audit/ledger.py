@@ -30,7 +30,7 @@ CREATE TEMP TABLE evaluations (
 """,
     4: "CREATE TEMP TABLE settings (id INTEGER PRIMARY KEY, step, key, value, origin, unix_s);",
 }
-"""Schema version -> what it has besides, in names that hide the tables of an older file."""
+"""Schema version -> what it added, under names that hide the tables of an older file."""
 
 
 @dataclass(frozen=True, kw_only=True)

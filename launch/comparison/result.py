@@ -76,7 +76,7 @@ class Comparison:
     other: str
     first_step: int
     last_step: int
-    """Of the steps that both have."""
+    """Last of the steps that both have."""
     tolerance: float
     """Largest relative difference that counts as equal; 0: to the last bit."""
     rounding: list[str] = field(default_factory=list)
@@ -84,7 +84,7 @@ class Comparison:
     step: int | None = None
     """The first step at which the runs differ; None: none."""
     differences: list[Difference] = field(default_factory=list)
-    """Of that step, in the order of cause."""
+    """The differences in that step, in the order of cause."""
     compared: Counter[str] = field(default_factory=Counter)
     """Kind -> how many steps it was compared in."""
     compared_means: Counter[str] = field(default_factory=Counter)

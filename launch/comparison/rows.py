@@ -28,7 +28,7 @@ _NAMES = {
 """Every other number of a row is among the other metrics."""
 _KIND_OF = {name: kind for kind, names in _NAMES.items() for name in names}
 SCALED = ("grad_norm", "lr", "lr_base", "lr_scale")
-"""They are no sums of positive and negative terms, so their rounding is relative to themselves."""
+"""They are not sums of positive and negative terms, so their rounding is relative to themselves."""
 _OF_TIME = ("_s", "_s_min", "_s_max")
 _OF_MACHINE = (
     "time_",
@@ -81,7 +81,7 @@ def are_close(ours: Any, theirs: Any, *, tolerance: float, is_scaled: bool = Fal
 
 
 def _rank(text: str) -> tuple[int, str]:
-    """Of the names of a kind, that of the table above comes first."""
+    """The first name of a kind in the table above ranks first."""
     name = text.partition(":")[0]
     return (list(_KIND_OF).index(name) if name in _KIND_OF else len(_KIND_OF), name)
 

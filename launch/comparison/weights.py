@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from areal_like.errors import ConfigError
 
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "|u1", "I64": "<i8", "I32": "<i4"}
-"""Of safetensors -> of numpy, which has no bfloat16."""
+"""Dtype of safetensors -> dtype of numpy, which lacks bfloat16."""
 _LENGTH_BYTES = 8
 _CHUNK = 1 << 22
 """Elements that are compared at a time."""

@@ -47,11 +47,11 @@ from launch.doctor.facts import (
 from launch.observation.reach import RunningJob
 
 _BYTES_PER_PARAMETER = 12
-"""Of a checkpoint: master weights and Adam's two moments in float32."""
+"""In a checkpoint: master weights and Adam's two moments in float32."""
 _BYTES_PER_TICKET = 220
-"""Of the ledger's rows, for a ticket of four samples (docs/reference/ledger.md)."""
+"""In the ledger's rows, for a ticket of four samples (docs/reference/ledger.md)."""
 _BYTES_PER_TOKEN = 16
-"""Of a sampled token in a segment: its id, log-prob and version, and a margin."""
+"""In a segment, for a sampled token: its id, log-prob and version, and a margin."""
 ROLES = ("buffer", "trainer", "rollout")
 _PROBE = """
 import importlib.metadata as m, importlib.util as u, json, re, pathlib, sys

@@ -15,7 +15,7 @@ from launch.report.run import Evaluation, Run
 
 _MAX_SETS = 12
 _MAX_EVALUATIONS = 200
-"""Of one set in a chart."""
+"""Most points of one set in a chart; further ones are thinned out."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Spec:
 
     title: str
     unit: str
-    """Of the vertical axis, in words."""
+    """What the vertical axis shows, in words."""
     lines: Mapping[str, str]
     """Label -> column of `Columns.get`."""
     thin: Mapping[str, str] = field(default_factory=dict)

@@ -127,7 +127,7 @@ class Line:
     """The points of one line: at most NUM_BUCKETS."""
 
     x: list[float]
-    """Of each point the middle of its steps."""
+    """The middle of the steps that each point stands for."""
     mean: list[float]
     """NaN where no step of the bucket has a number."""
     low: list[float]
@@ -183,7 +183,7 @@ since the row before that has the counters."""
 
 
 def filled_back(values: Floats) -> Floats:
-    """Each unknown value replaced by the next known one, as of a rate that counts since the row before."""
+    """Each unknown value replaced by the next known one, for a rate that counts since the row before."""
     known = np.flatnonzero(np.isfinite(values))
     if len(known):
         following = known[np.minimum(np.searchsorted(known, np.arange(len(values))), len(known) - 1)]

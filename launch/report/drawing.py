@@ -29,7 +29,7 @@ class Axis:
     is_log: bool = False
 
     def at(self, value: float) -> float:
-        """Position of a value in percent, clipped a little outside of the axis."""
+        """Position of a value in percent, clipped slightly beyond the axis."""
         if self.is_log:
             value = math.log10(max(value, 1e-300))
         return round(100 * min(1.02, max(-0.02, (value - self.low) / (self.high - self.low))), 2)
@@ -58,7 +58,7 @@ class Drawing:
     paths: list[tuple[str, str]]
     """(CSS classes, path data), those below others first."""
     hover: list[dict[str, Any]]
-    """Of each series its label, color, index of its steps in the page's data, and a text for each point."""
+    """For each series: label, color, index of its steps in the page's data, and a text for each point."""
 
 
 def x_axis(charts: Iterable[Chart]) -> Axis:

@@ -1,4 +1,4 @@
-"""What the ledgers of a run say beside its samples: counters, tickets, restarts, and what operators did.
+"""What the ledgers of a run say: counters, tickets, restarts, and what operators did.
 
 Buffers may write the ledgers meanwhile. What a ledger of an earlier release lacks is left out.
 """
@@ -16,7 +16,7 @@ from typing import Any
 from launch.run_files import LEDGER_FILE, open_ledger
 
 _MAX_ROWS = 500
-"""Of a table of events, the newest."""
+"""Most rows that are read of a table of events: the newest."""
 
 
 @dataclass

@@ -17,7 +17,7 @@ from launch.report.ledger import Event
 from launch.run_files import number, tail
 
 _MAX_BYTES = 4 << 20
-"""Of each file, its end."""
+"""How much of the end of each file is read."""
 _MAX_FILES = 64
 _LEVELS = {"WARNING": 1, "ERROR": 2, "CRITICAL": 3}
 _EXIT_LOGGER = "areal_like.runtime.exit"
@@ -42,7 +42,7 @@ class Message:
 
 @dataclass(kw_only=True)
 class LogFacts:
-    """Of all log files of a run."""
+    """What all log files of a run say."""
 
     messages: list[Message] = field(default_factory=list)
     """Errors first, then by how often they occur."""

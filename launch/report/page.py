@@ -40,7 +40,7 @@ from launch.samples.choosing import NUM_AT_ENDS
 
 _HERE = Path(__file__).parent
 _MAX_CHARS = 400
-"""Of a cell of a table."""
+"""Longest text in a cell of a table."""
 _MAX_MARKS = 60
 _SELECTION_NOTE = (
     "Offered: samples that arrived with a reward. Trained: those of completed steps. A filter, the staleness "
@@ -112,7 +112,7 @@ def page(runs: Sequence[Run], *, samples: Samples, now_s: float, version: str) -
         Part("Settings", setting_tables(runs)),
     ]
     shown = [part for part in parts if part.empty or part.has_content]
-    # An event in the last step is usually the end of the run, which is no news.
+    # An event in the last step is usually the end of the run, which says nothing new.
     marks = [one for one in run.events() if one.step is not None and one.step < run.completed - 1]
     letters = ("A: ", "B: ") if len(runs) > 1 else ("",)
     template = _environment().get_template("page.html")

@@ -16,7 +16,7 @@ from launch.samples.showing import facts
 from launch.samples.transcripts import Transcript
 
 _SHOWN_CHARS = 3000
-"""Of one part: half from its beginning, half from its end."""
+"""Longest part that is shown whole; of a longer one both ends."""
 _MAX_PARTS = 200
 
 

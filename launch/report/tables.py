@@ -38,8 +38,8 @@ class Table:
     """Rows whose cells the page escapes and shortens."""
 
     kinds: str
-    """Of each column `text`, `n` (a number), `code`, `level` (of a log), or `bar`: one bar below the other,
-    each with a length of at most 1."""
+    """The kind of each column: `text`, `n` (a number), `code`, `level` (of a log), or `bar`: bars below one
+    another, each with a length of at most 1."""
     head: Sequence[str]
     rows: Sequence[Sequence[Any]]
     title: str = ""

@@ -52,7 +52,7 @@ class LocatedRow(Row):
 
     purpose: str
     directory: Path
-    """Of its ledger."""
+    """The ledger's directory."""
     order: tuple[int, ...]
     """Position of its group in the step (over all shards), ticket, sample."""
     location: RecordLocation

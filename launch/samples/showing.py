@@ -14,7 +14,7 @@ from areal_like.terminal_text import harmless, harmless_name
 from launch.samples.transcripts import Part, Transcript, Turn
 
 _SHOWN_CHARS = 2000
-"""Of one part, unless everything is asked for: half from its beginning, half from its end."""
+"""Longest part that is shown whole without `--full`; of a longer one both ends."""
 
 
 def lines_of(sample: Transcript, *, shows_all: bool) -> Iterator[Text]:

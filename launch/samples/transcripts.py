@@ -46,7 +46,7 @@ class Turn:
     oldest_version: int
     newest_version: int
     lag: int | None
-    """Of its oldest token, in optimizer steps; None for an evaluation, and where the version is unknown."""
+    """Lag of its oldest token, in optimizer steps; None for an evaluation, or if the version is unknown."""
     reward: float | None
     """None for a sample of one turn, whose reward is the sample's."""
 

@@ -14,7 +14,7 @@ from typing import Any
 from launch.trace.reading import Process, Span
 
 MAX_ROWS = 64
-"""Of one lane."""
+"""Most rows of one lane."""
 
 
 def events(processes: Sequence[Process], *, first_s: float, last_s: float) -> Iterator[dict[str, Any]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 MAX_FILE_BYTES = 256 << 20
-"""Of a larger file the rest is left out."""
+"""How much of a file is read."""
 _MAX_TEXT = 200
 
 

@@ -115,7 +115,7 @@ def cpu(**versions: str) -> Facts:
         (clock(1.9), Level.OK, "agrees within 1.9 s"),
         (clock(-7.0), Level.WARNING, "7.0 s behind"),
         (clock(4000.0), Level.ERROR, "4000.0 s ahead"),
-        (clock(None), Level.WARNING, "no answer"),
+        (clock(None), Level.WARNING, "no response"),
         (disk(100, 10), Level.OK, "100.0 GB free, about 10.0 GB needed"),
         (disk(15, 10), Level.WARNING, "15.0 GB free"),
         (disk(5, 10), Level.ERROR, "5.0 GB free, about 10.0 GB needed"),
