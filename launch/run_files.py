@@ -35,33 +35,34 @@ def read_object(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects in the lines of a file, of its last MAX_BYTES; other lines are left out."""
-    found = []
-    for line in tail(path, max_bytes=MAX_BYTES).splitlines():
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(value, dict):
-            found.append(value)
-    return found
+def json_lines(path: Path, *, max_bytes: float = math.inf) -> Iterator[Any]:
+    """The JSON value of each line of a file, one by one; None for a damaged line. Empty without the file.
+
+    `max_bytes`: how much of the file is read.
+    """
+    try:
+        file = path.open(errors="replace")
+    except OSError:
+        return
+    with file:
+        num_bytes = 0
+        for line in file:
+            num_bytes += len(line)
+            if num_bytes > max_bytes:
+                return
+            try:
+                yield json.loads(line)
+            except (ValueError, RecursionError):
+                yield None
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any] | None]:
     """The rows of metrics.jsonl, one by one: there may be millions. None, at the end: a line is damaged."""
-    try:
-        file = path.open(errors="replace")
-    except FileNotFoundError:
-        return
-    with file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                yield None
-                return
-            yield row if isinstance(row, dict) else {}
+    for row in json_lines(path):
+        if row is None:
+            yield None
+            return
+        yield row if isinstance(row, dict) else {}
 
 
 def read_config(path: Path) -> dict[str, Any]:

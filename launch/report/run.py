@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from launch.report.columns import Columns, read_columns
 from launch.report.ledger import Event, LedgerFacts, read_ledgers
 from launch.report.logs import LogFacts, read_logs
 from launch.run_directory.rundir import is_held
-from launch.run_files import mapping, number, read_config, read_lines, read_object
+from launch.run_files import json_lines, mapping, number, read_config, read_object
 
 _SILENT_S = 120.0
 """A run whose roles were started by hand counts as running if it has written something since."""
@@ -33,7 +34,7 @@ class Status:
     detail: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Evaluation:
     """One evaluation of one set."""
 
@@ -133,11 +134,11 @@ class Run:
         return {
             key: text
             for key, text in flat(self.config).items()
-            if key.partition(".")[0] in OPEN_SECTIONS or flat(_DEFAULTS).get(key) != text
+            if key.partition(".")[0] in OPEN_SECTIONS or _DEFAULTS.get(key) != text
         }
 
 
-_DEFAULTS = to_mapping(Config())
+_DEFAULTS = flat(to_mapping(Config()))
 
 
 def read_run(root: Path) -> Run:
@@ -171,15 +172,12 @@ def read_run(root: Path) -> Run:
 
 
 def _evaluations(path: Path) -> list[Evaluation]:
-    found = []
-    for row in read_lines(path)[-_MAX_EVALUATIONS:]:
+    found: deque[Evaluation] = deque(maxlen=_MAX_EVALUATIONS)
+    for row in map(mapping, json_lines(path)):
         step, avg = number(row.get("step")), number(row.get("avg"))
-        if step is None or avg is None:
-            continue
-        low, high = number(row.get("ci_low")), number(row.get("ci_high"))
-        found.append(
-            Evaluation(set_name=str(row.get("set", "")), step=int(step), avg=avg, low=low, high=high)
-        )
+        if step is not None and avg is not None:
+            low, high = number(row.get("ci_low")), number(row.get("ci_high"))
+            found.append(Evaluation(str(row.get("set", "")), int(step), avg, low, high))
     return sorted(found, key=lambda one: one.step)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from launch.run_files import json_lines
 
 MAX_FILE_BYTES = 256 << 20
 """How much of a file is read."""
@@ -62,8 +63,10 @@ def read_processes(directory: Path) -> list[Process]:
     for daemon in daemons:
         current: dict[tuple[str, int], Process] = {}
         process = None
-        lines = [*_lines(directory / f"{daemon}.old.jsonl"), *_lines(directory / f"{daemon}.jsonl")]
-        for line in lines:
+        for line in itertools.chain(
+            json_lines(directory / f"{daemon}.old.jsonl", max_bytes=MAX_FILE_BYTES),
+            json_lines(directory / f"{daemon}.jsonl", max_bytes=MAX_FILE_BYTES),
+        ):
             match line:
                 case {"daemon": str(), "host": str(host), "pid": int(pid)}:
                     process = current.setdefault((host, pid), Process(daemon=daemon, host=host, pid=pid))
@@ -99,20 +102,3 @@ def _on_one_clock(process: Process) -> Process:
 
 def _is_usable(*numbers: float) -> bool:
     return all(abs(number) < 1e13 and math.isfinite(number) for number in numbers)
-
-
-def _lines(path: Path) -> Iterator[Any]:
-    try:
-        file = path.open(errors="replace")
-    except OSError:
-        return
-    with file:
-        num_bytes = 0
-        for line in file:
-            num_bytes += len(line)
-            if num_bytes > MAX_FILE_BYTES:
-                return
-            try:
-                yield json.loads(line)
-            except (ValueError, RecursionError):
-                continue

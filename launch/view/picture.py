@@ -134,7 +134,9 @@ def _rates(seen: Observation) -> Text:
         ("loss", fixed(recent_mean(seen, "loss"), digits=4)),
         ("length", fixed(recent_mean(seen, "response_length_mean"), digits=1)),
     ]
-    # Omit missing values, which are formatted as `-`, and negative ones.
+    # Missing values are formatted as `-`.
     return Text("  ").join(
-        Text.assemble((f"{name} ", "dim"), value) for name, value in items if not value.startswith("-")
+        Text.assemble((f"{name} ", "dim"), value)
+        for name, value in items
+        if value != "-" and not value.startswith("- ")
     )
