@@ -134,9 +134,5 @@ def _rates(seen: Observation) -> Text:
         ("loss", fixed(recent_mean(seen, "loss"), digits=4)),
         ("length", fixed(recent_mean(seen, "response_length_mean"), digits=1)),
     ]
-    # Missing values are formatted as `-`.
-    return Text("  ").join(
-        Text.assemble((f"{name} ", "dim"), value)
-        for name, value in items
-        if value != "-" and not value.startswith("- ")
-    )
+    known = [(name, value) for name, value in items if value.split()[0] != "-"]  # `-`: a missing value
+    return Text("  ").join(Text.assemble((f"{name} ", "dim"), value) for name, value in known)

@@ -327,6 +327,7 @@ def test_the_picture_shows_the_observed_data(width: int, steps: int) -> None:
         "tokens_per_s_trained": None,
         "eval_reward": 0.25,
         "mfu": 0.413,
+        "loss": -0.25,
     }
     tally = StepTally()
     for step in range(steps):
@@ -342,7 +343,9 @@ def test_the_picture_shows_the_observed_data(width: int, steps: int) -> None:
     if width >= 80:
         assert "buffer" in text and "rollout-0" in text and "stale 2" in text and "failed" not in text
     if steps and width >= 80:
-        assert "held-out 0.25" in text and "75%" in text
+        assert (
+            "held-out 0.25" in text and "75%" in text and "loss -0.2500" in text and "trained -" not in text
+        )
         line = plain_line(seen, config, Eta(num_steps=600))
         assert "max 2" in line and "MFU 41%" in line and "MFU 41%" in text
 
