@@ -97,25 +97,20 @@ class _Comparer:
             result.not_recorded.append("parameters after any of these steps in both runs (no checkpoints)")
         return result
 
-    def _settings(self) -> list[Difference]:
+    def _settings(self) -> Iterator[Difference]:
         self._result.compared["settings"] += 1
-        return [Difference(kind="settings", text=text) for text in self._of_steps]
+        yield from (Difference(kind="settings", text=text) for text in self._of_steps)
 
-    def _initial_weights(self) -> list[Difference]:
-        folders = self._ours.initial_weights, self._theirs.initial_weights
-        if folders[0] is None or folders[1] is None:
+    def _initial_weights(self) -> Iterator[Difference]:
+        ours, theirs = self._ours.initial_weights, self._theirs.initial_weights
+        if ours is None or theirs is None:
             names = [run.settings.get("model.path", "") for run in (self._ours, self._theirs)]
-            if names[0] == names[1]:
-                return []
-            return [Difference(kind="initial weights", text=f"model.path={names[0]} / {names[1]}")]
+            if names[0] != names[1]:
+                yield Difference(kind="initial weights", text=f"model.path={names[0]} / {names[1]}")
+            return
         self._result.compared["initial weights"] += 1
-        if folders[0] == folders[1]:
-            return []
-        difference = compare_weights(folders[0], folders[1])
-        if difference is None:
-            return []
-        text, share = difference.text, difference.relative
-        return [Difference(kind="initial weights", text=text, other=share)]
+        if ours != theirs and (found := compare_weights(ours, theirs)) is not None:
+            yield Difference(kind="initial weights", text=found.text, other=found.relative)
 
     def _trajectories(self, step: int) -> list[Difference]:
         """What differs in the trajectories of a step, as deep as both runs have recorded them."""
@@ -161,26 +156,23 @@ class _Comparer:
                 text = f"{run.root}: trajectories of some steps, the first of them step {step}"
                 self._result.not_recorded.append(text)
 
-    def _checkpoint(self, num_steps: int) -> list[Difference]:
+    def _checkpoint(self, num_steps: int) -> Iterator[Difference]:
         """What differs in the checkpoints after this many steps, if both runs have one."""
-        folders = [run.checkpoints.get(num_steps) for run in (self._ours, self._theirs)]
-        if folders[0] is None or folders[1] is None:
-            return []
+        ours, theirs = (run.checkpoints.get(num_steps) for run in (self._ours, self._theirs))
+        if ours is None or theirs is None:
+            return
         result = self._result
         result.compared["parameters"] += 1
-        difference = compare_weights(folders[0], folders[1])
-        if difference is not None and difference.relative > result.tolerance:
-            text = f"checkpoint {folders[0].name}: {difference.text}"
-            return [Difference(kind="parameters", text=text, other=difference.relative)]
-        if result.tolerance:
-            return []
-        equal = same_files(folders[0], folders[1], "rows/*-of-*.safetensors")
-        if equal is not None:
-            result.compared["moments"] += 1
-        if equal is False:
-            text = f"checkpoint {folders[0].name}: the weights are equal, masters or moments differ"
-            return [Difference(kind="moments", text=text)]
-        return []
+        found = compare_weights(ours, theirs)
+        if found is not None and found.relative > result.tolerance:
+            text = f"checkpoint {ours.name}: {found.text}"
+            yield Difference(kind="parameters", text=text, other=found.relative)
+        elif not result.tolerance:
+            equal = same_files(ours, theirs, "rows/*-of-*.safetensors")
+            result.compared["moments"] += equal is not None
+            if equal is False:
+                text = f"checkpoint {ours.name}: the weights are equal, masters or moments differ"
+                yield Difference(kind="moments", text=text)
 
 
 def _read(found: StepDifferences, recording: Recording, step: int, position: int, *, of: str) -> Group | None:
