@@ -27,7 +27,8 @@ from launch.local_job.specs import DRAINED, JobSpecs
 from launch.observation.metrics_tail import MetricsTail
 from launch.run_directory.open_run import OpenRun, open_run
 from launch.view.lasting import LastingView, output_may_be_gone
-from launch.view.sft import SftView, show_results
+from launch.view.plain import PlainView, sft_line
+from launch.view.summary import show_sft_summary
 
 _OF_REWARDS = ("normalizer", "entropy_coef", "fetch_timeout_s", "buffer_timeout_s")
 _WITHOUT_EFFECT = (
@@ -71,7 +72,7 @@ def run_sft(argv: Sequence[str]) -> int:
     configure_launcher_log(run.paths, run.config.daemon)
     handle_log_signals(to_stderr=False, hangup=False)
     console = Console()
-    view = LastingView(SftView(run.config, console))
+    view = LastingView(PlainView(run.config, console, line=sft_line))
     for line in (*run.announcement, *remarks):
         view.notice(line)
     started_unix_s = time.time()
@@ -86,7 +87,7 @@ def run_sft(argv: Sequence[str]) -> int:
     is_new = run.paths.summary.exists() and run.paths.summary.stat().st_mtime >= started_unix_s
     if code != 1 and is_new:
         with output_may_be_gone():
-            show_results(run.config, console)
+            show_sft_summary(run.config, console)
     return run.config.daemon.exit_code_on_drain if code == DRAINED else code
 
 

@@ -18,8 +18,7 @@ from launch.commands.running_job import add_job, end_of, end_text, job_of
 from launch.observation.job_report import job_report
 from launch.observation.observer import DaemonView, Observation, diagnosis
 from launch.observation.reach import RunningJob
-from launch.view.daemons import daemon_table, tickets_line
-from launch.view.job import rates_line, server_table, steps_line
+from launch.view.status import daemon_table, rates_line, server_table, steps_line, tickets_line
 
 _WATCH_S = 2.0
 _NUM_CHANGES = 5

@@ -19,8 +19,7 @@ from launch.observation.metrics_tail import MetricsTail
 from launch.observation.observer import DaemonView, Observation
 from launch.observation.polled_steps import PolledSteps
 from launch.observation.reach import RunningJob
-from launch.view.live import LiveView
-from launch.view.picture import picture
+from launch.view.picture import LiveView, picture
 from launch.view.plain import PlainView
 from launch.view.speed import Eta
 

@@ -18,18 +18,18 @@ from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config, save_config
 from areal_like.wire.addresses import buffer_addresses
 from launch.commands.join import buffer_settings, free_name
+from launch.formatting import duration
 from launch.local_job.restarts import Restarts, RestartState
 from launch.observation.metrics_tail import MetricsTail
 from launch.observation.observer import DaemonView, Observation, look_at_daemons
 from launch.observation.progress import MAX_STRETCHES, Progress, StepTally
 from launch.run_directory.open_run import OpenRun, open_run
 from launch.settings_help import COMMON, all_keys
-from launch.view.daemons import daemon_table
-from launch.view.formatting import duration, rate
 from launch.view.picture import picture
 from launch.view.plain import plain_line
 from launch.view.plot import bar, curve
 from launch.view.speed import Eta
+from launch.view.status import daemon_table
 from trainer.distributed.spawn import start_ranks
 
 
@@ -295,8 +295,7 @@ def test_bars_have_their_width() -> None:
 
 
 def test_units() -> None:
-    assert (duration(7), duration(187), duration(3729)) == ("0:07", "3:07", "1:02:09")
-    assert (rate(None), rate(940), rate(12_345), rate(2.5e6)) == ("-", "940", "12.3k", "2.50M")
+    assert (duration(7), duration(187), duration(3729)) == ("7 s", "3 min 7 s", "1 h 2 min")
 
 
 def test_a_trainer_that_goes_back_has_no_negative_speed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,7 +304,7 @@ def test_a_trainer_that_goes_back_has_no_negative_speed(monkeypatch: pytest.Monk
     eta = Eta(num_steps=100)
     for now_s[0], step in enumerate((20, 16, 17)):
         eta.see(step)
-        assert (str(eta), eta.steps_per_s) == (("-", None) if step != 17 else ("1:22", 1.0))
+        assert (str(eta), eta.steps_per_s) == (("-", None) if step != 17 else ("1 min 22 s", 1.0))
 
 
 @pytest.mark.parametrize("width", [40, 80, 160])
@@ -328,6 +327,7 @@ def test_the_picture_shows_the_observed_data(width: int, steps: int) -> None:
         "tokens_per_s_trained": None,
         "eval_reward": 0.25,
         "mfu": 0.413,
+        "loss": -0.25,
     }
     tally = StepTally()
     for step in range(steps):
@@ -343,8 +343,10 @@ def test_the_picture_shows_the_observed_data(width: int, steps: int) -> None:
     if width >= 80:
         assert "buffer" in text and "rollout-0" in text and "stale 2" in text and "failed" not in text
     if steps and width >= 80:
-        assert "held-out 0.25" in text and "75%" in text
-        line = plain_line(seen, config=config, eta=Eta(num_steps=600))
+        assert (
+            "held-out 0.25" in text and "75%" in text and "loss -0.2500" in text and "trained -" not in text
+        )
+        line = plain_line(seen, config, Eta(num_steps=600))
         assert "max 2" in line and "MFU 41%" in line and "MFU 41%" in text
 
 

@@ -1,4 +1,4 @@
-"""Numbers, times and axes as a person reads them. Pure."""
+"""Numbers, times and the ticks of axes as a person reads them. Pure."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ _MULTIPLES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def short(value: float | None) -> str:
-    """Three to four digits: `0.1234`, `12.3`, `4,810`, `1.23M`, `2.1e-05`; `-` for None and NaN."""
+    """About four digits: `0.1234`, `12.3`, `4,810`, `1.234M`, `2.10e-05`; `-` for None and NaN."""
     if value is None or not math.isfinite(value):
         return "-"
     size = abs(value)
     if size >= 1e4:
         for factor, letter in _MULTIPLES:
             if size >= factor:
-                return f"{value / factor:.3g}{letter}" if size / factor < 1000 else f"{value:.3g}"
+                return f"{value / factor:.4g}{letter}" if size / factor < 1000 else f"{value:.3g}"
     if size >= 1000:
         return f"{value:,.0f}"
     if value == int(value):
@@ -25,6 +25,16 @@ def short(value: float | None) -> str:
     if size < 1e-3:
         return f"{value:.2e}"
     return f"{value:.4f}".rstrip("0") if size < 1 else f"{value:.4g}"
+
+
+def count(value: float | None) -> str:
+    """All digits of a whole number: `12,345`; `-` for None."""
+    return "-" if value is None else f"{value:,.0f}"
+
+
+def fixed(value: float | None, *, digits: int = 2) -> str:
+    """A number with `digits` decimal places; `-` for None."""
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def percent(share: float | None) -> str:
