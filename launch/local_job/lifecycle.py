@@ -13,7 +13,8 @@
   daemon means that the run is finished, which also closes it; a trainer gets time to end by itself then.
 - A daemon that dies is started again, and the others only pause: other servers generate a dead server's
   samples, a buffer restarts at the same port with its ledger (unless `buffer.durability=none`), the trainer
-  restarts from its newest checkpoint. The number of deaths in a row is limited (restarts.py, trainer.py).
+  restarts from its newest checkpoint. The number of deaths in a row is limited
+  (areal_like/runtime/restarts.py, trainer.py).
 - Not started again: a trainer whose code failed before the first step was done, and a daemon that rejects its
   settings (exit code 2), unless it is a server or buffer that has been ready with these settings before.
 """
@@ -26,10 +27,10 @@ from collections.abc import Callable, Iterable, Sequence
 from areal_like.automatic_settings import start_limit_s
 from areal_like.config import Config
 from areal_like.runtime.progress import ProgressClock
+from areal_like.runtime.restarts import RestartLimits, Restarts, RestartState
 from areal_like.shards import all_shards
 from launch.local_job.actions import Action, Exit, HandOver, Kill, KillEverything, Notice, Start, Terminate
 from launch.local_job.outcome import Outcome, Phase
-from launch.local_job.restarts import Restarts, RestartState
 from launch.local_job.servers import RolloutServers
 from launch.local_job.shutdown import Shutdown, Stage
 from launch.local_job.specs import DRAINED, JobSpecs, ports_setting
@@ -162,7 +163,7 @@ class JobLifecycle:
         return [Notice(f"{name} is not restarted: this launcher does not run it")]
 
     def tick(self, seen: Observation, *, now_s: float, now_unix_s: float) -> list[Action]:
-        """Advances the phase and starts due restarts. Call it about ten times per second."""
+        """Advances the phase and starts what is due. Call it about ten times per second."""
         actions = self._advance_phase(seen, now_s=now_s)
         if self._trainer is not None and seen.last_step > self._trainer.best_step:
             # The step may be observed up to a second late, after a death that followed it: pass its own time.
@@ -176,7 +177,7 @@ class JobLifecycle:
         self._ever_ready |= {view.name for view in seen.daemons.values() if not view.not_ready}
         if self.phase in (Phase.STARTING, Phase.RUNNING):
             actions += self._close_without_servers(seen, now_s=now_s)
-        return actions + self._restart_due(now_s=now_s)
+        return actions + self._start_due(now_s=now_s)
 
     def waiting_for(self, seen: Observation) -> str:
         """A short text about the daemons that the current phase waits for, and the reasons."""
@@ -208,15 +209,18 @@ class JobLifecycle:
         if not unready and "prepare_model" not in self._running:
             streams = [str(known[name].endpoint["stream"]) for name in self._buffers]
             self._enter(Phase.STARTING, now_s=now_s)
-            return self._start_others(seen, [stream.rpartition(":")[2] for stream in streams], now_s=now_s)
+            self._supervise(seen, [stream.rpartition(":")[2] for stream in streams], now_s=now_s)
         if unready and now_s - self._phase_since_s > BUFFER_START_TIMEOUT_S:
             return self._fail_unready(unready, seen, now_s=now_s)
         return []
 
-    def _start_others(self, seen: Observation, ports: list[str], *, now_s: float) -> list[Action]:
+    def _supervise(self, seen: Observation, ports: list[str], *, now_s: float) -> None:
+        """From now on the buffers are started again, and servers and trainer are due."""
         self._ports = ports
         if self._config.buffer.durability != "none":
-            self._buffer_restarts = {name: Restarts(now_s=now_s) for name in self._buffers}
+            self._buffer_restarts = {name: Restarts(RestartLimits(), now_s=now_s) for name in self._buffers}
+            for restarts in self._buffer_restarts.values():
+                restarts.started(now_s=now_s)
         where = ports_setting(ports)  # a restarted buffer must listen at the port that the others use
         self._buffers = {name: spec.with_settings([where]) for name, spec in self._buffers.items()}
         spec = self._specs.trainer(buffer_ports=ports)
@@ -226,8 +230,6 @@ class JobLifecycle:
         names = [f"rollout-{index}" for index in range(self._config.rollout.num_servers)]
         timeout_s = self._config.buffer.lease_timeout_s
         self._servers = RolloutServers(names, now_s=now_s, lease_timeout_s=timeout_s)
-        specs = [self._specs.server(name, buffer_ports=ports) for name in names]
-        return self._started([Start(spec) for spec in (*specs, self._trainer.spec)])
 
     def _advance_starting(self, seen: Observation, *, now_s: float) -> list[Action]:
         unready = self._unready(seen)
@@ -269,16 +271,15 @@ class JobLifecycle:
             restarts = self._trainer.restarts
         elif ended.name in self._buffer_restarts:
             restarts = self._buffer_restarts[ended.name]
-            restarts.died(now_s=now_s)
+            restarts.failed(now_s=now_s)
         else:
             return self._fail(words, exit_code=1, now_s=now_s)
         if restarts.state is RestartState.GIVEN_UP:
-            headline = f"{ended.name} died {restarts.num_quick_deaths} times in a row"
+            headline = f"{ended.name} died {restarts.num_failures} times in a row"
             return self._fail([headline, *words], exit_code=1, now_s=now_s)
         for line in words[1:] if ended.code > 0 else ():
             log.error("%s", line)
-        delay_s = restarts.due_s - now_s
-        return [Notice(f"{ended.name} ended ({ended.description}): starting it again in {delay_s:.1f} s")]
+        return [Notice(ended.restart_notice(restarts.due_s - now_s))]
 
     def _fall_back(self, trainer: SupervisedTrainer, ended: Exit) -> list[Action]:
         """Handles the end of a trainer with new settings that was not ready: they may be the cause."""
@@ -303,11 +304,11 @@ class JobLifecycle:
         assert self._trainer is not None
         return self._trainer.start(was_ready="trainer-0" in self._ever_ready)
 
-    def _restart_due(self, *, now_s: float) -> list[Action]:
+    def _start_due(self, *, now_s: float) -> list[Action]:
         starts: list[Start] = []
         is_open = self.phase in (Phase.STARTING, Phase.RUNNING)
         if is_open:
-            due = self._servers.restart_due(now_s=now_s)
+            due = self._servers.start_due(now_s=now_s)
             starts += [Start(self._specs.server(name, buffer_ports=self._ports)) for name in due]
         for name, restarts in self._buffer_restarts.items():
             if (is_open or self._is_needed_to_close(name)) and restarts.is_due(now_s=now_s):

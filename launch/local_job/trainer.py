@@ -6,15 +6,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from areal_like.runtime.restarts import RestartLimits, Restarts, RestartState
 from launch.local_job.actions import Exit, Start, Tried
-from launch.local_job.restarts import Restarts, RestartState
 from launch.local_job.specs import DRAINED, ChildSpec
 
 
 class SupervisedTrainer:
     """The trainer processes of one job, one after the other.
 
-        running --died--> waiting --due--> running          (from the newest checkpoint)
+        waiting --due--> running --died--> waiting          (the next one from the newest checkpoint)
         running --asked to hand over--> ended --> running   (with other settings, on trial)
         on trial --ready--> running --ended before--> running   (with the settings of before)
 
@@ -24,7 +24,7 @@ class SupervisedTrainer:
 
     def __init__(self, spec: ChildSpec, *, resume: str, best_step: int, now_s: float) -> None:
         self.spec = spec
-        self.restarts = Restarts(now_s=now_s, healthy_s=math.inf)
+        self.restarts = Restarts(RestartLimits(healthy_s=math.inf), now_s=now_s)
         self.best_step = best_step
         """Newest step that any trainer of this job has finished; -1: none."""
         self.death_report: list[str] = []
@@ -32,6 +32,7 @@ class SupervisedTrainer:
         self.is_handing_over = False
         """True while the running trainer is asked to end for its replacement."""
         self._resumes_at_step = resume.startswith("step:")
+        self._has_started = False
         self._tried: tuple[str, ...] = ()
         """Settings with which no trainer has been ready yet."""
         self._before = spec
@@ -54,7 +55,7 @@ class SupervisedTrainer:
 
     def died(self, ended: Exit, *, report: Sequence[str], now_s: float) -> None:
         """Records an unexpected end; `restarts.state` is then WAITING or GIVEN_UP."""
-        self.restarts.died(now_s=now_s)
+        self.restarts.failed(now_s=now_s)
         if self.restarts.state is not RestartState.GIVEN_UP:
             self.death_report = list(report)
             self.is_handing_over = False  # the next trainer has the new settings anyway
@@ -65,13 +66,16 @@ class SupervisedTrainer:
         return is_handing_over and ended.code == DRAINED
 
     def start(self, *, was_ready: bool) -> Start:
-        """The action that starts the next trainer, from the newest checkpoint.
+        """The action that starts the first trainer as the run's settings say, the next from the newest
+        checkpoint.
 
         Exception: with `resume=step:K`, the checkpoints after step K may still exist if no trainer was ready
         yet (`was_ready` is False). The command line with `resume=step:K` is then used again.
         """
+        is_first, self._has_started = not self._has_started, True
         self._is_started_with_tried = bool(self._tried)
-        return Start(self.spec, from_newest_checkpoint=was_ready or not self._resumes_at_step)
+        is_at_newest = not is_first and (was_ready or not self._resumes_at_step)
+        return Start(self.spec, from_newest_checkpoint=is_at_newest)
 
     def change_settings(self, settings: Sequence[str]) -> None:
         """Gives the next trainer these `key=value` settings; the trial of earlier ones goes on with them."""

@@ -97,23 +97,23 @@ class Driver:
 
     def _begin_due(self, now_s: float) -> None:
         for role in self._supervision.roles:
-            if role.is_over or id(role) in self._started or now_s < role.due_s:
+            if role.is_over or not role.restarts.is_due(now_s=now_s):
                 continue
+            role.begin(now_s=now_s)
             try:
-                self._begin(role, now_s)
+                self._begin(role)
             except ArealError as error:
                 code = None if isinstance(error, ActorLostError) else 1
                 _say(f"{role.name} was not started: {error}")
                 _say(self._supervision.ended(role, code, now_s=time.monotonic()))
 
-    def _begin(self, role: RoleState, now_s: float) -> None:
+    def _begin(self, role: RoleState) -> None:
         resources = resources_of(self._config, role.role, self._options)
         actors = [self._cluster.actor(place, resources) for place in self._places[id(role)]]
         addresses = [
             self._cluster.get(actor.address.remote(self._options.interface), timeout_s=_ANSWER_S)
             for actor in actors
         ]
-        role.begin(now_s=now_s)
         label = f"rollout-{self._job}n{role.number}" if role.role == "rollout" else role.role
         runs = []
         for index, (actor, address) in enumerate(zip(actors, addresses, strict=True)):
