@@ -37,7 +37,7 @@ from areal_like.wire.fingerprint import (
 from areal_like.wire.limits import bounded_stats
 from areal_like.wire.messages.consumer import Directory, Fetch, Group, TrainerHeartbeat
 from areal_like.wire.messages.hello import Goodbye, Hello, Role
-from areal_like.wire.messages.producer import HeartbeatAck
+from areal_like.wire.messages.producer import HeartbeatAck, ServerState
 from trainer.buffer_client.connection import Connection
 from trainer.buffer_client.patience import Patience
 from trainer.buffer_client.shards import call_shards
@@ -83,8 +83,8 @@ class TrainerBufferClient:
         self.stop_requested = threading.Event()
         """Set by a signal, never cleared."""
         self.abandon_step = threading.Event()
-        """Set when a draining trainer must no longer wait for the groups of its step, nor finish it: `groups`
-        ends early."""
+        """Set when a draining trainer must no longer wait for the groups of its step, nor finish it: after a
+        third of `daemon.drain_timeout_s`, or when no server is left. `groups` ends early."""
         self.on_directory: Callable[[], None] = lambda: None
         """Called in the client's loop when the directory of rollout servers changed."""
         self.device = device
@@ -219,7 +219,7 @@ class TrainerBufferClient:
         """This rank's groups of a step in recorded order, each as soon as the buffer has recorded it.
 
         The next step's groups are requested too, so that they arrive while this step trains. Ends early only
-        after `abandon_step`.
+        after `abandon_step`, which a drain sets when a group is missing and no server is left to make it.
         """
         self.step = step
         for ahead in (step, step + 1):
@@ -256,12 +256,20 @@ class TrainerBufferClient:
         while not future.done():
             if self._lost is not None:
                 raise self._lost
+            if self.stop_requested.is_set() and not self._has_working_servers and not future.done():
+                log.warning("draining: no rollout server is left that could make %s", patience.name)
+                self.abandon_step.set()
             if self.abandon_step.is_set():
                 return None
             self._check(patience)
             concurrent.futures.wait([future], timeout=_POLL_S)
         group: Group = future.result()
         return group
+
+    @property
+    def _has_working_servers(self) -> bool:
+        """True while a rollout server is registered that does not drain, as the buffer says."""
+        return any(server.state != ServerState.DRAINING for server in self.directory.servers)
 
     async def _open(self) -> None:
         self.runtime = Runtime(self.config, role="trainer", name=f"trainer-{self.rank}", waits=self.waits)
