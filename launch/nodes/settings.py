@@ -11,11 +11,10 @@ from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config
 from areal_like.security.keys import KeyDirectory
-from launch.nodes.start import DRAINED
-from launch.run_directory.kept_settings import keep, stored
+from launch.local_job.specs import DRAINED
+from launch.run_directory.kept_settings import check_resume, keep, stored
 from launch.run_directory.open_run import is_begun, with_own_settings
-from launch.run_directory.resume_check import check_resume
-from launch.run_directory.rundir import is_trained, release_for_others
+from launch.run_directory.rundir import release_for_others
 
 
 def settings_for_nodes(argv: Sequence[str], *, trainer_nodes: int) -> Config:
@@ -39,11 +38,6 @@ def settings_for_nodes(argv: Sequence[str], *, trainer_nodes: int) -> Config:
     )
     _check(config, trainer_nodes)
     return config
-
-
-def is_finished(config: Config) -> bool:
-    """True if the run has no step left to train."""
-    return is_trained(RunPaths.of(config), num_steps=config.trainer.num_steps)
 
 
 def make_directory(config: Config, *, folders: Sequence[Path] = ()) -> None:

@@ -1,5 +1,8 @@
 """Starts one role of a run on a node that a scheduler has chosen: waits, and becomes the daemon (exec).
 
+An actor of Ray runs `python -m launch.nodes.start ROLE RUN PLACE`, with the place as JSON; jobs of Slurm run
+`launch.slurm.node`.
+
 The daemon has the scheduler's process as its parent, so that signals reach the daemon itself. What a role
 waits for:
 
@@ -14,6 +17,7 @@ reaches the job its samples count, and it ends with the run.
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import signal
 import socket
@@ -30,12 +34,11 @@ from areal_like.paths import BUILT_MODELS, RunPaths
 from areal_like.runtime.command_line import load_config
 from areal_like.runtime.process import PARENT_PID, keep_files_private
 from areal_like.wire.addresses import buffer_lookup
+from launch.local_job.specs import DRAINED
 from launch.observation.reach import RunningJob
-from launch.run_directory.rundir import find_run
+from launch.run_directory.rundir import find_run, is_locked
 
 ROLES = ("buffer", "trainer", "rollout")
-DRAINED = 75
-"""`daemon.exit_code_on_drain` of a run's daemons: their scheduler then knows that they did not fail."""
 _BUFFER_LIMIT_S = 600.0
 """Longest wait for the buffer. The trainer and the rollout servers begin after it."""
 _UNFENCE_LIMIT_S = 60.0
@@ -72,7 +75,7 @@ class Place:
         return f"rollout-{self.job}r{self.num_starts}"
 
 
-def open_run(run: str) -> tuple[RunPaths, Config]:
+def read_run(run: str) -> tuple[RunPaths, Config]:
     """Paths and settings of a run, by name or directory. Raises ConfigError."""
     paths = RunPaths(find_run(run).resolve())
     return paths, load_config(["--config", str(paths.config)])
@@ -155,22 +158,8 @@ def _prepare_model(config: Config, paths: RunPaths) -> None:
 
 def _wait_for_ledger(paths: RunPaths) -> None:
     """Waits while another buffer has the ledger: it serves the run, and its file leads peers to it."""
-    lock = paths.ledger / "lock"
-
-    def is_free() -> bool:
-        try:
-            file = os.open(lock, os.O_RDWR)
-        except FileNotFoundError:
-            return True
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        finally:
-            os.close(file)
-        return True
-
-    _wait(is_free, what=f"another buffer has {paths.ledger}; this one takes over when it has ended")
+    what = f"another buffer has {paths.ledger}; this one takes over when it has ended"
+    _wait(lambda: not is_locked(paths.ledger / "lock"), what=what)
 
 
 def _wait_for_buffer(config: Config) -> None:
@@ -221,3 +210,21 @@ def _become(words: Sequence[str], *, num_threads: int) -> None:
     environment.setdefault("OMP_NUM_THREADS", str(num_threads))
     command = [sys.executable, "-m", *words]
     os.execve(command[0], command, environment)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Becomes the daemon; returns an exit code only without one."""
+    if len(argv) != 3 or argv[0] not in ROLES:
+        sys.stderr.write(f"usage: python -m launch.nodes.start {'|'.join(ROLES)} RUN PLACE\n")
+        return 2
+    role, run, place = argv
+
+    def body() -> None:
+        paths, config = read_run(run)
+        start(role, config, paths, Place(**json.loads(place)))
+
+    return exit_code_of(role, body)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

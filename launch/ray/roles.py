@@ -17,16 +17,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from areal_like.runtime.restarts import RestartLimits, Restarts, RestartState
-from launch.nodes.start import DRAINED
+from launch.local_job.specs import DRAINED
 
 HEALTHY_S = 600.0
 """After a start that lasted so long, earlier failures of the role no longer count."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class RoleState:
-    """One role. `now_s`: seconds on any monotonic clock."""
+    """One role, equal to itself only. `now_s`: seconds on any monotonic clock."""
 
     role: str
     """`buffer` | `trainer` | `rollout`"""

@@ -10,9 +10,8 @@ from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.runtime.restarts import RestartState
 from launch.cli import main
-from launch.ray.actors import Started
+from launch.ray.driver import Started, as_driver, directory_of, has_driver, want_servers, wanted_servers
 from launch.ray.roles import HEALTHY_S, RoleState, Supervision
-from launch.ray.wanted import as_driver, directory_of, has_driver, want_servers, wanted_servers
 
 
 def supervision(*, max_failures: int = 2) -> Supervision:
@@ -123,7 +122,8 @@ def test_scale_tells_the_driver(
     [
         (["--slurm"], "give --slurm or --ray"),
         (["--partition", "gpu"], "--partition is an option of Slurm"),
-        (["--cpus=-1"], "--cpus and --max-failures of at least 0"),
+        (["--cpus=-1"], "--cpus of at least 0"),
+        (["--max-failures=-1"], "--max-failures -1: use at least 0"),
     ],
 )
 def test_a_mistake_is_one_message(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
