@@ -13,8 +13,10 @@ name further addresses.
 from __future__ import annotations
 
 import http.client
+import ipaddress
 import json
 import re
+import struct
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +30,6 @@ from areal_like.security.tls import client_context
 from areal_like.security.tokens import any_token, monitor_token, operator_token
 from areal_like.terminal_text import harmless, harmless_values
 from launch.observation.answers import checked_status, parsed_object
-from launch.observation.listening_user import may_belong_to
 
 REQUEST_TIMEOUT_S = 1.0
 _MAX_ANSWER_BYTES = 64 << 20
@@ -36,6 +37,10 @@ _REFUSED = (401, 403, 421)
 """Statuses of a daemon that refuses this caller whatever the request is."""
 IS_BUFFER_OR_RANK = re.compile(r"(buffer|trainer)(-\d+)?")
 """Names of daemons that commands send changes to."""
+_TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
+_LISTEN = "0A"
+"""State of a listening socket."""
+_ANY = (ipaddress.ip_address("0.0.0.0"), ipaddress.ip_address("::"))
 
 
 class _Daemon(NamedTuple):
@@ -204,3 +209,35 @@ def _refusal(address: str, answer: dict[str, Any]) -> str:
 
 def _error_of(answer: dict[str, Any]) -> str:
     return harmless(str(answer.get("error", answer)))
+
+
+def may_belong_to(address: str, user: int) -> bool:
+    """False if no process of this user listens at `host:port`, where that is an address of loopback.
+
+    A killed daemon leaves its endpoint file, and another user's process may get its port. Linux shows the
+    user of every listening socket, also to other users. True for other addresses, and on systems without
+    these tables: nothing is known there.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        parsed = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host.strip("[]"))
+    except ValueError:
+        return True
+    if not (parsed.is_loopback or parsed.is_unspecified) or not _TABLES[0].exists():
+        return True
+    ends = {f"{_as_shown(each)}:{int(port):04X}" for each in (parsed, *_ANY)}
+    users = [
+        int(fields[7])
+        for table in _TABLES
+        if table.exists()
+        for fields in map(str.split, table.read_text().splitlines()[1:])
+        if fields[3] == _LISTEN and fields[1] in ends
+    ]
+    return bool(users) and all(found == user for found in users)
+
+
+def _as_shown(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str:
+    """In words of 32 bits, each in this machine's byte order."""
+    packed = address.packed
+    words = struct.unpack(f"={len(packed) // 4}I", packed)
+    return "".join(f"{word:08X}" for word in words)

@@ -10,8 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from areal_like.config import Config
-from launch.observation.observer import DaemonView, find_number, find_table
-from launch.observation.reach import merged_peers, merged_status
+from launch.observation.observer import DaemonView, find_number, find_table, merged_peers, merged_status
 
 _JOB = ("step", "committed_steps", "newest_version", "max_staleness", "closed_because", "failed_because")
 _RATES = (

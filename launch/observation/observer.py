@@ -11,7 +11,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,7 @@ from launch.observation.http_json import (
     Operator,
     fetch_json,
 )
-from launch.observation.metrics_tail import MetricsTail
-from launch.observation.progress import Progress
+from launch.observation.progress import MetricsTail, Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,13 +105,9 @@ class Observation:
 
     @property
     def buffer(self) -> dict[str, Any]:
-        """The buffer's /status, or empty. With several shards: the first one's, with the tickets of all."""
+        """The buffer's /status, or empty. With several shards: those of all, merged."""
         statuses = [view.status for view in self.daemons.values() if view.role == "buffer" and view.status]
-        if len(statuses) < 2:
-            return statuses[0] if statuses else {}
-        return statuses[0] | {
-            name: add_up(find_table(status, name) for status in statuses) for name in ("tickets", "drops")
-        }
+        return merged_status(statuses) if statuses else {}
 
     @property
     def why(self) -> dict[str, Any]:
@@ -254,3 +249,40 @@ def find_table(status: dict[str, Any], key: str) -> dict[str, Any]:
         if isinstance(value, dict):
             return value
     return {}
+
+
+_RATES_OF_A_SHARD = ("samples_per_s", "tokens_trained_per_s", "drops_per_min")
+"""Each shard has these of its own samples. Every shard sees all steps, and the tokens of all servers."""
+
+
+def merged_status(statuses: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The first shard's /status, with the tickets, drops, rates and peers of all."""
+    sums = {name: add_up(find_table(dict(each), name) for each in statuses) for name in ("tickets", "drops")}
+    rates: dict[str, float | None] = {}
+    for status in statuses:
+        for name, rate in find_table(dict(status), "rates").items():
+            known = rates.get(name)
+            if known is None or rate is None:
+                rates[name] = known if rate is None else rate
+            else:
+                rates[name] = known + rate if name in _RATES_OF_A_SHARD else max(known, rate)
+    return dict(statuses[0]) | sums | {"rates": rates, "peers": merged_peers(statuses)}
+
+
+def merged_peers(statuses: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The peers in the /status of all shards, each once: as the shard that heard it last has it."""
+    found: dict[str, dict[str, Any]] = {}
+    for status in statuses:
+        peers = status.get("peers")
+        for peer in peers if isinstance(peers, list) else ():
+            if not isinstance(peer, dict) or "name" not in peer:
+                continue
+            known = found.get(name := str(peer["name"]))
+            if known is None or as_number(peer.get("silent_s")) < as_number(known.get("silent_s")):
+                found[name] = peer
+    return list(found.values())
+
+
+def as_number(value: Any) -> float:
+    """The value if it is a number, else 0."""
+    return float(value) if isinstance(value, (int, float)) else 0.0

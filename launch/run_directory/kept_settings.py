@@ -13,12 +13,14 @@ import os
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from areal_like.config import Config, to_mapping
 from areal_like.config.dotted import flat
+from areal_like.disks.ledger_place import recorded_shards
 from areal_like.errors import ConfigError
-from areal_like.paths import RunPaths
+from areal_like.paths import BUILT_MODELS, RunPaths
 from areal_like.runtime.command_line import load_config, save_config
 from areal_like.security.redaction import without_secrets
 from launch.run_directory.rundir import checkpoints
@@ -86,6 +88,34 @@ def left_out(paths: RunPaths) -> str:
     """The settings of the last resume that `config.yaml` has not got: its daemons were never ready."""
     before, after = stored(paths), _read(paths.next_config)
     return ", ".join(change_lines(changes(before, after))) if before and after else ""
+
+
+def check_resume(before: Config | None, after: Config, paths: RunPaths) -> None:
+    """`before`: the run's own settings, None if they cannot be read; `after`: those of the resume.
+
+    Raises ConfigError if the run cannot continue with them.
+    """
+    num_shards = recorded_shards(paths) or (before or after).buffer.num_shards
+    if after.buffer.num_shards != num_shards:
+        raise ConfigError(
+            f"buffer.num_shards={after.buffer.num_shards}: the number of shards cannot change during a run: "
+            f"continue with buffer.num_shards={num_shards}, or start a new run from a checkpoint "
+            "(model.path=...)"
+        )
+    if before is not None and not _is_same_model(before.model.path, after.model.path):
+        raise ConfigError(
+            f"model.path={after.model.path}: the weights of a run come from its checkpoint, so its model "
+            f"cannot change ({before.model.path}): leave model.path out, or start a new run from the other "
+            "model with name=..."
+        )
+
+
+def _is_same_model(before: str, after: str) -> bool:
+    old, new = Path(before).expanduser(), Path(after).expanduser()
+    if old.is_absolute() and not old.exists():
+        return True  # it was moved; the trainer compares the shapes of its model with the checkpoint's
+    is_built = before in BUILT_MODELS or after in BUILT_MODELS
+    return before == after or (not is_built and old.is_dir() and new.is_dir() and old.samefile(new))
 
 
 def read_changes(paths: RunPaths) -> list[SettingsChange]:

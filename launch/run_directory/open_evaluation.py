@@ -1,8 +1,16 @@
-"""Opens the run directory of `areal-like eval`: a new one, or that of an evaluation to continue.
+"""Opens the run directory of `areal-like eval MODEL`: a new one, or that of an evaluation to continue.
 
 An evaluation has a directory of its own, so that the run whose checkpoint it evaluates stays as it is, and
 may be running. Its configuration is that of a run without training: the settings of trainer, objective and
 curriculum are replaced by ones that cost nothing, and nothing that is sampled is ever deleted.
+
+What MODEL may be:
+
+    tiny, smollm2              models that are built for the evaluation
+    runs/x/checkpoints/step_N  a checkpoint of a run: also a Hugging Face directory
+    directory with config.json any other model
+    x, runs/x                  a run: its newest checkpoint
+    owner/name                 a model of the hub
 """
 
 from __future__ import annotations
@@ -13,6 +21,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +30,66 @@ from areal_like.config import Config, to_mapping
 from areal_like.config.gpus import check_gpus_are_separate
 from areal_like.config.trainer import TrainerConfig
 from areal_like.errors import ConfigError
-from areal_like.paths import RunPaths
+from areal_like.paths import BUILT_MODELS, RunPaths, find_checkpoints
 from areal_like.runtime.command_line import load_config
-from launch.run_directory.evaluated_model import EvaluatedModel
 from launch.run_directory.open_run import OpenRun, prepared
-from launch.run_directory.rundir import InUseError, lock
+from launch.run_directory.rundir import InUseError, find_run, lock
 
 _COMPARED = ("model", "task", "eval", "sampling", "episode", "rewards", "seed", "trainer")
 """Sections that decide the results: they may not change when an evaluation is continued. That of the trainer
 is never that of a training run."""
+
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatedModel:
+    """A model to evaluate."""
+
+    path: str
+    """Value of `model.path`."""
+    label: str
+    """What results are called after."""
+    step: int = 0
+    """Optimizer steps of its run; 0 for a model that is no checkpoint."""
+    run: Path | None = None
+    """Directory of its run."""
+
+
+def find_model(word: str) -> EvaluatedModel:
+    """The model that a word of the command line names. Raises ConfigError."""
+    if word in BUILT_MODELS:
+        return EvaluatedModel(path=word, label=word)
+    folder = Path(word).expanduser()
+    if (folder / "config.json").is_file():
+        return _of_directory(folder.resolve())
+    if (folder / "config.yaml").is_file() or (Path("runs") / word / "config.yaml").is_file():
+        run = find_run(str(folder)).resolve()
+        found = find_checkpoints(RunPaths(run).checkpoints)
+        if not found:
+            raise ConfigError(
+                f"eval {word}: the run has no checkpoint yet; evaluate a model's directory, or wait for "
+                "trainer.checkpoint_interval steps"
+            )
+        return _of_directory(found[max(found)])
+    if _HUB_NAME.fullmatch(word) and not folder.exists():
+        return EvaluatedModel(path=word, label=word.rpartition("/")[2])
+    raise ConfigError(
+        f"eval {word}: give a directory with config.json, a run with a checkpoint, "
+        f"{', '.join(BUILT_MODELS)}, or an owner/name"
+    )
+
+
+def _of_directory(folder: Path) -> EvaluatedModel:
+    run = folder.parent.parent
+    steps = {path: step for step, path in find_checkpoints(folder.parent).items()}
+    is_of_run = folder.parent == RunPaths(run).checkpoints and RunPaths(run).config.is_file()
+    if folder in steps and is_of_run:
+        return EvaluatedModel(
+            path=str(folder), label=f"{run.name}-{folder.name}", step=steps[folder], run=run
+        )
+    return EvaluatedModel(path=str(folder), label=folder.name)
 
 
 def open_evaluation(model: EvaluatedModel, argv: Sequence[str]) -> OpenRun:

@@ -21,8 +21,7 @@ from areal_like.config.gpus import check_gpus_are_separate
 from areal_like.errors import ConfigError
 from areal_like.paths import BUILT_MODELS, RunPaths
 from areal_like.runtime.command_line import GROUPS, SCALE, load_config, save_config
-from launch.run_directory.kept_settings import keep, left_out, stored
-from launch.run_directory.resume_check import check_resume
+from launch.run_directory.kept_settings import check_resume, keep, left_out, stored
 from launch.run_directory.rundir import (
     InUseError,
     checkpoints,

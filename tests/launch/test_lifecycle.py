@@ -20,8 +20,7 @@ from launch.local_job.actions import (
     Terminate,
     Tried,
 )
-from launch.local_job.lifecycle import JobLifecycle
-from launch.local_job.outcome import Phase
+from launch.local_job.lifecycle import JobLifecycle, Phase
 from launch.local_job.specs import DRAINED, JobSpecs
 from launch.observation.observer import DaemonView, Observation
 from launch.observation.progress import Progress

@@ -18,9 +18,8 @@ from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config, save_config
 from areal_like.wire.addresses import buffer_addresses
 from launch.commands.join import buffer_settings, free_name
-from launch.observation.metrics_tail import MetricsTail
 from launch.observation.observer import DaemonView, Observation, look_at_daemons
-from launch.observation.progress import MAX_STRETCHES, Progress, StepTally
+from launch.observation.progress import MAX_STRETCHES, MetricsTail, Progress, StepTally
 from launch.run_directory.open_run import OpenRun, open_run
 from launch.settings_help import COMMON, all_keys
 from launch.view.daemons import daemon_table
