@@ -62,7 +62,7 @@ class Place:
     num_starts: int = 0
     """Earlier starts of the same job."""
     num_nodes: int = 1
-    """Of the trainer."""
+    """Nodes of the trainer."""
     index: int = 0
     """This node among them."""
     first_address: str = ""
@@ -136,14 +136,14 @@ def address_of_interface(interface: str) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
         try:
             request = struct.pack("256s", interface.encode()[:15])
-            answer = fcntl.ioctl(one.fileno(), _SIOCGIFADDR, request)
+            found = fcntl.ioctl(one.fileno(), _SIOCGIFADDR, request)
         except OSError as error:
             known = ", ".join(name for _, name in socket.if_nameindex())
             raise ConfigError(
                 f"--interface {interface}: no IPv4 address on {socket.gethostname()} ({error.strerror}; it "
                 f"has {known})"
             ) from None
-    return socket.inet_ntoa(answer[20:24])
+    return socket.inet_ntoa(found[20:24])
 
 
 def _prepare_model(config: Config, paths: RunPaths) -> None:
@@ -171,11 +171,10 @@ def _wait_for_buffer(config: Config) -> None:
 
 
 def _take_name(paths: RunPaths) -> None:
-    """Takes the trainer's name from the process of an earlier start, which the scheduler has
-    given up.
+    """Takes the trainer's name from the process of an earlier start, which the scheduler has given up.
 
     It may still work where the scheduler does not reach its node. Without an operator's token the buffer
-    decides: the earlier one keeps the name while it answers.
+    decides: the earlier one keeps the name while it responds.
     """
     until_s = time.monotonic() + _UNFENCE_LIMIT_S
     while True:

@@ -23,8 +23,6 @@ from typing import Any, NamedTuple
 
 from areal_like.config.security import SecurityConfig
 from areal_like.errors import ConfigError
-from areal_like.paths import RunPaths
-from areal_like.runtime.command_line import load_config
 from areal_like.security.keys import KeyDirectory, KeyRole
 from areal_like.security.tls import client_context
 from areal_like.security.tokens import any_token, monitor_token, operator_token
@@ -80,8 +78,8 @@ class Operator:
     def headers(self, address: str, *, changes: bool) -> dict[str, str]:
         """The headers of a request to `host:port`, which is for a change or only reads.
 
-        Without a token if it is no daemon's. Reads the token again, because it may have been rotated. Raises
-        ConfigError if it is gone.
+        Without a token if it is not a daemon's. Reads the token again, because it may have been rotated.
+        Raises ConfigError if it is gone.
         """
         token = self._token(address, changes=changes) if self._keys else None
         return {} if token is None else {"Authorization": f"Bearer {token}"}
@@ -131,12 +129,6 @@ NO_OPERATOR = Operator(SecurityConfig(), Path())
 """For jobs without keys and certificate."""
 
 
-def operator_of(root: Path) -> Operator:
-    """The operator of the run in the directory `root`, by the settings stored there. Raises ConfigError."""
-    paths = RunPaths(root)
-    return Operator(load_config(["--config", str(paths.config)]).security, paths.endpoints)
-
-
 def fetch_json(
     address: str, path: str, *, operator: Operator = NO_OPERATOR, timeout_s: float = REQUEST_TIMEOUT_S
 ) -> dict[str, Any] | None:
@@ -173,9 +165,9 @@ def post_json(
     operator: Operator = NO_OPERATOR,
     timeout_s: float = 5.0,
 ) -> dict[str, Any]:
-    """POST http://address/path; returns the JSON object in the answer.
+    """POST http://address/path; returns the JSON object in the response.
 
-    Raises OSError if the daemon does not answer, ConfigError with the daemon's reason if it refuses.
+    Raises OSError if the daemon does not respond, ConfigError with the daemon's reason if it refuses.
     """
     host, _, port = address.rpartition(":")
     headers = operator.headers(address, changes=True)
@@ -185,7 +177,7 @@ def post_json(
         response = connection.getresponse()
         answer = _object(response)
     except (ValueError, http.client.HTTPException) as error:
-        raise ConnectionError(f"its answer is no JSON object: {error}") from None
+        raise ConnectionError(f"its response is not a JSON object: {error}") from None
     finally:
         connection.close()
     if response.status in _REFUSED:
@@ -196,7 +188,7 @@ def post_json(
 
 
 def _object(response: http.client.HTTPResponse) -> dict[str, Any]:
-    """The JSON object in an answer. Raises ValueError."""
+    """The JSON object in a response. Raises ValueError."""
     content = response.read(_MAX_ANSWER_BYTES + 1)
     if len(content) > _MAX_ANSWER_BYTES:
         raise ValueError(f"longer than {_MAX_ANSWER_BYTES} bytes")

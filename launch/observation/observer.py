@@ -40,9 +40,9 @@ class DaemonView:
     endpoint: dict[str, Any]
     """Content of its endpoint file: role, pid, http, ..."""
     status: dict[str, Any] | None
-    """Answer of /status; None when the daemon did not answer."""
+    """Response of /status; None when the daemon did not respond."""
     seen_s: float
-    """Monotonic time of the last answer; 0: never."""
+    """Monotonic time of the last response; 0: never."""
 
     @property
     def role(self) -> str:
@@ -111,12 +111,12 @@ class Observation:
 
     @property
     def why(self) -> dict[str, Any]:
-        """What the job waits on, as its buffers say, or as is seen from here if one does not answer."""
+        """What the job waits on, as its buffers say, or as is seen from here if one does not respond."""
         return diagnosis(self.daemons.values())
 
     @property
     def cause(self) -> str:
-        """What the job waits on, on one line; empty if it waits on nothing, or no buffer has answered yet."""
+        """What the job waits on, on one line; empty if it waits on nothing, or no buffer responded yet."""
         has_begun = any(view.role == "buffer" and view.seen_s for view in self.daemons.values())
         causes = self.why["causes"] if has_begun else []
         if not causes:
@@ -175,7 +175,7 @@ def look_at_daemons(
 ) -> dict[str, DaemonView]:
     """Asks every daemon with an endpoint file in `folder` for its status; returns the views by name.
 
-    `before`: the previous result; a daemon that does not answer now keeps the time of its last answer.
+    `before`: the previous result; a daemon that does not respond now keeps the time of its last response.
     """
     daemons = {}
     for path in sorted(folder.glob("*.json")):
@@ -186,24 +186,36 @@ def look_at_daemons(
         is_server = IS_BUFFER_OR_RANK.fullmatch(path.stem) is None
         if not NAME.fullmatch(path.stem) or (is_server and endpoint.get("role") in ("buffer", "trainer")):
             continue  # not written by a daemon: a server must not pass for a buffer, whose `why` is believed
-        try:
-            status = fetch_json(str(endpoint.get("http", "")), "/status", operator=operator)
-        except ConfigError as error:
-            status = {"not_ready": str(error)}
         known = (before or {}).get(path.stem)
-        seen_s = time.monotonic() if status is not None else known.seen_s if known else 0.0
-        daemons[path.stem] = DaemonView(name=path.stem, endpoint=endpoint, status=status, seen_s=seen_s)
+        daemons[path.stem] = look_at_daemon(path.stem, endpoint, known=known, operator=operator)
     return daemons
 
 
+def look_at_daemon(
+    name: str,
+    endpoint: dict[str, Any],
+    *,
+    known: DaemonView | None,
+    operator: Operator,
+    timeout_s: float = REQUEST_TIMEOUT_S,
+) -> DaemonView:
+    """Asks a daemon for its status. `known`: how it was before."""
+    try:
+        status = fetch_json(str(endpoint.get("http", "")), "/status", operator=operator, timeout_s=timeout_s)
+    except ConfigError as error:
+        status = {"not_ready": str(error)}
+    seen_s = time.monotonic() if status is not None else known.seen_s if known else 0.0
+    return DaemonView(name=name, endpoint=endpoint, status=status, seen_s=seen_s)
+
+
 _NO_ANSWER_S = 5.0
-"""A daemon that has answered before and then not for so long does not run, or is stopped."""
+"""A daemon that has responded before and then not for so long does not run, or is stopped."""
 
 
 def diagnosis(daemons: Iterable[DaemonView]) -> dict[str, Any]:
-    """`causes`, `effects` and `bottleneck` of a job, from the answers of its buffers.
+    """`causes`, `effects` and `bottleneck` of a job, from the responses of its buffers.
 
-    A buffer that does not answer is a cause itself: it can say nothing about the others.
+    A buffer that does not respond is a cause itself: it can say nothing about the others.
     """
     causes: list[dict[str, Any]] = []
     effects: list[str] = []
@@ -228,7 +240,7 @@ def _no_answer(name: str, silent_s: float) -> dict[str, Any]:
         "on": "buffer",
         "name": name,
         "seconds": min(silent_s, 1e9),
-        "what": f"no answer {since}: its process stands still, has ended, or cannot be reached from here",
+        "what": f"no response {since}: its process is stalled, has ended, or cannot be reached from here",
         "remedy": "look at its process and log; every role waits for it and goes on when it is back",
     }
 

@@ -8,6 +8,7 @@ operator's token goes to no address that one daemon reports for another.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
@@ -20,7 +21,14 @@ from areal_like.runtime.command_line import load_config
 from areal_like.runtime.daemon import read_endpoint
 from areal_like.shards import all_shards
 from launch.observation.http_json import REQUEST_TIMEOUT_S, Operator, fetch_json, post_json
-from launch.observation.observer import DaemonView, as_number, look_at_daemons, merged_peers, merged_status
+from launch.observation.observer import (
+    DaemonView,
+    as_number,
+    look_at_daemon,
+    look_at_daemons,
+    merged_peers,
+    merged_status,
+)
 from launch.run_directory.rundir import find_run
 
 _FAR_TIMEOUT_S = 5.0
@@ -173,19 +181,19 @@ class RunningJob:
         return ConfigError(f"{self.name}: its buffer does not answer; is the job running?")
 
     def _given_buffers(self, before: Mapping[str, DaemonView]) -> Iterable[DaemonView]:
-        shards = all_shards(self.config.buffer.num_shards)
+        by_address = {view.endpoint.get("http"): view for view in before.values()}
+        names = [shard.name for shard in all_shards(self.config.buffer.num_shards)]
         for index, address in enumerate(self._given):
-            try:
-                status = self.get(address, "/status")
-            except ConfigError as error:
-                status = {"not_ready": str(error)}
-            by_address = {view.endpoint.get("http"): view for view in before.values()}
             known = by_address.get(address)
-            default = shards[index].name if index < len(shards) else f"buffer at {address}"
-            name = str((status or {}).get("name") or (known.name if known else default))
-            seen_s = time.monotonic() if status is not None else known.seen_s if known else 0.0
-            endpoint = {"role": "buffer", "http": address}
-            yield DaemonView(name=name, endpoint=endpoint, status=status, seen_s=seen_s)
+            default = names[index] if index < len(names) else f"buffer at {address}"
+            view = look_at_daemon(
+                known.name if known else default,
+                {"role": "buffer", "http": address},
+                known=known,
+                operator=self.operator,
+                timeout_s=_FAR_TIMEOUT_S,
+            )
+            yield dataclasses.replace(view, name=str((view.status or {}).get("name") or view.name))
 
 
 def peer_view(

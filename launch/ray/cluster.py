@@ -48,7 +48,7 @@ class RayOptions(ClusterOptions):
 
 
 class ActorLostError(ArealError):
-    """An actor has ended with its node or its process, or does not answer."""
+    """An actor has ended with its node or its process, or does not respond."""
 
 
 def resources_of(config: Config, role: str, options: RayOptions) -> Resources:
@@ -144,8 +144,8 @@ class Cluster:
     def reserve(self, bundles: Sequence[Resources]) -> list[tuple[Any, int]]:
         """Reserves the bundles, all or none; returns (placement group, index) of each.
 
-        If a node is lost, Ray places its bundles anew. Raises ArealError if the cluster has not the resources
-        within the limit.
+        If a node is lost, Ray places its bundles again. Raises ArealError if the cluster does not have the
+        resources within the limit.
         """
         ray, options = self._ray, self._options
         group = ray.util.placement_group([dict(each) for each in bundles], strategy=options.strategy)
@@ -153,7 +153,7 @@ class Cluster:
         if not ready:
             ray.util.remove_placement_group(group)
             raise ArealError(
-                f"Ray has not the resources for {_summed(bundles)} in {len(bundles)} bundles "
+                f"Ray does not have the resources for {_summed(bundles)} in {len(bundles)} bundles "
                 f"({options.strategy}) within {options.wait:.0f} s; the cluster has "
                 f"{_shown(ray.cluster_resources())}, of which {_shown(ray.available_resources())} are free"
             )
@@ -185,7 +185,7 @@ class Cluster:
         except self._ray.exceptions.RayTaskError as error:
             raise ArealError(f"its actor failed: {error.cause}") from None
         except self._ray.exceptions.RayError as error:
-            raise ActorLostError(f"its actor did not answer ({type(error).__name__})") from None
+            raise ActorLostError(f"its actor did not respond ({type(error).__name__})") from None
 
     def done(self, references: Sequence[Any], *, timeout_s: float) -> list[Any]:
         """Those of the references that have a result, after the first has or the time is over."""

@@ -8,13 +8,13 @@ earlier versions of the whole file, which the changes give.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from areal_like.config import Config, to_mapping
 from areal_like.config.dotted import flat
@@ -120,31 +120,18 @@ def _is_same_model(before: str, after: str) -> bool:
 
 def read_changes(paths: RunPaths) -> list[SettingsChange]:
     """The history, the oldest change first. Lines that cannot be read are left out."""
-    found = []
-    for row in _rows(paths):
-        try:
-            changed = {str(key): (str(old), str(new)) for key, (old, new) in dict(row["changed"]).items()}
-            change = SettingsChange(
-                unix_s=float(row["unix_s"]), step=int(row["step"]), by=str(row["by"]), changed=changed
-            )
-        except (KeyError, TypeError, ValueError):
-            continue
-        found.append(change)
-    return found
-
-
-def _rows(paths: RunPaths) -> Iterable[Mapping[str, Any]]:
     try:
         lines = paths.config_changes.read_text(errors="replace").splitlines()
     except OSError:
-        return
+        return []
+    found = []
     for line in lines:
-        try:
+        with contextlib.suppress(KeyError, TypeError, ValueError):
             row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            yield row
+            changed = {str(key): (str(old), str(new)) for key, (old, new) in dict(row["changed"]).items()}
+            unix_s, step = float(row["unix_s"]), int(row["step"])
+            found.append(SettingsChange(unix_s=unix_s, step=step, by=str(row["by"]), changed=changed))
+    return found
 
 
 def _read(path: os.PathLike[str]) -> Config | None:

@@ -16,8 +16,6 @@ What MODEL may be:
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -32,8 +30,8 @@ from areal_like.config.trainer import TrainerConfig
 from areal_like.errors import ConfigError
 from areal_like.paths import BUILT_MODELS, RunPaths, find_checkpoints
 from areal_like.runtime.command_line import load_config
-from launch.run_directory.open_run import OpenRun, prepared
-from launch.run_directory.rundir import InUseError, find_run, lock
+from launch.run_directory.open_run import OpenRun, free_directory, prepared
+from launch.run_directory.rundir import find_run, is_summarized, lock
 
 _COMPARED = ("model", "task", "eval", "sampling", "episode", "rewards", "seed", "trainer")
 """Sections that decide the results: they may not change when an evaluation is continued. That of the trainer
@@ -52,7 +50,7 @@ class EvaluatedModel:
     label: str
     """What results are called after."""
     step: int = 0
-    """Optimizer steps of its run; 0 for a model that is no checkpoint."""
+    """Optimizer steps of its run; 0 for a model that is not a checkpoint."""
     run: Path | None = None
     """Directory of its run."""
 
@@ -159,14 +157,6 @@ def _with_training_rows(task: dict[str, Any]) -> dict[str, Any]:
     return task | {"train": task["eval"]} if has_only_eval else task
 
 
-def is_evaluated(paths: RunPaths) -> bool:
-    """True when the evaluation in this directory is finished."""
-    try:
-        return bool(json.loads(paths.summary.read_text())["finished"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return False
-
-
 def _name_of(model: EvaluatedModel) -> str:
     return f"{re.sub(r'[^A-Za-z0-9._-]', '-', model.label)[:48]}-eval"
 
@@ -185,7 +175,7 @@ def _continued(config: Config) -> OpenRun:
     except ConfigError:
         os.close(lock_fd)
         raise
-    if is_evaluated(paths):
+    if is_summarized(paths):
         lines: tuple[str, ...] = (f"the evaluation in {paths.root} is finished",)
         return OpenRun(config=config, paths=paths, lock_fd=lock_fd, announcement=lines, is_finished=True)
     lines = (f"continuing the evaluation in {paths.root} with the samples in its ledger",)
@@ -193,32 +183,15 @@ def _continued(config: Config) -> OpenRun:
 
 
 def _new(config: Config, *, is_named: bool) -> OpenRun:
-    for number in itertools.count(1):
-        name = config.name if number == 1 else f"{config.name}-{number}"
-        candidate = dataclasses.replace(config, name=name)
-        paths = RunPaths.of(candidate)
-        is_created = not paths.root.exists()
-        try:
-            lock_fd = lock(paths)
-        except InUseError:
-            if is_named:
-                raise
-            continue
-        if not _is_taken(paths.root):
-            lines = (f"new evaluation in {paths.root}",)
-            run = OpenRun(
-                config=candidate, paths=paths, lock_fd=lock_fd, announcement=lines, is_created=is_created
-            )
-            return prepared(run)
-        os.close(lock_fd)
-        if is_named:
-            raise ConfigError(
-                f"{paths.root} already holds a run or an evaluation: choose another name=..., or continue "
-                "the evaluation with resume=latest"
-            )
-    raise AssertionError("itertools.count ended")
+    def refusal(paths: RunPaths) -> str:
+        return (
+            f"{paths.root} already holds a run or an evaluation: choose another name=..., or continue the "
+            "evaluation with resume=latest"
+        )
+
+    run = free_directory(config, is_named=is_named, is_taken=_is_taken, refusal=refusal)
+    return prepared(dataclasses.replace(run, announcement=(f"new evaluation in {run.paths.root}",)))
 
 
-def _is_taken(root: Path) -> bool:
-    paths = RunPaths(root)
+def _is_taken(paths: RunPaths) -> bool:
     return paths.config.exists() or paths.summary.exists() or bool(paths.ledgers)

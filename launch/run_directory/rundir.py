@@ -130,11 +130,15 @@ def _has_steps(paths: RunPaths) -> bool:
 
 def is_trained(paths: RunPaths, *, num_steps: int) -> bool:
     """True when the run ended with all of its steps trained, saved and summarized."""
+    return is_summarized(paths) and max(checkpoints(paths), default=0) >= num_steps
+
+
+def is_summarized(paths: RunPaths) -> bool:
+    """True when a summary says that the run, or the evaluation, is finished."""
     try:
-        finished = bool(json.loads(paths.summary.read_text())["finished"])
+        return bool(json.loads(paths.summary.read_text())["finished"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return False
-    return finished and max(checkpoints(paths), default=0) >= num_steps
 
 
 def checkpoints(paths: RunPaths) -> list[int]:
