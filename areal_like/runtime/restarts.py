@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 _MOST_DOUBLINGS = 16
-"""Of a pause: far more than any limit allows, and a float holds the result."""
+"""Most doublings of a pause: a float holds the result."""
 
 
 class RestartState(StrEnum):

@@ -13,7 +13,7 @@ from areal_like.config import Config
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from launch.commands.parser import Parser, add_run
-from launch.nodes.options import MOST_SERVERS
+from launch.nodes.settings import MOST_SERVERS
 from launch.nodes.start import read_run
 from launch.ray.driver import directory_of, want_servers
 from launch.slurm.jobs import add_servers, jobs_of, remove_servers, to_end

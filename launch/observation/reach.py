@@ -32,7 +32,7 @@ from launch.observation.observer import (
 from launch.run_directory.rundir import find_run
 
 _FAR_TIMEOUT_S = 5.0
-"""Of requests to a given address, which may be behind a tunnel."""
+"""Time limit of requests to a given address, which may be behind a tunnel."""
 _MIN_SILENCE_S = 2.0
 """A peer that the buffer has heard within this time, or three heartbeats, is alive."""
 

@@ -18,7 +18,7 @@ from typing import Any
 from areal_like.config import Config
 from areal_like.errors import ArealError, ConfigError
 from launch.local_job.child import python_path
-from launch.nodes.options import ClusterOptions, gpus_of
+from launch.nodes.settings import ClusterOptions, gpus_of
 from launch.nodes.start import address_of_interface
 
 Resources = Mapping[str, float]
@@ -33,11 +33,11 @@ class RayOptions(ClusterOptions):
     """What a user chooses for the actors of a run."""
 
     address: str = "auto"
-    """Of the cluster, as `ray.init` takes it."""
+    """The address of the cluster, as `ray.init` takes it."""
     cpus: float = 1.0
     """CPUs that each actor reserves."""
     strategy: str = STRATEGIES[0]
-    """Of the placement group."""
+    """The strategy of the placement group."""
     wait: float = 300.0
     """Seconds: longest wait for the resources."""
 

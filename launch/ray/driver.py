@@ -21,8 +21,7 @@ from typing import Any
 from areal_like.config import Config
 from areal_like.errors import ArealError, ConfigError
 from areal_like.paths import RunPaths
-from launch.nodes.options import MOST_SERVERS
-from launch.nodes.settings import make_directory
+from launch.nodes.settings import MOST_SERVERS, make_directory
 from launch.nodes.start import ROLES, Place
 from launch.ray.cluster import ActorLostError, Cluster, RayOptions, resources_of
 from launch.ray.roles import RoleState, Supervision
@@ -157,7 +156,7 @@ class Driver:
         _say(f"{role.name} is on {', '.join(addresses)}, start {role.num_starts}")
 
     def _place(self, role: RoleState) -> Place:
-        """Of the role's last start, on a node that is not known yet."""
+        """The place of the role's last start, on a node that is not known yet."""
         return Place(
             address="",
             job=f"{self._job}n{role.number}",

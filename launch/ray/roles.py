@@ -31,14 +31,14 @@ class RoleState:
     role: str
     """`buffer` | `trainer` | `rollout`"""
     number: int = 0
-    """Of a rollout server."""
+    """The number of a rollout server."""
     num_starts: int = 0
     restarts: Restarts
     is_over: bool = False
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """The role as messages name it."""
         return f"rollout server {self.number}" if self.role == "rollout" else f"the {self.role}"
 
     def begin(self, *, now_s: float) -> None:

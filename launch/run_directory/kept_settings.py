@@ -85,9 +85,10 @@ def stored(paths: RunPaths) -> Config | None:
 
 
 def left_out(paths: RunPaths) -> str:
-    """The settings of the last resume that `config.yaml` has not got: its daemons were never ready."""
-    before, after = stored(paths), _read(paths.next_config)
-    return ", ".join(change_lines(changes(before, after))) if before and after else ""
+    """The settings of the last resume that are not in `config.yaml`: its daemons were never ready."""
+    if (after := _read(paths.next_config)) is None or (before := stored(paths)) is None:
+        return ""
+    return ", ".join(change_lines(changes(before, after)))
 
 
 def check_resume(before: Config | None, after: Config, paths: RunPaths) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths, write_json
-from launch.nodes.options import ClusterOptions
+from launch.nodes.settings import ClusterOptions
 
 _REMEDY = "remove the file and give the options again"
 
@@ -26,7 +26,7 @@ class SlurmOptions(ClusterOptions):
     time: str = ""
     """Time limit of each job, as Slurm writes it; empty: the partition's."""
     sbatch_args: str = ""
-    """For all jobs."""
+    """Options of all jobs."""
     buffer_args: str = ""
     trainer_args: str = ""
     rollout_args: str = ""

@@ -16,7 +16,7 @@ from areal_like.config import Config
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from launch.local_job.child import python_path
-from launch.nodes.options import gpus_of
+from launch.nodes.settings import gpus_of
 from launch.nodes.start import ROLES
 from launch.slurm.options import SlurmOptions
 
