@@ -87,7 +87,7 @@ class Tried:
     settings: tuple[str, ...]
     """`key=value`."""
     refusal: Exit | None = None
-    """The exit of the trainer that had them; the next one has the settings of before. None: a trainer has
+    """The exit of the trainer that had them; the next one has the previous settings. None: a trainer has
     been ready with them."""
 
 

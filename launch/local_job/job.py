@@ -127,7 +127,7 @@ class LocalJob:
             self._unkept()
         except OSError as error:
             self._keep_due_s = time.monotonic() + _KEEP_AGAIN_S
-            log.warning("%s has not got the settings of this job yet: %s", self._paths.config, error)
+            log.warning("%s does not have the settings of this job yet: %s", self._paths.config, error)
         else:
             self._unkept = None
 

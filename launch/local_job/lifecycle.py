@@ -73,7 +73,7 @@ class Outcome:
 
     def __init__(self) -> None:
         self.exit_code = 0
-        """Of the whole job: 0 finished or drained, 1 failed, 2 the user's mistake."""
+        """The exit code of the whole job: 0 finished or drained, 1 failed, 2 the user's mistake."""
         self.is_finished = False
         """True when the run is finished: all steps are done."""
         self.failure: list[str] = []
@@ -117,9 +117,16 @@ class JobLifecycle:
         }
         self._buffer_restarts: dict[str, Restarts] = {}
         """Empty without a durable ledger, and until the servers start: a dead buffer then ends the run."""
-        self._servers = RolloutServers((), now_s=now_s, lease_timeout_s=config.buffer.lease_timeout_s)
+        self._servers = RolloutServers(
+            [f"rollout-{index}" for index in range(config.rollout.num_servers)],
+            now_s=now_s,
+            lease_timeout_s=config.buffer.lease_timeout_s,
+        )
         self._ports: list[str] = []
-        self._trainer: SupervisedTrainer | None = None
+        """The ports of the buffers; empty until the servers start."""
+        self._trainer = SupervisedTrainer(
+            specs.trainer(buffer_ports=self._ports), resume=config.resume, now_s=now_s
+        )
         self._shutdown: Shutdown | None = None
         self._running: set[str] = set()
         self._ever_ready: set[str] = set()
@@ -170,19 +177,19 @@ class JobLifecycle:
         if self.phase is Phase.CLOSING and not self._is_needed_to_close(ended.name):
             self.outcome.note_exit_while_closing(ended)
             return []
-        if self._trainer is not None and ended.name == "trainer" and self._trainer.is_on_trial:
+        if ended.name == "trainer" and self._trainer.is_on_trial:
             if ended.code == 0:  # it has trained the last step
                 return [self._trainer.accept(), *self._ended(ended, now_s=now_s)]
             if ended.code != DRAINED:
-                return self._fall_back(self._trainer, ended)
+                return self._fall_back(ended)
         if ended.code == 2 and not self._has_worked(ended.name):
-            report = self._trainer.death_report if self._trainer and ended.name == "trainer" else []
+            report = self._trainer.death_report if ended.name == "trainer" else []
             return self._fail([ended.complaint, *report], exit_code=2, now_s=now_s)
         if ended.name in self._servers:
             return [Notice(self._servers.exited(ended, now_s=now_s))]
         if ended.code not in (0, DRAINED):
             return self._process_failed(ended, now_s=now_s)
-        if ended.name == "trainer" and self._trainer is not None and self._trainer.takes_over(ended):
+        if ended.name == "trainer" and self._trainer.takes_over(ended):
             return self._started([self._next_trainer()])
         if ended.name == "trainer" or ended.name in self._buffers:
             return self._ended(ended, now_s=now_s)
@@ -190,7 +197,7 @@ class JobLifecycle:
 
     def replace_trainer(self, settings: Sequence[str], *, seen: Observation) -> list[Action]:
         """Replaces the trainer by one with these settings, once the current one has ended."""
-        assert self.phase is Phase.RUNNING and self._trainer is not None
+        assert self.phase is Phase.RUNNING
         self._trainer.change_settings(settings)
         text = f"replacing the trainer by one with {' '.join(settings) or 'the same settings'}"
         if "trainer" not in self._running:  # it has just died: its restart uses the new settings
@@ -211,11 +218,12 @@ class JobLifecycle:
     def tick(self, seen: Observation, *, now_s: float, now_unix_s: float) -> list[Action]:
         """Advances the phase and starts what is due. Call it about ten times per second."""
         actions = self._advance_phase(seen, now_s=now_s)
-        if self._trainer is not None and seen.last_step > self._trainer.best_step:
+        if seen.last_step > self._trainer.best_step:
             # The step may be observed up to a second late, after a death that followed it: pass its own time.
-            late_s = min(max(0.0, now_unix_s - float(seen.steps[-1]["time_unix_s"])), _LATEST_S)
+            finished_unix_s = float(seen.steps[-1].get("time_unix_s", now_unix_s))
+            late_s = min(max(0.0, now_unix_s - finished_unix_s), _LATEST_S)
             self._trainer.reached(seen.last_step, at_s=now_s - late_s)
-        if self._trainer is not None and self.phase is Phase.RUNNING:
+        if self.phase is Phase.RUNNING:
             rank0 = seen.daemons.get("trainer-0")
             is_ready = rank0 is not None and not rank0.not_ready
             if (tried := self._trainer.see(rank0.endpoint if rank0 else {}, is_ready=is_ready)) is not None:
@@ -255,27 +263,21 @@ class JobLifecycle:
         if not unready and "prepare_model" not in self._running:
             streams = [str(known[name].endpoint["stream"]) for name in self._buffers]
             self._enter(Phase.STARTING, now_s=now_s)
-            self._supervise(seen, [stream.rpartition(":")[2] for stream in streams], now_s=now_s)
+            self._supervise([stream.rpartition(":")[2] for stream in streams], now_s=now_s)
         if unready and now_s - self._phase_since_s > BUFFER_START_TIMEOUT_S:
             return self._fail_unready(unready, seen, now_s=now_s)
         return []
 
-    def _supervise(self, seen: Observation, ports: list[str], *, now_s: float) -> None:
-        """From now on the buffers are started again, and servers and trainer are due."""
+    def _supervise(self, ports: list[str], *, now_s: float) -> None:
+        """The buffers listen at these ports, also after a restart; servers and trainer can be started."""
         self._ports = ports
         if self._config.buffer.durability != "none":
             self._buffer_restarts = {name: Restarts(RestartLimits(), now_s=now_s) for name in self._buffers}
             for restarts in self._buffer_restarts.values():
                 restarts.started(now_s=now_s)
-        where = ports_setting(ports)  # a restarted buffer must listen at the port that the others use
+        where = ports_setting(ports)
         self._buffers = {name: spec.with_settings([where]) for name, spec in self._buffers.items()}
-        spec = self._specs.trainer(buffer_ports=ports)
-        self._trainer = SupervisedTrainer(
-            spec, resume=self._config.resume, best_step=seen.last_step, now_s=now_s
-        )
-        names = [f"rollout-{index}" for index in range(self._config.rollout.num_servers)]
-        timeout_s = self._config.buffer.lease_timeout_s
-        self._servers = RolloutServers(names, now_s=now_s, lease_timeout_s=timeout_s)
+        self._trainer.spec = self._trainer.spec.with_settings([where])
 
     def _advance_starting(self, seen: Observation, *, now_s: float) -> list[Action]:
         unready = self._unready(seen)
@@ -312,7 +314,7 @@ class JobLifecycle:
     def _process_failed(self, ended: Exit, *, now_s: float) -> list[Action]:
         """Handles the failure of a buffer, the trainer or prepare_model: a restart, or the end of the run."""
         words = ended.failure_lines(f"{ended.name} failed ({ended.description}); its last lines:")
-        if ended.name == "trainer" and self._trainer is not None and not self._trainer.is_hopeless(ended):
+        if ended.name == "trainer" and not self._trainer.is_hopeless(ended):
             self._trainer.died(ended, report=words, now_s=now_s)
             restarts = self._trainer.restarts
         elif ended.name in self._buffer_restarts:
@@ -327,15 +329,15 @@ class JobLifecycle:
             log.error("%s", line)
         return [Notice(ended.restart_notice(restarts.due_s - now_s))]
 
-    def _fall_back(self, trainer: SupervisedTrainer, ended: Exit) -> list[Action]:
+    def _fall_back(self, ended: Exit) -> list[Action]:
         """Handles the end of a trainer with new settings that was not ready: they may be the cause."""
-        tried = trainer.fall_back(ended)
+        tried = self._trainer.fall_back(ended)
         for line in ended.last_words if ended.code > 0 else ():
             log.error("%s", line)
         words = " ".join(tried.settings)
         text = f"the trainer with {words} ended ({ended.description}) before it was ready"
         return [
-            Notice(f"{text}: starting it again with the settings of before"),
+            Notice(f"{text}: starting it again with the previous settings"),
             tried,
             *self._started([self._next_trainer()]),
         ]
@@ -347,7 +349,6 @@ class JobLifecycle:
         return [Notice(f"a user stopped the {ended.name}: closing the run"), *self._drain(now_s=now_s)]
 
     def _next_trainer(self) -> Start:
-        assert self._trainer is not None
         return self._trainer.start(was_ready="trainer-0" in self._ever_ready)
 
     def _start_due(self, *, now_s: float) -> list[Action]:
@@ -360,7 +361,7 @@ class JobLifecycle:
             if (is_open or self._is_needed_to_close(name)) and restarts.is_due(now_s=now_s):
                 restarts.started(now_s=now_s)
                 starts.append(Start(self._buffers[name]))
-        if is_open and self._trainer is not None and self._trainer.restarts.is_due(now_s=now_s):
+        if is_open and self._trainer.restarts.is_due(now_s=now_s):
             self._trainer.restarts.started(now_s=now_s)
             starts.append(self._next_trainer())
         return self._started(starts)

@@ -16,17 +16,17 @@ class SupervisedTrainer:
 
         waiting --due--> running --died--> waiting          (the next one from the newest checkpoint)
         running --asked to hand over--> ended --> running   (with other settings, on trial)
-        on trial --ready--> running --ended before--> running   (with the settings of before)
+        on trial --ready--> running --ended before--> running   (with the previous settings)
 
     Only a step beyond all earlier ones resets the count of deaths in a row; the run time of a trainer does
     not. Data that kill the trainer at one step kill it again each time, after minutes without an error.
     """
 
-    def __init__(self, spec: ChildSpec, *, resume: str, best_step: int, now_s: float) -> None:
+    def __init__(self, spec: ChildSpec, *, resume: str, now_s: float) -> None:
         self.spec = spec
         self.restarts = Restarts(RestartLimits(healthy_s=math.inf), now_s=now_s)
-        self.best_step = best_step
-        """Newest step that any trainer of this job has finished; -1: none."""
+        self.best_step = -1
+        """Newest step that any trainer of this job, or of the run that it resumes, has finished; -1: none."""
         self.death_report: list[str] = []
         """Lines about the last trainer's death, for the user."""
         self.is_handing_over = False
@@ -107,7 +107,7 @@ class SupervisedTrainer:
         return self._end_trial()
 
     def fall_back(self, ended: Exit) -> Tried:
-        """Records that the trainer on trial has ended: the next one has the settings of before."""
+        """Records that the trainer on trial has ended: the next one has the previous settings."""
         self.spec = self._before
         self.is_handing_over = False
         return self._end_trial(ended)
