@@ -179,7 +179,7 @@ class JobLifecycle:
             return []
         if ended.name == "trainer" and self._trainer.is_on_trial:
             if ended.code == 0:  # it has trained the last step
-                return [self._trainer.accept(), *self._ended(ended, now_s=now_s)]
+                return [self._trainer.end_trial(), *self._ended(ended, now_s=now_s)]
             if ended.code != DRAINED:
                 return self._fall_back(ended)
         if ended.code == 2 and not self._has_worked(ended.name):

@@ -37,7 +37,8 @@ class SupervisedTrainer:
         """Settings with which no trainer has been ready yet."""
         self._before = spec
         """The process without them."""
-        self._is_started_with_tried = False
+        self.is_on_trial = False
+        """True from the start of a trainer with other settings until it is ready, or has ended."""
         self._last_endpoint: Mapping[str, Any] = {}
 
     def reached(self, step: int, *, at_s: float) -> None:
@@ -73,7 +74,7 @@ class SupervisedTrainer:
         yet (`was_ready` is False). The command line with `resume=step:K` is then used again.
         """
         is_first, self._has_started = not self._has_started, True
-        self._is_started_with_tried = bool(self._tried)
+        self.is_on_trial = bool(self._tried)
         is_at_newest = not is_first and (was_ready or not self._resumes_at_step)
         return Start(self.spec, from_newest_checkpoint=is_at_newest)
 
@@ -83,12 +84,7 @@ class SupervisedTrainer:
             self._before = self.spec
         self._tried = (*self._tried, *settings)
         self.spec = self.spec.with_settings(settings)
-        self._is_started_with_tried = False
-
-    @property
-    def is_on_trial(self) -> bool:
-        """True from the start of a trainer with other settings until it is ready, or has ended."""
-        return self._is_started_with_tried
+        self.is_on_trial = False
 
     def see(self, endpoint: Mapping[str, Any], *, is_ready: bool) -> Tried | None:
         """Records what was seen of rank 0: the content of its endpoint file, empty if there is none.
@@ -99,20 +95,17 @@ class SupervisedTrainer:
         if not self.is_on_trial:
             self._last_endpoint = dict(endpoint)
         elif is_ready and endpoint != self._last_endpoint:
-            return self.accept()
+            return self.end_trial()
         return None
-
-    def accept(self) -> Tried:
-        """Records that the settings on trial have worked."""
-        return self._end_trial()
 
     def fall_back(self, ended: Exit) -> Tried:
         """Records that the trainer on trial has ended: the next one has the previous settings."""
         self.spec = self._before
         self.is_handing_over = False
-        return self._end_trial(ended)
+        return self.end_trial(ended)
 
-    def _end_trial(self, refusal: Exit | None = None) -> Tried:
+    def end_trial(self, refusal: Exit | None = None) -> Tried:
+        """Records that the settings on trial have worked, or the exit of the trainer that had them."""
         tried, self._tried = self._tried, ()
-        self._is_started_with_tried = False
+        self.is_on_trial = False
         return Tried(settings=tried, refusal=refusal)

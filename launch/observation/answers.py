@@ -73,12 +73,11 @@ def _checked(entries: Mapping[str, Any], checks: Mapping[str, _Check]) -> dict[s
     return {key: value for key, value in passed.items() if value is not None}
 
 
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
+def _is(kind: Any) -> _Check:
+    return lambda value: value if isinstance(value, kind) else None
 
 
-def _number(value: Any) -> float | None:
-    return value if isinstance(value, int | float) else None
+_text, _number, _object = _is(str), _is(int | float), _is(dict)
 
 
 def _table(value: Any) -> dict[str, Any] | None:
@@ -126,10 +125,6 @@ def _peer(value: Any) -> dict[str, Any] | None:
     return _checked(value, checks)
 
 
-def _quarantine(value: Any) -> dict[str, Any] | None:
-    return value if isinstance(value, dict) else None
-
-
 def _change(value: Any) -> dict[str, Any] | None:
     wanted = {"step", "key", "value", "origin"}
     return value if isinstance(value, dict) and wanted <= value.keys() else None
@@ -139,7 +134,7 @@ _PEER: dict[str, _Check] = {
     **dict.fromkeys(("name", "role", "state", "http", "key"), _text),
     "stats": _numbers,
     "waits": _numbers,
-    "quarantine": _quarantine,
+    "quarantine": _object,
 }
 _STATUS: dict[str, _Check] = {
     **dict.fromkeys(("name", "role", "state", "not_ready", "closed_because", "failed_because"), _text),

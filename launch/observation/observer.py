@@ -11,7 +11,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -247,20 +247,18 @@ def _no_answer(name: str, silent_s: float) -> dict[str, Any]:
 
 def find_number(status: dict[str, Any], key: str) -> float | None:
     """The number under `key`, at the top level of a status or one level below; None if there is none."""
-    for table in (status, *(value for value in status.values() if isinstance(value, dict))):
-        value = table.get(key)
-        if isinstance(value, (int, float)):
-            return float(value)
-    return None
+    found = (value for value in _values(status, key) if isinstance(value, int | float))
+    return next((float(number) for number in found), None)
 
 
 def find_table(status: dict[str, Any], key: str) -> dict[str, Any]:
     """The table under `key`, at the top level of a status or one level below; empty if there is none."""
-    for table in (status, *(value for value in status.values() if isinstance(value, dict))):
-        value = table.get(key)
-        if isinstance(value, dict):
-            return value
-    return {}
+    return next((value for value in _values(status, key) if isinstance(value, dict)), {})
+
+
+def _values(status: dict[str, Any], key: str) -> Iterator[Any]:
+    yield status.get(key)
+    yield from (table.get(key) for table in status.values() if isinstance(table, dict))
 
 
 _RATES_OF_A_SHARD = ("samples_per_s", "tokens_trained_per_s", "drops_per_min")
