@@ -6,10 +6,10 @@
 
 Every rank fetches its own groups; everything else that goes to the buffer is sent by rank 0 (`leader.py`).
 Before each step the ranks agree on whether to continue, because a signal reaches them at different times. A
-drain finishes the current step, or abandons it after a third of `daemon.drain_timeout_s`, waits for the
-checkpoint and the commit, closes admission, and exits with `daemon.exit_code_on_drain`. The ledger serves the
-groups of an abandoned step again. After the last step the buffers are told that the run is finished, and the
-exit code is 0.
+drain finishes the current step, or abandons it: after a third of `daemon.drain_timeout_s`, or at once if a
+group is missing and no rollout server is left. It waits for the checkpoint and the commit, closes admission,
+and exits with `daemon.exit_code_on_drain`. The ledger serves the groups of an abandoned step again. After the
+last step the buffers are told that the run is finished, and the exit code is 0.
 """
 
 from __future__ import annotations

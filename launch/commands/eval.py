@@ -23,8 +23,7 @@ from launch.commands.parser import Parser, add_settings
 from launch.commands.stop_signals import StopSignals
 from launch.local_job.job import LocalJob
 from launch.local_job.specs import EvaluationSpecs
-from launch.run_directory.evaluated_model import EvaluatedModel, find_model
-from launch.run_directory.open_evaluation import open_evaluation
+from launch.run_directory.open_evaluation import EvaluatedModel, find_model, open_evaluation
 from launch.run_directory.open_run import OpenRun
 from launch.view.lasting import LastingView, output_may_be_gone
 from launch.view.plain import PlainView, evaluation_line

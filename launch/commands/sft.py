@@ -21,10 +21,10 @@ from areal_like.runtime.signals import handle_log_signals, request_reopen
 from launch.commands.configuration import add_configuration, settings_of
 from launch.commands.parser import Parser
 from launch.commands.stop_signals import StopSignals
+from launch.local_job.child import ProcessTable
 from launch.local_job.foreground import Foreground
-from launch.local_job.processes import ProcessTable
 from launch.local_job.specs import DRAINED, JobSpecs
-from launch.observation.metrics_tail import MetricsTail
+from launch.observation.progress import MetricsTail
 from launch.run_directory.open_run import OpenRun, open_run
 from launch.view.lasting import LastingView, output_may_be_gone
 from launch.view.plain import PlainView, sft_line

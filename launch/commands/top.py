@@ -15,9 +15,9 @@ from rich.console import Console
 from launch.commands.parser import Parser
 from launch.commands.running_job import add_job, end_of, end_text, job_of
 from launch.local_job.display import View
-from launch.observation.metrics_tail import MetricsTail
 from launch.observation.observer import DaemonView, Observation
 from launch.observation.polled_steps import PolledSteps
+from launch.observation.progress import MetricsTail
 from launch.observation.reach import RunningJob
 from launch.view.picture import LiveView, picture
 from launch.view.plain import PlainView

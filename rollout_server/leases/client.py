@@ -100,6 +100,8 @@ class BufferClient(BufferConnection):
         self._outbox: list[SampleResult] = []
         """Results delivered in this turn of the loop, sent together."""
         self._fatal: ArealError | None = None
+        self._has_left = False
+        """True from the goodbye on: no heartbeat may follow it."""
         self.state = ServerState.STARTING
         self.weights_version = 0
         self.stats: dict[str, float] = {}
@@ -124,6 +126,8 @@ class BufferClient(BufferConnection):
         Raises RefusedError or ArealError when the buffer refuses this server or the job has failed.
         """
         while True:
+            if self._has_left:  # the buffer would ask this server to register again
+                await asyncio.Event().wait()
             if not self.is_registered or self.is_silent:
                 await self._register()
             self._send_heartbeat()
@@ -194,6 +198,7 @@ class BufferClient(BufferConnection):
             async with asyncio.timeout(_GOODBYE_TIMEOUT_S):
                 while self._held.num_unacknowledged:
                     await asyncio.sleep(0.02)
+            self._has_left = True
             await self.call(Goodbye(stats=bounded_stats(self.stats)), timeout_s=_GOODBYE_TIMEOUT_S)
         except (TimeoutError, ArealError) as error:
             log.info("the buffer did not confirm the goodbye: %s", error)

@@ -1,4 +1,4 @@
-"""The parts of the launcher that need no daemon: restarts, run directories, progress, views, settings."""
+"""The parts of the launcher that need no daemon: run directories, progress, views, settings."""
 
 from __future__ import annotations
 
@@ -19,10 +19,8 @@ from areal_like.runtime.command_line import load_config, save_config
 from areal_like.wire.addresses import buffer_addresses
 from launch.commands.join import buffer_settings, free_name
 from launch.formatting import duration
-from launch.local_job.restarts import Restarts, RestartState
-from launch.observation.metrics_tail import MetricsTail
 from launch.observation.observer import DaemonView, Observation, look_at_daemons
-from launch.observation.progress import MAX_STRETCHES, Progress, StepTally
+from launch.observation.progress import MAX_STRETCHES, MetricsTail, Progress, StepTally
 from launch.run_directory.open_run import OpenRun, open_run
 from launch.settings_help import COMMON, all_keys
 from launch.view.picture import picture
@@ -31,29 +29,6 @@ from launch.view.plot import bar, curve
 from launch.view.speed import Eta
 from launch.view.status import daemon_table
 from trainer.distributed.spawn import start_ranks
-
-
-def test_restart_delays_double_until_restarts_end() -> None:
-    restarts = Restarts(now_s=0.0, base_s=1.0, max_s=4.0, healthy_s=30.0, max_quick_deaths=4)
-    now_s, delays = 0.0, []
-    for _ in range(4):
-        restarts.died(now_s=now_s)
-        assert not restarts.is_due(now_s=restarts.due_s - 0.01)
-        delays.append(restarts.due_s - now_s)
-        now_s = restarts.due_s
-        assert restarts.is_due(now_s=now_s)
-        restarts.started(now_s=now_s)
-    restarts.died(now_s=now_s)
-    assert delays == [1.0, 2.0, 4.0, 4.0]
-    assert restarts.state is RestartState.GIVEN_UP
-
-
-def test_a_long_healthy_run_resets_the_count_of_deaths() -> None:
-    restarts = Restarts(now_s=0.0, base_s=1.0, healthy_s=30.0, max_quick_deaths=1)
-    for start_s in (0.0, 100.0, 200.0):
-        restarts.died(now_s=start_s + 31.0)
-        assert restarts.state is RestartState.WAITING and restarts.due_s == start_s + 32.0
-        restarts.started(now_s=start_s + 100.0)
 
 
 def test_unnamed_runs_are_numbered_and_named_ones_refused(tmp_path: Path) -> None:

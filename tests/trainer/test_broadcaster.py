@@ -36,7 +36,7 @@ from tests.support.waiting import HANG_LIMIT_S
 from trainer.weights.backend import NcclTrial, choose_backend, refuse_mixed_nccl
 from trainer.weights.broadcaster import Broadcaster, assign_ranks
 from trainer.weights.publisher import Publisher, PushReport
-from trainer.weights.receivers import Receiver, ReceiverBackoff, split_groups
+from trainer.weights.receivers import Receiver, ReceiverBackoff, receiver_id, split_groups
 from trainer.weights.snapshot import GatheredBucket
 
 
@@ -339,6 +339,20 @@ def test_a_refusing_server_costs_others_no_further_pushes(monkeypatch: pytest.Mo
             receiver.close()
 
     run(body)
+
+
+@pytest.mark.parametrize("is_left", [True, False])
+def test_only_servers_that_are_left_are_asked_to_leave(is_left: bool) -> None:
+    async def body() -> None:
+        receiver = FakeServer("one")
+        broadcaster = Broadcaster(WeightsConfig(push_deadline_s=60), device="cpu")
+        outcome = await broadcaster.push(snapshot(1), version=1, step=1, servers=[receiver.entry])
+        assert list(outcome.activated) == ["one"] and receiver.group is not None
+        await broadcaster.close({receiver_id(receiver.entry)} if is_left else ())
+        assert (receiver.group is None) == is_left
+        receiver.close()
+
+    asyncio.run(body())
 
 
 def test_error_message_for_a_host_of_another_machine() -> None:

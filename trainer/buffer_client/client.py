@@ -37,7 +37,7 @@ from areal_like.wire.fingerprint import (
 from areal_like.wire.limits import bounded_stats
 from areal_like.wire.messages.consumer import Directory, Fetch, Group, TrainerHeartbeat
 from areal_like.wire.messages.hello import Goodbye, Hello, Role
-from areal_like.wire.messages.producer import HeartbeatAck
+from areal_like.wire.messages.producer import HeartbeatAck, ServerState
 from trainer.buffer_client.connection import RankConnection
 from trainer.buffer_client.patience import Patience
 from trainer.buffer_client.shards import call_shards
@@ -83,8 +83,8 @@ class TrainerBufferClient:
         self.stop_requested = threading.Event()
         """Set by a signal, never cleared."""
         self.abandon_step = threading.Event()
-        """Set when a draining trainer must no longer wait for the groups of its step, nor finish it: `groups`
-        ends early."""
+        """Set when a draining trainer must no longer wait for the groups of its step, nor finish it: after a
+        third of `daemon.drain_timeout_s`, or when no server is left. `groups` ends early."""
         self.on_directory: Callable[[], None] = lambda: None
         """Called in the client's loop when the directory of rollout servers changed."""
         self.device = device
@@ -187,15 +187,17 @@ class TrainerBufferClient:
         """
         patience = Patience(name=name, started_s=self._untroubled_time_s(), **limits)
         with self.waits(name):
-            if not self._is_done(future, patience, unless=self.stop_requested if may_stop else None):
+            if not self._is_done(
+                future, patience, gives_up=lambda: may_stop and self.stop_requested.is_set()
+            ):
                 future.cancel()
                 raise StopRequestedError(f"draining while waiting for {name}")
         return future.result()
 
     def _is_done(
-        self, future: concurrent.futures.Future[Any], patience: Patience, *, unless: threading.Event | None
+        self, future: concurrent.futures.Future[Any], patience: Patience, *, gives_up: Callable[[], bool]
     ) -> bool:
-        """Waits for a future; False if `unless` was set before. Raises as `wait`."""
+        """Waits for a future; False if `gives_up` was true before. Raises as `wait`."""
 
         def servers() -> str:
             shown = f"servers {[(s.name, s.state, s.weights_version) for s in self.directory.servers]}"
@@ -207,7 +209,7 @@ class TrainerBufferClient:
                 return True
             if self._lost is not None:
                 raise self._lost
-            if unless is not None and unless.is_set():
+            if gives_up():
                 return False
             try:
                 patience.check(
@@ -221,7 +223,7 @@ class TrainerBufferClient:
         """This rank's groups of a step in recorded order, each as soon as the buffer has recorded it.
 
         The next step's groups are requested too, so that they arrive while this step trains. Ends early only
-        after `abandon_step`.
+        after `abandon_step`, which a drain sets when a group is missing and no server is left to make it.
         """
         self.step = step
         for ahead in (step, step + 1):
@@ -237,7 +239,7 @@ class TrainerBufferClient:
                 setting="trainer.fetch_timeout_s",
             )
             with self.waits(f"buffer: {patience.name}"):
-                if not self._is_done(future, patience, unless=self.abandon_step):
+                if not self._is_done(future, patience, gives_up=self._gives_up_step):
                     return
             del self._fetches[step, position]
             yield future.result()
@@ -250,6 +252,18 @@ class TrainerBufferClient:
         group = await self.call_async(request, timeout_s=math.inf)  # `groups` bounds the wait
         assert isinstance(group, Group)
         return group
+
+    def _gives_up_step(self) -> bool:
+        """True once a drain no longer waits for the groups of its step."""
+        if not self.abandon_step.is_set() and self.stop_requested.is_set() and not self._has_working_servers:
+            log.warning("draining: no rollout server is left that could make a group of step %d", self.step)
+            self.abandon_step.set()
+        return self.abandon_step.is_set()
+
+    @property
+    def _has_working_servers(self) -> bool:
+        """True while a rollout server is registered that does not drain, as the buffer says."""
+        return any(server.state != ServerState.DRAINING for server in self.directory.servers)
 
     async def _open(self) -> None:
         self.runtime = Runtime(self.config, role="trainer", name=f"trainer-{self.rank}", waits=self.waits)

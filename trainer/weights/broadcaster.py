@@ -36,7 +36,7 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -192,8 +192,15 @@ class Broadcaster:
             return WeightsFailed(version=-1, reason="no longer connected")
         return await known.request(request, TokenScores, timeout_s=_SCORE_S)
 
-    async def close(self) -> None:
-        """Dissolves the groups and closes every link."""
+    async def close(self, left: Collection[ReceiverId] | None = None) -> None:
+        """Dissolves the groups and closes every link.
+
+        `left`: the servers that are still there; None: all. Nobody is asked to leave a group of which none is
+        there: a killed launcher takes its servers with it, and the trainer would wait for their replies.
+        """
+        for session in list(self._sessions.values()):
+            if left is not None and session.receiver_ids.isdisjoint(left):
+                await self._dissolve(session, is_broken=True)
         await self._dissolve_all_except(())
         for receiver in self._receivers.values():
             receiver.link.close()

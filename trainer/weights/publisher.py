@@ -16,6 +16,7 @@ from typing import Any
 
 from areal_like.errors import ArealError
 from areal_like.wire.messages.consumer import AllocVersion, ServerEntry, VersionGranted
+from areal_like.wire.messages.producer import ServerState
 from trainer.weights.broadcaster import Broadcaster
 from trainer.weights.checks import NOISE, CheckReport, WeightChecks
 from trainer.weights.receivers import ReceiverId, receiver_id
@@ -134,12 +135,13 @@ class Publisher:
         return self.active_version
 
     async def close(self) -> None:
-        """Ends the task and dissolves the weight groups."""
+        """Ends the task and dissolves the weight groups, of the servers that are left."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
         if self.checks is not None:
             await self.checks.close()
-        await self._broadcaster.close()
+        left = [server for server in self._servers() if server.state != ServerState.DRAINING]
+        await self._broadcaster.close({receiver_id(server) for server in left})
 
     def directory_changed(self) -> None:
         """Call this when a server joined or changed: a server that is behind gets the newest weights."""
