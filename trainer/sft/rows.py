@@ -77,7 +77,7 @@ def build_tokens(config: Config, source: str) -> tuple[ConversationTokens, int]:
 
 
 class SftRows:
-    """The rows of one source. `measure` first, on all ranks."""
+    """The rows of one source."""
 
     def __init__(
         self,
@@ -87,8 +87,16 @@ class SftRows:
         key: str,
         tokens: ConversationTokens,
         longest: int,
+        ranks: Ranks,
     ) -> None:
-        """`source`: as `sft.train`; `key`: that setting's name. `longest`: most tokens of a sequence."""
+        """Renders every row once, each rank a share of them. Collective.
+
+        `source`: in the form of `sft.train`; `key`: that setting's name. `longest`: most tokens of a
+        sequence.
+
+        Raises ConfigError for a row that cannot be rendered, with its place, and if the ranks do not see the
+        same rows.
+        """
         settings = config.sft
         self._rows: Rows = open_rows(
             source if isinstance(source, str) else list(source),
@@ -106,21 +114,28 @@ class SftRows:
         self._tokens = tokens
         self._longest = longest
         self._truncates = settings.long_rows == "truncate"
-        self.num_tokens_N: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+        facts_N = self._measured(ranks)
+        self.num_tokens_N = np.where(facts_N[:, 1] > 0, facts_N[:, 0], 0)
         """Tokens of each row; 0: the row is left out."""
-        self.counts: RowCounts
+        is_used_N = self.num_tokens_N > 0
+        self.counts = RowCounts(
+            num_rows=len(self._rows),
+            num_too_long=int(facts_N[:, 2].sum()),
+            num_truncated=int(facts_N[:, 3].sum()),
+            num_without_target=int((~is_used_N & (facts_N[:, 2] == 0)).sum()),
+            num_tokens=int(self.num_tokens_N.sum()),
+            num_learned=int(facts_N[is_used_N, 1].sum()),
+        )
+        if ranks.rank == 0:
+            self._report()
 
     @property
     def fingerprint(self) -> str:
         """16 hex digits over the content of all rows."""
         return self._rows.fingerprint
 
-    def measure(self, ranks: Ranks) -> None:
-        """Renders every row once, each rank a share of them. Collective.
-
-        Raises ConfigError for a row that cannot be rendered, with its place, and if the ranks do not see the
-        same rows.
-        """
+    def _measured(self, ranks: Ranks) -> NDArray[np.int64]:
+        """[N, 4] `_facts` of every row."""
         mine = int(self.fingerprint[:12], 16)
         if ranks.any(ranks.agree(mine) != mine):
             raise ConfigError(f"{self._key}: the files on the trainer's machines differ: copy them again")
@@ -144,18 +159,7 @@ class SftRows:
         order = [index for rank in range(ranks.world_size) for index in self._share(rank, ranks)]
         facts_N = np.empty_like(everyone)
         facts_N[order] = everyone
-        self.num_tokens_N = np.where(facts_N[:, 1] > 0, facts_N[:, 0], 0)
-        is_used_N = self.num_tokens_N > 0
-        self.counts = RowCounts(
-            num_rows=len(self._rows),
-            num_too_long=int(facts_N[:, 2].sum()),
-            num_truncated=int(facts_N[:, 3].sum()),
-            num_without_target=int((~is_used_N & (facts_N[:, 2] == 0)).sum()),
-            num_tokens=int(self.num_tokens_N.sum()),
-            num_learned=int(facts_N[is_used_N, 1].sum()),
-        )
-        if ranks.rank == 0:
-            self._report()
+        return facts_N
 
     def sequences(self, index: int) -> list[TokenRow]:
         """The sequences of a row that have tokens to learn, cut to the limit."""

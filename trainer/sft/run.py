@@ -11,6 +11,7 @@ state of a checkpoint is weights, moments and the number of steps: the rows of e
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import threading
 from collections.abc import Iterator
@@ -45,12 +46,11 @@ class SupervisedRun:
             raise ConfigError("sft.train is empty: name a file of rows, e.g. sft.train=train.jsonl")
         tokens, longest = build_tokens(config, source)
         ranks.place.enter("reading the rows")
-        self._rows = SftRows(config, config.sft.train, key="sft.train", tokens=tokens, longest=longest)
-        self._rows.measure(ranks)
+        read = functools.partial(SftRows, config, tokens=tokens, longest=longest, ranks=ranks)
+        self._rows = read(config.sft.train, key="sft.train")
         self._held_out: SftRows | None = None
         if config.sft.eval:
-            self._held_out = SftRows(config, config.sft.eval, key="sft.eval", tokens=tokens, longest=longest)
-            self._held_out.measure(ranks)
+            self._held_out = read(config.sft.eval, key="sft.eval")
             if not self._held_out.counts.num_learned:
                 raise ConfigError("sft.eval: no row is left whose loss could be measured")
         self._plan = StepPlan.of(

@@ -48,6 +48,8 @@ log = logging.getLogger(__name__)
 
 TrajectoryGroup = Sequence[Trajectory]
 """Samples of one prompt, in sample order; a greedy sample is the last."""
+Lags = NDArray[np.int64]
+"""Lag of each token of a trajectory, [num_tokens], in optimizer steps."""
 TokenPenalties = list[list[FloatArray]]
 """For each group, for each sample: the KL penalty [S] of its sampled tokens."""
 
@@ -184,10 +186,6 @@ class RewardTerms:
         return [
             [np.zeros(num_targets(t)) if t.is_greedy else next(remaining) for t in group] for group in groups
         ]
-
-
-Lags = NDArray[np.int64]
-"""Lag of each token of a trajectory, [num_tokens], in optimizer steps."""
 
 
 class AdvantagePipeline:

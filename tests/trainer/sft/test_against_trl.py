@@ -42,10 +42,9 @@ def test_steps_have_the_losses_of_trl(kind: str, tmp_path: Path) -> None:
         tokens, longest = build_tokens(config, config.model.path)
         sources = {"sft.train": config.sft.train, "sft.eval": config.sft.eval}
         rows, held_out = (
-            SftRows(config, source, key=key, tokens=tokens, longest=longest)
+            SftRows(config, source, key=key, tokens=tokens, longest=longest, ranks=ranks)
             for key, source in sources.items()
         )
-        rows.measure(ranks)
         plan = StepPlan.of(config.sft, rows.num_tokens_N, seed=config.seed, rows=rows.fingerprint)
         assert [plan.rows(step) for step in range(plan.num_steps)] == case["order"]
 
