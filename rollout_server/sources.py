@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from areal_like.config import Config, EvalSetConfig
 from areal_like.errors import ConfigError, EpisodeError
@@ -23,7 +20,7 @@ from rollout_server.environments.base import Message
 from rollout_server.job_tasks import key_of
 from rollout_server.rendering.base import ChatRenderer
 from rollout_server.rendering.prompt_renderer import PromptRenderer
-from rollout_server.tasks.base import Example, Task
+from rollout_server.tasks.base import Task
 from rollout_server.workers.environment_pool import EnvironmentPool
 from rollout_server.workers.host import WorkerHost
 from rollout_server.workers.reward_pool import RewardPool
@@ -34,33 +31,12 @@ First = tuple[list[Message], list[dict[str, Any]]]
 """Messages and tools of the first environment."""
 
 
-class Renderer(Protocol):
-    """The part of a `PromptRenderer` that samples use."""
-
-    @property
-    def stop_token_ids(self) -> Sequence[int]:
-        """They end every turn."""
-
-    @property
-    def chat(self) -> ChatRenderer:
-        """For conversations."""
-
-    def encode(self, example: Example) -> NDArray[np.int32]:
-        """Prompt token ids [P]."""
-
-    def decode(self, tokens: NDArray[np.int32]) -> str:
-        """Text without special tokens."""
-
-    def text_of(self, tokens: Sequence[int]) -> str:
-        """Text with special tokens."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """What the samples of training, or of one evaluation set, are made with."""
 
     task: Task
-    renderer: Renderer
+    renderer: PromptRenderer
     """With its limit of a prompt's tokens."""
     context_tokens: int
     """The longest sequence."""

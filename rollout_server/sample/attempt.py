@@ -23,9 +23,9 @@ from rollout_server.conversation.scoring import Outcome, add_up, both
 from rollout_server.conversation.turns import Turns
 from rollout_server.environments.base import Message
 from rollout_server.leases.held_leases import Place
+from rollout_server.rendering.prompt_renderer import PromptRenderer
 from rollout_server.sample.prompt_leader import PromptLeader
 from rollout_server.sample.prompt_loader import Prompt
-from rollout_server.sources import Renderer
 from rollout_server.tasks.base import Completion, Score, Split
 from rollout_server.workers.reward_pool import Reward, RewardPool
 
@@ -136,7 +136,7 @@ class SingleTurn(Attempt):
     """A sample of one turn."""
 
     def __init__(
-        self, request: SampleRequest, *, prompt: Prompt, leader: PromptLeader, renderer: Renderer
+        self, request: SampleRequest, *, prompt: Prompt, leader: PromptLeader, renderer: PromptRenderer
     ) -> None:
         """`leader`: is told when the prompt is computed."""
         super().__init__(request, Turns(request.policy), label=prompt.example.label)

@@ -122,7 +122,7 @@ class Job:
             {
                 "": Source(
                     task=make_task(task, seed=0),
-                    renderer=Digits(stop_token_ids=(EOS,), chat=chat),
+                    renderer=Digits(stop_token_ids=(EOS,), chat=chat),  # type: ignore[arg-type]
                     context_tokens=config.rollout.max_context,
                     rewards=self.rewards,  # type: ignore[arg-type]
                     environments=pool,

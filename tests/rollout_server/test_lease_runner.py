@@ -166,7 +166,7 @@ def source(
     chat = LineChat(Ordinals(), stop_token_ids=[], vocab_size=1 << 20, template_kwargs={})
     return Source(
         task=task,
-        renderer=Digits(chat=chat),
+        renderer=Digits(chat=chat),  # type: ignore[arg-type]
         context_tokens=1000,
         rewards=rewards or FixedRewards(),  # type: ignore[arg-type]
         environments=environments,  # type: ignore[arg-type]
@@ -527,7 +527,7 @@ def test_a_prompt_that_does_not_fit_is_its_own_kind() -> None:
 
     async def body() -> None:
         async with serving(Slow()) as served:
-            served.runner._prompts._sources = {"": replace(source(Slow()), renderer=Tight())}
+            served.runner._prompts._sources = {"": replace(source(Slow()), renderer=Tight())}  # type: ignore[arg-type]
             served.grant(1)
             await served.finished(1)
             kinds = {result.kind for result in served.of(1) if isinstance(result, SampleFailed)}

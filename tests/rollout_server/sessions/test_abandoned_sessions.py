@@ -54,7 +54,7 @@ class Job:
             {
                 "": Source(
                     task=make_task(TASK, seed=0),
-                    renderer=Digits(stop_token_ids=(EOS,), chat=chat),
+                    renderer=Digits(stop_token_ids=(EOS,), chat=chat),  # type: ignore[arg-type]
                     context_tokens=200,
                     rewards=None,  # type: ignore[arg-type]  # the task has none
                 )
