@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from areal_like.errors import EngineError, RewardError
+from areal_like.errors import RAISED_BY_TASKS, EngineError, EpisodeError, RewardError
 from areal_like.trajectory import FinishReason, Trajectory
 from rollout_server.conversation.policy_client import PolicyClient
 from rollout_server.conversation.scoring import Outcome, add_up, both
@@ -80,11 +80,16 @@ class Attempt(ABC):
 
     @abstractmethod
     async def play(self) -> Played:
-        """Samples the turns. Raises EngineError, EpisodeError or RewardError."""
+        """Samples the turns. Raises EngineError, or any other exception that fails the sample."""
 
     async def make(self) -> Trajectory:
         """Samples the turns and computes their reward. Raises EngineError, EpisodeError or RewardError."""
-        played = await self.play()
+        try:
+            played = await self.play()
+        except (EngineError, EpisodeError):
+            raise
+        except RAISED_BY_TASKS as error:  # also a renderer: only its own sample fails
+            raise EpisodeError(f"the episode raised {type(error).__name__}: {error}") from error
         turns, request = self._turns, self._request
         turn_lengths = turns.turn_lengths
         scored: Reward | None = None
@@ -145,7 +150,7 @@ class SingleTurn(Attempt):
         self._renderer = renderer
 
     async def play(self) -> Played:
-        """Samples the turn. Raises EngineError."""
+        """Samples the turn."""
         loop = asyncio.get_running_loop()
         started_s = loop.time()
         generation, _ = await self._turns.sample(self._prompt.tokens_P)

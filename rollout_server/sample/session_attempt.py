@@ -56,7 +56,7 @@ class SessionAttempt(Attempt):
         self._outcome = Outcome.FAILED
 
     async def play(self) -> Played:
-        """Waits for the agent. Raises EngineError or EpisodeError."""
+        """Waits for the agent."""
         session, conversation = self._session, self._session.conversation
         self._book.add(session)
         problem: EpisodeError | PromptRefusedError | None = None

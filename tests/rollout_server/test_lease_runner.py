@@ -536,6 +536,23 @@ def test_a_prompt_that_does_not_fit_is_its_own_kind() -> None:
     asyncio.run(body())
 
 
+def test_a_renderer_that_raises_fails_its_sample() -> None:
+    class Broken(Digits):
+        def decode(self, tokens: np.ndarray) -> str:
+            raise OverflowError("no such token")
+
+    async def body() -> None:
+        broken = replace(source(Slow()), renderer=Broken())  # type: ignore[arg-type]
+        async with serving(Slow(), eval_sets={"set": broken}, on_failure={"environment": "retry"}) as served:
+            served.grant(1, num_samples=1, eval_set="set")
+            await served.finished(1)
+            (result,) = served.results
+            assert isinstance(result, SampleFailed) and result.kind is FailureKind.ENVIRONMENT
+            assert "OverflowError: no such token" in result.error and result.num_tokens == 10
+
+    asyncio.run(body())
+
+
 class SlowPrompts(CountingEngine):
     """Reports the first token of a request only when it is told to, and notes who waited for whom."""
 
