@@ -24,8 +24,7 @@ from rollout_server.conversation.turns import Turns
 from rollout_server.environments.base import Message
 from rollout_server.leases.held_leases import Place
 from rollout_server.rendering.prompt_renderer import PromptRenderer
-from rollout_server.sample.prompt_leader import PromptLeader
-from rollout_server.sample.prompt_loader import Prompt
+from rollout_server.sample.prompts import Prompt, PromptLeader
 from rollout_server.tasks.base import Completion, Score, Split
 from rollout_server.workers.reward_pool import Reward, RewardPool
 

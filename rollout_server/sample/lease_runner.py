@@ -43,8 +43,7 @@ from rollout_server.policy.client import EngineClient
 from rollout_server.policy.gate import GenerationGate
 from rollout_server.sample.attempt import NOT_WANTED, Attempt
 from rollout_server.sample.maker import AttemptMaker
-from rollout_server.sample.prompt_leader import PromptLeader, needs_leader
-from rollout_server.sample.prompt_loader import FailedPrompt, Prompt, PromptLoader
+from rollout_server.sample.prompts import FailedPrompt, Prompt, PromptLeader, PromptLoader, needs_leader
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sources import Sources
 

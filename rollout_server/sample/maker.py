@@ -19,8 +19,7 @@ from rollout_server.policy.gate import GenerationGate
 from rollout_server.policy.types import Sampling
 from rollout_server.sample.attempt import Attempt, SampleRequest, SingleTurn
 from rollout_server.sample.environment_attempt import EnvironmentAttempt
-from rollout_server.sample.prompt_leader import PromptLeader
-from rollout_server.sample.prompt_loader import SPLITS, Prompt
+from rollout_server.sample.prompts import SPLITS, Prompt, PromptLeader
 from rollout_server.sample.session_attempt import SessionAttempt
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.open_session import OpenSession

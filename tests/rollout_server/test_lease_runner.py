@@ -32,7 +32,7 @@ from rollout_server.leases.held_leases import HeldLeases, Place, SampleResult
 from rollout_server.policy.gate import GenerationGate
 from rollout_server.policy.types import Generation, Sampling
 from rollout_server.sample.lease_runner import LeaseRunner
-from rollout_server.sample.prompt_leader import LONG_PROMPT_TOKENS, needs_leader
+from rollout_server.sample.prompts import LONG_PROMPT_TOKENS, needs_leader
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sources import Source
 from rollout_server.tasks.base import Completion, Example, Score, Split, Task

@@ -202,7 +202,7 @@ def test_worker_that_dies_while_idle_fails_no_sample() -> None:
     assert not children()
 
 
-def test_the_end_of_the_process_that_starts_workers_costs_one_sample(may_go_on: Path) -> None:
+def test_a_killed_zygote_costs_one_reward(may_go_on: Path) -> None:
     async def body() -> None:
         async with pool() as rewards:
             score = functools.partial(rewards.score, split="train")

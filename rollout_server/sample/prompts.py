@@ -1,4 +1,6 @@
-"""Loads the prompts of leases in a thread: some tasks are slow and must not block the event loop.
+"""The prompts of leases: loads them in a thread, and says which sample of a group computes a long one first.
+
+Some tasks are slow and must not block the event loop.
 
     lease: waiting -> being loaded -> Prompt | FailedPrompt
                                    -> took too long: FailedPrompt; the thread is replaced
@@ -27,6 +29,8 @@ from rollout_server.tasks.base import Example, Split
 
 SPLITS: dict[Purpose, Split] = {Purpose.TRAIN: "train", Purpose.EVAL: "eval"}
 _POLL_S = 0.01
+LONG_PROMPT_TOKENS = 512
+"""Prompts of at least this length are computed by a leader."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -148,6 +152,39 @@ class PromptLoader:
     def _replace_thread(self) -> None:
         self._thread.shutdown(wait=False)
         self._thread = _new_thread()
+
+
+def needs_leader(*, num_prompt_tokens: int, num_samples: int, caches_prefixes: bool) -> bool:
+    """True if the samples of a lease should wait for the first of them. Tokens are those of the prompt."""
+    return caches_prefixes and num_samples > 1 and num_prompt_tokens >= LONG_PROMPT_TOKENS
+
+
+class PromptLeader:
+    """One sample of a group computes a long prompt; the others then find it in the engine's prefix cache.
+
+        samples of one lease: leader at the engine -> its first token (or its end) -> the others at the engine
+
+    An engine that gets all samples of a group in one turn computes their prompt once for each of them:
+    SGLang's `lpm` order puts those with an equal prompt last, but still into the same batch while there is
+    room. For short prompts the wait costs more than it saves, and every sample starts at once. Belongs to one
+    event loop.
+    """
+
+    def __init__(self, leader: int | None) -> None:
+        """`leader`: index of the sample that goes first; None: no sample waits."""
+        self._leader = leader
+        self._computed = asyncio.Event()
+        if leader is None:
+            self._computed.set()
+
+    async def wait_turn(self, sample_index: int) -> None:
+        """Returns when the sample may be sent to the engine."""
+        if sample_index != self._leader:
+            await self._computed.wait()
+
+    def prompt_computed(self) -> None:
+        """Call at the leader's first token, and at its end in any case. Later calls do nothing."""
+        self._computed.set()
 
 
 def _new_thread() -> ThreadPoolExecutor:
