@@ -25,14 +25,14 @@ from rollout_server.workers.environment_pool import EnvironmentPool
 from rollout_server.workers.host import WorkerHost
 from rollout_server.workers.reward_pool import RewardPool
 
-Sources = Mapping[str, "Source"]
+SampleSources = Mapping[str, "SampleSource"]
 """By name of the evaluation set; empty: training."""
 First = tuple[list[Message], list[dict[str, Any]]]
 """Messages and tools of the first environment."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class SampleSource:
     """What the samples of training, or of one evaluation set, are made with."""
 
     task: Task
@@ -55,7 +55,7 @@ async def running_sources(
     *,
     contexts: Mapping[str, int],
     waits: PendingWaits,
-) -> AsyncIterator[dict[str, Source]]:
+) -> AsyncIterator[dict[str, SampleSource]]:
     """The sources by name, with running worker processes. `contexts`: longest sequences, in tokens.
 
     Raises ConfigError if a task cannot be imported, if the environment of its first example cannot be made,
@@ -64,7 +64,7 @@ async def running_sources(
     check_reward_concurrency(config, tasks)
     sets = config.eval.resolved_sets
     workers: dict[str, tuple[RewardPool, EnvironmentPool | None, First | None]] = {}
-    sources: dict[str, Source] = {}
+    sources: dict[str, SampleSource] = {}
     async with contextlib.AsyncExitStack() as stack:
         for name, task in tasks.items():
             one = sets[name] if name else None
@@ -82,7 +82,7 @@ async def running_sources(
             if one is not None:
                 max_new_tokens = one.max_new_tokens or config.sampling.max_new_tokens
                 limited = renderer.limited(min(task.max_prompt_tokens, contexts[name] - max_new_tokens))
-            sources[name] = Source(
+            sources[name] = SampleSource(
                 task=task,
                 renderer=limited,
                 context_tokens=contexts[name],

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from areal_like.errors import RAISED_BY_TASKS, EngineError, EpisodeError, RewardError
 from areal_like.trajectory import FinishReason, Trajectory
 from rollout_server.conversation.policy_client import PolicyClient
-from rollout_server.conversation.scoring import Outcome, add_up, both
+from rollout_server.conversation.scoring import SampleRewards, add_up, both
 from rollout_server.conversation.turns import Turns
 from rollout_server.environments.base import Message
 from rollout_server.leases.held_leases import Place
 from rollout_server.rendering.prompt_renderer import PromptRenderer
-from rollout_server.sample.prompts import Prompt, PromptLeader
+from rollout_server.sample.prompts import LoadedPrompt, PromptLeader
 from rollout_server.tasks.base import Completion, Score, Split
 from rollout_server.workers.reward_pool import Reward, RewardPool
 
@@ -133,14 +133,16 @@ class Attempt(ABC):
 
     def without_reward(self) -> Trajectory:
         """The turns so far, with reward 0. Raises ValueError if they cannot be trained on."""
-        return self._turns.to_trajectory(Outcome(), is_greedy=self._request.is_greedy, label=self._label)
+        return self._turns.to_trajectory(
+            SampleRewards(), is_greedy=self._request.is_greedy, label=self._label
+        )
 
 
 class SingleTurn(Attempt):
     """A sample of one turn."""
 
     def __init__(
-        self, request: SampleRequest, *, prompt: Prompt, leader: PromptLeader, renderer: PromptRenderer
+        self, request: SampleRequest, *, prompt: LoadedPrompt, leader: PromptLeader, renderer: PromptRenderer
     ) -> None:
         """`leader`: is told when the prompt is computed."""
         super().__init__(request, Turns(request.policy), label=prompt.example.label)

@@ -2,7 +2,7 @@
 
 Some tasks are slow and must not block the event loop.
 
-    lease: waiting -> being loaded -> Prompt | FailedPrompt
+    lease: waiting -> being loaded -> LoadedPrompt | FailedPrompt
                                    -> took too long: FailedPrompt; the thread is replaced
                    -> cancelled: skipped
 
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from areal_like.errors import RAISED_BY_TASKS
 from areal_like.failures import FailureKind
 from areal_like.wire.messages.producer import Lease, Purpose
-from rollout_server.sources import Sources
+from rollout_server.sources import SampleSources
 from rollout_server.tasks.base import Example, Split
 
 SPLITS: dict[Purpose, Split] = {Purpose.TRAIN: "train", Purpose.EVAL: "eval"}
@@ -34,7 +34,7 @@ LONG_PROMPT_TOKENS = 512
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Prompt:
+class LoadedPrompt:
     """An example and its token ids."""
 
     example: Example
@@ -56,7 +56,7 @@ class _Batch:
 
     leases: list[Lease]
     is_wanted: Callable[[Lease], bool]
-    prompts: list[Prompt | FailedPrompt] = field(default_factory=list)
+    prompts: list[LoadedPrompt | FailedPrompt] = field(default_factory=list)
     current: tuple[int, float]
     """Index of the lease being loaded, and the start of its loading: one tuple, so that both are replaced at
     once."""
@@ -66,7 +66,7 @@ class _Batch:
 class PromptLoader:
     """Loads prompts in its thread. Belongs to one event loop; one `load` at a time."""
 
-    def __init__(self, sources: Sources, *, timeout_s: float) -> None:
+    def __init__(self, sources: SampleSources, *, timeout_s: float) -> None:
         """`timeout_s`: time limit of each example, from the start of its loading."""
         self._sources = sources
         self._timeout_s = timeout_s
@@ -78,7 +78,7 @@ class PromptLoader:
         leases: list[Lease],
         *,
         is_wanted: Callable[[Lease], bool],
-        on_prompt: Callable[[Lease, Prompt | FailedPrompt], None],
+        on_prompt: Callable[[Lease, LoadedPrompt | FailedPrompt], None],
     ) -> None:
         """Calls `on_prompt` for each lease in order, as soon as its prompt is loaded or has failed.
 
@@ -99,7 +99,7 @@ class PromptLoader:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _load_until_timeout(
-        self, batch: _Batch, on_prompt: Callable[[Lease, Prompt | FailedPrompt], None]
+        self, batch: _Batch, on_prompt: Callable[[Lease, LoadedPrompt | FailedPrompt], None]
     ) -> int:
         """Returns the number of leases that were handed over before an example exceeded its time limit."""
         loading = asyncio.get_running_loop().run_in_executor(self._thread, self._load_in_thread, batch)
@@ -131,7 +131,7 @@ class PromptLoader:
             else:
                 batch.prompts.append(FailedPrompt(reason="cancelled"))
 
-    def _make_prompt(self, lease: Lease) -> Prompt | FailedPrompt:
+    def _make_prompt(self, lease: Lease) -> LoadedPrompt | FailedPrompt:
         """Runs in the thread."""
         source = self._sources[lease.eval_set]
         split, index = SPLITS[lease.purpose], lease.prompt_index
@@ -141,9 +141,9 @@ class PromptLoader:
         except RAISED_BY_TASKS as error:  # only the samples of this lease fail
             return FailedPrompt(reason=f"{name}: {type(error).__name__}: {error}")
         if source.task.uses_sessions:  # the agent makes the prompts
-            return Prompt(example=example, tokens_P=np.empty(0, np.int32))
+            return LoadedPrompt(example=example, tokens_P=np.empty(0, np.int32))
         try:
-            return Prompt(example=example, tokens_P=source.renderer.encode(example))
+            return LoadedPrompt(example=example, tokens_P=source.renderer.encode(example))
         except ValueError as error:
             return FailedPrompt(reason=f"{name}: {error}", kind=FailureKind.PROMPT)
         except RAISED_BY_TASKS as error:  # a chat template's, too

@@ -34,7 +34,7 @@ from rollout_server.policy.types import Generation, Sampling
 from rollout_server.sample.lease_runner import LeaseRunner
 from rollout_server.sample.prompts import LONG_PROMPT_TOKENS, needs_leader
 from rollout_server.sessions.book import SessionBook
-from rollout_server.sources import Source
+from rollout_server.sources import SampleSource
 from rollout_server.tasks.base import Completion, Example, Score, Split, Task
 from rollout_server.workers.reward_pool import Reward
 from tests.rollout_server.test_environment_attempts import Ordinals
@@ -162,9 +162,9 @@ class WithTurns(Slow):
 
 def source(
     task: Task, *, rewards: FixedRewards | None = None, environments: TwoTurns | None = None
-) -> Source:
+) -> SampleSource:
     chat = LineChat(Ordinals(), stop_token_ids=[], vocab_size=1 << 20, template_kwargs={})
-    return Source(
+    return SampleSource(
         task=task,
         renderer=Digits(chat=chat),  # type: ignore[arg-type]
         context_tokens=1000,
@@ -184,7 +184,7 @@ class Served:
         rewards: FixedRewards | None = None,
         on_failure: dict[str, str] | None = None,
         environments: TwoTurns | None = None,
-        eval_sets: dict[str, Source] | None = None,
+        eval_sets: dict[str, SampleSource] | None = None,
     ) -> None:
         self.results: list[SampleResult] = []
         self.held = HeldLeases(engine_samples=AT_ENGINE, max_episodes=EPISODES)
