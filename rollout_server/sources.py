@@ -117,7 +117,9 @@ async def _running_workers(
         waits.sources.append(rewards.waits)
         environments, first = None, None
         if task.has_environment or has_agents:
-            environments = EnvironmentPool.of(config, host)
+            environments = EnvironmentPool(
+                host, step_timeout_s=config.episode.step_timeout_s, memory_mb=config.episode.memory_mb
+            )
             waits.sources.append(environments.slow_starts)
             if task.has_environment:
                 waits.sources.append(environments.slow_calls)
