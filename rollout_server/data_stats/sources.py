@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from areal_like.data import RowFormat, Rows
 from areal_like.data.row_format import COMPLETION_KEYS, MESSAGES_KEYS, value_at
-from areal_like.errors import ConfigError
+from areal_like.errors import RAISED_BY_TASKS, ConfigError
 from rollout_server.data_stats.split import CountedRow
 from rollout_server.tasks.base import Split, Task
 
@@ -91,7 +91,7 @@ class TaskSplit:
                 example = self.task.example(self.split, index)
             except ConfigError as error:
                 yield _kind_of(error)
-            except Exception as error:  # a task's code may raise anything; the other rows are still counted
+            except RAISED_BY_TASKS as error:  # the other rows are still counted
                 yield f"example() raised {type(error).__name__}"
             else:
                 yield CountedRow(prompt=example.prompt, answer=_text(example.answer), label=example.label)
