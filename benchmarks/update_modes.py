@@ -34,7 +34,7 @@ from areal_like.trajectory import Trajectory
 from areal_like.wire.messages.consumer import ServerEntry
 from benchmarks.report import table, write
 from rollout_server.conversation.policy_client import PolicyClient
-from rollout_server.conversation.scoring import Outcome
+from rollout_server.conversation.scoring import SampleRewards
 from rollout_server.conversation.turns import Turns
 from rollout_server.policy.client import EngineClient
 from rollout_server.policy.engines.process import EmbeddedProcess, EngineProcess
@@ -90,7 +90,7 @@ class Server:
             async with progress:
                 num_done += 1
                 progress.notify_all()
-            return turns.to_trajectory(Outcome())
+            return turns.to_trajectory(SampleRewards())
 
         async def update() -> None:
             config = WeightsConfig(update_mode=mode, bucket_bytes=BUCKET_BYTES)

@@ -22,7 +22,7 @@ from rollout_server.policy.engines.engine import Engine
 from rollout_server.policy.engines.supervisor import EngineSupervisor
 from rollout_server.policy.gate import GenerationGate
 from rollout_server.sample.lease_runner import LeaseRunner
-from rollout_server.sessions.book import WRONG_ROUTES, Outcome, SessionBook
+from rollout_server.sessions.book import WRONG_ROUTES, SessionBook, SessionOutcome
 from rollout_server.starvation import Starvation
 from rollout_server.weights.receiver import WeightReceiver
 from rollout_server.workers.environment_pool import EnvironmentPool
@@ -107,7 +107,7 @@ _GAUGES = {
 }
 _FAILED = {kind: f"samples_failed_{kind.value}" for kind in FailureKind}
 _FINISHED = {reason: f"samples_finished_{reason.value}" for reason in FinishReason}
-_ENDED = {outcome: f"sessions_{outcome.value}" for outcome in Outcome}
+_ENDED = {outcome: f"sessions_{outcome.value}" for outcome in SessionOutcome}
 _ROUTES = {name: f"session_wrong_routes_{name}" for name in WRONG_ROUTES}
 _REFUSED = {status: f"session_refusals_{status}" for status in (400, 404, 405, 410, 413, 422, 429, 500, 503)}
 """By the HTTP status of the application's answer."""

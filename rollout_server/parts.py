@@ -19,7 +19,7 @@ from rollout_server.rendering.prompt_renderer import PromptRenderer
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.http.plane import SessionPlane
 from rollout_server.sessions.serving import served_sessions
-from rollout_server.sources import Source, running_sources
+from rollout_server.sources import SampleSource, running_sources
 from rollout_server.workers.environment_pool import EnvironmentPool
 from rollout_server.workers.reward_pool import RewardPool
 
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 class Parts:
     """The parts, running. The engine is started by its supervisor."""
 
-    sources: Mapping[str, Source]
+    sources: Mapping[str, SampleSource]
     """What samples are made with, for training (empty name) and for each evaluation set."""
     renderer: PromptRenderer
     model: str

@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from areal_like.config import Config, EvalSetConfig
 from areal_like.errors import ConfigError, EpisodeError
@@ -23,44 +20,23 @@ from rollout_server.environments.base import Message
 from rollout_server.job_tasks import key_of
 from rollout_server.rendering.base import ChatRenderer
 from rollout_server.rendering.prompt_renderer import PromptRenderer
-from rollout_server.tasks.base import Example, Task
+from rollout_server.tasks.base import Task
 from rollout_server.workers.environment_pool import EnvironmentPool
 from rollout_server.workers.host import WorkerHost
 from rollout_server.workers.reward_pool import RewardPool
 
-Sources = Mapping[str, "Source"]
+SampleSources = Mapping[str, "SampleSource"]
 """By name of the evaluation set; empty: training."""
 First = tuple[list[Message], list[dict[str, Any]]]
 """Messages and tools of the first environment."""
 
 
-class Renderer(Protocol):
-    """The part of a `PromptRenderer` that samples use."""
-
-    @property
-    def stop_token_ids(self) -> Sequence[int]:
-        """They end every turn."""
-
-    @property
-    def chat(self) -> ChatRenderer:
-        """For conversations."""
-
-    def encode(self, example: Example) -> NDArray[np.int32]:
-        """Prompt token ids [P]."""
-
-    def decode(self, tokens: NDArray[np.int32]) -> str:
-        """Text without special tokens."""
-
-    def text_of(self, tokens: Sequence[int]) -> str:
-        """Text with special tokens."""
-
-
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class SampleSource:
     """What the samples of training, or of one evaluation set, are made with."""
 
     task: Task
-    renderer: Renderer
+    renderer: PromptRenderer
     """With its limit of a prompt's tokens."""
     context_tokens: int
     """The longest sequence."""
@@ -79,7 +55,7 @@ async def running_sources(
     *,
     contexts: Mapping[str, int],
     waits: PendingWaits,
-) -> AsyncIterator[dict[str, Source]]:
+) -> AsyncIterator[dict[str, SampleSource]]:
     """The sources by name, with running worker processes. `contexts`: longest sequences, in tokens.
 
     Raises ConfigError if a task cannot be imported, if the environment of its first example cannot be made,
@@ -88,7 +64,7 @@ async def running_sources(
     check_reward_concurrency(config, tasks)
     sets = config.eval.resolved_sets
     workers: dict[str, tuple[RewardPool, EnvironmentPool | None, First | None]] = {}
-    sources: dict[str, Source] = {}
+    sources: dict[str, SampleSource] = {}
     async with contextlib.AsyncExitStack() as stack:
         for name, task in tasks.items():
             one = sets[name] if name else None
@@ -106,7 +82,7 @@ async def running_sources(
             if one is not None:
                 max_new_tokens = one.max_new_tokens or config.sampling.max_new_tokens
                 limited = renderer.limited(min(task.max_prompt_tokens, contexts[name] - max_new_tokens))
-            sources[name] = Source(
+            sources[name] = SampleSource(
                 task=task,
                 renderer=limited,
                 context_tokens=contexts[name],
@@ -141,7 +117,9 @@ async def _running_workers(
         waits.sources.append(rewards.waits)
         environments, first = None, None
         if task.has_environment or has_agents:
-            environments = EnvironmentPool.of(config, host)
+            environments = EnvironmentPool(
+                host, step_timeout_s=config.episode.step_timeout_s, memory_mb=config.episode.memory_mb
+            )
             waits.sources.append(environments.slow_starts)
             if task.has_environment:
                 waits.sources.append(environments.slow_calls)

@@ -24,7 +24,7 @@ Span = tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class SampleRewards:
     """The rewards of one sample, added up."""
 
     reward: float = 0.0
@@ -60,7 +60,7 @@ def add_up(
     num_turns: int = 1,
     step_rewards: Sequence[float] = (),
     step_metrics: Mapping[str, float] | None = None,
-) -> Outcome:
+) -> SampleRewards:
     """The outcome of a sample of `num_turns` turns.
 
     `score`: None if the task has no reward of its own. `step_rewards`: of the environment's steps, at most
@@ -79,7 +79,7 @@ def add_up(
     reward = sum((score.value, *turn_rewards, *token_rewards.tolist()))
     if not max(map(abs, (reward, *turn_rewards))) <= LARGEST_REWARD:  # also if one is NaN
         raise ValueError(f"the rewards of the sample add up to {reward}: want at most {LARGEST_REWARD:g}")
-    return Outcome(
+    return SampleRewards(
         reward=reward,
         reward_components=dict(score.parts),
         metrics={**(step_metrics or {}), **score.metrics},
@@ -88,7 +88,7 @@ def add_up(
     )
 
 
-def placed_turns(outcome: Outcome, spans: Sequence[Span]) -> tuple[tuple[int, float], ...]:
+def placed_turns(outcome: SampleRewards, spans: Sequence[Span]) -> tuple[tuple[int, float], ...]:
     """`Trajectory.turns`, by position. `spans`: of each turn, in the order of sampling.
 
     Empty for a single turn without a reward of its own.
@@ -100,7 +100,7 @@ def placed_turns(outcome: Outcome, spans: Sequence[Span]) -> tuple[tuple[int, fl
 
 
 def placed_token_rewards(
-    outcome: Outcome, spans: Sequence[Span], *, num_tokens: int
+    outcome: SampleRewards, spans: Sequence[Span], *, num_tokens: int
 ) -> dict[str, NDArray[np.generic]]:
     """`Trajectory.arrays`: TOKEN_REWARDS float32[T], 0 where nothing was sampled; empty if no token has one.
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory
 from rollout_server.conversation.policy_client import PolicyClient
-from rollout_server.conversation.scoring import Outcome, Span, placed_token_rewards, placed_turns
+from rollout_server.conversation.scoring import SampleRewards, Span, placed_token_rewards, placed_turns
 from rollout_server.environments.base import Message, Reply
 from rollout_server.policy.types import Generation
 
@@ -155,7 +155,7 @@ class Turns:
 
     def to_trajectory(
         self,
-        outcome: Outcome,
+        outcome: SampleRewards,
         *,
         finish_reason: FinishReason | None = None,
         generation_s: float = 0.0,

@@ -27,8 +27,8 @@ from areal_like.runtime.imports import torch_hidden, uncollected
 from rollout_server.context_length import longest_sequence
 from rollout_server.data_stats.heard import HeardPrompt, summary
 from rollout_server.data_stats.report import text_of_report
-from rollout_server.data_stats.sources import FileRows, Source, TaskSplit
-from rollout_server.data_stats.split import Row, SplitStats
+from rollout_server.data_stats.sources import FileRows, RowSource, TaskSplit
+from rollout_server.data_stats.split import CountedRow, SplitStats
 from rollout_server.environments.base import Message
 from rollout_server.rendering.prompt_renderer import PromptRenderer
 from rollout_server.tasks.base import Task, make_task
@@ -50,11 +50,11 @@ def run(values: argparse.Namespace, settings: Sequence[str]) -> int:
     renderer = _renderer(config, task, notes)
     limit = renderer.max_prompt_tokens if renderer is not None and task is not None else None
     report: dict[str, Any] = {"splits": {}, "overlaps": [], "notes": notes}
-    counted: list[tuple[Source, SplitStats]] = []
+    counted: list[tuple[RowSource, SplitStats]] = []
     for source in sources:
         stats = SplitStats(max_prompt_tokens=limit, count_tokens=_token_counter(renderer))
         for row in source.rows(min(max_rows, len(source))):
-            if isinstance(row, Row):
+            if isinstance(row, CountedRow):
                 stats.add(row)
             else:
                 stats.add_broken(row)
@@ -83,9 +83,9 @@ def _task(config: Config) -> Task:
         raise ConfigError(f"{error}{hint}") from error
 
 
-def _splits(config: Config, task: Task) -> list[Source]:
+def _splits(config: Config, task: Task) -> list[RowSource]:
     """The splits of the job's task, and the evaluation sets with a task of their own."""
-    sets: list[Source] = []
+    sets: list[RowSource] = []
     for name, one in config.eval.resolved_sets.items():
         if one.task:
             of_set = make_task(one.task, seed=config.seed, sandbox=config.rewards.sandbox)
@@ -98,7 +98,7 @@ def _splits(config: Config, task: Task) -> list[Source]:
     ]
 
 
-def _files(names: Sequence[str], config: Config) -> list[Source]:
+def _files(names: Sequence[str], config: Config) -> list[RowSource]:
     """The files, read with the keys in the configuration's section `task`."""
     keys = {
         one.name: config.task[one.name] for one in dataclasses.fields(RowFormat) if one.name in config.task
@@ -117,7 +117,7 @@ def _heard(task: Task) -> dict[str, Any]:
     )
 
 
-def _located(split: dict[str, Any], source: Source) -> dict[str, Any]:
+def _located(split: dict[str, Any], source: RowSource) -> dict[str, Any]:
     """Row numbers replaced by places."""
     repeated = split["duplicates"]
     for name in _EXAMPLES:

@@ -10,12 +10,12 @@ from typing import Any, Protocol
 
 from areal_like.data import RowFormat, Rows
 from areal_like.data.row_format import COMPLETION_KEYS, MESSAGES_KEYS, value_at
-from areal_like.errors import ConfigError
-from rollout_server.data_stats.split import Row
+from areal_like.errors import RAISED_BY_TASKS, ConfigError
+from rollout_server.data_stats.split import CountedRow
 from rollout_server.tasks.base import Split, Task
 
 
-class Source(Protocol):
+class RowSource(Protocol):
     """Rows of one split by number."""
 
     @property
@@ -25,7 +25,7 @@ class Source(Protocol):
     def __len__(self) -> int:
         """Number of rows."""
 
-    def rows(self, count: int) -> Iterator[Row | str]:
+    def rows(self, count: int) -> Iterator[CountedRow | str]:
         """The first `count` rows; a text instead of a row that cannot be used: the reason."""
 
     def place(self, index: int) -> str:
@@ -43,12 +43,12 @@ class FileRows:
     def __len__(self) -> int:
         return len(self.data)
 
-    def rows(self, count: int) -> Iterator[Row | str]:
-        """See `Source`."""
+    def rows(self, count: int) -> Iterator[CountedRow | str]:
+        """See `RowSource`."""
         for index in range(count):
             row = self.data[index]
             try:
-                yield Row(
+                yield CountedRow(
                     prompt=self.format.prompt_of(row),
                     answer=_text(self.format.answer_of(row)),
                     label=self.format.label_of(row),
@@ -58,7 +58,7 @@ class FileRows:
                 yield _kind_of(error)
 
     def place(self, index: int) -> str:
-        """See `Source`."""
+        """See `RowSource`."""
         return self.data.place(index)
 
     def _response_of(self, row: dict[str, Any]) -> str | None:
@@ -84,20 +84,20 @@ class TaskSplit:
     def __len__(self) -> int:
         return min(self.most, self.task.num_train if self.split == "train" else self.task.num_eval)
 
-    def rows(self, count: int) -> Iterator[Row | str]:
-        """See `Source`."""
+    def rows(self, count: int) -> Iterator[CountedRow | str]:
+        """See `RowSource`."""
         for index in range(count):
             try:
                 example = self.task.example(self.split, index)
             except ConfigError as error:
                 yield _kind_of(error)
-            except Exception as error:  # a task's code may raise anything; the other rows are still counted
+            except RAISED_BY_TASKS as error:  # the other rows are still counted
                 yield f"example() raised {type(error).__name__}"
             else:
-                yield Row(prompt=example.prompt, answer=_text(example.answer), label=example.label)
+                yield CountedRow(prompt=example.prompt, answer=_text(example.answer), label=example.label)
 
     def place(self, index: int) -> str:
-        """See `Source`."""
+        """See `RowSource`."""
         return f"{self.name}[{index}]"
 
 

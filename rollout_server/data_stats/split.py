@@ -20,7 +20,7 @@ _NUM_EXAMPLES = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
+class CountedRow:
     """What is counted of one row."""
 
     prompt: str | list[Message]
@@ -46,7 +46,7 @@ class SplitStats:
         self._problem_rows: dict[str, list[int]] = {}
         self._num_rows = self._num_without_answer = 0
 
-    def add(self, row: Row) -> None:
+    def add(self, row: CountedRow) -> None:
         """Counts a row."""
         text = text_of(row.prompt)
         self.hashes.add(text, answer=row.answer)

@@ -16,16 +16,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from areal_like.errors import EngineError, RewardError
+from areal_like.errors import RAISED_BY_TASKS, EngineError, EpisodeError, RewardError
 from areal_like.trajectory import FinishReason, Trajectory
 from rollout_server.conversation.policy_client import PolicyClient
-from rollout_server.conversation.scoring import Outcome, add_up, both
+from rollout_server.conversation.scoring import SampleRewards, add_up, both
 from rollout_server.conversation.turns import Turns
 from rollout_server.environments.base import Message
 from rollout_server.leases.held_leases import Place
-from rollout_server.sample.prompt_leader import PromptLeader
-from rollout_server.sample.prompt_loader import Prompt
-from rollout_server.sources import Renderer
+from rollout_server.rendering.prompt_renderer import PromptRenderer
+from rollout_server.sample.prompts import LoadedPrompt, PromptLeader
 from rollout_server.tasks.base import Completion, Score, Split
 from rollout_server.workers.reward_pool import Reward, RewardPool
 
@@ -80,11 +79,16 @@ class Attempt(ABC):
 
     @abstractmethod
     async def play(self) -> Played:
-        """Samples the turns. Raises EngineError, EpisodeError or RewardError."""
+        """Samples the turns. Raises EngineError, or any other exception that fails the sample."""
 
     async def make(self) -> Trajectory:
         """Samples the turns and computes their reward. Raises EngineError, EpisodeError or RewardError."""
-        played = await self.play()
+        try:
+            played = await self.play()
+        except (EngineError, EpisodeError):
+            raise
+        except RAISED_BY_TASKS as error:  # also a renderer: only its own sample fails
+            raise EpisodeError(f"the episode raised {type(error).__name__}: {error}") from error
         turns, request = self._turns, self._request
         turn_lengths = turns.turn_lengths
         scored: Reward | None = None
@@ -129,14 +133,16 @@ class Attempt(ABC):
 
     def without_reward(self) -> Trajectory:
         """The turns so far, with reward 0. Raises ValueError if they cannot be trained on."""
-        return self._turns.to_trajectory(Outcome(), is_greedy=self._request.is_greedy, label=self._label)
+        return self._turns.to_trajectory(
+            SampleRewards(), is_greedy=self._request.is_greedy, label=self._label
+        )
 
 
 class SingleTurn(Attempt):
     """A sample of one turn."""
 
     def __init__(
-        self, request: SampleRequest, *, prompt: Prompt, leader: PromptLeader, renderer: Renderer
+        self, request: SampleRequest, *, prompt: LoadedPrompt, leader: PromptLeader, renderer: PromptRenderer
     ) -> None:
         """`leader`: is told when the prompt is computed."""
         super().__init__(request, Turns(request.policy), label=prompt.example.label)
@@ -145,7 +151,7 @@ class SingleTurn(Attempt):
         self._renderer = renderer
 
     async def play(self) -> Played:
-        """Samples the turn. Raises EngineError."""
+        """Samples the turn."""
         loop = asyncio.get_running_loop()
         started_s = loop.time()
         generation, _ = await self._turns.sample(self._prompt.tokens_P)

@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from areal_like.errors import RAISED_BY_TASKS, EngineError, EpisodeBudgetError, EpisodeError
+from areal_like.errors import EpisodeBudgetError, EpisodeError
 from areal_like.trajectory import LARGEST_METRIC, LARGEST_REWARD, FinishReason
 from rollout_server.conversation.conversation import Conversation
 from rollout_server.environments.base import Message, Reply, Step
@@ -52,8 +52,16 @@ class EnvironmentAttempt(Attempt):
         self._generation_s = 0.0
 
     async def play(self) -> Played:
-        """Talks to the environment. Raises EngineError, or EpisodeError for any other exception."""
-        finish_reason = await self._run()
+        """Talks to the environment."""
+        request = self._request
+        request.on_move(Place.TOOL)
+        environment = await self._environments.open(
+            split=request.split, index=request.index, seed=request.seed
+        )
+        try:
+            finish_reason = await self._converse(environment)
+        finally:
+            environment.close()
         return Played(
             finish_reason=finish_reason,
             generation_s=self._generation_s,
@@ -63,22 +71,6 @@ class EnvironmentAttempt(Attempt):
             step_rewards=self._step_rewards,
             metrics={"tool_calls": float(self._num_tool_calls), **self._metrics},
         )
-
-    async def _run(self) -> FinishReason:
-        request = self._request
-        request.on_move(Place.TOOL)
-        try:
-            environment = await self._environments.open(
-                split=request.split, index=request.index, seed=request.seed
-            )
-            try:
-                return await self._converse(environment)
-            finally:
-                environment.close()
-        except (EngineError, EpisodeError):
-            raise
-        except RAISED_BY_TASKS as error:  # only its own sample fails
-            raise EpisodeError(f"the episode raised {type(error).__name__}: {error}") from error
 
     async def _converse(self, environment: EnvironmentSession) -> FinishReason:
         """Returns why the conversation ended."""

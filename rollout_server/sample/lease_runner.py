@@ -43,10 +43,9 @@ from rollout_server.policy.client import EngineClient
 from rollout_server.policy.gate import GenerationGate
 from rollout_server.sample.attempt import NOT_WANTED, Attempt
 from rollout_server.sample.maker import AttemptMaker
-from rollout_server.sample.prompt_leader import PromptLeader, needs_leader
-from rollout_server.sample.prompt_loader import FailedPrompt, Prompt, PromptLoader
+from rollout_server.sample.prompts import FailedPrompt, LoadedPrompt, PromptLeader, PromptLoader, needs_leader
 from rollout_server.sessions.book import SessionBook
-from rollout_server.sources import Sources
+from rollout_server.sources import SampleSources
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +92,7 @@ class LeaseRunner:
     def __init__(
         self,
         config: Config,
-        sources: Sources,
+        sources: SampleSources,
         *,
         gate: GenerationGate,
         book: SessionBook,
@@ -186,16 +185,16 @@ class LeaseRunner:
     def _is_wanted(self, lease: Lease) -> bool:
         return lease.lease_id in self._samples
 
-    def _start_samples(self, lease: Lease, prompt: Prompt | FailedPrompt | None) -> None:
+    def _start_samples(self, lease: Lease, prompt: LoadedPrompt | FailedPrompt | None) -> None:
         """`prompt`: None if the environment gives it."""
         if self._is_wanted(lease):  # the lease may have been cancelled in the meantime
             leader = PromptLeader(self._leader_of(lease, prompt))
             for sample_index in lease.sample_indices:
                 self._start_sample(lease, sample_index, prompt, leader)
 
-    def _leader_of(self, lease: Lease, prompt: Prompt | FailedPrompt | None) -> int | None:
+    def _leader_of(self, lease: Lease, prompt: LoadedPrompt | FailedPrompt | None) -> int | None:
         """The sample that computes the prompt before the others; None if all start at once."""
-        is_needed = isinstance(prompt, Prompt) and needs_leader(
+        is_needed = isinstance(prompt, LoadedPrompt) and needs_leader(
             num_prompt_tokens=len(prompt.tokens_P),
             num_samples=len(lease.sample_indices),
             caches_prefixes=self.engine is not None and self.engine.caches_prefixes,
@@ -203,7 +202,11 @@ class LeaseRunner:
         return lease.sample_indices[0] if is_needed else None
 
     def _start_sample(
-        self, lease: Lease, sample_index: int, prompt: Prompt | FailedPrompt | None, leader: PromptLeader
+        self,
+        lease: Lease,
+        sample_index: int,
+        prompt: LoadedPrompt | FailedPrompt | None,
+        leader: PromptLeader,
     ) -> None:
         def ended(task: asyncio.Task[None]) -> None:
             tasks.discard(task)
@@ -217,7 +220,11 @@ class LeaseRunner:
         task.add_done_callback(ended)
 
     async def _make_sample(
-        self, lease: Lease, sample_index: int, prompt: Prompt | FailedPrompt | None, leader: PromptLeader
+        self,
+        lease: Lease,
+        sample_index: int,
+        prompt: LoadedPrompt | FailedPrompt | None,
+        leader: PromptLeader,
     ) -> None:
         """Makes one sample and reports its result."""
         if isinstance(prompt, FailedPrompt):

@@ -19,12 +19,11 @@ from rollout_server.policy.gate import GenerationGate
 from rollout_server.policy.types import Sampling
 from rollout_server.sample.attempt import Attempt, SampleRequest, SingleTurn
 from rollout_server.sample.environment_attempt import EnvironmentAttempt
-from rollout_server.sample.prompt_leader import PromptLeader
-from rollout_server.sample.prompt_loader import SPLITS, Prompt
+from rollout_server.sample.prompts import SPLITS, LoadedPrompt, PromptLeader
 from rollout_server.sample.session_attempt import SessionAttempt
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.open_session import OpenSession
-from rollout_server.sources import Source
+from rollout_server.sources import SampleSource
 from rollout_server.tasks.base import Score
 
 _MAX_SEED = 1 << 31
@@ -36,7 +35,7 @@ class AttemptMaker:
     def __init__(
         self,
         config: Config,
-        source: Source,
+        source: SampleSource,
         *,
         gate: GenerationGate,
         on_move: Callable[[int, int, Place], None],
@@ -73,7 +72,7 @@ class AttemptMaker:
         lease: Lease,
         sample_index: int,
         *,
-        prompt: Prompt | None,
+        prompt: LoadedPrompt | None,
         leader: PromptLeader,
     ) -> Attempt:
         """`prompt`: None if an environment gives it. Raises EngineError if there is no engine."""
@@ -125,7 +124,7 @@ class AttemptMaker:
         )
 
     def _begin_session(
-        self, request: SampleRequest, lease: Lease, sample_index: int, *, prompt: Prompt
+        self, request: SampleRequest, lease: Lease, sample_index: int, *, prompt: LoadedPrompt
     ) -> SessionAttempt:
         is_external = self._source.environments is None
         session = OpenSession(

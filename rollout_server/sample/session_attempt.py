@@ -26,7 +26,7 @@ from areal_like.trajectory import FinishReason, Trajectory
 from rollout_server.conversation.scoring import add_up
 from rollout_server.leases.held_leases import Place
 from rollout_server.sample.attempt import NOT_WANTED, Attempt, Played, SampleRequest
-from rollout_server.sessions.book import Outcome, SessionBook
+from rollout_server.sessions.book import SessionBook, SessionOutcome
 from rollout_server.sessions.open_session import OpenSession
 from rollout_server.tasks.base import Score
 
@@ -53,10 +53,10 @@ class SessionAttempt(Attempt):
         self._book = book
         self._idle_timeout_s = idle_timeout_s
         self._run_agent = run_agent
-        self._outcome = Outcome.FAILED
+        self._outcome = SessionOutcome.FAILED
 
     async def play(self) -> Played:
-        """Waits for the agent. Raises EngineError or EpisodeError."""
+        """Waits for the agent."""
         session, conversation = self._session, self._session.conversation
         self._book.add(session)
         problem: EpisodeError | PromptRefusedError | None = None
@@ -70,15 +70,15 @@ class SessionAttempt(Attempt):
                 raise session.refused_prompt or EnvironmentLostError(self._no_request())
             if self._run_agent is None:
                 _check_posted(score, turn_rewards, num_turns=num_turns)
-            self._outcome = Outcome.TRUNCATED if finish_reason.is_truncated else Outcome.ENDED
+            self._outcome = SessionOutcome.TRUNCATED if finish_reason.is_truncated else SessionOutcome.ENDED
         except (EpisodeError, PromptRefusedError) as error:
             problem = error
         except EngineError:
-            self._outcome = Outcome.ENGINE
+            self._outcome = SessionOutcome.ENGINE
             raise
         except asyncio.CancelledError as cancelled:
             session.close(str(cancelled.args[0]) if cancelled.args else NOT_WANTED)
-            self._outcome = Outcome.CANCELLED
+            self._outcome = SessionOutcome.CANCELLED
             raise
         finally:
             is_of_sample = self._book.remove(session, self._outcome, str(problem or ""))
@@ -187,7 +187,7 @@ class SessionAttempt(Attempt):
             f"sessions.idle_timeout_s={self._idle_timeout_s:g}"
         )
         self._session.close(problem)
-        self._outcome = Outcome.IDLE
+        self._outcome = SessionOutcome.IDLE
         return EpisodeError(problem)
 
 

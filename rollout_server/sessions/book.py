@@ -23,7 +23,7 @@ _LONG_S = 1.0
 """Waits that take longer are named in the server's status."""
 
 
-class Outcome(StrEnum):
+class SessionOutcome(StrEnum):
     """How a session has ended."""
 
     ENDED = "ended"
@@ -53,7 +53,7 @@ class SessionBook:
         """True once no more sessions are given out."""
         self._gone: OrderedDict[str, tuple[str, str]] = OrderedDict()
         """Why, and the session's key, by id."""
-        self.num_ended = Counter[Outcome]()
+        self.num_ended = Counter[SessionOutcome]()
         self.num_refused = Counter[int]()
         """Requests of clients that were refused, by HTTP status."""
         self.num_ignored = Counter[str]()
@@ -121,7 +121,9 @@ class SessionBook:
             found[f"sessions: the next request to {idle.id}, of {len(opened)} open"] = idle.idle_s
         return {name: round(seconds, 3) for name, seconds in found.items() if seconds >= _LONG_S}
 
-    def remove(self, session: OpenSession, outcome: Outcome = Outcome.ENDED, problem: str = "") -> bool:
+    def remove(
+        self, session: OpenSession, outcome: SessionOutcome = SessionOutcome.ENDED, problem: str = ""
+    ) -> bool:
         """Its sample is finished or not wanted any more; clients are told `session.reason`.
 
         `problem`: why its agent has not made the sample, for outcomes IDLE and FAILED. True if that may be
@@ -138,14 +140,14 @@ class SessionBook:
             return self._judge(session, outcome, problem)
         return True
 
-    def _judge(self, session: OpenSession, outcome: Outcome, problem: str) -> bool:
+    def _judge(self, session: OpenSession, outcome: SessionOutcome, problem: str) -> bool:
         claimant = session.claimant
         if claimant is None:
             return True
-        if outcome in (Outcome.IDLE, Outcome.FAILED):
+        if outcome in (SessionOutcome.IDLE, SessionOutcome.FAILED):
             now_s, claimed_s = session.now_s, session.claimed_s
             return self.claimants.fail(claimant, problem, claimed_s=claimed_s, now_s=now_s)
-        if outcome in (Outcome.ENDED, Outcome.TRUNCATED):
+        if outcome in (SessionOutcome.ENDED, SessionOutcome.TRUNCATED):
             self.claimants.deliver(claimant)
         return True
 

@@ -34,7 +34,7 @@ from collections.abc import Awaitable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, Self, get_args
 
-from areal_like.errors import ConfigError
+from areal_like.errors import RAISED_BY_TASKS, ConfigError
 from areal_like.registry import Registry
 from areal_like.trajectory import FinishReason
 from areal_like.wire.fingerprint import canonical_json
@@ -308,8 +308,7 @@ class Task(ABC):
     def _checked_example(self, split: Split, index: int) -> Example:
         try:
             return self.example(split, index)
-        # A task's code may raise anything; at the start of a job that is the user's mistake.
-        except Exception as error:
+        except RAISED_BY_TASKS as error:  # at the start of a job that is the user's mistake
             raise ConfigError(
                 f"task {type(self).__name__}: example({split!r}, {index}) raised "
                 f"{type(error).__name__}: {error}"

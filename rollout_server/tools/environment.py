@@ -6,7 +6,7 @@ A task's author writes `final`, the reward of the reply without calls:
 
     class Product(ToolEnvironment):
         def __init__(self, a: int, b: int) -> None:
-            super().__init__(f"How much is {a} times {b}? Answer with the number.", [calculator])
+            super().__init__(f"How much is {a} times {b}? ToolOutput with the number.", [calculator])
             self.answer = a * b
 
         async def final(self, reply: Reply) -> float:
@@ -30,7 +30,7 @@ from typing import Any, ClassVar
 from areal_like.errors import ConfigError, EpisodeError
 from rollout_server.environments.base import Environment, Message, Reply, Step, ToolCall
 from rollout_server.environments.exchange import awaitable
-from rollout_server.tools.tool import Answer, Tool
+from rollout_server.tools.tool import Tool, ToolOutput
 
 
 class ToolEnvironment(Environment):
@@ -86,7 +86,7 @@ class ToolEnvironment(Environment):
         for place, call in enumerate(reply.tool_calls):
             if place >= self.max_calls:
                 problem = f"Error: not run: one reply may have at most {self.max_calls} calls"
-                answer = Answer(text=problem, is_error=True)
+                answer = ToolOutput(text=problem, is_error=True)
             else:
                 answer = await self._answer(call, timeout_s=deadline - loop.time())
             metrics["tool_errors"] += answer.is_error
@@ -94,17 +94,17 @@ class ToolEnvironment(Environment):
             messages.append(_message(call, answer))
         return Step(messages=messages, metrics=metrics)
 
-    async def _answer(self, call: ToolCall, *, timeout_s: float) -> Answer:
+    async def _answer(self, call: ToolCall, *, timeout_s: float) -> ToolOutput:
         tool = self._tools.get(call.name)
         if tool is None:
             known = ", ".join(self._tools) or "none"
             problem = f"Error: there is no tool {json.dumps(call.name):.80}. Tools: {known}"
-            return Answer(text=problem, is_error=True)
+            return ToolOutput(text=problem, is_error=True)
         if timeout_s <= 0:
             problem = f"Error: not run: earlier calls of this reply took {self.reply_timeout_s:g} s"
-            return Answer(text=problem, is_error=True)
+            return ToolOutput(text=problem, is_error=True)
         return await tool.call(call.arguments, timeout_s=timeout_s)
 
 
-def _message(call: ToolCall, answer: Answer) -> Message:
+def _message(call: ToolCall, answer: ToolOutput) -> Message:
     return {"role": "tool", "tool_call_id": call.id, "name": call.name, "content": answer.text}

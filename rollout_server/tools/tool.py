@@ -61,7 +61,7 @@ class Parameter:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class ToolOutput:
     """What the policy reads after a call."""
 
     text: str
@@ -137,14 +137,14 @@ class Tool:
             raise ToolError(f"missing argument {', '.join(missing)}")
         return {name: known[name].kind.check(value, name) for name, value in values.items()}
 
-    async def call(self, arguments: str, *, timeout_s: float | None = None) -> Answer:
+    async def call(self, arguments: str, *, timeout_s: float | None = None) -> ToolOutput:
         """Runs the function. `timeout_s`: a limit below the tool's own. Errors are answers."""
         limit_s = self.timeout_s if timeout_s is None else min(self.timeout_s, timeout_s)
         try:
             values = self.bind(arguments)
             async with asyncio.timeout(limit_s) as limit:
                 value = await self._run(values)
-            return Answer(text=_valid(self._cut(_text(value))))
+            return ToolOutput(text=_valid(self._cut(_text(value))))
         except ToolError as error:
             problem = str(error)
         # A tool may raise anything. A TimeoutError of its own is not the one of the limit.
@@ -152,7 +152,7 @@ class Tool:
             problem = f"{type(error).__name__}: {error}"
             if isinstance(error, TimeoutError) and limit.expired():
                 problem = f"no answer within {limit_s:.3g} s"
-        return Answer(text=_valid(f"Error: {problem:.{_MAX_ERROR_CHARS}}"), is_error=True)
+        return ToolOutput(text=_valid(f"Error: {problem:.{_MAX_ERROR_CHARS}}"), is_error=True)
 
     async def _run(self, values: Mapping[str, Any]) -> Any:
         if inspect.iscoroutinefunction(self.function):

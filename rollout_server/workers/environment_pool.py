@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any, Self
+from typing import Any
 
-from areal_like.config import Config
 from areal_like.errors import ConfigError, EpisodeError
 from rollout_server.environments.base import Message, Reply, Step
 from rollout_server.environments.exchange import checked_label, checked_start, checked_step, reply_fields
@@ -51,12 +50,6 @@ class EnvironmentPool:
         """Time that samples have waited for calls of their environments."""
         self.num_calls = 0
         """Calls that have ended."""
-
-    @classmethod
-    def of(cls, config: Config, host: WorkerHost) -> Self:
-        """With the settings of a job."""
-        episode = config.episode
-        return cls(host, step_timeout_s=episode.step_timeout_s, memory_mb=episode.memory_mb)
 
     async def __aenter__(self) -> EnvironmentPool:
         """Raises ConfigError if the task cannot be imported."""

@@ -33,7 +33,7 @@ import msgpack
 from areal_like.config import Config
 from areal_like.errors import ArealError, ConfigError, EpisodeError, RewardError
 from rollout_server.tasks.base import Task
-from rollout_server.workers.worker import Role, Worker
+from rollout_server.workers.worker import Worker, WorkerRole
 from rollout_server.workers.zygote import MAX_PACKET_BYTES
 
 log = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ class WorkerHost:
         """Tasks that end only with the host, or if no process can be started."""
         return [self._keeping] if self._keeping is not None else []
 
-    def num_restarts(self, role: Role) -> int:
+    def num_restarts(self, role: WorkerRole) -> int:
         """Workers of a role, and zygotes, that were lost to a time limit or a crash."""
         return self._num_lost[role.name] + self._num_lost[_ZYGOTE]
 
@@ -135,7 +135,7 @@ class WorkerHost:
 
     async def start(
         self,
-        role: Role,
+        role: WorkerRole,
         *,
         on_message: Callable[[Any], None] | None = None,
         on_lost: Callable[[Worker], None] | None = None,

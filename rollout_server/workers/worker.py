@@ -27,7 +27,7 @@ _REAP_DELAY_S = 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Role:
+class WorkerRole:
     """What a worker does for the server."""
 
     name: str
@@ -44,7 +44,7 @@ class Role:
     """True: a worker imports the task itself if its import does not survive a fork."""
 
 
-ENVIRONMENT = Role(
+ENVIRONMENT = WorkerRole(
     name="environment",
     process="the environment's process",
     failed=EpisodeError,
@@ -53,7 +53,7 @@ ENVIRONMENT = Role(
     may_import=False,
 )
 """One environment or `agent()` at a time. There may be hundreds, which share the memory of one import."""
-REWARD = Role(
+REWARD = WorkerRole(
     name="reward",
     process="the reward process",
     failed=RewardError,
@@ -70,7 +70,7 @@ class Worker(asyncio.Protocol):
     def __init__(
         self,
         number: int,
-        role: Role,
+        role: WorkerRole,
         *,
         on_lost: Callable[[Worker], None],
         on_message: Callable[[Any], None] | None = None,

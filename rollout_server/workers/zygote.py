@@ -129,6 +129,9 @@ class Zygote:
         self._survives_fork = survives_fork
         self._added = added
         self._pid = os.getpid()
+        self._wakeup, self._wakes = socket.socketpair()
+        for end in (self._wakeup, self._wakes):
+            end.setblocking(False)
         self._pids: dict[int, int] = {}
         """Worker -> pid, of those that are not reaped."""
 
@@ -139,9 +142,6 @@ class Zygote:
         gc.collect()
         gc.freeze()
         adopt_orphans()
-        self._wakeup, self._wakes = socket.socketpair()
-        for end in (self._wakeup, self._wakes):
-            end.setblocking(False)
         signal.set_wakeup_fd(self._wakes.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         ready = select.poll()

@@ -16,7 +16,7 @@ from areal_like.errors import EngineTimeoutError, EpisodeBudgetError, EpisodeErr
 from areal_like.trajectory import NOT_SAMPLED, TOKEN_REWARDS, FinishReason
 from rollout_server.conversation.conversation import Conversation
 from rollout_server.conversation.policy_client import PolicyClient
-from rollout_server.conversation.scoring import Outcome
+from rollout_server.conversation.scoring import SampleRewards
 from rollout_server.environments.base import Message
 from rollout_server.policy.gate import GenerationGate
 from rollout_server.policy.types import Generation, Sampling
@@ -112,7 +112,7 @@ def talk(
 
 def check_export(conversation: Conversation) -> None:
     """Every sampled token is trained once, at the place in its segment where it was sampled."""
-    trajectory = conversation.to_trajectory(Outcome())
+    trajectory = conversation.to_trajectory(SampleRewards())
     assert trajectory.num_sampled == sum(conversation.turn_lengths)
     first = 0
     for length in trajectory.segments or (trajectory.num_tokens,):
@@ -136,7 +136,7 @@ def test_turns_extend_the_sampled_tokens() -> None:
         assert renderer.decode(engine.requests[-1][0]) == renderer.decode(renderer.render(messages[:-2]))
         # "abc" is one token to the tokenizer, and was sampled as three: it was not tokenized again.
         assert engine.requests[-1][0] != renderer.render(messages[:-2])
-        trajectory = conversation.to_trajectory(Outcome(turn_rewards=(0.25, 0.5, 0.0)))
+        trajectory = conversation.to_trajectory(SampleRewards(turn_rewards=(0.25, 0.5, 0.0)))
         assert trajectory.segments == () and [value for _, value in trajectory.turns] == [0.25, 0.5, 0.0]
         assert trajectory.tokens[trajectory.loss_mask == 1].tolist() == conversation.token_ids.tolist()
         assert conversation.turn_lengths == [6, 11, 6]
@@ -202,7 +202,7 @@ def test_stripped_reasoning_begins_a_segment() -> None:
         messages.append((await conversation.say(messages)).message)
         messages.append(user("b"))
         await conversation.say(messages)
-        trajectory = conversation.to_trajectory(Outcome())
+        trajectory = conversation.to_trajectory(SampleRewards())
         assert len(trajectory.segments) == 2  # the tool's answer leaves the reasoning, the user's strips it
         text = engine.renderer.decode(trajectory.tokens[trajectory.segments[0] :].tolist())
         assert "<think>" not in text.partition("<|user|>b")[0]
@@ -220,7 +220,7 @@ def test_reasoning_stays_where_the_template_does_not_know_it() -> None:
             reply = await conversation.say(messages)
             assert reply.text == text
             messages = [*messages, reply.message, user("b")]
-        assert conversation.to_trajectory(Outcome()).segments == ()
+        assert conversation.to_trajectory(SampleRewards()).segments == ()
         assert engine.renderer.decode(engine.renderer.render(messages[1:3])) == (
             "[assistant]<think>\n1\n</think>\n\nx<|end|>[user]b<|end|>[assistant]"
         )
@@ -232,7 +232,7 @@ def test_a_template_without_ends_of_turns_begins_segments() -> None:
     async def body(conversation: Conversation, engine: Scripted) -> None:
         reply = await conversation.say([user("a")])
         await conversation.say([user("a"), reply.message, user("b")])
-        assert len(conversation.to_trajectory(Outcome()).segments) == 2
+        assert len(conversation.to_trajectory(SampleRewards()).segments) == 2
 
     talk(["x", "y"], body, template=NEVER_ENDING)
 
@@ -249,7 +249,7 @@ def test_a_template_that_ends_with_no_reply_begins_segments() -> None:
         reply = await conversation.say([system, user("a")])
         await conversation.say([system, user("a"), reply.message, user("b")])
         # The policy said "abc" in three tokens, and the whole conversation is rendered with one.
-        assert len(conversation.to_trajectory(Outcome()).segments) == 2
+        assert len(conversation.to_trajectory(SampleRewards()).segments) == 2
 
     talk(["abc", "y"], body, template=refusing)
 
@@ -262,7 +262,7 @@ def test_branches_share_tokens_and_train_them_once() -> None:
         await conversation.say([*one, user("right")])
         await conversation.say([*left, user("more")])
         trajectory = conversation.to_trajectory(
-            Outcome(
+            SampleRewards(
                 turn_rewards=(1.0, 2.0, 3.0, 4.0),
                 token_rewards=np.arange(len(conversation.token_ids), dtype=np.float32),
             )
@@ -306,7 +306,7 @@ def test_hostile_lists_begin_segments() -> None:
             assert engine.requests[-1][0] == prompt
         await conversation.say([*messages, user("c")], tools=TOOLS)
         assert engine.requests[-1][0] == engine.renderer.render([*messages, user("c")], tools=TOOLS)
-        assert len(conversation.to_trajectory(Outcome()).segments) == 7
+        assert len(conversation.to_trajectory(SampleRewards()).segments) == 7
 
     talk(["x", "y", *"123456"], body)
 
@@ -316,7 +316,7 @@ def test_a_render_that_begins_with_known_tokens_extends_them() -> None:
         await conversation.say([user("a")])
         # The same text in another message: no message of ours, but the same tokens.
         await conversation.say([user("a<|end|>\n<|assistant|>x"), user("b")])
-        trajectory = conversation.to_trajectory(Outcome())
+        trajectory = conversation.to_trajectory(SampleRewards())
         assert trajectory.segments == () and trajectory.num_turns == 2
 
     talk(["x", "y"], body)
@@ -332,7 +332,7 @@ def test_two_branches_at_once() -> None:
             conversation.say([user("a"), first.message, user("c")]),
             conversation.say([user("a"), second.message, user("b")]),
         )
-        trajectory = conversation.to_trajectory(Outcome())
+        trajectory = conversation.to_trajectory(SampleRewards())
         assert len(trajectory.segments) == 3 and trajectory.num_turns == 5
         seeds = [sampling.sampling_seed for _, sampling in engine.requests]
         assert len(set(seeds)) == len(seeds)
@@ -355,7 +355,7 @@ def test_cut_and_stopped_turns_are_closed() -> None:
             "<|user|>a<|end|>\n<|assistant|>0123456<|end|>\n<|user|>b<|end|>\n"
             "<|assistant|>..XY<|end|>\n<|user|>c<|end|>\n<|assistant|>"
         )
-        trajectory = conversation.to_trajectory(Outcome())
+        trajectory = conversation.to_trajectory(SampleRewards())
         assert trajectory.segments == ()
         assert trajectory.num_sampled == 7 + 4 + 2  # the end of a cut turn was not sampled
 
@@ -367,7 +367,7 @@ def test_interrupted_turns_are_one_turn() -> None:
         engine.interrupt_after = 3
         reply = await conversation.say([user("a")])
         assert reply.text == "0123456" and len(engine.requests) == 2
-        trajectory = conversation.to_trajectory(Outcome())
+        trajectory = conversation.to_trajectory(SampleRewards())
         assert trajectory.versions[trajectory.loss_mask == 1].tolist() == [1] * 3 + [2] * 5
         assert engine.requests[1][1].max_new_tokens == 64 - 3
 
@@ -387,7 +387,7 @@ def test_budgets_cut_turns_and_end_episodes(limits: dict[str, int], reason: Fini
         with pytest.raises(EpisodeBudgetError) as caught:
             await conversation.say([user("a"), first.message, user("b"), second.message, user("c")])
         assert caught.value.reason is reason
-        trajectory = conversation.to_trajectory(Outcome())
+        trajectory = conversation.to_trajectory(SampleRewards())
         assert trajectory.num_tokens == 15 and trajectory.finish_reason is reason
 
     talk(["xy", "0123456789"], body, **limits)
@@ -402,7 +402,7 @@ def test_branches_count_their_tokens_in_the_budget() -> None:
             *(conversation.say(messages) for messages in longer), return_exceptions=True
         )
         assert [getattr(reply, "reason", None) for reply in replies] == [None, None, FinishReason.TOKENS]
-        assert conversation.to_trajectory(Outcome()).num_tokens <= 40
+        assert conversation.to_trajectory(SampleRewards()).num_tokens <= 40
 
     talk(["xy", "b", "c", "d"], body, max_tokens=40, max_new_tokens=5)
 
@@ -412,7 +412,7 @@ def test_first_prompts_without_room_are_refused() -> None:
         with pytest.raises(PromptRefusedError, match=r"15 tokens.*rollout\.max_context"):
             await conversation.say([user("0123456789a")])
         with pytest.raises(ValueError, match="nothing"):
-            conversation.to_trajectory(Outcome())
+            conversation.to_trajectory(SampleRewards())
         await conversation.say([user("a")])
 
     talk(["x"], body, context_tokens=15)
@@ -462,7 +462,7 @@ def test_a_turn_without_tokens_leaves_the_earlier_ones() -> None:
         first = await conversation.say([user("a")])
         last = await conversation.say([user("a"), first.message, user("b")])
         assert (last.finish_reason, last.num_tokens) == (FinishReason.TIMEOUT, 0)
-        trajectory = conversation.to_trajectory(Outcome(turn_rewards=(1.0,)))
+        trajectory = conversation.to_trajectory(SampleRewards(turn_rewards=(1.0,)))
         assert trajectory.finish_reason is FinishReason.TIMEOUT and trajectory.num_turns == 1
         assert trajectory.versions[-1] != NOT_SAMPLED
 
@@ -486,6 +486,6 @@ def test_prompts_are_the_texts_of_the_template(turns: list[tuple[str, str, str]]
             assert engine.renderer.decode(prompt) == engine.renderer.decode(engine.renderer.render(messages))
             assert reply.text == said
             messages = [*messages, reply.message, {"role": role, "content": heard}]
-        assert conversation.to_trajectory(Outcome()).segments == ()
+        assert conversation.to_trajectory(SampleRewards()).segments == ()
 
     talk([said for said, _, _ in turns], body, template=template)

@@ -25,7 +25,7 @@ from areal_like.errors import EpisodeBudgetError, PromptRefusedError
 from areal_like.trajectory import FinishReason
 from rollout_server.conversation.conversation import Conversation
 from rollout_server.conversation.policy_client import PolicyClient
-from rollout_server.conversation.scoring import Outcome
+from rollout_server.conversation.scoring import SampleRewards
 from rollout_server.engine.core import EngineCore
 from rollout_server.engine.models.loading import load
 from rollout_server.engine.options import EngineOptions
@@ -183,7 +183,7 @@ def test_recorded_logprobs_are_those_of_the_segments(name: str, served: Served) 
             num_turns, num_sampled = await converse(conversation, actions, tools)
             if not num_turns:
                 return
-            trajectory = conversation.to_trajectory(Outcome())
+            trajectory = conversation.to_trajectory(SampleRewards())
             assert trajectory.num_turns == num_turns
             assert trajectory.num_sampled == num_sampled == len(conversation.token_ids)
             assert max(trajectory.segments, default=0) <= budgets[0]

@@ -24,7 +24,7 @@ from rollout_server.policy.gate import GenerationGate
 from rollout_server.policy.types import Generation, Sampling
 from rollout_server.sample.lease_runner import LeaseRunner
 from rollout_server.sessions.book import SessionBook
-from rollout_server.sources import Source
+from rollout_server.sources import SampleSource
 from rollout_server.tasks.base import Completion, Score, make_task
 from rollout_server.workers.environment_pool import EnvironmentPool
 from rollout_server.workers.reward_pool import Reward
@@ -120,9 +120,9 @@ class Job:
         self.runner = LeaseRunner(
             config,
             {
-                "": Source(
+                "": SampleSource(
                     task=make_task(task, seed=0),
-                    renderer=Digits(stop_token_ids=(EOS,), chat=chat),
+                    renderer=Digits(stop_token_ids=(EOS,), chat=chat),  # type: ignore[arg-type]
                     context_tokens=config.rollout.max_context,
                     rewards=self.rewards,  # type: ignore[arg-type]
                     environments=pool,

@@ -14,7 +14,7 @@ import pytest
 from areal_like.errors import EngineError
 from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory
 from rollout_server.conversation.policy_client import PolicyClient
-from rollout_server.conversation.scoring import Outcome
+from rollout_server.conversation.scoring import SampleRewards
 from rollout_server.conversation.turns import Turns
 from rollout_server.policy.gate import GenerationGate
 from rollout_server.policy.types import Generation, Sampling
@@ -111,7 +111,7 @@ def play(
         if tool is not None:
             assert turn is not None
             await turns.sample(np.array([*turn.tokens, *tool], np.int32), turn)
-        return turns.to_trajectory(Outcome(reward=1)), Digits().decode(turns.token_ids)
+        return turns.to_trajectory(SampleRewards(reward=1)), Digits().decode(turns.token_ids)
 
     return asyncio.run(body())
 

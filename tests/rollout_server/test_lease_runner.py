@@ -32,9 +32,9 @@ from rollout_server.leases.held_leases import HeldLeases, Place, SampleResult
 from rollout_server.policy.gate import GenerationGate
 from rollout_server.policy.types import Generation, Sampling
 from rollout_server.sample.lease_runner import LeaseRunner
-from rollout_server.sample.prompt_leader import LONG_PROMPT_TOKENS, needs_leader
+from rollout_server.sample.prompts import LONG_PROMPT_TOKENS, needs_leader
 from rollout_server.sessions.book import SessionBook
-from rollout_server.sources import Source
+from rollout_server.sources import SampleSource
 from rollout_server.tasks.base import Completion, Example, Score, Split, Task
 from rollout_server.workers.reward_pool import Reward
 from tests.rollout_server.test_environment_attempts import Ordinals
@@ -162,11 +162,11 @@ class WithTurns(Slow):
 
 def source(
     task: Task, *, rewards: FixedRewards | None = None, environments: TwoTurns | None = None
-) -> Source:
+) -> SampleSource:
     chat = LineChat(Ordinals(), stop_token_ids=[], vocab_size=1 << 20, template_kwargs={})
-    return Source(
+    return SampleSource(
         task=task,
-        renderer=Digits(chat=chat),
+        renderer=Digits(chat=chat),  # type: ignore[arg-type]
         context_tokens=1000,
         rewards=rewards or FixedRewards(),  # type: ignore[arg-type]
         environments=environments,  # type: ignore[arg-type]
@@ -184,7 +184,7 @@ class Served:
         rewards: FixedRewards | None = None,
         on_failure: dict[str, str] | None = None,
         environments: TwoTurns | None = None,
-        eval_sets: dict[str, Source] | None = None,
+        eval_sets: dict[str, SampleSource] | None = None,
     ) -> None:
         self.results: list[SampleResult] = []
         self.held = HeldLeases(engine_samples=AT_ENGINE, max_episodes=EPISODES)
@@ -527,11 +527,28 @@ def test_a_prompt_that_does_not_fit_is_its_own_kind() -> None:
 
     async def body() -> None:
         async with serving(Slow()) as served:
-            served.runner._prompts._sources = {"": replace(source(Slow()), renderer=Tight())}
+            served.runner._prompts._sources = {"": replace(source(Slow()), renderer=Tight())}  # type: ignore[arg-type]
             served.grant(1)
             await served.finished(1)
             kinds = {result.kind for result in served.of(1) if isinstance(result, SampleFailed)}
             assert kinds == {FailureKind.PROMPT} and len(served.of(1)) == GROUP
+
+    asyncio.run(body())
+
+
+def test_a_renderer_that_raises_fails_its_sample() -> None:
+    class Broken(Digits):
+        def decode(self, tokens: np.ndarray) -> str:
+            raise OverflowError("no such token")
+
+    async def body() -> None:
+        broken = replace(source(Slow()), renderer=Broken())  # type: ignore[arg-type]
+        async with serving(Slow(), eval_sets={"set": broken}, on_failure={"environment": "retry"}) as served:
+            served.grant(1, num_samples=1, eval_set="set")
+            await served.finished(1)
+            (result,) = served.results
+            assert isinstance(result, SampleFailed) and result.kind is FailureKind.ENVIRONMENT
+            assert "OverflowError: no such token" in result.error and result.num_tokens == 10
 
     asyncio.run(body())
 

@@ -202,6 +202,26 @@ def test_worker_that_dies_while_idle_fails_no_sample() -> None:
     assert not children()
 
 
+def test_a_killed_zygote_costs_one_reward(may_go_on: Path) -> None:
+    async def body() -> None:
+        async with pool() as rewards:
+            score = functools.partial(rewards.score, split="train")
+            await score(index=0, completion=answer(""))
+            held = asyncio.create_task(score(index=1, completion=answer("held")))
+            behind = asyncio.create_task(score(index=2, completion=answer("")))
+            while rewards.num_waiting < 2:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.05)
+            (zygote,) = [pid for pid in children_of(os.getpid()) if b"workers.zygote" in command_of(pid)]
+            os.kill(zygote, signal.SIGKILL)
+            with pytest.raises(RewardError, match="the process that starts workers was lost: it died"):
+                await held
+            assert (await behind).score.value == 2.0 and rewards.num_restarts == 1
+
+    asyncio.run(body())
+    assert not children()
+
+
 def test_a_slow_reward_holds_no_other_item(may_go_on: Path) -> None:
     """Two workers: while one is slow, the other does the rest, also what was sent in the slow one's batch."""
 

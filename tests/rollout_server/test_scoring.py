@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from areal_like.errors import RewardError
 from areal_like.trajectory import TOKEN_REWARDS, FinishReason, Trajectory
-from rollout_server.conversation.scoring import Outcome, add_up, placed_token_rewards, placed_turns
+from rollout_server.conversation.scoring import SampleRewards, add_up, placed_token_rewards, placed_turns
 from rollout_server.rewards.scores import MAX_NAMES, as_score
 from rollout_server.tasks.base import Completion, Score
 
@@ -129,4 +129,4 @@ def test_rewards_of_other_lengths_are_refused() -> None:
     with pytest.raises(ValueError, match="add up to"):
         add_up(Score(turns=[1.7e308, 1.7e308]), num_turns=2)
     with pytest.raises(ValueError, match="2 token rewards for 3 sampled tokens"):
-        placed_token_rewards(Outcome(token_rewards=np.ones(2, np.float32)), [(1, 4)], num_tokens=4)
+        placed_token_rewards(SampleRewards(token_rewards=np.ones(2, np.float32)), [(1, 4)], num_tokens=4)

@@ -21,7 +21,7 @@ from areal_like.weights.collective import WeightGroup
 from areal_like.weights.integrity import BucketSums
 from areal_like.wire.messages.weights import PushWeights
 from rollout_server.conversation.policy_client import PolicyClient
-from rollout_server.conversation.scoring import Outcome
+from rollout_server.conversation.scoring import SampleRewards
 from rollout_server.conversation.turns import Turns
 from rollout_server.policy.engines.sglang.process import SglangAtUrl
 from rollout_server.policy.gate import GenerationGate
@@ -186,7 +186,7 @@ def test_push_while_sequences_run(engine: Engine, models: Models, mode: str) -> 
             await asyncio.wait_for(sampling_all, 60)
             old_and_new, kept_errors = set(), []
             for one in samples:
-                trajectory = one.to_trajectory(Outcome())
+                trajectory = one.to_trajectory(SampleRewards())
                 tokens, sampled = trajectory.tokens.tolist(), trajectory.loss_mask == 1
                 assert sampled.sum() == 500
                 versions = trajectory.versions[sampled]

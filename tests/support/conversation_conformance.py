@@ -15,7 +15,7 @@ import numpy as np
 from areal_like.trajectory import FinishReason, Trajectory
 from rollout_server.conversation.conversation import Conversation
 from rollout_server.conversation.policy_client import PolicyClient
-from rollout_server.conversation.scoring import Outcome
+from rollout_server.conversation.scoring import SampleRewards
 from rollout_server.environments.base import Message
 from rollout_server.policy.client import EngineClient
 from rollout_server.policy.gate import GenerationGate
@@ -127,7 +127,7 @@ async def conversations_are_exact(engine: Engine, models: tuple[Path, Path]) -> 
                 await asyncio.gather(*saying)
             cached = (await client.load())["cached_prompt_tokens"]
             await pusher.push(weights_of(models[0]), version=first_version + 2)
-    trajectories = [talk.conversation.to_trajectory(Outcome()) for talk in talks]
+    trajectories = [talk.conversation.to_trajectory(SampleRewards()) for talk in talks]
     assert cached > 500
     assert {len(trajectory.turns) for trajectory in trajectories} == {5}
     assert sum(len(trajectory.segments) > 1 for trajectory in trajectories) > 2

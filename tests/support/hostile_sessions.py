@@ -12,7 +12,7 @@ import httpx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollout_server.conversation.scoring import Outcome
+from rollout_server.conversation.scoring import SampleRewards
 from rollout_server.rendering.base import ChatRenderer
 from tests.support.engine_harness import Engine, load_model
 from tests.support.hostile_client import TEXTS, WAYS, HostileClient, Script, check_record, steps
@@ -91,7 +91,7 @@ class HostileSessions:
         if not session.conversation.turns:
             assert not any(sampled for _, sampled in hostile.read.values())
             return
-        trajectory = session.conversation.to_trajectory(Outcome())
+        trajectory = session.conversation.to_trajectory(SampleRewards())
         num_turns = check_record(trajectory, hostile)
         assert num_turns == trajectory.num_turns == len(rewards)
         lengths = [part.stop - part.start for part in segments(trajectory)]

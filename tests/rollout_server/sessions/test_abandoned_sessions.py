@@ -19,7 +19,7 @@ from rollout_server.sample.lease_runner import AgentTries, LeaseRunner
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.claimants import LONGEST_WAIT_S, Claimant
 from rollout_server.sessions.open_session import OpenSession
-from rollout_server.sources import Source
+from rollout_server.sources import SampleSource
 from rollout_server.tasks.base import make_task
 from tests.rollout_server.test_environment_attempts import EOS, Ordinals, ScriptedEngine
 from tests.rollout_server.test_episodes import Digits
@@ -52,9 +52,9 @@ class Job:
         runner = LeaseRunner(
             config,
             {
-                "": Source(
+                "": SampleSource(
                     task=make_task(TASK, seed=0),
-                    renderer=Digits(stop_token_ids=(EOS,), chat=chat),
+                    renderer=Digits(stop_token_ids=(EOS,), chat=chat),  # type: ignore[arg-type]
                     context_tokens=200,
                     rewards=None,  # type: ignore[arg-type]  # the task has none
                 )

@@ -18,10 +18,10 @@ from areal_like.wire.messages.producer import Lease, Purpose, SampleDone, Sample
 from rollout_server.leases.held_leases import Place, SampleResult
 from rollout_server.policy.gate import GenerationGate
 from rollout_server.sample.lease_runner import LeaseRunner
-from rollout_server.sessions.book import Outcome, SessionBook
+from rollout_server.sessions.book import SessionBook, SessionOutcome
 from rollout_server.sessions.http.app import session_app
 from rollout_server.sessions.http.plane import SessionPlane
-from rollout_server.sources import Source
+from rollout_server.sources import SampleSource
 from rollout_server.tasks.base import make_task
 from rollout_server.workers.environment_pool import EnvironmentPool
 from tests.rollout_server.test_environment_attempts import EOS, Ordinals, ScriptedEngine
@@ -57,9 +57,9 @@ class Job:
         self.runner = LeaseRunner(
             config,
             {
-                "": Source(
+                "": SampleSource(
                     task=make_task(TASK, seed=0),
-                    renderer=Digits(stop_token_ids=(EOS,), chat=chat),
+                    renderer=Digits(stop_token_ids=(EOS,), chat=chat),  # type: ignore[arg-type]
                     context_tokens=config.rollout.max_context,
                     rewards=None,  # type: ignore[arg-type]  # the task has none
                     environments=pool,
@@ -278,7 +278,7 @@ def test_a_cancelled_lease_kills_its_agents() -> None:
             await running.until(lambda: not len(running.book) and not pool._host._workers)
             with pytest.raises(SessionGoneError, match="engine lost"):
                 running.book.find("7-0-3")
-            assert running.book.num_ended == {Outcome.CANCELLED: 2}
+            assert running.book.num_ended == {SessionOutcome.CANCELLED: 2}
             assert not running.results and not pool.num_restarts
 
     asyncio.run(body())

@@ -18,7 +18,7 @@ from rollout_server.conversation.turns import Answer, Turn
 from rollout_server.environments.base import Reply
 from rollout_server.leases.held_leases import Place
 from rollout_server.metrics import ServerStats
-from rollout_server.sessions.book import Outcome, SessionBook
+from rollout_server.sessions.book import SessionBook, SessionOutcome
 from rollout_server.sessions.calls import Call
 from rollout_server.sessions.open_session import OpenSession, SessionState
 from tests.support import moved_clock
@@ -371,8 +371,8 @@ def test_the_book_says_what_sessions_wait_for() -> None:
             "sessions: the next request to 7-0-3, of 1 open",
         ]
         assert book.claim() is sessions[1], "in the order of the leases"
-        book.remove(sessions[0], Outcome.IDLE)
-        assert book.num_ended == {Outcome.IDLE: 1} and book.num_waiting == 1
+        book.remove(sessions[0], SessionOutcome.IDLE)
+        assert book.num_ended == {SessionOutcome.IDLE: 1} and book.num_waiting == 1
         with pytest.raises(SessionGoneError):
             book.find("7-0-3")
 

@@ -20,7 +20,7 @@ import pytest
 from areal_like.agents import client
 from areal_like.agents.client import ClaimedSession, claim
 from areal_like.errors import SessionGoneError, UserError
-from rollout_server.sessions.book import Outcome
+from rollout_server.sessions.book import SessionOutcome
 from rollout_server.sessions.claimants import LONGEST_WAIT_S, NUM_FREE, NUM_REFUSED, Claimant
 from rollout_server.sessions.http import claims
 from rollout_server.sessions.open_session import SessionState
@@ -246,7 +246,7 @@ def test_a_broken_agent_is_slowed_and_refused(server: SessionServer) -> None:
         if answer[0] == 200:
             session = next(one for one in server.sessions if one.id == answer[2]["id"])
             server.wait(lambda: session.state is SessionState.OPEN)
-            server.call(lambda: server.book.remove(session, Outcome.FAILED, "no request to the model"))
+            server.call(lambda: server.book.remove(session, SessionOutcome.FAILED, "no request to the model"))
         return answer
 
     def pass_time() -> None:

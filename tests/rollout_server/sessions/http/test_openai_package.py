@@ -10,7 +10,7 @@ import openai
 import pydantic
 import pytest
 
-from rollout_server.conversation.scoring import Outcome
+from rollout_server.conversation.scoring import SampleRewards
 from rollout_server.sessions.http import call_response
 from rollout_server.sessions.http.call_response import CallResponse
 from rollout_server.sessions.open_session import OpenSession
@@ -35,7 +35,7 @@ def segments_of(server: SessionServer, session: OpenSession) -> int:
         before = len(session.conversation.turns)
         session.finish()
         assert len(session.conversation.turns) == before
-        return len(session.conversation.to_trajectory(Outcome()).segments) or 1
+        return len(session.conversation.to_trajectory(SampleRewards()).segments) or 1
 
     return server.call(finish)
 

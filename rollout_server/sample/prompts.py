@@ -1,6 +1,8 @@
-"""Loads the prompts of leases in a thread: some tasks are slow and must not block the event loop.
+"""The prompts of leases: loads them in a thread, and says which sample of a group computes a long one first.
 
-    lease: waiting -> being loaded -> Prompt | FailedPrompt
+Some tasks are slow and must not block the event loop.
+
+    lease: waiting -> being loaded -> LoadedPrompt | FailedPrompt
                                    -> took too long: FailedPrompt; the thread is replaced
                    -> cancelled: skipped
 
@@ -22,15 +24,17 @@ from numpy.typing import NDArray
 from areal_like.errors import RAISED_BY_TASKS
 from areal_like.failures import FailureKind
 from areal_like.wire.messages.producer import Lease, Purpose
-from rollout_server.sources import Sources
+from rollout_server.sources import SampleSources
 from rollout_server.tasks.base import Example, Split
 
 SPLITS: dict[Purpose, Split] = {Purpose.TRAIN: "train", Purpose.EVAL: "eval"}
 _POLL_S = 0.01
+LONG_PROMPT_TOKENS = 512
+"""Prompts of at least this length are computed by a leader."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Prompt:
+class LoadedPrompt:
     """An example and its token ids."""
 
     example: Example
@@ -52,7 +56,7 @@ class _Batch:
 
     leases: list[Lease]
     is_wanted: Callable[[Lease], bool]
-    prompts: list[Prompt | FailedPrompt] = field(default_factory=list)
+    prompts: list[LoadedPrompt | FailedPrompt] = field(default_factory=list)
     current: tuple[int, float]
     """Index of the lease being loaded, and the start of its loading: one tuple, so that both are replaced at
     once."""
@@ -62,7 +66,7 @@ class _Batch:
 class PromptLoader:
     """Loads prompts in its thread. Belongs to one event loop; one `load` at a time."""
 
-    def __init__(self, sources: Sources, *, timeout_s: float) -> None:
+    def __init__(self, sources: SampleSources, *, timeout_s: float) -> None:
         """`timeout_s`: time limit of each example, from the start of its loading."""
         self._sources = sources
         self._timeout_s = timeout_s
@@ -74,7 +78,7 @@ class PromptLoader:
         leases: list[Lease],
         *,
         is_wanted: Callable[[Lease], bool],
-        on_prompt: Callable[[Lease, Prompt | FailedPrompt], None],
+        on_prompt: Callable[[Lease, LoadedPrompt | FailedPrompt], None],
     ) -> None:
         """Calls `on_prompt` for each lease in order, as soon as its prompt is loaded or has failed.
 
@@ -95,7 +99,7 @@ class PromptLoader:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _load_until_timeout(
-        self, batch: _Batch, on_prompt: Callable[[Lease, Prompt | FailedPrompt], None]
+        self, batch: _Batch, on_prompt: Callable[[Lease, LoadedPrompt | FailedPrompt], None]
     ) -> int:
         """Returns the number of leases that were handed over before an example exceeded its time limit."""
         loading = asyncio.get_running_loop().run_in_executor(self._thread, self._load_in_thread, batch)
@@ -127,7 +131,7 @@ class PromptLoader:
             else:
                 batch.prompts.append(FailedPrompt(reason="cancelled"))
 
-    def _make_prompt(self, lease: Lease) -> Prompt | FailedPrompt:
+    def _make_prompt(self, lease: Lease) -> LoadedPrompt | FailedPrompt:
         """Runs in the thread."""
         source = self._sources[lease.eval_set]
         split, index = SPLITS[lease.purpose], lease.prompt_index
@@ -137,9 +141,9 @@ class PromptLoader:
         except RAISED_BY_TASKS as error:  # only the samples of this lease fail
             return FailedPrompt(reason=f"{name}: {type(error).__name__}: {error}")
         if source.task.uses_sessions:  # the agent makes the prompts
-            return Prompt(example=example, tokens_P=np.empty(0, np.int32))
+            return LoadedPrompt(example=example, tokens_P=np.empty(0, np.int32))
         try:
-            return Prompt(example=example, tokens_P=source.renderer.encode(example))
+            return LoadedPrompt(example=example, tokens_P=source.renderer.encode(example))
         except ValueError as error:
             return FailedPrompt(reason=f"{name}: {error}", kind=FailureKind.PROMPT)
         except RAISED_BY_TASKS as error:  # a chat template's, too
@@ -148,6 +152,39 @@ class PromptLoader:
     def _replace_thread(self) -> None:
         self._thread.shutdown(wait=False)
         self._thread = _new_thread()
+
+
+def needs_leader(*, num_prompt_tokens: int, num_samples: int, caches_prefixes: bool) -> bool:
+    """True if the samples of a lease should wait for the first of them. Tokens are those of the prompt."""
+    return caches_prefixes and num_samples > 1 and num_prompt_tokens >= LONG_PROMPT_TOKENS
+
+
+class PromptLeader:
+    """One sample of a group computes a long prompt; the others then find it in the engine's prefix cache.
+
+        samples of one lease: leader at the engine -> its first token (or its end) -> the others at the engine
+
+    An engine that gets all samples of a group in one turn computes their prompt once for each of them:
+    SGLang's `lpm` order puts those with an equal prompt last, but still into the same batch while there is
+    room. For short prompts the wait costs more than it saves, and every sample starts at once. Belongs to one
+    event loop.
+    """
+
+    def __init__(self, leader: int | None) -> None:
+        """`leader`: index of the sample that goes first; None: no sample waits."""
+        self._leader = leader
+        self._computed = asyncio.Event()
+        if leader is None:
+            self._computed.set()
+
+    async def wait_turn(self, sample_index: int) -> None:
+        """Returns when the sample may be sent to the engine."""
+        if sample_index != self._leader:
+            await self._computed.wait()
+
+    def prompt_computed(self) -> None:
+        """Call at the leader's first token, and at its end in any case. Later calls do nothing."""
+        self._computed.set()
 
 
 def _new_thread() -> ThreadPoolExecutor:
