@@ -82,7 +82,7 @@ def number(
 
 def integer(body: Mapping[str, Any], name: str, default: D, *, low: float, high: float = math.inf) -> int | D:
     """An integer from `low` to `high`; `default` where the field is absent or null."""
-    value: int | D = _bounded(body, name, default, low=low, high=high, kinds=(int,), kind="an integer")
+    value: int | D = _bounded(body, name, default, low=low, high=high, kinds=int, kind="an integer")
     return value
 
 
@@ -100,7 +100,7 @@ def _bounded(
     *,
     low: float,
     high: float,
-    kinds: tuple[type, ...],
+    kinds: type[int] | tuple[type[int], type[float]],
     kind: str,
 ) -> Any:
     value = body.get(name)
