@@ -1,11 +1,12 @@
 """OpenAI's format of requests to a model: checks bodies, writes responses and the chunks of streams. Pure.
 
-    body -> parse_chat(body, rules) -> ChatRequest -> ... -> chat_choice, chat_chunk, chat_head, usage
+    body -> parse_chat(body, rules) -> ChatRequest
+    completion -> chat_head + chat_choice (one object) or chat_delta (the chunks of a stream) + usage
 
-The servers that speak it differ in what they take, which is data (`ChatRules`): the embedded engine refuses
-tools and everything else that would change the response and that it does not have; a session takes tools,
-and ignores sampling parameters, because the sampling is the job's. What may be taken as it is (vLLM's
-extensions such as `return_token_ids`, older endpoints) has the same fields here.
+Two servers use it, and what each of them takes is data (`ChatRules`). The embedded engine refuses tools and
+every field that would change the completion and that it does not support. A session takes tools and ignores
+sampling parameters, because the sampling is the job's. The sessions' other endpoints for the model have the
+same options (`parse_options`).
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class ChatRules:
     """The model of a request that names none."""
     takes_tools: bool
     refused: Mapping[str, tuple[tuple[Any, ...], str]]
-    """Field -> the values without effect that are accepted; what to do instead, if there is something."""
+    """Field -> the values without effect that are accepted; what to do instead, or empty."""
     ignored: tuple[str, ...] = ()
     """Fields without effect that change the response elsewhere."""
 

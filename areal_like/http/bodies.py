@@ -76,12 +76,14 @@ def number(
     body: Mapping[str, Any], name: str, default: float, *, low: float, high: float = math.inf
 ) -> float:
     """A number from `low` to `high`; `default` where the field is absent or null."""
-    return _bounded(body, name, default, low=low, high=high, kinds=(int, float), kind="a number")
+    value: float = _bounded(body, name, default, low=low, high=high, kinds=(int, float), kind="a number")
+    return value
 
 
 def integer(body: Mapping[str, Any], name: str, default: D, *, low: float, high: float = math.inf) -> int | D:
     """An integer from `low` to `high`; `default` where the field is absent or null."""
-    return _bounded(body, name, default, low=low, high=high, kinds=(int,), kind="an integer")
+    value: int | D = _bounded(body, name, default, low=low, high=high, kinds=int, kind="an integer")
+    return value
 
 
 def required_integer(body: Mapping[str, Any], name: str, *, high: int = 1 << 20) -> int:
@@ -98,7 +100,7 @@ def _bounded(
     *,
     low: float,
     high: float,
-    kinds: tuple[type, ...],
+    kinds: type[int] | tuple[type[int], type[float]],
     kind: str,
 ) -> Any:
     value = body.get(name)

@@ -28,6 +28,7 @@ import asyncio
 import contextlib
 import logging
 import math
+from dataclasses import dataclass
 
 from areal_like.errors import EngineError, WeightSyncError
 from rollout_server.policy.client import EngineClient
@@ -47,31 +48,24 @@ _DIGEST_ELEMENTS_PER_S = 5e9
 _ABORT_AGAIN_S = 0.1
 
 
+@dataclass(eq=False, kw_only=True)
 class SglangWeightUpdate:
     """A `WeightUpdateStrategy` that pauses the engine, loads in place, and undoes a partial load."""
 
-    def __init__(
-        self,
-        *,
-        shapes: CheckpointShapes,
-        gate: GenerationGate,
-        on_quarantine: OnQuarantine,
-        on_untrusted: OnUntrusted,
-        reload_timeout_s: float = 120.0,
-    ) -> None:
-        """`on_quarantine` is called before a partial update is undone, `on_untrusted` if that failed.
+    shapes: CheckpointShapes
+    gate: GenerationGate
+    on_quarantine: OnQuarantine
+    """Called before a partial update is undone."""
+    on_untrusted: OnUntrusted
+    """Called if that failed."""
+    reload_timeout_s: float = 120.0
+    """Of a load from disk that undoes it."""
 
-        `reload_timeout_s`: of a load from disk that undoes it.
-        """
-        self._shapes = shapes
-        self._reload_timeout_s = reload_timeout_s
-        num_elements = sum(math.prod(shape) for shape in shapes.shapes.values())
+    def __post_init__(self) -> None:
+        num_elements = sum(math.prod(shape) for shape in self.shapes.shapes.values())
         digest_s = num_elements / _DIGEST_ELEMENTS_PER_S
         self._digest_timeout_s = _DIGEST_TIMEOUT_S + digest_s
         self._recovery_s = _RECOVERY_TIMEOUT_S + digest_s
-        self._gate = gate
-        self._on_quarantine = on_quarantine
-        self._on_untrusted = on_untrusted
         self._path, self._path_version = "", 0
         self._initial_digest = self._digest = ""
 
@@ -96,7 +90,7 @@ class SglangWeightUpdate:
                 f"SGLang cannot verify weights before it loads them: weights.integrity={request.integrity} "
                 "needs rollout.engine=embedded"
             )
-        self._shapes.check(push.manifest.tensors)
+        self.shapes.check(push.manifest.tensors)
         loop = asyncio.get_running_loop()
         started_s = loop.time()
         is_held = request.update_mode in ("abort_resume", "drain")
@@ -104,7 +98,7 @@ class SglangWeightUpdate:
         try:
             with push.cancellable():
                 if is_held:
-                    self._gate.hold()
+                    self.gate.hold()
                     await self._wait_empty(client, interrupting=request.update_mode == "abort_resume")
                 await client.pause("in_place" if request.update_mode == "keep" else "retract")
                 # Only now: what was computed before the pause has the salt of the old weights.
@@ -139,13 +133,13 @@ class SglangWeightUpdate:
     async def _wait_empty(self, client: EngineClient, *, interrupting: bool) -> None:
         """Waits until the engine has no request of this server; aborts them if `interrupting`."""
         if interrupting:
-            while self._gate.num_inside:
+            while self.gate.num_inside:
                 await client.abort()
                 # A request that was still on its way to the engine is aborted in the next round.
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_ABORT_AGAIN_S):
-                        await self._gate.wait_empty()
-        await self._gate.wait_empty()
+                        await self.gate.wait_empty()
+        await self.gate.wait_empty()
 
     async def _finish(self, client: SglangClient, *, is_done: bool, is_held: bool) -> None:
         """Resumes the engine; after a failed push, first reloads it if part of the update was loaded."""
@@ -162,21 +156,21 @@ class SglangWeightUpdate:
         except (EngineError, TimeoutError) as error:
             # A closed client means that its engine is lost already: a new one must not be reported instead.
             if not client.is_closed:
-                self._on_untrusted(f"its weights are unknown after a failed push: {error or 'no response'}")
+                self.on_untrusted(f"its weights are unknown after a failed push: {error or 'no response'}")
         finally:
             if is_held:
-                self._gate.release()
+                self.gate.release()
 
     async def _reload(self, client: SglangClient) -> None:
         """Undoes a partial update: loads the weights on disk again, under the version of that checkpoint."""
-        self._on_quarantine("part of an update was loaded", self._path_version)
+        self.on_quarantine("part of an update was loaded", self._path_version)
         # `retract`: after an `in_place` pause the running sequences would prevent a flush of the cache.
         await client.pause("retract")
         client.renew_cache_salt()
         await client.abort()
         await self._end_session(client)
         await client.update_weights_from_disk(
-            self._path, weight_version=self._path_version, timeout_s=self._reload_timeout_s
+            self._path, weight_version=self._path_version, timeout_s=self.reload_timeout_s
         )
         digest = await client.weights_checksum(timeout_s=self._digest_timeout_s)
         if digest != self._initial_digest:

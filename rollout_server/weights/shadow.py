@@ -8,8 +8,9 @@ drain             as above, but new requests are held and running sequences fini
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
 
 from areal_like.errors import EngineError, WeightSyncError
 from areal_like.weights.integrity import difference
@@ -17,13 +18,16 @@ from rollout_server.policy.client import EmbeddedClient, EngineClient
 from rollout_server.policy.gate import GenerationGate
 from rollout_server.weights.strategy import OnUntrusted, WeightPush
 
+_WHILE_DECODING = ("recompute", "keep")
+"""Update modes in which sequences run until the swap, and after it."""
 
+
+@dataclass(eq=False, kw_only=True)
 class ShadowWeightUpdate:
     """A `WeightUpdateStrategy` that activates only verified weights, so a failure leaves the old ones."""
 
-    def __init__(self, *, gate: GenerationGate, on_untrusted: OnUntrusted) -> None:
-        self._gate = gate
-        self._on_untrusted = on_untrusted
+    gate: GenerationGate
+    on_untrusted: OnUntrusted
 
     async def engine_started(self, client: EngineClient, *, path: str, version: int) -> None:
         """Does nothing: there is nothing to prepare."""
@@ -50,59 +54,47 @@ class ShadowWeightUpdate:
             raise WeightSyncError(f"version {push.request.version}: {wrong}")
         return await self._activate(client, push)
 
-    async def _activate(self, client: EngineClient, push: WeightPush) -> float:
+    async def _activate(self, client: EmbeddedClient, push: WeightPush) -> float:
         """Activates the received weights by the update mode; returns the seconds without decoding."""
-        mode = push.request.update_mode
-
-        async def swap() -> float:
+        mode, loop = push.request.update_mode, asyncio.get_running_loop()
+        started_s = loop.time()
+        async with self._without_sequences(client, mode):
             response = await client.end_weight_update(
                 weight_version=push.request.version,
                 running="keep" if mode == "keep" else "recompute",
                 timeout_s=push.left_s(),
             )
+        if mode in _WHILE_DECODING:
             return float(response.get("stall_s", 0.0))
+        return loop.time() - started_s
 
-        async def hold_and_drain() -> None:
-            self._gate.hold()
-            await self._gate.wait_empty()
+    @contextlib.asynccontextmanager
+    async def _without_sequences(self, client: EmbeddedClient, mode: str) -> AsyncIterator[None]:
+        """Interrupts running sequences or waits for them, and holds new ones; in some modes does neither."""
+        if mode in _WHILE_DECODING:
+            yield
+            return
+        if mode not in ("abort_resume", "drain"):
+            raise WeightSyncError(f"unknown update mode {mode!r}")
+        try:
+            if mode == "drain":
+                self.gate.hold()
+                await self.gate.wait_empty()
+            else:
+                await client.pause("abort")
+            yield
+        finally:
+            # Shielded: a cancelled push must not leave the engine paused forever.
+            await asyncio.shield(asyncio.ensure_future(self._resume(client, mode)))
 
-        async def release() -> None:
-            self._gate.release()
-
-        match mode:
-            case "recompute" | "keep":
-                return await swap()
-            case "abort_resume":
-                return await _between(lambda: client.pause("abort"), swap, lambda: self._resume(client))
-            case "drain":
-                return await _between(hold_and_drain, swap, release)
-        raise WeightSyncError(f"unknown update mode {mode!r}")
-
-    async def _resume(self, client: EngineClient) -> None:
+    async def _resume(self, client: EmbeddedClient, mode: str) -> None:
+        if mode == "drain":
+            self.gate.release()
+            return
         try:
             await client.resume()
         except EngineError as error:
             # A closed client means that its engine is lost already: a new one must not be reported instead.
             if not client.is_closed:
-                self._on_untrusted(f"it stays paused after a push: {error}")
+                self.on_untrusted(f"it stays paused after a push: {error}")
             raise
-
-
-async def _between(
-    before: Callable[[], Awaitable[None]],
-    swap: Callable[[], Awaitable[float]],
-    after: Callable[[], Coroutine[Any, Any, None]],
-) -> float:
-    """Runs `before`, `swap` and `after`; `after` also if `before` or `swap` failed or was cancelled.
-
-    Returns the seconds for all three.
-    """
-    loop = asyncio.get_running_loop()
-    started_s = loop.time()
-    try:
-        await before()
-        await swap()
-    finally:
-        # Shielded: a cancelled push must not leave the engine paused forever.
-        await asyncio.shield(asyncio.ensure_future(after()))
-    return loop.time() - started_s

@@ -28,7 +28,6 @@ from rollout_server.engine.weights.updater import WeightUpdater
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHUTDOWN_S = 3
 _BODY_TIMEOUT_S = 60.0
 """The server that sends a body may be stopped for half a minute and continue."""
@@ -44,7 +43,7 @@ def run(options: ProcessOptions, listener: socket.socket) -> int:
     torch.set_num_threads(options.num_threads)
     model, weights = load(
         options.model_path,
-        dtype=DTYPES[options.dtype],
+        dtype=getattr(torch, options.dtype),
         fp32_head=options.enable_fp32_lm_head,
         device=_checked_device(options.device),
         context_length=options.context_length,

@@ -6,6 +6,7 @@ Every refusal has OpenAI's format, also that of a path that does not exist.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -84,15 +85,15 @@ def session_app(
     return app
 
 
+@dataclass(frozen=True)
 class _LifeRoutes:
     """Reward, heartbeat and end of a session. Each may be sent again."""
 
-    def __init__(self, book: SessionBook) -> None:
-        self._book = book
+    book: SessionBook
 
     async def reward(self, request: Request) -> Response:
         """`reward`: of the sample, or of the turn `completion_id`."""
-        session = session_of(request, self._book)
+        session = session_of(request, self.book)
         body = parse_bounded_object(await request.body())
         value = body.get("reward")
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -107,14 +108,14 @@ class _LifeRoutes:
 
     async def heartbeat(self, request: Request) -> Response:
         """The agent works on it, without the model."""
-        session = session_of(request, self._book)
+        session = session_of(request, self.book)
         parse_bounded_object(await request.body())
         session.hear()
         return JSONResponse({"id": session.id})
 
     async def end(self, request: Request) -> Response:
         """The sample is finished from what it has."""
-        session = session_of(request, self._book)
+        session = session_of(request, self.book)
         parse_bounded_object(await request.body())
         problem = session.problem
         session.end()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request
@@ -62,35 +63,33 @@ def begin_call(
     return session.begin(digest, ask, is_repetition=is_repetition)
 
 
+@dataclass(eq=False, kw_only=True)
 class CallResponse:
     """The response of a call, as an ASGI application: one of the call's readers."""
 
-    def __init__(
-        self, call: Call, write: WriteBody, *, is_stream: bool, keep_alive_s: float = KEEP_ALIVE_S
-    ) -> None:
-        """`is_stream`: `write` gives server-sent events."""
-        self._call = call
-        self._write = write
-        self._is_stream = is_stream
-        self._keep_alive_s = keep_alive_s
-        self._has_begun = False
+    call: Call
+    write: WriteBody
+    is_stream: bool
+    """`write` gives server-sent events."""
+    keep_alive_s: float = KEEP_ALIVE_S
+    _has_begun: bool = field(default=False, init=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Waits for the turn and sends it, unless the client disconnects."""
-        call = self._call
+        call = self.call
         call.num_readers += 1  # before anything is awaited: an equal request now wants a sample of its own
         gone = asyncio.ensure_future(disconnected(receive))
         try:
             while not call.task.done() and not gone.done():
-                timeout_s = self._keep_alive_s if self._is_stream else None
+                timeout_s = self.keep_alive_s if self.is_stream else None
                 await asyncio.wait({call.task, gone}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-                if self._is_stream and not call.task.done() and not gone.done():
+                if self.is_stream and not call.task.done() and not gone.done():
                     await self._send_part(send, _COMMENT)
             if gone.done():
                 return
             try:
                 turn = await call.answer()
-                call.body = body = call.body or self._write(call, turn)
+                call.body = body = call.body or self.write(call, turn)
             except Exception as error:  # `described` raises what it does not know
                 if self._has_begun:
                     status, message, code, param = described(error)
@@ -113,7 +112,7 @@ class CallResponse:
     async def _send_part(self, send: Send, body: bytes) -> None:
         if not self._has_begun:
             self._has_begun = True
-            if self._is_stream:
+            if self.is_stream:
                 headers = [(b"content-type", EVENTS.encode()), (b"cache-control", b"no-cache")]
             else:
                 headers = [

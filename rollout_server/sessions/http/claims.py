@@ -80,7 +80,7 @@ class ClaimRoutes:
             return held
         session.claimant = claimant
         try:
-            return _Claimed(session, self._described(request, session), book=self.book)
+            return _Claimed(session, self._described(request, session), self.book)
         except BaseException:
             self.book.take_back(session)
             raise
@@ -154,13 +154,13 @@ class ClaimRoutes:
         return json.dumps(described, separators=(",", ":")).encode()
 
 
+@dataclass(frozen=True)
 class _Claimed:
     """The response with a session, as an ASGI application: claims it if it was delivered."""
 
-    def __init__(self, session: OpenSession, body: bytes, *, book: SessionBook) -> None:
-        self._session = session
-        self._body = body
-        self._book = book
+    session: OpenSession
+    body: bytes
+    book: SessionBook
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends it, unless the client has disconnected."""
@@ -171,20 +171,20 @@ class _Claimed:
             if not gone.done():
                 headers = [
                     (b"content-type", b"application/json"),
-                    (b"content-length", str(len(self._body)).encode()),
+                    (b"content-length", str(len(self.body)).encode()),
                 ]
                 async with asyncio.timeout(_DELIVERY_S):
                     await send({"type": "http.response.start", "status": 200, "headers": headers})
-                    await send({"type": "http.response.body", "body": self._body, "more_body": True})
+                    await send({"type": "http.response.body", "body": self.body, "more_body": True})
                     await drained(send)
                 is_sent = not gone.done()
         except TimeoutError:
             return  # the server closes the connection, as the response is not complete
         finally:
             gone.cancel()
-            if is_sent and self._session.state is SessionState.WAITING:
-                self._session.claim()
-            self._book.take_back(self._session)
+            if is_sent and self.session.state is SessionState.WAITING:
+                self.session.claim()
+            self.book.take_back(self.session)
         if is_sent:
             await send({"type": "http.response.body", "body": b""})
 

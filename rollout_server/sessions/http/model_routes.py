@@ -82,8 +82,9 @@ class ModelRoutes:
             return write(turn, parsed, id=call.id, created_s=int(time.time()), conversation=conversation)
 
         call = begin_call(request, session, content, lambda: sample(session, parsed))
-        is_stream = parsed.options.stream
-        return CallResponse(call, body_of, is_stream=is_stream, keep_alive_s=self.keep_alive_s)
+        return CallResponse(
+            call=call, write=body_of, is_stream=parsed.options.stream, keep_alive_s=self.keep_alive_s
+        )
 
     def _described(self, name: str) -> dict[str, Any]:
         return model_object(name, max_context=self.max_context)
