@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from areal_like.errors import RefusedError
 from buffer.ledger.lifecycle import TicketLifecycle
 from buffer.ledger.state import LedgerState
-from buffer.storage.rows import OperationRow
+from buffer.storage.base import OperationRow
 from buffer.tables.incarnations import TRAINER, is_impossible
 from buffer.tables.live_settings import (
     ACTIONS,

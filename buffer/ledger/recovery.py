@@ -28,8 +28,7 @@ from buffer.ledger.lease_dispatcher import CONTENT
 from buffer.ledger.ledger import Ledger
 from buffer.ledger.state import LedgerState
 from buffer.settings import GROUPS_PER_STEP, LedgerSettings
-from buffer.storage.base import Store
-from buffer.storage.rows import Recovered
+from buffer.storage.base import Recovered, Store
 from buffer.tables.evaluations import DONE, tickets_of
 from buffer.tables.live_settings import MAX_STALENESS
 from buffer.tickets import State

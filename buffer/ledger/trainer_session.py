@@ -24,7 +24,7 @@ from areal_like.wire.messages.producer import Purpose
 from buffer.ledger.lifecycle import TicketLifecycle
 from buffer.ledger.state import LedgerState
 from buffer.prompts.order import Prompt
-from buffer.storage.rows import EvaluationRow, RollbackRow
+from buffer.storage.base import EvaluationRow, RollbackRow
 from buffer.tables.evaluations import RUNNING, check_request
 from buffer.tables.incarnations import refuse_older
 from buffer.tables.live_settings import (

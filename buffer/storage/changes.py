@@ -13,7 +13,7 @@ from typing import Any
 
 from areal_like.wire.records import Record
 from buffer.prompts.order import Prompt
-from buffer.storage.rows import EvaluationRow, OperationRow, Recovered, RollbackRow, SettingRow, VersionRow
+from buffer.storage.base import EvaluationRow, OperationRow, Recovered, RollbackRow, SettingRow, VersionRow
 from buffer.tickets import LeaseRecord, SampleSummary, State, Ticket
 
 Row = tuple[Any, ...]

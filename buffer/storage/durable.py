@@ -38,12 +38,11 @@ from areal_like.paths import RunPaths
 from areal_like.shards import WHOLE, Shard
 from areal_like.wire.records import Record, RecordLocation, read_record, segment_path
 from buffer.storage import sql
-from buffer.storage.base import Store
+from buffer.storage.base import Recovered, SegmentRow, Store
 from buffer.storage.changes import Changes, RowRecorder
 from buffer.storage.memory import MemoryBesideLedger, MemoryStore
 from buffer.storage.place import open_place
 from buffer.storage.record_cache import RecordCache
-from buffer.storage.rows import Recovered, SegmentRow
 from buffer.storage.segments import SegmentWriter, sync_directory, unreferenced_tail
 from buffer.storage.writer import Batch, Writer
 from buffer.tickets import SampleSummary, Ticket

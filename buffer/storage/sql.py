@@ -25,8 +25,7 @@ from areal_like.errors import StoreCorruptError, UserError
 from areal_like.wire.messages.producer import Purpose
 from areal_like.wire.records import RecordLocation
 from buffer.prompts.order import Prompt
-from buffer.storage.changes import Changes, Row
-from buffer.storage.rows import (
+from buffer.storage.base import (
     EvaluationRow,
     LeaseRow,
     Recovered,
@@ -35,6 +34,7 @@ from buffer.storage.rows import (
     SettingRow,
     VersionRow,
 )
+from buffer.storage.changes import Changes, Row
 from buffer.tickets import Drop, SampleSummary, State, Ticket
 
 _T = TypeVar("_T")

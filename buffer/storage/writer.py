@@ -28,9 +28,8 @@ from areal_like.runtime.threads import NamedThread
 from areal_like.spans.recorder import record
 from areal_like.wire.records import RecordLocation, segment_path
 from buffer.storage import sql
-from buffer.storage.base import Blocked
+from buffer.storage.base import Blocked, SegmentRow
 from buffer.storage.changes import Changes
-from buffer.storage.rows import SegmentRow
 from buffer.storage.segments import SegmentWriter
 
 log = logging.getLogger(__name__)

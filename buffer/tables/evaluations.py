@@ -20,8 +20,7 @@ from areal_like.config.evaluation import MAX_EVAL_PROMPTS, MAX_EVAL_SAMPLES, SET
 from areal_like.errors import RefusedError
 from areal_like.trajectory import LARGEST_REWARD
 from areal_like.wire.messages.evaluation import EvalResult, SampleOutcome
-from buffer.storage.base import Store
-from buffer.storage.rows import EvaluationRow
+from buffer.storage.base import EvaluationRow, Store
 from buffer.tickets import State, Ticket
 
 RUNNING, DONE, RELEASED, CANCELLED = "running", "done", "released", "cancelled"

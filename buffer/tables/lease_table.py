@@ -18,8 +18,7 @@ from dataclasses import dataclass, field
 
 from areal_like.shards import Shard
 from areal_like.wire.messages.producer import ServerHeartbeat, ServerState
-from buffer.storage.base import Store
-from buffer.storage.rows import LeaseRow
+from buffer.storage.base import LeaseRow, Store
 from buffer.tables.server_health import ServerHealth
 from buffer.tables.server_order import ServerOrder
 from buffer.tickets import LeaseRecord, Ticket

@@ -15,8 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 
 from areal_like.errors import RefusedError
-from buffer.storage.base import Store
-from buffer.storage.rows import SettingRow
+from buffer.storage.base import SettingRow, Store
 
 LR = "trainer.lr"
 EVAL_INTERVAL = "eval.interval"

@@ -14,8 +14,7 @@ from collections.abc import Iterable
 
 from areal_like.trajectory import NOT_SAMPLED
 from areal_like.wire.records import Record
-from buffer.storage.base import Store
-from buffer.storage.rows import RollbackRow, VersionRow
+from buffer.storage.base import RollbackRow, Store, VersionRow
 from buffer.tables.incarnations import is_impossible
 from buffer.tickets import SampleSummary, Verdict
 

@@ -21,8 +21,8 @@ from areal_like.wire.messages.producer import Purpose
 from areal_like.wire.records import segment_path
 from buffer.prompts.order import Prompt
 from buffer.storage import sql
+from buffer.storage.base import LeaseRow, Recovered, RollbackRow, VersionRow
 from buffer.storage.durable import DurableStore
-from buffer.storage.rows import LeaseRow, Recovered, RollbackRow, VersionRow
 from buffer.storage.writer import lock_holder
 from buffer.tickets import Drop, LeaseRecord, State, Ticket
 from tests.support.buffer_harness import job

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from areal_like.wire.records import RecordLocation, read_record
+from buffer.storage.base import Recovered
 from buffer.storage.durable import DurableStore
-from buffer.storage.rows import Recovered
 from tests.support.buffer_harness import ROOT
 from tests.support.lost_writes import Disk, compile_shim, read_log
 from tests.support.store_load import KEPT, SIZE, is_same, raising, store_settings, trajectory_of

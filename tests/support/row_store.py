@@ -9,8 +9,8 @@ from typing import Self
 
 from areal_like.wire.records import Record, RecordLocation
 from buffer.storage import sql
+from buffer.storage.base import Recovered
 from buffer.storage.changes import Changes, RowRecorder
-from buffer.storage.rows import Recovered
 from buffer.tickets import SampleSummary, State, Ticket
 
 
