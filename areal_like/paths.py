@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -205,9 +208,36 @@ def read_json(path: Path) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+def read_endpoint(path: Path) -> dict[str, Any] | None:
+    """The content of an endpoint file, or None if the daemon has not written it."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        return None
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file atomically: readers never see a partial one."""
+    """Writes a JSON file; readers see the old content or the new one."""
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(value, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write a file at, which replaces `path` at the end of the block, unless the block raises.
+
+    So readers never see a part of the file. Creates the directory.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    partial.replace(path)
+    # Random, because processes of several containers that share a directory can have the same process id.
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def private_descriptor(path: Path) -> int:
+    """The descriptor of a new, empty file that its owner only can read."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)

@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from typing import Any
 from areal_like.data.reading import Text, file_hash, load_hub, texts_of_file, texts_of_hub
 from areal_like.data.sources import HubSource
 from areal_like.errors import ConfigError
-from areal_like.paths import cache_dir
+from areal_like.paths import cache_dir, replacing, write_json
 
 _LAYOUT = 1
 """Part of the entries' names: entries of another layout are not found."""
@@ -55,12 +54,6 @@ class Entry:
 def directory() -> Path:
     """Where everything of this package is kept."""
     return cache_dir() / "rows"
-
-
-def partial_of(path: Path) -> Path:
-    """A name to write a file under before it is renamed to `path`."""
-    # Random, because processes of several containers that share a cache can have the same process id.
-    return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
 
 
 def entry_of(source: Path | HubSource, *, key: str) -> Entry:
@@ -119,14 +112,9 @@ def _found(name: str, *, key: str) -> Entry | None:
 def _built(name: str, texts: Iterator[Text], *, label: str, key: str) -> Entry:
     """Writes the entry, a few megabytes at a time."""
     path = _path(name)
-    partial = partial_of(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with replacing(path) as partial:
             content = _write(partial, texts)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
         write_json(path.with_suffix(".json"), {"label": label, "sha256": content})
     except OSError as error:
         raise ConfigError(
@@ -151,14 +139,6 @@ def _write(path: Path, texts: Iterator[Text]) -> str:
                 digest.update(len(row).to_bytes(8, "little") + row)
             out.write_batch(pyarrow.record_batch([rows, numbers], schema=schema))
     return digest.hexdigest()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file atomically, also next to others that write it."""
-    partial = partial_of(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(json.dumps(value))
-    partial.replace(path)
 
 
 def _batched(texts: Iterator[Text]) -> Iterator[tuple[list[bytes], list[int]]]:

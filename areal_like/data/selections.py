@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from areal_like.data.cache import directory, partial_of, write_json
+from areal_like.data.cache import directory
 from areal_like.errors import ConfigError
+from areal_like.paths import replacing, write_json
 
 Numbers = NDArray[np.int64]
 _NAME = re.compile(r"[0-9a-f]{32}")
@@ -33,11 +34,8 @@ def store_selection(numbers: Numbers) -> str:
     path = _path(name)
     try:
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = partial_of(path)
-            with partial.open("wb") as file:
+            with replacing(path) as partial, partial.open("wb") as file:
                 np.save(file, data, allow_pickle=False)
-            partial.replace(path)
     except OSError as error:
         raise ConfigError(
             f"{path} cannot be written: {error}; XDG_CACHE_HOME names another directory"

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import secrets
@@ -23,14 +22,13 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from areal_like.config import Config
 from areal_like.errors import ArealError, UserError
 from areal_like.http.access import Reason
 from areal_like.http.discovery import DiscoveryFile, http_address
-from areal_like.paths import RunPaths, write_json
+from areal_like.paths import RunPaths, read_endpoint, write_json
 from areal_like.runtime.exhaustion import end_if_callbacks_fail, end_if_threads_fail
 from areal_like.runtime.http_pages import HttpPlane, Page, Verb
 from areal_like.runtime.logs import configure_logging, exit_log
@@ -332,11 +330,3 @@ async def cancelled_on_exit(*tasks: asyncio.Task[Any]) -> AsyncIterator[None]:
     for result in results:
         if isinstance(result, Exception):
             raise result
-
-
-def read_endpoint(path: Path) -> dict[str, Any] | None:
-    """The content of an endpoint file, or None if the daemon has not written it."""
-    try:
-        return dict(json.loads(path.read_text()))
-    except FileNotFoundError:
-        return None

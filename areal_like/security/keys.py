@@ -26,6 +26,7 @@ from typing import Any
 
 from areal_like.config.common import NAME
 from areal_like.errors import ConfigError
+from areal_like.paths import private_descriptor, replacing
 
 _PUBLIC_KEY = re.compile(r"[0-9a-zA-Z.:+=^!/*?&<>()\[\]{}@%$#-]{40}")
 _TOKEN_DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -191,13 +192,10 @@ def write_secret(directory: Path, identity: Identity) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
+    with replacing(path) as partial, os.fdopen(private_descriptor(partial), "w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _is_well_formed(key: AllowedKey) -> bool:
