@@ -6,7 +6,7 @@ import difflib
 import re
 import types
 import typing
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from areal_like.errors import ConfigError
 
@@ -24,13 +24,33 @@ _YAML_TYPES = (bool, int, float, str, type(None), list, dict)
 """Types of the values in a configuration."""
 
 
+class Bound(NamedTuple):
+    """The least value of a field, in its annotation."""
+
+    least: float
+    is_allowed: bool
+    """False: a value must be above `least`."""
+
+    def check(self, value: Any, *, key: str) -> None:
+        """Raises ConfigError unless the value is in the range."""
+        if not (value > self.least or (self.is_allowed and value == self.least)):
+            raise ConfigError(f"{key} must be {'at least' if self.is_allowed else 'above'} {self.least}")
+
+
+PositiveInt = Annotated[int, Bound(1, is_allowed=True)]
+NonNegativeInt = Annotated[int, Bound(0, is_allowed=True)]
+PositiveFloat = Annotated[float, Bound(0, is_allowed=False)]
+NonNegativeFloat = Annotated[float, Bound(0, is_allowed=True)]
+
+
 class Section:
-    """Base of the frozen dataclasses: checks the choices of `Literal` fields, then calls `check`.
+    """Base of the frozen dataclasses: checks bounds and the choices of `Literal` fields, then calls `check`.
 
         class BufferConfig(Section, key="buffer"):
             durability: Literal["power_loss", "process_crash", "none"] = "process_crash"
+            max_peers: PositiveInt = 1024
 
-    The annotation is the only list of the choices. The checks run in the constructor, so they also apply to
+    The annotation alone states choices and bounds. The checks run in the constructor, so they also apply to
     objects that the loader did not build.
     """
 
@@ -41,9 +61,12 @@ class Section:
         cls.key = key
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for a value that is not among the choices of its field, then calls `check`."""
-        for name, annotation in typing.get_type_hints(type(self)).items():
-            check_choice(annotation, getattr(self, name), key=f"{self.key}.{name}".lstrip("."))
+        """Raises ConfigError for a value outside the choices or bounds of its field, then calls `check`."""
+        for name, annotation in typing.get_type_hints(type(self), include_extras=True).items():
+            key, value = f"{self.key}.{name}".lstrip("."), getattr(self, name)
+            check_choice(annotation, value, key=key)
+            for bound in getattr(annotation, "__metadata__", ()):
+                bound.check(value, key=key)
         self.check()
 
     def check(self) -> None:

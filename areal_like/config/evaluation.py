@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from areal_like.config.common import Section, require
+from areal_like.config.common import NonNegativeInt, PositiveFloat, PositiveInt, Section, require
 
 DEFAULT_SET = "eval"
 """Name of the only set if `eval.sets` is empty."""
@@ -107,12 +107,12 @@ class EvalConfig(Section, key="eval"):
 
     num_prompts: int = 128
     """Held-out prompts of each set that does not state its own number; 0 turns evaluation off."""
-    interval: int = 100
+    interval: PositiveInt = 100
     """Steps between evaluations; there is always one before the first and after the last step."""
-    timeout_s: float = 120.0
+    timeout_s: PositiveFloat = 120.0
     """Longest time, in seconds, that the trainer waits for an evaluation without progress of any rollout
     server. It begins where `rollout.generate_timeout_s` ends, as a server first replaces a silent engine."""
-    keep: int = 4
+    keep: NonNegativeInt = 4
     """Newest evaluations of each set whose samples the ledger keeps; older ones are deleted, unless
     `buffer.retain_trajectories` keeps everything. The results stay in evaluations.jsonl."""
     sets: dict[str, EvalSetConfig] = field(default_factory=dict)
@@ -140,9 +140,6 @@ class EvalConfig(Section, key="eval"):
             0 <= self.num_prompts <= MAX_EVAL_PROMPTS,
             f"eval.num_prompts={self.num_prompts}: use 0 (no evaluation) to {MAX_EVAL_PROMPTS}",
         )
-        require(self.interval >= 1, "eval.interval must be at least 1")
-        require(self.timeout_s > 0, "eval.timeout_s must be above 0")
-        require(self.keep >= 0, "eval.keep must be at least 0")
         require(len(self.sets) <= MAX_SETS, f"eval.sets has {len(self.sets)} sets: at most {MAX_SETS}")
         for name, one in self.sets.items():
             one.check_as(name)

@@ -18,7 +18,7 @@ from areal_like.errors import ConfigError
 
 
 def from_mapping(raw: dict[str, Any]) -> Config:
-    """Builds the configuration from plain dicts (hydra's resolved YAML).
+    """Builds the configuration from plain dicts.
 
     Raises ConfigError for unknown keys and wrong types or values.
     """

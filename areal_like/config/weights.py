@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from areal_like.config.common import Section, require
+from areal_like.config.common import PositiveInt, Section, require
 
 MAX_TIMEOUT_S = 3600.0
 """Upper limit of `push_deadline_s` and `deadline_s`; a server refuses a request with a longer time limit."""
@@ -22,8 +22,8 @@ class WeightsConfig(Section, key="weights"):
     update_mode: Literal["auto", "recompute", "keep", "abort_resume", "drain"] = "auto"
     """Treatment of sequences in flight: `recompute` rebuilds their KV cache under the new weights, `keep`
     keeps the old KV cache, `abort_resume` interrupts them and resubmits the partial tokens, `drain` finishes
-    them first. `auto`: `drain` where `objective=oapl` trains on intervals, `keep` with SGLang on GPUs
-    (`rollout.engine_device`), else `recompute`."""
+    them first. `auto`: `drain` with `buffer.group_filter=single_version` and a `sync_interval` above 1, as
+    `objective=oapl` sets them, `keep` with SGLang on GPUs (`rollout.engine_device`), else `recompute`."""
     bucket_bytes: int = 0
     """Size of one flattened broadcast, in bytes; 0: 64 MiB where the trainer runs on a CPU, 512 MiB on
     GPUs."""
@@ -35,7 +35,7 @@ class WeightsConfig(Section, key="weights"):
     integrity: Literal["none", "sha256"] = "none"
     """`sha256`: rank 0 sends the SHA-256 of each bucket over the control channel, and a server activates only
     weights whose digests agree. Needs `rollout.engine=embedded`."""
-    sync_interval: int = 1
+    sync_interval: PositiveInt = 1
     """Optimizer steps between pushes (the weights after the last step are always pushed). Above 1 with
     `buffer.group_filter=single_version`, each interval trains only on groups sampled with the weights pushed
     at its start; groups left over at its end are dropped with reason `interval`."""
@@ -74,7 +74,6 @@ class WeightsConfig(Section, key="weights"):
             self.bucket_bytes == 0 or self.bucket_bytes >= 1 << 10,
             "weights.bucket_bytes must be 0 (automatic) or at least 1024",
         )
-        require(self.sync_interval >= 1, "weights.sync_interval must be at least 1")
         require(
             0 < self.push_deadline_s <= MAX_TIMEOUT_S,
             f"weights.push_deadline_s must be above 0 and at most {MAX_TIMEOUT_S:g}",
