@@ -7,29 +7,25 @@ allocations. On Ray the driver of the run does both. Which number is useful says
 from __future__ import annotations
 
 import argparse
-import sys
 
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config
-from launch.commands.parser import Parser, add_run
+from launch.commands.parser import RUN, argument, command
 from launch.ray.wanted import MOST, directory_of, want_servers
 from launch.run_directory.rundir import find_run
 from launch.slurm.pool import add_servers, remove_servers, servers, to_end
 from launch.slurm.script import scripts_of
 
 
-def add_arguments(parser: Parser) -> None:
-    """RUN and N."""
-    parser.describe(
-        "Change the number of rollout servers of a run on Slurm or Ray: start more, or drain the newest. "
-        "`areal-like why RUN` says whether more would make it faster.",
-        "scale myrun 8",
-    )
-    add_run(parser)
-    parser.add_argument("number", metavar="N", type=int, help="rollout servers that the run shall have")
-
-
+@command(
+    "scale",
+    "Change the number of rollout servers of a run on Slurm or Ray: start more, or drain the newest. "
+    "`areal-like why RUN` says whether more would make it faster.",
+    RUN,
+    argument("number", metavar="N", type=int, help="rollout servers that the run shall have"),
+    examples=["scale myrun 8"],
+)
 def main(args: argparse.Namespace) -> int:
     """Returns 0 when new jobs are in the queue, or when the drained ones have left it."""
     if not 1 <= args.number <= MOST:
@@ -38,7 +34,7 @@ def main(args: argparse.Namespace) -> int:
     config = load_config(["--config", str(paths.config)])
     if directory_of(paths).is_dir() and not scripts_of(paths).is_dir():
         want_servers(paths, args.number)
-        sys.stdout.write(f"the run's driver is told: {args.number} rollout servers\n")
+        print(f"the run's driver is told: {args.number} rollout servers")
         return 0
     if not scripts_of(paths).is_dir():
         raise ConfigError(
@@ -50,12 +46,11 @@ def main(args: argparse.Namespace) -> int:
     surplus = to_end(jobs, args.number)
     if len(jobs) < args.number:
         numbers = add_servers(config, paths, args.number - len(jobs))
-        sys.stdout.write(f"{len(jobs)} -> {args.number}: job {', '.join(map(str, numbers))} submitted\n")
+        print(f"{len(jobs)} -> {args.number}: job {', '.join(map(str, numbers))} submitted")
     elif surplus:
         names = ", ".join(str(job.job_id) for job in surplus)
-        sys.stdout.write(f"{len(jobs)} -> {args.number}: job {names} drains\n")
-        sys.stdout.flush()
+        print(f"{len(jobs)} -> {args.number}: job {names} drains", flush=True)
         remove_servers(config, paths, surplus)
     else:
-        sys.stdout.write(f"the run has {args.number} rollout jobs\n")
+        print(f"the run has {args.number} rollout jobs")
     return 0
