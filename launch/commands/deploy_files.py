@@ -14,6 +14,7 @@ from pathlib import Path
 
 from areal_like.errors import ConfigError
 from launch.commands.parser import argument, command, flag
+from launch.deploy.grafana.build import write_dashboards
 
 SOURCE = Path(__file__).resolve().parents[1] / "deploy"
 """The files, package data of `launch`."""
@@ -40,6 +41,8 @@ def main(args: argparse.Namespace) -> int:
             destination.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(SOURCE / name, destination)
             print(destination)
+        for dashboard in write_dashboards(target / "grafana" / "dashboards"):
+            print(dashboard)
     except OSError as error:
         raise ConfigError(f"cannot write to {target}: {error.strerror or error}") from None
     return 0
