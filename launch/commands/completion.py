@@ -7,7 +7,6 @@ a second time. If there are no candidates, the shell completes names of files.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -199,6 +198,8 @@ def version(args: argparse.Namespace) -> int:
 
 def installed_version() -> str:
     """The version of the installed package."""
+    import importlib.metadata  # here, because the shells wait for this module at every Tab
+
     try:
         return importlib.metadata.version("areal-like")
     except importlib.metadata.PackageNotFoundError:
