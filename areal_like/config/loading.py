@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from areal_like.config.common import check_choice, members_of, require
@@ -36,6 +37,17 @@ def _lists_for_tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _lists_for_tuples(item) for key, item in value.items()}
     return [_lists_for_tuples(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Dotted key -> value as text, for lists of settings and of their changes."""
+    found: dict[str, str] = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = str(value).lower() if isinstance(value, bool) else str(value)
+    return found
 
 
 def _build(cls: type, raw: Any, *, path: str) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from areal_like.disks.ledger_place import network_warning
+from areal_like.ledger_place import network_warning
 from areal_like.runtime.process import keep_files_private
 from areal_like.runtime.signals import request_reopen
 from launch.commands.configuration import CONFIG_FILE, file_and_settings

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from areal_like.config.dotted import flat
+from areal_like.config.loading import flat
 from areal_like.errors import ConfigError
 from areal_like.security.redaction import without_secrets
 

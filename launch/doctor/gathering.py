@@ -17,10 +17,9 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 from areal_like.config import Config
-from areal_like.disks.file_system import file_system_of, is_network
-from areal_like.disks.ledger_place import wanted_place
 from areal_like.errors import ConfigError
 from areal_like.hosts import is_loopback
+from areal_like.ledger_place import file_system_of, is_network, wanted_place
 from areal_like.paths import BUILT_MODELS, model_path
 from areal_like.security.binding import require_loopback_or_keys
 from areal_like.shards import all_shards

@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from areal_like.config import Config, to_mapping
-from areal_like.config.dotted import flat
+from areal_like.config.loading import flat
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths, find_checkpoints
 from areal_like.runtime.command_line import OPEN_SECTIONS

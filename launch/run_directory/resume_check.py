@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from areal_like.config import Config
-from areal_like.disks.ledger_place import recorded_shards
 from areal_like.errors import ConfigError
+from areal_like.ledger_place import recorded_shards
 from areal_like.paths import BUILT_MODELS, RunPaths
 
 
