@@ -70,7 +70,7 @@ class RunPaths:
     rows = _Below("rows.json")
     """Facts of a supervised run, one JSON object: its steps, and what became of its rows."""
     replay = _Below("replay.json")
-    """Of a replay: which run it trained again, one JSON object."""
+    """Which run a replay has trained again, one JSON object."""
     summary = _Below("summary.json")
     """Summary of the run, one JSON object written at its end."""
 
@@ -177,7 +177,8 @@ def read_endpoint(path: Path) -> dict[str, Any] | None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file; readers see the old content or the new one."""
+    """Writes a JSON file, and its directory; readers see the old content or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         partial.write_text(json.dumps(value, indent=2) + "\n")
 
@@ -186,9 +187,8 @@ def write_json(path: Path, value: Any) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write a file at, which replaces `path` at the end of the block, unless the block raises.
 
-    So readers never see a part of the file. Creates the directory.
+    So readers never see a part of the file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     # Random, because processes of several containers that share a directory can have the same process id.
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:

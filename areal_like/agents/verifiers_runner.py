@@ -27,7 +27,7 @@ from areal_like.errors import SessionGoneError, UserError
 
 _LOG = logging.getLogger("areal_like.agents.verifiers")
 _WAIT_S = 5.0
-"""Of one claim, which also bounds how long a stop takes."""
+"""Longest wait of one claim, which also bounds how long a stop takes."""
 _UNREACHABLE_S = 2.0
 _ROLLOUTS_PER_SERVING = 500
 """verifiers keeps a client for each endpoint until an environment stops serving, and each session has one."""

@@ -24,23 +24,23 @@ _YAML_TYPES = (bool, int, float, str, type(None), list, dict)
 """Types of the values in a configuration."""
 
 
-class Bound(NamedTuple):
+class Minimum(NamedTuple):
     """The least value of a field, in its annotation."""
 
-    least: float
-    is_allowed: bool
-    """False: a value must be above `least`."""
+    value: int
+    is_exclusive: bool = False
+    """True: a value must be above it."""
 
     def check(self, value: Any, *, key: str) -> None:
         """Raises ConfigError unless the value is in the range."""
-        if not (value > self.least or (self.is_allowed and value == self.least)):
-            raise ConfigError(f"{key} must be {'at least' if self.is_allowed else 'above'} {self.least}")
+        if not (value > self.value or (value == self.value and not self.is_exclusive)):
+            raise ConfigError(f"{key} must be {'above' if self.is_exclusive else 'at least'} {self.value}")
 
 
-PositiveInt = Annotated[int, Bound(1, is_allowed=True)]
-NonNegativeInt = Annotated[int, Bound(0, is_allowed=True)]
-PositiveFloat = Annotated[float, Bound(0, is_allowed=False)]
-NonNegativeFloat = Annotated[float, Bound(0, is_allowed=True)]
+PositiveInt = Annotated[int, Minimum(1)]
+NonNegativeInt = Annotated[int, Minimum(0)]
+PositiveFloat = Annotated[float, Minimum(0, is_exclusive=True)]
+NonNegativeFloat = Annotated[float, Minimum(0)]
 
 
 class Section:
@@ -65,8 +65,8 @@ class Section:
         for name, annotation in typing.get_type_hints(type(self), include_extras=True).items():
             key, value = f"{self.key}.{name}".lstrip("."), getattr(self, name)
             check_choice(annotation, value, key=key)
-            for bound in getattr(annotation, "__metadata__", ()):
-                bound.check(value, key=key)
+            for minimum in getattr(annotation, "__metadata__", ()):
+                minimum.check(value, key=key)
         self.check()
 
     def check(self) -> None:
@@ -94,7 +94,7 @@ def fits(member: Any, value: Any) -> bool:
     """
     kind = typing.get_origin(member) or member
     if kind is Literal:
-        # True == 1, but a bool is no choice of Literal[1].
+        # True == 1, but a bool is not a choice of Literal[1].
         choices = [c for c in typing.get_args(member) if isinstance(c, bool) == isinstance(value, bool)]
         return any(isinstance(value, type(choice)) and value == choice for choice in choices)
     if kind in (int, float):

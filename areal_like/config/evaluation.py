@@ -22,7 +22,7 @@ MAX_EVAL_SAMPLES = 1 << 18
 """Most samples of one set in one evaluation. Each takes some hundred bytes of the buffer's memory."""
 MAX_SAMPLES_PER_PROMPT = 1 << 12
 EVAL_BYTES_PER_SAMPLE = 16
-"""Of a result: reward, tokens and flags, with room for the padding of the arrays."""
+"""Bytes of one sample in a result: reward, tokens and flags, with room for the padding of the arrays."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,7 +35,8 @@ class SamplingConfig(Section, key="sampling"):
     temperature: float = 1.0
     """Softmax temperature; engine and trainer both compute log-probs after it."""
     stop: tuple[str, ...] = ()
-    """Texts that end a turn, beside the model's own end-of-turn tokens. The tokens of the text are kept."""
+    """Texts that end a turn, in addition to the model's own end-of-turn tokens. The tokens of the text are
+    kept."""
 
     def check(self) -> None:
         require(

@@ -1,4 +1,4 @@
-"""Settings of supervised training (`areal-like sft`), besides those of the trainer."""
+"""Settings of supervised training (`areal-like sft`), in addition to those of the trainer."""
 
 from __future__ import annotations
 

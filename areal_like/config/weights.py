@@ -81,7 +81,7 @@ class WeightsConfig(Section, key="weights"):
         require(self.min_bytes_per_s >= 1, "weights.min_bytes_per_s must be at least 1 byte per second")
         require(
             self.host not in _ANY_ADDRESS,
-            f"weights.host={self.host} is no address that engines can connect to: "
+            f"weights.host={self.host} is not an address that engines can connect to: "
             "give one address of the trainer's machine",
         )
         require(

@@ -113,6 +113,7 @@ def _built(name: str, texts: Iterator[Text], *, label: str, key: str) -> Entry:
     """Writes the entry, a few megabytes at a time."""
     path = _path(name)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial:
             content = _write(partial, texts)
         write_json(path.with_suffix(".json"), {"label": label, "sha256": content})

@@ -94,7 +94,7 @@ class RowFormat:
     def label_of(self, row: Mapping[str, Any]) -> str:
         """The label of metrics: at most 64 printable characters; empty if there is none.
 
-        Raises ConfigError if a configured key is missing, or for a value that is no label.
+        Raises ConfigError if a configured key is missing, or for a value that is not a label.
         """
         if self.label_key:
             key, value = _wanted(row, self.label_key, (), setting="label_key")

@@ -28,7 +28,7 @@ def open_rows(source: str | Sequence[Any] | Mapping[str, Any], *, split: str = "
 
     The first call for a file copies its rows into the cache, about 100,000 in a second; later ones take
     milliseconds. `split`: of a hub data set that names none. `key`: the setting's name, for errors. Raises
-    ConfigError for a missing file, a row that is no JSON object (with file and line), or no rows.
+    ConfigError for a missing file, a row that is not a JSON object (with file and line), or no rows.
     """
     if isinstance(source, Mapping) and _ENTRIES in source:
         entries = [open_entry(str(name), key=key) for name in source[_ENTRIES]]

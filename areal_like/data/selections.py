@@ -34,6 +34,7 @@ def store_selection(numbers: Numbers) -> str:
     path = _path(name)
     try:
         if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as partial, partial.open("wb") as file:
                 np.save(file, data, allow_pickle=False)
     except OSError as error:

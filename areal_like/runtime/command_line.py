@@ -142,6 +142,7 @@ def role_arguments(argv: Sequence[str], *, default_name: str) -> tuple[Config, s
 
 def save_config(config: Config, path: Path) -> None:
     """Writes the resolved configuration so that `--config` reads it back."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         OmegaConf.save(OmegaConf.create(to_mapping(config)), partial)
 

@@ -77,7 +77,7 @@ class Runtime:
         self.is_finished = False
         """True when the run is finished: the exit code is then 0, also after a drain."""
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        """Gets the exception of something that works beside `main` and has failed: the daemon must end."""
+        """Gets the exception of a part that runs next to `main` and has failed: the daemon must end."""
         self.status: Callable[[], dict[str, Any]] = dict
         """Returns the daemon's own part of /status."""
         self.trouble: Callable[[], str] = str
@@ -261,7 +261,7 @@ class DrainSignals:
         self._on_drain = on_drain
         self._is_draining = False
         self._signal_s: float | None = None
-        """Time of the first signal from outside."""
+        """Time of the first signal that another process sent."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
 

@@ -100,7 +100,7 @@ def stored_scan(scan: Callable[[Any], Index], models: Path) -> Callable[[Any], I
 
 
 def _digest(folder: Path) -> str:
-    """Of the path, size and time of each Python file below the folder; takes 10 ms."""
+    """A digest of the path, size and time of each Python file below the folder; takes 10 ms."""
     state = hashlib.blake2b(digest_size=16)
     for path, size, time_ns in sorted(_files(str(folder))):
         state.update(f"{path}\0{size}\0{time_ns}\n".encode())

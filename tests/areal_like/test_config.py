@@ -142,7 +142,7 @@ def test_presets_apply_on_top_of_a_file(tmp_path: Path) -> None:
         (["weights.port_range=20099-20000"], "give two ports"),
         (["weights.port_range=0-10"], "give two ports"),
         (["weights.port_range=60000-70000"], "give two ports"),
-        (["weights.host=0.0.0.0"], "no address that engines can connect to"),
+        (["weights.host=0.0.0.0"], "not an address that engines can connect to"),
         (["weights.push_deadline_s=4000"], "at most 3600"),
         (
             ["buffer.durability=fsync"],
