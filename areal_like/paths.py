@@ -198,6 +198,12 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def require_private(path: Path) -> None:
+    """Raises ConfigError if other users can read the file, OSError if it is not there."""
+    if path.stat().st_mode & 0o077:
+        raise ConfigError(f"{path} can be read by other users: chmod 600 {path}")
+
+
 def private_descriptor(path: Path) -> int:
     """The descriptor of a new, empty file that its owner only can read."""
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)

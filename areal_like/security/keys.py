@@ -26,7 +26,7 @@ from typing import Any
 
 from areal_like.config.common import NAME
 from areal_like.errors import ConfigError
-from areal_like.paths import private_descriptor, replacing
+from areal_like.paths import private_descriptor, replacing, require_private
 
 _PUBLIC_KEY = re.compile(r"[0-9a-zA-Z.:+=^!/*?&<>()\[\]{}@%$#-]{40}")
 _TOKEN_DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -157,8 +157,7 @@ class KeyDirectory:
         """
         file = self.path / f"{name}.secret"
         try:
-            if file.stat().st_mode & 0o077:
-                raise ConfigError(f"{file} can be read by other users: chmod 600 {file}")
+            require_private(file)
             fields = json.loads(file.read_text())
             return Identity(**(fields | {"role": KeyRole(fields["role"])}))
         except OSError as error:
