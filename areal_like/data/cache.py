@@ -1,13 +1,18 @@
-"""Rows on disk as Arrow files, which every process of a machine maps into memory.
+"""Rows on disk as Arrow files, which every process of a machine maps into memory, and selections of them.
 
     <cache>/rows/<name>.arrow        columns `row` (a row's JSON) and `number` (its line in the source)
     <cache>/rows/<name>.json         name of the source, and SHA-256 of the rows; written last
     <cache>/rows/hashes/<path>.json  SHA-256 of a file, with the size and times it had then
+    <cache>/rows/<name>.npy          a selection: the numbers of the rows that a task uses, in order, 64-bit
+    <cache>/rows/by/<key>.json       the selection that a filter has made; the key is over all it depends on
 
 An entry is named by the hash of the bytes it was made from, so a file that has changed is another entry, and
 a job goes on with the rows that it has started with. Entries are written under another name and renamed: of
 processes that build the same one at the same time, the last one wins, with the same bytes. Nothing removes
 entries; the directory can be deleted while no job runs.
+
+Worker processes use the selection of the server that has started them, and a filter that takes seconds, such
+as counting the tokens of all prompts, runs once.
 """
 
 from __future__ import annotations
@@ -18,10 +23,13 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from areal_like.data.reading import Text, file_hash, load_hub, texts_of_file, texts_of_hub
 from areal_like.data.sources import HubSource
@@ -35,6 +43,8 @@ _SETTLED_S = 1.0
 """The hash of a file that was written less than this ago is not remembered: it may change again within the
 resolution of its times."""
 _NAME = re.compile(r"[0-9a-f]{32}")
+Numbers = NDArray[np.int64]
+"""A selection."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,3 +184,56 @@ def _remembered_hash(path: Path) -> str:
         with contextlib.suppress(OSError):
             write_json(remembered, {"times": times, "sha256": sha256})
     return sha256
+
+
+def store_selection(numbers: Numbers) -> str:
+    """Writes a selection; returns its name. Raises ConfigError if it cannot be written."""
+    data = np.ascontiguousarray(numbers, np.int64)
+    name = hashlib.sha256(data.tobytes()).hexdigest()[:32]
+    path = _selection_path(name)
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as partial, partial.open("wb") as file:
+                np.save(file, data, allow_pickle=False)
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written: {error}; XDG_CACHE_HOME names another directory"
+        ) from error
+    return name
+
+
+def open_selection(name: str, *, key: str) -> Numbers:
+    """The selection of this name, in mapped memory. Raises ConfigError if it was removed."""
+    path = _selection_path(name)
+    try:
+        if not _NAME.fullmatch(name):
+            raise ValueError("not the name of a selection")
+        numbers = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:  # EOFError: an empty file
+        raise ConfigError(
+            f"{key}: {path} was removed while the job runs: start its servers again ({error})"
+        ) from error
+    assert isinstance(numbers, np.ndarray)
+    return numbers
+
+
+def remembered(key: Any, make: Callable[[], Numbers]) -> Numbers:
+    """The selection that `make` returned when it was called with this key before, else now.
+
+    `key`: JSON of everything that the selection depends on, the fingerprint of the rows included.
+    """
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    path = directory() / "by" / f"{digest}.json"
+    try:
+        return open_selection(json.loads(path.read_text())["selection"], key="cache")
+    except (OSError, ValueError, KeyError, TypeError):  # ConfigError is a ValueError
+        pass
+    numbers = make()
+    name = store_selection(numbers)
+    write_json(path, {"selection": name})
+    return numbers
+
+
+def _selection_path(name: str) -> Path:
+    return directory() / f"{name}.npy"

@@ -14,8 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from areal_like.data.cache import Entry, entry_of, open_entry
-from areal_like.data.selections import Numbers, open_selection, store_selection
+from areal_like.data.cache import Entry, Numbers, entry_of, open_entry, open_selection, store_selection
 from areal_like.data.sources import sources_of
 from areal_like.errors import ConfigError
 
