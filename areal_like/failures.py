@@ -14,7 +14,7 @@ class FailureKind(StrEnum):
     """What failed while a sample was made."""
 
     ENGINE = "engine"
-    """The engine answered with an error, or its answer cannot be used."""
+    """The engine responded with an error, or its completion cannot be used."""
     TIMEOUT = "timeout"
     """The engine returned no token within `rollout.sample_timeout_s`. With tokens the sample is truncated,
     which is not a failure."""

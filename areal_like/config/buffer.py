@@ -20,14 +20,14 @@ class OnFailureConfig(Section, key="buffer.on_failure"):
     """
 
     engine: Policy = "retry"
-    """The engine answered with an error, or its answer cannot be used: `retry` or `drop`."""
+    """The engine responded with an error, or its completion cannot be used: `retry` or `drop`."""
     timeout: Policy = "retry"
     """The engine returned no token within `rollout.sample_timeout_s`: `retry` or `drop`."""
     reward: Policy = "retry"
     """The reward function raised, returned no finite number, or its process died."""
     reward_timeout: Policy = "zero"
-    """The reward function exceeded `rollout.reward_timeout_s`. With `retry` or `drop`, answers that hang the
-    verifier are never trained on with a low reward."""
+    """The reward function exceeded `rollout.reward_timeout_s`. With `retry` or `drop`, completions that hang
+    the verifier are never trained on with a low reward."""
     prompt: Policy = "drop"
     """The prompt is too long, or the engine refuses it: `drop` (and do not issue it again) or `retry`."""
     environment: Policy = "zero"

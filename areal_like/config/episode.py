@@ -59,7 +59,7 @@ class SessionsConfig(Section, key="sessions"):
     session's sample counts as failed (`buffer.on_failure.environment`). One of an external agent is given
     to the next agent first, up to `buffer.max_sample_retries` times."""
     heartbeat_limit_s: NonNegativeFloat = 3600.0
-    """Longest time without an answer of the model in which heartbeats keep a session alive, in seconds."""
+    """Longest time without a completion of the model in which heartbeats keep a session alive, in seconds."""
 
     def check(self) -> None:
         require(bool(self.host), "sessions.host is empty: give an address to bind, e.g. 127.0.0.1")

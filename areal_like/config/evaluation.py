@@ -1,7 +1,7 @@
 """Settings of evaluations: when they happen, and on which sets of held-out prompts.
 
-Without `eval.sets` there is one set, named `eval`: the task's held-out prompts, one greedy answer each. The
-names of sets become names of metrics and rows, so their number and length are bounded.
+Without `eval.sets` there is one set, named `eval`: the task's held-out prompts, one greedy completion each.
+The names of sets become names of metrics and rows, so their number and length are bounded.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ EVAL_BYTES_PER_SAMPLE = 16
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSetConfig(Section, key="eval.sets"):
-    """One set of held-out prompts, and how they are answered.
+    """One set of held-out prompts, and how completions are sampled.
 
     The filters top_p, top_k and min_p are for evaluation only: training never samples with them.
     """
@@ -117,7 +117,7 @@ class EvalConfig(Section, key="eval"):
     `buffer.retain_trajectories` keeps everything. The results stay in evaluations.jsonl."""
     sets: dict[str, EvalSetConfig] = field(default_factory=dict)
     """Sets of prompts by name, with their own sampling; empty: one set, `eval`, with the task's held-out
-    prompts and one greedy answer to each."""
+    prompts and one greedy completion of each."""
 
     @property
     def is_enabled(self) -> bool:

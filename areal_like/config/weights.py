@@ -42,7 +42,7 @@ class WeightsConfig(Section, key="weights"):
     push_deadline_s: float = 60.0
     """Time limit of a push, in seconds, at most 3600; the time that the bytes take at `min_bytes_per_s` is
     added to it. A receiver that has not replied by then is excluded from the weight group. With
-    `update_mode=drain` it has to cover the longest answer that an engine finishes first."""
+    `update_mode=drain` it has to cover the longest completion that an engine finishes first."""
     min_bytes_per_s: float = 100e6
     """Least rate of a push, in bytes per second: a slower one counts as failed. The limit of a push of n
     bytes is `push_deadline_s` + n / `min_bytes_per_s` seconds, and at most 3600."""
