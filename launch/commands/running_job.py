@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 
 from areal_like.errors import ConfigError
 from launch.commands.parser import RUN, Argument, Parser, argument, group
-from launch.observation.observer import DaemonView
 from launch.observation.reach import RunningJob
-from launch.report.ended import Ended, read_end
-from launch.run_directory.rundir import is_over
 
 _REMOTE = group(
     "a job whose directory this machine does not see",
@@ -49,19 +45,3 @@ def job_of(args: argparse.Namespace) -> RunningJob:
             "--keys and --tls-certificate are for --buffer: the run's own settings name its keys"
         )
     return RunningJob.in_directory(args.run)
-
-
-def end_of(job: RunningJob, daemons: Mapping[str, DaemonView]) -> Ended | None:
-    """How the run has ended; None while it goes on, and where its directory cannot be seen.
-
-    `daemons`: of the job now. Killed ones have left their addresses. One without an answer that was started
-    by hand may also be stopped.
-    """
-    if job.paths is None or any(view.status is not None for view in daemons.values()):
-        return None
-    return read_end(job.paths.root) if not daemons or is_over(job.paths) else None
-
-
-def end_text(job: RunningJob, end: Ended | None) -> str:
-    """What a command says that finds no daemon: how the run has ended, and what to do next."""
-    return "\n".join([f"{job.name}: no daemon is running", *(end.lines() if end is not None else [])]) + "\n"

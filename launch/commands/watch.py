@@ -20,13 +20,15 @@ from rich.live import Live
 from rich.text import Text
 
 from launch.commands.parser import argument, command, flag
-from launch.commands.running_job import JOB, end_of, end_text, job_of
+from launch.commands.running_job import JOB, job_of
 from launch.local_job.display import View
 from launch.observation.job_report import job_report
 from launch.observation.metrics_tail import MetricsTail
 from launch.observation.observer import DaemonView, Observation, diagnosis
 from launch.observation.polled_steps import PolledSteps
 from launch.observation.reach import RunningJob
+from launch.report.ended import Ended, read_end
+from launch.run_directory.rundir import is_over
 from launch.view.daemons import daemon_table, tickets_line
 from launch.view.job import rates_line, server_table, steps_line
 from launch.view.live import LiveView
@@ -78,13 +80,13 @@ def status(args: argparse.Namespace) -> int:
         view = _StatusView(job, console, as_json=args.json)
         return _watch(Look(job), view, interval_s=args.watch, ends_with_job=False)
     daemons = job.daemons()
-    report = _report(job, daemons)
+    report, ended = _report(job, daemons)
     if args.json:
         print(json.dumps(report, indent=2))
-    elif (text := _end(job, daemons)) is not None:
-        sys.stdout.write(text)  # a command to copy must not be wrapped
+    elif ended:
+        sys.stdout.write(ended)  # a command to copy must not be wrapped
     else:
-        console.print(_drawn(job, daemons, report, width=console.width))
+        console.print(_drawn(daemons, report, width=console.width))
     return 0 if report["answers"] else 1
 
 
@@ -101,7 +103,7 @@ def top(args: argparse.Namespace) -> int:
     look = Look(job)
     seen = look.now()
     if not _responds(seen.daemons):
-        sys.stderr.write(end_text(job, end_of(job, seen.daemons)))
+        sys.stderr.write(_end_text(job, _end_of(job, seen.daemons)))
         return 1
     if args.once:
         eta = Eta(num_steps=job.config.trainer.num_steps)
@@ -125,9 +127,9 @@ def why(args: argparse.Namespace) -> int:
     """Returns 1 if the job waits on something that should not take so long, or no daemon runs."""
     job = job_of(args)
     daemons = job.daemons()
-    end = end_of(job, daemons)
+    end = _end_of(job, daemons)
     if not args.json and (end is not None or not daemons):
-        sys.stdout.write(end_text(job, end))
+        sys.stdout.write(_end_text(job, end))
         return 1
     found = diagnosis(daemons.values()) | {"ended": asdict(end) if end is not None else None}
     sys.stdout.write(json.dumps(found, indent=2) + "\n" if args.json else diagnosis_text(found))
@@ -189,11 +191,11 @@ class _StatusView:
 
     def update(self, seen: Observation, *, phase: str, detail: str) -> None:
         """Shows the state."""
-        report = _report(self._job, seen.daemons)
+        report, ended = _report(self._job, seen.daemons)
         if self._as_json:
             print(json.dumps({"time_unix_s": round(time.time(), 3)} | report), flush=True)
             return
-        drawn = _drawn(self._job, seen.daemons, report, width=self._console.width)
+        drawn = Text(ended) if ended else _drawn(seen.daemons, report, width=self._console.width)
         if self._live is not None:
             self._live.update(drawn, refresh=True)
         else:
@@ -223,15 +225,27 @@ def phase_of(seen: Observation) -> str:
     return f"not ready: {', '.join(unready)}" if unready else "running"
 
 
-def _report(job: RunningJob, daemons: Mapping[str, DaemonView]) -> dict[str, Any]:
-    end = end_of(job, daemons)
-    return job_report(job.config, daemons) | {"ended": asdict(end) if end is not None else None}
+def _report(job: RunningJob, daemons: Mapping[str, DaemonView]) -> tuple[dict[str, Any], str]:
+    """(the state as one object, how the run has ended in words; empty while it has daemons)"""
+    end = _end_of(job, daemons)
+    report = job_report(job.config, daemons) | {"ended": asdict(end) if end is not None else None}
+    return report, _end_text(job, end) if end is not None or not daemons else ""
 
 
-def _end(job: RunningJob, daemons: Mapping[str, DaemonView]) -> str | None:
-    """How the run has ended; None while it has daemons."""
-    end = end_of(job, daemons)
-    return end_text(job, end) if end is not None or not daemons else None
+def _end_of(job: RunningJob, daemons: Mapping[str, DaemonView]) -> Ended | None:
+    """How the run has ended; None while it goes on, and where its directory cannot be seen.
+
+    Killed daemons have left their addresses. One that does not respond and was started by hand may also be
+    stopped.
+    """
+    if job.paths is None or _responds(daemons):
+        return None
+    return read_end(job.paths.root) if not daemons or is_over(job.paths) else None
+
+
+def _end_text(job: RunningJob, end: Ended | None) -> str:
+    """What a command says that finds no daemon: how the run has ended, and what to do next."""
+    return "\n".join([f"{job.name}: no daemon is running", *(end.lines() if end is not None else [])]) + "\n"
 
 
 def held_lines(buffer: Mapping[str, Any]) -> list[str]:
@@ -254,11 +268,7 @@ def change_lines(buffer: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _drawn(
-    job: RunningJob, daemons: Mapping[str, DaemonView], report: dict[str, Any], *, width: int
-) -> RenderableType:
-    if (text := _end(job, daemons)) is not None:
-        return Text(text)
+def _drawn(daemons: Mapping[str, DaemonView], report: dict[str, Any], *, width: int) -> RenderableType:
     return Group(*_parts(daemons, report, width=width))
 
 
