@@ -6,7 +6,7 @@ import argparse
 
 from areal_like.errors import ConfigError
 from areal_like.runtime.command_line import SCALE, add_config_option, presets
-from launch.commands.parser import SETTINGS, Argument, argument
+from launch.commands.parser import SETTINGS, Argument, argument, as_typed
 
 CONFIG_FILE: Argument = add_config_option
 """`--config FILE`; None by default."""
@@ -21,7 +21,7 @@ def configuration(*, has_presets: bool = True) -> tuple[Argument, ...]:
 
 def file_and_settings(args: argparse.Namespace, *first: str) -> list[str]:
     """The arguments for `load_config` of a verb with CONFIG_FILE and SETTINGS. `first`: a further setting."""
-    return [*([] if args.config is None else ["--config", args.config]), *first, *args.settings]
+    return [*as_typed(args, "config"), *first, *args.settings]
 
 
 def settings_of(verb: str, args: argparse.Namespace, *, has_presets: bool = True) -> list[str]:

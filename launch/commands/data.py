@@ -16,7 +16,7 @@ from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import OneValue, load_config
 from launch.commands.configuration import CONFIG_FILE
 from launch.commands.foreground import run_role
-from launch.commands.parser import JSON, argument, command, settings_argument
+from launch.commands.parser import JSON, argument, as_typed, command, settings_argument
 from launch.observation.heard_prompts import read_heard_prompts
 from launch.run_directory.rundir import find_run
 
@@ -51,7 +51,7 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError("data stats: name files of rows, a configuration (*.yaml) or a run")
     if (words.files and (words.configs or words.runs)) or len(words.configs) > 1 or len(words.runs) > 1:
         raise ConfigError("data stats: give either files of rows, or one configuration, one run or both")
-    options = [*(["--json"] if args.json else []), *(["--rows", args.rows] if args.rows is not None else [])]
+    options = as_typed(args, "json", "rows")
     settings, heard = words.settings, ""
     if words.runs:
         paths = RunPaths(find_run(words.runs[0]))

@@ -86,6 +86,15 @@ SETTINGS = settings_argument()
 JSON = flag("--json", "print JSON")
 
 
+def as_typed(args: argparse.Namespace, *names: str) -> list[str]:
+    """The options of these names as they were given, for another process: `--json`, `--rows`, `5`."""
+    words = []
+    for name in names:
+        if (value := getattr(args, name)) not in (None, False):
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return words
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are a ConfigError with one message. `--help` raises SystemExit(0)."""
 

@@ -10,7 +10,7 @@ import argparse
 from areal_like.runtime.command_line import OneValue
 from launch.commands.configuration import configuration, settings_of
 from launch.commands.foreground import run_role
-from launch.commands.parser import JSON, argument, command, flag
+from launch.commands.parser import JSON, argument, as_typed, command, flag
 
 
 @command(
@@ -36,11 +36,5 @@ from launch.commands.parser import JSON, argument, command, flag
 )
 def main(args: argparse.Namespace) -> int:
     """Runs the planner; returns its exit code: 0 fits, 2 does not, or a mistake."""
-    words = [word for name in ("gpus", "prompt_tokens", "response_tokens") for word in _option(args, name)]
-    words += [f"--{name}" for name in ("json", "explain") if getattr(args, name)]
-    return run_role("trainer.planning", *words, *settings_of("plan", args)).returncode
-
-
-def _option(args: argparse.Namespace, name: str) -> list[str]:
-    value = getattr(args, name)
-    return [] if value is None else [f"--{name.replace('_', '-')}", value]
+    options = as_typed(args, "gpus", "prompt_tokens", "response_tokens", "json", "explain")
+    return run_role("trainer.planning", *options, *settings_of("plan", args)).returncode
