@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 import types
@@ -129,6 +130,14 @@ def _as_typed(choice: Any) -> str:
     if choice is None:
         return "null"
     return str(choice).lower() if isinstance(choice, bool) else str(choice)
+
+
+def as_float(value: Any, *, key: str) -> float:
+    """The number, which YAML 1.1 reads as a text if it is written as `1e-3`. Raises ConfigError."""
+    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):
+            return float(value)
+    raise ConfigError(f"{key}: want a number, got {value!r}")
 
 
 def require(ok: bool, message: str) -> None:

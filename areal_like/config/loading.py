@@ -13,7 +13,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from areal_like.config.common import check_choice, members_of, require
+from areal_like.config.common import as_float, check_choice, members_of, require
 from areal_like.config.job import Config
 from areal_like.errors import ConfigError
 
@@ -109,11 +109,8 @@ def _convert_union(hint: Any, members: tuple[Any, ...], value: Any, *, path: str
 
 
 def _convert_scalar(hint: type, value: Any, *, path: str) -> Any:
-    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except ValueError:
-            raise ConfigError(f"{path}: want a number, got {value!r}") from None
+    if hint is float:
+        return as_float(value, key=path)
     if hint is str and value is None:  # YAML reads `resume=` as null
         return ""
     if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
