@@ -16,6 +16,7 @@
         EpisodeError
             EpisodeBudgetError
             EnvironmentLostError
+                AgentLostError
         SessionGoneError
         ToolError
         WeightSyncError
