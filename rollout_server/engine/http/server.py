@@ -12,14 +12,14 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from areal_like.errors import ArealError, UserError, WeightSyncError
-from areal_like.runtime.metrics import CONTENT_TYPE, exposition
+from areal_like.runtime.metrics import CONTENT_TYPE
 from rollout_server.engine.http.bodies import parse_body, parse_packed_body
 from rollout_server.engine.http.chat_routes import ChatRoutes
 from rollout_server.engine.http.generate_request import RequestLimits
@@ -167,4 +167,4 @@ class EngineServer:
         )
 
     async def _metrics(self, request: Request) -> Response:
-        return Response(exposition(self._registry), media_type=CONTENT_TYPE)
+        return Response(generate_latest(self._registry), media_type=CONTENT_TYPE)
