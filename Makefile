@@ -53,7 +53,9 @@ test-fast: $(STAMP)
 test-long: $(STAMP)
 	@$(BIN)/python -m pytest -q -n $(JOBS) --dist load -m long $(ARGS)
 
+# Tests with Hypothesis draw the same examples each time elsewhere, and new ones here.
 chaos: $(STAMP)
+	@$(BIN)/python -m pytest -q -m hypothesis --hypothesis-profile=random $(ARGS)
 	@$(BIN)/python -m pytest -q -m chaos $(ARGS)
 
 sglang: $(STAMP)

@@ -53,8 +53,7 @@ def build_model(out_dir: Path, *, seed: int = 0) -> None:
 
     from areal_like.chat.token_row import TokenRow
     from trainer.models.tiny import EOS, WARM_START_LR, character_tokenizer, untrained_model
-    from trainer.models.token_rows import packed
-    from trainer.models.warm_start import warm_start
+    from trainer.models.warm_start import packed, warm_start
 
     tokenizer = character_tokenizer()
     vocabulary = tokenizer.get_vocab()

@@ -4,9 +4,9 @@
 
 Runs a job as `areal-like run` does, by default the default job without evaluations, and reads the CPU time
 (user and system) of all its processes between two optimizer steps: trainer ranks, engines, rollout servers,
-buffers, reward workers, environments, the launcher, and whatever these have started. Prints milliseconds of a
-step, of a sample and of a thousand tokens of the samples (prompt and answer, also of groups that have nothing
-to teach and are not run), and the threads of each role.
+buffers, task workers (rewards, environments, agents), the launcher, and whatever these have started. Prints
+milliseconds of a step, of a sample and of a thousand tokens of the samples (prompt and answer, also of groups
+that have nothing to teach and are not run), and the threads of each role.
 
 CPU time does not depend on what else the machine does as much as seconds do, but it is not free of it: two
 hyper-threads share one core, and caches are shared too. The result says whether the machine was quiet.
@@ -45,8 +45,7 @@ ROLES = {
     "rollout_server": "rollout server",
     "rollout_server.engine": "engine",
     "sglang.launch_server": "engine",
-    "rollout_server.rewards.worker": "reward workers",
-    "rollout_server.environments.workers.zygote": "environments",
+    "rollout_server.workers.zygote": "task workers",
 }
 """Module of `python -m` -> role. Another process has the role of the nearest ancestor that has one."""
 OWN_SETTINGS = ("eval.num_prompts=0",)

@@ -40,8 +40,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.report import table, write
-from rollout_server.engine.core import EngineCore, EngineOptions
+from rollout_server.engine.core import EngineCore
 from rollout_server.engine.models.loading import load
+from rollout_server.engine.options import EngineOptions
 from rollout_server.engine.scheduler import SamplingParams, Sequence
 from rollout_server.policy.client import EngineClient
 from rollout_server.policy.types import Sampling
@@ -123,7 +124,7 @@ def measure_turns(path: str, *, repeats: int) -> dict[str, Any]:
     """Conversations with and without kept KV, interleaved, after one warm-up each."""
     model, weights = load(path, dtype=torch.float32, device=torch.device("cpu"), context_length=TURNS_CONTEXT)
     core = EngineCore(
-        model, weights, EngineOptions(max_running=BATCH, context_length=TURNS_CONTEXT), version="0"
+        model, weights, EngineOptions(max_running_requests=BATCH, context_length=TURNS_CONTEXT), version="0"
     )
     names = {"kept": True, "computed anew": False}
     prefilled: dict[str, list[int]] = {}
@@ -263,7 +264,9 @@ def measure(path: str, scratch: str, *, repeats: int) -> dict[str, Any]:
     context = PROMPT_TOKENS + MAX_NEW_TOKENS
     device = torch.device("cpu")
     model, weights = load(path, dtype=torch.float32, device=device, context_length=context)
-    core = EngineCore(model, weights, EngineOptions(max_running=BATCH, context_length=context), version="0")
+    core = EngineCore(
+        model, weights, EngineOptions(max_running_requests=BATCH, context_length=context), version="0"
+    )
     reference = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     equal, tail, grouped = workload(BATCH, equal=True), workload(256), workload(256, group_size=8)
     port_file, key_file = Path(scratch) / "port", Path(scratch) / "key"

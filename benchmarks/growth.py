@@ -130,9 +130,9 @@ class _Job:
         self._samples = itertools.count()
         self._step = 0
         self._now_s = 0.0
-        ledger.set_num_train_prompts(1_000_000)
-        ledger.start_training(incarnation=1, step=0, stream={})
-        self._version = ledger.alloc_version(incarnation=1, step=0)
+        ledger.state.prompts.set_num_train_prompts(1_000_000)
+        ledger.trainer.start_training(incarnation=1, step=0, stream={})
+        self._version = ledger.trainer.alloc_version(incarnation=1, step=0)
         for name in self._names:
             self._register(name)
 
@@ -140,25 +140,27 @@ class _Job:
         """One optimizer step, and what belongs to it."""
         ledger, step = self._ledger, self._step
         self._now_s += 1.0
-        assert not ledger.expire(now_s=self._now_s), "a server was lost"
-        assert not ledger.take_aborts(), "a lease was lost"
+        assert not ledger.dispatcher.expire(now_s=self._now_s), "a server was lost"
+        assert not ledger.state.leases.take_aborts(), "a lease was lost"
         if step % _EVAL_EVERY == 0:
-            ledger.request_eval(eval_id=step, num_prompts=64, min_version=0, num_samples=1)
+            ledger.trainer.request_eval(eval_id=step, num_prompts=64, min_version=0, num_samples=1)
         if step % _REPLACE_EVERY == _REPLACE_EVERY - 1:
             number = step // _REPLACE_EVERY
             self._replace(number % _NUM_SERVERS, is_new=number % _NEW_NAME_EVERY == 0)
-        while any(ledger.fetch(step=step, position=each) is None for each in range(_GROUPS_PER_STEP)):
+        while any(ledger.trainer.fetch(step=step, position=each) is None for each in range(_GROUPS_PER_STEP)):
             for name in self._names:
                 self._beat(name)
-            for name, leases in ledger.grant(now_s=self._now_s).items():
+            for name, leases in ledger.dispatcher.grant(now_s=self._now_s).items():
                 for lease in leases:
                     self._answer(name, lease)
             await self._durable()
-        ledger.complete_step(incarnation=1, step=step)
+        ledger.trainer.complete_step(incarnation=1, step=step)
         self._step = step + 1
-        self._version = ledger.alloc_version(incarnation=1, step=self._step)
+        self._version = ledger.trainer.alloc_version(incarnation=1, step=self._step)
         if self._step % _COMMIT_EVERY == 0:
-            ledger.commit(incarnation=1, step=step, oldest_kept_step=max(0, self._step - _COMMIT_EVERY))
+            ledger.trainer.commit(
+                incarnation=1, step=step, oldest_kept_step=max(0, self._step - _COMMIT_EVERY)
+            )
         await self._durable()
 
     def _answer(self, name: str, lease: Lease) -> None:
@@ -174,24 +176,24 @@ class _Job:
                     num_tokens=3,
                     error="synthetic",
                 )
-                self._ledger.sample_failed(name, failed)
+                self._ledger.intake.sample_failed(name, failed)
             else:
                 done.append(
                     SampleDone(lease_id=lease.lease_id, record=Record.of(lease.ticket_id, index, sample))
                 )
-        refusals = [verdict for verdict in self._ledger.samples_done(name, done) if verdict.refusal]
+        refusals = [verdict for verdict in self._ledger.intake.samples_done(name, done) if verdict.refusal]
         assert not refusals, refusals
 
     def _replace(self, place: int, *, is_new: bool) -> None:
         name = self._names[place]
-        self._ledger.remove_server(name)
+        self._ledger.dispatcher.remove_server(name)
         if is_new:
             self._names[place] = name = f"rollout-{next(self._numbers)}"
         self._register(name)
 
     def _register(self, name: str) -> None:
         incarnation = self._ledger.admit_process(name, f"{name} {self._step}")
-        self._ledger.register_server(
+        self._ledger.dispatcher.register_server(
             name, incarnation=incarnation, weights_version=self._version, now_s=self._now_s
         )
 
@@ -203,7 +205,7 @@ class _Job:
             weights_version=self._version,
             leases=[],
         )
-        self._ledger.heartbeat(name, beat, now_s=self._now_s)
+        self._ledger.dispatcher.heartbeat(name, beat, now_s=self._now_s)
 
     async def _durable(self) -> None:
         durable = asyncio.get_running_loop().create_future()
@@ -216,7 +218,7 @@ def _figures(config: Config, ledger: Ledger) -> dict[str, Any]:
     state, directory = ledger.state, RunPaths.of(config).ledger
     return {
         "tickets": state.tickets.num_issued,
-        "rss_mb": round(_rss_bytes() / 1e6, 1),
+        "rss_mb": round(rss_bytes() / 1e6, 1),
         "sqlite_mb": round((directory / "ledger.sqlite3").stat().st_size / 1e6, 1),
         "wal_mb": round((directory / "ledger.sqlite3-wal").stat().st_size / 1e6, 1),
         "segments_mb": round(sum(_sizes(directory / "segments")) / 1e6, 1),
@@ -240,7 +242,7 @@ def _mb_by_table(path: Path) -> dict[str, float]:
         return {name: round(num_bytes / 1e6, 2) for name, num_bytes in found if num_bytes >= 1e4}
 
 
-def _rss_bytes() -> int:
+def rss_bytes() -> int:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096
 

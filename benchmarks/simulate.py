@@ -1,4 +1,4 @@
-"""Simulates large jobs: the real ledger under a virtual clock, beside two other rules of staleness.
+"""Simulates large jobs: the real ledger under a virtual clock, and two other rules of staleness.
 
     python -m benchmarks.simulate scale [--tickets 1000000]   4,096 servers: CPU a ticket, lag, throughput
     python -m benchmarks.simulate rules                       the ledger, a gate at the begin, drop at the end
@@ -14,6 +14,7 @@ results are in benchmarks/results/simulate.jsonl; a part that is run again repla
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import time
 from collections.abc import Iterator
@@ -21,10 +22,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.growth import rss_bytes
 from benchmarks.report import RESULTS, ROOT, machine, table
 from benchmarks.simulation_report import draw, rules_table, scale_table, tails_table
 from benchmarks.simulation_rules import RULES, LedgerRule
 from benchmarks.simulation_world import Job
+from buffer.__main__ import GC_THRESHOLDS
 
 RESULT = RESULTS / "simulate.jsonl"
 SCALE = Job(num_servers=4096, groups_per_step=8192, spread=0.5)
@@ -55,6 +58,7 @@ def scale(num_tickets: int) -> Iterator[dict[str, Any]]:
                 "tickets": simulation.num_tickets,
                 "cpu_us_a_ticket": round(1e6 * (simulation.cpu_s - before[1]) / max(1, num_new), 1),
                 "lag_max": max(simulation.lags),
+                "rss_mb": round(rss_bytes() / 1e6),
             }
         )
         print(parts[-1], flush=True)
@@ -104,6 +108,7 @@ def main() -> None:
     parser.add_argument("part", choices=["scale", "rules", "tails", "report"])
     parser.add_argument("--tickets", type=int, default=1_000_000)
     args = parser.parse_args()
+    gc.set_threshold(*GC_THRESHOLDS)  # as in the daemon
     if args.part != "report":
         run = {"scale": lambda: scale(args.tickets), "rules": rules, "tails": tails}[args.part]
         rows = []

@@ -20,8 +20,11 @@ ENOUGH = 0.95
 
 def scale_table(rows: Rows) -> tuple[list[str], list[list[object]]]:
     """The long run, by tenths."""
-    header = ["tickets", "CPU us a ticket, in the ledger", "largest lag"]
-    return header, [[f"{p['tickets']:,}", p["cpu_us_a_ticket"], p["lag_max"]] for p in rows[0]["parts"]]
+    header = ["tickets", "CPU us a ticket, in the ledger", "largest lag", "MB of the process"]
+    return header, [
+        [f"{part['tickets']:,}", part["cpu_us_a_ticket"], part["lag_max"], part.get("rss_mb", "")]
+        for part in rows[0]["parts"]
+    ]
 
 
 def rules_table(rows: Rows) -> tuple[list[str], list[list[object]]]:

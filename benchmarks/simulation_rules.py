@@ -51,15 +51,15 @@ class LedgerRule(Simulation):
             MemoryStore(),
             now_s=0.0,
         )
-        self._ledger.set_num_train_prompts(10**9)
-        self._ledger.start_training(incarnation=1, step=0, stream={})
+        self._ledger.state.prompts.set_num_train_prompts(10**9)
+        self._ledger.trainer.start_training(incarnation=1, step=0, stream={})
         self._by_name = {server.name: server for server in self.servers}
         self._done: dict[str, list[SampleDone]] = {}
         self._samples: dict[tuple[int, int], Sample] = {}
         """Complete samples that are not trained on yet, by ticket and index."""
         self._next = 0
         self._ready: list[Sample] = []
-        self._version = self._ledger.alloc_version(incarnation=1, step=0)
+        self._version = self._ledger.trainer.alloc_version(incarnation=1, step=0)
         self._versions = {0: self._version}
         """Step -> version of its weights."""
         self._record = _record(self._version)
@@ -86,7 +86,7 @@ class LedgerRule(Simulation):
     def _register(self, server: Server) -> None:
         with self._timed():
             version = self._versions[server.weights_step]
-            self._ledger.register_server(
+            self._ledger.dispatcher.register_server(
                 server.name, incarnation=server.life, weights_version=version, now_s=self.now_s
             )
         self._beat(server)
@@ -102,7 +102,7 @@ class LedgerRule(Simulation):
             leases=list(known.leases),
         )
         with self._timed():
-            self._ledger.heartbeat(server.name, beat, now_s=self.now_s)
+            self._ledger.dispatcher.heartbeat(server.name, beat, now_s=self.now_s)
 
     def _beat_again(self, server: Server) -> None:
         if server.is_up:
@@ -113,12 +113,12 @@ class LedgerRule(Simulation):
         """What the ledger leases."""
         with self._timed():
             for name, done in self._done.items():
-                for verdict in self._ledger.samples_done(name, done):
+                for verdict in self._ledger.intake.samples_done(name, done):
                     assert not verdict.refusal, verdict
             self._done.clear()
-            self._ledger.expire(now_s=self.now_s)
-            aborts = self._ledger.take_aborts()
-            granted = self._ledger.grant(now_s=self.now_s)
+            self._ledger.dispatcher.expire(now_s=self.now_s)
+            aborts = self._ledger.state.leases.take_aborts()
+            granted = self._ledger.dispatcher.grant(now_s=self.now_s)
         assert not aborts, "a lease of a living server was lost"
         for name, leases in granted.items():
             for lease in leases:
@@ -151,7 +151,7 @@ class LedgerRule(Simulation):
         """The groups of the step, in the order of their positions."""
         while self._next < self.job.groups_per_step:
             with self._timed():
-                group = self._ledger.fetch(step=self.step, position=self._next)
+                group = self._ledger.trainer.fetch(step=self.step, position=self._next)
             if group is None:
                 return None
             self._next += 1
@@ -163,10 +163,10 @@ class LedgerRule(Simulation):
     def trained(self) -> None:
         """Completes the step, and commits it now and then."""
         with self._timed():
-            self._ledger.complete_step(incarnation=1, step=self.step - 1)
-            self._version = self._ledger.alloc_version(incarnation=1, step=self.step)
+            self._ledger.trainer.complete_step(incarnation=1, step=self.step - 1)
+            self._version = self._ledger.trainer.alloc_version(incarnation=1, step=self.step)
             if self.step % _COMMIT_EVERY == 0:
-                self._ledger.commit(incarnation=1, step=self.step - 1)
+                self._ledger.trainer.commit(incarnation=1, step=self.step - 1)
         self._versions[self.step] = self._version
         self._records[self.step] = _record(self._version)
         for table in (self._versions, self._records):
@@ -174,8 +174,7 @@ class LedgerRule(Simulation):
 
     def results(self) -> dict[str, Any]:
         """Also the ledger's own counts."""
-        snapshot = self._ledger.snapshot()
-        drops = {reason.value: count for reason, count in snapshot.drops.items() if count}
+        drops = {reason.value: count for reason, count in self._ledger.state.drops.items() if count}
         return super().results() | {
             "tickets": self.num_tickets,
             "drops": drops,

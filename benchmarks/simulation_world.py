@@ -47,7 +47,7 @@ class Job:
     """Time of the trainer for a step."""
     push_s: float = 2.0
     failures_an_hour: float = 0.05
-    """Of each server."""
+    """Failures of each server in an hour."""
     repair_s: float = 120.0
     seed: int = 0
 

@@ -37,8 +37,9 @@ import torch
 
 from areal_like.config import Config, TrainerConfig
 from areal_like.trajectory import NOT_SAMPLED, Trajectory
-from rollout_server.engine.core import EngineCore, EngineOptions
+from rollout_server.engine.core import EngineCore
 from rollout_server.engine.models.loading import load
+from rollout_server.engine.options import EngineOptions
 from rollout_server.engine.scheduler import SamplingParams, Sequence
 from rollout_server.rendering.prompt_renderer import PromptRenderer
 from rollout_server.tasks.base import Example, Split, make_task
@@ -176,7 +177,7 @@ class Sampler:
         model, weights = load(
             model_path, dtype=torch.float32, device=torch.device("cpu"), context_length=CONTEXT_TOKENS
         )
-        options = EngineOptions(max_running=128, context_length=CONTEXT_TOKENS)
+        options = EngineOptions(max_running_requests=128, context_length=CONTEXT_TOKENS)
         self._core = EngineCore(model, weights, options, version="0")
         self._task = make_task(config.task, seed=config.seed)
         self._renderer = PromptRenderer(model_path)
@@ -236,10 +237,13 @@ class Sampler:
                 sampling_seed=seed,
             )
             groups.append(
-                [Sequence(seq_id=f"{number}.{i}", prompt=prompt, params=params) for i in range(size)]
+                [
+                    Sequence(seq_id=f"{number}.{i}", prompt=prompt, params=params, sample_index=i)
+                    for i in range(size)
+                ]
             )
-            for index, sequence in enumerate(groups[-1]):
-                self._core.submit(sequence, index=index)
+            for sequence in groups[-1]:
+                self._core.submit(sequence)
         while self._core.all_sequences:
             self._core.step()
         return groups

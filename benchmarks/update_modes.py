@@ -33,14 +33,14 @@ from areal_like.config import Config, WeightsConfig, from_mapping
 from areal_like.trajectory import Trajectory
 from areal_like.wire.messages.consumer import ServerEntry
 from benchmarks.report import table, write
+from rollout_server.conversation.policy_client import PolicyClient
+from rollout_server.conversation.scoring import Outcome
+from rollout_server.conversation.turns import Turns
 from rollout_server.policy.client import EngineClient
 from rollout_server.policy.engines.process import EmbeddedProcess, EngineProcess
 from rollout_server.policy.engines.sglang.process import SglangProcess
 from rollout_server.policy.gate import GenerationGate
 from rollout_server.policy.types import Sampling
-from rollout_server.sample.base import PolicyClient
-from rollout_server.sample.scoring import Outcome
-from rollout_server.sample.transcript import Transcript
 from rollout_server.weights.receiver import WeightReceiver
 from tests.support.snapshots import Held
 from trainer.models.tiny import build_tiny_model
@@ -81,23 +81,16 @@ class Server:
 
         async def one(index: int) -> Trajectory:
             nonlocal num_done
-            transcript = Transcript()
             sampling = Sampling(max_new_tokens=int(LENGTHS[index]), ignore_eos=True)
-            transcript.append_context(
-                np.random.default_rng(index).integers(3, 100, PROMPT_TOKENS).astype(np.int32)
-            )
+            prompt = np.random.default_rng(index).integers(3, 100, PROMPT_TOKENS).astype(np.int32)
+            rid = f"{mode}{first_version}.{index}"
+            turns = Turns(PolicyClient(self.client, sampling=sampling, rid=rid, gate=self.gate))
             async with slots:
-                policy_client = PolicyClient(
-                    self.client,
-                    sampling=sampling,
-                    rid=f"{mode}{first_version}.{index}",
-                    gate=self.gate,
-                )
-                await policy_client.extend(transcript)
+                await turns.sample(prompt)
             async with progress:
                 num_done += 1
                 progress.notify_all()
-            return transcript.to_trajectory(Outcome())
+            return turns.to_trajectory(Outcome())
 
         async def update() -> None:
             config = WeightsConfig(update_mode=mode, bucket_bytes=BUCKET_BYTES)

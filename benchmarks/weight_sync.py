@@ -48,9 +48,8 @@ from rollout_server.weights.shadow import ShadowWeightUpdate
 from tests.support.full_state import gather_full_state
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy
-from trainer.weights.background_gather import BackgroundGather
 from trainer.weights.broadcaster import Broadcaster, PushOutcome
-from trainer.weights.snapshot import Snapshot
+from trainer.weights.snapshot import BackgroundGather, Snapshot
 
 SIZES = {"10MB": (256, 688, 3), "100MB": (512, 1376, 8), "500MB": (1024, 2752, 10), "2GB": (2048, 5504, 10)}
 """Bytes in float32 (approximate) -> hidden size, intermediate size and layers of a Llama model."""

@@ -15,7 +15,8 @@ from areal_like.runtime.process import early_signals, keep_files_private
 from areal_like.shards import Shard
 
 _SWITCH_INTERVAL_S = 2e-4
-_GC_THRESHOLDS = (1_000, 20, 1_000)
+GC_THRESHOLDS = (1_000, 20, 1_000)
+"""Of the garbage collector; the reason is where they are set."""
 
 
 def main() -> int:
@@ -26,7 +27,7 @@ def main() -> int:
     keep_files_private()
     from areal_like.runtime.daemon import run_daemon
     from buffer.service.daemon import main as serve
-    from buffer.service.offline import drop_offline, unfence_offline
+    from buffer.service.operations import drop_offline, unfence_offline
 
     try:
         dropped, args = _option(sys.argv[1:], "--drop", "name tickets by their numbers, e.g. --drop 17,23")
@@ -50,7 +51,7 @@ def main() -> int:
     # should not traverse thousands of them repeatedly. Young objects are collected often, because an ended
     # HTTP connection is a reference cycle, and thousands would accumulate.
     gc.freeze()
-    gc.set_threshold(*_GC_THRESHOLDS)
+    gc.set_threshold(*GC_THRESHOLDS)
     return run_daemon(config, role="buffer", name=name, main=serve)
 
 

@@ -55,7 +55,7 @@ class LedgerSettings:
     keep_evaluations: int
     """`eval.keep`."""
     eval_sets: Mapping[str, int]
-    """Answers to each prompt by evaluation set."""
+    """Samples of each prompt by evaluation set."""
     eval_sets_with_task: frozenset[str]
     """Sets whose prompts and rewards are not those of the job's task."""
     durable: bool

@@ -154,7 +154,7 @@ class Ticket:
     num_failures: dict[int, int] = field(default_factory=dict)
     """Number of failures so far, by sample index."""
     failed: set[int] = field(default_factory=set)
-    """Of an eval ticket: samples that failed for good. A train ticket is dropped instead."""
+    """Samples of an eval ticket that failed for good. A train ticket is dropped instead."""
     failed_at: str = ""
     """The server at which a sample failed last; others are preferred for the retry. Not stored."""
     step: int = -1
@@ -172,7 +172,7 @@ class Ticket:
     @property
     def oldest_sampled_step(self) -> int | None:
         """Step of the oldest token that has arrived; None before the first sample."""
-        return min((sample.oldest_step for sample in self.samples.values()), default=None)
+        return min([sample.oldest_step for sample in self.samples.values()], default=None)
 
     @property
     def oldest_possible_step(self) -> int | None:
@@ -181,9 +181,11 @@ class Ticket:
         A lease counts with the step of its server's weights when it was granted, because its tokens cannot be
         from older weights.
         """
-        steps = [sample.oldest_step for sample in self.samples.values()]
-        steps += [lease.weights_step for lease in self.leases.values()]
-        return min(steps, default=None)
+        oldest = self.oldest_sampled_step
+        for lease in self.leases.values():
+            if oldest is None or lease.weights_step < oldest:
+                oldest = lease.weights_step
+        return oldest
 
 
 @dataclass(kw_only=True, slots=True, eq=False)

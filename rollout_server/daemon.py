@@ -38,7 +38,6 @@ from rollout_server.policy.client import EngineClient
 from rollout_server.policy.concurrency import ConcurrencyController, EngineLoad
 from rollout_server.policy.engines.supervisor import INITIAL_VERSION, EngineSupervisor
 from rollout_server.policy.gate import GenerationGate
-from rollout_server.sample.base import SingleTurn
 from rollout_server.sample.lease_runner import LeaseRunner
 from rollout_server.starvation import Starvation
 from rollout_server.weights.receiver import WeightReceiver
@@ -65,13 +64,12 @@ class RolloutServer:
     def __init__(self, runtime: Runtime, parts: Parts) -> None:
         config = runtime.config
         self._runtime = runtime
-        self._task = parts.task
-        self._renderer = renderer = parts.renderer
+        self._tasks = {name: source.task for name, source in parts.sources.items()}
+        self._renderer = parts.renderer
         self._fingerprints = (model_fingerprint(parts.model), tokenizer_fingerprint(parts.model))
         self._engine = engine = parts.engine
         self._rewards = parts.reward_pools
         self._environments = parts.environment_pools
-        self._eval_sets = parts.eval_sets
         self._plane = parts.plane
         self._gate = gate = GenerationGate()
         self._concurrency = ConcurrencyController(most=config.rollout.max_running)
@@ -117,17 +115,11 @@ class RolloutServer:
         )
         self._runner = LeaseRunner(
             config,
-            task=parts.task,
-            tokenizer=renderer,
-            stop_token_ids=tuple(renderer.stop_token_ids),
-            episode=SingleTurn(),
-            rewards=parts.rewards,
+            parts.sources,
             gate=gate,
             on_result=self._buffers.deliver,
             on_move=self._buffers.moved,
-            environments=parts.environments,
-            sessions=parts.sessions,
-            eval_sets=parts.eval_sets,
+            book=parts.book,
         )
         self._stats = ServerStats(
             runtime.metrics,
@@ -148,7 +140,7 @@ class RolloutServer:
         )
         runtime.status = self._status
         runtime.trouble = self._trouble
-        runtime.waits.sources += [self._supervisor.waits, *(pool.waits for pool in self._rewards)]
+        runtime.waits.sources.append(self._supervisor.waits)
         runtime.metrics_pages["engine"] = self._engine_metrics
         runtime.advertise(weights=self._weights_address)
 
@@ -272,8 +264,8 @@ class RolloutServer:
     def _hello(self) -> Hello:
         return registration(
             self._runtime,
-            self._task,
-            eval_tasks={name: one.task for name, one in self._eval_sets.items()},
+            self._tasks[""],
+            eval_tasks={name: task for name, task in self._tasks.items() if name},
             fingerprints=self._fingerprints,
             weights_address=self._weights_address,
             weights_version=self._receiver.version,

@@ -1,6 +1,6 @@
 """The time in which a server's requests were at its engine: what the speed of the engine is measured against.
 
-The engine's own count of its busy time is no measure for that: an engine that is stopped again and again
+The engine's own count of its busy time does not measure that: an engine that is stopped again and again
 between two steps counts the time as idle. Time does not count in which the server itself did not run, and in
 which a push of weights kept the engine from decoding. Pure: no clock.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 
 class EngineTime:
-    """Of one server. `busy_s`: seconds with a request at the engine; `request_s`: added over the requests."""
+    """`busy_s`: seconds with a request at the engine; `request_s`: the same, added over the requests."""
 
     def __init__(self) -> None:
         self.busy_s = 0.0

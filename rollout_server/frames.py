@@ -1,14 +1,17 @@
 """Frames between a server and its worker processes: a 4-byte little-endian length and msgpack.
 
-A worker gets its socket as stdin, and moves it away before it runs a task's code, so that code which prints
-or reads stdin cannot corrupt it.
+A worker moves its socket away from stdin before it runs a task's code, so that code which prints or reads
+stdin cannot corrupt it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import struct
+import traceback
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import msgpack
@@ -21,6 +24,43 @@ def pack(message: Any) -> bytes:
     body = msgpack.packb(message, unicode_errors="replace")
     assert isinstance(body, bytes)
     return HEADER.pack(len(body)) + body
+
+
+def read(receive: Callable[[int], bytes]) -> Any:
+    """The next message of a peer that is trusted. Raises EOFError at the end of the stream.
+
+    `receive`: gives so many bytes, or fewer at the end.
+    """
+    header = receive(HEADER.size)
+    body = receive(HEADER.unpack(header)[0]) if len(header) == HEADER.size else b""
+    if not body:
+        raise EOFError
+    return unpack(body)
+
+
+async def messages(reader: asyncio.StreamReader) -> AsyncIterator[Any]:
+    """The messages of a stream until its end, of a peer that is trusted."""
+    while True:
+        try:
+            (size,) = HEADER.unpack(await reader.readexactly(HEADER.size))
+            body = await reader.readexactly(size)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return
+        yield unpack(body)
+
+
+def unpack(body: bytes) -> Any:
+    """A message of a peer that is trusted. Settings may have keys that are not strings (YAML: `{1: a}`)."""
+    return msgpack.unpackb(body, strict_map_key=False)
+
+
+def described(error: BaseException, *, note: str = "") -> str:
+    """The message of an exception of a task's code, and the place where it was raised."""
+    message = traceback.format_exception_only(error)[-1].strip() + note
+    places = traceback.extract_tb(error.__traceback__)
+    return (
+        f"{message} ({places[-1].filename}:{places[-1].lineno} in {places[-1].name})" if places else message
+    )
 
 
 def claim_stdin() -> socket.socket:

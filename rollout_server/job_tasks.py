@@ -1,4 +1,4 @@
-"""The tasks of a rollout server: the one it trains on, and those of the evaluation sets.
+"""The tasks of a rollout server, by name of the evaluation set: the empty name is the task to train on.
 
 They are made first, because that finds most mistakes in a configuration, and before the slow imports. Prompts
 that are too long are left out when the tokenizer is there.
@@ -12,12 +12,13 @@ from collections.abc import Mapping
 from areal_like.config import Config, EvalSetConfig
 from areal_like.errors import ConfigError
 from areal_like.wire.fingerprint import canonical_json
+from rollout_server.context_length import longest_evaluation, longest_sequence
 from rollout_server.rendering.prompt_renderer import PromptRenderer
 from rollout_server.tasks.base import Task, make_task
 
 
-def make_tasks(config: Config) -> tuple[Task, dict[str, Task]]:
-    """The task to train on, and that of each evaluation set; sets with equal settings share one.
+def make_tasks(config: Config) -> dict[str, Task]:
+    """The task to train on (empty name), and that of each evaluation set; sets with equal settings share one.
 
     Raises ConfigError for a task that cannot be made, has no training prompts, or holds out too few.
     """
@@ -25,47 +26,49 @@ def make_tasks(config: Config) -> tuple[Task, dict[str, Task]]:
     task.check()
     if not task.num_train:
         raise ConfigError("task.train is not set: name the rows to train on")
-    return task, eval_tasks(config, task)
-
-
-def eval_tasks(config: Config, task: Task) -> dict[str, Task]:
-    """The task of each set. `task`: the job's. Raises ConfigError."""
-    made: dict[str, Task] = {}
-    tasks: dict[str, Task] = {}
+    made = {"": task}
+    tasks = {"": task}
     for name, one in config.eval.resolved_sets.items():
         key = key_of(one)
-        if key and key not in made:
+        if key not in made:
             made[key] = _make(config, name, one)
-        tasks[name] = made.get(key, task)
+        tasks[name] = made[key]
         _check_num_prompts(config, name, tasks[name])
     return tasks
 
 
+def sequence_lengths(config: Config, tasks: Mapping[str, Task], *, max_positions: int) -> dict[str, int]:
+    """Longest sequence of training and of each set, in tokens. `max_positions`: the model's limit.
+
+    Raises ConfigError as the functions of `context_length`.
+    """
+    lengths = {"": longest_sequence(config, tasks[""], max_positions=max_positions)}
+    for name, one in config.eval.resolved_sets.items():
+        lengths[name] = lengths[""]
+        if one.task or one.max_new_tokens:
+            lengths[name] = longest_evaluation(config, one, tasks[name], max_positions=max_positions)
+    return lengths
+
+
 def without_long_prompts(
-    config: Config,
-    task: Task,
-    tasks: Mapping[str, Task],
-    renderer: PromptRenderer,
-    *,
-    contexts: Mapping[str, int],
-) -> tuple[Task, dict[str, Task]]:
+    config: Config, tasks: Mapping[str, Task], renderer: PromptRenderer, *, contexts: Mapping[str, int]
+) -> dict[str, Task]:
     """The tasks without the prompts that are too long, for training or for one of the sets of a task.
 
     Raises ConfigError if too few are left.
     """
-    task = task.without_long_prompts(renderer)
     sets = config.eval.resolved_sets
     limits: dict[str, int] = {}
     for name, one in sets.items():
         limit = contexts[name] - (one.max_new_tokens or config.sampling.max_new_tokens)
         limits[key_of(one)] = min(limit, limits.get(key_of(one), limit))
-    fitted = {"": task}
+    fitted = {"": tasks[""].without_long_prompts(renderer)}
     for name, one in sets.items():
         key = key_of(one)
         if key not in fitted:
             fitted[key] = tasks[name].without_long_prompts(renderer.limited(limits[key]))
         _check_num_prompts(config, name, fitted[key])
-    return task, {name: fitted[key_of(one)] for name, one in sets.items()}
+    return {"": fitted[""]} | {name: fitted[key_of(one)] for name, one in sets.items()}
 
 
 def content_of(tasks: Mapping[str, Task]) -> str:

@@ -16,17 +16,17 @@ from areal_like.runtime.progress import ProgressClock
 from areal_like.spans import recorder
 from areal_like.trajectory import FinishReason
 from rollout_server.engine_time import EngineTime
-from rollout_server.environments.workers.pool import EnvironmentPool
 from rollout_server.leases.held_leases import Place
 from rollout_server.leases.shards import ShardedBufferClient
 from rollout_server.policy.engines.engine import Engine
 from rollout_server.policy.engines.supervisor import EngineSupervisor
 from rollout_server.policy.gate import GenerationGate
-from rollout_server.rewards.pool import RewardPool
 from rollout_server.sample.lease_runner import LeaseRunner
 from rollout_server.sessions.book import WRONG_ROUTES, Outcome, SessionBook
 from rollout_server.starvation import Starvation
 from rollout_server.weights.receiver import WeightReceiver
+from rollout_server.workers.environment_pool import EnvironmentPool
+from rollout_server.workers.reward_pool import RewardPool
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +111,29 @@ _ENDED = {outcome: f"sessions_{outcome.value}" for outcome in Outcome}
 _ROUTES = {name: f"session_wrong_routes_{name}" for name in WRONG_ROUTES}
 _REFUSED = {status: f"session_refusals_{status}" for status in (400, 404, 405, 410, 413, 422, 429, 500, 503)}
 """By the HTTP status of the application's answer."""
+_BY_LABEL: tuple[tuple[str, str, str, Mapping[Any, str]], ...] = (
+    ("rollout_samples_failed", "Samples of this server that failed, by kind.", "kind", _FAILED),
+    (
+        "rollout_samples_finished",
+        "Samples of this server that did not fail, by the reason for their end.",
+        "reason",
+        _FINISHED,
+    ),
+    ("sessions_ended", "Sessions that have ended, by how.", "outcome", _ENDED),
+    (
+        "session_refusals",
+        "Requests of agents that were refused behind the check of their key, by HTTP status.",
+        "status",
+        _REFUSED,
+    ),
+    (
+        "session_wrong_routes",
+        "Requests of agents for routes that sessions do not have, by the last word of their paths.",
+        "route",
+        _ROUTES,
+    ),
+)
+"""Counters with one label: its name, and the server's name of each of its values."""
 _DURATIONS = {
     "samples": ("sample_seconds", "Time from the begin of a sample to its end, with its rewards."),
     "generations": ("generation_seconds", "Time from a request to the engine to its answer."),
@@ -154,33 +177,10 @@ class ServerStats:
         self._book = book
         self._counters = {key: metrics.counter(*named) for key, named in _COUNTERS.items()}
         self._gauges = {key: metrics.gauge(*named) for key, named in _GAUGES.items()}
-        self._failed = metrics.counter(
-            "rollout_samples_failed",
-            "Samples of this server that failed, by kind.",
-            label="kind",
-            values=list(FailureKind),
-        )
-        self._finished = metrics.counter(
-            "rollout_samples_finished",
-            "Samples of this server that did not fail, by the reason for their end.",
-            label="reason",
-            values=list(FinishReason),
-        )
-        self._ended = metrics.counter(
-            "sessions_ended", "Sessions that have ended, by how.", label="outcome", values=list(Outcome)
-        )
-        self._refused = metrics.counter(
-            "session_refusals",
-            "Requests of agents that were refused behind the check of their key, by HTTP status.",
-            label="status",
-            values=list(map(str, _REFUSED)),
-        )
-        self._routes = metrics.counter(
-            "session_wrong_routes",
-            "Requests of agents for routes that sessions do not have, by the last word of their paths.",
-            label="route",
-            values=list(_ROUTES),
-        )
+        self._by_label = [
+            (metrics.counter(name, doc, label=label, values=list(map(str, keys))), keys)
+            for name, doc, label, keys in _BY_LABEL
+        ]
         self._durations = {
             lane: metrics.histogram(name, doc, buckets=SECONDS) for lane, (name, doc) in _DURATIONS.items()
         }
@@ -197,16 +197,7 @@ class ServerStats:
         self._weights = (-1, 0.0)
         """Version that the engine has, and since when."""
         self.values: dict[str, float] = dict.fromkeys(
-            (
-                *_COUNTERS,
-                *_GAUGES,
-                *_FAILED.values(),
-                *_FINISHED.values(),
-                *_ENDED.values(),
-                *_REFUSED.values(),
-                *_ROUTES.values(),
-            ),
-            0.0,
+            (*_COUNTERS, *_GAUGES, *(key for *_, keys in _BY_LABEL for key in keys.values())), 0.0
         )
         """Numbers by name, as sent with the heartbeat."""
 
@@ -261,16 +252,9 @@ class ServerStats:
         }
         for key, counter in self._counters.items():
             counter.inc(values[key] - self.values[key])
-        for kind, name in _FAILED.items():
-            self._failed.labels(kind).inc(values[name] - self.values[name])
-        for reason, name in _FINISHED.items():
-            self._finished.labels(reason).inc(values[name] - self.values[name])
-        for outcome, name in _ENDED.items():
-            self._ended.labels(outcome).inc(values[name] - self.values[name])
-        for status, name in _REFUSED.items():
-            self._refused.labels(str(status)).inc(values[name] - self.values[name])
-        for route, name in _ROUTES.items():
-            self._routes.labels(route).inc(values[name] - self.values[name])
+        for labelled, keys in self._by_label:
+            for value, key in keys.items():
+                labelled.labels(str(value)).inc(values[key] - self.values[key])
         for key, gauge in self._gauges.items():
             gauge.set(values[key])
         self.values = {key: float(value) for key, value in values.items()}

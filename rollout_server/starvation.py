@@ -1,4 +1,4 @@
-"""Notices that an engine has free places because the server's samples wait for rewards or tools.
+"""Notices that an engine has free slots because the server's samples wait for rewards or tools.
 
 A server may hold `rollout.max_episodes` samples. When so many of them wait for their reward or environment
 that no further group fits, the engine gets no new work: rewards or tools are then slower than the engine. The
@@ -20,7 +20,7 @@ _HINT_AFTER_S = 15.0
 
 
 class Starvation:
-    """Of one server's engine. `now_s`: seconds on any monotonic clock."""
+    """The starvation of one server's engine. `now_s`: seconds on any monotonic clock."""
 
     def __init__(self, *, max_running: int, max_episodes: int, group_samples: int) -> None:
         """`group_samples`: samples that are leased together; they come only if all of them may be held."""

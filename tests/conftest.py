@@ -12,16 +12,22 @@ import hypothesis
 import pytest
 
 from areal_like.runtime.imports import uncollected
-from tests.support.selection import is_fast, largest_first, refuse_processes
+from tests.support.selection import ProcessRefusal, is_fast, largest_first
 
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # before torch: its threads would compete with the other workers'
 
 # The first draw of a process takes seconds on a loaded machine, and an example may take any time there.
-hypothesis.settings.register_profile(
-    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
-)
+# `make test` draws the same examples each time, so that it fails only after a change; `make chaos` draws
+# new ones.
+for name, draws_the_same in (("any machine", True), ("random", False)):
+    hypothesis.settings.register_profile(
+        name,
+        deadline=None,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+        derandomize=draws_the_same,
+    )
 hypothesis.settings.load_profile("any machine")
 
 # Where the tests run in the background of a script, SIGINT is ignored, and programs that they start would
@@ -56,7 +62,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         slow = [item for item in items if not is_fast(item)]
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if is_fast(item)]
-        refuse_processes()
+        config.pluginmanager.register(ProcessRefusal())
     items[:] = largest_first(items)
 
 

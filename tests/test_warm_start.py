@@ -99,7 +99,8 @@ import os, time
 from pathlib import Path
 from areal_like.runtime.process import die_with_parent
 die_with_parent()
-Path("ready").write_text(str(os.getppid()))
+Path("written").write_text(str(os.getppid()))
+Path("written").rename("ready")
 time.sleep(600)
 """
 

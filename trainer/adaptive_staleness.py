@@ -2,7 +2,7 @@
 
 The ESS is that of the objective's own weights (`Objective.ess_level`): products over sequences, their
 geometric means, or tokens. An engine whose numerics differ from the trainer's lowers that of products with
-the length of the answers, at any lag; that of tokens it hardly changes.
+the length of the completions, at any lag; that of tokens it hardly changes.
 
 With m the mean ESS ratio over a window of steps, T the target, and b the bound:
 

@@ -6,10 +6,10 @@
 
 Every rank fetches its own groups; everything else that goes to the buffer is sent by rank 0 (`leader.py`).
 Before each step the ranks agree on whether to continue, because a signal reaches them at different times. A
-drain finishes the current step, or abandons it after a third of `daemon.drain_timeout_s`, waits for the
-checkpoint and the commit, closes admission, and exits with `daemon.exit_code_on_drain`. The ledger serves the
-groups of an abandoned step again. After the last step the buffers are told that the run is finished, and the
-exit code is 0.
+drain finishes the current step, or abandons it: after a third of `daemon.drain_timeout_s`, or at once if a
+group is missing and no rollout server is left. It waits for the checkpoint and the commit, closes admission,
+and exits with `daemon.exit_code_on_drain`. The ledger serves the groups of an abandoned step again. After the
+last step the buffers are told that the run is finished, and the exit code is 0.
 """
 
 from __future__ import annotations
@@ -30,18 +30,13 @@ from areal_like.spans.recorder import record, record_phase
 from areal_like.weights.snapshots_on_disk import VERSION_KEY
 from trainer.buffer_client.client import TrainerBufferClient
 from trainer.checkpoints.checkpoint import Checkpoints
-from trainer.distributed.ranks import Ranks
-from trainer.leader import Leader
-from trainer.metrics.lag import LagTally
+from trainer.distributed.ranks import IncompleteStepError, Ranks
+from trainer.leader import Leader, received, shared
 from trainer.models.policy import build_policy
 from trainer.profiling.ranges import named_range
 from trainer.profiling.recorder import StepRecorder
 from trainer.step.build import build_step_runner
-from trainer.step.runner import IncompleteStepError
-from trainer.step_settings import received, shared
-from trainer.weights.background_gather import BackgroundGather
-from trainer.weights.boundary_gather import BoundaryGather
-from trainer.weights.snapshot import Snapshot, WeightSnapshotter
+from trainer.weights.snapshot import BackgroundGather, BoundaryGather, Snapshot, WeightSnapshotter
 
 log = logging.getLogger(__name__)
 
@@ -58,32 +53,26 @@ class Trainer:
         self._paths = RunPaths.of(config)
         buffer.state = "loading"
         source = model_path(config)
-        dtype = compute_dtype(config)
-        self._checkpoints = Checkpoints(
-            self._paths.checkpoints,
-            keep=config.trainer.keep_checkpoints,
-            keep_rolled_back=config.trainer.keep_rolled_back,
-            tokenizer_path=source,
-            dtype=dtype,
-        )
+        self._checkpoints = Checkpoints.of(config)
         resume_step = self._checkpoints.resume_step(config.resume, ranks)
         is_new = resume_step is None  # else a checkpoint has the weights: reading the initial ones is wasted
         self._policy = build_policy(config, source, ranks, with_weights=is_new)
         self._runner = build_step_runner(config, self._policy, ranks, initial=source, with_weights=is_new)
         gather = BoundaryGather if ranks.device.type == "cuda" else BackgroundGather
         self._snapshotter: WeightSnapshotter = gather(
-            self._policy, ranks, bucket_bytes=config.weights.bucket_bytes_on(ranks.device.type), dtype=dtype
+            self._policy,
+            ranks,
+            bucket_bytes=config.weights.bucket_bytes_on(ranks.device.type),
+            dtype=compute_dtype(config),
         )
         self._snapshot_s = 0.0
         """Seconds that the last snapshot took."""
         self._checkpoints.open(ranks)
         self._step, self._stream = self._resume(resume_step)
-        self._saved_step, self._saved_s = self._step, time.monotonic()
         buffer.step = self._step
+        self._started_s = started_s
         self._leader: Leader | None = None
-        if ranks.rank == 0:
-            self._leader = Leader(config, buffer, step=self._step, started_s=started_s)
-            self._runner.on_first_forward = self._leader.check_weights
+        """On rank 0, from `_begin` on."""
         buffer.runtime.status = self._status
         self._hands_over = False
         buffer.runtime.verbs["hand_over"] = self._hand_over
@@ -97,8 +86,10 @@ class Trainer:
 
     def run(self) -> None:
         """Trains until `trainer.num_steps` or a drain."""
-        leader = contextlib.closing(self._leader or contextlib.ExitStack())
-        with leader, contextlib.closing(self._checkpoints), contextlib.closing(self._recorder):
+        with contextlib.ExitStack() as closed_at_end:
+            closed_at_end.callback(lambda: self._leader.close() if self._leader is not None else None)
+            closed_at_end.callback(self._checkpoints.close)
+            closed_at_end.callback(self._recorder.close)
             if not self._begin():
                 self._snapshotter.close()
                 return
@@ -127,7 +118,7 @@ class Trainer:
         if is_stopping:
             return False
         self._runner.optimizer.lr, is_save_asked = received(numbers)
-        if is_save_asked and self._saved_step < self._step:
+        if is_save_asked and self._checkpoints.saved_step < self._step:
             self._save()
         return True
 
@@ -154,21 +145,25 @@ class Trainer:
     def _begin(self) -> bool:
         """Returns False if the run was finished before this trainer started."""
         snapshot = self._take_snapshot()
-        if self._leader is not None:
-            assert snapshot is not None
+        if snapshot is not None:  # rank 0
             try:
-                is_new = self._leader.start_stream(self._stream)
+                self._leader = Leader(
+                    self._config,
+                    self._buffer,
+                    step=self._step,
+                    stream=self._stream,
+                    push_bytes=sum(bucket.num_bytes for bucket in snapshot.buckets),
+                    started_s=self._started_s,
+                )
             except RunFinishedError as error:
                 log.info("%s", error)
                 return not self._ranks.any(True)
-            # Not before start_stream, which the buffer may refuse. Not after begin, which waits for servers:
-            # a trainer that replaces this one in the meantime resumes from the latest checkpoint, and that
-            # must not be one after this step.
+            self._runner.on_first_forward = self._leader.check_weights
+            # Not before the buffer has accepted the start. Not after begin, which waits for servers: a
+            # trainer that replaces this one in the meantime resumes from the latest checkpoint, and that must
+            # not be one after this step.
             self._checkpoints.set_aside_after(self._step)
-            oldest_kept_step = min(self._checkpoints.steps(), default=0)
-            self._leader.begin(
-                snapshot, is_new=is_new, stream=self._stream, oldest_kept_step=oldest_kept_step
-            )
+            self._leader.begin(snapshot, oldest_kept_step=min(self._checkpoints.steps(), default=0))
         # No rank may fetch groups before the buffer has received StartTraining, so all ranks meet here.
         if self._ranks.any(False):
             return False
@@ -178,36 +173,26 @@ class Trainer:
     def _train_step(self) -> None:
         step, trainer = self._step, self._config.trainer
         self._buffer.state = "training"
-        lags = LagTally(self._config.staleness_cap)
-        groups = (lags.counted(group) for group in self._buffer.groups(step))
-        metrics: dict[str, Any] = dict(
-            self._runner.run(
-                groups,
-                step=step,
-                num_groups=trainer.groups_per_step,
-                lags=lags.of_tokens,
-                is_abandoned=self._buffer.abandon_step.is_set,
-            )
+        metrics = self._runner.run_served(
+            self._buffer.groups(step),
+            step=step,
+            num_groups=trainer.groups_per_step,
+            max_staleness=self._config.staleness_cap,
+            is_abandoned=self._buffer.abandon_step.is_set,
         )
         self._step = self._buffer.step = step + 1
-        metrics |= lags.reduced(self._ranks)
         is_last = self._step == trainer.num_steps
         is_sync = is_last or self._step % self._config.weights.sync_interval == 0
         snapshot = self._take_snapshot() if is_sync else None
         metrics["freeze_s"] = self._snapshot_s if is_sync else 0.0
         if self._leader is not None:
             self._leader.finish_step(step, metrics, snapshot)
-        if is_last or self._step % trainer.checkpoint_interval == 0 or self._is_checkpoint_overdue():
+        if is_last or self._checkpoints.is_due(self._step, trainer, self._ranks):
             self._save()
-
-    def _is_checkpoint_overdue(self) -> bool:
-        """True when `trainer.checkpoint_minutes` have passed since the last checkpoint, by rank 0's clock."""
-        minutes = self._config.trainer.checkpoint_minutes
-        return minutes > 0 and bool(self._ranks.agree(int(time.monotonic() - self._saved_s >= 60 * minutes)))
 
     def _end(self) -> None:
         self._buffer.state = "draining"
-        if self._saved_step < self._step:
+        if self._checkpoints.saved_step < self._step:
             self._save()
         self._checkpoints.wait()  # no later checkpoint can replace the last one: here a full disk is an error
         if self._leader is not None:
@@ -235,7 +220,7 @@ class Trainer:
         """
         step, leader = self._step, self._leader
         self._ranks.place.enter("checkpoint", step=step)
-        started_s = self._saved_s = time.monotonic()
+        started_s = time.monotonic()
         # The version before the stream's state, which contains the number of the next version.
         version = leader.alloc_version() if leader is not None else 0
         stream = leader.stream_state(step - 1) if leader is not None else {}
@@ -265,11 +250,10 @@ class Trainer:
             extra=extra,
             on_saved=commit,
         )
-        self._saved_step = step
 
     async def _hand_over(self, _: dict[str, Any]) -> dict[str, Any]:
         """Control verb of rank 0: drains, but leaves the stream open for the next trainer."""
-        if self._leader is None:
+        if self._ranks.rank > 0:
             raise UserError("hand_over: send this to rank 0, which drains all ranks")
         if not self._hands_over:  # a second signal would end the process at once
             self._hands_over = True

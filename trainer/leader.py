@@ -1,14 +1,18 @@
 """The duties of trainer rank 0 around the optimizer steps.
 
 It reports steps and commits to the buffer, publishes the weights, has the policy evaluated, adapts the
-staleness bound, and writes metrics and summary.
+staleness bound, and writes metrics and summary. It also gets what an operator has changed for the next step,
+of which the other ranks get their part (`shared`, `received`) with the vote that they have before each step
+anyway.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import struct
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -35,20 +39,22 @@ from areal_like.wire.messages.consumer import (
 from trainer.adaptive_staleness import StalenessController
 from trainer.batching.packing import PackedBatch
 from trainer.buffer_client.client import StopRequestedError, TrainerBufferClient
-from trainer.evaluation import Evaluations
-from trainer.metrics.generation_counts import GenerationCounts
+from trainer.evaluate import Evaluations
 from trainer.metrics.run_files import WARM_UP_STEPS, step_row
 from trainer.run_record import RunRecord
-from trainer.step_settings import configured
 from trainer.weights.broadcaster import Broadcaster
+from trainer.weights.checks import NOISE, CheckReport, check_tokens
 from trainer.weights.publisher import Publisher, PushReport
 from trainer.weights.snapshot import Snapshot
-from trainer.weights.weight_check import NOISE, check_tokens
-from trainer.weights.weight_checks import CheckReport
 
 log = logging.getLogger(__name__)
 
 _CALL_TIMEOUT_S = 60.0
+_COUNTS_INTERVAL_S = 5.0
+"""Shortest time between two requests for `_COUNTED`: one in each step would cost short steps time."""
+_COUNTED = ("tokens_generated", "generation_busy_s", "generation_idle_s")
+"""The buffer's counters in the rows of steps."""
+NUM_SHARED = 2
 _REPORTED = (
     "reward_mean",
     "eval_reward",
@@ -66,77 +72,76 @@ _REPORTED = (
 class Leader:
     """Methods run in the training thread unless they say otherwise. They are called in this order:
 
-    start_stream() -> begin() -> { finish_step() -> (stream_state(), alloc_version(), commit()) } * -> end()
+    begin() -> { finish_step() -> (stream_state(), alloc_version(), commit()) } * -> end()
     """
 
-    def __init__(self, config: Config, buffer: TrainerBufferClient, *, step: int, started_s: float) -> None:
-        """`step`: completed steps, 0 for a new run. `started_s`: start of the process, monotonic clock."""
+    def __init__(
+        self,
+        config: Config,
+        buffer: TrainerBufferClient,
+        *,
+        step: int,
+        stream: dict[str, Any],
+        push_bytes: int,
+        started_s: float,
+    ) -> None:
+        """Sends the buffer the step at which training starts.
+
+        `step`: completed steps, 0 for a new run. `stream`: the `stream_state` in the checkpoint; empty for a
+        new run. `push_bytes`: of one push of the weights. `started_s`: start of the process, monotonic clock.
+
+        Raises UserError if the buffer cannot continue from this step: another start would be refused too.
+        Raises RunFinishedError if the run is finished and this is its last step.
+        """
         self._config = config
         self._buffer = buffer
+        self._stream = stream
         self._step = step
         self._resumed_from_step = step
         self._started_s = self._training_started_s = started_s
         self._busy_s = 0.0
-        self._record = RunRecord(config, buffer.runtime.metrics, step=step)
-        self._evaluations = Evaluations(config, buffer, on_row=self._record.evaluated)
         self._staleness: StalenessController | None = None
         if config.max_staleness == "auto":
             self._staleness = StalenessController(cap=config.max_staleness_cap, target=config.ess_target)
-        self.settings: StepSettings
-        """Of the step that begins or is in training."""
-        self._eval_before: float | None = None
-        self._counters_at_start: RunCounters
-        self._counted_from_s: float
+        self._eval_before: float | None = stream.get("eval_before")
         self._counters_after_warm_up: RunCounters | None = None
-        self._counts = GenerationCounts(self._get_counters)
+        self._counts_due_s = 0.0
         self._last_push: PushReport | None = None
         self._last_checks: dict[str, CheckReport] = {}
         """Server -> its last check."""
-        self._publisher: Publisher
-        self._push_limit_s: float
-
-    def start_stream(self, stream: dict[str, Any]) -> bool:
-        """Sends the buffer the step at which training starts; returns True if the run is new.
-
-        `stream`: the `stream_state` in the checkpoint; empty for a new run. Raises UserError if the buffer
-        cannot continue from this step: another start would be refused too. Raises RunFinishedError if the run
-        is finished and this is its last step.
-        """
-        start = StartTraining(
-            step=self._step, stream=stream.get("stream", {}), settings=configured(self._config)
-        )
+        self._push_limit_s = 2 * config.weights.deadline_s(push_bytes)  # staging, and broadcast
+        start = StartTraining(step=step, stream=stream.get("stream", {}), settings=configured(config))
         try:
-            welcome = self._buffer.call(start, timeout_s=_CALL_TIMEOUT_S)
+            welcome = buffer.call(start, timeout_s=_CALL_TIMEOUT_S)
         except RefusedError as error:
             raise UserError(str(error)) from error
-        self.settings = self._buffer.call(GetStepSettings(step=self._step), timeout_s=_CALL_TIMEOUT_S)
+        self._is_new = step == 0 and bool(welcome.newest_version == 0)
+        """False also for a run that starts over without a checkpoint: its servers may still hold weights that
+        an earlier trainer pushed."""
+        self.settings: StepSettings = buffer.call(GetStepSettings(step=step), timeout_s=_CALL_TIMEOUT_S)
+        """Settings of the step that begins or is in training."""
         self._counters_at_start, self._counted_from_s = self._get_counters(), time.monotonic()
-        # Without a checkpoint the run starts over, but servers may still hold weights that an earlier trainer
-        # pushed.
-        return self._step == 0 and bool(welcome.newest_version == 0)
+        self._publisher: Publisher = buffer.run(self._open_publisher(), name="publisher", timeout_s=10)
+        # Last: from now on `close` has to end its trackers.
+        self._record = RunRecord(config, buffer.runtime.metrics, step=step)
+        self._evaluations = Evaluations(config, buffer, on_row=self._record.evaluated)
 
-    def begin(
-        self, snapshot: Snapshot, *, is_new: bool, stream: dict[str, Any], oldest_kept_step: int
-    ) -> None:
-        """Publishes the first weights and evaluates them; after `start_stream`, which returned `is_new`.
+    def begin(self, snapshot: Snapshot, *, oldest_kept_step: int) -> None:
+        """Publishes the first weights and evaluates them.
 
         Unless the run is new, it waits until an engine has this trainer's weights. A drain ends the waiting.
-        `stream`: as in `start_stream`. `oldest_kept_step`: as in `commit`.
+        `oldest_kept_step`: as in `commit`.
         """
         if self._step:
             self.commit(self._step - 1, oldest_kept_step=oldest_kept_step)
         if self._staleness is not None:
-            if "staleness" in stream:
-                self._staleness.restore(stream["staleness"])
+            if "staleness" in self._stream:
+                self._staleness.restore(self._stream["staleness"])
             self._send_staleness_bound(self._staleness.bound)
-        self._eval_before = stream.get("eval_before")
-        num_bytes = sum(bucket.num_bytes for bucket in snapshot.buckets)
-        self._push_limit_s = 2 * self._config.weights.deadline_s(num_bytes)  # staging, and broadcast
-        self._buffer.run(self._open_publisher(), name="publisher", timeout_s=10)
-        self._offer(snapshot, loaded=is_new)
+        self._offer(snapshot, loaded=self._is_new)
         self._evaluations.interval = max(1, self.settings.eval_interval)
         try:
-            if not is_new:
+            if not self._is_new:
                 self._wait_for_checkpoint_weights()
             if self._step == 0 and self._evaluations.is_enabled:
                 self._buffer.state = "evaluating"
@@ -176,7 +181,7 @@ class Leader:
         settings = self._buffer.submit_call(GetStepSettings(step=step + 1), timeout_s=_CALL_TIMEOUT_S)
         if snapshot is not None:
             self._offer(snapshot, loaded=False)
-        self._record_row(step, metrics | {"max_staleness": staleness_bound} | self._counts.of_row())
+        self._record_row(step, metrics | {"max_staleness": staleness_bound} | self._counts())
         if self._step == WARM_UP_STEPS:
             self._counters_after_warm_up = self._get_counters()
         self.settings = self._buffer.wait(settings, name="settings", timeout_s=_CALL_TIMEOUT_S + 5)
@@ -188,7 +193,7 @@ class Leader:
         )
 
     def stream_state(self, step: int) -> dict[str, Any]:
-        """The state after `step` that a checkpoint keeps for `start_stream` and `begin`."""
+        """The state after `step` that a checkpoint keeps for the next trainer's `stream`."""
         state = self._buffer.call(GetStreamState(step=step), timeout_s=_CALL_TIMEOUT_S).stream
         kept = {"stream": state, "eval_before": self._eval_before}
         return kept if self._staleness is None else kept | {"staleness": self._staleness.dump()}
@@ -247,7 +252,7 @@ class Leader:
         return self._record.status() | {
             "last_push": asdict(self._last_push) if self._last_push else {},
             "last_checks": {name: asdict(report) for name, report in self._last_checks.items()},
-            "weights_version": self._publisher.active_version if hasattr(self, "_publisher") else 0,
+            "weights_version": self._publisher.active_version,
             "servers": [asdict(server) for server in self._buffer.directory.servers],
         }
 
@@ -318,13 +323,21 @@ class Leader:
         counters: RunCounters = self._buffer.call(GetRunCounters(), timeout_s=_CALL_TIMEOUT_S)
         return counters
 
+    def _counts(self) -> dict[str, float]:
+        """Columns for the row of the step that ends now; none if the buffer was asked a short while ago."""
+        if time.monotonic() < self._counts_due_s:
+            return {}
+        self._counts_due_s = time.monotonic() + _COUNTS_INTERVAL_S
+        counters = self._get_counters().counters
+        return {name: counters.get(name, 0.0) for name in _COUNTED}
+
     def _offer(self, snapshot: Snapshot, *, loaded: bool) -> None:
         async def offer() -> None:
             self._publisher.offer(self._step, snapshot, loaded=loaded)
 
         self._buffer.submit(offer())
 
-    async def _open_publisher(self) -> None:
+    async def _open_publisher(self) -> Publisher:
         def on_push(report: PushReport) -> None:
             self._last_push = report
             self._record.pushed(report)
@@ -337,7 +350,7 @@ class Leader:
         weights = replace(self._config.weights, update_mode=self._config.update_mode)
         # An engine scores given tokens at temperature 1 only.
         is_checked = weights.check_interval_s is not None and self._config.sampling.temperature == 1
-        self._publisher = Publisher(
+        publisher = Publisher(
             Broadcaster(weights, device=buffer.device, keyring=buffer.runtime.keyring, waits=buffer.waits),
             call=buffer.call_async,
             servers=lambda: buffer.directory.servers,
@@ -347,4 +360,32 @@ class Leader:
             check_interval_s=weights.check_interval_s if is_checked else None,
             check_noise=NOISE[compute_dtype(self._config)],
         )
-        buffer.on_directory = self._publisher.directory_changed
+        buffer.on_directory = publisher.directory_changed
+        return publisher
+
+
+def configured(config: Config) -> dict[str, str]:
+    """This trainer's own values of what an operator may change, for `StartTraining.settings`."""
+    return {
+        "trainer.lr": repr(config.trainer.lr),
+        "eval.interval": str(config.eval.interval if config.eval.resolved_sets else 0),
+        "daemon.log_level": config.daemon.log_level,
+    }
+
+
+def shared(settings: StepSettings | None) -> list[int]:
+    """What all ranks need of a step's settings: the learning rate's bits, and whether to save a checkpoint.
+
+    Zeros on ranks without settings.
+    """
+    if settings is None:
+        return [0] * NUM_SHARED
+    (bits,) = struct.unpack("<q", struct.pack("<d", settings.lr))
+    return [bits, int(settings.checkpoint)]
+
+
+def received(numbers: Sequence[int]) -> tuple[float, bool]:
+    """The learning rate and whether to save a checkpoint, of rank 0's `shared`."""
+    bits, saves = numbers
+    (lr,) = struct.unpack("<d", struct.pack("<q", bits))
+    return lr, bool(saves)

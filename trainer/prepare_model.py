@@ -65,7 +65,7 @@ def _tiny(config: Config) -> BuildPlan:
         "seed": config.seed,
         "steps": steps,
         "swap_prob": config.model.warm_start_swap_prob,
-        "sources": _sources("tiny", "token_rows", "warm_start", sorting.__file__),
+        "sources": _sources("tiny", "warm_start", sorting.__file__),
     }
 
     def build(out_dir: Path) -> None:
@@ -91,7 +91,7 @@ def _tiny_chat(config: Config) -> BuildPlan:
         "uses_tool": bool(config.task.get("use_tool", True)),
     }
     shared = (sorting.__file__, adding.__file__, learned_tokens.__file__)
-    files = ("tiny", "tiny_chat", "token_rows", "warm_start", *shared)
+    files = ("tiny", "tiny_chat", "warm_start", *shared)
 
     def build(out_dir: Path) -> None:
         with uncollected():

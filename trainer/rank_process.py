@@ -18,10 +18,7 @@ from areal_like.automatic_settings import recomputes_activations, resolved
 from areal_like.config import Config
 from areal_like.errors import UserError
 from areal_like.paths import RunPaths
-from areal_like.runtime.daemon import DrainSignals, exit_code_of
-from areal_like.runtime.logs import configure_logging
-from areal_like.runtime.process import keep_files_private
-from areal_like.runtime.signals import handle_log_signals
+from areal_like.runtime.daemon import DrainSignals
 from areal_like.security.binding import require_loopback_or_keys
 from trainer.buffer_client.client import StopRequestedError, TrainerBufferClient
 from trainer.checkpoints.directory import remove_partials
@@ -41,27 +38,8 @@ as the rollout servers make progress. A rank that stalls raises an error of its 
 its connections: both end this wait at once."""
 
 
-def run_rank(config: Config) -> int:
-    """Runs one rank from start to end and returns its exit code."""
-    name = f"trainer-{os.environ.get('RANK', '0')}"
-    is_finished = False
-
-    def body() -> None:
-        nonlocal is_finished
-        try:
-            is_finished = _run(config)
-        except StopRequestedError as stop:
-            log.info("%s", stop)
-
-    keep_files_private(RunPaths.of(config).root)
-    configure_logging(config, name)
-    handle_log_signals()
-    code = exit_code_of(name, body)
-    return code if code or is_finished else config.daemon.exit_code_on_drain
-
-
-def _run(config: Config) -> bool:
-    """Returns True if the run is finished, False after a drain."""
+def run_rank(config: Config) -> bool:
+    """Runs one rank from start to end. Returns True if the run is finished, False after a drain."""
     started_s = time.monotonic()
     config = resolved(config)
     require_loopback_or_keys(config.security, config.weights.host, setting="weights.host")
@@ -100,8 +78,12 @@ def _run(config: Config) -> bool:
             timer.start()
 
         DrainSignals(drain_timeout_s=config.daemon.drain_timeout_s, on_drain=on_drain)
-        with buffer:
-            buffer.runtime.metrics.registry.register(GpuMemory(device))
-            trainer = Trainer(config, buffer, ranks, started_s=started_s)
-            trainer.run()
-        return trainer.is_finished
+        try:
+            with buffer:
+                buffer.runtime.metrics.registry.register(GpuMemory(device))
+                trainer = Trainer(config, buffer, ranks, started_s=started_s)
+                trainer.run()
+            return trainer.is_finished
+        except StopRequestedError as stop:
+            log.info("%s", stop)
+            return False

@@ -14,9 +14,8 @@ from areal_like.config import Config
 from areal_like.paths import RunPaths
 from areal_like.runtime.metrics import Metrics
 from areal_like.spans.recorder import record
-from trainer.metrics.evaluations_file import EvaluationsFile
 from trainer.metrics.prometheus import TrainerSeries
-from trainer.metrics.run_files import MetricsFile, finished_summary, write_summary
+from trainer.metrics.run_files import EvaluationsFile, MetricsFile, finished_summary, write_summary
 from trainer.trackers.feed import Trackers
 from trainer.weights.publisher import PushReport
 

@@ -60,7 +60,7 @@ class ConversationTokens:
                 "convert it with transformers, or choose another model"
             )
         if tokenizer.eos_token_id is None and not stop_token_ids:
-            raise ConfigError("model.path: the tokenizer has no EOS token, so no answer would end")
+            raise ConfigError("model.path: the tokenizer has no EOS token, so no completion would end")
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._template_kwargs = dict(template_kwargs or {})

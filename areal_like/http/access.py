@@ -1,4 +1,4 @@
-"""Decides which HTTP requests are answered: a check of the request's head against the rules of one server.
+"""Decides which HTTP requests are accepted: a check of the request's head against the rules of one server.
 
 `AccessRules` are those of the daemons and engines. A server with other tokens has rules of its own, which
 begin with these.
@@ -56,7 +56,7 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True)
 class Refusal:
-    """The answer to a request that is refused."""
+    """Why a request is refused, and with which status."""
 
     status: int
     """HTTP status."""
@@ -69,7 +69,7 @@ class Rules(Protocol):
     """What a server asks before it reads a body."""
 
     def refusal(self, scope: Mapping[str, Any]) -> Refusal | None:
-        """Checks the head of a request, an ASGI scope; None if the request may be answered."""
+        """Checks the head of a request, an ASGI scope; None if the request is accepted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ class AccessRules:
     open_paths: frozenset[str] = PROBE_PATHS
 
     def refusal(self, scope: Mapping[str, Any]) -> Refusal | None:
-        """As Rules.refusal."""
+        """Why a request is refused, by its head; None if it may be read."""
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         if sum(len(name) + len(value) for name, value in headers) > MAX_HEAD_BYTES:
             return Refusal(431, Reason.HEAD, f"the headers are longer than {MAX_HEAD_BYTES} bytes")

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -40,42 +40,35 @@ def error_text(refusal: Refusal) -> tuple[bytes, Headers]:
     return json.dumps({"error": refusal.message}).encode() + b"\n", []
 
 
+@dataclass(eq=False)
 class HttpGuard:
     """An ASGI application around another one."""
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        rules: Rules,
-        *,
-        limits: BodyLimits,
-        max_bytes_of: Callable[[Scope], int] | None = None,
-        on_refused: Callable[[Reason], None] = lambda reason: None,
-        describe: Callable[[Refusal], tuple[bytes, Headers]] = error_text,
-        place: Place = lambda scope: contextlib.nullcontext(),
-    ) -> None:
-        """`max_bytes_of`: the bound of one request, if it is not that of `limits`. `on_refused` counts
-        refusals. `describe`: their bodies, as JSON. `place`: entered for a request that the rules accept, and
-        left when it is answered; gives the refusal if there are too many."""
-        self._app = app
-        self._rules = rules
-        self._limits = limits
-        self._max_bytes_of = max_bytes_of or (lambda scope: limits.max_bytes)
-        self._describe = describe
-        self._place = place
-        self._on_refused = on_refused
+    app: ASGIApp
+    rules: Rules
+    _: KW_ONLY
+    limits: BodyLimits
+    max_bytes_of: Callable[[Scope], int] | None = None
+    """The bound of one request, if it is not that of `limits`."""
+    on_refused: Callable[[Reason], None] = lambda reason: None
+    """Counts refusals."""
+    describe: Callable[[Refusal], tuple[bytes, Headers]] = error_text
+    """Their bodies, as JSON."""
+    place: Place = lambda scope: contextlib.nullcontext()
+    """Entered for a request that the rules accept, and left after its response; gives the refusal if there
+    are too many."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers one request."""
+        """Handles one request."""
         assert scope["type"] == "http", "servers are configured without WebSockets and lifespan"
-        refusal = self._rules.refusal(scope)
+        refusal = self.rules.refusal(scope)
         if refusal is None:
             scope.setdefault("state", {})[ADMITTED] = True
-            with self._place(scope) as refusal:
+            with self.place(scope) as refusal:
                 if refusal is None:
                     refusal = await self._answer(scope, receive, send)
         if refusal is not None:
-            self._on_refused(refusal.reason)
+            self.on_refused(refusal.reason)
             await self._refuse(refusal, send)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> Refusal | None:
@@ -84,15 +77,15 @@ class HttpGuard:
         if isinstance(body, Refusal):
             return body
         if body is None:
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
         elif body["type"] == "http.request":
-            await self._app(scope, _replay(body, receive), send)
+            await self.app(scope, _replay(body, receive), send)
         return None
 
     async def _body(self, scope: Scope, receive: Receive) -> Refusal | Message | None:
         """Reads the body as one message; None if the request has none."""
         headers = dict(scope["headers"])
-        most = self._max_bytes_of(scope)
+        most = self.limits.max_bytes if self.max_bytes_of is None else self.max_bytes_of(scope)
         too_long = Refusal(413, Reason.BODY, f"the body is larger than the {most} bytes accepted here")
         if b"content-length" not in headers and b"transfer-encoding" not in headers:
             return None
@@ -100,7 +93,7 @@ class HttpGuard:
             return too_long
         body = bytearray()
         try:
-            async with asyncio.timeout(self._limits.timeout_s):
+            async with asyncio.timeout(self.limits.timeout_s):
                 while True:
                     message = await receive()
                     if message["type"] != "http.request":
@@ -111,10 +104,10 @@ class HttpGuard:
                     if not message.get("more_body", False):
                         return {"type": "http.request", "body": bytes(body), "more_body": False}
         except TimeoutError:
-            return Refusal(408, Reason.SLOW, f"the body did not arrive within {self._limits.timeout_s:g} s")
+            return Refusal(408, Reason.SLOW, f"the body did not arrive within {self.limits.timeout_s:g} s")
 
     async def _refuse(self, refusal: Refusal, send: Send) -> None:
-        content, more = self._describe(refusal)
+        content, more = self.describe(refusal)
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(content)).encode()),

@@ -2,15 +2,15 @@
 
     connection: HEAD -> (BODY) -> RESPONSE -> idle (keep-alive) -> HEAD ...
 
-* A head that takes longer than `_HEAD_TIMEOUT_S` ends the connection; uvicorn would wait for ever.
-* What a request sends beside its body (headers, chunk sizes, trailers) is bounded while it arrives; httptools
-  would collect a header of any length.
-* Few requests may wait behind the one that is being answered (HTTP pipelining, which no client of ours does).
+* A head that takes longer than `_HEAD_TIMEOUT_S` ends the connection; uvicorn would wait forever.
+* What a request sends in addition to its body (headers, chunk sizes, trailers) is bounded while it arrives;
+  httptools would collect a header of any length.
+* Few requests may wait behind the one that is being handled (HTTP pipelining, which no client of ours does).
   uvicorn keeps as many as arrive, at several kilobytes of memory each.
 * TLS handshakes are bounded in number and time; a connection counts as one only after it.
 * With `write_timeout_s`, a client that does not read its response ends its connection.
 * At `max_connections` the oldest connection is closed that has no complete request, or does not read its
-  response. uvicorn's own limit would answer 503 to every request, /livez included, for as long as one
+  response. uvicorn's own limit would respond with 503 to every request, /livez included, for as long as one
   client holds connections.
 """
 
@@ -98,7 +98,7 @@ class HttpServer(uvicorn.Server):
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Starts to answer. As uvicorn's, which has no setting for handshakes."""
+        """Accepts connections. uvicorn's own method has no setting for handshakes."""
         loop, tls = asyncio.get_running_loop(), self.config.ssl
         self.servers = [
             await loop.create_server(

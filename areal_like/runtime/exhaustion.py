@@ -2,8 +2,8 @@
 
 When a new thread fails before it has told its starter that it runs, Python reports an "ignored" exception,
 and `Thread.start` waits without a limit; an event loop only logs the exception of a callback. Either way the
-process stands still until a time limit of others. Errors in the code of tasks and agents are not meant here:
-what asks for too much memory fails alone.
+process is stalled until a time limit of others ends it. Errors in the code of tasks and agents are handled
+elsewhere: what asks for too much memory fails alone.
 
 The first Python frame of a new thread needs memory too, so the hook may not be Python code: it is the method
 of a queue, and a thread that runs already does the rest.

@@ -1,4 +1,4 @@
-"""How long something has made no progress: limits are on that time, never on the time of the whole work.
+"""Measures how long something has made no progress: limits are on that time, never on that of the whole work.
 
 Pure: signs and times come in as arguments, so the same code runs in server, trainer and launcher.
 """
@@ -25,6 +25,6 @@ class ProgressClock:
             self.advance(now_s=now_s)
 
     def advance(self, *, now_s: float) -> None:
-        """Records progress, or that there is no work that could make any."""
+        """Resets the stall timer: progress was made, or there is nothing to do."""
         self.last_s = now_s
         self.num_changes += 1

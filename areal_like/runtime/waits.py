@@ -1,7 +1,7 @@
 """Named waits of a daemon, listed in its /status, so that a stall shows what the daemon waits for.
 
-A daemon that was stopped for a while (SIGSTOP, a suspended machine) does not count that time: the others may
-have answered long ago, and the answer lies unread in a socket.
+A daemon that was stopped for a while (SIGSTOP, a suspended machine) does not count that time: the response
+may have been unread in a socket for long.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class PendingWaits:
         self._clock = clock
         self._ticked_s: float | None = None
         self._awake_since_s = -math.inf
-        """When the process last went on after it was stopped."""
+        """When the process last continued after it was stopped."""
         self._begun: dict[int, tuple[str, float]] = {}
         """Name and start of each wait, by a number of its own: waits of several threads may overlap."""
         self._numbers = itertools.count()

@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,7 @@ def device_facts(device: torch.device) -> dict[str, str]:
     }
 
 
+@dataclass(eq=False, kw_only=True)
 class WeightGroup:
     """One rank's end of a weight group. Rank 0 (the trainer) sends, all others receive.
 
@@ -72,33 +74,19 @@ class WeightGroup:
     thread safe, but may be used from another thread than the one that created it.
     """
 
-    def __init__(
-        self,
-        store: Any,
-        *,
-        address: str,
-        port: int,
-        rank: int,
-        world_size: int,
-        group_name: str,
-        backend: str,
-        timeout_s: float,
-        secret: str,
-        server: Any = None,
-    ) -> None:
-        self.address = address
-        """Address of the store, which joiners connect to."""
-        self.port = port
-        self.rank = rank
-        self.world_size = world_size
-        self.group_name = group_name
-        self.backend = backend
-        self.timeout_s = timeout_s
-        self.secret = secret
-        """Key of the rendezvous; empty: its values are not authenticated."""
-        self._store: Any = store
-        self._server: Any = server
-        self._group: Any = None
+    address: str
+    """Address of the store, which joiners connect to."""
+    port: int
+    rank: int
+    world_size: int
+    group_name: str
+    backend: str
+    timeout_s: float
+    secret: str = field(repr=False)
+    """Key of the rendezvous; empty: its values are not authenticated."""
+    _store: Any = field(repr=False)
+    _server: Any = field(default=None, repr=False)
+    _group: Any = field(default=None, init=False, repr=False)
 
     @classmethod
     def create(
@@ -116,12 +104,13 @@ class WeightGroup:
 
         `ports`: the first free one is used; 0 is any. `secret`: key of the rendezvous, which every rank must
         have (`rendezvous.AuthenticatedStore`); empty: values are not authenticated. Raises ConfigError if
-        `host` is no address of this machine, WeightSyncError if every port is taken.
+        `host` is not an address of this machine, WeightSyncError if every port is taken.
         """
         _check(rank=0, world_size=world_size, backend=backend)
         server, store, bound_port = open_store(host=host, ports=ports, timeout_s=timeout_s)
         return cls(
-            store,
+            _store=store,
+            _server=server,
             address=host,
             port=bound_port,
             rank=0,
@@ -130,7 +119,6 @@ class WeightGroup:
             backend=backend,
             timeout_s=timeout_s,
             secret=secret,
-            server=server,
         )
 
     @classmethod
@@ -162,7 +150,7 @@ class WeightGroup:
                 f"weight group {group_name}: no store at {master_address}:{master_port}: {first_line(error)}"
             ) from None
         group = cls(
-            store,
+            _store=store,
             address=master_address,
             port=master_port,
             rank=rank,

@@ -35,7 +35,7 @@ class TorchVersions:
 
 @functools.cache
 def torch_versions(python: str) -> TorchVersions | None:
-    """The versions in the environment of an interpreter; None if it does not answer. Asks once."""
+    """The versions in the environment of an interpreter; None if it does not respond. Asks once."""
     try:
         asked = subprocess.run(
             [str(Path(python).expanduser()), "-c", _QUESTION],
@@ -46,8 +46,8 @@ def torch_versions(python: str) -> TorchVersions | None:
             timeout=_TIMEOUT_S,
             check=True,
         )
-        answer = json.loads(asked.stdout.splitlines()[-1])
-        return TorchVersions(torch=str(answer["torch"]), nccl=str(answer["nccl"]))
+        found = json.loads(asked.stdout.splitlines()[-1])
+        return TorchVersions(torch=str(found["torch"]), nccl=str(found["nccl"]))
     except (OSError, subprocess.SubprocessError, ValueError, LookupError, TypeError):
         return None
 

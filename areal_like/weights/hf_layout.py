@@ -7,7 +7,7 @@ the checkpoint.
 
 `hf_tensors` derives the map from transformers' own conversions (`core_model_loading`, from 5.17 on) and knows
 no architecture by name: it lets transformers convert parameters that hold their own positions, and finds each
-result's place from the positions in it. Left out: tensors that are no contiguous block of rows of one
+result's place from the positions in it. Left out: tensors that are not a contiguous block of rows of one
 parameter (transposed, interleaved, or made of several parameters). Such an architecture is refused.
 
 FSDP2 shards the first dimension of each parameter. So every rank holds some rows of a tensor that is a whole
@@ -95,7 +95,7 @@ def hf_tensors(model: nn.Module, *, with_buffers: bool = True) -> list[HfTensor]
     that `save_pretrained` gives a model that was made from its configuration.
     `with_buffers`: the tensors have to be all of the checkpoint; False leaves out those that are buffers
     of the model and are never trained.
-    Raises ConfigError for an architecture whose checkpoint has tensors that are no parts of parameters.
+    Raises ConfigError for an architecture whose checkpoint has tensors that are not parts of parameters.
     """
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
     if with_buffers and (buffers := list(_persistent_buffers(model))):
@@ -155,7 +155,7 @@ class _Positions:
         yield batch
 
     def place(self, name: str, found: Tensor) -> tuple[int, HfTensor]:
-        """(position of the first element, the tensor); raises ConfigError if it is no block of rows."""
+        """(position of the first element, the tensor); raises ConfigError if it is not a block of rows."""
         size = found.numel()
         start = int(found.flatten()[0])
         index = bisect.bisect_right(self._starts, start) - 1
@@ -185,7 +185,7 @@ class _Positions:
         )
 
     def refusal(self, name: str) -> ConfigError:
-        """The error for a tensor that is no block of rows of one parameter."""
+        """The error for a tensor that is not a block of rows of one parameter."""
         return ConfigError(
             f"{self._architecture}: transformers makes {name} of its checkpoint from the parameters in a way "
             "that pushes and checkpoints cannot follow (it transposes, interleaves or joins them); choose "

@@ -14,9 +14,9 @@ from areal_like.paths import find_checkpoints, read_json
 
 STATE_FILE = "trainer_state.json"
 FORMAT = 2
-"""Of a checkpoint, in its state file."""
+"""Format of a checkpoint, in its state file."""
 OLD_FORMAT = 1
-"""Of the release before: whole tensors in one file for the weights and one for the moments."""
+"""Format of the release before: whole tensors in one file for the weights and one for the moments."""
 VERSION_KEY = "weights_version"
 """Key of the version in the state file's `extra`."""
 

@@ -16,8 +16,8 @@ A buffer may be restarted at the same address, or at another one that `look_up` 
 The owner of the connection decides when to register again and which requests to repeat then, because rollout
 servers and trainer ranks differ in this too.
 
-A new process may find that its name is still taken by its predecessor, which answers the buffer and is about
-to end. So `register` repeats a hello that was refused for its name for NAME_RETRY_S.
+A new process may find that its name is still taken by its predecessor, which still replies and is about to
+end. So `register` repeats a hello that was refused for its name for NAME_RETRY_S.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from areal_like.wire.messages.producer import HeartbeatAck
 SILENT_AFTER_S = 5.0
 """A buffer replies to each heartbeat, so a few missing replies mean that it is gone or unreachable."""
 NAME_RETRY_S = 8.0
-"""Time for which a hello is repeated while another process answers for the name."""
+"""Time for which a hello is repeated while another process has the name."""
 _NAME_RETRY_PAUSE_S = 0.5
 _FOLLOW_S = 1.0
 """Interval at which a silent buffer's address is looked up."""
@@ -59,66 +59,63 @@ _FOLLOW_S = 1.0
 log = logging.getLogger(__name__)
 
 
-class BufferConnection:
-    """Use it from its own event loop only."""
+class BufferConnection(Link):
+    """A `Link` that is registered. A subclass says what the owner does with messages and events.
+
+    HelloRequired calls `hello_required`, JobFailed and Refused call `fatal` with the reason, Drain calls
+    `drain`, JobFinished calls `finished`; AreYouAlive is replied to here. All other one-way messages go to
+    `on_message`. After `reopened` (keys have changed, or the buffer has moved) the owner should register
+    again.
+    """
 
     def __init__(
         self,
         address: str,
         *,
         max_message_bytes: int,
-        on_message: Callable[[Any], None],
-        on_hello_required: Callable[[], None],
-        on_fatal: Callable[[ArealError], None],
-        on_drain: Callable[[], None] = lambda: None,
-        on_finished: Callable[[], None] = lambda: None,
         keyring: Keyring | None = None,
-        on_reopened: Callable[[], None] = lambda: None,
         look_up: Callable[[], str | None] | None = None,
     ) -> None:
-        """`on_message` gets all one-way messages that have no callback of their own.
-
-        HelloRequired calls `on_hello_required`, JobFailed and Refused call `on_fatal` with the reason, Drain
-        calls `on_drain`, JobFinished calls `on_finished`. AreYouAlive is answered here.
-        `on_reopened`: called when the socket was opened again, because keys have changed or the buffer has
-        moved: one-way messages of both sides may be lost, and the owner should register again.
-        `look_up`: asked for the buffer's present address while it is silent; see `buffer_lookup`.
-        """
-        self.address = address
-        self.is_registered = False
-        self.trouble = ""
-        """Why the buffer cannot write, from its last heartbeat reply; empty if it can."""
-        self._link = Link(
+        """`look_up`: asked for the buffer's present address while it is silent; see `buffer_lookup`."""
+        super().__init__(
             address,
             handler=self._handle,
             max_message_bytes=max_message_bytes,
             curve=None if keyring is None else CurveClient(keyring, role=KeyRole.BUFFER),
-            on_reopened=self._reopened,
         )
+        self.is_registered = False
+        self.trouble = ""
+        """Why the buffer cannot write, from its last heartbeat reply; empty if it can."""
         self._loop = asyncio.get_running_loop()
-        self._on_message = on_message
-        self._on_hello_required = on_hello_required
-        self._on_fatal = on_fatal
-        self._on_drain = on_drain
-        self._on_finished = on_finished
         self._clock = ClockOffset()
         self._following: asyncio.TimerHandle | None = None
         if look_up is not None:
             self._following = self._loop.call_later(_FOLLOW_S, self._follow, look_up)
         self._incarnation = 0
         """Granted by this buffer; 0: none yet."""
-        self._on_reopened = on_reopened
-        self.call = self._link.call
-        """As `Link.call`."""
-        self.send = self._link.send
-        """As `Link.send`."""
-        self.resend_pending = self._link.resend_pending
-        """As `Link.resend_pending`."""
+
+    def on_message(self, message: Any) -> None:
+        """A one-way message that has no method of its own, or a HeartbeatAck."""
+        raise NotImplementedError
+
+    def hello_required(self) -> None:
+        """The buffer was restarted, and does not know this process."""
+        raise NotImplementedError
+
+    def fatal(self, error: ArealError) -> None:
+        """The job has failed, or the buffer refuses this process."""
+        raise NotImplementedError
+
+    def drain(self) -> None:
+        """An operator drains this process."""
+
+    def finished(self) -> None:
+        """The run is finished."""
 
     @property
     def silent_s(self) -> float:
         """Seconds since anything was received."""
-        return self._loop.time() - self._link.last_heard_s
+        return self._loop.time() - self.last_heard_s
 
     @property
     def is_silent(self) -> bool:
@@ -156,20 +153,19 @@ class BufferConnection:
         """Closes the socket and fails pending calls."""
         if self._following is not None:
             self._following.cancel()
-        self._link.close()
+        super().close()
 
     def _follow(self, look_up: Callable[[], str | None]) -> None:
         """Once a second: connects to another address if the buffer is silent and was started again there."""
         self._following = self._loop.call_later(_FOLLOW_S, self._follow, look_up)
         if self.is_silent and (address := look_up()) not in (None, self.address):
             assert address is not None
-            log.info("the buffer at %s is silent and has a successor at %s", self.address, address)
-            self.address = address
-            self._link.move(address)
+            log.info("the buffer at %s stopped responding and restarted at %s", self.address, address)
+            self.move(address)
 
-    def _reopened(self) -> None:
+    def reopened(self) -> None:
+        """One-way messages of both sides may be lost, so the process has to register again."""
         self.is_registered = False
-        self._on_reopened()
 
     def _note_clock(self, ack: HeartbeatAck) -> None:
         """Only the first shard tells its time."""
@@ -180,24 +176,24 @@ class BufferConnection:
     def _handle(self, message: Any) -> None:
         match message:
             case Refused():
-                self._on_fatal(
+                self.fatal(
                     RefusedError(f"the buffer refused this process ({message.field}): {message.reason}")
                 )
             case JobFailed():
-                self._on_fatal(ArealError(message.reason))
+                self.fatal(ArealError(message.reason))
             case HelloRequired():
                 self.is_registered = False
                 self.trouble = ""  # the previous process reported it
-                self._on_hello_required()
+                self.hello_required()
             case AreYouAlive():
                 self.send(StillAlive())
             case Drain():
-                self._on_drain()
+                self.drain()
             case JobFinished():
-                self._on_finished()
+                self.finished()
             case HeartbeatAck():
-                self._on_message(message)  # first, so that the owner can compare it with `trouble`
+                self.on_message(message)  # first, so that the owner can compare it with `trouble`
                 self.trouble = message.trouble
                 self._note_clock(message)
             case _:
-                self._on_message(message)
+                self.on_message(message)

@@ -202,9 +202,8 @@ class Link:
         handler: Callable[[Any], None],
         max_message_bytes: int = 64 << 20,
         curve: CurveClient | None = None,
-        on_reopened: Callable[[], None] = lambda: None,
     ) -> None:
-        """With `curve` the socket is opened again when keys change; `on_reopened` is then called.
+        """With `curve` the socket is opened again when keys change; `reopened` is then called.
 
         Pending requests are sent again; one-way messages of both sides may be lost. Raises ConfigError for a
         malformed address.
@@ -221,7 +220,6 @@ class Link:
         # With a fixed routing id, a TCP reconnect loses neither our registration nor replies in flight.
         self._routing_id = uuid.uuid4().bytes
         self._curve = curve
-        self._on_reopened = on_reopened
         if curve is not None:
             curve.start(address, reopen=self._reopen)
         self._pump = self._open()
@@ -252,16 +250,28 @@ class Link:
         self._pump.close()
         self._pump = self._open()
         self.resend_pending()
-        self._on_reopened()
+        self.reopened()
+
+    def reopened(self) -> None:
+        """Called when the socket was opened again; one-way messages of both sides may be lost."""
 
     def move(self, address: str) -> None:
         """Connects to another address, at which the peer was started again."""
         self.address = address
         self._reopen()
 
-    def send(self, message: Any) -> None:
-        """Queues a one-way message; drops it if the peer does not read the messages before it."""
-        self._send(message, rid=0)
+    def send(self, message: Any, *, rid: int = 0) -> None:
+        """Queues a message, one-way without a `rid`; drops it if the peer does not read those before."""
+        try:
+            self._pump.send(encode(message, rid=rid))
+        except zmq.Again:
+            self.num_dropped += 1
+            log_at_powers_of_2(
+                self.num_dropped,
+                "%s does not read: %s dropped (%d so far)",
+                self.address,
+                type(message).__name__,
+            )
 
     async def call(self, message: Any, *, timeout_s: float) -> Any:
         """Sends a request and returns its reply.
@@ -273,12 +283,12 @@ class Link:
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._pending[rid] = (message, future)
         try:
-            self._send(message, rid=rid)
+            self.send(message, rid=rid)
             async with asyncio.timeout(timeout_s):
                 reply = await future
         except TimeoutError:
             raise DeadlineError(
-                f"{self.address} did not answer {type(message).__name__} within {timeout_s:g} s"
+                f"{self.address} did not reply to {type(message).__name__} within {timeout_s:g} s"
             ) from None
         finally:
             del self._pending[rid]
@@ -298,7 +308,7 @@ class Link:
         Requests are idempotent.
         """
         for rid, (message, _) in self._pending.items():
-            self._send(message, rid=rid)
+            self.send(message, rid=rid)
 
     def close(self) -> None:
         """Closes the socket; pending calls raise PeerLostError."""
@@ -308,18 +318,6 @@ class Link:
         for _, future in self._pending.values():
             if not future.done():
                 future.set_exception(PeerLostError(f"link to {self.address} was closed"))
-
-    def _send(self, message: Any, *, rid: int) -> None:
-        try:
-            self._pump.send(encode(message, rid=rid))
-        except zmq.Again:
-            self.num_dropped += 1
-            log_at_powers_of_2(
-                self.num_dropped,
-                "%s does not read: %s dropped (%d so far)",
-                self.address,
-                type(message).__name__,
-            )
 
     def _on_frames(self, frames: list[bytes]) -> None:
         self.last_heard_s = asyncio.get_running_loop().time()

@@ -12,7 +12,7 @@ compiled once for each class, because every sample passes through them.
 
 Nothing is unpacked for a peer that may not send it. `read_prefix` takes version, tag and rid from the first
 bytes, refuses an unknown tag, and refuses a header over the limit of its message type: MAX_HEADER_BYTES, or
-the class's own `max_header_bytes` with the reason beside it. `unpacking.py` bounds the work of what is left,
+the class's own `max_header_bytes` with the reason next to it. `unpacking.py` bounds the work of what is left,
 so that no header that is accepted takes 50 ms. `encode` refuses what the other side would not accept.
 
 Left out: compression (float log-probs do not compress) and schema evolution within a wire version (`hello`

@@ -96,17 +96,17 @@ def _write_old_tickets(file: Path, num_tickets: int) -> None:
 
 async def _run_steps(ledger: Ledger, store: Store, *, num_tokens: int) -> tuple[float, float]:
     """Runs NUM_STEPS steps; returns the CPU seconds of inserting and of reading."""
-    first_step = ledger.trainer_step
-    ledger.set_num_train_prompts(1_000_000)
-    ledger.start_training(incarnation=2, step=first_step, stream={})
-    version = ledger.alloc_version(incarnation=2, step=first_step)
-    ledger.register_server("rollout-0", incarnation=1, weights_version=version, now_s=0.0)
+    first_step = ledger.state.steps.current
+    ledger.state.prompts.set_num_train_prompts(1_000_000)
+    ledger.trainer.start_training(incarnation=2, step=first_step, stream={})
+    version = ledger.trainer.alloc_version(incarnation=2, step=first_step)
+    ledger.dispatcher.register_server("rollout-0", incarnation=1, weights_version=version, now_s=0.0)
     inserted_s = read_s = 0.0
     for step in range(first_step, first_step + NUM_STEPS):
         samples = trajectories(num_tokens, count=GROUP_SIZE, version=version)
         started_s = time.process_time()
         _beat(ledger, version)
-        leases = ledger.grant(now_s=0.0).get("rollout-0", [])
+        leases = ledger.dispatcher.grant(now_s=0.0).get("rollout-0", [])
         inserted_s += time.process_time() - started_s
         finished = [
             [
@@ -117,7 +117,9 @@ async def _run_steps(ledger: Ledger, store: Store, *, num_tokens: int) -> tuple[
         ]
         started_s = time.process_time()
         for group in finished:
-            refusals = [verdict for verdict in ledger.samples_done("rollout-0", group) if verdict.refusal]
+            refusals = [
+                verdict for verdict in ledger.intake.samples_done("rollout-0", group) if verdict.refusal
+            ]
             assert not refusals, refusals
         durable = asyncio.get_running_loop().create_future()
         store.when_durable(lambda done=durable: done.set_result(None))  # type: ignore[misc]
@@ -125,12 +127,12 @@ async def _run_steps(ledger: Ledger, store: Store, *, num_tokens: int) -> tuple[
         inserted_s += time.process_time() - started_s
         started_s = time.process_time()
         for position in range(GROUPS_PER_STEP):
-            assert ledger.fetch(step=step, position=position) is not None
+            assert ledger.trainer.fetch(step=step, position=position) is not None
         read_s += time.process_time() - started_s
-        ledger.complete_step(incarnation=2, step=step)
-        version = ledger.alloc_version(incarnation=2, step=step + 1)
+        ledger.trainer.complete_step(incarnation=2, step=step)
+        version = ledger.trainer.alloc_version(incarnation=2, step=step + 1)
         if (step + 1) % COMMIT_EVERY == 0:
-            ledger.commit(incarnation=2, step=step, oldest_kept_step=step + 1)
+            ledger.trainer.commit(incarnation=2, step=step, oldest_kept_step=step + 1)
     return inserted_s, read_s
 
 
@@ -142,4 +144,4 @@ def _beat(ledger: Ledger, version: int) -> None:
         weights_version=version,
         leases=[],
     )
-    ledger.heartbeat("rollout-0", beat, now_s=0.0)
+    ledger.dispatcher.heartbeat("rollout-0", beat, now_s=0.0)

@@ -1,6 +1,6 @@
-"""What the buffer knows of a running job when it asks who waits on whom. No rules.
+"""What the buffer knows of a running job when it asks who waits on whom, and how it reports it. No rules.
 
-Everything comes from the ledger and from the last heartbeat of each peer, so one answer of the buffer is
+Everything comes from the ledger and from the last heartbeat of each peer, so one response of the buffer is
 enough, whatever machines the peers run on.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,7 @@ class JobFacts:
     trainer_step: int = 0
     """Steps that the trainer has completed."""
     oldest_leases: tuple[LeaseFacts, ...] = ()
-    """Of training tickets, the oldest first."""
+    """Leases of training tickets, the oldest first."""
     lost_servers: Mapping[str, float] = field(default_factory=dict)
     """Servers that were silent and are removed -> seconds since."""
     store_trouble: str = ""
@@ -97,3 +98,50 @@ class JobFacts:
     def num_missing(self) -> int:
         """Groups that the trainer's step still needs; 0 if all of its groups are recorded."""
         return self.num_groups - self.num_recorded if self.open_step <= self.trainer_step else 0
+
+
+class On(StrEnum):
+    """What a job waits for."""
+
+    TRAINER = "trainer"
+    SERVER = "rollout_server"
+    ENGINE = "engine"
+    REWARD = "reward"
+    ENVIRONMENT = "environment"
+    AGENT = "agent"
+    """External agents, or the task's `agent()`."""
+    WEIGHTS = "weights"
+    """A push of weights."""
+    BUFFER = "buffer"
+    OPERATOR = "operator"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cause:
+    """One daemon, or part of one, on which others wait."""
+
+    on: On
+    name: str
+    """`rollout-1`, `rollout-1's engine`, `trainer-0`, ..."""
+    seconds: float
+    what: str
+    """`no token for 28 s`"""
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.what}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Seconds after which waiting is worth a line."""
+
+    stall_s: float
+    """For what replies or advances several times in this time when it works."""
+    work_s: float
+    """For work whose time depends on the job: rewards, tools, a push, an optimizer step."""
+
+    @classmethod
+    def of(cls, *, heartbeat_s: float) -> Limits:
+        """Limits for a given heartbeat interval."""
+        return cls(stall_s=max(5.0, 6 * heartbeat_s), work_s=max(10.0, 12 * heartbeat_s))

@@ -1,7 +1,8 @@
-"""How long tickets and leases stay in their states, as histograms."""
+"""Tickets and leases over time: histograms of how long they stay in a state, and the rows of a trace."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from areal_like.runtime.metrics import SECONDS, Metrics
@@ -62,3 +63,33 @@ class LifeTimes:
 
     def _lease_ended(self, lease: LeaseRecord) -> None:
         self._leases.observe(max(0.0, self._clock() - lease.granted_s))
+
+
+_STATES = (State.QUEUED, State.LEASED, State.READY, State.BATCHED)
+
+
+class Timeline:
+    """Looks at the ledger at every tick; records what has changed."""
+
+    def __init__(self) -> None:
+        self._open_step = -1
+        self._since_s = time.monotonic()
+        self._values: dict[str, float] = {}
+
+    def look(self, state: LedgerState) -> None:
+        """Records counters that have changed and, when the open step has, how long it took to fill."""
+        open_step = state.scheduler.step
+        if open_step != self._open_step:
+            now_s = time.monotonic()
+            if 0 <= self._open_step < open_step:
+                last = open_step - 1
+                name = f"step {last}" if last == self._open_step else f"steps {self._open_step} to {last}"
+                recorder.record("steps being recorded", name, start_s=self._since_s, end_s=now_s)
+            self._open_step, self._since_s = open_step, now_s
+        num_by_state = state.tickets.num_by_state()
+        values: dict[str, float] = {f"tickets {one.value}": num_by_state[one] for one in _STATES}
+        values["groups in the open step"] = state.scheduler.position
+        for name, value in values.items():
+            if self._values.get(name) != value:
+                recorder.count(name, value)
+        self._values = values

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
-from buffer.diagnosis.causes import Cause, Limits, On
-from buffer.diagnosis.facts import JobFacts, RankFacts, ServerFacts
+from buffer.diagnosis.facts import Cause, JobFacts, Limits, On, RankFacts, ServerFacts
 from buffer.storage.base import Blocked
 
 _EVALUATION = "the evaluation"
@@ -134,7 +133,7 @@ def _silent(facts: JobFacts, limits: Limits) -> Iterator[Cause]:
             on=On.SERVER if isinstance(peer, ServerFacts) else On.TRAINER,
             name=peer.name,
             seconds=peer.silent_s,
-            what=f"no message for {_time(peer.silent_s)}: its process stands still, or its network is cut",
+            what=f"no message for {_time(peer.silent_s)}: its process has stalled, or its network is cut",
             remedy="look at its machine: `kill -CONT` wakes a stopped process; end one that does not come "
             "back, and its supervisor starts it again",
         )

@@ -2,7 +2,7 @@
 
 The speed of an engine is its tokens a second while it has requests, and those of one request; the speed of
 a trainer is its steps per second of work. The time of work is counted by the daemon: what it does at the
-moment of a heartbeat is no measure for steps that are shorter than the time between heartbeats. Each is
+moment of a heartbeat does not measure steps that are shorter than the time between heartbeats. Each is
 compared with its own mean of earlier windows: machines, models and lengths differ too much to compare daemons
 with one another. With more requests at a time, each of them is slower, and with fewer all of them together
 are; so an engine is slow only if both have fallen.
@@ -32,7 +32,7 @@ class _Known:
     is_stale: bool = False
     """True: the next observation begins a window."""
     added_s: float
-    """As `busy_s`, added over what the daemon worked on in parallel."""
+    """`busy_s`, added up over what the daemon worked on in parallel."""
     usual: tuple[float, float] = (0.0, 0.0)
     num_windows: int = 0
     slow_since_s: float | None = None
@@ -41,7 +41,7 @@ class _Known:
 
 @dataclass
 class Speeds:
-    """Of the daemons of one job, by name. `now_s`: seconds on any monotonic clock."""
+    """The speeds of the daemons of one job, by name. `now_s`: seconds on any monotonic clock."""
 
     _known: dict[str, _Known] = field(default_factory=dict)
 
@@ -64,7 +64,7 @@ class Speeds:
         self._judge(known, speed, now_s=now_s)
 
     def forget_window(self, name: str) -> None:
-        """Begins a window anew: the daemon stands still, for which there is a cause of another kind."""
+        """Begins a window anew: the daemon has stalled, which is a cause of another kind."""
         if (known := self._known.get(name)) is not None:
             known.is_stale = True
 

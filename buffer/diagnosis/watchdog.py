@@ -10,8 +10,7 @@ from typing import Any
 
 from areal_like.runtime.metrics import Metrics
 from buffer.diagnosis.bottleneck import Load, Utilisation, advice
-from buffer.diagnosis.causes import Cause, Limits, On
-from buffer.diagnosis.facts import JobFacts, PeerFacts
+from buffer.diagnosis.facts import Cause, JobFacts, Limits, On, PeerFacts
 from buffer.diagnosis.rules import causes_of, effects_of, late_servers
 from buffer.diagnosis.speeds import Speeds
 
@@ -78,7 +77,7 @@ class Watchdog:
         self._speeds.keep_only({peer.name: None for peer in (*facts.servers, *facts.ranks)})
         self._utilisation.observe(load)
         self._late_since_s = {name: self._late_since_s.get(name, load.at_s) for name in late_servers(facts)}
-        # What stands still altogether is found in this time, and makes others late.
+        # What has stalled completely is found in this time, and makes others late.
         late = [
             name
             for name, since_s in self._late_since_s.items()

@@ -21,6 +21,7 @@ from areal_like.failures import FAULTS_OF_AGENTS, FAULTS_OF_SERVER, FAULTS_OF_TA
 from areal_like.wire.messages.producer import Purpose
 from buffer.ledger.lifecycle import TicketLifecycle
 from buffer.ledger.state import LedgerState
+from buffer.tables.lease_table import Server
 from buffer.tickets import Drop, Ticket
 
 MAX_PROMPTS_GIVEN_UP = 10_000
@@ -31,13 +32,12 @@ class FailedSamples:
     """Retries failed samples up to `buffer.max_sample_retries` times each, or drops their ticket."""
 
     def __init__(self, state: LedgerState, lifecycle: TicketLifecycle) -> None:
+        self._state = state
         self._lifecycle = lifecycle
         self._settings = state.settings
         self._store = state.store
         self._counters = state.counters
         self._leases = state.leases
-        self.job_failure_reason = ""
-        """Why the job cannot continue (too many failures in a row); empty while it can."""
         self._notices: list[str] = []
         self._num_prompts_in_row = 0
 
@@ -106,9 +106,7 @@ class FailedSamples:
         server = self._leases.servers.get(name)
         if server is None or not server.health.lie(what, now_s=server.last_heard_s):
             return
-        assert server.health.quarantine is not None
-        self._counters.count_quarantine()
-        self._notices.append(f"{name} gets no leases: {server.health.quarantine.reason}")
+        self._begin_quarantine(server, "")
         for lease in list(server.leases.values()):
             self._lifecycle.revoke(lease)
 
@@ -138,14 +136,18 @@ class FailedSamples:
         if not server.health.fail(ticket.ticket_id, kind, error, limit=limit, now_s=server.last_heard_s):
             return
         assert server.health.quarantine is not None
-        self._counters.count_quarantine()
         reason = server.health.quarantine.reason
-        backoff_s = server.health.quarantine.until_s - server.last_heard_s
-        self._notices.append(f"{name} gets no leases for {backoff_s:g} s: {reason}")
+        self._begin_quarantine(server, f" for {server.health.quarantine.until_s - server.last_heard_s:g} s")
         healths = [other.health for other in self._leases.servers.values() if other.health.has_outcome]
         may_task_end = not self._counters.num_good_samples
         if all(health.is_broken(may_task_end=may_task_end) for health in healths):
             self._end_job(reason)
 
+    def _begin_quarantine(self, server: Server, how_long: str) -> None:
+        assert server.health.quarantine is not None
+        self._leases.in_quarantine.add(server.name)
+        self._counters.count_quarantine()
+        self._notices.append(f"{server.name} gets no leases{how_long}: {server.health.quarantine.reason}")
+
     def _end_job(self, reason: str) -> None:
-        self.job_failure_reason = self.job_failure_reason or reason
+        self._state.failure_reason = self._state.failure_reason or reason

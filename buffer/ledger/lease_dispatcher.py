@@ -1,15 +1,28 @@
-"""Registration of rollout servers, their heartbeats, and the granting of leases to them."""
+"""Registration of rollout servers, their heartbeats, and the granting of leases to them.
+
+Servers tell the fingerprint of their task's content when they register; the directory of peers admits only
+those that agree with the first one. The ledger remembers the fingerprint. If it has changed since an earlier
+buffer, prompt indices mean other prompts: what is issued and not recorded yet is cancelled, and the order of
+prompts and the curriculum begin anew. Recorded groups keep their prompts' tokens, so they are trained. (A
+changed configuration of the task is detected when the buffer starts, and handled when a trainer starts.)
+"""
 
 from __future__ import annotations
 
-import heapq
+import logging
+from collections.abc import Iterator, Mapping
 
-from areal_like.wire.messages.producer import Lease, ServerHeartbeat
+from areal_like.wire.messages.producer import Lease, Purpose, ServerHeartbeat
 from buffer.ledger.lifecycle import TicketLifecycle
 from buffer.ledger.state import LedgerState
 from buffer.tables.lease_table import Server
-from buffer.tickets import Ticket
+from buffer.tables.server_order import FRONT, Place
+from buffer.tickets import Drop, State
 
+log = logging.getLogger(__name__)
+
+CONTENT = "shape:content"
+"""Scalar with the content under which prompts were issued; 0 or absent: not known (an earlier release)."""
 MOST_UNPROVEN = 4
 """Leases of a server that has not delivered a sample yet, while another has."""
 
@@ -38,6 +51,24 @@ class LeaseDispatcher:
     def remove_server(self, name: str) -> None:
         """A server left; its missing samples are leased again."""
         self._lifecycle.lose_leases(self._leases.remove_server(name))
+
+    def set_content(self, content: int) -> None:
+        """Sets the content of the servers' task, a positive number; 0: not known."""
+        state = self._state
+        if not content or content == state.content:
+            return
+        before, state.content = state.content, content
+        state.store.put_scalar(CONTENT, content)
+        if not before:
+            return
+        log.warning("the data of the task has changed: its prompts are issued from the beginning")
+        # For a trainer that starts later: the position in its checkpoint is one in the old data.
+        state.prompts_changed = state.prompts_changed or bool(state.closed_reason)
+        for ticket in state.tickets.of_purpose(Purpose.TRAIN):
+            if ticket.state is not State.BATCHED:
+                self._lifecycle.drop(ticket, Drop.CANCELLED)
+        state.prompts.restart(cursor=0, pending=[])
+        state.prompts.forget_outcomes()
 
     def heartbeat(self, name: str, beat: ServerHeartbeat, *, now_s: float) -> None:
         """Updates a registered server's state and credit, and renews its leases."""
@@ -68,50 +99,68 @@ class LeaseDispatcher:
         all of a small budget. One that has only said what it can do gets a few at first: it may hold all
         tickets of a job and make nothing of them. A sample that failed goes to another server if one can take
         it.
+
+        Each server has one turn in the order, and another one for each lease that it gets. Servers that can
+        take nothing are not looked at, so the time of a grant depends on the number of its leases.
         """
-        any_proven = False
-        for server in self._leases.servers.values():
-            server.health.end_backoff(now_s=now_s)
-            any_proven |= server.health.has_delivered
         granted: dict[str, list[Lease]] = {}
-        is_blocked = self._state.store.write_blocked_reason or not self._leases.may_grant
-        if is_blocked or not self._may_have_work():
+        self._leases.end_backoffs(now_s=now_s)
+        if self._state.failure_reason or self._state.store.write_blocked_reason or not self._leases.may_grant:
             return granted
-        with_credit = [
-            (-server.free_samples, name)
-            for name, server in self._leases.servers.items()
-            if _may_take_more(server, any_proven=any_proven)
-        ]
-        heapq.heapify(with_credit)
-        while with_credit:
-            server = self._pop_preferred(with_credit)
-            weights_step = self._state.versions.step_of(server.weights_version)
-            ticket = None if weights_step is None else self._next_for(server, weights_step)
-            if ticket is None or weights_step is None:
-                continue
-            lease = self._lifecycle.lease(ticket, server, weights_step, now_s=now_s)
-            granted.setdefault(server.name, []).append(lease)
-            if _may_take_more(server, any_proven=any_proven):
-                heapq.heappush(with_credit, (-server.free_samples, server.name))
+        any_proven = any(server.health.has_delivered for server in self._leases.servers.values())
+        passed, kept = FRONT, None
+        while needs := self._needs():
+            able = self._able(passed, kept, needs, any_proven=any_proven)
+            first = server = next(able, None)
+            if first is not None and self._next_failed_at(first) == first.name:
+                server = next(able, first)
+            if first is None or server is None:
+                break
+            if server is not kept:
+                passed = (-server.free_samples, server.name)
+            granted.setdefault(server.name, []).append(self._lease(server, now_s=now_s))
+            # Its turn is not over: its next ticket may be one that did not fail there.
+            kept = first if (-first.free_samples, first.name) < passed else None
         if granted:
             self._tickets.check_conservation()
         return granted
 
-    def _pop_preferred(self, with_credit: list[tuple[int, str]]) -> Server:
-        """Pops the server with the most free samples at which the next ticket did not fail last.
+    def _needs(self) -> dict[int, int]:
+        """Version of servers' weights -> samples of the next ticket for them; without versions that get none.
 
-        If there is no such server: the one at which it failed.
+        A server takes a part of an evaluation's ticket, but a train ticket as a whole.
         """
-        best = heapq.heappop(with_credit)
-        server = self._leases.servers[best[1]]
-        if with_credit and self._next_failed_at(server) == server.name:
-            server = self._leases.servers[heapq.heapreplace(with_credit, best)[1]]
-        return server
+        needs = {}
+        is_open = self._is_open
+        for version in self._leases.order.versions:
+            weights_step = self._state.versions.step_of(version)
+            if weights_step is None:
+                continue
+            if self._evals.peek_next(version) is not None:
+                needs[version] = 1
+            elif is_open and (num_samples := self._state.admission.next_size(weights_step)):
+                needs[version] = num_samples
+        return needs
+
+    def _able(
+        self, passed: Place, kept: Server | None, needs: Mapping[int, int], *, any_proven: bool
+    ) -> Iterator[Server]:
+        """Servers that can take their next ticket, in order: `kept`, and those behind the place `passed`."""
+        if kept is not None and (num_samples := needs.get(kept.weights_version)) is not None:
+            can_take = kept.free_samples >= num_samples or not kept.leases
+            if can_take and _may_take_more(kept, any_proven=any_proven):
+                yield kept
+        place = self._leases.order.first(passed, needs)
+        while place is not None:
+            server = self._leases.servers[place[1]]
+            if _may_take_more(server, any_proven=any_proven):
+                yield server
+            place = self._leases.order.first(place, needs)
 
     def _next_failed_at(self, server: Server) -> str:
         """The server at which the ticket failed last that this one would get next; empty: it did not."""
         ticket_id = self._evals.peek_next(server.weights_version)
-        if ticket_id is None and self._is_open:
+        if ticket_id is None:
             ticket_id = self._state.admission.peek_waiting()
         return self._tickets.live[ticket_id].failed_at if ticket_id is not None else ""
 
@@ -120,16 +169,15 @@ class LeaseDispatcher:
         is_open = not (self._state.closed_reason or self._state.holds.is_paused)
         return is_open and self._state.prompts.order.num_prompts > 0
 
-    def _may_have_work(self) -> bool:
-        return (self._is_open and self._state.admission.may_have_work()) or self._evals.has_queued
-
-    def _next_for(self, server: Server, weights_step: int) -> Ticket | None:
-        """The ticket that this server may take now, if any."""
+    def _lease(self, server: Server, *, now_s: float) -> Lease:
+        """Leases the next ticket for this server's weights to it."""
+        weights_step = self._state.versions.step_of(server.weights_version)
+        assert weights_step is not None
         if (ticket_id := self._evals.take_next(server.weights_version)) is not None:
-            return self._tickets.live[ticket_id]
-        if not self._is_open:
-            return None
-        return self._state.admission.next_for(server, weights_step, issue=self._lifecycle.issue_train)
+            ticket = self._tickets.live[ticket_id]
+        else:
+            ticket = self._state.admission.take(issue=self._lifecycle.issue_train)
+        return self._lifecycle.lease(ticket, server, weights_step, now_s=now_s)
 
 
 def _may_take_more(server: Server, *, any_proven: bool) -> bool:

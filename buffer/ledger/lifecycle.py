@@ -72,13 +72,14 @@ class TicketLifecycle:
         if is_eval and ticket.unleased:
             self._state.evals.requeue(ticket)
         self._track(ticket)
+        indices = sorted(lease.outstanding)
         return Lease(
             lease_id=lease.lease_id,
             ticket_id=ticket.ticket_id,
             prompt_index=ticket.prompt_index,
             purpose=ticket.purpose,
-            sample_indices=sorted(lease.outstanding),
-            greedy_indices=sorted(filter(ticket.is_greedy, lease.outstanding)),
+            sample_indices=indices,
+            greedy_indices=[index for index in indices if ticket.is_greedy(index)],
             seed=self._seed(ticket),
             eval_set=ticket.eval_set,
         )

@@ -1,13 +1,15 @@
-"""The ledger's operations for an operator: pause, cordon, and settings that change while the run goes on."""
+"""The ledger's operations for an operator: pause, cordon, unfence, drop, and changes of settings in a run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from areal_like.errors import RefusedError
+from buffer.ledger.lifecycle import TicketLifecycle
 from buffer.ledger.state import LedgerState
 from buffer.storage.rows import OperationRow
+from buffer.tables.incarnations import TRAINER, is_impossible
 from buffer.tables.live_settings import (
     ACTIONS,
     EVAL_INTERVAL,
@@ -16,6 +18,7 @@ from buffer.tables.live_settings import (
     MAX_STALENESS,
     canonical,
 )
+from buffer.tickets import Drop, State, Ticket
 
 _MAX_ROWS = 10_000
 
@@ -33,10 +36,14 @@ class Change:
 
 
 class OperatorChanges:
-    """Each change is recorded in the tables `operations` and, if it is a setting, `settings`."""
+    """Changes are recorded in the table `operations`, those of settings also in `settings`.
 
-    def __init__(self, state: LedgerState) -> None:
+    A dropped ticket is recorded in its own row.
+    """
+
+    def __init__(self, state: LedgerState, lifecycle: TicketLifecycle) -> None:
         self._state = state
+        self._lifecycle = lifecycle
 
     def set_paused(self, is_paused: bool, *, unix_s: float) -> bool:
         """Grants no leases of training tickets, or grants them again. False: it was so."""
@@ -82,6 +89,44 @@ class OperatorChanges:
             changes.append(Change(key=key, value=value, before=before, step=step))
         return changes
 
+    def unfence(self, name: str, *, unix_s: float) -> str:
+        """Takes a name from the process that has it, for an operator; the next new process gets it.
+
+        `name`: of a rollout server, or TRAINER. Returns a description of the change.
+        """
+        newest_used = self._state.versions.newest_incarnation if name == TRAINER else 0
+        before, after = self._state.incarnations.unfence(name, floor=newest_used)
+        if name != TRAINER:
+            self._lifecycle.lose_leases(self._state.leases.remove_server(name))
+        elif is_impossible(self._state.trainer_incarnation):
+            self._state.set_trainer(after)
+        detail = f"incarnation {before} -> {after}"
+        self._record("unfence", name, detail=detail, unix_s=unix_s)
+        return detail
+
+    def poison(self, ticket_ids: Sequence[int]) -> None:
+        """Removes tickets from their steps, for an operator; other groups take their positions.
+
+        The trainer may already have trained on one of them, so its incarnation becomes stale and it has to
+        restart from its checkpoint. Removes all tickets or raises RefusedError(ticket_id, reason). Tickets of
+        other shards are ignored, except that the counts of attempts of all steps are reset.
+        """
+        shard, steps = self._state.settings.shard, self._state.steps
+        own = [ticket_id for ticket_id in dict.fromkeys(ticket_ids) if shard.owns(ticket_id)]
+        tickets = [self._recorded_ticket(ticket_id) for ticket_id in own]
+        if len(own) < len(ticket_ids):
+            for step in list(steps.attempts):
+                steps.reset_attempts(step)
+        for ticket in tickets:
+            steps.uncount_from(ticket.step)
+            steps.remove(ticket)
+            steps.reset_attempts(ticket.step)
+            self._state.scheduler.free((ticket.step, ticket.position))
+            self._lifecycle.drop(ticket, Drop.POISON)
+        if tickets:
+            self._state.set_trainer(self._state.trainer_incarnation + 1)
+            self._lifecycle.record_ready_groups()
+
     def _check(self, key: str, value: str, *, step: int) -> None:
         state, settings = self._state, self._state.settings
         if len(state.live.rows) >= _MAX_ROWS:
@@ -106,6 +151,22 @@ class OperatorChanges:
                 raise RefusedError(key, "evaluations are off in this run (eval.num_prompts=0)")
         if key == EVAL_INTERVAL and int(value) < 1:
             raise RefusedError(key, f"want a whole number of at least 1, got {value}")
+
+    def _recorded_ticket(self, ticket_id: int) -> Ticket:
+        """A ticket that an operator may remove. Raises RefusedError(ticket_id, reason)."""
+        ticket = self._state.tickets.live.get(ticket_id)
+        if ticket is None or ticket.state is not State.BATCHED:
+            state = f"{ticket.state.value}" if ticket else "ended, or was never issued"
+            raise RefusedError(
+                str(ticket_id), f"is not recorded in a step that is still to be trained: it is {state}"
+            )
+        if ticket.step < self._state.steps.current:
+            raise RefusedError(
+                str(ticket_id),
+                f"was trained on in step {ticket.step}, and is part of the weights: "
+                f"go back with resume=step:K, K <= {ticket.step}, first",
+            )
+        return ticket
 
     def _record(self, verb: str, subject: str, *, unix_s: float, detail: str = "") -> None:
         row = OperationRow(unix_s=unix_s, verb=verb, subject=subject, detail=detail)

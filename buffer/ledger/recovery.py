@@ -24,7 +24,7 @@ from collections.abc import Collection, Mapping
 
 from areal_like.errors import ConfigError
 from areal_like.wire.messages.producer import Purpose
-from buffer.ledger.data_change import CONTENT
+from buffer.ledger.lease_dispatcher import CONTENT
 from buffer.ledger.ledger import Ledger
 from buffer.ledger.state import LedgerState
 from buffer.settings import GROUPS_PER_STEP, LedgerSettings
@@ -76,13 +76,18 @@ def recover(
     state.is_finished = recovered.scalars.get("finished_steps", 0) >= settings.num_steps and not reopen
     ledger = Ledger(state)
     if state.settings_changed:
-        ledger.close("the settings have changed: the next trainer restarts the stream at its checkpoint")
+        ledger.trainer.close(
+            "the settings have changed: the next trainer restarts the stream at its checkpoint"
+        )
     else:
         # Only under the same settings: otherwise the positions of recorded steps do not fit the scheduler.
-        ledger.readmit(ticket for ticket in recovered.tickets if ticket.purpose is Purpose.TRAIN)
+        for ticket in recovered.tickets:
+            if ticket.purpose is Purpose.TRAIN:
+                ledger.lifecycle.readmit(ticket)
         if recovered.scalars.get("is_open", 0):
             state.closed_reason = ""
-    ledger.finish_recovery()
+    ledger.lifecycle.cancel_unusable_evals()
+    ledger.lifecycle.record_ready_groups()
     return ledger
 
 
@@ -177,7 +182,7 @@ def _groups_per_step(state: LedgerState, scalars: Mapping[str, int]) -> dict[str
 def _restore_evals(state: LedgerState, recovered: Recovered) -> None:
     """Finished rounds whose samples are kept, and running ones.
 
-    Those that cannot go on are cancelled in `finish_recovery`, when their tickets' leases can be revoked.
+    Those that cannot go on are cancelled in `recover`, when their tickets' leases can be revoked.
     """
     tickets = {ticket.ticket_id: ticket for ticket in recovered.evaluated} | state.tickets.live
     for row in recovered.evaluations:

@@ -68,6 +68,8 @@ class LedgerState:
         """True after the trainer has done the last step and everything after it."""
         self.closed_reason = "no trainer has started yet"
         """Why no train tickets are issued; empty while they are."""
+        self.failure_reason = ""
+        """Why the job cannot continue (too many failures in a row); empty while it can. Not stored."""
         self.settings_changed = False
         """True if the steps were recorded under other settings (`recorded_settings`). Then no group is
         recorded until a trainer starts, which restarts the stream at the step of its checkpoint."""

@@ -2,11 +2,17 @@
 
 Steps are absolute (a run that resumes after K steps begins at step K). Only the newest trainer incarnation
 may change the ledger; requests of older ones raise StaleIncarnationError.
+
+When a trainer starts, its checkpoint decides. Steps before it are trained; recorded steps from there on are
+served again identically, and groups sampled with weights of later steps are dropped unless they were
+recorded. If the ledger has no usable data for that step (it is new, or its steps were recorded under other
+settings), the stream starts there, at the position in the order of prompts that the checkpoint contains
+(`stream_state`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -17,11 +23,10 @@ from areal_like.wire.messages.evaluation import EvalResult
 from areal_like.wire.messages.producer import Purpose
 from buffer.ledger.lifecycle import TicketLifecycle
 from buffer.ledger.state import LedgerState
-from buffer.ledger.stream_start import StreamStart
 from buffer.prompts.order import Prompt
-from buffer.storage.rows import EvaluationRow, OperationRow
+from buffer.storage.rows import EvaluationRow, RollbackRow
 from buffer.tables.evaluations import RUNNING, check_request
-from buffer.tables.incarnations import TRAINER, is_impossible, refuse_older
+from buffer.tables.incarnations import refuse_older
 from buffer.tables.live_settings import (
     CHECKPOINT,
     EVAL_INTERVAL,
@@ -31,7 +36,9 @@ from buffer.tables.live_settings import (
     canonical,
 )
 from buffer.tables.version_table import MAX_VERSION
-from buffer.tickets import Drop, State, Ticket
+from buffer.tickets import Drop, State
+
+_STREAM_TYPES = {"cursor": int, "next_version": int, "pending": list, "curriculum": list}
 
 
 class TrainerSession:
@@ -43,7 +50,6 @@ class TrainerSession:
     def __init__(self, state: LedgerState, lifecycle: TicketLifecycle) -> None:
         self._state = state
         self._lifecycle = lifecycle
-        self._stream_start = StreamStart(state, lifecycle)
         self._settings = state.settings
         self._tickets = state.tickets
         self._steps = state.steps
@@ -66,7 +72,7 @@ class TrainerSession:
         """A trainer starts with `step` completed steps; older trainers are refused from now on. Idempotent.
 
         Raises RunFinishedError if the run is finished and this is its last step; an earlier step reopens it.
-        `stream`: the `stream_state` in its checkpoint; empty without a checkpoint. See `stream_start.py`.
+        `stream`: the `stream_state` in its checkpoint; empty without a checkpoint.
         `settings`: the trainer's values of those that may change while the run goes on.
         """
         self.refuse_older_trainer(incarnation)
@@ -77,7 +83,7 @@ class TrainerSession:
             if step >= self._settings.num_steps:
                 raise RunFinishedError("the run is finished")
             self._state.set_finished(False)
-        self._stream_start.start_at(step, stream, incarnation=incarnation, unix_s=unix_s)
+        self._start_at(step, stream, incarnation=incarnation, unix_s=unix_s)
         self._state.set_trainer(incarnation)
         self._state.live.begin(step, base | self._state.configured, unix_s=unix_s)
         self._state.set_closed("")
@@ -105,7 +111,7 @@ class TrainerSession:
             )
 
     def settings_of(self, *, incarnation: int, step: int) -> StepSettings:
-        """What may change while the run goes on, as of a step; the same answer whenever it is asked.
+        """What may change while the run goes on, as of a step; the same whenever it is requested.
 
         Raises RefusedError for a step that may still change: one after the step in training.
         """
@@ -193,45 +199,6 @@ class TrainerSession:
             raise RefusedError("step", f"{num_done} of {num_steps} steps are committed: the run goes on")
         self._state.set_finished(True)
 
-    def unfence(self, name: str, *, unix_s: float) -> str:
-        """Takes a name from the process that has it, for an operator; the next new process gets it.
-
-        `name`: of a rollout server, or TRAINER. Returns a description of the change.
-        """
-        newest_used = self._versions.newest_incarnation if name == TRAINER else 0
-        before, after = self._state.incarnations.unfence(name, floor=newest_used)
-        if name != TRAINER:
-            self._lifecycle.lose_leases(self._state.leases.remove_server(name))
-        elif is_impossible(self._state.trainer_incarnation):
-            self._state.set_trainer(after)
-        detail = f"incarnation {before} -> {after}"
-        self._state.store.put_operation(
-            OperationRow(unix_s=unix_s, verb="unfence", subject=name, detail=detail)
-        )
-        return detail
-
-    def poison(self, ticket_ids: Sequence[int]) -> None:
-        """Removes tickets from their steps, for an operator; other groups take their positions.
-
-        The trainer may already have trained on one of them, so its incarnation becomes stale and it has to
-        restart from its checkpoint. Removes all tickets or raises RefusedError(ticket_id, reason). Tickets of
-        other shards are ignored, except that the counts of attempts of all steps are reset.
-        """
-        own = [ticket_id for ticket_id in dict.fromkeys(ticket_ids) if self._settings.shard.owns(ticket_id)]
-        tickets = [self._recorded_ticket(ticket_id) for ticket_id in own]
-        if len(own) < len(ticket_ids):
-            for step in list(self._steps.attempts):
-                self._steps.reset_attempts(step)
-        for ticket in tickets:
-            self._steps.uncount_from(ticket.step)
-            self._steps.remove(ticket)
-            self._steps.reset_attempts(ticket.step)
-            self._scheduler.free((ticket.step, ticket.position))
-            self._lifecycle.drop(ticket, Drop.POISON)
-        if tickets:
-            self._state.set_trainer(self._state.trainer_incarnation + 1)
-            self._lifecycle.record_ready_groups()
-
     def stream_state(self, *, step: int) -> dict[str, int | list[int]]:
         """Position of the stream, for `start_training`, in a checkpoint that contains steps <= `step`."""
         pending = [
@@ -254,7 +221,7 @@ class TrainerSession:
             for lease in [lease for ticket in train for lease in ticket.leases.values()]:
                 self._lifecycle.revoke(lease)
         else:
-            self._stream_start.cancel_from(self._steps.current)
+            self._cancel_from(self._steps.current)
         self._lifecycle.record_ready_groups()
 
     def set_max_staleness(self, *, incarnation: int, max_staleness: int) -> None:
@@ -316,22 +283,6 @@ class TrainerSession:
             round_.result(lambda version: self._versions.weights_of(version)[0]) if round_.is_done else None
         )
 
-    def _recorded_ticket(self, ticket_id: int) -> Ticket:
-        """A ticket that an operator may remove. Raises RefusedError(ticket_id, reason)."""
-        ticket = self._tickets.live.get(ticket_id)
-        if ticket is None or ticket.state is not State.BATCHED:
-            state = f"{ticket.state.value}" if ticket else "ended, or was never issued"
-            raise RefusedError(
-                str(ticket_id), f"is not recorded in a step that is still to be trained: it is {state}"
-            )
-        if ticket.step < self._steps.current:
-            raise RefusedError(
-                str(ticket_id),
-                f"was trained on in step {ticket.step}, and is part of the weights: "
-                f"go back with resume=step:K, K <= {ticket.step}, first",
-            )
-        return ticket
-
     def _check_current(self, incarnation: int) -> None:
         """Raises unless this is the trainer that started last."""
         self.refuse_older_trainer(incarnation)
@@ -345,3 +296,117 @@ class TrainerSession:
                 "step",
                 f"weights of step {step} cannot exist yet: the newest possible weights are of step {newest}",
             )
+
+    def _start_at(self, step: int, stream: dict[str, Any], *, incarnation: int, unix_s: float) -> None:
+        """Moves to `step` completed steps, for a trainer that is newer than all earlier ones.
+
+        Raises RefusedError.
+        """
+        self._check_start(step, stream)
+        self._state.versions.continue_from(stream.get("next_version", 1))
+        self._steps.reset_served()
+        known = min(step, max(self._steps.current, self._scheduler.num_full_steps))
+        has_past = bool(self._state.trainer_incarnation)
+        if has_past:
+            self._move_to(known, incarnation, unix_s=unix_s)
+        if not has_past or step > known or self._state.settings_changed:
+            self._restart_at(step, stream)
+
+    def _cancel_from(self, step: int) -> None:
+        """Drops every train ticket that is not recorded in a step before this one."""
+        self._steps.uncount_from(step)
+        for ticket in self._tickets.of_purpose(Purpose.TRAIN):
+            if ticket.state is not State.BATCHED or ticket.step >= step:
+                if ticket.state is State.BATCHED:
+                    self._steps.remove(ticket)
+                self._lifecycle.drop(ticket, Drop.CANCELLED)
+        self._scheduler.restore((), first_step=step)
+
+    def _check_start(self, step: int, stream: dict[str, Any]) -> None:
+        if (
+            not all(isinstance(value, _STREAM_TYPES.get(name, object)) for name, value in stream.items())
+            or stream.get("next_version", 1) > MAX_VERSION
+        ):
+            raise RefusedError(
+                "stream",
+                "is not a stream state of this program: was the checkpoint made by another program version?",
+            )
+        num_steps, first = self._state.settings.num_steps, self._steps.first_kept
+        if not 0 <= step <= num_steps:
+            raise RefusedError(
+                "step",
+                f"want 0..{num_steps}, got {step}: raise trainer.num_steps to continue a finished run",
+            )
+        if self._state.trainer_incarnation and step < first:
+            raise RefusedError(
+                "step",
+                f"this buffer can resume from step {first} or later, not {step}: "
+                "the data of earlier steps is released. "
+                "To go back further restart it without its ledger (move the run's ledger/ away)",
+            )
+        if (looping := self._steps.find_crash_loop(first=step)) is not None:
+            ids = " ".join(str(ticket.ticket_id) for ticket in self._steps.tickets_of(looping))
+            raise RefusedError(
+                "attempts",
+                f"{self._steps.attempts[looping]} trainers died in step {looping}, whose tickets are {ids}: "
+                "see the trainer's log. Drop the faulty ones with `areal-like drop RUN TICKET ...` "
+                "and resume with resume=latest",
+            )
+
+    def _move_to(self, step: int, incarnation: int, *, unix_s: float) -> None:
+        """Moves the log to a step that the ledger contains: forward, or back with a rollback row."""
+        self._steps.count_until(step)
+        self._steps.commit_to(step - 1)
+        undone = [ticket for ticket in self._steps.tickets_from(step) if ticket.step < self._steps.current]
+        if self._state.versions.abandon(after_step=step, trainer_incarnation=incarnation) or undone:
+            self._state.store.put_rollback(
+                RollbackRow(
+                    trainer_incarnation=incarnation,
+                    from_step=self._steps.current,
+                    to_step=step,
+                    num_tickets=len(undone),
+                    num_tokens=sum(sample.num_sampled for each in undone for sample in each.training_samples),
+                    unix_s=unix_s,
+                )
+            )
+        self._steps.move_to(step)
+        self._drop_abandoned(step)
+
+    def _drop_abandoned(self, step: int) -> None:
+        """Drops unrecorded tickets of abandoned weights, and revokes leases on weights after `step`.
+
+        Evaluations are cancelled, because the older trainer requested them.
+        """
+        self._lifecycle.cancel_evals()
+        unrecorded = [
+            ticket for ticket in self._tickets.of_purpose(Purpose.TRAIN) if ticket.state is not State.BATCHED
+        ]
+        for ticket in unrecorded:
+            if any(map(self._state.versions.may_use_abandoned, ticket.samples.values())):
+                self._lifecycle.drop(ticket, Drop.ABANDONED)
+        # Only after the drops: revoking a lease frees a position, at which a ticket that has to be dropped
+        # could otherwise be recorded.
+        leases = [lease for ticket in unrecorded for lease in ticket.leases.values()]
+        for lease in leases:
+            if lease.weights_step > step:
+                self._lifecycle.revoke(lease)
+
+    def _restart_at(self, step: int, stream: dict[str, Any]) -> None:
+        """Starts the stream at `step`; groups recorded from there on are cancelled."""
+        prompts, state = self._state.prompts, self._state
+        # The position of a checkpoint behind the ledger's cursor is not used: those prompts have been issued.
+        takes_position = not state.prompts_changed and (
+            stream.get("cursor", 0) > prompts.order.cursor or not state.trainer_incarnation
+        )
+        if takes_position:
+            prompts.restart_curriculum(stream.get("curriculum", []))
+        self._cancel_from(min(step, self._steps.current))
+        if state.prompts_changed:
+            prompts.restart(cursor=0, pending=[])
+        elif takes_position:
+            prompts.restart(cursor=stream.get("cursor", 0), pending=stream.get("pending", []))
+        state.settings_changed = state.prompts_changed = False
+        state.put_recorded_settings()
+        self._scheduler.restore((), first_step=step)
+        for ticket in self._steps.begin_at(step):
+            state.store.release(ticket)

@@ -17,7 +17,6 @@ from areal_like.wire.messages.producer import Purpose
 from buffer.scheduling.staleness import StalenessBound
 from buffer.scheduling.step_scheduler import StepScheduler
 from buffer.settings import LedgerSettings
-from buffer.tables.lease_table import Server
 from buffer.tables.ticket_table import TicketTable
 from buffer.tickets import State, Ticket
 
@@ -61,38 +60,35 @@ class Admission:
             heapq.heappop(self._waiting)
         return self._waiting[0][1] if self._waiting else None
 
-    def may_have_work(self) -> bool:
-        """False if certainly no server can take a train ticket now; cheaper than trying every server.
+    def next_size(self, weights_step: int) -> int:
+        """Missing samples of the ticket that a server with weights of this step may take now; 0: none.
 
-        No server has newer weights than those of the open step, so none has more free positions than this.
+        The server takes all of them, or leaves the ticket to another one.
         """
-        return bool(self._waiting) or self._num_unrecorded() < self._num_free_positions(self._scheduler.step)
-
-    def next_for(self, server: Server, weights_step: int, *, issue: Callable[[], Ticket]) -> Ticket | None:
-        """The ticket that a server with weights of this step may take, if any. `issue` makes a new one."""
-        if self.peek_waiting() is not None:
-            return self._take_waiting(server, weights_step)
-        num_samples = self._settings.group_size + self._settings.num_greedy
-        may_issue = self._num_unrecorded() < self._num_free_positions(weights_step)
-        return issue() if may_issue and server.can_take(num_samples) else None
-
-    def _take_waiting(self, server: Server, weights_step: int) -> Ticket | None:
+        if self.peek_waiting() is None:
+            may_issue = self._num_unrecorded() < self._num_free_positions(weights_step)
+            return self._settings.group_size + self._settings.num_greedy if may_issue else 0
         not_begun, ticket_id = self._waiting[0]
         ticket = self._tickets.live[ticket_id]
-        # A ticket that begins now gets its deadline now, like a new ticket.
-        max_staleness = self._bound.current if not_begun else ticket.max_staleness
-        # Other tickets that have not begun get their deadlines later, one after the other. If they counted
-        # here, they could block each other forever after the bound was lowered.
-        num_with_deadline = self._num_unrecorded() - self._scheduler.num_without_deadline + not_begun
         oldest_step = ticket.oldest_possible_step
-        gets_earlier_deadline = oldest_step is None or weights_step < oldest_step
-        exceeds_budget = gets_earlier_deadline and num_with_deadline > self._num_free_positions(
-            weights_step, max_staleness=max_staleness
-        )
-        if exceeds_budget or not server.can_take(len(ticket.unleased)):
-            return None
-        heapq.heappop(self._waiting)
-        ticket.max_staleness = max_staleness
+        if oldest_step is None or weights_step < oldest_step:  # it would get an earlier deadline
+            # A ticket that begins now gets its deadline now, like a new ticket.
+            max_staleness = self._bound.current if not_begun else ticket.max_staleness
+            # Other tickets that have not begun get their deadlines later, one after the other. If they
+            # counted here, they could block each other forever after the bound was lowered.
+            num_with_deadline = self._num_unrecorded() - self._scheduler.num_without_deadline + not_begun
+            if num_with_deadline > self._num_free_positions(weights_step, max_staleness=max_staleness):
+                return 0
+        return len(ticket.unleased)
+
+    def take(self, *, issue: Callable[[], Ticket]) -> Ticket:
+        """Takes the ticket of which `next_size` has told the size. `issue` makes a new one."""
+        if self.peek_waiting() is None:
+            return issue()
+        not_begun, ticket_id = heapq.heappop(self._waiting)
+        ticket = self._tickets.live[ticket_id]
+        if not_begun:
+            ticket.max_staleness = self._bound.current
         return ticket
 
     def _is_waiting(self, not_begun: bool, ticket_id: int) -> bool:

@@ -35,7 +35,6 @@ from areal_like.wire.fingerprint import as_number, dataset_fingerprint, shared_s
 from areal_like.wire.messages import TO_BUFFER, consumer
 from areal_like.wire.messages.hello import JobFinished, Role
 from buffer.ledger.recovery import recover
-from buffer.rates import RecentNumbers
 from buffer.service import status
 from buffer.service.handlers import NEEDS_DURABILITY, Handlers
 from buffer.service.job_watch import JobWatch
@@ -105,16 +104,13 @@ class BufferDaemon:
             max_peers=config.buffer.max_peers,
             only_loopback=admits_only_this_machine(config.security, buffer_host(config, shard)),
         )
-        is_finished = self._ledger.is_finished
+        is_finished = self._ledger.state.is_finished
         self._end = RunEnd(self._peers, linger_s=config.daemon.linger_s, was_finished=is_finished)
         keyring = runtime.keyring
-        self._recent = RecentNumbers()
+        self._recent = status.RecentNumbers()
         self._watch = JobWatch(config, runtime.metrics, self._ledger, self._peers, now_s=self._loop.time())
         self._series = BufferSeries(runtime.metrics, max_staleness=config.staleness_cap)
-        self._keys = PeerKeys(
-            is_named=lambda name, role: keyring is None or keyring.is_named(name, role),
-            is_valid=lambda key: keyring is None or keyring.sender(key.public) is not None,
-        )
+        self._keys = PeerKeys(keyring)
         curve = None
         if keyring is not None:
             curve = CurveServer(keyring, roles=ROLES, on_failure=self._fail)
@@ -162,18 +158,18 @@ class BufferDaemon:
         stopping = asyncio.create_task(self._runtime.stopping.wait(), name="stopping")
         stopping.add_done_callback(lambda _: self._wake.set())
         async with cancelled_on_exit(stopping):
-            if self._ledger.is_finished:
+            if self._ledger.state.is_finished:
                 log.info("the run is finished: telling late peers")
                 self._wake.set()
             while True:
                 await self._wake.wait()
                 self._wake.clear()
                 is_stopped = self._over.done() or self._runtime.stopping.is_set()
-                if is_stopped or (self._ledger.is_finished and await self._linger()):
+                if is_stopped or (self._ledger.state.is_finished and await self._linger()):
                     break
-        if not self._over.done() and not self._ledger.is_finished:
+        if not self._over.done() and not self._ledger.state.is_finished:
             await self._drain()
-        self._runtime.is_finished = self._ledger.is_finished and not self._over.done()
+        self._runtime.is_finished = self._ledger.state.is_finished and not self._over.done()
         if self._over.done():
             await asyncio.sleep(_FAREWELL_S)
             self._over.result()
@@ -184,11 +180,11 @@ class BufferDaemon:
         self._outbox.close()
         self._ticking.cancel()
         self._listener.close()
-        self._ledger.close_store()
+        self._ledger.state.store.close()
 
     def run_counters(self) -> consumer.RunCounters:
         """Tickets, drops and counters of the whole run."""
-        return status.run_counters(self._ledger.snapshot(), self._peers, received_bytes=self._received_bytes)
+        return status.run_counters(self._ledger.state, self._peers, received_bytes=self._received_bytes)
 
     def status(self) -> dict[str, Any]:
         """The body of /status."""
@@ -212,7 +208,7 @@ class BufferDaemon:
                 if self._loop.time() > told_s + _TELL_AGAIN_S:
                     told_s = self._loop.time()
                     self._outbox.finish()
-                if not self._ledger.is_finished:
+                if not self._ledger.state.is_finished:
                     self._end.reopened()
                     return False
                 if self._end.has_ended(now_s=self._loop.time()):
@@ -222,7 +218,7 @@ class BufferDaemon:
         return True
 
     def _on_finished(self) -> None:
-        log.info("the run is finished after %d steps", self._ledger.trainer_step)
+        log.info("the run is finished after %d steps", self._ledger.state.steps.current)
         self._outbox.finish()
         self._wake.set()
 
@@ -243,7 +239,7 @@ class BufferDaemon:
                 await asyncio.sleep(0.05)
         # A trainer that is still running continues with the next buffer, if that recovers an open ledger.
         if not (self._has_trainer() and self._ledger.settings.durable):
-            self._ledger.close("the buffer is draining")
+            self._ledger.trainer.close("the buffer is draining")
         self._flush()
 
     def _has_trainer(self) -> bool:
@@ -267,18 +263,18 @@ class BufferDaemon:
         self._received_bytes += envelope.num_bytes
         with self._failing_on_error():
             try:
-                answer = self._handlers.handle(envelope)
+                reply = self._handlers.handle(envelope)
             except (RefusedError, StaleIncarnationError) as error:
-                answer = refusal_of(error)
-                if answer.field in KEY_FIELDS:
-                    self._listener.count_refused_frame(answer.reason)
+                reply = refusal_of(error)
+                if reply.field in KEY_FIELDS:
+                    self._listener.count_refused_frame(reply.reason)
             except RunFinishedError:
-                answer = JobFinished()
-            if answer is not None:
+                reply = JobFinished()
+            if reply is not None:
                 if isinstance(envelope.message, NEEDS_DURABILITY):
-                    self._outbox.send_when_durable(envelope.peer, answer, rid=envelope.rid)
+                    self._outbox.send_when_durable(envelope.peer, reply, rid=envelope.rid)
                 else:
-                    self._outbox.send(envelope.peer, answer, rid=envelope.rid)
+                    self._outbox.send(envelope.peer, reply, rid=envelope.rid)
             self._flush_soon()
 
     @contextlib.contextmanager
@@ -309,11 +305,11 @@ class BufferDaemon:
         self._ticking = self._loop.call_later(_TICK_S, self._tick)
         with self._failing_on_error():
             self._watch.tick(now_s=self._loop.time(), interval_s=_TICK_S)
-            if reason := self._ledger.write_blocked_reason:
+            if reason := self._ledger.state.store.write_blocked_reason:
                 self._runtime.unready(reason)
             else:
                 self._runtime.ready()
-            for name in self._ledger.expire(now_s=self._loop.time()):
+            for name in self._ledger.dispatcher.expire(now_s=self._loop.time()):
                 log.warning(
                     "%s has been silent for %g s: its samples are leased again",
                     name,
@@ -326,10 +322,10 @@ class BufferDaemon:
             self._remove_revoked()
             self._outbox.servers_changed()
             self._flush_soon()
-            snapshot = self._ledger.snapshot()
-            counters = status.stream_counters(snapshot, self._peers, received_bytes=self._received_bytes)
-            self._recent.see(snapshot, counters, self._ledger.servers, now_s=self._loop.time())
-            self._series.update(snapshot, self._peers, counters | self._refused_frames())
+            state = self._ledger.state
+            counters = status.stream_counters(state, self._peers, received_bytes=self._received_bytes)
+            self._recent.see(state, counters, now_s=self._loop.time())
+            self._series.update(state, self._peers, counters | self._refused_frames())
 
     def _remove_revoked(self) -> None:
         """Removes peers whose key was revoked; the leases of servers return."""
@@ -340,7 +336,7 @@ class BufferDaemon:
                     "%s is removed: its key %s is revoked or has expired", name, peer.key and peer.key.name
                 )
                 if role is Role.ROLLOUT:
-                    self._ledger.remove_server(name)
+                    self._ledger.dispatcher.remove_server(name)
                 self._peers.remove(name)
 
     def _fail(self, error: Exception) -> None:

@@ -1,4 +1,4 @@
-"""Handlers of peers' messages: a table from role and message type to the method that handles the message."""
+"""Handles the messages of registered peers: each is an operation of the ledger, and most have a reply."""
 
 from __future__ import annotations
 
@@ -34,8 +34,6 @@ from buffer.service.registration import Registration
 from buffer.tickets import Verdict
 
 log = logging.getLogger(__name__)
-
-Handler = Callable[[Peer, Envelope], Any]
 
 NEEDS_DURABILITY = (
     consumer.StartTraining,
@@ -77,37 +75,9 @@ class Handlers:
         self._keys = keys
         self.registration = Registration(ledger, peers, outbox, keys, job=job, clock=clock)
         self.num_unregistered_frames = 0
-        """Messages of peers that have not registered; each was answered with HelloRequired."""
+        """Messages of peers that have not registered; each was replied to with HelloRequired."""
         self.num_absurd_stats = 0
         """Messages of servers with totals that cannot be true."""
-        self._table: dict[Role, dict[type, Handler]] = {
-            Role.ROLLOUT: {
-                producer.ServerHeartbeat: self._server_heartbeat,
-                producer.Samples: self._samples,
-                producer.SampleFailed: self._sample_failed,
-                producer.ReturnLeases: self._return_leases,
-                StillAlive: _nothing,
-                Goodbye: self._server_goodbye,
-            },
-            Role.TRAINER: {
-                consumer.TrainerHeartbeat: self._trainer_heartbeat,
-                consumer.Fetch: self._fetch,
-                consumer.StartTraining: _rank0_only(self._start_training),
-                consumer.GetStepSettings: _rank0_only(self._step_settings),
-                consumer.AllocVersion: _rank0_only(self._alloc_version),
-                consumer.AdoptVersion: _rank0_only(self._adopt_version),
-                consumer.CompleteStep: _rank0_only(self._complete_step),
-                consumer.SetMaxStaleness: _rank0_only(self._set_max_staleness),
-                consumer.CommitStep: _rank0_only(self._commit_step),
-                consumer.GetStreamState: _rank0_only(self._stream_state),
-                consumer.RequestEval: _rank0_only(self._request_eval),
-                consumer.CloseAdmission: _rank0_only(self._close_admission),
-                consumer.FinishRun: _rank0_only(self._finish_run),
-                consumer.GetRunCounters: _rank0_only(self._get_run_counters),
-                StillAlive: _nothing,
-                Goodbye: self._trainer_goodbye,
-            },
-        }
 
     def may_send(self, route: bytes, kind: type) -> bool:
         """False if a message is not to be decoded, because its sender has not registered."""
@@ -121,7 +91,7 @@ class Handlers:
         """A frame that cannot be decoded: a registered server does not send any."""
         peer = self._peers.at(route)
         if peer is not None and peer.hello.role is Role.ROLLOUT:
-            self._ledger.lied(peer.hello.name, f"a malformed message ({what})")
+            self._ledger.failed_samples.lied(peer.hello.name, f"a malformed message ({what})")
 
     def handle(self, envelope: Envelope) -> Any:
         """The reply to a message that `may_send` let pass, or None.
@@ -140,17 +110,15 @@ class Handlers:
         self._check_key(peer, envelope)
         peer.last_heard_s = self._clock()
         self.registration.heard(envelope.peer)
-        if self._ledger.failure_reason:
-            return JobFailed(reason=self._ledger.failure_reason)
+        if self._ledger.state.failure_reason:
+            return JobFailed(reason=self._ledger.state.failure_reason)
         role = peer.hello.role
         server = self._ledger.servers.get(peer.hello.name)
         if server is not None and server.health.is_refused:
             assert server.health.quarantine is not None
             raise RefusedError("conduct", server.health.quarantine.reason)
-        handler = self._table[role].get(type(message))
-        if handler is None:
-            raise RefusedError("message", f"{type(message).__name__} is not for a {role.value} to send")
-        return handler(peer, envelope)
+        handle = self._from_server if role is Role.ROLLOUT else self._from_rank
+        return handle(peer, message, rid=envelope.rid)
 
     def _check_key(self, peer: Peer, envelope: Envelope) -> None:
         self._keys.check_message(peer, envelope.key)
@@ -161,9 +129,9 @@ class Handlers:
     def _heartbeat_ack(self, *, sent_s: float, progress: float = 0.0) -> producer.HeartbeatAck:
         ledger = self._ledger
         return producer.HeartbeatAck(
-            step=ledger.trainer_step,
-            newest_version=ledger.newest_version,
-            trouble=ledger.write_blocked_reason,
+            step=ledger.state.steps.current,
+            newest_version=ledger.state.versions.newest,
+            trouble=ledger.state.store.write_blocked_reason,
             progress=progress,
             log_level=ledger.state.live.log_level,
             echo_s=sent_s,
@@ -179,22 +147,51 @@ class Handlers:
                 peer.hello.name,
                 absurd,
             )
-            self._ledger.lied(peer.hello.name, f"totals that cannot be true ({absurd})")
+            self._ledger.failed_samples.lied(peer.hello.name, f"totals that cannot be true ({absurd})")
 
     # --- rollout servers ---
 
-    def _server_heartbeat(self, peer: Peer, envelope: Envelope) -> producer.HeartbeatAck:
-        beat: producer.ServerHeartbeat = envelope.message
-        self._ledger.heartbeat(peer.hello.name, beat, now_s=self._clock())
-        self._outbox.servers_changed()
-        peer.state, peer.waits = beat.state.value, beat.waits
-        self._take_stats(peer, beat.stats)
-        return self._heartbeat_ack(sent_s=beat.sent_s)
-
-    def _samples(self, peer: Peer, envelope: Envelope) -> None:
+    def _from_server(self, peer: Peer, message: Any, *, rid: int) -> Any:
         name = peer.hello.name
-        samples: list[producer.SampleDone] = envelope.message.samples
-        for sample, verdict in zip(samples, self._ledger.samples_done(name, samples), strict=True):
+        match message:
+            case producer.ServerHeartbeat():
+                self._ledger.dispatcher.heartbeat(name, message, now_s=self._clock())
+                self._outbox.servers_changed()
+                peer.state, peer.waits = message.state.value, message.waits
+                self._take_stats(peer, message.stats)
+                return self._heartbeat_ack(sent_s=message.sent_s)
+            case producer.Samples():
+                self._samples(peer, message.samples)
+            case producer.SampleFailed():
+                log.warning(
+                    "%s could not make sample %d of ticket %d (%s): %s",
+                    name,
+                    message.sample_index,
+                    message.ticket_id,
+                    message.kind.value,
+                    message.error,
+                )
+                self._outbox.acknowledge(peer, message, self._ledger.intake.sample_failed(name, message))
+            case producer.ReturnLeases():
+                log.info("%s returned %d leases: %s", name, len(message.leases), message.reason)
+                self._ledger.dispatcher.return_leases(name, message.leases)
+            case StillAlive():
+                pass  # its arrival is all that counts
+            case Goodbye():
+                if message.stats:
+                    self._take_stats(peer, message.stats)
+                self._ledger.dispatcher.remove_server(name)
+                self._outbox.servers_changed()
+                self._peers.remove(name)
+                log.info("%s left", name)
+                return Ok()
+            case _:
+                raise _not_for(peer, message)
+        return None
+
+    def _samples(self, peer: Peer, samples: list[producer.SampleDone]) -> None:
+        name = peer.hello.name
+        for sample, verdict in zip(samples, self._ledger.intake.samples_done(name, samples), strict=True):
             if verdict in (Verdict.UNKNOWN_VERSION, Verdict.INVALID):
                 log.warning(
                     "sample %d of ticket %d by %s refused: %s",
@@ -205,61 +202,78 @@ class Handlers:
                 )
             self._outbox.acknowledge(peer, sample, verdict)
 
-    def _sample_failed(self, peer: Peer, envelope: Envelope) -> None:
-        failed: producer.SampleFailed = envelope.message
-        log.warning(
-            "%s could not make sample %d of ticket %d (%s): %s",
-            peer.hello.name,
-            failed.sample_index,
-            failed.ticket_id,
-            failed.kind.value,
-            failed.error,
-        )
-        self._outbox.acknowledge(peer, failed, self._ledger.sample_failed(peer.hello.name, failed))
-
-    def _return_leases(self, peer: Peer, envelope: Envelope) -> None:
-        message: producer.ReturnLeases = envelope.message
-        log.info("%s returned %d leases: %s", peer.hello.name, len(message.leases), message.reason)
-        self._ledger.return_leases(peer.hello.name, message.leases)
-
-    def _server_goodbye(self, peer: Peer, envelope: Envelope) -> Ok:
-        if stats := envelope.message.stats:
-            self._take_stats(peer, stats)
-        self._ledger.remove_server(peer.hello.name)
-        self._outbox.servers_changed()
-        self._peers.remove(peer.hello.name)
-        log.info("%s left", peer.hello.name)
-        return Ok()
-
     # --- trainer ---
 
-    def _trainer_heartbeat(self, peer: Peer, envelope: Envelope) -> producer.HeartbeatAck:
-        beat: consumer.TrainerHeartbeat = envelope.message
-        peer.state, peer.waits, peer.step = beat.state, beat.waits, beat.step
-        self._take_stats(peer, beat.stats)
-        ack = self._heartbeat_ack(sent_s=beat.sent_s, progress=self._peers.total("progress"))
-        if ack.trouble:
-            return ack
-        # Its limits of time must not run out.
-        paused = "the run is paused by an operator" if self._ledger.state.holds.is_paused else ""
-        return dataclasses.replace(ack, trouble=paused or self._ledger.task_trouble)
+    def _from_rank(self, peer: Peer, message: Any, *, rid: int) -> Any:
+        match message:
+            case consumer.TrainerHeartbeat():
+                peer.state, peer.waits, peer.step = message.state, message.waits, message.step
+                self._take_stats(peer, message.stats)
+                ack = self._heartbeat_ack(sent_s=message.sent_s, progress=self._peers.total("progress"))
+                # The trainer's limits of time must not run out while it can get nothing.
+                paused = "the run is paused by an operator" if self._ledger.state.holds.is_paused else ""
+                trouble = ack.trouble or paused or self._ledger.failed_samples.task_trouble
+                return dataclasses.replace(ack, trouble=trouble)
+            case consumer.Fetch():
+                self._ledger.trainer.refuse_older_trainer(peer.hello.incarnation)
+                group = self._ledger.trainer.fetch(step=message.step, position=message.position)
+                if group is None:
+                    self._outbox.add_fetch(peer.route, message, rid=rid)
+                return group
+            case StillAlive():
+                return None
+            case Goodbye():
+                self._peers.remove(peer.hello.name)
+                return Ok()
+            case _ if peer.hello.rank != 0 and type(message) in consumer.TO_BUFFER:
+                raise RefusedError("rank", f"only rank 0 may send {type(message).__name__}")
+            case _:
+                return self._from_rank_0(peer, message, rid=rid)
 
-    def _trainer_goodbye(self, peer: Peer, envelope: Envelope) -> Ok:
-        self._peers.remove(peer.hello.name)
+    def _from_rank_0(self, peer: Peer, message: Any, *, rid: int) -> Any:
+        trainer, incarnation = self._ledger.trainer, peer.hello.incarnation
+        match message:
+            case consumer.StartTraining():
+                return self._start_training(peer, message)
+            case consumer.GetStepSettings():
+                return trainer.settings_of(incarnation=incarnation, step=message.step)
+            case consumer.AllocVersion():
+                version = trainer.alloc_version(incarnation=incarnation, step=message.step)
+                return consumer.VersionGranted(version=version)
+            case consumer.AdoptVersion():
+                trainer.adopt_version(incarnation=incarnation, version=message.version, step=message.step)
+            case consumer.CompleteStep():
+                trainer.complete_step(incarnation=incarnation, step=message.step)
+            case consumer.SetMaxStaleness():
+                trainer.set_max_staleness(incarnation=incarnation, max_staleness=message.max_staleness)
+                log.info("max_staleness of new tickets is %d from now on", message.max_staleness)
+            case consumer.CommitStep():
+                trainer.commit(
+                    incarnation=incarnation, step=message.step, oldest_kept_step=message.oldest_kept_step
+                )
+            case consumer.GetStreamState():
+                return consumer.StreamState(stream=trainer.stream_state(step=message.step))
+            case consumer.RequestEval():
+                self._check_eval_set(message)
+                result = trainer.request_eval(**dataclasses.asdict(message))
+                if result is None:
+                    self._outbox.add_eval(peer.route, message, rid=rid)
+                return result
+            case consumer.CloseAdmission():
+                trainer.close(message.reason)
+                log.info("admission closed: %s", message.reason)
+            case consumer.FinishRun():
+                trainer.finish(incarnation=incarnation)
+                self._ledger.state.store.when_durable(self._on_finished)
+            case consumer.GetRunCounters():
+                return self._run_counters()
+            case _:
+                raise _not_for(peer, message)
         return Ok()
 
-    def _fetch(self, peer: Peer, envelope: Envelope) -> consumer.Group | None:
-        message: consumer.Fetch = envelope.message
-        self._ledger.refuse_older_trainer(peer.hello.incarnation)
-        group = self._ledger.fetch(step=message.step, position=message.position)
-        if group is None:
-            self._outbox.add_fetch(peer.route, message, rid=envelope.rid)
-        return group
-
-    def _start_training(self, peer: Peer, envelope: Envelope) -> Welcome:
-        message: consumer.StartTraining = envelope.message
+    def _start_training(self, peer: Peer, message: consumer.StartTraining) -> Welcome:
         incarnation = peer.hello.incarnation
-        self._ledger.start_training(
+        self._ledger.trainer.start_training(
             incarnation=incarnation,
             step=message.step,
             stream=message.stream,
@@ -274,78 +288,21 @@ class Handlers:
         log.info("training starts at step %d, incarnation %d", message.step, incarnation)
         return self.registration.welcome(incarnation)
 
-    def _step_settings(self, peer: Peer, envelope: Envelope) -> consumer.StepSettings:
-        return self._ledger.settings_of(incarnation=peer.hello.incarnation, step=envelope.message.step)
-
-    def _alloc_version(self, peer: Peer, envelope: Envelope) -> consumer.VersionGranted:
-        version = self._ledger.alloc_version(incarnation=peer.hello.incarnation, step=envelope.message.step)
-        return consumer.VersionGranted(version=version)
-
-    def _adopt_version(self, peer: Peer, envelope: Envelope) -> Ok:
-        message: consumer.AdoptVersion = envelope.message
-        self._ledger.adopt_version(
-            incarnation=peer.hello.incarnation, version=message.version, step=message.step
-        )
-        return Ok()
-
-    def _complete_step(self, peer: Peer, envelope: Envelope) -> Ok:
-        self._ledger.complete_step(incarnation=peer.hello.incarnation, step=envelope.message.step)
-        return Ok()
-
-    def _set_max_staleness(self, peer: Peer, envelope: Envelope) -> Ok:
-        bound = envelope.message.max_staleness
-        self._ledger.set_max_staleness(incarnation=peer.hello.incarnation, max_staleness=bound)
-        log.info("max_staleness of new tickets is %d from now on", bound)
-        return Ok()
-
-    def _commit_step(self, peer: Peer, envelope: Envelope) -> Ok:
-        message: consumer.CommitStep = envelope.message
-        self._ledger.commit(
-            incarnation=peer.hello.incarnation, step=message.step, oldest_kept_step=message.oldest_kept_step
-        )
-        return Ok()
-
-    def _stream_state(self, peer: Peer, envelope: Envelope) -> consumer.StreamState:
-        return consumer.StreamState(stream=self._ledger.stream_state(step=envelope.message.step))
-
-    def _request_eval(self, peer: Peer, envelope: Envelope) -> consumer.EvalResult | None:
-        message: consumer.RequestEval = envelope.message
-        if sets := self.registration.eval_sets:
-            if message.eval_set not in sets:
-                raise RefusedError("eval_set", f"the servers have no set of this name, but {', '.join(sets)}")
-            if sets[message.eval_set] < message.num_prompts:
-                reason = (
-                    f"the task of the set {message.eval_set} has {sets[message.eval_set]} held-out prompts, "
-                    f"{message.num_prompts} were requested: lower num_prompts"
-                )
-                raise RefusedError("num_prompts", reason)
-        result = self._ledger.request_eval(**dataclasses.asdict(message))
-        if result is None:
-            self._outbox.add_eval(peer.route, message, rid=envelope.rid)
-        return result
-
-    def _close_admission(self, peer: Peer, envelope: Envelope) -> Ok:
-        self._ledger.close(envelope.message.reason)
-        log.info("admission closed: %s", envelope.message.reason)
-        return Ok()
-
-    def _finish_run(self, peer: Peer, envelope: Envelope) -> Ok:
-        self._ledger.finish(incarnation=peer.hello.incarnation)
-        self._ledger.when_durable(self._on_finished)
-        return Ok()
-
-    def _get_run_counters(self, peer: Peer, envelope: Envelope) -> consumer.RunCounters:
-        return self._run_counters()
+    def _check_eval_set(self, request: consumer.RequestEval) -> None:
+        """Raises RefusedError for a set that the servers do not have, or that has fewer prompts."""
+        sets = self.registration.eval_sets
+        if not sets:
+            return
+        if request.eval_set not in sets:
+            raise RefusedError("eval_set", f"the servers have no set of this name, but {', '.join(sets)}")
+        if sets[request.eval_set] < request.num_prompts:
+            reason = (
+                f"the task of the set {request.eval_set} has {sets[request.eval_set]} held-out prompts, "
+                f"{request.num_prompts} were requested: lower num_prompts"
+            )
+            raise RefusedError("num_prompts", reason)
 
 
-def _nothing(peer: Peer, envelope: Envelope) -> None:
-    """For a message whose arrival is all that counts."""
-
-
-def _rank0_only(handler: Handler) -> Handler:
-    def checked(peer: Peer, envelope: Envelope) -> Any:
-        if peer.hello.rank != 0:
-            raise RefusedError("rank", f"only rank 0 may send {type(envelope.message).__name__}")
-        return handler(peer, envelope)
-
-    return checked
+def _not_for(peer: Peer, message: Any) -> RefusedError:
+    kind = type(message).__name__
+    return RefusedError("message", f"{kind} is not for a {peer.hello.role.value} to send")

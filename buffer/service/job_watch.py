@@ -12,10 +12,8 @@ from areal_like.runtime.metrics import Metrics
 from areal_like.wire.messages.hello import Role
 from areal_like.wire.messages.producer import Purpose
 from buffer.diagnosis.bottleneck import Load
-from buffer.diagnosis.causes import Limits
-from buffer.diagnosis.facts import JobFacts, LeaseFacts, RankFacts, ServerFacts
-from buffer.diagnosis.life_times import LifeTimes
-from buffer.diagnosis.timeline import Timeline
+from buffer.diagnosis.facts import JobFacts, LeaseFacts, Limits, RankFacts, ServerFacts
+from buffer.diagnosis.life_times import LifeTimes, Timeline
 from buffer.diagnosis.watchdog import INTERVAL_S, Wakefulness, Watchdog
 from buffer.ledger.ledger import Ledger
 from buffer.service.peers import ConnectedPeers
@@ -110,15 +108,17 @@ class JobWatch:
             open_step=state.scheduler.step,
             num_recorded=state.scheduler.position,
             num_groups=self._groups_per_step,
-            trainer_step=ledger.trainer_step,
+            trainer_step=ledger.state.steps.current,
             oldest_leases=tuple(self._oldest_leases(now_s=now_s)),
             lost_servers={name: now_s - lost_s for name, lost_s in self._lost.items()},
-            store_trouble=ledger.write_blocked_reason,
-            store_trouble_s=self._lasting("store", bool(ledger.write_blocked_reason), now_s=now_s),
+            store_trouble=ledger.state.store.write_blocked_reason,
+            store_trouble_s=self._lasting(
+                "store", bool(ledger.state.store.write_blocked_reason), now_s=now_s
+            ),
             paused_s=self._lasting("paused", state.holds.is_paused, now_s=now_s),
-            closed_reason=ledger.closed_reason,
-            closed_s=self._lasting("closed", bool(ledger.closed_reason), now_s=now_s),
-            is_finished=ledger.is_finished,
+            closed_reason=ledger.state.closed_reason,
+            closed_s=self._lasting("closed", bool(ledger.state.closed_reason), now_s=now_s),
+            is_finished=ledger.state.is_finished,
             loop_late_s=self._awake.late_s,
         )
 

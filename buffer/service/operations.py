@@ -9,7 +9,9 @@
     drain_server {"server": "rollout-0"} tells a rollout server to leave, over its own connection: the HTTP
                                          address in a hello is whatever the peer wrote there
 
-Each raises UserError for a mistake. Changes are durable before the reply.
+Each raises UserError for a mistake. Changes are durable before the reply. `drop_offline` and
+`unfence_offline` are for the ledger of a job whose buffer is not running (`python -m buffer --drop 17,23`,
+`--unfence NAME`).
 """
 
 from __future__ import annotations
@@ -20,17 +22,23 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+from areal_like.config import Config
 from areal_like.config.common import NAME
-from areal_like.errors import RefusedError, UserError
+from areal_like.errors import ConfigError, RefusedError, UserError
 from areal_like.runtime.logs import follow_level
+from areal_like.shards import Shard
+from areal_like.wire.fingerprint import as_number, dataset_fingerprint
 from areal_like.wire.messages.hello import Drain, Role
 from buffer.ledger.ledger import Ledger
+from buffer.ledger.recovery import recover
 from buffer.service.outbox import Outbox
 from buffer.service.peers import ConnectedPeers
 from buffer.service.registration import Registration
+from buffer.settings import LedgerSettings
+from buffer.storage.durable import open_store
 from buffer.tables.incarnations import TRAINER
 
 log = logging.getLogger(__name__)
@@ -88,7 +96,7 @@ class Operations:
         refusal = ""
         with self._changing():
             try:
-                self._ledger.poison(ticket_ids)
+                self._ledger.operator.poison(ticket_ids)
             except RefusedError as error:
                 refusal = "ticket {} {}".format(*error.args)
         if refusal:
@@ -127,7 +135,7 @@ class Operations:
         if not isinstance(name, str) or not (is_known or name in self._ledger.state.holds.cordoned):
             raise UserError(self._no_server(name))
         with self._changing():
-            has_changed = self._ledger.set_cordoned(name, is_cordoned, unix_s=time.time())
+            has_changed = self._ledger.operator.set_cordoned(name, is_cordoned, unix_s=time.time())
         log.warning("an operator %s %s", "cordons" if is_cordoned else "uncordons", name)
         await self._durable()
         return {"server": name, "changed": has_changed}
@@ -138,7 +146,7 @@ class Operations:
         refusal, changes = "", []
         with self._changing():
             try:
-                changes = self._ledger.change_settings(
+                changes = self._ledger.operator.change_settings(
                     {key: str(value) for key, value in body.items()}, unix_s=time.time()
                 )
             except RefusedError as error:
@@ -153,7 +161,7 @@ class Operations:
 
     async def _set_paused(self, is_paused: bool, _: dict[str, Any]) -> dict[str, Any]:
         with self._changing():
-            has_changed = self._ledger.set_paused(is_paused, unix_s=time.time())
+            has_changed = self._ledger.operator.set_paused(is_paused, unix_s=time.time())
         log.warning("an operator %s the run", "pauses" if is_paused else "resumes")
         await self._durable()
         return {"paused": is_paused, "changed": has_changed}
@@ -161,7 +169,7 @@ class Operations:
     async def _durable(self) -> None:
         self._changed()
         durable = asyncio.Event()
-        self._ledger.when_durable(durable.set)
+        self._ledger.state.store.when_durable(durable.set)
         await durable.wait()
 
 
@@ -170,3 +178,65 @@ def fenced_name(name: Any) -> str:
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise UserError('want {"name": NAME} of a rollout server, or of the trainer')
     return TRAINER if name.startswith(f"{TRAINER}-") else name
+
+
+_WRITE_TIMEOUT_S = 30.0
+"""Longest wait for the write: the disk may be full, or another program may have locked the ledger file."""
+
+
+def drop_offline(config: Config, ticket_ids: Sequence[int], shard: Shard) -> None:
+    """Drops the tickets that belong to this shard, with reason `poison`: all of them, or none.
+
+    Raises ConfigError if one of them may not be dropped, UserError if the ledger is in use.
+    """
+
+    def drop(ledger: Ledger) -> None:
+        try:
+            ledger.operator.poison(ticket_ids)
+        except RefusedError as error:
+            raise ConfigError("ticket {} {}".format(*error.args)) from None
+
+    # A damaged trajectory may be the reason for dropping its ticket.
+    asyncio.run(_change(config, shard, drop, ignoring=ticket_ids))
+
+
+def unfence_offline(config: Config, name: str, shard: Shard) -> None:
+    """Takes a name from the process that has it: the next new process gets the name.
+
+    Raises UserError if no process has had the name, or if the ledger is in use.
+    """
+
+    def unfence(ledger: Ledger) -> None:
+        key = fenced_name(name)
+        if key not in ledger.state.incarnations:
+            raise ConfigError(f"no process of this run has had the name {key}")
+        ledger.operator.unfence(key, unix_s=time.time())
+
+    asyncio.run(_change(config, shard, unfence))
+
+
+async def _change(
+    config: Config, shard: Shard, change: Callable[[Ledger], None], *, ignoring: Sequence[int] = ()
+) -> None:
+    """Opens the ledger, changes it and waits until that is durable."""
+    if config.buffer.durability == "none":
+        raise ConfigError("buffer.durability=none: a stopped buffer has no ledger that could be changed")
+    loop = asyncio.get_running_loop()
+    durable: asyncio.Future[None] = loop.create_future()
+    with contextlib.closing(open_store(config, on_error=durable.set_exception, shard=shard)) as store:
+        ledger = recover(
+            LedgerSettings.from_config(config, shard),
+            store,
+            now_s=loop.time(),
+            dataset=as_number(dataset_fingerprint(config)),
+            ignoring=ignoring,
+        )
+        change(ledger)
+        store.when_durable(lambda: durable.set_result(None))
+        try:
+            async with asyncio.timeout(_WRITE_TIMEOUT_S):
+                await durable
+        except TimeoutError:
+            raise ConfigError(
+                store.write_blocked_reason or f"the ledger was not written within {_WRITE_TIMEOUT_S:g} s"
+            ) from None

@@ -61,13 +61,13 @@ class Outbox:
         """Sends at once. False if the peer cannot be reached."""
         return not self._is_closed and self._listener.send(route, message, rid=rid)
 
-    def send_when_durable(self, route: bytes, answer: Any, *, rid: int) -> None:
+    def send_when_durable(self, route: bytes, reply: Any, *, rid: int) -> None:
         """Sends once everything written so far is durable."""
 
         def send() -> None:
-            self.send(route, answer, rid=rid)
+            self.send(route, reply, rid=rid)
 
-        self._ledger.when_durable(send)
+        self._ledger.state.store.when_durable(send)
 
     def acknowledge(
         self, peer: Peer, sample: producer.SampleDone | producer.SampleFailed, verdict: Verdict
@@ -103,10 +103,10 @@ class Outbox:
         """
         for notice in self._ledger.take_notices():
             log.warning("%s", notice)
-        if self._ledger.failure_reason:
-            raise ArealError(self._ledger.failure_reason)
-        if self._ledger.last_rejection != self._rejection_seen:
-            self._rejection_seen = self._ledger.last_rejection
+        if self._ledger.state.failure_reason:
+            raise ArealError(self._ledger.state.failure_reason)
+        if self._ledger.intake.last_rejection != self._rejection_seen:
+            self._rejection_seen = self._ledger.intake.last_rejection
             log.warning("group rejected: %s", self._rejection_seen)
         self._send_acks()
         self._send_leases(now_s=now_s)
@@ -146,15 +146,15 @@ class Outbox:
         self._acks = {}
 
     def _send_leases(self, *, now_s: float) -> None:
-        for name, leases in self._ledger.grant(now_s=now_s).items():
+        for name, leases in self._ledger.dispatcher.grant(now_s=now_s).items():
             peer = self._peers.named(name)
             for message in producer.Leases.batches(leases):
                 if peer is None or not self.send(peer.route, message):
                     undelivered = [lease.lease_id for lease in message.leases]
-                    self._ledger.take_back_undelivered(name, undelivered)
+                    self._ledger.dispatcher.take_back_undelivered(name, undelivered)
 
     def _send_aborts(self) -> None:
-        for name, lease_ids in self._ledger.take_aborts().items():
+        for name, lease_ids in self._ledger.state.leases.take_aborts().items():
             peer = self._peers.named(name)
             if peer is not None:
                 reason = "these leases have ended: their samples are not needed any more"
@@ -162,14 +162,14 @@ class Outbox:
                     self.send(peer.route, message)
 
     def _answer_fetches(self) -> None:
-        if self._num_recorded_seen == self._ledger.num_recorded:
+        if self._num_recorded_seen == self._ledger.state.steps.num_recorded:
             return
-        self._num_recorded_seen = self._ledger.num_recorded
+        self._num_recorded_seen = self._ledger.state.steps.num_recorded
         for (route, step, position), rid in list(self._fetches.items()):
             # No reply is needed: the rank has left, or the step was committed meanwhile.
-            if step <= self._ledger.committed_step or self._peers.at(route) is None:
+            if step <= self._ledger.state.steps.committed or self._peers.at(route) is None:
                 del self._fetches[route, step, position]
-            elif (group := self._ledger.fetch(step=step, position=position)) is not None:
+            elif (group := self._ledger.trainer.fetch(step=step, position=position)) is not None:
                 del self._fetches[route, step, position]
                 self.send_when_durable(route, group, rid=rid)
 
@@ -178,7 +178,7 @@ class Outbox:
             route = key[0]
             if self._peers.at(route) is None:
                 del self._evals[key]
-            elif (result := self._ledger.request_eval(**request)) is not None:
+            elif (result := self._ledger.trainer.request_eval(**request)) is not None:
                 del self._evals[key]
                 self.send_when_durable(route, result, rid=rid)
 

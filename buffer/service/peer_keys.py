@@ -7,9 +7,10 @@ key has the name of the old one, so it keeps what the old one registered.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from areal_like.errors import RefusedError
+from areal_like.security.keyring import Keyring
 from areal_like.security.keys import AllowedKey, KeyRole
 from areal_like.wire.messages.hello import Hello, Role
 from buffer.service.peers import Peer
@@ -24,15 +25,18 @@ _MAX_OWNERS = 4096
 class PeerKeys:
     """Decides by keys."""
 
-    def __init__(
-        self, *, is_named: Callable[[str, KeyRole], bool], is_valid: Callable[[AllowedKey], bool]
-    ) -> None:
-        """`is_named(name, role)`: True if a valid key has this name and role. `is_valid`: of exactly this
-        key."""
-        self._is_named = is_named
-        self._is_valid = is_valid
+    def __init__(self, keyring: Keyring | None) -> None:
+        self._keyring = keyring
         self._owners: dict[str, AllowedKey] = {}
         """Name of a peer -> key that registered it first."""
+
+    def _is_valid(self, key: AllowedKey) -> bool:
+        """True if exactly this key is valid."""
+        return self._keyring is None or self._keyring.sender(key.public) is not None
+
+    def _has_successor(self, key: AllowedKey) -> bool:
+        """True if a valid key has the name and role of this one, which may be the key itself."""
+        return self._keyring is None or self._keyring.is_named(key.name, key.role)
 
     def check_hello(self, hello: Hello, key: AllowedKey | None) -> None:
         """Raises RefusedError if this key may not register this peer."""
@@ -45,7 +49,7 @@ class PeerKeys:
                 "key role", f"the key {key.name} of role {key.role.value} is not a {hello.role.value}'s"
             )
         owner = self._owners.get(hello.name)
-        if owner is not None and owner.name != key.name and self._is_named(owner.name, owner.role):
+        if owner is not None and owner.name != key.name and self._has_successor(owner):
             raise RefusedError(
                 "key name",
                 f"{hello.name} was registered with the key {owner.name}, not {key.name}: "
@@ -73,7 +77,7 @@ class PeerKeys:
             for peer in peers
             if peer.key is not None
             and not self._is_valid(peer.key)
-            and not (self._is_named(peer.key.name, peer.key.role) and now_s - peer.last_heard_s < _RENEWAL_S)
+            and not (self._has_successor(peer.key) and now_s - peer.last_heard_s < _RENEWAL_S)
         ]
 
 

@@ -71,7 +71,7 @@ class Peer:
     waits: dict[str, float] = field(default_factory=dict)
     """What it waited for at its last heartbeat -> seconds."""
     step: int = 0
-    """Of a rank: the step it works on."""
+    """The step that a rank works on."""
 
 
 class ConnectedPeers:

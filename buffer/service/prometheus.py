@@ -1,4 +1,4 @@
-"""The buffer's Prometheus series, copied from snapshots of the ledger."""
+"""The buffer's Prometheus series, copied from the ledger at every tick."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from areal_like.failures import FailureKind, FailurePolicy
 from areal_like.runtime.metrics import PREFIX, Metrics
 from areal_like.selection import LENGTHS, MAX_BUCKET, failures_of, lengths_of, wasted_of
 from areal_like.wire.messages.hello import Role
-from buffer.ledger.snapshot import LedgerSnapshot
+from buffer.ledger.state import LedgerState
 from buffer.service.peers import ConnectedPeers
 from buffer.tickets import REFUSALS, Drop, State, Verdict
 
@@ -101,36 +101,37 @@ class BufferSeries:
         self._exported: dict[tuple[int, tuple[str, ...]], float] = {}
         """Value of each counter at the last update, by (id of the counter, values of its labels)."""
 
-    def update(self, snapshot: LedgerSnapshot, peers: ConnectedPeers, unlabeled: Mapping[str, float]) -> None:
-        """Copies the numbers; `unlabeled` has the value of each counter without a label."""
-        for state, count in snapshot.num_by_state.items():
-            self._tickets.labels(state).set(count)
-        for reason, count in snapshot.drops.items():
-            self._raise_to(self._drops, count, reason)
-        for verdict, count in snapshot.verdicts.items():
+    def update(self, state: LedgerState, peers: ConnectedPeers, counters: Mapping[str, float]) -> None:
+        """Copies the numbers. `counters`: the ledger's, and the value of each counter without a label."""
+        for ticket_state, count in state.tickets.num_by_state().items():
+            self._tickets.labels(ticket_state).set(count)
+        for reason in Drop:
+            self._raise_to(self._drops, state.drops[reason], reason)
+        for verdict, count in state.counters.verdicts.items():
             self._raise_to(self._samples, count, verdict)
-        for lag, count in snapshot.lag_histogram.items():
+        for lag, count in state.counters.lag_histogram.items():
             self._raise_to(self._trained, count, str(lag))
-        for kind, outcomes in failures_of(snapshot.counters).items():
+        for kind, outcomes in failures_of(counters).items():
             for outcome, count in outcomes.items():
                 self._raise_to(self._failed, count, kind, outcome)
-        for wasted_because, num_tokens in wasted_of(snapshot.counters).items():
+        for wasted_because, num_tokens in wasted_of(counters).items():
             self._raise_to(self._wasted, num_tokens, wasted_because)
-        self._lengths.counters = snapshot.counters
-        self._quarantined.set(snapshot.num_quarantined)
+        self._lengths.counters = counters
+        servers = state.leases.servers.values()
+        self._quarantined.set(sum(server.health.quarantine is not None for server in servers))
         for name, counter in self._unlabeled.items():
-            self._raise_to(counter, unlabeled[name])
+            self._raise_to(counter, counters[name])
         for role in Role:
             self._peers.labels(role.value).set(len(peers.of(role)))
-        steps = (snapshot.trainer_step, snapshot.committed_steps, snapshot.open_step)
+        steps = (state.steps.current, state.steps.committed + 1, state.scheduler.step)
         for of, step in zip(_STEPS, steps, strict=True):
             self._steps.labels(of).set(step)
-        self._bound.set(snapshot.max_staleness)
-        self._version.set(snapshot.newest_version)
-        self._bytes.set(snapshot.num_bytes)
-        self._free.set(snapshot.free_samples)
-        self._due.set(snapshot.num_due)
-        if (curriculum := snapshot.curriculum) is not None:
+        self._bound.set(state.bound.current)
+        self._version.set(state.versions.newest)
+        self._bytes.set(state.store.num_bytes)
+        self._free.set(sum(max(0, server.free_samples) for server in servers))
+        self._due.set(state.scheduler.num_due)
+        if (curriculum := state.prompts.curriculum) is not None:
             rates = (curriculum.issued_solve_rate, curriculum.mean_solve_rate)
             for of, rate in zip(_PROMPTS, rates, strict=True):
                 self._solve_rate.labels(of).set(rate)

@@ -2,7 +2,7 @@
 
     hello -> refused (its configuration differs, it was replaced, its name is taken)
           -> welcome (the process that has the name; a new one under a free name)
-          -> asked: another process has the name -> refused (that one answers) | welcome (it does not)
+          -> asked: another process has the name -> refused (that one replies) | welcome (it does not)
           -> the run is finished (rollout servers)
 
 A welcome to a new process is sent when its incarnation is durable: a restarted buffer must know it.
@@ -59,7 +59,7 @@ class Registration:
             self._outbox.send(newcomer.route, refusal_of(error), rid=newcomer.rid)
 
     def heard(self, route: bytes) -> None:
-        """A registered peer has sent a message: it answers for its name."""
+        """A registered peer has sent a message: it has its name."""
         for newcomer in self._claims.heard(route):
             name = newcomer.hello.name
             log.warning("a second process says hello as %s, and the first one answers", name)
@@ -70,7 +70,7 @@ class Registration:
             self._outbox.send(newcomer.route, Refused(field="name", reason=reason), rid=newcomer.rid)
 
     def tick(self) -> None:
-        """Admits the newcomers whose predecessors have not answered in time. Call it a few times a second."""
+        """Admits the newcomers whose predecessors have not replied in time. Call it a few times a second."""
         for name, newcomers in self._claims.expired(now_s=self._clock()):
             log.warning("the process that had the name %s does not answer: it is replaced", name)
             self._peers.take_name(name, kept=newcomers[0].hello.process)
@@ -78,7 +78,7 @@ class Registration:
 
     def unfence(self, name: str, *, unix_s: float) -> str:
         """Takes a name (`claimed_name`) from its process for an operator; returns what has changed."""
-        change = self._ledger.unfence(name, unix_s=unix_s)
+        change = self._ledger.operator.unfence(name, unix_s=unix_s)
         self._peers.take_name(name)
         self._outbox.servers_changed()
         self._again(self._claims.cancel(name))
@@ -90,8 +90,8 @@ class Registration:
         return Welcome(
             job=self._job,
             incarnation=incarnation,
-            step=ledger.trainer_step,
-            newest_version=ledger.newest_version,
+            step=ledger.state.steps.current,
+            newest_version=ledger.state.versions.newest,
         )
 
     def _again(self, newcomers: Iterable[Newcomer]) -> None:
@@ -105,8 +105,8 @@ class Registration:
         self._keys.check_hello(hello, newcomer.key)
         self._peers.check(hello)
         name = claimed_name(hello)
-        incarnation = self._ledger.find_process(name, hello.process, hello.incarnation)
-        if self._ledger.is_finished and hello.role is Role.ROLLOUT:
+        incarnation = self._ledger.state.incarnations.find(name, hello.process, hello.incarnation)
+        if self._ledger.state.is_finished and hello.role is Role.ROLLOUT:
             self._outbox.send(newcomer.route, JobFinished(), rid=newcomer.rid)
         elif incarnation:
             self._admit(newcomer, incarnation)
@@ -121,7 +121,7 @@ class Registration:
             return False
         holders = self._peers.holders(name, process)
         if name == TRAINER:  # a fenced trainer (`areal-like drop`) has lost the name
-            current = self._ledger.trainer_incarnation
+            current = self._ledger.state.trainer_incarnation
             holders = [peer for peer in holders if peer.hello.incarnation >= current]
         asked = [peer.route for peer in holders if self._outbox.send(peer.route, AreYouAlive())]
         if asked:
@@ -131,7 +131,7 @@ class Registration:
     def _admit_new(self, newcomer: Newcomer, name: str) -> None:
         hello = newcomer.hello
         if hello.role is Role.ROLLOUT:  # before its predecessor is replaced
-            self._ledger.set_num_train_prompts(hello.num_train_prompts, prompt_sets(hello))
+            self._ledger.state.prompts.set_num_train_prompts(hello.num_train_prompts, prompt_sets(hello))
         incarnation = self._ledger.admit_process(name, hello.process)
         self._peers.take_name(name, kept=hello.process)
         self._admit(newcomer, incarnation, is_new=True)
@@ -140,20 +140,20 @@ class Registration:
         """Registers a process that has its name. Raises RefusedError or StaleIncarnationError."""
         hello = dataclasses.replace(newcomer.hello, incarnation=incarnation)
         if hello.role is Role.ROLLOUT:
-            self._ledger.set_num_train_prompts(hello.num_train_prompts, prompt_sets(hello))
-            self._ledger.set_content(as_number(hello.content) if hello.content else 0)
-            self._ledger.register_server(
+            self._ledger.state.prompts.set_num_train_prompts(hello.num_train_prompts, prompt_sets(hello))
+            self._ledger.dispatcher.set_content(as_number(hello.content) if hello.content else 0)
+            self._ledger.dispatcher.register_server(
                 hello.name,
                 incarnation=incarnation,
                 weights_version=hello.weights_version,
                 now_s=self._clock(),
             )
             if self._ledger.servers[hello.name].health.is_refused:
-                self._ledger.remove_server(hello.name)
+                self._ledger.dispatcher.remove_server(hello.name)
                 raise RefusedError("conduct", "this process was refused for good; the buffer's log says why")
             self.eval_sets = hello.eval_sets
         else:
-            self._ledger.refuse_older_trainer(incarnation)
+            self._ledger.trainer.refuse_older_trainer(incarnation)
         peer = self._peers.add(newcomer.route, hello, now_s=self._clock(), key=newcomer.key)
         self._keys.registered(hello.name, newcomer.key)
         self._peers.expect_model_of(hello)

@@ -1,8 +1,13 @@
-"""The buffer's numbers for /status and for the trainer's `GetRunCounters`."""
+"""The buffer's numbers for /status and for the trainer's `GetRunCounters`.
+
+Also what has happened within the last minute, and since when each server has its weights. Pure: times come in
+as arguments. A buffer that has just started knows less than a minute.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,20 +15,105 @@ from areal_like.selection import selection_report
 from areal_like.wire.messages import consumer
 from areal_like.wire.messages.hello import Role
 from buffer.ledger.ledger import Ledger
-from buffer.ledger.snapshot import LedgerSnapshot
-from buffer.rates import RecentNumbers
+from buffer.ledger.state import LedgerState
 from buffer.service.peers import ConnectedPeers
 from buffer.tables.lease_table import Server
+from buffer.tickets import Drop
 
+WINDOW_S = 60.0
+_INTERVAL_S = 1.0
+_SHORTEST_S = 0.5
+"""Rates over less time say nothing."""
+_PER_S = ("samples", "tokens_generated", "tokens_trained")
+_PER_MIN = ("steps", "drops")
 _MAX_CHANGES = 50
 """Rows of the table of settings in /status, the newest."""
 
 
-def stream_counters(
-    snapshot: LedgerSnapshot, peers: ConnectedPeers, *, received_bytes: int
-) -> dict[str, float]:
+class RateWindow:
+    """Rates of counters over the last WINDOW_S seconds."""
+
+    def __init__(self) -> None:
+        self._seen: deque[tuple[float, dict[str, float]]] = deque()
+
+    def see(self, counters: Mapping[str, float], *, now_s: float) -> None:
+        """Takes the values of the counters now; call it more often than once a second."""
+        if self._seen and now_s < self._seen[-1][0] + _INTERVAL_S:
+            return
+        self._seen.append((now_s, dict(counters)))
+        # The first entry is the newest one that is at least WINDOW_S old.
+        while len(self._seen) > 1 and self._seen[1][0] <= now_s - WINDOW_S:
+            self._seen.popleft()
+
+    def rate(self, name: str, value: float, *, now_s: float) -> float | None:
+        """Increase of a counter per second, `value` being its value now; None if it is not known yet."""
+        if not self._seen or now_s - self._seen[0][0] < _SHORTEST_S:
+            return None
+        since_s, first = self._seen[0]
+        # A trainer that resumes at an earlier step makes some counters smaller.
+        return max(0.0, value - first.get(name, 0.0)) / (now_s - since_s)
+
+    def seconds(self, *, now_s: float) -> float:
+        """Length of the window."""
+        return now_s - self._seen[0][0] if self._seen else 0.0
+
+
+class RecentNumbers:
+    """The part of /status about the last minute."""
+
+    def __init__(self) -> None:
+        self._window = RateWindow()
+        self._weights: dict[str, tuple[int, float]] = {}
+        """By server: version of its weights, and when it was first seen with them."""
+
+    def see(self, state: LedgerState, counters: Mapping[str, float], *, now_s: float) -> None:
+        """Takes the numbers as they are now. `counters`: `stream_counters`."""
+        self._window.see(_counted(state, counters), now_s=now_s)
+        before, self._weights = self._weights, {}
+        for name, server in state.leases.servers.items():
+            known = before.get(name)
+            is_same = known is not None and known[0] == server.weights_version
+            self._weights[name] = known if known and is_same else (server.weights_version, now_s)
+
+    def rates(
+        self, state: LedgerState, counters: Mapping[str, float], *, now_s: float
+    ) -> dict[str, float | None]:
+        """Rates for /status; None until they are known."""
+        values = _counted(state, counters)
+        rates: dict[str, float | None] = {
+            "window_s": round(min(WINDOW_S, self._window.seconds(now_s=now_s)), 1)
+        }
+        for names, suffix, scale in ((_PER_S, "per_s", 1.0), (_PER_MIN, "per_min", 60.0)):
+            for name in names:
+                rate = self._window.rate(name, values[name], now_s=now_s)
+                rates[f"{name}_{suffix}"] = None if rate is None else round(rate * scale, 3)
+        return rates
+
+    def of_server(self, server: Server, *, newest_version: int, now_s: float) -> dict[str, Any]:
+        """Leases and weights of one server, for its entry in /status."""
+        version, since_s = self._weights.get(server.name, (server.weights_version, now_s))
+        granted_s = [lease.granted_s for lease in server.leases.values()]
+        return {
+            "leases": len(granted_s),
+            "oldest_lease_s": round(now_s - min(granted_s), 3) if granted_s else None,
+            "weights_age_s": round(now_s - since_s, 3) if version == server.weights_version else 0.0,
+            "versions_behind": max(0, newest_version - server.weights_version),
+        }
+
+
+def _counted(state: LedgerState, counters: Mapping[str, float]) -> dict[str, float]:
+    return {
+        "samples": counters["samples_accepted"],
+        "tokens_generated": counters["tokens_generated"],
+        "tokens_trained": counters["tokens_trained"],
+        "steps": state.steps.current,
+        "drops": state.drops.total(),
+    }
+
+
+def stream_counters(state: LedgerState, peers: ConnectedPeers, *, received_bytes: int) -> dict[str, float]:
     """The ledger's counters, and the counters that servers report in heartbeats."""
-    counters = dict(snapshot.counters)
+    counters = state.counters.summary()
     # Engines also count the tokens of aborted requests, which never become samples.
     counters["tokens_generated"] = max(counters["tokens_generated"], peers.total("tokens_generated"))
     counters["generation_busy_s"] = peers.total("busy_s")
@@ -32,15 +122,13 @@ def stream_counters(
     return counters
 
 
-def run_counters(
-    snapshot: LedgerSnapshot, peers: ConnectedPeers, *, received_bytes: int
-) -> consumer.RunCounters:
+def run_counters(state: LedgerState, peers: ConnectedPeers, *, received_bytes: int) -> consumer.RunCounters:
     """Tickets by state, drops by reason, and counters of the whole run."""
-    tickets = {state.value: count for state, count in snapshot.num_by_state.items()}
+    tickets = {one.value: count for one, count in state.tickets.num_by_state().items()}
     return consumer.RunCounters(
-        tickets=tickets | {"issued": snapshot.num_issued},
-        drops={reason.value: count for reason, count in snapshot.drops.items()},
-        counters=stream_counters(snapshot, peers, received_bytes=received_bytes),
+        tickets=tickets | {"issued": state.tickets.num_issued},
+        drops={reason.value: state.drops[reason] for reason in Drop},
+        counters=stream_counters(state, peers, received_bytes=received_bytes),
     )
 
 
@@ -57,42 +145,45 @@ def status(
 ) -> dict[str, Any]:
     """The body of /status. `refused`: counts of refused messages and connections, by name; `recent`: the last
     minute; `why`: who waits on whom."""
-    snapshot = ledger.snapshot()
-    totals = run_counters(snapshot, peers, received_bytes=received_bytes)
+    state = ledger.state
+    totals = run_counters(state, peers, received_bytes=received_bytes)
     return {
-        "step": snapshot.trainer_step,
-        "committed_steps": snapshot.committed_steps,
-        "max_staleness": snapshot.max_staleness,
+        "step": state.steps.current,
+        "committed_steps": state.steps.committed + 1,
+        "max_staleness": state.bound.current,
         "open_step": {
-            "step": snapshot.open_step,
-            "recorded": snapshot.open_position,
-            "due_and_running": snapshot.num_due,
+            "step": state.scheduler.step,
+            "recorded": state.scheduler.position,
+            "due_and_running": state.scheduler.num_due,
         },
-        "newest_version": snapshot.newest_version,
-        "curriculum": snapshot.curriculum.status if snapshot.curriculum else None,
-        "paused": ledger.state.holds.is_paused,
-        "cordoned": sorted(ledger.state.holds.cordoned),
-        "changes": [dataclasses.asdict(row) for row in ledger.state.live.rows[-_MAX_CHANGES:]],
-        "closed_because": snapshot.closed_reason,
-        "store_trouble": snapshot.write_blocked_reason,
+        "newest_version": state.versions.newest,
+        "curriculum": state.prompts.curriculum.status() if state.prompts.curriculum else None,
+        "paused": state.holds.is_paused,
+        "cordoned": sorted(state.holds.cordoned),
+        "changes": [dataclasses.asdict(row) for row in state.live.rows[-_MAX_CHANGES:]],
+        "closed_because": state.closed_reason,
+        "store_trouble": state.store.write_blocked_reason,
         "trainers_lost": {
-            str(step): {"starts": attempts.num_starts, "tickets": attempts.ticket_ids}
-            for step, attempts in snapshot.attempts.items()
+            str(step): {
+                "starts": num_starts,
+                "tickets": [ticket.ticket_id for ticket in state.steps.tickets_of(step)],
+            }
+            for step, num_starts in sorted(state.steps.attempts.items())
         },
-        "failed_because": ledger.failure_reason,
+        "failed_because": state.failure_reason,
         "tickets": totals.tickets,
         "drops": totals.drops,
-        "last_rejection": ledger.last_rejection,
+        "last_rejection": ledger.intake.last_rejection,
         "counters": totals.counters,
-        "rates": recent.rates(snapshot, totals.counters, now_s=now_s),
+        "rates": recent.rates(state, totals.counters, now_s=now_s),
         "selection": selection_report(totals.counters),
-        "lag_histogram": {str(lag): count for lag, count in sorted(snapshot.lag_histogram.items())},
+        "lag_histogram": {str(lag): count for lag, count in sorted(state.counters.lag_histogram.items())},
         "fetches_waiting": num_fetches,
         "why": why,
-        "buffer_bytes": snapshot.num_bytes,
+        "buffer_bytes": state.store.num_bytes,
         **refused,
         "peers": _peers_status(
-            ledger.servers, peers, recent, newest_version=snapshot.newest_version, now_s=now_s
+            state.leases.servers, peers, recent, newest_version=state.versions.newest, now_s=now_s
         ),
     }
 

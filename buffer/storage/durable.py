@@ -37,11 +37,10 @@ from areal_like.ledger_place import network_warning
 from areal_like.paths import RunPaths
 from areal_like.shards import WHOLE, Shard
 from areal_like.wire.records import Record, RecordLocation, read_record, segment_path
-from buffer.storage import sql, sql_read
+from buffer.storage import sql
 from buffer.storage.base import Store
 from buffer.storage.changes import Changes, RowRecorder
-from buffer.storage.memory import MemoryStore
-from buffer.storage.memory_beside_ledger import MemoryBesideLedger
+from buffer.storage.memory import MemoryBesideLedger, MemoryStore
 from buffer.storage.place import open_place
 from buffer.storage.record_cache import RecordCache
 from buffer.storage.rows import Recovered, SegmentRow
@@ -131,13 +130,13 @@ class DurableStore(RowRecorder):
 
     def recover(self, *, ignoring: Collection[int] = ()) -> Recovered:
         assert self._writer is None, "recover was called twice"
-        recovered = sql_read.read_all(self._connection)
-        self._continue_from(recovered, first_returned=sql_read.first_returned(self._connection))
-        self._locations = sql_read.read_locations(self._connection)
+        recovered = sql.read_all(self._connection)
+        self._continue_from(recovered, first_returned=sql.first_returned(self._connection))
+        self._locations = sql.read_locations(self._connection)
         self._num_needed = Counter(
             location.segment for locations in self._locations.values() for location in locations.values()
         )
-        segments = sql_read.read_segments(self._connection)
+        segments = sql.read_segments(self._connection)
         self._retained = frozenset(row.segment for row in segments if row.retained)
         last = segments[-1] if segments else SegmentRow(segment=0, num_bytes=0, retained=False)
         self._verify(last.segment, ignoring=ignoring)

@@ -4,7 +4,7 @@
     <runs_dir>/<name>/ledger -> <ledger_dir>/<name>/ledger       with it
 
 Every reader finds the ledger through the link and needs no setting. A link whose directory is missing is an
-error: a buffer that was started on another machine must not begin an empty ledger beside the real one.
+error: a buffer that was started on another machine must not begin a second, empty ledger.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def open_place(config: Config, *, shard: Shard = WHOLE) -> Path:
     Raises ConfigError if the run's ledger is elsewhere, or the run has another number of shards.
     """
     count = recorded_shards(RunPaths.of(config))
-    if count is not None and count != shard.count:  # before it begins an empty ledger beside the real one
+    if count is not None and count != shard.count:  # before it begins a second, empty ledger
         raise ConfigError(
             f"buffer.num_shards={shard.count}: the ledgers of this run are of {count}, and the number of "
             f"shards cannot change during a run: set buffer.num_shards={count}"

@@ -86,7 +86,7 @@ class EvaluationRow:
     eval_set: str
     num_prompts: int
     num_samples: int
-    """Answers to each prompt."""
+    """Samples of each prompt."""
     min_version: int
     state: str
     """`running`, `done`, `released` (done, and its samples are not needed any more), or `cancelled`."""

@@ -1,4 +1,4 @@
-"""The ledger's tables in SQLite: schema, migrations and writes. `sql_read.py` reads them back.
+"""The ledger's tables in SQLite: schema, migrations, writes, and the reads with which a buffer starts.
 
 docs/reference/ledger.md explains the tables for operators who open the file with sqlite3.
 
@@ -7,27 +7,49 @@ tables from one version to the next. A new file goes through all of them, so tha
 same schema. A file with more migrations than this program has is refused.
 
 The cost of writing a row does not depend on the number of rows: ids grow, so every insert is at the end of
-its B-tree, and the index over tickets with records contains no others. At recovery, ended tickets are counted
-and not read.
+its B-tree, and the index over tickets with records contains no others. The reads use that index, and only
+count the tickets that have ended.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from areal_like.errors import StoreCorruptError, UserError
+from areal_like.wire.messages.producer import Purpose
 from areal_like.wire.records import RecordLocation
+from buffer.prompts.order import Prompt
 from buffer.storage.changes import Changes, Row
-from buffer.storage.rows import SegmentRow
+from buffer.storage.rows import (
+    EvaluationRow,
+    LeaseRow,
+    Recovered,
+    RollbackRow,
+    SegmentRow,
+    SettingRow,
+    VersionRow,
+)
+from buffer.tickets import Drop, SampleSummary, State, Ticket
 
 _T = TypeVar("_T")
 _MAX_ROWS = 256
 """Rows in one statement: at most 15 values each, of the 32,766 that SQLite accepts."""
+_OF_SAMPLE = (
+    "lease_id",
+    "oldest_step",
+    "sum_token_steps",
+    "oldest_version",
+    "newest_version",
+    "num_sampled",
+    "reward",
+)
+"""Columns of the table `samples` that are fields of `SampleSummary`."""
 
 _VERSION_1 = """
 CREATE TABLE tickets (
@@ -203,7 +225,7 @@ def _write(connection: sqlite3.Connection, changes: Changes, locations: Iterable
     _insert(
         connection,
         "INSERT INTO versions VALUES",
-        [(row.version, row.step, row.parent, row.trainer_incarnation) for row in changes.versions],
+        [dataclasses.astuple(row) for row in changes.versions],
     )
     # On disk the table of scalars is called `marks`, and the table of counters `statistics`.
     _insert(connection, "INSERT OR REPLACE INTO marks VALUES", list(changes.scalars.items()))
@@ -230,28 +252,17 @@ def _write(connection: sqlite3.Connection, changes: Changes, locations: Iterable
     _insert(
         connection,
         "INSERT INTO rollbacks VALUES",
-        [
-            (
-                None,
-                row.trainer_incarnation,
-                row.from_step,
-                row.to_step,
-                row.num_tickets,
-                row.num_tokens,
-                row.unix_s,
-            )
-            for row in changes.rollbacks
-        ],
+        [(None, *dataclasses.astuple(row)) for row in changes.rollbacks],
     )
     _insert(
         connection,
         "INSERT INTO operations VALUES",
-        [(None, row.unix_s, row.verb, row.subject, row.detail) for row in changes.operations],
+        [(None, *dataclasses.astuple(row)) for row in changes.operations],
     )
     _insert(
         connection,
         "INSERT INTO settings VALUES",
-        [(None, row.step, row.key, row.value, row.origin, row.unix_s) for row in changes.settings],
+        [(None, *dataclasses.astuple(row)) for row in changes.settings],
     )
     _insert(connection, "INSERT OR REPLACE INTO statistics VALUES", list(changes.counters.items()))
 
@@ -292,13 +303,7 @@ def _sample_rows(changes: Changes, locations: Iterable[RecordLocation]) -> list[
         (
             record.ticket_id,
             record.sample_index,
-            sample.lease_id,
-            sample.oldest_step,
-            sample.sum_token_steps,
-            sample.oldest_version,
-            sample.newest_version,
-            sample.num_sampled,
-            sample.reward,
+            *[getattr(sample, name) for name in _OF_SAMPLE],
             location.segment,
             location.offset,
             location.num_bytes,
@@ -308,3 +313,114 @@ def _sample_rows(changes: Changes, locations: Iterable[RecordLocation]) -> list[
         )
         for (sample, record), location in zip(changes.samples, locations, strict=True)
     ]
+
+
+def read_all(connection: sqlite3.Connection) -> Recovered:
+    """All live rows; ended tickets are counted."""
+    query = connection.execute
+    tickets = {
+        row[0]: Ticket(
+            ticket_id=row[0],
+            purpose=Purpose(row[1]),
+            prompt_index=row[2],
+            num_samples=row[3],
+            parent=row[4],
+            num_reissues=row[5],
+            eval_id=row[6],
+            max_staleness=row[7],
+            state=State(row[8]),
+            drop=Drop(row[9]) if row[9] else None,
+            step=-1 if row[10] is None else row[10],
+            position=-1 if row[11] is None else row[11],
+            num_greedy=row[12],
+            eval_set=row[14],
+            unleased=set(range(row[3])),
+        )
+        for row in query("SELECT * FROM tickets WHERE released = 0 ORDER BY ticket_id")
+    }
+    for ticket_id, sample_index, truncated, failure, *columns in query(
+        f"SELECT samples.ticket_id, sample_index, truncated, failure, {', '.join(_OF_SAMPLE)} "
+        "FROM tickets CROSS JOIN samples USING (ticket_id) WHERE released = 0"
+    ):
+        tickets[ticket_id].samples[sample_index] = SampleSummary(
+            **dict(zip(_OF_SAMPLE, columns, strict=True)), is_truncated=bool(truncated), failure=failure
+        )
+        tickets[ticket_id].unleased.discard(sample_index)
+    for ticket_id, sample_index, count, given_up in query(
+        "SELECT failures.* FROM tickets CROSS JOIN failures USING (ticket_id) WHERE released = 0"
+    ):
+        tickets[ticket_id].num_failures[sample_index] = count
+        if given_up:
+            tickets[ticket_id].failed.add(sample_index)
+            tickets[ticket_id].unleased.discard(sample_index)
+    trained = [ticket for ticket in tickets.values() if ticket.state is State.TRAINED]
+    return Recovered(
+        tickets=[ticket for ticket in tickets.values() if not ticket.state.is_terminal],
+        trained=sorted(trained, key=lambda ticket: (ticket.step, ticket.position)),
+        evaluated=[ticket for ticket in tickets.values() if ticket.state is State.EVALUATED],
+        evaluations=_read(
+            connection, EvaluationRow, "evaluations WHERE state IN ('running', 'done') ORDER BY first_ticket"
+        ),
+        leases=[
+            LeaseRow(
+                lease_id=row[0],
+                ticket_id=row[1],
+                server=row[2],
+                server_incarnation=row[3],
+                weights_step=row[4],
+                outstanding=frozenset(json.loads(row[5])),
+            )
+            for row in query("SELECT * FROM leases ORDER BY lease_id")
+        ],
+        versions=_read(connection, VersionRow, "versions ORDER BY version"),
+        # The table of scalars is called `marks` on disk.
+        scalars=dict(query("SELECT * FROM marks")),
+        returned=[
+            Prompt(index=row[0], parent=row[1], num_reissues=row[2])
+            for row in query("SELECT prompt_index, parent, num_reissues FROM returned_prompts ORDER BY place")
+        ],
+        attempts=dict(query("SELECT * FROM attempts")),
+        rollbacks=_read(connection, RollbackRow, "rollbacks ORDER BY id"),
+        settings=_read(connection, SettingRow, "settings ORDER BY id"),
+        counters=dict(query("SELECT * FROM statistics")),
+        ended={
+            (Purpose(purpose), State(state), Drop(reason) if reason else None): count
+            for purpose, state, reason, count in query(
+                "SELECT purpose, state, reason, count(*) FROM tickets GROUP BY 1, 2, 3"
+            )
+            if State(state).is_terminal
+        },
+        num_issued=query("SELECT coalesce(max(ticket_id), 0) FROM tickets").fetchone()[0],
+    )
+
+
+def first_returned(connection: sqlite3.Connection) -> int:
+    """Key of the row of `returned_prompts` whose prompt is issued next."""
+    return int(connection.execute("SELECT coalesce(min(place), 0) FROM returned_prompts").fetchone()[0])
+
+
+def read_locations(connection: sqlite3.Connection) -> dict[int, dict[int, RecordLocation]]:
+    """Ticket id -> sample index -> position on disk, for every ticket that may still be fetched."""
+    locations: dict[int, dict[int, RecordLocation]] = {}
+    for ticket_id, sample_index, *location in connection.execute(
+        "SELECT samples.ticket_id, sample_index, segment, offset, num_bytes, crc32 "
+        "FROM tickets CROSS JOIN samples USING (ticket_id) WHERE released = 0"
+    ):
+        locations.setdefault(ticket_id, {})[sample_index] = RecordLocation(*location)
+    return locations
+
+
+def read_segments(connection: sqlite3.Connection) -> list[SegmentRow]:
+    """All files of trajectories, oldest first; the last one is the one to append to."""
+    return [
+        SegmentRow(segment=row[0], num_bytes=row[1], retained=bool(row[2]))
+        for row in connection.execute("SELECT * FROM segments ORDER BY segment")
+    ]
+
+
+def _read(connection: sqlite3.Connection, kind: type[_T], rest: str) -> list[_T]:
+    """An object for each row. `kind`: a dataclass whose fields have the names of the columns; `rest`: what
+    follows FROM."""
+    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    rows = connection.execute(f"SELECT {', '.join(names)} FROM {rest}")
+    return [kind(**dict(zip(names, row, strict=True))) for row in rows]

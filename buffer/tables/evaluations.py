@@ -137,7 +137,7 @@ class EvalTable:
     def requested(self, key: tuple[int, str], *, size: tuple[int, int], min_version: int) -> EvalRound | None:
         """The round of this request, which may be repeated; None if it has to begin.
 
-        `size`: (prompts, answers to each). A finished round with other fields is not returned again.
+        `size`: (prompts, samples of each). A finished round with other fields is not returned again.
         """
         round_ = self.rounds.get(key)
         if round_ is None or not round_.is_done:
@@ -173,11 +173,6 @@ class EvalTable:
     def __contains__(self, ticket: Ticket) -> bool:
         """True if the ticket belongs to a running round."""
         return ticket.ticket_id in self._round_of
-
-    @property
-    def has_queued(self) -> bool:
-        """True if a ticket of any round waits for a lease."""
-        return any(round_.next_ticket is not None for round_ in self.rounds.values())
 
     @property
     def num_open(self) -> int:

@@ -22,7 +22,7 @@ from buffer.storage.base import Store
 TRAINER = "trainer"
 """The name of all trainer ranks together."""
 MAX_NAMES = 1 << 16
-"""Different names in one run. Each takes a row for ever."""
+"""Different names in one run. Each takes a row forever."""
 _INCARNATION, _PROCESS = "incarnation:", "process:"
 _IMPOSSIBLE = 1 << 62
 """Releases that took incarnations from the clock stored what a peer sent. No clock reaches this number."""

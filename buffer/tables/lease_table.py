@@ -12,6 +12,7 @@ server never received them or has lost them.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -20,6 +21,7 @@ from areal_like.wire.messages.producer import ServerHeartbeat, ServerState
 from buffer.storage.base import Store
 from buffer.storage.rows import LeaseRow
 from buffer.tables.server_health import ServerHealth
+from buffer.tables.server_order import ServerOrder
 from buffer.tickets import LeaseRecord, Ticket
 
 _MAX_REMOVED = 1024
@@ -42,25 +44,26 @@ class Server:
     owed_samples: int = 0
     """Samples of its live leases that have not arrived yet."""
     leases: dict[int, LeaseRecord] = field(default_factory=dict)
+    check_s: float = 0.0
+    """No lease expires before it, and the server is not considered silent before it."""
     lost: set[int] | None = None
     """Lost leases that the server may still work on. None until its first heartbeat, which may name leases of
     an earlier buffer."""
 
     @property
+    def credit(self) -> int:
+        """Samples that the server has room for, whether or not it is held back."""
+        return self.capacity_samples - self.owed_samples if self.state is ServerState.SERVING else 0
+
+    @property
+    def is_held_back(self) -> bool:
+        """True while it gets no leases, because of an operator or of its failures."""
+        return self.is_cordoned or self.health.quarantine is not None
+
+    @property
     def free_samples(self) -> int:
         """Samples that the server can take now."""
-        is_held_back = self.is_cordoned or self.health.quarantine is not None
-        may_take = self.state is ServerState.SERVING and not is_held_back
-        return self.capacity_samples - self.owed_samples if may_take else 0
-
-    def can_take(self, num_samples: int) -> bool:
-        """True if the server can take a ticket with `num_samples` unleased samples; a lease takes all of
-        them.
-
-        An idle server may take a ticket that exceeds its capacity. Otherwise such a ticket might never be
-        leased.
-        """
-        return self.free_samples >= num_samples or (self.free_samples > 0 and not self.leases)
+        return 0 if self.is_held_back else self.credit
 
 
 class LeaseTable:
@@ -74,8 +77,14 @@ class LeaseTable:
         self._next_id = first_lease_id
         self.may_grant = True
         """False while no lease may be granted (`Ledger.hold_grants`)."""
-        self._expiry: list[tuple[float, int]] = []
         self.servers: dict[str, Server] = {}
+        self.in_quarantine: set[str] = set()
+        """Servers whose quarantine may have to be ended."""
+        self._checks: list[tuple[float, str]] = []
+        """Heap of (`Server.check_s`, name). Entries of servers that were removed are skipped."""
+        self._order = ServerOrder()
+        self._changed: set[str] = set()
+        """Servers whose place in the order may have changed."""
         self.live: dict[int, LeaseRecord] = {}
         self.on_end: Callable[[LeaseRecord], None] | None = None
         """Called with each lease that ends."""
@@ -102,6 +111,7 @@ class LeaseTable:
                     name=row.server, incarnation=row.server_incarnation, weights_version=0, last_heard_s=now_s
                 )
                 self.servers[row.server] = server
+                self._check_later(server)
             self._next_id = max(self._next_id, self._shard.local(row.lease_id) + 1)
             self._add(lease, server, ticket)
 
@@ -116,16 +126,20 @@ class LeaseTable:
         assert known is None or known.incarnation <= incarnation
         if known is not None and known.incarnation == incarnation:
             known.last_heard_s, known.weights_version = now_s, weights_version
+            self._changed.add(name)
             return []
         lost = self.remove_server(name)
         before, health = self._health_of_removed.pop(name, (0, ServerHealth()))
-        self.servers[name] = Server(
+        self.servers[name] = server = Server(
             name=name,
             incarnation=incarnation,
             weights_version=weights_version,
             last_heard_s=now_s,
             health=health if before == incarnation else ServerHealth(),
         )
+        self._check_later(server)
+        if server.health.quarantine is not None:
+            self.in_quarantine.add(name)
         return lost
 
     def remove_server(self, name: str) -> list[LeaseRecord]:
@@ -133,6 +147,7 @@ class LeaseTable:
         server = self.servers.pop(name, None)
         if server is None:
             return []
+        self._changed.add(name)
         # Leaving and registering again must not end a quarantine.
         self._health_of_removed[name] = (server.incarnation, server.health)
         if len(self._health_of_removed) > _MAX_REMOVED:
@@ -142,13 +157,21 @@ class LeaseTable:
     def heartbeat(self, name: str, beat: ServerHeartbeat, *, now_s: float) -> None:
         """Updates a server, renews its leases that the heartbeat names, and aborts others that it names."""
         server = self.servers[name]
-        server.last_heard_s, server.state, server.weights_version = now_s, beat.state, beat.weights_version
-        server.capacity_samples = beat.free_samples + beat.holding_samples
-        foreign = []
+        capacity = beat.free_samples + beat.holding_samples
+        if (server.state, server.weights_version, server.capacity_samples) != (
+            beat.state,
+            beat.weights_version,
+            capacity,
+        ):
+            server.state, server.weights_version = beat.state, beat.weights_version
+            server.capacity_samples = capacity
+            self._changed.add(name)
+        server.last_heard_s = now_s
+        foreign, expires_s = [], now_s + self._timeout_s
         for lease_id in beat.leases:
             lease = server.leases.get(lease_id)
             if lease is not None:
-                lease.expires_s = now_s + self._timeout_s
+                lease.expires_s = expires_s
             elif server.lost is None or lease_id in server.lost:
                 # Any other unknown lease has just finished: the server sent the heartbeat before it received
                 # the acknowledgement.
@@ -167,19 +190,21 @@ class LeaseTable:
 
         Returns (lost leases, names of the removed servers).
         """
-        lost = []
-        while self._expiry and self._expiry[0][0] <= now_s:
-            lease = self.live.get(heapq.heappop(self._expiry)[1])
-            if lease is None:
+        lost: list[LeaseRecord] = []
+        silent: list[str] = []
+        while self._checks and self._checks[0][0] <= now_s:
+            check_s, name = heapq.heappop(self._checks)
+            server = self.servers.get(name)
+            if server is None or server.check_s != check_s:
                 continue
-            if lease.expires_s > now_s:
-                heapq.heappush(self._expiry, (lease.expires_s, lease.lease_id))
-            else:
+            server.check_s = math.inf  # there may be another entry of this time
+            for lease in [lease for lease in server.leases.values() if lease.expires_s <= now_s]:
                 self._take_from_server(lease)
                 lost.append(lease)
-        silent = [
-            server.name for server in self.servers.values() if server.last_heard_s + self._timeout_s <= now_s
-        ]
+            if server.last_heard_s + self._timeout_s <= now_s:
+                silent.append(name)
+            else:
+                self._check_later(server)
         for lease in lost:
             if lease.server not in silent:
                 self._aborts.setdefault(lease.server, set()).add(lease.lease_id)
@@ -214,6 +239,7 @@ class LeaseTable:
     def clear_credit(self, name: str) -> None:
         """The server cannot be reached, so it gets no lease until its next heartbeat."""
         self.servers[name].capacity_samples = 0
+        self._changed.add(name)
 
     def remove_sample(self, lease: LeaseRecord, sample_index: int, *, arrived: bool) -> bool:
         """Removes a sample that arrived or failed from a live lease.
@@ -223,6 +249,7 @@ class LeaseTable:
         lease.outstanding.remove(sample_index)
         server = self.servers[lease.server]
         server.owed_samples -= 1
+        self._changed.add(lease.server)
         if not lease.outstanding:
             self._remove(lease)
         elif not arrived:
@@ -240,6 +267,36 @@ class LeaseTable:
         aborts, self._aborts = self._aborts, {}
         return {name: sorted(lease_ids) for name, lease_ids in aborts.items()}
 
+    def end_backoffs(self, *, now_s: float) -> None:
+        """Ends the quarantines whose time is over."""
+        for name in list(self.in_quarantine):
+            server = self.servers.get(name)
+            if server is not None:
+                server.health.end_backoff(now_s=now_s)
+            if server is None or server.health.quarantine is None:
+                self.in_quarantine.remove(name)
+
+    @property
+    def order(self) -> ServerOrder:
+        """The servers with credit, as they are now. It has those that are held back, too."""
+        for name in self._changed:
+            if (server := self.servers.get(name)) is None:
+                self._order.remove(name)
+            else:
+                self._order.put(
+                    name,
+                    free_samples=server.credit,
+                    weights_version=server.weights_version,
+                    is_idle=not server.leases,
+                )
+        self._changed.clear()
+        return self._order
+
+    def _check_later(self, server: Server) -> None:
+        expiries_s = [lease.expires_s for lease in server.leases.values()]
+        server.check_s = min([server.last_heard_s + self._timeout_s, *expiries_s])
+        heapq.heappush(self._checks, (server.check_s, server.name))
+
     def _take_from_server(self, lease: LeaseRecord) -> None:
         self._remove(lease)
         server = self.servers[lease.server]
@@ -250,7 +307,7 @@ class LeaseTable:
         ticket.unleased -= lease.outstanding
         ticket.leases[lease.lease_id] = server.leases[lease.lease_id] = self.live[lease.lease_id] = lease
         server.owed_samples += len(lease.outstanding)
-        heapq.heappush(self._expiry, (lease.expires_s, lease.lease_id))
+        self._changed.add(server.name)
 
     def _remove(self, lease: LeaseRecord) -> LeaseRecord:
         self._store.end_lease(lease.lease_id)
@@ -261,4 +318,5 @@ class LeaseTable:
         if server is not None:
             del server.leases[lease.lease_id]
             server.owed_samples -= len(lease.outstanding)
+            self._changed.add(server.name)
         return lease

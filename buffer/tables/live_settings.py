@@ -28,7 +28,7 @@ NOW = "now"
 START, OPERATOR = "start", "operator"
 _MAX_STEPS = 1 << 31
 _MAX_CHARS = 40
-"""Of a value; longer ones are refused before they cost anything."""
+"""Characters of a value; longer ones are refused before they cost anything."""
 
 
 def _lr(text: str) -> str:

@@ -24,7 +24,9 @@ class TicketTable:
         self.num_issued = 0
         self.live: dict[int, Ticket] = {}
         """Ticket id -> ticket, in order of issue."""
-        self._counts = {purpose: Counter[State]() for purpose in Purpose}
+        self._counts = {purpose: Counter(dict.fromkeys(State, 0)) for purpose in Purpose}
+        self._is_checked = False
+        """False if a ticket was issued or moved since the last `check_conservation`."""
         self.on_move: Callable[[Ticket, State, State], None] | None = None
         """Called with each ticket that moves, the state before and the one after."""
 
@@ -75,6 +77,7 @@ class TicketTable:
         )
         self.live[ticket.ticket_id] = ticket
         self._counts[purpose][ticket.state] += 1
+        self._is_checked = False
         self._store.put_ticket(ticket)
         return ticket
 
@@ -91,6 +94,7 @@ class TicketTable:
         counts = self._counts[ticket.purpose]
         counts[ticket.state] -= 1
         counts[state] += 1
+        self._is_checked = False
         before, ticket.state = ticket.state, state
         if self.on_move is not None:
             self.on_move(ticket, before, state)
@@ -108,7 +112,8 @@ class TicketTable:
 
     def count(self, purpose: Purpose, *states: State) -> int:
         """Number of tickets of a purpose in any of these states."""
-        return sum(self._counts[purpose][state] for state in states)
+        counts = self._counts[purpose]
+        return sum([counts[state] for state in states])
 
     def num_by_state(self) -> dict[State, int]:
         """Number of tickets in each state, over both purposes."""
@@ -116,9 +121,12 @@ class TicketTable:
 
     def check_conservation(self) -> None:
         """Asserts that every issued ticket is in exactly one state. Constant time."""
+        if self._is_checked:
+            return
         num_counted = sum(sum(counts.values()) for counts in self._counts.values())
         num_live = num_counted - sum(counts[state] for counts in self._counts.values() for state in TERMINAL)
         assert num_counted == self.num_issued, (
             f"tickets are lost: {self.num_issued} issued, {self.num_by_state()}"
         )
         assert num_live == len(self.live), f"{len(self.live)} tickets in memory, {num_live} counted live"
+        self._is_checked = True

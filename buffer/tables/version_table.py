@@ -9,6 +9,7 @@ checkpoint.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 
 from areal_like.trajectory import NOT_SAMPLED
@@ -116,15 +117,18 @@ class VersionTable:
         for version, length in record.runs:
             if version != NOT_SAMPLED:
                 counts[version] = counts.get(version, 0) + length
-        steps = {version: self._weights[version][0] for version in counts if version in self._weights}
-        if len(steps) < len(counts):
-            return Verdict.UNKNOWN_VERSION
+        oldest_step, sum_token_steps = sys.maxsize, 0
+        for version, count in counts.items():
+            if (weights := self._weights.get(version)) is None:
+                return Verdict.UNKNOWN_VERSION
+            oldest_step = min(oldest_step, weights[0])
+            sum_token_steps += weights[0] * count
         if not self._abandoned.isdisjoint(counts):
             return Verdict.ABANDONED
         return SampleSummary(
             lease_id=lease_id,
-            oldest_step=min(steps.values()),
-            sum_token_steps=sum(steps[version] * count for version, count in counts.items()),
+            oldest_step=oldest_step,
+            sum_token_steps=sum_token_steps,
             oldest_version=min(counts),
             newest_version=max(counts),
             num_sampled=sum(counts.values()),

@@ -34,179 +34,6 @@ _TICKETS_WITH_SAMPLES = "tickets CROSS JOIN samples USING (ticket_id)"
 _LAGS = f"""
     SELECT 'trained_lag_' || (step - oldest_step) AS name, count(*) AS num FROM {_TICKETS_WITH_SAMPLES}
     WHERE {_IS_COUNTED} AND sample_index < num_samples - num_greedy GROUP BY 1"""
-
-_ONE_STATE = Invariant(
-    text="every ticket is in one state, and has the columns of that state",
-    count="SELECT count(*) FROM tickets",
-    violations="""
-        SELECT printf('ticket %d: %s %s, reason %s, place %s:%s',
-                      ticket_id, purpose, state, reason, step, position)
-        FROM tickets
-        WHERE state NOT IN ('queued', 'leased', 'ready', 'batched', 'trained', 'evaluated', 'dropped')
-           OR purpose NOT IN ('train', 'eval')
-           OR (state = 'dropped') != (reason IS NOT NULL)
-           OR (state IN ('batched', 'trained') AND (step IS NULL OR position IS NULL))
-           OR (state IN ('queued', 'leased', 'ready', 'evaluated') AND step IS NOT NULL)
-           OR (purpose = 'eval' AND state IN ('ready', 'batched', 'trained'))
-           OR (purpose = 'train' AND state = 'evaluated')""",
-)
-
-_NO_GAP = Invariant(
-    text="no ticket is missing: they are numbered without a gap",
-    count="SELECT count(*) FROM tickets",
-    violations=f"""
-        SELECT printf('%d tickets, numbered %d to %d', count(*), min(ticket_id), max(ticket_id))
-        FROM tickets
-        HAVING count(*) > 0 AND (min(ticket_id) != {_NUM_SHARDS} + {_SHARD}
-                                 OR max(ticket_id) != count(*) * {_NUM_SHARDS} + {_SHARD})""",
-)
-
-_OWN_SHARD = Invariant(
-    text="a shard has its own tickets, leases and prompts, and none of another shard",
-    count="SELECT count(*) FROM tickets",
-    violations=f"""
-        SELECT printf('ticket %d: prompt %d', ticket_id, prompt_index) FROM tickets
-        WHERE ticket_id % {_NUM_SHARDS} != {_SHARD}
-           OR (purpose = 'train' AND prompt_index % {_NUM_SHARDS} != {_SHARD})
-        UNION ALL SELECT printf('lease %d', lease_id) FROM leases
-        WHERE lease_id % {_NUM_SHARDS} != {_SHARD}""",
-)
-
-_ONE_TICKET_PER_POSITION = Invariant(
-    text="no place of a step is taken twice",
-    count="SELECT count(*) FROM tickets WHERE state IN ('batched', 'trained')",
-    violations="""
-        SELECT printf('step %d, position %d: tickets %s', step, position, group_concat(ticket_id))
-        FROM tickets WHERE state IN ('batched', 'trained') GROUP BY step, position HAVING count(*) > 1""",
-)
-
-_TRAINED_IS_COMMITTED = Invariant(
-    text="the tickets of committed steps are trained, and no other tickets",
-    count="SELECT count(*) FROM tickets WHERE state = 'trained'",
-    violations=f"""
-        SELECT printf('ticket %d: %s in step %d, committed up to %d', ticket_id, state, step, {_COMMITTED})
-        FROM tickets
-        WHERE (state = 'trained' AND step > {_COMMITTED}) OR (state = 'batched' AND step <= {_COMMITTED})""",
-)
-
-_COMMITTED_IS_COMPLETE = Invariant(
-    text="no step is committed before it is complete",
-    count="SELECT count(*) FROM marks",
-    violations=f"""
-        SELECT printf('step %d is committed, %d are complete', {_COMMITTED}, {_TRAINER_STEP})
-        WHERE {_COMMITTED} >= {_TRAINER_STEP} AND {_COMMITTED} >= 0""",
-)
-
-_WHOLE_GROUPS = Invariant(
-    text="a finished group has all of its samples, and no group has extra samples",
-    count="SELECT count(*) FROM samples",
-    violations="""
-        SELECT printf('ticket %d: %s with %d of %d samples',
-                      ticket_id, state, count(sample_index), num_samples)
-        FROM tickets LEFT JOIN samples USING (ticket_id)
-        GROUP BY ticket_id
-        HAVING (state IN ('ready', 'batched', 'trained') AND count(sample_index) != num_samples)
-            OR min(sample_index) < 0 OR max(sample_index) >= num_samples
-        UNION ALL SELECT printf('sample %d of ticket %d: there is no such ticket', sample_index, ticket_id)
-        FROM samples WHERE ticket_id NOT IN (SELECT ticket_id FROM tickets)""",
-)
-
-_OWN_BYTES = Invariant(
-    text="no bytes on disk belong to two samples",
-    count="SELECT count(*) FROM samples",
-    violations="""
-        SELECT printf('segment %d at %d: tickets %s', segment, offset, group_concat(ticket_id))
-        FROM samples GROUP BY segment, offset HAVING count(*) > 1""",
-)
-
-_WITHIN_STALENESS = Invariant(
-    text="nothing was trained beyond its ticket's staleness bound",
-    count=f"SELECT count(*) FROM {_TICKETS_WITH_SAMPLES} WHERE state IN ('batched', 'trained')",
-    violations=f"""
-        SELECT printf('ticket %d, sample %d: step %d, weights of step %d, bound %d',
-                      ticket_id, sample_index, step, oldest_step, max_staleness)
-        FROM {_TICKETS_WITH_SAMPLES}
-        WHERE state IN ('batched', 'trained') AND NOT step - oldest_step BETWEEN 0 AND max_staleness""",
-)
-
-# The bound of a ticket is the one in force when its first sample was leased. Changes count at once, so rows
-# of later steps than that of the sample's weights may have been in force, too. Weights that a rollback has
-# undone have steps that exist twice.
-_BOUND_IN_FORCE = Invariant(
-    text="the staleness bound of a trained ticket is one that the run had then",
-    count="SELECT count(*) FROM settings WHERE key = 'max_staleness'",
-    violations="""
-        WITH bounds AS (SELECT id, step, value FROM settings WHERE key = 'max_staleness'),
-             trained AS (SELECT ticket_id, max_staleness, min(oldest_step) AS began
-                         FROM tickets JOIN samples USING (ticket_id)
-                         WHERE purpose = 'train' AND state IN ('batched', 'trained') GROUP BY ticket_id)
-        SELECT printf('ticket %d: bound %d, weights of step %d', ticket_id, max_staleness, began)
-        FROM trained
-        WHERE began >= (SELECT min(step) FROM bounds)
-          AND NOT EXISTS (SELECT 1 FROM rollbacks WHERE began > to_step AND began <= from_step)
-          AND NOT EXISTS (
-              SELECT 1 FROM bounds
-              WHERE value IN (CAST(max_staleness AS TEXT), 'auto')
-                AND (step >= began OR id = (SELECT max(id) FROM bounds WHERE step < began)))""",
-)
-
-# A buffer without a ledger (`buffer.durability=none`) has granted the versions before a run had one again.
-_VERSIONS_GROW = Invariant(
-    text="versions increase, and each has an earlier version as its parent",
-    count="SELECT count(*) FROM versions",
-    violations="""
-        WITH again AS (SELECT step FROM (
-            SELECT step, value, lag(value) OVER (ORDER BY id) AS before FROM settings
-            WHERE key = 'buffer.durability') WHERE before = 'none' AND value != 'none')
-        SELECT printf('version %d: parent %d, incarnation %d', version, parent, trainer_incarnation)
-        FROM (SELECT *, lag(trainer_incarnation) OVER (ORDER BY version) AS before,
-                     lag(version) OVER (ORDER BY version) AS newest FROM versions)
-        WHERE parent >= version OR trainer_incarnation < before
-           OR (parent NOT IN (SELECT version FROM versions) AND newest IS NOT NULL
-               AND NOT (parent > newest AND step >= coalesce((SELECT min(step) FROM again), step + 1)))""",
-)
-
-_KNOWN_WEIGHTS = Invariant(
-    text="every sample was generated by weights of a known version",
-    count="SELECT count(*) FROM samples",
-    violations="""
-        SELECT printf('ticket %d, sample %d: versions %d to %d, weights of step %d',
-                      ticket_id, sample_index, oldest_version, newest_version, oldest_step)
-        FROM samples LEFT JOIN versions ON version = oldest_version
-        WHERE (oldest_version != 0 AND version IS NULL) OR newest_version < oldest_version
-           OR (newest_version != 0 AND newest_version NOT IN (SELECT version FROM versions))
-           OR (oldest_version = newest_version AND oldest_step != coalesce(versions.step, 0))""",
-)
-
-_LEASES_OF_LEASED = Invariant(
-    text="every lease is of a leased ticket, and every leased ticket has a lease",
-    count="SELECT count(*) FROM leases",
-    violations="""
-        SELECT printf('lease %d of ticket %d, which is %s', lease_id, ticket_id, coalesce(state, 'unknown'))
-        FROM leases LEFT JOIN tickets USING (ticket_id) WHERE state IS NOT 'leased'
-        UNION ALL SELECT printf('ticket %d is leased, but has no lease', ticket_id) FROM tickets
-        WHERE state = 'leased' AND ticket_id NOT IN (SELECT ticket_id FROM leases)""",
-)
-
-_LEASED_ONCE = Invariant(
-    text="no sample is in two leases",
-    count="SELECT count(*) FROM leases",
-    violations="""
-        SELECT printf('ticket %d, sample %d: leases %s', ticket_id, value, group_concat(lease_id))
-        FROM leases, json_each(leases.outstanding) GROUP BY ticket_id, value HAVING count(*) > 1""",
-)
-
-_ONE_RETRY = Invariant(
-    text="a prompt is tried again once, and only after its ticket was dropped",
-    count="SELECT count(*) FROM tickets WHERE parent > 0",
-    violations="""
-        SELECT printf('tickets %s follow ticket %d, which is %s',
-                      group_concat(child.ticket_id), child.parent, coalesce(max(old.state), 'unknown'))
-        FROM tickets AS child LEFT JOIN tickets AS old ON old.ticket_id = child.parent
-        WHERE child.parent > 0
-        GROUP BY child.parent HAVING count(*) > 1 OR max(old.state) IS NOT 'dropped'""",
-)
-
 _OF_EVALUATION = """
     t.purpose = 'eval' AND t.eval_id = e.eval_id AND t.eval_set = e.eval_set
     AND t.num_samples = e.num_samples AND t.prompt_index < e.num_prompts"""
@@ -215,43 +42,6 @@ _ITS_TICKETS = f"""
     {_OF_EVALUATION} AND t.ticket_id = e.first_ticket + t.prompt_index * {_NUM_SHARDS}
     AND t.ticket_id BETWEEN e.first_ticket AND e.first_ticket + (e.num_prompts - 1) * {_NUM_SHARDS}"""
 _ITS_EVALUATION = f"{_OF_EVALUATION} AND e.first_ticket = t.ticket_id - t.prompt_index * {_NUM_SHARDS}"
-
-_WHOLE_EVALUATIONS = Invariant(
-    text="an evaluation has one ticket for each prompt, which are live only while it runs",
-    count="SELECT count(*) FROM evaluations",
-    violations=f"""
-        SELECT printf('evaluation %d of %s is %s: %d tickets for %d prompts, %d of them live',
-                      eval_id, eval_set, state, num_tickets, num_prompts, num_live)
-        FROM (SELECT e.*,
-                     (SELECT count(*) FROM tickets AS t WHERE {_ITS_TICKETS}) AS num_tickets,
-                     (SELECT count(*) FROM tickets AS t WHERE {_ITS_TICKETS}
-                      AND t.state IN ('queued', 'leased')) AS num_live
-              FROM evaluations AS e)
-        WHERE num_tickets != num_prompts OR (num_live > 0) != (state = 'running')
-           OR state NOT IN ('running', 'done', 'released', 'cancelled')
-        UNION ALL SELECT printf('ticket %d: it belongs to no evaluation', ticket_id)
-        FROM tickets AS t
-        WHERE purpose = 'eval' AND eval_set != ''
-          AND NOT EXISTS (SELECT 1 FROM evaluations AS e WHERE {_ITS_EVALUATION})""",
-)
-
-_EVALUATED_ANSWERS = Invariant(
-    text="every answer to an evaluated prompt is a sample, or has failed for good",
-    count="SELECT count(*) FROM tickets WHERE state = 'evaluated' AND eval_set != ''",
-    violations="""
-        SELECT printf('ticket %d: %d samples and %d failed of %d',
-                      ticket_id, num_made, num_failed, num_samples)
-        FROM (SELECT ticket_id, num_samples,
-                     (SELECT count(*) FROM samples AS s WHERE s.ticket_id = t.ticket_id) AS num_made,
-                     (SELECT count(*) FROM failures AS f WHERE f.ticket_id = t.ticket_id
-                      AND f.given_up) AS num_failed
-              FROM tickets AS t WHERE state = 'evaluated' AND eval_set != '')
-        WHERE num_made + num_failed != num_samples OR num_made = 0
-        UNION ALL
-        SELECT printf('ticket %d, sample %d has failed for good, and arrived', ticket_id, sample_index)
-        FROM failures JOIN samples USING (ticket_id, sample_index) WHERE given_up""",
-)
-
 # Lengths and reasons are counted since the ledger's first row, unless an earlier release has made the ledger.
 _COUNTS_SELECTION = f"{_mark('counts_selection', '0')} = 1"
 _MAX_BUCKET = 18
@@ -274,23 +64,203 @@ _SELECTION = f"""
     UNION ALL SELECT 'num_failures', (SELECT coalesce(sum(value), 0) FROM statistics
         WHERE name GLOB 'failed_*_retry' OR name GLOB 'failed_*_drop' OR name GLOB 'failed_*_zero')"""
 
-_LENGTHS = Invariant(
-    text="the counters of lengths and failures equal the sums of the rows",
-    count="SELECT count(*) FROM statistics WHERE name GLOB '*_length_*' OR name GLOB 'failed_*'",
-    violations=f"""
-        WITH sums AS ({_SELECTION})
-        SELECT printf('%s is %d, the sum of the rows %d', name, coalesce(value, 0), num)
-        FROM sums LEFT JOIN statistics USING (name)
-        WHERE {_COUNTS_SELECTION} AND coalesce(value, 0) != num
-        UNION ALL SELECT printf('%s is %d, the sum of the rows 0', name, value) FROM statistics
-        WHERE {_COUNTS_SELECTION} AND value != 0 AND name NOT IN (SELECT name FROM sums)
-          AND (name GLOB 'offered_length_*' OR name GLOB 'trained_length_*')""",
-)
-
-_COUNTERS = Invariant(
-    text="the counters equal the sums of the rows",
-    count="SELECT count(*) FROM statistics",
-    violations=f"""
+LEDGER_INVARIANTS = (
+    Invariant(
+        text="every ticket is in one state, and has the columns of that state",
+        count="SELECT count(*) FROM tickets",
+        violations="""
+        SELECT printf('ticket %d: %s %s, reason %s, place %s:%s',
+                      ticket_id, purpose, state, reason, step, position)
+        FROM tickets
+        WHERE state NOT IN ('queued', 'leased', 'ready', 'batched', 'trained', 'evaluated', 'dropped')
+           OR purpose NOT IN ('train', 'eval')
+           OR (state = 'dropped') != (reason IS NOT NULL)
+           OR (state IN ('batched', 'trained') AND (step IS NULL OR position IS NULL))
+           OR (state IN ('queued', 'leased', 'ready', 'evaluated') AND step IS NOT NULL)
+           OR (purpose = 'eval' AND state IN ('ready', 'batched', 'trained'))
+           OR (purpose = 'train' AND state = 'evaluated')""",
+    ),
+    Invariant(
+        text="no ticket is missing: they are numbered without a gap",
+        count="SELECT count(*) FROM tickets",
+        violations=f"""
+        SELECT printf('%d tickets, numbered %d to %d', count(*), min(ticket_id), max(ticket_id))
+        FROM tickets
+        HAVING count(*) > 0 AND (min(ticket_id) != {_NUM_SHARDS} + {_SHARD}
+                                 OR max(ticket_id) != count(*) * {_NUM_SHARDS} + {_SHARD})""",
+    ),
+    Invariant(
+        text="a shard has its own tickets, leases and prompts, and none of another shard",
+        count="SELECT count(*) FROM tickets",
+        violations=f"""
+        SELECT printf('ticket %d: prompt %d', ticket_id, prompt_index) FROM tickets
+        WHERE ticket_id % {_NUM_SHARDS} != {_SHARD}
+           OR (purpose = 'train' AND prompt_index % {_NUM_SHARDS} != {_SHARD})
+        UNION ALL SELECT printf('lease %d', lease_id) FROM leases
+        WHERE lease_id % {_NUM_SHARDS} != {_SHARD}""",
+    ),
+    Invariant(
+        text="no place of a step is taken twice",
+        count="SELECT count(*) FROM tickets WHERE state IN ('batched', 'trained')",
+        violations="""
+        SELECT printf('step %d, position %d: tickets %s', step, position, group_concat(ticket_id))
+        FROM tickets WHERE state IN ('batched', 'trained') GROUP BY step, position HAVING count(*) > 1""",
+    ),
+    Invariant(
+        text="the tickets of committed steps are trained, and no other tickets",
+        count="SELECT count(*) FROM tickets WHERE state = 'trained'",
+        violations=f"""
+        SELECT printf('ticket %d: %s in step %d, committed up to %d', ticket_id, state, step, {_COMMITTED})
+        FROM tickets
+        WHERE (state = 'trained' AND step > {_COMMITTED}) OR (state = 'batched' AND step <= {_COMMITTED})""",
+    ),
+    Invariant(
+        text="no step is committed before it is complete",
+        count="SELECT count(*) FROM marks",
+        violations=f"""
+        SELECT printf('step %d is committed, %d are complete', {_COMMITTED}, {_TRAINER_STEP})
+        WHERE {_COMMITTED} >= {_TRAINER_STEP} AND {_COMMITTED} >= 0""",
+    ),
+    Invariant(
+        text="a finished group has all of its samples, and no group has extra samples",
+        count="SELECT count(*) FROM samples",
+        violations="""
+        SELECT printf('ticket %d: %s with %d of %d samples',
+                      ticket_id, state, count(sample_index), num_samples)
+        FROM tickets LEFT JOIN samples USING (ticket_id)
+        GROUP BY ticket_id
+        HAVING (state IN ('ready', 'batched', 'trained') AND count(sample_index) != num_samples)
+            OR min(sample_index) < 0 OR max(sample_index) >= num_samples
+        UNION ALL SELECT printf('sample %d of ticket %d: there is no such ticket', sample_index, ticket_id)
+        FROM samples WHERE ticket_id NOT IN (SELECT ticket_id FROM tickets)""",
+    ),
+    Invariant(
+        text="no bytes on disk belong to two samples",
+        count="SELECT count(*) FROM samples",
+        violations="""
+        SELECT printf('segment %d at %d: tickets %s', segment, offset, group_concat(ticket_id))
+        FROM samples GROUP BY segment, offset HAVING count(*) > 1""",
+    ),
+    Invariant(
+        text="nothing was trained beyond its ticket's staleness bound",
+        count=f"SELECT count(*) FROM {_TICKETS_WITH_SAMPLES} WHERE state IN ('batched', 'trained')",
+        violations=f"""
+        SELECT printf('ticket %d, sample %d: step %d, weights of step %d, bound %d',
+                      ticket_id, sample_index, step, oldest_step, max_staleness)
+        FROM {_TICKETS_WITH_SAMPLES}
+        WHERE state IN ('batched', 'trained') AND NOT step - oldest_step BETWEEN 0 AND max_staleness""",
+    ),
+    # The bound of a ticket is the one in force when its first sample was leased. Changes count at once, so
+    # rows of later steps than that of the sample's weights may have been in force, too. Weights that a
+    # rollback has undone have steps that exist twice.
+    Invariant(
+        text="the staleness bound of a trained ticket is one that the run had then",
+        count="SELECT count(*) FROM settings WHERE key = 'max_staleness'",
+        violations="""
+        WITH bounds AS (SELECT id, step, value FROM settings WHERE key = 'max_staleness'),
+             trained AS (SELECT ticket_id, max_staleness, min(oldest_step) AS began
+                         FROM tickets JOIN samples USING (ticket_id)
+                         WHERE purpose = 'train' AND state IN ('batched', 'trained') GROUP BY ticket_id)
+        SELECT printf('ticket %d: bound %d, weights of step %d', ticket_id, max_staleness, began)
+        FROM trained
+        WHERE began >= (SELECT min(step) FROM bounds)
+          AND NOT EXISTS (SELECT 1 FROM rollbacks WHERE began > to_step AND began <= from_step)
+          AND NOT EXISTS (
+              SELECT 1 FROM bounds
+              WHERE value IN (CAST(max_staleness AS TEXT), 'auto')
+                AND (step >= began OR id = (SELECT max(id) FROM bounds WHERE step < began)))""",
+    ),
+    # A buffer without a ledger (`buffer.durability=none`) has granted the versions before a run had one
+    # again.
+    Invariant(
+        text="versions increase, and each has an earlier version as its parent",
+        count="SELECT count(*) FROM versions",
+        violations="""
+        WITH again AS (SELECT step FROM (
+            SELECT step, value, lag(value) OVER (ORDER BY id) AS before FROM settings
+            WHERE key = 'buffer.durability') WHERE before = 'none' AND value != 'none')
+        SELECT printf('version %d: parent %d, incarnation %d', version, parent, trainer_incarnation)
+        FROM (SELECT *, lag(trainer_incarnation) OVER (ORDER BY version) AS before,
+                     lag(version) OVER (ORDER BY version) AS newest FROM versions)
+        WHERE parent >= version OR trainer_incarnation < before
+           OR (parent NOT IN (SELECT version FROM versions) AND newest IS NOT NULL
+               AND NOT (parent > newest AND step >= coalesce((SELECT min(step) FROM again), step + 1)))""",
+    ),
+    Invariant(
+        text="every sample was generated by weights of a known version",
+        count="SELECT count(*) FROM samples",
+        violations="""
+        SELECT printf('ticket %d, sample %d: versions %d to %d, weights of step %d',
+                      ticket_id, sample_index, oldest_version, newest_version, oldest_step)
+        FROM samples LEFT JOIN versions ON version = oldest_version
+        WHERE (oldest_version != 0 AND version IS NULL) OR newest_version < oldest_version
+           OR (newest_version != 0 AND newest_version NOT IN (SELECT version FROM versions))
+           OR (oldest_version = newest_version AND oldest_step != coalesce(versions.step, 0))""",
+    ),
+    Invariant(
+        text="every lease is of a leased ticket, and every leased ticket has a lease",
+        count="SELECT count(*) FROM leases",
+        violations="""
+        SELECT printf('lease %d of ticket %d, which is %s', lease_id, ticket_id, coalesce(state, 'unknown'))
+        FROM leases LEFT JOIN tickets USING (ticket_id) WHERE state IS NOT 'leased'
+        UNION ALL SELECT printf('ticket %d is leased, but has no lease', ticket_id) FROM tickets
+        WHERE state = 'leased' AND ticket_id NOT IN (SELECT ticket_id FROM leases)""",
+    ),
+    Invariant(
+        text="no sample is in two leases",
+        count="SELECT count(*) FROM leases",
+        violations="""
+        SELECT printf('ticket %d, sample %d: leases %s', ticket_id, value, group_concat(lease_id))
+        FROM leases, json_each(leases.outstanding) GROUP BY ticket_id, value HAVING count(*) > 1""",
+    ),
+    Invariant(
+        text="a prompt is tried again once, and only after its ticket was dropped",
+        count="SELECT count(*) FROM tickets WHERE parent > 0",
+        violations="""
+        SELECT printf('tickets %s follow ticket %d, which is %s',
+                      group_concat(child.ticket_id), child.parent, coalesce(max(old.state), 'unknown'))
+        FROM tickets AS child LEFT JOIN tickets AS old ON old.ticket_id = child.parent
+        WHERE child.parent > 0
+        GROUP BY child.parent HAVING count(*) > 1 OR max(old.state) IS NOT 'dropped'""",
+    ),
+    Invariant(
+        text="an evaluation has one ticket for each prompt, which are live only while it runs",
+        count="SELECT count(*) FROM evaluations",
+        violations=f"""
+        SELECT printf('evaluation %d of %s is %s: %d tickets for %d prompts, %d of them live',
+                      eval_id, eval_set, state, num_tickets, num_prompts, num_live)
+        FROM (SELECT e.*,
+                     (SELECT count(*) FROM tickets AS t WHERE {_ITS_TICKETS}) AS num_tickets,
+                     (SELECT count(*) FROM tickets AS t WHERE {_ITS_TICKETS}
+                      AND t.state IN ('queued', 'leased')) AS num_live
+              FROM evaluations AS e)
+        WHERE num_tickets != num_prompts OR (num_live > 0) != (state = 'running')
+           OR state NOT IN ('running', 'done', 'released', 'cancelled')
+        UNION ALL SELECT printf('ticket %d: it belongs to no evaluation', ticket_id)
+        FROM tickets AS t
+        WHERE purpose = 'eval' AND eval_set != ''
+          AND NOT EXISTS (SELECT 1 FROM evaluations AS e WHERE {_ITS_EVALUATION})""",
+    ),
+    Invariant(
+        text="every answer to an evaluated prompt is a sample, or has failed for good",
+        count="SELECT count(*) FROM tickets WHERE state = 'evaluated' AND eval_set != ''",
+        violations="""
+        SELECT printf('ticket %d: %d samples and %d failed of %d',
+                      ticket_id, num_made, num_failed, num_samples)
+        FROM (SELECT ticket_id, num_samples,
+                     (SELECT count(*) FROM samples AS s WHERE s.ticket_id = t.ticket_id) AS num_made,
+                     (SELECT count(*) FROM failures AS f WHERE f.ticket_id = t.ticket_id
+                      AND f.given_up) AS num_failed
+              FROM tickets AS t WHERE state = 'evaluated' AND eval_set != '')
+        WHERE num_made + num_failed != num_samples OR num_made = 0
+        UNION ALL
+        SELECT printf('ticket %d, sample %d has failed for good, and arrived', ticket_id, sample_index)
+        FROM failures JOIN samples USING (ticket_id, sample_index) WHERE given_up""",
+    ),
+    Invariant(
+        text="the counters equal the sums of the rows",
+        count="SELECT count(*) FROM statistics",
+        violations=f"""
         WITH sums AS (
             SELECT 'num_samples_dropped' AS name, count(*) AS num
             FROM {_TICKETS_WITH_SAMPLES} WHERE state = 'dropped'
@@ -306,26 +276,17 @@ _COUNTERS = Invariant(
         FROM sums LEFT JOIN statistics USING (name) WHERE coalesce(value, 0) != num
         UNION ALL SELECT printf('%s is %d, the sum of the rows 0', name, value) FROM statistics
         WHERE name LIKE 'trained_lag_%' AND value != 0 AND name NOT IN (SELECT name FROM ({_LAGS}))""",
-)
-
-LEDGER_INVARIANTS = (
-    _ONE_STATE,
-    _NO_GAP,
-    _OWN_SHARD,
-    _ONE_TICKET_PER_POSITION,
-    _TRAINED_IS_COMMITTED,
-    _COMMITTED_IS_COMPLETE,
-    _WHOLE_GROUPS,
-    _OWN_BYTES,
-    _WITHIN_STALENESS,
-    _BOUND_IN_FORCE,
-    _VERSIONS_GROW,
-    _KNOWN_WEIGHTS,
-    _LEASES_OF_LEASED,
-    _LEASED_ONCE,
-    _ONE_RETRY,
-    _WHOLE_EVALUATIONS,
-    _EVALUATED_ANSWERS,
-    _COUNTERS,
-    _LENGTHS,
+    ),
+    Invariant(
+        text="the counters of lengths and failures equal the sums of the rows",
+        count="SELECT count(*) FROM statistics WHERE name GLOB '*_length_*' OR name GLOB 'failed_*'",
+        violations=f"""
+        WITH sums AS ({_SELECTION})
+        SELECT printf('%s is %d, the sum of the rows %d', name, coalesce(value, 0), num)
+        FROM sums LEFT JOIN statistics USING (name)
+        WHERE {_COUNTS_SELECTION} AND coalesce(value, 0) != num
+        UNION ALL SELECT printf('%s is %d, the sum of the rows 0', name, value) FROM statistics
+        WHERE {_COUNTS_SELECTION} AND value != 0 AND name NOT IN (SELECT name FROM sums)
+          AND (name GLOB 'offered_length_*' OR name GLOB 'trained_length_*')""",
+    ),
 )

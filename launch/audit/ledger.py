@@ -15,6 +15,7 @@ from areal_like.trajectory import NOT_SAMPLED
 from areal_like.wire.records import Record, RecordLocation, read_record
 from launch.audit.invariants import LEDGER_INVARIANTS
 from launch.audit.result import Audit, Check
+from launch.run_files import open_ledger
 
 _Row = tuple[int, ...]
 _OLDEST = 2
@@ -29,7 +30,7 @@ CREATE TEMP TABLE evaluations (
 """,
     4: "CREATE TEMP TABLE settings (id INTEGER PRIMARY KEY, step, key, value, origin, unix_s);",
 }
-"""Schema version -> what it has besides, in names that hide the tables of an older file."""
+"""Schema version -> what it added, under names that hide the tables of an older file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,9 +128,7 @@ def audit_ledger(directory: Path) -> LedgerAudit:
 
 
 def _connect(directory: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(
-        f"file:{directory / 'ledger.sqlite3'}?mode=ro", uri=True, isolation_level=None, timeout=10
-    )
+    connection = open_ledger(directory)
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version >= _OLDEST:
         connection.execute("PRAGMA temp_store = MEMORY")

@@ -7,8 +7,6 @@ right order, not the quality of the training data.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from areal_like.shards import add_up, all_shards
 from launch.audit.ledger import LedgerAudit, audit_ledger
 from launch.audit.result import Audit, Check
 from launch.run_directory.rundir import checkpoints
+from launch.run_files import read_rows
 
 _COLUMNS = {"trainer.lr": "lr_base", "max_staleness": "max_staleness"}
 """Setting that may change while the run goes on -> column of metrics.jsonl."""
@@ -142,13 +141,11 @@ def _settings_in_force(ledgers: list[LedgerAudit], rows: list[dict[str, Any]]) -
 
 def _step_rows(metrics: Path) -> list[dict[str, Any]]:
     """The rows of steps; without a last line that a crash cut short, or that is being written."""
-    rows = []
-    with contextlib.suppress(OSError, ValueError), metrics.open() as file:
-        for line in file:
-            row = json.loads(line)
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
-                rows.append({"step": row["step"]} | {name: row.get(name) for name in _COLUMNS.values()})
-    return rows
+    return [
+        {"step": row["step"]} | {name: row.get(name) for name in _COLUMNS.values()}
+        for row in read_rows(metrics)
+        if row is not None and isinstance(row.get("step"), int)
+    ]
 
 
 def _every_shard(ledgers: list[LedgerAudit], *, config: Config) -> Check:

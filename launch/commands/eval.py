@@ -23,11 +23,11 @@ from launch.commands.foreground import StopSignals, in_directory, print_lines
 from launch.commands.parser import SETTINGS, argument, command, flag
 from launch.local_job.job import LocalJob
 from launch.local_job.specs import EvaluationSpecs
-from launch.run_directory.evaluated_model import EvaluatedModel, find_model
-from launch.run_directory.open_evaluation import open_evaluation
+from launch.run_directory.open_evaluation import EvaluatedModel, find_model, open_evaluation
 from launch.run_directory.open_run import OpenRun
-from launch.view.evaluation import EvaluationView, results_table
 from launch.view.lasting import LastingView, output_may_be_gone
+from launch.view.plain import PlainView, evaluation_line
+from launch.view.summary import evaluation_table
 
 _WIDTH = 110
 """Columns of the table in a file or a pipe."""
@@ -80,7 +80,7 @@ def evaluate(model: EvaluatedModel, argv: Sequence[str], *, as_json: bool) -> in
 def _run_job(run: OpenRun, model: EvaluatedModel, console: Console) -> int:
     """Runs the daemons to their end; returns the exit code."""
     stops = StopSignals(on_hangup=request_reopen)
-    view = LastingView(EvaluationView(lambda line: print_lines(console, [line])))
+    view = LastingView(PlainView(run.config, console, line=evaluation_line))
     with contextlib.closing(view):
         specs = EvaluationSpecs(run.config, config_path=run.config_file, step=model.step)
         job = LocalJob(run, view=view, num_stops=lambda: stops.count, specs=specs)
@@ -103,7 +103,7 @@ def _show(run: OpenRun, console: Console, *, as_json: bool) -> int:
     if as_json:
         print(json.dumps(summary | {"directory": str(run.paths.root)}, indent=2))
     elif sets:
-        console.print(results_table(sets, title=run.config.name))
+        console.print(evaluation_table(sets, title=run.config.name))
     lines = [f"{run.paths.root}: evaluations.jsonl, summary.json, config.yaml, logs/"] if sets else []
     if missing:
         lines += [

@@ -23,11 +23,11 @@ from areal_like.paths import RunPaths, checkpoint_name, write_json
 from areal_like.runtime.process import keep_files_private
 from launch.commands.foreground import StopSignals
 from launch.commands.parser import RUN, SETTINGS, argument, command, flag
+from launch.local_job.child import ProcessTable
 from launch.local_job.display import View
 from launch.local_job.foreground import Foreground
-from launch.local_job.processes import ProcessTable
 from launch.local_job.specs import ChildSpec
-from launch.observation.metrics_tail import MetricsTail
+from launch.observation.progress import MetricsTail
 from launch.run_directory.open_run import OpenRun, open_replay
 from launch.run_directory.rundir import checkpoints, find_run
 from launch.view.lasting import LastingView, output_may_be_gone

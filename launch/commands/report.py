@@ -15,7 +15,7 @@ from launch.commands.output import private_file
 from launch.commands.parser import RUN, argument, command
 from launch.report.page import page
 from launch.report.run import read_run
-from launch.report.samples import samples_html
+from launch.report.samples import read_samples
 from launch.run_directory.rundir import find_run
 
 
@@ -32,7 +32,7 @@ def main(args: argparse.Namespace) -> int:
     """Writes the page. Raises ConfigError without such a run, or if the file cannot be written."""
     roots = [find_run(args.run)] + ([find_run(args.against)] if args.against else [])
     runs = [read_run(root) for root in roots]
-    text = page(runs, samples=samples_html(roots[0]), now_s=time.time(), version=installed_version())
+    text = page(runs, samples=read_samples(roots[0]), now_s=time.time(), version=installed_version())
     if args.out == "-":
         sys.stdout.write(text)
         return 0

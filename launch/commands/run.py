@@ -23,7 +23,7 @@ from launch.run_directory.dry_run import described
 from launch.run_directory.kept_settings import left_out
 from launch.run_directory.open_run import open_run
 from launch.view.lasting import LastingView, output_may_be_gone
-from launch.view.live import LiveView
+from launch.view.picture import LiveView
 from launch.view.plain import PlainView
 from launch.view.summary import show_summary
 

@@ -17,10 +17,9 @@ from rich.text import Text
 from areal_like.errors import ConfigError
 from launch.commands.parser import JSON, RUN, argument, command, flag
 from launch.run_directory.rundir import find_run
-from launch.samples.choosing import choose, decoder, no_text
-from launch.samples.reading import Row, RunLedgers, Selection
+from launch.samples.choosing import transcripts
+from launch.samples.reading import Row, Selection
 from launch.samples.showing import lines_of
-from launch.samples.transcripts import transcript
 
 
 def _count(text: str) -> int:
@@ -53,25 +52,14 @@ def main(args: argparse.Namespace) -> int:
     if args.ticket is not None and (args.step is not None or args.set_name is not None):
         raise ConfigError("samples: --ticket already says which samples: leave out --step and --set")
     root = find_run(args.run)
-    ledgers = RunLedgers(root)
-    rows = ledgers.find(Selection(ticket=args.ticket, set_name=args.set_name, step=args.step))
-    chosen = choose(
-        rows, worst=args.worst, best=args.best, limit=args.limit, is_ticket=args.ticket is not None
-    )
-    records = [ledgers.read(row) for row in chosen]
-    has_text = any(not isinstance(record, str) for record in records)
-    decode = decoder(root) if has_text else no_text
-    version_steps = ledgers.version_steps()
-    samples = [
-        transcript(row, record, decode=decode, version_steps=version_steps)
-        for row, record in zip(chosen, records, strict=True)
-    ]
+    selection = Selection(ticket=args.ticket, set_name=args.set_name, step=args.step)
+    rows, samples = transcripts(root, selection, worst=args.worst, best=args.best, limit=args.limit)
     if args.json:
         print(json.dumps({"run": str(root), "samples": [one.as_json() for one in samples]}))
         return 0
     console = Console(highlight=False, markup=False, soft_wrap=True)
     with contextlib.suppress(BrokenPipeError, SystemExit):  # the reader, such as `head`, has seen enough
-        console.print(Text(_overview(rows, num_shown=len(chosen))))
+        console.print(Text(_overview(rows, num_shown=len(samples))))
         for one in samples:
             for line in lines_of(one, shows_all=args.full):
                 console.print(line)
@@ -80,8 +68,8 @@ def main(args: argparse.Namespace) -> int:
 
 def _overview(rows: Sequence[Row], *, num_shown: int) -> str:
     first = rows[0]
-    if len({row.ticket_id for row in rows}) == 1:
-        where = f"ticket {first.ticket_id}"
+    if len({row.ticket for row in rows}) == 1:
+        where = f"ticket {first.ticket}"
     elif first.eval_set:
         where = f"set {first.eval_set}, weights of step {first.step}"
     else:

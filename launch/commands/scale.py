@@ -7,15 +7,17 @@ allocations. On Ray the driver of the run does both. Which number is useful says
 from __future__ import annotations
 
 import argparse
+import sys
 
+from areal_like.config import Config
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
-from areal_like.runtime.command_line import load_config
 from launch.commands.parser import RUN, argument, command
-from launch.ray.wanted import MOST, directory_of, want_servers
-from launch.run_directory.rundir import find_run
-from launch.slurm.pool import add_servers, remove_servers, servers, to_end
-from launch.slurm.script import scripts_of
+from launch.nodes.settings import MOST_SERVERS
+from launch.nodes.start import read_run
+from launch.ray.driver import directory_of, want_servers
+from launch.slurm.jobs import add_servers, jobs_of, remove_servers, to_end
+from launch.slurm.options import scripts_of
 
 
 @command(
@@ -28,29 +30,34 @@ from launch.slurm.script import scripts_of
 )
 def main(args: argparse.Namespace) -> int:
     """Returns 0 when new jobs are in the queue, or when the drained ones have left it."""
-    if not 1 <= args.number <= MOST:
-        raise ConfigError(f"scale: {args.number} rollout servers: use 1 to {MOST}")
-    paths = RunPaths(find_run(args.run).resolve())
-    config = load_config(["--config", str(paths.config)])
-    if directory_of(paths).is_dir() and not scripts_of(paths).is_dir():
+    if not 1 <= args.number <= MOST_SERVERS:
+        raise ConfigError(f"scale: {args.number} rollout servers: use 1 to {MOST_SERVERS}")
+    paths, config = read_run(args.run)
+    if scripts_of(paths).is_dir():
+        _scale_jobs(config, paths, args.number)
+    elif directory_of(paths).is_dir():
         want_servers(paths, args.number)
-        print(f"the run's driver is told: {args.number} rollout servers")
-        return 0
-    if not scripts_of(paths).is_dir():
+        sys.stdout.write(f"the run's driver is told: {args.number} rollout servers\n")
+    else:
         raise ConfigError(
             f"scale: neither Slurm nor Ray runs {paths.root.name}: add a server with `areal-like rollout "
             f"{paths.root.name} --join`, end one with `areal-like drain {paths.root.name} SERVER`; "
             "rollout.num_servers counts at the next start"
         )
-    jobs = servers(config, paths)
-    surplus = to_end(jobs, args.number)
-    if len(jobs) < args.number:
-        numbers = add_servers(config, paths, args.number - len(jobs))
-        print(f"{len(jobs)} -> {args.number}: job {', '.join(map(str, numbers))} submitted")
+    return 0
+
+
+def _scale_jobs(config: Config, paths: RunPaths, number: int) -> None:
+    """Submits or drains rollout jobs of Slurm, so that `number` are left."""
+    jobs = jobs_of(config, paths, "rollout")
+    surplus = to_end(jobs, number)
+    if len(jobs) < number:
+        added = add_servers(config, paths, number - len(jobs))
+        sys.stdout.write(f"{len(jobs)} -> {number}: job {', '.join(map(str, added))} submitted\n")
     elif surplus:
         names = ", ".join(str(job.job_id) for job in surplus)
-        print(f"{len(jobs)} -> {args.number}: job {names} drains", flush=True)
+        sys.stdout.write(f"{len(jobs)} -> {number}: job {names} drains\n")
+        sys.stdout.flush()
         remove_servers(config, paths, surplus)
     else:
-        print(f"the run has {args.number} rollout jobs")
-    return 0
+        sys.stdout.write(f"the run has {number} rollout jobs\n")

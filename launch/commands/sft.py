@@ -21,13 +21,14 @@ from areal_like.runtime.signals import request_reopen
 from launch.commands.configuration import configuration, settings_of
 from launch.commands.foreground import StopSignals, in_directory
 from launch.commands.parser import command
+from launch.local_job.child import ProcessTable
 from launch.local_job.foreground import Foreground
-from launch.local_job.processes import ProcessTable
 from launch.local_job.specs import DRAINED, JobSpecs
-from launch.observation.metrics_tail import MetricsTail
+from launch.observation.progress import MetricsTail
 from launch.run_directory.open_run import OpenRun, open_run
 from launch.view.lasting import LastingView, output_may_be_gone
-from launch.view.sft import SftView, show_results
+from launch.view.plain import PlainView, sft_line
+from launch.view.summary import show_sft_summary
 
 _OF_REWARDS = ("normalizer", "entropy_coef", "fetch_timeout_s", "buffer_timeout_s")
 _WITHOUT_EFFECT = (
@@ -64,7 +65,8 @@ def run_sft(argv: Sequence[str]) -> int:
     keep_files_private()
     run = open_run(argv, is_sft=True)
     console = Console()
-    with in_directory(run), contextlib.closing(LastingView(SftView(run.config, console))) as view:
+    view = LastingView(PlainView(run.config, console, line=sft_line))
+    with in_directory(run), contextlib.closing(view):
         for line in (*run.announcement, *remarks):
             view.notice(line)
         started_unix_s = time.time()
@@ -72,7 +74,7 @@ def run_sft(argv: Sequence[str]) -> int:
     is_new = run.paths.summary.exists() and run.paths.summary.stat().st_mtime >= started_unix_s
     if code != 1 and is_new:
         with output_may_be_gone():
-            show_results(run.config, console)
+            show_sft_summary(run.config, console)
     return run.config.daemon.exit_code_on_drain if code == DRAINED else code
 
 

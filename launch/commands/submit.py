@@ -9,10 +9,10 @@ this command nothing of it stays: each job restarts itself, and all end with the
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Callable
 
+from areal_like.config import Config
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config
@@ -20,17 +20,16 @@ from areal_like.runtime.process import keep_files_private
 from launch.commands.configuration import CONFIG_FILE, file_and_settings
 from launch.commands.foreground import StopSignals
 from launch.commands.parser import SETTINGS, argument, command, flag, group
-from launch.nodes.settings import is_finished, settings_for_nodes
-from launch.nodes.start import ROLES
+from launch.nodes.settings import settings_for_nodes
+from launch.nodes.start import ROLES, read_run
 from launch.ray.cluster import STRATEGIES, RayOptions, import_ray
 from launch.ray.driver import run_on_ray
 from launch.run_directory.open_run import is_begun
-from launch.run_directory.rundir import find_run
-from launch.slurm.kept_options import complete, keep, read_kept
-from launch.slurm.pool import add_servers
-from launch.slurm.prepare import begin, scripts
+from launch.run_directory.rundir import is_trained
+from launch.slurm.jobs import add_servers, begin
+from launch.slurm.options import SlurmOptions, kept_text, read_kept
 from launch.slurm.scheduler import kill_wait_s
-from launch.slurm.script import Options
+from launch.slurm.script import job_scripts
 
 
 @command(
@@ -78,38 +77,52 @@ from launch.slurm.script import Options
     ],
 )
 def main(args: argparse.Namespace) -> int:
-    """Returns 0 when the jobs are in the queue, or when the run is finished already."""
+    """Returns 0 when the jobs are in the queue or the run is finished already; on Ray the run's exit code."""
     if args.slurm == args.ray:
         raise ConfigError("submit: give --slurm or --ray, the scheduler of the cluster")
     keep_files_private()
     if args.ray:
         return _ray(args)
-    if args.join:
-        return _join(args)
-    settings = file_and_settings(args)
-    paths = RunPaths.of(load_config(settings))
-    kept = _kept(args, paths)
-    options = _options(args)
-    config = settings_for_nodes(settings, trainer_nodes=args.trainer_nodes)
-    number = _number(args.rollout_jobs, default=config.rollout.num_servers)
-    if kept:
-        sys.stdout.write(f"options of the last submission: {kept}\n")
+    return _join(args) if args.join else _slurm(args)
+
+
+def _slurm(args: argparse.Namespace) -> int:
+    """Submits the jobs of a run, or prints their scripts."""
+    paths = RunPaths.of(load_config(file_and_settings(args)))
+    kept = read_kept(paths) if is_begun(paths) else {}
+    if any(setting.startswith("rollout.num_servers=") for setting in args.settings):
+        kept.pop("rollout_jobs", None)
+    options = SlurmOptions.of(args, kept)
+    config = settings_for_nodes(file_and_settings(args), trainer_nodes=options.trainer_nodes)
+    number = options.num_servers(default=config.rollout.num_servers)
+    scripts = job_scripts(config, options)
+    if text := kept_text(args, kept):
+        sys.stdout.write(f"options of the last submission: {text}\n")
     if args.dry_run:
-        for role, text in scripts(config, options).items():
+        for role, text in scripts.items():
             sys.stdout.write(f"##### {paths.root}/slurm/{role}.sh\n{text}\n")
         sys.stdout.write(f"##### 1 buffer, 1 trainer and {number} rollout jobs; nothing was submitted\n")
         return 0
-    if is_finished(config):
-        sys.stdout.write(f"the run in {paths.root} is finished; trainer.num_steps=MORE continues it\n")
+    if _is_finished(config):
         return 0
     _warn_of_kill_wait(config.daemon.drain_timeout_s)
-    for role, numbers in begin(config, options, num_servers=number).items():
+    for role, numbers in begin(config, scripts, num_servers=number).items():
         sys.stdout.write(f"{role}: job {', '.join(map(str, numbers))}\n")
-    keep(paths, args)
+    options.keep(paths)
     sys.stdout.write(
         f"the run is in {paths.root}; `areal-like status {paths.root}` shows it, `areal-like scale "
         f"{paths.root} N` changes the number of rollout servers\n"
     )
+    return 0
+
+
+def _join(args: argparse.Namespace) -> int:
+    """Adds rollout jobs to a run on Slurm."""
+    if args.settings or args.config is not None:
+        raise ConfigError("submit --join: the run has its settings; leave others out")
+    paths, config = read_run(args.join)
+    numbers = add_servers(config, paths, SlurmOptions.of(args).num_servers(default=1))
+    sys.stdout.write(f"rollout: job {', '.join(map(str, numbers))}\n")
     return 0
 
 
@@ -118,82 +131,27 @@ def _ray(args: argparse.Namespace) -> int:
     of_slurm = ("join", "partition", "time", "dry_run", "sbatch_args", *(f"{role}_args" for role in ROLES))
     if wrong := [f"--{name.replace('_', '-')}" for name in of_slurm if getattr(args, name)]:
         raise ConfigError(f"submit --ray: {', '.join(wrong)} is an option of Slurm; leave it out")
-    complete(args, {})
-    if not (args.cpus >= 0 and args.wait > 0 and args.max_failures >= 0):
-        raise ConfigError("submit --ray: use --cpus and --max-failures of at least 0, and --wait above 0")
-    options = RayOptions(
-        address=args.address,
-        trainer_nodes=args.trainer_nodes,
-        cpus=args.cpus,
-        strategy=args.strategy,
-        interface=args.interface,
-        max_failures=args.max_failures,
-        wait_s=args.wait,
-    )
+    options = RayOptions.of(args)
     import_ray()
-    config = settings_for_nodes(file_and_settings(args), trainer_nodes=args.trainer_nodes)
-    paths = RunPaths.of(config)
-    if is_finished(config):
-        sys.stdout.write(f"the run in {paths.root} is finished; trainer.num_steps=MORE continues it\n")
+    config = settings_for_nodes(file_and_settings(args), trainer_nodes=options.trainer_nodes)
+    if _is_finished(config):
         return 0
-    number = _number(args.rollout_jobs, default=config.rollout.num_servers)
 
     def listen() -> Callable[[], bool]:
         signals = StopSignals()
         return lambda: signals.count > 0
 
+    number = options.num_servers(default=config.rollout.num_servers)
     return run_on_ray(config, options, num_servers=number, listen=listen)
 
 
-def _kept(args: argparse.Namespace, paths: RunPaths) -> str:
-    """Fills in the options that were not given: those of the last submission, if the run has begun."""
-    kept = read_kept(paths) if is_begun(paths) else {}
-    if any(setting.startswith("rollout.num_servers=") for setting in args.settings):
-        kept.pop("rollout_jobs", None)
-    return complete(args, kept)
-
-
-def _join(args: argparse.Namespace) -> int:
-    if args.settings or args.config is not None:
-        raise ConfigError("submit --join: the run has its settings; leave others out")
-    paths = RunPaths(find_run(args.join).resolve())
-    config = load_config(["--config", str(paths.config)])
-    numbers = add_servers(config, paths, _number(args.rollout_jobs, default=1))
-    sys.stdout.write(f"rollout: job {', '.join(map(str, numbers))}\n")
-    return 0
-
-
-def _number(given: int | None, *, default: int) -> int:
-    number = default if given is None else given
-    if not 1 <= number <= 1000:
-        raise ConfigError(f"--rollout-jobs {number}: use 1 to 1000")
-    return number
-
-
-def _options(args: argparse.Namespace) -> Options:
-    if args.max_failures < 0:
-        raise ConfigError(f"--max-failures {args.max_failures}: use at least 0")
-    return Options(
-        trainer_nodes=args.trainer_nodes,
-        partition=args.partition,
-        time=args.time,
-        interface=args.interface,
-        max_failures=args.max_failures,
-        arguments=_words(args.sbatch_args, "--sbatch-args"),
-        role_arguments={role: _words(getattr(args, f"{role}_args"), f"--{role}-args") for role in ROLES},
-    )
-
-
-def _words(text: str, option: str) -> tuple[str, ...]:
-    """The options in one quoted word, each as it stands on a line of #SBATCH."""
-    try:
-        words = shlex.split(text)
-    except ValueError as error:
-        raise ConfigError(f"{option}={text}: {error}") from None
-    wrong = next((word for word in words if not word.startswith("-") or "\n" in word or '"' in word), "")
-    if wrong:
-        raise ConfigError(f"{option}: {wrong!r} is not an option of the form --name=value")
-    return tuple(words)
+def _is_finished(config: Config) -> bool:
+    """True if the run has no step left to train; tells the user so."""
+    paths = RunPaths.of(config)
+    is_finished = is_trained(paths, num_steps=config.trainer.num_steps)
+    if is_finished:
+        sys.stdout.write(f"the run in {paths.root} is finished; trainer.num_steps=MORE continues it\n")
+    return is_finished
 
 
 def _warn_of_kill_wait(drain_timeout_s: float) -> None:

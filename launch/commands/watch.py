@@ -23,18 +23,16 @@ from launch.commands.parser import argument, command, flag
 from launch.commands.running_job import JOB, job_of
 from launch.local_job.display import View
 from launch.observation.job_report import job_report
-from launch.observation.metrics_tail import MetricsTail
 from launch.observation.observer import DaemonView, Observation, diagnosis
 from launch.observation.polled_steps import PolledSteps
+from launch.observation.progress import MetricsTail
 from launch.observation.reach import RunningJob
 from launch.report.ended import Ended, read_end
 from launch.run_directory.rundir import is_over
-from launch.view.daemons import daemon_table, tickets_line
-from launch.view.job import rates_line, server_table, steps_line
-from launch.view.live import LiveView
-from launch.view.picture import picture
+from launch.view.picture import LiveView, picture
 from launch.view.plain import PlainView
 from launch.view.speed import Eta
+from launch.view.status import daemon_table, rates_line, server_table, steps_line, tickets_line
 
 _WATCH_S = 2.0
 _TOP_S = 0.5

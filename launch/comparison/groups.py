@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,11 @@ from numpy.typing import NDArray
 from areal_like.trajectory import NOT_SAMPLED, Trajectory
 from areal_like.wire.messages.consumer import Group
 from launch.comparison.result import Difference
+from launch.comparison.rows import are_close
+from trainer.replay.recording import SampleRow
 
 Steps = Mapping[int, int]
 """Version -> step that starts with these weights."""
-
-
 _SHAPE = ("lengths of segments", "ends of turns", "finish reason", "is greedy", "label")
 
 
@@ -27,27 +28,33 @@ class StepDifferences:
         self._first: dict[str, Difference] = {}
         self._num: Counter[str] = Counter()
 
-    def add(self, kind: str, text: str, ours: Any, theirs: Any) -> None:
-        """Adds a difference with both values, which are put into the text."""
+    def add(self, kind: str, text: str, ours: Any = None, theirs: Any = None) -> None:
+        """Adds a difference. Both values are put into the text; without any, the text says it all."""
         self._num[kind] += 1
         if kind not in self._first:
-            difference = Difference(kind=kind, text=f"{text}: {ours} / {theirs}", run=ours, other=theirs)
-            self._first[kind] = difference
+            values = "" if ours is None and theirs is None else f": {ours} / {theirs}"
+            self._first[kind] = Difference(kind=kind, text=text + values, run=ours, other=theirs)
 
-    def add_text(self, kind: str, text: str) -> None:
-        """Adds a difference that is no pair of values."""
-        self._num[kind] += 1
-        self._first.setdefault(kind, Difference(kind=kind, text=text))
+    def add_arrays(
+        self,
+        kind: str,
+        what: str,
+        ours: NDArray[Any],
+        theirs: NDArray[Any],
+        *,
+        tolerance: float,
+        scale: float = 1.0,
+    ) -> None:
+        """Adds the first elements that differ, by more than `tolerance` of themselves or of `scale`."""
+        close = np.isclose(ours, theirs, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
+        if not close.all():
+            at = int((~close).argmax())
+            self.add(kind, f"{what} {at}", ours[at].item(), theirs[at].item())
 
     def found(self) -> list[Difference]:
         """The differences, each with the number of further ones of its kind."""
         return [
-            Difference(
-                kind=kind,
-                text=one.text + (f" (and {num} more)" if (num := self._num[kind] - 1) else ""),
-                run=one.run,
-                other=one.other,
-            )
+            replace(one, text=f"{one.text} (and {num} more)") if (num := self._num[kind] - 1) else one
             for kind, one in self._first.items()
         ]
 
@@ -65,11 +72,8 @@ def compare_groups(
     `steps`: of the versions of each run, which number them apart. `tolerance`: of log-probs and rewards.
     """
     where = f"group {ours.position} (tickets {ours.ticket_id} / {theirs.ticket_id})"
-    if ours.prompt_index != theirs.prompt_index:
-        found.add("prompts", f"{where} has the prompt of index", ours.prompt_index, theirs.prompt_index)
-    if len(ours.records) != len(theirs.records):
-        found.add("groups", f"samples of {where}", len(ours.records), len(theirs.records))
-    if ours.prompt_index != theirs.prompt_index or len(ours.records) != len(theirs.records):
+    prompts = ours.prompt_index, theirs.prompt_index
+    if not _are_comparable(found, where, prompts, (len(ours.records), len(theirs.records))):
         return
     for index, (one, another) in enumerate(zip(ours.records, theirs.records, strict=True)):
         if one.data != another.data:
@@ -81,6 +85,39 @@ def compare_groups(
                 steps=steps,
                 tolerance=tolerance,
             )
+
+
+def compare_sample_rows(
+    found: StepDifferences,
+    ours: tuple[int, list[SampleRow]],
+    theirs: tuple[int, list[SampleRow]],
+    *,
+    position: int,
+    tolerance: float,
+) -> None:
+    """Adds what differs in (prompt index, rows of the samples) of two groups whose records are not kept."""
+    where = f"group {position}"
+    if not _are_comparable(found, where, (ours[0], theirs[0]), (len(ours[1]), len(theirs[1]))):
+        return
+    for index, (a, b) in enumerate(zip(ours[1], theirs[1], strict=True)):
+        sample = f"{where}, sample {index}"
+        if a.num_sampled != b.num_sampled:
+            found.add("tokens", f"{sample}, number of sampled tokens", a.num_sampled, b.num_sampled)
+        if a.oldest_step != b.oldest_step:
+            found.add("versions", f"{sample}, step of its weights", a.oldest_step, b.oldest_step)
+        if not are_close(a.reward, b.reward, tolerance=tolerance):
+            found.add("rewards", f"{sample}, reward", a.reward, b.reward)
+
+
+def _are_comparable(
+    found: StepDifferences, where: str, prompts: tuple[int, int], nums_samples: tuple[int, int]
+) -> bool:
+    """Adds a difference of prompts or numbers of samples; False if there is one."""
+    if prompts[0] != prompts[1]:
+        found.add("prompts", f"{where} has the prompt of index", *prompts)
+    if nums_samples[0] != nums_samples[1]:
+        found.add("groups", f"samples of {where}", *nums_samples)
+    return prompts[0] == prompts[1] and nums_samples[0] == nums_samples[1]
 
 
 def _compare_samples(
@@ -99,11 +136,10 @@ def _compare_samples(
     version_steps = [
         _steps_of(t.versions[:num_same], of_run) for t, of_run in zip((ours, theirs), steps, strict=True)
     ]
-    _compare_arrays(
-        found, "versions", f"{where}, step of the weights that sampled token", *version_steps, tolerance=0.0
+    found.add_arrays(
+        "versions", f"{where}, step of the weights that sampled token", *version_steps, tolerance=0.0
     )
-    _compare_arrays(
-        found,
+    found.add_arrays(
         "behavior log-probs",
         f"{where}, log-prob of token",
         ours.logprobs[:num_same],
@@ -144,30 +180,14 @@ def _steps_of(versions: NDArray[np.int32], steps: Steps) -> NDArray[np.int64]:
     return np.array(of_unique, dtype=np.int64)[inverse]
 
 
-def _compare_arrays(
-    found: StepDifferences,
-    kind: str,
-    what: str,
-    ours: NDArray[Any],
-    theirs: NDArray[Any],
-    *,
-    tolerance: float,
-) -> None:
-    close = np.isclose(ours, theirs, rtol=tolerance, atol=tolerance) if tolerance else ours == theirs
-    other = ~close
-    if other.any():
-        at = int(other.argmax())
-        found.add(kind, f"{what} {at}", ours[at].item(), theirs[at].item())
-
-
 def _compare_rewards(
     found: StepDifferences, ours: Trajectory, theirs: Trajectory, *, where: str, tolerance: float
 ) -> None:
     rewards = np.array([ours.reward]), np.array([theirs.reward])
-    _compare_arrays(found, "rewards", f"{where}, reward", *rewards, tolerance=tolerance)
+    found.add_arrays("rewards", f"{where}, reward", *rewards, tolerance=tolerance)
     turns = [np.array([reward for _, reward in t.turns]) for t in (ours, theirs)]
     if turns[0].shape == turns[1].shape:
-        _compare_arrays(found, "rewards", f"{where}, reward of turn", *turns, tolerance=tolerance)
+        found.add_arrays("rewards", f"{where}, reward of turn", *turns, tolerance=tolerance)
     if ours.reward_components != theirs.reward_components:
         found.add("rewards", f"{where}, parts", str(ours.reward_components), str(theirs.reward_components))
     for name in sorted(ours.arrays.keys() | theirs.arrays.keys()):

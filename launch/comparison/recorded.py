@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from areal_like.config.loading import flat
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths, find_checkpoints
-from launch.comparison.settings import read_settings
-from trainer.metrics.run_files import read_rows
+from launch.run_files import read_config, read_rows
 from trainer.replay.recording import Recording
 
 ROUNDING_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
@@ -28,7 +28,7 @@ class RecordedRun:
         """Raises ConfigError if the directory has no readable configuration."""
         self.root = root
         self.paths = RunPaths(root.resolve())
-        self.settings = read_settings(self.paths.config)
+        self.settings = flat(read_config(self.paths.config))
         self.checkpoints = find_checkpoints(self.paths.checkpoints)
         self.source, self.has_own_lr = _recording_of(self.paths)
         """The directory whose ledger has the trajectories."""
@@ -60,8 +60,10 @@ class RecordedRun:
         """(step, its row of metrics.jsonl; without one, an empty row for each step of the ledger)."""
         num = 0
         for row in read_rows(self.paths.metrics):
-            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-                raise ConfigError(f"{self.paths.metrics}: line {num + 1} is no row of a step")
+            if row is None:  # cut short by a crash
+                break
+            if not isinstance(row.get("step"), int):
+                raise ConfigError(f"{self.paths.metrics}: line {num + 1} is not the row of a step")
             num += 1
             yield row["step"], row
         if not num:

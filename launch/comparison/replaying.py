@@ -87,11 +87,9 @@ def compare_traces(ours: Trace, theirs: Trace, *, tolerance: float) -> tuple[Ste
                 continue
             a, b = one[name], another[name]
             num = min(len(a), len(b))
-            scale = np.abs(a[:num]).max(initial=0.0)  # of a sum's terms, some of which are near zero
-            close = np.isclose(a[:num], b[:num], rtol=tolerance, atol=tolerance * scale, equal_nan=True)
-            if not close.all():
-                at = int((~close).argmax())
-                found.add(kind, f"{where}, trained token {at}", float(a[at]), float(b[at]))
+            scale = float(np.abs(a[:num]).max(initial=0.0))  # of a sum's terms, some of which are near zero
+            what = f"{where}, trained token"
+            found.add_arrays(kind, what, a[:num], b[:num], tolerance=tolerance, scale=scale)
     for kind, name in (("loss", "loss"), ("gradient norm", "grad_norm")):
         values = ours.step[name], theirs.step[name]
         if not are_close(*values, tolerance=tolerance, is_scaled=name in SCALED):

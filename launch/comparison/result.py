@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -76,7 +76,7 @@ class Comparison:
     other: str
     first_step: int
     last_step: int
-    """Of the steps that both have."""
+    """Last of the steps that both have."""
     tolerance: float
     """Largest relative difference that counts as equal; 0: to the last bit."""
     rounding: list[str] = field(default_factory=list)
@@ -84,7 +84,7 @@ class Comparison:
     step: int | None = None
     """The first step at which the runs differ; None: none."""
     differences: list[Difference] = field(default_factory=list)
-    """Of that step, in the order of cause."""
+    """The differences in that step, in the order of cause."""
     compared: Counter[str] = field(default_factory=Counter)
     """Kind -> how many steps it was compared in."""
     compared_means: Counter[str] = field(default_factory=Counter)
@@ -118,10 +118,9 @@ class Comparison:
         if "parameters" in differing:  # then the moments of that step are not compared
             differing.add("moments")
         others = [kind for kind in KINDS if kind not in differing]
-        equal = [
-            kind for kind in others if self.compared[kind] or (kind in _OF_STEP and self._has_mean(kind))
-        ]
-        means = [kind for kind in others if kind not in equal and self._has_mean(kind)]
+        whole = self.compared + Counter({kind: self.compared_means[kind] for kind in _OF_STEP})
+        equal = [kind for kind in others if whole[kind]]
+        means = [kind for kind in others if self.compared_means[kind] and not whole[kind]]
         if self.is_equal:
             yield "no difference"
         else:
@@ -135,11 +134,8 @@ class Comparison:
         yield from (f"not recorded: {text}" for text in self.not_recorded)
         yield from (f"note: {text}" for text in self.notes)
 
-    def _has_mean(self, kind: str, *, of: Sequence[str] = KINDS) -> bool:
-        return kind in of and self.compared_means[kind] > 0
-
     def _precision(self) -> str:
         because = f", because of {', '.join(self.rounding)}" if self.rounding else ""
-        if self.tolerance == 0:
-            return f"to the last bit{f' (rounding differs{because})' if because else ''}"
-        return f"to a relative difference of {self.tolerance:g}{because}"
+        if self.tolerance:
+            return f"to a relative difference of {self.tolerance:g}{because}"
+        return f"to the last bit (rounding differs{because})" if because else "to the last bit"

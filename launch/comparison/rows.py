@@ -10,34 +10,25 @@ from launch.comparison.result import Difference
 
 Row = Mapping[str, Any]
 
-_KIND_OF = {
-    "lr_base": "settings",
-    "reward_mean": "rewards",
-    "reward_std": "rewards",
-    "shaped_reward": "rewards",
-    "prompt_tokens": "prompts",
-    "response_length_mean": "tokens",
-    "lag_mean": "versions",
-    "lag_max": "versions",
-    "entropy": "policy's log-probs",
-    "kl_k3": "policy's log-probs",
-    "log_w_mean": "policy's log-probs",
-    "log_w_std": "policy's log-probs",
-    "mismatch_abs": "policy's log-probs",
-    "ess_ratio": "policy's log-probs",
-    "ess_ratio_geometric": "policy's log-probs",
-    "ess_ratio_token": "policy's log-probs",
-    "ess_weights": "policy's log-probs",
-    "zero_advantage_groups": "advantages",
-    "clipped_fraction": "weights of the loss",
-    "kept_fraction": "weights of the loss",
-    "lr_scale": "weights of the loss",
-    "loss": "loss",
-    "grad_norm": "gradient norm",
+_NAMES = {
+    "settings": ("lr_base",),
+    "rewards": ("reward_mean", "reward_std", "shaped_reward"),
+    "prompts": ("prompt_tokens",),
+    "tokens": ("response_length_mean",),
+    "versions": ("lag_mean", "lag_max"),
+    "policy's log-probs": (
+        *("entropy", "kl_k3", "log_w_mean", "log_w_std", "mismatch_abs"),
+        *("ess_ratio", "ess_ratio_geometric", "ess_ratio_token", "ess_weights"),
+    ),
+    "advantages": ("zero_advantage_groups",),
+    "weights of the loss": ("clipped_fraction", "kept_fraction", "lr_scale"),
+    "loss": ("loss",),
+    "gradient norm": ("grad_norm",),
 }
 """Every other number of a row is among the other metrics."""
+_KIND_OF = {name: kind for kind, names in _NAMES.items() for name in names}
 SCALED = ("grad_norm", "lr", "lr_base", "lr_scale")
-"""They are no sums of positive and negative terms, so their rounding is relative to themselves."""
+"""They are not sums of positive and negative terms, so their rounding is relative to themselves."""
 _OF_TIME = ("_s", "_s_min", "_s_max")
 _OF_MACHINE = (
     "time_",
@@ -90,7 +81,7 @@ def are_close(ours: Any, theirs: Any, *, tolerance: float, is_scaled: bool = Fal
 
 
 def _rank(text: str) -> tuple[int, str]:
-    """Of the names of a kind, that of the table above comes first."""
+    """The first name of a kind in the table above ranks first."""
     name = text.partition(":")[0]
     return (list(_KIND_OF).index(name) if name in _KIND_OF else len(_KIND_OF), name)
 

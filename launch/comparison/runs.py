@@ -15,11 +15,11 @@ from typing import Any
 
 from areal_like.errors import ConfigError, StoreCorruptError
 from areal_like.wire.messages.consumer import Group
-from launch.comparison.groups import StepDifferences, compare_groups
+from launch.comparison.groups import StepDifferences, compare_groups, compare_sample_rows
 from launch.comparison.recorded import RecordedRun
 from launch.comparison.replaying import add_replay
 from launch.comparison.result import Comparison, Difference
-from launch.comparison.rows import are_close, compare_rows
+from launch.comparison.rows import compare_rows
 from launch.comparison.settings import compare_settings
 from launch.comparison.weights import compare_weights, same_files
 from trainer.replay.recording import Recording
@@ -97,25 +97,20 @@ class _Comparer:
             result.not_recorded.append("parameters after any of these steps in both runs (no checkpoints)")
         return result
 
-    def _settings(self) -> list[Difference]:
+    def _settings(self) -> Iterator[Difference]:
         self._result.compared["settings"] += 1
-        return [Difference(kind="settings", text=text) for text in self._of_steps]
+        yield from (Difference(kind="settings", text=text) for text in self._of_steps)
 
-    def _initial_weights(self) -> list[Difference]:
-        folders = self._ours.initial_weights, self._theirs.initial_weights
-        if folders[0] is None or folders[1] is None:
+    def _initial_weights(self) -> Iterator[Difference]:
+        ours, theirs = self._ours.initial_weights, self._theirs.initial_weights
+        if ours is None or theirs is None:
             names = [run.settings.get("model.path", "") for run in (self._ours, self._theirs)]
-            if names[0] == names[1]:
-                return []
-            return [Difference(kind="initial weights", text=f"model.path={names[0]} / {names[1]}")]
+            if names[0] != names[1]:
+                yield Difference(kind="initial weights", text=f"model.path={names[0]} / {names[1]}")
+            return
         self._result.compared["initial weights"] += 1
-        if folders[0] == folders[1]:
-            return []
-        difference = compare_weights(folders[0], folders[1])
-        if difference is None:
-            return []
-        text, share = difference.text, difference.relative
-        return [Difference(kind="initial weights", text=text, other=share)]
+        if ours != theirs and (found := compare_weights(ours, theirs)) is not None:
+            yield Difference(kind="initial weights", text=found.text, other=found.relative)
 
     def _trajectories(self, step: int) -> list[Difference]:
         """What differs in the trajectories of a step, as deep as both runs have recorded them."""
@@ -136,7 +131,8 @@ class _Comparer:
             found.add("groups", "number of groups", *numbers)
         for position in range(min(numbers)):
             if not has_records:
-                self._sample_rows(found, one, another, step, position)
+                rows = one.sample_rows(step, position), another.sample_rows(step, position)
+                compare_sample_rows(found, *rows, position=position, tolerance=result.tolerance)
                 continue
             groups = [
                 _read(found, recording, step, position, of=str(run.root))
@@ -160,54 +156,30 @@ class _Comparer:
                 text = f"{run.root}: trajectories of some steps, the first of them step {step}"
                 self._result.not_recorded.append(text)
 
-    def _sample_rows(
-        self, found: StepDifferences, one: Recording, another: Recording, step: int, position: int
-    ) -> None:
-        prompts, rows = zip(
-            *(recording.sample_rows(step, position) for recording in (one, another)), strict=True
-        )
-        where = f"group {position}"
-        if prompts[0] != prompts[1]:
-            found.add("prompts", f"{where} has the prompt of index", *prompts)
-        elif len(rows[0]) != len(rows[1]):
-            found.add("groups", f"samples of {where}", len(rows[0]), len(rows[1]))
-        else:
-            for index, (a, b) in enumerate(zip(*rows, strict=True)):
-                sample = f"{where}, sample {index}"
-                if a.num_sampled != b.num_sampled:
-                    found.add("tokens", f"{sample}, number of sampled tokens", a.num_sampled, b.num_sampled)
-                if a.oldest_step != b.oldest_step:
-                    found.add("versions", f"{sample}, step of its weights", a.oldest_step, b.oldest_step)
-                if not are_close(a.reward, b.reward, tolerance=self._result.tolerance):
-                    found.add("rewards", f"{sample}, reward", a.reward, b.reward)
-
-    def _checkpoint(self, num_steps: int) -> list[Difference]:
+    def _checkpoint(self, num_steps: int) -> Iterator[Difference]:
         """What differs in the checkpoints after this many steps, if both runs have one."""
-        folders = [run.checkpoints.get(num_steps) for run in (self._ours, self._theirs)]
-        if folders[0] is None or folders[1] is None:
-            return []
+        ours, theirs = (run.checkpoints.get(num_steps) for run in (self._ours, self._theirs))
+        if ours is None or theirs is None:
+            return
         result = self._result
         result.compared["parameters"] += 1
-        difference = compare_weights(folders[0], folders[1])
-        if difference is not None and difference.relative > result.tolerance:
-            text = f"checkpoint {folders[0].name}: {difference.text}"
-            return [Difference(kind="parameters", text=text, other=difference.relative)]
-        if result.tolerance:
-            return []
-        equal = same_files(folders[0], folders[1], "rows/*-of-*.safetensors")
-        if equal is not None:
-            result.compared["moments"] += 1
-        if equal is False:
-            text = f"checkpoint {folders[0].name}: the weights are equal, masters or moments differ"
-            return [Difference(kind="moments", text=text)]
-        return []
+        found = compare_weights(ours, theirs)
+        if found is not None and found.relative > result.tolerance:
+            text = f"checkpoint {ours.name}: {found.text}"
+            yield Difference(kind="parameters", text=text, other=found.relative)
+        elif not result.tolerance:
+            equal = same_files(ours, theirs, "rows/*-of-*.safetensors")
+            result.compared["moments"] += equal is not None
+            if equal is False:
+                text = f"checkpoint {ours.name}: the weights are equal, masters or moments differ"
+                yield Difference(kind="moments", text=text)
 
 
 def _read(found: StepDifferences, recording: Recording, step: int, position: int, *, of: str) -> Group | None:
     try:
         return next(recording.groups(step, range(position, position + 1)))
     except StoreCorruptError as error:
-        found.add_text("damaged records", f"group {position} of {of}: {error}")
+        found.add("damaged records", f"group {position} of {of}: {error}")
         return None
 
 

@@ -4,15 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
-from areal_like.config.loading import flat
-from areal_like.errors import ConfigError
-from areal_like.security.redaction import without_secrets
 
 _ROUNDING = (
     "trainer.world_size",
@@ -78,17 +69,6 @@ class SettingsDifference:
     """They change what a step computes from its trajectories."""
     of_rounding: list[str] = field(default_factory=list)
     of_generation: list[str] = field(default_factory=list)
-
-
-def read_settings(path: Path) -> dict[str, str]:
-    """Dotted key -> value of a stored configuration, without secrets. Raises ConfigError."""
-    try:
-        plain = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
-    if not isinstance(plain, dict):
-        raise ConfigError(f"{path} is no configuration of a run")
-    return flat(without_secrets({str(key): value for key, value in plain.items()}))
 
 
 def compare_settings(ours: Mapping[str, str], theirs: Mapping[str, str]) -> SettingsDifference:

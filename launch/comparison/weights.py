@@ -5,7 +5,6 @@ from __future__ import annotations
 import filecmp
 import json
 import math
-import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from areal_like.errors import ConfigError
 
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "|u1", "I64": "<i8", "I32": "<i4"}
-"""Of safetensors -> of numpy, which has no bfloat16."""
+"""Dtype of safetensors -> dtype of numpy, which lacks bfloat16."""
 _LENGTH_BYTES = 8
 _CHUNK = 1 << 22
 """Elements that are compared at a time."""
@@ -128,11 +127,7 @@ class _Tensors:
     def flat(self, name: str) -> NDArray[Any]:
         place = self.places[name]
         num = math.prod(place.shape)
-        if num == 0:
-            return np.zeros(0)
-        with place.file.open("rb") as opened:
-            data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
         try:
-            return np.frombuffer(data, place.dtype, num, place.offset)
-        except ValueError as error:
+            return np.memmap(place.file, place.dtype, "r", place.offset, (num,)) if num else np.zeros(0)
+        except (OSError, ValueError) as error:
             raise ConfigError(f"{place.file} cannot be read ({error})") from None

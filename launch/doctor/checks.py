@@ -85,7 +85,8 @@ def check_clocks(facts: Facts) -> Iterator[Finding]:
     for clock in facts.clocks:
         what = f"clock of {clock.of}"
         if clock.ahead_s is None:
-            yield _warning(what, "no answer", "is the buffer running there, with keys and TLS as given here?")
+            remedy = "is the buffer running there, with keys and TLS as given here?"
+            yield _warning(what, "no response", remedy)
             continue
         apart_s = max(0.0, abs(clock.ahead_s) - clock.uncertain_s)
         found = f"{abs(clock.ahead_s):.1f} s {'ahead' if clock.ahead_s > 0 else 'behind'}"
@@ -141,19 +142,13 @@ def check_versions(facts: Facts) -> Iterator[Finding]:
         if each.error:
             yield _error(f"Python of the {each.of}", each.error, "make setup; for SGLang see the guide")
             continue
-        for package, found, bounds in (
-            ("torch", each.torch, TORCH),
-            ("transformers", each.transformers, TRANSFORMERS),
-        ):
-            if each.of != "trainer":
-                break  # SGLang has its own requirements, which pip has checked
-            yield _version(package, found, bounds)
-        if each.of == "engine":
-            yield (
-                _ok("sglang", each.sglang)
-                if each.sglang
-                else _error("sglang", "not installed", "set rollout.sglang.python, or run `make sglang`")
-            )
+        if each.of == "trainer":  # SGLang has its own requirements, which pip has checked
+            yield _version("torch", each.torch, TORCH)
+            yield _version("transformers", each.transformers, TRANSFORMERS)
+        elif each.sglang:
+            yield _ok("sglang", each.sglang)
+        else:
+            yield _error("sglang", "not installed", "set rollout.sglang.python, or run `make sglang`")
         if facts.uses_gpus:
             yield from _cuda(facts, each)
     engine = next((each.nccl for each in facts.versions if each.of == "engine"), "")

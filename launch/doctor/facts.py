@@ -45,7 +45,7 @@ class Disk:
     """Why it cannot be written, or has no locks."""
     is_ledger: bool = False
     reserved_bytes: int = 0
-    """What the ledger leaves free on this disk, besides `needed_bytes`: `buffer.min_free_bytes`."""
+    """What the ledger leaves free on this disk in addition to `needed_bytes`: `buffer.min_free_bytes`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ class Clock:
 
     of: str
     ahead_s: float | None
-    """How far it is ahead; None: it did not answer."""
+    """How far it is ahead; None: no response."""
     uncertain_s: float = 0.5
 
 

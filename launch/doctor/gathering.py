@@ -1,4 +1,7 @@
-"""Collects the facts of `areal-like doctor` on this machine. Nothing is started, written or left behind."""
+"""Collects the facts of `areal-like doctor` on this machine, without importing torch.
+
+No daemon is started, and nothing is written or left behind.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ import os
 import resource
 import shutil
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -17,45 +22,63 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 from areal_like.config import Config
+from areal_like.config.gpus import engine_gpus, trainer_gpus
 from areal_like.errors import ConfigError
 from areal_like.hosts import is_loopback
 from areal_like.ledger_place import file_system_of, is_network, wanted_place
-from areal_like.paths import BUILT_MODELS, model_path
+from areal_like.paths import BUILT_MODELS, cache_dir, model_path
 from areal_like.security.binding import require_loopback_or_keys
 from areal_like.shards import all_shards
 from areal_like.wire.addresses import buffer_host, buffer_port
 from areal_like.wire.sockets import bound_socket
-from launch.doctor.devices import versions, wanted_gpus
 from launch.doctor.facts import (
     BoundAddress,
     Clock,
     Disk,
     Facts,
+    Gpu,
+    GpuFacts,
     Limits,
     Name,
     SecretFile,
+    Versions,
 )
 from launch.observation.reach import RunningJob
 
 _BYTES_PER_PARAMETER = 12
-"""Of a checkpoint: master weights and Adam's two moments in float32."""
+"""In a checkpoint: master weights and Adam's two moments in float32."""
 _BYTES_PER_TICKET = 220
-"""Of the ledger's rows, for a ticket of four samples (docs/reference/ledger.md)."""
+"""In the ledger's rows, for a ticket of four samples (docs/reference/ledger.md)."""
 _BYTES_PER_TOKEN = 16
-"""Of a sampled token in a segment: its id, log-prob and version, and a margin."""
+"""In a segment, for a sampled token: its id, log-prob and version, and a margin."""
 ROLES = ("buffer", "trainer", "rollout")
+_PROBE = """
+import importlib.metadata as m, importlib.util as u, json, re, pathlib, sys
+def version(*names):
+    for name in names:
+        try: return m.version(name)
+        except m.PackageNotFoundError: pass
+    return ""
+spec = u.find_spec("torch")
+text = (pathlib.Path(spec.origin).parent / "version.py").read_text() if spec and spec.origin else ""
+cuda = re.search(r"^cuda\\b[^=]*= '([0-9.]+)'", text, re.M)
+print(json.dumps({"python": sys.version.split()[0], "torch": version("torch"),
+    "cuda": cuda[1] if cuda else "", "transformers": version("transformers"), "sglang": version("sglang"),
+    "nccl": version("nvidia-nccl-cu13", "nvidia-nccl-cu12")}))
+"""
+"""Reads versions from metadata: importing torch would take seconds and memory."""
 
 
 def gather(config: Config, roles: Sequence[str], *, job: RunningJob | None = None) -> Facts:
     """The facts about this machine for these roles of the job. `job`: a running one, for its clock."""
     hosts = [(setting, host) for setting, host in _named_hosts(config, roles) if host]
-    gpus = wanted_gpus(config, roles)
+    gpus = _gpus(config, roles)
     return Facts(
         bound=tuple(_bound(config, roles)),
         names=tuple(_name(setting, host) for setting, host in hosts),
         disks=tuple(_disks(config, roles)),
         gpus=gpus,
-        versions=tuple(versions(config, roles)),
+        versions=tuple(_versions(config, roles)),
         secrets=tuple(_secrets(config, roles)),
         clocks=tuple(_clock(job, address) for address in job.buffers) if job is not None else (),
         limits=_limits(),
@@ -90,7 +113,7 @@ def _bound(config: Config, roles: Sequence[str]) -> Iterator[BoundAddress]:
 
 def _try(config: Config, setting: str, host: str, port: int) -> BoundAddress:
     address = f"{host}:{port}" if port else f"{host} (any port)"
-    needs_keys = False
+    needs_keys, reason = False, ""
     try:
         require_loopback_or_keys(config.security, host, setting=setting)
     except ConfigError:
@@ -98,10 +121,8 @@ def _try(config: Config, setting: str, host: str, port: int) -> BoundAddress:
     try:
         bound_socket(host, port).close()
     except OSError as error:
-        return BoundAddress(
-            setting=setting, address=address, error=error.strerror or str(error), needs_keys=needs_keys
-        )
-    return BoundAddress(setting=setting, address=address, needs_keys=needs_keys)
+        reason = error.strerror or str(error)
+    return BoundAddress(setting=setting, address=address, error=reason, needs_keys=needs_keys)
 
 
 def _named_hosts(config: Config, roles: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -251,3 +272,87 @@ def _limits() -> Limits:
         interfaces=tuple(name for _, name in socket.if_nameindex()),
         named_interfaces={name: os.environ[name] for name in variables if os.environ.get(name)},
     )
+
+
+def _gpus(config: Config, roles: Sequence[str]) -> GpuFacts:
+    wanted: dict[int, list[str]] = {}
+    if "trainer" in roles:
+        for index in list(trainer_gpus(config))[
+            : max(1, config.trainer.world_size // config.trainer.num_hosts)
+        ]:
+            wanted.setdefault(index, []).append("the trainer")
+    if "rollout" in roles:
+        for server in range(config.rollout.num_servers):
+            for index in engine_gpus(config.rollout, index=server):
+                wanted.setdefault(index, []).append(f"rollout-{server}")
+    named = {index: " and ".join(names) for index, names in wanted.items()}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    may_share = "--mem-fraction-static" in config.rollout.sglang.args
+    if not named:
+        return GpuFacts()
+    query = "--query-gpu=index,name,memory.total,memory.used,driver_version"
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", query, "--format=csv,noheader,nounits"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        )
+    except FileNotFoundError:
+        return GpuFacts(wanted=named, error="nvidia-smi is not installed", visible=visible)
+    except (OSError, subprocess.SubprocessError) as error:
+        return GpuFacts(wanted=named, error=f"nvidia-smi fails: {error}", visible=visible)
+    return gpus_from(done.stdout, wanted=named, visible=visible, may_share=may_share)
+
+
+def gpus_from(table: str, *, wanted: dict[int, str], visible: str | None, may_share: bool) -> GpuFacts:
+    """The facts in nvidia-smi's table, with the numbers that CUDA_VISIBLE_DEVICES gives."""
+    rows = [[cell.strip() for cell in line.split(",")] for line in table.splitlines() if line.count(",") >= 4]
+    by_number = {row[0]: row for row in rows}
+    order = [row[0] for row in rows]
+    if visible is not None and all(each.strip().isdecimal() for each in visible.split(",")):
+        order = [each.strip() for each in visible.split(",") if each.strip() in by_number]
+    elif visible == "":
+        order = []
+    found = tuple(
+        Gpu(index=index, name=row[1], total_mb=_int(row[2]), used_mb=_int(row[3]))
+        for index, row in enumerate(by_number[number] for number in order)
+    )
+    return GpuFacts(
+        wanted=wanted,
+        found=found,
+        driver=rows[0][4] if rows else "",
+        error="" if rows else "the driver shows no GPU",
+        visible=visible,
+        may_share=may_share,
+    )
+
+
+def _int(text: str) -> int:
+    return int(text) if text.isdecimal() else 0
+
+
+def _versions(config: Config, roles: Sequence[str]) -> Iterator[Versions]:
+    if "trainer" in roles or config.rollout.engine == "embedded":
+        yield _probe("trainer", sys.executable)
+    if "rollout" in roles and config.rollout.engine == "sglang" and not config.rollout.sglang.url:
+        built = str(cache_dir() / "sglang/bin/python")
+        given = config.rollout.sglang.python
+        probes = (_probe("engine", python) for python in ([given] if given else [sys.executable, built]))
+        first = next(probes)
+        yield first if first.sglang or first.error else next((each for each in probes if each.sglang), first)
+
+
+def _probe(of: str, python: str) -> Versions:
+    try:
+        done = subprocess.run(
+            [str(Path(python).expanduser()), "-c", _PROBE],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        return Versions(of=of, **json.loads(done.stdout))
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        return Versions(of=of, error=f"{python} does not run: {error}")

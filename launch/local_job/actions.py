@@ -28,6 +28,10 @@ class Exit:
         """The exit code in words: `exit code 1`, `killed by SIGKILL`."""
         return describe_exit(self.code)
 
+    def restart_notice(self, pause_s: float) -> str:
+        """What the user is told about a process that is started again after `pause_s` seconds."""
+        return f"{self.name} ended ({self.description}): starting it again in {pause_s:.1f} s"
+
     def failure_lines(self, headline: str) -> list[str]:
         """The headline, then the last lines of output, indented."""
         return [headline, *(f"  {line}" for line in self.last_words)]
@@ -83,7 +87,7 @@ class Tried:
     settings: tuple[str, ...]
     """`key=value`."""
     refusal: Exit | None = None
-    """The exit of the trainer that had them; the next one has the settings of before. None: a trainer has
+    """The exit of the trainer that had them; the next one has the previous settings. None: a trainer has
     been ready with them."""
 
 

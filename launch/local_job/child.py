@@ -1,4 +1,4 @@
-"""A child process of the launcher: runs one daemon in a new session, with its output in a file.
+"""The child processes of the launcher: each runs one daemon in a new session, with its output in a file.
 
 There are three ways to end a child: SIGTERM to the child alone (it drains), SIGKILL to its process group, and
 at the very end SIGKILL to every process with the run's marker in its environment. The last way also finds
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import signal
@@ -22,7 +23,10 @@ from areal_like.paths import RunPaths
 from areal_like.runtime.logs import OUTPUT_FILE
 from areal_like.runtime.process import PARENT_PID
 from areal_like.terminal_text import harmless
+from launch.local_job.actions import Exit, describe_exit
 from launch.local_job.specs import ChildSpec
+
+log = logging.getLogger(__name__)
 
 RUN_MARKER = "AREAL_LIKE_RUN"
 """Environment variable that every process of one launched run carries, grandchildren included."""
@@ -107,6 +111,67 @@ class Child:
         ]
         lines += traces[-1].splitlines()[-num_lines:] if traces else []
         return [harmless(line) for line in lines]
+
+
+class ProcessTable:
+    """The children of one run that have been started and not yet reaped. `lock_fd`: the run's lock.
+
+    Use it from the main thread only: the kernel ends a child when the thread that started it ends.
+    """
+
+    def __init__(self, paths: RunPaths, *, lock_fd: int) -> None:
+        self._paths, self._lock_fd = paths, lock_fd
+        self._marker = f"{paths.root}:{os.getpid()}:{time.time_ns()}"
+        self._children: dict[str, Child] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the children that are not reaped yet."""
+        return list(self._children)
+
+    def start(self, spec: ChildSpec) -> None:
+        """Starts a child."""
+        child = Child(spec, paths=self._paths, marker=self._marker, lock_fd=self._lock_fd)
+        log.info("%s started, pid %d", spec.name, child.pid)
+        self._children[spec.name] = child
+
+    def reap(self, name: str) -> Exit | None:
+        """Removes a child that has ended and kills the rest of its process group; None while it runs."""
+        child = self._children.get(name)
+        code = child.exit_code() if child else None
+        if child is None or code is None:
+            return None
+        del self._children[name]
+        child.kill()
+        (self._paths.endpoints / f"{name}.json").unlink(missing_ok=True)
+        log.info("%s ended: %s", name, describe_exit(code))
+        complaint = child.complaint() if code == 2 else ""
+        return Exit(name=name, code=code, complaint=complaint, last_words=tuple(child.last_words()))
+
+    def terminate(self, name: str) -> None:
+        """Sends a child its stop signal."""
+        self._children[name].terminate()
+
+    def kill(self, name: str) -> None:
+        """Kills a child and its process group at once."""
+        self._children.pop(name).kill()
+
+    def kill_everything(self) -> None:
+        """Kills every process of the run at once, also processes that have started a new session."""
+        for child in self._children.values():
+            child.kill()
+        kill_marked(self._marker)
+        self._children.clear()
+
+    def last_line(self, name: str) -> str:
+        """The newest line of a child's output; empty when it does not run."""
+        child = self._children.get(name)
+        return child.last_line() if child else ""
+
+    def last_words(self, name: str) -> list[str]:
+        """The last lines of a child's output and traceback; empty when it does not run."""
+        child = self._children.get(name)
+        return child.last_words() if child else []
 
 
 def kill_marked(marker: str, *, timeout_s: float = 5.0) -> None:

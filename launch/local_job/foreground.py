@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 from areal_like.errors import ConfigError
 from launch.local_job.actions import Exit
+from launch.local_job.child import ProcessTable
 from launch.local_job.display import View
-from launch.local_job.processes import ProcessTable
 from launch.local_job.specs import DRAINED, ChildSpec
-from launch.observation.metrics_tail import MetricsTail
 from launch.observation.observer import Observation
+from launch.observation.progress import MetricsTail
 
 _TICK_S = 0.1
 

@@ -17,10 +17,9 @@ from areal_like.errors import ConfigError
 from areal_like.paths import write_json
 from areal_like.runtime.command_line import load_config, save_config
 from launch.local_job.actions import Action, HandOver, Kill, KillEverything, Notice, Start, Terminate, Tried
+from launch.local_job.child import ProcessTable
 from launch.local_job.display import View
-from launch.local_job.lifecycle import JobLifecycle
-from launch.local_job.outcome import Phase
-from launch.local_job.processes import ProcessTable
+from launch.local_job.lifecycle import JobLifecycle, Phase
 from launch.local_job.specs import JobSpecs
 from launch.observation.http_json import Operator, post_json
 from launch.observation.observer import Observer
@@ -128,7 +127,7 @@ class LocalJob:
             self._unkept()
         except OSError as error:
             self._keep_due_s = time.monotonic() + _KEEP_AGAIN_S
-            log.warning("%s has not got the settings of this job yet: %s", self._paths.config, error)
+            log.warning("%s does not have the settings of this job yet: %s", self._paths.config, error)
         else:
             self._unkept = None
 

@@ -13,7 +13,8 @@
   daemon means that the run is finished, which also closes it; a trainer gets time to end by itself then.
 - A daemon that dies is started again, and the others only pause: other servers generate a dead server's
   samples, a buffer restarts at the same port with its ledger (unless `buffer.durability=none`), the trainer
-  restarts from its newest checkpoint. The number of deaths in a row is limited (restarts.py, trainer.py).
+  restarts from its newest checkpoint. The number of deaths in a row is limited
+  (areal_like/runtime/restarts.py, trainer.py).
 - Not started again: a trainer whose code failed before the first step was done, and a daemon that rejects its
   settings (exit code 2), unless it is a server or buffer that has been ready with these settings before.
 """
@@ -21,15 +22,16 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Callable, Iterable, Sequence
+from enum import StrEnum
 
 from areal_like.automatic_settings import start_limit_s
 from areal_like.config import Config
 from areal_like.runtime.progress import ProgressClock
+from areal_like.runtime.restarts import RestartLimits, Restarts, RestartState
 from areal_like.shards import all_shards
 from launch.local_job.actions import Action, Exit, HandOver, Kill, KillEverything, Notice, Start, Terminate
-from launch.local_job.outcome import Outcome, Phase
-from launch.local_job.restarts import Restarts, RestartState
 from launch.local_job.servers import RolloutServers
 from launch.local_job.shutdown import Shutdown, Stage
 from launch.local_job.specs import DRAINED, JobSpecs, ports_setting
@@ -53,6 +55,51 @@ TRAINER_RESERVE, SERVERS_RESERVE = 0.25, 0.1
 them."""
 
 
+class Phase(StrEnum):
+    """The phase of the job."""
+
+    PREPARING = "preparing the model"
+    """The model is built; the buffers start."""
+    STARTING = "starting"
+    """Servers and trainer load the model and connect to the buffers."""
+    RUNNING = "running"
+    """All daemons are ready."""
+    CLOSING = "closing"
+    """Daemons end one after another."""
+
+
+class Outcome:
+    """The job counts as successful until a failure is recorded; a later failure replaces an earlier one."""
+
+    def __init__(self) -> None:
+        self.exit_code = 0
+        """The exit code of the whole job: 0 finished or drained, 1 failed, 2 the user's mistake."""
+        self.is_finished = False
+        """True when the run is finished: all steps are done."""
+        self.failure: list[str] = []
+        """The reason for a failure, in lines for the user; empty when the run did not fail."""
+
+    def failed(self, lines: Sequence[str], *, exit_code: int) -> None:
+        """Records a failure."""
+        self.exit_code, self.failure = exit_code, list(lines)
+        for line in lines:
+            log.error("%s", line)
+
+    def overran(self) -> None:
+        """Records that a process did not end in time and was killed: exit code 1."""
+        self.exit_code = self.exit_code or 1
+
+    def note_exit_while_closing(self, ended: Exit) -> None:
+        """Records an exit during the shutdown; only a failure of the trainer makes the run fail."""
+        # torchrun exits with 128 + the number of the signal that ended one of its ranks.
+        was_terminated = ended.code in (0, DRAINED, -signal.SIGTERM, 128 + signal.SIGTERM)
+        if ended.name == "trainer" and not was_terminated and not self.failure:
+            headline = f"trainer failed while it drained ({ended.description}); its last lines:"
+            self.failed(ended.failure_lines(headline), exit_code=1)
+        elif not was_terminated and ended.code != -signal.SIGINT:
+            log.warning("%s ended while closing: %s", ended.name, ended.description)
+
+
 class JobLifecycle:
     """One job from start to end.
 
@@ -70,9 +117,16 @@ class JobLifecycle:
         }
         self._buffer_restarts: dict[str, Restarts] = {}
         """Empty without a durable ledger, and until the servers start: a dead buffer then ends the run."""
-        self._servers = RolloutServers((), now_s=now_s, lease_timeout_s=config.buffer.lease_timeout_s)
+        self._servers = RolloutServers(
+            [f"rollout-{index}" for index in range(config.rollout.num_servers)],
+            now_s=now_s,
+            lease_timeout_s=config.buffer.lease_timeout_s,
+        )
         self._ports: list[str] = []
-        self._trainer: SupervisedTrainer | None = None
+        """The ports of the buffers; empty until the servers start."""
+        self._trainer = SupervisedTrainer(
+            specs.trainer(buffer_ports=self._ports), resume=config.resume, now_s=now_s
+        )
         self._shutdown: Shutdown | None = None
         self._running: set[str] = set()
         self._ever_ready: set[str] = set()
@@ -123,19 +177,19 @@ class JobLifecycle:
         if self.phase is Phase.CLOSING and not self._is_needed_to_close(ended.name):
             self.outcome.note_exit_while_closing(ended)
             return []
-        if self._trainer is not None and ended.name == "trainer" and self._trainer.is_on_trial:
+        if ended.name == "trainer" and self._trainer.is_on_trial:
             if ended.code == 0:  # it has trained the last step
-                return [self._trainer.accept(), *self._ended(ended, now_s=now_s)]
+                return [self._trainer.end_trial(), *self._ended(ended, now_s=now_s)]
             if ended.code != DRAINED:
-                return self._fall_back(self._trainer, ended)
+                return self._fall_back(ended)
         if ended.code == 2 and not self._has_worked(ended.name):
-            report = self._trainer.death_report if self._trainer and ended.name == "trainer" else []
+            report = self._trainer.death_report if ended.name == "trainer" else []
             return self._fail([ended.complaint, *report], exit_code=2, now_s=now_s)
         if ended.name in self._servers:
             return [Notice(self._servers.exited(ended, now_s=now_s))]
         if ended.code not in (0, DRAINED):
             return self._process_failed(ended, now_s=now_s)
-        if ended.name == "trainer" and self._trainer is not None and self._trainer.takes_over(ended):
+        if ended.name == "trainer" and self._trainer.takes_over(ended):
             return self._started([self._next_trainer()])
         if ended.name == "trainer" or ended.name in self._buffers:
             return self._ended(ended, now_s=now_s)
@@ -143,7 +197,7 @@ class JobLifecycle:
 
     def replace_trainer(self, settings: Sequence[str], *, seen: Observation) -> list[Action]:
         """Replaces the trainer by one with these settings, once the current one has ended."""
-        assert self.phase is Phase.RUNNING and self._trainer is not None
+        assert self.phase is Phase.RUNNING
         self._trainer.change_settings(settings)
         text = f"replacing the trainer by one with {' '.join(settings) or 'the same settings'}"
         if "trainer" not in self._running:  # it has just died: its restart uses the new settings
@@ -162,13 +216,14 @@ class JobLifecycle:
         return [Notice(f"{name} is not restarted: this launcher does not run it")]
 
     def tick(self, seen: Observation, *, now_s: float, now_unix_s: float) -> list[Action]:
-        """Advances the phase and starts due restarts. Call it about ten times per second."""
+        """Advances the phase and starts what is due. Call it about ten times per second."""
         actions = self._advance_phase(seen, now_s=now_s)
-        if self._trainer is not None and seen.last_step > self._trainer.best_step:
+        if seen.last_step > self._trainer.best_step:
             # The step may be observed up to a second late, after a death that followed it: pass its own time.
-            late_s = min(max(0.0, now_unix_s - float(seen.steps[-1]["time_unix_s"])), _LATEST_S)
+            finished_unix_s = float(seen.steps[-1].get("time_unix_s", now_unix_s))
+            late_s = min(max(0.0, now_unix_s - finished_unix_s), _LATEST_S)
             self._trainer.reached(seen.last_step, at_s=now_s - late_s)
-        if self._trainer is not None and self.phase is Phase.RUNNING:
+        if self.phase is Phase.RUNNING:
             rank0 = seen.daemons.get("trainer-0")
             is_ready = rank0 is not None and not rank0.not_ready
             if (tried := self._trainer.see(rank0.endpoint if rank0 else {}, is_ready=is_ready)) is not None:
@@ -176,7 +231,7 @@ class JobLifecycle:
         self._ever_ready |= {view.name for view in seen.daemons.values() if not view.not_ready}
         if self.phase in (Phase.STARTING, Phase.RUNNING):
             actions += self._close_without_servers(seen, now_s=now_s)
-        return actions + self._restart_due(now_s=now_s)
+        return actions + self._start_due(now_s=now_s)
 
     def waiting_for(self, seen: Observation) -> str:
         """A short text about the daemons that the current phase waits for, and the reasons."""
@@ -208,26 +263,21 @@ class JobLifecycle:
         if not unready and "prepare_model" not in self._running:
             streams = [str(known[name].endpoint["stream"]) for name in self._buffers]
             self._enter(Phase.STARTING, now_s=now_s)
-            return self._start_others(seen, [stream.rpartition(":")[2] for stream in streams], now_s=now_s)
+            self._supervise([stream.rpartition(":")[2] for stream in streams], now_s=now_s)
         if unready and now_s - self._phase_since_s > BUFFER_START_TIMEOUT_S:
             return self._fail_unready(unready, seen, now_s=now_s)
         return []
 
-    def _start_others(self, seen: Observation, ports: list[str], *, now_s: float) -> list[Action]:
+    def _supervise(self, ports: list[str], *, now_s: float) -> None:
+        """The buffers listen at these ports, also after a restart; servers and trainer can be started."""
         self._ports = ports
         if self._config.buffer.durability != "none":
-            self._buffer_restarts = {name: Restarts(now_s=now_s) for name in self._buffers}
-        where = ports_setting(ports)  # a restarted buffer must listen at the port that the others use
+            self._buffer_restarts = {name: Restarts(RestartLimits(), now_s=now_s) for name in self._buffers}
+            for restarts in self._buffer_restarts.values():
+                restarts.started(now_s=now_s)
+        where = ports_setting(ports)
         self._buffers = {name: spec.with_settings([where]) for name, spec in self._buffers.items()}
-        spec = self._specs.trainer(buffer_ports=ports)
-        self._trainer = SupervisedTrainer(
-            spec, resume=self._config.resume, best_step=seen.last_step, now_s=now_s
-        )
-        names = [f"rollout-{index}" for index in range(self._config.rollout.num_servers)]
-        timeout_s = self._config.buffer.lease_timeout_s
-        self._servers = RolloutServers(names, now_s=now_s, lease_timeout_s=timeout_s)
-        specs = [self._specs.server(name, buffer_ports=ports) for name in names]
-        return self._started([Start(spec) for spec in (*specs, self._trainer.spec)])
+        self._trainer.spec = self._trainer.spec.with_settings([where])
 
     def _advance_starting(self, seen: Observation, *, now_s: float) -> list[Action]:
         unready = self._unready(seen)
@@ -264,31 +314,30 @@ class JobLifecycle:
     def _process_failed(self, ended: Exit, *, now_s: float) -> list[Action]:
         """Handles the failure of a buffer, the trainer or prepare_model: a restart, or the end of the run."""
         words = ended.failure_lines(f"{ended.name} failed ({ended.description}); its last lines:")
-        if ended.name == "trainer" and self._trainer is not None and not self._trainer.is_hopeless(ended):
+        if ended.name == "trainer" and not self._trainer.is_hopeless(ended):
             self._trainer.died(ended, report=words, now_s=now_s)
             restarts = self._trainer.restarts
         elif ended.name in self._buffer_restarts:
             restarts = self._buffer_restarts[ended.name]
-            restarts.died(now_s=now_s)
+            restarts.failed(now_s=now_s)
         else:
             return self._fail(words, exit_code=1, now_s=now_s)
         if restarts.state is RestartState.GIVEN_UP:
-            headline = f"{ended.name} died {restarts.num_quick_deaths} times in a row"
+            headline = f"{ended.name} died {restarts.num_failures} times in a row"
             return self._fail([headline, *words], exit_code=1, now_s=now_s)
         for line in words[1:] if ended.code > 0 else ():
             log.error("%s", line)
-        delay_s = restarts.due_s - now_s
-        return [Notice(f"{ended.name} ended ({ended.description}): starting it again in {delay_s:.1f} s")]
+        return [Notice(ended.restart_notice(restarts.due_s - now_s))]
 
-    def _fall_back(self, trainer: SupervisedTrainer, ended: Exit) -> list[Action]:
+    def _fall_back(self, ended: Exit) -> list[Action]:
         """Handles the end of a trainer with new settings that was not ready: they may be the cause."""
-        tried = trainer.fall_back(ended)
+        tried = self._trainer.fall_back(ended)
         for line in ended.last_words if ended.code > 0 else ():
             log.error("%s", line)
         words = " ".join(tried.settings)
         text = f"the trainer with {words} ended ({ended.description}) before it was ready"
         return [
-            Notice(f"{text}: starting it again with the settings of before"),
+            Notice(f"{text}: starting it again with the previous settings"),
             tried,
             *self._started([self._next_trainer()]),
         ]
@@ -300,20 +349,19 @@ class JobLifecycle:
         return [Notice(f"a user stopped the {ended.name}: closing the run"), *self._drain(now_s=now_s)]
 
     def _next_trainer(self) -> Start:
-        assert self._trainer is not None
         return self._trainer.start(was_ready="trainer-0" in self._ever_ready)
 
-    def _restart_due(self, *, now_s: float) -> list[Action]:
+    def _start_due(self, *, now_s: float) -> list[Action]:
         starts: list[Start] = []
         is_open = self.phase in (Phase.STARTING, Phase.RUNNING)
         if is_open:
-            due = self._servers.restart_due(now_s=now_s)
+            due = self._servers.start_due(now_s=now_s)
             starts += [Start(self._specs.server(name, buffer_ports=self._ports)) for name in due]
         for name, restarts in self._buffer_restarts.items():
             if (is_open or self._is_needed_to_close(name)) and restarts.is_due(now_s=now_s):
                 restarts.started(now_s=now_s)
                 starts.append(Start(self._buffers[name]))
-        if is_open and self._trainer is not None and self._trainer.restarts.is_due(now_s=now_s):
+        if is_open and self._trainer.restarts.is_due(now_s=now_s):
             self._trainer.restarts.started(now_s=now_s)
             starts.append(self._next_trainer())
         return self._started(starts)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from areal_like.runtime.restarts import RestartLimits, Restarts, RestartState
 from launch.local_job.actions import Exit
-from launch.local_job.restarts import Restarts, RestartState
 from launch.local_job.specs import DRAINED
 from launch.observation.observer import Observation
 
@@ -27,8 +27,10 @@ class RolloutServers:
     def __init__(self, names: Sequence[str], *, now_s: float, lease_timeout_s: float) -> None:
         self._ours = frozenset(names)
         self._lease_timeout_s = lease_timeout_s
-        self._restarts = {name: Restarts(now_s=now_s) for name in names}
+        self._restarts = {name: Restarts(RestartLimits(), now_s=now_s) for name in names}
         """By name; without the servers that were stopped by a user or have left the finished run."""
+        self._replacing: set[str] = set()
+        """Servers that were asked to end for their replacement."""
         self._last_exit: Exit | None = None
         self._joined_seen_s = -math.inf
         """Time at which a joined server was last seen while none of ours was left."""
@@ -37,9 +39,9 @@ class RolloutServers:
         return name in self._restarts
 
     def replace(self, name: str) -> bool:
-        """One of our servers is asked to end for its replacement; False if it is none of ours."""
+        """One of our servers is asked to end for its replacement; False if it is not ours."""
         if name in self._restarts:
-            self._restarts[name].is_replacing = True
+            self._replacing.add(name)
         return name in self._restarts
 
     @property
@@ -55,21 +57,22 @@ class RolloutServers:
 
     def exited(self, ended: Exit, *, now_s: float) -> str:
         """Records the end of one of our servers; returns the notice for the user."""
-        if ended.code == DRAINED and self._restarts[ended.name].replaced(now_s=now_s):
+        restarts, is_replaced = self._restarts[ended.name], ended.name in self._replacing
+        self._replacing.discard(ended.name)
+        if ended.code == DRAINED and is_replaced:
+            restarts.left(now_s=now_s)
             return f"{ended.name} has left: starting it again"
         self._last_exit = ended
         if ended.code in (0, DRAINED):
             del self._restarts[ended.name]
             return f"{ended.name} " + ("was stopped by a user" if ended.code else "has left the finished run")
-        restarts = self._restarts[ended.name]
-        restarts.died(now_s=now_s)
+        restarts.failed(now_s=now_s)
         if restarts.state is RestartState.GIVEN_UP:
-            return f"{ended.name} ended {restarts.num_quick_deaths} times in a row: not starting it again"
-        delay_s = restarts.due_s - now_s
-        return f"{ended.name} ended ({ended.description}): starting it again in {delay_s:.1f} s"
+            return f"{ended.name} ended {restarts.num_failures} times in a row: not starting it again"
+        return ended.restart_notice(restarts.due_s - now_s)
 
-    def restart_due(self, *, now_s: float) -> list[str]:
-        """Returns the servers to start again now, and marks them as started."""
+    def start_due(self, *, now_s: float) -> list[str]:
+        """Returns the servers to start now, for the first time or again, and marks them as started."""
         due = [name for name, restarts in self._restarts.items() if restarts.is_due(now_s=now_s)]
         for name in due:
             self._restarts[name].started(now_s=now_s)

@@ -11,7 +11,8 @@ from pathlib import Path
 from areal_like.config import Config
 
 DRAINED = 75
-"""Exit code of a daemon of this launcher that has drained; 0 means that the run is finished."""
+"""`daemon.exit_code_on_drain` of daemons that a launcher or a scheduler supervises: it tells a drain from a
+failure. 0 means that the run is finished."""
 
 
 @dataclass(frozen=True, kw_only=True)

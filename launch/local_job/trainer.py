@@ -6,37 +6,39 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from areal_like.runtime.restarts import RestartLimits, Restarts, RestartState
 from launch.local_job.actions import Exit, Start, Tried
-from launch.local_job.restarts import Restarts, RestartState
 from launch.local_job.specs import DRAINED, ChildSpec
 
 
 class SupervisedTrainer:
     """The trainer processes of one job, one after the other.
 
-        running --died--> waiting --due--> running          (from the newest checkpoint)
+        waiting --due--> running --died--> waiting          (the next one from the newest checkpoint)
         running --asked to hand over--> ended --> running   (with other settings, on trial)
-        on trial --ready--> running --ended before--> running   (with the settings of before)
+        on trial --ready--> running --ended before--> running   (with the previous settings)
 
     Only a step beyond all earlier ones resets the count of deaths in a row; the run time of a trainer does
     not. Data that kill the trainer at one step kill it again each time, after minutes without an error.
     """
 
-    def __init__(self, spec: ChildSpec, *, resume: str, best_step: int, now_s: float) -> None:
+    def __init__(self, spec: ChildSpec, *, resume: str, now_s: float) -> None:
         self.spec = spec
-        self.restarts = Restarts(now_s=now_s, healthy_s=math.inf)
-        self.best_step = best_step
-        """Newest step that any trainer of this job has finished; -1: none."""
+        self.restarts = Restarts(RestartLimits(healthy_s=math.inf), now_s=now_s)
+        self.best_step = -1
+        """Newest step that any trainer of this job, or of the run that it resumes, has finished; -1: none."""
         self.death_report: list[str] = []
         """Lines about the last trainer's death, for the user."""
         self.is_handing_over = False
         """True while the running trainer is asked to end for its replacement."""
         self._resumes_at_step = resume.startswith("step:")
+        self._has_started = False
         self._tried: tuple[str, ...] = ()
         """Settings with which no trainer has been ready yet."""
         self._before = spec
         """The process without them."""
-        self._is_started_with_tried = False
+        self.is_on_trial = False
+        """True from the start of a trainer with other settings until it is ready, or has ended."""
         self._last_endpoint: Mapping[str, Any] = {}
 
     def reached(self, step: int, *, at_s: float) -> None:
@@ -54,7 +56,7 @@ class SupervisedTrainer:
 
     def died(self, ended: Exit, *, report: Sequence[str], now_s: float) -> None:
         """Records an unexpected end; `restarts.state` is then WAITING or GIVEN_UP."""
-        self.restarts.died(now_s=now_s)
+        self.restarts.failed(now_s=now_s)
         if self.restarts.state is not RestartState.GIVEN_UP:
             self.death_report = list(report)
             self.is_handing_over = False  # the next trainer has the new settings anyway
@@ -65,13 +67,16 @@ class SupervisedTrainer:
         return is_handing_over and ended.code == DRAINED
 
     def start(self, *, was_ready: bool) -> Start:
-        """The action that starts the next trainer, from the newest checkpoint.
+        """The action that starts the first trainer as the run's settings say, the next from the newest
+        checkpoint.
 
         Exception: with `resume=step:K`, the checkpoints after step K may still exist if no trainer was ready
         yet (`was_ready` is False). The command line with `resume=step:K` is then used again.
         """
-        self._is_started_with_tried = bool(self._tried)
-        return Start(self.spec, from_newest_checkpoint=was_ready or not self._resumes_at_step)
+        is_first, self._has_started = not self._has_started, True
+        self.is_on_trial = bool(self._tried)
+        is_at_newest = not is_first and (was_ready or not self._resumes_at_step)
+        return Start(self.spec, from_newest_checkpoint=is_at_newest)
 
     def change_settings(self, settings: Sequence[str]) -> None:
         """Gives the next trainer these `key=value` settings; the trial of earlier ones goes on with them."""
@@ -79,12 +84,7 @@ class SupervisedTrainer:
             self._before = self.spec
         self._tried = (*self._tried, *settings)
         self.spec = self.spec.with_settings(settings)
-        self._is_started_with_tried = False
-
-    @property
-    def is_on_trial(self) -> bool:
-        """True from the start of a trainer with other settings until it is ready, or has ended."""
-        return self._is_started_with_tried
+        self.is_on_trial = False
 
     def see(self, endpoint: Mapping[str, Any], *, is_ready: bool) -> Tried | None:
         """Records what was seen of rank 0: the content of its endpoint file, empty if there is none.
@@ -95,20 +95,17 @@ class SupervisedTrainer:
         if not self.is_on_trial:
             self._last_endpoint = dict(endpoint)
         elif is_ready and endpoint != self._last_endpoint:
-            return self.accept()
+            return self.end_trial()
         return None
 
-    def accept(self) -> Tried:
-        """Records that the settings on trial have worked."""
-        return self._end_trial()
-
     def fall_back(self, ended: Exit) -> Tried:
-        """Records that the trainer on trial has ended: the next one has the settings of before."""
+        """Records that the trainer on trial has ended: the next one has the previous settings."""
         self.spec = self._before
         self.is_handing_over = False
-        return self._end_trial(ended)
+        return self.end_trial(ended)
 
-    def _end_trial(self, refusal: Exit | None = None) -> Tried:
+    def end_trial(self, refusal: Exit | None = None) -> Tried:
+        """Records that the settings on trial have worked, or the exit of the trainer that had them."""
         tried, self._tried = self._tried, ()
-        self._is_started_with_tried = False
+        self.is_on_trial = False
         return Tried(settings=tried, refusal=refusal)

@@ -1,21 +1,66 @@
-"""The settings of a run whose roles a scheduler starts on nodes of its choice, and the run's directory."""
+"""Options, settings and directory of a run whose roles a scheduler starts on nodes of its choice."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Self
 
 from areal_like.config import Config
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config
 from areal_like.security.keys import KeyDirectory
-from launch.nodes.start import DRAINED
-from launch.run_directory.kept_settings import keep, stored
+from launch.local_job.specs import DRAINED
+from launch.run_directory.kept_settings import check_resume, keep, stored
 from launch.run_directory.open_run import is_begun, with_own_settings
-from launch.run_directory.resume_check import check_resume
-from launch.run_directory.rundir import is_trained, release_for_others
+from launch.run_directory.rundir import release_for_others
+
+MOST_SERVERS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterOptions:
+    """The options of every scheduler. Raises ConfigError for a number that is out of range."""
+
+    rollout_jobs: int | None = None
+    """Rollout servers; None: `rollout.num_servers` of the settings."""
+    trainer_nodes: int = 1
+    interface: str = ""
+    """Network interface whose address the daemons bind; empty: the address that the scheduler knows."""
+    max_failures: int = 5
+    """Failures in a row after which a role is not started again."""
+
+    def __post_init__(self) -> None:
+        if self.max_failures < 0:
+            raise ConfigError(f"--max-failures {self.max_failures}: use at least 0")
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, kept: Mapping[str, Any] = MappingProxyType({})) -> Self:
+        """The options of a command line; one that is not given (None) is as in `kept`, or the default."""
+        given = {field.name: getattr(args, field.name) for field in dataclasses.fields(cls)}
+        return cls(**dict(kept) | {name: value for name, value in given.items() if value is not None})
+
+    def num_servers(self, *, default: int) -> int:
+        """Rollout servers: as chosen, or `default`. Raises ConfigError outside of 1 to MOST_SERVERS."""
+        number = default if self.rollout_jobs is None else self.rollout_jobs
+        if not 1 <= number <= MOST_SERVERS:
+            raise ConfigError(f"--rollout-jobs {number}: use 1 to {MOST_SERVERS}")
+        return number
+
+
+def gpus_of(config: Config, role: str, *, trainer_nodes: int) -> int:
+    """GPUs that one node of a role needs; 0: none."""
+    rollout = config.rollout
+    if role == "trainer" and config.trainer.device != "cpu":
+        return config.trainer.world_size // trainer_nodes
+    if role == "rollout" and rollout.engine_device != "cpu" and not rollout.sglang.url:
+        return rollout.gpus_per_engine
+    return 0
 
 
 def settings_for_nodes(argv: Sequence[str], *, trainer_nodes: int) -> Config:
@@ -39,11 +84,6 @@ def settings_for_nodes(argv: Sequence[str], *, trainer_nodes: int) -> Config:
     )
     _check(config, trainer_nodes)
     return config
-
-
-def is_finished(config: Config) -> bool:
-    """True if the run has no step left to train."""
-    return is_trained(RunPaths.of(config), num_steps=config.trainer.num_steps)
 
 
 def make_directory(config: Config, *, folders: Sequence[Path] = ()) -> None:

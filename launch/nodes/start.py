@@ -1,5 +1,8 @@
 """Starts one role of a run on a node that a scheduler has chosen: waits, and becomes the daemon (exec).
 
+An actor of Ray runs `python -m launch.nodes.start ROLE RUN PLACE`, with the place as JSON; jobs of Slurm run
+`launch.slurm.node`.
+
 The daemon has the scheduler's process as its parent, so that signals reach the daemon itself. What a role
 waits for:
 
@@ -14,6 +17,7 @@ reaches the job its samples count, and it ends with the run.
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import signal
 import socket
@@ -30,12 +34,11 @@ from areal_like.paths import BUILT_MODELS, RunPaths
 from areal_like.runtime.command_line import load_config
 from areal_like.runtime.process import PARENT_PID, keep_files_private
 from areal_like.wire.addresses import buffer_lookup
+from launch.local_job.specs import DRAINED
 from launch.observation.reach import RunningJob
-from launch.run_directory.rundir import find_run
+from launch.run_directory.rundir import find_run, is_locked
 
 ROLES = ("buffer", "trainer", "rollout")
-DRAINED = 75
-"""`daemon.exit_code_on_drain` of a run's daemons: their scheduler then knows that they did not fail."""
 _BUFFER_LIMIT_S = 600.0
 """Longest wait for the buffer. The trainer and the rollout servers begin after it."""
 _UNFENCE_LIMIT_S = 60.0
@@ -59,7 +62,7 @@ class Place:
     num_starts: int = 0
     """Earlier starts of the same job."""
     num_nodes: int = 1
-    """Of the trainer."""
+    """Nodes of the trainer."""
     index: int = 0
     """This node among them."""
     first_address: str = ""
@@ -72,7 +75,7 @@ class Place:
         return f"rollout-{self.job}r{self.num_starts}"
 
 
-def open_run(run: str) -> tuple[RunPaths, Config]:
+def read_run(run: str) -> tuple[RunPaths, Config]:
     """Paths and settings of a run, by name or directory. Raises ConfigError."""
     paths = RunPaths(find_run(run).resolve())
     return paths, load_config(["--config", str(paths.config)])
@@ -133,14 +136,14 @@ def address_of_interface(interface: str) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
         try:
             request = struct.pack("256s", interface.encode()[:15])
-            answer = fcntl.ioctl(one.fileno(), _SIOCGIFADDR, request)
+            found = fcntl.ioctl(one.fileno(), _SIOCGIFADDR, request)
         except OSError as error:
             known = ", ".join(name for _, name in socket.if_nameindex())
             raise ConfigError(
                 f"--interface {interface}: no IPv4 address on {socket.gethostname()} ({error.strerror}; it "
                 f"has {known})"
             ) from None
-    return socket.inet_ntoa(answer[20:24])
+    return socket.inet_ntoa(found[20:24])
 
 
 def _prepare_model(config: Config, paths: RunPaths) -> None:
@@ -155,22 +158,8 @@ def _prepare_model(config: Config, paths: RunPaths) -> None:
 
 def _wait_for_ledger(paths: RunPaths) -> None:
     """Waits while another buffer has the ledger: it serves the run, and its file leads peers to it."""
-    lock = paths.ledger / "lock"
-
-    def is_free() -> bool:
-        try:
-            file = os.open(lock, os.O_RDWR)
-        except FileNotFoundError:
-            return True
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        finally:
-            os.close(file)
-        return True
-
-    _wait(is_free, what=f"another buffer has {paths.ledger}; this one takes over when it has ended")
+    what = f"another buffer has {paths.ledger}; this one takes over when it has ended"
+    _wait(lambda: not is_locked(paths.ledger / "lock"), what=what)
 
 
 def _wait_for_buffer(config: Config) -> None:
@@ -182,11 +171,10 @@ def _wait_for_buffer(config: Config) -> None:
 
 
 def _take_name(paths: RunPaths) -> None:
-    """Takes the trainer's name from the process of an earlier start, which the scheduler has
-    given up.
+    """Takes the trainer's name from the process of an earlier start, which the scheduler has given up.
 
     It may still work where the scheduler does not reach its node. Without an operator's token the buffer
-    decides: the earlier one keeps the name while it answers.
+    decides: the earlier one keeps the name while it responds.
     """
     until_s = time.monotonic() + _UNFENCE_LIMIT_S
     while True:
@@ -221,3 +209,21 @@ def _become(words: Sequence[str], *, num_threads: int) -> None:
     environment.setdefault("OMP_NUM_THREADS", str(num_threads))
     command = [sys.executable, "-m", *words]
     os.execve(command[0], command, environment)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Becomes the daemon; returns an exit code only without one."""
+    if len(argv) != 3 or argv[0] not in ROLES:
+        sys.stderr.write(f"usage: python -m launch.nodes.start {'|'.join(ROLES)} RUN PLACE\n")
+        return 2
+    role, run, place = argv
+
+    def body() -> None:
+        paths, config = read_run(run)
+        start(role, config, paths, Place(**json.loads(place)))
+
+    return exit_code_of(role, body)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,8 +1,8 @@
-"""What the daemons of a job answer over HTTP, checked before the launcher and the commands use it.
+"""Checks the HTTP responses of a job's daemons before the launcher and the commands use them.
 
-Every rollout server can write an endpoint file and answer what it likes at that address. Its texts must not
-reach a terminal as escape sequences, and a value of the wrong type must not end the launcher: what is not as
-a daemon of this release sends it is left out, so that the view has a gap.
+Every rollout server can write an endpoint file and respond with anything at that address. Its texts must not
+reach a terminal as escape sequences, and a value of the wrong type must not end the launcher: a value that no
+daemon of this release sends is left out, and the view has a gap.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 from areal_like.terminal_text import harmless_name, harmless_values
 
 _MAX_DIGITS = 18
-"""Of an integer: it fits into 64 bits, and a float holds its size."""
+"""Digits of an integer that fits into 64 bits, and whose size a float holds."""
 
 
 def parsed_object(content: bytes) -> dict[str, Any]:
-    """The JSON object in an answer, with finite numbers only. Raises ValueError."""
+    """The JSON object in a response, with finite numbers only. Raises ValueError."""
     try:
         answer = json.loads(content, parse_constant=_refused, parse_float=_finite, parse_int=_bounded)
     except RecursionError:
@@ -73,12 +73,11 @@ def _checked(entries: Mapping[str, Any], checks: Mapping[str, _Check]) -> dict[s
     return {key: value for key, value in passed.items() if value is not None}
 
 
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
+def _is(kind: Any) -> _Check:
+    return lambda value: value if isinstance(value, kind) else None
 
 
-def _number(value: Any) -> float | None:
-    return value if isinstance(value, int | float) else None
+_text, _number, _object = _is(str), _is(int | float), _is(dict)
 
 
 def _table(value: Any) -> dict[str, Any] | None:
@@ -126,10 +125,6 @@ def _peer(value: Any) -> dict[str, Any] | None:
     return _checked(value, checks)
 
 
-def _quarantine(value: Any) -> dict[str, Any] | None:
-    return value if isinstance(value, dict) else None
-
-
 def _change(value: Any) -> dict[str, Any] | None:
     wanted = {"step", "key", "value", "origin"}
     return value if isinstance(value, dict) and wanted <= value.keys() else None
@@ -139,7 +134,7 @@ _PEER: dict[str, _Check] = {
     **dict.fromkeys(("name", "role", "state", "http", "key"), _text),
     "stats": _numbers,
     "waits": _numbers,
-    "quarantine": _quarantine,
+    "quarantine": _object,
 }
 _STATUS: dict[str, _Check] = {
     **dict.fromkeys(("name", "role", "state", "not_ready", "closed_because", "failed_because"), _text),

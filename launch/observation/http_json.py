@@ -13,22 +13,21 @@ name further addresses.
 from __future__ import annotations
 
 import http.client
+import ipaddress
 import json
 import re
+import struct
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from areal_like.config.security import SecurityConfig
 from areal_like.errors import ConfigError
-from areal_like.paths import RunPaths
-from areal_like.runtime.command_line import load_config
 from areal_like.security.keys import KeyDirectory, KeyRole
 from areal_like.security.tls import client_context
 from areal_like.security.tokens import any_token, monitor_token, operator_token
 from areal_like.terminal_text import harmless, harmless_values
 from launch.observation.answers import checked_status, parsed_object
-from launch.observation.listening_user import may_belong_to
 
 REQUEST_TIMEOUT_S = 1.0
 _MAX_ANSWER_BYTES = 64 << 20
@@ -36,6 +35,10 @@ _REFUSED = (401, 403, 421)
 """Statuses of a daemon that refuses this caller whatever the request is."""
 IS_BUFFER_OR_RANK = re.compile(r"(buffer|trainer)(-\d+)?")
 """Names of daemons that commands send changes to."""
+_TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
+_LISTEN = "0A"
+"""State of a listening socket."""
+_ANY = (ipaddress.ip_address("0.0.0.0"), ipaddress.ip_address("::"))
 
 
 class _Daemon(NamedTuple):
@@ -75,8 +78,8 @@ class Operator:
     def headers(self, address: str, *, changes: bool) -> dict[str, str]:
         """The headers of a request to `host:port`, which is for a change or only reads.
 
-        Without a token if it is no daemon's. Reads the token again, because it may have been rotated. Raises
-        ConfigError if it is gone.
+        Without a token if it is not a daemon's. Reads the token again, because it may have been rotated.
+        Raises ConfigError if it is gone.
         """
         token = self._token(address, changes=changes) if self._keys else None
         return {} if token is None else {"Authorization": f"Bearer {token}"}
@@ -126,12 +129,6 @@ NO_OPERATOR = Operator(SecurityConfig(), Path())
 """For jobs without keys and certificate."""
 
 
-def operator_of(root: Path) -> Operator:
-    """The operator of the run in the directory `root`, by the settings stored there. Raises ConfigError."""
-    paths = RunPaths(root)
-    return Operator(load_config(["--config", str(paths.config)]).security, paths.endpoints)
-
-
 def fetch_json(
     address: str, path: str, *, operator: Operator = NO_OPERATOR, timeout_s: float = REQUEST_TIMEOUT_S
 ) -> dict[str, Any] | None:
@@ -168,9 +165,9 @@ def post_json(
     operator: Operator = NO_OPERATOR,
     timeout_s: float = 5.0,
 ) -> dict[str, Any]:
-    """POST http://address/path; returns the JSON object in the answer.
+    """POST http://address/path; returns the JSON object in the response.
 
-    Raises OSError if the daemon does not answer, ConfigError with the daemon's reason if it refuses.
+    Raises OSError if the daemon does not respond, ConfigError with the daemon's reason if it refuses.
     """
     host, _, port = address.rpartition(":")
     headers = operator.headers(address, changes=True)
@@ -180,7 +177,7 @@ def post_json(
         response = connection.getresponse()
         answer = _object(response)
     except (ValueError, http.client.HTTPException) as error:
-        raise ConnectionError(f"its answer is no JSON object: {error}") from None
+        raise ConnectionError(f"its response is not a JSON object: {error}") from None
     finally:
         connection.close()
     if response.status in _REFUSED:
@@ -191,7 +188,7 @@ def post_json(
 
 
 def _object(response: http.client.HTTPResponse) -> dict[str, Any]:
-    """The JSON object in an answer. Raises ValueError."""
+    """The JSON object in a response. Raises ValueError."""
     content = response.read(_MAX_ANSWER_BYTES + 1)
     if len(content) > _MAX_ANSWER_BYTES:
         raise ValueError(f"longer than {_MAX_ANSWER_BYTES} bytes")
@@ -204,3 +201,35 @@ def _refusal(address: str, answer: dict[str, Any]) -> str:
 
 def _error_of(answer: dict[str, Any]) -> str:
     return harmless(str(answer.get("error", answer)))
+
+
+def may_belong_to(address: str, user: int) -> bool:
+    """False if no process of this user listens at `host:port`, where that is an address of loopback.
+
+    A killed daemon leaves its endpoint file, and another user's process may get its port. Linux shows the
+    user of every listening socket, also to other users. True for other addresses, and on systems without
+    these tables: nothing is known there.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        parsed = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host.strip("[]"))
+    except ValueError:
+        return True
+    if not (parsed.is_loopback or parsed.is_unspecified) or not _TABLES[0].exists():
+        return True
+    ends = {f"{_as_shown(each)}:{int(port):04X}" for each in (parsed, *_ANY)}
+    users = [
+        int(fields[7])
+        for table in _TABLES
+        if table.exists()
+        for fields in map(str.split, table.read_text().splitlines()[1:])
+        if fields[3] == _LISTEN and fields[1] in ends
+    ]
+    return bool(users) and all(found == user for found in users)
+
+
+def _as_shown(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str:
+    """In words of 32 bits, each in this machine's byte order."""
+    packed = address.packed
+    words = struct.unpack(f"={len(packed) // 4}I", packed)
+    return "".join(f"{word:08X}" for word in words)

@@ -6,12 +6,11 @@ It is made from one look at the job. Rates are the buffer's, over the last minut
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from areal_like.config import Config
-from launch.observation.observer import DaemonView, find_number, find_table
-from launch.observation.reach import merged_peers, merged_status
+from launch.observation.observer import DaemonView, find_number, find_table, merged_peers, merged_status
 
 _JOB = ("step", "committed_steps", "newest_version", "max_staleness", "closed_because", "failed_because")
 _RATES = (
@@ -52,12 +51,6 @@ def job_report(config: Config, daemons: Mapping[str, DaemonView]) -> dict[str, A
         "drops": find_table(status, "drops"),
         "daemons": [_daemon(view, peers.get(view.name, {})) for view in daemons.values()],
     }
-
-
-def stale_servers(report: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
-    """The entries of rollout servers that sample with older weights than the newest, the oldest first."""
-    servers = [each for each in report["daemons"] if each.get("versions_behind")]
-    return sorted(servers, key=lambda each: (-each["versions_behind"], each["name"]))
 
 
 def _daemon(view: DaemonView, peer: Mapping[str, Any]) -> dict[str, Any]:

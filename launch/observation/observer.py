@@ -11,7 +11,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,7 @@ from launch.observation.http_json import (
     Operator,
     fetch_json,
 )
-from launch.observation.metrics_tail import MetricsTail
-from launch.observation.progress import Progress
+from launch.observation.progress import MetricsTail, Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +40,9 @@ class DaemonView:
     endpoint: dict[str, Any]
     """Content of its endpoint file: role, pid, http, ..."""
     status: dict[str, Any] | None
-    """Answer of /status; None when the daemon did not answer."""
+    """Response of /status; None when the daemon did not respond."""
     seen_s: float
-    """Monotonic time of the last answer; 0: never."""
+    """Monotonic time of the last response; 0: never."""
 
     @property
     def role(self) -> str:
@@ -106,22 +105,18 @@ class Observation:
 
     @property
     def buffer(self) -> dict[str, Any]:
-        """The buffer's /status, or empty. With several shards: the first one's, with the tickets of all."""
+        """The buffer's /status, or empty. With several shards: those of all, merged."""
         statuses = [view.status for view in self.daemons.values() if view.role == "buffer" and view.status]
-        if len(statuses) < 2:
-            return statuses[0] if statuses else {}
-        return statuses[0] | {
-            name: add_up(find_table(status, name) for status in statuses) for name in ("tickets", "drops")
-        }
+        return merged_status(statuses) if statuses else {}
 
     @property
     def why(self) -> dict[str, Any]:
-        """What the job waits on, as its buffers say, or as is seen from here if one does not answer."""
+        """What the job waits on, as its buffers say, or as is seen from here if one does not respond."""
         return diagnosis(self.daemons.values())
 
     @property
     def cause(self) -> str:
-        """What the job waits on, on one line; empty if it waits on nothing, or no buffer has answered yet."""
+        """What the job waits on, on one line; empty if it waits on nothing, or no buffer responded yet."""
         has_begun = any(view.role == "buffer" and view.seen_s for view in self.daemons.values())
         causes = self.why["causes"] if has_begun else []
         if not causes:
@@ -180,7 +175,7 @@ def look_at_daemons(
 ) -> dict[str, DaemonView]:
     """Asks every daemon with an endpoint file in `folder` for its status; returns the views by name.
 
-    `before`: the previous result; a daemon that does not answer now keeps the time of its last answer.
+    `before`: the previous result; a daemon that does not respond now keeps the time of its last response.
     """
     daemons = {}
     for path in sorted(folder.glob("*.json")):
@@ -191,24 +186,36 @@ def look_at_daemons(
         is_server = IS_BUFFER_OR_RANK.fullmatch(path.stem) is None
         if not NAME.fullmatch(path.stem) or (is_server and endpoint.get("role") in ("buffer", "trainer")):
             continue  # not written by a daemon: a server must not pass for a buffer, whose `why` is believed
-        try:
-            status = fetch_json(str(endpoint.get("http", "")), "/status", operator=operator)
-        except ConfigError as error:
-            status = {"not_ready": str(error)}
         known = (before or {}).get(path.stem)
-        seen_s = time.monotonic() if status is not None else known.seen_s if known else 0.0
-        daemons[path.stem] = DaemonView(name=path.stem, endpoint=endpoint, status=status, seen_s=seen_s)
+        daemons[path.stem] = look_at_daemon(path.stem, endpoint, known=known, operator=operator)
     return daemons
 
 
+def look_at_daemon(
+    name: str,
+    endpoint: dict[str, Any],
+    *,
+    known: DaemonView | None,
+    operator: Operator,
+    timeout_s: float = REQUEST_TIMEOUT_S,
+) -> DaemonView:
+    """Asks a daemon for its status. `known`: how it was before."""
+    try:
+        status = fetch_json(str(endpoint.get("http", "")), "/status", operator=operator, timeout_s=timeout_s)
+    except ConfigError as error:
+        status = {"not_ready": str(error)}
+    seen_s = time.monotonic() if status is not None else known.seen_s if known else 0.0
+    return DaemonView(name=name, endpoint=endpoint, status=status, seen_s=seen_s)
+
+
 _NO_ANSWER_S = 5.0
-"""A daemon that has answered before and then not for so long does not run, or is stopped."""
+"""A daemon that has responded before and then not for so long does not run, or is stopped."""
 
 
 def diagnosis(daemons: Iterable[DaemonView]) -> dict[str, Any]:
-    """`causes`, `effects` and `bottleneck` of a job, from the answers of its buffers.
+    """`causes`, `effects` and `bottleneck` of a job, from the responses of its buffers.
 
-    A buffer that does not answer is a cause itself: it can say nothing about the others.
+    A buffer that does not respond is a cause itself: it can say nothing about the others.
     """
     causes: list[dict[str, Any]] = []
     effects: list[str] = []
@@ -233,24 +240,59 @@ def _no_answer(name: str, silent_s: float) -> dict[str, Any]:
         "on": "buffer",
         "name": name,
         "seconds": min(silent_s, 1e9),
-        "what": f"no answer {since}: its process stands still, has ended, or cannot be reached from here",
+        "what": f"no response {since}: its process is stalled, has ended, or cannot be reached from here",
         "remedy": "look at its process and log; every role waits for it and goes on when it is back",
     }
 
 
 def find_number(status: dict[str, Any], key: str) -> float | None:
     """The number under `key`, at the top level of a status or one level below; None if there is none."""
-    for table in (status, *(value for value in status.values() if isinstance(value, dict))):
-        value = table.get(key)
-        if isinstance(value, (int, float)):
-            return float(value)
-    return None
+    found = (value for value in _values(status, key) if isinstance(value, int | float))
+    return next((float(number) for number in found), None)
 
 
 def find_table(status: dict[str, Any], key: str) -> dict[str, Any]:
     """The table under `key`, at the top level of a status or one level below; empty if there is none."""
-    for table in (status, *(value for value in status.values() if isinstance(value, dict))):
-        value = table.get(key)
-        if isinstance(value, dict):
-            return value
-    return {}
+    return next((value for value in _values(status, key) if isinstance(value, dict)), {})
+
+
+def _values(status: dict[str, Any], key: str) -> Iterator[Any]:
+    yield status.get(key)
+    yield from (table.get(key) for table in status.values() if isinstance(table, dict))
+
+
+_RATES_OF_A_SHARD = ("samples_per_s", "tokens_trained_per_s", "drops_per_min")
+"""Each shard has these of its own samples. Every shard sees all steps, and the tokens of all servers."""
+
+
+def merged_status(statuses: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The first shard's /status, with the tickets, drops, rates and peers of all."""
+    sums = {name: add_up(find_table(dict(each), name) for each in statuses) for name in ("tickets", "drops")}
+    rates: dict[str, float | None] = {}
+    for status in statuses:
+        for name, rate in find_table(dict(status), "rates").items():
+            known = rates.get(name)
+            if known is None or rate is None:
+                rates[name] = known if rate is None else rate
+            else:
+                rates[name] = known + rate if name in _RATES_OF_A_SHARD else max(known, rate)
+    return dict(statuses[0]) | sums | {"rates": rates, "peers": merged_peers(statuses)}
+
+
+def merged_peers(statuses: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The peers in the /status of all shards, each once: as the shard that heard it last has it."""
+    found: dict[str, dict[str, Any]] = {}
+    for status in statuses:
+        peers = status.get("peers")
+        for peer in peers if isinstance(peers, list) else ():
+            if not isinstance(peer, dict) or "name" not in peer:
+                continue
+            known = found.get(name := str(peer["name"]))
+            if known is None or as_number(peer.get("silent_s")) < as_number(known.get("silent_s")):
+                found[name] = peer
+    return list(found.values())
+
+
+def as_number(value: Any) -> float:
+    """The value if it is a number, else 0."""
+    return float(value) if isinstance(value, (int, float)) else 0.0

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from launch.observation.observer import find_table
+from launch.observation.observer import find_table, merged_peers
 from launch.observation.progress import Progress, StepTally
-from launch.observation.reach import merged_peers
 
 
 class PolledSteps:

@@ -1,4 +1,4 @@
-"""Summarizes the steps of a run in bounded memory: the newest rows in full, and statistics over all rows.
+"""The steps of a run in bounded memory: the newest rows in full, and statistics over all rows.
 
 A run may take days at ten steps per second, so the memory must not grow with it. The reward curve is stored
 as means over stretches (equal numbers of consecutive steps); when there are too many stretches, adjacent ones
@@ -7,8 +7,12 @@ are merged and their length doubles. There are always more stretches than a scre
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 from collections import deque
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 RECENT_STEPS = 50
@@ -93,3 +97,37 @@ class StretchMeans:
     def means(self) -> tuple[float, ...]:
         """The means in order, that of the unfinished stretch last."""
         return (*self._full, *([self._sum / self._num] if self._num else []))
+
+
+class MetricsTail:
+    """Reads the rows appended to metrics.jsonl since the last call of `read`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+        self._inode = 0
+        self._tally = StepTally()
+
+    def read(self) -> Progress:
+        """Reads the new rows; returns the progress over all rows so far, which are in order of steps."""
+        try:
+            with self._path.open("rb") as file:
+                inode = os.fstat(file.fileno()).st_ino
+                if inode != self._inode:  # a resumed trainer has replaced the file
+                    self._inode, self._offset, self._tally = inode, 0, StepTally()
+                file.seek(self._offset)
+                # Line by line, because the file of a resumed run may be too large for one read.
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break
+                    self._offset += len(line)
+                    self._add(line)
+        except FileNotFoundError:
+            return Progress()
+        return self._tally.progress
+
+    def _add(self, line: bytes) -> None:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            row = json.loads(line)
+            int(row["step"])
+            self._tally.add(row)

@@ -8,6 +8,7 @@ operator's token goes to no address that one daemon reports for another.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
@@ -17,14 +18,20 @@ from areal_like.config.security import SecurityConfig
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths, read_endpoint
 from areal_like.runtime.command_line import load_config
-from areal_like.shards import add_up, all_shards
+from areal_like.shards import all_shards
 from launch.observation.http_json import REQUEST_TIMEOUT_S, Operator, fetch_json, post_json
-from launch.observation.observer import DaemonView, find_table, look_at_daemons
+from launch.observation.observer import (
+    DaemonView,
+    as_number,
+    look_at_daemon,
+    look_at_daemons,
+    merged_peers,
+    merged_status,
+)
 from launch.run_directory.rundir import find_run
 
 _FAR_TIMEOUT_S = 5.0
-"""Of requests to a given address, which may be behind a tunnel."""
-_RATES_OF_A_SHARD = ("samples_per_s", "tokens_trained_per_s", "drops_per_min")
+"""Time limit of requests to a given address, which may be behind a tunnel."""
 _MIN_SILENCE_S = 2.0
 """A peer that the buffer has heard within this time, or three heartbeats, is alive."""
 
@@ -163,7 +170,7 @@ class RunningJob:
         for peer in merged_peers(answers):
             name = str(peer["name"])
             known = views.get(name)
-            is_heard = _number(peer.get("silent_s")) <= alive_s
+            is_heard = as_number(peer.get("silent_s")) <= alive_s
             if known is None or (known.status is None and is_heard):
                 views[name] = peer_view(peer, endpoint=known.endpoint if known else {}, is_heard=is_heard)
         return dict(sorted(views.items()))
@@ -173,49 +180,19 @@ class RunningJob:
         return ConfigError(f"{self.name}: its buffer does not answer; is the job running?")
 
     def _given_buffers(self, before: Mapping[str, DaemonView]) -> Iterable[DaemonView]:
-        shards = all_shards(self.config.buffer.num_shards)
+        by_address = {view.endpoint.get("http"): view for view in before.values()}
+        names = [shard.name for shard in all_shards(self.config.buffer.num_shards)]
         for index, address in enumerate(self._given):
-            try:
-                status = self.get(address, "/status")
-            except ConfigError as error:
-                status = {"not_ready": str(error)}
-            by_address = {view.endpoint.get("http"): view for view in before.values()}
             known = by_address.get(address)
-            default = shards[index].name if index < len(shards) else f"buffer at {address}"
-            name = str((status or {}).get("name") or (known.name if known else default))
-            seen_s = time.monotonic() if status is not None else known.seen_s if known else 0.0
-            endpoint = {"role": "buffer", "http": address}
-            yield DaemonView(name=name, endpoint=endpoint, status=status, seen_s=seen_s)
-
-
-def merged_status(statuses: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The first shard's /status, with the tickets, drops, rates and peers of all."""
-    sums = {name: add_up(find_table(dict(each), name) for each in statuses) for name in ("tickets", "drops")}
-    rates: dict[str, float | None] = {}
-    for status in statuses:
-        for name, rate in find_table(dict(status), "rates").items():
-            # Every shard sees all steps and all servers' tokens, and its own samples and drops.
-            is_own = name in _RATES_OF_A_SHARD and name in rates
-            known = rates.get(name)
-            if known is None or not is_own:
-                rates[name] = rate if known is None or rate is None else max(known, rate)
-            elif rate is not None:
-                rates[name] = known + rate
-    return dict(statuses[0]) | sums | {"rates": rates, "peers": merged_peers(statuses)}
-
-
-def merged_peers(statuses: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The peers in the /status of all shards, each once: as the shard that heard it last has it."""
-    found: dict[str, dict[str, Any]] = {}
-    for status in statuses:
-        peers = status.get("peers")
-        for peer in peers if isinstance(peers, list) else ():
-            if not isinstance(peer, dict) or "name" not in peer:
-                continue
-            known = found.get(name := str(peer["name"]))
-            if known is None or _number(peer.get("silent_s")) < _number(known.get("silent_s")):
-                found[name] = peer
-    return list(found.values())
+            default = names[index] if index < len(names) else f"buffer at {address}"
+            view = look_at_daemon(
+                known.name if known else default,
+                {"role": "buffer", "http": address},
+                known=known,
+                operator=self.operator,
+                timeout_s=_FAR_TIMEOUT_S,
+            )
+            yield dataclasses.replace(view, name=str((view.status or {}).get("name") or view.name))
 
 
 def peer_view(
@@ -239,7 +216,7 @@ def peer_view(
         name=str(peer["name"]),
         endpoint=own | dict(endpoint or {}),
         status=status if is_heard else None,
-        seen_s=time.monotonic() - _number(peer.get("silent_s")),
+        seen_s=time.monotonic() - as_number(peer.get("silent_s")),
     )
 
 
@@ -268,7 +245,3 @@ def _config_from(addresses: Sequence[str], operator: Operator) -> Config:
         f"no buffer answers at {', '.join(addresses)}: give the address of its HTTP server (`http` in "
         "endpoints/buffer.json), not that of its stream; with TLS also --tls-certificate"
     )
-
-
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float)) else 0.0

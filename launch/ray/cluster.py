@@ -1,7 +1,15 @@
-"""What a run asks of a Ray cluster: placement groups with a bundle for each node of each role, and actors."""
+"""What a run asks of a Ray cluster: placement groups with a bundle for each node of each role, and actors.
+
+An actor owns one child process, the daemon of its role.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import os
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,44 +18,43 @@ from typing import Any
 from areal_like.config import Config
 from areal_like.errors import ArealError, ConfigError
 from launch.local_job.child import python_path
-from launch.ray.actors import RoleActor
+from launch.nodes.settings import ClusterOptions, gpus_of
+from launch.nodes.start import address_of_interface
 
 Resources = Mapping[str, float]
 STRATEGIES = ("SPREAD", "PACK", "STRICT_SPREAD", "STRICT_PACK")
 _LEAST_CPUS = 0.01
 """Ray reserves nothing for a bundle without any resource."""
+_TICK_S = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
-class RayOptions:
+class RayOptions(ClusterOptions):
     """What a user chooses for the actors of a run."""
 
     address: str = "auto"
-    """Of the cluster, as `ray.init` takes it."""
-    trainer_nodes: int = 1
+    """The address of the cluster, as `ray.init` takes it."""
     cpus: float = 1.0
     """CPUs that each actor reserves."""
     strategy: str = STRATEGIES[0]
-    """Of the placement group."""
-    interface: str = ""
-    max_failures: int = 5
-    wait_s: float = 300.0
-    """Longest wait for the resources."""
+    """The strategy of the placement group."""
+    wait: float = 300.0
+    """Seconds: longest wait for the resources."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.cpus >= 0 and self.wait > 0):
+            raise ConfigError("submit --ray: use --cpus of at least 0, and --wait above 0")
 
 
 class ActorLostError(ArealError):
-    """An actor has ended with its node or its process, or does not answer."""
+    """An actor has ended with its node or its process, or does not respond."""
 
 
 def resources_of(config: Config, role: str, options: RayOptions) -> Resources:
     """What one actor of a role reserves."""
-    gpus = 0
-    if role == "trainer" and config.trainer.device != "cpu":
-        gpus = config.trainer.world_size // options.trainer_nodes
-    if role == "rollout" and config.rollout.engine_device != "cpu" and not config.rollout.sglang.url:
-        gpus = config.rollout.gpus_per_engine
-    found = {"CPU": max(_LEAST_CPUS, options.cpus)}
-    return found | ({"GPU": float(gpus)} if gpus else {})
+    gpus = gpus_of(config, role, trainer_nodes=options.trainer_nodes)
+    return {"CPU": max(_LEAST_CPUS, options.cpus)} | ({"GPU": float(gpus)} if gpus else {})
 
 
 def import_ray() -> Any:
@@ -60,6 +67,50 @@ def import_ray() -> Any:
             f"({error})"
         ) from None
     return ray
+
+
+class RoleActor:
+    """Runs a role on the node that Ray has chosen: a child process, the daemon, which ends with it
+    (`die_with_parent`). It carries no data.
+
+    Its methods are coroutines, so all run in one thread, which lives as long as the actor: the kernel signals
+    a child whose parent's *thread* has ended.
+    """
+
+    def __init__(self) -> None:
+        self._child: subprocess.Popen[bytes] | None = None
+
+    async def address(self, interface: str) -> str:
+        """The numeric address of this node: of the interface or, if it is empty, the one Ray uses.
+
+        Raises ConfigError.
+        """
+        if interface:
+            return address_of_interface(interface)
+        import ray.util
+
+        return str(ray.util.get_node_ip_address())
+
+    async def run(self, words: list[str], *, directory: str, log: str) -> int:
+        """Runs `python -m launch.nodes.start WORDS` to its end and returns its exit code (128 + signal)."""
+        with Path(log).open("ab") as output:
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", "launch.nodes.start", *words],
+                cwd=directory,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=os.environ | {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"},
+            )
+        while (code := self._child.poll()) is None:
+            await asyncio.sleep(_TICK_S)
+        return code if code >= 0 else 128 - code
+
+    async def stop(self) -> None:
+        """SIGTERM to the child, which drains."""
+        if self._child is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._child.terminate()
 
 
 class Cluster:
@@ -93,17 +144,17 @@ class Cluster:
     def reserve(self, bundles: Sequence[Resources]) -> list[tuple[Any, int]]:
         """Reserves the bundles, all or none; returns (placement group, index) of each.
 
-        If a node is lost, Ray places its bundles anew. Raises ArealError if the cluster has not the resources
-        within the limit.
+        If a node is lost, Ray places its bundles again. Raises ArealError if the cluster does not have the
+        resources within the limit.
         """
         ray, options = self._ray, self._options
         group = ray.util.placement_group([dict(each) for each in bundles], strategy=options.strategy)
-        ready, _ = ray.wait([group.ready()], timeout=options.wait_s)
+        ready, _ = ray.wait([group.ready()], timeout=options.wait)
         if not ready:
             ray.util.remove_placement_group(group)
             raise ArealError(
-                f"Ray has not the resources for {_summed(bundles)} in {len(bundles)} bundles "
-                f"({options.strategy}) within {options.wait_s:.0f} s; the cluster has "
+                f"Ray does not have the resources for {_summed(bundles)} in {len(bundles)} bundles "
+                f"({options.strategy}) within {options.wait:.0f} s; the cluster has "
                 f"{_shown(ray.cluster_resources())}, of which {_shown(ray.available_resources())} are free"
             )
         self._groups.append(group)
@@ -134,7 +185,7 @@ class Cluster:
         except self._ray.exceptions.RayTaskError as error:
             raise ArealError(f"its actor failed: {error.cause}") from None
         except self._ray.exceptions.RayError as error:
-            raise ActorLostError(f"its actor did not answer ({type(error).__name__})") from None
+            raise ActorLostError(f"its actor did not respond ({type(error).__name__})") from None
 
     def done(self, references: Sequence[Any], *, timeout_s: float) -> list[Any]:
         """Those of the references that have a result, after the first has or the time is over."""
@@ -159,8 +210,3 @@ def _summed(bundles: Sequence[Resources]) -> str:
 
 def _shown(resources: Mapping[str, float]) -> str:
     return " and ".join(f"{resources.get(name, 0):g} {name}s" for name in ("CPU", "GPU"))
-
-
-def own_directory() -> str:
-    """Where relative paths in the configuration begin, on every node."""
-    return str(Path.cwd())

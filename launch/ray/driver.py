@@ -7,23 +7,25 @@ of their own, with keys, and no record or weight passes through Ray.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from areal_like.config import Config
-from areal_like.errors import ArealError
+from areal_like.errors import ArealError, ConfigError
 from areal_like.paths import RunPaths
-from launch.nodes.settings import make_directory
+from launch.nodes.settings import MOST_SERVERS, make_directory
 from launch.nodes.start import ROLES, Place
-from launch.ray.actors import Started
-from launch.ray.cluster import ActorLostError, Cluster, RayOptions, own_directory, resources_of
+from launch.ray.cluster import ActorLostError, Cluster, RayOptions, resources_of
 from launch.ray.roles import RoleState, Supervision
-from launch.ray.wanted import as_driver, directory_of, wanted_servers
+from launch.run_directory.rundir import is_locked
 
 _TICK_S = 0.5
 _ANSWER_S = 60.0
@@ -39,7 +41,7 @@ def run_on_ray(
     whether the run is to drain.
 
     Raises ConfigError without a cluster or if a launcher or another driver runs the run, ArealError if the
-    cluster has not the resources.
+    cluster does not have the resources.
     """
     paths = RunPaths.of(config)
     make_directory(config, folders=[directory_of(paths)])
@@ -50,6 +52,29 @@ def run_on_ray(
         return driver.run(is_stopped=is_stopped)
 
 
+class Started:
+    """One start of one role: its actors, one for each node, and what they wait for."""
+
+    def __init__(self, actors: list[Any], runs: list[Any]) -> None:
+        """`runs`: the object reference of each actor's `run`."""
+        self.actors, self.runs = actors, runs
+        self.codes: dict[Any, int | None] = {}
+        """Reference -> exit code, or None if the actor is lost; of the nodes that have ended."""
+        self.is_stopped = False
+
+    @property
+    def code(self) -> int | None:
+        """The exit code of the start as a whole, when all nodes have ended.
+
+        That of a wrong setting, else of a failure, a loss (None) or a drain in this order, else 0.
+        """
+        codes = list(self.codes.values())
+        for code in (2, *(c for c in codes if c not in (None, 0, 2, 75)), None, 75):
+            if code in codes:
+                return code
+        return 0
+
+
 class Driver:
     """One run on one cluster."""
 
@@ -57,9 +82,8 @@ class Driver:
         self._config, self._options, self._cluster = config, options, cluster
         self._paths = RunPaths.of(config)
         self._supervision = Supervision(max_failures=options.max_failures)
-        self._started: dict[int, Started] = {}
-        """By the identity of the role."""
-        self._places: dict[int, list[Any]] = {}
+        self._started: dict[RoleState, Started] = {}
+        self._places: dict[RoleState, list[Any]] = {}
         self._stop_limit_s = float("inf")
         self._number = int(time.time())
         self._job = f"y{os.getpid()}"
@@ -90,30 +114,30 @@ class Driver:
         nodes = [(role, n) for role in roles for n in range(self._num_nodes(role))]
         bundles = [resources_of(self._config, role.role, self._options) for role, _ in nodes]
         for (role, _), place in zip(nodes, self._cluster.reserve(bundles), strict=True):
-            self._places.setdefault(id(role), []).append(place)
+            self._places.setdefault(role, []).append(place)
 
     def _num_nodes(self, role: RoleState) -> int:
         return self._options.trainer_nodes if role.role == "trainer" else 1
 
     def _begin_due(self, now_s: float) -> None:
         for role in self._supervision.roles:
-            if role.is_over or id(role) in self._started or now_s < role.due_s:
+            if role.is_over or not role.restarts.is_due(now_s=now_s):
                 continue
+            role.begin(now_s=now_s)
             try:
-                self._begin(role, now_s)
+                self._begin(role)
             except ArealError as error:
                 code = None if isinstance(error, ActorLostError) else 1
                 _say(f"{role.name} was not started: {error}")
                 _say(self._supervision.ended(role, code, now_s=time.monotonic()))
 
-    def _begin(self, role: RoleState, now_s: float) -> None:
+    def _begin(self, role: RoleState) -> None:
         resources = resources_of(self._config, role.role, self._options)
-        actors = [self._cluster.actor(place, resources) for place in self._places[id(role)]]
+        actors = [self._cluster.actor(place, resources) for place in self._places[role]]
         addresses = [
             self._cluster.get(actor.address.remote(self._options.interface), timeout_s=_ANSWER_S)
             for actor in actors
         ]
-        role.begin(now_s=now_s)
         label = f"rollout-{self._job}n{role.number}" if role.role == "rollout" else role.role
         runs = []
         for index, (actor, address) in enumerate(zip(actors, addresses, strict=True)):
@@ -126,12 +150,13 @@ class Driver:
             )
             words = [role.role, str(self._paths.root), json.dumps(asdict(place))]
             log = self._paths.logs / f"ray-{label}-{index}.out"
-            runs.append(actor.run.remote(words, directory=own_directory(), log=str(log)))
-        self._started[id(role)] = Started(actors, runs)
+            # Relative paths in the configuration begin here, on every node.
+            runs.append(actor.run.remote(words, directory=str(Path.cwd()), log=str(log)))
+        self._started[role] = Started(actors, runs)
         _say(f"{role.name} is on {', '.join(addresses)}, start {role.num_starts}")
 
     def _place(self, role: RoleState) -> Place:
-        """Of the role's last start, on a node that is not known yet."""
+        """The place of the role's last start, on a node that is not known yet."""
         return Place(
             address="",
             job=f"{self._job}n{role.number}",
@@ -147,7 +172,7 @@ class Driver:
             return
         for run in self._cluster.done(list(running), timeout_s=_TICK_S):
             role = running[run]
-            started = self._started[id(role)]
+            started = self._started[role]
             try:
                 started.codes[run] = int(self._cluster.get(run, timeout_s=_ANSWER_S))
             except ActorLostError:
@@ -160,14 +185,14 @@ class Driver:
                 continue
             for actor in started.actors:
                 self._cluster.kill(actor)
-            del self._started[id(role)]
+            del self._started[role]
             if role.role == "rollout":  # the next start has another name
                 name = self._place(role).server_name
                 (self._paths.endpoints / f"{name}.json").unlink(missing_ok=True)
             _say(self._supervision.ended(role, started.code, now_s=time.monotonic()))
 
     def _runs_of(self, role: RoleState) -> list[Any]:
-        started = self._started.get(id(role))
+        started = self._started.get(role)
         return [] if started is None else [run for run in started.runs if run not in started.codes]
 
     def _stop(self, started: Started) -> None:
@@ -183,7 +208,7 @@ class Driver:
             self._stop_limit_s = now_s + self._config.daemon.drain_timeout_s + _MARGIN_S
         others = [role for role in self._supervision.roles if role.role != "buffer" and not role.is_over]
         for role in self._supervision.roles:
-            started = self._started.get(id(role))
+            started = self._started.get(role)
             if started is None or (role.role == "buffer" and others and now_s < self._stop_limit_s):
                 continue
             self._stop(started)
@@ -193,7 +218,7 @@ class Driver:
 
     def _end_unstarted(self, now_s: float) -> None:
         for role in self._supervision.roles:
-            if not role.is_over and id(role) not in self._started:
+            if not role.is_over and role not in self._started:
                 self._supervision.ended(role, None, now_s=now_s)
 
     def _scale(self, now_s: float) -> None:
@@ -210,10 +235,61 @@ class Driver:
                 _say(f"{role.name} was not started: {error}")
                 role.is_over = True
         for role in servers[wanted:]:
-            if (started := self._started.get(id(role))) is not None:
+            if (started := self._started.get(role)) is not None:
                 self._stop(started)
             else:
                 role.is_over = True
+
+
+def directory_of(paths: RunPaths) -> Path:
+    """The folder of a run on Ray: the number that `areal-like scale` asks for, and the driver's lock."""
+    return paths.root / "ray"
+
+
+def wanted_servers(paths: RunPaths) -> int | None:
+    """The number of rollout servers that was asked for; None if nobody has, or the file is not whole yet."""
+    try:
+        number = int((directory_of(paths) / "servers").read_text())
+    except (OSError, ValueError):
+        return None
+    return number if 1 <= number <= MOST_SERVERS else None
+
+
+def want_servers(paths: RunPaths, number: int) -> None:
+    """Asks the run's driver for this number of rollout servers. Raises ConfigError if there is no driver."""
+    if not has_driver(paths):
+        raise ConfigError(
+            f"no driver runs {paths.root} on Ray: continue it with `areal-like submit --ray "
+            f"name={paths.root.name}`"
+        )
+    file = directory_of(paths) / "servers"
+    partial = file.with_name(f".servers.{os.getpid()}")
+    partial.write_text(f"{number}\n")
+    partial.replace(file)
+
+
+def has_driver(paths: RunPaths) -> bool:
+    """True while a driver runs the run."""
+    return bool(is_locked(directory_of(paths) / "lock"))
+
+
+@contextlib.contextmanager
+def as_driver(paths: RunPaths) -> Iterator[None]:
+    """Holds the lock. Raises ConfigError if another driver does."""
+    file = os.open(directory_of(paths) / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        raise ConfigError(
+            f"another `areal-like submit --ray` runs {paths.root}: `areal-like scale` changes the number of "
+            "its rollout servers"
+        ) from None
+    try:
+        (directory_of(paths) / "servers").unlink(missing_ok=True)
+        yield
+    finally:
+        os.close(file)
 
 
 def _say(text: str) -> None:

@@ -5,7 +5,7 @@
 A role is the buffer, the whole trainer (its nodes begin and end together), or one rollout server. It ends by:
 
     0      the run is finished              over
-    75     drained                          over; if it is no rollout server, the run drains
+    75     drained                          over; if it is not a rollout server, the run drains
     2      a wrong setting                  over, and the run with it
     None   its node or its actor is lost    begins again
     else   a failure                        begins again; after `max_failures` in a row it is over, and the
@@ -16,40 +16,35 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from launch.nodes.start import DRAINED
+from areal_like.runtime.restarts import RestartLimits, Restarts, RestartState
+from launch.local_job.specs import DRAINED
 
-EARLY_S = 600.0
-"""A start that lasted longer is no failure in a row with the ones before."""
+HEALTHY_S = 600.0
+"""After a start that lasted so long, earlier failures of the role no longer count."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class RoleState:
-    """One role. `now_s`: seconds on any monotonic clock."""
+    """One role, equal to itself only. `now_s`: seconds on any monotonic clock."""
 
     role: str
     """`buffer` | `trainer` | `rollout`"""
     number: int = 0
-    """Of a rollout server."""
+    """The number of a rollout server."""
     num_starts: int = 0
-    failures: int = 0
-    """In a row."""
+    restarts: Restarts
     is_over: bool = False
-    code: int | None = None
-    """Exit code with which it was over."""
-    due_s: float = 0.0
-    """When it begins, or begins again."""
-    began_s: float = 0.0
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """The role as messages name it."""
         return f"rollout server {self.number}" if self.role == "rollout" else f"the {self.role}"
 
     def begin(self, *, now_s: float) -> None:
-        """It is started now."""
+        """Its start begins now."""
         self.num_starts += 1
-        self.began_s = now_s
+        self.restarts.started(now_s=now_s)
 
 
 @dataclass(kw_only=True)
@@ -73,7 +68,14 @@ class Supervision:
     def add(self, role: str, *, now_s: float) -> RoleState:
         """One more role, to be begun at once."""
         numbers = [each.number for each in self.roles if each.role == "rollout"]
-        added = RoleState(role=role, number=max(numbers, default=-1) + 1, due_s=now_s)
+        limits = RestartLimits(
+            max_failures=self.max_failures,
+            healthy_s=HEALTHY_S,
+            first_pause_s=_FIRST_PAUSE_S,
+            longest_pause_s=_LONGEST_PAUSE_S,
+        )
+        number = max(numbers, default=-1) + 1
+        added = RoleState(role=role, number=number, restarts=Restarts(limits, now_s=now_s))
         self.roles.append(added)
         return added
 
@@ -84,25 +86,24 @@ class Supervision:
     def ended(self, role: RoleState, code: int | None, *, now_s: float) -> str:
         """Decides on a role that has ended; returns a line for the user."""
         if self.is_stopping or self.is_finished or code in (0, DRAINED):
-            role.is_over, role.code = True, code
+            role.is_over = True
             self.is_finished |= code == 0
-            # Without it the others would wait for ever.
+            # Without it the others would wait forever.
             self.is_stopping |= code == DRAINED and role.role != "rollout"
             return f"{role.name} has ended: {_meaning(code)}"
+        restarts = role.restarts
         if code is None:
-            role.due_s = now_s + _FIRST_PAUSE_S
+            restarts.left(now_s=now_s, pause_s=_FIRST_PAUSE_S)
             return f"{role.name} is lost with its node or actor; it begins again"
-        role.failures = 1 if now_s - role.began_s > EARLY_S else role.failures + 1
-        if code != 2 and role.failures <= self.max_failures:
-            pause_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** (role.failures - 1))
-            role.due_s = now_s + pause_s
+        restarts.failed(now_s=now_s)
+        if code != 2 and restarts.state is not RestartState.GIVEN_UP:
             return (
-                f"{role.name} failed (exit code {code}, failure {role.failures} of {self.max_failures}); it "
-                f"begins again in {pause_s:.0f} s"
+                f"{role.name} failed (exit code {code}, failure {restarts.num_failures} of "
+                f"{self.max_failures}); it begins again in {restarts.due_s - now_s:.0f} s"
             )
-        role.is_over, role.code = True, code
+        role.is_over = True
         if role.role == "rollout" and code != 2:
-            return f"{role.name} failed {role.failures} times in a row and is given up"
+            return f"{role.name} failed {restarts.num_failures} times in a row and is given up"
         self.exit_code = code
         self.is_stopping = True
         return f"{role.name} ended with exit code {code}: the run ends"

@@ -7,16 +7,17 @@ minimum and maximum, so that a single outlier stays visible.
 
 from __future__ import annotations
 
-import json
 import math
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from launch.run_files import read_rows
 
 NUM_BUCKETS = 320
 """Most points of a line."""
@@ -42,7 +43,9 @@ class Columns:
     """True if a line could not be read, so that it and the lines after it are missing."""
 
     def get(self, name: str) -> Floats:
-        """A column; NaN in each step if no row has it."""
+        """A column of metrics.jsonl, or one of `DERIVED`; NaN in each step if no row has it."""
+        if name in DERIVED:
+            return DERIVED[name](self)
         absent = np.full(len(self.steps), np.nan, np.float32)
         return self.values.get(name, absent)
 
@@ -50,10 +53,17 @@ class Columns:
         """True if a row has a finite number in the column."""
         return bool(np.isfinite(self.get(name)).any())
 
-    def tail_mean(self, name: str, share: float = 0.1) -> float | None:
+    def head_mean(self, name: str) -> float | None:
+        """Mean over the first tenth of the steps (at least one); None without a number there."""
+        return mean(self.get(name)[: self._tenth])
+
+    def tail_mean(self, name: str) -> float | None:
         """Mean over the last tenth of the steps (at least one); None without a number there."""
-        count = max(1, round(len(self.steps) * share))
-        return mean(self.get(name)[-count:])
+        return mean(self.get(name)[-self._tenth :])
+
+    @property
+    def _tenth(self) -> int:
+        return max(1, round(len(self.steps) / 10))
 
     def increase(self, name: str) -> Floats:
         """What a counter has gained since the row before that has it, at each row that has it.
@@ -81,7 +91,7 @@ def read_columns(path: Path) -> Columns:
     steps, times = array("q"), array("d")
     values: dict[str, array[float]] = {}
     is_incomplete = False
-    for row in _rows(path):
+    for row in read_rows(path):
         if row is None:
             is_incomplete = True
             break
@@ -117,7 +127,7 @@ class Line:
     """The points of one line: at most NUM_BUCKETS."""
 
     x: list[float]
-    """Of each point the middle of its steps."""
+    """The middle of the steps that each point stands for."""
     mean: list[float]
     """NaN where no step of the bucket has a number."""
     low: list[float]
@@ -155,8 +165,25 @@ def reduced(steps: NDArray[np.int64], values: NDArray[Any], *, num_buckets: int 
     )
 
 
+def _idle_of_engines(rows: Columns) -> Floats:
+    idle = rows.increase("generation_idle_s")
+    return filled_back(ratio(idle, idle + rows.increase("generation_busy_s")))
+
+
+DERIVED: dict[str, Callable[[Columns], Floats]] = {
+    "trainer idle": lambda rows: ratio(rows.get("wait_data_s"), rows.get("step_s")),
+    "engines idle": _idle_of_engines,
+    "generated rate": lambda rows: filled_back(
+        ratio(rows.increase("tokens_generated"), rows.seconds_between("tokens_generated"))
+    ),
+}
+"""Columns that are computed from others: the share of each step's time in which rank 0 waited for data, the
+share of the time in which the engines had nothing to decode, and sampled tokens a second. The last two are
+since the row before that has the counters."""
+
+
 def filled_back(values: Floats) -> Floats:
-    """Each unknown value replaced by the next known one, as of a rate that counts since the row before."""
+    """Each unknown value replaced by the next known one, for a rate that counts since the row before."""
     known = np.flatnonzero(np.isfinite(values))
     if len(known):
         following = known[np.minimum(np.searchsorted(known, np.arange(len(values))), len(known) - 1)]
@@ -175,42 +202,16 @@ def mean(values: Floats) -> float | None:
     return float(known.mean(dtype=np.float64)) if len(known) else None
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any] | None]:
-    """The rows; None at the end for a line that is no JSON object."""
-    try:
-        with path.open(errors="replace") as file:
-            for line in file:
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError):
-                    yield None
-                    return
-                yield row if isinstance(row, dict) else None
-    except FileNotFoundError:
-        return
-
-
 def _numbers(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
     for name, value in row.items():
-        if name in ("step", "time_unix_s"):
-            continue
-        if _is_number(value):
-            yield name, _as_float32(value)
-        elif name in _NESTED and isinstance(value, dict):
-            for key, item in value.items():
-                if _is_number(item):
-                    yield f"{name}.{key}", _as_float32(item)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+        nested = name in _NESTED and isinstance(value, dict)
+        for key, item in value.items() if nested else [("", value)]:
+            is_number = isinstance(item, int | float) and not isinstance(item, bool)
+            if is_number and name not in ("step", "time_unix_s"):
+                # A float32 cannot hold more.
+                yield f"{name}.{key}" if nested else name, item if abs(item) < 3e38 else math.nan
 
 
 def _as_float(value: object) -> float:
-    """A Unix time; NaN for what is none."""
+    """A Unix time; NaN for anything else."""
     return float(value) if isinstance(value, int | float) and abs(value) < 1e15 else math.nan
-
-
-def _as_float32(value: float) -> float:
-    """NaN for what a float32 cannot hold."""
-    return value if abs(value) < 3e38 else math.nan

@@ -12,11 +12,11 @@ from pathlib import Path
 from areal_like.paths import RunPaths
 from areal_like.terminal_text import harmless
 from launch.report.columns import read_columns
-from launch.report.json_files import read_object
 from launch.report.logs import LogFacts, read_logs
 from launch.report.run import status_of
 from launch.run_directory.kept_settings import read_changes
 from launch.run_directory.rundir import checkpoints, has_launcher, is_held
+from launch.run_files import read_object
 
 _NUM_CHANGES = 3
 """Newest changes of config.yaml that are shown."""
@@ -27,7 +27,7 @@ class Ended:
     """The end of a run."""
 
     how: str
-    """As the word of `launch.report.run.Status`: `finished`, `drained`, `failed` or `ended`."""
+    """The word of `launch.report.run.Status`: `finished`, `drained`, `failed` or `ended`."""
     detail: str
     unix_s: float | None
     """When it last wrote a log or a row; None: never."""

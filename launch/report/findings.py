@@ -9,12 +9,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from launch.report.charts import idle_of_engines, idle_of_trainer
-from launch.report.columns import mean
-from launch.report.figures import num_failures, num_restarts, settled
-from launch.report.json_files import mapping, number
-from launch.report.numbers import duration, percent, short
+from launch.formatting import duration, percent, short
+from launch.report.figures import idle_of_engines, num_failures, num_restarts, settled
 from launch.report.run import Run
+from launch.run_files import mapping, number
 
 _MAX_GAPS = 3
 _LONG_GAP_S = 10.0
@@ -23,7 +21,7 @@ _NUM_STEPS_JUDGED = 20
 
 
 def findings(run: Run) -> list[str]:
-    """One sentence each, the most serious first. Empty if nothing is conspicuous."""
+    """One sentence each, the most serious first. Empty if there is nothing to report."""
     return [*_failures(run), *_pipeline(run), *_learning(run), *_selection(run)]
 
 
@@ -40,10 +38,10 @@ def _failures(run: Run) -> Iterator[str]:
     for step, count in sorted(run.ledger.crashed_steps.items()):
         yield f"Step {step} was begun by {counted(count, 'trainer')} and not completed."
     if restarts := num_restarts(run):
-        yield f"{counted(restarts, 'start')} of processes after the first (Events, below)."
+        yield f"{counted(restarts, 'restart')} of processes (Events, below)."
     for step, seconds, median in _gaps(run):
         usual = duration(median)
-        yield f"Nothing was trained for {duration(seconds)} before step {step} ended; usual are {usual}."
+        yield f"Nothing was trained for {duration(seconds)} before step {step} ended; {usual} is usual."
     lost = [one for one in run.logs.messages if "failed" in one.example and "push of version" in one.example]
     if lost:
         num = sum(one.count for one in lost)
@@ -74,12 +72,10 @@ def _gaps(run: Run) -> list[tuple[int, float, float]]:
 def _pipeline(run: Run) -> Iterator[str]:
     if run.is_sft or len(run.columns.steps) < _NUM_STEPS_JUDGED:
         return
-    trainer, engines = settled(run, idle_of_trainer), settled(run, idle_of_engines)
-    if engines is None:
-        engines = number(run.summary.get("generation_idle_fraction"))
+    trainer, engines = settled(run, "trainer idle"), idle_of_engines(run)
     if trainer is not None and trainer > 0.3:
-        beside = "" if engines is None else f", and the engines had nothing to decode for {percent(engines)}"
-        yield f"The trainer waited for data for {percent(trainer)} of the time{beside}."
+        too = "" if engines is None else f", and the engines had nothing to decode for {percent(engines)}"
+        yield f"The trainer waited for data for {percent(trainer)} of the time{too}."
     elif engines is not None and engines > 0.3:
         yield f"The engines had nothing to decode for {percent(engines)} of the time: the trainer is slower."
     issued, dropped = sum(run.ledger.tickets.values()), run.drops
@@ -101,11 +97,10 @@ def _learning(run: Run) -> Iterator[str]:
         yield f"The loss is not finite in {unknown:,} steps, first in step {at}."
     if run.is_sft or len(rows.steps) < _NUM_STEPS_JUDGED:
         return
-    tenth = max(1, len(rows.steps) // 10)
     ess = rows.tail_mean("ess_ratio")
     if ess is not None and ess < 0.3:
         yield f"The effective sample size is {percent(ess)} of the sequences in the last tenth of the steps."
-    first, last = mean(rows.get("entropy")[:tenth]), rows.tail_mean("entropy")
+    first, last = rows.head_mean("entropy"), rows.tail_mean("entropy")
     if first and last is not None and last < 0.1 * first:
         yield f"The entropy fell from {short(first)} to {short(last)} nats."
     groups, flat = rows.tail_mean("num_groups"), rows.tail_mean("zero_advantage_groups")
@@ -114,14 +109,14 @@ def _learning(run: Run) -> Iterator[str]:
     truncated = rows.tail_mean("truncated_fraction")
     if truncated is not None and truncated > 0.2:
         yield f"A limit ended {percent(truncated)} of the samples in the last tenth of the steps."
-    reward_first, reward_last = mean(rows.get("reward_mean")[:tenth]), rows.tail_mean("reward_mean")
-    if reward_first is not None and reward_last is not None and reward_last < reward_first - 0.05:
-        yield f"The reward fell from {short(reward_first)} to {short(reward_last)}."
+    first, last = rows.head_mean("reward_mean"), rows.tail_mean("reward_mean")
+    if first is not None and last is not None and last < first - 0.05:
+        yield f"The reward fell from {short(first)} to {short(last)}."
 
 
 def _selection(run: Run) -> Iterator[str]:
     offered, trained = mapping(run.selection.get("offered")), mapping(run.selection.get("trained"))
-    for name, what, factor in (("tokens_mean", "length", 0.05), ("reward_mean", "reward", 0.05)):
+    for name, what in (("tokens_mean", "length"), ("reward_mean", "reward")):
         a, b = number(offered.get(name)), number(trained.get(name))
-        if a is not None and b is not None and abs(b - a) > max(factor * abs(a), 0.01):
-            yield f"The mean {what} of samples is {short(b)} where trained and {short(a)} where offered."
+        if a is not None and b is not None and abs(b - a) > max(0.05 * abs(a), 0.01):
+            yield f"The mean {what} of trained samples is {short(b)}, that of offered samples {short(a)}."

@@ -1,56 +1,36 @@
 "use strict";
 // Shows the numbers below the pointer, at the same step in every chart.
 (() => {
-  const charts = JSON.parse(document.getElementById("data").textContent);
+  const data = JSON.parse(document.getElementById("data").textContent);
   const figures = [...document.querySelectorAll("[data-chart]")];
-  const format = (value) => {
-    if (value === null) return "-";
-    const size = Math.abs(value);
-    if (size >= 1e4) return value.toLocaleString("en", { notation: "compact", maximumSignificantDigits: 4 });
-    if (size > 0 && size < 1e-3) return value.toExponential(2);
-    return String(Number(value.toPrecision(4)));
-  };
-  const nearest = (xs, x) => {
-    let low = 0, high = xs.length - 1;
+  const nearest = (steps, step) => {
+    let low = 0, high = steps.length - 1;
     while (high - low > 1) {
       const middle = (low + high) >> 1;
-      if (xs[middle] < x) low = middle; else high = middle;
+      if (steps[middle] < step) low = middle; else high = middle;
     }
-    return Math.abs(xs[low] - x) <= Math.abs(xs[high] - x) ? low : high;
+    return Math.abs(steps[low] - step) <= Math.abs(steps[high] - step) ? low : high;
   };
   const show = (figure, share, isUnder) => {
-    const chart = charts.charts[figure.dataset.chart];
+    const step = data.x[0] + share * (data.x[1] - data.x[0]);
     const cursor = figure.querySelector(".cursor"), tip = figure.querySelector(".tip");
-    const step = chart.x[0] + share * (chart.x[1] - chart.x[0]);
-    cursor.setAttribute("transform", `translate(${1000 * share} 0)`);
+    cursor.setAttribute("transform", `translate(${100 * share} 0)`);
     cursor.setAttribute("visibility", "visible");
     tip.hidden = !isUnder;
     if (!isUnder) return;
-    tip.textContent = "";
     const head = document.createElement("b");
     head.textContent = `step ${Math.round(step).toLocaleString("en")}`;
-    tip.append(head);
-    for (const series of chart.series) {
-      const xs = series.xs ?? charts.xs[series.run];
-      if (!xs.length) continue;
-      const at = nearest(xs, step), value = series.values[at];
+    tip.replaceChildren(head);
+    for (const series of data.charts[figure.dataset.chart]) {
       const line = document.createElement("div"), name = document.createElement("span");
-      name.className = `c${series.color % 8}`;
+      name.className = `c${series.color}`;
       name.textContent = `${series.label}: `;
-      line.append(name, format(value));
-      if (series.low && series.low[at] !== null) line.append(` [${format(series.low[at])}, ${format(series.high[at])}]`);
-      if (series.xs) line.append(` at ${xs[at]}`);
+      line.append(name, series.texts[nearest(data.steps[series.steps], step)]);
       tip.append(line);
     }
     const width = tip.parentElement.clientWidth, left = share * width;
     tip.style.left = left > width / 2 ? "auto" : `${left + 10}px`;
     tip.style.right = left > width / 2 ? `${width - left + 10}px` : "auto";
-  };
-  const hide = () => {
-    for (const figure of figures) {
-      figure.querySelector(".cursor").setAttribute("visibility", "hidden");
-      figure.querySelector(".tip").hidden = true;
-    }
   };
   for (const figure of figures) {
     const area = figure.querySelector(".area");
@@ -61,6 +41,11 @@
     };
     area.addEventListener("pointermove", move);
     area.addEventListener("pointerdown", move);
-    area.addEventListener("pointerleave", hide);
+    area.addEventListener("pointerleave", () => {
+      for (const other of figures) {
+        other.querySelector(".cursor").setAttribute("visibility", "hidden");
+        other.querySelector(".tip").hidden = true;
+      }
+    });
   }
 })();

@@ -1,4 +1,4 @@
-"""What the ledgers of a run say beside its samples: counters, tickets, restarts, and what operators did.
+"""What the ledgers of a run say: counters, tickets, restarts, and what operators did.
 
 Buffers may write the ledgers meanwhile. What a ledger of an earlier release lacks is left out.
 """
@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-_TIMEOUT_S = 10
+from launch.run_files import LEDGER_FILE, open_ledger
+
 _MAX_ROWS = 500
-"""Of a table of events, the newest."""
+"""Most rows that are read of a table of events: the newest."""
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Event:
     """Something that an operator or a restart has done to the run."""
 
@@ -28,7 +29,7 @@ class Event:
     unix_s: float | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Change:
     """A setting that got another value while the run went on, or an action that an operator asked for."""
 
@@ -74,14 +75,11 @@ def read_ledgers(directories: Sequence[Path]) -> LedgerFacts:
     """The facts of all shards; empty without a ledger."""
     facts = LedgerFacts()
     for shard, directory in enumerate(directories):
-        path = directory / "ledger.sqlite3"
         try:
-            with closing(
-                sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=_TIMEOUT_S)
-            ) as ledger:
+            with closing(open_ledger(directory)) as ledger:
                 _read(ledger, facts, shard=shard, num_shards=len(directories))
         except (sqlite3.DatabaseError, ValueError, TypeError) as error:
-            facts.problem = f"{path} cannot be read: {error}"
+            facts.problem = f"{directory / LEDGER_FILE} cannot be read: {error}"
     return facts
 
 
@@ -114,41 +112,32 @@ def _read(ledger: sqlite3.Connection, facts: LedgerFacts, *, shard: int, num_sha
         facts.starts["trainer"] = marks["trainer_incarnation"]
     facts.changes = _changes(rows)
     of_changes = [
-        Event(text=f"{change.text} ({change.by})", step=change.step, unix_s=change.unix_s)
+        Event(f"{change.text} ({change.by})", step=change.step, unix_s=change.unix_s)
         for change in facts.changes[-_MAX_ROWS:]
     ]
     facts.events = [*_restarts(rows), *_operations(rows), *of_changes]
 
 
 def _restarts(rows: Any) -> list[Event]:
-    first_versions = (
-        "SELECT trainer_incarnation, min(version), step FROM versions GROUP BY 1 ORDER BY 1 DESC "
-        f"LIMIT {_MAX_ROWS}"
-    )
+    newest = f"ORDER BY 1 DESC LIMIT {_MAX_ROWS}"
+    began = f"SELECT trainer_incarnation, min(version), step FROM versions GROUP BY 1 {newest}"
+    undone = f"SELECT id, from_step, to_step, num_tickets, num_tokens, unix_s FROM rollbacks {newest}"
     events = [
-        Event(text=f"trainer process {incarnation} began", step=int(step))
-        for incarnation, _, step in rows("versions", first_versions)
+        Event(f"trainer process {incarnation} began", step=int(step))
+        for incarnation, _, step in rows("versions", began)
         if incarnation > 1
     ]
-    undone = (
-        "SELECT from_step, to_step, num_tickets, num_tokens, unix_s FROM rollbacks ORDER BY id DESC "
-        f"LIMIT {_MAX_ROWS}"
-    )
-    events += [
-        Event(
-            text=f"steps {to_step} to {from_step - 1} were undone: {num_tickets} groups, {num_tokens} tokens",
-            step=int(to_step),
-            unix_s=float(unix_s),
-        )
-        for from_step, to_step, num_tickets, num_tokens, unix_s in rows("rollbacks", undone)
-    ]
+    for _, from_step, to_step, num_tickets, num_tokens, unix_s in rows("rollbacks", undone):
+        lost = f"{num_tickets} groups, {num_tokens} tokens"
+        text = f"steps {to_step} to {from_step - 1} were undone: {lost}"
+        events.append(Event(text, step=int(to_step), unix_s=float(unix_s)))
     return events
 
 
 def _operations(rows: Any) -> list[Event]:
     done = f"SELECT verb, subject, detail, unix_s FROM operations ORDER BY id DESC LIMIT {_MAX_ROWS}"
     return [
-        Event(text=f"{verb} {subject}" + (f" ({detail})" if detail else ""), unix_s=float(unix_s))
+        Event(f"{verb} {subject}" + (f" ({detail})" if detail else ""), unix_s=float(unix_s))
         for verb, subject, detail, unix_s in rows("operations", done)
         if verb != "set"  # in the table of settings, with its step
     ]
@@ -163,15 +152,8 @@ def _changes(rows: Any) -> list[Change]:
     ):
         earlier = [known for first, known in values.get(key, []) if first <= step]
         if origin == "operator" or (earlier and earlier[-1] != value):
-            change = Change(
-                step=int(step),
-                key=str(key),
-                before=earlier[-1] if earlier else "",
-                value=str(value),
-                by=str(origin),
-                unix_s=float(unix_s),
-            )
-            found.append(change)
+            before = earlier[-1] if earlier else ""
+            found.append(Change(int(step), str(key), before, str(value), str(origin), float(unix_s)))
         if value != "now":
             values.setdefault(key, []).append((int(step), str(value)))
     return found

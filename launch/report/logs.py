@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.report.json_files import number, tail
+from launch.logs.files import find_sources
 from launch.report.ledger import Event
+from launch.run_files import number, tail
 
 _MAX_BYTES = 4 << 20
-"""Of each file, its end."""
+"""How much of the end of each file is read."""
 _MAX_FILES = 64
 _LEVELS = {"WARNING": 1, "ERROR": 2, "CRITICAL": 3}
 _EXIT_LOGGER = "areal_like.runtime.exit"
@@ -41,7 +42,7 @@ class Message:
 
 @dataclass(kw_only=True)
 class LogFacts:
-    """Of all log files of a run."""
+    """What all log files of a run say."""
 
     messages: list[Message] = field(default_factory=list)
     """Errors first, then by how often they occur."""
@@ -58,17 +59,11 @@ def read_logs(directory: Path) -> LogFacts:
     """Reads `*.log` and what rotation has made of them (`*.log.1`)."""
     facts = LogFacts()
     groups: dict[tuple[str, str, str], Message] = {}
-    files = sorted(
-        path
-        for path in (directory.glob("*.log*") if directory.is_dir() else ())
-        if not path.name.endswith((".gz", ".zst"))
-    )
-    # What rotation has made is older: the highest number first.
-    files.sort(key=lambda path: (path.name.partition(".log")[0], -_age(path)))
-    for path in files[:_MAX_FILES]:
-        daemon = path.name.partition(".log")[0]
+    sources = [source for source in find_sources(directory, ()) if source.is_json]
+    files = [(source.name, path, source.offset_s) for source in sources for path in source.files]
+    for daemon, path, offset_s in files[:_MAX_FILES]:
         for entry in _entries(path, with_info=daemon == "launcher"):
-            message, time_s = str(entry.get("message", "")), number(entry.get("time")) or 0.0
+            message, time_s = str(entry.get("message", "")), (number(entry.get("time")) or 0.0) + offset_s
             if daemon == "launcher":
                 _note_process(facts, message, time_s)
             level = str(entry.get("level"))
@@ -90,25 +85,19 @@ def read_logs(directory: Path) -> LogFacts:
     return facts
 
 
-def _age(path: Path) -> int:
-    """Number at the end of a rotated file's name; 0 for the newest."""
-    number_text = path.suffix.removeprefix(".")
-    return int(number_text) if number_text.isdecimal() else 0
-
-
 def _note_process(facts: LogFacts, message: str, time_s: float) -> None:
     """Notes a start or an end that the launcher's log tells of."""
     if match := _STARTED.match(message):
         name = match[1]
         facts.num_starts[name] = facts.num_starts.get(name, 0) + 1
         if facts.num_starts[name] > 1 and name != "prepare_model":
-            facts.events.append(Event(text=f"{name} was started again", unix_s=time_s))
+            facts.events.append(Event(f"{name} was started again", unix_s=time_s))
     elif message in ("starting", "closing"):
         facts.is_closing = message == "closing"
     elif (match := _ENDED.match(message)) and not facts.is_closing and match[1] != "prepare_model":
-        facts.events.append(Event(text=f"{match[1]} ended: {match[2][:200]}", unix_s=time_s))
+        facts.events.append(Event(f"{match[1]} ended: {match[2][:200]}", unix_s=time_s))
     elif message.startswith(("replacing the trainer", "the run is drained", "the run is finished")):
-        facts.events.append(Event(text=message[:200], unix_s=time_s))
+        facts.events.append(Event(message[:200], unix_s=time_s))
 
 
 def _reason(entry: dict[str, Any]) -> str:

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from areal_like.config import Config, to_mapping
 from areal_like.config.loading import flat
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths, find_checkpoints
 from areal_like.runtime.command_line import OPEN_SECTIONS
-from areal_like.security.redaction import without_secrets
 from areal_like.selection import selection_report
 from launch.report.columns import Columns, read_columns
-from launch.report.json_files import mapping, number, read_lines, read_object
 from launch.report.ledger import Event, LedgerFacts, read_ledgers
 from launch.report.logs import LogFacts, read_logs
 from launch.run_directory.rundir import is_held
+from launch.run_files import json_lines, mapping, number, read_config, read_object
 
 _SILENT_S = 120.0
 """A run whose roles were started by hand counts as running if it has written something since."""
@@ -38,7 +34,7 @@ class Status:
     detail: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Evaluation:
     """One evaluation of one set."""
 
@@ -89,8 +85,16 @@ class Run:
         return float(times[-1] - times[0]) if len(times) > 1 else None
 
     @property
+    def num_starts(self) -> dict[str, int]:
+        """Name -> how many processes have had it, by the ledger and by the launcher's log."""
+        return {
+            name: max(self.ledger.starts.get(name, 0), self.logs.num_starts.get(name, 0))
+            for name in sorted({*self.ledger.starts, *self.logs.num_starts} - {"prepare_model"})
+        }
+
+    @property
     def selection(self) -> dict[str, Any]:
-        """As in summary.json, now."""
+        """What was offered against what was trained on, as `selection` in summary.json."""
         if self.has_ledger and self.ledger.counters:
             return selection_report(self.ledger.counters)
         return mapping(self.summary.get("selection"))
@@ -130,11 +134,11 @@ class Run:
         return {
             key: text
             for key, text in flat(self.config).items()
-            if key.partition(".")[0] in OPEN_SECTIONS or flat(_DEFAULTS).get(key) != text
+            if key.partition(".")[0] in OPEN_SECTIONS or _DEFAULTS.get(key) != text
         }
 
 
-_DEFAULTS = to_mapping(Config())
+_DEFAULTS = flat(to_mapping(Config()))
 
 
 def read_run(root: Path) -> Run:
@@ -146,7 +150,10 @@ def read_run(root: Path) -> Run:
         directories, ledger = [], LedgerFacts(problem=str(error))
     columns, logs = read_columns(paths.metrics), read_logs(paths.logs)
     summary = read_object(paths.summary)
-    config = _config(paths.config)
+    try:
+        config = read_config(paths.config)
+    except ConfigError:
+        config = {}
     return Run(
         root=root,
         name=str(config.get("name") or root.resolve().name),
@@ -164,25 +171,13 @@ def read_run(root: Path) -> Run:
     )
 
 
-def _config(path: Path) -> dict[str, Any]:
-    """Unchecked: the settings of a run of another release are shown, too."""
-    try:
-        plain = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException, ConfigError, RecursionError):
-        return {}
-    return without_secrets({str(key): plain[key] for key in plain}) if isinstance(plain, dict) else {}
-
-
 def _evaluations(path: Path) -> list[Evaluation]:
-    found = []
-    for row in read_lines(path)[-_MAX_EVALUATIONS:]:
+    found: deque[Evaluation] = deque(maxlen=_MAX_EVALUATIONS)
+    for row in map(mapping, json_lines(path)):
         step, avg = number(row.get("step")), number(row.get("avg"))
-        if step is None or avg is None:
-            continue
-        low, high = number(row.get("ci_low")), number(row.get("ci_high"))
-        found.append(
-            Evaluation(set_name=str(row.get("set", "")), step=int(step), avg=avg, low=low, high=high)
-        )
+        if step is not None and avg is not None:
+            low, high = number(row.get("ci_low")), number(row.get("ci_high"))
+            found.append(Evaluation(str(row.get("set", "")), int(step), avg, low, high))
     return sorted(found, key=lambda one: one.step)
 
 

@@ -45,7 +45,7 @@ def _resumed(run: OpenRun, *, is_sft: bool) -> Iterator[str]:
     before = stored(paths)
     changed = changes(before, run.config) if before is not None else {}
     if not changed:
-        yield "no setting changes" if before is not None else "the settings of before cannot be read"
+        yield "no setting changes" if before is not None else "the previous settings cannot be read"
     yield from change_lines(changed)
     if step:
         check_checkpoint(paths.checkpoints / checkpoint_name(step), run.config, step=step, is_sft=is_sft)

@@ -8,17 +8,19 @@ earlier versions of the whole file, which the changes give.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
 
 from areal_like.config import Config, to_mapping
 from areal_like.config.loading import flat
 from areal_like.errors import ConfigError
-from areal_like.paths import RunPaths
+from areal_like.ledger_place import recorded_shards
+from areal_like.paths import BUILT_MODELS, RunPaths
 from areal_like.runtime.command_line import load_config, save_config
 from areal_like.security.redaction import without_secrets
 from launch.run_directory.rundir import checkpoints
@@ -83,38 +85,54 @@ def stored(paths: RunPaths) -> Config | None:
 
 
 def left_out(paths: RunPaths) -> str:
-    """The settings of the last resume that `config.yaml` has not got: its daemons were never ready."""
-    before, after = stored(paths), _read(paths.next_config)
-    return ", ".join(change_lines(changes(before, after))) if before and after else ""
+    """The settings of the last resume that are not in `config.yaml`: its daemons were never ready."""
+    if (after := _read(paths.next_config)) is None or (before := stored(paths)) is None:
+        return ""
+    return ", ".join(change_lines(changes(before, after)))
+
+
+def check_resume(before: Config | None, after: Config, paths: RunPaths) -> None:
+    """`before`: the run's own settings, None if they cannot be read; `after`: those of the resume.
+
+    Raises ConfigError if the run cannot continue with them.
+    """
+    num_shards = recorded_shards(paths) or (before or after).buffer.num_shards
+    if after.buffer.num_shards != num_shards:
+        raise ConfigError(
+            f"buffer.num_shards={after.buffer.num_shards}: the number of shards cannot change during a run: "
+            f"continue with buffer.num_shards={num_shards}, or start a new run from a checkpoint "
+            "(model.path=...)"
+        )
+    if before is not None and not _is_same_model(before.model.path, after.model.path):
+        raise ConfigError(
+            f"model.path={after.model.path}: the weights of a run come from its checkpoint, so its model "
+            f"cannot change ({before.model.path}): leave model.path out, or start a new run from the other "
+            "model with name=..."
+        )
+
+
+def _is_same_model(before: str, after: str) -> bool:
+    old, new = Path(before).expanduser(), Path(after).expanduser()
+    if old.is_absolute() and not old.exists():
+        return True  # it was moved; the trainer compares the shapes of its model with the checkpoint's
+    is_built = before in BUILT_MODELS or after in BUILT_MODELS
+    return before == after or (not is_built and old.is_dir() and new.is_dir() and old.samefile(new))
 
 
 def read_changes(paths: RunPaths) -> list[SettingsChange]:
     """The history, the oldest change first. Lines that cannot be read are left out."""
-    found = []
-    for row in _rows(paths):
-        try:
-            changed = {str(key): (str(old), str(new)) for key, (old, new) in dict(row["changed"]).items()}
-            change = SettingsChange(
-                unix_s=float(row["unix_s"]), step=int(row["step"]), by=str(row["by"]), changed=changed
-            )
-        except (KeyError, TypeError, ValueError):
-            continue
-        found.append(change)
-    return found
-
-
-def _rows(paths: RunPaths) -> Iterable[Mapping[str, Any]]:
     try:
         lines = paths.config_changes.read_text(errors="replace").splitlines()
     except OSError:
-        return
+        return []
+    found = []
     for line in lines:
-        try:
+        with contextlib.suppress(KeyError, TypeError, ValueError):
             row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            yield row
+            changed = {str(key): (str(old), str(new)) for key, (old, new) in dict(row["changed"]).items()}
+            unix_s, step = float(row["unix_s"]), int(row["step"])
+            found.append(SettingsChange(unix_s=unix_s, step=step, by=str(row["by"]), changed=changed))
+    return found
 
 
 def _read(path: os.PathLike[str]) -> Config | None:

@@ -1,18 +1,25 @@
-"""Opens the run directory of `areal-like eval`: a new one, or that of an evaluation to continue.
+"""Opens the run directory of `areal-like eval MODEL`: a new one, or that of an evaluation to continue.
 
 An evaluation has a directory of its own, so that the run whose checkpoint it evaluates stays as it is, and
 may be running. Its configuration is that of a run without training: the settings of trainer, objective and
 curriculum are replaced by ones that cost nothing, and nothing that is sampled is ever deleted.
+
+What MODEL may be:
+
+    tiny, smollm2              models that are built for the evaluation
+    runs/x/checkpoints/step_N  a checkpoint of a run: also a Hugging Face directory
+    directory with config.json any other model
+    x, runs/x                  a run: its newest checkpoint
+    owner/name                 a model of the hub
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import json
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +28,66 @@ from areal_like.config import Config, to_mapping
 from areal_like.config.gpus import check_gpus_are_separate
 from areal_like.config.trainer import TrainerConfig
 from areal_like.errors import ConfigError
-from areal_like.paths import RunPaths
+from areal_like.paths import BUILT_MODELS, RunPaths, find_checkpoints
 from areal_like.runtime.command_line import load_config
-from launch.run_directory.evaluated_model import EvaluatedModel
-from launch.run_directory.open_run import OpenRun, prepared
-from launch.run_directory.rundir import InUseError, lock
+from launch.run_directory.open_run import OpenRun, free_directory, prepared
+from launch.run_directory.rundir import find_run, is_summarized, lock
 
 _COMPARED = ("model", "task", "eval", "sampling", "episode", "rewards", "seed", "trainer")
 """Sections that decide the results: they may not change when an evaluation is continued. That of the trainer
 is never that of a training run."""
+
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatedModel:
+    """A model to evaluate."""
+
+    path: str
+    """Value of `model.path`."""
+    label: str
+    """What results are called after."""
+    step: int = 0
+    """Optimizer steps of its run; 0 for a model that is not a checkpoint."""
+    run: Path | None = None
+    """Directory of its run."""
+
+
+def find_model(word: str) -> EvaluatedModel:
+    """The model that a word of the command line names. Raises ConfigError."""
+    if word in BUILT_MODELS:
+        return EvaluatedModel(path=word, label=word)
+    folder = Path(word).expanduser()
+    if (folder / "config.json").is_file():
+        return _of_directory(folder.resolve())
+    if (folder / "config.yaml").is_file() or (Path("runs") / word / "config.yaml").is_file():
+        run = find_run(str(folder)).resolve()
+        found = find_checkpoints(RunPaths(run).checkpoints)
+        if not found:
+            raise ConfigError(
+                f"eval {word}: the run has no checkpoint yet; evaluate a model's directory, or wait for "
+                "trainer.checkpoint_interval steps"
+            )
+        return _of_directory(found[max(found)])
+    if _HUB_NAME.fullmatch(word) and not folder.exists():
+        return EvaluatedModel(path=word, label=word.rpartition("/")[2])
+    raise ConfigError(
+        f"eval {word}: give a directory with config.json, a run with a checkpoint, "
+        f"{', '.join(BUILT_MODELS)}, or an owner/name"
+    )
+
+
+def _of_directory(folder: Path) -> EvaluatedModel:
+    run = folder.parent.parent
+    steps = {path: step for step, path in find_checkpoints(folder.parent).items()}
+    is_of_run = folder.parent == RunPaths(run).checkpoints and RunPaths(run).config.is_file()
+    if folder in steps and is_of_run:
+        return EvaluatedModel(
+            path=str(folder), label=f"{run.name}-{folder.name}", step=steps[folder], run=run
+        )
+    return EvaluatedModel(path=str(folder), label=folder.name)
 
 
 def open_evaluation(model: EvaluatedModel, argv: Sequence[str]) -> OpenRun:
@@ -99,14 +157,6 @@ def _with_training_rows(task: dict[str, Any]) -> dict[str, Any]:
     return task | {"train": task["eval"]} if has_only_eval else task
 
 
-def is_evaluated(paths: RunPaths) -> bool:
-    """True when the evaluation in this directory is finished."""
-    try:
-        return bool(json.loads(paths.summary.read_text())["finished"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return False
-
-
 def _name_of(model: EvaluatedModel) -> str:
     return f"{re.sub(r'[^A-Za-z0-9._-]', '-', model.label)[:48]}-eval"
 
@@ -125,7 +175,7 @@ def _continued(config: Config) -> OpenRun:
     except ConfigError:
         os.close(lock_fd)
         raise
-    if is_evaluated(paths):
+    if is_summarized(paths):
         lines: tuple[str, ...] = (f"the evaluation in {paths.root} is finished",)
         return OpenRun(config=config, paths=paths, lock_fd=lock_fd, announcement=lines, is_finished=True)
     lines = (f"continuing the evaluation in {paths.root} with the samples in its ledger",)
@@ -133,32 +183,15 @@ def _continued(config: Config) -> OpenRun:
 
 
 def _new(config: Config, *, is_named: bool) -> OpenRun:
-    for number in itertools.count(1):
-        name = config.name if number == 1 else f"{config.name}-{number}"
-        candidate = dataclasses.replace(config, name=name)
-        paths = RunPaths.of(candidate)
-        is_created = not paths.root.exists()
-        try:
-            lock_fd = lock(paths)
-        except InUseError:
-            if is_named:
-                raise
-            continue
-        if not _is_taken(paths.root):
-            lines = (f"new evaluation in {paths.root}",)
-            run = OpenRun(
-                config=candidate, paths=paths, lock_fd=lock_fd, announcement=lines, is_created=is_created
-            )
-            return prepared(run)
-        os.close(lock_fd)
-        if is_named:
-            raise ConfigError(
-                f"{paths.root} already holds a run or an evaluation: choose another name=..., or continue "
-                "the evaluation with resume=latest"
-            )
-    raise AssertionError("itertools.count ended")
+    def refusal(paths: RunPaths) -> str:
+        return (
+            f"{paths.root} already holds a run or an evaluation: choose another name=..., or continue the "
+            "evaluation with resume=latest"
+        )
+
+    run = free_directory(config, is_named=is_named, is_taken=_is_taken, refusal=refusal)
+    return prepared(dataclasses.replace(run, announcement=(f"new evaluation in {run.paths.root}",)))
 
 
-def _is_taken(root: Path) -> bool:
-    paths = RunPaths(root)
+def _is_taken(paths: RunPaths) -> bool:
     return paths.config.exists() or paths.summary.exists() or bool(paths.ledgers)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +21,7 @@ from areal_like.config.gpus import check_gpus_are_separate
 from areal_like.errors import ConfigError
 from areal_like.paths import BUILT_MODELS, RunPaths
 from areal_like.runtime.command_line import GROUPS, SCALE, load_config, save_config
-from launch.run_directory.kept_settings import keep, left_out, stored
-from launch.run_directory.resume_check import check_resume
+from launch.run_directory.kept_settings import check_resume, keep, left_out, stored
 from launch.run_directory.rundir import (
     InUseError,
     checkpoints,
@@ -168,10 +167,29 @@ def _unlock(lock_fd: int) -> None:
 def _start(config: Config, *, is_named: bool, is_dry: bool = False) -> OpenRun:
     """A new run under the given name, or under the first free numbered name if none was given."""
     _check_one_machine(config)
+    run = free_directory(config, is_named=is_named, is_taken=holds_run, refusal=_refusal, is_dry=is_dry)
+    if not is_dry:  # a ledger left by a job that failed before its first step
+        remove_ledgers(run.paths)
+    return dataclasses.replace(run, announcement=_new_run_announcement(run.paths, config))
+
+
+def free_directory(
+    config: Config,
+    *,
+    is_named: bool,
+    is_taken: Callable[[RunPaths], bool],
+    refusal: Callable[[RunPaths], str],
+    is_dry: bool = False,
+) -> OpenRun:
+    """Takes the directory of a new job: that of its name or, if none was given, the first free numbered one.
+
+    `is_taken`: whether a directory already holds a job; `refusal`: the message about one that does. Raises
+    ConfigError.
+    """
     for number in itertools.count(1):
         candidate = config if number == 1 else dataclasses.replace(config, name=f"{config.name}-{number}")
         paths = RunPaths.of(candidate)
-        if not is_named and holds_run(paths):
+        if not is_named and is_taken(paths):
             continue
         is_created = not paths.root.exists()
         try:
@@ -180,20 +198,11 @@ def _start(config: Config, *, is_named: bool, is_dry: bool = False) -> OpenRun:
             if is_named:
                 raise
             continue
-        if not holds_run(paths):
-            if not is_dry:  # a ledger left by a job that failed before its first step
-                remove_ledgers(paths)
-            lines = _new_run_announcement(paths, config, number=number)
-            return OpenRun(
-                config=candidate,
-                paths=paths,
-                lock_fd=lock_fd,
-                announcement=lines,
-                is_created=is_created,
-            )
+        if not is_taken(paths):
+            return OpenRun(config=candidate, paths=paths, lock_fd=lock_fd, is_created=is_created)
         _unlock(lock_fd)
         if is_named:
-            raise ConfigError(_refusal(paths))
+            raise ConfigError(refusal(paths))
     raise AssertionError("itertools.count ended")
 
 
@@ -208,10 +217,10 @@ def _refusal(paths: RunPaths) -> str:
     return f"{paths.root} already holds {kind} run: choose another name=..., or {ways}"
 
 
-def _new_run_announcement(paths: RunPaths, config: Config, *, number: int) -> tuple[str, ...]:
-    if number == 1:
-        return (f"new run in {paths.root}",)
+def _new_run_announcement(paths: RunPaths, config: Config) -> tuple[str, ...]:
     taken = RunPaths.of(config)
+    if paths == taken:
+        return (f"new run in {paths.root}",)
     kind = "an earlier run, which stays as it is" if holds_run(taken) else "a run that is in progress"
     choices = "name=NAME starts a new run under another name"
     if checkpoints(taken):

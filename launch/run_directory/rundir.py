@@ -89,15 +89,23 @@ def is_over(paths: RunPaths) -> bool:
 def is_held(paths: RunPaths) -> bool | None:
     """True when a process of a launched run holds the directory; None without a lock file."""
     try:
-        lock = os.open(paths.root / _LOCK, os.O_RDONLY)
+        return is_locked(paths.root / _LOCK)
+    except OSError:  # the file system has no locks
+        return True
+
+
+def is_locked(file: Path) -> bool | None:
+    """True while a process holds the lock of this file; None if there is no such file. Raises OSError."""
+    try:
+        descriptor = os.open(file, os.O_RDONLY)
     except FileNotFoundError:
         return None
     try:
-        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:  # it is locked, or the file system has no locks
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
         return True
     finally:
-        os.close(lock)
+        os.close(descriptor)
     return False
 
 
@@ -122,11 +130,15 @@ def _has_steps(paths: RunPaths) -> bool:
 
 def is_trained(paths: RunPaths, *, num_steps: int) -> bool:
     """True when the run ended with all of its steps trained, saved and summarized."""
+    return is_summarized(paths) and max(checkpoints(paths), default=0) >= num_steps
+
+
+def is_summarized(paths: RunPaths) -> bool:
+    """True when a summary says that the run, or the evaluation, is finished."""
     try:
-        finished = bool(json.loads(paths.summary.read_text())["finished"])
+        return bool(json.loads(paths.summary.read_text())["finished"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return False
-    return finished and max(checkpoints(paths), default=0) >= num_steps
 
 
 def checkpoints(paths: RunPaths) -> list[int]:

@@ -1,4 +1,4 @@
-"""Which samples are shown, and the tokenizer that makes text of their tokens."""
+"""Which samples of a run are shown, and their text from the run's tokenizer."""
 
 from __future__ import annotations
 
@@ -10,16 +10,42 @@ from areal_like.errors import ConfigError, first_line
 from areal_like.paths import RunPaths, find_checkpoints, model_path
 from areal_like.runtime.command_line import load_config
 from areal_like.runtime.imports import torch_hidden, uncollected
-from launch.samples.reading import Row
-from launch.samples.transcripts import Decode
+from launch.samples.reading import LocatedRow, RunLedgers, Selection
+from launch.samples.transcripts import Decode, Transcript, transcript
 
 NUM_AT_ENDS = 3
 """Worst and best samples that are shown unless others are asked for."""
 
 
+def transcripts(
+    root: Path,
+    selection: Selection,
+    *,
+    worst: int | None = None,
+    best: int | None = None,
+    limit: int | None = None,
+) -> tuple[list[LocatedRow], list[Transcript]]:
+    """(all rows of a selection, the samples of those that `choose` takes).
+
+    Raises ConfigError without any or without a tokenizer, StoreCorruptError for a damaged record.
+    """
+    ledgers = RunLedgers(root)
+    rows = ledgers.find(selection)
+    is_ticket = selection.ticket is not None
+    chosen = choose(rows, worst=worst, best=best, limit=limit, is_ticket=is_ticket)
+    records = [ledgers.read(row) for row in chosen]
+    has_text = any(not isinstance(record, str) for record in records)
+    decode = _decoder(root) if has_text else _no_text
+    steps = ledgers.version_steps()
+    return rows, [
+        transcript(row, record, decode=decode, version_steps=steps)
+        for row, record in zip(chosen, records, strict=True)
+    ]
+
+
 def choose(
-    rows: Sequence[Row], *, worst: int | None, best: int | None, limit: int | None, is_ticket: bool
-) -> list[Row]:
+    rows: Sequence[LocatedRow], *, worst: int | None, best: int | None, limit: int | None, is_ticket: bool
+) -> list[LocatedRow]:
     """The rows to show, each once: the worst, worst first, then the best, best first.
 
     Among equals those of different groups come first. With `limit` alone, and of a ticket, the rows keep
@@ -29,13 +55,13 @@ def choose(
         if is_ticket or limit is not None:
             return list(rows[:limit])
         worst = best = NUM_AT_ENDS
-    low = sorted(rows, key=lambda row: (row.reward, row.sample_index, row.order))[: worst or 0]
+    low = sorted(rows, key=lambda row: (row.reward, row.sample, row.order))[: worst or 0]
     others = [row for row in rows if row not in low]
-    high = sorted(others, key=lambda row: (-row.reward, row.sample_index, row.order))[: best or 0]
+    high = sorted(others, key=lambda row: (-row.reward, row.sample, row.order))[: best or 0]
     return [*low, *high][:limit]
 
 
-def decoder(root: Path) -> Decode:
+def _decoder(root: Path) -> Decode:
     """Decodes tokens with the run's tokenizer. Raises ConfigError if it cannot be loaded."""
     source = _tokenizer_source(load_config(["--config", str(RunPaths(root).config)]), root)
     with torch_hidden(), uncollected():
@@ -65,6 +91,6 @@ def _tokenizer_source(config: Config, root: Path) -> str:
     return str(built) if (built / "tokenizer.json").exists() else model_path(config)
 
 
-def no_text(tokens: Sequence[int]) -> str:
+def _no_text(tokens: Sequence[int]) -> str:
     """The decoder where no sample has a record."""
     raise AssertionError("there is no record to decode")

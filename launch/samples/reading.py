@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,9 @@ from typing import Any
 from areal_like.errors import ConfigError, StoreCorruptError
 from areal_like.paths import RunPaths
 from areal_like.wire.records import Record, RecordLocation, read_record
+from launch.run_files import LEDGER_FILE, open_ledger
 
-_ADDED_COLUMNS = {"eval_set": "'eval'", "truncated": "0", "failure": "''"}
+_ADDED_COLUMNS = {"eval_set": "'eval'", "failure": "''"}
 """Columns of newer ledgers, and their values in older ones."""
 
 
@@ -26,27 +27,34 @@ _ADDED_COLUMNS = {"eval_set": "'eval'", "truncated": "0", "failure": "''"}
 class Row:
     """One sample as the ledger's rows state it, with its ticket's columns."""
 
-    directory: Path
-    """Of its ledger."""
-    order: tuple[int, ...]
-    """Position of its group in the step (over all shards), ticket, sample."""
-    ticket_id: int
-    sample_index: int
-    purpose: str
+    ticket: int
+    sample: int
+    prompt_index: int
+    eval_set: str
+    """Empty for a sample of training."""
+    step: int | None
+    """The optimizer step in which it is trained on; of an evaluation the step of the weights."""
     state: str
     reason: str
     """Why its ticket was dropped; empty if it was not."""
-    step: int | None
-    """The optimizer step in which it is trained on; of an evaluation the step of the weights."""
-    prompt_index: int
-    eval_set: str
     is_greedy: bool
+    reward: float
+    num_sampled: int
     oldest_version: int
     newest_version: int
-    num_sampled: int
-    reward: float
     failure: str
     """Why it failed and counts with reward 0; empty if it did not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocatedRow(Row):
+    """A row, and where it is."""
+
+    purpose: str
+    directory: Path
+    """The ledger's directory."""
+    order: tuple[int, ...]
+    """Position of its group in the step (over all shards), ticket, sample."""
     location: RecordLocation
 
 
@@ -76,7 +84,7 @@ class RunLedgers:
                 else f"{root} has no ledger yet: no sample has been recorded"
             )
 
-    def find(self, selection: Selection) -> list[Row]:
+    def find(self, selection: Selection) -> list[LocatedRow]:
         """The rows of the wanted samples, in the order of the step. Raises ConfigError if there are none."""
         if selection.ticket is not None:
             rows = self._query("ticket_id = ?", [selection.ticket])
@@ -95,16 +103,14 @@ class RunLedgers:
         (directory, *_) = self._directories  # all shards know all versions
         return {0: 0} | dict(self._execute(directory, "SELECT version, step FROM versions", []))
 
-    def read(self, row: Row) -> Record | str:
+    def read(self, row: LocatedRow) -> Record | str:
         """The record of a sample, or the reason why there is none: it was deleted.
 
         Raises StoreCorruptError for a record that should be there.
         """
         for is_last in (False, True):
             try:
-                return read_record(
-                    row.directory, row.location, ticket_id=row.ticket_id, sample_index=row.sample_index
-                )
+                return read_record(row.directory, row.location, ticket_id=row.ticket, sample_index=row.sample)
             except StoreCorruptError:
                 # A running buffer deletes files after the rows that need them are marked.
                 if self._is_released(row):
@@ -119,7 +125,7 @@ class RunLedgers:
                     raise
         raise AssertionError("the loop returns or raises")
 
-    def _find_evaluated(self, set_name: str, step: int | None) -> list[Row]:
+    def _find_evaluated(self, set_name: str, step: int | None) -> list[LocatedRow]:
         """One evaluation: not those that were cancelled, or that an earlier trainer has made of a step to
         which the run has returned, if there is another."""
         where = "purpose = 'eval' AND state = 'evaluated'"
@@ -143,9 +149,9 @@ class RunLedgers:
             return self._nothing(f"the set {set_name} has no samples of step {wanted}, {has}")
         firsts = [first for first, _, _ in rounds]
         ranks = [(False, -1), *(rank for _, _, rank in rounds)]
-        rank_of = {row.ticket_id: ranks[bisect.bisect(firsts, row.ticket_id)] for row in rows}
+        rank_of = {row.ticket: ranks[bisect.bisect(firsts, row.ticket)] for row in rows}
         best = max(rank_of.values())
-        return [row for row in rows if rank_of[row.ticket_id] == best]
+        return [row for row in rows if rank_of[row.ticket] == best]
 
     def _rounds(self, set_name: str) -> list[tuple[int, int, tuple[bool, int]]]:
         """(first ticket, step, rank) of the set's evaluations by first ticket; a larger rank is preferred.
@@ -163,34 +169,27 @@ class RunLedgers:
 
     def _newest_step(self) -> int | None:
         """The newest step that the trainer has completed; else the newest with a group."""
-        places = "FROM tickets WHERE step IS NOT NULL AND state IN ('batched', 'trained')"
-        done: list[int] = []
-        newest: list[int] = []
-        for directory in self._directories:
-            completed = "coalesce((SELECT value FROM marks WHERE name = 'trainer_step'), 0)"
-            for query, found in (
-                (f"SELECT max(step) {places} AND step < {completed}", done),
-                (f"SELECT max(step) {places}", newest),
-            ):
-                ((step,),) = self._execute(directory, query, [])
-                found += [] if step is None else [step]
-        return max(done or newest, default=None)
+        newest = "SELECT max(step) FROM tickets WHERE step IS NOT NULL AND state IN ('batched', 'trained')"
+        completed = "coalesce((SELECT value FROM marks WHERE name = 'trainer_step'), 0)"
+        for query in (f"{newest} AND step < {completed}", newest):
+            if steps := [step for (step,) in self._all(query) if step is not None]:
+                return max(steps)
+        return None
 
-    def _query(self, where: str, values: Sequence[Any]) -> list[Row]:
-        rows = [
-            _row(directory, shard, columns)
-            for shard, directory in enumerate(self._directories)
-            for columns in self._execute(
-                directory,
-                "SELECT position, ticket_id, sample_index, purpose, state, reason, prompt_index, "
-                "num_samples, num_greedy, oldest_version, newest_version, num_sampled, reward, "
+    def _query(self, where: str, values: Sequence[Any]) -> list[LocatedRow]:
+        rows = []
+        for shard, directory in enumerate(self._directories):
+            added = {name: self._column(directory, name) for name in _ADDED_COLUMNS}
+            query = (
+                "SELECT ticket_id AS ticket, sample_index AS sample, prompt_index, state, purpose, reward, "
+                "num_sampled, oldest_version, newest_version, coalesce(reason, '') AS why, "
+                f"iif(purpose = 'eval', {added['eval_set']}, '') AS set_name, {added['failure']} AS failed, "
                 "iif(purpose = 'eval', eval_id, step) AS wanted_step, "
-                + ", ".join(f"{self._column(directory, name)} AS {name}" for name in _ADDED_COLUMNS)
-                + ", segment, offset, num_bytes, crc32 "
-                f"FROM tickets CROSS JOIN samples USING (ticket_id) WHERE {where}",
-                values,
+                "sample_index >= num_samples - num_greedy AS greedy, coalesce(position, -1) AS at, "
+                "segment, offset, num_bytes, crc32 "
+                f"FROM tickets CROSS JOIN samples USING (ticket_id) WHERE {where}"
             )
-        ]
+            rows += [_row(directory, shard, dict(row)) for row in self._execute(directory, query, values)]
         return sorted(rows, key=lambda row: row.order)
 
     def _column(self, directory: Path, name: str) -> str:
@@ -203,61 +202,48 @@ class RunLedgers:
 
     def _range(self, column: str, where: str) -> str:
         """Where there are samples, for a message."""
-        ends = [
-            end
-            for directory in self._directories
-            for ends in self._execute(
-                directory, f"SELECT min({column}), max({column}) FROM tickets WHERE {where}", []
-            )
-            for end in ends
-            if end is not None
-        ]
+        found = self._all(f"SELECT min({column}), max({column}) FROM tickets WHERE {where}")
+        ends = [end for row in found for end in row if end is not None]
         return f"the run has steps {min(ends)} to {max(ends)}" if ends else "the run has none yet"
 
-    def _is_released(self, row: Row) -> bool:
+    def _is_released(self, row: LocatedRow) -> bool:
         ((is_gone,),) = self._execute(
             row.directory,
             "SELECT released = 1 OR state = 'dropped' "
             "OR (SELECT count(*) FROM segments WHERE segment = ?) = 0 FROM tickets WHERE ticket_id = ?",
-            [row.location.segment, row.ticket_id],
+            [row.location.segment, row.ticket],
         )
         return bool(is_gone)
 
+    def _all(self, query: str) -> list[Any]:
+        """The rows of all ledgers."""
+        return [row for directory in self._directories for row in self._execute(directory, query, [])]
+
     def _execute(self, directory: Path, query: str, values: Sequence[Any]) -> list[Any]:
-        path = directory / "ledger.sqlite3"
         try:
-            with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=10)) as connection:
-                connection.row_factory = sqlite3.Row if "AS wanted_step" in query else None
+            with closing(open_ledger(directory)) as connection:
+                connection.row_factory = sqlite3.Row
                 return connection.execute(query, values).fetchall()
         except sqlite3.DatabaseError as error:
+            path = directory / LEDGER_FILE
             raise StoreCorruptError(
                 f"{path} cannot be read ({error}); it is damaged, or was written by another release"
             ) from None
 
-    def _nothing(self, text: str) -> list[Row]:
+    def _nothing(self, text: str) -> list[LocatedRow]:
         raise ConfigError(f"{self._root}: {text}")
 
 
-def _row(directory: Path, shard: int, columns: Mapping[str, Any]) -> Row:
-    position = -1 if columns["position"] is None else columns["position"]
-    return Row(
+def _row(directory: Path, shard: int, columns: dict[str, Any]) -> LocatedRow:
+    location = RecordLocation(*(columns.pop(name) for name in ("segment", "offset", "num_bytes", "crc32")))
+    return LocatedRow(
         directory=directory,
-        order=(position, shard, columns["ticket_id"], columns["sample_index"]),
-        ticket_id=columns["ticket_id"],
-        sample_index=columns["sample_index"],
-        purpose=columns["purpose"],
-        state=columns["state"],
-        reason=columns["reason"] or "",
-        step=columns["wanted_step"],
-        prompt_index=columns["prompt_index"],
-        eval_set=columns["eval_set"] if columns["purpose"] == "eval" else "",
-        is_greedy=columns["sample_index"] >= columns["num_samples"] - columns["num_greedy"],
-        oldest_version=columns["oldest_version"],
-        newest_version=columns["newest_version"],
-        num_sampled=columns["num_sampled"],
-        reward=columns["reward"],
-        failure=columns["failure"],
-        location=RecordLocation(
-            columns["segment"], columns["offset"], columns["num_bytes"], columns["crc32"]
-        ),
+        order=(columns.pop("at"), shard, columns["ticket"], columns["sample"]),
+        location=location,
+        step=columns.pop("wanted_step"),
+        reason=columns.pop("why"),
+        eval_set=columns.pop("set_name"),
+        failure=columns.pop("failed"),
+        is_greedy=bool(columns.pop("greedy")),
+        **columns,
     )

@@ -14,7 +14,7 @@ from areal_like.terminal_text import harmless, harmless_name
 from launch.samples.transcripts import Part, Transcript, Turn
 
 _SHOWN_CHARS = 2000
-"""Of one part, unless everything is asked for: half from its beginning, half from its end."""
+"""Longest part that is shown whole without `--full`; of a longer one both ends."""
 
 
 def lines_of(sample: Transcript, *, shows_all: bool) -> Iterator[Text]:
@@ -87,12 +87,8 @@ def _turn(index: int, turn: Turn) -> str:
 
 
 def _part(part: Part, *, shows_all: bool) -> Iterator[Text]:
-    text = part.text
-    num_left_out = len(text) - _SHOWN_CHARS
-    if num_left_out > 0 and not shows_all:
-        half = _SHOWN_CHARS // 2
-        gap = f"[... {num_left_out:,} characters are left out: --full shows them ...]"
-        text = f"{text[:half]}\n{gap}\n{text[-half:]}"
+    note = " are left out: --full shows them"
+    text = part.text if shows_all else part.shortened(_SHOWN_CHARS, note=note)
     mark, style = (">", "cyan") if part.is_sampled else ("|", "")
     for line in harmless(text).split("\n"):
         yield Text(f"  {mark} {line}", style=style)

@@ -7,7 +7,7 @@ and a part never contains tokens of another. A character whose bytes are in two 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from areal_like.trajectory import Trajectory
 from areal_like.wire.records import Record
-from launch.samples.reading import Row
+from launch.samples.reading import LocatedRow, Row
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -29,6 +29,14 @@ class Part:
     text: str
     num_tokens: int
 
+    def shortened(self, num_chars: int, *, note: str) -> str:
+        """The text, or `num_chars` of it, half from each end. `note`: what to say of those left out."""
+        left_out = len(self.text) - num_chars
+        if left_out <= 0:
+            return self.text
+        half = num_chars // 2
+        return f"{self.text[:half]}\n[... {left_out:,} characters{note} ...]\n{self.text[-half:]}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
@@ -38,30 +46,16 @@ class Turn:
     oldest_version: int
     newest_version: int
     lag: int | None
-    """Of its oldest token, in optimizer steps; None for an evaluation, and where the version is unknown."""
+    """Lag of its oldest token, in optimizer steps; None for an evaluation, or if the version is unknown."""
     reward: float | None
     """None for a sample of one turn, whose reward is the sample's."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Transcript:
+class Transcript(Row):
     """One sample. Without its record only what the ledger's row has, and `missing`."""
 
-    ticket: int
-    sample: int
-    prompt_index: int
-    eval_set: str
-    """Empty for a sample of training."""
-    step: int | None
-    state: str
-    reason: str
-    is_greedy: bool
-    reward: float
-    num_sampled: int
-    oldest_version: int
-    newest_version: int
     lag: int | None
-    failure: str
     missing: str = ""
     """Why there is no text."""
     num_tokens: int = 0
@@ -80,7 +74,7 @@ class Transcript:
 
 
 def transcript(
-    row: Row, record: Record | str, *, decode: Decode, version_steps: Mapping[int, int]
+    row: LocatedRow, record: Record | str, *, decode: Decode, version_steps: Mapping[int, int]
 ) -> Transcript:
     """The sample of a row. `record`: the reason as text if there is none."""
 
@@ -90,22 +84,8 @@ def transcript(
             return None
         return row.step - version_steps[version]
 
-    from_row: dict[str, Any] = {
-        "ticket": row.ticket_id,
-        "sample": row.sample_index,
-        "prompt_index": row.prompt_index,
-        "eval_set": row.eval_set,
-        "step": row.step,
-        "state": row.state,
-        "reason": row.reason,
-        "is_greedy": row.is_greedy,
-        "reward": row.reward,
-        "num_sampled": row.num_sampled,
-        "oldest_version": row.oldest_version,
-        "newest_version": row.newest_version,
-        "lag": lag(row.oldest_version),
-        "failure": row.failure,
-    }
+    from_row: dict[str, Any] = {one.name: getattr(row, one.name) for one in fields(Row)}
+    from_row["lag"] = lag(row.oldest_version)
     if isinstance(record, str):
         return Transcript(**from_row, missing=record)
     trajectory = record.trajectory()

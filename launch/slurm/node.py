@@ -16,9 +16,9 @@ from areal_like.config import Config
 from areal_like.errors import ConfigError
 from areal_like.hosts import is_loopback
 from areal_like.paths import RunPaths
-from launch.nodes.start import ROLES, Place, address_of_interface, exit_code_of, open_run, start
-from launch.slurm.scheduler import end_job, jobs_in_queue, node_address
-from launch.slurm.script import job_name
+from launch.nodes.start import ROLES, Place, address_of_interface, exit_code_of, read_run, start
+from launch.slurm.jobs import jobs_of
+from launch.slurm.scheduler import end_job, node_address
 
 
 def main(argv: Sequence[str]) -> int:
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     verb, run = argv
 
     def body() -> None:
-        paths, config = open_run(run)
+        paths, config = read_run(run)
         if verb == "end":
             end_others(config, paths, own=int(os.environ["SLURM_JOB_ID"]))
         elif verb == "address":
@@ -87,7 +87,7 @@ def own_address(environment: Mapping[str, str]) -> str:
 
 def end_others(config: Config, paths: RunPaths, *, own: int) -> None:
     """Drains or cancels the other jobs of the run, so that no allocation is held for nothing."""
-    for job in jobs_in_queue(paths.root, [job_name(config, role) for role in ROLES]):
+    for job in jobs_of(config, paths, *ROLES):
         if job.job_id != own:
             sys.stdout.write(f"job {job.job_id} ({job.name}) ends too\n")
             end_job(job)

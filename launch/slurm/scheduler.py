@@ -1,4 +1,4 @@
-"""Slurm's commands, of which every call has a time limit."""
+"""Slurm's commands, each called with a time limit."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Job:
 def run_command(*words: str) -> str:
     """The output of a command of Slurm.
 
-    Raises ConfigError if it is not installed or refuses, ArealError if it does not answer.
+    Raises ConfigError if it is not installed or refuses, ArealError if it does not respond.
     """
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
@@ -40,7 +40,7 @@ def run_command(*words: str) -> str:
             f"{words[0]} is not installed here: run this command on a node of the Slurm cluster"
         ) from None
     except subprocess.TimeoutExpired:
-        raise ArealError(f"{words[0]} has not answered for {_TIMEOUT_S:.0f} s: is slurmctld up?") from None
+        raise ArealError(f"{words[0]} has not responded for {_TIMEOUT_S:.0f} s: is slurmctld up?") from None
     if done.returncode:
         reason = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
         raise ConfigError(f"{words[0]} refused: {reason}")
@@ -49,10 +49,10 @@ def run_command(*words: str) -> str:
 
 def submit(script: Path, *options: str) -> int:
     """Submits a batch script; returns the number of the job. Raises as `run_command`."""
-    answer = run_command("sbatch", "--parsable", *options, str(script)).strip()
-    number = answer.partition(";")[0]  # the name of the cluster may follow
+    printed = run_command("sbatch", "--parsable", *options, str(script)).strip()
+    number = printed.partition(";")[0]  # the name of the cluster may follow
     if not number.isdecimal():
-        raise ArealError(f"sbatch has answered {answer!r}, which is no number of a job")
+        raise ArealError(f"sbatch has printed {printed!r}, which is not the number of a job")
     return int(number)
 
 
@@ -74,7 +74,7 @@ def jobs_in_queue(root: Path, names: Sequence[str]) -> list[Job]:
 
 
 def end_job(job: Job) -> None:
-    """Drains a job that runs, and cancels one that waits. A job that has ended meanwhile is no error."""
+    """Drains a job that runs, and cancels one that waits. It is not an error if a job has ended meanwhile."""
     words = ("scancel", "--quiet", *([] if job.is_pending else ["--signal=TERM", "--batch"]))
     try:
         run_command(*words, str(job.job_id))

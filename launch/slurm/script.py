@@ -1,7 +1,6 @@
 """The batch scripts of a run: #SBATCH lines, variables, and the common part `launch/deploy/slurm/job.sh`.
 
-There is one script for each role, in `<run>/slurm/`. A rollout job is one server, so the pool grows and
-shrinks by jobs. Left out: job arrays, because a job of an array cannot be added later.
+There is one script for each role, in `<run>/slurm/`.
 """
 
 from __future__ import annotations
@@ -9,39 +8,25 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from areal_like.config import Config
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
+from launch.local_job.child import python_path
+from launch.nodes.settings import gpus_of
+from launch.nodes.start import ROLES
+from launch.slurm.options import SlurmOptions
 
 BODY = Path(__file__).resolve().parents[1] / "deploy" / "slurm" / "job.sh"
 _EARLY_S = 600
-"""A start that lasted longer is no failure in a row with the ones before."""
+"""After a start that lasted so long, earlier failures of a job no longer count."""
 _PLAIN = re.compile(r"[\w.,:;@%+=/\[\]~-]+", re.ASCII)
 """An option that sbatch reads as it is."""
 _MARGIN_S = 30
 """Between the end of the longest drain and the time limit."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What a user chooses for the jobs of a run."""
-
-    trainer_nodes: int = 1
-    partition: str = ""
-    time: str = ""
-    """Time limit of each job, as Slurm writes it; empty: the partition's."""
-    interface: str = ""
-    """Network interface whose address the daemons bind; empty: the node's address in Slurm."""
-    max_failures: int = 5
-    """Failures in a row after which a job is not requeued."""
-    arguments: tuple[str, ...] = ()
-    """More options of sbatch, for all jobs."""
-    role_arguments: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """And for those of a role."""
 
 
 def job_name(config: Config, role: str) -> str:
@@ -49,19 +34,25 @@ def job_name(config: Config, role: str) -> str:
     return f"areal-{config.name}-{role}"
 
 
-def scripts_of(paths: RunPaths) -> Path:
-    """Directory of the run's batch scripts."""
-    return paths.root / "slurm"
+def job_scripts(config: Config, options: SlurmOptions) -> dict[str, str]:
+    """The batch script of each role, with this interpreter and directory. Raises as `job_script`."""
+    return {
+        role: job_script(
+            config, role, options, python=sys.executable, python_path=python_path(), directory=Path.cwd()
+        )
+        for role in ROLES
+    }
 
 
 def job_script(
-    config: Config, role: str, options: Options, *, python: str, python_path: str, directory: Path
+    config: Config, role: str, options: SlurmOptions, *, python: str, python_path: str, directory: Path
 ) -> str:
     """The batch script of one role. `directory`: where relative paths in the configuration begin.
 
-    Raises ConfigError for control characters in an option or a path.
+    Raises ConfigError for a wrong option of sbatch, and for control characters in an option or a path.
     """
     paths = RunPaths.of(config)
+    gpus = gpus_of(config, role, trainer_nodes=options.trainer_nodes)
     sbatch = [
         f"--job-name={job_name(config, role)}",
         f"--comment={paths.root}",
@@ -73,9 +64,8 @@ def job_script(
         "--ntasks-per-node=1",
         *([f"--partition={options.partition}"] if options.partition else []),
         *([f"--time={options.time}"] if options.time else []),
-        *_gpus(config, role, options),
-        *options.arguments,
-        *options.role_arguments.get(role, ()),
+        *([f"--gpus-per-node={gpus}"] if gpus else []),
+        *options.words_of(role),
     ]
     variables = {
         "ROLE": role,
@@ -100,16 +90,6 @@ def job_script(
             BODY.read_text(),
         ]
     )
-
-
-def _gpus(config: Config, role: str, options: Options) -> list[str]:
-    """The GPUs of one node, where the role is on GPUs."""
-    if role == "trainer" and config.trainer.device != "cpu":
-        return [f"--gpus-per-node={config.trainer.world_size // options.trainer_nodes}"]
-    rollout = config.rollout
-    if role == "rollout" and rollout.engine_device != "cpu" and not rollout.sglang.url:
-        return [f"--gpus-per-node={rollout.gpus_per_engine}"]
-    return []
 
 
 def _check_printable(lines: Iterable[str]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from launch.trace.reading import Process, Span
 
 MAX_ROWS = 64
-"""Of one lane."""
+"""Most rows of one lane."""
 
 
 def events(processes: Sequence[Process], *, first_s: float, last_s: float) -> Iterator[dict[str, Any]]:
@@ -24,9 +24,7 @@ def events(processes: Sequence[Process], *, first_s: float, last_s: float) -> It
         return round(1e6 * (time_s - first_s), 1)
 
     for pid, process in enumerate(processes, start=1):
-        name = f"{process.daemon} ({process.host}, pid {process.pid})"
-        yield {"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "args": {"name": name}}
-        yield {"ph": "M", "name": "process_sort_index", "pid": pid, "tid": 0, "args": {"sort_index": pid}}
+        yield from _named("process", f"{process.daemon} ({process.host}, pid {process.pid})", pid=pid)
         lanes: dict[str, list[Span]] = defaultdict(list)
         for span in process.spans:
             if span.end_s >= first_s and span.start_s <= last_s:
@@ -37,14 +35,7 @@ def events(processes: Sequence[Process], *, first_s: float, last_s: float) -> It
             for number, row in enumerate(rows[:MAX_ROWS], start=1):
                 tid += 1
                 label = lane if len(rows) == 1 else f"{lane} {number}"
-                yield {"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": {"name": label}}
-                yield {
-                    "ph": "M",
-                    "name": "thread_sort_index",
-                    "pid": pid,
-                    "tid": tid,
-                    "args": {"sort_index": tid},
-                }
+                yield from _named("thread", label, pid=pid, tid=tid)
                 for span in row:
                     yield {
                         "ph": "X",
@@ -113,6 +104,12 @@ def window(
 
 def _is_in(step: Any, steps: tuple[int, int]) -> bool:
     return isinstance(step, int) and steps[0] <= step < steps[1]
+
+
+def _named(kind: str, name: str, *, pid: int, tid: int = 0) -> Iterator[dict[str, Any]]:
+    """The name of a process or a thread, and its place among them."""
+    for what, arguments in (("name", {"name": name}), ("sort_index", {"sort_index": tid or pid})):
+        yield {"ph": "M", "name": f"{kind}_{what}", "pid": pid, "tid": tid, "args": arguments}
 
 
 def _counter(pid: int, name: str, at: float, value: float) -> dict[str, Any]:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from launch.run_files import json_lines
+
 MAX_FILE_BYTES = 256 << 20
-"""Of a larger file the rest is left out."""
+"""How much of a file is read."""
 _MAX_TEXT = 200
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Span:
     """Something that lasted. Unix seconds of the first buffer's clock."""
 
@@ -30,7 +31,7 @@ class Span:
         return self.start_s + self.seconds
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Value:
     """A counter has this value from a time on."""
 
@@ -62,8 +63,10 @@ def read_processes(directory: Path) -> list[Process]:
     for daemon in daemons:
         current: dict[tuple[str, int], Process] = {}
         process = None
-        lines = [*_lines(directory / f"{daemon}.old.jsonl"), *_lines(directory / f"{daemon}.jsonl")]
-        for line in lines:
+        for line in itertools.chain(
+            json_lines(directory / f"{daemon}.old.jsonl", max_bytes=MAX_FILE_BYTES),
+            json_lines(directory / f"{daemon}.jsonl", max_bytes=MAX_FILE_BYTES),
+        ):
             match line:
                 case {"daemon": str(), "host": str(host), "pid": int(pid)}:
                     process = current.setdefault((host, pid), Process(daemon=daemon, host=host, pid=pid))
@@ -79,62 +82,23 @@ def read_processes(directory: Path) -> list[Process]:
                     dict(args),
                 ] if process:
                     if _is_usable(at, seconds) and seconds >= 0:
-                        process.spans.append(
-                            Span(
-                                start_s=float(at),
-                                seconds=float(seconds),
-                                lane=lane[:_MAX_TEXT],
-                                name=name[:_MAX_TEXT],
-                                arguments=args,
-                            )
-                        )
+                        lane, name = lane[:_MAX_TEXT], name[:_MAX_TEXT]
+                        process.spans.append(Span(float(at), float(seconds), lane, name, args))
                 case [float() | int() as at, str(name), float() | int() as value] if process:
                     if _is_usable(at, value):
-                        process.values.append(
-                            Value(at_s=float(at), name=name[:_MAX_TEXT], value=float(value))
-                        )
+                        process.values.append(Value(float(at), name[:_MAX_TEXT], float(value)))
         found += current.values()
     return [_on_one_clock(process) for process in found if process.spans or process.values]
 
 
 def _on_one_clock(process: Process) -> Process:
     offset = process.offset_s
-    process.spans = sorted(
-        (
-            Span(
-                start_s=one.start_s + offset,
-                seconds=one.seconds,
-                lane=one.lane,
-                name=one.name,
-                arguments=one.arguments,
-            )
-            for one in process.spans
-        ),
-        key=lambda one: one.start_s,
-    )
-    process.values = sorted(
-        (Value(at_s=one.at_s + offset, name=one.name, value=one.value) for one in process.values),
-        key=lambda one: one.at_s,
-    )
+    spans = [replace(one, start_s=one.start_s + offset) for one in process.spans]
+    values = [replace(one, at_s=one.at_s + offset) for one in process.values]
+    process.spans = sorted(spans, key=lambda one: one.start_s)
+    process.values = sorted(values, key=lambda one: one.at_s)
     return process
 
 
 def _is_usable(*numbers: float) -> bool:
     return all(abs(number) < 1e13 and math.isfinite(number) for number in numbers)
-
-
-def _lines(path: Path) -> Iterator[Any]:
-    try:
-        file = path.open(errors="replace")
-    except OSError:
-        return
-    with file:
-        num_bytes = 0
-        for line in file:
-            num_bytes += len(line)
-            if num_bytes > MAX_FILE_BYTES:
-                return
-            try:
-                yield json.loads(line)
-            except (ValueError, RecursionError):
-                continue

@@ -1,21 +1,54 @@
-"""The picture of a running job on a terminal: reward curve, lag histogram, rates, tickets, daemons."""
+"""The view on a terminal: reward curve, lag histogram, rates, tickets and daemons, redrawn in place."""
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from areal_like.config import Config
+from areal_like.terminal_text import harmless
+from launch.formatting import fixed, short
 from launch.observation.observer import Observation
-from launch.view.daemons import daemon_table, tickets_line
-from launch.view.formatting import fixed, rate
 from launch.view.plot import bar, curve
 from launch.view.speed import Eta, recent_mean, tokens_per_s_trained
+from launch.view.status import daemon_table, tickets_line
+
+
+class LiveView:
+    """A `View` that redraws the picture in place; notices scroll above it."""
+
+    def __init__(self, config: Config, console: Console, *, interval_s: float = 0.5) -> None:
+        self._config, self._console, self._interval_s = config, console, interval_s
+        self._due_s = 0.0
+        self._eta = Eta(num_steps=config.trainer.num_steps)
+        self._live = Live(console=console, auto_refresh=False, transient=False)
+        self._live.start()
+
+    def update(self, seen: Observation, *, phase: str, detail: str) -> None:
+        """Redraws once per `interval_s`; more often would take CPU time from the engine and the trainer."""
+        self._eta.see(seen.last_step)
+        now_s = time.monotonic()
+        if now_s < self._due_s:
+            return
+        self._due_s = now_s + self._interval_s
+        width = self._console.width
+        drawn = picture(seen, config=self._config, eta=self._eta, phase=phase, detail=detail, width=width)
+        self._live.update(drawn, refresh=True)
+
+    def notice(self, text: str) -> None:
+        """Prints one line above the picture."""
+        self._live.console.print(harmless(text), markup=False, highlight=False)
+
+    def close(self) -> None:
+        """Ends the redrawing; the last picture stays on the screen."""
+        self._live.stop()
 
 
 def picture(
@@ -93,15 +126,13 @@ def _lag_panel(seen: Observation, *, config: Config) -> Panel:
 def _rates(seen: Observation) -> Text:
     mfu = recent_mean(seen, "mfu")
     items = [
-        ("generated", f"{rate(seen.tokens_per_s_generated)} tok/s"),
-        ("trained", f"{rate(tokens_per_s_trained(seen))} tok/s"),
+        ("generated", f"{short(seen.tokens_per_s_generated)} tok/s"),
+        ("trained", f"{short(tokens_per_s_trained(seen))} tok/s"),
         ("MFU", "-" if mfu is None else f"{mfu:.0%}"),
         ("lag", fixed(recent_mean(seen, "lag_mean"))),
         ("ess", fixed(recent_mean(seen, "ess_ratio"))),
         ("loss", fixed(recent_mean(seen, "loss"), digits=4)),
         ("length", fixed(recent_mean(seen, "response_length_mean"), digits=1)),
     ]
-    # Omit missing values, which are formatted as `-`, and negative ones.
-    return Text("  ").join(
-        Text.assemble((f"{name} ", "dim"), value) for name, value in items if not value.startswith("-")
-    )
+    known = [(name, value) for name, value in items if value.split()[0] != "-"]  # `-`: a missing value
+    return Text("  ").join(Text.assemble((f"{name} ", "dim"), value) for name, value in known)

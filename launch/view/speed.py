@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections import deque
 
+from launch.formatting import duration
 from launch.observation.observer import Observation, find_table
-from launch.view.formatting import duration
 
 
 class Eta:

@@ -1,22 +1,26 @@
-"""The last output of `areal-like run`: the run's results, its files, and the command that continues it."""
+"""The last output of `areal-like run`, `sft` and `eval`: results, files, the command that continues a run."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from areal_like.config import Config
 from areal_like.config.evaluation import DEFAULT_SET
+from areal_like.paths import RunPaths
+from launch.formatting import duration, fixed, short
 from launch.run_directory.open_run import OpenRun
 from launch.run_directory.rundir import checkpoints
-from launch.view.formatting import duration, rate
+from launch.run_files import read_object
 
-ROWS = (
+Rows = Sequence[tuple[str, str, str]]
+"""(label, key of summary.json, format)"""
+ROWS: Rows = (
     ("optimizer steps", "steps", "{:,}"),
     ("reward, first 10% of steps", "reward_first", "{:.3f}"),
     ("reward, last 10% of steps", "reward_last", "{:.3f}"),
@@ -29,7 +33,20 @@ ROWS = (
     ("weights version", "weights_version", "{}"),
     ("trainer idle", "trainer_idle_fraction", "{:.1%}"),
 )
-"""(label, key of summary.json, format) of the whole run."""
+SFT_ROWS: Rows = (
+    ("optimizer steps", "steps", "{:,}"),
+    ("loss, first 10% of steps", "loss_first", "{:.4f}"),
+    ("loss, last 10% of steps", "loss_last", "{:.4f}"),
+    ("held-out loss, before", "eval_loss_before", "{:.4f}"),
+    ("held-out loss, after", "eval_loss_after", "{:.4f}"),
+    ("tokens read", "tokens_read", "{:,}"),
+    ("tokens learned from", "tokens_trained", "{:,}"),
+)
+_DATA_COUNTS = (
+    ("num_too_long", "left out (too long)"),
+    ("num_truncated", "cut at the limit"),
+    ("num_without_target", "left out (nothing to learn)"),
+)
 
 
 def show_summary(run: OpenRun, console: Console, *, since_unix_s: float) -> None:
@@ -38,35 +55,25 @@ def show_summary(run: OpenRun, console: Console, *, since_unix_s: float) -> None
     paths, config = run.paths, run.config
     summary: dict[str, Any] = {}
     if paths.summary.exists() and paths.summary.stat().st_mtime >= since_unix_s:
-        summary = json.loads(paths.summary.read_text())
+        summary = read_object(paths.summary)
         console.print(summary_table(summary, title=config.name))
-    files = [path for path in (paths.metrics, paths.checkpoints, paths.logs) if path.exists()]
-    names = (
-        ["summary.json"] * bool(summary)
-        + ["config.yaml"]
-        + [f"{path.name}{'/' if path.is_dir() else ''}" for path in files]
-    )
-    console.print(f"{paths.root}: {', '.join(names)}", markup=False, highlight=False, soft_wrap=True)
-    steps = checkpoints(paths)
-    num_steps = config.trainer.num_steps
+    _print(console, _files(paths, has_summary=bool(summary)))
+    steps, num_steps = checkpoints(paths), config.trainer.num_steps
     if steps and steps[-1] < num_steps:
-        line = f"stopped after step {steps[-1]} of {num_steps}; continue with: {resume_command(config)}"
-        console.print(line, markup=False, soft_wrap=True)
+        stopped = f"stopped after step {steps[-1]} of {num_steps}"
+        _print(console, f"{stopped}; continue with: {resume_command(config, verb='run')}")
 
 
 def summary_table(summary: dict[str, Any], *, title: str) -> Table:
     """A table of labels and values; values that the summary lacks are omitted."""
-    table = Table(title=title, show_header=False, title_justify="left")
-    for label, key, form in ROWS:
-        if isinstance(summary.get(key), (int, float)):
-            table.add_row(label, form.format(summary[key]))
+    table = _table(summary, ROWS, title=title)
     # These count from the last start of the trainer, and the rows above from the first one.
     since = f", since step {summary.get('resumed_from_step', 0)}" if summary.get("was_restarted") else ""
     if isinstance(idle := summary.get("generation_idle_fraction"), (int, float)):
         table.add_row(f"generation idle{since}", f"{idle:.1%}")
     if isinstance(seconds := summary.get("wall_seconds"), (int, float)):
         generated = summary.get("tokens_per_s_generated")
-        speed = f", {rate(generated)} generated tok/s" if generated is not None else ""
+        speed = f", {short(generated)} generated tok/s" if generated is not None else ""
         table.add_row(f"wall time{since}", f"{duration(seconds)}{speed}")
     for label, text in _evaluations(summary.get("evaluations") or {}):
         table.add_row(label, text)
@@ -87,6 +94,74 @@ def summary_table(summary: dict[str, Any], *, title: str) -> Table:
     return table
 
 
+def show_sft_summary(config: Config, console: Console) -> None:
+    """Prints a supervised run's results, its files, and how to go on; the last line is `model.path=PATH`."""
+    paths = RunPaths.of(config)
+    summary, facts = read_object(paths.summary), read_object(paths.rows)
+    table = _table(summary, SFT_ROWS, title=config.name)
+    if isinstance(seconds := summary.get("wall_seconds"), (int, float)):
+        table.add_row("wall time", duration(seconds))
+    for name, source in (("rows", "rows"), ("held-out rows", "eval_rows")):
+        if isinstance(counts := facts.get(source), dict):
+            notes = [f"{counts[key]:,} {what}" for key, what in _DATA_COUNTS if counts.get(key)]
+            table.add_row(name, ", ".join([f"{counts.get('num_rows', 0):,}", *notes]))
+    console.print(table)
+    _print(console, _files(paths, has_summary=True))
+    if not summary.get("finished"):
+        command = resume_command(config, verb="sft")
+        _print(console, f"stopped before its last step; continue with: {command}")
+    if "model" in summary:
+        _print(console, "train it with rewards: areal-like run, with")
+        _print(console, f"model.path={summary['model']}")
+
+
+def evaluation_table(sets: Mapping[str, Mapping[str, Any]], *, title: str) -> Table:
+    """A row for each set of the summary.json of an evaluation."""
+    table = Table(title=title, title_justify="left", box=SIMPLE)
+    for name in ("set", "prompts", "avg", "pass@k", "tokens", "time", ""):
+        table.add_column(name)
+    for name, row in sets.items():
+        if "avg" not in row:
+            table.add_row(name, "", "no result")
+            continue
+        passed = row["pass_at_k"].items() if row["num_samples"] > 1 else ()
+        table.add_row(
+            name,
+            f"{row['num_prompts']}{_times(row)}",
+            _average(row),
+            "  ".join(f"{k}: {share:.3f}" for k, share in passed),
+            f"{row['mean_tokens']:.1f}",
+            duration(row["seconds"]),
+            ", ".join(_notes(row)),
+        )
+    return table
+
+
+def resume_command(config: Config, *, verb: str) -> str:
+    """The shell command that resumes this run. `verb`: `run` or `sft`."""
+    runs_dir = "" if config.runs_dir == "runs" else f" runs_dir={config.runs_dir}"
+    settings = f"name={config.name} resume=latest{runs_dir}"
+    return f'make {verb} ARGS="{settings}"' if "MAKELEVEL" in os.environ else f"areal-like {verb} {settings}"
+
+
+def _table(summary: Mapping[str, Any], rows: Rows, *, title: str) -> Table:
+    table = Table(title=title, show_header=False, title_justify="left")
+    for label, key, form in rows:
+        if isinstance(summary.get(key), (int, float)):
+            table.add_row(label, form.format(summary[key]))
+    return table
+
+
+def _files(paths: RunPaths, *, has_summary: bool) -> str:
+    others = [path for path in (paths.metrics, paths.checkpoints, paths.logs) if path.exists()]
+    names = ["summary.json"] * has_summary + ["config.yaml", *(p.name + "/" * p.is_dir() for p in others)]
+    return f"{paths.root}: {', '.join(names)}"
+
+
+def _print(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 def _evaluations(sets: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """(label, numbers before and after) of each evaluation set, if there are several or one has details."""
     for name, rows in sets.items():
@@ -94,28 +169,26 @@ def _evaluations(sets: dict[str, Any]) -> Iterator[tuple[str, str]]:
         is_plain = name == DEFAULT_SET and after["num_samples"] == 1
         if len(sets) == 1 and is_plain and not after["num_failed"]:
             return  # the rows of the held-out reward say it
-        times = f" x {after['num_samples']}" if after["num_samples"] > 1 else ""
-        label = f"evaluation {name} ({after['num_prompts']}{times})"
         passed = [
             f"pass@{k} {before['pass_at_k'].get(k, 0.0):.3f} -> {share:.3f}"
             for k, share in after["pass_at_k"].items()
             if k != "1" or after["num_samples"] > 1
         ]
-        notes = [f"{after['truncated_fraction']:.0%} truncated"] if after["truncated_fraction"] else []
-        notes += [f"{after['num_failed']} failed"] if after["num_failed"] else []
-        yield label, ", ".join([f"{_interval(before)} -> {_interval(after)}", *passed, *notes])
+        label = f"evaluation {name} ({after['num_prompts']}{_times(after)})"
+        yield label, ", ".join([f"{_average(before)} -> {_average(after)}", *passed, *_notes(after)])
 
 
-def _interval(row: dict[str, Any]) -> str:
-    if row["avg"] is None:
-        return "?"
-    if row["ci_low"] is None or row["ci_high"] is None:
-        return f"{row['avg']:.3f}"
-    return f"{row['avg']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
+def _times(row: Mapping[str, Any]) -> str:
+    return f" x {row['num_samples']}" if row["num_samples"] > 1 else ""
 
 
-def resume_command(config: Config) -> str:
-    """The shell command that resumes this run."""
-    runs_dir = "" if config.runs_dir == "runs" else f" runs_dir={config.runs_dir}"
-    settings = f"name={config.name} resume=latest{runs_dir}"
-    return f'make run ARGS="{settings}"' if "MAKELEVEL" in os.environ else f"areal-like run {settings}"
+def _notes(row: Mapping[str, Any]) -> list[str]:
+    truncated = [f"{row['truncated_fraction']:.0%} truncated"] if row["truncated_fraction"] else []
+    return truncated + ([f"{row['num_failed']} failed"] if row["num_failed"] else [])
+
+
+def _average(row: Mapping[str, Any]) -> str:
+    interval = ""
+    if row["ci_low"] is not None and row["ci_high"] is not None:
+        interval = f" [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
+    return fixed(row["avg"], digits=3) + interval

@@ -1,9 +1,9 @@
 """The KV cache, with one dense row per running sequence, and the cache of prompts shared by a group.
 
 A row holds a whole sequence; there are no pages. A decode step reads rows 0..n-1 as one strided view, with no
-gather and no block table, and at the lengths of short RL answers pages would save little memory. The price is
-that `num_rows * context_length` tokens are allocated up front. A prefix is kept as a copy outside the rows,
-so that it outlives the sequence that computed it and can be copied into any number of rows.
+gather and no block table, and at the lengths of short RL completions pages would save little memory. The
+price is that `num_rows * context_length` tokens are allocated up front. A prefix is kept as a copy outside
+the rows, so that it outlives the sequence that computed it and can be copied into any number of rows.
 
 Shapes: L layers, S rows, H KV heads, T positions, D head size, B computed contexts, N rows decoded.
 """
@@ -58,7 +58,7 @@ class Extension:
     rows_B: Tensor
     """int64"""
     read_index_V: Tensor
-    """int64[V]: index of the tokens that are no padding among all B*T."""
+    """int64[V]: index of the tokens that are not padding among all B*T."""
     write_index_by_heads: dict[int, Tensor]
     """H -> int64[V*H]: index of each new key and value in a layer's cache viewed as [S*H*T, D]."""
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,27 +25,10 @@ from areal_like.trajectory import FinishReason
 from rollout_server.engine.cache import KVCache
 from rollout_server.engine.contexts import PREFILL_AHEAD_TOKENS, Contexts
 from rollout_server.engine.models.base import CausalModel, Weights
+from rollout_server.engine.options import EngineOptions
 from rollout_server.engine.rows import RowState
 from rollout_server.engine.sampling import Filters, rng_key, sample, uniforms
 from rollout_server.engine.scheduler import Finish, Scheduler, Sequence
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineOptions:
-    """Sizes of the engine."""
-
-    max_running: int
-    """Number of KV rows: sequences decoded at the same time."""
-    context_length: int
-    """Longest sequence, prompt and output, in tokens."""
-    max_prefill_tokens: int = 8192
-    """Most context tokens computed before one decode step."""
-    prefix_cache_tokens: int = 16384
-    """Tokens of prompts that the cache for groups may hold; 0 disables the cache."""
-    conversation_cache_tokens: int | None = None
-    """Tokens whose KV is kept for the next turns of conversations; 0: none; None: as many as the rows hold,
-    `max_running` * `context_length`. Memory is allocated as it is needed."""
-    random_seed: int = 0
 
 
 class EngineCore:
@@ -64,14 +46,14 @@ class EngineCore:
         self.begun: list[Sequence] = []
         """Sequences that got their first token in the last step."""
         self.scheduler = Scheduler(
-            num_rows=options.max_running, max_prefill_tokens=options.max_prefill_tokens
+            num_rows=options.max_running_requests, max_prefill_tokens=options.max_prefill_tokens
         )
         self._active_weights = weights
         self._shadow_weights: Weights | None = None
-        self._rows = RowState(num_rows=options.max_running, context_length=options.context_length)
+        self._rows = RowState(num_rows=options.max_running_requests, context_length=options.context_length)
         self._cache = KVCache(
             facts.kv_shapes,
-            num_rows=options.max_running,
+            num_rows=options.max_running_requests,
             context_length=options.context_length,
             dtype=facts.dtype,
             device=facts.device,
@@ -84,7 +66,7 @@ class EngineCore:
             max_prefill_tokens=options.max_prefill_tokens,
             prefix_cache_tokens=options.prefix_cache_tokens,
             conversation_cache_tokens=(
-                options.max_running * options.context_length if most_kept is None else most_kept
+                options.max_running_requests * options.context_length if most_kept is None else most_kept
             ),
         )
         self._weights_serial = itertools.count(1)
@@ -92,13 +74,9 @@ class EngineCore:
 
     # Requests
 
-    def submit(self, sequence: Sequence, *, index: int = 0) -> None:
-        """Puts a checked sequence in the queue.
-
-        `index`: number of the sample within its request; samples that share a `sampling_seed` need different
-        ones.
-        """
-        seed = sequence.params.sampling_seed
+    def submit(self, sequence: Sequence) -> None:
+        """Puts a checked sequence in the queue."""
+        seed, index = sequence.params.sampling_seed, sequence.sample_index
         if seed is None:
             # ~: a request whose sampling_seed equals the engine's seed must not draw the same numbers.
             seed, index = ~self.options.random_seed, next(self._sequence_index)

@@ -3,9 +3,9 @@
 The thread owns the EngineCore. All other code in the process reaches the core through `EngineLoop.call`, so
 the core needs no locks and a command never sees a half-done step. Output leaves the thread as immutable
 snapshots, because a running sequence changes with the next step. While steps take less than a few
-milliseconds, the outputs of several are passed on together: each time wakes the thread that answers, and both
-threads share Python's lock. The thread also measures time: *idle* is time with no runnable sequence (no
-sequence at all, or paused), *busy* is time inside steps.
+milliseconds, the outputs of several are passed on together: each time wakes the thread that writes responses,
+and both threads share Python's lock. The thread also measures time: *idle* is time with no runnable sequence
+(no sequence at all, or paused), *busy* is time inside steps.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ class EngineLoop:
                     self._run_commands()
                     self._step()
                 self._report()
-        # The outermost frame of the thread: an uncaught exception would leave all requests waiting for ever.
+        # The outermost frame of the thread: an uncaught exception would leave all requests waiting forever.
         except Exception as error:
             logger.exception("the engine failed")
             self._report()

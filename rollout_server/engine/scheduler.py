@@ -86,7 +86,11 @@ class Sequence:
     keeps_prefix: bool = False
     """True if a later request may continue this sequence (the next turn of a conversation)."""
     owner: Any = None
-    """The HTTP request's inbox. The engine only passes it along."""
+    """The HTTP request (OpenRequest). The engine only passes it along."""
+    sample_index: int = 0
+    """Among the samples of its prompt in the request, which share a seed."""
+    return_logprob: bool = False
+    """The response has log-probs."""
     status: Status = Status.WAITING
     row: int = -1
     """-1 while not RUNNING."""
@@ -126,8 +130,8 @@ class Scheduler:
         self.num_rows = num_rows
         self.max_prefill_tokens = max_prefill_tokens
         """Most context tokens to compute in one call of `admit`, so that a long queue does not stall the
-        running sequences. The first admitted sequence may exceed it, otherwise a long one would wait for
-        ever."""
+        running sequences. The first admitted sequence may exceed it, otherwise a long one would wait
+        forever."""
         self.paused = False
         self.waiting: deque[Sequence] = deque()
         self.rows: list[Sequence | None] = []

@@ -87,7 +87,7 @@ class Step:
     done: bool = False
     """True: the episode has ended."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """Named numbers that are no part of the reward; those of all turns are added up."""
+    """Named numbers that are not part of the reward; those of all turns are added up."""
 
 
 class Environment(ABC):

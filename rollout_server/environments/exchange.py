@@ -13,7 +13,7 @@ from typing import Any
 
 from areal_like.errors import EpisodeError
 from areal_like.trajectory import LARGEST_METRIC, LARGEST_REWARD, FinishReason
-from areal_like.wire.record_metadata import MAX_LABEL_CHARS
+from areal_like.wire.records import MAX_LABEL_CHARS
 from rollout_server.environments.base import Message, Reply, Step, ToolCall
 
 MAX_ANSWER_BYTES = 4 << 20

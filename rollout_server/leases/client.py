@@ -15,6 +15,7 @@ import asyncio
 import dataclasses
 import itertools
 import logging
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -57,7 +58,7 @@ _EARLY_HEARTBEAT_S = 0.05
 """After this time, if it still lasts."""
 
 
-class BufferClient:
+class BufferClient(BufferConnection):
     """The connection to one buffer. Create it in its event loop; `run` registers and sends heartbeats."""
 
     def __init__(
@@ -83,20 +84,14 @@ class BufferClient:
         self._waits = waits
         self._on_leases = on_leases
         self._on_abort = on_abort
-        self._buffer = BufferConnection(
+        super().__init__(
             buffer_addresses(config)[shard.index],
             max_message_bytes=config.buffer.max_message_bytes,
-            on_message=self._on_message,
-            on_hello_required=self._wake,
-            on_fatal=self._end,
-            on_drain=on_drain,
-            on_finished=on_finished,
             keyring=keyring,
-            on_reopened=self._wake,
             look_up=buffer_lookup(config, shard.index),
         )
+        self._on_drain = on_drain
         self._on_finished = on_finished
-        self._loop = asyncio.get_running_loop()
         self._heartbeat_now = asyncio.Event()
         self._announced_samples = 0
         """`HeldLeases.capacity_samples` of the last heartbeat."""
@@ -105,22 +100,24 @@ class BufferClient:
         self._outbox: list[SampleResult] = []
         """Results delivered in this turn of the loop, sent together."""
         self._fatal: ArealError | None = None
+        self._has_left = False
+        """True from the goodbye on: no heartbeat may follow it."""
         self.state = ServerState.STARTING
         self.weights_version = 0
         self.stats: dict[str, float] = {}
         """Sent with every heartbeat."""
         self.newest_version = 0
-        """Newest weights version that the buffer has allocated, as of its last answer."""
-        self.num_refused: dict[str, int] = {}
+        """Newest weights version that the buffer has allocated, as of its last reply."""
+        self.num_refused: Counter[str] = Counter()
         """Samples that the buffer refused, by reason."""
 
     @property
     def problem(self) -> str:
         """The reason why the buffer cannot be used now; empty if it can."""
-        if not self._buffer.is_registered:
-            return f"not registered at the buffer ({self._buffer.address})"
-        if self._buffer.is_silent:
-            return f"the buffer ({self._buffer.address}) has been silent for {self._buffer.silent_s:.0f} s"
+        if not self.is_registered:
+            return f"not registered at the buffer ({self.address})"
+        if self.is_silent:
+            return f"the buffer ({self.address}) has been silent for {self.silent_s:.0f} s"
         return ""
 
     async def run(self) -> None:
@@ -129,11 +126,13 @@ class BufferClient:
         Raises RefusedError or ArealError when the buffer refuses this server or the job has failed.
         """
         while True:
-            if not self._buffer.is_registered or self._buffer.is_silent:
+            if self._has_left:  # the buffer would ask this server to register again
+                await asyncio.Event().wait()
+            if not self.is_registered or self.is_silent:
                 await self._register()
             self._send_heartbeat()
             # A buffer that is out of disk queues one reply per resend, so do not resend.
-            if not self._buffer.is_stuck:
+            if not self.is_stuck:
                 self._resend(older_than_s=_RESEND_AFTER_S)
             try:
                 async with asyncio.timeout(self._config.daemon.heartbeat_s):
@@ -186,12 +185,12 @@ class BufferClient:
         leases = self._held.drop_unfinished()
         if leases:
             self._flush()  # first, so that finished samples of these leases still count
-            self._buffer.send(ReturnLeases(leases=leases, reason=shortened(reason)))
+            self.send(ReturnLeases(leases=leases, reason=shortened(reason)))
         return leases
 
     async def leave(self) -> None:
         """Ends a drain: gives leases back, waits a short time for acknowledgements, sends goodbye."""
-        if not self._buffer.is_registered:
+        if not self.is_registered:
             return
         self.give_back(reason="draining")
         self._send_heartbeat()
@@ -199,21 +198,22 @@ class BufferClient:
             async with asyncio.timeout(_GOODBYE_TIMEOUT_S):
                 while self._held.num_unacknowledged:
                     await asyncio.sleep(0.02)
-            await self._buffer.call(Goodbye(stats=bounded_stats(self.stats)), timeout_s=_GOODBYE_TIMEOUT_S)
+            self._has_left = True
+            await self.call(Goodbye(stats=bounded_stats(self.stats)), timeout_s=_GOODBYE_TIMEOUT_S)
         except (TimeoutError, ArealError) as error:
             log.info("the buffer did not confirm the goodbye: %s", error)
 
     def close(self) -> None:
         """Closes the socket. Unacknowledged results are lost; their leases expire at the buffer."""
         self._outbox.clear()
-        self._buffer.close()
+        super().close()
 
     async def _register(self) -> None:
         for attempt in itertools.count(1):
             hello = dataclasses.replace(self._hello(), shard=self._shard.index, num_shards=self._shard.count)
             try:
                 with self._waits(f"{self._shard.name}: welcome"):
-                    welcome = await self._buffer.register(hello, timeout_s=_HELLO_TIMEOUT_S)
+                    welcome = await self.register(hello, timeout_s=_HELLO_TIMEOUT_S)
                 break
             except RunFinishedError:
                 self._on_finished()
@@ -223,8 +223,8 @@ class BufferClient:
                 if self._fatal is not None:
                     raise self._fatal from None
                 if attempt.bit_count() == 1:  # log attempts 1, 2, 4, 8, ...: a buffer may be down for days
-                    log.warning("no welcome from the buffer at %s yet", self._buffer.address)
-        log.info("registered at %s: job %s, step %d", self._buffer.address, welcome.job, welcome.step)
+                    log.warning("no welcome from the buffer at %s yet", self.address)
+        log.info("registered at %s: job %s, step %d", self.address, welcome.job, welcome.step)
         self.newest_version = max(self.newest_version, welcome.newest_version)
         self._outbox.clear()  # its results are also unacknowledged, so they are sent by the next line
         self._resend(older_than_s=0)
@@ -239,15 +239,15 @@ class BufferClient:
         samples = (result for result in results if isinstance(result, SampleDone))
         max_bytes = min(BATCH_BYTES, self._config.buffer.max_message_bytes // 2)
         for batch in Samples.batches(samples, max_bytes=max_bytes):
-            self._buffer.send(batch)
+            self.send(batch)
         for result in results:
             if isinstance(result, SampleFailed):
-                self._buffer.send(dataclasses.replace(result, error=shortened(result.error)))
+                self.send(dataclasses.replace(result, error=shortened(result.error)))
 
     def _send_heartbeat(self) -> None:
         self._flush()  # first: the credit counts samples in the outbox as sent
         self._announced_samples = self._held.capacity_samples
-        self._buffer.send(
+        self.send(
             ServerHeartbeat(
                 state=self.state,
                 free_samples=self._held.free_samples if self.state is ServerState.SERVING else 0,
@@ -259,7 +259,8 @@ class BufferClient:
             )
         )
 
-    def _on_message(self, message: Any) -> None:
+    def on_message(self, message: Any) -> None:
+        """Takes leases, acknowledgements and aborts."""
         match message:
             case SampleAcks():
                 self._acknowledge(message)
@@ -278,19 +279,36 @@ class BufferClient:
         for ack in message.acks:
             self._held.acknowledge(ack)
             if ack.refused:
-                num_refused = self.num_refused.get(ack.refused, 0)
-                self.num_refused[ack.refused] = num_refused + len(ack.sample_indices)
+                self.num_refused[ack.refused] += len(ack.sample_indices)
 
     def _take(self, leases: list[Lease]) -> None:
         if self.state is not ServerState.SERVING:  # granted before the buffer had received the new state
             lease_ids = [lease.lease_id for lease in leases]
-            self._buffer.send(ReturnLeases(leases=lease_ids, reason=self.state.value))
+            self.send(ReturnLeases(leases=lease_ids, reason=self.state.value))
             return
         self._on_leases([lease for lease in leases if self._held.grant(lease)])
 
-    def _end(self, error: ArealError) -> None:
+    def fatal(self, error: ArealError) -> None:
+        """Makes `run` raise."""
         self._fatal = self._fatal or error
         self._wake()
+
+    def hello_required(self) -> None:
+        """`run` registers again."""
+        self._wake()
+
+    def reopened(self) -> None:
+        """`run` registers again."""
+        super().reopened()
+        self._wake()
+
+    def drain(self) -> None:
+        """Tells the server."""
+        self._on_drain()
+
+    def finished(self) -> None:
+        """Tells the server."""
+        self._on_finished()
 
     def _wake(self) -> None:
         """Sends the next heartbeat (or registers) in the next turn of the loop."""

@@ -84,10 +84,8 @@ class ShardedBufferClient:
     @property
     def num_refused(self) -> dict[str, int]:
         """Samples that were refused, by reason."""
-        reasons = sorted({reason for client in self._clients for reason in client.num_refused})
-        return {
-            reason: sum(client.num_refused.get(reason, 0) for client in self._clients) for reason in reasons
-        }
+        total = sum((client.num_refused for client in self._clients), Counter[str]())
+        return dict(sorted(total.items()))
 
     @property
     def lease_ids(self) -> list[int]:

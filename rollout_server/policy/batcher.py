@@ -1,18 +1,18 @@
 """Sends generate requests that start in the same turn of the event loop as one streaming request.
 
 At some hundreds of samples per second on two cores, one HTTP request per sample would be the bottleneck. Each
-`generate` call still returns when its own sequence ends. An engine that answers in the packed form
-(packed_generate.py) gets its requests in it too, from the second on.
+`generate` call still returns when its own sequence ends. An engine that responds in the packed form
+(areal_like/http/streams.py) gets its requests in it too, from the second on.
 
-    sent in a batch -> answered
+    sent in a batch -> completed
                     -> the batch ends early (an error event, a refusal, a broken stream) -> sent alone, once
                     -> its time limit is over -> aborted: the partial tokens, finish reason TIMEOUT
-    sent alone      -> answered | fails
+    sent alone      -> completed | fails
 
-So a request that the engine cannot answer fails alone. SGLang ends the stream of a whole batch because of one
-prompt that is too long, and reports neither its index nor the other sequences, which go on without a reader:
-they are aborted. A request that is sent again has another id, because SGLang aborts those of a broken stream
-by their ids two seconds later.
+So a request that the engine cannot complete fails alone. SGLang ends the stream of a whole batch because of
+one prompt that is too long, and reports neither its index nor the other sequences, which go on without a
+reader: they are aborted. A request that is sent again has another id, because SGLang aborts those of a broken
+stream by their ids two seconds later.
 
 Stop texts are found here, in the chunks of a stream (stop_texts.py); the request is then aborted.
 
@@ -33,18 +33,17 @@ from typing import Any
 import aiohttp
 
 from areal_like.errors import EngineError, EngineTimeoutError
+from areal_like.http.streams import FRAMES, read_events, read_frames
 from areal_like.trajectory import FinishReason
-from rollout_server.packed_generate import MEDIA_TYPE
 from rollout_server.policy.http import EngineHttp, error_text
 from rollout_server.policy.stop_texts import StopTexts, StopWatch
 from rollout_server.policy.types import Generation, Sampling
 from rollout_server.policy.wire import (
+    checked,
     encode_request,
     is_last,
     output_tokens,
     parse_generation,
-    read_events,
-    read_frames,
     refusal,
 )
 
@@ -93,7 +92,7 @@ class GenerateBatcher:
         """`stream_interval`: sent with each request unless it is 0."""
         self._http = http
         self._is_packed = False
-        """True once the engine has answered in the packed form."""
+        """True once the engine has responded in the packed form."""
         self._streaming = {"stream_interval": stream_interval} if stream_interval else {}
         self.stop_texts = StopTexts()
         self._queued: list[_Pending] = []
@@ -119,7 +118,10 @@ class GenerateBatcher:
         cache_salt: str = "",
         on_first_token: Callable[[], None] | None = None,
     ) -> Generation:
-        """As EngineClient.generate; `cache_salt` and `on_first_token` as in SglangClient.generate."""
+        """One continuation of `input_ids`, from a batch with the other calls of this turn of the event loop.
+
+        See EngineClient.generate; `cache_salt` and `on_first_token`: see SglangClient.generate.
+        """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Generation] = loop.create_future()
         rid = rid or uuid.uuid4().hex
@@ -199,7 +201,7 @@ class GenerateBatcher:
         return task
 
     async def _stream(self, batch: list[_Pending]) -> None:
-        """Sends a batch until every call is answered, failed, or sent again alone."""
+        """Sends a batch until every call is completed, failed, or sent again alone."""
         error = EngineError("the client was closed")
         late: asyncio.Task[None] | None = None
         if any(pending.deadline_s < math.inf for pending in batch):
@@ -215,7 +217,7 @@ class GenerateBatcher:
             self._end(batch, error)
 
     async def _read(self, batch: list[_Pending]) -> EngineError:
-        """Passes the answers of a stream to their callers. Returns the error for those without an answer."""
+        """Passes the completions of a stream to their callers. Returns the error for those without one."""
         name = f"engine {self._http.base_url}"
         content, headers = encode_request(
             [pending.rid for pending in batch],
@@ -237,10 +239,10 @@ class GenerateBatcher:
                 if response.status != 200:
                     reason = await error_text(response)
                     return refusal(response.status, f"{name} refused /generate: {reason}")
-                self._is_packed = response.content_type == MEDIA_TYPE
+                self._is_packed = response.content_type == FRAMES
                 read = read_frames if self._is_packed else read_events
-                async for event in read(response.content):
-                    self._resolve(batch, event)
+                async for event in read(response.content.iter_any()):
+                    self._resolve(batch, checked(event))
         except EngineError as error:
             return type(error)(f"{name} refused a request: {error}")
         except (aiohttp.ClientError, ConnectionError, ValueError) as error:
@@ -248,7 +250,7 @@ class GenerateBatcher:
         return EngineError(f"{name} closed the stream before every sequence had ended")
 
     def _end(self, batch: list[_Pending], error: EngineError) -> None:
-        """Sends what a batch left unanswered again, each request alone, or fails it."""
+        """Sends what a batch left incomplete again, each request alone, or fails it."""
         left = [pending for pending in batch if not pending.future.done()]
         is_final = len(batch) == 1 or self._http.is_closed
         if is_final or not left:
@@ -304,7 +306,7 @@ class GenerateBatcher:
             pending.fail(error)
             return
         except (KeyError, TypeError, IndexError, AttributeError, ValueError, OverflowError) as error:
-            pending.fail(EngineError(f"malformed answer of the engine ({type(error).__name__}: {error})"))
+            pending.fail(EngineError(f"malformed response of the engine ({type(error).__name__}: {error})"))
             return
         if pending.stop_watch is not None:
             generation = pending.stop_watch.cut(generation)

@@ -17,6 +17,7 @@ from typing import Any
 from areal_like.errors import EngineError
 from areal_like.weights.buckets import Bucket
 from areal_like.weights.integrity import BucketSums
+from areal_like.wire.messages.weights import FormGroup
 from rollout_server.policy.batcher import GenerateBatcher
 from rollout_server.policy.http import EngineHttp
 from rollout_server.policy.types import (
@@ -122,10 +123,6 @@ class EngineClient:
         reports it."""
         return self
 
-    def renew_cache_salt(self) -> None:
-        """Call while the engine is paused, before its weights change, where prefixes are kept: later episodes
-        share none with earlier ones. Does nothing for an engine that keeps none."""
-
     async def score(self, tokens: Sequence[int], *, first: int) -> tuple[list[float], int]:
         """Log-probs, at temperature 1, of the tokens from index `first` (at least 1); and the version that
         gave them."""
@@ -137,8 +134,8 @@ class EngineClient:
         }
         if self.caches_prefixes:
             body["cache_salt"] = uuid.uuid4().hex  # nothing that was computed before may be used
-        answer = await self._http.call("POST", "/generate", body)
-        return parse_scores(answer, num_scored=len(tokens) - first)
+        response = await self._http.call("POST", "/generate", body)
+        return parse_scores(response, num_scored=len(tokens) - first)
 
     async def abort(self, rid: str | None = None) -> None:
         """Aborts one request, or all with `rid=None`; their generate() calls return the partial tokens.
@@ -164,35 +161,23 @@ class EngineClient:
 
     # Weights
 
-    async def init_weights_group(
-        self,
-        *,
-        master_address: str,
-        master_port: int,
-        rank_offset: int,
-        world_size: int,
-        group_name: str,
-        backend: str,
-        timeout_s: float,
-        secret: str = "",
-    ) -> None:
+    async def init_weights_group(self, form: FormGroup) -> None:
         """Joins a weight group, which rank 0 must do at the same time; returns once all have joined.
 
-        `secret`: key of the group's rendezvous, for an engine with `info.authenticates_store`.
+        `form.secret`: for an engine with `info.authenticates_store` only.
         """
         body = {
-            "master_address": master_address,
-            "master_port": master_port,
-            "rank_offset": rank_offset,
-            "world_size": world_size,
-            "group_name": group_name,
-            "backend": backend,
-            "timeout_s": timeout_s,
-            **({"secret": secret} if secret else {}),
+            "master_address": form.master_address,
+            "master_port": form.master_port,
+            "rank_offset": form.rank,
+            "world_size": form.world_size,
+            "group_name": form.group_name,
+            "backend": form.backend,
+            "timeout_s": form.timeout_s,
+            **({"secret": form.secret} if form.secret else {}),
         }
-        await self._http.call(
-            "POST", "/init_weights_update_group", body, timeout_s=timeout_s + self._connect_timeout_s
-        )
+        timeout_s = form.timeout_s + self._connect_timeout_s
+        await self._http.call("POST", "/init_weights_update_group", body, timeout_s=timeout_s)
 
     async def destroy_weights_group(self, *, group_name: str) -> None:
         """Leaves the group. Raises EngineError if the engine is not in it."""
@@ -228,69 +213,28 @@ class EngineClient:
             body["weight_version"] = str(weight_version)
         await self._load_weights("/update_weights_from_distributed", body, timeout_s=timeout_s)
 
-    async def receive_weights(
-        self, buckets: Sequence[Bucket], *, group_name: str, timeout_s: float, integrity: str = "none"
-    ) -> BucketSums:
-        """Embedded engine only: opens a session and receives all buckets of a push, in order, in one call.
-
-        Returns the sums of the buckets, with digests if `integrity` is `sha256`. `timeout_s` is enforced by
-        the engine, so that the error is the engine's own.
-        """
-        body = {
-            "buckets": [bucket.to_dict() for bucket in buckets],
-            "group_name": group_name,
-            "timeout_s": timeout_s,
-            "integrity": integrity,
-        }
-        answer = await self._http.call(
-            "POST", "/receive_weights", body, timeout_s=timeout_s + self._connect_timeout_s
-        )
-        return BucketSums(
-            checksums=[int(checksum) for checksum in answer.get("checksums", ())],
-            digests=[str(digest) for digest in answer.get("digests", ())],
-        )
-
     async def end_weight_update(
         self, *, weight_version: int | None = None, running: str = "recompute", timeout_s: float
     ) -> dict[str, Any]:
         """Embedded engine: verifies what the session received and activates it between two decode steps.
         SGLang: closes the session.
 
-        `running`: `recompute` or `keep` the KV cache of running sequences. Returns the engine's answer, which
-        contains `stall_s` if it is the embedded engine. Raises EngineError if the engine refused the update;
-        the embedded engine then still has its old weights.
+        `running`: `recompute` or `keep` the KV cache of running sequences. Returns the engine's response,
+        which contains `stall_s` if it is the embedded engine. Raises EngineError if the engine refused the
+        update; the embedded engine then still has its old weights.
         """
         body: dict[str, Any] = {"running": running}
         if weight_version is not None:
             body["weight_version"] = str(weight_version)
-        answer: dict[str, Any] = await self._http.call(
+        response: dict[str, Any] = await self._http.call(
             "POST", "/end_weight_update", body, timeout_s=timeout_s
         )
-        return answer
+        return response
 
     async def update_weights_from_disk(self, path: str, *, weight_version: int, timeout_s: float) -> None:
         """Loads a Hugging Face directory (safetensors) and activates it under `weight_version`."""
         body = {"model_path": path, "weight_version": str(weight_version)}
         await self._load_weights("/update_weights_from_disk", body, timeout_s=timeout_s)
-
-    async def set_weight_version(self, version: int) -> None:
-        """SGLang only: sets the version of the loaded weights, which later sampled tokens carry."""
-        body = {"new_version": str(version), "abort_all_requests": False}
-        await self._http.call("POST", "/update_weight_version", body)
-
-    async def weights_checksum(self, *, timeout_s: float) -> str:
-        """SGLang only: a digest of all parameters over all ranks of the engine; works while paused."""
-        body = {"action": "checksum"}
-        answer = await self._http.call("POST", "/weights_checker", body, timeout_s=timeout_s)
-        return str(answer["per_engine_checksum"])
-
-    async def synchronize(self, *, timeout_s: float) -> None:
-        """SGLang only: waits until its GPUs have done what the engine has begun, by a checksum of no tensor.
-
-        It answers a pause before its last batch is computed, and over NCCL a bucket before it has arrived.
-        """
-        body = {"action": "checksum", "skip_tensor_list": [""]}  # the empty text is a part of every name
-        await self._http.call("POST", "/weights_checker", body, timeout_s=timeout_s)
 
     async def flush_cache(self) -> None:
         """Drops cached prefixes."""
@@ -299,7 +243,7 @@ class EngineClient:
     # State
 
     async def health(self) -> bool:
-        """True if the engine answers and can generate."""
+        """True if the engine responds and can generate."""
         try:
             await self._http.call("GET", "/health", timeout_s=self._connect_timeout_s)
         except EngineError:
@@ -348,3 +292,29 @@ class EngineClient:
     async def fetch_info(self) -> None:
         """Fills `info` from the engine."""
         self.info = EngineInfo.from_server_info(await self.server_info())
+
+
+class EmbeddedClient(EngineClient):
+    """Asynchronous client of one embedded engine."""
+
+    async def receive_weights(
+        self, buckets: Sequence[Bucket], *, group_name: str, timeout_s: float, integrity: str = "none"
+    ) -> BucketSums:
+        """Opens a session and receives all buckets of a push, in order, in one call.
+
+        Returns the sums of the buckets, with digests if `integrity` is `sha256`. `timeout_s` is enforced by
+        the engine, so that the error is the engine's own.
+        """
+        body = {
+            "buckets": [bucket.to_dict() for bucket in buckets],
+            "group_name": group_name,
+            "timeout_s": timeout_s,
+            "integrity": integrity,
+        }
+        response = await self._http.call(
+            "POST", "/receive_weights", body, timeout_s=timeout_s + self._connect_timeout_s
+        )
+        return BucketSums(
+            checksums=[int(checksum) for checksum in response.get("checksums", ())],
+            digests=[str(digest) for digest in response.get("digests", ())],
+        )

@@ -25,7 +25,7 @@ _SHRINK = 0.9
 _STEPS = 64
 """Increases from nothing to the largest limit."""
 _GROW_EVERY_S = 5.0
-"""A new sample's KV grows with its answer, so the effect of an increase is seen late."""
+"""A new sample's KV grows with its completion, so the effect of an increase is seen late."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """HTTP requests to one engine: calls over one session; every failure is an EngineError.
 
-Answers are bounded, and redirections are not followed: they would take the key to another host.
+Responses are bounded, and redirections are not followed: they would take the key to another host.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from areal_like.errors import EngineError
 from rollout_server.policy.wire import MAX_ERROR_CHARS
 
 _KEEPALIVE_S = 2.0
-_MAX_ANSWER_BYTES = 64 << 20
+_MAX_RESPONSE_BYTES = 64 << 20
 
 
 class EngineHttp:
@@ -57,9 +57,9 @@ class EngineHttp:
     def session(self) -> aiohttp.ClientSession:
         """The session, opened on first use."""
         if self._session is None:
-            # limit=0 is no limit: each stream occupies a connection, and aborts and weight calls must never
-            # queue behind streams. Idle connections are closed before uvicorn closes them after 5 s: a POST
-            # on a connection that the server is closing would be lost, and is not retried.
+            # limit=0 means no limit: each stream occupies a connection, and aborts and weight calls must
+            # never queue behind streams. Idle connections are closed before uvicorn closes them after 5 s: a
+            # POST on a connection that the server is closing would be lost, and is not retried.
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S, ssl=self._tls),
                 headers=self._headers,
@@ -69,26 +69,26 @@ class EngineHttp:
     async def call(
         self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout_s: float | None = None
     ) -> Any:
-        """Makes one request; returns the decoded JSON answer, or {} if the answer is plain text.
+        """Makes one request; returns the decoded JSON, or {} if the response is plain text.
 
-        Raises EngineError as `fetch` does, and for an answer with `success: false`.
+        Raises EngineError as `fetch` does, and for a response with `success: false`.
         """
         content = await self.fetch(method, path, body, timeout_s=timeout_s)
         try:
-            answer = json.loads(content)
+            response = json.loads(content)
         except ValueError:
-            return {}  # SGLang's /health and /flush_cache answer in plain text
-        if isinstance(answer, dict) and answer.get("success") is False:
-            raise EngineError(f"engine {self.base_url}{path}: {answer.get('message', 'success: false')}")
-        return answer
+            return {}  # SGLang's /health and /flush_cache respond in plain text
+        if isinstance(response, dict) and response.get("success") is False:
+            raise EngineError(f"engine {self.base_url}{path}: {response.get('message', 'success: false')}")
+        return response
 
     async def fetch(
         self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout_s: float | None = None
     ) -> bytes:
-        """Makes one request; returns the body of the answer.
+        """Makes one request; returns the body of the response.
 
-        Raises EngineError if there is no answer within `timeout_s`, for a status other than 200, and for an
-        answer of more than 64 MiB.
+        Raises EngineError if it takes longer than `timeout_s`, for a status other than 200, and for a
+        response of more than 64 MiB.
         """
         total_s = self._control_timeout_s if timeout_s is None else timeout_s
         timeout = aiohttp.ClientTimeout(total=total_s, sock_connect=min(total_s, self.connect_timeout_s))
@@ -103,17 +103,17 @@ class EngineHttp:
                     raise EngineError(f"{name}: {await error_text(response)}")
                 return await _content(response)
         except TimeoutError:
-            raise EngineError(f"{name}: no answer within {total_s:g} s") from None
+            raise EngineError(f"{name}: no response within {total_s:g} s") from None
         except (aiohttp.ClientError, ConnectionError) as error:
             raise EngineError(f"{name}: {error or type(error).__name__}") from None
 
 
 async def error_text(response: aiohttp.ClientResponse) -> str:
-    """The message of an error answer. SGLang sends {"error": {"message"}}, {"message"} or plain text."""
+    """The message of an error. SGLang sends {"error": {"message"}}, {"message"} or plain text."""
     text = (await _content(response)).decode(errors="replace")
     try:
-        answer = json.loads(text)
-        inner = answer.get("error", answer) if isinstance(answer, dict) else answer
+        body = json.loads(text)
+        inner = body.get("error", body) if isinstance(body, dict) else body
         text = str(inner.get("message", inner) if isinstance(inner, dict) else inner)
     except ValueError:
         pass
@@ -121,10 +121,10 @@ async def error_text(response: aiohttp.ClientResponse) -> str:
 
 
 async def _content(response: aiohttp.ClientResponse) -> bytes:
-    """The body of an answer. Raises EngineError if it is too long."""
+    """The body of a response. Raises EngineError if it is too long."""
     content = bytearray()
     async for piece in response.content.iter_any():
         content += piece
-        if len(content) > _MAX_ANSWER_BYTES:
-            raise EngineError(f"{response.url}: the answer is longer than {_MAX_ANSWER_BYTES} bytes")
+        if len(content) > _MAX_RESPONSE_BYTES:
+            raise EngineError(f"{response.url}: the response is longer than {_MAX_RESPONSE_BYTES} bytes")
     return bytes(content)

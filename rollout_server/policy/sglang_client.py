@@ -1,4 +1,4 @@
-"""The client of an SGLang engine: EngineClient with five differences.
+"""The client of an SGLang engine: EngineClient with five differences, and the calls that only SGLang has.
 
 - A token id outside the vocabulary kills the whole SGLang server, so it is refused before it is sent.
 - `/health` generates a token and hangs while the engine is paused, so readiness is read from `/ready`.
@@ -25,7 +25,7 @@ from rollout_server.policy.types import EngineInfo, Generation, Sampling, Sampli
 
 STREAM_INTERVAL = 1 << 20
 """Tokens between two chunks of a sequence after its first one. A chunk repeats all tokens before it, so the
-bytes of a long answer grow with the square of its length unless the interval is long."""
+bytes of a long completion grow with the square of its length unless the interval is long."""
 _RETRACTIONS_EVERY_S = 2.0
 _RETRACTED = re.compile(rb"^sglang:num_retracted_requests_total\{[^\n]*\} (\S+)$", re.M)
 
@@ -60,11 +60,12 @@ class SglangClient(EngineClient):
         self._num_retractions, self._retractions_due_s = 0, 0.0
 
     def renew_cache_salt(self) -> None:
-        """As EngineClient.renew_cache_salt."""
+        """Call while the engine is paused, before its weights change: later episodes share no prefix with
+        earlier ones."""
         self.cache_salt = next(self._salts)
 
     def episode(self, *, on_first_token: Callable[[], None] | None = None) -> SamplingClient:
-        """As EngineClient.episode; all turns have the salt of the weights at the episode's first request."""
+        """A client whose turns all have the salt of the weights at the episode's first request."""
         return _Episode(self, on_first_token=on_first_token)
 
     async def generate(
@@ -77,7 +78,7 @@ class SglangClient(EngineClient):
         cache_salt: str = "",
         on_first_token: Callable[[], None] | None = None,
     ) -> Generation:
-        """As EngineClient.generate. Refuses ids outside the vocabulary, in the prompt and as stop tokens.
+        """Samples one continuation. Refuses ids outside the vocabulary, in the prompt and as stop tokens.
 
         `cache_salt`: only prefixes computed with the same salt are used; empty: the present one.
         `on_first_token` is called when the prompt is computed and another request can use its prefix; not if
@@ -101,19 +102,39 @@ class SglangClient(EngineClient):
         return generation
 
     async def score(self, tokens: Sequence[int], *, first: int) -> tuple[list[float], int]:
-        """As EngineClient.score. Refuses ids outside the vocabulary."""
+        """Log-probs of the tokens from `first` on, and their version. Refuses ids outside the vocabulary."""
         self._check_ids(tokens, EngineError, name="tokens")
         return await super().score(tokens, first=first)
 
+    async def set_weight_version(self, version: int) -> None:
+        """Sets the version of the loaded weights, which later sampled tokens carry."""
+        body = {"new_version": str(version), "abort_all_requests": False}
+        await self._http.call("POST", "/update_weight_version", body)
+
+    async def weights_checksum(self, *, timeout_s: float) -> str:
+        """A digest of all parameters over all ranks of the engine; works while paused."""
+        body = {"action": "checksum"}
+        response = await self._http.call("POST", "/weights_checker", body, timeout_s=timeout_s)
+        return str(response["per_engine_checksum"])
+
+    async def synchronize(self, *, timeout_s: float) -> None:
+        """Waits until the GPUs have done what the engine has begun, by a checksum of no tensor.
+
+        SGLang responds to a pause before its last batch is computed, and over NCCL to a bucket before it has
+        arrived.
+        """
+        body = {"action": "checksum", "skip_tensor_list": [""]}  # the empty text is a part of every name
+        await self._http.call("POST", "/weights_checker", body, timeout_s=timeout_s)
+
     async def fetch_info(self) -> None:
-        """As EngineClient.fetch_info; also finds out if the engine has a prefix cache.
+        """Fills `info`, and finds out if the engine has a prefix cache.
 
         SGLang loads weights in place and does not report its NCCL version.
         """
-        answer = await self.server_info()
-        info = EngineInfo.from_server_info(answer)
+        facts = await self.server_info()
+        info = EngineInfo.from_server_info(facts)
         self.info = replace(info, loads_in_place=True, nccl_version=info.nccl_version or self._nccl_version)
-        self.caches_prefixes = not answer.get("disable_radix_cache")
+        self.caches_prefixes = not facts.get("disable_radix_cache")
 
     def _check_ids(self, ids: Sequence[int], error: type[EngineError], *, name: str) -> None:
         outside = next((token for token in ids if not 0 <= token < self._vocab_size), None)
@@ -132,7 +153,7 @@ class SglangClient(EngineClient):
         """Sequences as the engine reports them; tokens and seconds as counted by this client."""
         queues = (await self._http.call("GET", "/v1/loads"))["loads"]
         self._count_running(0)
-        # Not `timestamp`, which changes also while the scheduler stands still. A sequence is streamed as one
+        # Not `timestamp`, which changes also while the scheduler is stalled. A sequence is streamed as one
         # chunk, so its tokens show only here: as KV entries in use, and as decode steps (`decode_moments`).
         self.progress = tuple(
             float(queue.get(key) or 0) for queue in queues for key in _PROGRESS_KEYS
@@ -151,7 +172,7 @@ class SglangClient(EngineClient):
 
     async def _retractions(self) -> int:
         """Sequences that the engine has retracted for lack of KV memory. Only its page of metrics has them:
-        `num_retractions` of an answer also counts those of a weight update, and comes at its end."""
+        `num_retractions` of a completion also counts those of a weight update, and comes at its end."""
         now_s = asyncio.get_running_loop().time()
         if now_s >= self._retractions_due_s:
             self._retractions_due_s = now_s + _RETRACTIONS_EVERY_S
@@ -185,7 +206,6 @@ class _Episode:
         rid: str | None = None,
         timeout_s: float = math.inf,
     ) -> Generation:
-        """As SglangClient.generate."""
         # Not before: the episode may have waited for its turn (GenerationGate) while weights were pushed.
         self._cache_salt = self._cache_salt or self._client.cache_salt
         return await self._client.generate(

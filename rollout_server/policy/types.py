@@ -94,7 +94,7 @@ class SamplingClient(Protocol):
         rid: str | None = None,
         timeout_s: float = math.inf,
     ) -> Generation:
-        """As EngineClient.generate."""
+        """Samples one continuation of `input_ids`; see EngineClient.generate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,17 +133,17 @@ def parse_weight_version(raw: Any) -> int:
         ) from None
 
 
-def parse_scores(answer: Any, *, num_scored: int) -> tuple[list[float], int]:
+def parse_scores(response: Any, *, num_scored: int) -> tuple[list[float], int]:
     """Log-probs of the last `num_scored` tokens of a prompt, and the weight version that gave them, from the
-    answer to a /generate without new tokens. Raises EngineError.
+    response to a /generate without new tokens. Raises EngineError.
     """
     try:
-        meta = answer["meta_info"]
+        meta = response["meta_info"]
         # The token before the first that is scored begins the range, and has none.
         logprobs = [float(entry[0]) for entry in meta["input_token_logprobs"][1:]]
         version = parse_weight_version(meta["weight_version"])
     except (KeyError, TypeError, IndexError, ValueError) as error:
-        raise EngineError(f"malformed answer of the engine ({type(error).__name__}: {error})") from None
+        raise EngineError(f"malformed response of the engine ({type(error).__name__}: {error})") from None
     if len(logprobs) != num_scored:
         raise EngineError(f"{num_scored} tokens were to be scored, and {len(logprobs)} were")
     return logprobs, version

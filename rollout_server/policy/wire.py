@@ -1,32 +1,27 @@
-"""Encodes the bodies of `POST /generate`, and parses its answers: server-sent events, or frames in the packed
-form of the embedded engine (packed_generate.py).
+"""Encodes the bodies of `POST /generate`, and parses the events of its response (areal_like/http/streams.py).
 
 A batch request streams the events of all its sequences, each with the `index` of its sequence in the batch.
 Events before the last one of a sequence repeat what the last one contains, so only the last one is parsed.
-SGLang reports an error of one sequence (a prompt that is too long) as an event without an index, after it has
-answered with status 200, and ends the stream.
+SGLang reports an error of one sequence (a prompt that is too long) as an event without an index, after
+status 200, and ends the stream.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import aiohttp
 import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
 from areal_like.errors import EngineError, PromptRefusedError
+from areal_like.http.streams import EVENTS, FRAMES, pack_tokens, unpack_logprobs, unpack_tokens
 from areal_like.trajectory import FinishReason
-from areal_like.wire.unpacking import unpack
-from rollout_server.frames import HEADER
-from rollout_server.packed_generate import MEDIA_TYPE, pack_tokens, unpack_logprobs, unpack_tokens
 from rollout_server.policy.types import Generation, parse_weight_version
 
-MAX_EVENT_BYTES = 64 << 20
 MAX_ERROR_CHARS = 500
 """An engine's error message is cut to this length."""
 _PROMPT_STATUSES = (400, 413, 422)
@@ -57,8 +52,8 @@ def encode_request(
         body["cache_salt"] = cache_salts
     content = msgpack.packb(body) if is_packed else json.dumps(body).encode()
     headers = {
-        "Accept": f"{MEDIA_TYPE}, text/event-stream",
-        "Content-Type": MEDIA_TYPE if is_packed else "application/json",
+        "Accept": f"{FRAMES}, {EVENTS}",
+        "Content-Type": FRAMES if is_packed else "application/json",
     }
     return content, headers
 
@@ -70,56 +65,12 @@ def _prompt(prompt: Sequence[int], *, is_packed: bool) -> bytes | list[int]:
     return list(map(int, prompt))
 
 
-async def read_events(stream: aiohttp.StreamReader) -> AsyncIterator[dict[str, Any]]:
-    """Yields the object of each `data: {json}` line until `data: [DONE]`; other lines are skipped.
+def checked(event: Any) -> dict[str, Any]:
+    """An event of a stream that reports no error.
 
-    Raises ValueError for an event that is too long or not an object, and for an error event EngineError or
-    PromptRefusedError with the engine's message.
+    Raises ValueError for what is not an object, and for an error EngineError or PromptRefusedError with the
+    engine's message.
     """
-    buffered = bytearray()
-    async for piece in stream.iter_any():
-        buffered += piece
-        if len(buffered) > MAX_EVENT_BYTES:
-            raise ValueError(f"event longer than {MAX_EVENT_BYTES} bytes")
-        if b"\n" not in piece:
-            continue
-        *lines, rest = bytes(buffered).split(b"\n")
-        buffered = bytearray(rest)
-        for line in lines:
-            if not line.startswith(b"data:"):
-                continue
-            data = line[5:].strip()
-            if data == b"[DONE]":
-                return
-            yield _checked(json.loads(data))
-
-
-async def read_frames(stream: aiohttp.StreamReader) -> AsyncIterator[dict[str, Any]]:
-    """As `read_events`, for frames; the one without content is the last."""
-    buffered = bytearray()
-    async for piece in stream.iter_any():
-        buffered += piece
-        start = 0
-        while len(buffered) - start >= HEADER.size:
-            (size,) = HEADER.unpack_from(buffered, start)
-            if size > MAX_EVENT_BYTES:
-                raise ValueError(f"frame longer than {MAX_EVENT_BYTES} bytes")
-            if size == 0:
-                return
-            end = start + HEADER.size + size
-            if len(buffered) < end:
-                break
-            events = unpack(bytes(buffered[start + HEADER.size : end]))
-            if not isinstance(events, list):
-                raise ValueError("frame is not a list")
-            start = end
-            for event in events:
-                yield _checked(event)
-        del buffered[:start]
-
-
-def _checked(event: Any) -> dict[str, Any]:
-    """An event that reports no error."""
     if not isinstance(event, dict):
         raise ValueError("event is not an object")
     if "error" in event:

@@ -92,11 +92,10 @@ class JinjaRenderer(ChatRenderer):
         tools: Sequence[ToolSchema] = (),
         add_generation_prompt: bool = True,
     ) -> list[int]:
-        """See ChatRenderer."""
         return self._encode(self._text(messages, tools, add_generation_prompt))
 
     def num_tokens(self, conversations: Sequence[Sequence[Message]]) -> list[int]:
-        """See ChatRenderer; in one call of the tokenizer, which is much faster."""
+        # In one call of the tokenizer, which is much faster.
         texts = [self._text(messages, (), True) for messages in conversations]
         return [len(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
@@ -109,7 +108,6 @@ class JinjaRenderer(ChatRenderer):
         *,
         tools: Sequence[ToolSchema] = (),
     ) -> list[int] | None:
-        """See ChatRenderer."""
         if not self._ends_turns or not completion_ids:
             return None
         try:
@@ -129,7 +127,7 @@ class JinjaRenderer(ChatRenderer):
         end = max(turn.rfind(text) for text in self._stop_texts.values())
         if end < 0:
             return None
-        # A token may take the white space beside it, so the end-of-turn token is tokenized with what follows.
+        # A token may include adjacent white space, so the end-of-turn token is tokenized with what follows.
         first, *rest = self._encode(turn[end:] + whole[len(until_turn) :])
         if first not in self._stop_texts:
             return None
@@ -138,11 +136,9 @@ class JinjaRenderer(ChatRenderer):
     def parse(
         self, completion_ids: Sequence[int], *, prompt_ids: Sequence[int], tools: Sequence[ToolSchema] = ()
     ) -> ParsedReply:
-        """See ChatRenderer."""
         return self._split(completion_ids, prompt_ids, parse_call=self.parse_call)
 
     def parse_text(self, completion_ids: Sequence[int], *, prompt_ids: Sequence[int]) -> ParsedReply:
-        """See ChatRenderer."""
         return self._split(completion_ids, prompt_ids, parse_call=None)
 
     def _split(

@@ -28,7 +28,7 @@ from rollout_server.rendering.jinja import JinjaRenderer
 log = logging.getLogger(__name__)
 
 _NEED_NAMES = ("gemma4", "gpt-oss")
-"""Renderers that need the tool's name in its answer, which the chat templates find in the call."""
+"""Renderers that need the tool's name in its result, which the chat templates find in the call."""
 _EMPTY_REASONING = re.compile(r"<think>\s*</think>\s*")
 _CHARS_BEFORE = 20
 _CHARS_OF_DIFFERENCE = 100
@@ -137,7 +137,6 @@ class LibraryRenderer(ChatRenderer):
 
     @property
     def supports_tools(self) -> bool:
-        """See ChatRenderer."""
         return self._supports_tools
 
     def difference(self) -> str:
@@ -188,7 +187,6 @@ class LibraryRenderer(ChatRenderer):
         tools: Sequence[ToolSchema] = (),
         add_generation_prompt: bool = True,
     ) -> list[int]:
-        """See ChatRenderer."""
         return self._ids(messages, tools, add_generation_prompt)
 
     def bridge(
@@ -200,7 +198,6 @@ class LibraryRenderer(ChatRenderer):
         *,
         tools: Sequence[ToolSchema] = (),
     ) -> list[int] | None:
-        """See ChatRenderer."""
         before = [*prompt_ids, *completion_ids]
         try:
             extended = self._renderer.bridge_to_next_turn(
@@ -219,7 +216,6 @@ class LibraryRenderer(ChatRenderer):
     def parse(
         self, completion_ids: Sequence[int], *, prompt_ids: Sequence[int], tools: Sequence[ToolSchema] = ()
     ) -> ParsedReply:
-        """See ChatRenderer."""
         try:
             parsed = self._renderer.parse_response(
                 list(completion_ids), tools=_copies(tools), prompt_ids=list(prompt_ids)

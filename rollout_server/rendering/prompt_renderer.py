@@ -60,11 +60,11 @@ class PromptRenderer:
         self.stop_token_ids: list[int] = sorted(
             {self._tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
         )
-        """Ids that end an answer: the tokenizer's EOS and those of generation_config.json."""
+        """Ids that end a completion: the tokenizer's EOS and those of generation_config.json."""
         if not self.stop_token_ids:
             raise ConfigError(
                 f"model.path={model}: no EOS token in tokenizer or generation_config.json, "
-                "so no answer would end"
+                "so no completion would end"
             )
         self.max_prompt_tokens = self.max_positions
         """Longer prompts are refused. The server lowers this limit to what fits into its engine's context."""

@@ -42,7 +42,7 @@ class Markers:
 def parse_json_call(body: str) -> tuple[str, str]:
     """Name and arguments (JSON as text) of a call that is a JSON object with `name` and `arguments`.
 
-    The name of a body that is no such object is the one that can be read from it, or empty; its arguments
+    The name of a body that is not such an object is the one that can be read from it, or empty; its arguments
     are the body.
     """
     try:

@@ -27,7 +27,6 @@ class TinyRenderer(JinjaRenderer):
     def parse(
         self, completion_ids: Sequence[int], *, prompt_ids: Sequence[int], tools: Sequence[ToolSchema] = ()
     ) -> ParsedReply:
-        """See ChatRenderer."""
         names = {
             tool["function"]["name"]: list(tool["function"]["parameters"]["properties"]) for tool in tools
         }
@@ -39,7 +38,7 @@ def parse_words(body: str, *, parameters: Mapping[str, Sequence[str]]) -> tuple[
     """Name and arguments (a JSON object as text) of `add 37 85`. Never raises.
 
     `parameters`: those of each tool, in order. Values beyond them are named by their place, so that the tool
-    can say that it does not take them. A word that is no integer stays text.
+    can say that it does not take them. A word that is not an integer stays text.
     """
     name, *words = body.split(" ")
     names = parameters.get(name, ())

@@ -45,6 +45,24 @@ def as_score(returned: Any, completion: Completion, *, call: str = "reward") -> 
     return Score(value=_number(returned, of=f"{call}()"))
 
 
+def score_fields(score: Score) -> list[Any]:
+    """A checked score as the values of one frame."""
+    tokens = np.asarray(score.tokens, np.float32).tobytes() if len(score.tokens) else b""
+    return [score.value, dict(score.parts), dict(score.metrics), list(score.turns), tokens]
+
+
+def score_of(fields: Any) -> Score:
+    """The inverse of `score_fields`, not checked. Raises ValueError or TypeError for anything else."""
+    value, parts, metrics, turns, tokens = fields
+    return Score(
+        value=value,
+        parts=parts,
+        metrics=metrics,
+        turns=tuple(turns),
+        tokens=np.frombuffer(tokens, np.float32) if tokens else (),  # type: ignore[arg-type]
+    )
+
+
 def _checked(score: Score, completion: Completion) -> Score:
     parts = _numbers(score.parts, of="Score.parts")
     metrics = _numbers(score.metrics, of="Score.metrics", largest=LARGEST_METRIC)

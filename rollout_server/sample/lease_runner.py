@@ -1,14 +1,16 @@
 """Runs leases: each sample is one asyncio task that generates, scores and reports its result.
 
-    lease -> prompt -> each sample: episode (engine) -> reward (worker process) -> SampleDone | SampleFailed
-    lease -----------> each sample: environment (worker process) <-> engine -> reward -> as above
-    lease -> example > each sample: session <-> engine -> reward -> as above
+    lease -> prompt --> each sample: engine -> reward (worker process) -> SampleDone | SampleFailed
+    lease ------------> each sample: environment (worker process) <-> engine -> reward -> as above
+    lease -> example -> each sample: session of an agent <-> engine -> reward -> as above
 
 A sample starts as soon as its prompt is ready; a task with environments needs none. Samples whose prompts are
 ready together start in the same turn of the event loop, so that the engine client can send them as one
-request. Nothing is retried here: a failed sample is reported with the kind of its failure, and the buffer
-decides about a retry. Where `buffer.on_failure` says `zero` and there are sampled tokens, it is a sample with
-reward 0 instead. A sample that is lost with the engine is not reported: the server gives its lease back.
+request. A failed sample is reported with the kind of its failure, and the buffer decides about a retry. Where
+`buffer.on_failure` says `zero` and there are sampled tokens, it is a sample with reward 0 instead. Only a
+sample that an external agent did not make is offered to others here first (`AgentTries`), because that says
+nothing about the server or the task. A sample that is lost with the engine is not reported: the server gives
+its lease back.
 """
 
 from __future__ import annotations
@@ -17,30 +19,34 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable
 
-from areal_like.config import Config, EvalSetConfig
-from areal_like.config.evaluation import DEFAULT_SET
-from areal_like.errors import AgentLostError, EngineError, EpisodeError, RewardError
-from areal_like.failures import FailureKind
+from areal_like.config import Config
+from areal_like.errors import (
+    AgentLostError,
+    ArealError,
+    EngineError,
+    EngineTimeoutError,
+    EnvironmentLostError,
+    EpisodeError,
+    PromptRefusedError,
+    RewardError,
+    RewardTimeoutError,
+)
+from areal_like.failures import FailureKind, FailurePolicy
 from areal_like.spans import recorder
-from areal_like.trajectory import FinishReason
-from areal_like.wire.messages.producer import Lease, SampleDone
+from areal_like.trajectory import FinishReason, Trajectory
+from areal_like.wire.messages.producer import Lease, SampleDone, SampleFailed
 from areal_like.wire.records import Record
-from rollout_server.eval_sets import EvalSet
 from rollout_server.leases.held_leases import Place, SampleResult
 from rollout_server.policy.client import EngineClient
 from rollout_server.policy.gate import GenerationGate
-from rollout_server.rewards.pool import RewardPool
-from rollout_server.sample.attempts.base import NOT_WANTED, Attempt, SessionMaker
-from rollout_server.sample.attempts.environments import Environments
-from rollout_server.sample.attempts.failed_sample import FailedSample
-from rollout_server.sample.attempts.maker import AttemptMaker
-from rollout_server.sample.base import Episode, Tokenizer
+from rollout_server.sample.attempt import NOT_WANTED, Attempt
+from rollout_server.sample.maker import AttemptMaker
 from rollout_server.sample.prompt_leader import PromptLeader, needs_leader
-from rollout_server.sample.prompt_loader import FailedPrompt, NoTokens, Prompt, PromptLoader
-from rollout_server.tasks.base import Task
+from rollout_server.sample.prompt_loader import FailedPrompt, Prompt, PromptLoader
+from rollout_server.sessions.book import SessionBook
+from rollout_server.sources import Sources
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +54,17 @@ _ENGINE_GRACE_S = 0.5
 """Wait after a failed request before its sample is reported as failed. If the engine is dying, requests fail
 shortly before the server notices the engine's end; these samples must not be reported."""
 _CLOSE_TIMEOUT_S = 5.0
+_MAX_ERROR_CHARS = 500
+_KINDS: tuple[tuple[type[ArealError], FailureKind], ...] = (
+    (EngineTimeoutError, FailureKind.TIMEOUT),
+    (PromptRefusedError, FailureKind.PROMPT),
+    (EngineError, FailureKind.ENGINE),
+    (RewardTimeoutError, FailureKind.REWARD_TIMEOUT),
+    (RewardError, FailureKind.REWARD),
+    (AgentLostError, FailureKind.AGENT),
+    (EpisodeError, FailureKind.ENVIRONMENT),
+)
+"""Kinds of failures by exception; the first that fits."""
 _TRIES_OF_BROKEN_AGENTS = 4
 """Tries of all agents for each one that counts."""
 
@@ -70,80 +87,33 @@ class AgentTries:
         return min(self._left, self._left_of_all) > 0
 
 
-async def _record_of(attempt: Attempt, lease: Lease, sample_index: int) -> Record:
-    trajectory = await attempt.make()
-    try:
-        return Record.of(lease.ticket_id, sample_index, trajectory)
-    except ValueError as error:  # too many components
-        raise RewardError(f"the reward cannot be stored: {error}") from None
-
-
 class LeaseRunner:
     """Runs leases on the current engine. Belongs to one event loop; `close` cancels everything."""
 
     def __init__(
         self,
         config: Config,
+        sources: Sources,
         *,
-        task: Task,
-        tokenizer: Tokenizer,
-        stop_token_ids: tuple[int, ...],
-        episode: Episode,
-        rewards: RewardPool,
         gate: GenerationGate,
+        book: SessionBook,
         on_result: Callable[[SampleResult], None],
         on_move: Callable[[int, int, Place], None] = lambda lease_id, sample_index, place: None,
-        environments: Environments | None = None,
-        sessions: SessionMaker | None = None,
-        eval_sets: Mapping[str, EvalSet] | None = None,
     ) -> None:
         """`on_result` is called once per sample, unless its lease was cancelled or the engine lost;
         `on_move` with (lease id, sample index, place) when a sample leaves the engine or comes back.
-        `environments`, `sessions`: for a task that has some; else each sample is an `episode`. `eval_sets`:
-        by name; without it there is one, with the held-out prompts of `task` and greedy answers."""
-        new_maker = partial(
-            AttemptMaker,
-            config,
-            stop_token_ids=stop_token_ids,
-            episode=episode,
-            gate=gate,
-            on_move=on_move,
-        )
-        of_job = partial(
-            new_maker,
-            task=task,
-            tokenizer=tokenizer,
-            environments=environments,
-            sessions=sessions,
-            rewards=rewards,
-        )
-        self._makers = {"": of_job()}
-        """By name of the evaluation set; empty: training."""
-        if eval_sets is None:
-            self._makers[DEFAULT_SET] = of_job(eval_set=EvalSetConfig())
-        for name, one in (eval_sets or {}).items():
-            self._makers[name] = new_maker(
-                task=one.task,
-                tokenizer=one.renderer,
-                environments=one.environments,
-                sessions=one.sessions,
-                rewards=one.rewards,
-                eval_set=one.settings,
-            )
+        `book`: the sessions that agents find."""
+        self._makers = {
+            name: AttemptMaker(config, source, gate=gate, on_move=on_move, book=book)
+            for name, source in sources.items()
+        }
+        self._sources = sources
         self._on_result = on_result
         self._on_failure = config.buffer.on_failure
         self._num_tries = 1 + config.buffer.max_sample_retries
-        """Of a sample that external agents do not make, counted as `AgentLostError` says. The buffer
-        hears of it only then: what agents do says nothing about server or task."""
-        self._prompts = PromptLoader(
-            task,
-            tokenizer if sessions is None else NoTokens(),
-            timeout_s=config.rollout.reward_timeout_s,
-            eval_sets={
-                name: (one.task, one.renderer if one.sessions is None else NoTokens())
-                for name, one in (eval_sets or {}).items()
-            },
-        )
+        """Tries to have one sample made by external agents, counted as `AgentLostError` says. The buffer
+        hears of a failure only then: what agents do says nothing about server or task."""
+        self._prompts = PromptLoader(sources, timeout_s=config.rollout.reward_timeout_s)
         self._waiting: list[Lease] = []
         """Leases whose prompts are not being loaded yet."""
         self._loading: asyncio.Task[None] | None = None
@@ -170,14 +140,14 @@ class LeaseRunner:
         """Starts every sample of these leases."""
         self._samples |= {lease.lease_id: set() for lease in leases}
         for lease in leases:
-            maker = self._makers.get(lease.eval_set)
-            if maker is None:
+            source = self._sources.get(lease.eval_set)
+            if source is None:
                 reason = f"this server has no evaluation set {lease.eval_set}"
                 self._start_samples(lease, FailedPrompt(reason=reason))
-            elif maker.needs_prompt:
-                self._waiting.append(lease)
-            else:
+            elif source.task.has_environment:
                 self._start_samples(lease, None)
+            else:
+                self._waiting.append(lease)
         if not self._waiting:
             return
         if self._loading is None or self._loading.done():
@@ -251,9 +221,7 @@ class LeaseRunner:
     ) -> None:
         """Makes one sample and reports its result."""
         if isinstance(prompt, FailedPrompt):
-            self._report_failed(
-                FailedSample(lease=lease, sample_index=sample_index, kind=prompt.kind, error=prompt.reason)
-            )
+            self._report_failed(lease, sample_index, prompt.kind, prompt.reason)
             return
         engine, attempt, started_s, end = self.engine, None, time.monotonic(), "cancelled"
         self._began_s[lease.lease_id, sample_index] = started_s
@@ -264,7 +232,7 @@ class LeaseRunner:
             while True:
                 attempt = maker.begin(engine, lease, sample_index, prompt=prompt, leader=leader)
                 try:
-                    record = await _record_of(attempt, lease, sample_index)
+                    record = _record_of(lease, sample_index, await attempt.make())
                     break
                 except AgentLostError as error:
                     if not tries.goes_on(error):
@@ -280,7 +248,16 @@ class LeaseRunner:
                 await asyncio.sleep(_ENGINE_GRACE_S)
                 if engine is None or self.engine is not engine:
                     return
-            self._report_failed(FailedSample.of(error, lease, sample_index, attempt))
+            kind = next(kind for cause, kind in _KINDS if isinstance(error, cause))
+            self._report_failed(
+                lease,
+                sample_index,
+                kind,
+                str(error),
+                attempt=attempt,
+                # The loss of a process was not the policy's fault: its tokens are not trained on.
+                is_innocent=isinstance(error, EnvironmentLostError),
+            )
             end = f"failed: {type(error).__name__}"
         else:
             self.num_done += 1
@@ -293,13 +270,43 @@ class LeaseRunner:
             recorder.record("samples", name, start_s=started_s, end=end)
             leader.prompt_computed()
 
-    def _report_failed(self, failed: FailedSample) -> None:
-        self.num_failed[failed.kind] += 1
-        log.warning(
-            "sample %d of ticket %d failed (%s): %s",
-            failed.sample_index,
-            failed.lease.ticket_id,
-            failed.kind,
-            failed.error,
+    def _report_failed(
+        self,
+        lease: Lease,
+        sample_index: int,
+        kind: FailureKind,
+        error: str,
+        *,
+        attempt: Attempt | None = None,
+        is_innocent: bool = False,
+    ) -> None:
+        """Sends a failure, or what was sampled before it with reward 0 (`buffer.on_failure`).
+
+        `attempt`: None if it failed before its attempt began. `is_innocent`: the policy had no part in it.
+        """
+        self.num_failed[kind] += 1
+        log.warning("sample %d of ticket %d failed (%s): %s", sample_index, lease.ticket_id, kind, error)
+        if self._on_failure.policy(kind) is FailurePolicy.ZERO and attempt is not None and not is_innocent:
+            try:
+                record = Record.of(lease.ticket_id, sample_index, attempt.without_reward())
+                self._on_result(SampleDone(lease_id=lease.lease_id, record=record, failure=kind.value))
+                return
+            except ValueError:  # nothing was sampled, or the engine's tokens cannot be used
+                pass
+        self._on_result(
+            SampleFailed(
+                lease_id=lease.lease_id,
+                ticket_id=lease.ticket_id,
+                sample_index=sample_index,
+                kind=kind,
+                num_tokens=attempt.num_sampled if attempt is not None else 0,
+                error=error[:_MAX_ERROR_CHARS],
+            )
         )
-        self._on_result(failed.result(self._on_failure.policy(failed.kind)))
+
+
+def _record_of(lease: Lease, sample_index: int, trajectory: Trajectory) -> Record:
+    try:
+        return Record.of(lease.ticket_id, sample_index, trajectory)
+    except ValueError as error:  # too many components
+        raise RewardError(f"the reward cannot be stored: {error}") from None

@@ -12,10 +12,9 @@ and the time limit of an example needs no separate timer.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +22,8 @@ from numpy.typing import NDArray
 from areal_like.errors import RAISED_BY_TASKS
 from areal_like.failures import FailureKind
 from areal_like.wire.messages.producer import Lease, Purpose
-from rollout_server.tasks.base import Example, Split, Task
+from rollout_server.sources import Sources
+from rollout_server.tasks.base import Example, Split
 
 SPLITS: dict[Purpose, Split] = {Purpose.TRAIN: "train", Purpose.EVAL: "eval"}
 _POLL_S = 0.01
@@ -35,18 +35,6 @@ class Prompt:
 
     example: Example
     tokens_P: NDArray[np.int32]
-
-
-class NoTokens:
-    """For examples of which agents make the prompts."""
-
-    def encode(self, example: Example) -> NDArray[np.int32]:
-        """No token ids."""
-        return np.empty(0, np.int32)
-
-
-class _Encoder(Protocol):
-    def encode(self, example: Example) -> NDArray[np.int32]: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,19 +62,9 @@ class _Batch:
 class PromptLoader:
     """Loads prompts in its thread. Belongs to one event loop; one `load` at a time."""
 
-    def __init__(
-        self,
-        task: Task,
-        tokenizer: _Encoder,
-        *,
-        timeout_s: float,
-        eval_sets: Mapping[str, tuple[Task, _Encoder]] | None = None,
-    ) -> None:
-        """`timeout_s`: time limit of each example, from the start of its loading. `eval_sets`: of the sets
-        that have others than `task` and `tokenizer`."""
-        self._task = task
-        self._tokenizer = tokenizer
-        self._eval_sets = eval_sets or {}
+    def __init__(self, sources: Sources, *, timeout_s: float) -> None:
+        """`timeout_s`: time limit of each example, from the start of its loading."""
+        self._sources = sources
         self._timeout_s = timeout_s
         self._clock = asyncio.get_running_loop().time
         self._thread = _new_thread()
@@ -151,15 +129,17 @@ class PromptLoader:
 
     def _make_prompt(self, lease: Lease) -> Prompt | FailedPrompt:
         """Runs in the thread."""
-        task, tokenizer = self._eval_sets.get(lease.eval_set, (self._task, self._tokenizer))
+        source = self._sources[lease.eval_set]
         split, index = SPLITS[lease.purpose], lease.prompt_index
         name = f"example({split!r}, {index})"
         try:
-            example = task.example(split, index)
+            example = source.task.example(split, index)
         except RAISED_BY_TASKS as error:  # only the samples of this lease fail
             return FailedPrompt(reason=f"{name}: {type(error).__name__}: {error}")
+        if source.task.uses_sessions:  # the agent makes the prompts
+            return Prompt(example=example, tokens_P=np.empty(0, np.int32))
         try:
-            return Prompt(example=example, tokens_P=tokenizer.encode(example))
+            return Prompt(example=example, tokens_P=source.renderer.encode(example))
         except ValueError as error:
             return FailedPrompt(reason=f"{name}: {error}", kind=FailureKind.PROMPT)
         except RAISED_BY_TASKS as error:  # a chat template's, too

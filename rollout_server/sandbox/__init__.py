@@ -1,8 +1,19 @@
 """Sandboxes: programs that the policy wrote, run with limits. Read `base.py` first."""
 
+from areal_like.errors import ConfigError
 from rollout_server.sandbox.base import Limits, ProgramResult, Sandbox
 from rollout_server.sandbox.bwrap import BwrapSandbox
-from rollout_server.sandbox.choice import make_sandbox
 from rollout_server.sandbox.rlimits import RlimitsSandbox
 
 __all__ = ["BwrapSandbox", "Limits", "ProgramResult", "RlimitsSandbox", "Sandbox", "make_sandbox"]
+
+
+def make_sandbox(kind: str) -> Sandbox:
+    """`kind`: the value of `rewards.sandbox`. Raises ConfigError for an unknown one."""
+    match kind:
+        case "bwrap":
+            return BwrapSandbox()
+        case "rlimits":
+            return RlimitsSandbox()
+        case _:
+            raise ConfigError(f"rewards.sandbox={kind}: known are bwrap, rlimits")

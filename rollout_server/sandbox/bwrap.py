@@ -18,20 +18,11 @@ from pathlib import Path
 
 from areal_like.errors import ConfigError
 from rollout_server.sandbox import supervisor
-from rollout_server.sandbox.base import Limits, ProgramResult
-from rollout_server.sandbox.probe import ACCEPT_RLIMITS, problem_of
-from rollout_server.sandbox.process import memory_file, run_bounded, supervisor_arguments
+from rollout_server.sandbox.base import ACCEPT_RLIMITS, Limits, ProgramResult, problem_of
+from rollout_server.sandbox.process import environment_of, memory_file, run_bounded, supervisor_arguments
 
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64")
 _PROGRAM = "/tmp/program.py"
-_ENVIRONMENT = {
-    "HOME": "/tmp",
-    "LANG": "C.UTF-8",
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "PATH": "/usr/local/bin:/usr/bin:/bin",
-    "TMPDIR": "/tmp",
-}
 
 
 class BwrapSandbox:
@@ -40,7 +31,7 @@ class BwrapSandbox:
     def run(
         self, program: str | Sequence[str], *, stdin: str = "", limits: Limits | None = None
     ) -> ProgramResult:
-        """As `Sandbox.run`. Raises ConfigError if bwrap is not installed."""
+        """Runs it in new namespaces. Raises ConfigError if bwrap is not installed."""
         executable = shutil.which("bwrap")
         if executable is None:
             raise ConfigError(
@@ -64,7 +55,7 @@ class BwrapSandbox:
                     supervisor_arguments(limits, is_namespace=True),
                     *command,
                 ],
-                environment=_ENVIRONMENT,
+                environment=environment_of("/tmp"),
                 directory="/",
                 stdin=stdin,
                 limits=limits,
@@ -73,7 +64,7 @@ class BwrapSandbox:
             )
 
     def check(self) -> None:
-        """As `Sandbox.check`."""
+        """Raises ConfigError if a program does not run, and says what to allow."""
         problem = problem_of(self)
         if problem:
             raise ConfigError(

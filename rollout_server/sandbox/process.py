@@ -43,6 +43,18 @@ def memory_file(content: str) -> BinaryIO:
     return file
 
 
+def environment_of(directory: str) -> dict[str, str]:
+    """The environment variables of a program, whose home is `directory`."""
+    return {
+        "HOME": directory,
+        "LANG": "C.UTF-8",
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "PATH": "/usr/local/bin:/usr/bin:/bin",
+        "TMPDIR": directory,
+    }
+
+
 def supervisor_arguments(limits: Limits, *, is_namespace: bool) -> str:
     """The first argument of supervisor.py. In a process namespace its parent cannot be seen."""
     return json.dumps(vars(limits) | {"parent": 0 if is_namespace else os.getpid()})

@@ -18,9 +18,8 @@ from pathlib import Path
 
 from areal_like.errors import ConfigError
 from rollout_server.sandbox import supervisor
-from rollout_server.sandbox.base import Limits, ProgramResult
-from rollout_server.sandbox.probe import problem_of
-from rollout_server.sandbox.process import run_bounded, supervisor_arguments
+from rollout_server.sandbox.base import Limits, ProgramResult, problem_of
+from rollout_server.sandbox.process import environment_of, run_bounded, supervisor_arguments
 
 
 class RlimitsSandbox:
@@ -29,7 +28,7 @@ class RlimitsSandbox:
     def run(
         self, program: str | Sequence[str], *, stdin: str = "", limits: Limits | None = None
     ) -> ProgramResult:
-        """As `Sandbox.run`."""
+        """Runs it in a temporary directory, which is removed afterwards."""
         limits = limits or Limits()
         directory = Path(tempfile.mkdtemp(prefix="areal-like-program-"))
         try:
@@ -43,14 +42,7 @@ class RlimitsSandbox:
                     supervisor_arguments(limits, is_namespace=False),
                     *program,
                 ],
-                environment={
-                    "HOME": str(directory),
-                    "LANG": "C.UTF-8",
-                    "OMP_NUM_THREADS": "1",
-                    "OPENBLAS_NUM_THREADS": "1",
-                    "PATH": "/usr/local/bin:/usr/bin:/bin",
-                    "TMPDIR": str(directory),
-                },
+                environment=environment_of(str(directory)),
                 directory=str(directory),
                 stdin=stdin,
                 limits=limits,
@@ -60,7 +52,7 @@ class RlimitsSandbox:
             shutil.rmtree(directory, ignore_errors=True)
 
     def check(self) -> None:
-        """As `Sandbox.check`."""
+        """Raises ConfigError if a program does not run."""
         problem = problem_of(self)
         if problem:
             raise ConfigError(f"rewards.sandbox=rlimits: cannot run {sys.executable} ({problem})")

@@ -88,7 +88,7 @@ _ON_PROCESS = (
 _CLONE_NEW = 0x7E020080
 """Flags of clone for new namespaces."""
 _FAMILIES = (1, 2, 10)
-"""Of sockets that the program may open: AF_UNIX, AF_INET, AF_INET6."""
+"""Families of the sockets that the program may open: AF_UNIX, AF_INET, AF_INET6."""
 _KEYCTL_JOIN_SESSION_KEYRING = 1
 
 

@@ -17,7 +17,7 @@ from rollout_server.sessions.open_session import OpenSession, SessionState
 _MAX_REMEMBERED = 10_000
 """Sessions that have gone, whose clients are told why."""
 WRONG_ROUTES = ("responses", "messages", "embeddings", "other")
-"""Of other APIs, by which clients find out that this server does not have them."""
+"""Last words of the routes of other APIs, which clients try to find out whether this server has them."""
 _MAX_ROUTE_CHARS = 60
 _LONG_S = 1.0
 """Waits that take longer are named in the server's status."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 from areal_like.errors import SessionGoneError
-from rollout_server.sample.turns import Answer
+from rollout_server.conversation.turns import Answer
 
 
 class Call:
@@ -69,7 +69,7 @@ class Calls:
     def begin(
         self, digest: bytes, ask: Callable[[], Coroutine[Any, Any, Answer]], *, is_repetition: bool
     ) -> Call:
-        """As `begin` of the session."""
+        """The call of a request: a new one, or the one that it repeats (see OpenSession.begin)."""
         usable = [call for call in self._by_digest.get(digest, ()) if not call.has_failed]
         lost = [call for call in usable if call.is_lost]
         # Equal requests that were sent, and lost, at the same time get an answer each.

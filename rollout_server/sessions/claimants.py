@@ -8,7 +8,7 @@ A broken agent costs little each time, and can claim thousands of times a minute
 most sessions, and the healthy ones few. A claimant is an address, a token and the name that it gives itself
 (the client of this project names its process). Names cost nothing, so those that have not delivered a sample
 yet are slowed together, by address; one that has is judged by its own sessions only, and agents of the same
-machine that work go on beside one that does not.
+machine that work go on while one does not.
 
 Sessions that fail at the same time have one cause, as when a machine with a hundred of them dies. So a
 session counts only if it was claimed after the failure before. And the first failure after a good sample is

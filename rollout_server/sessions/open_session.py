@@ -29,9 +29,9 @@ from areal_like.errors import (
     SessionGoneError,
 )
 from areal_like.trajectory import LARGEST_REWARD, FinishReason
+from rollout_server.conversation.conversation import Conversation
+from rollout_server.conversation.turns import Answer, Turn
 from rollout_server.leases.held_leases import Place
-from rollout_server.sample.conversation import Conversation
-from rollout_server.sample.turns import Answer, Turn
 from rollout_server.sessions.calls import Call, Calls
 from rollout_server.sessions.claimants import Claimant
 from rollout_server.tasks.base import Example, Split
@@ -102,7 +102,7 @@ class OpenSession:
         self.refused_prompt: PromptRefusedError | None = None
         """Set if the first prompt did not fit."""
         self.reward: float | None = None
-        """Of the whole sample, as posted."""
+        """The posted reward of the whole sample."""
         self.num_requests = 0
         """Requests of clients that are being read or answered."""
         self.num_pending = 0
@@ -211,11 +211,11 @@ class OpenSession:
         return self._calls.begin(digest, ask, is_repetition=is_repetition)
 
     async def answer(self, messages: list[dict[str, Any]], **options: Any) -> Answer:
-        """As Conversation.answer, within the session's budget. Raises SessionGoneError as well."""
+        """Conversation.answer within the session's budget. Raises SessionGoneError as well."""
         return await self._sampled(lambda: self.conversation.answer(messages, **options))
 
     async def continue_tokens(self, prompt_ids: list[int], **options: Any) -> Answer:
-        """As Conversation.continue_tokens, within the session's budget. Raises SessionGoneError as well."""
+        """Conversation.continue_tokens within the session's budget. Raises SessionGoneError as well."""
         return await self._sampled(lambda: self.conversation.continue_tokens(prompt_ids, **options))
 
     def set_reward(self, value: float, *, completion_id: str = "") -> None:
@@ -244,7 +244,7 @@ class OpenSession:
         return self.reward is not None or bool(self._turn_rewards)
 
     def touch(self) -> None:
-        """The idle time begins again. A refused request is no reason: its client may repeat it for ever."""
+        """Restarts the idle time. A refused request does not: its client may repeat it forever."""
         self._last_activity_s = self._loop.time()
 
     def hear(self) -> None:
@@ -257,7 +257,7 @@ class OpenSession:
 
     @property
     def problem(self) -> str:
-        """Why it is no sample if it ends now; empty if it is one."""
+        """Why there is no sample if it ends now; empty if there is one."""
         if not self.num_answers:
             return "no request to the model was answered"
         return "no reward was posted" if self._needs_reward and not self.has_rewards else ""

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from areal_like.chat.openai import most_bytes
 from areal_like.runtime.daemon import Runtime
-from rollout_server.engine.http.chat_request import FREE_BYTES, MAX_BYTES_PER_TOKEN
 from rollout_server.policy.engines.sglang.process import server_index
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.http.app import session_app
@@ -38,13 +38,13 @@ async def served_sessions(
         on_ignored=lambda name: book.num_ignored.update([name]),
     )
     plane = SessionPlane(
-        config,
-        _counted(app, book),
-        book,
+        config=config,
+        app=_counted(app, book),
+        book=book,
         keyring=runtime.keyring,
         index=server_index(runtime.name),
         needs_external=any(task.external for task in tasks),
-        max_body_bytes=FREE_BYTES + MAX_BYTES_PER_TOKEN * context_tokens,
+        max_body_bytes=most_bytes(context_length=context_tokens),
         on_refused=runtime.count_refused,
     )
     await plane.start()

@@ -38,7 +38,7 @@ from areal_like.errors import ConfigError
 from areal_like.registry import Registry
 from areal_like.trajectory import FinishReason
 from areal_like.wire.fingerprint import canonical_json
-from areal_like.wire.record_metadata import MAX_LABEL_CHARS
+from areal_like.wire.records import MAX_LABEL_CHARS
 from rollout_server.agents.base import Session, is_agent
 from rollout_server.environments.base import Environment, Message
 
@@ -142,7 +142,7 @@ class Score:
     parts: Mapping[str, float] = field(default_factory=dict)
     """Named parts of the reward, for metrics."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """Named numbers that are no part of the reward."""
+    """Named numbers that are not part of the reward."""
     turns: Sequence[float] = ()
     """Reward of each turn of the policy; empty: none has one."""
     tokens: Sequence[float] = ()

@@ -1,7 +1,7 @@
 """Gymnasium environments with text observations: `task: {name: gymnasium, id: my_module:MyWorld-v0}`.
 
 The policy's reply is the action: a text in the environment's Text space, or one of `actions` if its space is
-Discrete. A reply that is no action is answered without a step of the environment.
+Discrete. A reply that is not an action is answered without a step of the environment.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class _Part:
     task: Task
     weight: float
     label: str
-    """Of all its examples; empty: their own, or `name`."""
+    """Label of all its examples; empty: their own, or `name`."""
     name: str
     max_new_tokens: int
 
@@ -182,21 +182,21 @@ class MixtureTask(Task):
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """As Task.sources."""
+        """The tasks, with their sizes and weights."""
         return tuple(Source(size=part.task.num_train, weight=part.weight) for part in self.parts)
 
     @property
     def content(self) -> list[str]:
-        """As Task.content."""
+        """Fingerprints of the data of all tasks."""
         return [part.task.fingerprint() for part in self.parts]
 
     def check(self) -> None:
-        """As Task.check."""
+        """Checks each task."""
         for part in self.parts:
             part.task.check()
 
     def without_long_prompts(self, fitting: FittingPrompts) -> Self:
-        """As Task.without_long_prompts, for each task with its own limit."""
+        """The mixture without the prompts that do not fit, for each task with its own limit."""
         fitted = copy.copy(self)
         fitted._set_parts(
             [dataclasses.replace(part, task=part.task.without_long_prompts(fitting)) for part in self.parts]
@@ -204,7 +204,7 @@ class MixtureTask(Task):
         return fitted
 
     def settings_of_workers(self, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-        """As Task.settings_of_workers."""
+        """The settings, with those of each task."""
         entries = []
         for part, entry in zip(self.parts, settings["tasks"], strict=True):
             own = {name: entry[name] for name in _OWN if name in entry}

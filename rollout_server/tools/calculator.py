@@ -24,7 +24,7 @@ Number = Fraction | float
 
 _MAX_CHARS = 400
 _MAX_BITS = 4096
-"""Of a numerator or denominator: about 1,230 digits."""
+"""Limit of a numerator or denominator: about 1,230 digits."""
 
 
 @dataclass(frozen=True, kw_only=True)

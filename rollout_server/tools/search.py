@@ -26,7 +26,7 @@ class Search(NamedTool):
     """`{name: search, url: "http://127.0.0.1:8000/search"}`."""
 
     url: str
-    """Of the service: http or https, without the query."""
+    """Address of the service: http or https, without the query."""
     method: Literal["GET", "POST"] = "GET"
     """GET sends the query as a parameter of the URL, POST as a JSON object."""
     query_key: str = "q"

@@ -1,8 +1,8 @@
 """Names and shapes of a checkpoint's tensors, read from the headers of its safetensors files.
 
-SGLang answers 200 to a tensor name that it does not have, and loads part of an update if a later tensor has
-the wrong shape. So the names and shapes of a push are compared with those of the checkpoint that SGLang has
-loaded, before anything is sent. No tensor is read, and torch is not needed.
+SGLang responds with 200 to a tensor name that it does not have, and loads part of an update if a later tensor
+has the wrong shape. So the names and shapes of a push are compared with those of the checkpoint that SGLang
+has loaded, before anything is sent. No tensor is read, and torch is not needed.
 """
 
 from __future__ import annotations

@@ -14,11 +14,11 @@ Update modes:
 
 SGLang's own `abort` pause is not used: it checks only once per second if the running sequences have ended.
 
-Names and shapes are compared with the checkpoint before anything is sent, because SGLang answers 200 to a
-name that it does not have. The version is set by a separate call at the end, so that a token can carry it
+Names and shapes are compared with the checkpoint before anything is sent, because SGLang responds with 200 to
+a name that it does not have. The version is set by a separate call at the end, so that a token can carry it
 only if everything before has succeeded. Unlike the embedded engine, SGLang does not verify the received
 bytes: TCP and NCCL protect them in transit, and the digest over all parameters shows if anything was loaded.
-It is no proof of what was sent: SGLang computes it after loading, from 64-bit hashes of its own fused and
+It does not prove what was sent: SGLang computes it after loading, from 64-bit hashes of its own fused and
 sharded tensors. So a push with `weights.integrity=sha256` is refused.
 """
 
@@ -32,6 +32,7 @@ import math
 from areal_like.errors import EngineError, WeightSyncError
 from rollout_server.policy.client import EngineClient
 from rollout_server.policy.gate import GenerationGate
+from rollout_server.policy.sglang_client import SglangClient
 from rollout_server.weights.checkpoint_shapes import CheckpointShapes
 from rollout_server.weights.strategy import OnQuarantine, OnUntrusted, WeightPush
 
@@ -40,7 +41,7 @@ log = logging.getLogger(__name__)
 _DIGEST_TIMEOUT_S = 30.0
 """Time for the engine to report its digest, beyond that to compute it."""
 _RECOVERY_TIMEOUT_S = 5.0
-"""The same after a failure: it does not answer while stuck in a broadcast."""
+"""The same after a failure: it does not respond while stuck in a broadcast."""
 _DIGEST_ELEMENTS_PER_S = 5e9
 """Least rate at which an engine computes its digest, over all its ranks."""
 _ABORT_AGAIN_S = 0.1
@@ -76,6 +77,7 @@ class SglangWeightUpdate:
 
     async def engine_started(self, client: EngineClient, *, path: str, version: int) -> None:
         """Records `path`, to reload it after a failed push, and the digest of the weights loaded from it."""
+        assert isinstance(client, SglangClient)
         self._path, self._path_version = path, version
         self._initial_digest = self._digest = await client.weights_checksum(timeout_s=self._digest_timeout_s)
 
@@ -86,7 +88,8 @@ class SglangWeightUpdate:
         await client.update_weights_from_disk(path, weight_version=version, timeout_s=timeout_s)
 
     async def push(self, client: EngineClient, push: WeightPush) -> float:
-        """As WeightUpdateStrategy.push."""
+        """Pauses the engine, loads a version into it and resumes it."""
+        assert isinstance(client, SglangClient)
         request = push.request
         if request.integrity != "none":
             raise WeightSyncError(
@@ -127,7 +130,7 @@ class SglangWeightUpdate:
             self._digest = digest
             is_done = True
         finally:
-            # Shielded: a cancelled push must not leave the engine paused for ever.
+            # Shielded: a cancelled push must not leave the engine paused forever.
             await asyncio.shield(
                 asyncio.ensure_future(self._finish(client, is_done=is_done, is_held=is_held))
             )
@@ -144,7 +147,7 @@ class SglangWeightUpdate:
                         await self._gate.wait_empty()
         await self._gate.wait_empty()
 
-    async def _finish(self, client: EngineClient, *, is_done: bool, is_held: bool) -> None:
+    async def _finish(self, client: SglangClient, *, is_done: bool, is_held: bool) -> None:
         """Resumes the engine; after a failed push, first reloads it if part of the update was loaded."""
         try:
             async with asyncio.timeout(self._recovery_s):
@@ -159,12 +162,12 @@ class SglangWeightUpdate:
         except (EngineError, TimeoutError) as error:
             # A closed client means that its engine is lost already: a new one must not be reported instead.
             if not client.is_closed:
-                self._on_untrusted(f"its weights are unknown after a failed push: {error or 'no answer'}")
+                self._on_untrusted(f"its weights are unknown after a failed push: {error or 'no response'}")
         finally:
             if is_held:
                 self._gate.release()
 
-    async def _reload(self, client: EngineClient) -> None:
+    async def _reload(self, client: SglangClient) -> None:
         """Undoes a partial update: loads the weights on disk again, under the version of that checkpoint."""
         self._on_quarantine("part of an update was loaded", self._path_version)
         # `retract`: after an `in_place` pause the running sequences would prevent a flush of the cache.

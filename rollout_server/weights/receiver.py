@@ -19,10 +19,12 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from areal_like.errors import EngineError, WeightSyncError
+from areal_like.spans import recorder
 from areal_like.weights.buckets import Manifest
 from areal_like.weights.integrity import BucketSums
 from areal_like.wire.channel import Envelope, Listener
@@ -43,25 +45,60 @@ from areal_like.wire.messages.weights import (
     WeightsOk,
 )
 from rollout_server.policy.client import EngineClient
-from rollout_server.weights.checks import reason_to_refuse
-from rollout_server.weights.repeated_requests import RepeatedRequests
-from rollout_server.weights.scoring import Scoring
+from rollout_server.weights.checks import check_score, reason_to_refuse
 from rollout_server.weights.strategy import OnUntrusted, WeightPush, WeightUpdateStrategy
-from rollout_server.weights.timeline import record_push
 
 log = logging.getLogger(__name__)
 
 _CLEANUP_TIMEOUT_S = 5.0
 """Time limit of each call to the engine after a failure, and of waiting for a cancelled request."""
 _MAX_QUEUED = 16
-"""Requests that may wait. A trainer sends the next one when it has the answer to the last; two trainers may
+"""Requests that may wait. A trainer sends the next one when it has the response to the last; two trainers may
 overlap."""
 _MAX_REQUEST_BYTES = (1 << 10) + max(HEADER_LIMITS[TAGS[kind]] for kind in TO_SERVER)
 """Requests carry no arrays, and encryption adds a few bytes. libzmq keeps up to this much of what a stranger
 without a key sends."""
+_MAX_REMEMBERED = 64
+"""Requests whose repetition is recognized."""
+_SCORE_TIMEOUT_S = 30.0
+"""Longest time that an engine may take to score tokens; one that is full responds when it has room."""
 _NO_ENGINE = "this server's engine is not running"
 _MIN_TIMEOUT_S = 0.001
 """Shortest timeout passed to the engine, where 0 would mean no timeout."""
+
+
+class RepeatedRequests:
+    """Recognizes a request that rank 0 sends again, because a renewed key interrupted the connection. Pure.
+
+    It is not performed twice: its response is sent again, or once when it is there.
+
+    unknown -> is_new() -> waits or is being handled -> record() -> answered
+    """
+
+    def __init__(self) -> None:
+        self._responses: dict[tuple[bytes, int], WeightsOk | WeightsFailed | None] = {}
+        """By (route, request id); None: the request waits or is being handled."""
+
+    def is_new(self, envelope: Envelope) -> bool:
+        """Remembers a request; False if it came before. A request without an id is always new."""
+        request = (envelope.peer, envelope.rid)
+        if envelope.rid == 0:
+            return True
+        if request in self._responses:
+            return False
+        self._responses[request] = None
+        if len(self._responses) > _MAX_REMEMBERED:
+            del self._responses[next(iter(self._responses))]
+        return True
+
+    def response_to(self, envelope: Envelope) -> WeightsOk | WeightsFailed | None:
+        """The response that was recorded; None if there is none yet."""
+        return self._responses.get((envelope.peer, envelope.rid))
+
+    def record(self, envelope: Envelope, response: WeightsOk | WeightsFailed) -> None:
+        """Keeps the response to a request that is remembered."""
+        if (envelope.peer, envelope.rid) in self._responses:
+            self._responses[envelope.peer, envelope.rid] = response
 
 
 class WeightReceiver:
@@ -120,7 +157,8 @@ class WeightReceiver:
         self._sent_checksums: PushChecksums | None = None
         self._checksums_arrived = asyncio.Event()
         self._repeated = RepeatedRequests()
-        self._scoring = Scoring(self._answer)
+        self._scoring: asyncio.Task[None] | None = None
+        """The ScoreTokens that is being handled, which a push does not wait for."""
         self._queue: asyncio.Queue[Envelope] = asyncio.Queue(_MAX_QUEUED)
         self.serving = asyncio.create_task(self._serve(), name="weights")
         """Ends only by `close`, or with an unexpected exception."""
@@ -137,14 +175,15 @@ class WeightReceiver:
         if self.work is not None:
             self.work.cancel()
             await asyncio.wait([self.work], timeout=_CLEANUP_TIMEOUT_S)
-        self._scoring.cancel()
+        if self._scoring is not None:
+            self._scoring.cancel()
         self.serving.cancel()
         await asyncio.gather(self.serving, return_exceptions=True)
         self.listener.close()
 
     def _on_request(self, envelope: Envelope) -> None:
         if isinstance(envelope.message, AskAlive):
-            self._answer(envelope, self._alive())
+            self._respond(envelope, self._alive())
             return
         if isinstance(envelope.message, PushChecksums):
             if envelope.peer == self._group_peer:
@@ -152,12 +191,11 @@ class WeightReceiver:
                 self._checksums_arrived.set()
             return
         if isinstance(envelope.message, ScoreTokens):
-            engine = self.engine if envelope.peer == self._group_peer else None
-            self._scoring.start(envelope, engine=engine, version=self.version)
+            self._start_scoring(envelope)
             return
         if not self._repeated.is_new(envelope):
-            if (answer := self._repeated.answer_to(envelope)) is not None:
-                self._answer(envelope, answer)
+            if (response := self._repeated.response_to(envelope)) is not None:
+                self._respond(envelope, response)
             return
         if reason := self._reason_to_refuse(envelope.message):
             self._finish(envelope, WeightsFailed(version=self.version, reason=reason))
@@ -184,24 +222,24 @@ class WeightReceiver:
             self.work, self._work_peer = None, b""
 
     async def _handle(self, envelope: Envelope) -> None:
-        """Performs one request and always sends an answer, also if it fails or is cancelled."""
+        """Performs one request and always sends a response, also if it fails or is cancelled."""
         request = envelope.message
         loop = asyncio.get_running_loop()
         started_s = loop.time()
-        answer: WeightsOk | WeightsFailed = WeightsFailed(
+        response: WeightsOk | WeightsFailed = WeightsFailed(
             version=self.version, reason=f"cannot handle {type(request).__name__}"
         )
         try:
             stall_s = await self._perform(request, peer=envelope.peer)
-            answer = WeightsOk(version=self.version, seconds=loop.time() - started_s, stall_seconds=stall_s)
+            response = WeightsOk(version=self.version, seconds=loop.time() - started_s, stall_seconds=stall_s)
         except (EngineError, WeightSyncError) as error:
-            answer = WeightsFailed(version=self.version, reason=str(error))
+            response = WeightsFailed(version=self.version, reason=str(error))
         except asyncio.CancelledError:
-            answer = WeightsFailed(
+            response = WeightsFailed(
                 version=self.version, reason=f"{type(request).__name__} was cancelled before it was done"
             )
         finally:
-            self._finish(envelope, answer)
+            self._finish(envelope, response)
 
     def _reason_to_refuse(self, request: Any) -> str:
         """Why a request is not even queued; empty if it is."""
@@ -210,30 +248,56 @@ class WeightReceiver:
         num_ranks = self.engine.info.num_ranks if self.engine is not None else 1
         return reason_to_refuse(request, host=self._host, num_ranks=num_ranks, integrity=self._integrity)
 
-    def _finish(self, envelope: Envelope, answer: WeightsOk | WeightsFailed) -> None:
-        """Answers a request, and counts it."""
-        self._answer(envelope, answer)
-        self._repeated.record_answer(envelope, answer)
+    def _finish(self, envelope: Envelope, response: WeightsOk | WeightsFailed) -> None:
+        """Responds to a request, and counts it."""
+        self._respond(envelope, response)
+        self._repeated.record(envelope, response)
         request = envelope.message
-        if isinstance(answer, WeightsFailed):
+        if isinstance(response, WeightsFailed):
             self.num_failures += 1
             # Of a peer without a group only failures 1, 2, 4, 8, ... are logged: it may send millions.
             if envelope.peer == self._group_peer or self.num_failures.bit_count() == 1:
-                log.warning("%s failed: %s", type(request).__name__, answer.reason)
+                log.warning("%s failed: %s", type(request).__name__, response.reason)
         elif isinstance(request, PushWeights):
             self.num_pushes += 1
-            self.seconds_total += answer.seconds
-            self.stall_seconds_total += answer.stall_seconds
-            record_push(answer)
-            self._on_version(answer.version)
+            self.seconds_total += response.seconds
+            self.stall_seconds_total += response.stall_seconds
+            _record_push(response)
+            self._on_version(response.version)
 
     def _alive(self) -> Alive | WeightsFailed:
         if self.engine is None:
             return WeightsFailed(version=self.version, reason=_NO_ENGINE)
         return Alive(version=self.version, **dataclasses.asdict(self.engine.info))
 
-    def _answer(self, envelope: Envelope, answer: Alive | WeightsOk | WeightsFailed | TokenScores) -> None:
-        self.listener.send(envelope.peer, answer, rid=envelope.rid)
+    def _respond(self, envelope: Envelope, response: Alive | WeightsOk | WeightsFailed | TokenScores) -> None:
+        self.listener.send(envelope.peer, response, rid=envelope.rid)
+
+    def _start_scoring(self, envelope: Envelope) -> None:
+        """Scores tokens in a task, one request at a time; others are refused meanwhile."""
+        engine = self.engine if envelope.peer == self._group_peer else None
+        reason = "" if engine is not None else "no engine that this peer may ask"
+        if self._scoring is not None and not self._scoring.done():
+            reason = "another request is being scored"
+        try:
+            check_score(envelope.message)
+        except WeightSyncError as error:
+            reason = str(error)
+        if engine is None or reason:
+            self._respond(envelope, WeightsFailed(version=self.version, reason=reason))
+            return
+        self._scoring = asyncio.create_task(self._score(envelope, engine), name="weights:ScoreTokens")
+
+    async def _score(self, envelope: Envelope, engine: EngineClient) -> None:
+        request: ScoreTokens = envelope.message
+        try:
+            async with asyncio.timeout(_SCORE_TIMEOUT_S):
+                logprobs, scored_by = await engine.score(request.tokens, first=request.first)
+        except (EngineError, TimeoutError) as error:
+            reason = str(error) or f"no log-probs within {_SCORE_TIMEOUT_S:g} s"
+            self._respond(envelope, WeightsFailed(version=self.version, reason=reason))
+        else:
+            self._respond(envelope, TokenScores(version=scored_by, logprobs=logprobs))
 
     async def _perform(self, request: Any, *, peer: bytes) -> float:
         """Performs a request; returns the seconds in which nothing was decoded."""
@@ -268,16 +332,7 @@ class WeightReceiver:
         # Recorded before joining: after a cancelled rendezvous the group still has to be left.
         self._group_name, self._group_peer, self._sent_checksums = request.group_name, peer, None
         with self._cancellable():
-            await engine.init_weights_group(
-                master_address=request.master_address,
-                master_port=request.master_port,
-                rank_offset=request.rank,
-                world_size=request.world_size,
-                group_name=request.group_name,
-                backend=request.backend,
-                timeout_s=request.timeout_s,
-                secret=request.secret,
-            )
+            await engine.init_weights_group(request)
 
     async def _leave_group(self, engine: EngineClient) -> None:
         group_name, self._group_name = self._group_name, ""
@@ -310,7 +365,7 @@ class WeightReceiver:
                         f"version {request.version} was not active within {request.timeout_s:.4g} s"
                     ) from None
                 raise
-            stall_s = 0.0  # the swap succeeded, only the engine's answer was lost
+            stall_s = 0.0  # the swap succeeded, only the engine's response was lost
         self.version = request.version
         return stall_s
 
@@ -334,7 +389,7 @@ class WeightReceiver:
     async def _is_active_after_all(self, engine: EngineClient, version: int) -> bool:
         """Asks the engine after a failed push if the new version is active.
 
-        Calls `on_untrusted` if the engine does not answer.
+        Calls `on_untrusted` if the engine does not respond.
         """
         try:
             async with asyncio.timeout(_CLEANUP_TIMEOUT_S):
@@ -344,3 +399,16 @@ class WeightReceiver:
                 f"it does not report its weight version after a failed push of version {version}: {error}"
             )
             return False
+
+
+def _record_push(response: WeightsOk) -> None:
+    """Writes a push that is now active to the log and to the trace."""
+    log.debug(
+        "version %d active after %.3f s (stalled %.3f s)",
+        response.version,
+        response.seconds,
+        response.stall_seconds,
+    )
+    start_s = time.monotonic() - response.seconds
+    stall_s = round(response.stall_seconds, 4)
+    recorder.record("weights", f"v{response.version}", start_s=start_s, stall_s=stall_s)

@@ -13,7 +13,7 @@ from typing import Any
 
 from areal_like.errors import EngineError, WeightSyncError
 from areal_like.weights.integrity import difference
-from rollout_server.policy.client import EngineClient
+from rollout_server.policy.client import EmbeddedClient, EngineClient
 from rollout_server.policy.gate import GenerationGate
 from rollout_server.weights.strategy import OnUntrusted, WeightPush
 
@@ -34,7 +34,8 @@ class ShadowWeightUpdate:
         """Does nothing: the old weights are still active."""
 
     async def push(self, client: EngineClient, push: WeightPush) -> float:
-        """As WeightUpdateStrategy.push; compares the sums with the sender's before it activates."""
+        """Receives a version, compares its sums with the sender's, and activates it."""
+        assert isinstance(client, EmbeddedClient)
         buckets, integrity = push.manifest.buckets, push.request.integrity
         with push.cancellable():
             received = await client.receive_weights(
@@ -54,12 +55,12 @@ class ShadowWeightUpdate:
         mode = push.request.update_mode
 
         async def swap() -> float:
-            answer = await client.end_weight_update(
+            response = await client.end_weight_update(
                 weight_version=push.request.version,
                 running="keep" if mode == "keep" else "recompute",
                 timeout_s=push.left_s(),
             )
-            return float(answer.get("stall_s", 0.0))
+            return float(response.get("stall_s", 0.0))
 
         async def hold_and_drain() -> None:
             self._gate.hold()
@@ -102,6 +103,6 @@ async def _between(
         await before()
         await swap()
     finally:
-        # Shielded: a cancelled push must not leave the engine paused for ever.
+        # Shielded: a cancelled push must not leave the engine paused forever.
         await asyncio.shield(asyncio.ensure_future(after()))
     return loop.time() - started_s

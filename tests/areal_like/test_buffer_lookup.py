@@ -72,15 +72,13 @@ def test_a_request_without_reply_follows_the_buffer(monkeypatch: pytest.MonkeyPa
         first = Listener(host="127.0.0.1", port=0, handler=ignore, max_message_bytes=1 << 20)
         second = Listener(host="127.0.0.1", port=0, handler=answer, max_message_bytes=1 << 20)
         addresses, reopened = [f"tcp://127.0.0.1:{first.port}"], list[bool]()
-        connection = BufferConnection(
-            addresses[0],
-            max_message_bytes=1 << 20,
-            on_message=lambda _: None,
-            on_hello_required=lambda: None,
-            on_fatal=lambda _: None,
-            on_reopened=lambda: reopened.append(True),
-            look_up=lambda: addresses[-1],
-        )
+
+        class Connection(BufferConnection):
+            def reopened(self) -> None:
+                super().reopened()
+                reopened.append(True)
+
+        connection = Connection(addresses[0], max_message_bytes=1 << 20, look_up=lambda: addresses[-1])
         pending = asyncio.create_task(connection.call(FinishRun(), timeout_s=HANG_LIMIT_S))
         await received.wait()
         await asyncio.sleep(0.5)

@@ -18,8 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from areal_like.trajectory import FinishReason, Trajectory
-from areal_like.wire.record_metadata import DTYPES, PLAIN
-from areal_like.wire.records import Record
+from areal_like.wire.records import DTYPES, PLAIN, Record
 
 TOKENS = 12
 """Tokens of `conversation`: two segments of 7 and 5; turns end at 4, 7 and 12."""

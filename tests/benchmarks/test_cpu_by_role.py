@@ -99,7 +99,7 @@ def test_difference_is_divided_by_steps() -> None:
 def test_a_job_is_measured_by_role(tmp_path: Path) -> None:
     result = measured(["trainer.groups_per_step=2"], warm_up=2, num_steps=30, runs_dir=tmp_path)
     assert set(result["roles"]) == {
-        "trainer", "engine", "rollout server", "buffer", "reward workers", "launcher",
+        "trainer", "engine", "rollout server", "buffer", "task workers", "launcher",
     }  # fmt: skip
     assert result["steps"] >= 30 and result["step_ms"] > 0
     assert "ledger-writer" in result["roles"]["buffer"]["threads_ms"]

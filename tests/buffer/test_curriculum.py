@@ -200,7 +200,7 @@ def settings(**more: object) -> dict[str, object]:
 def test_the_ledger_feeds_complete_groups_to_the_curriculum() -> None:
     ledger = new_ledger(**settings())
     add_server(ledger, "a", capacity=100)
-    leases = ledger.grant(now_s=0.0)["a"]
+    leases = ledger.dispatcher.grant(now_s=0.0)["a"]
     for lease in leases:
         for index in lease.sample_indices:
             deliver(ledger, "a", done(lease, index, [0], reward=0.0))
@@ -210,18 +210,18 @@ def test_the_ledger_feeds_complete_groups_to_the_curriculum() -> None:
     )
     assert all(core.solve_rate(lease.prompt_index) < 0.3 for lease in leases)
 
-    answer, _ = decode(encode(StreamState(stream=ledger.stream_state(step=-1))))
+    answer, _ = decode(encode(StreamState(stream=ledger.trainer.stream_state(step=-1))))
     stream = json.loads(json.dumps(answer.stream))
     resumed = empty_ledger(ledger.settings)
-    resumed.set_num_train_prompts(1000)
-    resumed.start_training(incarnation=2, step=0, stream=stream)
+    resumed.state.prompts.set_num_train_prompts(1000)
+    resumed.trainer.start_training(incarnation=2, step=0, stream=stream)
     assert (
         resumed.state.prompts.curriculum is not None
         and resumed.state.prompts.curriculum.state() == core.state()
     )
     add_server(resumed, "a", capacity=100)
     issued, issued_by_resumed = (
-        [lease.prompt_index for lease in each.grant(now_s=0.0)["a"]] for each in (ledger, resumed)
+        [lease.prompt_index for lease in each.dispatcher.grant(now_s=0.0)["a"]] for each in (ledger, resumed)
     )
     assert len(issued) == 4 and issued == issued_by_resumed
 
@@ -233,7 +233,9 @@ def test_solve_rates_are_prometheus_series() -> None:
     for _ in range(200):
         ledger.state.prompts.order.next()
     peers = ConnectedPeers(job="job", dataset="")
-    BufferSeries(metrics, max_staleness=1).update(ledger.snapshot(), peers, Counter())
+    BufferSeries(metrics, max_staleness=1).update(
+        ledger.state, peers, Counter(ledger.state.counters.summary())
+    )
     for of in ("issued", "all"):
         assert metrics.registry.get_sample_value("areal_curriculum_solve_rate", {"of": of}) == pytest.approx(
             1 / 128, rel=0.2
@@ -252,10 +254,10 @@ def test_a_ledger_restores_the_curriculum_of_its_data_set(tmp_path: Path) -> Non
         )
         assert ledger.state.prompts.curriculum is not None
         before = ledger.state.prompts.curriculum.state()
-        ledger.set_num_train_prompts(1000)
-        ledger.start_training(incarnation=ledger.trainer_incarnation + 1, step=0, stream={})
+        ledger.state.prompts.set_num_train_prompts(1000)
+        ledger.trainer.start_training(incarnation=ledger.state.trainer_incarnation + 1, step=0, stream={})
         add_server(ledger, "a", capacity=100)
-        for lease in ledger.grant(now_s=0.0)["a"]:
+        for lease in ledger.dispatcher.grant(now_s=0.0)["a"]:
             for index in lease.sample_indices:
                 deliver(ledger, "a", done(lease, index, [0], reward=0.0))
         store.close()
@@ -273,7 +275,7 @@ def test_a_ledger_restores_the_curriculum_of_its_data_set(tmp_path: Path) -> Non
 def test_a_malformed_curriculum_state_is_refused(state: list[int]) -> None:
     ledger = empty_ledger(ledger_settings(**settings()))
     with pytest.raises(RefusedError, match="not the state of a curriculum"):
-        ledger.start_training(incarnation=1, step=0, stream={"curriculum": state})
+        ledger.trainer.start_training(incarnation=1, step=0, stream={"curriculum": state})
 
 
 def test_curriculum_settings_are_read_and_validated() -> None:

@@ -52,12 +52,12 @@ class Play:
         """A buffer and a trainer start on what is on the disk."""
         self._store = DurableStore(self._directory, store_settings(), on_error=raising)
         self.ledger = recover(self._settings, self._store, now_s=0.0, dataset=dataset)
-        self.ledger.set_num_train_prompts(num_rows)
+        self.ledger.state.prompts.set_num_train_prompts(num_rows)
         self._incarnation += 1
-        self.ledger.start_training(
-            incarnation=self._incarnation, step=self.ledger.committed_step + 1, stream={}
+        self.ledger.trainer.start_training(
+            incarnation=self._incarnation, step=self.ledger.state.steps.committed + 1, stream={}
         )
-        self._version = self.ledger.newest_version
+        self._version = self.ledger.state.versions.newest
 
     def close(self) -> None:
         """The buffer dies; everything acknowledged is on the disk."""
@@ -72,18 +72,18 @@ class Play:
     def steps(self, count: int) -> None:
         """Generates what the ledger grants, and trains this many steps."""
         for _ in range(count):
-            step = self.ledger.trainer_step
-            while self.ledger.fetch(step=step, position=0) is None:
+            step = self.ledger.state.steps.current
+            while self.ledger.trainer.fetch(step=step, position=0) is None:
                 self._generate()
-            self.ledger.complete_step(incarnation=self._incarnation, step=step)
-            self._version = self.ledger.alloc_version(incarnation=self._incarnation, step=step + 1)
-            self.ledger.commit(incarnation=self._incarnation, step=step, oldest_kept_step=step + 1)
+            self.ledger.trainer.complete_step(incarnation=self._incarnation, step=step)
+            self._version = self.ledger.trainer.alloc_version(incarnation=self._incarnation, step=step + 1)
+            self.ledger.trainer.commit(incarnation=self._incarnation, step=step, oldest_kept_step=step + 1)
 
     def _generate(self) -> None:
         add_server(
             self.ledger, "a", capacity=GROUP_SIZE, version=self._version, incarnation=self._incarnation
         )
-        for lease in self.ledger.grant(now_s=0.0).get("a", []):
+        for lease in self.ledger.dispatcher.grant(now_s=0.0).get("a", []):
             if lease.ticket_id > self._last_ticket:
                 self.issued.append(lease.prompt_index)
                 self._last_ticket = lease.ticket_id
@@ -186,7 +186,7 @@ def test_the_log_tells_when_no_group_has_spread(tmp_path: Path) -> None:
         told = []
         for _ in range(num_groups):
             beat(ledger, "a", capacity=4)
-            lease = ledger.grant(now_s=0.0)["a"][0]
+            lease = ledger.dispatcher.grant(now_s=0.0)["a"][0]
             for index in lease.sample_indices:
                 deliver(ledger, "a", done(lease, index, [0], reward=float(spread and index)))
             told += ledger.take_notices()

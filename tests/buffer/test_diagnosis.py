@@ -8,8 +8,7 @@ import pytest
 
 from areal_like.runtime.metrics import Metrics
 from buffer.diagnosis.bottleneck import Load, Utilisation, advice
-from buffer.diagnosis.causes import Limits, On
-from buffer.diagnosis.facts import JobFacts, LeaseFacts, RankFacts, ServerFacts
+from buffer.diagnosis.facts import JobFacts, LeaseFacts, Limits, On, RankFacts, ServerFacts
 from buffer.diagnosis.rules import causes_of, effects_of, late_servers
 from buffer.diagnosis.speeds import Speeds
 from buffer.diagnosis.watchdog import Wakefulness, Watchdog

@@ -30,7 +30,7 @@ def ledger_with_sets(**settings: Any) -> Ledger:
 def request(
     ledger: Ledger, *, eval_id: int = 1, eval_set: str = "hard", num_prompts: int = 2
 ) -> EvalResult | None:
-    return ledger.request_eval(
+    return ledger.trainer.request_eval(
         eval_id=eval_id,
         eval_set=eval_set,
         num_prompts=num_prompts,
@@ -40,7 +40,7 @@ def request(
 
 
 def eval_leases(ledger: Ledger, *names: str) -> list[tuple[str, Lease]]:
-    granted = ledger.grant(now_s=0.0)
+    granted = ledger.dispatcher.grant(now_s=0.0)
     return [
         (name, lease)
         for name in (names or granted)
@@ -93,20 +93,20 @@ def test_a_failed_sample_counts_zero_and_the_others_go_on() -> None:
     request(ledger, num_prompts=2)
     add_server(ledger, "a", capacity=100)
     (_, first), (_, second) = eval_leases(ledger)
-    ledger.sample_failed("a", failed(first, 1, kind=FailureKind.ENGINE))
+    ledger.intake.sample_failed("a", failed(first, 1, kind=FailureKind.ENGINE))
     deliver(ledger, "a", done(first, 2, [0], failure="reward_timeout"))
     for index in (0, 3):
         deliver(ledger, "a", done(first, index, [0], reward=1.0))
     for index in range(4):
-        ledger.sample_failed("a", failed(second, index, kind=FailureKind.PROMPT))
+        ledger.intake.sample_failed("a", failed(second, index, kind=FailureKind.PROMPT))
     result = request(ledger)
     assert result is not None
     assert result.rewards.tolist() == [1, 0, 0, 1, 0, 0, 0, 0]
     missing, has_failed = SampleOutcome.MISSING, SampleOutcome.FAILED
     assert result.outcomes.tolist() == [0, missing, has_failed, 0, *[missing] * 4]
-    counts = ledger.num_by_state()
-    assert (counts[State.EVALUATED], counts[State.DROPPED], ledger.drops[Drop.FAILED]) == (1, 1, 1)
-    assert ledger.counters()["samples_failed"] == 6
+    counts = ledger.state.tickets.num_by_state()
+    assert (counts[State.EVALUATED], counts[State.DROPPED], ledger.state.drops[Drop.FAILED]) == (1, 1, 1)
+    assert ledger.state.counters.summary()["samples_failed"] == 6
     assert deliver(ledger, "a", done(first, 1, [0])) is Verdict.FINISHED
 
 
@@ -115,7 +115,7 @@ def test_a_retried_sample_keeps_its_seed() -> None:
     request(ledger, num_prompts=1)
     add_server(ledger, "a", capacity=100)
     ((_, lease),) = eval_leases(ledger)
-    ledger.sample_failed("a", failed(lease, 2, kind=FailureKind.ENGINE))
+    ledger.intake.sample_failed("a", failed(lease, 2, kind=FailureKind.ENGINE))
     ((_, again),) = eval_leases(ledger)
     assert (again.sample_indices, again.seed) == ([2], lease.seed)
 
@@ -131,15 +131,15 @@ def test_rewards_of_another_task_cannot_end_the_job(has_task: bool) -> None:
     add_server(ledger, "a", capacity=100)
     for _, lease in eval_leases(ledger):
         for index in lease.sample_indices:
-            ledger.sample_failed("a", failed(lease, index, kind=FailureKind.REWARD))
-    assert bool(ledger.failure_reason) is not has_task
+            ledger.intake.sample_failed("a", failed(lease, index, kind=FailureKind.REWARD))
+    assert bool(ledger.state.failure_reason) is not has_task
     result = request(ledger, num_prompts=5)
     assert (result is not None and result.num_failed == 20) is has_task
 
 
 def test_the_result_attests_versions_truncation_and_length() -> None:
     ledger = ledger_with_sets()
-    version = ledger.alloc_version(incarnation=1, step=0)
+    version = ledger.trainer.alloc_version(incarnation=1, step=0)
     request(ledger, num_prompts=1)
     add_server(ledger, "a", capacity=100)
     ((_, lease),) = eval_leases(ledger)
@@ -161,7 +161,7 @@ def test_a_killed_buffer_continues_with_the_missing_samples() -> None:
     (_, first), (_, second) = eval_leases(ledger)
     for index in (0, 2):
         deliver(ledger, "a", done(first, index, [0], reward=1.0))
-    ledger.sample_failed("a", failed(first, 3, kind=FailureKind.ENGINE))
+    ledger.intake.sample_failed("a", failed(first, 3, kind=FailureKind.ENGINE))
 
     ledger = recover(ledger.settings, store.copy(), now_s=0.0)
     assert request(ledger) is None, "the same request waits for the same evaluation"
@@ -172,7 +172,7 @@ def test_a_killed_buffer_continues_with_the_missing_samples() -> None:
     assert [(lease.prompt_index, lease.sample_indices) for _, lease in left] == [(1, [1, 2, 3])]
     answer(ledger, left)
     assert second.sample_indices == [0] and request(ledger) is None
-    ledger.remove_server("a")
+    ledger.dispatcher.remove_server("a")
     answer(ledger, eval_leases(ledger, "b"))
     result = request(ledger)
     assert result is not None and result.rewards.tolist() == [1, 1, 1, 0, 1, 1, 1, 1]
@@ -189,7 +189,7 @@ def test_a_set_that_changed_is_not_continued() -> None:
     request(ledger, eval_set="eval")
     settings = dataclasses.replace(ledger.settings, eval_sets={"eval": 1, "hard": 8})
     other = recover(settings, store.copy(), now_s=0.0)
-    assert other.drops[Drop.CANCELLED] == 2 and list(other.state.evals.rounds) == [(1, "eval")]
+    assert other.state.drops[Drop.CANCELLED] == 2 and list(other.state.evals.rounds) == [(1, "eval")]
 
 
 def test_a_new_trainer_cancels_and_keeps_what_is_done() -> None:
@@ -201,10 +201,10 @@ def test_a_new_trainer_cancels_and_keeps_what_is_done() -> None:
     request(ledger, eval_id=2)
     for name, lease in eval_leases(ledger)[:1]:
         deliver(ledger, name, done(lease, 0, [0]))
-    ledger.start_training(incarnation=2, step=0, stream={})
-    assert ledger.drops[Drop.CANCELLED] == 2 and not ledger.state.evals.rounds
+    ledger.trainer.start_training(incarnation=2, step=0, stream={})
+    assert ledger.state.drops[Drop.CANCELLED] == 2 and not ledger.state.evals.rounds
     assert sorted(store.records) == [1, 2], "samples of the cancelled evaluation are released"
-    assert ledger.take_aborts().keys() == {"a"}
+    assert ledger.state.leases.take_aborts().keys() == {"a"}
     assert request(ledger, eval_id=1) is None, "the new trainer's evaluation is another one"
 
 
@@ -214,17 +214,19 @@ def test_a_restored_result_is_of_its_own_weights() -> None:
     add_server(ledger, "a", capacity=100)
     request(ledger, eval_id=3)
     finish(ledger)
-    ledger.start_training(incarnation=2, step=1, stream={})  # it goes back and trains the steps again
-    version = ledger.alloc_version(incarnation=2, step=1)
+    ledger.trainer.start_training(incarnation=2, step=1, stream={})  # it goes back and trains the steps again
+    version = ledger.trainer.alloc_version(incarnation=2, step=1)
     ledger = recover(ledger.settings, store.copy(), now_s=0.0)
     assert request(ledger, eval_id=3) is not None, "the same request, as after a lost answer"
     again: dict[str, Any] = {"eval_id": 3, "eval_set": "hard", "num_samples": 4}
-    assert ledger.request_eval(num_prompts=2, min_version=version, **again) is None, "of other weights"
+    assert ledger.trainer.request_eval(num_prompts=2, min_version=version, **again) is None, (
+        "of other weights"
+    )
     add_server(ledger, "b", capacity=100, version=version)
     finish(ledger)
-    result = ledger.request_eval(num_prompts=2, min_version=version, **again)
+    result = ledger.trainer.request_eval(num_prompts=2, min_version=version, **again)
     assert result is not None and result.num_evaluated == 8
-    assert ledger.request_eval(num_prompts=3, min_version=version, **again) is None, "of another size"
+    assert ledger.trainer.request_eval(num_prompts=3, min_version=version, **again) is None, "of another size"
 
 
 @pytest.mark.parametrize("keep", [0, 1, 2])
@@ -257,5 +259,5 @@ def test_samples_of_the_newest_evaluations_are_kept(keep: int) -> None:
 def test_impossible_requests_are_refused(changes: dict[str, Any], field: str) -> None:
     ledger = ledger_with_sets()
     with pytest.raises(RefusedError) as refused:
-        ledger.request_eval(**({"eval_id": 1, "num_prompts": 1, "min_version": 0} | changes))
+        ledger.trainer.request_eval(**({"eval_id": 1, "num_prompts": 1, "min_version": 0} | changes))
     assert refused.value.args[0] == field and not ledger.state.evals.rounds

@@ -40,13 +40,13 @@ def wide_ledger(*names: str, capacity: int = 16, **settings: object) -> tuple[Le
     ledger = new_ledger(**(WIDE | settings))
     for name in names:
         add_server(ledger, name, capacity=capacity)
-    return ledger, ledger.grant(now_s=0.0)
+    return ledger, ledger.dispatcher.grant(now_s=0.0)
 
 
 def fail_row(ledger: Ledger, name: str, leases: list[Lease], kind: FailureKind) -> None:
     """Fails the first sample of each lease."""
     for lease in leases:
-        ledger.sample_failed(name, failed(lease, lease.sample_indices[0], kind=kind))
+        ledger.intake.sample_failed(name, failed(lease, lease.sample_indices[0], kind=kind))
 
 
 # --- policies ---
@@ -77,22 +77,25 @@ def test_servers_need_the_buffers_settings(difference: dict[str, Any]) -> None:
 def test_a_policy_of_drop_ends_the_ticket_at_once() -> None:
     ledger, leases = wide_ledger("a", on_failure=OnFailureConfig(reward="drop"))
     lease = leases["a"][0]
-    ledger.sample_failed("a", failed(lease, 0))
-    assert ledger.drops == {Drop.FAILED: 1}
-    counters = ledger.counters()
+    ledger.intake.sample_failed("a", failed(lease, 0))
+    assert ledger.state.drops == {Drop.FAILED: 1}
+    counters = ledger.state.counters.summary()
     assert counters["failed_reward_drop"] == 1 and counters["tickets_reissued"] == 1
-    assert lease.prompt_index in [new.prompt_index for new in ledger.grant(now_s=0.0)["a"]]
+    assert lease.prompt_index in [new.prompt_index for new in ledger.dispatcher.grant(now_s=0.0)["a"]]
 
 
 def test_a_bad_prompt_is_never_issued_again() -> None:
     ledger, leases = wide_ledger("a")
     bad = leases["a"][0]
     fail_row(ledger, "a", leases["a"][:6], FailureKind.PROMPT)
-    assert ledger.drops == {Drop.FAILED: 6} and not ledger.failure_reason
+    assert ledger.state.drops == {Drop.FAILED: 6} and not ledger.state.failure_reason
     assert ledger.servers["a"].health.quarantine is None, "bad prompts say nothing about a server"
-    assert ledger.counters()["prompts_given_up"] == 6 and ledger.counters()["tickets_reissued"] == 0
+    assert (
+        ledger.state.counters.summary()["prompts_given_up"] == 6
+        and ledger.state.counters.summary()["tickets_reissued"] == 0
+    )
     beat(ledger, "a", capacity=100)
-    granted = ledger.grant(now_s=0.0)["a"]
+    granted = ledger.dispatcher.grant(now_s=0.0)["a"]
     assert bad.prompt_index not in [lease.prompt_index for lease in granted]
 
 
@@ -102,10 +105,10 @@ def test_only_bad_prompts_end_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
     fail_row(ledger, "a", leases["a"][:4], FailureKind.PROMPT)
     deliver(ledger, "a", done(leases["a"][4], 0, [0]))
     fail_row(ledger, "a", leases["a"][5:8], FailureKind.PROMPT)
-    assert not ledger.failure_reason, "a good prompt between them"
+    assert not ledger.state.failure_reason, "a good prompt between them"
     beat(ledger, "a", capacity=100)
-    fail_row(ledger, "a", ledger.grant(now_s=0.0)["a"][:2], FailureKind.PROMPT)
-    assert "5 prompts in a row" in ledger.failure_reason
+    fail_row(ledger, "a", ledger.dispatcher.grant(now_s=0.0)["a"][:2], FailureKind.PROMPT)
+    assert "5 prompts in a row" in ledger.state.failure_reason
 
 
 def test_a_reward_that_times_out_is_trained_with_zero() -> None:
@@ -113,8 +116,8 @@ def test_a_reward_that_times_out_is_trained_with_zero() -> None:
     (lease,) = leases["a"]
     deliver(ledger, "a", done(lease, 0, [0], reward=1.0))
     assert deliver(ledger, "a", done(lease, 1, [0, 0, 0], failure="reward_timeout")) is Verdict.ACCEPTED
-    assert ledger.num_by_state()[State.BATCHED] == 1
-    counters = ledger.counters()
+    assert ledger.state.tickets.num_by_state()[State.BATCHED] == 1
+    counters = ledger.state.counters.summary()
     assert (counters["failed_reward_timeout_zero"], counters["samples_failed"]) == (1, 1)
     assert "tokens_wasted_failed_reward_timeout" not in counters, "its tokens are trained on"
     assert (counters["offered_length_0"], counters["offered_length_2"]) == (1, 1)
@@ -125,7 +128,7 @@ def test_zero_is_only_for_its_policy_and_reward(failure: str, reward: float) -> 
     ledger, leases = wide_ledger("a")
     sample = done(leases["a"][0], 0, [0], reward=reward, failure=failure)
     assert deliver(ledger, "a", sample) is Verdict.INVALID
-    assert ledger.counters()["failed_engine_retry"] == 1, "it is the server that is wrong"
+    assert ledger.state.counters.summary()["failed_engine_retry"] == 1, "it is the server that is wrong"
 
 
 def test_an_unknown_kind_of_failure_is_malformed() -> None:
@@ -138,25 +141,25 @@ def test_an_unknown_kind_of_failure_is_malformed() -> None:
 def test_a_zero_without_tokens_is_retried() -> None:
     ledger, leases = wide_ledger("a", capacity=2, max_sample_retries=1)
     (lease,) = leases["a"]
-    ledger.sample_failed("a", failed(lease, 0, kind=FailureKind.ENVIRONMENT))
-    (again,) = ledger.grant(now_s=0.0)["a"]
+    ledger.intake.sample_failed("a", failed(lease, 0, kind=FailureKind.ENVIRONMENT))
+    (again,) = ledger.dispatcher.grant(now_s=0.0)["a"]
     assert (again.ticket_id, again.sample_indices) == (lease.ticket_id, [0])
-    ledger.sample_failed("a", failed(again, 0, kind=FailureKind.ENVIRONMENT))
-    counters = ledger.counters()
+    ledger.intake.sample_failed("a", failed(again, 0, kind=FailureKind.ENVIRONMENT))
+    counters = ledger.state.counters.summary()
     assert (counters["failed_environment_retry"], counters["failed_environment_drop"]) == (1, 1)
 
 
 def test_failed_evaluations_count_as_zero() -> None:
     ledger = new_ledger(max_sample_retries=0)
-    ledger.request_eval(eval_id=1, num_prompts=4, min_version=0)
+    ledger.trainer.request_eval(eval_id=1, num_prompts=4, min_version=0)
     add_server(ledger, "a", capacity=4)
-    leases = ledger.grant(now_s=0.0)["a"]
+    leases = ledger.dispatcher.grant(now_s=0.0)["a"]
     assert [lease.purpose for lease in leases] == [Purpose.EVAL] * 4
     deliver(ledger, "a", done(leases[0], 0, [0], reward=1.0))
     deliver(ledger, "a", done(leases[1], 0, [0], failure="reward_timeout"))
-    ledger.sample_failed("a", failed(leases[2], 0, kind=FailureKind.REWARD))
-    ledger.sample_failed("a", failed(leases[3], 0, kind=FailureKind.PROMPT))
-    result = ledger.request_eval(eval_id=1, num_prompts=4, min_version=0)
+    ledger.intake.sample_failed("a", failed(leases[2], 0, kind=FailureKind.REWARD))
+    ledger.intake.sample_failed("a", failed(leases[3], 0, kind=FailureKind.PROMPT))
+    result = ledger.trainer.request_eval(eval_id=1, num_prompts=4, min_version=0)
     assert result is not None
     assert (result.mean_reward, result.num_evaluated, result.num_failed) == (0.25, 2, 2)
 
@@ -169,13 +172,15 @@ def test_a_failed_sample_goes_to_another_server() -> None:
     (lease,) = leases["a"]
     add_server(ledger, "b", capacity=1)  # has less credit than a
     beat(ledger, "a", capacity=100)
-    ledger.sample_failed("a", failed(lease, 0))
-    granted = ledger.grant(now_s=0.0)
+    ledger.intake.sample_failed("a", failed(lease, 0))
+    granted = ledger.dispatcher.grant(now_s=0.0)
     assert [(new.ticket_id, new.sample_indices) for new in granted["b"]] == [(lease.ticket_id, [0])]
     assert granted["a"], "the other server takes other tickets"
-    ledger.remove_server("b")
-    ledger.sample_failed("a", failed(lease, 1))
-    assert lease.ticket_id in [new.ticket_id for new in ledger.grant(now_s=0.0)["a"]], "there is no other"
+    ledger.dispatcher.remove_server("b")
+    ledger.intake.sample_failed("a", failed(lease, 1))
+    assert lease.ticket_id in [new.ticket_id for new in ledger.dispatcher.grant(now_s=0.0)["a"]], (
+        "there is no other"
+    )
 
 
 def test_engine_failures_in_a_row_are_a_quarantine() -> None:
@@ -183,48 +188,51 @@ def test_engine_failures_in_a_row_are_a_quarantine() -> None:
     beat(ledger, "a", capacity=100)
     fail_row(ledger, "a", leases["a"][:2], FailureKind.TIMEOUT)
     for index in leases["a"][0].sample_indices[1:]:
-        ledger.sample_failed("a", failed(leases["a"][0], index, kind=FailureKind.ENGINE))
+        ledger.intake.sample_failed("a", failed(leases["a"][0], index, kind=FailureKind.ENGINE))
     assert ledger.servers["a"].health.quarantine is None, "samples of one ticket count once"
-    ledger.sample_failed("a", failed(leases["a"][2], 0, "out of memory", kind=FailureKind.ENGINE))
+    ledger.intake.sample_failed("a", failed(leases["a"][2], 0, "out of memory", kind=FailureKind.ENGINE))
     assert ledger.servers["a"].health.quarantine is not None
     assert "3 samples failed in a row" in ledger.servers["a"].health.quarantine.reason
     (notice,) = ledger.take_notices()
     assert "a gets no leases for 30 s" in notice and "out of memory" in notice
-    assert ledger.snapshot().num_quarantined == 1 and ledger.counters()["quarantines"] == 1
-    assert "a" not in ledger.grant(now_s=0.0) and not ledger.failure_reason
+    assert [name for name, server in ledger.servers.items() if server.health.quarantine] == ["a"]
+    assert ledger.state.counters.summary()["quarantines"] == 1
+    assert "a" not in ledger.dispatcher.grant(now_s=0.0) and not ledger.state.failure_reason
 
 
 def test_a_server_in_quarantine_uses_up_no_retries() -> None:
     ledger, leases = wide_ledger("a", max_sample_retries=0, num_steps=20, max_staleness=19)
     fail_row(ledger, "a", leases["a"][:3], FailureKind.ENGINE)
-    assert ledger.drops == {Drop.FAILED: 3}
+    assert ledger.state.drops == {Drop.FAILED: 3}
     fail_row(ledger, "a", leases["a"][3:5], FailureKind.ENGINE)
     fail_row(ledger, "a", leases["a"][5:], FailureKind.PROMPT)
-    assert ledger.drops == {Drop.FAILED: 3}, "these samples wait for another server"
+    assert ledger.state.drops == {Drop.FAILED: 3}, "these samples wait for another server"
     add_server(ledger, "b", capacity=100)
     waiting = {lease.ticket_id for lease in leases["a"][3:]}
-    assert waiting <= {lease.ticket_id for lease in ledger.grant(now_s=0.0)["b"]}
+    assert waiting <= {lease.ticket_id for lease in ledger.dispatcher.grant(now_s=0.0)["b"]}
 
 
 def test_the_back_off_doubles_until_a_success() -> None:
     ledger, leases = wide_ledger("a", "b")
     deliver(ledger, "b", done(leases["b"][0], 0, [0]))
     fail_row(ledger, "a", leases["a"][:3], FailureKind.ENGINE)
-    ledger.return_leases("a", [lease.lease_id for lease in leases["a"] if lease is not leases["a"][4]])
+    ledger.dispatcher.return_leases(
+        "a", [lease.lease_id for lease in leases["a"] if lease is not leases["a"][4]]
+    )
     now_s = 0.0
     for backoff_s in (FIRST_BACKOFF_S, 2 * FIRST_BACKOFF_S):
         for time_s in (now_s + backoff_s - 1, now_s + backoff_s):
             beat(ledger, "a", capacity=100, now_s=time_s)
-            granted = ledger.grant(now_s=time_s)
+            granted = ledger.dispatcher.grant(now_s=time_s)
             assert ("a" in granted) == (time_s == now_s + backoff_s)
         now_s += backoff_s
         fail_row(ledger, "a", granted["a"][:1], FailureKind.ENGINE)
-        ledger.return_leases("a", [lease.lease_id for lease in granted["a"]])
+        ledger.dispatcher.return_leases("a", [lease.lease_id for lease in granted["a"]])
         assert ledger.servers["a"].health.quarantine is not None, "one failure on probation is enough"
     deliver(ledger, "a", done(leases["a"][4], 0, [0]))
     health = ledger.servers["a"].health
     assert health.quarantine is None and health.num_quarantines == 0
-    assert not ledger.failure_reason
+    assert not ledger.state.failure_reason
 
 
 def test_a_server_that_has_delivered_nothing_holds_few_leases() -> None:
@@ -233,19 +241,19 @@ def test_a_server_that_has_delivered_nothing_holds_few_leases() -> None:
     assert len(leases["a"]) > MOST_UNPROVEN, "no other one has delivered either"
     add_server(ledger, "liar", capacity=1_000_000)
     deliver(ledger, "a", done(leases["a"][0], 0, [0]))
-    granted = ledger.grant(now_s=0.0)["liar"]
+    granted = ledger.dispatcher.grant(now_s=0.0)["liar"]
     assert len(granted) == MOST_UNPROVEN
     beat(ledger, "liar", capacity=1_000_000, now_s=1.0)
-    assert "liar" not in ledger.grant(now_s=1.0)
+    assert "liar" not in ledger.dispatcher.grant(now_s=1.0)
     deliver(ledger, "liar", done(granted[0], granted[0].sample_indices[0], [0]))
     beat(ledger, "liar", capacity=1_000_000, now_s=2.0)
-    assert ledger.grant(now_s=2.0)["liar"], "one sample is enough"
+    assert ledger.dispatcher.grant(now_s=2.0)["liar"], "one sample is enough"
 
 
 def test_a_quarantine_outlives_a_reconnect_not_a_restart() -> None:
     ledger, leases = wide_ledger("a", "b")
     fail_row(ledger, "a", leases["a"][:3], FailureKind.ENGINE)
-    ledger.remove_server("a")
+    ledger.dispatcher.remove_server("a")
     add_server(ledger, "a", capacity=100)
     assert ledger.servers["a"].free_samples == 0
     add_server(ledger, "a", capacity=100, incarnation=2)
@@ -259,18 +267,18 @@ def test_one_server_cannot_end_the_job_of_others() -> None:
     ledger, leases = wide_ledger("good", "hostile", max_sample_retries=100)
     deliver(ledger, "good", done(leases["good"][0], 0, [0]))
     fail_row(ledger, "hostile", leases["hostile"], FailureKind.REWARD)
-    assert not ledger.failure_reason and ledger.servers["hostile"].health.quarantine is not None
-    assert ledger.task_trouble == "", "the other one works"
+    assert not ledger.state.failure_reason and ledger.servers["hostile"].health.quarantine is not None
+    assert ledger.failed_samples.task_trouble == "", "the other one works"
 
 
 def test_a_task_that_never_works_ends_the_job() -> None:
     ledger, leases = wide_ledger("a", "b")
     deliver(ledger, "a", done(leases["a"][0], 0, [0], failure="reward_timeout"))
     fail_row(ledger, "a", leases["a"][1:4], FailureKind.REWARD)
-    assert ledger.failure_reason, (
+    assert ledger.state.failure_reason, (
         "b has no outcome, and a sample with reward 0 for a failure is not a good one"
     )
-    assert "a: reward raised" in ledger.failure_reason
+    assert "a: reward raised" in ledger.state.failure_reason
 
 
 @pytest.mark.parametrize("kind", [FailureKind.REWARD, FailureKind.REWARD_TIMEOUT, FailureKind.ENVIRONMENT])
@@ -284,10 +292,11 @@ def test_a_task_that_fails_later_is_waited_for(kind: FailureKind) -> None:
     for _ in range(12):
         for name in ("a", "b"):
             fail_row(ledger, name, rest[name][:3], kind)
-            ledger.return_leases(name, [lease.lease_id for lease in rest[name]])
-        assert not ledger.failure_reason
+            ledger.dispatcher.return_leases(name, [lease.lease_id for lease in rest[name]])
+        assert not ledger.state.failure_reason
         assert (
-            "the task's code fails at every rollout server: 3 samples failed in a row" in ledger.task_trouble
+            "the task's code fails at every rollout server: 3 samples failed in a row"
+            in ledger.failed_samples.task_trouble
         )
         backoffs = [server.health.quarantine for server in ledger.servers.values()]
         ends = [one.until_s for one in backoffs if one is not None]
@@ -295,11 +304,13 @@ def test_a_task_that_fails_later_is_waited_for(kind: FailureKind) -> None:
         now_s = max(ends)
         for name in ("a", "b"):
             beat(ledger, name, capacity=100, now_s=now_s)
-        rest = ledger.grant(now_s=now_s)
-        assert ledger.task_trouble == "" and set(rest) == {"a", "b"}, "each server gets another try"
+        rest = ledger.dispatcher.grant(now_s=now_s)
+        assert ledger.failed_samples.task_trouble == "" and set(rest) == {"a", "b"}, (
+            "each server gets another try"
+        )
     deliver(ledger, "b", done(rest["b"][0], rest["b"][0].sample_indices[0], [0]))
     fail_row(ledger, "a", rest["a"][:2], kind)
-    assert ledger.servers["b"].health.num_quarantines == 0 and not ledger.failure_reason
+    assert ledger.servers["b"].health.num_quarantines == 0 and not ledger.state.failure_reason
     store.close()
 
 
@@ -309,21 +320,21 @@ def test_failing_engines_end_a_job_at_any_time() -> None:
     fail_row(ledger, "a", leases["a"][1:4], FailureKind.REWARD)
     kinds, now_s = [FailureKind.ENGINE] * 3, 0.0
     for kind in kinds:
-        assert not ledger.failure_reason
+        assert not ledger.state.failure_reason
         quarantine = ledger.servers["a"].health.quarantine
         assert quarantine is not None
         now_s = quarantine.until_s
         beat(ledger, "a", capacity=100, now_s=now_s)
-        fail_row(ledger, "a", ledger.grant(now_s=now_s)["a"][:3], kind)
-    assert "3 samples failed in a row" in ledger.failure_reason
+        fail_row(ledger, "a", ledger.dispatcher.grant(now_s=now_s)["a"][:3], kind)
+    assert "3 samples failed in a row" in ledger.state.failure_reason
 
 
 def test_agents_from_outside_end_nothing() -> None:
     ledger, leases = wide_ledger("a")
     fail_row(ledger, "a", leases["a"], FailureKind.AGENT)
-    assert ledger.servers["a"].health.quarantine is None and not ledger.failure_reason
-    counters = ledger.counters()
-    assert counters["failed_agent_drop"] == len(leases["a"]) == ledger.drops[Drop.FAILED]
+    assert ledger.servers["a"].health.quarantine is None and not ledger.state.failure_reason
+    counters = ledger.state.counters.summary()
+    assert counters["failed_agent_drop"] == len(leases["a"]) == ledger.state.drops[Drop.FAILED]
     assert counters["prompts_given_up"] == 0, "their prompts are issued again"
 
 
@@ -331,20 +342,22 @@ def test_a_hanging_verifier_does_not_end_the_job() -> None:
     ledger, leases = wide_ledger("a")
     for lease in leases["a"]:
         deliver(ledger, "a", done(lease, 0, [0], failure="reward_timeout"))
-    assert not ledger.failure_reason and ledger.servers["a"].health.quarantine is None
+    assert not ledger.state.failure_reason and ledger.servers["a"].health.quarantine is None
 
 
 def test_failing_engines_end_the_job_after_some_quarantines() -> None:
     ledger, leases = wide_ledger("a", max_sample_retries=100)
     fail_row(ledger, "a", leases["a"][:3], FailureKind.ENGINE)
     for _ in range(MAX_QUARANTINES - 1):
-        assert not ledger.failure_reason
+        assert not ledger.state.failure_reason
         quarantine = ledger.servers["a"].health.quarantine
         assert quarantine is not None
         beat(ledger, "a", capacity=100, now_s=quarantine.until_s)
-        (lease, *_) = ledger.grant(now_s=quarantine.until_s)["a"]
-        ledger.sample_failed("a", failed(lease, lease.sample_indices[0], "no GPU", kind=FailureKind.ENGINE))
-    assert "no GPU" in ledger.failure_reason
+        (lease, *_) = ledger.dispatcher.grant(now_s=quarantine.until_s)["a"]
+        ledger.intake.sample_failed(
+            "a", failed(lease, lease.sample_indices[0], "no GPU", kind=FailureKind.ENGINE)
+        )
+    assert "no GPU" in ledger.state.failure_reason
 
 
 # --- counters ---
@@ -353,14 +366,14 @@ def test_failing_engines_end_the_job_after_some_quarantines() -> None:
 def test_what_is_offered_and_trained_is_counted() -> None:
     ledger = new_ledger(group_filter="spread", max_staleness=1, groups_per_step=1, num_steps=2)
     add_server(ledger, "a", capacity=4)
-    solved, mixed = ledger.grant(now_s=0.0)["a"]
+    solved, mixed = ledger.dispatcher.grant(now_s=0.0)["a"]
     for index in range(2):
         deliver(ledger, "a", done(solved, index, [0] * 5, reward=1.0))  # no spread: dropped
         deliver(ledger, "a", done(mixed, index, [0] * 2, reward=float(index)))
-    ledger.complete_step(incarnation=1, step=0)
-    lost = ledger.grant(now_s=0.0)["a"][0]
-    ledger.sample_failed("a", failed(lost, 0, kind=FailureKind.REWARD, num_tokens=100))
-    counters = ledger.counters()
+    ledger.trainer.complete_step(incarnation=1, step=0)
+    lost = ledger.dispatcher.grant(now_s=0.0)["a"][0]
+    ledger.intake.sample_failed("a", failed(lost, 0, kind=FailureKind.REWARD, num_tokens=100))
+    counters = ledger.state.counters.summary()
     wanted = {
         "offered_length_3": 2,
         "offered_length_1": 2,
@@ -382,9 +395,9 @@ def test_what_is_offered_and_trained_is_counted() -> None:
 def test_refused_tokens_are_wasted_by_reason() -> None:
     ledger, leases = wide_ledger("a", capacity=2)
     (lease,) = leases["a"]
-    ledger.return_leases("a", [lease.lease_id])
+    ledger.dispatcher.return_leases("a", [lease.lease_id])
     assert deliver(ledger, "a", done(lease, 0, [0] * 7)) is Verdict.SUPERSEDED
-    assert ledger.counters()["tokens_wasted_superseded"] == 7
+    assert ledger.state.counters.summary()["tokens_wasted_superseded"] == 7
 
 
 def test_a_ledger_of_the_release_before_continues() -> None:
@@ -392,20 +405,20 @@ def test_a_ledger_of_the_release_before_continues() -> None:
     settings: dict[str, object] = {"durable": True, "groups_per_step": 1, "num_steps": 4}
     before = new_ledger(store=store, **settings)
     add_server(before, "a", capacity=4)
-    for lease in before.grant(now_s=0.0)["a"]:
+    for lease in before.dispatcher.grant(now_s=0.0)["a"]:
         for index in lease.sample_indices:
             deliver(before, "a", done(lease, index, [0], reward=1.0))
-    before.complete_step(incarnation=1, step=0)
+    before.trainer.complete_step(incarnation=1, step=0)
     after = store.copy()
     old_names = "'tokens_trained', 'sum_token_lag', 'tokens_accepted', 'verdict_accepted', 'trained_lag_0'"
     after.connection.execute(f"DELETE FROM statistics WHERE name NOT IN ({old_names})")
     after.connection.execute("DELETE FROM marks WHERE name = 'counts_selection'")
     ledger = recover(ledger_settings(**settings), after, now_s=0.0)
-    assert ledger.counters()["samples_trained"] == 2
-    assert selection_report(ledger.counters())["trained"]["samples"] == 0
+    assert ledger.state.counters.summary()["samples_trained"] == 2
+    assert selection_report(ledger.state.counters.summary())["trained"]["samples"] == 0
     ledger.state.steps.uncount_from(0)  # as when an operator drops a ticket of a repeated step
-    assert ledger.counters()["samples_trained"] == 0
-    assert selection_report(ledger.counters())["trained"]["samples"] == 0, "not below zero"
+    assert ledger.state.counters.summary()["samples_trained"] == 0
+    assert selection_report(ledger.state.counters.summary())["trained"]["samples"] == 0, "not below zero"
     for each in (store, after):
         each.close()
 
@@ -415,8 +428,8 @@ def test_numbers_of_a_server_cannot_overflow_the_counters() -> None:
     for lease in leases["a"][:3]:
         for index in lease.sample_indices:
             deliver(ledger, "a", done(lease, index, [0], reward=1.7e308))
-    ledger.sample_failed("a", failed(leases["a"][3], 0, num_tokens=1 << 62))
-    assert all(math.isfinite(value) for value in ledger.counters().values())
-    assert ledger.counters()["tokens_wasted_failed_reward"] == 1000
+    ledger.intake.sample_failed("a", failed(leases["a"][3], 0, num_tokens=1 << 62))
+    assert all(math.isfinite(value) for value in ledger.state.counters.summary().values())
+    assert ledger.state.counters.summary()["tokens_wasted_failed_reward"] == 1000
     with pytest.raises(ValueError, match="num_tokens"):
         failed(leases["a"][3], 1, num_tokens=-1)

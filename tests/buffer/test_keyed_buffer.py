@@ -273,7 +273,7 @@ def test_a_peer_with_an_expired_key_gets_nothing_more(buffer: BufferProcess, key
 
 def test_a_key_revoked_while_its_peer_waits_gets_no_name(keys: Path) -> None:
     ring = keyring(keys, KeyRole.ROLLOUT)
-    peer_keys = PeerKeys(is_named=ring.is_named, is_valid=lambda key: ring.sender(key.public) is not None)
+    peer_keys = PeerKeys(ring)
     key = ring.sender(ring.identity.public)
     peer_keys.check_hello(server_hello("rollout-0"), key)
     revoke_key(keys, "rollout")

@@ -30,7 +30,7 @@ from tests.support.ledger_simulation import (
 
 
 def leases_of(ledger: Ledger, name: str = "a", *, now_s: float = 0.0) -> list[Lease]:
-    return ledger.grant(now_s=now_s).get(name, [])
+    return ledger.dispatcher.grant(now_s=now_s).get(name, [])
 
 
 def finish(
@@ -47,9 +47,9 @@ def finish(
 
 def train_step(ledger: Ledger) -> int:
     """Completes the trainer's step; returns the version of the new weights."""
-    step = ledger.trainer_step
-    ledger.complete_step(incarnation=1, step=step)
-    return ledger.alloc_version(incarnation=1, step=step + 1)
+    step = ledger.state.steps.current
+    ledger.trainer.complete_step(incarnation=1, step=step)
+    return ledger.trainer.alloc_version(incarnation=1, step=step + 1)
 
 
 # --- admission and credit ---
@@ -96,7 +96,7 @@ def test_credit_does_not_drift_when_a_heartbeat_crosses_a_grant() -> None:
     written_before = ServerHeartbeat(
         state=ServerState.SERVING, free_samples=4, holding_samples=0, weights_version=0, leases=[]
     )
-    ledger.heartbeat("a", written_before, now_s=0.1)
+    ledger.dispatcher.heartbeat("a", written_before, now_s=0.1)
     assert leases_of(ledger) == []
 
 
@@ -113,10 +113,10 @@ def test_negative_credit_has_to_be_worked_off() -> None:
         weights_version=0,
         leases=[lease.lease_id for lease in leases],
     )
-    ledger.heartbeat("a", overfull, now_s=0.1)
-    ledger.samples_done("a", [done(leases[0], index, [0]) for index in (0, 1)])
+    ledger.dispatcher.heartbeat("a", overfull, now_s=0.1)
+    ledger.intake.samples_done("a", [done(leases[0], index, [0]) for index in (0, 1)])
     assert leases_of(ledger) == [] and ledger.servers["a"].free_samples == 0
-    ledger.samples_done("a", [done(leases[1], index, [0]) for index in (0, 1)])
+    ledger.intake.samples_done("a", [done(leases[1], index, [0]) for index in (0, 1)])
     assert len(leases_of(ledger)) == 1
 
 
@@ -138,7 +138,10 @@ def test_a_small_budget_is_shared_among_servers() -> None:
     ledger = new_ledger(max_staleness=0, groups_per_step=4)
     for name in "ab":
         add_server(ledger, name, capacity=100)
-    assert {name: len(leases) for name, leases in ledger.grant(now_s=0.0).items()} == {"a": 2, "b": 2}
+    assert {name: len(leases) for name, leases in ledger.dispatcher.grant(now_s=0.0).items()} == {
+        "a": 2,
+        "b": 2,
+    }
 
 
 def test_a_server_of_unknown_version_gets_nothing() -> None:
@@ -151,12 +154,12 @@ def test_no_ticket_until_trainer_started_and_prompts_known() -> None:
     ledger = empty_ledger(ledger_settings(num_steps=2))
     add_server(ledger, "a", capacity=8)
     assert leases_of(ledger) == []
-    ledger.start_training(incarnation=1, step=0, stream={})
+    ledger.trainer.start_training(incarnation=1, step=0, stream={})
     assert leases_of(ledger) == []
-    ledger.set_num_train_prompts(10)
+    ledger.state.prompts.set_num_train_prompts(10)
     assert len(leases_of(ledger)) == 4
     with pytest.raises(RefusedError, match="num_train_prompts"):
-        ledger.set_num_train_prompts(11)
+        ledger.state.prompts.set_num_train_prompts(11)
 
 
 # --- samples ---
@@ -168,7 +171,7 @@ def test_duplicates_are_acknowledged_superseded_ones_refused() -> None:
     (lease,) = leases_of(ledger)
     assert deliver(ledger, "a", done(lease, 0, [0])) is Verdict.ACCEPTED
     assert deliver(ledger, "a", done(lease, 0, [0])) is Verdict.DUPLICATE
-    ledger.remove_server("a")
+    ledger.dispatcher.remove_server("a")
     add_server(ledger, "b", capacity=2)
     (again,) = leases_of(ledger, "b")
     assert (again.ticket_id, again.sample_indices) == (lease.ticket_id, [1]), (
@@ -177,7 +180,7 @@ def test_duplicates_are_acknowledged_superseded_ones_refused() -> None:
     assert again.seed == lease.seed
     assert deliver(ledger, "a", done(lease, 1, [0])) is Verdict.SUPERSEDED
     assert deliver(ledger, "b", done(again, 1, [0])) is Verdict.ACCEPTED
-    counters = ledger.counters()
+    counters = ledger.state.counters.summary()
     assert (counters["samples_duplicate"], counters["refusals_superseded"], counters["leases_lost"]) == (
         1,
         1,
@@ -210,10 +213,10 @@ def test_lag_counts_the_oldest_token_of_the_group() -> None:
     version = train_step(ledger)
     deliver(ledger, "a", done(second, 0, [0, version, version]))
     deliver(ledger, "a", done(second, 1, [version]))
-    group = ledger.fetch(step=1, position=0)
+    group = ledger.trainer.fetch(step=1, position=0)
     assert group is not None and group.version_steps == [0, 1]
     train_step(ledger)
-    counters = ledger.counters()
+    counters = ledger.state.counters.summary()
     assert counters["max_trained_lag"] == 1
     assert counters["mean_trained_lag"] == 1 / 4
     assert counters["mean_trained_token_lag"] == 1 / 6
@@ -234,10 +237,10 @@ def test_a_heartbeat_renews_the_leases_it_names_others_expire() -> None:
             weights_version=0,
             leases=[kept.lease_id],
         )
-        ledger.heartbeat("a", naming_one, now_s=now_s)
-        assert ledger.expire(now_s=now_s) == []
+        ledger.dispatcher.heartbeat("a", naming_one, now_s=now_s)
+        assert ledger.dispatcher.expire(now_s=now_s) == []
     assert set(ledger.state.leases.live) == {kept.lease_id}
-    assert ledger.take_aborts() == {"a": [lost.lease_id]}
+    assert ledger.state.leases.take_aborts() == {"a": [lost.lease_id]}
     (again,) = leases_of(ledger, now_s=12.0)
     assert again.ticket_id == lost.ticket_id
     naming_lost = ServerHeartbeat(
@@ -247,18 +250,20 @@ def test_a_heartbeat_renews_the_leases_it_names_others_expire() -> None:
         weights_version=0,
         leases=[lost.lease_id],
     )
-    ledger.heartbeat("a", naming_lost, now_s=13.0)
-    assert ledger.take_aborts() == {"a": [lost.lease_id]}, "aborted again while the server still names it"
+    ledger.dispatcher.heartbeat("a", naming_lost, now_s=13.0)
+    assert ledger.state.leases.take_aborts() == {"a": [lost.lease_id]}, (
+        "aborted again while the server still names it"
+    )
 
 
 def test_a_silent_server_is_removed_and_its_old_leases_aborted() -> None:
     ledger = new_ledger(lease_timeout_s=10.0)
     add_server(ledger, "a", capacity=2)
     (lease,) = leases_of(ledger)
-    assert ledger.expire(now_s=9.9) == []
-    assert ledger.expire(now_s=10.0) == ["a"]
-    assert ledger.num_by_state()[State.QUEUED] == 1
-    ledger.register_server("a", incarnation=1, weights_version=0, now_s=11.0)
+    assert ledger.dispatcher.expire(now_s=9.9) == []
+    assert ledger.dispatcher.expire(now_s=10.0) == ["a"]
+    assert ledger.state.tickets.num_by_state()[State.QUEUED] == 1
+    ledger.dispatcher.register_server("a", incarnation=1, weights_version=0, now_s=11.0)
     still_working = ServerHeartbeat(
         state=ServerState.SERVING,
         free_samples=0,
@@ -266,20 +271,20 @@ def test_a_silent_server_is_removed_and_its_old_leases_aborted() -> None:
         weights_version=0,
         leases=[lease.lease_id],
     )
-    ledger.heartbeat("a", still_working, now_s=11.0)
-    assert ledger.take_aborts() == {"a": [lease.lease_id]}
+    ledger.dispatcher.heartbeat("a", still_working, now_s=11.0)
+    assert ledger.state.leases.take_aborts() == {"a": [lease.lease_id]}
 
 
 def test_a_new_server_incarnation_fences_the_old_one() -> None:
     ledger = new_ledger()
-    assert ledger.find_process("a", "old", 0) == 0
+    assert ledger.state.incarnations.find("a", "old", 0) == 0
     add_server(ledger, "a", capacity=2, incarnation=ledger.admit_process("a", "old"))
     (lease,) = leases_of(ledger)
-    assert ledger.find_process("a", "old", 0) == ledger.find_process("a", "old", 1) == 1
+    assert ledger.state.incarnations.find("a", "old", 0) == ledger.state.incarnations.find("a", "old", 1) == 1
     add_server(ledger, "a", capacity=2, incarnation=ledger.admit_process("a", "new"))
-    assert ledger.num_by_state()[State.QUEUED] == 1
+    assert ledger.state.tickets.num_by_state()[State.QUEUED] == 1
     with pytest.raises(StaleIncarnationError):
-        ledger.find_process("a", "old", 1)
+        ledger.state.incarnations.find("a", "old", 1)
     assert leases_of(ledger)[0].ticket_id == lease.ticket_id
 
 
@@ -293,8 +298,8 @@ def test_a_lost_ticket_waits_for_weights_within_the_budget() -> None:
     version = train_step(ledger)
     add_server(ledger, "b", capacity=4, version=version)
     fresh = leases_of(ledger, "b")
-    ledger.remove_server("b")
-    ledger.return_leases("a", [lease.lease_id for lease in old[2:]])
+    ledger.dispatcher.remove_server("b")
+    ledger.dispatcher.return_leases("a", [lease.lease_id for lease in old[2:]])
     again = leases_of(ledger)
     assert [lease.ticket_id for lease in again] == [lease.ticket_id for lease in old[2:]], (
         "two more would exceed the budget of 4 for step 0"
@@ -313,16 +318,16 @@ def test_failing_samples_are_retried_then_their_ticket_drops() -> None:
     first_ticket, prompt = lease.ticket_id, lease.prompt_index
     deliver(ledger, "a", done(lease, 1, [0]))
     for _ in range(2):
-        ledger.sample_failed("a", failed(lease, 0))
+        ledger.intake.sample_failed("a", failed(lease, 0))
         (lease,) = leases_of(ledger)
         assert (lease.ticket_id, lease.sample_indices) == (first_ticket, [0])
-    ledger.sample_failed("a", failed(lease, 0))
-    assert ledger.drops == {Drop.FAILED: 1}
+    ledger.intake.sample_failed("a", failed(lease, 0))
+    assert ledger.state.drops == {Drop.FAILED: 1}
     (lease,) = leases_of(ledger)
     assert lease.prompt_index == prompt
     assert ledger.state.tickets.live[lease.ticket_id].parent == first_ticket
     for _ in range(3):
-        ledger.sample_failed("a", failed(lease, 0))
+        ledger.intake.sample_failed("a", failed(lease, 0))
         (lease,) = leases_of(ledger)
     assert lease.prompt_index != prompt, "reissued max_reissues times"
 
@@ -351,11 +356,11 @@ def test_a_segment_longer_than_the_microbatch_is_refused() -> None:
 def test_only_the_newest_finished_evaluations_are_kept() -> None:
     ledger = new_ledger()
     for eval_id in range(50):
-        ledger.request_eval(eval_id=eval_id, num_prompts=1, min_version=0)
+        ledger.trainer.request_eval(eval_id=eval_id, num_prompts=1, min_version=0)
         add_server(ledger, "a", capacity=9)
         (lease,) = [lease for lease in leases_of(ledger) if lease.purpose is Purpose.EVAL]
         deliver(ledger, "a", done(lease, 0, [0]))
-        again = ledger.request_eval(eval_id=eval_id, num_prompts=1, min_version=0)
+        again = ledger.trainer.request_eval(eval_id=eval_id, num_prompts=1, min_version=0)
         assert again is not None and again.num_evaluated == 1
     assert len(ledger.state.evals.rounds) <= 5
 
@@ -365,10 +370,13 @@ def test_consecutive_failures_fail_the_job_with_the_last_error() -> None:
     add_server(ledger, "a", capacity=16)
     leases = leases_of(ledger)
     for lease, error in zip(leases[:3], ("one", "two", "three"), strict=True):
-        assert not ledger.failure_reason
+        assert not ledger.state.failure_reason
         for index in lease.sample_indices:  # samples of one ticket count once
-            ledger.sample_failed("a", failed(lease, index, error))
-    assert "3 samples failed in a row" in ledger.failure_reason and "a: three" in ledger.failure_reason
+            ledger.intake.sample_failed("a", failed(lease, index, error))
+    assert (
+        "3 samples failed in a row" in ledger.state.failure_reason
+        and "a: three" in ledger.state.failure_reason
+    )
     assert leases_of(ledger) == []
 
 
@@ -377,11 +385,11 @@ def test_a_group_without_spread_is_refilled_with_another_prompt() -> None:
     add_server(ledger, "a", capacity=2)
     (lease,) = leases_of(ledger)
     finish(ledger, lease, rewards=(0.1 + 0.2 + 0.3, 0.3 + 0.2 + 0.1))  # equal but for rounding
-    assert ledger.drops == {Drop.NO_SPREAD: 1}
+    assert ledger.state.drops == {Drop.NO_SPREAD: 1}
     (refill,) = leases_of(ledger)
     assert refill.prompt_index != lease.prompt_index
     finish(ledger, refill, rewards=(0.0, 1.0))
-    assert ledger.num_by_state()[State.BATCHED] == 1
+    assert ledger.state.tickets.num_by_state()[State.BATCHED] == 1
 
 
 def test_spread_filter_needs_a_group() -> None:
@@ -397,7 +405,7 @@ def test_single_version_rejects_a_group_of_mixed_versions() -> None:
     version = train_step(ledger)
     deliver(ledger, "a", done(second, 0, [0, 0]))
     deliver(ledger, "a", done(second, 1, [0, version]))
-    assert ledger.drops == {Drop.REJECTED: 1}
+    assert ledger.state.drops == {Drop.REJECTED: 1}
 
 
 def test_leases_of_a_stale_ticket_are_aborted() -> None:
@@ -410,8 +418,8 @@ def test_leases_of_a_stale_ticket_are_aborted() -> None:
     beat(ledger, "a", capacity=4, version=version)
     (third,) = leases_of(ledger)
     finish(ledger, third, version=version)
-    assert ledger.drops == {Drop.STALE: 1}, "step 2 is open, and a token of step 0 has arrived"
-    assert ledger.take_aborts() == {"a": [slow.lease_id]}
+    assert ledger.state.drops == {Drop.STALE: 1}, "step 2 is open, and a token of step 0 has arrived"
+    assert ledger.state.leases.take_aborts() == {"a": [slow.lease_id]}
     assert deliver(ledger, "a", done(slow, 1, [version])) is Verdict.FINISHED
 
 
@@ -422,25 +430,25 @@ def test_recorded_groups_are_served_identically_until_committed() -> None:
     ledger = new_ledger(groups_per_step=1)
     add_server(ledger, "a", capacity=4)
     lease, _ = leases_of(ledger)
-    assert ledger.fetch(step=0, position=0) is None
+    assert ledger.trainer.fetch(step=0, position=0) is None
     finish(ledger, lease)
-    group = ledger.fetch(step=0, position=0)
+    group = ledger.trainer.fetch(step=0, position=0)
     assert (
         group is not None
         and group.ticket_id == lease.ticket_id
         and [t.reward for t in group.trajectories] == [0.0, 1.0]
     )
     with pytest.raises(RefusedError, match="complete"):
-        ledger.commit(incarnation=1, step=0)
+        ledger.trainer.commit(incarnation=1, step=0)
     train_step(ledger)
-    again = ledger.fetch(step=0, position=0)
+    again = ledger.trainer.fetch(step=0, position=0)
     assert again is not None and again.ticket_id == group.ticket_id
-    ledger.commit(incarnation=1, step=0)
-    assert ledger.num_by_state()[State.TRAINED] == 1
+    ledger.trainer.commit(incarnation=1, step=0)
+    assert ledger.state.tickets.num_by_state()[State.TRAINED] == 1
     with pytest.raises(RefusedError, match="served"):
-        ledger.fetch(step=0, position=0)
+        ledger.trainer.fetch(step=0, position=0)
     with pytest.raises(RefusedError, match="position"):
-        ledger.fetch(step=1, position=1)
+        ledger.trainer.fetch(step=1, position=1)
 
 
 def test_a_newer_trainer_fences_older_ones_and_repeats_steps() -> None:
@@ -450,27 +458,27 @@ def test_a_newer_trainer_fences_older_ones_and_repeats_steps() -> None:
         finish(ledger, lease)
     train_step(ledger)
     trained = ledger.state.counters["tokens_trained"]
-    ledger.start_training(incarnation=2, step=0, stream={})
+    ledger.trainer.start_training(incarnation=2, step=0, stream={})
     with pytest.raises(StaleIncarnationError):
-        ledger.complete_step(incarnation=1, step=0)
+        ledger.trainer.complete_step(incarnation=1, step=0)
     with pytest.raises(StaleIncarnationError):
-        ledger.start_training(incarnation=1, step=0, stream={})
+        ledger.trainer.start_training(incarnation=1, step=0, stream={})
     with pytest.raises(RefusedError, match="StartTraining"):
-        ledger.alloc_version(incarnation=3, step=0)
-    assert ledger.alloc_version(incarnation=2, step=0) == 2, "versions are never reused"
-    ledger.complete_step(incarnation=2, step=0)
+        ledger.trainer.alloc_version(incarnation=3, step=0)
+    assert ledger.trainer.alloc_version(incarnation=2, step=0) == 2, "versions are never reused"
+    ledger.trainer.complete_step(incarnation=2, step=0)
     assert ledger.state.counters["tokens_trained"] == trained, "a repeated step is counted once"
-    ledger.commit(incarnation=2, step=0)
+    ledger.trainer.commit(incarnation=2, step=0)
     with pytest.raises(RefusedError, match="restart"):
-        ledger.start_training(incarnation=3, step=0, stream={})
+        ledger.trainer.start_training(incarnation=3, step=0, stream={})
 
 
 def test_a_trainer_may_not_skip_steps_or_invent_weights() -> None:
     ledger = new_ledger()
     with pytest.raises(RefusedError, match="complete"):
-        ledger.complete_step(incarnation=1, step=0)
+        ledger.trainer.complete_step(incarnation=1, step=0)
     with pytest.raises(RefusedError, match="cannot exist"):
-        ledger.alloc_version(incarnation=1, step=1)
+        ledger.trainer.alloc_version(incarnation=1, step=1)
 
 
 def test_a_fresh_ledger_issues_untrained_prompts_first() -> None:
@@ -480,22 +488,22 @@ def test_a_fresh_ledger_issues_untrained_prompts_first() -> None:
     for lease in leases[:3]:
         finish(ledger, lease)
     train_step(ledger)
-    state = ledger.stream_state(step=0)
+    state = ledger.trainer.stream_state(step=0)
     assert state["pending"] == [lease.prompt_index for lease in leases[2:]], (
         "one recorded in step 1, one still running"
     )
-    ledger.close("interrupted")
-    assert sorted(ledger.stream_state(step=0)["pending"]) == sorted(state["pending"]), (
+    ledger.trainer.close("interrupted")
+    assert sorted(ledger.trainer.stream_state(step=0)["pending"]) == sorted(state["pending"]), (
         "cancelled prompts are not lost"
     )  # type: ignore[arg-type]
 
     resumed = empty_ledger(ledger.settings)
-    resumed.set_num_train_prompts(1000)
-    resumed.start_training(incarnation=9, step=1, stream=state)
+    resumed.state.prompts.set_num_train_prompts(1000)
+    resumed.trainer.start_training(incarnation=9, step=1, stream=state)
     add_server(resumed, "a", capacity=100)
     assert len(leases_of(resumed)) == 2, "with the weights of step 0 only step 1 is within the bound"
-    resumed.remove_server("a")
-    version = resumed.alloc_version(incarnation=9, step=1)
+    resumed.dispatcher.remove_server("a")
+    version = resumed.trainer.alloc_version(incarnation=9, step=1)
     assert version == 2
     add_server(resumed, "a", capacity=100, version=version)
     again = leases_of(resumed)
@@ -503,7 +511,7 @@ def test_a_fresh_ledger_issues_untrained_prompts_first() -> None:
     assert [lease.prompt_index for lease in again[:2]] == state["pending"]
     assert not {lease.prompt_index for lease in again[2:]} & {lease.prompt_index for lease in leases}
     finish(resumed, again[0], version=version)
-    assert resumed.fetch(step=1, position=0) is not None
+    assert resumed.trainer.fetch(step=1, position=0) is not None
 
 
 def test_close_cancels_uncompleted_train_tickets_but_no_evals() -> None:
@@ -512,17 +520,19 @@ def test_close_cancels_uncompleted_train_tickets_but_no_evals() -> None:
     leases = leases_of(ledger)
     for lease in leases[:3]:
         finish(ledger, lease)
-    ledger.complete_step(incarnation=1, step=0)
-    ledger.close("drain")
-    assert ledger.drops == {Drop.CANCELLED: 2}, "one was running, one recorded in a step that was not trained"
-    assert sorted(ledger.take_aborts()["a"]) == [lease.lease_id for lease in leases[3:]]
-    assert ledger.num_by_state()[State.BATCHED] == 2, "the completed step waits for its commit"
-    assert ledger.fetch(step=1, position=0) is None
-    ledger.commit(incarnation=1, step=0)
-    assert sorted(ledger.stream_state(step=0)["pending"]) == sorted(
+    ledger.trainer.complete_step(incarnation=1, step=0)
+    ledger.trainer.close("drain")
+    assert ledger.state.drops == {Drop.CANCELLED: 2}, (
+        "one was running, one recorded in a step that was not trained"
+    )
+    assert sorted(ledger.state.leases.take_aborts()["a"]) == [lease.lease_id for lease in leases[3:]]
+    assert ledger.state.tickets.num_by_state()[State.BATCHED] == 2, "the completed step waits for its commit"
+    assert ledger.trainer.fetch(step=1, position=0) is None
+    ledger.trainer.commit(incarnation=1, step=0)
+    assert sorted(ledger.trainer.stream_state(step=0)["pending"]) == sorted(
         lease.prompt_index for lease in leases[2:]
     )  # type: ignore[arg-type]
-    assert ledger.request_eval(eval_id=1, num_prompts=1, min_version=0) is None
+    assert ledger.trainer.request_eval(eval_id=1, num_prompts=1, min_version=0) is None
     assert [lease.purpose for lease in leases_of(ledger)] == [Purpose.EVAL]
 
 
@@ -535,7 +545,7 @@ def test_evaluations_go_first_and_wait_for_their_version() -> None:
     (lease,) = leases_of(ledger)
     finish(ledger, lease)
     version = train_step(ledger)
-    assert ledger.request_eval(eval_id=5, num_prompts=3, min_version=version) is None
+    assert ledger.trainer.request_eval(eval_id=5, num_prompts=3, min_version=version) is None
     assert [lease.purpose for lease in leases_of(ledger)] == [Purpose.TRAIN], (
         "the weights of this server are too old for the evaluation"
     )
@@ -545,11 +555,11 @@ def test_evaluations_go_first_and_wait_for_their_version() -> None:
         (Purpose.EVAL, i, [0]) for i in range(3)
     ]
     deliver(ledger, "b", done(leases[0], 0, [version], reward=1.0))
-    ledger.sample_failed("b", failed(leases[1], 0))
-    ledger.return_leases("b", [leases[2].lease_id])
+    ledger.intake.sample_failed("b", failed(leases[1], 0))
+    ledger.dispatcher.return_leases("b", [leases[2].lease_id])
     (again,) = (lease for lease in leases_of(ledger, "b") if lease.purpose is Purpose.EVAL)
     deliver(ledger, "b", done(again, 0, [version, version], reward=0.0))
-    result = ledger.request_eval(eval_id=5, num_prompts=3, min_version=version)
+    result = ledger.trainer.request_eval(eval_id=5, num_prompts=3, min_version=version)
     assert result is not None
     assert (result.num_evaluated, result.num_failed, result.mean_reward, result.mean_tokens) == (
         2,
@@ -558,7 +568,7 @@ def test_evaluations_go_first_and_wait_for_their_version() -> None:
         1.5,
     )
     assert (result.oldest_version, result.newest_version) == (version, version)
-    counts = ledger.num_by_state()
+    counts = ledger.state.tickets.num_by_state()
     assert (counts[State.EVALUATED], counts[State.DROPPED]) == (2, 1)
 
 

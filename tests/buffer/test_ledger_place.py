@@ -132,7 +132,9 @@ def test_a_ledger_on_disk_says_which_steps_it_lacks(tmp_path: Path) -> None:
     memory = dataclasses.replace(config, buffer=dataclasses.replace(config.buffer, durability="none"))
     for store in (open_store(memory, on_error=raising), open_store(memory, on_error=raising)):
         ledger = recover(LedgerSettings.from_config(memory), store, now_s=0.0)
-        ledger.start_training(incarnation=1, step=0, stream={}, settings={"trainer.lr": "0.1"}, unix_s=5.0)
+        ledger.trainer.start_training(
+            incarnation=1, step=0, stream={}, settings={"trainer.lr": "0.1"}, unix_s=5.0
+        )
     with closing(sqlite3.connect(directory / "ledger.sqlite3")) as connection:
         rows = connection.execute("SELECT step, value FROM settings WHERE key = 'buffer.durability'")
         assert rows.fetchall() == [(0, "none"), (0, "none")]
@@ -140,7 +142,7 @@ def test_a_ledger_on_disk_says_which_steps_it_lacks(tmp_path: Path) -> None:
         assert others.fetchone() == (0,)
     (directory / "ledger.sqlite3").write_bytes(b"damaged" * 100)
     ledger = recover(LedgerSettings.from_config(memory), open_store(memory, on_error=raising), now_s=0.0)
-    ledger.start_training(incarnation=1, step=0, stream={})
+    ledger.trainer.start_training(incarnation=1, step=0, stream={})
 
 
 def test_a_ledger_is_not_left_behind_or_mixed_up(tmp_path: Path) -> None:

@@ -27,24 +27,24 @@ def test_every_position_is_filled_within_the_staleness_bound(
     )
     plant = SimulatedJob(ledger=ledger, servers=servers(), step_s=step_s, seed=max_staleness)
     plant.run()
-    counts = ledger.num_by_state()
+    counts = ledger.state.tickets.num_by_state()
     assert counts[State.TRAINED] == 25 * 8
     assert [(step, position) for step, position, _ in plant.order] == [
         (step, position) for step in range(25) for position in range(8)
     ]
     assert len({ticket_id for _, _, ticket_id in plant.order}) == 25 * 8, "a ticket was trained twice"
     assert sum(counts.values()) == counts[State.TRAINED] + counts[State.DROPPED], "tickets are left over"
-    assert max(ledger.lag_histogram()) <= max_staleness
-    assert ledger.counters()["samples_trained"] == 25 * 8 * 4
+    assert max(ledger.state.counters.lag_histogram) <= max_staleness
+    assert ledger.state.counters.summary()["samples_trained"] == 25 * 8 * 4
     if overdue == "wait":
-        assert ledger.drops[Drop.STALE] == 0, "a healthy run has no stale drops"
+        assert ledger.state.drops[Drop.STALE] == 0, "a healthy run has no stale drops"
     assert ledger.state.store.num_bytes == 0, "records outlived their commit"
 
 
 def test_staleness_zero_is_synchronous() -> None:
     ledger = new_ledger(max_staleness=0, groups_per_step=4, num_steps=10)
     SimulatedJob(ledger=ledger, servers=servers()).run()
-    assert set(ledger.lag_histogram()) == {0}
+    assert set(ledger.state.counters.lag_histogram) == {0}
     assert ledger.state.tickets.num_issued == 40
 
 
@@ -57,7 +57,7 @@ def test_generation_overlaps_training_with_a_larger_bound() -> None:
         plant.run()
         times[max_staleness] = plant.now_s
     assert times[4] < 0.75 * times[0]
-    assert max(ledger.lag_histogram()) >= 2
+    assert max(ledger.state.counters.lag_histogram) >= 2
 
 
 def test_overdue_wait_keeps_long_responses_that_drop_loses() -> None:
@@ -65,8 +65,8 @@ def test_overdue_wait_keeps_long_responses_that_drop_loses() -> None:
     for overdue in ("wait", "drop"):
         ledger = new_ledger(max_staleness=1, groups_per_step=8, group_size=4, num_steps=25, overdue=overdue)
         SimulatedJob(ledger=ledger, servers=servers(), step_s=0.2).run()
-        mean_tokens[overdue] = ledger.counters()["mean_trained_sample_tokens"]
-    assert ledger.drops[Drop.STALE] > 0
+        mean_tokens[overdue] = ledger.state.counters.summary()["mean_trained_sample_tokens"]
+    assert ledger.state.drops[Drop.STALE] > 0
     assert mean_tokens["wait"] > mean_tokens["drop"]
 
 
@@ -74,7 +74,7 @@ def test_a_run_survives_a_killed_server_and_failing_samples() -> None:
     ledger = new_ledger(max_staleness=4, groups_per_step=8, group_size=4, num_steps=25, lease_timeout_s=3.0)
     plant = SimulatedJob(ledger=ledger, servers=servers(), fail_probability=0.05, kill_at_s={"fast": 6.0})
     plant.run()
-    assert ledger.num_by_state()[State.TRAINED] == 200
+    assert ledger.state.tickets.num_by_state()[State.TRAINED] == 200
     assert ledger.state.counters["num_leases_lost"] > 0
     assert ledger.state.counters["num_failures"] > 0
-    assert max(ledger.lag_histogram()) <= 4
+    assert max(ledger.state.counters.lag_histogram) <= 4

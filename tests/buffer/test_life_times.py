@@ -26,7 +26,7 @@ def test_times_in_queue_and_leases_are_observed() -> None:
     metrics, ledger = Metrics(), new_ledger(max_staleness=9, num_steps=10)
     LifeTimes(metrics, clock=lambda: now_s[0]).watch(ledger.state)
     add_server(ledger, "a", capacity=1000)
-    leases = ledger.grant(now_s=0.0)["a"]
+    leases = ledger.dispatcher.grant(now_s=0.0)["a"]
     now_s[0] = 7.0
     for lease in leases:
         for index in lease.sample_indices:
@@ -37,8 +37,8 @@ def test_times_in_queue_and_leases_are_observed() -> None:
     assert num_batched + num_ready == len(leases) and num_batched and num_ready
     assert series(metrics, 'ticket_queue_seconds_SUFFIX{state="ready"}') == (num_batched, 0.0)
     now_s[0] = 10.0
-    ledger.complete_step(incarnation=1, step=0)
-    ledger.commit(incarnation=1, step=0)
+    ledger.trainer.complete_step(incarnation=1, step=0)
+    ledger.trainer.commit(incarnation=1, step=0)
     assert series(metrics, 'ticket_queue_seconds_SUFFIX{state="batched"}') == (0.0, 0.0), "it has got none"
     num_recorded, total_s = series(metrics, 'ticket_queue_seconds_SUFFIX{state="ready"}')
     assert num_recorded > num_batched and total_s == 3.0 * (num_recorded - num_batched)
@@ -49,7 +49,7 @@ def test_a_group_is_batched_until_the_trainer_gets_it() -> None:
     metrics, ledger = Metrics(), new_ledger()
     LifeTimes(metrics, clock=lambda: now_s[0]).watch(ledger.state)
     add_server(ledger, "a", capacity=4)
-    for lease in ledger.grant(now_s=0.0)["a"]:
+    for lease in ledger.dispatcher.grant(now_s=0.0)["a"]:
         for index in lease.sample_indices:
             deliver(ledger, "a", done(lease, index, [0]))
     for now_s[0], position, num_served, total_s in (
@@ -57,11 +57,11 @@ def test_a_group_is_batched_until_the_trainer_gets_it() -> None:
         (50.0, 0, 1.0, 2.0),  # a repeated request
         (60.0, 1, 2.0, 62.0),
     ):
-        assert ledger.fetch(step=0, position=position) is not None
+        assert ledger.trainer.fetch(step=0, position=position) is not None
         assert series(metrics, 'ticket_queue_seconds_SUFFIX{state="batched"}') == (num_served, total_s)
     now_s[0] = 900.0
-    ledger.complete_step(incarnation=1, step=0)
-    ledger.commit(incarnation=1, step=0)
+    ledger.trainer.complete_step(incarnation=1, step=0)
+    ledger.trainer.commit(incarnation=1, step=0)
     assert series(metrics, 'ticket_queue_seconds_SUFFIX{state="batched"}') == (2.0, 62.0)
 
 

@@ -19,12 +19,12 @@ SETTINGS: dict[str, object] = {"max_staleness": 3, "num_steps": 100, "durable": 
 
 def started(store: RowStore | None = None, **base: str) -> Ledger:
     ledger = recover(ledger_settings(**SETTINGS), store or RowStore(), now_s=0.0)
-    ledger.start_training(incarnation=1, step=0, stream={}, settings=BASE | base)
+    ledger.trainer.start_training(incarnation=1, step=0, stream={}, settings=BASE | base)
     return ledger
 
 
 def lr_of(ledger: Ledger, step: int) -> float:
-    return ledger.settings_of(incarnation=ledger.trainer_incarnation, step=step).lr
+    return ledger.trainer.settings_of(incarnation=ledger.state.trainer_incarnation, step=step).lr
 
 
 OPERATIONS = st.lists(
@@ -61,7 +61,7 @@ def test_a_step_keeps_the_value_that_it_began_with(operations: list[tuple[str, i
         elif kind == "set":
             first = current + is_training
             wanted = (0.001, 0.01)[number]
-            (change,) = ledger.change_settings({"trainer.lr": str(wanted)}, unix_s=1.0)
+            (change,) = ledger.operator.change_settings({"trainer.lr": str(wanted)}, unix_s=1.0)
             assert (change.step, float(change.before)) == (first, planned[first])
             planned |= dict.fromkeys(range(first, 200), wanted)
         elif kind.startswith("resume"):
@@ -97,21 +97,21 @@ def test_a_change_counts_from_the_first_step_not_begun() -> None:
     store = RowStore()
     ledger = started(store)
     wanted = {"trainer.lr": "5e-4", "max_staleness": "1", "eval.interval": "2", "checkpoint": "now"}
-    changes = {change.key: change for change in ledger.change_settings(wanted, unix_s=1.0)}
+    changes = {change.key: change for change in ledger.operator.change_settings(wanted, unix_s=1.0)}
     assert {key: change.step for key, change in changes.items()} == {
         "trainer.lr": 1,
         "max_staleness": 1,
         "eval.interval": 1,
         "checkpoint": 0,  # after the step in training
     }
-    first = ledger.settings_of(incarnation=1, step=0)
+    first = ledger.trainer.settings_of(incarnation=1, step=0)
     assert (first.lr, first.max_staleness, first.eval_interval) == (0.001, 3, 5)
     assert ledger.state.bound.current == 1  # of tickets that begin
     with pytest.raises(RefusedError, match=r"0\.\.0 are fixed, not of 1"):
-        ledger.settings_of(incarnation=1, step=1)
+        ledger.trainer.settings_of(incarnation=1, step=1)
     for buffer in (ledger, recover(ledger_settings(**SETTINGS), store.copy(), now_s=0.0)):
         buffer.state.steps.current = 1
-        second = buffer.settings_of(incarnation=1, step=1)
+        second = buffer.trainer.settings_of(incarnation=1, step=1)
         assert (second.lr, second.max_staleness, second.eval_interval) == (5e-4, 1, 2)
         assert second.checkpoint and not second.evaluate
         assert buffer.state.bound.current == 1
@@ -122,17 +122,17 @@ def test_a_change_counts_from_the_first_step_not_begun() -> None:
 def test_a_value_configured_anew_replaces_the_change() -> None:
     store = RowStore()
     ledger = started(store)
-    ledger.change_settings({"trainer.lr": "0.5", "daemon.log_level": "DEBUG"}, unix_s=1.0)
+    ledger.operator.change_settings({"trainer.lr": "0.5", "daemon.log_level": "DEBUG"}, unix_s=1.0)
     assert ledger.state.live.log_level == "DEBUG"
-    ledger.start_training(incarnation=2, step=0, stream={}, settings=BASE)
+    ledger.trainer.start_training(incarnation=2, step=0, stream={}, settings=BASE)
     ledger.state.steps.current = 1
     assert lr_of(ledger, 1) == 0.5
-    ledger.start_training(incarnation=3, step=0, stream={}, settings=BASE | {"trainer.lr": "0.25"})
+    ledger.trainer.start_training(incarnation=3, step=0, stream={}, settings=BASE | {"trainer.lr": "0.25"})
     assert lr_of(ledger, 0) == 0.25
     ledger.state.steps.current = 1
     assert lr_of(ledger, 1) == 0.25
     capped = SETTINGS | {"max_staleness": 2}
-    ledger.change_settings({"max_staleness": "1"}, unix_s=1.0)
+    ledger.operator.change_settings({"max_staleness": "1"}, unix_s=1.0)
     after = recover(ledger_settings(**capped), store.copy(), now_s=0.0)
     assert after.state.bound.current == 2
 
@@ -157,7 +157,7 @@ def test_a_mistake_changes_nothing(wanted: dict[str, str], message: str) -> None
     ledger = started()
     rows = list(ledger.state.live.rows)
     with pytest.raises(RefusedError) as caught:
-        ledger.change_settings(wanted, unix_s=1.0)
+        ledger.operator.change_settings(wanted, unix_s=1.0)
     assert message in str(caught.value)
     assert ledger.state.live.rows == rows and ledger.state.bound.current == 3
 
@@ -166,20 +166,20 @@ def test_what_no_step_can_follow_is_refused() -> None:
     waiting = recover(ledger_settings(**SETTINGS), RowStore(), now_s=0.0)
     for wanted in ({"trainer.lr": "1"}, {"evaluate": "now"}, {"daemon.log_level": "INFO"}):
         with pytest.raises(RefusedError, match="no trainer has started yet"):
-            waiting.change_settings(wanted, unix_s=1.0)
-    (change,) = waiting.change_settings({"max_staleness": "2"}, unix_s=1.0)
+            waiting.operator.change_settings(wanted, unix_s=1.0)
+    (change,) = waiting.operator.change_settings({"max_staleness": "2"}, unix_s=1.0)
     assert change.step == 0
     without = started(**{"eval.interval": "0"})
     for wanted in ({"evaluate": "now"}, {"eval.interval": "5"}):
         with pytest.raises(RefusedError, match="evaluations are off"):
-            without.change_settings(wanted, unix_s=1.0)
+            without.operator.change_settings(wanted, unix_s=1.0)
     last = started()
     last.state.steps.current = 99
     with pytest.raises(RefusedError, match="the last step has begun"):
-        last.change_settings({"trainer.lr": "1"}, unix_s=1.0)
-    assert last.change_settings({"checkpoint": "now"}, unix_s=1.0)[0].step == 99
+        last.operator.change_settings({"trainer.lr": "1"}, unix_s=1.0)
+    assert last.operator.change_settings({"checkpoint": "now"}, unix_s=1.0)[0].step == 99
     with pytest.raises(RefusedError, match="want a number"):
-        recover(ledger_settings(**SETTINGS), RowStore(), now_s=0.0).start_training(
+        recover(ledger_settings(**SETTINGS), RowStore(), now_s=0.0).trainer.start_training(
             incarnation=1, step=0, stream={}, settings={"trainer.lr": "x"}
         )
 
@@ -190,7 +190,7 @@ def test_settings_of_the_job_are_recorded_by_step() -> None:
     def begun(store: RowStore, groups: int, *, incarnation: int, step: int) -> RowStore:
         settings = SETTINGS | {"groups_per_step": groups, "recorded": {GROUPS_PER_STEP: str(groups)}}
         ledger = recover(ledger_settings(**settings), store, now_s=0.0)
-        ledger.start_training(incarnation=incarnation, step=step, stream={}, settings=BASE)
+        ledger.trainer.start_training(incarnation=incarnation, step=step, stream={}, settings=BASE)
         return store.copy()
 
     def values(store: RowStore) -> list[tuple[int, str]]:

@@ -17,8 +17,7 @@ from areal_like.wire.limits import MAX_STAT, bounded_stats, check_lengths
 from areal_like.wire.messages.consumer import TrainerHeartbeat
 from areal_like.wire.messages.producer import SampleDone
 from areal_like.wire.records import Record
-from buffer.diagnosis.causes import Limits
-from buffer.diagnosis.facts import JobFacts, ServerFacts
+from buffer.diagnosis.facts import JobFacts, Limits, ServerFacts
 from buffer.diagnosis.rules import causes_of
 from buffer.ledger.ledger import Ledger
 from buffer.service.peers import ConnectedPeers, Peer
@@ -54,13 +53,13 @@ OVER = 1.001
 def test_a_sample_with_an_absurd_number_fails_alone(changes: dict[str, Any]) -> None:
     ledger = new_ledger()
     add_server(ledger, "a", capacity=4)
-    leases = {lease.ticket_id: lease for lease in ledger.grant(now_s=0.0)["a"]}
+    leases = {lease.ticket_id: lease for lease in ledger.dispatcher.grant(now_s=0.0)["a"]}
     forged = SampleDone(lease_id=leases[1].lease_id, record=sample(**changes))
     assert deliver(ledger, "a", forged) is Verdict.INVALID
-    counters = ledger.counters()
+    counters = ledger.state.counters.summary()
     assert (counters["refusals_invalid"], counters["samples_failed"]) == (1, 1)
     assert counters[f"failed_{FailureKind.ENGINE.value}_retry"] == 1
-    (again,) = ledger.grant(now_s=0.0)["a"]
+    (again,) = ledger.dispatcher.grant(now_s=0.0)["a"]
     assert (again.ticket_id, again.sample_indices) == (1, [0])
     honest = SampleDone(lease_id=again.lease_id, record=sample(reward=LARGEST_REWARD))
     assert deliver(ledger, "a", honest) is Verdict.ACCEPTED
@@ -106,21 +105,21 @@ def test_a_total_that_cannot_be_true_is_left_out_of_the_sums() -> None:
 def lie(ledger: Ledger, *, times: int, now_s: float) -> None:
     beat(ledger, "liar", capacity=8, now_s=now_s)
     for _ in range(times):
-        ledger.lied("liar", "x")
+        ledger.failed_samples.lied("liar", "x")
 
 
 def test_lies_slow_a_server_down_until_it_is_refused() -> None:
     """Others make its samples, and its good ones do not make up for the lies."""
     ledger, now_s = new_ledger(max_staleness=9, num_steps=10), 0.0
     add_server(ledger, "liar", capacity=8)
-    (first, *_) = ledger.grant(now_s=0.0)["liar"]
+    (first, *_) = ledger.dispatcher.grant(now_s=0.0)["liar"]
     lie(ledger, times=LIES_PER_QUARANTINE - 1, now_s=0.0)
     assert ledger.servers["liar"].health.quarantine is None
     assert deliver(ledger, "liar", done(first, 0, [0])) is Verdict.ACCEPTED
     lie(ledger, times=1, now_s=0.0)
-    assert not ledger.servers["liar"].leases and ledger.take_aborts()["liar"]
+    assert not ledger.servers["liar"].leases and ledger.state.leases.take_aborts()["liar"]
     add_server(ledger, "honest", capacity=8)
-    assert first.ticket_id in [lease.ticket_id for lease in ledger.grant(now_s=0.0)["honest"]]
+    assert first.ticket_id in [lease.ticket_id for lease in ledger.dispatcher.grant(now_s=0.0)["honest"]]
     assert "liar gets no leases: it has sent 16 messages" in " ".join(ledger.take_notices())
     waits = []
     while not ledger.servers["liar"].health.is_refused:
@@ -130,19 +129,19 @@ def test_lies_slow_a_server_down_until_it_is_refused() -> None:
         now_s = quarantine.until_s + 1
         beat(ledger, "honest", capacity=8, now_s=now_s)
         beat(ledger, "liar", capacity=8, now_s=now_s)
-        assert "liar" in ledger.grant(now_s=now_s) or not ledger.servers["liar"].free_samples
+        assert "liar" in ledger.dispatcher.grant(now_s=now_s) or not ledger.servers["liar"].free_samples
         lie(ledger, times=LIES_PER_QUARANTINE, now_s=now_s)
     assert waits == [30.0 * 2**each for each in range(7)]
     quarantine = ledger.servers["liar"].health.quarantine
     assert quarantine is not None and quarantine.until_s > 1e8 and "refused for good" in quarantine.reason
-    assert not ledger.failure_reason
+    assert not ledger.state.failure_reason
 
 
 def test_absurd_samples_are_lies_and_why_names_their_server() -> None:
     ledger = new_ledger(max_staleness=9, num_steps=20, groups_per_step=4, max_consecutive_failures=100)
     add_server(ledger, "liar", capacity=100)
-    for lease in ledger.grant(now_s=0.0)["liar"][:LIES_PER_QUARANTINE]:
-        ledger.samples_done("liar", [done(lease, 0, [0], reward=1e20)])
+    for lease in ledger.dispatcher.grant(now_s=0.0)["liar"][:LIES_PER_QUARANTINE]:
+        ledger.intake.samples_done("liar", [done(lease, 0, [0], reward=1e20)])
     quarantine = ledger.servers["liar"].health.quarantine
     assert quarantine is not None and quarantine.is_for_lies and "reward is 1e+20" in quarantine.reason
     server = ServerFacts(name="liar", silent_s=0.0, state="serving", lies=quarantine.reason)

@@ -14,7 +14,7 @@ from areal_like.errors import RefusedError
 from areal_like.shards import WHOLE, Shard
 from areal_like.wire.fingerprint import as_number
 from areal_like.wire.messages.hello import Hello, Role
-from buffer.ledger.data_change import CONTENT
+from buffer.ledger.lease_dispatcher import CONTENT
 from buffer.ledger.recovery import recover
 from buffer.prompts.curriculum import Curriculum
 from buffer.prompts.order import PromptOrder, PromptSet
@@ -96,8 +96,8 @@ def test_a_resumed_ledger_issues_the_same_mixture(tmp_path: Path) -> None:
             for count in stretches:  # the buffer dies after each
                 store = DurableStore(directory, store_settings(), on_error=raising)
                 ledger = recover(ledger_settings(durable=True), store, now_s=0.0, dataset=7)
-                ledger.set_num_train_prompts(TOTAL, SOURCES)
-                ledger.set_content(5)
+                ledger.state.prompts.set_num_train_prompts(TOTAL, SOURCES)
+                ledger.dispatcher.set_content(5)
                 indices += [ledger.state.prompts.next().index for _ in range(count)]
                 store.close()
             return indices
@@ -114,7 +114,7 @@ def test_servers_must_agree_on_the_tasks() -> None:
     known = ledger.state.prompts.order.num_prompts
     for sources in (SOURCES, [PromptSet(size=known, weight=1.0)]):
         with pytest.raises(RefusedError, match=r"source_sizes"):
-            ledger.set_num_train_prompts(known, sources)
+            ledger.state.prompts.set_num_train_prompts(known, sources)
 
 
 def peers_with(first: Hello) -> ConnectedPeers:
@@ -141,12 +141,12 @@ def test_a_server_with_other_data_is_refused_by_name() -> None:
 def test_changed_data_begins_the_order_anew(tmp_path: Path, content: int) -> None:
     async def play() -> tuple[list[int], list[int], int]:
         job = Play(tmp_path, curriculum=curriculum_of("goldilocks"))
-        job.ledger.set_content(5)
+        job.ledger.dispatcher.set_content(5)
         job.steps(40)
         before, job.issued = job.issued, []
         job.close()
         job.open()
-        job.ledger.set_content(content)
+        job.ledger.dispatcher.set_content(content)
         evidence = len(job.curriculum.state())
         job.steps(20)
         job.close()

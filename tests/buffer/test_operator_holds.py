@@ -18,31 +18,33 @@ def test_a_cordoned_server_finishes_what_it_holds() -> None:
     ledger = new_ledger(max_staleness=9, num_steps=10)
     for name in ("a", "b"):
         add_server(ledger, name, capacity=4)
-    held = ledger.grant(now_s=0.0)["a"]
-    assert ledger.set_cordoned("a", True, unix_s=1.0) and not ledger.set_cordoned("a", True, unix_s=2.0)
+    held = ledger.dispatcher.grant(now_s=0.0)["a"]
+    assert ledger.operator.set_cordoned("a", True, unix_s=1.0) and not ledger.operator.set_cordoned(
+        "a", True, unix_s=2.0
+    )
     for lease in held:
         for index in lease.sample_indices:
             assert deliver(ledger, "a", done(lease, index, [0])) is Verdict.ACCEPTED
     for name in ("a", "b"):
         beat(ledger, name, capacity=4)
-    assert set(ledger.grant(now_s=0.0)) <= {"b"}
-    ledger.remove_server("a")
+    assert set(ledger.dispatcher.grant(now_s=0.0)) <= {"b"}
+    ledger.dispatcher.remove_server("a")
     add_server(ledger, "a", capacity=4, incarnation=2)
-    assert "a" not in ledger.grant(now_s=0.0), "its next process is cordoned too"
-    assert ledger.set_cordoned("a", False, unix_s=3.0)
-    assert "a" in ledger.grant(now_s=0.0)
+    assert "a" not in ledger.dispatcher.grant(now_s=0.0), "its next process is cordoned too"
+    assert ledger.operator.set_cordoned("a", False, unix_s=3.0)
+    assert "a" in ledger.dispatcher.grant(now_s=0.0)
 
 
 def test_a_paused_run_grants_evaluations_only() -> None:
     store = RowStore()
     ledger = new_ledger(store=store, durable=True)
     add_server(ledger, "a", capacity=4)
-    assert ledger.set_paused(True, unix_s=1.0) and not ledger.set_paused(True, unix_s=1.0)
-    assert ledger.grant(now_s=0.0) == {}
-    ledger.request_eval(eval_id=1, eval_set="held-out", num_prompts=1, num_samples=1, min_version=0)
-    (leases,) = ledger.grant(now_s=0.0).values()
+    assert ledger.operator.set_paused(True, unix_s=1.0) and not ledger.operator.set_paused(True, unix_s=1.0)
+    assert ledger.dispatcher.grant(now_s=0.0) == {}
+    ledger.trainer.request_eval(eval_id=1, eval_set="held-out", num_prompts=1, num_samples=1, min_version=0)
+    (leases,) = ledger.dispatcher.grant(now_s=0.0).values()
     assert {lease.purpose for lease in leases} == {Purpose.EVAL}
-    ledger.set_cordoned("b", True, unix_s=2.0)
+    ledger.operator.set_cordoned("b", True, unix_s=2.0)
     next_store = store.copy()
     after = recover(ledger_settings(durable=True), next_store, now_s=0.0)
     assert after.state.holds.is_paused and after.state.holds.cordoned == {"b"}
@@ -56,21 +58,22 @@ def test_a_changed_bound_holds_for_tickets_that_begin() -> None:
     ledger = new_ledger(store=store, **settings)
     add_server(ledger, "a", capacity=4)
     (begun,) = {
-        ledger.state.tickets.live[lease.ticket_id].max_staleness for lease in ledger.grant(now_s=0.0)["a"]
+        ledger.state.tickets.live[lease.ticket_id].max_staleness
+        for lease in ledger.dispatcher.grant(now_s=0.0)["a"]
     }
-    (change,) = ledger.change_settings({"max_staleness": "1"}, unix_s=1.0)
+    (change,) = ledger.operator.change_settings({"max_staleness": "1"}, unix_s=1.0)
     assert (change.before, change.value, change.step, begun) == ("3", "1", 1, 3)
     beat(ledger, "a", capacity=64)
-    for lease in ledger.grant(now_s=0.0).get("a", []):
+    for lease in ledger.dispatcher.grant(now_s=0.0).get("a", []):
         assert ledger.state.tickets.live[lease.ticket_id].max_staleness == 1
     for wrong in (-1, 4):
         with pytest.raises(RefusedError):
-            ledger.change_settings({"max_staleness": str(wrong)}, unix_s=2.0)
+            ledger.operator.change_settings({"max_staleness": str(wrong)}, unix_s=2.0)
     assert recover(ledger_settings(**settings), store.copy(), now_s=0.0).state.bound.current == 1
     other = settings | {"max_staleness": 2}
     assert recover(ledger_settings(**other), store.copy(), now_s=0.0).state.bound.current == 2
     with pytest.raises(RefusedError, match="auto"):
-        new_ledger(adaptive=True).change_settings({"max_staleness": "1"}, unix_s=1.0)
+        new_ledger(adaptive=True).operator.change_settings({"max_staleness": "1"}, unix_s=1.0)
 
 
 def test_commands_hold_back_and_let_go(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from buffer.rates import WINDOW_S, RateWindow, RecentNumbers
+from buffer.service.status import WINDOW_S, RateWindow, RecentNumbers
 
 
 def test_rates_are_those_of_the_last_minute() -> None:
@@ -49,13 +50,15 @@ def server(name: str, version: int, *granted_s: float) -> Any:
 
 def test_leases_and_weights_of_a_server() -> None:
     recent = RecentNumbers()
-    snapshot: Any = SimpleNamespace(trainer_step=3, drops={})
+    leases = SimpleNamespace(servers={})
+    state: Any = SimpleNamespace(steps=SimpleNamespace(current=3), drops=Counter(), leases=leases)
     counters = {"samples_accepted": 0.0, "tokens_generated": 0.0, "tokens_trained": 0.0}
     for now_s, version in ((0.0, 4), (5.0, 4), (10.0, 5), (12.0, 5)):
-        recent.see(snapshot, counters, {"a": server("a", version)}, now_s=now_s)
+        leases.servers["a"] = server("a", version)
+        recent.see(state, counters, now_s=now_s)
     entry = recent.of_server(server("a", 5, 9.0, 11.5), newest_version=7, now_s=13.0)
     assert entry == {"leases": 2, "oldest_lease_s": 4.0, "weights_age_s": 3.0, "versions_behind": 2}
     entry = recent.of_server(server("a", 6), newest_version=6, now_s=13.0)
     assert entry == {"leases": 0, "oldest_lease_s": None, "weights_age_s": 0.0, "versions_behind": 0}
-    rates = recent.rates(snapshot, counters | {"samples_accepted": 26.0}, now_s=13.0)
+    rates = recent.rates(state, counters | {"samples_accepted": 26.0}, now_s=13.0)
     assert rates["samples_per_s"] == 2.0 and rates["steps_per_min"] == 0.0 and rates["window_s"] == 13.0

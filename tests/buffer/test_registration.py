@@ -24,7 +24,7 @@ from areal_like.wire.messages.hello import Drain, Goodbye, Hello, HelloRequired,
 from areal_like.wire.messages.producer import ServerHeartbeat, ServerState
 from buffer.ledger.recovery import recover
 from buffer.service.name_claims import ANSWER_S, MAX_WAITING, NameClaims, Newcomer
-from buffer.service.offline import unfence_offline
+from buffer.service.operations import unfence_offline
 from buffer.service.peers import ConnectedPeers
 from tests.support.buffer_harness import (
     BufferProcess,
@@ -415,12 +415,12 @@ def old_ledger(**scalars: int) -> RowStore:
     store = RowStore()
     ledger = new_ledger(store=store)
     name = "a"
-    ledger.register_server(name, incarnation=1, weights_version=0, now_s=0.0)
+    ledger.dispatcher.register_server(name, incarnation=1, weights_version=0, now_s=0.0)
     beat = ServerHeartbeat(
         state=ServerState.SERVING, free_samples=4, holding_samples=0, weights_version=0, leases=[]
     )
-    ledger.heartbeat(name, beat, now_s=0.0)
-    assert ledger.grant(now_s=0.0)["a"]
+    ledger.dispatcher.heartbeat(name, beat, now_s=0.0)
+    assert ledger.dispatcher.grant(now_s=0.0)["a"]
     for key, value in scalars.items():
         store.put_scalar(key.replace("__", ":"), value)
     copy = store.copy()
@@ -437,7 +437,7 @@ def test_numbers_of_the_release_before_are_the_newest() -> None:
     assert ledger.state.leases._next_id > int(time.time()) << 20
     again = recover(ledger_settings(durable=True), store.copy(), now_s=0.0)
     assert again.state.leases._next_id > ledger.state.leases._next_id + (1 << 30)
-    assert again.find_process("rollout-0", "q", 0) == clock + 6
+    assert again.state.incarnations.find("rollout-0", "q", 0) == clock + 6
 
 
 def test_an_impossible_number_needs_unfence() -> None:
@@ -445,10 +445,12 @@ def test_an_impossible_number_needs_unfence() -> None:
     ledger = recover(ledger_settings(durable=True), store, now_s=0.0)
     with pytest.raises(RefusedError, match="areal-like unfence RUN trainer"):
         ledger.admit_process("trainer", "p")
-    ledger.unfence("trainer", unix_s=1.0)
+    ledger.operator.unfence("trainer", unix_s=1.0)
     assert 0 < ledger.admit_process("trainer", "p") < 10
-    assert ledger.trainer_incarnation < 10
-    ledger.start_training(incarnation=ledger.find_process("trainer", "p", 0), step=0, stream={})
+    assert ledger.state.trainer_incarnation < 10
+    ledger.trainer.start_training(
+        incarnation=ledger.state.incarnations.find("trainer", "p", 0), step=0, stream={}
+    )
 
 
 # --- the decision alone ---

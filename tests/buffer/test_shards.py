@@ -150,15 +150,15 @@ def shard_ledger(shard: Shard, store: RowStore | None = None) -> Ledger:
 
 def begin(ledger: Ledger) -> Ledger:
     """Adds a trainer and a server."""
-    ledger.set_num_train_prompts(10)
-    ledger.start_training(incarnation=1, step=0, stream={})
+    ledger.state.prompts.set_num_train_prompts(10)
+    ledger.trainer.start_training(incarnation=1, step=0, stream={})
     add_server(ledger, "rollout-0", capacity=32)
     return ledger
 
 
 def generate(ledger: Ledger, *, version: int = 0) -> list[int]:
     """Generates everything that is leased now; returns the lease ids."""
-    leases = [lease for granted in ledger.grant(now_s=0.0).values() for lease in granted]
+    leases = [lease for granted in ledger.dispatcher.grant(now_s=0.0).values() for lease in granted]
     for lease in leases:
         assert not deliver(ledger, "rollout-0", done(lease, 0, [version])).refusal
     return [lease.lease_id for lease in leases]
@@ -169,44 +169,44 @@ def test_two_shards_number_tickets_and_positions_apart() -> None:
     leases = [generate(ledger) for ledger in ledgers]
     assert [len(ids) for ids in leases] == [6, 4], "two steps' shares: lag 0 and 1"
     assert not set(leases[0]) & set(leases[1])
-    groups = [ledgers[position % 2].fetch(step=0, position=position) for position in range(5)]
+    groups = [ledgers[position % 2].trainer.fetch(step=0, position=position) for position in range(5)]
     assert [group.position for group in groups if group] == list(range(5))
     tickets = [group.ticket_id for group in groups if group]
     assert len(set(tickets)) == 5 and [ticket % 2 for ticket in tickets] == [0, 1, 0, 1, 0]
     with pytest.raises(RefusedError, match="position"):
-        ledgers[0].fetch(step=0, position=1)
+        ledgers[0].trainer.fetch(step=0, position=1)
     with pytest.raises(RefusedError, match="position"):
-        ledgers[1].fetch(step=0, position=5)
+        ledgers[1].trainer.fetch(step=0, position=5)
 
 
 def test_adopting_a_version_is_idempotent_and_admits_work() -> None:
     first, second = (begin(shard_ledger(shard)) for shard in all_shards(2))
     for ledger in (first, second):
         generate(ledger)
-        ledger.complete_step(incarnation=1, step=0)
-    version = first.alloc_version(incarnation=1, step=1)
+        ledger.trainer.complete_step(incarnation=1, step=0)
+    version = first.trainer.alloc_version(incarnation=1, step=1)
     with pytest.raises(RefusedError, match="shard"):
-        second.alloc_version(incarnation=1, step=1)
+        second.trainer.alloc_version(incarnation=1, step=1)
     beat(second, "rollout-0", capacity=32, version=version)
     assert not generate(second, version=version), "the version is not adopted yet"
     for _ in range(2):
-        second.adopt_version(incarnation=1, version=version, step=1)
+        second.trainer.adopt_version(incarnation=1, version=version, step=1)
     assert len(generate(second, version=version)) == 2
     with pytest.raises(RefusedError, match="version"):
-        second.adopt_version(incarnation=1, version=version, step=0)
+        second.trainer.adopt_version(incarnation=1, version=version, step=0)
 
 
 def test_no_trainer_can_use_up_the_version_numbers() -> None:
     """After 2^63 - 1 the ledger could store no further version: the run would have ended for good."""
     first, second = (begin(shard_ledger(shard)) for shard in all_shards(2))
     with pytest.raises(RefusedError, match="shard"):
-        first.adopt_version(incarnation=1, version=7, step=0)
+        first.trainer.adopt_version(incarnation=1, version=7, step=0)
     with pytest.raises(RefusedError, match="version"):
-        second.adopt_version(incarnation=1, version=2**63 - 1, step=0)
-    second.adopt_version(incarnation=1, version=7, step=0)
+        second.trainer.adopt_version(incarnation=1, version=2**63 - 1, step=0)
+    second.trainer.adopt_version(incarnation=1, version=7, step=0)
     with pytest.raises(RefusedError, match="stream"):
-        shard_ledger(WHOLE).start_training(incarnation=1, step=0, stream={"next_version": 2**63 - 1})
-    assert first.alloc_version(incarnation=1, step=0) < 7
+        shard_ledger(WHOLE).trainer.start_training(incarnation=1, step=0, stream={"next_version": 2**63 - 1})
+    assert first.trainer.alloc_version(incarnation=1, step=0) < 7
 
 
 def test_a_ledger_of_another_shard_is_refused() -> None:
@@ -219,9 +219,9 @@ def test_a_ledger_of_another_shard_is_refused() -> None:
         and again.state.tickets.has_issued(3)
         and not again.state.tickets.has_issued(2)
     )
-    again.set_num_train_prompts(10)
-    again.complete_step(incarnation=1, step=0)
-    again.adopt_version(incarnation=1, version=1, step=1)
+    again.state.prompts.set_num_train_prompts(10)
+    again.trainer.complete_step(incarnation=1, step=0)
+    again.trainer.adopt_version(incarnation=1, version=1, step=1)
     add_server(again, "rollout-0", capacity=32, version=1)
     assert [lease_id % 2 for lease_id in generate(again, version=1)] == [1, 1]
     assert sorted(again.state.tickets.live)[-2:] == [11, 13]
@@ -234,19 +234,19 @@ def test_poison_in_one_shard_resets_attempts_in_all() -> None:
     first, second = (begin(shard_ledger(shard)) for shard in all_shards(2))
     for incarnation in (1, 2, 3):
         for ledger in (first, second):
-            ledger.start_training(incarnation=incarnation, step=0, stream={})
+            ledger.trainer.start_training(incarnation=incarnation, step=0, stream={})
             generate(ledger)
         for position in range(5):
-            (first, second)[position % 2].fetch(step=0, position=position)
+            (first, second)[position % 2].trainer.fetch(step=0, position=position)
     for ledger in (first, second):
         with pytest.raises(RefusedError, match="attempts"):
-            ledger.start_training(incarnation=4, step=0, stream={})
-    dropped = second.fetch(step=0, position=1)
+            ledger.trainer.start_training(incarnation=4, step=0, stream={})
+    dropped = second.trainer.fetch(step=0, position=1)
     assert dropped is not None
     for ledger in (first, second):
-        ledger.poison([dropped.ticket_id])
-        ledger.start_training(incarnation=5, step=0, stream={})
-    assert second.fetch(step=0, position=1) != dropped
+        ledger.operator.poison([dropped.ticket_id])
+        ledger.trainer.start_training(incarnation=5, step=0, stream={})
+    assert second.trainer.fetch(step=0, position=1) != dropped
 
 
 # --- the trainer's side ---

@@ -20,10 +20,10 @@ from areal_like.errors import ConfigError, StoreCorruptError, UserError
 from areal_like.wire.messages.producer import Purpose
 from areal_like.wire.records import segment_path
 from buffer.prompts.order import Prompt
-from buffer.storage import sql, sql_read
+from buffer.storage import sql
 from buffer.storage.durable import DurableStore
-from buffer.storage.lock_holder import lock_holder
 from buffer.storage.rows import LeaseRow, Recovered, RollbackRow, VersionRow
+from buffer.storage.writer import lock_holder
 from buffer.tickets import Drop, LeaseRecord, State, Ticket
 from tests.support.buffer_harness import job
 from tests.support.small_disk import small_disk
@@ -577,13 +577,13 @@ def test_recovery_does_not_scan_ended_tickets(tmp_path: Path) -> None:
     with contextlib.closing(sqlite3.connect(tmp_path / "ledger.sqlite3")) as ledger:
         statements: list[str] = []
         ledger.set_trace_callback(statements.append)
-        sql_read.read_all(ledger)
-        sql_read.read_locations(ledger)
+        sql.read_all(ledger)
+        sql.read_locations(ledger)
         ledger.set_trace_callback(None)
         plans = {
             statement: " ".join(row[3] for row in ledger.execute(f"EXPLAIN QUERY PLAN {statement}"))
             for statement in statements
-            if "samples" in statement
+            if " samples" in statement
         }
     assert plans
     for statement, plan in plans.items():

@@ -43,7 +43,7 @@ SETTINGS = (
     "buffer.lease_timeout_s=5",
     "max_staleness=2",
 )
-ZYGOTE = "rollout_server.environments.workers.zygote"
+ZYGOTE = "rollout_server.workers.zygote"
 _CALM_S = 60.0
 """No daemon is killed three times within this time: the launcher would stop restarting it and end the job."""
 

@@ -95,6 +95,11 @@ class Server:
         self.incarnation += 1
         await self.start()
 
+    async def generated_with(self, version: int) -> None:
+        """Waits for a whole generation under this version."""
+        while not any(set(generation.versions.tolist()) == {version} for generation in self.generations):
+            await asyncio.sleep(0.01)
+
     async def _watch(self, client: EngineClient) -> None:
         await self.engine.died()
         self.state = "starting"
@@ -126,8 +131,11 @@ async def kill_in_mid_broadcast(folder: Path, *, seeds: range) -> tuple[list[Gen
     async def push_to_all() -> float:
         started_s = time.monotonic()
         outcome = await push()
+        took_s = time.monotonic() - started_s
         assert set(outcome.activated) == {"one", "two"}, outcome.failed
-        return time.monotonic() - started_s
+        for server in servers:
+            await server.generated_with(version)
+        return took_s
 
     try:
         await push_to_all()
@@ -145,10 +153,7 @@ async def kill_in_mid_broadcast(folder: Path, *, seeds: range) -> tuple[list[Gen
             num_broken += "broadcast" in outcome.failed
             while survivor.name not in outcome.activated:  # the publisher would push again at once
                 outcome = await push()
-            seen = len(survivor.generations)
-            while len(survivor.generations) < seen + 4:
-                await asyncio.sleep(0.01)
-            assert int(survivor.generations[-1].versions[-1]) == version
+            await survivor.generated_with(version)
     finally:
         await broadcaster.close()
         for server in servers:
@@ -166,12 +171,15 @@ def weights(model: Path, version: int) -> dict[str, torch.Tensor]:
 
 
 def check(model: Path, generations: list[Generation]) -> None:
-    """Compares log-probs with those under the weights of each token's version."""
-    mixed_first = sorted(
-        generations, key=lambda generation: len(set(generation.versions.tolist())), reverse=True
-    )
+    """Compares log-probs with those under the weights of each token's version.
+
+    Those of the generations with most versions, and of one generation of each version.
+    """
+    versions_of = [(set(generation.versions.tolist()), generation) for generation in generations]
+    versions_of.sort(key=lambda pair: len(pair[0]), reverse=True)
+    one_of_each = {version: generation for versions, generation in versions_of for version in versions}
     models = {}
-    for generation in mixed_first[:NUM_CHECKED]:
+    for generation in (*(pair[1] for pair in versions_of[:NUM_CHECKED]), *one_of_each.values()):
         for version in set(generation.versions.tolist()):
             if version not in models:
                 models[version] = load_model(model)

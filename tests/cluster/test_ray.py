@@ -154,7 +154,7 @@ def test_a_run_survives_kills_and_a_lost_node(tmp_path: Path, cluster: Any) -> N
 def test_a_signal_drains_and_missing_resources_are_said(tmp_path: Path, cluster: Any) -> None:
     run = Run(tmp_path, cluster, "--cpus", "7", "--wait", "5")
     assert run.driver.wait(120) == 1
-    assert "Ray has not the resources for 21 CPUs and 0 GPUs in 3 bundles" in run.output
+    assert "Ray does not have the resources for 21 CPUs and 0 GPUs in 3 bundles" in run.output
     run = Run(tmp_path, cluster)
     try:
         run.wait_for_progress()

@@ -128,7 +128,7 @@ def test_a_run_survives_lost_nodes_and_scales(lab: Lab, prometheus: Prometheus |
             prometheus.wait(down, is_empty=True, seconds=30)
         if role == "buffer":
             log = (run.paths.logs / "trainer-0.log").read_text()
-            assert "has a successor at tcp://" in log and log.count(" started, pid") <= 1
+            assert "restarted at tcp://" in log and log.count(" started, pid") <= 1
 
     lab.areal_like("scale", "killed", "4")
     run.wait_for_servers(lambda number: number == 4, "four servers")

@@ -59,7 +59,7 @@ def environment_processes(pid: int) -> list[int]:
     """A process and its descendants, as far as they serve environments; the one that starts others first."""
     found: list[int] = []
     with contextlib.suppress(OSError):  # it has just ended
-        if b"environments.workers" in Path(f"/proc/{pid}/cmdline").read_bytes():
+        if b"rollout_server.workers" in Path(f"/proc/{pid}/cmdline").read_bytes():
             found.append(pid)
         for child in map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
             found += environment_processes(child)

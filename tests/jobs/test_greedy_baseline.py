@@ -40,7 +40,7 @@ from trainer.models.tiny import build_tiny_model
 
 
 def leases_of(ledger: Ledger) -> list[Lease]:
-    return ledger.grant(now_s=0.0).get("a", [])
+    return ledger.dispatcher.grant(now_s=0.0).get("a", [])
 
 
 def test_a_group_has_one_more_sample_which_is_greedy() -> None:
@@ -50,13 +50,13 @@ def test_a_group_has_one_more_sample_which_is_greedy() -> None:
     assert (lease.sample_indices, lease.greedy_indices) == ([0, 1, 2], [2])
     for index in range(3):
         assert deliver(ledger, "a", done(lease, index, [0], reward=float(index))) is Verdict.ACCEPTED
-    group = ledger.fetch(step=0, position=0)
+    group = ledger.trainer.fetch(step=0, position=0)
     assert group is not None
     assert [t.is_greedy for t in group.trajectories] == [False, False, True] and group.trajectories[
         2
     ].reward == 2
-    ledger.complete_step(incarnation=1, step=0)
-    counters = ledger.counters()
+    ledger.trainer.complete_step(incarnation=1, step=0)
+    counters = ledger.state.counters.summary()
     assert (counters["samples_accepted"], counters["samples_trained"], counters["tokens_trained"]) == (
         3,
         2,
@@ -69,11 +69,11 @@ def test_only_missing_samples_are_leased_again() -> None:
     add_server(ledger, "a", capacity=3)
     (lease,) = leases_of(ledger)
     deliver(ledger, "a", done(lease, 2, [0]))
-    ledger.return_leases("a", [lease.lease_id])
+    ledger.dispatcher.return_leases("a", [lease.lease_id])
     (again,) = leases_of(ledger)
     assert (again.sample_indices, again.greedy_indices) == ([0, 1], [])
-    ledger.return_leases("a", [again.lease_id])
-    assert ledger.num_by_state()[State.QUEUED] == 1
+    ledger.dispatcher.return_leases("a", [again.lease_id])
+    assert ledger.state.tickets.num_by_state()[State.QUEUED] == 1
 
 
 def test_a_sample_with_the_wrong_greedy_flag_is_refused() -> None:
@@ -95,7 +95,7 @@ def test_the_greedy_reward_does_not_count_as_spread(rewards: tuple[float, ...], 
     (lease,) = leases_of(ledger)
     for index, reward in enumerate(rewards):
         deliver(ledger, "a", done(lease, index, [0], reward=reward))
-    assert ledger.drops[Drop.NO_SPREAD] == num_dropped
+    assert ledger.state.drops[Drop.NO_SPREAD] == num_dropped
 
 
 def test_the_greedy_sample_counts_for_version_and_lag() -> None:
@@ -106,11 +106,11 @@ def test_the_greedy_sample_counts_for_version_and_lag() -> None:
     first, second = leases_of(ledger)
     deliver(ledger, "a", done(first, 0, [0]))
     deliver(ledger, "a", done(first, 1, [0]))
-    ledger.complete_step(incarnation=1, step=0)
-    version = ledger.alloc_version(incarnation=1, step=1)
+    ledger.trainer.complete_step(incarnation=1, step=0)
+    version = ledger.trainer.alloc_version(incarnation=1, step=1)
     deliver(ledger, "a", done(second, 0, [version]))
     deliver(ledger, "a", done(second, 1, [0]))
-    assert ledger.drops[Drop.REJECTED] == 1
+    assert ledger.state.drops[Drop.REJECTED] == 1
 
 
 def test_a_baseline_needs_samples_to_compare_with() -> None:

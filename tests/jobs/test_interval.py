@@ -48,7 +48,7 @@ def deliver_lease(ledger: Ledger, lease: Lease, *, version: int = 0) -> None:
 
 def grant(ledger: Ledger) -> list[Lease]:
     """The leases that server "a" gets now."""
-    return ledger.grant(now_s=0.0).get("a", [])
+    return ledger.dispatcher.grant(now_s=0.0).get("a", [])
 
 
 def test_a_group_has_a_deadline_within_bound_and_interval() -> None:
@@ -63,17 +63,17 @@ def test_an_interval_admits_only_the_groups_of_its_steps() -> None:
     add_server(ledger, "a", capacity=100)
     leases = grant(ledger)
     assert len(leases) == INTERVAL, "(0 + 1) * I * B = 3, although the staleness bound of 4 would allow five"
-    ledger.sample_failed("a", failed(leases[0], 0))
+    ledger.intake.sample_failed("a", failed(leases[0], 0))
     (replacement,) = grant(ledger)
     for lease in (*leases[1:], replacement):
         deliver_lease(ledger, lease)
     for step in range(INTERVAL):
         assert grant(ledger) == [], "the next groups are sampled with the next interval's weights"
-        ledger.complete_step(incarnation=1, step=step)
+        ledger.trainer.complete_step(incarnation=1, step=step)
     assert grant(ledger) == []
-    beat(ledger, "a", capacity=100, version=ledger.alloc_version(incarnation=1, step=INTERVAL))
+    beat(ledger, "a", capacity=100, version=ledger.trainer.alloc_version(incarnation=1, step=INTERVAL))
     assert len(grant(ledger)) == INTERVAL
-    assert ledger.drops == {Drop.FAILED: 1}
+    assert ledger.state.drops == {Drop.FAILED: 1}
 
 
 def test_a_group_of_an_earlier_interval_is_dropped_and_retried() -> None:
@@ -86,18 +86,18 @@ def test_a_group_of_an_earlier_interval_is_dropped_and_retried() -> None:
     for lease in grant(ledger):
         deliver_lease(ledger, lease)
     for step in range(INTERVAL):
-        ledger.complete_step(incarnation=1, step=step)
-    version = ledger.alloc_version(incarnation=1, step=INTERVAL)
+        ledger.trainer.complete_step(incarnation=1, step=step)
+    version = ledger.trainer.alloc_version(incarnation=1, step=INTERVAL)
     beat(ledger, "a", capacity=100, version=version)
     late, *others = grant(ledger)
     deliver(ledger, "a", done(late, 0, [0]))
-    assert ledger.drops == {Drop.INTERVAL: 1}
-    assert ledger.take_aborts() == {"a": [late.lease_id]}, "its other sample is of no use"
+    assert ledger.state.drops == {Drop.INTERVAL: 1}
+    assert ledger.state.leases.take_aborts() == {"a": [late.lease_id]}, "its other sample is of no use"
     (again,) = grant(ledger)
     assert again.prompt_index == late.prompt_index
     for lease in (again, *others):
         deliver_lease(ledger, lease, version=version)
-    counts = ledger.num_by_state()
+    counts = ledger.state.tickets.num_by_state()
     assert counts[State.BATCHED] + counts[State.READY] == 2 * INTERVAL, "both intervals are full"
 
 
@@ -105,23 +105,23 @@ def test_a_group_of_mixed_weights_is_refused_with_a_reason() -> None:
     ledger = interval_ledger()
     add_server(ledger, "a", capacity=100)
     first, second, _ = grant(ledger)
-    again = ledger.alloc_version(incarnation=1, step=0)
-    other = ledger.alloc_version(incarnation=1, step=0)
+    again = ledger.trainer.alloc_version(incarnation=1, step=0)
+    other = ledger.trainer.alloc_version(incarnation=1, step=0)
     deliver(ledger, "a", done(first, 0, [again]))
     deliver(ledger, "a", done(first, 1, [again, other]))
-    assert ledger.num_by_state()[State.BATCHED] == 1, (
+    assert ledger.state.tickets.num_by_state()[State.BATCHED] == 1, (
         "the same weights under two versions, pushed again for a server that joined late"
     )
     deliver(ledger, "a", done(second, 0, [0]))
     deliver(ledger, "a", done(second, 1, [0, again]))
-    assert ledger.drops == {Drop.REJECTED: 1}
+    assert ledger.state.drops == {Drop.REJECTED: 1}
     for part in (
         f"ticket {second.ticket_id}",
         f"versions 0, 0-{again}",
         "weights.update_mode=drain",
         "weights.sync_interval",
     ):
-        assert part in ledger.last_rejection
+        assert part in ledger.intake.last_rejection
 
 
 @dataclass
@@ -140,17 +140,18 @@ class DrainingJob(SimulatedJob):
     def _end_step(self, step: int) -> None:
         ledger = self.ledger
         groups = [
-            ledger.fetch(step=step, position=position) for position in range(ledger.settings.groups_per_step)
+            ledger.trainer.fetch(step=step, position=position)
+            for position in range(ledger.settings.groups_per_step)
         ]
         self.versions_trained.append(
             (step, {t.oldest_version for group in groups if group for t in group.trajectories})
         )
-        ledger.complete_step(incarnation=1, step=step)
+        ledger.trainer.complete_step(incarnation=1, step=step)
         if (step + 1) % self.interval == 0:
-            version = ledger.alloc_version(incarnation=1, step=step + 1)
+            version = ledger.trainer.alloc_version(incarnation=1, step=step + 1)
             for server in self.servers:
                 self.at(self.push_s, self._drained(server, version))
-        ledger.commit(incarnation=1, step=step)
+        ledger.trainer.commit(incarnation=1, step=step)
         if step + 1 < ledger.settings.num_steps:
             self._start_step()
 
@@ -187,14 +188,14 @@ def test_every_interval_is_trained_on_its_own_version(step_s: float, fail_probab
     assert simulation.versions_trained == [(step, {step // 4}) for step in range(26)], (
         "interval n has version n"
     )
-    assert set(ledger.lag_histogram()) == {0, 1, 2, 3}
-    counts = ledger.num_by_state()
+    assert set(ledger.state.counters.lag_histogram) == {0, 1, 2, 3}
+    counts = ledger.state.tickets.num_by_state()
     assert (
         counts[State.TRAINED] == 26 * 8
         and counts[State.TRAINED] + counts[State.DROPPED] == ledger.state.tickets.num_issued
     )
-    assert set(ledger.drops) <= {Drop.FAILED}, "a sync must not drop groups"
-    assert bool(ledger.drops) == bool(fail_probability)
+    assert set(ledger.state.drops) <= {Drop.FAILED}, "a sync must not drop groups"
+    assert bool(ledger.state.drops) == bool(fail_probability)
     assert ledger.state.store.num_bytes == 0
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from prometheus_client import CollectorRegistry
 
 from areal_like.runtime.metrics import PREFIX, Metrics
-from buffer.diagnosis.causes import Limits
+from buffer.diagnosis.facts import Limits
 from buffer.diagnosis.life_times import LifeTimes
 from buffer.diagnosis.watchdog import Watchdog
 from buffer.service.prometheus import BufferSeries

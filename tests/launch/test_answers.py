@@ -18,11 +18,10 @@ from launch.commands.watch import change_lines, diagnosis_text, held_lines
 from launch.observation.answers import checked_status, parsed_object
 from launch.observation.job_report import job_report
 from launch.observation.observer import DaemonView, Observation, diagnosis, look_at_daemons
-from launch.view.daemons import daemon_table, tickets_line
-from launch.view.job import rates_line, server_table, steps_line
 from launch.view.picture import picture
 from launch.view.plain import PlainView
 from launch.view.speed import Eta
+from launch.view.status import daemon_table, rates_line, server_table, steps_line, tickets_line
 
 ESCAPES = "\x1b]0;OWNED\x07\x1b[2J\x9b2J\u202e"
 STATUS = {

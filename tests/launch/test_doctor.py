@@ -16,7 +16,6 @@ from areal_like.config import from_mapping
 from launch.cli import main
 from launch.doctor import gathering
 from launch.doctor.checks import CHECKS, TORCH, TRANSFORMERS, Level, findings
-from launch.doctor.devices import gpus_from
 from launch.doctor.facts import (
     BoundAddress,
     Clock,
@@ -29,7 +28,7 @@ from launch.doctor.facts import (
     SecretFile,
     Versions,
 )
-from launch.doctor.gathering import gather
+from launch.doctor.gathering import gather, gpus_from
 from tests.support.buffer_harness import ROOT, running_buffer
 from tests.support.keys import make_keys
 
@@ -116,7 +115,7 @@ def cpu(**versions: str) -> Facts:
         (clock(1.9), Level.OK, "agrees within 1.9 s"),
         (clock(-7.0), Level.WARNING, "7.0 s behind"),
         (clock(4000.0), Level.ERROR, "4000.0 s ahead"),
-        (clock(None), Level.WARNING, "no answer"),
+        (clock(None), Level.WARNING, "no response"),
         (disk(100, 10), Level.OK, "100.0 GB free, about 10.0 GB needed"),
         (disk(15, 10), Level.WARNING, "15.0 GB free"),
         (disk(5, 10), Level.ERROR, "5.0 GB free, about 10.0 GB needed"),

@@ -16,8 +16,12 @@ from areal_like.config import from_mapping, to_mapping
 from areal_like.errors import ConfigError
 from areal_like.runtime.command_line import save_config
 from launch.audit.run import audit_run
-from launch.run_directory.evaluated_model import EvaluatedModel, find_model
-from launch.run_directory.open_evaluation import evaluation_config, open_evaluation
+from launch.run_directory.open_evaluation import (
+    EvaluatedModel,
+    evaluation_config,
+    find_model,
+    open_evaluation,
+)
 from launch.run_directory.open_run import OpenRun
 from tests.support.launching import TEST_LIMIT_S, finish, launcher, processes_of, wait_until
 

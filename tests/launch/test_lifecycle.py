@@ -20,8 +20,7 @@ from launch.local_job.actions import (
     Terminate,
     Tried,
 )
-from launch.local_job.lifecycle import JobLifecycle
-from launch.local_job.outcome import Phase
+from launch.local_job.lifecycle import JobLifecycle, Phase
 from launch.local_job.specs import DRAINED, JobSpecs
 from launch.observation.observer import DaemonView, Observation
 from launch.observation.progress import Progress
@@ -363,7 +362,7 @@ def test_a_trainer_that_is_not_ready_gets_its_old_settings(code: int) -> None:
     job = on_trial(["trainer.device=cuda", "trainer.lr=1e-4"])
     ended = Exit(name="trainer", code=code, complaint="no GPU")
     notice, tried, start = job.exited(ended, now_s=5.0)
-    assert "starting it again with the settings of before" in notices([notice])
+    assert "starting it again with the previous settings" in notices([notice])
     assert tried == Tried(settings=("trainer.device=cuda", "trainer.lr=1e-4"), refusal=ended)
     assert isinstance(start, Start) and start.from_newest_checkpoint
     assert not any(word.startswith(("trainer.device=", "trainer.lr=")) for word in start.spec.command)

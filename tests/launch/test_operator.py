@@ -14,8 +14,7 @@ import pytest
 from areal_like.config.security import SecurityConfig
 from areal_like.errors import ConfigError
 from areal_like.paths import write_json
-from launch.observation.http_json import Operator, fetch_json, post_json
-from launch.observation.listening_user import may_belong_to
+from launch.observation.http_json import Operator, fetch_json, may_belong_to, post_json
 from tests.launch.test_supervision import ENDLESS, drain, run, scripted_workplace
 from tests.support.keys import make_keys
 from tests.support.launching import TEST_LIMIT_S, areal_like, launcher, launcher_log, wait_for_steps

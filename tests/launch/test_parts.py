@@ -1,4 +1,4 @@
-"""The parts of the launcher that need no daemon: restarts, run directories, progress, views, settings."""
+"""The parts of the launcher that need no daemon: run directories, progress, views, settings."""
 
 from __future__ import annotations
 
@@ -18,42 +18,17 @@ from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config, save_config
 from areal_like.wire.addresses import buffer_addresses
 from launch.commands.join import buffer_settings, free_name
-from launch.local_job.restarts import Restarts, RestartState
-from launch.observation.metrics_tail import MetricsTail
+from launch.formatting import duration
 from launch.observation.observer import DaemonView, Observation, look_at_daemons
-from launch.observation.progress import MAX_STRETCHES, Progress, StepTally
+from launch.observation.progress import MAX_STRETCHES, MetricsTail, Progress, StepTally
 from launch.run_directory.open_run import OpenRun, open_run
 from launch.settings_help import COMMON, all_keys
-from launch.view.daemons import daemon_table
-from launch.view.formatting import duration, rate
 from launch.view.picture import picture
 from launch.view.plain import plain_line
 from launch.view.plot import bar, curve
 from launch.view.speed import Eta
+from launch.view.status import daemon_table
 from trainer.distributed.spawn import start_ranks
-
-
-def test_restart_delays_double_until_restarts_end() -> None:
-    restarts = Restarts(now_s=0.0, base_s=1.0, max_s=4.0, healthy_s=30.0, max_quick_deaths=4)
-    now_s, delays = 0.0, []
-    for _ in range(4):
-        restarts.died(now_s=now_s)
-        assert not restarts.is_due(now_s=restarts.due_s - 0.01)
-        delays.append(restarts.due_s - now_s)
-        now_s = restarts.due_s
-        assert restarts.is_due(now_s=now_s)
-        restarts.started(now_s=now_s)
-    restarts.died(now_s=now_s)
-    assert delays == [1.0, 2.0, 4.0, 4.0]
-    assert restarts.state is RestartState.GIVEN_UP
-
-
-def test_a_long_healthy_run_resets_the_count_of_deaths() -> None:
-    restarts = Restarts(now_s=0.0, base_s=1.0, healthy_s=30.0, max_quick_deaths=1)
-    for start_s in (0.0, 100.0, 200.0):
-        restarts.died(now_s=start_s + 31.0)
-        assert restarts.state is RestartState.WAITING and restarts.due_s == start_s + 32.0
-        restarts.started(now_s=start_s + 100.0)
 
 
 def test_unnamed_runs_are_numbered_and_named_ones_refused(tmp_path: Path) -> None:
@@ -295,8 +270,7 @@ def test_bars_have_their_width() -> None:
 
 
 def test_units() -> None:
-    assert (duration(7), duration(187), duration(3729)) == ("0:07", "3:07", "1:02:09")
-    assert (rate(None), rate(940), rate(12_345), rate(2.5e6)) == ("-", "940", "12.3k", "2.50M")
+    assert (duration(7), duration(187), duration(3729)) == ("7 s", "3 min 7 s", "1 h 2 min")
 
 
 def test_a_trainer_that_goes_back_has_no_negative_speed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,7 +279,7 @@ def test_a_trainer_that_goes_back_has_no_negative_speed(monkeypatch: pytest.Monk
     eta = Eta(num_steps=100)
     for now_s[0], step in enumerate((20, 16, 17)):
         eta.see(step)
-        assert (str(eta), eta.steps_per_s) == (("-", None) if step != 17 else ("1:22", 1.0))
+        assert (str(eta), eta.steps_per_s) == (("-", None) if step != 17 else ("1 min 22 s", 1.0))
 
 
 @pytest.mark.parametrize("width", [40, 80, 160])
@@ -328,6 +302,7 @@ def test_the_picture_shows_the_observed_data(width: int, steps: int) -> None:
         "tokens_per_s_trained": None,
         "eval_reward": 0.25,
         "mfu": 0.413,
+        "loss": -0.25,
     }
     tally = StepTally()
     for step in range(steps):
@@ -343,8 +318,10 @@ def test_the_picture_shows_the_observed_data(width: int, steps: int) -> None:
     if width >= 80:
         assert "buffer" in text and "rollout-0" in text and "stale 2" in text and "failed" not in text
     if steps and width >= 80:
-        assert "held-out 0.25" in text and "75%" in text
-        line = plain_line(seen, config=config, eta=Eta(num_steps=600))
+        assert (
+            "held-out 0.25" in text and "75%" in text and "loss -0.2500" in text and "trained -" not in text
+        )
+        line = plain_line(seen, config, Eta(num_steps=600))
         assert "max 2" in line and "MFU 41%" in line and "MFU 41%" in text
 
 

@@ -8,10 +8,10 @@ import pytest
 
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
+from areal_like.runtime.restarts import RestartState
 from launch.cli import main
-from launch.ray.actors import Started
-from launch.ray.roles import EARLY_S, RoleState, Supervision
-from launch.ray.wanted import as_driver, directory_of, has_driver, want_servers, wanted_servers
+from launch.ray.driver import Started, as_driver, directory_of, has_driver, want_servers, wanted_servers
+from launch.ray.roles import HEALTHY_S, RoleState, Supervision
 
 
 def supervision(*, max_failures: int = 2) -> Supervision:
@@ -30,7 +30,8 @@ def test_a_lost_or_failed_role_begins_again(code: int | None) -> None:
     one = supervision()
     trainer = role_of(one, "trainer")
     assert "begins again" in one.ended(trainer, code, now_s=100.0)
-    assert not trainer.is_over and 100 < trainer.due_s <= 102 and not one.is_stopping
+    assert trainer.restarts.state is RestartState.WAITING and 100 < trainer.restarts.due_s <= 102
+    assert not trainer.is_over and not one.is_stopping
 
 
 @pytest.mark.parametrize(("role", "ends_run"), [("trainer", True), ("buffer", True), ("rollout", False)])
@@ -40,6 +41,7 @@ def test_failures_in_a_row_are_bounded(role: str, ends_run: bool) -> None:
     for _ in range(2):
         one.ended(failing, 1, now_s=10.0)
         assert not failing.is_over
+        failing.begin(now_s=11.0)
     one.ended(failing, 1, now_s=10.0)
     assert failing.is_over and one.is_stopping == ends_run and one.exit_code == (1 if ends_run else 0)
 
@@ -47,11 +49,12 @@ def test_failures_in_a_row_are_bounded(role: str, ends_run: bool) -> None:
 def test_long_starts_and_lost_nodes_are_no_failures_in_a_row() -> None:
     one = supervision(max_failures=1)
     server = role_of(one, "rollout")
-    for number in range(5):
-        server.begin(now_s=1000.0 * number)
-        one.ended(server, 1, now_s=1000.0 * number + EARLY_S + 1)
-        one.ended(server, None, now_s=1000.0 * number + EARLY_S + 2)
-    assert not server.is_over and server.failures == 1
+    for start_s in range(1000, 6000, 1000):
+        one.ended(server, 1, now_s=start_s + HEALTHY_S + 1)
+        server.begin(now_s=start_s + HEALTHY_S + 2)
+        one.ended(server, None, now_s=start_s + HEALTHY_S + 3)
+        server.begin(now_s=start_s + 1000.0)
+    assert not server.is_over and server.restarts.num_failures == 1
 
 
 def test_a_wrong_setting_ends_the_run() -> None:
@@ -119,7 +122,8 @@ def test_scale_tells_the_driver(
     [
         (["--slurm"], "give --slurm or --ray"),
         (["--partition", "gpu"], "--partition is an option of Slurm"),
-        (["--cpus=-1"], "--cpus and --max-failures of at least 0"),
+        (["--cpus=-1"], "--cpus of at least 0"),
+        (["--max-failures=-1"], "--max-failures -1: use at least 0"),
     ],
 )
 def test_a_mistake_is_one_message(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,8 +17,9 @@ from areal_like.config import Config, to_mapping
 from areal_like.runtime.command_line import keep_config, load_config
 from areal_like.security.redaction import HIDDEN, PUBLIC, has_secret_name, without_secrets
 from launch.cli import main
+from launch.observation.observer import merged_peers, merged_status
 from launch.observation.polled_steps import PolledSteps
-from launch.observation.reach import RunningJob, merged_peers, merged_status, peer_view
+from launch.observation.reach import RunningJob, peer_view
 from launch.settings_help import all_keys
 from tests.support.buffer_harness import BufferProcess, job
 from tests.support.certificates import make_certificate

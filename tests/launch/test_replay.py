@@ -22,7 +22,7 @@ from trainer.distributed.ranks import Ranks
 from trainer.metrics.lag import LagTally
 from trainer.models.policy import build_policy
 from trainer.replay.recording import Recording
-from trainer.replay.run import Replay
+from trainer.replay.run import replay
 from trainer.step.build import build_step_runner
 
 NUM_STEPS = 3
@@ -70,10 +70,9 @@ def test_replayed_conversations_give_the_same_weights(tmp_path: Path) -> None:
             assert metrics["by_label"]["conversation"]["num_samples"] == 8
         with closing(Recording(root)) as recording:
             assert recording.learning_rates() == [(2, 0.5), (1, 0.004), (2, 0.002)]
-            replay = Replay(replace(config, name="again"), recording, ranks, stopping=threading.Event())
-            replay.run()
+            again = replay(replace(config, name="again"), recording, ranks, stopping=threading.Event())
         for (name, ours), (_, theirs) in zip(
-            gather_full_state(policy), gather_full_state(replay._policy), strict=True
+            gather_full_state(policy), gather_full_state(again.policy), strict=True
         ):
             assert torch.equal(ours, theirs), name
     finally:

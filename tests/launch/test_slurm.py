@@ -22,10 +22,11 @@ from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config
 from launch.cli import main
 from launch.nodes.start import Place, role_settings
+from launch.slurm.jobs import to_end
 from launch.slurm.node import own_address, place_of
-from launch.slurm.pool import to_end
+from launch.slurm.options import SlurmOptions
 from launch.slurm.scheduler import Job
-from launch.slurm.script import BODY, Options, job_script
+from launch.slurm.script import BODY, job_script
 from tests.support.fake_slurm import calls, install
 from tests.support.keys import new_keys
 
@@ -40,12 +41,12 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return home
 
 
-def script(role: str, options: Options | None = None, **settings: object) -> list[str]:
+def script(role: str, options: SlurmOptions | None = None, **settings: object) -> list[str]:
     config = from_mapping({"name": "job", "runs_dir": "/shared/runs"} | settings)
     text = job_script(
         config,
         role,
-        options or Options(),
+        options or SlurmOptions(),
         python="/venv/bin/python",
         python_path="/code",
         directory=Path("/w d"),
@@ -63,30 +64,30 @@ def at(environment: dict[str, str]) -> Place:
 @pytest.mark.parametrize(
     ("options", "settings"),
     [
-        (Options(partition="p\ntouch /tmp/x"), {}),
-        (Options(), {"runs_dir": "/shared/a\nrm -rf b"}),
-        (Options(arguments=("--comment=a\rb",)), {}),
-        (Options(interface="eth0\x00"), {}),
+        (SlurmOptions(partition="p\ntouch /tmp/x"), {}),
+        (SlurmOptions(), {"runs_dir": "/shared/a\nrm -rf b"}),
+        (SlurmOptions(sbatch_args="'--comment=a\rb'"), {}),
+        (SlurmOptions(interface="eth0\x00"), {}),
     ],
 )
-def test_an_option_is_no_second_line_of_a_script(options: Options, settings: dict[str, Any]) -> None:
+def test_an_option_is_no_second_line_of_a_script(options: SlurmOptions, settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="not printable"):
         script("buffer", options, **settings)
 
 
 def test_options_are_quoted_for_sbatch() -> None:
-    lines = script("buffer", Options(time="1-00:00:00", arguments=('--comment=a"b #\\c',)))
+    lines = script("buffer", SlurmOptions(time="1-00:00:00", partition='a"b #\\c'))
     assert "#SBATCH --time=1-00:00:00" in lines
-    assert '#SBATCH "--comment=a\\"b #\\\\c"' in lines
+    assert '#SBATCH "--partition=a\\"b #\\\\c"' in lines
 
 
 def test_a_script_asks_for_what_its_role_needs() -> None:
     gpus = {"trainer": {"device": "cuda", "world_size": 16}, "rollout": {"engine_device": "cuda"}}
-    options = Options(
+    options = SlurmOptions(
         trainer_nodes=2,
         partition="p",
-        arguments=("--account=a b",),
-        role_arguments={"trainer": ("--exclusive",)},
+        sbatch_args="'--account=a b'",
+        trainer_args="--exclusive",
     )
     trainer, rollout, buffer = (script(role, options, **gpus) for role in ("trainer", "rollout", "buffer"))
     for line in (
@@ -272,7 +273,7 @@ def test_a_run_that_has_begun_keeps_its_options(slurm: Path, capsys: pytest.Capt
     assert json.loads(kept.read_text())["partition"] == "other", "a dry run changes nothing"
     kept.write_text('{"trainer_nodes": "2"}')
     assert main(["submit", "--slurm", "name=x"]) == 2
-    assert "trainer_nodes='2' is no option of a submission" in capsys.readouterr().err
+    assert "trainer_nodes='2' is not an option of a submission" in capsys.readouterr().err
 
 
 def test_a_run_of_the_same_name_elsewhere_is_another_one(slurm: Path) -> None:

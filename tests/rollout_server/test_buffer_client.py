@@ -12,7 +12,7 @@ from areal_like.failures import FailureKind
 from areal_like.paths import RunPaths, write_json
 from areal_like.runtime.waits import PendingWaits
 from areal_like.wire.channel import Envelope, Listener
-from areal_like.wire.messages.hello import Hello, Role, Welcome
+from areal_like.wire.messages.hello import Goodbye, Hello, HelloRequired, Ok, Role, Welcome
 from areal_like.wire.messages.producer import (
     HeartbeatAck,
     Lease,
@@ -68,6 +68,10 @@ class PlayedBuffer:
                 self.listener.send(
                     envelope.peer, HeartbeatAck(step=0, newest_version=0, trouble=self.trouble)
                 )
+            case Goodbye():
+                # As a buffer replies to a heartbeat that follows the goodbye.
+                self.listener.send(envelope.peer, HelloRequired())
+                self.listener.send(envelope.peer, Ok(), rid=envelope.rid)
             case SampleFailed() if self.acknowledging:
                 self.listener.send(
                     envelope.peer, SampleAcks(acks=[SampleAck(lease_id=1, sample_indices=[0])])
@@ -204,7 +208,7 @@ def test_nothing_is_resent_to_a_buffer_that_cannot_write(
         buffer.listener.send(buffer.peer, Leases(leases=[LEASE]))
         while not leases:
             await asyncio.sleep(0.01)
-        while not client._buffer.is_stuck:
+        while not client.is_stuck:
             await asyncio.sleep(0.01)
         client.deliver(FAILED)
         await asyncio.sleep(0.5)
@@ -219,3 +223,35 @@ def test_nothing_is_resent_to_a_buffer_that_cannot_write(
         buffer.listener.close()
 
     asyncio.run(body())
+
+
+def test_a_server_that_has_left_does_not_register_again(tmp_path: Path) -> None:
+    async def body() -> None:
+        buffer = PlayedBuffer()
+        port = {"port": buffer.listener.port}
+        config = from_mapping({"runs_dir": str(tmp_path), "buffer": port, "daemon": {"heartbeat_s": 1.0}})
+        client = BufferClient(
+            config,
+            hello=lambda: HELLO,
+            held=HeldLeases(engine_samples=4, max_episodes=8),
+            waits=PendingWaits(),
+            on_leases=lambda _: None,
+            on_abort=lambda _: None,
+        )
+        running = asyncio.create_task(client.run())
+        await buffer.expect("ServerHeartbeat")
+        client.announce(state=ServerState.DRAINING)
+        await client.leave()
+        before = Counter(buffer.received)
+        for _ in range(20):
+            client.announce(state=ServerState.DRAINING)
+            advance(1.0)
+            await asyncio.sleep(0.005)
+        assert buffer.received == before and before["Hello"] == before["Goodbye"] == 1
+        assert not running.done(), "a server with several buffers would end its other connections"
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        client.close()
+        buffer.listener.close()
+
+    moved_clock.run(body())

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 
 from areal_like.errors import EngineTimeoutError, EpisodeBudgetError, EpisodeError, PromptRefusedError
 from areal_like.trajectory import NOT_SAMPLED, TOKEN_REWARDS, FinishReason
+from rollout_server.conversation.conversation import Conversation
+from rollout_server.conversation.policy_client import PolicyClient
+from rollout_server.conversation.scoring import Outcome
 from rollout_server.environments.base import Message
 from rollout_server.policy.gate import GenerationGate
 from rollout_server.policy.types import Generation, Sampling
 from rollout_server.rendering.jinja import JinjaRenderer
-from rollout_server.sample.base import PolicyClient
-from rollout_server.sample.conversation import Conversation
-from rollout_server.sample.scoring import Outcome
 from tests.support.chat_models import APPENDING, NEVER_ENDING, STRIPPING, TOOLLESS, WITH_BOS, jinja_renderer
 
 TOOLS = [
@@ -113,7 +113,7 @@ def talk(
 def check_export(conversation: Conversation) -> None:
     """Every sampled token is trained once, at the place in its segment where it was sampled."""
     trajectory = conversation.to_trajectory(Outcome())
-    assert trajectory.num_sampled == conversation.num_sampled
+    assert trajectory.num_sampled == sum(conversation.turn_lengths)
     first = 0
     for length in trajectory.segments or (trajectory.num_tokens,):
         sampled = np.flatnonzero(trajectory.loss_mask[first : first + length])
@@ -264,7 +264,7 @@ def test_branches_share_tokens_and_train_them_once() -> None:
         trajectory = conversation.to_trajectory(
             Outcome(
                 turn_rewards=(1.0, 2.0, 3.0, 4.0),
-                token_rewards=np.arange(conversation.num_sampled, dtype=np.float32),
+                token_rewards=np.arange(len(conversation.token_ids), dtype=np.float32),
             )
         )
         # Segments are in the order of their last turns: the right branch ended before the left one.
@@ -432,7 +432,7 @@ def test_first_prompts_without_room_are_refused() -> None:
         ([{"role": "user", "content": "\ud800"}], "types of JSON"),
         ([{"role": "user", "content": "x", "more": {1: 2}}], "types of JSON"),
         ([{"role": "assistant", "tool_calls": [{"name": "x"}]}], "function"),
-        ([{"role": "assistant", "tool_calls": {"name": "x"}}], "no list"),
+        ([{"role": "assistant", "tool_calls": {"name": "x"}}], "not a list"),
     ],
 )
 def test_bad_messages_are_episode_errors(messages: list[Any], problem: str) -> None:

@@ -23,8 +23,12 @@ from hypothesis import strategies as st
 
 from areal_like.errors import EpisodeBudgetError, PromptRefusedError
 from areal_like.trajectory import FinishReason
-from rollout_server.engine.core import EngineCore, EngineOptions
+from rollout_server.conversation.conversation import Conversation
+from rollout_server.conversation.policy_client import PolicyClient
+from rollout_server.conversation.scoring import Outcome
+from rollout_server.engine.core import EngineCore
 from rollout_server.engine.models.loading import load
+from rollout_server.engine.options import EngineOptions
 from rollout_server.engine.scheduler import SamplingParams
 from rollout_server.engine.scheduler import Sequence as EngineSequence
 from rollout_server.environments.base import Message, Reply
@@ -33,9 +37,6 @@ from rollout_server.policy.types import Generation, Sampling
 from rollout_server.rendering.base import ChatRenderer
 from rollout_server.rendering.jinja import JinjaRenderer
 from rollout_server.rendering.library import LibraryRenderer
-from rollout_server.sample.base import PolicyClient
-from rollout_server.sample.conversation import Conversation
-from rollout_server.sample.scoring import Outcome
 from tests.support.chat_models import (
     TEMPLATES,
     chat_tokenizer,
@@ -80,7 +81,7 @@ class Served:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     path = save_chat_model(tmp_path_factory.mktemp("model"))
     causal, weights = load(str(path), dtype=torch.float32, device=torch.device("cpu"), context_length=CONTEXT)
-    options = EngineOptions(max_running=8, context_length=CONTEXT)
+    options = EngineOptions(max_running_requests=8, context_length=CONTEXT)
     yield Served(core=EngineCore(causal, weights, options, version="0"), reference=load_model(path))
 
 
@@ -184,7 +185,7 @@ def test_recorded_logprobs_are_those_of_the_segments(name: str, served: Served) 
                 return
             trajectory = conversation.to_trajectory(Outcome())
             assert trajectory.num_turns == num_turns
-            assert trajectory.num_sampled == num_sampled == conversation.num_sampled
+            assert trajectory.num_sampled == num_sampled == len(conversation.token_ids)
             assert max(trajectory.segments, default=0) <= budgets[0]
             assert trajectory.num_tokens <= budgets[1]
             assert trajectory.finish_reason is not FinishReason.ABORT

@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 
 from areal_like.errors import ConfigError
-from rollout_server.rewards.pool import RewardPool
 from rollout_server.tasks import Completion, Task, make_task
 from rollout_server.tasks.base import Prompt
-from tests.support.waiting import HANG_LIMIT_S
+from tests.support.workers import reward_pool
 
 
 @pytest.fixture(autouse=True)
@@ -173,8 +172,7 @@ def test_workers_see_the_servers_rows_after_the_file_changed(directory: Path) ->
             assert again.example(split, index) == task.example(split, index)  # type: ignore[arg-type]
 
     async def score() -> list[float]:
-        pool = RewardPool(given, seed=0, num_workers=1, timeout_s=HANG_LIMIT_S)
-        async with pool:
+        async with reward_pool(given) as pool:
             answers = [task.example("train", index).answer for index in (0, task.num_train - 1)]
             return [
                 (await pool.score(split="train", index=index, completion=Completion(str(answer)))).score.value

@@ -19,21 +19,21 @@ from areal_like.failures import FailureKind
 from areal_like.trajectory import FinishReason
 from areal_like.wire.messages.producer import Lease, Purpose, SampleDone, SampleFailed
 from areal_like.wire.records import Record
-from rollout_server.environments.workers.pool import EnvironmentPool
 from rollout_server.leases.held_leases import Place, SampleResult
 from rollout_server.policy.gate import GenerationGate
 from rollout_server.policy.types import Generation, Sampling
-from rollout_server.rewards.pool import Reward
-from rollout_server.sample.attempts.environments import Environments
-from rollout_server.sample.base import SingleTurn
-from rollout_server.sample.conversation import Conversation
 from rollout_server.sample.lease_runner import LeaseRunner
+from rollout_server.sessions.book import SessionBook
+from rollout_server.sources import Source
 from rollout_server.tasks.base import Completion, Score, make_task
+from rollout_server.workers.environment_pool import EnvironmentPool
+from rollout_server.workers.reward_pool import Reward
 from tests.rollout_server.test_episodes import Digits
 from tests.support import moved_clock
 from tests.support.line_chat import LineChat
 from tests.support.moved_clock import advance
 from tests.support.waiting import HANG_LIMIT_S
+from tests.support.workers import environment_pool
 
 EOS = 0
 TASK = {"_target_": "tests.support.environment_tasks.EchoTask", "num_turns": 3}
@@ -119,23 +119,19 @@ class Job:
         chat = LineChat(Ordinals(), stop_token_ids=[EOS], vocab_size=1 << 20, template_kwargs={})
         self.runner = LeaseRunner(
             config,
-            task=make_task(task, seed=0),
-            tokenizer=Digits(),
-            stop_token_ids=(EOS,),
-            episode=SingleTurn(),
-            rewards=self.rewards,  # type: ignore[arg-type]
+            {
+                "": Source(
+                    task=make_task(task, seed=0),
+                    renderer=Digits(stop_token_ids=(EOS,), chat=chat),
+                    context_tokens=config.rollout.max_context,
+                    rewards=self.rewards,  # type: ignore[arg-type]
+                    environments=pool,
+                )
+            },
             gate=GenerationGate(),
+            book=SessionBook(),
             on_result=self.results.append,
             on_move=lambda lease, sample, place: self.places.append(place),
-            environments=Environments(
-                pool=pool,
-                begin_conversation=lambda policy: Conversation(
-                    chat,
-                    policy,
-                    context_tokens=config.rollout.max_context,
-                    max_tokens=config.episode.max_tokens or config.rollout.max_context,
-                ),
-            ),
         )
         self.runner.engine = self.engine  # type: ignore[assignment]
 
@@ -163,9 +159,7 @@ class Job:
 
 @contextlib.asynccontextmanager
 async def environments(task: dict[str, Any] = TASK, **limits: Any) -> AsyncIterator[EnvironmentPool]:
-    async with EnvironmentPool(
-        task, seed=0, **{"step_timeout_s": HANG_LIMIT_S, "memory_mb": 256} | limits
-    ) as pool:
+    async with environment_pool(task, **limits) as pool:
         yield pool
 
 
@@ -270,8 +264,8 @@ def test_a_failed_environment_leaves_its_tokens() -> None:
             job = Job(pool, ["abc", "wait 10"], task=TASK, settings={})
             job.grant()
             await job.until(lambda: job.engine.num_turns.get("1.0") == 2 and pool.num_calling == 1)
-            assert pool._zygote is not None
-            os.kill(pool._zygote.pid, signal.SIGKILL)
+            assert pool._host._zygote is not None
+            os.kill(pool._host._zygote.pid, signal.SIGKILL)
             await job.until(lambda: bool(job.results))
             (lost,) = job.results
             assert isinstance(lost, SampleFailed) and lost.kind is FailureKind.ENVIRONMENT

@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
 
 from areal_like.errors import EngineError
-from areal_like.trajectory import NOT_SAMPLED, FinishReason
+from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory
+from rollout_server.conversation.policy_client import PolicyClient
+from rollout_server.conversation.scoring import Outcome
+from rollout_server.conversation.turns import Turns
 from rollout_server.policy.gate import GenerationGate
 from rollout_server.policy.types import Generation, Sampling
-from rollout_server.sample.base import Episode, PolicyClient, SingleTurn, Tokenizer
-from rollout_server.sample.scoring import Outcome
-from rollout_server.sample.transcript import Transcript
 from rollout_server.tasks.base import Example
 from tests.support import moved_clock
 from tests.support.moved_clock import advance
@@ -79,7 +81,13 @@ class CountingEngine:
         return generation
 
 
+@dataclass(frozen=True, kw_only=True)
 class Digits:
+    """A renderer whose tokens are digits. `chat`: for conversations."""
+
+    stop_token_ids: Sequence[int] = ()
+    chat: Any = None
+
     def encode(self, example: Example) -> np.ndarray:
         return np.array([ord(char) - ord("0") for char in str(example.prompt).removesuffix("=")], np.int32)
 
@@ -91,21 +99,25 @@ class Digits:
 
 
 def play(
-    engine: CountingEngine, *, max_new_tokens: int = 8, episode: Episode | None = None
-) -> tuple[Transcript, str]:
-    async def body() -> tuple[Transcript, str]:
-        transcript, tokenizer = Transcript(), Digits()
-        transcript.append_context(tokenizer.encode(EXAMPLE))
+    engine: CountingEngine, *, max_new_tokens: int = 8, tool: Sequence[int] | None = None
+) -> tuple[Trajectory, str]:
+    """A sample of one turn, or of two with the tokens of `tool` between them."""
+
+    async def body() -> tuple[Trajectory, str]:
         sampling = Sampling(max_new_tokens=max_new_tokens, sampling_seed=5)
         policy = PolicyClient(engine, sampling=sampling, rid="1.0", gate=GenerationGate())
-        return transcript, await (episode or SingleTurn()).run(EXAMPLE, policy, tokenizer, transcript)
+        turns = Turns(policy)
+        _, turn = await turns.sample(Digits().encode(EXAMPLE))
+        if tool is not None:
+            assert turn is not None
+            await turns.sample(np.array([*turn.tokens, *tool], np.int32), turn)
+        return turns.to_trajectory(Outcome(reward=1)), Digits().decode(turns.token_ids)
 
     return asyncio.run(body())
 
 
 def test_single_turn_has_its_eos_inside_the_mask() -> None:
-    transcript, text = play(CountingEngine(eos_at=10))
-    trajectory = transcript.to_trajectory(Outcome(reward=1))
+    trajectory, text = play(CountingEngine(eos_at=10))
     assert trajectory.tokens.tolist() == [7, 8, 9, EOS]
     assert trajectory.loss_mask.tolist() == [0, 1, 1, 1]
     assert trajectory.versions.tolist() == [NOT_SAMPLED, 0, 0, 0]
@@ -116,8 +128,7 @@ def test_single_turn_has_its_eos_inside_the_mask() -> None:
 def test_interrupted_generation_is_continued(interrupt_after: list[int]) -> None:
     whole, _ = play(CountingEngine())
     engine = CountingEngine(interrupt_after=interrupt_after)
-    transcript, text = play(engine)
-    trajectory = transcript.to_trajectory(Outcome(reward=1))
+    trajectory, text = play(engine)
     assert trajectory.tokens.tolist() == whole.tokens.tolist() == [7, *range(8, 16)]
     np.testing.assert_allclose(trajectory.logprobs[1:], -trajectory.tokens[1:] / 100)
     versions = [version for version, count in enumerate(interrupt_after) for _ in range(count)]
@@ -133,21 +144,8 @@ def test_endless_aborts_are_an_engine_error() -> None:
         play(CountingEngine(interrupt_after=[0] * 1000))
 
 
-class Calculator(Episode):
-    """Two turns with a tool call between them."""
-
-    async def run(
-        self, example: Example, policy: PolicyClient, tokenizer: Tokenizer, transcript: Transcript
-    ) -> str:
-        await policy.extend(transcript)
-        transcript.append_context(np.array([40, 41], np.int32))
-        await policy.extend(transcript)
-        return tokenizer.decode(transcript.sampled)
-
-
 def test_tool_tokens_are_outside_the_mask() -> None:
-    transcript, text = play(CountingEngine(interrupt_after=[1]), max_new_tokens=2, episode=Calculator())
-    trajectory = transcript.to_trajectory(Outcome(reward=1))
+    trajectory, text = play(CountingEngine(interrupt_after=[1]), max_new_tokens=2, tool=[40, 41])
     assert trajectory.tokens.tolist() == [7, 8, 9, 40, 41, 42, 43]
     assert trajectory.loss_mask.tolist() == [0, 1, 1, 0, 0, 1, 1]
     assert trajectory.versions.tolist() == [-1, 0, 1, -1, -1, 1, 1]
@@ -192,15 +190,13 @@ def test_a_slow_tool_holds_no_place_at_the_engine() -> None:
 
         async def episode(name: str) -> None:
             nonlocal num_in_tools
-            transcript = Transcript()
-            transcript.append_context(Digits().encode(EXAMPLE))
-            sampling = Sampling(max_new_tokens=2)
+            sampling, prompt = Sampling(max_new_tokens=2), Digits().encode(EXAMPLE)
             policy = PolicyClient(CountingEngine(), sampling=sampling, rid=name, gate=gate)
-            await policy.extend(transcript)
+            await policy.sample(prompt)
             num_in_tools += 1
             await answer.wait()  # the tool
-            await policy.extend(transcript)
-            assert transcript.num_sampled == 4
+            await policy.sample(prompt)
+            assert policy.num_sampled == 4
 
         slow = [asyncio.create_task(episode(str(i))) for i in range(3)]
         while num_in_tools < 3:
@@ -231,14 +227,14 @@ def test_the_time_limit_goes_on_when_a_turn_is_sent_again() -> None:
             return await super().generate(input_ids, sampling=sampling, rid=rid)
 
     async def body() -> None:
-        engine, transcript = Interrupted(interrupt_after=[1] * 100, eos_at=1000), Transcript()
+        engine = Interrupted(interrupt_after=[1] * 100, eos_at=1000)
         engine.limits = []
-        transcript.append_context(Digits().encode(EXAMPLE))
         policy = PolicyClient(
             engine, sampling=Sampling(max_new_tokens=100), rid="1", gate=GenerationGate(), timeout_s=220
         )
-        assert await policy.extend(transcript) is FinishReason.TIMEOUT
-        assert transcript.num_sampled == 5
+        generation = await policy.sample(Digits().encode(EXAMPLE))
+        assert generation.finish_reason is FinishReason.TIMEOUT
+        assert policy.num_sampled == len(generation.output_ids) == 5
         assert engine.limits == pytest.approx([220, 170, 120, 70, 20], abs=10)
 
     moved_clock.run(body())

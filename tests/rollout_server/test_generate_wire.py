@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import struct
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -14,15 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from areal_like.errors import EngineError, PromptRefusedError
-from rollout_server import frames
-from rollout_server.packed_generate import (
+from areal_like.http.streams import (
     END_OF_FRAMES,
-    MEDIA_TYPE,
+    FRAMES,
+    encode_frame,
     pack_logprobs,
     pack_tokens,
+    read_frames,
     unpack_tokens,
 )
-from rollout_server.policy.wire import encode_request, parse_generation, read_frames
+from rollout_server.policy.wire import checked, encode_request, parse_generation
 
 EVENT = {
     "output_ids": pack_tokens([5, 6]),
@@ -35,26 +37,19 @@ EVENT = {
 }
 
 
-class Pieces:
-    """A stream that arrives in pieces."""
-
-    def __init__(self, *pieces: bytes) -> None:
-        self._pieces = pieces
-
-    async def iter_any(self) -> AsyncIterator[bytes]:
-        for piece in self._pieces:
+def read(*pieces: bytes) -> list[dict[str, Any]]:
+    async def arriving() -> AsyncIterator[bytes]:
+        for piece in pieces:
             yield piece
 
-
-def read(*pieces: bytes) -> list[dict[str, Any]]:
     async def events() -> list[dict[str, Any]]:
-        return [event async for event in read_frames(Pieces(*pieces))]  # type: ignore[arg-type]
+        return [checked(event) async for event in read_frames(arriving())]
 
     return asyncio.run(events())
 
 
 def test_frames_are_read_wherever_they_are_cut() -> None:
-    content = frames.pack([EVENT, EVENT]) + frames.pack([EVENT]) + END_OF_FRAMES
+    content = encode_frame([EVENT, EVENT]) + encode_frame([EVENT]) + END_OF_FRAMES
     for size in (1, 7, len(content)):
         assert read(*(content[i : i + size] for i in range(0, len(content), size))) == [EVENT] * 3
 
@@ -69,11 +64,11 @@ def test_log_probs_of_a_frame_are_exact() -> None:
     ("content", "message"),
     [
         (b"\xff\xff\xff\xff", "longer than"),
-        (frames.pack({"index": 0}), "not a list"),
-        (frames.pack([3]), "not an object"),
-        (frames.HEADER.pack(2) + b"\xc1\xc1", "FormatError"),
-        (frames.pack([]) + frames.HEADER.pack(3) + b"\xd4\x05\x00", "extension"),
-        (frames.pack([[0] * 700_000]), "max_array_len"),
+        (struct.pack("<I", 1) + b"\x80", "not a list"),
+        (encode_frame([3]), "not an object"),
+        (struct.pack("<I", 2) + b"\xc1\xc1", "FormatError"),
+        (encode_frame([]) + struct.pack("<I", 3) + b"\xd4\x05\x00", "extension"),
+        (encode_frame([[0] * 700_000]), "max_array_len"),
     ],
 )
 def test_a_wrong_frame_is_an_error(content: bytes, message: str) -> None:
@@ -83,7 +78,7 @@ def test_a_wrong_frame_is_an_error(content: bytes, message: str) -> None:
 
 def test_an_error_event_is_raised() -> None:
     with pytest.raises(PromptRefusedError, match="too long"):
-        read(frames.pack([{"error": {"message": "too long", "code": 400}}]))
+        read(encode_frame([{"error": {"message": "too long", "code": 400}}]))
 
 
 @given(
@@ -120,7 +115,7 @@ def test_a_request_says_the_same_in_both_forms() -> None:
     body = msgpack.unpackb(packed)
     body["input_ids"] = [unpack_tokens(prompt).tolist() for prompt in body["input_ids"]]
     assert body == json.loads(as_json) and headers["Content-Type"] == "application/json"
-    assert packed_headers["Content-Type"] == MEDIA_TYPE
+    assert packed_headers["Content-Type"] == FRAMES
     # The engine refuses such a token, with its own message.
     packed, _ = encoded([[1 << 40], [4]], is_packed=True)
     assert msgpack.unpackb(packed)["input_ids"] == [[1 << 40], pack_tokens([4])]

@@ -3,6 +3,8 @@
 The engine and the rewards answer at once.
 """
 
+from __future__ import annotations
+
 import asyncio
 import contextlib
 import math
@@ -25,22 +27,26 @@ from areal_like.errors import (
 from areal_like.failures import FailureKind
 from areal_like.trajectory import FinishReason
 from areal_like.wire.messages.producer import Lease, Purpose, SampleDone, SampleFailed
-from rollout_server.eval_sets import EvalSet
+from rollout_server.environments.base import Environment, Message, Reply, Step
 from rollout_server.leases.held_leases import HeldLeases, Place, SampleResult
 from rollout_server.policy.gate import GenerationGate
 from rollout_server.policy.types import Generation, Sampling
-from rollout_server.rewards.pool import Reward
-from rollout_server.sample.base import Episode, PolicyClient, SingleTurn, Tokenizer
 from rollout_server.sample.lease_runner import LeaseRunner
 from rollout_server.sample.prompt_leader import LONG_PROMPT_TOKENS, needs_leader
-from rollout_server.sample.transcript import Transcript
+from rollout_server.sessions.book import SessionBook
+from rollout_server.sources import Source
 from rollout_server.tasks.base import Completion, Example, Score, Split, Task
+from rollout_server.workers.reward_pool import Reward
+from tests.rollout_server.test_environment_attempts import Ordinals
 from tests.rollout_server.test_episodes import CountingEngine, Digits
 from tests.support import moved_clock
+from tests.support.line_chat import LineChat
 from tests.support.moved_clock import advance
 from tests.support.waiting import HANG_LIMIT_S
 
 LIMIT_S = 100.0
+TEN_TOKENS = 20
+"""Where `CountingEngine` ends a turn so that it has ten tokens, after the end of a line (10)."""
 GROUP = 4
 AT_ENGINE, EPISODES = 2 * GROUP, 6 * GROUP
 
@@ -119,21 +125,52 @@ class FailingEngine(CountingEngine):
         return await super().generate(input_ids, sampling=sampling, rid=rid)
 
 
-class TwoTurns(Episode):
-    """Two turns of the policy; then it raises `error`, if there is one."""
+class TwoTurns:
+    """Environments of two turns of the policy; then they raise `error`, if there is one."""
+
+    label = ""
 
     def __init__(self, error: Exception | SystemExit | None = None) -> None:
         self.error = error
+        self.num_steps = 0
 
-    async def run(
-        self, example: Example, policy: PolicyClient, tokenizer: Tokenizer, transcript: Transcript
-    ) -> str:
-        for _ in range(2):
-            if await policy.extend(transcript) is FinishReason.TIMEOUT:
-                break
+    async def open(self, *, split: str, index: int, seed: int) -> TwoTurns:
+        self.num_steps = 0
+        return self
+
+    async def reset(self) -> tuple[list[Message], list[dict[str, Any]]]:
+        return [{"role": "user", "content": "7"}], []
+
+    async def step(self, reply: Reply) -> Step:
+        self.num_steps += 1
+        if self.num_steps < 2:
+            return Step(messages=[{"role": "user", "content": "8"}])
         if self.error is not None:
             raise self.error
-        return "done"
+        return Step(done=True)
+
+    def close(self) -> None:
+        pass
+
+
+class WithTurns(Slow):
+    """A task with environments."""
+
+    def environment(self, example: Example) -> Environment | None:
+        raise AssertionError("it is the pool that makes them")
+
+
+def source(
+    task: Task, *, rewards: FixedRewards | None = None, environments: TwoTurns | None = None
+) -> Source:
+    chat = LineChat(Ordinals(), stop_token_ids=[], vocab_size=1 << 20, template_kwargs={})
+    return Source(
+        task=task,
+        renderer=Digits(chat=chat),
+        context_tokens=1000,
+        rewards=rewards or FixedRewards(),  # type: ignore[arg-type]
+        environments=environments,  # type: ignore[arg-type]
+    )
 
 
 class Served:
@@ -144,10 +181,10 @@ class Served:
         task: Task,
         *,
         engine: CountingEngine | None = None,
-        episode: Episode | None = None,
         rewards: FixedRewards | None = None,
         on_failure: dict[str, str] | None = None,
-        eval_sets: dict[str, EvalSet] | None = None,
+        environments: TwoTurns | None = None,
+        eval_sets: dict[str, Source] | None = None,
     ) -> None:
         self.results: list[SampleResult] = []
         self.held = HeldLeases(engine_samples=AT_ENGINE, max_episodes=EPISODES)
@@ -161,15 +198,11 @@ class Served:
         )
         self.runner = LeaseRunner(
             config,
-            task=task,
-            tokenizer=Digits(),
-            stop_token_ids=(),
-            episode=episode or SingleTurn(),
-            rewards=rewards or FixedRewards(),
+            {"": source(task, rewards=rewards, environments=environments), **(eval_sets or {})},
             gate=GenerationGate(),
+            book=SessionBook(),
             on_result=self._deliver,
             on_move=self.held.moved,
-            eval_sets=eval_sets,
         )
         self.runner.engine = self.engine
 
@@ -265,9 +298,7 @@ def test_a_task_that_calls_exit_fails_only_its_samples() -> None:
 def test_every_set_has_its_own_task_and_sampling() -> None:
     async def body() -> None:
         job, other = Slow(), Slow()
-        plain = EvalSet(
-            settings=EvalSetConfig(), task=job, renderer=Digits(), rewards=FixedRewards(), environments=None
-        )
+        plain = replace(source(job), settings=EvalSetConfig())
         settings = EvalSetConfig(
             num_samples=2, temperature=0.6, top_p=0.9, top_k=7, min_p=0.1, max_new_tokens=4
         )
@@ -403,7 +434,10 @@ def one_result(**parts: Any) -> SampleResult:
     """The result of one sample."""
 
     async def body() -> SampleResult:
-        async with serving(Slow(), **parts) as served:
+        task = WithTurns() if "environments" in parts else Slow()
+        async with serving(task, **parts) as served:
+            if task.has_environment:
+                served.engine.eos_at = TEN_TOKENS
             served.grant(1, num_samples=1)
             await served.finished(1)
             (result,) = served.results
@@ -419,10 +453,10 @@ def one_result(**parts: Any) -> SampleResult:
     ("parts", "kind", "num_tokens"),
     [
         ({"rewards": FixedRewards(RewardError("no verdict"))}, "reward", 10),
-        ({"engine": FailingEngine(EngineError("HTTP 500")), "episode": TwoTurns()}, "engine", 10),
+        ({"engine": FailingEngine(EngineError("HTTP 500")), "environments": TwoTurns()}, "engine", 10),
         ({"engine": FailingEngine(PromptRefusedError("HTTP 400"), num_good=0)}, "prompt", 0),
         (
-            {"episode": TwoTurns(KeyError("door")), "on_failure": {"environment": "retry"}},
+            {"environments": TwoTurns(KeyError("door")), "on_failure": {"environment": "retry"}},
             "environment",
             20,
         ),
@@ -443,10 +477,10 @@ def test_a_failed_sample_has_its_kind_and_tokens(parts: dict[str, Any], kind: st
     ("parts", "kind", "num_tokens"),
     [
         ({"rewards": FixedRewards(RewardTimeoutError("slow"))}, "reward_timeout", 10),
-        ({"episode": TwoTurns(ZeroDivisionError("no door"))}, "environment", 20),
-        ({"episode": TwoTurns(SystemExit(0))}, "environment", 20),
+        ({"environments": TwoTurns(ZeroDivisionError("no door"))}, "environment", 20),
+        ({"environments": TwoTurns(SystemExit(0))}, "environment", 20),
         (
-            {"engine": FailingEngine(PromptRefusedError("too long")), "episode": TwoTurns()},
+            {"engine": FailingEngine(PromptRefusedError("too long")), "environments": TwoTurns()},
             "environment",  # the prompt was good: the turns have become too long
             10,
         ),
@@ -462,7 +496,7 @@ def test_a_policy_of_zero_is_a_sample_with_reward_0(
 
 
 def test_a_late_turn_keeps_the_tokens_before_it() -> None:
-    result = one_result(engine=FailingEngine(EngineTimeoutError("no token")), episode=TwoTurns())
+    result = one_result(engine=FailingEngine(EngineTimeoutError("no token")), environments=TwoTurns())
     assert isinstance(result, SampleDone) and not result.failure
     assert (result.record.finish_reason, result.record.num_sampled) == (FinishReason.TIMEOUT, 10)
     nothing = one_result(engine=FailingEngine(EngineTimeoutError("no token"), num_good=0))
@@ -493,7 +527,7 @@ def test_a_prompt_that_does_not_fit_is_its_own_kind() -> None:
 
     async def body() -> None:
         async with serving(Slow()) as served:
-            served.runner._prompts._tokenizer = Tight()
+            served.runner._prompts._sources = {"": replace(source(Slow()), renderer=Tight())}
             served.grant(1)
             await served.finished(1)
             kinds = {result.kind for result in served.of(1) if isinstance(result, SampleFailed)}

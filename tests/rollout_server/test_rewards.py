@@ -5,7 +5,9 @@ import contextlib
 import functools
 import os
 import signal
+import sys
 import time
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,10 +18,12 @@ import pytest
 from areal_like.config import from_mapping
 from areal_like.errors import ConfigError, RewardError, RewardTimeoutError
 from areal_like.trajectory import FinishReason
-from rollout_server.rewards.pool import RewardPool
+from rollout_server.sources import check_reward_concurrency
 from rollout_server.tasks.base import Completion, Example, Score, Split, Task
+from rollout_server.workers.host import WorkerHost
+from rollout_server.workers.reward_pool import RewardPool
 from tests.support.environment_tasks import EchoTask
-from tests.support.waiting import HANG_LIMIT_S
+from tests.support.workers import reward_pool
 
 NUM_TOGETHER = 30
 
@@ -53,6 +57,8 @@ class Hostile(Task):
                         os.write(descriptor, b"\x01\x00\x00\x00\xc1")
             case "crash":
                 os.kill(os.getpid(), signal.SIGKILL)
+            case "exit":
+                sys.exit(3)
             case "nan":
                 return float("nan")
             case "none":
@@ -125,20 +131,8 @@ def answer(text: str) -> Completion:
     )
 
 
-def pool(
-    *,
-    num_workers: int = 1,
-    timeout_s: float = HANG_LIMIT_S,
-    task: str = f"{__name__}.Hostile",
-    concurrency: int = 1,
-) -> RewardPool:
-    return RewardPool(
-        {"_target_": task},
-        seed=0,
-        num_workers=num_workers,
-        timeout_s=timeout_s,
-        concurrency=concurrency,
-    )
+def pool(*, task: str = f"{__name__}.Hostile", **settings: Any) -> AbstractAsyncContextManager[RewardPool]:
+    return reward_pool({"_target_": task}, **settings)
 
 
 def outcomes(completions: list[str], **settings: Any) -> tuple[list[Any], int]:
@@ -167,12 +161,12 @@ def test_values_parts_and_order() -> None:
 
 
 def test_bad_returns_fail_their_own_sample() -> None:
-    answers, restarts = outcomes(["raise", "nan", "none", "empty", "coroutine", "ok"])
-    messages = ["no such move", "nan", "NoneType", "empty dict", "async def reward"]
+    answers, restarts = outcomes(["raise", "nan", "none", "empty", "coroutine", "exit", "ok"])
+    messages = ["no such move", "nan", "NoneType", "empty dict", "async def reward", "SystemExit: 3"]
     for answer, message in zip(answers, messages, strict=False):
         assert message in answer
     assert "\n" not in answers[0]
-    assert answers[5].score.value == 5.0 and restarts == 0
+    assert answers[6].score.value == 6.0 and restarts == 0
 
 
 def test_hang_is_killed_and_items_behind_it_are_scored() -> None:
@@ -190,7 +184,7 @@ def test_crash_names_the_signal_and_items_behind_are_scored() -> None:
 
 def test_writing_into_the_stream_fails_only_its_own_sample() -> None:
     answers, restarts = outcomes(["garble", "fine"])
-    assert "wrote an invalid answer" in answers[0]
+    assert "sent an invalid frame" in answers[0]
     assert answers[1].score.value == 1.0 and restarts == 1
 
 
@@ -267,13 +261,22 @@ def test_time_in_which_the_server_was_stopped_does_not_count() -> None:
 
 def test_workers_fit_the_task() -> None:
     async def body() -> None:
-        with pytest.raises(ConfigError, match="needs a task with `async def reward`"):
-            RewardPool.of(from_mapping({"rollout": {"reward_concurrency": 2}}), Hostile())
         config = from_mapping({"rollout": {"reward_concurrency": 2, "reward_workers": 3}})
-        async with RewardPool.of(config, EchoTask()) as rewards:
+        with pytest.raises(ConfigError, match="needs a task with `async def reward`"):
+            check_reward_concurrency(config, {"": Hostile(), "set": EchoTask()})
+        check_reward_concurrency(config, {"": Hostile(), "set": Judge()})
+        check_reward_concurrency(config, {"": EchoTask()})
+        host = WorkerHost.of(config, EchoTask())
+        async with RewardPool.of(config, EchoTask(), host) as rewards:
             assert not rewards.serving, "a task without a reward needs no worker"
 
     asyncio.run(body())
+
+
+def test_an_import_that_does_not_survive_a_fork_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    answers, restarts = outcomes(["a"], task="tests.support.threaded_task.Threaded")
+    assert answers[0].score.value == 1.0 and restarts == 0
 
 
 def test_task_that_cannot_be_imported_fails_its_samples() -> None:
@@ -296,7 +299,7 @@ def test_closing_the_pool_fails_waiting_items() -> None:
 
 def test_cpu_time_per_reward() -> None:
     async def body() -> float:
-        async with RewardPool({"name": "sort"}, seed=0, num_workers=1, timeout_s=HANG_LIMIT_S) as rewards:
+        async with reward_pool({"name": "sort"}) as rewards:
             sampled = Completion("0123", token_ids=np.arange(4, dtype=np.int32), turn_lengths=[4])
             await rewards.score(split="train", index=0, completion=sampled)
             started = time.process_time()
@@ -311,5 +314,13 @@ def test_cpu_time_per_reward() -> None:
 
 def children() -> list[int]:
     """Process ids of the reward workers of this process, which may have other children from other tests."""
-    pids = map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
-    return [pid for pid in pids if b"rewards.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    zygotes = [pid for pid in children_of(os.getpid()) if b"workers.zygote" in command_of(pid)]
+    return [pid for zygote in zygotes for pid in children_of(zygote)]
+
+
+def children_of(pid: int) -> list[int]:
+    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
+def command_of(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()

@@ -163,7 +163,7 @@ def test_status_readiness_and_metrics_pages(shared: tuple[PlayedBuffer, ServerPr
     with pytest.raises(HTTPError, match="401"):
         urllib.request.urlopen(f"{status['engine_url']}/server_info")
     command = Path(f"/proc/{status['engine_pid']}/cmdline").read_bytes()
-    assert b"--api-key-file\0/dev/fd/" in command and status["engine_url"].startswith("http://127.0.0.1:")
+    assert b"--options\0/dev/fd/" in command and status["engine_url"].startswith("http://127.0.0.1:")
 
 
 def test_engine_that_cannot_start_is_reported_with_its_log(model: Path, tmp_path: Path) -> None:

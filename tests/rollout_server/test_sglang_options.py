@@ -18,8 +18,11 @@ from areal_like.errors import ConfigError, WeightSyncError
 from areal_like.runtime.command_line import load_config
 from areal_like.weights.buckets import TensorSpec
 from launch.run_directory.open_run import open_run
-from rollout_server.policy.engines.sglang.engine_checks import check_context_option, check_server_info
-from rollout_server.policy.engines.sglang.launch_options import launch_options
+from rollout_server.policy.engines.sglang.options import (
+    check_context_option,
+    check_server_info,
+    launch_options,
+)
 from rollout_server.weights.checkpoint_shapes import CheckpointShapes
 
 

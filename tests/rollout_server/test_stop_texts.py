@@ -9,11 +9,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from areal_like.trajectory import FinishReason
+from rollout_server.conversation.policy_client import PolicyClient
 from rollout_server.policy.gate import GenerationGate
 from rollout_server.policy.stop_texts import StopFinder
 from rollout_server.policy.types import Sampling
-from rollout_server.sample.base import PolicyClient
-from rollout_server.sample.transcript import Transcript
 from tests.rollout_server.test_episodes import EXAMPLE, CountingEngine, Digits
 from tests.support.engine_harness import VOCAB, PieceTokenizer
 
@@ -61,11 +60,11 @@ def test_a_text_is_found_after_bytes_that_are_no_characters() -> None:
 
 def test_a_resumed_turn_says_what_was_sampled() -> None:
     async def body() -> CountingEngine:
-        engine, transcript = CountingEngine(interrupt_after=[2, 3]), Transcript()
-        transcript.append_context(Digits().encode(EXAMPLE))
+        engine = CountingEngine(interrupt_after=[2, 3])
         sampling = Sampling(max_new_tokens=8, stop=("x",))
         policy = PolicyClient(engine, sampling=sampling, rid="1.0", gate=GenerationGate())
-        assert await policy.extend(transcript) is FinishReason.LENGTH
+        generation = await policy.sample(Digits().encode(EXAMPLE))
+        assert generation.finish_reason is FinishReason.LENGTH
         return engine
 
     engine = asyncio.run(body())

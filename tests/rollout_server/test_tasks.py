@@ -121,7 +121,7 @@ def test_bad_settings_are_config_errors(settings: dict[str, object], message: st
 
 
 def test_tasks_import_no_torch() -> None:
-    modules = "rollout_server.tasks.sort, rollout_server.rewards.worker"
+    modules = "rollout_server.tasks.sort, rollout_server.workers.reward_worker"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

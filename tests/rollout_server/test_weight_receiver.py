@@ -10,8 +10,9 @@ from aiohttp import web
 from areal_like.weights.buckets import Manifest
 from areal_like.wire.channel import Link, tcp_address
 from areal_like.wire.messages.weights import FormGroup, PushChecksums, PushWeights, WeightsFailed, WeightsOk
-from rollout_server.policy.client import EngineClient
+from rollout_server.policy.client import EmbeddedClient
 from rollout_server.policy.gate import GenerationGate
+from rollout_server.policy.sglang_client import SglangClient
 from rollout_server.weights.checkpoint_shapes import CheckpointShapes
 from rollout_server.weights.in_place import SglangWeightUpdate
 from rollout_server.weights.receiver import WeightReceiver
@@ -99,7 +100,8 @@ def push(
             on_untrusted=untrusted.append,
         )
         link = Link(tcp_address("127.0.0.1", receiver.port), handler=lambda _: None)
-        async with EngineClient(f"http://127.0.0.1:{runner.addresses[0][1]}") as client:
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        async with SglangClient(url, vocab_size=1) if in_place else EmbeddedClient(url) as client:
             await strategy.engine_started(client, path="model", version=0)
             receiver.set_engine(client)
             form = FormGroup(

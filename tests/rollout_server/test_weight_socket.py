@@ -19,7 +19,7 @@ from areal_like.wire.messages.weights import (
     WeightsFailed,
     WeightsOk,
 )
-from rollout_server.policy.client import EngineClient
+from rollout_server.policy.client import EmbeddedClient
 from rollout_server.policy.gate import GenerationGate
 from rollout_server.weights.checks import check_form_group, check_push
 from rollout_server.weights.receiver import WeightReceiver
@@ -101,7 +101,7 @@ def with_receiver(
 
         async with (
             asyncio.timeout(HANG_LIMIT_S),
-            EngineClient(f"http://127.0.0.1:{runner.addresses[0][1]}") as client,
+            EmbeddedClient(f"http://127.0.0.1:{runner.addresses[0][1]}") as client,
         ):
             receiver.set_engine(client)
             await body(engine, new_link)

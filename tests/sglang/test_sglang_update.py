@@ -20,24 +20,26 @@ from areal_like.weights.buckets import Bucket, Manifest, cut_buckets, flatten, s
 from areal_like.weights.collective import WeightGroup
 from areal_like.weights.integrity import BucketSums
 from areal_like.wire.messages.weights import PushWeights
+from rollout_server.conversation.policy_client import PolicyClient
+from rollout_server.conversation.scoring import Outcome
+from rollout_server.conversation.turns import Turns
 from rollout_server.policy.engines.sglang.process import SglangAtUrl
 from rollout_server.policy.gate import GenerationGate
 from rollout_server.policy.sglang_client import SglangClient
 from rollout_server.policy.types import Sampling
-from rollout_server.sample.base import PolicyClient
-from rollout_server.sample.scoring import Outcome
-from rollout_server.sample.transcript import Transcript
 from rollout_server.weights.checkpoint_shapes import CheckpointShapes
 from rollout_server.weights.in_place import SglangWeightUpdate
 from rollout_server.weights.strategy import WeightPush
-from tests.support.engine_conformance import PROMPT, TOLERANCE, until_running
+from tests.support.engine_conformance import PROMPT, until_running
 from tests.support.engine_harness import (
     CONTEXT,
+    TOLERANCE,
     VOCAB,
     Engine,
     Models,
     Pusher,
     error_of,
+    form_group,
     load_model,
     reference_logprobs,
     sample,
@@ -86,9 +88,8 @@ class UpdateHarness:
         world_size = 1 + self.client.info.num_ranks
         with WeightGroup.create(world_size=world_size, group_name="updates", timeout_s=30) as group:
             joining = self.client.init_weights_group(
-                master_address=group.address, master_port=group.port, rank_offset=1, world_size=world_size,
-                group_name="updates", backend="gloo", timeout_s=20,
-            )  # fmt: skip
+                form_group("updates", port=group.port, timeout_s=20, world_size=world_size)
+            )
             await asyncio.gather(joining, asyncio.to_thread(group.connect))
             sending = asyncio.create_task(
                 asyncio.to_thread(_send, group, buckets[:num_sent], tensors, leaves=not hangs)
@@ -171,22 +172,21 @@ def test_push_while_sequences_run(engine: Engine, models: Models, mode: str) -> 
     async def body() -> None:
         async with harness_of(engine, models) as harness:
             sampling = Sampling(max_new_tokens=500, ignore_eos=True)
-            transcripts = [Transcript() for _ in range(6)]
-            for i, transcript in enumerate(transcripts):
-                transcript.append_context(np.asarray([*PROMPT, i], np.int32))
-            clients = [
-                PolicyClient(harness.client, sampling=sampling, rid=f"{mode}{i}", gate=harness.gate)
+            samples = [
+                Turns(PolicyClient(harness.client, sampling=sampling, rid=f"{mode}{i}", gate=harness.gate))
                 for i in range(6)
             ]
-            extending = asyncio.gather(*(s.extend(t) for s, t in zip(clients, transcripts, strict=True)))
+            sampling_all = asyncio.gather(
+                *(one.sample(np.asarray([*PROMPT, i], np.int32)) for i, one in enumerate(samples))
+            )
             await until_running(harness.client, 6)
             stall_s = await harness.push(new_weights, mode=mode)
             assert 0 < stall_s < 30 and not harness.quarantined and not harness.doubted
             await harness.check(references[1], version=1)
-            await asyncio.wait_for(extending, 60)
+            await asyncio.wait_for(sampling_all, 60)
             old_and_new, kept_errors = set(), []
-            for transcript in transcripts:
-                trajectory = transcript.to_trajectory(Outcome())
+            for one in samples:
+                trajectory = one.to_trajectory(Outcome())
                 tokens, sampled = trajectory.tokens.tolist(), trajectory.loss_mask == 1
                 assert sampled.sum() == 500
                 versions = trajectory.versions[sampled]

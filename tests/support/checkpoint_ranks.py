@@ -18,12 +18,11 @@ from areal_like.errors import CheckpointError, ConfigError, DiskFullError
 from tests.support.memory import peak, reset_peak
 from tests.support.trainer_helpers import random_groups
 from tests.support.trainer_ranks import main, make_runner
-from trainer.checkpoints import peers
+from trainer.checkpoints import directory
 from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
-from trainer.distributed.sharding import local
+from trainer.distributed.sharding import MODEL_PREFIX, local, row_range
 from trainer.models.policy import Policy
-from trainer.models.sharded_weights import MODEL_PREFIX, row_range
 from trainer.optimizer import MOMENTS, ShardedAdamW
 
 
@@ -113,7 +112,7 @@ def failures(ranks: Ranks, out_dir: Path, path: str, disk: Path) -> None:
 
     with pytest.raises(ConfigError, match=r"trainer ranks 2 do not see .* share"):
         elsewhere = out_dir / "another_host" if ranks.rank == 2 else root
-        peers.check_shared(elsewhere, ranks, visible_s=0.2)
+        directory.check_shared(elsewhere, ranks, visible_s=0.2)
     save(1)
     checkpoints.wait()
 
@@ -152,7 +151,7 @@ def failures(ranks: Ranks, out_dir: Path, path: str, disk: Path) -> None:
 
 def _lose_a_rank(checkpoints: Checkpoints, save: Callable[[int], None], ranks: Ranks, *, end: Path) -> None:
     """Rank 3 hangs while it writes; rank 0 gives up; then rank 3 dies, and the others notice at once."""
-    peers._HURRIED_S = 0.5
+    directory._HURRIED_S = 0.5
     if ranks.rank == 3:
 
         def hang_and_die(_: int) -> None:

@@ -13,17 +13,17 @@ from pathlib import Path
 import numpy as np
 
 from areal_like.trajectory import FinishReason, Trajectory
+from rollout_server.conversation.conversation import Conversation
+from rollout_server.conversation.policy_client import PolicyClient
+from rollout_server.conversation.scoring import Outcome
 from rollout_server.environments.base import Message
 from rollout_server.policy.client import EngineClient
 from rollout_server.policy.gate import GenerationGate
 from rollout_server.policy.types import Sampling
 from rollout_server.rendering.base import ChatRenderer, ParsedReply, ToolSchema
-from rollout_server.sample.base import PolicyClient
-from rollout_server.sample.conversation import Conversation
-from rollout_server.sample.scoring import Outcome
-from tests.support.engine_conformance import TOLERANCE
 from tests.support.engine_harness import (
     EOS,
+    TOLERANCE,
     VOCAB,
     Engine,
     PieceTokenizer,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -23,11 +23,15 @@ from areal_like.trajectory import FinishReason
 from rollout_server.policy import batcher as batcher_module
 from rollout_server.policy.client import EngineClient
 from rollout_server.policy.types import Sampling
+from tests.support import moved_clock
+from tests.support.conversation_conformance import conversations_are_exact
 from tests.support.engine_harness import (
     CONTEXT,
     EOS,
+    TOLERANCE,
     VOCAB,
     Engine,
+    Models,
     PieceTokenizer,
     Pusher,
     error_of,
@@ -41,7 +45,6 @@ from tests.support.moved_clock import advance
 from tests.support.waiting import HANG_LIMIT_S
 
 PROMPT = [5, 17, 33, 8]
-TOLERANCE = 1e-4
 
 
 async def until_running(client: EngineClient, num_sequences: int) -> None:
@@ -50,7 +53,7 @@ async def until_running(client: EngineClient, num_sequences: int) -> None:
         await asyncio.sleep(0.01)
 
 
-async def logprobs_and_greedy_match_transformers(engine: Engine, models: tuple[Path, Path]) -> None:
+async def logprobs_and_greedy_match_transformers(engine: Engine, models: Models) -> None:
     """Log-probs and greedy tokens match before and after pushes of flattened and plain buckets.
 
     The prompt is the same throughout, so a prefix cached under older weights would give wrong log-probs.
@@ -79,7 +82,7 @@ async def logprobs_and_greedy_match_transformers(engine: Engine, models: tuple[P
             assert error_of(model, PROMPT, greedy) < TOLERANCE
 
 
-async def scores_match_transformers(engine: Engine, models: tuple[Path, Path]) -> None:
+async def scores_match_transformers(engine: Engine, models: Models) -> None:
     """Scores of given tokens are those of the active weights, also while a prefix of them is cached."""
     tokens = [*PROMPT, 9, 41, 3, 22]
     async with engine.client() as client:
@@ -96,7 +99,7 @@ async def scores_match_transformers(engine: Engine, models: tuple[Path, Path]) -
                 np.testing.assert_allclose(logprobs, want, atol=TOLERANCE)
 
 
-async def stop_and_length(engine: Engine, model_path: Path) -> None:
+async def stop_and_length(engine: Engine, models: Models) -> None:
     """A stop token, the end-of-sequence token (unless ignored) or the length limit ends a sequence.
 
     The token that ends a sequence is its last token.
@@ -124,10 +127,10 @@ async def stop_and_length(engine: Engine, model_path: Path) -> None:
 STOPS = ("é", "aab", "ddcab")
 
 
-async def stop_texts_end_a_sequence(engine: Engine, model_path: Path) -> None:
+async def stop_texts_end_a_sequence(engine: Engine, models: Models) -> None:
     """The token that completes a stop text is the last one: also at the limit of new tokens, after an abort,
     and where the text is one token that the engine knows."""
-    model, tokenizer = load_model(model_path), PieceTokenizer()
+    model, tokenizer = load_model(models[0]), PieceTokenizer()
     async with engine.client() as client:
         with pytest.raises(EngineError, match="tokenizer"):
             await sample(client, PROMPT, 3, stop=("a",))
@@ -170,7 +173,7 @@ async def stop_texts_end_a_sequence(engine: Engine, model_path: Path) -> None:
         assert stopped.matched == tokens[4]
 
 
-async def turns_reuse_what_earlier_turns_computed(engine: Engine, models: tuple[Path, Path]) -> None:
+async def turns_reuse_what_earlier_turns_computed(engine: Engine, models: Models) -> None:
     """Conversations of four turns, with an update before the last: log-probs and versions are right, and only
     an update (or, with `keep`, an episode that began before it) changes what is in the cache.
 
@@ -209,9 +212,9 @@ async def turns_reuse_what_earlier_turns_computed(engine: Engine, models: tuple[
             await pusher.push(weights_of(models[0]), version=version + 1)
 
 
-async def abort_returns_partial_tokens(engine: Engine, model_path: Path) -> None:
+async def abort_returns_partial_tokens(engine: Engine, models: Models) -> None:
     """Requests are aborted by id and all at once; the log-probs of an aborted request's tokens are right."""
-    model = load_model(model_path)
+    model = load_model(models[0])
     async with engine.client() as client:
         one = asyncio.ensure_future(
             client.generate(PROMPT, sampling=Sampling(max_new_tokens=1500, ignore_eos=True), rid="1")
@@ -231,12 +234,12 @@ async def abort_returns_partial_tokens(engine: Engine, model_path: Path) -> None
         assert len((await sample(client, PROMPT, 2)).output_ids) == 2
 
 
-async def a_time_out_keeps_the_partial_tokens(engine: Engine, model_path: Path) -> None:
+async def a_time_out_keeps_the_partial_tokens(engine: Engine, models: Models) -> None:
     """At its time limit a sequence is truncated; others of its batch are not affected.
 
     Run with moved_clock. The engine stands still at the limit, so no sequence can end before it.
     """
-    model = load_model(model_path)
+    model = load_model(models[0])
     limit_s, aborted = 1000.0, asyncio.Event()
     async with engine.client() as client:
         batcher = client._batcher
@@ -267,7 +270,7 @@ async def a_time_out_keeps_the_partial_tokens(engine: Engine, model_path: Path) 
         assert len((await sample(client, PROMPT, 2)).output_ids) == 2
 
 
-async def progress_shows_in_the_load(engine: Engine) -> None:
+async def progress_shows_in_the_load(engine: Engine, models: Models) -> None:
     """Every step of a running request changes the client's `progress`; nothing does while it stands still."""
 
     async def seen(count: int) -> list[tuple[float, ...]]:
@@ -302,9 +305,9 @@ async def progress_shows_in_the_load(engine: Engine) -> None:
         assert client.num_generating == 0
 
 
-async def pause_modes(engine: Engine, model_path: Path) -> None:
+async def pause_modes(engine: Engine, models: Models) -> None:
     """A pause stops running requests (mode abort ends them) and new ones; a resume continues them."""
-    model = load_model(model_path)
+    model = load_model(models[0])
     async with engine.client() as client:
         for mode in ("in_place", "retract", "abort"):
             running = asyncio.ensure_future(sample(client, PROMPT, 1200))
@@ -325,22 +328,20 @@ async def pause_modes(engine: Engine, model_path: Path) -> None:
             assert len((await new).output_ids) == 3
 
 
-async def groups_are_made_destroyed_and_made_again(engine: Engine, model_path: Path) -> None:
+async def groups_are_made_destroyed_and_made_again(engine: Engine, models: Models) -> None:
     """Groups are made again under the same and another name; leaving one twice gets 400 and has no effect."""
     async with engine.client() as client:
         version = await client.weight_version()
         for name in ("same", "same", "other"):
             version += 1
             async with Pusher(engine, client, name=name) as pusher:
-                await pusher.push(weights_of(model_path), version=version)
+                await pusher.push(weights_of(models[0]), version=version)
         with pytest.raises(EngineError, match="400"):
             await client.destroy_weights_group(group_name="same")
         assert await client.weight_version() == version
 
 
-async def versions_across_an_update_in_flight(
-    engine: Engine, models: tuple[Path, Path], *, running: str
-) -> float:
+async def versions_across_an_update_in_flight(engine: Engine, models: Models, *, running: str) -> float:
     """Requests that span an update record, for every token, the version that sampled it.
 
     Returns the largest log-prob error of any token under the weights of its recorded version.
@@ -405,7 +406,7 @@ The client of SGLang must not send them.
 """
 
 
-async def bad_requests_are_refused(engine: Engine) -> None:
+async def bad_requests_are_refused(engine: Engine, models: Models) -> None:
     """Status 400 with a message. The engine survives, and a good request in the same batch succeeds."""
     async with aiohttp.ClientSession(headers=engine.headers) as session:
         for body, message in [*BAD_BODIES, *(BODIES_UNSAFE_FOR_SGLANG if engine.kind == "embedded" else [])]:
@@ -434,7 +435,7 @@ STRANGERS_CALLS: list[tuple[str, dict[str, Any]]] = [
 ]  # fmt: skip
 
 
-async def strangers_calls_are_refused(engine: Engine) -> None:
+async def strangers_calls_are_refused(engine: Engine, models: Models) -> None:
     """Without the key, and with a wrong one, calls get status 401 and change nothing."""
     async with engine.client() as client:
         version = await client.weight_version()
@@ -457,7 +458,7 @@ async def strangers_calls_are_refused(engine: Engine) -> None:
         assert engine.api_key.encode() not in Path(f"/proc/{engine.pid}/{name}").read_bytes()
 
 
-async def update_calls_need_an_open_update_and_a_group(engine: Engine, model_path: Path) -> None:
+async def update_calls_need_an_open_update_and_a_group(engine: Engine, models: Models) -> None:
     """Calls out of order get status 400 and change nothing."""
     async with engine.client() as client:
         version = await client.weight_version()
@@ -474,3 +475,40 @@ async def throughput_of_concurrent_requests(engine: Engine) -> float:
         started_s = time.perf_counter()
         await asyncio.gather(*(sample(client, [5 + i // 8], 8) for i in range(200)))
         return 200 / (time.perf_counter() - started_s)
+
+
+async def recompute_in_flight_is_exact(engine: Engine, models: Models) -> None:
+    """An update that recomputes KV leaves exact log-probs."""
+    assert await versions_across_an_update_in_flight(engine, models, running="recompute") < TOLERANCE
+
+
+async def keep_in_flight_records_versions_with_inexact_logprobs(engine: Engine, models: Models) -> None:
+    """New weights over old KV give wrong log-probs; if not, KV was recomputed."""
+    assert await versions_across_an_update_in_flight(engine, models, running="keep") > TOLERANCE
+
+
+Check = Callable[[Engine, Models], Coroutine[Any, Any, None]]
+SUITE: tuple[Check, ...] = (
+    logprobs_and_greedy_match_transformers,
+    scores_match_transformers,
+    stop_and_length,
+    stop_texts_end_a_sequence,
+    turns_reuse_what_earlier_turns_computed,
+    conversations_are_exact,
+    a_time_out_keeps_the_partial_tokens,
+    progress_shows_in_the_load,
+    abort_returns_partial_tokens,
+    pause_modes,
+    groups_are_made_destroyed_and_made_again,
+    recompute_in_flight_is_exact,
+    keep_in_flight_records_versions_with_inexact_logprobs,
+    strangers_calls_are_refused,
+    bad_requests_are_refused,
+    update_calls_need_an_open_update_and_a_group,
+)
+
+
+def run(check: Check, engine: Engine, models: Models) -> None:
+    """Runs one check of the suite."""
+    start = moved_clock.run if check is a_time_out_keeps_the_partial_tokens else asyncio.run
+    start(check(engine, models))

@@ -40,7 +40,8 @@ from transformers.utils import logging as transformers_logging
 from areal_like.weights.buckets import checksum, cut_buckets, flatten, spec_of, unflatten
 from areal_like.weights.collective import WeightGroup
 from areal_like.weights.hf_layout import hf_tensors
-from rollout_server.policy.client import EngineClient
+from areal_like.wire.messages.weights import FormGroup
+from rollout_server.policy.client import EmbeddedClient, EngineClient
 from rollout_server.policy.sglang_client import SglangClient
 from rollout_server.policy.types import Generation, Sampling
 from tests.support import warm_start
@@ -52,6 +53,8 @@ VOCAB = 100
 EOS = 2
 CONTEXT = 2048
 API_KEY = "a key of the tests"
+TOLERANCE = 1e-4
+"""Of log-probs in float32."""
 KINDS = ("llama", "qwen2", "qwen3", "gpt2", "qwen3_moe")
 
 Models = tuple[Path, Path]
@@ -180,7 +183,7 @@ class Engine:
     def client(self, **options: Any) -> EngineClient:
         if self.kind == "sglang":
             return SglangClient(self.url, vocab_size=VOCAB, api_key=self.api_key, **options)
-        return EngineClient(self.url, api_key=self.api_key, **options)
+        return EmbeddedClient(self.url, api_key=self.api_key, **options)
 
 
 @contextlib.contextmanager
@@ -241,6 +244,21 @@ def key_file(directory: Path) -> Path:
     return file
 
 
+def form_group(name: str, *, port: int, timeout_s: float, world_size: int = 2) -> FormGroup:
+    """The message for an engine of one rank to join a group of this machine."""
+    return FormGroup(
+        epoch=1,
+        group_name=name,
+        master_address="127.0.0.1",
+        master_port=port,
+        rank=1,
+        world_size=world_size,
+        backend="gloo",
+        timeout_s=timeout_s,
+        secret="",
+    )
+
+
 class Pusher:
     """Rank 0 of a weight group with one engine."""
 
@@ -254,11 +272,10 @@ class Pusher:
         self.group = WeightGroup.create(world_size=2, group_name=self.name, timeout_s=self.timeout_s)
         await asyncio.gather(
             self.client.init_weights_group(
-                master_address=self.group.address, master_port=self.group.port, rank_offset=1, world_size=2,
-                group_name=self.name, backend="gloo", timeout_s=self.timeout_s,
+                form_group(self.name, port=self.group.port, timeout_s=self.timeout_s)
             ),
             asyncio.to_thread(self.group.connect),
-        )  # fmt: skip
+        )
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -119,7 +119,7 @@ def _wait_for_the_end_of_parents() -> None:
     The test would wait for the end of the server's stderr, which this process holds.
     """
     with contextlib.suppress(OSError):
-        while b"environments.workers" in Path(f"/proc/{os.getppid()}/cmdline").read_bytes():
+        while b"rollout_server.workers" in Path(f"/proc/{os.getppid()}/cmdline").read_bytes():
             time.sleep(0.1)
     os.kill(os.getpid(), signal.SIGKILL)
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from trainer.distributed.sharding import RowShard, gather, shards_of
 from trainer.models.packed_model import PackedModel
-from trainer.models.sharded_weights import RowShard, gather, shards_of
 
 
 def copy_shards(model: PackedModel) -> list[RowShard]:

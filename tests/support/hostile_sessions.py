@@ -12,8 +12,8 @@ import httpx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rollout_server.conversation.scoring import Outcome
 from rollout_server.rendering.base import ChatRenderer
-from rollout_server.sample.scoring import Outcome
 from tests.support.engine_harness import Engine, load_model
 from tests.support.hostile_client import TEXTS, WAYS, HostileClient, Script, check_record, steps
 from tests.support.scripted_policy import (

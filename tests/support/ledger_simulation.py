@@ -81,8 +81,8 @@ def empty_ledger(settings: LedgerSettings) -> Ledger:
 def new_ledger(*, store: Store | None = None, **settings: object) -> Ledger:
     """A ledger with a trainer (incarnation 1) at step 0 and 1,000 prompts."""
     ledger = recover(ledger_settings(**settings), store or MemoryStore(), now_s=0.0)
-    ledger.set_num_train_prompts(1000)
-    ledger.start_training(incarnation=1, step=0, stream={})
+    ledger.state.prompts.set_num_train_prompts(1000)
+    ledger.trainer.start_training(incarnation=1, step=0, stream={})
     return ledger
 
 
@@ -104,14 +104,14 @@ def beat(
         weights_version=version,
         leases=list(server.leases),
     )
-    ledger.heartbeat(name, message, now_s=now_s)
+    ledger.dispatcher.heartbeat(name, message, now_s=now_s)
 
 
 def add_server(
     ledger: Ledger, name: str, *, capacity: int, version: int = 0, now_s: float = 0.0, incarnation: int = 1
 ) -> None:
     """Registers a server and gives it credit."""
-    ledger.register_server(name, incarnation=incarnation, weights_version=version, now_s=now_s)
+    ledger.dispatcher.register_server(name, incarnation=incarnation, weights_version=version, now_s=now_s)
     beat(ledger, name, capacity=capacity, version=version, now_s=now_s)
 
 
@@ -133,7 +133,7 @@ def done(
 
 def deliver(ledger: Ledger, name: str, sample: SampleDone) -> Verdict:
     """Delivers one sample in one message."""
-    (verdict,) = ledger.samples_done(name, [sample])
+    (verdict,) = ledger.intake.samples_done(name, [sample])
     return verdict
 
 
@@ -205,13 +205,13 @@ class SimulatedJob:
             self.at(kill_s, lambda name=name: self._kill(name))  # type: ignore[misc]
         self._start_step()
         self._grant()
-        while self.ledger.committed_step < self.ledger.settings.num_steps - 1:
+        while self.ledger.state.steps.committed < self.ledger.settings.num_steps - 1:
             self.now_s, _, action = heapq.heappop(self._events)
             assert self.now_s < limit_s, (
-                f"stuck at step {self.ledger.trainer_step}: {self.ledger.num_by_state()}"
+                f"stuck at step {self.ledger.state.steps.current}: {self.ledger.state.tickets.num_by_state()}"
             )
             action()
-            assert not self.ledger.failure_reason, self.ledger.failure_reason
+            assert not self.ledger.state.failure_reason, self.ledger.state.failure_reason
             self._grant()
 
     def _kill(self, name: str) -> None:
@@ -221,15 +221,15 @@ class SimulatedJob:
         if server.alive:
             beat(self.ledger, server.name, capacity=server.capacity, version=server.version, now_s=self.now_s)
             self.at(0.5, lambda: self._beat(server))
-        self.ledger.expire(now_s=self.now_s)
+        self.ledger.dispatcher.expire(now_s=self.now_s)
 
     def _grant(self) -> None:
         by_name = {server.name: server for server in self.servers}
-        for name, ids in self.ledger.take_aborts().items():
+        for name, ids in self.ledger.state.leases.take_aborts().items():
             by_name[name].waiting = [
                 (lease, index) for lease, index in by_name[name].waiting if lease.lease_id not in ids
             ]
-        for name, leases in self.ledger.grant(now_s=self.now_s).items():
+        for name, leases in self.ledger.dispatcher.grant(now_s=self.now_s).items():
             for lease in leases:
                 assert lease.purpose is Purpose.TRAIN
                 by_name[name].waiting += [(lease, index) for index in lease.sample_indices]
@@ -250,7 +250,7 @@ class SimulatedJob:
             return
         server.running -= 1
         if self._rng.random() < self.fail_probability:
-            self.ledger.sample_failed(server.name, failed(lease, index))
+            self.ledger.intake.sample_failed(server.name, failed(lease, index))
         else:
             half = num_tokens // 2
             versions = [first_version] * (num_tokens - half) + [server.version] * half
@@ -258,8 +258,8 @@ class SimulatedJob:
         self._decode(server)
 
     def _start_step(self) -> None:
-        step, num_groups = self.ledger.trainer_step, self.ledger.settings.groups_per_step
-        groups = [self.ledger.fetch(step=step, position=position) for position in range(num_groups)]
+        step, num_groups = self.ledger.state.steps.current, self.ledger.settings.groups_per_step
+        groups = [self.ledger.trainer.fetch(step=step, position=position) for position in range(num_groups)]
         if any(group is None for group in groups):
             self.at(0.05, self._start_step)
         else:
@@ -267,13 +267,13 @@ class SimulatedJob:
             self.at(self.step_s, lambda: self._end_step(step))
 
     def _end_step(self, step: int) -> None:
-        self.ledger.complete_step(incarnation=1, step=step)
-        version = self.ledger.alloc_version(incarnation=1, step=step + 1)
+        self.ledger.trainer.complete_step(incarnation=1, step=step)
+        version = self.ledger.trainer.alloc_version(incarnation=1, step=step + 1)
         for server in self.servers:
             self.at(
                 self.push_s * self._rng.uniform(0.5, 2.0), lambda server=server: self._push(server, version)
             )  # type: ignore[misc]
-        self.ledger.commit(incarnation=1, step=step)
+        self.ledger.trainer.commit(incarnation=1, step=step)
         if step + 1 < self.ledger.settings.num_steps:
             self._start_step()
 

@@ -19,10 +19,9 @@ from tests.support.trainer_helpers import random_groups
 from tests.support.trainer_ranks import main
 from trainer.batching.packing import TrainingSample, collate
 from trainer.distributed.ranks import Ranks
-from trainer.distributed.sharding import local, reshard
+from trainer.distributed.sharding import local, reshard, row_range
 from trainer.models.policy import Policy
 from trainer.models.safetensors_rows import SafetensorsRows
-from trainer.models.sharded_weights import row_range
 from trainer.models.value_model import ValueModel
 
 SLACK_BYTES = 16 << 20

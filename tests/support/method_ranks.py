@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from tests.support.trainer_helpers import random_groups
 from tests.support.trainer_ranks import main, make_runner
 from trainer.distributed.ranks import Ranks
-from trainer.models.sharded_weights import gather, shards_of
+from trainer.distributed.sharding import gather, shards_of
 
 
 def baselines(ranks: Ranks, out_dir: Path, path: str, settings: str) -> None:

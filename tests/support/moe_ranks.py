@@ -17,8 +17,7 @@ from trainer.batching.packing import TrainingSample, collate
 from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
 from trainer.models.policy import Policy
-from trainer.weights.background_gather import BackgroundGather
-from trainer.weights.boundary_gather import BoundaryGather
+from trainer.weights.snapshot import BackgroundGather, BoundaryGather
 
 
 def steps(ranks: Ranks, out_dir: Path, path: str) -> None:

@@ -21,7 +21,7 @@ from tests.chaos.job import running_job, train
 from tests.support.trainer_helpers import write_model
 from trainer.distributed.ranks import Ranks
 from trainer.replay.recording import Recording
-from trainer.replay.run import Replay
+from trainer.replay.run import replay
 
 NUM_STEPS = 3
 
@@ -58,9 +58,7 @@ def replay_run(root: Path, name: str, **trainer: object) -> Path:
     ranks = Ranks.alone()
     try:
         with closing(Recording(root)) as recording:
-            Replay(
-                changed, recording, ranks, stopping=threading.Event(), follows_changes="lr" not in trainer
-            ).run()
+            replay(changed, recording, ranks, stopping=threading.Event(), follows_changes="lr" not in trainer)
     finally:
         dist.destroy_process_group()
     return paths.root

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Self
 
 from areal_like.wire.records import Record, RecordLocation
-from buffer.storage import sql, sql_read
+from buffer.storage import sql
 from buffer.storage.changes import Changes, RowRecorder
 from buffer.storage.rows import Recovered
 from buffer.tickets import SampleSummary, State, Ticket
@@ -35,8 +35,8 @@ class RowStore(RowRecorder):
         return other
 
     def recover(self, *, ignoring: Collection[int] = ()) -> Recovered:
-        recovered = sql_read.read_all(self.connection)
-        self._continue_from(recovered, first_returned=sql_read.first_returned(self.connection))
+        recovered = sql.read_all(self.connection)
+        self._continue_from(recovered, first_returned=sql.first_returned(self.connection))
         return recovered
 
     def put_ticket(self, ticket: Ticket) -> None:

@@ -32,14 +32,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from areal_like.errors import EngineError, EngineTimeoutError
 from areal_like.http.server import HttpConfig, HttpServer
 from areal_like.trajectory import FinishReason, Trajectory
-from rollout_server.engine.http.score_request import MAX_SCORED
+from rollout_server.conversation.conversation import Conversation
+from rollout_server.conversation.policy_client import PolicyClient
+from rollout_server.conversation.scoring import Outcome
+from rollout_server.engine.http.generate_request import MAX_SCORED
 from rollout_server.policy.client import EngineClient
 from rollout_server.policy.gate import GenerationGate
 from rollout_server.policy.types import Generation, Sampling, SamplingClient
 from rollout_server.rendering.base import ChatRenderer
-from rollout_server.sample.base import PolicyClient
-from rollout_server.sample.conversation import Conversation
-from rollout_server.sample.scoring import Outcome
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.http.app import session_app
 from rollout_server.sessions.open_session import OpenSession

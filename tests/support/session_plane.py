@@ -48,9 +48,9 @@ class PlaneServer(SessionServer):
         async def make() -> None:
             app = session_app(self.book, model="policy", max_context=MAX_CONTEXT, idle_timeout_s=60.0)
             self.plane = SessionPlane(
-                self._config,
-                app,
-                self.book,
+                config=self._config,
+                app=app,
+                book=self.book,
                 keyring=self.keyring,
                 index=1,
                 needs_external=True,

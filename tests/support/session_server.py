@@ -18,11 +18,11 @@ from areal_like.http.access import AccessRules, host_names
 from areal_like.http.guard import BodyLimits, HttpGuard
 from areal_like.http.server import HttpConfig, HttpServer
 from areal_like.trajectory import FinishReason
+from rollout_server.conversation.conversation import Conversation
+from rollout_server.conversation.policy_client import PolicyClient
 from rollout_server.policy.gate import GenerationGate
 from rollout_server.policy.types import Generation, Sampling
 from rollout_server.rendering.jinja import JinjaRenderer
-from rollout_server.sample.base import PolicyClient
-from rollout_server.sample.conversation import Conversation
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.http.app import session_app
 from rollout_server.sessions.open_session import OpenSession

@@ -15,9 +15,7 @@ from tests.support.trainer_ranks import main
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import local
 from trainer.models.policy import Policy
-from trainer.weights.background_gather import BackgroundGather
-from trainer.weights.boundary_gather import BoundaryGather
-from trainer.weights.snapshot import Snapshot, WeightSnapshotter
+from trainer.weights.snapshot import BackgroundGather, BoundaryGather, Snapshot, WeightSnapshotter
 
 
 def received(snapshot: Snapshot) -> dict[str, torch.Tensor]:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from areal_like.weights.buckets import cut_buckets, flatten, spec_of
-from trainer.weights.snapshot import GatheredBucket
+from trainer.weights.snapshot import GatheredBucket, Snapshot
 
 
-class Held:
+class Held(Snapshot):
     """Stands in for the snapshot that trainer.weights makes of a policy."""
 
     def __init__(self, tensors: Mapping[str, Tensor], *, bucket_bytes: int, dtype: str = "float32") -> None:

@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,16 +31,16 @@ from trainer.advantages import ADVANTAGES, Advantage, Gae
 from trainer.advantages.critic import Critic
 from trainer.advantages.reward_shaping import SHAPINGS
 from trainer.checkpoints.checkpoint import Checkpoints
-from trainer.distributed.ranks import Ranks
+from trainer.distributed.ranks import IncompleteStepError, Ranks
+from trainer.distributed.sharding import MODEL_PREFIX, gather, shards_of
 from trainer.metrics.named_means import KINDS
 from trainer.models.policy import Policy
-from trainer.models.sharded_weights import gather, shards_of
 from trainer.models.value_model import ValueModel
 from trainer.objectives import Need, build_objective
 from trainer.objectives.normalizers import Normalizer
 from trainer.optimizer import ShardedAdamW
 from trainer.step.proximal import ProximalPolicy
-from trainer.step.runner import IncompleteStepError, StepRunner
+from trainer.step.runner import StepRunner
 
 SHARES = {"even": [0, 1, 0, 1, 0, 1, 0, 1], "uneven": [0, 0, 0, 1, 0, 0, 0, 0], "one-sided": [0] * 8}
 """The rank that gets each of eight groups."""
@@ -103,8 +104,9 @@ def make_runner(
 
 def last_gradient(runner: StepRunner | Critic) -> dict[str, Tensor]:
     """The gradient of the last step: with beta1 = 0, Adam's first moment. Unsharded, on rank 0."""
-    moments = {name: runner.optimizer.moments(name)["exp_avg"] for name in runner.optimizer.shards}
-    return dict(gather(shards_of(runner.model if isinstance(runner, Critic) else runner.policy, moments)))
+    shards = shards_of(runner.model if isinstance(runner, Critic) else runner.policy)
+    moments = [runner.optimizer.moments(MODEL_PREFIX + shard.name)["exp_avg"] for shard in shards]
+    return dict(gather([replace(s, rows=rows) for s, rows in zip(shards, moments, strict=True)]))
 
 
 def gradients(ranks: Ranks, out_dir: Path, *paths: str) -> None:

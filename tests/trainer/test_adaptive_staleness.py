@@ -155,34 +155,36 @@ def test_a_restored_controller_decides_the_same() -> None:
 def test_a_lower_bound_stops_admission_and_drops_nothing() -> None:
     ledger = new_ledger(max_staleness=4, adaptive=True, groups_per_step=1, group_size=1, num_steps=20)
     add_server(ledger, "a", capacity=100)
-    first = ledger.grant(now_s=0.0)["a"]
+    first = ledger.dispatcher.grant(now_s=0.0)["a"]
     assert len(first) == 1, "the bound begins at 0: one step's tickets"
-    ledger.set_max_staleness(incarnation=1, max_staleness=4)
-    more = ledger.grant(now_s=0.0)["a"]
+    ledger.trainer.set_max_staleness(incarnation=1, max_staleness=4)
+    more = ledger.dispatcher.grant(now_s=0.0)["a"]
     assert len(more) == 4, "five groups for steps 0 to 4"
-    ledger.set_max_staleness(incarnation=1, max_staleness=0)
+    ledger.trainer.set_max_staleness(incarnation=1, max_staleness=0)
     for lease in first + more:
         deliver(ledger, "a", done(lease, 0, [0]))
     for step in range(5):
-        assert ledger.grant(now_s=0.0) == {}, "the admitted tickets fill the next steps"
-        group = ledger.fetch(step=step, position=0)
+        assert ledger.dispatcher.grant(now_s=0.0) == {}, "the admitted tickets fill the next steps"
+        group = ledger.trainer.fetch(step=step, position=0)
         assert group is not None and step - group.version_steps[0] == step, (
             "a ticket keeps the bound that it was issued with"
         )
-        ledger.complete_step(incarnation=1, step=step)
-        version = ledger.alloc_version(incarnation=1, step=step + 1)
+        ledger.trainer.complete_step(incarnation=1, step=step)
+        version = ledger.trainer.alloc_version(incarnation=1, step=step + 1)
         beat(ledger, "a", capacity=100, version=version)
-    assert ledger.drops[Drop.STALE] == 0
-    assert len(ledger.grant(now_s=0.0)["a"]) == 1, "at bound 0 one step's tickets are granted again"
+    assert ledger.state.drops[Drop.STALE] == 0
+    assert len(ledger.dispatcher.grant(now_s=0.0)["a"]) == 1, (
+        "at bound 0 one step's tickets are granted again"
+    )
 
 
 def test_a_bound_outside_the_cap_or_a_fixed_one_is_refused() -> None:
     ledger = new_ledger(max_staleness=4, adaptive=True)
     for bound in (-1, 5):
         with pytest.raises(RefusedError, match=r"0\.\.4"):
-            ledger.set_max_staleness(incarnation=1, max_staleness=bound)
+            ledger.trainer.set_max_staleness(incarnation=1, max_staleness=bound)
     with pytest.raises(RefusedError, match="fixed at 4"):
-        new_ledger(max_staleness=4).set_max_staleness(incarnation=1, max_staleness=2)
+        new_ledger(max_staleness=4).trainer.set_max_staleness(incarnation=1, max_staleness=2)
 
 
 class AdaptiveJob(SimulatedJob):
@@ -194,13 +196,13 @@ class AdaptiveJob(SimulatedJob):
 
     def _end_step(self, step: int) -> None:
         groups = [
-            self.ledger.fetch(step=step, position=position)
+            self.ledger.trainer.fetch(step=step, position=position)
             for position in range(self.ledger.settings.groups_per_step)
         ]
         lags = [step - version_step for group in groups if group for version_step in group.version_steps]
         ess = math.exp(-self.drift * sum(lag**2 for lag in lags) / len(lags))
         bound = self.controller.observe(ess_ratio=ess, lag_max=max(lags))
-        self.ledger.set_max_staleness(incarnation=1, max_staleness=bound)
+        self.ledger.trainer.set_max_staleness(incarnation=1, max_staleness=bound)
         self.bounds.append(bound)
         super()._end_step(step)
 
@@ -215,8 +217,8 @@ def test_the_whole_stream_under_a_moving_bound(drift: float, expected: set[int])
     job = AdaptiveJob(ledger=ledger, servers=servers, step_s=6.0, fail_probability=0.02)
     job.controller, job.drift, job.bounds = StalenessController(cap=4, target=TARGET), drift, []
     job.run()
-    assert max(ledger.lag_histogram()) <= 4
-    assert ledger.drops[Drop.STALE] == 0, "a moving bound must not make samples stale"
+    assert max(ledger.state.counters.lag_histogram) <= 4
+    assert ledger.state.drops[Drop.STALE] == 0, "a moving bound must not make samples stale"
     assert max(set(job.bounds[100:]), key=job.bounds[100:].count) in expected
     assert ledger.state.store.num_bytes == 0
 

@@ -18,8 +18,7 @@ from areal_like.errors import ArealError, ConfigError
 from areal_like.trajectory import FinishReason, Trajectory
 from tests.support.trainer_helpers import run_ranks, write_model
 from trainer.batching.balance import Cost, SequenceSize, plan
-from trainer.batching.balancer import Balancer
-from trainer.batching.exchange import _decoded, _encoded, exchange
+from trainer.batching.balancer import Balancer, _decoded, _encoded, exchange
 from trainer.batching.packing import Packer, TrainingSample
 from trainer.batching.shared_prefixes import budget_size
 from trainer.distributed.ranks import Ranks
@@ -122,7 +121,7 @@ def test_branches_keep_to_the_budget(groups: list[list[TrainingSample]], shares_
     """Of the prefixes that are in the same micro-batch, not of those that were in the group."""
     groups = [[replace(sample, group=at) for sample in group] for at, group in enumerate(groups)]
     balancer = Balancer(AloneRanks(), cost=COST, budget_tokens=BUDGET, shares_prefixes=shares_prefixes)
-    microbatches = balancer.microbatches(groups)
+    microbatches = list(balancer.microbatches(groups))
     samples = [sample for group in groups for sample in group]
     assert sorted(map(id, chain(*microbatches))) == sorted(map(id, samples))
     for microbatch in microbatches:

@@ -34,10 +34,9 @@ from areal_like.wire.messages.weights import (
 from tests.support.snapshots import Held
 from tests.support.waiting import HANG_LIMIT_S
 from trainer.weights.backend import NcclTrial, choose_backend, refuse_mixed_nccl
-from trainer.weights.broadcaster import Broadcaster
-from trainer.weights.group_session import assign_ranks
+from trainer.weights.broadcaster import Broadcaster, assign_ranks
 from trainer.weights.publisher import Publisher, PushReport
-from trainer.weights.receivers import Receiver, ReceiverBackoff, split_groups
+from trainer.weights.receivers import Receiver, ReceiverBackoff, receiver_id, split_groups
 from trainer.weights.snapshot import GatheredBucket
 
 
@@ -342,6 +341,20 @@ def test_a_refusing_server_costs_others_no_further_pushes(monkeypatch: pytest.Mo
     run(body)
 
 
+@pytest.mark.parametrize("is_left", [True, False])
+def test_only_servers_that_are_left_are_asked_to_leave(is_left: bool) -> None:
+    async def body() -> None:
+        receiver = FakeServer("one")
+        broadcaster = Broadcaster(WeightsConfig(push_deadline_s=60), device="cpu")
+        outcome = await broadcaster.push(snapshot(1), version=1, step=1, servers=[receiver.entry])
+        assert list(outcome.activated) == ["one"] and receiver.group is not None
+        await broadcaster.close({receiver_id(receiver.entry)} if is_left else ())
+        assert (receiver.group is None) == is_left
+        receiver.close()
+
+    asyncio.run(body())
+
+
 def test_error_message_for_a_host_of_another_machine() -> None:
     async def body() -> None:
         receiver = FakeServer("one")
@@ -627,9 +640,7 @@ def alive(*, num_ranks: int = 1, device: str = "cuda:0", uuid: str = "", nccl: s
 
 
 def test_an_engine_gets_one_group_rank_per_tensor_parallel_rank() -> None:
-    receivers: list[Any] = [Receiver(entry=None, link=None) for _ in range(3)]  # type: ignore[arg-type]
-    ranges, world_size = assign_ranks(receivers, [alive(), alive(num_ranks=4), alive(num_ranks=2)])
-    assert [each.first_rank for each in ranges] == [1, 2, 6] and world_size == 8
+    assert assign_ranks([alive(), alive(num_ranks=4), alive(num_ranks=2)]) == ([1, 2, 6], 8)
 
 
 def test_nccl_needs_equal_versions_and_separate_gpus() -> None:

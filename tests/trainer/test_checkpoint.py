@@ -20,7 +20,7 @@ from tests.support.trainer_helpers import random_groups, run_ranks, write_model
 from tests.support.trainer_ranks import make_runner
 from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
-from trainer.models.sharded_weights import gather
+from trainer.distributed.sharding import gather
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from tests.support.small_disk import small_disk
 from tests.support.trainer_helpers import random_groups, run_ranks, write_model
 from tests.support.trainer_ranks import make_runner
 from trainer.checkpoints.checkpoint import Checkpoints
-from trainer.checkpoints.hf_files import INDEX_FILE
 from trainer.distributed.ranks import Ranks
+from trainer.models.safetensors_rows import INDEX_FILE
 from trainer.models.tiny import character_tokenizer
 from trainer.step.runner import StepRunner
 

@@ -20,9 +20,16 @@ from areal_like.config import Config, TrainerConfig
 from areal_like.errors import ArealError, ConfigError, DeadlineError
 from areal_like.paths import RunPaths
 from areal_like.wire.channel import Envelope, Listener
-from areal_like.wire.messages.consumer import CompleteStep, TrainerHeartbeat
+from areal_like.wire.messages.consumer import (
+    CompleteStep,
+    Directory,
+    Fetch,
+    Group,
+    ServerEntry,
+    TrainerHeartbeat,
+)
 from areal_like.wire.messages.hello import Goodbye, Hello, Ok, Welcome
-from areal_like.wire.messages.producer import HeartbeatAck
+from areal_like.wire.messages.producer import HeartbeatAck, ServerState
 from tests.support import warm_start
 from tests.support.buffer_harness import ROOT, BufferProcess, job
 from tests.support.trainer_helpers import write_model
@@ -214,6 +221,49 @@ def test_waits_last_while_servers_make_progress(tmp_path: Path, caplog: pytest.L
                 buffer.wait(sleep, name="the evaluation", stall_s=0.3, setting="eval.timeout_s")
 
 
+@pytest.mark.parametrize("is_registered", [True, False])
+def test_a_drain_waits_while_a_server_is_left(tmp_path: Path, is_registered: bool) -> None:
+    """Group 0 of the step is recorded, group 1 is never made: its server drains or leaves after 20 beats."""
+    num_beats = 0
+
+    def directory(*states: ServerState) -> Directory:
+        fixed: dict[str, Any] = {"incarnation": 1, "weights_address": "", "device": "cpu"}
+        servers = [
+            ServerEntry(name=f"rollout-{index}", state=state.value, weights_version=0, **fixed)
+            for index, state in enumerate(states)
+        ]
+        return Directory(servers=servers)
+
+    def answer(message: Any) -> Any:
+        nonlocal num_beats
+        if isinstance(message, TrainerHeartbeat):
+            num_beats += 1
+            if num_beats < 20:
+                return directory(ServerState.DRAINING, ServerState.QUARANTINED)
+            return directory(ServerState.DRAINING) if is_registered else directory()
+        if isinstance(message, Fetch) and message.position == 0:
+            position = {"step": message.step, "position": 0}
+            return Group(**position, ticket_id=1, prompt_index=1, records=[], version_steps=[])
+        return None
+
+    with ScriptedBuffer(answer) as scripted:
+        config = job(
+            tmp_path,
+            model={"path": write_model(tmp_path / "model")},
+            buffer={"port": scripted.port},
+            daemon={"heartbeat_s": 0.05},
+            trainer={"num_steps": 3, "groups_per_step": 2, "world_size": 1},
+        )
+        with TrainerBufferClient(config, rank=0, world_size=1, device="cpu", process="0" * 32) as buffer:
+            while not buffer.directory.servers:
+                time.sleep(0.01)
+            buffer.stop_requested.set()
+            assert [group.position for group in buffer.groups(0)] == [0]
+            assert num_beats >= 20, "a server that is quarantined may still make the group"
+            assert buffer.abandon_step.is_set(), "the other ranks hear of it at the next micro-batch"
+            assert [group.position for group in buffer.groups(1)] == [0], "recorded groups are still served"
+
+
 def test_a_failed_heartbeat_ends_every_wait(tmp_path: Path) -> None:
     with ScriptedBuffer(lambda _: None) as scripted:
         settings = {
@@ -233,4 +283,4 @@ def test_a_failed_heartbeat_ends_every_wait(tmp_path: Path) -> None:
 def test_an_open_rendezvous_needs_keys(tmp_path: Path) -> None:
     config = job(tmp_path, weights={"host": "192.0.2.1"})
     with pytest.raises(ConfigError, match=r"weights\.host=192\.0\.2\.1 is not a loopback address"):
-        rank_process._run(config)
+        rank_process.run_rank(config)

@@ -12,7 +12,7 @@ from areal_like.config import from_mapping
 from areal_like.config.evaluation import DEFAULT_SET
 from areal_like.errors import ArealError
 from areal_like.wire.messages.evaluation import EvalResult, RequestEval, SampleOutcome
-from trainer.evaluation import Evaluations
+from trainer.evaluate import Evaluations
 
 
 class Requests:

@@ -150,7 +150,7 @@ BROKEN: dict[str, tuple[str, Callable[[Path], Any]]] = {
         "is not in model-00001",
         lambda p: edit_index(p, lambda m: m.update({NORM: min(m.values())})),
     ),
-    "index-broken": ("is no index", lambda p: (p / INDEX).write_text("[]")),
+    "index-broken": ("is not an index", lambda p: (p / INDEX).write_text("[]")),
     "index-nested": ("nested too deeply", lambda p: (p / INDEX).write_text("[" * 100_000)),
 }
 

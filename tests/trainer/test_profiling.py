@@ -19,8 +19,7 @@ from tests.support.trainer_helpers import random_groups, write_model
 from tests.support.trainer_ranks import make_runner
 from trainer.distributed.ranks import Ranks
 from trainer.profiling.ranges import PREFIX, named_range
-from trainer.profiling.recorder import StepRecorder
-from trainer.profiling.request import MAX_STEPS, ProfileRequest
+from trainer.profiling.recorder import MAX_STEPS, ProfileRequest, StepRecorder
 
 ID = "0123456789abcdef"
 STEP_PARTS = {"wait", "compute", "reduce", "update", "forward", "head", "objective", "backward", "optimizer"}

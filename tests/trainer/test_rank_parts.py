@@ -8,8 +8,8 @@ from torch import nn
 
 from areal_like.weights.buckets import flatten, unflatten
 from areal_like.weights.hf_layout import HfTensor, hf_tensors
-from trainer.weights import rank_parts
-from trainer.weights.rank_parts import PushLayout
+from trainer.weights import snapshot
+from trainer.weights.snapshot import PushLayout
 
 EXPERTS = 5
 
@@ -42,7 +42,7 @@ def tensors_of(model: nn.Module) -> list[HfTensor]:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_every_row_lies_on_one_rank(monkeypatch: pytest.MonkeyPatch, world_size: int) -> None:
-    monkeypatch.setattr(rank_parts, "hf_tensors", tensors_of)
+    monkeypatch.setattr(snapshot, "hf_tensors", tensors_of)
     model = Fused()
     expected = {"weight": model.weight, "bias": model.bias}
     expected |= {"first": model.joined[:4], "second": model.joined[4:]}
@@ -54,7 +54,7 @@ def test_every_row_lies_on_one_rank(monkeypatch: pytest.MonkeyPatch, world_size:
         num_rows = -(-len(param) // world_size)
         return param[rank * num_rows : (rank + 1) * num_rows]
 
-    monkeypatch.setattr(rank_parts, "local", rows_of)
+    monkeypatch.setattr(snapshot, "local", rows_of)
     layouts = []
     for rank in range(world_size):
         layouts.append(PushLayout(model, rank=rank, world_size=world_size, bucket_bytes=50, dtype="bfloat16"))

@@ -20,8 +20,14 @@ from areal_like.runtime.metrics import Metrics
 from areal_like.wire.messages.consumer import RunCounters
 from areal_like.wire.messages.evaluation import EvalResult, SampleOutcome
 from launch.view.summary import summary_table
-from trainer.metrics.evaluations_file import EvaluationsFile, described, evaluation_row
-from trainer.metrics.run_files import WARM_UP_STEPS, MetricsFile, write_summary
+from trainer.metrics.run_files import (
+    WARM_UP_STEPS,
+    EvaluationsFile,
+    MetricsFile,
+    described,
+    evaluation_row,
+    write_summary,
+)
 from trainer.run_record import RunRecord
 
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from areal_like.gpus import peak_flops
 from areal_like.runtime.metrics import Metrics
 from tests.support.moe_model import write_moe_model
 from tests.support.trainer_helpers import ARCHITECTURES, random_groups, run_ranks, write_model
@@ -31,7 +32,6 @@ from trainer.metrics.distributions import (
 )
 from trainer.metrics.gpu_memory import GpuMemory
 from trainer.metrics.model_flops import ModelFlops
-from trainer.metrics.peak_flops import peak_flops
 from trainer.metrics.phase_timer import PhaseTimer, clock_of
 from trainer.metrics.prometheus import TrainerSeries
 from trainer.models.policy import Policy

@@ -24,13 +24,13 @@ from tests.support.trainer_ranks import DTYPES, SHARES, last_gradient, make_runn
 from trainer.advantages import ADVANTAGES, Advantage, DrGrpo
 from trainer.batching.packing import TrainingSample, collate
 from trainer.batching.scope import Scope
-from trainer.distributed.ranks import Ranks
+from trainer.distributed.ranks import IncompleteStepError, Ranks
 from trainer.models.policy import Policy, build_policy
 from trainer.objectives import Need, Reinforce, SampledTokens, StepStats, TokenLosses
 from trainer.objectives.normalizers import Normalizer
 from trainer.optimizer import ShardedAdamW
 from trainer.step.build import build_step_runner
-from trainer.step.runner import IncompleteStepError, StepRunner
+from trainer.step.runner import StepRunner
 
 MODELS = {"float64": "gpt2", "float32": "qwen3"}
 """RMSNorm always computes in float32, so the float64 test needs a model with LayerNorm."""

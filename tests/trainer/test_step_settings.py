@@ -10,7 +10,7 @@ import pytest
 from areal_like.runtime import logs
 from areal_like.wire.messages.consumer import StepSettings
 from tests.support.buffer_harness import job
-from trainer.step_settings import NUM_SHARED, configured, received, shared
+from trainer.leader import NUM_SHARED, configured, received, shared
 
 
 @pytest.mark.parametrize("lr", [0.0, 1e-5, 0.1, 5e-324, 1.7976931348623157e308])

@@ -22,7 +22,7 @@ from rollout_server.rendering.tiny import TinyRenderer
 from rollout_server.tasks.adding import AddingTask
 from trainer.models import tiny
 from trainer.models.tiny_chat import chat_tokenizer, demonstrations
-from trainer.models.token_rows import IGNORED, packed, padded
+from trainer.models.warm_start import IGNORED, packed, padded
 from trainer.prepare_model import TINY_RENDERER, prepare_model
 
 TASK = AddingTask()

@@ -22,8 +22,7 @@ from areal_like.paths import RunPaths
 from areal_like.security.redaction import HIDDEN, without_secrets
 from tests.support.launching import ROOT
 from tests.support.trackers import Hanging, Kept, Raising, scalars, texts, wandb_config, wandb_history
-from trainer.metrics.evaluations_file import EvaluationsFile
-from trainer.metrics.run_files import MetricsFile
+from trainer.metrics.run_files import EvaluationsFile, MetricsFile
 from trainer.trackers import TrackedRun, Tracker, build_trackers
 from trainer.trackers.feed import MAX_WAITING, Trackers
 from trainer.trackers.names import VERL, VERL_EVALUATION, evaluation_numbers, step_numbers

@@ -9,16 +9,17 @@ import torch
 from areal_like.trajectory import FinishReason, Trajectory
 from areal_like.wire.messages.weights import ScoreTokens, TokenScores, WeightsFailed
 from trainer.batching.packing import TrainingSample, collate
-from trainer.weights.receivers import ReceiverId
-from trainer.weights.weight_check import (
+from trainer.weights.checks import (
     MAX_CONTEXT,
     NOISE,
+    CheckReport,
     CheckTokens,
     JumpDetector,
     RepushRule,
+    WeightChecks,
     check_tokens,
 )
-from trainer.weights.weight_checks import CheckReport, WeightChecks
+from trainer.weights.receivers import ReceiverId
 
 
 def sample(mask: list[int], *, first_token: int) -> TrainingSample:

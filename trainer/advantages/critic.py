@@ -13,7 +13,7 @@ Shape suffix: S sampled tokens (of one trajectory in numpy arrays, of a micro-ba
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -27,8 +27,8 @@ from areal_like.trajectory import Trajectory
 from trainer.advantages.base import FloatArray
 from trainer.advantages.gae import Gae
 from trainer.batching.lockstep import in_lockstep
-from trainer.batching.packing import MicroBatch, Packer, TrainingSample, split_by_sequence
-from trainer.batching.segments import segments_of
+from trainer.batching.packing import Packer, TrainingSample
+from trainer.batching.segments import values_of_targets
 from trainer.distributed.ranks import Ranks
 from trainer.models.value_model import ValueModel
 from trainer.optimizer import ShardedAdamW
@@ -90,16 +90,7 @@ class Critic:
 
     def values(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
         """[S] values of each trajectory's sampled tokens, in order, computed without gradient."""
-        values: list[FloatArray] = []
-        segments = [[segment for _, segment in segments_of(trajectory)] for trajectory in trajectories]
-        sequences = [segment for of_trajectory in segments for segment in of_trajectory]
-        for batch, live in in_lockstep(self._microbatches(sequences), self._ranks):
-            with torch.no_grad():
-                value_S = self.model(batch)
-            if live:
-                values += split_by_sequence(value_S, batch)
-        remaining = iter(values)
-        return [np.concatenate([next(remaining) for _ in of_trajectory]) for of_trajectory in segments]
+        return values_of_targets(trajectories, self.model, self._ranks, budget_tokens=self._budget_tokens)
 
     def learn(self, targets: Sequence[ValueTarget], *, step: int) -> dict[str, float]:
         """Updates the critic after `step` completed steps.
@@ -134,7 +125,9 @@ class Critic:
         """Forward and backward of every sequence; leaves the sum of the losses' gradients in `.grad`."""
         self.model.zero_grad()
         remaining = iter(targets)
-        for batch, live in in_lockstep(self._microbatches([t.trajectory for t in targets]), self._ranks):
+        samples = [TrainingSample(trajectory=t.trajectory, advantage=0.0, group=0) for t in targets]
+        packer = Packer(budget_tokens=self._budget_tokens)
+        for batch, live in in_lockstep(packer.microbatches([samples]), self._ranks):
             value_S = self.model(batch)
             if live:
                 of_batch = list(islice(remaining, batch.num_sequences))
@@ -146,11 +139,3 @@ class Critic:
             else:
                 loss = value_S.sum() * 0.0
             loss.backward()  # type: ignore[no-untyped-call]
-
-    def _microbatches(self, trajectories: Sequence[Trajectory]) -> Iterator[MicroBatch]:
-        """Cuts the trajectories into micro-batches, in order."""
-        packer = Packer(budget_tokens=self._budget_tokens)
-        yield from packer.add(
-            [TrainingSample(trajectory=trajectory, advantage=0.0, group=0) for trajectory in trajectories]
-        )
-        yield from packer.flush()

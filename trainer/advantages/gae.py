@@ -8,8 +8,8 @@ gamma_s is `gamma`, times `advantage.turn_discount` where a turn ends. Rewards a
 tokens, of turns at their last token, the rest of the sample's reward at its last sampled token, and with
 `kl.place=reward` minus each token's KL penalty. The turns of a conversation follow one another also where it
 has several segments. The policy's advantages use `lam` and the critic's targets `lam_critic` (VC-PPO, arXiv
-2503.01491): with lam below 1 the reward at the end of a long answer fades before it reaches the beginning, so
-the critic regresses on the full return. Advantages are whitened over the step.
+2503.01491): with lam below 1 the reward at the end of a long completion fades before it reaches the
+beginning, so the critic regresses on the full return. Advantages are whitened over the step.
 
 A sequence cut off at the length limit ends there like any other, because its reward was given for the text
 that exists. Left out: V-trace and other corrections of the targets for stale samples (the targets are returns

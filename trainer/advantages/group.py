@@ -4,9 +4,9 @@ A group whose rewards are all equal, up to rounding, gets advantages of exactly 
 dividing a rounding error by a standard deviation of the same size turns it into a signal. Equal rewards may
 differ in the last bits from their mean, and from each other if they are sums over turns.
 
-Left out: ProGRPO (arXiv 2602.05281), `A + alpha (c_q - c_o)` in groups with a right answer, where c_o is exp
-of the mean log-prob of the answer's least likely fifth of tokens. It is unclear over which prompt tokens c_q
-is taken and what alpha is, and c_q needs the log-probs of prompts, which are not recorded.
+Left out: ProGRPO (arXiv 2602.05281), `A + alpha (c_q - c_o)` in groups with a correct completion, where c_o
+is exp of the mean log-prob of the completion's least likely fifth of tokens. It is unclear over which prompt
+tokens c_q is taken and what alpha is, and c_q needs the log-probs of prompts, which are not recorded.
 
 Notation: R reward of a sample, mean and std over its group, L its number of sampled tokens.
 Shape suffix: G samples of a group.
@@ -76,7 +76,7 @@ class Rloo(Advantage):
 @ADVANTAGES.register("remax")
 @dataclass(frozen=True, kw_only=True)
 class Remax(Advantage):
-    """ReMax (arXiv 2310.10505): A = R - R of the greedy answer to the same prompt; needs no other samples."""
+    """ReMax (arXiv 2310.10505): A = R - R of the greedy completion of the prompt; needs no other samples."""
 
     uses_greedy = True
 
@@ -92,7 +92,7 @@ class Remax(Advantage):
 class Opo(Advantage):
     """OPO (arXiv 2505.23585): A = R - sum(L R) / sum(L).
 
-    This baseline has the least variance if a gradient's squared norm grows with the length of the answer.
+    This baseline has the least variance if a gradient's squared norm grows with the length of the completion.
     """
 
     def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:

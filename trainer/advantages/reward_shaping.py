@@ -94,7 +94,7 @@ class Overlong(Shaping):
 @SHAPINGS.register("grpo_lambda")
 @dataclass(frozen=True, kw_only=True)
 class GrpoLambda(Shaping):
-    """GRPO-lambda (arXiv 2505.18086): penalizes long right answers, only in the groups of highest accuracy.
+    """GRPO-lambda (arXiv 2505.18086): penalizes long correct completions in the groups of highest accuracy.
 
     A length penalty on all groups makes accuracy collapse, so only the best `top` of the step's groups get
     it.
@@ -105,9 +105,9 @@ class GrpoLambda(Shaping):
     top: float = 0.2
     """Share of the step's groups, by accuracy, that get the length penalty."""
     weight: float = 0.6
-    """Largest penalty of a right answer."""
+    """Largest penalty of a correct completion."""
     correct: float = 1.0
-    """Smallest reward of an answer that counts as right."""
+    """Smallest reward of a completion that counts as correct."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.top <= 1 or self.weight < 0:
@@ -116,13 +116,13 @@ class GrpoLambda(Shaping):
             )
 
     def score(self, group: Sequence[Trajectory]) -> float:
-        """Share of right answers."""
+        """Share of correct completions."""
         return float((rewards_of(group) >= self.correct).mean())
 
     def rewards(self, group: Sequence[Trajectory], context: ShapingContext) -> FloatArray:
-        """R - weight * sigmoid((L - mean) / std) for right answers of a top group.
+        """R - weight * sigmoid((L - mean) / std) for correct completions of a top group.
 
-        mean and std are of L over the group's right answers.
+        mean and std are of L over the group's correct completions.
         """
         rewards_G, lengths_G = rewards_of(group), lengths_of(group)
         right_G = rewards_G >= self.correct
@@ -141,11 +141,11 @@ class Laconic(Shaping):
         reward <- R - dual * max(0, L / budget - 1)
         dual   <- clip(dual + rate * (mean L / budget - 1), 0, max_dual)    after each step
 
-    The coefficient rises while answers are longer than the budget on average.
+    The coefficient rises while completions are longer than the budget on average.
     """
 
     budget_tokens: int = 0
-    """Budget: sampled tokens that an answer may have on average."""
+    """Budget: sampled tokens that a completion may have on average."""
     rate: float = 0.01
     """Step size of the dual ascent."""
     max_dual: float = 1.0

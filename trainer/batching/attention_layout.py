@@ -84,7 +84,7 @@ class VarlenLayout:
     """int32 [N + 1]: the same of its keys, which are its tokens."""
     most_queries: int
     most_keys: int
-    """Of one sequence."""
+    """Tokens of one sequence."""
     row_T: Tensor | None
     """int64: the row of each key. None: keys are the rows."""
 

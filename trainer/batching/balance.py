@@ -24,6 +24,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 from areal_like.errors import ConfigError
 from trainer.batching.shared_prefixes import budget_size
@@ -35,7 +36,7 @@ sequences."""
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Of the forward and backward of a sequence, in any unit: `per_row` L + `per_pair` L^2 / 2."""
+    """Cost of the forward and backward of a sequence, in any unit: `per_row` L + `per_pair` L^2 / 2."""
 
     per_row: int
     per_pair: int
@@ -46,8 +47,7 @@ class Cost:
         return self.per_row * (num_tokens - prefix) + self.per_pair * pairs
 
 
-@dataclass(frozen=True, kw_only=True)
-class SequenceSize:
+class SequenceSize(NamedTuple):
     """What the plan needs to know of one sequence."""
 
     group: int

@@ -2,7 +2,7 @@
 
 Before each micro-batch an all-reduce tells every rank if any rank has a micro-batch left. A rank that has
 none left runs a dummy micro-batch, whose contribution the caller multiplies by zero. The same all-reduce
-tells if one of them abandons the work (`Ranks.abandonable`), so that all stop between the same two.
+tells if one of them abandons the step (`Ranks.abandonable`), so that all stop between the same two.
 
 A micro-batch is asked for only after the caller has had the one before, so none waits for its successor. On
 a GPU it is nevertheless prepared and copied while the one before runs (`device_copies.py`).
@@ -26,8 +26,8 @@ def in_lockstep(
 
     `shares_prefixes`: see `collate`.
 
-    Dummies follow for as long as another rank still has micro-batches. Collective. Raises AbandonedError on
-    every rank if one has abandoned the work.
+    Dummies follow for as long as another rank still has micro-batches. Collective. Raises
+    IncompleteStepError on every rank if one abandons the step.
     """
     remaining = iter(microbatches)
     while True:

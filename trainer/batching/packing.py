@@ -18,7 +18,7 @@ empty prompt.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -69,10 +69,9 @@ def num_targets(trajectory: Trajectory) -> int:
 
 
 class Packer:
-    """Cuts a stream of groups into micro-batches.
+    """Cuts a stream of groups into micro-batches: `microbatches`, made of these two steps:
 
-    FILLING -> add() returns the micro-batches that became full -> flush() returns the rest, once, at the end
-    of the step.
+    FILLING -> add() returns the micro-batches that became full -> flush() returns the rest -> FILLING
     """
 
     def __init__(
@@ -102,6 +101,13 @@ class Packer:
         self._open: list[TrainingSample] = []
         self._used = 0
         self._finder = PrefixFinder()
+
+    def microbatches(self, groups: Iterable[Sequence[TrainingSample]]) -> Iterator[MicroBatch]:
+        """Yields each micro-batch as soon as it is full, and the rest at the end. Raises as `add`."""
+        self._begin()
+        for group in groups:
+            yield from self.add(group)
+        yield from self.flush()
 
     def add(self, group: Sequence[TrainingSample]) -> list[MicroBatch]:
         """Adds the next group in recorded order; returns the micro-batches that it completed.

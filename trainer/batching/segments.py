@@ -9,14 +9,19 @@ Shape suffixes: T tokens of a trajectory, S its tokens that are trained on.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from areal_like.trajectory import Trajectory
-from trainer.batching.packing import TrainingSample, is_target
+from trainer.batching.lockstep import in_lockstep
+from trainer.batching.packing import PackedBatch, Packer, TrainingSample, is_target, split_by_sequence
+from trainer.distributed.ranks import Ranks
 
 
 def segments_of(trajectory: Trajectory) -> list[tuple[slice, Trajectory]]:
@@ -27,6 +32,29 @@ def segments_of(trajectory: Trajectory) -> list[tuple[slice, Trajectory]]:
     slices = trajectory.segment_slices
     kept = [part for part in slices if target_T[part].any()] or slices[:1]
     return [(part, _cut(trajectory, part)) for part in kept]
+
+
+def values_of_targets(
+    trajectories: Sequence[Trajectory],
+    compute: Callable[[PackedBatch], Tensor],
+    ranks: Ranks,
+    *,
+    budget_tokens: int,
+) -> list[NDArray[np.float64]]:
+    """[S] of each trajectory, in order: what `compute` returns of its targets, without gradient. Collective.
+
+    `compute`: returns a number for each sampled token of a micro-batch. `budget_tokens`: most tokens of one.
+    """
+    segments = [[segment for _, segment in segments_of(trajectory)] for trajectory in trajectories]
+    samples = [TrainingSample(trajectory=s, advantage=0.0, group=0) for each in segments for s in each]
+    values: list[NDArray[np.float64]] = []
+    for batch, live in in_lockstep(Packer(budget_tokens=budget_tokens).microbatches([samples]), ranks):
+        with torch.no_grad():
+            value_S = compute(batch)
+        if live:
+            values += split_by_sequence(value_S, batch)
+    remaining = iter(values)
+    return [np.concatenate([next(remaining) for _ in each]) for each in segments]
 
 
 def split_sample(sample: TrainingSample) -> list[TrainingSample]:

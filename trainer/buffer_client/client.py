@@ -37,8 +37,8 @@ from areal_like.wire.fingerprint import (
 from areal_like.wire.limits import bounded_stats
 from areal_like.wire.messages.consumer import Directory, Fetch, Group, TrainerHeartbeat
 from areal_like.wire.messages.hello import Goodbye, Hello, Role
-from areal_like.wire.messages.producer import HeartbeatAck
-from trainer.buffer_client.connection import Connection
+from areal_like.wire.messages.producer import HeartbeatAck, ServerState
+from trainer.buffer_client.connection import RankConnection
 from trainer.buffer_client.patience import Patience
 from trainer.buffer_client.shards import call_shards
 
@@ -83,8 +83,8 @@ class TrainerBufferClient:
         self.stop_requested = threading.Event()
         """Set by a signal, never cleared."""
         self.abandon_step = threading.Event()
-        """Set when a draining trainer must no longer wait for the groups of its step, nor finish it: `groups`
-        ends early."""
+        """Set when a draining trainer must no longer wait for the groups of its step, nor finish it: after a
+        third of `daemon.drain_timeout_s`, or when no server is left. `groups` ends early."""
         self.on_directory: Callable[[], None] = lambda: None
         """Called in the client's loop when the directory of rollout servers changed."""
         self.device = device
@@ -92,16 +92,17 @@ class TrainerBufferClient:
         self._loop = asyncio.new_event_loop()
         self._thread = NamedThread(self._loop.run_forever, name="buffer-client")
         self._lost: ArealError | None = None
-        self._fetches: dict[tuple[int, int], concurrent.futures.Future[Any]] = {}
+        self._fetches: dict[tuple[int, int], concurrent.futures.Future[Group]] = {}
         """(step, position) -> group that was requested and not used yet."""
         self._troubled_s = 0.0
         """Total time in trouble so far."""
         self._progress = ProgressClock(now_s=self._untroubled_time_s())
-        """Of the rollout servers, as the buffers report it."""
+        """Progress of the rollout servers, as the buffers report it."""
         self.runtime: Runtime
-        self._buffers: list[Connection] = []
+        self._buffers: list[RankConnection] = []
         """In the order of shards."""
-        self._heartbeat: asyncio.Task[None]
+        self._heartbeat: asyncio.Task[None] | None = None
+        self._exit_stack = contextlib.AsyncExitStack()
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -137,7 +138,7 @@ class TrainerBufferClient:
             message, [functools.partial(call, each, timeout_s) for each in self._buffers]
         )
 
-    async def _call_shard(self, buffer: Connection, timeout_s: float, message: Any) -> Any:
+    async def _call_shard(self, buffer: RankConnection, timeout_s: float, message: Any) -> Any:
         """Resends it now and then: a reply may have been lost with a connection."""
         deadline_s = self._untroubled_time_s() + timeout_s
         while True:
@@ -156,7 +157,7 @@ class TrainerBufferClient:
         return time.monotonic() - self._troubled_s
 
     def submit_call(self, message: Any, *, timeout_s: float) -> concurrent.futures.Future[Any]:
-        """As `call_async`; the reply is the future's result."""
+        """Sends a request to the job's buffers; the reply is the future's result."""
         return self.submit(self.call_async(message, timeout_s=timeout_s))
 
     def fail(self, error: ArealError) -> None:
@@ -186,40 +187,43 @@ class TrainerBufferClient:
         """
         patience = Patience(name=name, started_s=self._untroubled_time_s(), **limits)
         with self.waits(name):
-            return self._result(future, patience, may_stop=may_stop)
-
-    def _result(self, future: concurrent.futures.Future[Any], patience: Patience, *, may_stop: bool) -> Any:
-        while True:
-            try:
-                return future.result(timeout=_POLL_S)
-            except concurrent.futures.TimeoutError:
-                if future.done():  # finished just now, or failed with a TimeoutError of its own
-                    return future.result()
-            if self._lost is not None:
-                raise self._lost
-            if may_stop and self.stop_requested.is_set():
+            if not self._is_done(
+                future, patience, gives_up=lambda: may_stop and self.stop_requested.is_set()
+            ):
                 future.cancel()
-                raise StopRequestedError(f"draining while waiting for {patience.name}")
-            try:
-                self._check(patience)
-            except DeadlineError:
-                future.cancel()
-                raise
+                raise StopRequestedError(f"draining while waiting for {name}")
+        return future.result()
 
-    def _check(self, patience: Patience) -> None:
-        """Raises DeadlineError when a wait has reached a limit."""
+    def _is_done(
+        self, future: concurrent.futures.Future[Any], patience: Patience, *, gives_up: Callable[[], bool]
+    ) -> bool:
+        """Waits for a future; False if `gives_up` was true before. Raises as `wait`."""
 
         def servers() -> str:
             shown = f"servers {[(s.name, s.state, s.weights_version) for s in self.directory.servers]}"
             return shown + (_OUTSIDE if self.config.has_outside_agents else "")
 
-        patience.check(now_s=self._untroubled_time_s(), progressed_s=self._progress.last_s, servers=servers)
+        while True:
+            concurrent.futures.wait([future], timeout=_POLL_S)
+            if future.done():
+                return True
+            if self._lost is not None:
+                raise self._lost
+            if gives_up():
+                return False
+            try:
+                patience.check(
+                    now_s=self._untroubled_time_s(), progressed_s=self._progress.last_s, servers=servers
+                )
+            except DeadlineError:
+                future.cancel()
+                raise
 
     def groups(self, step: int) -> Iterator[Group]:
         """This rank's groups of a step in recorded order, each as soon as the buffer has recorded it.
 
         The next step's groups are requested too, so that they arrive while this step trains. Ends early only
-        after `abandon_step`.
+        after `abandon_step`, which a drain sets when a group is missing and no server is left to make it.
         """
         self.step = step
         for ahead in (step, step + 1):
@@ -228,53 +232,52 @@ class TrainerBufferClient:
                     self._request_group(ahead, position)
         for position in self.positions:
             future = self._fetches[step, position]
-            with self.waits(f"buffer: group {position} of step {step}"):
-                group = self._wait_group(future, step=step, position=position)
-            if group is None:
-                return
+            patience = Patience(
+                name=f"group {position} of step {step}",
+                started_s=self._untroubled_time_s(),
+                stall_s=self.config.stall_s(self.config.trainer.fetch_timeout_s),
+                setting="trainer.fetch_timeout_s",
+            )
+            with self.waits(f"buffer: {patience.name}"):
+                if not self._is_done(future, patience, gives_up=self._gives_up_step):
+                    return
             del self._fetches[step, position]
-            yield group
+            yield future.result()
 
     def _request_group(self, step: int, position: int) -> None:
         if (step, position) not in self._fetches:
             self._fetches[step, position] = self.submit(self._fetch(Fetch(step=step, position=position)))
 
     async def _fetch(self, request: Fetch) -> Group:
-        group = await self.call_async(request, timeout_s=math.inf)  # `_wait_group` bounds the wait
+        group = await self.call_async(request, timeout_s=math.inf)  # `groups` bounds the wait
         assert isinstance(group, Group)
         return group
 
-    def _wait_group(
-        self, future: concurrent.futures.Future[Any], *, step: int, position: int
-    ) -> Group | None:
-        patience = Patience(
-            name=f"group {position} of step {step}",
-            started_s=self._untroubled_time_s(),
-            stall_s=self.config.stall_s(self.config.trainer.fetch_timeout_s),
-            setting="trainer.fetch_timeout_s",
-        )
-        while not future.done():
-            if self._lost is not None:
-                raise self._lost
-            if self.abandon_step.is_set():
-                return None
-            self._check(patience)
-            concurrent.futures.wait([future], timeout=_POLL_S)
-        group: Group = future.result()
-        return group
+    def _gives_up_step(self) -> bool:
+        """True once a drain no longer waits for the groups of its step."""
+        if not self.abandon_step.is_set() and self.stop_requested.is_set() and not self._has_working_servers:
+            log.warning("draining: no rollout server is left that could make a group of step %d", self.step)
+            self.abandon_step.set()
+        return self.abandon_step.is_set()
+
+    @property
+    def _has_working_servers(self) -> bool:
+        """True while a rollout server is registered that does not drain, as the buffer says."""
+        return any(server.state != ServerState.DRAINING for server in self.directory.servers)
 
     async def _open(self) -> None:
         self.runtime = Runtime(self.config, role="trainer", name=f"trainer-{self.rank}", waits=self.waits)
         self.runtime.failed.add_done_callback(self._on_runtime_failed)
+        self._exit_stack.push_async_exit(self.runtime)
         await self.runtime.__aenter__()
         hello = self._hello()
         for index, address in enumerate(buffer_addresses(self.config)):
-            connection = Connection(
+            connection = RankConnection(
                 address,
                 hello=dataclasses.replace(hello, shard=index, num_shards=self.config.buffer.num_shards),
                 survives=self.config.buffer.durability != "none",
                 max_message_bytes=self.config.buffer.max_message_bytes,
-                on_message=functools.partial(self._on_message, index),
+                on_other=functools.partial(self._on_message, index),
                 on_ack=functools.partial(self._on_ack, f"buffer {index}"),
                 fail=self.fail,
                 keyring=self.runtime.keyring,
@@ -282,14 +285,14 @@ class TrainerBufferClient:
             )
             self._buffers.append(connection)
         with self.waits("buffer: welcome"):
-            await asyncio.gather(*(buffer.register(timeout_s=55.0) for buffer in self._buffers))
+            await asyncio.gather(*(buffer.say_hello(timeout_s=55.0) for buffer in self._buffers))
         self._heartbeat = asyncio.create_task(self._send_heartbeats(), name="heartbeat")
         self._heartbeat.add_done_callback(self._on_heartbeat_end)
 
     async def _close(self) -> None:
         for future in self._fetches.values():
             future.cancel()
-        if hasattr(self, "_heartbeat"):
+        if self._heartbeat is not None:
             self._heartbeat.cancel()
             if self._lost is None:
                 goodbye = Goodbye(stats=bounded_stats(self.stats))
@@ -298,8 +301,7 @@ class TrainerBufferClient:
                     await asyncio.gather(*goodbyes)
         for buffer in self._buffers:
             buffer.close()
-        if hasattr(self, "runtime"):
-            await self.runtime.__aexit__()
+        await self._exit_stack.aclose()
         # After an error others may still run, such as the publisher. Python calls a task that ends with its
         # loop an error of its own, which would follow the real one in the log.
         if left := asyncio.all_tasks() - {asyncio.current_task()}:

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 _HELLO_TIMEOUT_S = 10.0
 
 
-class Connection:
+class RankConnection(BufferConnection):
     """The connection of one rank to one buffer."""
 
     def __init__(
@@ -34,7 +34,7 @@ class Connection:
         hello: Hello,
         survives: bool,
         max_message_bytes: int,
-        on_message: Callable[[Any], None],
+        on_other: Callable[[Any], None],
         on_ack: Callable[[HeartbeatAck], None],
         fail: Callable[[ArealError], None],
         keyring: Keyring | None = None,
@@ -42,78 +42,61 @@ class Connection:
     ) -> None:
         """`survives`: True if the buffer's ledger survives a kill of the buffer.
 
-        `on_message`: called with every message that is no reply and no HeartbeatAck. `on_ack`: called
-        with every HeartbeatAck. `fail`: called with an error that neither waiting nor registering again can
-        resolve. `look_up`: as of `BufferConnection`.
+        `on_ack`: called with every HeartbeatAck. `on_other`: called with every other message that is not a
+        reply. `fail`: called with an error that neither waiting nor registering again can resolve. `look_up`:
+        see `BufferConnection`.
         """
+        super().__init__(address, max_message_bytes=max_message_bytes, keyring=keyring, look_up=look_up)
         self._hello = hello
         self._survives = survives
-        self._on_other = on_message
+        self._on_other = on_other
         self._on_ack = on_ack
         self._fail = fail
-        self._buffer = BufferConnection(
-            address,
-            max_message_bytes=max_message_bytes,
-            on_message=self._on_message,
-            on_hello_required=self._on_hello_required,
-            on_fatal=fail,
-            keyring=keyring,
-            on_reopened=self._start_registering,
-            look_up=look_up,
-        )
         self._registering: asyncio.Task[None] | None = None
-        self.call = self._buffer.call
-        """As `Link.call`."""
-        self.send = self._buffer.send
-        """As `Link.send`."""
-
-    @property
-    def address(self) -> str:
-        """Of the buffer."""
-        return self._buffer.address
-
-    @property
-    def silent_s(self) -> float:
-        """Seconds since anything was received."""
-        return self._buffer.silent_s
-
-    @property
-    def is_stuck(self) -> bool:
-        """True if the buffer replies but cannot write: a repeated request would only add a queued reply."""
-        return self._buffer.is_stuck
 
     @property
     def is_troubled(self) -> bool:
         """True if the buffer is silent or cannot write: replies may be delayed until that ends."""
-        return self._buffer.is_silent or bool(self._buffer.trouble)
+        return self.is_silent or bool(self.trouble)
 
-    async def register(self, *, timeout_s: float) -> None:
-        """Sends Hello and waits for the Welcome. Raises as `call`."""
-        await self._buffer.register(self._hello, timeout_s=timeout_s)
+    async def say_hello(self, *, timeout_s: float) -> None:
+        """Sends Hello and waits for the Welcome. Raises as `BufferConnection.register`."""
+        await self.register(self._hello, timeout_s=timeout_s)
 
     def close(self) -> None:
         """Closes the socket and fails pending calls."""
         if self._registering is not None:
             self._registering.cancel()
-        self._buffer.close()
+        super().close()
 
-    def _on_message(self, message: Any) -> None:
+    def on_message(self, message: Any) -> None:
+        """Logs what the buffer waits for, and passes messages on."""
         if not isinstance(message, HeartbeatAck):
             self._on_other(message)
             return
         self._on_ack(message)
-        if message.trouble and not self._buffer.trouble:
+        if message.trouble and not self.trouble:
             log.warning("waiting for the buffer at %s: %s", self.address, message.trouble)
 
-    def _on_hello_required(self) -> None:
-        if not self._survives:
-            self._fail(
+    def fatal(self, error: ArealError) -> None:
+        """Fails the rank."""
+        self._fail(error)
+
+    def hello_required(self) -> None:
+        """Registers again if the buffer has kept its ledger."""
+        if self._survives:
+            self._start_registering()
+        else:
+            self.fatal(
                 PeerLostError(
                     "the buffer was restarted and its in-memory store is gone: start again with resume=latest"
                 )
             )
-        else:
-            self._start_registering()
+
+    def reopened(self) -> None:
+        """Registers again: the buffer may have lost this rank."""
+        super().reopened()
+        self._start_registering()
 
     def _start_registering(self) -> None:
         if self._registering is None or self._registering.done():
@@ -122,11 +105,11 @@ class Connection:
     async def _register_again(self) -> None:
         """A restarted buffer has its ledger, but no registrations and no pending requests."""
         try:
-            await self.register(timeout_s=_HELLO_TIMEOUT_S)
+            await self.say_hello(timeout_s=_HELLO_TIMEOUT_S)
         except DeadlineError:  # the buffer is down again; once it is back, it sends HelloRequired again
             return
         except ArealError as error:
-            self._fail(error)
+            self.fatal(error)
             return
         log.info("registered again at the buffer at %s", self.address)
-        self._buffer.resend_pending()
+        self.resend_pending()

@@ -1,7 +1,7 @@
 """The checkpoints of a run: directories that transformers can load, and from which a run resumes.
 
     step_000100/  model*.safetensors config.json tokenizer*    the policy, for `from_pretrained` and engines
-                  rows/                                        masters, moments, random state (`row_files`)
+                  rows/                                        masters, moments, random state (`writing`)
                   trainer_state.json                           format, step, `extra`
 
 Each rank writes and reads its own rows, so no rank ever holds the whole state. The weights' files have the
@@ -18,25 +18,31 @@ import copy
 import json
 import logging
 import shutil
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import AutoTokenizer
 
+from areal_like.automatic_settings import compute_dtype
+from areal_like.config import Config, TrainerConfig
 from areal_like.errors import ConfigError, DiskFullError
-from areal_like.paths import checkpoint_name, find_checkpoints, read_json
+from areal_like.paths import RunPaths, checkpoint_name, find_checkpoints, model_path, read_json
 from areal_like.weights.snapshots_on_disk import FORMAT, OLD_FORMAT, STATE_FILE
 from trainer.advantages.critic import Critic
-from trainer.checkpoints.directory import remove_rolled_back, set_aside, write_directory
-from trainer.checkpoints.hf_files import MAX_FILE_BYTES
-from trainer.checkpoints.host_copy import ModelState
-from trainer.checkpoints.model_files import ModelFiles
-from trainer.checkpoints.peers import Peers, check_shared, wait_until_visible
+from trainer.checkpoints.directory import (
+    Peers,
+    check_shared,
+    remove_rolled_back,
+    set_aside,
+    wait_until_visible,
+    write_directory,
+)
 from trainer.checkpoints.reading import CRITIC, POLICY, PROXIMAL, StateReader
-from trainer.checkpoints.row_files import FOLDER, ModelRows, write_index
+from trainer.checkpoints.writing import FOLDER, MAX_FILE_BYTES, ModelFiles, ModelRows, ModelState, write_index
 from trainer.distributed.ranks import Ranks
 from trainer.models.packed_model import DTYPES, PackedModel
 from trainer.models.policy import Policy
@@ -88,6 +94,20 @@ class Checkpoints:
         self._peers: Peers | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._in_flight: Future[DiskFullError | None] | None = None
+        self.saved_step = 0
+        """Step of the state that was saved or loaded last; 0: neither."""
+        self._saved_s = time.monotonic()
+
+    @classmethod
+    def of(cls, config: Config) -> Self:
+        """The checkpoints of a job."""
+        return cls(
+            RunPaths.of(config).checkpoints,
+            keep=config.trainer.keep_checkpoints,
+            keep_rolled_back=config.trainer.keep_rolled_back,
+            tokenizer_path=model_path(config),
+            dtype=compute_dtype(config),
+        )
 
     def open(self, ranks: Ranks) -> None:
         """Raises ConfigError on every rank if they do not see the same directory.
@@ -124,6 +144,16 @@ class Checkpoints:
             log.info("resume=auto: no checkpoint in %s, step 0", self._root)
         return step
 
+    def is_due(self, step: int, settings: TrainerConfig, ranks: Ranks) -> bool:
+        """True every `checkpoint_interval` steps, and `checkpoint_minutes` after the last checkpoint.
+
+        By rank 0's clock. Collective.
+        """
+        if step % settings.checkpoint_interval == 0:
+            return True
+        minutes = settings.checkpoint_minutes
+        return minutes > 0 and bool(ranks.agree(int(time.monotonic() - self._saved_s >= 60 * minutes)))
+
     def path(self, step: int) -> Path:
         """Directory of one step."""
         return self._root / checkpoint_name(step)
@@ -140,7 +170,7 @@ class Checkpoints:
         extra: dict[str, Any],
         on_saved: Callable[[int], None] = lambda oldest_kept_step: None,
     ) -> Path:
-        """Copies the state after `step` optimizer steps; a thread writes it beside the training.
+        """Copies the state after `step` optimizer steps; a thread writes it while training continues.
 
         `extra`: JSON that `load` returns (rank 0's). `on_saved(oldest_kept_step)`: called in rank 0's thread
         when the checkpoint is complete on disk and old ones are pruned; not called for a checkpoint that was
@@ -148,6 +178,7 @@ class Checkpoints:
         """
         self._finish_in_flight()  # before copying: its copies are still being written
         self.open(ranks)
+        self.saved_step, self._saved_s = step, time.monotonic()
         assert self._peers is not None
         models = _models(policy, optimizer, critic, proximal)
         files = {name: self._files_of(name, model, adam, ranks) for name, (model, adam) in models.items()}
@@ -256,6 +287,7 @@ class Checkpoints:
         except (OSError, KeyError, TypeError) as error:
             raise ConfigError(f"{path} cannot be read ({error!r}): resume from another step") from error
         ranks.any(True)  # waits until every rank has found and read it
+        self.saved_step, self._saved_s = step, time.monotonic()
         return extra
 
     def set_aside_after(self, step: int) -> None:

@@ -1,6 +1,6 @@
 """Reads a checkpoint's state into a model and its optimizer, each rank only its rows.
 
-Two formats: rows of each rank (see `row_files`), and whole tensors in one file for the weights and one for
+Two formats: rows of each rank (see `writing`), and whole tensors in one file for the weights and one for
 the moments, which the release before wrote. One file is open at a time.
 """
 
@@ -11,26 +11,29 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from areal_like.errors import ConfigError
-from trainer.checkpoints.host_copy import MASTER, ModelState
-from trainer.checkpoints.row_files import (
+from areal_like.paths import read_json
+from trainer.checkpoints.writing import (
+    CODES,
     FOLDER,
-    INDEX_FILE,
+    MASTER,
     RANDOM_STATE,
     RANDOM_STATE_FILE,
+    ROWS_INDEX,
     ModelRows,
-    read_index,
+    ModelState,
+    TensorRows,
 )
-from trainer.checkpoints.safetensors_file import CODES
 from trainer.distributed.ranks import Ranks
+from trainer.distributed.sharding import MODEL_PREFIX, row_range, shards_of
 from trainer.models.packed_model import PackedModel
 from trainer.models.row_loading import read_rows
 from trainer.models.safetensors_rows import SafetensorsRows
-from trainer.models.sharded_weights import MODEL_PREFIX, row_range, shards_of
 
 CRITIC, POLICY, PROXIMAL = "critic", "policy", "proximal"
 OLD_FILES = {
@@ -38,6 +41,7 @@ OLD_FILES = {
     CRITIC: ("critic.safetensors", "critic_optimizer.safetensors"),
 }
 """Weights and moments in a checkpoint of the release before."""
+_MAX_INDEX_BYTES = 256_000_000
 _REMEDY = "resume from another step"
 _OTHER_MODEL = "resume with the model that the run began with"
 
@@ -115,7 +119,7 @@ class StateReader:
 
     def _check(self, rows: ModelRows, model: PackedModel) -> None:
         """Raises ConfigError if the index is that of another model."""
-        index = self._path / FOLDER / INDEX_FILE
+        index = self._path / FOLDER / ROWS_INDEX
         shards = {shard.name: shard for shard in shards_of(model)}
         if others := rows.tensors.keys() ^ shards.keys():
             name = min(others)
@@ -163,3 +167,37 @@ class StateReader:
 
     def _range(self, shape: Sequence[int]) -> tuple[int, int]:
         return row_range(torch.Size(shape), rank=self._rank, world_size=self._world_size)
+
+
+def read_index(folder: Path) -> dict[str, ModelRows]:
+    """The rows of each model. Raises ConfigError if the index cannot be read or contradicts itself."""
+    path = folder / ROWS_INDEX
+    try:
+        if path.stat().st_size > _MAX_INDEX_BYTES:
+            raise ValueError(f"more than {_MAX_INDEX_BYTES} bytes")
+        return {name: _model_rows(fields) for name, fields in read_json(path)["models"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} cannot be read ({error!r}): resume from another step") from None
+
+
+def _model_rows(fields: dict[str, Any]) -> ModelRows:
+    files, masters = list(map(str, fields["files"])), list(map(str, fields["masters"]))
+    if any(Path(file).name != file for file in (*files, *masters)):
+        raise ValueError("a file in another directory")
+    tensors = {}
+    for name, places in fields["tensors"].items():
+        shape, rows = (
+            tuple(map(int, places["shape"])),
+            [(int(first), int(end)) for first, end in places["rows"]],
+        )
+        bounds = [0, *(end for _, end in rows)]
+        if len(rows) != len(files) or bounds[-1] != shape[0] or [first for first, _ in rows] != bounds[:-1]:
+            raise ValueError(f"the files do not have every row of {name} once")
+        tensors[name] = TensorRows(shape=shape, rows=rows)
+    return ModelRows(
+        num_updates=int(fields["num_updates"]),
+        dtype=str(fields["dtype"]),
+        masters=masters,
+        files=files,
+        tensors=tensors,
+    )

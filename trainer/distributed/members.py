@@ -1,7 +1,7 @@
 """Tells which ranks of the trainer still live, for the log: torch's errors name no rank.
 
 Each rank adds to a counter of its own in the ranks' store, from a thread, so also while its training thread
-waits in a collective. A rank whose counter stands still is reported: its process was killed or stopped, or
+waits in a collective. A rank whose counter has stalled is reported: its process was killed or stopped, or
 its machine is gone. Nothing is decided here. A rank that waits for a lost one fails by itself, when the
 connection breaks or the collective times out; `connections.py` limits the time for a machine that is gone.
 
@@ -35,7 +35,7 @@ _ASK_LIMIT_S = 10.0
 
 
 class Liveness:
-    """Which counters stand still. Pure."""
+    """Which counters have stalled. Pure."""
 
     def __init__(self) -> None:
         self._seen: dict[int, tuple[int, float]] = {}

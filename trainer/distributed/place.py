@@ -24,7 +24,7 @@ class Place:
     """Start of the phase, monotonic clock."""
 
     entered_s: float = field(default_factory=monotonic)
-    """As `since_s`, but not changed by a micro-batch."""
+    """Start of the phase; unlike `since_s`, a micro-batch does not change it."""
     on_leave: Callable[[str, int, float], None] = field(default=lambda phase, step, since_s: None)
     """Called with the phase that ends, its step and its start."""
 

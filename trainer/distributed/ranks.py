@@ -26,8 +26,11 @@ _ABANDONED = 2
 """Vote of a rank that abandons; 0 and 1 mean that it has nothing left to run, or something."""
 
 
-class AbandonedError(ArealError):
-    """One rank has abandoned the work of all: raised on every rank, at the same micro-batch."""
+class IncompleteStepError(ArealError):
+    """A step's groups ended early, or some rank abandoned it; no update was made anywhere.
+
+    Raised on every rank, at the same micro-batch.
+    """
 
 
 class Ranks:
@@ -70,15 +73,15 @@ class Ranks:
         return bool(self._max(int(flag)))
 
     def any_left(self, flag: bool) -> bool:
-        """`any` between two micro-batches. Raises AbandonedError if a rank has abandoned the work."""
+        """`any` between two micro-batches. Raises IncompleteStepError if a rank abandons the step."""
         vote = self._max(_ABANDONED if self._is_abandoned() else int(flag))
         if vote == _ABANDONED:
-            raise AbandonedError("the work was abandoned")
+            raise IncompleteStepError(f"step {self.place.step} was abandoned in its computation")
         return bool(vote)
 
     @contextlib.contextmanager
     def abandonable(self, is_abandoned: Callable[[], bool]) -> Iterator[None]:
-        """A context in which `any_left` asks every rank whether it abandons the work."""
+        """A context in which `any_left` asks every rank whether it abandons the step."""
         before, self._is_abandoned = self._is_abandoned, is_abandoned
         try:
             yield

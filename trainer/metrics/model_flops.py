@@ -40,7 +40,7 @@ class ModelFlops:
 
     @classmethod
     def of(cls, model: Any) -> ModelFlops:
-        """Of a causal language model of transformers, sharded or not."""
+        """The FLOPs of a causal language model of transformers, sharded or not."""
         config = model.config.get_text_config()
         head = model.get_output_embeddings()
         looked_up = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}

@@ -29,7 +29,7 @@ MAX_NAME_CHARS = 64
 """Longer names are left out."""
 KINDS = ("reward_parts", "sample_metrics", "by_label")
 _COLUMNS = ("num_samples", "reward_mean", "truncated_fraction", "response_length_mean", "turns")
-"""Of a label. Of the other kinds there are only the first two, a number and a sum."""
+"""Columns of a label. The other kinds have only the first two, a number and a sum."""
 
 log = logging.getLogger(__name__)
 

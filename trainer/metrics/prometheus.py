@@ -14,8 +14,8 @@ from areal_like.trajectory import FinishReason
 from trainer.metrics.distributions import PERCENTILES
 from trainer.metrics.named_means import MAX_NAMES
 from trainer.metrics.speed import PHASES
+from trainer.weights.checks import CheckReport
 from trainer.weights.publisher import PushReport
-from trainer.weights.weight_checks import CheckReport
 
 _GAUGES = {
     "loss": "Loss of the last step",
@@ -85,7 +85,7 @@ _NAMED_GAUGES = {
     "sample_metrics": ("trainer_sample_metric", "metric", "Mean of a metric of the task in the last step"),
     "by_label": ("trainer_label_reward", "label", "Mean reward of a label's samples in the last step"),
 }
-"""Of names that tasks choose: the only series that do not exist from the start."""
+"""Series of names that tasks choose: the only series that do not exist from the start."""
 _PHASE_COLUMNS = {phase.removesuffix("_s"): "wait_data_s" if phase == "wait_s" else phase for phase in PHASES}
 """Phase -> column of its seconds."""
 _FINISH_REASONS = tuple(reason.value for reason in FinishReason if reason is not FinishReason.ABORT)
@@ -105,7 +105,7 @@ _PUSH_PARTS = {
     "stall": "Longest time that one engine decoded nothing because of a push",
 }
 TRACKER_OUTCOMES = ("logged", "failed", "left_out")
-"""Of a row: the tracker has written it, has raised, or was not given it because it was too slow or off."""
+"""What became of a row: the tracker has written it, has raised, or was not given it (too slow, or off)."""
 
 
 class TrainerSeries:

@@ -1,21 +1,28 @@
-"""The result files of a run: `metrics.jsonl`, one JSON object per optimizer step, and `summary.json`.
+"""The result files of a run, all written by trainer rank 0.
 
-Rank 0 only.
+    metrics.jsonl       one JSON object for each optimizer step
+    evaluations.jsonl   one for each evaluation of each set
+    summary.json        totals of the run
+
+Imports no torch: a model is also evaluated without a trainer.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from areal_like.config import EvalSetConfig
+from areal_like.evaluation.statistics import EvalStatistics
 from areal_like.paths import write_json
 from areal_like.selection import selection_report
 from areal_like.spans.recorder import unix_now
 from areal_like.wire.messages.consumer import RunCounters
+from areal_like.wire.messages.evaluation import EvalResult, SampleOutcome
 
 WARM_UP_STEPS = 10
 """First steps of a run, left out of the idle fractions: the pipeline is still filling."""
@@ -58,34 +65,32 @@ class RunTotals:
     """Share of the steps' time in which the trainer waited for data, without the warm-up."""
 
 
-class MetricsFile:
-    """Appends the rows of steps; on a resume drops the rows of steps that will be trained again.
+class RowsFile:
+    """Appends rows to a file of JSON lines; on a resume drops the rows of steps that will be done again.
 
-    Rows are not kept in memory, as there may be millions: `totals` reads them from the file at the end.
+    Rows are not kept in memory, as there may be millions.
     """
 
-    def __init__(self, path: Path, *, start_step: int) -> None:
+    def __init__(self, path: Path, *, keeps: Callable[[dict[str, Any]], bool]) -> None:
+        """`keeps`: says if a row that is in the file stays."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self.num_rows = 0
         self.num_dropped = 0
-        """Rows of steps that will be trained again."""
-        self.num_kept = 0
-        """Rows of steps that earlier trainers have done."""
-        self.last: dict[str, Any] = {}
-        """The newest row; empty before the first."""
+        """Rows of steps that will be done again."""
         partial = path.with_suffix(".partial")
         with partial.open("w") as kept:
             for row in read_rows(path):
-                if row["step"] < start_step:
+                if keeps(row):
                     self._write(row, kept)
                 else:
                     self.num_dropped += 1
         partial.replace(path)
         self.num_kept = self.num_rows
+        """Rows of steps that earlier trainers have done."""
         self._file = path.open("a+")
 
     def append(self, row: dict[str, Any]) -> None:
-        """Appends the row of one optimizer step. Non-finite numbers become null: JSON has no NaN."""
+        """Appends a row. Non-finite numbers become null: JSON has no NaN."""
         row = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in row.items()
@@ -93,8 +98,30 @@ class MetricsFile:
         self._write(row, self._file)
         self._file.flush()
 
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def _write(self, row: dict[str, Any], file: TextIO) -> None:
+        file.write(json.dumps(row) + "\n")
+        self.num_rows += 1
+        self._note(row)
+
+    def _note(self, row: dict[str, Any]) -> None:
+        """Called with every row that is kept or appended."""
+
+
+class MetricsFile(RowsFile):
+    """`metrics.jsonl`."""
+
+    def __init__(self, path: Path, *, start_step: int) -> None:
+        """`start_step`: completed steps."""
+        self.last: dict[str, Any] = {}
+        """The newest row; empty before the first."""
+        super().__init__(path, keeps=lambda row: row["step"] < start_step)
+
     def totals(self) -> RunTotals:
-        """The totals over all rows, including those from before a resume."""
+        """The totals over all rows, read from the file, including those from before a resume."""
         tenth = max(1, self.num_rows // 10)
         reward_first, reward_last, loss_last = _Mean(), _Mean(), _Mean()
         step_s = wait_s = 0.0
@@ -119,13 +146,8 @@ class MetricsFile:
             trainer_idle_fraction=round(wait_s / step_s, 4) if step_s > 0 else None,
         )
 
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
-
-    def _write(self, row: dict[str, Any], file: TextIO) -> None:
-        file.write(json.dumps(row) + "\n")
-        self.num_rows, self.last = self.num_rows + 1, row
+    def _note(self, row: dict[str, Any]) -> None:
+        self.last = row
 
 
 class _Mean:
@@ -240,3 +262,96 @@ def _generation_idle(first: RunCounters | None, last: RunCounters) -> float | No
 
 def _increase(name: str, first: RunCounters | None, last: RunCounters) -> float:
     return last.counters.get(name, 0.0) - (first.counters.get(name, 0.0) if first else 0.0)
+
+
+def statistics_of(result: EvalResult, settings: EvalSetConfig) -> EvalStatistics:
+    """The statistics of a result of the set with these settings."""
+    shape = (result.num_prompts, result.num_samples)
+    outcomes_PS = result.outcomes.reshape(shape)
+
+    def has(outcome: SampleOutcome) -> Any:
+        return (outcomes_PS & int(outcome)) != 0
+
+    return EvalStatistics.of(
+        result.rewards.reshape(shape),
+        tokens_PS=result.tokens.reshape(shape),
+        is_missing_PS=has(SampleOutcome.MISSING),
+        has_failed_PS=has(SampleOutcome.FAILED),
+        is_truncated_PS=has(SampleOutcome.TRUNCATED),
+        ks=[k for k in settings.ks if k <= result.num_samples],
+        solved_reward=settings.solved_reward,
+    )
+
+
+def evaluation_row(result: EvalResult, settings: EvalSetConfig, *, seconds: float) -> dict[str, Any]:
+    """The row of one evaluation of one set; docs/reference/evaluation.md has the fields.
+
+    `seconds`: from the request to the result, training in between included.
+    """
+    numbers = statistics_of(result, settings)
+    low, high = numbers.interval or (None, None)
+    return {
+        "step": result.eval_id,
+        "set": result.eval_set,
+        "time_unix_s": round(unix_now(), 3),
+        "avg": _finite(numbers.avg),
+        "ci_low": _finite(low),
+        "ci_high": _finite(high),
+        "pass_at_k": {str(k): share for k, share in numbers.pass_at_k.items()},
+        "num_prompts": result.num_prompts,
+        "num_samples": result.num_samples,
+        "num_failed": numbers.num_failed,
+        "truncated_fraction": numbers.truncated_fraction,
+        "mean_tokens": numbers.mean_tokens,
+        "num_tokens": numbers.num_tokens,
+        "oldest_version": result.oldest_version,
+        "newest_version": result.newest_version,
+        "oldest_step": result.oldest_step,
+        "newest_step": result.newest_step,
+        "is_mixed": result.oldest_version != result.newest_version,
+        "seconds": round(seconds, 3),
+    }
+
+
+def described(row: Mapping[str, Any]) -> str:
+    """One line about a row, for the log."""
+    interval = "" if row["ci_low"] is None else f" [{row['ci_low']:.4f}, {row['ci_high']:.4f}]"
+    avg = "no finite mean" if row["avg"] is None else f"{row['avg']:.4f}{interval}"
+    passed = "".join(f", pass@{k} {share:.4f}" for k, share in row["pass_at_k"].items() if k != "1")
+    failed = f", {row['num_failed']} samples failed and count 0" if row["num_failed"] else ""
+    times = f" x {row['num_samples']}" if row["num_samples"] > 1 else ""
+    mixed = (
+        f", weights of versions {row['oldest_version']} to {row['newest_version']}" if row["is_mixed"] else ""
+    )
+    return f"{avg} over {row['num_prompts']} prompts{times}{passed}{failed}{mixed}"
+
+
+class EvaluationsFile(RowsFile):
+    """`evaluations.jsonl`."""
+
+    def __init__(self, path: Path, *, start_step: int) -> None:
+        """`start_step`: completed steps. A run at step 0 begins with an evaluation, so no row is kept."""
+        self._first: dict[str, dict[str, Any]] = {}
+        self.last: dict[str, dict[str, Any]] = {}
+        """The row of each set with the newest weights."""
+        super().__init__(path, keeps=lambda row: start_step > 0 and row["step"] <= start_step)
+
+    def sets_of(self, step: int) -> set[str]:
+        """The sets whose newest weights with a row are those of this step."""
+        return {name for name, row in self.last.items() if row["step"] == step}
+
+    def summary(self) -> dict[str, dict[str, Any]]:
+        """Set -> the rows of its first and its last weights, `before` and `after`."""
+        return {name: {"before": self._first[name], "after": self.last[name]} for name in self.last}
+
+    def _note(self, row: dict[str, Any]) -> None:
+        name, step = row["set"], row["step"]
+        # An evaluation between steps may end after the one of the last weights.
+        if step <= self._first.get(name, row)["step"]:
+            self._first[name] = row
+        if step >= self.last.get(name, row)["step"]:
+            self.last[name] = row
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

@@ -7,15 +7,15 @@ step, on a CPU the largest memory that the process has had.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
+from areal_like.gpus import peak_flops
 from trainer.batching.packing import PackedBatch
 from trainer.distributed.ranks import Ranks
 from trainer.metrics.model_flops import FORWARD, FORWARD_AND_BACKWARD, ModelFlops
-from trainer.metrics.peak_flops import peak_flops
+from trainer.metrics.phase_timer import PhaseTimer, clock_of
 from trainer.models.packed_model import PackedModel
 
 PHASES = ("wait_s", "compute_s", "reduce_s", "update_s")
@@ -23,7 +23,7 @@ _GB = 1e9
 
 
 class StepSpeed:
-    """Lives as long as the trainer: flops_of() for each micro-batch, metrics() once a step."""
+    """Lives as long as the trainer. In each step: begin() -> flops_of() per micro-batch -> metrics()."""
 
     def __init__(
         self,
@@ -34,16 +34,21 @@ class StepSpeed:
         proximal: PackedModel | None = None,
         peak_tflops: float = 0.0,
     ) -> None:
-        """`reference`, `proximal`: models that run forward beside each pass of the policy.
+        """`reference`, `proximal`: models that run forward in addition to each pass of the policy.
 
         `peak_tflops`: of one rank's device; 0: by its name, and unknown on a CPU.
         """
         self._ranks = ranks
         self._policy = ModelFlops.of(policy.model)
-        self._beside = [ModelFlops.of(each.model) for each in (reference, proximal) if each is not None]
+        self._others = [ModelFlops.of(each.model) for each in (reference, proximal) if each is not None]
         device = ranks.device
         known = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self._peak = peak_tflops * 1e12 or known
+
+    def begin(self, step: int) -> PhaseTimer:
+        """The timer of the step after `step` completed ones, which begins now."""
+        self._ranks.place.enter("lockstep", step=step)
+        return PhaseTimer(PHASES, place=self._ranks.place, clock=clock_of(self._ranks.device))
 
     def flops_of(self, batch: PackedBatch) -> float:
         """Model FLOPs of a pass over a micro-batch: with a backward if gradients are on."""
@@ -51,19 +56,20 @@ class StepSpeed:
         own_lengths = None if batch.shared is None else batch.shared.own_lengths
         return sum(
             times * model.of_forward(batch.lengths, num_targets=len(batch.sampled_S), own_lengths=own_lengths)
-            for model, times in ((self._policy, passes), *((model, FORWARD) for model in self._beside))
+            for model, times in ((self._policy, passes), *((model, FORWARD) for model in self._others))
         )
 
-    def metrics(self, seconds: Mapping[str, float], *, num_tokens: float, flops: float) -> dict[str, float]:
-        """The metrics of the step that has just ended. Collective.
+    def metrics(self, timer: PhaseTimer, *, num_tokens: float, flops: float) -> dict[str, float]:
+        """The metrics of the step that has just ended, and its seconds on this rank. Collective.
 
-        `seconds`: of this rank, by phase, and `step_s`. `num_tokens`, `flops`: of all ranks.
+        `timer`: of `begin`. `num_tokens`, `flops`: of all ranks.
         """
+        seconds = timer.seconds()
         local = [seconds[phase] for phase in PHASES] + list(_memory_peaks(self._ranks.device))
         table_RV = self._ranks.stack(torch.tensor(local, dtype=torch.float64)).numpy()
         world_size, step_s = self._ranks.world_size, max(seconds["step_s"], 1e-9)
         computing_s = max(float(table_RV[:, PHASES.index("compute_s")].sum()), 1e-9)
-        found = {
+        found = seconds | {
             "tokens_per_s": num_tokens / step_s,
             "tokens_per_s_per_gpu": num_tokens / step_s / world_size,
             "compute_tokens_per_s_per_gpu": num_tokens / computing_s,

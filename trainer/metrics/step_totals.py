@@ -10,7 +10,7 @@ Shape suffixes: S sampled tokens, N sequences, B sequences of the whole step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from areal_like.trajectory import FinishReason, Trajectory
-from trainer.batching.packing import num_targets
+from trainer.batching.packing import PackedBatch, num_targets
 from trainer.distributed.ranks import Ranks
 from trainer.metrics.distributions import (
     NUM_BUCKETS,
@@ -59,6 +59,11 @@ class StepTotals:
         """Adds a vector's sum, with its length as the count. A dummy micro-batch (not `live`) adds zeros."""
         self.add(name, values.sum() if live else 0.0, count=len(values) if live else 0)
 
+    def add_all(self, sums: Mapping[str, tuple[Tensor | float, Tensor | float]]) -> None:
+        """Adds (sum, count) of each name."""
+        for name, (total, count) in sums.items():
+            self.add(name, total, count=count)
+
     def recorded(self, group: Sequence[Trajectory]) -> Sequence[Trajectory]:
         """Records the rewards, lengths and other numbers of a group's samples, and returns it.
 
@@ -88,8 +93,26 @@ class StepTotals:
             self._lengths.append((num, trajectory.num_tokens - num))
         return group
 
-    def observe(self, tokens: SampledTokens, losses: TokenLosses, *, live: bool) -> None:
-        """Records the diagnostics that all objectives have, and those that this objective reports itself."""
+    @torch.no_grad()
+    def observe(
+        self,
+        batch: PackedBatch,
+        tokens: SampledTokens,
+        losses: TokenLosses,
+        *,
+        counted: Sequence[Tensor],
+        live: bool,
+    ) -> None:
+        """Records a micro-batch: its size, the diagnostics of every objective and the objective's own.
+
+        `counted`: tokens and sequences that count in the normalizer. A dummy (not `live`) adds zeros.
+        """
+        num_tokens, num_seqs = counted
+        self.add("counted_tokens", num_tokens if live else 0.0)
+        self.add("counted_seqs", num_seqs if live else 0.0)
+        self.add("num_tokens", float(batch.num_tokens if live else 0))
+        self.add("num_rows", float(batch.num_rows if live else 0))
+        self.add("num_microbatches", float(live))
         log_ratio_S = tokens.log_ratio_S
         # k3: exp(x) - 1 - x with x the log-ratio of policy to behavior policy. It estimates KL(behavior ||
         # policy) and is never negative.

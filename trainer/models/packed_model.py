@@ -51,7 +51,7 @@ class PackedModel(nn.Module):
         self._tied: Mapping[str, str] = {}
         self._ranks: Ranks | None = None
         self.reshard_after_forward = True
-        """Of the layers; see `shard`."""
+        """Dtype of the layers; see `shard`."""
         self.attention: Kind = "auto"
         """`trainer.attention`."""
         _check_layers(model)

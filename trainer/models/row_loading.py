@@ -18,9 +18,8 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from areal_like.errors import ConfigError
 from areal_like.weights.hf_layout import HfTensor, hf_tensors
-from trainer.distributed.sharding import local
+from trainer.distributed.sharding import local, row_range
 from trainer.models.safetensors_rows import SafetensorsRows
-from trainer.models.sharded_weights import row_range
 
 
 @torch.no_grad()

@@ -158,7 +158,7 @@ def _read_index(index: Path) -> dict[str, str]:
         inside = all(_is_inside(name) for name in names)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"{index} is no index of safetensors files ({error!r}): download it again"
+            f"{index} is not an index of safetensors files ({error!r}): download it again"
         ) from error
     if not names or not inside:
         raise ConfigError(

@@ -23,8 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from areal_like.chat.token_row import TokenRow
 from areal_like.sorting import MAX_DIGITS, noisy_demonstration
-from trainer.models.token_rows import padded
-from trainer.models.warm_start import warm_start
+from trainer.models.warm_start import padded, warm_start
 
 PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
 CHARACTERS = string.digits + string.ascii_letters + string.punctuation + " \n"

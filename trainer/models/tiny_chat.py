@@ -26,8 +26,7 @@ from areal_like.chat.learned_tokens import ConversationTokens
 from areal_like.chat.token_row import TokenRow
 from areal_like.data import RowFormat
 from trainer.models.tiny import character_tokenizer, untrained_model
-from trainer.models.token_rows import packed
-from trainer.models.warm_start import warm_start
+from trainer.models.warm_start import packed, warm_start
 
 CHAT_TOKENS = ("<tools>", "<user>", "<tool>", "<assistant>", "<call>", "</call>")
 CHAT_TEMPLATE = """\
@@ -51,9 +50,9 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt %}{{ '<assistant>' }}{% endif -%}
 """
 MATRIX_LR = 1e-2
-"""Of Muon."""
+"""Learning rate of Muon."""
 OTHER_LR = 5e-3
-"""Of AdamW: embedding and norms."""
+"""Learning rate of AdamW: embedding and norms."""
 NUM_ROWS, ROW_LENGTH = 4, 256
 """Tokens of one step; the longest conversation has about 200."""
 

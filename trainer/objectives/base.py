@@ -10,7 +10,7 @@ first two are optional:
     summarize(vectors) -> stats   once, with the same result on every rank
     losses(batch, stats)          stats are empty under scope GROUP
 
-Under scope GROUP, `observe` runs beside the gradient, and its stats serve `lr_scale` alone.
+Under scope GROUP, `observe` runs along with the gradient, and its stats serve `lr_scale` alone.
 
 A complete custom objective (`objective._target_=my_module.SoftReinforce objective.power=0.5`):
 
@@ -76,7 +76,7 @@ class ProximalRule:
     interval: int = 0
     """Steps after which it is replaced by the policy; 0: it is an average."""
     decay: float = 0.0
-    """Of an exponential average: weight of a step's policy relative to that of the next step."""
+    """For an exponential average: weight of a step's policy relative to that of the next step."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -3,7 +3,7 @@
     losses = mask * (objective + kl.coef * KL(pi || ref) - entropy_coef * entropy)
 
 `build_objective` returns the bare objective where none of these is configured. The KL penalty on rewards is
-not part of the loss (see `trainer/step/reward_terms.py`).
+not part of the loss (see `trainer/step/advantage_pipeline.py`).
 
 Estimators of KL(pi || ref) from one token, with x = log(pi / ref):
 
@@ -26,14 +26,12 @@ from torch import Tensor
 
 from areal_like.config import KlConfig
 from areal_like.errors import ConfigError
-from trainer.advantages.base import Advantage
 from trainer.batching.scope import Scope
 from trainer.gradients.base import Gradients
 from trainer.objectives.base import (
     OBJECTIVES,
     Need,
     Objective,
-    ProximalRule,
     SampledTokens,
     StepStats,
     TokenLosses,
@@ -44,6 +42,13 @@ from trainer.objectives.masks import MASKS, Mask
 if TYPE_CHECKING:
     from trainer.distributed.ranks import Ranks
     from trainer.models.policy import Policy
+
+
+_OF_INNER = (
+    *("whole_groups", "one_sequence_per_microbatch", "late_coefficients", "shares_prefixes"),
+    *("single_version", "ess_level", "proximal", "advantage", "normalizer"),
+)
+"""Attributes that masks and terms do not change."""
 
 
 def kl_estimate(log_ratio: Tensor, *, estimator: str) -> Tensor:
@@ -70,6 +75,10 @@ class Composed(Objective):
     entropy_coef: float = 0.0
     """Weight of the entropy bonus; 0: none."""
 
+    def __post_init__(self) -> None:
+        for name in _OF_INNER:
+            object.__setattr__(self, name, getattr(self.inner, name))
+
     @property
     def display_name(self) -> str:
         return self.inner.display_name
@@ -90,47 +99,11 @@ class Composed(Objective):
         return self.inner.needs | terms | ({Need.ENTROPY} if self.entropy_coef else set())
 
     @property
-    def whole_groups(self) -> bool:  # type: ignore[override]
-        return self.inner.whole_groups
-
-    @property
-    def one_sequence_per_microbatch(self) -> bool:  # type: ignore[override]
-        return self.inner.one_sequence_per_microbatch
-
-    @property
-    def late_coefficients(self) -> bool:  # type: ignore[override]
-        return self.inner.late_coefficients
-
-    @property
-    def shares_prefixes(self) -> bool:  # type: ignore[override]
-        return self.inner.shares_prefixes
-
-    @property
     def skips_zero_advantage(self) -> bool:  # type: ignore[override]
         """False where a term or mask also concerns tokens with zero advantage."""
         # A mask that changes the normalizer or gathers statistics of the step needs all groups.
         masks_allow = all(mask.denominator == "original" and mask.scope is Scope.GROUP for mask in self.masks)
         return self.inner.skips_zero_advantage and masks_allow and not self.kl and not self.entropy_coef
-
-    @property
-    def single_version(self) -> bool:  # type: ignore[override]
-        return self.inner.single_version
-
-    @property
-    def ess_level(self) -> str:  # type: ignore[override]
-        return self.inner.ess_level
-
-    @property
-    def proximal(self) -> ProximalRule | None:  # type: ignore[override]
-        return self.inner.proximal
-
-    @property
-    def advantage(self) -> Advantage | None:  # type: ignore[override]
-        return self.inner.advantage
-
-    @property
-    def normalizer(self) -> str | None:  # type: ignore[override]
-        return self.inner.normalizer
 
     def for_model(self, num_params: int) -> Composed:
         """With the inner objective for it."""

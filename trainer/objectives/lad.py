@@ -3,14 +3,14 @@
     loss = E_mu [ e^u f(W / e^u) ],  u = A / eta,  W = prod_t pi_t / mu_t
     implemented as  sg(W f'(W / e^u)) log pi,  which has the same gradient
 
-The best policy within a trust region changes each answer's probability by a factor proportional to
+The best policy within a trust region changes each completion's probability by a factor proportional to
 exp(A / eta); the f-divergence compares the actual change with this target. The gradient is zero at W = e^u:
 a sample that has been reinforced enough is left alone, whatever its advantage. Under `js`, f' is at most
 log(2) / 2 and behaves like log W - u for small W. On-policy that is REINFORCE with the advantage
 (softplus(u) - log 2) / 2, whose slope at A = 0 is 1 / (4 eta).
 
-No clip and no cap, as published. Addition: the levels `geometric` and `token`, for long answers; the paper's
-W is the `sequence` product. Not compared with the authors' code.
+No clip and no cap, as published. Addition: the levels `geometric` and `token`, for long completions; the
+paper's W is the `sequence` product. Not compared with the authors' code.
 """
 
 from __future__ import annotations

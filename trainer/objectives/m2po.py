@@ -5,7 +5,7 @@
     areal     loss_t = -A r [kept];  mean over kept tokens of (log r)^2 < threshold
 
 A token is harmful where a clip can act: A > 0 and r > 1, or A < 0 and r < 1. In the authors' form these alone
-count and are clipped, at the bound that the batch can bear; the others are trained on however far they are.
+count and are clipped, at the bound that the batch allows; the others are trained on however far they are.
 AReaL's port drops the tokens with the largest squared log-ratio, of either sign, until the mean over the rest
 is below the threshold; dropped tokens stay in the normalizer. At a standard deviation of log r of 1 it drops
 73 % of the tokens where the authors' form clips 42 %.

@@ -48,11 +48,11 @@ class Mask(ABC):
         """[S] bool: tokens that may be learned from."""
 
     def observe(self, batch: SampledTokens) -> dict[str, Tensor]:
-        """As in Objective; called only under scope BATCH."""
+        """Vectors that `summarize` needs of this micro-batch; called only under scope BATCH."""
         return {}
 
     def summarize(self, observed: StepStats) -> dict[str, Tensor]:
-        """As in Objective; called only under scope BATCH."""
+        """Statistics of the whole step, from each vector's concatenation; called only under scope BATCH."""
         return {}
 
 

@@ -7,8 +7,8 @@
     loss = mean over groups of the mean over the group's pairs; a group without a pair counts as 0
 
 A group's pairs are its best sample against its worst, or all. For DPO a pair needs different rewards; REBEL
-also regresses pairs of equal ones. Online DPO samples two answers and has a judge compare them; that a group
-of more gives its best and its worst is our choice.
+also regresses pairs of equal ones. Online DPO samples two completions and has a judge compare them; that a
+group of more gives its best and its worst is our choice.
 
 DPO (arXiv 2305.18290, equation 7) on pairs of the present policy (online DPO, arXiv 2402.04792): rewards
 serve only to say which of two is better, so their scale does not matter. `anchor` is the frozen reference
@@ -65,7 +65,7 @@ class _OnPairs(Objective):
     advantage = RewardSpread()
 
     pairs: str = "best_worst"
-    """Of a group: `best_worst` (one pair) | `all`."""
+    """Pairs of a group: `best_worst` (one pair) | `all`."""
     anchor: str = "reference"
     """Policy whose log-probs the log-ratios are relative to: `reference` | `behavior` (that sampled)."""
 
@@ -155,7 +155,7 @@ class Rebel(_OnPairs):
     skips_zero_advantage = False
 
     pairs: str = "all"
-    """Of a group: `best_worst` (one pair) | `all`."""
+    """Pairs of a group: `best_worst` (one pair) | `all`."""
     anchor: str = "behavior"
     """Policy whose log-probs the log-ratios are relative to: `behavior` (that sampled) | `reference`."""
     beta: float = 0.0

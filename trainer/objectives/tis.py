@@ -47,7 +47,7 @@ class TruncatedIS(Objective):
     """
 
     level: str = "sequence"
-    """Of the weight: `token` | `sequence` (the true product) | `geometric` (its length-normalized form)."""
+    """Level of the weight: `token` | `sequence` (the true product) | `geometric` (length-normalized)."""
     mode: str = "truncate"
     """`truncate` at `cap` | `mask` outside [low, high]."""
     cap: float = 2.0

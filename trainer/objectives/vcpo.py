@@ -7,14 +7,15 @@
 
 The paper's m_i = ||w_i grad log pi_i / L_i||^2 minimizes the variance of the gradient that is used, and is
 `baseline_weights=gradient`. The default leaves w_i out, because with it learning from stale samples collapses
-at learning rates that the other methods bear. (The authors' release counts w_i twice and leaves out 1 / L_i.)
+at learning rates that the other methods tolerate. (The authors' release counts w_i twice and leaves out
+1 / L_i.)
 
-b* follows the shift and scale that an advantage applies to
-rewards: with A = (R - mean) / std, and b*_R computed from R, the b* of A is (b*_R - mean) / std, so A - b* is
-the paper's (R - b*_R) / std. So the configured advantage sets the scale (`grpo` divides by the population
-standard deviation, `dr_grpo` does not divide), and the advantages of a group with equal rewards stay exactly
-zero. Masks and the normalizer's 1 / L_i are in m_i, as in the gradient that is used. A per-token advantage
-counts by its mean over the sequence.
+b* follows the shift and scale that an advantage applies to rewards: with A = (R - mean) / std, and b*_R
+computed from R, the b* of A is (b*_R - mean) / std, so A - b* is the paper's (R - b*_R) / std. So the
+configured advantage sets the scale (`grpo` divides by the population standard deviation, `dr_grpo` does not
+divide), and the advantages of a group with equal rewards stay exactly zero. Masks and the normalizer's
+1 / L_i are in m_i, as in the gradient that is used. A per-token advantage counts by its mean over the
+sequence.
 
 A rho above rho_ref does not raise the step size. The method scales the learning rate and not the gradient,
 because Adam cancels the scale of a gradient.

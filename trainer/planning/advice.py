@@ -22,7 +22,7 @@ class Change:
     """One change of settings, and the plan with it and all changes before it."""
 
     text: str
-    """As on the command line."""
+    """As it is written on the command line."""
     plan: Plan
 
 

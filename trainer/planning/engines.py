@@ -45,14 +45,14 @@ def engine_options(config: Config) -> EngineOptions:
 
 
 def _number(words: list[str], names: tuple[str, ...]) -> float | None:
-    """The last value of an option; None if it is absent. Raises ConfigError if it is no number."""
+    """The last value of an option; None if it is absent. Raises ConfigError if it is not a number."""
     if (text := option(words, names)) is None:
         return None
     try:
         value = float(text)
     except ValueError:
         value = 0.0
-    require(0 < value < float("inf"), f"rollout.sglang.args: {names[0]} {text} is no number above 0")
+    require(0 < value < float("inf"), f"rollout.sglang.args: {names[0]} {text} is not a number above 0")
     return value
 
 

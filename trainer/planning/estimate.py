@@ -32,15 +32,15 @@ class Assumptions:
     decode_bandwidth: float = 0.60
     """Share of the memory bandwidth that a decode step reaches."""
     decode_overhead_s: float = 0.003
-    """Time of a decode step beside its kernels: scheduling and sampling."""
+    """Time of a decode step besides its kernels: scheduling and sampling."""
     network_bytes_per_s: float = 40e9
-    """Of one GPU to other hosts: a 400 Gbit/s link at 80 %."""
+    """From one GPU to other hosts: a 400 Gbit/s link at 80 %."""
     nvlink_efficiency: float = 0.6
     """Share of NVLink's one-directional rate that collectives reach."""
     host_efficiency: float = 0.8
     """Share of PCIe's rate that copies from pinned memory reach."""
     gloo_bytes_per_s: float = 1.8e9
-    """Of a push over gloo (docs/results.md, measured on CPUs)."""
+    """Rate of a push over gloo (docs/results.md, measured on CPUs)."""
 
 
 @dataclass(frozen=True, kw_only=True)

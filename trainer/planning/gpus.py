@@ -1,8 +1,4 @@
-"""GPUs by their vendor's published figures, and the split of a job's GPUs into engines and trainer.
-
-The memory is the published one in units of 10^9 bytes. A driver shows a little more, so a job that fits here
-has room left.
-"""
+"""The split of a job's GPUs into engines and trainer."""
 
 from __future__ import annotations
 
@@ -12,76 +8,10 @@ from dataclasses import dataclass, replace
 from areal_like.config import Config
 from areal_like.config.gpus import engine_gpus, trainer_gpus
 from areal_like.errors import ConfigError
-from trainer.metrics.peak_flops import BF16_TFLOPS
+from areal_like.gpus import GPUS, GpuKind
 
 GIB = float(1 << 30)
 GPUS_PER_HOST = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gpu:
-    """One kind of GPU. Source: NVIDIA's data sheets of the SXM parts, dense rates without sparsity."""
-
-    name: str
-    memory_bytes: float
-    bf16_flops: float
-    """Dense bfloat16 FLOP/s."""
-    float32_flops: float
-    """float32 FLOP/s of matrix products without TF32, which torch leaves off by default."""
-    memory_bytes_per_s: float
-    nvlink_bytes_per_s: float
-    """One direction, one GPU."""
-    host_bytes_per_s: float
-    """One direction between the GPU and its host's memory (PCIe, 16 lanes)."""
-
-    def flops(self, dtype: str) -> float:
-        """Peak FLOP/s of matrix products in `model.dtype`."""
-        return self.bf16_flops if dtype == "bfloat16" else self.float32_flops
-
-
-GPUS = {
-    gpu.name.lower(): gpu
-    for gpu in (
-        Gpu(
-            name="A100",
-            memory_bytes=80e9,
-            bf16_flops=BF16_TFLOPS["A100"] * 1e12,
-            float32_flops=19.5e12,
-            memory_bytes_per_s=2.039e12,
-            nvlink_bytes_per_s=300e9,
-            host_bytes_per_s=32e9,
-        ),
-        Gpu(
-            name="H100",
-            memory_bytes=80e9,
-            bf16_flops=BF16_TFLOPS["H100"] * 1e12,
-            float32_flops=67e12,
-            memory_bytes_per_s=3.35e12,
-            nvlink_bytes_per_s=450e9,
-            host_bytes_per_s=64e9,
-        ),
-        Gpu(
-            name="H200",
-            memory_bytes=141e9,
-            bf16_flops=BF16_TFLOPS["H200"] * 1e12,
-            float32_flops=67e12,
-            memory_bytes_per_s=4.8e12,
-            nvlink_bytes_per_s=450e9,
-            host_bytes_per_s=64e9,
-        ),
-        Gpu(
-            name="B200",
-            memory_bytes=180e9,
-            bf16_flops=BF16_TFLOPS["B200"] * 1e12,
-            float32_flops=75e12,
-            memory_bytes_per_s=8e12,
-            nvlink_bytes_per_s=900e9,
-            host_bytes_per_s=64e9,
-        ),
-    )
-}
-
-
 DEFAULT_KIND = "h100"
 
 
@@ -89,7 +19,7 @@ DEFAULT_KIND = "h100"
 class Placement:
     """The GPUs of a job."""
 
-    gpu: Gpu
+    gpu: GpuKind
     engine_gpus: int
     """GPUs of all engines together."""
     trainer_gpus: int

@@ -32,7 +32,7 @@ class MemoryPlan:
     """One rank's GPU (with `trainer.device=cpu`: its part of the host)."""
     engine: EngineMemory
     gpu_bytes: float
-    """Of one GPU."""
+    """Memory of one GPU."""
     host: dict[str, float]
     """The host of rank 0."""
     is_shared: bool
@@ -70,9 +70,9 @@ class MemoryPlan:
         """Why the job does not fit; empty if it does."""
         found = []
         if self.trainer_shortage:
-            beside = " beside the engine" if self.is_shared else ""
+            next_to = " next to the engine" if self.is_shared else ""
             needed, room = gib(self.trainer_total), gib(self.trainer_room)
-            found.append(f"a trainer rank needs {needed}, and a GPU has {room}{beside}")
+            found.append(f"a trainer rank needs {needed}, and a GPU has {room}{next_to}")
         if self.engine.kv_at_least <= 0:
             weights = gib(self.engine.weights)
             found.append(f"an engine's weights need {weights} of each GPU: no room is left for KV")
@@ -124,7 +124,7 @@ def plan_memory(
 
 
 def _host(config: Config, placement: Placement, trace: StepTrace) -> dict[str, float]:
-    """Of the host of rank 0, which has the most to hold."""
+    """The host memory of rank 0, which has the most to hold."""
     ranks = min(placement.trainer_gpus, GPUS_PER_HOST)
     engines = config.rollout.num_servers if placement.is_one_host else 0
     wire = float(trace.num_params * BYTES[str(config.model.dtype)])

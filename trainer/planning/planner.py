@@ -23,7 +23,7 @@ class Plan:
     config: Config
     """With the model's local directory, resolved, on the planned GPUs."""
     model_path: str
-    """As configured."""
+    """The setting `model.path`."""
     shape: ModelShape
     lengths: Lengths
     placement: Placement

@@ -1,4 +1,4 @@
-"""The shape of the policy: a directory with the model's config.json, which needs no weights beside it.
+"""The shape of the policy: a directory with the model's config.json, which needs no weights in it.
 
 It is the model's own directory or transformers' cache. A model that is not on this machine is planned from
 its config.json in configs/scale/models/, so that a job can be planned before anything is downloaded.
@@ -20,7 +20,7 @@ SHAPES = CONFIGS / "scale" / "models"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """What the planner needs to know of a model beside its directory."""
+    """What the planner needs to know of a model besides its directory."""
 
     directory: str
     """Contains config.json."""

@@ -147,7 +147,7 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
-            return args[0].fake_device  # half of all calls; FakeTensorMode answers the same
+            return args[0].fake_device  # half of all calls; FakeTensorMode returns the same
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         memory = self._memory

@@ -62,7 +62,7 @@ class StepTrace:
     world_size: int
     num_params: int
     largest_param_bytes: int
-    """Of the largest parameter, float32."""
+    """Size of the largest parameter, float32."""
     num_tokens: int
     """Tokens of the traced micro-batch."""
     peak_bytes: dict[str, int]

@@ -17,7 +17,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 PREFIX = "areal: "
-"""Of the names in a trace: an operation of torch cannot have the same name."""
+"""Prefix of the names in a trace: an operation of torch cannot have the same name."""
 
 _is_recording = False
 

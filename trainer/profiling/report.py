@@ -1,6 +1,6 @@
 """What a profile's traces contain, in short: time by named part of a step, and the operations that take most.
 
-It is a JSON file beside the traces, so that a command without torch can print it.
+It is a JSON file next to the traces, so that a command without torch can print it.
 """
 
 from __future__ import annotations

@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 
-from areal_like.automatic_settings import compute_dtype, resolved
+from areal_like.automatic_settings import resolved
 from areal_like.config import Config
 from areal_like.paths import RunPaths, model_path, write_json
 from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.process_group import device_of, joined_ranks
 from trainer.distributed.ranks import Ranks
-from trainer.metrics.lag import LagTally
 from trainer.metrics.run_files import MetricsFile, step_row
 from trainer.models.policy import build_policy
 from trainer.replay.recording import Recording
@@ -27,97 +26,67 @@ from trainer.step.recipe import StepRecipe
 from trainer.step.runner import StepRunner
 
 
-class Replay:
-    """One rank of a replay. `run` returns when every recorded step is trained, or after a signal."""
+def replay(
+    config: Config,
+    recording: Recording,
+    ranks: Ranks,
+    *,
+    stopping: threading.Event,
+    follows_changes: bool = True,
+) -> StepRunner:
+    """Trains every recorded step up to `trainer.num_steps` on one rank, or until `stopping`. Collective.
 
-    def __init__(
-        self,
-        config: Config,
-        recording: Recording,
-        ranks: Ranks,
-        *,
-        stopping: threading.Event,
-        follows_changes: bool = True,
-    ) -> None:
-        """`follows_changes`: each step has the learning rate that it had, not the configured one."""
-        self._config = config
-        self._recording = recording
-        self._ranks = ranks
-        self._stopping = stopping
-        self._learning_rates = recording.learning_rates() if follows_changes else []
-        self._started_s = time.monotonic()
-        self._paths = RunPaths.of(config)
-        source = model_path(config)
-        self._policy = build_policy(config, source, ranks)
-        self._runner = build_step_runner(config, self._policy, ranks, initial=source)
-        self._checkpoints = Checkpoints(
-            self._paths.checkpoints,
-            keep=config.trainer.keep_checkpoints,
-            keep_rolled_back=config.trainer.keep_rolled_back,
-            tokenizer_path=source,
-            dtype=compute_dtype(config),
-        )
-        self._checkpoints.open(ranks)
-        self._metrics = MetricsFile(self._paths.metrics, start_step=0) if ranks.rank == 0 else None
+    `follows_changes`: each step has the learning rate that it had, not the configured one.
+    """
+    trainer, paths, source = config.trainer, RunPaths.of(config), model_path(config)
+    started_s = time.monotonic()
+    learning_rates = recording.learning_rates() if follows_changes else []
+    policy = build_policy(config, source, ranks)
+    runner = build_step_runner(config, policy, ranks, initial=source)
+    checkpoints = Checkpoints.of(config)
+    checkpoints.open(ranks)
+    metrics = MetricsFile(paths.metrics, start_step=0) if ranks.rank == 0 else None
+    num_steps = min(trainer.num_steps, recording.num_whole_steps(groups_per_step=trainer.groups_per_step))
 
-    def run(self) -> None:
-        """Trains every recorded step up to `trainer.num_steps`."""
-        trainer = self._config.trainer
-        num_steps = min(
-            trainer.num_steps, self._recording.num_whole_steps(groups_per_step=trainer.groups_per_step)
-        )
-        step = saved_step = 0
-        with contextlib.closing(self._checkpoints):
-            while step < num_steps and not self._ranks.any(self._stopping.is_set()):
-                self._train(step)
-                step += 1
-                if step % trainer.checkpoint_interval == 0:
-                    self._save(step)
-                    saved_step = step
-            if saved_step < step:
-                self._save(step)
-            self._checkpoints.wait()
-        if self._metrics is not None:
-            self._write_summary(finished=step == num_steps)
-            self._metrics.close()
-
-    def _train(self, step: int) -> None:
-        metrics = train_recorded_step(
-            self._config,
-            self._recording,
-            self._runner,
-            self._ranks,
-            step=step,
-            learning_rates=self._learning_rates,
-        )
-        if self._metrics is not None:
-            self._metrics.append(step_row(step, metrics))
-
-    def _save(self, step: int) -> None:
-        extra = {**self._runner.state(), "stream": {}}
-        self._checkpoints.save(
+    def save(step: int) -> None:
+        checkpoints.save(
             step,
-            self._policy,
-            self._runner.optimizer,
-            self._ranks,
-            critic=self._runner.critic,
-            proximal=self._runner.proximal,
-            extra=extra,
+            policy,
+            runner.optimizer,
+            ranks,
+            critic=runner.critic,
+            proximal=runner.proximal,
+            extra={**runner.state(), "stream": {}},
         )
 
-    def _write_summary(self, *, finished: bool) -> None:
-        assert self._metrics is not None
-        totals = self._metrics.totals()
+    step = 0
+    with contextlib.closing(checkpoints):
+        while step < num_steps and not ranks.any(stopping.is_set()):
+            row = train_recorded_step(
+                config, recording, runner, ranks, step=step, learning_rates=learning_rates
+            )
+            if metrics is not None:
+                metrics.append(step_row(step, row))
+            step += 1
+            if step % trainer.checkpoint_interval == 0:
+                save(step)
+        if checkpoints.saved_step < step:
+            save(step)
+        checkpoints.wait()
+    if metrics is not None:
+        totals = metrics.totals()
         summary = {
-            "finished": finished,
+            "finished": step == num_steps,
             "steps": totals.num_steps,
             "reward_first": totals.reward_first,
             "reward_last": totals.reward_last,
             "loss_last": totals.loss_last,
             "tokens_trained": totals.tokens_trained,
-            "wall_seconds": round(time.monotonic() - self._started_s, 3),
+            "wall_seconds": round(time.monotonic() - started_s, 3),
         }
-        write_json(self._paths.summary, summary)
+        write_json(paths.summary, summary)
+        metrics.close()
+    return runner
 
 
 def train_recorded_step(
@@ -135,12 +104,9 @@ def train_recorded_step(
     """
     changed = [lr for first_step, lr in learning_rates if first_step <= step]
     runner.optimizer.lr = changed[-1] if changed else config.trainer.lr
-    lags = LagTally(config.staleness_cap)
     num_groups = config.trainer.groups_per_step
-    positions = range(ranks.rank, num_groups, ranks.world_size)
-    groups = (lags.counted(group) for group in recording.groups(step, positions))
-    metrics = runner.run(groups, step=step, num_groups=num_groups, lags=lags.of_tokens)
-    return dict(metrics) | lags.reduced(ranks)
+    groups = recording.groups(step, range(ranks.rank, num_groups, ranks.world_size))
+    return runner.run_served(groups, step=step, num_groups=num_groups, max_staleness=config.staleness_cap)
 
 
 def run(config: Config, root: Path, *, follows_changes: bool) -> None:
@@ -153,5 +119,4 @@ def run(config: Config, root: Path, *, follows_changes: bool) -> None:
     torch.set_num_threads(config.trainer.num_threads)
     device = device_of(config)
     with joined_ranks(config, device) as ranks, contextlib.closing(Recording(root)) as recording:
-        replay = Replay(config, recording, ranks, stopping=stopping, follows_changes=follows_changes)
-        replay.run()
+        replay(config, recording, ranks, stopping=stopping, follows_changes=follows_changes)

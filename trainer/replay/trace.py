@@ -32,8 +32,8 @@ from trainer.batching.packing import PackedBatch
 from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.process_group import device_of, joined_ranks
 from trainer.distributed.ranks import Ranks
+from trainer.distributed.sharding import gather, shards_of
 from trainer.models.policy import Policy, build_policy
-from trainer.models.sharded_weights import gather, shards_of
 from trainer.replay.recording import Recording
 from trainer.replay.run import train_recorded_step
 from trainer.step.build import build_step_runner

@@ -13,12 +13,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
-from areal_like.automatic_settings import compute_dtype
 from areal_like.chat.token_row import TokenRow
 from areal_like.config import Config
 from areal_like.errors import ConfigError
@@ -64,13 +62,7 @@ class SupervisedRun:
             trainer=replace(config.trainer, num_steps=self._plan.num_steps),
             sampling=replace(config.sampling, temperature=1.0),
         )
-        self._checkpoints = Checkpoints(
-            paths.checkpoints,
-            keep=config.trainer.keep_checkpoints,
-            keep_rolled_back=config.trainer.keep_rolled_back,
-            tokenizer_path=source,
-            dtype=compute_dtype(config),
-        )
+        self._checkpoints = Checkpoints.of(config)
         if ranks.rank == 0:
             remove_partials(paths.checkpoints)
         self._checkpoints.open(ranks)
@@ -85,8 +77,7 @@ class SupervisedRun:
             peak_tflops=config.trainer.peak_tflops,
         )
         self._eval_before = self._resume(step) if step is not None else None
-        self._step = self._saved_step = step or 0
-        self._saved_s = time.monotonic()
+        self._step = step or 0
         self._record: SftRecord | None = None
         if ranks.rank == 0:
             self._checkpoints.set_aside_after(self._step)
@@ -110,7 +101,7 @@ class SupervisedRun:
                 self._eval_before = self._evaluate()
             while not self.is_finished and not self._ranks.any(self._stopping.is_set()):
                 self._train()
-            if self._saved_step < self._step:
+            if self._checkpoints.saved_step < self._step:
                 self._save()
             self._checkpoints.wait()
             if self._record is not None and self._step:
@@ -150,7 +141,7 @@ class SupervisedRun:
             self._record.stepped(
                 step, metrics | {"num_rows": len(rows), "epoch": self._plan.epoch(self._step)}
             )
-        if is_last or self._step % trainer.checkpoint_interval == 0 or self._is_checkpoint_overdue():
+        if is_last or self._checkpoints.is_due(self._step, trainer, self._ranks):
             self._save()
 
     def _evaluate(self) -> float | None:
@@ -168,13 +159,7 @@ class SupervisedRun:
         for index in indices[self._ranks.rank :: self._ranks.world_size]:
             yield from rows.sequences(index)
 
-    def _is_checkpoint_overdue(self) -> bool:
-        """True when `trainer.checkpoint_minutes` have passed since the last checkpoint, by rank 0's clock."""
-        minutes = self._config.trainer.checkpoint_minutes
-        return minutes > 0 and bool(self._ranks.agree(int(time.monotonic() - self._saved_s >= 60 * minutes)))
-
     def _save(self) -> None:
         self._ranks.place.enter("checkpoint", step=self._step)
         extra = {"sft": {"order": self._plan.order, "eval_loss_before": self._eval_before}}
         self._checkpoints.save(self._step, self._runner.policy, self._optimizer, self._ranks, extra=extra)
-        self._saved_step, self._saved_s = self._step, time.monotonic()

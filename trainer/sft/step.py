@@ -4,7 +4,7 @@
 
 The loss of a step is the mean of -log p over all learned tokens of the step: sums are added up over
 micro-batches and ranks and divided once by the global number of learned tokens. So it depends neither on the
-cuts nor on the number of ranks, and a long answer weighs more than a short one, as in TRL's SFTTrainer.
+cuts nor on the number of ranks, and a long completion weighs more than a short one, as in TRL's SFTTrainer.
 
 Shape suffix: S learned tokens of a micro-batch.
 """
@@ -22,8 +22,7 @@ from areal_like.trajectory import FinishReason, Trajectory
 from trainer.batching.lockstep import in_lockstep
 from trainer.batching.packing import MicroBatch, PackedBatch, Packer, TrainingSample
 from trainer.distributed.ranks import Ranks
-from trainer.metrics.phase_timer import PhaseTimer, clock_of
-from trainer.metrics.speed import PHASES, StepSpeed
+from trainer.metrics.speed import StepSpeed
 from trainer.metrics.step_totals import shared_share
 from trainer.models.policy import Policy
 from trainer.optimizer import ShardedAdamW
@@ -63,8 +62,7 @@ class SupervisedStep:
         reduce_s, update_s, step_s, and those of `StepSpeed`. Without a learned token on any rank no update is
         made.
         """
-        self._ranks.place.enter("lockstep", step=step)
-        timer = PhaseTimer(PHASES, place=self._ranks.place, clock=clock_of(self._ranks.device))
+        timer = self._speed.begin(step)
         sums = self._sums()
         for microbatch, live in in_lockstep(self._cut(timer.timed("wait_s", sequences)), self._ranks):
             with timer.span("compute_s"):
@@ -92,9 +90,7 @@ class SupervisedStep:
             "num_sequences": round(totals[_SEQUENCES]),
             "num_microbatches": round(totals[_MICROBATCHES]),
         }
-        seconds = timer.seconds()
-        speed = self._speed.metrics(seconds, num_tokens=totals[_TOKENS], flops=totals[_FLOPS])
-        return metrics | seconds | speed
+        return metrics | self._speed.metrics(timer, num_tokens=totals[_TOKENS], flops=totals[_FLOPS])
 
     @torch.no_grad()
     def loss(self, sequences: Iterable[TokenRow]) -> float:
@@ -130,9 +126,7 @@ class SupervisedStep:
 
     def _cut(self, sequences: Iterable[TokenRow]) -> Iterator[MicroBatch]:
         packer = Packer(budget_tokens=self._budget_tokens)
-        for sequence in sequences:
-            yield from packer.add([training_sample(sequence)])
-        yield from packer.flush()
+        return packer.microbatches([training_sample(sequence)] for sequence in sequences)
 
 
 def training_sample(row: TokenRow) -> TrainingSample:

@@ -10,6 +10,8 @@ arrival. An objective of scope BATCH waits for the whole step and gets a pass wi
 ranks run equal numbers of micro-batches (see `batching/lockstep.py`).
 
 A group whose advantages are all zero counts in the normalizer but is not run, unless the objective needs it.
+
+Shape suffixes: S sampled tokens of a micro-batch, N its sequences.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ import torch
 from torch import Tensor
 
 from areal_like.config import KlConfig
-from areal_like.errors import ArealError, ConfigError
+from areal_like.errors import ConfigError
 from areal_like.trajectory import Trajectory
+from areal_like.wire.messages.consumer import Group
 from trainer.advantages.base import Estimator
 from trainer.advantages.critic import Critic
 from trainer.advantages.reward_shaping import Shaping
@@ -33,26 +36,20 @@ from trainer.batching.lockstep import in_lockstep
 from trainer.batching.packing import MicroBatch, PackedBatch, Packer, TrainingSample, num_targets
 from trainer.batching.sampled_tokens import SampledTokens
 from trainer.batching.scope import Scope
-from trainer.distributed.ranks import AbandonedError, Ranks
+from trainer.distributed.ranks import IncompleteStepError, Ranks
+from trainer.metrics.lag import LagTally
 from trainer.metrics.model_flops import ModelFlops, cost_of
-from trainer.metrics.phase_timer import PhaseTimer, clock_of
-from trainer.metrics.speed import PHASES, StepSpeed
+from trainer.metrics.phase_timer import PhaseTimer
+from trainer.metrics.speed import StepSpeed
 from trainer.metrics.step_totals import StepTotals
 from trainer.models.policy import Policy
-from trainer.objectives import Need, Objective, StepStats, TokenLosses
+from trainer.objectives import Need, Objective, StepStats
 from trainer.objectives.normalizers import Normalizer
 from trainer.optimizer import ShardedAdamW
-from trainer.profiling.ranges import named_range
-from trainer.step.forward import forward
-from trainer.step.observations import Observations
+from trainer.profiling.ranges import named_range, ranged
+from trainer.step.advantage_pipeline import AdvantagePipeline, Lags, RewardTerms, TrajectoryGroup
 from trainer.step.proximal import ProximalPolicy
 from trainer.step.recipe import warn_of_ignored_settings
-from trainer.step.reward_terms import RewardTerms, TrajectoryGroup
-from trainer.step.scoring import AdvantagePipeline, Lags
-
-
-class IncompleteStepError(ArealError):
-    """A step's groups ended early, or it was abandoned, on some rank; no update was made anywhere."""
 
 
 class StepRunner:
@@ -112,14 +109,20 @@ class StepRunner:
         self._shares_prefixes = objective.shares_prefixes and not objective.late_coefficients
         self._gradients = objective.gradients(policy, ranks)
         self._normalizer = replace(normalizer, name=objective.normalizer or normalizer.name)
-        self._budget_tokens = budget_tokens
-        self._balancer = None
+        self._packer: Packer | Balancer
         if balances and not objective.one_sequence_per_microbatch:
-            self._balancer = Balancer(
+            self._packer = Balancer(
                 ranks,
                 cost=cost_of(ModelFlops.of(policy.model)),
                 budget_tokens=budget_tokens,
                 whole_groups=objective.whole_groups,
+                shares_prefixes=self._shares_prefixes,
+            )
+        else:
+            self._packer = Packer(
+                budget_tokens=budget_tokens,
+                whole_groups=objective.whole_groups,
+                one_sequence_per_microbatch=objective.one_sequence_per_microbatch,
                 shares_prefixes=self._shares_prefixes,
             )
         self._reference = reference
@@ -146,7 +149,7 @@ class StepRunner:
     ) -> dict[str, Any]:
         """Runs one optimizer step after `step` completed ones. Collective.
 
-        Returns the step's metrics (see `_update`), equal on all ranks except for times.
+        Returns the step's metrics (see `_metrics`), equal on all ranks except for times.
 
         `groups`: this rank's share in recorded order (of all groups of the step, j goes to rank j mod world
         size). It may block until the next group arrives; that time is reported as `wait_s`. What it raises
@@ -156,28 +159,93 @@ class StepRunner:
         `is_abandoned`: asked between micro-batches; once it is true on any rank, every rank raises
         IncompleteStepError, and weights, moments and all other state are as before the step.
         """
-        self._ranks.place.enter("lockstep", step=step)
-        timer = PhaseTimer(PHASES, place=self._ranks.place, clock=clock_of(self._ranks.device))
-        totals = StepTotals(self.advantages.extra_totals)
+        objective, is_batch = self._objective, self._objective.scope is Scope.BATCH
+        timer, totals = self._speed.begin(step), StepTotals(self.advantages.extra_totals)
         lags = lags or (lambda trajectory: np.maximum(step - trajectory.versions.astype(np.int64), 0))
+        observed: list[dict[str, Tensor]] = []
+        stats: StepStats = {}
         self._is_first_forward = True
         self.policy.zero_grad()  # a step that was abandoned may have left gradients
-        try:
-            with self._ranks.abandonable(is_abandoned):
-                stats = self._accumulate(groups, totals, timer, lags=lags)
-        except AbandonedError:
-            raise IncompleteStepError(f"step {step} was abandoned in its computation") from None
+        with self._ranks.abandonable(is_abandoned):
+            # Groups -> advantages -> micro-batches, as the groups arrive unless something needs all of them.
+            samples = self.advantages.compute(timer.timed("wait_s", groups), totals, timer, lags=lags)
+            samples = self._with_gradient(samples, totals)
+            microbatches: Iterable[MicroBatch] = self._packer.microbatches(samples)
+            with self._gradients as gradients:
+                if is_batch:  # statistics of the whole step first, in a pass without gradient
+                    microbatches = list(microbatches)  # waits for the last group
+                    with torch.no_grad(), timer.span("compute_s"):
+                        for batch, live in self._in_lockstep(microbatches):
+                            observed.append(self._observe(self._forward(batch, totals, live=live), live=live))
+                    stats = self._summarize(observed)
+
+                # Forward -> losses -> backward. Without statistics of the step, `losses` gets empty ones.
+                for batch, live in self._in_lockstep(microbatches):
+                    with timer.span("compute_s"):
+                        tokens = self._forward(batch, totals, live=live)
+                        with named_range("objective"):
+                            losses = objective.losses(tokens, stats)
+                            loss_S, *counted = self._normalizer.weigh(losses, tokens)
+                        # Times zero: a rank without work runs a dummy forward and backward all the same,
+                        # which keeps FSDP2's collectives in step with the other ranks.
+                        with named_range("backward"):
+                            gradients.add(loss_S if live else loss_S * 0.0, tokens=tokens, batch=batch)
+                        totals.observe(batch, tokens, losses, counted=counted, live=live)
+                        if not is_batch:
+                            observed.append(self._observe(tokens, live=live))
+                if not is_batch:
+                    stats = self._summarize(observed)  # for `lr_scale` alone
+                with timer.span("reduce_s"):
+                    totals.add_all(gradients.finish())
+
+        # Divide -> clip -> AdamW. Only now are the global counts known.
         with timer.span("reduce_s"):
             totals.reduce(self._ranks)
         if num_groups is not None and totals.total("num_groups") < num_groups:
             raise IncompleteStepError(
                 f"step {step} ended with {totals.total('num_groups'):.0f} of {num_groups} groups"
             )
-        # Divide, clip, AdamW: `_update`, and in it `ShardedAdamW.step`. Only now are the global counts known.
-        return self._update(step, stats, totals, timer)
+        divisor = self._normalizer.divisor(
+            num_tokens=totals.total("counted_tokens"), num_seqs=totals.total("counted_seqs")
+        )
+        lr_scale = objective.lr_scale(stats)
+        lr = self.optimizer.learning_rate(step) * lr_scale
+        if self.advantages.is_critic_warmup(step):
+            lr = 0.0
+        with timer.span("update_s"):
+            with named_range("optimizer"):
+                grad_norm = self.optimizer.step(divisor=divisor, lr=lr)
+                if self.proximal is not None:
+                    self.proximal.follow(step)
+            learned = self.advantages.learn(totals, step=step)
+        loss = totals.total("loss") / divisor
+        return self._metrics(timer, totals, learned, loss=loss, grad_norm=grad_norm, lr=lr, lr_scale=lr_scale)
+
+    def run_served(
+        self,
+        groups: Iterable[Group],
+        *,
+        step: int,
+        num_groups: int,
+        max_staleness: int,
+        is_abandoned: Callable[[], bool] = lambda: False,
+    ) -> dict[str, Any]:
+        """`run` on groups as the buffer serves them, with the metrics of their lags. Collective.
+
+        Asserts that no lag is above `max_staleness`.
+        """
+        lags = LagTally(max_staleness)
+        metrics = self.run(
+            (lags.counted(group) for group in groups),
+            step=step,
+            num_groups=num_groups,
+            lags=lags.of_tokens,
+            is_abandoned=is_abandoned,
+        )
+        return metrics | lags.reduced(self._ranks)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint stores beside weights and moments, for `restore`; JSON."""
+        """What a checkpoint stores besides weights and moments, for `restore`; JSON."""
         return {"shaping_duals": self.rewards.duals, "advantage_state": list(self.advantages.state)}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -185,49 +253,7 @@ class StepRunner:
         self.rewards.restore(state["shaping_duals"])
         self.advantages.restore(state.get("advantage_state", []))
 
-    def _accumulate(
-        self,
-        groups: Iterable[TrajectoryGroup],
-        totals: StepTotals,
-        timer: PhaseTimer,
-        *,
-        lags: Callable[[Trajectory], Lags],
-    ) -> StepStats:
-        """Adds up the gradients of all micro-batches; returns the objective's statistics. Collective."""
-        observations = Observations(self._objective, self._ranks)
-        stats: StepStats = {}
-        stats_come_first = self._objective.scope is Scope.BATCH
-        # One list of samples per group of this rank, lazily unless something depends on the whole step.
-        samples = self.advantages.compute(timer.timed("wait_s", groups), totals, timer, lags=lags)
-        microbatches: Iterable[MicroBatch] = self._cut(self._to_run(samples, totals))
-        with self._gradients as gradients:
-            # BATCH: statistics first, then gradients. GROUP: both in one pass; the statistics then only serve
-            # `lr_scale`, and `losses` gets empty ones.
-            if stats_come_first:
-                microbatches = list(microbatches)  # waits for the last group
-                self._observe(microbatches, observations, totals, timer)
-                stats = observations.summarize()
-            for batch, live in in_lockstep(microbatches, self._ranks, shares_prefixes=self._shares_prefixes):
-                with timer.span("compute_s"):
-                    tokens = self._forward(batch, totals, live=live)
-                    with named_range("objective"):
-                        losses = self._objective.losses(tokens, stats)
-                        loss_S, num_tokens, num_seqs = self._normalizer.weigh(losses, tokens)
-                    # Times zero: a rank without work runs a dummy forward and backward all the same, which
-                    # keeps FSDP2's collectives in step with the other ranks.
-                    with named_range("backward"):
-                        gradients.add(loss_S if live else loss_S * 0.0, tokens=tokens, batch=batch)
-                    self._record(totals, batch, tokens, losses, num_tokens, num_seqs, live=live)
-                    if not stats_come_first:
-                        observations.add(tokens, live=live)
-            if not stats_come_first:
-                stats = observations.summarize()
-            with timer.span("reduce_s"):
-                for name, (total, count) in gradients.finish().items():
-                    totals.add(name, total, count=count)
-        return stats
-
-    def _to_run(
+    def _with_gradient(
         self, groups: Iterable[list[TrainingSample]], totals: StepTotals
     ) -> Iterator[list[TrainingSample]]:
         """The groups that need a gradient. The others are only counted."""
@@ -240,72 +266,63 @@ class StepRunner:
             else:
                 yield group
 
-    def _cut(self, groups: Iterable[list[TrainingSample]]) -> Iterator[MicroBatch]:
-        """Yields each micro-batch as soon as it is full; with a balancer, once the step is complete."""
-        if self._balancer is not None:
-            yield from self._balancer.microbatches(list(groups))
-            return
-        packer = Packer(
-            budget_tokens=self._budget_tokens,
-            whole_groups=self._objective.whole_groups,
-            one_sequence_per_microbatch=self._objective.one_sequence_per_microbatch,
-            shares_prefixes=self._shares_prefixes,
-        )
-        for group in groups:
-            yield from packer.add(group)
-        yield from packer.flush()
+    def _in_lockstep(self, microbatches: Iterable[MicroBatch]) -> Iterator[tuple[PackedBatch, bool]]:
+        return in_lockstep(microbatches, self._ranks, shares_prefixes=self._shares_prefixes)
 
+    @ranged("forward")
     def _forward(self, batch: PackedBatch, totals: StepTotals, *, live: bool) -> SampledTokens:
-        with named_range("forward"):
-            tokens = forward(
-                batch,
-                policy=self.policy,
-                reference=self._reference,
-                needs=self._objective.needs,
-                proximal=self.proximal.model if self.proximal else None,
-            )
+        """Log-probs of the micro-batch's sampled tokens, with the inputs that the objective needs.
+
+        Collective under FSDP2.
+        """
+        needs = self._objective.needs
+        logp_S, entropy_S, collision_S = self.policy(batch)
+        # One optimizer step per batch: the weights at the start of the step are the current ones.
+        prox_logp_S = logp_S.detach() if Need.PROX in needs else None
+        ref_logp_S = None
+        with torch.no_grad():
+            if Need.PROX in needs and self.proximal is not None:
+                prox_logp_S = self.proximal.model(batch).logprobs_S
+            if Need.REF in needs:
+                assert self._reference is not None
+                ref_logp_S = self._reference(batch).logprobs_S
         totals.add("model_flops", self._speed.flops_of(batch) if live else 0.0)
         if self._is_first_forward:
             self._is_first_forward = False
-            self.on_first_forward(batch, tokens.logp_S)
-        return tokens
-
-    def _observe(
-        self,
-        microbatches: Iterable[MicroBatch],
-        observations: Observations,
-        totals: StepTotals,
-        timer: PhaseTimer,
-    ) -> None:
-        """The pass without gradient of an objective that depends on the whole step. Collective."""
-        with torch.no_grad(), timer.span("compute_s"):
-            for batch, live in in_lockstep(microbatches, self._ranks, shares_prefixes=self._shares_prefixes):
-                observations.add(self._forward(batch, totals, live=live), live=live)
+            self.on_first_forward(batch, logp_S)
+        return SampledTokens.of(
+            batch,
+            logp_S=logp_S,
+            entropy_S=entropy_S,
+            prox_logp_S=prox_logp_S,
+            ref_logp_S=ref_logp_S,
+            collision_S=collision_S,
+        )
 
     @torch.no_grad()
-    def _record(
-        self,
-        totals: StepTotals,
-        batch: PackedBatch,
-        tokens: SampledTokens,
-        losses: TokenLosses,
-        num_tokens: Tensor,
-        num_seqs: Tensor,
-        *,
-        live: bool,
-    ) -> None:
-        """Adds a micro-batch to the step's totals; `num_tokens` and `num_seqs` count in the normalizer."""
-        totals.observe(tokens, losses, live=live)
-        totals.add("counted_tokens", num_tokens if live else 0.0)
-        totals.add("counted_seqs", num_seqs if live else 0.0)
-        totals.add("num_tokens", float(batch.num_tokens if live else 0))
-        totals.add("num_rows", float(batch.num_rows if live else 0))
-        totals.add("num_microbatches", float(live))
+    def _observe(self, tokens: SampledTokens, *, live: bool) -> dict[str, Tensor]:
+        """The objective's vectors of one micro-batch; of a dummy (not `live`) only their names."""
+        observed = self._objective.observe(tokens)
+        return observed if live else {name: vector[:0] for name, vector in observed.items()}
 
-    def _update(self, step: int, stats: StepStats, totals: StepTotals, timer: PhaseTimer) -> dict[str, Any]:
-        """Divides the accumulated gradients, updates policy and critic, returns the metrics. Collective.
+    def _summarize(self, observed: Sequence[dict[str, Tensor]]) -> StepStats:
+        """The objective's statistics of the step, from what it observed in all micro-batches of all ranks.
 
-        Metrics: loss, grad_norm, lr, lr_scale, lr_base, those of the samples (`StepTotals`), num_groups,
+        Collective if it observes anything.
+        """
+        names = sorted(observed[0]) if observed else []
+        gathered = {
+            name: self._ranks.gather(torch.cat([vectors[name].double().cpu() for vectors in observed]))
+            for name in names
+        }
+        return self._objective.summarize(gathered) if gathered else {}
+
+    def _metrics(
+        self, timer: PhaseTimer, totals: StepTotals, learned: dict[str, float], **update: float
+    ) -> dict[str, Any]:
+        """The metrics of the step that has just ended. Collective.
+
+        loss, grad_norm, lr, lr_scale, lr_base, those of the samples (`StepTotals`), num_groups,
         zero_advantage_groups, num_tokens (of the sequences run), shared_share (of them, not computed),
         num_microbatches (of all ranks), balance (see `Plan.busy_share`), ess_ratio and at other levels,
         ess_weights (at the objective's), log_w_mean, log_w_std, kl_k3, entropy, clipped_fraction,
@@ -315,32 +332,10 @@ class StepRunner:
         reward_baseline (of advantage=running), the critic's, wait_s, compute_s, reduce_s, update_s, step_s,
         and those of `StepSpeed`.
         """
-        lr_scale = self._objective.lr_scale(stats)
-        lr = self.optimizer.learning_rate(step) * lr_scale
-        if self.advantages.is_critic_warmup(step):
-            lr = 0.0
-        divisor = self._normalizer.divisor(
-            num_tokens=totals.total("counted_tokens"), num_seqs=totals.total("counted_seqs")
-        )
-        with timer.span("update_s"):
-            with named_range("optimizer"):
-                grad_norm = self.optimizer.step(divisor=divisor, lr=lr)
-                if self.proximal is not None:
-                    self.proximal.follow(step)
-            critic_metrics = self.advantages.train_critic(step)
-        self.rewards.update_duals(mean_tokens=totals.mean("response_tokens"))
-        metrics = totals.metrics() | self.rewards.metrics() | critic_metrics
-        metrics.update(self.advantages.update_state(totals))
+        metrics = totals.metrics() | learned
         metrics["ess_weights"] = totals.ess_ratios()[self._objective.ess_level]
-        if self._balancer is not None:
-            metrics["balance"] = self._balancer.busy_share
-        metrics.update(loss=totals.total("loss") / divisor, grad_norm=grad_norm)
-        metrics.update(lr=lr, lr_scale=lr_scale, lr_base=self.optimizer.lr)
-        seconds = timer.seconds()
-        return (
-            metrics
-            | seconds
-            | self._speed.metrics(
-                seconds, num_tokens=totals.total("num_tokens"), flops=totals.total("model_flops")
-            )
-        )
+        if isinstance(self._packer, Balancer):
+            metrics["balance"] = self._packer.busy_share
+        metrics |= update | {"lr_base": self.optimizer.lr}
+        num_tokens, flops = totals.total("num_tokens"), totals.total("model_flops")
+        return metrics | self._speed.metrics(timer, num_tokens=num_tokens, flops=flops)

@@ -1,4 +1,4 @@
-"""A warning where learning rate and staleness are together beyond what the method bore in the staleness grid.
+"""Warns where learning rate and staleness are together beyond what the method tolerated in the grid.
 
 The grid (docs/results.md, Staleness) has, for some methods and ages, the largest learning rate at which a run
 still kept 80 % of the method's best on-policy reward. `staleness_bounds.json` holds these bounds; `python -m
@@ -6,9 +6,9 @@ benchmarks.staleness --report` writes it from the results. A job is compared by 
 bound at the smallest age of the grid that is not below its `max_staleness` (beyond the grid, at its largest).
 Ages that are mixed, as in a real queue, come before fixed ones.
 
-What the grid is: a model of 105,000 parameters, the sorting task, answers of up to ten tokens, 400 steps, 64
-samples a step, a constant learning rate. Larger models and longer answers usually bear less, so
-a job without a warning is not thereby safe. A method that is not in the table has no warning.
+What the grid is: a model of 105,000 parameters, the sorting task, completions of up to ten tokens, 400 steps,
+64 samples a step, a constant learning rate. Larger models and longer completions usually tolerate less, so a
+job without a warning is not thereby safe. A method that is not in the table has no warning.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from trainer.objectives import Composed, Objective, build_objective
 
 @dataclass(frozen=True, kw_only=True)
 class Bound:
-    """What one method bore at one age."""
+    """What one method tolerated at one age."""
 
     mode: str
     """Ages of the samples: `fixed` | `mixed`."""
     lag: int
     """Age of every sample (fixed), or the largest (mixed)."""
     lr: float
-    """Largest learning rate that it bore; 0: none that was tried."""
+    """Largest learning rate that it tolerated; 0: none that was tried."""
     failed_lr: float
-    """Smallest that it did not; 0: it bore all that were tried."""
+    """Smallest that it did not; 0: it tolerated all that were tried."""
     failed_reward: float
     """Reward at `failed_lr`."""
 
@@ -50,23 +50,23 @@ def staleness_warning(config: Config, objective: Objective) -> str:
         return ""
     limit = bound.lr or failure.failed_lr
     relation = (
-        f"{lr / limit:.1f} times what it bore at that lag ({limit:g} x {lag})"
+        f"{lr / limit:.1f} times what it tolerated at that lag ({limit:g} x {lag})"
         if bound.lr
-        else f"beyond what it bore: not even the smallest rate that was tried, {limit:g}"
+        else f"beyond what it tolerated: not even the smallest rate that was tried, {limit:g}"
     )
     return (
         f"trainer.lr={lr:g} at max_staleness={lag}: learning rate x lag is {lr * lag:.2g}, {relation} in the "
         f"staleness grid, where {found['method']} at {failure.failed_lr:g} and {failure.mode} ages of "
         f"{failure.lag} steps ended at {failure.failed_reward:.2f} of {found['best']:.2f}. That is of a "
-        "small model on the sorting task; larger ones usually bear less. Lower trainer.lr or max_staleness, "
-        "or choose a method that bears more (docs/results.md, Staleness)"
+        "small model on the sorting task; larger ones usually tolerate less. Lower trainer.lr or "
+        "max_staleness, or choose a method that tolerates more (docs/results.md, Staleness)"
     )
 
 
 def _method_of(objective: Objective, *, max_tokens: int) -> dict[str, Any] | None:
     """The table's entry with the same settings, masks and terms aside.
 
-    Without one, of those with the same class that which bears most.
+    Without one, of those with the same class that which tolerates most.
     """
     inner = objective.inner if isinstance(objective, Composed) else objective
     entries = [(each, build_objective(each["objective"], max_tokens=max_tokens)) for each in _table()]

@@ -37,7 +37,7 @@ class TrackedRow:
     """The numbers of one optimizer step, or of one evaluation."""
 
     step: int
-    """Of a step: steps completed before it. Of an evaluation: the step whose weights were evaluated."""
+    """For a step: steps completed before it. For an evaluation: the step whose weights were evaluated."""
     time_unix_s: float
     """When the step or evaluation ended."""
     is_evaluation: bool

@@ -60,8 +60,10 @@ class Trackers:
 
         def earlier_rows(aliases: Aliases) -> Iterator[TrackedRow]:
             files = (
-                map(functools.partial(tracked, aliases=aliases), read_rows(path))
-                for path, tracked in ((paths.metrics, _step), (paths.evaluations, _evaluation))
+                map(
+                    functools.partial(_tracked, aliases=aliases, is_evaluation=is_evaluation), read_rows(path)
+                )
+                for path, is_evaluation in ((paths.metrics, False), (paths.evaluations, True))
             )
             # The files grow meanwhile: their new rows come through the queue.
             for row in heapq.merge(*files, key=lambda row: row.time_unix_s):
@@ -88,13 +90,11 @@ class Trackers:
 
     def stepped(self, row: Mapping[str, Any]) -> None:
         """Gives the trackers a row of metrics.jsonl."""
-        for feed in self._feeds:
-            feed.put(_step(row, aliases=feed.tracker.aliases))
+        self._put(row, is_evaluation=False)
 
     def evaluated(self, row: Mapping[str, Any]) -> None:
         """Gives the trackers a row of evaluations.jsonl."""
-        for feed in self._feeds:
-            feed.put(_evaluation(row, aliases=feed.tracker.aliases))
+        self._put(row, is_evaluation=True)
 
     def status(self) -> dict[str, Any]:
         """By tracker: its state, its rows by outcome, and its first failure."""
@@ -124,22 +124,18 @@ class Trackers:
                 log.warning("the tracker %s did not end within %.0f s: %s", feed.name, limit_s, feed.status())
                 feed.abandon()
 
+    def _put(self, row: Mapping[str, Any], *, is_evaluation: bool) -> None:
+        for feed in self._feeds:
+            feed.put(_tracked(row, aliases=feed.tracker.aliases, is_evaluation=is_evaluation))
 
-def _step(row: Mapping[str, Any], *, aliases: Aliases) -> TrackedRow:
+
+def _tracked(row: Mapping[str, Any], *, aliases: Aliases, is_evaluation: bool) -> TrackedRow:
+    numbers = evaluation_numbers if is_evaluation else step_numbers
     return TrackedRow(
         step=row["step"],
         time_unix_s=row["time_unix_s"],
-        is_evaluation=False,
-        numbers=step_numbers(row, aliases=aliases),
-    )
-
-
-def _evaluation(row: Mapping[str, Any], *, aliases: Aliases) -> TrackedRow:
-    return TrackedRow(
-        step=row["step"],
-        time_unix_s=row["time_unix_s"],
-        is_evaluation=True,
-        numbers=evaluation_numbers(row, aliases=aliases),
+        is_evaluation=is_evaluation,
+        numbers=numbers(row, aliases=aliases),
     )
 
 

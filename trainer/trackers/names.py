@@ -29,7 +29,7 @@ _PERFORMANCE = (
 _GROUP_OF = dict.fromkeys(_STABILITY, "stability") | dict.fromkeys(_PERFORMANCE, "performance")
 _OTHER_GROUP = "train"
 _NOT_TRACKED = ("step", "time_unix_s", "eval_reward")
-"""Columns that are no numbers of the step: evaluations have rows of their own."""
+"""Columns that are not numbers of the step: evaluations have rows of their own."""
 _OF_EVALUATION = ("ci_low", "ci_high", "truncated_fraction", "mean_tokens", "num_failed", "seconds")
 
 VERL: dict[str, tuple[str, ...]] = {
@@ -90,7 +90,7 @@ def step_numbers(row: Mapping[str, Any], *, aliases: str = "none") -> dict[str, 
 
 
 def evaluation_numbers(row: Mapping[str, Any], *, aliases: str = "none") -> dict[str, float]:
-    """The numbers of a row of evaluations.jsonl: `eval/SET/avg@N` over N answers, `eval/SET/pass@K`, ..."""
+    """The numbers of a row of evaluations.jsonl: `eval/SET/avg@N` of N completions, `eval/SET/pass@K`, ..."""
     group = f"{EVALUATION}/{row['set']}"
     named = {f"{group}/avg@{row['num_samples']}": row["avg"]}
     named |= {f"{group}/pass@{k}": share for k, share in row["pass_at_k"].items()}

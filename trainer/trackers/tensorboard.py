@@ -91,5 +91,5 @@ class TensorBoard(Tracker):
 
 
 def _fenced(value: Mapping[str, Any]) -> str:
-    """As a Markdown code block, which TensorBoard's text page shows unchanged."""
+    """Text as a Markdown code block, which TensorBoard's text page shows unchanged."""
     return "\n".join(f"    {line}" for line in json.dumps(value, indent=2, default=repr).splitlines())

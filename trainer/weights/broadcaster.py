@@ -1,4 +1,8 @@
-"""Pushes one snapshot of the weights from trainer rank 0 to the rollout servers.
+"""Pushes one snapshot of the weights from trainer rank 0 to the rollout servers, in three layers:
+
+    Broadcaster          which servers share a process group, and what a failure means for the next push
+    WeightGroupSession   one process group (NCCL or gloo): its rendezvous, its pushes, its end
+    BucketSender         the buckets of one push, in threads: the blocking part
 
 `weights.topology` decides which servers share a process group. `shared`: all servers are in one group. One
 broadcast serves all of them, and if one server breaks it, the push fails for all of them. `per_engine`: each
@@ -11,6 +15,18 @@ pause for an update.
 A server that fails or misses its deadline backs off (`receivers.py`). If a shared broadcast breaks and every
 receiver survives it, rank 0 cannot know which server failed. A server that was in `_ISOLATE_AFTER` such
 pushes in a row therefore gets its own group, where the faulty server fails alone.
+
+The members of a session never change, and a session is never repaired. After a failure its members leave it
+and the next push forms a new session, because rank 0 cannot distinguish a rank that is still blocked in a
+broken group from a rank that is not. DissolveGroup makes the survivors of a broken broadcast leave the group,
+which ends their wait; the time until they have left is their recovery time.
+
+Control messages run in the caller's event loop, the blocking broadcast in a thread of its session, so that a
+session that hangs does not delay other sessions. Every wait for such a thread is bounded: a thread that never
+returns is abandoned with its group.
+
+On the wire a session's number is the field `epoch` of FormGroup, PushWeights and DissolveGroup (in the code,
+an epoch is a pass over the prompts).
 """
 
 from __future__ import annotations
@@ -20,21 +36,31 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+from torch import device as Device
 
 from areal_like.config import WeightsConfig
 from areal_like.errors import ConfigError, WeightSyncError
+from areal_like.runtime.threads import in_thread
 from areal_like.runtime.waits import PendingWaits
 from areal_like.security.keyring import Keyring
 from areal_like.weights.buckets import Manifest
 from areal_like.weights.collective import WeightGroup, device_facts
+from areal_like.weights.integrity import BucketSums
 from areal_like.wire.messages.consumer import ServerEntry
 from areal_like.wire.messages.weights import (
     Alive,
     AskAlive,
+    DissolveGroup,
+    FormGroup,
+    PushChecksums,
     PushWeights,
     ScoreTokens,
     TokenScores,
@@ -42,18 +68,15 @@ from areal_like.wire.messages.weights import (
     WeightsOk,
 )
 from trainer.weights.backend import NcclTrial, choose_backend, refuse_mixed_nccl
-from trainer.weights.group_session import ALIVE_S, SessionOutcome, WeightGroupSession, assign_ranks
 from trainer.weights.receivers import (
     Receiver,
     ReceiverBackoff,
     ReceiverId,
-    Reply,
-    failure_reason,
     has_valid_key,
     receiver_id,
     split_groups,
 )
-from trainer.weights.snapshot import Snapshot
+from trainer.weights.snapshot import GatheredBucket, Snapshot
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +109,7 @@ class PushOutcome:
 class Broadcaster:
     """Pushes snapshots to servers, one `push` at a time. For each group of servers a push does this:
 
-        alive = await receiver.request(AskAlive())          # each receiver; the silent ones are left out
+        alive = await receiver.request(AskAlive(), Alive)   # each receiver; the silent ones are left out
         session = WeightGroupSession(group=WeightGroup.create(backend=...), ...)    # an NCCL or gloo group
         await session.form()                                # FormGroup to each receiver, then the rendezvous
         await session.stage(snapshot, ...)                  # only if an engine loads in place
@@ -137,7 +160,7 @@ class Broadcaster:
         """Sends an acquired snapshot to every eligible server of the directory and waits for activation.
 
         Failures of servers do not raise; their reasons are in the outcome. Raises ConfigError when
-        `weights.host` is no address of this machine, or the first session finds every port of
+        `weights.host` is not an address of this machine, or the first session finds every port of
         `weights.port_range` taken. Later a port is taken for a while only, and the push is tried again.
         """
         self._directory = {receiver_id(entry): entry for entry in servers}
@@ -167,10 +190,17 @@ class Broadcaster:
         """Asks a server of the last push for log-probs; every failure is a WeightsFailed."""
         if (known := self._receivers.get(receiver)) is None:
             return WeightsFailed(version=-1, reason="no longer connected")
-        return await known.score(request, timeout_s=_SCORE_S)
+        return await known.request(request, TokenScores, timeout_s=_SCORE_S)
 
-    async def close(self) -> None:
-        """Dissolves the groups and closes every link."""
+    async def close(self, left: Collection[ReceiverId] | None = None) -> None:
+        """Dissolves the groups and closes every link.
+
+        `left`: the servers that are still there; None: all. Nobody is asked to leave a group of which none is
+        there: a killed launcher takes its servers with it, and the trainer would wait for their replies.
+        """
+        for session in list(self._sessions.values()):
+            if left is not None and session.receiver_ids.isdisjoint(left):
+                await self._dissolve(session, is_broken=True)
         await self._dissolve_all_except(())
         for receiver in self._receivers.values():
             receiver.link.close()
@@ -221,13 +251,13 @@ class Broadcaster:
         if (session := self._sessions.get(frozenset(group))) is not None:
             return session
         receivers = self._connected(group, outcome)
-        replies = await asyncio.gather(*(r.request(AskAlive(), timeout_s=ALIVE_S) for r in receivers))
+        replies = await asyncio.gather(*(r.request(AskAlive(), Alive, timeout_s=ALIVE_S) for r in receivers))
         alive = dict[ReceiverId, Alive]()
         for receiver, reply in zip(receivers, replies, strict=True):
             if isinstance(reply, Alive):
                 alive[receiver.id] = reply
             else:
-                self._record_failure(receiver, reply, outcome)
+                self._record_failure(receiver, reply.reason, outcome)
         receivers = [receiver for receiver in receivers if receiver.id in alive]
         if not receivers:
             return None
@@ -237,7 +267,7 @@ class Broadcaster:
             if self.num_sessions == 1:
                 raise ConfigError(str(error)) from None
             for receiver in receivers:
-                self._record_failure(receiver, WeightsFailed(version=-1, reason=str(error)), outcome)
+                self._record_failure(receiver, str(error), outcome)
             return None
         formed = await session.form()
         if self._record_replies(session, formed, outcome) < len(receivers) or formed.broken_reason:
@@ -257,7 +287,7 @@ class Broadcaster:
         if warning and warning != self._last_warning:
             log.warning("weights travel over gloo: %s", warning)
         self._last_warning = warning
-        rank_ranges, world_size = assign_ranks(receivers, alive)
+        first_ranks, world_size = assign_ranks(alive)
         is_authenticated = backend == "gloo" and all(engine.authenticates_store for engine in alive)
         group = WeightGroup.create(
             host=self._config.host,
@@ -271,7 +301,8 @@ class Broadcaster:
         return WeightGroupSession(
             number=self.num_sessions,
             group=group,
-            rank_ranges=rank_ranges,
+            receivers=receivers,
+            first_ranks=first_ranks,
             device=self._device,
             loads_in_place=any(engine.loads_in_place for engine in alive),
         )
@@ -290,26 +321,29 @@ class Broadcaster:
         """
         num_succeeded = 0
         for receiver, reply in zip(session.receivers, result.replies, strict=True):
-            key = receiver.id
+            key, name = receiver.id, receiver.entry.name
+            reason = (
+                reply.reason
+                if isinstance(reply, WeightsFailed)
+                else f"is at version {reply.version} after the push of {version}"
+            )
             if isinstance(reply, WeightsOk) and version in (None, reply.version):
                 num_succeeded += 1
                 if version is not None:
-                    outcome.activated[receiver.entry.name] = reply
+                    outcome.activated[name] = reply
                     self._backoff.record_success(key)
                     del self._num_breaks_survived[key]
             elif key in result.not_at_fault and (
                 len(session.receivers) > 1 or self._num_breaks_survived[key] < _ISOLATE_AFTER
             ):
-                outcome.failed[receiver.entry.name] = failure_reason(reply, version)
+                outcome.failed[name] = reason
                 self._num_breaks_survived[key] += 1
             else:
-                self._record_failure(receiver, reply, outcome, version=version)
+                self._record_failure(receiver, reason, outcome)
         return num_succeeded
 
-    def _record_failure(
-        self, receiver: Receiver, reply: Reply, outcome: PushOutcome, *, version: int | None = None
-    ) -> None:
-        outcome.failed[receiver.entry.name] = failure_reason(reply, version)
+    def _record_failure(self, receiver: Receiver, reason: str, outcome: PushOutcome) -> None:
+        outcome.failed[receiver.entry.name] = reason
         self._backoff.record_failure(self._directory[receiver.id], now_s=time.monotonic())
         del self._num_breaks_survived[receiver.id]
 
@@ -345,3 +379,338 @@ class Broadcaster:
     async def _dissolve(self, session: WeightGroupSession, *, is_broken: bool) -> None:
         self._sessions.pop(session.receiver_ids, None)
         await session.dissolve(is_broken=is_broken)
+
+
+T = TypeVar("T")
+
+ALIVE_S = 2.0
+"""Time in which a healthy control socket replies. Also the grace period for survivors of a broken broadcast,
+and for a broadcast after a receiver has failed."""
+_REPLY_GRACE_S = 5.0
+"""Time after a push's deadline in which a receiver may ask its engine which weights it has."""
+
+
+def assign_ranks(alive: Sequence[Alive]) -> tuple[list[int], int]:
+    """(first rank of each receiver, the group's world size): rank 0 is the trainer.
+
+    A receiver has one rank for each tensor-parallel rank, from its first rank on.
+    """
+    *first_ranks, world_size = accumulate((reply.num_ranks for reply in alive), initial=1)
+    return first_ranks, world_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionOutcome:
+    """Result of forming a session, or of one push through it."""
+
+    replies: list[WeightsOk | WeightsFailed]
+    """One for each receiver, in their order."""
+    not_at_fault: set[ReceiverId] = field(default_factory=set)
+    """Receivers that failed only because another receiver did."""
+    broken_reason: str = ""
+    """Why the group broke; empty if it did not."""
+    recovery_s: dict[str, float] = field(default_factory=dict)
+    """Name of each survivor of a broken broadcast -> seconds until it had left the group."""
+    broadcast_s: float = 0.0
+    """From the request to the end of the last broadcast, at rank 0."""
+
+
+class WeightGroupSession:
+    """A process group for pushes. All methods run in one event loop.
+
+    form() -> FORMED -> push() -> push() -> ... -> dissolve()
+      |                   +-> broken, or a receiver failed: dissolve() and form another session
+      +-> not formed (a receiver refused or did not come): dissolve()
+    """
+
+    def __init__(
+        self,
+        *,
+        number: int,
+        group: WeightGroup,
+        receivers: Sequence[Receiver],
+        first_ranks: Sequence[int],
+        device: Device,
+        loads_in_place: bool = False,
+    ) -> None:
+        """`loads_in_place`: one of the engines does not decode while it receives, so `stage` comes first."""
+        self.number = number
+        self.loads_in_place = loads_in_place
+        self.group = group
+        self.receivers = list(receivers)
+        self._first_ranks = first_ranks
+        self._sender = BucketSender(group, device=device, name=f"weight-session-{number}")
+
+    @property
+    def receiver_ids(self) -> frozenset[ReceiverId]:
+        """Ids of the receivers."""
+        return frozenset(receiver.id for receiver in self.receivers)
+
+    async def form(self) -> SessionOutcome:
+        """Sends FormGroup to every receiver and meets them in the rendezvous.
+
+        If one of them failed, the session is not usable: call `dissolve`.
+        """
+        timeout_s = self.group.timeout_s
+        requests = [
+            asyncio.create_task(
+                receiver.request(self._form_group(rank), WeightsOk, timeout_s=timeout_s + 2 * ALIVE_S)
+            )
+            for receiver, rank in zip(self.receivers, self._first_ranks, strict=True)
+        ]
+        connecting = in_thread(self.group.connect, name=f"weight-session-{self.number}")
+        not_at_fault: set[ReceiverId] = set()
+        broken_reason = ""
+        try:
+            await _wait_unless_refused(connecting, requests, timeout_s=timeout_s + ALIVE_S)
+        except WeightSyncError as error:
+            log.warning("weight session %d was not formed: %s", self.number, error)
+            broken_reason = str(error)
+            # A receiver that still waits in the rendezvous has not failed; it replies to DissolveGroup.
+            not_at_fault = {
+                receiver.id
+                for receiver, request in zip(self.receivers, requests, strict=True)
+                if not request.done()
+            }
+            await self._leave_group()
+            await self._ask_all_to_leave()
+        replies = [
+            # A receiver that was interrupted knows only that it was: rank 0 knows why.
+            WeightsFailed(version=reply.version, reason=broken_reason)
+            if receiver.id in not_at_fault and isinstance(reply, WeightsFailed)
+            else reply
+            for receiver, reply in zip(self.receivers, await asyncio.gather(*requests), strict=True)
+        ]
+        if not broken_reason and all(isinstance(reply, WeightsOk) for reply in replies):
+            closing = in_thread(self.group.close_store, name=f"weight-session-{self.number}-store")
+            await asyncio.wait([closing], timeout=ALIVE_S)
+        return SessionOutcome(replies=replies, not_at_fault=not_at_fault, broken_reason=broken_reason)
+
+    async def stage(self, snapshot: Snapshot, *, integrity: str, timeout_s: float) -> None:
+        """Makes every bucket ready, so that engines that are paused wait only for the broadcast.
+
+        Raises WeightSyncError if it fails or takes longer than `timeout_s`.
+        """
+        staging = in_thread(
+            lambda: snapshot.stage(integrity=integrity), name=f"weight-session-{self.number}-stage"
+        )
+        await _wait_unless_refused(staging, (), timeout_s=timeout_s)
+
+    async def push(self, request: PushWeights, snapshot: Snapshot) -> SessionOutcome:
+        """Broadcasts the snapshot's buckets and waits for activation.
+
+        On return every receiver has replied or its request was cancelled, also if the broadcast broke.
+        """
+        requests = [
+            asyncio.create_task(
+                receiver.request(request, WeightsOk, timeout_s=request.timeout_s + _REPLY_GRACE_S + ALIVE_S)
+            )
+            for receiver in self.receivers
+        ]
+        recovery_s: dict[str, float] = {}
+        broken_reason = ""
+        started_s = time.monotonic()
+        broadcast_s = 0.0
+        try:
+            sending = in_thread(
+                lambda: self._sender.send(snapshot, integrity=request.integrity, timeout_s=request.timeout_s),
+                name=f"weight-session-{self.number}",
+            )
+            # A receiver that failed may still take part in the broadcast, or may have received all of it
+            # already. The broadcast may then succeed for the other receivers, hence the grace period.
+            sums = await _wait_unless_refused(sending, requests, timeout_s=request.timeout_s, grace_s=ALIVE_S)
+        except WeightSyncError as error:
+            broken_reason = str(error)
+            await self._leave_group()
+            # Survivors may be blocked in the broadcast that the dead peer broke: DissolveGroup makes them
+            # reply.
+            recovery_s, _ = await asyncio.gather(
+                self._ask_all_to_leave(), asyncio.wait(requests, timeout=ALIVE_S)
+            )
+        else:
+            broadcast_s = time.monotonic() - started_s
+            sent = PushChecksums(version=request.version, checksums=sums.checksums, digests=sums.digests)
+            for receiver in self.receivers:
+                receiver.link.send(sent)
+            await _wait_for_replies_while_alive(self.receivers, requests, sent=sent)
+        for task in requests:
+            task.cancel()
+        replies = [
+            WeightsFailed(version=-1, reason="silent") if isinstance(reply, BaseException) else reply
+            for reply in await asyncio.gather(*requests, return_exceptions=True)
+        ]
+        survivors = set[ReceiverId]()
+        # A receiver that reports the failure has survived it; the receiver that caused it is silent.
+        if broken_reason:
+            survivors = {
+                receiver.id
+                for receiver, reply in zip(self.receivers, replies, strict=True)
+                if isinstance(reply, WeightsFailed) and reply.version >= 0
+            }
+        return SessionOutcome(
+            replies=replies,
+            not_at_fault=survivors,
+            broken_reason=broken_reason,
+            recovery_s=recovery_s,
+            broadcast_s=broadcast_s,
+        )
+
+    async def dissolve(self, *, is_broken: bool) -> None:
+        """Leaves the group. If it is not broken, the receivers get DissolveGroup first."""
+        if not is_broken:
+            await self._ask_all_to_leave()
+        await self._leave_group()
+        self._sender.close()
+
+    async def _leave_group(self) -> None:
+        # In a thread: NCCL's abort, and the broadcast that it ends, may wait for a receiver that hangs.
+        leaving = in_thread(self.group.close, name=f"weight-session-{self.number}-close")
+        await asyncio.wait([leaving], timeout=ALIVE_S)
+
+    def _form_group(self, rank: int) -> FormGroup:
+        return FormGroup(
+            epoch=self.number,
+            group_name=self.group.group_name,
+            master_address=self.group.address,
+            master_port=self.group.port,
+            rank=rank,
+            world_size=self.group.world_size,
+            backend=self.group.backend,
+            # Longer than rank 0's own timeout, so that at its end a receiver that still waits has not replied
+            # yet, while a receiver that refused has.
+            timeout_s=self.group.timeout_s + ALIVE_S,
+            secret=self.group.secret,
+        )
+
+    async def _ask_all_to_leave(self) -> dict[str, float]:
+        """Sends DissolveGroup to every receiver; returns name -> seconds until it had left the group."""
+        started_s = time.monotonic()
+        left_after_s: dict[str, float] = {}
+
+        async def ask_to_leave(receiver: Receiver) -> None:
+            request = DissolveGroup(epoch=self.number, group_name=self.group.group_name)
+            reply = await receiver.request(request, WeightsOk, timeout_s=ALIVE_S)
+            if not isinstance(reply, WeightsFailed):
+                left_after_s[receiver.entry.name] = time.monotonic() - started_s
+
+        await asyncio.gather(*map(ask_to_leave, self.receivers))
+        return left_after_s
+
+
+async def _wait_unless_refused(
+    work: asyncio.Future[T],
+    requests: Sequence[asyncio.Task[WeightsOk | WeightsFailed]],
+    *,
+    timeout_s: float,
+    grace_s: float = 0.0,
+) -> T:
+    """Waits for rank 0's own part and returns its result.
+
+    Raises WeightSyncError at the timeout, or `grace_s` after a receiver has replied WeightsFailed.
+    """
+    loop = asyncio.get_running_loop()
+    end_s, reason = loop.time() + timeout_s, f"rank 0 was not done within {timeout_s:.4g} s"
+    pending: set[asyncio.Future[Any]] = set(requests)
+    while not work.done() and (left_s := end_s - loop.time()) > 0:
+        done, _ = await asyncio.wait({work, *pending}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+        for request in pending & done:
+            if isinstance(refusal := request.result(), WeightsFailed):
+                end_s, reason = min(end_s, loop.time() + grace_s), f"a receiver failed: {refusal.reason}"
+        pending -= done
+    if not work.done():
+        work.cancel()
+        raise WeightSyncError(reason)
+    return work.result()
+
+
+async def _wait_for_replies_while_alive(
+    receivers: list[Receiver], requests: list[asyncio.Task[WeightsOk | WeightsFailed]], *, sent: PushChecksums
+) -> None:
+    """Waits for the replies to a push, but not for a server that no longer replies to AskAlive.
+
+    `sent` is repeated meanwhile: a connection that was interrupted (a renewed key) may have lost it.
+
+    A server may die with the whole broadcast in its socket's buffer: the broadcast succeeds and no reply ever
+    comes.
+    """
+    pending = dict(zip(requests, receivers, strict=True))
+    while pending:
+        done, _ = await asyncio.wait(pending, timeout=ALIVE_S, return_when=asyncio.FIRST_COMPLETED)
+        if not done:
+            for receiver in pending.values():
+                receiver.link.send(sent)
+            alive = await asyncio.gather(
+                *(receiver.request(AskAlive(), Alive, timeout_s=ALIVE_S) for receiver in pending.values())
+            )
+            done = {
+                task for task, reply in zip(pending, alive, strict=True) if isinstance(reply, WeightsFailed)
+            }
+        for task in done:
+            del pending[task]
+
+
+class BucketSender:
+    """Sends snapshots through one group. `close` it when the group is dissolved."""
+
+    def __init__(self, group: WeightGroup, *, device: torch.device, name: str) -> None:
+        """`device`: of the trainer. `name`: of the threads."""
+        self._group = group
+        self._device = device
+        # Separate streams: on the default stream training would wait for the whole broadcast, and the
+        # broadcast for everything that training has queued.
+        self._stream: torch.cuda.Stream | None = None
+        self._copy_stream: torch.cuda.Stream | None = None
+        if group.backend == "nccl":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._copy_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._reader = ThreadPoolExecutor(
+            max_workers=1, thread_name_prefix=f"{name}-read", initializer=self._choose_device
+        )
+
+    def send(self, snapshot: Snapshot, *, integrity: str, timeout_s: float) -> BucketSums:
+        """Broadcasts every bucket and returns their sums. Blocks.
+
+        `timeout_s`: of each broadcast. Raises WeightSyncError; the group is then broken.
+        """
+        self._choose_device()
+        with torch.cuda.stream(self._stream):
+            return self._send(snapshot, integrity=integrity, timeout_s=timeout_s)
+
+    def close(self) -> None:
+        """Ends the reading thread, without waiting for it."""
+        self._reader.shutdown(wait=False)
+
+    def _choose_device(self) -> None:
+        """A new thread's GPU is number 0, and leaving a stream's context sets that one again, which since
+        CUDA 12 makes a context there: half a gigabyte of a GPU that may be an engine's."""
+        if self._stream is not None:
+            torch.cuda.set_device(self._device)
+
+    def _send(self, snapshot: Snapshot, *, integrity: str, timeout_s: float) -> BucketSums:
+        sums = BucketSums(checksums=[], digests=[])
+        next_read = self._reader.submit(self._read, snapshot, 0)
+        for index in range(len(snapshot.buckets)):
+            bucket, on_wire = next_read.result()
+            if index + 1 < len(snapshot.buckets):
+                next_read = self._reader.submit(self._read, snapshot, index + 1)
+            summing = self._reader.submit(bucket.sums, integrity=integrity)
+            self._group.broadcast(on_wire, timeout_s=timeout_s)
+            found, digest = summing.result()
+            sums.checksums.append(found)
+            sums.digests.extend([digest] if digest else [])
+        return sums
+
+    def _read(self, snapshot: Snapshot, index: int) -> tuple[GatheredBucket, Tensor]:
+        """A bucket, and its bytes on the device that the group sends from. Runs in the reader's thread."""
+        bucket = snapshot.read(index)
+        if self._copy_stream is None:
+            return bucket, bucket.data
+        try:
+            with torch.cuda.stream(self._copy_stream):
+                on_wire = bucket.data.to(self._device, non_blocking=True)
+            self._copy_stream.synchronize()
+        except RuntimeError as error:  # the GPU's memory is full: a later push may find room
+            raise WeightSyncError(
+                f"could not copy a bucket of {len(bucket.data)} bytes to {self._device}: {error}"
+            ) from None
+        return bucket, on_wire

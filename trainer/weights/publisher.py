@@ -16,11 +16,11 @@ from typing import Any
 
 from areal_like.errors import ArealError
 from areal_like.wire.messages.consumer import AllocVersion, ServerEntry, VersionGranted
+from areal_like.wire.messages.producer import ServerState
 from trainer.weights.broadcaster import Broadcaster
+from trainer.weights.checks import NOISE, CheckReport, WeightChecks
 from trainer.weights.receivers import ReceiverId, receiver_id
 from trainer.weights.snapshot import Snapshot
-from trainer.weights.weight_check import NOISE
-from trainer.weights.weight_checks import CheckReport, WeightChecks
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class Publisher:
         """`call`: sends a request to the buffer. `servers`: the buffer's directory of rollout servers.
 
         `on_failure`: called with the error when the task fails, because nothing awaits the task until the
-        end of training. `on_check`: called with each comparison of log-probs (weight_checks.py).
+        end of training. `on_check`: called with each comparison of log-probs (`checks.py`).
         `check_interval_s`: shortest time between two of one server; None: there are none. `check_noise`: as
         of JumpDetector.
         """
@@ -135,12 +135,13 @@ class Publisher:
         return self.active_version
 
     async def close(self) -> None:
-        """Ends the task and dissolves the weight groups."""
+        """Ends the task and dissolves the weight groups, of the servers that are left."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
         if self.checks is not None:
             await self.checks.close()
-        await self._broadcaster.close()
+        left = [server for server in self._servers() if server.state != ServerState.DRAINING]
+        await self._broadcaster.close({receiver_id(server) for server in left})
 
     def directory_changed(self) -> None:
         """Call this when a server joined or changed: a server that is behind gets the newest weights."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from areal_like.errors import ArealError, ConfigError, WeightSyncError
 from areal_like.runtime.waits import PendingWaits
@@ -32,7 +32,8 @@ from areal_like.wire.messages.weights import (
 
 ReceiverId = tuple[str, int]
 """(name, incarnation): a restarted server is another receiver."""
-Reply = Alive | WeightsOk | WeightsFailed
+R = TypeVar("R", Alive, WeightsOk, TokenScores)
+"""The reply that a request asks for."""
 
 
 def receiver_id(entry: ServerEntry) -> ReceiverId:
@@ -103,39 +104,20 @@ class Receiver:
         """(name, incarnation)."""
         return receiver_id(self.entry)
 
-    async def request(self, request: Any, *, timeout_s: float) -> Reply:
+    async def request(self, request: Any, expected: type[R], *, timeout_s: float) -> R | WeightsFailed:
         """Sends a request and returns the reply.
 
-        A timeout, a refusal or an unexpected reply becomes WeightsFailed.
+        A timeout, a refusal or a reply of another type than `expected` becomes WeightsFailed.
         """
         try:
             with self.waits(f"weights: {self.entry.name} to {_wanted(request)}"):
                 reply = await self.link.call(request, timeout_s=timeout_s)
         except ArealError as error:
             return WeightsFailed(version=-1, reason=str(error))
-        if not isinstance(reply, (Alive, WeightsOk, WeightsFailed)):
+        if not isinstance(reply, (expected, WeightsFailed)):
             reason = f"replied {type(reply).__name__} to {type(request).__name__}"
             return WeightsFailed(version=-1, reason=reason)
         return reply
-
-    async def score(self, request: ScoreTokens, *, timeout_s: float) -> TokenScores | WeightsFailed:
-        """As `request`, for log-probs."""
-        try:
-            reply = await self.link.call(request, timeout_s=timeout_s)
-        except ArealError as error:
-            return WeightsFailed(version=-1, reason=str(error))
-        if not isinstance(reply, (TokenScores, WeightsFailed)):
-            return WeightsFailed(version=-1, reason=f"replied {type(reply).__name__} to ScoreTokens")
-        return reply
-
-
-def failure_reason(reply: Reply, version: int | None) -> str:
-    """Why a reply to a push of this version (None: to a rendezvous) is a failure."""
-    if isinstance(reply, WeightsFailed):
-        return reply.reason
-    if isinstance(reply, WeightsOk):
-        return f"is at version {reply.version} after the push of {version}"
-    return f"replied {type(reply).__name__}"
 
 
 def _wanted(request: Any) -> str:
@@ -147,7 +129,9 @@ def _wanted(request: Any) -> str:
             return "join the weight group"
         case DissolveGroup():
             return "leave the weight group"
-    return "answer"
+        case ScoreTokens():
+            return "score tokens"
+    return "reply"
 
 
 @dataclass(frozen=True, kw_only=True)

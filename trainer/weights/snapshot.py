@@ -4,11 +4,11 @@
     snapshot.stage()              on rank 0, in any thread: every bucket and its sums are ready to be sent
     snapshot.read(i)              on rank 0, in any thread: bucket i
 
-Two ways to bring the rows of all ranks together. `BackgroundGather` (background_gather.py), on CPUs: training
-waits only for a copy of each rank's own rows, and rank 0 gathers them later, bucket by bucket, over a gloo
-group of their own. `BoundaryGather` (boundary_gather.py), on GPUs: the ranks gather before training
-continues, over the training's own NCCL group, because a second NCCL communicator must not run beside it
-without an order between the two.
+Two ways to bring the rows of all ranks together. `BackgroundGather`, on CPUs: training waits only for a copy
+of each rank's own rows, and rank 0 gathers them later, bucket by bucket, over a gloo group of their own.
+`BoundaryGather`, on GPUs: the ranks gather before training continues, over the training's own NCCL group,
+because a second NCCL communicator must not run at the same time without an order between the two. Both send
+the parts of a bucket that `PushLayout` describes.
 
 At most two snapshots are held: the one that is being pushed and the newest. A new snapshot reuses the memory
 of the newest one unless that is being pushed, so memory use does not grow during a run.
@@ -16,21 +16,31 @@ of the newest one unless that is being pushed, so memory use does not grow durin
 
 from __future__ import annotations
 
+import logging
 import threading
 from abc import ABC, abstractmethod
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import timedelta
 from functools import cached_property
-from typing import Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from areal_like.errors import WeightSyncError
-from areal_like.weights.buckets import Bucket, checksum
+from areal_like.runtime.threads import NamedThread
+from areal_like.weights.buckets import Bucket, TensorSpec, checksum, cut_buckets, spec_of, unflatten
+from areal_like.weights.hf_layout import HfTensor, hf_tensors
 from areal_like.weights.integrity import sha256
 from trainer.distributed.ranks import Ranks
+from trainer.distributed.sharding import local, row_range
 from trainer.models.policy import Policy
-from trainer.weights.rank_parts import PushLayout
+
+log = logging.getLogger(__name__)
 
 _NONE = -1
 """Broadcast by rank 0 instead of the acquired snapshot's number if no snapshot is acquired."""
@@ -61,62 +71,49 @@ class GatheredBucket:
         return self.checksum, self.digest if integrity == "sha256" else ""
 
 
-class Snapshot(Protocol):
-    """The weights at the end of one optimizer step, for the publisher.
+class Snapshot:
+    """The weights at the end of one optimizer step: one rank's share of them, and on rank 0 what is pushed.
 
     NEWEST -> acquire() -> being pushed -> release() -> NEWEST -> replaced by a newer one: acquire() is False
+
+    At most one is acquired at a time.
     """
 
-    @property
-    def buckets(self) -> tuple[Bucket, ...]:
-        """The buckets in the order of sending, without checksums."""
-        ...
+    def __init__(self, snapshotter: WeightSnapshotter, *, number: int, buffers: list[Tensor]) -> None:
+        self.number = number
+        self.buffers = buffers
+        """What this rank holds of each bucket, uint8; its meaning depends on the snapshotter."""
+        self.buckets = snapshotter.buckets
+        """In the order of sending, without checksums."""
+        self.is_acquired = self.is_freed = False
+        self._snapshotter = snapshotter
 
     def acquire(self) -> bool:
         """Keeps the weights until `release`; returns False if a newer snapshot has replaced this one."""
-        ...
+        with self._snapshotter.lock:
+            self.is_acquired = not self.is_freed
+            return self.is_acquired
 
     def release(self) -> None:
         """Ends the push."""
-        ...
+        with self._snapshotter.lock:
+            self.is_acquired = False
 
     def stage(self, *, integrity: str) -> None:
-        """Makes every bucket and its sums ready, so that `read` returns at once: for engines that stand still
+        """Makes every bucket and its sums ready, so that `read` returns at once: for engines that are paused
         during the broadcast. From any thread, while acquired, also twice. Raises WeightSyncError.
 
         `integrity`: `sha256` computes the digests too.
         """
-        ...
+        self._snapshotter.stages = True
+        for index in range(len(self.buckets)):
+            self.read(index).sums(integrity=integrity)
 
     def read(self, index: int) -> GatheredBucket:
         """Returns one bucket. From any thread, while acquired. Raises WeightSyncError."""
-        ...
-
-
-class RankSnapshot:
-    """One rank's share of a snapshot; on rank 0 it is also the `Snapshot`."""
-
-    def __init__(self, snapshotter: WeightSnapshotter, number: int, buffers: list[Tensor]) -> None:
-        self.number = number
-        self.buffers = buffers
-        """What this rank holds of each bucket, uint8; its meaning depends on the snapshotter."""
-        self._snapshotter = snapshotter
-
-    @property
-    def buckets(self) -> tuple[Bucket, ...]:
-        return self._snapshotter.buckets
-
-    def acquire(self) -> bool:
-        return self._snapshotter.acquire(self)
-
-    def release(self) -> None:
-        self._snapshotter.release(self)
-
-    def stage(self, *, integrity: str) -> None:
-        self._snapshotter.stage(self, integrity=integrity)
-
-    def read(self, index: int) -> GatheredBucket:
-        return self._snapshotter.read(self, index)
+        if not self.is_acquired:
+            raise WeightSyncError("the push of these weights is over")
+        return self._snapshotter.gathered(self, index)
 
 
 class WeightSnapshotter(ABC):
@@ -134,10 +131,12 @@ class WeightSnapshotter(ABC):
         )
         self.buckets = tuple(parts.bucket for parts in self._layout.buckets)
         """The buckets of every snapshot, without checksums."""
-        self._lock = threading.Condition()
-        self._snapshots: list[RankSnapshot] = []
+        self.lock = threading.Condition()
+        """Guards the states of the snapshots."""
+        self.stages = False
+        """True once a push was staged: every bucket of a snapshot is kept from then on."""
+        self._snapshots: list[Snapshot] = []
         """The newest snapshot, and the snapshot that is being pushed."""
-        self._acquired: RankSnapshot | None = None
         self._free_buffers: list[list[Tensor]] = []
         self._num_taken = 0
 
@@ -152,36 +151,12 @@ class WeightSnapshotter(ABC):
         self._free_superseded()
         buffers = self._free_buffers.pop() if self._free_buffers else self._new_buffers()
         self._copy_weights(buffers, number=self._num_taken + 1)
-        with self._lock:
+        with self.lock:
             self._num_taken += 1
-            snapshot = RankSnapshot(self, self._num_taken, buffers)
+            snapshot = Snapshot(self, number=self._num_taken, buffers=buffers)
             self._snapshots.append(snapshot)
-            self._lock.notify_all()
+            self.lock.notify_all()
         return snapshot if self._ranks.rank == 0 else None
-
-    def acquire(self, snapshot: RankSnapshot) -> bool:
-        """`Snapshot.acquire`; at most one is acquired at a time."""
-        with self._lock:
-            assert self._acquired is None
-            self._acquired = snapshot if snapshot in self._snapshots else None
-            return self._acquired is snapshot
-
-    def release(self, snapshot: RankSnapshot) -> None:
-        """`Snapshot.release`."""
-        with self._lock:
-            assert self._acquired is snapshot
-            self._acquired = None
-
-    def stage(self, snapshot: RankSnapshot, *, integrity: str) -> None:
-        """`Snapshot.stage`."""
-        for index in range(len(self.buckets)):
-            self.read(snapshot, index).sums(integrity=integrity)
-
-    def read(self, snapshot: RankSnapshot, index: int) -> GatheredBucket:
-        """`Snapshot.read`."""
-        if self._acquired is not snapshot:
-            raise WeightSyncError("the push of these weights is over")
-        return self._read(snapshot, index)
 
     @abstractmethod
     def close(self) -> None:
@@ -196,24 +171,378 @@ class WeightSnapshotter(ABC):
         """Fills the buffers of snapshot `number` with the present weights. Collective."""
 
     @abstractmethod
-    def _read(self, snapshot: RankSnapshot, index: int) -> GatheredBucket: ...
+    def gathered(self, snapshot: Snapshot, index: int) -> GatheredBucket:
+        """A bucket of an acquired snapshot. On rank 0, from any thread. Raises WeightSyncError."""
 
     def _free_superseded(self) -> None:
         """Frees every snapshot but the acquired one. Collective: only rank 0 has acquired one."""
-        with self._lock:
-            kept = torch.tensor([_NONE if self._acquired is None else self._acquired.number])
+        with self.lock:
+            acquired = [each.number for each in self._snapshots if each.is_acquired]
+            assert len(acquired) <= 1
+            kept = torch.tensor(acquired or [_NONE])
             if self._ranks.rank == 0:
                 self._free_all_but(int(kept))
         if self._ranks.world_size > 1:
             dist.broadcast(kept, src=0)
-            with self._lock:
+            with self.lock:
                 self._free_all_but(int(kept))
 
     def _free_all_but(self, number: int) -> None:
-        self._free_buffers += [each.buffers for each in self._snapshots if each.number != number]
+        for each in self._snapshots:
+            if each.number != number:
+                each.is_freed = True
+                self._free_buffers.append(each.buffers)
         self._snapshots = [each for each in self._snapshots if each.number == number]
 
 
 def empty_buffer(num_bytes: int, device: torch.device) -> Tensor:
     """uint8[num_bytes] on the CPU, pinned if `device` is a GPU, so that copies run at the bus' full rate."""
     return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+
+
+_MAX_GATHERED = 2
+"""Gathered buckets that rank 0 keeps, so that groups of engines that are pushed to at the same time share
+them."""
+_GROUP_TIMEOUT = timedelta(days=30)
+"""Timeout of the gathering group: longest time between two pushes."""
+_GATHER_TIMEOUT = timedelta(seconds=120)
+"""Longest time that rank 0 waits for all ranks' rows of one bucket. Rows that arrive later are discarded."""
+_CLOSE = -1
+"""Broadcast by rank 0 instead of a snapshot's number to end the other ranks' threads."""
+
+
+class BackgroundGather(WeightSnapshotter):
+    """A `WeightSnapshotter` whose buffers hold this rank's rows of each bucket.
+
+    Training waits only until every rank has copied its own rows. Rank 0 reads one bucket at a time: it keeps
+    at most `_MAX_GATHERED` buckets and the parts of one more. If a push is staged it keeps all of them, in
+    memory that later pushes reuse.
+
+    With one rank the rows are the whole tensors: its copies are the buckets, and nothing is gathered. The
+    other ranks gather in a thread that waits for rank 0's requests without a time limit: a run may push
+    nothing for hours, and if a rank dies the group breaks at once.
+    """
+
+    def __init__(self, policy: Policy, ranks: Ranks, *, bucket_bytes: int, dtype: str) -> None:
+        """Arguments: those of WeightSnapshotter."""
+        super().__init__(policy, ranks, bucket_bytes=bucket_bytes, dtype=dtype)
+        self._gather_lock = threading.Lock()
+        self._gathered: OrderedDict[int, tuple[int, GatheredBucket]] = OrderedDict()
+        """Index of a bucket -> (number of the snapshot, bucket), on rank 0, oldest first."""
+        is_alone = ranks.world_size == 1
+        self._group = None if is_alone else dist.new_group(backend="gloo", timeout=_GROUP_TIMEOUT)
+        self._thread = NamedThread(self._serve_gathers, name="gather")
+        if ranks.rank > 0:
+            self._thread.start()
+
+    def close(self) -> None:
+        """Ends the other ranks' threads."""
+        if self._ranks.rank > 0:
+            self._thread.join()
+        elif self._group is not None:
+            with self._gather_lock:
+                dist.broadcast(torch.tensor([_CLOSE, 0]), group=self._group, group_src=0)
+
+    def _new_buffers(self) -> list[Tensor]:
+        return [empty_buffer(part.num_bytes, self._ranks.device) for part in self._layout.own]
+
+    def _copy_weights(self, buffers: list[Tensor], *, number: int) -> None:
+        for index, buffer in enumerate(buffers):
+            self._layout.copy_own(index, buffer)
+
+    def gathered(self, snapshot: Snapshot, index: int) -> GatheredBucket:
+        """Gathers the bucket, or returns it if it was gathered before and is kept."""
+        with self._gather_lock:
+            number, bucket = self._gathered.get(index, (0, None))
+            if bucket is None or number != snapshot.number:
+                # The push of another number is over, so nobody reads its bucket any more.
+                flat = self._gather(snapshot, index, into=bucket.data if bucket is not None else None)
+                self._gathered.pop(index, None)
+                self._gathered[index] = snapshot.number, (bucket := GatheredBucket(flat))
+                most = len(self.buckets) if self.stages else _MAX_GATHERED
+                while len(self._gathered) > most:
+                    self._gathered.popitem(last=False)
+            return bucket
+
+    def _gather(self, snapshot: Snapshot, index: int, *, into: Tensor | None) -> Tensor:
+        """On rank 0: bucket `index` with the rows of all ranks, uint8[num_bytes]; in `into` if given."""
+        parts, num_bytes = self._layout.buckets[index], self.buckets[index].num_bytes
+        if self._group is None:
+            return snapshot.buffers[index][:num_bytes]
+        try:
+            dist.broadcast(torch.tensor([snapshot.number, index]), group=self._group, group_src=0)
+            gathered, work = parts.begin_gather(snapshot.buffers[index], to_rank=0, group=self._group)
+            work.wait(_GATHER_TIMEOUT)
+        except RuntimeError as error:
+            raise WeightSyncError(
+                f"a rank of the trainer was lost while weights were gathered: {error}"
+            ) from None
+        flat = torch.empty(num_bytes, dtype=torch.uint8) if into is None else into
+        parts.assemble(gathered, into=flat)
+        return flat
+
+    def _serve_gathers(self) -> None:
+        """The other ranks' thread: sends the rows that rank 0 requests until rank 0 closes or is gone."""
+        request = torch.empty(2, dtype=torch.int64)
+        try:
+            while True:
+                dist.broadcast(request, group=self._group, group_src=0)
+                number, index = map(int, request)
+                if number == _CLOSE:
+                    return
+                rows = self._rows_of(number, index)
+                _, work = self._layout.buckets[index].begin_gather(rows, to_rank=0, group=self._group)
+                work.wait()
+        except RuntimeError as error:  # rank 0 has ended; the training thread fails by itself
+            log.info("this rank gathers no more weights: %s", error)
+
+    def _rows_of(self, number: int, index: int) -> Tensor:
+        with self.lock:
+            # Rank 0 may request a snapshot that this rank has not taken yet. No timeout is needed: rank 0
+            # bounds its own wait, and if this rank's training thread fails first, the process ends.
+            self.lock.wait_for(lambda: self._num_taken >= number)
+            for snapshot in self._snapshots:
+                if snapshot.number == number:
+                    return snapshot.buffers[index]
+        # Freed after a broken push. Rank 0 still waits for this number of bytes, and discards them.
+        return torch.empty(self._layout.own[index].num_bytes, dtype=torch.uint8)
+
+
+_MAX_COPYING = 2
+"""Buckets on rank 0's device that are being copied to the host, or wait for it."""
+
+
+class BoundaryGather(WeightSnapshotter):
+    """A `WeightSnapshotter` whose buffers hold whole buckets, on rank 0 only.
+
+    Bucket by bucket, every rank casts its rows to the dtype on the wire on its own device and sends them to
+    rank 0, which puts them in order on its device, computes the checksum there, and copies the bucket into
+    pinned host memory. Gathering bucket i + 1 overlaps copying bucket i. All ranks issue these collectives at
+    the same place of the training loop, so that the order on the communicator is the same everywhere.
+
+    Rank 0 holds all buckets of up to two snapshots in host memory, the other ranks nothing. Rank 0's device
+    needs room for `_MAX_COPYING` + 1 buckets, and every device for its own part of one. No activations exist
+    at that time, so this does not raise the peak of a step.
+
+    Left out: overlap with the next step's forward. The copy to the host takes most of the time, and a forward
+    that shares the communicator would wait for it too. The same code runs on any device; tests compare its
+    buckets with `BackgroundGather`'s on gloo.
+    """
+
+    def __init__(self, policy: Policy, ranks: Ranks, *, bucket_bytes: int, dtype: str) -> None:
+        """Arguments: those of WeightSnapshotter."""
+        super().__init__(policy, ranks, bucket_bytes=bucket_bytes, dtype=dtype)
+        self._gathered: dict[int, list[GatheredBucket]] = {}
+        """Number of a snapshot -> its buckets, on rank 0."""
+        self._copier = _HostCopier(ranks.device)
+
+    def close(self) -> None:
+        """There are no threads to end."""
+
+    def _new_buffers(self) -> list[Tensor]:
+        if self._ranks.rank > 0:
+            return []
+        return [empty_buffer(bucket.num_bytes, self._ranks.device) for bucket in self.buckets]
+
+    def _copy_weights(self, buffers: list[Tensor], *, number: int) -> None:
+        gathered: list[GatheredBucket] = []
+        for index, parts in enumerate(self._layout.buckets):
+            part = _empty(self._layout.own[index].num_bytes, self._ranks.device)
+            self._layout.copy_own(index, part)
+            all_parts = part
+            if self._ranks.world_size > 1:
+                all_parts, work = parts.begin_gather(part, to_rank=0, group=self._ranks.mesh.get_group())
+                work.wait()
+            if self._ranks.rank == 0:
+                self._copier.wait_for_room()
+                whole = _empty(parts.bucket.num_bytes, self._ranks.device)
+                parts.assemble(all_parts, into=whole)
+                gathered.append(GatheredBucket(buffers[index], known_checksum=checksum(whole)))
+                self._copier.copy(whole, into=buffers[index])
+        self._copier.finish()
+        with self.lock:
+            kept = {each.number: self._gathered[each.number] for each in self._snapshots}
+            self._gathered = kept | {number: gathered}
+
+    def gathered(self, snapshot: Snapshot, index: int) -> GatheredBucket:
+        """The bucket that was gathered when the snapshot was taken."""
+        with self.lock:
+            return self._gathered[snapshot.number][index]
+
+
+class _HostCopier:
+    """Copies buckets from the device to the host on a stream of its own, `_MAX_COPYING` at a time.
+
+    On a CPU it copies at once.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._copying: deque[torch.cuda.Event] = deque()
+
+    def wait_for_room(self) -> None:
+        """Waits until fewer than `_MAX_COPYING` buckets are being copied."""
+        while len(self._copying) >= _MAX_COPYING:
+            self._copying.popleft().synchronize()
+
+    def copy(self, bucket: Tensor, *, into: Tensor) -> None:
+        """Starts a copy; `into` is complete after `finish`."""
+        if self._stream is None:
+            into.copy_(bucket)
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(bucket.device))
+        on_stream: AbstractContextManager[Any] = torch.cuda.stream(self._stream)
+        with on_stream:
+            into.copy_(bucket, non_blocking=True)
+        bucket.record_stream(self._stream)  # its memory is not used again before the copy is done
+        self._copying.append(self._stream.record_event())
+
+    def finish(self) -> None:
+        """Waits for all copies."""
+        while self._copying:
+            self._copying.popleft().synchronize()
+
+
+def _empty(num_bytes: int, device: torch.device) -> Tensor:
+    return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+
+
+_ALIGN = 8
+"""Every part ends at a multiple of this, so that parts end to end can be viewed in any dtype."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankPart:
+    """One rank's part of one bucket."""
+
+    specs: tuple[TensorSpec, ...]
+    """The rows of each tensor that this rank holds; a tensor of which it holds none is left out."""
+    starts: tuple[int, ...]
+    """Index in dimension 0 of the whole tensor at which they begin."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of the part's buffer, a multiple of `_ALIGN`."""
+        return -(-sum(spec.num_bytes for spec in self.specs) // _ALIGN) * _ALIGN
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """Views of the part's uint8[num_bytes] buffer, one for each of `specs`, without copying."""
+        if not self.specs:
+            return []
+        rows = Bucket(tensors=self.specs)
+        return list(unflatten(rows, flat[: rows.num_bytes]).values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class BucketParts:
+    """One bucket and its part on each rank."""
+
+    bucket: Bucket
+    of_rank: tuple[RankPart, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of all parts, end to end."""
+        return sum(part.num_bytes for part in self.of_rank)
+
+    def assemble(self, parts: Tensor, into: Tensor) -> None:
+        """Copies all ranks' parts, uint8[num_bytes] in rank order, to their places in the whole bucket.
+
+        `into`: uint8[bucket.num_bytes].
+        """
+        tensors = unflatten(self.bucket, into)
+        for part, flat in zip(self.of_rank, self._split(parts), strict=True):
+            for spec, start, rows in zip(part.specs, part.starts, part.views(flat), strict=True):
+                tensors[spec.name][start : start + len(rows)].copy_(rows)
+
+    def begin_gather(self, part: Tensor, *, to_rank: int, group: Any) -> tuple[Tensor, Any]:
+        """Starts sending every rank's part to rank `to_rank`. Collective.
+
+        `part`: of this rank, uint8[its num_bytes], on a device that the group's backend takes. Returns all
+        parts in rank order (empty on the other ranks), and the work to wait for.
+        """
+        rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+        sizes = [each.num_bytes for each in self.of_rank] if rank == to_rank else [0] * world_size
+        sent = [len(part) if other == to_rank else 0 for other in range(world_size)]
+        parts = part.new_empty(sum(sizes))
+        # torch has no gather of parts of different sizes. NCCL skips the empty ones.
+        work = dist.all_to_all_single(parts, part, sizes, sent, group=group, async_op=True)
+        return parts, work
+
+    def _split(self, parts: Tensor) -> Sequence[Tensor]:
+        return torch.split(parts, [part.num_bytes for part in self.of_rank])
+
+
+class PushLayout:
+    """The buckets of every push, and this rank's rows of them.
+
+    FSDP2 shards rows: of M ranks, rank r holds ceil(rows / M) rows of each parameter from r * ceil(rows / M)
+    on. A checkpoint's tensor that is a whole parameter is divided in the same way; one inside a row of a
+    parameter (an expert's matrix) lies wholly on one rank. A rank's part of a bucket is one flat buffer with
+    its rows of the bucket's tensors, in their order. Parts have different sizes: with padding to the largest,
+    a bucket of experts that are all on one rank would need M times its memory.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, rank: int, world_size: int, bucket_bytes: int, dtype: str
+    ) -> None:
+        """`model`: of transformers, sharded. `dtype`: of floating-point weights on the wire."""
+        params = dict(model.named_parameters())
+        tensors = {tensor.name: tensor for tensor in hf_tensors(model)}
+        specs = [_spec_on_wire(tensor, params[tensor.param], dtype) for tensor in tensors.values()]
+        num_rows = {name: param.shape[0] for name, param in params.items()}
+        self.buckets = tuple(
+            BucketParts(
+                bucket=bucket,
+                of_rank=tuple(
+                    _part_of(bucket, tensors, num_rows, rank=each, world_size=world_size)
+                    for each in range(world_size)
+                ),
+            )
+            for bucket in cut_buckets(specs, bucket_bytes=bucket_bytes)
+        )
+        self.own = tuple(bucket.of_rank[rank] for bucket in self.buckets)
+        """This rank's part of each bucket."""
+        rows = {name: local(param.detach()) for name, param in params.items()}
+        first = {
+            name: row_range(param.shape, rank=rank, world_size=world_size)[0]
+            for name, param in params.items()
+        }
+
+        def source(name: str) -> Tensor:
+            tensor = tensors[name]
+            found = tensor.part_in(rows[tensor.param], first_row=first[tensor.param])
+            assert found is not None
+            return found[0]
+
+        self._sources = [[source(spec.name) for spec in part.specs] for part in self.own]
+        """Views of the parameters, which share their memory."""
+
+    def copy_own(self, index: int, into: Tensor) -> None:
+        """Copies this rank's part of a bucket, cast to the dtypes on the wire. `into`: uint8[num_bytes]."""
+        for view, rows in zip(self.own[index].views(into), self._sources[index], strict=True):
+            view.copy_(rows)
+
+
+def _part_of(
+    bucket: Bucket, tensors: dict[str, HfTensor], num_rows: dict[str, int], *, rank: int, world_size: int
+) -> RankPart:
+    specs, starts = [], []
+    for spec in bucket.tensors:
+        tensor = tensors[spec.name]
+        shape = torch.Size((num_rows[tensor.param],))
+        there = tensor.rows_in(*row_range(shape, rank=rank, world_size=world_size))
+        if there is not None:
+            rows = (there[1] - there[0], *spec.shape[1:])
+            specs.append(TensorSpec(name=spec.name, dtype=spec.dtype, shape=rows))
+            starts.append(there[0])
+    return RankPart(specs=tuple(specs), starts=tuple(starts))
+
+
+def _spec_on_wire(tensor: HfTensor, param: Tensor, dtype: str) -> TensorSpec:
+    own_dtype = spec_of(tensor.name, param).dtype
+    return TensorSpec(
+        name=tensor.name, dtype=dtype if param.is_floating_point() else own_dtype, shape=tensor.shape
+    )

@@ -190,7 +190,7 @@ class StreamState:
     """Buffer -> rank 0: state of the prompt stream. The trainer stores it without interpreting it."""
 
     max_header_bytes: ClassVar[int] = 4 << 20
-    """As `StartTraining`."""
+    """It holds what `StartTraining` sends back."""
 
     stream: dict[str, int | list[int]]
 
@@ -261,29 +261,6 @@ class RunCounters:
     generation_idle_s, ..."""
 
 
-MESSAGES = (
-    TrainerHeartbeat,
-    StartTraining,
-    GetStepSettings,
-    StepSettings,
-    AllocVersion,
-    VersionGranted,
-    AdoptVersion,
-    Fetch,
-    Group,
-    CompleteStep,
-    SetMaxStaleness,
-    CommitStep,
-    GetStreamState,
-    StreamState,
-    RequestEval,
-    EvalResult,
-    Directory,
-    CloseAdmission,
-    FinishRun,
-    GetRunCounters,
-    RunCounters,
-)
 TO_BUFFER = (
     TrainerHeartbeat,
     StartTraining,
@@ -300,4 +277,7 @@ TO_BUFFER = (
     FinishRun,
     GetRunCounters,
 )
-"""The messages that ranks send; the others are the buffer's."""
+"""The messages that ranks send."""
+TO_TRAINER = (StepSettings, VersionGranted, Group, StreamState, EvalResult, Directory, RunCounters)
+"""The messages that a buffer sends to ranks."""
+MESSAGES = (*TO_BUFFER, *TO_TRAINER)

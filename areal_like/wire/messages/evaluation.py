@@ -1,6 +1,6 @@
-"""Trainer rank 0 <-> buffer: one evaluation of one set, requested and answered (part of `consumer.py`).
+"""Trainer rank 0 <-> buffer: one evaluation of one set, its request and its result (part of `consumer.py`).
 
-The answer has a number for each sample and not their statistics: these are computed where they are shown
+The result has a number for each sample and not their statistics: these are computed where they are shown
 (`areal_like/evaluation/statistics.py`).
 """
 
@@ -31,7 +31,7 @@ class RequestEval:
     eval_set: str = DEFAULT_SET
     num_prompts: int
     num_samples: int = 1
-    """Answers to each prompt."""
+    """Samples of each prompt."""
     min_version: int
     """Only servers at this version or a newer one take part."""
 
@@ -58,7 +58,7 @@ class EvalResult:
     eval_id: int
     eval_set: str
     num_samples: int
-    """Answers to each prompt."""
+    """Samples of each prompt."""
     rewards: NDArray[np.float64]
     """A sample that failed has 0."""
     tokens: NDArray[np.int32]

@@ -3,8 +3,8 @@
 A peer that sends any other message before its `Hello` was accepted gets `HelloRequired`, so that peers of a
 restarted buffer register again at once.
 
-A name belongs to the process that answers for it. When another process says hello under a name that is taken,
-the buffer sends `AreYouAlive` to the process that has it, and refuses the newcomer if an answer comes.
+A name belongs to the process that replies under it. When another process says hello under a name that is
+taken, the buffer sends `AreYouAlive` to the process that has it. It refuses the newcomer if that one replies.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Hello:
     """Rollout servers: training prompts of each task of a mixture, which follow one another; their sum is
     `num_train_prompts`. Empty: no mixture."""
     source_weights: list[float] = field(default_factory=list)
-    """As many weights: how often each task is drawn."""
+    """How often each of these tasks is drawn."""
     eval_sets: dict[str, int] = field(default_factory=dict)
     """Rollout servers: number of held-out prompts that the task of each evaluation set has, by name."""
     rank: int = 0
@@ -125,12 +125,12 @@ class JobFailed:
 
 @dataclass(frozen=True, kw_only=True)
 class AreYouAlive:
-    """Buffer -> peer: another process says hello under the peer's name. Any message is an answer."""
+    """Buffer -> peer: another process says hello under the peer's name. Any message is a reply."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StillAlive:
-    """Peer -> buffer: the answer to `AreYouAlive`."""
+    """Peer -> buffer: the reply to `AreYouAlive`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,18 +154,8 @@ class Goodbye:
     """Last statistics, with the same keys as in heartbeats."""
 
 
-MESSAGES = (
-    Hello,
-    Welcome,
-    Refused,
-    HelloRequired,
-    Ok,
-    JobFailed,
-    AreYouAlive,
-    StillAlive,
-    Drain,
-    JobFinished,
-    Goodbye,
-)
 TO_BUFFER = (Hello, StillAlive, Goodbye)
-"""The messages that peers send to a buffer; the others are the buffer's."""
+"""The messages that peers send to a buffer."""
+FROM_BUFFER = (Welcome, Refused, HelloRequired, Ok, JobFailed, AreYouAlive, Drain, JobFinished)
+"""The messages that a buffer sends."""
+MESSAGES = (*TO_BUFFER, *FROM_BUFFER)

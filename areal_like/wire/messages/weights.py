@@ -48,7 +48,7 @@ class Alive:
     device_uuid: str
     """UUID of the GPU; empty on a CPU or if the engine does not report it."""
     nccl_version: str
-    """As `2.27.5`; empty without NCCL or if the engine does not report it."""
+    """For example `2.27.5`; empty without NCCL or if the engine does not report it."""
     authenticates_store: bool
     """True if the engine can join a group whose rendezvous is authenticated (`FormGroup.secret`)."""
     loads_in_place: bool = False
@@ -175,17 +175,8 @@ class TokenScores:
     """At temperature 1, one for each token from `ScoreTokens.first` on."""
 
 
-MESSAGES = (
-    AskAlive,
-    Alive,
-    FormGroup,
-    PushWeights,
-    PushChecksums,
-    DissolveGroup,
-    WeightsOk,
-    WeightsFailed,
-    ScoreTokens,
-    TokenScores,
-)
 TO_SERVER = (AskAlive, FormGroup, PushWeights, PushChecksums, DissolveGroup, ScoreTokens)
-"""The messages that rank 0 sends; the others are the server's."""
+"""The messages that rank 0 sends."""
+TO_TRAINER = (Alive, WeightsOk, WeightsFailed, TokenScores)
+"""The messages that servers send."""
+MESSAGES = (*TO_SERVER, *TO_TRAINER)

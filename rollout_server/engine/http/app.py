@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import logging
 import os
@@ -18,12 +17,13 @@ from areal_like.http.access import AccessRules, host_names, single_key
 from areal_like.http.guard import BodyLimits, HttpGuard
 from areal_like.http.server import HttpConfig, HttpServer
 from areal_like.runtime.exhaustion import end_if_callbacks_fail
-from rollout_server.engine.core import EngineCore, EngineOptions
+from rollout_server.engine.core import EngineCore
 from rollout_server.engine.http.generate_request import RequestLimits
 from rollout_server.engine.http.generation_routes import deliver
-from rollout_server.engine.http.server import EngineServer, ServerOptions
+from rollout_server.engine.http.server import EngineServer
 from rollout_server.engine.loop import EngineLoop, SequenceOutput
 from rollout_server.engine.models.loading import load
+from rollout_server.engine.options import ProcessOptions
 from rollout_server.engine.weights.updater import WeightUpdater
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ _BODY_TIMEOUT_S = 60.0
 """The server that sends a body may be stopped for half a minute and continue."""
 
 
-def run(options: argparse.Namespace, listener: socket.socket, *, api_key: str) -> int:
+def run(options: ProcessOptions, listener: socket.socket) -> int:
     """Loads the model, serves requests that have the key until a signal, returns the exit code.
 
     Raises ConfigError if the model or the device cannot be used.
@@ -49,16 +49,8 @@ def run(options: argparse.Namespace, listener: socket.socket, *, api_key: str) -
         device=_checked_device(options.device),
         context_length=options.context_length,
     )
-    engine_options = EngineOptions(
-        max_running=options.max_running_requests,
-        context_length=options.context_length,
-        max_prefill_tokens=options.max_prefill_tokens,
-        prefix_cache_tokens=options.prefix_cache_tokens,
-        conversation_cache_tokens=options.conversation_cache_tokens,
-        random_seed=options.random_seed,
-    )
-    core = EngineCore(model, weights, engine_options, version=options.weight_version)
-    return asyncio.run(serve(options, core, listener, api_key=api_key))
+    core = EngineCore(model, weights, options, version=options.weight_version)
+    return asyncio.run(serve(options, core, listener))
 
 
 def _checked_device(name: str) -> torch.device:
@@ -76,15 +68,15 @@ def _checked_device(name: str) -> torch.device:
 
 
 class _Server(HttpServer):
-    """Writes its port to a file once it answers."""
+    """Writes its port to a file once it accepts requests."""
 
-    def __init__(self, config: HttpConfig, *, port_file: Path | None, port: int) -> None:
+    def __init__(self, config: HttpConfig, *, port_file: str, port: int) -> None:
         super().__init__(config)
-        self._port_file = port_file
+        self._port_file = Path(port_file) if port_file else None
         self._port = port
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Starts to answer, then publishes the port."""
+        """Accepts requests, then publishes the port."""
         await super().startup(sockets)
         if self._port_file is not None:
             # Renamed into place, so that a process that polls the file never reads half a number.
@@ -94,9 +86,7 @@ class _Server(HttpServer):
         logger.info("ready on port %d", self._port)
 
 
-async def serve(
-    options: argparse.Namespace, core: EngineCore, listener: socket.socket, *, api_key: str
-) -> int:
+async def serve(options: ProcessOptions, core: EngineCore, listener: socket.socket) -> int:
     """Serves until SIGTERM, SIGINT or a failure of the engine; returns the exit code, 0 or 1."""
     main_loop = asyncio.get_running_loop()
     end_if_callbacks_fail(main_loop)
@@ -119,16 +109,13 @@ async def serve(
         eos_token_ids=facts.eos_token_ids,
         stream_interval=options.stream_interval,
     )
-    server_options = ServerOptions(
-        model_path=options.model_path,
-        weights_from=tuple(options.weights_from),
-        weights_timeout_s=options.weights_timeout_s,
-    )
-    server = EngineServer(engine, updater, limits, server_options, model_type=facts.model_type)
+    server = EngineServer(engine, updater, limits, options, model_type=facts.model_type)
     guard = HttpGuard(
         server.app,
         AccessRules(
-            hosts=host_names(listener.getsockname()[0]), role_of=single_key(api_key), open_paths=frozenset()
+            hosts=host_names(listener.getsockname()[0]),
+            role_of=single_key(options.api_key),
+            open_paths=frozenset(),
         ),
         limits=BodyLimits(max_bytes=options.max_body_bytes, timeout_s=_BODY_TIMEOUT_S),
     )
@@ -136,7 +123,8 @@ async def serve(
     http = _Server(config, port_file=options.port_file, port=port)
 
     def stop() -> None:
-        """Stops the server; ends every sequence and update first, so that open requests are answered."""
+        """Stops the server; ends every sequence and update first, so that open requests get their
+        responses."""
         engine.abort(lambda core: core.all_sequences)
         updater.close()
         http.should_exit = True

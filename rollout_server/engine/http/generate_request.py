@@ -4,7 +4,7 @@ Everything is checked here, so the engine may assume that token ids are in the v
 fits its row. As in SGLang, unknown fields of a body are ignored and unknown sampling parameters are refused.
 A parameter that SGLang supports and this engine does not (penalties, grammars) is refused by name: ignoring
 it would sample from a different distribution than the client asked for. In the packed form
-(packed_generate.py) a prompt may be bytes.
+(areal_like/http/streams.py) a prompt may be bytes.
 """
 
 from __future__ import annotations
@@ -14,15 +14,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from areal_like.errors import UserError
-from rollout_server.engine.http.bodies import flag, number
+from areal_like.http.bodies import flag, integer, number
+from areal_like.http.streams import unpack_tokens
 from rollout_server.engine.scheduler import SamplingParams, Sequence
-from rollout_server.packed_generate import unpack_tokens
 
 MAX_SEQUENCES = 4096
 """Most sequences in one request."""
 DEFAULT_NEW_TOKENS = 128
 MAX_STOP_TOKENS = 64
+MAX_SCORED = 256
+"""Most tokens scored in one request: each is one decode step, during which no sequence advances."""
 
 _SUPPORTED = {
     "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "stop_token_ids", "ignore_eos",
@@ -53,15 +58,10 @@ class RequestLimits:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GenerateRequest:
-    """A checked /generate body.
-
-    The three lists have one entry per sequence; the samples of one prompt are adjacent.
-    """
+    """A checked /generate body."""
 
     sequences: list[Sequence]
-    sample_index: list[int]
-    """Index of each sequence among the `n` samples of its prompt."""
-    return_logprob: list[bool]
+    """The samples of one prompt are adjacent."""
     single: bool
     """One prompt and one sample: the response is an object, otherwise a list."""
     stream: bool
@@ -86,30 +86,82 @@ def parse_generate(body: Mapping[str, Any], limits: RequestLimits) -> GenerateRe
     stream = flag(body, "stream")
     logprob_flags = _flags(body, "return_logprob", len(prompts))
     keep_flags = _flags(body, "keep_prefix", len(prompts))
-    sequences, sample_index, return_logprob = [], [], []
     rids = _rids(body.get("rid"), len(prompts))
-    for i, (rid, prompt, (sampling, n)) in enumerate(zip(rids, prompts, checked, strict=True)):
-        for index in range(n):
-            sequence = Sequence(
-                seq_id=rid if n == 1 else f"{rid}_{index}",
-                rid=body["rid"] if isinstance(body.get("rid"), str) else rid,
-                prompt=tuple(prompt),
-                params=sampling,
-                keeps_prefix=keep_flags[i],
-                stream_interval=(sampling.stream_interval or limits.stream_interval) if stream else 0,
-            )
-            sequences.append(sequence)
-            sample_index.append(index)
-            return_logprob.append(logprob_flags[i])
+    sequences = [
+        Sequence(
+            seq_id=rid if n == 1 else f"{rid}_{index}",
+            rid=body["rid"] if isinstance(body.get("rid"), str) else rid,
+            prompt=tuple(prompt),
+            params=sampling,
+            keeps_prefix=keeps_prefix,
+            stream_interval=(sampling.stream_interval or limits.stream_interval) if stream else 0,
+            sample_index=index,
+            return_logprob=return_logprob,
+        )
+        for rid, prompt, (sampling, n), keeps_prefix, return_logprob in zip(
+            rids, prompts, checked, keep_flags, logprob_flags, strict=True
+        )
+        for index in range(n)
+    ]
     if len({sequence.seq_id for sequence in sequences}) < len(sequences):
         raise UserError("rid: every prompt of a request needs a different id")
     return GenerateRequest(
         sequences=sequences,
-        sample_index=sample_index,
-        return_logprob=return_logprob,
         single=not batched and len(sequences) == 1,
         stream=stream,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreRequest:
+    """A checked /generate body that asks for the log-probs of its prompt and for no new tokens: those of
+    `tokens` from index `first` on."""
+
+    tokens: list[int]
+    first: int
+
+    def response(self, scores: NDArray[np.float32], *, version: str) -> dict[str, Any]:
+        """SGLang's response. `scores`: [len(tokens) - first]. The token at `first - 1` has no log-prob."""
+        start = self.first - 1
+        pairs = zip([None, *map(float, scores)], self.tokens[start:], strict=True)
+        meta = {
+            "prompt_tokens": len(self.tokens),
+            "completion_tokens": 0,
+            "finish_reason": {"type": "length", "length": 0},
+            "weight_version": version,
+            "input_token_logprobs": [(logprob, token, None) for logprob, token in pairs],
+            "output_token_logprobs": [],
+        }
+        return {"text": "", "output_ids": [], "meta_info": meta, "index": 0}
+
+
+def parse_score(body: Mapping[str, Any], limits: RequestLimits) -> ScoreRequest | None:
+    """The request in a /generate body; None if the body asks for no log-probs of the prompt.
+
+    Raises UserError.
+    """
+    if body.get("logprob_start_len") in (None, -1):
+        return None
+    tokens, params = body.get("input_ids"), body.get("sampling_params")
+    if not isinstance(tokens, list) or not tokens or isinstance(tokens[0], (list, bytes)):
+        raise UserError("logprob_start_len: give one prompt of token ids in input_ids")
+    check_tokens(tokens, limits, name="input_ids")
+    start = integer(body, "logprob_start_len", 0, low=0)
+    if (
+        not isinstance(params, dict)
+        or params.get("max_new_tokens") != 0
+        or body.get("return_logprob") is not True
+    ):
+        raise UserError(
+            "logprob_start_len: this engine scores a prompt without new tokens; set return_logprob to true "
+            "and max_new_tokens to 0"
+        )
+    if not start + 1 < len(tokens) <= limits.context_length or len(tokens) - start - 1 > MAX_SCORED:
+        raise UserError(
+            f"logprob_start_len={start}: want 1 to {MAX_SCORED} tokens after it, and input_ids of at most "
+            f"{limits.context_length} tokens"
+        )
+    return ScoreRequest(tokens=tokens, first=start + 1)
 
 
 def _tokens(prompt: Any, limits: RequestLimits) -> Any:
@@ -154,7 +206,7 @@ def _sampling_params(raw: Any, prompt: Any, limits: RequestLimits) -> tuple[Samp
         raise UserError("sampling_params must be an object")
     _check_supported(raw)
     room = limits.context_length - len(prompt)
-    max_new_tokens = number(raw, "max_new_tokens", min(DEFAULT_NEW_TOKENS, room), low=1, integer=True)
+    max_new_tokens = integer(raw, "max_new_tokens", min(DEFAULT_NEW_TOKENS, room), low=1)
     if max_new_tokens > room:
         raise UserError(
             f"{len(prompt)} prompt tokens and max_new_tokens={max_new_tokens} "
@@ -166,27 +218,23 @@ def _sampling_params(raw: Any, prompt: Any, limits: RequestLimits) -> tuple[Samp
     check_tokens(stops, limits, name="stop_token_ids")
     if not flag(raw, "ignore_eos"):
         stops = [*stops, *limits.eos_token_ids]
-    top_k = int(number(raw, "top_k", -1, low=-1, integer=True))
+    top_k = integer(raw, "top_k", -1, low=-1)
     if top_k == 0:
         raise UserError("top_k must be at least 1, or -1 for no limit")
     top_p = number(raw, "top_p", 1.0, low=0, high=1)
     if top_p == 0:
         raise UserError("top_p must be above 0 and at most 1")
-    temperature = number(raw, "temperature", 1.0, low=0, high=1e4)
-    min_p = number(raw, "min_p", 0.0, low=0, high=1)
-    interval = number(raw, "stream_interval", 0, low=1, high=1 << 30, integer=True)
-    seed = number(raw, "sampling_seed", 0, low=-(1 << 63), high=(1 << 64) - 1, integer=True)
     params = SamplingParams(
-        max_new_tokens=int(max_new_tokens),
-        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        temperature=number(raw, "temperature", 1.0, low=0, high=1e4),
         top_p=top_p,
         top_k=top_k,
-        min_p=min_p,
+        min_p=number(raw, "min_p", 0.0, low=0, high=1),
         stop_token_ids=tuple(dict.fromkeys(stops)),
-        sampling_seed=None if raw.get("sampling_seed") is None else int(seed),
-        stream_interval=int(interval),
+        sampling_seed=integer(raw, "sampling_seed", None, low=-(1 << 63), high=(1 << 64) - 1),
+        stream_interval=integer(raw, "stream_interval", 0, low=1, high=1 << 30),
     )
-    return params, int(number(raw, "n", 1, low=1, high=MAX_SEQUENCES, integer=True))
+    return params, integer(raw, "n", 1, low=1, high=MAX_SEQUENCES)
 
 
 def _check_supported(raw: Mapping[str, Any]) -> None:

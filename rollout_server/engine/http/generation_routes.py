@@ -1,7 +1,7 @@
 """The endpoints of generation: /generate, and abort, pause and continue.
 
-The event loop owns requests. The engine's thread posts outputs to the event loop (`deliver`), each to the
-inbox of its request. If a client disconnects, its sequences are aborted. A stream sends each sequence as one
+The event loop owns requests (`OpenRequest`). The engine's thread posts outputs to the event loop (`deliver`),
+each to its request. If a client disconnects, its sequences are aborted. A stream sends each sequence as one
 chunk when it ends, because one chunk per token would cost more than sampling the token; `--stream-interval`
 asks for smaller chunks. A client that accepts the packed form gets its stream in it.
 """
@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -19,48 +17,107 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from areal_like.errors import UserError
-from rollout_server.engine.core import EngineCore
-from rollout_server.engine.http.generate_request import GenerateRequest, RequestLimits, parse_generate
-from rollout_server.engine.http.protocol import (
-    END_OF_STREAM,
+from areal_like.http.bodies import one_of
+from areal_like.http.streams import (
+    END_OF_EVENTS,
+    END_OF_FRAMES,
+    EVENTS,
+    FRAMES,
+    disconnected,
     encode_event,
-    pack_events,
-    packed_sequence,
-    sequence_json,
-    success,
+    encode_frame,
 )
-from rollout_server.engine.http.score_request import ScoreRequest, parse_score
+from rollout_server.engine.core import EngineCore
+from rollout_server.engine.http.generate_request import (
+    GenerateRequest,
+    RequestLimits,
+    ScoreRequest,
+    parse_generate,
+    parse_score,
+)
+from rollout_server.engine.http.protocol import packed_sequence, sequence_json, success
 from rollout_server.engine.loop import EngineLoop, SequenceOutput
 from rollout_server.engine.scoring import score
-from rollout_server.packed_generate import END_OF_FRAMES, MEDIA_TYPE
 
-PAUSE_MODES = ("abort", "in_place", "retract")
+_PAUSE_MODES = ("abort", "in_place", "retract")
 
 
-@dataclass(eq=False)
-class Inbox:
-    """Outputs of one HTTP request, on their way from the engine's thread to the response."""
+class OpenRequest:
+    """One HTTP request at the engine: its sequences, and their outputs on the way to the response.
 
-    num_open: int
-    """Sequences that have not ended."""
-    outputs: list[SequenceOutput] = field(default_factory=list)
-    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    Belongs to the event loop.
+    """
+
+    def __init__(self, loop: EngineLoop, request: GenerateRequest) -> None:
+        self.request = request
+        self.num_running = len(request.sequences)
+        """Sequences whose end was not taken yet."""
+        self._loop = loop
+        self._index_of = {sequence.seq_id: index for index, sequence in enumerate(request.sequences)}
+        self._outputs: list[SequenceOutput] = []
+        self._arrived = asyncio.Event()
+
+    @classmethod
+    async def started(cls, loop: EngineLoop, request: GenerateRequest) -> OpenRequest:
+        """Submits all sequences of a request or none. Raises UserError if an id is in use."""
+        opened = cls(loop, request)
+
+        def submit(core: EngineCore) -> None:
+            for sequence in request.sequences:
+                if sequence.seq_id in core.scheduler.by_id:
+                    raise UserError(f"rid {sequence.seq_id} is in use")
+            for sequence in request.sequences:
+                core.submit(sequence)
+
+        for sequence in request.sequences:
+            sequence.owner = opened
+        await asyncio.wrap_future(loop.call(submit))
+        return opened
+
+    def index_of(self, output: SequenceOutput) -> int:
+        """Index of the sequence in the request."""
+        return self._index_of[output.sequence.seq_id]
+
+    def put(self, output: SequenceOutput) -> None:
+        """Adds an output of one of the sequences."""
+        self._outputs.append(output)
+        self._arrived.set()
 
     async def take(self) -> list[SequenceOutput]:
         """Waits for outputs and returns all that have arrived."""
-        await self.arrived.wait()
-        self.arrived.clear()
-        outputs, self.outputs = self.outputs, []
-        self.num_open -= sum(output.finish is not None for output in outputs)
+        await self._arrived.wait()
+        self._arrived.clear()
+        outputs, self._outputs = self._outputs, []
+        self.num_running -= sum(output.finish is not None for output in outputs)
         return outputs
+
+    async def outputs_until_gone(self, request: Request) -> AsyncIterator[SequenceOutput]:
+        """All outputs until every sequence has ended, or until the client has disconnected: `num_running` is
+        above 0 then."""
+        gone = asyncio.ensure_future(disconnected(request.receive))
+        try:
+            while self.num_running:
+                taking = asyncio.ensure_future(self.take())
+                await asyncio.wait({taking, gone}, return_when=asyncio.FIRST_COMPLETED)
+                if not taking.done():
+                    taking.cancel()
+                    return
+                for output in taking.result():
+                    yield output
+        finally:
+            gone.cancel()
+
+    def close(self) -> None:
+        """Aborts what has not ended."""
+        if any(sequence.finish is None for sequence in self.request.sequences):
+            self._loop.abort(lambda core: self.request.sequences)
 
 
 def deliver(outputs: list[SequenceOutput]) -> None:
     """Hands outputs to the requests that wait for them. Must run in the event loop."""
     for output in outputs:
-        inbox: Inbox = output.sequence.owner
-        inbox.outputs.append(output)
-        inbox.arrived.set()
+        opened: OpenRequest = output.sequence.owner
+        opened.put(output)
 
 
 class GenerationRoutes:
@@ -74,79 +131,53 @@ class GenerationRoutes:
         """/generate: one response at the end, or a stream of events; or the log-probs of a prompt."""
         if (scored := parse_score(body, self._limits)) is not None:
             return await self._score(scored)
-        work = parse_generate(body, self._limits)
-        inbox = Inbox(num_open=len(work.sequences))
-        for sequence in work.sequences:
-            sequence.owner = inbox
-        await asyncio.wrap_future(self._loop.call(lambda core: submit(core, work)))
-        if work.stream:
-            close = partial(self._abort_unfinished, work)
-            if MEDIA_TYPE in request.headers.get("accept", ""):
-                return EventStream(self._frames(work, inbox), on_close=close, media_type=MEDIA_TYPE)
-            return EventStream(self._events(work, inbox), on_close=close)
-        return await self._wait_for_all(request, work, inbox)
+        opened = await OpenRequest.started(self._loop, parse_generate(body, self._limits))
+        if not opened.request.stream:
+            return await self._wait_for_all(request, opened)
+        if FRAMES in request.headers.get("accept", ""):
+            return EventStream(self._frames(opened), on_close=opened.close, media_type=FRAMES)
+        return EventStream(self._events(opened), on_close=opened.close)
 
     async def _score(self, request: ScoreRequest) -> Response:
         scoring = self._loop.call(
             lambda core: (score(core, request.tokens, first=request.first), core.version)
         )
         scores, version = await asyncio.wrap_future(scoring)
-        return JSONResponse(request.answer(scores, version=version))
+        return JSONResponse(request.response(scores, version=version))
 
-    async def _events(self, work: GenerateRequest, inbox: Inbox) -> AsyncIterator[bytes]:
-        index_of = {sequence.seq_id: i for i, sequence in enumerate(work.sequences)}
-        while inbox.num_open:
-            outputs = await inbox.take()
-            yield b"".join(
-                encode_event(self._written(sequence_json, work, index_of, output)) for output in outputs
-            )
-        yield END_OF_STREAM
+    async def _events(self, opened: OpenRequest) -> AsyncIterator[bytes]:
+        while opened.num_running:
+            outputs = await opened.take()
+            yield b"".join(encode_event(self._written(sequence_json, opened, output)) for output in outputs)
+        yield END_OF_EVENTS
 
-    async def _frames(self, work: GenerateRequest, inbox: Inbox) -> AsyncIterator[bytes]:
-        index_of = {sequence.seq_id: i for i, sequence in enumerate(work.sequences)}
-        while inbox.num_open:
-            outputs = await inbox.take()
-            events = [self._written(packed_sequence, work, index_of, output) for output in outputs]
-            yield pack_events(events) + (b"" if inbox.num_open else END_OF_FRAMES)
+    async def _frames(self, opened: OpenRequest) -> AsyncIterator[bytes]:
+        while opened.num_running:
+            outputs = await opened.take()
+            events = [self._written(packed_sequence, opened, output) for output in outputs]
+            yield encode_frame(events) + (b"" if opened.num_running else END_OF_FRAMES)
 
-    async def _wait_for_all(self, request: Request, work: GenerateRequest, inbox: Inbox) -> Response:
+    async def _wait_for_all(self, request: Request, opened: OpenRequest) -> Response:
         """The response of a request without a stream; status 499 if the client has disconnected."""
-        index_of = {sequence.seq_id: i for i, sequence in enumerate(work.sequences)}
         finished: dict[int, dict[str, Any]] = {}
-        disconnect = asyncio.ensure_future(disconnected(request))
         try:
-            while inbox.num_open:
-                taking = asyncio.ensure_future(inbox.take())
-                await asyncio.wait({taking, disconnect}, return_when=asyncio.FIRST_COMPLETED)
-                if not taking.done():
-                    taking.cancel()
-                    return Response(status_code=499)
-                for output in taking.result():
-                    if output.finish is not None:
-                        event = self._written(sequence_json, work, index_of, output)
-                        finished[event["index"]] = event
+            async for output in opened.outputs_until_gone(request):
+                if output.finish is not None:
+                    event = self._written(sequence_json, opened, output)
+                    finished[event["index"]] = event
         finally:
-            disconnect.cancel()
-            self._abort_unfinished(work)
+            opened.close()
+        if opened.num_running:
+            return Response(status_code=499)
         ordered = [finished[i] for i in range(len(finished))]
-        return JSONResponse(ordered[0] if work.single else ordered)
+        return JSONResponse(ordered[0] if opened.request.single else ordered)
 
     def _written(
-        self,
-        write: Callable[..., dict[str, Any]],
-        work: GenerateRequest,
-        index_of: dict[str, int],
-        output: SequenceOutput,
+        self, write: Callable[..., dict[str, Any]], opened: OpenRequest, output: SequenceOutput
     ) -> dict[str, Any]:
         """What `write`, one of the functions in `protocol`, makes of an output."""
-        index = index_of[output.sequence.seq_id]
         version = output.version_spans[-1][0] if output.version_spans else self._loop.load().weight_version
-        return write(output, index=index, return_logprob=work.return_logprob[index], version=version)
-
-    def _abort_unfinished(self, work: GenerateRequest) -> None:
-        """Aborts a closed request; does nothing if all its sequences have ended."""
-        if any(sequence.finish is None for sequence in work.sequences):
-            self._loop.abort(lambda core: work.sequences)
+        return write(output, index=opened.index_of(output), version=version)
 
     async def abort(self, body: dict[str, Any]) -> Response:
         """/abort_request: ends the sequences of one request or of all, with the tokens they have."""
@@ -167,9 +198,7 @@ class GenerationRoutes:
         `mode`: `abort` aborts all sequences, `retract` sends running sequences back to the queue, `in_place`
         leaves them in their rows.
         """
-        mode = body.get("mode", "abort")
-        if mode not in PAUSE_MODES:
-            raise UserError(f"mode must be one of {', '.join(PAUSE_MODES)}, got {mode!r}")
+        mode = one_of(body, "mode", _PAUSE_MODES)
 
         def command(core: EngineCore) -> None:
             core.scheduler.paused = True
@@ -199,7 +228,7 @@ class EventStream(StreamingResponse):
         events: AsyncIterator[bytes],
         *,
         on_close: Callable[[], None],
-        media_type: str = "text/event-stream",
+        media_type: str = EVENTS,
     ) -> None:
         super().__init__(events, media_type=media_type)
         self._on_close = on_close
@@ -209,18 +238,3 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._on_close()
-
-
-def submit(core: EngineCore, work: GenerateRequest) -> None:
-    """Submits all sequences of a request or none. Raises UserError if an id is in use."""
-    for sequence in work.sequences:
-        if sequence.seq_id in core.scheduler.by_id:
-            raise UserError(f"rid {sequence.seq_id} is in use")
-    for sequence, index in zip(work.sequences, work.sample_index, strict=True):
-        core.submit(sequence, index=index)
-
-
-async def disconnected(request: Request) -> None:
-    """Returns when the client has closed the connection."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

@@ -1,47 +1,38 @@
-"""SGLang's response formats: a generated sequence, a server-sent event, success and error objects.
+"""SGLang's response formats: a generated sequence, success and error objects.
 
-`packed_sequence` and `pack_events` are the same in the packed form (packed_generate.py).
+`packed_sequence` is a sequence in the packed form (areal_like/http/streams.py).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
+from areal_like.http.streams import pack_logprobs, pack_tokens
 from areal_like.trajectory import FinishReason
-from rollout_server import frames
 from rollout_server.engine.loop import SequenceOutput
-from rollout_server.packed_generate import pack_logprobs, pack_tokens
-
-END_OF_STREAM = b"data: [DONE]\n\n"
 
 
-def sequence_json(
-    output: SequenceOutput, *, index: int, return_logprob: bool, version: str
-) -> dict[str, Any]:
+def sequence_json(output: SequenceOutput, *, index: int, version: str) -> dict[str, Any]:
     """One sequence in SGLang's format.
 
     `index`: position of the sequence in the request. `version`: weight version of its last token. The field
     `meta_info.weight_versions` is not SGLang's: it has the version that sampled each range of output tokens.
     """
     event = _sequence(output, index=index, version=version)
-    if return_logprob:
+    if output.sequence.return_logprob:
         pairs = zip(output.output_logprobs, output.output_ids, strict=True)
         event["meta_info"]["input_token_logprobs"] = []
         event["meta_info"]["output_token_logprobs"] = [(logprob, token, None) for logprob, token in pairs]
     return event
 
 
-def packed_sequence(
-    output: SequenceOutput, *, index: int, return_logprob: bool, version: str
-) -> dict[str, Any]:
-    """As `sequence_json`, with bytes for the tokens and their log-probs."""
+def packed_sequence(output: SequenceOutput, *, index: int, version: str) -> dict[str, Any]:
+    """One sequence in SGLang's format, with bytes for the tokens and their log-probs."""
     event = _sequence(output, index=index, version=version)
     event["output_ids"] = pack_tokens(output.output_ids)
-    if return_logprob:
+    if output.sequence.return_logprob:
         event["meta_info"]["output_token_logprobs"] = pack_logprobs(output.output_logprobs)
     return event
 
@@ -70,16 +61,6 @@ def _sequence(output: SequenceOutput, *, index: int, version: str) -> dict[str, 
             {"version": v, "start": start, "end": end} for v, start, end in output.version_spans
         ]
     return {"text": "", "output_ids": output.output_ids, "meta_info": meta, "index": index}
-
-
-def encode_event(event: Mapping[str, Any]) -> bytes:
-    """One server-sent event."""
-    return b"data: " + json.dumps(event, separators=(",", ":")).encode() + b"\n\n"
-
-
-def pack_events(events: Sequence[Mapping[str, Any]]) -> bytes:
-    """One frame of a packed stream."""
-    return frames.pack(events)
 
 
 def success(message: str, **fields: Any) -> Response:

@@ -1,7 +1,7 @@
 """The engine's HTTP application, with SGLang's paths, bodies and responses, so one client works with both.
 
 This module has the table of routes and the endpoints that read the engine's state. `generation_routes`,
-`chat_routes` and `weight_routes` have the other endpoints.
+`chat` and `weight_routes` have the other endpoints.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
@@ -19,31 +18,21 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from areal_like.errors import ArealError, UserError, WeightSyncError
+from areal_like.http.bodies import parse_object, parse_packed_object
+from areal_like.http.streams import FRAMES
 from areal_like.runtime.metrics import CONTENT_TYPE
-from rollout_server.engine.http.bodies import parse_body, parse_packed_body
-from rollout_server.engine.http.chat_routes import ChatRoutes
+from rollout_server.engine.http.chat import ChatRoutes
 from rollout_server.engine.http.generate_request import RequestLimits
 from rollout_server.engine.http.generation_routes import GenerationRoutes
 from rollout_server.engine.http.protocol import failure, success
-from rollout_server.engine.http.weight_routes import WeightRoutes, WeightSources
+from rollout_server.engine.http.weight_routes import WeightRoutes
 from rollout_server.engine.loop import EngineLoop
 from rollout_server.engine.metrics import EngineCollector, update_numbers, watch_latencies
+from rollout_server.engine.options import ProcessOptions
 from rollout_server.engine.weights.updater import WeightUpdater
-from rollout_server.packed_generate import MEDIA_TYPE
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 BodyHandler = Callable[[dict[str, Any]], Awaitable[Response]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerOptions:
-    """Settings of the HTTP side."""
-
-    model_path: str
-    weights_from: tuple[str, ...]
-    """Directories that /update_weights_from_disk may load from, beside `model_path`."""
-    weights_timeout_s: float
-    """Time limit of joining a group and of one broadcast, where the request sets none."""
 
 
 class EngineServer:
@@ -54,7 +43,7 @@ class EngineServer:
         loop: EngineLoop,
         updater: WeightUpdater,
         limits: RequestLimits,
-        options: ServerOptions,
+        options: ProcessOptions,
         *,
         model_type: str,
     ) -> None:
@@ -69,11 +58,7 @@ class EngineServer:
         watch_latencies(loop, self._registry)
         generation = GenerationRoutes(loop, limits)
         chat = ChatRoutes(loop, limits, model_path=options.model_path)
-        weights = WeightRoutes(
-            updater,
-            default_timeout_s=options.weights_timeout_s,
-            sources=WeightSources(options.model_path, options.weights_from),
-        )
+        weights = WeightRoutes(updater, options)
         post: dict[str, BodyHandler] = {
             "/abort_request": generation.abort,
             "/pause_generation": generation.pause,
@@ -118,8 +103,8 @@ class EngineServer:
 
         async def endpoint(request: Request) -> Response:
             try:
-                is_packed = takes_packed and request.headers.get("content-type") == MEDIA_TYPE
-                body = (parse_packed_body if is_packed else parse_body)(await request.body())
+                is_packed = takes_packed and request.headers.get("content-type") == FRAMES
+                body = (parse_packed_object if is_packed else parse_object)(await request.body())
                 return await handler(request, body)
             except (UserError, WeightSyncError) as error:
                 return failure(400, str(error))

@@ -15,68 +15,50 @@ single request.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from starlette.responses import Response
 
 from areal_like.errors import UserError
+from areal_like.http.bodies import ParamError, one_of, required_integer, text
 from areal_like.weights.buckets import Bucket
-from rollout_server.engine.http import bodies
 from rollout_server.engine.http.protocol import success
+from rollout_server.engine.options import ProcessOptions
 from rollout_server.engine.weights.updater import WeightUpdater
 
 DEFAULT_GROUP = "weight_update_group"
-
-
-class WeightSources:
-    """The places on this machine that weights may be loaded from."""
-
-    def __init__(self, model_path: str, directories: Sequence[str]) -> None:
-        """`model_path`: directory or hub name; `directories`: all that is below them is allowed."""
-        self._model_path = model_path
-        self._directories = [Path(directory).expanduser().resolve() for directory in directories]
-
-    def check(self, path: str) -> None:
-        """Raises UserError for every other path. Links are followed before the comparison."""
-        if path == self._model_path:
-            return
-        try:
-            resolved = Path(path).expanduser().resolve()
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"model_path={path!r}: {error}") from None
-        if not any(resolved.is_relative_to(directory) for directory in self._directories):
-            raise UserError(
-                f"model_path={path!r} is neither the engine's model nor below --weights-from: refused"
-            )
+_MAX_TIMEOUT_S = 86400.0
 
 
 class WeightRoutes:
     """Handlers of the weight update endpoints."""
 
-    def __init__(self, updater: WeightUpdater, *, default_timeout_s: float, sources: WeightSources) -> None:
+    def __init__(self, updater: WeightUpdater, options: ProcessOptions) -> None:
         self._updater = updater
-        self._default_timeout_s = default_timeout_s
-        self._sources = sources
+        self._default_timeout_s = options.weights_timeout_s
+        self._model_path = options.model_path
+        self._directories = [Path(directory).expanduser().resolve() for directory in options.weights_from]
 
     async def init_group(self, body: dict[str, Any]) -> Response:
         """/init_weights_update_group."""
         await self._updater.init_group(
-            master_address=bodies.text(body, "master_address"),
-            master_port=bodies.required_integer(body, "master_port", high=65535),
-            rank=bodies.required_integer(body, "rank_offset"),
-            world_size=bodies.required_integer(body, "world_size"),
-            group_name=bodies.text(body, "group_name", DEFAULT_GROUP),
-            backend=bodies.text(body, "backend", "nccl"),
-            timeout_s=bodies.timeout(body, self._default_timeout_s),
-            secret=bodies.secret(body),
+            master_address=text(body, "master_address"),
+            master_port=required_integer(body, "master_port", high=65535),
+            rank=required_integer(body, "rank_offset"),
+            world_size=required_integer(body, "world_size"),
+            group_name=text(body, "group_name", DEFAULT_GROUP),
+            backend=text(body, "backend", "nccl"),
+            timeout_s=_timeout(body, self._default_timeout_s),
+            secret=_secret(body),
         )
         return success("joined the weight group")
 
     async def destroy_group(self, body: dict[str, Any]) -> Response:
         """/destroy_weights_update_group."""
-        await self._updater.destroy_group(bodies.text(body, "group_name", DEFAULT_GROUP))
+        await self._updater.destroy_group(text(body, "group_name", DEFAULT_GROUP))
         return success("left the weight group")
 
     async def begin(self, body: dict[str, Any]) -> Response:
@@ -89,38 +71,91 @@ class WeightRoutes:
         load_format = body.get("load_format")
         if load_format not in (None, "flattened_bucket"):
             raise UserError(f"load_format must be null or flattened_bucket, got {load_format!r}")
-        checksum = await self._updater.receive(
-            Bucket.from_dict(body),
-            group_name=bodies.text(body, "group_name", DEFAULT_GROUP),
+        sums = await self._updater.receive(
+            [Bucket.from_dict(body)],
+            group_name=text(body, "group_name", DEFAULT_GROUP),
             flattened=load_format is not None,
-            version=bodies.weight_version(body),
-            timeout_s=bodies.timeout(body, self._default_timeout_s),
+            version=_weight_version(body),
+            timeout_s=_timeout(body, self._default_timeout_s),
         )
-        return success("received", checksum=checksum)
+        return success("received", checksum=next(iter(sums.checksums), None))
 
     async def receive_all(self, body: dict[str, Any]) -> Response:
         """/receive_weights."""
         buckets = body.get("buckets")
         if not isinstance(buckets, list) or not all(isinstance(bucket, dict) for bucket in buckets):
             raise UserError("buckets must be a list of objects")
-        sums = await self._updater.receive_all(
-            [Bucket.from_dict(bucket) for bucket in buckets],
-            group_name=bodies.text(body, "group_name", DEFAULT_GROUP),
-            timeout_s=bodies.timeout(body, self._default_timeout_s),
-            integrity=bodies.integrity(body),
+        parsed = [Bucket.from_dict(bucket) for bucket in buckets]
+        group_name = text(body, "group_name", DEFAULT_GROUP)
+        timeout_s = _timeout(body, self._default_timeout_s)
+        integrity = one_of(body, "integrity", ("none", "sha256"))
+        await self._updater.begin()
+        sums = await self._updater.receive(
+            parsed, group_name=group_name, timeout_s=timeout_s, integrity=integrity
         )
         return success("received", checksums=sums.checksums, digests=sums.digests)
 
     async def end(self, body: dict[str, Any]) -> Response:
         """/end_weight_update."""
-        stall_s = await self._updater.end(
-            version=bodies.weight_version(body), recompute=bodies.recompute(body)
-        )
+        stall_s = await self._updater.end(version=_weight_version(body), recompute=_recomputes(body))
         return success("active", stall_s=stall_s)
 
     async def load_from_disk(self, body: dict[str, Any]) -> Response:
         """/update_weights_from_disk."""
-        path, version = bodies.text(body, "model_path"), bodies.weight_version(body)
-        self._sources.check(path)
-        stall_s = await self._updater.load_from_disk(path, version=version, recompute=bodies.recompute(body))
+        path, version = text(body, "model_path"), _weight_version(body)
+        self._check_source(path)
+        stall_s = await self._updater.load_from_disk(path, version=version, recompute=_recomputes(body))
         return success("active", stall_s=stall_s)
+
+    def _check_source(self, path: str) -> None:
+        """Raises UserError unless weights may be loaded from there. Links are followed first."""
+        if path == self._model_path:
+            return
+        try:
+            resolved = Path(path).expanduser().resolve()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"model_path={path!r}: {error}") from None
+        if not any(resolved.is_relative_to(directory) for directory in self._directories):
+            raise UserError(
+                f"model_path={path!r} is neither the engine's model nor below --weights-from: refused"
+            )
+
+
+def _timeout(body: Mapping[str, Any], default_s: float) -> float:
+    """`timeout_s`, above 0 and at most a day."""
+    timeout_s = body.get("timeout_s", default_s)
+    if (
+        isinstance(timeout_s, bool)
+        or not isinstance(timeout_s, (int, float))
+        or not 0 < timeout_s <= _MAX_TIMEOUT_S
+    ):
+        raise ParamError(
+            f"timeout_s must be a number of seconds up to {_MAX_TIMEOUT_S:g}, got {timeout_s!r}",
+            param="timeout_s",
+        )
+    return float(timeout_s)
+
+
+def _weight_version(body: Mapping[str, Any]) -> str:
+    """`weight_version` as a string; empty where the body has none.
+
+    SGLang's versions are strings, ours are numbers.
+    """
+    value = body.get("weight_version")
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (str, int))):
+        raise ParamError(f"weight_version must be a string, got {value!r}", param="weight_version")
+    return "" if value is None else str(value)
+
+
+def _secret(body: Mapping[str, Any]) -> str:
+    """`secret`: 32 bytes in hexadecimal; empty where the body has none."""
+    value = body.get("secret", "")
+    if not isinstance(value, str) or (value and re.fullmatch(r"[0-9a-f]{64}", value) is None):
+        # Its value stays out of logs.
+        raise ParamError("secret must be 64 hexadecimal digits", param="secret")
+    return value
+
+
+def _recomputes(body: Mapping[str, Any]) -> bool:
+    """`running`: true if the KV of running sequences is recomputed under the new weights (the default)."""
+    return one_of(body, "running", ("recompute", "keep")) == "recompute"

@@ -14,14 +14,17 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from areal_like.errors import WeightSyncError
+from areal_like.paths import read_json
 from areal_like.runtime.threads import in_thread
 from areal_like.weights.buckets import Bucket, check_names
 from areal_like.weights.collective import WeightGroup, device_facts
@@ -29,12 +32,10 @@ from areal_like.weights.integrity import BucketSums
 from rollout_server.engine.loop import EngineLoop
 from rollout_server.engine.models.base import ModelFacts
 from rollout_server.engine.weights.bucket_receiver import BucketReceiver
-from rollout_server.engine.weights.checkpoint import store_checkpoint
-from rollout_server.engine.weights.threads import AbandonableThreads
 
 logger = logging.getLogger(__name__)
 
-
+T = TypeVar("T")
 _MAX_JOINS = 8
 """Threads that may wait to join a group at the same time, those that were abandoned included."""
 _JOIN_GRACE_S = 1.0
@@ -65,15 +66,49 @@ class _Join:
     """True once nobody waits for its result; a group that it still joins is closed at once."""
 
 
+class _AbandonableThreads:
+    """Threads for blocking work (broadcasts, group set-up, file reads) that can all be abandoned at once.
+
+    All methods must be called on the event loop.
+    """
+
+    def __init__(self) -> None:
+        self._pending: set[asyncio.Future[Any]] = set()
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """Returns the result of `work`.
+
+        Raises its exception, or WeightSyncError if `abandon` is called first.
+        """
+
+        def main() -> T:
+            with torch.inference_mode():
+                return work()
+
+        future = in_thread(main, name="weights")
+        self._pending.add(future)
+        future.add_done_callback(self._pending.discard)
+        return await future
+
+    def abandon(self, reason: str) -> None:
+        """Fails every pending `run` with WeightSyncError.
+
+        The threads run to their end, and their results are discarded.
+        """
+        for future in list(self._pending):
+            # The set may still contain a future that is done: the callback that removes it runs later.
+            if not future.done():
+                future.set_exception(WeightSyncError(reason))
+
+
 class WeightUpdater:
     """The weight groups of an engine and its one open update. All methods must be called on the event loop.
 
         CLOSED -> begin -> OPEN -> receive (repeated) -> end -> verified: weights swapped -> CLOSED
                                                              -> any error: active weights stay -> CLOSED
 
-    `begin` in state OPEN discards the update and opens another. `receive_all` and `load_from_disk` call
-    `begin` themselves. An error in a bucket makes the call that received it fail, and later `end` with the
-    message of the first error.
+    `begin` in state OPEN discards the update and opens another. `load_from_disk` calls it itself. An error in
+    a bucket makes the call that received it fail, and later `end` with the message of the first error.
     """
 
     def __init__(self, loop: EngineLoop, facts: ModelFacts) -> None:
@@ -85,7 +120,7 @@ class WeightUpdater:
         """The join that is waiting for the other ranks."""
         self._join_slots = threading.BoundedSemaphore(_MAX_JOINS)
         self._update: _OpenUpdate | None = None
-        self._threads = AbandonableThreads()
+        self._threads = _AbandonableThreads()
         self._buffers: list[Tensor] = []
         """Receive buffers for buckets that cannot be received in place, at most two. They are kept between
         updates, because receiving into memory that the kernel has to map first takes twice as long."""
@@ -156,7 +191,7 @@ class WeightUpdater:
         except TimeoutError:
             join.is_abandoned = True
             raise WeightSyncError(
-                f"weight group {group_name}: {master_address}:{master_port} did not reply in {timeout_s:g} s"
+                f"weight group {group_name}: {master_address}:{master_port} timed out after {timeout_s:g} s"
             ) from None
         finally:
             if self._join is join:
@@ -185,48 +220,23 @@ class WeightUpdater:
         self._update = _OpenUpdate(BucketReceiver(weights, self._facts, buffers))
 
     async def receive(
-        self, bucket: Bucket, *, group_name: str, flattened: bool, version: str, timeout_s: float
-    ) -> int | None:
-        """Receives one bucket, in the order of the calls; returns its checksum if it is flattened.
-
-        `timeout_s`: of each broadcast. Raises WeightSyncError; the update can then no longer be activated.
-        """
-        update = self._open_update()
-        sums = await self._receive(
-            update, [bucket], group_name=group_name, flattened=flattened, timeout_s=timeout_s
-        )
-        update.version = version or update.version
-        return sums.checksums[0] if flattened else None
-
-    async def receive_all(
-        self, buckets: Sequence[Bucket], *, group_name: str, timeout_s: float, integrity: str
-    ) -> BucketSums:
-        """Opens an update and receives all its flattened buckets; returns their sums.
-
-        `integrity`: `none`, or `sha256` for sums with digests.
-        `timeout_s`: of all broadcasts together. Raises WeightSyncError; the update can then no longer be
-        activated.
-        """
-        await self.begin()
-        return await self._receive(
-            self._open_update(),
-            buckets,
-            group_name=group_name,
-            flattened=True,
-            timeout_s=timeout_s,
-            integrity=integrity,
-        )
-
-    async def _receive(
         self,
-        update: _OpenUpdate,
         buckets: Sequence[Bucket],
         *,
         group_name: str,
-        flattened: bool,
         timeout_s: float,
+        flattened: bool = True,
+        version: str = "",
         integrity: str = "none",
     ) -> BucketSums:
+        """Receives buckets into the open update, in the order of the calls; returns their sums.
+
+        `timeout_s`: of all broadcasts together. `flattened`: False for one bucket whose tensors come one by
+        one, which has no sums; `timeout_s` is then that of each. `version`: of the update; empty: `end` has
+        it. `integrity`: `none`, or `sha256` for sums with digests. Raises WeightSyncError; the update can
+        then no longer be activated.
+        """
+        update = self._open_update()
         receiver = update.receiver
         group = self._groups.get(group_name)
         if group is None:
@@ -258,6 +268,7 @@ class WeightUpdater:
         finally:
             update.num_receiving -= 1
             self._reclaim(update)
+        update.version = version or update.version
         return sums
 
     async def end(self, *, version: str, recompute: bool) -> float:
@@ -297,7 +308,7 @@ class WeightUpdater:
         update.num_receiving += 1
         try:
             await self._threads.run(
-                lambda: receiver.on_own_stream(lambda: store_checkpoint(Path(path), receiver))
+                lambda: receiver.on_own_stream(lambda: _store_checkpoint(Path(path), receiver))
             )
         except WeightSyncError as error:
             receiver.error = str(error)
@@ -340,3 +351,18 @@ class WeightUpdater:
             self._buffers = receiver.buffers
             if not receiver.is_tainted:
                 self._loop.call(lambda core: core.return_shadow_weights(receiver.weights))
+
+
+def _store_checkpoint(path: Path, receiver: BucketReceiver) -> None:
+    """Stores all tensors of a Hugging Face directory in the shadow weights. Raises WeightSyncError."""
+    try:
+        index = path / "model.safetensors.index.json"
+        files = ["model.safetensors"]
+        if index.is_file():
+            files = sorted(set(read_json(index)["weight_map"].values()))
+        for file in files:
+            with safe_open(path / file, framework="pt", device=str(receiver.device)) as tensors:
+                names = tensors.keys()
+                receiver.store({name: tensors.get_tensor(name) for name in names})
+    except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
+        raise WeightSyncError(f"{path}: cannot read weights: {error}") from None

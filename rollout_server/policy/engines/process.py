@@ -1,6 +1,6 @@
 """An engine as a child process: start, wait until ready, watch, stop; and the embedded engine's process.
 
-    STOPPED -> start() -> (port file appears, /health answers) -> RUNNING -> stop(), or it dies -> STOPPED
+    STOPPED -> start() -> (port file appears, /health responds) -> RUNNING -> stop(), or it dies -> STOPPED
 
 The engine is a separate process, so that decoding and the stream of samples do not share Python's interpreter
 lock, and so that the server survives a crash of the engine, returns its leases and starts another engine. The
@@ -28,8 +28,9 @@ from areal_like.hosts import LOOPBACK
 from areal_like.paths import RunPaths
 from areal_like.runtime.daemon import cancelled_on_exit
 from areal_like.runtime.logs import OUTPUT_FILE, LogBounds, Outputs
+from rollout_server.engine.options import ProcessOptions
 from rollout_server.policy.batcher import MAX_BATCH
-from rollout_server.policy.client import EngineClient
+from rollout_server.policy.client import EmbeddedClient, EngineClient
 from rollout_server.policy.gate import GenerationGate
 from rollout_server.weights.shadow import ShadowWeightUpdate
 from rollout_server.weights.strategy import OnQuarantine, OnUntrusted, WeightUpdateStrategy
@@ -73,12 +74,6 @@ class EngineProcess(ABC):
     def pid(self) -> int:
         """Process id; 0 when stopped."""
         return self._process.pid if self._process is not None else 0
-
-    @abstractmethod
-    def weight_update_strategy(
-        self, *, gate: GenerationGate, on_quarantine: OnQuarantine, on_untrusted: OnUntrusted
-    ) -> WeightUpdateStrategy:
-        """The strategy that updates this engine's weights from version to version."""
 
     @property
     def is_running(self) -> bool:
@@ -146,8 +141,12 @@ class EngineProcess(ABC):
         self._process = None
 
     @abstractmethod
-    def _command(self, *, version: int, key_file: str) -> list[str]:
-        """Command line of a new engine, which reads its API key from `key_file`."""
+    def _command(self, *, version: int, secret_file: str) -> list[str]:
+        """Command line of a new engine, which can read `_secret` from a file once."""
+
+    def _secret(self, *, version: int) -> str:
+        """What only the new engine may read: its API key, and whatever comes with it."""
+        return self.api_key
 
     def _environment(self) -> dict[str, str]:
         threads = str(self._config.rollout.num_threads)
@@ -157,15 +156,16 @@ class EngineProcess(ABC):
     async def _port(self) -> int:
         """Waits for the port that the new engine listens on. Raises EngineError if it ends first."""
 
+    @abstractmethod
     def _client(self, url: str) -> EngineClient:
         """A client of the engine at `url`."""
-        return EngineClient(url, api_key=self.api_key)
 
     def _launch(self, *, version: int) -> None:
         self.api_key = secrets.token_hex(32)
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        with _pipe_with(self.api_key) as key_fd, self.log_path.open("ab") as log_file:
-            command = self._command(version=version, key_file=f"/dev/fd/{key_fd}")
+        secret = self._secret(version=version)
+        with _pipe_with(secret) as fd, self.log_path.open("ab") as log_file:
+            command = self._command(version=version, secret_file=f"/dev/fd/{fd}")
             # A new process group: some engines consist of several processes, which are killed together.
             self._process = subprocess.Popen(
                 command,
@@ -173,7 +173,7 @@ class EngineProcess(ABC):
                 stdout=log_file,
                 stderr=log_file,
                 env=self._environment(),
-                pass_fds=(key_fd,),
+                pass_fds=(fd,),
                 start_new_session=True,
             )
 
@@ -238,29 +238,33 @@ class EmbeddedProcess(EngineProcess):
     def _port_file(self) -> Path:
         return RunPaths.of(self._config).endpoints / f"{self._name}-engine.port"
 
-    def _command(self, *, version: int, key_file: str) -> list[str]:
-        rollout = self._config.rollout
+    def _command(self, *, version: int, secret_file: str) -> list[str]:
         self._port_file.parent.mkdir(parents=True, exist_ok=True)
         self._port_file.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "rollout_server.engine"]
-        for key, value in {
-            "model-path": self._model,
-            "api-key-file": key_file,
-            "port": 0,
-            "port-file": self._port_file,
-            "device": rollout.engine_device,
-            "dtype": compute_dtype(self._config),
-            "max-running-requests": rollout.max_running,
-            "context-length": self._context_tokens,
-            "weights-from": RunPaths.of(self._config).checkpoints,
-            "max-body-bytes": longest_body(self._context_tokens),
-            "max-connections": _SPARE_CONNECTIONS + 4 * (rollout.max_running + rollout.queue_samples),
-            "weight-version": version,
-            "random-seed": self._config.seed,
-            "num-threads": rollout.num_threads,
-        }.items():
-            command += [f"--{key}", str(value)]
-        return [*command, "--enable-fp32-lm-head"] if self._config.model.fp32_head else command
+        return [sys.executable, "-m", "rollout_server.engine", "--options", secret_file]
+
+    def _secret(self, *, version: int) -> str:
+        rollout = self._config.rollout
+        return ProcessOptions(
+            model_path=self._model,
+            api_key=self.api_key,
+            port=0,
+            port_file=str(self._port_file),
+            device=rollout.engine_device,
+            dtype=compute_dtype(self._config),
+            enable_fp32_lm_head=self._config.model.fp32_head,
+            max_running_requests=rollout.max_running,
+            context_length=self._context_tokens,
+            weights_from=(str(RunPaths.of(self._config).checkpoints),),
+            max_body_bytes=longest_body(self._context_tokens),
+            max_connections=_SPARE_CONNECTIONS + 4 * (rollout.max_running + rollout.queue_samples),
+            weight_version=str(version),
+            random_seed=self._config.seed,
+            num_threads=rollout.num_threads,
+        ).to_json()
+
+    def _client(self, url: str) -> EngineClient:
+        return EmbeddedClient(url, api_key=self.api_key)
 
     async def _port(self) -> int:
         while True:

@@ -1,15 +1,15 @@
-"""Keeps an engine running: starts it with the newest checkpoint, replaces it when it dies or stands still.
+"""Keeps an engine running: starts it with the newest checkpoint, replaces it when it dies or stalls.
 
-    STARTING -> on_ready -> RUNNING -> (died, or replaced) -> on_lost -> backoff -> STARTING ...
+    STARTING -> on_ready -> RUNNING -> (died, or replaced) -> on_lost -> pause -> STARTING ...
                                           `-> too many deaths in a row -> EngineError
 
 An engine starts with the run's newest checkpoint if this machine can see it, under the version that the
 trainer gave it; otherwise with the weights at `model.path`.
 
-An engine stands still when it answers nothing, or when it has requests and no count of its load changes. The
+An engine is stalled when it does not respond, or when it has requests and no count of its load changes. The
 limit is on the engine and not on each request: a request advances with the engine, and one that waits in the
 engine's queue is not late. While a push or a load of weights holds the engine, neither time runs: those calls
-have limits of their own, and the engine may not answer then.
+have limits of their own, and the engine may not respond then.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 
 from areal_like.errors import EngineError
 from areal_like.runtime.progress import ProgressClock
+from areal_like.runtime.restarts import RestartLimits, Restarts, RestartState
 from areal_like.weights.snapshots_on_disk import newest_snapshot
 from rollout_server.policy.client import EngineClient
 from rollout_server.policy.engines.engine import Engine
@@ -32,14 +33,12 @@ log = logging.getLogger(__name__)
 
 INITIAL_VERSION = 0
 """Version of the weights at `model.path`."""
-_MAX_DEATHS_IN_A_ROW = 5
-"""The server exits after this many deaths in a row, each within `_HEALTHY_AFTER_S` of the engine's start."""
-_HEALTHY_AFTER_S = 30.0
-_FIRST_BACKOFF_S = 0.5
+_LIMITS = RestartLimits(max_failures=4)
+"""After one more death in a row the server exits."""
 _LATE_S = 2.0
-"""An engine that answers or advances later than this is listed among the waits."""
+"""An engine that responds or advances later than this is listed among the waits."""
 _MAX_SILENCE_S = 60.0
-"""An engine that runs but has not answered for this long is replaced, unless it loads weights."""
+"""An engine that runs but has not responded for this long is replaced, unless it loads weights."""
 
 
 class EngineSupervisor:
@@ -71,10 +70,10 @@ class EngineSupervisor:
         self._on_ready = on_ready
         self._on_lost = on_lost
         self._stall_timeout_s = stall_timeout_s
-        self._answered_s = asyncio.get_running_loop().time()
-        self._progress = ProgressClock(now_s=self._answered_s)
+        self._responded_s = asyncio.get_running_loop().time()
+        self._progress = ProgressClock(now_s=self._responded_s)
         self._is_paused = False
-        """True if the engine said so in its last answer."""
+        """True if the engine said so in its last response."""
         self.client: EngineClient | None = None
         """Client of the running engine; None while there is none."""
 
@@ -84,9 +83,9 @@ class EngineSupervisor:
         Raises EngineError or ConfigError if a start fails, and EngineError if engines keep dying.
         """
         loop = asyncio.get_running_loop()
-        num_deaths = 0
+        restarts = Restarts(_LIMITS, now_s=loop.time())
         while True:
-            started_s = loop.time()
+            restarts.started(now_s=loop.time())
             with self._starting():
                 client = await self._engine.start(version=INITIAL_VERSION)
                 path, version = await self._load_newest(client)
@@ -95,10 +94,10 @@ class EngineSupervisor:
             self._on_ready(client, version)
             reason = await self._engine.died()
             await self._lose(reason)
-            num_deaths = 1 if loop.time() - started_s > _HEALTHY_AFTER_S else num_deaths + 1
-            if num_deaths >= _MAX_DEATHS_IN_A_ROW:
+            restarts.failed(now_s=loop.time())
+            if restarts.state is RestartState.GIVEN_UP:
                 raise EngineError(reason)
-            await asyncio.sleep(_FIRST_BACKOFF_S * 2 ** (num_deaths - 1))
+            await asyncio.sleep(restarts.due_s - loop.time())
 
     def waits(self) -> dict[str, float]:
         """What the engine owes for longer than `_LATE_S` -> seconds. Nothing while a push holds it."""
@@ -107,29 +106,29 @@ class EngineSupervisor:
             return {}
         now_s = asyncio.get_running_loop().time()
         found = {}
-        if (silent_s := now_s - self._answered_s) > _LATE_S:
+        if (silent_s := now_s - self._responded_s) > _LATE_S:
             found["engine: an answer"] = silent_s
         if client.num_generating and (stalled_s := now_s - self._progress.last_s) > _LATE_S:
             found["engine: paused" if self._is_paused else "engine: a token"] = stalled_s
         return {name: round(seconds, 3) for name, seconds in found.items()}
 
     async def load(self) -> dict[str, Any]:
-        """The engine's load, or {} if it does not answer. Replaces one that stands still for too long."""
+        """The engine's load, or {} if it does not respond. Replaces one that is stalled for too long."""
         loop = asyncio.get_running_loop()
         load: dict[str, Any] = {}
         client = self.client
         if client is None or client.is_held:
-            self._answered_s = loop.time()
+            self._responded_s = loop.time()
             self._progress.advance(now_s=loop.time())
         if client is None:
             return load
         try:
             load = await client.load()
-            self._answered_s = loop.time()
+            self._responded_s = loop.time()
             self._is_paused = bool(load.get("paused"))
         except EngineError as error:
             log.info("the engine did not report its load: %s", error)
-            silent_s = loop.time() - self._answered_s
+            silent_s = loop.time() - self._responded_s
             if silent_s > _MAX_SILENCE_S and not client.is_held:
                 self.replace(f"silent for {silent_s:.0f} s: {error}")
             return load

@@ -14,13 +14,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from areal_like.errors import ArealError
-from rollout_server.engine.http.bodies import text
+from areal_like.http.bodies import ParamError, parse_bounded_object, text
 from rollout_server.sessions.book import SessionBook
-from rollout_server.sessions.http.answering import KEEP_ALIVE_S, parse_json, session_of
-from rollout_server.sessions.http.chat_routes import ChatRoutes
+from rollout_server.sessions.http.call_response import KEEP_ALIVE_S, session_of
 from rollout_server.sessions.http.claims import ClaimRoutes
-from rollout_server.sessions.http.errors import ParamError, error_response, response_of
-from rollout_server.sessions.http.token_routes import TokenRoutes
+from rollout_server.sessions.http.errors import error_response, response_of
+from rollout_server.sessions.http.model_routes import ModelRoutes
+from rollout_server.sessions.http.requests import session_rules
 
 _THERE = (
     "there are chat/completions, completions, models, reward, heartbeat and end under /sessions/ID/v1, and "
@@ -39,27 +39,30 @@ def session_app(
     keep_alive_s: float = KEEP_ALIVE_S,
     on_ignored: Callable[[str], None] = lambda name: None,
 ) -> Starlette:
-    """`model`: its name in answers. `max_context`: longest sequence in tokens. `sample_timeout_s`,
+    """`model`: its name in responses. `max_context`: longest sequence in tokens. `sample_timeout_s`,
     `idle_timeout_s`: of a session, for external agents. `advertise_host`: in their base URL; empty: as
     they reached the server. `on_ignored` counts fields that have no effect."""
     claims = ClaimRoutes(
-        book,
+        book=book,
         advertise_host=advertise_host,
         sample_timeout_s=sample_timeout_s,
         idle_timeout_s=idle_timeout_s,
     )
-    chat = ChatRoutes(
-        book, model=model, max_context=max_context, keep_alive_s=keep_alive_s, on_ignored=on_ignored
+    policy = ModelRoutes(
+        book=book,
+        rules=session_rules(model),
+        max_context=max_context,
+        keep_alive_s=keep_alive_s,
+        on_ignored=on_ignored,
     )
-    tokens = TokenRoutes(book=book, model=model, keep_alive_s=keep_alive_s, on_ignored=on_ignored)
     life = _LifeRoutes(book)
     session = "/sessions/{id}"
     routes = [
-        Route(f"{session}/v1/chat/completions", chat.complete, methods=["POST"]),
-        Route(f"{session}/v1/completions", tokens.complete, methods=["POST"]),
-        Route(f"{session}/inference/v1/generate", tokens.generate, methods=["POST"]),
-        Route(f"{session}/v1/models", chat.models, methods=["GET"]),
-        Route(f"{session}/v1/models/{{name:path}}", chat.model, methods=["GET"]),
+        Route(f"{session}/v1/chat/completions", policy.chat, methods=["POST"]),
+        Route(f"{session}/v1/completions", policy.complete, methods=["POST"]),
+        Route(f"{session}/inference/v1/generate", policy.generate, methods=["POST"]),
+        Route(f"{session}/v1/models", policy.models, methods=["GET"]),
+        Route(f"{session}/v1/models/{{name:path}}", policy.model, methods=["GET"]),
         *(Route(f"{session}{v1}/reward", life.reward, methods=["POST"]) for v1 in ("", "/v1")),
         *(Route(f"{session}{v1}/heartbeat", life.heartbeat, methods=["POST"]) for v1 in ("", "/v1")),
         *(Route(f"{session}{v1}/end", life.end, methods=["POST"]) for v1 in ("", "/v1")),
@@ -90,7 +93,7 @@ class _LifeRoutes:
     async def reward(self, request: Request) -> Response:
         """`reward`: of the sample, or of the turn `completion_id`."""
         session = session_of(request, self._book)
-        body = parse_json(await request.body())
+        body = parse_bounded_object(await request.body())
         value = body.get("reward")
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ParamError("reward must be a number", param="reward")
@@ -105,14 +108,14 @@ class _LifeRoutes:
     async def heartbeat(self, request: Request) -> Response:
         """The agent works on it, without the model."""
         session = session_of(request, self._book)
-        parse_json(await request.body())
+        parse_bounded_object(await request.body())
         session.hear()
         return JSONResponse({"id": session.id})
 
     async def end(self, request: Request) -> Response:
         """The sample is finished from what it has."""
         session = session_of(request, self._book)
-        parse_json(await request.body())
+        parse_bounded_object(await request.body())
         problem = session.problem
         session.end()
         return JSONResponse({"id": session.id, "ended": True, "problem": problem or None})

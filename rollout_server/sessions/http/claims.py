@@ -1,6 +1,6 @@
 """POST /sessions: an external agent claims the sample of a lease.
 
-    session.is_offered -> the answer is sent -> claimed
+    session.is_offered -> the response is sent -> claimed
           `------------> the client is gone -> waits again, with another key
 
 A client may wait for a session. Those that wait are served in the order of their requests.
@@ -14,6 +14,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request
@@ -21,11 +22,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from areal_like.http.access import bearer_token
-from rollout_server.engine.http.bodies import number, text
+from areal_like.http.bodies import ParamError, number, parse_bounded_object, text
+from areal_like.http.streams import disconnected
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.claimants import Claimant
-from rollout_server.sessions.http.answering import disconnected, drained, parse_json
-from rollout_server.sessions.http.errors import ParamError, error_response
+from rollout_server.sessions.http.call_response import drained
+from rollout_server.sessions.http.errors import error_response
 from rollout_server.sessions.open_session import OpenSession, SessionState
 
 MAX_WAIT_S = 30.0
@@ -34,62 +36,58 @@ MAX_WAITING = 1024
 """Clients that may wait at the same time."""
 RETRY_AFTER_S = 5
 _DELIVERY_S = 10.0
-"""Longest time for the answer with a session; a client that reads more slowly does not get it."""
+"""Longest time for the response with a session; a client that reads more slowly does not get it."""
 
 
+@dataclass(eq=False, kw_only=True)
 class ClaimRoutes:
     """The endpoints of /sessions. Belongs to one event loop."""
 
-    def __init__(
-        self,
-        book: SessionBook,
-        *,
-        advertise_host: str,
-        sample_timeout_s: float | None,
-        idle_timeout_s: float,
-    ) -> None:
-        self._book = book
-        self._advertise_host = advertise_host
-        self._sample_timeout_s = sample_timeout_s
-        self._idle_timeout_s = idle_timeout_s
-        self._waiting: deque[asyncio.Future[None]] = deque()
-        book.on_waiting = self._wake
+    book: SessionBook
+    advertise_host: str
+    """In the base URL of a session; empty: as its client reached the server."""
+    sample_timeout_s: float | None
+    idle_timeout_s: float
+    _waiting: deque[asyncio.Future[None]] = field(default_factory=deque, init=False)
+
+    def __post_init__(self) -> None:
+        self.book.on_waiting = self._wake
 
     async def counts(self, request: Request) -> Response:
         """GET /sessions: how many wait, and how many are open."""
-        return JSONResponse({"waiting": self._book.num_waiting, "open": len(self._book.open)})
+        return JSONResponse({"waiting": self.book.num_waiting, "open": len(self.book.open)})
 
     async def claim(self, request: Request) -> Response | _Claimed:
         """POST /sessions."""
-        body = parse_json(await request.body())
+        body = parse_bounded_object(await request.body())
         wait_s = number(body, "wait_s", 0.0, low=0.0, high=MAX_WAIT_S)
         claimant = _claimant(request, body)
         if (held := self._held(claimant)) is not None:
             return held
-        session = self._book.offer() if not self._waiting else None
-        if session is None and wait_s and not self._book.is_closed:
+        session = self.book.offer() if not self._waiting else None
+        if session is None and wait_s and not self.book.is_closed:
             if len(self._waiting) >= MAX_WAITING:
                 return _none(f"{MAX_WAITING} clients wait for a session already")
             session = await self._wait(request, wait_s)
         if session is None:
             return _none(
                 "the server is ending: claim at another one, or after it has started again"
-                if self._book.is_closed
+                if self.book.is_closed
                 else "no session waits for an agent: all samples that the job needs now are being made"
             )
         if (held := self._held(claimant)) is not None:  # its other sessions have failed while it waited
-            self._book.take_back(session)
+            self.book.take_back(session)
             return held
         session.claimant = claimant
         try:
-            return _Claimed(session, self._described(request, session), book=self._book)
+            return _Claimed(session, self._described(request, session), book=self.book)
         except BaseException:
-            self._book.take_back(session)
+            self.book.take_back(session)
             raise
 
     def _held(self, claimant: Claimant) -> Response | None:
         """The refusal of a claimant whose sessions fail; None if it may have one."""
-        hold = self._book.claimants.hold(claimant, now_s=asyncio.get_running_loop().time())
+        hold = self.book.claimants.hold(claimant, now_s=asyncio.get_running_loop().time())
         if hold is None:
             return None
         if hold.is_refused:
@@ -102,7 +100,7 @@ class ClaimRoutes:
             first = self._waiting.popleft()
             if not first.done():
                 first.set_result(None)
-                if not self._book.is_closed:
+                if not self.book.is_closed:
                     return
 
     async def _wait(self, request: Request, wait_s: float) -> OpenSession | None:
@@ -115,9 +113,9 @@ class ClaimRoutes:
         try:
             while (left_s := end_s - loop.time()) > 0 and not gone.done():
                 await asyncio.wait({turn, gone}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
-                if gone.done() or not turn.done() or self._book.is_closed:
+                if gone.done() or not turn.done() or self.book.is_closed:
                     return None
-                if (session := self._book.offer()) is not None:
+                if (session := self.book.offer()) is not None:
                     return session
                 turn = loop.create_future()  # it was its turn, but the session has gone meanwhile
                 self._waiting.appendleft(turn)
@@ -126,13 +124,13 @@ class ClaimRoutes:
             gone.cancel()
             if turn in self._waiting:
                 self._waiting.remove(turn)
-            if turn.done() and self._book.num_waiting:
+            if turn.done() and self.book.num_waiting:
                 self._wake()  # of the next client, if this one has not taken what it was woken for
 
     def _described(self, request: Request, session: OpenSession) -> bytes:
         example = session.example
         port = request.url.port
-        host = self._advertise_host or request.url.hostname or "127.0.0.1"
+        host = self.advertise_host or request.url.hostname or "127.0.0.1"
         host = f"[{host}]" if ":" in host else host
         host = f"{host}:{port}" if port is not None else host
         shown: dict[str, Any] = {"split": session.split, "index": session.index}
@@ -143,17 +141,17 @@ class ClaimRoutes:
                 "metadata": _json(example.metadata),
                 "label": example.label,
             }
-        answer = {
+        described = {
             "id": session.id,
             "base_url": f"{request.url.scheme}://{host}/sessions/{session.id}/v1",
             "api_key": session.api_key,
             "example": shown,
             "group": session.group,
             "sample": session.sample,
-            "deadline_s": self._sample_timeout_s,
-            "idle_timeout_s": self._idle_timeout_s,
+            "deadline_s": self.sample_timeout_s,
+            "idle_timeout_s": self.idle_timeout_s,
         }
-        return json.dumps(answer, separators=(",", ":")).encode()
+        return json.dumps(described, separators=(",", ":")).encode()
 
 
 class _Claimed:

@@ -1,19 +1,19 @@
 """Errors in OpenAI's format: what an SDK raises, and whether it tries again.
 
-    400 a request that cannot be answered | 404 no such session | 410 the session has ended
+    400 a request that cannot be served | 404 no such session | 410 the session has ended
     429 no session waits (Retry-After)    | 500 the engine failed, and the sample with it
 
-An SDK repeats a request that was answered by 408, 409, 429 or 5xx, unless `x-should-retry` forbids it.
+An SDK repeats a request whose status was 408, 409, 429 or 5xx, unless `x-should-retry` forbids it.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
 from starlette.responses import Response
 
+from areal_like.chat.openai import error_object
 from areal_like.errors import (
     EngineError,
     EpisodeBudgetError,
@@ -22,38 +22,15 @@ from areal_like.errors import (
     SessionGoneError,
     UserError,
 )
+from areal_like.http.bodies import ParamError
 from areal_like.trajectory import FinishReason
 
 CONTEXT_LENGTH = "context_length_exceeded"
 TURN_LIMIT = "turn_limit_exceeded"
-_TYPES = {
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    429: "rate_limit_error",
-}
-_MAX_CHARS = 2000
-"""A message may quote a body."""
-
-
-class ParamError(UserError):
-    """A field of a body is wrong."""
-
-    def __init__(self, message: str, *, param: str) -> None:
-        super().__init__(message)
-        self.param = param
 
 
 class NoSessionError(UserError):
-    """There is no session of this id."""
-
-
-def error_object(
-    status: int, message: str, *, code: str | None = None, param: str | None = None
-) -> dict[str, Any]:
-    """The body of an error."""
-    kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    return {"error": {"message": message[:_MAX_CHARS], "type": kind, "param": param, "code": code}}
+    """No session has this id."""
 
 
 def error_response(

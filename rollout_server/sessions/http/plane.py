@@ -4,7 +4,7 @@
     sessions.host:port + index of the server    external agents, if a task is `external`; TLS as the job's
 
 Both need the session's key for each request: other users of the machine reach loopback, too. Both run in the
-server's event loop, so what a client can cost is bounded before a request is answered: connections, size and
+server's event loop, so what a client can cost is bounded before a request is handled: connections, size and
 time of heads and bodies, requests of one connection, clients that do not read. File descriptors for all of
 them are checked at the start.
 """
@@ -15,6 +15,7 @@ import asyncio
 import resource
 import socket
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.types import ASGIApp
@@ -46,39 +47,31 @@ _OTHER_FILES = 256
 _LARGEST_PORT = 65535
 
 
+@dataclass(eq=False, kw_only=True)
 class SessionPlane:
     """`start`, then `close`."""
 
-    def __init__(
-        self,
-        config: Config,
-        app: ASGIApp,
-        book: SessionBook,
-        *,
-        keyring: Keyring | None,
-        index: int,
-        needs_external: bool,
-        max_body_bytes: int,
-        on_refused: Callable[[Reason], None] = lambda reason: None,
-    ) -> None:
-        """`index`: number of this rollout server, added to `sessions.port`. `needs_external`: whether agents
-        from outside make samples. `max_body_bytes`: of a request to the model. `on_refused` counts refusals.
-        """
-        self._config = config
-        self._app = app
-        self._book = book
-        self._role_of = None if keyring is None else lambda token: role_of_token(keyring, token)
-        self._index = index
-        self._needs_external = needs_external
-        self._max_body_bytes = max_body_bytes
-        self._on_refused = on_refused
-        self._servers: list[HttpServer] = []
-        self.internal_url = ""
-        """For this machine: `http://127.0.0.1:PORT`."""
-        self.external_url = ""
-        """For external agents; empty without them."""
-        self.serving: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        """Ends with the servers; raises what ended them."""
+    config: Config
+    app: ASGIApp
+    book: SessionBook
+    keyring: Keyring | None
+    index: int
+    """Number of this rollout server, added to `sessions.port`."""
+    needs_external: bool
+    """External agents make samples."""
+    max_body_bytes: int
+    """Longest request to the model."""
+    on_refused: Callable[[Reason], None] = lambda reason: None
+    """Counts refusals."""
+    internal_url: str = field(default="", init=False)
+    """For this machine: `http://127.0.0.1:PORT`."""
+    external_url: str = field(default="", init=False)
+    """For external agents; empty without them."""
+    serving: asyncio.Future[Any] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future(), init=False
+    )
+    """Ends with the servers; raises what ended them."""
+    _servers: list[HttpServer] = field(default_factory=list, init=False)
 
     async def start(self) -> None:
         """Binds and serves. Raises ConfigError if an address or a certificate cannot be used, if the address
@@ -86,7 +79,7 @@ class SessionPlane:
         bound: list[tuple[HttpServer, socket.socket]] = []
         try:
             bound.append(self._internal())
-            if self._needs_external:
+            if self.needs_external:
                 bound.append(self._external())
             self._require_files([server.config for server, _ in bound])
         except ConfigError:
@@ -98,7 +91,7 @@ class SessionPlane:
         self.serving = asyncio.gather(*(server.serve(sockets=[listener]) for server, listener in bound))
 
     async def close(self) -> None:
-        """Stops the servers. Sessions must have ended: what is open then gets a second to be answered."""
+        """Stops the servers. Sessions must have ended: what is open then has a second to end."""
         for server in self._servers:
             server.should_exit = True
         if self._servers:
@@ -106,37 +99,25 @@ class SessionPlane:
         self.serving.cancel()
 
     def _internal(self) -> tuple[HttpServer, socket.socket]:
-        rules = SessionRules(
-            self._book,
-            hosts=host_names(_LOOPBACK),
-            role_of=self._role_of,
-            takes_claims=False,
-            most_requests=self._requests_of_a_session,
-        )
+        rules = self._rules(host_names(_LOOPBACK), takes_claims=False)
         listener = self._bound(_LOOPBACK, 0)
         self.internal_url = f"http://{_LOOPBACK}:{listener.getsockname()[1]}"
         return self._server(rules, max_connections=self._connections_of_samples), listener
 
     def _external(self) -> tuple[HttpServer, socket.socket]:
-        security, sessions = self._config.security, self._config.sessions
+        security, sessions = self.config.security, self.config.sessions
         host = sessions.host
         require_loopback_or_keys(security, host, setting="sessions.host")
         certificate, private_key = tls_files(security)
-        others = [*security.allowed_hosts, sessions.advertise_host, self._config.rollout.advertise_host]
-        rules = SessionRules(
-            self._book,
-            hosts=host_names(host, others=others),
-            role_of=self._role_of,
-            takes_claims=True,
-            most_requests=self._requests_of_a_session,
-        )
+        others = [*security.allowed_hosts, sessions.advertise_host, self.config.rollout.advertise_host]
+        rules = self._rules(host_names(host, others=others), takes_claims=True)
         server = self._server(
             rules,
             max_connections=self._connections_of_samples + MAX_WAITING,
             certificate=certificate,
             private_key=private_key,
         )
-        listener = self._bound(host, sessions.port and sessions.port + self._index)
+        listener = self._bound(host, sessions.port and sessions.port + self.index)
         shown = sessions.advertise_host or (socket.gethostname() if host in ("0.0.0.0", "::") else host)
         shown = f"[{shown}]" if ":" in shown else shown
         scheme = "https" if certificate else "http"
@@ -146,23 +127,33 @@ class SessionPlane:
     @property
     def _connections_of_samples(self) -> int:
         """Two for each sample that can be made at the same time, and some more."""
-        return 2 * self._config.rollout.most_episodes + _SPARE_CONNECTIONS
+        return 2 * self.config.rollout.most_episodes + _SPARE_CONNECTIONS
 
     @property
     def _requests_of_a_session(self) -> int:
         """At the same time: one for each turn that it may have, if others keep half of the connections."""
-        turns = min(self._config.episode.max_turns, self._connections_of_samples // 2)
+        turns = min(self.config.episode.max_turns, self._connections_of_samples // 2)
         return max(turns, _SPARE_CONNECTIONS)
+
+    def _rules(self, hosts: frozenset[str], *, takes_claims: bool) -> SessionRules:
+        keyring = self.keyring
+        return SessionRules(
+            self.book,
+            hosts=hosts,
+            role_of=None if keyring is None else lambda token: role_of_token(keyring, token),
+            takes_claims=takes_claims,
+            most_requests=self._requests_of_a_session,
+        )
 
     def _server(
         self, rules: SessionRules, *, max_connections: int, certificate: str = "", private_key: str = ""
     ) -> HttpServer:
         guard = HttpGuard(
-            self._app,
+            self.app,
             rules,
-            limits=BodyLimits(max_bytes=self._max_body_bytes, timeout_s=_BODY_TIMEOUT_S),
-            max_bytes_of=lambda scope: most_bytes_of_body(scope, of_prompts=self._max_body_bytes),
-            on_refused=self._on_refused,
+            limits=BodyLimits(max_bytes=self.max_body_bytes, timeout_s=_BODY_TIMEOUT_S),
+            max_bytes_of=lambda scope: most_bytes_of_body(scope, of_prompts=self.max_body_bytes),
+            on_refused=self.on_refused,
             describe=openai_error,
             place=rules.place,
         )
@@ -182,7 +173,7 @@ class SessionPlane:
     def _bound(self, host: str, port: int) -> socket.socket:
         if port > _LARGEST_PORT:
             raise ConfigError(
-                f"sessions.port={self._config.sessions.port} + {self._index} (this server's number) is above "
+                f"sessions.port={self.config.sessions.port} + {self.index} (this server's number) is above "
                 f"{_LARGEST_PORT}: use a smaller sessions.port"
             )
         try:

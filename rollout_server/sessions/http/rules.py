@@ -4,7 +4,7 @@
     /sessions/ID/...    the key of this session; 410 if it has ended
     everything else     as /sessions, and then 404
 
-A wrong key and an unknown id get the same answer, 401: who has no key learns no id, and not what has become
+A wrong key and an unknown id get the same response, 401: who has no key learns no id, and not what has become
 of a session. So a client of a session that this server does not know (any more) is told that its key is
 wrong, and not 404.
 """
@@ -18,12 +18,12 @@ import secrets
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from areal_like.chat.openai import error_object
 from areal_like.errors import SessionGoneError
 from areal_like.http.access import AccessRules, Reason, Refusal, RoleOfToken, bearer_token
 from areal_like.http.guard import Headers
 from areal_like.security.keys import KeyRole
 from rollout_server.sessions.book import SessionBook
-from rollout_server.sessions.http.errors import error_object
 
 _CLAIMING_ROLES = (KeyRole.AGENT, KeyRole.OPERATOR)
 _SMALL_BODY_BYTES = 1 << 16
@@ -60,7 +60,7 @@ class SessionRules:
         self._most_requests = most_requests
 
     def refusal(self, scope: Mapping[str, Any]) -> Refusal | None:
-        """As Rules.refusal."""
+        """Why a request is refused, by its head; None if it may be read."""
         refusal = self._head.refusal(scope)
         if refusal is not None:
             return refusal
@@ -70,7 +70,7 @@ class SessionRules:
 
     @contextlib.contextmanager
     def place(self, scope: Mapping[str, Any]) -> Iterator[Refusal | None]:
-        """While a request that `refusal` accepts is read and answered; gives the refusal if its session has
+        """While a request that `refusal` accepts is read and handled; gives the refusal if its session has
         too many: with its key alone a client would use all connections, and memory for as many bodies."""
         session = self._book.find(_session_id(scope["path"]))
         if session is None:

@@ -96,7 +96,7 @@ class DataTask(Task):
             raise ConfigError(f"{rows.place(index)}: {error}") from error
 
     def reward(self, example: Example, completion: Completion) -> Rewarded | Awaitable[Rewarded]:
-        """As `task.reward` says."""
+        """The reward that `task.reward` names."""
         return self.scoring.score(example, completion)
 
     @property
@@ -105,12 +105,12 @@ class DataTask(Task):
         return self.scoring.is_async
 
     def check(self) -> None:
-        """As Task.check."""
+        """Checks the rewards."""
         self.scoring.check()
 
     @property
     def content(self) -> list[str]:
-        """As Task.content."""
+        """Fingerprints of the files' rows."""
         return [self.rows[split].fingerprint for split in ("train", "eval")]
 
     @property
@@ -120,7 +120,7 @@ class DataTask(Task):
         return RowFormat(**{name: getattr(self, name) for name in names})
 
     def without_long_prompts(self, fitting: FittingPrompts) -> Self:
-        """As Task.without_long_prompts. Logs how many there were, and where the first one is."""
+        """The task without the prompts that do not fit. Logs their number, and where the first one is."""
         limit = min(self.max_prompt_tokens, fitting.max_prompt_tokens)
         kept = {}
         for split, rows in self.rows.items():
@@ -138,7 +138,7 @@ class DataTask(Task):
         return fitted
 
     def settings_of_workers(self, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-        """As Task.settings_of_workers: the rows by their names in the cache."""
+        """The settings, with the rows by their names in the cache."""
         named = {split: rows.cached if len(rows) else "" for split, rows in self.rows.items()}
         return {**settings, **named, "num_train": 0, "num_eval": 0, "eval_share": 0.0}
 

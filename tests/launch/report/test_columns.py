@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from launch.formatting import duration, labels, short, ticks
 from launch.report.columns import MAX_COLUMNS, NUM_BUCKETS, Columns, filled_back, read_columns, reduced
-from launch.report.numbers import duration, labels, short, ticks
 
 
 def columns_of(path: Path, *lines: str) -> Columns:
@@ -124,7 +124,7 @@ def test_ticks_are_round_and_few(low: float, width: float, count: int) -> None:
 
 def test_numbers_are_short() -> None:
     shown = [short(value) for value in (0, 1, -3, 0.123456, 12.3456, 4810, 1.234e6, 2e-5, None, float("nan"))]
-    assert shown == ["0", "1", "-3", "0.1235", "12.35", "4,810", "1.23M", "2.00e-05", "-", "-"]
+    assert shown == ["0", "1", "-3", "0.1235", "12.35", "4,810", "1.234M", "2.00e-05", "-", "-"]
     assert [duration(s) for s in (0.25, 200, 7500, 273_600)] == [
         "0.25 s",
         "3 min 20 s",

@@ -131,8 +131,10 @@ def test_two_runs_are_in_the_same_charts(tmp_path: Path) -> None:
     assert "A: one" in page.text and "B: two" in page.text and "A - B" in page.text
     (data,) = re.findall(r'id="data">(.*?)</script>', text, re.S)
     found = json.loads(data)
-    assert [len(xs) for xs in found["xs"]] == [40, 60]
-    assert {one["label"] for one in found["charts"][0]["series"]} >= {"A training", "B training"}
+    series = {one["label"]: one for one in found["charts"][0]}
+    assert series["A held out: eval"]["texts"] == ["0.2 [0.1, 0.3] at 0"]
+    for label, num_steps in (("A training", 40), ("B training", 60)):
+        assert len(series[label]["texts"]) == len(found["steps"][series[label]["steps"]]) == num_steps
     assert "trainer.num_steps" in page.text.partition("Settings that both have")[0]
 
 
@@ -247,7 +249,7 @@ def test_conspicuous_numbers_are_found(tmp_path: Path) -> None:
         "reward fell from 0.9 to 0.2",
         "5 min 1 s before step 70 ended",
         "not finite in 1 steps, first in step 30",
-        "1 start of processes",
+        "1 restart of processes",
         "2 failures of pushes",
     ):
         assert text in found, text

@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from areal_like.errors import UserError
-from rollout_server.engine.http.chat_request import parse_chat
-from rollout_server.engine.http.chat_text import AnswerText
+from rollout_server.engine.http.chat import CompletionText, parse_sampled_chat
 from rollout_server.rewards.library import make_rewards
 from rollout_server.tasks.base import Completion, Example, Score
 from tests.support.chat_models import APPENDING, chat_tokenizer
@@ -218,7 +217,7 @@ def test_the_engine_as_a_judge(chat_engine: Engine, tmp_path: Path, monkeypatch:
 def test_text_is_sent_once_and_never_behind_a_stop(pieces: list[str], stops: list[str]) -> None:
     """Tokens are bytes, so a character may come in parts."""
     tokens = list("".join(pieces).encode())
-    text = AnswerText(lambda ids: bytes(ids).decode(errors="replace"), stops)
+    text = CompletionText(lambda ids: bytes(ids).decode(errors="replace"), stops)
     sent = "".join(
         text.read(tokens[:end], is_complete=end == len(tokens)) for end in range(1, len(tokens) + 1)
     )
@@ -255,6 +254,6 @@ def test_text_is_sent_once_and_never_behind_a_stop(pieces: list[str], stops: lis
 )
 def test_any_body_is_parsed_or_refused(body: dict[str, Any]) -> None:
     try:
-        parse_chat(body)
+        parse_sampled_chat(body)
     except UserError as error:
         assert str(error)

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from areal_like.trajectory import FinishReason
-from rollout_server.engine.core import EngineCore, EngineOptions
+from rollout_server.engine.core import EngineCore
 from rollout_server.engine.kept_prefixes import KeptPrefixes
 from rollout_server.engine.models.loading import load
+from rollout_server.engine.options import EngineOptions
 from rollout_server.engine.scheduler import SamplingParams, Sequence
 from tests.support.engine_harness import KINDS, load_model, reference_logprobs, save_model, weights_of
 
@@ -35,7 +36,7 @@ def make_core(
         allow_fast_path=fast,
     )
     options = EngineOptions(
-        max_running=max_running, context_length=CONTEXT, conversation_cache_tokens=kept_tokens
+        max_running_requests=max_running, context_length=CONTEXT, conversation_cache_tokens=kept_tokens
     )
     return EngineCore(model, weights, options, version="0")
 

@@ -12,10 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from areal_like.errors import ConfigError
 from areal_like.trajectory import FinishReason
-from rollout_server.engine.core import EngineCore, EngineOptions
+from rollout_server.engine.core import EngineCore
 from rollout_server.engine.models.generic import GenericModel
 from rollout_server.engine.models.llama import LlamaModel
 from rollout_server.engine.models.loading import load
+from rollout_server.engine.options import EngineOptions
 from rollout_server.engine.sampling import Filters, rng_key, sample, uniforms
 from rollout_server.engine.scheduler import SamplingParams, Sequence
 from tests.support.engine_harness import (
@@ -41,7 +42,7 @@ def make_core(
 ) -> EngineCore:
     model, weights = load(str(path), dtype=torch.float32, device=CPU, context_length=64, allow_fast_path=fast)
     options = EngineOptions(
-        max_running=max_running,
+        max_running_requests=max_running,
         context_length=64,
         prefix_cache_tokens=prefix_cache_tokens,
         max_prefill_tokens=prefill,

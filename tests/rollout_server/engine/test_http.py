@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from areal_like.errors import EngineError, PromptRefusedError
-from rollout_server.packed_generate import MEDIA_TYPE, pack_tokens
+from areal_like.http.streams import EVENTS, FRAMES, pack_tokens, read_events, read_frames
 from rollout_server.policy import batcher, wire
 from rollout_server.policy.client import EngineClient
 from rollout_server.policy.types import Generation, Sampling
@@ -22,20 +22,17 @@ from rollout_server.policy.wire import (
     is_last,
     output_tokens,
     parse_generation,
-    read_events,
-    read_frames,
 )
 from tests.support import engine_conformance as conformance
-from tests.support import moved_clock
-from tests.support.conversation_conformance import conversations_are_exact
 from tests.support.engine_harness import Engine, Models, running_engine, sample, save_models
 from tests.support.waiting import HANG_LIMIT_S
 
 PROMPT = conformance.PROMPT
 
 
-def test_logprobs_and_greedy_match_transformers(engine: Engine, models: Models) -> None:
-    asyncio.run(conformance.logprobs_and_greedy_match_transformers(engine, models))
+@pytest.mark.parametrize("check", conformance.SUITE, ids=lambda check: check.__name__)
+def test_conformance(engine: Engine, models: Models, check: conformance.Check) -> None:
+    conformance.run(check, engine, models)
 
 
 @pytest.fixture(scope="module")
@@ -57,62 +54,6 @@ def test_generic_path_matches_transformers(gpt2_engine: Engine, gpt2_models: Mod
     asyncio.run(conformance.scores_match_transformers(gpt2_engine, gpt2_models))
 
 
-def test_scores_match_transformers(engine: Engine, models: Models) -> None:
-    asyncio.run(conformance.scores_match_transformers(engine, models))
-
-
-def test_stop_and_length(engine: Engine, models: Models) -> None:
-    asyncio.run(conformance.stop_and_length(engine, models[0]))
-
-
-def test_stop_texts_end_a_sequence(engine: Engine, models: Models) -> None:
-    asyncio.run(conformance.stop_texts_end_a_sequence(engine, models[0]))
-
-
-def test_turns_reuse_earlier_turns(engine: Engine, models: Models) -> None:
-    asyncio.run(conformance.turns_reuse_what_earlier_turns_computed(engine, models))
-
-
-def test_conversations_are_exact(engine: Engine, models: Models) -> None:
-    asyncio.run(conversations_are_exact(engine, models))
-
-
-def test_a_time_out_keeps_the_partial_tokens(engine: Engine, models: Models) -> None:
-    moved_clock.run(conformance.a_time_out_keeps_the_partial_tokens(engine, models[0]))
-
-
-def test_progress_shows_in_the_load(engine: Engine) -> None:
-    asyncio.run(conformance.progress_shows_in_the_load(engine))
-
-
-def test_abort_returns_partial_tokens(engine: Engine, models: Models) -> None:
-    asyncio.run(conformance.abort_returns_partial_tokens(engine, models[0]))
-
-
-def test_pause_modes(engine: Engine, models: Models) -> None:
-    asyncio.run(conformance.pause_modes(engine, models[0]))
-
-
-def test_groups_are_created_destroyed_and_created_again(engine: Engine, models: Models) -> None:
-    asyncio.run(conformance.groups_are_made_destroyed_and_made_again(engine, models[0]))
-
-
-def test_recompute_in_flight_is_exact(engine: Engine, models: Models) -> None:
-    error = asyncio.run(conformance.versions_across_an_update_in_flight(engine, models, running="recompute"))
-    assert error < conformance.TOLERANCE
-
-
-def test_keep_in_flight_records_versions_with_inexact_logprobs(engine: Engine, models: Models) -> None:
-    error = asyncio.run(conformance.versions_across_an_update_in_flight(engine, models, running="keep"))
-    assert error > conformance.TOLERANCE, (
-        "new weights over old KV give wrong log-probs; if not, KV was recomputed"
-    )
-
-
-def test_calls_of_a_stranger_are_refused(engine: Engine) -> None:
-    asyncio.run(conformance.strangers_calls_are_refused(engine))
-
-
 def test_requests_of_pages_and_other_hosts_are_refused(engine: Engine) -> None:
     async def body() -> None:
         async with aiohttp.ClientSession(headers=engine.headers) as session:
@@ -121,14 +62,6 @@ def test_requests_of_pages_and_other_hosts_are_refused(engine: Engine) -> None:
                     assert response.status == status
 
     asyncio.run(body())
-
-
-def test_bad_requests_are_refused(engine: Engine) -> None:
-    asyncio.run(conformance.bad_requests_are_refused(engine))
-
-
-def test_update_calls_need_an_open_update_and_a_group(engine: Engine, models: Models) -> None:
-    asyncio.run(conformance.update_calls_need_an_open_update_and_a_group(engine, models[0]))
 
 
 def test_closing_a_client_fails_unsent_requests(engine: Engine) -> None:
@@ -229,8 +162,8 @@ def test_packed_and_json_streams_say_the_same(gpt2_engine: Engine) -> None:
             session.post(f"{gpt2_engine.url}/generate", data=content, headers=headers) as response,
         ):
             assert response.content_type == headers["Accept"], await response.text()
-            read = read_frames if response.content_type == MEDIA_TYPE else read_events
-            events = [event async for event in read(response.content)]
+            read = read_frames if response.content_type == FRAMES else read_events
+            events = [event async for event in read(response.content.iter_any())]
         assert sorted(len(output_tokens(event)) for event in events) == [4, 4, 8, 8, 10, 10]
         last = sorted(filter(is_last, events), key=lambda event: int(event["index"]))
         return [parse_generation(event) for event in last]
@@ -240,8 +173,8 @@ def test_packed_and_json_streams_say_the_same(gpt2_engine: Engine) -> None:
     both = [
         asyncio.run(generations(content, {"Content-Type": kind, "Accept": accept}))
         for content, kind, accept in (
-            (as_json, "application/json", "text/event-stream"),
-            (packed, MEDIA_TYPE, MEDIA_TYPE),
+            (as_json, "application/json", EVENTS),
+            (packed, FRAMES, FRAMES),
         )
     ]
     for of_json, of_frames in zip(*both, strict=True):

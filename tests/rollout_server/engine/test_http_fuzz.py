@@ -14,7 +14,7 @@ import msgpack
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rollout_server.packed_generate import MEDIA_TYPE
+from areal_like.http.streams import FRAMES
 from tests.support.engine_conformance import PROMPT
 from tests.support.engine_harness import Engine
 
@@ -110,7 +110,7 @@ def test_arbitrary_packed_bodies_are_answered(
     content = bytearray(msgpack.packb(body | packable({"input_ids": [prompt, prompt]} | fields)))
     if mutation is not None:
         content[mutation[0] % len(content)] = mutation[1]
-    status, answer = post(engine, "/generate", bytes(content), **{"Content-Type": MEDIA_TYPE})
+    status, answer = post(engine, "/generate", bytes(content), **{"Content-Type": FRAMES})
     assert status in (200, 400), (content, answer)
     assert_generates(engine)
 

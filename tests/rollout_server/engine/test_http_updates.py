@@ -20,6 +20,7 @@ from tests.support.engine_harness import (
     Models,
     Pusher,
     error_of,
+    form_group,
     load_model,
     sample,
     save_model,
@@ -144,10 +145,7 @@ def test_sender_killed_in_mid_broadcast_keeps_old_weights(engine: Engine, models
         async with engine.client() as client:
             version = await client.weight_version()
             before = await sample(client, PROMPT, 12, temperature=0)
-            await client.init_weights_group(
-                master_address="127.0.0.1", master_port=port, rank_offset=1, world_size=2,
-                group_name="doomed", backend="gloo", timeout_s=3600,
-            )  # fmt: skip
+            await client.init_weights_group(form_group("doomed", port=port, timeout_s=3600))
             await client.begin_weight_update()
             (bucket,) = cut_buckets(
                 [spec_of(n, t) for n, t in weights_of(models[1]).items()], bucket_bytes=1 << 24

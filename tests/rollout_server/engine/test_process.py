@@ -17,12 +17,12 @@ from areal_like.trajectory import FinishReason
 from areal_like.weights.buckets import cut_buckets, spec_of
 from areal_like.weights.collective import WeightGroup
 from areal_like.wire.sockets import bound_socket
-from rollout_server.policy.client import EngineClient
+from rollout_server.policy.client import EmbeddedClient
 from rollout_server.policy.engines.supervisor import EngineSupervisor
 from tests.support import engine_conformance as conformance
 from tests.support import moved_clock, warm_start
 from tests.support.engine_conformance import until_running
-from tests.support.engine_harness import API_KEY, Models, engine_process, key_file, sample
+from tests.support.engine_harness import API_KEY, Models, engine_process, form_group, key_file, sample
 from tests.support.moved_clock import advance
 
 PROMPT = conformance.PROMPT
@@ -31,7 +31,7 @@ PROMPT = conformance.PROMPT
 def test_death_of_the_engine_fails_all_requests_at_once(models: Models) -> None:
     async def body() -> None:
         with engine_process(models[0]) as (process, url):
-            async with EngineClient(url, api_key=API_KEY) as client:
+            async with EmbeddedClient(url, api_key=API_KEY) as client:
                 waiting = [asyncio.ensure_future(sample(client, PROMPT, 2000)) for _ in range(20)]
                 await until_running(client, 1)
                 process.kill()
@@ -59,7 +59,10 @@ def test_an_engine_that_another_program_paused_is_reported(models: Models) -> No
             await supervisor.load()
             return list(supervisor.waits())
 
-        async with EngineClient(url, api_key=API_KEY) as client, EngineClient(url, api_key=API_KEY) as other:
+        async with (
+            EmbeddedClient(url, api_key=API_KEY) as client,
+            EmbeddedClient(url, api_key=API_KEY) as other,
+        ):
             supervisor.client = client
             running = asyncio.ensure_future(sample(client, PROMPT, 2000))
             await until_running(client, 1)
@@ -84,11 +87,8 @@ def test_sigterm_returns_partial_outputs_and_exits_0(models: Models) -> None:
             engine_process(models[0]) as (process, url),
             WeightGroup.create(world_size=2, group_name="w", timeout_s=3600) as group,
         ):
-            async with EngineClient(url, api_key=API_KEY) as client:
-                joining = client.init_weights_group(
-                    master_address=group.address, master_port=group.port, rank_offset=1, world_size=2,
-                    group_name="w", backend="gloo", timeout_s=3600,
-                )  # fmt: skip
+            async with EmbeddedClient(url, api_key=API_KEY) as client:
+                joining = client.init_weights_group(form_group("w", port=group.port, timeout_s=3600))
                 await asyncio.gather(joining, asyncio.to_thread(group.connect))
                 await client.begin_weight_update()
                 (bucket,) = cut_buckets([spec_of("lm_head.weight", torch.zeros(4))], bucket_bytes=100)

@@ -18,9 +18,8 @@ from tests.support.engine_harness import Engine, Models, load_model, reference_l
 from tests.support.snapshots import Held
 from tests.support.waiting import HANG_LIMIT_S
 from trainer.weights.broadcaster import Broadcaster
+from trainer.weights.checks import CheckReport, CheckTokens
 from trainer.weights.publisher import Publisher
-from trainer.weights.weight_check import CheckTokens
-from trainer.weights.weight_checks import CheckReport
 
 TOKENS, FIRST = [5, 17, 33, 8, 9, 41, 3, 22], 4
 

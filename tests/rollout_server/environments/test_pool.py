@@ -9,6 +9,7 @@ import random
 import resource
 import signal
 from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ import pytest
 from areal_like.errors import ConfigError, EnvironmentLostError, EpisodeError
 from areal_like.trajectory import FinishReason
 from rollout_server.environments.base import Reply
-from rollout_server.environments.workers import pool as pool_module
-from rollout_server.environments.workers.pool import EnvironmentPool, EnvironmentSession
+from rollout_server.workers import environment_pool as pool_module
+from rollout_server.workers import host as host_module
+from rollout_server.workers.environment_pool import EnvironmentPool, EnvironmentSession
 from tests.support import moved_clock
 from tests.support.moved_clock import advance
 from tests.support.rollout_harness import is_alive
 from tests.support.waiting import HANG_LIMIT_S
+from tests.support.workers import environment_pool
 
 LIMIT_S = 100
 
@@ -32,9 +35,11 @@ def processes_find_this_module(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[3]))
 
 
-def pool(*, step_timeout_s: float = HANG_LIMIT_S, memory_mb: int = 256, **settings: Any) -> EnvironmentPool:
+def pool(
+    *, step_timeout_s: float = HANG_LIMIT_S, memory_mb: int = 256, **settings: Any
+) -> AbstractAsyncContextManager[EnvironmentPool]:
     task = {"_target_": "tests.support.environment_tasks.EchoTask", "num_turns": 100} | settings
-    return EnvironmentPool(task, seed=0, step_timeout_s=step_timeout_s, memory_mb=memory_mb)
+    return environment_pool(task, step_timeout_s=step_timeout_s, memory_mb=memory_mb)
 
 
 def reply(text: str) -> Reply:
@@ -178,7 +183,7 @@ def test_a_lost_process_costs_only_its_own_sample() -> None:
             await until(lambda: not environments._closing)
             pid = await pid_of_worker(environments)
             os.kill(pid, signal.SIGKILL)  # while it is idle
-            await until(lambda: not environments._workers)
+            await until(lambda: not environments._host._workers)
             assert await pid_of_worker(environments) != pid
 
     run(body)
@@ -213,8 +218,8 @@ def test_what_environments_have_started_ends_with_the_server(end: str) -> None:
                 left = [
                     (await session.step(reply(text))).messages[0]["content"] for text in ("fork", "daemon")
                 ]
-                assert environments._zygote is not None
-                zygote = environments._zygote.pid
+                assert environments._host._zygote is not None
+                zygote = environments._host._zygote.pid
                 if "stopped" in end:
                     os.kill(zygote, signal.SIGSTOP)
                 os.write(sent, " ".join([str(zygote), *left]).encode())
@@ -267,7 +272,7 @@ def test_a_cancelled_call_is_closed_in_order(may_go_on: Path) -> None:
 
 
 def test_a_lost_zygote_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_module, "_RESTART_DELAY_S", 0.0)
+    monkeypatch.setattr(host_module, "_RESTART_DELAY_S", 0.0)
 
     async def body() -> None:
         async with pool() as environments:
@@ -276,19 +281,19 @@ def test_a_lost_zygote_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
                 async with opened(environments) as session:
                     pid = int((await session.step(reply("pid"))).messages[0]["content"])
                     child = int((await session.step(reply("fork"))).messages[0]["content"])
-                    assert environments._zygote is not None
-                    zygote = environments._zygote.pid
+                    assert environments._host._zygote is not None
+                    zygote = environments._host._zygote.pid
                     os.kill(zygote, signal_number)
                     if signal_number is signal.SIGSTOP:
                         assert await session.step(reply("fine"))  # it needs no zygote
                         opening = asyncio.ensure_future(environments.open(split="train", index=0, seed=0))
                         while not opening.done():
                             await asyncio.sleep(0.01)
-                            advance(pool_module._FORK_TIMEOUT_S / pool_module._FORK_CHECKS)
+                            advance(host_module._FORK_TIMEOUT_S / host_module._FORK_CHECKS)
                         with pytest.raises(EnvironmentLostError, match="no process"):
                             await opening
-                    await until(lambda: environments._zygote is None)
-                    cause = "it hangs: no process for" if signal_number is signal.SIGSTOP else "it died"
+                    await until(lambda: environments._host._zygote is None)
+                    cause = "it hangs: no process has" if signal_number is signal.SIGSTOP else "it died"
                     with pytest.raises(EnvironmentLostError, match=f"was lost: {cause}"):
                         await session.step(reply("gone"))
                 await all_gone(zygote, pid, child)
@@ -303,15 +308,15 @@ def test_few_workers_start_at_the_same_time() -> None:
 
     async def body() -> None:
         async with pool() as environments:
-            most = pool_module._STARTS_PER_CORE * len(os.sched_getaffinity(0))
-            assert environments._zygote is not None
-            starting, fork = [], environments._zygote.fork
+            most = host_module._STARTS_PER_CORE * len(os.sched_getaffinity(0))
+            assert environments._host._zygote is not None
+            starting, fork = [], environments._host._zygote.fork
 
-            def counted_fork(worker: int, theirs: Any) -> None:
-                starting.append(len(environments._workers) - environments._num_started)
-                fork(worker, theirs)
+            def counted_fork(worker: int, theirs: Any, *, may_import: bool) -> None:
+                starting.append(len(environments._host._workers) - environments._host._num_started)
+                fork(worker, theirs, may_import=may_import)
 
-            environments._zygote.fork = counted_fork  # type: ignore[method-assign]
+            environments._host._zygote.fork = counted_fork  # type: ignore[method-assign]
             sessions = await asyncio.gather(
                 *(environments.open(split="train", index=0, seed=seed) for seed in range(3 * most))
             )
@@ -323,8 +328,8 @@ def test_few_workers_start_at_the_same_time() -> None:
 
 
 def test_a_slow_start_is_no_hang() -> None:
-    patience = pool_module.StartPatience()
-    most = pool_module._FORK_CHECKS - 1
+    patience = host_module.StartPatience()
+    most = host_module._FORK_CHECKS - 1
     for num_started in range(3):  # another worker starts each time, just before it would be over
         assert [patience.goes_on(num_started) for _ in range(most)] == [True] * most
     assert not patience.goes_on(2)
@@ -333,7 +338,7 @@ def test_a_slow_start_is_no_hang() -> None:
 @pytest.mark.parametrize(
     ("settings", "error"),
     [
-        ({"_target_": "tests.support.no_such_module.Task"}, "environments cannot start"),
+        ({"_target_": "tests.support.no_such_module.Task"}, "the task's processes cannot start"),
         ({"start": "raise"}, "example 0 cannot be made: reset() raised KeyError"),
         ({"start": "hang"}, f"reset() of the environment took longer than episode.step_timeout_s={LIMIT_S}"),
     ],

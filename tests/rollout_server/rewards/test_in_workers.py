@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from areal_like.errors import RewardError, RewardTimeoutError
-from rollout_server.rewards.pool import RewardPool
 from rollout_server.tasks.base import Completion
 from tests.support.judge_server import Answer, judge_server
 from tests.support.waiting import HANG_LIMIT_S
+from tests.support.workers import reward_pool
 
 TASK = "tests.support.library_rewards.Rewarded"
 USERS = "tests.support.library_rewards"
@@ -30,11 +30,9 @@ def outcomes(
     """Scores or errors, in order."""
 
     async def body() -> list[Any]:
-        async with RewardPool(
+        async with reward_pool(
             {"_target_": TASK, "reward_spec": spec, **task},
-            seed=0,
             sandbox="rlimits",
-            num_workers=1,
             timeout_s=timeout_s,
             concurrency=concurrency,
         ) as pool:

@@ -15,12 +15,11 @@ from areal_like.trajectory import LARGEST_REWARD
 from areal_like.wire.messages.producer import Lease, Purpose, SampleDone, SampleFailed
 from rollout_server.leases.held_leases import SampleResult
 from rollout_server.policy.gate import GenerationGate
-from rollout_server.sample.base import SingleTurn
 from rollout_server.sample.lease_runner import AgentTries, LeaseRunner
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.claimants import LONGEST_WAIT_S, Claimant
-from rollout_server.sessions.maker import Sessions
 from rollout_server.sessions.open_session import OpenSession
+from rollout_server.sources import Source
 from rollout_server.tasks.base import make_task
 from tests.rollout_server.test_environment_attempts import EOS, Ordinals, ScriptedEngine
 from tests.rollout_server.test_episodes import Digits
@@ -52,14 +51,17 @@ class Job:
         chat = LineChat(Ordinals(), stop_token_ids=[EOS], vocab_size=1 << 20, template_kwargs={})
         runner = LeaseRunner(
             config,
-            task=make_task(TASK, seed=0),
-            tokenizer=Digits(),
-            stop_token_ids=(EOS,),
-            episode=SingleTurn(),
-            rewards=None,  # type: ignore[arg-type]  # the task has none
+            {
+                "": Source(
+                    task=make_task(TASK, seed=0),
+                    renderer=Digits(stop_token_ids=(EOS,), chat=chat),
+                    context_tokens=200,
+                    rewards=None,  # type: ignore[arg-type]  # the task has none
+                )
+            },
             gate=GenerationGate(),
             on_result=self.results.append,
-            sessions=Sessions(config, book=self.book, chat=chat, context_tokens=200, pool=None),
+            book=self.book,
         )
         runner.engine = ScriptedEngine(["abc"])  # type: ignore[assignment]
         lease = Lease(

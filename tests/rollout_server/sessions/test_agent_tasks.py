@@ -15,16 +15,15 @@ from areal_like.errors import SessionGoneError
 from areal_like.failures import FailureKind
 from areal_like.trajectory import FinishReason
 from areal_like.wire.messages.producer import Lease, Purpose, SampleDone, SampleFailed
-from rollout_server.environments.workers.pool import EnvironmentPool
 from rollout_server.leases.held_leases import Place, SampleResult
 from rollout_server.policy.gate import GenerationGate
-from rollout_server.sample.base import SingleTurn
 from rollout_server.sample.lease_runner import LeaseRunner
 from rollout_server.sessions.book import Outcome, SessionBook
 from rollout_server.sessions.http.app import session_app
 from rollout_server.sessions.http.plane import SessionPlane
-from rollout_server.sessions.maker import Sessions
+from rollout_server.sources import Source
 from rollout_server.tasks.base import make_task
+from rollout_server.workers.environment_pool import EnvironmentPool
 from tests.rollout_server.test_environment_attempts import EOS, Ordinals, ScriptedEngine
 from tests.rollout_server.test_episodes import Digits
 from tests.support import moved_clock
@@ -32,6 +31,7 @@ from tests.support.agent_tasks import index_of
 from tests.support.line_chat import LineChat
 from tests.support.moved_clock import advance
 from tests.support.waiting import HANG_LIMIT_S
+from tests.support.workers import environment_pool
 
 TASK = {"_target_": "tests.support.agent_tasks.AgentTask"}
 
@@ -56,17 +56,19 @@ class Job:
         chat = LineChat(Ordinals(), stop_token_ids=[EOS], vocab_size=1 << 20, template_kwargs={})
         self.runner = LeaseRunner(
             config,
-            task=make_task(TASK, seed=0),
-            tokenizer=Digits(),
-            stop_token_ids=(EOS,),
-            episode=SingleTurn(),
-            rewards=None,  # type: ignore[arg-type]  # the task has none
+            {
+                "": Source(
+                    task=make_task(TASK, seed=0),
+                    renderer=Digits(stop_token_ids=(EOS,), chat=chat),
+                    context_tokens=config.rollout.max_context,
+                    rewards=None,  # type: ignore[arg-type]  # the task has none
+                    environments=pool,
+                )
+            },
             gate=GenerationGate(),
             on_result=self.results.append,
             on_move=lambda lease, sample, place: self.places.append(place),
-            sessions=Sessions(
-                config, book=book, chat=chat, context_tokens=config.rollout.max_context, pool=pool
-            ),
+            book=book,
         )
         self.runner.engine = self.engine  # type: ignore[assignment]
 
@@ -99,7 +101,7 @@ class Job:
 
 @contextlib.asynccontextmanager
 async def agents() -> AsyncIterator[EnvironmentPool]:
-    async with EnvironmentPool(TASK, seed=0, step_timeout_s=HANG_LIMIT_S, memory_mb=512) as pool:
+    async with environment_pool(TASK, memory_mb=512) as pool:
         yield pool
 
 
@@ -107,9 +109,9 @@ async def agents() -> AsyncIterator[EnvironmentPool]:
 async def job(pool: EnvironmentPool, **settings: Any) -> AsyncIterator[Job]:
     book = SessionBook()
     plane = SessionPlane(
-        from_mapping({}),
-        session_app(book, model="policy", max_context=200, idle_timeout_s=HANG_LIMIT_S),
-        book,
+        config=from_mapping({}),
+        app=session_app(book, model="policy", max_context=200, idle_timeout_s=HANG_LIMIT_S),
+        book=book,
         keyring=None,
         index=0,
         needs_external=False,
@@ -216,7 +218,7 @@ def test_a_failed_agent_fails_its_sample_only() -> None:
                 kind = FailureKind.REWARD if script == "wrong turns" else FailureKind.ENVIRONMENT
                 assert result.kind is kind
                 assert result.num_tokens == (0 if script in ("exit", "no call") else 4), script
-            assert not pool._workers, "every process was ended"
+            assert not pool._host._workers, "every process was ended"
             # As for an environment, its tokens are a sample with reward 0 unless the job says otherwise.
             result = await result_of(pool, "raise")
             assert isinstance(result, SampleDone) and result.failure == FailureKind.ENVIRONMENT
@@ -261,7 +263,7 @@ def test_what_an_agent_leaves_behind_is_killed() -> None:
             await running.until(lambda: not is_running(child))
             running.results.clear()
             assert isinstance(await running.result("thread", lease_id=2), SampleDone)
-            await running.until(lambda: not pool._workers)
+            await running.until(lambda: not pool._host._workers)
 
     asyncio.run(body())
 
@@ -273,7 +275,7 @@ def test_a_cancelled_lease_kills_its_agents() -> None:
             await running.until(lambda: len(running.engine.num_turns) == 2)
             assert sorted(session.id for session in running.book.open) == ["7-0-3", "7-1-3"]
             running.runner.cancel([3], reason="its sample was given up: engine lost")
-            await running.until(lambda: not len(running.book) and not pool._workers)
+            await running.until(lambda: not len(running.book) and not pool._host._workers)
             with pytest.raises(SessionGoneError, match="engine lost"):
                 running.book.find("7-0-3")
             assert running.book.num_ended == {Outcome.CANCELLED: 2}

@@ -11,11 +11,11 @@ from openai import AsyncOpenAI, BadRequestError
 
 from areal_like.errors import EpisodeError
 from areal_like.trajectory import FinishReason
+from rollout_server.conversation.policy_client import PolicyClient
 from rollout_server.policy.gate import GenerationGate
 from rollout_server.policy.types import Sampling
-from rollout_server.sample.attempts.base import SampleRequest
-from rollout_server.sample.base import PolicyClient
-from rollout_server.sessions.attempt import SessionAttempt
+from rollout_server.sample.attempt import SampleRequest
+from rollout_server.sample.session_attempt import SessionAttempt
 from rollout_server.sessions.open_session import OpenSession
 from rollout_server.tasks.base import Score
 from tests.support.engine_harness import Engine, load_model
@@ -135,13 +135,18 @@ def test_budget_counts_all_segments(engine: Engine, models: tuple[Path, Path]) -
                 client, sampling=Sampling(max_new_tokens=1), rid="none", gate=GenerationGate()
             )
             request = SampleRequest(
-                split="train", index=0, seed=0, is_greedy=False, policy=policy, on_move=lambda place: None
+                split="train",
+                index=0,
+                seed=0,
+                is_greedy=False,
+                policy=policy,
+                on_move=lambda place: None,
+                rewards=None,
             )
             attempt = SessionAttempt(
                 request,
                 session=session,
                 book=plane.book,
-                rewards=None,
                 idle_timeout_s=HANG_LIMIT_S,
                 run_agent=run,
             )

@@ -14,10 +14,10 @@ import pytest
 from areal_like.errors import EngineError, EpisodeBudgetError, EpisodeError, SessionGoneError
 from areal_like.runtime.metrics import Metrics
 from areal_like.trajectory import FinishReason
+from rollout_server.conversation.turns import Answer, Turn
 from rollout_server.environments.base import Reply
 from rollout_server.leases.held_leases import Place
 from rollout_server.metrics import ServerStats
-from rollout_server.sample.turns import Answer, Turn
 from rollout_server.sessions.book import Outcome, SessionBook
 from rollout_server.sessions.calls import Call
 from rollout_server.sessions.open_session import OpenSession, SessionState

@@ -19,11 +19,11 @@ import pytest
 from areal_like.errors import ConfigError
 from areal_like.trajectory import FinishReason
 from rollout_server.environments.base import Environment, Reply, Step, ToolCall
-from rollout_server.environments.workers.pool import EnvironmentPool
 from rollout_server.tasks.base import Example, Split, make_task
 from rollout_server.tasks.tools import ToolTask
 from rollout_server.tools import Tool, ToolEnvironment, calculator, make_tools
 from tests.support.waiting import HANG_LIMIT_S
+from tests.support.workers import environment_pool
 
 
 def reply(text: str = "", *calls: tuple[str, Any]) -> Reply:
@@ -191,8 +191,7 @@ def refusal(sandbox: str, *tools: str) -> str:
 
     async def check() -> str:
         settings = {"_target_": f"{__name__}.Sums", "tools": list(tools)}
-        pool = EnvironmentPool(settings, seed=0, sandbox=sandbox, step_timeout_s=HANG_LIMIT_S, memory_mb=1024)
-        async with pool:
+        async with environment_pool(settings, sandbox=sandbox, memory_mb=1024) as pool:
             try:
                 await pool.check()
             except ConfigError as error:
@@ -234,7 +233,7 @@ def hang() -> str:
 def test_process_with_a_hanging_tool_is_not_used_again() -> None:
     async def episode() -> tuple[list[str], int, int]:
         settings = {"_target_": f"{__name__}.Hanging"}
-        async with EnvironmentPool(settings, seed=0, step_timeout_s=HANG_LIMIT_S, memory_mb=1024) as pool:
+        async with environment_pool(settings, memory_mb=1024) as pool:
             idle = []
             for replies in ([reply("done")], [reply("", ("hang", {})), reply("done")]):
                 environment = await pool.open(split="train", index=0, seed=0)

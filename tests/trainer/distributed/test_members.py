@@ -20,9 +20,9 @@ from tests.support import warm_start
 from tests.support.buffer_harness import ROOT
 from tests.support.waiting import HANG_LIMIT_S
 from trainer.distributed.connections import interface_towards
-from trainer.distributed.meeting import Meeting, meet
 from trainer.distributed.members import Liveness
 from trainer.distributed.place import Place
+from trainer.distributed.process_group import Meeting, meet
 from trainer.distributed.spawn import start_ranks
 from trainer.distributed.variables import set_torch_variables
 from trainer.metrics.phase_timer import PhaseTimer

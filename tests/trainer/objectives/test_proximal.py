@@ -20,8 +20,8 @@ from tests.support.trainer_helpers import dense_logprobs, random_groups, run_ran
 from tests.support.trainer_ranks import make_runner
 from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
+from trainer.distributed.sharding import gather, shards_of
 from trainer.models.policy import build_policy
-from trainer.models.sharded_weights import gather, shards_of
 from trainer.objectives import build_objective
 from trainer.step.build import build_step_runner
 from trainer.step.runner import StepRunner

@@ -15,13 +15,14 @@ from transformers import MambaConfig, Qwen3Config
 from areal_like.config import Config
 from areal_like.config.gpus import check_gpus_are_separate
 from areal_like.errors import ConfigError
+from areal_like.gpus import GPUS
 from areal_like.runtime.command_line import load_config, presets
 from launch.cli import main
 from trainer.batching.attention_layout import RectangleLayout
 from trainer.planning.advice import changes_until_it_fits
 from trainer.planning.engines import engine_memory
 from trainer.planning.estimate import Assumptions, estimate
-from trainer.planning.gpus import GPUS, parse_gpus
+from trainer.planning.gpus import parse_gpus
 from trainer.planning.lengths import Lengths, lengths_of, worst_lengths
 from trainer.planning.planner import Plan, make_plan, planned_again
 from trainer.planning.report import json_of, text_of

@@ -3,7 +3,7 @@
 The environment is separate because SGLang pins versions of torch and transformers. A process that this server
 has started is ended with SIGKILL: it holds no state that is needed later, and it reacts to a request to drain
 only after up to five seconds. An engine at a URL is reset at every start, because an earlier client may have
-left it paused, in an update session or with other weights. It counts as lost when it stops answering;
+left it paused, in an update session or with other weights. It counts as lost when it stops responding;
 "restarting" it means resetting it again.
 """
 
@@ -31,12 +31,12 @@ from areal_like.weights.foreign_torch import torch_versions
 from rollout_server.policy.client import EngineClient
 from rollout_server.policy.engines.process import EngineProcess
 from rollout_server.policy.engines.sglang import launch_with_key
-from rollout_server.policy.engines.sglang.engine_checks import (
+from rollout_server.policy.engines.sglang.options import (
     UNUSABLE_TOKENS,
     check_context_option,
     check_server_info,
+    launch_options,
 )
-from rollout_server.policy.engines.sglang.launch_options import launch_options
 from rollout_server.policy.gate import GenerationGate
 from rollout_server.policy.sglang_client import SglangClient
 from rollout_server.weights.checkpoint_shapes import CheckpointShapes
@@ -48,7 +48,7 @@ BUILT_PYTHON = Path("areal_like/sglang/bin/python")
 _POLL_S = 0.5
 _PROBE_S = 2.0
 _LOST_AFTER_S = 15.0
-"""An engine at a URL that has not answered for this long is lost."""
+"""An engine at a URL that has not responded for this long is lost."""
 _CHECK_TIMEOUT_S = 60.0
 _PORTS = {"http": 80, "https": 443}
 _MODULE_CHECK = "import importlib.util, sys; sys.exit(importlib.util.find_spec('sglang') is None)"
@@ -82,7 +82,26 @@ def server_index(name: str) -> int:
     return int(number) if number.isdigit() else 0
 
 
-class SglangProcess(EngineProcess):
+class _LoadsInPlace:
+    """What the engines of SGLang have in common."""
+
+    _config: Config
+    _model: str
+
+    def weight_update_strategy(
+        self, *, gate: GenerationGate, on_quarantine: OnQuarantine, on_untrusted: OnUntrusted
+    ) -> WeightUpdateStrategy:
+        """Pauses and loads in place. Raises ConfigError if the model has no readable safetensors."""
+        return SglangWeightUpdate(
+            shapes=CheckpointShapes.of(self._model),
+            gate=gate,
+            on_quarantine=on_quarantine,
+            on_untrusted=on_untrusted,
+            reload_timeout_s=start_limit_s(self._config),
+        )
+
+
+class SglangProcess(_LoadsInPlace, EngineProcess):
     """A `sglang.launch_server` started by this process."""
 
     def __init__(
@@ -111,18 +130,6 @@ class SglangProcess(EngineProcess):
         self._vocab_size = vocab_size
         self._chosen_port = 0
 
-    def weight_update_strategy(
-        self, *, gate: GenerationGate, on_quarantine: OnQuarantine, on_untrusted: OnUntrusted
-    ) -> WeightUpdateStrategy:
-        """Pauses and loads in place. Raises ConfigError if the model has no readable safetensors."""
-        return SglangWeightUpdate(
-            shapes=CheckpointShapes.of(self._model),
-            gate=gate,
-            on_quarantine=on_quarantine,
-            on_untrusted=on_untrusted,
-            reload_timeout_s=start_limit_s(self._config),
-        )
-
     async def stop(self) -> None:
         """Kills the engine and waits for its end, for a limited time."""
         if self._process is not None:
@@ -134,7 +141,7 @@ class SglangProcess(EngineProcess):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
 
-    def _command(self, *, version: int, key_file: str) -> list[str]:
+    def _command(self, *, version: int, secret_file: str) -> list[str]:
         # SGLang cannot pick a free port and report it. If another process takes this port meanwhile, SGLang
         # ends and is started again.
         with socket.socket() as probe:
@@ -144,15 +151,8 @@ class SglangProcess(EngineProcess):
             self._config, model=self._model, port=self._chosen_port, version=version, index=self._index,
             context_length=self._context_length,
         )  # fmt: skip
-        return [
-            sys.executable,
-            "-m",
-            "areal_like.runtime.tied_exec",
-            self._python,
-            launch_with_key.__file__,
-            key_file,
-            *options,
-        ]
+        tied = [sys.executable, "-m", "areal_like.runtime.tied_exec", self._python]
+        return [*tied, launch_with_key.__file__, secret_file, *options]
 
     def _environment(self) -> dict[str, str]:
         rollout = self._config.rollout
@@ -177,14 +177,11 @@ class SglangProcess(EngineProcess):
 
     def _client(self, url: str) -> EngineClient:
         return SglangClient(
-            url,
-            vocab_size=self._vocab_size,
-            nccl_version=self._nccl_version,
-            api_key=self.api_key,
+            url, vocab_size=self._vocab_size, nccl_version=self._nccl_version, api_key=self.api_key
         )
 
 
-class SglangAtUrl:
+class SglangAtUrl(_LoadsInPlace):
     """An SGLang that this server neither starts nor ends; an `Engine`."""
 
     pid = 0
@@ -207,18 +204,6 @@ class SglangAtUrl:
         self._abandoned = asyncio.Event()
         self.num_starts = 0
 
-    def weight_update_strategy(
-        self, *, gate: GenerationGate, on_quarantine: OnQuarantine, on_untrusted: OnUntrusted
-    ) -> WeightUpdateStrategy:
-        """Pauses and loads in place. Raises ConfigError if the model has no readable safetensors."""
-        return SglangWeightUpdate(
-            shapes=CheckpointShapes.of(self._model),
-            gate=gate,
-            on_quarantine=on_quarantine,
-            on_untrusted=on_untrusted,
-            reload_timeout_s=start_limit_s(self._config),
-        )
-
     async def start(self, *, version: int) -> EngineClient:
         """Resets the engine and loads the weights at `model.path` as `version`.
 
@@ -228,11 +213,7 @@ class SglangAtUrl:
         self._abandoned.clear()
         self.num_starts += 1
         timeout_s = start_limit_s(self._config)
-        client = SglangClient(
-            self._url,
-            vocab_size=self._vocab_size,
-            **self._access,
-        )
+        client = SglangClient(self._url, vocab_size=self._vocab_size, **self._access)
         try:
             async with asyncio.timeout(timeout_s):
                 while not await client.health():
@@ -258,11 +239,11 @@ class SglangAtUrl:
         """
         loop = asyncio.get_running_loop()
         async with EngineClient(self._url, **self._access) as probe:
-            answered_s, num_refused = loop.time(), 0
-            while loop.time() - answered_s < _LOST_AFTER_S:
+            responded_s, num_refused = loop.time(), 0
+            while loop.time() - responded_s < _LOST_AFTER_S:
                 try:
                     await probe.model_info()
-                    answered_s, num_refused = loop.time(), 0
+                    responded_s, num_refused = loop.time(), 0
                 except EngineError:
                     # Check for a closed port, to return early: each lease taken in the meantime would fail at
                     # once and use up one of its ticket's retries.
@@ -290,7 +271,7 @@ class SglangAtUrl:
         )
         await client.fetch_info()
         await client.abort()
-        with contextlib.suppress(EngineError):  # SGLang answers 400 if no session is open
+        with contextlib.suppress(EngineError):  # SGLang responds with 400 if no session is open
             await client.end_weight_update(timeout_s=_PROBE_S)
         await client.update_weights_from_disk(
             self._model, weight_version=version, timeout_s=start_limit_s(self._config)
@@ -314,7 +295,7 @@ def _tls_of(ca_file: str) -> ssl.SSLContext | None:
 
 
 async def _refuses(url: str) -> bool:
-    """True if the host refuses connections at every address; False if it does not answer at all."""
+    """True if the host refuses connections at every address; False if it does not respond at all."""
     parts, loop = urlsplit(url), asyncio.get_running_loop()
     num_refused = 0
     try:

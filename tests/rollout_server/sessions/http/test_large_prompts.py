@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from rollout_server.sample import large_work
-from rollout_server.sample.large_work import LARGE_BYTES
-from rollout_server.sessions.http import answering
-from rollout_server.sessions.http.chat_answer import chat_object
+from areal_like.http import bodies
+from rollout_server.conversation import large_work
+from rollout_server.conversation.large_work import LARGE_BYTES
+from rollout_server.sessions.http.responses import chat_body
 from rollout_server.sessions.open_session import OpenSession
 from tests.support.chat_models import APPENDING, jinja_renderer
 from tests.support.session_server import SessionServer
@@ -95,10 +95,10 @@ def test_an_answer_is_written_once_for_all(server: SessionServer, monkeypatch: p
     written: list[bytes] = []
 
     def counted(*arguments: Any, **options: Any) -> bytes:
-        written.append(chat_object(*arguments, **options))
+        written.append(chat_body(*arguments, **options))
         return written[-1]
 
-    monkeypatch.setattr("rollout_server.sessions.http.chat_routes.chat_object", counted)
+    monkeypatch.setattr("rollout_server.sessions.http.model_routes.chat_body", counted)
     session = server.add()
     server.policy.open.clear()
     with ThreadPoolExecutor(8) as pool:
@@ -158,7 +158,7 @@ def test_a_first_prompt_may_take_longer(server: SessionServer, slow: SlowRendere
 
 def test_a_body_of_many_parts_is_refused(server: SessionServer) -> None:
     session = server.add()
-    most = answering._MAX_CONTAINERS
+    most = bodies.MAX_CONTAINERS
     body = b'{"messages": [{"role": "user", "content": "hi"}], "x": [%s]}'
     status, message = post(server, session, body % b",".join([b"[]"] * most))
     assert status == 400 and message == f"the body has more than {most} objects and lists"

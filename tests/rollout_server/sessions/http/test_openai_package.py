@@ -10,9 +10,9 @@ import openai
 import pydantic
 import pytest
 
-from rollout_server.sample.scoring import Outcome
-from rollout_server.sessions.http import answering
-from rollout_server.sessions.http.answering import CallResponse
+from rollout_server.conversation.scoring import Outcome
+from rollout_server.sessions.http import call_response
+from rollout_server.sessions.http.call_response import CallResponse
 from rollout_server.sessions.open_session import OpenSession
 from tests.support.session_server import SessionServer
 from tests.support.waiting import HANG_LIMIT_S
@@ -192,7 +192,7 @@ def test_a_stream_is_kept_alive(server: SessionServer, monkeypatch: pytest.Monke
     async def watched(response: CallResponse, send: Any, part: bytes) -> None:
         await send_part(response, send, part)
         parts.append(part)
-        if parts == [answering._COMMENT] * 4:  # each is a sign of life
+        if parts == [call_response._COMMENT] * 4:  # each is a sign of life
             server.policy.open.set()
 
     monkeypatch.setattr(CallResponse, "_send_part", watched)

@@ -1,0 +1,277 @@
+"""OpenAI's format of requests to a model: checks bodies, writes responses and the chunks of streams. Pure.
+
+    body -> parse_chat(body, rules) -> ChatRequest -> ... -> chat_choice, chat_chunk, chat_head, usage
+
+The servers that speak it differ in what they take, which is data (`ChatRules`): the embedded engine refuses
+tools and everything else that would change the response and that it does not have; a session takes tools,
+and ignores sampling parameters, because the sampling is the job's. What may be taken as it is (vLLM's
+extensions such as `return_token_ids`, older endpoints) has the same fields here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from areal_like.http.bodies import ParamError, flag, integer
+
+MAX_MESSAGES = 4096
+MAX_TOOLS = 1024
+MAX_STOPS = 16
+MAX_STOP_CHARS = 1000
+MAX_BYTES_PER_TOKEN = 64
+"""A body of more bytes for each token of the context (and `FREE_BYTES`) is refused: rendering and tokenizing
+it would take the processor from the job's own samples, only to find that it is too long."""
+FREE_BYTES = 1 << 16
+_LEAST_LOGPROB = -9999.0
+"""In place of minus infinity, which JSON does not have."""
+_MAX_ERROR_CHARS = 2000
+"""A message may quote a body."""
+_ERROR_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
+_EMPTY_FIELDS = ("refusal", "annotations", "audio", "function_call")
+"""Fields that an SDK adds to an assistant message without a meaning."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatRules:
+    """What one server takes."""
+
+    server: str
+    """Its name in errors."""
+    default_model: str
+    """The model of a request that names none."""
+    takes_tools: bool
+    refused: Mapping[str, tuple[tuple[Any, ...], str]]
+    """Field -> the values without effect that are accepted; what to do instead, if there is something."""
+    ignored: tuple[str, ...] = ()
+    """Fields without effect that change the response elsewhere."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestOptions:
+    """What all requests to the model have in common."""
+
+    model: str
+    """The response repeats it."""
+    stop: tuple[str, ...]
+    """Texts that end the response."""
+    max_new_tokens: int | None
+    """None: as many as fit."""
+    stream: bool
+    include_usage: bool
+    """The stream has a last chunk with the numbers of tokens."""
+    return_token_ids: bool
+    """vLLM's extension: `prompt_token_ids` and `token_ids`."""
+    ignored: tuple[str, ...]
+    """Fields of `ChatRules.ignored` in the body."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatRequest:
+    """A checked body of /v1/chat/completions."""
+
+    options: RequestOptions
+    messages: list[dict[str, Any]]
+    """`content` is a text, or null."""
+    tools: list[dict[str, Any]]
+    logprobs: bool
+
+
+def most_bytes(*, context_length: int) -> int:
+    """The largest body that may fit into a context."""
+    return FREE_BYTES + MAX_BYTES_PER_TOKEN * context_length
+
+
+def parse_options(body: Mapping[str, Any], rules: ChatRules) -> RequestOptions:
+    """Checks the common fields. Raises UserError for the first error."""
+    model = body.get("model")
+    if model is not None and not isinstance(model, str):
+        raise ParamError("model must be a text", param="model")
+    stream_options = body.get("stream_options") or {}
+    if not isinstance(stream_options, Mapping):
+        raise ParamError("stream_options must be an object", param="stream_options")
+    limits = [
+        integer(body, name, 0, low=1, high=1 << 30)
+        for name in ("max_tokens", "max_completion_tokens")
+        if body.get(name) is not None
+    ]
+    return RequestOptions(
+        model=model or rules.default_model,
+        stop=_stops(body.get("stop")),
+        max_new_tokens=min(limits, default=None),
+        stream=flag(body, "stream"),
+        include_usage=flag(stream_options, "include_usage"),
+        return_token_ids=flag(body, "return_token_ids"),
+        ignored=tuple(name for name in rules.ignored if body.get(name) is not None),
+    )
+
+
+def parse_chat(body: Mapping[str, Any], rules: ChatRules) -> ChatRequest:
+    """Checks a body. Raises UserError for the first error."""
+    for name, (neutral, instead) in rules.refused.items():
+        if body.get(name) is not None and body[name] not in neutral:
+            message = f"{name} is not supported by {rules.server}"
+            raise ParamError(f"{message}: {instead}" if instead else message, param=name)
+    return ChatRequest(
+        options=parse_options(body, rules),
+        messages=_messages(body.get("messages"), rules),
+        tools=_tools(body) if rules.takes_tools else [],
+        logprobs=flag(body, "logprobs"),
+    )
+
+
+def _messages(raw: Any, rules: ChatRules) -> list[dict[str, Any]]:
+    if not isinstance(raw, list) or not 0 < len(raw) <= MAX_MESSAGES:
+        raise ParamError(f"messages must be a list of 1 to {MAX_MESSAGES} messages", param="messages")
+    return [_message(one, f"messages[{place}]", rules) for place, one in enumerate(raw)]
+
+
+def _message(raw: Any, where: str, rules: ChatRules) -> dict[str, Any]:
+    if not isinstance(raw, dict) or not isinstance(raw.get("role"), str) or not raw["role"]:
+        raise ParamError(f"{where} must be an object with a role", param=where)
+    message = {name: value for name, value in raw.items() if name not in _EMPTY_FIELDS or value}
+    if message["role"] == "developer":
+        message["role"] = "system"
+    if "content" in message:
+        message["content"] = _content(message["content"], where, may_be_null=rules.takes_tools)
+    elif not rules.takes_tools:
+        raise ParamError(f"{where}.content must be a text", param=where)
+    calls = message.get("tool_calls")
+    if calls and not rules.takes_tools:
+        raise ParamError(f"{where}.tool_calls is not supported by {rules.server}", param=where)
+    if calls is not None:
+        if not isinstance(calls, list) or len(calls) > MAX_TOOLS:
+            raise ParamError(f"{where}.tool_calls must be a list of at most {MAX_TOOLS} calls", param=where)
+        message["tool_calls"] = [_tool_call(call, f"{where}.tool_calls") for call in calls]
+    return message
+
+
+def _content(raw: Any, where: str, *, may_be_null: bool) -> str | None:
+    """The text of a message: a string, or a list of parts that are texts."""
+    if isinstance(raw, str) or (raw is None and may_be_null):
+        return raw
+    if not isinstance(raw, list):
+        raise ParamError(f"{where}.content must be a text, or a list of parts of type text", param=where)
+    texts = []
+    for place, part in enumerate(raw):
+        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part
+        if not isinstance(text, str):
+            raise ParamError(
+                f"{where}.content[{place}] must be a text or a part of type text; images, sounds and files "
+                "are not supported",
+                param=f"{where}.content",
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+def _tool_call(raw: Any, where: str) -> dict[str, Any]:
+    if not _has_named_function(raw):
+        raise ParamError(f"{where} must be objects with a function that has a name", param=where)
+    # What a client has put together from a stream has the index of each call, too.
+    return {name: value for name, value in raw.items() if name != "index"}
+
+
+def _tools(body: Mapping[str, Any]) -> list[dict[str, Any]]:
+    raw = body.get("tools") or []
+    if not isinstance(raw, list) or len(raw) > MAX_TOOLS:
+        raise ParamError(f"tools must be a list of at most {MAX_TOOLS} tools", param="tools")
+    for place, tool in enumerate(raw):
+        if not _has_named_function(tool):
+            raise ParamError(
+                f'tools[{place}] must be {{"type": "function", "function": {{"name": ...}}}}',
+                param=f"tools[{place}]",
+            )
+    return [] if body.get("tool_choice") == "none" else raw
+
+
+def _has_named_function(raw: Any) -> bool:
+    function = raw.get("function") if isinstance(raw, dict) else None
+    return isinstance(function, dict) and isinstance(function.get("name"), str)
+
+
+def _stops(raw: Any) -> tuple[str, ...]:
+    stops = [] if raw is None else [raw] if isinstance(raw, str) else raw
+    if (
+        not isinstance(stops, list)
+        or len(stops) > MAX_STOPS
+        or not all(isinstance(one, str) and 0 < len(one) <= MAX_STOP_CHARS for one in stops)
+    ):
+        raise ParamError(
+            f"stop must be a text, or a list of at most {MAX_STOPS} texts, none of them empty", param="stop"
+        )
+    return tuple(stops)
+
+
+# Responses
+
+
+def chat_head(*, id: str, created_s: int, model: str, is_chunk: bool) -> dict[str, Any]:
+    """What a response, or each chunk of a stream, begins with."""
+    kind = "chat.completion.chunk" if is_chunk else "chat.completion"
+    return {"id": f"chatcmpl-{id}", "object": kind, "created": created_s, "model": model}
+
+
+def chat_choice(
+    index: int, message: Mapping[str, Any], *, reason: str, logprobs: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """One completion as a whole."""
+    return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+
+
+def chat_delta(index: int, delta: Mapping[str, Any], *, reason: str | None = None) -> dict[str, Any]:
+    """What a chunk adds to one completion. `reason`: of its end, in its last chunk."""
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+
+
+def usage(*, prompt: int, completion: int) -> dict[str, int]:
+    """Numbers of tokens."""
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+    }
+
+
+def finite(logprobs: Sequence[float]) -> list[float]:
+    """Log-probs without the infinities that JSON does not have."""
+    return [value if math.isfinite(value) else _LEAST_LOGPROB for value in logprobs]
+
+
+def chat_logprobs(
+    tokens: Sequence[int], logprobs: Sequence[float], decode: Callable[[int], str]
+) -> list[dict[str, Any]]:
+    """The sampled tokens with their log-probs. `decode`: text of one token."""
+    content = []
+    for token, logprob in zip(tokens, finite(logprobs), strict=True):
+        text = decode(token)
+        # A token may be a part of a character: then it has no text of its own.
+        raw = None if "\N{REPLACEMENT CHARACTER}" in text else list(text.encode())
+        content.append({"token": text, "logprob": logprob, "bytes": raw, "top_logprobs": []})
+    return content
+
+
+def model_object(name: str, *, max_context: int) -> dict[str, Any]:
+    """A model as /v1/models lists it."""
+    return {
+        "id": name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "areal-like",
+        "max_model_len": max_context,
+    }
+
+
+def error_object(
+    status: int, message: str, *, code: str | int | None = None, param: str | None = None
+) -> dict[str, Any]:
+    """The body of an error."""
+    kind = _ERROR_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {"error": {"message": message[:_MAX_ERROR_CHARS], "type": kind, "param": param, "code": code}}

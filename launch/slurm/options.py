@@ -1,0 +1,90 @@
+"""The options of a run's jobs on Slurm: a later submission keeps those that it does not give."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from areal_like.errors import ConfigError
+from areal_like.paths import RunPaths, write_json
+from launch.nodes.settings import ClusterOptions
+
+_REMEDY = "remove the file and give the options again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmOptions(ClusterOptions):
+    """What a user chooses for the jobs of a run; `*_args` are options of sbatch in one quoted word."""
+
+    partition: str = ""
+    """Empty: the cluster's default."""
+    time: str = ""
+    """Time limit of each job, as Slurm writes it; empty: the partition's."""
+    sbatch_args: str = ""
+    """Options of all jobs."""
+    buffer_args: str = ""
+    trainer_args: str = ""
+    rollout_args: str = ""
+
+    def words_of(self, role: str) -> list[str]:
+        """The options of sbatch for the jobs of a role, each as it stands on a line of #SBATCH.
+
+        Raises ConfigError.
+        """
+        return [*self._words("sbatch_args"), *self._words(f"{role}_args")]
+
+    def _words(self, name: str) -> list[str]:
+        text, option = getattr(self, name), f"--{name.replace('_', '-')}"
+        try:
+            words = shlex.split(text)
+        except ValueError as error:
+            raise ConfigError(f"{option}={text}: {error}") from None
+        wrong = next((word for word in words if not word.startswith("-") or "\n" in word or '"' in word), "")
+        if wrong:
+            raise ConfigError(f"{option}: {wrong!r} is not an option of the form --name=value")
+        return words
+
+    def keep(self, paths: RunPaths) -> None:
+        """Writes the options of this submission into the run's directory."""
+        write_json(_file(paths), asdict(self))
+
+
+def scripts_of(paths: RunPaths) -> Path:
+    """Directory of the run's batch scripts and options."""
+    return paths.root / "slurm"
+
+
+def read_kept(paths: RunPaths) -> dict[str, Any]:
+    """The options of the last submission; empty if there was none. Raises ConfigError."""
+    try:
+        kept = json.loads(_file(paths).read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{_file(paths)} cannot be read ({error}): {_REMEDY}") from None
+    defaults = asdict(SlurmOptions())
+    for name, value in kept.items() if isinstance(kept, dict) else [("", kept)]:
+        types = {type(defaults.get(name))} | ({int} if name == "rollout_jobs" else set())
+        if name not in defaults or type(value) not in types:
+            raise ConfigError(f"{_file(paths)}: {name}={value!r} is not an option of a submission: {_REMEDY}")
+    return dict(kept)
+
+
+def kept_text(args: argparse.Namespace, kept: Mapping[str, Any]) -> str:
+    """The kept options that the command line does not give, as they are typed."""
+    defaults = asdict(SlurmOptions())
+    names = [field.name for field in fields(SlurmOptions) if getattr(args, field.name) is None]
+    return " ".join(
+        f"--{name.replace('_', '-')}={shlex.quote(str(kept[name]))}"  # with "=": it may begin with a dash
+        for name in names
+        if name in kept and kept[name] != defaults[name]
+    )
+
+
+def _file(paths: RunPaths) -> Path:
+    return scripts_of(paths) / "options.json"

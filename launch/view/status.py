@@ -1,0 +1,148 @@
+"""What `areal-like status` shows: daemons, tickets, rates, leases and weights. The picture shows daemons and
+tickets too."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from launch.formatting import fixed, short
+from launch.observation.observer import DaemonView, Observation, find_number, find_table
+
+_NARROW = 80
+"""A terminal with fewer columns gets the table without its numbers, to leave room for the reasons."""
+
+_STATES = {"trained": "trained and saved"}
+"""Names of states for a reader: a ticket that was trained is `batched` until a checkpoint contains it."""
+
+
+def daemon_table(daemons: list[DaemonView], *, width: int, one_line: bool = False) -> Table:
+    """A table with one row per daemon; `width`: of the terminal, in characters.
+
+    The last column has the reason why a daemon is not ready, and takes the rest of the line. The reason wraps
+    and is shown whole; with `one_line` it is cut at the end of the line.
+    """
+    table = _table()
+    numbers = ("version", "queue", "heartbeat") if width >= _NARROW else ()
+    for heading in ("daemon", "state", *numbers):
+        table.add_column(heading, no_wrap=True, overflow="ellipsis")
+    table.add_column("waiting for", overflow="fold")
+    for daemon in daemons:
+        status = daemon.status or {}
+        reason = daemon.not_ready
+        state = str(status.get("state") or ("ready" if not reason else "not ready"))
+        cells = (
+            _first_number(status, "weights_version", "version", "newest_version"),
+            _first_number(status, "queue", "ready", "running", "in_flight"),
+            f"{time.monotonic() - daemon.seen_s:.0f} s ago" if daemon.seen_s else "never",
+        )
+        table.add_row(
+            daemon.name,
+            Text(state, style="yellow" if reason else "green"),
+            *cells[: len(numbers)],
+            _waiting_for(status, reason="" if reason == state else reason, one_line=one_line),
+        )
+    return table
+
+
+def tickets_line(seen: Observation) -> Text:
+    """Numbers of tickets by state, then numbers of dropped tickets by reason."""
+    drops = {reason: count for reason, count in find_table(seen.buffer, "drops").items() if count}
+    states = find_table(seen.buffer, "tickets")
+    text = Text.assemble(("tickets ", "dim"))
+    text.append(
+        "  ".join(
+            f"{_STATES.get(state, state)} {count:,}"
+            for state, count in states.items()
+            if isinstance(count, int)
+        )
+    )
+    if drops:
+        text.append(
+            f"  ({', '.join(f'{reason} {count:,}' for reason, count in drops.items())})", style="yellow"
+        )
+    return text
+
+
+def rates_line(report: Mapping[str, Any]) -> Text:
+    """What has happened within the last minute."""
+    rates = report["rates"]
+    window_s = rates.get("window_s")
+    text = Text.assemble(("last minute " if (window_s or 0) >= 59 else f"last {window_s or 0:.0f} s ", "dim"))
+    items = (
+        ("samples", f"{fixed(rates.get('samples_per_s'), digits=1)}/s"),
+        ("generated", f"{short(rates.get('tokens_generated_per_s'))} tok/s"),
+        ("trained", f"{short(rates.get('tokens_trained_per_s'))} tok/s"),
+        ("steps", f"{fixed(rates.get('steps_per_min'), digits=1)}/min"),
+        ("dropped", f"{fixed(rates.get('drops_per_min'), digits=1)}/min"),
+    )
+    for name, value in items:
+        if not value.startswith("-"):
+            text.append(f" {name} ", style="dim").append(f"{value} ")
+    return text
+
+
+def steps_line(report: Mapping[str, Any]) -> Text:
+    """How far the run is."""
+    text = Text.assemble(("step ", "dim"), f"{report['step']} of {report['num_steps']}")
+    text.append("  saved ", style="dim").append(str(report["committed_steps"]))
+    text.append("  newest weights ", style="dim").append(f"v{report['newest_version']}")
+    if reason := report["closed_because"] or report["failed_because"]:
+        text.append(f"  closed: {reason}", style="yellow")
+    return text
+
+
+def server_table(report: Mapping[str, Any]) -> Table | None:
+    """Leases and weights by rollout server; None without servers."""
+    servers = [each for each in report["daemons"] if each["role"] == "rollout"]
+    if not servers:
+        return None
+    table = _table()
+    for heading in ("server", "leases", "oldest", "weights", "behind", "for", "tok/s"):
+        table.add_column(heading, no_wrap=True, justify="left" if heading == "server" else "right")
+    for each in servers:
+        behind = each["versions_behind"]
+        table.add_row(
+            each["name"],
+            _count(each["leases"]),
+            _seconds(each["oldest_lease_s"]),
+            "" if each["weights_version"] is None else f"v{each['weights_version']}",
+            _count(behind),
+            _seconds(each["weights_age_s"]),
+            short(each["tokens_per_s"]),
+        )
+    return table
+
+
+def _table() -> Table:
+    return Table(box=None, padding=(0, 2, 0, 0), header_style="dim", expand=False)
+
+
+def _count(value: Any) -> str:
+    return "" if value is None else f"{value:,}"
+
+
+def _seconds(value: Any) -> str:
+    return "" if value is None else f"{value:.1f} s"
+
+
+def _waiting_for(status: dict[str, Any], *, reason: str, one_line: bool) -> Text:
+    """The reason why the daemon is not ready, then its longest wait."""
+    waits = status.get("waiting_on") or {}
+    longest = max(waits.items(), key=lambda item: item[1], default=None)
+    wait = f"{longest[0]} {longest[1]:.1f} s" if longest else ""
+    separator = "; " if reason and wait else ""
+    if not one_line:
+        return Text.assemble((reason, "yellow"), f"{separator}{wait}")
+    reason = " ".join(reason.split())  # it may have several lines
+    return Text.assemble((reason, "yellow"), f"{separator}{wait}", no_wrap=True, overflow="ellipsis")
+
+
+def _first_number(status: dict[str, Any], *keys: str) -> str:
+    """The first of these numbers that the status has."""
+    numbers = (find_number(status, key) for key in keys)
+    return next((f"{number:.0f}" for number in numbers if number is not None), "")

@@ -1,0 +1,296 @@
+"""A conversation of several turns, as a tree of the token sequences that the policy has seen and sampled.
+
+    say(messages): messages -> longest known prefix -> bridge | full render -> sample -> Reply
+    to_trajectory(): each path from a root to a leaf is a segment
+
+Sampled tokens are kept as the engine sampled them. A turn follows an earlier one only if the tokens of its
+prompt begin with all tokens up to and of the earlier turn: by the renderer's bridge, where the messages begin
+with those of the earlier turn, or by a full render that happens to begin with its tokens. Any other list of
+messages (edited, reordered, shortened) begins a new segment. So whatever the messages are, the log-prob of
+each sampled token was computed after exactly those tokens that lie before it in its segment.
+
+The token ids of two branches are the same up to where they part. A sampled token before that is trained in
+the first segment that contains it, and is context in the others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from areal_like.errors import EpisodeBudgetError, EpisodeError, PromptRefusedError
+from areal_like.trajectory import FinishReason
+from rollout_server.conversation.large_work import LargeWork
+from rollout_server.conversation.messages import (
+    canonical_messages,
+    canonical_tools,
+    comparable,
+    is_same,
+    packed_bytes,
+    prefix_digests,
+    with_ids_of,
+)
+from rollout_server.conversation.policy_client import PolicyClient
+from rollout_server.conversation.turns import Answer, Turn, Turns
+from rollout_server.environments.base import Message, Reply, ToolCall
+from rollout_server.policy.types import Generation
+from rollout_server.rendering.base import ChatRenderer, ToolSchema
+
+
+class Conversation(Turns):
+    """The turns of one sample that come from messages. Several `say` may run at the same time."""
+
+    def __init__(
+        self, renderer: ChatRenderer, policy: PolicyClient, *, context_tokens: int, max_tokens: int
+    ) -> None:
+        """`context_tokens`: longest segment. `max_tokens`: of all segments together (a prefix that branches
+        share counts for each)."""
+        super().__init__(policy)
+        self.renderer = renderer
+        self.large_work = LargeWork()
+        self._context_tokens = context_tokens
+        self._max_tokens = max_tokens
+        self._states: defaultdict[bytes, list[Turn]] = defaultdict(list)
+        """Turns by the digest of tools and messages up to them."""
+        self._num_calls = 0
+
+    async def say(
+        self, messages: Sequence[Message], *, tools: Sequence[ToolSchema] = (), stop: Sequence[str] = ()
+    ) -> Reply:
+        """Samples the policy's next turn after `messages`, the whole conversation so far.
+
+        An assistant message is recognized as an earlier reply if it equals `Reply.message`, with or without
+        its reasoning. `stop`: texts that end this turn. A reply that ran into a limit has that as its finish
+        reason, and the episode should end; a TIMEOUT may have no tokens.
+
+        Raises EpisodeBudgetError if there is no room for another turn (PromptRefusedError if it would be the
+        first), EpisodeError if the messages cannot be rendered, and the errors of PolicyClient.sample.
+        """
+        return (await self.answer(messages, tools=tools, stop=stop, keeps_malformed=True)).reply
+
+    async def answer(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[ToolSchema] = (),
+        stop: Sequence[str] = (),
+        max_new_tokens: int | None = None,
+        keeps_malformed: bool = False,
+    ) -> Answer:
+        """Samples a turn as `say` does; also returns its tokens.
+
+        `max_new_tokens`: limit of this turn, if below the job's.
+
+        `keeps_malformed`: tool calls that cannot be read, or that no tool was offered for, are calls of the
+        reply; an environment can tell the policy what is wrong. Otherwise such a reply is its text, as a
+        client of OpenAI's API expects it.
+        """
+        known = canonical_messages(messages)
+        schemas = canonical_tools(tools)
+        if schemas and not self.renderer.supports_tools:
+            raise EpisodeError(
+                "the environment has tools, but the model's chat template does not render them: "
+                "use a model with a chat template for tools, or set model.renderer"
+            )
+        known, parent, prompt = await self._prompt(known, schemas)
+        return await self._sample(
+            prompt,
+            parent,
+            known=known,
+            tools=schemas,
+            stop=stop,
+            max_new_tokens=max_new_tokens,
+            keeps_malformed=keeps_malformed,
+        )
+
+    async def continue_tokens(
+        self, prompt_ids: Sequence[int], *, stop: Sequence[str] = (), max_new_tokens: int | None = None
+    ) -> Answer:
+        """Samples a turn after a prompt that the client has rendered itself.
+
+        It follows the longest earlier turn whose tokens it begins with.
+        """
+        prompt = self._checked(prompt_ids)
+        return await self._sample(
+            prompt,
+            self._longest_prefix(prompt),
+            known=None,
+            tools=[],
+            stop=stop,
+            max_new_tokens=max_new_tokens,
+        )
+
+    def forget(self, turn: Turn) -> None:
+        """Leaves out a turn that nobody has read; its messages are not recognized any more."""
+        super().forget(turn)
+        if turn not in self._turns:
+            for known in self._states.values():
+                if turn in known:
+                    known.remove(turn)
+
+    async def _sample(
+        self,
+        prompt: NDArray[np.int32],
+        parent: Turn | None,
+        *,
+        known: list[Message] | None,
+        tools: list[ToolSchema],
+        stop: Sequence[str],
+        max_new_tokens: int | None,
+        keeps_malformed: bool = False,
+    ) -> Answer:
+        """`known`: the messages of the prompt; None if it has none."""
+        limit = self._room(parent, len(prompt))
+        if max_new_tokens is not None and max_new_tokens < limit[0]:
+            limit = max_new_tokens, FinishReason.LENGTH
+        generation, turn = await self.sample(
+            prompt,
+            parent,
+            limit=limit,
+            stop=stop,
+            stop_token_ids=self.renderer.stop_token_ids,
+            keeps_prefix=True,
+        )
+        reply = self._reply(
+            prompt.tolist(), generation, self.finish_reason, tools=tools, keeps_malformed=keeps_malformed
+        )
+        if turn is not None and known is not None:
+            turn.messages.extend([*known, *canonical_messages([reply.message])])
+            self._states[prefix_digests(comparable(turn.messages), tools)[-1]].append(turn)
+        return Answer(
+            reply=reply,
+            prompt_ids=prompt,
+            token_ids=generation.output_ids,
+            logprobs=generation.logprobs,
+            turn=turn,
+        )
+
+    def decode(self, token_id: int) -> str:
+        """One token as text; a token that is a part of a character has a replacement character."""
+        return self.renderer.decode([token_id])
+
+    async def _prompt(
+        self, messages: list[Message], tools: list[ToolSchema]
+    ) -> tuple[list[Message], Turn | None, NDArray[np.int32]]:
+        """Messages as they are rendered, the turn whose tokens the prompt begins with, and the prompt."""
+        size = packed_bytes(messages, tools)
+        turn = self._longest_known(messages, tools)
+        if turn is not None:
+            split = len(turn.messages)
+            new = with_ids_of(turn.messages, messages[:split], messages[split:])
+            # A client may have left out the reasoning, which the template may need.
+            messages = [*turn.messages, *new]
+            tokens = turn.tokens
+            split = turn.end - len(turn.sampled)
+            before, sampled = tokens[:split].tolist(), tokens[split:].tolist()
+            bridge = partial(self.renderer.bridge, before, sampled, turn.messages, new, tools=tools)
+            tail = await self.large_work.run(bridge, size=size)
+            if tail is not None:
+                return messages, turn, np.concatenate([tokens, self._checked(tail)])
+        render = partial(self.renderer.render, messages, tools=tools)
+        prompt = self._checked(await self.large_work.run(render, size=size))
+        return messages, self._longest_prefix(prompt), prompt
+
+    def _longest_known(self, messages: list[Message], tools: list[ToolSchema]) -> Turn | None:
+        """The turn with the most messages that the list begins with."""
+        forms = comparable(messages)
+        digests = prefix_digests(forms, tools)
+        for num_messages in range(len(messages), 0, -1):
+            for turn in reversed(self._states.get(digests[num_messages - 1], ())):
+                if is_same(forms[:num_messages], comparable(turn.messages)):
+                    return turn
+        return None
+
+    def _longest_prefix(self, prompt: NDArray[np.int32]) -> Turn | None:
+        """The turn with the most tokens that the prompt begins with, and is longer than."""
+        found: set[Turn | None] = {None}
+        longest: Turn | None = None
+        for turn in self._turns:
+            first = turn.parent.end if turn.parent is not None else 0
+            if turn.parent not in found or turn.end >= len(prompt):
+                continue
+            if np.array_equal(prompt[first : turn.end], np.concatenate([turn.context, turn.sampled])):
+                found.add(turn)
+                longest = turn if longest is None or turn.end > longest.end else longest
+        return longest
+
+    def _checked(self, tokens: Sequence[int]) -> NDArray[np.int32]:
+        """Raises EpisodeError for a token that the model does not have: it would crash an SGLang server."""
+        checked = np.asarray(tokens, dtype=np.int32)
+        if not len(checked) or int(checked.min()) < 0 or int(checked.max()) >= self.renderer.vocab_size:
+            raise EpisodeError(
+                f"the prompt has {len(checked)} tokens with ids {checked.min(initial=0)} to "
+                f"{checked.max(initial=0)}; the model's vocabulary has {self.renderer.vocab_size}"
+            )
+        return checked
+
+    def _room(self, parent: Turn | None, start: int) -> tuple[int, FinishReason]:
+        """The most tokens that the turn after a prompt of `start` tokens may have, and the reason if it has
+        them all."""
+        rooms = {
+            FinishReason.LENGTH: self._policy.max_new_tokens,
+            FinishReason.CONTEXT: self._context_tokens - start,
+            FinishReason.TOKENS: self._max_tokens - self._num_tokens_beside(parent) - start,
+        }
+        reason = min(rooms, key=lambda one: rooms[one])
+        if rooms[reason] >= 1:
+            return rooms[reason], reason
+        problem = (
+            f"a prompt of {start} tokens leaves no room for an answer: a sequence may have "
+            f"{self._context_tokens} tokens (rollout.max_context), and the episode has "
+            f"{rooms[FinishReason.TOKENS] + start} of {self._max_tokens} left (episode.max_tokens)"
+        )
+        if not self._turns:
+            raise PromptRefusedError(problem)
+        raise EpisodeBudgetError(problem, reason=reason)
+
+    def _num_tokens_beside(self, parent: Turn | None) -> int:
+        """Tokens of all segments if `parent` is extended."""
+        extended = {turn.parent for turn in self._turns} | {one.parent for one in self._running} | {parent}
+        ended = sum(turn.end for turn in self._turns if turn not in extended)
+        return ended + sum(one.most_tokens for one in self._running)
+
+    def _reply(
+        self,
+        prompt_ids: list[int],
+        generation: Generation,
+        finish_reason: FinishReason,
+        *,
+        tools: list[ToolSchema],
+        keeps_malformed: bool,
+    ) -> Reply:
+        completion_ids = generation.output_ids.tolist()
+        parsed = self.renderer.parse(completion_ids, prompt_ids=prompt_ids, tools=tools)
+        if (
+            parsed.tool_calls
+            and not keeps_malformed
+            and not (tools and all(map(_is_whole, parsed.tool_calls)))
+        ):
+            parsed = self.renderer.parse_text(completion_ids, prompt_ids=prompt_ids)
+        calls = []
+        for call in parsed.tool_calls:
+            # Nine letters and digits, as some templates demand.
+            calls.append(call if call.id else replace(call, id=f"call{self._num_calls:05d}"))
+            self._num_calls += 1
+        return Reply(
+            text=parsed.text,
+            raw_text=self.renderer.decode(completion_ids),
+            reasoning=parsed.reasoning,
+            tool_calls=tuple(calls),
+            finish_reason=finish_reason,
+            num_tokens=len(completion_ids),
+        )
+
+
+def _is_whole(call: ToolCall) -> bool:
+    """True if a call has a name, and a JSON object as arguments."""
+    try:
+        return bool(call.name) and isinstance(json.loads(call.arguments), dict)
+    except (ValueError, RecursionError):
+        return False

@@ -1,0 +1,199 @@
+"""Messages in one form, so that those that mean the same have the same digest. Pure.
+
+Clients of a conversation send the whole list each time, and may have changed what means the same: a content
+of null, a list of text parts, arguments of a tool call as an object, the reasoning left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Container, Mapping, Sequence
+from typing import Any
+
+import msgpack
+
+from areal_like.errors import EpisodeError
+from rollout_server.environments.base import Message
+
+_REASONING = "reasoning_content"
+_LARGEST_EXACT = 1 << 53
+
+
+def canonical_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """The messages in one form, as copies. Raises EpisodeError for what no template can render."""
+    if not messages:
+        raise EpisodeError("there is no message: a conversation needs at least one")
+    return [_canonical(message, f"message {index}") for index, message in enumerate(_copied(list(messages)))]
+
+
+def canonical_tools(tools: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The schemas as copies. Raises EpisodeError if they are no JSON objects."""
+    copies = _copied(list(tools))
+    if not all(isinstance(tool, dict) for tool in copies):
+        raise EpisodeError(f"tools: want OpenAI function schemas, got {str(copies)[:200]}")
+    return list(copies)
+
+
+def comparable(messages: Sequence[Message]) -> list[Message]:
+    """The canonical messages in a form that is equal for those that mean the same. For comparison only.
+
+    SDKs write tool calls anew: the arguments with other spaces and another order of keys, other ids, the
+    name of the tool at its answer. Ids become the number of the call, and arguments what they say.
+    """
+    calls: dict[Any, tuple[int, str]] = {}
+    forms = []
+    num_calls = 0
+    for message in messages:
+        form = dict(message)
+        if message["role"] == "assistant":
+            form.pop("name", None)
+        if "tool_calls" in message:
+            form["tool_calls"] = []
+            for call in message["tool_calls"]:
+                function = call["function"]
+                if isinstance(call.get("id"), str):
+                    calls[call["id"]] = num_calls, function["name"]
+                parsed = {**function, "arguments": _parsed(function["arguments"])}
+                form["tool_calls"].append({**call, "id": num_calls, "function": parsed})
+                num_calls += 1
+        if message["role"] == "tool" and (id := message.get("tool_call_id")) in calls:
+            form["tool_call_id"], name = calls[id]
+            form.setdefault("name", name)
+        forms.append(form)
+    return forms
+
+
+def with_ids_of(
+    known: Sequence[Message], messages: Sequence[Message], new: Sequence[Message]
+) -> list[Message]:
+    """The new messages, with the ids that tool calls have in `known`.
+
+    `messages`: those of the client that are the known ones, maybe with other ids.
+    """
+    ids = {
+        theirs.get("id"): ours.get("id")
+        for message, other in zip(known, messages, strict=True)
+        for ours, theirs in zip(message.get("tool_calls", ()), other.get("tool_calls", ()), strict=True)
+        if "id" in ours and "id" in theirs
+    }
+    return [
+        {**message, "tool_call_id": ids.get(message["tool_call_id"], message["tool_call_id"])}
+        if message["role"] == "tool" and isinstance(message.get("tool_call_id"), str)
+        else message
+        for message in new
+    ]
+
+
+def prefix_digests(forms: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[bytes]:
+    """One digest for each message, of `tools` and the messages up to and with it, reasoning left out.
+
+    `forms`: of `comparable`.
+    """
+    digest = hashlib.sha256(msgpack.packb(tools)).digest()
+    digests = []
+    for form in forms:
+        # Sorted, as the order of the keys means nothing.
+        fields = sorted(_without_reasoning(form).items())
+        digest = hashlib.sha256(digest + msgpack.packb(fields)).digest()
+        digests.append(digest)
+    return digests
+
+
+def packed_bytes(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> int:
+    """Size of all of it."""
+    return len(msgpack.packb(messages)) + len(msgpack.packb(tools))
+
+
+def is_same(messages: Sequence[Message], known: Sequence[Message]) -> bool:
+    """True if the messages are the known ones; reasoning may be left out, but not changed.
+
+    Both: of `comparable`.
+    """
+    return len(messages) == len(known) and all(
+        ours == theirs or (_REASONING not in ours and ours == _without_reasoning(theirs))
+        for ours, theirs in zip(messages, known, strict=True)
+    )
+
+
+def _without_reasoning(message: Message) -> Message:
+    if message["role"] != "assistant":
+        return message
+    return {key: value for key, value in message.items() if key != _REASONING}
+
+
+def _parsed(arguments: str) -> str:
+    """What the arguments of a call say, as a text that is the same for all ways to write it."""
+    try:
+        value = json.loads(arguments, parse_float=_number, parse_constant=_refuse_constant)
+        return json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    except (ValueError, RecursionError):
+        return arguments
+
+
+def _number(text: str) -> float | int:
+    """JavaScript writes 1.0 as 1."""
+    value = float(text)
+    return int(value) if value.is_integer() and abs(value) < _LARGEST_EXACT else value
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(name)
+
+
+def _canonical(copy: Any, where: str) -> Message:
+    if not isinstance(copy, dict) or not isinstance(copy.get("role"), str):
+        raise EpisodeError(f"{where}: want an object with `role` and `content`, got {str(copy)[:200]}")
+    copy = {key: value for key, value in copy.items() if value is not None}
+    copy["content"] = _text(copy.get("content", ""), where)
+    reasoning = _text(copy.pop("reasoning", copy.pop(_REASONING, "")), where)
+    if reasoning:
+        copy[_REASONING] = reasoning
+    calls = copy.pop("tool_calls", None)
+    if calls:
+        if not isinstance(calls, list):
+            raise EpisodeError(f"{where}: tool_calls is not a list")
+        copy["tool_calls"] = [_canonical_call(call, where) for call in calls]
+    return dict(copy)
+
+
+def _canonical_call(call: Any, where: str) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise EpisodeError(f"{where}: want tool calls with a function and its name, got {str(call)[:200]}")
+    arguments = function.get("arguments", "")
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False, default=repr)
+    # Always in this order: clients have others, and the digests and some templates depend on it.
+    named = {"name": function["name"], "arguments": arguments}
+    return {
+        "type": "function",
+        **_others(call, ("function",)),
+        "function": {**named, **_others(function, named)},
+    }
+
+
+def _others(fields: Mapping[str, Any], known: Container[str]) -> dict[str, Any]:
+    return {
+        key: fields[key] for key in sorted(fields, key=str) if key not in known and fields[key] is not None
+    }
+
+
+def _text(content: Any, where: str) -> str:
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+        for part in content
+    ):
+        return "".join(part["text"] for part in content)
+    raise EpisodeError(f"{where}: want text as content, got {str(content)[:200]}")
+
+
+def _copied(values: list[Any]) -> list[Any]:
+    try:
+        # A tenth of the time of JSON; these are the types of JSON, and bytes, which no check lets pass.
+        copies: list[Any] = msgpack.unpackb(msgpack.packb(values))
+    except (TypeError, ValueError, OverflowError, UnicodeError) as error:
+        raise EpisodeError(f"messages and tools: want the types of JSON ({error})") from error
+    return copies

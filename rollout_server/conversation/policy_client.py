@@ -1,0 +1,164 @@
+"""Samples the turns of one sample's policy, and continues a turn that a weight update has interrupted.
+
+After such an abort (`abort_resume`) the tokens so far are submitted again, and the continuation has the new
+weight version.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from areal_like.errors import EngineError, EngineTimeoutError, EpisodeError, PromptRefusedError
+from areal_like.spans.recorder import observe
+from areal_like.trajectory import FinishReason
+from rollout_server.policy.types import Generation, Sampling, SamplingClient
+
+_MAX_EMPTY_ABORTS = 16
+"""Aborts in a row without a new token after which the engine counts as broken: no job updates its weights so
+often."""
+_SEED_STRIDE = 0x9E3779B1
+
+
+class PolicyClient:
+    """The policy of one sample."""
+
+    def __init__(
+        self,
+        engine: SamplingClient,
+        *,
+        sampling: Sampling,
+        rid: str,
+        gate: AbstractAsyncContextManager[None],
+        timeout_s: float = math.inf,
+    ) -> None:
+        """`sampling.max_new_tokens` limits each turn; `rid` must be unique among running episodes; each
+        request is made inside `async with gate` (see GenerationGate). `timeout_s`: of all turns together,
+        from the first request on."""
+        self._engine = engine
+        self._sampling = sampling
+        self._rid = rid
+        self._gate = gate
+        self._num_requests = 0
+        self._timeout_s = timeout_s
+        self._deadline_s: float | None = None
+        """End of the time limit; None before the first request."""
+        self.num_sampled = 0
+        """Tokens of all turns, also of a turn that has failed."""
+
+    @property
+    def deadline_s(self) -> float | None:
+        """Time of the loop at which the limit of all turns ends; None if there is none, or no request yet."""
+        return None if self._deadline_s == math.inf else self._deadline_s
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Limit of the tokens of one turn."""
+        return self._sampling.max_new_tokens
+
+    async def sample(
+        self,
+        prompt_T: NDArray[np.int32],
+        *,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+        keeps_prefix: bool = False,
+    ) -> Generation:
+        """One turn after these tokens; its finish reason is STOP, LENGTH or TIMEOUT, never ABORT.
+
+        `max_new_tokens`: limit of this turn. `stop` and `stop_token_ids`: what ends this turn, in addition to
+        what ends every turn. `keeps_prefix`: another turn may follow. Several turns of a sample may be
+        sampled at the same time.
+        After TIMEOUT the sample should end. Raises PromptRefusedError if the engine refused the prompt,
+        EpisodeError if it refused the prompt with the turns so far (they may have become too long),
+        EngineTimeoutError if the policy had sampled nothing at the time limit, and EngineError if the engine
+        failed in another way. Cancelling the caller aborts the request.
+        """
+        sampling = self._sampling
+        if max_new_tokens is not None or stop or stop_token_ids or keeps_prefix:
+            sampling = replace(
+                sampling,
+                max_new_tokens=sampling.max_new_tokens if max_new_tokens is None else max_new_tokens,
+                stop=tuple(dict.fromkeys((*sampling.stop, *stop))),
+                stop_token_ids=tuple(dict.fromkeys((*sampling.stop_token_ids, *stop_token_ids))),
+                keeps_prefix=keeps_prefix,
+            )
+        parts: list[Generation] = []
+        num_left = sampling.max_new_tokens
+        num_empty_aborts = 0
+        while True:
+            try:
+                generation = await self._request(
+                    np.concatenate([prompt_T, *(part.output_ids for part in parts)]) if parts else prompt_T,
+                    sampling=sampling,
+                    max_new_tokens=num_left,
+                    num_resumed=sampling.max_new_tokens - num_left,
+                )
+            except EngineTimeoutError:
+                if not self.num_sampled:
+                    raise
+                return _joined(parts, FinishReason.TIMEOUT)
+            except PromptRefusedError as error:
+                if not self.num_sampled:
+                    raise
+                raise EpisodeError(f"the turns so far cannot be continued: {error}") from error
+            parts.append(generation)
+            self.num_sampled += len(generation.output_ids)
+            num_left -= len(generation.output_ids)
+            if generation.finish_reason is not FinishReason.ABORT:
+                return _joined(parts, generation.finish_reason)
+            if num_left <= 0:
+                return _joined(parts, FinishReason.LENGTH)
+            num_empty_aborts = 0 if len(generation.output_ids) else num_empty_aborts + 1
+            if num_empty_aborts >= _MAX_EMPTY_ABORTS:
+                raise EngineError(
+                    f"the engine aborted a request {num_empty_aborts} times without a token: "
+                    f"{generation.message}"
+                )
+
+    async def _request(
+        self, tokens_T: NDArray[np.int32], *, sampling: Sampling, max_new_tokens: int, num_resumed: int
+    ) -> Generation:
+        """`num_resumed`: tokens at the end that the policy has sampled in this turn before an abort."""
+        if self._num_requests:
+            # A later request must not draw the same random numbers again, and may only sample the tokens that
+            # its turn has left.
+            seed = sampling.sampling_seed
+            later = None if seed is None else (seed + _SEED_STRIDE * self._num_requests) % (1 << 31)
+            sampling = replace(
+                sampling, max_new_tokens=max_new_tokens, sampling_seed=later, num_resumed=num_resumed
+            )
+        rid = f"{self._rid}.{self._num_requests}"
+        self._num_requests += 1
+        async with self._gate:
+            now_s = asyncio.get_running_loop().time()
+            if self._deadline_s is None:
+                self._deadline_s = now_s + self._timeout_s
+            left_s = self._deadline_s - now_s
+            if left_s <= 0:
+                raise EngineTimeoutError("the time limit was over when the request could be sent again")
+            try:
+                return await self._engine.generate(
+                    tokens_T.tolist(), sampling=sampling, rid=rid, timeout_s=left_s
+                )
+            finally:
+                observe("generations", asyncio.get_running_loop().time() - now_s)
+
+
+def _joined(parts: Sequence[Generation], finish_reason: FinishReason) -> Generation:
+    """The parts of one turn as one."""
+    if len(parts) == 1 and parts[0].finish_reason is finish_reason:
+        return parts[0]
+    return Generation(
+        output_ids=np.concatenate([part.output_ids for part in parts] or [np.empty(0, np.int32)]),
+        logprobs=np.concatenate([part.logprobs for part in parts] or [np.empty(0, np.float32)]),
+        versions=np.concatenate([part.versions for part in parts] or [np.empty(0, np.int32)]),
+        finish_reason=finish_reason,
+    )

@@ -1,0 +1,229 @@
+"""The turns of one sample: samples them, as a tree of token sequences, and makes the tree a trajectory.
+
+Each path from a root to a leaf is a segment. A turn that several segments share is sampled tokens in the
+first of them, and context in the others. A sample of one prompt and one completion is a tree of one turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory
+from rollout_server.conversation.policy_client import PolicyClient
+from rollout_server.conversation.scoring import Outcome, Span, placed_token_rewards, placed_turns
+from rollout_server.environments.base import Message, Reply
+from rollout_server.policy.types import Generation
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Turn:
+    """One turn of the policy. All arrays are of its own tokens."""
+
+    parent: Turn | None
+    """The turn whose tokens come before `context`; None: the turn begins a segment."""
+    context: NDArray[np.int32]
+    """[C] tokens between the parent and this turn."""
+    sampled: NDArray[np.int32]
+    """[S] the turn."""
+    logprobs: NDArray[np.float32]
+    versions: NDArray[np.int32]
+    end: int
+    """Number of tokens from the beginning of the segment up to and with this turn."""
+    messages: list[Message] = field(default_factory=list)
+    """The whole conversation up to this turn, whose reply is the last; empty for a prompt of tokens."""
+
+    @property
+    def path(self) -> list[Turn]:
+        """The turns of the segment up to and with this one."""
+        turns, turn = [self], self.parent
+        while turn is not None:
+            turns.append(turn)
+            turn = turn.parent
+        return turns[::-1]
+
+    @property
+    def tokens(self) -> NDArray[np.int32]:
+        """[end] all tokens of the segment up to and with this turn."""
+        return np.concatenate([array for turn in self.path for array in (turn.context, turn.sampled)])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RunningTurn:
+    """A turn that is being sampled."""
+
+    parent: Turn | None
+    most_tokens: int
+    """Length of its segment if it becomes as long as it may."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Answer:
+    """One turn of the policy, and the tokens behind it."""
+
+    reply: Reply
+    prompt_ids: NDArray[np.int32]
+    """[P] the tokens that the engine was given."""
+    token_ids: NDArray[np.int32]
+    """[S] the sampled tokens."""
+    logprobs: NDArray[np.float32]
+    """[S] of the sampled tokens."""
+    turn: Turn | None
+    """None if nothing was sampled."""
+
+
+class Turns:
+    """The turns of one sample so far. Belongs to one event loop; several may be sampled at the same time."""
+
+    def __init__(self, policy: PolicyClient) -> None:
+        self._policy = policy
+        self._turns: list[Turn] = []
+        """In the order in which they were finished: a turn is behind its parent."""
+        self._running: list[RunningTurn] = []
+        self.finish_reason = FinishReason.STOP
+        """Why the last turn ended."""
+
+    async def sample(
+        self,
+        prompt: NDArray[np.int32],
+        parent: Turn | None = None,
+        *,
+        limit: tuple[int, FinishReason] | None = None,
+        **options: Any,
+    ) -> tuple[Generation, Turn | None]:
+        """The policy's next turn after these tokens, which begin with those of `parent`.
+
+        `limit`: the most tokens that it may have, and the reason if it has them all. `options`, errors: those
+        of PolicyClient.sample. The turn is None if nothing was sampled.
+        """
+        num_tokens, reason = limit or (self._policy.max_new_tokens, FinishReason.LENGTH)
+        running = RunningTurn(parent=parent, most_tokens=len(prompt) + num_tokens)
+        self._running.append(running)
+        try:
+            generation = await self._policy.sample(
+                prompt, max_new_tokens=None if limit is None else num_tokens, **options
+            )
+        finally:
+            self._running.remove(running)
+        self.finish_reason = generation.finish_reason
+        if self.finish_reason is FinishReason.LENGTH:
+            self.finish_reason = reason
+        turn = None
+        if len(generation.output_ids):
+            turn = Turn(
+                parent=parent,
+                context=prompt[parent.end :] if parent is not None else prompt,
+                sampled=generation.output_ids,
+                logprobs=generation.logprobs,
+                versions=generation.versions,
+                end=len(prompt) + len(generation.output_ids),
+            )
+            self._turns.append(turn)
+        return generation, turn
+
+    def forget(self, turn: Turn) -> None:
+        """Leaves out a turn that nobody has read, unless another one follows it."""
+        followed = {one.parent for one in self._turns} | {one.parent for one in self._running}
+        if turn in self._turns and turn not in followed:
+            self._turns.remove(turn)
+
+    @property
+    def is_sampling(self) -> bool:
+        """True while a turn is at the engine, or waits for it."""
+        return bool(self._running)
+
+    @property
+    def turns(self) -> Sequence[Turn]:
+        """In the order in which they were finished."""
+        return self._turns
+
+    @property
+    def turn_lengths(self) -> list[int]:
+        """Number of sampled tokens of each turn, in the order in which the turns were finished."""
+        return [len(turn.sampled) for turn in self._turns]
+
+    @property
+    def token_ids(self) -> NDArray[np.int32]:
+        """The sampled tokens of all turns, in the order in which the turns were finished."""
+        if len(self._turns) == 1:
+            return self._turns[0].sampled
+        return np.concatenate([turn.sampled for turn in self._turns] or [np.empty(0, np.int32)])
+
+    def to_trajectory(
+        self,
+        outcome: Outcome,
+        *,
+        finish_reason: FinishReason | None = None,
+        generation_s: float = 0.0,
+        reward_s: float = 0.0,
+        is_greedy: bool = False,
+        label: str = "",
+    ) -> Trajectory:
+        """The turns as a Trajectory; its segments are in the order of their last turns.
+
+        `outcome`: its turns are those of `turn_lengths`, its tokens those of `token_ids`, in their order.
+        `finish_reason`: None for that of the last turn. Raises ValueError if nothing was sampled, for an
+        outcome of other turns or tokens, and for invalid log-probs or versions.
+        """
+        if not self._turns:
+            raise ValueError("the policy has sampled nothing")
+        layout = Layout(self._turns)
+        return Trajectory(
+            tokens=layout.tokens,
+            loss_mask=(layout.versions != NOT_SAMPLED).astype(np.uint8),
+            logprobs=layout.logprobs,
+            versions=layout.versions,
+            reward=outcome.reward,
+            reward_components=outcome.reward_components,
+            segments=tuple(layout.segments) if len(layout.segments) > 1 else (),
+            turns=placed_turns(outcome, layout.spans),
+            metrics=outcome.metrics,
+            label=label,
+            arrays=placed_token_rewards(outcome, layout.spans, num_tokens=layout.num_tokens),
+            finish_reason=finish_reason or self.finish_reason,
+            is_greedy=is_greedy,
+            generation_s=generation_s,
+            reward_s=reward_s,
+        )
+
+
+class Layout:
+    """The arrays of a trajectory of several segments, which are in the order of their last turns."""
+
+    def __init__(self, turns: Sequence[Turn]) -> None:
+        """`turns`: all of a conversation, at least one, each behind its parent."""
+        self._pieces: list[tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int32]]] = []
+        self.num_tokens = 0
+        self.segments: list[int] = []
+        """Lengths of the segments."""
+        spans: dict[Turn, Span] = {}
+        extended = {turn.parent for turn in turns}
+        for leaf in turns:
+            if leaf in extended:
+                continue
+            for turn in leaf.path:
+                self._append_context(turn.context)
+                if turn in spans:
+                    self._append_context(turn.sampled)
+                    continue
+                first = self.num_tokens
+                self._append(turn.sampled, turn.logprobs, turn.versions)
+                spans[turn] = (first, self.num_tokens)
+            self.segments.append(leaf.end)
+        self.spans = [spans[turn] for turn in turns]
+        """(first, end) of the sampled tokens of each turn, in the order of `turns`."""
+        self.tokens, self.logprobs, self.versions = map(np.concatenate, zip(*self._pieces, strict=True))
+
+    def _append_context(self, tokens: NDArray[np.int32]) -> None:
+        num_tokens = len(tokens)
+        self._append(tokens, np.zeros(num_tokens, np.float32), np.full(num_tokens, NOT_SAMPLED, np.int32))
+
+    def _append(
+        self, tokens: NDArray[np.int32], logprobs: NDArray[np.float32], versions: NDArray[np.int32]
+    ) -> None:
+        self._pieces.append((tokens, logprobs, versions))
+        self.num_tokens += len(tokens)

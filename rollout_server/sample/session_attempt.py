@@ -1,0 +1,200 @@
+"""The attempt to make one sample as a session: by the task's `agent()`, or by an external agent.
+
+    agent():  its process runs -> it returns a score                       -> ended
+    outside:  waiting -> claimed -> POST end                               -> ended
+    both:     no request for sessions.idle_timeout_s                       -> a failed sample
+              rollout.sample_timeout_s                                     -> a truncated sample
+              no turn at all                                               -> a failed sample
+
+A request for which the budget has no room is refused in the API's own format. An agent that raises because of
+that has made a truncated sample, with the rewards so far.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from areal_like.errors import (
+    AgentLostError,
+    EngineError,
+    EnvironmentLostError,
+    EpisodeError,
+    PromptRefusedError,
+)
+from areal_like.trajectory import FinishReason, Trajectory
+from rollout_server.conversation.scoring import add_up
+from rollout_server.leases.held_leases import Place
+from rollout_server.sample.attempt import NOT_WANTED, Attempt, Played, SampleRequest
+from rollout_server.sessions.book import Outcome, SessionBook
+from rollout_server.sessions.open_session import OpenSession
+from rollout_server.tasks.base import Score
+
+RunAgent = Callable[[OpenSession, SampleRequest], Awaitable[Score | None]]
+"""Runs the task's `agent()` in a process; returns its score. Raises EpisodeError. Cancelling it ends it."""
+
+
+class SessionAttempt(Attempt):
+    """A sample that an agent makes."""
+
+    def __init__(
+        self,
+        request: SampleRequest,
+        *,
+        session: OpenSession,
+        book: SessionBook,
+        idle_timeout_s: float,
+        run_agent: RunAgent | None,
+        label: str = "",
+    ) -> None:
+        """`run_agent`: None for external agents."""
+        super().__init__(request, session.conversation, label=label)
+        self._session = session
+        self._book = book
+        self._idle_timeout_s = idle_timeout_s
+        self._run_agent = run_agent
+        self._outcome = Outcome.FAILED
+
+    async def play(self) -> Played:
+        """Waits for the agent. Raises EngineError or EpisodeError."""
+        session, conversation = self._session, self._session.conversation
+        self._book.add(session)
+        problem: EpisodeError | PromptRefusedError | None = None
+        try:
+            score, limit = await self._run()
+            session.end()
+            turn_rewards = session.finish()
+            finish_reason = limit or conversation.finish_reason
+            num_turns = len(conversation.turn_lengths)
+            if not num_turns:
+                raise session.refused_prompt or EnvironmentLostError(self._no_request())
+            if self._run_agent is None:
+                _check_posted(score, turn_rewards, num_turns=num_turns)
+            self._outcome = Outcome.TRUNCATED if finish_reason.is_truncated else Outcome.ENDED
+        except (EpisodeError, PromptRefusedError) as error:
+            problem = error
+        except EngineError:
+            self._outcome = Outcome.ENGINE
+            raise
+        except asyncio.CancelledError as cancelled:
+            session.close(str(cancelled.args[0]) if cancelled.args else NOT_WANTED)
+            self._outcome = Outcome.CANCELLED
+            raise
+        finally:
+            is_of_sample = self._book.remove(session, self._outcome, str(problem or ""))
+        if problem is not None:
+            raise self._failure(problem, is_of_sample=is_of_sample)
+        last, answer = conversation.turns[-1], session.last_answer
+        return Played(
+            finish_reason=finish_reason,
+            generation_s=session.generation_s,
+            text=answer.reply.text if answer is not None else "",
+            raw_text=answer.reply.raw_text if answer is not None else "",
+            messages=last.messages,
+            step_rewards=turn_rewards,
+            metrics={"tool_calls": float(session.num_tool_calls)},
+            score=score,
+        )
+
+    def without_reward(self) -> Trajectory:
+        """As it is with the turns that a client has read."""
+        self._session.finish()
+        return super().without_reward()
+
+    def _failure(
+        self, problem: EpisodeError | PromptRefusedError, *, is_of_sample: bool
+    ) -> EpisodeError | PromptRefusedError:
+        """What the sample fails with: what an external agent does is not behavior of the policy."""
+        if self._run_agent is not None or (is_of_sample and isinstance(problem, PromptRefusedError)):
+            return problem
+        return AgentLostError(str(problem), is_of_sample=is_of_sample)
+
+    def _no_request(self) -> str:
+        refused = self._session.refused_route
+        made = "the agent has made no request to the model"
+        return f"{made} ({refused} is not served: chat/completions is)" if refused else made
+
+    async def _run(self) -> tuple[Score | None, FinishReason | None]:
+        """The agent's score, and the limit that has ended the session. Raises EpisodeError, EngineError."""
+        session = self._session
+        self._request.on_move(Place.TOOL)
+        running: asyncio.Future[Score | None] | None = None
+        if self._run_agent is not None:
+            running = asyncio.ensure_future(self._run_agent(session, self._request))
+            running.add_done_callback(self._agent_ended)
+        try:
+            limit = await session.wait_ended(
+                idle_timeout_s=self._idle_timeout_s, deadline_s=lambda: self._request.policy.deadline_s
+            )
+            if session.failure is not None:
+                raise session.failure
+            if limit == "idle" and session.budget is None:
+                raise self._idle()
+            if limit == "idle":  # it does not end after it was told that there is no room
+                session.close("the session had no request that could be answered for too long")
+                return self._posted(), session.budget or FinishReason.STOP
+            if limit == "deadline":
+                session.close("the session's time is over (rollout.sample_timeout_s)")
+                return self._posted(), FinishReason.TIMEOUT
+            score = await self._result(running)
+            is_scored = score is not None or self._request.rewards is not None or session.has_rewards
+            if not is_scored and session.budget is None and session.conversation.turn_lengths:
+                raise self._no_reward()
+            return score, session.budget
+        finally:
+            if running is not None:
+                running.cancel()
+
+    def _agent_ended(self, running: asyncio.Future[Score | None]) -> None:
+        self._session.end()
+        if not running.cancelled():
+            running.exception()  # the sample may have ended for another reason
+
+    async def _result(self, running: asyncio.Future[Score | None] | None) -> Score | None:
+        """What the agent has returned, or what was posted."""
+        if running is None:
+            return self._posted()
+        # An agent may end its session itself, and then compute its score.
+        await asyncio.wait({running}, timeout=self._idle_timeout_s)
+        if not running.done():
+            raise self._idle()
+        try:
+            score = running.result()
+        except EpisodeError as error:
+            if not self._session.conversation.turn_lengths:
+                raise self._session.refused_prompt or error from None
+            # The agent may end with the refusal of its last request: then the sample is a truncated one.
+            if self._session.budget is None:
+                raise
+            return self._posted()
+        return self._posted() if score is None else score
+
+    def _posted(self) -> Score | None:
+        reward = self._session.reward
+        return None if reward is None else Score(value=reward)
+
+    def _no_reward(self) -> EpisodeError:
+        if self._run_agent is None:
+            problem = (
+                "its agent has ended it without a reward (POST .../reward), and the task has no reward()"
+            )
+            return EnvironmentLostError(f"the session {self._session.id}: {problem}")
+        return EpisodeError("agent() returned None and posted no reward, and the task has no reward()")
+
+    def _idle(self) -> EpisodeError:
+        problem = (
+            f"the session {self._session.id} had no request for "
+            f"sessions.idle_timeout_s={self._idle_timeout_s:g}"
+        )
+        self._session.close(problem)
+        self._outcome = Outcome.IDLE
+        return EpisodeError(problem)
+
+
+def _check_posted(score: Score | None, turn_rewards: list[float], *, num_turns: int) -> None:
+    """Raises EpisodeError for rewards of an external agent that do not add up: they say nothing about the
+    task's own reward, whose failures may end a job at its start."""
+    try:
+        add_up(score, num_turns=num_turns, step_rewards=turn_rewards)
+    except ValueError as error:
+        raise EpisodeError(f"the rewards that were posted cannot be used: {error}") from None

@@ -1,0 +1,130 @@
+"""The response to a request to the model: begins or joins its call, waits, sends, notes what was delivered.
+
+    body -> begin_call -> Call -> CallResponse: wait -> send -> `call.is_delivered`
+
+A client that disconnects does not cancel its call: an SDK that gave up waiting sends the request again, and
+gets the turn of the first one. In a stream the response is sent as a whole once it is complete; until then,
+comment lines keep the connection alive. The status is sent late, so that a request that is refused at once
+has the status of its error also in a stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from starlette.requests import Request
+from starlette.types import Receive, Scope, Send
+
+from areal_like.chat.openai import error_object
+from areal_like.http.streams import EVENTS, disconnected, encode_event
+from rollout_server.conversation.turns import Answer
+from rollout_server.sessions.book import SessionBook
+from rollout_server.sessions.calls import Call
+from rollout_server.sessions.http.errors import NoSessionError, described, response_of
+from rollout_server.sessions.open_session import OpenSession, SessionState
+
+KEEP_ALIVE_S = 5.0
+"""Time between two comments of a stream, and before its status is sent."""
+_COMMENT = b": the policy is being sampled\n\n"
+
+WriteBody = Callable[[Call, Answer], bytes]
+"""The whole body: a JSON object, or the events of a stream."""
+
+
+def session_of(request: Request, book: SessionBook) -> OpenSession:
+    """The session of the path, whose key was checked before. Raises NoSessionError, SessionGoneError."""
+    id = request.path_params["id"]
+    session = book.find(id)
+    if session is None or (session.state is SessionState.WAITING and not session.is_offered):
+        raise NoSessionError(f"there is no session {id!r:.100} on this server")
+    if session.state is SessionState.WAITING:
+        session.claim()  # its client was faster than the confirmation that it got the response
+    return session
+
+
+def begin_call(
+    request: Request, session: OpenSession, content: bytes, ask: Callable[[], Coroutine[Any, Any, Answer]]
+) -> Call:
+    """The call of a request with this body; `ask`: `answer` or `continue_tokens` of the session.
+
+    A repetition joins the call of the request that it repeats. Raises SessionGoneError.
+    """
+    headers = request.headers
+    key = headers.get("idempotency-key", "")
+    digest = hashlib.sha256(
+        b"%d %d " % (len(request.url.path), len(key)) + request.url.path.encode() + key.encode() + content
+    ).digest()
+    count = headers.get("x-stainless-retry-count", "0")
+    is_repetition = bool(key) or (count.isdecimal() and count.strip("0") != "")
+    return session.begin(digest, ask, is_repetition=is_repetition)
+
+
+class CallResponse:
+    """The response of a call, as an ASGI application: one of the call's readers."""
+
+    def __init__(
+        self, call: Call, write: WriteBody, *, is_stream: bool, keep_alive_s: float = KEEP_ALIVE_S
+    ) -> None:
+        """`is_stream`: `write` gives server-sent events."""
+        self._call = call
+        self._write = write
+        self._is_stream = is_stream
+        self._keep_alive_s = keep_alive_s
+        self._has_begun = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Waits for the turn and sends it, unless the client disconnects."""
+        call = self._call
+        call.num_readers += 1  # before anything is awaited: an equal request now wants a sample of its own
+        gone = asyncio.ensure_future(disconnected(receive))
+        try:
+            while not call.task.done() and not gone.done():
+                timeout_s = self._keep_alive_s if self._is_stream else None
+                await asyncio.wait({call.task, gone}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+                if self._is_stream and not call.task.done() and not gone.done():
+                    await self._send_part(send, _COMMENT)
+            if gone.done():
+                return
+            try:
+                turn = await call.answer()
+                call.body = body = call.body or self._write(call, turn)
+            except Exception as error:  # `described` raises what it does not know
+                if self._has_begun:
+                    status, message, code, param = described(error)
+                    content = error_object(status, message, code=code, param=param)
+                    await self._send_part(send, encode_event(content))
+                    await send({"type": "http.response.body", "body": b""})
+                else:
+                    await response_of(error)(scope, receive, send)
+                return
+            await self._send_part(send, body)
+            await drained(send)
+            call.is_delivered = call.is_delivered or not gone.done()
+            await send({"type": "http.response.body", "body": b""})
+        finally:
+            call.num_readers -= 1
+            if not call.num_readers:
+                call.body = None
+            gone.cancel()
+
+    async def _send_part(self, send: Send, body: bytes) -> None:
+        if not self._has_begun:
+            self._has_begun = True
+            if self._is_stream:
+                headers = [(b"content-type", EVENTS.encode()), (b"cache-control", b"no-cache")]
+            else:
+                headers = [
+                    (b"content-type", b"application/json"),
+                    (b"content-length", str(len(body)).encode()),
+                ]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+async def drained(send: Send) -> None:
+    """Until the client has read what was sent, apart from what fits into buffers."""
+    # uvicorn waits for its buffer at the beginning of each message, not at the end.
+    await send({"type": "http.response.body", "body": b"", "more_body": True})

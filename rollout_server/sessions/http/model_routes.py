@@ -1,0 +1,110 @@
+"""The endpoints of a session that sample: /v1/chat/completions, /v1/completions and /inference/v1/generate.
+
+The last two take prompts that the client has rendered itself. A prompt whose token ids begin with all those
+up to and of an earlier turn continues its segment. Any other prompt begins a new one; so does a text whose
+tokens are other ones than the policy has sampled for it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from areal_like.chat.openai import ChatRequest, ChatRules, model_object, parse_chat
+from areal_like.http.bodies import parse_bounded_object
+from rollout_server.conversation.turns import Answer
+from rollout_server.sessions.book import SessionBook
+from rollout_server.sessions.calls import Call
+from rollout_server.sessions.http.call_response import CallResponse, begin_call, session_of
+from rollout_server.sessions.http.requests import CompletionRequest, parse_completion, parse_tokens
+from rollout_server.sessions.http.responses import chat_body, completion_body, tokens_body
+from rollout_server.sessions.open_session import OpenSession
+
+R = TypeVar("R", ChatRequest, CompletionRequest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRoutes:
+    """The endpoints. They raise UserError and SessionGoneError."""
+
+    book: SessionBook
+    rules: ChatRules
+    max_context: int
+    """Longest sequence in tokens."""
+    keep_alive_s: float
+    on_ignored: Callable[[str], None]
+    """Counts a field that has no effect."""
+
+    async def models(self, request: Request) -> Response:
+        """/v1/models: the policy."""
+        session_of(request, self.book).hear()
+        return JSONResponse({"object": "list", "data": [self._described(self.rules.default_model)]})
+
+    async def model(self, request: Request) -> Response:
+        """/v1/models/NAME: the policy, whatever the name is, as requests may have any."""
+        session_of(request, self.book).hear()
+        return JSONResponse(self._described(request.path_params["name"]))
+
+    async def chat(self, request: Request) -> CallResponse:
+        """/v1/chat/completions."""
+        return await self._served(request, parse_chat, _next_turn, chat_body)
+
+    async def complete(self, request: Request) -> CallResponse:
+        """/v1/completions."""
+        return await self._served(request, parse_completion, _continuation, completion_body)
+
+    async def generate(self, request: Request) -> CallResponse:
+        """/inference/v1/generate."""
+        return await self._served(request, parse_tokens, _continuation, tokens_body)
+
+    async def _served(
+        self,
+        request: Request,
+        parse: Callable[[Mapping[str, Any], ChatRules], R],
+        sample: Callable[[OpenSession, R], Coroutine[Any, Any, Answer]],
+        write: Callable[..., bytes],
+    ) -> CallResponse:
+        """Parses a body, and samples and writes its turn. `write`: one of those in `responses`."""
+        session = session_of(request, self.book)
+        conversation, content = session.conversation, await request.body()
+        parsed = await conversation.large_work.run(
+            lambda: parse(parse_bounded_object(content), self.rules), size=len(content)
+        )
+        for name in parsed.options.ignored:
+            self.on_ignored(name)
+
+        def body_of(call: Call, turn: Answer) -> bytes:
+            return write(turn, parsed, id=call.id, created_s=int(time.time()), conversation=conversation)
+
+        call = begin_call(request, session, content, lambda: sample(session, parsed))
+        is_stream = parsed.options.stream
+        return CallResponse(call, body_of, is_stream=is_stream, keep_alive_s=self.keep_alive_s)
+
+    def _described(self, name: str) -> dict[str, Any]:
+        return model_object(name, max_context=self.max_context)
+
+
+async def _next_turn(session: OpenSession, chat: ChatRequest) -> Answer:
+    options = chat.options
+    return await session.answer(
+        chat.messages, tools=chat.tools, stop=options.stop, max_new_tokens=options.max_new_tokens
+    )
+
+
+async def _continuation(session: OpenSession, request: CompletionRequest) -> Answer:
+    """The turn after a prompt; a text is tokenized as it is, without a chat template."""
+    prompt, conversation = request.prompt, session.conversation
+    if isinstance(prompt, str):
+        text, tokenizer = prompt, conversation.renderer.tokenizer
+
+        def tokenized() -> list[int]:
+            return list(tokenizer(text, add_special_tokens=request.add_special_tokens)["input_ids"])
+
+        prompt = await conversation.large_work.run(tokenized, size=len(text))
+    options = request.options
+    return await session.continue_tokens(prompt, stop=options.stop, max_new_tokens=options.max_new_tokens)

@@ -1,0 +1,165 @@
+"""A turn of the policy as the body of a response: one object, or all events of a stream. Pure.
+
+/v1/chat/completions, /v1/completions, and vLLM's /inference/v1/generate as the train client of verifiers
+reads it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from areal_like.chat.openai import (
+    ChatRequest,
+    chat_choice,
+    chat_delta,
+    chat_head,
+    chat_logprobs,
+    finite,
+    usage,
+)
+from areal_like.http.streams import END_OF_EVENTS, encode_event
+from areal_like.trajectory import FinishReason
+from rollout_server.conversation.conversation import Conversation
+from rollout_server.conversation.turns import Answer
+from rollout_server.sessions.http.requests import CompletionRequest
+
+DecodeToken = Callable[[int], str]
+
+
+def chat_body(
+    turn: Answer, request: ChatRequest, *, id: str, created_s: int, conversation: Conversation
+) -> bytes:
+    """The body of /v1/chat/completions."""
+    head = chat_head(id=id, created_s=created_s, model=request.options.model, is_chunk=request.options.stream)
+    logprobs = None
+    if request.logprobs:
+        content = chat_logprobs(turn.token_ids.tolist(), turn.logprobs.tolist(), conversation.decode)
+        logprobs = {"content": content, "refusal": None}
+    write = _chat_events if request.options.stream else _chat_object
+    return write(turn, request, head, logprobs)
+
+
+def _chat_object(
+    turn: Answer, request: ChatRequest, head: dict[str, Any], logprobs: dict[str, Any] | None
+) -> bytes:
+    reply = turn.reply
+    message: dict[str, Any] = {
+        "role": "assistant",
+        # As OpenAI: null where there are tool calls only.
+        "content": None if reply.tool_calls and not reply.text else reply.text,
+        "refusal": None,
+    }
+    for name in ("reasoning_content", "tool_calls"):
+        if name in reply.message:
+            message[name] = reply.message[name]
+    choice = chat_choice(0, message, reason=_chat_reason(turn), logprobs=logprobs)
+    body = {**head, "choices": [choice], "usage": _usage(turn)}
+    if request.options.return_token_ids:
+        body["prompt_token_ids"] = turn.prompt_ids.tolist()
+        choice["token_ids"] = turn.token_ids.tolist()
+    return _json(body)
+
+
+def _chat_events(
+    turn: Answer, request: ChatRequest, head: dict[str, Any], logprobs: dict[str, Any] | None
+) -> bytes:
+    reply = turn.reply
+    if request.options.include_usage:
+        head["usage"] = None
+    deltas: list[dict[str, Any]] = [{"role": "assistant", "content": None if reply.tool_calls else ""}]
+    if reply.reasoning:
+        deltas.append({"reasoning_content": reply.reasoning})
+    if reply.text:
+        deltas.append({"content": reply.text})
+    for index, call in enumerate(reply.message.get("tool_calls", ())):
+        deltas.append({"tool_calls": [{"index": index, **call}]})
+    choices = [chat_delta(0, delta) for delta in deltas]
+    last = chat_delta(0, {}, reason=_chat_reason(turn))
+    # Tokens and texts do not begin and end at the same places: the first chunk has the tokens.
+    choices[0]["logprobs"] = logprobs
+    if request.options.return_token_ids:
+        choices[0]["token_ids"] = turn.token_ids.tolist()
+    events = [{**head, "choices": [choice]} for choice in (*choices, last)]
+    if request.options.return_token_ids:
+        events[0]["prompt_token_ids"] = turn.prompt_ids.tolist()
+    if request.options.include_usage:
+        events.append({**head, "choices": [], "usage": _usage(turn)})
+    return b"".join(map(encode_event, events)) + END_OF_EVENTS
+
+
+def completion_body(
+    turn: Answer, request: CompletionRequest, *, id: str, created_s: int, conversation: Conversation
+) -> bytes:
+    """The body of /v1/completions."""
+    options, decode = request.options, conversation.decode
+    choice: dict[str, Any] = {
+        "index": 0,
+        "text": conversation.renderer.decode(turn.token_ids.tolist(), skip_special_tokens=True),
+        "logprobs": _completion_logprobs(turn, decode) if request.logprobs else None,
+        "finish_reason": _reason(turn),
+    }
+    if options.return_token_ids:
+        # vLLM has both in the choice, as a request may have several prompts.
+        choice["prompt_token_ids"] = turn.prompt_ids.tolist()
+        choice["token_ids"] = turn.token_ids.tolist()
+    head = {"id": f"cmpl-{id}", "object": "text_completion", "created": created_s, "model": options.model}
+    body = {**head, "choices": [choice]}
+    if not options.stream:
+        return _json({**body, "usage": _usage(turn)})
+    events = [body]
+    if options.include_usage:
+        events = [{**body, "usage": None}, {**head, "choices": [], "usage": _usage(turn)}]
+    return b"".join(map(encode_event, events)) + END_OF_EVENTS
+
+
+def tokens_body(
+    turn: Answer, request: CompletionRequest, *, id: str, created_s: int, conversation: Conversation
+) -> bytes:
+    """The body of /inference/v1/generate."""
+    tokens = turn.token_ids.tolist()
+    logprobs: list[dict[str, Any]] = [
+        {"token": f"token_id:{token}", "logprob": logprob, "bytes": None, "top_logprobs": []}
+        for token, logprob in zip(tokens, finite(turn.logprobs.tolist()), strict=True)
+    ]
+    choice = {
+        "index": 0,
+        "token_ids": tokens,
+        "logprobs": {"content": logprobs},
+        "finish_reason": _reason(turn),
+    }
+    return _json({"request_id": f"gen-{id}", "choices": [choice], "usage": _usage(turn)})
+
+
+def _json(body: dict[str, Any]) -> bytes:
+    return json.dumps(body, separators=(",", ":")).encode()
+
+
+def _reason(turn: Answer) -> str:
+    return "stop" if turn.reply.finish_reason is FinishReason.STOP else "length"
+
+
+def _chat_reason(turn: Answer) -> str:
+    reason = _reason(turn)
+    return "tool_calls" if reason == "stop" and turn.reply.tool_calls else reason
+
+
+def _usage(turn: Answer) -> dict[str, int]:
+    return usage(prompt=len(turn.prompt_ids), completion=len(turn.token_ids))
+
+
+def _completion_logprobs(turn: Answer, decode: DecodeToken) -> dict[str, Any]:
+    """OpenAI's older format. Only the sampled tokens have log-probs, whatever number the client asks for."""
+    texts = [decode(token) for token in turn.token_ids.tolist()]
+    logprobs = finite(turn.logprobs.tolist())
+    offsets, offset = [], 0
+    for text in texts:
+        offsets.append(offset)
+        offset += len(text)
+    return {
+        "tokens": texts,
+        "token_logprobs": logprobs,
+        "top_logprobs": [{text: logprob} for text, logprob in zip(texts, logprobs, strict=True)],
+        "text_offset": offsets,
+    }

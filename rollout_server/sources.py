@@ -1,0 +1,190 @@
+"""What the samples of a rollout server are made with: for training, and for each evaluation set.
+
+Sets without a task of their own use the job's task with its worker processes. Each other task has its own: so
+a reward of an evaluation that hangs keeps no training sample waiting. All are started and checked before the
+engine starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from areal_like.config import Config, EvalSetConfig
+from areal_like.errors import ConfigError, EpisodeError
+from areal_like.runtime.waits import PendingWaits
+from rollout_server.environments.base import Message
+from rollout_server.job_tasks import key_of
+from rollout_server.rendering.base import ChatRenderer
+from rollout_server.rendering.prompt_renderer import PromptRenderer
+from rollout_server.tasks.base import Example, Task
+from rollout_server.workers.environment_pool import EnvironmentPool
+from rollout_server.workers.host import WorkerHost
+from rollout_server.workers.reward_pool import RewardPool
+
+Sources = Mapping[str, "Source"]
+"""By name of the evaluation set; empty: training."""
+First = tuple[list[Message], list[dict[str, Any]]]
+"""Messages and tools of the first environment."""
+
+
+class Renderer(Protocol):
+    """The part of a `PromptRenderer` that samples use."""
+
+    @property
+    def stop_token_ids(self) -> Sequence[int]:
+        """They end every turn."""
+
+    @property
+    def chat(self) -> ChatRenderer:
+        """For conversations."""
+
+    def encode(self, example: Example) -> NDArray[np.int32]:
+        """Prompt token ids [P]."""
+
+    def decode(self, tokens: NDArray[np.int32]) -> str:
+        """Text without special tokens."""
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """Text with special tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What the samples of training, or of one evaluation set, are made with."""
+
+    task: Task
+    renderer: Renderer
+    """With its limit of a prompt's tokens."""
+    context_tokens: int
+    """The longest sequence."""
+    rewards: RewardPool
+    environments: EnvironmentPool | None = None
+    """Processes of `environment()` or `agent()`; None if the task has neither, or external agents."""
+    settings: EvalSetConfig | None = None
+    """How to sample; None: as for training."""
+
+
+@contextlib.asynccontextmanager
+async def running_sources(
+    config: Config,
+    tasks: Mapping[str, Task],
+    renderer: PromptRenderer,
+    *,
+    contexts: Mapping[str, int],
+    waits: PendingWaits,
+) -> AsyncIterator[dict[str, Source]]:
+    """The sources by name, with running worker processes. `contexts`: longest sequences, in tokens.
+
+    Raises ConfigError if a task cannot be imported, if the environment of its first example cannot be made,
+    rendered or does not fit into the context, and for settings that contradict each other.
+    """
+    check_reward_concurrency(config, tasks)
+    sets = config.eval.resolved_sets
+    workers: dict[str, tuple[RewardPool, EnvironmentPool | None, First | None]] = {}
+    sources: dict[str, Source] = {}
+    async with contextlib.AsyncExitStack() as stack:
+        for name, task in tasks.items():
+            one = sets[name] if name else None
+            key = key_of(one) if one is not None else ""
+            if key not in workers:
+                if task.has_environment or task.uses_sessions:
+                    _check_limits(config, task)
+                    renderer.chat  # noqa: B018, raises ConfigError if the model has no chat format
+                of_task = dataclasses.replace(config, task=one.task) if one is not None and key else config
+                workers[key] = await stack.enter_async_context(_running_workers(of_task, task, waits=waits))
+            rewards, environments, first = workers[key]
+            if first is not None:
+                _check_first(renderer.chat, first, context_tokens=contexts[name])
+            limited = renderer
+            if one is not None:
+                max_new_tokens = one.max_new_tokens or config.sampling.max_new_tokens
+                limited = renderer.limited(min(task.max_prompt_tokens, contexts[name] - max_new_tokens))
+            sources[name] = Source(
+                task=task,
+                renderer=limited,
+                context_tokens=contexts[name],
+                rewards=rewards,
+                environments=environments,
+                settings=one,
+            )
+        yield sources
+
+
+def check_reward_concurrency(config: Config, tasks: Mapping[str, Task]) -> None:
+    """Raises ConfigError for a `rollout.reward_concurrency` that would change nothing."""
+    concurrency = config.rollout.reward_concurrency
+    if concurrency > 1 and tasks[""].has_reward and not any(task.has_async_reward for task in tasks.values()):
+        raise ConfigError(
+            f"rollout.reward_concurrency={concurrency} needs a task with `async def reward`: set it to 1, "
+            "and raise rollout.reward_workers for more rewards at a time"
+        )
+
+
+@contextlib.asynccontextmanager
+async def _running_workers(
+    config: Config, task: Task, *, waits: PendingWaits
+) -> AsyncIterator[tuple[RewardPool, EnvironmentPool | None, First | None]]:
+    """The processes of one task, and what its first environment begins with."""
+    has_agents = task.has_agent and not task.external
+    host = WorkerHost.of(config, task)
+    async with contextlib.AsyncExitStack() as stack:
+        if task.has_reward or task.has_environment or has_agents:
+            await stack.enter_async_context(host)
+        rewards = await stack.enter_async_context(RewardPool.of(config, task, host))
+        waits.sources.append(rewards.waits)
+        environments, first = None, None
+        if task.has_environment or has_agents:
+            environments = EnvironmentPool.of(config, host)
+            waits.sources.append(environments.slow_starts)
+            if task.has_environment:
+                waits.sources.append(environments.slow_calls)
+            with waits("environments: start" if task.has_environment else "agents: start"):
+                await stack.enter_async_context(environments)
+                if task.has_environment:
+                    first = await environments.check()
+        yield rewards, environments, first
+
+
+def _check_first(chat: ChatRenderer, first: First, *, context_tokens: int) -> None:
+    """Raises ConfigError unless the first environment's messages and tools can be rendered and fit."""
+    messages, tools = first
+    if tools and not chat.supports_tools:
+        raise ConfigError(
+            "the task's environments have tools, and the model's chat template does not render them: "
+            "use a model with a chat template for tools, or set model.renderer"
+        )
+    try:
+        num_tokens = len(chat.render(messages, tools=tools))
+    except EpisodeError as error:
+        raise ConfigError(f"the messages of the first environment cannot be rendered: {error}") from error
+    if num_tokens >= context_tokens:
+        raise ConfigError(
+            f"the messages of the first environment have {num_tokens} tokens, and a sequence at most "
+            f"{context_tokens}: raise rollout.max_context, or without it the smallest of "
+            "task.max_prompt_tokens, episode.max_tokens and trainer.tokens_per_microbatch"
+        )
+
+
+def _check_limits(config: Config, task: Task) -> None:
+    """Raises ConfigError if the trainer would report a stall while a sample is within its limits."""
+    if task.has_environment:
+        setting, who, limit_s = "episode.step_timeout_s", "an environment", config.episode.step_timeout_s
+    else:
+        setting, who, limit_s = "sessions.idle_timeout_s", "an agent", config.sessions.idle_timeout_s
+    for key, stall_s in (
+        ("trainer.fetch_timeout_s", config.trainer.fetch_timeout_s),
+        ("eval.timeout_s", config.eval.timeout_s),
+    ):
+        if limit_s >= config.stall_s(stall_s):
+            raise ConfigError(
+                f"{key}={stall_s:g} after rollout.generate_timeout_s={config.rollout.generate_timeout_s:g} "
+                f"is not above {setting}={limit_s:g}: the trainer would report a stall while {who} is within "
+                "its limit"
+            )

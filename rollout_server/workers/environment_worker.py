@@ -1,0 +1,194 @@
+"""The process in which environments and agents run: it serves one environment after the other.
+
+    server -> worker   ["check" or "reset", split, index, seed] | ["step", reply] | ["close"]
+                       ["agent", split, index, seed, base_url, api_key]
+    worker -> server   [value, error]                                 one frame for each request, in order
+
+    IDLE -> reset -> OPEN -> step -> OPEN ... -> close -> IDLE, or false: the server ends this process
+
+The example is rebuilt here from (split, index), so a task's answers need not be serialized. The environment
+runs in this process's event loop, so its own asyncio tasks go on between the calls; calls that block only
+delay this environment. The process is used again because a fork of a large process costs more than most
+episodes, unless the environment has left a child process, a thread (a tool that was abandoned at its time
+limit), or more than half of the memory that one may have. The process of an agent serves one sample:
+libraries keep clients with the address of a session.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import resource
+import socket
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from areal_like.errors import ConfigError, EpisodeError
+from areal_like.runtime.process import adopt_orphans
+from rollout_server.agents.base import Session
+from rollout_server.environments.base import Environment, Message, Reply, Step, messages_of
+from rollout_server.environments.exchange import MAX_ANSWER_BYTES, awaitable, reply_of, step_fields
+from rollout_server.frames import described, messages, pack
+from rollout_server.tasks.base import Example, Split, Task
+from rollout_server.workers.agents import run_agent
+
+_PAGE_BYTES = resource.getpagesize()
+
+
+def serve(task: Task, connection: socket.socket, *, memory_mb: int) -> None:
+    """Serves until the server closes the socket. `memory_mb`: `episode.memory_mb`."""
+    connection.sendall(pack([None, ""]))
+    adopt_orphans()
+    base_bytes = _address_space()
+    limit_bytes = base_bytes + (memory_mb << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, limit_bytes))
+    worker = _Worker(task, memory_mb=memory_mb, retire_at_bytes=base_bytes + (memory_mb << 19))
+    asyncio.run(worker.run(connection))
+
+
+class _Worker:
+    """Answers the requests of one socket."""
+
+    def __init__(self, task: Task, *, memory_mb: int, retire_at_bytes: int) -> None:
+        self._task = task
+        self._memory_mb = memory_mb
+        self._retire_at_bytes = retire_at_bytes
+        self._environment: Environment | None = None
+        self._is_out_of_memory = False
+        self._label = ""
+        """Label of the newest example."""
+
+    async def run(self, connection: socket.socket) -> None:
+        """Returns at the end of the stream."""
+        reader, writer = await asyncio.open_unix_connection(sock=connection)
+        async for request in messages(reader):
+            writer.write(self._packed(*await self._answer(request)))
+            with contextlib.suppress(ConnectionError):  # the end of the stream follows
+                await writer.drain()
+
+    async def _answer(self, request: list[Any]) -> tuple[Any, str]:
+        """The value of a call, and why it has none."""
+        call, *arguments = request
+        called = call
+        try:
+            match call:
+                case "check" | "reset":
+                    called = "environment"
+                    environment = self._make(*arguments)
+                    called = call
+                    if call == "check":
+                        environment.check()
+                        return None, ""
+                    return await self._reset(environment), ""
+                case "step":
+                    return await self._step(reply_of(*arguments)), ""
+                case "agent":
+                    return await self._run_agent(*arguments), ""
+                case _:
+                    return await self._close(), ""
+        # An environment's code may raise anything, also SystemExit; only its own sample fails.
+        except BaseException as raised:
+            self._is_out_of_memory |= isinstance(raised, MemoryError)
+            return False if call == "close" else None, self._described(called, raised)
+
+    async def _reset(self, environment: Environment) -> tuple[list[Message], list[Any], str]:
+        self._environment = environment
+        messages = await awaitable(environment.reset(), call="reset")
+        return list(messages), list(environment.tools), self._label
+
+    async def _run_agent(self, split: Split, index: int, seed: int, base_url: str, api_key: str) -> Any:
+        example = self._example(split, index, seed)
+        return await run_agent(self._task, example, Session(base_url=base_url, api_key=api_key))
+
+    def _example(self, split: Split, index: int, seed: int) -> Example:
+        """Not kept for the next sample: an environment may change what its example holds."""
+        # A fork copies the generators' states: without this, environments in different processes would draw
+        # the same numbers.
+        random.seed(seed)
+        if (numpy := sys.modules.get("numpy")) is not None:
+            numpy.random.seed(seed % (1 << 32))
+        example = self._task.example(split, index)
+        self._label = example.label
+        return example
+
+    def _make(self, split: Split, index: int, seed: int) -> Environment:
+        example = self._example(split, index, seed)
+        environment = self._task.environment(example)
+        if environment is None:
+            if not self._task.has_reward:
+                raise EpisodeError("environment() returned None for an example of a task without reward()")
+            environment = _OneAnswer(example)
+        if not isinstance(environment, Environment):
+            raise EpisodeError(f"environment() returned {type(environment).__name__}: return an Environment")
+        environment.seed = seed
+        return environment
+
+    async def _step(self, reply: Reply) -> list[Any]:
+        assert self._environment is not None
+        return step_fields(await awaitable(self._environment.step(reply), call="step"))
+
+    async def _close(self) -> bool:
+        """Closes the environment; False if this process should not serve another one."""
+        environment, self._environment = self._environment, None
+        if environment is not None:
+            await environment.close()
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        is_used_up = self._is_out_of_memory or _address_space() > self._retire_at_bytes
+        return not (is_used_up or _has_threads() or _has_children())
+
+    def _described(self, call: str, raised: BaseException) -> str:
+        """The message of an exception, and the place of the task's code where it was raised."""
+        if isinstance(raised, EpisodeError | ConfigError):
+            return str(raised)
+        is_memory = isinstance(raised, MemoryError)
+        note = f" (episode.memory_mb={self._memory_mb})" if is_memory else ""
+        return f"{call}() raised {described(raised, note=note)}"
+
+    @staticmethod
+    def _packed(value: Any, error: str) -> bytes:
+        try:
+            frame = pack([value, error])
+        except (TypeError, ValueError, OverflowError, RecursionError) as unpackable:
+            return pack([None, f"messages, tools and metrics must be JSON values: {unpackable}"])
+        if len(frame) <= MAX_ANSWER_BYTES:
+            return frame
+        return pack([None, f"an answer of {len(frame)} bytes: the limit is {MAX_ANSWER_BYTES}"])
+
+
+class _OneAnswer(Environment):
+    """An example without an environment, in a task that has some."""
+
+    def __init__(self, example: Example) -> None:
+        self._prompt = example.prompt
+
+    async def reset(self) -> list[Message]:
+        return messages_of(self._prompt)
+
+    async def step(self, reply: Reply) -> Step:
+        return Step(done=True)
+
+
+def _address_space() -> int:
+    """Bytes of this process's address space, as RLIMIT_AS counts them."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * _PAGE_BYTES
+
+
+def _has_threads() -> bool:
+    """True if a thread runs, besides those of asyncio's executor, which stay when they have no work."""
+    others = set(threading.enumerate()) - {threading.main_thread()}
+    return any(not thread.name.startswith("asyncio_") for thread in others)
+
+
+def _has_children() -> bool:
+    """True if a child process lives; those that have ended are waited for."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        return False
+    return True

@@ -1,0 +1,59 @@
+"""The engine's options: the same as data and on a command line."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rollout_server.engine.options import ProcessOptions
+from tests.support.engine_harness import API_KEY, key_file
+
+GIVEN: dict[str, Any] = {
+    "max_running_requests": 3, "context_length": 77, "max_prefill_tokens": 5, "prefix_cache_tokens": 0,
+    "conversation_cache_tokens": 9, "random_seed": -4, "model_path": "m", "port": 0, "port_file": "p",
+    "device": "cuda:1", "dtype": "bfloat16", "enable_fp32_lm_head": True, "weights_from": ("a", "b c"),
+    "weight_version": "12", "num_threads": 2, "stream_interval": 8, "max_body_bytes": 10,
+    "max_connections": 11, "weights_timeout_s": 1.5, "log_level": "DEBUG",
+}  # fmt: skip
+
+
+def words(given: dict[str, Any]) -> list[str]:
+    found = []
+    for name, value in given.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            found.append(flag)
+        else:
+            for one in value if isinstance(value, tuple) else (value,):
+                found += [flag, str(one)]
+    return found
+
+
+def test_both_ways_give_the_same_options(tmp_path: Path) -> None:
+    options = ProcessOptions(api_key=API_KEY, **GIVEN)
+    assert {one.name for one in fields(options)} == {*GIVEN, "api_key"}
+    argv = [*words(GIVEN), "--api-key-file", str(key_file(tmp_path))]
+    assert ProcessOptions.from_command_line(argv) == options
+    data = tmp_path / "options.json"
+    data.write_text(options.to_json())
+    assert ProcessOptions.from_command_line(["--options", str(data)]) == options
+    assert API_KEY not in repr(options)
+
+
+def test_defaults_are_those_of_the_fields(tmp_path: Path) -> None:
+    argv = ["--model-path", "m", "--api-key-file", str(key_file(tmp_path))]
+    options = ProcessOptions.from_command_line(argv)
+    assert options == ProcessOptions(model_path="m", api_key=API_KEY)
+
+
+def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        ProcessOptions.from_command_line(["--help"])
+    shown = capsys.readouterr().out
+    for one in fields(ProcessOptions):
+        assert f"--{one.name.replace('_', '-')}" in shown
+        assert one.name == "api_key" or one.metadata["help"]
+    assert any(one.default is MISSING for one in fields(ProcessOptions))

@@ -1,0 +1,369 @@
+"""The first stage of a step: turns groups of trajectories into training samples with advantages.
+
+    groups -> task rewards recorded -> shapings in order -> R - kl.coef * sum_t KL_t(mu || ref)
+           -> advantages (of group or critic) -> rescaled
+
+If rewards and advantage do not depend on the whole step, each group is processed as it arrives. Greedy
+samples serve as baselines and are then left out.
+
+The KL penalty is that of the behavior policy mu, whose log-probs are recorded, so only the reference model
+needs a forward pass. The penalty is a sum over the sample's tokens, so it also favors short completions; GAE
+subtracts each token's term from the reward of that token. A greedy sample is shaped like its group but gets
+no penalty, because its recorded log-probs are not the policy's. Both changes are made on copies; metrics
+still show the task's reward.
+
+Shape suffixes: S sampled tokens (of one trajectory or of the step over all ranks; tensors: of a micro-batch),
+T tokens of one trajectory, J groups of the step over all ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from areal_like.config import KlConfig
+from areal_like.errors import ConfigError
+from areal_like.trajectory import Trajectory
+from trainer.advantages.base import Advantage, Estimator, FloatArray
+from trainer.advantages.critic import Critic, ValueTarget
+from trainer.advantages.gae import Gae
+from trainer.advantages.reward_shaping import Shaping, ShapingContext
+from trainer.advantages.turns import discounts_of_tokens, group_advantages, rewards_of_tokens
+from trainer.batching.packing import PackedBatch, TrainingSample, is_target, num_targets
+from trainer.batching.scope import Scope
+from trainer.batching.segments import segments_of, split_sample, split_targets, values_of_targets
+from trainer.distributed.ranks import Ranks
+from trainer.metrics.phase_timer import PhaseTimer
+from trainer.metrics.step_totals import StepTotals
+from trainer.models.policy import Policy
+from trainer.objectives.composed import kl_estimate
+
+log = logging.getLogger(__name__)
+
+TrajectoryGroup = Sequence[Trajectory]
+"""Samples of one prompt, in sample order; a greedy sample is the last."""
+TokenPenalties = list[list[FloatArray]]
+"""For each group, for each sample: the KL penalty [S] of its sampled tokens."""
+
+
+class RewardTerms:
+    """Applies reward shapings and the KL penalty.
+
+    Its only state is `duals`, one number per shaping, which the checkpoint stores.
+    """
+
+    def __init__(
+        self,
+        shapings: Sequence[Shaping],
+        ranks: Ranks,
+        *,
+        kl: KlConfig | None,
+        reference: Policy | None,
+        budget_tokens: int,
+    ) -> None:
+        """`kl`: the penalty; None: none.
+
+        `reference`: model for the penalty. `budget_tokens`: of its micro-batches.
+
+        Raises ConfigError for a penalty without a reference model.
+        """
+        if kl is not None and reference is None:
+            raise ConfigError("kl.place=reward needs a reference model: name one in kl.reference")
+        self._shapings = shapings
+        self._ranks = ranks
+        self._kl = kl
+        self._reference = reference
+        self._budget_tokens = budget_tokens
+        self.duals = [0.0] * len(shapings)
+
+    @property
+    def is_identity(self) -> bool:
+        """True if rewards stay as the task gave them."""
+        return not self._shapings and self._kl is None
+
+    @property
+    def scope(self) -> Scope:
+        """GROUP: `shape_group` suffices. BATCH: `shape_step` is needed."""
+        if self._kl is not None or any(shaping.scope is Scope.BATCH for shaping in self._shapings):
+            return Scope.BATCH
+        return Scope.GROUP
+
+    def shape_group(self, group: TrajectoryGroup, *, ahead: Sequence[float] = ()) -> TrajectoryGroup:
+        """The group with shaped rewards.
+
+        `ahead`: for each shaping, the share of groups that rank before this one.
+        """
+        shares = ahead or [0.0] * len(self._shapings)
+        for shaping, dual, share in zip(self._shapings, self.duals, shares, strict=True):
+            rewards_G = shaping.rewards(group, ShapingContext(dual=dual, ahead=share))
+            group = [replace(t, reward=float(r)) for t, r in zip(group, rewards_G, strict=True)]
+        return group
+
+    def shape_step(self, groups: Sequence[TrajectoryGroup]) -> tuple[list[TrajectoryGroup], TokenPenalties]:
+        """This rank's groups with shaped and penalized rewards, and each token's share of the penalties.
+
+        Collective.
+
+        `groups`: this rank's share of the step, in recorded order.
+        """
+        shaped = [
+            self.shape_group(group, ahead=ahead)
+            for group, ahead in zip(groups, self._shares_ahead(groups), strict=True)
+        ]
+        penalties = self._kl_penalties(shaped)
+        if self._kl is None:
+            return shaped, penalties
+        penalized: list[TrajectoryGroup] = [
+            [
+                replace(t, reward=t.reward - float(penalty_S.sum()))
+                for t, penalty_S in zip(group, of_group, strict=True)
+            ]
+            for group, of_group in zip(shaped, penalties, strict=True)
+        ]
+        return penalized, penalties
+
+    def update_duals(self, *, mean_tokens: float) -> None:
+        """Updates the dual variables after a step over samples of this mean number of sampled tokens."""
+        self.duals = [
+            s.next_dual(dual, mean_tokens=mean_tokens)
+            for s, dual in zip(self._shapings, self.duals, strict=True)
+        ]
+
+    def metrics(self) -> dict[str, float]:
+        """`shaping_dual_I`: the dual variable of the shaping at index I, for those that have one."""
+        with_dual = (i for i, s in enumerate(self._shapings) if type(s).next_dual is not Shaping.next_dual)
+        return {f"shaping_dual_{i}": self.duals[i] for i in with_dual}
+
+    def restore(self, duals: Sequence[float]) -> None:
+        """Sets the dual variables from a checkpoint; warns and keeps zeros if their number differs."""
+        if len(duals) == len(self.duals):
+            self.duals = list(duals)
+        else:
+            log.warning(
+                "advantage.shaping differs from the checkpoint's: its dual variables start again at 0"
+            )
+
+    def _shares_ahead(self, groups: Sequence[TrajectoryGroup]) -> list[list[float]]:
+        """For each group and shaping, the share of all ranks' groups that rank before it. Collective."""
+        positions = [index * self._ranks.world_size + self._ranks.rank for index in range(len(groups))]
+        positions_J = self._ranks.gather(torch.tensor(positions, dtype=torch.int64)).numpy()
+        shares: list[list[float]] = [[] for _ in groups]
+        for shaping in self._shapings:
+            scores = torch.tensor([shaping.score(group) for group in groups], dtype=torch.float64)
+            scores_J = self._ranks.gather(scores).numpy()
+            order = np.lexsort((positions_J, -scores_J))  # best score first, ties by recorded order
+            share_of = {int(positions_J[j]): rank / len(order) for rank, j in enumerate(order)}
+            for of_group, position in zip(shares, positions, strict=True):
+                of_group.append(share_of[position])
+        return shares
+
+    def _kl_penalties(self, groups: Sequence[TrajectoryGroup]) -> TokenPenalties:
+        """kl.coef times the KL estimate at each sampled token; zeros for greedy samples.
+
+        Collective with a penalty.
+        """
+        if self._kl is None:
+            return [[np.zeros(num_targets(t)) for t in group] for group in groups]
+        kl, reference = self._kl, self._reference
+        assert reference is not None
+
+        def penalties_S(batch: PackedBatch) -> Tensor:
+            ref_logp_S = reference(batch).logprobs_S
+            behavior_logp_S = batch.behavior_logp_T[batch.sampled_S].to(ref_logp_S.dtype)
+            return kl.coef * kl_estimate(behavior_logp_S - ref_logp_S, estimator=kl.estimator)
+
+        sampled = [t for group in groups for t in group if not t.is_greedy]
+        found = values_of_targets(sampled, penalties_S, self._ranks, budget_tokens=self._budget_tokens)
+        remaining = iter(found)
+        return [
+            [np.zeros(num_targets(t)) if t.is_greedy else next(remaining) for t in group] for group in groups
+        ]
+
+
+Lags = NDArray[np.int64]
+"""Lag of each token of a trajectory, [num_tokens], in optimizer steps."""
+
+
+class AdvantagePipeline:
+    """Called in each step: `compute`, and with the policy's update `learn`."""
+
+    def __init__(
+        self,
+        advantage: Estimator,
+        rewards: RewardTerms,
+        ranks: Ranks,
+        *,
+        critic: Critic | None = None,
+        turn_discount: float = 1.0,
+    ) -> None:
+        """`turn_discount`: from one turn of a sample to the next.
+
+        Raises ConfigError if the advantage needs a critic and there is none.
+        """
+        if isinstance(advantage, Gae) and critic is None:
+            raise ConfigError("advantage=gae needs a critic, and none was built")
+        self._advantage = advantage
+        self._rewards = rewards
+        self._ranks = ranks
+        self._critic = critic
+        self._turn_discount = turn_discount
+        self._value_targets: list[ValueTarget] = []
+        self.state = advantage.initial_state()
+        """What an estimator remembers of earlier steps; checkpoints store it."""
+
+    @property
+    def extra_totals(self) -> tuple[str, ...]:
+        """Names that `compute` adds to the totals of a step."""
+        shaped = () if self._rewards.is_identity else ("shaped_reward",)
+        return (*shaped, "greedy_reward") if self._advantage.uses_greedy else shaped
+
+    def compute(
+        self,
+        groups: Iterable[TrajectoryGroup],
+        totals: StepTotals,
+        timer: PhaseTimer,
+        *,
+        lags: Callable[[Trajectory], Lags],
+    ) -> Iterable[list[TrainingSample]]:
+        """This rank's groups as samples with advantages.
+
+        If rewards and advantage are of scope GROUP, groups are taken lazily as they arrive. Otherwise the
+        call is collective and waits for the last group.
+        """
+        recorded = (totals.recorded(group) for group in groups)
+        if self._rewards.scope is Scope.GROUP and self._advantage.scope is Scope.GROUP:
+            shaped = (self._rewards.shape_group(group) for group in recorded)
+            scored = ((group, self._group_advantages(group)) for group in self._record_shaped(shaped, totals))
+            return self._samples(scored, lags)
+        collected = list(recorded)
+        with timer.span("compute_s"):
+            penalized, penalties = self._rewards.shape_step(collected)
+            step_groups = list(self._record_shaped(penalized, totals))
+            advantages = (
+                self._critic_advantages(step_groups, penalties)
+                if self._critic is not None
+                else [self._group_advantages(group) for group in step_groups]
+            )
+            samples = list(self._samples(zip(step_groups, advantages, strict=True), lags))
+            return self._rescaled(samples) if self._advantage.scope is Scope.BATCH else samples
+
+    def is_critic_warmup(self, step: int) -> bool:
+        """True in the first steps, in which only the critic is trained."""
+        return self._critic is not None and step < self._critic.settings.critic_warmup_steps
+
+    def learn(self, totals: StepTotals, *, step: int) -> dict[str, float]:
+        """Trains the critic on this step's value targets; updates dual variables and the estimator's state.
+
+        Returns the metrics of those that there are. Collective.
+        """
+        metrics: dict[str, float] = {}
+        if self._critic is not None:
+            targets, self._value_targets = self._value_targets, []
+            metrics = self._critic.learn(targets, step=step)
+        self._rewards.update_duals(mean_tokens=totals.mean("response_tokens"))
+        metrics = self._rewards.metrics() | metrics
+        if self.state:
+            metrics["reward_baseline"] = -self._advantage.shift(self.state)
+            name = "reward" if self._rewards.is_identity else "shaped_reward"
+            self.state = self._advantage.next_state(self.state, mean_reward=totals.mean(name))
+        return metrics
+
+    def restore(self, state: Sequence[float]) -> None:
+        """Sets the state from a checkpoint; warns and keeps the initial one if it is another estimator's."""
+        if len(state) == len(self.state):
+            self.state = tuple(state)
+        else:
+            log.warning("advantage differs from the checkpoint's: what it remembers of earlier steps is lost")
+
+    def _record_shaped(
+        self, groups: Iterable[TrajectoryGroup], totals: StepTotals
+    ) -> Iterator[TrajectoryGroup]:
+        """Passes the groups on and adds their shaped rewards to the totals."""
+        for group in groups:
+            if not self._rewards.is_identity:
+                rewards = [trajectory.reward for trajectory in group if not trajectory.is_greedy]
+                totals.add("shaped_reward", sum(rewards), count=float(len(rewards)))
+            yield group
+
+    def _group_advantages(self, group: TrajectoryGroup) -> Sequence[float | FloatArray]:
+        assert isinstance(self._advantage, Advantage)
+        advantages = group_advantages(self._advantage, group, turn_discount=self._turn_discount)
+        if not self.state:
+            return advantages
+        shift = self._advantage.shift(self.state)
+        return [advantage + shift for advantage in advantages]
+
+    def _critic_advantages(
+        self, groups: Sequence[TrajectoryGroup], penalties: TokenPenalties
+    ) -> list[list[FloatArray]]:
+        """[num_tokens] advantages of each sample by GAE; keeps the value targets for `learn`.
+
+        Collective.
+        """
+        assert self._critic is not None
+        trajectories = [trajectory for group in groups for trajectory in group]
+        token_penalties = [penalty_S for of_group in penalties for penalty_S in of_group]
+        values = self._critic.values(trajectories)
+        credited = self._critic.settings.of_samples(
+            [
+                rewards_of_tokens(trajectory, penalty_S=penalty_S)
+                for trajectory, penalty_S in zip(trajectories, token_penalties, strict=True)
+            ],
+            values,
+            discounts=[discounts_of_tokens(t, turn_discount=self._turn_discount) for t in trajectories],
+        )
+        self._value_targets, advantages = [], []
+        for trajectory, values_S, (advantages_S, targets_S) in zip(
+            trajectories, values, credited, strict=True
+        ):
+            self._value_targets += [
+                ValueTarget(trajectory=segment, values_S=of_values, targets_S=of_targets)
+                for (_, segment), of_values, of_targets in zip(
+                    segments_of(trajectory),
+                    split_targets(values_S, trajectory),
+                    split_targets(targets_S, trajectory),
+                    strict=True,
+                )
+            ]
+            advantages_T = np.zeros(trajectory.num_tokens)
+            advantages_T[is_target(trajectory)] = advantages_S
+            advantages.append(advantages_T)
+        remaining = iter(advantages)
+        return [[next(remaining) for _ in group] for group in groups]
+
+    def _samples(
+        self,
+        scored: Iterable[tuple[TrajectoryGroup, Sequence[float | FloatArray]]],
+        lags: Callable[[Trajectory], Lags],
+    ) -> Iterator[list[TrainingSample]]:
+        for index, (group, advantages) in enumerate(scored):
+            position = index * self._ranks.world_size + self._ranks.rank
+            whole = [
+                TrainingSample(
+                    trajectory=trajectory, advantage=advantage, group=position, lag=lags(trajectory)
+                )
+                for trajectory, advantage in zip(group, advantages, strict=True)
+                if not trajectory.is_greedy
+            ]
+            yield [part for sample in whole for part in split_sample(sample)]
+
+    def _rescaled(self, groups: list[list[TrainingSample]]) -> list[list[TrainingSample]]:
+        """Applies the estimator's `rescale` to the whole step. Collective."""
+        samples = [sample for group in groups for sample in group]
+        tokens = [
+            np.broadcast_to(s.advantage, (s.trajectory.num_tokens,))[1:][s.trajectory.loss_mask[1:] == 1]
+            for s in samples
+        ]
+        positions = [np.full(len(a), s.group) for a, s in zip(tokens, samples, strict=True)]
+        advantages_S = self._ranks.gather(torch.from_numpy(np.concatenate([np.zeros(0), *tokens])))
+        groups_S = self._ranks.gather(
+            torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *positions]))
+        )
+        shift, factor = self._advantage.rescale(advantages_S=advantages_S.numpy(), groups_S=groups_S.numpy())
+        return [[replace(s, advantage=(s.advantage + shift) * factor) for s in group] for group in groups]
