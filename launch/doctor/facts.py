@@ -102,7 +102,7 @@ class SecretFile:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clock:
+class RemoteClock:
     """The clock of another machine, compared with this one's."""
 
     of: str
@@ -140,7 +140,7 @@ class Facts:
     gpus: GpuFacts = field(default_factory=GpuFacts)
     versions: tuple[Versions, ...] = ()
     secrets: tuple[SecretFile, ...] = ()
-    clocks: tuple[Clock, ...] = ()
+    clocks: tuple[RemoteClock, ...] = ()
     limits: Limits = field(
         default_factory=lambda: Limits(max_files=1 << 20, max_locked_bytes=None, shm_bytes=None)
     )

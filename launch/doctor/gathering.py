@@ -33,13 +33,13 @@ from areal_like.wire.addresses import buffer_host, buffer_port
 from areal_like.wire.sockets import bound_socket
 from launch.doctor.facts import (
     BoundAddress,
-    Clock,
     Disk,
     Facts,
     Gpu,
     GpuFacts,
     Limits,
     Name,
+    RemoteClock,
     SecretFile,
     Versions,
 )
@@ -235,7 +235,7 @@ def _secret(path: Path, *, is_needed: bool = True) -> SecretFile:
     return SecretFile(path=str(path), mode=found.st_mode & 0o777, is_needed=is_needed, is_mine=is_mine)
 
 
-def _clock(job: RunningJob, address: str) -> Clock:
+def _clock(job: RunningJob, address: str) -> RemoteClock:
     """Compares this clock with the Date header of a buffer, which has whole seconds."""
     host, _, port = address.rpartition(":")
     connection = job.operator.connection(host.strip("[]"), int(port), timeout_s=5.0)
@@ -246,11 +246,11 @@ def _clock(job: RunningJob, address: str) -> Clock:
         after_s = time.time()
         ahead_s = parsedate_to_datetime(date).timestamp() + 0.5 - (before_s + after_s) / 2
     except (OSError, http.client.HTTPException, ValueError, TypeError):
-        return Clock(of=address, ahead_s=None)
+        return RemoteClock(of=address, ahead_s=None)
     finally:
         connection.close()
     # uvicorn makes the header about once a second, so it may be a second old.
-    return Clock(of=address, ahead_s=ahead_s, uncertain_s=1.5 + (after_s - before_s) / 2)
+    return RemoteClock(of=address, ahead_s=ahead_s, uncertain_s=1.5 + (after_s - before_s) / 2)
 
 
 def _limits() -> Limits:

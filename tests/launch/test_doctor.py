@@ -18,13 +18,13 @@ from launch.doctor import gathering
 from launch.doctor.checks import CHECKS, TORCH, TRANSFORMERS, Level, findings
 from launch.doctor.facts import (
     BoundAddress,
-    Clock,
     Disk,
     Facts,
     Gpu,
     GpuFacts,
     Limits,
     Name,
+    RemoteClock,
     SecretFile,
     Versions,
 )
@@ -89,7 +89,7 @@ def named(*addresses: str, is_loopback: bool = False, spans: bool = True) -> Fac
 
 
 def clock(ahead_s: float | None) -> Facts:
-    return Facts(clocks=(Clock(of="a:1", ahead_s=ahead_s, uncertain_s=1.5),), limits=limits())
+    return Facts(clocks=(RemoteClock(of="a:1", ahead_s=ahead_s, uncertain_s=1.5),), limits=limits())
 
 
 def secret(mode: int | None, *, is_needed: bool = True, is_mine: bool = True) -> Facts:
