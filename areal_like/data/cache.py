@@ -48,7 +48,7 @@ Numbers = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class CachedRows:
     """An open Arrow file."""
 
     name: str
@@ -66,7 +66,7 @@ def directory() -> Path:
     return cache_dir() / "rows"
 
 
-def entry_of(source: Path | HubSource, *, key: str) -> Entry:
+def entry_of(source: Path | HubSource, *, key: str) -> CachedRows:
     """The entry with the rows of a source; reads the source if there is none yet. Raises ConfigError."""
     if isinstance(source, HubSource):
         dataset = load_hub(source, key=key)
@@ -88,7 +88,7 @@ def entry_of(source: Path | HubSource, *, key: str) -> Entry:
     return entry
 
 
-def open_entry(name: str, *, key: str) -> Entry:
+def open_entry(name: str, *, key: str) -> CachedRows:
     """The entry of this name. Raises ConfigError if it was removed."""
     entry = _found(name, key=key) if _NAME.fullmatch(name) else None
     if entry is None:
@@ -104,7 +104,7 @@ def _name(*parts: str) -> str:
     return hashlib.sha256(json.dumps([_LAYOUT, *parts]).encode()).hexdigest()[:32]
 
 
-def _found(name: str, *, key: str) -> Entry | None:
+def _found(name: str, *, key: str) -> CachedRows | None:
     try:
         import pyarrow
     except ImportError as error:
@@ -113,13 +113,13 @@ def _found(name: str, *, key: str) -> Entry | None:
     try:
         about = json.loads(path.with_suffix(".json").read_text())
         table = pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
-        return Entry(name=name, table=table, label=about["label"], content=about["sha256"])
+        return CachedRows(name=name, table=table, label=about["label"], content=about["sha256"])
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         # ArrowInvalid is a ValueError.
         return None
 
 
-def _built(name: str, texts: Iterator[Text], *, label: str, key: str) -> Entry:
+def _built(name: str, texts: Iterator[Text], *, label: str, key: str) -> CachedRows:
     """Writes the entry, a few megabytes at a time."""
     path = _path(name)
     try:
