@@ -8,13 +8,13 @@ import pytest
 
 from areal_like.runtime.metrics import Metrics
 from buffer.diagnosis.bottleneck import Load, Utilisation, advice
-from buffer.diagnosis.facts import JobFacts, LeaseFacts, Limits, On, RankFacts, ServerFacts
+from buffer.diagnosis.facts import JobFacts, LeaseFacts, On, RankFacts, ServerFacts, WaitLimits
 from buffer.diagnosis.rules import causes_of, effects_of, late_servers
 from buffer.diagnosis.speeds import Speeds
 from buffer.diagnosis.watchdog import Wakefulness, Watchdog
 from buffer.storage.base import Blocked
 
-LIMITS = Limits(stall_s=5.0, work_s=10.0)
+LIMITS = WaitLimits(stall_s=5.0, work_s=10.0)
 
 
 def server(name: str = "rollout-0", **fields: Any) -> ServerFacts:
