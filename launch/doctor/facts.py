@@ -112,7 +112,7 @@ class RemoteClock:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class ProcessLimits:
     """Limits of this process and machine."""
 
     max_files: int
@@ -141,8 +141,8 @@ class Facts:
     versions: tuple[Versions, ...] = ()
     secrets: tuple[SecretFile, ...] = ()
     clocks: tuple[RemoteClock, ...] = ()
-    limits: Limits = field(
-        default_factory=lambda: Limits(max_files=1 << 20, max_locked_bytes=None, shm_bytes=None)
+    limits: ProcessLimits = field(
+        default_factory=lambda: ProcessLimits(max_files=1 << 20, max_locked_bytes=None, shm_bytes=None)
     )
     model_error: str = ""
     """Why `model.path` cannot be used here."""

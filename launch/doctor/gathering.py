@@ -37,8 +37,8 @@ from launch.doctor.facts import (
     Facts,
     Gpu,
     GpuFacts,
-    Limits,
     Name,
+    ProcessLimits,
     RemoteClock,
     SecretFile,
     Versions,
@@ -253,7 +253,7 @@ def _clock(job: RunningJob, address: str) -> RemoteClock:
     return RemoteClock(of=address, ahead_s=ahead_s, uncertain_s=1.5 + (after_s - before_s) / 2)
 
 
-def _limits() -> Limits:
+def _limits() -> ProcessLimits:
     locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
     shm = Path("/dev/shm")
     active: list[str] = []
@@ -263,7 +263,7 @@ def _limits() -> Limits:
         with contextlib.suppress(OSError):
             (active if "ACTIVE" in state.read_text() else down).append(name)
     variables = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
-    return Limits(
+    return ProcessLimits(
         max_files=resource.getrlimit(resource.RLIMIT_NOFILE)[1],
         max_locked_bytes=None if locked == resource.RLIM_INFINITY else locked,
         shm_bytes=shutil.disk_usage(shm).total if shm.is_dir() else None,

@@ -22,8 +22,8 @@ from launch.doctor.facts import (
     Facts,
     Gpu,
     GpuFacts,
-    Limits,
     Name,
+    ProcessLimits,
     RemoteClock,
     SecretFile,
     Versions,
@@ -44,8 +44,8 @@ def limits(
     shm_bytes: int = 1 << 33,
     rdma: tuple[str, ...] = (),
     named: dict[str, str] | None = None,
-) -> Limits:
-    return Limits(
+) -> ProcessLimits:
+    return ProcessLimits(
         max_files=max_files,
         max_locked_bytes=max_locked_bytes,
         shm_bytes=shm_bytes,
