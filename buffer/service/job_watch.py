@@ -11,7 +11,7 @@ from areal_like.config import Config
 from areal_like.runtime.metrics import Metrics
 from areal_like.wire.messages.hello import Role
 from areal_like.wire.messages.producer import Purpose
-from buffer.diagnosis.bottleneck import Load
+from buffer.diagnosis.bottleneck import PoolTotals
 from buffer.diagnosis.facts import JobFacts, LeaseFacts, RankFacts, ServerFacts, WaitLimits
 from buffer.diagnosis.life_times import LifeTimes, Timeline
 from buffer.diagnosis.watchdog import INTERVAL_S, Wakefulness, Watchdog
@@ -64,7 +64,7 @@ class JobWatch:
         self._looked_s = now_s
         self._watchdog.look(
             facts,
-            load=Load(
+            load=PoolTotals(
                 at_s=now_s,
                 num_steps=facts.trainer_step,
                 wait_s=self._wait_s,
