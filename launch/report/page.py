@@ -62,7 +62,7 @@ _SFT_FACTS = {"model": "model.path", "data": "sft.train", "trainer ranks": "trai
 
 
 @dataclass(frozen=True)
-class Part:
+class PageSection:
     """What is under one heading; left out if it has no content and no text `empty` in its place."""
 
     title: str
@@ -94,22 +94,24 @@ def page(runs: Sequence[Run], *, samples: Samples, now_s: float, version: str) -
     x = x_axis(chart for charts in charted.values() for chart in charts)
     steps: list[list[float]] = []
     charts = [
-        Part(title, charts=[drawn(chart, x=x, steps=steps, num_runs=len(runs)) for chart in found])
+        PageSection(title, charts=[drawn(chart, x=x, steps=steps, num_runs=len(runs)) for chart in found])
         for title, found in charted.items()
     ]
-    compared = Part("Figures" if len(runs) == 1 else "A and B", [figure_table(runs)])
+    compared = PageSection("Figures" if len(runs) == 1 else "A and B", [figure_table(runs)])
     is_upgraded = not run.is_sft and run.has_ledger and not run.ledger.counts_selection
     selection_note = _SELECTION_NOTE + _UPGRADE_NOTE * is_upgraded
     parts = [
-        Part("Look at", findings=findings(run), empty="Nothing to report."),
+        PageSection("Look at", findings=findings(run), empty="Nothing to report."),
         *([*charts, compared] if len(runs) == 1 else [compared, *charts]),
-        Part("Drops and failures", drop_tables(run), is_wide=True, empty="" if run.is_sft else "None."),
-        Part("Selection", selection_tables(run), selection_note, is_wide=True),
-        Part("Changes", [change_table(run)]),
-        Part("Samples", samples=samples),
-        Part("Events", event_tables(run)),
-        Part("Log messages", [message_table(run)], _MESSAGES_NOTE, empty="No warning and no error."),
-        Part("Settings", setting_tables(runs)),
+        PageSection(
+            "Drops and failures", drop_tables(run), is_wide=True, empty="" if run.is_sft else "None."
+        ),
+        PageSection("Selection", selection_tables(run), selection_note, is_wide=True),
+        PageSection("Changes", [change_table(run)]),
+        PageSection("Samples", samples=samples),
+        PageSection("Events", event_tables(run)),
+        PageSection("Log messages", [message_table(run)], _MESSAGES_NOTE, empty="No warning and no error."),
+        PageSection("Settings", setting_tables(runs)),
     ]
     shown = [part for part in parts if part.empty or part.has_content]
     # An event in the last step is usually the end of the run, which says nothing new.
