@@ -25,7 +25,7 @@ from launch.report.drawing import NUM_COLORS, Drawing, drawn, x_axis
 from launch.report.figures import figures
 from launch.report.findings import findings
 from launch.report.run import Run
-from launch.report.samples import Samples
+from launch.report.samples import ShownSamples
 from launch.report.tables import (
     Table,
     change_table,
@@ -73,7 +73,7 @@ class PageSection:
     """True if there is room for two tables in a row."""
     findings: list[str] = field(default_factory=list)
     charts: list[Drawing] = field(default_factory=list)
-    samples: Samples | None = None
+    samples: ShownSamples | None = None
 
     @property
     def anchor(self) -> str:
@@ -87,7 +87,7 @@ class PageSection:
         return bool(self.findings or self.charts or self.samples or has_rows)
 
 
-def page(runs: Sequence[Run], *, samples: Samples, now_s: float, version: str) -> str:
+def page(runs: Sequence[Run], *, samples: ShownSamples, now_s: float, version: str) -> str:
     """The page of one run, or of two: the second is the one that it is compared with."""
     run = runs[0]
     charted = sections(runs)
