@@ -15,7 +15,7 @@ from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.terminal_text import harmless
 from launch.commands.parser import RUN, argument, command
-from launch.logs.files import LEVELS, Entry, Source, complete_bytes, find_sources, since_time
+from launch.logs.files import LEVELS, Entry, LogFiles, complete_bytes, find_sources, since_time
 from launch.logs.following import Follower
 from launch.run_directory.rundir import find_run
 
@@ -79,7 +79,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _chosen(
-    sources: Sequence[Source],
+    sources: Sequence[LogFiles],
     ends: Mapping[Path, int],
     *,
     level: str,
@@ -98,7 +98,7 @@ def _chosen(
     return entries if num_last is None else deque(entries, maxlen=num_last)
 
 
-def _follow(find: Callable[[], list[Source]], *, starts: dict[Path, int], level: str) -> None:
+def _follow(find: Callable[[], list[LogFiles]], *, starts: dict[Path, int], level: str) -> None:
     follower = Follower(find, starts=starts)
     try:
         while True:
@@ -119,7 +119,7 @@ def _show(entries: Iterable[Entry]) -> None:
     sys.stdout.flush()
 
 
-def _complete(source: Source) -> int:
+def _complete(source: LogFiles) -> int:
     """Bytes of the newest file of a log up to the end of its last complete line."""
     try:
         return complete_bytes(source.files[-1])
