@@ -7,4 +7,4 @@ orders several data sets by weights.
 from areal_like.data.row_format import ConversationRow, RowFormat
 from areal_like.data.rows import Rows, open_rows
 
-__all__ = ["Conversation", "RowFormat", "Rows", "open_rows"]
+__all__ = ["ConversationRow", "RowFormat", "Rows", "open_rows"]
