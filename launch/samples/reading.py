@@ -172,7 +172,8 @@ class RunLedgers:
         newest = "SELECT max(step) FROM tickets WHERE step IS NOT NULL AND state IN ('batched', 'trained')"
         completed = "coalesce((SELECT value FROM marks WHERE name = 'trainer_step'), 0)"
         for query in (f"{newest} AND step < {completed}", newest):
-            if steps := [step for (step,) in self._all(query) if step is not None]:
+            steps: list[int] = [step for (step,) in self._all(query) if step is not None]
+            if steps:
                 return max(steps)
         return None
 

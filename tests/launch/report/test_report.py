@@ -22,8 +22,11 @@ from buffer.storage import sql
 from launch.cli import main
 from launch.report.figures import figures
 from launch.report.findings import findings
+from launch.report.page import page as page_of
 from launch.report.run import read_run
+from launch.report.samples import Sample, Samples
 from launch.run_directory.rundir import lock
+from launch.samples.transcripts import Part, Transcript
 from tests.support.launching import ROOT
 from tests.support.report_runs import START_S, log_entry, row, write_run
 
@@ -114,6 +117,22 @@ def test_what_a_run_has_named_is_escaped(tmp_path: Path) -> None:
     assert "\x1b" not in text and "\u202e" not in text
     (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
     assert json.loads(data)["charts"]
+
+
+def test_what_the_policy_has_written_is_escaped(tmp_path: Path) -> None:
+    sample = Transcript(
+        **{"ticket": 1, "sample": 0, "prompt_index": 2, "eval_set": "", "step": 3, "state": "trained"},
+        **{"reason": "", "is_greedy": False, "reward": 0.5, "num_sampled": 1, "oldest_version": 1},
+        **{"newest_version": 1, "failure": HOSTILE, "lag": 1, "label": HOSTILE},
+        reward_parts={HOSTILE: 1.0},
+        segments=((Part(is_sampled=True, text=HOSTILE, num_tokens=1),),),
+    )
+    run = read_run(write_run(tmp_path / "one", rows(3)))
+    for samples in (Samples(found=[Sample(sample)]), Samples(problem=HOSTILE)):
+        text = page_of([run], samples=samples, now_s=START_S, version="1")
+        found = Page(text)
+        assert found.tags.count("script") == 2 and "img" not in found.tags and "alert(1)" in found.text
+        assert "\x1b" not in text and "\u202e" not in text
 
 
 def test_secrets_in_settings_are_hidden(tmp_path: Path) -> None:
