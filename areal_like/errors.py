@@ -16,6 +16,7 @@
         EpisodeError
             EpisodeBudgetError
             EnvironmentLostError
+                AgentLostError
         SessionGoneError
         ToolError
         WeightSyncError
@@ -125,11 +126,11 @@ class AgentLostError(EnvironmentLostError):
 
 
 class SessionGoneError(ArealError):
-    """The session of a request has ended; the message says why. It answers nothing any more."""
+    """The session of a request has ended; the message says why. It accepts no request any more."""
 
 
 class ToolError(ArealError):
-    """A tool cannot do what the policy asked for. The message is the answer to the policy."""
+    """A tool cannot do what the policy asked for. The message is what the policy reads."""
 
 
 class WeightSyncError(ArealError):

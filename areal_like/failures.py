@@ -14,10 +14,10 @@ class FailureKind(StrEnum):
     """What failed while a sample was made."""
 
     ENGINE = "engine"
-    """The engine answered with an error, or its answer cannot be used."""
+    """The engine responded with an error, or its completion cannot be used."""
     TIMEOUT = "timeout"
     """The engine returned no token within `rollout.sample_timeout_s`. With tokens the sample is truncated,
-    which is no failure."""
+    which is not a failure."""
     REWARD = "reward"
     """The reward function raised, returned no finite number, or its process died."""
     REWARD_TIMEOUT = "reward_timeout"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,46 +23,61 @@ _LEDGER_NAME = re.compile(r"ledger(-\d+)?")
 _CHECKPOINT_NAME = re.compile(r"step_(\d{6,})")
 
 
+class _Below:
+    """A file or directory below a run's directory."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, run: RunPaths, owner: type[RunPaths]) -> Path:
+        return run.root / self._name
+
+
 @dataclass(frozen=True)
 class RunPaths:
     """Files of one run."""
 
     root: Path
 
+    config = _Below("config.yaml")
+    """The resolved configuration."""
+    next_config = _Below("config.next.yaml")
+    """What the processes of a resumed run read; `config` gets it once all daemons have been ready."""
+    config_changes = _Below("config_changes.jsonl")
+    """What changed in `config` and when, one JSON object for each change."""
+    logs = _Below("logs")
+    """Directory with one `<daemon>.log` for each daemon."""
+    endpoints = _Below("endpoints")
+    """Directory with one `<daemon>.json` for each running daemon: its pid and addresses."""
+    checkpoints = _Below("checkpoints")
+    """Directory of the checkpoints, `step_000100/` and so on."""
+    built_model = _Below("model")
+    """Directory of the initial policy if `model.path` is one of BUILT_MODELS."""
+    traces = _Below("traces")
+    """Directory of the last collectives of ranks that failed, one file for each rank."""
+    spans = _Below("spans")
+    """Directory of what each daemon did when, for `areal-like trace`."""
+    profiles = _Below("profiles")
+    """Directory of recorded steps: traces and reports of `areal-like profile`."""
+    metrics = _Below("metrics.jsonl")
+    """One JSON object for each optimizer step."""
+    tensorboard = _Below("tensorboard")
+    """Event files of the tracker `tensorboard`."""
+    wandb = _Below("wandb")
+    """Files of the tracker `wandb`, whose name for this directory is fixed."""
+    evaluations = _Below("evaluations.jsonl")
+    """One JSON object for each evaluation of each set."""
+    rows = _Below("rows.json")
+    """Facts of a supervised run, one JSON object: its steps, and what became of its rows."""
+    replay = _Below("replay.json")
+    """Which run a replay has trained again, one JSON object."""
+    summary = _Below("summary.json")
+    """Summary of the run, one JSON object written at its end."""
+
     @classmethod
     def of(cls, config: Config) -> RunPaths:
         """The run directory of a configuration, as an absolute path."""
         return cls(Path(config.runs_dir).expanduser().resolve() / config.name)
-
-    @property
-    def config(self) -> Path:
-        """The resolved configuration."""
-        return self.root / "config.yaml"
-
-    @property
-    def next_config(self) -> Path:
-        """What the processes of a resumed run read; `config` gets it once all daemons have been ready."""
-        return self.root / "config.next.yaml"
-
-    @property
-    def config_changes(self) -> Path:
-        """What changed in `config` and when, one JSON object for each change."""
-        return self.root / "config_changes.jsonl"
-
-    @property
-    def logs(self) -> Path:
-        """Directory with one `<daemon>.log` for each daemon."""
-        return self.root / "logs"
-
-    @property
-    def endpoints(self) -> Path:
-        """Directory with one `<daemon>.json` for each running daemon: its pid and addresses."""
-        return self.root / "endpoints"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Directory of the checkpoints, `step_000100/` and so on."""
-        return self.root / "checkpoints"
 
     @property
     def ledger(self) -> Path:
@@ -92,61 +110,6 @@ class RunPaths:
         """
         found = [path for path in self.root.glob("ledger*") if _LEDGER_NAME.fullmatch(path.name)]
         return sorted(found, key=lambda path: (len(path.name), path.name))
-
-    @property
-    def built_model(self) -> Path:
-        """Directory of the initial policy if `model.path` is one of BUILT_MODELS."""
-        return self.root / "model"
-
-    @property
-    def traces(self) -> Path:
-        """Directory of the last collectives of ranks that failed, one file for each rank."""
-        return self.root / "traces"
-
-    @property
-    def spans(self) -> Path:
-        """Directory of what each daemon did when, for `areal-like trace`."""
-        return self.root / "spans"
-
-    @property
-    def profiles(self) -> Path:
-        """Directory of recorded steps: traces and reports of `areal-like profile`."""
-        return self.root / "profiles"
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON object for each optimizer step."""
-        return self.root / "metrics.jsonl"
-
-    @property
-    def tensorboard(self) -> Path:
-        """Event files of the tracker `tensorboard`."""
-        return self.root / "tensorboard"
-
-    @property
-    def wandb(self) -> Path:
-        """Files of the tracker `wandb`, whose name for this directory is fixed."""
-        return self.root / "wandb"
-
-    @property
-    def evaluations(self) -> Path:
-        """One JSON object for each evaluation of each set."""
-        return self.root / "evaluations.jsonl"
-
-    @property
-    def rows(self) -> Path:
-        """Facts of a supervised run, one JSON object: its steps, and what became of its rows."""
-        return self.root / "rows.json"
-
-    @property
-    def replay(self) -> Path:
-        """Of a replay: which run it trained again, one JSON object."""
-        return self.root / "replay.json"
-
-    @property
-    def summary(self) -> Path:
-        """Summary of the run, one JSON object written at its end."""
-        return self.root / "summary.json"
 
 
 def model_path(config: Config) -> str:
@@ -205,9 +168,42 @@ def read_json(path: Path) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+def read_endpoint(path: Path) -> dict[str, Any] | None:
+    """The content of an endpoint file, or None if the daemon has not written it."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        return None
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file atomically: readers never see a partial one."""
+    """Writes a JSON file, and its directory; readers see the old content or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    partial.replace(path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(value, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write a file at, which replaces `path` at the end of the block, unless the block raises.
+
+    So readers never see a part of the file.
+    """
+    # Random, because processes of several containers that share a directory can have the same process id.
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def require_private(path: Path) -> None:
+    """Raises ConfigError if other users can read the file, OSError if it is not there."""
+    if path.stat().st_mode & 0o077:
+        raise ConfigError(f"{path} can be read by other users: chmod 600 {path}")
+
+
+def private_descriptor(path: Path) -> int:
+    """The descriptor of a new, empty file that its owner only can read."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)

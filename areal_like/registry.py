@@ -17,7 +17,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
-from areal_like.config.common import check_choice, fits, members_of
+from areal_like.config.common import as_float, check_choice, fits, members_of
 from areal_like.errors import ConfigError
 
 T = TypeVar("T")
@@ -135,13 +135,9 @@ class Registry(Generic[T]):
 
 
 def _coerced(hint: Any, value: Any, *, path: str) -> Any:
-    # YAML 1.1 reads `1e-3` as a string; an int is fine where a float is expected.
-    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except ValueError:
-            raise ConfigError(f"{path}: want a number, got {value!r}") from None
-    if hint in (int, bool, str, float) and (type(value) is not hint):
+    if hint is float:
+        return as_float(value, key=path)
+    if hint in (int, bool, str) and type(value) is not hint:
         raise ConfigError(f"{path}: want {hint.__name__}, got {value!r}")
     value = _as_member(members_of(hint), value)
     check_choice(hint, value, key=path)
@@ -152,7 +148,7 @@ def _as_member(members: tuple[Any, ...], value: Any) -> Any:
     """`value` as a float if the union has a float and no other member that fits; else unchanged."""
     if any(fits(member, value) for member in members if member is not float):
         return value
-    if float in members and isinstance(value, (int, str)) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):
-            return float(value)
+    if float in members:
+        with contextlib.suppress(ConfigError):
+            return as_float(value, key="")
     return value

@@ -1,9 +1,9 @@
 """What was sampled against what was trained on: lengths, difficulty, failures and wasted tokens of a run.
 
 A filter, a staleness bound or a failure policy changes the distribution that is trained on: a verifier that
-hangs on long answers, for instance, removes long answers. `selection_report` makes that visible. It works on
-flat counters (`RunCounters.counters`) that can be added over shards; histograms have fixed buckets for the
-same reason, and percentiles are interpolated in them.
+hangs on long completions, for instance, removes long completions. `selection_report` makes that visible. It
+works on flat counters (`RunCounters.counters`) that can be added over shards; histograms have fixed buckets
+for the same reason, and percentiles are interpolated in them.
 
     offered   train samples that arrived with a reward (greedy baselines excluded)
     trained   those of completed steps

@@ -1,8 +1,8 @@
 """Text that others wrote, made safe to print on a terminal.
 
-Policies, rewards, agents and peers write texts that end in logs, errors and the answers of daemons. They may
-contain terminal escape sequences, so each control character, and each invisible one that changes the order of
-text, is shown as its escape (`\\x1b`).
+Policies, rewards, agents and peers write texts that end in logs, errors and the responses of daemons. They
+may contain terminal escape sequences, so each control character, and each invisible one that changes the
+order of text, is shown as its escape (`\\x1b`).
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from launch.cli import COMMANDS, command, overview  # noqa: E402
+from launch.cli import COMMANDS, overview, parser_of  # noqa: E402
 from launch.settings_help import all_keys  # noqa: E402
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def overview_of_commands() -> str:
 def commands() -> str:
     """Markdown: a heading for each verb, and the output of `areal-like VERB --help` as a code block."""
     with mock.patch.dict(os.environ, COLUMNS="92"):  # the width of the text
-        helps = [(verb, command(verb)[1].format_help().strip()) for verb in COMMANDS]
+        helps = [(verb, parser_of(verb).format_help().strip()) for verb in COMMANDS]
     return "\n\n".join(f"### {verb}\n\n```text\n{text}\n```" for verb, text in helps)
 
 

@@ -16,8 +16,6 @@ from areal_like.errors import ArealError, ConfigError, UserError
 from areal_like.terminal_text import harmless
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from launch.commands.parser import Parser
 
 GROUPS = {
@@ -71,8 +69,13 @@ GROUPS = {
 }
 """Group -> verb -> what it does, in one line."""
 COMMANDS = {verb: summary for group in GROUPS.values() for verb, summary in group.items()}
-_MODULES = {"rollout": "join", **dict.fromkeys(("pause", "resume", "cordon", "uncordon"), "leases")}
-"""Modules with another name than the verb."""
+_MODULES = {
+    "completion": ("version",),
+    "control": ("pause", "resume", "set", "cordon", "uncordon", "drain", "drop", "unfence"),
+    "join": ("rollout",),
+    "watch": ("status", "top", "why"),
+}
+"""Module in launch/commands/ -> its verbs, where their names differ."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,12 +90,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(overview())
         return 0 if words else 2
     try:
-        module, parser = command(words[0], words[1:])
+        parser = parser_of(words[0], words[1:])
         try:
             parsed = parser.parse_words(words[1:])
         except SystemExit:  # raised by --help; a mistake is a ConfigError
             return 0
-        return int(module.main(parsed))
+        return parser.declared.main(parsed)
     except UserError as error:
         sys.stderr.write(f"areal-like: {harmless(str(error))}\n")
         return 2
@@ -103,11 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def command(verb: str, words: Sequence[str] = ()) -> tuple[ModuleType, Parser]:
-    """The module of a verb and the parser of its arguments. Raises ConfigError for an unknown verb.
-
-    The module has `add_arguments(parser)` and `main(args) -> exit code`. `words`: what follows the verb.
-    """
+def parser_of(verb: str, words: Sequence[str] = ()) -> Parser:
+    """The parser of a verb's arguments. Raises ConfigError for an unknown verb. `words`: what follows it."""
     if verb not in COMMANDS:
         import difflib
 
@@ -116,10 +116,9 @@ def command(verb: str, words: Sequence[str] = ()) -> tuple[ModuleType, Parser]:
         raise ConfigError(f"unknown command {verb!r}: {hint}")
     from launch.commands.parser import Parser
 
-    module = importlib.import_module(f"launch.commands.{_MODULES.get(verb, verb.replace('-', '_'))}")
-    parser = Parser(verb, words)
-    module.add_arguments(parser)
-    return module, parser
+    module = next((module for module, verbs in _MODULES.items() if verb in verbs), verb.replace("-", "_"))
+    importlib.import_module(f"launch.commands.{module}")
+    return Parser(verb, words)
 
 
 def overview() -> str:

@@ -14,7 +14,7 @@ import pytest
 
 from areal_like.runtime.command_line import load_config
 from areal_like.wire.messages import MESSAGES
-from launch.cli import COMMANDS, command, overview
+from launch.cli import COMMANDS, overview, parser_of
 from launch.settings_help import all_keys
 from tests.support.launching import ROOT
 
@@ -111,7 +111,7 @@ def test_commands_page_has_every_verb_and_option() -> None:
     assert overview() in page
     for verb in COMMANDS:
         section = page.split(f"\n### {verb}\n")[1].split("\n### ")[0]
-        options = {option for action in command(verb)[1]._actions for option in action.option_strings}
+        options = {option for action in parser_of(verb)._actions for option in action.option_strings}
         assert sorted(option for option in options - {"--words"} if option not in section) == []
 
 

@@ -87,10 +87,10 @@ class ClaimedSession:
         # All may be sent again: what counts is the last reward, and that there was an end.
         for left in reversed(range(_NUM_TRIES)):
             try:
-                answer = _posted(f"{self.base_url}/{verb}", body, key=self.api_key, ca_file=self.ca_file)
-                if answer is None:
+                posted = _posted(f"{self.base_url}/{verb}", body, key=self.api_key, ca_file=self.ca_file)
+                if posted is None:
                     raise OSError(f"{self.base_url}: too many requests of the session are in progress")
-                return answer
+                return posted
             except OSError:
                 if not left:
                     raise
@@ -113,24 +113,24 @@ def claim(
     while True:
         left_s = max(0.0, end_s - time.monotonic())
         body = {"wait_s": min(left_s, _LONGEST_WAIT_S), "name": name}
-        answer = _posted(f"{url.rstrip('/')}/sessions", body, key=token, ca_file=ca_file)
-        if answer is not None:
+        claimed = _posted(f"{url.rstrip('/')}/sessions", body, key=token, ca_file=ca_file)
+        if claimed is not None:
             names = set(ClaimedSession.__dataclass_fields__) - {"ca_file"}
-            return ClaimedSession(**{name: answer[name] for name in names}, ca_file=ca_file)
+            return ClaimedSession(**{name: claimed[name] for name in names}, ca_file=ca_file)
         if time.monotonic() >= end_s:
             return None
         time.sleep(min(1.0, max(0.0, end_s - time.monotonic())))
 
 
 def _posted(url: str, body: Mapping[str, Any], *, key: str, ca_file: str) -> dict[str, Any] | None:
-    """The answer; None for status 429. Raises OSError also if the connection breaks in the answer."""
+    """The body of the response; None for status 429. Raises OSError also if the connection breaks in it."""
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     context = ssl.create_default_context(cafile=ca_file or None) if url.startswith("https:") else None
     try:
         with urllib.request.urlopen(request, timeout=_TIMEOUT_S, context=context) as response:
-            answer: dict[str, Any] = json.load(response)
-            return answer
+            parsed: dict[str, Any] = json.load(response)
+            return parsed
     except urllib.error.HTTPError as error:
         with error:
             message = _message(error)
@@ -141,7 +141,7 @@ def _posted(url: str, body: Mapping[str, Any], *, key: str, ca_file: str) -> dic
             raise SessionGoneError(message) from None
         raise UserError(f"{url}: {error.code}: {message}") from None
     except (http.client.HTTPException, ConnectionError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise OSError(f"{url}: no whole answer ({type(error).__name__}: {error})") from error
+        raise OSError(f"{url}: no complete response ({type(error).__name__}: {error})") from error
 
 
 def _message(error: urllib.error.HTTPError) -> str:

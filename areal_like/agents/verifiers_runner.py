@@ -27,7 +27,7 @@ from areal_like.errors import SessionGoneError, UserError
 
 _LOG = logging.getLogger("areal_like.agents.verifiers")
 _WAIT_S = 5.0
-"""Of one claim, which also bounds how long a stop takes."""
+"""Longest wait of one claim, which also bounds how long a stop takes."""
 _UNREACHABLE_S = 2.0
 _ROLLOUTS_PER_SERVING = 500
 """verifiers keeps a client for each endpoint until an environment stops serving, and each session has one."""
@@ -35,7 +35,7 @@ _TRIES = 30
 
 
 @dataclass(frozen=True)
-class Rows:
+class TasksetRows:
     """The tasks of an environment by split and index."""
 
     tasks: Sequence[Any]
@@ -69,7 +69,7 @@ class Runner:
     token: str
     ca_file: str
     env_config: Any
-    rows: Rows
+    rows: TasksetRows
     client: dict[str, Any]
     """Settings of verifiers' train client."""
     concurrency: int
@@ -181,7 +181,7 @@ def _loaders() -> Any:
     return importlib.import_module("verifiers.v1.utils.loaders")
 
 
-def load(env_id: str, settings: dict[str, Any], *, num_rows: int, num_eval: int) -> tuple[Any, Rows]:
+def load(env_id: str, settings: dict[str, Any], *, num_rows: int, num_eval: int) -> tuple[Any, TasksetRows]:
     """The environment's config and its rows. Raises UserError."""
     harnesses = importlib.import_module("verifiers.v1.harnesses")
     harnesses.__path__.append(str(Path(__file__).parent / "verifiers_harnesses"))
@@ -198,7 +198,7 @@ def load(env_id: str, settings: dict[str, Any], *, num_rows: int, num_eval: int)
         raise UserError(f"{env_id}: {error}") from error
     if not tasks:
         raise UserError(f"{env_id} has no tasks")
-    return config, Rows(tasks, num_eval)
+    return config, TasksetRows(tasks, num_eval)
 
 
 def _object(text: str) -> dict[str, Any]:
@@ -263,7 +263,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-async def _run(args: argparse.Namespace, token: str, config: Any, rows: Rows, client: dict[str, Any]) -> int:
+async def _run(
+    args: argparse.Namespace, token: str, config: Any, rows: TasksetRows, client: dict[str, Any]
+) -> int:
     runner = Runner(
         url=args.url,
         token=token,

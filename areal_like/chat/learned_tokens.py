@@ -25,7 +25,7 @@ import numpy as np
 
 from areal_like.chat.messages import with_parsed_arguments
 from areal_like.chat.token_row import TokenRow
-from areal_like.data.row_format import Conversation, Message
+from areal_like.data.row_format import ConversationRow, Message
 from areal_like.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class ConversationTokens:
         self._stop_texts = [tokenizer.decode([i]) for i in sorted(self._stop_ids)]
         self._warned = False
 
-    def rows(self, conversation: Conversation) -> list[TokenRow]:
+    def rows(self, conversation: ConversationRow) -> list[TokenRow]:
         """The sequences of a conversation: one, unless its template changes earlier messages.
 
         Raises ConfigError for messages that the template cannot render.
@@ -130,7 +130,7 @@ class ConversationTokens:
         num_kept = max((at + 1 for at, learned in enumerate(mask) if learned), default=len(mask))
         return TokenRow(tokens=tokens[:num_kept], loss_mask=mask[:num_kept])
 
-    def _marked(self, messages: list[Message], conversation: Conversation) -> tuple[str, list[Span]]:
+    def _marked(self, messages: list[Message], conversation: ConversationRow) -> tuple[str, list[Span]]:
         """The text and its learned spans, by the template's `generation` blocks."""
         from transformers.utils import chat_template_utils
 
@@ -158,7 +158,7 @@ class ConversationTokens:
         return text, [(int(begin), int(end)) for begin, end in spans]
 
     def _by_prefixes(
-        self, messages: list[Message], conversation: Conversation
+        self, messages: list[Message], conversation: ConversationRow
     ) -> list[tuple[str, list[Span]]]:
         """Texts with their learned spans, by comparing what the template makes of the first messages."""
         sequences: list[tuple[str, list[Span]]] = []
@@ -201,7 +201,7 @@ class ConversationTokens:
     def _closing_ids(self) -> set[int]:
         """The special token with which the template ends a turn: of base models it is often not the EOS."""
         probe = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": _PROBE_REPLY}]
-        conversation = Conversation(messages=probe, is_learned=[False, True])
+        conversation = ConversationRow(messages=probe, is_learned=[False, True])
         try:
             closing = self._text(probe, conversation, False).partition(_PROBE_REPLY)[2]
         except ConfigError:  # the first row will fail with the template's own message
@@ -210,7 +210,7 @@ class ConversationTokens:
         ids = self._tokenizer(closing, add_special_tokens=False)["input_ids"][:1]
         return special & set(ids)
 
-    def _text(self, messages: Sequence[Message], conversation: Conversation, adds_prompt: bool) -> str:
+    def _text(self, messages: Sequence[Message], conversation: ConversationRow, adds_prompt: bool) -> str:
         try:
             return str(
                 self._tokenizer.apply_chat_template(

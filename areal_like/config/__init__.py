@@ -1,6 +1,6 @@
 """The settings of a job as frozen dataclasses, one class per section.
 
-hydra composes YAML; these classes define the keys, their types, choices, ranges and defaults. Every daemon
+These classes define the keys, their types, choices, ranges and defaults. Every daemon
 gets the same resolved configuration. No other module states a default. `objective`, `advantage` and `task`
 stay open mappings: the class that they name defines and checks their keys (areal_like/registry.py).
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from areal_like.config.common import Section, require
+from areal_like.config.common import NonNegativeInt, PositiveFloat, PositiveInt, Section, require
 from areal_like.failures import FailureKind, FailurePolicy
 
 Policy = Literal["retry", "zero", "drop"]
@@ -20,14 +20,14 @@ class OnFailureConfig(Section, key="buffer.on_failure"):
     """
 
     engine: Policy = "retry"
-    """The engine answered with an error, or its answer cannot be used: `retry` or `drop`."""
+    """The engine responded with an error, or its completion cannot be used: `retry` or `drop`."""
     timeout: Policy = "retry"
     """The engine returned no token within `rollout.sample_timeout_s`: `retry` or `drop`."""
     reward: Policy = "retry"
     """The reward function raised, returned no finite number, or its process died."""
     reward_timeout: Policy = "zero"
-    """The reward function exceeded `rollout.reward_timeout_s`. With `retry` or `drop`, answers that hang the
-    verifier are never trained on with a low reward."""
+    """The reward function exceeded `rollout.reward_timeout_s`. With `retry` or `drop`, completions that hang
+    the verifier are never trained on with a low reward."""
     prompt: Policy = "drop"
     """The prompt is too long, or the engine refuses it: `drop` (and do not issue it again) or `retry`."""
     environment: Policy = "zero"
@@ -65,12 +65,12 @@ class BufferConfig(Section, key="buffer"):
     """How rollout servers and ranks find the buffer. `address`: at `advertise_host` (`host`) and `port`.
     `run_dir`: where its file in the run's directory says, which all machines must share; a buffer that is
     silent is looked up again, so it may be started again on another machine, and its port may be 0."""
-    num_shards: int = 1
+    num_shards: PositiveInt = 1
     """Buffer daemons (buffer-0, buffer-1, ...) that split the prompts and the groups of every step; fixed for
     a run's life."""
     ports: tuple[int, ...] = ()
     """The shards' ports one by one; empty: `port` and those after it."""
-    lease_timeout_s: float = 10.0
+    lease_timeout_s: PositiveFloat = 10.0
     """Seconds without a heartbeat after which a lease expires and its missing samples are leased again."""
     overdue: Literal["wait", "drop"] = "wait"
     """Treatment of a running ticket that no later step could train on within the staleness bound: `wait`
@@ -89,22 +89,22 @@ class BufferConfig(Section, key="buffer"):
     """Share of choices that take the first candidate regardless of solve rates."""
     curriculum_memory: int = 16384
     """Prompts whose outcomes are remembered (they are part of every checkpoint)."""
-    curriculum_half_life: int = 1024
+    curriculum_half_life: PositiveInt = 1024
     """Complete groups after which an outcome counts half."""
     curriculum_reward_low: float = 0.0
     """Reward that counts as a solve rate of 0."""
     curriculum_reward_high: float = 1.0
     """Reward that counts as a solve rate of 1; rewards in between count in proportion."""
-    max_reissues: int = 3
+    max_reissues: NonNegativeInt = 3
     """Number of times that the prompt of a dropped ticket may be issued again."""
-    max_sample_retries: int = 2
+    max_sample_retries: NonNegativeInt = 2
     """Number of times that a failed sample is retried before its ticket is dropped with reason `failed`."""
-    max_consecutive_failures: int = 20
+    max_consecutive_failures: PositiveInt = 20
     """Failed samples in a row, each of another ticket, after which a rollout server gets no leases for a
     while. If the task's code failed at every server before the first good sample of the run, the run ends
     with the last error instead."""
     on_failure: OnFailureConfig = field(default_factory=OnFailureConfig)
-    max_peers: int = 1024
+    max_peers: PositiveInt = 1024
     """Most registered rollout servers and trainer ranks; further ones are refused."""
     max_message_bytes: int = 64 << 20
     """Largest message accepted from any peer, in bytes."""
@@ -122,23 +122,18 @@ class BufferConfig(Section, key="buffer"):
     segment_bytes: int = 64 << 20
     """Size at which the next segment file is started, in bytes. A segment is deleted when no record in it is
     needed any more."""
-    cache_bytes: int = 256 << 20
+    cache_bytes: NonNegativeInt = 256 << 20
     """Size of the cache of trajectories in memory, in bytes. Other trajectories are read back from disk when
     a rank fetches them."""
-    min_free_bytes: int = 256 << 20
+    min_free_bytes: NonNegativeInt = 256 << 20
     """Free disk space to leave, in bytes: below it nothing is admitted or acknowledged until there is space
     again."""
 
     def check(self) -> None:
         """Ranges; the number of ports; no retained trajectories without a ledger on disk."""
         require(bool(self.host), "buffer.host is empty: give an address to bind, e.g. 127.0.0.1")
-        for name in ("num_shards", "max_peers", "max_consecutive_failures", "curriculum_half_life"):
-            require(getattr(self, name) >= 1, f"buffer.{name} must be at least 1")
-        for name in ("max_reissues", "max_sample_retries", "cache_bytes", "min_free_bytes"):
-            require(getattr(self, name) >= 0, f"buffer.{name} must be at least 0")
         self._check_ports()
         self._check_curriculum()
-        require(self.lease_timeout_s > 0, "buffer.lease_timeout_s must be above 0")
         require(self.max_message_bytes >= 1 << 16, "buffer.max_message_bytes must be at least 65536")
         require(
             not (self.retain_trajectories and self.durability == "none"),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 import types
 import typing
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from areal_like.errors import ConfigError
 
@@ -24,13 +25,33 @@ _YAML_TYPES = (bool, int, float, str, type(None), list, dict)
 """Types of the values in a configuration."""
 
 
+class Minimum(NamedTuple):
+    """The least value of a field, in its annotation."""
+
+    value: int
+    is_exclusive: bool = False
+    """True: a value must be above it."""
+
+    def check(self, value: Any, *, key: str) -> None:
+        """Raises ConfigError unless the value is in the range."""
+        if not (value > self.value or (value == self.value and not self.is_exclusive)):
+            raise ConfigError(f"{key} must be {'above' if self.is_exclusive else 'at least'} {self.value}")
+
+
+PositiveInt = Annotated[int, Minimum(1)]
+NonNegativeInt = Annotated[int, Minimum(0)]
+PositiveFloat = Annotated[float, Minimum(0, is_exclusive=True)]
+NonNegativeFloat = Annotated[float, Minimum(0)]
+
+
 class Section:
-    """Base of the frozen dataclasses: checks the choices of `Literal` fields, then calls `check`.
+    """Base of the frozen dataclasses: checks bounds and the choices of `Literal` fields, then calls `check`.
 
         class BufferConfig(Section, key="buffer"):
             durability: Literal["power_loss", "process_crash", "none"] = "process_crash"
+            max_peers: PositiveInt = 1024
 
-    The annotation is the only list of the choices. The checks run in the constructor, so they also apply to
+    The annotation alone states choices and bounds. The checks run in the constructor, so they also apply to
     objects that the loader did not build.
     """
 
@@ -41,9 +62,12 @@ class Section:
         cls.key = key
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for a value that is not among the choices of its field, then calls `check`."""
-        for name, annotation in typing.get_type_hints(type(self)).items():
-            check_choice(annotation, getattr(self, name), key=f"{self.key}.{name}".lstrip("."))
+        """Raises ConfigError for a value outside the choices or bounds of its field, then calls `check`."""
+        for name, annotation in typing.get_type_hints(type(self), include_extras=True).items():
+            key, value = f"{self.key}.{name}".lstrip("."), getattr(self, name)
+            check_choice(annotation, value, key=key)
+            for minimum in getattr(annotation, "__metadata__", ()):
+                minimum.check(value, key=key)
         self.check()
 
     def check(self) -> None:
@@ -71,7 +95,7 @@ def fits(member: Any, value: Any) -> bool:
     """
     kind = typing.get_origin(member) or member
     if kind is Literal:
-        # True == 1, but a bool is no choice of Literal[1].
+        # True == 1, but a bool is not a choice of Literal[1].
         choices = [c for c in typing.get_args(member) if isinstance(c, bool) == isinstance(value, bool)]
         return any(isinstance(value, type(choice)) and value == choice for choice in choices)
     if kind in (int, float):
@@ -106,6 +130,14 @@ def _as_typed(choice: Any) -> str:
     if choice is None:
         return "null"
     return str(choice).lower() if isinstance(choice, bool) else str(choice)
+
+
+def as_float(value: Any, *, key: str) -> float:
+    """The number, which YAML 1.1 reads as a text if it is written as `1e-3`. Raises ConfigError."""
+    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):
+            return float(value)
+    raise ConfigError(f"{key}: want a number, got {value!r}")
 
 
 def require(ok: bool, message: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from areal_like.config.common import Section, require
+from areal_like.config.common import NonNegativeFloat, NonNegativeInt, PositiveFloat, Section, require
 
 MAX_TURNS = 1024
 """Most turns, and most segments, of one record."""
@@ -22,10 +22,10 @@ class EpisodeConfig(Section, key="episode"):
 
     max_turns: int = 16
     """Turns of the policy."""
-    max_tokens: int = 0
+    max_tokens: NonNegativeInt = 0
     """Tokens of all segments: prompt, turns, and the environment's messages between them. 0: the longest
     sequence that the engine holds (`rollout.max_context`)."""
-    step_timeout_s: float = 30.0
+    step_timeout_s: PositiveFloat = 30.0
     """Time limit of one call of the environment (reset or step), in seconds. After it its process is killed,
     and the sample counts as failed (`buffer.on_failure`)."""
     memory_mb: int = 2048
@@ -33,8 +33,6 @@ class EpisodeConfig(Section, key="episode"):
 
     def check(self) -> None:
         require(1 <= self.max_turns <= MAX_TURNS, f"episode.max_turns must be 1 to {MAX_TURNS}")
-        require(self.max_tokens >= 0, "episode.max_tokens must be at least 0")
-        require(self.step_timeout_s > 0, "episode.step_timeout_s must be above 0")
         require(self.memory_mb >= 64, "episode.memory_mb must be at least 64")
 
 
@@ -55,21 +53,19 @@ class SessionsConfig(Section, key="sessions"):
     advertise_host: str = ""
     """Name or address in the base URL that external agents are given; empty: the one that their request
     was sent to."""
-    idle_timeout_s: float = 120.0
+    idle_timeout_s: PositiveFloat = 120.0
     """Longest time of a session without a request, in seconds: between two of them, before the first and
     after the last. A heartbeat is a request, too; a refused request to the model is not. After it the
     session's sample counts as failed (`buffer.on_failure.environment`). One of an external agent is given
     to the next agent first, up to `buffer.max_sample_retries` times."""
-    heartbeat_limit_s: float = 3600.0
-    """Longest time without an answer of the model in which heartbeats keep a session alive, in seconds."""
+    heartbeat_limit_s: NonNegativeFloat = 3600.0
+    """Longest time without a completion of the model in which heartbeats keep a session alive, in seconds."""
 
     def check(self) -> None:
         require(bool(self.host), "sessions.host is empty: give an address to bind, e.g. 127.0.0.1")
         require(
             0 <= self.port <= _LARGEST_PORT, f"sessions.port={self.port}: use 0 (a free port) or 1..65535"
         )
-        require(self.idle_timeout_s > 0, "sessions.idle_timeout_s must be above 0")
-        require(self.heartbeat_limit_s >= 0, "sessions.heartbeat_limit_s must be at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Settings of evaluations: when they happen, and on which sets of held-out prompts.
 
-Without `eval.sets` there is one set, named `eval`: the task's held-out prompts, one greedy answer each. The
-names of sets become names of metrics and rows, so their number and length are bounded.
+Without `eval.sets` there is one set, named `eval`: the task's held-out prompts, one greedy completion each.
+The names of sets become names of metrics and rows, so their number and length are bounded.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from areal_like.config.common import Section, require
+from areal_like.config.common import NonNegativeInt, PositiveFloat, PositiveInt, Section, require
 
 DEFAULT_SET = "eval"
 """Name of the only set if `eval.sets` is empty."""
@@ -22,12 +22,12 @@ MAX_EVAL_SAMPLES = 1 << 18
 """Most samples of one set in one evaluation. Each takes some hundred bytes of the buffer's memory."""
 MAX_SAMPLES_PER_PROMPT = 1 << 12
 EVAL_BYTES_PER_SAMPLE = 16
-"""Of a result: reward, tokens and flags, with room for the padding of the arrays."""
+"""Bytes of one sample in a result: reward, tokens and flags, with room for the padding of the arrays."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSetConfig(Section, key="eval.sets"):
-    """One set of held-out prompts, and how they are answered.
+    """One set of held-out prompts, and how completions are sampled.
 
     The filters top_p, top_k and min_p are for evaluation only: training never samples with them.
     """
@@ -107,17 +107,17 @@ class EvalConfig(Section, key="eval"):
 
     num_prompts: int = 128
     """Held-out prompts of each set that does not state its own number; 0 turns evaluation off."""
-    interval: int = 100
+    interval: PositiveInt = 100
     """Steps between evaluations; there is always one before the first and after the last step."""
-    timeout_s: float = 120.0
+    timeout_s: PositiveFloat = 120.0
     """Longest time, in seconds, that the trainer waits for an evaluation without progress of any rollout
     server. It begins where `rollout.generate_timeout_s` ends, as a server first replaces a silent engine."""
-    keep: int = 4
+    keep: NonNegativeInt = 4
     """Newest evaluations of each set whose samples the ledger keeps; older ones are deleted, unless
     `buffer.retain_trajectories` keeps everything. The results stay in evaluations.jsonl."""
     sets: dict[str, EvalSetConfig] = field(default_factory=dict)
     """Sets of prompts by name, with their own sampling; empty: one set, `eval`, with the task's held-out
-    prompts and one greedy answer to each."""
+    prompts and one greedy completion of each."""
 
     @property
     def is_enabled(self) -> bool:
@@ -140,9 +140,6 @@ class EvalConfig(Section, key="eval"):
             0 <= self.num_prompts <= MAX_EVAL_PROMPTS,
             f"eval.num_prompts={self.num_prompts}: use 0 (no evaluation) to {MAX_EVAL_PROMPTS}",
         )
-        require(self.interval >= 1, "eval.interval must be at least 1")
-        require(self.timeout_s > 0, "eval.timeout_s must be above 0")
-        require(self.keep >= 0, "eval.keep must be at least 0")
         require(len(self.sets) <= MAX_SETS, f"eval.sets has {len(self.sets)} sets: at most {MAX_SETS}")
         for name, one in self.sets.items():
             one.check_as(name)

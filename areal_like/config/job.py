@@ -7,7 +7,15 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from areal_like.config.buffer import BufferConfig
-from areal_like.config.common import NAME, NAME_RULE, Section, require
+from areal_like.config.common import (
+    NAME,
+    NAME_RULE,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    Section,
+    require,
+)
 from areal_like.config.episode import EpisodeConfig, RewardsConfig, SessionsConfig
 from areal_like.config.evaluation import EVAL_BYTES_PER_SAMPLE, EvalConfig
 from areal_like.config.rollout import RolloutConfig, SamplingConfig
@@ -32,7 +40,7 @@ class ModelConfig(Section, key="model"):
     fp32_head: bool = False
     """True: trainer and engine compute the logits in float32, from weights and hidden states in `dtype`: in
     bfloat16 their log-probs then agree better."""
-    warm_start_steps: int = 150
+    warm_start_steps: NonNegativeInt = 150
     """Supervised steps on noisy demonstrations of the task (sort, adding); only for `path=tiny`."""
     warm_start_swap_prob: float = 0.5
     """Probability that two adjacent digits of a demonstration's answer are swapped; only for `path=tiny` and
@@ -45,7 +53,6 @@ class ModelConfig(Section, key="model"):
 
     def check(self) -> None:
         require(bool(self.path), "model.path is empty: name `tiny`, `smollm2` or a Hugging Face directory")
-        require(self.warm_start_steps >= 0, "model.warm_start_steps must be at least 0")
         require(0 <= self.warm_start_swap_prob <= 1, "model.warm_start_swap_prob must be between 0 and 1")
 
 
@@ -61,11 +68,11 @@ class DaemonConfig(Section, key="daemon"):
     advertise_host: str = ""
     """Host under which others reach the daemon's HTTP server, for peers, endpoint files and Prometheus;
     empty: `daemon.http_host`."""
-    heartbeat_s: float = 0.5
+    heartbeat_s: PositiveFloat = 0.5
     """Interval of heartbeats to the buffer, in seconds."""
-    drain_timeout_s: float = 30.0
+    drain_timeout_s: PositiveFloat = 30.0
     """Longest time from SIGTERM to exit, in seconds."""
-    linger_s: float = 30.0
+    linger_s: NonNegativeFloat = 30.0
     """Longest time that a buffer goes on after the end of the run, in seconds, to tell late peers about it.
     It ends earlier when every peer has left."""
     exit_code_on_drain: int = 0
@@ -92,9 +99,6 @@ class DaemonConfig(Section, key="daemon"):
             self.http_port == 0 or 1024 <= self.http_port <= 60000,
             f"daemon.http_port={self.http_port}: use 1024..60000, or 0 for a free port",
         )
-        require(self.heartbeat_s > 0, "daemon.heartbeat_s must be above 0")
-        require(self.drain_timeout_s > 0, "daemon.drain_timeout_s must be above 0")
-        require(self.linger_s >= 0, "daemon.linger_s must be at least 0")
         require(
             self.exit_code_on_drain == 0 or 3 <= self.exit_code_on_drain <= 125,
             f"daemon.exit_code_on_drain={self.exit_code_on_drain}: use 0 or 3 to 125 "
@@ -133,7 +137,7 @@ class Config(Section):
     max_staleness: int | Literal["auto"] = 4
     """Largest lag, in optimizer steps, of any token that is trained on; 0 is synchronous RL, `auto` follows
     the effective sample size."""
-    max_staleness_cap: int = 8
+    max_staleness_cap: NonNegativeInt = 8
     """With `max_staleness=auto`: upper limit of the bound, which starts at 0."""
     ess_target: float = 0.7
     """With `max_staleness=auto`: target of the effective sample size divided by the number of weights,
@@ -168,7 +172,6 @@ class Config(Section):
 
     def check(self) -> None:
         """Ranges, and rules over several sections."""
-        require(self.max_staleness_cap >= 0, "max_staleness_cap must be at least 0")
         require(self.staleness_cap >= 0, "max_staleness must be at least 0 (0 is synchronous)")
         require(0 < self.ess_target < 1, f"ess_target={self.ess_target:g}: use a number between 0 and 1")
         self._check_sync_interval()
@@ -267,8 +270,8 @@ class Config(Section):
     def update_mode(self) -> Literal["recompute", "keep", "abort_resume", "drain"]:
         """`weights.update_mode`, or what it is when `auto`.
 
-        On GPUs answers are long: to rebuild the KV cache of every running sequence at each push would cost
-        more than it gains, and SGLang's prefixes of other weights are kept apart by a salt.
+        On GPUs completions are long: to rebuild the KV cache of every running sequence at each push would
+        cost more than it gains, and SGLang's prefixes of other weights are kept apart by a salt.
         """
         if self.weights.update_mode != "auto":
             return self.weights.update_mode
@@ -279,7 +282,11 @@ class Config(Section):
 
     @property
     def _trains_on_intervals(self) -> bool:
-        return self.objective.get("name") == "oapl" and self.weights.sync_interval > 1
+        """Each interval between pushes is trained on its own groups, which none may span.
+
+        The trainer refuses an objective that states `single_version` without that filter.
+        """
+        return self.buffer.group_filter == "single_version" and self.weights.sync_interval > 1
 
     def _check_shards(self) -> None:
         num_shards = self.buffer.num_shards
@@ -331,6 +338,6 @@ class Config(Section):
         )
         require(
             not self._trains_on_intervals or self.update_mode == "drain",
-            f"objective.name=oapl with weights.sync_interval={interval} needs whole groups "
+            f"buffer.group_filter=single_version with weights.sync_interval={interval} needs whole groups "
             f"of one weight version: set weights.update_mode=drain, not {self.weights.update_mode}",
         )

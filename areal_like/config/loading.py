@@ -10,15 +10,16 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from areal_like.config.common import check_choice, members_of, require
+from areal_like.config.common import as_float, check_choice, members_of, require
 from areal_like.config.job import Config
 from areal_like.errors import ConfigError
 
 
 def from_mapping(raw: dict[str, Any]) -> Config:
-    """Builds the configuration from plain dicts (hydra's resolved YAML).
+    """Builds the configuration from plain dicts.
 
     Raises ConfigError for unknown keys and wrong types or values.
     """
@@ -36,6 +37,17 @@ def _lists_for_tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _lists_for_tuples(item) for key, item in value.items()}
     return [_lists_for_tuples(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Dotted key -> value as text, for lists of settings and of their changes."""
+    found: dict[str, str] = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = str(value).lower() if isinstance(value, bool) else str(value)
+    return found
 
 
 def _build(cls: type, raw: Any, *, path: str) -> Any:
@@ -97,11 +109,8 @@ def _convert_union(hint: Any, members: tuple[Any, ...], value: Any, *, path: str
 
 
 def _convert_scalar(hint: type, value: Any, *, path: str) -> Any:
-    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except ValueError:
-            raise ConfigError(f"{path}: want a number, got {value!r}") from None
+    if hint is float:
+        return as_float(value, key=path)
     if hint is str and value is None:  # YAML reads `resume=` as null
         return ""
     if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):

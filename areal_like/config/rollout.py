@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from areal_like.config.common import Section, check_device, require
+from areal_like.config.common import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    check_device,
+    require,
+)
 from areal_like.config.sglang_args import TENSOR_PARALLEL, check_args, number, words_of
 
 
@@ -19,7 +27,7 @@ class SamplingConfig(Section, key="sampling"):
 
     group_size: int = 8
     """Samples of one prompt (a group)."""
-    max_new_tokens: int = 10
+    max_new_tokens: PositiveInt = 10
     """Limit of sampled tokens in one turn."""
     greedy_baseline: bool = False
     """Sample one more response to each prompt at temperature 0, as the baseline of `advantage=remax`; it is
@@ -27,14 +35,14 @@ class SamplingConfig(Section, key="sampling"):
     temperature: float = 1.0
     """Softmax temperature; engine and trainer both compute log-probs after it."""
     stop: tuple[str, ...] = ()
-    """Texts that end a turn, beside the model's own end-of-turn tokens. The tokens of the text are kept."""
+    """Texts that end a turn, in addition to the model's own end-of-turn tokens. The tokens of the text are
+    kept."""
 
     def check(self) -> None:
         require(
             1 <= self.group_size <= 10_000,
             f"sampling.group_size={self.group_size}: use 1..10000 (a group is one message)",
         )
-        require(self.max_new_tokens >= 1, "sampling.max_new_tokens must be at least 1")
         require(
             self.temperature > 0,
             "sampling.temperature must be above 0 for training (eval.sets have temperatures of their own)",
@@ -94,7 +102,7 @@ class SglangConfig(Section, key="rollout.sglang"):
 class RolloutConfig(Section, key="rollout"):
     """The rollout servers and their engines."""
 
-    num_servers: int = 1
+    num_servers: PositiveInt = 1
     """Rollout servers that the local launcher starts."""
     engine: Literal["embedded", "sglang"] = "embedded"
     """Inference engine of each server, in a separate process; `embedded` is the one in this repository."""
@@ -102,62 +110,49 @@ class RolloutConfig(Section, key="rollout"):
     """Device of the engine: `cpu`, `cuda` or `cuda:N`; `cuda` means `cuda:0`. The embedded engine of every
     server uses GPU N. SGLang's engine of server I (the number at the end of its name) uses `gpus_per_engine`
     GPUs from N + I * `gpus_per_engine` on."""
-    gpus_per_engine: int = 1
+    gpus_per_engine: PositiveInt = 1
     """GPUs of one engine, which share each of its layers (SGLang's `--tp-size`). On a CPU, processes. The
     embedded engine has one."""
-    max_running: int = 128
+    max_running: PositiveInt = 128
     """Sequences that one engine decodes at the same time (KV slots)."""
     adaptive_concurrency: bool | Literal["auto"] = "auto"
     """Lower the number of samples at an engine below `max_running` while its KV cache is full, and raise it
     again while there is room. `auto`: with SGLang on GPUs."""
-    max_context: int = 0
+    max_context: NonNegativeInt = 0
     """Longest sequence (prompt and response), in tokens; 0: derived from the task and `sampling`."""
-    queue_samples: int = 32
+    queue_samples: NonNegativeInt = 32
     """Samples leased beyond max_running, so that a freed KV slot never waits for the network."""
-    max_episodes: int = 0
+    max_episodes: NonNegativeInt = 0
     """Samples that one server holds at the same time, with those that wait for a tool or a reward and are not
     at the engine; 0: twice `max_running` + `queue_samples`."""
-    reward_workers: int = 1
+    reward_workers: PositiveInt = 1
     """Processes that compute rewards."""
-    reward_concurrency: int = 1
+    reward_concurrency: PositiveInt = 1
     """Rewards that one of these processes computes at the same time, for a task with `async def reward`."""
-    reward_timeout_s: float = 10.0
+    reward_timeout_s: PositiveFloat = 10.0
     """Time limit of one reward and of one task.example(), in seconds. After it the worker process is killed
     and the sample counts as failed (`buffer.on_failure`)."""
-    generate_timeout_s: float = 120.0
+    generate_timeout_s: PositiveFloat = 120.0
     """Longest time, in seconds, in which an engine with requests may make no progress (no token, no context
     computed). After it the engine is replaced, and its samples are generated elsewhere. The time in which a
     push holds the engine does not count. A request that advances has no limit."""
-    sample_timeout_s: float = 0.0
+    sample_timeout_s: NonNegativeFloat = 0.0
     """Time limit of one episode from its first request to the engine on, in seconds: all turns, and the calls
     of its environment between them. After it the sample is truncated: the tokens sampled so far are kept.
     0: none."""
-    start_timeout_s: float = 180.0
+    start_timeout_s: PositiveFloat = 180.0
     """Longest silence of a starting engine, in seconds: without a new line in its log or, at a url, until it
     is ready. The time to read the model's weights at 100 MB/s is added."""
     host: str = "127.0.0.1"
     """Address that a server binds to receive weight pushes. Its engine listens on loopback only."""
     advertise_host: str = ""
     """Address at which the trainer reaches this server; empty: `host`."""
-    num_threads: int = 1
+    num_threads: PositiveInt = 1
     """CPU threads of one engine."""
     sglang: SglangConfig = field(default_factory=SglangConfig)
 
     def check(self) -> None:
         """Ranges; `sglang` settings only with that engine."""
-        for name in (
-            "num_servers",
-            "max_running",
-            "reward_workers",
-            "reward_concurrency",
-            "num_threads",
-            "gpus_per_engine",
-        ):
-            require(getattr(self, name) >= 1, f"rollout.{name} must be at least 1")
-        for name in ("max_context", "queue_samples", "max_episodes", "sample_timeout_s"):
-            require(getattr(self, name) >= 0, f"rollout.{name} must be at least 0")
-        for name in ("reward_timeout_s", "generate_timeout_s", "start_timeout_s"):
-            require(getattr(self, name) > 0, f"rollout.{name} must be above 0")
         require(bool(self.host), "rollout.host is empty: give an address to bind, e.g. 127.0.0.1")
         require(
             self.most_episodes >= self.max_running,

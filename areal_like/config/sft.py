@@ -1,11 +1,11 @@
-"""Settings of supervised training (`areal-like sft`), besides those of the trainer."""
+"""Settings of supervised training (`areal-like sft`), in addition to those of the trainer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from areal_like.config.common import Section, require
+from areal_like.config.common import NonNegativeInt, PositiveInt, Section, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,27 +29,23 @@ class SftConfig(Section, key="sft"):
     """Put before conversations and prompts that have no system message."""
     chat: bool = False
     """A prompt that is a text becomes the message of a user, and its completion the reply."""
-    num_epochs: int = 1
+    num_epochs: PositiveInt = 1
     """Times that every row is learned from. Each epoch has an order of its own."""
-    num_steps: int = 0
+    num_steps: NonNegativeInt = 0
     """Most optimizer steps, whatever `num_epochs` is; 0: no limit."""
-    batch_rows: int = 32
+    batch_rows: PositiveInt = 32
     """Most rows in one optimizer step."""
-    batch_tokens: int = 0
+    batch_tokens: NonNegativeInt = 0
     """Most tokens in one optimizer step, where a row that has more is a step of its own; 0: no limit."""
     max_row_tokens: int = 0
     """Longest sequence, in tokens; 0: what fits into `trainer.tokens_per_microbatch` and the model."""
     long_rows: Literal["drop", "truncate"] = "drop"
     """What happens to a row that has a longer sequence: it is left out, or loses the end of that sequence.
     Both are counted."""
-    eval_interval: int = 100
+    eval_interval: PositiveInt = 100
     """Steps between measurements of the held-out loss; there is always one before the first and after the
     last step."""
 
     def check(self) -> None:
-        for name in ("num_epochs", "batch_rows", "eval_interval"):
-            require(getattr(self, name) >= 1, f"sft.{name} must be at least 1")
-        for name in ("num_steps", "batch_tokens"):
-            require(getattr(self, name) >= 0, f"sft.{name} must be at least 0")
         is_limit = self.max_row_tokens == 0 or self.max_row_tokens >= 2
         require(is_limit, f"sft.max_row_tokens={self.max_row_tokens}: use 0, or at least 2")

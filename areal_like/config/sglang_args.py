@@ -47,7 +47,10 @@ def option(words: list[str], names: tuple[str, ...]) -> str | None:
 
 
 def number(words: list[str], names: tuple[str, ...]) -> int | None:
-    """As `option`, as a whole number. Raises ConfigError for anything else."""
+    """The last value that is given to an option, as a whole number; None if it is not given.
+
+    Raises ConfigError for anything else.
+    """
     value = option(words, names)
     if value is None:
         return None

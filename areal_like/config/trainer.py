@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from areal_like.config.common import Section, check_device, require
+from areal_like.config.common import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    check_device,
+    require,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +23,7 @@ class KlConfig(Section, key="kl"):
     It costs the memory of that model, and one forward of it per step.
     """
 
-    coef: float = 0.0
+    coef: NonNegativeFloat = 0.0
     """Weight of the penalty; 0: no penalty, and no reference model is loaded."""
     estimator: Literal["k1", "k2", "k3"] = "k2"
     """Estimator of KL(policy || ref) from one token, with x = logp - ref_logp: `k1` x, `k2` x^2 / 2, `k3`
@@ -26,19 +34,16 @@ class KlConfig(Section, key="kl"):
     reference: str = ""
     """Hugging Face directory or name of the reference model; empty: the initial model of the run."""
 
-    def check(self) -> None:
-        require(self.coef >= 0, "kl.coef must be at least 0")
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig(Section, key="trainer"):
     """The trainer's ranks and its optimizer."""
 
-    num_steps: int = 600
+    num_steps: PositiveInt = 600
     """Optimizer steps of the whole run."""
-    world_size: int = 1
+    world_size: PositiveInt = 1
     """Ranks (FSDP2 shards) of the trainer, on all of its machines. Under torchrun its own number counts."""
-    num_hosts: int = 1
+    num_hosts: PositiveInt = 1
     """Machines of the trainer. Start `python -m trainer` on each of them; it starts its part of the ranks."""
     host_index: int = 0
     """With `num_hosts` above 1: the number of this machine, 0 to num_hosts - 1. Rank 0 is on machine 0."""
@@ -48,34 +53,34 @@ class TrainerConfig(Section, key="trainer"):
     device: str = "cpu"
     """`cpu`, `cuda` or `cuda:N`. With `cuda:N` the first rank on a machine uses GPU N, the second GPU N + 1,
     and so on; `cuda` means `cuda:0`."""
-    groups_per_step: int = 16
+    groups_per_step: PositiveInt = 16
     """Groups (prompts) in one optimizer step."""
-    tokens_per_microbatch: int = 4096
+    tokens_per_microbatch: PositiveInt = 4096
     """Largest number of tokens in one forward and backward; sequences are packed without padding. A prefix
     that several of them share counts an eighth in all but one."""
     balance: Literal["auto", "streaming", "balanced"] = "auto"
     """How a step's sequences are divided over ranks and micro-batches. `streaming`: a rank runs the groups
     that it has fetched, each micro-batch as soon as it is full. `balanced`: by cost, when the step is
     complete. `auto`: balanced with several ranks and max_staleness above 0."""
-    lr: float = 8e-5
+    lr: NonNegativeFloat = 8e-5
     """AdamW learning rate after warm-up."""
-    warmup_steps: int = 10
+    warmup_steps: NonNegativeInt = 10
     """Steps of linear learning-rate warm-up."""
     lr_schedule: Literal["constant", "linear"] = "linear"
     """Learning rate after warm-up; `linear` falls to zero at num_steps."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW betas."""
-    weight_decay: float = 0.0
+    weight_decay: NonNegativeFloat = 0.0
     """AdamW weight decay."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: NonNegativeFloat = 1.0
     """Gradient clipping by the global norm; 0 turns it off."""
     normalizer: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant"] = "token_mean"
     """Average of token losses in the loss of a step: the mean over tokens; the mean over sequences of each
     sequence's mean or sum; or (`constant`, Dr. GRPO) the sum divided by sequences times the limit of sampled
     tokens."""
-    entropy_coef: float = 0.0
+    entropy_coef: NonNegativeFloat = 0.0
     """Weight of an entropy bonus in the loss, in 1/nats; 0: none."""
-    logprob_chunk_tokens: int = 1024
+    logprob_chunk_tokens: PositiveInt = 1024
     """Rows of logits in memory at the same time, one row per token."""
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     """Recompute activations in the backward; `auto`: on GPUs only."""
@@ -88,56 +93,32 @@ class TrainerConfig(Section, key="trainer"):
     reshard_after_forward: bool = True
     """Free the gathered weights of a layer after its forward and gather them again in its backward. `false`
     sends less between ranks, and each rank needs room for the whole model in `model.dtype`."""
-    checkpoint_interval: int = 100
+    checkpoint_interval: PositiveInt = 100
     """Steps between checkpoints; the last step always has one."""
-    checkpoint_minutes: float = 0.0
+    checkpoint_minutes: NonNegativeFloat = 0.0
     """Minutes after the last checkpoint at which another is written, at the end of a step, in addition to
     those of `checkpoint_interval`. 0: only those."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: PositiveInt = 2
     """Checkpoints kept on disk."""
-    keep_rolled_back: int = 1
+    keep_rolled_back: NonNegativeInt = 1
     """Checkpoints kept of steps that were undone (`step_000300.rolled_back`), those of the last rollback
     first. No resume reads them: to continue from one after all, rename it while the run is stopped."""
-    collective_timeout_s: float = 300.0
+    collective_timeout_s: PositiveFloat = 300.0
     """Timeout of the ranks' collectives, in seconds."""
-    fetch_timeout_s: float = 300.0
+    fetch_timeout_s: PositiveFloat = 300.0
     """Longest time, in seconds, that a rank waits for a group without progress of any rollout server; after
     it the trainer reports a stall and stops. It begins where `rollout.generate_timeout_s` ends, as a server
     first replaces a silent engine. While the servers make progress, ranks wait without limit."""
-    buffer_timeout_s: float = 300.0
+    buffer_timeout_s: PositiveFloat = 300.0
     """Longest silence of the buffer, in seconds, that the trainer tolerates. If the buffer restarts within
     this time, the run continues without loss."""
-    num_threads: int = 1
+    num_threads: PositiveInt = 1
     """CPU threads of one rank."""
-    peak_tflops: float = 0.0
+    peak_tflops: NonNegativeFloat = 0.0
     """Peak dense bfloat16 rate of one rank's device in TFLOP/s, of which `mfu` is a share. 0: by the GPU's
     name; a CPU, a part of a GPU (MIG) or a GPU that is not known then has no `mfu`."""
 
     def check(self) -> None:
-        for name in (
-            "num_steps",
-            "world_size",
-            "groups_per_step",
-            "tokens_per_microbatch",
-            "logprob_chunk_tokens",
-            "num_threads",
-            "checkpoint_interval",
-            "keep_checkpoints",
-        ):
-            require(getattr(self, name) >= 1, f"trainer.{name} must be at least 1")
-        for name in (
-            "keep_rolled_back",
-            "lr",
-            "warmup_steps",
-            "weight_decay",
-            "max_grad_norm",
-            "entropy_coef",
-            "checkpoint_minutes",
-            "peak_tflops",
-        ):
-            require(getattr(self, name) >= 0, f"trainer.{name} must be at least 0")
-        for name in ("collective_timeout_s", "fetch_timeout_s", "buffer_timeout_s"):
-            require(getattr(self, name) > 0, f"trainer.{name} must be above 0")
         require(
             self.groups_per_step >= self.world_size,
             "trainer.groups_per_step must be at least trainer.world_size",
@@ -154,7 +135,6 @@ class TrainerConfig(Section, key="trainer"):
         )
 
     def _check_hosts(self) -> None:
-        require(self.num_hosts >= 1, "trainer.num_hosts must be at least 1")
         require(
             0 <= self.host_index < self.num_hosts,
             f"trainer.host_index={self.host_index}: use 0 to {self.num_hosts - 1} "

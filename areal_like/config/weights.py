@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from areal_like.config.common import Section, require
+from areal_like.config.common import PositiveInt, Section, require
 
 MAX_TIMEOUT_S = 3600.0
 """Upper limit of `push_deadline_s` and `deadline_s`; a server refuses a request with a longer time limit."""
@@ -22,8 +22,8 @@ class WeightsConfig(Section, key="weights"):
     update_mode: Literal["auto", "recompute", "keep", "abort_resume", "drain"] = "auto"
     """Treatment of sequences in flight: `recompute` rebuilds their KV cache under the new weights, `keep`
     keeps the old KV cache, `abort_resume` interrupts them and resubmits the partial tokens, `drain` finishes
-    them first. `auto`: `drain` where `objective=oapl` trains on intervals, `keep` with SGLang on GPUs
-    (`rollout.engine_device`), else `recompute`."""
+    them first. `auto`: `drain` with `buffer.group_filter=single_version` and a `sync_interval` above 1, as
+    `objective=oapl` sets them, `keep` with SGLang on GPUs (`rollout.engine_device`), else `recompute`."""
     bucket_bytes: int = 0
     """Size of one flattened broadcast, in bytes; 0: 64 MiB where the trainer runs on a CPU, 512 MiB on
     GPUs."""
@@ -35,14 +35,14 @@ class WeightsConfig(Section, key="weights"):
     integrity: Literal["none", "sha256"] = "none"
     """`sha256`: rank 0 sends the SHA-256 of each bucket over the control channel, and a server activates only
     weights whose digests agree. Needs `rollout.engine=embedded`."""
-    sync_interval: int = 1
+    sync_interval: PositiveInt = 1
     """Optimizer steps between pushes (the weights after the last step are always pushed). Above 1 with
     `buffer.group_filter=single_version`, each interval trains only on groups sampled with the weights pushed
     at its start; groups left over at its end are dropped with reason `interval`."""
     push_deadline_s: float = 60.0
     """Time limit of a push, in seconds, at most 3600; the time that the bytes take at `min_bytes_per_s` is
     added to it. A receiver that has not replied by then is excluded from the weight group. With
-    `update_mode=drain` it has to cover the longest answer that an engine finishes first."""
+    `update_mode=drain` it has to cover the longest completion that an engine finishes first."""
     min_bytes_per_s: float = 100e6
     """Least rate of a push, in bytes per second: a slower one counts as failed. The limit of a push of n
     bytes is `push_deadline_s` + n / `min_bytes_per_s` seconds, and at most 3600."""
@@ -74,7 +74,6 @@ class WeightsConfig(Section, key="weights"):
             self.bucket_bytes == 0 or self.bucket_bytes >= 1 << 10,
             "weights.bucket_bytes must be 0 (automatic) or at least 1024",
         )
-        require(self.sync_interval >= 1, "weights.sync_interval must be at least 1")
         require(
             0 < self.push_deadline_s <= MAX_TIMEOUT_S,
             f"weights.push_deadline_s must be above 0 and at most {MAX_TIMEOUT_S:g}",
@@ -82,7 +81,7 @@ class WeightsConfig(Section, key="weights"):
         require(self.min_bytes_per_s >= 1, "weights.min_bytes_per_s must be at least 1 byte per second")
         require(
             self.host not in _ANY_ADDRESS,
-            f"weights.host={self.host} is no address that engines can connect to: "
+            f"weights.host={self.host} is not an address that engines can connect to: "
             "give one address of the trainer's machine",
         )
         require(

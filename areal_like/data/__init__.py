@@ -4,7 +4,7 @@ Imports no torch. `rows.py` opens sources, `row_format.py` reads prompts and ans
 orders several data sets by weights.
 """
 
-from areal_like.data.row_format import Conversation, RowFormat
+from areal_like.data.row_format import ConversationRow, RowFormat
 from areal_like.data.rows import Rows, open_rows
 
-__all__ = ["Conversation", "RowFormat", "Rows", "open_rows"]
+__all__ = ["ConversationRow", "RowFormat", "Rows", "open_rows"]

@@ -1,13 +1,18 @@
-"""Rows on disk as Arrow files, which every process of a machine maps into memory.
+"""Rows on disk as Arrow files, which every process of a machine maps into memory, and selections of them.
 
     <cache>/rows/<name>.arrow        columns `row` (a row's JSON) and `number` (its line in the source)
     <cache>/rows/<name>.json         name of the source, and SHA-256 of the rows; written last
     <cache>/rows/hashes/<path>.json  SHA-256 of a file, with the size and times it had then
+    <cache>/rows/<name>.npy          a selection: the numbers of the rows that a task uses, in order, 64-bit
+    <cache>/rows/by/<key>.json       the selection that a filter has made; the key is over all it depends on
 
 An entry is named by the hash of the bytes it was made from, so a file that has changed is another entry, and
 a job goes on with the rows that it has started with. Entries are written under another name and renamed: of
 processes that build the same one at the same time, the last one wins, with the same bytes. Nothing removes
 entries; the directory can be deleted while no job runs.
+
+Worker processes use the selection of the server that has started them, and a filter that takes seconds, such
+as counting the tokens of all prompts, runs once.
 """
 
 from __future__ import annotations
@@ -17,17 +22,19 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from areal_like.data.reading import Text, file_hash, load_hub, texts_of_file, texts_of_hub
 from areal_like.data.sources import HubSource
 from areal_like.errors import ConfigError
-from areal_like.paths import cache_dir
+from areal_like.paths import cache_dir, replacing, write_json
 
 _LAYOUT = 1
 """Part of the entries' names: entries of another layout are not found."""
@@ -36,10 +43,12 @@ _SETTLED_S = 1.0
 """The hash of a file that was written less than this ago is not remembered: it may change again within the
 resolution of its times."""
 _NAME = re.compile(r"[0-9a-f]{32}")
+Numbers = NDArray[np.int64]
+"""A selection."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class CachedRows:
     """An open Arrow file."""
 
     name: str
@@ -57,13 +66,7 @@ def directory() -> Path:
     return cache_dir() / "rows"
 
 
-def partial_of(path: Path) -> Path:
-    """A name to write a file under before it is renamed to `path`."""
-    # Random, because processes of several containers that share a cache can have the same process id.
-    return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-
-
-def entry_of(source: Path | HubSource, *, key: str) -> Entry:
+def entry_of(source: Path | HubSource, *, key: str) -> CachedRows:
     """The entry with the rows of a source; reads the source if there is none yet. Raises ConfigError."""
     if isinstance(source, HubSource):
         dataset = load_hub(source, key=key)
@@ -85,7 +88,7 @@ def entry_of(source: Path | HubSource, *, key: str) -> Entry:
     return entry
 
 
-def open_entry(name: str, *, key: str) -> Entry:
+def open_entry(name: str, *, key: str) -> CachedRows:
     """The entry of this name. Raises ConfigError if it was removed."""
     entry = _found(name, key=key) if _NAME.fullmatch(name) else None
     if entry is None:
@@ -101,7 +104,7 @@ def _name(*parts: str) -> str:
     return hashlib.sha256(json.dumps([_LAYOUT, *parts]).encode()).hexdigest()[:32]
 
 
-def _found(name: str, *, key: str) -> Entry | None:
+def _found(name: str, *, key: str) -> CachedRows | None:
     try:
         import pyarrow
     except ImportError as error:
@@ -110,23 +113,19 @@ def _found(name: str, *, key: str) -> Entry | None:
     try:
         about = json.loads(path.with_suffix(".json").read_text())
         table = pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
-        return Entry(name=name, table=table, label=about["label"], content=about["sha256"])
+        return CachedRows(name=name, table=table, label=about["label"], content=about["sha256"])
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         # ArrowInvalid is a ValueError.
         return None
 
 
-def _built(name: str, texts: Iterator[Text], *, label: str, key: str) -> Entry:
+def _built(name: str, texts: Iterator[Text], *, label: str, key: str) -> CachedRows:
     """Writes the entry, a few megabytes at a time."""
     path = _path(name)
-    partial = partial_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with replacing(path) as partial:
             content = _write(partial, texts)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
         write_json(path.with_suffix(".json"), {"label": label, "sha256": content})
     except OSError as error:
         raise ConfigError(
@@ -151,14 +150,6 @@ def _write(path: Path, texts: Iterator[Text]) -> str:
                 digest.update(len(row).to_bytes(8, "little") + row)
             out.write_batch(pyarrow.record_batch([rows, numbers], schema=schema))
     return digest.hexdigest()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file atomically, also next to others that write it."""
-    partial = partial_of(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(json.dumps(value))
-    partial.replace(path)
 
 
 def _batched(texts: Iterator[Text]) -> Iterator[tuple[list[bytes], list[int]]]:
@@ -193,3 +184,56 @@ def _remembered_hash(path: Path) -> str:
         with contextlib.suppress(OSError):
             write_json(remembered, {"times": times, "sha256": sha256})
     return sha256
+
+
+def store_selection(numbers: Numbers) -> str:
+    """Writes a selection; returns its name. Raises ConfigError if it cannot be written."""
+    data = np.ascontiguousarray(numbers, np.int64)
+    name = hashlib.sha256(data.tobytes()).hexdigest()[:32]
+    path = _selection_path(name)
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as partial, partial.open("wb") as file:
+                np.save(file, data, allow_pickle=False)
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written: {error}; XDG_CACHE_HOME names another directory"
+        ) from error
+    return name
+
+
+def open_selection(name: str, *, key: str) -> Numbers:
+    """The selection of this name, in mapped memory. Raises ConfigError if it was removed."""
+    path = _selection_path(name)
+    try:
+        if not _NAME.fullmatch(name):
+            raise ValueError("not the name of a selection")
+        numbers = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:  # EOFError: an empty file
+        raise ConfigError(
+            f"{key}: {path} was removed while the job runs: start its servers again ({error})"
+        ) from error
+    assert isinstance(numbers, np.ndarray)
+    return numbers
+
+
+def remembered(key: Any, make: Callable[[], Numbers]) -> Numbers:
+    """The selection that `make` returned when it was called with this key before, else now.
+
+    `key`: JSON of everything that the selection depends on, the fingerprint of the rows included.
+    """
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    path = directory() / "by" / f"{digest}.json"
+    try:
+        return open_selection(json.loads(path.read_text())["selection"], key="cache")
+    except (OSError, ValueError, KeyError, TypeError):  # ConfigError is a ValueError
+        pass
+    numbers = make()
+    name = store_selection(numbers)
+    write_json(path, {"selection": name})
+    return numbers
+
+
+def _selection_path(name: str) -> Path:
+    return directory() / f"{name}.npy"

@@ -25,7 +25,7 @@ Text = tuple[bytes, int]
 """A row as JSON in UTF-8, and its number in the file: the line of JSON lines, else the row; from 1."""
 _BATCH_ROWS = 64
 MAX_ROW_BYTES = 16 << 20
-"""Of the JSON text of one row: far more than any context holds."""
+"""Largest JSON text of one row: far more than any context holds."""
 _BATCH_BYTES = 512 << 20
 """Most memory of a batch of a parquet file, which may repeat a large value without taking space for it."""
 _READ_BYTES = 1 << 20
@@ -43,7 +43,7 @@ def file_hash(path: Path) -> str:
 
 
 def texts_of_file(path: Path, *, key: str) -> Iterator[Text]:
-    """The rows of a file. Raises ConfigError with file and line for one that is no JSON object."""
+    """The rows of a file. Raises ConfigError with file and line for one that is not a JSON object."""
     return _parquet(path, key=key) if path.suffix.lower() in PARQUET else _json_lines(path, key=key)
 
 
@@ -96,7 +96,7 @@ def _parquet(path: Path, *, key: str) -> Iterator[Text]:
             num_rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, _largest_column(file.metadata))))
             yield from _rows_of(file.iter_batches(batch_size=num_rows), label=f"{key}: {path.name}")
     except (pyarrow.ArrowException, OSError) as error:
-        raise ConfigError(f"{key}: {path} is no parquet file that can be read: {error}") from error
+        raise ConfigError(f"{key}: {path} is not a readable parquet file: {error}") from error
 
 
 def _largest_column(metadata: Any) -> int:

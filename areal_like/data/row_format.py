@@ -31,7 +31,7 @@ MAX_LABEL_CHARS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Conversation:
+class ConversationRow:
     """A row for supervised training."""
 
     messages: list[Message]
@@ -94,7 +94,7 @@ class RowFormat:
     def label_of(self, row: Mapping[str, Any]) -> str:
         """The label of metrics: at most 64 printable characters; empty if there is none.
 
-        Raises ConfigError if a configured key is missing, or for a value that is no label.
+        Raises ConfigError if a configured key is missing, or for a value that is not a label.
         """
         if self.label_key:
             key, value = _wanted(row, self.label_key, (), setting="label_key")
@@ -108,7 +108,7 @@ class RowFormat:
             )
         return value
 
-    def conversation_of(self, row: Mapping[str, Any]) -> Conversation:
+    def conversation_of(self, row: Mapping[str, Any]) -> ConversationRow:
         """The row as a conversation: of `messages` every reply is learned, of prompt and completion the
         completion. Raises ConfigError."""
         tools = row.get("tools") or []
@@ -120,7 +120,7 @@ class RowFormat:
             is_learned = [message["role"] == "assistant" for message in messages]
             if not any(is_learned):
                 raise ConfigError(f"`{found[0]}` has no message of the assistant, so nothing to learn")
-            return Conversation(messages=messages, is_learned=is_learned, tools=tools)
+            return ConversationRow(messages=messages, is_learned=is_learned, tools=tools)
         if self.messages_key:
             _wanted(row, self.messages_key, (), setting="messages_key")
         completion_keys = (*COMPLETION_KEYS, "answer", "solution")
@@ -135,7 +135,9 @@ class RowFormat:
         is_learned = [False] * len(before) + [message["role"] == "assistant" for message in completion]
         if not any(is_learned):
             raise ConfigError(f"`{key}` has no message of the assistant, so nothing to learn")
-        return Conversation(messages=before + completion, is_learned=is_learned, is_text=is_text, tools=tools)
+        return ConversationRow(
+            messages=before + completion, is_learned=is_learned, is_text=is_text, tools=tools
+        )
 
     def _with_system(self, messages: list[Message]) -> list[Message]:
         if not self.system_prompt or messages[0]["role"] == "system":

@@ -14,8 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from areal_like.data.cache import Entry, entry_of, open_entry
-from areal_like.data.selections import Numbers, open_selection, store_selection
+from areal_like.data.cache import CachedRows, Numbers, entry_of, open_entry, open_selection, store_selection
 from areal_like.data.sources import sources_of
 from areal_like.errors import ConfigError
 
@@ -28,7 +27,7 @@ def open_rows(source: str | Sequence[Any] | Mapping[str, Any], *, split: str = "
 
     The first call for a file copies its rows into the cache, about 100,000 in a second; later ones take
     milliseconds. `split`: of a hub data set that names none. `key`: the setting's name, for errors. Raises
-    ConfigError for a missing file, a row that is no JSON object (with file and line), or no rows.
+    ConfigError for a missing file, a row that is not a JSON object (with file and line), or no rows.
     """
     if isinstance(source, Mapping) and _ENTRIES in source:
         entries = [open_entry(str(name), key=key) for name in source[_ENTRIES]]
@@ -43,7 +42,7 @@ def open_rows(source: str | Sequence[Any] | Mapping[str, Any], *, split: str = "
 class Rows:
     """A sequence of rows, each a dict. Equal in every process that opens the same content."""
 
-    def __init__(self, entries: Sequence[Entry], selection: Numbers | None = None) -> None:
+    def __init__(self, entries: Sequence[CachedRows], selection: Numbers | None = None) -> None:
         """The rows of the entries, one after the other; of these the ones of `selection`, in its order."""
         self._selection = selection
         self._entries = list(entries)
@@ -95,7 +94,7 @@ class Rows:
         source: dict[str, Any] = {_ENTRIES: [entry.name for entry in self._entries]}
         return source if self._selection is None else source | {_SELECTION: store_selection(self._selection)}
 
-    def _at(self, index: int) -> tuple[Entry, int]:
+    def _at(self, index: int) -> tuple[CachedRows, int]:
         """The entry that has a row, and the row's number in it."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import secrets
@@ -23,14 +22,13 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from areal_like.config import Config
 from areal_like.errors import ArealError, UserError
 from areal_like.http.access import Reason
 from areal_like.http.discovery import DiscoveryFile, http_address
-from areal_like.paths import RunPaths, write_json
+from areal_like.paths import RunPaths, read_endpoint, write_json
 from areal_like.runtime.exhaustion import end_if_callbacks_fail, end_if_threads_fail
 from areal_like.runtime.http_pages import HttpPlane, Page, Verb
 from areal_like.runtime.logs import configure_logging, exit_log
@@ -79,7 +77,7 @@ class Runtime:
         self.is_finished = False
         """True when the run is finished: the exit code is then 0, also after a drain."""
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        """Gets the exception of something that works beside `main` and has failed: the daemon must end."""
+        """Gets the exception of a part that runs next to `main` and has failed: the daemon must end."""
         self.status: Callable[[], dict[str, Any]] = dict
         """Returns the daemon's own part of /status."""
         self.trouble: Callable[[], str] = str
@@ -263,7 +261,7 @@ class DrainSignals:
         self._on_drain = on_drain
         self._is_draining = False
         self._signal_s: float | None = None
-        """Time of the first signal from outside."""
+        """Time of the first signal that another process sent."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
 
@@ -332,11 +330,3 @@ async def cancelled_on_exit(*tasks: asyncio.Task[Any]) -> AsyncIterator[None]:
     for result in results:
         if isinstance(result, Exception):
             raise result
-
-
-def read_endpoint(path: Path) -> dict[str, Any] | None:
-    """The content of an endpoint file, or None if the daemon has not written it."""
-    try:
-        return dict(json.loads(path.read_text()))
-    except FileNotFoundError:
-        return None

@@ -11,9 +11,16 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import cast
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -21,6 +28,8 @@ PREFIX = "areal"
 SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
 """Buckets of durations: half a decade each, from a write to a disk to the longest generation."""
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+# `_created`, the time at which a counter began, would double the series, and nobody queries it.
+disable_created_metrics()
 
 
 class Metrics:
@@ -70,7 +79,7 @@ class Metrics:
 
     def exposition(self) -> bytes:
         """The body of /metrics, in Prometheus' text format."""
-        return exposition(self.registry)
+        return generate_latest(self.registry)
 
 
 class DaemonSeries(Collector):
@@ -104,24 +113,6 @@ class DaemonSeries(Collector):
             "Bytes that the file system of the run's directory has left",
             value=free,
         )
-
-
-def exposition(registry: Collector) -> bytes:
-    """The series of a registry in Prometheus' text format.
-
-    Without `_created`: the time at which a counter began, which doubles the series and which nobody queries.
-    """
-    return generate_latest(cast(CollectorRegistry, _WithoutCreated(registry)))
-
-
-class _WithoutCreated(Collector):
-    def __init__(self, registry: Collector) -> None:
-        self._registry = registry
-
-    def collect(self) -> Iterable[Metric]:
-        for family in self._registry.collect():
-            family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
-            yield family
 
 
 def _version(package: str) -> str:

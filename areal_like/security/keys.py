@@ -26,6 +26,7 @@ from typing import Any
 
 from areal_like.config.common import NAME
 from areal_like.errors import ConfigError
+from areal_like.paths import private_descriptor, replacing, require_private
 
 _PUBLIC_KEY = re.compile(r"[0-9a-zA-Z.:+=^!/*?&<>()\[\]{}@%$#-]{40}")
 _TOKEN_DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -156,8 +157,7 @@ class KeyDirectory:
         """
         file = self.path / f"{name}.secret"
         try:
-            if file.stat().st_mode & 0o077:
-                raise ConfigError(f"{file} can be read by other users: chmod 600 {file}")
+            require_private(file)
             fields = json.loads(file.read_text())
             return Identity(**(fields | {"role": KeyRole(fields["role"])}))
         except OSError as error:
@@ -191,13 +191,10 @@ def write_secret(directory: Path, identity: Identity) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
+    with replacing(path) as partial, os.fdopen(private_descriptor(partial), "w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _is_well_formed(key: AllowedKey) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from areal_like.config.security import SecurityConfig
 from areal_like.errors import ConfigError
+from areal_like.paths import require_private
 
 _BEGIN, _END = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
 
@@ -28,8 +29,7 @@ def tls_files(security: SecurityConfig) -> tuple[str, str]:
         Path(security.tls_private_key).expanduser(),
     )
     try:
-        if key.stat().st_mode & 0o077:
-            raise ConfigError(f"{key} can be read by other users: chmod 600 {key}")
+        require_private(key)
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
     except OSError as error:  # ssl.SSLError is one
         raise ConfigError(

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from areal_like.errors import ConfigError
+from areal_like.paths import require_private
 from areal_like.security.keyring import Keyring
 from areal_like.security.keys import KeyRole
 
@@ -56,8 +57,7 @@ def read_secret(file: Path) -> str:
     users.
     """
     try:
-        if file.stat().st_mode & 0o077:
-            raise ConfigError(f"{file} can be read by other users: chmod 600 {file}")
+        require_private(file)
         with file.open("rb") as stream:
             content = stream.read(_MAX_TOKEN_BYTES + 1)
     except FileNotFoundError:

@@ -37,7 +37,7 @@ MAX_PER_S = 1000
 """Spans and values in a second, each."""
 _FLUSH_S = 0.5
 _SHORTEST_S = 1e-4
-"""Of the phases of a step."""
+"""Shortest phase of a step that is recorded, in seconds."""
 _OFFSET_S = 10.0
 """Interval at which a better estimate of the clock's offset is written."""
 _RETRY_S = 30.0
@@ -195,7 +195,7 @@ def listen(lane: str, listener: Callable[[float], None]) -> None:
 
 
 def observe(lane: str, seconds: float) -> None:
-    """Tells the listener of a lane of a duration that is no span."""
+    """Tells the listener of a lane of a duration that is not a span."""
     if (listener := _listeners.get(lane)) is not None:
         listener(seconds)
 

@@ -106,7 +106,7 @@ _Encode = Callable[[Any, _Writer], Any]
 _Decode = Callable[[Any, _Reader], Any]
 
 
-class Prefix(NamedTuple):
+class HeaderPrefix(NamedTuple):
     """The first three fields of a header, read without unpacking the fourth."""
 
     tag: str
@@ -135,7 +135,7 @@ def encode(message: Any, *, rid: int = 0) -> list[bytes]:
     return [header, b"".join(writer.chunks)] if writer.chunks else [header]
 
 
-def read_prefix(frames: Sequence[Frame]) -> Prefix:
+def read_prefix(frames: Sequence[Frame]) -> HeaderPrefix:
     """Tag and rid of a message, from a few bytes.
 
     Raises WireVersionError for another wire version, and WireError for an unknown tag, a header over the
@@ -168,10 +168,10 @@ def read_prefix(frames: Sequence[Frame]) -> Prefix:
     tag = TAGS[kind]
     if len(header) > (limit := HEADER_LIMITS[tag]):
         raise WireError(f"{tag}: header of {len(header)} bytes is over the limit of {limit}")
-    return Prefix(tag=tag, kind=kind, rid=rid, body_at=body_at)
+    return HeaderPrefix(tag=tag, kind=kind, rid=rid, body_at=body_at)
 
 
-def decode(frames: Sequence[Frame], prefix: Prefix | None = None) -> tuple[Any, int]:
+def decode(frames: Sequence[Frame], prefix: HeaderPrefix | None = None) -> tuple[Any, int]:
     """(message, rid) of the frames. Raises WireError for anything that `encode` would not write.
 
     `prefix`: of these frames, if it was read before.

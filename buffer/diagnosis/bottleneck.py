@@ -19,7 +19,7 @@ _ENOUGH_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Load:
+class PoolTotals:
     """Totals since the start of the run."""
 
     at_s: float
@@ -38,9 +38,9 @@ class Utilisation:
     """The shares over the last minute."""
 
     def __init__(self) -> None:
-        self._loads: deque[Load] = deque()
+        self._loads: deque[PoolTotals] = deque()
 
-    def observe(self, load: Load) -> None:
+    def observe(self, load: PoolTotals) -> None:
         """Adds the totals as they are now."""
         if self._loads and load.busy_s + load.idle_s < self._loads[-1].busy_s + self._loads[-1].idle_s:
             self._loads.clear()  # a server has left, or counts from zero
@@ -76,7 +76,7 @@ class Utilisation:
             or 0.0
         )
 
-    def _share(self, parts: Callable[[Load, Load], tuple[float, float]]) -> float | None:
+    def _share(self, parts: Callable[[PoolTotals, PoolTotals], tuple[float, float]]) -> float | None:
         if len(self._loads) < 2 or self._loads[-1].at_s - self._loads[0].at_s < _ENOUGH_S:
             return None
         part, whole = parts(self._loads[0], self._loads[-1])

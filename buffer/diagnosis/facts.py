@@ -133,7 +133,7 @@ class Cause:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class WaitLimits:
     """Seconds after which waiting is worth a line."""
 
     stall_s: float
@@ -142,6 +142,6 @@ class Limits:
     """For work whose time depends on the job: rewards, tools, a push, an optimizer step."""
 
     @classmethod
-    def of(cls, *, heartbeat_s: float) -> Limits:
+    def of(cls, *, heartbeat_s: float) -> WaitLimits:
         """Limits for a given heartbeat interval."""
         return cls(stall_s=max(5.0, 6 * heartbeat_s), work_s=max(10.0, 12 * heartbeat_s))

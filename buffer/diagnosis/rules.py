@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
-from buffer.diagnosis.facts import Cause, JobFacts, Limits, On, RankFacts, ServerFacts
+from buffer.diagnosis.facts import Cause, JobFacts, On, RankFacts, ServerFacts, WaitLimits
 from buffer.storage.base import Blocked
 
 _EVALUATION = "the evaluation"
@@ -45,7 +45,7 @@ _REMEDIES = {
 
 
 def causes_of(
-    facts: JobFacts, *, slow: Mapping[str, str], late: Collection[str], limits: Limits
+    facts: JobFacts, *, slow: Mapping[str, str], late: Collection[str], limits: WaitLimits
 ) -> list[Cause]:
     """The causes, the longest first; empty if nothing waits for long.
 
@@ -65,7 +65,7 @@ def causes_of(
     return sorted(causes, key=lambda cause: -cause.seconds)
 
 
-def effects_of(facts: JobFacts, *, limits: Limits) -> list[str]:
+def effects_of(facts: JobFacts, *, limits: WaitLimits) -> list[str]:
     """What waits on the causes: the trainer, and the places of its step that are missing."""
     effects = []
     waiting = max(facts.ranks, key=_data_wait, default=None)
@@ -87,7 +87,7 @@ def effects_of(facts: JobFacts, *, limits: Limits) -> list[str]:
     return effects
 
 
-def _buffer(facts: JobFacts, limits: Limits) -> Iterator[Cause]:
+def _buffer(facts: JobFacts, limits: WaitLimits) -> Iterator[Cause]:
     if facts.store_trouble:
         yield Cause(
             on=On.BUFFER,
@@ -106,7 +106,7 @@ def _buffer(facts: JobFacts, limits: Limits) -> Iterator[Cause]:
         )
 
 
-def _cut_off(facts: JobFacts, limits: Limits) -> Iterator[Cause]:
+def _cut_off(facts: JobFacts, limits: WaitLimits) -> Iterator[Cause]:
     """Every server and every rank fell silent at once: so many do not stop in the same seconds."""
     silent = [peer.silent_s for peer in (*facts.servers, *facts.ranks)]
     if not facts.ranks or not (facts.servers or facts.lost_servers) or max(silent) <= limits.stall_s:
@@ -125,7 +125,7 @@ def _cut_off(facts: JobFacts, limits: Limits) -> Iterator[Cause]:
     )
 
 
-def _silent(facts: JobFacts, limits: Limits) -> Iterator[Cause]:
+def _silent(facts: JobFacts, limits: WaitLimits) -> Iterator[Cause]:
     for peer in (*facts.servers, *facts.ranks):
         if peer.silent_s <= limits.stall_s:
             continue
@@ -139,7 +139,7 @@ def _silent(facts: JobFacts, limits: Limits) -> Iterator[Cause]:
         )
 
 
-def _lost(facts: JobFacts, limits: Limits) -> Iterator[Cause]:
+def _lost(facts: JobFacts, limits: WaitLimits) -> Iterator[Cause]:
     """Servers that were silent for so long that they are removed."""
     others = any(server.state == "serving" and not server.held_back for server in facts.servers)
     for name, seconds in facts.lost_servers.items():
@@ -168,7 +168,7 @@ def _liars(facts: JobFacts) -> Iterator[Cause]:
             )
 
 
-def _engines(facts: JobFacts, limits: Limits) -> Iterator[Cause]:
+def _engines(facts: JobFacts, limits: WaitLimits) -> Iterator[Cause]:
     for server in facts.servers:
         name, seconds = server.longest_wait("engine")
         is_starting = name == "ready"
@@ -236,7 +236,7 @@ def _slow(facts: JobFacts, slow: Mapping[str, str]) -> Iterator[Cause]:
             )
 
 
-def _operator(facts: JobFacts, limits: Limits) -> Iterator[Cause]:
+def _operator(facts: JobFacts, limits: WaitLimits) -> Iterator[Cause]:
     if facts.paused_s:
         yield Cause(
             on=On.OPERATOR,
@@ -247,7 +247,7 @@ def _operator(facts: JobFacts, limits: Limits) -> Iterator[Cause]:
         )
 
 
-def _absent(facts: JobFacts, limits: Limits) -> Iterator[Cause]:
+def _absent(facts: JobFacts, limits: WaitLimits) -> Iterator[Cause]:
     if len(facts.ranks) < max(1, facts.world_size) and facts.closed_s > limits.work_s:
         missing = f"{len(facts.ranks)} of {facts.world_size} ranks" if facts.world_size else "no rank"
         yield Cause(
@@ -269,7 +269,7 @@ def _absent(facts: JobFacts, limits: Limits) -> Iterator[Cause]:
     )
 
 
-def _pushes(facts: JobFacts, limits: Limits) -> Iterator[Cause]:
+def _pushes(facts: JobFacts, limits: WaitLimits) -> Iterator[Cause]:
     """Servers that have not confirmed weights. The trainer names them; a group waits for its slowest."""
     for rank in facts.ranks:
         for wait, seconds in rank.waits.items():
@@ -285,7 +285,7 @@ def _pushes(facts: JobFacts, limits: Limits) -> Iterator[Cause]:
             )
 
 
-def _behind_groups(facts: JobFacts, limits: Limits) -> Iterator[Cause]:
+def _behind_groups(facts: JobFacts, limits: WaitLimits) -> Iterator[Cause]:
     """The trainer waits for groups or an evaluation, and every process is alive."""
     waits_s = max(
         (max(_data_wait(rank), rank.waits.get(_EVALUATION, 0.0)) for rank in facts.ranks), default=0.0
@@ -324,7 +324,7 @@ def _held_back(servers: Iterable[ServerFacts], waits_s: float) -> Iterator[Cause
         )
 
 
-def _behind_ranks(facts: JobFacts, limits: Limits) -> Iterator[Cause]:
+def _behind_ranks(facts: JobFacts, limits: WaitLimits) -> Iterator[Cause]:
     """A rank that waits for another one inside a step, or for something outside the job."""
     for rank in facts.ranks:
         for wait, seconds in rank.waits.items():

@@ -9,8 +9,8 @@ from dataclasses import asdict
 from typing import Any
 
 from areal_like.runtime.metrics import Metrics
-from buffer.diagnosis.bottleneck import Load, Utilisation, advice
-from buffer.diagnosis.facts import Cause, JobFacts, Limits, On, PeerFacts
+from buffer.diagnosis.bottleneck import PoolTotals, Utilisation, advice
+from buffer.diagnosis.facts import Cause, JobFacts, On, PeerFacts, WaitLimits
 from buffer.diagnosis.rules import causes_of, effects_of, late_servers
 from buffer.diagnosis.speeds import Speeds
 
@@ -46,7 +46,7 @@ class Wakefulness:
 class Watchdog:
     """The diagnosis of one job, renewed by `look`."""
 
-    def __init__(self, metrics: Metrics, *, limits: Limits) -> None:
+    def __init__(self, metrics: Metrics, *, limits: WaitLimits) -> None:
         self._limits = limits
         self._speeds = Speeds()
         self._late_since_s: dict[str, float] = {}
@@ -64,7 +64,7 @@ class Watchdog:
         self._effects: list[str] = []
         self._max_staleness = 0
 
-    def look(self, facts: JobFacts, *, load: Load, max_staleness: int) -> None:
+    def look(self, facts: JobFacts, *, load: PoolTotals, max_staleness: int) -> None:
         """Takes the facts of this moment."""
         self._max_staleness = max_staleness
         for server in facts.servers:

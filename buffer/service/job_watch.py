@@ -11,8 +11,8 @@ from areal_like.config import Config
 from areal_like.runtime.metrics import Metrics
 from areal_like.wire.messages.hello import Role
 from areal_like.wire.messages.producer import Purpose
-from buffer.diagnosis.bottleneck import Load
-from buffer.diagnosis.facts import JobFacts, LeaseFacts, Limits, RankFacts, ServerFacts
+from buffer.diagnosis.bottleneck import PoolTotals
+from buffer.diagnosis.facts import JobFacts, LeaseFacts, RankFacts, ServerFacts, WaitLimits
 from buffer.diagnosis.life_times import LifeTimes, Timeline
 from buffer.diagnosis.watchdog import INTERVAL_S, Wakefulness, Watchdog
 from buffer.ledger.ledger import Ledger
@@ -33,7 +33,7 @@ class JobWatch:
         self._ledger = ledger
         self._peers = peers
         self._groups_per_step = config.trainer.groups_per_step
-        self._watchdog = Watchdog(metrics, limits=Limits.of(heartbeat_s=config.daemon.heartbeat_s))
+        self._watchdog = Watchdog(metrics, limits=WaitLimits.of(heartbeat_s=config.daemon.heartbeat_s))
         self._awake = Wakefulness(now_s=now_s)
         self._timeline = Timeline()
         LifeTimes(metrics, clock=time.monotonic).watch(ledger.state)
@@ -64,7 +64,7 @@ class JobWatch:
         self._looked_s = now_s
         self._watchdog.look(
             facts,
-            load=Load(
+            load=PoolTotals(
                 at_s=now_s,
                 num_steps=facts.trainer_step,
                 wait_s=self._wait_s,

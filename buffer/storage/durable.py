@@ -32,8 +32,8 @@ from pathlib import Path
 from typing import Self
 
 from areal_like.config import Config
-from areal_like.disks.ledger_place import network_warning
 from areal_like.errors import StoreCorruptError, UserError
+from areal_like.ledger_place import network_warning
 from areal_like.paths import RunPaths
 from areal_like.shards import WHOLE, Shard
 from areal_like.wire.records import Record, RecordLocation, read_record, segment_path

@@ -12,8 +12,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from areal_like.config import Config
-from areal_like.disks.ledger_place import recorded_shards, wanted_place
 from areal_like.errors import ConfigError
+from areal_like.ledger_place import recorded_shards, wanted_place
 from areal_like.paths import RunPaths
 from areal_like.shards import WHOLE, Shard
 from buffer.storage.segments import sync_directory

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from areal_like.config import Config
-from areal_like.disks.ledger_place import shards_of
 from areal_like.errors import ConfigError, StoreCorruptError
+from areal_like.ledger_place import shards_of
 from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config
 from areal_like.shards import add_up, all_shards

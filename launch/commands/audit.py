@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from launch.audit.run import audit_run
-from launch.commands.parser import Parser, add_run
+from launch.commands.parser import JSON, RUN, command
 from launch.run_directory.rundir import find_run
 
 
-def add_arguments(parser: Parser) -> None:
-    """RUN and `--json`."""
-    parser.describe(
-        "Check a run's ledger, trajectories and checkpoints against one another. Exit code 1, with the "
-        "offending ids, if they contradict each other.",
-        "audit myrun",
-    )
-    add_run(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON")
-
-
+@command(
+    "audit",
+    "Check a run's ledger, trajectories and checkpoints against one another. Exit code 1, with the offending "
+    "ids, if they contradict each other.",
+    RUN,
+    JSON,
+    examples=["audit myrun"],
+)
 def main(args: argparse.Namespace) -> int:
     """Prints the result; returns 1 when a check has failed, else 0."""
     audit = audit_run(find_run(args.run))
-    sys.stdout.write(audit.dumps() + "\n" if args.json else "\n".join([*audit.lines(), ""]))
+    print(audit.dumps() if args.json else "\n".join(audit.lines()))
     return 0 if audit.is_clean else 1

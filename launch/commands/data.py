@@ -8,50 +8,40 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
-from areal_like.runtime.command_line import OneValue, add_config_option, load_config
-from launch.commands.parser import Parser, add_settings
-from launch.local_job.child import python_path
+from areal_like.runtime.command_line import OneValue, load_config
+from launch.commands.configuration import CONFIG_FILE
+from launch.commands.foreground import run_role
+from launch.commands.parser import JSON, argument, as_typed, command, settings_argument
 from launch.observation.heard_prompts import read_heard_prompts
 from launch.run_directory.rundir import find_run
 
 _DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
-_ACTIONS = ("stats",)
 
 
-def add_arguments(parser: Parser) -> None:
-    """`stats`, what to look at, options and settings."""
-    parser.describe(
-        "Count and check rows: lengths, repeated prompts, held-out prompts that are also in training, labels "
-        "and broken rows. The rows are those of files (the first is the training split), of the task of a "
-        "configuration, or of the task of a run, then with the solve rates seen so far.",
+@command(
+    "data",
+    "Count and check rows: lengths, repeated prompts, held-out prompts that are also in training, labels and "
+    "broken rows. The rows are those of files (the first is the training split), of the task of a "
+    "configuration, or of the task of a run, then with the solve rates seen so far.",
+    argument("action", metavar="ACTION", choices=["stats"], help="stats"),
+    CONFIG_FILE,
+    argument("--rows", metavar="N", action=OneValue, help="read at most N rows of each split"),
+    JSON,
+    settings_argument(
+        metavar="FILE|CONFIG|RUN|key=value",
+        help="files (*.jsonl, *.json, *.parquet, hf:...), a configuration (*.yaml), a run, settings",
+    ),
+    examples=[
         "data stats train.jsonl test.jsonl model.path=Qwen/Qwen3-0.6B",
         "data stats job.yaml",
         "data stats myrun --rows 1000",
-    )
-    parser.add_argument("action", metavar="ACTION", choices=_ACTIONS, help="stats")
-    add_config_option(parser)
-    parser.add_argument(
-        "--rows",
-        metavar="N",
-        action=OneValue,
-        help="read at most N rows of each split",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    add_settings(
-        parser,
-        metavar="FILE|CONFIG|RUN|key=value",
-        help="files (*.jsonl, *.json, *.parquet, hf:...), a configuration (*.yaml), a run, settings",
-    )
-
-
+    ],
+)
 def main(args: argparse.Namespace) -> int:
     """Prints the numbers; returns the exit code of the process that reads the rows."""
     words = sort_words(args.settings)
@@ -61,26 +51,19 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError("data stats: name files of rows, a configuration (*.yaml) or a run")
     if (words.files and (words.configs or words.runs)) or len(words.configs) > 1 or len(words.runs) > 1:
         raise ConfigError("data stats: give either files of rows, or one configuration, one run or both")
-    command = [sys.executable, "-m", "rollout_server.data_stats", *(["--json"] if args.json else [])]
-    command += ["--rows", args.rows] if args.rows is not None else []
+    options = as_typed(args, "json", "rows")
     settings, heard = words.settings, ""
     if words.runs:
         paths = RunPaths(find_run(words.runs[0]))
         settings = ["--config", words.configs[0] if words.configs else str(paths.config), *settings]
-        command.append("--heard")
+        options.append("--heard")
         heard = _heard(paths, settings)
         settings = [*settings, f"name={paths.root.resolve().name}", f"runs_dir={paths.root.resolve().parent}"]
     elif words.configs:
         settings = ["--config", words.configs[0], *settings]
     for file in words.files:
-        command += ["--file", file]
-    return subprocess.run(
-        [*command, *settings],
-        env=os.environ | {"PYTHONPATH": python_path()},
-        input=heard,
-        text=True,
-        check=False,
-    ).returncode
+        options += ["--file", file]
+    return run_role("rollout_server.data_stats", *options, *settings, input=heard).returncode
 
 
 class Words(NamedTuple):

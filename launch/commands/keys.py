@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -24,46 +26,10 @@ from areal_like.security.administration import (
     rotate_keys,
 )
 from areal_like.security.keys import AllowedKey, KeyDirectory, KeyRole
-from launch.commands.parser import Parser
+from launch.commands.parser import argument, command
 
 _ROLES = [role.value for role in KeyRole]
 _GRACE_S = 3600.0
-
-
-def add_arguments(parser: Parser) -> None:
-    """ACTION, DIR, maybe NAME, and the options of the actions."""
-    parser.describe(
-        "Make, show and change the keys with which daemons authenticate each other (security.keys=DIR). A "
-        "running job reads the directory again by itself. The roles: " + ", ".join(_ROLES) + ".",
-        "keys init keys",
-        "keys show keys",
-        "keys add keys alice --role agent",
-        "keys rotate keys --grace 600",
-        "keys revoke keys alice",
-    )
-    actions = sorted(_ACTIONS)
-    parser.add_argument("action", metavar="ACTION", choices=actions, help=", ".join(actions))
-    parser.add_argument("directory", metavar="DIR", type=Path, help="the directory of the keys")
-    parser.add_argument(
-        "name", metavar="NAME", nargs="?", default="", help="one key (add, revoke; rotate: by default all)"
-    )
-    parser.add_argument("--roles", nargs="+", choices=_ROLES, metavar="ROLE", help="init: by default all")
-    parser.add_argument("--role", choices=_ROLES, metavar="ROLE", help="add: the new key's role")
-    parser.add_argument(
-        "--grace", type=float, metavar="SECONDS", help="rotate: how long old keys stay valid (3600)"
-    )
-
-
-def main(args: argparse.Namespace) -> int:
-    """Performs the action; returns 0."""
-    args.directory = args.directory.expanduser()
-    allowed = {"init": ("roles",), "add": ("role", "name"), "rotate": ("grace", "name"), "revoke": ("name",)}
-    for option in ("roles", "role", "grace", "name"):
-        given = getattr(args, option) not in (None, "")
-        if given and option not in allowed.get(args.action, ()):
-            raise ConfigError(f"keys {args.action} takes no {'NAME' if option == 'name' else f'--{option}'}")
-    sys.stdout.write(_ACTIONS[args.action](args))
-    return 0
 
 
 def _init(args: argparse.Namespace) -> str:
@@ -144,4 +110,48 @@ def _copy_hint(directory: Path) -> str:
     return f"running daemons read {directory} again within 2 s; copy public.json to other machines\n"
 
 
-_ACTIONS = {"add": _add, "init": _init, "revoke": _revoke, "rotate": _rotate, "show": _show}
+class _Action(NamedTuple):
+    run: Callable[[argparse.Namespace], str]
+    """Returns what is printed."""
+    options: tuple[str, ...] = ()
+    """Those of NAME and the options that it takes."""
+
+
+_ACTIONS = {
+    "add": _Action(_add, ("role", "name")),
+    "init": _Action(_init, ("roles",)),
+    "revoke": _Action(_revoke, ("name",)),
+    "rotate": _Action(_rotate, ("grace", "name")),
+    "show": _Action(_show),
+}
+
+
+@command(
+    "keys",
+    "Make, show and change the keys with which daemons authenticate each other (security.keys=DIR). A "
+    f"running job reads the directory again by itself. The roles: {', '.join(_ROLES)}.",
+    argument("action", metavar="ACTION", choices=sorted(_ACTIONS), help=", ".join(sorted(_ACTIONS))),
+    argument("directory", metavar="DIR", type=Path, help="the directory of the keys"),
+    argument(
+        "name", metavar="NAME", nargs="?", default="", help="one key (add, revoke; rotate: by default all)"
+    ),
+    argument("--roles", nargs="+", choices=_ROLES, metavar="ROLE", help="init: by default all"),
+    argument("--role", choices=_ROLES, metavar="ROLE", help="add: the new key's role"),
+    argument("--grace", type=float, metavar="SECONDS", help="rotate: how long old keys stay valid (3600)"),
+    examples=[
+        "keys init keys",
+        "keys show keys",
+        "keys add keys alice --role agent",
+        "keys rotate keys --grace 600",
+        "keys revoke keys alice",
+    ],
+)
+def main(args: argparse.Namespace) -> int:
+    """Performs the action; returns 0."""
+    args.directory = args.directory.expanduser()
+    for option in ("roles", "role", "grace", "name"):
+        given = getattr(args, option) not in (None, "")
+        if given and option not in _ACTIONS[args.action].options:
+            raise ConfigError(f"keys {args.action} takes no {'NAME' if option == 'name' else f'--{option}'}")
+    sys.stdout.write(_ACTIONS[args.action].run(args))
+    return 0

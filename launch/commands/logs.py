@@ -14,8 +14,8 @@ from pathlib import Path
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.terminal_text import harmless
-from launch.commands.parser import Parser, add_run
-from launch.logs.files import LEVELS, Entry, Source, complete_bytes, find_sources, since_time
+from launch.commands.parser import RUN, argument, command
+from launch.logs.files import LEVELS, Entry, LogFiles, complete_bytes, find_sources, since_time
 from launch.logs.following import Follower
 from launch.run_directory.rundir import find_run
 
@@ -23,32 +23,27 @@ _NUM_LAST = 200
 _POLL_S = 0.3
 
 
-def add_arguments(parser: Parser) -> None:
-    """RUN, the roles, and what to show of them."""
-    parser.describe(
-        "Show the logs of a run's daemons and engines, merged by time: the last 200 lines, the last N, or "
-        "those since TIME.",
-        "logs myrun",
-        "logs myrun trainer rollout-1 --since 10m --level WARNING",
-        "logs myrun -f",
-    )
-    add_run(parser)
-    parser.add_argument(
+@command(
+    "logs",
+    "Show the logs of a run's daemons and engines, merged by time: the last 200 lines, the last N, or those "
+    "since TIME.",
+    RUN,
+    argument(
         "roles", metavar="ROLE", nargs="*", default=[], help="trainer, rollout, rollout-1, ...; default: all"
-    )
-    parser.add_argument("-f", "--follow", action="store_true", help="go on until Ctrl-C, across rotations")
-    parser.add_argument("--since", metavar="TIME", help="10m, 2h, 1d, 12:30, or 2026-01-31T12:30")
-    parser.add_argument(
+    ),
+    argument("-f", "--follow", action="store_true", help="go on until Ctrl-C, across rotations"),
+    argument("--since", metavar="TIME", help="10m, 2h, 1d, 12:30, or 2026-01-31T12:30"),
+    argument(
         "--level",
         metavar="LEVEL",
         choices=LEVELS,
         type=str.upper,
         default=LEVELS[0],
         help=f"lowest level shown: {', '.join(LEVELS)}",
-    )
-    parser.add_argument("-n", "--lines", type=int, metavar="N", help=f"the last N lines ({_NUM_LAST})")
-
-
+    ),
+    argument("-n", "--lines", type=int, metavar="N", help=f"the last N lines ({_NUM_LAST})"),
+    examples=["logs myrun", "logs myrun trainer rollout-1 --since 10m --level WARNING", "logs myrun -f"],
+)
 def main(args: argparse.Namespace) -> int:
     """Prints the entries. Raises ConfigError without such a run, or without a log of these roles."""
     logs = RunPaths(find_run(args.run)).logs
@@ -84,7 +79,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _chosen(
-    sources: Sequence[Source],
+    sources: Sequence[LogFiles],
     ends: Mapping[Path, int],
     *,
     level: str,
@@ -103,7 +98,7 @@ def _chosen(
     return entries if num_last is None else deque(entries, maxlen=num_last)
 
 
-def _follow(find: Callable[[], list[Source]], *, starts: dict[Path, int], level: str) -> None:
+def _follow(find: Callable[[], list[LogFiles]], *, starts: dict[Path, int], level: str) -> None:
     follower = Follower(find, starts=starts)
     try:
         while True:
@@ -124,7 +119,7 @@ def _show(entries: Iterable[Entry]) -> None:
     sys.stdout.flush()
 
 
-def _complete(source: Source) -> int:
+def _complete(source: LogFiles) -> int:
     """Bytes of the newest file of a log up to the end of its last complete line."""
     try:
         return complete_bytes(source.files[-1])

@@ -1,6 +1,6 @@
-"""The argument parser of every `areal-like` command.
+"""What a verb of `areal-like` declares (`command`), and the parser that is made from it.
 
-Help, usage lines and completion are made from its arguments, so that each option is stated once. `--help`
+Usage, help, examples and completion come from the declaration, so that each option is stated once. `--help`
 has: usage, description, arguments, options, examples (a test parses the examples).
 """
 
@@ -8,19 +8,104 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 from areal_like.errors import ConfigError
+
+Main = Callable[[argparse.Namespace], int]
+"""What a verb does; returns the exit code."""
+Argument = Callable[[argparse._ActionsContainer], object]
+"""Adds one argument, or several, to a parser or to a group of a parser."""
+
+
+class Command(NamedTuple):
+    """The declaration of one verb."""
+
+    description: str
+    """What the verb does, in full sentences."""
+    arguments: tuple[Argument, ...]
+    """In the order of the help."""
+    examples: tuple[str, ...]
+    """Command lines without `areal-like`."""
+    main: Main
+
+
+VERBS: dict[str, Command] = {}
+"""The verbs of the modules in launch/commands/ that are imported so far."""
+
+
+def command(
+    verb: str, description: str, *arguments: Argument, examples: Sequence[str]
+) -> Callable[[Main], Main]:
+    """Declares a verb; decorates the function that does it."""
+
+    def declare(main: Main) -> Main:
+        VERBS[verb] = Command(description, arguments, tuple(examples), main)
+        return main
+
+    return declare
+
+
+def argument(*names: str, **options: Any) -> Argument:
+    """An argument or option, with the parameters of `ArgumentParser.add_argument`."""
+    return lambda parser: parser.add_argument(*names, **options)
+
+
+def flag(name: str, help: str) -> Argument:
+    """An option without a value."""
+    return argument(name, action="store_true", help=help)
+
+
+def group(title: str, *arguments: Argument) -> Argument:
+    """Options under a heading of their own in the help."""
+
+    def add(parser: argparse._ActionsContainer) -> None:
+        titled = parser.add_argument_group(title)
+        for each in arguments:
+            each(titled)
+
+    return add
+
+
+def run_argument(*, nargs: str | None = None) -> Argument:
+    """The positional RUN."""
+    return argument("run", metavar="RUN", nargs=nargs, help="a name below runs/ or a directory")
+
+
+def settings_argument(
+    *, metavar: str = "key=value", help: str = "settings (`areal-like run --help` lists them)"
+) -> Argument:
+    """The positional settings at the end."""
+    # Without a default, argparse lists the settings as required.
+    return argument("settings", metavar=metavar, nargs="*", default=[], help=help)
+
+
+RUN = run_argument()
+SETTINGS = settings_argument()
+JSON = flag("--json", "print JSON")
+
+
+def as_typed(args: argparse.Namespace, *names: str) -> list[str]:
+    """The options of these names as they were given, for another process: `--json`, `--rows`, `5`."""
+    words = []
+    for name in names:
+        if (value := getattr(args, name)) not in (None, False):
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return words
 
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are a ConfigError with one message. `--help` raises SystemExit(0)."""
 
     def __init__(self, verb: str, words: Sequence[str] = ()) -> None:
-        """`words`: the command line after the verb, as far as it is known."""
+        """`verb`: declared before. `words`: the command line after the verb, as far as it is known."""
+        self.declared = VERBS[verb]
+        examples = "\n".join(f"  areal-like {example}" for example in self.declared.examples)
         super().__init__(
             prog=f"areal-like {verb}",
+            description=self.declared.description,
+            epilog=f"examples:\n{examples}",
             formatter_class=_Formatter,
             allow_abbrev=False,
             conflict_handler="resolve",  # `run` replaces -h
@@ -28,12 +113,8 @@ class Parser(argparse.ArgumentParser):
         self.verb = verb
         self.names_buffer = any(word.partition("=")[0] == "--buffer" for word in words)
         """Whether the job is named by `--buffer`, so that there is no RUN."""
-        self.examples: tuple[str, ...] = ()
-
-    def describe(self, text: str, *examples: str) -> None:
-        """What the command does, in full sentences, and command lines (without `areal-like`) that show it."""
-        self.description, self.examples = text, examples
-        self.epilog = "examples:\n" + "\n".join(f"  areal-like {example}" for example in examples)
+        for add in self.declared.arguments:
+            add(self)
 
     def parse_words(self, words: Sequence[str]) -> argparse.Namespace:
         """Parses the command line after the verb; options may stand anywhere. Raises ConfigError."""
@@ -70,24 +151,3 @@ class _Formatter(argparse.HelpFormatter):
         if text.startswith("examples:\n"):
             return text
         return super()._fill_text(text, width, indent)
-
-
-def add_run(parser: Parser, *, nargs: str | None = None) -> None:
-    """The positional RUN."""
-    parser.add_argument("run", metavar="RUN", nargs=nargs, help="a name below runs/ or a directory")
-
-
-def add_settings(
-    parser: Parser,
-    *,
-    metavar: str = "key=value",
-    help: str = "settings (`areal-like run --help` lists them)",
-) -> None:
-    """The positional settings at the end."""
-    parser.add_argument(
-        "settings",
-        metavar=metavar,
-        nargs="*",
-        default=[],  # without a default, argparse lists the settings as required
-        help=help,
-    )

@@ -10,17 +10,15 @@ import argparse
 import json
 import secrets
 import shutil
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from areal_like.errors import ArealError, ConfigError
-from areal_like.paths import RunPaths
+from areal_like.paths import RunPaths, read_endpoint
 from areal_like.runtime.command_line import load_config
-from areal_like.runtime.daemon import read_endpoint
-from launch.commands.parser import Parser, add_run
+from launch.commands.parser import RUN, argument, command, flag
 from launch.observation.http_json import Operator, fetch_json, post_json
 from launch.run_directory.rundir import find_run
 from launch.view.profile import profile_lines
@@ -30,23 +28,19 @@ _SILENCE_S = 20.0
 """Longest time without an answer of a rank and without its report."""
 
 
-def add_arguments(parser: Parser) -> None:
-    """RUN and what to record."""
-    parser.describe(
-        "Record the next steps of a running trainer with torch's profiler: traces for Perfetto in "
-        "RUN/profiles, and a table of where the time goes. Exit code 1 if a rank has recorded fewer steps.",
-        "profile myrun",
-        "profile myrun --steps 5 --rank 0,3 --memory",
-    )
-    add_run(parser)
-    parser.add_argument("--steps", type=int, default=3, metavar="N", help="steps to record (3)")
-    parser.add_argument("--rank", default="0", metavar="R", help="ranks: 0 (the default), 0,3 or all")
-    parser.add_argument("--out", metavar="DIR", help="also copy the files to DIR")
-    parser.add_argument("--shapes", action="store_true", help="with the shapes of the operations' inputs")
-    parser.add_argument("--memory", action="store_true", help="with allocations")
-    parser.add_argument("--timeout", type=float, default=3600.0, metavar="S", help="longest wait (3600)")
-
-
+@command(
+    "profile",
+    "Record the next steps of a running trainer with torch's profiler: traces for Perfetto in RUN/profiles, "
+    "and a table of where the time goes. Exit code 1 if a rank has recorded fewer steps.",
+    RUN,
+    argument("--steps", type=int, default=3, metavar="N", help="steps to record (3)"),
+    argument("--rank", default="0", metavar="R", help="ranks: 0 (the default), 0,3 or all"),
+    argument("--out", metavar="DIR", help="also copy the files to DIR"),
+    flag("--shapes", "with the shapes of the operations' inputs"),
+    flag("--memory", "with allocations"),
+    argument("--timeout", type=float, default=3600.0, metavar="S", help="longest wait (3600)"),
+    examples=["profile myrun", "profile myrun --steps 5 --rank 0,3 --memory"],
+)
 def main(args: argparse.Namespace) -> int:
     """Returns 0 when all that was asked for is there, 1 when a rank has recorded less."""
     if args.steps < 1:
@@ -66,7 +60,7 @@ def main(args: argparse.Namespace) -> int:
         for rank, report in zip(ranks, reports, strict=True):
             for file in (*report["traces"], rank.report_file(str(request["id"])).name):
                 shutil.copy(paths.profiles / Path(file).name, out / Path(file).name)
-    sys.stdout.write("\n".join(profile_lines(reports, directory=out or paths.profiles)) + "\n")
+    print("\n".join(profile_lines(reports, directory=out or paths.profiles)))
     return int(any(len(report["steps"]) < args.steps for report in reports))
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import filecmp
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,8 +21,8 @@ from rich.console import Console
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths, checkpoint_name, write_json
 from areal_like.runtime.process import keep_files_private
-from launch.commands.parser import Parser, add_run, add_settings
-from launch.commands.stop_signals import StopSignals
+from launch.commands.foreground import StopSignals
+from launch.commands.parser import RUN, SETTINGS, argument, command, flag
 from launch.local_job.child import ProcessTable
 from launch.local_job.display import View
 from launch.local_job.foreground import Foreground
@@ -51,30 +50,29 @@ _WITHOUT_EFFECT = (
 """Prefixes of settings that affect only the generation of trajectories."""
 
 
-def add_arguments(parser: Parser) -> None:
-    """RUN, the run to compare it with, and settings."""
-    parser.describe(
-        "Train again on the trajectories of a run, with the same or other settings, in a new run directory. "
-        "The run must have had buffer.retain_trajectories=true. With --against, write no run: print the "
-        "first step at which two runs differ and by what, and train only that step of both again; exit code "
-        "1 if they differ.",
-        "replay myrun",
-        "replay myrun objective=ppo name=myrun-ppo",
-        "replay myrun --against other",
-    )
-    add_run(parser)
-    parser.add_argument("--against", metavar="OTHER", help="compare RUN with this run, step by step")
-    parser.add_argument(
+@command(
+    "replay",
+    "Train again on the trajectories of a run, with the same or other settings, in a new run directory. The "
+    "run must have had buffer.retain_trajectories=true. With --against, write no run: print the first step "
+    "at which two runs differ and by what, and train only that step of both again; exit code 1 if they "
+    "differ.",
+    RUN,
+    argument("--against", metavar="OTHER", help="compare RUN with this run, step by step"),
+    argument(
         "--tolerance",
         metavar="SHARE",
         type=float,
         help="with --against: relative difference that counts as equal, as 1e-5",
-    )
-    parser.add_argument("--records-only", action="store_true", help="with --against: train nothing again")
-    parser.add_argument("--json", action="store_true", help="with --against: print JSON")
-    add_settings(parser)
-
-
+    ),
+    flag("--records-only", "with --against: train nothing again"),
+    flag("--json", "with --against: print JSON"),
+    SETTINGS,
+    examples=[
+        "replay myrun",
+        "replay myrun objective=ppo name=myrun-ppo",
+        "replay myrun --against other",
+    ],
+)
 def main(args: argparse.Namespace) -> int:
     """Replays to the end, or compares; returns the exit code."""
     if args.against is not None:
@@ -104,7 +102,7 @@ def _compare_runs(args: argparse.Namespace) -> int:
         tolerance=args.tolerance,
         replays=not args.records_only,
     )
-    sys.stdout.write(comparison.dumps() + "\n" if args.json else "\n".join([*comparison.lines(), ""]))
+    print(comparison.dumps() if args.json else "\n".join(comparison.lines()))
     return 0 if comparison.is_equal else 1
 
 

@@ -16,14 +16,13 @@ from typing import Any
 
 from areal_like.automatic_settings import start_limit_s
 from areal_like.errors import ConfigError
-from areal_like.paths import RunPaths, write_json
+from areal_like.paths import RunPaths, read_endpoint, write_json
 from areal_like.runtime.command_line import load_config
-from areal_like.runtime.daemon import read_endpoint
 from areal_like.shards import all_shards
 from areal_like.terminal_text import harmless_values
-from launch.commands.drain import drain
-from launch.commands.parser import Parser, add_settings
-from launch.commands.running_job import add_job, job_of
+from launch.commands.control import drain
+from launch.commands.parser import argument, command, settings_argument
+from launch.commands.running_job import JOB, job_of
 from launch.local_job.lifecycle import START_PATIENCE
 from launch.observation.http_json import post_json
 from launch.observation.reach import RunningJob
@@ -35,21 +34,17 @@ _SHARED_SETTINGS = ("trainer.groups_per_step", "trainer.num_steps")
 """Settings of the trainer that the buffer uses too, so they cannot change while it runs."""
 
 
-def add_arguments(parser: Parser) -> None:
-    """The job, the role, and its settings."""
-    parser.describe(
-        "Replace the trainer, the buffer or a rollout server of a running job, while the others go on. The "
-        "trainer may get new settings: config.yaml has them when the new trainer is ready; if it refuses "
-        "them (exit code 2) or dies before (1), the run goes on with the old ones. A role that was started "
-        "by hand drains, and its supervisor has to start it again.",
-        "restart myrun rollout-1",
-        "restart myrun trainer trainer.lr=1e-6",
-    )
-    add_job(parser)
-    parser.add_argument("role", metavar="ROLE", help="trainer, buffer, or the name of a rollout server")
-    add_settings(parser, metavar="trainer.KEY=VALUE")
-
-
+@command(
+    "restart",
+    "Replace the trainer, the buffer or a rollout server of a running job, while the others go on. The "
+    "trainer may get new settings: config.yaml has them when the new trainer is ready; if it refuses them "
+    "(exit code 2) or dies before (1), the run goes on with the old ones. A role that was started by hand "
+    "drains, and its supervisor has to start it again.",
+    JOB,
+    argument("role", metavar="ROLE", help="trainer, buffer, or the name of a rollout server"),
+    settings_argument(metavar="trainer.KEY=VALUE"),
+    examples=["restart myrun rollout-1", "restart myrun trainer trainer.lr=1e-6"],
+)
 def main(args: argparse.Namespace) -> int:
     """Returns 0 when the launcher has taken the order, or the role has drained.
 
@@ -63,11 +58,10 @@ def main(args: argparse.Namespace) -> int:
     job = job_of(args)
     _check_settings(args.role, args.settings)
     if job.paths is None or not has_launcher(job.paths):
-        sys.stdout.write(by_hand(job, args.role, args.settings) + "\n")
+        print(by_hand(job, args.role, args.settings))
         return 0
     order_id = secrets.token_hex(8)
-    sys.stdout.write(order(job, job.paths, args.role, args.settings, order_id=order_id) + "\n")
-    sys.stdout.flush()
+    print(order(job, job.paths, args.role, args.settings, order_id=order_id), flush=True)
     return wait_until_ready(job, job.paths, args.settings, order_id=order_id) if args.settings else 0
 
 
@@ -95,7 +89,7 @@ def wait_until_ready(job: RunningJob, paths: RunPaths, settings: Sequence[str], 
     if outcome["exit_code"]:
         sys.stderr.write(f"restart: the trainer failed with {words} ({outcome['reason']}): {kept}\n")
         return 1
-    sys.stdout.write(f"the trainer is ready with {words}, which config.yaml has now\n")
+    print(f"the trainer is ready with {words}, which config.yaml has now")
     return 0
 
 

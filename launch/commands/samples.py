@@ -1,7 +1,7 @@
 """`areal-like samples RUN`: shows samples of a run as text, with rewards and lags (launch/samples/).
 
 Without options these are the worst three and the best three of the newest completed step: what the policy
-gets wrong, beside what it is rewarded for. The run may be going on.
+gets wrong, and what it is rewarded for. The run may be going on.
 """
 
 from __future__ import annotations
@@ -9,40 +9,44 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import sys
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.text import Text
 
 from areal_like.errors import ConfigError
-from launch.commands.parser import Parser, add_run
+from launch.commands.parser import JSON, RUN, argument, command, flag
 from launch.run_directory.rundir import find_run
 from launch.samples.choosing import transcripts
 from launch.samples.reading import Row, Selection
 from launch.samples.showing import lines_of
 
 
-def add_arguments(parser: Parser) -> None:
-    """RUN, what to show of it, and how."""
-    parser.describe(
-        "Show samples as text, with rewards, versions and lags by turn: by default the worst three and the "
-        "best three of the newest completed step.",
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"want a number of at least 1, got {text!r}")
+    return int(text)
+
+
+@command(
+    "samples",
+    "Show samples as text, with rewards, versions and lags by turn: by default the worst three and the best "
+    "three of the newest completed step.",
+    RUN,
+    argument("--step", type=int, metavar="K", help="of this step, not of the newest"),
+    argument("--set", metavar="NAME", dest="set_name", help="of this set's evaluation"),
+    argument("--ticket", type=int, metavar="T", help="the samples of this ticket"),
+    argument("--worst", type=_count, metavar="N", help="the N with the lowest rewards"),
+    argument("--best", type=_count, metavar="N", help="the N with the highest rewards"),
+    argument("--limit", type=_count, metavar="N", help="the first N, by position in the step"),
+    flag("--full", "long texts too"),
+    JSON,
+    examples=[
         "samples myrun",
         "samples myrun --step 120 --worst 10 --full",
         "samples myrun --set held_out --best 5",
-    )
-    add_run(parser)
-    parser.add_argument("--step", type=int, metavar="K", help="of this step, not of the newest")
-    parser.add_argument("--set", metavar="NAME", dest="set_name", help="of this set's evaluation")
-    parser.add_argument("--ticket", type=int, metavar="T", help="the samples of this ticket")
-    parser.add_argument("--worst", type=_count, metavar="N", help="the N with the lowest rewards")
-    parser.add_argument("--best", type=_count, metavar="N", help="the N with the highest rewards")
-    parser.add_argument("--limit", type=_count, metavar="N", help="the first N, by position in the step")
-    parser.add_argument("--full", action="store_true", help="long texts too")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-
-
+    ],
+)
 def main(args: argparse.Namespace) -> int:
     """Prints the samples. Raises ConfigError without any, StoreCorruptError for a damaged record."""
     if args.ticket is not None and (args.step is not None or args.set_name is not None):
@@ -51,7 +55,7 @@ def main(args: argparse.Namespace) -> int:
     selection = Selection(ticket=args.ticket, set_name=args.set_name, step=args.step)
     rows, samples = transcripts(root, selection, worst=args.worst, best=args.best, limit=args.limit)
     if args.json:
-        sys.stdout.write(json.dumps({"run": str(root), "samples": [one.as_json() for one in samples]}) + "\n")
+        print(json.dumps({"run": str(root), "samples": [one.as_json() for one in samples]}))
         return 0
     console = Console(highlight=False, markup=False, soft_wrap=True)
     with contextlib.suppress(BrokenPipeError, SystemExit):  # the reader, such as `head`, has seen enough
@@ -72,9 +76,3 @@ def _overview(rows: Sequence[Row], *, num_shown: int) -> str:
         where = f"step {first.step}"
     mean = sum(row.reward for row in rows) / len(rows)
     return f"{where}: {len(rows)} samples, mean reward {mean:.4g}; {num_shown} shown\n"
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"want a number of at least 1, got {text!r}")
-    return int(text)

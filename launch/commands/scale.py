@@ -12,7 +12,7 @@ import sys
 from areal_like.config import Config
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
-from launch.commands.parser import Parser, add_run
+from launch.commands.parser import RUN, argument, command
 from launch.nodes.settings import MOST_SERVERS
 from launch.nodes.start import read_run
 from launch.ray.driver import directory_of, want_servers
@@ -20,17 +20,14 @@ from launch.slurm.jobs import add_servers, jobs_of, remove_servers, to_end
 from launch.slurm.options import scripts_of
 
 
-def add_arguments(parser: Parser) -> None:
-    """RUN and N."""
-    parser.describe(
-        "Change the number of rollout servers of a run on Slurm or Ray: start more, or drain the newest. "
-        "`areal-like why RUN` says whether more would make it faster.",
-        "scale myrun 8",
-    )
-    add_run(parser)
-    parser.add_argument("number", metavar="N", type=int, help="rollout servers that the run shall have")
-
-
+@command(
+    "scale",
+    "Change the number of rollout servers of a run on Slurm or Ray: start more, or drain the newest. "
+    "`areal-like why RUN` says whether more would make it faster.",
+    RUN,
+    argument("number", metavar="N", type=int, help="rollout servers that the run shall have"),
+    examples=["scale myrun 8"],
+)
 def main(args: argparse.Namespace) -> int:
     """Returns 0 when new jobs are in the queue, or when the drained ones have left it."""
     if not 1 <= args.number <= MOST_SERVERS:

@@ -9,18 +9,18 @@ itself, because it has no other daemon that would wait.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 
 from areal_like.errors import ConfigError
-from areal_like.runtime.logs import configure_launcher_log
 from areal_like.runtime.process import keep_files_private
-from areal_like.runtime.signals import handle_log_signals, request_reopen
-from launch.commands.configuration import add_configuration, settings_of
-from launch.commands.parser import Parser
-from launch.commands.stop_signals import StopSignals
+from areal_like.runtime.signals import request_reopen
+from launch.commands.configuration import configuration, settings_of
+from launch.commands.foreground import StopSignals, in_directory
+from launch.commands.parser import command
 from launch.local_job.child import ProcessTable
 from launch.local_job.foreground import Foreground
 from launch.local_job.specs import DRAINED, JobSpecs
@@ -44,17 +44,13 @@ _INSTEAD = {
 """Settings of the section `trainer` that have another name here."""
 
 
-def add_arguments(parser: Parser) -> None:
-    """`CONFIG` or `--config FILE`, and settings."""
-    parser.describe(
-        "Train on conversations, or on prompts with completions (sft.train=FILE), in the run NAME-sft. The "
-        "result is a model for `areal-like run`. resume=latest continues a run that was stopped.",
-        "sft name=mine model=smollm2 sft.train=train.jsonl",
-        "sft job.yaml name=mine resume=latest",
-    )
-    add_configuration(parser, has_presets=False)
-
-
+@command(
+    "sft",
+    "Train on conversations, or on prompts with completions (sft.train=FILE), in the run NAME-sft. The "
+    "result is a model for `areal-like run`. resume=latest continues a run that was stopped.",
+    *configuration(has_presets=False),
+    examples=["sft name=mine model=smollm2 sft.train=train.jsonl", "sft job.yaml name=mine resume=latest"],
+)
 def main(args: argparse.Namespace) -> int:
     """Trains to the end; returns the exit code. Raises ConfigError before a step was trained."""
     return run_sft(settings_of("sft", args, has_presets=False))
@@ -68,22 +64,13 @@ def run_sft(argv: Sequence[str]) -> int:
     remarks = list(check_settings(argv))
     keep_files_private()
     run = open_run(argv, is_sft=True)
-    keep_files_private(run.paths.root)
-    configure_launcher_log(run.paths, run.config.daemon)
-    handle_log_signals(to_stderr=False, hangup=False)
     console = Console()
     view = LastingView(PlainView(run.config, console, line=sft_line))
-    for line in (*run.announcement, *remarks):
-        view.notice(line)
-    started_unix_s = time.time()
-    try:
+    with in_directory(run), contextlib.closing(view):
+        for line in (*run.announcement, *remarks):
+            view.notice(line)
+        started_unix_s = time.time()
         code = _train(run, view)
-    except ConfigError:
-        run.remove_if_created()
-        raise
-    finally:
-        view.close()
-        run.close()
     is_new = run.paths.summary.exists() and run.paths.summary.stat().st_mtime >= started_unix_s
     if code != 1 and is_new:
         with output_may_be_gone():

@@ -15,10 +15,11 @@ from collections.abc import Callable
 from areal_like.config import Config
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
-from areal_like.runtime.command_line import add_config_option, load_config
+from areal_like.runtime.command_line import load_config
 from areal_like.runtime.process import keep_files_private
-from launch.commands.parser import Parser, add_settings
-from launch.commands.stop_signals import StopSignals
+from launch.commands.configuration import CONFIG_FILE, file_and_settings
+from launch.commands.foreground import StopSignals
+from launch.commands.parser import SETTINGS, argument, command, flag, group
 from launch.nodes.settings import settings_for_nodes
 from launch.nodes.start import ROLES, read_run
 from launch.ray.cluster import STRATEGIES, RayOptions, import_ray
@@ -31,45 +32,50 @@ from launch.slurm.scheduler import kill_wait_s
 from launch.slurm.script import job_scripts
 
 
-def add_arguments(parser: Parser) -> None:
-    """The scheduler, the numbers of jobs, options of sbatch, and settings."""
-    parser.describe(
-        "Start a run, or continue it, on a cluster: a buffer, a trainer on N nodes, and rollout servers. "
-        "With --slurm they are jobs that restart themselves, and this command ends at once; with --ray they "
-        "are actors that own a process each, and this command stays until the run has ended.",
+@command(
+    "submit",
+    "Start a run, or continue it, on a cluster: a buffer, a trainer on N nodes, and rollout servers. With "
+    "--slurm they are jobs that restart themselves, and this command ends at once; with --ray they are "
+    "actors that own a process each, and this command stays until the run has ended.",
+    flag("--slurm", "as jobs of Slurm"),
+    flag("--ray", "as actors of a Ray cluster"),
+    argument("--rollout-jobs", metavar="N", type=int, help="default: rollout.num_servers"),
+    argument("--trainer-nodes", metavar="N", type=int, help="default: 1"),
+    argument("--interface", metavar="NAME", help="network interface that the daemons listen on"),
+    argument("--max-failures", metavar="N", type=int, help="in a row; default: 5"),
+    CONFIG_FILE,
+    group(
+        "Slurm",
+        argument("--join", metavar="RUN", default="", help="only add rollout jobs to this run"),
+        argument("--partition", metavar="NAME", help="default: the cluster's"),
+        argument("--time", metavar="LIMIT", help="time limit of each job, as of sbatch"),
+        argument("--sbatch-args", metavar="OPTIONS", help="for sbatch, of all jobs; one quoted word"),
+        *(
+            argument(f"--{role}-args", metavar="OPTIONS", help=f"for sbatch, of the {role} jobs")
+            for role in ROLES
+        ),
+        flag("--dry-run", "print the batch scripts, submit nothing"),
+    ),
+    group(
+        "Ray",
+        argument("--address", metavar="ADDRESS", default="auto", help="of the cluster; default: auto"),
+        argument(
+            "--strategy",
+            metavar="NAME",
+            choices=STRATEGIES,
+            default=STRATEGIES[0],
+            help=f"placement: {', '.join(STRATEGIES)}",
+        ),
+        argument("--cpus", metavar="N", type=float, default=1.0, help="of each actor; default: 1"),
+        argument("--wait", metavar="S", type=float, default=300.0, help="longest, for resources (300)"),
+    ),
+    SETTINGS,
+    examples=[
         "submit --slurm --config job.yaml name=myrun --rollout-jobs 4 --time 24:00:00",
         "submit --slurm --join myrun --rollout-jobs 2",
         "submit --ray --trainer-nodes 2 --config job.yaml name=myrun",
-    )
-    parser.add_argument("--slurm", action="store_true", help="as jobs of Slurm")
-    parser.add_argument("--ray", action="store_true", help="as actors of a Ray cluster")
-    parser.add_argument("--rollout-jobs", metavar="N", type=int, help="default: rollout.num_servers")
-    parser.add_argument("--trainer-nodes", metavar="N", type=int, help="default: 1")
-    parser.add_argument("--interface", metavar="NAME", help="network interface that the daemons listen on")
-    parser.add_argument("--max-failures", metavar="N", type=int, help="in a row; default: 5")
-    add_config_option(parser)
-    slurm = parser.add_argument_group("Slurm")
-    slurm.add_argument("--join", metavar="RUN", default="", help="only add rollout jobs to this run")
-    slurm.add_argument("--partition", metavar="NAME", help="default: the cluster's")
-    slurm.add_argument("--time", metavar="LIMIT", help="time limit of each job, as of sbatch")
-    slurm.add_argument("--sbatch-args", metavar="OPTIONS", help="for sbatch, of all jobs; one quoted word")
-    for role in ROLES:
-        slurm.add_argument(f"--{role}-args", metavar="OPTIONS", help=f"for sbatch, of the {role} jobs")
-    slurm.add_argument("--dry-run", action="store_true", help="print the batch scripts, submit nothing")
-    ray = parser.add_argument_group("Ray")
-    ray.add_argument("--address", metavar="ADDRESS", default="auto", help="of the cluster; default: auto")
-    ray.add_argument(
-        "--strategy",
-        metavar="NAME",
-        choices=STRATEGIES,
-        default=STRATEGIES[0],
-        help=f"placement: {', '.join(STRATEGIES)}",
-    )
-    ray.add_argument("--cpus", metavar="N", type=float, default=1.0, help="of each actor; default: 1")
-    ray.add_argument("--wait", metavar="S", type=float, default=300.0, help="longest, for resources (300)")
-    add_settings(parser)
-
-
+    ],
+)
 def main(args: argparse.Namespace) -> int:
     """Returns 0 when the jobs are in the queue or the run is finished already; on Ray the run's exit code."""
     if args.slurm == args.ray:
@@ -82,12 +88,12 @@ def main(args: argparse.Namespace) -> int:
 
 def _slurm(args: argparse.Namespace) -> int:
     """Submits the jobs of a run, or prints their scripts."""
-    paths = RunPaths.of(load_config(_words_of(args)))
+    paths = RunPaths.of(load_config(file_and_settings(args)))
     kept = read_kept(paths) if is_begun(paths) else {}
     if any(setting.startswith("rollout.num_servers=") for setting in args.settings):
         kept.pop("rollout_jobs", None)
     options = SlurmOptions.of(args, kept)
-    config = settings_for_nodes(_words_of(args), trainer_nodes=options.trainer_nodes)
+    config = settings_for_nodes(file_and_settings(args), trainer_nodes=options.trainer_nodes)
     number = options.num_servers(default=config.rollout.num_servers)
     scripts = job_scripts(config, options)
     if text := kept_text(args, kept):
@@ -127,7 +133,7 @@ def _ray(args: argparse.Namespace) -> int:
         raise ConfigError(f"submit --ray: {', '.join(wrong)} is an option of Slurm; leave it out")
     options = RayOptions.of(args)
     import_ray()
-    config = settings_for_nodes(_words_of(args), trainer_nodes=options.trainer_nodes)
+    config = settings_for_nodes(file_and_settings(args), trainer_nodes=options.trainer_nodes)
     if _is_finished(config):
         return 0
 
@@ -137,10 +143,6 @@ def _ray(args: argparse.Namespace) -> int:
 
     number = options.num_servers(default=config.rollout.num_servers)
     return run_on_ray(config, options, num_servers=number, listen=listen)
-
-
-def _words_of(args: argparse.Namespace) -> list[str]:
-    return [*([] if args.config is None else ["--config", args.config]), *args.settings]
 
 
 def _is_finished(config: Config) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from areal_like.config.dotted import flat
+from areal_like.config.loading import flat
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths, find_checkpoints
 from launch.run_files import read_config, read_rows

@@ -102,7 +102,7 @@ class SecretFile:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clock:
+class RemoteClock:
     """The clock of another machine, compared with this one's."""
 
     of: str
@@ -112,7 +112,7 @@ class Clock:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class ProcessLimits:
     """Limits of this process and machine."""
 
     max_files: int
@@ -140,9 +140,9 @@ class Facts:
     gpus: GpuFacts = field(default_factory=GpuFacts)
     versions: tuple[Versions, ...] = ()
     secrets: tuple[SecretFile, ...] = ()
-    clocks: tuple[Clock, ...] = ()
-    limits: Limits = field(
-        default_factory=lambda: Limits(max_files=1 << 20, max_locked_bytes=None, shm_bytes=None)
+    clocks: tuple[RemoteClock, ...] = ()
+    limits: ProcessLimits = field(
+        default_factory=lambda: ProcessLimits(max_files=1 << 20, max_locked_bytes=None, shm_bytes=None)
     )
     model_error: str = ""
     """Why `model.path` cannot be used here."""

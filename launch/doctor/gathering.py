@@ -23,10 +23,9 @@ from pathlib import Path
 
 from areal_like.config import Config
 from areal_like.config.gpus import engine_gpus, trainer_gpus
-from areal_like.disks.file_system import file_system_of, is_network
-from areal_like.disks.ledger_place import wanted_place
 from areal_like.errors import ConfigError
 from areal_like.hosts import is_loopback
+from areal_like.ledger_place import file_system_of, is_network, wanted_place
 from areal_like.paths import BUILT_MODELS, cache_dir, model_path
 from areal_like.security.binding import require_loopback_or_keys
 from areal_like.shards import all_shards
@@ -34,13 +33,13 @@ from areal_like.wire.addresses import buffer_host, buffer_port
 from areal_like.wire.sockets import bound_socket
 from launch.doctor.facts import (
     BoundAddress,
-    Clock,
     Disk,
     Facts,
     Gpu,
     GpuFacts,
-    Limits,
     Name,
+    ProcessLimits,
+    RemoteClock,
     SecretFile,
     Versions,
 )
@@ -236,7 +235,7 @@ def _secret(path: Path, *, is_needed: bool = True) -> SecretFile:
     return SecretFile(path=str(path), mode=found.st_mode & 0o777, is_needed=is_needed, is_mine=is_mine)
 
 
-def _clock(job: RunningJob, address: str) -> Clock:
+def _clock(job: RunningJob, address: str) -> RemoteClock:
     """Compares this clock with the Date header of a buffer, which has whole seconds."""
     host, _, port = address.rpartition(":")
     connection = job.operator.connection(host.strip("[]"), int(port), timeout_s=5.0)
@@ -247,14 +246,14 @@ def _clock(job: RunningJob, address: str) -> Clock:
         after_s = time.time()
         ahead_s = parsedate_to_datetime(date).timestamp() + 0.5 - (before_s + after_s) / 2
     except (OSError, http.client.HTTPException, ValueError, TypeError):
-        return Clock(of=address, ahead_s=None)
+        return RemoteClock(of=address, ahead_s=None)
     finally:
         connection.close()
     # uvicorn makes the header about once a second, so it may be a second old.
-    return Clock(of=address, ahead_s=ahead_s, uncertain_s=1.5 + (after_s - before_s) / 2)
+    return RemoteClock(of=address, ahead_s=ahead_s, uncertain_s=1.5 + (after_s - before_s) / 2)
 
 
-def _limits() -> Limits:
+def _limits() -> ProcessLimits:
     locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
     shm = Path("/dev/shm")
     active: list[str] = []
@@ -264,7 +263,7 @@ def _limits() -> Limits:
         with contextlib.suppress(OSError):
             (active if "ACTIVE" in state.read_text() else down).append(name)
     variables = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
-    return Limits(
+    return ProcessLimits(
         max_files=resource.getrlimit(resource.RLIMIT_NOFILE)[1],
         max_locked_bytes=None if locked == resource.RLIM_INFINITY else locked,
         shm_bytes=shutil.disk_usage(shm).total if shm.is_dir() else None,

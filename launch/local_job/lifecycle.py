@@ -68,7 +68,7 @@ class Phase(StrEnum):
     """Daemons end one after another."""
 
 
-class Outcome:
+class JobOutcome:
     """The job counts as successful until a failure is recorded; a later failure replaces an earlier one."""
 
     def __init__(self) -> None:
@@ -135,7 +135,7 @@ class JobLifecycle:
         self._progress = ProgressClock(now_s=now_s)
         self.phase = Phase.PREPARING
         self.has_begun = False  # True once all daemons have been ready at the same time
-        self.outcome = Outcome()
+        self.outcome = JobOutcome()
 
     @property
     def is_over(self) -> bool:

@@ -51,7 +51,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Source:
+class LogFiles:
     """The files of one log, the oldest first."""
 
     name: str
@@ -114,7 +114,7 @@ class Source:
 class LineParser:
     """Turns the lines of one file into entries."""
 
-    def __init__(self, source: Source, *, unix_s: float) -> None:
+    def __init__(self, source: LogFiles, *, unix_s: float) -> None:
         """`unix_s`: time of lines before the first one with a time."""
         self._source, self._unix_s = source, unix_s
 
@@ -148,7 +148,7 @@ class LineParser:
         return Entry(unix_s + self._source.offset_s, self._source.name, level, "\n".join(parts))
 
 
-def find_sources(logs: Path, roles: Sequence[str]) -> list[Source]:
+def find_sources(logs: Path, roles: Sequence[str]) -> list[LogFiles]:
     """The logs of a run, or those of `roles`: a daemon with its engine, or all daemons of a kind."""
     families: dict[tuple[str, bool], list[tuple[int, Path]]] = {}
     for path in logs.iterdir() if logs.is_dir() else ():
@@ -160,7 +160,7 @@ def find_sources(logs: Path, roles: Sequence[str]) -> list[Source]:
         if not roles or any(name == role or name.startswith(f"{role}-") for role in roles):
             families.setdefault((name, is_json), []).append((number, path))
     return [
-        Source(
+        LogFiles(
             name,
             tuple(path for _, path in sorted(files, reverse=True)),
             is_json,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from launch.logs.files import MAX_LINE_BYTES, Entry, LineParser, Source
+from launch.logs.files import MAX_LINE_BYTES, Entry, LineParser, LogFiles
 
 _MAX_LINES = 10_000
 """Lines of one file in one poll, so that memory is bounded; the rest comes with the next poll."""
@@ -21,7 +21,7 @@ class Follower:
                   -> shorter than before (truncated) -> read from its beginning
     """
 
-    def __init__(self, sources: Callable[[], Sequence[Source]], *, starts: dict[Path, int]) -> None:
+    def __init__(self, sources: Callable[[], Sequence[LogFiles]], *, starts: dict[Path, int]) -> None:
         """`sources`: called at each poll, because daemons may join. `starts`: bytes shown, by file."""
         self._sources = sources
         self._open: dict[Path, _OpenFile] = {}
@@ -47,7 +47,7 @@ class Follower:
 
 
 class _OpenFile:
-    def __init__(self, source: Source, path: Path, *, start: int) -> None:
+    def __init__(self, source: LogFiles, path: Path, *, start: int) -> None:
         self._source, self._path = source, path
         self._file: BinaryIO = path.open("rb")
         self._file.seek(start)

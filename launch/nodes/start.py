@@ -50,7 +50,7 @@ _FIRST_PORT, _NUM_PORTS = 20_000, 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class RolePlace:
     """Where a role is started."""
 
     address: str
@@ -99,7 +99,7 @@ def exit_code_of(what: str, run: Callable[[], None]) -> int:
     return 0
 
 
-def start(role: str, config: Config, paths: RunPaths, place: Place) -> None:
+def start(role: str, config: Config, paths: RunPaths, place: RolePlace) -> None:
     """Waits, and replaces this process by the daemon. Raises ArealError at the limit of a wait."""
     if role == "buffer":
         _prepare_model(config, paths)
@@ -115,7 +115,7 @@ def start(role: str, config: Config, paths: RunPaths, place: Place) -> None:
     _become([module, "--config", str(paths.config), *name, *settings], num_threads=threads)
 
 
-def role_settings(role: str, place: Place) -> list[str]:
+def role_settings(role: str, place: RolePlace) -> list[str]:
     """The settings of one role that depend on the node."""
     address = place.address
     common = [f'daemon.http_host="{address}"', "daemon.advertise_host=''"]
@@ -220,7 +220,7 @@ def main(argv: Sequence[str]) -> int:
 
     def body() -> None:
         paths, config = read_run(run)
-        start(role, config, paths, Place(**json.loads(place)))
+        start(role, config, paths, RolePlace(**json.loads(place)))
 
     return exit_code_of(role, body)
 

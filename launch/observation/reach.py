@@ -16,9 +16,8 @@ from typing import Any, Self
 from areal_like.config import Config, from_mapping
 from areal_like.config.security import SecurityConfig
 from areal_like.errors import ConfigError
-from areal_like.paths import RunPaths
+from areal_like.paths import RunPaths, read_endpoint
 from areal_like.runtime.command_line import load_config
-from areal_like.runtime.daemon import read_endpoint
 from areal_like.shards import all_shards
 from launch.observation.http_json import REQUEST_TIMEOUT_S, Operator, fetch_json, post_json
 from launch.observation.observer import (

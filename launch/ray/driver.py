@@ -22,7 +22,7 @@ from areal_like.config import Config
 from areal_like.errors import ArealError, ConfigError
 from areal_like.paths import RunPaths
 from launch.nodes.settings import MOST_SERVERS, make_directory
-from launch.nodes.start import ROLES, Place
+from launch.nodes.start import ROLES, RolePlace
 from launch.ray.cluster import ActorLostError, Cluster, RayOptions, resources_of
 from launch.ray.roles import RoleState, Supervision
 from launch.run_directory.rundir import is_locked
@@ -155,9 +155,9 @@ class Driver:
         self._started[role] = Started(actors, runs)
         _say(f"{role.name} is on {', '.join(addresses)}, start {role.num_starts}")
 
-    def _place(self, role: RoleState) -> Place:
+    def _place(self, role: RoleState) -> RolePlace:
         """The place of the role's last start, on a node that is not known yet."""
-        return Place(
+        return RolePlace(
             address="",
             job=f"{self._job}n{role.number}",
             number=self._number + role.num_starts,

@@ -114,7 +114,7 @@ _SPEED = (
 _CATALOGUE = {"Learning": _LEARNING, "Responses": _RESPONSES, "Speed": _SPEED}
 
 
-class Kind(StrEnum):
+class SeriesKind(StrEnum):
     """How a series is drawn."""
 
     LINE = "line"
@@ -134,7 +134,7 @@ class Series:
     """0: the run of the report, 1: the one that it is compared with."""
     color: int
     line: Line
-    kind: Kind
+    kind: SeriesKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +169,7 @@ def _chart(spec: Spec, runs: Sequence[Run], set_names: Sequence[str]) -> Chart:
             if any(value and math.isfinite(value) for value in line.mean)
             or (at == 0 and any(map(math.isfinite, line.mean)))
         ]
-        kind = Kind.THIN if label in spec.thin else Kind.LINE
+        kind = SeriesKind.THIN if label in spec.thin else SeriesKind.LINE
         series += [
             Series(label=label, run=run, color=len(labels), line=line, kind=kind) for run, line in shown
         ]
@@ -203,7 +203,7 @@ def _points(name: str, runs: Sequence[Run], *, first_color: int) -> list[Series]
             )
             color = first_color + index
             found.append(
-                Series(label=f"held out: {name}", run=index, color=color, line=line, kind=Kind.POINTS)
+                Series(label=f"held out: {name}", run=index, color=color, line=line, kind=SeriesKind.POINTS)
             )
     return found
 

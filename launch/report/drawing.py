@@ -14,7 +14,7 @@ from itertools import groupby
 from typing import Any
 
 from launch.formatting import labels, short, ticks
-from launch.report.charts import Chart, Kind, Series
+from launch.report.charts import Chart, Series, SeriesKind
 
 NUM_COLORS = 8
 _NUM_TICKS = 5
@@ -115,10 +115,10 @@ def _paths(one: Series, x: Axis, y: Axis) -> Iterator[tuple[str, str]]:
     if _has_band(one):
         bands = (f"M{points(piece, line.high)}L{points(piece[::-1], line.low)}Z" for piece in pieces)
         yield f"band {color}", "".join(bands)
-    style = "line thin" if one.kind == Kind.POINTS else one.kind
+    style = "line thin" if one.kind == SeriesKind.POINTS else one.kind
     # A line of no length at the end makes a dot of a single point.
     yield f"{style} {color}", "".join(f"M{points(piece, line.mean)}h0" for piece in pieces)
-    if one.kind == Kind.POINTS:
+    if one.kind == SeriesKind.POINTS:
         known = [at for at in range(len(line.x)) if math.isfinite(line.low[at] + line.high[at])]
         whiskers = (f"M{points([at], line.low)}L{points([at], line.high)}" for at in known)
         yield f"whisker {color}", "".join(whiskers)
@@ -126,7 +126,7 @@ def _paths(one: Series, x: Axis, y: Axis) -> Iterator[tuple[str, str]]:
 
 
 def _has_band(one: Series) -> bool:
-    return one.kind == Kind.LINE and one.line.is_reduced
+    return one.kind == SeriesKind.LINE and one.line.is_reduced
 
 
 def _legend(series: Sequence[Series], *, num_runs: int) -> dict[int, str]:
@@ -142,7 +142,7 @@ def _legend(series: Sequence[Series], *, num_runs: int) -> dict[int, str]:
 
 
 def _hover(one: Series, steps: list[list[float]], *, num_runs: int) -> dict[str, Any]:
-    line, is_points = one.line, one.kind == Kind.POINTS
+    line, is_points = one.line, one.kind == SeriesKind.POINTS
     if line.x not in steps:
         steps.append(line.x)
     texts = []

@@ -30,7 +30,7 @@ class Event:
 
 
 @dataclass(frozen=True)
-class Change:
+class SettingChange:
     """A setting that got another value while the run went on, or an action that an operator asked for."""
 
     step: int
@@ -65,7 +65,7 @@ class LedgerFacts:
     crashed_steps: dict[int, int] = field(default_factory=dict)
     """Step -> trainers that began it and did not complete it."""
     events: list[Event] = field(default_factory=list)
-    changes: list[Change] = field(default_factory=list)
+    changes: list[SettingChange] = field(default_factory=list)
     """In the order in which they were made."""
     problem: str = ""
     """Why a ledger could not be read."""
@@ -143,9 +143,9 @@ def _operations(rows: Any) -> list[Event]:
     ]
 
 
-def _changes(rows: Any) -> list[Change]:
+def _changes(rows: Any) -> list[SettingChange]:
     """Without the values that the run was begun with."""
-    found: list[Change] = []
+    found: list[SettingChange] = []
     values: dict[str, list[tuple[int, str]]] = {}
     for step, key, value, origin, unix_s in rows(
         "settings", "SELECT step, key, value, origin, unix_s FROM settings ORDER BY id"
@@ -153,7 +153,7 @@ def _changes(rows: Any) -> list[Change]:
         earlier = [known for first, known in values.get(key, []) if first <= step]
         if origin == "operator" or (earlier and earlier[-1] != value):
             before = earlier[-1] if earlier else ""
-            found.append(Change(int(step), str(key), before, str(value), str(origin), float(unix_s)))
+            found.append(SettingChange(int(step), str(key), before, str(value), str(origin), float(unix_s)))
         if value != "now":
             values.setdefault(key, []).append((int(step), str(value)))
     return found

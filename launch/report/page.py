@@ -17,7 +17,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from areal_like.config.dotted import flat
+from areal_like.config.loading import flat
 from areal_like.terminal_text import harmless
 from launch.formatting import utc
 from launch.report.charts import sections
@@ -25,7 +25,7 @@ from launch.report.drawing import NUM_COLORS, Drawing, drawn, x_axis
 from launch.report.figures import figures
 from launch.report.findings import findings
 from launch.report.run import Run
-from launch.report.samples import Samples
+from launch.report.samples import ShownSamples
 from launch.report.tables import (
     Table,
     change_table,
@@ -62,7 +62,7 @@ _SFT_FACTS = {"model": "model.path", "data": "sft.train", "trainer ranks": "trai
 
 
 @dataclass(frozen=True)
-class Part:
+class PageSection:
     """What is under one heading; left out if it has no content and no text `empty` in its place."""
 
     title: str
@@ -73,7 +73,7 @@ class Part:
     """True if there is room for two tables in a row."""
     findings: list[str] = field(default_factory=list)
     charts: list[Drawing] = field(default_factory=list)
-    samples: Samples | None = None
+    samples: ShownSamples | None = None
 
     @property
     def anchor(self) -> str:
@@ -87,29 +87,31 @@ class Part:
         return bool(self.findings or self.charts or self.samples or has_rows)
 
 
-def page(runs: Sequence[Run], *, samples: Samples, now_s: float, version: str) -> str:
+def page(runs: Sequence[Run], *, samples: ShownSamples, now_s: float, version: str) -> str:
     """The page of one run, or of two: the second is the one that it is compared with."""
     run = runs[0]
     charted = sections(runs)
     x = x_axis(chart for charts in charted.values() for chart in charts)
     steps: list[list[float]] = []
     charts = [
-        Part(title, charts=[drawn(chart, x=x, steps=steps, num_runs=len(runs)) for chart in found])
+        PageSection(title, charts=[drawn(chart, x=x, steps=steps, num_runs=len(runs)) for chart in found])
         for title, found in charted.items()
     ]
-    compared = Part("Figures" if len(runs) == 1 else "A and B", [figure_table(runs)])
+    compared = PageSection("Figures" if len(runs) == 1 else "A and B", [figure_table(runs)])
     is_upgraded = not run.is_sft and run.has_ledger and not run.ledger.counts_selection
     selection_note = _SELECTION_NOTE + _UPGRADE_NOTE * is_upgraded
     parts = [
-        Part("Look at", findings=findings(run), empty="Nothing to report."),
+        PageSection("Look at", findings=findings(run), empty="Nothing to report."),
         *([*charts, compared] if len(runs) == 1 else [compared, *charts]),
-        Part("Drops and failures", drop_tables(run), is_wide=True, empty="" if run.is_sft else "None."),
-        Part("Selection", selection_tables(run), selection_note, is_wide=True),
-        Part("Changes", [change_table(run)]),
-        Part("Samples", samples=samples),
-        Part("Events", event_tables(run)),
-        Part("Log messages", [message_table(run)], _MESSAGES_NOTE, empty="No warning and no error."),
-        Part("Settings", setting_tables(runs)),
+        PageSection(
+            "Drops and failures", drop_tables(run), is_wide=True, empty="" if run.is_sft else "None."
+        ),
+        PageSection("Selection", selection_tables(run), selection_note, is_wide=True),
+        PageSection("Changes", [change_table(run)]),
+        PageSection("Samples", samples=samples),
+        PageSection("Events", event_tables(run)),
+        PageSection("Log messages", [message_table(run)], _MESSAGES_NOTE, empty="No warning and no error."),
+        PageSection("Settings", setting_tables(runs)),
     ]
     shown = [part for part in parts if part.empty or part.has_content]
     # An event in the last step is usually the end of the run, which says nothing new.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from areal_like.config import Config, to_mapping
-from areal_like.config.dotted import flat
+from areal_like.config.loading import flat
 from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths, find_checkpoints
 from areal_like.runtime.command_line import OPEN_SECTIONS
@@ -26,7 +26,7 @@ _MAX_EVALUATIONS = 20_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Status:
+class RunStatus:
     """Whether the run goes on, and why not."""
 
     word: str
@@ -62,7 +62,7 @@ class Run:
     """rows.json of a supervised run."""
     ledger: LedgerFacts
     logs: LogFacts
-    status: Status
+    status: RunStatus
     checkpoints: list[int] = field(default_factory=list)
     has_ledger: bool = False
 
@@ -181,27 +181,29 @@ def _evaluations(path: Path) -> list[Evaluation]:
     return sorted(found, key=lambda one: one.step)
 
 
-def status_of(paths: RunPaths, logs: LogFacts, summary: dict[str, Any], *, num_rows: int) -> Status:
+def status_of(paths: RunPaths, logs: LogFacts, summary: dict[str, Any], *, num_rows: int) -> RunStatus:
     """Whether a run goes on, from its files. `num_rows`: steps that have a row."""
     held = is_held(paths)
     newest = max((_modified(path) for path in (paths.metrics, *paths.logs.glob("*.log"))), default=0.0)
     steps = f"{num_rows:,} steps"
     if held or (held is None and time.time() - newest < _SILENT_S and any(paths.endpoints.glob("*.json"))):
-        return Status(word="running", detail=f"{steps} so far")
+        return RunStatus(word="running", detail=f"{steps} so far")
     summarized = _modified(paths.summary)
     if summary and bool(summary.get("finished")):
-        return Status(word="finished", detail=f"all {steps} are trained")
+        return RunStatus(word="finished", detail=f"all {steps} are trained")
     failures = [one for one in logs.exits if one[0] > summarized - 1]
     if failures:
         # The first daemon that failed has usually taken the others with it.
         last_s = failures[-1][0]
         _, daemon, reason = next(one for one in failures if last_s - one[0] < _SILENT_S)
-        return Status(word="failed", detail=f"{daemon}: {reason}")
+        return RunStatus(word="failed", detail=f"{daemon}: {reason}")
     if summary:
-        return Status(word="drained", detail=f"stopped after {steps}; resume=latest continues it")
+        return RunStatus(word="drained", detail=f"stopped after {steps}; resume=latest continues it")
     if newest == 0.0:
-        return Status(word="ended", detail="nothing is written yet")
-    return Status(word="ended", detail=f"after {steps}, without a summary: killed, or its machine was lost")
+        return RunStatus(word="ended", detail="nothing is written yet")
+    return RunStatus(
+        word="ended", detail=f"after {steps}, without a summary: killed, or its machine was lost"
+    )
 
 
 def _modified(path: Path) -> float:

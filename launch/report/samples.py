@@ -41,16 +41,16 @@ class Sample:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Samples:
+class ShownSamples:
     """The samples, or why there are none."""
 
     found: list[Sample] = field(default_factory=list)
     problem: str = ""
 
 
-def read_samples(root: Path) -> Samples:
+def read_samples(root: Path) -> ShownSamples:
     """The samples of a run."""
     try:
-        return Samples(found=[Sample(one) for one in transcripts(root, Selection())[1]])
+        return ShownSamples(found=[Sample(one) for one in transcripts(root, Selection())[1]])
     except (ArealError, OSError, sqlite3.Error) as error:
-        return Samples(problem=str(error))
+        return ShownSamples(problem=str(error))

@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from areal_like.config import Config, to_mapping
-from areal_like.config.dotted import flat
-from areal_like.disks.ledger_place import recorded_shards
+from areal_like.config.loading import flat
 from areal_like.errors import ConfigError
+from areal_like.ledger_place import recorded_shards
 from areal_like.paths import BUILT_MODELS, RunPaths
 from areal_like.runtime.command_line import load_config, save_config
 from areal_like.security.redaction import without_secrets

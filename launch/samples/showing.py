@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from rich.text import Text
 
 from areal_like.terminal_text import harmless, harmless_name
-from launch.samples.transcripts import Part, Transcript, Turn
+from launch.samples.transcripts import Part, ShownTurn, Transcript
 
 _SHOWN_CHARS = 2000
 """Longest part that is shown whole without `--full`; of a longer one both ends."""
@@ -80,7 +80,7 @@ def _versions(oldest: int, newest: int, lag: int | None) -> str:
     return versions if lag is None else f"{versions}, lag {lag}"
 
 
-def _turn(index: int, turn: Turn) -> str:
+def _turn(index: int, turn: ShownTurn) -> str:
     reward = "" if turn.reward is None else f", reward {turn.reward:g}"
     versions = _versions(turn.oldest_version, turn.newest_version, turn.lag)
     return f"turn {index}: {turn.num_sampled} sampled, {versions}{reward}"

@@ -39,7 +39,7 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Turn:
+class ShownTurn:
     """One turn of the policy."""
 
     num_sampled: int
@@ -65,7 +65,7 @@ class Transcript(Row):
     metrics: dict[str, float] = field(default_factory=dict)
     generation_s: float = 0.0
     reward_s: float = 0.0
-    turns: tuple[Turn, ...] = ()
+    turns: tuple[ShownTurn, ...] = ()
     segments: tuple[tuple[Part, ...], ...] = ()
 
     def as_json(self) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def transcript(
     )
 
 
-def _turns(trajectory: Trajectory, lag: Callable[[int], int | None]) -> list[Turn]:
+def _turns(trajectory: Trajectory, lag: Callable[[int], int | None]) -> list[ShownTurn]:
     ends = [0, *(end for end, _ in trajectory.turns)] if trajectory.turns else [0, trajectory.num_tokens]
     rewards: list[float | None] = [reward for _, reward in trajectory.turns]
     turns = []
@@ -116,7 +116,7 @@ def _turns(trajectory: Trajectory, lag: Callable[[int], int | None]) -> list[Tur
         if len(sampled):
             oldest = int(sampled.min())
             turns.append(
-                Turn(
+                ShownTurn(
                     num_sampled=len(sampled),
                     oldest_version=oldest,
                     newest_version=int(sampled.max()),

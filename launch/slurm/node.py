@@ -16,7 +16,7 @@ from areal_like.config import Config
 from areal_like.errors import ConfigError
 from areal_like.hosts import is_loopback
 from areal_like.paths import RunPaths
-from launch.nodes.start import ROLES, Place, address_of_interface, exit_code_of, read_run, start
+from launch.nodes.start import ROLES, RolePlace, address_of_interface, exit_code_of, read_run, start
 from launch.slurm.jobs import jobs_of
 from launch.slurm.scheduler import end_job, node_address
 
@@ -40,10 +40,10 @@ def main(argv: Sequence[str]) -> int:
     return exit_code_of(verb, body)
 
 
-def place_of(environment: Mapping[str, str], *, address: str) -> Place:
+def place_of(environment: Mapping[str, str], *, address: str) -> RolePlace:
     """The place that Slurm has given to this process. `address`: of this node."""
     num_nodes = int(environment.get("SLURM_JOB_NUM_NODES", "1"))
-    return Place(
+    return RolePlace(
         address=address,
         job=f"j{environment['SLURM_JOB_ID']}",
         number=int(environment["SLURM_JOB_ID"]),

@@ -54,12 +54,15 @@ def test_engine_options_and_environment_are_open() -> None:
 
 def test_update_mode_follows_engine_and_objective() -> None:
     sglang = ["rollout.engine=sglang", "rollout.engine_device=cuda"]
+    own = ["objective._target_=my.Oapl", "buffer.group_filter=single_version"]
     for settings, mode in (
         ([], "recompute"),
         (sglang[:1], "recompute"),
         (["rollout.engine_device=cuda"], "recompute"),
         (sglang, "keep"),
         ([*sglang, "objective=oapl"], "drain"),
+        ([*own, "weights.sync_interval=4"], "drain"),
+        (own, "recompute"),
         ([*sglang, "objective=oapl", "weights.update_mode=auto"], "drain"),
         ([*sglang, "weights.update_mode=abort_resume"], "abort_resume"),
     ):
@@ -71,15 +74,20 @@ def test_update_mode_follows_engine_and_objective() -> None:
 def test_own_class_replaces_the_default_settings() -> None:
     config = load_config(["objective._target_=my.Objective", "objective.alpha=2"])
     assert config.objective == {"_target_": "my.Objective", "alpha": 2}
-    assert load_config(["objective={name: vespo}", "objective.k_positive=3"]).objective == {
-        "name": "vespo",
-        "k_positive": 3,
-    }
+    for mapping in ("{name: vespo}", "{name:vespo}"):
+        assert load_config([f"objective={mapping}", "objective.k_positive=3"]).objective == {
+            "name": "vespo",
+            "k_positive": 3,
+        }
 
 
-def test_text_is_taken_without_nested_quotes() -> None:
-    config = load_config(["model.path=~/x", "runs_dir=a,b", 'task.text=it\'s a "b" {c}'])
-    assert (config.model.path, config.runs_dir, config.task["text"]) == ("~/x", "a,b", 'it\'s a "b" {c}')
+def test_text_is_taken_without_nested_quotes(tmp_path: Path) -> None:
+    settings = ["model.path=~/x", "runs_dir=a,b", 'task.text=it\'s a "b" {c}', "+task.more='a, b'"]
+    file = tmp_path / "config.yaml"
+    file.write_text("name: mine\n")
+    for config in (load_config(settings), load_config(["--config", str(file), *settings])):
+        assert (config.model.path, config.runs_dir) == ("~/x", "a,b")
+        assert (config.task["text"], config.task["more"]) == ('it\'s a "b" {c}', "a, b")
 
 
 def test_a_setting_of_a_section_that_a_file_leaves_out(tmp_path: Path) -> None:
@@ -134,7 +142,7 @@ def test_presets_apply_on_top_of_a_file(tmp_path: Path) -> None:
         (["weights.port_range=20099-20000"], "give two ports"),
         (["weights.port_range=0-10"], "give two ports"),
         (["weights.port_range=60000-70000"], "give two ports"),
-        (["weights.host=0.0.0.0"], "no address that engines can connect to"),
+        (["weights.host=0.0.0.0"], "not an address that engines can connect to"),
         (["weights.push_deadline_s=4000"], "at most 3600"),
         (
             ["buffer.durability=fsync"],

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from areal_like.precision.routers import route_in_float32, routers
+from areal_like.precision import route_in_float32, routers
 from tests.areal_like.test_hf_layout import config_of, on_meta
 
 TOKENS = torch.arange(3, 23)[None]

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 
 from areal_like.runtime.metrics import Metrics
-from buffer.diagnosis.bottleneck import Load, Utilisation, advice
-from buffer.diagnosis.facts import JobFacts, LeaseFacts, Limits, On, RankFacts, ServerFacts
+from buffer.diagnosis.bottleneck import PoolTotals, Utilisation, advice
+from buffer.diagnosis.facts import JobFacts, LeaseFacts, On, RankFacts, ServerFacts, WaitLimits
 from buffer.diagnosis.rules import causes_of, effects_of, late_servers
 from buffer.diagnosis.speeds import Speeds
 from buffer.diagnosis.watchdog import Wakefulness, Watchdog
 from buffer.storage.base import Blocked
 
-LIMITS = Limits(stall_s=5.0, work_s=10.0)
+LIMITS = WaitLimits(stall_s=5.0, work_s=10.0)
 
 
 def server(name: str = "rollout-0", **fields: Any) -> ServerFacts:
@@ -283,8 +283,8 @@ def test_a_buffer_that_was_stopped_blames_nobody() -> None:
     assert awake.silent_s(0.7, now_s=31.0) == 0.0 and awake.silent_s(0.7, now_s=36.5) == 5.5
 
 
-def load(at_s: float, *, wait: float, idle: float, starved: float = 0.0) -> Load:
-    return Load(
+def load(at_s: float, *, wait: float, idle: float, starved: float = 0.0) -> PoolTotals:
+    return PoolTotals(
         at_s=at_s,
         num_steps=at_s,
         wait_s=wait * at_s,

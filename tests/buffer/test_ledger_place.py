@@ -14,12 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from areal_like import ledger_place as place
 from areal_like.config import Config
 from areal_like.config.buffer import BufferConfig
-from areal_like.disks import ledger_place as place
-from areal_like.disks.file_system import file_system_of, is_network
-from areal_like.disks.ledger_place import network_warning
 from areal_like.errors import ConfigError, UserError
+from areal_like.ledger_place import file_system_of, is_network, network_warning
 from areal_like.paths import RunPaths
 from areal_like.shards import WHOLE, Shard
 from buffer.ledger.recovery import recover

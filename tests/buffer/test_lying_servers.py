@@ -17,7 +17,7 @@ from areal_like.wire.limits import MAX_STAT, bounded_stats, check_lengths
 from areal_like.wire.messages.consumer import TrainerHeartbeat
 from areal_like.wire.messages.producer import SampleDone
 from areal_like.wire.records import Record
-from buffer.diagnosis.facts import JobFacts, Limits, ServerFacts
+from buffer.diagnosis.facts import JobFacts, ServerFacts, WaitLimits
 from buffer.diagnosis.rules import causes_of
 from buffer.ledger.ledger import Ledger
 from buffer.service.peers import ConnectedPeers, Peer
@@ -145,7 +145,7 @@ def test_absurd_samples_are_lies_and_why_names_their_server() -> None:
     quarantine = ledger.servers["liar"].health.quarantine
     assert quarantine is not None and quarantine.is_for_lies and "reward is 1e+20" in quarantine.reason
     server = ServerFacts(name="liar", silent_s=0.0, state="serving", lies=quarantine.reason)
-    limits = Limits.of(heartbeat_s=1.0)
+    limits = WaitLimits.of(heartbeat_s=1.0)
     (cause,) = causes_of(JobFacts(servers=(server,)), slow={}, late=(), limits=limits)
     assert cause.name == "liar" and "1e+20" in cause.what and "keys revoke" in cause.remedy
 

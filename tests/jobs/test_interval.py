@@ -224,7 +224,7 @@ def test_the_oapl_preset_sets_all_it_needs_and_can_be_changed() -> None:
         (["objective=oapl", "max_staleness=2"], ["weights.sync_interval=4", "max_staleness=2"]),
         (
             ["objective=oapl", "weights.update_mode=recompute"],
-            ["objective.name=oapl", "weights.update_mode=drain"],
+            ["buffer.group_filter=single_version", "weights.update_mode=drain"],
         ),
         (["objective=oapl", "max_staleness=auto"], ["weights.sync_interval=4", "max_staleness a number"]),
         (["weights.sync_interval=0"], ["weights.sync_interval must be at least 1"]),

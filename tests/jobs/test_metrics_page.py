@@ -13,7 +13,7 @@ import torch.distributed as dist
 from prometheus_client import CollectorRegistry
 
 from areal_like.runtime.metrics import PREFIX, Metrics
-from buffer.diagnosis.facts import Limits
+from buffer.diagnosis.facts import WaitLimits
 from buffer.diagnosis.life_times import LifeTimes
 from buffer.diagnosis.watchdog import Watchdog
 from buffer.service.prometheus import BufferSeries
@@ -85,7 +85,7 @@ def series_of(registry: CollectorRegistry) -> set[str]:
 def test_every_series_is_on_the_page() -> None:
     buffer, server, trainer = Metrics(), Metrics(), Metrics()
     BufferSeries(buffer, max_staleness=4)
-    Watchdog(buffer, limits=Limits.of(heartbeat_s=1))
+    Watchdog(buffer, limits=WaitLimits.of(heartbeat_s=1))
     LifeTimes(buffer, clock=lambda: 0.0)
     nothing = cast(Any, None)  # registering the series does not use the parts
     parts = (

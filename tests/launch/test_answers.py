@@ -14,8 +14,7 @@ from rich.console import Console
 from areal_like.config import Config
 from areal_like.paths import write_json
 from areal_like.runtime.logs import PlainFormatter
-from launch.commands.status import change_lines, held_lines
-from launch.commands.why import text_of
+from launch.commands.watch import change_lines, diagnosis_text, held_lines
 from launch.observation.answers import checked_status, parsed_object
 from launch.observation.job_report import job_report
 from launch.observation.observer import DaemonView, Observation, diagnosis, look_at_daemons
@@ -65,7 +64,7 @@ def shown(name: str, answer: dict[str, Any]) -> str:
     for part in parts:
         console.print(part)
     found = diagnosis(seen.daemons.values())
-    lines = [text_of(found), *held_lines(seen.buffer), *change_lines(seen.buffer), json.dumps(report)]
+    lines = [diagnosis_text(found), *held_lines(seen.buffer), *change_lines(seen.buffer), json.dumps(report)]
     assert seen.signs_of_progress
     return out.getvalue() + "\n".join(lines)
 

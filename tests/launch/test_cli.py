@@ -13,7 +13,8 @@ import pytest
 
 from areal_like.config import Config
 from areal_like.runtime.command_line import load_config, save_config
-from launch.cli import COMMANDS, command, main
+from launch.cli import COMMANDS, main, parser_of
+from launch.commands.parser import VERBS
 from launch.settings_help import all_keys
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,8 +133,10 @@ def test_the_overview_has_one_line_for_each_verb(capsys: pytest.CaptureFixture[s
     assert max(map(len, lines)) <= 90
     assert len(lines) < 60
     files = (ROOT / "launch" / "commands").glob("*.py")
-    modules = {path.stem for path in files if "\ndef main(" in path.read_text()}
-    assert modules == {command(verb)[0].__name__.rpartition(".")[2] for verb in COMMANDS}
+    declared = {path.stem for path in files if "@command(" in path.read_text()}
+    mains = {parser_of(verb).declared.main.__module__ for verb in COMMANDS}
+    assert {f"launch.commands.{name}" for name in declared} == mains
+    assert set(VERBS) == set(COMMANDS)
 
 
 @pytest.mark.parametrize("verb", COMMANDS)
@@ -144,18 +147,18 @@ def test_help_has_usage_description_options_and_valid_examples(
     shown = capsys.readouterr().out
     assert main(["help", verb]) == 0
     assert capsys.readouterr().out == shown
-    _, parser = command(verb)
+    parser = parser_of(verb)
     assert shown.startswith(f"usage: {parser.format_usage()}\n\n")
     assert parser.description and parser.description.split(".")[0].split()[-1] in shown
     for action in parser._actions:
         assert action.help, f"{action.dest} has no help"
         assert all(option in shown for option in action.option_strings) or action.help == argparse.SUPPRESS
-    assert parser.examples
-    for example in parser.examples:
+    assert parser.declared.examples
+    for example in parser.declared.examples:
         assert f"\n  areal-like {example}\n" in shown
         first, *words = shlex.split(example)
         assert first == verb
-        parsed = command(verb, words)[1].parse_words(words)
+        parsed = parser_of(verb, words).parse_words(words)
         if settings := [word for word in getattr(parsed, "settings", []) if "=" in word]:
             load_config(settings)
 
@@ -192,7 +195,7 @@ def test_no_command_imports_torch_or_a_daemon() -> None:
     code = (
         "import sys, launch.cli\n"
         "for verb in launch.cli.COMMANDS:\n"
-        "    launch.cli.command(verb)\n"
+        "    launch.cli.parser_of(verb)\n"
         "daemons = ('torch', 'transformers', 'buffer', 'trainer', 'rollout_server')\n"
         "print([name for name in daemons if name in sys.modules])"
     )

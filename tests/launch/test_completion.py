@@ -15,7 +15,7 @@ import pytest
 
 from areal_like.paths import write_json
 from launch.cli import COMMANDS, main
-from launch.completion import candidates
+from launch.commands.completion import candidates
 from tests.support.launching import ROOT
 
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -47,11 +48,38 @@ def test_all_files_are_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         capture_output=True,
         text=True,
     )
+    dashboards = [f"grafana/dashboards/areal-{name}.json" for name in ("run", "buffer", "rollout", "trainer")]
     if tracked.returncode == 0:  # false in a copy of the sources without their history
-        assert set(copied) == {name.removeprefix("launch/deploy/") for name in tracked.stdout.split()}
+        files = {name.removeprefix("launch/deploy/") for name in tracked.stdout.split()}
+        assert set(copied) == files | set(dashboards)
     assert {"prometheus/prometheus.yml", "prometheus/rules.yml"} <= set(copied)
+    written = capsys.readouterr().out.splitlines()
+    assert written == [str(target / name) for name in (*deploy_files(), *dashboards)]
+    made = {name: copied.pop(name) for name in dashboards}
     assert copied == {str(name): (SOURCE / name).read_bytes() for name in deploy_files()}
-    assert capsys.readouterr().out.splitlines() == [str(target / name) for name in deploy_files()]
+    for described in yaml.safe_load((SOURCE / "grafana" / "panels.yaml").read_text()):
+        drawn = json.loads(made[f"grafana/dashboards/{described['uid']}.json"])["panels"]
+        titles = [title for row in described["rows"] for title in (row["title"], *_titles(row["panels"]))]
+        assert [panel["title"] for panel in drawn] == titles
+        assert len({panel["id"] for panel in drawn}) == len(drawn)
+        assert not _overlapping(drawn)
+
+
+def _titles(panels: list[dict[str, Any]]) -> list[str]:
+    return [panel["title"] for panel in panels]
+
+
+def _overlapping(panels: list[dict[str, Any]]) -> list[str]:
+    """Titles of panels that share a cell of the grid with an earlier one, or leave it."""
+    taken: set[tuple[int, int]] = set()
+    found = []
+    for panel in panels:
+        at = panel["gridPos"]
+        cells = {(at["x"] + x, at["y"] + y) for x in range(at["w"]) for y in range(at["h"])}
+        if cells & taken or at["x"] + at["w"] > 24:
+            found.append(panel["title"])
+        taken |= cells
+    return found
 
 
 def test_files_that_are_there_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

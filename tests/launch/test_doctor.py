@@ -18,13 +18,13 @@ from launch.doctor import gathering
 from launch.doctor.checks import CHECKS, TORCH, TRANSFORMERS, Level, findings
 from launch.doctor.facts import (
     BoundAddress,
-    Clock,
     Disk,
     Facts,
     Gpu,
     GpuFacts,
-    Limits,
     Name,
+    ProcessLimits,
+    RemoteClock,
     SecretFile,
     Versions,
 )
@@ -44,8 +44,8 @@ def limits(
     shm_bytes: int = 1 << 33,
     rdma: tuple[str, ...] = (),
     named: dict[str, str] | None = None,
-) -> Limits:
-    return Limits(
+) -> ProcessLimits:
+    return ProcessLimits(
         max_files=max_files,
         max_locked_bytes=max_locked_bytes,
         shm_bytes=shm_bytes,
@@ -89,7 +89,7 @@ def named(*addresses: str, is_loopback: bool = False, spans: bool = True) -> Fac
 
 
 def clock(ahead_s: float | None) -> Facts:
-    return Facts(clocks=(Clock(of="a:1", ahead_s=ahead_s, uncertain_s=1.5),), limits=limits())
+    return Facts(clocks=(RemoteClock(of="a:1", ahead_s=ahead_s, uncertain_s=1.5),), limits=limits())
 
 
 def secret(mode: int | None, *, is_needed: bool = True, is_mine: bool = True) -> Facts:

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch.cli import main
-from launch.logs.files import Entry, LineParser, Source, complete_bytes, find_sources, since_time
+from launch.logs.files import Entry, LineParser, LogFiles, complete_bytes, find_sources, since_time
 from launch.logs.following import Follower
 from tests.support.launching import ROOT, launcher, wait_until
 
@@ -90,7 +90,7 @@ def test_the_clock_of_another_machine_is_corrected(run: Path, capsys: pytest.Cap
 
 
 def test_a_line_of_the_embedded_engine_has_one_header() -> None:
-    parser = LineParser(Source("rollout-0-engine", (), is_json=False), unix_s=0.0)
+    parser = LineParser(LogFiles("rollout-0-engine", (), is_json=False), unix_s=0.0)
     stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(START_S))
     entry = parser.entry(f"{stamp},250 WARNING rollout_server.engine.loop no error\n".encode())
     assert entry == Entry(START_S + 0.25, "rollout-0-engine", "WARNING", "no error")
@@ -147,7 +147,7 @@ def test_a_part_of_a_log_is_the_end_of_it(
     text = "".join(line(at_s, "x" * at_s) for at_s in times)
     path.write_text(text if ends_with_newline else text[:-1])
     try:
-        source = Source("x", (path,), is_json=True)
+        source = LogFiles("x", (path,), is_json=True)
         last = list(source.entries(since_unix_s=None, num_last=num_last, ends={}))
         assert [each.unix_s - START_S for each in last] == (times[-num_last:] if num_last else [])
         later = source.entries(since_unix_s=START_S + since_s, num_last=None, ends={})
@@ -163,7 +163,7 @@ def test_the_end_of_a_large_log_is_found_quickly(tmp_path: Path) -> None:
     with path.open("wb") as file:
         for number in range(num_blocks):
             file.write(block.replace(str(START_S).encode(), str(START_S + number).encode()))
-    source = Source("x", (path,), is_json=True)
+    source = LogFiles("x", (path,), is_json=True)
     before_kb, started_s = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     late = source.entries(since_unix_s=START_S + num_blocks - 1, num_last=None, ends={})
     assert sum(1 for _ in late) == 5000

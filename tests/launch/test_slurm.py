@@ -21,7 +21,7 @@ from areal_like.errors import ConfigError
 from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import load_config
 from launch.cli import main
-from launch.nodes.start import Place, role_settings
+from launch.nodes.start import RolePlace, role_settings
 from launch.slurm.jobs import to_end
 from launch.slurm.node import own_address, place_of
 from launch.slurm.options import SlurmOptions
@@ -57,7 +57,7 @@ def script(role: str, options: SlurmOptions | None = None, **settings: object) -
 ADDRESS = "10.0.0.5"
 
 
-def at(environment: dict[str, str]) -> Place:
+def at(environment: dict[str, str]) -> RolePlace:
     return place_of(environment, address=ADDRESS)
 
 

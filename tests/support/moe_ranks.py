@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from areal_like.precision.routers import routers
+from areal_like.precision import routers
 from tests.support.snapshot_ranks import received
 from tests.support.trainer_helpers import random_groups
 from tests.support.trainer_ranks import SHARES, last_gradient, main, make_runner

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from areal_like.precision.head import widen_head
+from areal_like.precision import widen_head
 from areal_like.trajectory import FinishReason, Trajectory
 from rollout_server.engine.cache import KVCache
 from rollout_server.engine.models.loading import load

@@ -68,7 +68,7 @@ class SequenceSize(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class MicrobatchPlan:
     """Micro-batches of a step."""
 
     rounds: tuple[tuple[tuple[int, ...], ...], ...]
@@ -107,14 +107,14 @@ def plan(
     budget_tokens: int,
     cost: Cost,
     whole_groups: bool = False,
-) -> Plan:
+) -> MicrobatchPlan:
     """The micro-batches of every rank and round.
 
     `whole_groups`: never split a group. Raises ConfigError if a sequence (with `whole_groups`: a group) is
     longer than the budget.
     """
     if not sizes:
-        return Plan(rounds=(), busy_share=1.0, time=0)
+        return MicrobatchPlan(rounds=(), busy_share=1.0, time=0)
     groups = _groups(sizes)
     whole = [unit for group in groups for unit in _cut(sizes, group, cost)]
     num_rounds = -(-sum(unit.size for unit in whole) // (num_ranks * budget_tokens))
@@ -138,7 +138,7 @@ def plan(
             rounds = fill(units, num_ranks=num_ranks, num_rounds=num_rounds, budget_tokens=budget_tokens)
             plans.append((sum(each[0].cost for each in rounds), sum(unit.cost for unit in units), rounds))
     total, work, rounds = min(plans, key=lambda each: each[0])
-    return Plan(
+    return MicrobatchPlan(
         rounds=tuple(
             (*(tuple(sorted(b.members)) for b in bins), *[()] * (num_ranks - len(bins))) for bins in rounds
         ),

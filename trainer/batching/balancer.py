@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from areal_like.errors import ArealError
 from areal_like.trajectory import FinishReason, Trajectory
-from trainer.batching.balance import Cost, Plan, SequenceSize, plan
+from trainer.batching.balance import Cost, MicrobatchPlan, SequenceSize, plan
 from trainer.batching.packing import MicroBatch, TrainingSample
 from trainer.batching.shared_prefixes import Prefix, PrefixFinder
 from trainer.distributed.ranks import Ranks
@@ -44,7 +44,7 @@ class Balancer:
         self._whole_groups = whole_groups
         self._shares_prefixes = shares_prefixes
         self.busy_share = 1.0
-        """That of the last plan, see `Plan`."""
+        """That of the last plan, see `MicrobatchPlan`."""
 
     def microbatches(self, groups: Iterable[Sequence[TrainingSample]]) -> Iterator[MicroBatch]:
         """Yields this rank's micro-batches, one for each round, once the last group is there. Collective.
@@ -120,7 +120,7 @@ class Balancer:
 
 
 def placed(
-    made: Plan, sizes: Sequence[SequenceSize], owner_N: Sequence[int], *, num_ranks: int
+    made: MicrobatchPlan, sizes: Sequence[SequenceSize], owner_N: Sequence[int], *, num_ranks: int
 ) -> list[list[tuple[int, ...]]]:
     """The plan's rounds with their micro-batches on ranks that have as many of their tokens as possible."""
     rounds = []

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from trainer.distributed.place import Place
+from trainer.distributed.place import RankPhase
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ BEAT_S = 1.0
 SILENCE_S = 10.0
 """A rank whose counter stood still for this time is reported."""
 _WITH_COLLECTIVES = ("compute", "reduce", "update", "snapshot of the weights")
-"""Phases of `Place` in which a rank may wait for the others, but not for groups or servers."""
+"""Phases of `RankPhase` in which a rank may wait for the others, but not for groups or servers."""
 _LAST_LOOK_S = 3 * BEAT_S
 """Time for which a rank that failed watches the counters of the others before it ends."""
 _TELL_LIMIT_S = 1.0
@@ -72,7 +72,7 @@ class Members:
         *,
         names: Sequence[str],
         rank: int,
-        place: Place,
+        place: RankPhase,
         stuck_after_s: float,
     ) -> None:
         """`open_store` connects to torch's store, with keys of this start only. `names`: of all ranks.

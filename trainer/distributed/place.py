@@ -8,7 +8,7 @@ from time import monotonic
 
 
 @dataclass(kw_only=True)
-class Place:
+class RankPhase:
     """Written by the training thread; other threads only read it.
 
     The phase of a failed block stays, so that an error message can name it.

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from areal_like.errors import ArealError
-from trainer.distributed.place import Place
+from trainer.distributed.place import RankPhase
 
 _ABANDONED = 2
 """Vote of a rank that abandons; 0 and 1 mean that it has nothing left to run, or something."""
@@ -42,7 +42,7 @@ class Ranks:
         `control_timeout_s`: of a control collective; None: the default group's.
         """
         self.device = torch.device(device)
-        self.place = Place()
+        self.place = RankPhase()
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self.mesh = init_device_mesh(self.device.type, (self.world_size,))

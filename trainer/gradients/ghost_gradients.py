@@ -23,7 +23,7 @@ from trainer.distributed.sharding import add_gradient, reduced
 from trainer.gradients.base import Gradients, WeightsN
 from trainer.gradients.ghost_tape import GhostTape
 from trainer.gradients.optimal_baseline import optimal_baseline
-from trainer.gradients.segment_rows import Rows
+from trainer.gradients.segment_rows import SegmentRows
 
 if TYPE_CHECKING:
     from trainer.batching.packing import PackedBatch
@@ -79,8 +79,8 @@ class GhostGradients(Gradients):
         """Runs one backward, then forms each parameter's gradient from what the tape recorded."""
         loss_S.sum().backward()  # type: ignore[no-untyped-call]
         device = loss_S.device
-        rows = Rows.of(batch.lengths, device=device)
-        head_rows = Rows.of(
+        rows = SegmentRows.of(batch.lengths, device=device)
+        head_rows = SegmentRows.of(
             [int(length) for length in tokens.length_N.tolist()], device=device, like=batch.lengths
         )
         with torch.no_grad():

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from areal_like.errors import ConfigError
-from trainer.gradients.segment_rows import Block, Rows
+from trainer.gradients.segment_rows import Block, SegmentRows
 
 
 def layer_of(module: nn.Module) -> Layer | None:
@@ -47,7 +47,7 @@ class Layer:
     """True: the module is the model's head, which runs over sampled tokens only."""
     reached: list[Layer]
     """Shared by all layers of a tape: layers in the order in which the backward reached them."""
-    rows: Rows
+    rows: SegmentRows
     """The sequence of each recorded row."""
 
     def __init__(self, module: Any) -> None:

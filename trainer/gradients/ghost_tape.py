@@ -32,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 
 from areal_like.errors import ConfigError
 from trainer.gradients.ghost_layers import Embedding, Layer, Matrix, layer_of, wide
-from trainer.gradients.segment_rows import Rows
+from trainer.gradients.segment_rows import SegmentRows
 
 
 class GhostTape:
@@ -89,7 +89,7 @@ class GhostTape:
         self.clear()
 
     @torch.no_grad()
-    def squares(self, rows: Rows, head_rows: Rows, *, read_S: Tensor | None = None) -> Tensor:
+    def squares(self, rows: SegmentRows, head_rows: SegmentRows, *, read_S: Tensor | None = None) -> Tensor:
         """[N] float64: each sequence's squared gradient norm over all parameters, from the last backward.
 
         `rows`, `head_rows`: the sequences of the rows that the layers and the head ran over. `read_S`: int64
@@ -106,7 +106,7 @@ class GhostTape:
                 total_N += _cross(embedding, matrix).double()
         return total_N
 
-    def _assign(self, rows: Rows, head_rows: Rows, read_S: Tensor | None) -> None:
+    def _assign(self, rows: SegmentRows, head_rows: SegmentRows, read_S: Tensor | None) -> None:
         num_rows = len(rows.segment_T)
         is_late = read_S is not None and len(read_S) < 0.75 * num_rows
         if read_S is not None and is_late:

@@ -40,7 +40,7 @@ class Block:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Rows:
+class SegmentRows:
     """The sequence of each row of a layer's input. Sequences are contiguous and in order."""
 
     segment_T: Tensor
@@ -52,7 +52,7 @@ class Rows:
     @classmethod
     def of(
         cls, lengths: Sequence[int], *, device: torch.device | str = "cpu", like: Sequence[int] | None = None
-    ) -> Rows:
+    ) -> SegmentRows:
         """Rows of sequences with these lengths (0 allowed).
 
         `like`: lengths by which blocks are formed; default `lengths`.

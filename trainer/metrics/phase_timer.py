@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from trainer.distributed.place import Place
+from trainer.distributed.place import RankPhase
 from trainer.profiling.ranges import named_range
 
 T = TypeVar("T")
@@ -69,13 +69,13 @@ class PhaseTimer:
     """Adds up time by phase, from its creation on."""
 
     def __init__(
-        self, phases: Iterable[str], *, place: Place | None = None, clock: Clock | None = None
+        self, phases: Iterable[str], *, place: RankPhase | None = None, clock: Clock | None = None
     ) -> None:
         """`phases`: all names; a phase in which no time was spent is reported as 0. `place`: is told.
 
         `clock`: of the phases; None: the host's.
         """
-        self._place = place or Place()
+        self._place = place or RankPhase()
         self._clock = clock or HostClock()
         self._start = time.perf_counter()
         self._spans: dict[str, list[tuple[Any, Any]]] = {phase: [] for phase in phases}

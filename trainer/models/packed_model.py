@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from areal_like.errors import ConfigError
-from areal_like.precision.routers import route_in_float32, routers
+from areal_like.precision import route_in_float32, routers
 from areal_like.weights.hf_layout import hf_tensors
 from trainer.attention.packed_attention import ATTENTION_NAME, Kind
 from trainer.batching.packing import PackedBatch

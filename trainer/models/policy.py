@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from areal_like.automatic_settings import compute_dtype, recomputes_activations
 from areal_like.config import Config
 from areal_like.errors import ConfigError
-from areal_like.precision.head import widen_head
+from areal_like.precision import widen_head
 from trainer.batching.packing import PackedBatch
 from trainer.distributed.ranks import Ranks
 from trainer.models.packed_model import PackedModel

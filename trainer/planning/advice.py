@@ -18,7 +18,7 @@ from trainer.planning.planner import Plan, planned_again
 
 
 @dataclass(frozen=True, kw_only=True)
-class Change:
+class AdvisedChange:
     """One change of settings, and the plan with it and all changes before it."""
 
     text: str
@@ -26,7 +26,7 @@ class Change:
     plan: Plan
 
 
-def changes_until_it_fits(plan: Plan) -> Iterator[Change]:
+def changes_until_it_fits(plan: Plan) -> Iterator[AdvisedChange]:
     """Adds changes one after the other until the job fits or none is left."""
     for change in _CANDIDATES:
         if plan.fits:
@@ -40,7 +40,7 @@ def changes_until_it_fits(plan: Plan) -> Iterator[Change]:
             continue
         if after.memory.shortage < plan.memory.shortage:
             plan = after
-            yield Change(text=text, plan=plan)
+            yield AdvisedChange(text=text, plan=plan)
 
 
 _Changed = tuple[str, Config, Placement]

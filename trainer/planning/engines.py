@@ -23,7 +23,7 @@ BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineOptions:
+class PlannedEngine:
     """What the planner reads from the options of an engine."""
 
     tensor_parallel: int
@@ -32,12 +32,12 @@ class EngineOptions:
     """Limit of the KV cache in tokens; None: what the memory allows."""
 
 
-def engine_options(config: Config) -> EngineOptions:
+def engine_options(config: Config) -> PlannedEngine:
     """From `rollout.gpus_per_engine` and `rollout.sglang.args`."""
     words = words_of(config.rollout.sglang.args)
     fraction = _number(words, STATIC_MEMORY)
     limit = _number(words, ("--max-total-tokens",))
-    return EngineOptions(
+    return PlannedEngine(
         tensor_parallel=config.rollout.gpus_per_engine,
         static_fraction=fraction or DEFAULT_STATIC_FRACTION,
         max_total_tokens=None if limit is None else int(limit),

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from trainer.planning.advice import Change
+from trainer.planning.advice import AdvisedChange
 from trainer.planning.gpus import GIB
 from trainer.planning.memory import CONTEXT_BYTES, FRAGMENTATION, HOST_PROCESS_BYTES, gib
 from trainer.planning.planner import Plan
@@ -19,7 +19,7 @@ _WIDTH = 110
 _NO_CHANGE = "No setting that plan knows helps: use a smaller model, shorter sequences or larger GPUs."
 
 
-def text_of(plan: Plan, changes: Sequence[Change], *, explain: bool) -> str:
+def text_of(plan: Plan, changes: Sequence[AdvisedChange], *, explain: bool) -> str:
     """The report for a terminal. `explain`: with all formulas and assumptions."""
     output = io.StringIO()
     console = Console(file=output, width=_WIDTH, highlight=False, markup=False)
@@ -42,7 +42,7 @@ def text_of(plan: Plan, changes: Sequence[Change], *, explain: bool) -> str:
     return "\n".join(line.rstrip() for line in output.getvalue().splitlines()) + "\n"
 
 
-def json_of(plan: Plan, changes: Sequence[Change]) -> dict[str, Any]:
+def json_of(plan: Plan, changes: Sequence[AdvisedChange]) -> dict[str, Any]:
     """The same as plain values; memory in bytes, times in seconds."""
     return {
         "fits": plan.fits,
@@ -112,7 +112,7 @@ def _memory_table(plan: Plan) -> Table:
     return table
 
 
-def _verdict_lines(plan: Plan, changes: Sequence[Change]) -> list[str]:
+def _verdict_lines(plan: Plan, changes: Sequence[AdvisedChange]) -> list[str]:
     if plan.fits:
         free = plan.memory.trainer_room - plan.memory.trainer_total
         return [f"It fits: a trainer rank's GPU has {gib(free)} to spare."]

@@ -50,7 +50,7 @@ class InProcessHarness(Harness[InProcessHarnessConfig]):  # type: ignore[misc]
         mcp_urls: dict[str, str],
         data: Any,
     ) -> Any:
-        """As Harness.launch."""
+        """Plays the rollout in this process; arguments and result are those of `Harness.launch`."""
         system, prompt = self.resolve_prompt(data)
         messages = [{"role": "system", "content": system}] if system else []
         if isinstance(prompt, str):

@@ -1,33 +1,22 @@
 """Makes the dashboards of panels.yaml: `python build.py [FOLDER]` writes FOLDER/<uid>.json (dashboards/).
 
-It needs grafana-foundation-sdk, PyYAML and nothing of the program, so that a copy of this folder works too.
-The JSON files are kept beside it: to use them needs neither.
+`areal-like deploy-files` runs it. It needs PyYAML and nothing of the program, so that a copy of this folder,
+with other panels, works too. The JSON is that of Grafana's schema, with Grafana's own defaults spelled out
+where the schema wants them.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
-from grafana_foundation_sdk.builders import common, dashboard, heatmap, prometheus, stat, timeseries
-from grafana_foundation_sdk.cog.encoder import JSONEncoder
-from grafana_foundation_sdk.models.common import (
-    BigValueGraphMode,
-    LegendDisplayMode,
-    LegendPlacement,
-    StackingMode,
-    TooltipDisplayMode,
-    VisibilityMode,
-)
-from grafana_foundation_sdk.models.dashboard import DataSourceRef, GridPos, VariableRefresh, VariableSort
-from grafana_foundation_sdk.models.heatmap import HeatmapColorMode
-from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
 HERE = Path(__file__).resolve().parent
-SOURCE = DataSourceRef(type_val="prometheus", uid="$datasource")
+SOURCE = {"type": "prometheus", "uid": "$datasource"}
 TAG = "areal-like"
 COLUMNS = 24
 """Width of a dashboard, by Grafana's definition."""
@@ -38,108 +27,149 @@ DEFAULT_SIZE = (8, 8)
 
 def main() -> int:
     """Writes one file for each dashboard; returns 0."""
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "dashboards"
-    folder.mkdir(parents=True, exist_ok=True)
-    for described in yaml.safe_load((HERE / "panels.yaml").read_text()):
-        built = JSONEncoder(sort_keys=True, indent=1).encode(make_dashboard(described).build())
-        (folder / f"{described['uid']}.json").write_text(built + "\n")
+    write_dashboards(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "dashboards")
     return 0
 
 
-def make_dashboard(described: dict[str, Any]) -> dashboard.Dashboard:
+def write_dashboards(folder: Path) -> list[Path]:
+    """Writes one file for each dashboard into the folder; returns the files. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for described in yaml.safe_load((HERE / "panels.yaml").read_text()):
+        files.append(folder / f"{described['uid']}.json")
+        files[-1].write_text(json.dumps(dashboard(described), indent=1, sort_keys=True) + "\n")
+    return files
+
+
+def dashboard(described: dict[str, Any]) -> dict[str, Any]:
     """A dashboard with rows of panels, and links to the others."""
-    made = (
-        dashboard.Dashboard(described["title"])
-        .uid(described["uid"])
-        .description(described["description"])
-        .tags([TAG])
-        .editable()
-        .refresh("30s")
-        .time("now-3h", "now")
-        .timezone("browser")
-        .link(dashboard.DashboardLink(TAG).type("dashboards").tags([TAG]).keep_time(True).include_vars(True))
-        .with_variable(dashboard.DatasourceVariable("datasource").label("Prometheus").type("prometheus"))
-        .with_variable(variable("run", "run", 'label_values(areal_step{run!=""}, run)', all_runs=False))
-    )
+    variables = [
+        variable("datasource", "Prometheus", type="datasource", query="prometheus"),
+        choice("run", "run", 'label_values(areal_step{run!=""}, run)'),
+    ]
     if more := described.get("variable"):
-        made.with_variable(variable(more["name"], more["label"], more["query"], all_runs=True))
+        several = {"allValue": ".*", "includeAll": True, "multi": True}
+        variables.append(choice(more["name"], more["label"], more["query"]) | several)
+    link = {"type": "dashboards", "title": TAG, "tags": [TAG], "keepTime": True, "includeVars": True}
+    return {
+        "title": described["title"],
+        "uid": described["uid"],
+        "description": described["description"],
+        "tags": [TAG],
+        "editable": True,
+        "style": "dark",
+        "graphTooltip": 0,
+        "fiscalYearStartMonth": 0,
+        "schemaVersion": 36,
+        "refresh": "30s",
+        "time": {"from": "now-3h", "to": "now"},
+        "timezone": "browser",
+        "annotations": {},
+        "links": [link | {"asDropdown": False, "icon": "", "targetBlank": False, "tooltip": "", "url": ""}],
+        "templating": {"list": variables},
+        "panels": panels(described["rows"]),
+    }
+
+
+def variable(name: str, label: str, **fields: Any) -> dict[str, Any]:
+    """A choice at the top of a dashboard: of one value, unless `fields` says more."""
+    never_refreshed = {"auto": False, "auto_min": "10s", "auto_count": 30}
+    shown = {"hide": 0, "includeAll": False, "multi": False, "skipUrlSync": False}
+    no_id = {"id": "00000000-0000-0000-0000-000000000000"}
+    return {"name": name, "label": label} | no_id | never_refreshed | shown | fields
+
+
+def choice(name: str, label: str, query: str) -> dict[str, Any]:
+    """A choice of one of a query's values: read again with each range of time, in alphabetical order."""
+    queried = {"query": query, "refId": name}
+    return variable(name, label, type="query", datasource=SOURCE, query=queried, refresh=2, sort=1)
+
+
+def panels(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The panels of all rows, each row under its title, from left to right."""
+    made: list[dict[str, Any]] = []
     y, ids = 0, itertools.count(1)
-    for row in described["rows"]:
-        place = GridPos(h=1, w=COLUMNS, x=0, y=y)
-        made.with_row(dashboard.Row(row["title"]).id(next(ids)).grid_pos(place))
+    for row in rows:
+        place = {"h": 1, "w": COLUMNS, "x": 0, "y": y}
+        title = {"type": "row", "title": row["title"], "collapsed": False, "panels": []}
+        made.append(title | {"id": next(ids), "gridPos": place})
         x, y, height = 0, y + 1, 0
-        for panel in row["panels"]:
-            width, height = SIZES.get(panel.get("kind", "lines"), DEFAULT_SIZE)
+        for described in row["panels"]:
+            width, height = SIZES.get(described.get("kind", "lines"), DEFAULT_SIZE)
             if x + width > COLUMNS:
                 x, y = 0, y + height
-            place = GridPos(h=height, w=width, x=x, y=y)
-            made.with_panel(make_panel(panel).id(next(ids)).grid_pos(place))
+            place = {"h": height, "w": width, "x": x, "y": y}
+            made.append(panel(described) | {"id": next(ids), "gridPos": place})
             x += width
         y += height
     return made
 
 
-def variable(name: str, label: str, query: str, *, all_runs: bool) -> dashboard.QueryVariable:
-    """A choice at the top: of one run, or of several servers."""
-    made = (
-        dashboard.QueryVariable(name)
-        .label(label)
-        .datasource(SOURCE)
-        .query({"query": query, "refId": name})
-        .refresh(VariableRefresh.ON_TIME_RANGE_CHANGED)
-        .sort(VariableSort.ALPHABETICAL_ASC)
-    )
-    return made.multi(True).include_all(True).all_value(".*") if all_runs else made
-
-
-def make_panel(panel: dict[str, Any]) -> Any:
+def panel(described: dict[str, Any]) -> dict[str, Any]:
     """A panel of its kind, with its queries."""
-    kind = panel.get("kind", "lines")
-    made: Any = {"lines": lines, "stacked": stacked, "number": number, "heatmap": heat}[kind]()
-    made.title(panel["title"]).datasource(SOURCE)
-    made.y_axis(heatmap.YAxisConfig().unit(panel["unit"])) if kind == "heatmap" else made.unit(panel["unit"])
-    if text := panel.get("text"):
-        made.description(text)
-    if (decimals := panel.get("decimals")) is not None:
-        made.decimals(decimals)
-    for place, (legend, expression) in enumerate(panel["show"].items()):
-        query = prometheus.Dataquery().expr(expression).legend_format(legend).ref_id(chr(ord("A") + place))
-        made.with_target(query.format(PromQueryFormat.HEATMAP) if kind == "heatmap" else query)
+    kind, unit = described.get("kind", "lines"), described["unit"]
+    defaults: dict[str, Any] = {"unit": unit}
+    if kind == "heatmap":
+        options, defaults = heatmap_options(unit), {}
+    elif kind == "number":
+        options = NUMBER
+    else:
+        options = LINES
+        defaults["custom"] = {"lineWidth": 1, "showPoints": "never"}
+        if kind == "stacked":
+            defaults["custom"] |= {"fillOpacity": 40, "stacking": {"mode": "normal"}}
+    made = {
+        "type": {"number": "stat", "heatmap": "heatmap"}.get(kind, "timeseries"),
+        "title": described["title"],
+        "datasource": SOURCE,
+        "fieldConfig": {"defaults": defaults, "overrides": []},
+        "options": options,
+        "repeatDirection": "h",
+        "targets": [
+            {"expr": expression, "legendFormat": legend, "refId": chr(ord("A") + place)}
+            | ({"format": "heatmap"} if kind == "heatmap" else {})
+            for place, (legend, expression) in enumerate(described["show"].items())
+        ],
+        "transformations": [],
+        "transparent": False,
+    }
+    if text := described.get("text"):
+        made["description"] = text
+    if (decimals := described.get("decimals")) is not None:
+        defaults["decimals"] = decimals
     return made
 
 
-def lines() -> timeseries.Panel:
-    """One line for each series."""
-    legend = (
-        common.VizLegendOptions()
-        .display_mode(LegendDisplayMode.LIST)
-        .placement(LegendPlacement.BOTTOM)
-        .show_legend(True)
-    )
-    return (
-        timeseries.Panel()
-        .line_width(1)
-        .show_points(VisibilityMode.NEVER)
-        .legend(legend)
-        .tooltip(common.VizTooltipOptions().mode(TooltipDisplayMode.MULTI))
-    )
+LINES = {
+    "legend": {"calcs": [], "displayMode": "list", "placement": "bottom", "showLegend": True},
+    "tooltip": {"mode": "multi", "sort": "asc"},
+}
+"""One line, or area, for each series."""
+NUMBER = {
+    "colorMode": "value",
+    "graphMode": "area",
+    "justifyMode": "auto",
+    "orientation": "auto",
+    "reduceOptions": {"calcs": ["lastNotNull"]},
+    "textMode": "auto",
+}
+"""The last value, with its course behind it."""
 
 
-def stacked() -> timeseries.Panel:
-    """Areas on one another."""
-    return lines().fill_opacity(40).stacking(common.StackingConfig().mode(StackingMode.NORMAL))
-
-
-def number() -> stat.Panel:
-    """The last value, with its course behind it."""
-    last = common.ReduceDataOptions().calcs(["lastNotNull"])
-    return stat.Panel().graph_mode(BigValueGraphMode.AREA).reduce_options(last)
-
-
-def heat() -> heatmap.Panel:
-    """The buckets of a histogram over time."""
-    color = heatmap.HeatmapColorOptions().mode(HeatmapColorMode.SCHEME).scheme("Blues")
-    return heatmap.Panel().calculate(False).color(color)
+def heatmap_options(unit: str) -> dict[str, Any]:
+    """The buckets of a histogram over time. `unit`: of the buckets."""
+    color = {"mode": "scheme", "scheme": "Blues", "reverse": False, "exponent": 0, "fill": "", "steps": 0}
+    return {
+        "calculate": False,
+        "cellGap": 1,
+        "color": color,
+        "exemplars": {"color": "rgba(255,0,255,0.7)"},
+        "filterValues": {"le": 1e-09},
+        "legend": {"show": True},
+        "showValue": "auto",
+        "tooltip": {"show": False},
+        "yAxis": {"unit": unit},
+    }
 
 
 if __name__ == "__main__":

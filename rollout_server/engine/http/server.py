@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -20,7 +20,7 @@ from starlette.routing import Route
 from areal_like.errors import ArealError, UserError, WeightSyncError
 from areal_like.http.bodies import parse_object, parse_packed_object
 from areal_like.http.streams import FRAMES
-from areal_like.runtime.metrics import CONTENT_TYPE, exposition
+from areal_like.runtime.metrics import CONTENT_TYPE
 from rollout_server.engine.http.chat import ChatRoutes
 from rollout_server.engine.http.generate_request import RequestLimits
 from rollout_server.engine.http.generation_routes import GenerationRoutes
@@ -152,4 +152,4 @@ class EngineServer:
         )
 
     async def _metrics(self, request: Request) -> Response:
-        return Response(exposition(self._registry), media_type=CONTENT_TYPE)
+        return Response(generate_latest(self._registry), media_type=CONTENT_TYPE)

@@ -17,8 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from areal_like.errors import ConfigError, first_line
-from areal_like.precision.head import widen_head
-from areal_like.precision.routers import route_in_float32
+from areal_like.precision import route_in_float32, widen_head
 from areal_like.weights.hf_layout import hf_tensors
 from rollout_server.engine.cache import KVCache
 from rollout_server.engine.models import llama

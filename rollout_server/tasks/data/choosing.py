@@ -1,6 +1,6 @@
 """Decides which rows of a data set a task uses: checks them, holds some out, leaves out long prompts.
 
-Each pass over the rows is remembered under a key of all that it depends on (`areal_like.data.selections`).
+Each pass over the rows is remembered under a key of all that it depends on (`areal_like.data.cache`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from areal_like.data import RowFormat, Rows
-from areal_like.data.selections import Numbers, remembered
+from areal_like.data.cache import Numbers, remembered
 from areal_like.errors import ConfigError
 from rollout_server.tasks.base import FittingPrompts, Prompt
 

@@ -15,7 +15,7 @@ import pytest
 from pyarrow import parquet
 
 from areal_like.data import open_rows, reading
-from areal_like.data.selections import open_selection
+from areal_like.data.cache import open_selection
 from areal_like.errors import ConfigError
 
 
@@ -102,7 +102,7 @@ def test_what_cannot_be_read_says_what_to_change(tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text('[\n{"a": 1}]\n')
     for source, message in {
         str(tmp_path / "latin.jsonl"): r"latin\.jsonl:2: no UTF-8",
-        str(tmp_path / "no.parquet"): "no parquet file",
+        str(tmp_path / "no.parquet"): "not a readable parquet file",
         str(tmp_path / "empty.jsonl"): "there are no rows",
         str(tmp_path / "list.json"): "each line must be one row",
         str(tmp_path / "absent.jsonl"): "there is no such file",

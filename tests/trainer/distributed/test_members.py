@@ -21,7 +21,7 @@ from tests.support.buffer_harness import ROOT
 from tests.support.waiting import HANG_LIMIT_S
 from trainer.distributed.connections import interface_towards
 from trainer.distributed.members import Liveness
-from trainer.distributed.place import Place
+from trainer.distributed.place import RankPhase
 from trainer.distributed.process_group import Meeting, meet
 from trainer.distributed.spawn import start_ranks
 from trainer.distributed.variables import set_torch_variables
@@ -86,7 +86,7 @@ def test_a_counter_that_stands_still_is_reported_once() -> None:
 
 
 def test_a_failed_block_keeps_its_phase() -> None:
-    place = Place()
+    place = RankPhase()
     timer = PhaseTimer(("compute_s", "wait_s"), place=place)
     place.enter("lockstep", step=4)
     place.next_microbatch()

@@ -18,7 +18,7 @@ from trainer.distributed.ranks import Ranks
 from trainer.gradients.ghost_tape import GhostTape
 from trainer.gradients.optimal_baseline import optimal_baseline
 from trainer.gradients.per_sequence import SequenceGradients
-from trainer.gradients.segment_rows import Rows
+from trainer.gradients.segment_rows import SegmentRows
 from trainer.objectives import OBJECTIVES, SampledTokens, build_objective
 from trainer.objectives.normalizers import Normalizer
 from trainer.objectives.vcpo import Vcpo
@@ -153,7 +153,7 @@ def test_tabular_norms_weights_and_sample_size() -> None:
     tape = GhostTape(model)
     tape.attach()
     sampled_uniformly(model, SEQUENCES, RETURNS).logp_S.sum().backward()  # type: ignore[no-untyped-call]
-    rows = Rows.of([3, 2])
+    rows = SegmentRows.of([3, 2])
     assert tape.squares(rows, rows).tolist() == pytest.approx([1.337785, 1.290681], abs=1e-6)
     scores = [dict(tape.combined(numbers(*pick)))["table.weight"][:, 0].tolist() for pick in ([1, 0], [0, 1])]
     tape.detach()

@@ -19,7 +19,7 @@ from tests.support.trainer_helpers import dense_logprobs, flattened, random_grou
 from tests.support.vcpo_ranks import VARIANTS, gradient_of, make_runner, shares_of
 from trainer.distributed.ranks import Ranks
 from trainer.gradients.ghost_tape import GhostTape
-from trainer.gradients.segment_rows import Rows
+from trainer.gradients.segment_rows import SegmentRows
 
 CAP = 2.0
 """Low enough to truncate some of the random sequences."""
@@ -249,7 +249,7 @@ def test_unsupported_layers_are_named() -> None:
     tape.clear()
     with pytest.raises(ConfigError, match="cannot tell which sequences"):
         twice(torch.ones(4, 3)).sum().backward()
-        tape.squares(Rows.of([2, 3]), Rows.of([2, 3]))
+        tape.squares(SegmentRows.of([2, 3]), SegmentRows.of([2, 3]))
     tape.detach()
 
 
@@ -265,7 +265,7 @@ def test_long_sequences_and_frozen_parameters() -> None:
     tape = GhostTape(model)
     tape.attach()
     model(x_TI).square().sum().backward()
-    rows = Rows.of(lengths)
+    rows = SegmentRows.of(lengths)
     squares_N = tape.squares(rows, rows)
     coefficient_N = torch.tensor([0.5, 1.0, -2.0, 3.0], dtype=torch.float64)
     combined = dict(tape.combined(coefficient_N))

@@ -1,11 +1,15 @@
-"""The routers of a mixture-of-experts model compute in float32, in the trainer and in the embedded engine.
+"""Parts of a model that compute in float32, whatever the dtype of the rest, in the trainer and the engine.
 
-A router's probabilities decide which experts a token uses, and rounding them to bfloat16 makes near ties of
-experts. So the product, the softmax and the weights of the chosen experts are float32. The router's weights
-keep the values that they have in the model's dtype, which are those that the engines have: SGLang (0.5.23,
-Qwen3-MoE) multiplies in bfloat16 with float32 accumulation, and does the rest in float32.
+The output head (`model.fp32_head`): logits that a matrix product rounds to bfloat16 have steps of up to 2^-8
+of their size, so engine and trainer disagree about probabilities although they have the same weights. Here
+weight and hidden states are widened before the product. The weight's values stay those of the model's dtype,
+as with SGLang's `--enable-fp32-lm-head`.
 
-Routers are found by transformers' own declaration of where router logits come from
+The routers of a mixture of experts: their probabilities decide which experts a token uses, and rounding them
+to bfloat16 makes near ties of experts. So the product, the softmax and the weights of the chosen experts are
+float32. The router's weights keep the values that they have in the model's dtype, which are those that the
+engines have: SGLang (0.5.23, Qwen3-MoE) multiplies in bfloat16 with float32 accumulation, and does the rest
+in float32. Routers are found by transformers' own declaration of where router logits come from
 (`PreTrainedModel._can_record_outputs`). Left out: routers that are a linear layer whose block does the rest
 (Jamba, Llama 4), and routers made of other modules, which are float32 in transformers already (Ernie).
 """
@@ -14,10 +18,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from types import MethodType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def widen_head(model: Any) -> None:
+    """Makes the head of a causal language model of transformers compute in float32, in place."""
+    head = model.get_output_embeddings()
+    head.forward = MethodType(_head_in_float32, head)
+
+
+def _head_in_float32(head: nn.Linear, hidden: Tensor) -> Tensor:
+    dtype = torch.promote_types(head.weight.dtype, torch.float32)
+    bias = None if head.bias is None else head.bias.to(dtype)
+    return F.linear(hidden.to(dtype), head.weight.to(dtype), bias)
 
 
 def routers(model: nn.Module) -> Iterator[nn.Module]:
@@ -46,10 +64,10 @@ def route_in_float32(model: nn.Module) -> None:
     Modifies the modules in place; call it once. A model without experts stays as it is.
     """
     for router in routers(model):
-        router.forward = functools.partial(_forward, router, router.forward)
+        router.forward = functools.partial(_router_in_float32, router, router.forward)
 
 
-def _forward(router: nn.Module, forward: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _router_in_float32(router: nn.Module, forward: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
     own: dict[str, Any] = dict(router._parameters)
     if all(param is None or param.dtype.itemsize >= torch.float32.itemsize for param in own.values()):
         return forward(hidden, *args, **kwargs)

@@ -1,0 +1,25 @@
+"""Files that commands write for a user."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from areal_like.errors import ConfigError
+from areal_like.paths import private_descriptor, replacing
+
+
+@contextlib.contextmanager
+def private_file(path: Path, *, verb: str) -> Iterator[BinaryIO]:
+    """A file for what shows samples and settings: readable by its owner only, and there when it is complete.
+
+    Raises ConfigError if it cannot be written.
+    """
+    try:
+        with replacing(path) as partial, os.fdopen(private_descriptor(partial), "wb") as file:
+            yield file
+    except OSError as error:
+        raise ConfigError(f"{verb}: {path} cannot be written: {error.strerror}; name another --out") from None
