@@ -29,7 +29,7 @@ SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
 """Buckets of durations: half a decade each, from a write to a disk to the longest generation."""
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # `_created`, the time at which a counter began, would double the series, and nobody queries it.
-disable_created_metrics()
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class Metrics:
