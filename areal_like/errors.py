@@ -79,6 +79,10 @@ class StaleIncarnationError(ArealError):
     """A newer process of the same name has registered: this one must stop."""
 
 
+class EvaluationError(ArealError):
+    """No sample of an evaluation set could be made."""
+
+
 class DeadlineError(ArealError):
     """No reply or event came before the deadline; the message names it."""
 

@@ -31,7 +31,7 @@ from typing import Any
 
 from areal_like.automatic_settings import start_limit_s
 from areal_like.config import Config
-from areal_like.errors import ArealError, ConfigError, DeadlineError, UserError
+from areal_like.errors import ArealError, ConfigError, DeadlineError, EvaluationError, UserError
 from areal_like.paths import RunPaths, model_path, write_json
 from areal_like.runtime.command_line import OneValue, Options, load_config, shows_help
 from areal_like.runtime.daemon import DrainSignals
@@ -186,10 +186,10 @@ class Evaluations:
         if result.num_evaluated == 0:
             problem = (
                 f"none of the {len(result.rewards)} samples for the held-out prompts of {name} could be "
-                "made: see the rollout servers' logs"
+                "made: `areal-like why RUN` and the rollout servers' logs name the failures"
             )
             if not self._has_outside_agents:
-                raise ArealError(problem)
+                raise EvaluationError(problem)
             # Broken agents must not end a job before its first step.
             log.error("%s; they count as reward 0", problem)
         return result

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from areal_like.automatic_settings import compute_dtype, start_limit_s
 from areal_like.config import Config
-from areal_like.errors import ArealError, RefusedError, UserError
+from areal_like.errors import ArealError, EvaluationError, RefusedError, UserError
 from areal_like.wire.messages.consumer import (
     AllocVersion,
     CloseAdmission,
@@ -145,7 +145,7 @@ class Leader:
                 self._wait_for_checkpoint_weights()
             if self._step == 0 and self._evaluations.is_enabled:
                 self._buffer.state = "evaluating"
-                self._eval_before = self._evaluations.run(step=0, min_version=self._publisher.active_version)
+                self._eval_before = self._first_evaluation()
             else:  # the sets that an earlier trainer has not finished
                 self._evaluations.start_if_due(
                     step=self._step,
@@ -156,6 +156,17 @@ class Leader:
         except StopRequestedError as stop:
             log.info("%s", stop)
         self._training_started_s = time.monotonic()
+
+    def _first_evaluation(self) -> float | None:
+        """The mean held-out reward of the first set; None if no sample of any set could be made.
+
+        The job goes on: if the samples for training fail too, the buffer ends it and names the cause.
+        """
+        try:
+            return self._evaluations.run(step=0, min_version=self._publisher.active_version)
+        except EvaluationError as error:
+            log.error("training starts without an evaluation of the initial weights: %s", error)
+            return None
 
     def check_weights(self, batch: PackedBatch, logp_S: Tensor) -> None:
         """Offers a step's first log-probs [S] as reference for a check of the engines' weights."""

@@ -93,7 +93,8 @@ class LocalJob:
         outcome = self._lifecycle.outcome
         if outcome.exit_code:
             return outcome.exit_code
-        if outcome.is_finished:  # a short run may end before it is seen to be ready
+        # A short run may train, and even end, before it is seen to be ready.
+        if outcome.is_finished or max(checkpoints(self._paths), default=0) > self._run.first_step:
             self._keep_settings()
         log.info("the run is %s", "finished" if outcome.is_finished else "drained")
         return 0 if outcome.is_finished else self._drain_code

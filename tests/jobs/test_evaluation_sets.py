@@ -20,7 +20,7 @@ from areal_like.wire.messages.evaluation import EvalResult, RequestEval, SampleO
 from areal_like.wire.messages.hello import Hello
 from launch.audit.run import audit_run
 from tests.support.buffer_harness import BufferProcess, FakeTrainer, connected, running_buffer, trainer_hello
-from tests.support.launching import TEST_LIMIT_S, WAIT_LIMIT_S
+from tests.support.launching import TEST_LIMIT_S, WAIT_LIMIT_S, areal_like
 from tests.support.rollout_harness import ServerProcess
 from trainer.models.tiny import build_tiny_model
 
@@ -39,6 +39,28 @@ SETTINGS: dict[str, Any] = {
     "eval": {"num_prompts": 12, "sets": SETS},
     "rollout": {"max_running": 6, "queue_samples": 2},
 }
+
+
+@pytest.mark.timeout(TEST_LIMIT_S)
+def test_rewards_that_fail_for_held_out_prompts_end_no_job(tmp_path: Path, cache: dict[str, str]) -> None:
+    run = areal_like(
+        "run",
+        "name=x",
+        "model.warm_start_steps=0",
+        "task._target_=tests.support.rollout_tasks.FailsHeldOut",
+        "trainer.num_steps=2",
+        "trainer.groups_per_step=2",
+        "eval.num_prompts=2",
+        "buffer.max_sample_retries=1",
+        cwd=tmp_path,
+        environment=cache,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    root = tmp_path / "runs" / "x"
+    log = (root / "logs" / "trainer-0.log").read_text()
+    assert "training starts without an evaluation of the initial weights: none of the 2 samples" in log
+    assert "its last evaluation is missing" in log
+    assert audit_run(root).is_clean
 
 
 @pytest.mark.timeout(TEST_LIMIT_S)

@@ -46,6 +46,19 @@ class Checksum(Task):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FailsHeldOut(Checksum):
+    """Rewards of held-out prompts raise."""
+
+    def example(self, split: Split, index: int) -> Example:
+        return Example(prompt=super().example(split, index).prompt, answer=split)
+
+    def reward(self, example: Example, completion: str) -> float:
+        if example.answer == "eval":
+            raise ValueError("no judge for held-out prompts")
+        return checksum(completion)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SlowChecksum(Checksum):
     """Rewards that take time but no CPU: while a job waits for them, other processes can start."""
 

@@ -10,7 +10,7 @@ import pytest
 
 from areal_like.config import from_mapping
 from areal_like.config.evaluation import DEFAULT_SET
-from areal_like.errors import ArealError
+from areal_like.errors import EvaluationError
 from areal_like.wire.messages.evaluation import EvalResult, RequestEval, SampleOutcome
 from trainer.evaluate import Evaluations
 
@@ -76,5 +76,5 @@ def test_samples_that_no_agent_made_end_no_job(external: bool) -> None:
     if external:
         assert evaluations.run(step=0, min_version=0) == 0.0
     else:
-        with pytest.raises(ArealError, match="none of the 2 samples"):
+        with pytest.raises(EvaluationError, match="none of the 2 samples"):
             evaluations.run(step=0, min_version=0)
