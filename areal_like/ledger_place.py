@@ -16,6 +16,8 @@ from areal_like.config import Config
 from areal_like.paths import RunPaths
 from areal_like.shards import WHOLE, Shard
 
+LEDGER_FILE = "ledger.sqlite3"
+
 _NETWORK = frozenset(
     {
         *("9p", "afs", "beegfs", "ceph", "cifs", "glusterfs", "gpfs", "lustre", "nfs", "nfs4"),
@@ -30,6 +32,12 @@ def wanted_place(config: Config, shard: Shard = WHOLE) -> Path:
     if not config.buffer.ledger_dir:
         return RunPaths.of(config).ledger_of(shard)
     return Path(config.buffer.ledger_dir).expanduser().resolve() / config.name / shard.ledger
+
+
+def open_ledger(directory: Path) -> sqlite3.Connection:
+    """A connection that only reads; buffers may write meanwhile. Raises sqlite3.DatabaseError."""
+    path = (directory / LEDGER_FILE).absolute().as_uri()
+    return sqlite3.connect(f"{path}?mode=ro", uri=True, timeout=10, isolation_level=None)
 
 
 def recorded_shards(paths: RunPaths) -> int | None:
@@ -48,7 +56,7 @@ def shards_of(directory: Path) -> int | None:
         "WHERE EXISTS (SELECT 1 FROM tickets)"
     )
     try:
-        with closing(sqlite3.connect(f"file:{directory}/ledger.sqlite3?mode=ro", uri=True)) as ledger:
+        with closing(open_ledger(directory)) as ledger:
             found = ledger.execute(query).fetchone()
     except sqlite3.Error:  # there is none, it is damaged, or locked: its buffer will say so
         return None

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from areal_like.security.redaction import without_secrets
 
 MAX_BYTES = 16 << 20
 """Largest file that is read whole."""
-LEDGER_FILE = "ledger.sqlite3"
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -74,12 +72,6 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(plain, dict):
         raise ConfigError(f"{path} is not the configuration of a run")
     return without_secrets({str(key): value for key, value in plain.items()})
-
-
-def open_ledger(directory: Path) -> sqlite3.Connection:
-    """A connection that only reads; buffers may write meanwhile. Raises sqlite3.DatabaseError."""
-    path = (directory / LEDGER_FILE).absolute().as_uri()
-    return sqlite3.connect(f"{path}?mode=ro", uri=True, timeout=10, isolation_level=None)
 
 
 def tail(path: Path, *, max_bytes: int) -> str:

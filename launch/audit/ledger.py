@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from areal_like.errors import StoreCorruptError
+from areal_like.ledger_place import open_ledger
 from areal_like.selection import failures_of
 from areal_like.shards import Shard
 from areal_like.trajectory import NOT_SAMPLED
 from areal_like.wire.records import Record, RecordLocation, read_record
 from launch.audit.invariants import LEDGER_INVARIANTS
 from launch.audit.result import Audit, Check
-from launch.run_files import open_ledger
 
 _Row = tuple[int, ...]
 _OLDEST = 2

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from areal_like.errors import StoreCorruptError
+from areal_like.ledger_place import open_ledger
 
 _ISSUED = "SELECT prompt_index, count(*) FROM tickets WHERE purpose = 'train' GROUP BY prompt_index"
 _RATE = "min(max((reward - :low) / (:high - :low), 0.0), 1.0)"
@@ -46,7 +47,7 @@ def read_heard_prompts(ledgers: Iterable[Path], *, reward_low: float, reward_hig
     num_drawn = 0
     for directory in ledgers:
         try:
-            with closing(_connect(directory)) as connection:
+            with closing(open_ledger(directory)) as connection:
                 connection.execute("BEGIN")
                 issued.update(dict(connection.execute(_ISSUED)))
                 rates = {"low": reward_low, "high": reward_high}
@@ -62,10 +63,4 @@ def read_heard_prompts(ledgers: Iterable[Path], *, reward_low: float, reward_hig
     return HeardPrompts(
         num_drawn=num_drawn,
         rows=[(index, count, *heard.get(index, nothing)) for index, count in sorted(issued.items())],
-    )
-
-
-def _connect(directory: Path) -> sqlite3.Connection:
-    return sqlite3.connect(
-        f"file:{directory / 'ledger.sqlite3'}?mode=ro", uri=True, isolation_level=None, timeout=10
     )

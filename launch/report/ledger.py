@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.run_files import LEDGER_FILE, open_ledger
+from areal_like.ledger_place import LEDGER_FILE, open_ledger
 
 _MAX_ROWS = 500
 """Most rows that are read of a table of events: the newest."""

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from areal_like.errors import ConfigError, StoreCorruptError
+from areal_like.ledger_place import LEDGER_FILE, open_ledger
 from areal_like.paths import RunPaths
 from areal_like.wire.records import Record, RecordLocation, read_record
-from launch.run_files import LEDGER_FILE, open_ledger
 
 _ADDED_COLUMNS = {"eval_set": "'eval'", "failure": "''"}
 """Columns of newer ledgers, and their values in older ones."""

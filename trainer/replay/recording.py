@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from areal_like.errors import ConfigError
+from areal_like.ledger_place import open_ledger
 from areal_like.paths import RunPaths
 from areal_like.wire.messages.consumer import Group
 from areal_like.wire.records import RecordLocation, read_record
@@ -42,10 +43,7 @@ class Recording:
             raise ConfigError(
                 f"{root} has no ledger: with buffer.durability=none nothing of a run can be replayed"
             )
-        self._ledgers = [
-            sqlite3.connect(f"file:{directory / 'ledger.sqlite3'}?mode=ro", uri=True, isolation_level=None)
-            for directory in self._directories
-        ]
+        self._ledgers = [open_ledger(directory) for directory in self._directories]
         self.num_gone = sum(map(_num_gone, self._ledgers))
         """Trajectories that were trained on and not kept."""
         if self.num_gone and needs_records:
