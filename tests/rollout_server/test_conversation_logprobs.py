@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from areal_like.errors import EpisodeBudgetError, PromptRefusedError
@@ -156,6 +156,12 @@ def test_recorded_logprobs_are_those_of_the_segments(name: str, served: Served) 
     tools = [TOOL] if renderer.supports_tools and name != "llama-3 by its template" else []
     num_bridged, num_continued = 0, served.core.contexts.num_continued
 
+    @example(
+        actions=[("tool", "abc", 0), ("tool", "7", 0), ("user", "abc", 0)],
+        interrupt_after=[],
+        budgets=(CONTEXT, 10 * CONTEXT),
+        seed=0,
+    )
     @settings(max_examples=20, database=None, derandomize=True)
     @given(
         actions=st.lists(REWRITES, min_size=2, max_size=6),

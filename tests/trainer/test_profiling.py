@@ -73,8 +73,8 @@ def test_a_profile_records_its_steps_and_changes_nothing(
     for trace in traces:
         assert parts_of_trace(tmp_path / "profiles" / trace) == STEP_PARTS
     ranges = {row["name"]: row for row in report["ranges"]}
-    assert ranges["compute"]["cpu_s"] > ranges["forward"]["cpu_s"] > ranges["head"]["cpu_s"] > 0
-    assert ranges["optimizer"]["calls"] == 2
+    assert all(ranges[name]["cpu_s"] > 0 for name in STEP_PARTS)
+    assert ranges["compute"]["calls"] == ranges["forward"]["calls"] == ranges["optimizer"]["calls"] == 2
     assert {file.name for file in (tmp_path / "profiles").iterdir()} == {*traces, f"report-{ID}-rank3.json"}
     text = "\n".join(profile_lines([report], directory=Path("runs/x/profiles")))
     assert "rank 3: 2 of 2 steps\n  runs/x/profiles/trace-rank3-step2.json.gz" in text

@@ -93,10 +93,13 @@ class Job:
         """`stands_still_s`: time that passes after the first answer of the model."""
         self.grant(script, lease_id=lease_id)
         if stands_still_s:
-            await self.until(lambda: Place.ENGINE in self.places and self.places[-1] is Place.TOOL)
+            await self.until(self._has_read_a_turn)
             advance(stands_still_s)
         await self.until(lambda: bool(self.results))
         return self.results[0]
+
+    def _has_read_a_turn(self) -> bool:
+        return any(call.is_delivered for session in self.book.open for call, _ in session._calls.answered())
 
 
 @contextlib.asynccontextmanager
