@@ -71,7 +71,7 @@ def test_the_agent_of_the_guide_runs_without_a_model(tmp_path: Path, cache: dict
     page = (ROOT / "docs" / "guides" / "agents.md").read_text()
     (tmp_path / "my_agent.py").write_text(modules_of("agents")["my_agent"])
     command = re.search(r"areal-like run (task._target_=my_agent\S*).* (episode\.\S+)", page)
-    hint = re.search(r"without a model that can say anything: `(.+?)`", page, re.S)
+    hint = re.search(r"says\s+nothing\s+useful:\s+`(.+?)`", page, re.S)
     assert command is not None and hint is not None
     settings = [*command.groups(), *hint[1].split(), "name=x", "trainer.num_steps=1", "eval.num_prompts=4"]
     small = [
