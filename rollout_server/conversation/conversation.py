@@ -37,7 +37,7 @@ from rollout_server.conversation.messages import (
     with_ids_of,
 )
 from rollout_server.conversation.policy_client import PolicyClient
-from rollout_server.conversation.turns import Answer, Turn, Turns
+from rollout_server.conversation.turns import SampledTurn, Turn, Turns
 from rollout_server.environments.base import Message, Reply, ToolCall
 from rollout_server.policy.types import Generation
 from rollout_server.rendering.base import ChatRenderer, ToolSchema
@@ -72,9 +72,9 @@ class Conversation(Turns):
         Raises EpisodeBudgetError if there is no room for another turn (PromptRefusedError if it would be the
         first), EpisodeError if the messages cannot be rendered, and the errors of PolicyClient.sample.
         """
-        return (await self.answer(messages, tools=tools, stop=stop, keeps_malformed=True)).reply
+        return (await self.sample_turn(messages, tools=tools, stop=stop, keeps_malformed=True)).reply
 
-    async def answer(
+    async def sample_turn(
         self,
         messages: Sequence[Message],
         *,
@@ -82,7 +82,7 @@ class Conversation(Turns):
         stop: Sequence[str] = (),
         max_new_tokens: int | None = None,
         keeps_malformed: bool = False,
-    ) -> Answer:
+    ) -> SampledTurn:
         """Samples a turn as `say` does; also returns its tokens.
 
         `max_new_tokens`: limit of this turn, if below the job's.
@@ -111,7 +111,7 @@ class Conversation(Turns):
 
     async def continue_tokens(
         self, prompt_ids: Sequence[int], *, stop: Sequence[str] = (), max_new_tokens: int | None = None
-    ) -> Answer:
+    ) -> SampledTurn:
         """Samples a turn after a prompt that the client has rendered itself.
 
         It follows the longest earlier turn whose tokens it begins with.
@@ -144,7 +144,7 @@ class Conversation(Turns):
         stop: Sequence[str],
         max_new_tokens: int | None,
         keeps_malformed: bool = False,
-    ) -> Answer:
+    ) -> SampledTurn:
         """`known`: the messages of the prompt; None if it has none."""
         limit = self._room(parent, len(prompt))
         if max_new_tokens is not None and max_new_tokens < limit[0]:
@@ -163,7 +163,7 @@ class Conversation(Turns):
         if turn is not None and known is not None:
             turn.messages.extend([*known, *canonical_messages([reply.message])])
             self._states[prefix_digests(comparable(turn.messages), tools)[-1]].append(turn)
-        return Answer(
+        return SampledTurn(
             reply=reply,
             prompt_ids=prompt,
             token_ids=generation.output_ids,

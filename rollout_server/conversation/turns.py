@@ -62,7 +62,7 @@ class RunningTurn:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Answer:
+class SampledTurn:
     """One turn of the policy, and the tokens behind it."""
 
     reply: Reply

@@ -16,7 +16,7 @@ from areal_like.trajectory import LARGEST_METRIC, LARGEST_REWARD, FinishReason
 from areal_like.wire.records import MAX_LABEL_CHARS
 from rollout_server.environments.base import Message, Reply, Step, ToolCall
 
-MAX_ANSWER_BYTES = 4 << 20
+MAX_RESULT_BYTES = 4 << 20
 """Largest answer of an environment. Far more than any context holds, and unpacked within milliseconds."""
 _MAX_DEPTH = 32
 _MAX_METRICS = 64

@@ -12,7 +12,7 @@ from areal_like.errors import EpisodeError
 from rollout_server.agents.base import Session
 
 
-async def answer_once(session: Session, messages: list[dict[str, Any]]) -> None:
+async def complete_once(session: Session, messages: list[dict[str, Any]]) -> None:
     """Asks the model for one answer. Raises EpisodeError."""
     await asyncio.to_thread(_post, session, {"model": "policy", "messages": messages})
 
@@ -25,10 +25,10 @@ def _post(session: Session, body: dict[str, Any]) -> None:
     try:
         connection.request("POST", url.path, json.dumps(body), headers)
         response = connection.getresponse()
-        answer = response.read().decode(errors="replace")
+        content = response.read().decode(errors="replace")
     except (OSError, http.client.HTTPException) as error:
         raise EpisodeError(f"the model's address does not answer: {error}") from error
     finally:
         connection.close()
     if response.status != http.client.OK:
-        raise EpisodeError(f"the model answered with HTTP status {response.status}: {answer:.300}")
+        raise EpisodeError(f"the model answered with HTTP status {response.status}: {content:.300}")
