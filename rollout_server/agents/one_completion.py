@@ -1,4 +1,4 @@
-"""The agent of an example that has none, in a mixture with agents: one prompt, one answer."""
+"""The default agent of an example that has none, in a mixture with agents: one prompt, one completion."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from rollout_server.agents.base import Session
 
 
 async def complete_once(session: Session, messages: list[dict[str, Any]]) -> None:
-    """Asks the model for one answer. Raises EpisodeError."""
+    """Requests one completion from the model. Raises EpisodeError."""
     await asyncio.to_thread(_post, session, {"model": "policy", "messages": messages})
 
 
 def _post(session: Session, body: dict[str, Any]) -> None:
     url = urlsplit(f"{session.base_url}/chat/completions")
-    assert url.hostname is not None  # the server has made it
+    assert url.hostname is not None  # the server made this URL
     connection = http.client.HTTPConnection(url.hostname, url.port)
     headers = {"Authorization": f"Bearer {session.api_key}", "Content-Type": "application/json"}
     try:
