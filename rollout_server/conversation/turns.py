@@ -1,5 +1,4 @@
-"""The turns of one sample: samples them into a tree of token sequences, and converts the tree to a
-trajectory.
+"""Samples the turns of one sample as a tree of token sequences, and converts the tree to a trajectory.
 
 Each path from a root to a leaf is a segment. The tokens of a turn that several segments share count as
 sampled in the first of them, and as context in the others. A sample of one prompt and one completion is a

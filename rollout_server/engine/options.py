@@ -1,10 +1,11 @@
-"""The options of an embedded engine: given as data, or on a command line made from the same fields.
+"""The options of an embedded engine, given as data or on a command line that is generated from the same
+fields.
 
     a server   ProcessOptions -> JSON -> a pipe -> `python -m rollout_server.engine --options /dev/fd/N`
     a person   `python -m rollout_server.engine --model-path PATH --api-key-file FILE ...`
 
-On the command line the options have the names of `sglang.launch_server`'s. The API key comes from a file and
-not from the command line, which every user of the machine can read.
+Command-line options have the same names as those of `sglang.launch_server`. The API key is read from a file,
+because every user of the machine can read command lines.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from areal_like.security.tokens import read_secret
 def _option(
     help: str, *, default: Any = MISSING, least: int | None = None, choices: Sequence[str] = ()
 ) -> Any:
-    """A field. `help`: on the command line. `least`: of an integer. `choices`: of a text."""
+    """Makes a field. `help`: its help text. `least`: smallest value of an integer. `choices`: values of a
+    string."""
     return field(default=default, metadata={"help": help, "least": least, "choices": choices})
 
 
@@ -49,11 +51,11 @@ class EngineOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessOptions(EngineOptions):
-    """Everything that an engine's process is told."""
+    """All options of an engine's process."""
 
     model_path: str = _option("Hugging Face directory or name")
     api_key: str = field(repr=False)
-    """That requests need (Authorization: Bearer KEY); on the command line `--api-key-file`."""
+    """The key that requests need (Authorization: Bearer KEY); on the command line `--api-key-file`."""
     port: int = _option("of 127.0.0.1; 0 picks a free one", default=30000)
     port_file: str = _option("the port is written here once the engine accepts requests", default="")
     device: str = _option("cpu | cuda | cuda:N", default="cpu")
@@ -76,18 +78,19 @@ class ProcessOptions(EngineOptions):
     log_level: str = _option("of stderr", default="INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
 
     def to_json(self) -> str:
-        """For another process. It has the API key."""
+        """Serializes the options for another process, including the API key."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> ProcessOptions:
-        """Inverse of `to_json`."""
+        """Parses the output of `to_json`."""
         raw = json.loads(text)
         return cls(**{**raw, "weights_from": tuple(raw["weights_from"])})
 
     @classmethod
     def from_command_line(cls, argv: Sequence[str]) -> ProcessOptions:
-        """A wrong option ends the process with exit code 2. Raises ConfigError for a wrong key file."""
+        """Parses a command line; a wrong option exits with code 2. Raises ConfigError for an unusable key
+        file."""
         if len(argv) == 2 and argv[0] == "--options":
             return cls.from_json(Path(argv[1]).read_text())
         given = vars(_parser().parse_args(argv))
@@ -133,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _at_least(minimum: int | None) -> Callable[[str], int]:
-    """An argparse type: an integer of at least `minimum`."""
+    """Returns an argparse type: an integer of at least `minimum`."""
 
     def integer(text: str) -> int:
         value = int(text)
