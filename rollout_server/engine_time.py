@@ -1,5 +1,4 @@
-"""Measures how long a server had requests at its engine, the time against which the engine's speed is
-measured.
+"""Measures how long a server had requests at its engine, to relate the engine's output to that time.
 
 The engine's own busy time does not measure that, because an engine that is repeatedly stopped between two
 steps counts that time as idle. Time in which the server itself did not run, or in which a weight push kept
@@ -17,7 +16,8 @@ class EngineTime:
         self.request_s = 0.0
         self._seen = (0.0, 0.0)
         self._pending = (0.0, 0.0)
-        """Totals at the start of a running push: how long it stalls the engine is known only at its end."""
+        """Times not counted yet because a push is running: how long it stalled the engine is known only at
+        its end."""
         self._stall_s = 0.0
         self._num_pushes = 0
 

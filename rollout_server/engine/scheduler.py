@@ -65,8 +65,7 @@ class Finish:
     """The stop token that was sampled, where the reason is STOP."""
     message: str = ""
     is_error: bool = False
-    """True if an error of the engine (logits that are not finite) aborted the sequence, False if a request
-    did."""
+    """True if the engine aborted the sequence because of an error (logits that are not finite)."""
 
 
 @dataclass(eq=False, kw_only=True)
