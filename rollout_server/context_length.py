@@ -1,9 +1,10 @@
 """Computes the longest sequence that a job can produce and checks that trainer and buffer accept it.
 
-With an environment and without `rollout.max_context` it is the prompt and `episode.max_turns` turns of
-`sampling.max_new_tokens`. The environment's messages share this room: turns are seldom all of full length,
-and an episode that runs out of room is a truncated sample. For the same reason it is cut to what the model
-and a micro-batch of the trainer hold. A sequence of a single-turn task that does not fit is an error instead.
+For a task with an environment and without `rollout.max_context`, the length is the prompt plus
+`episode.max_turns` turns of `sampling.max_new_tokens`. The environment's messages share this room: turns
+rarely all have full length, and an episode that runs out of room becomes a truncated sample. For the same
+reason the length is capped at what the model and a micro-batch of the trainer can hold. For a single-turn
+task, a sequence that does not fit is an error instead.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ from areal_like.wire.records import BYTES_PER_TOKEN
 from rollout_server.tasks.base import Task
 
 _SAMPLE_OVERHEAD_BYTES = 4096
-"""Bytes of a sample's message besides its tokens: numbers, names, reward components and version ranges."""
+"""Bytes of a sample's message in addition to its tokens: numbers, names, reward components and version
+ranges."""
 _BYTES_PER_EPISODE_TOKEN = BYTES_PER_TOKEN + 4
-"""With a reward of each token."""
+"""Bytes per token if each token has a reward."""
 _BYTES_PER_TURN = 32
-"""Length of a segment, end and reward of a turn."""
+"""Bytes per turn: the length of a segment, and the end and reward of the turn."""
 
 
 def longest_sequence(config: Config, task: Task, *, max_positions: int) -> int:
-    """Longest sequence that the engine has to hold (prompt and output), in tokens.
+    """Returns the longest sequence that the engine has to hold (prompt and output), in tokens.
 
     `max_positions`: the model's limit. Raises ConfigError if no room is left for a prompt, or if sequences of
     this length do not fit into a micro-batch of the trainer or into a message.
@@ -59,7 +61,7 @@ def longest_sequence(config: Config, task: Task, *, max_positions: int) -> int:
 
 
 def longest_evaluation(config: Config, one: EvalSetConfig, task: Task, *, max_positions: int) -> int:
-    """Longest sequence of an evaluation set, in tokens. It need not fit into a micro-batch of the trainer.
+    """Returns the longest sequence of an evaluation set, in tokens. It need not fit into a micro-batch.
 
     Raises ConfigError if no room is left for a prompt, or if a sample does not fit into a message.
     """

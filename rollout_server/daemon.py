@@ -45,7 +45,7 @@ from rollout_server.weights.receiver import WeightReceiver
 log = logging.getLogger(__name__)
 
 _FROZEN_S = 10.0
-"""A server whose engine owes a token or an answer for longer is not ready."""
+"""A server whose engine has sent no token or response for longer than this is not ready."""
 
 
 async def main(runtime: Runtime) -> None:
@@ -145,7 +145,7 @@ class RolloutServer:
         runtime.advertise(weights=self._weights_address)
 
     async def run(self) -> None:
-        """Serves until SIGTERM, then drains. Raises the exception of any part that fails before."""
+        """Serves until SIGTERM, then drains. If a part fails before that, raises its exception."""
         tasks = [
             asyncio.create_task(self._buffers.run(), name="buffers"),
             asyncio.create_task(self._supervisor.run(), name="engine"),
@@ -168,14 +168,14 @@ class RolloutServer:
             await self._drain(supervision=tasks[1])
 
     async def close(self) -> None:
-        """Ends everything that still runs; safe after any failure."""
+        """Stops everything that is still running; safe after any failure."""
         await self._runner.close()
         await self._receiver.close()
         await self._supervisor.close()
         self._buffers.close()
 
     async def _drain(self, *, supervision: asyncio.Task[None]) -> None:
-        """Announces DRAINING, aborts generations, returns the leases. The engine is stopped by `close`."""
+        """Announces DRAINING, aborts generations and returns the leases. `close` stops the engine."""
         self._buffers.announce(state=ServerState.DRAINING)
         supervision.cancel()
         await self._runner.close()
@@ -183,7 +183,7 @@ class RolloutServer:
             await self._buffers.leave()
 
     async def _observe(self) -> None:
-        """Once per heartbeat, updates the statistics from the engine's load, and the server's readiness."""
+        """Updates the statistics from the engine's load, and the server's readiness, once per heartbeat."""
         loop = asyncio.get_running_loop()
         while True:
             due_s = loop.time() + self._runtime.config.daemon.heartbeat_s
@@ -201,7 +201,8 @@ class RolloutServer:
                 self._runtime.ready()
 
     def _limit_concurrency(self, load: EngineLoad, *, now_s: float) -> None:
-        """Bounds the samples at the engine, and those that the buffers lease, by what its KV memory holds."""
+        """Limits the samples at the engine, and those leased from the buffers, to what the KV memory can
+        hold."""
         before = self._concurrency.limit
         limit = self._concurrency.observe(load, now_s=now_s)
         if limit == before:
@@ -237,7 +238,8 @@ class RolloutServer:
         self._stats.engine_lost()
 
     def _cancel_all(self, *, reason: str) -> None:
-        """Gives all leases back: other servers, or this one later, make their samples anew."""
+        """Gives all leases back, so that other servers, or this one later, make the samples from the
+        start."""
         self._runner.cancel(
             self._buffers.give_back(reason=reason), reason=f"its sample was given up: {reason}"
         )
@@ -247,7 +249,8 @@ class RolloutServer:
             self._buffers.announce(state=ServerState.SERVING, weights_version=version)
 
     def _on_quarantine(self, reason: str, version: int) -> None:
-        """The engine holds part of an update and will be reloaded: its tokens may not be delivered."""
+        """Handles an engine that holds part of an update and will be reloaded: its tokens may not be
+        delivered."""
         log.error("engine is quarantined: %s", reason)
         self._cancel_all(reason="engine quarantined")
         self._receiver.version = version
@@ -272,14 +275,14 @@ class RolloutServer:
         )
 
     async def _engine_metrics(self) -> bytes:
-        """The engine's page, for those who have no key of the engine."""
+        """Returns the engine's metrics page, for clients that do not have the engine's key."""
         client = self._supervisor.client
         if client is None:
             raise EngineError("no engine is running")
         return await client.metrics()
 
     def _trouble(self) -> str:
-        """Why a server that is otherwise ready makes no samples."""
+        """Returns why a server that is otherwise ready makes no samples."""
         wait, seconds = max(self._supervisor.waits().items(), key=lambda each: each[1], default=("", 0.0))
         return f"{wait} for {seconds:.0f} s" if seconds > _FROZEN_S else ""
 

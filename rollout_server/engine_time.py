@@ -1,8 +1,8 @@
-"""The time in which a server's requests were at its engine: what the speed of the engine is measured against.
+"""Measures how long a server had requests at its engine, to relate the engine's output to that time.
 
-The engine's own count of its busy time does not measure that: an engine that is stopped again and again
-between two steps counts the time as idle. Time does not count in which the server itself did not run, and in
-which a push of weights kept the engine from decoding. Pure: no clock.
+The engine's own busy time does not measure that, because an engine that is repeatedly stopped between two
+steps counts that time as idle. Time in which the server itself did not run, or in which a weight push kept
+the engine from decoding, is not counted. Pure: no clock.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ class EngineTime:
         self.request_s = 0.0
         self._seen = (0.0, 0.0)
         self._pending = (0.0, 0.0)
-        """Since the begin of a push: how long it stalls the engine is known at its end."""
+        """Times not counted yet because a push is running: how long it stalled the engine is known only at
+        its end."""
         self._stall_s = 0.0
         self._num_pushes = 0
 
@@ -31,7 +32,7 @@ class EngineTime:
         num_pushes: int,
         stall_s: float,
     ) -> None:
-        """Takes the totals of the gate, of pushes and of their stalls, once a heartbeat.
+        """Takes the totals of the gate, of pushes and of their stalls, once per heartbeat.
 
         `passed_s`: seconds since the last call; `late_s`: those of them in which the server did not run.
         """

@@ -1,7 +1,7 @@
 """Frames between a server and its worker processes: a 4-byte little-endian length and msgpack.
 
-A worker moves its socket away from stdin before it runs a task's code, so that code which prints or reads
-stdin cannot corrupt it.
+A worker moves its socket away from stdin before it runs a task's code, so that code that prints or reads
+stdin cannot corrupt the stream.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ HEADER = struct.Struct("<I")
 
 
 def pack(message: Any) -> bytes:
-    """The frame of a message. A character that UTF-8 has no bytes for (a lone surrogate) becomes `?`."""
+    """Packs a message into a frame. A character that UTF-8 cannot encode (a lone surrogate) becomes `?`."""
     body = msgpack.packb(message, unicode_errors="replace")
     assert isinstance(body, bytes)
     return HEADER.pack(len(body)) + body
 
 
 def read(receive: Callable[[int], bytes]) -> Any:
-    """The next message of a peer that is trusted. Raises EOFError at the end of the stream.
+    """Reads the next message from a trusted peer. Raises EOFError at the end of the stream.
 
-    `receive`: gives so many bytes, or fewer at the end.
+    `receive`: returns the given number of bytes, or fewer at the end.
     """
     header = receive(HEADER.size)
     body = receive(HEADER.unpack(header)[0]) if len(header) == HEADER.size else b""
@@ -39,7 +39,7 @@ def read(receive: Callable[[int], bytes]) -> Any:
 
 
 async def messages(reader: asyncio.StreamReader) -> AsyncIterator[Any]:
-    """The messages of a stream until its end, of a peer that is trusted."""
+    """Yields the messages of a trusted peer's stream until its end."""
     while True:
         try:
             (size,) = HEADER.unpack(await reader.readexactly(HEADER.size))
@@ -50,12 +50,12 @@ async def messages(reader: asyncio.StreamReader) -> AsyncIterator[Any]:
 
 
 def unpack(body: bytes) -> Any:
-    """A message of a peer that is trusted. Settings may have keys that are not strings (YAML: `{1: a}`)."""
+    """Unpacks a message from a trusted peer. Settings may have keys that are not strings (YAML: `{1: a}`)."""
     return msgpack.unpackb(body, strict_map_key=False)
 
 
 def described(error: BaseException, *, note: str = "") -> str:
-    """The message of an exception of a task's code, and the place where it was raised."""
+    """Returns the message of an exception raised by a task's code, and where it was raised."""
     message = traceback.format_exception_only(error)[-1].strip() + note
     places = traceback.extract_tb(error.__traceback__)
     return (
@@ -64,7 +64,7 @@ def described(error: BaseException, *, note: str = "") -> str:
 
 
 def claim_stdin() -> socket.socket:
-    """Moves the socket that is descriptor 0 to another; stdin becomes /dev/null, stdout becomes stderr."""
+    """Moves the socket from descriptor 0 to another; stdin becomes /dev/null, stdout becomes stderr."""
     claimed = socket.socket(fileno=os.dup(0))
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)

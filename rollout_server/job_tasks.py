@@ -1,7 +1,7 @@
-"""The tasks of a rollout server, by name of the evaluation set: the empty name is the task to train on.
+"""The tasks of a rollout server, by name of the evaluation set; the empty name is the training task.
 
-They are made first, because that finds most mistakes in a configuration, and before the slow imports. Prompts
-that are too long are left out when the tokenizer is there.
+They are created first, before the slow imports, because that finds most mistakes in a configuration. Prompts
+that are too long are left out once the tokenizer is available.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from rollout_server.tasks.base import Task, make_task
 
 
 def make_tasks(config: Config) -> dict[str, Task]:
-    """The task to train on (empty name), and that of each evaluation set; sets with equal settings share one.
+    """Returns the training task (empty name) and the task of each evaluation set; sets with equal settings
+    share one.
 
     Raises ConfigError for a task that cannot be made, has no training prompts, or holds out too few.
     """
@@ -38,9 +39,10 @@ def make_tasks(config: Config) -> dict[str, Task]:
 
 
 def sequence_lengths(config: Config, tasks: Mapping[str, Task], *, max_positions: int) -> dict[str, int]:
-    """Longest sequence of training and of each set, in tokens. `max_positions`: the model's limit.
+    """Returns the longest sequence of training and of each set, in tokens. `max_positions`: the model's
+    limit.
 
-    Raises ConfigError as the functions of `context_length`.
+    Raises ConfigError as the functions in `context_length` do.
     """
     lengths = {"": longest_sequence(config, tasks[""], max_positions=max_positions)}
     for name, one in config.eval.resolved_sets.items():
@@ -53,7 +55,7 @@ def sequence_lengths(config: Config, tasks: Mapping[str, Task], *, max_positions
 def without_long_prompts(
     config: Config, tasks: Mapping[str, Task], renderer: PromptRenderer, *, contexts: Mapping[str, int]
 ) -> dict[str, Task]:
-    """The tasks without the prompts that are too long, for training or for one of the sets of a task.
+    """Returns the tasks without prompts that are too long for training or for one of a task's sets.
 
     Raises ConfigError if too few are left.
     """
@@ -72,7 +74,7 @@ def without_long_prompts(
 
 
 def content_of(tasks: Mapping[str, Task]) -> str:
-    """16 hex digits over the examples and data of all sets; empty without sets."""
+    """Returns a hash of 16 hex digits over the examples and data of all sets; empty without sets."""
     prints = {name: task.fingerprint() for name, task in tasks.items()}
     return hashlib.sha256(canonical_json(prints).encode()).hexdigest()[:16] if prints else ""
 
@@ -86,7 +88,7 @@ def _check_num_prompts(config: Config, name: str, task: Task) -> None:
 
 
 def key_of(one: EvalSetConfig) -> str:
-    """Equal for sets with the same task; empty for the job's."""
+    """Returns a key that is equal for sets with the same task; empty for the job's task."""
     return canonical_json(one.task) if one.task else ""
 
 
@@ -94,7 +96,7 @@ def _make(config: Config, name: str, one: EvalSetConfig) -> Task:
     try:
         task = make_task(one.task, seed=config.seed, sandbox=config.rewards.sandbox)
         task.check()
-        task.fingerprint()  # its first examples can be made
+        task.fingerprint()  # checks that its first examples can be made
     except ConfigError as error:
         raise ConfigError(f"eval.sets.{name}: {error}") from error
     return task

@@ -1,7 +1,7 @@
 """A server's statistics, collected once for the heartbeat, /status and /metrics.
 
-Cumulative numbers survive a restart of the engine: the counts of all engines that the server has started are
-added up.
+Cumulative numbers survive a restart of the engine: they are summed over all engines that the server has
+started.
 """
 
 from __future__ import annotations
@@ -38,21 +38,24 @@ _CUMULATIVE = {
     "cached_prompt_tokens": "cached_prompt_tokens",
     "retractions": "retractions",
 }
-"""Server's name -> engine's name of the numbers that the engine counts from its start."""
+"""Counters that the engine resets at its start: server's name -> engine's name."""
 _COUNTERS = {
     "tokens_generated": ("tokens_generated", "Tokens that this server's engines sampled."),
     "busy_s": ("generation_busy_seconds", "Time in which an engine had a runnable sequence."),
-    "idle_s": ("generation_idle_seconds", "Time in which an engine had none."),
+    "idle_s": ("generation_idle_seconds", "Time in which an engine had no runnable sequence."),
     "at_engine_s": ("engine_request_seconds", "Time with a request at the engine, without stalls of pushes."),
-    "requests_s": ("requests_at_engine_seconds", "The same, added over the requests that were at it."),
+    "requests_s": ("requests_at_engine_seconds", "Time at the engine, summed over requests."),
     "progress": ("progress", "Heartbeats at which the server had made progress."),
     "prompt_tokens": ("prompt_tokens", "Tokens of the prompts of finished requests."),
-    "cached_prompt_tokens": ("cached_prompt_tokens", "Those that were in the engine's prefix cache."),
+    "cached_prompt_tokens": (
+        "cached_prompt_tokens",
+        "Prompt tokens found in the engine's prefix cache.",
+    ),
     "retractions": ("retractions", "Sequences that an engine retracted for lack of KV memory."),
     "samples_done": ("samples_done", "Samples finished."),
     "starved_s": (
         "engine_starved_seconds",
-        "Time in which the engine had places, and too many samples waited for rewards or environments.",
+        "Time in which the engine had free slots while too many samples waited for rewards or environments.",
     ),
     "reward_s": ("reward_seconds", "Time spent in the task's reward function."),
     "reward_restarts": ("reward_worker_restarts", "Reward workers lost to a timeout or a crash."),
@@ -62,15 +65,15 @@ _COUNTERS = {
         "Processes of environments lost to a time limit or a crash.",
     ),
     "session_requests": ("session_requests", "Requests of agents to the model."),
-    "agent_failures": ("session_agent_failures", "Sessions that external agents made no sample of."),
+    "agent_failures": ("session_agent_failures", "Sessions of external agents that produced no sample."),
     "claims_slowed": (
         "session_claims_slowed",
-        "Claims of agents that had to wait, as their sessions failed.",
+        "Claims of agents that had to wait because their sessions failed.",
     ),
-    "claims_refused": ("session_claims_refused", "Claims that were refused for that."),
+    "claims_refused": ("session_claims_refused", "Claims that were refused because sessions failed."),
     "session_fields_ignored": (
         "session_fields_ignored",
-        "Fields of these requests that had no effect: the job decides about them.",
+        "Fields of agents' requests that had no effect, because the job's settings determine them.",
     ),
     "pushes": ("weight_pushes", "Weight pushes activated."),
     "push_failures": ("weight_push_failures", "Weight requests that failed."),
@@ -91,14 +94,14 @@ _GAUGES = {
         "Time that the samples in progress have taken so far: what the loss of the server would cost.",
     ),
     "unacknowledged": ("samples_unacknowledged", "Finished samples that the buffer has not confirmed."),
-    "at_engine": ("samples_at_engine", "Held samples that wait for the engine or are at it."),
+    "at_engine": ("samples_at_engine", "Held samples that are at the engine or wait for it."),
     "in_tools": ("samples_in_environments", "Held samples that wait for their environment or agent."),
     "in_rewards": ("samples_in_rewards", "Held samples that wait for their reward."),
     "rewards_waiting": ("rewards_waiting", "Completions that wait for their reward."),
     "environments_open": ("environments_open", "Environments that samples use."),
     "sessions_open": ("sessions_open", "Sessions that agents work on."),
     "sessions_waiting": ("sessions_waiting", "Sessions that an external agent can claim."),
-    "session_requests_pending": ("session_requests_pending", "Requests of agents without an answer yet."),
+    "session_requests_pending": ("session_requests_pending", "Requests of agents that have no response yet."),
     "tokens_per_s": ("tokens_per_second", "Tokens sampled per second, over the last heartbeats."),
     "weights_version": ("weights_version", "Version that the engine samples with."),
     "weights_age_s": ("weights_age_seconds", "Time since the engine has had that version."),
@@ -110,7 +113,7 @@ _FINISHED = {reason: f"samples_finished_{reason.value}" for reason in FinishReas
 _ENDED = {outcome: f"sessions_{outcome.value}" for outcome in SessionOutcome}
 _ROUTES = {name: f"session_wrong_routes_{name}" for name in WRONG_ROUTES}
 _REFUSED = {status: f"session_refusals_{status}" for status in (400, 404, 405, 410, 413, 422, 429, 500, 503)}
-"""By the HTTP status of the application's answer."""
+"""Keys that are HTTP statuses of the application's response."""
 _BY_LABEL: tuple[tuple[str, str, str, Mapping[Any, str]], ...] = (
     ("rollout_samples_failed", "Samples of this server that failed, by kind.", "kind", _FAILED),
     (
@@ -119,10 +122,10 @@ _BY_LABEL: tuple[tuple[str, str, str, Mapping[Any, str]], ...] = (
         "reason",
         _FINISHED,
     ),
-    ("sessions_ended", "Sessions that have ended, by how.", "outcome", _ENDED),
+    ("sessions_ended", "Sessions that have ended, by outcome.", "outcome", _ENDED),
     (
         "session_refusals",
-        "Requests of agents that were refused behind the check of their key, by HTTP status.",
+        "Requests of agents that were refused after their key was accepted, by HTTP status.",
         "status",
         _REFUSED,
     ),
@@ -133,20 +136,20 @@ _BY_LABEL: tuple[tuple[str, str, str, Mapping[Any, str]], ...] = (
         _ROUTES,
     ),
 )
-"""Counters with one label: its name, and the server's name of each of its values."""
+"""Counters with one label: the label's name, and the server's name for each of its values."""
 _DURATIONS = {
-    "samples": ("sample_seconds", "Time from the begin of a sample to its end, with its rewards."),
-    "generations": ("generation_seconds", "Time from a request to the engine to its answer."),
+    "samples": ("sample_seconds", "Time from the start of a sample to its end, including its rewards."),
+    "generations": ("generation_seconds", "Time from a request to the engine to its completion."),
     "weights": ("weight_receive_seconds", "Time from the request of a push to its activation."),
 }
 """Lane of the spans -> histogram."""
 _SMOOTHING = 0.3
 _MOST_LATE_S = 1.0
-"""One long gap alone does not make a server late."""
+"""Upper bound of one gap in the average: a single long gap does not make a server late."""
 
 
 _TRACED = ("running", "waiting", "at_engine", "in_tools", "in_rewards", "tokens_per_s", "unacknowledged")
-"""Values that are counters in a trace."""
+"""Values written to traces as counters."""
 
 
 class ServerStats:
@@ -195,14 +198,14 @@ class ServerStats:
         """How late the last timer was."""
         self._updated_s = 0.0
         self._weights = (-1, 0.0)
-        """Version that the engine has, and since when."""
+        """Version that the engine holds, and since when."""
         self.values: dict[str, float] = dict.fromkeys(
             (*_COUNTERS, *_GAUGES, *(key for *_, keys in _BY_LABEL for key in keys.values())), 0.0
         )
-        """Numbers by name, as sent with the heartbeat."""
+        """Values by name, as sent with the heartbeat."""
 
     def woke(self, *, late_s: float) -> None:
-        """The timer of the heartbeats was late by this."""
+        """Records how late the heartbeat timer fired."""
         self._late_s = late_s
         self._loop_late_s += _SMOOTHING * (min(max(0.0, late_s), _MOST_LATE_S) - self._loop_late_s)
 
@@ -213,7 +216,7 @@ class ServerStats:
             self._by_engine[key] = 0.0
 
     def update(self, load: Mapping[str, Any], *, now_s: float) -> dict[str, float]:
-        """Computes the values from the engine's `load` ({} if it did not answer) and the server's parts."""
+        """Computes the values from the engine's `load` ({} if it did not respond) and the server's parts."""
         self._by_engine |= {key: float(load[name]) for key, name in _CUMULATIVE.items() if name in load}
         passed_s = now_s - self._updated_s
         totals = {key: self._before_engine[key] + self._by_engine[key] for key in _CUMULATIVE}
@@ -311,11 +314,11 @@ class ServerStats:
         }
 
     def _num_changes(self, *, now_s: float) -> int:
-        """Times at which this server was seen to make progress: the trainer waits while it does.
+        """Returns how often progress was seen; the trainer waits for this server while the number grows.
 
-        Its parts limit their own time: a start of the engine, a push, a reward, a call of an environment, a
-        session without requests, an engine with requests. While all sessions wait for agents, the server
-        does what it can: it is for whoever runs the agents how long they may stay away.
+        Time limits are enforced elsewhere: for a start of the engine, a push, a reward, a call of an
+        environment, a session without requests, an engine with requests. Waiting for external agents counts
+        as progress: whoever runs the agents decides how long they may stay away.
         """
         client, receiver = self._supervisor.client, self._receiver
         reward_s = sum(pool.seconds_total for pool in self._rewards)

@@ -1,4 +1,4 @@
-"""What a rollout server needs to make samples: its tasks, their worker processes and sessions, the engine."""
+"""The parts of a rollout server that make samples: tasks, their worker processes and sessions, the engine."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ class Parts:
     """The parts, running. The engine is started by its supervisor."""
 
     sources: Mapping[str, SampleSource]
-    """What samples are made with, for training (empty name) and for each evaluation set."""
+    """Sources of samples for training (empty name) and for each evaluation set."""
     renderer: PromptRenderer
     model: str
     book: SessionBook
     """The sessions of all tasks."""
     plane: SessionPlane | None
-    """Where they are served; None if no task has sessions."""
+    """The HTTP servers of the sessions; None if no task has sessions."""
     engine: Engine
 
     @property
     def reward_pools(self) -> list[RewardPool]:
-        """Those of the job's task and of the evaluation sets."""
+        """The reward pools of the job's task and of the evaluation sets."""
         return list(dict.fromkeys(one.rewards for one in self.sources.values()))
 
     @property
@@ -54,7 +54,7 @@ class Parts:
 
 @contextlib.asynccontextmanager
 async def running_parts(runtime: Runtime) -> AsyncIterator[Parts]:
-    """Makes the parts, and starts their processes. Raises ConfigError for settings that contradict others."""
+    """Creates the parts and starts their processes. Raises ConfigError for contradictory settings."""
     config, waits = runtime.config, runtime.waits
     tasks = make_tasks(config)
     require_loopback_or_keys(config.security, config.rollout.host, setting="rollout.host")

@@ -1,8 +1,9 @@
-"""Adds numbers with an agent of the OpenAI Agents SDK: the SDK's quick start, with the session as its model.
+"""Adds numbers with an agent of the OpenAI Agents SDK, following the SDK's quick start with the session as
+the model.
 
-Only what every client of a server other than OpenAI's sets is set here: the base URL, the key, chat
-completions in place of the Responses API (`OpenAIChatCompletionsModel`), and no tracing, which would be sent
-to OpenAI. One HTTP client serves all sessions of a process, because making one takes 25 ms.
+It sets only the options that any client of a non-OpenAI server has to set: the base URL, the key, chat
+completions instead of the Responses API (`OpenAIChatCompletionsModel`), and no tracing, because traces would
+be sent to OpenAI. One HTTP client serves all sessions of a process, because creating one takes 25 ms.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ _ADD = function_tool(_add, name_override="add")
 
 
 async def add_up(terms: str, session: Session) -> str:
-    """What the agent answers to `37+85+12`; empty if it made a mistake that the SDK does not forgive.
+    """Returns the agent's final output for `37+85+12`; empty if it made a mistake that the SDK does not
+    tolerate.
 
     Raises openai.APIError if the session refuses a request.
     """

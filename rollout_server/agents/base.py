@@ -1,4 +1,4 @@
-"""What a task's `agent()` is given: a model that speaks OpenAI's API."""
+"""The argument of a task's `agent()`: a session with a model that speaks OpenAI's API."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import Any
 class Session:
     """One sample's session with the policy.
 
-    Every program that speaks OpenAI's API can use it: `OpenAI(base_url=..., api_key=...)`. The process of an
-    agent also has both as OPENAI_BASE_URL and OPENAI_API_KEY, which most programs read by themselves.
+    Any program that speaks OpenAI's API can use it: `OpenAI(base_url=..., api_key=...)`. Both values are also
+    set in the agent's process as OPENAI_BASE_URL and OPENAI_API_KEY, which most programs read on their own.
     """
 
     base_url: str
     """`http://host:port/sessions/<id>/v1`."""
     api_key: str
-    """Secret of this session."""
+    """The session's secret key."""
 
 
 def is_agent(function: Callable[..., Any]) -> bool:
-    """True for a coroutine function of self, example and session."""
+    """True if `function` is a coroutine function that takes self, example and session."""
     try:
         inspect.signature(function).bind("self", "example", "session")
     except TypeError:

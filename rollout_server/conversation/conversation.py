@@ -3,14 +3,15 @@
     say(messages): messages -> longest known prefix -> bridge | full render -> sample -> Reply
     to_trajectory(): each path from a root to a leaf is a segment
 
-Sampled tokens are kept as the engine sampled them. A turn follows an earlier one only if the tokens of its
-prompt begin with all tokens up to and of the earlier turn: by the renderer's bridge, where the messages begin
-with those of the earlier turn, or by a full render that happens to begin with its tokens. Any other list of
-messages (edited, reordered, shortened) begins a new segment. So whatever the messages are, the log-prob of
-each sampled token was computed after exactly those tokens that lie before it in its segment.
+Sampled tokens are kept exactly as the engine sampled them. A turn extends an earlier one only if its prompt
+starts with all tokens up to the end of the earlier turn. That is so if the messages start with those of the
+earlier turn and the renderer can bridge to the new ones, or if a full render happens to start with the same
+tokens. Any other list of messages (edited, reordered, shortened) starts a new segment. So whatever the
+messages are, the log-prob of each sampled token was computed given exactly the tokens that precede it in its
+segment.
 
-The token ids of two branches are the same up to where they part. A sampled token before that is trained in
-the first segment that contains it, and is context in the others.
+Two branches have the same token ids up to the point where they diverge. A sampled token before that point is
+trained on in the first segment that contains it, and is context in the others.
 """
 
 from __future__ import annotations
@@ -37,27 +38,27 @@ from rollout_server.conversation.messages import (
     with_ids_of,
 )
 from rollout_server.conversation.policy_client import PolicyClient
-from rollout_server.conversation.turns import Answer, Turn, Turns
+from rollout_server.conversation.turns import SampledTurn, Turn, Turns
 from rollout_server.environments.base import Message, Reply, ToolCall
 from rollout_server.policy.types import Generation
 from rollout_server.rendering.base import ChatRenderer, ToolSchema
 
 
 class Conversation(Turns):
-    """The turns of one sample that come from messages. Several `say` may run at the same time."""
+    """The turns of one sample that are prompted by messages. Several calls of `say` may run concurrently."""
 
     def __init__(
         self, renderer: ChatRenderer, policy: PolicyClient, *, context_tokens: int, max_tokens: int
     ) -> None:
-        """`context_tokens`: longest segment. `max_tokens`: of all segments together (a prefix that branches
-        share counts for each)."""
+        """`context_tokens`: length limit of a segment. `max_tokens`: limit on all segments together (a prefix
+        shared by several branches counts once for each)."""
         super().__init__(policy)
         self.renderer = renderer
         self.large_work = LargeWork()
         self._context_tokens = context_tokens
         self._max_tokens = max_tokens
         self._states: defaultdict[bytes, list[Turn]] = defaultdict(list)
-        """Turns by the digest of tools and messages up to them."""
+        """Turns by the digest of the tools and of the messages up to and including the turn."""
         self._num_calls = 0
 
     async def say(
@@ -65,16 +66,16 @@ class Conversation(Turns):
     ) -> Reply:
         """Samples the policy's next turn after `messages`, the whole conversation so far.
 
-        An assistant message is recognized as an earlier reply if it equals `Reply.message`, with or without
-        its reasoning. `stop`: texts that end this turn. A reply that ran into a limit has that as its finish
-        reason, and the episode should end; a TIMEOUT may have no tokens.
+        An assistant message that equals an earlier `Reply.message`, with or without its reasoning, is
+        recognized as that reply. `stop`: texts that end this turn. A reply that hit a limit reports it as its
+        finish reason, and the episode should end; a reply that timed out may have no tokens.
 
         Raises EpisodeBudgetError if there is no room for another turn (PromptRefusedError if it would be the
         first), EpisodeError if the messages cannot be rendered, and the errors of PolicyClient.sample.
         """
-        return (await self.answer(messages, tools=tools, stop=stop, keeps_malformed=True)).reply
+        return (await self.sample_turn(messages, tools=tools, stop=stop, keeps_malformed=True)).reply
 
-    async def answer(
+    async def sample_turn(
         self,
         messages: Sequence[Message],
         *,
@@ -82,14 +83,14 @@ class Conversation(Turns):
         stop: Sequence[str] = (),
         max_new_tokens: int | None = None,
         keeps_malformed: bool = False,
-    ) -> Answer:
+    ) -> SampledTurn:
         """Samples a turn as `say` does; also returns its tokens.
 
         `max_new_tokens`: limit of this turn, if below the job's.
 
-        `keeps_malformed`: tool calls that cannot be read, or that no tool was offered for, are calls of the
-        reply; an environment can tell the policy what is wrong. Otherwise such a reply is its text, as a
-        client of OpenAI's API expects it.
+        `keeps_malformed`: tool calls that cannot be parsed, or whose tool was not offered, stay among the
+        reply's calls, so that an environment can tell the policy what is wrong. Otherwise such a reply is
+        returned as plain text, as a client of OpenAI's API expects.
         """
         known = canonical_messages(messages)
         schemas = canonical_tools(tools)
@@ -111,10 +112,10 @@ class Conversation(Turns):
 
     async def continue_tokens(
         self, prompt_ids: Sequence[int], *, stop: Sequence[str] = (), max_new_tokens: int | None = None
-    ) -> Answer:
-        """Samples a turn after a prompt that the client has rendered itself.
+    ) -> SampledTurn:
+        """Samples a turn after a prompt that the client rendered itself.
 
-        It follows the longest earlier turn whose tokens it begins with.
+        The turn extends the earlier turn that is the longest prefix of the prompt, if there is one.
         """
         prompt = self._checked(prompt_ids)
         return await self._sample(
@@ -127,7 +128,7 @@ class Conversation(Turns):
         )
 
     def forget(self, turn: Turn) -> None:
-        """Leaves out a turn that nobody has read; its messages are not recognized any more."""
+        """Drops a turn that no client has read; its messages are no longer recognized."""
         super().forget(turn)
         if turn not in self._turns:
             for known in self._states.values():
@@ -144,8 +145,8 @@ class Conversation(Turns):
         stop: Sequence[str],
         max_new_tokens: int | None,
         keeps_malformed: bool = False,
-    ) -> Answer:
-        """`known`: the messages of the prompt; None if it has none."""
+    ) -> SampledTurn:
+        """`known`: the messages of the prompt; None if the prompt was given as tokens."""
         limit = self._room(parent, len(prompt))
         if max_new_tokens is not None and max_new_tokens < limit[0]:
             limit = max_new_tokens, FinishReason.LENGTH
@@ -163,7 +164,7 @@ class Conversation(Turns):
         if turn is not None and known is not None:
             turn.messages.extend([*known, *canonical_messages([reply.message])])
             self._states[prefix_digests(comparable(turn.messages), tools)[-1]].append(turn)
-        return Answer(
+        return SampledTurn(
             reply=reply,
             prompt_ids=prompt,
             token_ids=generation.output_ids,
@@ -172,19 +173,19 @@ class Conversation(Turns):
         )
 
     def decode(self, token_id: int) -> str:
-        """One token as text; a token that is a part of a character has a replacement character."""
+        """Returns one token as text; part of a multi-byte character becomes a replacement character."""
         return self.renderer.decode([token_id])
 
     async def _prompt(
         self, messages: list[Message], tools: list[ToolSchema]
     ) -> tuple[list[Message], Turn | None, NDArray[np.int32]]:
-        """Messages as they are rendered, the turn whose tokens the prompt begins with, and the prompt."""
+        """Returns the messages as rendered, the turn whose tokens the prompt starts with, and the prompt."""
         size = packed_bytes(messages, tools)
         turn = self._longest_known(messages, tools)
         if turn is not None:
             split = len(turn.messages)
             new = with_ids_of(turn.messages, messages[:split], messages[split:])
-            # A client may have left out the reasoning, which the template may need.
+            # The client may have dropped the reasoning, but the template may need it.
             messages = [*turn.messages, *new]
             tokens = turn.tokens
             split = turn.end - len(turn.sampled)
@@ -198,7 +199,7 @@ class Conversation(Turns):
         return messages, self._longest_prefix(prompt), prompt
 
     def _longest_known(self, messages: list[Message], tools: list[ToolSchema]) -> Turn | None:
-        """The turn with the most messages that the list begins with."""
+        """Returns the turn with the longest list of messages that `messages` starts with."""
         forms = comparable(messages)
         digests = prefix_digests(forms, tools)
         for num_messages in range(len(messages), 0, -1):
@@ -208,7 +209,7 @@ class Conversation(Turns):
         return None
 
     def _longest_prefix(self, prompt: NDArray[np.int32]) -> Turn | None:
-        """The turn with the most tokens that the prompt begins with, and is longer than."""
+        """Returns the turn with the most tokens that are a proper prefix of the prompt."""
         found: set[Turn | None] = {None}
         longest: Turn | None = None
         for turn in self._turns:
@@ -221,7 +222,8 @@ class Conversation(Turns):
         return longest
 
     def _checked(self, tokens: Sequence[int]) -> NDArray[np.int32]:
-        """Raises EpisodeError for a token that the model does not have: it would crash an SGLang server."""
+        """Returns the tokens as an array. Raises EpisodeError for an id outside the vocabulary, which would
+        crash SGLang."""
         checked = np.asarray(tokens, dtype=np.int32)
         if not len(checked) or int(checked.min()) < 0 or int(checked.max()) >= self.renderer.vocab_size:
             raise EpisodeError(
@@ -231,8 +233,8 @@ class Conversation(Turns):
         return checked
 
     def _room(self, parent: Turn | None, start: int) -> tuple[int, FinishReason]:
-        """The most tokens that the turn after a prompt of `start` tokens may have, and the reason if it has
-        them all."""
+        """Returns how many tokens the turn after a prompt of `start` tokens may have, and the finish reason
+        if it reaches that number."""
         rooms = {
             FinishReason.LENGTH: self._policy.max_new_tokens,
             FinishReason.CONTEXT: self._context_tokens - start,
@@ -251,7 +253,7 @@ class Conversation(Turns):
         raise EpisodeBudgetError(problem, reason=reason)
 
     def _num_tokens_beside(self, parent: Turn | None) -> int:
-        """Tokens of all segments if `parent` is extended."""
+        """Returns the number of tokens in all segments if `parent` is extended."""
         extended = {turn.parent for turn in self._turns} | {one.parent for one in self._running} | {parent}
         ended = sum(turn.end for turn in self._turns if turn not in extended)
         return ended + sum(one.most_tokens for one in self._running)
@@ -275,7 +277,7 @@ class Conversation(Turns):
             parsed = self.renderer.parse_text(completion_ids, prompt_ids=prompt_ids)
         calls = []
         for call in parsed.tool_calls:
-            # Nine letters and digits, as some templates demand.
+            # Nine letters and digits, because some templates require that.
             calls.append(call if call.id else replace(call, id=f"call{self._num_calls:05d}"))
             self._num_calls += 1
         return Reply(
@@ -289,7 +291,7 @@ class Conversation(Turns):
 
 
 def _is_whole(call: ToolCall) -> bool:
-    """True if a call has a name, and a JSON object as arguments."""
+    """True if a call has a name and its arguments are a JSON object."""
     try:
         return bool(call.name) and isinstance(json.loads(call.arguments), dict)
     except (ValueError, RecursionError):

@@ -1,8 +1,8 @@
-"""Work on large prompts: parsing, rendering, tokenizing. A megabyte takes a second.
+"""Runs work on large prompts (parsing, rendering, tokenizing) in a thread. A megabyte takes about a second.
 
-It is done in one thread for all conversations of the process, so that it delays neither heartbeats nor other
-samples. A conversation has one piece of work there at a time: however much one has, others take turns with
-it.
+One thread serves all conversations of the process, so the work delays neither heartbeats nor other samples.
+Each conversation has at most one item of work in the thread at a time, so conversations take turns no matter
+how much work one of them has.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from typing import TypeVar
 
 Result = TypeVar("Result")
 LARGE_BYTES = 1 << 16
-"""Less takes a few hundredths of a second, and is done at once."""
+"""Smaller work takes a few hundredths of a second and runs directly in the event loop."""
 _THREAD = ThreadPoolExecutor(1, thread_name_prefix="large-prompts")
 
 
 class LargeWork:
-    """That of one conversation. Belongs to one event loop."""
+    """The large work of one conversation. Belongs to one event loop."""
 
     def __init__(self) -> None:
         self._lock = asyncio.Lock()
 
     async def run(self, work: Callable[[], Result], *, size: int) -> Result:
-        """What `work` returns or raises. `size`: bytes that it works on, about."""
+        """Returns or raises what `work` does. `size`: approximate number of bytes that it processes."""
         if size < LARGE_BYTES:
             return work()
         async with self._lock:

@@ -1,7 +1,7 @@
-"""Messages in one form, so that those that mean the same have the same digest. Pure.
+"""Brings messages into a canonical form, so that equivalent messages have the same digest. Pure.
 
-Clients of a conversation send the whole list each time, and may have changed what means the same: a content
-of null, a list of text parts, arguments of a tool call as an object, the reasoning left out.
+A client sends the whole conversation with each request, and may have changed its form without changing its
+meaning: content as null or as a list of text parts, tool arguments as an object, reasoning left out.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _LARGEST_EXACT = 1 << 53
 
 
 def canonical_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
-    """The messages in one form, as copies. Raises EpisodeError for what no template can render."""
+    """Returns copies in the canonical form. Raises EpisodeError for messages that no template can render."""
     if not messages:
         raise EpisodeError("there is no message: a conversation needs at least one")
     return [_canonical(message, f"message {index}") for index, message in enumerate(_copied(list(messages)))]
 
 
 def canonical_tools(tools: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The schemas as copies. Raises EpisodeError if they are no JSON objects."""
+    """Returns copies of the schemas. Raises EpisodeError if they are not JSON objects."""
     copies = _copied(list(tools))
     if not all(isinstance(tool, dict) for tool in copies):
         raise EpisodeError(f"tools: want OpenAI function schemas, got {str(copies)[:200]}")
@@ -36,10 +36,11 @@ def canonical_tools(tools: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any
 
 
 def comparable(messages: Sequence[Message]) -> list[Message]:
-    """The canonical messages in a form that is equal for those that mean the same. For comparison only.
+    """Returns canonical messages in a form in which equivalent messages are equal. For comparison only.
 
-    SDKs write tool calls anew: the arguments with other spaces and another order of keys, other ids, the
-    name of the tool at its answer. Ids become the number of the call, and arguments what they say.
+    SDKs rewrite tool calls: they change the whitespace and key order of arguments, replace ids, and add the
+    tool's name to its result. Here ids are replaced by the number of the call, and arguments by their parsed
+    value.
     """
     calls: dict[Any, tuple[int, str]] = {}
     forms = []
@@ -67,9 +68,9 @@ def comparable(messages: Sequence[Message]) -> list[Message]:
 def with_ids_of(
     known: Sequence[Message], messages: Sequence[Message], new: Sequence[Message]
 ) -> list[Message]:
-    """The new messages, with the ids that tool calls have in `known`.
+    """Returns the new messages with the tool call ids of `known`.
 
-    `messages`: those of the client that are the known ones, maybe with other ids.
+    `messages`: the client's version of the known messages, possibly with other ids.
     """
     ids = {
         theirs.get("id"): ours.get("id")
@@ -86,14 +87,15 @@ def with_ids_of(
 
 
 def prefix_digests(forms: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[bytes]:
-    """One digest for each message, of `tools` and the messages up to and with it, reasoning left out.
+    """Returns a digest for each message, over `tools` and all messages up to and including it, without
+    reasoning.
 
-    `forms`: of `comparable`.
+    `forms`: the result of `comparable`.
     """
     digest = hashlib.sha256(msgpack.packb(tools)).digest()
     digests = []
     for form in forms:
-        # Sorted, as the order of the keys means nothing.
+        # Sorted, because the order of keys has no meaning.
         fields = sorted(_without_reasoning(form).items())
         digest = hashlib.sha256(digest + msgpack.packb(fields)).digest()
         digests.append(digest)
@@ -101,14 +103,14 @@ def prefix_digests(forms: Sequence[Message], tools: Sequence[Mapping[str, Any]])
 
 
 def packed_bytes(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> int:
-    """Size of all of it."""
+    """Returns the packed size of the messages and tools, in bytes."""
     return len(msgpack.packb(messages)) + len(msgpack.packb(tools))
 
 
 def is_same(messages: Sequence[Message], known: Sequence[Message]) -> bool:
-    """True if the messages are the known ones; reasoning may be left out, but not changed.
+    """True if `messages` equal `known`; reasoning may be left out, but not changed.
 
-    Both: of `comparable`.
+    Both are results of `comparable`.
     """
     return len(messages) == len(known) and all(
         ours == theirs or (_REASONING not in ours and ours == _without_reasoning(theirs))
@@ -123,7 +125,7 @@ def _without_reasoning(message: Message) -> Message:
 
 
 def _parsed(arguments: str) -> str:
-    """What the arguments of a call say, as a text that is the same for all ways to write it."""
+    """Returns the arguments of a call as normalized JSON text."""
     try:
         value = json.loads(arguments, parse_float=_number, parse_constant=_refuse_constant)
         return json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
@@ -132,7 +134,7 @@ def _parsed(arguments: str) -> str:
 
 
 def _number(text: str) -> float | int:
-    """JavaScript writes 1.0 as 1."""
+    """Parses a number; a whole float becomes an int, because JavaScript writes 1.0 as 1."""
     value = float(text)
     return int(value) if value.is_integer() and abs(value) < _LARGEST_EXACT else value
 
@@ -164,7 +166,7 @@ def _canonical_call(call: Any, where: str) -> dict[str, Any]:
     arguments = function.get("arguments", "")
     if not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False, default=repr)
-    # Always in this order: clients have others, and the digests and some templates depend on it.
+    # Always in this order: clients use different ones, and the digests and some templates depend on it.
     named = {"name": function["name"], "arguments": arguments}
     return {
         "type": "function",
@@ -192,7 +194,7 @@ def _text(content: Any, where: str) -> str:
 
 def _copied(values: list[Any]) -> list[Any]:
     try:
-        # A tenth of the time of JSON; these are the types of JSON, and bytes, which no check lets pass.
+        # Ten times faster than JSON, with the same types and bytes, which the checks refuse.
         copies: list[Any] = msgpack.unpackb(msgpack.packb(values))
     except (TypeError, ValueError, OverflowError, UnicodeError) as error:
         raise EpisodeError(f"messages and tools: want the types of JSON ({error})") from error

@@ -1,7 +1,7 @@
-"""Samples the turns of one sample's policy, and continues a turn that a weight update has interrupted.
+"""Samples the policy's turns for one sample, and continues turns that a weight update interrupted.
 
-After such an abort (`abort_resume`) the tokens so far are submitted again, and the continuation has the new
-weight version.
+After such an abort (`abort_resume`) the tokens sampled so far are submitted again as part of the prompt, and
+the continuation is sampled with the new weight version.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from areal_like.trajectory import FinishReason
 from rollout_server.policy.types import Generation, Sampling, SamplingClient
 
 _MAX_EMPTY_ABORTS = 16
-"""Aborts in a row without a new token after which the engine counts as broken: no job updates its weights so
-often."""
+"""Consecutive aborts without a new token after which the engine is considered broken: no job updates its
+weights that often."""
 _SEED_STRIDE = 0x9E3779B1
 
 
 class PolicyClient:
-    """The policy of one sample."""
+    """Samples from the policy for one sample."""
 
     def __init__(
         self,
@@ -39,8 +39,8 @@ class PolicyClient:
         timeout_s: float = math.inf,
     ) -> None:
         """`sampling.max_new_tokens` limits each turn; `rid` must be unique among running episodes; each
-        request is made inside `async with gate` (see GenerationGate). `timeout_s`: of all turns together,
-        from the first request on."""
+        request is made inside `async with gate` (see GenerationGate). `timeout_s`: time limit of all turns
+        together, counted from the first request."""
         self._engine = engine
         self._sampling = sampling
         self._rid = rid
@@ -50,16 +50,16 @@ class PolicyClient:
         self._deadline_s: float | None = None
         """End of the time limit; None before the first request."""
         self.num_sampled = 0
-        """Tokens of all turns, also of a turn that has failed."""
+        """Number of tokens in all turns, including turns that failed."""
 
     @property
     def deadline_s(self) -> float | None:
-        """Time of the loop at which the limit of all turns ends; None if there is none, or no request yet."""
+        """Loop time at which the time limit expires; None without a limit or before the first request."""
         return None if self._deadline_s == math.inf else self._deadline_s
 
     @property
     def max_new_tokens(self) -> int:
-        """Limit of the tokens of one turn."""
+        """Maximum number of tokens in one turn."""
         return self._sampling.max_new_tokens
 
     async def sample(
@@ -71,15 +71,14 @@ class PolicyClient:
         stop_token_ids: Sequence[int] = (),
         keeps_prefix: bool = False,
     ) -> Generation:
-        """One turn after these tokens; its finish reason is STOP, LENGTH or TIMEOUT, never ABORT.
+        """Samples one turn after these tokens; the finish reason is STOP, LENGTH or TIMEOUT, never ABORT.
 
-        `max_new_tokens`: limit of this turn. `stop` and `stop_token_ids`: what ends this turn, in addition to
-        what ends every turn. `keeps_prefix`: another turn may follow. Several turns of a sample may be
-        sampled at the same time.
-        After TIMEOUT the sample should end. Raises PromptRefusedError if the engine refused the prompt,
-        EpisodeError if it refused the prompt with the turns so far (they may have become too long),
-        EngineTimeoutError if the policy had sampled nothing at the time limit, and EngineError if the engine
-        failed in another way. Cancelling the caller aborts the request.
+        `max_new_tokens`: limit of this turn. `stop` and `stop_token_ids` end this turn, in addition to the
+        job's own. `keeps_prefix`: another turn may follow. Several turns of a sample may be sampled
+        concurrently. After TIMEOUT the sample should end. Raises PromptRefusedError if the engine refused the
+        prompt, EpisodeError if it refused the prompt with the turns so far (which may be too long by now),
+        EngineTimeoutError if nothing was sampled within the time limit, and EngineError if the engine failed
+        in another way. Cancelling the caller aborts the request.
         """
         sampling = self._sampling
         if max_new_tokens is not None or stop or stop_token_ids or keeps_prefix:
@@ -126,10 +125,11 @@ class PolicyClient:
     async def _request(
         self, tokens_T: NDArray[np.int32], *, sampling: Sampling, max_new_tokens: int, num_resumed: int
     ) -> Generation:
-        """`num_resumed`: tokens at the end that the policy has sampled in this turn before an abort."""
+        """`num_resumed`: number of tokens at the end of the prompt that were sampled in this turn before an
+        abort."""
         if self._num_requests:
-            # A later request must not draw the same random numbers again, and may only sample the tokens that
-            # its turn has left.
+            # A later request must not draw the same random numbers again, and may sample only the number of
+            # tokens that remain for its turn.
             seed = sampling.sampling_seed
             later = None if seed is None else (seed + _SEED_STRIDE * self._num_requests) % (1 << 31)
             sampling = replace(
@@ -153,7 +153,7 @@ class PolicyClient:
 
 
 def _joined(parts: Sequence[Generation], finish_reason: FinishReason) -> Generation:
-    """The parts of one turn as one."""
+    """Joins the parts of one turn."""
     if len(parts) == 1 and parts[0].finish_reason is finish_reason:
         return parts[0]
     return Generation(

@@ -1,11 +1,11 @@
-"""From a task's score and an environment's rewards to the reward fields of a trajectory. Pure.
+"""Combines a task's score and an environment's rewards into the reward fields of a trajectory. Pure.
 
     score.value                          -> part of Trajectory.reward, credited to the last sampled token
     score.turns + rewards of the steps   -> Trajectory.turns: (end, reward) of each turn
     score.tokens                         -> Trajectory.arrays[TOKEN_REWARDS]: a reward for each token
 
 Trajectory.reward is the sum of all of them. Turns are numbered in the order in which they were sampled. In
-the arrays of a conversation that branched they may lie in another order, so the caller says where each is.
+the arrays of a branched conversation they may be in another order, so the caller passes the position of each.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ class SampleRewards:
     """The rewards of one sample, added up."""
 
     reward: float = 0.0
-    """Everything: the score's value, the rewards of all turns, and those of all tokens."""
+    """The total: the score's value, the rewards of all turns, and those of all tokens."""
     reward_components: dict[str, float] = field(default_factory=dict)
     """`Score.parts`."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """Metrics of the environment, and those of the score, which come first if both have the same name."""
+    """Metrics of the environment and of the score; the score's win if both have the same name."""
     turn_rewards: tuple[float, ...] = ()
-    """One for each turn, in the order of sampling; empty: no turn has one."""
+    """One reward per turn, in the order of sampling; empty: no turn has one."""
     token_rewards: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
     """[S] one for each sampled token, in the order of sampling; empty: no token has one."""
 
 
 def both(agent: Score | None, task: Score | None) -> Score | None:
-    """The agent's score and the task's as one. Raises ValueError for rewards of turns or tokens in both."""
+    """Merges the agent's and the task's scores. Raises ValueError if both have rewards of turns or tokens."""
     if agent is None or task is None:
         return agent or task
     if (agent.turns and task.turns) or (agent.tokens and task.tokens):
@@ -61,10 +61,10 @@ def add_up(
     step_rewards: Sequence[float] = (),
     step_metrics: Mapping[str, float] | None = None,
 ) -> SampleRewards:
-    """The outcome of a sample of `num_turns` turns.
+    """Adds up the rewards of a sample with `num_turns` turns.
 
-    `score`: None if the task has no reward of its own. `step_rewards`: of the environment's steps, at most
-    one for each turn (a turn that a limit ended has none). `step_metrics`: sums over the steps. Raises
+    `score`: None if the task has no reward of its own. `step_rewards`: rewards of the environment's steps, at
+    most one per turn (a turn that a limit ended has none). `step_metrics`: sums over the steps. Raises
     ValueError if a sum is above `LARGEST_REWARD` or a length is wrong.
     """
     score = Score() if score is None else score
@@ -89,7 +89,7 @@ def add_up(
 
 
 def placed_turns(outcome: SampleRewards, spans: Sequence[Span]) -> tuple[tuple[int, float], ...]:
-    """`Trajectory.turns`, by position. `spans`: of each turn, in the order of sampling.
+    """Returns `Trajectory.turns`, by position. `spans`: one for each turn, in the order of sampling.
 
     Empty for a single turn without a reward of its own.
     """
@@ -102,10 +102,11 @@ def placed_turns(outcome: SampleRewards, spans: Sequence[Span]) -> tuple[tuple[i
 def placed_token_rewards(
     outcome: SampleRewards, spans: Sequence[Span], *, num_tokens: int
 ) -> dict[str, NDArray[np.generic]]:
-    """`Trajectory.arrays`: TOKEN_REWARDS float32[T], 0 where nothing was sampled; empty if no token has one.
+    """Returns `Trajectory.arrays`: TOKEN_REWARDS float32[T], 0 for tokens that were not sampled; empty if no
+    token has a reward.
 
-    `spans`: of each turn, in the order of sampling. Raises ValueError if the score has not one reward for
-    each sampled token.
+    `spans`: one for each turn, in the order of sampling. Raises ValueError unless the score has exactly one
+    reward per sampled token.
     """
     if not len(outcome.token_rewards):
         return {}

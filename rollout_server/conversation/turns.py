@@ -1,7 +1,8 @@
-"""The turns of one sample: samples them, as a tree of token sequences, and makes the tree a trajectory.
+"""Samples the turns of one sample as a tree of token sequences, and converts the tree to a trajectory.
 
-Each path from a root to a leaf is a segment. A turn that several segments share is sampled tokens in the
-first of them, and context in the others. A sample of one prompt and one completion is a tree of one turn.
+Each path from a root to a leaf is a segment. The tokens of a turn that several segments share count as
+sampled in the first of them, and as context in the others. A sample of one prompt and one completion is a
+tree with a single turn.
 """
 
 from __future__ import annotations
@@ -22,24 +23,24 @@ from rollout_server.policy.types import Generation
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Turn:
-    """One turn of the policy. All arrays are of its own tokens."""
+    """One turn of the policy. All arrays cover only its own tokens."""
 
     parent: Turn | None
-    """The turn whose tokens come before `context`; None: the turn begins a segment."""
+    """The turn whose tokens precede `context`; None: this turn starts a segment."""
     context: NDArray[np.int32]
     """[C] tokens between the parent and this turn."""
     sampled: NDArray[np.int32]
-    """[S] the turn."""
+    """[S] sampled tokens of the turn."""
     logprobs: NDArray[np.float32]
     versions: NDArray[np.int32]
     end: int
-    """Number of tokens from the beginning of the segment up to and with this turn."""
+    """Number of tokens from the start of the segment through the end of this turn."""
     messages: list[Message] = field(default_factory=list)
-    """The whole conversation up to this turn, whose reply is the last; empty for a prompt of tokens."""
+    """The whole conversation, ending with this turn's reply; empty for a prompt given as tokens."""
 
     @property
     def path(self) -> list[Turn]:
-        """The turns of the segment up to and with this one."""
+        """The turns of the segment up to and including this one."""
         turns, turn = [self], self.parent
         while turn is not None:
             turns.append(turn)
@@ -48,7 +49,7 @@ class Turn:
 
     @property
     def tokens(self) -> NDArray[np.int32]:
-        """[end] all tokens of the segment up to and with this turn."""
+        """[end] all tokens of the segment through the end of this turn."""
         return np.concatenate([array for turn in self.path for array in (turn.context, turn.sampled)])
 
 
@@ -58,34 +59,34 @@ class RunningTurn:
 
     parent: Turn | None
     most_tokens: int
-    """Length of its segment if it becomes as long as it may."""
+    """Length of its segment if the turn reaches its limit."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Answer:
-    """One turn of the policy, and the tokens behind it."""
+class SampledTurn:
+    """One sampled turn: the parsed reply and its tokens."""
 
     reply: Reply
     prompt_ids: NDArray[np.int32]
-    """[P] the tokens that the engine was given."""
+    """[P] tokens of the prompt, as sent to the engine."""
     token_ids: NDArray[np.int32]
     """[S] the sampled tokens."""
     logprobs: NDArray[np.float32]
-    """[S] of the sampled tokens."""
+    """[S] log-probs of the sampled tokens."""
     turn: Turn | None
     """None if nothing was sampled."""
 
 
 class Turns:
-    """The turns of one sample so far. Belongs to one event loop; several may be sampled at the same time."""
+    """The turns of one sample so far. Belongs to one event loop; several may be sampled concurrently."""
 
     def __init__(self, policy: PolicyClient) -> None:
         self._policy = policy
         self._turns: list[Turn] = []
-        """In the order in which they were finished: a turn is behind its parent."""
+        """In the order in which they finished, so a turn comes after its parent."""
         self._running: list[RunningTurn] = []
         self.finish_reason = FinishReason.STOP
-        """Why the last turn ended."""
+        """Reason why the last turn ended."""
 
     async def sample(
         self,
@@ -95,10 +96,10 @@ class Turns:
         limit: tuple[int, FinishReason] | None = None,
         **options: Any,
     ) -> tuple[Generation, Turn | None]:
-        """The policy's next turn after these tokens, which begin with those of `parent`.
+        """Samples the policy's next turn after these tokens, which start with those of `parent`.
 
-        `limit`: the most tokens that it may have, and the reason if it has them all. `options`, errors: those
-        of PolicyClient.sample. The turn is None if nothing was sampled.
+        `limit`: maximum number of tokens, and the finish reason if it is reached. `options` and errors: see
+        PolicyClient.sample. The returned turn is None if nothing was sampled.
         """
         num_tokens, reason = limit or (self._policy.max_new_tokens, FinishReason.LENGTH)
         running = RunningTurn(parent=parent, most_tokens=len(prompt) + num_tokens)
@@ -126,29 +127,29 @@ class Turns:
         return generation, turn
 
     def forget(self, turn: Turn) -> None:
-        """Leaves out a turn that nobody has read, unless another one follows it."""
+        """Drops a turn that no client has read, unless another one follows it."""
         followed = {one.parent for one in self._turns} | {one.parent for one in self._running}
         if turn in self._turns and turn not in followed:
             self._turns.remove(turn)
 
     @property
     def is_sampling(self) -> bool:
-        """True while a turn is at the engine, or waits for it."""
+        """True while a turn is being sampled or waits for the engine."""
         return bool(self._running)
 
     @property
     def turns(self) -> Sequence[Turn]:
-        """In the order in which they were finished."""
+        """The turns, in the order in which they finished."""
         return self._turns
 
     @property
     def turn_lengths(self) -> list[int]:
-        """Number of sampled tokens of each turn, in the order in which the turns were finished."""
+        """Number of sampled tokens in each turn, in the order in which the turns finished."""
         return [len(turn.sampled) for turn in self._turns]
 
     @property
     def token_ids(self) -> NDArray[np.int32]:
-        """The sampled tokens of all turns, in the order in which the turns were finished."""
+        """The sampled tokens of all turns, in the order in which the turns finished."""
         if len(self._turns) == 1:
             return self._turns[0].sampled
         return np.concatenate([turn.sampled for turn in self._turns] or [np.empty(0, np.int32)])
@@ -163,11 +164,11 @@ class Turns:
         is_greedy: bool = False,
         label: str = "",
     ) -> Trajectory:
-        """The turns as a Trajectory; its segments are in the order of their last turns.
+        """Converts the turns to a Trajectory; its segments are in the order of their last turns.
 
-        `outcome`: its turns are those of `turn_lengths`, its tokens those of `token_ids`, in their order.
-        `finish_reason`: None for that of the last turn. Raises ValueError if nothing was sampled, for an
-        outcome of other turns or tokens, and for invalid log-probs or versions.
+        `outcome`: its turns and tokens are in the order of `turn_lengths` and `token_ids`. `finish_reason`:
+        None takes that of the last turn. Raises ValueError if nothing was sampled, if the outcome has another
+        number of turns or tokens, and for invalid log-probs or versions.
         """
         if not self._turns:
             raise ValueError("the policy has sampled nothing")
@@ -195,7 +196,7 @@ class Layout:
     """The arrays of a trajectory of several segments, which are in the order of their last turns."""
 
     def __init__(self, turns: Sequence[Turn]) -> None:
-        """`turns`: all of a conversation, at least one, each behind its parent."""
+        """`turns`: all turns of a conversation, at least one, each after its parent."""
         self._pieces: list[tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int32]]] = []
         self.num_tokens = 0
         self.segments: list[int] = []

@@ -1,10 +1,10 @@
-"""What `areal-like data stats` starts: counts the rows of files, or of the splits of a configuration's task.
+"""Computes statistics of data sets, from files or from the splits of a job's task (`areal-like data stats`).
 
     python -m rollout_server.data_stats [--file FILE] [--rows N] [--heard] [--json] [--config F] [key=value]
 
-`--file` may be repeated; without it the splits are those of the task. `--heard`: what a run has heard about
-the training prompts comes as JSON on stdin. Every row is read once, and some 50 bytes of it are kept. Tokens
-are counted if the model's tokenizer is there.
+`--file` may be repeated; without it the splits of the task are counted. With `--heard`, a run's results for
+the training prompts are read from stdin as JSON. Every row is read once, and about 50 bytes of it are kept.
+Tokens are counted if the model's tokenizer is available.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def run(values: argparse.Namespace, settings: Sequence[str]) -> int:
         report["overlaps"].append(names | overlap | {"examples": pairs})
     if values.heard:
         assert task is not None, "a run has a task"
-        # The run's prompts are numbered without those that are too long.
+        # The run numbers its prompts after leaving out those that are too long.
         report["heard"] = _heard(task if renderer is None else task.without_long_prompts(renderer))
     sys.stdout.write(json.dumps(report, indent=2) + "\n" if values.json else text_of_report(report))
     return 0
@@ -112,13 +112,13 @@ def _heard(task: Task) -> dict[str, Any]:
     return summary(
         map(HeardPrompt.of_row, heard["prompts"]),
         num_train=task.num_train,
-        num_drawn=None if task.sources else heard["num_drawn"],  # the tasks of a mixture have own epochs
+        num_drawn=None if task.sources else heard["num_drawn"],  # each task of a mixture has its own epochs
         label_of=lambda index: task.example("train", index).label,
     )
 
 
 def _located(split: dict[str, Any], source: RowSource) -> dict[str, Any]:
-    """Row numbers replaced by places."""
+    """Replaces row numbers with the places of the rows."""
     repeated = split["duplicates"]
     for name in _EXAMPLES:
         repeated[name] = [[source.place(row) for row in group] for group in repeated[name]]
@@ -128,7 +128,8 @@ def _located(split: dict[str, Any], source: RowSource) -> dict[str, Any]:
 
 
 def _renderer(config: Config, task: Task | None, notes: list[str]) -> PromptRenderer | None:
-    """The renderer of a rollout server, with its limit; None, with a note, if there is no model."""
+    """Returns the renderer that a rollout server would use, with its limit; None, with a note, without a
+    model."""
     try:
         model = model_path(config)
         with torch_hidden(), uncollected():
@@ -160,7 +161,7 @@ def _number(option: str, text: str) -> int:
 
 
 def main(argv: list[str]) -> int:
-    """See the module's docstring. Exit code 2: a user's mistake."""
+    """Runs the command (see the module's docstring). Exit code 2 is a user's mistake."""
     if shows_help(argv, __doc__):
         return 0
     logging.basicConfig(level=logging.ERROR)

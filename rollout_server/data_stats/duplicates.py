@@ -1,8 +1,8 @@
-"""Repeated prompts inside a split, and prompts of a held-out split that also occur in training.
+"""Finds repeated prompts within a split, and prompts of a held-out split that also occur in training.
 
-A prompt is remembered by hashes of 64 bits, of its text and of its normalised text, so the memory
-is 32 bytes a row, however long the prompts are. Two different prompts of a million have the same hash with
-probability 3e-8. Near duplicates (a changed number, another order of words) are not found.
+A prompt is represented by 64-bit hashes of its text and of its normalised text, so memory use is 32 bytes per
+row regardless of the length of prompts. Among a million prompts, the probability of any collision is 3e-8.
+Near duplicates (a changed number, another word order) are not found.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _SENTENCE_MARKS = str.maketrans(dict.fromkeys(".,;:!?\"'`“”‘’„«»…"
 
 
 def normalised(text: str) -> str:
-    """The text in lower case, in Unicode's form NFKC, without the marks of sentences and quotations, words
-    separated by one space. Signs of formulas stay: `3-1` and `3*1` are different prompts."""
+    """Returns the text in lower case and Unicode form NFKC, without punctuation and quotation marks, with
+    words separated by one space. Mathematical signs stay: `3-1` and `3*1` are different prompts."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().translate(_SENTENCE_MARKS).split())
 
 
@@ -38,7 +38,7 @@ class PromptHashes:
         self._num_rows = 0
 
     def add(self, prompt: str, *, answer: str = "") -> None:
-        """Remembers the next row."""
+        """Adds the next row."""
         self._rows.append(self._num_rows)
         self._num_rows += 1
         self._exact.append(_hash(prompt))
@@ -46,13 +46,13 @@ class PromptHashes:
         self._answers.append(_hash(answer))
 
     def skip(self) -> None:
-        """The next row has no prompt."""
+        """Records that the next row has no prompt."""
         self._num_rows += 1
 
     def duplicates(self) -> dict[str, Any]:
-        """Rows that repeat an earlier row of the split.
+        """Counts rows that repeat an earlier row of the split.
 
-        `exact`, `normalised`: number of rows whose prompt, or normalised prompt, stands in an earlier row.
+        `exact`, `normalised`: number of rows whose prompt, or normalised prompt, occurs in an earlier row.
         `conflicting`: normalised prompts whose rows have different answers. `examples`: some groups of row
         numbers with the same normalised prompt.
         """
@@ -69,7 +69,7 @@ class PromptHashes:
         }
 
     def overlap(self, train: PromptHashes) -> dict[str, Any]:
-        """Rows of this held-out split whose prompt also stands in `train`.
+        """Counts rows of this held-out split whose prompt also occurs in `train`.
 
         `exact` and `normalised` as in `duplicates`; `examples`: some pairs (row here, row in `train`).
         """
@@ -88,7 +88,8 @@ class PromptHashes:
 
 
 def _groups(hashes: NDArray[np.uint64]) -> Iterator[NDArray[np.int64]]:
-    """Row numbers, ascending, of each hash that occurs more than once; in the order of their first rows."""
+    """Yields the ascending row numbers of each hash that occurs more than once, in the order of the first
+    rows."""
     order = np.argsort(hashes, kind="stable")
     ordered = hashes[order]
     starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]]) if len(hashes) else np.array([], int)

@@ -1,7 +1,7 @@
-"""What a run has heard about each prompt so far: solve rates by prompt and by label, prompts never issued.
+"""Summarizes a run's results per prompt: solve rates by prompt and by label, prompts never issued.
 
 The launcher reads the numbers from the run's ledger (launch/observation/heard_prompts.py) and sends them as
-rows: this package may not import the buffer. A sample's solve rate is its reward, mapped from
+rows, because this package may not import the buffer. A sample's solve rate is its reward, mapped from
 `buffer.curriculum_reward_low` .. `curriculum_reward_high` to 0 .. 1; greedy baselines do not count.
 """
 
@@ -22,9 +22,9 @@ class HeardPrompt:
 
     index: int
     num_issued: int
-    """Tickets of the prompt, of which some may still run."""
+    """Tickets issued for the prompt; some may still be running."""
     num_samples: int
-    """Samples that have arrived."""
+    """Samples received so far."""
     num_unsolved: int
     """Samples with a solve rate of 0."""
     num_solved: int
@@ -33,7 +33,7 @@ class HeardPrompt:
 
     @classmethod
     def of_row(cls, row: Sequence[float]) -> HeardPrompt:
-        """From the numbers of one prompt, in the order of the fields."""
+        """Builds it from the numbers of one prompt, in the order of the fields."""
         index, num_issued, num_samples, num_unsolved, num_solved, sum_solve_rate = row
         return cls(
             index=int(index),
@@ -46,14 +46,14 @@ class HeardPrompt:
 
     @property
     def outcome(self) -> str:
-        """`never` solved by any sample, `always` by every one, else `sometimes`."""
+        """`never`: no sample solved it; `always`: every sample did; otherwise `sometimes`."""
         if self.num_unsolved == self.num_samples:
             return "never"
         return "always" if self.num_solved == self.num_samples else "sometimes"
 
     @property
     def solve_rate(self) -> float:
-        """Mean over the samples."""
+        """Mean solve rate of the samples."""
         return self.sum_solve_rate / self.num_samples
 
 
@@ -64,11 +64,11 @@ def summary(
     num_drawn: int | None,
     label_of: Callable[[int], str],
 ) -> dict[str, Any]:
-    """The numbers of a run.
+    """Summarizes the results of a run.
 
-    `num_train`: prompts of the training split; `num_drawn`: prompts that were drawn from its epochs, which
-    with a curriculum are more than were issued; None: there are no common epochs. `label_of` a
-    prompt's index; empty: it has none.
+    `num_train`: prompts of the training split; `num_drawn`: prompts drawn from its epochs (with a curriculum,
+    more than were issued); None: there are no common epochs. `label_of` maps a prompt's index to its label;
+    empty: it has none.
     """
     issued: Counter[int] = Counter()
     by_label: defaultdict[str, list[HeardPrompt]] = defaultdict(list)
@@ -113,6 +113,6 @@ def _rates(prompts: Sequence[HeardPrompt]) -> dict[str, Any]:
 
 
 def _histogram(prompts: Sequence[HeardPrompt]) -> list[int]:
-    """Prompts by solve rate: [0, 0.1), [0.1, 0.2) .. [0.9, 1]."""
+    """Counts prompts by solve rate: [0, 0.1), [0.1, 0.2) .. [0.9, 1]."""
     bins = Counter(min(int(prompt.solve_rate * _NUM_BINS), _NUM_BINS - 1) for prompt in prompts)
     return [bins[place] for place in range(_NUM_BINS)]

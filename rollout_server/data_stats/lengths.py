@@ -1,4 +1,4 @@
-"""The distribution of lengths in a split, kept as four bytes a value."""
+"""The distribution of lengths in a split, stored in four bytes per value."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Lengths:
         self._values.append(length)
 
     def summary(self, *, limit: int | None = None) -> dict[str, Any] | None:
-        """num, min, mean, p50, p90, p99 and max; None without a value.
+        """Returns num, min, mean, p50, p90, p99 and max; None if there are no values.
 
         A percentile is the smallest length that at least this share of the rows does not exceed. `limit`: the
-        longest length that may be used; `over` then counts the longer ones.
+        largest length that can be used; `over` then counts the values above it.
         """
         if not self._values:
             return None

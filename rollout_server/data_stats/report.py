@@ -1,4 +1,4 @@
-"""The numbers of `areal-like data stats` as text."""
+"""Formats the numbers of `areal-like data stats` as text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _BAR = 40
 
 
 def text_of_report(report: Mapping[str, Any]) -> str:
-    """All splits, then what is common to them, then what a run has heard."""
+    """Formats all splits, then their overlap, then the results of a run."""
     lines = [line for name, split in report["splits"].items() for line in _split(name, split)]
     for overlap in report["overlaps"]:
         lines += [*_overlap(overlap), ""]

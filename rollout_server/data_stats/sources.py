@@ -1,4 +1,4 @@
-"""The rows to count: of files, or of a task's splits."""
+"""Sources of the rows to count: files, or the splits of a task."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ class RowSource(Protocol):
 
     @property
     def name(self) -> str:
-        """What the split is called."""
+        """Name of the split."""
 
     def __len__(self) -> int:
         """Number of rows."""
 
     def rows(self, count: int) -> Iterator[CountedRow | str]:
-        """The first `count` rows; a text instead of a row that cannot be used: the reason."""
+        """Yields the first `count` rows; for a row that cannot be used, the reason as text."""
 
     def place(self, index: int) -> str:
-        """Where a row stands, for a reader."""
+        """Returns the human-readable position of a row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class FileRows:
         return self.data.place(index)
 
     def _response_of(self, row: dict[str, Any]) -> str | None:
-        """What supervised training would learn; None if the row is for prompts only."""
+        """Returns the text that supervised training would learn; None if the row has only a prompt."""
         keys = (self.format.completion_key, self.format.messages_key, *COMPLETION_KEYS, *MESSAGES_KEYS)
         if all(value_at(row, key) is None for key in keys if key):
             return None
@@ -79,7 +79,7 @@ class TaskSplit:
     split: Split
     name: str
     most: int = sys.maxsize
-    """Only so many examples count, the first ones."""
+    """Number of examples to use, from the first one."""
 
     def __len__(self) -> int:
         return min(self.most, self.task.num_train if self.split == "train" else self.task.num_eval)
@@ -108,5 +108,5 @@ def _text(value: Any) -> str:
 
 
 def _kind_of(error: ConfigError) -> str:
-    """The message without what differs from row to row."""
+    """Returns the message without the parts that differ from row to row."""
     return str(error).partition("; the row has")[0].partition(", got ")[0]

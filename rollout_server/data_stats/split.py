@@ -1,4 +1,4 @@
-"""The numbers of one split, collected row by row in a few dozen bytes a row."""
+"""Statistics of one split, collected row by row in a few dozen bytes per row."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from rollout_server.data_stats.lengths import Lengths
 from rollout_server.environments.base import Message
 
 MAX_LABELS = 50
-"""Most labels in the output; the others are added up."""
+"""Maximum number of labels in the output; the others are added up."""
 MAX_PROBLEMS = 20
-"""Most different problems; rows with further ones are counted together."""
+"""Maximum number of distinct problems; rows with further ones are counted together."""
 _OTHERS = "(others)"
 _NUM_EXAMPLES = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CountedRow:
-    """What is counted of one row."""
+    """The parts of one row that are counted."""
 
     prompt: str | list[Message]
     answer: str = ""
@@ -36,7 +36,8 @@ class SplitStats:
     def __init__(
         self, *, max_prompt_tokens: int | None, count_tokens: Callable[[str | list[Message]], int] | None
     ) -> None:
-        """`count_tokens` of a prompt; None: there is no tokenizer. It may raise ValueError."""
+        """`count_tokens` returns the number of tokens of a prompt and may raise ValueError; None: there is no
+        tokenizer."""
         self._max_prompt_tokens, self._count_tokens = max_prompt_tokens, count_tokens
         self.hashes = PromptHashes()
         self._prompt_chars, self._prompt_tokens = Lengths(), Lengths()
@@ -66,13 +67,13 @@ class SplitStats:
         self._num_rows += 1
 
     def add_broken(self, problem: str) -> None:
-        """Counts a row that cannot be used; it has no prompt that could be compared with others."""
+        """Counts a row that cannot be used; it has no prompt to compare with others."""
         self.hashes.skip()
         self._note(problem)
         self._num_rows += 1
 
     def summary(self) -> dict[str, Any]:
-        """The numbers, ready for JSON. Lists of examples hold row numbers, from 0."""
+        """Returns the numbers as JSON values. Lists of examples hold row numbers, starting at 0."""
         most_common = self._labels.most_common(MAX_LABELS)
         num_others = self._labels.total() - sum(count for _, count in most_common)
         return {
@@ -99,7 +100,8 @@ class SplitStats:
 
 
 def text_of(prompt: str | list[Message]) -> str:
-    """The prompt's own words: of a list of messages, all but the system's, which is the same for all rows."""
+    """Returns the prompt's own text: for a list of messages, all but the system message, which is the same in
+    all rows."""
     if isinstance(prompt, str):
         return prompt
     return "\n".join(_content(message) for message in prompt if message.get("role") != "system")

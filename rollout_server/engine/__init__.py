@@ -1,4 +1,4 @@
-"""The embedded inference engine: continuous batching in torch behind SGLang's HTTP API, as a process.
+"""The embedded inference engine: a process with continuous batching in torch behind SGLang's HTTP API.
 
 transformers' own continuous batching was tried first. It reports log-probs, but on the default model with 32
 requests at a time it generated 6,000 tokens per second of CPU time, where `generate` reaches 14,500 and this

@@ -24,7 +24,7 @@ from rollout_server.engine.options import ProcessOptions
 
 
 def bind(port: int) -> socket.socket:
-    """A listening socket on loopback. Raises ConfigError if the port is in use."""
+    """Returns a listening socket on loopback. Raises ConfigError if the port is in use."""
     try:
         return bound_socket(LOOPBACK, port)
     except OSError as error:
@@ -34,7 +34,7 @@ def bind(port: int) -> socket.socket:
 
 
 def check_model_path(path: str) -> None:
-    """Raises ConfigError if a local path holds no model.
+    """Raises ConfigError if a local path does not contain a model.
 
     A path that does not begin with `.`, `/` or `~` is taken as a name on the Hugging Face hub.
     """

@@ -46,13 +46,13 @@ class DecodeBatch:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Extension:
-    """Positions, mask and indices of a pass that extends what rows hold: B contexts, T new positions in each,
-    right-padded, and S positions in the longest row."""
+    """Positions, mask and indices of a pass that extends the contents of rows: B contexts, T new positions in
+    each, right-padded, and S positions in the longest row."""
 
     num_positions: int
     """S"""
     position_BT: Tensor
-    """int64; that of padding is within the context length, and otherwise means nothing."""
+    """int64; positions of padding are within the context length and otherwise arbitrary."""
     bias_B1TS: Tensor
     """Additive attention bias in the model's dtype: 0 up to the new token's position, -inf beyond it."""
     rows_B: Tensor
@@ -103,7 +103,7 @@ class KVCache:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the rows."""
+        """Size of the rows in bytes."""
         return self._storage.numel() * self._storage.element_size()
 
     # Decoding
@@ -126,7 +126,8 @@ class KVCache:
         return self._batch
 
     def _write_index(self, row_N: NDArray[np.int64], position_N: NDArray[np.int64]) -> dict[int, Tensor]:
-        """H -> int64[N*H]: where the keys and values of these rows and positions are in a flat layer."""
+        """Returns H -> int64[N*H]: where the keys and values of these rows and positions are in a flat
+        layer."""
         index = {}
         for heads in self._heads:
             row_head = row_N[:, None] * self._storage_heads + np.arange(heads, dtype=np.int64)
@@ -179,7 +180,7 @@ class KVCache:
     def begin_extension(
         self, *, rows: Sequence[int], starts_B: NDArray[np.int64], lengths_B: NDArray[np.int64]
     ) -> Extension:
-        """Prepares to add `lengths_B` tokens to each of these rows, from positions `starts_B` on."""
+        """Prepares to add `lengths_B` tokens to each of these rows, starting at positions `starts_B`."""
         num_positions, num_new = int((starts_B + lengths_B).max()), int(lengths_B.max())
         new_T = np.arange(num_new)
         position_BT = np.minimum(starts_B[:, None] + new_T, self.context_length - 1)
@@ -227,11 +228,11 @@ class KVCache:
             self._storage[:, :, target, :, :num_positions] = self._storage[:, :, source, :, :num_positions]
 
     def write(self, row: int, kv_L2HTD: Tensor, *, start: int = 0) -> None:
-        """Copies the KV of T tokens [L, 2, H, T, D] to positions `start` and after of a row."""
+        """Copies the KV of T tokens [L, 2, H, T, D] into a row, starting at position `start`."""
         self._storage[:, :, row, :, start : start + kv_L2HTD.shape[3]] = kv_L2HTD
 
     def read(self, row: int, start: int, end: int) -> Tensor:
-        """A view [L, 2, H, end - start, D] of a row's positions."""
+        """Returns a view [L, 2, H, end - start, D] of a row's positions."""
         return self._storage[:, :, row, :, start:end]
 
     def clear_row(self, row: int) -> None:
@@ -259,7 +260,7 @@ class PrefixCache:
         return (self.serial, context) in self._entries
 
     def get(self, context: tuple[int, ...]) -> Tensor | None:
-        """The KV of all but the last token of `context`, or None."""
+        """Returns the KV of all but the last token of `context`, or None."""
         key = (self.serial, context)
         if key not in self._entries:
             return None
@@ -280,7 +281,7 @@ class PrefixCache:
             self.num_tokens -= len(oldest)
 
     def clear(self, *, serial: int | None = None) -> None:
-        """Drops everything; `serial` is the number of the weights that are active from now on."""
+        """Drops everything; `serial` is the serial number of the weights that are now active."""
         self._entries.clear()
         self.num_tokens = 0
         if serial is not None:

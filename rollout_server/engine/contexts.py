@@ -29,9 +29,9 @@ from rollout_server.engine.rows import RowState
 from rollout_server.engine.scheduler import Sequence
 
 PREFILL_AHEAD_TOKENS = 128
-"""A prefill below this many tokens is filled up with prompts of sequences that still wait for a row."""
+"""A prefill with fewer tokens than this is filled up with prompts of sequences that still wait for a row."""
 MAX_SCORES = 1 << 22
-"""Most pairs of a new and a known position in one extension: bounds its attention mask."""
+"""Maximum number of pairs of a new and a known position in one extension; bounds the attention mask."""
 
 _Context = tuple[int, ...]
 
@@ -49,7 +49,8 @@ class Contexts:
         prefix_cache_tokens: int,
         conversation_cache_tokens: int,
     ) -> None:
-        """`max_prefill_tokens`: most tokens in one forward pass; the others as in EngineOptions."""
+        """`max_prefill_tokens`: maximum number of tokens in one forward pass; for the others see
+        EngineOptions."""
         self._model = model
         self._cache = cache
         self._rows = rows
@@ -59,19 +60,19 @@ class Contexts:
         self.num_prefilled = 0
         """Context tokens computed."""
         self.num_copied = 0
-        """Context tokens whose KV was copied and not computed."""
+        """Context tokens whose KV was copied instead of computed."""
         self.num_shared = 0
-        """Sequences whose context was copied from another sequence and not computed."""
+        """Sequences whose context was copied from another sequence instead of computed."""
         self.num_continued = 0
-        """Sequences that began with KV that was kept of a conversation."""
+        """Sequences that started with KV kept from an earlier turn of their conversation."""
 
     def clear(self, *, serial: int | None = None) -> None:
-        """Drops all KV outside the rows; `serial`: number of the weights that are active from now on."""
+        """Drops all KV outside the rows; `serial`: serial number of the weights that are now active."""
         self._prefixes.clear(serial=serial)
         self.kept.clear()
 
     def num_to_compute(self, sequence: Sequence) -> int:
-        """Tokens that count towards the limit of a step when this waiting sequence is admitted."""
+        """Returns the tokens that count towards a step's limit when this waiting sequence is admitted."""
         context = sequence.context
         if not sequence.keeps_prefix:
             return 0 if context in self._prefixes else len(context)
@@ -80,7 +81,7 @@ class Contexts:
 
     @torch.inference_mode()
     def keep(self, sequence: Sequence) -> None:
-        """Keeps the KV of a sequence that ends, before it leaves its row."""
+        """Keeps the KV of a sequence that has ended, before it leaves its row."""
         if self._rows.kv_serial[sequence.row] == self._prefixes.serial:
             self.kept.insert(sequence.context[:-1], partial(self._cache.read, sequence.row))
 
@@ -128,7 +129,7 @@ class Contexts:
                     self._cache.move([first] * len(others), others, num_positions=len(context) - 1)
         for context in kept & missing.keys():
             if 2 * known.get(context, 0) > len(context):
-                continue  # a later turn, which nobody else needs before it ends
+                continue  # a later turn, which no other sequence needs before it ends
             self.kept.insert(context[:-1], partial(self._cache.read, missing[context][0]))
 
     def _count_shared(self, sequence: Sequence) -> None:
@@ -137,11 +138,11 @@ class Contexts:
 
     def _count_copied(self, sequence: Sequence, num_tokens: int) -> None:
         self.num_copied += num_tokens
-        if not sequence.output_ids:  # else its row was filled again after an update of the weights
+        if not sequence.output_ids:  # otherwise its row was refilled after an update of the weights
             sequence.num_cached_tokens = num_tokens
 
     def _copy_kept(self, sequence: Sequence) -> int:
-        """Copies what is kept of the sequence's context to its row; returns the number of tokens."""
+        """Copies the kept part of the sequence's context to its row; returns the number of tokens."""
         start = 0
         for part in self.kept.match(sequence.context[:-1]):
             self._cache.write(sequence.row, part, start=start)
@@ -198,7 +199,7 @@ class Contexts:
                 self._prefixes.put(context, computed[:, :, i, :, : len(context) - 1].clone())
 
     def _extend(self, left: list[tuple[_Context, int, int]]) -> None:
-        """Computes the KV of contexts from a position on, over what their rows hold before it.
+        """Computes the KV of contexts from a given position on, given what their rows hold before it.
 
         `left`: (context, row, position). A long one takes several passes, so that masks stay small.
         """

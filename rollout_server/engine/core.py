@@ -118,10 +118,10 @@ class EngineCore:
         self._shadow_weights = weights
 
     def swap_weights(self, weights: Weights, *, version: str, recompute: bool) -> None:
-        """Activates a complete, verified set; the old one becomes the shadow set.
+        """Activates a complete, verified set; the old set becomes the shadow set.
 
-        Running sequences continue: with KV recomputed under the new weights if `recompute`, else with the KV
-        that they have.
+        Running sequences continue, with KV recomputed under the new weights if `recompute`, otherwise with
+        their existing KV.
         """
         if recompute:
             self.preempt_all()
@@ -164,7 +164,7 @@ class EngineCore:
         return self._append_tokens(num_rows, tokens_N, logprobs_N)
 
     def _decode(self, num_rows: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Samples a token for each of rows 0..num_rows-1: (tokens int64[N], log-probs float32[N])."""
+        """Samples a token for each of rows 0..num_rows-1; returns (tokens int64[N], log-probs float32[N])."""
         rows = self._rows
         batch = self._cache.begin_decode(rows.num_tokens[:num_rows] - 1)
         logits_NV = self.model.decode(self._tensor(rows.last_token[:num_rows]), batch, self._cache)
@@ -181,7 +181,7 @@ class EngineCore:
         return token_N.cpu().numpy(), logprob_N.cpu().numpy()
 
     def _filters(self, num_rows: int) -> Filters | None:
-        """The rows' filters; None if no row filters, which saves the sort over the vocabulary."""
+        """Returns the rows' filters; None if no row has one, which avoids sorting the vocabulary."""
         rows = self._rows
         top_p, top_k, min_p = rows.top_p[:num_rows], rows.top_k[:num_rows], rows.min_p[:num_rows]
         if top_p.min() >= 1 and top_k.min() >= self.model.facts.vocab_size and min_p.max() <= 0:

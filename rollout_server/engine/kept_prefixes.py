@@ -1,8 +1,8 @@
 """KV kept for the next turns of conversations: a radix tree over tokens.
 
-A node holds the tokens between two branches and their KV. So the turns of a conversation, and conversations
-with the same beginning, store each token once, and a lookup compares tokens, not hashes. A sequence whose
-tokens extend a leaf lengthens it. To make room, the least recently used leaves are dropped.
+A node holds the tokens between two branching points, with their KV. So turns of a conversation, and
+conversations with a common prefix, store each token once, and a lookup compares tokens, not hashes. A
+sequence that extends a leaf lengthens that leaf. To make room, the least recently used leaves are dropped.
 
 All KV in the tree was computed under one set of weights. `clear` drops everything at a swap, and a row whose
 KV is older than the swap is never put in (see Contexts.keep).
@@ -22,20 +22,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _SPARE_PARTS = 8
-"""Once the tree is full, an eighth of it is freed at a time, so that few insertions look for leaves."""
+"""Once the tree is full, an eighth of it is freed at a time, so that few insertions have to search for
+leaves."""
 
 
 @dataclass(eq=False)
 class _Node:
-    """Tokens that follow those of the parent, and their KV."""
+    """The tokens that follow those of the parent, with their KV."""
 
     tokens_T: NDArray[np.int64]
     kv_L2HTD: Tensor
     parent: _Node | None
     children: dict[int, _Node] = field(default_factory=dict)
-    """By their first token."""
+    """Children by their first token."""
     used: int = 0
-    """Clock of the tree when a lookup or an insertion passed here last."""
+    """The tree's clock when a lookup or insertion last passed through this node."""
 
 
 class KeptPrefixes:
@@ -53,18 +54,18 @@ class KeptPrefixes:
         self.num_tokens = 0
 
     def num_matched(self, tokens: Sequence[int]) -> int:
-        """Tokens at the beginning of `tokens` whose KV is here."""
+        """Returns how many tokens at the start of `tokens` have their KV here."""
         return sum(length for _, length in self._walk(np.asarray(tokens, np.int64)))
 
     def match(self, tokens: Sequence[int]) -> list[Tensor]:
-        """KV [L, 2, H, T, D] of the longest beginning of `tokens` that is here, in adjacent parts. The parts
-        are views: copy them before the next insertion."""
+        """Returns the KV [L, 2, H, T, D] of the longest prefix of `tokens` that is here, in adjacent parts.
+        The parts are views: copy them before the next insertion."""
         return [node.kv_L2HTD[:, :, :, :length] for node, length in self._walk(np.asarray(tokens, np.int64))]
 
     def insert(self, tokens: Sequence[int], kv_between: Callable[[int, int], Tensor]) -> None:
-        """Adds the KV of all `tokens`, of which the tree copies what it lacks.
+        """Adds the KV of all `tokens`; the tree copies only the part that it does not have.
 
-        `kv_between(start, end)`: the KV of these tokens, [L, 2, H, end - start, D]. Does nothing if they are
+        `kv_between(start, end)`: the KV of these tokens, [L, 2, H, end - start, D]. Does nothing if there are
         more than `max_tokens`.
         """
         tokens_T = np.asarray(tokens, np.int64)
@@ -88,7 +89,7 @@ class KeptPrefixes:
         self.num_tokens += len(tokens_T) - start
 
     def _walk(self, tokens_T: NDArray[np.int64]) -> list[tuple[_Node, int]]:
-        """The nodes along `tokens_T`, each with the number of its tokens that match; marks them as used."""
+        """Returns the nodes along `tokens_T`, each with its number of matching tokens; marks them as used."""
         self._clock += 1
         node, start, path = self._root, 0, []
         while start < len(tokens_T):
@@ -116,12 +117,13 @@ class KeptPrefixes:
         node.parent.children[int(node.tokens_T[0])] = first
         node.tokens_T, node.kv_L2HTD = node.tokens_T[length:], node.kv_L2HTD[:, :, :, length:].clone()
         node.parent, first.children = first, {int(node.tokens_T[0]): node}
-        # Only the first part was passed by the walk that asks for the split.
+        # The walk that asks for the split passed only the first part.
         node.used -= 1
         return first
 
     def _make_room(self, num_tokens: int) -> None:
-        """Drops leaves until `num_tokens` fit, least recently used first; none that the last walk passed."""
+        """Drops leaves, least recently used first, until `num_tokens` fit; keeps those that the last walk
+        passed."""
         if self.num_tokens + num_tokens <= self.max_tokens:
             return
         most = self.max_tokens - self.max_tokens // _SPARE_PARTS - num_tokens
@@ -147,7 +149,7 @@ class KeptPrefixes:
         return leaves
 
     def check(self) -> None:
-        """Asserts that tokens add up and that every node is where it is looked for."""
+        """Asserts that token counts add up and that every node can be found by its first token."""
         num_tokens, nodes = 0, [self._root]
         while nodes:
             node = nodes.pop()

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _REPORT_EVERY_S = 0.004
-"""Least time between two reports of outputs while sequences run and no command comes."""
+"""Minimum time between two reports of outputs while sequences run and no command arrives."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +60,11 @@ class Load:
     generated_tokens: int
     prefilled_tokens: int
     copied_tokens: int
-    """Context tokens whose KV was copied and not computed."""
+    """Context tokens whose KV was copied instead of computed."""
     shared_prefixes: int
-    """Sequences whose context was copied from another sequence and not computed."""
+    """Sequences whose context was copied from another sequence instead of computed."""
     continued_prefixes: int
-    """Sequences that began with KV that was kept of a conversation."""
+    """Sequences that started with KV kept from an earlier turn of their conversation."""
     kept_tokens: int
     """Tokens whose KV is kept for the next turns of conversations."""
     steps: int
@@ -119,7 +119,7 @@ class EngineLoop:
         self._thread.start()
 
     def stop(self, *, timeout_s: float) -> None:
-        """Ends the thread after the current step."""
+        """Stops the thread after the current step."""
         self._commands.put(None)
         self._thread.join(timeout_s)
 
@@ -208,7 +208,7 @@ class EngineLoop:
         """Runs all queued commands; waits for one while no sequence is runnable."""
         while True:
             wait = not self._core.scheduler.runnable
-            # What a command's caller learns must not come before the outputs of the steps before it.
+            # The caller must not see a command's result before the outputs of the steps that preceded it.
             if wait or not self._commands.empty():
                 self._report()
             try:
@@ -263,7 +263,7 @@ class EngineLoop:
         ]
 
     def _report(self) -> None:
-        """Passes on the outputs that were collected."""
+        """Passes on the collected outputs."""
         if self._unreported:
             outputs, self._unreported = self._unreported, []
             self._on_output(outputs)

@@ -30,7 +30,7 @@ class EngineCollector(Collector):
 
 
 def watch_latencies(loop: EngineLoop, registry: CollectorRegistry) -> None:
-    """Adds the histograms of sequences to the registry."""
+    """Adds the latency histograms of sequences to the registry."""
     first = Histogram(
         f"{PREFIX}_engine_first_token_seconds",
         "Time from a sequence's request to its first token",
@@ -47,7 +47,7 @@ def watch_latencies(loop: EngineLoop, registry: CollectorRegistry) -> None:
 
 
 def update_numbers(updater: WeightUpdater) -> dict[str, float]:
-    """The weight update counters, keyed as in `load` of /server_info."""
+    """Returns the weight update counters, keyed as in `load` of /server_info."""
     return {
         "updates": updater.num_updates,
         "failed_updates": updater.num_failures,

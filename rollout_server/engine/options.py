@@ -1,10 +1,10 @@
-"""The options of an embedded engine: given as data, or on a command line made from the same fields.
+"""The options of an embedded engine, given as data or on a command line generated from the same fields.
 
     a server   ProcessOptions -> JSON -> a pipe -> `python -m rollout_server.engine --options /dev/fd/N`
     a person   `python -m rollout_server.engine --model-path PATH --api-key-file FILE ...`
 
-On the command line the options have the names of `sglang.launch_server`'s. The API key comes from a file and
-not from the command line, which every user of the machine can read.
+Command-line options have the same names as those of `sglang.launch_server`. The API key is read from a file,
+because every user of the machine can read command lines.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from areal_like.security.tokens import read_secret
 def _option(
     help: str, *, default: Any = MISSING, least: int | None = None, choices: Sequence[str] = ()
 ) -> Any:
-    """A field. `help`: on the command line. `least`: of an integer. `choices`: of a text."""
+    """Makes a field. `least`: smallest allowed integer. `choices`: allowed strings."""
     return field(default=default, metadata={"help": help, "least": least, "choices": choices})
 
 
@@ -44,20 +44,22 @@ class EngineOptions:
         default=None,
         least=0,
     )
-    random_seed: int = _option("of sequences without a seed of their own", default=0)
+    random_seed: int = _option("seed of sequences that have none of their own", default=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessOptions(EngineOptions):
-    """Everything that an engine's process is told."""
+    """All options of an engine's process."""
 
     model_path: str = _option("Hugging Face directory or name")
     api_key: str = field(repr=False)
-    """That requests need (Authorization: Bearer KEY); on the command line `--api-key-file`."""
-    port: int = _option("of 127.0.0.1; 0 picks a free one", default=30000)
+    """The key that requests need (Authorization: Bearer KEY); on the command line `--api-key-file`."""
+    port: int = _option("port on 127.0.0.1; 0 picks a free one", default=30000)
     port_file: str = _option("the port is written here once the engine accepts requests", default="")
     device: str = _option("cpu | cuda | cuda:N", default="cpu")
-    dtype: str = _option("of weights and KV", default="float32", choices=("bfloat16", "float16", "float32"))
+    dtype: str = _option(
+        "type of weights and KV", default="float32", choices=("bfloat16", "float16", "float32")
+    )
     enable_fp32_lm_head: bool = _option("compute the logits in float32", default=False)
     weights_from: tuple[str, ...] = _option(
         "directory that /update_weights_from_disk may load from, in addition to --model-path; repeatable",
@@ -69,25 +71,28 @@ class ProcessOptions(EngineOptions):
         "tokens between streamed chunks; 0: only the end of each sequence", default=0, least=0
     )
     max_body_bytes: int = _option("longest request body", default=64 << 20, least=1)
-    max_connections: int = _option("above it, idle connections are closed", default=1024, least=1)
+    max_connections: int = _option("connections above which idle ones are closed", default=1024, least=1)
     weights_timeout_s: float = _option(
         "time limit of joining a weight group and of one broadcast, where a request sets none", default=60.0
     )
-    log_level: str = _option("of stderr", default="INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
+    log_level: str = _option(
+        "level of the log", default="INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR")
+    )
 
     def to_json(self) -> str:
-        """For another process. It has the API key."""
+        """Serializes the options for another process, including the API key."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> ProcessOptions:
-        """Inverse of `to_json`."""
+        """Parses the output of `to_json`."""
         raw = json.loads(text)
         return cls(**{**raw, "weights_from": tuple(raw["weights_from"])})
 
     @classmethod
     def from_command_line(cls, argv: Sequence[str]) -> ProcessOptions:
-        """A wrong option ends the process with exit code 2. Raises ConfigError for a wrong key file."""
+        """Parses a command line; exits with code 2 for a wrong option. Raises ConfigError for a wrong key
+        file."""
         if len(argv) == 2 and argv[0] == "--options":
             return cls.from_json(Path(argv[1]).read_text())
         given = vars(_parser().parse_args(argv))
@@ -133,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _at_least(minimum: int | None) -> Callable[[str], int]:
-    """An argparse type: an integer of at least `minimum`."""
+    """Returns an argparse type: an integer of at least `minimum`."""
 
     def integer(text: str) -> int:
         value = int(text)

@@ -11,7 +11,7 @@ import numpy as np
 from rollout_server.engine.scheduler import Sequence
 
 _NO_TOP_K = 1 << 40
-"""More than any vocabulary."""
+"""Larger than any vocabulary."""
 
 
 class RowState:
@@ -34,13 +34,13 @@ class RowState:
         self.output_ids = np.zeros((num_rows, context_length), np.int64)
         self.output_logprobs = np.zeros((num_rows, context_length), np.float32)
         self.version_start = np.zeros(num_rows, np.int64)
-        """Index of the first output token that was sampled under the current version."""
+        """Index of the first output token sampled under the current version."""
 
         self.kv_serial = np.zeros(num_rows, np.int64)
         """Serial number of the weights that the row's first KV was computed under; set by Contexts."""
 
     def enter(self, sequence: Sequence) -> None:
-        """Fills the row of a sequence, which may have output already if it was preempted."""
+        """Fills the row of a sequence; a sequence that was preempted already has output."""
         row, params, num_output = sequence.row, sequence.params, len(sequence.output_ids)
         self.num_tokens[row] = len(sequence.prompt) + num_output
         self.num_output[row] = self.version_start[row] = num_output
@@ -67,7 +67,7 @@ class RowState:
             array[targets] = array[sources]
 
     def copy_output_to(self, sequence: Sequence, *, version: str) -> None:
-        """Updates the sequence's output from its row. `version`: of the active weights."""
+        """Updates the sequence's output from its row. `version`: version of the active weights."""
         row = sequence.row
         count, start = int(self.num_output[row]), int(self.version_start[row])
         sequence.output_ids = self.output_ids[row, :count].tolist()

@@ -23,13 +23,14 @@ _GOLDEN = np.uint64(GOLDEN_GAMMA)
 
 
 def rng_key(seed: int, index: int) -> int:
-    """The uint64 key of sequence `index` under `seed`; both are taken modulo 2^64."""
+    """Returns the uint64 key of sequence `index` under `seed`; both are taken modulo 2^64."""
     both = mix(seed & MASK_64) + GOLDEN_GAMMA * mix(index & MASK_64)
     return mix((both - GOLDEN_GAMMA) & MASK_64)  # `mix` adds what is subtracted
 
 
 def uniforms(keys_N: NDArray[np.uint64], counters_N: NDArray[np.int64]) -> NDArray[np.float64]:
-    """float64[N] in [0, 1): the random number for token `counters_N[i]` of the sequence with `keys_N[i]`."""
+    """Returns float64[N] in [0, 1): the random number for token `counters_N[i]` of the sequence with key
+    `keys_N[i]`."""
     bits_N = mix_array(keys_N + (counters_N.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
     return (bits_N >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
@@ -55,7 +56,7 @@ def sample(
     any_random: bool,
     filters: Filters | None,
 ) -> tuple[Tensor, Tensor]:
-    """Draws one token per row: (tokens int64[N], log-probs float32[N]).
+    """Draws one token per row; returns (tokens int64[N], log-probs float32[N]).
 
     `temperature_N` is float32, 0 for greedy rows; `uniform_N` is float64 in [0, 1). `any_greedy` and
     `any_random` are true if there are rows of that kind, so that an all-greedy or all-random batch skips the

@@ -53,7 +53,7 @@ class SamplingParams:
     `ignore_eos`."""
     sampling_seed: int | None = None
     stream_interval: int = 0
-    """Tokens between two chunks of a stream; 0: as the engine does it."""
+    """Tokens between two chunks of a stream; 0: the engine's default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +65,7 @@ class Finish:
     """The stop token that was sampled, where the reason is STOP."""
     message: str = ""
     is_error: bool = False
-    """True if the sequence was aborted by an error of the engine (logits that are not finite), false if by a
-    request."""
+    """True if the engine aborted the sequence because of an error (logits that are not finite)."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -88,9 +87,9 @@ class Sequence:
     owner: Any = None
     """The HTTP request (OpenRequest). The engine only passes it along."""
     sample_index: int = 0
-    """Among the samples of its prompt in the request, which share a seed."""
+    """Index among the samples of its prompt in the request, which share a seed."""
     return_logprob: bool = False
-    """The response has log-probs."""
+    """True if the response includes log-probs."""
     status: Status = Status.WAITING
     row: int = -1
     """-1 while not RUNNING."""
@@ -101,7 +100,7 @@ class Sequence:
     """(version, start, end) over the output: the weight version that sampled these tokens."""
     finish: Finish | None = None
     num_cached_tokens: int = 0
-    """Tokens of the prompt whose KV was not computed for this sequence."""
+    """Prompt tokens whose KV did not have to be computed for this sequence."""
     made_s: float = field(default_factory=time.perf_counter)
     """When the request arrived."""
 
@@ -129,9 +128,9 @@ class Scheduler:
         assert num_rows >= 1 and max_prefill_tokens >= 1, "the engine needs a row and room to prefill"
         self.num_rows = num_rows
         self.max_prefill_tokens = max_prefill_tokens
-        """Most context tokens to compute in one call of `admit`, so that a long queue does not stall the
-        running sequences. The first admitted sequence may exceed it, otherwise a long one would wait
-        forever."""
+        """Maximum number of context tokens to compute in one call of `admit`, so that a long queue does not
+        stall the running sequences. The first admitted sequence may exceed it; otherwise a long one would
+        wait forever."""
         self.paused = False
         self.waiting: deque[Sequence] = deque()
         self.rows: list[Sequence | None] = []
@@ -209,7 +208,7 @@ class Scheduler:
         return itertools.islice(self.waiting, limit)
 
     def finish(self, sequence: Sequence, finish: Finish) -> None:
-        """Ends a waiting or running sequence, and frees its row."""
+        """Ends a waiting or running sequence and frees its row."""
         assert sequence.status is not Status.FINISHED, f"{sequence.seq_id} has ended already"
         if sequence.status is Status.WAITING:
             self.waiting.remove(sequence)

@@ -1,10 +1,10 @@
-"""Environments: what a policy talks to over several turns. The one file to read before writing one.
+"""Environments, which a policy interacts with over several turns. Read this file before writing one.
 
     reset() -> messages -> [reply of the policy -> step(reply) -> messages]* -> done -> close()
 
-An environment belongs to one sample and runs in a process of its own, so it may block, crash, or use all the
-memory it is allowed: only its sample fails. The rollout server renders the messages to tokens, samples the
-reply, and adds up the rewards. A task returns the environment of an example:
+An environment belongs to one sample and runs in a process of its own, so if it blocks, crashes or exceeds its
+memory limit, only its sample fails. The rollout server renders the messages to tokens, samples the reply, and
+adds up the rewards. A task returns the environment for an example:
 
     class Guess(Environment):
         def __init__(self, number: int) -> None:
@@ -39,7 +39,7 @@ class ToolCall:
     id: str
     name: str
     arguments: str
-    """JSON object as text. It is what the policy sampled, so it may be malformed."""
+    """JSON object as text. The policy sampled it, so it may be malformed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,16 +47,16 @@ class Reply:
     """One turn of the policy."""
 
     text: str
-    """Without special tokens, reasoning and tool calls."""
+    """Text without special tokens, reasoning and tool calls."""
     raw_text: str
     """All sampled tokens as text, special tokens included."""
     reasoning: str = ""
     """Text inside the model's thinking markers."""
     tool_calls: tuple[ToolCall, ...] = ()
     finish_reason: FinishReason
-    """STOP, or the limit that ended the turn; the episode ends after such a turn."""
+    """STOP, or the limit that ended the turn; the episode ends after a turn that hit a limit."""
     num_tokens: int
-    """Sampled tokens."""
+    """Number of sampled tokens."""
 
     @property
     def message(self) -> Message:
@@ -78,16 +78,16 @@ class Reply:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """The environment's answer to one turn."""
+    """The environment's response to one turn."""
 
     messages: Sequence[Message] = ()
-    """What the policy reads before its next turn; at least one unless `done`."""
+    """Messages that the policy reads before its next turn; at least one unless `done`."""
     reward: float = 0.0
     """Reward of the turn. The rewards of all turns add up to the sample's."""
     done: bool = False
-    """True: the episode has ended."""
+    """True if the episode has ended."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """Named numbers that are not part of the reward; those of all turns are added up."""
+    """Named numbers that are not part of the reward; they are summed over all turns."""
 
 
 class Environment(ABC):
@@ -97,26 +97,27 @@ class Environment(ABC):
     """Tools that the policy may call, as OpenAI function schemas. Read after `reset`."""
     seed: int = 0
     """Differs between the samples of a group; set before `reset`. Python's and numpy's global random
-    generators are seeded with it, too."""
+    generators are also seeded with it."""
 
     @abstractmethod
     async def reset(self) -> list[Message]:
-        """The messages before the policy's first turn."""
+        """Returns the messages before the policy's first turn."""
 
     @abstractmethod
     async def step(self, reply: Reply) -> Step:
-        """Answers one turn of the policy."""
+        """Responds to one turn of the policy."""
 
     def check(self) -> None:  # noqa: B027, most environments need nothing
-        """Raises ConfigError if the environment needs what this machine does not have (a sandbox, a package).
+        """Raises ConfigError if the environment needs something this machine does not have (a sandbox, a
+        package).
 
         Called once when a rollout server starts, before `reset`, in the environment's process.
         """
 
     async def close(self) -> None:  # noqa: B027, most environments have nothing to free
-        """Frees what the episode used. Called after its end, also after an error."""
+        """Frees the episode's resources. Called at its end, even after an error."""
 
 
 def messages_of(prompt: str | list[Message]) -> list[Message]:
-    """The prompt as messages."""
+    """Converts the prompt to messages."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt

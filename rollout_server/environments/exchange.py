@@ -1,7 +1,7 @@
-"""What crosses between the server and an environment's process, and the checks of what comes back.
+"""The data exchanged between the server and an environment's process, and the checks of what comes back.
 
-The process runs a task's code on what the policy wrote, so nothing that it sends is trusted: messages hold
-JSON types only, numbers are finite, sizes are bounded. Pure.
+The process runs a task's code on text that the policy wrote, so nothing that it sends is trusted: messages
+may contain only JSON types, numbers must be finite, and sizes are bounded. Pure.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ from areal_like.trajectory import LARGEST_METRIC, LARGEST_REWARD, FinishReason
 from areal_like.wire.records import MAX_LABEL_CHARS
 from rollout_server.environments.base import Message, Reply, Step, ToolCall
 
-MAX_ANSWER_BYTES = 4 << 20
-"""Largest answer of an environment. Far more than any context holds, and unpacked within milliseconds."""
+MAX_RESULT_BYTES = 4 << 20
+"""Maximum size of a result from an environment. Far more than any context holds, and unpacked within
+milliseconds."""
 _MAX_DEPTH = 32
 _MAX_METRICS = 64
 _MAX_NAME_CHARS = 64
 
 
 def reply_fields(reply: Reply) -> list[Any]:
-    """A reply as the values of one frame."""
+    """Returns a reply as the values of one frame."""
     calls = [[call.id, call.name, call.arguments] for call in reply.tool_calls]
     return [reply.text, reply.raw_text, reply.reasoning, calls, reply.finish_reason.value, reply.num_tokens]
 
 
 def reply_of(fields: Sequence[Any]) -> Reply:
-    """The inverse of `reply_fields`."""
+    """Builds a reply from the output of `reply_fields`."""
     text, raw_text, reasoning, calls, finish_reason, num_tokens = fields
     return Reply(
         text=text,
@@ -45,14 +46,16 @@ def reply_of(fields: Sequence[Any]) -> Reply:
 
 
 def awaitable(returned: Any, *, call: str) -> Awaitable[Any]:
-    """What a method of an environment returned. Raises EpisodeError if it is no `async def`."""
+    """Returns what a method of an environment returned. Raises EpisodeError if the method is not `async
+    def`."""
     if not isinstance(returned, Awaitable):
         raise EpisodeError(f"{call}() returned {type(returned).__name__}: write it as `async def {call}`")
     return returned
 
 
 def step_fields(step: Any) -> list[Any]:
-    """What `step` returned, as the values of one frame. Raises EpisodeError that says what to return."""
+    """Returns a step as the values of one frame. If it is not a Step, raises EpisodeError that says what to
+    return."""
     if not isinstance(step, Step):
         raise EpisodeError(f"step() returned {type(step).__name__}: return a Step")
     metrics = {str(name): _number(value, name=name) for name, value in step.metrics.items()}
@@ -60,7 +63,8 @@ def step_fields(step: Any) -> list[Any]:
 
 
 def checked_start(value: Any) -> tuple[list[Message], list[dict[str, Any]]]:
-    """The first messages, and the tools. Raises EpisodeError that says what to return."""
+    """Returns the first messages, and the tools. If they are invalid, raises EpisodeError that says what to
+    return."""
     messages, tools = value if _is_list(value, length=2) else (None, None)
     if not messages:
         raise EpisodeError("reset() returned no messages: return those that the policy reads first")
@@ -71,7 +75,7 @@ def checked_start(value: Any) -> tuple[list[Message], list[dict[str, Any]]]:
         function = tool.get("function") if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise EpisodeError(
-                f"the tool {tool!r:.100} is no OpenAI function schema: "
+                f"the tool {tool!r:.100} is not an OpenAI function schema: "
                 '{"type": "function", "function": {"name": ..., "parameters": ...}}'
             )
         _check_json(tool, name="a tool")
@@ -79,14 +83,15 @@ def checked_start(value: Any) -> tuple[list[Message], list[dict[str, Any]]]:
 
 
 def checked_label(label: Any) -> str:
-    """The label of the example. Raises EpisodeError for what is none."""
+    """Returns the label of the example. Raises EpisodeError if it is invalid."""
     if not isinstance(label, str) or len(label) > MAX_LABEL_CHARS or not label.isprintable():
         raise EpisodeError("the environment's process sent no valid label")
     return label
 
 
 def checked_step(value: Any) -> Step:
-    """The environment's answer to a turn. Raises EpisodeError that says what to return."""
+    """Returns the environment's response to a turn. If it is invalid, raises EpisodeError that says what to
+    return."""
     messages, reward, done, metrics = value if _is_list(value, length=4) else (None, None, None, None)
     if not isinstance(done, bool) or not isinstance(metrics, dict):
         raise EpisodeError("the environment's process sent no valid step")
@@ -132,7 +137,7 @@ def _check_messages(messages: Any, *, call: str) -> None:
 
 
 def _check_json(value: Any, *, name: str, depth: int = 0) -> None:
-    """Refuses bytes, numbers that are not finite, and deep nesting. (Keys are texts: see `unpack`.)"""
+    """Refuses bytes, numbers that are not finite, and deep nesting. (Keys are strings: see `unpack`.)"""
     if isinstance(value, dict):
         parts: Sequence[Any] = [*value, *value.values()]
     elif isinstance(value, list):

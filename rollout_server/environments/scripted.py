@@ -1,4 +1,4 @@
-"""Runs an environment with replies that a test writes, without a model and without a job.
+"""Runs an environment with replies written by a test, without a model or a job.
 
     episode = play(Guess(number=7), [say("5"), say("7")])
     assert episode.reward == 1.0 and episode.is_done
@@ -24,17 +24,17 @@ from rollout_server.environments.exchange import awaitable, checked_start, check
 
 @dataclass
 class Episode:
-    """What happened."""
+    """The record of one episode."""
 
     messages: list[Message]
-    """The whole conversation, the replies included."""
+    """The whole conversation, including the replies."""
     tools: list[dict[str, Any]]
     """The tools that the policy could call."""
     turn_rewards: list[float] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     """Sums over the turns."""
     is_done: bool = False
-    """False: the replies ended before the episode did."""
+    """False if the replies ran out before the episode ended."""
 
     @property
     def reward(self) -> float:
@@ -43,7 +43,7 @@ class Episode:
 
 
 def say(text: str = "", *, calls: Iterable[tuple[str, dict[str, Any] | str]] = ()) -> Reply:
-    """A reply of the policy. `calls`: (tool, arguments), the arguments as a mapping or as written text."""
+    """Makes a reply of the policy. `calls`: (tool, arguments), with arguments as a mapping or as text."""
     written = [(name, given if isinstance(given, str) else json.dumps(given)) for name, given in calls]
     made = [
         ToolCall(id=f"call_{number}", name=name, arguments=arguments)
@@ -55,15 +55,15 @@ def say(text: str = "", *, calls: Iterable[tuple[str, dict[str, Any] | str]] = (
 
 
 def call(tool: str, **arguments: Any) -> Reply:
-    """A reply that calls one tool."""
+    """Makes a reply that calls one tool."""
     return say(calls=[(tool, arguments)])
 
 
 def play(environment: Environment, replies: Iterable[Reply], *, seed: int = 0) -> Episode:
-    """Runs an episode until it is done, or no reply is left.
+    """Runs an episode until it is done or no replies are left.
 
-    Raises EpisodeError where a job would fail the sample because of what the environment returned; what the
-    environment itself raises is not caught.
+    Raises EpisodeError where a job would fail the sample because of what the environment returned; exceptions
+    of the environment itself are not caught.
     """
     return asyncio.run(_play(environment, replies, seed=seed))
 
@@ -75,7 +75,7 @@ async def _play(environment: Environment, replies: Iterable[Reply], *, seed: int
         messages = list(await awaitable(environment.reset(), call="reset"))
         episode = Episode(*checked_start([messages, list(environment.tools)]))
         for reply in replies:
-            assert not episode.is_done, "a reply is left, and the episode is done"
+            assert not episode.is_done, "the episode is done, but a reply is left"
             step = checked_step(step_fields(await awaitable(environment.step(reply), call="step")))
             episode.messages += [reply.message, *step.messages]
             episode.turn_rewards.append(step.reward)

@@ -1,12 +1,12 @@
-"""The server's client of one buffer: registration, heartbeats with credit, results out, acknowledgements in.
+"""The server's client for one buffer: registration, heartbeats with credit, results and acknowledgements.
 
     UNREGISTERED -> hello -> REGISTERED -> HelloRequired (the buffer was restarted) -> UNREGISTERED
                              `-> unacknowledged results are sent again
 
-While a buffer is silent, the client sends only an occasional hello, because messages pile up in the socket.
-Without new leases the server becomes idle, and it keeps finished results until they are acknowledged. The
-server ends only if the buffer refuses it (a newer process has the same name, the model differs), if the job
-has failed, or when the run is finished.
+While a buffer does not respond, the client sends only an occasional hello, because messages would pile up in
+the socket. Without new leases the server becomes idle, and it keeps finished results until they are
+acknowledged. The server exits only if the buffer refuses it (a newer process has the same name, the model
+differs), if the job has failed, or when the run is finished.
 """
 
 from __future__ import annotations
@@ -49,13 +49,14 @@ log = logging.getLogger(__name__)
 
 _HELLO_TIMEOUT_S = 5.0
 _RESEND_AFTER_S = 5.0
-"""An acknowledgement takes milliseconds; after this long, the result or its acknowledgement was lost."""
+"""An acknowledgement takes milliseconds; after this time the result or its acknowledgement is considered
+lost."""
 _GOODBYE_TIMEOUT_S = 2.0
 _LARGE_RISE = 0.1
-"""Rise of the capacity that is announced before the next heartbeat is due, as a fraction of the samples that
+"""Increase in capacity that is announced before the next heartbeat is due, as a fraction of the samples that
 may be at the engine."""
 _EARLY_HEARTBEAT_S = 0.05
-"""After this time, if it still lasts."""
+"""The increase is announced after this time, if it has lasted."""
 
 
 class BufferClient(BufferConnection):
@@ -75,7 +76,7 @@ class BufferClient(BufferConnection):
         on_finished: Callable[[], None] = lambda: None,
         keyring: Keyring | None = None,
     ) -> None:
-        """`hello` returns the current registration; `on_abort` is called with the leases that the buffer has
+        """`hello` returns the current registration; `on_abort` is called with the leases that the buffer
         aborted, `on_drain` when an operator drains the server, `on_finished` when the run is finished."""
         self._config = config
         self._shard = shard
@@ -98,26 +99,26 @@ class BufferClient(BufferConnection):
         self._is_checking = False
         """True while `_heartbeat_if_room` is scheduled."""
         self._outbox: list[SampleResult] = []
-        """Results delivered in this turn of the loop, sent together."""
+        """Results delivered in this turn of the loop, to be sent together."""
         self._fatal: ArealError | None = None
         self._has_left = False
-        """True from the goodbye on: no heartbeat may follow it."""
+        """True once goodbye was sent: no heartbeat may follow it."""
         self.state = ServerState.STARTING
         self.weights_version = 0
         self.stats: dict[str, float] = {}
         """Sent with every heartbeat."""
         self.newest_version = 0
-        """Newest weights version that the buffer has allocated, as of its last reply."""
+        """Newest weights version that the buffer has allocated, as of its last response."""
         self.num_refused: Counter[str] = Counter()
-        """Samples that the buffer refused, by reason."""
+        """Number of samples that the buffer refused, by reason."""
 
     @property
     def problem(self) -> str:
-        """The reason why the buffer cannot be used now; empty if it can."""
+        """Why the buffer cannot be used now; empty if it can."""
         if not self.is_registered:
             return f"not registered at the buffer ({self.address})"
         if self.is_silent:
-            return f"the buffer ({self.address}) has been silent for {self.silent_s:.0f} s"
+            return f"the buffer ({self.address}) has not responded for {self.silent_s:.0f} s"
         return ""
 
     async def run(self) -> None:
@@ -131,7 +132,7 @@ class BufferClient(BufferConnection):
             if not self.is_registered or self.is_silent:
                 await self._register()
             self._send_heartbeat()
-            # A buffer that is out of disk queues one reply per resend, so do not resend.
+            # A buffer that is out of disk space queues one response per resend, so do not resend.
             if not self.is_stuck:
                 self._resend(older_than_s=_RESEND_AFTER_S)
             try:
@@ -150,7 +151,7 @@ class BufferClient(BufferConnection):
         self._wake()
 
     def deliver(self, result: SampleResult) -> None:
-        """Sends a result, and sends it again until it is acknowledged.
+        """Sends a result, and resends it until it is acknowledged.
 
         Results delivered in the same turn of the loop are sent together.
         """
@@ -160,11 +161,11 @@ class BufferClient(BufferConnection):
             self._outbox.append(result)
 
     def moved(self, lease_id: int, sample_index: int, place: Place) -> None:
-        """A sample has left the engine, or has come back to it.
+        """Records that a sample left the engine or came back to it.
 
-        The buffer sees the credit that a finished sample leaves when the sample arrives, but not this one.
-        So that the engine is not idle until the next heartbeat, a large rise is announced at once. A rise
-        that ends within milliseconds (a fast reward) is not worth a message.
+        The buffer learns of the credit freed by a finished sample when the sample arrives, but not of the
+        credit freed here. So that the engine is not idle until the next heartbeat, a large increase is
+        announced early. An increase that lasts only milliseconds (a fast reward) is not worth a message.
         """
         self._held.moved(lease_id, sample_index, place)
         if not self._is_checking and self._has_more_room():
@@ -181,7 +182,7 @@ class BufferClient(BufferConnection):
         return self.state is ServerState.SERVING and num_more > self._held.engine_samples * _LARGE_RISE
 
     def give_back(self, *, reason: str) -> list[int]:
-        """Gives every lease with a missing sample back to the buffer; returns their ids."""
+        """Returns every lease with a missing sample to the buffer; returns the ids of these leases."""
         leases = self._held.drop_unfinished()
         if leases:
             self._flush()  # first, so that finished samples of these leases still count
@@ -189,7 +190,7 @@ class BufferClient(BufferConnection):
         return leases
 
     async def leave(self) -> None:
-        """Ends a drain: gives leases back, waits a short time for acknowledgements, sends goodbye."""
+        """Completes a drain: gives leases back, waits briefly for acknowledgements, sends goodbye."""
         if not self.is_registered:
             return
         self.give_back(reason="draining")
@@ -230,7 +231,7 @@ class BufferClient(BufferConnection):
         self._resend(older_than_s=0)
 
     def _resend(self, *, older_than_s: float) -> None:
-        """Sends again the results that may have been lost with a connection."""
+        """Resends results that may have been lost with a connection."""
         self._outbox += self._held.to_resend(now_s=self._loop.time(), older_than_s=older_than_s)
         self._flush()
 
@@ -260,7 +261,7 @@ class BufferClient(BufferConnection):
         )
 
     def on_message(self, message: Any) -> None:
-        """Takes leases, acknowledgements and aborts."""
+        """Handles leases, acknowledgements and aborts."""
         match message:
             case SampleAcks():
                 self._acknowledge(message)
@@ -282,14 +283,14 @@ class BufferClient(BufferConnection):
                 self.num_refused[ack.refused] += len(ack.sample_indices)
 
     def _take(self, leases: list[Lease]) -> None:
-        if self.state is not ServerState.SERVING:  # granted before the buffer had received the new state
+        if self.state is not ServerState.SERVING:  # granted before the buffer received the new state
             lease_ids = [lease.lease_id for lease in leases]
             self.send(ReturnLeases(leases=lease_ids, reason=self.state.value))
             return
         self._on_leases([lease for lease in leases if self._held.grant(lease)])
 
     def fatal(self, error: ArealError) -> None:
-        """Makes `run` raise."""
+        """Makes `run` raise this error."""
         self._fatal = self._fatal or error
         self._wake()
 

@@ -5,13 +5,13 @@
     lease:   grant() -> renewed by each heartbeat while a sample is missing or unacknowledged -> removed
              drop() at any moment: aborted by the buffer, or given back to it
 
-Pure: no sockets, no tasks, no clock. The buffer owns the tickets; losing this state costs work, never
+Pure: no sockets, no tasks, no clock. The buffer owns the tickets; losing this state loses work, but not
 correctness.
 
-Two limits give the credit for new samples. Those that wait for the engine or are at it may be
-`engine_samples`, so that the engine has work and no long queue; all together, with those that wait for a tool
-or a reward, may be `max_episodes`. So slow tools and rewards take no place from the engine until
-`max_episodes` is reached. A sample that comes back from a tool may find the engine full; it then waits there.
+Two limits determine the credit for new samples. At most `engine_samples` may be at the engine or wait for it,
+so that the engine has work but no long queue. At most `max_episodes` may be held in all, including those that
+wait for a tool or a reward. So slow tools and rewards take no slots from the engine until `max_episodes` is
+reached. A sample that comes back from a tool to a full engine waits there.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from enum import StrEnum
 from areal_like.wire.messages.producer import Lease, SampleAck, SampleDone, SampleFailed
 
 SampleResult = SampleDone | SampleFailed
-"""The message for each leased sample. The buffer retries a failed sample (`buffer.max_sample_retries`)."""
+"""Result message of a leased sample. The buffer retries a failed sample (`buffer.max_sample_retries`)."""
 
 
 class Place(StrEnum):
     """Where a missing sample is."""
 
     ENGINE = "engine"
-    """It waits for its prompt or for the engine, or the engine samples it."""
+    """Waits for its prompt or for the engine, or is being sampled."""
     TOOL = "tool"
-    """It waits for its environment, and will come back to the engine."""
+    """Waits for its environment, and will come back to the engine."""
     REWARD = "reward"
-    """It waits for its reward, and is then finished."""
+    """Waits for its reward, after which it is finished."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -54,27 +54,28 @@ class HeldLeases:
     """The table of held leases, and the credit for new ones. `now_s`: seconds on any monotonic clock."""
 
     def __init__(self, *, engine_samples: int, max_episodes: int) -> None:
-        """`engine_samples`: most missing samples at the engine or waiting for it; `max_episodes`: most
-        missing samples. At either number credit is 0."""
+        """`engine_samples`: maximum number of missing samples at the engine or waiting for it;
+        `max_episodes`: maximum number of missing samples. At either limit the credit is 0."""
         self.engine_samples = engine_samples
         self.max_episodes = max_episodes
         self._held: dict[int, _HeldLease] = {}
         self.num_at: Counter[Place] = Counter()
-        """Samples of held leases that are missing, by their place."""
+        """Number of missing samples of held leases, by place."""
         self.holding_samples = 0
-        """Samples of held leases that are missing."""
+        """Number of missing samples of held leases."""
 
     @property
     def free_samples(self) -> int:
         """Credit: number of samples that the server can take in addition to those it holds.
 
-        Negative if samples have come back from tools to a full engine: new ones come when so many have ended.
+        Negative if samples came back from tools to a full engine: new ones are granted only after that many
+        have ended.
         """
         return min(self.engine_samples - self.num_at[Place.ENGINE], self.max_episodes - self.holding_samples)
 
     @property
     def capacity_samples(self) -> int:
-        """Samples held if all credit is used. The buffer computes with this number between two heartbeats; a
+        """Number of samples held if all credit is used. The buffer uses this number between two heartbeats; a
         sample that leaves the engine raises it by one, and its result lowers it again."""
         return self.free_samples + self.holding_samples
 
@@ -85,7 +86,7 @@ class HeldLeases:
 
     @property
     def num_unacknowledged(self) -> int:
-        """Results that the buffer has not confirmed."""
+        """Number of results that the buffer has not confirmed."""
         return sum(len(held.unacknowledged) for held in self._held.values())
 
     def grant(self, lease: Lease) -> bool:
@@ -100,7 +101,7 @@ class HeldLeases:
         return True
 
     def moved(self, lease_id: int, sample_index: int, place: Place) -> None:
-        """A sample is somewhere else now. Ignored if its lease was dropped or the sample is not missing."""
+        """Records a sample's new place. Ignored if its lease was dropped or the sample is not missing."""
         held = self._held.get(lease_id)
         if held is not None and sample_index in held.missing:
             self.num_at[held.missing[sample_index]] -= 1
@@ -108,7 +109,7 @@ class HeldLeases:
             held.missing[sample_index] = place
 
     def finish(self, result: SampleResult, *, now_s: float) -> bool:
-        """Records the result of a missing sample; the caller sends it now.
+        """Records the result of a missing sample; the caller then sends it.
 
         The result is kept until it is acknowledged. Returns False if the lease was dropped or the sample is
         not missing: do not send the result.
@@ -122,7 +123,7 @@ class HeldLeases:
         return True
 
     def acknowledge(self, ack: SampleAck) -> None:
-        """Removes results that the buffer has stored, or finally refused."""
+        """Removes results that the buffer has stored or permanently refused."""
         held = self._held.get(ack.lease_id)
         if held is not None:
             for sample_index in ack.sample_indices:

@@ -1,4 +1,4 @@
-"""What a server tells the buffer about itself when it registers."""
+"""The message with which a server registers at the buffer."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def registration(
     weights_address: str,
     weights_version: int,
 ) -> Hello:
-    """`eval_tasks`: of the evaluation sets. `fingerprints`: of model and tokenizer. `weights_address`: where
-    the server takes weight pushes."""
+    """Returns the registration. `eval_tasks`: tasks of the evaluation sets. `fingerprints`: of model and
+    tokenizer. `weights_address`: where the server accepts weight pushes."""
     config = runtime.config
     model, tokenizer = fingerprints
     return Hello(

@@ -1,11 +1,11 @@
-"""The server's clients of all buffers (`buffer.num_shards`), behind one interface.
+"""The server's clients for all buffers (`buffer.num_shards`), behind one interface.
 
-The buffers are independent: each leases within its own budget, gets separate heartbeats with the server's
-state and version, and receives the samples that it has leased. Only the server's capacity is shared. It is
-split evenly and permanently: shard i may have floor or ceil of capacity / num_shards samples leased, so that
-buffers that do not coordinate never grant more than the capacity. The price is unused capacity while a buffer
-is down; but then its part of the step is missing too. (As with one buffer, a ticket with more samples than
-the share is still leased as a whole to a server that holds no samples of that shard.)
+The buffers are independent: each grants leases within its own budget, gets separate heartbeats with the
+server's state and version, and receives the samples that it has leased. Only the server's capacity is shared.
+It is split evenly and statically: each shard may lease floor or ceil of capacity / num_shards samples, so
+that buffers never exceed the capacity without coordinating. The cost is unused capacity while a buffer is
+down, but then its part of the step is missing too. (As with one buffer, a ticket with more samples than the
+share is still leased as a whole to a server that holds no samples of that shard.)
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class ShardedBufferClient:
         on_finished: Callable[[], None] = lambda: None,
         keyring: Keyring | None = None,
     ) -> None:
-        """`engine_samples`, `max_episodes`: of `HeldLeases`, for the whole server. Other arguments are those
-        of `BufferClient`."""
+        """`engine_samples`, `max_episodes`: see `HeldLeases`; for the whole server. For other arguments see
+        `BufferClient`."""
         self._num_shards = config.buffer.num_shards
         self._shards = shards = all_shards(self._num_shards)
         self._held = [
@@ -68,12 +68,12 @@ class ShardedBufferClient:
 
     @property
     def state(self) -> ServerState:
-        """The state that was announced last."""
+        """The most recently announced state."""
         return self._clients[0].state
 
     @property
     def problem(self) -> str:
-        """The reasons why buffers cannot be used now; empty if all can."""
+        """Why buffers cannot be used now; empty if all can."""
         return "; ".join(filter(None, (client.problem for client in self._clients)))
 
     @property
@@ -83,7 +83,7 @@ class ShardedBufferClient:
 
     @property
     def num_refused(self) -> dict[str, int]:
-        """Samples that were refused, by reason."""
+        """Number of samples that were refused, by reason."""
         total = sum((client.num_refused for client in self._clients), Counter[str]())
         return dict(sorted(total.items()))
 
@@ -94,21 +94,22 @@ class ShardedBufferClient:
 
     @property
     def holding_samples(self) -> int:
-        """Samples of held leases that are missing."""
+        """Number of missing samples of held leases."""
         return sum(held.holding_samples for held in self._held)
 
     @property
     def num_at(self) -> Counter[Place]:
-        """Samples of held leases that are missing, by their place."""
+        """Number of missing samples of held leases, by place."""
         return sum((held.num_at for held in self._held), Counter())
 
     @property
     def num_unacknowledged(self) -> int:
-        """Results that their buffer has not confirmed."""
+        """Number of results that their buffer has not confirmed."""
         return sum(held.num_unacknowledged for held in self._held)
 
     async def run(self) -> None:
-        """Registers at every buffer, and sends heartbeats until cancelled. Raises as `BufferClient.run`."""
+        """Registers at every buffer, and sends heartbeats until cancelled. Raises as `BufferClient.run`
+        does."""
         tasks = [
             asyncio.create_task(client.run(), name=f"buffer {index}")
             for index, client in enumerate(self._clients)
@@ -127,13 +128,14 @@ class ShardedBufferClient:
             client.stats = stats
 
     def set_engine_samples(self, engine_samples: int) -> None:
-        """Changes that limit of the whole server, at least one sample for each shard; leases stay."""
+        """Changes the server's limit of samples at the engine, at least one per shard; existing leases
+        stay."""
         engine_samples = max(engine_samples, self._num_shards)
         for shard, held in zip(self._shards, self._held, strict=True):
             held.engine_samples = shard.share(engine_samples)
 
     def moved(self, lease_id: int, sample_index: int, place: Place) -> None:
-        """A sample has left the engine, or has come back to it."""
+        """Records that a sample left the engine or came back to it."""
         self._clients[Shard.of(lease_id, count=self._num_shards).index].moved(lease_id, sample_index, place)
 
     def deliver(self, result: SampleResult) -> None:
@@ -141,7 +143,7 @@ class ShardedBufferClient:
         self._clients[Shard.of(result.lease_id, count=self._num_shards).index].deliver(result)
 
     def give_back(self, *, reason: str) -> list[int]:
-        """Gives every lease with a missing sample back to its buffer; returns their ids."""
+        """Returns every lease with a missing sample to its buffer; returns the ids of these leases."""
         return [lease_id for client in self._clients for lease_id in client.give_back(reason=reason)]
 
     async def leave(self) -> None:

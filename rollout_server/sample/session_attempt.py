@@ -84,12 +84,12 @@ class SessionAttempt(Attempt):
             is_of_sample = self._book.remove(session, self._outcome, str(problem or ""))
         if problem is not None:
             raise self._failure(problem, is_of_sample=is_of_sample)
-        last, answer = conversation.turns[-1], session.last_answer
+        last, sampled = conversation.turns[-1], session.last_sampled
         return Played(
             finish_reason=finish_reason,
             generation_s=session.generation_s,
-            text=answer.reply.text if answer is not None else "",
-            raw_text=answer.reply.raw_text if answer is not None else "",
+            text=sampled.reply.text if sampled is not None else "",
+            raw_text=sampled.reply.raw_text if sampled is not None else "",
             messages=last.messages,
             step_rewards=turn_rewards,
             metrics={"tool_calls": float(session.num_tool_calls)},

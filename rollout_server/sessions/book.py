@@ -63,7 +63,7 @@ class SessionBook:
         self.num_wrong_routes = Counter[str]()
         """Requests of sessions for routes that do not exist, by the names of `WRONG_ROUTES`."""
         self._calls_of_gone = 0
-        self._answers_of_gone = 0
+        self._progress_of_gone = 0
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -98,8 +98,8 @@ class SessionBook:
     def progress(self) -> tuple[int, int, int]:
         """Changes when a session is claimed or ends, and when a request is answered or an agent is heard."""
         living = self._sessions.values()
-        answers = self._answers_of_gone + sum(one.num_answers + one.num_heard for one in living)
-        return answers, len(self.open), self.num_ended.total()
+        progress = self._progress_of_gone + sum(one.num_served + one.num_heard for one in living)
+        return progress, len(self.open), self.num_ended.total()
 
     @property
     def num_pending(self) -> int:
@@ -133,7 +133,7 @@ class SessionBook:
         if self._sessions.pop(session.id, None) is not None:
             self.num_ended[outcome] += 1
             self._calls_of_gone += session.num_calls
-            self._answers_of_gone += session.num_answers + session.num_heard
+            self._progress_of_gone += session.num_served + session.num_heard
             self._gone[session.id] = session.reason, session.api_key
             if len(self._gone) > _MAX_REMEMBERED:
                 self._gone.popitem(last=False)

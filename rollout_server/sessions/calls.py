@@ -12,13 +12,13 @@ from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 from areal_like.errors import SessionGoneError
-from rollout_server.conversation.turns import Answer
+from rollout_server.conversation.turns import SampledTurn
 
 
 class Call:
     """One request to the model, and its repetitions."""
 
-    def __init__(self, task: asyncio.Task[Answer], *, gone: Callable[[], str]) -> None:
+    def __init__(self, task: asyncio.Task[SampledTurn], *, gone: Callable[[], str]) -> None:
         """`gone`: what clients are told when the session has ended."""
         self.id = uuid.uuid4().hex
         """The completion's id is made of it."""
@@ -31,7 +31,7 @@ class Call:
         """True once the whole answer was sent to a client."""
         self._gone = gone
 
-    async def answer(self) -> Answer:
+    async def turn(self) -> SampledTurn:
         """The answer; the caller may be cancelled without an effect on the others. Raises as `answer` of the
         session."""
         self.num_readers += 1
@@ -67,7 +67,7 @@ class Calls:
         self._by_id: dict[str, Call] = {}
 
     def begin(
-        self, digest: bytes, ask: Callable[[], Coroutine[Any, Any, Answer]], *, is_repetition: bool
+        self, digest: bytes, ask: Callable[[], Coroutine[Any, Any, SampledTurn]], *, is_repetition: bool
     ) -> Call:
         """The call of a request: a new one, or the one that it repeats (see OpenSession.begin)."""
         usable = [call for call in self._by_digest.get(digest, ()) if not call.has_failed]
@@ -86,7 +86,7 @@ class Calls:
         call = self._by_id.get(completion_id.rpartition("-")[2])
         return call if call is not None and call.task.done() and not call.has_failed else None
 
-    def answered(self) -> Iterator[tuple[Call, Answer]]:
+    def completed(self) -> Iterator[tuple[Call, SampledTurn]]:
         """Those that have an answer, the newest first."""
         for call in reversed(self._by_id.values()):
             if call.task.done() and not call.has_failed:

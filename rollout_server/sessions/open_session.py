@@ -30,7 +30,7 @@ from areal_like.errors import (
 )
 from areal_like.trajectory import LARGEST_REWARD, FinishReason
 from rollout_server.conversation.conversation import Conversation
-from rollout_server.conversation.turns import Answer, Turn
+from rollout_server.conversation.turns import SampledTurn, Turn
 from rollout_server.leases.held_leases import Place
 from rollout_server.sessions.calls import Call, Calls
 from rollout_server.sessions.claimants import Claimant
@@ -108,12 +108,12 @@ class OpenSession:
         self.num_pending = 0
         """Requests at the engine, or waiting for it."""
         self.num_calls = 0
-        self.num_answers = 0
+        self.num_served = 0
         """Requests that were answered."""
         self.generation_s = 0.0
         """Time with at least one request at the engine."""
         self.num_tool_calls = 0
-        self.last_answer: Answer | None = None
+        self.last_sampled: SampledTurn | None = None
         """The newest one."""
         self._was_refused = False
         """True if a request was refused since the last answer."""
@@ -125,7 +125,7 @@ class OpenSession:
         self._on_move = on_move
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
-        self._last_activity_s = self._answered_s = self._loop.time()
+        self._last_activity_s = self._served_s = self._loop.time()
         self._busy_since_s = 0.0
         self._calls = Calls(gone=lambda: self.gone)
         self._turn_rewards: dict[Turn, float] = {}
@@ -136,7 +136,7 @@ class OpenSession:
         """An agent has taken it."""
         assert self.state is SessionState.WAITING
         self.is_offered = False
-        self.claimed_s = self._answered_s = self._loop.time()
+        self.claimed_s = self._served_s = self._loop.time()
         self._set(SessionState.OPEN)
 
     def end(self) -> None:
@@ -199,7 +199,7 @@ class OpenSession:
     # --- Requests ---
 
     def begin(
-        self, digest: bytes, ask: Callable[[], Coroutine[Any, Any, Answer]], *, is_repetition: bool
+        self, digest: bytes, ask: Callable[[], Coroutine[Any, Any, SampledTurn]], *, is_repetition: bool
     ) -> Call:
         """The call of a request whose body has this digest. `ask`: `answer` or `continue_tokens`.
 
@@ -210,11 +210,11 @@ class OpenSession:
         self.check_open()
         return self._calls.begin(digest, ask, is_repetition=is_repetition)
 
-    async def answer(self, messages: list[dict[str, Any]], **options: Any) -> Answer:
+    async def sample_turn(self, messages: list[dict[str, Any]], **options: Any) -> SampledTurn:
         """Conversation.answer within the session's budget. Raises SessionGoneError as well."""
-        return await self._sampled(lambda: self.conversation.answer(messages, **options))
+        return await self._sampled(lambda: self.conversation.sample_turn(messages, **options))
 
-    async def continue_tokens(self, prompt_ids: list[int], **options: Any) -> Answer:
+    async def continue_tokens(self, prompt_ids: list[int], **options: Any) -> SampledTurn:
         """Conversation.continue_tokens within the session's budget. Raises SessionGoneError as well."""
         return await self._sampled(lambda: self.conversation.continue_tokens(prompt_ids, **options))
 
@@ -250,7 +250,7 @@ class OpenSession:
     def hear(self) -> None:
         """A request of its agent that is not to the model: it lives. Raises SessionGoneError."""
         self.check_open()
-        if self.now_s - self._answered_s < self._heartbeat_limit_s:
+        if self.now_s - self._served_s < self._heartbeat_limit_s:
             self.num_heard += 1
             self.touch()
             self._changed.set()
@@ -258,7 +258,7 @@ class OpenSession:
     @property
     def problem(self) -> str:
         """Why there is no sample if it ends now; empty if there is one."""
-        if not self.num_answers:
+        if not self.num_served:
             return "no request to the model was answered"
         return "no reward was posted" if self._needs_reward and not self.has_rewards else ""
 
@@ -274,24 +274,24 @@ class OpenSession:
 
     def finish(self) -> list[float]:
         """Leaves out the turns that nobody has read; the rewards of the others, in their order."""
-        answers: dict[Turn, Answer] = {}
+        sampled_turns: dict[Turn, SampledTurn] = {}
         newest = self.conversation.turns[-1] if self.conversation.turns else None
-        for call, answer in self._calls.answered():
-            if (turn := answer.turn) is None:
+        for call, sampled in self._calls.completed():
+            if (turn := sampled.turn) is None:
                 continue
-            answers[turn] = answer
-            was_cut = answer.reply.finish_reason is FinishReason.TIMEOUT
+            sampled_turns[turn] = sampled
+            was_cut = sampled.reply.finish_reason is FinishReason.TIMEOUT
             if not (call.is_delivered or was_cut or turn in self._turn_rewards):
                 self.conversation.forget(turn)
         turns = self.conversation.turns
         if turns:
-            self.last_answer = answers.get(turns[-1], self.last_answer)
+            self.last_sampled = sampled_turns.get(turns[-1], self.last_sampled)
         if turns and turns[-1] is not newest and self.conversation.finish_reason is not FinishReason.TIMEOUT:
-            assert self.last_answer is not None
-            self.conversation.finish_reason = self.last_answer.reply.finish_reason
+            assert self.last_sampled is not None
+            self.conversation.finish_reason = self.last_sampled.reply.finish_reason
         return [self._turn_rewards.get(turn, 0.0) for turn in turns]
 
-    async def _sampled(self, sample: Callable[[], Awaitable[Answer]]) -> Answer:
+    async def _sampled(self, sample: Callable[[], Awaitable[SampledTurn]]) -> SampledTurn:
         self.check_open()
         self.num_calls += 1
         if self.num_pending == 0:
@@ -304,7 +304,7 @@ class OpenSession:
                     f"the session has had its {self._max_turns} turns (episode.max_turns)",
                     reason=FinishReason.TURNS,
                 )
-            answer = await sample()
+            sampled = await sample()
         except asyncio.CancelledError:
             raise SessionGoneError(self.gone) from None
         except EpisodeBudgetError as error:
@@ -329,13 +329,13 @@ class OpenSession:
                     self._on_move(Place.TOOL)
             self._changed.set()
         self.touch()
-        self._answered_s = self._last_activity_s
-        self.num_answers += 1
+        self._served_s = self._last_activity_s
+        self.num_served += 1
         self.budget = None
         self._was_refused = False
-        self.last_answer = answer
-        self.num_tool_calls += len(answer.reply.tool_calls)
-        return answer
+        self.last_sampled = sampled
+        self.num_tool_calls += len(sampled.reply.tool_calls)
+        return sampled
 
     def _set(self, state: SessionState) -> None:
         self.state = state

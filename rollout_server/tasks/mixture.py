@@ -21,7 +21,7 @@ from areal_like.config.common import fits
 from areal_like.data.mixture import MAX_SOURCES, num_draws, place_of
 from areal_like.errors import ConfigError
 from rollout_server.agents.base import Session
-from rollout_server.agents.one_answer import answer_once
+from rollout_server.agents.one_completion import complete_once
 from rollout_server.environments.base import Environment, messages_of
 from rollout_server.tasks.base import (
     Completion,
@@ -153,7 +153,7 @@ class MixtureTask(Task):
         part, own = _of(example)
         if part.task.has_agent:
             return await part.task.agent(own, session)
-        await answer_once(session, messages_of(own.prompt))
+        await complete_once(session, messages_of(own.prompt))
         return None
 
     @property

@@ -86,15 +86,15 @@ class ToolEnvironment(Environment):
         for place, call in enumerate(reply.tool_calls):
             if place >= self.max_calls:
                 problem = f"Error: not run: one reply may have at most {self.max_calls} calls"
-                answer = ToolOutput(text=problem, is_error=True)
+                output = ToolOutput(text=problem, is_error=True)
             else:
-                answer = await self._answer(call, timeout_s=deadline - loop.time())
-            metrics["tool_errors"] += answer.is_error
+                output = await self._output_of(call, timeout_s=deadline - loop.time())
+            metrics["tool_errors"] += output.is_error
             metrics["unknown_tools"] += call.name not in self._tools
-            messages.append(_message(call, answer))
+            messages.append(_message(call, output))
         return Step(messages=messages, metrics=metrics)
 
-    async def _answer(self, call: ToolCall, *, timeout_s: float) -> ToolOutput:
+    async def _output_of(self, call: ToolCall, *, timeout_s: float) -> ToolOutput:
         tool = self._tools.get(call.name)
         if tool is None:
             known = ", ".join(self._tools) or "none"
@@ -106,5 +106,5 @@ class ToolEnvironment(Environment):
         return await tool.call(call.arguments, timeout_s=timeout_s)
 
 
-def _message(call: ToolCall, answer: ToolOutput) -> Message:
-    return {"role": "tool", "tool_call_id": call.id, "name": call.name, "content": answer.text}
+def _message(call: ToolCall, output: ToolOutput) -> Message:
+    return {"role": "tool", "tool_call_id": call.id, "name": call.name, "content": output.text}

@@ -113,10 +113,10 @@ class Search(NamedTool):
 
     def _results(self, body: bytes) -> list[Any]:
         try:
-            answer = json.loads(body)
+            found = json.loads(body)
         except (ValueError, RecursionError):
             raise ToolError("the search service sent no JSON") from None
-        results = answer.get(self.results_key) if isinstance(answer, dict) else answer
+        results = found.get(self.results_key) if isinstance(found, dict) else found
         if not isinstance(results, list):
             raise ToolError(f"the search service sent no list of results under {self.results_key!r}")
         return results

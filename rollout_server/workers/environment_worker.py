@@ -31,7 +31,7 @@ from areal_like.errors import ConfigError, EpisodeError
 from areal_like.runtime.process import adopt_orphans
 from rollout_server.agents.base import Session
 from rollout_server.environments.base import Environment, Message, Reply, Step, messages_of
-from rollout_server.environments.exchange import MAX_ANSWER_BYTES, awaitable, reply_of, step_fields
+from rollout_server.environments.exchange import MAX_RESULT_BYTES, awaitable, reply_of, step_fields
 from rollout_server.frames import described, messages, pack
 from rollout_server.tasks.base import Example, Split, Task
 from rollout_server.workers.agents import run_agent
@@ -66,11 +66,11 @@ class _Worker:
         """Returns at the end of the stream."""
         reader, writer = await asyncio.open_unix_connection(sock=connection)
         async for request in messages(reader):
-            writer.write(self._packed(*await self._answer(request)))
+            writer.write(self._packed(*await self._handle(request)))
             with contextlib.suppress(ConnectionError):  # the end of the stream follows
                 await writer.drain()
 
-    async def _answer(self, request: list[Any]) -> tuple[Any, str]:
+    async def _handle(self, request: list[Any]) -> tuple[Any, str]:
         """The value of a call, and why it has none."""
         call, *arguments = request
         called = call
@@ -121,7 +121,7 @@ class _Worker:
         if environment is None:
             if not self._task.has_reward:
                 raise EpisodeError("environment() returned None for an example of a task without reward()")
-            environment = _OneAnswer(example)
+            environment = _OneTurn(example)
         if not isinstance(environment, Environment):
             raise EpisodeError(f"environment() returned {type(environment).__name__}: return an Environment")
         environment.seed = seed
@@ -155,12 +155,12 @@ class _Worker:
             frame = pack([value, error])
         except (TypeError, ValueError, OverflowError, RecursionError) as unpackable:
             return pack([None, f"messages, tools and metrics must be JSON values: {unpackable}"])
-        if len(frame) <= MAX_ANSWER_BYTES:
+        if len(frame) <= MAX_RESULT_BYTES:
             return frame
-        return pack([None, f"an answer of {len(frame)} bytes: the limit is {MAX_ANSWER_BYTES}"])
+        return pack([None, f"an answer of {len(frame)} bytes: the limit is {MAX_RESULT_BYTES}"])
 
 
-class _OneAnswer(Environment):
+class _OneTurn(Environment):
     """An example without an environment, in a task that has some."""
 
     def __init__(self, example: Example) -> None:

@@ -170,7 +170,7 @@ class WorkerHost:
                         await self._loop.create_unix_connection(lambda: worker, sock=own)
                         self._workers[worker.number] = worker
                         zygote.fork(worker.number, theirs, may_import=role.may_import)
-                    said = await self._first_answer(worker, {**self._setup, "options": options}, hung)
+                    said = await self._first_message(worker, {**self._setup, "options": options}, hung)
                 except BaseException:  # most likely the caller was cancelled
                     if worker.lost is hung and self._zygote is zygote:
                         zygote.replace(f"it hangs: {hung}")
@@ -187,7 +187,7 @@ class WorkerHost:
             self._zygote.kill(worker.number)
         worker.fail(f"{worker.role.process} was ended")
 
-    async def _first_answer(
+    async def _first_message(
         self, worker: Worker, setup: Mapping[str, Any], hung: EpisodeError | RewardError
     ) -> Any:
         """What it says when it runs. Loses it because of `hung` if no worker starts for too long.

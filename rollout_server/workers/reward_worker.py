@@ -64,7 +64,7 @@ def _scored(task: Task, examples: Examples, number: int, packed: list[Any], *, t
         score = as_score(task.reward(example, completion), completion)
     except RAISED_BY_TASKS as raised:  # only this sample fails
         error = _described(raised)
-    return _answer(number, time.perf_counter() - started, score, error)
+    return _packed_result(number, time.perf_counter() - started, score, error)
 
 
 async def _serve_async(
@@ -88,7 +88,7 @@ async def _serve_async(
         except RAISED_BY_TASKS as raised:  # as above
             error = _described(raised)
         seconds = time.perf_counter() - started
-        writer.write(_answer(number, seconds, score, error, is_timeout=limit.expired()))
+        writer.write(_packed_result(number, seconds, score, error, is_timeout=limit.expired()))
 
     async for item in messages(reader):
         scoring = asyncio.create_task(score_item(*item))
@@ -143,7 +143,7 @@ def _unpacked(
     return example, completion
 
 
-def _answer(
+def _packed_result(
     number: int, seconds: float, score: Score | None, error: str, *, is_timeout: bool = False
 ) -> bytes:
     return pack([number, seconds, score and score_fields(score), error, is_timeout])

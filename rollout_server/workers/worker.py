@@ -19,7 +19,7 @@ from typing import Any
 
 from areal_like.errors import EnvironmentLostError, EpisodeError, RewardError
 from areal_like.wire.unpacking import unpack
-from rollout_server.environments.exchange import MAX_ANSWER_BYTES
+from rollout_server.environments.exchange import MAX_RESULT_BYTES
 from rollout_server.frames import HEADER, pack
 
 _REAP_DELAY_S = 0.3
@@ -49,7 +49,7 @@ ENVIRONMENT = WorkerRole(
     process="the environment's process",
     failed=EpisodeError,
     lost=EnvironmentLostError,
-    max_bytes=MAX_ANSWER_BYTES,
+    max_bytes=MAX_RESULT_BYTES,
     may_import=False,
 )
 """One environment or `agent()` at a time. There may be hundreds, which share the memory of one import."""
@@ -87,7 +87,7 @@ class Worker(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._received = bytearray()
-        self._answer: asyncio.Future[Any] | None = None
+        self._result: asyncio.Future[Any] | None = None
         self._limit: asyncio.TimerHandle | None = None
 
     @property
@@ -109,22 +109,22 @@ class Worker(asyncio.Protocol):
         """
         if self.lost is not None:
             raise self.lost
-        assert self._answer is None
+        assert self._result is None
         frame = pack(request)
-        answer = self._answer = self._loop.create_future()
+        result = self._result = self._loop.create_future()
         self.call_since_s = self._loop.time()
         if timeout_s is not None:
             self._limit = self._loop.call_later(timeout_s, self.fail, timed_out)
         self.send(frame)
-        value, error = await asyncio.shield(answer)
+        value, error = await asyncio.shield(result)
         if error:
             raise self.role.failed(str(error))
         return value
 
     async def settled(self) -> None:
         """Waits until no call is in progress. Raises the reason if the worker is lost."""
-        if self._answer is not None:
-            await asyncio.shield(self._answer)
+        if self._result is not None:
+            await asyncio.shield(self._result)
         if self.lost is not None:
             raise self.lost
 
@@ -139,10 +139,10 @@ class Worker(asyncio.Protocol):
         self.lost = reason
         if self._transport is not None:
             self._transport.abort()
-        if self._answer is not None:
-            answer = self._end_call()
-            answer.set_exception(reason)
-            answer.exception()  # its caller may be gone
+        if self._result is not None:
+            result = self._end_call()
+            result.set_exception(reason)
+            result.exception()  # its caller may be gone
         self._on_lost(self)
 
     # --- asyncio.Protocol ---
@@ -172,7 +172,7 @@ class Worker(asyncio.Protocol):
     def _take(self, body: bytes) -> None:
         try:
             message = unpack(body)
-            if self._answer is not None:
+            if self._result is not None:
                 value, error = message
                 self._end_call().set_result((value, error))
             elif self._on_message is not None:
@@ -184,10 +184,10 @@ class Worker(asyncio.Protocol):
 
     def _end_call(self) -> asyncio.Future[Any]:
         """Ends the call in progress; its future."""
-        answer, self._answer = self._answer, None
-        assert answer is not None
+        result, self._result = self._result, None
+        assert result is not None
         self.call_since_s = None
         if self._limit is not None:
             self._limit.cancel()
             self._limit = None
-        return answer
+        return result

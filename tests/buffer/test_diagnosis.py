@@ -54,7 +54,7 @@ def named(facts: JobFacts, **slow: str) -> list[tuple[str, On]]:
         ({"ranks": (WAITING, rank(1, **SILENT)), "world_size": 2}, ("trainer-1", On.TRAINER)),
         ({"servers": (server(), server("rollout-1", **FROZEN))}, ("rollout-1's engine", On.ENGINE)),
         ({"servers": (server(waits={"engine: paused": 9.0}),)}, ("rollout-0's engine", On.ENGINE)),
-        ({"servers": (server(waits={"engine: an answer": 6.0}),)}, ("rollout-0's engine", On.ENGINE)),
+        ({"servers": (server(waits={"engine: a response": 6.0}),)}, ("rollout-0's engine", On.ENGINE)),
         (
             {"servers": (server(waits={"engine: ready": 40.0}, state="starting"),)},
             ("rollout-0's engine", On.ENGINE),

@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from rollout_server.agents.base import Session
-from rollout_server.agents.one_answer import answer_once
+from rollout_server.agents.one_completion import complete_once
 from rollout_server.tasks.base import Example, Score, Split, Task
 
 SCRIPTS = (
@@ -158,7 +158,7 @@ class AgentTask(Task):
                 chat(messages)
                 return Score(turns=[1.0, 2.0])
             case "one answer":
-                await answer_once(session, messages)
+                await complete_once(session, messages)
                 return 1.0
         raise AssertionError(example.prompt)
 

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 SHUTDOWN_S = 3
 _BODY_TIMEOUT_S = 60.0
-"""The server that sends a body may be stopped for half a minute and continue."""
+"""A server that sends a body may be suspended for half a minute and then continue."""
 
 
 def run(options: ProcessOptions, listener: socket.socket) -> int:
@@ -122,7 +122,7 @@ async def serve(options: ProcessOptions, core: EngineCore, listener: socket.sock
     http = _Server(config, port_file=options.port_file, port=port)
 
     def stop() -> None:
-        """Stops the server; ends every sequence and update first, so that open requests get their
+        """Stops the server, after ending every sequence and update so that open requests get their
         responses."""
         engine.abort(lambda core: core.all_sequences)
         updater.close()

@@ -1,8 +1,9 @@
 """/v1/chat/completions and /v1/models in OpenAI's format, for clients other than the job: a judge, a person.
 
-What is said here is neither leased nor recorded, and never trained on. The engine works on tokens and has no
-tokenizer; the first request here loads the model's, with its chat template. The response has the weights of
-the moment: an engine of a running job says `weight_version` in `metadata`, as SGLang does.
+Completions from these endpoints are not leased or recorded, and never trained on. The engine works on tokens
+and has no tokenizer; the first request here loads the model's tokenizer and chat template. Completions are
+sampled with whatever weights are active: in a running job the response reports them as `weight_version` in
+`metadata`, as SGLang does.
 
 Fields that cannot change the response (`user`, `metadata`, `store`) are ignored. A field that the engine does
 not support (tools, penalties, response formats) is refused by name unless it has no effect.
@@ -34,7 +35,7 @@ from rollout_server.rendering.jinja import JinjaRenderer
 
 MAX_CHOICES = 128
 STREAM_INTERVAL = 8
-"""Tokens between two looks at the text, for stop texts and streams."""
+"""Number of tokens between two checks of the text, for stop texts and streams."""
 RULES = ChatRules(
     server="the embedded engine",
     default_model="default",
@@ -55,7 +56,7 @@ _NO_SETTINGS = frozenset({
     "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors",
     "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
 })  # fmt: skip
-"""Arguments of transformers' `apply_chat_template`. With a template of its own a client could keep the
+"""Arguments of transformers' `apply_chat_template`. A client that could pass its own template could keep the
 engine's process busy forever."""
 _SAME_NAME = ("temperature", "top_p", "top_k", "min_p", "n", "ignore_eos", "stop_token_ids")
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
@@ -63,17 +64,17 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 @dataclass(frozen=True, kw_only=True)
 class SampledChat:
-    """A checked body, apart from what /generate checks (`sampling_params`)."""
+    """A checked body, except for the part that /generate checks (`sampling_params`)."""
 
     chat: ChatRequest
     template_kwargs: Mapping[str, Any]
     """`chat_template_kwargs`."""
     sampling_params: dict[str, Any]
-    """As /generate takes them. Without `max_new_tokens`: as many as fit."""
+    """Sampling parameters as /generate accepts them. Without `max_new_tokens`: as many tokens as fit."""
 
     @property
     def reads_text(self) -> bool:
-        """True if the text matters before the completion has ended."""
+        """True if the text is needed before the completion has ended."""
         return self.chat.options.stream or bool(self.chat.options.stop)
 
 
@@ -100,25 +101,26 @@ def parse_sampled_chat(body: Mapping[str, Any]) -> SampledChat:
 
 
 class CompletionText:
-    """The text of one completion while its tokens arrive: what can be sent, and where it stops. Pure.
+    """The text of one completion while its tokens arrive: the part that can be sent, and where it stops.
+    Pure.
 
-    The last tokens may be a part of a character, or the beginning of a stop text. Their text is kept back
-    until more tokens have arrived or the completion has ended.
+    The last tokens may be part of a character, or the start of a stop text. Their text is held back until
+    more tokens have arrived or the completion has ended.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str]) -> None:
-        """`decode`: text of tokens, without special tokens."""
+        """`decode`: returns the text of tokens, without special tokens."""
         self._decode = decode
         self._stops = stops
         self._num_kept = max(map(len, stops), default=1) - 1
-        """Characters at the end that may be the beginning of a stop text."""
+        """Number of characters at the end that may be the start of a stop text."""
         self.text = ""
-        """What is certain."""
+        """The text that can no longer change."""
         self.has_stopped = False
-        """A stop text was found; the text ends before it."""
+        """True once a stop text was found; the text ends before it."""
 
     def read(self, tokens: Sequence[int], *, is_complete: bool) -> str:
-        """The text that is certain and new. `tokens`: all so far. Empty after a stop."""
+        """Returns new text that can no longer change; empty after a stop. `tokens`: all tokens so far."""
         if self.has_stopped:
             return ""
         text = self._decode(tokens)
@@ -129,7 +131,8 @@ class CompletionText:
         elif not is_complete:
             text = text.rstrip(_INCOMPLETE)
             text = text[: len(text) - self._num_kept] if self._num_kept else text
-        # With some tokenizers the text of the first tokens changes when others follow: what is sent, is sent.
+        # With some tokenizers the text of the first tokens changes when others follow; text already sent is
+        # final.
         new = text[len(self.text) :]
         self.text += new
         return new
@@ -142,13 +145,13 @@ class _Choice:
     text: CompletionText
     num_tokens: int = 0
     finish_reason: str = ""
-    """Empty while it is not complete."""
+    """Empty until the completion is complete."""
     error: str = ""
 
 
 @dataclass(eq=False, kw_only=True)
 class _Work:
-    """One request on its way."""
+    """One request in progress."""
 
     asked: SampledChat
     open: OpenRequest
@@ -159,12 +162,12 @@ class _Work:
 
     @property
     def usage(self) -> dict[str, int]:
-        """Numbers of tokens, those after a stop text included."""
+        """Returns the numbers of tokens, including tokens after a stop text."""
         completion = sum(choice.num_tokens for choice in self.choices)
         return openai.usage(prompt=self.num_prompt_tokens, completion=completion)
 
     def head(self, *, is_chunk: bool) -> dict[str, Any]:
-        """What a response or a chunk begins with."""
+        """Returns the first fields of a response or chunk."""
         model = self.asked.chat.options.model
         return chat_head(id=self.id, created_s=self.created_s, model=model, is_chunk=is_chunk)
 
@@ -205,7 +208,7 @@ class ChatRoutes:
             return _failure(500, str(error))
 
     async def _started(self, asked: SampledChat) -> _Work:
-        """Renders and submits a request. Raises UserError for what cannot be rendered or does not fit."""
+        """Renders and submits a request. Raises UserError if it cannot be rendered or does not fit."""
         async with self._rendering:
             prompt, renderer = await asyncio.to_thread(self._rendered, asked)
         params = {
@@ -260,7 +263,7 @@ class ChatRoutes:
         )
 
     async def _whole(self, request: Request, work: _Work) -> Response:
-        """The response of a request without a stream; status 499 if the client has disconnected."""
+        """Returns the response to a non-streaming request; status 499 if the client has disconnected."""
         try:
             async for output in work.open.outputs_until_gone(request):
                 self._read(work, output)
@@ -300,11 +303,11 @@ class ChatRoutes:
         yield END_OF_EVENTS
 
     def _read(self, work: _Work, output: SequenceOutput) -> tuple[int, str, bool]:
-        """Index of the choice, its new text, and whether it has ended just now."""
+        """Returns the index of the choice, its new text, and whether it has just ended."""
         index = work.open.index_of(output)
         choice = work.choices[index]
         if choice.finish_reason:
-            return index, "", False  # what was sampled before the abort after a stop text
+            return index, "", False  # tokens sampled after the stop text, before the abort
         choice.num_tokens = len(output.output_ids)
         finish = output.finish
         is_complete = finish is not None

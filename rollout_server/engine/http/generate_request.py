@@ -23,11 +23,12 @@ from areal_like.http.streams import unpack_tokens
 from rollout_server.engine.scheduler import SamplingParams, Sequence
 
 MAX_SEQUENCES = 4096
-"""Most sequences in one request."""
+"""Maximum number of sequences in one request."""
 DEFAULT_NEW_TOKENS = 128
 MAX_STOP_TOKENS = 64
 MAX_SCORED = 256
-"""Most tokens scored in one request: each is one decode step, during which no sequence advances."""
+"""Maximum number of tokens scored in one request: each takes one decode step, in which no sequence
+advances."""
 
 _SUPPORTED = {
     "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "stop_token_ids", "ignore_eos",
@@ -50,7 +51,7 @@ class RequestLimits:
 
     vocab_size: int
     context_length: int
-    """Longest sequence, prompt and output, in tokens."""
+    """Longest sequence (prompt and output), in tokens."""
     eos_token_ids: tuple[int, ...]
     stream_interval: int
     """Tokens between the chunks of a stream; 0: one chunk, at the end of each sequence."""
@@ -114,14 +115,15 @@ def parse_generate(body: Mapping[str, Any], limits: RequestLimits) -> GenerateRe
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreRequest:
-    """A checked /generate body that asks for the log-probs of its prompt and for no new tokens: those of
-    `tokens` from index `first` on."""
+    """A checked /generate body that requests no new tokens, only the log-probs of `tokens` from index `first`
+    on."""
 
     tokens: list[int]
     first: int
 
     def response(self, scores: NDArray[np.float32], *, version: str) -> dict[str, Any]:
-        """SGLang's response. `scores`: [len(tokens) - first]. The token at `first - 1` has no log-prob."""
+        """Returns SGLang's response. `scores`: [len(tokens) - first]. The token at `first - 1` has no
+        log-prob."""
         start = self.first - 1
         pairs = zip([None, *map(float, scores)], self.tokens[start:], strict=True)
         meta = {
@@ -136,7 +138,7 @@ class ScoreRequest:
 
 
 def parse_score(body: Mapping[str, Any], limits: RequestLimits) -> ScoreRequest | None:
-    """The request in a /generate body; None if the body asks for no log-probs of the prompt.
+    """Returns the request in a /generate body; None if the body does not ask for log-probs of the prompt.
 
     Raises UserError.
     """
@@ -165,7 +167,7 @@ def parse_score(body: Mapping[str, Any], limits: RequestLimits) -> ScoreRequest 
 
 
 def _tokens(prompt: Any, limits: RequestLimits) -> Any:
-    """A prompt that came as bytes as a list; others are checked later."""
+    """Converts a prompt given as bytes to a list; other prompts are checked later."""
     if not isinstance(prompt, bytes):
         return prompt
     _check_room(len(prompt) // 4, limits)
@@ -176,7 +178,7 @@ def _tokens(prompt: Any, limits: RequestLimits) -> Any:
 
 
 def _flags(body: Mapping[str, Any], name: str, num_prompts: int) -> list[bool]:
-    """One flag per prompt: the given list, or the given flag for all."""
+    """Returns one flag per prompt: the given list, or the given flag for all."""
     value = body.get(name, False)
     flags = value if isinstance(value, list) else [value] * num_prompts
     if len(flags) != num_prompts or not all(isinstance(one, bool) for one in flags):
@@ -185,7 +187,8 @@ def _flags(body: Mapping[str, Any], name: str, num_prompts: int) -> list[bool]:
 
 
 def _rids(rid: Any, num_prompts: int) -> list[str]:
-    """One request id per prompt: the given list, the given string with a number appended, or random ids."""
+    """Returns one request id per prompt: the given list, the given string with numbers appended, or random
+    ids."""
     if rid is None:
         return [uuid.uuid4().hex for _ in range(num_prompts)]
     if isinstance(rid, str):
@@ -255,7 +258,7 @@ def _check_room(num_tokens: int, limits: RequestLimits) -> None:
 
 
 def check_tokens(tokens: list[Any], limits: RequestLimits, *, name: str) -> None:
-    """Raises UserError unless every token is an id of the vocabulary. `name`: of the field."""
+    """Raises UserError unless every token is in the vocabulary. `name`: name of the field."""
     if set(map(type, tokens)) == {int} and min(tokens) >= 0 and max(tokens) < limits.vocab_size:
         return
     for token in tokens:

@@ -1,9 +1,9 @@
-"""The endpoints of generation: /generate, and abort, pause and continue.
+"""The endpoints for generation: /generate, and abort, pause and continue.
 
 The event loop owns requests (`OpenRequest`). The engine's thread posts outputs to the event loop (`deliver`),
 each to its request. If a client disconnects, its sequences are aborted. A stream sends each sequence as one
 chunk when it ends, because one chunk per token would cost more than sampling the token; `--stream-interval`
-asks for smaller chunks. A client that accepts the packed form gets its stream in it.
+asks for smaller chunks. A client that accepts the packed form gets its stream in that form.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _PAUSE_MODES = ("abort", "in_place", "retract")
 
 
 class OpenRequest:
-    """One HTTP request at the engine: its sequences, and their outputs on the way to the response.
+    """One HTTP request at the engine: its sequences, and their outputs that wait to be sent.
 
     Belongs to the event loop.
     """
@@ -51,7 +51,7 @@ class OpenRequest:
     def __init__(self, loop: EngineLoop, request: GenerateRequest) -> None:
         self.request = request
         self.num_running = len(request.sequences)
-        """Sequences whose end was not taken yet."""
+        """Number of sequences whose final output was not taken yet."""
         self._loop = loop
         self._index_of = {sequence.seq_id: index for index, sequence in enumerate(request.sequences)}
         self._outputs: list[SequenceOutput] = []
@@ -59,7 +59,7 @@ class OpenRequest:
 
     @classmethod
     async def started(cls, loop: EngineLoop, request: GenerateRequest) -> OpenRequest:
-        """Submits all sequences of a request or none. Raises UserError if an id is in use."""
+        """Submits all sequences of a request, or none. Raises UserError if an id is in use."""
         opened = cls(loop, request)
 
         def submit(core: EngineCore) -> None:
@@ -92,8 +92,8 @@ class OpenRequest:
         return outputs
 
     async def outputs_until_gone(self, request: Request) -> AsyncIterator[SequenceOutput]:
-        """All outputs until every sequence has ended, or until the client has disconnected: `num_running` is
-        above 0 then."""
+        """Yields outputs until every sequence has ended or the client has disconnected; then `num_running` is
+        above 0."""
         gone = asyncio.ensure_future(disconnected(request.receive))
         try:
             while self.num_running:
@@ -108,7 +108,7 @@ class OpenRequest:
             gone.cancel()
 
     def close(self) -> None:
-        """Aborts what has not ended."""
+        """Aborts the sequences that have not ended."""
         if any(sequence.finish is None for sequence in self.request.sequences):
             self._loop.abort(lambda core: self.request.sequences)
 
@@ -158,7 +158,7 @@ class GenerationRoutes:
             yield encode_frame(events) + (b"" if opened.num_running else END_OF_FRAMES)
 
     async def _wait_for_all(self, request: Request, opened: OpenRequest) -> Response:
-        """The response of a request without a stream; status 499 if the client has disconnected."""
+        """Returns the response to a non-streaming request; status 499 if the client has disconnected."""
         finished: dict[int, dict[str, Any]] = {}
         try:
             async for output in opened.outputs_until_gone(request):
@@ -175,7 +175,7 @@ class GenerationRoutes:
     def _written(
         self, write: Callable[..., dict[str, Any]], opened: OpenRequest, output: SequenceOutput
     ) -> dict[str, Any]:
-        """What `write`, one of the functions in `protocol`, makes of an output."""
+        """Formats an output with `write`, one of the functions in `protocol`."""
         version = output.version_spans[-1][0] if output.version_spans else self._loop.load().weight_version
         return write(output, index=opened.index_of(output), version=version)
 
@@ -221,7 +221,7 @@ class GenerationRoutes:
 
 
 class EventStream(StreamingResponse):
-    """Calls `on_close` when the response ends, also if the client disconnects before the first event."""
+    """Calls `on_close` when the response ends, even if the client disconnects before the first event."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""SGLang's response formats: a generated sequence, success and error objects.
+"""SGLang's response formats: generated sequences, and success and error objects.
 
 `packed_sequence` is a sequence in the packed form (areal_like/http/streams.py).
 """
@@ -15,10 +15,11 @@ from rollout_server.engine.loop import SequenceOutput
 
 
 def sequence_json(output: SequenceOutput, *, index: int, version: str) -> dict[str, Any]:
-    """One sequence in SGLang's format.
+    """Returns one sequence in SGLang's format.
 
     `index`: position of the sequence in the request. `version`: weight version of its last token. The field
-    `meta_info.weight_versions` is not SGLang's: it has the version that sampled each range of output tokens.
+    `meta_info.weight_versions` is not SGLang's: it gives the version that sampled each range of output
+    tokens.
     """
     event = _sequence(output, index=index, version=version)
     if output.sequence.return_logprob:
@@ -29,7 +30,7 @@ def sequence_json(output: SequenceOutput, *, index: int, version: str) -> dict[s
 
 
 def packed_sequence(output: SequenceOutput, *, index: int, version: str) -> dict[str, Any]:
-    """One sequence in SGLang's format, with bytes for the tokens and their log-probs."""
+    """Returns one sequence in SGLang's format, with bytes for the tokens and their log-probs."""
     event = _sequence(output, index=index, version=version)
     event["output_ids"] = pack_tokens(output.output_ids)
     if output.sequence.return_logprob:
@@ -64,12 +65,12 @@ def _sequence(output: SequenceOutput, *, index: int, version: str) -> dict[str, 
 
 
 def success(message: str, **fields: Any) -> Response:
-    """The response of a call that changes the engine's state."""
+    """Returns the response to a call that changed the engine's state."""
     return JSONResponse({"success": True, "message": message, **fields})
 
 
 def failure(status: int, message: str) -> Response:
-    """The response of any call that failed."""
+    """Returns the response to a call that failed."""
     return JSONResponse(
         {"success": False, "message": message, "error": {"message": message, "code": status}},
         status_code=status,

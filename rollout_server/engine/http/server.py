@@ -1,7 +1,7 @@
 """The engine's HTTP application, with SGLang's paths, bodies and responses, so one client works with both.
 
-This module has the table of routes and the endpoints that read the engine's state. `generation_routes`,
-`chat` and `weight_routes` have the other endpoints.
+This module contains the table of routes and the endpoints that read the engine's state. The other endpoints
+are in `generation_routes`, `chat` and `weight_routes`.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class EngineServer:
         *,
         takes_packed: bool = False,
     ) -> Endpoint:
-        """An endpoint that reads the body and turns our exceptions into responses."""
+        """Wraps a handler in an endpoint that reads the body and turns our exceptions into responses."""
 
         async def endpoint(request: Request) -> Response:
             try:

@@ -1,4 +1,4 @@
-"""The endpoints of weight updates. WeightUpdater documents the order in which they must be called.
+"""The endpoints for weight updates. WeightUpdater documents the order in which they must be called.
 
     /init_weights_update_group          join a weight group
     /begin_weight_update                open an update
@@ -122,7 +122,7 @@ class WeightRoutes:
 
 
 def _timeout(body: Mapping[str, Any], default_s: float) -> float:
-    """`timeout_s`, above 0 and at most a day."""
+    """Returns `timeout_s`, which must be above 0 and at most a day."""
     timeout_s = body.get("timeout_s", default_s)
     if (
         isinstance(timeout_s, bool)
@@ -137,7 +137,7 @@ def _timeout(body: Mapping[str, Any], default_s: float) -> float:
 
 
 def _weight_version(body: Mapping[str, Any]) -> str:
-    """`weight_version` as a string; empty where the body has none.
+    """Returns `weight_version` as a string; empty if the body has none.
 
     SGLang's versions are strings, ours are numbers.
     """
@@ -148,14 +148,14 @@ def _weight_version(body: Mapping[str, Any]) -> str:
 
 
 def _secret(body: Mapping[str, Any]) -> str:
-    """`secret`: 32 bytes in hexadecimal; empty where the body has none."""
+    """Returns `secret`, 32 bytes in hexadecimal; empty if the body has none."""
     value = body.get("secret", "")
     if not isinstance(value, str) or (value and re.fullmatch(r"[0-9a-f]{64}", value) is None):
-        # Its value stays out of logs.
+        # The message omits the value, to keep it out of logs.
         raise ParamError("secret must be 64 hexadecimal digits", param="secret")
     return value
 
 
 def _recomputes(body: Mapping[str, Any]) -> bool:
-    """`running`: true if the KV of running sequences is recomputed under the new weights (the default)."""
+    """Parses `running`; returns True if the KV of running sequences is to be recomputed (the default)."""
     return one_of(body, "running", ("recompute", "keep")) == "recompute"

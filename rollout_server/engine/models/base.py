@@ -31,11 +31,11 @@ class Weights:
     named: Mapping[str, Tensor]
     """Every tensor of the model's checkpoint by its name; writing into these tensors fills the set."""
     arena: Tensor | None = None
-    """uint8[bytes]: the one allocation that holds all parameters; None if they are allocated separately. A
+    """uint8[bytes]: a single allocation that holds all parameters; None if they are allocated separately. A
     bucket with the same layout is received directly into it."""
     plan: Any = None
-    """Views of the same memory as the model's forward pass needs them (fused matrices); private to the
-    model."""
+    """Views of the same memory in the form that the model's forward pass needs (fused matrices); private to
+    the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class ModelFacts:
     parameter_shapes: Mapping[str, tuple[int, ...]]
     """Shapes of the tensors of the model's checkpoint, by their names there, which pushes use too."""
     layout: Sequence[HfTensor]
-    """Where these tensors are in the parameters of the transformers module."""
+    """The positions of these tensors in the parameters of the transformers module."""
     tied_names: frozenset[str]
     """Names that alias another parameter: a weight push may include or omit them."""
     kv_shapes: Sequence[KVShape]
@@ -86,7 +86,7 @@ class CausalModel(Protocol):
         ...
 
     def activate(self, weights: Weights) -> None:
-        """Makes every forward from now on use this set."""
+        """Makes all later forward passes use this set."""
         ...
 
     def prefill(self, tokens_BT: Tensor, cache: KVCache) -> None:
@@ -94,9 +94,10 @@ class CausalModel(Protocol):
         ...
 
     def extend(self, tokens_BT: Tensor, extension: Extension, cache: KVCache) -> None:
-        """Computes the KV of right-padded tokens (int64) that follow what rows hold, into these rows."""
+        """Computes the KV of right-padded tokens (int64) that extend the contents of rows, and writes it to
+        the rows."""
         ...
 
     def decode(self, tokens_N: Tensor, batch: DecodeBatch, cache: KVCache) -> Tensor:
-        """Logits [N, V] after one more token (int64[N]) in each of rows 0..N-1."""
+        """Returns the logits [N, V] after one more token (int64[N]) in each of rows 0..N-1."""
         ...

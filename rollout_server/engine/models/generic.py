@@ -37,7 +37,7 @@ class RowCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Stores keys and values [B, H, T, D]; returns those that the layer's queries attend to."""
+        """Stores keys and values [B, H, T, D]; returns the ones that the layer's queries attend to."""
         if self.rows is None:
             self.seen[layer_idx] = KVShape(
                 num_heads=key_states.shape[1], key_dim=key_states.shape[3], value_dim=value_states.shape[3]
@@ -99,12 +99,13 @@ class GenericModel:
         self._forward(tokens_BT, positions_BT, self._causal_11TT[..., :length, :length], cache)
 
     def extend(self, tokens_BT: Tensor, extension: Extension, cache: KVCache) -> None:
-        """Computes the KV of right-padded tokens that follow what rows hold, into these rows."""
+        """Computes the KV of right-padded tokens that extend the contents of rows, and writes it to the
+        rows."""
         self._cache.mode = "extend"
         self._forward(tokens_BT, extension.position_BT, extension.bias_B1TS, cache)
 
     def decode(self, tokens_N: Tensor, batch: DecodeBatch, cache: KVCache) -> Tensor:
-        """Logits [N, V] after one more token in each of rows 0..N-1."""
+        """Returns the logits [N, V] after one more token in each of rows 0..N-1."""
         mask_N11T = batch.bias_N1T.unsqueeze(1)
         self._cache.mode = "decode"
         return self._forward(tokens_N.unsqueeze(1), batch.position_N.unsqueeze(1), mask_N11T, cache)

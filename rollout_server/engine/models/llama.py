@@ -62,7 +62,7 @@ def supports(config: Any, names: set[str]) -> bool:
 
 
 def _parameters(config: Any, names: set[str]) -> list[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every parameter that this path uses; biases and q, k norms only if in `names`."""
+    """Returns name and shape of every parameter of this path; biases and q, k norms only if in `names`."""
     hidden, head_dim, inner = config.hidden_size, _head_dim(config), config.intermediate_size
     q_size, kv_size = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
     shapes: list[tuple[str, tuple[int, ...]]] = [("model.embed_tokens.weight", (config.vocab_size, hidden))]
@@ -89,7 +89,8 @@ def _parameters(config: Any, names: set[str]) -> list[tuple[str, tuple[int, ...]
 
 
 def _fused_with(name: str) -> tuple[str, ...]:
-    """The names fused into the matrix that begins with `name`: q, k, v or gate, up, or `name` alone."""
+    """Returns the names fused into the matrix that starts with `name`: q, k, v or gate, up, or `name`
+    alone."""
     for first, *others in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
         if f".{first}." in name:
             return (name, *(name.replace(f".{first}.", f".{other}.") for other in others))
@@ -97,7 +98,7 @@ def _fused_with(name: str) -> tuple[str, ...]:
 
 
 def _fused_groups(names: Iterable[str]) -> list[tuple[str, ...]]:
-    """Groups the names: fused parameters together, otherwise in the given order, which is that of a push."""
+    """Groups the names: fused parameters together, otherwise in the given order (the order of a push)."""
     seen: set[str] = set()
     groups = []
     for name in names:
@@ -184,14 +185,14 @@ class LlamaModel:
         return Weights(named=named, arena=arena, plan=plan)
 
     def activate(self, weights: Weights) -> None:
-        """Makes every forward from now on use this set."""
+        """Makes all later forward passes use this set."""
         assert isinstance(weights.plan, _Plan)
         self._plan = weights.plan
-        # The set is complete here; a wider copy is made once, not for each token.
+        # The set is complete here, so the wider copy of the head is made once, not for each token.
         self._head_VC = weights.plan.head_VC.to(self._head_dtype)
 
     def decode(self, tokens_N: Tensor, batch: DecodeBatch, cache: KVCache) -> Tensor:
-        """Logits [N, V] after one more token in each of rows 0..N-1."""
+        """Returns the logits [N, V] after one more token in each of rows 0..N-1."""
         plan = self._plan
         assert plan is not None, "activate a set of weights first"
         num_rows, kv_heads, head_dim = batch.num_rows, self._num_kv_heads, self._head_dim
@@ -226,7 +227,8 @@ class LlamaModel:
         self._compute(tokens_BT, cos_1T1D, sin_1T1D, store=fill, bias=None)
 
     def extend(self, tokens_BT: Tensor, extension: Extension, cache: KVCache) -> None:
-        """Computes the KV of right-padded tokens that follow what rows hold, into these rows."""
+        """Computes the KV of right-padded tokens that extend the contents of rows, and writes it to the
+        rows."""
         cos_BT1D = self._cos_TD[extension.position_BT].unsqueeze(2)
         sin_BT1D = self._sin_TD[extension.position_BT].unsqueeze(2)
         self._compute(tokens_BT, cos_BT1D, sin_BT1D, store=cache.extend, bias=extension.bias_B1TS)
@@ -241,7 +243,7 @@ class LlamaModel:
         bias: Tensor | None,
     ) -> None:
         """Computes the KV of new tokens. `store`: takes a layer's new keys and values [B, K, T, D], returns
-        those that the queries attend to. `bias`: as in Extension; None: the causal mask."""
+        the ones that the queries attend to. `bias`: see Extension; None: the causal mask."""
         plan = self._plan
         assert plan is not None, "activate a set of weights first"
         num_contexts, length = tokens_BT.shape
@@ -255,7 +257,7 @@ class LlamaModel:
             key, value = store(
                 i, qk[:, :, self._num_heads :].transpose(1, 2), qkv[:, :, rotated_heads:].transpose(1, 2)
             )
-            # Only KV is wanted, so the last layer's output is not needed.
+            # Only KV is needed, so the last layer's output is not computed.
             if i + 1 == len(plan.layers):
                 break
             attended = F.scaled_dot_product_attention(
@@ -271,7 +273,7 @@ class LlamaModel:
             x = self._mlp(torch.addmm(x, attended, layer.output_CO.t()), layer)
 
     def _rms_norm(self, x: Tensor, weight_C: Tensor) -> Tensor:
-        """x [rows, C] over the root of its mean square.
+        """Divides x [rows, C] by its root mean square.
 
         On the plain path the mean is a product with a constant column.
         """
@@ -295,7 +297,7 @@ class LlamaModel:
         return torch.addcmul(x * cos, x.roll(self._head_dim // 2, -1), sin)
 
     def _attend(self, query_NKGD: Tensor, key_NKTD: Tensor, value_NKTD: Tensor, bias_N11T: Tensor) -> Tensor:
-        """Attention of one query per row.
+        """Computes attention for one query per row.
 
         The G query heads of a KV head are laid out as G query positions, so keys need not be repeated for
         each head.

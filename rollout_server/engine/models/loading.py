@@ -28,12 +28,12 @@ logger = logging.getLogger(__name__)
 
 CHECK_TOKENS = 12
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
-"""Largest log-prob difference that the check accepts, by dtype. A different order of summation alone causes
+"""Maximum log-prob difference that the check accepts, by dtype. A different order of summation alone causes
 1e-5 (float32), 0.1 (bfloat16) and 0.01 (float16)."""
 
 _FORWARD_ERRORS = (TypeError, AttributeError, NotImplementedError, IndexError, ValueError, RuntimeError)
-"""Errors raised by a forward pass that cannot use our cache or mask. Running out of memory is a RuntimeError
-too and is reported in the same way; the error's own text shows the difference."""
+"""Errors raised by a forward pass that cannot use our cache or mask. Running out of memory is also a
+RuntimeError and is reported in the same way; the error's own text shows which it is."""
 
 
 @torch.inference_mode()
@@ -110,7 +110,8 @@ def _from_pretrained(path: str, *, dtype: torch.dtype) -> Any:
 
 
 def _check_attention(config: Any, *, context_length: int) -> None:
-    """Raises ConfigError for layers without KV rows, and for a sliding window below `context_length`."""
+    """Raises ConfigError for layers without KV rows, and for a sliding window shorter than
+    `context_length`."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if other := kinds - {"full_attention", "sliding_attention"}:
         raise ConfigError(
@@ -159,7 +160,8 @@ def _facts(module: Any, tokens_BT: Tensor, *, dtype: torch.dtype, device: torch.
 
 
 def _difference(model: CausalModel, tokens_BT: Tensor, reference: list[Tensor]) -> float:
-    """Largest log-prob difference between the engine's logits and `reference`, two rows of logits [V].
+    """Returns the largest log-prob difference between the engine's logits and `reference`, two rows of logits
+    [V].
 
     The engine's come from a padded prefill, an extension and one decode step over two contexts of unequal
     length.

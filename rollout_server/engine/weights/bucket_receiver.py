@@ -38,13 +38,14 @@ class BucketReceiver:
     """Fills one set of shadow weights. Its methods block and run in threads, one at a time."""
 
     def __init__(self, weights: Weights, facts: ModelFacts, buffers: list[Tensor]) -> None:
-        """`buffers`: receive buffers of an earlier update, to be reused; this object takes over the list."""
+        """`buffers`: receive buffers of an earlier update, to be reused; this object takes ownership of the
+        list."""
         self.weights = weights
         self.device = facts.device
         self.received: list[TensorSpec] = []
         """Every tensor that was received and verified, in order."""
         self.error = ""
-        """Message of the first error; empty while there was none."""
+        """Message of the first error; empty if there was none."""
         self.is_tainted = False
         """True after a failed broadcast into the shadow weights: it may still write into them at any later
         time, so they must not be used again."""
@@ -70,9 +71,9 @@ class BucketReceiver:
     ) -> BucketSums:
         """Receives and verifies flattened buckets; returns their sums.
 
-        `integrity`: with `sha256` the sums have digests, of exactly the bytes that were received.
-        An error in a bucket's content is recorded in `error`, and the remaining buckets are still received,
-        so that neither the sender nor the other engines hang. Raises WeightSyncError if the group breaks.
+        `integrity`: with `sha256` the sums include digests of exactly the bytes that were received. An error
+        in a bucket's content is recorded in `error`, and the remaining buckets are still received, so that
+        neither the sender nor the other engines hang. Raises WeightSyncError if the group breaks.
         `timeout_s`: for all buckets together.
         """
         device = self._receive_device(group)
@@ -143,7 +144,7 @@ class BucketReceiver:
         return self.device if group.backend == "nccl" else torch.device("cpu")
 
     def _shadow_slice(self, bucket: Bucket, device: torch.device) -> Tensor | None:
-        """The part of the shadow weights that has the bucket's layout, uint8[num_bytes], or None."""
+        """Returns the part of the shadow weights that has the bucket's layout, uint8[num_bytes], or None."""
         arena, named = self.weights.arena, self.weights.named
         if arena is None or arena.device != device:
             return None
@@ -167,7 +168,7 @@ class BucketReceiver:
         return arena[first : first + bucket.num_bytes]
 
     def _take_buffer(self, num_bytes: int, device: torch.device) -> Tensor:
-        """A free buffer, uint8[num_bytes or more]."""
+        """Returns a free buffer, uint8[num_bytes or more]."""
         for index, buffer in enumerate(self.buffers):
             if buffer.numel() >= num_bytes and buffer.device == device:
                 return self.buffers.pop(index)

@@ -37,9 +37,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _MAX_JOINS = 8
-"""Threads that may wait to join a group at the same time, those that were abandoned included."""
+"""Maximum number of threads that wait to join a group at the same time, including abandoned ones."""
 _JOIN_GRACE_S = 1.0
-"""Time after a join's time limit in which torch may report its own error."""
+"""Time after a join's time limit in which torch can still report its own error."""
 
 
 @dataclass(eq=False)
@@ -51,7 +51,8 @@ class _OpenUpdate:
     """Held by the call that is receiving, because a group's broadcasts must run in the order of the
     requests."""
     num_receiving: int = 0
-    """Calls that receive or wait for the lock. While it is above 0 the shadow weights cannot be reused."""
+    """Number of calls that are receiving or waiting for the lock. While it is above 0 the shadow weights
+    cannot be reused."""
     version: str = ""
     is_discarded: bool = False
     started_s: float = field(default_factory=time.perf_counter)
@@ -63,7 +64,7 @@ class _Join:
 
     group_name: str
     is_abandoned: bool = False
-    """True once nobody waits for its result; a group that it still joins is closed at once."""
+    """True once no caller waits for its result; if it still joins a group, it leaves that group at once."""
 
 
 class _AbandonableThreads:
@@ -107,15 +108,16 @@ class WeightUpdater:
         CLOSED -> begin -> OPEN -> receive (repeated) -> end -> verified: weights swapped -> CLOSED
                                                              -> any error: active weights stay -> CLOSED
 
-    `begin` in state OPEN discards the update and opens another. `load_from_disk` calls it itself. An error in
-    a bucket makes the call that received it fail, and later `end` with the message of the first error.
+    `begin` in state OPEN discards the update and opens another. `load_from_disk` calls `begin` itself. An
+    error in a bucket makes the call that received it fail, and a later `end` fails with the message of the
+    first error.
     """
 
     def __init__(self, loop: EngineLoop, facts: ModelFacts) -> None:
         self._loop = loop
         self._facts = facts
         self._groups: dict[str, WeightGroup] = {}
-        """The group that this engine is in, by its name; more than one only while one is being left."""
+        """The group that this engine is in, by name; more than one only while one is being left."""
         self._join: _Join | None = None
         """The join that is waiting for the other ranks."""
         self._join_slots = threading.BoundedSemaphore(_MAX_JOINS)
@@ -148,10 +150,10 @@ class WeightUpdater:
         timeout_s: float,
         secret: str = "",
     ) -> None:
-        """Joins a weight group; leaves any other group first, and ends a wait to join one.
+        """Joins a weight group; first leaves any other group and abandons a pending join.
 
         Raises WeightSyncError, also when torch does not return within `timeout_s` (it waits without a time
-        limit for a store that accepts the connection and never replies).
+        limit for a store that accepts the connection and never responds).
         """
         if backend == "nccl" and self._facts.device.type != "cuda":
             raise WeightSyncError(
@@ -231,10 +233,10 @@ class WeightUpdater:
     ) -> BucketSums:
         """Receives buckets into the open update, in the order of the calls; returns their sums.
 
-        `timeout_s`: of all broadcasts together. `flattened`: False for one bucket whose tensors come one by
-        one, which has no sums; `timeout_s` is then that of each. `version`: of the update; empty: `end` has
-        it. `integrity`: `none`, or `sha256` for sums with digests. Raises WeightSyncError; the update can
-        then no longer be activated.
+        `timeout_s`: time limit of all broadcasts together. `flattened`: False for one bucket whose tensors
+        come one by one, which has no sums; `timeout_s` then applies to each tensor. `version`: version of the
+        update; empty if it is passed to `end`. `integrity`: `none`, or `sha256` for sums with digests. Raises
+        WeightSyncError; the update can then no longer be activated.
         """
         update = self._open_update()
         receiver = update.receiver
@@ -317,7 +319,8 @@ class WeightUpdater:
         return await self.end(version=version, recompute=recompute)
 
     def device_facts(self) -> dict[str, str]:
-        """Device and NCCL version of this engine: rank 0 compares them before it chooses a backend."""
+        """Returns device and NCCL version of this engine, which rank 0 compares before it chooses a
+        backend."""
         return device_facts(self._facts.device)
 
     def close(self) -> None:

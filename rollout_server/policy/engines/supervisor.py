@@ -107,7 +107,7 @@ class EngineSupervisor:
         now_s = asyncio.get_running_loop().time()
         found = {}
         if (silent_s := now_s - self._responded_s) > _LATE_S:
-            found["engine: an answer"] = silent_s
+            found["engine: a response"] = silent_s
         if client.num_generating and (stalled_s := now_s - self._progress.last_s) > _LATE_S:
             found["engine: paused" if self._is_paused else "engine: a token"] = stalled_s
         return {name: round(seconds, 3) for name, seconds in found.items()}

@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from areal_like.chat.openai import error_object
 from areal_like.http.streams import EVENTS, disconnected, encode_event
-from rollout_server.conversation.turns import Answer
+from rollout_server.conversation.turns import SampledTurn
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.calls import Call
 from rollout_server.sessions.http.errors import NoSessionError, described, response_of
@@ -31,7 +31,7 @@ KEEP_ALIVE_S = 5.0
 """Time between two comments of a stream, and before its status is sent."""
 _COMMENT = b": the policy is being sampled\n\n"
 
-WriteBody = Callable[[Call, Answer], bytes]
+WriteBody = Callable[[Call, SampledTurn], bytes]
 """The whole body: a JSON object, or the events of a stream."""
 
 
@@ -47,7 +47,10 @@ def session_of(request: Request, book: SessionBook) -> OpenSession:
 
 
 def begin_call(
-    request: Request, session: OpenSession, content: bytes, ask: Callable[[], Coroutine[Any, Any, Answer]]
+    request: Request,
+    session: OpenSession,
+    content: bytes,
+    ask: Callable[[], Coroutine[Any, Any, SampledTurn]],
 ) -> Call:
     """The call of a request with this body; `ask`: `answer` or `continue_tokens` of the session.
 
@@ -88,7 +91,7 @@ class CallResponse:
             if gone.done():
                 return
             try:
-                turn = await call.answer()
+                turn = await call.turn()
                 call.body = body = call.body or self.write(call, turn)
             except Exception as error:  # `described` raises what it does not know
                 if self._has_begun:

@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 
 from areal_like.chat.openai import ChatRequest, ChatRules, model_object, parse_chat
 from areal_like.http.bodies import parse_bounded_object
-from rollout_server.conversation.turns import Answer
+from rollout_server.conversation.turns import SampledTurn
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.calls import Call
 from rollout_server.sessions.http.call_response import CallResponse, begin_call, session_of
@@ -66,7 +66,7 @@ class ModelRoutes:
         self,
         request: Request,
         parse: Callable[[Mapping[str, Any], ChatRules], R],
-        sample: Callable[[OpenSession, R], Coroutine[Any, Any, Answer]],
+        sample: Callable[[OpenSession, R], Coroutine[Any, Any, SampledTurn]],
         write: Callable[..., bytes],
     ) -> CallResponse:
         """Parses a body, and samples and writes its turn. `write`: one of those in `responses`."""
@@ -78,7 +78,7 @@ class ModelRoutes:
         for name in parsed.options.ignored:
             self.on_ignored(name)
 
-        def body_of(call: Call, turn: Answer) -> bytes:
+        def body_of(call: Call, turn: SampledTurn) -> bytes:
             return write(turn, parsed, id=call.id, created_s=int(time.time()), conversation=conversation)
 
         call = begin_call(request, session, content, lambda: sample(session, parsed))
@@ -90,14 +90,14 @@ class ModelRoutes:
         return model_object(name, max_context=self.max_context)
 
 
-async def _next_turn(session: OpenSession, chat: ChatRequest) -> Answer:
+async def _next_turn(session: OpenSession, chat: ChatRequest) -> SampledTurn:
     options = chat.options
-    return await session.answer(
+    return await session.sample_turn(
         chat.messages, tools=chat.tools, stop=options.stop, max_new_tokens=options.max_new_tokens
     )
 
 
-async def _continuation(session: OpenSession, request: CompletionRequest) -> Answer:
+async def _continuation(session: OpenSession, request: CompletionRequest) -> SampledTurn:
     """The turn after a prompt; a text is tokenized as it is, without a chat template."""
     prompt, conversation = request.prompt, session.conversation
     if isinstance(prompt, str):

@@ -22,14 +22,14 @@ from areal_like.chat.openai import (
 from areal_like.http.streams import END_OF_EVENTS, encode_event
 from areal_like.trajectory import FinishReason
 from rollout_server.conversation.conversation import Conversation
-from rollout_server.conversation.turns import Answer
+from rollout_server.conversation.turns import SampledTurn
 from rollout_server.sessions.http.requests import CompletionRequest
 
 DecodeToken = Callable[[int], str]
 
 
 def chat_body(
-    turn: Answer, request: ChatRequest, *, id: str, created_s: int, conversation: Conversation
+    turn: SampledTurn, request: ChatRequest, *, id: str, created_s: int, conversation: Conversation
 ) -> bytes:
     """The body of /v1/chat/completions."""
     head = chat_head(id=id, created_s=created_s, model=request.options.model, is_chunk=request.options.stream)
@@ -42,7 +42,7 @@ def chat_body(
 
 
 def _chat_object(
-    turn: Answer, request: ChatRequest, head: dict[str, Any], logprobs: dict[str, Any] | None
+    turn: SampledTurn, request: ChatRequest, head: dict[str, Any], logprobs: dict[str, Any] | None
 ) -> bytes:
     reply = turn.reply
     message: dict[str, Any] = {
@@ -63,7 +63,7 @@ def _chat_object(
 
 
 def _chat_events(
-    turn: Answer, request: ChatRequest, head: dict[str, Any], logprobs: dict[str, Any] | None
+    turn: SampledTurn, request: ChatRequest, head: dict[str, Any], logprobs: dict[str, Any] | None
 ) -> bytes:
     reply = turn.reply
     if request.options.include_usage:
@@ -90,7 +90,7 @@ def _chat_events(
 
 
 def completion_body(
-    turn: Answer, request: CompletionRequest, *, id: str, created_s: int, conversation: Conversation
+    turn: SampledTurn, request: CompletionRequest, *, id: str, created_s: int, conversation: Conversation
 ) -> bytes:
     """The body of /v1/completions."""
     options, decode = request.options, conversation.decode
@@ -115,7 +115,7 @@ def completion_body(
 
 
 def tokens_body(
-    turn: Answer, request: CompletionRequest, *, id: str, created_s: int, conversation: Conversation
+    turn: SampledTurn, request: CompletionRequest, *, id: str, created_s: int, conversation: Conversation
 ) -> bytes:
     """The body of /inference/v1/generate."""
     tokens = turn.token_ids.tolist()
@@ -136,20 +136,20 @@ def _json(body: dict[str, Any]) -> bytes:
     return json.dumps(body, separators=(",", ":")).encode()
 
 
-def _reason(turn: Answer) -> str:
+def _reason(turn: SampledTurn) -> str:
     return "stop" if turn.reply.finish_reason is FinishReason.STOP else "length"
 
 
-def _chat_reason(turn: Answer) -> str:
+def _chat_reason(turn: SampledTurn) -> str:
     reason = _reason(turn)
     return "tool_calls" if reason == "stop" and turn.reply.tool_calls else reason
 
 
-def _usage(turn: Answer) -> dict[str, int]:
+def _usage(turn: SampledTurn) -> dict[str, int]:
     return usage(prompt=len(turn.prompt_ids), completion=len(turn.token_ids))
 
 
-def _completion_logprobs(turn: Answer, decode: DecodeToken) -> dict[str, Any]:
+def _completion_logprobs(turn: SampledTurn, decode: DecodeToken) -> dict[str, Any]:
     """OpenAI's older format. Only the sampled tokens have log-probs, whatever number the client asks for."""
     texts = [decode(token) for token in turn.token_ids.tolist()]
     logprobs = finite(turn.logprobs.tolist())

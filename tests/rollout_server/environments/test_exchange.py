@@ -54,7 +54,7 @@ def test_good_values_pass_unchanged() -> None:
         ([[HELLO | {"name": math.inf}], []], "use JSON values"),
         ([[HELLO | {"name": NESTED}], []], "nested more than 32 deep"),
         ([[HELLO], None], "must be a list of OpenAI function schemas"),
-        ([[HELLO], [{"name": "add"}]], "is no OpenAI function schema"),
+        ([[HELLO], [{"name": "add"}]], "is not an OpenAI function schema"),
     ],
 )
 def test_bad_starts_are_refused(value: Any, problem: str) -> None:

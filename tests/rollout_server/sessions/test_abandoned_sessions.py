@@ -88,9 +88,9 @@ class Job:
 async def delivered(session: OpenSession) -> None:
     """One turn, whose answer its client has read."""
     call = session.begin(
-        b"", lambda: session.answer([{"role": "user", "content": "go"}]), is_repetition=False
+        b"", lambda: session.sample_turn([{"role": "user", "content": "go"}]), is_repetition=False
     )
-    await call.answer()
+    await call.turn()
     call.is_delivered = True
 
 
@@ -99,7 +99,7 @@ def test_the_next_agent_makes_an_abandoned_sample() -> None:
         job = Job()
         runner = job.start()
         first = await job.claimed()
-        await first.answer([{"role": "user", "content": "go"}])
+        await first.sample_turn([{"role": "user", "content": "go"}])
         second = await job.claimed()
         assert (first.id, second.id) == ("7-0-1", "7-0-1-2") and first.api_key != second.api_key
         with pytest.raises(Exception, match=r"sessions\.idle_timeout_s=0\.1"):
@@ -151,7 +151,7 @@ def test_broken_agents_use_up_no_sample(kind: str, problem: str) -> None:
             if kind == "other_api":
                 job.book.note_wrong_route(session.id, "POST /v1/responses")
             if kind == "no_reward":
-                await session.answer([{"role": "user", "content": "go"}])
+                await session.sample_turn([{"role": "user", "content": "go"}])
             if kind == "too_much":
                 await delivered(session)
                 session.set_reward(LARGEST_REWARD)

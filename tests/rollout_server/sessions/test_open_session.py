@@ -14,7 +14,7 @@ import pytest
 from areal_like.errors import EngineError, EpisodeBudgetError, EpisodeError, SessionGoneError
 from areal_like.runtime.metrics import Metrics
 from areal_like.trajectory import FinishReason
-from rollout_server.conversation.turns import Answer, Turn
+from rollout_server.conversation.turns import SampledTurn, Turn
 from rollout_server.environments.base import Reply
 from rollout_server.leases.held_leases import Place
 from rollout_server.metrics import ServerStats
@@ -46,7 +46,7 @@ class Talk:
     def turn_lengths(self) -> list[int]:
         return [1] * len(self.turns)
 
-    async def answer(self, messages: list[dict[str, Any]]) -> Answer:
+    async def sample_turn(self, messages: list[dict[str, Any]]) -> SampledTurn:
         text = messages[-1]["content"]
         self.num_sampling += 1
         try:
@@ -67,7 +67,7 @@ class Talk:
         reply = Reply(
             text=text, raw_text=text, reasoning="", tool_calls=(), finish_reason=reason, num_tokens=1
         )
-        return Answer(reply=reply, prompt_ids=NONE, token_ids=NONE, logprobs=logprobs, turn=turn)
+        return SampledTurn(reply=reply, prompt_ids=NONE, token_ids=NONE, logprobs=logprobs, turn=turn)
 
     def forget(self, turn: Turn) -> None:
         self.turns.remove(turn)
@@ -87,12 +87,12 @@ def make(say: Say = at_once, *, places: list[Place] | None = None, **more: Any) 
 
 def ask(session: OpenSession, text: str, *, again: bool = False) -> Call:
     messages = [{"role": "user", "content": text}]
-    return session.begin(text.encode(), lambda: session.answer(messages), is_repetition=again)
+    return session.begin(text.encode(), lambda: session.sample_turn(messages), is_repetition=again)
 
 
 async def delivered(session: OpenSession, text: str) -> Call:
     call = ask(session, text)
-    await call.answer()
+    await call.turn()
     call.is_delivered = True
     return call
 
@@ -117,10 +117,10 @@ def test_an_end_answers_every_pending_call() -> None:
             places: list[Place] = []
             session = make(hang, places=places)
             first = ask(session, "a")
-            waiting = asyncio.create_task(first.answer())
+            waiting = asyncio.create_task(first.turn())
             await asyncio.sleep(0)
             assert session.num_pending == 1 and places == [Place.ENGINE]
-            not_begun = asyncio.create_task(ask(session, "b").answer())
+            not_begun = asyncio.create_task(ask(session, "b").turn())
             close(session)
             close(session)  # a second time changes nothing
             for one in (waiting, not_begun):
@@ -146,7 +146,7 @@ def test_a_repetition_gets_the_answer_of_its_call() -> None:
         assert other is not lost, "an equal request wants a sample of its own"
         # A cancelled reader cancels neither the call nor the other readers.
         third = ask(session, "b")
-        readers = [asyncio.create_task(third.answer()) for _ in range(2)]
+        readers = [asyncio.create_task(third.turn()) for _ in range(2)]
         await asyncio.sleep(0)
         readers[0].cancel()
         assert (await readers[1]).reply.text == "b" and third.num_readers == 0
@@ -162,14 +162,14 @@ def test_turns_that_nobody_has_read_are_left_out() -> None:
         session = make(say)
         read = await delivered(session, "read")
         for text in ("unread", "rewarded", "cut"):
-            await ask(session, text).answer()
+            await ask(session, text).turn()
         session.set_reward(0.5, completion_id=f"chatcmpl-{read.id}")
         session.set_reward(0.25, completion_id=f"cmpl-{list(session._calls._by_id)[2]}")
         session.end()
         assert session.finish() == [0.5, 0.25, 0.0]
         texts = [turn.messages[-1]["content"] for turn in session.conversation.turns]
         assert texts == ["read", "rewarded", "cut"]
-        assert session.last_answer is not None and session.last_answer.reply.text == "cut"
+        assert session.last_sampled is not None and session.last_sampled.reply.text == "cut"
 
     run(body())
 
@@ -183,7 +183,7 @@ def test_an_unread_turn_gives_no_finish_reason() -> None:
 
         session = make(say)
         await delivered(session, "read")
-        await ask(session, "long").answer()
+        await ask(session, "long").turn()
         session.end()
         assert session.finish() == [0.0]
         assert session.conversation.finish_reason is FinishReason.STOP
@@ -198,7 +198,7 @@ def test_refused_requests_keep_no_session_alive() -> None:
         ended = asyncio.create_task(session.wait_ended(idle_timeout_s=0.1, deadline_s=lambda: None))
         while not ended.done():
             with pytest.raises(EpisodeBudgetError, match=r"episode\.max_turns"):
-                await ask(session, "b").answer()
+                await ask(session, "b").turn()
             await asyncio.sleep(0.005)
         assert ended.result() == "idle" and session.budget is FinishReason.TURNS
         assert len(session._calls._by_id) == 1, "failed calls are not kept"
@@ -250,7 +250,7 @@ def test_heartbeats_keep_a_session_for_a_while() -> None:
         for age_s in (40.0, 80.0, 120.0):  # a long tool; the clock is moved by moving the past
             before = book.progress
             session._last_activity_s -= 40.0
-            session._answered_s -= 40.0
+            session._served_s -= 40.0
             session._changed.set()
             await asyncio.sleep(0)
             assert not ended.done()
@@ -274,7 +274,7 @@ def test_an_engine_failure_ends_the_session() -> None:
         session = make(fail)
         ended = asyncio.create_task(session.wait_ended(idle_timeout_s=math.inf, deadline_s=lambda: None))
         with pytest.raises(EngineError, match="out of order"):
-            await ask(session, "a").answer()
+            await ask(session, "a").turn()
         assert await ended == "" and session.state is SessionState.ENDED
         assert str(session.failure) == "out of order"
 
@@ -313,7 +313,7 @@ def test_progress_of_the_book() -> None:
         await delivered(session, "a")
         seen.append(book.progress)
         with pytest.raises(EpisodeError):
-            await ask(session, "wrong").answer()
+            await ask(session, "wrong").turn()
         assert book.progress == seen[-1], "a refused request is none"
         book.remove(session)
         seen.append(book.progress)

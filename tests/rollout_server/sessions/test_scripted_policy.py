@@ -43,13 +43,13 @@ def test_script_is_sampled_with_real_logprobs(engine: Engine, models: tuple[Path
             # "abc" is one token; the ids spell it with two.
             ids = tuple(plane.renderer.tokenizer.convert_tokens_to_ids(["ab", "c"]))
             session = plane.script(client, [tool_call("add", a=1), Say(token_ids=ids), "x" * 300])
-            first = await session.answer(USER, tools=TOOLS)
+            first = await session.sample_turn(USER, tools=TOOLS)
             assert [call.name for call in first.reply.tool_calls] == ["add"]
             messages = [*USER, first.reply.message, {"role": "tool", "content": "1"}]
-            second = await session.answer(messages, tools=TOOLS)
+            second = await session.sample_turn(messages, tools=TOOLS)
             end = plane.renderer.stop_token_ids[0]
             assert second.token_ids.tolist() == [*ids, end] and second.reply.text == "abc"
-            third = await session.answer(
+            third = await session.sample_turn(
                 [*messages, second.reply.message, *USER], tools=TOOLS, max_new_tokens=50
             )
             assert third.reply.text == "x" * 50 and third.reply.finish_reason is FinishReason.LENGTH
@@ -66,9 +66,9 @@ def test_script_follows_the_prompt(engine: Engine) -> None:
 
     async def body() -> None:
         async with planes(engine) as (client, plane):
-            answer = await plane.script(client, script).answer([*USER, *USER])
+            answer = await plane.script(client, script).sample_turn([*USER, *USER])
             assert answer.reply.text == f"{len(answer.prompt_ids)} 2"
-            stopped = await plane.script(client, ["one two three"]).answer(USER, stop=["wo"])
+            stopped = await plane.script(client, ["one two three"]).sample_turn(USER, stop=["wo"])
             assert stopped.reply.raw_text == "one two"
 
     asyncio.run(body())
@@ -83,7 +83,7 @@ def test_aborted_turn_goes_on_under_new_weights(engine: Engine, models: tuple[Pa
                     await pusher.push(weights_of(model), version=version)
 
             session = plane.script(client, [Say(text="abcd efgh", abort_after=4, on_abort=push)])
-            answer = await session.answer(USER)
+            answer = await session.sample_turn(USER)
             assert answer.reply.text == "abcd efgh"
             trajectory = finished(session)
             sampled = trajectory.versions[trajectory.loss_mask == 1]
@@ -106,7 +106,7 @@ def test_engine_fails_as_scripted(script: Script, error: type[Exception], engine
         async with planes(engine) as (client, plane):
             session = plane.script(client, script, timeout_s=0.05)
             with pytest.raises(error):
-                await session.answer(USER)
+                await session.sample_turn(USER)
             assert isinstance(session.failure, error)
 
     asyncio.run(body())
@@ -117,7 +117,7 @@ def test_held_answer_waits(engine: Engine) -> None:
         async with planes(engine) as (client, plane):
             hold = asyncio.Event()
             session = plane.script(client, [Say(text="late", hold=hold)])
-            asking = asyncio.create_task(session.answer(USER))
+            asking = asyncio.create_task(session.sample_turn(USER))
             while not session.num_pending:
                 await asyncio.sleep(0.01)
             await asyncio.sleep(0.05)

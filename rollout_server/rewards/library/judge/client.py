@@ -97,7 +97,7 @@ class JudgeClient:
             counts.retries += attempt > 0
             pause_s = min(self._settings.first_pause_s * 2**attempt, _LONGEST_PAUSE_S)
             try:
-                reply = _reply_in(await self._answer(body, counts))
+                reply = _reply_in(await self._response_to(body, counts))
                 verdict = read(reply)
             except NoVerdictError as error:
                 problem, pause_s = f"its reply has {error}", 0.0
@@ -128,7 +128,7 @@ class JudgeClient:
         if self._session is not None:
             await self._session.close()
 
-    async def _answer(self, body: Mapping[str, Any], counts: Counts) -> bytes:
+    async def _response_to(self, body: Mapping[str, Any], counts: Counts) -> bytes:
         """The answer to one request."""
         left_s = self._time_left_s()
         try:
@@ -186,10 +186,10 @@ class JudgeClient:
         return bytes(content)
 
 
-def _reply_in(answer: bytes) -> str:
+def _reply_in(content: bytes) -> str:
     """The text of a chat completion."""
     try:
-        message = json.loads(answer)["choices"][0]["message"]["content"]
+        message = json.loads(content)["choices"][0]["message"]["content"]
     except (ValueError, KeyError, IndexError, TypeError, RecursionError):
         message = None
     if not isinstance(message, str):

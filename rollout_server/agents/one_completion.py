@@ -1,4 +1,4 @@
-"""The agent of an example that has none, in a mixture with agents: one prompt, one answer."""
+"""The default agent of an example that has none, in a mixture with agents: one prompt, one completion."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from areal_like.errors import EpisodeError
 from rollout_server.agents.base import Session
 
 
-async def answer_once(session: Session, messages: list[dict[str, Any]]) -> None:
-    """Asks the model for one answer. Raises EpisodeError."""
+async def complete_once(session: Session, messages: list[dict[str, Any]]) -> None:
+    """Requests one completion from the model. Raises EpisodeError."""
     await asyncio.to_thread(_post, session, {"model": "policy", "messages": messages})
 
 
 def _post(session: Session, body: dict[str, Any]) -> None:
     url = urlsplit(f"{session.base_url}/chat/completions")
-    assert url.hostname is not None  # the server has made it
+    assert url.hostname is not None  # the server made this URL
     connection = http.client.HTTPConnection(url.hostname, url.port)
     headers = {"Authorization": f"Bearer {session.api_key}", "Content-Type": "application/json"}
     try:
         connection.request("POST", url.path, json.dumps(body), headers)
         response = connection.getresponse()
-        answer = response.read().decode(errors="replace")
+        content = response.read().decode(errors="replace")
     except (OSError, http.client.HTTPException) as error:
         raise EpisodeError(f"the model's address does not answer: {error}") from error
     finally:
         connection.close()
     if response.status != http.client.OK:
-        raise EpisodeError(f"the model answered with HTTP status {response.status}: {answer:.300}")
+        raise EpisodeError(f"the model answered with HTTP status {response.status}: {content:.300}")
