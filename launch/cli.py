@@ -1,7 +1,7 @@
 """The command `areal-like`: looks up the verb and runs its module in launch/commands/.
 
 It starts quickly, because only the module of the verb is imported, and no such module imports torch; the
-overview imports next to nothing. So each verb's line in it is here; its arguments and the text of
+overview imports next to nothing. So each verb's line of the overview is here; its arguments and the text of
 `areal-like VERB --help` are in its module.
 """
 
@@ -107,7 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser_of(verb: str, words: Sequence[str] = ()) -> Parser:
-    """The parser of a verb's arguments. Raises ConfigError for an unknown verb. `words`: what follows it."""
+    """The parser of a verb's arguments. Raises ConfigError for an unknown verb. `words`: the words after
+    it."""
     if verb not in COMMANDS:
         import difflib
 

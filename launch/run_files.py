@@ -1,6 +1,6 @@
-"""Reads what a run has written: JSON, its configuration, its ledger.
+"""Reads a run's files: JSON, its configuration, its ledger.
 
-A file may be absent, cut short by a crash, or of another release.
+A file may be absent, cut short by a crash, or written by another release.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def read_object(path: Path) -> dict[str, Any]:
 def json_lines(path: Path, *, max_bytes: float = math.inf) -> Iterator[Any]:
     """The JSON value of each line of a file, one by one; None for a damaged line. Empty without the file.
 
-    `max_bytes`: how much of the file is read.
+    `max_bytes`: number of bytes of the file that are read.
     """
     try:
         file = path.open(errors="replace")
@@ -55,7 +55,7 @@ def json_lines(path: Path, *, max_bytes: float = math.inf) -> Iterator[Any]:
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any] | None]:
-    """The rows of metrics.jsonl, one by one: there may be millions. None, at the end: a line is damaged."""
+    """The rows of metrics.jsonl, one by one: there may be millions. Ends with None at a damaged line."""
     for row in json_lines(path):
         if row is None:
             yield None
@@ -75,7 +75,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def tail(path: Path, *, max_bytes: int) -> str:
-    """The last bytes of a file as text, without the line that they begin within; empty without the file."""
+    """The last bytes of a file as text, without an incomplete first line; empty without the file."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)

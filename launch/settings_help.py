@@ -1,7 +1,7 @@
 """Lists all settings with their defaults, choices and texts, from the dataclasses of areal_like/config/.
 
 `areal-like run --help` and the settings reference of the docs are generated from this list, so that both
-agree with the dataclasses. Python keeps no docstrings of fields at run time, so they are parsed from the
+agree with the dataclasses. Python does not keep docstrings of fields at run time, so they are parsed from the
 source with `ast`.
 """
 
@@ -84,7 +84,7 @@ def choices() -> dict[str, list[str]]:
 def help_text(*, width: int, everything: bool) -> str:
     """The settings in the help of `areal-like run`: presets and settings in lines of `width` columns.
 
-    Only the settings in COMMON unless `everything`.
+    It has only the settings in COMMON unless `everything`.
     """
     lines = ["presets:"]
     for preset, names in choices().items():

@@ -151,8 +151,8 @@ LEDGER_INVARIANTS = (
         WHERE state IN ('batched', 'trained') AND NOT step - oldest_step BETWEEN 0 AND max_staleness""",
     ),
     # The bound of a ticket is the one in force when its first sample was leased. Changes count at once, so
-    # rows of later steps than that of the sample's weights may have been in force, too. Weights that a
-    # rollback has undone have steps that exist twice.
+    # rows of steps after that of the sample's weights may have been in force, too. A rollback leaves
+    # undone weights whose step numbers occur a second time.
     Invariant(
         text="the staleness bound of a trained ticket is one that the run had then",
         count="SELECT count(*) FROM settings WHERE key = 'max_staleness'",
@@ -170,8 +170,8 @@ LEDGER_INVARIANTS = (
               WHERE value IN (CAST(max_staleness AS TEXT), 'auto')
                 AND (step >= began OR id = (SELECT max(id) FROM bounds WHERE step < began)))""",
     ),
-    # A buffer without a ledger (`buffer.durability=none`) has granted the versions before a run had one
-    # again.
+    # Versions may be missing: a run that went on with `buffer.durability=none` for a while granted them
+    # without a ledger.
     Invariant(
         text="versions increase, and each has an earlier version as its parent",
         count="SELECT count(*) FROM versions",

@@ -35,7 +35,7 @@ CREATE TEMP TABLE evaluations (
 
 @dataclass(frozen=True, kw_only=True)
 class LedgerAudit:
-    """One ledger: the result of its checks, and the data that checks across ledgers need."""
+    """The result of one ledger's checks, and the data that checks across ledgers need."""
 
     directory: Path
     shard: Shard
@@ -48,10 +48,11 @@ class LedgerAudit:
     versions: dict[int, int]
     """Version -> step of its weights."""
     settings: list[tuple[int, str, str]]
-    """(first step, key, value) of what may change while the run goes on, in the order of the changes."""
+    """(first step, key, value) of each setting that may change during the run, in the order of the
+    changes."""
 
     def setting_at(self, key: str, step: int) -> str | None:
-        """The value that a step had; None if it is not recorded."""
+        """The value of a setting at a step; None if it is not recorded."""
         values = (value for first, name, value in reversed(self.settings) if name == key and first <= step)
         return next(values, None)
 
@@ -137,7 +138,7 @@ def _connect(directory: Path) -> sqlite3.Connection:
 
 
 def _trajectories_on_disk(directory: Path, samples: list[tuple[Any, ...]]) -> tuple[Check, Check]:
-    """Reads every record that may still be trained on or is kept of an evaluation, and checks it.
+    """Reads and checks every record that may still be trained on or is kept for an evaluation.
 
     A record is read only if it has the row's length and checksum, its segments cover its tokens, and its
     turns end at sampled tokens.

@@ -30,7 +30,8 @@ def audit_run(root: Path) -> Audit:
     """Audits the run in `root`. Raises ConfigError without a ledger, StoreCorruptError when SQLite fails."""
     config = load_config(["--config", str(RunPaths(root).config)])
     configured = {shard.ledger for shard in all_shards(config.buffer.num_shards)}
-    # Others without a ticket are of buffers that were refused, because the run has another number of shards.
+    # Other ledgers without a ticket were made by buffers that were refused: the run has another number of
+    # shards.
     directories = [
         directory
         for directory in RunPaths(root).ledgers
@@ -84,8 +85,8 @@ def _merged(ledgers: list[LedgerAudit]) -> list[Check]:
 def _whole_steps(ledgers: list[LedgerAudit], *, config: Config, num_checkpointed: int) -> Check:
     """Checks that the steps that were committed, or that the newest checkpoint contains, have all groups.
 
-    Each step is judged by the settings that it had; one that was trained with `buffer.durability=none` is in
-    no ledger. Steps of a release that did not record a setting have that of config.yaml.
+    Each step is checked against the settings that it had; one that was trained with `buffer.durability=none`
+    is not in any ledger. If a release did not record a setting, the value in config.yaml is used.
     """
     problems = []
     begun = min(ledger.first_step for ledger in ledgers)
@@ -140,7 +141,7 @@ def _settings_in_force(ledgers: list[LedgerAudit], rows: list[dict[str, Any]]) -
 
 
 def _step_rows(metrics: Path) -> list[dict[str, Any]]:
-    """The rows of steps; without a last line that a crash cut short, or that is being written."""
+    """The rows of steps, without a last line that is incomplete (a crash, or it is being written)."""
     return [
         {"step": row["step"]} | {name: row.get(name) for name in _COLUMNS.values()}
         for row in read_rows(metrics)

@@ -1,7 +1,7 @@
 """`areal-like completion SHELL`: the words that may follow on a command line; `areal-like version`.
 
-The shells ask with the words typed so far, so nothing about verbs, options, runs or settings is written down
-a second time. If there are no candidates, the shell completes names of files.
+The shells call this command with the words typed so far, so verbs, options, runs and settings are not listed
+a second time. If there are no candidates, the shell completes file names.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _LEAVES_TO_SHELL = ("FILE", "DIR", "CONFIG")
 
 
 def candidates(words: Sequence[str], *, directory: Path) -> list[str]:
-    """Words that may stand where the last of `words` is, which may be empty or incomplete.
+    """Returns candidates for the last of `words`, which may be empty or incomplete.
 
-    `words`: those after `areal-like`. `directory`: in which `runs/` is.
+    `words`: those after `areal-like`. `directory`: contains `runs/`.
     """
     if not words:
         return []
@@ -96,7 +96,7 @@ def runs(directory: Path) -> list[str]:
 
 def daemons(run: str | None, *, kind: str, directory: Path) -> Iterator[str]:
     """Values of the argument `server`, `role` or `roles` (of logs), from the run's endpoint files."""
-    if run is None:  # the job is named by --buffer, which takes too long to ask
+    if run is None:  # the job is named by --buffer, and a request would take too long
         return
     root = next((path for path in (directory / run, directory / "runs" / run) if path.is_dir()), None)
     if root is None:
@@ -179,7 +179,7 @@ SHELLS = tuple(_SCRIPTS)
     examples=["completion bash"],
 )
 def completion(args: argparse.Namespace) -> int:
-    """Prints the script, or the words that may follow those typed so far, with which it calls this."""
+    """Prints the script, or, when the script calls it, the words that may follow those typed so far."""
     if args.words is not None:
         sys.stdout.writelines(f"{word}\n" for word in candidates(args.words, directory=Path()))
     elif args.shell is None:

@@ -20,7 +20,8 @@ def configuration(*, has_presets: bool = True) -> tuple[Argument, ...]:
 
 
 def file_and_settings(args: argparse.Namespace, *first: str) -> list[str]:
-    """The arguments for `load_config` of a verb with CONFIG_FILE and SETTINGS. `first`: a further setting."""
+    """The arguments for `load_config` of a verb with CONFIG_FILE and SETTINGS. `first`: settings to put
+    before the user's."""
     return [*as_typed(args, "config"), *first, *args.settings]
 
 

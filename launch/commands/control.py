@@ -128,7 +128,7 @@ def drain(job: RunningJob, name: str) -> None:
     if name not in servers:
         known = ", ".join(sorted(servers)) or "none is running"
         raise ConfigError(f"drain: {job.short_name} has no rollout server {name!r} (servers: {known})")
-    # Not to the server's own HTTP address, which is whatever the server said in its hello.
+    # Not to the server's own HTTP address: that is a claim in the server's hello.
     try:
         job.post("drain_server", {"server": name})
     except ConfigError as error:
@@ -180,11 +180,11 @@ def drop_tickets(args: argparse.Namespace) -> int:
     examples=["unfence myrun trainer"],
 )
 def unfence(args: argparse.Namespace) -> int:
-    """Takes the name at every shard, which notes it in its ledger's table `operations`.
+    """Takes the name at every shard; each shard records it in its ledger's table `operations`.
 
     A new process gets a name by itself when its predecessor is gone or does not respond. This is for the
-    rest: a predecessor that cannot be ended and still responds, and a ledger with a number that no process
-    can have. Raises ConfigError if no process of the job has had the name.
+    other cases: a predecessor that cannot be ended and still responds, and a ledger with a number that no
+    process can have. Raises ConfigError if no process of the job has had the name.
     """
     if _change_ledger(job_of(args), "unfence", {"name": args.role}, option=("--unfence", args.role)):
         print(f"{args.role} is unfenced: its process is refused from now on, start it again")
@@ -230,7 +230,7 @@ def _request(job: RunningJob, address: str, verb: str, body: Mapping[str, Any]) 
 
 def _change_stopped(paths: RunPaths, shard: Shard, option: Sequence[str]) -> None:
     root = paths.root.resolve()
-    # The stored configuration has an old place if the run's directory was moved.
+    # The stored configuration has an old path if the run's directory was moved.
     where = (f"runs_dir={root.parent}", f"name={root.name}")
     words = ("--name", shard.name, *option, "--config", str(paths.config), *where)
     done = run_role("buffer", *words, capture_output=True)

@@ -1,7 +1,7 @@
 """`areal-like data stats ...`: what is in a file, in the task of a configuration, or in that of a run.
 
 The rows are read by `python -m rollout_server.data_stats`, because tasks belong to the rollout server. For a
-run this command reads what its ledger has heard about each prompt, and passes it on.
+run this command also reads the results per prompt from its ledger, and passes them on.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`areal-like deploy-files DIR`: copies the files of launch/deploy/ into a directory of the user's.
+"""`areal-like deploy-files DIR`: copies the files of launch/deploy/ into one of the user's directories.
 
 They are examples to edit: configurations and rules of monitoring, and files of schedulers. The dashboards are
 made from their panels. An installed package has the files too, so a checkout is not needed. Nothing in them

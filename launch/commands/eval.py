@@ -1,7 +1,7 @@
 """`areal-like eval MODEL`: evaluates a model on the sets of a configuration, without training.
 
-It runs a job of a buffer and rollout servers in which an evaluator (`python -m trainer.evaluate`) stands in
-the trainer's place. The results are in a run directory of their own, with every sample.
+It runs a job of a buffer and rollout servers, with an evaluator (`python -m trainer.evaluate`) in place of
+the trainer. The results are in a run directory of their own, with every sample.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from launch.view.plain import PlainView, evaluation_line
 from launch.view.summary import evaluation_table
 
 _WIDTH = 110
-"""Columns of the table in a file or a pipe."""
+"""Width of the table in a file or a pipe, in characters."""
 
 
 @command(

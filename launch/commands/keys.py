@@ -114,7 +114,7 @@ class _Action(NamedTuple):
     run: Callable[[argparse.Namespace], str]
     """Returns what is printed."""
     options: tuple[str, ...] = ()
-    """Those of NAME and the options that it takes."""
+    """The arguments that it takes, out of NAME and the options."""
 
 
 _ACTIONS = {

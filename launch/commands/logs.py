@@ -64,7 +64,8 @@ def main(args: argparse.Namespace) -> int:
             f"logs: {logs} has no log of {' or '.join(args.roles) or 'a daemon'} (logs: {known})"
         )
     num_last = args.lines if args.lines is not None else None if since_unix_s is not None else _NUM_LAST
-    # Before anything is shown: what is appended meanwhile is then shown by the follower, once.
+    # Determined before anything is shown: the follower then shows everything that is appended meanwhile,
+    # once.
     shown = {source.files[-1]: _complete(source) for source in sources} if args.follow else {}
     try:
         _show(_chosen(sources, shown, level=args.level, since_unix_s=since_unix_s, num_last=num_last))
@@ -86,7 +87,7 @@ def _chosen(
     since_unix_s: float | None,
     num_last: int | None,
 ) -> Iterable[Entry]:
-    # With a level, the last lines of that level may be anywhere, so whole files are read: in order, and in
+    # With a level, the last lines of that level may be anywhere, so whole files are read, in order and with
     # bounded memory.
     num_read = num_last if level == LEVELS[0] and since_unix_s is None else None
     streams = (source.entries(since_unix_s=since_unix_s, num_last=num_read, ends=ends) for source in sources)

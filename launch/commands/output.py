@@ -14,7 +14,7 @@ from areal_like.paths import private_descriptor, replacing
 
 @contextlib.contextmanager
 def private_file(path: Path, *, verb: str) -> Iterator[BinaryIO]:
-    """A file for what shows samples and settings: readable by its owner only, and there when it is complete.
+    """Opens a file for samples or settings: readable by its owner only, and it appears when it is complete.
 
     Raises ConfigError if it cannot be written.
     """

@@ -1,4 +1,4 @@
-"""What a verb of `areal-like` declares (`command`), and the parser that is made from it.
+"""The declaration of a verb of `areal-like` (`command`), and the parser that is made from it.
 
 Usage, help, examples and completion come from the declaration, so that each option is stated once. `--help`
 has: usage, description, arguments, options, examples (a test parses the examples).
@@ -96,10 +96,11 @@ def as_typed(args: argparse.Namespace, *names: str) -> list[str]:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are a ConfigError with one message. `--help` raises SystemExit(0)."""
+    """An argparse parser that raises ConfigError with one message for a mistake. `--help` raises
+    SystemExit(0)."""
 
     def __init__(self, verb: str, words: Sequence[str] = ()) -> None:
-        """`verb`: declared before. `words`: the command line after the verb, as far as it is known."""
+        """`verb`: already declared. `words`: the command line after the verb, as far as it is known."""
         self.declared = VERBS[verb]
         examples = "\n".join(f"  areal-like {example}" for example in self.declared.examples)
         super().__init__(

@@ -1,4 +1,4 @@
-"""`areal-like plan CONFIG`: whether a job fits on its GPUs, what it is expected to do, what to change.
+"""`areal-like plan CONFIG`: tells whether a job fits on its GPUs, the expected speed, and what to change.
 
 The work is done by `python -m trainer.planning`: the launcher imports no torch.
 """

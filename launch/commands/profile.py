@@ -1,7 +1,7 @@
 """`areal-like profile RUN`: records the next steps of a running trainer and shows where their time goes.
 
 Each rank is asked over HTTP, records its steps with torch's profiler, and writes traces and a report into the
-run's directory. This command waits for the reports, so it also ends well when the trainer ends in between.
+run's directory. This command waits for the reports, so it also succeeds when the trainer ends in between.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from launch.view.profile import profile_lines
 
 _TICK_S = 0.2
 _SILENCE_S = 20.0
-"""Longest time without an answer of a rank and without its report."""
+"""Longest time without a response of a rank and without its report."""
 
 
 @command(
@@ -42,7 +42,7 @@ _SILENCE_S = 20.0
     examples=["profile myrun", "profile myrun --steps 5 --rank 0,3 --memory"],
 )
 def main(args: argparse.Namespace) -> int:
-    """Returns 0 when all that was asked for is there, 1 when a rank has recorded less."""
+    """Returns 0 when every rank has recorded all steps, 1 when one has recorded fewer."""
     if args.steps < 1:
         raise ConfigError(f"profile: --steps {args.steps}: use at least 1")
     if not args.timeout > 0:
@@ -71,7 +71,7 @@ class _Rank:
     number: int
     address: str
     status: dict[str, Any]
-    """Its answer at the start."""
+    """Its response at the start."""
     paths: RunPaths
     operator: Operator
 
@@ -83,11 +83,11 @@ class _Rank:
             raise ConfigError(f"profile: rank {self.number} does not answer ({error})") from None
 
     def report_file(self, profile_id: str) -> Path:
-        """The report that it writes."""
+        """The path of the report that it writes."""
         return self.paths.profiles / f"report-{profile_id}-rank{self.number}.json"
 
     def wait(self, profile_id: str, *, timeout_s: float) -> dict[str, Any]:
-        """Its report. Raises ArealError if it ends without one, or after `timeout_s`."""
+        """Waits for its report. Raises ArealError if it ends without one, or after `timeout_s`."""
         deadline_s = time.monotonic() + timeout_s
         heard_s = time.monotonic()
         report = self.report_file(profile_id)

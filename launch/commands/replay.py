@@ -1,8 +1,8 @@
 """`areal-like replay RUN key=value ...`: trains again on the trajectories of a run, in a new directory.
 
-With the recorded run's settings the weights must be equal to the last bit, also if an operator has changed
-the learning rate meanwhile: each step has the one that it had, unless trainer.lr=... is given. The weights
-are compared, and the result reported, at all steps at which both runs have a checkpoint.
+With the recorded run's settings the weights must be equal to the last bit. This holds even if an operator
+changed the learning rate during the run: each step uses its recorded rate, unless trainer.lr=... is given.
+The weights are compared, and the result reported, at all steps at which both runs have a checkpoint.
 
 `areal-like replay RUN --against OTHER` writes no run: it finds the first step at which two runs differ, and
 trains only that step again.
@@ -162,7 +162,8 @@ def _train(recorded: Path, run: OpenRun, *, view: View, options: Sequence[str]) 
 
 
 def _compare(recorded: RunPaths, replayed: RunPaths) -> list[str]:
-    """Lines for the user with the steps at which the weights of both runs are equal, and those where not."""
+    """Lines for the user: the steps at which the weights of both runs are equal, and those where they
+    differ."""
     steps = sorted(set(checkpoints(recorded)) & set(checkpoints(replayed)))
     same = [step for step in steps if _are_equal(recorded, replayed, step)]
     others = [step for step in steps if step not in same]
@@ -179,7 +180,7 @@ def _joined(steps: Sequence[int]) -> str:
 
 
 def _are_equal(recorded: RunPaths, replayed: RunPaths, step: int) -> bool:
-    """Compares the weights' files and, if both runs had as many ranks, masters and moments."""
+    """Compares the weights' files and, if both runs had the same number of ranks, masters and moments."""
     folders = [paths.checkpoints / checkpoint_name(step) for paths in (recorded, replayed)]
     weights, others = (_files(folder, "model*.safetensors") for folder in folders)
     rows = _files(folders[0], "rows/policy-*") & _files(folders[1], "rows/policy-*")

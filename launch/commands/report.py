@@ -1,6 +1,6 @@
 """`areal-like report RUN`: writes one HTML page about a run, or about two of them (launch/report/).
 
-It reads files only: the run may go on, have ended or have crashed, and its directory may be a copy.
+It reads files only: the run may be running, finished or crashed, and its directory may be a copy.
 """
 
 from __future__ import annotations

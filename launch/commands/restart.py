@@ -48,8 +48,8 @@ _SHARED_SETTINGS = ("trainer.groups_per_step", "trainer.num_steps")
 def main(args: argparse.Namespace) -> int:
     """Returns 0 when the launcher has taken the order, or the role has drained.
 
-    If the trainer gets settings: when it is ready with them. 1: it has failed with them, and has those of
-    before again. Raises ConfigError if it refuses them.
+    If the trainer gets settings, returns 0 when it is ready with them, and 1 when it has failed with them and
+    has its previous settings again. Raises ConfigError if it refuses them.
     """
     if "=" in args.role:
         raise ConfigError(
@@ -73,7 +73,7 @@ def wait_until_ready(job: RunningJob, paths: RunPaths, settings: Sequence[str], 
     limit_s = job.config.daemon.drain_timeout_s + START_PATIENCE * start_limit_s(job.config)
     deadline_s = time.monotonic() + limit_s
     words = " ".join(settings)
-    kept = "it runs with the settings of before, which config.yaml keeps"
+    kept = "it runs with its previous settings, which config.yaml keeps"
     while (outcome := _outcome(paths, order_id)) is None:
         if is_over(paths):
             sys.stderr.write(f"restart: the run ended before the trainer was ready with {words}\n")
@@ -176,7 +176,7 @@ def _drain_buffer(job: RunningJob, name: str) -> str:
 
 
 def _hand_over(job: RunningJob) -> str:
-    """Asks rank 0, at the address in its own endpoint file: never at one that another daemon reports."""
+    """Asks rank 0 at the address in its own endpoint file, never at one that another daemon reports."""
     endpoint = read_endpoint(job.paths.endpoints / "trainer-0.json") if job.paths is not None else None
     if endpoint is None:
         raise ConfigError(

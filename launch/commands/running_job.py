@@ -1,4 +1,4 @@
-"""The arguments of commands that speak with a running job: RUN, or `--buffer` from any other machine."""
+"""The arguments of commands that talk to a running job: RUN, or `--buffer` from any other machine."""
 
 from __future__ import annotations
 

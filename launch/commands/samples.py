@@ -1,7 +1,7 @@
 """`areal-like samples RUN`: shows samples of a run as text, with rewards and lags (launch/samples/).
 
-Without options these are the worst three and the best three of the newest completed step: what the policy
-gets wrong, and what it is rewarded for. The run may be going on.
+Without options it shows the worst three and the best three of the newest completed step: what the policy
+gets wrong, and what it is rewarded for. The run may still be running.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _count(text: str) -> int:
     ],
 )
 def main(args: argparse.Namespace) -> int:
-    """Prints the samples. Raises ConfigError without any, StoreCorruptError for a damaged record."""
+    """Prints the samples. Raises ConfigError if there are none, StoreCorruptError for a damaged record."""
     if args.ticket is not None and (args.step is not None or args.set_name is not None):
         raise ConfigError("samples: --ticket already says which samples: leave out --step and --set")
     root = find_run(args.run)

@@ -1,7 +1,8 @@
 """`areal-like scale RUN N`: the number of rollout servers of a run that Slurm or Ray runs.
 
 More: it submits jobs. Fewer: it drains the newest servers, which return their leases and then their
-allocations. On Ray the driver of the run does both. Which number is useful says `areal-like why RUN`.
+allocations. On Ray the driver of the run does both. `areal-like why RUN` says whether more servers would
+help.
 """
 
 from __future__ import annotations

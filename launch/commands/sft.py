@@ -2,8 +2,8 @@
 
     prepare the model -> train (trainer.sft) -> results
 
-A run that fails or is stopped continues with `resume=latest` or `resume=auto`; nothing starts it again by
-itself, because it has no other daemon that would wait.
+A run that fails or is stopped continues with `resume=latest` or `resume=auto`; it is not restarted
+automatically, because no other daemon waits for it.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def run_sft(argv: Sequence[str]) -> int:
 def check_settings(argv: Sequence[str]) -> Iterator[str]:
     """A line for each setting in `argv` that has no effect. Raises ConfigError for one that has another name.
 
-    Settings in a file are not looked at: one file may have those of `areal-like run`, too.
+    Settings in a file are not checked: the same file may also have settings of `areal-like run`.
     """
     for setting in argv:
         section, _, name = setting.partition("=")[0].partition(".")

@@ -1,9 +1,10 @@
 """`areal-like submit`: starts a run on a cluster: a buffer, a trainer, and rollout servers.
 
-`--slurm`: as jobs of Slurm, which share the run's directory, where their batch scripts are (`slurm/`). After
-this command nothing of it stays: each job restarts itself, and all end with the run.
+`--slurm`: as jobs of Slurm that share the run's directory, with their batch scripts in `slurm/`. This command
+ends when they are submitted: each job restarts itself, and all end with the run.
 
-`--ray`: as actors of a Ray cluster that own a process each. This command stays and starts again what fails.
+`--ray`: as actors of a Ray cluster that own a process each. This command keeps running and restarts what
+fails.
 """
 
 from __future__ import annotations
@@ -155,7 +156,7 @@ def _is_finished(config: Config) -> bool:
 
 
 def _warn_of_kill_wait(drain_timeout_s: float) -> None:
-    """Slurm kills what has not ended KillWait seconds after SIGTERM, in the middle of a drain if need be."""
+    """Warns if Slurm may kill daemons in the middle of a drain, KillWait seconds after SIGTERM."""
     limit_s = kill_wait_s()
     if limit_s is not None and limit_s < drain_timeout_s:
         sys.stderr.write(

@@ -1,6 +1,6 @@
 """`areal-like trace RUN`: what all daemons did when, as one trace for Perfetto (launch/trace/).
 
-It reads the files in RUN/spans, which daemons write all the time, so nothing has to be turned on before.
+It reads the files in RUN/spans, which daemons always write, so nothing has to be turned on first.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _steps(text: str) -> tuple[int, int]:
 
 
 def _part(parser: argparse._ActionsContainer) -> None:
-    """Which part of the run: one of two options."""
+    """Adds the part of the run to show: one of two options."""
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--last", metavar="SECONDS", type=_seconds, help="of the last seconds: 60s, 5m or 60")
     part.add_argument("--steps", metavar="A:B", type=_steps, help="while the trainer did steps A to B - 1")
@@ -61,7 +61,7 @@ def main(args: argparse.Namespace) -> int:
     processes = read_processes(RunPaths(root).spans)
     if not processes:
         raise ConfigError(
-            f"trace: {root} has no spans: its daemons have not begun, or run with daemon.trace_mb=0, or on "
+            f"trace: {root} has no spans: its daemons have not started, or run with daemon.trace_mb=0, or on "
             "machines that do not share this directory"
         )
     ends = window(processes, last_s=args.last, steps=args.steps)

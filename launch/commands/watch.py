@@ -37,7 +37,7 @@ from launch.view.status import daemon_table, rates_line, server_table, steps_lin
 _WATCH_S = 2.0
 _TOP_S = 0.5
 _GONE_S = 30.0
-"""A buffer on another machine that does not respond for so long ends `top`."""
+"""`top` ends when a buffer on another machine has not responded for this long."""
 _NUM_CHANGES = 5
 """Changes of settings that are shown; --json has more."""
 
@@ -153,9 +153,10 @@ class Look:
 
 
 def _watch(look: Look, view: View, *, interval_s: float, ends_with_job: bool) -> int:
-    """Shows the job until Ctrl-C; with `ends_with_job` also until its daemons have ended or are silent.
+    """Shows the job until Ctrl-C; with `ends_with_job` also until its daemons have ended or stopped
+    responding.
 
-    Returns the exit code: 1 if they are silent at the end.
+    Returns the exit code: 1 if they do not respond at the end.
     """
     job, heard_s, responds = look.job, time.monotonic(), False
     try:
@@ -242,12 +243,12 @@ def _end_of(job: RunningJob, daemons: Mapping[str, DaemonView]) -> Ended | None:
 
 
 def _end_text(job: RunningJob, end: Ended | None) -> str:
-    """What a command says that finds no daemon: how the run has ended, and what to do next."""
+    """The text for a command that finds no daemon: how the run has ended, and what to do next."""
     return "\n".join([f"{job.name}: no daemon is running", *(end.lines() if end is not None else [])]) + "\n"
 
 
 def held_lines(buffer: Mapping[str, Any]) -> list[str]:
-    """What an operator holds back, of a buffer's /status."""
+    """What an operator has paused or cordoned, from a buffer's /status."""
     cordoned = [str(name) for name in buffer.get("cordoned") or ()]
     return [
         *(["paused by an operator: `areal-like resume RUN` ends it"] if buffer.get("paused") else []),
@@ -256,7 +257,7 @@ def held_lines(buffer: Mapping[str, Any]) -> list[str]:
 
 
 def change_lines(buffer: Mapping[str, Any]) -> list[str]:
-    """What an operator has changed while the run went on, the newest last, of a buffer's /status."""
+    """What an operator has changed during the run, from a buffer's /status, the newest last."""
     rows = [row for row in buffer.get("changes") or () if row.get("origin") == "operator"]
     return [
         f"after step {row['step']}: {row['key']}"

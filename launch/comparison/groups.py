@@ -29,7 +29,7 @@ class StepDifferences:
         self._num: Counter[str] = Counter()
 
     def add(self, kind: str, text: str, ours: Any = None, theirs: Any = None) -> None:
-        """Adds a difference. Both values are put into the text; without any, the text says it all."""
+        """Adds a difference. The values, if given, are appended to the text."""
         self._num[kind] += 1
         if kind not in self._first:
             values = "" if ours is None and theirs is None else f": {ours} / {theirs}"
@@ -45,7 +45,8 @@ class StepDifferences:
         tolerance: float,
         scale: float = 1.0,
     ) -> None:
-        """Adds the first elements that differ, by more than `tolerance` of themselves or of `scale`."""
+        """Adds the first elements that differ by more than `tolerance`, relative to themselves or to
+        `scale`."""
         close = np.isclose(ours, theirs, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
         if not close.all():
             at = int((~close).argmax())
@@ -69,7 +70,8 @@ def compare_groups(
 ) -> None:
     """Adds what differs in two groups at the same position.
 
-    `steps`: of the versions of each run, which number them apart. `tolerance`: of log-probs and rewards.
+    `steps`: version -> step for each run, because runs number their versions independently. `tolerance`: for
+    log-probs and rewards.
     """
     where = f"group {ours.position} (tickets {ours.ticket_id} / {theirs.ticket_id})"
     prompts = ours.prompt_index, theirs.prompt_index
@@ -95,7 +97,8 @@ def compare_sample_rows(
     position: int,
     tolerance: float,
 ) -> None:
-    """Adds what differs in (prompt index, rows of the samples) of two groups whose records are not kept."""
+    """Adds the differences of two groups whose records are not kept, from (prompt index, rows of the
+    samples)."""
     where = f"group {position}"
     if not _are_comparable(found, where, (ours[0], theirs[0]), (len(ours[1]), len(theirs[1]))):
         return
@@ -156,7 +159,8 @@ def _shape_of(trajectory: Trajectory) -> tuple[str, ...]:
 
 
 def _num_same(found: StepDifferences, ours: Trajectory, theirs: Trajectory, *, where: str) -> int:
-    """The number of first tokens that are equal, and equal in whether the policy sampled them."""
+    """The length of the common prefix: tokens that are equal, and equal in whether the policy sampled
+    them."""
     num = min(ours.num_tokens, theirs.num_tokens)
     other = (ours.tokens[:num] != theirs.tokens[:num]) | (ours.loss_mask[:num] != theirs.loss_mask[:num])
     if not other.any():

@@ -1,4 +1,4 @@
-"""What the directory of a run has recorded, for a comparison with another run."""
+"""Reads the records in a run's directory, for a comparison with another run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from launch.run_files import read_config, read_rows
 from trainer.replay.recording import Recording
 
 ROUNDING_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
-"""By `model.dtype`: what another order of sums may change."""
+"""`model.dtype` -> largest relative difference that a different order of summation makes."""
 
 
 class RecordedRun:
@@ -33,7 +33,7 @@ class RecordedRun:
         self.source, self.has_own_lr = _recording_of(self.paths)
         """The directory whose ledger has the trajectories."""
         self.missing = ""
-        """Why there are no trajectories, or not all of what they had."""
+        """Why trajectories are missing or incomplete."""
         self.recording = self._open()
         self.num_groups = {} if self.recording is None else self.recording.num_groups()
         self.steps_of_versions = {} if self.recording is None else self.recording.steps_of_versions()
@@ -45,7 +45,7 @@ class RecordedRun:
 
     @property
     def rounding_tolerance(self) -> float:
-        """The relative difference that another order of sums may make."""
+        """The relative difference that a different order of summation may make."""
         return ROUNDING_TOLERANCE.get(self.settings.get("model.dtype", ""), ROUNDING_TOLERANCE["float32"])
 
     @property
@@ -76,7 +76,7 @@ class RecordedRun:
 
     def _open(self) -> Recording | None:
         if self.source is None:
-            self.missing = f"{self.root}: the run of which it is a replay is not there any more"
+            self.missing = f"{self.root}: the run that it replays no longer exists"
             return None
         try:
             if not RunPaths(self.source).ledgers:

@@ -30,7 +30,7 @@ _NUM_LINES = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """What a step has computed (trainer/replay/trace.py)."""
+    """The results of a step's computation (trainer/replay/trace.py)."""
 
     sequences: dict[tuple[int, int], dict[str, NDArray[np.float64]]]
     """(group, number of the sequence in the group) -> arrays over its trained tokens, by name."""
@@ -49,7 +49,7 @@ def add_replay(result: Comparison, ours: RecordedRun, theirs: RecordedRun) -> No
         result.not_recorded.append(f"advantages and weights of the loss: {error}")
         return
     rounding = max(ours.rounding_tolerance, theirs.rounding_tolerance, result.tolerance)
-    # Another token changes how its micro-batch is computed, and so the last bits of the others.
+    # One different token changes the computation of its micro-batch, and with it the last bits of the others.
     is_same_data = not {one.kind for one in result.differences} & set(KINDS[: KINDS.index("rewards")])
     found, kinds = compare_traces(
         traces[0], traces[1], tolerance=result.tolerance if is_same_data else rounding
@@ -67,7 +67,7 @@ def add_replay(result: Comparison, ours: RecordedRun, theirs: RecordedRun) -> No
 
 
 def compare_traces(ours: Trace, theirs: Trace, *, tolerance: float) -> tuple[StepDifferences, set[str]]:
-    """What differs in two replays of a step, and what was compared."""
+    """Returns the differences of two replays of a step, and the kinds that were compared."""
     found = StepDifferences()
     kinds = {*_KIND_OF.values(), "loss", "gradient norm"}
     if tolerance == 0:
@@ -87,7 +87,7 @@ def compare_traces(ours: Trace, theirs: Trace, *, tolerance: float) -> tuple[Ste
                 continue
             a, b = one[name], another[name]
             num = min(len(a), len(b))
-            scale = float(np.abs(a[:num]).max(initial=0.0))  # of a sum's terms, some of which are near zero
+            scale = float(np.abs(a[:num]).max(initial=0.0))  # the terms of a sum may be near zero
             what = f"{where}, trained token"
             found.add_arrays(kind, what, a[:num], b[:num], tolerance=tolerance, scale=scale)
     for kind, name in (("loss", "loss"), ("gradient norm", "grad_norm")):
@@ -98,7 +98,7 @@ def compare_traces(ours: Trace, theirs: Trace, *, tolerance: float) -> tuple[Ste
 
 
 def _against_row(run: RecordedRun, trace: Trace, *, tolerance: float) -> str:
-    """Whether the row of the run is what its records give."""
+    """A sentence that says whether a run's row agrees with what its records give."""
     row = next((row for step, row in run.rows() if step == trace.step["step"]), {})
     both = {name: (row.get(name), trace.step[name]) for name in ("loss", "grad_norm")}
     if None in [recorded for recorded, _ in both.values()]:
@@ -114,7 +114,7 @@ def _against_row(run: RecordedRun, trace: Trace, *, tolerance: float) -> str:
 
 
 def _traced(run: RecordedRun, step: int, out: Path) -> Trace:
-    """Raises ConfigError if the run's records are not enough."""
+    """Trains a step again. Raises ConfigError if the run's records are not sufficient."""
     if run.source is None or not run.has_records:
         raise ConfigError(run.missing or f"{run.root}: its trajectories")
     out.mkdir()

@@ -29,9 +29,9 @@ KINDS = (
     "parameters",
     "moments",
 )
-"""What is compared, in the order of cause: in a step each follows from those before it."""
+"""The kinds that are compared, in causal order: in a step, each is computed from those before it."""
 _OF_STEP = ("loss", "gradient norm", "other metrics")
-"""Numbers of a step as a whole, which its row states fully."""
+"""Numbers of a whole step, which its row has in full."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Difference:
     kind: str
     """One of KINDS."""
     text: str
-    """What differs and where; values of both, in the order of the runs."""
+    """What differs and where, with the values of both runs, in the order of the runs."""
     run: Any = None
     """The value in the first run, if it is one number or word."""
     other: Any = None
@@ -53,14 +53,14 @@ class Replayed:
 
     step: int
     differences: list[Difference]
-    """In the order of cause."""
+    """In causal order."""
     equal: list[str]
     """The kinds that do not differ."""
     rows: list[str]
     """For each run, whether the loss and gradient norm in its row are those that its records give."""
 
     def lines(self) -> Iterator[str]:
-        """The result for people."""
+        """The result as text for a user."""
         yield f"step {self.step} of both, trained again from their records:"
         yield from (f"  {one.kind}: {one.text}" for one in self.differences)
         if self.equal:
@@ -70,7 +70,7 @@ class Replayed:
 
 @dataclass(kw_only=True)
 class Comparison:
-    """What two runs have in common, and the first step at which they differ."""
+    """The result of a comparison: what is equal in two runs, and the first step at which they differ."""
 
     run: str
     other: str
@@ -80,11 +80,11 @@ class Comparison:
     tolerance: float
     """Largest relative difference that counts as equal; 0: to the last bit."""
     rounding: list[str] = field(default_factory=list)
-    """Settings that differ and change results by rounding alone."""
+    """Settings that differ and change results only by rounding."""
     step: int | None = None
     """The first step at which the runs differ; None: none."""
     differences: list[Difference] = field(default_factory=list)
-    """The differences in that step, in the order of cause."""
+    """The differences in that step, in causal order."""
     compared: Counter[str] = field(default_factory=Counter)
     """Kind -> how many steps it was compared in."""
     compared_means: Counter[str] = field(default_factory=Counter)
@@ -111,7 +111,7 @@ class Comparison:
         return json.dumps(vars(self) | found, indent=2)
 
     def lines(self) -> Iterator[str]:
-        """The result for people; where two values stand side by side, the first is `run`'s."""
+        """The result as text for a user; of two values separated by a slash, the first is `run`'s."""
         yield f"{self.run} / {self.other}: steps {self.first_step} to {self.last_step}"
         yield f"compared {self._precision()}"
         differing = {one.kind for one in self.differences}

@@ -28,7 +28,7 @@ _NAMES = {
 """Every other number of a row is among the other metrics."""
 _KIND_OF = {name: kind for kind, names in _NAMES.items() for name in names}
 SCALED = ("grad_norm", "lr", "lr_base", "lr_scale")
-"""They are not sums of positive and negative terms, so their rounding is relative to themselves."""
+"""Numbers that are not sums of positive and negative terms, so their rounding is relative to themselves."""
 _OF_TIME = ("_s", "_s_min", "_s_max")
 _OF_MACHINE = (
     "time_",
@@ -70,9 +70,10 @@ def compare_rows(ours: Row, theirs: Row, *, tolerance: float) -> tuple[set[str],
 
 
 def are_close(ours: Any, theirs: Any, *, tolerance: float, is_scaled: bool = False) -> bool:
-    """True for equal values, and for numbers whose difference is at most `tolerance` of them, or of 1.
+    """True for equal values, and for numbers that differ by at most `tolerance` times their size, or 1 if
+    larger.
 
-    `is_scaled`: of them alone.
+    `is_scaled`: times their size only.
     """
     if ours == theirs:
         return True

@@ -2,7 +2,7 @@
 
     settings, initial weights -> for each step { trajectories -> row of metrics.jsonl -> checkpoint } *
 
-The comparison ends with the first step that differs, and lists what differs there in the order of cause.
+The comparison ends with the first step that differs, and lists its differences in causal order.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ _OF_ROWS = ("groups", "prompts", "tokens", "versions", "rewards")
 def compare_runs(
     root: Path, other: Path, *, tolerance: float | None = None, replays: bool = False
 ) -> Comparison:
-    """Compares two runs. `tolerance`: largest relative difference of equal numbers; None: by the settings.
+    """Compares two runs. `tolerance`: largest relative difference that counts as equal; None: chosen from the
+    settings.
 
-    `replays`: trains the first step that differs again, from the records of both. Raises ConfigError if they
-    have no step in common.
+    `replays`: train the first step that differs again, from the records of both runs. Raises ConfigError if
+    they have no step in common.
     """
     with closing(RecordedRun(root)) as ours, closing(RecordedRun(other)) as theirs:
         try:
@@ -85,7 +86,7 @@ class _Comparer:
             kinds, of_rows = compare_rows(row, other_row, tolerance=result.tolerance)
             result.compared_means.update(kinds - {"settings"})
             known = {one.kind for one in found}
-            # A mean of the row says less than the sample that changes it.
+            # The sample that differs says more than a mean in the row.
             found += [one for one in of_rows if one.kind not in known or one.kind == "settings"]
             found += self._checkpoint(step + 1)
             if found:
@@ -113,7 +114,7 @@ class _Comparer:
             yield Difference(kind="initial weights", text=found.text, other=found.relative)
 
     def _trajectories(self, step: int) -> list[Difference]:
-        """What differs in the trajectories of a step, as deep as both runs have recorded them."""
+        """Returns the differences in the trajectories of a step, in as much detail as both runs recorded."""
         result = self._result
         one, another = self._ours.recording, self._theirs.recording
         if one is None or another is None:
@@ -149,7 +150,7 @@ class _Comparer:
         return found.found()
 
     def _is_gone(self, step: int, numbers: tuple[int, int]) -> None:
-        """Says once that a ledger has not the groups of a step: it began later, or ended before."""
+        """Notes once that a ledger does not have the groups of a step: it started later, or ended earlier."""
         for run, number in zip((self._ours, self._theirs), numbers, strict=True):
             if not number and run.root not in self._incomplete:
                 self._incomplete.add(run.root)
@@ -157,7 +158,7 @@ class _Comparer:
                 self._result.not_recorded.append(text)
 
     def _checkpoint(self, num_steps: int) -> Iterator[Difference]:
-        """What differs in the checkpoints after this many steps, if both runs have one."""
+        """Yields the differences of the checkpoints after this many steps, if both runs have one."""
         ours, theirs = (run.checkpoints.get(num_steps) for run in (self._ours, self._theirs))
         if ours is None or theirs is None:
             return

@@ -17,7 +17,7 @@ _ROUNDING = (
     "trainer.compile",
     "trainer.num_threads",
 )
-"""They change the order of sums, and so the last bits of the results."""
+"""Settings that change the order of summation, and so the last bits of the results."""
 _GENERATION = (
     "buffer.",
     "episode.",
@@ -31,7 +31,7 @@ _GENERATION = (
     "task",
     "weights.",
 )
-"""They act on the trajectories, which are compared themselves."""
+"""Settings that affect only the trajectories, which are compared directly."""
 _WITHOUT_EFFECT = (
     "name",
     "runs_dir",
@@ -55,8 +55,8 @@ _WITHOUT_EFFECT = (
     "trainer.lr",
     "trainer.num_steps",
 )
-"""They change no result, but for the model, the learning rate and the number of steps on which its schedule
-depends: the initial weights and the learning rate of each step are compared themselves."""
+"""Settings that do not change a result, except the model, the learning rate and the number of steps that its
+schedule depends on: the initial weights and the learning rate of each step are compared directly."""
 _STEP = ("trainer.lr_schedule",)
 """Exceptions from the prefixes above."""
 
@@ -66,13 +66,13 @@ class SettingsDifference:
     """Keys with different values, each as `key=ours / theirs`."""
 
     of_steps: list[str] = field(default_factory=list)
-    """They change what a step computes from its trajectories."""
+    """Settings that change what a step computes from its trajectories."""
     of_rounding: list[str] = field(default_factory=list)
     of_generation: list[str] = field(default_factory=list)
 
 
 def compare_settings(ours: Mapping[str, str], theirs: Mapping[str, str]) -> SettingsDifference:
-    """Sorts the keys with different values by what they act on."""
+    """Groups the keys with different values by what they affect."""
     found = SettingsDifference()
     for key in sorted(ours.keys() | theirs.keys()):
         values = ours.get(key, "(none)"), theirs.get(key, "(none)")

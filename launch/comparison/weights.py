@@ -19,16 +19,16 @@ _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "|u1",
 """Dtype of safetensors -> dtype of numpy, which lacks bfloat16."""
 _LENGTH_BYTES = 8
 _CHUNK = 1 << 22
-"""Elements that are compared at a time."""
+"""Number of elements that are compared at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsDifference:
-    """How two models differ."""
+    """The difference of two models' weights."""
 
     text: str
     relative: float
-    """Norm of the difference over the norm of the first; infinite for other tensors or shapes."""
+    """Norm of the difference over the norm of the first; infinite if tensors or shapes do not match."""
 
 
 def same_files(ours: Path, theirs: Path, pattern: str) -> bool | None:
@@ -42,7 +42,8 @@ def same_files(ours: Path, theirs: Path, pattern: str) -> bool | None:
 
 
 def compare_weights(ours: Path, theirs: Path) -> WeightsDifference | None:
-    """How the weights in two directories differ; None: equal to the last bit. Raises ConfigError."""
+    """Compares the weights in two directories; returns None if they are equal to the last bit. Raises
+    ConfigError."""
     if same_files(ours, theirs, "model*.safetensors"):
         return None
     models = _Tensors(ours), _Tensors(theirs)
@@ -74,13 +75,13 @@ def compare_weights(ours: Path, theirs: Path) -> WeightsDifference | None:
 
 
 def _squares(ours: NDArray[Any], theirs: NDArray[Any]) -> tuple[float, float]:
-    """Sum of the squares of the difference, and of the first."""
+    """Sums of squares: of the difference, and of the first."""
     difference = norm = 0.0
     for start in range(0, len(ours), _CHUNK):
         a, b = (_floats(array[start : start + _CHUNK]) for array in (ours, theirs))
         difference += float(np.square(a - b).sum())
         norm += float(np.square(a).sum())
-    # Not a number: neither equal nor close to anything.
+    # NaN is neither equal nor close to anything.
     return (math.inf if math.isnan(difference) else difference), norm
 
 
@@ -99,7 +100,7 @@ class _Place:
 
 
 class _Tensors:
-    """The tensors of a directory's `model*.safetensors`, read when they are asked for."""
+    """The tensors of a directory's `model*.safetensors`, read on demand."""
 
     def __init__(self, folder: Path) -> None:
         self.places: dict[str, _Place] = {}

@@ -11,7 +11,7 @@ from launch.doctor.facts import Disk, Facts, Versions
 
 TORCH = ((2, 11), (2, 15))
 TRANSFORMERS = ((5, 17), (6, 0))
-"""First version that works and first that may not, as in pyproject.toml."""
+"""First version that works and first version that is not supported, as in pyproject.toml."""
 LEAST_DRIVER = {12: 525, 13: 580}
 """By CUDA's major version: first driver branch for Linux that runs it (NVIDIA's compatibility table)."""
 MANY_FILES = 4096
@@ -22,7 +22,7 @@ CLOCK_WARNING_S, CLOCK_ERROR_S = 2.0, 300.0
 
 
 class Level(StrEnum):
-    """How bad a finding is."""
+    """The severity of a finding."""
 
     OK = "ok"
     """Nothing to do."""
@@ -49,7 +49,7 @@ def findings(facts: Facts) -> list[Finding]:
 
 
 def check_ports(facts: Facts) -> Iterator[Finding]:
-    """Addresses can be bound, and are not open to everybody."""
+    """Checks that addresses can be bound, and are not reachable without keys."""
     for bound in facts.bound:
         what = f"{bound.setting} {bound.address}"
         if bound.error:
@@ -65,7 +65,7 @@ def check_ports(facts: Facts) -> Iterator[Finding]:
 
 
 def check_names(facts: Facts) -> Iterator[Finding]:
-    """Hosts that others connect to resolve, and to the right kind of address."""
+    """Checks that hosts that peers connect to resolve, and to the right kind of address."""
     for name in facts.names:
         what = f"{name.setting} {name.host}"
         if not name.addresses:
@@ -81,7 +81,7 @@ def check_names(facts: Facts) -> Iterator[Finding]:
 
 
 def check_clocks(facts: Facts) -> Iterator[Finding]:
-    """Clocks agree: logs, traces and the age of keys and weights compare them."""
+    """Checks that clocks agree: logs, traces and the age of keys and weights depend on it."""
     for clock in facts.clocks:
         what = f"clock of {clock.of}"
         if clock.ahead_s is None:
@@ -99,7 +99,7 @@ def check_clocks(facts: Facts) -> Iterator[Finding]:
 
 
 def check_disks(facts: Facts) -> Iterator[Finding]:
-    """Directories can be written, have space, and the ledger is on a local disk."""
+    """Checks that directories are writable and have space, and that the ledger is on a local disk."""
     for disk in facts.disks:
         what = f"{disk.setting} {disk.path}"
         if disk.error:
@@ -131,13 +131,13 @@ def _space(disk: Disk, what: str) -> Finding:
 
 
 def check_model(facts: Facts) -> Iterator[Finding]:
-    """The model can be read."""
+    """Checks that the model can be read."""
     if facts.model_error:
         yield _error("model.path", facts.model_error, "set model.path to a directory with config.json")
 
 
 def check_versions(facts: Facts) -> Iterator[Finding]:
-    """Packages are of versions that work, with one another and with the driver."""
+    """Checks that the versions of packages are compatible with one another and with the driver."""
     for each in facts.versions:
         if each.error:
             yield _error(f"Python of the {each.of}", each.error, "make setup; for SGLang see the guide")
@@ -188,7 +188,7 @@ def _cuda(facts: Facts, each: Versions) -> Iterator[Finding]:
 
 
 def check_gpus(facts: Facts) -> Iterator[Finding]:
-    """The GPUs that the job wants are there and free."""
+    """Checks that the GPUs that the job wants exist and are free."""
     gpus = facts.gpus
     if not gpus.wanted:
         return
@@ -217,7 +217,7 @@ def check_gpus(facts: Facts) -> Iterator[Finding]:
 
 
 def check_network(facts: Facts) -> Iterator[Finding]:
-    """Interfaces for NCCL and gloo."""
+    """Checks the interfaces for NCCL and gloo."""
     limits = facts.limits
     for variable, value in limits.named_interfaces.items():
         wanted = [name.strip("^=") for name in value.split(",")]
@@ -242,7 +242,7 @@ def check_network(facts: Facts) -> Iterator[Finding]:
 
 
 def check_limits(facts: Facts) -> Iterator[Finding]:
-    """Open files and shared memory."""
+    """Checks the limits of open files and shared memory."""
     limits = facts.limits
     if limits.max_files < MANY_FILES:
         yield _warning(
@@ -262,7 +262,7 @@ def check_limits(facts: Facts) -> Iterator[Finding]:
 
 
 def check_secrets(facts: Facts) -> Iterator[Finding]:
-    """Files of keys exist, and others cannot read them."""
+    """Checks that files of keys exist, and that other users cannot read them."""
     for file in facts.secrets:
         if file.mode is None:
             if file.is_needed:
@@ -292,7 +292,7 @@ CHECKS: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
 
 
 def gigabytes(num_bytes: int) -> str:
-    """A size in words."""
+    """A size as text: `1.5 TB`, `2.0 GB`, `30 MB`."""
     if num_bytes >= 1e12:
         return f"{num_bytes / 1e12:.1f} TB"
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.0f} MB"

@@ -1,5 +1,5 @@
-"""What `areal-like doctor` finds out about a machine: plain data, which `gathering.py` collects, `checks.py`
-judges, and tests make up.
+"""The facts that `areal-like doctor` collects about a machine: plain data, collected in `gathering.py` and
+evaluated in `checks.py`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Disk:
     """Why it cannot be written, or has no locks."""
     is_ledger: bool = False
     reserved_bytes: int = 0
-    """What the ledger leaves free on this disk in addition to `needed_bytes`: `buffer.min_free_bytes`."""
+    """Bytes that must stay free on this disk in addition to `needed_bytes`: `buffer.min_free_bytes`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class GpuFacts:
     found: tuple[Gpu, ...] = ()
     driver: str = ""
     error: str = ""
-    """Why the driver could not be asked."""
+    """Why the driver could not be queried."""
     visible: str | None = None
     """CUDA_VISIBLE_DEVICES."""
     may_share: bool = False
@@ -132,7 +132,7 @@ class ProcessLimits:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """All of it."""
+    """All facts."""
 
     bound: tuple[BoundAddress, ...] = ()
     names: tuple[Name, ...] = ()

@@ -46,11 +46,11 @@ from launch.doctor.facts import (
 from launch.observation.reach import RunningJob
 
 _BYTES_PER_PARAMETER = 12
-"""In a checkpoint: master weights and Adam's two moments in float32."""
+"""Bytes per parameter in a checkpoint: master weights and Adam's two moments in float32."""
 _BYTES_PER_TICKET = 220
-"""In the ledger's rows, for a ticket of four samples (docs/reference/ledger.md)."""
+"""Bytes in the ledger's rows for a ticket of four samples (docs/reference/ledger.md)."""
 _BYTES_PER_TOKEN = 16
-"""In a segment, for a sampled token: its id, log-prob and version, and a margin."""
+"""Bytes in a segment for a sampled token: its id, log-prob and version, and a margin."""
 ROLES = ("buffer", "trainer", "rollout")
 _PROBE = """
 import importlib.metadata as m, importlib.util as u, json, re, pathlib, sys
@@ -70,7 +70,7 @@ print(json.dumps({"python": sys.version.split()[0], "torch": version("torch"),
 
 
 def gather(config: Config, roles: Sequence[str], *, job: RunningJob | None = None) -> Facts:
-    """The facts about this machine for these roles of the job. `job`: a running one, for its clock."""
+    """Collects the facts about this machine for these roles. `job`: a running job, to compare its clock."""
     hosts = [(setting, host) for setting, host in _named_hosts(config, roles) if host]
     gpus = _gpus(config, roles)
     return Facts(
@@ -103,7 +103,7 @@ def _bound(config: Config, roles: Sequence[str]) -> Iterator[BoundAddress]:
                 yield _try(config, "sessions.host", config.sessions.host, config.sessions.port + index)
         num_daemons += config.rollout.num_servers
     if "trainer" in roles:
-        # One port of the range at a time is used; all of them may be taken by other trainers.
+        # A trainer uses one port of the range; other trainers may have taken all of them.
         tried = [_try(config, "weights.host", config.weights.host, port) for port in config.weights.ports]
         yield next((each for each in tried if not each.error), tried[0])
         num_daemons += max(1, config.trainer.world_size // config.trainer.num_hosts)
@@ -191,7 +191,7 @@ def _disk(
 
 
 def _checkpoint_bytes(config: Config) -> int:
-    """Estimate of one checkpoint; 0 where the weights are not here."""
+    """Estimated size of one checkpoint; 0 if the weights are not on this machine."""
     folder = Path(config.model.path).expanduser()
     num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     with contextlib.suppress(OSError, ValueError):
@@ -236,7 +236,7 @@ def _secret(path: Path, *, is_needed: bool = True) -> SecretFile:
 
 
 def _clock(job: RunningJob, address: str) -> RemoteClock:
-    """Compares this clock with the Date header of a buffer, which has whole seconds."""
+    """Compares this clock with the Date header of a buffer, which has a resolution of one second."""
     host, _, port = address.rpartition(":")
     connection = job.operator.connection(host.strip("[]"), int(port), timeout_s=5.0)
     before_s = time.time()
@@ -249,7 +249,7 @@ def _clock(job: RunningJob, address: str) -> RemoteClock:
         return RemoteClock(of=address, ahead_s=None)
     finally:
         connection.close()
-    # uvicorn makes the header about once a second, so it may be a second old.
+    # uvicorn renews the header about once a second, so it may be a second old.
     return RemoteClock(of=address, ahead_s=ahead_s, uncertain_s=1.5 + (after_s - before_s) / 2)
 
 
@@ -307,7 +307,7 @@ def _gpus(config: Config, roles: Sequence[str]) -> GpuFacts:
 
 
 def gpus_from(table: str, *, wanted: dict[int, str], visible: str | None, may_share: bool) -> GpuFacts:
-    """The facts in nvidia-smi's table, with the numbers that CUDA_VISIBLE_DEVICES gives."""
+    """The facts in nvidia-smi's table, with the device numbers that CUDA_VISIBLE_DEVICES gives."""
     rows = [[cell.strip() for cell in line.split(",")] for line in table.splitlines() if line.count(",") >= 4]
     by_number = {row[0]: row for row in rows}
     order = [row[0] for row in rows]

@@ -1,6 +1,6 @@
 """The interface between a job's state machine and its processes: one observation in, actions out.
 
-`lifecycle.JobLifecycle` returns actions, `job.LocalJob` carries them out in order.
+`lifecycle.JobLifecycle` returns actions, which `job.LocalJob` performs in order.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Exit:
         return describe_exit(self.code)
 
     def restart_notice(self, pause_s: float) -> str:
-        """What the user is told about a process that is started again after `pause_s` seconds."""
+        """The notice about a process that is restarted after `pause_s` seconds."""
         return f"{self.name} ended ({self.description}): starting it again in {pause_s:.1f} s"
 
     def failure_lines(self, headline: str) -> list[str]:
@@ -82,13 +82,13 @@ class Notice:
 
 @dataclass(frozen=True, kw_only=True)
 class Tried:
-    """The end of a try to run the trainer with other settings."""
+    """The end of a trial of the trainer with other settings."""
 
     settings: tuple[str, ...]
     """`key=value`."""
     refusal: Exit | None = None
-    """The exit of the trainer that had them; the next one has the previous settings. None: a trainer has
-    been ready with them."""
+    """The exit of the trainer that had them: the next one has the previous settings. None: a trainer was
+    ready with them."""
 
 
 Action = Start | Terminate | Kill | KillEverything | HandOver | Notice | Tried

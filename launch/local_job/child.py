@@ -1,7 +1,7 @@
 """The child processes of the launcher: each runs one daemon in a new session, with its output in a file.
 
 There are three ways to end a child: SIGTERM to the child alone (it drains), SIGKILL to its process group, and
-at the very end SIGKILL to every process with the run's marker in its environment. The last way also finds
+finally SIGKILL to every process with the run's marker in its environment. The last way also finds
 processes that have started a new session, as torchrun's ranks do. When the launcher itself is killed, the
 kernel sends SIGTERM to the children, which request that signal at their start.
 """
@@ -29,7 +29,7 @@ from launch.local_job.specs import ChildSpec
 log = logging.getLogger(__name__)
 
 RUN_MARKER = "AREAL_LIKE_RUN"
-"""Environment variable that every process of one launched run carries, grandchildren included."""
+"""Environment variable of every process of one launched run, including grandchildren."""
 ROOT = Path(__file__).resolve().parents[2]
 """The folder of the daemons' packages."""
 
@@ -46,7 +46,7 @@ class Child:
         self._spec = spec
         self._output = paths.logs / f"{spec.name}.out"
         self._log = paths.logs / f"{spec.name}.log"
-        # Earlier processes of the same name have written to these files; only what follows is this one's.
+        # Earlier processes of the same name have written to these files; this one's output starts here.
         self._output_start = _size(self._output)
         self._log_start = _size(self._log)
         environment = os.environ | {
@@ -97,7 +97,7 @@ class Child:
     def complaint(self) -> str:
         """The message for the user that a process with exit code 2 has printed."""
         lines = _tail(self._output, start=self._output_start, num_lines=20)
-        # torchrun prints its report of a failed rank after the rank's own message, which begins with the
+        # torchrun prints its report of a failed rank after the rank's own message; that one begins with the
         # rank's name.
         own = [line for line in lines if re.match(rf"({re.escape(self._spec.name)}(-\d+)?|error): ", line)]
         told = (own or lines or [f"{self._spec.name}: see {self._output}"])[-1]
@@ -206,7 +206,7 @@ def _tail(path: Path, *, start: int, num_lines: int, max_bytes: int = 1 << 16) -
         return []
     size = path.stat().st_size
     with path.open("rb") as file:
-        file.seek(max(start if start <= size else 0, size - max_bytes))  # shorter: it is a new file (logs.py)
+        file.seek(max(start if start <= size else 0, size - max_bytes))  # shorter: a new file (logs.py)
         text = file.read().decode(errors="replace")
     return [line.rstrip() for line in text.split("\n") if line.strip()][-num_lines:]
 

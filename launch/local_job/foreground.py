@@ -1,4 +1,4 @@
-"""Runs one process of a run to its end, and shows the progress: replays and supervised training."""
+"""Runs one process of a run to its end and shows its progress: for replays and supervised training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TICK_S = 0.1
 
 
 class Foreground:
-    """The processes of a run that are started one after the other.
+    """Runs the processes of a run one after the other.
 
     starting -> running --one stop signal--> drained; a second one ends it at once
     """
@@ -26,7 +26,7 @@ class Foreground:
     def __init__(
         self, processes: ProcessTable, *, view: View, tail: MetricsTail, num_stops: Callable[[], int]
     ) -> None:
-        """`tail`: of the run's metrics, for the view. `num_stops`: the number of stop signals so far."""
+        """`tail`: the run's metrics, for the view. `num_stops`: returns the number of stop signals so far."""
         self._processes, self._view, self._tail, self._num_stops = processes, view, tail, num_stops
 
     def run(
@@ -42,8 +42,8 @@ class Foreground:
         its stop signal ended it.
 
         `phase`: for the view. `notice`: shown at the first stop signal. `on_step`: called when the process
-        has done a step. Everything of the run is killed if
-        this fails. Raises ConfigError with the process's own message for its exit code 2.
+        has done a step. If this fails, all processes of the run are killed. Raises ConfigError with the
+        process's own message for its exit code 2.
         """
         self._processes.start(spec)
         try:
@@ -74,7 +74,7 @@ class Foreground:
                 self._processes.terminate(name)
             progress = self._tail.read()
             newest_s = progress.recent[-1].get("time_unix_s", 0.0) if progress.recent else 0.0
-            if not has_step and newest_s > started_unix_s:  # older rows are of an earlier process
+            if not has_step and newest_s > started_unix_s:  # older rows were written by an earlier process
                 has_step = True
                 on_step()
             self._view.update(Observation(progress=progress), phase=phase, detail="")

@@ -1,6 +1,6 @@
 """Runs a whole job on this machine: starts the daemons, watches them, and ends all of their processes.
 
-Ten times per second `LocalJob` passes observations to the state machine (lifecycle.py) and carries out the
+Ten times per second `LocalJob` passes observations to the state machine (lifecycle.py) and performs the
 actions that it returns. It runs in the main thread: the kernel ends a child when the thread that started it
 ends.
 """
@@ -39,9 +39,9 @@ class LocalJob:
     def __init__(
         self, run: OpenRun, *, view: View, num_stops: Callable[[], int], specs: JobSpecs | None = None
     ) -> None:
-        """`specs`: of the job's processes; by default those of a run.
+        """`specs`: the specs of the job's processes; by default those of a run.
 
-        Raises ConfigError if the run has keys and the operator's token is not here.
+        Raises ConfigError if the run has keys and the operator's token is not on this machine.
         """
         self._run, self._paths, self._view, self._num_stops = run, run.paths, view, num_stops
         self._unkept: Callable[[], None] | None = run.keep_settings
@@ -88,12 +88,12 @@ class LocalJob:
         finally:
             self._processes.kill_everything()
             self._observer.close()
-            for left in self._paths.endpoints.glob("*.json"):  # of daemons that were killed
+            for left in self._paths.endpoints.glob("*.json"):  # left by daemons that were killed
                 left.unlink()
         outcome = self._lifecycle.outcome
         if outcome.exit_code:
             return outcome.exit_code
-        # A short run may train, and even end, before it is seen to be ready.
+        # A short run may train, and even end, before a poll sees that it is ready.
         if outcome.is_finished or max(checkpoints(self._paths), default=0) > self._run.first_step:
             self._keep_settings()
         log.info("the run is %s", "finished" if outcome.is_finished else "drained")
@@ -103,7 +103,7 @@ class LocalJob:
         lifecycle = self._lifecycle
         self._carry_out(lifecycle.stop_requested(self._num_stops(), now_s=time.monotonic()))
         for name in lifecycle.by_exit_priority(self._processes.names):
-            # None: the process runs, or an earlier exit in this loop has caused it to be killed.
+            # None: the process runs, or an earlier exit in this loop caused it to be killed.
             if (ended := self._processes.reap(name)) is not None:
                 self._carry_out(lifecycle.exited(ended, now_s=time.monotonic()))
         seen = self._observer.newest
@@ -121,7 +121,7 @@ class LocalJob:
         self._view.update(seen, phase=lifecycle.phase, detail=self._detail())
 
     def _keep_settings(self) -> None:
-        """Tries again later while the disk is full: the job goes on without it."""
+        """Writes the settings of the job into config.yaml; if the disk is full, tries again later."""
         if self._unkept is None or time.monotonic() < self._keep_due_s:
             return
         try:
@@ -165,11 +165,11 @@ class LocalJob:
                 raise ConnectionError("the trainer is still starting")
             post_json(address, "/control/hand_over", {}, operator=self._operator)
         except (OSError, HTTPException, ConfigError) as error:
-            log.warning("no answer to the hand-over request (%s): sending the stop signal", error)
+            log.warning("no response to the hand-over request (%s): sending the stop signal", error)
             self._processes.terminate("trainer")
 
     def _end_trial(self, tried: Tried) -> None:
-        """Tells the command that has ordered the restart; settings that have worked are kept."""
+        """Writes the outcome for the command that ordered the restart; settings that worked are kept."""
         refusal = tried.refusal
         if refusal is None:
             settings = load_config(["--config", str(self._run.config_file), *tried.settings])

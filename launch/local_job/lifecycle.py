@@ -45,11 +45,11 @@ START_PATIENCE = 2.0
 """Longest time without progress in STARTING, in multiples of `start_limit_s`. Above 1, because a server
 reports the reason itself if its engine does not start."""
 _LATEST_S = 5.0
-"""Longest time after which a finished step is observed. More is a clock that was set."""
+"""Longest delay until a finished step is observed. A longer one means that a clock was set."""
 FAILURE_CLOSE_S = 10.0
 """Time for the other daemons to end after one has failed."""
 FINISHED_GRACE_S = 10.0
-"""Time for the trainer of a finished run to end by itself: it has told the others, so that they end first."""
+"""Time for the trainer of a finished run to end by itself: the others end first, as it has told them to."""
 TRAINER_RESERVE, SERVERS_RESERVE = 0.25, 0.1
 """Fraction of `daemon.drain_timeout_s` that trainer and servers must leave to the processes that end after
 them."""
@@ -171,14 +171,14 @@ class JobLifecycle:
     def exited(self, ended: Exit, *, now_s: float) -> list[Action]:
         """Handles the end of a process that was not ended by a `Kill` action."""
         self._running.discard(ended.name)
-        # Only what trains or keeps the ledger knows it; a task's code may call sys.exit() in a server.
+        # Only the trainer and the buffers know this; in a server, a task's code may call sys.exit().
         if ended.code == 0 and (ended.name == "trainer" or ended.name in self._buffers):
             self.outcome.is_finished = True
         if self.phase is Phase.CLOSING and not self._is_needed_to_close(ended.name):
             self.outcome.note_exit_while_closing(ended)
             return []
         if ended.name == "trainer" and self._trainer.is_on_trial:
-            if ended.code == 0:  # it has trained the last step
+            if ended.code == 0:  # the last step is trained
                 return [self._trainer.end_trial(), *self._ended(ended, now_s=now_s)]
             if ended.code != DRAINED:
                 return self._fall_back(ended)
@@ -200,7 +200,7 @@ class JobLifecycle:
         assert self.phase is Phase.RUNNING
         self._trainer.change_settings(settings)
         text = f"replacing the trainer by one with {' '.join(settings) or 'the same settings'}"
-        if "trainer" not in self._running:  # it has just died: its restart uses the new settings
+        if "trainer" not in self._running:  # it just died: its restart uses the new settings
             return [Notice(text)]
         self._trainer.is_handing_over = True
         rank0 = seen.daemons.get("trainer-0")
@@ -209,7 +209,7 @@ class JobLifecycle:
     def replace(self, name: str) -> list[Action]:
         """Replaces a server, once it has drained, or a buffer with a durable ledger."""
         if name in self._running and name in self._buffer_restarts:
-            # Killed, because a buffer that drains without a trainer ends the run.
+            # It is killed, because a buffer that drains without a trainer ends the run.
             return [Notice(f"restarting {name}"), Kill(name), Start(self._buffers[name])]
         if name in self._running and self._servers.replace(name):
             return [Notice(f"restarting {name}"), Terminate(name)]
@@ -219,7 +219,8 @@ class JobLifecycle:
         """Advances the phase and starts what is due. Call it about ten times per second."""
         actions = self._advance_phase(seen, now_s=now_s)
         if seen.last_step > self._trainer.best_step:
-            # The step may be observed up to a second late, after a death that followed it: pass its own time.
+            # The step may be observed up to a second late, after a later death: pass the time of the step
+            # itself.
             finished_unix_s = float(seen.steps[-1].get("time_unix_s", now_unix_s))
             late_s = min(max(0.0, now_unix_s - finished_unix_s), _LATEST_S)
             self._trainer.reached(seen.last_step, at_s=now_s - late_s)
@@ -269,7 +270,8 @@ class JobLifecycle:
         return []
 
     def _supervise(self, ports: list[str], *, now_s: float) -> None:
-        """The buffers listen at these ports, also after a restart; servers and trainer can be started."""
+        """Records the ports of the buffers, which they keep after a restart; servers and trainer can be
+        started."""
         self._ports = ports
         if self._config.buffer.durability != "none":
             self._buffer_restarts = {name: Restarts(RestartLimits(), now_s=now_s) for name in self._buffers}
@@ -285,7 +287,8 @@ class JobLifecycle:
         if not unready:
             self._enter(Phase.RUNNING, now_s=now_s)
         elif seen.is_evaluating and not any(name in self._servers for name in unready):
-            # Everything has started. The first evaluation may wait for agents; the trainer limits that wait.
+            # All daemons have started. The first evaluation may wait for agents; the trainer limits that
+            # wait.
             self._progress.advance(now_s=now_s)
         elif now_s - self._progress.last_s > START_PATIENCE * start_limit_s(self._config):
             return self._fail_unready(unready, seen, now_s=now_s)
@@ -343,7 +346,7 @@ class JobLifecycle:
         ]
 
     def _ended(self, ended: Exit, *, now_s: float) -> list[Action]:
-        """Handles the orderly end of the trainer, or of a buffer that is faster: the run is over."""
+        """Handles the orderly end of the trainer, or of a buffer that ends before it: the run is over."""
         if ended.code == 0:
             return self._finish(now_s=now_s)
         return [Notice(f"a user stopped the {ended.name}: closing the run"), *self._drain(now_s=now_s)]
@@ -380,7 +383,7 @@ class JobLifecycle:
     # Closing
 
     def _finish(self, *, now_s: float) -> list[Action]:
-        """Closes a run whose daemons have heard that it is finished."""
+        """Closes a finished run: its daemons already know that they should end."""
         timeout_s = self._config.daemon.drain_timeout_s
         return self._close(timeout_s, grace_s=min(FINISHED_GRACE_S, timeout_s / 4), now_s=now_s)
 
@@ -403,7 +406,7 @@ class JobLifecycle:
         return self._fail(lines, exit_code=1, now_s=now_s)
 
     def _close(self, timeout_s: float, *, now_s: float, grace_s: float = 0.0) -> list[Action]:
-        """`grace_s`: before the trainer is asked to end."""
+        """Starts the shutdown. `grace_s`: seconds before the trainer is asked to end."""
         if self.phase is not Phase.CLOSING:
             stages = (
                 Stage(names=("prepare_model", "trainer"), reserve=TRAINER_RESERVE, grace_s=grace_s),
@@ -426,7 +429,7 @@ class JobLifecycle:
         return actions
 
     def _reason_of_slow_closing(self, seen: Observation) -> str:
-        """What the job waits on, or what the next process to end does."""
+        """What the job waits on, or what the process that ends next is doing."""
         if seen.cause:
             return f"the job {seen.cause}"
         names = self._shutdown.awaited(self._running) if self._shutdown is not None else []

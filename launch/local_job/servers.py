@@ -28,7 +28,8 @@ class RolloutServers:
         self._ours = frozenset(names)
         self._lease_timeout_s = lease_timeout_s
         self._restarts = {name: Restarts(RestartLimits(), now_s=now_s) for name in names}
-        """By name; without the servers that were stopped by a user or have left the finished run."""
+        """Server name -> its restarts, without servers that a user stopped or that have left the finished
+        run."""
         self._replacing: set[str] = set()
         """Servers that were asked to end for their replacement."""
         self._last_exit: Exit | None = None
@@ -39,7 +40,7 @@ class RolloutServers:
         return name in self._restarts
 
     def replace(self, name: str) -> bool:
-        """One of our servers is asked to end for its replacement; False if it is not ours."""
+        """Records that a server is asked to end for its replacement; returns False if it is not ours."""
         if name in self._restarts:
             self._replacing.add(name)
         return name in self._restarts
@@ -91,7 +92,7 @@ class RolloutServers:
         return None if now_s - self._joined_seen_s < self._lease_timeout_s else self._last_exit
 
     def _sees_joined_server(self, seen: Observation) -> bool:
-        """True if a joined server answers or is registered with the buffer.
+        """True if a joined server responds or is registered with the buffer.
 
         A server on a machine that cannot see the run's directory is only visible at the buffer.
         """

@@ -16,7 +16,7 @@ class Stage:
     reserve: float
     """Fraction of the whole time (0 to 1) that this stage must leave to the stages after it."""
     grace_s: float = 0.0
-    """Seconds in which its processes end by themselves, before they are asked to."""
+    """Seconds that its processes have to end by themselves before they are asked to."""
 
 
 class Shutdown:
@@ -34,7 +34,7 @@ class Shutdown:
         self._asked: set[str] = set()
 
     def advance(self, running: Iterable[str], *, now_s: float, reason: str = "") -> list[Action]:
-        """The actions that are due now, given the processes that still run.
+        """Returns the actions that are due now, given the processes that still run.
 
         `reason`: why they have not ended, for the notice of a process that is killed.
         """

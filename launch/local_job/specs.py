@@ -39,13 +39,13 @@ class JobSpecs:
     """The specs of one job's processes. `config_path`: the resolved configuration that all of them read."""
 
     stopping = "the trainer finishes its step and writes a checkpoint"
-    """What the first stop signal makes the trainer do, for the user."""
+    """The effect of the first stop signal, for the user."""
     stopped_at_once = "the training since the last checkpoint is lost"
-    """What a second one costs."""
+    """The effect of the second stop signal, for the user."""
 
     def __init__(self, config: Config, *, config_path: Path) -> None:
         self._config = config
-        # The launcher has to tell a drain from the end of the run, whatever the user's own setting is.
+        # The launcher must distinguish a drain from the end of the run, whatever the user's setting is.
         self._common = ("--config", str(config_path), f"daemon.exit_code_on_drain={DRAINED}")
 
     def buffer(self, name: str) -> ChildSpec:
@@ -85,7 +85,7 @@ class JobSpecs:
 
 
 class EvaluationSpecs(JobSpecs):
-    """The specs of an evaluation without training: an evaluator stands in the trainer's place."""
+    """The specs of an evaluation without training: an evaluator takes the trainer's place."""
 
     stopping = "what is sampled stays in the ledger"
     stopped_at_once = "samples that were not finished are lost"

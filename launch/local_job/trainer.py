@@ -19,7 +19,7 @@ class SupervisedTrainer:
         on trial --ready--> running --ended before--> running   (with the previous settings)
 
     Only a step beyond all earlier ones resets the count of deaths in a row; the run time of a trainer does
-    not. Data that kill the trainer at one step kill it again each time, after minutes without an error.
+    not: data that crash the trainer at one step crash it every time, after minutes without an error.
     """
 
     def __init__(self, spec: ChildSpec, *, resume: str, now_s: float) -> None:
@@ -36,7 +36,7 @@ class SupervisedTrainer:
         self._tried: tuple[str, ...] = ()
         """Settings with which no trainer has been ready yet."""
         self._before = spec
-        """The process without them."""
+        """The spec without them."""
         self.is_on_trial = False
         """True from the start of a trainer with other settings until it is ready, or has ended."""
         self._last_endpoint: Mapping[str, Any] = {}
@@ -87,10 +87,10 @@ class SupervisedTrainer:
         self.is_on_trial = False
 
     def see(self, endpoint: Mapping[str, Any], *, is_ready: bool) -> Tried | None:
-        """Records what was seen of rank 0: the content of its endpoint file, empty if there is none.
+        """Records the content of rank 0's endpoint file, empty if there is none.
 
-        Returns the end of a trial when the trainer that is on trial is ready. What was seen before its start
-        is of the one before.
+        Returns the end of a trial when the trainer that is on trial is ready. A file from before its start
+        belongs to its predecessor.
         """
         if not self.is_on_trial:
             self._last_endpoint = dict(endpoint)

@@ -1,9 +1,9 @@
-"""The log files of a run, read as entries with a time: in bounded memory, also where a file has gigabytes.
+"""Reads the log files of a run as entries with a time, in bounded memory even for files of gigabytes.
 
 A daemon writes JSON lines (`<daemon>.log`, and `.log.1` and so on after a rotation, the oldest with the
-largest number). Its output (`.out`) and the engines' logs are plain text. A plain line without a time has
-that of the line before it, and at the beginning of a file that of the file's last change. Lines of an output
-that the daemon's own log has as well are left out.
+largest number). Its output (`.out`) and the engines' logs are plain text. A plain line without a time gets
+the time of the line before it, or at the beginning of a file the time of the file's last change. Output lines
+that are also in the daemon's own log are left out.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ from pathlib import Path
 from typing import BinaryIO
 
 MAX_LINE_BYTES = 1 << 18
-"""Longest line that is read at once; a longer one is cut."""
+"""Longest line that is read; a longer one is cut."""
 _UNDATED_BYTES = 1 << 20
-"""How much of the end of a plain file is read for `--since` and for the last lines of all."""
+"""Bytes at the end of a plain file that are read for `--since` and for the last lines."""
 _OFFSET_BYTES = 1 << 16
-"""How much of the begin of a daemon's spans is read for its clock."""
+"""Bytes at the beginning of a daemon's spans that are read for its clock offset."""
 _LEVELS = {"DEBUG": 10, "INFO": 20, "WARNING": 30, "ERROR": 40, "CRITICAL": 50}
 LEVELS = tuple(_LEVELS)
 _OWN_LINE = re.compile(r"\d\d:\d\d:\d\d \S+ (DEBUG|INFO|WARNING|ERROR|CRITICAL) ")
-"""What `PlainFormatter` writes: the log file has it too."""
+"""Lines from `PlainFormatter`, which are also in the log file."""
 _STAMP = re.compile(r"\[?(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)(?:[.,](\d{1,6}))?")
 _HEADER = re.compile(r" (DEBUG|INFO|WARNING|ERROR|CRITICAL) \S+ ")
-"""Level and logger after the stamp of the embedded engine, which are shown once, in front of all entries."""
+"""Level and logger after the time stamp in a line of the embedded engine; they are cut, as entries show
+them."""
 _TROUBLE = re.compile(r"error|exception|traceback|fatal|critical|abort|segmentation", re.IGNORECASE)
 _WARNING = re.compile(r"warn", re.IGNORECASE)
 
@@ -59,14 +60,15 @@ class LogFiles:
     files: tuple[Path, ...]
     is_json: bool
     offset_s: float = 0.0
-    """Added to its times, which are of another machine's clock."""
+    """Added to its times, which come from another machine's clock."""
 
     def entries(
         self, *, since_unix_s: float | None, num_last: int | None, ends: Mapping[Path, int]
     ) -> Iterator[Entry]:
-        """The entries since a time, or at least the last `num_last` (fewer if there are fewer), or all.
+        """Yields the entries since a time, or at least the last `num_last` (fewer if there are fewer), or
+        all.
 
-        `ends`: where to end in a file.
+        `ends`: the offset at which to stop, by file.
         """
         for file, start in self._starts(since_unix_s, num_last):
             yield from self.read(file, start, ends.get(file))
@@ -141,7 +143,7 @@ class LineParser:
             raw = json.loads(text)
             unix_s, level, message = float(raw["time"]), str(raw["level"]), str(raw["message"])
         except (ValueError, KeyError, TypeError, RecursionError):
-            # A line that was cut by a crash or by MAX_LINE_BYTES.
+            # The line was cut by a crash or by MAX_LINE_BYTES.
             return Entry(self._unix_s + self._source.offset_s, self._source.name, "INFO", text)
         self._unix_s = unix_s
         parts = [message, *(str(raw[key]) for key in ("exception", "stacks") if raw.get(key))]
@@ -171,10 +173,10 @@ def find_sources(logs: Path, roles: Sequence[str]) -> list[LogFiles]:
 
 
 def _clock_offset_s(spans: Path, daemon: str) -> float:
-    """What the daemon has found out about its clock against the first buffer's; 0 if they agree.
+    """The daemon's estimate of its clock's offset from the first buffer's clock; 0 if they agree.
 
-    It is among the first lines of its spans: with the estimate of the shortest round trip, if that is shorter
-    than the offset.
+    It is read from the first lines of the daemon's spans: the estimate with the shortest round trip, if that
+    is shorter than the offset.
     """
     for path in (spans / f"{daemon}.jsonl", spans / f"{daemon}.old.jsonl"):
         found: list[tuple[float, float]] = []
@@ -203,7 +205,7 @@ def _unix_s(stamp: re.Match[str]) -> float | None:
 
 
 def _first_since(file: BinaryIO, size: int, since_unix_s: float) -> int:
-    """Offset of the first line at or after a time, by bisection: times in a log ascend, or nearly so."""
+    """Offset of the first line at or after a time, by bisection: times in a log ascend, at least nearly."""
     low, high = 0, size
     while high - low > MAX_LINE_BYTES:
         middle = (low + high) // 2

@@ -11,7 +11,7 @@ from typing import BinaryIO
 from launch.logs.files import MAX_LINE_BYTES, Entry, LineParser, LogFiles
 
 _MAX_LINES = 10_000
-"""Lines of one file in one poll, so that memory is bounded; the rest comes with the next poll."""
+"""Most lines of one file in one poll, to bound memory; the next poll reads the rest."""
 
 
 class Follower:
@@ -52,7 +52,7 @@ class _OpenFile:
         self._file: BinaryIO = path.open("rb")
         self._file.seek(start)
         self._rest = b""
-        """The beginning of a line that is not complete yet."""
+        """The beginning of a line that is still incomplete."""
         self._parser = LineParser(source, unix_s=os.fstat(self._file.fileno()).st_mtime)
 
     def read(self) -> list[Entry]:

@@ -41,7 +41,8 @@ class ClusterOptions:
 
     @classmethod
     def of(cls, args: argparse.Namespace, kept: Mapping[str, Any] = MappingProxyType({})) -> Self:
-        """The options of a command line; one that is not given (None) is as in `kept`, or the default."""
+        """The options of a command line; an option that is not given (None) comes from `kept`, or is the
+        default."""
         given = {field.name: getattr(args, field.name) for field in dataclasses.fields(cls)}
         return cls(**dict(kept) | {name: value for name, value in given.items() if value is not None})
 
@@ -64,7 +65,7 @@ def gpus_of(config: Config, role: str, *, trainer_nodes: int) -> int:
 
 
 def settings_for_nodes(argv: Sequence[str], *, trainer_nodes: int) -> Config:
-    """The configuration of a run, new or begun, with what its roles need as processes of a scheduler.
+    """The configuration of a new or existing run, with the settings that its roles need under a scheduler.
 
     Raises ConfigError for settings with which the roles would not find or admit each other.
     """
@@ -120,8 +121,8 @@ def _check(config: Config, nodes: int) -> None:
         KeyDirectory(Path(config.security.keys))
     elif not config.security.insecure:
         raise ConfigError(
-            "submit: the roles speak over the network, so they need keys: make them with `areal-like keys "
-            "init DIR`, in a directory that the nodes see and only you can read, and give security.keys=DIR"
+            "submit: the roles communicate over the network, so they need keys: make them with `areal-like "
+            "keys init DIR`, in a directory that the nodes see and only you can read, and give security.keys=DIR"
         )
 
 

@@ -1,17 +1,17 @@
-"""Starts one role of a run on a node that a scheduler has chosen: waits, and becomes the daemon (exec).
+"""Starts one role of a run on a node that a scheduler has chosen: waits, then execs the daemon.
 
 An actor of Ray runs `python -m launch.nodes.start ROLE RUN PLACE`, with the place as JSON; jobs of Slurm run
 `launch.slurm.node`.
 
-The daemon has the scheduler's process as its parent, so that signals reach the daemon itself. What a role
-waits for:
+The daemon has the scheduler's process as its parent, so that signals reach the daemon itself. Each role
+waits:
 
-    buffer    the lock of its ledger: on a node that the scheduler has given up a buffer may still work
-    trainer   the buffer; then a trainer of an earlier start loses its name
-    rollout   the buffer
+    buffer    for the lock of its ledger: a buffer may still work on a node that the scheduler has given up
+    trainer   for the buffer; then the trainer of an earlier start loses its name
+    rollout   for the buffer
 
-Each start of a rollout server has a name of its own, so a server on a lost node does no harm: as long as it
-reaches the job its samples count, and it ends with the run.
+Each start of a rollout server has a new name, so a server on a lost node does no harm: its samples count as
+long as it reaches the job, and it ends with the run.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from launch.run_directory.rundir import find_run, is_locked
 
 ROLES = ("buffer", "trainer", "rollout")
 _BUFFER_LIMIT_S = 600.0
-"""Longest wait for the buffer. The trainer and the rollout servers begin after it."""
+"""Longest wait for the buffer. The trainer and the rollout servers start after it."""
 _UNFENCE_LIMIT_S = 60.0
 _TICK_S = 0.5
 _TELL_S = 30.0
@@ -54,9 +54,9 @@ class RolePlace:
     """Where a role is started."""
 
     address: str
-    """Numeric address of this node, which the other nodes reach."""
+    """Numeric address of this node at which the other nodes reach it."""
     job: str
-    """The scheduler's name of what it started: letters and a number."""
+    """The scheduler's name for this start: letters and a number."""
     number: int
     """Chooses the trainer's port; the same on all nodes of one start."""
     num_starts: int = 0
@@ -64,7 +64,7 @@ class RolePlace:
     num_nodes: int = 1
     """Nodes of the trainer."""
     index: int = 0
-    """This node among them."""
+    """Index of this node among them."""
     first_address: str = ""
     """Address of the first of several nodes."""
 
@@ -157,7 +157,8 @@ def _prepare_model(config: Config, paths: RunPaths) -> None:
 
 
 def _wait_for_ledger(paths: RunPaths) -> None:
-    """Waits while another buffer has the ledger: it serves the run, and its file leads peers to it."""
+    """Waits while another buffer has the ledger: that buffer serves the run, and peers find its endpoint
+    file."""
     what = f"another buffer has {paths.ledger}; this one takes over when it has ended"
     _wait(lambda: not is_locked(paths.ledger / "lock"), what=what)
 
@@ -171,10 +172,10 @@ def _wait_for_buffer(config: Config) -> None:
 
 
 def _take_name(paths: RunPaths) -> None:
-    """Takes the trainer's name from the process of an earlier start, which the scheduler has given up.
+    """Takes the trainer's name from the process of an earlier start that the scheduler has given up.
 
-    It may still work where the scheduler does not reach its node. Without an operator's token the buffer
-    decides: the earlier one keeps the name while it responds.
+    That process may still run if the scheduler cannot reach its node. Without an operator's token the buffer
+    decides: the earlier process keeps the name while it responds.
     """
     until_s = time.monotonic() + _UNFENCE_LIMIT_S
     while True:
@@ -212,7 +213,7 @@ def _become(words: Sequence[str], *, num_threads: int) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Becomes the daemon; returns an exit code only without one."""
+    """Replaces this process by the daemon; returns an exit code only if that fails."""
     if len(argv) != 3 or argv[0] not in ROLES:
         sys.stderr.write(f"usage: python -m launch.nodes.start {'|'.join(ROLES)} RUN PLACE\n")
         return 2

@@ -1,8 +1,8 @@
 """Checks the HTTP responses of a job's daemons before the launcher and the commands use them.
 
-Every rollout server can write an endpoint file and respond with anything at that address. Its texts must not
-reach a terminal as escape sequences, and a value of the wrong type must not end the launcher: a value that no
-daemon of this release sends is left out, and the view has a gap.
+Every rollout server can write an endpoint file and send any response from that address. Its texts must not
+reach a terminal as escape sequences, and a value of the wrong type must not end the launcher: a value that
+does not have the type that this release sends is left out, and the view has a gap.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from areal_like.terminal_text import harmless_name, harmless_values
 
 _MAX_DIGITS = 18
-"""Digits of an integer that fits into 64 bits, and whose size a float holds."""
+"""Most digits of an integer, such that it fits into 64 bits and converts to a float."""
 
 
 def parsed_object(content: bytes) -> dict[str, Any]:
@@ -64,11 +64,11 @@ def _bounded(text: str) -> int:
 
 
 _Check = Callable[[Any], Any]
-"""The value, or None if it is to be left out."""
+"""Returns the value, or None to leave it out."""
 
 
 def _checked(entries: Mapping[str, Any], checks: Mapping[str, _Check]) -> dict[str, Any]:
-    """The entries that pass their check; those without one as they are."""
+    """The entries that pass their check; entries without a check are unchanged."""
     passed = {key: checks[key](value) if key in checks else value for key, value in entries.items()}
     return {key: value for key, value in passed.items() if value is not None}
 
@@ -81,14 +81,14 @@ _text, _number, _object = _is(str), _is(int | float), _is(dict)
 
 
 def _table(value: Any) -> dict[str, Any] | None:
-    """Names and numbers."""
+    """A table of names and numbers."""
     if not isinstance(value, dict):
         return None
     return {key: number for key, number in value.items() if number is None or _number(number) is not None}
 
 
 def _numbers(value: Any) -> dict[str, float] | None:
-    """The same without unknown numbers."""
+    """A table of names and numbers, without unknown numbers."""
     table = _table(value)
     return None if table is None else {key: number for key, number in table.items() if number is not None}
 

@@ -1,4 +1,4 @@
-"""Reads from a run's ledgers what was heard about each training prompt: `areal-like data stats RUN`."""
+"""Reads the results of each training prompt from a run's ledgers, for `areal-like data stats RUN`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from areal_like.ledger_place import open_ledger
 
 _ISSUED = "SELECT prompt_index, count(*) FROM tickets WHERE purpose = 'train' GROUP BY prompt_index"
 _RATE = "min(max((reward - :low) / (:high - :low), 0.0), 1.0)"
-# A greedy baseline is one of the last samples of its ticket, and a curriculum does not observe it either.
+# Greedy baselines are the last samples of their ticket. They are left out here and in a curriculum.
 _HEARD = f"""
 SELECT prompt_index, count(*), sum(rate = 0.0), sum(rate = 1.0), sum(rate)
 FROM (
@@ -27,7 +27,7 @@ GROUP BY prompt_index
 
 @dataclass(frozen=True, kw_only=True)
 class HeardPrompts:
-    """All ledgers of a run together."""
+    """The results of all prompts, from all ledgers of a run."""
 
     num_drawn: int
     """Prompts drawn from the epochs; a curriculum issues only some of them."""

@@ -1,13 +1,14 @@
-"""JSON requests to the daemons' HTTP servers: GET for a status, POST for a control request.
+"""Sends JSON requests to the daemons' HTTP servers: GET for a status, POST for a control request.
 
-A GET carries the token of `monitor`, which may read only. The operator's token goes with a change alone, and
-only to buffers and ranks of the trainer: every rollout server can write files into the run's directory, and
-no change is made at one (`drain_server` goes to the buffer). Where `monitor.token` is not there, a GET to a
-buffer or rank carries the operator's token, and one to a rollout server that of the servers' own key.
+A GET carries the token of `monitor`, which may only read. The operator's token is sent only with a change,
+and only to buffers and ranks of the trainer: every rollout server can write files into the run's directory,
+and changes are never sent to a server (`drain_server` goes to the buffer). Without `monitor.token`, a GET to
+a buffer or rank carries the operator's token, and a GET to a rollout server carries the token of the servers'
+own key.
 
-Addresses are those in the run's endpoint files, which the daemons themselves write: never one that a daemon
-reports for another, and on this machine only of processes of the user who has written the file. A user may
-name further addresses.
+Addresses come from the run's endpoint files, which the daemons write themselves, and never from one daemon's
+report about another. On this machine, the process at an address must belong to the user who wrote the file. A
+user may name further addresses.
 """
 
 from __future__ import annotations
@@ -32,20 +33,20 @@ from launch.observation.answers import checked_status, parsed_object
 REQUEST_TIMEOUT_S = 1.0
 _MAX_ANSWER_BYTES = 64 << 20
 _REFUSED = (401, 403, 421)
-"""Statuses of a daemon that refuses this caller whatever the request is."""
+"""HTTP statuses that mean that a daemon refuses this caller, whatever the request is."""
 IS_BUFFER_OR_RANK = re.compile(r"(buffer|trainer)(-\d+)?")
-"""Names of daemons that commands send changes to."""
+"""Names of the daemons to which commands send changes."""
 _TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 _LISTEN = "0A"
-"""State of a listening socket."""
+"""State of a listening socket in /proc/net/tcp."""
 _ANY = (ipaddress.ip_address("0.0.0.0"), ipaddress.ip_address("::"))
 
 
 class _Daemon(NamedTuple):
-    """What the endpoint files say about an address."""
+    """The daemon at an address, according to the endpoint files."""
 
     user: int
-    """Who has written the file."""
+    """User id of the file's owner."""
     may_be_changed: bool
 
 
@@ -55,8 +56,8 @@ class Operator:
     def __init__(
         self, security: SecurityConfig, endpoints: Path | None, *, given: Iterable[str] = ()
     ) -> None:
-        """`endpoints`: the run's directory of endpoint files. `given`: addresses that a user has named, who
-        may have the monitor's token only.
+        """`endpoints`: the run's directory of endpoint files. `given`: addresses that a user has named; that
+        user may have only the monitor's token.
 
         Raises ConfigError if the token or the certificate is missing.
         """
@@ -76,10 +77,10 @@ class Operator:
         return bool(self._keys)
 
     def headers(self, address: str, *, changes: bool) -> dict[str, str]:
-        """The headers of a request to `host:port`, which is for a change or only reads.
+        """The headers of a request to `host:port`. `changes`: the request is for a change.
 
-        Without a token if it is not a daemon's. Reads the token again, because it may have been rotated.
-        Raises ConfigError if it is gone.
+        They have no token if the address is not a daemon's. The token is read again, because it may have been
+        rotated. Raises ConfigError if it is gone.
         """
         token = self._token(address, changes=changes) if self._keys else None
         return {} if token is None else {"Authorization": f"Bearer {token}"}
@@ -100,14 +101,15 @@ class Operator:
         return None if changes else self._token_of_servers()
 
     def _token_of_servers(self) -> str | None:
-        """The token of the rollout servers' own key, which may read only; None if it is not here."""
+        """The token of the rollout servers' own key, which may only read; None if it is not on this
+        machine."""
         try:
             return KeyDirectory(self._keys).identity(self._identity or KeyRole.ROLLOUT.value).token
         except ConfigError:
             return None
 
     def connection(self, host: str, port: int, *, timeout_s: float) -> http.client.HTTPConnection:
-        """A connection that is not open yet; over TLS where the job has a certificate."""
+        """A connection that is not open yet; over TLS if the job has a certificate."""
         if self._tls is None:
             return http.client.HTTPConnection(host, port, timeout=timeout_s)
         return http.client.HTTPSConnection(host, port, timeout=timeout_s, context=self._tls)
@@ -120,7 +122,7 @@ class Operator:
             except (OSError, ValueError, KeyError, TypeError):
                 continue  # the daemon has just ended and removed its file
             daemon = _Daemon(user=user, may_be_changed=IS_BUFFER_OR_RANK.fullmatch(path.stem) is not None)
-            if address not in found or daemon.may_be_changed:  # a forged file must not hide a buffer's
+            if address not in found or daemon.may_be_changed:  # a forged file must not replace a buffer's
                 found[address] = daemon
         return found
 
@@ -204,11 +206,11 @@ def _error_of(answer: dict[str, Any]) -> str:
 
 
 def may_belong_to(address: str, user: int) -> bool:
-    """False if no process of this user listens at `host:port`, where that is an address of loopback.
+    """False if `host:port` is a loopback address at which no process of this user listens.
 
     A killed daemon leaves its endpoint file, and another user's process may get its port. Linux shows the
-    user of every listening socket, also to other users. True for other addresses, and on systems without
-    these tables: nothing is known there.
+    user of every listening socket, also to other users. Returns True for other addresses, and on systems
+    without these tables, where the owner is not known.
     """
     host, _, port = address.rpartition(":")
     try:
@@ -229,7 +231,7 @@ def may_belong_to(address: str, user: int) -> bool:
 
 
 def _as_shown(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str:
-    """In words of 32 bits, each in this machine's byte order."""
+    """An address as in /proc/net/tcp: words of 32 bits, each in this machine's byte order."""
     packed = address.packed
     words = struct.unpack(f"={len(packed) // 4}I", packed)
     return "".join(f"{word:08X}" for word in words)

@@ -1,4 +1,4 @@
-"""What `areal-like status` says about a running job, as one object: its keys are stable, for programs.
+"""The report of `areal-like status --json` about a running job: one object with stable keys, for programs.
 
 It is made from one look at the job. Rates are the buffer's, over the last minute, so one look is enough.
 """
@@ -34,7 +34,7 @@ _SERVER = (
 
 
 def job_report(config: Config, daemons: Mapping[str, DaemonView]) -> dict[str, Any]:
-    """The state of the job; a number that nobody reports is None."""
+    """The state of the job; a number that no daemon reports is None."""
     answers = [view.status for view in daemons.values() if view.role == "buffer" and view.status]
     status = merged_status(answers) if answers else {}
     peers = {str(peer["name"]): peer for peer in merged_peers(answers)}

@@ -75,7 +75,7 @@ class Observation:
 
     @property
     def signs_of_progress(self) -> tuple[tuple[str, str, float | None], ...]:
-        """Each daemon's state and count of progress: something has happened when they change."""
+        """Each daemon's state and progress counter; a change means progress."""
         return tuple(
             (name, str((view.status or {}).get("state", "")), find_number(view.status or {}, "progress"))
             for name, view in sorted(self.daemons.items())
@@ -111,7 +111,7 @@ class Observation:
 
     @property
     def why(self) -> dict[str, Any]:
-        """What the job waits on, as its buffers say, or as is seen from here if one does not respond."""
+        """What the job waits on, as its buffers report it, or as seen from here if one does not respond."""
         return diagnosis(self.daemons.values())
 
     @property
@@ -125,7 +125,7 @@ class Observation:
         return f"waits on {causes[0]['name']}: {causes[0]['what']}{more}"
 
     def longest_wait(self, name: str) -> str:
-        """The longest wait of a daemon, or why it is not ready; empty if it does not say."""
+        """The longest wait of a daemon, or why it is not ready; empty if it reports neither."""
         view = self.daemons.get(name)
         waits = (view.status or {}).get("waiting_on") if view else None
         if not waits:
@@ -185,7 +185,7 @@ def look_at_daemons(
             continue  # the daemon has just ended and removed its file
         is_server = IS_BUFFER_OR_RANK.fullmatch(path.stem) is None
         if not NAME.fullmatch(path.stem) or (is_server and endpoint.get("role") in ("buffer", "trainer")):
-            continue  # not written by a daemon: a server must not pass for a buffer, whose `why` is believed
+            continue  # not written by a daemon: a server must not pass as a buffer, whose `why` is trusted
         known = (before or {}).get(path.stem)
         daemons[path.stem] = look_at_daemon(path.stem, endpoint, known=known, operator=operator)
     return daemons
@@ -209,13 +209,13 @@ def look_at_daemon(
 
 
 _NO_ANSWER_S = 5.0
-"""A daemon that has responded before and then not for so long does not run, or is stopped."""
+"""A daemon that has not responded for this long after an earlier response has ended or is stopped."""
 
 
 def diagnosis(daemons: Iterable[DaemonView]) -> dict[str, Any]:
     """`causes`, `effects` and `bottleneck` of a job, from the responses of its buffers.
 
-    A buffer that does not respond is a cause itself: it can say nothing about the others.
+    A buffer that does not respond is a cause itself, and tells nothing about the other daemons.
     """
     causes: list[dict[str, Any]] = []
     effects: list[str] = []
@@ -262,7 +262,8 @@ def _values(status: dict[str, Any], key: str) -> Iterator[Any]:
 
 
 _RATES_OF_A_SHARD = ("samples_per_s", "tokens_trained_per_s", "drops_per_min")
-"""Each shard has these of its own samples. Every shard sees all steps, and the tokens of all servers."""
+"""Numbers that each shard reports for its own samples. Every shard sees all steps, and all servers'
+tokens."""
 
 
 def merged_status(statuses: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -280,7 +281,7 @@ def merged_status(statuses: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def merged_peers(statuses: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The peers in the /status of all shards, each once: as the shard that heard it last has it."""
+    """The peers in the /status of all shards, each once, from the shard that heard from it last."""
     found: dict[str, dict[str, Any]] = {}
     for status in statuses:
         peers = status.get("peers")

@@ -1,4 +1,4 @@
-"""The steps of a run whose metrics.jsonl cannot be seen, from what the trainer tells the buffer.
+"""Follows the steps of a run without its metrics.jsonl, from the trainer's heartbeats at the buffer.
 
 Each heartbeat of rank 0 has some columns of its newest step. A step that is shorter than the polling interval
 may be missed, so the curve has fewer points, and sums over steps are not known.
@@ -14,7 +14,7 @@ from launch.observation.progress import Progress, StepTally
 
 
 class PolledSteps:
-    """Collects steps from the /status of the buffers. Pure: the answers and the time come in."""
+    """Collects steps from the /status of the buffers. Pure: responses and the time are arguments."""
 
     def __init__(self) -> None:
         self._tally = StepTally()
@@ -22,7 +22,7 @@ class PolledSteps:
         self._lags: dict[str, int] = {}
 
     def see(self, statuses: Iterable[Mapping[str, Any]], *, unix_s: float) -> Progress:
-        """Takes one look; returns the progress over all looks so far."""
+        """Adds one poll; returns the progress over all polls so far."""
         answers = list(statuses)
         rank0 = next((peer for peer in merged_peers(answers) if peer["name"] == "trainer-0"), {})
         stats = rank0.get("stats")

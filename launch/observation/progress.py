@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 RECENT_STEPS = 50
-"""Steps over which rates and histograms are taken."""
+"""Number of steps over which rates and histograms are computed."""
 MAX_STRETCHES = 2048
-"""Even, because stretches are merged in pairs, and more than the dots in a line of the widest terminal."""
+"""Even, because stretches are merged in pairs, and larger than the number of dots in the widest terminal."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,9 @@
-"""A running job as commands speak with it, from a machine that sees the run's directory or from any other.
+"""Access to a running job for commands, from a machine that sees the run's directory or from any other.
 
 With the directory, addresses come from its endpoint files and settings from its `config.yaml`. Without it, a
 user gives the HTTP addresses of the buffers, which serve the settings at /config and report every peer in
-/status. Nothing else is asked then: the HTTP address of a peer may be a loopback of its own machine, and the
-operator's token goes to no address that one daemon reports for another.
+/status. Nothing else is requested then: the HTTP address of a peer may be a loopback address of its own
+machine, and the operator's token is never sent to an address that one daemon reports for another.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from launch.run_directory.rundir import find_run
 _FAR_TIMEOUT_S = 5.0
 """Time limit of requests to a given address, which may be behind a tunnel."""
 _MIN_SILENCE_S = 2.0
-"""A peer that the buffer has heard within this time, or three heartbeats, is alive."""
+"""A peer is alive if the buffer has heard from it within this time, or within three heartbeats."""
 
 
 class RunningJob:
-    """The buffers of one job, and what they know."""
+    """The buffers of one job, and requests to them."""
 
     def __init__(
         self, config: Config, *, operator: Operator, paths: RunPaths | None, addresses: Sequence[str] = ()
@@ -57,7 +57,7 @@ class RunningJob:
 
     @classmethod
     def at(cls, addresses: Sequence[str], *, keys: str = "", tls_certificate: str = "") -> Self:
-        """The job of the buffers at these HTTP addresses, of which at least one answers. Raises ConfigError.
+        """The job of the buffers at these HTTP addresses, of which at least one responds. Raises ConfigError.
 
         `keys`: a directory with `operator.token` or `monitor.token`. `tls_certificate`: as the setting.
         """
@@ -81,7 +81,7 @@ class RunningJob:
 
     @property
     def buffers(self) -> list[str]:
-        """HTTP addresses of the buffers: those given, or of those that have written one."""
+        """HTTP addresses of the buffers: the given ones, or those in endpoint files."""
         if self.paths is None:
             return self._given
         shards = all_shards(self.config.buffer.num_shards)
@@ -89,12 +89,12 @@ class RunningJob:
         return [str(endpoint["http"]) for endpoint in endpoints if endpoint and endpoint.get("http")]
 
     def get(self, address: str, path: str) -> dict[str, Any] | None:
-        """The JSON object at a page of a buffer; None if it does not answer. Raises ConfigError."""
+        """The JSON object at a page of a buffer; None if it does not respond. Raises ConfigError."""
         timeout_s = REQUEST_TIMEOUT_S if self.paths is not None else _FAR_TIMEOUT_S
         return fetch_json(address, path, operator=self.operator, timeout_s=timeout_s)
 
     def statuses(self) -> list[dict[str, Any]]:
-        """/status of each buffer that answers, in the order of the shards. Raises ConfigError."""
+        """/status of each buffer that responds, in the order of the shards. Raises ConfigError."""
         answers = [self.get(address, "/status") for address in self.buffers]
         return [answer for answer in answers if answer is not None]
 
@@ -106,13 +106,13 @@ class RunningJob:
         return merged_status(answers)
 
     def servers(self) -> set[str]:
-        """Names of the rollout servers that are registered. Raises ConfigError when no buffer answers."""
+        """Names of the rollout servers that are registered. Raises ConfigError when no buffer responds."""
         return {str(peer["name"]) for peer in self.status()["peers"] if peer.get("role") == "rollout"}
 
     def post(self, verb: str, body: Mapping[str, Any], *, timeout_s: float = 5.0) -> dict[str, Any]:
-        """POSTs /control/<verb> to the buffers, in order, until one accepts it; returns its answer.
+        """POSTs /control/<verb> to the buffers, in order, until one accepts it; returns its response.
 
-        Raises ConfigError with the last refusal, or when no buffer answers.
+        Raises ConfigError with the last refusal, or when no buffer responds.
         """
         error = self.no_answer()
         for address in self.buffers:
@@ -127,9 +127,9 @@ class RunningJob:
     def post_all(
         self, verb: str, body: Mapping[str, Any], *, timeout_s: float = 30.0
     ) -> list[dict[str, Any]]:
-        """POSTs /control/<verb> to every shard's buffer; returns their answers.
+        """POSTs /control/<verb> to every shard's buffer; returns their responses.
 
-        Raises ConfigError with the first refusal, or when one of them is not known or does not answer.
+        Raises ConfigError with the first refusal, or when one of them is not known or does not respond.
         """
         num_shards, addresses = self.config.buffer.num_shards, self.buffers
         if not addresses:
@@ -153,11 +153,12 @@ class RunningJob:
     def post_to(
         self, address: str, verb: str, body: Mapping[str, Any], *, timeout_s: float
     ) -> dict[str, Any]:
-        """POSTs to one buffer. Raises OSError if it does not answer, ConfigError if it refuses."""
+        """POSTs to one buffer. Raises OSError if it does not respond, ConfigError if it refuses."""
         return post_json(address, f"/control/{verb}", dict(body), operator=self.operator, timeout_s=timeout_s)
 
     def daemons(self, *, before: dict[str, DaemonView] | None = None) -> dict[str, DaemonView]:
-        """Every daemon of the job, by name: as it answers, or else as the buffers have heard from it.
+        """Every daemon of the job, by name: from its own response, or else from its heartbeats at the
+        buffers.
 
         `before`: the previous result.
         """
@@ -176,7 +177,7 @@ class RunningJob:
         return dict(sorted(views.items()))
 
     def no_answer(self) -> ConfigError:
-        """The error when no buffer answers."""
+        """The error when no buffer responds."""
         return ConfigError(f"{self.name}: its buffer does not answer; is the job running?")
 
     def _given_buffers(self, before: Mapping[str, DaemonView]) -> Iterable[DaemonView]:
@@ -198,9 +199,10 @@ class RunningJob:
 def peer_view(
     peer: Mapping[str, Any], *, endpoint: Mapping[str, Any] | None = None, is_heard: bool = True
 ) -> DaemonView:
-    """A daemon from its entry in the buffer's /status, as if it had answered the numbers of its heartbeat.
+    """A daemon from its entry in the buffer's /status, as if it had responded with the numbers of its
+    heartbeat.
 
-    `is_heard`: False if the buffer does not hear from it either: its status is then None.
+    `is_heard`: False if the buffer does not hear from it either; its status is then None.
     """
     stats = peer.get("stats")
     status = {
@@ -221,7 +223,7 @@ def peer_view(
 
 
 def _config_from(addresses: Sequence[str], operator: Operator) -> Config:
-    """The settings that the first buffer that answers has."""
+    """The settings that the first responding buffer serves."""
     for address in addresses:
         status = fetch_json(address, "/status", operator=operator, timeout_s=_FAR_TIMEOUT_S)
         if status is None:

@@ -1,4 +1,4 @@
-"""What a run asks of a Ray cluster: placement groups with a bundle for each node of each role, and actors.
+"""Requests of a run to a Ray cluster: placement groups with a bundle for each node of each role, and actors.
 
 An actor owns one child process, the daemon of its role.
 """
@@ -24,7 +24,7 @@ from launch.nodes.start import address_of_interface
 Resources = Mapping[str, float]
 STRATEGIES = ("SPREAD", "PACK", "STRICT_SPREAD", "STRICT_PACK")
 _LEAST_CPUS = 0.01
-"""Ray reserves nothing for a bundle without any resource."""
+"""Minimal resource of a bundle: Ray does not reserve a bundle without resources."""
 _TICK_S = 0.2
 
 
@@ -52,13 +52,13 @@ class ActorLostError(ArealError):
 
 
 def resources_of(config: Config, role: str, options: RayOptions) -> Resources:
-    """What one actor of a role reserves."""
+    """The resources that one actor of a role reserves."""
     gpus = gpus_of(config, role, trainer_nodes=options.trainer_nodes)
     return {"CPU": max(_LEAST_CPUS, options.cpus)} | ({"GPU": float(gpus)} if gpus else {})
 
 
 def import_ray() -> Any:
-    """The package. Raises ConfigError that says how to install it."""
+    """Returns the package `ray`. Raises ConfigError that says how to install it."""
     try:
         import ray
     except ImportError as error:
@@ -73,8 +73,8 @@ class RoleActor:
     """Runs a role on the node that Ray has chosen: a child process, the daemon, which ends with it
     (`die_with_parent`). It carries no data.
 
-    Its methods are coroutines, so all run in one thread, which lives as long as the actor: the kernel signals
-    a child whose parent's *thread* has ended.
+    Its methods are coroutines, so that all run in one thread that lives as long as the actor: the kernel
+    signals a child when the *thread* that started it ends.
     """
 
     def __init__(self) -> None:
@@ -107,14 +107,14 @@ class RoleActor:
         return code if code >= 0 else 128 - code
 
     async def stop(self) -> None:
-        """SIGTERM to the child, which drains."""
+        """Sends SIGTERM to the child, which drains."""
         if self._child is not None:
             with contextlib.suppress(ProcessLookupError):
                 self._child.terminate()
 
 
 class Cluster:
-    """A connection to Ray. Use it as a context; all of the run's actors end with it."""
+    """A connection to Ray. Use it as a context manager; all of the run's actors end with it."""
 
     def __init__(self, options: RayOptions) -> None:
         self._options = options
@@ -179,7 +179,8 @@ class Cluster:
         )
 
     def get(self, reference: Any, *, timeout_s: float) -> Any:
-        """A result. Raises ActorLostError if its actor is lost or too slow, ArealError if it failed."""
+        """Returns a result. Raises ActorLostError if its actor is lost or too slow, ArealError if it
+        failed."""
         try:
             return self._ray.get(reference, timeout=timeout_s)
         except self._ray.exceptions.RayTaskError as error:
@@ -188,7 +189,7 @@ class Cluster:
             raise ActorLostError(f"its actor did not respond ({type(error).__name__})") from None
 
     def done(self, references: Sequence[Any], *, timeout_s: float) -> list[Any]:
-        """Those of the references that have a result, after the first has or the time is over."""
+        """Waits for a first result or the time limit; returns the references that have a result."""
         if not references:
             return []
         ready, _ = self._ray.wait(list(references), timeout=timeout_s, num_returns=1)
@@ -196,7 +197,7 @@ class Cluster:
         return list({*ready, *more})
 
     def kill(self, actor: Any) -> None:
-        """Ends an actor, and with it its child."""
+        """Ends an actor and its child."""
         self._ray.kill(actor)
 
 

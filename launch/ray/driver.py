@@ -1,8 +1,8 @@
-"""`areal-like submit --ray`: places the roles of a run on a Ray cluster and starts again what fails.
+"""`areal-like submit --ray`: places the roles of a run on a Ray cluster and restarts those that fail.
 
 The driver is the launcher of the run: it stays until the run has ended, and all actors end with it. A signal
-drains the run. Ray places processes and notices lost nodes. The daemons speak with each other by connections
-of their own, with keys, and no record or weight passes through Ray.
+drains the run. Ray places processes and detects lost nodes. The daemons communicate over their own
+connections, with keys; records and weights never pass through Ray.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def run_on_ray(
 ) -> int:
     """Runs the run to its end; returns the exit code.
 
-    `listen` sets the handlers of signals, after Ray, which has its own, and returns a function that tells
+    `listen` installs the signal handlers, after Ray has installed its own, and returns a function that tells
     whether the run is to drain.
 
     Raises ConfigError without a cluster or if a launcher or another driver runs the run, ArealError if the
@@ -53,20 +53,20 @@ def run_on_ray(
 
 
 class Started:
-    """One start of one role: its actors, one for each node, and what they wait for."""
+    """One start of one role: its actors, one for each node, and their pending results."""
 
     def __init__(self, actors: list[Any], runs: list[Any]) -> None:
         """`runs`: the object reference of each actor's `run`."""
         self.actors, self.runs = actors, runs
         self.codes: dict[Any, int | None] = {}
-        """Reference -> exit code, or None if the actor is lost; of the nodes that have ended."""
+        """Reference -> exit code, or None if the actor is lost, for the nodes that have ended."""
         self.is_stopped = False
 
     @property
     def code(self) -> int | None:
         """The exit code of the start as a whole, when all nodes have ended.
 
-        That of a wrong setting, else of a failure, a loss (None) or a drain in this order, else 0.
+        It is the first of these that a node has: a wrong setting, a failure, a loss (None), a drain, 0.
         """
         codes = list(self.codes.values())
         for code in (2, *(c for c in codes if c not in (None, 0, 2, 75)), None, 75):
@@ -150,7 +150,7 @@ class Driver:
             )
             words = [role.role, str(self._paths.root), json.dumps(asdict(place))]
             log = self._paths.logs / f"ray-{label}-{index}.out"
-            # Relative paths in the configuration begin here, on every node.
+            # Relative paths in the configuration are relative to this directory on every node.
             runs.append(actor.run.remote(words, directory=str(Path.cwd()), log=str(log)))
         self._started[role] = Started(actors, runs)
         _say(f"{role.name} is on {', '.join(addresses)}, start {role.num_starts}")
@@ -165,7 +165,7 @@ class Driver:
         )
 
     def _collect(self) -> None:
-        """Takes the exit codes that have come; waits a moment for one."""
+        """Collects the exit codes that have arrived; waits a moment for one."""
         running = {run: role for role in self._supervision.roles for run in self._runs_of(role)}
         if not running:
             time.sleep(_TICK_S)
@@ -181,7 +181,7 @@ class Driver:
                 _say(f"{role.name}: {error}")
                 started.codes[run] = 1
             if len(started.codes) < len(started.runs):
-                self._stop(started)  # the nodes of a trainer begin and end together
+                self._stop(started)  # the nodes of a trainer start and stop together
                 continue
             for actor in started.actors:
                 self._cluster.kill(actor)
@@ -202,7 +202,8 @@ class Driver:
                 actor.stop.remote()
 
     def _stop_all(self, now_s: float) -> None:
-        """Servers and trainer first; the buffer when they have ended, because they say goodbye to it."""
+        """Stops servers and trainer first; the buffer when they have ended, because they deregister from
+        it."""
         self._end_unstarted(now_s)
         if self._stop_limit_s == float("inf"):
             self._stop_limit_s = now_s + self._config.daemon.drain_timeout_s + _MARGIN_S
@@ -222,7 +223,7 @@ class Driver:
                 self._supervision.ended(role, None, now_s=now_s)
 
     def _scale(self, now_s: float) -> None:
-        """Follows `areal-like scale`."""
+        """Adjusts the number of servers to the request of `areal-like scale`."""
         servers = self._supervision.servers()
         wanted = wanted_servers(self._paths)
         if wanted is None or wanted == len(servers):
@@ -242,12 +243,12 @@ class Driver:
 
 
 def directory_of(paths: RunPaths) -> Path:
-    """The folder of a run on Ray: the number that `areal-like scale` asks for, and the driver's lock."""
+    """The folder of a run on Ray, with the number that `areal-like scale` asks for and the driver's lock."""
     return paths.root / "ray"
 
 
 def wanted_servers(paths: RunPaths) -> int | None:
-    """The number of rollout servers that was asked for; None if nobody has, or the file is not whole yet."""
+    """The requested number of rollout servers; None without a request, or if the file is still incomplete."""
     try:
         number = int((directory_of(paths) / "servers").read_text())
     except (OSError, ValueError):
@@ -275,7 +276,7 @@ def has_driver(paths: RunPaths) -> bool:
 
 @contextlib.contextmanager
 def as_driver(paths: RunPaths) -> Iterator[None]:
-    """Holds the lock. Raises ConfigError if another driver does."""
+    """Holds the lock during the block. Raises ConfigError if another driver holds it."""
     file = os.open(directory_of(paths) / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,8 +1,9 @@
-"""Which roles of a run are started again, and when. Pure: no Ray, no clock.
+"""Decides which roles of a run are restarted, and when. Pure: no Ray, no clock.
 
     WAITING --begin()--> RUNNING --ended(code)--> over, or WAITING again
 
-A role is the buffer, the whole trainer (its nodes begin and end together), or one rollout server. It ends by:
+A role is the buffer, the whole trainer (its nodes start and stop together), or one rollout server. It ends
+by:
 
     0      the run is finished              over
     75     drained                          over; if it is not a rollout server, the run drains
@@ -20,13 +21,13 @@ from areal_like.runtime.restarts import RestartLimits, Restarts, RestartState
 from launch.local_job.specs import DRAINED
 
 HEALTHY_S = 600.0
-"""After a start that lasted so long, earlier failures of the role no longer count."""
+"""After a start that lasted this long, earlier failures of the role no longer count."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
 
 
 @dataclass(kw_only=True, eq=False)
 class RoleState:
-    """One role, equal to itself only. `now_s`: seconds on any monotonic clock."""
+    """One role, compared by identity. `now_s`: seconds on any monotonic clock."""
 
     role: str
     """`buffer` | `trainer` | `rollout`"""
@@ -42,7 +43,7 @@ class RoleState:
         return f"rollout server {self.number}" if self.role == "rollout" else f"the {self.role}"
 
     def begin(self, *, now_s: float) -> None:
-        """Its start begins now."""
+        """Records that it is started now."""
         self.num_starts += 1
         self.restarts.started(now_s=now_s)
 
@@ -55,18 +56,18 @@ class Supervision:
     """Failures in a row after which a role is given up."""
     roles: list[RoleState] = field(default_factory=list)
     is_stopping: bool = False
-    """True: the run drains, and nothing is started any more."""
+    """True: the run drains, and no role is started any more."""
     is_finished: bool = False
-    """True: nothing is started any more, because the run is finished."""
+    """True: the run is finished, and no role is started any more."""
     exit_code: int = 0
 
     @property
     def is_over(self) -> bool:
-        """True when no role runs or will."""
+        """True when no role runs or will run again."""
         return all(role.is_over for role in self.roles)
 
     def add(self, role: str, *, now_s: float) -> RoleState:
-        """One more role, to be begun at once."""
+        """Adds a role, which is due at once."""
         numbers = [each.number for each in self.roles if each.role == "rollout"]
         limits = RestartLimits(
             max_failures=self.max_failures,
@@ -84,7 +85,7 @@ class Supervision:
         return [role for role in self.roles if role.role == "rollout" and not role.is_over]
 
     def ended(self, role: RoleState, code: int | None, *, now_s: float) -> str:
-        """Decides on a role that has ended; returns a line for the user."""
+        """Decides what to do about a role that has ended; returns a line for the user."""
         if self.is_stopping or self.is_finished or code in (0, DRAINED):
             role.is_over = True
             self.is_finished |= code == 0

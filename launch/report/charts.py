@@ -1,6 +1,6 @@
-"""Which charts a report has, and the lines in them. Pure: from runs to numbers, without HTML.
+"""The catalogue of a report's charts and their lines. Pure: from runs to numbers, without HTML.
 
-A chart whose columns no row has is left out, so the same catalogue serves every kind of run.
+A chart without data is left out, so that one catalogue serves every kind of run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from launch.report.run import Evaluation, Run
 
 _MAX_SETS = 12
 _MAX_EVALUATIONS = 200
-"""Most points of one set in a chart; further ones are thinned out."""
+"""Most points of one set in a chart; more are thinned out."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Spec:
 
     title: str
     unit: str
-    """What the vertical axis shows, in words."""
+    """The label of the vertical axis."""
     lines: Mapping[str, str]
     """Label -> column of `Columns.get`."""
     thin: Mapping[str, str] = field(default_factory=dict)
@@ -32,7 +32,7 @@ class Spec:
     evaluates: bool = False
     """True if the first evaluation set is shown in it."""
     floor: float | None = 0.0
-    """The axis begins here, or below if a value is smaller; None: near the smallest value."""
+    """The axis starts here, or lower if a value is smaller; None: near the smallest value."""
     log_scale: bool = False
     """Logarithmic if the values span more than a factor of 100 and all are above 0."""
 
@@ -146,7 +146,7 @@ class Chart:
 
 
 def sections(runs: Sequence[Run]) -> dict[str, list[Chart]]:
-    """Title -> the charts that have numbers, of one run or of two."""
+    """Title -> the charts that have numbers, for one run or two."""
     names = list(dict.fromkeys(one.set_name for run in runs for one in run.evaluations))[:_MAX_SETS]
     found = {}
     for title, specs in _CATALOGUE.items():
@@ -162,7 +162,7 @@ def _chart(spec: Spec, runs: Sequence[Run], set_names: Sequence[str]) -> Chart:
     labels: list[str] = []
     for at, (label, name) in enumerate({**spec.lines, **spec.thin}.items()):
         lines = [reduced(run.columns.steps, run.columns.get(name)) for run in runs]
-        # A series of zeros is news in the first line only: a run that never times out needs no such line.
+        # A series of zeros is shown only as the first line: a run without time-outs needs no line for them.
         shown = [
             (run, line)
             for run, line in enumerate(lines)
@@ -191,7 +191,7 @@ def _set_chart(name: str, runs: Sequence[Run]) -> Chart:
 
 
 def _points(name: str, runs: Sequence[Run], *, first_color: int) -> list[Series]:
-    """The evaluations of one set, of each run that has any."""
+    """The evaluations of one set, for each run that has any."""
     found = []
     for index, run in enumerate(runs):
         if known := thinned([one for one in run.evaluations if one.set_name == name]):

@@ -1,4 +1,4 @@
-"""The numbers of metrics.jsonl as one array for each column, and their reduction to a few hundred points.
+"""Reads the numbers of metrics.jsonl into one array per column, and reduces them to a few hundred points.
 
 A run may have millions of steps: rows are read one by one, and only numbers are kept, 4 bytes each. A chart
 shows at most NUM_BUCKETS points. Each point of a longer run stands for a bucket of steps, with their mean,
@@ -34,7 +34,7 @@ class Columns:
     """Rows of a run, column by column. A number that a row lacks is NaN."""
 
     steps: NDArray[np.int64]
-    """Ascending, each once."""
+    """Step numbers, ascending and unique."""
     times_s: NDArray[np.float64]
     """Unix time of each step's end; NaN where the row has none."""
     values: dict[str, Floats] = field(default_factory=dict)
@@ -66,9 +66,9 @@ class Columns:
         return max(1, round(len(self.steps) / 10))
 
     def increase(self, name: str) -> Floats:
-        """What a counter has gained since the row before that has it, at each row that has it.
+        """The increase of a counter since the previous row that has it, at each row that has it.
 
-        A counter that has become smaller has begun again at 0.
+        A counter that has become smaller was reset to 0.
         """
         column = self.get(name)
         known = np.flatnonzero(np.isfinite(column))
@@ -79,7 +79,7 @@ class Columns:
         return gained
 
     def seconds_between(self, name: str) -> Floats:
-        """Seconds since the row before that has the counter, at each row that has it."""
+        """Seconds since the previous row that has the counter, at each row that has it."""
         gained = np.full(len(self.steps), np.nan, np.float32)
         known = np.flatnonzero(np.isfinite(self.get(name)))
         gained[known[1:]] = np.diff(self.times_s[known])
@@ -87,7 +87,7 @@ class Columns:
 
 
 def read_columns(path: Path) -> Columns:
-    """Reads metrics.jsonl; empty without the file. A line that a crash cut short ends it."""
+    """Reads metrics.jsonl; empty without the file. Reading stops at a line that a crash cut short."""
     steps, times = array("q"), array("d")
     values: dict[str, array[float]] = {}
     is_incomplete = False
@@ -179,11 +179,12 @@ DERIVED: dict[str, Callable[[Columns], Floats]] = {
 }
 """Columns that are computed from others: the share of each step's time in which rank 0 waited for data, the
 share of the time in which the engines had nothing to decode, and sampled tokens a second. The last two are
-since the row before that has the counters."""
+computed over the time since the previous row that has the counters."""
 
 
 def filled_back(values: Floats) -> Floats:
-    """Each unknown value replaced by the next known one, for a rate that counts since the row before."""
+    """Replaces each unknown value by the next known one: a rate covers the time since the previous known
+    row."""
     known = np.flatnonzero(np.isfinite(values))
     if len(known):
         following = known[np.minimum(np.searchsorted(known, np.arange(len(values))), len(known) - 1)]

@@ -1,8 +1,8 @@
-"""Turns charts into the paths, labels and legends that page.html draws as SVG, and into what hover.js shows.
+"""Turns charts into the paths, labels and legends that page.html draws as SVG, and the texts for hover.js.
 
 A plot is stretched to the width of the page (`preserveAspectRatio="none"`, strokes that do not scale), so its
-coordinates are percents. Labels are text in SVGs that are not stretched, at the same percents: a chart is
-legible at any width, on paper and without a script.
+coordinates are percentages. Labels are text in SVGs that are not stretched, at the same percentages: a chart
+is legible at any width, on paper and without a script.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NUM_TICKS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """Maps values to percents of its length."""
+    """Maps values to percentages of its length."""
 
     low: float
     high: float
@@ -62,7 +62,7 @@ class Drawing:
 
 
 def x_axis(charts: Iterable[Chart]) -> Axis:
-    """One axis of steps for all charts, so that what happened at one step is at one place in all of them."""
+    """One axis of steps for all charts, so that a step has the same position in all of them."""
     steps = [x for chart in charts for one in chart.series for x in (one.line.x[0], one.line.x[-1])]
     low, high = (min(steps), max(steps)) if steps else (0, 1)
     return Axis(low=low, high=high if high > low else low + 1)
@@ -116,7 +116,7 @@ def _paths(one: Series, x: Axis, y: Axis) -> Iterator[tuple[str, str]]:
         bands = (f"M{points(piece, line.high)}L{points(piece[::-1], line.low)}Z" for piece in pieces)
         yield f"band {color}", "".join(bands)
     style = "line thin" if one.kind == SeriesKind.POINTS else one.kind
-    # A line of no length at the end makes a dot of a single point.
+    # A line of length 0 at the end draws a dot for a single point.
     yield f"{style} {color}", "".join(f"M{points(piece, line.mean)}h0" for piece in pieces)
     if one.kind == SeriesKind.POINTS:
         known = [at for at in range(len(line.x)) if math.isfinite(line.low[at] + line.high[at])]
@@ -130,7 +130,7 @@ def _has_band(one: Series) -> bool:
 
 
 def _legend(series: Sequence[Series], *, num_runs: int) -> dict[int, str]:
-    """One label for each color; of two runs that differ in color, one for each of them."""
+    """One label for each color; if two runs differ in color, one for each run."""
     if num_runs == 1 and len(series) < 2:
         return {}
     shown: dict[int, str] = {}

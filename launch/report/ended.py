@@ -1,5 +1,5 @@
-"""How and when a run ended, its last error, and the command that continues it: what an operator asks of a run
-without daemons. Made from the run's files.
+"""Tells from a run's files how and when it ended, its last error, and the command that continues it: for a
+run without daemons.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from launch.run_directory.rundir import checkpoints, has_launcher, is_held
 from launch.run_files import read_object
 
 _NUM_CHANGES = 3
-"""Newest changes of config.yaml that are shown."""
+"""Number of changes of config.yaml that are shown, the newest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +36,13 @@ class Ended:
     settings: list[str]
     """The newest changes of `config.yaml`, each on one line."""
     next_command: str
-    """Empty if there is nothing to continue, or no launcher has begun the run."""
+    """The command that continues the run; empty if there is nothing to continue, or no launcher started the
+    run."""
     next_note: str
-    """What it does; what else to do without a command."""
+    """What the command does, or what to do instead if there is none."""
 
     def lines(self) -> list[str]:
-        """For a terminal."""
+        """The end as lines for a terminal."""
         when = "" if self.unix_s is None else f" at {_clock(self.unix_s)} ({_ago(self.unix_s)})"
         return [
             f"{self.how}{when}: {self.detail}",

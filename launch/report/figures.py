@@ -1,4 +1,4 @@
-"""The figures of a run, each with a name, for the head of a report and for the comparison of two. Pure."""
+"""Named figures of a run, for the head of a report and for the comparison of two runs. Pure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from launch.report.run import Evaluation, Run
 from launch.run_files import mapping, number
 
 _WARM_UP = 10
-"""First steps, left out of idle shares and rates if there are more: the pipeline is still filling."""
+"""Number of first steps that idle shares and rates leave out in a longer run: the pipeline is still
+filling."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Figure:
 
     @property
     def text(self) -> str:
-        """The value for a reader; `-` without one."""
+        """The value as text; `-` without one."""
         return self.form(self.value)
 
 
@@ -74,7 +75,7 @@ def num_failures(run: Run) -> int:
 
 
 def num_restarts(run: Run) -> int:
-    """Processes beyond the first of each name, by the ledger and by the launcher's log."""
+    """Number of processes beyond the first of each name, from the ledger and the launcher's log."""
     return sum(max(num, 1) - 1 for num in run.num_starts.values())
 
 

@@ -1,6 +1,6 @@
 """What a reader of a report should look at first: rules over the run's numbers and messages. Pure.
 
-A rule states what it has seen, with numbers; it does not guess at a cause that the files do not show.
+A rule states an observation with numbers; it does not guess at a cause that the files do not show.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from launch.run_files import mapping, number
 _MAX_GAPS = 3
 _LONG_GAP_S = 10.0
 _NUM_STEPS_JUDGED = 20
-"""Shares and means of shorter runs say little."""
+"""Fewest steps for rules about shares and means, which are not meaningful in shorter runs."""
 
 
 def findings(run: Run) -> list[str]:

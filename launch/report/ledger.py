@@ -1,6 +1,6 @@
-"""What the ledgers of a run say: counters, tickets, restarts, and what operators did.
+"""Reads counters, tickets, restarts and operators' changes from the ledgers of a run.
 
-Buffers may write the ledgers meanwhile. What a ledger of an earlier release lacks is left out.
+Buffers may write the ledgers at the same time. Data that a ledger of an earlier release lacks are left out.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from typing import Any
 from areal_like.ledger_place import LEDGER_FILE, open_ledger
 
 _MAX_ROWS = 500
-"""Most rows that are read of a table of events: the newest."""
+"""Number of rows that are read from a table of events, the newest."""
 
 
 @dataclass
 class Event:
-    """Something that an operator or a restart has done to the run."""
+    """An event in the run: an operator's action or a restart."""
 
     text: str
     step: int | None = None
-    """The step that it took effect in; None if it is only known by its time."""
+    """The step in which it took effect; None if only its time is known."""
     unix_s: float | None = None
 
 
 @dataclass(frozen=True)
 class SettingChange:
-    """A setting that got another value while the run went on, or an action that an operator asked for."""
+    """A setting that changed during the run, or an action that an operator requested."""
 
     step: int
-    """The first step with the value; of an action the step after which it was done."""
+    """The first step with the value; for an action, the step after which it was done."""
     key: str
     before: str
     """Empty for an action."""
@@ -45,13 +45,13 @@ class SettingChange:
 
     @property
     def text(self) -> str:
-        """In one line."""
+        """The change on one line."""
         return f"{self.key}: {self.before} -> {self.value}" if self.before else f"{self.key}={self.value}"
 
 
 @dataclass(kw_only=True)
 class LedgerFacts:
-    """Added up over the shards."""
+    """The facts of all shards, added up."""
 
     counters: dict[str, float] = field(default_factory=dict)
     """The table `statistics`: counters that survive restarts."""
@@ -61,7 +61,7 @@ class LedgerFacts:
     drops: Counter[str] = field(default_factory=Counter)
     """Dropped train tickets by reason."""
     starts: dict[str, int] = field(default_factory=dict)
-    """Name of a daemon -> how many processes have had it; `buffer` too."""
+    """Name of a daemon, or `buffer` -> number of processes that have had it."""
     crashed_steps: dict[int, int] = field(default_factory=dict)
     """Step -> trainers that began it and did not complete it."""
     events: list[Event] = field(default_factory=list)
@@ -144,7 +144,7 @@ def _operations(rows: Any) -> list[Event]:
 
 
 def _changes(rows: Any) -> list[SettingChange]:
-    """Without the values that the run was begun with."""
+    """The changes, without the values with which the run started."""
     found: list[SettingChange] = []
     values: dict[str, list[tuple[int, str]]] = {}
     for step, key, value, origin, unix_s in rows(

@@ -1,6 +1,6 @@
-"""What the logs of a run say: warnings and errors in groups, starts and ends of processes, why they ended.
+"""Reads the logs of a run: warnings and errors in groups, and starts and ends of processes with the reasons.
 
-Messages that differ only in numbers are one group. Of each file only the end is read.
+Messages that differ only in numbers form one group. Only the end of each file is read.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from launch.report.ledger import Event
 from launch.run_files import number, tail
 
 _MAX_BYTES = 4 << 20
-"""How much of the end of each file is read."""
+"""Bytes that are read at the end of each file."""
 _MAX_FILES = 64
 _LEVELS = {"WARNING": 1, "ERROR": 2, "CRITICAL": 3}
 _EXIT_LOGGER = "areal_like.runtime.exit"
@@ -42,7 +42,7 @@ class Message:
 
 @dataclass(kw_only=True)
 class LogFacts:
-    """What all log files of a run say."""
+    """The facts from all log files of a run."""
 
     messages: list[Message] = field(default_factory=list)
     """Errors first, then by how often they occur."""
@@ -56,7 +56,7 @@ class LogFacts:
 
 
 def read_logs(directory: Path) -> LogFacts:
-    """Reads `*.log` and what rotation has made of them (`*.log.1`)."""
+    """Reads `*.log` and their rotated files (`*.log.1`)."""
     facts = LogFacts()
     groups: dict[tuple[str, str, str], Message] = {}
     sources = [source for source in find_sources(directory, ()) if source.is_json]
@@ -86,7 +86,7 @@ def read_logs(directory: Path) -> LogFacts:
 
 
 def _note_process(facts: LogFacts, message: str, time_s: float) -> None:
-    """Notes a start or an end that the launcher's log tells of."""
+    """Records a start or an end that the launcher's log mentions."""
     if match := _STARTED.match(message):
         name = match[1]
         facts.num_starts[name] = facts.num_starts.get(name, 0) + 1
@@ -101,7 +101,7 @@ def _note_process(facts: LogFacts, message: str, time_s: float) -> None:
 
 
 def _reason(entry: dict[str, Any]) -> str:
-    """The message, and of an unexpected error the last line of its traceback."""
+    """The message, with the last line of the traceback for an unexpected error."""
     lines = str(entry.get("exception", "")).strip().splitlines()
     message = str(entry.get("message", ""))
     return f"{message}: {lines[-1]}" if lines else message

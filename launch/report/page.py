@@ -1,6 +1,7 @@
-"""Assembles the page: one HTML file that needs no network, no other file and, to be read, no script.
+"""Assembles the page: one HTML file that needs no network and no other file, and is readable without its
+script.
 
-What a run, a peer or the policy has written is harmless three times: control characters become visible
+Text from a run, a peer or the policy is made harmless in three ways: control characters become visible
 escapes, the template escapes every text, and the Content-Security-Policy allows only the page's own style and
 script, by their hashes.
 """
@@ -58,12 +59,12 @@ _FACTS = {
     "rollout servers": "rollout.num_servers",
 }
 _SFT_FACTS = {"model": "model.path", "data": "sft.train", "trainer ranks": "trainer.world_size"}
-"""What the head of the page says of a run -> settings, of which the first that is set counts."""
+"""Item in the head of the page -> settings; the first one that is set is shown."""
 
 
 @dataclass(frozen=True)
 class PageSection:
-    """What is under one heading; left out if it has no content and no text `empty` in its place."""
+    """The content under one heading; left out if it has no content and no text `empty` for that case."""
 
     title: str
     tables: list[Table] = field(default_factory=list)
@@ -77,18 +78,18 @@ class PageSection:
 
     @property
     def anchor(self) -> str:
-        """Its id in the page."""
+        """The id of its heading in the page."""
         return self.title.lower().replace(" ", "-")
 
     @property
     def has_content(self) -> bool:
-        """True if there is more than a heading, or a table that says why it has no rows."""
+        """True if there is more than a heading, or a table that explains why it has no rows."""
         has_rows = any(table.rows or table.empty for table in self.tables)
         return bool(self.findings or self.charts or self.samples or has_rows)
 
 
 def page(runs: Sequence[Run], *, samples: ShownSamples, now_s: float, version: str) -> str:
-    """The page of one run, or of two: the second is the one that it is compared with."""
+    """The page of one run, or of two: the second is the one to compare with."""
     run = runs[0]
     charted = sections(runs)
     x = x_axis(chart for charts in charted.values() for chart in charts)
@@ -114,7 +115,7 @@ def page(runs: Sequence[Run], *, samples: ShownSamples, now_s: float, version: s
         PageSection("Settings", setting_tables(runs)),
     ]
     shown = [part for part in parts if part.empty or part.has_content]
-    # An event in the last step is usually the end of the run, which says nothing new.
+    # An event in the last step is usually the end of the run, which is already shown.
     marks = [one for one in run.events() if one.step is not None and one.step < run.completed - 1]
     letters = ("A: ", "B: ") if len(runs) > 1 else ("",)
     template = _environment().get_template("page.html")

@@ -1,4 +1,4 @@
-"""Everything that a report needs of one run, read from its files: no daemon is asked, none needs to live."""
+"""Reads everything that a report needs from a run's files, without requests to its daemons."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from launch.run_directory.rundir import is_held
 from launch.run_files import json_lines, mapping, number, read_config, read_object
 
 _SILENT_S = 120.0
-"""A run whose roles were started by hand counts as running if it has written something since."""
+"""A run whose roles were started by hand counts as running if it has written a file within this time."""
 _MAX_EVALUATIONS = 20_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunStatus:
-    """Whether the run goes on, and why not."""
+    """Whether the run is running, and otherwise why not."""
 
     word: str
-    """`running`, `finished`, `drained`, `failed` or `ended` (without a word why: killed, or lost)."""
+    """`running`, `finished`, `drained`, `failed` or `ended` (for an unknown reason: killed, or lost)."""
     detail: str
 
 
@@ -52,14 +52,14 @@ class Run:
     root: Path
     name: str
     config: dict[str, Any]
-    """Plain; empty if config.yaml cannot be read. Without values that could be secrets."""
+    """Settings as plain values, without possible secrets; empty if config.yaml cannot be read."""
     is_sft: bool
     columns: Columns
     evaluations: list[Evaluation]
-    """By step."""
+    """In order of steps."""
     summary: dict[str, Any]
     rows: dict[str, Any]
-    """rows.json of a supervised run."""
+    """The content of rows.json of a supervised run."""
     ledger: LedgerFacts
     logs: LogFacts
     status: RunStatus
@@ -68,7 +68,7 @@ class Run:
 
     @property
     def num_steps(self) -> int | None:
-        """Steps that the run is to have."""
+        """The planned number of steps."""
         planned = number(self.rows.get("num_steps")) if self.is_sft else None
         planned = planned or number(mapping(self.config.get("trainer")).get("num_steps"))
         return int(planned) if planned else None
@@ -86,7 +86,7 @@ class Run:
 
     @property
     def num_starts(self) -> dict[str, int]:
-        """Name -> how many processes have had it, by the ledger and by the launcher's log."""
+        """Name -> number of processes that have had it, from the ledger and the launcher's log."""
         return {
             name: max(self.ledger.starts.get(name, 0), self.logs.num_starts.get(name, 0))
             for name in sorted({*self.ledger.starts, *self.logs.num_starts} - {"prepare_model"})
@@ -94,7 +94,7 @@ class Run:
 
     @property
     def selection(self) -> dict[str, Any]:
-        """What was offered against what was trained on, as `selection` in summary.json."""
+        """Offered samples compared with trained samples, like `selection` in summary.json."""
         if self.has_ledger and self.ledger.counters:
             return selection_report(self.ledger.counters)
         return mapping(self.summary.get("selection"))
@@ -106,7 +106,7 @@ class Run:
         return {str(name): int(count) for name, count in found.items() if number(count)}
 
     def events(self) -> list[Event]:
-        """Restarts, rollbacks, and what operators did, in the order of time as far as it is known."""
+        """Restarts, rollbacks and operators' actions, ordered by time as far as it is known."""
         found = [*self.ledger.events, *self.logs.events]
         for event in found:
             if event.unix_s is None and event.step is not None:
@@ -116,7 +116,7 @@ class Run:
         return sorted(found, key=lambda one: (one.unix_s or 0.0, one.step or 0))
 
     def step_at(self, unix_s: float) -> int | None:
-        """The step that was under way at a time; None before the first row and without rows."""
+        """The step that was in progress at a time; None before the first row and without rows."""
         times = self.columns.times_s
         if not len(times) or unix_s < times[0]:
             return None
@@ -130,7 +130,7 @@ class Run:
         return float(self.columns.times_s[at])
 
     def settings(self) -> dict[str, str]:
-        """Settings that differ from the defaults, and all of the open sections, as they are typed."""
+        """Settings that differ from the defaults and all settings of open sections, as they are typed."""
         return {
             key: text
             for key, text in flat(self.config).items()
@@ -142,11 +142,11 @@ _DEFAULTS = flat(to_mapping(Config()))
 
 
 def read_run(root: Path) -> Run:
-    """Reads the files of a run. What is absent or damaged is left out."""
+    """Reads the files of a run. Files that are absent or damaged are left out."""
     paths = RunPaths(root)
     try:
         directories, ledger = paths.ledgers, read_ledgers(paths.ledgers)
-    except ConfigError as error:  # it is on a disk that this machine does not have
+    except ConfigError as error:  # on a disk that this machine does not have
         directories, ledger = [], LedgerFacts(problem=str(error))
     columns, logs = read_columns(paths.metrics), read_logs(paths.logs)
     summary = read_object(paths.summary)
@@ -182,7 +182,7 @@ def _evaluations(path: Path) -> list[Evaluation]:
 
 
 def status_of(paths: RunPaths, logs: LogFacts, summary: dict[str, Any], *, num_rows: int) -> RunStatus:
-    """Whether a run goes on, from its files. `num_rows`: steps that have a row."""
+    """The status of a run, from its files. `num_rows`: steps that have a row."""
     held = is_held(paths)
     newest = max((_modified(path) for path in (paths.metrics, *paths.logs.glob("*.log"))), default=0.0)
     steps = f"{num_rows:,} steps"
@@ -193,7 +193,7 @@ def status_of(paths: RunPaths, logs: LogFacts, summary: dict[str, Any], *, num_r
         return RunStatus(word="finished", detail=f"all {steps} are trained")
     failures = [one for one in logs.exits if one[0] > summarized - 1]
     if failures:
-        # The first daemon that failed has usually taken the others with it.
+        # The first daemon that failed usually made the others fail.
         last_s = failures[-1][0]
         _, daemon, reason = next(one for one in failures if last_s - one[0] < _SILENT_S)
         return RunStatus(word="failed", detail=f"{daemon}: {reason}")

@@ -16,7 +16,7 @@ from launch.samples.showing import facts
 from launch.samples.transcripts import Transcript
 
 _SHOWN_CHARS = 3000
-"""Longest part that is shown whole; of a longer one both ends."""
+"""Longest part, in characters, that is shown whole; a longer one is cut in the middle."""
 _MAX_PARTS = 200
 
 

@@ -1,4 +1,4 @@
-"""The tables of a report, as rows of plain text and numbers: page.html makes HTML of them. Pure."""
+"""The tables of a report as rows of plain text and numbers, which page.html turns into HTML. Pure."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ class Table:
     rows: Sequence[Sequence[Any]]
     title: str = ""
     summary: str = ""
-    """If it is not empty, the table is folded under it."""
+    """If it is not empty, the table is collapsed under this text."""
     empty: str = ""
-    """What is shown without rows."""
+    """The text that is shown without rows."""
 
 
 def figure_table(runs: Sequence[Run]) -> Table:
-    """All figures of one run; of two runs with their differences."""
+    """All figures of one run, or of two runs with their differences."""
     if len(runs) == 1:
         known = [one for one in figures(runs[0]) if one.value is not None]
         return Table("text n text", ("", "", ""), [(one.name, one.text, one.note) for one in known])
@@ -73,7 +73,7 @@ def _difference(ours: Figure | None, theirs: Figure | None) -> str:
 
 
 def setting_tables(runs: Sequence[Run]) -> list[Table]:
-    """Settings that differ from the defaults; of two runs those that differ between them, first."""
+    """Settings that differ from the defaults; for two runs, first those that differ between them."""
     settings = [run.settings() for run in runs]
     if len(runs) == 1:
         return [Table("code code", ("setting", "value"), list(settings[0].items()))]
@@ -119,7 +119,7 @@ def _bars(title: str, head: Sequence[str], counts: Mapping[str, int]) -> Table:
 
 
 def selection_tables(run: Run) -> list[Table]:
-    """What was offered against what was trained: lengths, rewards, groups by solve rate."""
+    """Offered samples compared with trained samples: lengths, rewards, groups by solve rate."""
     sides = [mapping(run.selection.get(name)) for name in ("offered", "trained")]
     if not number(sides[0].get("samples")):
         return []
@@ -140,7 +140,7 @@ def selection_tables(run: Run) -> list[Table]:
 
 
 def change_table(run: Run) -> Table:
-    """Settings that changed while the run went on; empty if none did."""
+    """Settings that changed during the run; empty if none did."""
     rows = [
         (
             utc(one.unix_s),
@@ -157,7 +157,7 @@ def change_table(run: Run) -> Table:
 
 
 def event_tables(run: Run) -> list[Table]:
-    """Restarts, rollbacks and what operators did; how many processes each name has had."""
+    """Restarts, rollbacks and operators' actions; the number of processes that each name has had."""
     events = [(utc(one.unix_s), count(one.step), one.text) for one in run.events()[-_MAX_EVENTS:]]
     starts = list(run.num_starts.items())
     return [

@@ -1,7 +1,7 @@
-"""What `areal-like run` would do: which settings change, and whether the checkpoint accepts them.
+"""Tells what `areal-like run` would do: which settings change, and whether the checkpoint accepts them.
 
-A checkpoint is judged by its files: their formats and sizes, and what its state says. The shapes of its
-tensors are left to the trainer, because they need the model.
+A checkpoint is checked by the formats and sizes of its files, and by its state. The trainer checks the shapes
+of its tensors, because that needs the model.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _resumed(run: OpenRun, *, is_sft: bool) -> Iterator[str]:
 
 
 def _last_step(metrics: Path) -> int:
-    """The step of the last whole row; -1 without one."""
+    """The step of the last complete row; -1 without one."""
     try:
         with metrics.open("rb") as file:
             file.seek(max(0, metrics.stat().st_size - _MAX_ROW_BYTES))

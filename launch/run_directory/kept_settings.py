@@ -1,9 +1,9 @@
-"""`config.yaml` of a run, and the history of its changes.
+"""Keeps `config.yaml` of a run, and the history of its changes.
 
 A resume or a restart may be given settings that a daemon refuses. Therefore `config.yaml` gets them only when
 all daemons have been ready with them: until then the daemons of a resumed run read `config.next.yaml`, and a
-later resume begins with settings that have worked. Each change is a line of `config_changes.jsonl`. Left out:
-earlier versions of the whole file, which the changes give.
+later resume starts with settings that have worked. Each change is a line of `config_changes.jsonl`. Earlier
+versions of the file are not kept: they follow from the changes.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from areal_like.security.redaction import without_secrets
 from launch.run_directory.rundir import checkpoints
 
 _MAX_CHANGES = 200
-"""Lines of the history; the oldest are left out."""
+"""Most lines of the history; the oldest are dropped."""
 _NOT_OF_THE_RUN = ("name", "resume", "runs_dir")
-"""Where the run is, and how a launch began."""
+"""Settings that only say where the run is and how a launch started."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +37,12 @@ class SettingsChange:
 
     unix_s: float
     step: int
-    """The first step with the new values: that of the checkpoint from which the run went on."""
+    """The first step with the new values: the step of the checkpoint from which the run continued."""
     by: str
     """`resume` | `restart` | `submit`."""
     changed: dict[str, tuple[str, str]]
-    """Dotted key -> (old value, new value), as text and without secrets; an empty text: the key is absent."""
+    """Dotted key -> (old value, new value), as text without secrets; an empty text means that the key is
+    absent."""
 
     @property
     def text(self) -> str:
@@ -66,7 +67,7 @@ def changes(before: Config, after: Config) -> dict[str, tuple[str, str]]:
 
 
 def keep(config: Config, paths: RunPaths, *, by: str, step: int | None = None) -> None:
-    """Makes these the settings of the run: writes `config.yaml`, and what changed into its history.
+    """Makes these the settings of the run: writes `config.yaml`, and the changes into its history.
 
     `step`: the first with them; by default that of the newest checkpoint. Raises OSError.
     """
@@ -114,7 +115,7 @@ def check_resume(before: Config | None, after: Config, paths: RunPaths) -> None:
 def _is_same_model(before: str, after: str) -> bool:
     old, new = Path(before).expanduser(), Path(after).expanduser()
     if old.is_absolute() and not old.exists():
-        return True  # it was moved; the trainer compares the shapes of its model with the checkpoint's
+        return True  # it was moved; the trainer compares the shapes of its model with the checkpoint
     is_built = before in BUILT_MODELS or after in BUILT_MODELS
     return before == after or (not is_built and old.is_dir() and new.is_dir() and old.samefile(new))
 

@@ -2,9 +2,9 @@
 
 An evaluation has a directory of its own, so that the run whose checkpoint it evaluates stays as it is, and
 may be running. Its configuration is that of a run without training: the settings of trainer, objective and
-curriculum are replaced by ones that cost nothing, and nothing that is sampled is ever deleted.
+curriculum are replaced by ones that cost nothing, and samples are never deleted.
 
-What MODEL may be:
+MODEL is one of:
 
     tiny, smollm2              models that are built for the evaluation
     runs/x/checkpoints/step_N  a checkpoint of a run: also a Hugging Face directory
@@ -34,8 +34,8 @@ from launch.run_directory.open_run import OpenRun, free_directory, prepared
 from launch.run_directory.rundir import find_run, is_summarized, lock
 
 _COMPARED = ("model", "task", "eval", "sampling", "episode", "rewards", "seed", "trainer")
-"""Sections that decide the results: they may not change when an evaluation is continued. That of the trainer
-is never that of a training run."""
+"""Sections that determine the results: they may not change when an evaluation is continued. The section
+`trainer` is left out, because an evaluation replaces it."""
 
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -48,7 +48,7 @@ class EvaluatedModel:
     path: str
     """Value of `model.path`."""
     label: str
-    """What results are called after."""
+    """The name of the results."""
     step: int = 0
     """Optimizer steps of its run; 0 for a model that is not a checkpoint."""
     run: Path | None = None
@@ -93,8 +93,8 @@ def _of_directory(folder: Path) -> EvaluatedModel:
 def open_evaluation(model: EvaluatedModel, argv: Sequence[str]) -> OpenRun:
     """The directory of an evaluation of `model` with the configuration that `argv` describes.
 
-    `argv` as of `areal-like run`; without `--config`, a checkpoint is evaluated with its run's configuration.
-    Raises ConfigError.
+    `argv`: as for `areal-like run`; without `--config`, a checkpoint is evaluated with its run's
+    configuration. Raises ConfigError.
     """
     if model.run is not None and "--config" not in argv:
         argv = ["--config", str(RunPaths(model.run).config), *argv]
@@ -117,7 +117,7 @@ def open_evaluation(model: EvaluatedModel, argv: Sequence[str]) -> OpenRun:
 def evaluation_config(config: Config, model: EvaluatedModel) -> Config:
     """`config` for the evaluation of `model` alone. Raises ConfigError."""
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=model.path), resume="")
-    config = resolved(config)  # before the devices change: they decide about model.dtype
+    config = resolved(config)  # before the devices change: model.dtype depends on them
     trainer = TrainerConfig(
         num_steps=1,
         groups_per_step=1,
@@ -139,7 +139,7 @@ def evaluation_config(config: Config, model: EvaluatedModel) -> Config:
     return dataclasses.replace(
         config,
         task=_with_training_rows(config.task),
-        # Without samples the result of a set that is finished could not be requested again.
+        # Without its samples, the result of a finished set could not be requested again.
         eval=dataclasses.replace(config.eval, keep=max(1, config.eval.keep)),
         max_staleness=0,
         objective={"name": "tis"},
@@ -152,7 +152,7 @@ def evaluation_config(config: Config, model: EvaluatedModel) -> Config:
 
 
 def _with_training_rows(task: dict[str, Any]) -> dict[str, Any]:
-    """A rollout server wants a task with training prompts; of these none is ever issued."""
+    """Adds training prompts to the task, because a rollout server requires some; they are never issued."""
     has_only_eval = task.get("name") == "data" and task.get("eval") and not task.get("train")
     return task | {"train": task["eval"]} if has_only_eval else task
 

@@ -1,4 +1,4 @@
-"""Chooses the directory that a job runs in: a new directory, or that of an earlier run to resume.
+"""Chooses the directory that a job runs in: a new one, or the directory of an earlier run to resume.
 
 A run directory belongs to one run; neither a finished nor an unfinished run is ever overwritten. A new job
 therefore needs a free name (a job without a name is numbered: default, default-2, ...), or resumes the
@@ -47,13 +47,13 @@ class OpenRun:
     announcement: tuple[str, ...] = ()
     """Lines for the user: the choice that was made, and the settings for other choices."""
     is_finished: bool = False
-    """True if a resume found a run without a step left to train: nothing is to be started."""
+    """True if a resume found that all steps are trained: nothing is to be started."""
     is_created: bool = False
     """True if this launch has created the directory."""
     is_resumed: bool = False
-    """True if the run has been begun by an earlier launch, whose settings `config.yaml` has."""
+    """True if an earlier launch started the run; `config.yaml` has the settings of that launch."""
     first_step: int = 0
-    """Completed steps at which the run continues."""
+    """Number of completed steps from which the run continues."""
 
     @property
     def config_file(self) -> Path:
@@ -61,12 +61,12 @@ class OpenRun:
         return self.paths.next_config if self.is_resumed else self.paths.config
 
     def keep_settings(self) -> None:
-        """The settings of this launch have worked: the run has them from now on."""
+        """Makes the settings of this launch those of the run: they have worked."""
         if self.is_resumed:
             keep(self.config, self.paths, by="resume", step=self.first_step)
 
     def remove_if_created(self) -> None:
-        """Leaves no directory behind of a job that is refused before it has begun."""
+        """Removes the directory of a job that is refused before it has started, if this launch created it."""
         if self.is_created:
             remove_unbegun(self.paths)
 
@@ -79,7 +79,7 @@ class OpenRun:
 def open_run(argv: Sequence[str], *, is_sft: bool = False, is_dry: bool = False) -> OpenRun:
     """Resolves the command line of `areal-like run`, takes the directory and writes `config_file` there.
 
-    `is_sft`: of `areal-like sft`, whose run is called NAME-sft unless `name=` is in `argv`, because one file
+    `is_sft`: for `areal-like sft`, whose run is called NAME-sft unless `name=` is in `argv`, because one file
     may have the settings of both. `is_dry`: nothing is written and no lock is taken. Raises ConfigError for a
     wrong setting, a directory that is in use or holds another run, or a run that cannot be resumed.
     """
@@ -113,7 +113,7 @@ def open_replay(recorded: Path, argv: Sequence[str]) -> OpenRun:
 
 
 def is_begun(paths: RunPaths) -> bool:
-    """True if a launcher has begun a run here that has something to continue with."""
+    """True if a launcher has started a run here that can be continued."""
     return paths.config.is_file() and (holds_run(paths) or bool(paths.ledgers))
 
 
@@ -123,9 +123,9 @@ def prepared(run: OpenRun) -> OpenRun:
         return run
     try:
         for stale in (*run.paths.endpoints.glob("*.json"), *run.paths.endpoints.glob(".*.json.*")):
-            stale.unlink()  # also what a killed daemon left half written
+            stale.unlink()  # including a file that a killed daemon left half written
         if not run.is_resumed:
-            run.paths.config_changes.unlink(missing_ok=True)  # of a job that failed before its first step
+            run.paths.config_changes.unlink(missing_ok=True)  # from a job that failed before its first step
         for order in (restart_order_file(run.paths), restart_outcome_file(run.paths)):
             order.unlink(missing_ok=True)  # it was for an earlier launcher
         for folder in (run.paths.endpoints, run.paths.logs):
@@ -181,7 +181,8 @@ def free_directory(
     refusal: Callable[[RunPaths], str],
     is_dry: bool = False,
 ) -> OpenRun:
-    """Takes the directory of a new job: that of its name or, if none was given, the first free numbered one.
+    """Takes the directory of a new job: the one with its name or, without a name, the first free numbered
+    one.
 
     `is_taken`: whether a directory already holds a job; `refusal`: the message about one that does. Raises
     ConfigError.
@@ -244,7 +245,7 @@ def _resume(config: Config, argv: Sequence[str], *, is_sft: bool, is_dry: bool) 
         if steps and paths.rows.exists() != is_sft:
             other = "run" if is_sft else "sft"
             raise ConfigError(f"{paths.root} is a run of `areal-like {other}`: continue it with that command")
-        # With `auto` also a run whose ledger was in memory begins again.
+        # With `auto`, a run whose ledger was in memory starts again, too.
         may_begin_again = config.resume == "auto" or (config.resume == "latest" and bool(paths.ledgers))
         begins_again = not steps and may_begin_again
         if not steps and not begins_again:
@@ -269,7 +270,7 @@ def _resume(config: Config, argv: Sequence[str], *, is_sft: bool, is_dry: bool) 
     except ConfigError:
         _unlock(lock_fd)
         raise
-    # The number of steps of a supervised run follows from its rows: its trainer finds out if any is left.
+    # The number of steps of a supervised run depends on its rows: its trainer finds out whether any are left.
     may_be_finished = config.resume in ("auto", "latest") and not is_sft
     is_finished = may_be_finished and is_trained(paths, num_steps=config.trainer.num_steps)
     is_back = config.resume.startswith("step:")
@@ -309,8 +310,8 @@ def _listed(steps: Sequence[int]) -> str:
 def with_own_settings(composed: Config, argv: Sequence[str], *, own: Path) -> Config:
     """The run's stored configuration with the overrides of `argv`.
 
-    A section that `argv` replaces as a whole (`task=...`) is taken from `composed`. `scale=PRESET` changes
-    nothing: the run began with it.
+    A section that `argv` replaces as a whole (`task=...`) is taken from `composed`. `scale=PRESET` has no
+    effect: the run started with it.
     """
     chosen = {
         section

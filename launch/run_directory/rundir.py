@@ -43,8 +43,8 @@ def restart_order_file(paths: RunPaths) -> Path:
 
 
 def restart_outcome_file(paths: RunPaths) -> Path:
-    """The file in which the launcher tells what became of an order with settings; `areal-like restart` waits
-    for it."""
+    """The file in which the launcher reports the outcome of an order with settings; `areal-like restart`
+    waits for it."""
     return paths.root / "restart_outcome.json"
 
 
@@ -56,7 +56,7 @@ class RestartOrder:
     settings: list[str]
     """`key=value` of the trainer."""
     order_id: str = ""
-    """By which the command that has written it finds the outcome."""
+    """With it, the command that wrote the order finds the outcome."""
 
 
 def take_restart_order(paths: RunPaths) -> RestartOrder | None:
@@ -79,7 +79,7 @@ def has_launcher(paths: RunPaths) -> bool:
 
 
 def is_over(paths: RunPaths) -> bool:
-    """True when no process of a launched run holds the directory any more.
+    """True when no process of a launched run holds the directory.
 
     A job whose roles were started by hand has no lock file and never counts as over.
     """
@@ -110,7 +110,8 @@ def is_locked(file: Path) -> bool | None:
 
 
 def release_for_others(paths: RunPaths) -> None:
-    """Prepares the directory for roles that no launcher starts, also if a launcher has begun the run.
+    """Prepares the directory for roles that are started without a launcher, even if a launcher started the
+    run.
 
     Without a lock file the run does not count as over. Raises InUseError if a launcher runs it.
     """

@@ -1,4 +1,4 @@
-"""Which samples of a run are shown, and their text from the run's tokenizer."""
+"""Chooses the samples of a run to show, and decodes their text with the run's tokenizer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from launch.samples.reading import LocatedRow, RunLedgers, Selection
 from launch.samples.transcripts import Decode, Transcript, transcript
 
 NUM_AT_ENDS = 3
-"""Worst and best samples that are shown unless others are asked for."""
+"""Number of worst and of best samples that are shown by default."""
 
 
 def transcripts(
@@ -25,9 +25,9 @@ def transcripts(
     best: int | None = None,
     limit: int | None = None,
 ) -> tuple[list[LocatedRow], list[Transcript]]:
-    """(all rows of a selection, the samples of those that `choose` takes).
+    """Returns (all rows of a selection, the samples of the rows that `choose` takes).
 
-    Raises ConfigError without any or without a tokenizer, StoreCorruptError for a damaged record.
+    Raises ConfigError if there are none or the tokenizer is missing, StoreCorruptError for a damaged record.
     """
     ledgers = RunLedgers(root)
     rows = ledgers.find(selection)
@@ -48,8 +48,8 @@ def choose(
 ) -> list[LocatedRow]:
     """The rows to show, each once: the worst, worst first, then the best, best first.
 
-    Among equals those of different groups come first. With `limit` alone, and of a ticket, the rows keep
-    their order.
+    Among equal rewards, samples of different groups come first. With `limit` alone, and for a ticket, the
+    rows keep their order.
     """
     if worst is None and best is None:
         if is_ticket or limit is not None:
@@ -83,14 +83,14 @@ def _decoder(root: Path) -> Decode:
 
 
 def _tokenizer_source(config: Config, root: Path) -> str:
-    """The newest checkpoint, which has a copy of the tokenizer; else the model that the run began with."""
+    """The newest checkpoint, which has a copy of the tokenizer; else the model with which the run started."""
     checkpoints = find_checkpoints(RunPaths(root).checkpoints)
     if checkpoints:
         return str(checkpoints[max(checkpoints)])
-    built = RunPaths(root).built_model  # `root` may have been moved or copied: not by the configured path
+    built = RunPaths(root).built_model  # not the configured path: `root` may have been moved or copied
     return str(built) if (built / "tokenizer.json").exists() else model_path(config)
 
 
 def _no_text(tokens: Sequence[int]) -> str:
-    """The decoder where no sample has a record."""
+    """Used as the decoder if no sample has a record."""
     raise AssertionError("there is no record to decode")

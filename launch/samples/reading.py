@@ -1,7 +1,7 @@
-"""Finds samples in the ledgers of a run, which may still be going on, and reads their records.
+"""Finds samples in the ledgers of a run, which may still be running, and reads their records.
 
-The rows give step, place and reward, so that the worst of a step are found without reading any record. A
-ledger of an earlier release is read as it is: columns that it lacks have their defaults.
+The rows have step, position and reward, so that the worst samples of a step are found without reading a
+record. A ledger of an earlier release is read as it is: columns that it lacks have their defaults.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ADDED_COLUMNS = {"eval_set": "'eval'", "failure": "''"}
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One sample as the ledger's rows state it, with its ticket's columns."""
+    """One sample as in the ledger's rows, with the columns of its ticket."""
 
     ticket: int
     sample: int
@@ -33,7 +33,7 @@ class Row:
     eval_set: str
     """Empty for a sample of training."""
     step: int | None
-    """The optimizer step in which it is trained on; of an evaluation the step of the weights."""
+    """The optimizer step in which it is trained on; in an evaluation, the step of the weights."""
     state: str
     reason: str
     """Why its ticket was dropped; empty if it was not."""
@@ -48,7 +48,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class LocatedRow(Row):
-    """A row, and where it is."""
+    """A row with the place of its record."""
 
     purpose: str
     directory: Path
@@ -60,7 +60,7 @@ class LocatedRow(Row):
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Which samples are wanted. Of `ticket`, `set_name` and neither, the first that is given counts."""
+    """The samples to find: of a ticket, else of a set, else of a step."""
 
     ticket: int | None = None
     set_name: str | None = None
@@ -126,8 +126,8 @@ class RunLedgers:
         raise AssertionError("the loop returns or raises")
 
     def _find_evaluated(self, set_name: str, step: int | None) -> list[LocatedRow]:
-        """One evaluation: not those that were cancelled, or that an earlier trainer has made of a step to
-        which the run has returned, if there is another."""
+        """The rows of one evaluation. If there are several of a step, one that was not cancelled, and not one
+        of an earlier trainer before the run returned to that step."""
         where = "purpose = 'eval' AND state = 'evaluated'"
         steps_of: dict[str, set[int]] = {}
         for directory in self._directories:
@@ -168,7 +168,7 @@ class RunLedgers:
         return []
 
     def _newest_step(self) -> int | None:
-        """The newest step that the trainer has completed; else the newest with a group."""
+        """The newest step that the trainer has completed; else the newest step with a group."""
         newest = "SELECT max(step) FROM tickets WHERE step IS NOT NULL AND state IN ('batched', 'trained')"
         completed = "coalesce((SELECT value FROM marks WHERE name = 'trainer_step'), 0)"
         for query in (f"{newest} AND step < {completed}", newest):
@@ -202,7 +202,7 @@ class RunLedgers:
         return name if name in known else _ADDED_COLUMNS[name]
 
     def _range(self, column: str, where: str) -> str:
-        """Where there are samples, for a message."""
+        """The range of steps with samples, for a message."""
         found = self._all(f"SELECT min({column}), max({column}) FROM tickets WHERE {where}")
         ends = [end for row in found for end in row if end is not None]
         return f"the run has steps {min(ends)} to {max(ends)}" if ends else "the run has none yet"

@@ -1,7 +1,7 @@
-"""Samples on a terminal, or as plain text in a pipe.
+"""Shows samples on a terminal, or as plain text in a pipe.
 
-Text of a policy is hostile: it may contain terminal escape sequences (`terminal_text.py`), or the markup of
-rich, so nothing is read as markup.
+A policy's text is not trusted: it may contain terminal escape sequences (`terminal_text.py`) or rich's
+markup, so it is never parsed as markup.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from areal_like.terminal_text import harmless, harmless_name
 from launch.samples.transcripts import Part, ShownTurn, Transcript
 
 _SHOWN_CHARS = 2000
-"""Longest part that is shown whole without `--full`; of a longer one both ends."""
+"""Longest part, in characters, that is shown whole without `--full`; a longer one is cut in the middle."""
 
 
 def lines_of(sample: Transcript, *, shows_all: bool) -> Iterator[Text]:

@@ -1,7 +1,7 @@
-"""A sample as a person reads it: its text in parts, its rewards, and versions and lags turn by turn.
+"""A sample in readable form: its text in parts, its rewards, and versions and lags turn by turn.
 
-Text is decoded part by part, special tokens included: what the policy sampled is what its log-probs are of,
-and a part never contains tokens of another. A character whose bytes are in two parts is shown as U+FFFD.
+Text is decoded part by part, including special tokens, so that the shown text is exactly the tokens that have
+log-probs. A character whose bytes are in two parts is shown as U+FFFD.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class Part:
     num_tokens: int
 
     def shortened(self, num_chars: int, *, note: str) -> str:
-        """The text, or `num_chars` of it, half from each end. `note`: what to say of those left out."""
+        """The text, or `num_chars` of it, half from each end. `note`: follows the number of characters left
+        out."""
         left_out = len(self.text) - num_chars
         if left_out <= 0:
             return self.text
@@ -53,7 +54,7 @@ class ShownTurn:
 
 @dataclass(frozen=True, kw_only=True)
 class Transcript(Row):
-    """One sample. Without its record only what the ledger's row has, and `missing`."""
+    """One sample. Without its record it has only the columns of the ledger's row, and `missing`."""
 
     lag: int | None
     missing: str = ""
@@ -69,17 +70,17 @@ class Transcript(Row):
     segments: tuple[tuple[Part, ...], ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        """Plain dicts and lists."""
+        """The sample as plain dicts and lists."""
         return asdict(self)
 
 
 def transcript(
     row: LocatedRow, record: Record | str, *, decode: Decode, version_steps: Mapping[int, int]
 ) -> Transcript:
-    """The sample of a row. `record`: the reason as text if there is none."""
+    """The sample of a row. `record`: its record, or the reason as text if there is none."""
 
     def lag(version: int) -> int | None:
-        """Training alone has lags: an evaluation's step is that of its weights."""
+        """The lag of a version; None for an evaluation, whose step is that of its weights."""
         if row.purpose != "train" or row.step is None or version not in version_steps:
             return None
         return row.step - version_steps[version]

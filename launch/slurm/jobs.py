@@ -1,7 +1,7 @@
 """The jobs of a run on Slurm: a buffer, a trainer, and one for each rollout server.
 
-So the pool of servers grows and shrinks by jobs. Left out: job arrays, because a job of an array cannot be
-added later.
+The pool of servers grows and shrinks by whole jobs. Job arrays are not used, because a job cannot be added to
+an array later.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def begin(config: Config, scripts: Mapping[str, str], *, num_servers: int) -> di
     try:
         for role in (*ROLES[:2], *["rollout"] * num_servers):
             submitted[role].append(submit(scripts_of(paths) / f"{role}.sh", *after))
-            # A job that began before the buffer's would hold its nodes for nothing.
+            # A job that started before the buffer's job would hold its nodes idle.
             after = [f"--dependency=after:{submitted['buffer'][0]}"]
     except ArealError:
         if begun := [str(number) for each in submitted.values() for number in each]:
@@ -77,7 +77,7 @@ def add_servers(config: Config, paths: RunPaths, number: int) -> list[int]:
 
 
 def to_end(jobs: Sequence[Job], number: int) -> list[Job]:
-    """The jobs to end so that `number` of them stay: those that wait before those that run, newest first."""
+    """The jobs to end so that `number` of them remain: pending jobs before running ones, newest first."""
     by_cost = sorted(jobs, key=lambda job: (not job.is_pending, -job.job_id))
     return by_cost[: max(0, len(jobs) - number)]
 

@@ -22,7 +22,7 @@ from launch.slurm.scheduler import end_job, node_address
 
 
 def main(argv: Sequence[str]) -> int:
-    """Becomes the daemon; returns an exit code only without one."""
+    """Replaces this process by the daemon; returns an exit code only if that fails."""
     if len(argv) != 2 or argv[0] not in (*ROLES, "end", "address"):
         sys.stderr.write(f"usage: python -m launch.slurm.node {'|'.join(ROLES)}|end|address RUN\n")
         return 2
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def place_of(environment: Mapping[str, str], *, address: str) -> RolePlace:
-    """The place that Slurm has given to this process. `address`: of this node."""
+    """The place of this process according to Slurm's environment. `address`: the address of this node."""
     num_nodes = int(environment.get("SLURM_JOB_NUM_NODES", "1"))
     return RolePlace(
         address=address,
@@ -55,9 +55,9 @@ def place_of(environment: Mapping[str, str], *, address: str) -> RolePlace:
 
 
 def own_address(environment: Mapping[str, str]) -> str:
-    """A numeric address of this node that other nodes reach.
+    """A numeric address of this node that other nodes can reach.
 
-    Raises ConfigError if the node's name means only this machine, or for an unknown interface.
+    Raises ConfigError if the node's name resolves to loopback, or for an unknown interface.
     """
     interface = environment.get("AREAL_LIKE_INTERFACE", "")
     if interface:
@@ -86,7 +86,7 @@ def own_address(environment: Mapping[str, str]) -> str:
 
 
 def end_others(config: Config, paths: RunPaths, *, own: int) -> None:
-    """Drains or cancels the other jobs of the run, so that no allocation is held for nothing."""
+    """Drains or cancels the other jobs of the run, so that no allocation is held idle."""
     for job in jobs_of(config, paths, *ROLES):
         if job.job_id != own:
             sys.stdout.write(f"job {job.job_id} ({job.name}) ends too\n")

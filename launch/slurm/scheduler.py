@@ -24,7 +24,7 @@ class Job:
 
     @property
     def is_pending(self) -> bool:
-        """True if it has not begun, or waits to begin again."""
+        """True if it has not started, or waits for a restart."""
         return self.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
 
 
@@ -48,7 +48,7 @@ def run_command(*words: str) -> str:
 
 
 def submit(script: Path, *options: str) -> int:
-    """Submits a batch script; returns the number of the job. Raises as `run_command`."""
+    """Submits a batch script; returns the number of the job. Raises like `run_command`."""
     printed = run_command("sbatch", "--parsable", *options, str(script)).strip()
     number = printed.partition(";")[0]  # the name of the cluster may follow
     if not number.isdecimal():
@@ -74,7 +74,7 @@ def jobs_in_queue(root: Path, names: Sequence[str]) -> list[Job]:
 
 
 def end_job(job: Job) -> None:
-    """Drains a job that runs, and cancels one that waits. It is not an error if a job has ended meanwhile."""
+    """Drains a running job, cancels a pending one. A job that has ended in the meantime is not an error."""
     words = ("scancel", "--quiet", *([] if job.is_pending else ["--signal=TERM", "--batch"]))
     try:
         run_command(*words, str(job.job_id))
@@ -94,7 +94,7 @@ def kill_wait_s() -> int | None:
 
 
 def node_address(node: str) -> str:
-    """The address of a node in Slurm's configuration, often its name. Raises as `run_command`."""
+    """The address of a node in Slurm's configuration, often its name. Raises like `run_command`."""
     words = run_command("scontrol", "show", "node", "--oneliner", node).split()
     found = [word.removeprefix("NodeAddr=") for word in words if word.startswith("NodeAddr=")]
     if not found:

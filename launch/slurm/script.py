@@ -22,11 +22,11 @@ from launch.slurm.options import SlurmOptions
 
 BODY = Path(__file__).resolve().parents[1] / "deploy" / "slurm" / "job.sh"
 _EARLY_S = 600
-"""After a start that lasted so long, earlier failures of a job no longer count."""
+"""After a start that lasted this long, earlier failures of a job no longer count."""
 _PLAIN = re.compile(r"[\w.,:;@%+=/\[\]~-]+", re.ASCII)
-"""An option that sbatch reads as it is."""
+"""An option that sbatch parses without quotes."""
 _MARGIN_S = 30
-"""Between the end of the longest drain and the time limit."""
+"""Seconds between the end of the longest drain and the time limit."""
 
 
 def job_name(config: Config, role: str) -> str:
@@ -35,7 +35,7 @@ def job_name(config: Config, role: str) -> str:
 
 
 def job_scripts(config: Config, options: SlurmOptions) -> dict[str, str]:
-    """The batch script of each role, with this interpreter and directory. Raises as `job_script`."""
+    """The batch script of each role, with this interpreter and directory. Raises like `job_script`."""
     return {
         role: job_script(
             config, role, options, python=sys.executable, python_path=python_path(), directory=Path.cwd()
@@ -47,7 +47,7 @@ def job_scripts(config: Config, options: SlurmOptions) -> dict[str, str]:
 def job_script(
     config: Config, role: str, options: SlurmOptions, *, python: str, python_path: str, directory: Path
 ) -> str:
-    """The batch script of one role. `directory`: where relative paths in the configuration begin.
+    """The batch script of one role. `directory`: base of relative paths in the configuration.
 
     Raises ConfigError for a wrong option of sbatch, and for control characters in an option or a path.
     """
@@ -100,7 +100,7 @@ def _check_printable(lines: Iterable[str]) -> None:
 
 
 def _quoted(option: str) -> str:
-    """sbatch splits its lines at blanks and ends them at `#`, but for quoted values."""
+    """Quotes an option if necessary: sbatch splits unquoted text at blanks and ends it at `#`."""
     if _PLAIN.fullmatch(option):
         return option
     escaped = option.replace("\\", "\\\\").replace('"', '\\"')

@@ -1,7 +1,8 @@
 """The trace-event format (JSON), which Perfetto and chrome://tracing read. Pure.
 
-A daemon is a process of the trace, a lane one or several of its threads: spans of a lane that overlap are in
-different rows, at most MAX_ROWS of them. Further ones are left out; the counter `LANE in progress` has all.
+A daemon is a process of the trace, and a lane is one or several of its threads: overlapping spans of a lane
+are in different rows, at most MAX_ROWS. Spans beyond that are left out; the counter `LANE in progress` counts
+all.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def in_progress(spans: Iterable[Span]) -> Iterator[tuple[float, int]]:
 def window(
     processes: Sequence[Process], *, last_s: float | None, steps: tuple[int, int] | None
 ) -> tuple[float, float] | None:
-    """(first, last) time that is wanted: all, the last seconds, or that of steps; None if there is none."""
+    """(first, last) time of the requested part: all, the last seconds, or steps; None if it has no spans."""
     if steps is not None:
         of_steps = [
             span
@@ -107,7 +108,7 @@ def _is_in(step: Any, steps: tuple[int, int]) -> bool:
 
 
 def _named(kind: str, name: str, *, pid: int, tid: int = 0) -> Iterator[dict[str, Any]]:
-    """The name of a process or a thread, and its place among them."""
+    """The events that set the name and the order of a process or a thread."""
     for what, arguments in (("name", {"name": name}), ("sort_index", {"sort_index": tid or pid})):
         yield {"ph": "M", "name": f"{kind}_{what}", "pid": pid, "tid": tid, "args": arguments}
 

@@ -11,13 +11,13 @@ from typing import Any
 from launch.run_files import json_lines
 
 MAX_FILE_BYTES = 256 << 20
-"""How much of a file is read."""
+"""Bytes of a file that are read."""
 _MAX_TEXT = 200
 
 
 @dataclass(frozen=True)
 class Span:
-    """Something that lasted. Unix seconds of the first buffer's clock."""
+    """One span of time, in Unix seconds of the first buffer's clock."""
 
     start_s: float
     seconds: float
@@ -33,7 +33,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Value:
-    """A counter has this value from a time on."""
+    """A value of a counter, from a time on."""
 
     at_s: float
     name: str
@@ -71,7 +71,7 @@ def read_processes(directory: Path) -> list[Process]:
                 case {"daemon": str(), "host": str(host), "pid": int(pid)}:
                     process = current.setdefault((host, pid), Process(daemon=daemon, host=host, pid=pid))
                 case {"offset_s": float() | int() as offset, "rtt_s": float() | int() as rtt} if process:
-                    # The estimate with the shortest round trip counts for all of the process's times.
+                    # The estimate with the shortest round trip is used for all of the process's times.
                     if _is_usable(offset, rtt) and (process.rtt_s is None or rtt < process.rtt_s):
                         process.offset_s, process.rtt_s = float(offset), float(rtt)
                 case [

@@ -32,7 +32,7 @@ class LiveView:
         self._live.start()
 
     def update(self, seen: Observation, *, phase: str, detail: str) -> None:
-        """Redraws once per `interval_s`; more often would take CPU time from the engine and the trainer."""
+        """Redraws once per `interval_s`, to leave CPU time to the engine and the trainer."""
         self._eta.see(seen.last_step)
         now_s = time.monotonic()
         if now_s < self._due_s:
@@ -71,7 +71,7 @@ def picture(
         if why := seen.cause:
             parts.append(Text(why, style="yellow"))
     if seen.daemons:
-        # The picture is redrawn in place, so wrapped reasons must not make it higher than the terminal.
+        # The picture is redrawn in place, so wrapped reasons must not make it taller than the terminal.
         parts.append(daemon_table(list(seen.daemons.values()), width=width, one_line=True))
     return Group(*parts)
 

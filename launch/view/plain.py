@@ -16,7 +16,7 @@ from launch.run_files import read_object
 from launch.view.speed import Eta, recent_mean, tokens_per_s_trained
 
 Line = Callable[[Observation, Config, Eta], str]
-"""The state of a job on one line; empty before there is anything to say."""
+"""Returns the state of a job on one line; empty before there is anything to show."""
 
 
 def plain_line(seen: Observation, config: Config, eta: Eta) -> str:
@@ -104,5 +104,5 @@ class PlainView:
 
 
 def phase_line(seen: Observation, *, phase: str, detail: str) -> str:
-    """What a job that does not train waits for."""
+    """The line of a job that does not train: the phase and what the job waits for."""
     return "  ".join(filter(None, (f"{phase}: {detail}" if detail else phase, seen.cause)))

@@ -1,4 +1,4 @@
-"""Draws curves and bars with characters: pure functions from numbers to lines of text."""
+"""Draws curves and bars as text: pure functions from numbers to lines."""
 
 from __future__ import annotations
 

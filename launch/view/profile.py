@@ -11,7 +11,7 @@ _MAX_NAME = 48
 
 
 def profile_lines(reports: Sequence[Mapping[str, Any]], *, directory: Path) -> list[str]:
-    """Lines for a terminal. `reports`: of the ranks, in order. `directory`: where the traces are."""
+    """Lines for a terminal. `reports`: one per rank, in order. `directory`: contains the traces."""
     lines = []
     for report in reports:
         steps = report["steps"]
@@ -26,7 +26,7 @@ def profile_lines(reports: Sequence[Mapping[str, Any]], *, directory: Path) -> l
 
 
 def _parts(reports: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Milliseconds a step of the named parts: of the host, and of the device of a rank that has one."""
+    """Milliseconds a step of the named parts: on the host, and on the device if a rank has one."""
     columns, titles = [], []
     for report in reports:
         num_steps = len(report["steps"])

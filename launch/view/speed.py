@@ -20,7 +20,7 @@ class Eta:
 
     def see(self, step: int) -> None:
         """Records the time at which `step` was first seen; -1: no step yet."""
-        if step < self._step:  # a trainer has gone back to its checkpoint
+        if step < self._step:  # a trainer has restarted from its checkpoint
             self._seen.clear()
         if step != self._step:
             self._step = step
@@ -42,7 +42,7 @@ class Eta:
 def tokens_per_s_trained(seen: Observation) -> float | None:
     """Trained tokens per second over the newest steps, waiting time included; None before the second step.
 
-    Where the rows are not complete, over the last minute, as the buffer counts them.
+    Without complete rows: the rate of the last minute, as counted by the buffer.
     """
     rows = [row for row in seen.steps if "time_unix_s" in row and "tokens_trained" in row]
     rows = [row for row in rows if row["time_unix_s"] > rows[-1]["time_unix_s"] - 60]  # not across a resume

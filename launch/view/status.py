@@ -1,5 +1,5 @@
-"""What `areal-like status` shows: daemons, tickets, rates, leases and weights. The picture shows daemons and
-tickets too."""
+"""The tables and lines of `areal-like status`: daemons, tickets, rates, leases and weights. The live view
+also shows daemons and tickets."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from launch.formatting import fixed, short
 from launch.observation.observer import DaemonView, Observation, find_number, find_table
 
 _NARROW = 80
-"""A terminal with fewer columns gets the table without its numbers, to leave room for the reasons."""
+"""On a narrower terminal the table has no numbers, to leave room for the reasons."""
 
 _STATES = {"trained": "trained and saved"}
-"""Names of states for a reader: a ticket that was trained is `batched` until a checkpoint contains it."""
+"""State -> its name in the view: a trained ticket is `batched` until a checkpoint contains it."""
 
 
 def daemon_table(daemons: list[DaemonView], *, width: int, one_line: bool = False) -> Table:
@@ -69,7 +69,7 @@ def tickets_line(seen: Observation) -> Text:
 
 
 def rates_line(report: Mapping[str, Any]) -> Text:
-    """What has happened within the last minute."""
+    """The rates of the last minute."""
     rates = report["rates"]
     window_s = rates.get("window_s")
     text = Text.assemble(("last minute " if (window_s or 0) >= 59 else f"last {window_s or 0:.0f} s ", "dim"))
@@ -87,7 +87,7 @@ def rates_line(report: Mapping[str, Any]) -> Text:
 
 
 def steps_line(report: Mapping[str, Any]) -> Text:
-    """How far the run is."""
+    """The progress of the run."""
     text = Text.assemble(("step ", "dim"), f"{report['step']} of {report['num_steps']}")
     text.append("  saved ", style="dim").append(str(report["committed_steps"]))
     text.append("  newest weights ", style="dim").append(f"v{report['newest_version']}")

@@ -82,7 +82,7 @@ def summary_table(summary: dict[str, Any], *, title: str) -> Table:
         kind: sum(count for count in outcomes.values() if isinstance(count, int))
         for kind, outcomes in failures.items()
     }
-    # A kind that is trained with reward 0 does not end the run: here is where a reader sees it.
+    # Failures that count as reward 0 do not end the run, so the summary shows them.
     for label, numbers, note in (
         ("tickets", summary.get("tickets") or {}, ""),
         ("drops", summary.get("drops") or {}, ""),
@@ -168,7 +168,7 @@ def _evaluations(sets: dict[str, Any]) -> Iterator[tuple[str, str]]:
         before, after = rows["before"], rows["after"]
         is_plain = name == DEFAULT_SET and after["num_samples"] == 1
         if len(sets) == 1 and is_plain and not after["num_failed"]:
-            return  # the rows of the held-out reward say it
+            return  # the rows of the held-out reward show it
         passed = [
             f"pass@{k} {before['pass_at_k'].get(k, 0.0):.3f} -> {share:.3f}"
             for k, share in after["pass_at_k"].items()

@@ -1,8 +1,8 @@
 """Makes the dashboards of panels.yaml: `python build.py [FOLDER]` writes FOLDER/<uid>.json (dashboards/).
 
-`areal-like deploy-files` runs it. It needs PyYAML and nothing of the program, so that a copy of this folder,
-with other panels, works too. The JSON is that of Grafana's schema, with Grafana's own defaults spelled out
-where the schema wants them.
+`areal-like deploy-files` runs it. It needs PyYAML but no module of areal-like, so that a copy of this folder,
+with other panels, works too. The JSON follows Grafana's schema, with Grafana's own defaults spelled out where
+the schema requires them.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def dashboard(described: dict[str, Any]) -> dict[str, Any]:
 
 
 def variable(name: str, label: str, **fields: Any) -> dict[str, Any]:
-    """A choice at the top of a dashboard: of one value, unless `fields` says more."""
+    """A variable at the top of a dashboard: one value can be chosen, unless `fields` allows several."""
     never_refreshed = {"auto": False, "auto_min": "10s", "auto_count": 30}
     shown = {"hide": 0, "includeAll": False, "multi": False, "skipUrlSync": False}
     no_id = {"id": "00000000-0000-0000-0000-000000000000"}
@@ -80,7 +80,7 @@ def variable(name: str, label: str, **fields: Any) -> dict[str, Any]:
 
 
 def choice(name: str, label: str, query: str) -> dict[str, Any]:
-    """A choice of one of a query's values: read again with each range of time, in alphabetical order."""
+    """A variable with the values of a query: read again for each time range, in alphabetical order."""
     queried = {"query": query, "refId": name}
     return variable(name, label, type="query", datasource=SOURCE, query=queried, refresh=2, sort=1)
 
@@ -106,7 +106,7 @@ def panels(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def panel(described: dict[str, Any]) -> dict[str, Any]:
-    """A panel of its kind, with its queries."""
+    """The JSON of one panel, with its queries."""
     kind, unit = described.get("kind", "lines"), described["unit"]
     defaults: dict[str, Any] = {"unit": unit}
     if kind == "heatmap":
@@ -153,7 +153,7 @@ NUMBER = {
     "reduceOptions": {"calcs": ["lastNotNull"]},
     "textMode": "auto",
 }
-"""The last value, with its course behind it."""
+"""The last value, with its history in the background."""
 
 
 def heatmap_options(unit: str) -> dict[str, Any]:
