@@ -1,13 +1,13 @@
-"""Generates examples and demonstrations of the addition task, in which `37+85+12` is answered by `134`.
+"""Generates examples and demonstrations of the addition task: the correct completion of `37+85+12` is `134`.
 
-A calculator adds two numbers at a time, so n terms need n - 1 calls and then the answer. The number of terms
-has a long tail: each further term comes with probability 0.6. The rollout task and the trainer's warm start
-both use this module. An example is a pure function of (seed, split, index). The held-out split is a set of
-*multisets* of terms, fixed by a hash that does not depend on the seed, as in `areal_like.sorting`.
+A calculator adds two numbers at a time, so n terms need n - 1 calls before the final answer. The number of
+terms has a long tail: each further term is added with probability 0.6. The rollout task and the trainer's
+warm start both use this module. An example is a pure function of (seed, split, index). The held-out split is
+a set of *multisets* of terms, fixed by a hash that does not depend on the seed, as in `areal_like.sorting`.
 
-A demonstration is a conversation with mistakes: mostly the demonstrator does not use the calculator, and if
-it does, it may leave out a term or answer too soon, with the total so far. Copying is always right. So the
-warm start teaches the format and how to copy numbers, and RL has to find out that each term needs a call.
+A demonstration is a conversation with mistakes: most demonstrations do not use the calculator, and those that
+do may leave out a term or stop early with the running total. Numbers are always copied correctly. So the warm
+start teaches the format and how to copy numbers, and RL has to discover that each term needs a call.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _TERMS = range(10, 100)
 _NO_CALL_PROB = 0.55
 """The demonstrator answers with the first term."""
 _TOO_SOON_PROB = 0.08
-"""Per further call: the demonstrator answers in place of it."""
+"""Per further call: the probability that the demonstrator gives a final answer instead."""
 _LEAVES_OUT_PROB = 0.08
-"""Per call but the last: the demonstrator leaves out a term."""
+"""Per call except the last: the probability that the demonstrator leaves out a term."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class AddExample:
     """One prompt with its only correct answer."""
 
     terms: tuple[int, ...]
-    """Different numbers of two digits."""
+    """Distinct two-digit numbers."""
 
     @property
     def prompt(self) -> str:
@@ -78,9 +78,9 @@ def add_example(*, seed: int, split: Split, index: int) -> AddExample:
 
 
 def noisy_demonstration(*, seed: int, index: int, uses_tool: bool) -> list[dict[str, Any]]:
-    """A warm-start conversation as chat messages, mostly with a wrong answer.
+    """A warm-start conversation as chat messages, usually with a wrong answer.
 
-    Without the tool the answer follows the prompt, and it is right: nothing else teaches sums.
+    Without the tool the answer directly follows the prompt and is correct: nothing else teaches sums.
     """
     example = add_example(seed=seed, split=Split.WARM_START, index=index)
     messages: list[dict[str, Any]] = [{"role": "user", "content": example.prompt}]

@@ -1,12 +1,12 @@
-"""Settings that are `auto`: what they are for a job's devices and model.
+"""Resolves settings that are `auto` for a job's devices and model.
 
-Every role computes them by the same functions from the same settings, `areal-like run` writes what came out
+Every role computes them by the same functions from the same settings, `areal-like run` writes the results
 into the run's config.yaml, and the buffer refuses a peer whose dtype differs from the first peer's.
 
     model.dtype                      a GPU anywhere in the job: the checkpoint's dtype; else float32
     trainer.gradient_checkpointing   on where the trainer is on GPUs
 
-Only config.json is read, never weights. For a model that is named and not local it may be downloaded.
+Only config.json is read, never weights. For a model that is given by its hub name, it may be downloaded.
 
 `start_limit_s` is a limit that depends on the size of the weights.
 """
@@ -24,13 +24,13 @@ from areal_like.paths import BUILT_MODELS, model_path
 
 Dtype = Literal["float32", "bfloat16"]
 LEAST_BYTES_PER_S = 100e6
-"""Rate at which the slowest file system that is waited for delivers weights."""
+"""Rate of the slowest file system for which start limits make allowance, in bytes per second."""
 LONG_TOKENS = 4096
 """Sequences beyond this length need an attention kernel that never holds the matrix of scores."""
 
 
 def compute_dtype(config: Config) -> Dtype:
-    """`model.dtype`, or what it is when `auto`: the dtype of the engine's weights and the trainer's forward.
+    """The resolved `model.dtype`: the dtype of the engine's weights and of the trainer's forward pass.
 
     On GPUs a checkpoint in float16 counts as bfloat16: the trainer has no loss scaling. Raises ConfigError if
     the checkpoint's dtype has to be known, and its config.json cannot be read or names none.
@@ -52,14 +52,14 @@ def compute_dtype(config: Config) -> Dtype:
 
 
 def recomputes_activations(config: Config) -> bool:
-    """`trainer.gradient_checkpointing`, or what it is when `auto`."""
+    """The resolved `trainer.gradient_checkpointing`."""
     setting = config.trainer.gradient_checkpointing
     return not _is_on_cpu(config.trainer.device) if setting == "auto" else setting
 
 
 def resolved(config: Config) -> Config:
-    """The configuration with what its `auto` settings are. Raises ConfigError as `compute_dtype`, and for a
-    model whose attention would not fit on a GPU in that dtype.
+    """The configuration with its `auto` settings resolved. Raises ConfigError as `compute_dtype` does, and
+    for a model whose attention would not fit on a GPU in that dtype.
     """
     config = dataclasses.replace(
         config,
@@ -71,10 +71,10 @@ def resolved(config: Config) -> Config:
 
 
 def start_limit_s(config: Config) -> float:
-    """Longest silence of an engine that starts or loads weights, in seconds.
+    """Longest time without output of an engine that starts or loads weights, in seconds.
 
-    `rollout.start_timeout_s`, and the time to read the model's weights. Those of a model that is named and
-    not local, or built by the run, are not counted.
+    This is `rollout.start_timeout_s` plus the time to read the model's weights. The time is not added for a
+    model that is given by its hub name or built by the run.
     """
     folder = Path(config.model.path).expanduser()
     num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -82,8 +82,9 @@ def start_limit_s(config: Config) -> float:
 
 
 def _check_attention(config: Config) -> None:
-    """In float32, torch's attention on GPUs has no flash kernel, and its memory-efficient one takes no groups
-    of queries, so what is left holds L x L scores for each head: 137 GB for 32 heads and 32k tokens.
+    """Raises ConfigError for an attention that would hold L x L scores for each head. In float32, torch has
+    no flash attention on GPUs, and its memory-efficient kernel does not support grouped queries. What remains
+    needs 137 GB for 32 heads and 32k tokens.
     """
     if config.trainer.attention == "varlen" and config.model.dtype == "float32":
         raise ConfigError(
@@ -109,12 +110,12 @@ def _is_on_cpu(device: str) -> bool:
 
 
 def _model_facts(config: Config, *, needed_for: str) -> dict[str, Any]:
-    """config.json of the model, of its text part if it has several. Raises ConfigError."""
+    """The model's config.json, or its text section if it has several. Raises ConfigError."""
     path = model_path(config)
     try:
         file = Path(path) / "config.json"
         if not file.is_file():
-            # Imported here: half a second that only a model of the hub costs.
+            # Imported here: it takes half a second, which only a model of the hub needs.
             from huggingface_hub import hf_hub_download
 
             file = Path(hf_hub_download(path, "config.json"))

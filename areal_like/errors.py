@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's text, with the second if it ends with a colon; or the type."""
+    """The first line of an error's text, and the second after a colon; without a text, the error's type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1]) if lines else type(error).__name__
 
@@ -61,18 +61,18 @@ class WireError(ArealError):
 
 
 class WireVersionError(WireError):
-    """A message has another wire version: one side has to be upgraded."""
+    """A message has a different wire version: one side has to be upgraded."""
 
 
 class RefusedError(ArealError):
     """A peer refused our request; the message names the field that differs."""
 
     field = ""
-    """On the side of the request: the `field` of the `Refused`."""
+    """On the requesting side: the `field` of the `Refused`."""
 
 
 class RunFinishedError(ArealError):
-    """The run is finished: there is nothing left to do for this process."""
+    """The run is finished: this process has nothing left to do."""
 
 
 class StaleIncarnationError(ArealError):
@@ -84,7 +84,7 @@ class EvaluationError(ArealError):
 
 
 class DeadlineError(ArealError):
-    """No reply or event came before the deadline; the message names it."""
+    """No response or event arrived before the deadline; the message names it."""
 
 
 class PeerLostError(ArealError):
@@ -117,24 +117,24 @@ class EpisodeBudgetError(EpisodeError):
 
 
 class EnvironmentLostError(EpisodeError):
-    """An environment's process was lost, and not by the environment's fault: the sample may be made again."""
+    """An environment's process was lost through no fault of the environment: the sample may be made again."""
 
 
 class AgentLostError(EnvironmentLostError):
-    """An external agent has not made the sample of its session: another one may."""
+    """An external agent did not make the sample of its session: another agent may."""
 
     def __init__(self, message: str, *, is_of_sample: bool = True) -> None:
-        """`is_of_sample`: the agent made the samples before, so this one may be to blame."""
+        """`is_of_sample`: the agent completed earlier samples, so the cause may be this sample."""
         super().__init__(message)
         self.is_of_sample = is_of_sample
 
 
 class SessionGoneError(ArealError):
-    """The session of a request has ended; the message says why. It accepts no request any more."""
+    """The session of a request has ended; the message says why. It accepts no further requests."""
 
 
 class ToolError(ArealError):
-    """A tool cannot do what the policy asked for. The message is what the policy reads."""
+    """A tool cannot do what the policy asked for. The policy reads the message."""
 
 
 class WeightSyncError(ArealError):
@@ -150,7 +150,7 @@ class RewardTimeoutError(RewardError):
 
 
 class CheckpointError(ArealError):
-    """Another rank could not write its part of a checkpoint, or was lost meanwhile."""
+    """Another rank could not write its part of a checkpoint, or was lost while writing it."""
 
 
 class DiskFullError(ArealError):
@@ -162,4 +162,5 @@ class StoreCorruptError(ArealError):
 
 
 RAISED_BY_TASKS = (Exception, SystemExit)
-"""What the code of a task, an episode or a renderer may raise: its `sys.exit()` must not end the daemon."""
+"""Exceptions that the code of a task, an episode or a renderer may raise: its `sys.exit()` must not end the
+daemon."""

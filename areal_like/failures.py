@@ -1,4 +1,4 @@
-"""Kinds of failed samples, and what can be done about one (`buffer.on_failure`).
+"""Kinds of failed samples, and the policies for them (`buffer.on_failure`).
 
 A rollout server says which kind a failure is, because only it knows the cause; the buffer applies the policy,
 because only it knows the ticket. `zero` is the exception: the server has the sampled tokens, so it applies
@@ -11,13 +11,13 @@ from enum import StrEnum
 
 
 class FailureKind(StrEnum):
-    """What failed while a sample was made."""
+    """What failed while a sample was being made."""
 
     ENGINE = "engine"
     """The engine responded with an error, or its completion cannot be used."""
     TIMEOUT = "timeout"
-    """The engine returned no token within `rollout.sample_timeout_s`. With tokens the sample is truncated,
-    which is not a failure."""
+    """The engine returned no token within `rollout.sample_timeout_s`. If there are tokens, the sample is
+    truncated, which is not a failure."""
     REWARD = "reward"
     """The reward function raised, returned no finite number, or its process died."""
     REWARD_TIMEOUT = "reward_timeout"
@@ -27,7 +27,7 @@ class FailureKind(StrEnum):
     ENVIRONMENT = "environment"
     """The task's example() or the episode raised or hung."""
     AGENT = "agent"
-    """External agents did not make the sample: they made no request, posted no reward, or were gone."""
+    """External agents did not make the sample: they made no request, posted no reward, or disappeared."""
 
 
 class FailurePolicy(StrEnum):
@@ -36,7 +36,7 @@ class FailurePolicy(StrEnum):
     RETRY = "retry"
     """It is sampled again, up to `buffer.max_sample_retries` times; then its ticket is dropped."""
     ZERO = "zero"
-    """Its tokens are trained on with reward 0. Without a sampled token: as `retry`."""
+    """Its tokens are trained on with reward 0. Without a sampled token it is treated as `retry`."""
     DROP = "drop"
     """Its ticket is dropped at once, with reason `failed`."""
 
@@ -46,4 +46,4 @@ FAULTS_OF_SERVER = frozenset({FailureKind.ENGINE, FailureKind.TIMEOUT})
 FAULTS_OF_TASK = frozenset({FailureKind.REWARD, FailureKind.REWARD_TIMEOUT, FailureKind.ENVIRONMENT})
 """Kinds that count against the task's code."""
 FAULTS_OF_AGENTS = frozenset({FailureKind.AGENT})
-"""Kinds that count against who has claimed the session, which is noted at its server."""
+"""Kinds that count against the agent that claimed the session; its server keeps the count."""

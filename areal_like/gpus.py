@@ -1,6 +1,7 @@
-"""GPUs by the figures that their vendors publish: rates are dense, without sparsity.
+"""GPUs with the figures that their vendors publish; rates are dense, without sparsity.
 
-The memory is in units of 10^9 bytes. A driver shows a little more, so a job that fits here has room left.
+Memory is in units of 10^9 bytes. A driver shows a little more, so a job that fits these figures has room
+left.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ BF16_TFLOPS = {
     "L4": 121.0,
     "MI300X": 1307.0,
 }
-"""bfloat16 teraflops; of parts with several form factors those of the SXM one, unless the name says another.
-The order counts: a device has the first name that fits."""
+"""bfloat16 teraflops. Where a part has several form factors, the figure is that of the SXM one unless the
+name says otherwise. The order matters: the first name that matches a device applies."""
 
 
 @dataclass(frozen=True, kw_only=True)

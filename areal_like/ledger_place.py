@@ -1,4 +1,4 @@
-"""Where the ledger of a run is to be, which shards have written one, and whether its file system is safe.
+"""Where the ledger of a run belongs, which shards have written one, and whether its file system is safe.
 
 SQLite's WAL is only safe on a local file system: in WAL mode all processes that use a ledger share memory
 through the file `ledger.sqlite3-shm`. Over a network two machines have two copies of it, and some network
@@ -41,9 +41,10 @@ def open_ledger(directory: Path) -> sqlite3.Connection:
 
 
 def recorded_shards(paths: RunPaths) -> int | None:
-    """The number of buffers (`buffer.num_shards`) whose ledgers have tickets of this run; None: none has.
+    """The number of buffers (`buffer.num_shards`) whose ledgers have tickets of this run; None if none has
+    any.
 
-    A ledger without tickets is left out: its buffer was stopped before it issued one.
+    A ledger without tickets does not count: its buffer was stopped before it issued one.
     """
     counts = (shards_of(directory) for directory in paths.ledger_places)
     return next((count for count in counts if count is not None), None)
@@ -58,13 +59,13 @@ def shards_of(directory: Path) -> int | None:
     try:
         with closing(open_ledger(directory)) as ledger:
             found = ledger.execute(query).fetchone()
-    except sqlite3.Error:  # there is none, it is damaged, or locked: its buffer will say so
+    except sqlite3.Error:  # there is none, or it is damaged or locked: its buffer will report that
         return None
     return None if found is None else int(found[0])
 
 
 def network_warning(config: Config) -> str:
-    """Why the place of the ledger is unsafe; empty if it is not, or if there is no ledger."""
+    """Why the location of the ledger is unsafe; empty if it is safe, or if there is no ledger."""
     if config.buffer.durability == "none":
         return ""
     path = wanted_place(config)
@@ -97,7 +98,7 @@ def file_system_of(path: Path, *, mounts: str | None = None) -> str:
         if len(fields) < 5 or not kind:
             continue
         point = Path(re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields[4]))
-        # Not `>`: the last of several mounts at one place hides the others.
+        # `>=`, not `>`: the last of several mounts at one path hides the others.
         if resolved.is_relative_to(point) and len(point.parts) >= longest:
             found, longest = kind, len(point.parts)
     return found

@@ -1,4 +1,4 @@
-"""Paths of a run's files. No other module spells their names."""
+"""Paths of a run's files. No other module contains their names."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ class RunPaths:
     config = _Below("config.yaml")
     """The resolved configuration."""
     next_config = _Below("config.next.yaml")
-    """What the processes of a resumed run read; `config` gets it once all daemons have been ready."""
+    """The configuration that the processes of a resumed run read; it becomes `config` once all daemons have
+    been ready."""
     config_changes = _Below("config_changes.jsonl")
     """What changed in `config` and when, one JSON object for each change."""
     logs = _Below("logs")
@@ -54,9 +55,9 @@ class RunPaths:
     built_model = _Below("model")
     """Directory of the initial policy if `model.path` is one of BUILT_MODELS."""
     traces = _Below("traces")
-    """Directory of the last collectives of ranks that failed, one file for each rank."""
+    """Directory with the last collectives of failed ranks, one file for each rank."""
     spans = _Below("spans")
-    """Directory of what each daemon did when, for `areal-like trace`."""
+    """Directory of the daemons' spans, for `areal-like trace`."""
     profiles = _Below("profiles")
     """Directory of recorded steps: traces and reports of `areal-like profile`."""
     metrics = _Below("metrics.jsonl")
@@ -68,9 +69,9 @@ class RunPaths:
     evaluations = _Below("evaluations.jsonl")
     """One JSON object for each evaluation of each set."""
     rows = _Below("rows.json")
-    """Facts of a supervised run, one JSON object: its steps, and what became of its rows."""
+    """Facts about a supervised run, one JSON object: its steps, and how its rows were used."""
     replay = _Below("replay.json")
-    """Which run a replay has trained again, one JSON object."""
+    """The run that a replay trained again, one JSON object."""
     summary = _Below("summary.json")
     """Summary of the run, one JSON object written at its end."""
 
@@ -104,9 +105,10 @@ class RunPaths:
 
     @property
     def ledger_places(self) -> list[Path]:
-        """The ledger directories and links to them, empty and broken ones too, in the order of their shards.
+        """The ledger directories and links to them, empty and broken ones included, in the order of their
+        shards.
 
-        A ledger that was moved away within the run's directory (`ledger.old`) is none.
+        A ledger that was moved away within the run's directory (`ledger.old`) is left out.
         """
         found = [path for path in self.root.glob("ledger*") if _LEDGER_NAME.fullmatch(path.name)]
         return sorted(found, key=lambda path: (len(path.name), path.name))
@@ -125,7 +127,7 @@ def model_path(config: Config) -> str:
                 "run `python -m trainer.prepare_model` with this configuration first"
             )
         return str(built)
-    # A hub name has one slash: a directory that is misspelled should not be asked for in the network.
+    # A hub name has one slash: a misspelled directory must not become a request to the hub.
     looks_local = config.model.path.startswith((".", "/", "~")) or config.model.path.count("/") > 1
     if looks_local and not (Path(config.model.path).expanduser() / "config.json").exists():
         raise ConfigError(f"model.path={config.model.path}: no config.json there")
@@ -161,7 +163,8 @@ def smollm2_file() -> Path:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file that others wrote. Raises OSError, and ValueError if it is not JSON."""
+    """The content of a JSON file that another process wrote. Raises OSError, and ValueError if it is not
+    JSON."""
     try:
         return json.loads(path.read_text())
     except RecursionError:
@@ -185,9 +188,9 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write a file at, which replaces `path` at the end of the block, unless the block raises.
+    """Gives a path to write a file at; the file replaces `path` at the end of the block, unless it raises.
 
-    So readers never see a part of the file.
+    So readers never see a partial file.
     """
     # Random, because processes of several containers that share a directory can have the same process id.
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
@@ -205,5 +208,5 @@ def require_private(path: Path) -> None:
 
 
 def private_descriptor(path: Path) -> int:
-    """The descriptor of a new, empty file that its owner only can read."""
+    """The descriptor of a new, empty file that only its owner can read."""
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)

@@ -2,14 +2,14 @@
 
 The output head (`model.fp32_head`): logits that a matrix product rounds to bfloat16 have steps of up to 2^-8
 of their size, so engine and trainer disagree about probabilities although they have the same weights. Here
-weight and hidden states are widened before the product. The weight's values stay those of the model's dtype,
-as with SGLang's `--enable-fp32-lm-head`.
+weight and hidden states are converted to float32 before the product. The weight keeps its values in the
+model's dtype, as with SGLang's `--enable-fp32-lm-head`.
 
 The routers of a mixture of experts: their probabilities decide which experts a token uses, and rounding them
-to bfloat16 makes near ties of experts. So the product, the softmax and the weights of the chosen experts are
-float32. The router's weights keep the values that they have in the model's dtype, which are those that the
-engines have: SGLang (0.5.23, Qwen3-MoE) multiplies in bfloat16 with float32 accumulation, and does the rest
-in float32. Routers are found by transformers' own declaration of where router logits come from
+to bfloat16 turns close probabilities into ties. So the product, the softmax and the weights of the chosen
+experts are float32. The router's weights keep their values in the model's dtype, the same as in the engines:
+SGLang (0.5.23, Qwen3-MoE) multiplies in bfloat16 with float32 accumulation, and does the rest in float32.
+Routers are found by transformers' own declaration of where router logits come from
 (`PreTrainedModel._can_record_outputs`). Left out: routers that are a linear layer whose block does the rest
 (Jamba, Llama 4), and routers made of other modules, which are float32 in transformers already (Ernie).
 """
@@ -61,7 +61,7 @@ def routers(model: nn.Module) -> Iterator[nn.Module]:
 def route_in_float32(model: nn.Module) -> None:
     """Makes the routers of a transformers model compute in float32 where their weights are narrower.
 
-    Modifies the modules in place; call it once. A model without experts stays as it is.
+    Modifies the modules in place; call it once. A model without experts is unchanged.
     """
     for router in routers(model):
         router.forward = functools.partial(_router_in_float32, router, router.forward)
@@ -82,7 +82,7 @@ def _router_in_float32(router: nn.Module, forward: Any, hidden: Tensor, *args: A
 
 
 def _is_whole(module: nn.Module) -> bool:
-    """True for a module that holds the router's weights itself and makes probabilities of its logits."""
+    """True for a module that holds the router's weights itself and computes probabilities from its logits."""
     return next(module.children(), None) is None and not isinstance(module, nn.Linear)
 
 

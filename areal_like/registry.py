@@ -3,7 +3,7 @@
 A section has `name` or `_target_`, and settings. A registered class is a frozen keyword-only dataclass: its
 fields are its settings; an unknown setting, or a value outside the choices of a `Literal` field, raises a
 ConfigError that names it. A `_target_` is the dotted path of any class and needs no registration. A class may
-also be registered by such a path, so that it is imported only when it is used.
+also be registered by such a path; it is then imported only when it is used.
 """
 
 from __future__ import annotations

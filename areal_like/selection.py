@@ -1,13 +1,12 @@
-"""What was sampled against what was trained on: lengths, difficulty, failures and wasted tokens of a run.
+"""Compares the sampled and the trained samples of a run: lengths, difficulty, failures, wasted tokens.
 
 A filter, a staleness bound or a failure policy changes the distribution that is trained on: a verifier that
 hangs on long completions, for instance, removes long completions. `selection_report` makes that visible. It
 works on flat counters (`RunCounters.counters`) that can be added over shards; histograms have fixed buckets
 for the same reason, and percentiles are interpolated in them.
 
-    offered   train samples that arrived with a reward (greedy baselines excluded)
-    trained   those of completed steps
-    failed    samples that failed, by kind
+    offered train samples that arrived with a reward (greedy baselines excluded) trained samples of completed
+    steps failed samples that failed, by kind
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ def wasted_key(reason: str) -> str:
 def lengths_of(counters: Mapping[str, float], populations: Iterable[str]) -> list[int]:
     """[MAX_BUCKET + 1] number of samples by length, added over populations."""
     each = [[counters.get(length_key(name, b), 0) for b in range(MAX_BUCKET + 1)] for name in populations]
-    # A step that a ledger of an earlier release counted and this one undid leaves a count below zero.
+    # Rolling back a step that an older release counted can leave a negative count.
     return [max(0, int(sum(column))) for column in zip(*each, strict=True)]
 
 
@@ -92,7 +91,7 @@ def wasted_of(counters: Mapping[str, float]) -> dict[str, int]:
 def selection_report(counters: Mapping[str, float], *, limit: float = math.inf) -> dict[str, Any]:
     """The section `selection` of summary.json.
 
-    `limit`: of sampled tokens in one turn; the percentiles of samples with one turn are not above it.
+    `limit`: the limit of sampled tokens in one turn; percentiles of single-turn samples do not exceed it.
     """
     report: dict[str, Any] = {
         name: _samples(counters, name, limit=limit)
@@ -114,7 +113,8 @@ def selection_report(counters: Mapping[str, float], *, limit: float = math.inf) 
 def percentile(histogram: Sequence[int], percent: float, *, limit: float = math.inf) -> float | None:
     """A percentile of lengths, interpolated in its bucket; None without samples.
 
-    A percentile in the last bucket is that bucket's lower limit. `limit`: ends its bucket, if none is longer.
+    A percentile in the last bucket is that bucket's lower limit. `limit`: the upper end of the bucket that
+    contains it, if no sample is longer.
     """
     wanted = sum(histogram) * percent / 100
     if not wanted:

@@ -65,7 +65,7 @@ class Shard:
 
     def local(self, number: int) -> int:
         """This shard's number of the job-wide `number`, which must belong to it."""
-        assert self.owns(number), f"{number} belongs to another shard than {self.index} of {self.count}"
+        assert self.owns(number), f"{number} does not belong to shard {self.index} of {self.count}"
         return number // self.count
 
     def share(self, total: int) -> int:

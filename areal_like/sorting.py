@@ -1,4 +1,4 @@
-"""Generates examples of the digit-sorting task, in which the correct response to `5203=` is `0235`.
+"""Generates examples of the digit-sorting task: the correct completion of `5203=` is `0235`.
 
 The rollout task and the trainer's warm start both use this generator. An example is a pure function of (seed,
 split, index): nothing is stored, and every process generates the same prompts. The held-out split is a set of

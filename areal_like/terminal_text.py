@@ -26,7 +26,7 @@ def harmless(text: str) -> str:
 
 
 def harmless_name(text: str) -> str:
-    """A label or a name, which must not begin a line of its own: that could look like another entry."""
+    """A label or name without line ends too: a new line could look like another entry."""
     return harmless(text).replace("\n", "\\n").replace("\t", "\\t")
 
 

@@ -1,9 +1,9 @@
 """A trajectory: one sample of a group, with its tokens, their log-probs and weight versions, and its reward.
 
-All per-token arrays cover prompt and response and have the same length T, so that a trajectory of many turns
-(prompt, response, tool output, response, ...) has the same layout: `loss_mask` marks the tokens that the
-policy sampled. A conversation that branched, or whose context was compacted, has several segments: each is a
-sequence of its own for the model, and they lie end to end in the arrays.
+All per-token arrays cover prompt and completion and have the same length T, so that a trajectory of many
+turns (prompt, completion, tool output, completion, ...) has the same layout: `loss_mask` marks the tokens
+that the policy sampled. A conversation that branched, or whose context was compacted, has several segments:
+each is a sequence of its own for the model, and they lie end to end in the arrays.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 NOT_SAMPLED = -1
 """Version of a token that the policy did not sample: prompt, tool output."""
 LARGEST_REWARD = 1e9
-"""Largest size of a reward, of its parts, and of the reward of a turn or a token. The trainer computes with
-float32, in which sums over a step of their squares, and of those squares' squares, must stay finite."""
+"""Largest size of a reward, of its parts, and of the reward of a turn or a token. The trainer computes in
+float32, in which the sums over a step of their second and fourth powers must stay finite."""
 LARGEST_METRIC = float(np.finfo(np.float32).max)
 """Largest size of a metric of a sample. It is averaged in float64 and never trained on."""
 LEAST_LOGPROB = -1e6
@@ -45,7 +45,7 @@ class FinishReason(StrEnum):
     TOKENS = "tokens"
     """`episode.max_tokens` was reached: the episode has no room for another turn."""
     CONTEXT = "context"
-    """The engine's context is full: the next turn's prompt leaves no room for an answer."""
+    """The engine's context is full: the next turn's prompt leaves no room for a completion."""
     ABORT = "abort"
     """Generation was interrupted. Such a trajectory is resumed or counted, never trained on."""
 
@@ -113,7 +113,7 @@ class Trajectory:
     """
 
     tokens: NDArray[np.int32]
-    """[T] prompt and response token ids."""
+    """[T] prompt and completion token ids."""
     loss_mask: NDArray[np.uint8]
     """[T] 1 where the policy sampled the token, else 0."""
     logprobs: NDArray[np.float32]
@@ -122,7 +122,7 @@ class Trajectory:
     versions: NDArray[np.int32]
     """[T] version of the weights that sampled each token, from the engine; NOT_SAMPLED elsewhere."""
     reward: float
-    """Scalar reward of the whole trajectory. It contains the rewards of turns and of tokens; what they leave
+    """Scalar reward of the whole trajectory. It includes the rewards of turns and of tokens; the remainder
     belongs to the last sampled token."""
     reward_components: dict[str, float] = field(default_factory=dict)
     """Named parts of the reward, for metrics."""
@@ -132,12 +132,12 @@ class Trajectory:
     turns: tuple[tuple[int, float], ...] = ()
     """(end, reward) of each turn of the policy, in order: its last token is at `end` - 1. Empty: one turn."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """Named numbers that are no part of the reward (tool calls, ...)."""
+    """Named numbers that are not part of the reward (tool calls, ...)."""
     label: str = ""
-    """The task that the sample belongs to, where a job has several."""
+    """The task that the sample belongs to, if a job has several."""
     arrays: dict[str, NDArray[np.generic]] = field(default_factory=dict)
-    """Further arrays by name (`TOKEN_REWARDS`, teacher scores, ...). One whose first dimension is T belongs
-    to the tokens."""
+    """Further arrays by name (`TOKEN_REWARDS`, teacher scores, ...). An array whose first dimension is T is
+    per token."""
     finish_reason: FinishReason
     is_greedy: bool = False
     """Sampled at temperature 0, for evaluation or as a group's baseline; never trained on, its log-probs are
@@ -149,9 +149,10 @@ class Trajectory:
 
     @classmethod
     def unchecked(cls, **fields: Any) -> Self:
-        """A trajectory of one segment and turn whose fields, all of them, are known to be valid.
+        """A trajectory of one segment and one turn, built without checks: all fields must be known to be
+        valid.
 
-        For records, whose bytes were checked when they were received: ranks decode every sample.
+        It is for records, whose bytes were checked when they were received; ranks decode every sample.
         """
         trajectory = object.__new__(cls)
         trajectory.__dict__.update(fields)
@@ -207,7 +208,7 @@ class Trajectory:
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and response tokens."""
+        """Prompt and completion tokens."""
         return len(self.tokens)
 
     @property

@@ -31,31 +31,31 @@ _NUM_TRIES = 4
 _RETRY_S = 0.5
 _TIMEOUT_S = 60.0
 _LONGEST_WAIT_S = 30.0
-"""That a server waits in one request."""
+"""Seconds that a server waits within one request."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClaimedSession:
-    """One sample to make. Ends by `end`, or by a time limit of the server."""
+    """One sample to make. The session ends with a call of `end`, or at one of the server's time limits."""
 
     id: str
     base_url: str
-    """For clients of OpenAI's API."""
+    """Base URL for clients of OpenAI's API."""
     api_key: str = field(repr=False)
     """Secret of this session."""
     example: Mapping[str, Any]
-    """`split`, `index`, and as the task has them: `prompt`, `answer`, `metadata`, `label`."""
+    """`split`, `index`, and those of `prompt`, `answer`, `metadata`, `label` that the task provides."""
     group: int
-    """Samples of the same prompt have the same."""
+    """Shared by all samples of one prompt."""
     sample: int
     deadline_s: float | None
     """Seconds from the first request to the model until the sample is cut off; None: no limit."""
     idle_timeout_s: float
-    """Seconds without a request after which the session is over; a heartbeat is one."""
+    """Seconds without a request after which the session ends; a heartbeat counts as a request."""
     ca_file: str = ""
 
     def reward(self, value: float, *, completion_id: str = "") -> None:
-        """The reward of the sample, or of the turn whose completion has this id; the last one counts.
+        """Sets the reward of the sample, or of the turn whose completion has this id; the last call counts.
 
         Raises SessionGoneError if the session is over, UserError if it is refused, OSError if the server
         cannot be reached.
@@ -66,15 +66,16 @@ class ClaimedSession:
         self._post("reward", body)
 
     def heartbeat(self) -> None:
-        """The agent works, without the model: call it more often than every `idle_timeout_s` in a long tool.
+        """Keeps the session alive while the agent works without the model, for example in a long tool call.
 
+        Call it more often than every `idle_timeout_s`.
         Raises SessionGoneError if the session is over, OSError if the server cannot be reached.
         """
         self._post("heartbeat", {})
 
     def end(self) -> bool:
-        """The sample is complete. False if there is none: the session was over already, had no request to the
-        model, or no reward although the task has none of its own.
+        """Reports that the sample is complete. Returns False if there is no sample: the session was already
+        over, made no request to the model, or has no reward although the task computes none.
 
         Raises OSError if the server cannot be reached.
         """
@@ -84,7 +85,7 @@ class ClaimedSession:
             return False
 
     def _post(self, verb: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        # All may be sent again: what counts is the last reward, and that there was an end.
+        # All requests may be sent again: only the last reward counts, and ending twice does no harm.
         for left in reversed(range(_NUM_TRIES)):
             try:
                 posted = _posted(f"{self.base_url}/{verb}", body, key=self.api_key, ca_file=self.ca_file)
@@ -95,18 +96,18 @@ class ClaimedSession:
                 if not left:
                     raise
                 time.sleep(_RETRY_S)
-        raise AssertionError("the last try has raised")
+        raise AssertionError("the last attempt has raised")
 
 
 def claim(
     url: str, *, token: str = "", wait_s: float = 0.0, ca_file: str = "", name: str = ""
 ) -> ClaimedSession | None:
-    """A session of the rollout server at `url`; None if none was free within `wait_s`.
+    """Claims a session of the rollout server at `url`; None if none was free within `wait_s`.
 
     `token`: of role agent or operator, if the job has keys. `ca_file`: PEM file with the authority of the
-    server's certificate; empty: those of the system. `name`: of this agent; empty: machine and process. A
-    server gives fewer sessions, and in the end none, to an agent whose sessions fail, and knows it by its
-    name. Raises UserError if the server refuses, OSError if it cannot be reached.
+    server's certificate; empty: the system's authorities. `name`: this agent's name; empty: machine and
+    process. A server identifies agents by name, and gives fewer sessions, and in the end none, to an agent
+    whose sessions fail. Raises UserError if the server refuses, OSError if it cannot be reached.
     """
     name = name or f"{socket.gethostname()[:_MAX_HOST_CHARS]}:{os.getpid()}"
     end_s = time.monotonic() + wait_s
@@ -123,7 +124,7 @@ def claim(
 
 
 def _posted(url: str, body: Mapping[str, Any], *, key: str, ca_file: str) -> dict[str, Any] | None:
-    """The body of the response; None for status 429. Raises OSError also if the connection breaks in it."""
+    """The body of the response; None for status 429. Raises OSError, also if the connection breaks midway."""
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     context = ssl.create_default_context(cafile=ca_file or None) if url.startswith("https:") else None
@@ -136,7 +137,7 @@ def _posted(url: str, body: Mapping[str, Any], *, key: str, ca_file: str) -> dic
             message = _message(error)
         if error.code == 429:
             return None
-        # The key of a session came from the server: one that does not know it was started again since.
+        # The session's key came from the server: if the server does not know it, it has been restarted since.
         if error.code == 410 or (error.code == 401 and "/sessions/" in url):
             raise SessionGoneError(message) from None
         raise UserError(f"{url}: {error.code}: {message}") from None

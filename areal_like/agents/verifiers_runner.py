@@ -2,9 +2,9 @@
 
     python -m areal_like.agents.verifiers_runner ENV_ID --url http://127.0.0.1:7800 --model DIR
 
-`make verifiers` builds that interpreter. A session's index is the row of the taskset; its last `--eval-rows`
-rows are the split eval. Each rollout has the environment's own scoring and limits; its requests go to the
-session, which records tokens, log-probs and versions, and its reward is that of the trace.
+`make verifiers` builds that interpreter. A session's index is a row of the taskset; the last `--eval-rows`
+rows of the taskset are the eval split. Each rollout uses the environment's own scoring and limits. Its
+requests go to the session, which records tokens, log-probs and versions, and its reward is that of the trace.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class TasksetRows:
             )
 
     def task(self, split: str, index: int) -> Any:
-        """Raises UserError if there is none, which no other session of the job would cure."""
+        """The task of one row. Raises UserError if there is none: other sessions of the job would fail too."""
         num_train = len(self.tasks) - self.num_eval
         rows = self.tasks[num_train:] if split == "eval" else self.tasks[:num_train]
         if not 0 <= index < len(rows):
@@ -79,7 +79,7 @@ class Runner:
     _failure: UserError | None = None
 
     async def run(self) -> None:
-        """Until `stopping` is set; rollouts that have begun are played to their ends. Raises UserError."""
+        """Runs until `stopping` is set; rollouts that have started are played to the end. Raises UserError."""
         slots = asyncio.Semaphore(self.concurrency)
         servings: set[asyncio.Task[None]] = set()
         while not self.stopping.is_set():
@@ -167,7 +167,7 @@ class Runner:
             headers={"Authorization": f"Bearer {session.api_key}"},
             **self.client,
         )
-        # Its requests never end later than the session, so a limit of the environment's own is not needed.
+        # Its requests never outlive the session, so the environment needs no limit of its own.
         episode = await env.run_slot(env.slots(task)[0], vf.ModelContext(model="policy", client=client))
         errors = [*episode.errors, *(error for trace in episode.traces for error in trace.errors)]
         if not episode.ok:
@@ -222,7 +222,7 @@ _positive.__name__ = "number above 0"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of the command."""
+    """Adds the arguments of the command."""
     parser.add_argument("env_id", metavar="ENV", help="id of a taskset: a module that verifiers can import")
     parser.add_argument("--url", required=True, help="base URL of a rollout server's sessions")
     parser.add_argument("--model", required=True, help="directory with the tokenizer of the job's model")

@@ -1,1 +1,1 @@
-"""Messages as chat templates want them, and the tokens of whole conversations that are learned."""
+"""Messages in the form that chat templates expect, and the learned tokens of whole conversations."""

@@ -1,13 +1,13 @@
 """The tokens of a conversation, and which of them are learned.
 
-The text comes from the tokenizer's chat template and is tokenized once. Learned are the tokens of the replies
-that the conversation marks, each with its end-of-turn token and without what the template writes behind that.
-Where a reply begins and ends is read from the template's `{% generation %}` blocks if it has some. Otherwise
-three texts are compared: the messages before the reply with the generation prompt, the messages up to the
-reply, and the whole. A template that renders earlier replies in another way when more messages follow (it
-strips their reasoning, ...) gives several sequences, each as the policy would have seen it.
+The text comes from the tokenizer's chat template and is tokenized once. The learned tokens are those of the
+replies that the conversation marks, each with its end-of-turn token and without anything that the template
+writes after it. The bounds of a reply are read from the template's `{% generation %}` blocks if it has some.
+Otherwise three texts are compared: the messages before the reply with the generation prompt, the messages up
+to the reply, and the whole. A template that renders earlier replies in another way when more messages follow
+(it strips their reasoning, ...) gives several sequences, each as the policy would have seen it.
 
-`apply_chat_template(return_assistant_tokens_mask=True)` is not used: where a reply begins or ends with white
+`apply_chat_template(return_assistant_tokens_mask=True)` is not used: if a reply begins or ends with white
 space that belongs to a longer token, it leaves out the rest of the conversation, or learns all of it.
 
 Imports no torch, and transformers only on use.
@@ -50,10 +50,10 @@ class ConversationTokens:
         vocab_size: int = 0,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        """`tokenizer`: of transformers. `stop_token_ids`: those that end a turn, besides the tokenizer's EOS
-        and the token with which its template ends one. `vocab_size`: every token id must be below it; 0: not
-        checked. `template_kwargs`: `model.chat_template_kwargs`. Raises ConfigError for a slow tokenizer, and
-        one without an EOS."""
+        """`tokenizer`: a tokenizer of transformers. `stop_token_ids`: those that end a turn, besides the
+        tokenizer's EOS and the token with which its template ends one. `vocab_size`: every token id must be
+        below it; 0: not checked. `template_kwargs`: `model.chat_template_kwargs`. Raises ConfigError for a
+        slow tokenizer, and one without an EOS."""
         if not tokenizer.is_fast:
             raise ConfigError(
                 "model.path: the tokenizer has no tokenizer.json, from which the learned tokens are found: "
@@ -126,7 +126,7 @@ class ConversationTokens:
     def _checked(self, tokens: list[int], mask: list[int]) -> TokenRow:
         if self._vocab_size and tokens and max(tokens) >= self._vocab_size:
             raise ConfigError(f"token id {max(tokens)}: the model's vocabulary has {self._vocab_size}")
-        # Nothing is learned from what the template writes behind the last end of turn.
+        # Nothing that the template writes after the last end of turn is learned.
         num_kept = max((at + 1 for at, learned in enumerate(mask) if learned), default=len(mask))
         return TokenRow(tokens=tokens[:num_kept], loss_mask=mask[:num_kept])
 
@@ -160,7 +160,7 @@ class ConversationTokens:
     def _by_prefixes(
         self, messages: list[Message], conversation: ConversationRow
     ) -> list[tuple[str, list[Span]]]:
-        """Texts with their learned spans, by comparing what the template makes of the first messages."""
+        """Texts with their learned spans, found by comparing the template's renderings of message prefixes."""
         sequences: list[tuple[str, list[Span]]] = []
         for at, is_learned in enumerate(conversation.is_learned):
             if not is_learned:
@@ -199,7 +199,7 @@ class ConversationTokens:
         return min(ends, default=len(text))
 
     def _closing_ids(self) -> set[int]:
-        """The special token with which the template ends a turn: of base models it is often not the EOS."""
+        """The special token with which the template ends a turn; for base models it is often not the EOS."""
         probe = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": _PROBE_REPLY}]
         conversation = ConversationRow(messages=probe, is_learned=[False, True])
         try:

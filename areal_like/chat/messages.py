@@ -1,4 +1,4 @@
-"""Messages in the form that chat templates want. Pure."""
+"""Messages in the form that chat templates expect. Pure."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 
 def with_parsed_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
-    """The message as templates want it: arguments of tool calls as objects, not as text.
+    """The message as templates expect it: arguments of tool calls as objects, not as text.
 
-    Calls whose arguments are no JSON object, which some templates cannot render, become text.
+    Calls whose arguments are not a JSON object, which some templates cannot render, become text.
     """
     calls = message.get("tool_calls")
     if not calls:

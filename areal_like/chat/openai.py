@@ -3,8 +3,8 @@
     body -> parse_chat(body, rules) -> ChatRequest
     completion -> chat_head + chat_choice (one object) or chat_delta (the chunks of a stream) + usage
 
-Two servers use it, and what each of them takes is data (`ChatRules`). The embedded engine refuses tools and
-every field that would change the completion and that it does not support. A session takes tools and ignores
+Two servers use it; `ChatRules` states what each of them accepts. The embedded engine refuses tools and every
+field that would change the completion and that it does not support. A session takes tools and ignores
 sampling parameters, because the sampling is the job's. The sessions' other endpoints for the model have the
 same options (`parse_options`).
 """
@@ -24,12 +24,12 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 1000
 MAX_BYTES_PER_TOKEN = 64
 """A body of more bytes for each token of the context (and `FREE_BYTES`) is refused: rendering and tokenizing
-it would take the processor from the job's own samples, only to find that it is too long."""
+it would take CPU time from the job's own samples, only to find that it is too long."""
 FREE_BYTES = 1 << 16
 _LEAST_LOGPROB = -9999.0
-"""In place of minus infinity, which JSON does not have."""
+"""Replaces minus infinity, which JSON does not have."""
 _MAX_ERROR_CHARS = 2000
-"""A message may quote a body."""
+"""Limit of an error message, which may quote a body."""
 _ERROR_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -37,12 +37,12 @@ _ERROR_TYPES = {
     429: "rate_limit_error",
 }
 _EMPTY_FIELDS = ("refusal", "annotations", "audio", "function_call")
-"""Fields that an SDK adds to an assistant message without a meaning."""
+"""Fields that SDKs add to an assistant message and that mean nothing here."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatRules:
-    """What one server takes."""
+    """The requests that one server accepts."""
 
     server: str
     """Its name in errors."""
@@ -50,14 +50,14 @@ class ChatRules:
     """The model of a request that names none."""
     takes_tools: bool
     refused: Mapping[str, tuple[tuple[Any, ...], str]]
-    """Field -> the values without effect that are accepted; what to do instead, or empty."""
+    """Field -> accepted values, which have no effect, and what to do instead (or empty)."""
     ignored: tuple[str, ...] = ()
     """Fields without effect that change the response elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RequestOptions:
-    """What all requests to the model have in common."""
+    """The options that all requests to the model share."""
 
     model: str
     """The response repeats it."""
@@ -176,7 +176,7 @@ def _content(raw: Any, where: str, *, may_be_null: bool) -> str | None:
 def _tool_call(raw: Any, where: str) -> dict[str, Any]:
     if not _has_named_function(raw):
         raise ParamError(f"{where} must be objects with a function that has a name", param=where)
-    # What a client has put together from a stream has the index of each call, too.
+    # A call that a client assembled from a stream also has its index.
     return {name: value for name, value in raw.items() if name != "index"}
 
 
@@ -215,7 +215,7 @@ def _stops(raw: Any) -> tuple[str, ...]:
 
 
 def chat_head(*, id: str, created_s: int, model: str, is_chunk: bool) -> dict[str, Any]:
-    """What a response, or each chunk of a stream, begins with."""
+    """The common head of a response, or of each chunk of a stream."""
     kind = "chat.completion.chunk" if is_chunk else "chat.completion"
     return {"id": f"chatcmpl-{id}", "object": kind, "created": created_s, "model": model}
 
@@ -228,7 +228,7 @@ def chat_choice(
 
 
 def chat_delta(index: int, delta: Mapping[str, Any], *, reason: str | None = None) -> dict[str, Any]:
-    """What a chunk adds to one completion. `reason`: of its end, in its last chunk."""
+    """A chunk's addition to one completion. `reason`: the finish reason, in its last chunk."""
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
 
 
@@ -253,7 +253,7 @@ def chat_logprobs(
     content = []
     for token, logprob in zip(tokens, finite(logprobs), strict=True):
         text = decode(token)
-        # A token may be a part of a character: then it has no text of its own.
+        # A token may be part of a character and then has no text of its own.
         raw = None if "\N{REPLACEMENT CHARACTER}" in text else list(text.encode())
         content.append({"token": text, "logprob": logprob, "bytes": raw, "top_logprobs": []})
     return content

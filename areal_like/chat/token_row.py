@@ -1,4 +1,4 @@
-"""A sequence of tokens of which some are learned: the input of supervised training."""
+"""A sequence of tokens, some of which are learned: the input of supervised training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class TokenRow:
 
     @property
     def num_learned(self) -> int:
-        """Tokens that are learned. The first of a sequence has no prefix, so it never is."""
+        """Number of learned tokens. The first token of a sequence has no prefix, so it is never learned."""
         return sum(self.loss_mask[1:])
 
     def cut(self, num_tokens: int) -> TokenRow:

@@ -1,8 +1,8 @@
 """The settings of a job as frozen dataclasses, one class per section.
 
-These classes define the keys, their types, choices, ranges and defaults. Every daemon
-gets the same resolved configuration. No other module states a default. `objective`, `advantage` and `task`
-stay open mappings: the class that they name defines and checks their keys (areal_like/registry.py).
+These classes define the keys, their types, choices, ranges and defaults. Every daemon gets the same resolved
+configuration. No other module states a default. `objective`, `advantage` and `task` are open mappings: the
+class that each names defines and checks its keys (areal_like/registry.py).
 
 The package imports neither hydra nor torch, because every process imports it first.
 """

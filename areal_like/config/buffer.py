@@ -31,14 +31,15 @@ class OnFailureConfig(Section, key="buffer.on_failure"):
     prompt: Policy = "drop"
     """The prompt is too long, or the engine refuses it: `drop` (and do not issue it again) or `retry`."""
     environment: Policy = "zero"
-    """The task's example() or the episode raised or hung, or its turns became too long for the engine."""
+    """The task's example() or the episode raised or hung, or its conversation became too long for the engine.
+    """
 
     agent: Policy = "drop"
     """External agents did not make the sample, although its server gave it to several of them: `drop`,
     or `retry` (at another server, if one has room)."""
 
     def check(self) -> None:
-        """`zero` only for failures that leave tokens to train on."""
+        """Allows `zero` only for failures that leave tokens to train on."""
         for name in ("engine", "timeout", "prompt", "agent"):
             require(
                 getattr(self, name) != "zero",
@@ -57,21 +58,22 @@ class BufferConfig(Section, key="buffer"):
     host: str = "127.0.0.1"
     """Address to bind. With several shards, `{shard}` in it is replaced by the shard's number."""
     port: int = 0
-    """Port to bind; shard i binds port + i. 0: a free port, which the launcher passes to the other daemons.
-    Daemons started by hand need a fixed port."""
+    """Port to bind; shard i binds port + i. With 0, a free port is chosen, and the launcher passes it to the
+    other daemons. Daemons started by hand need a fixed port."""
     advertise_host: str = ""
     """Address at which other hosts reach the buffer, `{shard}` as in `host`; empty: `host`."""
     discovery: Literal["address", "run_dir"] = "address"
     """How rollout servers and ranks find the buffer. `address`: at `advertise_host` (`host`) and `port`.
-    `run_dir`: where its file in the run's directory says, which all machines must share; a buffer that is
-    silent is looked up again, so it may be started again on another machine, and its port may be 0."""
+    `run_dir`: where its file in the run's directory says, which all machines must share. A buffer that does
+    not respond is looked up again, so it may be restarted on another machine, and its port may be 0."""
     num_shards: PositiveInt = 1
     """Buffer daemons (buffer-0, buffer-1, ...) that split the prompts and the groups of every step; fixed for
     a run's life."""
     ports: tuple[int, ...] = ()
     """The shards' ports one by one; empty: `port` and those after it."""
     lease_timeout_s: PositiveFloat = 10.0
-    """Seconds without a heartbeat after which a lease expires and its missing samples are leased again."""
+    """Seconds without a heartbeat after which a lease expires and its missing samples are leased to another
+    server."""
     overdue: Literal["wait", "drop"] = "wait"
     """Treatment of a running ticket that no later step could train on within the staleness bound: `wait`
     reserves a position of the step for it, `drop` gives the position to another group."""
@@ -86,11 +88,11 @@ class BufferConfig(Section, key="buffer"):
     curriculum_target: float = 0.5
     """Solve rate that `curriculum=paced` prefers."""
     curriculum_exploration: float = 0.1
-    """Share of choices that take the first candidate regardless of solve rates."""
+    """Fraction of choices that take the first candidate regardless of solve rates."""
     curriculum_memory: int = 16384
-    """Prompts whose outcomes are remembered (they are part of every checkpoint)."""
+    """Number of prompts whose outcomes are remembered (they are part of every checkpoint)."""
     curriculum_half_life: PositiveInt = 1024
-    """Complete groups after which an outcome counts half."""
+    """Half-life of an outcome, in complete groups."""
     curriculum_reward_low: float = 0.0
     """Reward that counts as a solve rate of 0."""
     curriculum_reward_high: float = 1.0
@@ -100,18 +102,18 @@ class BufferConfig(Section, key="buffer"):
     max_sample_retries: NonNegativeInt = 2
     """Number of times that a failed sample is retried before its ticket is dropped with reason `failed`."""
     max_consecutive_failures: PositiveInt = 20
-    """Failed samples in a row, each of another ticket, after which a rollout server gets no leases for a
-    while. If the task's code failed at every server before the first good sample of the run, the run ends
+    """Consecutive failed samples, each of a different ticket, after which a rollout server gets no leases for
+    a while. If the task's code failed at every server before the first good sample of the run, the run ends
     with the last error instead."""
     on_failure: OnFailureConfig = field(default_factory=OnFailureConfig)
     max_peers: PositiveInt = 1024
-    """Most registered rollout servers and trainer ranks; further ones are refused."""
+    """Maximum number of registered rollout servers and trainer ranks; further ones are refused."""
     max_message_bytes: int = 64 << 20
     """Largest message accepted from any peer, in bytes."""
     durability: Literal["power_loss", "process_crash", "none"] = "process_crash"
-    """Failure that acknowledged samples survive. Before an acknowledgement, `power_loss` syncs the sample to
-    disk and `process_crash` writes it to the operating system's page cache. `none` keeps it in memory only:
-    if the buffer dies, the run ends."""
+    """The kind of failure that acknowledged samples survive. Before an acknowledgement, `power_loss` syncs
+    the sample to disk and `process_crash` writes it to the operating system's page cache. `none` keeps it in
+    memory only: if the buffer dies, the run ends."""
     retain_trajectories: bool = False
     """Keep every accepted trajectory on disk, for replay and analysis. Otherwise only trajectories that may
     still be trained on are kept."""
@@ -126,8 +128,8 @@ class BufferConfig(Section, key="buffer"):
     """Size of the cache of trajectories in memory, in bytes. Other trajectories are read back from disk when
     a rank fetches them."""
     min_free_bytes: NonNegativeInt = 256 << 20
-    """Free disk space to leave, in bytes: below it nothing is admitted or acknowledged until there is space
-    again."""
+    """Free disk space to keep, in bytes: with less, nothing is admitted or acknowledged until space is
+    available again."""
 
     def check(self) -> None:
         """Ranges; the number of ports; no retained trajectories without a ledger on disk."""

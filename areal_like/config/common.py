@@ -26,11 +26,11 @@ _YAML_TYPES = (bool, int, float, str, type(None), list, dict)
 
 
 class Minimum(NamedTuple):
-    """The least value of a field, in its annotation."""
+    """The smallest allowed value of a field, stated in its annotation."""
 
     value: int
     is_exclusive: bool = False
-    """True: a value must be above it."""
+    """True: the value must be greater than it."""
 
     def check(self, value: Any, *, key: str) -> None:
         """Raises ConfigError unless the value is in the range."""
@@ -71,7 +71,7 @@ class Section:
         self.check()
 
     def check(self) -> None:
-        """Checks ranges and rules over several fields. Raises ConfigError with the necessary change."""
+        """Checks ranges and rules over several fields. Raises ConfigError that says what to change."""
 
 
 def members_of(annotation: Any) -> tuple[Any, ...]:
@@ -133,7 +133,7 @@ def _as_typed(choice: Any) -> str:
 
 
 def as_float(value: Any, *, key: str) -> float:
-    """The number, which YAML 1.1 reads as a text if it is written as `1e-3`. Raises ConfigError."""
+    """The value as a float; YAML 1.1 reads a number written as `1e-3` as text. Raises ConfigError."""
     if isinstance(value, (int, float, str)) and not isinstance(value, bool):
         with contextlib.suppress(ValueError, OverflowError):
             return float(value)

@@ -8,7 +8,7 @@ from typing import Literal
 from areal_like.config.common import NonNegativeFloat, NonNegativeInt, PositiveFloat, Section, require
 
 MAX_TURNS = 1024
-"""Most turns, and most segments, of one record."""
+"""Maximum number of turns, and of segments, in one record."""
 _LARGEST_PORT = 65535
 
 
@@ -16,20 +16,21 @@ _LARGEST_PORT = 65535
 class EpisodeConfig(Section, key="episode"):
     """Budget of one episode, for tasks with an environment, and limits of the environment's process.
 
-    An episode that exceeds its budget is a truncated sample, and its finish reason says which part it was.
+    An episode that exceeds its budget becomes a truncated sample; its finish reason names the limit.
     `sampling.max_new_tokens` limits each turn, and `rollout.sample_timeout_s` the time.
     """
 
     max_turns: int = 16
-    """Turns of the policy."""
+    """Maximum number of turns of the policy."""
     max_tokens: NonNegativeInt = 0
-    """Tokens of all segments: prompt, turns, and the environment's messages between them. 0: the longest
-    sequence that the engine holds (`rollout.max_context`)."""
+    """Maximum number of tokens over all segments: prompt, turns, and the environment's messages between them.
+    0: the longest sequence that the engine holds (`rollout.max_context`)."""
     step_timeout_s: PositiveFloat = 30.0
     """Time limit of one call of the environment (reset or step), in seconds. After it its process is killed,
     and the sample counts as failed (`buffer.on_failure`)."""
     memory_mb: int = 2048
-    """Address space that one environment's process may add to what the imports of its task take, in MiB."""
+    """Address space that one environment's process may use in addition to that of its task's imports, in MiB.
+    """
 
     def check(self) -> None:
         require(1 <= self.max_turns <= MAX_TURNS, f"episode.max_turns must be 1 to {MAX_TURNS}")
@@ -40,26 +41,27 @@ class EpisodeConfig(Section, key="episode"):
 class SessionsConfig(Section, key="sessions"):
     """Sessions, for tasks with `agent()` and for external agents (`task.external=true`).
 
-    `episode.max_turns`, `episode.max_tokens` and `rollout.sample_timeout_s` limit each session.
-    A session waits for an external agent without a limit, and the job with it.
+    `episode.max_turns`, `episode.max_tokens` and `rollout.sample_timeout_s` limit each session. A session
+    waits for an external agent without a time limit, and so does the job.
     """
 
     host: str = "127.0.0.1"
     """Address that a rollout server binds for external agents. The server's own `agent()` processes use
     loopback."""
     port: int = 0
-    """Port for external agents; rollout server I (the number at the end of its name) binds `port` + I.
-    0: a free one, which `areal-like status` shows."""
+    """Port for external agents; rollout server I (the number at the end of its name) binds `port` + I. 0: a
+    free port, which `areal-like status` shows."""
     advertise_host: str = ""
-    """Name or address in the base URL that external agents are given; empty: the one that their request
-    was sent to."""
+    """Host name or address in the base URL given to external agents; empty: the one to which they sent their
+    request."""
     idle_timeout_s: PositiveFloat = 120.0
-    """Longest time of a session without a request, in seconds: between two of them, before the first and
-    after the last. A heartbeat is a request, too; a refused request to the model is not. After it the
-    session's sample counts as failed (`buffer.on_failure.environment`). One of an external agent is given
-    to the next agent first, up to `buffer.max_sample_retries` times."""
+    """Longest time that a session may be without a request, in seconds: before the first request, between two
+    requests, and after the last one. A heartbeat counts as a request; a refused request to the model does
+    not. Then the session's sample counts as failed (`buffer.on_failure.environment`). The sample of an
+    external agent is first given to other agents, up to `buffer.max_sample_retries` times."""
     heartbeat_limit_s: NonNegativeFloat = 3600.0
-    """Longest time without a completion of the model in which heartbeats keep a session alive, in seconds."""
+    """Longest time for which heartbeats keep a session alive without a completion of the model, in seconds.
+    """
 
     def check(self) -> None:
         require(bool(self.host), "sessions.host is empty: give an address to bind, e.g. 127.0.0.1")

@@ -19,7 +19,8 @@ MAX_SETS = 32
 SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")
 MAX_EVAL_PROMPTS = 1 << 17
 MAX_EVAL_SAMPLES = 1 << 18
-"""Most samples of one set in one evaluation. Each takes some hundred bytes of the buffer's memory."""
+"""Maximum number of samples of one set in one evaluation. Each takes a few hundred bytes of the buffer's
+memory."""
 MAX_SAMPLES_PER_PROMPT = 1 << 12
 EVAL_BYTES_PER_SAMPLE = 16
 """Bytes of one sample in a result: reward, tokens and flags, with room for the padding of the arrays."""
@@ -33,16 +34,16 @@ class EvalSetConfig(Section, key="eval.sets"):
     """
 
     task: dict[str, Any] = field(default_factory=dict)
-    """A task of its own (`name` or `_target_`, and that task's settings), of which the held-out prompts are
-    used; empty: the job's task."""
+    """A separate task (`name` or `_target_`, and that task's settings) whose held-out prompts are used;
+    empty: the job's task."""
     num_prompts: int = 0
     """Held-out prompts 0 .. num_prompts-1; 0: `eval.num_prompts`."""
     num_samples: int = 1
-    """Answers to each prompt."""
+    """Completions of each prompt."""
     temperature: float = 0.0
     """Softmax temperature of sampling; 0 is greedy."""
     top_p: float = 1.0
-    """Nucleus sampling: the most likely tokens that have this probability together; 1: all."""
+    """Nucleus sampling: the most likely tokens whose total probability reaches this value; 1: all."""
     top_k: int = 0
     """The k most likely tokens; 0: all."""
     min_p: float = 0.0
@@ -52,7 +53,7 @@ class EvalSetConfig(Section, key="eval.sets"):
     k: tuple[int, ...] = ()
     """The k of pass@k, each at most `num_samples`; empty: 1 and `num_samples`."""
     solved_reward: float = 1.0
-    """Reward from which an answer counts as solved, for pass@k."""
+    """Minimum reward of a solved completion, for pass@k."""
 
     @property
     def ks(self) -> tuple[int, ...]:
@@ -60,7 +61,7 @@ class EvalSetConfig(Section, key="eval.sets"):
         return tuple(sorted(set(self.k or (1, self.num_samples))))
 
     def check_as(self, name: str) -> None:
-        """Checks the set of this name. Raises ConfigError."""
+        """Checks the set, which is named `name`. Raises ConfigError."""
         key = f"eval.sets.{name}"
         require(
             SET_NAME.fullmatch(name) is not None,
@@ -103,18 +104,19 @@ class EvalSetConfig(Section, key="eval.sets"):
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(Section, key="eval"):
-    """Held-out evaluation, on the same servers, while training continues."""
+    """Held-out evaluation on the same servers while training continues."""
 
     num_prompts: int = 128
     """Held-out prompts of each set that does not state its own number; 0 turns evaluation off."""
     interval: PositiveInt = 100
     """Steps between evaluations; there is always one before the first and after the last step."""
     timeout_s: PositiveFloat = 120.0
-    """Longest time, in seconds, that the trainer waits for an evaluation without progress of any rollout
-    server. It begins where `rollout.generate_timeout_s` ends, as a server first replaces a silent engine."""
+    """Longest time, in seconds, that the trainer waits for an evaluation while no rollout server makes
+    progress. It starts when `rollout.generate_timeout_s` has passed, because a server first replaces an
+    engine that does not respond."""
     keep: NonNegativeInt = 4
-    """Newest evaluations of each set whose samples the ledger keeps; older ones are deleted, unless
-    `buffer.retain_trajectories` keeps everything. The results stay in evaluations.jsonl."""
+    """Number of evaluations of each set whose samples the ledger keeps; the samples of older ones are
+    deleted, unless `buffer.retain_trajectories` keeps everything. The results stay in evaluations.jsonl."""
     sets: dict[str, EvalSetConfig] = field(default_factory=dict)
     """Sets of prompts by name, with their own sampling; empty: one set, `eval`, with the task's held-out
     prompts and one greedy completion of each."""

@@ -1,9 +1,10 @@
 """Which GPUs of its machine a local job uses, for the engines and for the trainer's ranks.
 
-SGLang takes most of a GPU's memory at its start, and NCCL refuses two processes on one GPU. So a GPU that two
-of them would share by accident is refused before anything starts. Whoever wants to share one (a small model
-on a machine with one GPU) says how much SGLang may take: `rollout.sglang.args=--mem-fraction-static 0.3`.
-Left out: the number of GPUs of the machine, which only torch knows; the daemons report one that is missing.
+SGLang takes most of a GPU's memory at its start, and NCCL refuses two processes on one GPU. So a job in which
+two of them would share a GPU by accident is refused before anything starts. To share a GPU on purpose (a
+small model on a machine with one GPU), state how much memory SGLang may take:
+`rollout.sglang.args=--mem-fraction-static 0.3`. Left out: the number of GPUs of the machine, which only torch
+knows; the daemons report a missing GPU.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from areal_like.errors import ConfigError
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _SHARING_FRACTION = 0.75
-"""Least `--mem-fraction-static` with which an engine is meant to have its GPUs alone."""
+"""From this `--mem-fraction-static` on, an engine is expected to have its GPUs to itself."""
 
 
 def trainer_gpus(config: Config) -> range:
@@ -28,7 +29,7 @@ def trainer_gpus(config: Config) -> range:
 def engine_gpus(rollout: RolloutConfig, *, index: int) -> range:
     """GPUs of the engine of server `index`; empty if it is not on GPUs or runs at a URL.
 
-    `--base-gpu-id` in `rollout.sglang.args` overrides the first of them. Raises ConfigError if it is no
+    `--base-gpu-id` in `rollout.sglang.args` overrides the first of them. Raises ConfigError if it is not a
     number.
     """
     first = _ordinal(rollout.engine_device)

@@ -66,31 +66,31 @@ class DaemonConfig(Section, key="daemon"):
     """Port of that server; 0: a free one. Shard i of the buffer adds i, a rank its number on its machine, and
     under `areal-like run` the servers have the ports after the buffers, and the trainer those after them."""
     advertise_host: str = ""
-    """Host under which others reach the daemon's HTTP server, for peers, endpoint files and Prometheus;
-    empty: `daemon.http_host`."""
+    """Host at which others reach the daemon's HTTP server, for peers, endpoint files and Prometheus; empty:
+    `daemon.http_host`."""
     heartbeat_s: PositiveFloat = 0.5
     """Interval of heartbeats to the buffer, in seconds."""
     drain_timeout_s: PositiveFloat = 30.0
     """Longest time from SIGTERM to exit, in seconds."""
     linger_s: NonNegativeFloat = 30.0
-    """Longest time that a buffer goes on after the end of the run, in seconds, to tell late peers about it.
-    It ends earlier when every peer has left."""
+    """Longest time that a buffer keeps running after the end of the run, in seconds, to tell late peers about
+    it. It exits earlier if every peer has left."""
     exit_code_on_drain: int = 0
-    """Exit code of a daemon that was told to drain, so that a supervisor can tell it from the end of the run
-    (0). Use 0 or 3 to 125."""
+    """Exit code of a daemon that was told to drain, so that a supervisor can distinguish it from the end of
+    the run (0). Use 0 or 3 to 125."""
     io_threads: int = 1
-    """Threads of each daemon that move ZeroMQ messages: more than one only helps connections that are
-    encrypted."""
+    """Threads of each daemon that move ZeroMQ messages; more than one only helps encrypted connections."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Lowest level that is logged."""
     log_max_mb: float = 64.0
-    """Megabytes at which a file in `logs/` becomes a copy, `<file>.1`; 0: never, for a program like logrotate
-    that sends SIGHUP. This holds for `<daemon>.log`, `<daemon>.out` and `<server>-engine.log`."""
+    """Megabytes at which a file in `logs/` becomes a copy, `<file>.1`; 0: never, for use with a program like
+    logrotate that sends SIGHUP. This applies to `<daemon>.log`, `<daemon>.out` and `<server>-engine.log`."""
     log_backups: int = 4
-    """Copies of each file in `logs/` that are kept; the oldest one goes first."""
+    """Number of copies of each file in `logs/` that are kept; the oldest one is deleted first."""
 
     trace_mb: float = 4.0
-    """Megabytes of disk in which each daemon keeps what it did last, for `areal-like trace`; 0: none."""
+    """Megabytes of disk in which each daemon records its most recent activity, for `areal-like trace`; 0:
+    none."""
 
     def check(self) -> None:
         require(0 <= self.trace_mb <= 10_000, f"daemon.trace_mb={self.trace_mb:g}: use 0 (none) to 10000")
@@ -132,8 +132,8 @@ class Config(Section):
     """Seed of the warm start, the order of prompts, and sampling."""
     resume: str = ""
     """Empty: a new run. `latest` or `step:K`: continue the same run from that checkpoint. `auto`: continue it
-    from its newest checkpoint, or from its beginning if it has none yet; a new run if there is none: the same
-    command then starts a run and starts it again."""
+    from its newest checkpoint, or from its beginning if it has none yet; a new run if there is none. So one
+    command both starts and restarts a run."""
     max_staleness: int | Literal["auto"] = 4
     """Largest lag, in optimizer steps, of any token that is trained on; 0 is synchronous RL, `auto` follows
     the effective sample size."""
@@ -211,7 +211,7 @@ class Config(Section):
         return self.max_staleness_cap if isinstance(self.max_staleness, str) else self.max_staleness
 
     def _check_limits(self) -> None:
-        """Limits of time that contradict each other: one would run out although nothing is wrong."""
+        """Refuses time limits that contradict each other: one would expire although nothing is wrong."""
         heartbeat_s = self.daemon.heartbeat_s
         for key, limit_s, consequence in (
             ("buffer.lease_timeout_s", self.buffer.lease_timeout_s, "every lease would expire"),
@@ -256,8 +256,8 @@ class Config(Section):
     def stall_s(self, limit_s: float) -> float:
         """Seconds without progress of any rollout server after which the trainer stops waiting.
 
-        `limit_s`: the setting of this wait. It begins when a server has replaced an engine that is silent:
-        its start is progress.
+        `limit_s`: the setting of this wait. The wait begins after a server has replaced an engine that does
+        not respond: that start is progress.
         """
         return self.rollout.generate_timeout_s + limit_s
 
@@ -268,10 +268,10 @@ class Config(Section):
 
     @property
     def update_mode(self) -> Literal["recompute", "keep", "abort_resume", "drain"]:
-        """`weights.update_mode`, or what it is when `auto`.
+        """The resolved `weights.update_mode`.
 
-        On GPUs completions are long: to rebuild the KV cache of every running sequence at each push would
-        cost more than it gains, and SGLang's prefixes of other weights are kept apart by a salt.
+        On GPUs completions are long: rebuilding the KV cache of every running sequence at each push would
+        cost more than it gains. A salt keeps SGLang's cached prefixes of different weights apart.
         """
         if self.weights.update_mode != "auto":
             return self.weights.update_mode
@@ -282,9 +282,10 @@ class Config(Section):
 
     @property
     def _trains_on_intervals(self) -> bool:
-        """Each interval between pushes is trained on its own groups, which none may span.
+        """True if each interval between pushes trains only on its own groups, none of which may span two
+        intervals.
 
-        The trainer refuses an objective that states `single_version` without that filter.
+        The trainer refuses an objective with `single_version` without that filter.
         """
         return self.buffer.group_filter == "single_version" and self.weights.sync_interval > 1
 
@@ -303,7 +304,7 @@ class Config(Section):
         )
 
     def _check_engine_url(self) -> None:
-        """An engine on the network needs TLS and a key: whoever can reach it can change its weights."""
+        """Requires TLS and a key for an engine on the network: whoever can reach it can change its weights."""
         sglang = self.rollout.sglang
         parts = urlsplit(sglang.url)
         if not sglang.url or is_loopback(parts.hostname or "") or self.security.insecure:

@@ -19,21 +19,21 @@ from areal_like.config.sglang_args import TENSOR_PARALLEL, check_args, number, w
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig(Section, key="sampling"):
-    """Sampling of training responses.
+    """Sampling of completions for training.
 
     top_p, top_k, min_p and penalties are left out on purpose: with them the recorded log-prob would not be a
     probability under the policy, and importance ratios would be wrong.
     """
 
     group_size: int = 8
-    """Samples of one prompt (a group)."""
+    """Number of samples of one prompt (a group)."""
     max_new_tokens: PositiveInt = 10
     """Limit of sampled tokens in one turn."""
     greedy_baseline: bool = False
-    """Sample one more response to each prompt at temperature 0, as the baseline of `advantage=remax`; it is
+    """Sample one more completion of each prompt at temperature 0, as the baseline of `advantage=remax`; it is
     not trained on."""
     temperature: float = 1.0
-    """Softmax temperature; engine and trainer both compute log-probs after it."""
+    """Softmax temperature; engine and trainer both compute log-probs after applying it."""
     stop: tuple[str, ...] = ()
     """Texts that end a turn, in addition to the model's own end-of-turn tokens. The tokens of the text are
     kept."""
@@ -76,11 +76,12 @@ class SglangConfig(Section, key="rollout.sglang"):
     api_key_file: str = ""
     """With `url`: file with the engine's API key, readable by its owner only."""
     ca_file: str = ""
-    """With an https `url`: PEM file with the certificates that the engine's is checked with; empty: those of
-    the system."""
+    """With an https `url`: PEM file with the certificates that verify the engine's certificate; empty: those
+    of the system."""
 
     def check(self) -> None:
-        """Checks `args` (see sglang_args.py); `url` excludes the settings that start an engine."""
+        """Checks `args` (see sglang_args.py), and that `url` is not combined with settings that start an
+        engine."""
         check_args(self.args)
         require(
             not self.url or self.url.startswith(("http://", "https://")),
@@ -108,8 +109,8 @@ class RolloutConfig(Section, key="rollout"):
     """Inference engine of each server, in a separate process; `embedded` is the one in this repository."""
     engine_device: str = "cpu"
     """Device of the engine: `cpu`, `cuda` or `cuda:N`; `cuda` means `cuda:0`. The embedded engine of every
-    server uses GPU N. SGLang's engine of server I (the number at the end of its name) uses `gpus_per_engine`
-    GPUs from N + I * `gpus_per_engine` on."""
+    server uses GPU N. The SGLang engine of server I (the number at the end of its name) uses
+    `gpus_per_engine` GPUs, starting with GPU N + I * `gpus_per_engine`."""
     gpus_per_engine: PositiveInt = 1
     """GPUs of one engine, which share each of its layers (SGLang's `--tp-size`). On a CPU, processes. The
     embedded engine has one."""
@@ -119,12 +120,12 @@ class RolloutConfig(Section, key="rollout"):
     """Lower the number of samples at an engine below `max_running` while its KV cache is full, and raise it
     again while there is room. `auto`: with SGLang on GPUs."""
     max_context: NonNegativeInt = 0
-    """Longest sequence (prompt and response), in tokens; 0: derived from the task and `sampling`."""
+    """Longest sequence (prompt and completion), in tokens; 0: derived from the task and `sampling`."""
     queue_samples: NonNegativeInt = 32
-    """Samples leased beyond max_running, so that a freed KV slot never waits for the network."""
+    """Samples leased in addition to max_running, so that a freed KV slot never waits for the network."""
     max_episodes: NonNegativeInt = 0
-    """Samples that one server holds at the same time, with those that wait for a tool or a reward and are not
-    at the engine; 0: twice `max_running` + `queue_samples`."""
+    """Samples that one server holds at the same time, including those that wait for a tool or a reward and
+    are not at the engine; 0: twice `max_running` + `queue_samples`."""
     reward_workers: PositiveInt = 1
     """Processes that compute rewards."""
     reward_concurrency: PositiveInt = 1
@@ -135,14 +136,14 @@ class RolloutConfig(Section, key="rollout"):
     generate_timeout_s: PositiveFloat = 120.0
     """Longest time, in seconds, in which an engine with requests may make no progress (no token, no context
     computed). After it the engine is replaced, and its samples are generated elsewhere. The time in which a
-    push holds the engine does not count. A request that advances has no limit."""
+    push pauses the engine does not count. A request that makes progress has no limit."""
     sample_timeout_s: NonNegativeFloat = 0.0
     """Time limit of one episode from its first request to the engine on, in seconds: all turns, and the calls
     of its environment between them. After it the sample is truncated: the tokens sampled so far are kept.
     0: none."""
     start_timeout_s: PositiveFloat = 180.0
-    """Longest silence of a starting engine, in seconds: without a new line in its log or, at a url, until it
-    is ready. The time to read the model's weights at 100 MB/s is added."""
+    """Longest time, in seconds, that a starting engine may go without a new line in its log or, at a url,
+    without becoming ready. The time to read the model's weights at 100 MB/s is added."""
     host: str = "127.0.0.1"
     """Address that a server binds to receive weight pushes. Its engine listens on loopback only."""
     advertise_host: str = ""
@@ -152,7 +153,7 @@ class RolloutConfig(Section, key="rollout"):
     sglang: SglangConfig = field(default_factory=SglangConfig)
 
     def check(self) -> None:
-        """Ranges; `sglang` settings only with that engine."""
+        """Checks ranges, and that `sglang` settings are only given with that engine."""
         require(bool(self.host), "rollout.host is empty: give an address to bind, e.g. 127.0.0.1")
         require(
             self.most_episodes >= self.max_running,
@@ -178,12 +179,12 @@ class RolloutConfig(Section, key="rollout"):
 
     @property
     def most_episodes(self) -> int:
-        """`max_episodes`, or what it is when 0."""
+        """The resolved `max_episodes`."""
         return self.max_episodes or 2 * (self.max_running + self.queue_samples)
 
     @property
     def adapts_concurrency(self) -> bool:
-        """`adaptive_concurrency`, or what it is when `auto`."""
+        """The resolved `adaptive_concurrency`."""
         if self.adaptive_concurrency == "auto":
             return self.engine == "sglang" and self.engine_device != "cpu"
         return self.adaptive_concurrency

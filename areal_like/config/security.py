@@ -18,10 +18,11 @@ class SecurityConfig(Section, key="security"):
     """Name of this daemon's key, for the file `<keys>/<identity>.secret`; empty: the daemon's role (`buffer`,
     `trainer` or `rollout`)."""
     insecure: bool = False
-    """Allow addresses other than loopback without keys: everyone who can reach the ports can then change the
+    """Allow addresses other than loopback without keys. Everyone who can reach the ports can then change the
     run."""
     allowed_hosts: tuple[str, ...] = ()
-    """Names, beyond the bound and advertised addresses, that HTTP requests may have in their Host header."""
+    """Host names that HTTP requests may have in their Host header, in addition to the bound and advertised
+    addresses."""
 
     tls_certificate: str = ""
     """PEM file with the certificate (chain) of the daemons' HTTP servers, which then speak TLS only. This
@@ -30,7 +31,7 @@ class SecurityConfig(Section, key="security"):
     """PEM file with the private key of `tls_certificate`, readable by its owner only."""
 
     def check(self) -> None:
-        """Plain names; a list of host names; a certificate with its key."""
+        """Checks names, the list of host names, and that a certificate has its key."""
         require(
             bool(self.tls_certificate) == bool(self.tls_private_key),
             "security.tls_certificate and security.tls_private_key belong together: set both or none",

@@ -26,22 +26,22 @@ class SftConfig(Section, key="sft"):
     messages_key: str = ""
     """Key of the conversation; empty: `messages` or `conversations`."""
     system_prompt: str = ""
-    """Put before conversations and prompts that have no system message."""
+    """System message of conversations and prompts that have none."""
     chat: bool = False
-    """A prompt that is a text becomes the message of a user, and its completion the reply."""
+    """Turn a text prompt into a user message and its completion into the assistant's reply."""
     num_epochs: PositiveInt = 1
-    """Times that every row is learned from. Each epoch has an order of its own."""
+    """Number of passes over the rows. Each epoch has its own order."""
     num_steps: NonNegativeInt = 0
-    """Most optimizer steps, whatever `num_epochs` is; 0: no limit."""
+    """Maximum number of optimizer steps, regardless of `num_epochs`; 0: no limit."""
     batch_rows: PositiveInt = 32
-    """Most rows in one optimizer step."""
+    """Maximum number of rows in one optimizer step."""
     batch_tokens: NonNegativeInt = 0
-    """Most tokens in one optimizer step, where a row that has more is a step of its own; 0: no limit."""
+    """Maximum number of tokens in one optimizer step; a row with more tokens is its own step. 0: no limit."""
     max_row_tokens: int = 0
     """Longest sequence, in tokens; 0: what fits into `trainer.tokens_per_microbatch` and the model."""
     long_rows: Literal["drop", "truncate"] = "drop"
-    """What happens to a row that has a longer sequence: it is left out, or loses the end of that sequence.
-    Both are counted."""
+    """Treatment of a row with a longer sequence: the row is left out, or the sequence is cut at its end. Both
+    are counted."""
     eval_interval: PositiveInt = 100
     """Steps between measurements of the held-out loss; there is always one before the first and after the
     last step."""

@@ -1,7 +1,7 @@
 """The options in `rollout.sglang.args` on which other settings depend.
 
 SGLang is not installed where the configuration is read, so its parser cannot be used: the spellings below are
-those of SGLang 0.5.23. What it abbreviates in another way is found when the engine reports its options.
+those of SGLang 0.5.23. Other abbreviations that it accepts are detected when the engine reports its options.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ STATIC_MEMORY = ("--mem-fraction-static",)
 _REPLICAS = ("--dp-size", "--data-parallel-size", "--dp")
 _STAGES = ("--pp-size", "--pipeline-parallel-size", "--pp")
 _ATTENTION_DP = "--enable-dp-attention"
-"""With it, `--dp-size` does not count replicas: it divides the attention of the tensor-parallel ranks."""
+"""With this option, `--dp-size` is not a number of replicas: it divides the attention among the
+tensor-parallel ranks."""
 UNREACHABLE = (
     "SGLang takes pushed weights only in an engine of one data-parallel replica and one pipeline stage: "
     "start one engine for each replica (rollout.num_servers), and use more GPUs for each with "
     "rollout.gpus_per_engine (tensor parallelism)"
 )
 _OWN = ("--host", "--port", "--api-key", "--admin-api-key")
-"""Options that the rollout server sets and nobody may change."""
+"""Options that the rollout server sets and that may not be changed."""
 
 
 def words_of(args: str) -> list[str]:

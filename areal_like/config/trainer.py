@@ -26,8 +26,8 @@ class KlConfig(Section, key="kl"):
     coef: NonNegativeFloat = 0.0
     """Weight of the penalty; 0: no penalty, and no reference model is loaded."""
     estimator: Literal["k1", "k2", "k3"] = "k2"
-    """Estimator of KL(policy || ref) from one token, with x = logp - ref_logp: `k1` x, `k2` x^2 / 2, `k3`
-    exp(-x) - 1 + x."""
+    """Per-token estimator of KL(policy || ref), with x = logp - ref_logp: `k1` x, `k2` x^2 / 2, `k3` exp(-x)
+    - 1 + x."""
     place: Literal["loss", "reward"] = "loss"
     """`loss`: added to the loss of each token. `reward`: subtracted from the reward of each sample before the
     advantages are computed; a step then waits for its last group."""
@@ -40,24 +40,26 @@ class TrainerConfig(Section, key="trainer"):
     """The trainer's ranks and its optimizer."""
 
     num_steps: PositiveInt = 600
-    """Optimizer steps of the whole run."""
+    """Number of optimizer steps of the whole run."""
     world_size: PositiveInt = 1
-    """Ranks (FSDP2 shards) of the trainer, on all of its machines. Under torchrun its own number counts."""
+    """Number of ranks (FSDP2 shards) of the trainer on all of its machines. Under torchrun, torchrun's number
+    applies."""
     num_hosts: PositiveInt = 1
-    """Machines of the trainer. Start `python -m trainer` on each of them; it starts its part of the ranks."""
+    """Number of machines of the trainer. Start `python -m trainer` on each of them; it starts the ranks of
+    that machine."""
     host_index: int = 0
     """With `num_hosts` above 1: the number of this machine, 0 to num_hosts - 1. Rank 0 is on machine 0."""
     rendezvous: str = ""
-    """With `num_hosts` above 1: `HOST:PORT` at which the ranks meet, an address of machine 0 that the others
-    reach."""
+    """With `num_hosts` above 1: `HOST:PORT` of the ranks' rendezvous, an address of machine 0 that the other
+    machines can reach."""
     device: str = "cpu"
     """`cpu`, `cuda` or `cuda:N`. With `cuda:N` the first rank on a machine uses GPU N, the second GPU N + 1,
     and so on; `cuda` means `cuda:0`."""
     groups_per_step: PositiveInt = 16
-    """Groups (prompts) in one optimizer step."""
+    """Number of groups (prompts) in one optimizer step."""
     tokens_per_microbatch: PositiveInt = 4096
-    """Largest number of tokens in one forward and backward; sequences are packed without padding. A prefix
-    that several of them share counts an eighth in all but one."""
+    """Largest number of tokens in one forward and backward; sequences are packed without padding. A shared
+    prefix counts in full for one of its sequences, and an eighth for each of the others."""
     balance: Literal["auto", "streaming", "balanced"] = "auto"
     """How a step's sequences are divided over ranks and micro-batches. `streaming`: a rank runs the groups
     that it has fetched, each micro-batch as soon as it is full. `balanced`: by cost, when the step is
@@ -75,48 +77,52 @@ class TrainerConfig(Section, key="trainer"):
     max_grad_norm: NonNegativeFloat = 1.0
     """Gradient clipping by the global norm; 0 turns it off."""
     normalizer: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant"] = "token_mean"
-    """Average of token losses in the loss of a step: the mean over tokens; the mean over sequences of each
+    """How token losses are averaged over a step: the mean over tokens; the mean over sequences of each
     sequence's mean or sum; or (`constant`, Dr. GRPO) the sum divided by sequences times the limit of sampled
     tokens."""
     entropy_coef: NonNegativeFloat = 0.0
     """Weight of an entropy bonus in the loss, in 1/nats; 0: none."""
     logprob_chunk_tokens: PositiveInt = 1024
-    """Rows of logits in memory at the same time, one row per token."""
+    """Number of rows of logits in memory at the same time, one row per token."""
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     """Recompute activations in the backward; `auto`: on GPUs only."""
     attention: Literal["auto", "rectangles", "varlen"] = "auto"
-    """Attention over packed sequences. `varlen`: torch's CUDA kernel for sequences of different lengths, in
-    16 bits; `rectangles`: sequences padded to equal lengths, on any device; `auto`: varlen where it runs."""
+    """Attention over packed sequences. `varlen`: torch's CUDA kernel for sequences of different lengths, for
+    16-bit dtypes only; `rectangles`: sequences padded to equal lengths, on any device; `auto`: varlen where
+    it runs."""
     compile: bool = False
-    """True: norms and MLPs of policy and reference model run by torch.compile, which needs time at the
-    start, and g++ on CPUs. Refused with objectives that read gradients of single sequences (VCPO)."""
+    """True: norms and MLPs of policy and reference model are compiled with torch.compile, which takes time at
+    the start, and needs g++ on CPUs. Refused with objectives that read gradients of single sequences (VCPO).
+    """
     reshard_after_forward: bool = True
-    """Free the gathered weights of a layer after its forward and gather them again in its backward. `false`
-    sends less between ranks, and each rank needs room for the whole model in `model.dtype`."""
+    """Free the gathered weights of a layer after its forward and gather them again in its backward. With
+    `false`, ranks exchange less data, but each needs memory for the whole model in `model.dtype`."""
     checkpoint_interval: PositiveInt = 100
     """Steps between checkpoints; the last step always has one."""
     checkpoint_minutes: NonNegativeFloat = 0.0
-    """Minutes after the last checkpoint at which another is written, at the end of a step, in addition to
-    those of `checkpoint_interval`. 0: only those."""
+    """Minutes after the last checkpoint until another one is written, at the end of a step, in addition to
+    those of `checkpoint_interval`. 0: no additional checkpoints."""
     keep_checkpoints: PositiveInt = 2
-    """Checkpoints kept on disk."""
+    """Number of checkpoints kept on disk."""
     keep_rolled_back: NonNegativeInt = 1
-    """Checkpoints kept of steps that were undone (`step_000300.rolled_back`), those of the last rollback
-    first. No resume reads them: to continue from one after all, rename it while the run is stopped."""
+    """Number of checkpoints kept of steps that were undone (`step_000300.rolled_back`), those of the last
+    rollback first. A resume never reads them; to continue from one after all, rename it while the run is
+    stopped."""
     collective_timeout_s: PositiveFloat = 300.0
     """Timeout of the ranks' collectives, in seconds."""
     fetch_timeout_s: PositiveFloat = 300.0
-    """Longest time, in seconds, that a rank waits for a group without progress of any rollout server; after
-    it the trainer reports a stall and stops. It begins where `rollout.generate_timeout_s` ends, as a server
-    first replaces a silent engine. While the servers make progress, ranks wait without limit."""
+    """Longest time, in seconds, that a rank waits for a group while no rollout server makes progress; after
+    it the trainer reports a stall and stops. It starts when `rollout.generate_timeout_s` has passed, because
+    a server first replaces an engine that does not respond. While the servers make progress, ranks wait
+    without limit."""
     buffer_timeout_s: PositiveFloat = 300.0
-    """Longest silence of the buffer, in seconds, that the trainer tolerates. If the buffer restarts within
-    this time, the run continues without loss."""
+    """Longest time without a response of the buffer, in seconds, that the trainer tolerates. If the buffer
+    restarts within this time, the run continues without loss."""
     num_threads: PositiveInt = 1
     """CPU threads of one rank."""
     peak_tflops: NonNegativeFloat = 0.0
-    """Peak dense bfloat16 rate of one rank's device in TFLOP/s, of which `mfu` is a share. 0: by the GPU's
-    name; a CPU, a part of a GPU (MIG) or a GPU that is not known then has no `mfu`."""
+    """Peak dense bfloat16 rate of one rank's device in TFLOP/s, the denominator of `mfu`. 0: determined by
+    the GPU's name; a CPU, a part of a GPU (MIG) or an unknown GPU then has no `mfu`."""
 
     def check(self) -> None:
         require(

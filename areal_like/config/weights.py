@@ -31,7 +31,7 @@ class WeightsConfig(Section, key="weights"):
     """Address of trainer rank 0 for the weight group's rendezvous; every engine must be able to reach it."""
     port_range: str = ""
     """Ports for the weight group's rendezvous, as `20000-20099`; empty: any free port. `shared` uses one port
-    at a time, `per_engine` one for each engine. The backend's data connections use other ports."""
+    at a time, `per_engine` one for each engine. The backend's data connections use different ports."""
     integrity: Literal["none", "sha256"] = "none"
     """`sha256`: rank 0 sends the SHA-256 of each bucket over the control channel, and a server activates only
     weights whose digests agree. Needs `rollout.engine=embedded`."""
@@ -41,17 +41,16 @@ class WeightsConfig(Section, key="weights"):
     at its start; groups left over at its end are dropped with reason `interval`."""
     push_deadline_s: float = 60.0
     """Time limit of a push, in seconds, at most 3600; the time that the bytes take at `min_bytes_per_s` is
-    added to it. A receiver that has not replied by then is excluded from the weight group. With
-    `update_mode=drain` it has to cover the longest completion that an engine finishes first."""
+    added to it. A receiver that has not responded by then is excluded from the weight group. With
+    `update_mode=drain` the limit has to cover the longest completion that an engine finishes first."""
     min_bytes_per_s: float = 100e6
-    """Least rate of a push, in bytes per second: a slower one counts as failed. The limit of a push of n
+    """Minimum rate of a push, in bytes per second; a slower push counts as failed. The limit of a push of n
     bytes is `push_deadline_s` + n / `min_bytes_per_s` seconds, and at most 3600."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """Backend of the weight group; `auto`: NCCL where trainer and engine are on GPUs, else gloo."""
     topology: Literal["shared", "per_engine"] = "shared"
     """`shared`: one group with all engines, which receive the same broadcast. `per_engine`: one group per
-    engine, so that an engine that hangs does not delay the others; all weights are then sent once per
-    engine."""
+    engine, so that a hung engine does not delay the others; all weights are then sent once per engine."""
     max_unavailable: int = 0
     """Number of servers updated at the same time; 0: all. With a limit the other servers keep generating
     during an update that pauses the engine."""

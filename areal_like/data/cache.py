@@ -1,4 +1,4 @@
-"""Rows on disk as Arrow files, which every process of a machine maps into memory, and selections of them.
+"""Caches rows on disk as Arrow files that all processes of a machine memory-map, and selections of rows.
 
     <cache>/rows/<name>.arrow        columns `row` (a row's JSON) and `number` (its line in the source)
     <cache>/rows/<name>.json         name of the source, and SHA-256 of the rows; written last
@@ -6,13 +6,13 @@
     <cache>/rows/<name>.npy          a selection: the numbers of the rows that a task uses, in order, 64-bit
     <cache>/rows/by/<key>.json       the selection that a filter has made; the key is over all it depends on
 
-An entry is named by the hash of the bytes it was made from, so a file that has changed is another entry, and
-a job goes on with the rows that it has started with. Entries are written under another name and renamed: of
-processes that build the same one at the same time, the last one wins, with the same bytes. Nothing removes
-entries; the directory can be deleted while no job runs.
+An entry is named by the hash of the bytes it was made from, so a changed file has a new entry, and a running
+job keeps the rows that it started with. Entries are written under a temporary name and renamed. If several
+processes build the same entry at the same time, the last one wins, with the same bytes. Entries are never
+removed; the directory can be deleted while no job runs.
 
-Worker processes use the selection of the server that has started them, and a filter that takes seconds, such
-as counting the tokens of all prompts, runs once.
+Worker processes use the selection of the server that started them, and a filter that takes seconds, such as
+counting the tokens of all prompts, runs once.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from areal_like.errors import ConfigError
 from areal_like.paths import cache_dir, replacing, write_json
 
 _LAYOUT = 1
-"""Part of the entries' names: entries of another layout are not found."""
+"""Part of the entries' names, so that entries of another layout are not found."""
 _BATCH_BYTES = 1 << 20
 _SETTLED_S = 1.0
 """The hash of a file that was written less than this ago is not remembered: it may change again within the
@@ -52,9 +52,9 @@ class CachedRows:
     """An open Arrow file."""
 
     name: str
-    """Under which `open_entry` finds it."""
+    """The name under which `open_entry` finds it."""
     table: Any
-    """`pyarrow.Table` in mapped memory."""
+    """A memory-mapped `pyarrow.Table`."""
     label: str
     """Name of the file or data set, for messages."""
     content: str
@@ -62,7 +62,7 @@ class CachedRows:
 
 
 def directory() -> Path:
-    """Where everything of this package is kept."""
+    """The directory with all files of this package."""
     return cache_dir() / "rows"
 
 
@@ -204,7 +204,7 @@ def store_selection(numbers: Numbers) -> str:
 
 
 def open_selection(name: str, *, key: str) -> Numbers:
-    """The selection of this name, in mapped memory. Raises ConfigError if it was removed."""
+    """The selection of this name, memory-mapped. Raises ConfigError if it was removed."""
     path = _selection_path(name)
     try:
         if not _NAME.fullmatch(name):
@@ -219,7 +219,7 @@ def open_selection(name: str, *, key: str) -> Numbers:
 
 
 def remembered(key: Any, make: Callable[[], Numbers]) -> Numbers:
-    """The selection that `make` returned when it was called with this key before, else now.
+    """The selection that `make` returned for this key earlier; calls `make` if there is none.
 
     `key`: JSON of everything that the selection depends on, the fingerprint of the rows included.
     """

@@ -1,4 +1,5 @@
-"""Which data set a mixture draws next: a pure function of the number of the draw, true to the weights.
+"""Chooses the data set of each draw of a mixture: a pure function of the draw's number that follows the
+weights.
 
 Draw n is the point frac(n * g) of the unit interval, with the golden ratio g, and each source has a part of
 the interval as long as its weight. The points of a rotation by the golden ratio are spread as evenly as those

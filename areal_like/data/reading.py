@@ -25,9 +25,9 @@ Text = tuple[bytes, int]
 """A row as JSON in UTF-8, and its number in the file: the line of JSON lines, else the row; from 1."""
 _BATCH_ROWS = 64
 MAX_ROW_BYTES = 16 << 20
-"""Largest JSON text of one row: far more than any context holds."""
+"""Largest JSON text of one row, in bytes: far more than fits into any context."""
 _BATCH_BYTES = 512 << 20
-"""Most memory of a batch of a parquet file, which may repeat a large value without taking space for it."""
+"""Maximum memory of a batch of a parquet file, which may store a repeated large value only once."""
 _READ_BYTES = 1 << 20
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -62,12 +62,12 @@ def _check(text: bytes, *, place: str, is_first: bool) -> None:
     try:
         row = json.loads(text.decode())
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{place}: no UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise ConfigError(f"{place}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     except json.JSONDecodeError as error:
         hint = ""
         if is_first and text[:1] in (b"[", b"{"):
             hint = "; each line must be one row: `jq -c '.[]' FILE` writes a JSON list as lines"
-        raise ConfigError(f"{place}: no JSON ({error.msg} at column {error.colno}){hint}") from error
+        raise ConfigError(f"{place}: not JSON ({error.msg} at column {error.colno}){hint}") from error
     except RecursionError as error:
         raise ConfigError(f"{place}: the JSON is nested too deeply") from error
     except ValueError as error:  # a number of thousands of digits
@@ -117,7 +117,7 @@ def _too_long(place: str, num_bytes: int) -> ConfigError:
 
 
 def load_hub(source: HubSource, *, key: str) -> Any:
-    """The `datasets.Dataset` of a hub source. Raises ConfigError if it cannot be had."""
+    """The `datasets.Dataset` of a hub source. Raises ConfigError if it cannot be loaded."""
     try:
         import datasets
     except ImportError as error:

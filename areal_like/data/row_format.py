@@ -1,4 +1,4 @@
-"""Reads prompt, answer, label and conversation from a row, in the formats in which people have them.
+"""Reads prompt, reference answer, label and conversation from a row, in the common formats.
 
     verl         {"data_source": ..., "prompt": [messages], "reward_model": {"ground_truth": ...}, ...}
     TRL          {"prompt": text or messages, ...}, {"prompt": ..., "completion": ...}, {"messages": [...]}
@@ -45,7 +45,7 @@ class ConversationRow:
 
 @dataclass(frozen=True, kw_only=True)
 class RowFormat:
-    """Which keys have what. An empty key: the first of the usual ones that a row has."""
+    """The keys of a row's parts. An empty key stands for the first usual key that a row has."""
 
     prompt_key: str = ""
     answer_key: str = ""
@@ -53,12 +53,12 @@ class RowFormat:
     completion_key: str = ""
     label_key: str = ""
     system_prompt: str = ""
-    """Put before prompts and conversations that have no system message."""
+    """System message of prompts and conversations that have none."""
     chat: bool = False
-    """True: a prompt that is a text becomes the message of a user."""
+    """True: a text prompt becomes a user message."""
 
     def prompt_of(self, row: Mapping[str, Any]) -> str | list[Message]:
-        """The prompt: a text, or messages; of a whole conversation, the messages before the last reply.
+        """The prompt: a text, or messages. For a whole conversation: the messages before the last reply.
 
         Raises ConfigError.
         """
@@ -77,10 +77,10 @@ class RowFormat:
         return self._with_system(messages)
 
     def answer_of(self, row: Mapping[str, Any]) -> Any:
-        """What rewards compare with; None if no key is configured and none of the usual ones is there.
+        """The reference answer; None if no key is configured and the row has none of the usual ones.
 
-        Of a conversation without another answer it is the content of the last reply. Raises ConfigError if a
-        configured key is missing.
+        For a conversation without a separate answer it is the content of the last reply. Raises ConfigError
+        if a configured key is missing.
         """
         if self.answer_key:
             return _wanted(row, self.answer_key, (), setting="answer_key")[1]
@@ -109,8 +109,8 @@ class RowFormat:
         return value
 
     def conversation_of(self, row: Mapping[str, Any]) -> ConversationRow:
-        """The row as a conversation: of `messages` every reply is learned, of prompt and completion the
-        completion. Raises ConfigError."""
+        """The row as a conversation. In `messages` every reply is learned, in a prompt with completion only
+        the completion. Raises ConfigError."""
         tools = row.get("tools") or []
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
             raise ConfigError(f"`tools`: want a list of function schemas, got {type(tools).__name__}")
@@ -179,7 +179,7 @@ def _wanted(
 
 
 def _messages(value: Any, *, key: str) -> list[Message]:
-    """Checked messages; keys with null, with which parquet fills them up, are left out."""
+    """The checked messages without keys whose value is null: parquet fills absent keys with it."""
     if not isinstance(value, list) or not value:
         got = "list without items" if value == [] else type(value).__name__
         raise ConfigError(f"`{key}`: want a text or a list of messages, got {got}")

@@ -1,4 +1,4 @@
-"""Opens the rows of a source: a sequence in mapped memory, with a fingerprint and the place of each row.
+"""Opens the rows of a source: a memory-mapped sequence with a fingerprint and the location of each row.
 
 A row is decoded when it is asked for (about 10 us for a kilobyte), so memory does not grow with the data.
 """
@@ -43,13 +43,14 @@ class Rows:
     """A sequence of rows, each a dict. Equal in every process that opens the same content."""
 
     def __init__(self, entries: Sequence[CachedRows], selection: Numbers | None = None) -> None:
-        """The rows of the entries, one after the other; of these the ones of `selection`, in its order."""
+        """The rows of the entries, one after the other; with `selection`, only those rows, in its order."""
         self._selection = selection
         self._entries = list(entries)
         self._starts = [0, *accumulate(len(entry.table) for entry in self._entries)]
         contents = [entry.content for entry in self._entries]
         self.fingerprint: str = hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:16]
-        """16 hex digits over the content of all rows and the selection; not over names and times of files."""
+        """16 hex digits: a hash of the content of all rows and the selection, but not of file names and
+        times."""
         if selection is not None:
             digest = hashlib.sha256(self.fingerprint.encode() + np.ascontiguousarray(selection).tobytes())
             self.fingerprint = digest.hexdigest()[:16]
@@ -70,27 +71,26 @@ class Rows:
         return text
 
     def place(self, index: int) -> str:
-        """Where a row stands: `train.jsonl:17`, with the line (of parquet the row), counted from 1."""
+        """The location of a row, `train.jsonl:17`: the line (in parquet the row), counted from 1."""
         entry, row = self._at(index)
         return f"{entry.label}:{entry.table['number'][row].as_py()}"
 
     def read(self, index: int, reader: Callable[[dict[str, Any]], T]) -> T:
-        """`reader` of a row. A ConfigError that it raises gets the row's place."""
+        """Applies `reader` to a row. A ConfigError that it raises gets the row's location."""
         try:
             return reader(self[index])
         except ConfigError as error:
             raise ConfigError(f"{self.place(index)}: {error}") from error
 
     def only(self, numbers: Numbers) -> Rows:
-        """The rows with these numbers, in this order; itself if these are all."""
+        """The rows with these numbers, in this order; this object itself if these are all rows."""
         if len(numbers) == len(self) and bool(np.all(numbers == np.arange(len(self)))):
             return self
         return Rows(self._entries, numbers if self._selection is None else self._selection[numbers])
 
     @property
     def cached(self) -> dict[str, Any]:
-        """A source with which another process of this machine opens these rows, whatever becomes of the
-        files."""
+        """A source with which another process of this machine opens these rows, even if the files change."""
         source: dict[str, Any] = {_ENTRIES: [entry.name for entry in self._entries]}
         return source if self._selection is None else source | {_SELECTION: store_selection(self._selection)}
 

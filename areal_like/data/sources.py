@@ -1,10 +1,10 @@
-"""What a setting such as `task.train` names: files on this machine, or a data set of the Hugging Face hub.
+"""Resolves settings such as `task.train`: files on this machine, or a data set of the Hugging Face hub.
 
     train.jsonl | "data/*.parquet" | [a.jsonl, b.jsonl] | hf:owner/name[:config[:split]]
     {hf: owner/name, config: main, split: train, revision: 1a2b3c}
 
-Left out: directories (name the files in it, or a pattern), because one with a README or a second split in it
-would be read without a word.
+Left out: directories (name the files in it, or a pattern), because one that also contains a README or a
+second split would be read without a warning.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ class HubSource:
 
     @property
     def label(self) -> str:
-        """How messages name it."""
+        """Its name in messages."""
         return _HUB + ":".join([self.name, *([self.config] if self.config else []), self.split])
 
 
 def sources_of(source: Any, *, split: str, key: str) -> list[Path | HubSource]:
     """The files and hub data sets that `source` names, in order; patterns are expanded and sorted.
 
-    `split`: of a hub data set that names none. `key`: the setting, for errors. Raises ConfigError.
+    `split`: the split of a hub data set that names none. `key`: the setting, for errors. Raises ConfigError.
     """
     if isinstance(source, str) and source:
         if source.startswith(_HUB):

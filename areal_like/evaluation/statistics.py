@@ -1,20 +1,22 @@
 """Statistics of one evaluation: avg@k with a confidence interval, unbiased pass@k, truncation, length. Pure.
 
-avg@k is the mean over prompts of the mean over their k answers (Mean@k, avg@k). A set of prompts is a sample
-of the questions that could be asked, and answers to one prompt resemble each other, so the interval is over
-prompts: the prompt is the cluster (Miller 2024, "Adding Error Bars to Evals", arXiv:2411.00640, section 2.2).
+avg@k is the mean over prompts of the mean over their k completions (Mean@k, avg@k). A set of prompts is a
+sample of the questions that could be asked, and completions of one prompt are correlated, so the interval is
+over prompts: the prompt is the cluster (Miller 2024, "Adding Error Bars to Evals", arXiv:2411.00640, section
+2.2).
 
-* Rewards that are not all 0 or 1, or several answers to a prompt: Student's t on the means of the prompts.
-* Rewards of 0 and 1 and one answer to each prompt: Wilson's score interval (Wilson 1927), which is never
+* Rewards that are not all 0 or 1, or several completions of a prompt: Student's t on the means of the
+  prompts.
+* Rewards of 0 and 1 and one completion of each prompt: Wilson's score interval (Wilson 1927), which is never
   empty at 0 % or 100 % and never leaves 0 to 1.
-* Rewards of 0 and 1 and several answers, where all prompts have the same mean, so that t has no width:
+* Rewards of 0 and 1 and several completions, where all prompts have the same mean, so that t has no width:
   Wilson's interval with the number of prompts, which is wider than the true one.
 
-pass@k is the probability that at least one of k answers is solved, estimated without bias from n >= k answers
-of which c are solved, and averaged over prompts: 1 - C(n-c, k) / C(n, k) (Chen et al. 2021, "Evaluating Large
-Language Models Trained on Code", arXiv:2107.03374, section 2.1, equation 1).
+pass@k is the probability that at least one of k completions is solved, estimated without bias from n >= k
+completions of which c are solved, and averaged over prompts: 1 - C(n-c, k) / C(n, k) (Chen et al. 2021,
+"Evaluating Large Language Models Trained on Code", arXiv:2107.03374, section 2.1, equation 1).
 
-A sample that failed counts as reward 0 and as not solved. Left out: an interval of pass@k.
+A failed sample counts with reward 0 and as not solved. Left out: an interval of pass@k.
 
 Shapes: P prompts, S samples of each.
 """
@@ -47,12 +49,12 @@ class EvalStatistics:
     pass_at_k: dict[int, float]
     """k -> pass@k."""
     truncated_fraction: float
-    """Share of the samples that exist which a limit ended."""
+    """Share of truncated samples among those that exist."""
     mean_tokens: float
     """Sampled tokens, over the samples that exist."""
     num_tokens: int
     num_failed: int
-    """Samples that count 0 because they failed, those recorded with reward 0 included."""
+    """Failed samples, which count with reward 0, including those recorded with reward 0."""
 
     @classmethod
     def of(
@@ -67,7 +69,7 @@ class EvalStatistics:
         solved_reward: float,
     ) -> EvalStatistics:
         """`is_missing_PS`: there is no sample; `has_failed_PS`: there is one, with reward 0, because it
-        failed. `ks`: each at most S. `solved_reward`: rewards from which an answer counts as solved."""
+        failed. `ks`: each at most S. `solved_reward`: minimum reward of a solved completion."""
         has_reward_PS = ~(is_missing_PS | has_failed_PS)
         num_existing = max(1, int(np.count_nonzero(~is_missing_PS)))
         num_solved_P = np.count_nonzero((rewards_PS >= solved_reward) & has_reward_PS, axis=1)
@@ -88,10 +90,10 @@ class EvalStatistics:
 
 
 def pass_at_k(num_samples: int, num_solved: int, k: int) -> float:
-    """Unbiased estimate of the probability that at least one of k answers is solved.
+    """Unbiased estimate of the probability that at least one of k completions is solved.
 
-    As a product, because the binomials of equation 1 are too large for floats. Raises ValueError unless
-    0 <= num_solved <= num_samples and 1 <= k <= num_samples.
+    Computed as a product, because the binomials of equation 1 are too large for floats. Raises ValueError
+    unless 0 <= num_solved <= num_samples and 1 <= k <= num_samples.
     """
     if not (0 <= num_solved <= num_samples and 1 <= k <= num_samples):
         raise ValueError(f"pass@{k} of {num_solved} solved among {num_samples}")
@@ -127,8 +129,8 @@ def wilson_interval(share: float, num_trials: int) -> tuple[float, float]:
 def student_t(dof: int) -> float:
     """The number t with P(|T| < t) = 95 % for Student's T with `dof` degrees of freedom.
 
-    By bisection of the exact distribution (Abramowitz and Stegun 26.7.3, 26.7.4) up to 200 degrees of
-    freedom, by the expansion 26.7.5 above.
+    Computed by bisection of the exact distribution (Abramowitz and Stegun 26.7.3, 26.7.4) up to 200 degrees
+    of freedom, and above that by the expansion 26.7.5.
     """
     if dof > _MAX_EXACT_DOF:
         z = _Z

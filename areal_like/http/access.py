@@ -1,12 +1,12 @@
 """Decides which HTTP requests are accepted: a check of the request's head against the rules of one server.
 
-`AccessRules` are those of the daemons and engines. A server with other tokens has rules of its own, which
-begin with these.
+`AccessRules` are the rules of daemons and engines. A server with other tokens has its own rules, which start
+with these.
 
-In this order: no request that a web page has made (`Origin`, `Sec-Fetch-Site`); /livez and /readyz for
-everybody; only known names in `Host`, because a page whose name was made to resolve to this machine (DNS
-rebinding) sends its own name; a bearer token, if the server has a list of tokens. `Content-Type` is not
-checked: a page cannot hide its `Origin`, and `curl -d` needs no option.
+The checks, in order: requests made by a web page are refused (`Origin`, `Sec-Fetch-Site`); /livez and /readyz
+are open to everyone; `Host` must have a known name, because a page whose name was made to resolve to this
+machine (DNS rebinding) sends its own name; a bearer token is needed if the server has a list of tokens.
+`Content-Type` is not checked: a page cannot hide its `Origin`, and `curl -d` needs no option.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class Reason(StrEnum):
     """Why a request was refused: the label of the metric `areal_http_refused_total`."""
 
     ORIGIN = "origin"
-    """A web page has made the request."""
+    """The request was made by a web page."""
     HOST = "host"
     """Its `Host` header has a name that this server does not have."""
     TOKEN = "token"
-    """It has no valid bearer token."""
+    """The request has no valid bearer token."""
     ROLE = "role"
     """Its token may not change anything."""
     HEAD = "head"
@@ -51,12 +51,12 @@ class Reason(StrEnum):
     GONE = "gone"
     """It is for a session that has ended."""
     BUSY = "busy"
-    """Too many requests of its session are in progress."""
+    """Too many requests of the session are in progress."""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a request is refused, and with which status."""
+    """Why a request is refused, and the HTTP status of the refusal."""
 
     status: int
     """HTTP status."""
@@ -66,7 +66,7 @@ class Refusal:
 
 
 class Rules(Protocol):
-    """What a server asks before it reads a body."""
+    """The check that a server makes before it reads a body."""
 
     def refusal(self, scope: Mapping[str, Any]) -> Refusal | None:
         """Checks the head of a request, an ASGI scope; None if the request is accepted."""
@@ -83,7 +83,7 @@ class AccessRules:
     open_paths: frozenset[str] = PROBE_PATHS
 
     def refusal(self, scope: Mapping[str, Any]) -> Refusal | None:
-        """Why a request is refused, by its head; None if it may be read."""
+        """Checks the head of a request; None if its body may be read."""
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         if sum(len(name) + len(value) for name, value in headers) > MAX_HEAD_BYTES:
             return Refusal(431, Reason.HEAD, f"the headers are longer than {MAX_HEAD_BYTES} bytes")
@@ -93,7 +93,7 @@ class AccessRules:
         if scope["path"] in self.open_paths and scope["method"] in _SAFE_METHODS:
             return None
         host = host_of(_only(headers, b"host") or b"")
-        # A numeric address cannot be rebound: the one at which the request has arrived is always good.
+        # A numeric address cannot be rebound: the one at which the request arrived is always accepted.
         if host not in self.hosts and host != (scope.get("server") or ("",))[0]:
             return Refusal(
                 421, Reason.HOST, "the Host header names another host: add it to security.allowed_hosts"
@@ -103,7 +103,7 @@ class AccessRules:
     def _token_refusal(self, headers: list[tuple[bytes, bytes]], method: str) -> Refusal | None:
         assert self.role_of is not None
         role = self.role_of(bearer_token(headers))
-        # A token for claims of sessions is unknown here: what it may do is not on this server.
+        # A token for claiming sessions is unknown here: it permits nothing on this server.
         if role is None or role is KeyRole.AGENT:
             return Refusal(401, Reason.TOKEN, "this needs a valid token: Authorization: Bearer TOKEN")
         if role is not KeyRole.OPERATOR and method not in _SAFE_METHODS:
@@ -120,7 +120,7 @@ def bearer_token(headers: list[tuple[bytes, bytes]]) -> str:
 
 
 def single_key(key: str) -> RoleOfToken:
-    """Tokens of an engine: one key, which may do everything."""
+    """The token rule of an engine: one key permits everything."""
     return lambda token: KeyRole.OPERATOR if hmac.compare_digest(token.encode(), key.encode()) else None
 
 

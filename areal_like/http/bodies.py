@@ -1,4 +1,4 @@
-"""Parses request bodies, whose size the server has checked before, and checks their fields.
+"""Parses request bodies, whose size the server has already checked, and checks their fields.
 
 Each function here checks one field, and raises ParamError with the field's name, the allowed values and the
 given one. The servers turn a UserError into status 400, so a handler need not handle errors of its fields.
@@ -18,8 +18,8 @@ D = TypeVar("D", int, None)
 
 _MAX_DEPTH = 64
 MAX_CONTAINERS = 1 << 17
-"""Objects and lists of a body: 30 for each of the most messages. A body of nothing else would become fifty
-times as large in memory."""
+"""Limit of objects and lists in a body: 30 for each message, at the maximum number of messages. A body of
+nothing else would become fifty times as large in memory."""
 _NOT_UNICODE = "the body is not UTF-8, or has half of a surrogate pair"
 
 
@@ -41,8 +41,8 @@ def parse_object(content: bytes) -> dict[str, Any]:
 
 
 def parse_bounded_object(content: bytes) -> dict[str, Any]:
-    """As `parse_object`, for what is rendered and encoded again: without NaN, halves of surrogate pairs, deep
-    nesting and very many objects."""
+    """Parses a body that is rendered and encoded again. Like `parse_object`, but refuses NaN, halves of
+    surrogate pairs, deep nesting and very many objects."""
     try:
         text = content.decode()
     except UnicodeError:
@@ -159,7 +159,7 @@ def _num_containers(texts: list[str]) -> int:
 
 
 def _check_depth(body: dict[str, Any]) -> None:
-    """Raises UserError for what templates and encoders would recurse into too deeply."""
+    """Raises UserError for nesting that templates and encoders would recurse into too deeply."""
     level: list[Any] = [body]
     for _ in range(_MAX_DEPTH):
         level = [

@@ -1,9 +1,9 @@
-"""Where the HTTP server of a daemon is found: its port, its address for others, and a file for Prometheus.
+"""How others find the HTTP server of a daemon: its port, its address, and a file for Prometheus.
 
 With `metrics.sd_path` each daemon keeps a file there in the format of Prometheus' `file_sd_configs`. It names
-the daemon's page, and that of its engine, and has no secrets, so everyone may read it. A daemon that is
-killed leaves its file, and its next process of the same name replaces it: until then Prometheus has a target
-that is down, which is right.
+the pages of the daemon and its engine and has no secrets, so everyone may read it. A daemon that is killed
+leaves its file, and the next process of the same name replaces it. Until then Prometheus correctly shows a
+target that is down.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def http_port(config: Config, *, role: str, name: str) -> int:
 
 
 def http_address(config: Config, port: int) -> str:
-    """HOST:PORT under which others reach a daemon that has bound this port."""
+    """HOST:PORT at which others reach a daemon that has bound this port."""
     return f"{config.daemon.advertise_host or config.daemon.http_host}:{port}"
 
 
@@ -51,7 +51,7 @@ class DiscoveryFile:
         self._has_engine = role == "rollout"
 
     def write(self, address: str) -> None:
-        """Writes the file at once as a whole. Raises ConfigError if it cannot be written."""
+        """Writes the file atomically. Raises ConfigError if it cannot be written."""
         if self._path is None:
             return
         targets = [{"targets": [address], "labels": self._labels}]
@@ -62,7 +62,7 @@ class DiscoveryFile:
             if not self._path.parent.is_dir():
                 self._path.parent.mkdir(parents=True)
                 self._path.parent.chmod(0o755)
-            # Others may write into the directory: a file that is there already, or a link, is not followed.
+            # Others may write into the directory: an existing file or link is not followed.
             partial = self._path.with_name(f".{self._path.name}.{secrets.token_hex(8)}")
             descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
             with os.fdopen(descriptor, "w") as file:

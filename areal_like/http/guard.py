@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from areal_like.http.access import Reason, Refusal, Rules
 
 ADMITTED = "is_admitted"
-"""Key in `scope["state"]` of a request that the rules accept: its connection is closed last in a flood."""
+"""Key in `scope["state"]` of a request that the rules accept: in a flood its connection is closed last."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +49,14 @@ class HttpGuard:
     _: KW_ONLY
     limits: BodyLimits
     max_bytes_of: Callable[[Scope], int] | None = None
-    """The bound of one request, if it is not that of `limits`."""
+    """The body limit of one request, if it differs from that of `limits`."""
     on_refused: Callable[[Reason], None] = lambda reason: None
     """Counts refusals."""
     describe: Callable[[Refusal], tuple[bytes, Headers]] = error_text
-    """Their bodies, as JSON."""
+    """Returns the bodies of refusals, as JSON."""
     place: Place = lambda scope: contextlib.nullcontext()
-    """Entered for a request that the rules accept, and left after its response; gives the refusal if there
-    are too many."""
+    """Entered for a request that the rules accept, and left after its response; yields a refusal if there are
+    too many requests."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles one request."""

@@ -1,4 +1,4 @@
-"""uvicorn as the HTTP server of every plane, with the bounds that it has no settings for.
+"""uvicorn as the HTTP server of every plane, with additional limits for which it has no settings.
 
     connection: HEAD -> (BODY) -> RESPONSE -> idle (keep-alive) -> HEAD ...
 
@@ -7,10 +7,10 @@
   httptools would collect a header of any length.
 * Few requests may wait behind the one that is being handled (HTTP pipelining, which no client of ours does).
   uvicorn keeps as many as arrive, at several kilobytes of memory each.
-* TLS handshakes are bounded in number and time; a connection counts as one only after it.
+* TLS handshakes are bounded in number and time; a connection is counted only after its handshake.
 * With `write_timeout_s`, a client that does not read its response ends its connection.
-* At `max_connections` the oldest connection is closed that has no complete request, or does not read its
-  response. uvicorn's own limit would respond with 503 to every request, /livez included, for as long as one
+* At `max_connections`, the oldest connection that has no complete request or does not read its response is
+  closed. uvicorn's own limit would respond with 503 to every request, /livez included, for as long as one
   client holds connections.
 """
 
@@ -57,9 +57,9 @@ class HttpConfig(uvicorn.Config):
         private_key: str = "",
     ) -> None:
         """`shutdown_s`: longest wait for open responses at the end. `keep_alive_s`: how long a connection may
-        have no request. `write_timeout_s`: longest time without progress of a client that reads; None: no
-        limit. `backlog`: connections that wait to be accepted, which bounds file descriptors too. With
-        `certificate` and `private_key`, the names of PEM files, the plane speaks TLS."""
+        be idle. `write_timeout_s`: longest time without progress of a client that reads; None: no limit.
+        `backlog`: connections that wait to be accepted, which bounds file descriptors too. With `certificate`
+        and `private_key`, the names of PEM files, the plane speaks TLS."""
         super().__init__(
             app,
             http=BoundedHttp,
@@ -94,7 +94,7 @@ class HttpServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Installs no handlers."""
+        """Does not install any handlers."""
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -139,16 +139,16 @@ class BoundedHttp(HttpToolsProtocol):
         """True if a request has begun in the bytes that are being parsed."""
         self._num_body_bytes = 0
         self._num_other_bytes = 0
-        """Bytes of this request that are not its body."""
+        """Bytes of this request outside its body."""
 
     @property
     def is_in_handshake(self) -> bool:
-        """True until TLS is agreed on or the time for it is over."""
+        """True until the TLS handshake has completed or timed out."""
         return self.transport is None and self.loop.time() < self._opened_s + _HANDSHAKE_TIMEOUT_S
 
     @property
     def is_idle(self) -> bool:
-        """True while there is no complete request that waits for its response, or the peer does not read."""
+        """True while no complete request waits for its response, or while the peer does not read."""
         if self.cycle is None or self.cycle.response_complete or self.cycle.more_body:
             return True
         return bool(self.flow.write_paused)
@@ -171,7 +171,7 @@ class BoundedHttp(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
-        """Much of the response is not read yet."""
+        """The client has not yet read much of the response."""
         super().pause_writing()
         self._stop_write_timer()
         self._start_write_timer()
@@ -182,7 +182,7 @@ class BoundedHttp(HttpToolsProtocol):
         super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
-        """Parses, then ends the connection if the request has too much that is not its body."""
+        """Parses, then ends the connection if the request has too many bytes outside its body."""
         before = self._num_body_bytes
         self._has_begun = False
         super().data_received(data)

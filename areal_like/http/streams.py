@@ -9,8 +9,8 @@ Frames are the packed form of `POST /generate`, which the embedded engine offers
     response:  Accept: application/msgpack          a stream of frames, each with a list of events
 
 An event has SGLang's fields, but `output_ids` and `output_token_logprobs` are bytes. Bytes are int32 and
-float32, little-endian, so a log-prob arrives as the engine computed it. As text, a token with its log-prob is
-encoded and parsed at several times the cost.
+float32, little-endian, so a log-prob arrives exactly as the engine computed it. Encoding and parsing tokens
+with log-probs as text costs several times as much.
 """
 
 from __future__ import annotations
@@ -98,26 +98,26 @@ async def read_frames(pieces: AsyncIterable[bytes]) -> AsyncIterator[Any]:
 
 
 def pack_tokens(tokens: Sequence[int] | NDArray[np.integer]) -> bytes:
-    """Raises OverflowError or ValueError for what is not an int32."""
+    """Packs token ids. Raises OverflowError or ValueError for a value that is not an int32."""
     return np.asarray(tokens, dtype=_TOKENS).tobytes()
 
 
 def pack_logprobs(logprobs: Sequence[float]) -> bytes:
-    """Log-probs that were float32 before they were Python's floats: nothing is lost."""
+    """Packs log-probs. They were float32 before they became Python floats, so nothing is lost."""
     return np.asarray(logprobs, dtype=_LOGPROBS).tobytes()
 
 
 def unpack_tokens(content: bytes) -> NDArray[np.int32]:
-    """Raises ValueError if the bytes are not whole tokens."""
+    """Unpacks token ids. Raises ValueError if the bytes are not whole tokens."""
     return np.frombuffer(content, dtype=_TOKENS).astype(np.int32, copy=False)
 
 
 def unpack_logprobs(content: bytes) -> NDArray[np.float32]:
-    """Raises ValueError if the bytes are not whole log-probs."""
+    """Unpacks log-probs. Raises ValueError if the bytes are not whole log-probs."""
     return np.frombuffer(content, dtype=_LOGPROBS).astype(np.float32, copy=False)
 
 
 async def disconnected(receive: Callable[[], Awaitable[Mapping[str, Any]]]) -> None:
-    """Returns when the client of an ASGI request has disconnected; its body was read before."""
+    """Returns when the client of an ASGI request has disconnected; the body must have been read already."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -7,7 +7,7 @@ Every role (`buffer`, `trainer`, `rollout_server`) accepts the same two forms:
 
 The launcher starts its children with the second form. Both accept the presets in configs/, e.g.
 `objective=ppo`, which apply before the other settings. A value that hydra's grammar cannot parse
-(`model.path=~/x`, `name=a,b`) is a text, so that users need no nested quotes. The dataclasses check the
+(`model.path=~/x`, `name=a,b`) is read as text, so that users need no nested quotes. The dataclasses check the
 result, unknown keys included.
 
 Left out: `hydra.compose`. It refuses new keys in `objective`, `advantage` and `task`, which are open
@@ -76,7 +76,7 @@ class Options(argparse.ArgumentParser):
         add_config_option(options)
         values, settings = options.parse_known_args(argv)
 
-    Unlike plain argparse, a mistake raises ConfigError with one message instead of printing the usage and
+    Unlike with plain argparse, a mistake raises ConfigError with one message, without printing the usage and
     exiting.
     """
 
@@ -158,7 +158,7 @@ def keep_config(config: Config, path: Path) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     save_config(dataclasses.replace(config, security=security), partial)
     try:
-        os.link(partial, path)  # unlike a rename, it replaces nothing that another shard has written
+        os.link(partial, path)  # unlike a rename, this does not replace what another shard has written
     except FileExistsError:
         pass
     except OSError:  # a file system without links
@@ -214,7 +214,7 @@ def _merged(file: Path | None, settings: Sequence[str]) -> dict[str, Any]:
         for setting, key, value in overrides:
             section = key.removesuffix("._target_")
             if section in OPEN_SECTIONS:
-                merged[section] = {}  # another class: the settings of the one before do not apply
+                merged[section] = {}  # another class: the settings of the previous one do not apply
             if key in GROUPS and not isinstance(value, dict):
                 merged = OmegaConf.merge(merged, _preset(key, setting.partition("=")[2]))
         for _, key, value in overrides:
@@ -236,7 +236,7 @@ def _parsed(setting: str) -> tuple[str, Any]:
 
     `++key=value` and `+key=value` are the same as `key=value`.
     """
-    # Imported here: it takes 0.05 s, which commands without settings save.
+    # Imported here: it takes 0.05 s, and commands without settings do not need it.
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 

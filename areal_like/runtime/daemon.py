@@ -45,7 +45,7 @@ from areal_like.wire.pump import set_io_threads
 log = logging.getLogger(__name__)
 
 _READ_KEYS_S = 1.0
-"""Interval at which a daemon reads its keys again if their files have changed."""
+"""Interval at which a daemon rereads its keys if their files have changed."""
 
 
 class Runtime:
@@ -55,7 +55,7 @@ class Runtime:
     """
 
     def __init__(self, config: Config, *, role: str, name: str, waits: PendingWaits | None = None) -> None:
-        """`waits`: those of the daemon, if it has waited before. Raises ConfigError if `security.keys` has no
+        """`waits`: the daemon's waits, if it has waited before. Raises ConfigError if `security.keys` has no
         usable key for this daemon."""
         self.config = config
         self.role = role
@@ -73,16 +73,16 @@ class Runtime:
         """Set when the daemon must drain."""
         self.process = secrets.token_hex(16)
         """Identity of this process, by which a buffer tells it from others of the same name. Not in /status:
-        a process with the same identity would be taken for this one."""
+        a process with the same identity would be mistaken for this one."""
         self.is_finished = False
-        """True when the run is finished: the exit code is then 0, also after a drain."""
+        """True when the run is finished: the exit code is then 0, even after a drain."""
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        """Gets the exception of a part that runs next to `main` and has failed: the daemon must end."""
+        """Receives the exception of a failed part that runs alongside `main`: the daemon must end."""
         self.status: Callable[[], dict[str, Any]] = dict
         """Returns the daemon's own part of /status."""
         self.trouble: Callable[[], str] = str
-        """Returns why the daemon cannot work at this moment; empty if it can. It is not ready then, whatever
-        `ready` has said."""
+        """Returns why the daemon cannot work at the moment; empty if it can. Otherwise it is not ready,
+        regardless of earlier calls of `ready`."""
         self.verbs: dict[str, Verb] = {"drain": self._on_drain_verb}
         """Handlers of `POST /control/<verb>`: JSON object in, JSON object out; UserError becomes a 400."""
         self.metrics_pages: dict[str, Page] = {}
@@ -107,7 +107,7 @@ class Runtime:
 
     @property
     def http_address(self) -> str:
-        """HOST:PORT under which others reach the daemon's HTTP server."""
+        """HOST:PORT at which others reach the daemon's HTTP server."""
         return http_address(self.config, self.http_port)
 
     @property
@@ -170,7 +170,7 @@ class Runtime:
         recorder.stop()
         file = self.paths.endpoints / f"{self.name}.json"
         written = read_endpoint(file) or {}
-        # A successor may have written its own: this process can be one that was taken for dead.
+        # A successor may have written its own file: this process may have been considered dead.
         if all(written.get(key) == self._endpoint.get(key) for key in ("pid", "started_unix_s")):
             file.unlink(missing_ok=True)
 
@@ -188,7 +188,8 @@ class Runtime:
     def drain(self) -> None:
         """Does the same as SIGTERM, watchdog included. Call it in the daemon's event loop.
 
-        A signal that follows is the first one: a launcher that ends a finished run must not kill its servers.
+        A signal that follows counts as the first one: a launcher that ends a finished run must not kill its
+        servers.
         """
         if not self.stopping.is_set():
             DrainSignals.request()
@@ -214,7 +215,7 @@ def exit_code_of(name: str, run: Callable[[], None]) -> int:
     """Runs a daemon's body and returns its exit code; reports a failure in the log and on stderr.
 
     The process ignores SIGTERM from then on: the interpreter's shutdown removes the handlers, and a launcher
-    that ends a finished run would kill a trainer there, whose exit code says that the run is finished.
+    that ends a finished run could then kill a trainer whose exit code is to say that the run is finished.
     """
     end_if_threads_fail()
     try:
@@ -261,13 +262,13 @@ class DrainSignals:
         self._on_drain = on_drain
         self._is_draining = False
         self._signal_s: float | None = None
-        """Time of the first signal that another process sent."""
+        """Time of the first signal from another process."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
 
     @classmethod
     def request(cls) -> None:
-        """Begins the drain as a signal does, without counting as one. Safe in every thread."""
+        """Begins the drain as a signal does, but does not count as one. Thread-safe."""
         cls._is_requested = True
         os.kill(os.getpid(), signal.SIGTERM)
 

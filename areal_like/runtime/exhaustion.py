@@ -1,12 +1,12 @@
-"""Ends a process that gets no more memory or threads, so that its supervisor starts it again at once.
+"""Ends a process that cannot get more memory or threads, so that its supervisor restarts it at once.
 
-When a new thread fails before it has told its starter that it runs, Python reports an "ignored" exception,
-and `Thread.start` waits without a limit; an event loop only logs the exception of a callback. Either way the
-process is stalled until a time limit of others ends it. Errors in the code of tasks and agents are handled
-elsewhere: what asks for too much memory fails alone.
+When a new thread fails before it has reported its start, Python reports an "ignored" exception, and
+`Thread.start` waits without a limit; an event loop only logs the exception of a callback. Either way the
+process stalls until a time limit in another process ends it. Errors in the code of tasks and agents are
+handled elsewhere: code that requests too much memory fails alone.
 
-The first Python frame of a new thread needs memory too, so the hook may not be Python code: it is the method
-of a queue, and a thread that runs already does the rest.
+The first Python frame of a new thread needs memory too, so the hook must not be Python code: it is the method
+of a queue, and a thread that is already running does the rest.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _LAST_WORDS = (
 
 
 def end_if_threads_fail() -> None:
-    """Ends this process, from now on, when one of its threads cannot begin for lack of memory."""
+    """From now on, ends this process when one of its threads cannot start for lack of memory."""
     errors: queue.SimpleQueue[sys.UnraisableHookArgs] = queue.SimpleQueue()
 
     def watch() -> None:
@@ -41,7 +41,7 @@ def end_if_threads_fail() -> None:
 
 
 def end_if_callbacks_fail(loop: asyncio.AbstractEventLoop) -> None:
-    """Ends this process, from now on, when a callback of the loop fails for lack of memory or threads."""
+    """From now on, ends this process when a callback of the loop fails for lack of memory or threads."""
 
     def handler(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         if "handle" in context and is_exhausted(context.get("exception")):
@@ -52,13 +52,14 @@ def end_if_callbacks_fail(loop: asyncio.AbstractEventLoop) -> None:
 
 
 def is_exhausted(error: BaseException | None) -> bool:
-    """True if an error means that the process gets no memory or no thread."""
+    """True if an error means that the process cannot get memory or a thread."""
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and "can't start new thread" in str(error)
     )
 
 
 def _end() -> None:
-    """Not through the log, whose lock another thread may hold, and which needs memory."""
+    """Writes the reason and exits. It does not use the log, whose lock another thread may hold, and which
+    needs memory."""
     os.write(2, _LAST_WORDS)
     os._exit(1)

@@ -1,4 +1,4 @@
-"""The HTTP pages of a daemon, and the server that answers them within the access rules of its job."""
+"""The HTTP pages of a daemon, and the server that serves them within the access rules of its job."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from areal_like.security.tokens import role_of_token
 from areal_like.wire.sockets import bound_socket
 
 _BODY_LIMITS = BodyLimits(max_bytes=1 << 20, timeout_s=10.0)
-"""`areal-like drop` with a hundred thousand tickets stays below."""
+"""Largest body of a request, in bytes; `areal-like drop` with a hundred thousand tickets stays below it."""
 _MAX_CONNECTIONS = 128
 
 Verb = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
@@ -37,7 +37,7 @@ Page = Callable[[], Awaitable[bytes]]
 
 
 class Daemon(Protocol):
-    """What the pages show and do."""
+    """The daemon behind the pages."""
 
     config: Config
     role: str
@@ -113,7 +113,7 @@ class HttpPlane:
                 f"cannot bind {self._host} ({error.strerror}): "
                 "set daemon.http_host to an address of this machine"
             ) from None
-        # From here on the kernel queues connections until the server accepts them, instead of refusing them.
+        # From here on the kernel queues connections until the server accepts them; before, it refused them.
         self._socket.listen(128)
         return int(self._socket.getsockname()[1])
 

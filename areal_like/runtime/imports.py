@@ -1,4 +1,4 @@
-"""Faster imports of torch and transformers, for processes whose start a person waits for.
+"""Faster imports of torch and transformers, for processes whose start a user waits for.
 
 Importing both takes about three seconds of CPU time and 350 MB in every process of a job; on a small machine
 the processes slow each other down. This module has three remedies:
@@ -7,7 +7,7 @@ the processes slow each other down. This module has three remedies:
   without torch if torch cannot be imported.
 - `uncollected`: during imports the garbage collector repeatedly scans all modules imported so far, although
   imports leave hardly any garbage.
-- `stored_index`, a part of `uncollected`: the list of transformers' models is not made again each time.
+- `stored_index`, a part of `uncollected`: the list of transformers' models is not rebuilt each time.
 
 Seconds of CPU time for the imports of one process (median of 3; torch 2.13, transformers 5.19, two cores):
 

@@ -1,11 +1,12 @@
 """Logging of one process: JSON lines in the run's `logs/` directory, short plain lines on stderr.
 
-Lines have a limit, and so has the number of lines from one place in the code: what a peer sends must not fill
-the disk. On SIGHUP the files are opened again (`signals.py`), after logrotate has renamed them.
+The length of lines and the number of lines from one place in the code are limited: messages from a peer must
+not fill the disk. On SIGHUP the files are reopened (`signals.py`), after logrotate has renamed them.
 
-Every file has a limit too (`daemon.log_max_mb`, `daemon.log_backups`). A file of JSON lines is renamed when
-it is full. The output of a process and the log of an engine cannot be renamed: libraries, torchrun and
-SGLang's own processes hold the open file. They are copied and emptied, which needs no help of the writers.
+The size of every file is limited too (`daemon.log_max_mb`, `daemon.log_backups`). A file of JSON lines is
+renamed when it is full. The output of a process and the log of an engine cannot be renamed: libraries,
+torchrun and SGLang's own processes hold the open file. They are copied and emptied, which needs no
+cooperation of the writers.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ class RateLimit:
 
     def __init__(self) -> None:
         self._places: dict[tuple[str, int], tuple[float, float, int]] = {}
-        """(file, line) -> (lines left, at this time, lines left out). As many as there are log calls."""
+        """(file, line) -> (lines left, at this time, lines left out). Bounded by the number of log calls in
+        the code."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """True if the line may be written."""
@@ -118,7 +120,7 @@ class LogBounds:
         return 0 < self.max_bytes <= num_bytes
 
     def make_room(self, path: Path) -> Path:
-        """Renames the copies by one, so that the oldest goes; returns the free name of the newest."""
+        """Shifts the copies by one and deletes the oldest; returns the free name of the newest."""
         for number in range(self.num_backups, 1, -1):
             with contextlib.suppress(FileNotFoundError):
                 _copy_of(path, number - 1).replace(_copy_of(path, number))
@@ -133,7 +135,7 @@ def _copy_of(path: Path, number: int) -> Path:
 
 
 class ReopenedFile(logging.FileHandler):
-    """A log file that is renamed when it is full, and can be opened again under its name."""
+    """A log file that is renamed when it is full, and can be reopened under its name."""
 
     def __init__(self, path: Path, *, bounds: LogBounds = UNBOUNDED) -> None:
         super().__init__(path)
@@ -154,14 +156,14 @@ class ReopenedFile(logging.FileHandler):
         ours = os.fstat(self.stream.fileno())
         if not self._bounds.is_full(ours.st_size):
             return
-        # Another process of this name may have renamed it before, e.g. the daemon that this one replaces.
+        # Another process of this name may already have renamed it, e.g. the daemon that this one replaces.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(ours, self._path.stat()):
                 self._path.replace(self._bounds.make_room(self._path))
         self.reopen()
 
     def reopen(self) -> None:
-        """Closes the file and opens the one that has its name now. Not from a signal handler."""
+        """Closes the file and opens the one that has its name now. Must not be called from a signal handler."""
         self.acquire()
         try:
             self.close_stream()
@@ -212,14 +214,15 @@ _own_level = ""
 
 
 def configure_handlers(*handlers: logging.Handler, level: str) -> None:
-    """Makes these the handlers of the process."""
+    """Installs these handlers as those of the process."""
     global _own_level
     _own_level = level
     logging.basicConfig(level=level, handlers=handlers, force=True)
 
 
 def follow_level(level: str) -> None:
-    """Logs from this level on, which an operator has set for all daemons; empty: from the process's own."""
+    """Logs from this level on, which an operator has set for all daemons; empty: from the process's own level
+    on."""
     wanted, root = level or _own_level, logging.getLogger()
     if not wanted or root.level == (number := logging.getLevelNamesMapping()[wanted]):
         return
@@ -235,8 +238,8 @@ OUTPUT_FILE = "AREAL_LIKE_OUTPUT_FILE"
 class Outputs:
     """The files of plain output that this process keeps below a limit: its own and its children's.
 
-    The thread of `handle_log_signals` calls `shorten` about every CHECK_S seconds. Everyone who writes to
-    such a file must have opened it for appending.
+    The thread of `handle_log_signals` calls `shorten` about every CHECK_S seconds. Every writer of such a
+    file must have opened it for appending.
     """
 
     CHECK_S: ClassVar[float] = 1.0
@@ -258,8 +261,9 @@ class Outputs:
 def copy_and_empty(path: Path, bounds: LogBounds) -> None:
     """Makes a full file a copy and empties it; what is written to it meanwhile may be lost.
 
-    Several processes may call it for one file (the ranks of a trainer): one of them does it. Raises OSError
-    if the copy cannot be written; the file is emptied all the same, for on a full disk the run needs space.
+    Several processes may call it for one file (the ranks of a trainer); only one of them does the work.
+    Raises OSError if the copy cannot be written; the file is emptied all the same, for on a full disk the run
+    needs space.
     """
     with contextlib.suppress(FileNotFoundError), path.open("r+b") as file:
         if not bounds.is_full(os.fstat(file.fileno()).st_size) or not _is_locked(file):

@@ -26,9 +26,9 @@ from prometheus_client.registry import Collector
 
 PREFIX = "areal"
 SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
-"""Buckets of durations: half a decade each, from a write to a disk to the longest generation."""
+"""Buckets of durations in seconds: half a decade each, from a disk write to the longest generation."""
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-# `_created`, the time at which a counter began, would double the series, and nobody queries it.
+# `_created`, the start time of a counter, would double the number of series, and is not used.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
@@ -83,7 +83,7 @@ class Metrics:
 
 
 class DaemonSeries(Collector):
-    """The series that every daemon has, read when they are asked for."""
+    """The series that every daemon has, read when they are requested."""
 
     def __init__(self, directory: Path, *, not_ready: Callable[[], str]) -> None:
         """`directory`: of the run. `not_ready`: why the daemon is not ready; empty if it is."""

@@ -1,9 +1,7 @@
 """Makes a process end when its parent ends, and keeps its files private.
 
-Processes that may not outlive their parent call the first part first.
-
-The processes of the launcher call `die_with_launcher`, which does nothing if somebody else started them; the
-processes that these start call `die_with_parent`, external programs through `tied_exec`.
+The processes of the launcher call `die_with_launcher` first, which does nothing if something else started
+them. The processes that these start call `die_with_parent`; external programs do so through `tied_exec`.
 
 A daemon that outlives its launcher keeps a port, a core and perhaps a GPU without being noticed. The kernel
 can end it (PR_SET_PDEATHSIG), even if the parent was killed by SIGKILL and could not signal its children.
@@ -26,7 +24,7 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _MAX_FILES = 1 << 20
 _parent_pid = 0
-"""The parent of this process, when it called `die_with_parent`; 0 before."""
+"""The parent of this process at the call of `die_with_parent`; 0 before that."""
 
 
 def die_with_parent(*, signum: int = signal.SIGTERM) -> None:
@@ -47,7 +45,7 @@ def die_with_parent(*, signum: int = signal.SIGTERM) -> None:
 
 
 def adopt_orphans() -> None:
-    """Makes this process the parent of descendants whose own parent has ended, so that it can end them.
+    """Makes this process the parent of descendants whose parent has ended, so that it can end them.
 
     Linux only: on other systems this does nothing, and they become children of process 1.
     """
@@ -73,7 +71,8 @@ PARENT_PID = "AREAL_LIKE_PARENT_PID"
 
 
 def die_with_launcher() -> None:
-    """Calls `die_with_parent` if the launcher started this daemon; others may outlive their shell."""
+    """Calls `die_with_parent` if the launcher started this daemon; a daemon started by hand may outlive its
+    shell."""
     launcher_pid = os.environ.pop(PARENT_PID, "")
     if launcher_pid:
         die_with_parent()
@@ -82,14 +81,14 @@ def die_with_launcher() -> None:
 
 
 def keep_files_private(root: Path | None = None) -> None:
-    """Files that this process makes are readable by its user only (0600, directories 0700).
+    """Makes all files that this process creates readable by its user only (0600, directories 0700).
 
     `root`: a run's directory. Its directories get these modes too, if an earlier release made them.
     """
     os.umask(0o077)
     if root is not None and root.is_dir():
         for folder in (Path(path) for path, _, _ in os.walk(root)):
-            # Another user's, or gone meanwhile.
+            # It belongs to another user, or has been deleted meanwhile.
             with contextlib.suppress(OSError):
                 if folder.stat().st_mode & 0o077:
                     folder.chmod(0o700)
@@ -98,8 +97,8 @@ def keep_files_private(root: Path | None = None) -> None:
 def allow_many_files() -> None:
     """Raises this process's limit of open files (sockets included) as far as the system allows.
 
-    libzmq accepts every connection. At the usual limit of 1024 some hundred of them, open and silent, would
-    keep the daemon from opening its own files.
+    libzmq accepts every connection. At the usual limit of 1024, about a thousand idle connections would keep
+    the daemon from opening its own files.
     """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MAX_FILES if most == resource.RLIM_INFINITY else min(most, _MAX_FILES)
@@ -109,7 +108,8 @@ def allow_many_files() -> None:
 
 
 def early_signals(drain_code: int = 128 + signal.SIGTERM) -> None:
-    """Until the daemon handles signals itself, for its imports take seconds and it has nothing to lose yet.
+    """Handles signals until the daemon does so itself: its imports take seconds, and it has nothing to lose
+    yet.
 
     SIGTERM ends the process with `drain_code`, by default a shell's code for it: 0, before the settings are
     read, could mean that the run is finished. SIGHUP and SIGUSR1 do nothing.

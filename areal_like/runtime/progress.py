@@ -1,4 +1,4 @@
-"""Measures how long something has made no progress: limits are on that time, never on that of the whole work.
+"""Measures how long something has made no progress: limits apply to that time, never to the total time.
 
 Pure: signs and times come in as arguments, so the same code runs in server, trainer and launcher.
 """
@@ -9,17 +9,17 @@ from collections.abc import Hashable
 
 
 class ProgressClock:
-    """The time since anything changed. Times are seconds on one monotonic clock."""
+    """Measures the time since anything changed. Times are seconds on one monotonic clock."""
 
     def __init__(self, *, now_s: float) -> None:
         self._signs: dict[str, Hashable] = {}
         self.last_s = now_s
-        """Time of the last progress; of the clock's start before the first."""
+        """Time of the last progress; before the first, the start time of the clock."""
         self.num_changes = 0
         """Calls of `observe` that saw a change, and of `advance`."""
 
     def observe(self, source: str, sign: Hashable, *, now_s: float) -> None:
-        """Records what a source shows now. A sign other than its last one is progress; its first one is."""
+        """Records the current sign of a source. A change is progress, and so is the first sign of a source."""
         if source not in self._signs or self._signs[source] != sign:
             self._signs[source] = sign
             self.advance(now_s=now_s)

@@ -1,8 +1,8 @@
-"""When a process that has ended is started again: the one policy of launcher, Ray driver and rollout server.
+"""Decides when a process that has ended is restarted: the policy of launcher, Ray driver and rollout server.
 
-Pure: no process and no clock. Who owns the processes reports what happens to them, with the time, and asks
-when the next start is due. Left out: what an exit code means, because each owner has codes of its own, and
-the text for the user.
+Pure: no process and no clock. The owner of the processes reports what happens to them, with the time, and
+asks when the next start is due. Left out: the meaning of exit codes, because each owner has its own, and the
+text for the user.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 _MOST_DOUBLINGS = 16
-"""Most doublings of a pause: a float holds the result."""
+"""Maximum number of doublings of a pause, so that the result fits into a float."""
 
 
 class RestartState(StrEnum):
     """The states of a supervised process."""
 
     WAITING = "waiting"
-    """It does not run, and is started at `due_s`."""
+    """It is not running, and is started at `due_s`."""
     RUNNING = "running"
     """It was started and is not known to have ended."""
     GIVEN_UP = "given up"
-    """It has failed too often in a row and is not started again."""
+    """It has failed too often in a row and is not restarted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +31,13 @@ class RestartLimits:
     """How many failures in a row are allowed, and how long to wait after each."""
 
     max_failures: int = 3
-    """Failures in a row after which the process is still started again."""
+    """Failures in a row after which the process is still restarted."""
     healthy_s: float = 30.0
-    """Seconds of a life after which earlier failures no longer count; infinite: only progress resets them."""
+    """Uptime in seconds after which earlier failures no longer count; infinite: only progress resets them."""
     first_pause_s: float = 0.5
     """Seconds between the first failure and the next start; doubles with each failure in a row."""
     longest_pause_s: float = 30.0
-    """Most seconds of such a pause."""
+    """Longest such pause, in seconds."""
 
 
 class Restarts:
@@ -57,7 +57,8 @@ class Restarts:
         self.due_s = now_s
         """When WAITING: time of the next start."""
         self.num_failures = 0
-        """In a row: each after a life of less than `healthy_s`, and without progress since the last one."""
+        """Consecutive failures: each after less than `healthy_s` of uptime, and without progress since the
+        last one."""
 
     def is_due(self, *, now_s: float) -> bool:
         """True when it is time for the next start."""
@@ -69,7 +70,7 @@ class Restarts:
         self.state, self._started_s = RestartState.RUNNING, now_s
 
     def failed(self, *, now_s: float) -> None:
-        """Records an end that was not asked for: RUNNING -> WAITING or GIVEN_UP."""
+        """Records an unexpected end: RUNNING -> WAITING or GIVEN_UP."""
         assert self.state is RestartState.RUNNING
         limits = self._limits
         is_quick = now_s - self._started_s < limits.healthy_s
@@ -83,7 +84,7 @@ class Restarts:
         self.due_s = now_s + min(limits.longest_pause_s, doubled_s)
 
     def left(self, *, now_s: float, pause_s: float = 0.0) -> None:
-        """Records an end that is not a failure of the process; it is started again: RUNNING -> WAITING."""
+        """Records an end that is not a failure of the process, which is restarted: RUNNING -> WAITING."""
         assert self.state is RestartState.RUNNING
         self.state, self.due_s = RestartState.WAITING, now_s + pause_s
 

@@ -1,8 +1,8 @@
-"""SIGHUP opens the log files again (logrotate), SIGUSR1 logs the stacks of all threads and tasks.
+"""SIGHUP reopens the log files (logrotate), SIGUSR1 logs the stacks of all threads and tasks.
 
 A signal handler of Python may interrupt a log call in the main thread, so the handlers only write a byte into
 a pipe, and a thread does the work. SIGUSR1 is also handled by `faulthandler`, which needs no Python code to
-run: it writes the stacks to stderr even if the interpreter hangs in native code.
+run: it writes the stacks to stderr even if the interpreter is hung in native code.
 
 The same thread keeps the files of plain output below their limits (`logs.Outputs`).
 """
@@ -46,7 +46,7 @@ def handle_log_signals(*, to_stderr: bool = True, hangup: bool = True) -> None:
 
 
 def request_reopen() -> None:
-    """Has the log files opened again, soon. Safe in a signal handler."""
+    """Requests that the log files be reopened soon. Safe in a signal handler."""
     _write(_HANGUP)
 
 
@@ -83,7 +83,7 @@ def _shorten_outputs() -> None:
 
 
 def all_stacks() -> str:
-    """The stacks of all threads, then of the tasks of the loops that `show_tasks_of` was told."""
+    """The stacks of all threads, then of the tasks of the loops that were passed to `show_tasks_of`."""
     out = io.StringIO()
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     for ident, frame in sys._current_frames().items():

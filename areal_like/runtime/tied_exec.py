@@ -1,8 +1,8 @@
 """`python -m areal_like.runtime.tied_exec COMMAND ...` runs COMMAND so that it dies with its parent.
 
-For external programs, which cannot call `die_with_parent` themselves: the kernel keeps the setting across
-exec. The signal is SIGKILL, because a program that drains on SIGTERM would outlive its parent during the
-drain.
+It is for external programs, which cannot call `die_with_parent` themselves: the kernel keeps the setting
+across exec. The signal is SIGKILL, because a program that drains on SIGTERM would outlive its parent during
+the drain.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A stored copy of the list of transformers' models, which each import of transformers makes again.
+"""A stored copy of the list of transformers' models, which each import of transformers would rebuild.
 
 Importing transformers reads the source of all its 2,400 modules, twice, to list the names that each one
 exports. This takes 0.36 s of CPU time in every process of a job (`imports.py` has the measurement), and
@@ -36,7 +36,8 @@ Index = dict[Any, Any]
 
 @contextlib.contextmanager
 def stored_index() -> Iterator[None]:
-    """An import of transformers inside the block takes the list of its models from the cache, or stores it.
+    """Makes an import of transformers inside the block take the list of its models from the cache, or store
+    it.
 
     Does nothing if transformers is already imported.
     """

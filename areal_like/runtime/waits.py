@@ -1,7 +1,7 @@
 """Named waits of a daemon, listed in its /status, so that a stall shows what the daemon waits for.
 
 A daemon that was stopped for a while (SIGSTOP, a suspended machine) does not count that time: the response
-may have been unread in a socket for long.
+may have been waiting unread in a socket.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from areal_like.wire.limits import MAX_WAIT_CHARS, MAX_WAITS
 TICK_S = 1.0
 """Interval at which a daemon calls `PendingWaits.tick`."""
 _STOPPED_S = 3.0
-"""Time without a tick after which the process has been stopped. A busy event loop is late by less."""
+"""Time without a tick after which the process is considered to have been stopped. A busy event loop is late
+by less."""
 
 
 class PendingWaits:
@@ -32,12 +33,12 @@ class PendingWaits:
         self._clock = clock
         self._ticked_s: float | None = None
         self._awake_since_s = -math.inf
-        """When the process last continued after it was stopped."""
+        """When the process last continued after being stopped."""
         self._begun: dict[int, tuple[str, float]] = {}
-        """Name and start of each wait, by a number of its own: waits of several threads may overlap."""
+        """Name and start of each wait, by a unique number: waits of several threads may overlap."""
         self._numbers = itertools.count()
         self.sources: list[Callable[[], Mapping[str, float]]] = []
-        """Further waits, as `durations` returns them: of parts that have many at a time."""
+        """Functions that return further waits, as `durations` does, for parts that have many at a time."""
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -55,7 +56,7 @@ class PendingWaits:
         self._ticked_s = now_s
 
     def durations(self) -> dict[str, float]:
-        """Wait name -> seconds so far, without those before the process was stopped for the last time."""
+        """Wait name -> seconds so far, counted since the process last continued after a stop."""
         self._notice_a_stop(now_s := self._clock())
         most_s = now_s - self._awake_since_s
         seconds: dict[str, float] = {}
@@ -65,11 +66,11 @@ class PendingWaits:
         return {name: round(min(each, most_s), 3) for name, each in seconds.items()}
 
     def longest(self) -> dict[str, float]:
-        """The longest waits, as many and as much of their names as a heartbeat may carry."""
+        """The longest waits, limited in number and length of names to what a heartbeat may carry."""
         longest = sorted(self.durations().items(), key=lambda wait: -wait[1])[:MAX_WAITS]
         return {name[:MAX_WAIT_CHARS]: max(0.0, seconds) for name, seconds in longest}
 
     def _notice_a_stop(self, now_s: float) -> None:
-        # A wait may be asked for before the first tick after a stop.
+        # Waits may be read before the first tick after a stop.
         if self._ticked_s is not None and now_s - self._ticked_s > _STOPPED_S:
             self._awake_since_s = self._ticked_s = now_s

@@ -1,8 +1,8 @@
 """Changes to a directory of keys: making, adding, rotating and revoking them.
 
-The commands of `areal-like keys` call these functions. Each holds a lock on the directory, so that two of
-them do not lose each other's changes. A rotation writes the new secret before public.json: a daemon uses a
-new secret only when its public key is in public.json too, so it never connects with a key that the other
+The commands of `areal-like keys` call these functions. Each holds a lock on the directory, so that concurrent
+commands do not lose each other's changes. A rotation writes the new secret before public.json: a daemon uses
+a new secret only when its public key is in public.json too, so it never connects with a key that the other
 daemons do not have.
 """
 
@@ -60,7 +60,7 @@ def init_keys(path: Path, roles: Sequence[KeyRole], *, now_unix_s: float | None 
 
 
 def add_key(path: Path, name: str, role: KeyRole, *, now_unix_s: float | None = None) -> AllowedKey:
-    """Adds a key with a name of its own, so that it can be revoked alone.
+    """Adds a key under its own name, so that it can be revoked alone.
 
     Raises ConfigError if the name is taken or not valid.
     """
@@ -83,7 +83,8 @@ def add_key(path: Path, name: str, role: KeyRole, *, now_unix_s: float | None = 
 def rotate_keys(
     path: Path, name: str = "", *, grace_s: float, now_unix_s: float | None = None
 ) -> list[AllowedKey]:
-    """Renews one key, or all without a name. The old ones stay valid for `grace_s` seconds; returns the new.
+    """Renews one key, or all of them without a name, and returns the new ones. Old keys stay valid for
+    `grace_s` seconds.
 
     Keys that have expired are removed. Raises ConfigError for an unknown name.
     """
@@ -126,7 +127,7 @@ def revoke_key(path: Path, name: str) -> int:
 
 
 def fingerprint(public: str) -> str:
-    """A short name of a public key, for people to compare."""
+    """A short form of a public key that people can compare."""
     return hashlib.sha256(public.encode()).hexdigest()[:16]
 
 

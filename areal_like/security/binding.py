@@ -25,7 +25,7 @@ def require_loopback_or_keys(security: SecurityConfig, host: str, *, setting: st
 
 
 def admits_only_this_machine(security: SecurityConfig, host: str) -> bool:
-    """True without keys on a loopback address: then no peer is meant to come from elsewhere."""
+    """True without keys on a loopback address: then no peer is expected from another machine."""
     return resolves_to_loopback(host) and not (security.keys or security.insecure)
 
 

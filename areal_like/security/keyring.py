@@ -1,10 +1,10 @@
-"""The keys of one daemon while it runs: its own secret, and the allow list that decides about its peers.
+"""The keys of one daemon while it runs: its own secret, and the allow list of its peers.
 
     refresh() once a second, and after a failed handshake: reads public.json and the daemon's own secret again
     if they have changed, then calls the subscribers (sockets, which connect or bind again with new keys)
 
 A new secret is used only when public.json has its public key. If a file is broken or absent, the keys that
-were read last stay in use, because a copy that is under way must not end a job.
+were read last stay in use, because a copy in progress must not end a job.
 """
 
 from __future__ import annotations
@@ -65,12 +65,13 @@ class Keyring:
         return [key.public for key in self._valid(role) if name in ("", key.name)]
 
     def subscribe(self, on_refresh: Callable[[], None]) -> Callable[[], None]:
-        """Calls `on_refresh` after every refresh, because keys also expire; returns what ends that."""
+        """Calls `on_refresh` after every refresh, because keys also expire; returns a function that ends the
+        subscription."""
         self._subscribers.append(on_refresh)
         return lambda: self._subscribers.remove(on_refresh)
 
     def refresh(self) -> None:
-        """Reads what has changed on the disk, and calls the subscribers."""
+        """Reads changed files from the disk, and calls the subscribers."""
         problem = ""
         try:
             self.directory.refresh()

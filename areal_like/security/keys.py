@@ -8,7 +8,7 @@
     agent.token
 
 Each key has one role. A key of role `rollout` cannot register as a trainer, whoever holds it. `KeyDirectory`
-is read again when public.json changes, so that keys are added, rotated and revoked while the job runs.
+is reread when public.json changes, so that keys are added, rotated and revoked while the job runs.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class AllowList:
         """The entry of a bearer token; None if it is unknown, revoked or expired."""
         digest = token_digest(token)
         found = None
-        # All entries are compared, in constant time each, so that the time tells nothing about the tokens.
+        # All entries are compared, in constant time each, so that the time reveals nothing about the tokens.
         for key in self.keys:
             if hmac.compare_digest(key.token_sha256, digest) and key.is_valid(now_unix_s):
                 found = key
@@ -198,7 +198,8 @@ def _write(path: Path, text: str) -> None:
 
 
 def _is_well_formed(key: AllowedKey) -> bool:
-    """Whatever passes here is used without further checks, in daemons that must not fail because of it."""
+    """True if an entry is well formed: what passes is used without further checks, in daemons that must not
+    fail because of it."""
     times = (key.added_unix_s, 0.0 if key.expires_unix_s is None else key.expires_unix_s)
     return (
         NAME.fullmatch(key.name) is not None

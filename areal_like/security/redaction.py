@@ -1,10 +1,11 @@
-"""A configuration as it may leave the job: on the page /config, in a report, at a tracker's server.
+"""Removes secrets from a configuration before it leaves the job: on the page /config, in a report, at a
+tracker.
 
-The settings of this project name files of secrets and contain none. Those of a task, a tracker or an engine's
-environment are open, and users write keys into them. What has the name of a secret is therefore hidden,
-whatever it holds, and so are the values of environments and headers, users and passwords in addresses,
-parameters of queries, options of command lines, and bearer tokens. Left out: secrets under names that do not
-say so.
+The settings of this project name files of secrets and contain none. The settings of a task, a tracker or an
+engine's environment are open, and users write keys into them. So every setting with the name of a secret is
+hidden, whatever its value, and so are the values of environments and headers, users and passwords in
+addresses, query parameters, command-line options, and bearer tokens. Left out: secrets whose names do not
+show that they are secrets.
 """
 
 from __future__ import annotations
@@ -16,21 +17,21 @@ from typing import Any
 
 HIDDEN = "***"
 PUBLIC = frozenset({"security.keys", "security.tls_private_key"})
-"""Settings with the name of a secret that are the name of a file."""
+"""Settings that have the name of a secret but hold a file name."""
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _SECRET_VALUE = re.compile(
     r"secret|passw|passphrase|credential|authorization|private_?key|cookie|bearer", re.IGNORECASE
 )
-"""In the name of a setting: hides values of every type."""
+"""Matches within the name of a setting: hides values of every type."""
 _SECRET_TEXT = re.compile(
     r"(^|[_.-])(auth|token)s?$"
     r"|(^|[_.-])(api|access|account|master|signing|storage|openai|anthropic|hf|wandb)[_-]?keys?$|^keys?$",
     re.IGNORECASE,
 )
-"""At the end of the name: hides everything but numbers. `max_new_tokens` is a number, and `prompt_key` names
-a column."""
+"""Matches at the end of the name: hides everything except numbers. `max_new_tokens` is a number, and
+`prompt_key` names a column."""
 _ALL_HIDDEN = ("env", "environment", "headers")
-"""Mappings of which every value is hidden."""
+"""Mappings in which every value is hidden."""
 _USER_OF_URL = re.compile(r"(?<=://)[^/@\s]+@")
 _IN_QUERY = re.compile(r"([?&][^=&\s]*(?:key|token|secret|password|sig|auth)[^=&\s]*=)[^&\s]+", re.IGNORECASE)
 _BEARER = re.compile(r"\b(bearer|basic)\s+[^\s'\"]{8,}", re.IGNORECASE)
@@ -46,7 +47,7 @@ def without_secrets(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def has_secret_name(name: str, value: Any) -> bool:
-    """True if this setting's value is to be hidden."""
+    """True if this setting's value must be hidden."""
     if value is None or isinstance(value, bool) or value in ("", [], {}, ()):
         return False
     words = _CAMEL.sub("_", name)
@@ -76,7 +77,7 @@ def _shown(value: Any, *, path: str, name: str) -> Any:
 
 
 def _shown_items(items: Sequence[Any], *, path: str, name: str) -> list[Any]:
-    """The items of a list; of a command line in words, the word behind a secret's option is hidden."""
+    """The items of a list. In a command line given as words, the word after a secret's option is hidden."""
     shown: list[Any] = []
     is_secret = False
     for item in items:
@@ -92,4 +93,4 @@ _PARTS = (
     (_BEARER, rf"\1 {HIDDEN}"),
     (_OPTION, rf"\1\2{HIDDEN}"),
 )
-"""Patterns of secrets in a text, and what is shown of each."""
+"""Patterns of secrets in a text, and the text that replaces each."""

@@ -1,8 +1,8 @@
-"""TLS of the HTTP servers: one certificate for all daemons of a job, which clients trust by itself.
+"""TLS of the HTTP servers: one certificate for all daemons of a job, which clients trust directly.
 
-Clients compare no names: endpoint files hold numeric addresses, and whoever has the private key of exactly
-this certificate is a daemon of the job. Of a chain they trust the first certificate alone: an authority that
-has signed it signs for others, too.
+Clients do not compare names: endpoint files hold numeric addresses, and whoever has the private key of
+exactly this certificate is a daemon of the job. From a chain they trust only the first certificate: the
+authority that signed it signs for others, too.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ def tls_files(security: SecurityConfig) -> tuple[str, str]:
 
 
 def client_context(security: SecurityConfig) -> ssl.SSLContext | None:
-    """Trusts the job's certificate and no other; None without TLS. Raises ConfigError."""
+    """A context that trusts the job's certificate and no other; None without TLS. Raises ConfigError."""
     return trusting(security.tls_certificate) if security.tls_certificate else None
 
 
 def trusting(certificate: str) -> ssl.SSLContext:
-    """Trusts the certificate in this PEM file and no other. Raises ConfigError."""
+    """A context that trusts the certificate in this PEM file and no other. Raises ConfigError."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN

@@ -29,7 +29,7 @@ def operator_token(directory: str | Path) -> str:
     except FileNotFoundError:
         raise ConfigError(
             f"this needs the operator's token, and {file} does not exist: run it where the file is, "
-            f"or copy it from the directory in which `areal-like keys init` has made it"
+            f"or copy it from the directory in which `areal-like keys init` created it"
         ) from None
 
 
@@ -42,7 +42,7 @@ def monitor_token(directory: str | Path) -> str | None:
 
 
 def any_token(directory: str | Path) -> str:
-    """The operator's token, or that of `monitor` where the operator's is not. Raises ConfigError."""
+    """The operator's token, or that of `monitor` if the operator's is absent. Raises ConfigError."""
     folder = Path(directory).expanduser()
     for name in (OPERATOR_FILE, MONITOR_FILE):
         if (folder / name).exists():

@@ -1,9 +1,8 @@
 """The offset of this process's clock against the buffer's, from the round trips of heartbeats. Pure.
 
-A heartbeat carries the sender's time, and its reply that time and the buffer's. If both ways take equally
-long, the buffer's time was read in the middle of the round trip; the error is at most half of it. So the
-estimate is that of the shortest round trip among the last ones (as in NTP's clock filter, RFC 5905, section
-10).
+A heartbeat carries the sender's time, and its reply both that time and the buffer's. If both directions take
+equally long, the buffer's time was read in the middle of the round trip; the error is at most half of it. So
+the estimate comes from the shortest of the last round trips (as in NTP's clock filter, RFC 5905, section 10).
 """
 
 from __future__ import annotations

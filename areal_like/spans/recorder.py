@@ -1,20 +1,20 @@
-"""A daemon's spans on disk, for `areal-like trace`: what it did when, in two files that are used in turn.
+"""Records a daemon's spans on disk for `areal-like trace`, in two files that are used in turn.
 
 Each daemon appends JSON lines to `runs/NAME/spans/<daemon>.jsonl`. When the file has half of the allowed size
-it becomes `<daemon>.old.jsonl`, in place of the one before. So the newest spans are always there, the size is
-bounded, and a process that is killed loses less than a second. Lines are of four kinds:
+it replaces `<daemon>.old.jsonl`. So the newest spans are always there, the size is bounded, and a process
+that is killed loses less than a second. Lines are of four kinds:
 
     {"daemon": "trainer-0", "host": ..., "pid": ..., "began_s": ...}    a process, and at the top of each file
     {"offset_s": ..., "rtt_s": ...}                                     its clock against the first buffer's
     [start, seconds, lane, name, arguments]                             a span; a lane is a row of the trace
     [time, "name", value]                                               a counter has a value from now on
 
-Times are Unix seconds of this process: read once, and advanced by the monotonic clock, so that a clock that
-is set during the run moves no span. A process has one recorder (`start`), as with `logging`: what is recorded
-lies deep in every part of a daemon. Without one nothing is recorded; on a full disk neither, until there is
-space again, and nothing fails.
-The durations of a lane's spans also go to its listener (`listen`), for a histogram, also without a recorder.
-Recording is thread-safe. At most MAX_PER_S lines a second are kept; a counter tells how many were left out.
+Times are Unix seconds of this process: the clock is read once and advanced by the monotonic clock, so that
+setting the clock during the run does not move spans. A process has one recorder (`start`), as with `logging`,
+because the code that records is spread over all parts of a daemon. Without a recorder nothing is recorded. On
+a full disk recording pauses until there is space again, and nothing fails. The durations of a lane's spans
+also go to its listener (`listen`), for a histogram, also without a recorder. Recording is thread-safe. At
+most MAX_PER_S lines a second are kept; a counter shows how many were left out.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _SHORTEST_S = 1e-4
 _OFFSET_S = 10.0
 """Interval at which a better estimate of the clock's offset is written."""
 _RETRY_S = 30.0
-"""Interval at which a file that could not be written is opened again."""
+"""Interval at which a file that could not be written is reopened."""
 _MAX_TEXT = 200
 
 _BASE_S = time.time() - time.monotonic()
@@ -68,7 +68,7 @@ class SpanRecorder:
         self._lock = threading.Lock()
         self._file: TextIO | None = None
         self._retry_s = math.inf
-        """When to open the file again after an error."""
+        """When to reopen the file after an error."""
         self._num_bytes = 0
         self._flushed_s = self._second_s = time.monotonic()
         self._num_in_second = self._num_left_out = 0
@@ -90,7 +90,8 @@ class SpanRecorder:
         self._write([round(unix_now(), 6), name[:_MAX_TEXT], value])
 
     def offset(self, *, offset_s: float, rtt_s: float) -> None:
-        """What to add to this process's times to have the buffer's, and the round trip it was found with."""
+        """Records the seconds to add to this process's times to get the buffer's, and the round trip of the
+        estimate."""
         now_s = time.monotonic()
         if now_s - self._offset_s < _OFFSET_S:
             return
@@ -136,7 +137,7 @@ class SpanRecorder:
 
     def _open(self) -> None:
         self._file = self._path.open("a")
-        # The line before may have been cut by a full disk.
+        # The previous line may have been cut off by a full disk.
         head = (
             "\n" * bool(self._file.tell())
             + json.dumps(self._head)
@@ -174,7 +175,7 @@ _listeners: dict[str, Callable[[float], None]] = {}
 
 
 def start(directory: Path, daemon: str, *, max_bytes: int) -> None:
-    """Records the spans of this process from now on; with `max_bytes` 0 none."""
+    """Starts recording the spans of this process; with `max_bytes` 0 none are recorded."""
     global _recorder
     stop()
     if max_bytes > 0:
@@ -195,7 +196,7 @@ def listen(lane: str, listener: Callable[[float], None]) -> None:
 
 
 def observe(lane: str, seconds: float) -> None:
-    """Tells the listener of a lane of a duration that is not a span."""
+    """Passes a duration that is not a span to the listener of a lane."""
     if (listener := _listeners.get(lane)) is not None:
         listener(seconds)
 

@@ -181,7 +181,7 @@ def cut_buckets(tensors: Iterable[TensorSpec], *, bucket_bytes: int) -> tuple[Bu
 
 
 def spec_of(name: str, tensor: torch.Tensor, *, dtype: str | None = None) -> TensorSpec:
-    """The spec of `tensor`, or of its cast to `dtype` (bf16 weights sent from fp32 masters)."""
+    """The spec of `tensor`, or of `tensor` cast to `dtype` (bf16 weights sent from fp32 masters)."""
     return TensorSpec(
         name=name, dtype=dtype or str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape)
     )
@@ -192,8 +192,8 @@ def flatten(
 ) -> torch.Tensor:
     """Copies the tensors, cast to the bucket's dtypes, into one uint8[bucket.num_bytes] buffer.
 
-    Creates no temporary tensors. `device`: of the buffer (default: CPU). Raises WeightSyncError for an absent
-    tensor or one of another shape.
+    Creates no temporary tensors. `device`: the buffer's device (default: CPU). Raises WeightSyncError for an
+    absent tensor or one with another shape.
     """
     import torch
 

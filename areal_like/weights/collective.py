@@ -71,7 +71,7 @@ class WeightGroup:
     Every wait ends after `timeout_s`. The death of a peer fails a broadcast at once, except in a receiver
     that was in the middle of that peer's message: gloo loses the operation, so a caller that learns of the
     death in another way should close the group instead of waiting. All failures raise WeightSyncError. Not
-    thread safe, but may be used from another thread than the one that created it.
+    thread-safe, but may be used from a thread other than the one that created it.
     """
 
     address: str
@@ -186,8 +186,8 @@ class WeightGroup:
     def close_store(self) -> None:
         """Ends rank 0's store; call it when every rank has joined. Does nothing for NCCL.
 
-        gloo does not read the store any more; NCCL reads it again at the first broadcast. A stranger who
-        connects later finds no port, and the memory of what one has written is freed.
+        gloo no longer reads the store; NCCL reads it again at the first broadcast. A stranger who connects
+        later finds no open port, and the memory of anything written by a stranger is freed.
         """
         if self.backend == "gloo":
             self._server = self._store = None
@@ -195,8 +195,8 @@ class WeightGroup:
     def broadcast(self, tensor: torch.Tensor, *, timeout_s: float | None = None) -> None:
         """Sends `tensor` (rank 0) or receives into it (other ranks); returns when this rank is done with it.
 
-        Any contiguous tensor: on a CPU for gloo, on a GPU for nccl. `timeout_s`: replaces the group's. After
-        a failure the group is closed, and a new one has to be created.
+        Any contiguous tensor: on a CPU for gloo, on a GPU for nccl. `timeout_s` replaces the group's time
+        limit. After a failure the group is closed, and a new one has to be created.
         """
         self.begin_broadcast(tensor, timeout_s=timeout_s)()
 

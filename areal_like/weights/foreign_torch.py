@@ -1,6 +1,8 @@
-"""torch and NCCL of another Python environment: that of SGLang, which this one must match to push over NCCL.
+"""The torch and NCCL versions of SGLang's Python environment, which the trainer's must match to push over
+NCCL.
 
-NCCL forms no communicator of two versions, and SGLang does not report its own. So its interpreter is asked.
+NCCL does not form a communicator between different versions, and SGLang does not report its version. So a
+command in its interpreter reports it.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ print(json.dumps({"torch": torch.__version__, "nccl": nccl}))
 
 @dataclass(frozen=True, kw_only=True)
 class TorchVersions:
-    """As `2.14.1+cu130` and `2.29.7`; `nccl` is empty for a torch without NCCL."""
+    """Versions such as `2.14.1+cu130` and `2.29.7`; `nccl` is empty for a torch without NCCL."""
 
     torch: str
     nccl: str
@@ -55,8 +57,8 @@ def torch_versions(python: str) -> TorchVersions | None:
 def check_engine_nccl(config: Config, *, ours: TorchVersions) -> None:
     """Raises ConfigError if the engines' NCCL is not the trainer's, so that weights cannot travel over NCCL.
 
-    Only for engines on GPUs that the rollout servers start with `rollout.sglang.python`, and where that
-    interpreter is on this machine; an engine elsewhere is compared before the first push.
+    Checks only engines on GPUs that the rollout servers start with `rollout.sglang.python`, and only if that
+    interpreter is on this machine. An engine elsewhere is checked before the first push.
     """
     rollout = config.rollout
     is_asked = rollout.engine == "sglang" and rollout.sglang.python and not rollout.sglang.url
@@ -75,4 +77,4 @@ NCCL_REMEDY = (
     "NCCL connects equal versions only. Install the torch of SGLang's environment for the trainer too, or "
     "set weights.backend=gloo: weights then travel through the memory of the hosts"
 )
-"""What to do about different versions of NCCL."""
+"""What the user can do about different versions of NCCL."""

@@ -40,7 +40,7 @@ class HfTensor:
     """One tensor of the checkpoint."""
 
     name: str
-    """In the checkpoint and on the wire."""
+    """Name in the checkpoint and on the wire."""
     shape: tuple[int, ...]
     param: str
     """Name of the transformers model's parameter that holds it."""
@@ -51,7 +51,7 @@ class HfTensor:
     """(first, end) in dimension 0 of that row, or of the parameter if `row` is None; None: all of it."""
 
     def part_in(self, rows: Tensor, *, first_row: int) -> tuple[Tensor, int] | None:
-        """The part of this tensor that is among one rank's rows of the parameter.
+        """The part of this tensor that lies in one rank's rows of the parameter.
 
         `rows`: the rank's rows, without padding, the first of which is row `first_row` of the parameter.
         Returns (view of `rows`, index in dimension 0 of this tensor at which the view begins), or None if
@@ -127,10 +127,10 @@ def hf_tensors(model: nn.Module, *, with_buffers: bool = True) -> list[HfTensor]
 
 
 class _Positions:
-    """Stands in for the parameters: int64 tensors of their shapes with the last dimension shortened.
+    """Placeholders for the parameters: int64 tensors of their shapes with the last dimension shortened.
 
-    Every element is its own position among those of all parameters, so that a converted tensor tells which
-    parameter its elements come from, and from where in it.
+    The value of each element is its position among the elements of all parameters, so that a converted tensor
+    shows which parameter its elements come from, and from which position.
     """
 
     def __init__(self, model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -143,7 +143,7 @@ class _Positions:
             self._starts.append(self._starts[-1] + math.prod(shape))
 
     def batches(self) -> Iterator[dict[str, Tensor]]:
-        """The stand-ins by the parameters' names, some at a time."""
+        """The placeholders by the parameters' names, in batches."""
         batch: dict[str, Tensor] = {}
         room = _BATCH_POSITIONS
         for name, shape, start in zip(self._names, self._short, self._starts, strict=False):
@@ -197,7 +197,7 @@ def _conversions(model: Any) -> list[Any]:
     """transformers' conversions of a model that was made from its configuration.
 
     A model that was loaded also has the conversions that its files needed (old names, an additional prefix),
-    and an engine may have been given other files.
+    and an engine may have loaded other files.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import PrefixChange

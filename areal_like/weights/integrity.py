@@ -1,7 +1,7 @@
 """The sums over the bytes of a push that sender and receiver compare before the weights become active.
 
 The checksum of a bucket is fast and finds errors in transit. Its SHA-256 (`weights.integrity=sha256`) finds
-any change, so that nobody between trainer and engine can replace weights unnoticed, as long as the control
+any change, so that weights cannot be replaced unnoticed between trainer and engine, as long as the control
 channel that carries the digests is authentic (`security.keys`).
 """
 
@@ -32,7 +32,7 @@ def sha256(flat: torch.Tensor) -> str:
 
 
 def difference(*, received: BucketSums, sent: BucketSums, num_buckets: int, integrity: str) -> str:
-    """What is wrong with a received push: the first bucket that differs; empty if nothing is.
+    """Describes the first bucket of a received push that differs; empty if none does.
 
     `integrity`: `none` compares checksums only; `sha256` also requires a digest for each bucket.
     """

@@ -4,7 +4,7 @@
     other ranks      torch's TCPStore client
 
 The store listens only on `weights.host`, at a port of `weights.port_range`. torch's TCPStore has neither a
-password nor a limit of memory: whoever reaches the port can read, write and delete. gloo reads the addresses
+password nor a memory limit: anyone who reaches the port can read, write and delete. gloo reads the addresses
 of the other ranks from the store, and a malformed one ends the process (a segmentation fault in torch 2.13).
 So every value of a group over gloo carries a message authentication code. Its key travels in `FormGroup`, and
 a rank that reads a value without the right code fails the rendezvous and keeps running.

@@ -41,5 +41,5 @@ def newest_snapshot(checkpoints: Path) -> DiskSnapshot | None:
         path = steps[max(steps)]
         version = read_json(path / STATE_FILE)["extra"][VERSION_KEY]
     except (OSError, ValueError, KeyError):
-        return None  # unreadable, deleted meanwhile, or written before checkpoints contained versions
+        return None  # unreadable, meanwhile deleted, or written before checkpoints contained versions
     return DiskSnapshot(path=path, version=int(version))

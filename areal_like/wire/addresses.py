@@ -49,9 +49,9 @@ def buffer_addresses(config: Config) -> list[str]:
 
 
 def buffer_lookup(config: Config, index: int) -> Callable[[], str | None] | None:
-    """A function that looks up shard `index`'s present address; None where the address is a setting.
+    """A function that looks up the current address of shard `index`; None if the address is a setting.
 
-    It returns None while no buffer has written an address.
+    The function returns None while no buffer has written an address.
     """
     if config.buffer.discovery != "run_dir":
         return None

@@ -1,6 +1,6 @@
 """A rollout server's or trainer rank's connection to one buffer.
 
-It registers, and detects that the buffer is silent or cannot write.
+It registers the peer, and detects a buffer that does not respond or cannot write.
 
     UNREGISTERED -> register() -> REGISTERED -> HelloRequired (the buffer was restarted) -> UNREGISTERED
 
@@ -8,7 +8,7 @@ A buffer may be restarted at the same address, or at another one that `look_up` 
 `HelloRequired` to peers that have not registered. Two other conditions need different behavior:
 
     silent   Nothing was received for SILENT_AFTER_S, and messages pile up in the socket. A rollout server
-             sends only a hello until the buffer replies. A trainer rank, which sends little, goes on with its
+             sends only a hello until the buffer replies. A trainer rank, which sends little, continues its
              heartbeats and resends its requests.
     stuck    The buffer replies, but reports that it cannot write (a full disk). It queues one reply per
              request that it receives, so neither of them sends a request again.
@@ -16,8 +16,8 @@ A buffer may be restarted at the same address, or at another one that `look_up` 
 The owner of the connection decides when to register again and which requests to repeat then, because rollout
 servers and trainer ranks differ in this too.
 
-A new process may find that its name is still taken by its predecessor, which still replies and is about to
-end. So `register` repeats a hello that was refused for its name for NAME_RETRY_S.
+A new process may find its name still taken by its predecessor, which still responds but is about to end. So
+`register` repeats a hello that was refused because of its name for NAME_RETRY_S.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ NAME_RETRY_S = 8.0
 """Time for which a hello is repeated while another process has the name."""
 _NAME_RETRY_PAUSE_S = 0.5
 _FOLLOW_S = 1.0
-"""Interval at which a silent buffer's address is looked up."""
+"""Interval at which the address of a buffer that does not respond is looked up."""
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +63,8 @@ class BufferConnection(Link):
     """A `Link` that is registered. A subclass says what the owner does with messages and events.
 
     HelloRequired calls `hello_required`, JobFailed and Refused call `fatal` with the reason, Drain calls
-    `drain`, JobFinished calls `finished`; AreYouAlive is replied to here. All other one-way messages go to
-    `on_message`. After `reopened` (keys have changed, or the buffer has moved) the owner should register
+    `drain`, JobFinished calls `finished`; this class responds to AreYouAlive. All other one-way messages go
+    to `on_message`. After `reopened` (keys have changed, or the buffer has moved) the owner should register
     again.
     """
 
@@ -76,7 +76,7 @@ class BufferConnection(Link):
         keyring: Keyring | None = None,
         look_up: Callable[[], str | None] | None = None,
     ) -> None:
-        """`look_up`: asked for the buffer's present address while it is silent; see `buffer_lookup`."""
+        """`look_up`: called for the buffer's current address while it does not respond; see `buffer_lookup`."""
         super().__init__(
             address,
             handler=self._handle,
@@ -99,18 +99,18 @@ class BufferConnection(Link):
         raise NotImplementedError
 
     def hello_required(self) -> None:
-        """The buffer was restarted, and does not know this process."""
+        """Called when the buffer was restarted and does not know this process."""
         raise NotImplementedError
 
     def fatal(self, error: ArealError) -> None:
-        """The job has failed, or the buffer refuses this process."""
+        """Called when the job has failed, or the buffer refuses this process."""
         raise NotImplementedError
 
     def drain(self) -> None:
-        """An operator drains this process."""
+        """Called when an operator drains this process."""
 
     def finished(self) -> None:
-        """The run is finished."""
+        """Called when the run is finished."""
 
     @property
     def silent_s(self) -> float:
@@ -128,7 +128,7 @@ class BufferConnection(Link):
         return bool(self.trouble) and not self.is_silent
 
     async def register(self, hello: Hello, *, timeout_s: float) -> Welcome:
-        """Sends `hello` and returns the reply. `timeout_s`: for each try.
+        """Sends `hello` and returns the reply. `timeout_s`: limit of each attempt.
 
         Raises DeadlineError without a reply in time, RefusedError if the buffer refuses, RunFinishedError if
         the run is finished.
@@ -156,7 +156,7 @@ class BufferConnection(Link):
         super().close()
 
     def _follow(self, look_up: Callable[[], str | None]) -> None:
-        """Once a second: connects to another address if the buffer is silent and was started again there."""
+        """Once a second, connects to another address if the buffer does not respond and was restarted there."""
         self._following = self._loop.call_later(_FOLLOW_S, self._follow, look_up)
         if self.is_silent and (address := look_up()) not in (None, self.address):
             assert address is not None
@@ -164,11 +164,12 @@ class BufferConnection(Link):
             self.move(address)
 
     def reopened(self) -> None:
-        """One-way messages of both sides may be lost, so the process has to register again."""
+        """Called after the socket was reopened. One-way messages of both sides may be lost, so the process
+        has to register again."""
         self.is_registered = False
 
     def _note_clock(self, ack: HeartbeatAck) -> None:
-        """Only the first shard tells its time."""
+        """Notes the clock's offset. Only the first shard sends its time."""
         found = self._clock.heard(sent_s=ack.echo_s, buffer_s=ack.unix_s, now_s=recorder.unix_now())
         if found is not None:
             recorder.note_offset(offset_s=found[0], rtt_s=found[1])

@@ -86,7 +86,7 @@ class Listener:
         self._clock = asyncio.get_running_loop().time
         self.num_bad_frames = 0
         self.num_dropped = 0
-        """Messages that were not sent, because the peer did not read the ones before."""
+        """Number of messages that were dropped because the peer did not read earlier ones."""
         self._curve = curve
         context = None if curve is None else curve.context
         socket = connection_socket(zmq.ROUTER, max_message_bytes=max_message_bytes, context=context)
@@ -155,7 +155,7 @@ class Listener:
             key = curve.sender(pump.user_id)
             if key is not None:
                 self._on_frames(frames, key)
-            # A peer whose key was renewed is about to connect with the new one: silence makes it wait.
+            # A peer whose key was renewed is about to connect with the new one: without a refusal it waits.
             elif not curve.is_replaced(pump.user_id) and curve.may_answer(pump.user_id):
                 self.send(frames[0], Refused(field="key", reason="this key was revoked or has expired"))
 
@@ -192,7 +192,7 @@ class Link:
     """A DEALER connected to one Listener. Use it only from the event loop in which it was created.
 
     `handler(message)` gets every message that is not a reply. ZeroMQ reconnects by itself, so a lost peer can
-    be recognized only by its silence: `last_heard_s` is the loop's clock at the last message.
+    be recognized only by the absence of messages: `last_heard_s` is the loop's clock at the last message.
     """
 
     def __init__(
@@ -203,7 +203,7 @@ class Link:
         max_message_bytes: int = 64 << 20,
         curve: CurveClient | None = None,
     ) -> None:
-        """With `curve` the socket is opened again when keys change; `reopened` is then called.
+        """With `curve` the socket is reopened when keys change; `reopened` is then called.
 
         Pending requests are sent again; one-way messages of both sides may be lost. Raises ConfigError for a
         malformed address.
@@ -253,15 +253,15 @@ class Link:
         self.reopened()
 
     def reopened(self) -> None:
-        """Called when the socket was opened again; one-way messages of both sides may be lost."""
+        """Called when the socket was reopened; one-way messages of both sides may be lost."""
 
     def move(self, address: str) -> None:
-        """Connects to another address, at which the peer was started again."""
+        """Connects to another address, at which the peer was restarted."""
         self.address = address
         self._reopen()
 
     def send(self, message: Any, *, rid: int = 0) -> None:
-        """Queues a message, one-way without a `rid`; drops it if the peer does not read those before."""
+        """Queues a message, one-way without a `rid`; drops it if the peer does not read earlier ones."""
         try:
             self._pump.send(encode(message, rid=rid))
         except zmq.Again:

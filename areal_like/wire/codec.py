@@ -12,8 +12,8 @@ compiled once for each class, because every sample passes through them.
 
 Nothing is unpacked for a peer that may not send it. `read_prefix` takes version, tag and rid from the first
 bytes, refuses an unknown tag, and refuses a header over the limit of its message type: MAX_HEADER_BYTES, or
-the class's own `max_header_bytes` with the reason next to it. `unpacking.py` bounds the work of what is left,
-so that no header that is accepted takes 50 ms. `encode` refuses what the other side would not accept.
+the class's own `max_header_bytes` with the reason next to it. `unpacking.py` bounds the remaining work, so
+that no accepted header takes 50 ms. `encode` refuses messages that the other side would not accept.
 
 Left out: compression (float log-probs do not compress) and schema evolution within a wire version (`hello`
 refuses a mismatch).
@@ -43,11 +43,11 @@ MAX_HEADER_BYTES = 64 << 10
 """Limit of a header whose class states no `max_header_bytes` of its own."""
 MAX_TEXT = 8192
 """Characters of a text on the wire. `encode` cuts longer ones: they are errors of engines and rewards, which
-may have any length and must not be the reason why a message cannot be sent."""
+may have any length and must not prevent a message from being sent."""
 _ALIGN = 8
 _ARRAY_OF_4 = 0x94
 _UINT_BYTES = {0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8}
-"""msgpack's type byte of an unsigned integer -> bytes of the integer behind it."""
+"""msgpack's type byte of an unsigned integer -> size of the integer that follows it, in bytes."""
 
 Frame = bytes | memoryview
 
@@ -174,7 +174,7 @@ def read_prefix(frames: Sequence[Frame]) -> HeaderPrefix:
 def decode(frames: Sequence[Frame], prefix: HeaderPrefix | None = None) -> tuple[Any, int]:
     """(message, rid) of the frames. Raises WireError for anything that `encode` would not write.
 
-    `prefix`: of these frames, if it was read before.
+    `prefix`: the prefix of these frames, if it was already read.
     """
     prefix = prefix or read_prefix(frames)
     try:
@@ -210,7 +210,7 @@ def _compile(hint: Any) -> tuple[_Encode, _Decode]:
 
 
 def _same(value: Any, _: _Writer) -> Any:
-    return value  # msgpack writes it as it is
+    return value  # msgpack writes it unchanged
 
 
 def _compile_scalar(hint: type) -> tuple[_Encode, _Decode]:

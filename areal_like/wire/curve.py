@@ -1,12 +1,12 @@
 """Encryption and authentication of ZeroMQ connections: CURVE, with ZAP deciding which keys may connect.
 
-`CurveServer` belongs to a `Listener`. It answers libzmq's ZAP requests in the daemon's own event loop, so it
-cannot end while the daemon goes on, and each listener has its own zmq.Context, because libzmq knows one ZAP
-handler for each context. The User-Id that it gives to a connection is the peer's public key and the name of
-that key; every message carries it, so a key can be refused on a connection that is already open.
+`CurveServer` belongs to a `Listener`. It responds to libzmq's ZAP requests in the daemon's own event loop, so
+it cannot end while the daemon keeps running, and each listener has its own zmq.Context, because libzmq knows
+one ZAP handler for each context. The User-Id that it gives to a connection is the peer's public key and the
+name of that key; every message carries it, so a key can be refused on a connection that is already open.
 
-`CurveClient` belongs to a `Link`. It chooses which key to expect of the server, and opens the socket again
-after a failed handshake (libzmq does not, when the server refused the key) and when keys have changed:
+`CurveClient` belongs to a `Link`. It chooses which key to expect of the server, and reopens the socket after
+a failed handshake (libzmq does not if the server refused the key) and when keys have changed:
 
     CONNECTING -> handshake -> CONNECTED -> (own key renewed, server's key revoked) -> CONNECTING
         `-> handshake failed -> after a pause: CONNECTING, expecting the server's next possible key
@@ -46,14 +46,14 @@ _PAUSE_S, _LONGEST_PAUSE_S = 0.1, 0.5
 
 
 class _Monitor:
-    """Calls `on_event` with events of a socket's connections, until it is closed: before the socket."""
+    """Calls `on_event` with events of a socket's connections until it is closed. Close it before the socket."""
 
     def __init__(self, socket: zmq.Socket[bytes], events: int, on_event: Callable[[int], None]) -> None:
         address = f"inproc://monitor-{uuid.uuid4().hex}"
         socket.monitor(address, events)
         pair = socket.context.socket(zmq.PAIR)
-        # libzmq's I/O thread waits while it cannot send an event, and all connections wait with it: the queue
-        # has no limit, and it stays until the socket sends no more events.
+        # libzmq's I/O thread blocks while it cannot send an event, and so do all connections. So the queue
+        # has no limit, and it exists until the socket sends no more events.
         pair.set(zmq.RCVHWM, 0)
         pair.set(zmq.LINGER, 0)
         pair.connect(address)
@@ -72,7 +72,7 @@ class CurveServer:
     def __init__(
         self, keyring: Keyring, *, roles: Collection[KeyRole], on_failure: Callable[[ArealError], None]
     ) -> None:
-        """Only keys of `roles` may connect. `on_failure` ends the daemon: it cannot listen any more."""
+        """Only keys of `roles` may connect. `on_failure` ends the daemon when it can no longer listen."""
         self._keyring = keyring
         self._roles = frozenset(roles)
         self._on_failure = on_failure
@@ -104,7 +104,7 @@ class CurveServer:
         socket.set(zmq.CURVE_SERVER, 1)
         socket.set(zmq.CURVE_SECRETKEY, self._identity.secret.encode())
         socket.set_string(zmq.ZAP_DOMAIN, _ZAP_DOMAIN.decode())
-        # Without it libzmq admits everyone when nothing answers its ZAP requests.
+        # Without this, libzmq admits everyone while nothing responds to its ZAP requests.
         socket.set(zmq.ZAP_ENFORCE_DOMAIN, 1)
 
     def bound(self) -> None:
@@ -114,7 +114,7 @@ class CurveServer:
         self._unsubscribe = self._keyring.subscribe(self._on_refresh)
 
     def sender(self, user_id: str) -> AllowedKey | None:
-        """The key of a message's sender, None if it is not valid any more. Counts what it refuses."""
+        """The key of a message's sender; None if it is no longer valid. Counts refused messages."""
         key = self._keyring.sender(user_id[:PUBLIC_LENGTH])
         if key is None or key.role not in self._roles:
             self.count_refused_frame(f"the key {user_id[PUBLIC_LENGTH:]!r} is revoked or has expired")
@@ -139,7 +139,7 @@ class CurveServer:
         log_at_powers_of_2(self.num_refused_frames, "message refused: %s (%d so far)", reason)
 
     def stop(self) -> None:
-        """Admits nobody any more. Call it before the socket is closed, and `context.term()` after that."""
+        """Stops admitting peers. Call it before the socket is closed, and `context.term()` after that."""
         self._unsubscribe()
         self._unsubscribe = lambda: None
         for part in (self._monitor, self._zap):
@@ -150,7 +150,7 @@ class CurveServer:
     def _answer_or_fail(self, frames: list[bytes]) -> None:
         try:
             self._on_zap_request(frames)
-        except Exception as error:  # the loop would only log it, and nobody could connect any more
+        except Exception as error:  # the loop would only log it, and no peer could connect any more
             self._on_failure(ArealError(f"keys cannot be checked any more: {error!r}"))
 
     def _on_zap_request(self, frames: list[bytes]) -> None:
@@ -185,7 +185,7 @@ class CurveServer:
             return
         self._identity = self._keyring.identity
         # libzmq copies a socket's options when it is bound. Unbinding closes the open connections: the peers
-        # connect again, and repeat what was lost as after a restart of this daemon.
+        # reconnect, and resend what was lost, as after a restart of this daemon.
         self._socket.unbind(self._endpoint)
         self._socket.set(zmq.CURVE_SECRETKEY, self._identity.secret.encode())
         self._bind_again(until_s=self._loop.time() + _BIND_TIMEOUT_S)
@@ -208,7 +208,7 @@ class CurveServer:
 
 
 class CurveClient:
-    """The keyed side of one Link: the key to expect of the server, and when to open the socket again."""
+    """The keyed side of one Link: the key to expect of the server, and when to reopen the socket."""
 
     def __init__(self, keyring: Keyring, *, role: KeyRole, name: str = "") -> None:
         """The server must have a valid key of `role`, and of `name` if it is not empty.
@@ -223,7 +223,7 @@ class CurveClient:
         self._identity = keyring.identity
         self._server_key = ""
         self._num_failures = 0
-        """Failed handshakes since the last that succeeded."""
+        """Failed handshakes since the last successful one."""
         self._monitor: _Monitor | None = None
         self._reopening: asyncio.TimerHandle | None = None
         self._reopen: Callable[[], None] = lambda: None
@@ -235,13 +235,13 @@ class CurveClient:
             )
 
     def start(self, address: str, *, reopen: Callable[[], None]) -> None:
-        """Calls `reopen` when the Link has to open its socket again; `address` is for messages."""
+        """Calls `reopen` when the Link has to reopen its socket; `address` is for messages."""
         self._address, self._reopen = address, reopen
         self._unsubscribe = self._keyring.subscribe(self._on_refresh)
 
     def protect(self, socket: zmq.Socket[bytes]) -> None:
-        """Gives the keys to a socket that is not connected yet, and follows its handshakes."""
-        # Without a valid key of the server the handshake has to fail: a key without a secret does that.
+        """Sets the keys of a socket that is not connected yet, and watches its handshakes."""
+        # Without a valid key of the server the handshake must fail: a key without a secret ensures that.
         candidates = self._keyring.candidates(self._role, name=self._name) or [_unusable_key()]
         self._server_key = _turn(candidates, self._num_failures)
         self._identity = self._keyring.identity
@@ -251,13 +251,13 @@ class CurveClient:
         self._monitor = _Monitor(socket, _FAILED | zmq.EVENT_HANDSHAKE_SUCCEEDED, self._on_event)
 
     def close(self) -> None:
-        """Follows nothing any more."""
+        """Stops watching."""
         self._unsubscribe()
         self._unsubscribe = lambda: None
         self.stop()
 
     def stop(self) -> None:
-        """Follows the present socket no more. Call it before that is closed."""
+        """Stops watching the current socket. Call it before the socket is closed."""
         if self._reopening is not None:
             self._reopening.cancel()
             self._reopening = None
@@ -307,7 +307,7 @@ class CurveClient:
 
 
 def _turn(candidates: list[str], attempt: int) -> str:
-    """Every other attempt the first candidate, which is the newest key; the others in turn."""
+    """Every other attempt uses the first candidate, which is the newest key; the rest use the others in turn."""
     newest, *older = candidates
     return older[attempt // 2 % len(older)] if older and attempt % 2 else newest
 

@@ -51,8 +51,8 @@ def shared_settings(config: Config, role: Role) -> str:
 
     A trainer with fewer groups per step would commit groups that it has not trained on. A server that samples
     at another temperature would record log-probs of another policy, one that renders messages in another way
-    would answer other prompts, and one with another policy for failed samples would send them with reward 0
-    where the buffer would lease them again. Of an evaluation set, which may be long, the fingerprint is
+    would complete other prompts, and one with another policy for failed samples would send them with reward 0
+    where the buffer would lease them again. For an evaluation set, which may be long, fingerprints are
     compared.
     """
     settings = {f"sampling.{name}": value for name, value in dataclasses.asdict(config.sampling).items()}
@@ -77,9 +77,9 @@ def as_number(fingerprint: str) -> int:
 
 
 def canonical_json(value: Any, *, default: Callable[[Any], Any] = repr) -> str:
-    """JSON with sorted keys. `default`: of values that JSON does not have.
+    """JSON with sorted keys. `default`: converts values that JSON does not have.
 
-    YAML has keys that are no texts (`{1: a, true: b}`), which cannot be sorted next to texts.
+    YAML has keys that are not texts (`{1: a, true: b}`), which cannot be sorted together with texts.
     """
     try:
         return json.dumps(value, sort_keys=True, default=default)

@@ -1,8 +1,8 @@
 """Limits on the texts and tables in a peer's messages, which the receiver keeps, logs and passes on.
 
-The codec checks types, this module lengths: names become keys, rows and parts of the directory that every
-rank gets, so a message must not make them large. A sender cuts what may be long (`shortened`); a receiver
-refuses what is longer.
+The codec checks types; this module checks lengths: names become keys, rows and parts of the directory that
+every rank gets, so they must stay short. A sender shortens texts that may be long (`shortened`); a receiver
+refuses longer ones.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from areal_like.wire.messages.hello import Goodbye, Hello
 from areal_like.wire.messages.producer import ReturnLeases, SampleFailed, ServerHeartbeat
 
 MAX_TEXT_CHARS = 2_000
-"""Reasons and error texts."""
+"""Characters of reasons and error texts."""
 MAX_SETTINGS_CHARS = 4_000
 MAX_ADDRESS_CHARS = 300
 MAX_WORD_CHARS = 64
-"""Fingerprints, states, devices, and keys of statistics."""
+"""Characters of fingerprints, states, devices, and keys of statistics."""
 MAX_STATS = 256
 """Statistics in one message."""
 
@@ -35,8 +35,9 @@ MAX_WAIT_CHARS = 120
 """Characters of a wait's name in a heartbeat."""
 
 MAX_STAT = 1e18
-"""Size of a statistic: sums over all peers must stay finite, because JSON and the wire have no infinity. A
-larger one is cut (`bounded_stats`) and never a reason to refuse its sender: many follow from rewards."""
+"""Largest magnitude of a statistic: sums over all peers must stay finite, because JSON and the wire have no
+infinity. A larger one is clipped (`bounded_stats`) and is never a reason to refuse its sender, because many
+depend on rewards."""
 
 _PROCESS = re.compile(r"[0-9a-f]{32}")
 _CONTENT = re.compile(r"([0-9a-f]{16})?")
@@ -73,7 +74,7 @@ def shortened(text: str, *, max_chars: int = MAX_TEXT_CHARS) -> str:
 
 
 def bounded_stats(stats: Mapping[str, float]) -> dict[str, float]:
-    """The statistics cut to `MAX_STAT`, without those that are not numbers."""
+    """The statistics clipped to `MAX_STAT`, without those that are not numbers."""
     return {
         name: min(max(float(value), -MAX_STAT), MAX_STAT)
         for name, value in stats.items()
@@ -83,7 +84,7 @@ def bounded_stats(stats: Mapping[str, float]) -> dict[str, float]:
 
 def check_lengths(message: Any) -> None:
     """Raises RefusedError for a text or table in a peer's message that is too long."""
-    if type(message) not in _CHECKED:  # samples, acknowledgements and requests of groups
+    if type(message) not in _CHECKED:  # samples, acknowledgements and requests for groups
         return
     for name, max_chars in _LIMITS.get(type(message), {}).items():
         if (length := len(getattr(message, name))) > max_chars:

@@ -1,4 +1,4 @@
-"""Peers that send malformed frames: after a few of them the frames of that peer are not read for a while.
+"""Mutes peers that send malformed frames: after a few of them, the peer's frames are not read for a while.
 
     READ -> _ALLOWED bad frames -> MUTED for _MUTED_S -> READ
 
@@ -13,7 +13,7 @@ from typing import TypeVar
 
 _Value = TypeVar("_Value", int, float)
 _ALLOWED = 16
-"""Malformed frames that are read, and answered if they have another wire version, before a peer is muted."""
+"""Malformed frames that are read before a peer is muted; those of another wire version get a refusal."""
 _MUTED_S = 10.0
 _MAX_PEERS = 1024
 """Peers that are remembered; the one that was added first is forgotten first."""

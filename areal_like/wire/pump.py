@@ -4,7 +4,7 @@ A socket is read by a reader callback of the event loop, because zmq.asyncio cre
 operation.
 
 No ZeroMQ heartbeats: libzmq 4.3.5 aborts the process when a heartbeat is due on a connection whose peer has
-left and whose receive queue is full (a stopped or flooded daemon). Other means detect what they would:
+left and whose receive queue is full (a stopped or flooded daemon). Other mechanisms detect the same problems:
 
     a daemon that hangs      the application's own heartbeats and time limits: `buffer.lease_timeout_s`,
                              `BufferConnection.silent_s`, `AskAlive`
@@ -15,12 +15,12 @@ left and whose receive queue is full (a stopped or flooded daemon). Other means 
 
 Queues are bounded. A peer is not read while _MAX_WAITING of its messages wait to be handled; the rest stay in
 its TCP connection. At most _MAX_QUEUED messages wait for a peer that does not read; further ones are dropped
-and counted, which costs no data, because every request, sample and heartbeat is sent again until it is
-answered. Credit keeps healthy peers far below this number. The socket limits the size of a message
+and counted, which costs no data, because every request, sample and heartbeat is sent again until the peer has
+responded. Credit keeps healthy peers far below this number. The socket limits the size of a message
 (ZMQ_MAXMSGSIZE), and the codec the size of its header.
 
-The event loop is given back after _DRAIN_S, so that HTTP requests are answered during a flood. ZeroMQ reads
-the peers in turn, so one that sends much does not delay the others by more than one message each.
+Control returns to the event loop after _DRAIN_S, so that HTTP requests are served during a flood. ZeroMQ
+reads the peers in turn, so a peer that sends much does not delay the others by more than one message each.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import zmq
 log = logging.getLogger(__name__)
 
 _KEEPALIVE_IDLE_S = 10
-"""Silence of a TCP connection after which the other host is probed."""
+"""Idle time of a TCP connection after which the other host is probed."""
 _KEEPALIVE_INTERVAL_S = 5
 _KEEPALIVE_PROBES = 4
 _MAX_UNACKNOWLEDGED_S = 30
@@ -45,7 +45,7 @@ _MAX_WAITING = 64
 """Received messages of one peer that may wait to be handled. The rest stay in its TCP connection, so a flood
 of messages fills the sender's memory and not ours."""
 _MAX_QUEUED = 1000
-"""Messages that may wait to be sent to one peer. Credit keeps healthy peers far below."""
+"""Messages that may wait to be sent to one peer. Credit keeps healthy peers far below this."""
 
 _HANDSHAKE_S = 5.0
 """Time for a peer to complete its handshake. Until then it may be a stranger, and libzmq keeps up to
@@ -132,7 +132,7 @@ class Pump:
 
 
 class KeyedPump(Pump):
-    """A pump of a ROUTER with CURVE: `user_id` is that of the message which `on_frames` is called with."""
+    """A pump of a ROUTER with CURVE: `user_id` belongs to the message with which `on_frames` is called."""
 
     user_id = ""
 

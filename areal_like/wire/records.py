@@ -18,13 +18,13 @@ The metadata are
     {"segments": [num_tokens, ...], "turns": [[end, reward], ...], "metrics": {name: number}, "label": text,
      "arrays": [[name, dtype, [size, ...]], ...]}
 
-Plain is a trajectory of one segment and one turn without metrics, label and arrays: its eight fields are
-those of earlier releases, so their ledgers are read, and a job with single-turn samples pays nothing.
-Segments and turns of a conversation are a few numbers, which the buffer reads without the tokens. Further
-arrays (process rewards, routed experts, images) are named with dtype and shape, so that a new kind of data
-needs no new format; the dtype is one of a fixed list, never `object`.
+A trajectory of one segment and one turn without metrics, label and arrays is plain: its eight fields are
+those of earlier releases, so their ledgers can be read, and single-turn samples have no overhead. Segments
+and turns of a conversation are a few numbers, which the buffer reads without the tokens. Further arrays
+(process rewards, routed experts, images) are named with dtype and shape, so that a new kind of data needs no
+new format; the dtype is one of a fixed list, never `object`.
 
-Everything is bounded before it is unpacked. The metadata may be up to 64 KiB longer than the arrays: enough
+All data are bounded before they are unpacked. The metadata may be up to 64 KiB longer than the arrays: enough
 for one version per token and for the names of a thousand reward components. Longer metadata would take many
 times its size in memory.
 
@@ -106,7 +106,7 @@ class ArraySpec(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Structure:
-    """What a trajectory has beyond one segment and one turn; fields as in `Trajectory`."""
+    """The parts of a trajectory beyond one segment and one turn; fields as in `Trajectory`."""
 
     segments: tuple[int, ...] = ()
     turns: tuple[tuple[int, float], ...] = ()
@@ -153,8 +153,8 @@ def _pack_metadata(trajectory: Trajectory) -> bytes:
 def _unpack_metadata(meta: bytes, *, rest_bytes: int) -> _Metadata:
     """The fields of the metadata, which is followed by `rest_bytes` bytes of arrays.
 
-    Raises ValueError if it is malformed or too long. Segments, turns and arrays are checked one by one; how
-    they fit to the tokens is checked by `Trajectory`.
+    Raises ValueError if it is malformed or too long. Segments, turns and arrays are checked one by one;
+    `Trajectory` checks whether they fit the tokens.
     """
     if len(meta) > rest_bytes + _MAX_OTHER_BYTES:
         raise ValueError(
@@ -296,7 +296,8 @@ def _is_size(raw: Any) -> bool:
 
 
 def _check_runs(runs: list[Any], *, num_tokens: int) -> None:
-    """Raises ValueError unless the runs cover the tokens. One loop without calls: every sample's, twice."""
+    """Raises ValueError unless the runs cover the tokens. A single loop without calls, because it runs twice
+    for every sample."""
     num_covered, before = 0, None
     for run in runs:
         if type(run) is not list or len(run) != 2:
@@ -341,7 +342,7 @@ class Record:
     sample_index: int
     crc32: int
     num_tokens: int
-    """Prompt and response tokens."""
+    """Prompt and completion tokens."""
     runs: list[list[int]]
     """[version, number of tokens] from the first token to the last; NOT_SAMPLED for tokens that were not
     sampled."""
@@ -446,7 +447,8 @@ class Record:
 
     @property
     def is_plausible(self) -> bool:
-        """True if all numbers are of a size that an honest server sends (`LARGEST_REWARD` and its neighbors).
+        """True if all numbers have magnitudes that an honest server sends (`LARGEST_REWARD` and its
+        neighbors).
 
         Not a condition of a valid record: ledgers of earlier releases may hold larger numbers.
         """
@@ -470,7 +472,7 @@ class Record:
         )
 
     def trajectory(self) -> Trajectory:
-        """The trajectory; its arrays, but for mask and versions, are read-only views of the bytes."""
+        """The trajectory; its arrays, except mask and versions, are read-only views of the bytes."""
         versions, loss_mask = self._versions_and_mask()
         # Tokens, log-probs and numbers were checked when the record was made; how segments and turns fit to
         # the tokens, only Trajectory checks.

@@ -3,7 +3,7 @@
 An empty list is one byte in a message, eighty bytes in memory and a quarter of a microsecond, so a message of
 a few megabytes could expand to hundreds of megabytes and occupy the event loop for seconds. Lists and maps
 are therefore counted as they are created, with their entries. Data of up to 64 KiB are not counted: they take
-at most 15 ms, and they are the most frequent.
+at most 15 ms, and most messages are that small.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class TrainerHeartbeat:
     stats: dict[str, float] = field(default_factory=dict)
     """`tokens_per_s`, `loss`, `reward`, ..."""
     waits: dict[str, float] = field(default_factory=dict)
-    """What the rank waits for, and for how many seconds: at most `MAX_WAITS`, the longest ones."""
+    """The rank's waits and their seconds: at most `MAX_WAITS`, the longest ones."""
     sent_s: float = field(default_factory=unix_now)
     """Unix time of the rank."""
 
@@ -55,14 +55,15 @@ class StartTraining:
     """The checkpoint's `StreamState.stream`; empty for a new run. Only an empty ledger uses it."""
     settings: dict[str, str] = field(default_factory=dict)
     """The trainer's values of the settings that may change while the run goes on, as text by key. Those that
-    differ from the values of the trainer before count from `step` on, and replace an operator's."""
+    differ from the previous trainer's values apply from `step` on, and replace an operator's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GetStepSettings:
     """Rank 0 -> buffer, after `StartTraining` and `CompleteStep`: the settings of the step that begins.
 
-    Reply: `StepSettings`. It only reads: an operator's change counts from the step after the one in training.
+    Reply: `StepSettings`. The request changes nothing: an operator's change applies from the step after the
+    one in training.
     """
 
     step: int
@@ -70,7 +71,7 @@ class GetStepSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class StepSettings:
-    """Buffer -> rank 0: settings that an operator may change. The same whenever a step's are asked for."""
+    """Buffer -> rank 0: settings that an operator may change. Those of one step are always the same."""
 
     step: int
     lr: float
@@ -161,7 +162,8 @@ class CompleteStep:
 class SetMaxStaleness:
     """Rank 0 -> buffer, with `max_staleness: auto`: the new staleness bound.
 
-    It applies to tickets issued from now on, and to those that no server has begun. Reply: `Ok`. Idempotent.
+    It applies to tickets issued from now on, and to those that no server has started. Reply: `Ok`.
+    Idempotent.
     """
 
     max_staleness: int

@@ -1,6 +1,6 @@
 """Trainer rank 0 <-> buffer: one evaluation of one set, its request and its result (part of `consumer.py`).
 
-The result has a number for each sample and not their statistics: these are computed where they are shown
+The result has numbers for each sample and no statistics: these are computed where they are shown
 (`areal_like/evaluation/statistics.py`).
 """
 
@@ -27,7 +27,7 @@ class RequestEval:
     """
 
     eval_id: int
-    """The evaluation, by its trainer: completed optimizer steps."""
+    """Identifies the trainer's evaluation: completed optimizer steps."""
     eval_set: str = DEFAULT_SET
     num_prompts: int
     num_samples: int = 1
@@ -37,14 +37,14 @@ class RequestEval:
 
 
 class SampleOutcome(IntFlag):
-    """What became of one sample of an evaluation."""
+    """The outcome of one sample of an evaluation."""
 
     MISSING = 1
     """There is no sample: each attempt failed."""
     FAILED = 2
     """It failed and was recorded with reward 0 (`buffer.on_failure`)."""
     TRUNCATED = 4
-    """A limit ended it and not the policy."""
+    """A limit, not the policy, ended it."""
 
 
 @dataclass(frozen=True, kw_only=True)

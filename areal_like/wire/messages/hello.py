@@ -3,8 +3,9 @@
 A peer that sends any other message before its `Hello` was accepted gets `HelloRequired`, so that peers of a
 restarted buffer register again at once.
 
-A name belongs to the process that replies under it. When another process says hello under a name that is
-taken, the buffer sends `AreYouAlive` to the process that has it. It refuses the newcomer if that one replies.
+A name belongs to the process that responds under it. When another process says hello under a name that is
+taken, the buffer sends `AreYouAlive` to the process that has it. It refuses the newcomer if that process
+responds.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Hello:
     """Identity of the process: 32 hexadecimal digits, random, chosen at its start. All ranks of one trainer
     have the same."""
     incarnation: int = 0
-    """What this buffer has granted to this process (`Welcome.incarnation`); 0: nothing yet."""
+    """The incarnation that this buffer has granted to this process (`Welcome.incarnation`); 0: none yet."""
     job: str
     """Name of the job that the peer is configured for."""
     model: str
@@ -50,7 +51,7 @@ class Hello:
     """Rollout servers: `Task.fingerprint`, over the content of data files and the first examples; equal in
     all servers of a job. Empty: not compared."""
     eval_content: str = ""
-    """The same of all evaluation sets together."""
+    """The same fingerprint for all evaluation sets together."""
     settings: str = ""
     """`fingerprint.shared_settings`: the settings that must equal the buffer's, as text. Empty: not
     compared."""
@@ -88,8 +89,8 @@ class Welcome:
 
     job: str
     incarnation: int
-    """Number of this process among all that have had its name; all ranks of one trainer have the same. A
-    replaced process has a smaller one and is refused."""
+    """Number of this process among all processes that have had its name; all ranks of one trainer have the
+    same number. A replaced process has a smaller one and is refused."""
     step: int
     """Optimizer steps completed so far (absolute)."""
     newest_version: int
@@ -125,7 +126,7 @@ class JobFailed:
 
 @dataclass(frozen=True, kw_only=True)
 class AreYouAlive:
-    """Buffer -> peer: another process says hello under the peer's name. Any message is a reply."""
+    """Buffer -> peer: another process says hello under the peer's name. Any message counts as a reply."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +136,7 @@ class StillAlive:
 
 @dataclass(frozen=True, kw_only=True)
 class Drain:
-    """Buffer -> rollout server: leave: an operator requested it (`areal-like drain`)."""
+    """Buffer -> rollout server: an operator requested that the server leave (`areal-like drain`)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,8 +62,8 @@ class ServerHeartbeat:
 
     state: ServerState
     free_samples: int
-    """Credit: samples that the server can take now beyond those it holds (absolute, not a difference).
-    Negative: so many have to end before it takes another."""
+    """Credit: samples that the server can take now in addition to those it holds (absolute, not a
+    difference). If negative, that many have to end before it takes another."""
     holding_samples: int
     """Unfinished samples of received leases at the time when `free_samples` was computed."""
     weights_version: int
@@ -74,7 +74,7 @@ class ServerHeartbeat:
     """`running`, `waiting`, `tokens_per_s`, ... as gauges; `tokens_generated`, `busy_s`, `idle_s`,
     `reward_s`, ... as totals."""
     waits: dict[str, float] = field(default_factory=dict)
-    """What the server waits for, and for how many seconds: at most `MAX_WAITS`, the longest ones."""
+    """The server's waits and their seconds: at most `MAX_WAITS`, the longest ones."""
     sent_s: float = field(default_factory=unix_now)
     """Unix time of the server."""
 
@@ -112,8 +112,8 @@ class Lease:
     sample_indices: list[int]
     """The samples of the group that are still missing."""
     greedy_indices: list[int] = field(default_factory=list)
-    """The indices in `sample_indices` to sample at temperature 0. Empty in an eval lease, whose set says how
-    all samples are sampled."""
+    """The indices in `sample_indices` to sample at temperature 0. Empty in an eval lease, whose set states
+    how all samples are sampled."""
     seed: int
     """Sampling seed of the ticket; sample i uses seed + i if the engine supports seeds."""
     eval_set: str = ""
@@ -180,7 +180,7 @@ class Samples:
     def batches(cls, samples: Iterable[SampleDone], *, max_bytes: int = BATCH_BYTES) -> Iterator[Samples]:
         """Messages with at most `max_bytes` of records each; a larger record gets its own message.
 
-        So a backlog does not become a message longer than a socket accepts.
+        So a backlog does not produce a message longer than a socket accepts.
         """
         for batch in _batches(
             samples, max_bytes=max_bytes, size_of=lambda sample: max(256, len(sample.record.data))

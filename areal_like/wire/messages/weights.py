@@ -11,14 +11,14 @@ One push, in order:
     6. rank 0 -> each server  PushChecksums: checksums (and digests) of the buckets that were sent
     7. server -> rank 0       received, checksums compared, swapped in: WeightsOk, the reply to PushWeights
 
-Steps 2 and 3 are left out if the weight group of an earlier push still has the right members. Step 7 is that
-of the embedded engine, which decodes while it receives; SGLang is paused at step 4, loads each bucket in
-place and compares no checksums. DissolveGroup ends a weight group after a failure or when its members change.
-The life of one group is a session; the field `epoch` is its number.
+Steps 2 and 3 are left out if the weight group of an earlier push still has the right members. Step 7
+describes the embedded engine, which decodes while it receives; SGLang is paused at step 4, loads each bucket
+in place and does not compare checksums. DissolveGroup ends a weight group after a failure or when its members
+change. The life of one group is a session; the field `epoch` is its number.
 
 Rank 0 connects a DEALER to the ROUTER at the `weights_address` of each server's hello. Tensors never travel
-over this socket. Unless stated otherwise, a request is replied to with `WeightsOk` or `WeightsFailed`, and no
-reply by the deadline counts as failure.
+over this socket. Unless stated otherwise, the reply to a request is `WeightsOk` or `WeightsFailed`, and a
+missing reply at the deadline counts as a failure.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import Any, ClassVar
 class AskAlive:
     """Rank 0 -> server, before a group is formed: servers that do not reply in time are left out of it.
 
-    Replied to with `Alive`, or with `WeightsFailed` by a server without an engine.
+    The reply is `Alive`, or `WeightsFailed` from a server without an engine.
     """
 
 
@@ -42,7 +42,7 @@ class Alive:
     version: int
     """Version that is active now."""
     num_ranks: int
-    """Ranks that the engine takes in a group: its tensor-parallel ranks."""
+    """Number of ranks that the engine has in a group: its tensor-parallel ranks."""
     device: str
     """`cpu`, `cuda`, ..."""
     device_uuid: str
@@ -60,7 +60,7 @@ class Alive:
 class FormGroup:
     """Rank 0 -> server: join the weight group.
 
-    Replied to once joined; all members join at the same time.
+    The reply follows once the server has joined; all members join at the same time.
     """
 
     epoch: int
@@ -83,7 +83,7 @@ class FormGroup:
 class PushWeights:
     """Rank 0 -> server: receive the buckets of this manifest, verify and activate them.
 
-    Replied to once active.
+    The reply follows once the weights are active.
 
     The manifest has no checksums, because the first bucket may travel while the last is still being gathered;
     `PushChecksums` follows.
@@ -156,8 +156,8 @@ class WeightsFailed:
 class ScoreTokens:
     """Rank 0 -> server, after a push: compute these tokens' log-probs with the engine's active weights.
 
-    Replied to with `TokenScores`, or with `WeightsFailed` if the engine cannot do it now. Only the peer that
-    formed the weight group may ask.
+    The reply is `TokenScores`, or `WeightsFailed` if the engine cannot do it now. Only the peer that formed
+    the weight group may send this request.
     """
 
     tokens: list[int]
@@ -167,7 +167,7 @@ class ScoreTokens:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenScores:
-    """Server -> rank 0: what the engine computed."""
+    """Server -> rank 0: the log-probs that the engine computed."""
 
     version: int
     """Version that the engine reports for these log-probs."""

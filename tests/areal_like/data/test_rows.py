@@ -60,9 +60,9 @@ def test_parquet_lists_and_patterns_are_one_sequence(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"a": 1', r"task\.train: x\.jsonl:3: no JSON \("),
+        ('{"a": 1', r"task\.train: x\.jsonl:3: not JSON \("),
         ("[1]", r"x\.jsonl:3: want an object .* got list"),
-        ("NULL", r"x\.jsonl:3: no JSON"),
+        ("NULL", r"x\.jsonl:3: not JSON"),
         ('{"a": ["\\ud800"]}', r"x\.jsonl:3: .* is half of a surrogate pair"),
         ('{"a": %s}' % ("1" * 5000), r"x\.jsonl:3: .*4300 digits"),
         ("[" * 100_000, r"x\.jsonl:3: the JSON is nested too deeply|no JSON"),
