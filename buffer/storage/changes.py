@@ -41,9 +41,9 @@ class Changes:
     settings: list[SettingRow] = field(default_factory=list)
     counters: dict[str, float] = field(default_factory=dict)
     evaluated: list[int] = field(default_factory=list)
-    """Tickets whose records are kept and will not be fetched: they need no memory."""
+    """Tickets whose records are kept but will not be fetched: they need no memory."""
     released: list[int] = field(default_factory=list)
-    """Tickets whose records will not be fetched any more."""
+    """Tickets whose records will no longer be fetched."""
 
     def __bool__(self) -> bool:
         return any(getattr(self, name) for name in self.__slots__)
