@@ -304,7 +304,7 @@ class Config(Section):
         )
 
     def _check_engine_url(self) -> None:
-        """Requires TLS and a key for an engine on the network: whoever can reach it can change its weights."""
+        """Requires TLS and a key for an engine on the network: who can reach it can change its weights."""
         sglang = self.rollout.sglang
         parts = urlsplit(sglang.url)
         if not sglang.url or is_loopback(parts.hostname or "") or self.security.insecure:

@@ -146,7 +146,7 @@ class LeaseDispatcher:
     def _able(
         self, passed: Place, kept: Server | None, needs: Mapping[int, int], *, any_proven: bool
     ) -> Iterator[Server]:
-        """Servers that can take their next ticket, in order: `kept`, and those after the position `passed`."""
+        """Servers that can take their next ticket, in order: `kept`, and those after position `passed`."""
         if kept is not None and (num_samples := needs.get(kept.weights_version)) is not None:
             can_take = kept.free_samples >= num_samples or not kept.leases
             if can_take and _may_take_more(kept, any_proven=any_proven):

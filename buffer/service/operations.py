@@ -1,12 +1,12 @@
 """The operator's control of a running buffer: `POST /control/<verb>` with a JSON object.
 
-    drop {"tickets": [17, 23]} removes recorded tickets: all of them, or none unfence {"name": "rollout-0"}
-    takes a name from its process; the next new one gets it cordon, uncordon {"server": "rollout-0"} stops
-    granting a rollout server new leases; resumes it set {"trainer.lr": 1e-5, ...} changes settings from the
-    next step on (tables/live_settings.py), or
-                                         asks for an evaluation or a checkpoint: {"evaluate": "now"}
-    pause, resume {} stops granting leases of training tickets; resumes it drain_server {"server":
-    "rollout-0"} tells a rollout server to leave, over its own connection: the HTTP
+    drop {"tickets": [17, 23]}           removes recorded tickets: all of them, or none
+    unfence {"name": "rollout-0"}        takes a name from its process; the next new one gets it
+    cordon, uncordon {"server": "rollout-0"}    stops granting a rollout server new leases; resumes it
+    set {"trainer.lr": 1e-5, ...}        changes settings from the next step on (tables/live_settings.py), or
+                                         requests an evaluation or a checkpoint: {"evaluate": "now"}
+    pause, resume {}                     stops granting leases of training tickets; resumes it
+    drain_server {"server": "rollout-0"} tells a rollout server to leave, over its own connection: the HTTP
                                          address in a hello is whatever the peer wrote there
 
 Each raises UserError for invalid input. Changes are durable before the reply. `drop_offline` and

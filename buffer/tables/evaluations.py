@@ -33,7 +33,7 @@ class EvalRound:
     """One evaluation of one set: its tickets, and those that have to be leased."""
 
     def __init__(self, row: EvaluationRow, tickets: Iterable[Ticket]) -> None:
-        """`tickets`: all tickets of a new round; for an earlier buffer's round, those that were not dropped."""
+        """`tickets`: all tickets of a new round; those of an earlier buffer's round that were not dropped."""
         self.row = row
         self.tickets = {ticket.ticket_id: ticket for ticket in tickets}
         """The round's tickets without those that were dropped, whose samples have all failed."""

@@ -1,8 +1,8 @@
 """Settings that may change during the run, and the value that each has in each optimizer step.
 
-    begin(step, base) -> a trainer starts: a newly configured setting applies from `step` on change(key,
-    value, step) -> an operator's change counts from `step` on, the first step not begun yet ask(action, step)
-    -> `evaluate` or `checkpoint`, once, after `step`
+    begin(step, base) -> a trainer starts: a newly configured setting applies from `step` on
+    change(key, value, step) -> an operator's change applies from `step` on, the first step not begun yet
+    ask(action, step) -> `evaluate` or `checkpoint`, once, after `step`
 
 The value of a step is that of the newest row among those whose step is not later: a trainer that repeats a
 step finds the same values, and a change that is made after a rollback replaces the earlier values of later
@@ -106,7 +106,7 @@ class LiveSettings:
                 self._add(step, key, value, origin=START, unix_s=unix_s)
 
     def change(self, key: str, value: str, *, step: int, unix_s: float) -> str | None:
-        """Sets a canonical value for all steps from `step` on; returns the previous one, which may be equal."""
+        """Sets a canonical value for the steps from `step` on; returns the previous one, which may be equal."""
         before, newest = self.at(key, step), self.newest(key)
         if newest is None or newest.value != value or newest.step > step:
             self._add(step, key, value, origin=OPERATOR, unix_s=unix_s)
