@@ -1,7 +1,7 @@
 """Simulates large jobs: the real ledger under a virtual clock, and two other staleness rules.
 
     python -m benchmarks.simulate scale [--tickets 1000000]   4,096 servers: CPU per ticket, lag, throughput
-    python -m benchmarks.simulate rules                       the ledger, a gate at the start, a drop at the end
+    python -m benchmarks.simulate rules                       the ledger, a gate at the start, late drops
     python -m benchmarks.simulate tails                       the max_staleness that a tail of durations needs
     python -m benchmarks.simulate report                      the tables, and docs/simulation.png
 

@@ -27,7 +27,7 @@ _BEATS_A_LEASE = 3
 
 
 class LedgerRule(Simulation):
-    """The buffer's ledger, with its leases, admission, order of steps and loss of silent servers."""
+    """The buffer's ledger, with its leases, admission, order of steps and removal of lost servers."""
 
     title = "this software"
 

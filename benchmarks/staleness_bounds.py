@@ -63,17 +63,17 @@ def _means(rates: dict[float, list[float]]) -> dict[float, float]:
 
 
 def _row(mode: str, lag: int, rates: dict[float, float], *, best: float) -> dict[str, Any]:
-    """`lr`: the largest tolerated rate, 0 for none; `failed_lr`: the smallest other rate, 0 for none."""
-    borne, failed = 0.0, 0.0
+    """`lr`: the largest tolerated rate, 0 for none; `failed_lr`: the smallest failed rate, 0 for none."""
+    tolerated, failed = 0.0, 0.0
     for lr, reward in rates.items():
         if reward < HOLDS * best:
             failed = lr
             break
-        borne = lr
+        tolerated = lr
     return {
         "mode": mode,
         "lag": lag,
-        "lr": borne,
+        "lr": tolerated,
         "failed_lr": failed,
         "failed_reward": round(rates[failed], 3) if failed else 0.0,
     }

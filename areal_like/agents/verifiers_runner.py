@@ -121,7 +121,7 @@ class Runner:
             except OSError as error:
                 failures += 1
                 if failures == _TRIES:
-                    self._fail(UserError(f"{self.url}: no answer after {_TRIES} tries ({error})"))
+                    self._fail(UserError(f"{self.url}: no response after {_TRIES} tries ({error})"))
                 elif failures == 1:
                     _LOG.warning("%s: %s; trying again", self.url, error)
                 with contextlib.suppress(TimeoutError):

@@ -328,7 +328,7 @@ class Config(Section):
         require(
             self.max_staleness != "auto",
             f"weights.sync_interval={interval} causes lags up to {interval - 1} "
-            "whatever the staleness bound is: give max_staleness a number, not auto",
+            "regardless of the staleness bound: give max_staleness a number, not auto",
         )
         require(
             self.staleness_cap >= interval - 1,

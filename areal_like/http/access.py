@@ -89,7 +89,7 @@ class AccessRules:
             return Refusal(431, Reason.HEAD, f"the headers are longer than {MAX_HEAD_BYTES} bytes")
         site = _only(headers, b"sec-fetch-site") or b"none"
         if any(name == b"origin" for name, _ in headers) or site not in (b"none", b"same-origin"):
-            return Refusal(403, Reason.ORIGIN, "requests of web pages are refused (Origin, Sec-Fetch-Site)")
+            return Refusal(403, Reason.ORIGIN, "requests from web pages are refused (Origin, Sec-Fetch-Site)")
         if scope["path"] in self.open_paths and scope["method"] in _SAFE_METHODS:
             return None
         host = host_of(_only(headers, b"host") or b"")

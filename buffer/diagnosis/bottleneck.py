@@ -115,5 +115,5 @@ def advice(utilisation: Utilisation, *, max_staleness: int) -> str:
         return f"the pools take turns ({shares}), as max_staleness=0 demands: 1 or more lets them overlap"
     return (
         f"each pool waits for the other ({shares}): a larger max_staleness (now {max_staleness}) lets "
-        "engines work further ahead; else a few long answers hold the steps (response_length_p99)"
+        "engines work further ahead; otherwise a few long completions delay the steps (response_length_p99)"
     )

@@ -22,7 +22,7 @@ class LifeTimes:
         """Train ticket -> when it became READY or BATCHED."""
         self._queue = metrics.histogram(
             "ticket_queue_seconds",
-            "Time that a whole group waited: ready for a place in a step, batched until the trainer got it",
+            "Time that a whole group waited: ready for a step position, batched until the trainer got it",
             buckets=SECONDS,
             label="state",
             values=(State.READY, State.BATCHED),

@@ -20,9 +20,9 @@ _EVALUATION = "the evaluation"
 _LATE_S = 0.5
 """Mean delay of a process's timer, in seconds, above which the process does not get enough CPU time."""
 _STORE_REMEDIES = {
-    Blocked.FULL: "make room on its disk; it goes on by itself",
-    Blocked.LOCKED: "end that program or its transaction; the buffer goes on by itself",
-    Blocked.HANGS: "see what keeps that disk busy, and the kernel's log (dmesg); it goes on by itself",
+    Blocked.FULL: "make room on its disk; it continues by itself",
+    Blocked.LOCKED: "end that program or its transaction; the buffer continues by itself",
+    Blocked.HANGS: "see what keeps that disk busy, and the kernel's log (dmesg); it continues by itself",
 }
 
 
@@ -38,7 +38,7 @@ _REMEDIES = {
     "agents": (On.AGENT, "its log says what their process does"),
     "sessions": (
         On.AGENT,
-        "start agents (`areal-like status` shows the address); mend and restart those that fail",
+        "start agents (`areal-like status` shows the address); fix and restart those that fail",
     ),
 }
 """By the kind of a server's waits."""
@@ -80,9 +80,9 @@ def effects_of(facts: JobFacts, *, limits: WaitLimits) -> list[str]:
             f"ticket {lease.ticket_id} at {lease.server} for {_time(lease.age_s)}"
             for lease in old[: max(3, min(facts.num_missing, 8))]
         )
-        places = "place" if facts.num_missing == 1 else "places"
+        groups = "group" if facts.num_missing == 1 else "groups"
         effects.append(
-            f"step {facts.trainer_step} misses {facts.num_missing} {places} of {facts.num_groups}"
+            f"step {facts.trainer_step} lacks {facts.num_missing} {groups} of {facts.num_groups}"
             + (f": {tickets}" if tickets else "; no ticket is leased")
         )
     return effects
@@ -284,7 +284,7 @@ def _pushes(facts: JobFacts, limits: WaitLimits) -> Iterator[Cause]:
                 name=what.partition(" ")[0],
                 seconds=seconds,
                 what=f"{rank.name} waits for {what}, {_time(seconds)}",
-                remedy="after weights.push_deadline_s the push goes on without it; its log says what it does",
+                remedy="after weights.push_deadline_s the push continues without it; its log says what it does",
             )
 
 

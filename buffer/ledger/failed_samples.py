@@ -1,7 +1,7 @@
 """Applies `buffer.on_failure` to failed samples, and judges the server and the task by failures in a row.
 
     failed sample -> retry (leased again) | drop (its ticket ends); `zero` arrives as a normal sample
-    of an evaluation -> retry | given up: it counts 0, and the other samples of its prompt go on
+    of an evaluation -> retry | given up: it counts 0, and the other samples of its prompt continue
     server's row too long -> quarantine of that server
     rows of every server too long before the first good sample -> the job ends with the last error
 

@@ -9,7 +9,7 @@ hypothesis and in a simulator with a virtual clock.
     Ledger.intake           SampleIntake: verdicts on samples, group filters
     Ledger.failed_samples   FailedSamples: retry or drop of a failed sample, quarantine of a server
     Ledger.trainer          TrainerSession: start, fetch, complete, commit, evaluations
-    Ledger.operator         OperatorChanges: pause, cordon, drop, settings that change while the run goes on
+    Ledger.operator         OperatorChanges: pause, cordon, drop, settings that change during the run
     Ledger.lifecycle        TicketLifecycle: transitions of a ticket (the state machine is in its docstring),
                             which all of them use
 

@@ -133,7 +133,7 @@ class OperatorChanges:
                 key, f"this run has {_MAX_ROWS} changes already: stop it, and resume it with this"
             )
         if state.is_finished or (step >= settings.num_steps and key != LOG_LEVEL):
-            raise RefusedError(key, "the last step has begun: nothing can change any more")
+            raise RefusedError(key, "the last step has begun: nothing can be changed any more")
         if key == MAX_STALENESS:
             least, cap = settings.sync_interval - 1, settings.staleness_cap
             if settings.adaptive:

@@ -196,7 +196,7 @@ class TrainerSession:
         self._check_current(incarnation)
         num_done, num_steps = self._steps.committed + 1, self._settings.num_steps
         if num_done < num_steps:
-            raise RefusedError("step", f"{num_done} of {num_steps} steps are committed: the run goes on")
+            raise RefusedError("step", f"{num_done} of {num_steps} steps are committed: the run continues")
         self._state.set_finished(True)
 
     def stream_state(self, *, step: int) -> dict[str, int | list[int]]:

@@ -311,7 +311,7 @@ class BufferDaemon:
                 self._runtime.ready()
             for name in self._ledger.dispatcher.expire(now_s=self._loop.time()):
                 log.warning(
-                    "%s has been silent for %g s: its samples are leased again",
+                    "%s has sent nothing for %g s: its samples are leased again",
                     name,
                     self._config.buffer.lease_timeout_s,
                 )

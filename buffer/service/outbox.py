@@ -157,7 +157,7 @@ class Outbox:
         for name, lease_ids in self._ledger.state.leases.take_aborts().items():
             peer = self._peers.named(name)
             if peer is not None:
-                reason = "these leases have ended: their samples are not needed any more"
+                reason = "these leases have ended: their samples are no longer needed"
                 for message in producer.AbortLeases.batches(lease_ids, reason=reason):
                     self.send(peer.route, message)
 

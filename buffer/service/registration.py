@@ -62,17 +62,17 @@ class Registration:
         """Notes a message of a registered peer: the peer holds its name."""
         for newcomer in self._claims.heard(route):
             name = newcomer.hello.name
-            log.warning("a second process says hello as %s, and the first one answers", name)
+            log.warning("a second process says hello as %s, and the first one responds", name)
             reason = (
-                f"another process has the name {name} and answers for it: end that one first, choose another "
-                f"name, or run `areal-like unfence {self._job} {name}`"
+                f"another process has the name {name} and responds under it: end that one first, choose "
+                f"another name, or run `areal-like unfence {self._job} {name}`"
             )
             self._outbox.send(newcomer.route, Refused(field="name", reason=reason), rid=newcomer.rid)
 
     def tick(self) -> None:
         """Admits the newcomers whose predecessors have not replied in time. Call it a few times a second."""
         for name, newcomers in self._claims.expired(now_s=self._clock()):
-            log.warning("the process that had the name %s does not answer: it is replaced", name)
+            log.warning("the process that had the name %s did not respond: it is replaced", name)
             self._peers.take_name(name, kept=newcomers[0].hello.process)
             self._again(newcomers)
 

@@ -2,7 +2,7 @@
 buffer.
 
     unknown name --admit(P)--> P has it, incarnation 1 --admit(Q)--> Q has it, incarnation 2
-                                    `--unfence--> nobody has it, incarnation 2 --admit(R)--> R, incarnation 3
+                                    `--unfence--> it is free, incarnation 2 --admit(R)--> R, incarnation 3
 
 Every process has a random identity. The ledger gives each new process of a name the next number, and keeps
 both, so clocks play no part, and nothing that a peer sends can raise a number. Whether a new process may take

@@ -73,7 +73,7 @@ def canonical(key: str, text: str) -> str:
     if key not in _SETTINGS:
         raise RefusedError(
             f"{key:.40}",
-            f"only these can change while the run goes on: {CAN_CHANGE}; for other settings stop the run and "
+            f"only these can change during the run: {CAN_CHANGE}; for other settings stop the run and "
             "resume it with them; for trainer.* `areal-like restart RUN trainer key=value`",
         )
     make, wanted = _SETTINGS[key]
@@ -106,7 +106,7 @@ class LiveSettings:
                 self._add(step, key, value, origin=START, unix_s=unix_s)
 
     def change(self, key: str, value: str, *, step: int, unix_s: float) -> str | None:
-        """Sets a canonical value for the steps from `step` on; returns the previous one, which may be equal."""
+        """Sets a canonical value for the steps from `step` on; returns the previous one (maybe equal)."""
         before, newest = self.at(key, step), self.newest(key)
         if newest is None or newest.value != value or newest.step > step:
             self._add(step, key, value, origin=OPERATOR, unix_s=unix_s)

@@ -104,10 +104,10 @@ def test_a_forged_hello_displaces_nobody(tmp_path: Path) -> None:
                         trainer.train(step),
                         return_exceptions=True,
                     )
-                    assert isinstance(refused[0], RefusedError) and "answers for it" in str(refused[0])
+                    assert isinstance(refused[0], RefusedError) and "responds under it" in str(refused[0])
                     for attack in attacks[1:]:
                         async with connected(buffer) as other:
-                            with pytest.raises(RefusedError, match="answers for it"):
+                            with pytest.raises(RefusedError, match="responds under it"):
                                 await other.call(attack, timeout_s=HANG_LIMIT_S)
                     await trainer.call(AllocVersion(step=step + 1))
                 for step in (4, 5):
