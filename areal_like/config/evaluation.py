@@ -79,8 +79,8 @@ class EvalSetConfig(Section, key="eval.sets"):
         require(0 <= self.temperature <= 100, f"{key}.temperature={self.temperature:g}: use 0 to 100")
         require(
             self.num_samples == 1 or self.temperature > 0,
-            f"{key}.num_samples={self.num_samples} with temperature=0: greedy completions of a prompt are all "
-            "the same; set a temperature above 0, or num_samples=1",
+            f"{key}.num_samples={self.num_samples} with temperature=0: greedy completions of a prompt are "
+            "all the same; set a temperature above 0, or num_samples=1",
         )
         require(0 < self.top_p <= 1, f"{key}.top_p={self.top_p:g}: use a number above 0 up to 1")
         require(self.top_k >= 0, f"{key}.top_k={self.top_k}: use 0 (all tokens) or more")

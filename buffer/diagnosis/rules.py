@@ -284,7 +284,7 @@ def _pushes(facts: JobFacts, limits: WaitLimits) -> Iterator[Cause]:
                 name=what.partition(" ")[0],
                 seconds=seconds,
                 what=f"{rank.name} waits for {what}, {_time(seconds)}",
-                remedy="after weights.push_deadline_s the push continues without it; its log says what it does",
+                remedy="after weights.push_deadline_s the push continues without it; its log says more",
             )
 
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 WINDOW_S = 4.0
 """Seconds over which a speed is measured: several heartbeats, and several tokens of a slow engine."""
 _SLOW = 0.25
-"""Fraction of the usual speed below which a daemon is slow. Varying lengths of completions change it by less.
-"""
+"""Fraction of the usual speed below which a daemon is slow. Varying lengths of completions change it by
+less."""
 _USUAL_AGAIN = 0.4
 """Fraction above which a slow daemon is no longer slow."""
 _SETTLED = 4

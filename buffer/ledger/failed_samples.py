@@ -26,8 +26,8 @@ from buffer.tables.lease_table import Server
 from buffer.tickets import Drop, Ticket
 
 MAX_PROMPTS_GIVEN_UP = 10_000
-"""Consecutive tickets, without an accepted sample between them, that may be dropped because of their prompts.
-"""
+"""Consecutive tickets, without an accepted sample between them, that may be dropped because of their
+prompts."""
 
 
 class FailedSamples:

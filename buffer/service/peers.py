@@ -163,8 +163,8 @@ class ConnectedPeers:
 
     def holders(self, name: str, process: str) -> list[Peer]:
         """The connected processes to query before another one may have the name (`claimed_name`). For a
-        trainer's ranks this is rank 0, without which the others do nothing, or all ranks if rank 0 is absent.
-        """
+        trainer's ranks this is rank 0, without which the others do nothing, or all ranks if rank 0 is
+        absent."""
         if name != TRAINER:
             holder = self._by_name.get(name)
             return [holder] if holder is not None and holder.hello.process != process else []

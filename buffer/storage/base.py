@@ -133,8 +133,8 @@ class Recovered:
     evaluated: list[Ticket] = field(default_factory=list)
     """EVALUATED tickets whose records are not released yet, by id."""
     evaluations: list[EvaluationRow] = field(default_factory=list)
-    """The running evaluations, and the finished ones whose samples are kept, in the order of their requests.
-    """
+    """The running evaluations, and the finished ones whose samples are kept, in the order of their
+    requests."""
     leases: list[LeaseRow] = field(default_factory=list)
     versions: list[VersionRow] = field(default_factory=list)
     """In order of allocation."""

@@ -34,8 +34,8 @@ MAX_QUARANTINES = 3
 
 LIES_PER_QUARANTINE = 16
 MAX_LIES = 8 * LIES_PER_QUARANTINE
-"""Lies after which a server process is refused for good. With the preceding back-offs this takes two hours.
-"""
+"""Lies after which a server process is refused for good. With the preceding back-offs this takes two
+hours."""
 _FOR_GOOD_S = 1e9
 
 
