@@ -326,7 +326,7 @@ def test_every_peer_is_told_that_the_run_is_finished(tmp_path: Path) -> None:
                 connected(buffer, server_hello(buffer, "rollout-1"), inbox=inbox) as idle,
                 training(buffer) as trainer,
             ):
-                with pytest.raises(RefusedError, match="the run goes on"):
+                with pytest.raises(RefusedError, match="the run continues"):
                     await trainer.call(FinishRun())
                 await finish(trainer)
                 await wait_for(inbox, JobFinished())
