@@ -31,7 +31,7 @@ from trainer.batching.balancer import placed
 from trainer.batching.shared_prefixes import budget_size
 
 COST = Cost(per_row=6 * 8_190_000, per_pair=12 * 36 * 4096 // 1000)
-"""In kiloflops."""
+"""Cost in kiloflops."""
 RANKS = (4, 32, 256)
 GOAL = 0.95
 LENGTHS = {"long tail": (400, 6000, 1.0), "mild tail": (1000, 2000, 0.5)}

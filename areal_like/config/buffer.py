@@ -13,7 +13,7 @@ Policy = Literal["retry", "zero", "drop"]
 
 @dataclass(frozen=True, kw_only=True)
 class OnFailureConfig(Section, key="buffer.on_failure"):
-    """What is done about a failed sample, by the kind of its failure.
+    """Treatment of a failed sample, by the kind of its failure.
 
     `retry`: sample it again, up to `buffer.max_sample_retries` times; `zero`: train on its tokens with reward
     0 (before the first sampled token: as `retry`); `drop`: drop its ticket at once.

@@ -101,7 +101,7 @@ class Tally:
     num_acked: int = 0
     num_consumed: int = 0
     latencies_s: list[float] = field(default_factory=list)
-    """From sending a trajectory to its acknowledgement."""
+    """Times from sending a trajectory to its acknowledgement."""
 
     @property
     def is_over(self) -> bool:

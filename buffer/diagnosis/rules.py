@@ -41,7 +41,7 @@ _REMEDIES = {
         "start agents (`areal-like status` shows the address); fix and restart those that fail",
     ),
 }
-"""By the kind of a server's waits."""
+"""What the job waits on, and the remedy, by the kind of a server's waits."""
 
 
 def causes_of(

@@ -59,7 +59,7 @@ class Peer:
     route: bytes
     """Routing id of its socket."""
     hello: Hello
-    """Its `incarnation` is the one that the ledger has granted."""
+    """The peer's hello; its `incarnation` is the one that the ledger has granted."""
     last_heard_s: float
     since_s: float
     """When it registered at this buffer."""

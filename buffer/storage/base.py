@@ -137,7 +137,7 @@ class Recovered:
     requests."""
     leases: list[LeaseRow] = field(default_factory=list)
     versions: list[VersionRow] = field(default_factory=list)
-    """In order of allocation."""
+    """Versions in order of allocation."""
     scalars: dict[str, int] = field(default_factory=dict)
     returned: list[Prompt] = field(default_factory=list)
     """Prompts given back and not issued again, in the order in which they were given back."""
@@ -145,7 +145,7 @@ class Recovered:
     """Step -> number of trainers that began it."""
     rollbacks: list[RollbackRow] = field(default_factory=list)
     settings: list[SettingRow] = field(default_factory=list)
-    """In the order in which they were made."""
+    """Settings in the order in which they were changed."""
     counters: dict[str, float] = field(default_factory=dict)
     ended: dict[tuple[Purpose, State, Drop | None], int] = field(default_factory=dict)
     """Number of tickets by purpose, terminal state and drop reason, including those in `trained` and

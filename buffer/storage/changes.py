@@ -29,12 +29,12 @@ class Changes:
     failures: dict[tuple[int, int], tuple[int, bool]] = field(default_factory=dict)
     """Number of failures, and whether the sample was given up, by (ticket id, sample index)."""
     evaluations: dict[int, EvaluationRow] = field(default_factory=dict)
-    """By first ticket."""
+    """Evaluations by first ticket."""
     leases: dict[int, Row | None] = field(default_factory=dict)
     versions: list[VersionRow] = field(default_factory=list)
     scalars: dict[str, int] = field(default_factory=dict)
     returned: dict[int, Row | None] = field(default_factory=dict)
-    """By index in the queue of prompts given back."""
+    """Prompts by index in the queue of prompts given back."""
     attempts: dict[int, int] = field(default_factory=dict)
     rollbacks: list[RollbackRow] = field(default_factory=list)
     operations: list[OperationRow] = field(default_factory=list)

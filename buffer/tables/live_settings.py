@@ -89,7 +89,7 @@ class LiveSettings:
     def __init__(self, store: Store) -> None:
         self._store = store
         self.rows: list[SettingRow] = []
-        """In the order in which they were made."""
+        """Rows in the order in which they were made."""
 
     def restore(self, rows: Iterable[SettingRow]) -> None:
         """Takes the rows of an earlier buffer."""
