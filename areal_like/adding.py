@@ -27,7 +27,7 @@ _MORE_TERMS_PROB = 0.6
 _TERMS = range(10, 100)
 
 _NO_CALL_PROB = 0.55
-"""The demonstrator answers with the first term."""
+"""Probability that the demonstrator gives the first term as its final answer."""
 _TOO_SOON_PROB = 0.08
 """Per further call: the probability that the demonstrator gives a final answer instead."""
 _LEAVES_OUT_PROB = 0.08

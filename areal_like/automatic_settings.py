@@ -24,7 +24,7 @@ from areal_like.paths import BUILT_MODELS, model_path
 
 Dtype = Literal["float32", "bfloat16"]
 LEAST_BYTES_PER_S = 100e6
-"""Rate of the slowest file system for which start limits make allowance, in bytes per second."""
+"""Read rate in bytes per second that start limits assume: that of a slow file system."""
 LONG_TOKENS = 4096
 """Sequences beyond this length need an attention kernel that never holds the matrix of scores."""
 

@@ -31,7 +31,7 @@ class FailureKind(StrEnum):
 
 
 class FailurePolicy(StrEnum):
-    """What is done about a failed sample."""
+    """The treatment of a failed sample."""
 
     RETRY = "retry"
     """It is sampled again, up to `buffer.max_sample_retries` times; then its ticket is dropped."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ipaddress
 
 LOOPBACK = "127.0.0.1"
-"""The only address that an engine binds: its requests come only from its rollout server, on the same machine.
-"""
+"""The only address that an engine binds: its requests come only from its rollout server, on the same
+machine."""
 
 
 def is_loopback(host: str) -> bool:

@@ -45,7 +45,7 @@ class RunPaths:
     """The configuration that the processes of a resumed run read; it becomes `config` once all daemons have
     been ready."""
     config_changes = _Below("config_changes.jsonl")
-    """What changed in `config` and when, one JSON object for each change."""
+    """The changes of `config` and their times, one JSON object for each change."""
     logs = _Below("logs")
     """Directory with one `<daemon>.log` for each daemon."""
     endpoints = _Below("endpoints")

@@ -5,8 +5,9 @@ hangs on long completions, for instance, removes long completions. `selection_re
 works on flat counters (`RunCounters.counters`) that can be added over shards; histograms have fixed buckets
 for the same reason, and percentiles are interpolated in them.
 
-    offered train samples that arrived with a reward (greedy baselines excluded) trained samples of completed
-    steps failed samples that failed, by kind
+    offered   train samples that arrived with a reward (greedy baselines excluded)
+    trained   samples of completed steps
+    failed    samples that failed, by kind
 """
 
 from __future__ import annotations

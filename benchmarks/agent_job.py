@@ -1,10 +1,10 @@
-"""An agent framework trains the tiny tool model, inside the job and from outside: scores, turns, lags.
+"""Trains the tiny tool model with an agent framework, inside the job and externally: scores, turns, lags.
 
     python -m benchmarks.agent_job [key=value ...] [--seed 0] [--only inside] [--processes 2]
 
 The agent is the quick start of the OpenAI Agents SDK (rollout_server/agents/adding.py). `inside`: the job
-runs it as the task's `agent()`. `outside`: processes of their own claim sessions over HTTP. Each run ends
-with an audit. Writes benchmarks/results/agent_job.json and prints the table of docs/results.md.
+runs it as the task's `agent()`. `outside`: separate processes claim sessions over HTTP. Each run ends with an
+audit. Writes benchmarks/results/agent_job.json and prints the table of docs/results.md.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def measured(variant: str, seed: int, overrides: list[str], *, num_processes: in
 
 @contextlib.contextmanager
 def agents_from_outside(url: str, *, num_processes: int) -> Iterator[None]:
-    """Processes with agents, which wait for the server and end after it."""
+    """Starts processes with external agents, which wait for the server and end after it."""
     command = [sys.executable, "-m", "benchmarks.outside_agent", url]
     processes = [subprocess.Popen(command, cwd=ROOT) for _ in range(num_processes)]
     try:
@@ -92,7 +92,7 @@ def agents_from_outside(url: str, *, num_processes: int) -> Iterator[None]:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """A port on which no process listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

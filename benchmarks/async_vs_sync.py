@@ -6,8 +6,8 @@ The job is the default one, or that of `--config` (configs/jobs/tools.yaml).
 
 The speed-up is compared with two analytic bounds. A synchronous step takes g + t (generation, then training)
 plus the latency between them (push, lease, stream). With perfect overlap it takes max(g, t). All three times
-are measured in the synchronous run with one thread: t is the step without its wait for data, g the time in
-which the engine had something to decode, latency the rest of the wait. The bounds are:
+are measured in the synchronous run with one thread: t is the step without its wait for data, g is the time in
+which the engine had something to decode, and latency is the rest of the wait. The bounds are:
 
     (g + t) / max(g, t)                      can be exceeded, because asynchrony hides latency too
     (g + latency + t) / max(g + latency, t)  treats latency as work that cannot be hidden inside generation

@@ -1,19 +1,19 @@
-"""The share of the ranks' time that is work, when a step's sequences have lengths with a long tail.
+"""The share of the ranks' time that is work, for steps with a long-tailed distribution of sequence lengths.
 
     python -m benchmarks.balance
 
-No clock but that of the planner: costs of a step's sequences (128 groups of 8) on 4, 32 and 256 ranks, for a
-model of the shape of Qwen3-8B: a row costs 6 FLOPs for each weight, a pair of positions 12 for each layer and
-head size. Ranks run micro-batches in lockstep, so a step takes the sum over rounds of its most expensive
-micro-batch. A micro-batch has at most --budget tokens.
+No time is measured; the costs are those of the planner: a step's sequences (128 groups of 8) on 4, 32 and 256
+ranks, for a model of the shape of Qwen3-8B. A row costs 6 FLOPs for each weight, a pair of positions 12 for
+each layer and head size. Ranks run micro-batches in lockstep, so a step takes the sum over rounds of its most
+expensive micro-batch. A micro-batch has at most --budget tokens.
 
     streaming   group j goes to rank j mod W, which cuts its groups in order (next fit)
     balanced    trainer/batching/balance.py, with the prompts of a group computed once where they are together
     apart       the same without shared prompts
     bound       no assignment can be better: the longest sequence is not divided
 
-`time` is relative to all ranks always working and every prompt computed once. `sent` are the tokens that
-travel to another rank than the one that fetched them. Writes benchmarks/results/balance.json.
+`time` is relative to all ranks always working and every prompt computed once. `sent` is the number of tokens
+that travel to a rank other than the one that fetched them. Writes benchmarks/results/balance.json.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from trainer.batching.balancer import placed
 from trainer.batching.shared_prefixes import budget_size
 
 COST = Cost(per_row=6 * 8_190_000, per_pair=12 * 36 * 4096 // 1000)
-"""In kiloflops."""
+"""Cost in kiloflops."""
 RANKS = (4, 32, 256)
 GOAL = 0.95
 LENGTHS = {"long tail": (400, 6000, 1.0), "mild tail": (1000, 2000, 0.5)}
-"""Name -> tokens of a prompt, median and deviation of the logarithm of an answer's tokens."""
+"""Name -> tokens of a prompt; median and deviation of the logarithm of a completion's tokens."""
 LONGEST = 31_744
 
 

@@ -1,4 +1,4 @@
-"""A task of benchmarks/bystanders.py whose reward does everything that a reward should not."""
+"""A task for benchmarks/bystanders.py whose reward does everything that a reward should not do."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from rollout_server.tasks.base import Completion, Example, Split, Task
 
 ESCAPES = "\x1b]0;owned\x07\x1b[2J\x1b[31m"
-"""Renames a terminal's window, clears it, and goes on in red."""
+"""Renames a terminal's window, clears it, and continues in red."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BrokenTask(Task):
-    """Digits as prompts, a checksum as the reward; with `is_broken` a mishap for each completion.
+    """Digits as prompts, a checksum as the reward; with `is_broken` a failure for each completion.
 
     One in a hundred hangs, and holds its worker until `rollout.reward_timeout_s` is over.
     """
@@ -22,11 +22,11 @@ class BrokenTask(Task):
     is_broken: bool = False
 
     def example(self, split: Split, index: int) -> Example:
-        """As Task.example."""
+        """A prompt of digits."""
         return Example(prompt="".join(self.rng(split, index).choices("0123456789", k=4)) + "=", answer=None)
 
     def reward(self, example: Example, completion: Completion) -> float:
-        """As Task.reward."""
+        """The checksum, or a failure of some kind if the task is broken."""
         text = completion.raw_text
         if self.is_broken:
             match zlib.crc32(text.encode()) % 100:

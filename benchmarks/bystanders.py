@@ -1,17 +1,18 @@
-"""A healthy job alone, and the same job with one disturber: what the disturber costs the others.
+"""Measures how much one disturber costs the rest of a job: the healthy job alone, and the job with a
+disturber.
 
     python -m benchmarks.bystanders [--only agent reward server] [--rounds 3] [--seconds 25] [key=value ...]
 
     agent    external agents make the samples; one more process claims sessions and makes no request,
              posts absurd rewards, sends malformed bodies, or forgets them
     reward   one of a hundred prompts is of a task whose rewards are 1e20 or NaN, raise, or (1 %) hang
-    server   beside the rollout server joins another that answers leases with forgeries and absurd statistics
+    server   a second rollout server joins, which sends forged samples and absurd statistics
 
-The sides of a round run one after the other on the same machine; every other round begins with the disturbed
-one. After a warm-up the disturber starts, and a few seconds later optimizer steps are counted over --seconds.
-Then the job is drained and audited. The ratio is that of the medians of steps a minute; in the case of
-`reward` the healthy side has the same two tasks. Writes benchmarks/results/bystanders.json, one entry for
-each case.
+The two sides of a round run one after the other on the same machine; every other round starts with the
+disturbed one. After a warm-up the disturber starts, and a few seconds later optimizer steps are counted over
+--seconds. Then the job is drained and audited. The ratio compares the medians of steps per minute. In the
+case `reward`, the healthy side has the same two tasks. Writes benchmarks/results/bystanders.json, one entry
+for each case.
 """
 
 from __future__ import annotations
@@ -64,12 +65,12 @@ PAUSE_S = 0.1
 WARM_UP_STEPS = 5
 START_S = 180.0
 SETTLE_S = 3.0
-"""From the disturber's first request until steps are counted."""
+"""Time from the disturber's first request until steps are counted."""
 DRAIN_S = 120.0
 
 
 def mixture(*, is_broken: bool) -> str:
-    """The setting `task`: two tasks, of which the rarer may be broken."""
+    """The setting `task`: two tasks; the rarer one may be broken."""
     return (
         f"task={{name: mixture, tasks: [{{weight: {HEALTHY_PARTS}, {TASK}}}, "
         f"{{weight: {BROKEN_PARTS}, {TASK}, is_broken: {str(is_broken).lower()}, label: rare}}]}}"
@@ -79,7 +80,7 @@ def mixture(*, is_broken: bool) -> str:
 def measured(
     case: str, side: str, overrides: Sequence[str], *, directory: Path, seconds: float
 ) -> dict[str, Any]:
-    """One job: its steps a minute, exit code and audit, and what the disturber has done."""
+    """Runs one job: its steps per minute, exit code and audit, and the disturber's report."""
     is_disturbed, root, port = side == "disturbed", directory / "runs" / "x", free_port()
     settings = [*SETTINGS, f"model.path={directory}/model", f"runs_dir={directory}/runs"]
     settings += {
@@ -142,7 +143,7 @@ ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 
 @contextlib.contextmanager
 def ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-    """The process, which does not outlive the block."""
+    """Gives the process, and ends it with the block."""
     try:
         yield process
     finally:
@@ -152,7 +153,7 @@ def ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]
 
 
 def wait_until(is_so: Callable[[], bool], *, job: subprocess.Popen[bytes], out: Path) -> None:
-    """Raises RuntimeError if the job ends before, or after START_S."""
+    """Waits for a condition. Raises RuntimeError if the job ends first, or after START_S."""
     until_s = time.monotonic() + START_S
     while not is_so():
         if job.poll() is not None or time.monotonic() > until_s:
@@ -173,14 +174,14 @@ def is_listening(port: int) -> bool:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """A port on which no process listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def ratio_of(runs: dict[str, list[dict[str, Any]]]) -> float:
-    """Median steps a minute of the disturbed jobs relative to those of the others."""
+    """Median steps per minute of the disturbed jobs relative to that of the others."""
     alone, disturbed = (statistics.median(run["steps_per_minute"] for run in runs[side]) for side in SIDES)
     return round(disturbed / alone, 3)
 

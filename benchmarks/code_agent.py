@@ -21,10 +21,10 @@ from rollout_server.tasks.base import Example, Score, Split, Task
 
 @dataclass(frozen=True, kw_only=True)
 class CodeAgentTask(Task):
-    """A product of two numbers; the reward is 1 if the agent's final answer is it."""
+    """A product of two numbers; the reward is 1 if the agent's final answer is correct."""
 
     max_steps: int = 2
-    """Of the agent, which is then asked once more for its answer."""
+    """Maximum steps of the agent, which is then asked once more for its answer."""
     max_prompt_tokens: int = 64
 
     def example(self, split: Split, index: int) -> Example:

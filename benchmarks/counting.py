@@ -1,8 +1,9 @@
-"""A task with a long tail of answer lengths: count from one number to another, `17-21=` -> `17,18,19,20,21`.
+"""A task with a long tail of completion lengths: count from one number to another, `17-21=` ->
+`17,18,19,20,21`.
 
-Answers have 3 n - 1 characters, n = 1 + floor(exp(N(1.5, 0.9))), at most 43: a median of 14 characters
-and a maximum of 128. `python -m benchmarks.counting DIR` writes a tiny model that is often wrong in the digit
-that changes: a warm start on demonstrations of which a part has a wrong number.
+Answers have 3 n - 1 characters, n = 1 + floor(exp(N(1.5, 0.9))), at most 43: a median of 14 characters and a
+maximum of 128. `python -m benchmarks.counting DIR` writes a tiny model that is often wrong in the digit that
+changes: its warm start uses demonstrations some of which have a wrong number.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _WRONG = 0.25
 
 
 def example(rng: random.Random) -> tuple[str, list[int]]:
-    """(prompt, numbers of the answer)"""
+    """(prompt, numbers of the correct completion)"""
     length = min(1 + math.floor(rng.lognormvariate(1.5, 0.9)), (MAX_CHARACTERS + 1) // 3)
     first = rng.randint(10, 100 - length)
     numbers = list(range(first, first + length))
@@ -43,7 +44,7 @@ class Counting(Task):
         return Example(prompt=prompt, answer=",".join(map(str, numbers)))
 
     def reward(self, example: Example, completion: str) -> float:
-        """1.0 for exactly the answer, else 0.0."""
+        """1.0 for exactly the reference answer, else 0.0."""
         return float(completion == example.answer)
 
 

@@ -5,15 +5,15 @@
 Runs a job as `areal-like run` does, by default the default job without evaluations, and reads the CPU time
 (user and system) of all its processes between two optimizer steps: trainer ranks, engines, rollout servers,
 buffers, task workers (rewards, environments, agents), the launcher, and whatever these have started. Prints
-milliseconds of a step, of a sample and of a thousand tokens of the samples (prompt and answer, also of groups
-that have nothing to teach and are not run), and the threads of each role.
+milliseconds per step, per sample and per thousand tokens of the samples (prompt and completion, including
+groups without a learning signal, which are not run), and the threads of each role.
 
-CPU time does not depend on what else the machine does as much as seconds do, but it is not free of it: two
-hyper-threads share one core, and caches are shared too. The result says whether the machine was quiet.
+CPU time depends less on other load than wall time does, but is not independent of it: two hyper-threads share
+one core, and caches are shared too. The result states whether the machine was quiet.
 
-A process counts from /proc/PID/stat: its own time, with that of threads that have ended, and the time of
-children that it has waited for. A program that a tool starts and that ends within a step is therefore part of
-its parent's role. Threads count from /proc/PID/task/TID/schedstat. Writes
+The time of a process is read from /proc/PID/stat: its own time, including threads that have ended, and the
+time of children that it has waited for. A program that a tool starts and that ends within a step therefore
+counts for its parent's role. The time of threads is read from /proc/PID/task/TID/schedstat. Writes
 benchmarks/results/cpu_by_role.json.
 """
 
@@ -51,7 +51,7 @@ ROLES = {
 OWN_SETTINGS = ("eval.num_prompts=0",)
 _TICK_MS = 1e3 / os.sysconf("SC_CLK_TCK")
 _MIN_THREAD_MS = 0.05
-"""Threads below this, in milliseconds of a step, are not listed in the result."""
+"""Threads that use less than this, in milliseconds per step, are not listed in the result."""
 _MIN_SHOWN_MS = 1.0
 """The same for the table."""
 
@@ -62,7 +62,7 @@ class Usage:
 
     by_role: Counter[str] = field(default_factory=Counter)
     by_thread: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Of (role, thread)."""
+    """By (role, thread)."""
     num_processes: Counter[str] = field(default_factory=Counter)
 
 
@@ -72,7 +72,7 @@ class Process:
 
     parent: int
     cpu_ms: float
-    """Its own and that of its children that have ended."""
+    """CPU time of the process and of its children that have ended."""
     words: tuple[str, ...]
     """The command line."""
 
@@ -95,7 +95,7 @@ def marked(root: Path) -> list[int]:
     """The processes that carry the marker of a run."""
     prefix, found = f"{RUN_MARKER}={root}:".encode(), []
     for folder in Path("/proc").glob("[0-9]*"):
-        # OSError: the process has ended meanwhile, or belongs to another user.
+        # OSError: the process has meanwhile ended, or belongs to another user.
         with contextlib.suppress(OSError):
             if any(word.startswith(prefix) for word in (folder / "environ").read_bytes().split(b"\0")):
                 found.append(int(folder.name))
@@ -103,7 +103,7 @@ def marked(root: Path) -> list[int]:
 
 
 def read_process(pid: int) -> Process | None:
-    """None if it has ended."""
+    """The process; None if it has ended."""
     try:
         # The name in brackets may contain spaces and brackets.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -129,7 +129,7 @@ def threads(pid: int) -> list[tuple[str, float]]:
 
 
 def role_of(pid: int, living: dict[int, Process]) -> str:
-    """Of the process or of its nearest ancestor with a role; `other` if there is none."""
+    """The role of the process or of its nearest ancestor with a role; `other` if there is none."""
     while (process := living.get(pid)) is not None:
         if (role := own_role(process.words)) is not None:
             return role
@@ -146,11 +146,11 @@ def own_role(words: Sequence[str]) -> str | None:
 
 
 def measured(overrides: Sequence[str], *, warm_up: int, num_steps: int, runs_dir: Path) -> dict[str, Any]:
-    """Runs a job until `num_steps` steps after the warm-up; its CPU time between."""
+    """Runs a job until `num_steps` steps after the warm-up; returns its CPU time in between."""
     named = {setting.partition("=")[0] for setting in overrides}
     own = [setting for setting in OWN_SETTINGS if setting.partition("=")[0] not in named]
     root = runs_dir.resolve() / "job"
-    # More than are measured: a job makes steps while it is being read, and is drained at the end.
+    # More steps than are measured: the job makes steps while it is being read, and is drained at the end.
     last_step = 2 * (warm_up + num_steps) + 50
     last = [f"name={root.name}", f"runs_dir={root.parent}", f"trainer.num_steps={last_step}"]
     command = [sys.executable, "-m", "launch", "run", *own, *overrides, *last]
@@ -172,7 +172,8 @@ def measured(overrides: Sequence[str], *, warm_up: int, num_steps: int, runs_dir
 
 
 def wait_for_rows(path: Path, count: int, *, job: subprocess.Popen[bytes], out: Path) -> int:
-    """Waits until so many steps are done; returns how many are. RuntimeError if the job ends before."""
+    """Waits until this many steps are done; returns the number done. Raises RuntimeError if the job ends
+    first."""
     while (found := num_rows(path)) < count:
         if job.poll() is not None:
             raise RuntimeError(f"the job ended before step {count}:\n{out.read_text()[-2000:]}")
@@ -181,12 +182,12 @@ def wait_for_rows(path: Path, count: int, *, job: subprocess.Popen[bytes], out: 
 
 
 def num_rows(path: Path) -> int:
-    """Steps in the file of metrics; 0 before there is one."""
+    """Number of steps in the metrics file; 0 if it does not exist yet."""
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def difference(before: Usage, after: Usage, *, rows: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
-    """Milliseconds of a step between two moments, by role and by thread."""
+    """Milliseconds per step between two moments, by role and by thread."""
     num_steps = len(rows)
     num_samples = sum(row["num_sequences"] for row in rows)
     num_tokens = sum(

@@ -1,22 +1,22 @@
-"""What became of every trajectory and every step of a job whose processes were killed: arithmetic only.
+"""Determines the outcome of every trajectory and step of a job whose processes were killed: arithmetic only.
 
-Input are the lines of the journal (benchmarks/crash_job.py) and, for each kill, what the benchmark saw. A
-trainer is one process of it; it begins at the step that it resumed from and makes its steps in order, so the
-groups that it is given are, `groups_per_step` at a time, those of its steps.
+The input is the lines of the journal (benchmarks/crash_job.py) and, for each kill, the benchmark's
+observations. A trainer here is one process; it starts at the step from which it resumed and makes its steps
+in order, so each `groups_per_step` of the groups that it receives form one step.
 
 A trajectory is *trained* if it is in the last completed version of a step. It is *lost* if it had begun
-before a kill and was never trained, although the job went on until all that still could be trained was. Its
-loss belongs to
+before a kill and was never trained, although the job continued until everything that could still be trained
+was trained. Its loss is attributed to
 
 - the first kill after its beginning, if it never ended (its process died), or the newest kill before it was
   cancelled;
 - the newest kill before its end, if `PATIENCE` new steps were then completed without it: it was refused, for
   instance because a token was sampled with weights that the kill has undone;
-- otherwise the first kill after the last that was heard of it: it was in the buffer, or had been trained on
-  in a step that was undone, and the kill destroyed it.
+- otherwise the first kill after its last recorded event: it was in the buffer, or had been trained on in a
+  step that was undone, and the kill destroyed it.
 
-Its seconds are those from its beginning to its end or, if it never ended, to the kill: agents, tools and
-engine worked that long for nothing. A trajectory that was begun anew is another trajectory.
+Its seconds count from its beginning to its end or, if it never ended, to the kill: agents, tools and engine
+worked that long in vain. A trajectory that was started again is a new trajectory.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 PATIENCE = 3
-"""max_staleness + 1 of the job: a trajectory that is kept is trained within so many new steps."""
+"""max_staleness + 1 of the job: a trajectory that is kept is trained within this many new steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kill:
-    """One kill -9, and what was seen of it."""
+    """One kill -9, and the observed effects."""
 
     role: str
     at_s: float
     over_s: float
-    """When the trainer that it ended was gone; `at_s` if none was. A trainer without a launcher goes on until
-    its step is complete."""
+    """When the trainer that the kill ended was gone; `at_s` if it ended none. A trainer without a launcher
+    continues until its step is complete."""
     last_step: int
-    """Newest completed step in metrics.jsonl just after that."""
+    """Newest completed step in metrics.jsonl just after that time."""
     resumed_step: int | None
-    """Step with which the next trainer began; None if the trainer lived on."""
+    """Step with which the next trainer began; None if the trainer survived."""
     answered_s: float
     """Seconds until the killed role worked again: benchmarks/crash_cost.py defines it for each role."""
     caught_up_s: float
@@ -51,7 +51,7 @@ class Kill:
 
     @property
     def num_undone(self) -> int:
-        """Completed steps that were lost, and are made again."""
+        """Number of completed steps that were lost and are repeated."""
         return 0 if self.resumed_step is None else self.last_step + 1 - self.resumed_step
 
 
@@ -64,24 +64,24 @@ class Attempt:
     done_s: float | None = None
     cancelled_s: float | None = None
     used: list[tuple[int, float]] = field(default_factory=list)
-    """(step, when) for each completed step it was part of, undone ones too."""
+    """(step, when) for each completed step that it was part of, including undone ones."""
     is_trained: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What one kill has cost."""
+    """The cost of one kill."""
 
     lost_trajectories: int
-    """That the kill destroyed."""
+    """Trajectories that the kill destroyed."""
     lost_complete: int
     """Of these: complete ones, in the buffer, trained in an undone step, or refused."""
     lost_s: float
-    """Trajectory-seconds of all that are lost."""
+    """Trajectory-seconds of all lost trajectories."""
     twice_samples: int
     """Samples of undone steps that were trained on again."""
     undone_samples: int
-    """Samples of undone steps, whether the same samples or others are trained on in their place."""
+    """Samples of undone steps, no matter whether the same or other samples are trained on in their place."""
     answered_s: float
     caught_up_s: float
 
@@ -153,7 +153,7 @@ def _first(kills: Sequence[Kill], *, after_s: float) -> int | None:
 
 
 def lost_seconds(attempt: Attempt, kill: Kill) -> float:
-    """Time that went into a trajectory that was destroyed."""
+    """Time spent on a trajectory that was destroyed."""
     ends = [at_s for at_s in (attempt.done_s, attempt.cancelled_s) if at_s is not None]
     return max(0.0, (min(ends) if ends else kill.at_s) - attempt.begun_s)
 
@@ -169,7 +169,7 @@ def _undone_by(step: int, at_s: float, kills: Sequence[Kill]) -> int:
 def costs(
     attempts: Mapping[int, Attempt], kills: Sequence[Kill], *, samples_per_step: int, until_s: float
 ) -> list[Cost]:
-    """The cost of each kill. `until_s`: the job was stopped then, which cancels trajectories, too."""
+    """The cost of each kill. `until_s`: when the job was stopped, which also cancels trajectories."""
     lost: list[list[Attempt]] = [[] for _ in kills]
     firsts: dict[int, float] = {}
     for attempt in attempts.values():

@@ -1,36 +1,36 @@
-"""Measures what a crash costs: kill -9 of each role of a real job, in trajectory-seconds and samples.
+"""Measures the cost of a crash: kill -9 of each role of a real job, in trajectory-seconds and samples.
 
     python -m benchmarks.crash_cost [--only ROLE DURABILITY] [--kills N] [--report]
 
-The unit is that of verl's RFC 7579: the time that agents, tools and engine have put into trajectories that
+The unit is that of verl's RFC 7579: the time that agents, tools and engine have spent on trajectories that
 are then not trained on. The job (benchmarks/crash_run.py) is small and complete: two rollout servers with
 agents that mostly wait for their tools (1 to 3 calls of .4 s in the median, at most 2 s), steps of 8 groups
-of 4, a checkpoint every 5 steps, all on one machine. Roles are killed in turn, each when the job has settled
-and at a random moment. After each kill the benchmark waits until the job makes new steps. It starts the job
-again, at once, only where nothing else would: after a kill of `job`, which is every process at the same time,
-as when a machine fails; after a kill of the launcher, whose daemons then end by themselves (the trainer
+of 4, a checkpoint every 5 steps, all on one machine. Roles are killed in turn, each at a random moment after
+the job has settled. After each kill the benchmark waits until the job makes new steps. It restarts the job
+itself, at once, only where nothing else would: after a kill of `job`, which is every process at the same
+time, as when a machine fails; after a kill of the launcher, whose daemons then end by themselves (the trainer
 writes a checkpoint first); and after a kill of the buffer with `buffer.durability=none`, which ends the run.
 
 Measured for each kill (benchmarks/crash_books.py has the arithmetic):
 
-- *lost trajectory-seconds*: from the journal that agents and trainer write as they go (crash_job.py). It does
-  not depend on the buffer, so it is the same measure whatever the buffer keeps. A killed server loses what it
-  was making. A trainer loses complete trajectories where the buffer drops (`abandoned`) what was sampled with
-  weights of undone steps.
+- *lost trajectory-seconds*: from the journal that agents and trainer write continuously (crash_job.py). It
+  does not depend on the buffer, so the measure is the same no matter what the buffer keeps. A killed server
+  loses the trajectories in progress. A killed trainer loses complete trajectories where the buffer drops
+  (`abandoned`) those sampled with weights of undone steps.
 - *trained twice*: samples of completed steps that were undone and that were then trained on again; *undone*:
   all samples of those steps. Where the buffer has lost the samples, others are trained on in their place.
-- *seconds to repair*: from the kill until the killed role works again. Buffer: its first answer to GET
+- *seconds to repair*: from the kill until the killed role works again. Buffer: its first response to GET
   /status. Server: the first complete trajectory of its new process. Trainer, launcher and job: the first
   completed step. *Until a new step*: until a step is completed that had not been before the kill.
 
-*As peers do it* is the row of `job` with `none`: all is killed and resumed from the newest checkpoint, and
-trajectories in flight and in the buffer are gone. That is what becomes of a job whose buffer is memory and
-whose processes are not started again one by one, whichever of them dies. Undone steps grow with the interval
-of checkpoints, here 5 steps; with the buffer's ledger their samples are kept.
+*As peers do it* is the row of `job` with `none`: everything is killed and resumed from the newest checkpoint,
+and trajectories in flight and in the buffer are gone. This is what happens after any crash to a job whose
+buffer is in memory and whose processes cannot be restarted one by one. Undone steps grow with the interval of
+checkpoints, here 5 steps; with the buffer's ledger their samples are kept.
 
 A kill is a line of benchmarks/results/crash_cost.jsonl, appended at the end of its job, which has a few kills
-of each role. Kills that are there already are not repeated, so the benchmark may be stopped and continued.
-At its end it prints the table and draws docs/crash_cost.png.
+of each role. Kills that are already in the file are not repeated, so the benchmark may be stopped and
+continued. At its end it prints the table and draws docs/crash_cost.png.
 """
 
 from __future__ import annotations
@@ -60,15 +60,15 @@ ROLES = ("server", "buffer", "trainer", "launcher", "job")
 KILLS = {"process_crash": 20, "none": 5, "power_loss": 5}
 """Kills of each role, by buffer.durability."""
 _KILLS_OF_JOB = {"process_crash": 10, "none": 10, "power_loss": 5}
-"""Those of role `job`: the comparison, and slow."""
+"""Kills of role `job`: these are for comparison, and slow."""
 JOB_KEY = hashlib.sha256(json.dumps([SETTINGS, TOOL_TIMES]).encode()).hexdigest()[:8]
-"""Tells the kills of this very job from those of another."""
+"""Distinguishes the kills of exactly this job from those of another."""
 _ROUNDS_A_JOB = 4
 Row = dict[str, Any]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Makes the kills that are missing, prints the table and draws the figure."""
+    """Makes the missing kills, prints the table and draws the figure."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -111,7 +111,7 @@ def positive(text: str) -> int:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The kills of this very job; those of other settings are left out."""
+    """The kills of exactly this job; those with other settings are left out."""
     text = path.read_text() if path.exists() else ""
     rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
     return [row for row in rows if row["job"]["key"] == JOB_KEY]
@@ -128,7 +128,7 @@ def append_rows(path: Path, rows: list[Row]) -> None:
 
 
 def run(wanted: Counter[tuple[str, str]], path: Path, *, scratch: Path | None) -> None:
-    """Makes the kills that the file does not have, a job at a time."""
+    """Makes the kills that the file does not have yet, one job at a time."""
     number = 0
     while True:
         done = Counter((row["role"], row["durability"]) for row in read_rows(path))
@@ -159,7 +159,7 @@ def measured(directory: Path, durability: str, roles: list[str], *, seed: int) -
 
 
 def rows_of(job: CrashJob, durability: str, loads: list[float]) -> list[Row]:
-    """Ends the job and counts."""
+    """Ends the job and computes the rows."""
     kills: list[Kill] = job.kills
     stopped_s, last_step = job.stop()
     attempts = attempts_of(

@@ -1,17 +1,17 @@
-"""The job of benchmarks/crash_cost.py: agents that mostly wait for their tools, and a journal of it.
+"""The job of benchmarks/crash_cost.py: agents that mostly wait for their tools, and a journal of the job.
 
-Every trajectory writes down when it begins and when it ends, and the trainer which trajectories it trains on.
-The journal is one file of JSON lines. A line is one write to a file opened for appending, so the lines of a
-process that is killed are all there, whatever the buffer keeps.
+Every trajectory records its beginning and its end, and the trainer records the trajectories that it trains
+on. The journal is one file of JSON lines. A line is one write to a file opened for appending, so all lines of
+a killed process are there, no matter what the buffer keeps.
 
     {"event": "begun", "attempt": ..., "maker": ..., "at_s": ...}     environment: the episode begins
     {"event": "done", "attempt": ..., "at_s": ...}                    reward: the trajectory is complete
     {"event": "cancelled", "attempt": ..., "at_s": ...}               environment: the episode ended too early
     {"event": "used", "trainer": pid, "attempts": [...], "at_s": ...} trainer: a group is part of its step
 
-`maker` is the process that starts a server's environments, so each process of a rollout server has another.
-An attempt is a number in the first message of the conversation, so each sample of a group has its own; it
-reaches the trainer as a metric of the sample. Times are Unix seconds of one machine.
+`maker` is the process that starts a server's environments, so it differs for each process of a rollout
+server. An attempt is a number in the first message of the conversation, so each sample of a group has its own
+number; the trainer gets it as a metric of the sample. Times are Unix seconds of one machine.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def read_journal(path: Path, *, offset: int = 0) -> list[dict[str, Any]]:
 
 
 class Tools(Environment):
-    """One to three calls of a tool that takes its time and no CPU."""
+    """One to three calls of a tool that takes time but no CPU."""
 
     def __init__(self, journal: str) -> None:
         self._journal = journal
@@ -74,7 +74,7 @@ class Tools(Environment):
         return [{"role": "user", "content": str(self._attempt)}]
 
     async def step(self, reply: Reply) -> Step:
-        """The tool's answer to one turn."""
+        """The tool's result for one turn."""
         self._left -= 1
         if self._left <= 0:
             return Step(done=True)
@@ -82,7 +82,7 @@ class Tools(Environment):
         return Step(messages=[{"role": "user", "content": str(self._left)}])
 
     async def close(self) -> None:
-        """As Environment.close."""
+        """Notes a cancelled attempt if the episode ended early."""
         if self._left > 0:
             note(self._journal, "cancelled", attempt=self._attempt)
 
@@ -102,7 +102,7 @@ class ToolTask(Task):
         return Example(prompt=f"{index}", answer=None)
 
     def environment(self, example: Example) -> Environment:
-        """As Task.environment."""
+        """The `Tools` environment."""
         return Tools(self.journal)
 
     def reward(self, example: Example, completion: Completion) -> Score:
@@ -121,7 +121,7 @@ class JournaledGrpo(Grpo):
     journal: str
 
     def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
-        """As GRPO."""
+        """Notes the group, then returns GRPO's advantages."""
         attempts = [int(trajectory.metrics["attempt"]) for trajectory in group]
         note(self.journal, "used", trainer=os.getpid(), attempts=attempts)
         return super().of_group(group)

@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 PEERS = ("job", "none")
-"""The whole job, resumed from a checkpoint, and nothing else is left."""
+"""The whole job is killed and resumed from a checkpoint, with nothing else left."""
 _ROLES = ("server", "buffer", "trainer", "launcher", "job")
 _DURABILITIES = ("process_crash", "power_loss", "none")
 _COLUMNS = {
@@ -43,7 +43,7 @@ Row = dict[str, Any]
 
 
 def grouped(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
-    """(role, durability) -> its kills, in the order of the table; only those that have some."""
+    """(role, durability) -> its kills, in the order of the table, without those that have none."""
     found = {
         (role, durability): [row for row in rows if (row["role"], row["durability"]) == (role, durability)]
         for durability in _DURABILITIES
@@ -53,7 +53,7 @@ def grouped(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
 
 
 def spread(values: Sequence[float]) -> str:
-    """`mean (min to max)`, or the one value that all have."""
+    """`mean (min to max)`, or the single value if all are equal."""
     low, mean, high = min(values), statistics.fmean(values), max(values)
     if low == high:
         return f"{low:.3g}"

@@ -1,4 +1,4 @@
-"""One job of benchmarks/crash_cost.py: starts it, kills its processes, and sees when they work again."""
+"""One job of benchmarks/crash_cost.py: starts it, kills its processes, and detects when they work again."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from launch.local_job.child import RUN_MARKER
 
 GROUP_SIZE, GROUPS_PER_STEP, CHECKPOINT_INTERVAL = 4, 8, 5
 SETTLED_STEPS = PATIENCE + 1
-"""New steps between two kills, at least: all that outlives the first is trained by then."""
+"""Minimum number of new steps between two kills: everything that survives the first is trained by then."""
 _LAST_STEPS = 6
-"""Steps after the last kill: what is not trained by then never will be."""
+"""Steps after the last kill: samples that are not trained by then never will be."""
 _WAIT_S = 180.0
 _PAUSE_S = 3.0
-"""A kill follows up to so long after the job has settled, so that it meets any phase of a step."""
+"""A kill follows up to this many seconds after the job has settled, so that it hits any phase of a step."""
 _CALM_S = 31.0
-"""The launcher waits longer before it starts a daemon again that has lived for a shorter time."""
+"""The launcher waits longer before it restarts a daemon that has lived for less than this."""
 SETTINGS = (
     "model.path=tiny",
     "model.renderer=rollout_server.rendering.tiny.TinyRenderer",
@@ -73,7 +73,7 @@ class CrashJob:
         self._command += [*SETTINGS, f"buffer.durability={durability}"]
         self._command += [f"task.journal={self.journal}", f"advantage.journal={self.journal}"]
         self._restarted_s: dict[str, float] = {}
-        """Daemon that was killed under this launcher -> when it worked again."""
+        """Killed daemon of this launcher -> when it worked again."""
         self.kills: list[Kill] = []
         self.launcher = self._launch()
 
@@ -92,13 +92,13 @@ class CrashJob:
             )
 
     def settle(self) -> None:
-        """Waits until the job has a checkpoint, and steps after it or after the last kill."""
+        """Waits until the job has a checkpoint, and has made steps after it or after the last kill."""
         self._wait(lambda: find_checkpoints(self.root / "checkpoints"), "the first checkpoint")
         first = max((kill.last_step for kill in self.kills), default=self.last_step)
         self._wait(lambda: self.last_step > first + SETTLED_STEPS, "steps after a recovery")
 
     def kill(self, role: str) -> None:
-        """Kills a process of this role once the job has settled, and waits until all is as before."""
+        """Kills a process of this role once the job has settled, and waits until everything works again."""
         self.settle()
         name = {"buffer": "buffer", "trainer": "trainer-0"}.get(role)
         name = name or self._rng.choice(["rollout-0", "rollout-1"])
@@ -109,7 +109,7 @@ class CrashJob:
         makers = {line["maker"] for line in self._lines("begun")}
         offset = self.journal.stat().st_size
         living = self._processes()
-        # The launcher last: it starts daemons again, but not within a millisecond.
+        # The launcher is killed last: it restarts daemons, but not within a millisecond.
         victims = {"launcher": [self.launcher.pid], "job": [*living, self.launcher.pid]}
         at_s = time.time()
         for pid in victims.get(role, [daemons[name]]):
@@ -119,7 +119,7 @@ class CrashJob:
         is_new_job = role in victims or (role == "buffer" and self._durability == "none")
         if is_new_job:
             # Without its buffer the job ends by itself, and without the launcher each daemon does. A user, or
-            # systemd, starts it again as soon as it is over.
+            # systemd, restarts it as soon as it has ended.
             self.launcher.wait(timeout=_WAIT_S)
             self._until(lambda: not any(map(_is_alive, living)), "end of all processes")
             over_s, last_step = time.time(), self.last_step
@@ -154,7 +154,7 @@ class CrashJob:
         )
 
     def stop(self) -> tuple[float, int]:
-        """Ends the job when all that can be trained is; returns when that was, and the last step then."""
+        """Ends the job once everything that can be trained is trained; returns the time and the last step."""
         first = self.last_step
         self._wait(lambda: self.last_step > first + _LAST_STEPS, "the last steps")
         stopped_s, last_step = time.time(), self.last_step
@@ -163,7 +163,7 @@ class CrashJob:
         return stopped_s, last_step
 
     def close(self) -> None:
-        """Kills what still runs; the launcher's processes end with it."""
+        """Kills processes that still run; the launcher's processes end with it."""
         if self.launcher.poll() is None:
             self.launcher.kill()
         self.launcher.wait()
@@ -180,20 +180,20 @@ class CrashJob:
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()[-50:]]
 
     def _steps_after(self, at_s: float) -> list[tuple[int, float]]:
-        """(step, when) of the steps completed since."""
+        """(step, when) of the steps completed since then."""
         return [(r["step"], r["time_unix_s"]) for r in self._rows() if r["time_unix_s"] > at_s]
 
     def _lines(self, event: str, *, offset: int = 0) -> list[dict[str, Any]]:
         return [line for line in read_journal(self.journal, offset=offset) if line["event"] == event]
 
     def _new_samples(self, makers: set[int], offset: int) -> list[float]:
-        """When the samples of servers that were not there before were complete."""
+        """When samples of new servers were complete."""
         begun = self._lines("begun", offset=offset)
         new = {line["attempt"] for line in begun if line["maker"] not in makers}
         return [line["at_s"] for line in self._lines("done", offset=offset) if line["attempt"] in new]
 
     def _buffer_answers(self, killed: int) -> bool:
-        """True once another process than the killed one answers as the buffer."""
+        """True once a process other than the killed one responds as the buffer."""
         with contextlib.suppress(OSError, ValueError):
             endpoint = json.loads((self.root / "endpoints" / "buffer.json").read_text())
             if endpoint["pid"] != killed:
@@ -202,7 +202,7 @@ class CrashJob:
         return False
 
     def _processes(self) -> list[int]:
-        """All that the launcher and its daemons have started."""
+        """All processes that the launcher and its daemons have started."""
         marker = f"{RUN_MARKER}={self.root}:".encode()
         found = []
         for folder in Path("/proc").glob("[0-9]*"):

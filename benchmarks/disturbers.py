@@ -3,8 +3,8 @@
     python -m benchmarks.disturbers agent URL
     python -m benchmarks.disturbers server RUN_DIRECTORY
 
-Each process makes at most 50 requests or messages a second until SIGTERM, and then prints a line of JSON:
-their number, how they ended, and its CPU time. Neither needs a key in a job without keys.
+Each process makes at most 50 requests or messages per second until SIGTERM, and then prints a line of JSON:
+their number, their outcomes, and its CPU time. Neither needs a key in a job without keys.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tests.attacks.forgeries import HUGE, failure, heartbeat, server_hello
 from tests.chaos.producer import synthetic
 
 PAUSE_S = 0.02
-"""Between two requests."""
+"""Pause between two requests, in seconds."""
 _CLAIM_WAIT_S = 1.0
 _ABSURD_REWARDS: tuple[Any, ...] = (3e38, 1e300, -1e20, "much", None, [1.0], {"reward": 1}, True)
 _MALFORMED = (b"{", b"\xff\xfe", b"[]", b'{"messages": 7}', b'{"messages": [{"role": 1}]}', b"[" * 5000)
@@ -68,7 +68,7 @@ class Tally:
 
 
 class BrokenAgent:
-    """Claims sessions and does with each something else that an agent should not."""
+    """Claims sessions and misuses each of them in a different way."""
 
     def __init__(self, url: str) -> None:
         host, _, port = url.removeprefix("http://").partition(":")
@@ -76,7 +76,7 @@ class BrokenAgent:
         self.tally = Tally()
 
     async def run(self) -> None:
-        """Until it is cancelled."""
+        """Runs until it is cancelled."""
         for number in itertools.count():
             connection = Connection(self._host, self._port)
             with contextlib.suppress(OSError, EOFError, ValueError, KeyError):
@@ -119,7 +119,7 @@ class BrokenAgent:
         return status, answer
 
     async def _raw(self, path: str, content: bytes, *, key: str) -> None:
-        """One request whose body is not JSON of the right form."""
+        """Sends one request whose body is malformed."""
         reader, writer = await asyncio.open_connection(self._host, self._port)
         head = f"POST {path} HTTP/1.1\r\nHost: {self._host}:{self._port}\r\nAuthorization: Bearer {key}\r\n"
         writer.write(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
@@ -133,7 +133,7 @@ class BrokenAgent:
 
 
 class LyingServer:
-    """A rollout server without an engine, which answers leases with forgeries and reports nonsense."""
+    """A rollout server without an engine that sends forged samples for its leases and reports nonsense."""
 
     def __init__(self, config: Config, address: str) -> None:
         self._config = config
@@ -143,7 +143,7 @@ class LyingServer:
         self.tally = Tally()
 
     def run(self, is_over: Callable[[], bool]) -> None:
-        """Joins, lies, and joins again when it is refused."""
+        """Joins, sends forgeries, and joins again when it is refused."""
         for number in itertools.count():
             with Attacker(self._address) as connection:
                 answer = connection.call(server_hello(self._config, f"liar-{number % 4}"), timeout_s=2.0)
@@ -224,7 +224,7 @@ class LyingServer:
 
 
 def outcome_of(answer: Any) -> str:
-    """Of a hello."""
+    """The outcome of a hello."""
     if isinstance(answer, Refused):
         return f"refused: {answer.field}"
     return "joined" if isinstance(answer, Welcome) else "no answer"

@@ -49,11 +49,11 @@ from rollout_server.policy.types import Sampling
 
 BATCH, PROMPT_TOKENS, MAX_NEW_TOKENS = 32, 8, 24
 TURNS, CONVERSATIONS, FIRST_TOKENS, REPLY_TOKENS, ANSWER_TOKENS = 8, 16, 96, 24, 40
-"""Turns of a conversation, conversations at a time; tokens of the first prompt, of a turn of the policy, and
-of the environment's answer to it."""
+"""Turns of a conversation, concurrent conversations; tokens of the first prompt, of a turn of the policy, and
+of the environment's message after it."""
 TURNS_CONTEXT = FIRST_TOKENS + TURNS * (REPLY_TOKENS + ANSWER_TOKENS)
 HTTP_GOAL = 0.8
-"""Of the engine's rate in process."""
+"""Goal, relative to the engine's rate in this process."""
 RESULTS = Path(__file__).parent / "results" / "engine.json"
 
 Workload = list[tuple[tuple[int, ...], int]]
@@ -98,7 +98,7 @@ def run_engine(core: EngineCore, requests: Workload) -> None:
 
 
 def run_turns(core: EngineCore, *, keeps_prefix: bool) -> list[int]:
-    """Plays all conversations, and returns the tokens that were prefilled in each turn, of all together."""
+    """Plays all conversations, and returns the prefilled tokens of each turn, summed over conversations."""
     core.flush_prefix_cache()
     rng = np.random.default_rng(7)
     said = [tuple(rng.integers(3, 100, FIRST_TOKENS).tolist()) for _ in range(CONVERSATIONS)]

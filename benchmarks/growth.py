@@ -1,10 +1,10 @@
-"""Measures what a run leaves behind by the number of its tickets: memory of the buffer, files of the ledger.
+"""Measures how a buffer's memory and its ledger's files grow with the number of tickets.
 
 The real ledger and the real durable store in one process, with synthetic rollout servers and a synthetic
 trainer; no sockets and no model. Every call that a run makes to the ledger is made: leases, samples, fetches,
 steps, weight versions, commits. Some samples fail, an evaluation is requested every `_EVAL_EVERY` steps, and
-a server is replaced every `_REPLACE_EVERY` steps, now and then by one under a new name, as in a pool that is
-scaled. Records are small, because only the newest are kept: what grows are rows.
+a server is replaced every `_REPLACE_EVERY` steps, occasionally by one with a new name, as in a pool that is
+scaled. Records are small, because only the newest are kept; the rows are what grows.
 
     python -m benchmarks.growth [--tickets 1000000] [--scratch DIR]
 """
@@ -41,9 +41,9 @@ _GROUP_SIZE, _GROUPS_PER_STEP = 8, 64
 _COMMIT_EVERY, _EVAL_EVERY, _REPLACE_EVERY = 8, 50, 20
 _NUM_SERVERS, _NUM_TOKENS = 8, 32
 _FAIL_EVERY = 997
-"""Every so many samples one fails and is sampled again."""
+"""One of this many samples fails and is sampled again."""
 _NEW_NAME_EVERY = 5
-"""Every so many replacements the new server has a new name."""
+"""In one of this many replacements the new server has a new name."""
 _GROWING = ("rss_mb", "sqlite_mb", "segments_mb", "versions", "names", "evaluations", "live_tickets")
 
 
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def slopes(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Growth of each figure a million tickets, over the second half of the run: caches are full by then."""
+    """Growth of each figure per million tickets over the second half of the run, when caches are full."""
     first, last = rows[(len(rows) - 1) // 2], rows[-1]
     millions = (last["tickets"] - first["tickets"]) / 1e6
     return {name: round((last[name] - first[name]) / millions, 1) for name in _GROWING}
@@ -121,7 +121,7 @@ def _open(config: Config) -> tuple[Ledger, Store]:
 
 
 class _Job:
-    """Servers and trainer, whose work takes no time."""
+    """Servers and trainer whose work takes no time."""
 
     def __init__(self, ledger: Ledger, store: Store) -> None:
         self._ledger, self._store = ledger, store
@@ -137,7 +137,7 @@ class _Job:
             self._register(name)
 
     async def step(self) -> None:
-        """One optimizer step, and what belongs to it."""
+        """One optimizer step with everything that belongs to it."""
         ledger, step = self._ledger, self._step
         self._now_s += 1.0
         assert not ledger.dispatcher.expire(now_s=self._now_s), "a server was lost"

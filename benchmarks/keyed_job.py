@@ -3,7 +3,7 @@
     python -m benchmarks.keyed_job [--rounds 3] [key=value ...]
 
 Both sides have the same seed and settings and run one after the other on the same machine; every other round
-begins with the other side. Writes benchmarks/results/keyed_job.json.
+starts with the other side. Writes benchmarks/results/keyed_job.json.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def as_table(runs: list[dict[str, Any]]) -> str:
             "samples at the end",
             "lag max / mean",
             "stale drops",
-            "beside the defaults",
+            "changed settings",
         ],
         rows,
     )

@@ -2,7 +2,7 @@
 
     python -m benchmarks.outside_agent http://127.0.0.1:8321 [--concurrent 16]
 
-The job has `task.external=true`. It waits for the server, and ends when that has gone.
+The job has `task.external=true`. The agent waits for the server, and ends when the server is gone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WAIT_S = 20.0
 
 
 def main() -> None:
-    """Runs until the server has gone, and prints the number of sessions."""
+    """Runs until the server is gone, and prints the number of sessions."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("url")
     parser.add_argument("--concurrent", type=int, default=16)
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 async def serve(url: str, *, concurrent: int) -> int:
-    """Number of sessions that were ended."""
+    """Works on sessions; returns the number of sessions that ended."""
     # A claim waits in a thread, and asyncio's own executor has only a few.
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(concurrent))
     await listening(url)
@@ -41,7 +41,7 @@ async def serve(url: str, *, concurrent: int) -> int:
 
 
 async def listening(url: str) -> None:
-    """Until the server accepts connections. Raises TimeoutError after START_S."""
+    """Waits until the server accepts connections. Raises TimeoutError after START_S."""
     address = urlsplit(url)
     async with asyncio.timeout(START_S):
         while True:
@@ -55,7 +55,7 @@ async def listening(url: str) -> None:
 
 
 async def work(url: str) -> int:
-    """One session after the other."""
+    """Works on one session after the other."""
     num_sessions = 0
     while True:
         try:
@@ -68,12 +68,12 @@ async def work(url: str) -> int:
 
 
 async def solve(session: ClaimedSession) -> None:
-    """One sample."""
+    """Makes one sample."""
     try:
         answer = await add_up(
             session.example["prompt"], Session(base_url=session.base_url, api_key=session.api_key)
         )
-    except APIStatusError:  # no room for another turn, or the sample is not wanted any more
+    except APIStatusError:  # no room for another turn, or the sample is no longer wanted
         answer = ""
     await asyncio.to_thread(session.reward, float(answer == session.example["answer"]))
     await asyncio.to_thread(session.end)

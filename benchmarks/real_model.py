@@ -2,13 +2,13 @@
 
     python -m benchmarks.real_model [--work FOLDER] [--steps 90] [--sglang-steps 6] [key=value ...]
 
-    rows -> `areal-like eval` of the model as it comes -> `areal-like sft` -> `areal-like run`
+    rows -> `areal-like eval` of the published model -> `areal-like sft` -> `areal-like run`
          -> some steps of the same job with SGLang, in float32 -> results
 
 The job is configs/jobs/smollm2.yaml; `key=value` changes its reinforcement learning. Each stage is a run in
-`--work` that is started with `resume=auto`: a benchmark that was killed continues where it was when it is
-started again, and one that is complete only writes its results again. `--sglang-steps 0` leaves SGLang out
-(it needs `make sglang`).
+`--work` that is started with `resume=auto`: a benchmark that was killed continues where it stopped when it is
+restarted, and a complete one only writes its results again. `--sglang-steps 0` leaves SGLang out (it needs
+`make sglang`).
 
 Writes benchmarks/results/real_model.json and docs/real_model.png, and prints the tables of docs/results.md.
 """
@@ -35,12 +35,12 @@ SGLANG = ("rollout.engine=sglang", "model.dtype=float32", "max_staleness=0", "ev
 """float32, because engine and trainer then agree to rounding, and no staleness, so that each step can compare
 the log-probs of all its tokens."""
 MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
-"""glibc keeps the memory of large tensors. By default it returns it to the kernel after each one, which then
-spends time on clearing the same pages again."""
+"""Makes glibc keep the memory of large tensors. By default it returns the memory to the kernel after each
+one, which then spends time on clearing the same pages again."""
 
 
 def main() -> None:
-    """Makes the stages that are missing, one after the other."""
+    """Runs the missing stages, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--work", type=Path, default=WORK)
     parser.add_argument("--steps", type=int, default=90)
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def stage(work: Path, name: str, verb: str, *settings: str) -> None:
-    """Runs `areal-like verb` to its end, in the run `name`; a run that is complete is left as it is.
+    """Runs `areal-like verb` to its end, in the run `name`; a complete run is left unchanged.
 
     Raises RuntimeError if it fails.
     """

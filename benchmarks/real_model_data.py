@@ -1,8 +1,8 @@
-"""The rows of the real model's job: questions of reasoning_gym as JSON lines, none of them in two files.
+"""The rows of the real model's job: questions of reasoning_gym as JSON lines, each in only one file.
 
 reasoning_gym draws its questions at random, so a data set with few distinct questions repeats them. Here each
-distinct question is kept once, whatever its answer, and then dealt to exactly one file: the held-out rows
-first, then those of the supervised start, then those of training. A held-out question is therefore never
+distinct question is kept once, regardless of its answer, and then assigned to exactly one file: the held-out
+rows first, then those of the supervised start, then those of training. A held-out question is therefore never
 seen in training, by either method. (A held-out sum may still have the same two numbers as a training sum in
 another order or with another sign.)
 """
@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 SYSTEM_PROMPT = "Answer with the result only."
-"""Without it the chat template adds one of its own, which is longer."""
+"""Without it the chat template adds its own, longer one."""
 SEED = 0
 NUM_EVAL, NUM_SFT, NUM_TRAIN = 200, 64, 2000
-"""Rows of each data set. The held-out ones come first, so that they stay the same when the others change."""
+"""Number of rows of each data set. The held-out rows come first, so that they stay the same when the others
+change."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class GymData:
     """Its settings."""
 
     def questions(self) -> Iterator[dict[str, str]]:
-        """Rows with distinct questions, without end."""
+        """Yields rows with distinct questions endlessly."""
         gym = importlib.import_module("reasoning_gym")
         data = gym.create_dataset(self.name, seed=SEED, size=1_000_000, **self.params)
         seen = set()
@@ -54,9 +55,10 @@ DATA = (
 
 
 def write_rows(folder: Path) -> None:
-    """Writes `<name>.train.jsonl` and `<name>.eval.jsonl` for each of DATA, and `sft.jsonl` with rows of all.
+    """Writes `<name>.train.jsonl` and `<name>.eval.jsonl` for each of DATA, and `sft.jsonl` with rows from
+    all.
 
-    A folder that has all files is left as it is.
+    A folder that has all files is left unchanged.
     """
     files = [folder / f"{data.name}.{split}.jsonl" for data in DATA for split in ("train", "eval")]
     if all(file.exists() for file in [*files, folder / "sft.jsonl"]):

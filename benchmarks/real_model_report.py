@@ -68,7 +68,8 @@ def collect(work: Path, rows: Path) -> dict[str, Any]:
 
 
 def agreement(metrics: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean |log-prob of the engine - of the trainer| in the steps with tokens of their own weights."""
+    """Mean |engine log-prob - trainer log-prob| in the steps whose tokens were sampled with their own
+    weights."""
     means = [row["mismatch_abs"] for row in metrics if "mismatch_abs" in row]
     checks = [row["weight_check_abs"] for row in metrics if "weight_check_abs" in row]
     return {
@@ -80,7 +81,7 @@ def agreement(metrics: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def scores_by_step(run: Path) -> dict[int, Scores]:
-    """Step -> the scores of its evaluation, with all sets together; only steps whose sets are complete."""
+    """Step -> the pooled scores of its evaluation; only steps whose sets are complete."""
     by_step: dict[int, Scores] = {}
     for row in read_rows(run / "evaluations.jsonl"):
         low, high = row["ci_low"], row["ci_high"]
@@ -92,7 +93,7 @@ def scores_by_step(run: Path) -> dict[int, Scores]:
 
 
 def pooled(scores: Scores) -> dict[str, float]:
-    """The share of right answers over the questions of all sets."""
+    """The share of correct answers over the questions of all sets."""
     total = sum(one["num_prompts"] for one in scores.values())
     share = sum(one["score"] * one["num_prompts"] for one in scores.values()) / total
     low, high = wilson_interval(share, int(total))

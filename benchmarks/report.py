@@ -1,4 +1,4 @@
-"""Helpers of the benchmarks: run a job with the project's own command, write JSON, format a table."""
+"""Helpers for the benchmarks: run a job with the project's own command, write JSON, format a table."""
 
 from __future__ import annotations
 

@@ -1,11 +1,13 @@
-"""Trains a real model on several ranks through a checkpoint and on other ranks after it, against one rank.
+"""Trains a real model on several ranks up to a checkpoint and on other ranks after it, compared with one
+rank.
 
 One rank trains all steps. Then several ranks train the first half from rows of the initial weights, write a
 checkpoint, and fewer ranks resume from it and train the rest. Both train on the same synthetic groups, so the
 losses differ only by the order of sums. Every rank is a process. Reported for each phase are the growth of a
 rank's resident memory at its peak (the largest of the ranks) while it loads, trains, saves for the first and
 for the second time, and the seconds of the slowest rank. After loading, a rank holds its rows of the weights
-(4 bytes for each parameter), when it resumes also of the moments (8); a save adds a copy of all three (12).
+(4 bytes for each parameter) and, when it resumes, also those of the moments (8); a save adds a copy of all
+three (12).
 
 `goal`: the losses agree to 1e-4.
 
@@ -130,9 +132,10 @@ def train(job: dict[str, Any], rank: int) -> None:
 
 
 def run_phase(**job: Any) -> dict[str, Any]:
-    """Runs one phase in processes of its own; returns the largest of the ranks' measurements."""
+    """Runs one phase in separate processes; returns the largest of the ranks' measurements."""
     command = [sys.executable, "-m", "benchmarks.row_checkpoints", "--rank", json.dumps(job)]
-    # Freed memory goes back to the system at once, so that a peak is not hidden in memory that was free.
+    # Freed memory is returned to the system at once, so that memory that is already free does not hide a
+    # peak.
     variables = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     ranks = [
         subprocess.Popen(

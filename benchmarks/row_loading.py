@@ -4,7 +4,8 @@ Every rank is a process. It builds the model once without weights, so that impor
 loads it: by rows as the trainer does, or whole with transformers' `from_pretrained`. Reported are the
 increase of resident memory (at its peak and afterwards, mapped files included; the largest of the ranks) and
 the seconds of the slowest rank, with the files in the page cache. `smollm2` is saved in bfloat16 first, as
-models are published: `from_pretrained` does not read a tensor whose file has the wanted dtype, it maps it.
+models are published: if the file has the requested dtype, `from_pretrained` memory-maps a tensor and does not
+read it.
 
     python -m benchmarks.row_loading [--models smollm2 DIRECTORY ...] [--ranks 1 4] [--no-write]
 """

@@ -1,11 +1,11 @@
-"""External agents that cost little: raw HTTP over asyncio, one kept connection each.
+"""Low-cost external agents: raw HTTP over asyncio, one persistent connection each.
 
     python -m benchmarks.session_agents '{"url": ..., "num_agents": 128, ...}' FILE
 
 Each agent claims a session, makes its turns with a pause after each, posts the number of its turns as the
 reward, ends the session, and claims the next one, until SIGTERM. A line of JSON is then written to FILE for
-each turn and each session; `begun_s` and `ended_s` are of CLOCK_MONOTONIC, which all processes of the machine
-share.
+each turn and each session; `begun_s` and `ended_s` are times of CLOCK_MONOTONIC, which all processes of the
+machine share.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ _RETRY_S = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What one process of agents does."""
+    """The work of one process of agents."""
 
     url: str
     num_agents: int
     num_turns: int
     pause_s: float
-    """Mean of the pause after a turn; each is between half and one and a half of it."""
+    """Mean pause after a turn; each pause is between half and one and a half times the mean."""
     seed: int
 
     def dumps(self) -> str:
-        """As an argument of the command line."""
+        """The plan as a command-line argument."""
         return json.dumps(asdict(self))
 
 
 class Connection:
-    """A kept HTTP/1.1 connection of one client. `post` may raise OSError or EOFError; it can be used again
-    after that."""
+    """A persistent HTTP/1.1 connection of one client. `post` may raise OSError or EOFError; it can be used
+    again after that."""
 
     def __init__(self, host: str, port: int) -> None:
         self._host = host
@@ -52,7 +52,7 @@ class Connection:
     async def post(
         self, path: str, body: dict[str, Any], *, api_key: str = "", headers: dict[str, str] | None = None
     ) -> tuple[int, Any]:
-        """Status and JSON of the answer."""
+        """Sends a request; returns status and JSON of the response."""
         await self.send(path, body, api_key=api_key, headers=headers)
         return await self.receive()
 
@@ -77,7 +77,7 @@ class Connection:
         await self._streams[1].drain()
 
     async def receive(self) -> tuple[int, Any]:
-        """The answer to what was sent."""
+        """Status and JSON of the response to the last request."""
         assert self._streams is not None
         reader = self._streams[0]
         try:
@@ -109,7 +109,7 @@ class Agents:
         self.events: list[dict[str, Any]] = []
 
     async def run(self, stopping: asyncio.Event) -> None:
-        """Until `stopping`."""
+        """Runs until `stopping` is set."""
         agents = [asyncio.create_task(self._agent()) for _ in range(self._plan.num_agents)]
         stop = asyncio.create_task(stopping.wait())
         done, _ = await asyncio.wait([*agents, stop], return_when=asyncio.FIRST_COMPLETED)

@@ -1,4 +1,4 @@
-"""256 sessions of slow external agents on one rollout server, beside a trainer: what the proxy costs.
+"""Measures the cost of the proxy: 256 sessions of slow external agents on one rollout server, with a trainer.
 
     python -m benchmarks.sessions [--seconds 60] [--agents 256] [--pause 2.5]
 
@@ -6,15 +6,15 @@ A real job (launcher, buffer, trainer, one rollout server with the embedded engi
 Its agents are two processes with 128 connections each (session_agents.py). After a warm-up, over --seconds:
 
     idle though pending   the time in which at least one request to the model was pending, as its client saw
-                          it (sent and not yet answered, the union over all agents), less that in which the
+                          it (sent and without a response, the union over all agents), less that in which the
                           engine had a runnable sequence. Both are intervals between events, not samples; the
                           first contains the way from and to the client, so this is an upper bound.
     beyond the engine     the time of a turn at its client, of a single agent (`serial`)
     CPU                   of the rollout server's process (/proc/PID/task/*/schedstat), without the engine's
 
 The same turns are then made by environments (a process each, which pauses as the agents do): the difference
-of the server's CPU time a turn is what the proxy costs more than an environment. `serial` are the turns of a
-single agent of a server that does nothing else: the CPU time of each turn, and so its median.
+of the server's CPU time per turn is the additional cost of the proxy. `serial` measures the turns of a single
+agent of an otherwise idle server: the CPU time of each turn, and so its median.
 
 At the end the job is drained and audited. Writes benchmarks/results/sessions.json.
 """
@@ -83,7 +83,7 @@ class SlowTool(Environment):
         return [{"role": "user", "content": self.prompt}]
 
     async def step(self, reply: Reply) -> Step:
-        # Spread as the agents' pauses, by the sample's seed.
+        # Distributed like the agents' pauses, by the sample's seed.
         await asyncio.sleep(self.pause_s * (0.5 + (self.seed + 37 * self.num_steps) % 101 / 101))
         self.num_steps += 1
         message: Message = {"role": "user", "content": f"tool {self.num_steps - 1}"}
@@ -104,7 +104,7 @@ class SlowToolTask(Task):
 
 
 def build_model(directory: Path) -> None:
-    """An untrained model, of which one in sixteen characters ends a turn."""
+    """An untrained model whose turns end at one in sixteen characters."""
     build_tiny_model(directory, seed=0, warm_start_steps=0, swap_prob=0.5)
     path = directory / "generation_config.json"
     settings: dict[str, Any] = json.loads(path.read_text())
@@ -120,7 +120,7 @@ class Job:
     clients: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def status(self) -> dict[str, Any]:
-        """Of the rollout server."""
+        """The /status of the rollout server."""
         found: dict[str, Any] = json.loads(self._page("status"))
         return found
 
@@ -133,7 +133,7 @@ class Job:
         raise RuntimeError("the engine's page has no idle_seconds")
 
     def sample(self) -> dict[str, float]:
-        """Counters now."""
+        """The current counters."""
         pid = self.server_pid
         stats = self.status()["stats"]
         return {
@@ -198,7 +198,7 @@ def running_job(directory: Path, *settings: str, num_agents: int) -> Iterator[Jo
 
 
 def drained(job: Job) -> dict[str, Any]:
-    """Ends the job; what its ledger says."""
+    """Ends the job; returns figures from its ledger."""
     job.process.send_signal(signal.SIGTERM)
     code = job.process.wait(timeout=90)
     audit = audit_run(job.root)
@@ -221,7 +221,7 @@ def drained(job: Job) -> dict[str, Any]:
 
 
 def measured_sessions(directory: Path, *, num_agents: int, pause_s: float, seconds: float) -> dict[str, Any]:
-    """The external agents."""
+    """Measures the external agents."""
     port = free_port()
     with running_job(
         directory, "task={name: external}", f"sessions.port={port}", num_agents=num_agents
@@ -277,7 +277,7 @@ def measured_sessions(directory: Path, *, num_agents: int, pause_s: float, secon
 def measured_environments(
     directory: Path, *, num_agents: int, pause_s: float, seconds: float
 ) -> dict[str, Any]:
-    """The same turns without the proxy."""
+    """Measures the same turns without the proxy."""
     task = f"task={{_target_: benchmarks.sessions.SlowToolTask, pause_s: {pause_s}, max_prompt_tokens: 64}}"
     with running_job(directory, task, "episode.step_timeout_s=60", num_agents=num_agents) as job:
         time.sleep(WARM_UP_S)
@@ -290,7 +290,7 @@ def measured_environments(
 
 
 def measured_serial(directory: Path) -> dict[str, Any]:
-    """One agent alone: the server's CPU time of each turn."""
+    """Measures one agent alone: the server's CPU time of each turn."""
     port = free_port()
     with running_job(directory, "task={name: external}", f"sessions.port={port}", num_agents=256) as job:
         begun_s = cpu_s(job.server_pid)
@@ -319,7 +319,7 @@ async def serial_turns(port: int, *, pid: int) -> tuple[list[float], list[float]
         path, key = f"/sessions/{session['id']}/v1", session["api_key"]
         messages = [{"role": "user", "content": str(session["example"]["index"])}]
         for turn in range(NUM_TURNS):
-            await asyncio.sleep(0.02)  # what the turn before has left to do is done
+            await asyncio.sleep(0.02)  # the remaining work of the previous turn is done
             begun_s, begun_cpu_s = time.monotonic(), cpu_s(pid)
             body = {"model": "policy", "messages": messages}
             status, answer = await connection.post(f"{path}/chat/completions", body, api_key=key)
@@ -335,7 +335,7 @@ async def serial_turns(port: int, *, pid: int) -> tuple[list[float], list[float]
 
 
 def rates(before: dict[str, float], after: dict[str, float], *, num_turns: int) -> dict[str, Any]:
-    """Turns, and the CPU time of each."""
+    """The number of turns, and the CPU time of each."""
     elapsed_s = after["at_s"] - before["at_s"]
     return {
         "seconds": round(elapsed_s, 1),
@@ -352,12 +352,12 @@ def rates(before: dict[str, float], after: dict[str, float], *, num_turns: int) 
 
 
 def within(event: dict[str, Any], window: tuple[float, float]) -> bool:
-    """True if it has ended in the window."""
+    """True if it ended within the window."""
     return window[0] <= float(event["ended_s"]) < window[1]
 
 
 def union_s(spans: list[tuple[float, float]], window: tuple[float, float]) -> float:
-    """Time of the window that is in at least one of the spans."""
+    """Time within the window that at least one of the spans covers."""
     total_s, end_s = 0.0, window[0]
     for begun_s, ended_s in sorted(spans):
         begun_s, ended_s = max(begun_s, end_s), min(ended_s, window[1])
@@ -377,13 +377,13 @@ def recorded_ids(root: Path) -> set[str]:
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
+    """A port on which no process listens now."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
 
 
 def main() -> None:
-    """Sessions, environments, one agent alone."""
+    """Measures sessions, environments, and one agent alone."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,14 +1,14 @@
-"""Simulates large jobs: the real ledger under a virtual clock, and two other rules of staleness.
+"""Simulates large jobs: the real ledger under a virtual clock, and two other staleness rules.
 
-    python -m benchmarks.simulate scale [--tickets 1000000]   4,096 servers: CPU a ticket, lag, throughput
-    python -m benchmarks.simulate rules                       the ledger, a gate at the begin, drop at the end
-    python -m benchmarks.simulate tails                       which max_staleness a tail of durations needs
+    python -m benchmarks.simulate scale [--tickets 1000000]   4,096 servers: CPU per ticket, lag, throughput
+    python -m benchmarks.simulate rules                       the ledger, a gate at the start, late drops
+    python -m benchmarks.simulate tails                       the max_staleness that a tail of durations needs
     python -m benchmarks.simulate report                      the tables, and docs/simulation.png
 
 `benchmarks/simulation_world.py` has the model of a job. Throughput is a share of the analytic limit, the
-slower of the two pools without any waiting: `max(step_s, samples of a step x mean_s / (slots x up))`. What
-`tails` measures is compared with the formula of `areal-like plan` (`trainer/planning/staleness.py`). The
-results are in benchmarks/results/simulate.jsonl; a part that is run again replaces its earlier ones.
+slower of the two pools without any waiting: `max(step_s, samples of a step x mean_s / (slots x up))`. The
+measurements of `tails` are compared with the formula of `areal-like plan` (`trainer/planning/staleness.py`).
+The results are in benchmarks/results/simulate.jsonl; a part that is run again replaces its earlier results.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ RULE_JOBS = {
 }
 BOUNDS = (0, 1, 2, 4, 8, 16, 32)
 SLOTS_A_STEP = (1.0, 2.0, 4.0)
-"""Slots of all servers over samples of a step: how many steps are in progress at a time."""
+"""Slots of all servers divided by samples of a step: the number of steps in progress at a time."""
 SPREADS = (0.5, 1.0, 1.5)
 NUM_STEPS = 80
 
 
 def scale(num_tickets: int) -> Iterator[dict[str, Any]]:
-    """A long run of many servers; figures by tenths of it."""
+    """A long run of many servers, with figures for each tenth of it."""
     simulation = LedgerRule(SCALE)
     parts: list[dict[str, float]] = []
     started_s = time.monotonic()

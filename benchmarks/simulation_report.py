@@ -15,7 +15,7 @@ from matplotlib import pyplot
 
 Rows = Sequence[dict[str, Any]]
 ENOUGH = 0.95
-"""Share of the limit that a bound is to reach."""
+"""Share of the limit that a bound should reach."""
 
 
 def scale_table(rows: Rows) -> tuple[list[str], list[list[object]]]:
@@ -28,7 +28,7 @@ def scale_table(rows: Rows) -> tuple[list[str], list[list[object]]]:
 
 
 def rules_table(rows: Rows) -> tuple[list[str], list[list[object]]]:
-    """One line for each job and rule."""
+    """A line for each job and rule."""
     header = ["durations", "rule", "of the limit", "lag mean", "lag max", "beyond the bound"]
     header += ["dropped", "lost"]
     return header, [
@@ -47,7 +47,7 @@ def rules_table(rows: Rows) -> tuple[list[str], list[list[object]]]:
 
 
 def tails_table(rows: Rows) -> tuple[list[str], list[list[object]]]:
-    """The least bound that reaches ENOUGH, as measured and by the formula."""
+    """The smallest bound that reaches ENOUGH, as measured and by the formula."""
     header = ["spread", "slots / samples of a step", f"least bound for {ENOUGH:.0%}", "formula", "reached"]
     lines: list[list[object]] = []
     for spread, slots in dict.fromkeys((row["job"]["spread"], row["slots_a_step"]) for row in rows):
@@ -66,7 +66,7 @@ def _samples(row: dict[str, Any]) -> int:
 
 
 def draw(rows: Rows, path: Path) -> None:
-    """Throughput by bound: one panel a spread, one line a number of slots."""
+    """Throughput by bound: one panel per spread, one line per number of slots."""
     spreads = list(dict.fromkeys(row["job"]["spread"] for row in rows))
     figure, panels = pyplot.subplots(1, len(spreads), figsize=(10, 3), sharey=True)
     for panel, spread in zip(panels, spreads, strict=True):

@@ -1,4 +1,4 @@
-"""Rules by which a simulated job begins samples and trains on them: the ledger, and two baselines."""
+"""Rules by which a simulated job starts samples and trains on them: the ledger, and two baselines."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _BEATS_A_LEASE = 3
 
 
 class LedgerRule(Simulation):
-    """The buffer's ledger, with its leases, admission, order of steps and loss of silent servers."""
+    """The buffer's ledger, with its leases, admission, order of steps and removal of lost servers."""
 
     title = "this software"
 
@@ -110,7 +110,7 @@ class LedgerRule(Simulation):
         self.at(self._beat_s, self._beat_again, server)
 
     def dispatch(self) -> Iterable[tuple[Server, Any]]:
-        """What the ledger leases."""
+        """The samples that the ledger leases."""
         with self._timed():
             for name, done in self._done.items():
                 for verdict in self._ledger.intake.samples_done(name, done):
@@ -126,7 +126,7 @@ class LedgerRule(Simulation):
                     yield self._by_name[name], (lease, index)
 
     def ended(self, server: Server, sample: Sample) -> None:
-        """Goes to the ledger with the next turn."""
+        """Keeps the sample for the ledger until the next turn."""
         lease, index = sample.work
         record = dataclasses.replace(
             self._records[sample.weights_step], ticket_id=lease.ticket_id, sample_index=index
@@ -135,16 +135,16 @@ class LedgerRule(Simulation):
         self._samples[lease.ticket_id, index] = sample
 
     def lost(self, server: Server, work: list[Any]) -> None:
-        """The ledger notices a silent server when its leases run out."""
+        """Does nothing: the ledger detects a lost server when its leases expire."""
         for done in self._done.pop(server.name, []):
             self.lost_s += self._samples.pop((done.record.ticket_id, done.record.sample_index)).seconds
 
     def returned(self, server: Server) -> None:
-        """Registers its new process."""
+        """Registers the server's new process."""
         self._register(server)
 
     def pushed(self, server: Server) -> None:
-        """Says so with a heartbeat."""
+        """Reports the new weights with a heartbeat."""
         self._beat(server)
 
     def take(self) -> list[Sample] | None:
@@ -161,7 +161,7 @@ class LedgerRule(Simulation):
         return samples
 
     def trained(self) -> None:
-        """Completes the step, and commits it now and then."""
+        """Completes the step, and commits it at intervals."""
         with self._timed():
             self._ledger.trainer.complete_step(incarnation=1, step=self.step - 1)
             self._version = self._ledger.trainer.alloc_version(incarnation=1, step=self.step)
@@ -173,7 +173,7 @@ class LedgerRule(Simulation):
             table.pop(self.step - 1000, None)
 
     def results(self) -> dict[str, Any]:
-        """Also the ledger's own counts."""
+        """The results, with the ledger's own counts."""
         drops = {reason.value: count for reason, count in self._ledger.state.drops.items() if count}
         return super().results() | {
             "tickets": self.num_tickets,
@@ -183,7 +183,7 @@ class LedgerRule(Simulation):
 
 
 def _record(version: int) -> Record:
-    """A sample of one token; the ledger reads its metadata only."""
+    """The record of a sample of one token; the ledger only reads its metadata."""
     trajectory = Trajectory(
         tokens=np.array([1, 2], dtype=np.int32),
         loss_mask=np.array([0, 1], dtype=np.uint8),
@@ -200,7 +200,7 @@ class _Group:
     number: int
     missing: int
     samples: list[Sample] = field(default_factory=list)
-    """Complete ones."""
+    """Complete samples."""
 
     @property
     def oldest(self) -> int:
@@ -208,18 +208,18 @@ class _Group:
 
 
 class _Central(Simulation):
-    """A controller that hands out samples of whole groups, and starts a sample again that was lost."""
+    """A controller that hands out samples of whole groups, and restarts a lost sample."""
 
     def __init__(self, job: Job) -> None:
         super().__init__(job)
         self._num_begun = 0
         self._queue: deque[_Group] = deque()
-        """A group for each sample that waits for a slot."""
+        """One group for each sample that waits for a slot."""
         self._complete: list[_Group] = []
         self._with_room = deque(self.servers)
 
     def may_begin(self) -> bool:
-        """True if one more group may begin."""
+        """True if one more group may start."""
         raise NotImplementedError
 
     def dispatch(self) -> Iterable[tuple[Server, Any]]:
@@ -237,7 +237,7 @@ class _Central(Simulation):
                 yield server, self._queue.popleft()
 
     def ended(self, server: Server, sample: Sample) -> None:
-        """Completes its group, maybe."""
+        """Adds the sample to its group, which may complete it."""
         group = sample.work
         group.samples.append(sample)
         group.missing -= 1
@@ -245,23 +245,23 @@ class _Central(Simulation):
             self._complete.append(group)
 
     def lost(self, server: Server, work: list[Any]) -> None:
-        """They begin again elsewhere."""
+        """Restarts the samples elsewhere."""
         self._queue.extendleft(work)
 
 
 class GateRule(_Central):
     """AReaL's gate (arXiv 2505.24298): (groups begun - 1) // batch <= version + max_staleness.
 
-    The oldest complete groups are trained on first, whatever their age has become."""
+    The oldest complete groups are trained on first, regardless of their age."""
 
     title = "a gate at the begin"
 
     def may_begin(self) -> bool:
-        """By the number of groups that have begun."""
+        """Decides by the number of groups that have started."""
         return self._num_begun // self.job.groups_per_step <= self.step + self.job.max_staleness
 
     def take(self) -> list[Sample] | None:
-        """The oldest groups."""
+        """Takes the oldest groups."""
         if len(self._complete) < self.job.groups_per_step:
             return None
         self._complete.sort(key=lambda group: group.number)
@@ -271,16 +271,16 @@ class GateRule(_Central):
 
 
 class DropRule(_Central):
-    """Every slot is always filled; what is too old when it is to be trained on is dropped."""
+    """Every slot is always filled; groups that are too old when they would be trained on are dropped."""
 
     title = "drop at the end"
 
     def may_begin(self) -> bool:
-        """Always."""
+        """Always true."""
         return True
 
     def take(self) -> list[Sample] | None:
-        """The groups in the order in which they were complete, without those that are too old."""
+        """Takes the groups in the order in which they were completed, without those that are too old."""
         kept = []
         for group in self._complete:
             if self.step - group.oldest <= self.job.max_staleness:

@@ -1,11 +1,11 @@
 """A job under a virtual clock: servers with slots, samples of long-tailed duration, a trainer, failures.
 
-The rule that decides which samples begin and which are trained on is left to a subclass: the project's own
-ledger (`simulation_rules.LedgerRule`), or one of the baselines.
+A subclass decides which samples start and which are trained on: the project's own ledger
+(`simulation_rules.LedgerRule`), or one of the baselines.
 
-A sample takes the same time whatever else its server does. All servers get new weights `push_s` after a step;
-samples in progress go on, and their age counts from the weights that they began with. A server fails with a
-constant rate, loses its samples, and comes back after `repair_s`.
+The time of a sample does not depend on the server's other work. All servers get new weights `push_s` after a
+step; samples in progress continue, and their age counts from the weights with which they started. A server
+fails with a constant rate, loses its samples, and comes back after `repair_s`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 _LONGEST_STEPS = 200
-"""A step that takes so many times the limit will not end."""
+"""A step that takes this many times the limit will not end."""
 TURNS_A_SAMPLE = 100
-"""The rule acts so often in the mean time of a sample: what happens in between is handled together."""
+"""The rule acts this often within the mean time of a sample: events in between are handled together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +31,10 @@ class Job:
 
     num_servers: int = 64
     slots: int = 8
-    """Samples that a server makes at a time."""
+    """Samples that a server makes at the same time."""
     queue: int = 8
-    """Samples that wait at a server for a slot: leases are of whole groups, and slots become free singly."""
+    """Samples that wait at a server for a slot: leases cover whole groups, and slots become free one at a
+    time."""
     groups_per_step: int = 64
     group_size: int = 4
     max_staleness: int = 4
@@ -44,16 +45,16 @@ class Job:
     spread: float = 1.0
     """Log-normal: standard deviation of the log. Pareto: the exponent."""
     step_s: float = 60.0
-    """Time of the trainer for a step."""
+    """The trainer's time for a step."""
     push_s: float = 2.0
     failures_an_hour: float = 0.05
-    """Failures of each server in an hour."""
+    """Failures per hour of each server."""
     repair_s: float = 120.0
     seed: int = 0
 
     @property
     def samples_a_step(self) -> int:
-        """Samples that a step trains on."""
+        """Number of samples that a step trains on."""
         return self.groups_per_step * self.group_size
 
     @property
@@ -63,12 +64,12 @@ class Job:
 
     @property
     def generation_step_s(self) -> float:
-        """Time in which all slots make the samples of a step, if none of them ever waits."""
+        """Time in which all slots make the samples of a step, if no slot ever waits."""
         return self.samples_a_step * self.mean_s / (self.num_servers * self.slots * self.up)
 
     @property
     def limit_step_s(self) -> float:
-        """The least time of a step: that of the slower of the two pools."""
+        """The shortest possible time of a step: that of the slower of the two pools."""
         return max(self.step_s, self.generation_step_s)
 
     def duration_s(self, random_: random.Random) -> float:
@@ -91,28 +92,28 @@ class Sample:
     """One sample in progress."""
 
     work: Any
-    """What the rule knows it by."""
+    """The rule's identifier of the sample."""
     began_s: float
     weights_step: int
-    """Step of the weights that it began with."""
+    """Step of the weights with which it started."""
     seconds: float = 0.0
-    """Its time, when it is complete."""
+    """Its duration, once it is complete."""
 
 
 class Server:
-    """Its slots, and the weights that it has."""
+    """The slots and the weights of a server."""
 
     def __init__(self, number: int, slots: int) -> None:
         self.number = number
         self.name = f"rollout-{number}"
         self.free = slots
         self.life = 1
-        """Grows with each failure: events of an earlier life are void."""
+        """Increases with each failure: events from before a failure are void."""
         self.is_up = True
         self.weights_step = 0
         self.running: dict[int, Sample] = {}
         self.waiting: deque[Any] = deque()
-        """What the rule knows its waiting samples by."""
+        """The rule's identifiers of its waiting samples."""
 
 
 class Simulation(ABC):
@@ -136,7 +137,7 @@ class Simulation(ABC):
 
     @abstractmethod
     def dispatch(self) -> Iterable[tuple[Server, Any]]:
-        """The samples that go to servers now, and where."""
+        """The samples that now go to servers, with their servers."""
 
     @abstractmethod
     def ended(self, server: Server, sample: Sample) -> None:
@@ -148,7 +149,7 @@ class Simulation(ABC):
 
     @abstractmethod
     def take(self) -> list[Sample] | None:
-        """The samples of the next step, which are then trained on; None if they are not there yet."""
+        """The samples of the next step, which are then trained on; None if they are not complete yet."""
 
     def returned(self, server: Server) -> None:  # noqa: B027
         """A server works again; it has the newest weights."""
@@ -160,7 +161,7 @@ class Simulation(ABC):
         """A server has new weights."""
 
     def run(self, num_steps: int) -> None:
-        """Simulates until so many steps are done. Raises RuntimeError if a step takes too long."""
+        """Simulates until this many steps are done. Raises RuntimeError if a step takes too long."""
         if not self._events_begun:
             self._events_begun = True
             for server in self.servers:
@@ -200,7 +201,7 @@ class Simulation(ABC):
 
     def _turn(self) -> None:
         for server, work in self.dispatch():
-            if server.is_up:  # else nobody gets the message
+            if server.is_up:  # else there is no receiver for the message
                 server.waiting.append(work)
                 self._fill(server)
         if not self._is_training and (samples := self.take()) is not None:

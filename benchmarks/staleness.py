@@ -5,9 +5,9 @@
 
 A cell of the grid is (method, fixed or mixed ages, lag, learning rate, seed); `benchmarks.staleness_cell`
 runs one cell and defines the ages. A cell's result depends on its settings alone. Each cell takes one thread
-and is appended to benchmarks/results/staleness.jsonl when it finishes, so the grid may be stopped and started
-again; a finished cell is not run again unless its settings have changed. Cells run seed by seed, lag 16
-first, so that a part of the grid is useful too. At its end the benchmark prints the table and draws
+and is appended to benchmarks/results/staleness.jsonl when it finishes, so the grid may be stopped and
+restarted; a finished cell is not run again unless its settings have changed. Cells run seed by seed, lag 16
+first, so that a partial grid is useful too. At its end the benchmark prints the table and draws
 docs/staleness.png from all results so far.
 
 `--only` takes shell patterns of a cell's name, such as `PPO/*`, `*/fixed-16/*`,
@@ -16,7 +16,7 @@ docs/staleness.png from all results so far.
 Nothing is tuned for a single cell. Each method runs at the same learning rates, with the settings and the
 normalizer of its paper and with group-normalized advantages, except for OAPL, which defines its own
 advantages, and for VCPO, whose default differs from its paper (docs/reference/objectives.md). OAPL's beta2
-follows the project's rule for the answer length (.3 at ten tokens, set before the grid was run), and its
+follows the project's rule for the completion length (.3 at ten tokens, set before the grid was run), and its
 engine syncs periodically, as its paper prescribes.
 """
 
@@ -107,7 +107,7 @@ FULL_METHODS: dict[str, dict[str, Any]] = {
     "LAD": {"objective": {"name": "lad"}},
     "OAPL, no sync": {"objective": {"name": "oapl"}, "normalizer": "seq_mean_token_sum"},
 }
-"""Settings of a Cell by label; a setting that is absent has the objective's default."""
+"""Settings of a Cell by label; an absent setting has the objective's default."""
 
 
 def grid(*, full: bool, seeds: list[int], num_steps: int) -> list[Cell]:
@@ -160,7 +160,7 @@ class Results:
 
 
 def _key(settings: dict[str, Any]) -> str:
-    """The cell's settings; without an advantage that is not set, which older results do not have."""
+    """The cell's settings, without an unset advantage, which older results do not have."""
     known = {name: value for name, value in settings.items() if name != "advantage" or value}
     return json.dumps(known, sort_keys=True)
 

@@ -1,10 +1,10 @@
-"""The largest learning rate that each method bore at each age in the staleness grid.
+"""The largest learning rate that each method tolerated at each age in the staleness grid.
 
     python -m benchmarks.staleness --report      writes trainer/step/staleness_bounds.json from all results
 
-A rate is borne where the mean reward over the seeds is at least HOLDS of the method's best on-policy, and all
-smaller rates that were tried are borne, too. Only rates that were tried with as many seeds as any other
-count. The trainer compares a job with this table when it starts.
+A rate is tolerated if the mean reward over the seeds is at least HOLDS of the method's best on-policy reward,
+and all smaller rates that were tried are tolerated, too. Only rates that were tried with the full number of
+seeds count. The trainer compares a job with this table when it starts.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from benchmarks.staleness_cell import Cell, CellResult
 
 TABLE = ROOT / "trainer" / "step" / "staleness_bounds.json"
 HOLDS = 0.8
-"""Share of the best on-policy reward that a borne rate keeps."""
+"""Share of the best on-policy reward that a tolerated rate keeps."""
 
 
 def bounds(done: Iterable[tuple[Cell, CellResult]]) -> dict[str, Any]:
-    """The table; methods without on-policy results, or with an advantage of their own, are left out."""
+    """The table; methods without on-policy results, or with their own advantage, are left out."""
     rewards: dict[str, dict[tuple[str, int], dict[float, list[float]]]] = defaultdict(
         lambda: defaultdict(lambda: defaultdict(list))
     )
     objectives: dict[str, dict[str, Any]] = {}
     for cell, result in done:
-        # A periodic plan of "fixed" ages has some that are twice as large.
+        # A periodic plan for "fixed" ages has some that are twice as large.
         if cell.advantage:
             continue
         if not cell.periodic or cell.mode == "mixed" or cell.lag == 0:
@@ -63,17 +63,17 @@ def _means(rates: dict[float, list[float]]) -> dict[float, float]:
 
 
 def _row(mode: str, lag: int, rates: dict[float, float], *, best: float) -> dict[str, Any]:
-    """`lr`: the largest rate that is borne, 0 for none; `failed_lr`: the smallest that is not, 0 for none."""
-    borne, failed = 0.0, 0.0
+    """`lr`: the largest tolerated rate, 0 for none; `failed_lr`: the smallest failed rate, 0 for none."""
+    tolerated, failed = 0.0, 0.0
     for lr, reward in rates.items():
         if reward < HOLDS * best:
             failed = lr
             break
-        borne = lr
+        tolerated = lr
     return {
         "mode": mode,
         "lag": lag,
-        "lr": borne,
+        "lr": tolerated,
         "failed_lr": failed,
         "failed_reward": round(rates[failed], 3) if failed else 0.0,
     }

@@ -2,9 +2,9 @@
 
 A cell runs in one thread of one process. Ages do not depend on timing: a *plan* sets them before the first
 step, so a cell's result depends on its settings alone (on one machine). All samples of version v that any
-later step trains on are drawn in one batch when v exists, and kept until that step. That costs the same at
-every age, and it is how a replay queue works. The engine, the objective, the optimizer and the task are those
-of the real system; only the daemons between them are omitted.
+later step trains on are drawn in one batch when v exists, and kept until that step. The cost is the same at
+every age, and a replay queue works in the same way. The engine, the objective, the optimizer and the task are
+those of the real system; only the daemons between them are omitted.
 
 Ages are in optimizer steps: a group's age in step t is t minus the version that sampled all of the group.
 Versions before 0 do not exist, so the first steps have smaller ages.
@@ -120,7 +120,7 @@ class Cell:
             groups_per_step=self.groups_per_step,
             lr=self.lr,
             # A learning rate that decays to zero would hide the effect of staleness towards the end: a lag of
-            # some steps does less harm if the steps are smaller.
+            # a few steps does less harm if the steps are smaller.
             lr_schedule="constant",
             normalizer=self.normalizer,
             logprob_chunk_tokens=4096,
@@ -163,7 +163,7 @@ MEANS = ("log_w_std", "kl_k3", "entropy", "grad_norm", "clipped_fraction", "lr_s
 def build_model(out_dir: Path, *, seed: int, warm_start_steps: int) -> None:
     """Builds the default job's model at two thirds of its width and depth (10 ms per step).
 
-    A smaller one takes longer to learn the format.
+    A smaller model takes longer to learn the format.
     """
     build_tiny_model(
         out_dir, seed=seed, warm_start_steps=warm_start_steps, swap_prob=0.5, hidden_size=64, num_layers=2

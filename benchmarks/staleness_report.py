@@ -1,8 +1,8 @@
 """Makes the staleness benchmark's table and figure from the cells that have results.
 
 Each method has two scores, means over seeds: at the best of the learning rates, and at one that is common to
-all. The learning rate has as large an effect as the method, so the report must show how a method does at a
-rate that was not chosen for it.
+all. The learning rate has as large an effect as the method, so the report must show how a method performs at
+a rate that was not chosen for it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 COMMON_RATE = 3e-4
-"""The learning rate of the right half of the figure: at it, every method learns from fresh samples."""
+"""The learning rate of the right half of the figure; with it, every method learns from fresh samples."""
 Setting = tuple[str, int]
 """(mode, lag)"""
 
@@ -35,7 +35,7 @@ class Score:
 
     @property
     def mean(self) -> float:
-        """Over seeds."""
+        """Mean over seeds."""
         return statistics.fmean(self.rewards)
 
 
@@ -108,7 +108,7 @@ def draw(done: list[tuple[Cell, CellResult]], methods: Iterable[str], path: Path
                 there = [(column, score) for column, score in points if score is not None]
                 if not there:
                     continue
-                # A little apart, so that the ranges of the seeds can be told from one another.
+                # Slightly shifted, so that the ranges of the seeds can be distinguished.
                 columns = [column + 0.03 * (number - len(names) / 2) for column, _ in there]
                 means = [score.mean for _, score in there]
                 below = [score.mean - min(score.rewards) for _, score in there]

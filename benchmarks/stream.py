@@ -18,8 +18,8 @@ of acknowledgements. `cost` is the CPU time of inserting and reading one sample 
 other systems need their packages; without --peers only ours and bare zmq are run.
 
 `wire` measures ours (process_crash) with records of 8 and 256 kB by the number of ZeroMQ threads
-(`daemon.io_threads`) of every process, each without keys and right after it with keys: `mb_per_s` is what
-passes the buffer in each direction, `of_without_keys` the ratio of the two rates.
+(`daemon.io_threads`) of every process, each without keys and right after it with keys: `mb_per_s` is the data
+rate through the buffer in each direction, `of_without_keys` the ratio of the two rates.
 
     pip install --target DIR hiredis ray TransferQueue tensordict
     python -m benchmarks.stream [--seconds 8] [--peers DIR] [--scratch DIR] [--only ours,redis]
@@ -59,7 +59,7 @@ RAY_MODES = {
 NUM_TICKETS = (1_000, 10_000, 100_000, 1_000_000)
 """Sizes of the ledger at which `cost` is measured."""
 WIRE_TOKENS = {"8 kB": 1_000, "256 kB": 32_000}
-"""Size of a record -> tokens, 8 bytes each."""
+"""Size of a record -> number of tokens, 8 bytes each."""
 WIRE_BACKLOG = {"8 kB": 8192, "256 kB": 1024}
 """Size of a record -> trajectories between producers and consumer: at most 256 MB in the buffer's cache."""
 IO_THREADS = (1, 2, 4)

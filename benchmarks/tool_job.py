@@ -23,8 +23,8 @@ from matplotlib import pyplot
 
 CONFIG = ("--config", "configs/jobs/tools.yaml")
 VARIANTS = {"calculator": (), "none": ("task.use_tool=false", "trainer.lr=1e-4")}
-"""Name of the tool -> settings. Without it hardly any answer is right: with the larger learning rate the few
-rewards would make the policy worse."""
+"""Name of the tool -> settings. Without the tool hardly any completion is correct: with the larger learning
+rate, the few rewards would make the policy worse."""
 KEPT = (
     "steps", "eval_before", "eval_after", "reward_first", "reward_last", "training_seconds", "wall_seconds",
     "max_trained_lag", "mean_trained_lag", "tickets", "drops", "generation_idle_fraction",
@@ -36,7 +36,7 @@ COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple")
 
 
 def main() -> None:
-    """Makes the runs that are missing, one after the other."""
+    """Makes the missing runs, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--again", action="store_true")
@@ -128,7 +128,7 @@ def progress(runs: list[dict[str, Any]]) -> str:
 
 
 def draw(runs: list[dict[str, Any]], path: Path, *, window: int = 5) -> None:
-    """Plots reward, and turns and tool calls a sample, over the steps, as moving averages over `window`."""
+    """Plots reward, and turns and tool calls per sample, over the steps, as moving averages over `window`."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), dpi=140)
     seeds = sorted({run["seed"] for run in runs})
     for run in runs:

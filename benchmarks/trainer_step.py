@@ -1,4 +1,4 @@
-"""Forward and backward of one step: with shared prefixes, without, and of bare transformers on padded rows.
+"""Times forward and backward of one step: with and without shared prefixes, and in bare transformers.
 
     python -m benchmarks.trainer_step [--repeats 15]
 
@@ -10,9 +10,10 @@ thread:
     apart     the trainer's packing and sharded policy, every sequence by itself
     shared    the same with shared prefixes, the trainer's default
 
-The first case is a step of the default job: 16 prompts of its task, each with 8 samples by its warm-started
-model. The others have random tokens, prompts of 0.2, 1 and 5 times the mean answer and answers of a factor of
-.5 to 1.5 of it, at the widths 96 (three layers, 100 tokens in the vocabulary) and 576 (four layers, 4,096).
+The first case is a step of the default job: 16 prompts of its task, each with 8 samples of its warm-started
+model. The others have random tokens, prompts of 0.2, 1 and 5 times the mean completion length, and
+completions of 0.5 to 1.5 times that length, at the widths 96 (three layers, 100 tokens in the vocabulary) and
+576 (four layers, 4,096).
 
 Time is the process's CPU time; each repetition runs all three in turn, and the ratio is the median of the
 repetitions' ratios, so other load changes it little. Memory is the growth of a new process's peak resident
@@ -62,7 +63,7 @@ class Case:
     prompt: int = 0
     """Tokens of each prompt; 0: the default job's."""
     answer: int = 64
-    """Mean tokens of an answer."""
+    """Mean tokens of a completion."""
 
 
 CASES = (
@@ -104,7 +105,7 @@ def samples_of(case: Case, path: str) -> list[Trajectory]:
 
 @torch.no_grad()
 def _default_samples(path: str, *, num_groups: int) -> list[Trajectory]:
-    """Samples of the default job's first prompts at temperature 1, by transformers' `generate`."""
+    """Samples of the default job's first prompts at temperature 1, from transformers' `generate`."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(path)
     model: Any = AutoModelForCausalLM.from_pretrained(path)
@@ -201,7 +202,7 @@ def peak_mib(kind: str, path: str, trajectories: list[Trajectory]) -> float:
 
 
 def _status_kib(name: str) -> int:
-    # ru_maxrss is of no use: a new process begins with its parent's.
+    # ru_maxrss cannot be used: a new process inherits its parent's.
     status = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in status if line.startswith(name)).split()[1])
 

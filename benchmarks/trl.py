@@ -1,25 +1,26 @@
-"""The same training by this project and by TRL: seconds and samples to a reward, tokens/s, memory.
+"""Compares the same training in this project and in TRL: seconds and samples to a reward, tokens/s, memory.
 
-    make trl                                             TRL in an environment of its own (once)
+    make trl                                             installs TRL in its own environment (once)
     python -m benchmarks.trl [--job default long] [--seeds 0 1 2] [--resume]
 
 Both sides start from the same model and get the same prompts in the same order, the same reward, 16 prompts
-with 8 samples a step, the same learning rate, schedule, warm-up, AdamW settings and gradient clip, one update
-a batch, no KL, temperature 1, float32, no evaluation, no checkpoints before the end. TRL's GRPOTrainer has
-the loss `dapo` (a mean over tokens) with advantages normalized in the group, as here; it divides by the
-sample's standard deviation, where this project has that of the population. TRL uses one micro-batch a step,
-and as many threads as are faster in three steps that are timed before (one, or one for each core); this
-project's processes have one thread each. Of TRL's other settings none was faster here: four micro-batches,
+with 8 samples per step, the same learning rate, schedule, warm-up, AdamW settings and gradient clip, one
+update per batch, no KL, temperature 1, float32, no evaluation, no checkpoints before the end. TRL's
+GRPOTrainer has the loss `dapo` (a mean over tokens) with advantages normalized in the group, as here; it
+divides by the sample standard deviation, this project by that of the population. TRL uses one micro-batch per
+step, and the faster number of threads in three steps that are timed first (one, or one for each core); this
+project's processes have one thread each. None of TRL's other settings was faster here: four micro-batches,
 continuous batching, and torch.compile, which takes longer to compile than it saves.
 
-    default   the default job: answers of up to 10 tokens
-    long      counting (benchmarks/counting.py): answers of up to 128 tokens, most of them short
+    default   the default job: completions of up to 10 tokens
+    long      counting (benchmarks/counting.py): completions of up to 128 tokens, most of them short
 
-Seconds count from the start of the first step, with its generation; starting the processes is apart. A reward
-is reached when the mean over the samples of the last five steps is at least that. Memory is the largest sum
-of the proportional set sizes of a side's processes, every five seconds. The sides take turns, seed after
-seed. A run on a machine with other work (a load of 0.5 or more after a minute's wait) has `was_quiet: false`.
-Writes benchmarks/results/trl.json after every run; `python -m benchmarks.trl_report` prints its table.
+Seconds count from the start of the first step, including its generation; the start of the processes is not
+included. A reward is reached when the mean over the samples of the last five steps is at least as large.
+Memory is the largest sum of the proportional set sizes of a side's processes, measured every five seconds.
+The sides alternate for each seed. A run on a machine with other work (a load of 0.5 or more after a minute's
+wait) has `was_quiet: false`. Writes benchmarks/results/trl.json after every run; `python -m
+benchmarks.trl_report` prints its table.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ PYTHON = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "are
 TIMEOUT_S = 900.0
 QUIET = 0.5
 LOOK_AT_MEMORY_S = 5.0
-"""To read the memory of one process costs it 10 ms, and this project has several."""
+"""Reading the memory of one process costs that process 10 ms, and this project has several."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +65,11 @@ class Job:
     max_new_tokens: int
     lr: float
     goal: float
-    """Wanted ratio of TRL's seconds to ours."""
+    """Target ratio of TRL's seconds to ours."""
     overrides: tuple[str, ...] = field(default=())
 
     def task(self, seed: int) -> Task:
-        """The task that makes the prompts and answers for TRL."""
+        """The task that makes the prompts and reference answers for TRL."""
         return counting.Counting(seed=seed) if self.name == "long" else SortTask(seed=seed)
 
     def model(self, scratch: Path) -> str:
@@ -95,7 +96,7 @@ JOBS = {
 
 
 def settings_of(job: Job) -> dict[str, Any]:
-    """What TRL is given of the configuration."""
+    """The parts of the configuration that TRL gets."""
     config = Config()
     return {
         "num_steps": job.num_steps,
@@ -192,7 +193,7 @@ class _Watch:
         self._is_stopped = False
 
     def is_running(self) -> bool:
-        """Waits a second; looks at the memory now and then. Raises TimeoutError after TIMEOUT_S."""
+        """Waits a second; measures the memory at intervals. Raises TimeoutError after TIMEOUT_S."""
         if time.monotonic() > self._deadline:
             raise TimeoutError(f"{self._process.args!r} is not done after {TIMEOUT_S:.0f} s")
         if time.monotonic() >= self._next_look:
@@ -209,7 +210,7 @@ class _Watch:
             self._process.send_signal(signal.SIGINT)
 
     def wait(self) -> None:
-        """Until the process has ended. Raises RuntimeError if it failed."""
+        """Waits until the process has ended. Raises RuntimeError if it failed."""
         while self.is_running():
             pass
         if self._process.returncode != 0:
@@ -231,7 +232,7 @@ def _watched(command: Sequence[str]) -> Iterator[_Watch]:
 
 
 def _pss_mib(root: int) -> float:
-    """Sum of the proportional set sizes of a process and all below it."""
+    """Sum of the proportional set sizes of a process and all of its descendants."""
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -293,9 +294,8 @@ def main() -> None:
 
 
 def _load_when_quiet(*, wait_s: float) -> float:
-    """Processes that run now, as a mean of 3 s; waits for less than QUIET, at most `wait_s`.
-
-    The load average of a minute would be that of the run before.
+    """Mean number of running processes over 3 s; waits for less than QUIET, at most `wait_s`. The one-minute
+    load average would include the previous run.
     """
     until = time.monotonic() + wait_s
     while True:
@@ -313,7 +313,7 @@ def _cpu_s() -> float:
 
 
 def _faster_threads(job: Job, *, scratch: Path) -> int:
-    """The number of threads with which TRL makes three steps faster; the first step does not count."""
+    """The number of threads with which TRL is faster in three steps; the first step does not count."""
 
     def seconds(threads: int) -> float:
         rows = run_trl(job, seed=0, scratch=scratch, threads=threads, num_steps=4)[1]

@@ -23,7 +23,7 @@ REWARDS = (0.7, 0.9)
 _TITLES = {"default": "default job:\nanswers up to 10 tokens", "long": "counting:\nanswers up to 128 tokens"}
 _COLORS = {"ours": "#3a6ea5", "TRL": "#c8772e"}
 PHASES = ("wait_data_s", "compute_s", "reduce_s", "update_s", "freeze_s", "step_s")
-"""Metrics of this project's steps that say what its trainer does; `freeze_s`: copies of the weights."""
+"""Metrics of this project's steps that show the trainer's activity; `freeze_s`: copies of the weights."""
 
 
 def result_of(facts: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def table_of(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
-    """Seconds to the first reward and seconds a step: a bar for the median, a dot for each run."""
+    """Seconds to the first reward and seconds per step: a bar for the median, a dot for each run."""
     reward = str(REWARDS[0])
     jobs = list(dict.fromkeys(run["job"] for run in runs))
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 2.8), sharey=True)
@@ -117,7 +117,7 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def phases_of(runs: Sequence[dict[str, Any]]) -> str:
-    """What this project's trainer does in a step, in milliseconds; medians over the seeds."""
+    """The phases of a step of this project's trainer, in milliseconds; medians over the seeds."""
     lines = []
     ours = [run for run in runs if run["side"] == "ours"]
     for name in dict.fromkeys(run["job"] for run in ours):

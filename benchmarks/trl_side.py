@@ -1,9 +1,10 @@
-"""TRL's half of benchmarks/trl.py: runs in an environment of its own, which has TRL and not this project.
+"""TRL's half of benchmarks/trl.py: runs in its own environment, which has TRL but not this project.
 
     python trl_side.py SPEC.json
 
-SPEC: model (directory), prompts and answers in order, settings, trl (further arguments of GRPOConfig), out
-(a file), stop_at (a reward), window, num_threads. One line of JSON is appended to `out` for every step.
+SPEC: model (directory), prompts and reference answers in order, settings, trl (further arguments of
+GRPOConfig), out (a file), stop_at (a reward), window, num_threads. One line of JSON is appended to `out` for
+every step.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ settings = spec["settings"]
 tokenizer = AutoTokenizer.from_pretrained(spec["model"])
 model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32)
 answer_of = dict(zip(spec["prompts"], spec["answers"], strict=True))
-# Before the clock starts: to tokenize 128 prompts again in every step is no part of TRL's work.
+# Before the clock starts: tokenizing 128 prompts again in every step is not part of TRL's work.
 num_tokens_of = {prompt: len(tokenizer(prompt).input_ids) for prompt in answer_of}
 batches: list[dict[str, Any]] = []
 
@@ -40,7 +41,7 @@ batches: list[dict[str, Any]] = []
 def reward(
     prompts: list[str], completions: list[str], completion_ids: list[list[int]], **_: Any
 ) -> list[float]:
-    """1.0 for exactly the answer."""
+    """1.0 for exactly the reference answer."""
     rewards = [float(text == answer_of[prompt]) for prompt, text in zip(prompts, completions, strict=True)]
     batches.append(
         {
@@ -55,7 +56,7 @@ def reward(
 
 
 def share_of_rate(step: int) -> float:
-    """Share of the learning rate after `step` steps, as this project's optimizer has it.
+    """Fraction of the learning rate after `step` steps, as in this project's optimizer.
 
     transformers' own warm-up has the rate 0 in its first step: a step that trains nothing.
     """

@@ -62,7 +62,7 @@ def model_at(path: str, *, width: int) -> str:
 
 
 def groups_of(num_groups: int, *, group_size: int = 8) -> list[list[Trajectory]]:
-    """Prompts of 6 to 10 tokens, answers of 5 to 10, alternating rewards."""
+    """Prompts of 6 to 10 tokens, completions of 5 to 10, alternating rewards."""
     rng = np.random.default_rng(0)
     return [
         [trajectory(rng, num_prompt=int(prompt), reward=i % 2) for i in range(group_size)]

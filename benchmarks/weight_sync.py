@@ -6,8 +6,8 @@ its shadow weights, verifies and swaps. The bare broadcast sends the same bucket
 one buffer that is already allocated. The measurements alternate, and medians are reported. Training's stall
 is measured on two ranks: taking a snapshot (a step waits for that), and gathering, flattening and
 checksumming all weights at once (a step would have to wait for that without snapshots). The same two ranks
-measure how long an engine that loads in place (SGLang) stands still for the broadcast: from the request to
-the end of the last one, with buckets gathered meanwhile and with every bucket gathered before.
+measure how long an engine that loads in place (SGLang) is paused for the broadcast: from the request to the
+end of the last broadcast, with buckets gathered meanwhile and with every bucket gathered before.
 `benchmarks.update_modes` measures the cost of an update to generation. `--integrity sha256` measures pushes
 with digests, `--integrity none sha256` both.
 
@@ -92,7 +92,7 @@ def write_model(path: Path, size: str) -> Path:
 async def receive(model: Path, *, in_place: bool) -> None:
     """Runs an engine and its weight receiver until stdin closes.
 
-    `in_place`: it reports that it stands still while it receives, so that pushes to it are staged.
+    `in_place`: it reports that it does not decode while it receives, so that pushes to it are staged.
     """
     config = from_mapping(
         {
@@ -256,7 +256,8 @@ async def pushes(
 def stall(store: str, rank: int, model: str, rounds: int, *, ports: list[int]) -> None:
     """Runs one of two ranks: times taking a snapshot, gathering all weights at once, and pushes.
 
-    `ports`: of a receiver that gets buckets while others are gathered, and of one whose pushes are staged.
+    `ports`: those of a receiver that gets buckets while others are gathered, and of one whose pushes are
+    staged.
     """
     dist.init_process_group(
         "gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2, timeout=timedelta(seconds=120)
@@ -309,7 +310,7 @@ def stall(store: str, rank: int, model: str, rounds: int, *, ports: list[int]) -
 
 
 def stalls(model: Path, size: str, *, rounds: int, folder: Path) -> dict[str, Any]:
-    """Measures on two ranks how long training waits, and how long an engine stands still."""
+    """Measures on two ranks how long training waits, and how long an engine is paused."""
     store = str(folder / f"stall-{size}")
     with child("--receiver", str(model)) as receiver, child("--receiver-in-place", str(model)) as in_place:
         assert receiver.stdout is not None and in_place.stdout is not None

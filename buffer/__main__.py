@@ -1,7 +1,7 @@
 """`python -m buffer [--config run/config.yaml] key=value ...`: the buffer of one job.
 
 `--drop 17,23` does not start a buffer: it drops these tickets from the ledger of a job whose buffer is not
-running. In the same way `--unfence NAME` takes a name from the process that has it.
+running. Likewise, `--unfence NAME` takes a name from the process that holds it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from areal_like.shards import Shard
 
 _SWITCH_INTERVAL_S = 2e-4
 GC_THRESHOLDS = (1_000, 20, 1_000)
-"""Of the garbage collector; the reason is where they are set."""
+"""Thresholds of the garbage collector; the reason is given where they are set."""
 
 
 def main() -> int:

@@ -46,16 +46,16 @@ class LedgerSettings:
     """Reward that counts as a solve rate of 1."""
     lease_timeout_s: float
     max_tokens: int
-    """Most tokens of a sample (prompt, turns and what is between them, all segments). Longer ones are
-    refused."""
+    """Maximum tokens of a sample (prompt, turns and messages between them, over all segments). Longer samples
+    are refused."""
     max_segment_tokens: int
-    """Most tokens of one segment: what fits into a micro-batch."""
+    """Maximum tokens of one segment: as many as fit into a micro-batch."""
     max_eval_tokens: int
-    """Most tokens of a sample of an evaluation, which no trainer gets: what fits into a message."""
+    """Maximum tokens of a sample of an evaluation, which no trainer gets: as many as fit into a message."""
     keep_evaluations: int
     """`eval.keep`."""
     eval_sets: Mapping[str, int]
-    """Samples of each prompt by evaluation set."""
+    """Number of samples of each prompt, by evaluation set."""
     eval_sets_with_task: frozenset[str]
     """Sets whose prompts and rewards are not those of the job's task."""
     durable: bool
@@ -63,7 +63,7 @@ class LedgerSettings:
     can be served again."""
     curriculum: CurriculumSettings | None
     recorded: Mapping[str, str] = field(default_factory=dict)
-    """Settings of the job, as text, whose values the ledger keeps by step for the audit."""
+    """Settings of the job, as text, whose values the ledger records by step for the audit."""
     shard: Shard = WHOLE
     """The shard of the job's numbers (tickets, leases, positions) that this ledger owns."""
 

@@ -25,7 +25,7 @@ class State(StrEnum):
     TRAINED = "trained"
     """A durable checkpoint contains its step."""
     EVALUATED = "evaluated"
-    """An eval ticket with a sample; each other one has arrived, too, or has failed for good."""
+    """An eval ticket with at least one sample, all of whose samples have arrived or failed for good."""
     DROPPED = "dropped"
     """Ended without being trained on; `Ticket.drop` is the reason."""
 
@@ -71,7 +71,7 @@ class Verdict(StrEnum):
     ACCEPTED = "accepted"
     """Recorded."""
     DUPLICATE = "duplicate"
-    """Sent twice under the same lease: acknowledged again, but not recorded again."""
+    """Sent twice under the same lease: acknowledged again but not recorded again."""
     SUPERSEDED = "superseded"
     """The lease was revoked; another server generates (or generated) this sample."""
     FINISHED = "finished"
@@ -83,8 +83,8 @@ class Verdict(StrEnum):
     ABANDONED = "abandoned"
     """A token used weights of steps that a resumed trainer repeats. The sample is leased again."""
     INVALID = "invalid"
-    """Aborted, too long, without a sampled token, greedy instead of random (or vice versa), or failed without
-    being one to train on with reward 0."""
+    """Aborted, too long, without a sampled token, greedy instead of random (or vice versa), or failed in a
+    way that is not trained on with reward 0."""
 
     @property
     def refusal(self) -> str:
@@ -111,14 +111,14 @@ class SampleSummary:
     """Tokens that the policy sampled."""
     reward: float
     is_truncated: bool = False
-    """A limit ended it and not the policy."""
+    """A limit, not the policy, ended it."""
     failure: str = ""
     """Empty, or the `FailureKind` of a failure that was recorded with reward 0."""
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class Ticket:
-    """The right to generate one group: `num_samples` responses to one prompt.
+    """The right to generate one group: `num_samples` completions of one prompt.
 
     Only `TicketTable` changes `state`.
     """
@@ -148,7 +148,7 @@ class Ticket:
     samples: dict[int, SampleSummary] = field(default_factory=dict)
     """Accepted samples by index."""
     unleased: set[int] = field(default_factory=set)
-    """Indices of samples that have not arrived and are under no lease."""
+    """Indices of samples that have not arrived and are not under a lease."""
     leases: dict[int, LeaseRecord] = field(default_factory=dict)
     """Live leases by id; no two cover the same sample."""
     num_failures: dict[int, int] = field(default_factory=dict)

@@ -49,7 +49,7 @@ class TasksetRows:
             )
 
     def task(self, split: str, index: int) -> Any:
-        """The task of one row. Raises UserError if there is none: other sessions of the job would fail too."""
+        """The task of one row. Raises UserError if there is none: other sessions would fail too."""
         num_train = len(self.tasks) - self.num_eval
         rows = self.tasks[num_train:] if split == "eval" else self.tasks[:num_train]
         if not 0 <= index < len(rows):
@@ -79,7 +79,7 @@ class Runner:
     _failure: UserError | None = None
 
     async def run(self) -> None:
-        """Runs until `stopping` is set; rollouts that have started are played to the end. Raises UserError."""
+        """Runs until `stopping` is set; rollouts in progress are played to the end. Raises UserError."""
         slots = asyncio.Semaphore(self.concurrency)
         servings: set[asyncio.Task[None]] = set()
         while not self.stopping.is_set():
@@ -121,7 +121,7 @@ class Runner:
             except OSError as error:
                 failures += 1
                 if failures == _TRIES:
-                    self._fail(UserError(f"{self.url}: no answer after {_TRIES} tries ({error})"))
+                    self._fail(UserError(f"{self.url}: no response after {_TRIES} tries ({error})"))
                 elif failures == 1:
                     _LOG.warning("%s: %s; trying again", self.url, error)
                 with contextlib.suppress(TimeoutError):

@@ -160,7 +160,7 @@ class ConversationTokens:
     def _by_prefixes(
         self, messages: list[Message], conversation: ConversationRow
     ) -> list[tuple[str, list[Span]]]:
-        """Texts with their learned spans, found by comparing the template's renderings of message prefixes."""
+        """Texts with their learned spans, found by comparing the template's renderings of prefixes."""
         sequences: list[tuple[str, list[Span]]] = []
         for at, is_learned in enumerate(conversation.is_learned):
             if not is_learned:

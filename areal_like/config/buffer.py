@@ -13,7 +13,7 @@ Policy = Literal["retry", "zero", "drop"]
 
 @dataclass(frozen=True, kw_only=True)
 class OnFailureConfig(Section, key="buffer.on_failure"):
-    """What is done about a failed sample, by the kind of its failure.
+    """Treatment of a failed sample, by the kind of its failure.
 
     `retry`: sample it again, up to `buffer.max_sample_retries` times; `zero`: train on its tokens with reward
     0 (before the first sampled token: as `retry`); `drop`: drop its ticket at once.
@@ -31,8 +31,8 @@ class OnFailureConfig(Section, key="buffer.on_failure"):
     prompt: Policy = "drop"
     """The prompt is too long, or the engine refuses it: `drop` (and do not issue it again) or `retry`."""
     environment: Policy = "zero"
-    """The task's example() or the episode raised or hung, or its conversation became too long for the engine.
-    """
+    """The task's example() or the episode raised or hung, or its conversation became too long for the
+    engine."""
 
     agent: Policy = "drop"
     """External agents did not make the sample, although its server gave it to several of them: `drop`,
@@ -72,8 +72,7 @@ class BufferConfig(Section, key="buffer"):
     ports: tuple[int, ...] = ()
     """The shards' ports one by one; empty: `port` and those after it."""
     lease_timeout_s: PositiveFloat = 10.0
-    """Seconds without a heartbeat after which a lease expires and its missing samples are leased to another
-    server."""
+    """Seconds without a heartbeat after which a lease expires and its missing samples are leased again."""
     overdue: Literal["wait", "drop"] = "wait"
     """Treatment of a running ticket that no later step could train on within the staleness bound: `wait`
     reserves a position of the step for it, `drop` gives the position to another group."""

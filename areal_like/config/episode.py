@@ -29,8 +29,8 @@ class EpisodeConfig(Section, key="episode"):
     """Time limit of one call of the environment (reset or step), in seconds. After it its process is killed,
     and the sample counts as failed (`buffer.on_failure`)."""
     memory_mb: int = 2048
-    """Address space that one environment's process may use in addition to that of its task's imports, in MiB.
-    """
+    """Address space that one environment's process may use in addition to that of its task's imports, in
+    MiB."""
 
     def check(self) -> None:
         require(1 <= self.max_turns <= MAX_TURNS, f"episode.max_turns must be 1 to {MAX_TURNS}")
@@ -60,8 +60,8 @@ class SessionsConfig(Section, key="sessions"):
     not. Then the session's sample counts as failed (`buffer.on_failure.environment`). The sample of an
     external agent is first given to other agents, up to `buffer.max_sample_retries` times."""
     heartbeat_limit_s: NonNegativeFloat = 3600.0
-    """Longest time for which heartbeats keep a session alive without a completion of the model, in seconds.
-    """
+    """Longest time for which heartbeats keep a session alive without a completion of the model, in
+    seconds."""
 
     def check(self) -> None:
         require(bool(self.host), "sessions.host is empty: give an address to bind, e.g. 127.0.0.1")

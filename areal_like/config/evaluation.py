@@ -79,8 +79,8 @@ class EvalSetConfig(Section, key="eval.sets"):
         require(0 <= self.temperature <= 100, f"{key}.temperature={self.temperature:g}: use 0 to 100")
         require(
             self.num_samples == 1 or self.temperature > 0,
-            f"{key}.num_samples={self.num_samples} with temperature=0: greedy answers to one prompt are all "
-            "the same; set a temperature above 0, or num_samples=1",
+            f"{key}.num_samples={self.num_samples} with temperature=0: greedy completions of a prompt are "
+            "all the same; set a temperature above 0, or num_samples=1",
         )
         require(0 < self.top_p <= 1, f"{key}.top_p={self.top_p:g}: use a number above 0 up to 1")
         require(self.top_k >= 0, f"{key}.top_k={self.top_k}: use 0 (all tokens) or more")
@@ -94,7 +94,7 @@ class EvalSetConfig(Section, key="eval.sets"):
         require(
             len(self.k) <= 16 and all(1 <= k <= self.num_samples for k in self.k),
             f"{key}.k={list(self.k)}: give at most 16 numbers from 1 to num_samples={self.num_samples} "
-            "(pass@k needs k answers to a prompt)",
+            "(pass@k needs k completions of a prompt)",
         )
         require(
             not self.task or ("name" in self.task) != ("_target_" in self.task),

@@ -1,4 +1,4 @@
-"""Which GPUs of its machine a local job uses, for the engines and for the trainer's ranks.
+"""The GPUs of its machine that a local job uses for the engines and for the trainer's ranks.
 
 SGLang takes most of a GPU's memory at its start, and NCCL refuses two processes on one GPU. So a job in which
 two of them would share a GPU by accident is refused before anything starts. To share a GPU on purpose (a

@@ -304,7 +304,7 @@ class Config(Section):
         )
 
     def _check_engine_url(self) -> None:
-        """Requires TLS and a key for an engine on the network: whoever can reach it can change its weights."""
+        """Requires TLS and a key for an engine on the network: who can reach it can change its weights."""
         sglang = self.rollout.sglang
         parts = urlsplit(sglang.url)
         if not sglang.url or is_loopback(parts.hostname or "") or self.security.insecure:
@@ -328,7 +328,7 @@ class Config(Section):
         require(
             self.max_staleness != "auto",
             f"weights.sync_interval={interval} causes lags up to {interval - 1} "
-            "whatever the staleness bound is: give max_staleness a number, not auto",
+            "regardless of the staleness bound: give max_staleness a number, not auto",
         )
         require(
             self.staleness_cap >= interval - 1,

@@ -1,4 +1,4 @@
-"""From plain dicts to the configuration's dataclasses and back.
+"""Converts plain dicts to the configuration's dataclasses and back.
 
 An unknown key raises an error that suggests the nearest field name. A value is converted only where YAML or a
 shell cannot express the field's type: a number in quotes, `1e-4` (a string in YAML 1.1), a list for a tuple,

@@ -91,9 +91,9 @@ class TrainerConfig(Section, key="trainer"):
     16-bit dtypes only; `rectangles`: sequences padded to equal lengths, on any device; `auto`: varlen where
     it runs."""
     compile: bool = False
-    """True: norms and MLPs of policy and reference model are compiled with torch.compile, which takes time at
-    the start, and needs g++ on CPUs. Refused with objectives that read gradients of single sequences (VCPO).
-    """
+    """True: norms and MLPs of policy and reference model are compiled with torch.compile, which takes time
+    at the start, and needs g++ on CPUs. Refused with objectives that read gradients of single sequences
+    (VCPO)."""
     reshard_after_forward: bool = True
     """Free the gathered weights of a layer after its forward and gather them again in its backward. With
     `false`, ranks exchange less data, but each needs memory for the whole model in `model.dtype`."""

@@ -83,7 +83,7 @@ def _check_surrogates(row: Any, *, place: str) -> None:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         half = error.object[error.start]
-        raise ConfigError(f"{place}: {half!r} is half of a surrogate pair, and no character") from error
+        raise ConfigError(f"{place}: {half!r} is half of a surrogate pair, not a character") from error
 
 
 def _parquet(path: Path, *, key: str) -> Iterator[Text]:

@@ -1,6 +1,6 @@
 """Opens the rows of a source: a memory-mapped sequence with a fingerprint and the location of each row.
 
-A row is decoded when it is asked for (about 10 us for a kilobyte), so memory does not grow with the data.
+A row is decoded when it is read (about 10 us for a kilobyte), so memory does not grow with the data.
 """
 
 from __future__ import annotations

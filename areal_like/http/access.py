@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from areal_like.security.keys import KeyRole
 
 MAX_HEAD_BYTES = 64 << 10
-"""Most bytes of a request's headers."""
+"""Maximum bytes of a request's headers."""
 PROBE_PATHS = frozenset({"/livez", "/readyz"})
 """Paths that need neither token nor known host: they say only `ok` or `not ready`."""
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
@@ -37,19 +37,19 @@ class Reason(StrEnum):
     ORIGIN = "origin"
     """The request was made by a web page."""
     HOST = "host"
-    """Its `Host` header has a name that this server does not have."""
+    """The request's `Host` header has a name that this server does not have."""
     TOKEN = "token"
     """The request has no valid bearer token."""
     ROLE = "role"
-    """Its token may not change anything."""
+    """The request's token permits no changes."""
     HEAD = "head"
-    """Its headers are too long."""
+    """The request's headers are too long."""
     BODY = "body"
-    """Its body is too long."""
+    """The request's body is too long."""
     SLOW = "slow"
-    """Its body did not arrive in time."""
+    """The request's body did not arrive in time."""
     GONE = "gone"
-    """It is for a session that has ended."""
+    """The request is for a session that has ended."""
     BUSY = "busy"
     """Too many requests of the session are in progress."""
 
@@ -89,7 +89,7 @@ class AccessRules:
             return Refusal(431, Reason.HEAD, f"the headers are longer than {MAX_HEAD_BYTES} bytes")
         site = _only(headers, b"sec-fetch-site") or b"none"
         if any(name == b"origin" for name, _ in headers) or site not in (b"none", b"same-origin"):
-            return Refusal(403, Reason.ORIGIN, "requests of web pages are refused (Origin, Sec-Fetch-Site)")
+            return Refusal(403, Reason.ORIGIN, "requests from web pages are refused (Origin, Sec-Fetch-Site)")
         if scope["path"] in self.open_paths and scope["method"] in _SAFE_METHODS:
             return None
         host = host_of(_only(headers, b"host") or b"")

@@ -224,7 +224,7 @@ def _merged(file: Path | None, settings: Sequence[str]) -> dict[str, Any]:
     except ConfigError:
         raise
     except YAMLError as error:
-        raise ConfigError(f"{where}no YAML ({' '.join(str(error).split())})") from None
+        raise ConfigError(f"{where}not YAML ({' '.join(str(error).split())})") from None
     except (OmegaConfBaseException, ValueError, OSError) as error:
         raise ConfigError(f"{where}{first_line(error)}") from None
     assert isinstance(plain, dict)

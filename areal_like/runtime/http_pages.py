@@ -29,7 +29,7 @@ from areal_like.security.tokens import role_of_token
 from areal_like.wire.sockets import bound_socket
 
 _BODY_LIMITS = BodyLimits(max_bytes=1 << 20, timeout_s=10.0)
-"""Largest body of a request, in bytes; `areal-like drop` with a hundred thousand tickets stays below it."""
+"""Limits of a request body; `areal-like drop` with a hundred thousand tickets stays below them."""
 _MAX_CONNECTIONS = 128
 
 Verb = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]

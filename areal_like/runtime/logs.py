@@ -163,7 +163,7 @@ class ReopenedFile(logging.FileHandler):
         self.reopen()
 
     def reopen(self) -> None:
-        """Closes the file and opens the one that has its name now. Must not be called from a signal handler."""
+        """Closes the file and opens the one that has its name now. Do not call it in a signal handler."""
         self.acquire()
         try:
             self.close_stream()

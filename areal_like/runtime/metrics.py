@@ -103,7 +103,9 @@ class DaemonSeries(Collector):
         build.add_metric(list(self._versions.values()), 1.0)
         yield build
         is_ready = float(not self._not_ready())
-        yield GaugeMetricFamily(f"{PREFIX}_ready", "1 while /readyz answers 200, else 0", value=is_ready)
+        yield GaugeMetricFamily(
+            f"{PREFIX}_ready", "1 while /readyz responds with 200, else 0", value=is_ready
+        )
         try:
             free = shutil.disk_usage(self._directory).free
         except OSError:

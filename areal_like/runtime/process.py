@@ -97,7 +97,7 @@ def keep_files_private(root: Path | None = None) -> None:
 def allow_many_files() -> None:
     """Raises this process's limit of open files (sockets included) as far as the system allows.
 
-    libzmq accepts every connection. At the usual limit of 1024, about a thousand idle connections would keep
+    libzmq accepts every connection. At the usual limit of 1024, a few hundred idle connections would keep
     the daemon from opening its own files.
     """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -19,7 +19,7 @@ class ProgressClock:
         """Calls of `observe` that saw a change, and of `advance`."""
 
     def observe(self, source: str, sign: Hashable, *, now_s: float) -> None:
-        """Records the current sign of a source. A change is progress, and so is the first sign of a source."""
+        """Records the current sign of a source. A change is progress, and so is a source's first sign."""
         if source not in self._signs or self._signs[source] != sign:
             self._signs[source] = sign
             self.advance(now_s=now_s)

@@ -68,9 +68,9 @@ def _serve(reading: int) -> None:
             try:
                 reopen_logs()
             except OSError as error:
-                log.error("the log files could not be opened again: %s", error)
+                log.error("the log files could not be reopened: %s", error)
                 continue
-            log.info("SIGHUP: the log files were opened again")
+            log.info("SIGHUP: the log files were reopened")
         else:
             log.warning("SIGUSR1: the stacks of all threads and tasks", extra={"stacks": all_stacks()})
 

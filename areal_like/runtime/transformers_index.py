@@ -30,7 +30,7 @@ _INDEXER = "transformers.utils.import_utils"
 _SCAN = "create_import_structure_from_path"
 
 Index = dict[Any, Any]
-"""What the scan returns: name of a folder -> its Index; frozenset of the packages that modules need ->
+"""The result of the scan: name of a folder -> its Index; frozenset of the packages that modules need ->
 {module -> names that it exports}."""
 
 

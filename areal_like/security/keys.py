@@ -36,7 +36,7 @@ _FORMAT = 1
 
 
 class KeyRole(StrEnum):
-    """What the holder of a key may do."""
+    """The permissions of a key's holder."""
 
     BUFFER = "buffer"
     """Serve the stream: the key of the buffer's ROUTER."""

@@ -76,7 +76,7 @@ class BufferConnection(Link):
         keyring: Keyring | None = None,
         look_up: Callable[[], str | None] | None = None,
     ) -> None:
-        """`look_up`: called for the buffer's current address while it does not respond; see `buffer_lookup`."""
+        """`look_up`: called for the buffer's address while it does not respond; see `buffer_lookup`."""
         super().__init__(
             address,
             handler=self._handle,
@@ -156,7 +156,7 @@ class BufferConnection(Link):
         super().close()
 
     def _follow(self, look_up: Callable[[], str | None]) -> None:
-        """Once a second, connects to another address if the buffer does not respond and was restarted there."""
+        """Connects to another address, once a second, if the buffer was lost and has restarted there."""
         self._following = self._loop.call_later(_FOLLOW_S, self._follow, look_up)
         if self.is_silent and (address := look_up()) not in (None, self.address):
             assert address is not None

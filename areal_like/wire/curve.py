@@ -46,7 +46,7 @@ _PAUSE_S, _LONGEST_PAUSE_S = 0.1, 0.5
 
 
 class _Monitor:
-    """Calls `on_event` with events of a socket's connections until it is closed. Close it before the socket."""
+    """Calls `on_event` with events of a socket's connections. Close it before the socket."""
 
     def __init__(self, socket: zmq.Socket[bytes], events: int, on_event: Callable[[int], None]) -> None:
         address = f"inproc://monitor-{uuid.uuid4().hex}"
@@ -307,7 +307,7 @@ class CurveClient:
 
 
 def _turn(candidates: list[str], attempt: int) -> str:
-    """Every other attempt uses the first candidate, which is the newest key; the rest use the others in turn."""
+    """Every other attempt uses the first candidate, the newest key; the rest use the others in turn."""
     newest, *older = candidates
     return older[attempt // 2 % len(older)] if older and attempt % 2 else newest
 

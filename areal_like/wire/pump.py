@@ -38,8 +38,8 @@ _KEEPALIVE_IDLE_S = 10
 _KEEPALIVE_INTERVAL_S = 5
 _KEEPALIVE_PROBES = 4
 _MAX_UNACKNOWLEDGED_S = 30
-"""A connection ends when the other host has not acknowledged sent data for so long (TCP_USER_TIMEOUT), or has
-not made room for more. Ranks and servers that were stopped for longer connect again."""
+"""A connection ends when the other host has not acknowledged sent data for this long (TCP_USER_TIMEOUT), or
+has not made room for more. Ranks and servers that were stopped for longer connect again."""
 
 _MAX_WAITING = 64
 """Received messages of one peer that may wait to be handled. The rest stay in its TCP connection, so a flood

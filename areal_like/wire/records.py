@@ -81,7 +81,7 @@ _MAX_RUNS = 1 << 16
 """Longer metadata is not unpacked, because it would occupy the event loop. The versions of a sample's tokens
 change once for each push and turn, so a sample has tens of runs."""
 _COST_PER_RUN, _OTHER_COST = 13, 100_000
-"""For `unpack`: of a run with its two numbers, and of everything else in the metadata."""
+"""Costs for `unpack`: of a run with its two numbers, and of everything else in the metadata."""
 _BAD_RUNS = "want a number of tokens and runs [version, number of tokens]"
 _FINISH_REASONS = {reason.value: reason for reason in FinishReason}
 

@@ -1,7 +1,7 @@
 """Measures the CPU time per sample in a ledger with many old tickets: ledger and store, without sockets.
 
 The CPU time of the store's writer thread is included. The old tickets are written with SQL in their final
-state (trained, released, their rows kept for ever), because training a million tickets would take too long.
+state (trained, released, their rows kept forever), because training a million tickets would take too long.
 The ledger is then recovered, and new steps are run.
 """
 

@@ -1,4 +1,4 @@
-"""The load, equal for every system: trajectories, window, backlog, and begin and end of the measurement.
+"""The load, equal for every system: trajectories, window, backlog, and the measurement period.
 
 There are eight producers in two processes, because the machine has two cores. Each producer has at most
 `window` unacknowledged trajectories, and stops while `backlog` trajectories are acknowledged and not yet
@@ -62,9 +62,9 @@ class Plan:
     index: int = 0
     """Number of the producers' process."""
     window: int = 32
-    """Most unacknowledged trajectories of one producer."""
+    """Maximum unacknowledged trajectories of one producer."""
     backlog: int = 8192
-    """Most trajectories, over all producers, that are acknowledged and not yet consumed."""
+    """Maximum trajectories, over all producers, that are acknowledged and not yet consumed."""
     rate_per_s: float = 0.0
     """Trajectories per second of one process; 0: as fast as the window allows."""
     num_tokens: int = 1024
@@ -101,7 +101,7 @@ class Tally:
     num_acked: int = 0
     num_consumed: int = 0
     latencies_s: list[float] = field(default_factory=list)
-    """From sending a trajectory to its acknowledgement."""
+    """Times from sending a trajectory to its acknowledgement."""
 
     @property
     def is_over(self) -> bool:

@@ -60,7 +60,7 @@ _MAX_TOKENS = 32_768
 
 
 def groups_per_step(backlog: int) -> int:
-    """GROUPS_PER_STEP, or fewer if the backlog would then be too few steps."""
+    """GROUPS_PER_STEP, or fewer if the backlog would otherwise cover too few steps."""
     return min(GROUPS_PER_STEP, backlog // (GROUP_SIZE * (MIN_STALENESS + 1)))
 
 

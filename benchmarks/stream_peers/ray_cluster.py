@@ -4,7 +4,7 @@
 tallies. Both systems keep everything in memory: an acknowledged trajectory does not survive the actor's
 process.
 
-    queue           `ray.util.queue.Queue`: one trajectory per `put_async`, with one call per place in the
+    queue           `ray.util.queue.Queue`: one trajectory per `put_async`, with one call per slot of the
                     window running concurrently
     queue_batch     the same queue with `put_nowait_batch` of a whole window at a time: the fastest way to
                     write to it, but a stream of single samples cannot use it

@@ -1,8 +1,9 @@
-"""Which pool limits a healthy job, and what a change can gain: from the idle shares of both. Pure.
+"""Finds the pool that limits a healthy job, and the possible gain, from the idle shares of both pools. Pure.
 
-The trainer waits for groups for a share w of the time, and the engines have no sequence for a share i. The
-trainer alone could make 1 / (1 - w) times as many steps, and engines could sample 1 / (1 - i) times as much.
-So more engines help up to 1 / (1 - w), a faster trainer up to 1 / (1 - i), and neither helps where both wait.
+The trainer waits for groups a share w of the time, and the engines have no sequence a share i of the time.
+The trainer alone could make 1 / (1 - w) times as many steps, and the engines could sample 1 / (1 - i) times
+as much. So more engines help up to 1 / (1 - w), a faster trainer up to 1 / (1 - i), and neither helps where
+both wait.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from dataclasses import dataclass
 
 _WINDOW_S = 60.0
 _IDLE = 0.1
-"""A pool that waits for less is busy: steps and pushes alone leave gaps of this size."""
+"""A pool with a smaller idle share is busy: steps and pushes alone leave gaps of this size."""
 _ENOUGH_S = 10.0
-"""Time that has to be seen before something is said."""
+"""Shortest observed time, in seconds, before advice is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +28,11 @@ class PoolTotals:
     wait_s: float
     """Time in which the slowest rank of the trainer waited for groups."""
     busy_s: float
-    """Time in which engines had sequences, summed over servers."""
+    """Time in which the engines had sequences, summed over servers."""
     idle_s: float
     """Time in which they had none."""
     starved_s: float
-    """Part of it in which all samples of a server were at rewards or environments."""
+    """Part of the idle time in which all samples of a server waited for rewards or environments."""
 
 
 class Utilisation:
@@ -41,7 +42,7 @@ class Utilisation:
         self._loads: deque[PoolTotals] = deque()
 
     def observe(self, load: PoolTotals) -> None:
-        """Adds the totals as they are now."""
+        """Adds the current totals."""
         if self._loads and load.busy_s + load.idle_s < self._loads[-1].busy_s + self._loads[-1].idle_s:
             self._loads.clear()  # a server has left, or counts from zero
         self._loads.append(load)
@@ -50,7 +51,7 @@ class Utilisation:
 
     @property
     def trainer_idle(self) -> float | None:
-        """Share of the time in which the trainer waited for groups; None: too little was seen."""
+        """Share of the time in which the trainer waited for groups; None: observed for too short a time."""
         return self._share(lambda first, last: (last.wait_s - first.wait_s, last.at_s - first.at_s))
 
     @property
@@ -65,7 +66,8 @@ class Utilisation:
 
     @property
     def starved(self) -> float:
-        """Share in which engines had free places because samples waited for rewards or environments."""
+        """Share of the time in which engines had free slots because samples waited for rewards or
+        environments."""
         return (
             self._share(
                 lambda first, last: (
@@ -84,7 +86,8 @@ class Utilisation:
 
 
 def advice(utilisation: Utilisation, *, max_staleness: int) -> str:
-    """One or two sentences: which pool is the limit, and what to change; empty if too little was seen."""
+    """One or two sentences: which pool is the limit, and what to change; empty if observed for too short a
+    time."""
     trainer, engines = utilisation.trainer_idle, utilisation.generation_idle
     if trainer is None or engines is None:
         return ""
@@ -112,5 +115,5 @@ def advice(utilisation: Utilisation, *, max_staleness: int) -> str:
         return f"the pools take turns ({shares}), as max_staleness=0 demands: 1 or more lets them overlap"
     return (
         f"each pool waits for the other ({shares}): a larger max_staleness (now {max_staleness}) lets "
-        "engines work further ahead; else a few long answers hold the steps (response_length_p99)"
+        "engines work further ahead; otherwise a few long completions delay the steps (response_length_p99)"
     )

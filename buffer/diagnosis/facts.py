@@ -1,7 +1,7 @@
-"""What the buffer knows of a running job when it asks who waits on whom, and how it reports it. No rules.
+"""The facts about a running job from which the buffer derives who waits on whom, and their report. No rules.
 
 Everything comes from the ledger and from the last heartbeat of each peer, so one response of the buffer is
-enough, whatever machines the peers run on.
+enough, no matter which machines the peers run on.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ class PeerFacts:
 
     name: str
     silent_s: float
-    """Since its last message. Time in which the buffer itself did not run does not count."""
+    """Seconds since its last message. Time in which the buffer itself did not run does not count."""
     state: str
     waits: Mapping[str, float] = field(default_factory=dict)
-    """What it waits for -> seconds, as of its last heartbeat."""
+    """Name of a wait -> seconds, as of its last heartbeat."""
     stats: Mapping[str, float] = field(default_factory=dict)
 
     def longest_wait(self, prefix: str) -> tuple[str, float]:
-        """Its longest wait whose name begins with `prefix:`, without that, and the seconds; ("", 0): none."""
+        """Its longest wait whose name begins with `prefix:`: the name without the prefix, and the seconds;
+        ("", 0): none."""
         found = self.names_of(prefix)
         return max(found.items(), key=lambda wait: wait[1], default=("", 0.0))
 
     def names_of(self, prefix: str) -> dict[str, float]:
-        """Its waits whose names begin with `prefix:`, without that."""
+        """The names of its waits that begin with `prefix:`, without the prefix."""
         begin = f"{prefix}: "
         return {name.removeprefix(begin): s for name, s in self.waits.items() if name.startswith(begin)}
 
@@ -39,9 +40,9 @@ class ServerFacts(PeerFacts):
     """One rollout server."""
 
     held_back: str = ""
-    """Why the buffer grants it no leases: a quarantine, or an operator; empty if it does."""
+    """Why the buffer grants it no leases (a quarantine, or an operator); empty if it grants leases."""
     lies: str = ""
-    """Why it is in quarantine, if that is for messages that no server sends."""
+    """Why it is in quarantine, if the reason is messages that no server sends."""
     num_leases: int = 0
     free_samples: int = 0
     weights_version: int = 0
@@ -57,7 +58,7 @@ class RankFacts(PeerFacts):
 
 @dataclass(frozen=True, kw_only=True)
 class LeaseFacts:
-    """A ticket whose samples a server makes."""
+    """A ticket whose samples a server is generating."""
 
     ticket_id: int
     server: str
@@ -71,7 +72,7 @@ class JobFacts:
     servers: tuple[ServerFacts, ...] = ()
     ranks: tuple[RankFacts, ...] = ()
     world_size: int = 0
-    """Ranks that the trainer has, as they have said; 0 before the first."""
+    """Number of ranks of the trainer, as the ranks report it; 0 before the first registers."""
     open_step: int = 0
     """The step being recorded."""
     num_recorded: int = 0
@@ -83,16 +84,16 @@ class JobFacts:
     oldest_leases: tuple[LeaseFacts, ...] = ()
     """Leases of training tickets, the oldest first."""
     lost_servers: Mapping[str, float] = field(default_factory=dict)
-    """Servers that were silent and are removed -> seconds since."""
+    """Servers that stopped responding and were removed -> seconds since then."""
     store_trouble: str = ""
     store_trouble_s: float = 0.0
     paused_s: float = 0.0
-    """Since an operator has paused the run; 0: it is not paused."""
+    """Seconds since an operator paused the run; 0: it is not paused."""
     closed_reason: str = ""
     closed_s: float = 0.0
     is_finished: bool = False
     loop_late_s: float = 0.0
-    """How late the buffer's own timer was, a mean over the last seconds."""
+    """Mean delay of the buffer's own timer over the last seconds."""
 
     @property
     def num_missing(self) -> int:
@@ -101,7 +102,7 @@ class JobFacts:
 
 
 class On(StrEnum):
-    """What a job waits for."""
+    """The kinds of things that a job waits for."""
 
     TRAINER = "trainer"
     SERVER = "rollout_server"
@@ -134,10 +135,10 @@ class Cause:
 
 @dataclass(frozen=True, kw_only=True)
 class WaitLimits:
-    """Seconds after which waiting is worth a line."""
+    """Seconds after which a wait is reported."""
 
     stall_s: float
-    """For what replies or advances several times in this time when it works."""
+    """For peers that respond or make progress several times within this time when they work."""
     work_s: float
     """For work whose time depends on the job: rewards, tools, a push, an optimizer step."""
 

@@ -1,4 +1,4 @@
-"""Tickets and leases over time: histograms of how long they stay in a state, and the rows of a trace."""
+"""Tickets and leases over time: histograms of the times they spend in a state, and the rows of a trace."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from buffer.tickets import LeaseRecord, State, Ticket
 
 
 class LifeTimes:
-    """The histograms of one buffer. What was alive before it started is not in them."""
+    """The histograms of one buffer, without tickets and leases that existed before it started."""
 
     def __init__(self, metrics: Metrics, *, clock: Callable[[], float]) -> None:
-        """`clock`: that by which leases are granted."""
+        """`clock`: the clock by which leases are granted."""
         self._clock = clock
         self._since_s: dict[int, float] = {}
         """Train ticket -> when it became READY or BATCHED."""
         self._queue = metrics.histogram(
             "ticket_queue_seconds",
-            "Time that a whole group waited: ready for a place in a step, batched until the trainer got it",
+            "Time that a whole group waited: ready for a step position, batched until the trainer got it",
             buckets=SECONDS,
             label="state",
             values=(State.READY, State.BATCHED),
@@ -54,9 +54,8 @@ class LifeTimes:
             self._since_s[ticket.ticket_id] = now_s
 
     def _served(self, ticket: Ticket) -> None:
-        """The trainer gets a group; if it asks again, for the same step, that is not counted.
-
-        Not the move to TRAINED: that is at the next checkpoint, maybe an hour after.
+        """Counts a group that the trainer gets; a repeated request in the same step is not counted. The move
+        to TRAINED would be too late: it happens at the next checkpoint, perhaps an hour later.
         """
         if (since_s := self._since_s.pop(ticket.ticket_id, None)) is not None:
             self._queue.labels(State.BATCHED).observe(self._clock() - since_s)
@@ -69,7 +68,7 @@ _STATES = (State.QUEUED, State.LEASED, State.READY, State.BATCHED)
 
 
 class Timeline:
-    """Looks at the ledger at every tick; records what has changed."""
+    """Reads the ledger at every tick and records changes."""
 
     def __init__(self) -> None:
         self._open_step = -1

@@ -1,11 +1,11 @@
-"""Who waits on whom: from the facts of a job to the causes of its waiting. Pure.
+"""Derives from the facts of a job who waits on whom, and the causes of the waiting. Pure.
 
-    trainer <- a step with missing places <- the servers that hold its tickets <- their engines, rewards, ...
+    trainer <- a step with missing groups <- the servers that hold its tickets <- their engines, rewards, ...
 
-Waiting spreads along these edges, and only its ends are causes: a trainer that waits for groups of a server
-whose engine makes no token is not named, and neither is the server. What is certain comes first (a process
-that sends nothing, a store that cannot write); what follows only from the others doing nothing (`_behind_*`)
-is looked at if nothing is certain.
+Waiting spreads along these edges, and only their ends are causes: a trainer that waits for groups of a server
+whose engine generates no token is not named, and neither is the server. Certain causes come first (a process
+that sends nothing, a store that cannot write). Causes that are only inferred from the inactivity of others
+(`_behind_*`) are considered if there is no certain one.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from buffer.diagnosis.facts import Cause, JobFacts, On, RankFacts, ServerFacts, 
 from buffer.storage.base import Blocked
 
 _EVALUATION = "the evaluation"
-"""The trainer's name of its wait for one."""
+"""The trainer's name for its wait for a group."""
 _LATE_S = 0.5
-"""Mean delay of a process' timer above which the process does not get the time that it needs."""
+"""Mean delay of a process's timer, in seconds, above which the process does not get enough CPU time."""
 _STORE_REMEDIES = {
-    Blocked.FULL: "make room on its disk; it goes on by itself",
-    Blocked.LOCKED: "end that program or its transaction; the buffer goes on by itself",
-    Blocked.HANGS: "see what keeps that disk busy, and the kernel's log (dmesg); it goes on by itself",
+    Blocked.FULL: "make room on its disk; it continues by itself",
+    Blocked.LOCKED: "end that program or its transaction; the buffer continues by itself",
+    Blocked.HANGS: "see what keeps that disk busy, and the kernel's log (dmesg); it continues by itself",
 }
 
 
@@ -38,10 +38,10 @@ _REMEDIES = {
     "agents": (On.AGENT, "its log says what their process does"),
     "sessions": (
         On.AGENT,
-        "start agents (`areal-like status` shows the address); mend and restart those that fail",
+        "start agents (`areal-like status` shows the address); fix and restart those that fail",
     ),
 }
-"""By the kind of a server's waits."""
+"""What the job waits on, and the remedy, by the kind of a server's waits."""
 
 
 def causes_of(
@@ -49,7 +49,8 @@ def causes_of(
 ) -> list[Cause]:
     """The causes, the longest first; empty if nothing waits for long.
 
-    `slow`: name of a server or rank -> how slow it is (`Speeds`). `late`: servers that have long been late.
+    `slow`: name of a server or rank -> how slow it is (`Speeds`). `late`: servers that have been late for
+    long.
     """
     if facts.is_finished:
         return []
@@ -66,22 +67,22 @@ def causes_of(
 
 
 def effects_of(facts: JobFacts, *, limits: WaitLimits) -> list[str]:
-    """What waits on the causes: the trainer, and the places of its step that are missing."""
+    """What waits on the causes: the trainer, and the missing groups of its step."""
     effects = []
     waiting = max(facts.ranks, key=_data_wait, default=None)
     if waiting is not None and _data_wait(waiting) > limits.stall_s:
         name, seconds = waiting.longest_wait("buffer")
         effects.append(f"{waiting.name} waits for {name}, {_time(seconds)}")
-    # Young tickets are work in progress, and wait for nothing.
+    # Young tickets are work in progress and do not wait.
     old = [lease for lease in facts.oldest_leases if lease.age_s > limits.stall_s]
     if facts.num_missing and (old or (facts.ranks and not facts.oldest_leases)):
         tickets = ", ".join(
             f"ticket {lease.ticket_id} at {lease.server} for {_time(lease.age_s)}"
             for lease in old[: max(3, min(facts.num_missing, 8))]
         )
-        places = "place" if facts.num_missing == 1 else "places"
+        groups = "group" if facts.num_missing == 1 else "groups"
         effects.append(
-            f"step {facts.trainer_step} misses {facts.num_missing} {places} of {facts.num_groups}"
+            f"step {facts.trainer_step} lacks {facts.num_missing} {groups} of {facts.num_groups}"
             + (f": {tickets}" if tickets else "; no ticket is leased")
         )
     return effects
@@ -107,12 +108,13 @@ def _buffer(facts: JobFacts, limits: WaitLimits) -> Iterator[Cause]:
 
 
 def _cut_off(facts: JobFacts, limits: WaitLimits) -> Iterator[Cause]:
-    """Every server and every rank fell silent at once: so many do not stop in the same seconds."""
+    """Every server and every rank stopped sending at once: so many processes do not fail within the same
+    seconds."""
     silent = [peer.silent_s for peer in (*facts.servers, *facts.ranks)]
     if not facts.ranks or not (facts.servers or facts.lost_servers) or max(silent) <= limits.stall_s:
         return
     began_together = max(silent) - min(silent) < limits.stall_s / 3
-    # A server that was silent is removed after a lease, so later than the others fell silent.
+    # A silent server is removed when its leases expire, so later than the others stopped sending.
     if not began_together or max(facts.lost_servers.values(), default=0.0) > min(silent):
         return
     yield Cause(
@@ -140,7 +142,7 @@ def _silent(facts: JobFacts, limits: WaitLimits) -> Iterator[Cause]:
 
 
 def _lost(facts: JobFacts, limits: WaitLimits) -> Iterator[Cause]:
-    """Servers that were silent for so long that they are removed."""
+    """Servers that were removed because they sent nothing for too long."""
     others = any(server.state == "serving" and not server.held_back for server in facts.servers)
     for name, seconds in facts.lost_servers.items():
         taken = "other servers make its samples" if others else "no other server is left"
@@ -155,7 +157,8 @@ def _lost(facts: JobFacts, limits: WaitLimits) -> Iterator[Cause]:
 
 
 def _liars(facts: JobFacts) -> Iterator[Cause]:
-    """Whatever the job waits for: such a server is broken, or somebody else has its key."""
+    """Servers that send messages that no server sends. They are causes even if the job does not wait for
+    them: such a server is broken, or its key is in other hands."""
     for server in facts.servers:
         if server.lies:
             yield Cause(
@@ -198,7 +201,7 @@ def _engines(facts: JobFacts, limits: WaitLimits) -> Iterator[Cause]:
 
 
 def late_servers(facts: JobFacts) -> set[str]:
-    """Servers whose process does not get the time that it needs, for now."""
+    """Servers whose process currently does not get enough CPU time."""
     return {server.name for server in facts.servers if server.stats.get("loop_late_s", 0.0) > _LATE_S}
 
 
@@ -270,7 +273,7 @@ def _absent(facts: JobFacts, limits: WaitLimits) -> Iterator[Cause]:
 
 
 def _pushes(facts: JobFacts, limits: WaitLimits) -> Iterator[Cause]:
-    """Servers that have not confirmed weights. The trainer names them; a group waits for its slowest."""
+    """Servers that have not confirmed weights. The trainer names them; a push waits for the slowest."""
     for rank in facts.ranks:
         for wait, seconds in rank.waits.items():
             kind, _, what = wait.partition(": ")
@@ -281,12 +284,12 @@ def _pushes(facts: JobFacts, limits: WaitLimits) -> Iterator[Cause]:
                 name=what.partition(" ")[0],
                 seconds=seconds,
                 what=f"{rank.name} waits for {what}, {_time(seconds)}",
-                remedy="after weights.push_deadline_s the push goes on without it; its log says what it does",
+                remedy="after weights.push_deadline_s the push continues without it; its log says more",
             )
 
 
 def _behind_groups(facts: JobFacts, limits: WaitLimits) -> Iterator[Cause]:
-    """The trainer waits for groups or an evaluation, and every process is alive."""
+    """Causes while the trainer waits for groups or an evaluation and every process is alive."""
     waits_s = max(
         (max(_data_wait(rank), rank.waits.get(_EVALUATION, 0.0)) for rank in facts.ranks), default=0.0
     )
@@ -325,7 +328,7 @@ def _held_back(servers: Iterable[ServerFacts], waits_s: float) -> Iterator[Cause
 
 
 def _behind_ranks(facts: JobFacts, limits: WaitLimits) -> Iterator[Cause]:
-    """A rank that waits for another one inside a step, or for something outside the job."""
+    """Causes while a rank waits for another one within a step, or for something outside the job."""
     for rank in facts.ranks:
         for wait, seconds in rank.waits.items():
             if wait.startswith(("buffer: ", "weights: ")) or seconds <= limits.work_s:

@@ -1,11 +1,11 @@
-"""Notices a daemon that works, and far slower than it did before. Pure: times come in as arguments.
+"""Detects a daemon that works, but far slower than before. Pure: times are arguments.
 
-The speed of an engine is its tokens a second while it has requests, and those of one request; the speed of
-a trainer is its steps per second of work. The time of work is counted by the daemon: what it does at the
-moment of a heartbeat does not measure steps that are shorter than the time between heartbeats. Each is
-compared with its own mean of earlier windows: machines, models and lengths differ too much to compare daemons
-with one another. With more requests at a time, each of them is slower, and with fewer all of them together
-are; so an engine is slow only if both have fallen.
+An engine has two speeds, its tokens per second while it has requests, in total and per request; the speed of
+a trainer is its steps per second of work. The daemon itself counts its working time, because sampling its
+state at heartbeats would miss steps that are shorter than the interval. Each daemon is compared with its own
+mean over earlier windows: machines, models and lengths differ too much to compare daemons with one another.
+More concurrent requests lower the speed per request, and fewer lower the total; so an engine is slow only if
+both have fallen.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 WINDOW_S = 4.0
-"""Time over which a speed is taken: several heartbeats, and several tokens of a slow engine."""
+"""Seconds over which a speed is measured: several heartbeats, and several tokens of a slow engine."""
 _SLOW = 0.25
-"""Fraction of the usual speed below which a daemon is slow. Lengths of answers alone change it by less."""
+"""Fraction of the usual speed below which a daemon is slow. Varying lengths of completions change it by
+less."""
 _USUAL_AGAIN = 0.4
 """Fraction above which a slow daemon is no longer slow."""
 _SETTLED = 4
-"""Windows before a speed counts as usual."""
+"""Number of windows before a speed counts as usual."""
 _SMOOTHING = 0.1
 
 
@@ -46,8 +47,8 @@ class Speeds:
     _known: dict[str, _Known] = field(default_factory=dict)
 
     def observe(self, name: str, *, work: float, busy_s: float, added_s: float, now_s: float) -> None:
-        """Takes a daemon's totals: of work (tokens, steps), of the seconds in which it had work, and of these
-        seconds added over what it worked on in parallel (at least `busy_s`)."""
+        """Adds a daemon's totals: its work (tokens, steps), the seconds in which it had work, and these
+        seconds summed over its parallel tasks (at least `busy_s`)."""
         known = self._known.get(name)
         if known is None or work < known.work or busy_s < known.busy_s:  # new, or it counts from zero
             self._known[name] = _Known(seen_s=now_s, work=work, busy_s=busy_s, added_s=added_s)
@@ -64,7 +65,7 @@ class Speeds:
         self._judge(known, speed, now_s=now_s)
 
     def forget_window(self, name: str) -> None:
-        """Begins a window anew: the daemon has stalled, which is a cause of another kind."""
+        """Starts a new window: the daemon has stalled, which is a different kind of cause."""
         if (known := self._known.get(name)) is not None:
             known.is_stale = True
 
@@ -88,7 +89,7 @@ class Speeds:
             known.share = share
             if known.slow_since_s is None:
                 known.slow_since_s = now_s - WINDOW_S
-            return  # what is slow now must not become the usual speed
+            return  # a slow speed must not become the usual one
         known.slow_since_s = None
         weight = max(_SMOOTHING, 1 / (known.num_windows + 1))
         known.usual = (

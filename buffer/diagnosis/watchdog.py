@@ -1,4 +1,4 @@
-"""Looks at the job once a second: who waits on whom, for /status, the log and Prometheus. Pure: no clock."""
+"""Examines the job once a second: who waits on whom, for /status, the log and Prometheus. Pure: no clock."""
 
 from __future__ import annotations
 
@@ -18,20 +18,22 @@ log = logging.getLogger(__name__)
 
 INTERVAL_S = 1.0
 _LATE_S = 1.0
-"""A watchdog that was later has not run for a while: the job was silent only because nobody listened."""
+"""A watchdog that is later than this was not running: the job only seemed silent because nothing was
+received."""
 
 
 class Wakefulness:
-    """Since when the buffer has run without a gap. A stopped process must not take others for silent."""
+    """Tracks since when the buffer has run without a gap. A process that was stopped must not mistake others
+    for silent."""
 
     def __init__(self, *, now_s: float) -> None:
         self._due_s = now_s
         self.awake_since_s = now_s
         self.late_s = 0.0
-        """How late the timer was, a mean over the last seconds."""
+        """Mean delay of the timer over the last seconds."""
 
     def tick(self, *, now_s: float, next_s: float) -> None:
-        """Call it when the timer fires; `next_s`: when it will the next time."""
+        """Call it when the timer fires; `next_s`: when it will fire next."""
         late_s = max(0.0, now_s - self._due_s)
         self.late_s += 0.1 * (min(late_s, 4.0) - self.late_s)  # one long gap alone stays below 0.5
         if late_s > _LATE_S:
@@ -39,7 +41,7 @@ class Wakefulness:
         self._due_s = next_s
 
     def silent_s(self, heard_s: float, *, now_s: float) -> float:
-        """Seconds in which a peer was silent while the buffer could hear it."""
+        """Seconds in which a peer sent nothing while the buffer was able to receive."""
         return max(0.0, now_s - max(heard_s, self.awake_since_s))
 
 
@@ -65,19 +67,19 @@ class Watchdog:
         self._max_staleness = 0
 
     def look(self, facts: JobFacts, *, load: PoolTotals, max_staleness: int) -> None:
-        """Takes the facts of this moment."""
+        """Updates the diagnosis from the current facts."""
         self._max_staleness = max_staleness
         for server in facts.servers:
             if server.longest_wait("engine")[1]:
                 self._speeds.forget_window(server.name)
                 continue
             self._observe(server, "tokens_generated", "at_engine_s", "requests_s", now_s=load.at_s)
-        for rank in facts.ranks:  # rank 0 alone counts, and all are as slow as the slowest
+        for rank in facts.ranks:  # only rank 0 counts, and all ranks are as slow as the slowest
             self._observe(rank, "row_step", "busy_s", "busy_s", now_s=load.at_s)
         self._speeds.keep_only({peer.name: None for peer in (*facts.servers, *facts.ranks)})
         self._utilisation.observe(load)
         self._late_since_s = {name: self._late_since_s.get(name, load.at_s) for name in late_servers(facts)}
-        # What has stalled completely is found in this time, and makes others late.
+        # A complete stall is detected within this time, and makes others late.
         late = [
             name
             for name, since_s in self._late_since_s.items()
@@ -87,7 +89,7 @@ class Watchdog:
         if facts.store_trouble:
             self._blocked_at_s = load.at_s
         elif load.at_s - self._blocked_at_s < self._limits.stall_s:
-            # The peers' last heartbeats still tell of waits for the buffer's disk.
+            # The peers' last heartbeats still report waits for the buffer's disk.
             self._causes = [cause for cause in self._causes if cause.on is On.BUFFER]
         self._effects = effects_of(facts, limits=self._limits) if self._causes else []
         longest = dict.fromkeys(On, 0.0)

@@ -1,18 +1,19 @@
 """Applies `buffer.on_failure` to failed samples, and judges the server and the task by failures in a row.
 
     failed sample -> retry (leased again) | drop (its ticket ends); `zero` arrives as a normal sample
-    of an evaluation -> retry | given up: it counts 0, and the other samples of its prompt go on
+    of an evaluation -> retry | given up: it counts 0, and the other samples of its prompt continue
     server's row too long -> quarantine of that server
     rows of every server too long before the first good sample -> the job ends with the last error
 
-One server must not be able to end a job while others work, so every server has rows of its own
-(`buffer/tables/server_health.py`), and the job ends only when each server with an outcome is broken. The
-task's code can end it only while no sample was ever good: then it is most likely a mistake in it, and whoever
-has started the job is told at once. Later the job waits, with a try now and then, for a judge or a game
-server that comes back. Failures that a server in quarantine still reports are retried without a count: it
-cannot use up a ticket's retries. A prompt that is too long says nothing about server or task; only so many of
-them that no data set explains it end the job. Nor does the reward of an evaluation set with a task of its
-own: training goes on without it. External agents are judged where they claim their sessions.
+One server must not be able to end a job while others work, so failures in a row are counted for each server
+(`buffer/tables/server_health.py`), and the job ends only when every server with an outcome is broken. The
+task's code can end it only while no sample was ever good: then the code most likely has a mistake, and the
+user who started the job is told at once. Later the job keeps waiting, with occasional retries, for a judge or
+a game server to come back. Failures that a server in quarantine still reports are retried without being
+counted, so it cannot use up a ticket's retries. A prompt that is too long says nothing about the server or
+the task; the job ends only after more of them than any data set would explain. Failed rewards of an
+evaluation set with its own task do not count either: training continues without it. External agents are
+judged where they claim their sessions.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from buffer.tables.lease_table import Server
 from buffer.tickets import Drop, Ticket
 
 MAX_PROMPTS_GIVEN_UP = 10_000
-"""Tickets in a row, without an accepted sample between them, that may be dropped because of their prompts."""
+"""Consecutive tickets, without an accepted sample between them, that may be dropped because of their
+prompts."""
 
 
 class FailedSamples:
@@ -53,7 +55,7 @@ class FailedSamples:
     ) -> None:
         """Counts a failure of one sample, then leases the sample again or drops its ticket (FAILED).
 
-        Of an eval ticket only the sample is given up.
+        For an eval ticket, only the sample is given up.
 
         `num_tokens`: its sampled tokens, which are lost.
         """
@@ -82,7 +84,7 @@ class FailedSamples:
             self._lifecycle.requeue(ticket, [sample_index])
 
     def count_success(self, name: str) -> None:
-        """A sample of this server was accepted, which ends its rows of failures."""
+        """A sample of this server was accepted, which ends its failures in a row."""
         self._num_prompts_in_row = 0
         self._leases.servers[name].health.succeed()
 
@@ -102,7 +104,8 @@ class FailedSamples:
         return f"the task's code fails at every rollout server: {reasons[0]}"
 
     def lied(self, name: str, what: str) -> None:
-        """A server has sent what no server sends. Others make its samples while it is in quarantine."""
+        """A server has sent a message that no server sends. Others make its samples while it is in
+        quarantine."""
         server = self._leases.servers.get(name)
         if server is None or not server.health.lie(what, now_s=server.last_heard_s):
             return
@@ -116,7 +119,7 @@ class FailedSamples:
         return notices
 
     def _judge(self, name: str, ticket: Ticket, kind: FailureKind, error: str) -> None:
-        """Adds a failure to its server's row, which may begin a quarantine or end the job."""
+        """Counts a failure of the server, which may start a quarantine or end the job."""
         if ticket.purpose is Purpose.EVAL and (
             kind is FailureKind.PROMPT
             or (kind in FAULTS_OF_TASK and ticket.eval_set in self._settings.eval_sets_with_task)

@@ -1,10 +1,11 @@
 """Registration of rollout servers, their heartbeats, and the granting of leases to them.
 
-Servers tell the fingerprint of their task's content when they register; the directory of peers admits only
+Servers report the fingerprint of their task's content when they register; the directory of peers admits only
 those that agree with the first one. The ledger remembers the fingerprint. If it has changed since an earlier
-buffer, prompt indices mean other prompts: what is issued and not recorded yet is cancelled, and the order of
-prompts and the curriculum begin anew. Recorded groups keep their prompts' tokens, so they are trained. (A
-changed configuration of the task is detected when the buffer starts, and handled when a trainer starts.)
+buffer, prompt indices refer to other prompts: tickets that are issued but not recorded are cancelled, and the
+order of prompts and the curriculum restart. Recorded groups contain their prompts' tokens, so they are
+trained on. (A changed configuration of the task is detected when the buffer starts, and handled when a
+trainer starts.)
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 CONTENT = "shape:content"
 """Scalar with the content under which prompts were issued; 0 or absent: not known (an earlier release)."""
 MOST_UNPROVEN = 4
-"""Leases of a server that has not delivered a sample yet, while another has."""
+"""Maximum leases of a server that has not delivered a sample yet, while another server has."""
 
 
 class LeaseDispatcher:
@@ -53,7 +54,7 @@ class LeaseDispatcher:
         self._lifecycle.lose_leases(self._leases.remove_server(name))
 
     def set_content(self, content: int) -> None:
-        """Sets the content of the servers' task, a positive number; 0: not known."""
+        """Sets the fingerprint of the content of the servers' task, a positive number; 0: not known."""
         state = self._state
         if not content or content == state.content:
             return
@@ -62,7 +63,7 @@ class LeaseDispatcher:
         if not before:
             return
         log.warning("the data of the task has changed: its prompts are issued from the beginning")
-        # For a trainer that starts later: the position in its checkpoint is one in the old data.
+        # For a trainer that starts later: the position in its checkpoint refers to the old data.
         state.prompts_changed = state.prompts_changed or bool(state.closed_reason)
         for ticket in state.tickets.of_purpose(Purpose.TRAIN):
             if ticket.state is not State.BATCHED:
@@ -96,12 +97,12 @@ class LeaseDispatcher:
         """New leases by server: evaluations first, then waiting tickets, then new prompts.
 
         The server with the most free samples is served first, one ticket at a time, so that no server takes
-        all of a small budget. One that has only said what it can do gets a few at first: it may hold all
-        tickets of a job and make nothing of them. A sample that failed goes to another server if one can take
-        it.
+        all of a small budget. A server that has not delivered anything yet gets only a few at first:
+        otherwise it could hold all tickets of a job and deliver none of them. A failed sample goes to another
+        server if one can take it.
 
-        Each server has one turn in the order, and another one for each lease that it gets. Servers that can
-        take nothing are not looked at, so the time of a grant depends on the number of its leases.
+        Each server has one turn in the order, and another one for each lease that it gets. Servers that
+        cannot take anything are skipped, so the time of a grant depends on the number of its leases.
         """
         granted: dict[str, list[Lease]] = {}
         self._leases.end_backoffs(now_s=now_s)
@@ -119,14 +120,14 @@ class LeaseDispatcher:
             if server is not kept:
                 passed = (-server.free_samples, server.name)
             granted.setdefault(server.name, []).append(self._lease(server, now_s=now_s))
-            # Its turn is not over: its next ticket may be one that did not fail there.
+            # The server keeps its turn: its next ticket may be one that did not fail there.
             kept = first if (-first.free_samples, first.name) < passed else None
         if granted:
             self._tickets.check_conservation()
         return granted
 
     def _needs(self) -> dict[int, int]:
-        """Version of servers' weights -> samples of the next ticket for them; without versions that get none.
+        """Version of servers' weights -> samples of their next ticket, without versions that get none.
 
         A server takes a part of an evaluation's ticket, but a train ticket as a whole.
         """
@@ -145,7 +146,7 @@ class LeaseDispatcher:
     def _able(
         self, passed: Place, kept: Server | None, needs: Mapping[int, int], *, any_proven: bool
     ) -> Iterator[Server]:
-        """Servers that can take their next ticket, in order: `kept`, and those behind the place `passed`."""
+        """Servers that can take their next ticket, in order: `kept`, and those after position `passed`."""
         if kept is not None and (num_samples := needs.get(kept.weights_version)) is not None:
             can_take = kept.free_samples >= num_samples or not kept.leases
             if can_take and _may_take_more(kept, any_proven=any_proven):
@@ -158,7 +159,7 @@ class LeaseDispatcher:
             place = self._leases.order.first(place, needs)
 
     def _next_failed_at(self, server: Server) -> str:
-        """The server at which the ticket failed last that this one would get next; empty: it did not."""
+        """The server at which this server's next ticket failed last; empty: it did not fail."""
         ticket_id = self._evals.peek_next(server.weights_version)
         if ticket_id is None:
             ticket_id = self._state.admission.peek_waiting()

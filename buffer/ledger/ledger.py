@@ -9,7 +9,7 @@ hypothesis and in a simulator with a virtual clock.
     Ledger.intake           SampleIntake: verdicts on samples, group filters
     Ledger.failed_samples   FailedSamples: retry or drop of a failed sample, quarantine of a server
     Ledger.trainer          TrainerSession: start, fetch, complete, commit, evaluations
-    Ledger.operator         OperatorChanges: pause, cordon, drop, settings that change while the run goes on
+    Ledger.operator         OperatorChanges: pause, cordon, drop, settings that change during the run
     Ledger.lifecycle        TicketLifecycle: transitions of a ticket (the state machine is in its docstring),
                             which all of them use
 
@@ -18,8 +18,8 @@ weights. Two rules are stricter than the staleness bound itself requires; both k
 becoming stale:
 * Admission counts with the *server's* weights: a ticket is leased to it while recorded + ready + running <
   (deadline(s) + 1) * groups_per_step, where deadline(s) = s + max_staleness, or the end of its sync interval
-  (`scheduling/staleness.py`). Counting with the trainer's step instead would let a server that has not
-  received the newest weights yet start work that is a step too old. The rule implies s >= trainer_step -
+  (`scheduling/staleness.py`). Counting with the trainer's step instead would allow a server that has not
+  received the newest weights yet to start work that is a step too old. The rule implies s >= trainer_step -
   max_staleness.
 * Recording is earliest deadline first, and reserves positions for every later deadline, not only in the open
   step (`scheduling/step_scheduler.py`).
@@ -66,14 +66,15 @@ class Ledger:
         return self.state.leases.servers
 
     def admit_process(self, name: str, process: str) -> int:
-        """Gives the name to a new process; returns its incarnation. Raises as `IncarnationTable.admit`."""
+        """Gives the name to a new process; returns its incarnation. Raises the same errors as
+        `IncarnationTable.admit`."""
         above = self.state.trainer_incarnation if name == TRAINER else 0
         return self.state.incarnations.admit(name, process, above=above)
 
     def hold_grants(self) -> None:
         """Grants no lease until everything written so far is durable.
 
-        A buffer that died before its generation is durable would leave its lease ids to the next one.
+        If a buffer died before its generation is durable, the next one would reuse its lease ids.
         """
 
         def allow() -> None:
@@ -83,6 +84,6 @@ class Ledger:
         self.state.store.when_durable(allow)
 
     def take_notices(self) -> list[str]:
-        """What the log should tell since the last call: quarantines of servers, rows of groups without
+        """Texts for the log since the last call: quarantines of servers, and consecutive groups without
         spread."""
         return [*self.failed_samples.take_notices(), *self.intake.take_notices()]

@@ -61,7 +61,7 @@ class TicketLifecycle:
     def lease(self, ticket: Ticket, server: Server, weights_step: int, *, now_s: float) -> Lease:
         """Leases the unleased samples of a ticket to a server: LEASED. Returns the message for the server.
 
-        Those of an eval ticket, which may be many, only as far as the server has room for them.
+        Samples of an eval ticket, which may be many, are leased only as far as the server has room for them.
         """
         is_eval = ticket.purpose is Purpose.EVAL
         max_samples = max(1, server.free_samples) if is_eval else None
@@ -165,7 +165,7 @@ class TicketLifecycle:
         self._check_evals()
 
     def cancel_unusable_evals(self) -> None:
-        """After a restart: drops the tickets of evaluations that the present configuration does not have."""
+        """After a restart: drops the tickets of evaluations that the current configuration does not have."""
         evals, sets = self._state.evals, self._settings.eval_sets
         is_other_job = self._state.settings_changed
         over = evals.cancel(lambda row: is_other_job or sets.get(row.eval_set) != row.num_samples)

@@ -32,7 +32,7 @@ class Change:
     before: str
     """Empty for an action."""
     step: int
-    """The first step with this value. Of an action: the step after which it is done."""
+    """The first step with this value; for an action, the step after which it is done."""
 
 
 class OperatorChanges:
@@ -46,14 +46,14 @@ class OperatorChanges:
         self._lifecycle = lifecycle
 
     def set_paused(self, is_paused: bool, *, unix_s: float) -> bool:
-        """Grants no leases of training tickets, or grants them again. False: it was so."""
+        """Stops granting leases of training tickets, or resumes it. Returns False if nothing changed."""
         has_changed = self._state.holds.set_paused(is_paused)
         if has_changed:
             self._record("pause" if is_paused else "resume", "training", unix_s=unix_s)
         return has_changed
 
     def set_cordoned(self, name: str, is_cordoned: bool, *, unix_s: float) -> bool:
-        """Grants a server no new leases, or grants them again. False: it was so."""
+        """Stops granting a server new leases, or resumes it. Returns False if nothing changed."""
         has_changed = self._state.holds.set_cordoned(name, is_cordoned)
         if has_changed:
             self._record("cordon" if is_cordoned else "uncordon", name, unix_s=unix_s)
@@ -64,8 +64,8 @@ class OperatorChanges:
     def change_settings(self, wanted: Mapping[str, str], *, unix_s: float) -> list[Change]:
         """Makes all changes, or none: raises RefusedError(key, reason).
 
-        A setting counts from the first step that no trainer has begun; `max_staleness` and the log level are
-        used at once, too. An action is done after the step in training.
+        A setting applies from the first step that no trainer has begun; `max_staleness` and the log level
+        also take effect at once. An action is done after the step in training.
         """
         state = self._state
         is_training = not state.closed_reason
@@ -90,9 +90,8 @@ class OperatorChanges:
         return changes
 
     def unfence(self, name: str, *, unix_s: float) -> str:
-        """Takes a name from the process that has it, for an operator; the next new process gets it.
-
-        `name`: of a rollout server, or TRAINER. Returns a description of the change.
+        """Takes a name from the process that holds it, for an operator; the next new process gets it. `name`:
+        the name of a rollout server, or TRAINER. Returns a description of the change.
         """
         newest_used = self._state.versions.newest_incarnation if name == TRAINER else 0
         before, after = self._state.incarnations.unfence(name, floor=newest_used)
@@ -134,7 +133,7 @@ class OperatorChanges:
                 key, f"this run has {_MAX_ROWS} changes already: stop it, and resume it with this"
             )
         if state.is_finished or (step >= settings.num_steps and key != LOG_LEVEL):
-            raise RefusedError(key, "the last step has begun: nothing can change any more")
+            raise RefusedError(key, "the last step has begun: nothing can be changed any more")
         if key == MAX_STALENESS:
             least, cap = settings.sync_interval - 1, settings.staleness_cap
             if settings.adaptive:

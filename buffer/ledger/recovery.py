@@ -1,17 +1,17 @@
 """Rebuilds a ledger from the rows of an earlier buffer, so that it behaves the same in every later operation.
 
-A running evaluation goes on with the samples that are missing, and the trainer's request, which it sends
-again, waits for it; unless its set is configured otherwise now, or the settings of the steps have changed.
+A running evaluation continues with its missing samples, and the trainer's repeated request waits for it,
+unless its set is now configured differently or the settings of the steps have changed.
 
 Not recovered, on purpose:
-* Registrations of servers. Servers have to register again. Until then a server with leases is kept as a
-  silent one: if it continued to work, it can deliver samples under its leases; if it is gone, its leases
-  expire after `lease_timeout_s`.
+* Registrations of servers. Servers have to register again. Until then a server with leases is kept as one
+  that does not respond: if it continued to work, it can deliver samples under its leases; if it is gone, its
+  leases expire after `lease_timeout_s`.
 * Failures in a row, quarantines of servers, and the reason of a failed job: a restart of the buffer is a
   retry.
 
 Lease ids grow over restarts, so that a late sample of an earlier buffer's lease is not accepted under a new
-lease with the same id: each buffer counts in a range of its own, by a number of generations in the ledger.
+lease with the same id: each buffer has its own range, given by the number of generations in the ledger.
 
 A ledger that was open is open again at once, because its trainer may still be running and need not do
 anything. A ledger that was closed, or whose steps were recorded under other settings, waits for a trainer to
@@ -36,7 +36,7 @@ from buffer.tickets import State
 _GENERATION_BITS = 36
 """A buffer has 2**36 lease ids, more than it can grant; ids of all generations and shards have 63 bits."""
 _GENERATIONS_BY_CLOCK = 1 << 16
-"""Ids of the release before were below 2**52."""
+"""Ids of the previous release were below 2**52."""
 
 
 def recover(
@@ -53,8 +53,8 @@ def recover(
 
     `dataset`: a number that identifies the data set to which prompt indices refer. `ignoring`: tickets whose
     trajectories may be damaged. `generation`: number of earlier buffers, if the store does not know it;
-    choose it at random for a store that is not durable. `reopen`: a finished run goes on. Raises ConfigError
-    if another shard wrote the store, StoreCorruptError for damaged trajectories.
+    choose it at random for a store that is not durable. `reopen`: continues a finished run. Raises
+    ConfigError if another shard wrote the store, StoreCorruptError for damaged trajectories.
     """
     recovered = store.recover(ignoring=ignoring)
     generation = _next_generation(recovered, generation)
@@ -91,9 +91,9 @@ def recover(
 
 
 def _next_generation(recovered: Recovered, before: int) -> int:
-    """The number of this buffer among all that have had the store."""
+    """The number of this buffer among all buffers that have used the store."""
     if "generation" not in recovered.scalars and recovered.num_issued:
-        before = _GENERATIONS_BY_CLOCK  # the release before made lease ids from the time
+        before = _GENERATIONS_BY_CLOCK  # the previous release derived lease ids from the time
     return recovered.scalars.get("generation", before) + 1
 
 
@@ -122,7 +122,7 @@ def _compare_settings(state: LedgerState, scalars: Mapping[str, int], *, dataset
         scalars.get(name, value) != value for name, value in state.recorded_settings.items()
     )
     state.prompts_changed = scalars.get("shape:dataset", dataset) != dataset
-    if not state.prompts_changed:  # other prompts are other content, which needs no further treatment
+    if not state.prompts_changed:  # other prompts mean other content, which needs no further treatment
         state.content = scalars.get(CONTENT, 0)
     # If they changed, the scalars on disk stay unchanged until a trainer has restarted the stream: the buffer
     # may be restarted before that, and must detect the change again.
@@ -155,12 +155,12 @@ def _restore_steps(state: LedgerState, recovered: Recovered, *, now_s: float) ->
 
 
 def _restore_settings(state: LedgerState, recovered: Recovered) -> None:
-    """An operator's staleness bound holds until the setting itself is changed."""
+    """An operator's staleness bound applies until the setting itself is changed."""
     state.live.restore(recovered.settings)
     configured = {MAX_STALENESS: state.configured[MAX_STALENESS]}
-    if state.live.configured(MAX_STALENESS) is None:  # a new ledger, or one of the release before
+    if state.live.configured(MAX_STALENESS) is None:  # a new ledger, or one of the previous release
         state.live.begin(state.steps.current, configured, unix_s=0.0)
-    if state.live.configured(GROUPS_PER_STEP) is None:  # of the steps that the release before has recorded
+    if state.live.configured(GROUPS_PER_STEP) is None:  # of the steps that the previous release has recorded
         state.live.begin(0, _groups_per_step(state, recovered.scalars), unix_s=0.0)
     row = state.live.newest(MAX_STALENESS)
     is_as_before = state.live.configured(MAX_STALENESS) == configured[MAX_STALENESS]
@@ -181,7 +181,7 @@ def _groups_per_step(state: LedgerState, scalars: Mapping[str, int]) -> dict[str
 def _restore_evals(state: LedgerState, recovered: Recovered) -> None:
     """Finished rounds whose samples are kept, and running ones.
 
-    Those that cannot go on are cancelled in `recover`, when their tickets' leases can be revoked.
+    Those that cannot continue are cancelled in `recover`, when their tickets' leases can be revoked.
     """
     tickets = {ticket.ticket_id: ticket for ticket in recovered.evaluated} | state.tickets.live
     for row in recovered.evaluations:

@@ -17,7 +17,7 @@ from buffer.ledger.state import LedgerState
 from buffer.tickets import Drop, SampleSummary, Ticket, Verdict
 
 _MANY_WITHOUT_SPREAD = 256
-"""Groups without spread in a row at which the log says so; then at twice as many, and so on."""
+"""Consecutive groups without spread at which a log line is written; the next at twice as many, and so on."""
 
 
 class SampleIntake:
@@ -33,9 +33,9 @@ class SampleIntake:
         self._versions = state.versions
         self._counters = state.counters
         self.last_rejection = ""
-        """Description of the last group that the `single_version` filter rejected; empty: none was."""
+        """Description of the last group that the `single_version` filter rejected; empty: there was none."""
         self._num_without_spread = 0
-        """Groups in a row that the `spread` filter dropped."""
+        """Consecutive groups that the `spread` filter dropped."""
         self._notices: list[str] = []
 
     def samples_done(self, name: str, samples: Sequence[SampleDone]) -> list[Verdict]:
@@ -49,7 +49,7 @@ class SampleIntake:
         return verdicts
 
     def sample_failed(self, name: str, message: SampleFailed) -> Verdict:
-        """A server could not make a sample. Another one may get it, until its ticket is dropped."""
+        """A server could not make a sample. Another server may get it, until its ticket is dropped."""
         index = message.sample_index
         verdict, ticket = self._find(
             name, lease_id=message.lease_id, ticket_id=message.ticket_id, sample_index=index
@@ -120,7 +120,8 @@ class SampleIntake:
         return self._versions.summarize(done.lease_id, done.record, failure=done.failure)
 
     def _is_invalid_zero(self, done: SampleDone) -> bool:
-        """True if a sample claims a failure that is not trained on with reward 0, or has another reward."""
+        """True if a sample claims a failure that is not trained on with reward 0, or claims one with another
+        reward."""
         if not done.failure:
             return False
         policy = self._settings.on_failure.policy(FailureKind(done.failure))
@@ -128,7 +129,7 @@ class SampleIntake:
 
     def _is_invalid(self, ticket: Ticket, record: Record) -> bool:
         """True if a sample was aborted, is too long, is not of the kind that was leased, or has numbers that
-        no reward and no engine gives."""
+        no reward or engine produces."""
         if record.finish_reason is FinishReason.ABORT or not record.is_plausible:
             return True
         if ticket.purpose is Purpose.EVAL:  # it need not fit into a micro-batch
@@ -169,12 +170,12 @@ class SampleIntake:
             self._lifecycle.mark_ready(ticket)
 
     def take_notices(self) -> list[str]:
-        """Rows of groups without spread since the last call, as texts for the log."""
+        """Consecutive groups without spread since the last call, as texts for the log."""
         notices, self._notices = self._notices, []
         return notices
 
     def _note_without_spread(self, ticket: Ticket) -> None:
-        """A step for which no group has spread waits without end, so the log has to tell."""
+        """Logs groups without spread: a step for which no group has spread waits forever."""
         self._num_without_spread += 1
         rows, rest = divmod(self._num_without_spread, _MANY_WITHOUT_SPREAD)
         if not rest and rows & (rows - 1) == 0:
@@ -185,7 +186,8 @@ class SampleIntake:
             )
 
     def _is_single_version(self, samples: Iterable[SampleSummary]) -> bool:
-        """True if all tokens come from the same weights. A push and its repetition have the same weights."""
+        """True if all tokens were sampled with the same weights. A push and its repetition have the same
+        weights."""
         versions = {
             version for sample in samples for version in (sample.oldest_version, sample.newest_version)
         }

@@ -1,4 +1,4 @@
-"""The state of a ledger: its tables, the step scheduler, the step log, and a few scalars. Contains no rules.
+"""The state of a ledger: its tables, the step scheduler, the step log, and a few scalars, without rules.
 
 `recovery.py` fills a `LedgerState` from the store. `lifecycle.py` and the modules that use it contain the
 rules that change the state.
@@ -65,7 +65,7 @@ class LedgerState:
         self.trainer_incarnation = 0
         """Incarnation of the newest trainer; 0: no trainer has started."""
         self.is_finished = False
-        """True after the trainer has done the last step and everything after it."""
+        """True after the trainer has completed the last step and everything that follows it."""
         self.closed_reason = "no trainer has started yet"
         """Why no train tickets are issued; empty while they are."""
         self.failure_reason = ""
@@ -77,7 +77,7 @@ class LedgerState:
         """True if the data set has changed, so that recorded indices refer to other prompts. The next trainer
         start resets the order of prompts."""
         self.content = 0
-        """Fingerprint of the data that prompts come from, as servers told it; 0: not known."""
+        """Fingerprint of the data that prompts come from, as servers reported it; 0: not known."""
         self.recorded_settings: dict[str, int] = {}
         """The settings that recorded steps depend on, as scalars to compare at the next start."""
 
@@ -98,7 +98,7 @@ class LedgerState:
         self.store.put_scalar("trainer_incarnation", incarnation)
 
     def set_finished(self, is_finished: bool) -> None:
-        """Sets or removes the mark of a finished run; it is for the present number of steps."""
+        """Sets or removes the mark of a finished run; it refers to the current number of steps."""
         self.is_finished = is_finished
         self.store.put_scalar("finished_steps", self.settings.num_steps if is_finished else 0)
 

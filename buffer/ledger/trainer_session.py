@@ -72,8 +72,8 @@ class TrainerSession:
         """A trainer starts with `step` completed steps; older trainers are refused from now on. Idempotent.
 
         Raises RunFinishedError if the run is finished and this is its last step; an earlier step reopens it.
-        `stream`: the `stream_state` in its checkpoint; empty without a checkpoint.
-        `settings`: the trainer's values of those that may change while the run goes on.
+        `stream`: the `stream_state` in its checkpoint; empty without a checkpoint. `settings`: the trainer's
+        values of the settings that may change during the run.
         """
         self.refuse_older_trainer(incarnation)
         if incarnation == self._state.trainer_incarnation:
@@ -111,7 +111,7 @@ class TrainerSession:
             )
 
     def settings_of(self, *, incarnation: int, step: int) -> StepSettings:
-        """What may change while the run goes on, as of a step; the same whenever it is requested.
+        """The settings that may change during the run, as of a step; repeated requests return the same.
 
         Raises RefusedError for a step that may still change: one after the step in training.
         """
@@ -196,7 +196,7 @@ class TrainerSession:
         self._check_current(incarnation)
         num_done, num_steps = self._steps.committed + 1, self._settings.num_steps
         if num_done < num_steps:
-            raise RefusedError("step", f"{num_done} of {num_steps} steps are committed: the run goes on")
+            raise RefusedError("step", f"{num_done} of {num_steps} steps are committed: the run continues")
         self._state.set_finished(True)
 
     def stream_state(self, *, step: int) -> dict[str, int | list[int]]:
@@ -209,7 +209,7 @@ class TrainerSession:
         return self._state.prompts.state(pending) | {"next_version": self._versions.newest + 1}
 
     def close(self, reason: str) -> None:
-        """Grants no more leases of train tickets until a trainer starts. Evaluations continue.
+        """Stops granting leases of train tickets until a trainer starts. Evaluations continue.
 
         A durable ledger keeps all tickets and only revokes their leases. A ledger in memory cancels every
         ticket outside completed steps, and gives the prompts back.
@@ -225,7 +225,7 @@ class TrainerSession:
         self._lifecycle.record_ready_groups()
 
     def set_max_staleness(self, *, incarnation: int, max_staleness: int) -> None:
-        """Sets the bound of new tickets (`max_staleness: auto`); tickets issued before keep theirs."""
+        """Sets the bound of new tickets (`max_staleness: auto`); earlier tickets keep theirs."""
         self._check_current(incarnation)
         cap = self._settings.staleness_cap
         if not self._settings.adaptive:
@@ -249,8 +249,8 @@ class TrainerSession:
     ) -> EvalResult | None:
         """Starts an evaluation of a set unless it is known. Returns its result, or None while it runs.
 
-        A finished one of an earlier trainer, which a restarted buffer has found in its store, is another
-        evaluation: it has other weights, or another size.
+        A finished evaluation of an earlier trainer, which a restarted buffer has found in its store, is a
+        different one: it has other weights, or another size.
         """
         round_ = self._state.evals.requested(
             (eval_id, eval_set), size=(num_prompts, num_samples), min_version=min_version
@@ -394,7 +394,8 @@ class TrainerSession:
     def _restart_at(self, step: int, stream: dict[str, Any]) -> None:
         """Starts the stream at `step`; groups recorded from there on are cancelled."""
         prompts, state = self._state.prompts, self._state
-        # The position of a checkpoint behind the ledger's cursor is not used: those prompts have been issued.
+        # A checkpoint's position before the ledger's cursor is not used: those prompts have already been
+        # issued.
         takes_position = not state.prompts_changed and (
             stream.get("cursor", 0) > prompts.order.cursor or not state.trainer_incarnation
         )

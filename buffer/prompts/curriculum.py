@@ -8,9 +8,9 @@
 
 `order.py` takes the next `pool` prompts of the epoch as candidates; the one with the highest score is issued,
 the others are skipped until the next epoch. So in one epoch every prompt is a candidate exactly once, and one
-candidate per pool is issued. With probability `exploration` that is the first one, regardless of scores. So
-no prompt starves: a prompt that always has the lowest score is still issued once in `pool / exploration`
-epochs on average. A choice is a pure function of the cursor and of the rewards observed.
+candidate per pool is issued. With probability `exploration` it is the first one, regardless of scores. So no
+prompt starves: a prompt that always has the lowest score is still issued once in `pool / exploration` epochs
+on average. A choice is a pure function of the cursor and of the rewards observed.
 
 p is a posterior mean. The evidence is the rewards of the prompt's groups, whose weight halves every
 `half_life` groups (groups of all prompts, because the change of the policy makes evidence obsolete). The
@@ -55,15 +55,15 @@ class CurriculumSettings:
 
     kind: CurriculumKind
     pool: int
-    """Candidates of one choice."""
+    """Number of candidates of one choice."""
     target: float
     """Preferred solve rate of `paced`."""
     exploration: float
-    """Share of choices that take the first candidate without looking at scores."""
+    """Fraction of choices that take the first candidate regardless of scores."""
     memory: int
-    """Prompts whose outcomes are remembered; the one observed longest ago is evicted first."""
+    """Number of prompts whose outcomes are remembered; the one observed longest ago is evicted first."""
     half_life: int
-    """Complete groups after which an outcome counts half."""
+    """Half-life of an outcome, in complete groups."""
     reward_low: float
     """Reward that counts as a solve rate of 0."""
     reward_high: float
@@ -92,7 +92,7 @@ class Curriculum:
         self.issued_solve_rate = 0.5
         """Estimated solve rate of recently issued prompts, an exponential mean."""
         self.num_explored = 0
-        """Choices since the process started that took the first candidate without looking at scores."""
+        """Choices since the process started that took the first candidate regardless of scores."""
 
     def choose(self, candidates: Sequence[int], *, uniform: float) -> int:
         """The candidate to issue. The random number `uniform` in [0, 1) decides about exploration."""
@@ -107,7 +107,8 @@ class Curriculum:
     def observe(self, index: int, rewards: Sequence[float]) -> dict[str, int]:
         """Counts a complete group of prompt `index`, and returns the scalars that changed.
 
-        Groups that the filter drops count too: a group without spread tells most about its prompt.
+        Groups that the filter drops count too: a group without spread is the most informative about its
+        prompt.
         """
         low, high = self.settings.reward_low, self.settings.reward_high
         rates = [min(max((reward - low) / (high - low), 0.0), 1.0) for reward in rewards]
@@ -124,7 +125,7 @@ class Curriculum:
 
     @property
     def mean_solve_rate(self) -> float:
-        """Over all prompts, recent groups weighing more."""
+        """Mean solve rate over all prompts, with more weight on recent groups."""
         return self._all.solved / self._all.total
 
     def solve_rate(self, index: int) -> float:

@@ -4,9 +4,9 @@ Its whole state is one integer (the cursor), so resuming needs no stored permuta
 library upgrade can change the order in a resumed run. A curriculum (`curriculum.py`) chooses among
 neighboring prompts in this order: it changes which prompts are issued, never the order.
 
-A mixture has an order of epochs for each of its tasks. The cursor then counts draws, and decides alone which
+In a mixture, each task has its own order of epochs. The cursor then counts draws and alone determines which
 task is drawn (`areal_like.data.mixture`), so every window of prompts has the tasks in proportion to their
-weights, also after a resume. A curriculum chooses among the next prompts of the task that was drawn.
+weights, even after a resume. A curriculum chooses among the next prompts of the task that was drawn.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from areal_like.splitmix64 import MASK_64, mix
 from buffer.prompts.curriculum import Curriculum
 
 _SOURCE_BITS = 40
-"""The tasks of a mixture have seeds of their own, far from those of shards."""
+"""The tasks of a mixture have their own seeds, far from those of shards."""
 
 
 def sampling_seed(seed: int, ticket_id: int, num_failures: int) -> int:
@@ -39,7 +39,7 @@ def evaluation_seed(seed: int, eval_set: str, prompt_index: int) -> int:
     """30-bit sampling seed of a prompt of an evaluation set, the same in every evaluation of a job.
 
     So two evaluations differ in their weights and not in their random numbers. It does not change after a
-    failed sample either: an evaluation must not choose the answers that its reward survives.
+    failed sample either: an evaluation must not select the completions that its reward can process.
     """
     name = int.from_bytes(hashlib.sha256(eval_set.encode()).digest()[:8], "big")
     return mix(mix(mix(seed & MASK_64) ^ name) ^ prompt_index) >> 34
@@ -63,7 +63,7 @@ class PromptSet:
 
 
 class PromptOrder:
-    """Issues a shard's training prompts without end: returned prompts first, then the shuffled epochs."""
+    """Issues a shard's training prompts endlessly: returned prompts first, then the shuffled epochs."""
 
     def __init__(
         self, *, seed: int, num_prompts: int = 0, curriculum: Curriculum | None = None, shard: Shard = WHOLE
@@ -79,7 +79,7 @@ class PromptOrder:
         # at about the same time.
         self._seed = seed + shard.index
         self.cursor = 0
-        """Prompts drawn from the epochs so far; of a mixture, draws of a task."""
+        """Prompts drawn from the epochs so far; for a mixture, the number of draws of a task."""
         self._returned: deque[Prompt] = deque()
 
     def next(self) -> Prompt:
@@ -108,7 +108,7 @@ class PromptOrder:
         weights = [source.weight for source in self.sources]
         source, number = place_of(self.cursor, weights, phase=self._shard.index / self._shard.count)
         self.cursor += 1
-        # This shard's prompts among those of the task: its local numbers first, ..., end - 1.
+        # This shard's prompts among those of the task: the local numbers first, ..., end - 1.
         before = sum(other.size for other in self.sources[:source])
         first, end = self._shard.share(before), self._shard.share(before + self.sources[source].size)
         pool = 1 if self.curriculum is None else min(self.curriculum.settings.pool, end - first)

@@ -55,7 +55,7 @@ class Admission:
         ]
 
     def peek_waiting(self) -> int | None:
-        """Id of the ticket that will be leased next, if one waits."""
+        """Id of the ticket that will be leased next, if one is waiting."""
         while self._waiting and not self._is_waiting(*self._waiting[0]):
             heapq.heappop(self._waiting)
         return self._waiting[0][1] if self._waiting else None
@@ -82,7 +82,7 @@ class Admission:
         return len(ticket.unleased)
 
     def take(self, *, issue: Callable[[], Ticket]) -> Ticket:
-        """Takes the ticket of which `next_size` has told the size. `issue` makes a new one."""
+        """Takes the ticket whose size `next_size` returned. `issue` makes a new one."""
         if self.peek_waiting() is None:
             return issue()
         not_begun, ticket_id = heapq.heappop(self._waiting)

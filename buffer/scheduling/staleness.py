@@ -4,9 +4,9 @@
 
 Admission and recording share this rule. A ticket keeps the bound under which its first sample was leased; it
 is fixed once the ticket has a sample or a lease. So the current bound may change at any time without wasting
-work: lowering it closes admission until the tickets admitted before are through, and no ticket that was on
-time becomes late. Admission still guarantees that every deadline can be met: whenever a ticket is issued,
-all recorded, ready and running groups fit into the steps up to that ticket's deadline.
+work: lowering it closes admission until the earlier tickets are done, and no ticket that was on time becomes
+late. Admission still guarantees that every deadline can be met: whenever a ticket is issued, all recorded,
+ready and running groups fit into the steps up to that ticket's deadline.
 
 Sync intervals (`weights.sync_interval` I > 1 with `buffer.group_filter: single_version`): engines get new
 weights every I steps, no group may mix two versions, and every interval trains on its own groups. Steps
@@ -21,9 +21,9 @@ class StalenessBound:
     """The current bound, and the arithmetic of deadlines. Pure."""
 
     def __init__(self, current: int, *, sync_interval: int) -> None:
-        """`sync_interval`: steps of one interval; 1: there are no intervals."""
+        """`sync_interval`: number of steps in one interval; 1: there are no intervals."""
         self.current = current
-        """The bound of tickets that begin from now on, in optimizer steps."""
+        """The bound of tickets that start from now on, in optimizer steps."""
         self._sync_interval = sync_interval
 
     def deadline(self, oldest_step: int, *, max_staleness: int) -> int:

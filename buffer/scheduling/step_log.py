@@ -5,7 +5,7 @@
                                              +-------------+------------+   a trainer resumes here or earlier
 
 A step that is not released can be served again, position by position. A trainer has *begun* a step when it
-has completed the steps before and received all groups of this one. The number of trainers that have begun a
+has completed the previous steps and received all groups of this one. The number of trainers that have begun a
 step is kept until the step is complete, to find data that crashes every trainer.
 """
 
@@ -37,9 +37,9 @@ class StepLog:
         self.committed = -1
         """Last step that a durable checkpoint contains."""
         self.first_kept = 0
-        """Steps before it are released."""
+        """The first step that is not released."""
         self.num_counted = 0
-        """Steps whose samples have been counted as trained."""
+        """Number of steps whose samples have been counted as trained."""
         self.attempts: dict[int, int] = {}
         """Step -> number of trainers that began it, until it is complete."""
         self.recorded: dict[int, dict[int, Ticket]] = {}
@@ -47,7 +47,7 @@ class StepLog:
         self.num_recorded = 0
         """Groups recorded since the process started; it never decreases."""
         self.on_served: Callable[[Ticket], None] | None = None
-        """Called with each group that the trainer receives, also again."""
+        """Called with each group that the trainer receives, including repeated ones."""
         self._served: dict[int, set[int]] = {}
         self._begun = -1
 
@@ -65,7 +65,7 @@ class StepLog:
             self.add(ticket)
 
     def begin_at(self, step: int) -> list[Ticket]:
-        """Starts the log at `step`, regardless of its position before.
+        """Starts the log at `step`, regardless of its previous position.
 
         Returns the tickets of earlier steps, which are released.
         """
@@ -94,13 +94,13 @@ class StepLog:
         return self.tickets_of(*sorted(recorded for recorded in self.recorded if recorded >= step))
 
     def move_to(self, step: int) -> None:
-        """The trainer works on this step now."""
+        """Records that the trainer now works on this step."""
         self.current = step
         self._store.put_scalar("trainer_step", step)
         self._count_attempt()
 
     def complete_current(self) -> None:
-        """The trainer has completed the step it worked on."""
+        """Records that the trainer has completed its current step."""
         self.reset_attempts(self.current)
         self._served.pop(self.current, None)
         self.move_to(self.current + 1)

@@ -5,8 +5,8 @@ Every group has a *deadline*: the last step in which its oldest token is within 
 For jobs of equal length this rule meets all deadlines if any order does. With `overdue: wait` a group is
 recorded only if all running groups can still meet their deadlines afterwards: for every deadline d before its
 own, the number of running tickets due by d must not exceed the number of free positions of the steps up to d
-(Hall's condition). So a short response never takes a position that a long one will need, in the open step or
-a later one. Admission counts in the same way, so a healthy run has no stale drops at all. With `overdue:
+(Hall's condition). So a short completion never takes a position that a long one will need, in the open step
+or a later one. Admission counts in the same way, so a healthy run has no stale drops at all. With `overdue:
 drop` no position is reserved.
 
 The deadline of a running ticket is a lower bound (its leases count as if sampled entirely with the weights at
@@ -14,7 +14,7 @@ the time of the lease). This can make a step wait a little longer than necessary
 that is too stale, because recording uses the versions of the samples themselves.
 
 Positions are assigned in order. A position that an operator freed (a *hole*) is filled next, within the
-bound: so the other positions of the step do not change, and each group stays with the rank that trains on it.
+bound. So the other positions of the step do not change, and each group stays with the rank that trains on it.
 The step of a hole is the trainer's current step or a later one, and the trainer cannot complete it before the
 hole is filled. So no weights are newer than that step, and no lag is negative. After a restart the recorded
 positions alone determine this state: the open position follows the last taken one, and every free position
@@ -78,7 +78,7 @@ class StepScheduler:
             self._by_latest_deadline.setdefault(latest_deadline, set()).add(ticket_id)
 
     def remove(self, ticket_id: int) -> None:
-        """Removes a ticket that is neither running nor ready any more."""
+        """Removes a ticket that is no longer running or ready."""
         self._ready.discard(ticket_id)
         if ticket_id not in self._tracked:
             return
@@ -131,7 +131,7 @@ class StepScheduler:
         return taken
 
     def free(self, position: StepPosition) -> None:
-        """The group that was recorded there was removed."""
+        """Frees a position whose group was removed."""
         self._holes.add(position)
         while (last := self._before(self.step, self.position)) in self._holes:
             self._holes.remove(last)
@@ -149,7 +149,7 @@ class StepScheduler:
 
     @property
     def num_due(self) -> int:
-        """Running tickets that must be recorded in the open step at the latest."""
+        """Number of running tickets that must be recorded in the open step at the latest."""
         return sum(count for deadline, count in self._num_due.items() if deadline <= self.step)
 
     def _head(self) -> tuple[int, int] | None:

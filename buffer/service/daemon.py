@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 
 _TICK_S = 0.25
 _TELL_AGAIN_S = 0.5
-"""Interval in which peers that have not left are told again that the run is finished."""
+"""Interval at which peers that have not left are told again that the run is finished."""
 _FAREWELL_S = 2.0
 """Time for a failed job's peers to receive the reason before the socket closes."""
 _LAST_REPLY_S = 0.2
@@ -70,7 +70,7 @@ async def main(runtime: Runtime) -> None:
 
 
 class BufferDaemon:
-    """Socket, event loop and ticks around one ledger. Everything runs in one event loop."""
+    """The socket, event loop and ticks around one ledger. Everything runs in one event loop."""
 
     def __init__(self, runtime: Runtime, shard: Shard) -> None:
         config = runtime.config
@@ -80,7 +80,7 @@ class BufferDaemon:
         self._received_bytes = 0
         self._flush_is_due = False
         self._over: asyncio.Future[None] = self._loop.create_future()
-        """Gets the exception when the job fails."""
+        """Receives the exception when the job fails."""
         self._ticking = self._loop.call_soon(lambda: None)
         self._wake = asyncio.Event()
         """Set when `serve` may have to stop serving: a stop was requested, the job failed or the run is
@@ -92,7 +92,7 @@ class BufferDaemon:
             now_s=self._loop.time(),
             dataset=as_number(dataset),
             generation=0 if config.buffer.durability != "none" else secrets.randbits(16),
-            # With `auto` a supervisor may start the roles of a finished run again: it stays finished.
+            # With `auto` a supervisor may restart the roles of a finished run: it stays finished.
             reopen=config.resume not in ("", "auto"),
         )
         self._ledger.hold_grants()
@@ -237,7 +237,7 @@ class BufferDaemon:
         with self._runtime.waits("trainer: to end before its buffer"):
             while self._has_trainer() and self._loop.time() < deadline_s and not self._over.done():
                 await asyncio.sleep(0.05)
-        # A trainer that is still running continues with the next buffer, if that recovers an open ledger.
+        # A trainer that is still running continues with the next buffer, if that one recovers an open ledger.
         if not (self._has_trainer() and self._ledger.settings.durable):
             self._ledger.trainer.close("the buffer is draining")
         self._flush()
@@ -248,7 +248,7 @@ class BufferDaemon:
         return any(self._loop.time() - peer.last_heard_s <= alive_s for peer in ranks)
 
     def _screen(self, route: bytes, kind: type) -> bool:
-        try:  # not `_failing_on_error`, which takes longer: every message passes here
+        try:  # not `_failing_on_error`, which is slower: every message passes here
             return self._handlers.may_send(route, kind)
         except Exception as error:
             self._fail(error)
@@ -311,7 +311,7 @@ class BufferDaemon:
                 self._runtime.ready()
             for name in self._ledger.dispatcher.expire(now_s=self._loop.time()):
                 log.warning(
-                    "%s has been silent for %g s: its samples are leased again",
+                    "%s has sent nothing for %g s: its samples are leased again",
                     name,
                     self._config.buffer.lease_timeout_s,
                 )
@@ -328,7 +328,7 @@ class BufferDaemon:
             self._series.update(state, self._peers, counters | self._refused_frames())
 
     def _remove_revoked(self) -> None:
-        """Removes peers whose key was revoked; the leases of servers return."""
+        """Removes peers whose key was revoked; the leases of servers are returned."""
         for role in Role:
             for peer in self._keys.revoked(self._peers.of(role), now_s=self._loop.time()):
                 name = peer.hello.name

@@ -1,4 +1,4 @@
-"""Handles the messages of registered peers: each is an operation of the ledger, and most have a reply."""
+"""Handles the messages of registered peers: each is an operation on the ledger, and most have a reply."""
 
 from __future__ import annotations
 
@@ -75,9 +75,9 @@ class Handlers:
         self._keys = keys
         self.registration = Registration(ledger, peers, outbox, keys, job=job, clock=clock)
         self.num_unregistered_frames = 0
-        """Messages of peers that have not registered; each was replied to with HelloRequired."""
+        """Number of messages of peers that have not registered; the reply to each was HelloRequired."""
         self.num_absurd_stats = 0
-        """Messages of servers with totals that cannot be true."""
+        """Number of messages of servers with totals that cannot be true."""
 
     def may_send(self, route: bytes, kind: type) -> bool:
         """False if a message is not to be decoded, because its sender has not registered."""
@@ -88,13 +88,13 @@ class Handlers:
         return False
 
     def malformed(self, route: bytes, what: str) -> None:
-        """A frame that cannot be decoded: a registered server does not send any."""
+        """Handles a frame that cannot be decoded: a registered server does not send any."""
         peer = self._peers.at(route)
         if peer is not None and peer.hello.role is Role.ROLLOUT:
             self._ledger.failed_samples.lied(peer.hello.name, f"a malformed message ({what})")
 
     def handle(self, envelope: Envelope) -> Any:
-        """The reply to a message that `may_send` let pass, or None.
+        """The reply to a message that `may_send` accepted, or None.
 
         Raises RefusedError, RunFinishedError or StaleIncarnationError.
         """
@@ -176,7 +176,7 @@ class Handlers:
                 log.info("%s returned %d leases: %s", name, len(message.leases), message.reason)
                 self._ledger.dispatcher.return_leases(name, message.leases)
             case StillAlive():
-                pass  # its arrival is all that counts
+                pass  # only its arrival matters
             case Goodbye():
                 if message.stats:
                     self._take_stats(peer, message.stats)
@@ -210,7 +210,7 @@ class Handlers:
                 peer.state, peer.waits, peer.step = message.state, message.waits, message.step
                 self._take_stats(peer, message.stats)
                 ack = self._heartbeat_ack(sent_s=message.sent_s, progress=self._peers.total("progress"))
-                # The trainer's limits of time must not run out while it can get nothing.
+                # The trainer's time limits must not expire while it cannot get any groups.
                 paused = "the run is paused by an operator" if self._ledger.state.holds.is_paused else ""
                 trouble = ack.trouble or paused or self._ledger.failed_samples.task_trouble
                 return dataclasses.replace(ack, trouble=trouble)

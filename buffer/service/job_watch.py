@@ -21,7 +21,7 @@ from buffer.tables.lease_table import Server
 
 _NUM_LEASES = 8
 _LOST_S = 300.0
-"""How long a server that was silent and is removed is remembered, unless it comes back."""
+"""Seconds for which a server that was removed as silent is remembered, unless it comes back."""
 
 
 class JobWatch:
@@ -40,17 +40,17 @@ class JobWatch:
         self._lost: dict[str, float] = {}
         self._world_size = 0
         self._since: dict[str, float] = {}
-        """Since when each trouble of the buffer itself lasts."""
+        """Start time of each current problem of the buffer itself."""
         self._wait_s = 0.0
         self._looked_s = now_s
         self._due_s = now_s
 
     def lost(self, name: str, *, now_s: float) -> None:
-        """A rollout server was silent and is removed."""
+        """Notes that a rollout server sent nothing and was removed."""
         self._lost[name] = now_s
 
     def tick(self, *, now_s: float, interval_s: float) -> None:
-        """Call it whenever the buffer's timer fires; looks at the job about once a second."""
+        """Call it whenever the buffer's timer fires; examines the job about once a second."""
         self._awake.tick(now_s=now_s, next_s=now_s + interval_s)
         self._timeline.look(self._ledger.state)
         if now_s < self._due_s:
@@ -80,7 +80,7 @@ class JobWatch:
         return self._watchdog.report()
 
     def facts(self, *, now_s: float) -> JobFacts:
-        """What is known now."""
+        """The current facts."""
         ledger, state = self._ledger, self._ledger.state
         servers = ledger.servers
         self._lost = {
@@ -153,7 +153,7 @@ class JobWatch:
             )
 
     def _lasting(self, name: str, is_so: bool, *, now_s: float) -> float:
-        """Seconds since something is so; 0 if it is not."""
+        """Seconds for which a condition has held; 0 if it does not hold."""
         if not is_so:
             self._since.pop(name, None)
             return 0.0

@@ -1,11 +1,13 @@
-"""Decides which of two living processes has a name: the one that answers for it. Pure: no sockets, no clock.
+"""Decides which of two live processes keeps a name: the one that responds under it. Pure: no sockets, no
+clock.
 
     (name taken by another process) --begin--> asked --heard from the holder--> refused
                                                  `--ANSWER_S over-----------> admitted, the holder is replaced
 
-A newcomer under a name that a connected process has is either its successor (the holder hangs, or its machine
-is cut off) or a mistake or an intruder. Neither clocks nor numbers that a peer sends can tell: a holder that
-answers keeps the name. The daemon sends the questions; a holder whose connection is gone is not asked.
+A newcomer under the name of a connected process is either its successor (the holder hangs, or its machine is
+cut off), a mistake or an intruder. Neither clocks nor numbers that a peer sends can distinguish these cases,
+so a holder that responds keeps the name. The daemon sends the queries; a holder whose connection is gone is
+not queried.
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ from areal_like.security.keys import AllowedKey
 from areal_like.wire.messages.hello import Hello
 
 ANSWER_S = 2.0
-"""Time for the holder to answer. It sends heartbeats more often than that while it works."""
+"""Seconds for the holder to respond. It sends heartbeats more often than that while it works."""
 MAX_WAITING = 64
-"""Newcomers that wait for one name; further ones are refused at once."""
+"""Maximum number of newcomers that wait for one name; further ones are refused at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,33 +32,33 @@ class Newcomer:
     rid: int
     hello: Hello
     key: AllowedKey | None = None
-    """The key with which it came; None without keys."""
+    """The key with which it connected; None without keys."""
 
 
 @dataclass(kw_only=True)
 class _Question:
     holders: frozenset[bytes]
-    """Routes that were asked."""
+    """Routes that were queried."""
     until_s: float
     newcomers: dict[bytes, Newcomer] = field(default_factory=dict)
 
 
 class NameClaims:
-    """Questions to the holders of names that are not decided yet. Times are seconds on any one clock."""
+    """Pending queries to the holders of names. Times are seconds on any one clock."""
 
     def __init__(self) -> None:
         self._questions: dict[str, _Question] = {}
 
     def is_asked(self, name: str) -> bool:
-        """True while the holder of this name has time to answer."""
+        """True while the holder of this name has time to respond."""
         return name in self._questions
 
     def begin(self, name: str, holders: Collection[bytes], *, now_s: float) -> None:
-        """The holders of the name were asked."""
+        """Records that the holders of the name were queried."""
         self._questions[name] = _Question(holders=frozenset(holders), until_s=now_s + ANSWER_S)
 
     def wait(self, name: str, newcomer: Newcomer) -> bool:
-        """Adds a newcomer to the question about its name; a repeated hello replaces the one before.
+        """Adds a newcomer to the query about its name; a repeated hello replaces the previous one.
 
         Returns False if too many wait.
         """
@@ -67,18 +69,18 @@ class NameClaims:
         return True
 
     def heard(self, route: bytes) -> list[Newcomer]:
-        """A message came by this route; returns the newcomers to refuse."""
+        """Records a message on this route; returns the newcomers to refuse."""
         if not self._questions:  # every message passes here
             return []
         names = [name for name, question in self._questions.items() if route in question.holders]
         return [newcomer for name in names for newcomer in self._questions.pop(name).newcomers.values()]
 
     def cancel(self, name: str) -> list[Newcomer]:
-        """Ends the question about a name; returns its newcomers."""
+        """Ends the query about a name; returns its newcomers."""
         question = self._questions.pop(name, None)
         return list(question.newcomers.values()) if question else []
 
     def expired(self, *, now_s: float) -> Iterator[tuple[str, list[Newcomer]]]:
-        """The names whose holders have not answered in time, with their newcomers in order of arrival."""
+        """The names whose holders have not responded in time, with their newcomers in order of arrival."""
         for name in [name for name, question in self._questions.items() if question.until_s <= now_s]:
             yield name, list(self._questions.pop(name).newcomers.values())

@@ -1,15 +1,15 @@
-"""What an operator may do to a running buffer: `POST /control/<verb>` with a JSON object.
+"""The operator's control of a running buffer: `POST /control/<verb>` with a JSON object.
 
     drop {"tickets": [17, 23]}           removes recorded tickets: all of them, or none
     unfence {"name": "rollout-0"}        takes a name from its process; the next new one gets it
-    cordon, uncordon {"server": "rollout-0"}    grants a rollout server no new leases; grants them again
+    cordon, uncordon {"server": "rollout-0"}    stops granting a rollout server new leases; resumes it
     set {"trainer.lr": 1e-5, ...}        changes settings from the next step on (tables/live_settings.py), or
-                                         asks for an evaluation or a checkpoint: {"evaluate": "now"}
-    pause, resume {}                     grants no leases of training tickets; grants them again
+                                         requests an evaluation or a checkpoint: {"evaluate": "now"}
+    pause, resume {}                     stops granting leases of training tickets; resumes it
     drain_server {"server": "rollout-0"} tells a rollout server to leave, over its own connection: the HTTP
                                          address in a hello is whatever the peer wrote there
 
-Each raises UserError for a mistake. Changes are durable before the reply. `drop_offline` and
+Each raises UserError for invalid input. Changes are durable before the reply. `drop_offline` and
 `unfence_offline` are for the ledger of a job whose buffer is not running (`python -m buffer --drop 17,23`,
 `--unfence NAME`).
 """
@@ -174,7 +174,7 @@ class Operations:
 
 
 def fenced_name(name: Any) -> str:
-    """The name under which the ledger knows a role that an operator names. Raises UserError."""
+    """The ledger's name of a role that an operator names. Raises UserError."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise UserError('want {"name": NAME} of a rollout server, or of the trainer')
     return TRAINER if name.startswith(f"{TRAINER}-") else name
@@ -201,7 +201,7 @@ def drop_offline(config: Config, ticket_ids: Sequence[int], shard: Shard) -> Non
 
 
 def unfence_offline(config: Config, name: str, shard: Shard) -> None:
-    """Takes a name from the process that has it: the next new process gets the name.
+    """Takes a name from the process that holds it: the next new process gets the name.
 
     Raises UserError if no process has had the name, or if the ledger is in use.
     """

@@ -1,8 +1,8 @@
-"""The outbox: sends every message of the buffer, at once, when the ledger is durable, or with the next flush.
+"""The outbox: sends all messages of the buffer, at once, when the ledger is durable, or with the next flush.
 
-Requests are replied to at once, or when what they have written is durable. `flush` sends the consequences of
-changes in the ledger: acknowledgements, leases, aborts, and groups and evaluations that a trainer waits for.
-The daemon calls it once per burst of messages.
+Replies are sent at once, or when the request's changes are durable. `flush` sends the consequences of changes
+in the ledger: acknowledgements, leases, aborts, and groups and evaluations that a trainer waits for. The
+daemon calls it once per burst of messages.
 
 A buffer that is restarted after a crash has only what the ledger has on disk. So a message on which a peer
 may rely after that (a version, a recorded group, an acknowledgement) is sent only when its rows are durable.
@@ -50,11 +50,11 @@ class Outbox:
 
     @property
     def num_fetches(self) -> int:
-        """Fetches that wait for their group."""
+        """Number of fetches that wait for their group."""
         return len(self._fetches)
 
     def close(self) -> None:
-        """Sends nothing more: the socket is about to be closed."""
+        """Stops sending: the socket is about to be closed."""
         self._is_closed = True
 
     def send(self, route: bytes, message: Any, *, rid: int = 0) -> bool:
@@ -85,7 +85,7 @@ class Outbox:
         self._evals[route, request.eval_id, request.eval_set] = (rid, dataclasses.asdict(request))
 
     def keep_evals_of(self, route: bytes) -> None:
-        """Removes the evaluations that other routes wait for, which belong to an older trainer."""
+        """Removes the evaluations for which other routes wait: they belong to an older trainer."""
         self._evals = {key: waiting for key, waiting in self._evals.items() if key[0] == route}
 
     def servers_changed(self) -> None:
@@ -157,7 +157,7 @@ class Outbox:
         for name, lease_ids in self._ledger.state.leases.take_aborts().items():
             peer = self._peers.named(name)
             if peer is not None:
-                reason = "these leases have ended: their samples are not needed any more"
+                reason = "these leases have ended: their samples are no longer needed"
                 for message in producer.AbortLeases.batches(lease_ids, reason=reason):
                     self.send(peer.route, message)
 

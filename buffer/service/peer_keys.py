@@ -1,4 +1,4 @@
-"""Which key may act as which peer, on a job with keys. Without keys every check passes.
+"""Checks which key may act as which peer, on a job with keys. Without keys every check passes.
 
 A key has one role, and a name belongs to the key that registered it first, for as long as that key is valid:
 a server's key does not help to take over another server's name. Several processes may share a key. A renewed
@@ -16,14 +16,14 @@ from areal_like.wire.messages.hello import Hello, Role
 from buffer.service.peers import Peer
 
 _RENEWAL_S = 3.0
-"""Silence after which a peer is removed whose key was renewed and has expired: every daemon reads its new key
-within a second, so this one is somebody who has only the old key."""
+"""Seconds without a message after which a peer is removed if its key was renewed and has expired: every
+daemon reads its new key within a second, so such a peer has only the old key."""
 _MAX_OWNERS = 4096
-"""Names whose first key is remembered; the oldest are forgotten first."""
+"""Number of names whose first key is remembered; the oldest are forgotten first."""
 
 
 class PeerKeys:
-    """Decides by keys."""
+    """The checks by key."""
 
     def __init__(self, keyring: Keyring | None) -> None:
         self._keyring = keyring
@@ -42,7 +42,7 @@ class PeerKeys:
         """Raises RefusedError if this key may not register this peer."""
         if key is None:
             return
-        if not self._is_valid(key):  # any more: the peer has waited for the name
+        if not self._is_valid(key):  # no longer: the peer has waited for the name
             raise RefusedError("key", f"the key {key.name} is revoked or has expired")
         if KeyRole(hello.role.value) is not key.role:
             raise RefusedError(
@@ -71,7 +71,7 @@ class PeerKeys:
             raise RefusedError("key", f"{peer.hello.name} registered with the key {known}, not {key.name}")
 
     def revoked(self, peers: Iterable[Peer], *, now_s: float) -> list[Peer]:
-        """The peers whose key is not valid any more, and that have not renewed it."""
+        """The peers whose key is no longer valid and was not renewed."""
         return [
             peer
             for peer in peers

@@ -5,8 +5,8 @@ for each connection, to the name. Only the newest incarnation of a name is kept:
 that it replaced come from an unknown route, so that process has to send Hello again and is refused
 (`IncarnationTable`).
 
-A refusal names the field that differs and not the values, which a peer could otherwise find one by one;
-both values are in the log.
+A refusal names the field that differs but not the values, because a peer could otherwise find them out one by
+one; both values are in the log.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ log = logging.getLogger(__name__)
 _OPTIONAL = ("dtype", "content", "eval_content")
 """Fields of a Hello that are compared only where they are not empty."""
 _MAX_GONE = 1024
-"""Servers that have left whose statistics are kept apart, because they may come back."""
+"""Number of departed servers whose statistics are kept separately, because they may come back."""
 _SETTING = re.compile(r"(?:sampling|eval|buffer|model|trainer)\.[\w.-]+", re.ASCII)
 _SETTINGS = re.compile(f" (?={_SETTING.pattern}=)")
-"""Between two settings of a Hello."""
+"""Separator between two settings of a Hello."""
 _MOST_PER_S = {
     "tokens_generated": 1e6,
     "progress": 1e6,
@@ -41,10 +41,10 @@ _MOST_PER_S = {
     "idle_s": 1e3,
     "starved_s": 1e3,
 }
-"""Totals of rollout servers that the buffer adds up -> more than any server adds in a second. (Seconds are
-sums over its engines.)"""
+"""Totals of rollout servers that the buffer adds up -> an increase per second beyond that of any server.
+(Seconds are sums over its engines.)"""
 _EARLIER_S = 86_400.0
-"""A server may have run for so long at these rates before it registered here."""
+"""Seconds for which a server may have run at these rates before it registered here."""
 
 
 def claimed_name(hello: Hello) -> str:
@@ -59,7 +59,7 @@ class Peer:
     route: bytes
     """Routing id of its socket."""
     hello: Hello
-    """Its `incarnation` is the one that the ledger has granted."""
+    """The peer's hello; its `incarnation` is the one that the ledger has granted."""
     last_heard_s: float
     since_s: float
     """When it registered at this buffer."""
@@ -69,7 +69,7 @@ class Peer:
     stats: dict[str, float] = field(default_factory=dict)
     """Statistics of its last heartbeat."""
     waits: dict[str, float] = field(default_factory=dict)
-    """What it waited for at its last heartbeat -> seconds."""
+    """Name of a wait at its last heartbeat -> seconds."""
     step: int = 0
     """The step that a rank works on."""
 
@@ -101,14 +101,14 @@ class ConnectedPeers:
         self._by_name: dict[str, Peer] = {}
         self._by_route: dict[bytes, Peer] = {}
         self._stats_of_gone: dict[tuple[str, int], dict[str, float]] = {}
-        """Last statistics of rollout servers that are not connected any more, by name and incarnation."""
+        """Last statistics of rollout servers that are no longer connected, by name and incarnation."""
         self._stats_of_long_gone: dict[str, float] = {}
-        """Sums over the servers that left before those."""
+        """Sums over servers that left earlier than those."""
 
     def check(self, hello: Hello) -> None:
         """Raises RefusedError(field, reason) if a peer's configuration differs from the job's.
 
-        Also for a name of the other role, an address outside this machine, and too many peers."""
+        Also raises it for a name of the other role, an address outside this machine, and too many peers."""
         for name in ("job", "num_shards", "shard", "dataset", "model", "tokenizer", *_OPTIONAL):
             expected, owner = self._expected.get(name, (getattr(hello, name), hello.name))
             # The trainer does not know the content, and peers of an earlier release send no dtype.
@@ -133,7 +133,7 @@ class ConnectedPeers:
             )
 
     def _check_addresses(self, hello: Hello) -> None:
-        """Raises RefusedError for an address of another machine, which without keys may not take part."""
+        """Raises RefusedError for an address of another machine: without keys it may not take part."""
         for name in ("http_address", "weights_address"):
             address: str = getattr(hello, name)
             if self._only_loopback and address and not _is_local(address):
@@ -162,10 +162,9 @@ class ConnectedPeers:
         return peer
 
     def holders(self, name: str, process: str) -> list[Peer]:
-        """The connected processes to ask if another one may have the name (`claimed_name`).
-
-        Of a trainer's ranks this is rank 0, without which the others do nothing, or all if it is not there.
-        """
+        """The connected processes to query before another one may have the name (`claimed_name`). For a
+        trainer's ranks this is rank 0, without which the others do nothing, or all ranks if rank 0 is
+        absent."""
         if name != TRAINER:
             holder = self._by_name.get(name)
             return [holder] if holder is not None and holder.hello.process != process else []
@@ -180,8 +179,8 @@ class ConnectedPeers:
                 self.remove(peer.hello.name)
 
     def expect_model_of(self, hello: Hello) -> None:
-        """Makes `check` require what this peer has, unless a call before has set it: its model, tokenizer and
-        dtype, and the content of its task's data."""
+        """Makes `check` require this peer's model, tokenizer, dtype and content of the task's data, unless an
+        earlier call has set them."""
         for name in ("model", "tokenizer", *_OPTIONAL):
             if name not in _OPTIONAL or getattr(hello, name):
                 self._expected.setdefault(name, (getattr(hello, name), hello.name))
@@ -257,11 +256,11 @@ def _differing(own: object, expected: object) -> list[str]:
     ours, theirs = (
         dict(part.partition("=")[::2] for part in _SETTINGS.split(str(each))) for each in (own, expected)
     )
-    # Only the job's names: what the peer calls its settings is its own text.
+    # Only the job's names are reported: the peer's names are text of its own choice.
     return [name for name, value in theirs.items() if _SETTING.fullmatch(name) and ours.get(name) != value]
 
 
 def _is_local(address: str) -> bool:
-    """True for an address that leads nowhere but to the machine that connects to it."""
+    """True for an address that only reaches the machine that connects to it."""
     host = address.rpartition("://")[2].rpartition(":")[0].strip("[]")
     return host in ("0.0.0.0", "::") or is_loopback(host)

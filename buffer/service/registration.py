@@ -1,4 +1,4 @@
-"""Registration of peers: checks of a hello, the process that has a name, the replies.
+"""Registration of peers: checks of a hello, the process that holds a name, the replies.
 
     hello -> refused (its configuration differs, it was replaced, its name is taken)
           -> welcome (the process that has the name; a new one under a free name)
@@ -52,27 +52,27 @@ class Registration:
         """Held-out prompts by evaluation set, as servers report them; empty: no server has registered."""
 
     def hello(self, newcomer: Newcomer) -> None:
-        """Registers a peer, or asks the process that has its name. Replies now or later."""
+        """Registers a peer, or queries the process that holds its name. Replies now or later."""
         try:
             self._hello(newcomer)
         except (RefusedError, StaleIncarnationError) as error:
             self._outbox.send(newcomer.route, refusal_of(error), rid=newcomer.rid)
 
     def heard(self, route: bytes) -> None:
-        """A registered peer has sent a message: it has its name."""
+        """Notes a message of a registered peer: the peer holds its name."""
         for newcomer in self._claims.heard(route):
             name = newcomer.hello.name
-            log.warning("a second process says hello as %s, and the first one answers", name)
+            log.warning("a second process says hello as %s, and the first one responds", name)
             reason = (
-                f"another process has the name {name} and answers for it: end that one first, choose another "
-                f"name, or run `areal-like unfence {self._job} {name}`"
+                f"another process has the name {name} and responds under it: end that one first, choose "
+                f"another name, or run `areal-like unfence {self._job} {name}`"
             )
             self._outbox.send(newcomer.route, Refused(field="name", reason=reason), rid=newcomer.rid)
 
     def tick(self) -> None:
         """Admits the newcomers whose predecessors have not replied in time. Call it a few times a second."""
         for name, newcomers in self._claims.expired(now_s=self._clock()):
-            log.warning("the process that had the name %s does not answer: it is replaced", name)
+            log.warning("the process that had the name %s did not respond: it is replaced", name)
             self._peers.take_name(name, kept=newcomers[0].hello.process)
             self._again(newcomers)
 
@@ -95,13 +95,14 @@ class Registration:
         )
 
     def _again(self, newcomers: Iterable[Newcomer]) -> None:
-        """The first one now finds a free name, and further processes find the first one there."""
+        """Repeats their hellos. The first process now finds a free name, and further ones find the name taken
+        by it."""
         for newcomer in newcomers:
             self.hello(newcomer)
 
     def _hello(self, newcomer: Newcomer) -> None:
         hello = newcomer.hello
-        # Again: another key may have got the name while this newcomer waited for it.
+        # Checked again: another key may have got the name while this newcomer waited for it.
         self._keys.check_hello(hello, newcomer.key)
         self._peers.check(hello)
         name = claimed_name(hello)
@@ -116,7 +117,8 @@ class Registration:
             raise RefusedError("name", f"many processes wait for the name {name}: try again later")
 
     def _is_free(self, name: str, process: str) -> bool:
-        """True if no connected process has the name; else its holders are asked, unless they were before."""
+        """True if no connected process holds the name; otherwise its holders are queried, unless they already
+        were."""
         if self._claims.is_asked(name):
             return False
         holders = self._peers.holders(name, process)

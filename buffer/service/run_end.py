@@ -1,9 +1,10 @@
-"""The end of a finished run: how long the buffer goes on, so that it can tell every peer. Pure: no clock.
+"""The end of a finished run: how long the buffer keeps running so that it can tell every peer. Pure: no
+clock.
 
     (the run is finished) -> has_ended(): every peer has said goodbye, or `linger_s` is over
 
-A server that was lost a short time ago may be starting again, and a buffer that is started for a finished run
-does not know who is left: both wait for the whole time.
+A server that was lost recently may be restarting, and a buffer that is started for a finished run does not
+know which peers are left. In both cases the buffer waits for the whole time.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ class RunEnd:
         self._since_s: float | None = None
 
     def lost(self, name: str, *, now_s: float) -> None:
-        """A server has become silent."""
+        """Notes that a server stopped responding."""
         self._lost_s[name] = now_s
 
     def reopened(self) -> None:
-        """A trainer has begun an earlier step again."""
+        """Notes that a trainer has resumed at an earlier step."""
         self._was_finished, self._since_s = False, None
 
     def has_ended(self, *, now_s: float) -> bool:

@@ -1,7 +1,7 @@
 """The buffer's numbers for /status and for the trainer's `GetRunCounters`.
 
-Also what has happened within the last minute, and since when each server has its weights. Pure: times come in
-as arguments. A buffer that has just started knows less than a minute.
+Also the events of the last minute, and since when each server has had its weights. Pure: times are arguments.
+A buffer that has just started covers less than a minute.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from buffer.tickets import Drop
 WINDOW_S = 60.0
 _INTERVAL_S = 1.0
 _SHORTEST_S = 0.5
-"""Rates over less time say nothing."""
+"""Shortest time, in seconds, over which rates are meaningful."""
 _PER_S = ("samples", "tokens_generated", "tokens_trained")
 _PER_MIN = ("steps", "drops")
 _MAX_CHANGES = 50
-"""Rows of the table of settings in /status, the newest."""
+"""Number of newest rows of the table of settings in /status."""
 
 
 class RateWindow:
@@ -37,7 +37,7 @@ class RateWindow:
         self._seen: deque[tuple[float, dict[str, float]]] = deque()
 
     def see(self, counters: Mapping[str, float], *, now_s: float) -> None:
-        """Takes the values of the counters now; call it more often than once a second."""
+        """Records the current values of the counters; call it more often than once a second."""
         if self._seen and now_s < self._seen[-1][0] + _INTERVAL_S:
             return
         self._seen.append((now_s, dict(counters)))
@@ -67,7 +67,7 @@ class RecentNumbers:
         """By server: version of its weights, and when it was first seen with them."""
 
     def see(self, state: LedgerState, counters: Mapping[str, float], *, now_s: float) -> None:
-        """Takes the numbers as they are now. `counters`: `stream_counters`."""
+        """Records the current numbers. `counters`: `stream_counters`."""
         self._window.see(_counted(state, counters), now_s=now_s)
         before, self._weights = self._weights, {}
         for name, server in state.leases.servers.items():

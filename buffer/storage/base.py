@@ -49,7 +49,7 @@ class LeaseRow:
     server_incarnation: int
     weights_step: int
     outstanding: frozenset[int]
-    """Sample indices as last written. An index that has a sample row is not outstanding any more."""
+    """Sample indices as last written. An index that has a sample row is no longer outstanding."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +71,7 @@ class RollbackRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OperationRow:
-    """What an operator did to the run. It is written for people and never read back."""
+    """An operator's action on the run. It is written for people and never read back."""
 
     unix_s: float
     verb: str
@@ -82,14 +82,14 @@ class OperationRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SettingRow:
-    """A value of a setting that may change while the run goes on, or an action that an operator asked for."""
+    """A value of a setting that may change during the run, or an action that an operator requested."""
 
     step: int
-    """The first optimizer step with this value. Of an action: the step after which it is done."""
+    """The first optimizer step with this value; for an action, the step after which it is done."""
     key: str
     value: str
     origin: str
-    """`start`: a trainer started with it; `operator`: changed while the run went on."""
+    """`start`: a trainer started with it; `operator`: changed during the run."""
     unix_s: float
 
 
@@ -107,7 +107,7 @@ class EvaluationRow:
     """Samples of each prompt."""
     min_version: int
     state: str
-    """`running`, `done`, `released` (done, and its samples are not needed any more), or `cancelled`."""
+    """`running`, `done`, `released` (done, and its samples are no longer needed), or `cancelled`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,10 +133,11 @@ class Recovered:
     evaluated: list[Ticket] = field(default_factory=list)
     """EVALUATED tickets whose records are not released yet, by id."""
     evaluations: list[EvaluationRow] = field(default_factory=list)
-    """The running ones, and the finished ones whose samples are kept, in the order of their requests."""
+    """The running evaluations, and the finished ones whose samples are kept, in the order of their
+    requests."""
     leases: list[LeaseRow] = field(default_factory=list)
     versions: list[VersionRow] = field(default_factory=list)
-    """In order of allocation."""
+    """Versions in order of allocation."""
     scalars: dict[str, int] = field(default_factory=dict)
     returned: list[Prompt] = field(default_factory=list)
     """Prompts given back and not issued again, in the order in which they were given back."""
@@ -144,7 +145,7 @@ class Recovered:
     """Step -> number of trainers that began it."""
     rollbacks: list[RollbackRow] = field(default_factory=list)
     settings: list[SettingRow] = field(default_factory=list)
-    """In the order in which they were made."""
+    """Settings in the order in which they were changed."""
     counters: dict[str, float] = field(default_factory=dict)
     ended: dict[tuple[Purpose, State, Drop | None], int] = field(default_factory=dict)
     """Number of tickets by purpose, terminal state and drop reason, including those in `trained` and
@@ -154,7 +155,7 @@ class Recovered:
 
 
 class Blocked(StrEnum):
-    """Why a store cannot write at this moment: `write_blocked_reason` begins with it and a colon."""
+    """Why a store currently cannot write: `write_blocked_reason` begins with this value and a colon."""
 
     FULL = "disk full"
     """There is not enough space."""
@@ -216,7 +217,7 @@ class Store(Protocol):
         """New values of some counters; the others stay."""
 
     def release(self, ticket: Ticket) -> None:
-        """The records of this ticket, trained or evaluated, are not needed any more."""
+        """The records of this ticket, trained or evaluated, are no longer needed."""
 
     def records_of(self, ticket: Ticket) -> list[Record]:
         """All records of a complete ticket, in sample order. Raises StoreCorruptError if they are damaged."""

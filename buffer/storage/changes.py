@@ -29,21 +29,21 @@ class Changes:
     failures: dict[tuple[int, int], tuple[int, bool]] = field(default_factory=dict)
     """Number of failures, and whether the sample was given up, by (ticket id, sample index)."""
     evaluations: dict[int, EvaluationRow] = field(default_factory=dict)
-    """By first ticket."""
+    """Evaluations by first ticket."""
     leases: dict[int, Row | None] = field(default_factory=dict)
     versions: list[VersionRow] = field(default_factory=list)
     scalars: dict[str, int] = field(default_factory=dict)
     returned: dict[int, Row | None] = field(default_factory=dict)
-    """By index in the queue of prompts given back."""
+    """Prompts by index in the queue of prompts given back."""
     attempts: dict[int, int] = field(default_factory=dict)
     rollbacks: list[RollbackRow] = field(default_factory=list)
     operations: list[OperationRow] = field(default_factory=list)
     settings: list[SettingRow] = field(default_factory=list)
     counters: dict[str, float] = field(default_factory=dict)
     evaluated: list[int] = field(default_factory=list)
-    """Tickets whose records are kept and will not be fetched: they need no memory."""
+    """Tickets whose records are kept but will not be fetched: they need no memory."""
     released: list[int] = field(default_factory=list)
-    """Tickets whose records will not be fetched any more."""
+    """Tickets whose records will no longer be fetched."""
 
     def __bool__(self) -> bool:
         return any(getattr(self, name) for name in self.__slots__)

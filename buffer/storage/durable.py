@@ -6,7 +6,7 @@
 
 A batch is handed to the writer in a separate callback of the event loop, never inside a `put_*`, so that the
 writes of one ledger operation are in one transaction. The event loop waits for the disk only to read back a
-group that is not in memory any more.
+group that is no longer in memory.
 
 Records are in segment files and not in SQLite blobs because that is faster. Measured with 12.4 kB per
 trajectory and 128 trajectories per batch, in thousands of trajectories per second:
@@ -76,7 +76,7 @@ class StoreSettings:
 
 
 def open_store(config: Config, *, on_error: Callable[[Exception], None], shard: Shard = WHOLE) -> Store:
-    """Opens the store that `buffer.durability` selects, where `buffer.ledger_dir` wants it."""
+    """Opens the store that `buffer.durability` selects, in the directory that `buffer.ledger_dir` selects."""
     settings = StoreSettings.from_config(config)
     if settings.durability == "none":
         ledger = RunPaths.of(config).ledger_of(shard)
@@ -269,7 +269,7 @@ class DurableStore(RowRecorder):
         """Checks that every record that a row refers to is on disk; in the last segment, also its checksum.
 
         Older segments were complete when the last one was started. Their checksums are verified only when
-        records are read, because the start of a buffer must not take minutes. Raises StoreCorruptError.
+        records are read, because a buffer must not take minutes to start. Raises StoreCorruptError.
         """
         sizes: dict[int, int] = {}
         damaged = []

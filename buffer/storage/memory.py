@@ -1,4 +1,4 @@
-"""The store of `buffer.durability=none`: records in memory, no rows, nothing survives the process."""
+"""The store of `buffer.durability=none`: records in memory and no rows. Nothing survives the process."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ class MemoryStore:
         self._num_bytes = 0
 
     def put_ticket(self, ticket: Ticket) -> None:
-        """Releases the records of a ticket that ended untrained: nobody could read those of an evaluation."""
+        """Releases the records of a ticket that ended untrained: those of an evaluation could not be read
+        either."""
         if ticket.state.is_terminal and ticket.state is not State.TRAINED:
             self.release(ticket)
 
@@ -96,10 +97,11 @@ log = logging.getLogger(__name__)
 
 
 class MemoryBesideLedger(MemoryStore):
-    """The store of a run that goes on with `buffer.durability=none` although it has a ledger on disk.
+    """The store of a run that continues with `buffer.durability=none` although it has a ledger on disk.
 
-    The steps of such a buffer are in no ledger. The ledger on disk gets one row that says from which step on,
-    so that the audit does not look for them there, and `areal-like samples` and the report can say so.
+    The steps of such a buffer are not in any ledger. The ledger on disk gets one row with the first of these
+    steps, so that the audit does not look for them there, and `areal-like samples` and the report can mention
+    it.
     """
 
     def __init__(self, ledger: Path) -> None:

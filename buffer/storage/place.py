@@ -1,4 +1,4 @@
-"""Where a shard's ledger is: in the run's directory, or on another disk that a link there names.
+"""The location of a shard's ledger: the run's directory, or another disk to which a link there leads.
 
     <runs_dir>/<name>/ledger                                     without `buffer.ledger_dir`
     <runs_dir>/<name>/ledger -> <ledger_dir>/<name>/ledger       with it
@@ -20,7 +20,7 @@ from buffer.storage.segments import sync_directory
 
 
 def open_place(config: Config, *, shard: Shard = WHOLE) -> Path:
-    """The directory of the shard's ledger, with the link to it where `buffer.ledger_dir` wants one.
+    """The directory of the shard's ledger; makes the link to it if `buffer.ledger_dir` needs one.
 
     Raises ConfigError if the run's ledger is elsewhere, or the run has another number of shards.
     """

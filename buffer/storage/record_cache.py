@@ -50,7 +50,7 @@ class RecordCache:
             self._served[ticket_id] = None
 
     def remove(self, ticket_id: int) -> None:
-        """Removes all records of a ticket, including pinned ones: they are not needed any more."""
+        """Removes all records of a ticket, including pinned ones: they are no longer needed."""
         self._served.pop(ticket_id, None)
         for index in list(self._records.get(ticket_id, ())):
             self._pinned.discard((ticket_id, index))

@@ -46,7 +46,7 @@ class SegmentWriter:
         return locations
 
     def keep(self) -> None:
-        """The transaction with the rows has committed: `cut` will not remove the written records any more."""
+        """The transaction with the rows has committed: `cut` will no longer remove the written records."""
         self._kept = (self.segment, self.offset)
 
     def cut(self) -> None:
@@ -86,7 +86,7 @@ class SegmentWriter:
 
     def _write_all(self, records: list[bytes]) -> None:
         num_written = os.writev(self._file, records)
-        # A disk that becomes full accepts a part of the bytes and refuses the rest.
+        # A disk that becomes full accepts some of the bytes and refuses the rest.
         if num_written < sum(map(len, records)):
             rest = memoryview(b"".join(records))[num_written:]
             while rest:

@@ -196,7 +196,7 @@ def _write(connection: sqlite3.Connection, changes: Changes, locations: Iterable
     _insert(
         connection,
         "INSERT INTO tickets VALUES",
-        # The column `released` stands before those that a migration has added.
+        # The column `released` comes before those that a migration has added.
         [(*row[:13], 0, *row[13:]) for row in changes.tickets.values()],
         "ON CONFLICT (ticket_id) DO UPDATE SET max_staleness = excluded.max_staleness, "
         "state = excluded.state, "

@@ -207,7 +207,8 @@ _WRITE_LOCK = "120"
 
 
 def lock_holder(database: Path, *, locks: str | None = None) -> str:
-    """The program that holds the ledger's write lock: `pid 4711 (sqlite3)`; empty if the system does not say.
+    """The program that holds the ledger's write lock: `pid 4711 (sqlite3)`; empty if the system does not
+    report it.
 
     In WAL mode that lock is a lock of byte 120 of the file `ledger.sqlite3-shm`, and Linux lists all locks
     with their processes in /proc/locks. SQLite itself only says that the database is locked.

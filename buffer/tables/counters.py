@@ -2,8 +2,8 @@
 
 Lag is counted when the trainer completes a step, because then the samples have taken effect, and not when a
 checkpoint commits the step. A step that a resumed trainer repeats is counted once. Counters survive a
-restart: they are stored as pairs of name and number whenever they change. The counters from which
-`areal_like.selection` compares what was offered with what was trained have its names.
+restart: they are stored as pairs of name and number whenever they change. The counters that
+`areal_like.selection` compares (offered and trained samples) have the names that it defines.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from buffer.tickets import REFUSALS, Drop, SampleSummary, Ticket, Verdict
 _LAG = "trained_lag_"
 _VERDICT = "verdict_"
 _POPULATIONS = ("offered", "trained", *(f"failed_{kind.value}" for kind in FailureKind))
-# Made once, because every sample passes here.
+# Built once, because every sample passes here.
 _NAMES = {
     name: (
         [length_key(name, bucket) for bucket in range(MAX_BUCKET + 1)],
@@ -63,7 +63,8 @@ class StreamCounters:
 
     @property
     def num_good_samples(self) -> int:
-        """Accepted samples of the whole run that did not fail: those with reward 0 for a failure are not."""
+        """Accepted samples of the whole run that did not fail, without those recorded with reward 0 for a
+        failure."""
         zeros = sum(self._values.get(name, 0) for name in _ZERO_NAMES)
         return int(self._values.get(_VERDICT_NAMES[Verdict.ACCEPTED], 0) - zeros)
 
@@ -141,7 +142,8 @@ class StreamCounters:
 
     def _add_sample(self, population: str, sample: SampleSummary, *, sign: int) -> None:
         num_tokens, reward = sample.num_sampled, sample.reward
-        # Ledgers of earlier releases may hold larger ones, and sums must stay finite for JSON and the wire.
+        # Ledgers of earlier releases may hold larger numbers, and sums must stay finite for JSON and the
+        # wire.
         if not -LARGEST_REWARD < reward < LARGEST_REWARD:
             reward = math.copysign(LARGEST_REWARD, reward)
         lengths, sum_tokens, sum_reward = _NAMES[population]

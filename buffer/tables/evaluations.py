@@ -25,19 +25,20 @@ from buffer.tickets import State, Ticket
 
 RUNNING, DONE, RELEASED, CANCELLED = "running", "done", "released", "cancelled"
 _NUM_RESULTS_KEPT = 4
-"""Newest finished evaluations of a set whose result can be requested again, whatever `eval.keep` is."""
+"""Number of newest finished evaluations of a set whose result can be requested again, regardless of
+`eval.keep`."""
 
 
 class EvalRound:
     """One evaluation of one set: its tickets, and those that have to be leased."""
 
     def __init__(self, row: EvaluationRow, tickets: Iterable[Ticket]) -> None:
-        """`tickets`: all of a new round; of an earlier buffer's round those that were not dropped."""
+        """`tickets`: all tickets of a new round; those of an earlier buffer's round that were not dropped."""
         self.row = row
         self.tickets = {ticket.ticket_id: ticket for ticket in tickets}
-        """Without those that were dropped, whose samples have all failed."""
+        """The round's tickets without those that were dropped, whose samples have all failed."""
         self.num_open = sum(not ticket.state.is_terminal for ticket in self.tickets.values())
-        """Tickets that have not ended."""
+        """Number of tickets that have not ended."""
         waiting = [ticket.ticket_id for ticket in self.tickets.values() if ticket.unleased]
         self._queue = deque(waiting)
         self._queued = set(waiting)
@@ -113,7 +114,7 @@ class EvalTable:
         self._store = store
         self._keep = keep
         self.rounds: dict[tuple[int, str], EvalRound] = {}
-        """Those whose result can be requested, running or finished."""
+        """Rounds whose result can be requested, running or finished."""
         self._round_of: dict[int, EvalRound] = {}
         """Ticket id -> running round."""
         self._kept: dict[str, deque[EvalRound]] = {}
@@ -134,7 +135,7 @@ class EvalTable:
         self._keep_samples(round_)
 
     def requested(self, key: tuple[int, str], *, size: tuple[int, int], min_version: int) -> EvalRound | None:
-        """The round of this request, which may be repeated; None if it has to begin.
+        """The round of this request, which may be repeated; None if the round has to be started.
 
         `size`: (prompts, samples of each). A finished round with other fields is not returned again.
         """
@@ -175,7 +176,7 @@ class EvalTable:
 
     @property
     def num_open(self) -> int:
-        """Tickets of all rounds that have not ended."""
+        """Number of tickets of all rounds that have not ended."""
         return sum(round_.num_open for round_ in self.rounds.values())
 
     def peek_next(self, weights_version: int) -> int | None:

@@ -1,14 +1,15 @@
-"""Tells the newest process of each name from those that it replaced, also over restarts of the buffer.
+"""Distinguishes the newest process of each name from those that it replaced, also across restarts of the
+buffer.
 
     unknown name --admit(P)--> P has it, incarnation 1 --admit(Q)--> Q has it, incarnation 2
-                                    `--unfence--> nobody has it, incarnation 2 --admit(R)--> R, incarnation 3
+                                    `--unfence--> it is free, incarnation 2 --admit(R)--> R, incarnation 3
 
 Every process has a random identity. The ledger gives each new process of a name the next number, and keeps
-both, so clocks play no part and nothing that a peer sends can raise a number. Whether a new process may have
-a name that another one has now is decided elsewhere (`buffer/service/name_claims.py`).
+both, so clocks play no part, and nothing that a peer sends can raise a number. Whether a new process may take
+a name that another one holds is decided elsewhere (`buffer/service/name_claims.py`).
 
-All ranks of the trainer are one process here, under the name TRAINER. Of an identity, only 63 bits of its
-hash are stored, so who reads the ledger does not learn the identity.
+All ranks of the trainer are one process here, under the name TRAINER. Only 63 bits of an identity's hash are
+stored, so a reader of the ledger does not learn the identity.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from buffer.storage.base import Store
 TRAINER = "trainer"
 """The name of all trainer ranks together."""
 MAX_NAMES = 1 << 16
-"""Different names in one run. Each takes a row forever."""
+"""Maximum number of different names in one run. Each takes a row forever."""
 _INCARNATION, _PROCESS = "incarnation:", "process:"
 _IMPOSSIBLE = 1 << 62
-"""Releases that took incarnations from the clock stored what a peer sent. No clock reaches this number."""
+"""Releases that took incarnations from the clock stored the number that a peer sent. No clock reaches this
+number."""
 
 
 def refuse_older(name: str, incarnation: int, *, newest: int) -> None:
@@ -37,7 +39,7 @@ def refuse_older(name: str, incarnation: int, *, newest: int) -> None:
 
 
 class IncarnationTable:
-    """The newest incarnation of each name, and the process that has it."""
+    """The newest incarnation of each name, and the process that holds it."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -59,9 +61,9 @@ class IncarnationTable:
         return name in self._newest
 
     def find(self, name: str, process: str, incarnation: int) -> int:
-        """The incarnation of a process that has the name; 0 if the process is new.
+        """The incarnation of a process that holds the name; 0 if the process is new.
 
-        `incarnation`: what the process says that it was granted; 0: nothing. Raises StaleIncarnationError if
+        `incarnation`: the one that the process says it was granted; 0: none. Raises StaleIncarnationError if
         another process has the name since then.
         """
         newest = self._newest.get(name, 0)
@@ -94,7 +96,7 @@ class IncarnationTable:
         return newest + 1
 
     def unfence(self, name: str, *, floor: int = 0) -> tuple[int, int]:
-        """Takes the name from the process that has it; returns the (earlier, new) newest incarnation.
+        """Takes the name from the process that holds it; returns the (earlier, new) newest incarnation.
 
         The process is refused from now on, and the next new one gets the name. An impossible number is
         replaced by `floor`, the largest that the ledger has used.

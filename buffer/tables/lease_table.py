@@ -4,8 +4,8 @@
                    -> lost        it expired or was returned, or its server was replaced or silent
 
 Credit is a server's capacity (`free + holding` of its last heartbeat) minus the samples of its leases in this
-table. A sum of grants and returns could become wrong when a heartbeat and a grant cross on the wire; this
-difference cannot. A heartbeat renews the leases it names. Other leases of the server expire, because the
+table. A running sum of grants and returns could become wrong when a heartbeat and a grant cross on the wire;
+this difference cannot. A heartbeat renews the leases it names. Other leases of the server expire, because the
 server never received them or has lost them.
 """
 
@@ -24,7 +24,7 @@ from buffer.tables.server_order import ServerOrder
 from buffer.tickets import LeaseRecord, Ticket
 
 _MAX_REMOVED = 1024
-"""Removed servers whose health is remembered."""
+"""Number of removed servers whose health is remembered."""
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -38,13 +38,13 @@ class Server:
     state: ServerState = ServerState.STARTING
     health: ServerHealth = field(default_factory=ServerHealth)
     is_cordoned: bool = False
-    """True while an operator lets it have no new leases."""
+    """True while an operator withholds new leases from it."""
     capacity_samples: int = 0
     owed_samples: int = 0
     """Samples of its live leases that have not arrived yet."""
     leases: dict[int, LeaseRecord] = field(default_factory=dict)
     check_s: float = 0.0
-    """No lease expires before it, and the server is not considered silent before it."""
+    """Earliest time at which a lease of the server can expire, or the server can count as silent."""
     lost: set[int] | None = None
     """Lost leases that the server may still work on. None until its first heartbeat, which may name leases of
     an earlier buffer."""
@@ -56,7 +56,7 @@ class Server:
 
     @property
     def is_held_back(self) -> bool:
-        """True while it gets no leases, because of an operator or of its failures."""
+        """True while it gets no leases, because of an operator or its failures."""
         return self.is_cordoned or self.health.quarantine is not None
 
     @property
@@ -83,13 +83,13 @@ class LeaseTable:
         """Heap of (`Server.check_s`, name). Entries of servers that were removed are skipped."""
         self._order = ServerOrder()
         self._changed: set[str] = set()
-        """Servers whose place in the order may have changed."""
+        """Servers whose position in the order may have changed."""
         self.live: dict[int, LeaseRecord] = {}
         self.on_end: Callable[[LeaseRecord], None] | None = None
         """Called with each lease that ends."""
         self._aborts: dict[str, set[int]] = {}
         self._health_of_removed: dict[str, tuple[int, ServerHealth]] = {}
-        """Incarnation and health of servers that left or were silent, the newest of them."""
+        """Incarnation and health of the servers that were removed most recently."""
 
     def restore(self, rows: Iterable[LeaseRow], tickets: Mapping[int, Ticket], *, now_s: float) -> None:
         """Restores leases of an earlier buffer with a new expiry time; their servers have yet to register."""
@@ -196,7 +196,7 @@ class LeaseTable:
             server = self.servers.get(name)
             if server is None or server.check_s != check_s:
                 continue
-            server.check_s = math.inf  # there may be another entry of this time
+            server.check_s = math.inf  # there may be another entry with this time
             for lease in [lease for lease in server.leases.values() if lease.expires_s <= now_s]:
                 self._take_from_server(lease)
                 lost.append(lease)
@@ -277,7 +277,7 @@ class LeaseTable:
 
     @property
     def order(self) -> ServerOrder:
-        """The servers with credit, as they are now. It has those that are held back, too."""
+        """The current order of servers with credit, including those that are held back."""
         for name in self._changed:
             if (server := self.servers.get(name)) is None:
                 self._order.remove(name)

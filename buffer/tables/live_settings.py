@@ -1,12 +1,12 @@
-"""Settings that may change while the run goes on: which value each optimizer step has.
+"""Settings that may change during the run, and the value that each has in each optimizer step.
 
-    begin(step, base) -> a trainer starts: a setting that was configured anew counts from `step` on
-    change(key, value, step) -> an operator's change counts from `step` on, the first step not begun yet
+    begin(step, base) -> a trainer starts: a newly configured setting applies from `step` on
+    change(key, value, step) -> an operator's change applies from `step` on, the first step not begun yet
     ask(action, step) -> `evaluate` or `checkpoint`, once, after `step`
 
 The value of a step is that of the newest row among those whose step is not later: a trainer that repeats a
-step finds the same values, and a change that is made after a rollback replaces those that the later steps had
-before. Rows are only added, each at or after the step in training, so the values of completed steps stay.
+step finds the same values, and a change that is made after a rollback replaces the earlier values of later
+steps. Rows are only added, each at or after the step in training, so the values of completed steps stay.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NOW = "now"
 START, OPERATOR = "start", "operator"
 _MAX_STEPS = 1 << 31
 _MAX_CHARS = 40
-"""Characters of a value; longer ones are refused before they cost anything."""
+"""Maximum characters of a value; longer ones are refused before they are parsed."""
 
 
 def _lr(text: str) -> str:
@@ -60,7 +60,7 @@ _SETTINGS: dict[str, tuple[Callable[[str], str], str]] = {
     MAX_STALENESS: (_bound, "a whole number of steps"),
     LOG_LEVEL: (_level, "DEBUG, INFO, WARNING or ERROR"),
 }
-"""Key -> function that makes a value's text canonical, and what it accepts."""
+"""Key -> function that makes a value's text canonical, and a description of accepted values."""
 CAN_CHANGE = ", ".join([*sorted(_SETTINGS), *(f"{action}={NOW}" for action in ACTIONS)])
 
 
@@ -73,7 +73,7 @@ def canonical(key: str, text: str) -> str:
     if key not in _SETTINGS:
         raise RefusedError(
             f"{key:.40}",
-            f"only these can change while the run goes on: {CAN_CHANGE}; for other settings stop the run and "
+            f"only these can change during the run: {CAN_CHANGE}; for other settings stop the run and "
             "resume it with them; for trainer.* `areal-like restart RUN trainer key=value`",
         )
     make, wanted = _SETTINGS[key]
@@ -84,12 +84,12 @@ def canonical(key: str, text: str) -> str:
 
 
 class LiveSettings:
-    """The rows of one ledger, all in memory: there are as many as an operator has made."""
+    """The rows of one ledger, all in memory: there are few, because only starts and operators add them."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self.rows: list[SettingRow] = []
-        """In the order in which they were made."""
+        """Rows in the order in which they were made."""
 
     def restore(self, rows: Iterable[SettingRow]) -> None:
         """Takes the rows of an earlier buffer."""
@@ -98,22 +98,22 @@ class LiveSettings:
     def begin(self, step: int, base: Mapping[str, str], *, unix_s: float) -> None:
         """A process starts with these configured values, at `step`.
 
-        Only those that differ from the values of the start before count; changes of an operator stay for the
-        others.
+        Only values that differ from those of the previous start apply; for the others an operator's changes
+        stay.
         """
         for key, value in base.items():
             if self.configured(key) != value:
                 self._add(step, key, value, origin=START, unix_s=unix_s)
 
     def change(self, key: str, value: str, *, step: int, unix_s: float) -> str | None:
-        """Sets a canonical value for all steps from `step` on; returns the one before, which may be equal."""
+        """Sets a canonical value for the steps from `step` on; returns the previous one (maybe equal)."""
         before, newest = self.at(key, step), self.newest(key)
         if newest is None or newest.value != value or newest.step > step:
             self._add(step, key, value, origin=OPERATOR, unix_s=unix_s)
         return before
 
     def ask(self, action: str, *, step: int, unix_s: float) -> None:
-        """Asks for an action after `step`. Idempotent."""
+        """Requests an action after `step`. Idempotent."""
         if not self.is_asked(action, step):
             self._add(step, action, NOW, origin=OPERATOR, unix_s=unix_s)
 
@@ -126,7 +126,7 @@ class LiveSettings:
         return next((row.value for row in reversed(self.rows) if row.key == key and row.step <= step), None)
 
     def newest(self, key: str) -> SettingRow | None:
-        """The last row of a key, which may be of a step to come."""
+        """The last row of a key, which may apply to a future step."""
         return next((row for row in reversed(self.rows) if row.key == key), None)
 
     def configured(self, key: str) -> str | None:
@@ -136,7 +136,7 @@ class LiveSettings:
 
     @property
     def log_level(self) -> str:
-        """The level that an operator has set; empty: each daemon has its own."""
+        """The level that an operator has set; empty: each daemon uses its own."""
         row = self.newest(LOG_LEVEL)
         return row.value if row is not None and row.origin == OPERATOR else ""
 

@@ -1,9 +1,9 @@
-"""What an operator holds back: training as a whole (a pause), or single rollout servers (cordons).
+"""An operator's holds: on training as a whole (a pause), or on single rollout servers (cordons).
 
     granted -> cordon() -> held back, until uncordon(); also for the next process of that name
-    running -> pause() -> no leases of training tickets, until resume(); evaluations go on
+    running -> pause() -> no leases of training tickets, until resume(); evaluations continue
 
-A held-back server keeps its leases, and gets weights. Both survive a restart of the buffer.
+A held-back server keeps its leases and still gets weights. Both survive a restart of the buffer.
 """
 
 from __future__ import annotations

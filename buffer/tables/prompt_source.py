@@ -89,7 +89,7 @@ class PromptSource:
         self._store.put_scalar("cursor", cursor)
 
     def forget_outcomes(self) -> None:
-        """The curriculum begins anew, because indices mean other prompts."""
+        """Restarts the curriculum, because indices refer to other prompts."""
         if self.curriculum is None:
             return
         before = self.curriculum.scalars()

@@ -1,13 +1,13 @@
-"""The failures of one rollout server in a row, and its quarantine: no leases for a while.
+"""Consecutive failures of one rollout server, and its quarantine: no leases for a while.
 
     HEALTHY -> too many failures in a row -> QUARANTINED -> back-off is over -> ON_PROBATION
                                                   ^                               |     |
                                                   +-------- the next failure -----+     |
     HEALTHY <------------------------- an accepted sample ------------------------------+
 
-The back-off doubles with each quarantine in a row. A row counts tickets, not samples: the samples of a group
-often fail for one cause. Failures of the server (its engine) and of the task's code (reward, environment) are
-separate rows, because they have different causes.
+The back-off doubles with each quarantine in a row. Tickets are counted, not samples: the samples of a group
+often fail for the same cause. Failures of the server (its engine) and of the task's code (reward,
+environment) are counted separately, because they have different causes.
 
 A lie is a message that no server of this release sends: a record or a total with an absurd number, a frame
 that cannot be decoded. Accepted samples do not make up for lies:
@@ -26,14 +26,16 @@ from areal_like.failures import FAULTS_OF_SERVER, FailureKind
 FIRST_BACKOFF_S = 30.0
 LONGEST_BACKOFF_S = 1920.0
 LONGEST_TASK_BACKOFF_S = 120.0
-"""For failures of the task's code: they are the same at every server, so no other one works meanwhile."""
+"""Back-off after failures of the task's code: they are the same at every server, so no other server works
+meanwhile."""
 MAX_QUARANTINES = 3
 """Quarantines in a row for failures of its engine after which a server counts as broken for good."""
 
 
 LIES_PER_QUARANTINE = 16
 MAX_LIES = 8 * LIES_PER_QUARANTINE
-"""Lies after which a server process is refused for good. With the back-offs before, it has had two hours."""
+"""Lies after which a server process is refused for good. With the preceding back-offs this takes two
+hours."""
 _FOR_GOOD_S = 1e9
 
 
@@ -44,7 +46,7 @@ class Quarantine:
     reason: str
     until_s: float
     is_of_task: bool = False
-    """For failures of the task's code."""
+    """True: it is for failures of the task's code."""
     is_for_lies: bool = False
 
 
@@ -56,16 +58,17 @@ class ServerHealth:
     has_outcome: bool = False
     """True once it has delivered a sample, or failed one by its own or the task's fault."""
     has_delivered: bool = False
-    """True once a sample of it was accepted."""
+    """True once one of its samples was accepted."""
     num_quarantines: int = 0
-    """Since its last accepted sample."""
+    """Number of quarantines since its last accepted sample."""
     num_engine_quarantines: int = 0
-    """Those of them for failures of its engine."""
+    """Number of these that were for failures of its engine."""
     has_failed_task: bool = False
     """True if a quarantine since its last accepted sample was for failures of the task's code."""
     num_lies: int = 0
     _rows: dict[bool, set[int]] = field(default_factory=lambda: {True: set(), False: set()})
-    """Fault of the server (else of the task) -> tickets of which samples failed, since the last success."""
+    """Whether the server (or else the task) is at fault -> tickets with failed samples since the last
+    success."""
 
     def is_broken(self, *, may_task_end: bool) -> bool:
         """True if more waiting is unlikely to help. `may_task_end`: one quarantine is enough for failures of
@@ -90,7 +93,7 @@ class ServerHealth:
     def fail(self, ticket_id: int, kind: FailureKind, error: str, *, limit: int, now_s: float) -> bool:
         """Counts a failure of a server that is not in quarantine. True if it begins one.
 
-        `limit`: tickets in a row that begin a quarantine.
+        `limit`: number of consecutive tickets that starts a quarantine.
         """
         self.has_outcome = True
         is_server_fault = kind in FAULTS_OF_SERVER
@@ -111,7 +114,7 @@ class ServerHealth:
 
     @property
     def is_refused(self) -> bool:
-        """True if the server has lied so often that it is not served any more."""
+        """True if the server has lied so often that it is no longer served."""
         return self.num_lies >= MAX_LIES
 
     def lie(self, what: str, *, now_s: float) -> bool:

@@ -1,8 +1,8 @@
 """The order in which rollout servers with credit are served: the most free samples first, then by name.
 
 What a server can take depends on the version of its weights, on its free samples, and on whether it holds
-leases. So servers are sorted in one list for each version and kind, and the first one that can take a ticket
-is found without a look at those that cannot.
+leases. So there is one sorted list for each version and kind, and the first server that can take a ticket is
+found without examining those that cannot.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Collection, Mapping
 
 Place = tuple[int, str]
-"""(minus its free samples, its name): the smallest place is served first."""
+"""(minus its free samples, its name): the smallest position is served first."""
 FRONT: Place = (-sys.maxsize, "")
-"""Before every place."""
+"""Smaller than every position."""
 _Kind = tuple[int, bool]
 """(version of its weights, whether it holds no leases)"""
 
 
 class ServerOrder:
-    """Sorted places, one list for each kind of server."""
+    """Sorted positions, one list for each kind of server."""
 
     def __init__(self) -> None:
         self._lists: dict[_Kind, list[Place]] = {}
         self._of_server: dict[str, tuple[_Kind, Place]] = {}
 
     def put(self, name: str, *, free_samples: int, weights_version: int, is_idle: bool) -> None:
-        """Gives a server its place; it leaves the order if it has no free samples."""
+        """Inserts a server at its position; removes it if it has no free samples."""
         kind, place = (weights_version, is_idle), (-free_samples, name)
         if self._of_server.get(name) == (kind, place):
             return
@@ -52,10 +52,11 @@ class ServerOrder:
         return {version for version, _ in self._lists}
 
     def first(self, after: Place, needs: Mapping[int, int]) -> Place | None:
-        """The first server after a place that can take what its kind needs; None if there is none.
+        """The first server after a position that can take the samples its kind needs; None if there is none.
 
-        `needs`: weights version -> samples that a server has to take at once; absent: nothing is for it.
-        An idle server takes more than it has room for, because such a ticket might never be leased otherwise.
+        `needs`: weights version -> samples that a server has to take at once; absent: there is no ticket for
+        it. An idle server takes more than it has room for, because such a ticket might never be leased
+        otherwise.
         """
         found = None
         for version, num_samples in needs.items():

@@ -28,7 +28,7 @@ class TicketTable:
         self._is_checked = False
         """False if a ticket was issued or moved since the last `check_conservation`."""
         self.on_move: Callable[[Ticket, State, State], None] | None = None
-        """Called with each ticket that moves, the state before and the one after."""
+        """Called with each ticket that changes its state, the old state and the new one."""
 
     def restore(
         self,

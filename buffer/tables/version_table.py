@@ -23,7 +23,7 @@ MAX_VERSION = 1 << 53
 
 
 class VersionTable:
-    """Version -> step.
+    """Maps versions to steps.
 
     Lag is a difference of steps, never of versions: a push may be repeated, and a resumed trainer goes back.
     """
@@ -102,7 +102,7 @@ class VersionTable:
 
     @property
     def newest_incarnation(self) -> int:
-        """The largest incarnation of a trainer that has allocated a version; 0: none has."""
+        """The largest incarnation of a trainer that has allocated a version; 0: there is none."""
         incarnations = (incarnation for _, incarnation in self._weights.values())
         return max((number for number in incarnations if not is_impossible(number)), default=0)
 

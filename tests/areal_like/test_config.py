@@ -242,7 +242,7 @@ def test_mistake_gives_one_clear_message(arguments: list[str], message: str) -> 
 def test_a_file_that_is_no_yaml_is_one_message(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("model: [")
-    with pytest.raises(ConfigError, match=r"no YAML .*line 1") as caught:
+    with pytest.raises(ConfigError, match=r"not YAML .*line 1") as caught:
         load_config(["--config", str(file)])
     assert str(file) in str(caught.value) and "\n" not in str(caught.value)
 

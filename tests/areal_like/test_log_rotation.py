@@ -138,7 +138,7 @@ def test_a_process_bounds_its_output(tmp_path: Path) -> None:
         # A second's output may come on top of the limit.
         assert all(path.stat().st_size < 60_000 for path in logs.iterdir())
         process.send_signal(signal.SIGHUP)
-        while b"opened again" not in (logs / "buffer.log").read_bytes():
+        while b"reopened" not in (logs / "buffer.log").read_bytes():
             time.sleep(0.1)
         assert process.poll() is None
     finally:

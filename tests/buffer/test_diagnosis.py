@@ -162,7 +162,7 @@ def test_a_removed_server_stays_named() -> None:
 def test_effects_name_tickets_and_places() -> None:
     assert effects_of(JOB, limits=LIMITS) == [
         "trainer-0 waits for group 3 of step 11, 25 s",
-        "step 11 misses 3 places of 16: ticket 812 at rollout-0 for 41 s",
+        "step 11 lacks 3 groups of 16: ticket 812 at rollout-0 for 41 s",
     ]
     assert effects_of(replace(JOB, open_step=12, ranks=(rank(),)), limits=LIMITS) == []
     young = replace(JOB, oldest_leases=(LeaseFacts(ticket_id=812, server="rollout-0", age_s=1.0),))

@@ -104,10 +104,10 @@ def test_a_forged_hello_displaces_nobody(tmp_path: Path) -> None:
                         trainer.train(step),
                         return_exceptions=True,
                     )
-                    assert isinstance(refused[0], RefusedError) and "answers for it" in str(refused[0])
+                    assert isinstance(refused[0], RefusedError) and "responds under it" in str(refused[0])
                     for attack in attacks[1:]:
                         async with connected(buffer) as other:
-                            with pytest.raises(RefusedError, match="answers for it"):
+                            with pytest.raises(RefusedError, match="responds under it"):
                                 await other.call(attack, timeout_s=HANG_LIMIT_S)
                     await trainer.call(AllocVersion(step=step + 1))
                 for step in (4, 5):
@@ -326,7 +326,7 @@ def test_every_peer_is_told_that_the_run_is_finished(tmp_path: Path) -> None:
                 connected(buffer, server_hello(buffer, "rollout-1"), inbox=inbox) as idle,
                 training(buffer) as trainer,
             ):
-                with pytest.raises(RefusedError, match="the run goes on"):
+                with pytest.raises(RefusedError, match="the run continues"):
                     await trainer.call(FinishRun())
                 await finish(trainer)
                 await wait_for(inbox, JobFinished())

@@ -66,7 +66,7 @@ def test_changes_hold_by_step_in_every_later_life(
         os.kill(pid_of(root, "-m trainer "), signal.SIGKILL)
         wait_for_steps(num_steps_done(root) + 3, root, process=process)
         refused = areal_like("set", "x", "trainer.lr=0.5", "trainer.num_steps=7", cwd=tmp_path)
-        assert refused.returncode == 2 and "only these can change while the run goes on" in refused.stderr
+        assert refused.returncode == 2 and "only these can change during the run" in refused.stderr
         shown = command("status", "x", cwd=tmp_path)
         assert f"from step {changed} on: trainer.lr=0.003" in shown, shown
         process.terminate()

@@ -1,6 +1,6 @@
 """The harness `in_process`: the chat loop of verifiers' `null` harness, without a process for each rollout.
 
-The loop calls the model until it answers without a tool call; the tools are those of the environment. The
+The loop calls the model until it responds without a tool call; the tools are those of the environment. The
 `null` harness installs the same loop with uv and starts an interpreter for each rollout.
 """
 
@@ -28,7 +28,7 @@ exec(compile(CHAT_PROGRAM_SOURCE, _LOOP.__name__, "exec"), _LOOP.__dict__)
 
 
 class InProcessHarnessConfig(HarnessConfig):  # type: ignore[misc]
-    """Nothing but what every harness has."""
+    """The settings that every harness has, and no others."""
 
 
 class InProcessHarness(Harness[InProcessHarnessConfig]):  # type: ignore[misc]

@@ -54,7 +54,7 @@ class StartTraining:
     stream: dict[str, int | list[int]] = field(default_factory=dict)
     """The checkpoint's `StreamState.stream`; empty for a new run. Only an empty ledger uses it."""
     settings: dict[str, str] = field(default_factory=dict)
-    """The trainer's values of the settings that may change while the run goes on, as text by key. Those that
+    """The trainer's values of the settings that may change during the run, as text by key. Those that
     differ from the previous trainer's values apply from `step` on, and replace an operator's."""
 
 

@@ -48,7 +48,7 @@ class Alive:
     device_uuid: str
     """UUID of the GPU; empty on a CPU or if the engine does not report it."""
     nccl_version: str
-    """For example `2.27.5`; empty without NCCL or if the engine does not report it."""
+    """The engine's NCCL version, e.g. `2.27.5`; empty without NCCL or if the engine does not report it."""
     authenticates_store: bool
     """True if the engine can join a group whose rendezvous is authenticated (`FormGroup.secret`)."""
     loads_in_place: bool = False

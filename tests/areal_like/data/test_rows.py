@@ -65,7 +65,7 @@ def test_parquet_lists_and_patterns_are_one_sequence(tmp_path: Path) -> None:
         ("NULL", r"x\.jsonl:3: not JSON"),
         ('{"a": ["\\ud800"]}', r"x\.jsonl:3: .* is half of a surrogate pair"),
         ('{"a": %s}' % ("1" * 5000), r"x\.jsonl:3: .*4300 digits"),
-        ("[" * 100_000, r"x\.jsonl:3: the JSON is nested too deeply|no JSON"),
+        ("[" * 100_000, r"x\.jsonl:3: the JSON is nested too deeply|not JSON"),
     ],
 )
 def test_broken_row_is_named_by_file_and_line(tmp_path: Path, line: str, message: str) -> None:
@@ -101,7 +101,7 @@ def test_what_cannot_be_read_says_what_to_change(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "list.json").write_text('[\n{"a": 1}]\n')
     for source, message in {
-        str(tmp_path / "latin.jsonl"): r"latin\.jsonl:2: no UTF-8",
+        str(tmp_path / "latin.jsonl"): r"latin\.jsonl:2: not UTF-8",
         str(tmp_path / "no.parquet"): "not a readable parquet file",
         str(tmp_path / "empty.jsonl"): "there are no rows",
         str(tmp_path / "list.json"): "each line must be one row",
