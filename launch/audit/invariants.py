@@ -242,7 +242,7 @@ LEDGER_INVARIANTS = (
           AND NOT EXISTS (SELECT 1 FROM evaluations AS e WHERE {_ITS_EVALUATION})""",
     ),
     Invariant(
-        text="every answer to an evaluated prompt is a sample, or has failed for good",
+        text="every completion of an evaluated prompt is a sample, or has failed for good",
         count="SELECT count(*) FROM tickets WHERE state = 'evaluated' AND eval_set != ''",
         violations="""
         SELECT printf('ticket %d: %d samples and %d failed of %d',

@@ -223,7 +223,7 @@ def _request(job: RunningJob, address: str, verb: str, body: Mapping[str, Any]) 
         return False
     except OSError as error:
         raise ConfigError(
-            f"{verb}: the buffer at {address} does not answer ({error}): is its disk full? See its /status"
+            f"{verb}: the buffer at {address} does not respond ({error}): is its disk full? See its /status"
         ) from None
     return True
 

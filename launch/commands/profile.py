@@ -80,7 +80,7 @@ class _Rank:
         try:
             post_json(self.address, "/control/profile", request, operator=self.operator)
         except OSError as error:
-            raise ConfigError(f"profile: rank {self.number} does not answer ({error})") from None
+            raise ConfigError(f"profile: rank {self.number} does not respond ({error})") from None
 
     def report_file(self, profile_id: str) -> Path:
         """The path of the report that it writes."""
@@ -103,7 +103,7 @@ class _Rank:
             if now_s > deadline_s:
                 raise ArealError(
                     f"profile: rank {self.number} has not finished within {timeout_s:g} s "
-                    f"({(status or {}).get('profile', {}).get('progress', 'no answer')}): it writes "
+                    f"({(status or {}).get('profile', {}).get('progress', 'no response')}): it writes "
                     f"{report} when it has, or wait longer with --timeout"
                 )
             time.sleep(_TICK_S)
@@ -137,7 +137,7 @@ def _ranks_of(given: str, paths: RunPaths, operator: Operator) -> list[_Rank]:
         status = fetch_json(found[number], "/status", operator=operator)
         if status is None:
             raise ConfigError(
-                f"profile: rank {number} at {found[number]} does not answer; is the job running?"
+                f"profile: rank {number} at {found[number]} does not respond; is the job running?"
             )
         if "profile" not in status:
             raise ConfigError(f"profile: rank {number} is still starting: ask again when it trains")

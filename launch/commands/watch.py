@@ -168,7 +168,7 @@ def _watch(look: Look, view: View, *, interval_s: float, ends_with_job: bool) ->
                 view.notice(f"{job.name}: its daemons have ended")
                 return 0
             elif ends_with_job and time.monotonic() > heard_s + _GONE_S:
-                view.notice(f"{job.name}: no answer for {_GONE_S:.0f} s")
+                view.notice(f"{job.name}: no response for {_GONE_S:.0f} s")
                 return 1
             view.update(seen, phase=phase_of(seen), detail="")
             time.sleep(interval_s)

@@ -1,7 +1,7 @@
 """Reads rows of the tensors in a model's safetensors files.
 
-The files are mapped into memory, and a page that was read stays mapped until its file is closed. A file is
-therefore reopened after `_MAPPED_BYTES`: a reader never holds more than that of its files, whatever it reads.
+The files are memory-mapped, and a page that was read stays mapped until its file is closed. A file is
+therefore reopened after `_MAPPED_BYTES`, so that a reader never holds more than that.
 
 Left out: files that hold pickles (`pytorch_model.bin`).
 """
@@ -24,11 +24,11 @@ SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _MAPPED_BYTES = 8 << 20
 _DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-"""Dtypes of weights, with their bytes."""
+"""Dtypes of weights -> bytes of an element."""
 
 
 class SafetensorsRows:
-    """The tensors of some safetensors files by name. Not for several threads.
+    """The tensors of some safetensors files by name. Not thread-safe.
 
     Every method raises ConfigError, which names the file, if a file cannot be read.
     """

@@ -1,4 +1,4 @@
-"""The plan of a job as a table, as the formulas behind it, and as JSON."""
+"""Shows the plan of a job as a table, as formulas, and as JSON."""
 
 from __future__ import annotations
 

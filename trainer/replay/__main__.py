@@ -9,8 +9,8 @@ own settings every parameter ends up bitwise equal (on a CPU, with the same numb
 objective the same data become more and more off-policy: such a replay is a study of an estimator, not a run
 that could have happened.
 
-Each step has the learning rate that it had in the run, also where an operator changed it; with --own-lr the
-configured one.
+Each step has the learning rate that it had in the run, even if an operator changed it; with --own-lr it has
+the configured one.
 
 SIGTERM and SIGINT end the replay after the current step, with a checkpoint. Left out: resuming a stopped
 replay, which would take as long as reading the recording up to that step.

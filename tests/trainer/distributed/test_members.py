@@ -108,7 +108,7 @@ def test_the_other_ranks_name_the_one_that_failed(tmp_path: Path, how: str) -> N
         last = (tmp_path / f"rank-{rank}.log").read_text().splitlines()[-1]
         assert f"rank {rank} (" in last and "failed at step 7, micro-batch 3, compute: RuntimeError" in last
         if how == "stop":
-            assert "no answer from rank 2 (" in last and last.endswith("stopped or gone")
+            assert "no response from rank 2 (" in last and last.endswith("stopped or gone")
         else:
             assert "the first to fail was rank 2 (" in last and last.endswith("CUDA out of memory")
         traces = RunPaths.of(Config(name="x", runs_dir=str(tmp_path))).traces
