@@ -174,7 +174,7 @@ def test_mistakes_are_one_message(buffer: BufferProcess, capsys: pytest.CaptureF
     for words, message in (
         (["status", "--buffer", "here"], "give HOST:PORT of the buffer's HTTP server"),
         (["status", "--buffer", "here:0"], "give HOST:PORT of the buffer's HTTP server"),
-        (["status", "--buffer", nobody], f"no buffer answers at {nobody}"),
+        (["status", "--buffer", nobody], f"no buffer responds at {nobody}"),
         (["status", "--buffer", stream], "not that of its stream"),
         (["status", "x", "--buffer", buffer.http], "unrecognized arguments: x"),
         (["status", "--keys", "/keys", str(buffer.paths.root)], "are for --buffer"),

@@ -45,7 +45,7 @@ def _run(config: Config, root: Path, *, follows_changes: bool) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs one rank (under torchrun), or starts all; returns the exit code."""
+    """Runs one rank (under torchrun), or starts all ranks; returns the exit code."""
     args = [arg for arg in argv if arg != _OWN_LR]
     try:
         if "--recording" not in args[:-1]:
