@@ -59,7 +59,7 @@ def build_step_runner(
 def _balances(config: Config, ranks: Ranks) -> bool:
     """`trainer.balance`, with `auto` resolved."""
     if config.trainer.balance == "auto":
-        # With max_staleness=0 a step waits for its last group anyway, so balancing costs no time.
+        # With max_staleness=0 a step runs while its groups are generated; balancing would first wait for all.
         return ranks.world_size > 1 and config.max_staleness != 0
     return config.trainer.balance == "balanced"
 

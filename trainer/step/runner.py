@@ -300,7 +300,8 @@ class StepRunner:
 
     @torch.no_grad()
     def _observe(self, tokens: SampledTokens, *, live: bool) -> dict[str, Tensor]:
-        """The objective's vectors of one micro-batch; for a dummy (not `live`) they are empty."""
+        """The objective's vectors of one micro-batch, by name; for a dummy (not `live`) they have length
+        0."""
         observed = self._objective.observe(tokens)
         return observed if live else {name: vector[:0] for name, vector in observed.items()}
 
