@@ -137,7 +137,7 @@ class Trainer:
         )
         if "stream" not in extra:
             raise ConfigError(
-                f"{self._checkpoints.path(step)} is of supervised training: continue it with "
+                f"{self._checkpoints.path(step)} is a checkpoint of supervised training: continue it with "
                 "`areal-like sft`, or start a new run from it with model.path"
             )
         self._runner.restore(extra)

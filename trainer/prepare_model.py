@@ -190,8 +190,9 @@ def _check_existing(config: Config) -> str:
         AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RecursionError, StrictDataclassError) as error:
         raise ConfigError(
-            f"model.path={config.model.path}: transformers can load no configuration and tokenizer from it "
-            f"({first_line(error)}). Use tiny, smollm2, a directory with config.json, or an owner/name"
+            f"model.path={config.model.path}: transformers cannot load a configuration and tokenizer "
+            f"from it ({first_line(error)}). Use tiny, smollm2, a directory with config.json, or an "
+            "owner/name"
         ) from error
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ConfigError(

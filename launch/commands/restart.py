@@ -89,7 +89,7 @@ def wait_until_ready(job: RunningJob, paths: RunPaths, settings: Sequence[str], 
     if outcome["exit_code"]:
         sys.stderr.write(f"restart: the trainer failed with {words} ({outcome['reason']}): {kept}\n")
         return 1
-    print(f"the trainer is ready with {words}, which config.yaml has now")
+    print(f"the trainer is ready with {words}, which are now in config.yaml")
     return 0
 
 

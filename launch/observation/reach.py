@@ -230,12 +230,12 @@ def _config_from(addresses: Sequence[str], operator: Operator) -> Config:
             continue
         if status.get("role") != "buffer":
             raise ConfigError(
-                f"--buffer {address}: {status.get('name', 'a daemon')} is there: give a buffer's address"
+                f"--buffer {address}: this is {status.get('name', 'a daemon')}: give a buffer's address"
             )
         settings = fetch_json(address, "/config", operator=operator, timeout_s=_FAR_TIMEOUT_S)
         if settings is None:
             raise ConfigError(
-                f"--buffer {address}: it does not serve its settings (/config): is it of an earlier release?"
+                f"--buffer {address}: it does not serve /config: was it started by an earlier release?"
             )
         try:
             return from_mapping(settings)

@@ -360,7 +360,7 @@ def test_the_picture_has_one_line_for_each_daemon() -> None:
     lines = drawn({"state": "quarantined", "not_ready": reason, "waiting_on": waits})
     assert len(lines) == len(drawn({"state": "serving", "not_ready": ""}))
     assert "rollout-0" in lines[-1] and "quarantined" in lines[-1]
-    assert "no response" in lines[-1] and lines[-1].rstrip().endswith("…")
+    assert "no answer" in lines[-1] and lines[-1].rstrip().endswith("…")
 
 
 def test_help_is_complete() -> None:

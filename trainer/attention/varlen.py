@@ -34,11 +34,12 @@ def obstacle(query_UHD: Tensor, value_UHD: Tensor) -> str:
     if query_UHD.device.type != "cuda":
         return f"the kernel needs CUDA, and the trainer runs on {query_UHD.device.type}"
     if value_UHD.dtype not in (torch.bfloat16, torch.float16):
-        return f"the kernel has no {str(value_UHD.dtype).removeprefix('torch.')}, only 16 bits (model.dtype)"
+        dtype = str(value_UHD.dtype).removeprefix("torch.")
+        return f"the kernel does not support {dtype}, only 16 bits (model.dtype)"
     if head != value_UHD.shape[-1] or head % _HEAD_MULTIPLE or head > _LARGEST_HEAD:
         return (
-            f"the kernel takes no heads of {head} and {value_UHD.shape[-1]}: they must be equal, a multiple "
-            f"of {_HEAD_MULTIPLE} and at most {_LARGEST_HEAD}"
+            f"the kernel does not support heads of {head} and {value_UHD.shape[-1]}: they must be equal, a "
+            f"multiple of {_HEAD_MULTIPLE} and at most {_LARGEST_HEAD}"
         )
     return _obstacle_on(query_UHD.device)
 
@@ -46,7 +47,7 @@ def obstacle(query_UHD: Tensor, value_UHD: Tensor) -> str:
 @cache
 def _obstacle_on(device: torch.device) -> str:
     if torch.version.hip is not None:
-        return "the kernel was tried on no AMD GPU"
+        return "the kernel has not been tested on AMD GPUs"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "the kernel needs compute capability 8.0 (A100) or later"
     return ""

@@ -340,7 +340,7 @@ class TrainerBufferClient:
                 self._troubled_s += self._loop.time() - sent_s
             for buffer in self._buffers:
                 if buffer.silent_s > self.config.trainer.buffer_timeout_s:
-                    silent = f"has been silent for {buffer.silent_s:.0f} s"
+                    silent = f"has not responded for {buffer.silent_s:.0f} s"
                     self.fail(PeerLostError(f"the buffer at {buffer.address} {silent}"))
 
     def _on_heartbeat_end(self, task: asyncio.Task[None]) -> None:

@@ -81,7 +81,9 @@ def meet(store: Any, *, rank: int, world_size: int, timeout_s: float) -> Meeting
                     return Meeting(token=token, names=[name for name, _ in members])
         time.sleep(_POLL_S)
     absent = ", ".join(map(str, _absent(store, token, world_size))) if token else "0"
-    raise ArealError(f"ranks that have not come within {timeout_s:g} s: {absent or 'all others have gone'}")
+    raise ArealError(
+        f"ranks that have not arrived within {timeout_s:g} s: {absent or 'all others have left'}"
+    )
 
 
 def _absent(store: Any, token: str, world_size: int) -> list[int]:

@@ -70,12 +70,12 @@ class SafetensorsRows:
         files = {name: _find(model, name) for name in sorted(set(file_of.values()))}
         for name, file in files.items():
             if file is None:
-                raise ConfigError(f"{index}: it names {name}, which is not there: download the model again")
+                raise ConfigError(f"{index}: it names {name}, which does not exist: download the model again")
         source = cls([file for file in files.values() if file is not None])
         for tensor, name in file_of.items():
             if source._where.get(tensor) != files[name]:
                 raise ConfigError(
-                    f"{index}: {tensor} is not in {name}, where it should be: download the model again"
+                    f"{index}: {tensor} is not in {name}, which the index names: download the model again"
                 )
         return source
 

@@ -57,7 +57,7 @@ def parse_gpus(text: str) -> Placement:
     match = re.fullmatch(r"(\d{1,5})(?:\+(\d{1,5}))?x(\w+)", text.strip(), re.IGNORECASE | re.ASCII)
     if match is None:
         raise ConfigError(
-            f"--gpus {text}: give the engines' and the trainer's GPUs and their kind, as 4+4xH100, "
+            f"--gpus {text}: give the engines' and the trainer's GPUs and their kind, such as 4+4xH100, "
             "or 1xH100 for one GPU that both share"
         )
     first, second, kind = match.groups()

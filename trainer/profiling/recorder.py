@@ -123,11 +123,11 @@ class StepRecorder:
         with self._lock:
             if self._report is not None:
                 raise UserError(
-                    f"profile: rank {self._rank} still works on another one ({self._progress}): "
+                    f"profile: rank {self._rank} is still recording another profile ({self._progress}): "
                     "ask again when it is done"
                 )
             if not self._is_open:
-                raise UserError("profile: the trainer is ending, and trains no further step")
+                raise UserError("profile: the trainer is ending, and will not train another step")
             self._num_recorded, self._asked_s = 0, time.monotonic()
             self._report = ProfileReport(
                 id=request.id, rank=self._rank, device=self._device.type, num_asked=request.num_steps

@@ -115,7 +115,9 @@ class SupervisedRun:
         extra = self._checkpoints.load(step, self._runner.policy, self._optimizer, self._ranks)
         path = self._checkpoints.path(step)
         if "sft" not in extra:
-            raise ConfigError(f"{path} is of reinforcement learning: continue it with `areal-like run`")
+            raise ConfigError(
+                f"{path} is a checkpoint of reinforcement learning: continue it with `areal-like run`"
+            )
         if extra["sft"]["order"] != self._plan.order:
             raise ConfigError(
                 f"{path} was trained on other rows, or in another order (sft.train and its keys, "

@@ -227,7 +227,7 @@ class _Feed:
             return
         self._first_failure = text
         log.warning(
-            "the tracker %s %s; training goes on, metrics.jsonl has all rows, and later failures are counted",
+            "the tracker %s %s; training continues, metrics.jsonl has all rows, later failures are counted",
             self.name,
             text,
             exc_info=error,

@@ -66,7 +66,7 @@ class WeightsAndBiases(Tracker):
 
     def __post_init__(self) -> None:
         if isinstance(self.tags, str) or not all(isinstance(tag, str) for tag in self.tags):
-            raise ConfigError(f"trackers.tags: want a list of texts, got {self.tags!r}")
+            raise ConfigError(f"trackers.tags: expected a list of texts, got {self.tags!r}")
 
     def open(self, run: TrackedRun) -> None:
         """Starts W&B's process and opens the run."""

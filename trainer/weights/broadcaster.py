@@ -420,7 +420,7 @@ class WeightGroupSession:
 
     form() -> FORMED -> push() -> push() -> ... -> dissolve()
       |                   +-> broken, or a receiver failed: dissolve() and form another session
-      +-> not formed (a receiver refused or did not come): dissolve()
+      +-> not formed (a receiver refused or did not arrive): dissolve()
     """
 
     def __init__(

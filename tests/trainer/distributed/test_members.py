@@ -67,7 +67,7 @@ def test_ranks_do_not_meet_those_of_an_earlier_start() -> None:
 
 def test_a_rank_that_does_not_come_is_named() -> None:
     store = dist.HashStore()  # type: ignore[attr-defined]
-    with pytest.raises(ArealError, match=r"have not come within 0.2 s: 1, 2"):
+    with pytest.raises(ArealError, match=r"have not arrived within 0.2 s: 1, 2"):
         meet(store, rank=0, world_size=3, timeout_s=0.2)
     with pytest.raises(ArealError, match=r"within 0.2 s: 0"):
         meet(dist.HashStore(), rank=1, world_size=3, timeout_s=0.2)  # type: ignore[attr-defined]
