@@ -35,7 +35,7 @@ from typing import Any
 WINDOW_STEPS = 8
 """Steps averaged for one decision: the ESS of one batch depends mostly on its most unlikely sequence."""
 _FIRST_PATIENCE, _MAX_PATIENCE = 2, 64
-"""In windows."""
+"""First and largest value of `patience`, in windows."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,7 +38,7 @@ class Columns:
     times_s: NDArray[np.float64]
     """Unix time of each step's end; NaN where the row has none."""
     values: dict[str, Floats] = field(default_factory=dict)
-    """By column; `finish_reasons.length` for an entry of a mapping."""
+    """Column -> its values; an entry of a mapping has a name such as `finish_reasons.length`."""
     is_incomplete: bool = False
     """True if a line could not be read, so that it and the lines after it are missing."""
 

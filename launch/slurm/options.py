@@ -19,7 +19,7 @@ _REMEDY = "remove the file and give the options again"
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmOptions(ClusterOptions):
-    """What a user chooses for the jobs of a run; `*_args` are options of sbatch in one quoted word."""
+    """A user's choices for the jobs of a run; `*_args` are options of sbatch in one quoted word."""
 
     partition: str = ""
     """Empty: the cluster's default."""

@@ -56,12 +56,12 @@ class AttentionLayout:
 
     @cached_property
     def rectangles(self) -> RectangleLayout:
-        """For attention with equal lengths."""
+        """The arrangement for attention with equal lengths."""
         return RectangleLayout.of(self.lengths, device=self.device, shared=self.shared)
 
     @cached_property
     def varlen(self) -> VarlenLayout:
-        """For attention with bounds of sequences."""
+        """The arrangement for attention with bounds of sequences."""
         own = self.lengths if self.shared is None else self.shared.own_lengths
         bounds = [np.cumsum([0, *lengths], dtype=np.int32) for lengths in (own, self.lengths)]
         of_queries, of_keys = copied(bounds, self.device)

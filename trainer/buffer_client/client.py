@@ -100,7 +100,7 @@ class TrainerBufferClient:
         """Progress of the rollout servers, as the buffers report it."""
         self.runtime: Runtime
         self._buffers: list[RankConnection] = []
-        """In the order of shards."""
+        """Connections to the buffers, in the order of shards."""
         self._heartbeat: asyncio.Task[None] | None = None
         self._exit_stack = contextlib.AsyncExitStack()
 

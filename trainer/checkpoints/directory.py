@@ -124,7 +124,7 @@ def _sync(path: Path) -> None:
 _PATIENCE_S = 1800.0
 """Longest wait for a slower rank: ranks write about the same number of bytes."""
 _HURRIED_S = 60.0
-"""The same while the trainer is ending after an error."""
+"""Longest wait for a slower rank while the trainer is ending after an error."""
 _POLL_S = 0.02
 _TEXT_BYTES = 512
 """Length of a rank's message; all zero: it has not failed."""

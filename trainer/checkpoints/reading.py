@@ -51,9 +51,9 @@ class _Read:
     """Rows of one tensor in one file, and the memory to read them into."""
 
     name: str
-    """In the file."""
+    """Name of the tensor in the file."""
     shape: tuple[int, ...]
-    """In the file."""
+    """Shape of the whole tensor in the file."""
     first: int
     into: Tensor
 
@@ -67,7 +67,7 @@ class StateReader:
         self._rank, self._world_size = ranks.rank, ranks.world_size
 
     def models(self) -> dict[str, ModelRows]:
-        """The index of a checkpoint with rows."""
+        """Reads the index of a checkpoint with rows: kind of model -> its row files."""
         return read_index(self._path / FOLDER)
 
     def read(self, rows: ModelRows, model: PackedModel, optimizer: ModelState) -> None:

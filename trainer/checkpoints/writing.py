@@ -69,9 +69,9 @@ class ModelRows:
     masters: Sequence[str]
     """Files of weights in the folder's parent that hold the masters; empty: the row files hold them."""
     files: Sequence[str]
-    """In the folder of the index."""
+    """Names of the row files, in the folder of the index."""
     tensors: Mapping[str, TensorRows]
-    """By the name of the parameter."""
+    """Parameter's name -> place of its rows."""
 
 
 class ModelFiles:
@@ -261,7 +261,7 @@ class HfFiles:
         self._dtype = dtype
         self._layouts: dict[str, FileLayout] = {}
         self._tensors: dict[str, list[HfTensor]] = {}
-        """By file."""
+        """File name -> its tensors."""
         groups = _cut(tensors, dtype, max_file_bytes)
         for number, group in enumerate(groups, 1):
             name = SINGLE_FILE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"

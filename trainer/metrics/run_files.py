@@ -55,11 +55,11 @@ class RunTotals:
 
     num_steps: int
     reward_first: float | None
-    """Over the first tenth of the steps."""
+    """Mean reward over the first tenth of the steps."""
     reward_last: float | None
-    """Over the last tenth."""
+    """Mean reward over the last tenth."""
     loss_last: float | None
-    """Over the last tenth."""
+    """Mean loss over the last tenth."""
     tokens_trained: int
     trainer_idle_fraction: float | None
     """Share of the steps' time in which the trainer waited for data, without the warm-up."""

@@ -24,7 +24,7 @@ BYTES = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedEngine:
-    """What the planner reads from the options of an engine."""
+    """The engine's options that the planner uses."""
 
     tensor_parallel: int
     static_fraction: float

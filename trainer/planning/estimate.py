@@ -34,7 +34,7 @@ class Assumptions:
     decode_overhead_s: float = 0.003
     """Time of a decode step in addition to its kernels: scheduling and sampling."""
     network_bytes_per_s: float = 40e9
-    """From one GPU to other hosts: a 400 Gbit/s link at 80 %."""
+    """Rate from one GPU to other hosts: a 400 Gbit/s link at 80 %."""
     nvlink_efficiency: float = 0.6
     """Share of NVLink's one-directional rate that collectives reach."""
     host_efficiency: float = 0.8
@@ -56,7 +56,7 @@ class Estimate:
     """Time of one sample of mean length."""
     push_s: float
     step_s: float
-    """From one step to the next."""
+    """Time from one step to the next."""
     trainer_tokens_per_s: float
     """All tokens that the trainer runs, per second of its computation."""
     engine_tokens_per_s: float

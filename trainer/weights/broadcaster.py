@@ -412,7 +412,7 @@ class SessionOutcome:
     recovery_s: dict[str, float] = field(default_factory=dict)
     """Name of each survivor of a broken broadcast -> seconds until it had left the group."""
     broadcast_s: float = 0.0
-    """From the request to the end of the last broadcast, at rank 0."""
+    """Seconds from the request to the end of the last broadcast, at rank 0."""
 
 
 class WeightGroupSession:

@@ -39,7 +39,7 @@ class PushReport:
     """Server name (or `broadcast`) -> reason."""
     num_bytes: int
     seconds: float
-    """From the granted version to the last server's reply."""
+    """Seconds from the granted version to the last server's reply."""
     staging_seconds: float
     """The part before engines were asked to receive: gathering every bucket and computing its sums; 0 if all
     engines decode while they receive."""

@@ -84,7 +84,7 @@ class Snapshot:
         self.buffers = buffers
         """This rank's data of each bucket, uint8; the content depends on the snapshotter."""
         self.buckets = snapshotter.buckets
-        """In the order of sending, without checksums."""
+        """The buckets in the order of sending, without checksums."""
         self.is_acquired = self.is_freed = False
         self._snapshotter = snapshotter
 
