@@ -88,7 +88,8 @@ class Leader:
         """Sends the buffer the step at which training starts.
 
         `step`: completed steps, 0 for a new run. `stream`: the `stream_state` in the checkpoint; empty for a
-        new run. `push_bytes`: of one push of the weights. `started_s`: start of the process, monotonic clock.
+        new run. `push_bytes`: size of one push of the weights. `started_s`: start of the process, monotonic
+        clock.
 
         Raises UserError if the buffer cannot continue from this step: a restart would be refused too.
         Raises RunFinishedError if the run is finished and this is its last step.
@@ -183,7 +184,7 @@ class Leader:
     def finish_step(self, step: int, metrics: dict[str, Any], snapshot: Snapshot | None) -> None:
         """Reports step `step` to the buffer, offers the new weights and records the metrics.
 
-        `snapshot`: of the new weights; None between weight syncs.
+        `snapshot`: the new weights; None between weight syncs.
         """
         staleness_bound = self._staleness_bound
         self._adapt_staleness(metrics)

@@ -22,7 +22,7 @@ from launch.run_files import read_rows
 NUM_BUCKETS = 320
 """Most points of a line."""
 MAX_COLUMNS = 256
-"""Columns that are kept, names within `_NESTED` included."""
+"""Most columns that are kept, including names within `_NESTED`."""
 _NESTED = ("finish_reasons", "reward_parts", "drops")
 """Columns that are mappings from a name to a number; others of this kind are left out."""
 

@@ -64,7 +64,7 @@ class Checkpoints:
 
     At most one checkpoint is being written: the next `save` waits for it, and uses its memory again. An error
     in the thread of any rank is raised on all by the next `save` or `wait`. A full disk does not end the
-    training: that checkpoint is skipped, the one before it stays, and the next `save` is another attempt;
+    training: that checkpoint is skipped, the previous one stays, and the next `save` is another attempt;
     only `wait` raises it.
     """
 
@@ -78,11 +78,11 @@ class Checkpoints:
         dtype: str = "float32",
         max_file_bytes: int = MAX_FILE_BYTES,
     ) -> None:
-        """`keep`: number of checkpoints that stay on disk, the newest ones; `keep_rolled_back`: of those that
-        were set aside.
+        """`keep`: number of checkpoints that stay on disk, the newest ones; `keep_rolled_back`: number of
+        checkpoints that were set aside and stay.
 
-        `tokenizer_path`: the tokenizer that is copied into every checkpoint. `dtype`: of the weights' files;
-        `max_file_bytes`: of one of them.
+        `tokenizer_path`: the tokenizer that is copied into every checkpoint. `dtype`: dtype of the weights'
+        files; `max_file_bytes`: largest size of one of them.
         """
         self._root = root
         self._keep = keep

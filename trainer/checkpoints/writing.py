@@ -92,7 +92,8 @@ class ModelFiles:
         dtype: torch.dtype | None,
         max_file_bytes: int,
     ) -> None:
-        """`name`: beginning of the row files' names. `dtype`: of the weights' files; None: there are none."""
+        """`name`: beginning of the row files' names. `dtype`: dtype of the weights' files; None: there are
+        none."""
         self._optimizer = optimizer
         self._rank, world_size = ranks.rank, ranks.world_size
         self._copy = HostCopy(model, optimizer)
@@ -289,7 +290,7 @@ class HfFiles:
     def write_rows(self, directory: Path, rows: Mapping[str, Tensor], first_rows: Mapping[str, int]) -> None:
         """Writes this rank's rows of every parameter, and syncs the files.
 
-        `rows`: by the parameter's name, on the CPU; `first_rows`: number of the first of them.
+        `rows`: parameter's name -> rows, on the CPU; `first_rows`: name -> index of the first of them.
         """
         for name, layout in self._layouts.items():
             with _synced(directory / name) as file:

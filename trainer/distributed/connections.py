@@ -63,7 +63,7 @@ def _connected(fd: int) -> Iterator[tuple[socket.socket, Any]]:
     """(a second descriptor of it, address of the other end) if `fd` is a TCP connection; else nothing."""
     try:
         connection = socket.socket(fileno=os.dup(fd))
-    except OSError:  # not a socket, or closed meanwhile
+    except OSError:  # not a socket, or closed in the meantime
         return
     with connection, contextlib.suppress(OSError):  # not connected, or not any more
         is_tcp = connection.family in (socket.AF_INET, socket.AF_INET6)

@@ -5,10 +5,10 @@
     areal     loss_t = -A r [kept];  mean over kept tokens of (log r)^2 < threshold
 
 A token is harmful if a clip can act on it: A > 0 and r > 1, or A < 0 and r < 1. In the authors' form only
-these count and are clipped, at the bound that the batch allows; the others are trained on whatever their
-ratio is. AReaL's port drops the tokens with the largest squared log-ratio, of either sign, until the mean
-over the rest is below the threshold; dropped tokens stay in the normalizer. At a standard deviation of log r
-of 1 it drops 73 % of the tokens where the authors' form clips 42 %.
+these count and are clipped, at the bound that the batch allows; the others are trained on without a limit.
+AReaL's port drops the tokens with the largest squared log-ratio, of either sign, until the mean over the rest
+is below the threshold; dropped tokens stay in the normalizer. At a standard deviation of log r of 1 it drops
+73 % of the tokens where the authors' form clips 42 %.
 
 The bound is computed over the whole step (scope BATCH; the authors' release uses a micro-batch). The authors'
 optional minimum width of the clip is left out, as in their trainer.

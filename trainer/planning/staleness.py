@@ -20,7 +20,8 @@ _STEPS, _MARGIN = 10, 1.4
 
 
 def slowest_over_mean(*, spread: float, samples: int) -> float:
-    """q for log-normal durations. `spread`: standard deviation of the log; `samples`: of a step."""
+    """q for log-normal durations. `spread`: standard deviation of the log; `samples`: number of samples of a
+    step."""
     return math.exp(spread * NormalDist().inv_cdf(1 - 1 / (_STEPS * samples)) - spread**2 / 2)
 
 

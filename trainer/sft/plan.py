@@ -62,7 +62,7 @@ class StepPlan:
         return [self._row(at) for at in range(begin, int(self.ends_K[step]))]
 
     def epoch(self, step: int) -> float:
-        """Number of epochs completed after `step` steps, a fraction included."""
+        """Number of epochs completed after `step` steps, as a fraction."""
         return float(self.ends_K[step - 1]) / len(self.usable_N) if step else 0.0
 
     def _row(self, at: int) -> int:

@@ -91,7 +91,7 @@ class SftRows:
     ) -> None:
         """Renders every row once; each rank renders a share. Collective.
 
-        `source`: in the form of `sft.train`; `key`: that setting's name. `longest`: most tokens of a
+        `source`: a value like that of `sft.train`; `key`: that setting's name. `longest`: most tokens of a
         sequence.
 
         Raises ConfigError for a row that cannot be rendered, with its place, and if the ranks do not see the
