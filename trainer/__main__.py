@@ -1,8 +1,8 @@
 """Starts the trainer: `python -m trainer key=value ...`.
 
-This process is the only rank, or with `trainer.world_size` > 1 it starts the ranks (`distributed/spawn.py`),
-on several machines those of this one (`trainer.num_hosts`). torchrun can start them instead: `torchrun ... -m
-trainer key=value ...`.
+This process is the only rank, or with `trainer.world_size` > 1 it starts the ranks (`distributed/spawn.py`);
+with several machines (`trainer.num_hosts`) it starts the ranks of this machine. torchrun can start them
+instead: `torchrun ... -m trainer key=value ...`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """`max_staleness: auto`: adapts the staleness bound to the effective sample size (ESS) of the batches.
 
-The ESS is that of the objective's own weights (`Objective.ess_level`): products over sequences, their
-geometric means, or tokens. An engine whose numerics differ from the trainer's lowers that of products with
-the length of the completions, at any lag; that of tokens it hardly changes.
+The ESS is computed from the objective's own weights (`Objective.ess_level`): products over sequences, their
+geometric means, or tokens. If the engine's numerics differ from the trainer's, the ESS of products falls with
+the length of the completions, at any lag; the ESS of tokens hardly changes.
 
 With m the mean ESS ratio over a window of steps, T the target, and b the bound:
 
@@ -22,7 +22,7 @@ as TCP's window does:
   but never stop, so a change of conditions is noticed.
 
 If no lag reaches the bound (generation is the bottleneck), the bound is not raised: the data would not show
-how the higher bound does.
+the effect of a higher bound.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from dataclasses import dataclass
 from typing import Any
 
 WINDOW_STEPS = 8
-"""Steps averaged for one decision: the ESS of a single batch depends on its most unlikely sequence alone."""
+"""Steps averaged for one decision: the ESS of one batch depends mostly on its most unlikely sequence."""
 _FIRST_PATIENCE, _MAX_PATIENCE = 2, 64
-"""In windows."""
+"""First and largest value of `patience`, in windows."""
 
 
 @dataclass(frozen=True, kw_only=True)

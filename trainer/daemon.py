@@ -105,7 +105,7 @@ class Trainer:
     def _should_continue(self) -> bool:
         """Collective, called once per step: a drain of one rank ends the loop on all ranks.
 
-        All ranks get what an operator has changed.
+        All ranks get an operator's changes of settings.
         """
         if self.is_finished:
             return False
@@ -123,7 +123,8 @@ class Trainer:
         return True
 
     def _resume(self, step: int | None) -> tuple[int, dict[str, Any]]:
-        """(completed steps, state of the prompt stream) of the checkpoint; (0, {}) for a new run."""
+        """Loads a checkpoint; returns (completed steps, state of the prompt stream), (0, {}) for a new
+        run."""
         if step is None:
             return 0, {}
         extra = self._checkpoints.load(
@@ -136,7 +137,7 @@ class Trainer:
         )
         if "stream" not in extra:
             raise ConfigError(
-                f"{self._checkpoints.path(step)} is of supervised training: continue it with "
+                f"{self._checkpoints.path(step)} is a checkpoint of supervised training: continue it with "
                 "`areal-like sft`, or start a new run from it with model.path"
             )
         self._runner.restore(extra)
@@ -159,9 +160,9 @@ class Trainer:
                 log.info("%s", error)
                 return not self._ranks.any(True)
             self._runner.on_first_forward = self._leader.check_weights
-            # Not before the buffer has accepted the start. Not after begin, which waits for servers: a
-            # trainer that replaces this one in the meantime resumes from the latest checkpoint, and that must
-            # not be one after this step.
+            # Not before the buffer has accepted the start. Not after `begin`, which waits for servers: a
+            # trainer that replaces this one in the meantime resumes from the latest checkpoint, which must
+            # not be later than this step.
             self._checkpoints.set_aside_after(self._step)
             self._leader.begin(snapshot, oldest_kept_step=min(self._checkpoints.steps(), default=0))
         # No rank may fetch groups before the buffer has received StartTraining, so all ranks meet here.
@@ -194,7 +195,7 @@ class Trainer:
         self._buffer.state = "draining"
         if self._checkpoints.saved_step < self._step:
             self._save()
-        self._checkpoints.wait()  # no later checkpoint can replace the last one: here a full disk is an error
+        self._checkpoints.wait()  # the last one cannot be replaced: a full disk is an error here
         if self._leader is not None:
             finished = self.is_finished
             self._leader.end(finished=finished, hands_over=self._hands_over and not finished)
@@ -203,7 +204,7 @@ class Trainer:
         self._snapshotter.close()
 
     def _take_snapshot(self) -> Snapshot | None:
-        """The present weights for the publisher; None on ranks other than 0. Collective."""
+        """The current weights for the publisher; None on ranks other than 0. Collective."""
         started_s = time.monotonic()
         self._ranks.place.enter("snapshot of the weights", step=self._step)
         with named_range("snapshot"):
@@ -221,7 +222,8 @@ class Trainer:
         step, leader = self._step, self._leader
         self._ranks.place.enter("checkpoint", step=step)
         started_s = time.monotonic()
-        # The version before the stream's state, which contains the number of the next version.
+        # Allocate the version before reading the stream's state, which contains the number of the next
+        # version.
         version = leader.alloc_version() if leader is not None else 0
         stream = leader.stream_state(step - 1) if leader is not None else {}
         extra = {"stream": stream, **self._runner.state(), VERSION_KEY: version}

@@ -1,14 +1,14 @@
 """`python -m trainer.evaluate --step N [--config FILE] [key=value ...]`: evaluates a model without training.
 
-What `areal-like eval` starts in the trainer's place. It requests the evaluation of every set, writes the
-results, then starts as a trainer whose run has no step left, and finishes the run: so the buffer never issues
-a prompt to train on. The weights are those that the engines load at their start; nothing is ever pushed.
-Imports no torch.
+`areal-like eval` starts it in the trainer's place. It requests the evaluation of every set, writes the
+results, then starts as a trainer whose run has no step left, and finishes the run, so that the buffer never
+issues a prompt to train on. The weights are those that the engines load at their start; nothing is ever
+pushed. Imports no torch.
 
     requests -> results -> summary.json -> StartTraining(last step) -> FinishRun
 
-A killed evaluator, buffer or server costs no finished sample: a request that is repeated waits for the same
-evaluation, of which the ledger has the samples. A trainer that starts would cancel it, hence the order.
+If the evaluator, the buffer or a server is killed, no finished sample is lost: a repeated request waits for
+the same evaluation, whose samples are in the ledger. The start of a trainer would cancel it, hence the order.
 Exit codes are those of a daemon: `daemon.exit_code_on_drain` after a stop signal.
 
 `Evaluations` serves trainer rank 0 too: it requests evaluations on held-out prompts, and rollout servers run
@@ -56,12 +56,11 @@ class _Requested:
 
 
 class Evaluations:
-    """Evaluates the sets: `run` waits for its results, while the other methods let training go on.
+    """Evaluates the sets: `run` waits for its results, while the other methods let training continue.
 
-    Of each set: IDLE -> start_if_due() -> RUNNING -> poll(): the result -> IDLE
+    Each set: IDLE -> start_if_due() -> RUNNING -> poll(): the result -> IDLE
 
-    The first set of the configuration stands for the others where there is room for one number
-    (`eval_reward`).
+    Where there is room for only one number (`eval_reward`), it is that of the first set of the configuration.
     """
 
     def __init__(
@@ -75,13 +74,13 @@ class Evaluations:
         self._buffer = buffer
         self._sets = config.eval.resolved_sets
         self.interval = config.eval.interval
-        """In steps; it may change between steps."""
+        """Steps between two evaluations; it may change between steps."""
         self._num_steps = config.trainer.num_steps
         self._stall_s = config.stall_s(config.eval.timeout_s)
         self._has_outside_agents = config.has_outside_agents
         self._on_row = on_row
         self._running: dict[str, _Requested] = {}
-        """By set."""
+        """Set -> its running evaluation."""
 
     @property
     def is_enabled(self) -> bool:
@@ -101,7 +100,7 @@ class Evaluations:
             for name, one in requested.items():
                 try:
                     result = self._result(name, one)
-                    self.poll()  # an earlier evaluation of this set has ended before, and is recorded before
+                    self.poll()  # record an earlier evaluation of this set first
                     rows[name] = self._recorded(name, one, result)
                 except StopRequestedError:
                     raise
@@ -124,17 +123,17 @@ class Evaluations:
     ) -> None:
         """Between the first and the last step, every `interval` steps: starts an evaluation and returns.
 
-        Also if `is_asked`: an operator wants one now.
+        It also starts one if `is_asked`: an operator requested it.
 
-        Not of the sets in `done`, and not of those whose evaluation before is still running: the others need
-        not wait for a set whose rewards are slow.
+        Sets in `done` are left out, and sets whose previous evaluation is still running: the other sets do
+        not wait for a set with slow rewards.
         """
         left = [name for name in self._sets if name not in done]
         if not left or not 0 < step < self._num_steps or (step % self.interval and not is_asked):
             return
         if late := [f"{name} (step {self._running[name].step})" for name in left if name in self._running]:
             log.warning(
-                "no evaluation after step %d of sets whose evaluation before still runs: %s; raise "
+                "no evaluation after step %d of sets whose previous evaluation is still running: %s; raise "
                 "eval.interval, or lower num_prompts, num_samples or max_new_tokens of these sets",
                 step,
                 ", ".join(late),
@@ -190,7 +189,7 @@ class Evaluations:
             )
             if not self._has_outside_agents:
                 raise EvaluationError(problem)
-            # Broken agents must not end a job before its first step.
+            # Agents that fail must not end a job before its first step.
             log.error("%s; they count as reward 0", problem)
         return result
 
@@ -214,7 +213,7 @@ def evaluate(config: Config, buffer: TrainerBufferClient, *, step: int) -> None:
     """
     paths = RunPaths.of(config)
     buffer.runtime.ready()
-    if not paths.summary.exists():  # else an earlier evaluator was killed at its end
+    if not paths.summary.exists():  # otherwise an earlier evaluator was killed just before its end
         started_s = time.monotonic()
         buffer.run(
             _any_server_serves(buffer),
@@ -238,7 +237,7 @@ def evaluate(config: Config, buffer: TrainerBufferClient, *, step: int) -> None:
 
 
 async def _any_server_serves(buffer: TrainerBufferClient) -> None:
-    """The start of an engine counts neither as time of the evaluation nor as its silence."""
+    """Waits until a server serves: starting an engine does not count towards the evaluation's time limits."""
     serves = asyncio.Event()
 
     def look() -> None:
@@ -270,7 +269,7 @@ def _results(config: Config, buffer: TrainerBufferClient, *, step: int) -> dict[
 
 
 def main(argv: Sequence[str]) -> int:
-    """See the module's docstring."""
+    """Evaluates the model; returns the exit code."""
     if shows_help(list(argv), __doc__):
         return 0
     early_signals()

@@ -1,9 +1,9 @@
 """The duties of trainer rank 0 around the optimizer steps.
 
 It reports steps and commits to the buffer, publishes the weights, has the policy evaluated, adapts the
-staleness bound, and writes metrics and summary. It also gets what an operator has changed for the next step,
-of which the other ranks get their part (`shared`, `received`) with the vote that they have before each step
-anyway.
+staleness bound, and writes metrics and summary. It also gets an operator's changes for the next step, and
+passes the relevant part on to the other ranks (`shared`, `received`) with the vote that takes place before
+each step.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 _CALL_TIMEOUT_S = 60.0
 _COUNTS_INTERVAL_S = 5.0
-"""Shortest time between two requests for `_COUNTED`: one in each step would cost short steps time."""
+"""Shortest time between two requests for `_COUNTED`: one per step would slow down short steps."""
 _COUNTED = ("tokens_generated", "generation_busy_s", "generation_idle_s")
 """The buffer's counters in the rows of steps."""
 NUM_SHARED = 2
@@ -88,9 +88,10 @@ class Leader:
         """Sends the buffer the step at which training starts.
 
         `step`: completed steps, 0 for a new run. `stream`: the `stream_state` in the checkpoint; empty for a
-        new run. `push_bytes`: of one push of the weights. `started_s`: start of the process, monotonic clock.
+        new run. `push_bytes`: size of one push of the weights. `started_s`: start of the process, monotonic
+        clock.
 
-        Raises UserError if the buffer cannot continue from this step: another start would be refused too.
+        Raises UserError if the buffer cannot continue from this step: a restart would be refused too.
         Raises RunFinishedError if the run is finished and this is its last step.
         """
         self._config = config
@@ -109,27 +110,27 @@ class Leader:
         self._last_push: PushReport | None = None
         self._last_checks: dict[str, CheckReport] = {}
         """Server -> its last check."""
-        self._push_limit_s = 2 * config.weights.deadline_s(push_bytes)  # staging, and broadcast
+        self._push_limit_s = 2 * config.weights.deadline_s(push_bytes)  # staging and broadcast
         start = StartTraining(step=step, stream=stream.get("stream", {}), settings=configured(config))
         try:
             welcome = buffer.call(start, timeout_s=_CALL_TIMEOUT_S)
         except RefusedError as error:
             raise UserError(str(error)) from error
         self._is_new = step == 0 and bool(welcome.newest_version == 0)
-        """False also for a run that starts over without a checkpoint: its servers may still hold weights that
+        """False even for a run that starts over without a checkpoint: its servers may still hold weights that
         an earlier trainer pushed."""
         self.settings: StepSettings = buffer.call(GetStepSettings(step=step), timeout_s=_CALL_TIMEOUT_S)
         """Settings of the step that begins or is in training."""
         self._counters_at_start, self._counted_from_s = self._get_counters(), time.monotonic()
         self._publisher: Publisher = buffer.run(self._open_publisher(), name="publisher", timeout_s=10)
-        # Last: from now on `close` has to end its trackers.
+        # Created last: from now on `close` has to end its trackers.
         self._record = RunRecord(config, buffer.runtime.metrics, step=step)
         self._evaluations = Evaluations(config, buffer, on_row=self._record.evaluated)
 
     def begin(self, snapshot: Snapshot, *, oldest_kept_step: int) -> None:
         """Publishes the first weights and evaluates them.
 
-        Unless the run is new, it waits until an engine has this trainer's weights. A drain ends the waiting.
+        Unless the run is new, it waits until an engine has this trainer's weights. A drain ends the wait.
         `oldest_kept_step`: as in `commit`.
         """
         if self._step:
@@ -160,7 +161,7 @@ class Leader:
     def _first_evaluation(self) -> float | None:
         """The mean held-out reward of the first set; None if no sample of any set could be made.
 
-        The job goes on: if the samples for training fail too, the buffer ends it and names the cause.
+        The job continues: if the samples for training fail too, the buffer ends it and names the cause.
         """
         try:
             return self._evaluations.run(step=0, min_version=self._publisher.active_version)
@@ -169,7 +170,7 @@ class Leader:
             return None
 
     def check_weights(self, batch: PackedBatch, logp_S: Tensor) -> None:
-        """Offers a step's first log-probs [S] as reference for a check of the engines' weights."""
+        """Offers a step's first log-probs [S] as the reference for a check of the engines' weights."""
         checks = self._publisher.checks
         if checks is None or time.monotonic() < checks.next_due_s:
             return
@@ -183,7 +184,7 @@ class Leader:
     def finish_step(self, step: int, metrics: dict[str, Any], snapshot: Snapshot | None) -> None:
         """Reports step `step` to the buffer, offers the new weights and records the metrics.
 
-        `snapshot`: of the new weights; None between weight syncs.
+        `snapshot`: the new weights; None between weight syncs.
         """
         staleness_bound = self._staleness_bound
         self._adapt_staleness(metrics)
@@ -225,7 +226,7 @@ class Leader:
     def end(self, *, finished: bool, hands_over: bool = False) -> None:
         """Closes the stream, evaluates the last weights (if `finished`) and writes the summary.
 
-        Then, if `finished`, the buffers tell every role, and all end.
+        Then, if `finished`, the buffers tell every role to end.
         `hands_over`: another trainer takes over at once, so the stream stays open and generation continues.
         """
         counters_at_close = self._get_counters()
@@ -233,7 +234,7 @@ class Leader:
             reason = "the run is finished" if finished else "the trainer is draining"
             self._buffer.call(CloseAdmission(reason=reason), timeout_s=_CALL_TIMEOUT_S)
         training_seconds = time.monotonic() - self._training_started_s
-        self._evaluations.poll()  # those that have ended since the last step
+        self._evaluations.poll()  # records evaluations that have ended since the last step
         eval_after = self._evaluate_last_weights() if finished and self._record.steps.num_rows else None
         self._buffer.run(self._publisher.close(), name="weight groups to dissolve", timeout_s=30)
         summary = self._record.summarize(
@@ -255,7 +256,7 @@ class Leader:
             self._buffer.call(FinishRun(), timeout_s=_CALL_TIMEOUT_S)
 
     def close(self, summary: dict[str, Any] | None = None) -> None:
-        """Ends the trackers, in a limited time. Also after an error, then without `summary`."""
+        """Ends the trackers in a limited time; also called after an error, then without `summary`."""
         self._record.close(summary, waits=self._buffer.runtime.waits)
 
     def status(self) -> dict[str, Any]:
@@ -335,7 +336,7 @@ class Leader:
         return counters
 
     def _counts(self) -> dict[str, float]:
-        """Columns for the row of the step that ends now; none if the buffer was asked a short while ago."""
+        """Columns for the row of the step that ends now; empty if the buffer was asked a short while ago."""
         if time.monotonic() < self._counts_due_s:
             return {}
         self._counts_due_s = time.monotonic() + _COUNTS_INTERVAL_S
@@ -376,7 +377,7 @@ class Leader:
 
 
 def configured(config: Config) -> dict[str, str]:
-    """This trainer's own values of what an operator may change, for `StartTraining.settings`."""
+    """This trainer's values of the settings that an operator may change, for `StartTraining.settings`."""
     return {
         "trainer.lr": repr(config.trainer.lr),
         "eval.interval": str(config.eval.interval if config.eval.resolved_sets else 0),
@@ -385,7 +386,8 @@ def configured(config: Config) -> dict[str, str]:
 
 
 def shared(settings: StepSettings | None) -> list[int]:
-    """What all ranks need of a step's settings: the learning rate's bits, and whether to save a checkpoint.
+    """The part of a step's settings that all ranks need: the learning rate's bits, and whether to save a
+    checkpoint.
 
     Zeros on ranks without settings.
     """

@@ -41,13 +41,14 @@ class ShardedAdamW:
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
     ) -> None:
-        """`lr`: after the warm-up; it falls linearly to zero at step `decay_steps` (0: it stays constant).
+        """`lr`: rate after the warm-up; it falls linearly to zero at step `decay_steps` (0: it stays
+        constant).
 
         `weight_decay` applies to matrices only. `max_grad_norm`: 0 turns clipping off.
         """
         self._ranks = ranks
         self.lr = lr
-        """After the warm-up, before the decay. It may change between steps."""
+        """Rate after the warm-up and before the decay. It may change between steps."""
         self._warmup_steps = warmup_steps
         self._decay_steps = decay_steps
         self._max_grad_norm = max_grad_norm
@@ -56,7 +57,7 @@ class ShardedAdamW:
             name: torch.nn.Parameter(local(param.detach())) for name, param in self._params.items()
         }
         """This rank's part of each parameter, by name; memory shared with the model."""
-        # A parameter with fewer rows than there are ranks leaves some of them an empty shard.
+        # If a parameter has fewer rows than there are ranks, some ranks have an empty shard.
         used = [(self._params[name].ndim, shard) for name, shard in self.shards.items() if shard.numel()]
         groups = [
             {"params": [shard for ndim, shard in used if ndim >= 2], "weight_decay": weight_decay},
@@ -79,7 +80,7 @@ class ShardedAdamW:
         )
 
     def learning_rate(self, step: int) -> float:
-        """Learning rate of the step after `step` completed ones."""
+        """Learning rate of the step after `step` completed steps."""
         warm = min(1.0, (step + 1) / max(self._warmup_steps, 1))
         left = (
             (self._decay_steps - step) / max(self._decay_steps - self._warmup_steps, 1)
@@ -91,14 +92,13 @@ class ShardedAdamW:
     def step(self, *, divisor: float, lr: float) -> float:
         """Divides the accumulated gradients by `divisor`, clips, updates and clears them. Collective.
 
-        Returns the gradient's norm before clipping. If it is not finite, weights and moments stay as they
-        are: one broken batch must neither end the run nor be published.
+        Returns the gradient's norm before clipping. If it is not finite, weights and moments are unchanged:
+        one broken batch must neither end the run nor be published.
         """
         grads = []
         for name, param in self._params.items():
             shard = self.shards[name]
-            # If no group had an advantage there is no gradient at all. It counts as zero: momentum still
-            # moves the weights.
+            # Without any advantage there is no gradient. It counts as zero: momentum still moves the weights.
             shard.grad = torch.zeros_like(shard) if param.grad is None else local(param.grad)
             param.grad = None
             grads.append(shard.grad)

@@ -39,7 +39,7 @@ TINY_RENDERER = "rollout_server.rendering.tiny.TinyRenderer"
 def prepare_model(config: Config, *, out_dir: Path | None = None) -> str:
     """Makes `config.model` loadable and returns a directory, or the hub name, for `from_pretrained`.
 
-    `out_dir`: where a built model goes; by default the directory of the run that
+    `out_dir`: directory for a built model; by default the directory of the run that
     `areal_like.paths.model_path` returns. Raises ConfigError when the model cannot be built, found or loaded.
     """
     if plan_of := _BUILT.get(config.model.path):
@@ -48,7 +48,7 @@ def prepare_model(config: Config, *, out_dir: Path | None = None) -> str:
 
 
 BuildPlan = tuple[str, Mapping[str, Any], Callable[[Path], None]]
-"""(name, everything that determines the result, function that writes it into a directory)"""
+"""(name, everything that determines the result, function that writes the result into a directory)"""
 
 
 def _tiny(config: Config) -> BuildPlan:
@@ -104,7 +104,7 @@ def _tiny_chat(config: Config) -> BuildPlan:
 
 def _sources(*modules: str) -> list[str]:
     """The code of modules of trainer.models, by name, or of other files, by path."""
-    # Read and not imported: a model that is in the cache must not cost an import of torch.
+    # Read instead of imported: a cached model must not cost an import of torch.
     models = Path(__file__).parent / "models"
     paths = (Path(module) if module.endswith(".py") else models / f"{module}.py" for module in modules)
     return [path.read_text() for path in paths]
@@ -165,7 +165,7 @@ def _rename_into_cache(partial: Path, final: Path) -> None:
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
-    # Only weights are linked: people edit the small files in place, and an edit must not change the cache.
+    # Only weights are linked: users edit the small files in place, and an edit must not change the cache.
     if source.suffix == ".safetensors":
         try:
             target.hardlink_to(source)
@@ -176,7 +176,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 
 def _check_existing(config: Config) -> str:
-    """Checks all that can be checked without weights in memory, before any daemon loads the model."""
+    """Checks everything that needs no weights in memory, before any daemon loads the model."""
     path = model_path(config)  # refuses a directory that does not exist before torch is imported
     with uncollected():
         from huggingface_hub.errors import StrictDataclassError
@@ -190,14 +190,15 @@ def _check_existing(config: Config) -> str:
         AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RecursionError, StrictDataclassError) as error:
         raise ConfigError(
-            f"model.path={config.model.path}: transformers can load no configuration and tokenizer from it "
-            f"({first_line(error)}). Use tiny, smollm2, a directory with config.json, or an owner/name"
+            f"model.path={config.model.path}: transformers cannot load a configuration and tokenizer "
+            f"from it ({first_line(error)}). Use tiny, smollm2, a directory with config.json, or an "
+            "owner/name"
         ) from error
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ConfigError(
             f"model.path={config.model.path}: transformers has no causal language model of type {model_type}"
         )
-    # This also fetches a hub's files, once for all processes.
+    # This also downloads the files from a hub, once for all processes.
     Policy.build(path).check_initial_weights()
     return path
 

@@ -1,4 +1,4 @@
-"""One rank of the trainer as a process: what happens before the first step and after the last.
+"""Runs one rank of the trainer as a process: everything before the first step and after the last.
 
 log -> settings checked -> process group joined -> buffers registered with -> `Trainer.run` -> exit code
 """
@@ -33,9 +33,9 @@ from trainer.weights.backend import check_nccl
 log = logging.getLogger(__name__)
 
 _CONTROL_TIMEOUT_S = 24 * 3600.0
-"""Longest time that a rank keeps the others waiting in a control message: for groups and evaluations, as long
-as the rollout servers make progress. A rank that stalls raises an error of its own, and one that dies closes
-its connections: both end this wait at once."""
+"""Longest time that a rank lets the others wait in a control message: for groups and evaluations, while the
+rollout servers make progress. A rank that stalls raises its own error, and a rank that dies closes its
+connections: both end this wait at once."""
 
 
 def run_rank(config: Config) -> bool:
@@ -44,8 +44,8 @@ def run_rank(config: Config) -> bool:
     config = resolved(config)
     require_loopback_or_keys(config.security, config.weights.host, setting="weights.host")
     recipe = StepRecipe.of(config)
-    recipe.check_stream(config)  # reports a mistake in the settings before anything is loaded
-    build_trackers(config.trackers)  # reports a package that is missing
+    recipe.check_stream(config)  # reports a mistake in the settings before the model is loaded
+    build_trackers(config.trackers)  # reports a missing package
     torch.set_num_threads(config.trainer.num_threads)
     device = device_of(config)
     activations = "recomputed" if recomputes_activations(config) else "kept"

@@ -1,6 +1,6 @@
-"""Where the results of a run go: metrics.jsonl, evaluations.jsonl, Prometheus, the trackers and summary.json.
+"""Writes the results of a run: metrics.jsonl, evaluations.jsonl, Prometheus, the trackers and summary.json.
 
-Rank 0 only.
+Used on rank 0 only.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ class RunRecord:
         self._trackers_limit_s = min(_TRACKERS_END_S, config.daemon.drain_timeout_s / 3)
 
     def stepped(self, row: dict[str, Any], *, metrics: Mapping[str, Any]) -> None:
-        """Records the row of one step. `metrics`: all that the step returned."""
+        """Records the row of one step. `metrics`: everything that the step returned."""
         self.steps.append(row)
         self.series.stepped(row["step"], {**metrics, **row})
         self._trackers.stepped(self.steps.last)
 
     def evaluated(self, row: dict[str, Any]) -> None:
-        """Records the row of one evaluation of one set (`evaluation_row`), which has just ended."""
+        """Records the row of an evaluation of one set (`evaluation_row`) that has just ended."""
         start_s = time.monotonic() - row["seconds"]
         record(f"evaluation of {row['set']}", f"step {row['step']}", start_s=start_s, avg=row["avg"])
         self.evaluations.append(row)
@@ -66,7 +66,7 @@ class RunRecord:
     def summarize(self, **figures: Any) -> dict[str, Any]:
         """Writes and returns the summary, and closes the files. `figures`: see `write_summary`.
 
-        That of a run that was finished already stays, if no step was trained since.
+        If the run was already finished and no step was trained since, its existing summary stays.
         """
         steps = self.steps
         before = finished_summary(self._summary, num_steps=steps.num_rows)
@@ -99,5 +99,5 @@ class RunRecord:
         *,
         waits: Callable[[str], AbstractContextManager[None]],
     ) -> None:
-        """Ends the trackers, in a limited time. Also after an error, then without `summary`."""
+        """Ends the trackers in a limited time; also called after an error, then without `summary`."""
         self._trackers.close(summary, limit_s=self._trackers_limit_s, waits=waits)

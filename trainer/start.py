@@ -1,10 +1,10 @@
-"""How a process of the trainer, or of supervised training, starts and ends.
+"""Starts and ends a process of the trainer or of supervised training.
 
     command line -> settings -> one rank, or the parent of all ranks of this machine -> exit code
 
-With `trainer.world_size` > 1 the process starts the ranks (`distributed/spawn.py`), on several machines those
-of this one (`trainer.num_hosts`). torchrun can start them instead. Imports no torch: that is left to the
-ranks, after the variables that torch reads are set.
+With `trainer.world_size` > 1 the process starts the ranks (`distributed/spawn.py`); with several machines
+(`trainer.num_hosts`) the ranks of this machine. torchrun can start them instead. This module does not import
+torch: the ranks do, after the variables that torch reads are set.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from trainer.distributed.variables import set_torch_variables
 def start(
     argv: Sequence[str], *, text: str | None, name: str, module: str, run_rank: Callable[[Config], bool]
 ) -> int:
-    """Runs one rank, or starts all of this machine; returns the exit code.
+    """Runs one rank, or starts all ranks of this machine; returns the exit code.
 
-    `text`: of --help. `name`: of the daemon. `module`: started as each rank. `run_rank`: returns True if the
-    run is finished, False after a drain.
+    `text`: the text of --help. `name`: the name of the daemon. `module`: started as each rank. `run_rank`:
+    returns True if the run is finished, False after a drain.
     """
     if shows_help(argv, text):
         return 0
@@ -58,7 +58,7 @@ def start(
             return start_ranks_of(config, argv, module=module)
     code = run_to_end(config, f"{name}-{os.environ.get('RANK', '0')}", run_rank)
     if code == 1 and "RANK" in os.environ:
-        exit_at_once(code)  # after a broken collective torch may abort the process as it ends
+        exit_at_once(code)  # after a broken collective torch may abort the process at its exit
     return code
 
 

@@ -151,7 +151,7 @@ LEDGER_INVARIANTS = (
         WHERE state IN ('batched', 'trained') AND NOT step - oldest_step BETWEEN 0 AND max_staleness""",
     ),
     # The bound of a ticket is the one in force when its first sample was leased. Changes count at once, so
-    # rows of steps after that of the sample's weights may have been in force, too. A rollback leaves
+    # rows of steps after that of the sample's weights may also have been in force. A rollback leaves
     # undone weights whose step numbers occur a second time.
     Invariant(
         text="the staleness bound of a trained ticket is one that the run had then",
@@ -170,7 +170,7 @@ LEDGER_INVARIANTS = (
               WHERE value IN (CAST(max_staleness AS TEXT), 'auto')
                 AND (step >= began OR id = (SELECT max(id) FROM bounds WHERE step < began)))""",
     ),
-    # Versions may be missing: a run that went on with `buffer.durability=none` for a while granted them
+    # Versions may be missing: a run that continued with `buffer.durability=none` for a while granted some
     # without a ledger.
     Invariant(
         text="versions increase, and each has an earlier version as its parent",
@@ -242,7 +242,7 @@ LEDGER_INVARIANTS = (
           AND NOT EXISTS (SELECT 1 FROM evaluations AS e WHERE {_ITS_EVALUATION})""",
     ),
     Invariant(
-        text="every answer to an evaluated prompt is a sample, or has failed for good",
+        text="every completion of an evaluated prompt is a sample, or has failed for good",
         count="SELECT count(*) FROM tickets WHERE state = 'evaluated' AND eval_set != ''",
         violations="""
         SELECT printf('ticket %d: %d samples and %d failed of %d',

@@ -28,11 +28,11 @@ class Audit:
     run: str
     checks: list[Check]
     tickets: dict[str, int]
-    """By state, and `issued`."""
+    """State, or `issued` -> number of tickets."""
     drops: dict[str, int]
-    """By reason."""
+    """Reason -> number of dropped tickets."""
     failures: dict[str, int] = field(default_factory=dict)
-    """Failed samples by kind and outcome: `reward_timeout zero`."""
+    """Kind and outcome, such as `reward_timeout zero` -> number of failed samples."""
     facts: dict[str, int] = field(default_factory=dict)
     """Numbers of committed steps, versions, rollbacks, tokens rolled back, and bytes of trajectories."""
 

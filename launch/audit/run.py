@@ -23,7 +23,7 @@ from launch.run_directory.rundir import checkpoints
 from launch.run_files import read_rows
 
 _COLUMNS = {"trainer.lr": "lr_base", "max_staleness": "max_staleness"}
-"""Setting that may change while the run goes on -> column of metrics.jsonl."""
+"""Setting that may change during the run -> column of metrics.jsonl."""
 
 
 def audit_run(root: Path) -> Audit:

@@ -44,8 +44,8 @@ def _grants(verb: str, description: str, *arguments: Argument, examples: Sequenc
 
 _grants(
     "pause",
-    "Grant no leases for training until `areal-like resume`: samples that have begun are finished, and "
-    "evaluations go on.",
+    "Grant no leases for training until `areal-like resume`: samples that have started are finished, and "
+    "evaluations continue.",
     examples=["pause myrun", "pause --buffer node7:8080"],
     done="the run is paused: held samples are finished, and no new ones begin",
 )
@@ -86,9 +86,9 @@ def change_settings(args: argparse.Namespace) -> int:
     for change in args.changes:
         key, separator, value = change.partition("=")
         if not separator or not key or not value:
-            raise ConfigError(f"set {change}: want key=value, as trainer.lr=1e-5")
+            raise ConfigError(f"set {change}: expected key=value, such as trainer.lr=1e-5")
         if key in wanted:
-            raise ConfigError(f"set {change}: {key} is there twice")
+            raise ConfigError(f"set {change}: {key} is given twice")
         wanted[key] = value
     for made in job_of(args).post_all("set", wanted)[0]["changes"]:
         print(_told(**made))
@@ -223,7 +223,7 @@ def _request(job: RunningJob, address: str, verb: str, body: Mapping[str, Any]) 
         return False
     except OSError as error:
         raise ConfigError(
-            f"{verb}: the buffer at {address} does not answer ({error}): is its disk full? See its /status"
+            f"{verb}: the buffer at {address} does not respond ({error}): is its disk full? See its /status"
         ) from None
     return True
 

@@ -31,7 +31,7 @@ _POLL_S = 0.3
     argument(
         "roles", metavar="ROLE", nargs="*", default=[], help="trainer, rollout, rollout-1, ...; default: all"
     ),
-    argument("-f", "--follow", action="store_true", help="go on until Ctrl-C, across rotations"),
+    argument("-f", "--follow", action="store_true", help="follow the logs until Ctrl-C, across rotations"),
     argument("--since", metavar="TIME", help="10m, 2h, 1d, 12:30, or 2026-01-31T12:30"),
     argument(
         "--level",

@@ -25,7 +25,7 @@ class Command(NamedTuple):
     description: str
     """What the verb does, in full sentences."""
     arguments: tuple[Argument, ...]
-    """In the order of the help."""
+    """The arguments, in the order of the help."""
     examples: tuple[str, ...]
     """Command lines without `areal-like`."""
     main: Main

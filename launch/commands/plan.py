@@ -22,7 +22,7 @@ from launch.commands.parser import JSON, argument, as_typed, command, flag
         "--gpus",
         metavar="N+MxGPU",
         action=OneValue,
-        help="N GPUs of engines and M of the trainer, as 4+4xH100; 1xH100: both share it",
+        help="N GPUs of engines and M of the trainer, such as 4+4xH100; 1xH100: both share it",
     ),
     argument("--prompt-tokens", metavar="N", action=OneValue, help="mean length of a prompt"),
     argument("--response-tokens", metavar="N", action=OneValue, help="mean length of a response"),

@@ -80,7 +80,7 @@ class _Rank:
         try:
             post_json(self.address, "/control/profile", request, operator=self.operator)
         except OSError as error:
-            raise ConfigError(f"profile: rank {self.number} does not answer ({error})") from None
+            raise ConfigError(f"profile: rank {self.number} does not respond ({error})") from None
 
     def report_file(self, profile_id: str) -> Path:
         """The path of the report that it writes."""
@@ -103,7 +103,7 @@ class _Rank:
             if now_s > deadline_s:
                 raise ArealError(
                     f"profile: rank {self.number} has not finished within {timeout_s:g} s "
-                    f"({(status or {}).get('profile', {}).get('progress', 'no answer')}): it writes "
+                    f"({(status or {}).get('profile', {}).get('progress', 'no response')}): it writes "
                     f"{report} when it has, or wait longer with --timeout"
                 )
             time.sleep(_TICK_S)
@@ -126,7 +126,7 @@ def _ranks_of(given: str, paths: RunPaths, operator: Operator) -> list[_Rank]:
     else:
         parts = given.split(",")
         if not all(part.isdecimal() and len(part) < 7 for part in parts):
-            raise ConfigError(f"profile: --rank {given}: use numbers with commas, as 0,3, or all")
+            raise ConfigError(f"profile: --rank {given}: use numbers with commas, such as 0,3, or all")
         numbers = sorted({int(part) for part in parts})
     if unknown := [number for number in numbers if number not in found]:
         raise ConfigError(
@@ -137,14 +137,14 @@ def _ranks_of(given: str, paths: RunPaths, operator: Operator) -> list[_Rank]:
         status = fetch_json(found[number], "/status", operator=operator)
         if status is None:
             raise ConfigError(
-                f"profile: rank {number} at {found[number]} does not answer; is the job running?"
+                f"profile: rank {number} at {found[number]} does not respond; is the job running?"
             )
         if "profile" not in status:
             raise ConfigError(f"profile: rank {number} is still starting: ask again when it trains")
         if status["profile"]:
             raise ConfigError(
-                f"profile: rank {number} still works on another one ({status['profile']['progress']}): "
-                "ask again when it is done"
+                f"profile: rank {number} is still recording another profile "
+                f"({status['profile']['progress']}): ask again when it is done"
             )
         ranks.append(
             _Rank(number=number, address=found[number], status=status, paths=paths, operator=operator)
@@ -156,7 +156,7 @@ def _check_goes_on(ranks: list[_Rank]) -> None:
     """Raises ConfigError if the trainer trains no further step."""
     step, num_steps = max(int(rank.status["step"]) for rank in ranks), int(ranks[0].status["num_steps"])
     if step >= num_steps or ranks[0].status["state"] == "draining":
-        raise ConfigError("profile: the trainer is ending, and trains no further step")
+        raise ConfigError("profile: the trainer is ending, and will not train another step")
 
 
 def _shortened(numbers: list[int]) -> str:

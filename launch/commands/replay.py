@@ -62,7 +62,7 @@ _WITHOUT_EFFECT = (
         "--tolerance",
         metavar="SHARE",
         type=float,
-        help="with --against: relative difference that counts as equal, as 1e-5",
+        help="with --against: relative difference that counts as equal, such as 1e-5",
     ),
     flag("--records-only", "with --against: train nothing again"),
     flag("--json", "with --against: print JSON"),
@@ -91,7 +91,7 @@ def _compare_runs(args: argparse.Namespace) -> int:
     if args.settings:
         raise ConfigError("replay --against: two runs are compared as they are; leave settings out")
     if args.tolerance is not None and not 0 <= args.tolerance < 1:
-        raise ConfigError(f"--tolerance {args.tolerance:g}: use a share from 0 up to 1, as 1e-5")
+        raise ConfigError(f"--tolerance {args.tolerance:g}: use a share from 0 up to 1, such as 1e-5")
     # Imported here: it reads records with the trainer's code, which no other command needs.
     from launch.comparison.runs import compare_runs
 

@@ -21,8 +21,8 @@ from launch.run_directory.rundir import find_run
 
 @command(
     "report",
-    "Write one HTML page about a run that goes on, has ended or has failed: figures, charts, drops, events, "
-    "messages and samples.",
+    "Write one HTML page about a run that is running, has ended or has failed: figures, charts, drops, "
+    "events, messages and samples.",
     RUN,
     argument("--against", metavar="OTHER", help="a second run, shown in the same charts"),
     argument("--out", metavar="FILE", help="the page (RUN/report.html); - for stdout"),

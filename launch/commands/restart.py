@@ -89,7 +89,7 @@ def wait_until_ready(job: RunningJob, paths: RunPaths, settings: Sequence[str], 
     if outcome["exit_code"]:
         sys.stderr.write(f"restart: the trainer failed with {words} ({outcome['reason']}): {kept}\n")
         return 1
-    print(f"the trainer is ready with {words}, which config.yaml has now")
+    print(f"the trainer is ready with {words}, which are now in config.yaml")
     return 0
 
 
@@ -164,7 +164,7 @@ def by_hand(job: RunningJob, role: str, settings: Sequence[str]) -> str:
 def _drain_buffer(job: RunningJob, name: str) -> str:
     status = next((each for each in job.statuses() if each.get("name") == name), None)
     if status is None:
-        raise ConfigError(f"restart: {name} of {job.name} does not answer")
+        raise ConfigError(f"restart: {name} of {job.name} does not respond")
     if not any(peer.get("role") == "trainer" for peer in status.get("peers", [])):
         raise ConfigError(
             f"restart: {name} has no trainer now, and draining would end the run: start one first"
@@ -186,7 +186,7 @@ def _hand_over(job: RunningJob) -> str:
     try:
         post_json(str(endpoint["http"]), "/control/hand_over", {}, operator=job.operator)
     except OSError as error:
-        raise ConfigError(f"restart: rank 0 of the trainer does not answer ({error})") from None
+        raise ConfigError(f"restart: rank 0 of the trainer does not respond ({error})") from None
     return "the trainer finishes its step, writes a checkpoint, and exits"
 
 

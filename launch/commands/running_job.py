@@ -9,7 +9,7 @@ from launch.commands.parser import RUN, Argument, Parser, argument, group
 from launch.observation.reach import RunningJob
 
 _REMOTE = group(
-    "a job whose directory this machine does not see",
+    "a job whose directory this machine cannot see",
     argument(
         "--buffer",
         metavar="HOST:PORT",

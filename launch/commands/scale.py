@@ -26,7 +26,7 @@ from launch.slurm.options import scripts_of
     "Change the number of rollout servers of a run on Slurm or Ray: start more, or drain the newest. "
     "`areal-like why RUN` says whether more would make it faster.",
     RUN,
-    argument("number", metavar="N", type=int, help="rollout servers that the run shall have"),
+    argument("number", metavar="N", type=int, help="number of rollout servers that the run should have"),
     examples=["scale myrun 8"],
 )
 def main(args: argparse.Namespace) -> int:
@@ -38,12 +38,12 @@ def main(args: argparse.Namespace) -> int:
         _scale_jobs(config, paths, args.number)
     elif directory_of(paths).is_dir():
         want_servers(paths, args.number)
-        sys.stdout.write(f"the run's driver is told: {args.number} rollout servers\n")
+        sys.stdout.write(f"the run's driver was told to run {args.number} rollout servers\n")
     else:
         raise ConfigError(
             f"scale: neither Slurm nor Ray runs {paths.root.name}: add a server with `areal-like rollout "
             f"{paths.root.name} --join`, end one with `areal-like drain {paths.root.name} SERVER`; "
-            "rollout.num_servers counts at the next start"
+            "rollout.num_servers applies at the next start"
         )
     return 0
 

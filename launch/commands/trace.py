@@ -28,14 +28,14 @@ def _seconds(text: str) -> float:
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < 1e9:
-        raise argparse.ArgumentTypeError(f"want a time such as 60s or 5m, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a time such as 60s or 5m, got {text!r}")
     return seconds
 
 
 def _steps(text: str) -> tuple[int, int]:
     first, colon, last = text.partition(":")
     if not (colon and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
-        raise argparse.ArgumentTypeError(f"want A:B with A below B, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected A:B with A below B, got {text!r}")
     return int(first), int(last)
 
 

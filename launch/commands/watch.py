@@ -168,7 +168,7 @@ def _watch(look: Look, view: View, *, interval_s: float, ends_with_job: bool) ->
                 view.notice(f"{job.name}: its daemons have ended")
                 return 0
             elif ends_with_job and time.monotonic() > heard_s + _GONE_S:
-                view.notice(f"{job.name}: no answer for {_GONE_S:.0f} s")
+                view.notice(f"{job.name}: no response for {_GONE_S:.0f} s")
                 return 1
             view.update(seen, phase=phase_of(seen), detail="")
             time.sleep(interval_s)
@@ -217,7 +217,7 @@ def _responds(daemons: Mapping[str, DaemonView]) -> bool:
 
 
 def phase_of(seen: Observation) -> str:
-    """What the job does, in a word or two."""
+    """The phase of the job, in a word or two."""
     if reason := seen.buffer.get("failed_because") or seen.buffer.get("closed_because"):
         return f"closed: {reason}"
     unready = [name for name, view in seen.daemons.items() if view.not_ready]
@@ -232,7 +232,7 @@ def _report(job: RunningJob, daemons: Mapping[str, DaemonView]) -> tuple[dict[st
 
 
 def _end_of(job: RunningJob, daemons: Mapping[str, DaemonView]) -> Ended | None:
-    """How the run has ended; None while it goes on, and where its directory cannot be seen.
+    """How the run has ended; None while it is running, or if its directory cannot be seen.
 
     Killed daemons have left their addresses. One that does not respond and was started by hand may also be
     stopped.

@@ -13,7 +13,7 @@ TORCH = ((2, 11), (2, 15))
 TRANSFORMERS = ((5, 17), (6, 0))
 """First version that works and first version that is not supported, as in pyproject.toml."""
 LEAST_DRIVER = {12: 525, 13: 580}
-"""By CUDA's major version: first driver branch for Linux that runs it (NVIDIA's compatibility table)."""
+"""Major version of CUDA -> first Linux driver branch that runs it (NVIDIA's compatibility table)."""
 MANY_FILES = 4096
 SMALL_SHM_BYTES = 1 << 30
 """Docker gives 64 MB by default; NCCL's transport between the GPUs of a machine uses more."""

@@ -116,7 +116,8 @@ class JobLifecycle:
             shard.name: specs.buffer(shard.name) for shard in all_shards(config.buffer.num_shards)
         }
         self._buffer_restarts: dict[str, Restarts] = {}
-        """Empty without a durable ledger, and until the servers start: a dead buffer then ends the run."""
+        """Restartable buffers; empty without a durable ledger, and until the servers start: a dead buffer
+        then ends the run."""
         self._servers = RolloutServers(
             [f"rollout-{index}" for index in range(config.rollout.num_servers)],
             now_s=now_s,

@@ -79,7 +79,8 @@ class SupervisedTrainer:
         return Start(self.spec, from_newest_checkpoint=is_at_newest)
 
     def change_settings(self, settings: Sequence[str]) -> None:
-        """Gives the next trainer these `key=value` settings; the trial of earlier ones goes on with them."""
+        """Gives the next trainer these `key=value` settings; the trial of earlier settings continues with
+        them."""
         if not self._tried:
             self._before = self.spec
         self._tried = (*self._tried, *settings)

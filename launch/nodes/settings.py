@@ -122,7 +122,8 @@ def _check(config: Config, nodes: int) -> None:
     elif not config.security.insecure:
         raise ConfigError(
             "submit: the roles communicate over the network, so they need keys: make them with `areal-like "
-            "keys init DIR`, in a directory that the nodes see and only you can read, and give security.keys=DIR"
+            "keys init DIR`, in a directory that the nodes see and only you can read, and give "
+            "security.keys=DIR"
         )
 
 

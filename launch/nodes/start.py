@@ -182,7 +182,7 @@ def _take_name(paths: RunPaths) -> None:
         try:
             RunningJob.in_directory(str(paths.root)).post_all("unfence", {"name": "trainer"})
         except ConfigError as error:
-            if time.monotonic() < until_s and "does not answer" in str(error):
+            if time.monotonic() < until_s and "does not respond" in str(error):
                 time.sleep(_TICK_S)
                 continue
             sys.stdout.write(f"trainer: the name is not taken from an earlier process: {error}\n")

@@ -128,7 +128,7 @@ class Operator:
 
 
 NO_OPERATOR = Operator(SecurityConfig(), Path())
-"""For jobs without keys and certificate."""
+"""The operator of a job without keys and certificate."""
 
 
 def fetch_json(

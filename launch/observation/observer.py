@@ -52,7 +52,7 @@ class DaemonView:
     @property
     def not_ready(self) -> str:
         """The reason why the daemon is not ready; empty when it is ready."""
-        return "no answer" if self.status is None else str(self.status.get("not_ready", ""))
+        return "no response" if self.status is None else str(self.status.get("not_ready", ""))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -145,7 +145,7 @@ class RunningJob:
                 answers.append(self.post_to(address, verb, body, timeout_s=timeout_s))
             except OSError as error:
                 raise ConfigError(
-                    f"{verb}: the buffer at {address} does not answer ({error}): is its disk full? See its "
+                    f"{verb}: the buffer at {address} does not respond ({error}): is its disk full? See its "
                     "/status"
                 ) from None
         return answers
@@ -178,7 +178,7 @@ class RunningJob:
 
     def no_answer(self) -> ConfigError:
         """The error when no buffer responds."""
-        return ConfigError(f"{self.name}: its buffer does not answer; is the job running?")
+        return ConfigError(f"{self.name}: its buffer does not respond; is the job running?")
 
     def _given_buffers(self, before: Mapping[str, DaemonView]) -> Iterable[DaemonView]:
         by_address = {view.endpoint.get("http"): view for view in before.values()}
@@ -230,12 +230,12 @@ def _config_from(addresses: Sequence[str], operator: Operator) -> Config:
             continue
         if status.get("role") != "buffer":
             raise ConfigError(
-                f"--buffer {address}: {status.get('name', 'a daemon')} is there: give a buffer's address"
+                f"--buffer {address}: this is {status.get('name', 'a daemon')}: give a buffer's address"
             )
         settings = fetch_json(address, "/config", operator=operator, timeout_s=_FAR_TIMEOUT_S)
         if settings is None:
             raise ConfigError(
-                f"--buffer {address}: it does not serve its settings (/config): is it of an earlier release?"
+                f"--buffer {address}: it does not serve /config: was it started by an earlier release?"
             )
         try:
             return from_mapping(settings)
@@ -244,6 +244,6 @@ def _config_from(addresses: Sequence[str], operator: Operator) -> Config:
                 f"--buffer {address}: this release cannot read the job's settings ({error}): use the job's"
             ) from None
     raise ConfigError(
-        f"no buffer answers at {', '.join(addresses)}: give the address of its HTTP server (`http` in "
+        f"no buffer responds at {', '.join(addresses)}: give the address of its HTTP server (`http` in "
         "endpoints/buffer.json), not that of its stream; with TLS also --tls-certificate"
     )

@@ -30,7 +30,7 @@ _TICK_S = 0.2
 
 @dataclass(frozen=True, kw_only=True)
 class RayOptions(ClusterOptions):
-    """What a user chooses for the actors of a run."""
+    """A user's choices for the actors of a run."""
 
     address: str = "auto"
     """The address of the cluster, as `ray.init` takes it."""

@@ -8,8 +8,8 @@ by:
     0      the run is finished              over
     75     drained                          over; if it is not a rollout server, the run drains
     2      a wrong setting                  over, and the run with it
-    None   its node or its actor is lost    begins again
-    else   a failure                        begins again; after `max_failures` in a row it is over, and the
+    None   its node or its actor is lost    restarted
+    else   a failure                        restarted; after `max_failures` in a row it is over, and the
                                             run with it unless it is a rollout server
 """
 
@@ -95,12 +95,12 @@ class Supervision:
         restarts = role.restarts
         if code is None:
             restarts.left(now_s=now_s, pause_s=_FIRST_PAUSE_S)
-            return f"{role.name} is lost with its node or actor; it begins again"
+            return f"{role.name} is lost with its node or actor; it is restarted"
         restarts.failed(now_s=now_s)
         if code != 2 and restarts.state is not RestartState.GIVEN_UP:
             return (
                 f"{role.name} failed (exit code {code}, failure {restarts.num_failures} of "
-                f"{self.max_failures}); it begins again in {restarts.due_s - now_s:.0f} s"
+                f"{self.max_failures}); it is restarted in {restarts.due_s - now_s:.0f} s"
             )
         role.is_over = True
         if role.role == "rollout" and code != 2:

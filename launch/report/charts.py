@@ -28,7 +28,7 @@ class Spec:
     lines: Mapping[str, str]
     """Label -> column of `Columns.get`."""
     thin: Mapping[str, str] = field(default_factory=dict)
-    """The same for lines that are drawn thinner: bounds, and the extremes around a mean."""
+    """Label -> column, for lines that are drawn thinner: bounds, and the extremes around a mean."""
     evaluates: bool = False
     """True if the first evaluation set is shown in it."""
     floor: float | None = 0.0
@@ -115,12 +115,12 @@ _CATALOGUE = {"Learning": _LEARNING, "Responses": _RESPONSES, "Speed": _SPEED}
 
 
 class SeriesKind(StrEnum):
-    """How a series is drawn."""
+    """The style in which a series is drawn."""
 
     LINE = "line"
-    """With a band between the extremes of steps that one point stands for."""
+    """A line, with a band between the extremes of the steps that a point stands for."""
     THIN = "line thin"
-    """Without a band."""
+    """A thin line without a band."""
     POINTS = "points"
     """Evaluations: points with their intervals, joined by a thin line."""
 

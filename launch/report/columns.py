@@ -22,7 +22,7 @@ from launch.run_files import read_rows
 NUM_BUCKETS = 320
 """Most points of a line."""
 MAX_COLUMNS = 256
-"""Columns that are kept, names within `_NESTED` included."""
+"""Most columns that are kept, including names within `_NESTED`."""
 _NESTED = ("finish_reasons", "reward_parts", "drops")
 """Columns that are mappings from a name to a number; others of this kind are left out."""
 
@@ -38,7 +38,7 @@ class Columns:
     times_s: NDArray[np.float64]
     """Unix time of each step's end; NaN where the row has none."""
     values: dict[str, Floats] = field(default_factory=dict)
-    """By column; `finish_reasons.length` for an entry of a mapping."""
+    """Column -> its values; an entry of a mapping has a name such as `finish_reasons.length`."""
     is_incomplete: bool = False
     """True if a line could not be read, so that it and the lines after it are missing."""
 

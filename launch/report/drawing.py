@@ -87,7 +87,7 @@ def y_axis(chart: Chart) -> Axis:
 
 
 def drawn(chart: Chart, *, x: Axis, steps: list[list[float]], num_runs: int) -> Drawing:
-    """The drawing of one chart. `steps`: the page's lists of steps, to which those of the chart are added."""
+    """Draws one chart. `steps`: the page's lists of steps; the chart's lists are added to it."""
     y = y_axis(chart)
     paths = [path for one in chart.series for path in _paths(one, x, y)]
     return Drawing(

@@ -54,7 +54,7 @@ class Ended:
 
 
 def read_end(root: Path) -> Ended | None:
-    """The end of the run in this directory; None while it goes on."""
+    """The end of the run in this directory; None while it is running."""
     paths = RunPaths(root)
     if is_held(paths):
         return None

@@ -25,7 +25,7 @@ class Figure:
 
     name: str
     value: float | None
-    """None where the run has none."""
+    """None if the run does not have it."""
     form: Callable[[float | None], str] = short
     note: str = ""
     is_key: bool = False

@@ -1,4 +1,4 @@
-"""What a reader of a report should look at first: rules over the run's numbers and messages. Pure.
+"""Finds what a reader of a report should look at first, by rules over the run's numbers and messages. Pure.
 
 A rule states an observation with numbers; it does not guess at a cause that the files do not show.
 """

@@ -37,7 +37,7 @@ class SettingChange:
     """The first step with the value; for an action, the step after which it was done."""
     key: str
     before: str
-    """Empty for an action."""
+    """The previous value; empty for an action."""
     value: str
     by: str
     """`operator`, or `start`: configured anew when a trainer started."""

@@ -80,7 +80,7 @@ class Run:
 
     @property
     def seconds(self) -> float | None:
-        """From the first step's end to the last one's, pauses included."""
+        """Seconds from the end of the first step to the end of the last one, including pauses."""
         times = self.columns.times_s
         return float(times[-1] - times[0]) if len(times) > 1 else None
 

@@ -79,7 +79,7 @@ def check_checkpoint(folder: Path, config: Config, *, step: int, is_sft: bool) -
     stream = extra.get("stream") if isinstance(extra, dict) else None
     if (stream is None) != is_sft:
         of = "supervised training" if stream is None else "training with rewards"
-        raise ConfigError(f"{folder} is of {of}: continue it with the command that began it")
+        raise ConfigError(f"{folder} is a checkpoint of {of}: continue it with the command that started it")
     saved = stream.get("stream") if isinstance(stream, dict) else None
     num_shards = saved.get("num_shards", 1) if saved else config.buffer.num_shards
     if num_shards != config.buffer.num_shards:
@@ -105,7 +105,7 @@ def _object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read ({error}): resume from another step") from None
     if not isinstance(value, dict):
-        raise ConfigError(f"{path} holds no JSON object: resume from another step")
+        raise ConfigError(f"{path} does not contain a JSON object: resume from another step")
     return value
 
 
@@ -119,6 +119,6 @@ def _check_tensors(path: Path) -> None:
             header = json.loads(file.read(num_bytes))
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
         if path.stat().st_size != 8 + num_bytes + max(ends, default=0):
-            raise ValueError("it was cut")
+            raise ValueError("it is cut short")
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise ConfigError(f"{path} cannot be read ({error}): resume from another step") from None

@@ -35,7 +35,7 @@ from launch.run_directory.rundir import find_run, is_summarized, lock
 
 _COMPARED = ("model", "task", "eval", "sampling", "episode", "rewards", "seed", "trainer")
 """Sections that determine the results: they may not change when an evaluation is continued. The section
-`trainer` is left out, because an evaluation replaces it."""
+`trainer` also distinguishes an evaluation from a training run."""
 
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")

@@ -245,7 +245,7 @@ def _resume(config: Config, argv: Sequence[str], *, is_sft: bool, is_dry: bool) 
         if steps and paths.rows.exists() != is_sft:
             other = "run" if is_sft else "sft"
             raise ConfigError(f"{paths.root} is a run of `areal-like {other}`: continue it with that command")
-        # With `auto`, a run whose ledger was in memory starts again, too.
+        # With `auto`, a run whose ledger was in memory also starts again.
         may_begin_again = config.resume == "auto" or (config.resume == "latest" and bool(paths.ledgers))
         begins_again = not steps and may_begin_again
         if not steps and not begins_again:

@@ -19,7 +19,7 @@ _REMEDY = "remove the file and give the options again"
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmOptions(ClusterOptions):
-    """What a user chooses for the jobs of a run; `*_args` are options of sbatch in one quoted word."""
+    """A user's choices for the jobs of a run; `*_args` are options of sbatch in one quoted word."""
 
     partition: str = ""
     """Empty: the cluster's default."""
@@ -80,7 +80,7 @@ def kept_text(args: argparse.Namespace, kept: Mapping[str, Any]) -> str:
     defaults = asdict(SlurmOptions())
     names = [field.name for field in fields(SlurmOptions) if getattr(args, field.name) is None]
     return " ".join(
-        f"--{name.replace('_', '-')}={shlex.quote(str(kept[name]))}"  # with "=": the value may begin with a dash
+        f"--{name.replace('_', '-')}={shlex.quote(str(kept[name]))}"  # with "=": it may begin with a dash
         for name in names
         if name in kept and kept[name] != defaults[name]
     )

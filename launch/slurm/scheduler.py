@@ -98,5 +98,5 @@ def node_address(node: str) -> str:
     words = run_command("scontrol", "show", "node", "--oneliner", node).split()
     found = [word.removeprefix("NodeAddr=") for word in words if word.startswith("NodeAddr=")]
     if not found:
-        raise ArealError(f"scontrol shows no address of node {node}")
+        raise ArealError(f"scontrol does not show the address of node {node}")
     return found[0]

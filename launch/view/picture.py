@@ -54,7 +54,7 @@ class LiveView:
 def picture(
     seen: Observation, *, config: Config, eta: Eta, phase: str, detail: str, width: int
 ) -> RenderableType:
-    """The whole live view at one moment; `width`: of the terminal, in characters."""
+    """The whole live view at one moment; `width`: width of the terminal, in characters."""
     num_done = seen.last_step + 1
     progress = Table.grid(expand=True)  # a ProgressBar by itself ends without a newline
     progress.add_row(ProgressBar(total=config.trainer.num_steps, completed=num_done))

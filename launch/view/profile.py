@@ -1,4 +1,4 @@
-"""The report of `areal-like profile`: where the traces are, and two tables."""
+"""The report of `areal-like profile`: the paths of the traces, and two tables."""
 
 from __future__ import annotations
 

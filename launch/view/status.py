@@ -21,7 +21,7 @@ _STATES = {"trained": "trained and saved"}
 
 
 def daemon_table(daemons: list[DaemonView], *, width: int, one_line: bool = False) -> Table:
-    """A table with one row per daemon; `width`: of the terminal, in characters.
+    """A table with one row per daemon; `width`: width of the terminal, in characters.
 
     The last column has the reason why a daemon is not ready, and takes the rest of the line. The reason wraps
     and is shown whole; with `one_line` it is cut at the end of the line.

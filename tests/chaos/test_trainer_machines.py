@@ -213,7 +213,7 @@ def test_machines_of_our_own_start(cluster: Cluster) -> None:
     codes = cluster.end(trainers, within_s=30)
     assert codes[0] == 1 and codes[1] == 128 + signal.SIGKILL, codes
     for rank in (0, 1, 2):
-        assert "no answer from rank 3 (" in cluster.log_of(rank)
+        assert "no response from rank 3 (" in cluster.log_of(rank)
 
     trainers = cluster.trainer(2, 2)
     cluster.steps()
@@ -221,7 +221,7 @@ def test_machines_of_our_own_start(cluster: Cluster) -> None:
     codes = cluster.end(trainers, within_s=120)
     cluster.machines.mend(1)
     assert codes == [1, 1]
-    assert "has not answered for 10 s" in cluster.log_of(0) and "Connection timed out" in cluster.log_of(0)
+    assert "has not responded for 10 s" in cluster.log_of(0) and "Connection timed out" in cluster.log_of(0)
 
     for num_machines, ranks_each in ((1, 2), (3, 1)):
         trainers = cluster.trainer(num_machines, ranks_each)

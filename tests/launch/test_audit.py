@@ -137,7 +137,7 @@ FALSIFICATIONS = {
     "a prompt is tried again once": f"UPDATE tickets SET parent = {TRAINED} WHERE ticket_id = {LEASED}",
     "an evaluation has one ticket": "UPDATE evaluations SET num_prompts = 5",
     "an evaluation has one": "UPDATE evaluations SET state = 'running'",
-    "every answer to an evaluated prompt": "DELETE FROM samples WHERE sample_index = 2 AND ticket_id = "
+    "every completion of an evaluated prompt": "DELETE FROM samples WHERE sample_index = 2 AND ticket_id = "
     "(SELECT first_ticket FROM evaluations)",
     "the counters equal the": "UPDATE statistics SET value = value + 1 WHERE name = 'tokens_trained'",
     "the counters of lengths": "UPDATE statistics SET value = value + 1 WHERE name GLOB 'trained_length_*'",

@@ -68,7 +68,7 @@ def test_a_dry_resume_refuses_what_a_resume_would(root: Path, capsys: pytest.Cap
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     for changed, message in (
         ({"format": 9}, "has format 9"),
-        ({"extra": {}}, "is of supervised training"),
+        ({"extra": {}}, "is a checkpoint of supervised training"),
         ({"extra": {"stream": {"stream": {"num_shards": 2}}}}, "was made with buffer.num_shards=2"),
     ):
         (checkpoint / "trainer_state.json").write_text(json.dumps(state | changed))

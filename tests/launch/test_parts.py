@@ -228,7 +228,7 @@ def test_a_dead_endpoint_is_seen_as_unanswering(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text("{")
     seen = look_at_daemons(tmp_path)
     assert list(seen) == ["rollout-0"]
-    assert seen["rollout-0"].status is None and "no answer" in seen["rollout-0"].not_ready
+    assert seen["rollout-0"].status is None and "no response" in seen["rollout-0"].not_ready
 
 
 def test_a_server_that_joins_finds_every_shard(tmp_path: Path) -> None:
@@ -340,7 +340,7 @@ def test_status_never_cuts_the_reason(width: int) -> None:
     lines = console.export_text().splitlines()
     column = lines[0].index("waiting for")
     text = " ".join(" ".join(line[column:] for line in lines).split())
-    assert reason in text and "a group of step 12 from buffer-1 3.2 s" in text and "no answer" in text
+    assert reason in text and "a group of step 12 from buffer-1 3.2 s" in text and "no response" in text
     assert "…" not in text
     assert all(len(line) <= width for line in lines)
 

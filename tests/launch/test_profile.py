@@ -85,4 +85,4 @@ def test_a_trainer_that_is_gone_is_not_waited_for(tmp_path: Path, capsys: pytest
     (tmp_path / "config.yaml").write_text("name: x\n")
     write_json(tmp_path / "endpoints" / "trainer-0.json", {"role": "trainer", "http": "127.0.0.1:9"})
     assert main(["profile", str(tmp_path)]) == 2
-    assert "rank 0 at 127.0.0.1:9 does not answer" in capsys.readouterr().err
+    assert "rank 0 at 127.0.0.1:9 does not respond" in capsys.readouterr().err

@@ -29,7 +29,7 @@ def role_of(one: Supervision, role: str) -> RoleState:
 def test_a_lost_or_failed_role_begins_again(code: int | None) -> None:
     one = supervision()
     trainer = role_of(one, "trainer")
-    assert "begins again" in one.ended(trainer, code, now_s=100.0)
+    assert "is restarted" in one.ended(trainer, code, now_s=100.0)
     assert trainer.restarts.state is RestartState.WAITING and 100 < trainer.restarts.due_s <= 102
     assert not trainer.is_over and not one.is_stopping
 

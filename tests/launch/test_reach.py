@@ -174,7 +174,7 @@ def test_mistakes_are_one_message(buffer: BufferProcess, capsys: pytest.CaptureF
     for words, message in (
         (["status", "--buffer", "here"], "give HOST:PORT of the buffer's HTTP server"),
         (["status", "--buffer", "here:0"], "give HOST:PORT of the buffer's HTTP server"),
-        (["status", "--buffer", nobody], f"no buffer answers at {nobody}"),
+        (["status", "--buffer", nobody], f"no buffer responds at {nobody}"),
         (["status", "--buffer", stream], "not that of its stream"),
         (["status", "x", "--buffer", buffer.http], "unrecognized arguments: x"),
         (["status", "--keys", "/keys", str(buffer.paths.root)], "are for --buffer"),
@@ -270,7 +270,7 @@ def test_peers_are_seen_as_the_buffers_have_heard_them() -> None:
     view = peer_view(merged)
     assert view.status is not None and view.not_ready == "" and view.role == "rollout"
     assert (view.status["queue"], view.status["waiting_on"]) == (7, {"push": 2.5})
-    assert peer_view(old, is_heard=False).not_ready == "no answer"
+    assert peer_view(old, is_heard=False).not_ready == "no response"
     quarantined = peer_view(new | {"quarantine": {"reason": "5 failures", "rest_s": 3}})
     assert quarantined.not_ready == "quarantine: 5 failures"
 

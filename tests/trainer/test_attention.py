@@ -266,7 +266,7 @@ def test_varlen_that_cannot_run_is_refused() -> None:
             for head in heads
         )
         assert message in varlen.obstacle(query, value)
-    assert "no float32" in varlen.obstacle(*[floats.as_subclass(_OnCuda)] * 2)
+    assert "does not support float32" in varlen.obstacle(*[floats.as_subclass(_OnCuda)] * 2)
     with pytest.raises(ConfigError, match=r"varlen needs a GPU, and trainer\.device is cpu"):
         from_mapping({"trainer": {"attention": "varlen"}})
     job = {"trainer": {"attention": "varlen", "device": "cuda"}, "model": {"dtype": "float32"}}

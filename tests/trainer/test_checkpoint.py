@@ -191,7 +191,7 @@ def test_error_messages_for_checkpoints_that_cannot_be_loaded(tmp_path: Path, ra
     saved = checkpoints.save(7, runner.policy, runner.optimizer, ranks, extra={})
     checkpoints.wait()
     other = make_runner(write_model(tmp_path / "other", "qwen3"), ranks)
-    with pytest.raises(ConfigError, match="resume with the model that the run began with"):
+    with pytest.raises(ConfigError, match="resume with the model that the run started with"):
         checkpoints.load(7, other.policy, other.optimizer, ranks)
     (saved / "rows" / "policy-00000-of-00001.safetensors").write_bytes(b"torn")
     with pytest.raises(ConfigError, match="cannot be read"):

@@ -141,7 +141,7 @@ BROKEN: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "truncated": ("cannot be read .*is it complete", truncate),
     "pickle": ("are pickles", lambda p: (p / "model.safetensors").rename(p / "pytorch_model.bin")),
     "nothing": (r"no model\.safetensors", lambda p: (p / "model.safetensors").unlink()),
-    "shard-missing": ("is not there", lambda p: max(p.glob("*.safetensors")).unlink()),
+    "shard-missing": ("does not exist", lambda p: max(p.glob("*.safetensors")).unlink()),
     "shard-outside": (
         "of its own directory",
         lambda p: edit_index(p, lambda m: m.update({NORM: "../other/model.safetensors"})),

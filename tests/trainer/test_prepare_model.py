@@ -78,7 +78,7 @@ def test_error_messages_for_invalid_models(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="warm_start_steps=0"):
         prepare_model(Config(task={"name": "reasoning_gym"}))
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ConfigError, match="can load no configuration"):
+    with pytest.raises(ConfigError, match="cannot load a configuration"):
         prepare_model(Config(model=ModelConfig(path=str(tmp_path))))
 
 

@@ -120,7 +120,7 @@ def test_the_end_of_a_trainer_writes_what_there_is(
     tmp_path: Path, ranks: Ranks, recorder: StepRecorder
 ) -> None:
     recorder.ask(ProfileRequest.of({"id": ID, "steps": 5}))
-    with pytest.raises(UserError, match=r"rank 3 still works on another one \(0 of 5 steps recorded\)"):
+    with pytest.raises(UserError, match=r"still recording another profile \(0 of 5 steps recorded\)"):
         recorder.ask(ProfileRequest.of({"id": "f" * 8, "steps": 1}))
     assert recorder.meet(ranks, stop=False, shared=[7, -1]) == (False, [7, -1])
     with recorder.step(7), named_range("forward"):

@@ -192,7 +192,7 @@ def test_trackers_that_fail_or_hang_do_not_stop_training(caplog: pytest.LogCaptu
     assert (status["hanging"]["logged"], status["hanging"]["left_out"]) == (0, 9), "all but one and the queue"
     assert (status["unopened"]["state"], status["unopened"]["left_out"]) == ("off", num_rows)
     assert counts["logged"] == num_rows + num_rows // 2
-    said = [record.getMessage() for record in caplog.records if "training goes on" in record.getMessage()]
+    said = [record.getMessage() for record in caplog.records if "training continues" in record.getMessage()]
     assert len(said) == 3 and any("No space left" in text for text in said), "one message a tracker"
     assert hanging.is_abandoned
     assert any("hanging did not end" in record.getMessage() for record in caplog.records)

@@ -39,8 +39,8 @@ class Estimator:
 
         Every advantage `a` of the step becomes `(a + shift) * factor`.
 
-        `advantages_S`: of all sampled tokens of the step over all ranks. `groups_S`: the position of each
-        token's group.
+        `advantages_S`: the advantages of all sampled tokens of the step over all ranks. `groups_S`: the
+        position of each token's group.
         """
         return 0.0, 1.0
 

@@ -5,7 +5,7 @@
 The critic is a separate model that starts from the policy's initial weights and is sharded and packed like
 the policy. Its losses are summed and divided once by the step's number of sampled tokens, so the result does
 not depend on the cuts into micro-batches or the number of ranks. The critic cuts its own micro-batches: they
-contain every sequence, also those with zero advantage, which the policy skips.
+contain every sequence, including those with zero advantage, which the policy skips.
 
 Shape suffix: S sampled tokens (of one trajectory in numpy arrays, of a micro-batch in tensors).
 """
@@ -95,7 +95,7 @@ class Critic:
     def learn(self, targets: Sequence[ValueTarget], *, step: int) -> dict[str, float]:
         """Updates the critic after `step` completed steps.
 
-        Returns metrics of the values as they were before the update.
+        Returns metrics of the values before the update.
 
         `explained_variance`: 1 - Var(target - value) / Var(target): 0 for a critic that predicts the mean,
         NaN where all targets are equal.

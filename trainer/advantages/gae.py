@@ -4,17 +4,17 @@
     A_s      = delta_s + gamma_s lam A_{s+1}
     target_s = V_s + A_s, with `lam_critic` for lam
 
-gamma_s is `gamma`, times `advantage.turn_discount` where a turn ends. Rewards are per token (`turns.py`): of
-tokens, of turns at their last token, the rest of the sample's reward at its last sampled token, and with
-`kl.place=reward` minus each token's KL penalty. The turns of a conversation follow one another also where it
-has several segments. The policy's advantages use `lam` and the critic's targets `lam_critic` (VC-PPO, arXiv
-2503.01491): with lam below 1 the reward at the end of a long completion fades before it reaches the
-beginning, so the critic regresses on the full return. Advantages are whitened over the step.
+gamma_s is `gamma`, times `advantage.turn_discount` where a turn ends. Rewards are per token (`turns.py`):
+rewards of tokens, rewards of turns at their last token, the rest of the sample's reward at its last sampled
+token, and with `kl.place=reward` minus each token's KL penalty. The turns of a conversation form one sequence
+even if it has several segments. The policy's advantages use `lam` and the critic's targets `lam_critic`
+(VC-PPO, arXiv 2503.01491): with lam below 1 the reward at the end of a long completion fades before it
+reaches the beginning, so the critic regresses on the full return. Advantages are whitened over the step.
 
-A sequence cut off at the length limit ends there like any other, because its reward was given for the text
-that exists. Left out: V-trace and other corrections of the targets for stale samples (the targets are returns
-of the policies that sampled; the objective corrects the policy's gradient), length-adaptive lam (VAPO), and a
-trunk shared by policy and critic, whose gradient would mix the two losses.
+A sequence cut off at the length limit ends there like any other, because its reward was computed from the
+truncated text. Left out: V-trace and other corrections of the targets for stale samples (the targets are
+returns of the policies that sampled; the objective corrects the policy's gradient), length-adaptive lam
+(VAPO), and a trunk shared by policy and critic, whose gradient would mix the two losses.
 
 This module is pure numpy; the value model and its training are in `critic.py`.
 Shape suffix: S sampled tokens of one sequence.
@@ -33,9 +33,9 @@ from trainer.advantages.base import ADVANTAGES, Estimator, FloatArray, whitening
 from trainer.batching.scope import Scope
 
 _FEW = 24
-"""Number of sequences from which one numpy operation for all is faster than a Python loop for each."""
+"""Least number of sequences for which one numpy operation is faster than a Python loop over each."""
 _SHORT = 64
-"""Sequences shorter than this, in tokens, are not worth laying out side by side."""
+"""Shorter sequences, in tokens, are not worth laying out side by side."""
 
 
 def gae(rewards_S: FloatArray, values_S: FloatArray, *, gamma: float | FloatArray, lam: float) -> FloatArray:
@@ -53,7 +53,7 @@ def _gae_of_step(
     gammas: Sequence[float | FloatArray],
     lam: float,
 ) -> list[FloatArray]:
-    """`gae` of many samples."""
+    """Computes `gae` for many samples."""
     deltas, factors = [], []
     for rewards_S, values_S, gamma in zip(rewards, values, gammas, strict=True):
         deltas.append(rewards_S + gamma * np.append(values_S[1:], 0.0) - values_S)
@@ -64,9 +64,10 @@ def _gae_of_step(
 def _backward_sums(deltas: Sequence[FloatArray], factors: Sequence[FloatArray]) -> list[FloatArray]:
     """[S] of each sequence: x_s = delta_s + factor_s x_{s+1}, where x is 0 after the last.
 
-    Position by position from the end, all sequences that are so long at once; the rest, where fewer than _FEW
-    are so long, sequence by sequence. Both are the same operations on the same numbers, so the bits do not
-    depend on the other sequences. Left out: a scan over blocks, whose rounding depends on where they begin.
+    It goes position by position from the end, over all sequences that are long enough at once. Where fewer
+    than _FEW are long enough, it goes sequence by sequence. Both do the same operations on the same numbers,
+    so the bits do not depend on the other sequences. Left out: a scan over blocks, whose rounding depends on
+    where they begin.
     """
     sums = [np.empty_like(deltas_S) for deltas_S in deltas]
     longest_first = sorted(range(len(deltas)), key=lambda n: -len(deltas[n]))
@@ -146,7 +147,7 @@ class Gae(Estimator):
     def of_tokens(
         self, rewards_S: FloatArray, values_S: FloatArray, *, discounts_S: FloatArray | float = 1.0
     ) -> tuple[FloatArray, FloatArray]:
-        """`of_samples` of one sample."""
+        """Computes `of_samples` for one sample."""
         return self.of_samples([rewards_S], [values_S], discounts=[discounts_S])[0]
 
     def of_samples(

@@ -2,13 +2,13 @@
 
     b = sum_s decay^(n-s) m_s / sum_s decay^(n-s)      m_s: mean reward of step s, n steps so far
 
-For a single sample of each prompt (`sampling.group_size=1`), which has no others to be compared with. Moving
-baseline: Williams 1992, section 4; for language models arXiv 2402.14740, section 2, where b is the mean over
-all steps so far (decay 1). b is known before a step's samples are, so it adds no bias, and a group is scored
-as soon as it arrives.
+It is for a single sample per prompt (`sampling.group_size=1`), which has no other samples to be compared
+with. Moving baseline: Williams 1992, section 4; for language models arXiv 2402.14740, section 2, where b is
+the mean over all steps so far (decay 1). b is known before a step's samples, so it adds no bias, and a group
+is scored as soon as it arrives.
 
-b is state: two sums, which every rank computes alike from the step's mean reward, and which are in
-checkpoints. So a resumed, repeated or replayed step has the same b, to the last bit.
+b is state: two sums, which every rank computes from the step's mean reward and which checkpoints store. So a
+resumed, repeated or replayed step has the same b, to the last bit.
 
 Left out: a baseline for each prompt (SPO, arXiv 2509.13232), which needs prompts that recur.
 """

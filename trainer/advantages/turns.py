@@ -1,25 +1,25 @@
 """Credit of turns: rewards within a trajectory, for GAE and for estimators that compare a group.
 
-A trajectory of K turns has rewards r_1 .. r_K: those of its turns, with the rewards of tokens in them. What
-is left of its reward (the outcome, after shaping and KL penalty) belongs to the last turn. Its return from
-turn k on is
+A trajectory of K turns has rewards r_1 .. r_K: the rewards of its turns and of the tokens in them. The rest
+of its reward (the outcome, after shaping and KL penalty) belongs to the last turn. Its return from turn k on
+is
 
     G_k = r_k + d r_{k+1} + d^2 r_{k+2} + ...        d: `advantage.turn_discount`
 
-An estimator of groups (GRPO, RLOO, ...) is applied to the returns G_k of all samples of the group, once for
-each k, and gives the advantage of the tokens of turn k. A sample that had fewer turns is represented by the
-return of its last. With d = 1 and no rewards but the outcome all G_k are R, so every turn gets the
-estimator's advantage of R, to the last bit.
+A group estimator (GRPO, RLOO, ...) is applied to the returns G_k of all samples of the group, once for each
+k, and gives the advantage of the tokens of turn k. A sample with fewer turns is represented by the return of
+its last turn. With d = 1 and only the outcome as reward, all G_k are R, so every turn gets the estimator's
+advantage of R, to the last bit.
 
 Normalized discounted returns of turns are GTPO's advantages (arXiv 2511.14846); comparing the same turn of
 the samples of a group is MT-GRPO's idea (arXiv 2505.11821). MT-GRPO normalizes rewards of turns and outcome
-apart and adds them up, which gives both the same weight whatever their size. GiGPO (arXiv 2505.10978)
+separately and adds them, which gives both the same weight whatever their size. GiGPO (arXiv 2505.10978)
 compares steps that start from the same state of the environment, which the trainer does not see. Both are
 left out.
 
-GAE gets rewards at their tokens: that of a token at the token, that of a turn at its last token, the rest at
-the last token of all. Its discount from one turn to the next is gamma d. RAGEN's bi-level GAE (arXiv
-2504.20073) has a discount of turns too, but makes two passes.
+GAE gets rewards at tokens: the reward of a token at the token, the reward of a turn at its last token, the
+rest at the last token of the trajectory. Its discount from one turn to the next is gamma d. RAGEN's bi-level
+GAE (arXiv 2504.20073) has a discount of turns too, but makes two passes.
 
 Shape suffixes: T tokens of a trajectory, S its tokens that are trained on, K its turns, G samples of a group.
 """
@@ -74,7 +74,8 @@ def turn_returns(trajectory: Trajectory, *, turn_discount: float) -> FloatArray:
 def group_advantages(
     estimator: Advantage, group: Sequence[Trajectory], *, turn_discount: float
 ) -> Sequence[float | FloatArray]:
-    """[G] advantages, for each sample a number or an array [num_tokens], by the rule in the module's text."""
+    """[G] advantages, for each sample a number or an array [num_tokens], by the rule in the module's
+    docstring."""
     is_plain = all(t.num_turns == 1 or (turn_discount == 1 and not _has_inner_rewards(t)) for t in group)
     if is_plain or not estimator.credits_turns:
         return estimator.of_group(group)
@@ -92,7 +93,7 @@ def group_advantages(
 
 
 def _spread(trajectory: Trajectory, advantages: Sequence[float | FloatArray]) -> float | FloatArray:
-    """The advantages of a sample's turns at the tokens of each."""
+    """Assigns the advantage of each turn of a sample to its tokens."""
     if trajectory.num_turns == 1:
         return advantages[0]
     advantages_T, start = np.zeros(trajectory.num_tokens), 0

@@ -1,8 +1,8 @@
 """Attention inside each sequence of a packed batch, registered with transformers as `areal_packed`.
 
-A mask of T x T would be correct and waste nearly all work: a pack of 2,000 tokens holds about a hundred
-sequences. `rectangles.py` pads the rows to rectangles of sequences, `varlen.py` calls a CUDA kernel that
-knows where each sequence ends. `batching/attention_layout.py` arranges the rows for either.
+A mask of T x T would be correct but waste nearly all of the work: a pack of 2,000 tokens holds about a
+hundred sequences. `rectangles.py` pads the rows to rectangles of sequences, `varlen.py` calls a CUDA kernel
+that takes the bounds of the sequences. `batching/attention_layout.py` arranges the rows for either.
 
 `trainer.attention` chooses. With `auto` each call decides by its tensors, because the layers of a model may
 differ: varlen wherever the kernel takes them, else rectangles.
@@ -51,7 +51,7 @@ def packed_attention(
     if packed_layout is None or softcap is not None or s_aux is not None:
         raise ConfigError(
             f"{type(module).__name__} cannot be trained packed: its attention uses soft-capping or sinks, "
-            "or its model does not hand keyword arguments down to it. Choose another model"
+            "or its model does not pass keyword arguments down to it. Choose another model"
         )
     assert attention_mask is None and len(query) == 1
     query_UHD, key_UHD, value_UHD = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
@@ -67,7 +67,7 @@ def packed_attention(
 
 
 def uses_varlen(kind: Kind, query_UHD: Tensor, value_UHD: Tensor) -> bool:
-    """Whether the kernel is called. Raises ConfigError if it was chosen and cannot be."""
+    """True if the varlen kernel is called. Raises ConfigError if it was chosen and cannot be used."""
     if kind == "rectangles":
         return False
     obstacle = varlen.obstacle(query_UHD, value_UHD)

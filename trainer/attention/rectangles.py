@@ -5,9 +5,9 @@ correct there: padding is at the end, where no real query attends to it. Sequenc
 mask. With a sliding window, blocks of queries attend to the keys within reach, so that neither memory nor
 work grows with the square of the length.
 
-The gathers of all rectangles are one for each of queries, keys, values and outputs. They have a hand-written
-backward: without shared rows both directions are permutations, and autograd's own backward costs more than
-the attention on a CPU.
+There is one gather for each of queries, keys, values and outputs, over all rectangles. The gathers have a
+hand-written backward: without shared rows both directions are permutations, and autograd's backward costs
+more than the attention itself on a CPU.
 
 Shape suffixes: U rows, N sequences of a rectangle, L longest number of own rows of them, P padded positions
 of queries in all rectangles, H heads, D head size.
@@ -69,7 +69,7 @@ def rectangle_attention(
     if layout.key_row_K is None:
         keys, values = _apply(_Pad, key_UHD, layout), _apply(_Pad, value_UHD, layout)
     else:
-        # Autograd's backward adds up the gradients of a row's uses in the order of `key_row_K`.
+        # Autograd's backward sums the gradients of a row's uses in the order of `key_row_K`.
         keys, values = (x.index_select(0, layout.key_row_K) for x in (key_UHD, value_UHD))
     settings: dict[str, Any] = {"scale": scale, "enable_gqa": query_UHD.shape[1] != key_UHD.shape[1]}
     query_sizes = [r.num_sequences * r.num_queries for r in layout.rectangles]

@@ -1,13 +1,13 @@
 """Attention of a packed batch by torch's varlen kernel (FlashAttention), without padding. CUDA only.
 
-The queries of a sequence are its own rows, its keys those of its whole path, gathered from the rows. The
-kernel aligns both at their ends: the last query attends to the last key, which is its own. So a shared
-prefix needs no mask, and neither does a sliding window.
+The queries of a sequence are its own rows; its keys are those of its shared prefix and its own rows, gathered
+from all rows. The kernel aligns both at their ends: the last query attends to the last key, which is its own.
+So neither a shared prefix nor a sliding window needs a mask.
 
-The gather of shared rows has a backward of its own: a prompt's key is in as many sequences as its group has
-samples, and gradients that are added up one by one in bfloat16 lose bits.
+The gather of shared rows has its own backward: a prompt's key is in as many sequences as its group has
+samples, and summing gradients one by one in bfloat16 would lose bits.
 
-Left out: FlexAttention, for float32 and for what else the kernel does not take. Those use rectangles.
+Left out: FlexAttention for float32 and other cases that the kernel does not support. Those use rectangles.
 
 Shape suffixes: U rows, T packed tokens, H heads, D head size.
 """
@@ -25,7 +25,7 @@ from trainer.batching.attention_layout import VarlenLayout
 
 _LARGEST_HEAD = 256
 _HEAD_MULTIPLE = 8
-"""Sizes of heads that the kernel takes: multiples of this up to _LARGEST_HEAD (torch's flash_api.cpp)."""
+"""Head sizes that the kernel takes: multiples of this up to _LARGEST_HEAD (torch's flash_api.cpp)."""
 
 
 def obstacle(query_UHD: Tensor, value_UHD: Tensor) -> str:
@@ -34,11 +34,12 @@ def obstacle(query_UHD: Tensor, value_UHD: Tensor) -> str:
     if query_UHD.device.type != "cuda":
         return f"the kernel needs CUDA, and the trainer runs on {query_UHD.device.type}"
     if value_UHD.dtype not in (torch.bfloat16, torch.float16):
-        return f"the kernel has no {str(value_UHD.dtype).removeprefix('torch.')}, only 16 bits (model.dtype)"
+        dtype = str(value_UHD.dtype).removeprefix("torch.")
+        return f"the kernel does not support {dtype}, only 16 bits (model.dtype)"
     if head != value_UHD.shape[-1] or head % _HEAD_MULTIPLE or head > _LARGEST_HEAD:
         return (
-            f"the kernel takes no heads of {head} and {value_UHD.shape[-1]}: they must be equal, a multiple "
-            f"of {_HEAD_MULTIPLE} and at most {_LARGEST_HEAD}"
+            f"the kernel does not support heads of {head} and {value_UHD.shape[-1]}: they must be equal, a "
+            f"multiple of {_HEAD_MULTIPLE} and at most {_LARGEST_HEAD}"
         )
     return _obstacle_on(query_UHD.device)
 
@@ -46,7 +47,7 @@ def obstacle(query_UHD: Tensor, value_UHD: Tensor) -> str:
 @cache
 def _obstacle_on(device: torch.device) -> str:
     if torch.version.hip is not None:
-        return "the kernel was tried on no AMD GPU"
+        return "the kernel has not been tested on AMD GPUs"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "the kernel needs compute capability 8.0 (A100) or later"
     return ""
@@ -67,7 +68,7 @@ def varlen_attention(
     """
     if layout.row_T is not None:
         key_UHD, value_UHD = (_Spread.of(rows, layout.row_T) for rows in (key_UHD, value_UHD))
-    # Norms of queries and keys may leave them in float32.
+    # Normalization of queries and keys may leave them in float32.
     query_UHD, key_UHD = query_UHD.to(value_UHD.dtype), key_UHD.to(value_UHD.dtype)
     return kernel(query_UHD, key_UHD, value_UHD, layout, window=window, scale=scale)
 
@@ -104,12 +105,12 @@ def kernel(
 
 @cache
 def _names_groups(function: Any) -> bool:
-    """True from torch 2.12 on; before it, the kernel took fewer heads of keys without being told."""
+    """True from torch 2.12 on; before, the kernel accepted fewer heads of keys without an argument for it."""
     return "enable_gqa" in inspect.signature(function).parameters
 
 
 class _Spread(torch.autograd.Function):
-    """[U, H, D] -> [T, H, D]: the row of each token. The backward adds up in float32 or wider."""
+    """[U, H, D] -> [T, H, D]: the row of each token. The backward sums in float32 or wider."""
 
     @staticmethod
     def of(row_UHD: Tensor, row_T: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
-"""How the rows of a micro-batch are arranged for attention, computed on the host.
+"""Arranges the rows of a micro-batch for attention; computed on the host.
 
 Two arrangements; `trainer/attention/` chooses one for each call:
 
     rectangles   rows padded to [sequences, longest], for attention with equal lengths: CPUs, any dtype
     varlen       rows end to end with the bounds of the sequences, for a kernel that takes these: CUDA
 
-A sequence whose prefix an earlier one computes (`shared_prefixes.py`) has queries only for its own rows; its
-keys and values are those of both. In a rectangle the prefix is padded on the left and the own rows on the
-right, so that a query's own key is in the same column for all sequences:
+A sequence whose prefix is computed by an earlier sequence (`shared_prefixes.py`) has queries only for its own
+rows; its keys and values are those of both. In a rectangle the prefix is padded on the left and the own rows
+on the right, so that a query's own key is in the same column for all sequences:
 
     prefix of 3, own rows of 2    p p p | o o .
     prefix of 2, own rows of 3    . p p | o o o
@@ -34,12 +34,12 @@ from trainer.batching.device_copies import copied
 from trainer.batching.shared_prefixes import SharedRows
 
 _LONG = 1024
-"""Sequences with more keys than this share a rectangle only if their prefixes are equally long: then one mask
-serves all of them. Blocks of this many queries have a mask each, which the backward keeps."""
+"""Sequences with more keys than this share a rectangle only if their prefixes are equally long, so that one
+mask serves all of them. Each block of this many queries has a mask, which is kept for the backward."""
 _FEW_KEYS = 4096
-"""Up to this many keys the padding of shared prefixes may double them, in favour of fewer calls."""
+"""Up to this many keys, padding of shared prefixes may double their number, for the sake of fewer calls."""
 _LEAST_BLOCK = 256
-"""Fewest queries, of those of one rectangle, that attend to a sliding window of keys at a time."""
+"""Least number of queries in a block that attends to a sliding window of keys."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,12 +56,12 @@ class AttentionLayout:
 
     @cached_property
     def rectangles(self) -> RectangleLayout:
-        """For attention with equal lengths."""
+        """The arrangement for attention with equal lengths."""
         return RectangleLayout.of(self.lengths, device=self.device, shared=self.shared)
 
     @cached_property
     def varlen(self) -> VarlenLayout:
-        """For attention with bounds of sequences."""
+        """The arrangement for attention with bounds of sequences."""
         own = self.lengths if self.shared is None else self.shared.own_lengths
         bounds = [np.cumsum([0, *lengths], dtype=np.int32) for lengths in (own, self.lengths)]
         of_queries, of_keys = copied(bounds, self.device)
@@ -81,10 +81,10 @@ class VarlenLayout:
     query_bounds: Tensor
     """int32 [N + 1]: start of each sequence's own rows, then the end of the last."""
     key_bounds: Tensor
-    """int32 [N + 1]: the same of its keys, which are its tokens."""
+    """int32 [N + 1]: the same for its keys, which are its tokens."""
     most_queries: int
     most_keys: int
-    """Tokens of one sequence."""
+    """Largest number of tokens of a sequence."""
     row_T: Tensor | None
     """int64: the row of each key. None: keys are the rows."""
 
@@ -109,16 +109,16 @@ class Rectangle:
         return self.longest_prefix + self.num_queries
 
     def is_plain(self, window: int | None) -> bool:
-        """True if no mask is needed but the causal one of a square."""
+        """True if the causal mask of a square is the only one needed."""
         return not self.longest_prefix and (window is None or self.num_queries <= window)
 
     def parts(
         self, *, window: int | None, dtype: torch.dtype, device: torch.device
     ) -> Iterator[tuple[slice, slice, Tensor]]:
-        """(queries, keys, mask [N or 1, 1, queries, keys]) of parts that cover the rectangle.
+        """Yields (queries, keys, mask [N or 1, 1, queries, keys]) of parts that cover the rectangle.
 
-        `window`: a query attends to this many keys, of which its own is the last. The part of the keys then
-        is as long as the window and the queries together. The mask is added to the scores.
+        `window`: a query attends to this many keys, its own key last. The part of the keys is then as long as
+        the window and the queries together. The mask is added to the scores.
         """
         block = _LONG if window is None else min(max(window, _LEAST_BLOCK), _LONG)
         for start in range(0, self.num_queries, block):
@@ -131,7 +131,8 @@ class Rectangle:
     def _mask(
         self, queries: slice, keys: slice, *, window: int | None, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
-        """Kept for the other layers, whose backward keeps it in any case, and for parts that look alike."""
+        """The mask of a part; cached for the other layers, whose backward keeps it anyway, and for equal
+        parts."""
         column = self.longest_prefix + queries.start
         place: tuple[int, ...] = (column - keys.start, queries.stop - queries.start, keys.stop - keys.start)
         if self.prefix_N is not None:
@@ -195,7 +196,8 @@ class RectangleLayout:
             num_positions += query_row_nL.size
             query_rows.append(query_row_nL.ravel())
             if shared is not None:
-                # The place in its sequence of the token in each column; clamped where the column is padding.
+                # The position in its sequence of the token in each column; clamped where the column is
+                # padding.
                 place_nM = np.arange(-rectangle.longest_prefix, rectangle.num_queries) + prefix_n1
                 token_nM = (ends_N[at_n, None] - length_n1) + np.clip(place_nM, 0, length_n1 - 1)
                 key_rows.append(shared.row_T[token_nM].ravel())
@@ -232,7 +234,7 @@ def _classes(lengths_N: NDArray[np.int64], own_N: NDArray[np.int64]) -> NDArray[
         if not len(own_n):
             continue
         num_keys = len(own_n) * int(lengths_n.max())
-        # Padded keys have copies in every layer, which the budget of a micro-batch does not count.
+        # Padded keys are copied in every layer, which the budget of a micro-batch does not count.
         most_padding = 2.0 if not first or num_keys <= _FEW_KEYS else 1.25
         is_one = len(own_n) * int(own_n.max()) <= 2 * int(own_n.sum())
         if is_one and num_keys <= most_padding * int(lengths_n.sum()):

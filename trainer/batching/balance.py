@@ -5,15 +5,15 @@ micro-batch. Therefore the rounds are balanced, not only the ranks:
 
     groups -> units -> bins of about equal cost, under the token budget -> sorted by cost -> rounds
 
-A unit is a part of a group that stays together, because sequences of one micro-batch share their prefix. How
-finely groups are cut is a choice between equal bins and shared prefixes: several granularities are tried, and
+A unit is a part of a group that stays together, because sequences of one micro-batch share their prefix.
+Finer units balance the bins better, coarser ones share more prefixes: several granularities are tried, and
 the plan with the least time is taken. Units go into bins by longest processing time first (Graham 1969): the
 most expensive unit first, each into the cheapest bin with room. This is tried with the bins of all rounds at
 once, sorted by cost afterwards so that bins of nearly equal cost are in one round, and round by round, each
 filled up to the cost of its most expensive unit or its fair share.
 
-A pure function of lengths in recorded order, world size and budget: integers only, ties by position. A step
-that is served again is divided in the same way.
+The plan is a pure function of lengths in recorded order, world size and budget, with integers only and ties
+by position, so that a step that is served again is divided in the same way.
 
 Shape suffixes: N sequences of the step over all ranks.
 """
@@ -30,8 +30,8 @@ from areal_like.errors import ConfigError
 from trainer.batching.shared_prefixes import budget_size
 
 _FINENESS = (1, 2, 4, 8, 16)
-"""Largest units that are tried, as parts of a bin's fair share of the cost; besides whole groups and single
-sequences."""
+"""Largest units that are tried in addition to whole groups and single sequences, as parts of a bin's fair
+share of the cost."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class Cost:
 
 
 class SequenceSize(NamedTuple):
-    """What the plan needs to know of one sequence."""
+    """The data about one sequence that the plan needs."""
 
     group: int
     """Position of its group in the step. Sequences of a group follow one another."""
@@ -56,12 +56,12 @@ class SequenceSize(NamedTuple):
     prefix: int
     """Tokens that it shares with an earlier sequence of its group."""
     distance: int = 1
-    """Which one: 1 is the sequence before it, 2 the one before that."""
+    """Distance to that earlier sequence: 1 is the sequence before it, 2 the one before that."""
     prefix_of_last: int = 0
     """With a distance above 1: tokens that it shares with the sequence before it."""
 
     def prefix_after(self, num_before: int) -> int:
-        """Tokens that it shares if only so many sequences before it are in its micro-batch, or fewer."""
+        """Tokens that it shares if only `num_before` sequences before it are in its micro-batch."""
         if num_before >= self.distance:
             return self.prefix
         return self.prefix_of_last if num_before else 0
@@ -90,7 +90,7 @@ class _Unit:
     size: int = 0
 
     def with_next(self, sequence: SequenceSize, cost: Cost) -> _Unit:
-        """The unit and the sequence after it. The first has nobody to share a prefix with."""
+        """The unit and the sequence after it. The first sequence has no other to share a prefix with."""
         prefix = sequence.prefix_after(self.stop - self.start)
         return _Unit(
             start=self.start,
@@ -160,7 +160,7 @@ def _cut(
     most_size: int | None = None,
     most_cost: int | None = None,
 ) -> list[_Unit]:
-    """A group as units of consecutive sequences, of which those with several keep to the limits."""
+    """Cuts a group into units of consecutive sequences; units of several sequences keep to the limits."""
     units: list[_Unit] = []
     for index in group:
         if units:
@@ -219,7 +219,7 @@ def _fill_all(units: Sequence[_Unit], *, num_bins: int, budget_tokens: int) -> l
 def _round_by_round(
     units: Sequence[_Unit], *, num_ranks: int, num_rounds: int, budget_tokens: int
 ) -> list[list[_Bin]]:
-    """The same, but a round takes only what does not make it longer."""
+    """Like `_all_at_once`, but a round takes only units that do not make it longer."""
     rounds: list[list[_Bin]] = []
     rest = list(units)
     while rest:
@@ -241,7 +241,8 @@ def _fill(
 ) -> tuple[list[_Bin], list[_Unit]]:
     """(bins that are not empty, units that fit into none).
 
-    `units`: by falling cost. `limit`: of a bin's cost. `leaves_none`: ends with the first that does not fit.
+    `units`: by decreasing cost. `limit`: largest cost of a bin. `leaves_none`: stop at the first that does
+    not fit.
     """
     bins = [_Bin(room=budget_tokens) for _ in range(num_bins)]
     heap = [(0, index) for index in range(num_bins)]

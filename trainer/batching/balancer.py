@@ -2,9 +2,9 @@
 
     own samples -> sizes of all ranks -> the same plan everywhere -> samples to their ranks -> micro-batches
 
-The step has to be complete, so nothing is run while groups are still being generated. Every rank has fetched
-its own groups. A sample that another rank is to run travels there as one message of msgpack, with only what a
-micro-batch needs of it; a sample that stays is not encoded.
+The step has to be complete, so no micro-batch runs while groups are still being generated. Every rank has
+fetched its own groups. A sample for another rank is sent there as one msgpack message with only the fields
+that a micro-batch needs; a sample that stays is not encoded.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Balancer:
         self._whole_groups = whole_groups
         self._shares_prefixes = shares_prefixes
         self.busy_share = 1.0
-        """That of the last plan, see `MicrobatchPlan`."""
+        """Balance of the last plan, see `MicrobatchPlan`."""
 
     def microbatches(self, groups: Iterable[Sequence[TrainingSample]]) -> Iterator[MicroBatch]:
         """Yields this rank's micro-batches, one for each round, once the last group is there. Collective.
@@ -62,7 +62,7 @@ class Balancer:
         ]
         flat = torch.tensor(rows, dtype=torch.int64).flatten()
         table_NC = self._ranks.gather(flat).view(-1, 2 + len(SequenceSize._fields)).numpy()
-        # By group and place in it: the recorded order, whichever rank has fetched a group.
+        # By group and index in the group: the recorded order, whichever rank has fetched a group.
         order_N = np.lexsort((table_NC[:, 1], table_NC[:, 2]))
         table = table_NC[order_N].tolist()
         sizes = [SequenceSize(*size) for _, _, *size in table]
@@ -146,7 +146,7 @@ _TOKEN_ARRAYS = {"tokens": "<i4", "loss_mask": "u1", "logprobs": "<f4", "version
 _BYTES_PER_TOKEN = 29
 """Bytes of the arrays above, and of an advantage and a lag for each token."""
 _BYTES_PER_SAMPLE = 256
-"""Most bytes of a sample besides its tokens, and of the list that it is in."""
+"""Most bytes of a sample in addition to its tokens, and of the list that it is in."""
 
 
 def exchange(

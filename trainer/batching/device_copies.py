@@ -1,11 +1,11 @@
-"""Copies host arrays to the trainer's device without a wait of the host.
+"""Copies host arrays to the trainer's device without blocking the host.
 
-A GPU runs a micro-batch after the host has asked for all of it. The host then prepares the next one while
-the GPU still runs, provided that nothing waits for the GPU: a plain copy from pageable memory does. So arrays
-are copied from pinned memory, in a stream of their own that need not wait for the kernels queued before.
+A GPU runs a micro-batch asynchronously. The host prepares the next one in the meantime, provided that no call
+synchronizes with the GPU, as a plain copy from pageable memory does. So arrays are copied from pinned memory,
+in a separate stream that does not wait for the kernels queued before.
 
-Left out: a thread that prepares micro-batches. It would hold Python's lock against the thread that starts
-the kernels, to save a few milliseconds of a micro-batch that runs for a second, and a CPU has no idle core.
+Left out: a thread that prepares micro-batches. It would compete for the GIL with the thread that launches the
+kernels, to save a few milliseconds of a micro-batch that runs for a second, and a CPU has no idle core.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def copied(arrays: Sequence[NDArray[Any]], device: torch.device | str) -> list[T
         return [tensor.to(device) for tensor in on_host]
     current, side = torch.cuda.current_stream(device), _stream(device)
     with torch.cuda.stream(side):
-        # The pinned memory is torch's, which reuses it only after the copy.
+        # The pinned memory comes from torch's allocator, which reuses it only after the copy.
         copies = [tensor.pin_memory().to(device, non_blocking=True) for tensor in on_host]
     current.wait_stream(side)  # the stream waits, not the host
     for copy in copies:

@@ -4,8 +4,8 @@ Before each micro-batch an all-reduce tells every rank if any rank has a micro-b
 none left runs a dummy micro-batch, whose contribution the caller multiplies by zero. The same all-reduce
 tells if one of them abandons the step (`Ranks.abandonable`), so that all stop between the same two.
 
-A micro-batch is asked for only after the caller has had the one before, so none waits for its successor. On
-a GPU it is nevertheless prepared and copied while the one before runs (`device_copies.py`).
+A micro-batch is requested only after the caller has received the previous one, so none waits for its
+successor. On a GPU it is nevertheless prepared and copied while the previous one runs (`device_copies.py`).
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ a group arrived, so a step that is served again gives bitwise the same gradient.
 micro-batch is complete as soon as the next sequence does not fit. With several ranks the whole step is
 divided by cost instead (`balancer.py`).
 
-The budget is of memory: a prefix that sequences of a micro-batch have in common is computed once, and counts
-an eighth where it is shared (`shared_prefixes.py`).
+The budget stands for memory: a prefix that sequences of a micro-batch have in common is computed once, and
+its shared tokens count one eighth (`shared_prefixes.py`).
 
 Shape suffixes: T tokens of a micro-batch, U rows that the model computes for them, S sampled tokens (loss
 mask 1), N sequences.
@@ -39,7 +39,7 @@ from trainer.batching.shared_prefixes import PrefixFinder, SharedRows, budget_si
 class TrainingSample:
     """One trajectory with its advantage, its group's position in the step, and its lag.
 
-    Packed are trajectories of one segment only (`segments.py` splits the others).
+    Only trajectories of one segment are packed (`segments.py` splits the others).
     """
 
     trajectory: Trajectory
@@ -103,7 +103,7 @@ class Packer:
         self._finder = PrefixFinder()
 
     def microbatches(self, groups: Iterable[Sequence[TrainingSample]]) -> Iterator[MicroBatch]:
-        """Yields each micro-batch as soon as it is full, and the rest at the end. Raises as `add`."""
+        """Yields each micro-batch as soon as it is full, and the rest at the end. Raises like `add`."""
         self._begin()
         for group in groups:
             yield from self.add(group)
@@ -143,7 +143,7 @@ class Packer:
         return rest
 
     def _size(self, unit: Sequence[TrainingSample]) -> int:
-        """What these samples take of the open micro-batch's budget."""
+        """The part of the open micro-batch's budget that these samples need."""
         if not self._shares_prefixes:
             return sum(sample.trajectory.num_tokens for sample in unit)
         size, finder = 0, self._finder if len(unit) == 1 else self._finder.copy()
@@ -191,7 +191,8 @@ class PackedBatch:
     sampled_S: Tensor
     """int64 [S] indices into T of the tokens that are trained on."""
     lengths: tuple[int, ...]
-    """Number of tokens of each sequence; Python ints, so reading them does not wait for the device."""
+    """Number of tokens of each sequence; Python ints, so reading them does not synchronize with the
+    device."""
     shared: SharedRows | None = None
     """The rows that the model computes; None: one for each token."""
 
@@ -205,7 +206,7 @@ class PackedBatch:
 
     @cached_property
     def attention_layout(self) -> AttentionLayout:
-        """How attention arranges the rows."""
+        """The arrangement of the rows for attention."""
         return AttentionLayout(
             lengths=self.lengths,
             device=self.tokens_T.device,

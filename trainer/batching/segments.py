@@ -1,8 +1,8 @@
 """Cuts a trajectory of several segments into the sequences that the model gets.
 
-A segment is a sequence of its own: it has its own positions, and its tokens attend to no other segment. The
-samples of the segments belong to the same group and have the trajectory's reward. A segment of which nothing
-is trained on (all its sampled tokens belong to an earlier branch) is left out.
+A segment is a separate sequence: it has its own positions, and its tokens do not attend to other segments.
+The samples of the segments belong to the same group and have the trajectory's reward. A segment without
+tokens to train on (all its sampled tokens belong to an earlier branch) is left out.
 
 Shape suffixes: T tokens of a trajectory, S its tokens that are trained on.
 """
@@ -25,7 +25,7 @@ from trainer.distributed.ranks import Ranks
 
 
 def segments_of(trajectory: Trajectory) -> list[tuple[slice, Trajectory]]:
-    """(position, trajectory of its own) of each segment that is trained on; at least one."""
+    """(position, its own trajectory) of each segment that is trained on; at least one."""
     if len(trajectory.segments) <= 1:
         return [(slice(0, trajectory.num_tokens), trajectory)]
     target_T = is_target(trajectory)
@@ -41,7 +41,8 @@ def values_of_targets(
     *,
     budget_tokens: int,
 ) -> list[NDArray[np.float64]]:
-    """[S] of each trajectory, in order: what `compute` returns of its targets, without gradient. Collective.
+    """[S] of each trajectory, in order: the results of `compute` at its targets, without gradient.
+    Collective.
 
     `compute`: returns a number for each sampled token of a micro-batch. `budget_tokens`: most tokens of one.
     """

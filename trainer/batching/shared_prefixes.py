@@ -23,18 +23,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 _SHORTEST = 4
-"""Shorter prefixes, in tokens, are not shared: attention over them would be more uneven, for nothing."""
+"""Shorter prefixes, in tokens, are not shared: attention would be less regular without a benefit."""
 _TOKENS_PER_ROW = 8
-"""Tokens of shared prefixes that count like one row in the budget of a micro-batch. They have keys and values
-in every layer and perhaps a log-prob, but nothing else: at most an eighth of a row's memory (of its 34 hidden
-sizes a layer, 4; arXiv 2205.05198, section 4.1; less with grouped queries)."""
+"""This many tokens of shared prefixes count like one row in the budget of a micro-batch. They have only keys
+and values in every layer and perhaps a log-prob, which is at most an eighth of a row's memory (4 of its 34
+hidden sizes a layer; arXiv 2205.05198, section 4.1; less with grouped queries)."""
 _LOOK_BACK = 8
-"""Number of earlier sequences, of those with the same first tokens, that a sequence is compared with."""
+"""Most earlier sequences with the same first tokens that a sequence is compared with."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prefix:
-    """The prefix of a sequence that an earlier one of the micro-batch computes."""
+    """The prefix of a sequence that is computed by an earlier sequence of the micro-batch."""
 
     length: int = 0
     """Number of tokens; the last token of a sequence is never part of it."""
@@ -46,7 +46,7 @@ _NO_PREFIX = Prefix()
 
 
 def budget_size(num_tokens: int, *, prefix: int) -> int:
-    """What a sequence takes of the budget of a micro-batch in which `prefix` of its tokens are shared."""
+    """The part of a micro-batch's budget that a sequence needs, of which `prefix` tokens are shared."""
     return num_tokens - prefix + -(-prefix // _TOKENS_PER_ROW)
 
 
@@ -58,9 +58,10 @@ class PrefixFinder:
         self._earlier: dict[bytes, list[tuple[int, NDArray[np.int32]]]] = {}
 
     def find(self, tokens: NDArray[np.int32]) -> Prefix:
-        """The longest prefix that an earlier sequence has, too; that of the most recent of equals."""
+        """The longest prefix shared with an earlier sequence; of several, the most recent sequence is
+        taken."""
         best, source = 0, -1
-        last = len(tokens) - 1  # every sequence adds a row of its own, and so has a query
+        last = len(tokens) - 1  # every sequence has at least one row of its own, and so a query
         for index, other in reversed(self._earlier.get(tokens[:_SHORTEST].tobytes(), ())):
             end = min(last, len(other))
             if end <= best or other[best] != tokens[best]:
@@ -74,14 +75,14 @@ class PrefixFinder:
         return Prefix(length=best, source=source) if best >= _SHORTEST else _NO_PREFIX
 
     def append(self, tokens: NDArray[np.int32]) -> None:
-        """Adds a sequence for the later ones."""
+        """Adds a sequence, with which later ones may share a prefix."""
         alike = self._earlier.setdefault(tokens[:_SHORTEST].tobytes(), [])
         alike.append((self._num_sequences, tokens))
         del alike[:-_LOOK_BACK]
         self._num_sequences += 1
 
     def copy(self) -> PrefixFinder:
-        """A finder with the same sequences, to try some more."""
+        """A copy of this finder, to try further sequences."""
         copied = PrefixFinder()
         copied._num_sequences = self._num_sequences
         copied._earlier = {first: list(alike) for first, alike in self._earlier.items()}
@@ -90,7 +91,7 @@ class PrefixFinder:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SharedRows:
-    """Which row of the model's input stands for each packed token, on the host."""
+    """The row of the model's input for each packed token, on the host."""
 
     row_T: NDArray[np.int64]
     """Index into U of each packed token's row."""

@@ -62,10 +62,10 @@ class StopRequestedError(ArealError):
 class TrainerBufferClient:
     """A context manager; all methods are for the training thread unless they say otherwise.
 
-        CONNECTED -> IN TROUBLE (the buffer is silent, or its disk is full) -> CONNECTED
+        CONNECTED -> IN TROUBLE (the buffer does not respond, or its disk is full) -> CONNECTED
             |          | (the buffer was restarted: register again, then resend every pending request)
-            +----------+-> LOST (silent for `trainer.buffer_timeout_s`, or this trainer was replaced) -> every
-                           wait raises
+            +----------+-> LOST (no message for `trainer.buffer_timeout_s`, or this trainer was replaced) ->
+                           every wait raises
 
     Time in trouble does not count towards the timeouts of requests: they wait for the buffer to come back.
     """
@@ -100,7 +100,7 @@ class TrainerBufferClient:
         """Progress of the rollout servers, as the buffers report it."""
         self.runtime: Runtime
         self._buffers: list[RankConnection] = []
-        """In the order of shards."""
+        """Connections to the buffers, in the order of shards."""
         self._heartbeat: asyncio.Task[None] | None = None
         self._exit_stack = contextlib.AsyncExitStack()
 
@@ -108,7 +108,7 @@ class TrainerBufferClient:
         self._thread.start()
         try:
             self.run(self._open(), name="buffer (hello)", timeout_s=60.0, may_stop=True)
-        except BaseException:  # also a signal's: the loop's thread must not outlive a failed start
+        except BaseException:  # including a signal: the loop's thread must not outlive a failed start
             self.__exit__()
             raise
         return self
@@ -127,7 +127,7 @@ class TrainerBufferClient:
         return range(self.rank, self.config.trainer.groups_per_step, self.world_size)
 
     def call(self, message: Any, *, timeout_s: float) -> Any:
-        """Sends a request and returns the reply. Raises as `Link.call`, or when the buffer is lost."""
+        """Sends a request and returns the reply. Raises like `Link.call`, and when the buffer is lost."""
         name = type(message).__name__
         return self.run(self.call_async(message, timeout_s=timeout_s), name=name, timeout_s=timeout_s + 5)
 
@@ -139,7 +139,7 @@ class TrainerBufferClient:
         )
 
     async def _call_shard(self, buffer: RankConnection, timeout_s: float, message: Any) -> Any:
-        """Resends it now and then: a reply may have been lost with a connection."""
+        """Sends a request to one shard, and repeats it: a reply may be lost with a connection."""
         deadline_s = self._untroubled_time_s() + timeout_s
         while True:
             try:
@@ -182,7 +182,7 @@ class TrainerBufferClient:
     ) -> Any:
         """Waits for a future of `submit`. Raises DeadlineError, or the error of a lost buffer.
 
-        `name` of the wait and `limits`: as of `Patience`. `may_stop`: raises StopRequestedError when a drain
+        `name` of the wait and `limits`: see `Patience`. `may_stop`: raises StopRequestedError when a drain
         begins.
         """
         patience = Patience(name=name, started_s=self._untroubled_time_s(), **limits)
@@ -197,7 +197,7 @@ class TrainerBufferClient:
     def _is_done(
         self, future: concurrent.futures.Future[Any], patience: Patience, *, gives_up: Callable[[], bool]
     ) -> bool:
-        """Waits for a future; False if `gives_up` was true before. Raises as `wait`."""
+        """Waits for a future; False if `gives_up` was true before. Raises like `wait`."""
 
         def servers() -> str:
             shown = f"servers {[(s.name, s.state, s.weights_version) for s in self.directory.servers]}"
@@ -302,8 +302,8 @@ class TrainerBufferClient:
         for buffer in self._buffers:
             buffer.close()
         await self._exit_stack.aclose()
-        # After an error others may still run, such as the publisher. Python calls a task that ends with its
-        # loop an error of its own, which would follow the real one in the log.
+        # After an error, other tasks such as the publisher may still run. Python logs an error for a task
+        # that is destroyed with its loop, which would follow the real error in the log.
         if left := asyncio.all_tasks() - {asyncio.current_task()}:
             for task in left:
                 task.cancel()
@@ -340,11 +340,11 @@ class TrainerBufferClient:
                 self._troubled_s += self._loop.time() - sent_s
             for buffer in self._buffers:
                 if buffer.silent_s > self.config.trainer.buffer_timeout_s:
-                    silent = f"has been silent for {buffer.silent_s:.0f} s"
+                    silent = f"has not responded for {buffer.silent_s:.0f} s"
                     self.fail(PeerLostError(f"the buffer at {buffer.address} {silent}"))
 
     def _on_heartbeat_end(self, task: asyncio.Task[None]) -> None:
-        # This task is not awaited. Without heartbeats the buffer would take a working trainer for dead.
+        # This task is not awaited. Without heartbeats the buffer would consider a working trainer dead.
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("the heartbeat ended", exc_info=error)
             self.fail(ArealError(f"no more heartbeats are sent: {type(error).__name__}: {error}"))

@@ -56,11 +56,11 @@ class RankConnection(BufferConnection):
 
     @property
     def is_troubled(self) -> bool:
-        """True if the buffer is silent or cannot write: replies may be delayed until that ends."""
+        """True if the buffer does not respond or cannot write: replies may be delayed until that ends."""
         return self.is_silent or bool(self.trouble)
 
     async def say_hello(self, *, timeout_s: float) -> None:
-        """Sends Hello and waits for the Welcome. Raises as `BufferConnection.register`."""
+        """Sends Hello and waits for the Welcome. Raises like `BufferConnection.register`."""
         await self.register(self._hello, timeout_s=timeout_s)
 
     def close(self) -> None:
@@ -103,7 +103,7 @@ class RankConnection(BufferConnection):
             self._registering = asyncio.create_task(self._register_again(), name="hello again")
 
     async def _register_again(self) -> None:
-        """A restarted buffer has its ledger, but no registrations and no pending requests."""
+        """Registers and resends requests: a restarted buffer has only its ledger."""
         try:
             await self.say_hello(timeout_s=_HELLO_TIMEOUT_S)
         except DeadlineError:  # the buffer is down again; once it is back, it sends HelloRequired again

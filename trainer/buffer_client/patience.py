@@ -14,21 +14,22 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class Patience:
-    """Either limit ends the wait; by default there is none."""
+    """The limits of one wait, by default none; the wait ends at the first that is reached."""
 
     name: str
-    """What is waited for, for error messages."""
+    """The object of the wait, for error messages."""
     started_s: float
     timeout_s: float = math.inf
     """Longest time of the wait."""
     stall_s: float = math.inf
-    """Longest time of it in which no rollout server makes progress."""
+    """Longest time without progress of any rollout server."""
     setting: str = ""
     """The setting behind `stall_s`."""
     _num_warnings: int = 0
 
     def check(self, *, now_s: float, progressed_s: float, servers: Callable[[], str]) -> None:
-        """Raises DeadlineError at a limit. Warns now and then of a wait that progress has made long.
+        """Raises DeadlineError at a limit. Warns periodically about a long wait during which there is
+        progress.
 
         `progressed_s`: time of the last progress of any rollout server; `servers`: describes them.
         """

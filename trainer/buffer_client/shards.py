@@ -1,4 +1,4 @@
-"""Makes one buffer out of all the buffers of a job (`buffer.num_shards`), for the rest of the trainer.
+"""Makes all buffers of a job (`buffer.num_shards`) look like one buffer to the rest of the trainer.
 
 | request | goes to |
 |---|---|
@@ -10,7 +10,8 @@
 
 A request to every shard waits for the last reply, so a shard that is down stalls the step. The other shards
 continue to fill their own positions, as far as their budgets allow. If one shard replies and another does
-not, nothing is undone: every request is idempotent and is sent again, if need be by the next trainer.
+not, the request is not undone: every request is idempotent and is sent again, if necessary by the next
+trainer.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class Checkpoints:
 
     At most one checkpoint is being written: the next `save` waits for it, and uses its memory again. An error
     in the thread of any rank is raised on all by the next `save` or `wait`. A full disk does not end the
-    training: that checkpoint is skipped, the one before it stays, and the next `save` is another attempt;
+    training: that checkpoint is skipped, the previous one stays, and the next `save` is another attempt;
     only `wait` raises it.
     """
 
@@ -78,11 +78,11 @@ class Checkpoints:
         dtype: str = "float32",
         max_file_bytes: int = MAX_FILE_BYTES,
     ) -> None:
-        """`keep`: number of checkpoints that stay on disk, the newest ones; `keep_rolled_back`: of those that
-        were set aside.
+        """`keep`: number of checkpoints that stay on disk, the newest ones; `keep_rolled_back`: number of
+        checkpoints that were set aside and stay.
 
-        `tokenizer_path`: the tokenizer that is copied into every checkpoint. `dtype`: of the weights' files;
-        `max_file_bytes`: of one of them.
+        `tokenizer_path`: the tokenizer that is copied into every checkpoint. `dtype`: dtype of the weights'
+        files; `max_file_bytes`: largest size of one of them.
         """
         self._root = root
         self._keep = keep
@@ -95,7 +95,7 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._in_flight: Future[DiskFullError | None] | None = None
         self.saved_step = 0
-        """Step of the state that was saved or loaded last; 0: neither."""
+        """Step of the state that was last saved or loaded; 0: none."""
         self._saved_s = time.monotonic()
 
     @classmethod
@@ -110,7 +110,7 @@ class Checkpoints:
         )
 
     def open(self, ranks: Ranks) -> None:
-        """Raises ConfigError on every rank if they do not see the same directory.
+        """Raises ConfigError on every rank if the ranks do not see the same directory.
 
         The first `save` calls it.
         """
@@ -147,7 +147,7 @@ class Checkpoints:
     def is_due(self, step: int, settings: TrainerConfig, ranks: Ranks) -> bool:
         """True every `checkpoint_interval` steps, and `checkpoint_minutes` after the last checkpoint.
 
-        By rank 0's clock. Collective.
+        Rank 0's clock decides. Collective.
         """
         if step % settings.checkpoint_interval == 0:
             return True
@@ -184,7 +184,7 @@ class Checkpoints:
         files = {name: self._files_of(name, model, adam, ranks) for name, (model, adam) in models.items()}
         for each in files.values():
             each.take()
-        # Nothing in a step draws random numbers today; a user's objective may.
+        # A step itself draws no random numbers, but a user's objective may.
         random_state = torch.get_rng_state()
         # Serialized now: `extra` may change while the thread writes.
         state_json = json.dumps({"format": FORMAT, "step": step, "extra": extra}, indent=2) + "\n"
@@ -293,9 +293,10 @@ class Checkpoints:
     def set_aside_after(self, step: int) -> None:
         """Renames checkpoints after `step` to `step_000300.rolled_back`: the run continues from `step`.
 
-        Under their own names they could cause a new checkpoint to be pruned, or be taken for the latest.
-        Those of earlier rollbacks are deleted but for `keep_rolled_back` directories in all: each is as large
-        as a checkpoint. On rank 0, once it is certain that training continues from `step`.
+        Under their own names they could cause a new checkpoint to be pruned, or be mistaken for the latest.
+        Of these directories, only the newest `keep_rolled_back` stay, including those of earlier rollbacks:
+        each is as large as a checkpoint. Called on rank 0, once it is certain that training continues from
+        `step`.
         """
         for later in self.steps():
             if later > step:

@@ -1,9 +1,9 @@
-"""The directory of one checkpoint, which all ranks write and which is either complete or absent.
+"""Writes the directory of one checkpoint: all ranks write to it, and it is either complete or absent.
 
-The ranks agree on each stage (`Peers`) in threads, over a gloo group of their own: collectives of the
-training's groups need one order on all ranks, which a thread that runs at the same time cannot keep. When a
-rank dies, the others' connections break and they learn of it at once. A rank that hangs is waited for with a
-limit. After either this group is of no more use.
+The ranks agree on each stage (`Peers`) in threads, over a separate gloo group: collectives of the training's
+groups need the same order on all ranks, which a concurrent thread cannot guarantee. When a rank dies, the
+others' connections break at once. The wait for a rank that hangs is limited. After either this group cannot
+be used any more.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ from trainer.distributed.ranks import Ranks
 log = logging.getLogger(__name__)
 
 _NO_SPACE = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT)))
-"""The system's messages. Errors of other ranks arrive as text, and tokenizers raise their own classes."""
+"""System messages that mean a full disk: errors of other ranks arrive as text, and tokenizers raise their own
+classes."""
 
 
 def write_directory(
     final: Path, peers: Peers, *, create: Callable[[Path], None], fill: Callable[[Path], None]
 ) -> DiskFullError | None:
-    """Makes directory `final` appear with the files of all ranks, whole or not at all.
+    """Creates directory `final` with the files of all ranks, complete or not at all.
 
     Every rank calls it, in a thread. `create`: called with a new directory on rank 0, before any rank's
     `fill`; every rank syncs what it wrote in `fill`. Rank 0 renames the directory when all have returned.
@@ -86,7 +87,7 @@ _ROLLED_BACK = ".rolled_back"
 
 
 def set_aside(checkpoint: Path) -> None:
-    """Renames a checkpoint of steps that were undone. Its time says when."""
+    """Renames a checkpoint of steps that were undone. Its modification time is the time of the rename."""
     aside = checkpoint.with_name(f"{checkpoint.name}{_ROLLED_BACK}")
     shutil.rmtree(aside, ignore_errors=True)
     checkpoint.rename(aside)
@@ -94,7 +95,7 @@ def set_aside(checkpoint: Path) -> None:
 
 
 def remove_rolled_back(root: Path, *, keep: int) -> None:
-    """Deletes checkpoints that were set aside, but for the `keep` that were so last."""
+    """Deletes checkpoints that were set aside, except the `keep` most recent ones."""
     found = sorted(root.glob(f"step_*{_ROLLED_BACK}"), key=lambda path: (path.stat().st_mtime_ns, path.name))
     for path in found[: max(0, len(found) - keep)]:
         log.info("removing %s: of checkpoints of undone steps trainer.keep_rolled_back=%d stay", path, keep)
@@ -103,7 +104,7 @@ def remove_rolled_back(root: Path, *, keep: int) -> None:
 
 def _commit(partial: Path, final: Path) -> None:
     """Syncs every file before the rename: a directory with the final name is complete even after a crash."""
-    for path in sorted(partial.rglob("*"), reverse=True):  # what is in a folder before the folder
+    for path in sorted(partial.rglob("*"), reverse=True):  # the content of a folder before the folder
         _sync(path)
     _sync(partial)
     if final.exists():  # the same step again, after a resume from an earlier step
@@ -121,15 +122,14 @@ def _sync(path: Path) -> None:
 
 
 _PATIENCE_S = 1800.0
-"""Longest wait for a rank that is slower than this one: ranks write about the same number of bytes."""
+"""Longest wait for a slower rank: ranks write about the same number of bytes."""
 _HURRIED_S = 60.0
-"""The same while the trainer is ending after an error."""
+"""Longest wait for a slower rank while the trainer is ending after an error."""
 _POLL_S = 0.02
 _TEXT_BYTES = 512
 """Length of a rank's message; all zero: it has not failed."""
 _VISIBLE_S = 40.0
-"""Longest time until a rank sees what rank 0 has made: NFS clients may trust a directory they have read for
-30 s."""
+"""Longest time until a rank sees a file that rank 0 has made: NFS clients may cache a directory for 30 s."""
 
 
 PROBE = ".shared-"
@@ -182,7 +182,8 @@ class Peers:
             assert work is not None
             self._wait(work)
         except RuntimeError as error:
-            # Closes this rank's connections: a lost rank breaks only those of its neighbours in the group.
+            # Closes this rank's connections: a lost rank breaks only the connections of its neighbours in the
+            # group.
             dist.destroy_process_group(self._group)
             raise CheckpointError(f"a rank of the trainer was lost during a checkpoint: {error}") from None
         texts = [bytes(part.tolist()).rstrip(b"\0").decode(errors="replace") for part in parts]
@@ -215,7 +216,7 @@ def check_shared(directory: Path, ranks: Ranks, *, visible_s: float = _VISIBLE_S
         try:
             directory.mkdir(parents=True, exist_ok=True)
             (directory / f"{PROBE}{number}").touch()
-        except OSError as error:  # a full disk, which ends no training
+        except OSError as error:  # a full disk must not end the training
             log.warning("cannot check that all ranks see %s: %s", directory, error)
             number = _NONE
     if (number := ranks.agree(number)) == _NONE:

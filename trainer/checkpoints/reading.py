@@ -1,7 +1,7 @@
 """Reads a checkpoint's state into a model and its optimizer, each rank only its rows.
 
-Two formats: rows of each rank (see `writing`), and whole tensors in one file for the weights and one for
-the moments, which the release before wrote. One file is open at a time.
+It reads two formats: rows of each rank (see `writing`), and the format of the previous release with whole
+tensors in one file for the weights and one for the moments. One file is open at a time.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ OLD_FILES = {
     POLICY: ("model.safetensors", "optimizer.safetensors"),
     CRITIC: ("critic.safetensors", "critic_optimizer.safetensors"),
 }
-"""Weights and moments in a checkpoint of the release before."""
+"""Files of weights and moments in a checkpoint of the previous release."""
 _MAX_INDEX_BYTES = 256_000_000
 _REMEDY = "resume from another step"
-_OTHER_MODEL = "resume with the model that the run began with"
+_OTHER_MODEL = "resume with the model that the run started with"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Read:
-    """Rows of one tensor in one file, and the memory that they are for."""
+    """Rows of one tensor in one file, and the memory to read them into."""
 
     name: str
-    """In the file."""
+    """Name of the tensor in the file."""
     shape: tuple[int, ...]
-    """In the file."""
+    """Shape of the whole tensor in the file."""
     first: int
     into: Tensor
 
@@ -67,7 +67,7 @@ class StateReader:
         self._rank, self._world_size = ranks.rank, ranks.world_size
 
     def models(self) -> dict[str, ModelRows]:
-        """The index of a checkpoint with rows."""
+        """Reads the index of a checkpoint with rows: kind of model -> its row files."""
         return read_index(self._path / FOLDER)
 
     def read(self, rows: ModelRows, model: PackedModel, optimizer: ModelState) -> None:
@@ -94,7 +94,7 @@ class StateReader:
             read_rows(model.model, source, rank=self._rank, world_size=self._world_size, tied={})
 
     def read_old(self, kind: str, model: PackedModel, optimizer: ModelState, *, num_updates: int) -> None:
-        """`read` from whole tensors, which the release before wrote. `kind`: a key of OLD_FILES."""
+        """Like `read`, from the previous release's whole tensors. `kind`: a key of OLD_FILES."""
         weights, moments = OLD_FILES[kind]
         shapes = {shard.name: shard.shape for shard in shards_of(model)}
         reads: dict[str, list[_Read]] = defaultdict(list)
@@ -118,7 +118,7 @@ class StateReader:
             return file.tensor(RANDOM_STATE)
 
     def _check(self, rows: ModelRows, model: PackedModel) -> None:
-        """Raises ConfigError if the index is that of another model."""
+        """Raises ConfigError if the index belongs to another model."""
         index = self._path / FOLDER / ROWS_INDEX
         shards = {shard.name: shard for shard in shards_of(model)}
         if others := rows.tensors.keys() ^ shards.keys():

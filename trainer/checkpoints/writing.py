@@ -1,4 +1,4 @@
-"""What one rank writes of a checkpoint: its rows of the masters, the moments and the weights' files.
+"""Writes one rank's part of a checkpoint: its rows of the masters, the moments and the weights' files.
 
     rows/index.json                             step, world size, and for each model a `ModelRows`
     rows/policy-00000-of-00004.safetensors      rank 0's rows: `exp_avg.NAME`, `exp_avg_sq.NAME`, and
@@ -50,7 +50,7 @@ RANDOM_STATE_FILE, RANDOM_STATE = "random_state.safetensors", "random_state.cpu"
 
 @dataclass(frozen=True, kw_only=True)
 class TensorRows:
-    """Where the rows of one parameter are."""
+    """The location of the rows of one parameter."""
 
     shape: Sequence[int]
     """Shape of the whole parameter."""
@@ -67,15 +67,15 @@ class ModelRows:
     dtype: str
     """Dtype of masters and moments: `float32`."""
     masters: Sequence[str]
-    """Files of weights, next to the folder, that hold the masters; empty: the row files hold them."""
+    """Files of weights in the folder's parent that hold the masters; empty: the row files hold them."""
     files: Sequence[str]
-    """In the folder of the index."""
+    """Names of the row files, in the folder of the index."""
     tensors: Mapping[str, TensorRows]
-    """By the name of the parameter."""
+    """Parameter's name -> place of its rows."""
 
 
 class ModelFiles:
-    """What one rank writes of one model: rows of its state, and for the policy its weights.
+    """Writes one rank's part of one model: rows of its state, and for the policy its weights.
 
     It keeps the memory of its copy from checkpoint to checkpoint:
 
@@ -92,7 +92,8 @@ class ModelFiles:
         dtype: torch.dtype | None,
         max_file_bytes: int,
     ) -> None:
-        """`name`: beginning of the row files' names. `dtype`: of the weights' files; None: there are none."""
+        """`name`: beginning of the row files' names. `dtype`: dtype of the weights' files; None: there are
+        none."""
         self._optimizer = optimizer
         self._rank, world_size = ranks.rank, ranks.world_size
         self._copy = HostCopy(model, optimizer)
@@ -126,7 +127,7 @@ class ModelFiles:
         return self._optimizer is optimizer
 
     def take(self) -> None:
-        """Copies the present state, while nothing is being written."""
+        """Copies the current state; not to be called while a checkpoint is being written."""
         self._copy.take()
         self.rows = replace(self.rows, num_updates=self._optimizer.num_updates)
 
@@ -154,7 +155,7 @@ class ModelFiles:
 
 
 class ModelState(Protocol):
-    """What a checkpoint stores of a model: an optimizer, or a copy of a policy, which has no moments."""
+    """The state of a model in a checkpoint: an optimizer, or a copy of a policy, which has no moments."""
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -169,7 +170,7 @@ class ModelState(Protocol):
         """Updates so far."""
 
     def moments(self, shard_name: str) -> Mapping[str, Tensor]:
-        """By kind, of one shard."""
+        """Kind -> moment, for one shard."""
 
     def new_moments(self, *, num_updates: int) -> Mapping[str, Mapping[str, Tensor]]:
         """Moments after `num_updates` updates for the caller to fill, by shard and kind."""
@@ -189,7 +190,7 @@ class HostCopy:
         """`take` copies the state of these."""
         self._optimizer = optimizer
         self.kinds = (MASTER, *optimizer.kinds)
-        """What is kept of each parameter."""
+        """The kinds of values that are kept for each parameter."""
         self._names = {name.removeprefix(MODEL_PREFIX): name for name, _ in model.named_parameters()}
         shards = {name: optimizer.shards[own] for name, own in self._names.items()}
         dtypes = {shard.dtype for shard in shards.values()}
@@ -208,7 +209,7 @@ class HostCopy:
             self.values[kind][name] = part.view(shape)
 
     def take(self) -> None:
-        """Replaces the copy by the present state. For the training thread, while nothing is being written."""
+        """Replaces the copy by the current state. To be called in the training thread, not during a write."""
         for name, own in self._names.items():
             state = {MASTER: self._optimizer.shards[own].detach(), **self._optimizer.moments(own)}
             for kind in self.kinds:
@@ -228,7 +229,8 @@ def _pin(tensor: Tensor) -> None:
     cudart, pointer = torch.cuda.cudart(), tensor.data_ptr()  # type: ignore[no-untyped-call]
     portable = 1
     torch.cuda.check_error(int(cudart.cudaHostRegister(pointer, tensor.numel() * tensor.itemsize, portable)))
-    # Called before the memory is freed; else the driver would keep the pages of memory that others get.
+    # Called before the memory is freed; otherwise the driver would keep pages that are reused for other
+    # memory.
     weakref.finalize(tensor, cudart.cudaHostUnregister, pointer)
 
 
@@ -256,11 +258,11 @@ class HfFiles:
     def __init__(
         self, tensors: Sequence[HfTensor], dtype: torch.dtype, *, max_file_bytes: int = MAX_FILE_BYTES
     ) -> None:
-        """`tensors`: all of the checkpoint. `dtype`: in the files."""
+        """`tensors`: all tensors of the checkpoint. `dtype`: their dtype in the files."""
         self._dtype = dtype
         self._layouts: dict[str, FileLayout] = {}
         self._tensors: dict[str, list[HfTensor]] = {}
-        """By file."""
+        """File name -> its tensors."""
         groups = _cut(tensors, dtype, max_file_bytes)
         for number, group in enumerate(groups, 1):
             name = SINGLE_FILE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
@@ -288,7 +290,7 @@ class HfFiles:
     def write_rows(self, directory: Path, rows: Mapping[str, Tensor], first_rows: Mapping[str, int]) -> None:
         """Writes this rank's rows of every parameter, and syncs the files.
 
-        `rows`: by the parameter's name, on the CPU; `first_rows`: number of the first of them.
+        `rows`: parameter's name -> rows, on the CPU; `first_rows`: name -> index of the first of them.
         """
         for name, layout in self._layouts.items():
             with _synced(directory / name) as file:
@@ -317,7 +319,7 @@ def _cut(tensors: Sequence[HfTensor], dtype: torch.dtype, max_file_bytes: int) -
 CODES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
 """Dtypes in headers."""
 _CHUNK_ELEMENTS = 4 << 20
-"""Elements that are cast at a time."""
+"""Number of elements that are cast at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -342,17 +344,18 @@ class TensorPlace:
 
 @dataclass(frozen=True, kw_only=True)
 class FileLayout:
-    """Where each tensor of a file is."""
+    """The places of all tensors in a file."""
 
     header: bytes
-    """With its length in front."""
+    """The header, preceded by its length."""
     places: Mapping[str, TensorPlace]
     num_bytes: int
     """Size of the whole file."""
 
     @classmethod
     def of(cls, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> Self:
-        """The tensors in the given order, without gaps. In order of their names: what `save_file` writes."""
+        """The tensors in the given order, without gaps. Ordered by name, it is the layout that `save_file`
+        writes."""
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name, shape in shapes.items():

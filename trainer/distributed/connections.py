@@ -1,9 +1,10 @@
 """Ends connections to a machine that is gone, and chooses the interface on which the ranks meet.
 
-A process that dies closes its connections, and the ranks that wait for it fail at once. A machine without
-power or network closes nothing: gloo would wait for its time limit, which is an hour for a rank that may be
-waiting for groups. TCP itself can tell a machine that is gone from a process that is stopped or slow: the
-kernel answers for the process. gloo has no setting for that, so the option is set on its sockets.
+A process that dies closes its connections, and the ranks that wait for it fail at once. A machine that loses
+power or network does not close them: gloo would wait for its time limit, which is an hour for a rank that may
+be waiting for groups. TCP itself can distinguish a machine that is gone from a process that is stopped or
+slow: the kernel acknowledges packets for the process. gloo has no setting for that, so the option is set on
+its sockets.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from typing import Any
 from areal_like.security.binding import resolves_to_loopback
 
 GONE_S = 30
-"""A connection whose other machine has acknowledged nothing for this time is ended, in seconds."""
+"""Seconds without an acknowledgement from the other machine after which a connection is ended."""
 _SIOCGIFADDR = 0x8915
 
 
 class RankConnections:
-    """The TCP connections that this process has when it is made: those of gloo, after the ranks have met.
+    """The TCP connections of this process at construction: those of gloo, after the rendezvous of the ranks.
 
     Linux only; on other systems it has none.
     """
@@ -51,7 +52,7 @@ class RankConnections:
                     connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
     def end(self) -> None:
-        """Ends them now, so that the ranks that wait for this one fail. gloo has no call for that."""
+        """Ends them now, so that ranks that wait for this one fail. gloo has no call for that."""
         for fd, before in self._peers.items():
             for connection, peer in _connected(fd):
                 if peer == before:
@@ -62,7 +63,7 @@ def _connected(fd: int) -> Iterator[tuple[socket.socket, Any]]:
     """(a second descriptor of it, address of the other end) if `fd` is a TCP connection; else nothing."""
     try:
         connection = socket.socket(fileno=os.dup(fd))
-    except OSError:  # not a socket, or closed meanwhile
+    except OSError:  # not a socket, or closed in the meantime
         return
     with connection, contextlib.suppress(OSError):  # not connected, or not any more
         is_tcp = connection.family in (socket.AF_INET, socket.AF_INET6)
@@ -73,7 +74,7 @@ def _connected(fd: int) -> Iterator[tuple[socket.socket, Any]]:
 def choose_interface(master: str) -> None:
     """Makes gloo use the interface that leads to rank 0's machine, unless GLOO_SOCKET_IFNAME is set.
 
-    gloo would take the address of the machine's own name, which is a loopback address on many systems.
+    gloo would use the address of the machine's own name, which is a loopback address on many systems.
     """
     if sys.platform == "linux" and "GLOO_SOCKET_IFNAME" not in os.environ:
         name = "lo" if resolves_to_loopback(master) else interface_towards(master)

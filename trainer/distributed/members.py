@@ -1,12 +1,12 @@
 """Tells which ranks of the trainer still live, for the log: torch's errors name no rank.
 
 Each rank adds to a counter of its own in the ranks' store, from a thread, so also while its training thread
-waits in a collective. A rank whose counter has stalled is reported: its process was killed or stopped, or
-its machine is gone. Nothing is decided here. A rank that waits for a lost one fails by itself, when the
+waits in a collective. A rank whose counter has stalled is reported: its process was killed or stopped, or its
+machine is gone. This module only reports. A rank that waits for a lost one fails by itself, when the
 connection breaks or the collective times out; `connections.py` limits the time for a machine that is gone.
 
-Left out: using the buffer's heartbeats. Rank 0's store is asked because the ranks need no further message,
-and because a rank that lost the network to the others may still reach the buffer.
+Left out: using the buffer's heartbeats. Rank 0's store is used because it needs no further messages, and
+because a rank that lost the network to the others may still reach the buffer.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ log = logging.getLogger(__name__)
 BEAT_S = 1.0
 """Seconds between two additions to a rank's counter."""
 SILENCE_S = 10.0
-"""A rank whose counter stood still for this time is reported."""
+"""A rank whose counter has stalled for this time is reported."""
 _WITH_COLLECTIVES = ("compute", "reduce", "update", "snapshot of the weights")
 """Phases of `RankPhase` in which a rank may wait for the others, but not for groups or servers."""
 _LAST_LOOK_S = 3 * BEAT_S
 """Time for which a rank that failed watches the counters of the others before it ends."""
 _TELL_LIMIT_S = 1.0
 _ASK_LIMIT_S = 10.0
-"""A store on a machine that is gone does not answer: the failed rank ends without an answer."""
+"""Longest wait for the store: it does not respond if its machine is gone."""
 
 
 class Liveness:
-    """Which counters have stalled. Pure."""
+    """Tells which counters have stalled. Pure."""
 
     def __init__(self) -> None:
         self._seen: dict[int, tuple[int, float]] = {}
@@ -43,17 +43,17 @@ class Liveness:
         self._reported: set[int] = set()
 
     def observe(self, counters: Mapping[int, int], *, now_s: float) -> None:
-        """Takes the counters of all ranks."""
+        """Records the counters of all ranks."""
         for rank, counter in counters.items():
             if rank not in self._seen or self._seen[rank][0] != counter:
                 self._seen[rank] = (counter, now_s)
 
     def silent(self, *, now_s: float, for_s: float) -> list[int]:
-        """Ranks whose counters have stood still for `for_s` seconds, ascending."""
+        """Ranks whose counters have stalled for `for_s` seconds, ascending."""
         return sorted(rank for rank, (_, since_s) in self._seen.items() if now_s - since_s >= for_s)
 
     def newly_silent(self, *, now_s: float, for_s: float) -> list[int]:
-        """The silent ranks that an earlier call has not returned, unless they were heard in between."""
+        """The stalled ranks that an earlier call has not returned, or that made progress in between."""
         silent = set(self.silent(now_s=now_s, for_s=for_s))
         new = silent - self._reported
         self._reported = silent
@@ -75,7 +75,8 @@ class Members:
         place: RankPhase,
         stuck_after_s: float,
     ) -> None:
-        """`open_store` connects to torch's store, with keys of this start only. `names`: of all ranks.
+        """`open_store` connects to torch's store, with keys of this start only. `names`: the names of all
+        ranks.
 
         `stuck_after_s`: a phase with collectives that takes longer is reported.
         """
@@ -95,10 +96,10 @@ class Members:
         self._thread.join(timeout=_ASK_LIMIT_S)
 
     def failed(self, reason: str, *, end_connections: Callable[[], None]) -> str:
-        """Tells the other ranks that this one has failed; returns a sentence about the cause as they see it.
+        """Records in the store that this rank has failed; returns a sentence about the cause.
 
-        `end_connections` is called when they are told, so that this rank counts as failed before those that
-        wait for it. Takes `_LAST_LOOK_S`, and `_ASK_LIMIT_S` if the store does not answer.
+        `end_connections` is called after that, so that this rank counts as failed before the ranks that wait
+        for it. It takes `_LAST_LOOK_S`, and `_ASK_LIMIT_S` if the store does not respond.
         """
         answers: list[str] = []
         told = threading.Event()
@@ -108,11 +109,11 @@ class Members:
         told.wait(timeout=_TELL_LIMIT_S)
         end_connections()
         asking.join(timeout=_ASK_LIMIT_S)
-        return answers[0] if answers else f"the store of {self.names[0]} does not answer"
+        return answers[0] if answers else f"the store of {self.names[0]} does not respond"
 
     def _last_look(self, reason: str, told: threading.Event) -> str:
         try:
-            store = self._open_store()  # the thread's connection may be waiting for an answer
+            store = self._open_store()  # the thread's connection may be waiting for a response
             order = store.add("failures", 1)
             store.set(f"failure/{order}", f"{self.names[self.rank]}, at {self._place}: {reason}")
             store.add(f"told/{self.rank}", 1)
@@ -129,13 +130,13 @@ class Members:
             else:
                 self._wait_for_others(store, num_others=len(self.names) - len(lost) - 1)
             if lost:
-                return f"no answer from {self._named(lost)}: stopped or gone"
+                return f"no response from {self._named(lost)}: stopped or gone"
             return f"the first to fail was {first}" if order > 1 else "it is the first to fail"
         except RuntimeError as error:  # torch's DistError
-            return f"the store of {self.names[0]} does not answer ({first_line(error)})"
+            return f"the store of {self.names[0]} does not respond ({first_line(error)})"
 
     def _wait_for_others(self, store: Any, *, num_others: int) -> None:
-        """Rank 0's process may serve the store: it ends after the others have asked."""
+        """Rank 0's process may serve the store, so it waits until the others have read it."""
         end_s = time.monotonic() + _LAST_LOOK_S
         while store.add("answered", 0) < num_others and time.monotonic() < end_s:
             time.sleep(BEAT_S / 4)
@@ -149,7 +150,7 @@ class Members:
                 liveness.observe(self._counters(self._store), now_s=now_s)
                 for rank in liveness.newly_silent(now_s=now_s, for_s=SILENCE_S):
                     log.warning(
-                        "%s has not answered for %.0f s; this rank is at %s, for %.0f s",
+                        "%s has not responded for %.0f s; this rank is at %s, for %.0f s",
                         self.names[rank],
                         SILENCE_S,
                         self._place,
@@ -157,7 +158,8 @@ class Members:
                     )
                 place_s = now_s - self._place.since_s
                 is_stuck = self._place.phase in _WITH_COLLECTIVES and place_s > self._stuck_after_s
-                # Before the limit: over NCCL torch ends the process without a line of ours.
+                # Logged before the time limit: over NCCL torch ends the process without giving us a chance to
+                # log.
                 if is_stuck and stuck_since_s != self._place.since_s:
                     stuck_since_s = self._place.since_s
                     log.error("%s is at %s for %.0f s", self.names[self.rank], self._place, place_s)
@@ -166,7 +168,7 @@ class Members:
                 log.info("the ranks' store has ended: %s", first_line(error))
 
     def _counters(self, store: Any) -> dict[int, int]:
-        # `add` of nothing reads the counter: `get` of a number that `add` made is text.
+        # `add` of 0 reads the counter: `get` would return it as text.
         return {rank: int(store.add(f"beat/{rank}", 0)) for rank in range(len(self.names))}
 
     def _named(self, ranks: Sequence[int]) -> str:
@@ -174,5 +176,5 @@ class Members:
 
 
 def first_line(error: Exception) -> str:
-    """The first sentence of an error's text; torch's have many lines, gloo's an advice in each."""
+    """The first sentence of an error's text: torch's errors have many lines, and gloo's add advice."""
     return str(error).strip().partition("\n")[0].partition(". ")[0]

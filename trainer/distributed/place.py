@@ -1,4 +1,4 @@
-"""Where a rank is in its work, for its error messages, its log and /status. Pure: no clock of its own."""
+"""The current phase of a rank, for its error messages, its log and /status. Pure: it has no clock."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from time import monotonic
 class RankPhase:
     """Written by the training thread; other threads only read it.
 
-    The phase of a failed block stays, so that an error message can name it.
+    When a block fails, its phase is kept, so that an error message can name it.
     """
 
     phase: str = "starting"
-    """Phase of a step (`wait`, `compute`, `reduce`, `update`), or what the trainer does between steps."""
+    """Phase of a step (`wait`, `compute`, `reduce`, `update`), or an activity between steps."""
     step: int = 0
     """Completed optimizer steps."""
     microbatch: int = 0
-    """Micro-batches that were begun in this step; 0 outside of the micro-batches."""
+    """Number of micro-batches started in this step; 0 outside of the micro-batches."""
     since_s: float = field(default_factory=monotonic)
     """Start of the phase, monotonic clock."""
 
@@ -29,7 +29,7 @@ class RankPhase:
     """Called with the phase that ends, its step and its start."""
 
     def enter(self, phase: str, *, step: int | None = None) -> None:
-        """Begins a phase; with `step`, also a step or what comes after it."""
+        """Starts a phase; with `step`, also sets the number of completed steps."""
         self.on_leave(self.phase, self.step, self.entered_s)
         if step is not None:
             self.step, self.microbatch = step, 0

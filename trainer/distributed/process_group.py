@@ -1,10 +1,10 @@
-"""The device of a trainer rank, and how the ranks of one start meet and form the default process group.
+"""Chooses the device of a trainer rank, and lets the ranks of one start form the default process group.
 
-They meet at a store that may have seen earlier starts: torchrun keeps one store over its restarts. Ranks that
-came too early would find the addresses of an earlier start there, and wait for processes that are gone. So
-rank 0 writes a new token, every rank signs under it with a name of its own, and rank 0 closes the list when
-it is complete. A rank that finds itself in the list has met the others; one that finds a list without itself
-has read an earlier token and looks again.
+The ranks meet at a store that may contain earlier starts: torchrun keeps one store over its restarts. Early
+ranks would find the addresses of an earlier start there, and wait for processes that are gone. So rank 0
+writes a new token, every rank registers a unique name under it, and rank 0 publishes the list of names when
+it is complete. A rank that finds its name in the list has met the others; a rank that finds a list without
+its name has read an earlier token and tries again.
 
     rank 0:  token                           rank r:  token?
              <token>/r of all ranks?  <----           <token>/r = name
@@ -52,14 +52,14 @@ class Meeting:
     names: Sequence[str]
     """Names of the ranks, with machine and pid, for messages."""
     store: Any = None
-    """Kept open until this rank ends: rank 0's process serves it to the others."""
+    """The store, kept open until this rank ends: rank 0's process serves it to the others."""
 
 
 def meet(store: Any, *, rank: int, world_size: int, timeout_s: float) -> Meeting:
     """Waits until all ranks have come. Collective.
 
-    `store`: torch's, which all ranks reach. Raises ArealError that names the absent ranks, and passes on what
-    the store raises.
+    `store`: torch's store, which all ranks reach. Raises ArealError that names the absent ranks, and the
+    store's own errors.
     """
     end_s = time.monotonic() + timeout_s
     me = [f"rank {rank} ({socket.gethostname()}, pid {os.getpid()})", secrets.token_hex(8)]
@@ -81,7 +81,9 @@ def meet(store: Any, *, rank: int, world_size: int, timeout_s: float) -> Meeting
                     return Meeting(token=token, names=[name for name, _ in members])
         time.sleep(_POLL_S)
     absent = ", ".join(map(str, _absent(store, token, world_size))) if token else "0"
-    raise ArealError(f"ranks that have not come within {timeout_s:g} s: {absent or 'all others have gone'}")
+    raise ArealError(
+        f"ranks that have not arrived within {timeout_s:g} s: {absent or 'all others have left'}"
+    )
 
 
 def _absent(store: Any, token: str, world_size: int) -> list[int]:
@@ -90,7 +92,7 @@ def _absent(store: Any, token: str, world_size: int) -> list[int]:
 
 _MEMBERS_TIMEOUT = timedelta(seconds=10)
 _STUCK_SHARE = 0.8
-"""Share of the collectives' time limit after which a rank logs where it is."""
+"""Share of the collectives' time limit after which a rank logs its phase."""
 
 
 @contextlib.contextmanager
@@ -103,8 +105,8 @@ def joined_ranks(
 ) -> Iterator[Ranks]:
     """The ranks of this trainer, in their default process group; leaves it at the end. Collective.
 
-    When the block fails, except with a `quiet` error, a line in the log says where this rank was, and which
-    ranks are gone or failed first; torch's record of its last collectives goes into the run's `traces/`.
+    When the block fails, except with a `quiet` error, a line in the log names the phase of this rank, and the
+    ranks that are gone or failed first; torch's record of its last collectives goes into the run's `traces/`.
     Raises ConfigError if a step has fewer groups than there are ranks.
     """
     meeting = join_ranks(config, device)
@@ -122,7 +124,7 @@ def joined_ranks(
             yield ranks
         except quiet:
             raise
-        except Exception as error:  # raised again: only adds to the log what the error does not say
+        except Exception as error:  # raised again: this only adds information to the log
             _report(error, ranks, members, connections, RunPaths.of(config).traces)
             raise
         finally:
@@ -141,15 +143,15 @@ def _report(
     reason = f"{type(error).__name__}: {first_line(error)}"
     cause = members.failed(reason, end_connections=connections.end)
     log.error("%s failed at %s: %s; %s", members.names[ranks.rank], ranks.place, reason, cause)
-    with contextlib.suppress(OSError):  # a full disk must not replace the error
+    with contextlib.suppress(OSError):  # a full disk must not hide the error
         write_collectives(traces, ranks.rank)
 
 
 def join_ranks(config: Config, device: torch.device) -> Meeting | None:
     """Creates the default process group: of this process alone, of `spawn.py`'s ranks, or of torchrun's.
 
-    Returns the ranks that have met; None for a process alone. Raises ArealError if not all ranks have come
-    within `trainer.collective_timeout_s`.
+    Returns the ranks that have met; None for a single process. Raises ArealError if not all ranks have
+    arrived within `trainer.collective_timeout_s`.
     """
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     timeout_s = config.trainer.collective_timeout_s
@@ -193,9 +195,9 @@ def _store_of(rank: int, world_size: int, timeout: timedelta) -> Any:
 
 
 def watch_members(ranks: Ranks, meeting: Meeting | None, *, timeout_s: float) -> Members | None:
-    """Begins to watch the other ranks of `join_ranks`; None for a single rank.
+    """Starts to watch the other ranks of `join_ranks`; None for a single rank.
 
-    `timeout_s`: of the ranks' collectives.
+    `timeout_s`: the time limit of the ranks' collectives.
     """
     if meeting is None or ranks.world_size == 1:
         return None
@@ -220,7 +222,7 @@ def watch_members(ranks: Ranks, meeting: Meeting | None, *, timeout_s: float) ->
 
 
 def write_collectives(folder: Path, rank: int) -> None:
-    """Writes torch's record of this rank's last collectives as JSON, where torch has one."""
+    """Writes torch's record of this rank's last collectives as JSON, if torch has one."""
     for name, dump in (("gloo", "_dump_fr_trace_json"), ("nccl", "_dump_nccl_trace_json")):
         if (function := getattr(torch._C._distributed_c10d, dump, None)) is not None:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -240,7 +242,7 @@ def device_of(config: Config) -> torch.device:
         )
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
-    # cuDNN's attention, which torch prefers on some GPUs (B200), makes a plan for every new shape, in about
-    # half a second, and packed micro-batches have ever new shapes.
+    # cuDNN's attention, which torch prefers on some GPUs (B200), takes about half a second to plan every new
+    # shape, and almost every packed micro-batch has a new shape.
     torch.backends.cuda.enable_cudnn_sdp(False)
     return device

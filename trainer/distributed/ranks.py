@@ -3,8 +3,8 @@
 The caller creates the default process group (`gloo`, or `cpu:gloo,cuda:nccl` on GPUs). Parameters and
 gradients travel over the backend of the device. The control messages (is there another micro-batch, counts,
 metrics) are CPU tensors and travel over gloo, so that they never wait behind a kernel. They use a separate
-process group because it needs a longer timeout: a rank that has its data may have to wait long for a rank
-that is still fetching, while no rank should be late in the collectives of a forward.
+process group because they need a longer timeout: a rank that has its data may wait long for a rank that is
+still fetching, while no rank should be late in the collectives of a forward.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from areal_like.errors import ArealError
 from trainer.distributed.place import RankPhase
 
 _ABANDONED = 2
-"""Vote of a rank that abandons; 0 and 1 mean that it has nothing left to run, or something."""
+"""Vote of a rank that abandons the step; 0: it has no micro-batch left, 1: it has one."""
 
 
 class IncompleteStepError(ArealError):
@@ -39,7 +39,7 @@ class Ranks:
     def __init__(self, *, device: torch.device | str = "cpu", control_timeout_s: float | None = None) -> None:
         """Needs the default process group.
 
-        `control_timeout_s`: of a control collective; None: the default group's.
+        `control_timeout_s`: time limit of a control collective; None: the default group's.
         """
         self.device = torch.device(device)
         self.place = RankPhase()
@@ -133,7 +133,7 @@ class Ranks:
     def exchange(self, messages: Sequence[bytes], *, most_bytes: Sequence[int]) -> list[bytes]:
         """Sends message r to rank r; returns the message of every rank to this one, in rank order.
 
-        `most_bytes`: of the message of each rank to this one. Raises ArealError if one is longer.
+        `most_bytes`: largest size of each rank's message to this one. Raises ArealError if one is longer.
         """
         if self.world_size == 1:
             return list(messages)
@@ -146,7 +146,7 @@ class Ranks:
                     f"rank {rank} sends {size} bytes to rank {self.rank}: at most {most} expected"
                 )
         received = torch.empty(int(received_sizes.sum()), dtype=torch.uint8)
-        # A copy, as a tensor wants memory that may be written, of any length, as also 0 bytes may be sent.
+        # A copy, because a tensor needs writable memory, and an array, because a message may have 0 bytes.
         sent = torch.from_numpy(np.frombuffer(b"".join(messages), dtype=np.uint8).copy())
         dist.all_to_all_single(received, sent, received_sizes.tolist(), sizes.tolist(), group=self._control)
         return [part.numpy().tobytes() for part in torch.split(received, received_sizes.tolist())]

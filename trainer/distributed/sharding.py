@@ -1,8 +1,8 @@
-"""This rank's rows of a model's parameters, and how whole tensors and gradients come from and go into them.
+"""This rank's rows of a model's parameters, and their exchange with whole tensors and gradients.
 
-FSDP2 shards rows: of M ranks, rank r holds ceil(rows / M) rows from r * ceil(rows / M) on. Plain padded
-tensors are gathered, not DTensors: that also works for copies of the shards. Names and order are those of the
-Hugging Face model; tied weights appear once.
+FSDP2 shards rows: of M ranks, rank r holds ceil(rows / M) rows from r * ceil(rows / M) on. Gathering uses
+plain padded tensors instead of DTensors, so that it also works for copies of the shards. Names and order are
+those of the Hugging Face model; tied weights appear once.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Starts the trainer ranks of one machine, in place of `torchrun`.
 
-torchrun's rendezvous listens on every interface and unpickles what it receives, and its exit code does not
-tell a drain from a failure. Here the ranks meet at a store whose socket this process binds to one address
-(loopback, or on machine 0 of several its own) and passes to rank 0. SIGTERM and SIGINT are passed on to the
-ranks; when one rank fails the others get SIGTERM. The machines do not supervise one another: the ranks do, by
-their connections.
+torchrun's rendezvous listens on every interface and unpickles received data, and its exit code does not
+distinguish a drain from a failure. Here the ranks meet at a store whose socket this process binds to one
+address (loopback, or on machine 0 of several its own) and passes to rank 0. SIGTERM and SIGINT are passed on
+to the ranks; when one rank fails the others get SIGTERM. The machines do not supervise one another: the ranks
+detect a failure by their connections.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """Environment variables that torch reads when it is imported, for ranks on GPUs. No import of torch here.
 
-* The allocator grows its segments: with the sizes of packed micro-batches, fixed segments leave gaps that
-  together can be gigabytes.
+* The allocator uses expandable segments: with the varying sizes of packed micro-batches, fixed segments leave
+  gaps of gigabytes in total.
 * The flight recorder writes the last collectives of a rank into the run's `traces/` when one times out. That
   file is torch's own, a pickle; `torchfrtrace` reads it.
 * NCCL gets the transports of SGLang, which turns two of them off unless its environment or its options say
-  otherwise (0.5.23, `_set_envs_and_config`). Both processes are ranks of the group of a push, and how two
-  ranks share memory is decided by each rank's own variable.
+  otherwise (0.5.23, `_set_envs_and_config`). Both processes are ranks of the group of a push, and each rank's
+  own variable decides how two ranks share memory.
 
-A variable that the user has set, also under its older name, stays.
+A variable that the user has set, even under its older name, stays.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ _ALIASES = {
 
 
 def set_torch_variables(config: Config, environment: MutableMapping[str, str] = os.environ) -> None:
-    """Sets what is not set; does nothing for ranks on a CPU. Call it before torch is imported."""
+    """Sets the variables that are not set; does nothing for ranks on a CPU. Call it before torch is
+    imported."""
     if config.trainer.device == "cpu":
         return
     traces = RunPaths.of(config).traces

@@ -17,7 +17,7 @@ from trainer.batching.packing import PackedBatch
 from trainer.batching.sampled_tokens import SampledTokens
 
 WeightsN: TypeAlias = Callable[[SampledTokens], Tensor]
-"""A micro-batch's weights [N] of its sequences' gradients."""
+"""Returns the weights [N] of a micro-batch's sequence gradients."""
 
 
 class Gradients:

@@ -46,7 +46,7 @@ class GhostGradients(Gradients):
     ) -> None:
         """`over_batch`: one baseline for all sequences of the step and all ranks.
 
-        `weights`: of the sequences' gradients, but not of their norms; None: 1.
+        `weights`: weights of the sequences' gradients, which do not apply to their norms; None: 1.
         Raises ConfigError for a model with layers that GhostTape does not support.
         """
         self._policy = policy

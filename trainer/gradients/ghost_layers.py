@@ -102,7 +102,7 @@ class Matrix(Layer):
             parts = zip(
                 torch.split(x_TI, self.rows.lengths), torch.split(e_TO, self.rows.lengths), strict=True
             )
-            # Sequences are so long that their gradients are smaller than their Gram matrices.
+            # For long sequences, the gradients are smaller than the Gram matrices.
             out_N += torch.stack([(e.t() @ x).square().sum() for x, e in parts])
         elif "weight" in self.names:
             # Layers that read the same tensor (query, key and value) share its Gram matrices.
@@ -179,7 +179,7 @@ class _Scale(Layer):
         )
 
     def _record_rows(self, x: Tensor, e: Tensor) -> None:
-        # [1, T, heads, D] is recorded as [T, heads, D]; `squares` adds up the gradients of the heads.
+        # [1, T, heads, D] is recorded as [T, heads, D]; `squares` sums the gradients of the heads.
         last = 1 if x.ndim == 4 else -2
         self.record(x.flatten(0, last), e.flatten(0, last))
 
@@ -224,7 +224,7 @@ def _is_scale(module: nn.Module) -> bool:
         scaled_TD = twin(x_TD)
         twin._parameters = {"weight": nn.Parameter(torch.ones_like(weight_D), requires_grad=False)}
         return bool(torch.allclose(scaled_TD, weight_D * twin(x_TD), rtol=1e-4, atol=1e-6))
-    except (RuntimeError, TypeError):  # its forward takes other arguments, so it is another kind of module
+    except (RuntimeError, TypeError):  # its forward takes other arguments, so it is not a scale
         return False
 
 

@@ -40,7 +40,7 @@ class SequenceGradients(Gradients):
     ) -> None:
         """`over_batch`: one baseline for all sequences of the step and all ranks.
 
-        `weights`: of the sequences' gradients, but not of their norms; None: 1.
+        `weights`: weights of the sequences' gradients, which do not apply to their norms; None: 1.
         """
         self._policy = policy
         self._ranks = ranks

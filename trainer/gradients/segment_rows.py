@@ -1,4 +1,4 @@
-"""Packed rows padded to rectangles of similar lengths, for computations on each sequence by itself.
+"""Pads packed rows to rectangles of similar lengths, for computations on single sequences.
 
 Shape suffixes: T rows (tokens), N sequences, n sequences of one block, L longest of them, D features.
 """

@@ -1,7 +1,7 @@
-"""Distributions over a step's samples and tokens, on all ranks.
+"""Computes distributions over a step's samples and tokens, on all ranks.
 
-Lengths of samples are few and are gathered. Tokens may be millions: |log pi/mu| is counted in fixed buckets
-on the device, whose counts are summed with the other totals of the step.
+Lengths of samples are few and are gathered. There may be millions of tokens: |log pi/mu| is counted in fixed
+buckets on the device, and the counts are summed with the other totals of the step.
 
 Shape suffixes: S sampled tokens, K buckets, B samples of the whole step.
 """
@@ -19,27 +19,28 @@ from torch import Tensor
 
 _LOWEST, _DECADES, _PER_DECADE = 1e-7, 9, 32
 NUM_BUCKETS = _DECADES * _PER_DECADE + 2
-"""The first: 0 to 1e-7; then 32 for each power of ten, so 7.5 % wide, up to 100; the last: above."""
+"""The first bucket is 0 to 1e-7; then 32 for each power of ten, so 7.5 % wide, up to 100; the last is
+above."""
 PERCENTILES = (10, 50, 90, 99)
 
 
 class MagnitudeHistogram:
-    """Counts of magnitudes by size, on the device where they are until the end of the step."""
+    """Counts of magnitudes by size, kept on the device until the end of the step."""
 
     def __init__(self) -> None:
         self.counts_K: Tensor | None = None
         self._max: Tensor | None = None
 
     def add(self, values_S: Tensor, weights_S: Tensor) -> None:
-        """Counts |values| with their weights, of which some may be 0."""
+        """Counts |values| with their weights, which may be 0."""
         sizes_S = values_S.abs().float()
         decades_S = torch.log10(sizes_S.clamp_min(1e-30)) - math.log10(_LOWEST)
-        # A number that is not finite is large: it belongs to the last bucket.
+        # Numbers that are not finite belong to the last bucket.
         at_S = (decades_S.nan_to_num(nan=1e9) * _PER_DECADE).floor().clamp(-1, NUM_BUCKETS - 2).long() + 1
         if self.counts_K is None:
             self.counts_K = torch.zeros(NUM_BUCKETS, dtype=torch.float64, device=values_S.device)
             self._max = torch.zeros((), dtype=torch.float32, device=values_S.device)
-        # Not bincount, which waits for a GPU to know the largest index.
+        # Not bincount, which synchronizes with a GPU to find the largest index.
         self.counts_K.index_add_(0, at_S, weights_S.double())
         assert self._max is not None
         largest = torch.where(weights_S > 0, sizes_S, 0.0).nan_to_num(nan=torch.inf)
@@ -84,13 +85,13 @@ def length_metrics(response_B: NDArray[np.float64], prompt_B: NDArray[np.float64
 
 
 def as_parts(vectors: Sequence[Tensor]) -> Tensor:
-    """One float64 CPU vector of several, with their lengths in front, for a single gather over ranks."""
+    """Joins several vectors, preceded by their lengths, into one float64 CPU vector, for a single gather."""
     lengths = torch.tensor([len(vector) for vector in vectors], dtype=torch.float64)
     return torch.cat([lengths, *(vector.double().cpu() for vector in vectors)])
 
 
 def joined_parts(gathered: Tensor, *, num_vectors: int) -> list[Tensor]:
-    """The gathered `as_parts` of all ranks: each vector with those of the other ranks behind it."""
+    """Splits the gathered `as_parts` of all ranks: returns each vector, concatenated over the ranks."""
     parts: list[list[Tensor]] = [[] for _ in range(num_vectors)]
     at = 0
     while at < len(gathered):

@@ -1,4 +1,4 @@
-"""The GPU memory of one trainer rank, read when the page of metrics is asked for."""
+"""The GPU memory of one trainer rank, read when the metrics page is requested."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class GpuMemory(Collector):
         self._device = device
 
     def collect(self) -> Iterable[Metric]:
-        """The family."""
+        """Yields the metric family."""
         family = GaugeMetricFamily(
             f"{PREFIX}_trainer_gpu_memory_bytes",
             "Memory of the rank's GPU: in tensors, held by the rank's allocator, free, and all of it",

@@ -1,4 +1,4 @@
-"""The staleness of one step's samples: counted on every rank, summed over all."""
+"""Counts the staleness of one step's samples on every rank, and sums it over all ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ class LagTally:
         self._step = 0
 
     def counted(self, group: Group) -> list[Trajectory]:
-        """Counts a group and returns its trajectories. Asserts that the buffer kept the staleness bound."""
+        """Counts a group and returns its trajectories. Asserts that the buffer respected the staleness
+        bound."""
         self._step = group.step
         for record, version_step in zip(group.records, group.version_steps, strict=True):
             self._steps[record.oldest_version] = version_step
@@ -37,7 +38,7 @@ class LagTally:
     def of_tokens(self, trajectory: Trajectory) -> NDArray[np.int64]:
         """Lag in steps of a counted trajectory's tokens, int64 [num_tokens]; 0 where not sampled.
 
-        The buffer sends the step of the oldest version only. Each later version is taken to be one step
+        The buffer sends the step of the oldest version only. Each later version is assumed to be one step
         newer, which is wrong only if the trainer was restarted or a push failed between the two.
         """
         oldest = trajectory.oldest_version

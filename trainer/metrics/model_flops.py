@@ -1,10 +1,10 @@
-"""FLOPs that a model's arithmetic needs for a micro-batch, whatever a kernel does beyond it.
+"""Counts the FLOPs that a model's arithmetic needs for a micro-batch, without a kernel's additional work.
 
-A product of a row with a matrix is 2 FLOPs for each of the matrix's numbers, a backward twice its forward.
-Counted are the matrices that a token uses (of experts those that it is routed to; not the embedding, which is
-looked up), the head at the positions that are trained on only, and attention over the pairs of positions that
-see each other. A prefix that sequences share counts once. Not counted: recomputation, padding, norms, the
-critic, the optimizer.
+A product of a row with a matrix is 2 FLOPs for each of the matrix's numbers; a backward is twice its forward.
+The count includes the matrices that a token uses (of experts only those that it is routed to; not the
+embedding, which is a lookup), the head only at the positions that are trained on, and attention over the
+pairs of positions that see each other. A shared prefix counts once. Not counted: recomputation, padding,
+norms, the critic, the optimizer.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from trainer.batching.balance import Cost
 
 FORWARD = 1
 FORWARD_AND_BACKWARD = 3
-"""Passes, in forwards."""
+"""Cost of passes, in units of a forward."""
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFlops:
-    """What one forward of a model costs."""
+    """The cost of one forward of a model."""
 
     body_weights: float
     """Numbers in the matrices that each row uses, without the head."""
@@ -64,8 +64,8 @@ class ModelFlops:
     ) -> float:
         """FLOPs of one forward.
 
-        `lengths`: of the sequences. `num_targets`: rows of the head. `own_lengths`: rows that run through the
-        layers for each sequence, without a prefix that another one computes; None: all.
+        `lengths`: lengths of the sequences. `num_targets`: rows of the head. `own_lengths`: rows that run
+        through the layers for each sequence, without a prefix that another one computes; None: all.
         """
         length_N = np.array(lengths, dtype=np.float64)
         own_N = length_N if own_lengths is None else np.array(own_lengths, dtype=np.float64)
@@ -80,7 +80,7 @@ class ModelFlops:
 def cost_of(flops: ModelFlops) -> Cost:
     """FLOPs of forward and backward by rows and pairs, for the balance over ranks.
 
-    The head counts at every row, and windows count as none.
+    The head is counted at every row, and windows are ignored.
     """
     layers = sum(flops.num_layers_of.values())
     return Cost(
@@ -97,7 +97,7 @@ def _pairs_N(length_N: NDArray[np.float64], window: int) -> NDArray[np.float64]:
 
 def _windows(config: Any) -> Counter[int]:
     window = int(getattr(config, "sliding_window", None) or 0)
-    # A model without kinds of layers uses its window, if it has one, in all of them (Mistral).
+    # A model without layer types uses its window, if it has one, in all layers (Mistral).
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * int(config.num_hidden_layers)
     return Counter(window if kind == "sliding_attention" else 0 for kind in kinds)
 

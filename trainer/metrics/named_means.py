@@ -1,8 +1,8 @@
-"""Means over the samples of a step under names that tasks choose: parts of the reward, metrics, labels.
+"""Computes means over the samples of a step under names that tasks choose: parts of the reward, metrics,
+labels.
 
-Which names occur differs between ranks, so the ranks first agree on the union of them, as text in byte
-tensors. Numbers of names are bounded: a task that makes up a name for each sample must not create a series
-for each.
+Ranks may have different names, so they first agree on the union, as text in byte tensors. The number of names
+is bounded: a task that uses a new name for each sample must not create a series for each.
 
 Shape suffix: C columns of a sum.
 """
@@ -24,12 +24,12 @@ from areal_like.trajectory import Trajectory
 from trainer.distributed.ranks import Ranks
 
 MAX_NAMES = 64
-"""Names of one kind in a step; those after it in alphabetical order are left out."""
+"""Most names of one kind in a step; the rest, in alphabetical order, are left out."""
 MAX_NAME_CHARS = 64
 """Longer names are left out."""
 KINDS = ("reward_parts", "sample_metrics", "by_label")
 _COLUMNS = ("num_samples", "reward_mean", "truncated_fraction", "response_length_mean", "turns")
-"""Columns of a label. The other kinds have only the first two, a number and a sum."""
+"""Columns of a label. The other kinds have only the first two: a count and a sum."""
 
 log = logging.getLogger(__name__)
 

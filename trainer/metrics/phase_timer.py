@@ -1,8 +1,8 @@
-"""Seconds of one optimizer step by phase, for its metrics.
+"""Measures the seconds of one optimizer step by phase, for its metrics.
 
-On a CPU the clock is the host's. Kernels of a GPU run after the host has asked for them, so there a phase
-lasts from one event in the stream to another: the GPU's own time, read at the end of the step and never in
-the middle of it, where it would stall the GPU.
+On a CPU the clock is the host's. A GPU runs kernels asynchronously, so there a phase lasts from one event in
+the stream to another. These times are read at the end of the step, because reading them earlier would stall
+the GPU.
 """
 
 from __future__ import annotations
@@ -21,35 +21,35 @@ T = TypeVar("T")
 
 
 class Clock(Protocol):
-    """Marks moments and tells later how far apart they are."""
+    """Marks points in time, and later gives the seconds between them."""
 
     def mark(self) -> Any:
-        """This moment. Must not wait."""
+        """Returns a mark of the current time. Must not block."""
 
     def seconds(self, spans: Iterable[tuple[Any, Any]]) -> list[float]:
-        """The seconds from the first to the second mark of each pair. May wait."""
+        """The seconds from the first to the second mark of each pair. May block."""
 
 
 class HostClock:
     """Time of the host."""
 
     def mark(self) -> float:
-        """This moment."""
+        """The current time."""
         return time.perf_counter()
 
     def seconds(self, spans: Iterable[tuple[float, float]]) -> list[float]:
-        """Differences."""
+        """The differences of the marks."""
         return [end - start for start, end in spans]
 
 
 class CudaClock:
-    """Time of the current stream of a GPU: a mark is an event, and is reached after the work before it."""
+    """Time of a GPU's current stream: a mark is an event that is reached after the work queued before it."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
     def mark(self) -> torch.cuda.Event:
-        """An event behind all work that the stream has been given."""
+        """Records an event after all work that is in the stream."""
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))
         return event
@@ -71,9 +71,10 @@ class PhaseTimer:
     def __init__(
         self, phases: Iterable[str], *, place: RankPhase | None = None, clock: Clock | None = None
     ) -> None:
-        """`phases`: all names; a phase in which no time was spent is reported as 0. `place`: is told.
+        """`phases`: all names; a phase in which no time was spent is reported as 0. `place`: gets the
+        current phase.
 
-        `clock`: of the phases; None: the host's.
+        `clock`: measures the phases; None: the host's clock.
         """
         self._place = place or RankPhase()
         self._clock = clock or HostClock()
@@ -107,7 +108,7 @@ class PhaseTimer:
     def seconds(self) -> dict[str, float]:
         """Seconds of each phase, and `step_s` since the creation, by the host's clock.
 
-        Waits for the work of a GPU: call it at the end of a step.
+        It synchronizes with a GPU: call it at the end of a step.
         """
         spent = {phase: sum(self._clock.seconds(spans)) for phase, spans in self._spans.items()}
         return {**spent, "step_s": time.perf_counter() - self._start}

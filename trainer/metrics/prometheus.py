@@ -77,7 +77,7 @@ _SCALED_GAUGES = {
         "The same with what a GPU's allocator keeps free",
     ),
 }
-"""Column -> series in base units, their number in one of the column's, and its text."""
+"""Column -> series in base units, number of base units in one unit of the column, and help text."""
 _LENGTHS = (*(f"p{percent}" for percent in PERCENTILES), "max")
 
 _NAMED_GAUGES = {
@@ -85,13 +85,13 @@ _NAMED_GAUGES = {
     "sample_metrics": ("trainer_sample_metric", "metric", "Mean of a metric of the task in the last step"),
     "by_label": ("trainer_label_reward", "label", "Mean reward of a label's samples in the last step"),
 }
-"""Series of names that tasks choose: the only series that do not exist from the start."""
+"""Series by names that tasks choose: the only series that do not exist from the start."""
 _PHASE_COLUMNS = {phase.removesuffix("_s"): "wait_data_s" if phase == "wait_s" else phase for phase in PHASES}
 """Phase -> column of its seconds."""
 _FINISH_REASONS = tuple(reason.value for reason in FinishReason if reason is not FinishReason.ABORT)
 
 _EVAL_GAUGES = {
-    "avg": ("avg", "Mean held-out reward over prompts and their answers, by set"),
+    "avg": ("avg", "Mean held-out reward over prompts and their completions, by set"),
     "ci_low": ("ci_low", "Lower end of its 95 % confidence interval"),
     "ci_high": ("ci_high", "Upper end of its 95 % confidence interval"),
     "truncated_fraction": ("truncated_fraction", "Share of the set's samples that a limit ended"),
@@ -105,14 +105,14 @@ _PUSH_PARTS = {
     "stall": "Longest time that one engine decoded nothing because of a push",
 }
 TRACKER_OUTCOMES = ("logged", "failed", "left_out")
-"""What became of a row: the tracker has written it, has raised, or was not given it (too slow, or off)."""
+"""Outcome of a row: the tracker wrote it, it raised, or it did not get the row (too slow, or off)."""
 
 
 class TrainerSeries:
     """Registers all series when it is created, so that each exists, at zero, from the start."""
 
     def __init__(self, metrics: Metrics, *, eval_sets: Mapping[str, EvalSetConfig] | None = None) -> None:
-        """`eval_sets`: by name; those of the configuration, so their number is bounded."""
+        """`eval_sets`: by name, from the configuration, so that their number is bounded."""
         self._gauges = {name: metrics.gauge(f"trainer_{name}", doc) for name, doc in _GAUGES.items()}
         self._scaled = {column: metrics.gauge(name, doc) for column, (name, _, doc) in _SCALED_GAUGES.items()}
         self._lengths = metrics.gauge(
@@ -197,7 +197,7 @@ class TrainerSeries:
         }
         self._pass_at_k = metrics.gauge_of(
             "trainer_eval_pass_at_k",
-            "Probability that one of k answers to a held-out prompt is solved, by set",
+            "Probability that one of k completions of a held-out prompt is solved, by set",
             ("set", "k"),
             [(name, str(k)) for name, one in sets.items() for k in one.ks],
         )
@@ -206,7 +206,7 @@ class TrainerSeries:
         )
 
     def tracked(self, outcome: str) -> None:
-        """Counts a row that a tracker has got, or has not. From any thread."""
+        """Counts a row for a tracker by its outcome. From any thread."""
         self._tracked.labels(outcome).inc()
 
     def checked(self, report: CheckReport) -> None:

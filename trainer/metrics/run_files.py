@@ -4,7 +4,7 @@
     evaluations.jsonl   one for each evaluation of each set
     summary.json        totals of the run
 
-Imports no torch: a model is also evaluated without a trainer.
+It does not import torch: a model is also evaluated without a trainer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from areal_like.wire.messages.consumer import RunCounters
 from areal_like.wire.messages.evaluation import EvalResult, SampleOutcome
 
 WARM_UP_STEPS = 10
-"""First steps of a run, left out of the idle fractions: the pipeline is still filling."""
+"""Number of first steps that the idle fractions leave out: the pipeline is still filling."""
 
 ROW_NAMES = {
     "reward": "reward_mean",
@@ -55,28 +55,28 @@ class RunTotals:
 
     num_steps: int
     reward_first: float | None
-    """Over the first tenth of the steps."""
+    """Mean reward over the first tenth of the steps."""
     reward_last: float | None
-    """Over the last tenth."""
+    """Mean reward over the last tenth."""
     loss_last: float | None
-    """Over the last tenth."""
+    """Mean loss over the last tenth."""
     tokens_trained: int
     trainer_idle_fraction: float | None
     """Share of the steps' time in which the trainer waited for data, without the warm-up."""
 
 
 class RowsFile:
-    """Appends rows to a file of JSON lines; on a resume drops the rows of steps that will be done again.
+    """Appends rows to a file of JSON lines; on a resume drops the rows of steps that will be repeated.
 
     Rows are not kept in memory, as there may be millions.
     """
 
     def __init__(self, path: Path, *, keeps: Callable[[dict[str, Any]], bool]) -> None:
-        """`keeps`: says if a row that is in the file stays."""
+        """`keeps`: tells whether an existing row stays in the file."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self.num_rows = 0
         self.num_dropped = 0
-        """Rows of steps that will be done again."""
+        """Number of rows of steps that will be repeated."""
         partial = path.with_suffix(".partial")
         with partial.open("w") as kept:
             for row in read_rows(path):
@@ -86,7 +86,7 @@ class RowsFile:
                     self.num_dropped += 1
         partial.replace(path)
         self.num_kept = self.num_rows
-        """Rows of steps that earlier trainers have done."""
+        """Number of rows of steps that earlier trainers completed."""
         self._file = path.open("a+")
 
     def append(self, row: dict[str, Any]) -> None:
@@ -164,7 +164,7 @@ class _Mean:
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows that are in the file; a last line that a crash cut short is left out."""
+    """The rows in the file, without a last line that a crash cut short."""
     if not path.exists():
         return
     with path.open() as file:
@@ -199,7 +199,7 @@ def write_summary(
 
     Over the whole run: rewards, the trainer's idle fraction, and (if the buffer's ledger is durable) tickets,
     tokens, lags and `selection`. Since the trainer's last start, at `resumed_from_step`: seconds,
-    `tokens_per_s_generated` and the idle fraction of generation. They are of the whole run only without
+    `tokens_per_s_generated` and the idle fraction of generation. They cover the whole run only without
     `was_restarted`. For another rate, divide figures of the same span.
 
     `counters_at_start`, `counters_at_end`: the buffer's counters `counted_seconds` apart, from which the rate
@@ -286,7 +286,7 @@ def statistics_of(result: EvalResult, settings: EvalSetConfig) -> EvalStatistics
 def evaluation_row(result: EvalResult, settings: EvalSetConfig, *, seconds: float) -> dict[str, Any]:
     """The row of one evaluation of one set; docs/reference/evaluation.md has the fields.
 
-    `seconds`: from the request to the result, training in between included.
+    `seconds`: from the request to the result, including training in between.
     """
     numbers = statistics_of(result, settings)
     low, high = numbers.interval or (None, None)
@@ -314,7 +314,7 @@ def evaluation_row(result: EvalResult, settings: EvalSetConfig, *, seconds: floa
 
 
 def described(row: Mapping[str, Any]) -> str:
-    """One line about a row, for the log."""
+    """A summary of a row in one line, for the log."""
     interval = "" if row["ci_low"] is None else f" [{row['ci_low']:.4f}, {row['ci_high']:.4f}]"
     avg = "no finite mean" if row["avg"] is None else f"{row['avg']:.4f}{interval}"
     passed = "".join(f", pass@{k} {share:.4f}" for k, share in row["pass_at_k"].items() if k != "1")
@@ -333,11 +333,11 @@ class EvaluationsFile(RowsFile):
         """`start_step`: completed steps. A run at step 0 begins with an evaluation, so no row is kept."""
         self._first: dict[str, dict[str, Any]] = {}
         self.last: dict[str, dict[str, Any]] = {}
-        """The row of each set with the newest weights."""
+        """Set -> its row with the newest weights."""
         super().__init__(path, keeps=lambda row: start_step > 0 and row["step"] <= start_step)
 
     def sets_of(self, step: int) -> set[str]:
-        """The sets whose newest weights with a row are those of this step."""
+        """The sets whose newest row is for the weights of this step."""
         return {name for name, row in self.last.items() if row["step"] == step}
 
     def summary(self) -> dict[str, dict[str, Any]]:

@@ -23,7 +23,7 @@ _GB = 1e9
 
 
 class StepSpeed:
-    """Lives as long as the trainer. In each step: begin() -> flops_of() per micro-batch -> metrics()."""
+    """One for the life of the trainer. Each step: begin() -> flops_of() per micro-batch -> metrics()."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class StepSpeed:
     ) -> None:
         """`reference`, `proximal`: models that run forward in addition to each pass of the policy.
 
-        `peak_tflops`: of one rank's device; 0: by its name, and unknown on a CPU.
+        `peak_tflops`: peak of one rank's device; 0: looked up by its name, and unknown on a CPU.
         """
         self._ranks = ranks
         self._policy = ModelFlops.of(policy.model)
@@ -46,12 +46,12 @@ class StepSpeed:
         self._peak = peak_tflops * 1e12 or known
 
     def begin(self, step: int) -> PhaseTimer:
-        """The timer of the step after `step` completed ones, which begins now."""
+        """Starts the timer of the step after `step` completed steps."""
         self._ranks.place.enter("lockstep", step=step)
         return PhaseTimer(PHASES, place=self._ranks.place, clock=clock_of(self._ranks.device))
 
     def flops_of(self, batch: PackedBatch) -> float:
-        """Model FLOPs of a pass over a micro-batch: with a backward if gradients are on."""
+        """Model FLOPs of a pass over a micro-batch, including a backward if gradients are enabled."""
         passes = FORWARD_AND_BACKWARD if torch.is_grad_enabled() else FORWARD
         own_lengths = None if batch.shared is None else batch.shared.own_lengths
         return sum(
@@ -60,9 +60,9 @@ class StepSpeed:
         )
 
     def metrics(self, timer: PhaseTimer, *, num_tokens: float, flops: float) -> dict[str, float]:
-        """The metrics of the step that has just ended, and its seconds on this rank. Collective.
+        """The metrics of the step that just ended, and its seconds on this rank. Collective.
 
-        `timer`: of `begin`. `num_tokens`, `flops`: of all ranks.
+        `timer`: from `begin`. `num_tokens`, `flops`: over all ranks.
         """
         seconds = timer.seconds()
         local = [seconds[phase] for phase in PHASES] + list(_memory_peaks(self._ranks.device))
@@ -88,12 +88,12 @@ class StepSpeed:
 
 
 def _memory_peaks(device: torch.device) -> tuple[float, float]:
-    """Bytes (allocated, reserved) at the peaks; a GPU's begin again."""
+    """Peak bytes (allocated, reserved); on a GPU the peaks are reset."""
     if device.type == "cuda":
         peaks = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
         torch.cuda.reset_peak_memory_stats(device)
         return float(peaks[0]), float(peaks[1])
-    # Not from getrusage: its peak can be that of the process that started this one.
+    # Not from getrusage, whose peak can be that of the parent process.
     found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
     resident = 1024.0 * int(found[1]) if found else 0.0
     return resident, resident

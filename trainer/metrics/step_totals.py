@@ -1,7 +1,7 @@
 """The metrics of one optimizer step, summed over its micro-batches and over ranks.
 
-Every metric is kept as (sum, count) and reduced once at the end, so that it means the same at any number of
-micro-batches and ranks. Sums stay on the device until then: reading a number from a GPU in mid-step would
+Every metric is kept as (sum, count) and reduced once at the end, so that it means the same for any number of
+micro-batches and ranks. Sums stay on the device until then: reading a number from a GPU during the step would
 stall it. All ranks must record the same names, so a rank without data records zeros through its dummy
 micro-batches.
 
@@ -40,7 +40,7 @@ class StepTotals:
     """
 
     def __init__(self, seeded: Iterable[str] = ()) -> None:
-        """`seeded`: further names that exist on every rank, also on one without data."""
+        """`seeded`: further names that exist on every rank, even on one without data."""
         self._sums: dict[str, Tensor | float] = dict.fromkeys((*_SEEDED, *seeded), 0.0)
         self._counts: dict[str, Tensor | float] = dict.fromkeys((*_SEEDED, *seeded), 0.0)
         self._log_w: list[Tensor] = []
@@ -67,7 +67,7 @@ class StepTotals:
     def recorded(self, group: Sequence[Trajectory]) -> Sequence[Trajectory]:
         """Records the rewards, lengths and other numbers of a group's samples, and returns it.
 
-        Greedy samples are recorded apart: they are not trained on.
+        Greedy samples are recorded separately: they are not trained on.
         """
         learned = [trajectory for trajectory in group if not trajectory.is_greedy]
         for trajectory in group:
@@ -119,15 +119,15 @@ class StepTotals:
         kl_S = torch.expm1(log_ratio_S.clamp(-MAX_EXPONENT, MAX_EXPONENT)) - log_ratio_S
         self.add_vector("kl_k3", kl_S, live=live)
         self.add_vector("entropy", tokens.entropy_S, live=live)
-        # At lag 0 engine and trainer have the same weights: a difference there comes from numerics alone.
+        # At lag 0 engine and trainer have the same weights: a difference comes only from numerics.
         same_S = tokens.lag_S == 0
         num_same = same_S.sum() if live else 0
         self.add("mismatch_abs", (log_ratio_S.abs() * same_S).sum() if live else 0.0, count=num_same)
         self.add("mismatch_k3", (kl_S * same_S).sum() if live else 0.0, count=num_same)
         if live:
             self._mismatch.add(log_ratio_S.detach(), same_S)
-        # Both fractions exist for every objective, so that runs can be compared. Unless the objective reports
-        # its own, nothing is clipped and all is kept.
+        # Both fractions exist for every objective, so that runs can be compared. By default nothing is
+        # clipped and all tokens are kept.
         fractions = {
             "clipped_fraction": torch.zeros_like(log_ratio_S),
             "kept_fraction": torch.ones_like(log_ratio_S),
@@ -137,7 +137,7 @@ class StepTotals:
         self._log_w.append(tokens.log_w_N if live else tokens.log_w_N[:0])
         means_N = tokens.mean_N(log_ratio_S.detach())
         self._mean_log_w.append(means_N if live else means_N[:0])
-        # Weights of tokens are summed up: to gather them from all ranks would cost as much as the data.
+        # Weights of tokens are summed: gathering them from all ranks would cost as much as the data.
         w_S = log_ratio_S.detach().double().clamp(-MAX_EXPONENT, MAX_EXPONENT).exp()
         self.add_vector("token_w", w_S, live=live)
         self.add_vector("token_w_square", w_S.square(), live=live)
@@ -192,12 +192,12 @@ class StepTotals:
         """
         metrics: dict[str, Any] = {name: self.mean(name) for name in self._sums if name not in _HIDDEN}
         metrics.update({name: self.total(name) for name in _COUNTS})
-        if self.count("mismatch_abs") == 0:  # no token at lag 0: the mismatch is unknown, which is not zero
+        if self.count("mismatch_abs") == 0:  # no token at lag 0: the mismatch is unknown, not zero
             metrics.pop("mismatch_abs", None)
             metrics.pop("mismatch_k3", None)
         else:
             metrics["mismatch_abs_max"] = largest = float(self._largest.max())
-            # The percentile is the end of a bucket, which may lie above the largest of all.
+            # The percentile is the end of a bucket, which may be above the maximum.
             metrics["mismatch_abs_p99"] = min(largest, percentile_of_counts(self._mismatch_K, 99))
         reward = self.mean("reward")
         variance = self.mean("reward_square") - reward * reward  # of floats, ** raises OverflowError
@@ -219,7 +219,7 @@ class StepTotals:
 
 
 def shared_share(*, num_tokens: float, num_rows: float) -> float:
-    """Share of tokens that were not computed, because others have the same prefix; 0 without tokens."""
+    """Share of tokens that were not computed, because their prefix is shared; 0 without tokens."""
     return 1 - num_rows / num_tokens if num_tokens else 0.0
 
 

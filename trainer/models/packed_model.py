@@ -7,7 +7,7 @@ No rank ever holds the whole model. The master weights are float32; the forward 
 FSDP2's mixed precision. Dropout is always off: the trained policy has to be the one that the engine samples
 from.
 
-Left out: tensor and pipeline parallelism; groups of their own for heads, which run once for each chunk of
+Left out: tensor and pipeline parallelism; separate FSDP groups for heads, which run once for each chunk of
 tokens: every chunk would gather the weight and reduce its gradient again.
 
 Shape suffixes: T packed tokens, U rows that the model computes for them, S sampled tokens, D hidden size.
@@ -34,8 +34,8 @@ from trainer.models.safetensors_rows import SafetensorsRows
 from trainer.models.skeleton import build_skeleton, set_buffer, tied_names
 
 SMALLEST_SHARDED_APART = 32 << 20
-"""Bytes of a model from which its layers are gathered and reduced one by one. In a smaller one the fixed cost
-of each collective is more than the transfer: all of it is gathered at once, and once in a step."""
+"""Smallest model, in bytes, whose layers are gathered and reduced one by one. In a smaller model the fixed
+cost of a collective exceeds the transfer: the whole model is gathered at once, and once per step."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -43,7 +43,7 @@ class PackedModel(nn.Module):
     """Base class; a subclass defines `forward`. `model` keeps its Hugging Face parameter names."""
 
     def __init__(self, model: Any) -> None:
-        """`model`: a transformers causal LM, which is modified in place. Raises ConfigError for other layers
+        """`model`: a transformers causal LM, which is modified in place. Raises ConfigError for layers other
         than attention: they would carry state from one packed sequence into the next."""
         super().__init__()
         self.model = model
@@ -74,14 +74,14 @@ class PackedModel(nn.Module):
     ) -> Self:
         """The model of a Hugging Face directory or name on the meta device: call `shard`, then read weights.
 
-        `compiles`: norms and MLPs run by torch.compile. `settings`: of the subclass. Raises ConfigError for
-        an architecture that cannot be trained.
+        `compiles`: norms and MLPs run by torch.compile. `settings`: the settings of the subclass. Raises
+        ConfigError for an architecture that cannot be trained.
         """
         model = build_skeleton(path, dtype=master_dtype)
         tied = tied_names(model)
         built = cls(model, **settings)
         built._path, built._tied = path, tied
-        decoder_layers(model)  # both raise, before anything has memory
+        decoder_layers(model)  # both may raise, before memory is allocated
         hf_tensors(model)
         if compiles:
             _compile_layers(model)
@@ -101,7 +101,7 @@ class PackedModel(nn.Module):
         reshard_after_forward: bool = True,
         **settings: Any,
     ) -> Self:
-        """`build`, `shard` and `read_initial_weights`. `settings`: of `build`."""
+        """`build`, `shard` and `read_initial_weights`. `settings`: as in `build`."""
         built = cls.build(path, **settings)
         built.shard(ranks, dtype=dtype, frozen=frozen, reshard_after_forward=reshard_after_forward)
         return built.read_initial_weights()
@@ -132,7 +132,7 @@ class PackedModel(nn.Module):
             self.requires_grad_(False)
             if compute != torch.float32:
                 for param in self.parameters():
-                    # Parameters only: `self.to` would round the rotary frequencies, too.
+                    # Parameters only: `self.to` would also round the rotary frequencies.
                     if param.dtype != compute:
                         param.data = param.data.to(compute)
         self.reshard_after_forward = reshards = reshard_after_forward or frozen
@@ -148,7 +148,7 @@ class PackedModel(nn.Module):
                 module.set_force_sum_reduction_for_comms(True)
         buffers = dict(self.named_buffers())
         self.to_empty(device=ranks.device)
-        for name, buffer in buffers.items():  # to_empty has emptied them, too
+        for name, buffer in buffers.items():  # to_empty has emptied them too
             set_buffer(self, name, buffer.to(ranks.device))
         self._ranks = ranks
         return self
@@ -187,7 +187,7 @@ class PackedModel(nn.Module):
         return frozenset()
 
     def _embeddings_apart(self) -> list[nn.Module]:
-        """The input embedding, unless it is tied to the head: it is used once, in contrast to the head."""
+        """The input embedding, unless it is tied to the head: unlike the head, it is used once."""
         embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         return [] if head is None or embedding.weight is head.weight else [embedding]
 
@@ -220,7 +220,7 @@ def _check_layers(model: Any) -> None:
 
 
 def _compile_layers(model: Any) -> None:
-    """Compiles what is the same for rows of any sequences, in place: names of parameters stay.
+    """Compiles the modules whose shapes do not depend on the sequences, in place: names of parameters stay.
 
     Attention is left out, because its layout differs from batch to batch, and so are blocks of experts, whose
     shapes depend on the data.
@@ -228,7 +228,8 @@ def _compile_layers(model: Any) -> None:
     with_router = {id(module) for module in routers(model)}
     for layer in decoder_layers(model):
         for child in layer.children():
-            # By its class: its name is `self_attn`, `attn`, `attention` or `self_attention`.
+            # Recognized by its class, because its name differs: `self_attn`, `attn`, `attention` or
+            # `self_attention`.
             is_attention = "Attention" in type(child).__name__
             if not is_attention and not any(id(module) in with_router for module in child.modules()):
                 child.compile(dynamic=True)

@@ -88,7 +88,7 @@ class Policy(PackedModel):
         if self.temperature != 1.0:
             logits_CV = logits_CV / self.temperature
         logps_CV = torch.log_softmax(logits_CV, dim=-1)
-        # Before the entropy: once `gather` has saved its input, a recomputation in the backward ends.
+        # Before the entropy: a recomputation in the backward stops once `gather` has saved its input.
         # A sum and not a squeeze: FSDP2 attaches its backward hook to outputs, which must not be views.
         logps_C = logps_CV.gather(1, targets_C[:, None]).sum(1)
         if not self.with_entropy:
@@ -106,7 +106,8 @@ class Policy(PackedModel):
 def _entropy(logps_CV: Tensor) -> Tensor:
     """[C] entropy of log-probs without gradient.
 
-    Some rows at a time: their probabilities then fit into a CPU's cache, and take little memory of a GPU.
+    It computes a few rows at a time: their probabilities then fit into a CPU's cache, and need little GPU
+    memory.
     """
     num_rows, vocab = logps_CV.shape
     rows = max((1 << 16 if logps_CV.device.type == "cpu" else 1 << 24) // vocab, num_rows >> 8, 1)

@@ -1,8 +1,8 @@
 """Reads each rank's rows of a model's initial weights from the files of a Hugging Face checkpoint.
 
 Names are resolved as in transformers' `from_pretrained`: its renamings, the prefix of the base model, and
-tied weights under either name. Unlike there, a missing or an unknown tensor is an error: a parameter with
-random values, or weights that the engines have and the trainer does not, would be found much later.
+tied weights under either name. Unlike in transformers, a missing or an unknown tensor is an error: a
+parameter with random values, or weights that only the engines have, would be noticed much later.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def read_rows(
     """Copies this rank's rows of every parameter of a transformers model out of `source`.
 
     `tied`: other names of parameters -> the name of the parameter. `fresh`: parameters that are not read.
-    Raises ConfigError, before anything is copied, if names or shapes are not those of the model.
+    Raises ConfigError, before anything is copied, if names or shapes do not match the model.
     """
     tensors, stored = stored_names(model, source, tied=tied, fresh=fresh)
     params = {name: param.detach() for name, param in model.named_parameters()}
@@ -75,8 +75,8 @@ def stored_names(
     """(tensors that are read, name of a tensor -> its names in the files: several if tied weights are stored
     more than once).
 
-    Reads no more than the headers of the files, and `model` may be on the meta device. Arguments and errors:
-    of `read_rows`.
+    It reads only the headers of the files, and `model` may be on the meta device. Arguments and errors are
+    those of `read_rows`.
     """
     tensors = [tensor for tensor in hf_tensors(model) if tensor.param not in fresh]
     known = {t.param: t.name for t in tensors if t.row is None and t.within is None}
@@ -101,7 +101,7 @@ def stored_names(
 
 
 def _unexpected(model: Any, unknown: Iterable[str]) -> list[str]:
-    """Those of the unknown names that the model's class does not allow: old files store buffers, too."""
+    """The unknown names that the model's class does not allow: old files also store buffers."""
     allowed = {r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"}
     allowed |= set(model._keys_to_ignore_on_load_unexpected or ())
     allowed |= {re.escape(name) + "$" for name, _ in model.named_buffers()}
@@ -136,8 +136,8 @@ def _check(
                 )
             if not source.is_float(name):
                 raise ConfigError(
-                    f"{source.file_of(name)}: {name} is quantized or no floating-point tensor, which cannot "
-                    "be trained: name another model"
+                    f"{source.file_of(name)}: {name} is quantized or not a floating-point tensor, which "
+                    "cannot be trained: name another model"
                 )
 
 

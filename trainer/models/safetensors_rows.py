@@ -1,7 +1,7 @@
 """Reads rows of the tensors in a model's safetensors files.
 
-The files are mapped into memory, and a page that was read stays mapped until its file is closed. A file is
-therefore reopened after `_MAPPED_BYTES`: a reader never holds more than that of its files, whatever it reads.
+The files are memory-mapped, and a page that was read stays mapped until its file is closed. A file is
+therefore reopened after `_MAPPED_BYTES`, so that a reader never holds more than that.
 
 Left out: files that hold pickles (`pytorch_model.bin`).
 """
@@ -24,11 +24,11 @@ SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _MAPPED_BYTES = 8 << 20
 _DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-"""Dtypes of weights, with their bytes."""
+"""Dtypes of weights -> bytes of an element."""
 
 
 class SafetensorsRows:
-    """The tensors of some safetensors files by name. Not for several threads.
+    """The tensors of some safetensors files by name. Not thread-safe.
 
     Every method raises ConfigError, which names the file, if a file cannot be read.
     """
@@ -70,12 +70,12 @@ class SafetensorsRows:
         files = {name: _find(model, name) for name in sorted(set(file_of.values()))}
         for name, file in files.items():
             if file is None:
-                raise ConfigError(f"{index}: it names {name}, which is not there: download the model again")
+                raise ConfigError(f"{index}: it names {name}, which does not exist: download the model again")
         source = cls([file for file in files.values() if file is not None])
         for tensor, name in file_of.items():
             if source._where.get(tensor) != files[name]:
                 raise ConfigError(
-                    f"{index}: {tensor} is not in {name}, where it should be: download the model again"
+                    f"{index}: {tensor} is not in {name}, which the index names: download the model again"
                 )
         return source
 

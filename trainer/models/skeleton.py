@@ -1,7 +1,7 @@
-"""A transformers model as its configuration describes it, without memory for its parameters.
+"""Builds a transformers model from its configuration, without memory for its parameters.
 
 Parameters are on the meta device. Buffers (rotary frequencies and the like) are real and computed by
-transformers' own initialization, as `from_pretrained` does. None of them is read from a file: `hf_tensors`
+transformers' own initialization, as `from_pretrained` does. They are never read from a file: `hf_tensors`
 refuses models whose checkpoints store buffers.
 """
 
@@ -34,14 +34,14 @@ def build_skeleton(path: str, *, dtype: torch.dtype) -> Any:
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"{path}: its weights are quantized, which cannot be trained: name another model")
     _compute_buffers(model)
-    # Without generation_config.json the one that was made from the model's configuration stays.
+    # Without generation_config.json, the generation config made from the model's configuration stays.
     with contextlib.suppress(OSError):
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model.eval()
 
 
 def tied_names(model: torch.nn.Module) -> dict[str, str]:
-    """Other names of parameters that have several -> the first name, which `named_parameters` gives."""
+    """Other name of a tied parameter -> its first name, which `named_parameters` gives."""
     first = {id(param): name for name, param in model.named_parameters()}
     every = model.named_parameters(remove_duplicate=False)
     return {name: first[id(param)] for name, param in every if first[id(param)] != name}
@@ -57,5 +57,5 @@ def _compute_buffers(model: Any) -> None:
     for name, buffer in list(model.named_buffers()):
         set_buffer(model, name, torch.empty_like(buffer, device="cpu"))
     for param in model.parameters():
-        param._is_hf_initialized = True  # else transformers would draw random numbers for it
+        param._is_hf_initialized = True  # otherwise transformers would initialize it randomly
     model.initialize_weights()

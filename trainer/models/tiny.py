@@ -1,9 +1,9 @@
 """The default job's policy: a character-level Llama of 0.3M parameters, warm-started.
 
 RL needs a policy that is right sometimes. The warm start, on mostly wrong demonstrations, teaches the format
-and part of the skill, so that some answers are rewarded and there is still something to learn. The model is a
-function of (seed, steps, swap probability): the same arguments give the same model, so the result may be
-cached. `tiny_chat` has the same model for conversations.
+and part of the skill, so that some completions are rewarded and there is still something to learn. The model
+is a function of (seed, steps, swap probability), so it can be cached. `tiny_chat` has the same model for
+conversations.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def untrained_model(
     num_layers: int = 3,
     **settings: Any,
 ) -> Any:
-    """A Llama with random weights. `settings`: further ones of its configuration."""
+    """A Llama with random weights. `settings`: further settings of its configuration."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,

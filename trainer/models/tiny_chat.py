@@ -4,7 +4,7 @@
 
 Roles and the ends of a call are single tokens, everything else is a character. The template only appends: a
 longer conversation begins with the tokens of the shorter one. The warm start renders its demonstrations with
-it, and learns what is inside the template's `generation` blocks, which are the assistant's turns.
+it, and learns the tokens inside the template's `generation` blocks: the assistant's turns.
 
 Copying a number from far back is a skill that a Transformer acquires abruptly, after many steps with hardly
 any progress. Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/) on the matrices, wider

@@ -1,11 +1,12 @@
-"""Supervised training of a small model on demonstrations, before RL, and the batches of its token rows.
+"""Trains a small model on demonstrations before RL, and makes the batches of its token rows.
 
-One process and one thread, without checkpoints: a warm start takes seconds. It is deterministic, because the
-model that it makes is cached under its arguments.
+It runs in one process and one thread, without checkpoints: a warm start takes seconds. It is deterministic,
+because the resulting model is cached under the arguments.
 
-A row is a whole sequence: a prompt with its answer, or a conversation of many turns. Cross-entropy is taken
-on the tokens in the loss mask. Rows of similar length are padded; rows of very different lengths are packed
-end to end, and the positions, which begin at 0 in each row, keep the attention of transformers inside of it.
+A row is a whole sequence: a prompt with its completion, or a conversation of many turns. Cross-entropy is
+computed on the tokens in the loss mask. Rows of similar length are padded; rows of very different lengths are
+packed end to end, and the positions, which begin at 0 in each row, keep the attention of transformers inside
+of it.
 
 Shapes: B rows of a batch, L tokens of one.
 """
@@ -56,7 +57,7 @@ def warm_start(
 
 
 IGNORED = -100
-"""Label of a position that cross-entropy leaves out."""
+"""Label of a position that cross-entropy ignores."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -93,7 +94,7 @@ def padded(
 def packed(
     rows: Iterable[TokenRow], *, num_rows: int, length: int, pad_token_id: int
 ) -> Iterator[TokenBatch]:
-    """Batches of `num_rows` times `length` tokens: rows end to end, each of them whole, in their order.
+    """Batches of `num_rows` times `length` tokens, with whole rows end to end, in their order.
 
     Raises ValueError for a row longer than `length`.
     """

@@ -10,7 +10,7 @@ first two are optional:
     summarize(vectors) -> stats   once, with the same result on every rank
     losses(batch, stats)          stats are empty under scope GROUP
 
-Under scope GROUP, `observe` runs along with the gradient, and its stats serve `lr_scale` alone.
+Under scope GROUP, `observe` runs along with the gradient, and its stats are used only by `lr_scale`.
 
 A complete custom objective (`objective._target_=my_module.SoftReinforce objective.power=0.5`):
 
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 __all__ = ["OBJECTIVES", "Need", "Objective", "ProximalRule", "SampledTokens", "StepStats", "TokenLosses"]
 
 _RENAMED = {"lone_sequences": "one_sequence_per_microbatch"}
-"""Earlier names of attributes that a custom objective may set, and the present ones."""
+"""Earlier name of an attribute that a custom objective may set -> its current name."""
 
 
 class Need(StrEnum):
@@ -71,7 +71,7 @@ class Need(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class ProximalRule:
-    """How a copy of the policy follows it (`trainer/step/proximal.py`); one of the two."""
+    """The rule by which a copy follows the policy (`trainer/step/proximal.py`): set one of the two fields."""
 
     interval: int = 0
     """Steps after which it is replaced by the policy; 0: it is an average."""
@@ -116,7 +116,7 @@ class Objective(ABC):
     """True: `gradients` scales the losses after the backward, so no other term may be added to them."""
     shares_prefixes: bool = True
     """True: a prefix that sequences of a micro-batch have in common is computed once. False: `gradients`
-    needs the rows of each sequence apart. Has no effect with `late_coefficients`, where it is always so."""
+    needs separate rows for each sequence. With `late_coefficients` it counts as False."""
     skips_zero_advantage: bool = True
     """True: a group whose advantages are all zero has no gradient, so it is counted but not run."""
     single_version: bool = False
@@ -125,14 +125,14 @@ class Objective(ABC):
     """Level of the importance weights, `sequence` | `geometric` | `token`: `max_staleness=auto` follows their
     effective sample size."""
     proximal: ProximalRule | None = None
-    """Set where the log-probs of Need.PROX are those of a copy of the policy that lags behind it."""
+    """Set if the log-probs of Need.PROX come from a copy of the policy that lags behind it."""
     advantage: Advantage | None = None
-    """Set where the method prescribes its own advantage; it replaces the configured one."""
+    """Set if the method prescribes its own advantage, which replaces the configured one."""
     normalizer: str | None = None
-    """Set where the method prescribes its own normalizer; it replaces the configured one."""
+    """Set if the method prescribes its own normalizer, which replaces the configured one."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Raises ConfigError for a class that sets an attribute by its earlier name, to no effect."""
+        """Raises ConfigError for a class that sets an attribute by its earlier name, which has no effect."""
         super().__init_subclass__(**kwargs)
         for old, new in _RENAMED.items():
             if old in vars(cls) or old in vars(cls).get("__annotations__", {}):
@@ -144,7 +144,7 @@ class Objective(ABC):
         return type(self).__name__
 
     def for_model(self, num_params: int) -> Objective:
-        """This objective for a model of that size; the trainer calls it before the first step."""
+        """Returns this objective for a model of that size; the trainer calls it before the first step."""
         return self
 
     @abstractmethod
@@ -169,8 +169,8 @@ class Objective(ABC):
     def gradients(self, policy: Policy, ranks: Ranks) -> Gradients:
         """The accumulator of the step's gradient. Called once, with the sharded policy.
 
-        Overridden by methods that need more than a sum, such as a baseline from the norms of each sequence's
-        gradient.
+        Objectives that need more than a sum override it, for instance for a baseline from the norms of each
+        sequence's gradient.
         """
         return Gradients()
 

@@ -2,7 +2,7 @@
 
     losses = mask * (objective + kl.coef * KL(pi || ref) - entropy_coef * entropy)
 
-`build_objective` returns the bare objective where none of these is configured. The KL penalty on rewards is
+`build_objective` returns the bare objective if none of these is configured. The KL penalty on rewards is
 not part of the loss (see `trainer/step/advantage_pipeline.py`).
 
 Estimators of KL(pi || ref) from one token, with x = log(pi / ref):
@@ -65,7 +65,7 @@ def kl_estimate(log_ratio: Tensor, *, estimator: str) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Composed(Objective):
-    """An objective with masks and terms; the attributes not changed by them are the inner objective's."""
+    """An objective with masks and terms; other attributes are those of the inner objective."""
 
     inner: Objective
     """The objective without masks and terms."""
@@ -94,19 +94,19 @@ class Composed(Objective):
 
     @property
     def needs(self) -> frozenset[Need]:  # type: ignore[override]
-        """The inner objective's needs and those of the terms."""
+        """The needs of the inner objective and of the terms."""
         terms = {Need.REF} if self.kl else set()
         return self.inner.needs | terms | ({Need.ENTROPY} if self.entropy_coef else set())
 
     @property
     def skips_zero_advantage(self) -> bool:  # type: ignore[override]
-        """False where a term or mask also concerns tokens with zero advantage."""
+        """False if a term or mask also affects tokens with zero advantage."""
         # A mask that changes the normalizer or gathers statistics of the step needs all groups.
         masks_allow = all(mask.denominator == "original" and mask.scope is Scope.GROUP for mask in self.masks)
         return self.inner.skips_zero_advantage and masks_allow and not self.kl and not self.entropy_coef
 
     def for_model(self, num_params: int) -> Composed:
-        """With the inner objective for it."""
+        """Returns the same composition around the inner objective for a model of that size."""
         return replace(self, inner=self.inner.for_model(num_params))
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:

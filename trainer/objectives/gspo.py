@@ -2,8 +2,8 @@
 
     loss = max(-A s, -A clip(s, 1 - clip_low, 1 + clip_high)),  s = exp(mean_t log(pi_t / mu_t))
 
-Each token carries `sg(s) pi_t / sg(pi_t)`, whose value is s and whose gradient reaches its own log-prob only
-(GSPO-token); with `trainer.normalizer=seq_mean_token_mean`, the paper's, the sum over tokens is the
+Each token has the ratio `sg(s) pi_t / sg(pi_t)`, whose value is s and whose gradient reaches only its own
+log-prob (GSPO-token); with the paper's `trainer.normalizer=seq_mean_token_mean`, the sum over tokens is the
 sequence's clipped s. The bounds are tiny because s is a mean. A mean log-ratio above 10 counts as 10 and has
 no gradient, as in verl.
 """

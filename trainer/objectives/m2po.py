@@ -4,14 +4,14 @@
               tau: the largest for which mean_harmful min((log r)^2, tau^2) < threshold
     areal     loss_t = -A r [kept];  mean over kept tokens of (log r)^2 < threshold
 
-A token is harmful where a clip can act: A > 0 and r > 1, or A < 0 and r < 1. In the authors' form these alone
-count and are clipped, at the bound that the batch allows; the others are trained on however far they are.
+A token is harmful if a clip can act on it: A > 0 and r > 1, or A < 0 and r < 1. In the authors' form only
+these count and are clipped, at the bound that the batch allows; the others are trained on without a limit.
 AReaL's port drops the tokens with the largest squared log-ratio, of either sign, until the mean over the rest
 is below the threshold; dropped tokens stay in the normalizer. At a standard deviation of log r of 1 it drops
 73 % of the tokens where the authors' form clips 42 %.
 
-The bound is that of the whole step (the release: of a micro-batch): scope BATCH. The authors' optional least
-width of the clip is left out, as in their trainer.
+The bound is computed over the whole step (scope BATCH; the authors' release uses a micro-batch). The authors'
+optional minimum width of the clip is left out, as in their trainer.
 """
 
 from __future__ import annotations
@@ -54,17 +54,18 @@ class M2po(Objective):
 
     @property
     def skips_zero_advantage(self) -> bool:  # type: ignore[override]
-        """True in the authors' form: a token without an advantage is not harmful."""
+        """True in the authors' form, where a token without an advantage is never harmful."""
         return self.variant == "authors"
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
-        """The clipped surrogate (`clipped_fraction`), or that of the tokens kept (`kept_fraction`)."""
+        """The clipped surrogate (`clipped_fraction`), or the surrogate of the kept tokens
+        (`kept_fraction`)."""
         r_S = live_ratio_S(batch.logp_S, batch.behavior_logp_S)
         bound = stats["bound"].to(r_S.device)
         if self.variant == "areal":
             kept_S = _dropped_by_S(batch).double() < bound
             return TokenLosses(loss_S=-batch.advantage_S * r_S * kept_S, means={"kept_fraction": kept_S})
-        # Compared as in `observe`: exp(tau) in float32 may lie on either side of the ratio that has set it.
+        # Compared as in `observe`: exp(tau) in float32 may be on either side of the ratio that determined it.
         clipped_S = _is_harmful_S(batch) & (batch.log_ratio_S.square().double() >= bound)
         tau = bound.sqrt().clamp(max=MAX_EXPONENT).to(r_S)
         r_S = torch.where(clipped_S, torch.exp(tau * batch.advantage_S.sign()), r_S)
@@ -77,9 +78,9 @@ class M2po(Objective):
         return {"second_moment": batch.log_ratio_S[_is_harmful_S(batch)].square()}
 
     def summarize(self, observed: StepStats) -> dict[str, Tensor]:
-        """`bound`: the smallest squared log-ratio that is clipped (tau^2) or dropped; infinite: none is.
+        """`bound`: the smallest squared log-ratio that is clipped (tau^2) or dropped; infinite if none is.
 
-        Equal ones are dropped together, so the order of tokens cannot matter.
+        Tokens with equal ratios are dropped together, so the order of tokens does not matter.
         """
         ascending = observed["second_moment"].sort().values
         infinite = ascending.new_tensor(torch.inf)
@@ -92,7 +93,7 @@ class M2po(Objective):
             return {"bound": ascending[num_kept] if num_kept < len(ascending) else infinite}
         if running[-1] / len(ascending) < self.threshold:
             return {"bound": infinite}
-        capped = (running + (len(ascending) - rank) * ascending) / len(ascending)  # ascends, too
+        capped = (running + (len(ascending) - rank) * ascending) / len(ascending)  # also ascending
         num_below = int((capped < self.threshold).sum())
         return {"bound": ascending[num_below - 1] if num_below else ascending.new_tensor(0.0)}
 

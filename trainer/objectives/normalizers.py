@@ -1,8 +1,8 @@
 """Normalizers turn the per-token losses of a step into one number.
 
-The normalizer is a separate setting, so that no objective has it built in. It is a weight on each token's
-loss and a divisor that is known only at the end of the step: weighted sums are accumulated, and the sum is
-divided once by the global divisor. A mean of micro-batch means would depend on the cuts into micro-batches.
+The normalizer is a separate setting rather than a part of each objective. It is a weight on each token's loss
+and a divisor that is known only at the end of the step: weighted sums are accumulated, and the sum is divided
+once by the global divisor. A mean of micro-batch means would depend on the cuts into micro-batches.
 
     token_mean            sum of losses / tokens
     seq_mean_token_mean   sum of each sequence's mean loss / sequences
@@ -34,7 +34,7 @@ class Normalizer:
         """(weighted losses [S], tokens that count, sequences that count); the counts as scalar tensors."""
         if losses.counted_S is None:
             counted_N = batch.length_N
-            num_seqs = counted_N.new_full((), len(counted_N))  # `new_tensor` waits for a GPU
+            num_seqs = counted_N.new_full((), len(counted_N))  # `new_tensor` synchronizes with the GPU
         else:
             counted_N = batch.sum_N(losses.counted_S.to(batch.length_N.dtype))
             num_seqs = (counted_N > 0).sum().to(counted_N.dtype)
@@ -44,7 +44,7 @@ class Normalizer:
         return loss_S, counted_N.sum(), num_seqs
 
     def divisor(self, *, num_tokens: float, num_seqs: float) -> float:
-        """The divisor of the step's sum, from counts over all ranks; 1 where nothing counts."""
+        """The divisor of the step's sum, from counts over all ranks; 1 if nothing counts."""
         divisor = {
             "token_mean": num_tokens,
             "seq_mean_token_mean": num_seqs,

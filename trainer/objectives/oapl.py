@@ -10,9 +10,9 @@ No factor 1/2, no division by length, no clip. A group with equal rewards still 
 micro-batches afterwards. The value of a token's loss is an equal share of its sequence's squared residual;
 the gradient of a token's loss reaches only its own log-prob, so masks compose.
 
-A sample of several turns is regressed as a whole, on its whole reward. Its segments, if it has several, are
-sequences of their own, each of which is regressed on the sample's advantage. A sample of several versions is
-never trained on: `buffer.group_filter=single_version`, which the objective requires, drops its group.
+A sample of several turns is regressed as a whole, on its whole reward. If it has several segments, each of
+them is a separate sequence that is regressed on the sample's advantage. A sample of several versions is never
+trained on: `buffer.group_filter=single_version`, which the objective requires, drops its group.
 
 Addition: a default for beta2. It is the weight of the sequence's log-ratio, which grows with length, so beta2
 must shrink with length: 1e-3 for thousands of tokens, .25 at 64, .3 at about ten. The default is a power law

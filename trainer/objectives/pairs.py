@@ -7,20 +7,20 @@
     loss = mean over groups of the mean over the group's pairs; a group without a pair counts as 0
 
 A group's pairs are its best sample against its worst, or all. For DPO a pair needs different rewards; REBEL
-also regresses pairs of equal ones. Online DPO samples two completions and has a judge compare them; that a
-group of more gives its best and its worst is our choice.
+also regresses pairs of equal ones. Online DPO samples two completions and lets a judge compare them; to take
+the best and the worst of a larger group is our choice.
 
-DPO (arXiv 2305.18290, equation 7) on pairs of the present policy (online DPO, arXiv 2402.04792): rewards
-serve only to say which of two is better, so their scale does not matter. `anchor` is the frozen reference
-model. Here pairs are as stale as the samples are: DPO prescribes no distribution of its pairs, so nothing is
-corrected.
+DPO (arXiv 2305.18290, equation 7) on pairs of the current policy (online DPO, arXiv 2402.04792): rewards only
+decide which of two samples is better, so their scale does not matter. `anchor` is the frozen reference model.
+Here pairs are as stale as the samples: DPO prescribes no distribution of its pairs, so no correction is
+applied.
 
 REBEL (arXiv 2404.16767, algorithm 1; beta is its 1 / eta): regresses the difference of log-ratios on the
 difference of rewards, which removes the normalizing constant that OAPL estimates as V*. `anchor` is the
-policy that sampled; its solution is exact where a group's samples are of one version. On all pairs of a
-group it is OAPL's loss with the best constant in place of V*.
+policy that sampled; its solution is exact if a group's samples are of one version. On all pairs of a group it
+is OAPL's loss with the best constant in place of V*.
 
-Additions: the anchor is a setting; the default of REBEL's beta, which is that of OAPL's beta2.
+Additions: the anchor is a setting; REBEL's beta has a default, the one of OAPL's beta2.
 
 The value of a token's loss is an equal share of half of each of its sample's pairs; its gradient reaches only
 its own log-prob, so masks compose. Each segment of a sample of several segments is a sequence of its own.
@@ -58,7 +58,7 @@ class RewardSpread(Advantage):
 
 @dataclass(frozen=True, kw_only=True)
 class _OnPairs(Objective):
-    """What both objectives share: pairs, anchor, and how losses of pairs become losses of tokens."""
+    """Base of both objectives: pairs, anchor, and the distribution of pairs' losses over tokens."""
 
     normalizer = "seq_mean_token_sum"
     whole_groups = True
@@ -92,7 +92,8 @@ class _OnPairs(Objective):
         score_N = batch.sum_N(batch.logp_S.detach() - anchor_S)
         paired_NN = pairs_of(batch.reward_N, batch.group_N, only_extremes=self.pairs != "all", ties=with_ties)
         same_NN = batch.group_N[:, None] == batch.group_N
-        # Times the size of the group: the normalizer divides by the number of sequences, not of groups.
+        # Multiplied by the size of the group: the normalizer divides by the number of sequences, not of
+        # groups.
         num_pairs_N = same_NN.to(score_N) @ paired_NN.to(score_N).sum(1)
         weight_NN = paired_NN * (same_NN.sum(1) / num_pairs_N.clamp(min=1))[:, None]
         with torch.enable_grad():
@@ -120,7 +121,7 @@ def pairs_of(reward_N: Tensor, group_N: Tensor, *, only_extremes: bool, ties: bo
     level_NN = (reward_N[:, None] == reward_N) & is_first_NN
     ahead_NN = same_NN & (better_NN | level_NN)
     if only_extremes:
-        # Nobody of the group is ahead of the first, and the last is ahead of nobody.
+        # No sample of the group is ahead of the first, and the last is ahead of none.
         is_best_N, is_worst_N = ~ahead_NN.any(0), ~ahead_NN.any(1)
         ahead_NN = ahead_NN & is_best_N[:, None] & is_worst_N
     return ahead_NN if ties else ahead_NN & better_NN

@@ -1,4 +1,4 @@
-"""PPO's clipped surrogate (arXiv 1707.06347), and the decoupled form for data older than the last weights.
+"""PPO's clipped surrogate (arXiv 1707.06347), and the decoupled form for stale data.
 
     ppo            loss_t = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)),  r = pi_t / mu_t
     decoupled_ppo  loss_t = sg(w) max(-A r, -A clip(r, 1 - clip, 1 + clip)),
@@ -11,11 +11,10 @@ loss of a token with A < 0 that has become likelier (arXiv 1912.09729).
 the step, and corrects for the data's age by the weight w. With one optimizer step per batch and prox
 recomputed, r is 1 and the clip has no effect: the weight alone corrects for staleness.
 
-`prox=snapshot` and `prox=average` take for prox a copy of the policy that lags behind: its weights at the
+With `prox=snapshot` and `prox=average`, prox is a copy of the policy that lags behind: its weights at the
 last multiple of `interval` steps, or an exponential average of them (PPO-EWMA, arXiv 2110.00641, section
-3.2). The clip then limits how far the policy moves from there in several steps. The copy costs memory and a
-forward (`trainer/step/proximal.py`). Both lag equally far behind on average where decay is
-(interval - 1) / (interval + 1).
+3.2). The clip then limits the distance from that copy over several steps. The copy costs memory and a forward
+(`trainer/step/proximal.py`). Both have the same average lag if decay is (interval - 1) / (interval + 1).
 
 A-3PO (`prox=interpolated`, arXiv 2512.06547) puts prox between mu and pi instead, so that the clip takes
 effect:
@@ -48,7 +47,7 @@ from trainer.objectives.importance import check_level, live_ratio_S, ratio_S
 
 
 def clipped_surrogate(ratio_S: Tensor, bounded_S: Tensor, advantage_S: Tensor) -> tuple[Tensor, Tensor]:
-    """([S] `max(-A r, -A bounded)`, [S] bool: the bound has cut the token off).
+    """Returns ([S] `max(-A r, -A bounded)`, [S] bool: the bound has cut the token off).
 
     Both ratios carry the gradient.
     """
@@ -141,7 +140,7 @@ class DecoupledPpo(Objective):
 
     @property
     def ess_level(self) -> str:  # type: ignore[override]
-        """That of the weights."""
+        """The level of the weights."""
         return self.level
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:

@@ -6,7 +6,7 @@
 `mode=truncate` takes min(w, cap): low variance, biased towards the behavior policy. `mode=mask` takes w
 inside [low, high] and zero outside (IcePop), so that tokens too far off-policy are not trained on. A masked
 token may leave the normalizer (`denominator=kept`) or stay in it (`original`: a bad batch then takes a
-smaller step). To reject by the ratio of another level on top of either, add the mask `band`.
+smaller step). To reject in addition by the ratio at another level, add the mask `band`.
 
 A fixed sequence-level band filters by length: the mismatch between engine and trainer alone gives a standard
 deviation of log W of about .031 sqrt(L).
@@ -28,7 +28,7 @@ from trainer.objectives.importance import check_level, ratio_S, within_S
 @OBJECTIVES.register("reinforce")
 @dataclass(frozen=True, kw_only=True)
 class Reinforce(Objective):
-    """`-A log pi`, without any correction: right on-policy, and the baseline for corrections."""
+    """`-A log pi`, without any correction: correct on-policy, and the baseline for corrections."""
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
         """`-A log pi`"""
@@ -80,12 +80,12 @@ class TruncatedIS(Objective):
 
     @property
     def skips_zero_advantage(self) -> bool:  # type: ignore[override]
-        """False where the normalizer or the mean weight depends on every token's weight."""
+        """False if the normalizer or the mean weight depends on every token's weight."""
         return self.denominator == "original" and not self.normalize
 
     @property
     def ess_level(self) -> str:  # type: ignore[override]
-        """That of the weights."""
+        """The level of the weights."""
         return self.level
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:

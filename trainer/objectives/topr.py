@@ -30,7 +30,7 @@ class Topr(Objective):
 
     @property
     def ess_level(self) -> str:  # type: ignore[override]
-        """That of the weights."""
+        """The level of the weights."""
         return self.level
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:

@@ -1,4 +1,4 @@
-"""Masks that drop what has left a trust region around the behavior policy, measured by a divergence.
+"""Masks that drop tokens or sequences outside a trust region around the behavior policy, by a divergence.
 
     kpop           a token, where max(KL_bern(pi_t || mu_t), KL_bern(mu_t || pi_t)) > max_kl
     trust_region   a sequence, where max_t k2_t > max_kl or mean_t k3_t > mean_kl
@@ -9,16 +9,16 @@
 
 `kpop` (KPop, Ant Group 2026, after IcePop): a fixed band of ratios drops rare tokens, whose probability has
 hardly moved, and keeps likely ones that have moved far. The divergence between "this token" and "any other"
-does neither: its band of ratios is wide for rare tokens and narrow for likely ones. A rare token may so keep
-a large ratio, so the weight needs a cap of its own. Not compared with the authors' code.
+does neither: its band of ratios is wide for rare tokens and narrow for likely ones. A rare token may
+therefore keep a large ratio, so the weight needs a separate cap. Not compared with the authors' code.
 
 `trust_region` (Trust Region Masking, arXiv 2512.23075): the error of the surrogate over a long sequence is
 bounded by the largest divergence of any of its tokens, which no weight or clip of single tokens controls. So
-a sequence with a token outside the region is dropped whole, and leaves the normalizer. k2 looks the same in
-both directions; the mean of k3 over samples of mu is an unbiased estimate of KL(mu || pi).
+a sequence with a token outside the region is dropped whole, and leaves the normalizer. k2 is symmetric in pi
+and mu; the mean of k3 over samples of mu is an unbiased estimate of KL(mu || pi).
 
-Rejection and weight are apart: both are masks, and the objective around them has the importance weight. Their
-defaults are ours (the sources choose thresholds for their own engines).
+Rejection and weight are separate: both are masks, and the objective around them has the importance weight.
+The defaults are ours (the sources choose thresholds for their own engines).
 
 Shape suffixes: S sampled tokens, N sequences.
 """

@@ -1,4 +1,4 @@
-"""VCPO (arXiv 2602.17616): variance control for stale batches, in three parts that are each usable alone.
+"""VCPO (arXiv 2602.17616): variance control for stale batches, in three parts that can be used separately.
 
     loss_i     = -sg(w_i) (A_i - b*) sum_t log pi_t / L_i
     weight     w_i = min(W_i, cap),  W_i = prod_t pi_t / mu_t of the sequence
@@ -13,8 +13,8 @@ at learning rates that the other methods tolerate. (The authors' release counts 
 b* follows the shift and scale that an advantage applies to rewards: with A = (R - mean) / std, and b*_R
 computed from R, the b* of A is (b*_R - mean) / std, so A - b* is the paper's (R - b*_R) / std. So the
 configured advantage sets the scale (`grpo` divides by the population standard deviation, `dr_grpo` does not
-divide), and the advantages of a group with equal rewards stay exactly zero. Masks and the normalizer's
-1 / L_i are in m_i, as in the gradient that is used. A per-token advantage counts by its mean over the
+divide), and the advantages of a group with equal rewards stay exactly zero. m_i includes masks and the
+normalizer's 1 / L_i, like the gradient that is used. A per-token advantage enters by its mean over the
 sequence.
 
 A rho above rho_ref does not raise the step size. The method scales the learning rate and not the gradient,
@@ -102,14 +102,14 @@ class Vcpo(Objective):
             )
 
     def for_model(self, num_params: int) -> Vcpo:
-        """With the norms that `auto` means."""
+        """Returns this objective with `auto` replaced by the norms for a model of that size."""
         if self.norms != "auto":
             return self
         return replace(self, norms="proxy" if num_params > _MOST_PARAMS_OF_GHOST else "ghost")
 
     @property
     def scope(self) -> Scope:  # type: ignore[override]
-        """BATCH where the loss contains a b* of the whole step."""
+        """BATCH if the loss contains a b* of the whole step."""
         return Scope.BATCH if self.norms == "proxy" and self.baseline == "batch" else Scope.GROUP
 
     @property
@@ -119,7 +119,7 @@ class Vcpo(Objective):
 
     @property
     def whole_groups(self) -> bool:  # type: ignore[override]
-        """True where a group's b* must be known within its micro-batch."""
+        """True if a group's b* must be known within its micro-batch."""
         return self.baseline == "group" and self.norms != "exact"
 
     @property
@@ -129,12 +129,12 @@ class Vcpo(Objective):
 
     @property
     def late_coefficients(self) -> bool:  # type: ignore[override]
-        """True with a baseline, unless by proxy: A - b* is known only after the backward."""
+        """True with a baseline, except by proxy: A - b* is known only after the backward."""
         return self.baseline != "none" and self.norms != "proxy"
 
     @property
     def skips_zero_advantage(self) -> bool:  # type: ignore[override]
-        """False where groups of zero advantage matter: for the effective sample size, or a b* of the step."""
+        """False if groups of zero advantage matter: for the effective sample size, or a b* of the step."""
         return self.step_size == "none" and self.baseline != "batch"
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:

@@ -46,7 +46,7 @@ class Vespo(Objective):
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
         """The weighted log-probs; the metric `phi` is the mean weight of a sequence."""
         log_w_N = batch.sum_N(batch.log_ratio_S.clamp(-MAX_EXPONENT, MAX_EXPONENT))
-        # A sequence has one sign, even where the advantage varies over its tokens.
+        # A sequence has one sign, even if the advantage varies over its tokens.
         phi_N = self.phi_N(log_w_N, positive_N=batch.sum_N(batch.advantage_S) >= 0)
         return TokenLosses(
             loss_S=-batch.spread_S(phi_N) * batch.advantage_S * batch.logp_S, means={"phi": phi_N}

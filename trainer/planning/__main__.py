@@ -1,6 +1,6 @@
 """`python -m trainer.planning [--gpus 4+4xH100] [--json] [--explain] [--config FILE] [key=value ...]`.
 
-What `areal-like plan` starts, because the launcher imports no torch. Exit code 0: the job fits; 2: it does
+`areal-like plan` starts it, because the launcher does not import torch. Exit code 0: the job fits; 2: it does
 not, or a user's mistake.
 """
 
@@ -65,7 +65,7 @@ def run(values: argparse.Namespace, settings: list[str]) -> int:
 
 
 def main(argv: list[str]) -> int:
-    """See the module's docstring."""
+    """Runs the planner; returns the exit code."""
     if shows_help(argv, __doc__):
         return 0
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -1,9 +1,9 @@
-"""Changes that make a job fit that does not, each verified by tracing the job with it.
+"""Finds changes that make a job fit on its GPUs, each verified by tracing the job with it.
 
     for change in changes_until_it_fits(plan): ...
 
-The order is fixed: settings that cost no speed first, then those that cost some, then more GPUs. A change
-that does not lessen the shortage of memory is left out.
+The order is fixed: settings that cost no speed first, then settings that cost some, then more GPUs. A change
+that does not reduce the shortage of memory is left out.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class AdvisedChange:
     """One change of settings, and the plan with it and all changes before it."""
 
     text: str
-    """As it is written on the command line."""
+    """The change as it is written on the command line."""
     plan: Plan
 
 

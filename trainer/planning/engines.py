@@ -1,7 +1,7 @@
 """The memory of one GPU of an engine: weights, KV cache, and how many sequences that cache holds.
 
-SGLang's rule (0.5.23, `_profile_available_bytes`): of the memory that is free before it loads, the share
-`--mem-fraction-static` is for weights and KV cache, the rest for activations and CUDA graphs.
+SGLang's rule (0.5.23, `_profile_available_bytes`): the share `--mem-fraction-static` of the memory that is
+free before it loads is for weights and KV cache, the rest for activations and CUDA graphs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from trainer.planning.lengths import Lengths
 from trainer.planning.shapes import ModelShape
 
 DEFAULT_STATIC_FRACTION = 0.85
-"""Assumed where `rollout.sglang.args` names none: SGLang then computes it from the GPU."""
+"""Assumed if `rollout.sglang.args` names none: SGLang then computes it from the GPU."""
 SHARED_OTHER_BYTES = 4 * GIB
 """Assumed activations and CUDA graphs of an engine that shares its GPU with a trainer rank."""
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -24,16 +24,16 @@ BYTES = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedEngine:
-    """What the planner reads from the options of an engine."""
+    """The engine's options that the planner uses."""
 
     tensor_parallel: int
     static_fraction: float
     max_total_tokens: int | None
-    """Limit of the KV cache in tokens; None: what the memory allows."""
+    """Limit of the KV cache in tokens; None: the memory is the limit."""
 
 
 def engine_options(config: Config) -> PlannedEngine:
-    """From `rollout.gpus_per_engine` and `rollout.sglang.args`."""
+    """Reads the options from `rollout.gpus_per_engine` and `rollout.sglang.args`."""
     words = words_of(config.rollout.sglang.args)
     fraction = _number(words, STATIC_MEMORY)
     limit = _number(words, ("--max-total-tokens",))
@@ -62,9 +62,9 @@ class EngineMemory:
 
     weights: float
     kv_cache: float
-    """The most that keys and values take; below zero if the weights alone do not fit."""
+    """Most memory of keys and values; below zero if the weights alone do not fit."""
     kv_at_least: float
-    """The least that is left for them."""
+    """Least memory that is left for keys and values."""
     other: float
     """Activations and CUDA graphs (SGLang: the share that is not static)."""
     kv_per_token: float
@@ -90,7 +90,7 @@ def engine_memory(
     gpu_bytes: float,
     beside_bytes: float = 0.0,
 ) -> EngineMemory:
-    """One GPU of `gpu_bytes`. `beside_bytes`: what a trainer rank on the same GPU holds between steps.
+    """One GPU of `gpu_bytes`. `beside_bytes`: memory of a trainer rank on the same GPU between steps.
 
     On a shared GPU the engine may start before the trainer, which gives it the most memory, or after it,
     which leaves the smallest KV cache: `total` is for the first case, `num_tokens` for the second.

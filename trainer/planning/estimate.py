@@ -1,7 +1,7 @@
 """Estimates of time, from FLOPs and bytes over a GPU's published rates times assumed efficiencies.
 
-Nothing here is measured: `Assumptions` says what is assumed, and `Estimate.formulas` how each number follows.
-An estimate is for choosing between settings, not for promising a date.
+No number here is measured: `Assumptions` lists the assumptions, and `Estimate.formulas` the derivation of
+each number. An estimate is for choosing between settings, not for predicting a date.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class Assumptions:
     trainer_efficiency: float = 0.30
     """Share of the peak FLOP/s that the trainer's kernels reach (eager, one kernel for each operation)."""
     prefill_efficiency: float = 0.50
-    """The same of an engine's prefill and of large decode batches."""
+    """The same for an engine's prefill and for large decode batches."""
     decode_bandwidth: float = 0.60
     """Share of the memory bandwidth that a decode step reaches."""
     decode_overhead_s: float = 0.003
-    """Time of a decode step besides its kernels: scheduling and sampling."""
+    """Time of a decode step in addition to its kernels: scheduling and sampling."""
     network_bytes_per_s: float = 40e9
-    """From one GPU to other hosts: a 400 Gbit/s link at 80 %."""
+    """Rate from one GPU to other hosts: a 400 Gbit/s link at 80 %."""
     nvlink_efficiency: float = 0.6
     """Share of NVLink's one-directional rate that collectives reach."""
     host_efficiency: float = 0.8
@@ -56,7 +56,7 @@ class Estimate:
     """Time of one sample of mean length."""
     push_s: float
     step_s: float
-    """From one step to the next."""
+    """Time from one step to the next."""
     trainer_tokens_per_s: float
     """All tokens that the trainer runs, per second of its computation."""
     engine_tokens_per_s: float

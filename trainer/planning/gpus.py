@@ -25,7 +25,7 @@ class Placement:
     trainer_gpus: int
     """One for each rank."""
     is_shared: bool
-    """The engines use the trainer's GPUs."""
+    """True if the engines use the trainer's GPUs."""
 
     @property
     def num_gpus(self) -> int:
@@ -43,7 +43,7 @@ class Placement:
 
     @property
     def text(self) -> str:
-        """As `--gpus` takes it."""
+        """The GPUs in the form of `--gpus`."""
         if self.is_shared:
             return f"{self.num_gpus}x{self.gpu.name}"
         return f"{self.engine_gpus}+{self.trainer_gpus}x{self.gpu.name}"
@@ -57,7 +57,7 @@ def parse_gpus(text: str) -> Placement:
     match = re.fullmatch(r"(\d{1,5})(?:\+(\d{1,5}))?x(\w+)", text.strip(), re.IGNORECASE | re.ASCII)
     if match is None:
         raise ConfigError(
-            f"--gpus {text}: give the engines' and the trainer's GPUs and their kind, as 4+4xH100, "
+            f"--gpus {text}: give the engines' and the trainer's GPUs and their kind, such as 4+4xH100, "
             "or 1xH100 for one GPU that both share"
         )
     first, second, kind = match.groups()
@@ -72,7 +72,8 @@ def parse_gpus(text: str) -> Placement:
 
 
 def placement_of(config: Config) -> Placement:
-    """The GPUs that the configuration uses, of the kind DEFAULT_KIND. A URL's engine has one of its own.
+    """The GPUs that the configuration uses, of the kind DEFAULT_KIND. An engine that is given by its URL has
+    its own GPU.
 
     Engines and trainer share GPUs where a local job would place both on the same ones.
     """

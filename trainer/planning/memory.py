@@ -1,4 +1,5 @@
-"""Does the job fit: the memory of each trainer rank, each engine GPU and each host, against what there is."""
+"""Compares the memory that a job needs on each trainer rank, engine GPU and host with the memory that
+exists."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ class MemoryPlan:
 
     @property
     def trainer_room(self) -> float:
-        """Bytes of a GPU that a trainer rank may take."""
+        """Bytes of a GPU that a trainer rank may use."""
         return self.gpu_bytes - (self.engine.total if self.is_shared else 0.0)
 
     @property
@@ -62,7 +63,7 @@ class MemoryPlan:
 
     @property
     def shortage(self) -> float:
-        """Both together."""
+        """Shortage of the trainer and of the engine together."""
         return self.trainer_shortage + self.engine_shortage
 
     @property
@@ -124,7 +125,7 @@ def plan_memory(
 
 
 def _host(config: Config, placement: Placement, trace: StepTrace) -> dict[str, float]:
-    """The host memory of rank 0, which has the most to hold."""
+    """The host memory of rank 0, which needs the most."""
     ranks = min(placement.trainer_gpus, GPUS_PER_HOST)
     engines = config.rollout.num_servers if placement.is_one_host else 0
     wire = float(trace.num_params * BYTES[str(config.model.dtype)])

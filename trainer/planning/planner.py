@@ -18,10 +18,10 @@ from trainer.planning.trace import StepTrace, trace_step
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A job on GPUs: what it needs, and what it is expected to do."""
+    """A job on GPUs, with its needs and the estimate of its speed."""
 
     config: Config
-    """With the model's local directory, resolved, on the planned GPUs."""
+    """The resolved configuration, with the model's local directory and the planned GPUs."""
     model_path: str
     """The setting `model.path`."""
     shape: ModelShape
@@ -48,7 +48,7 @@ def make_plan(
 ) -> Plan:
     """`gpus`: as `parse_gpus` takes it; None: those of the configuration. `prompt`, `response`: mean lengths.
 
-    Raises ConfigError for what cannot be planned.
+    Raises ConfigError for a job that cannot be planned.
     """
     model_path = config.model.path
     local, shape = with_local_model(config)

@@ -1,4 +1,4 @@
-"""The plan of a job as a table, as the formulas behind it, and as JSON."""
+"""Shows the plan of a job as a table, as formulas, and as JSON."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def text_of(plan: Plan, changes: Sequence[AdvisedChange], *, explain: bool) -> s
 
 
 def json_of(plan: Plan, changes: Sequence[AdvisedChange]) -> dict[str, Any]:
-    """The same as plain values; memory in bytes, times in seconds."""
+    """The report as plain values; memory in bytes, times in seconds."""
     return {
         "fits": plan.fits,
         "problems": plan.memory.problems,

@@ -1,4 +1,4 @@
-"""The shape of the policy: a directory with the model's config.json, which needs no weights in it.
+"""Finds the shape of the policy: a directory with the model's config.json, with or without weights.
 
 It is the model's own directory or transformers' cache. A model that is not on this machine is planned from
 its config.json in configs/scale/models/, so that a job can be planned before anything is downloaded.
@@ -20,12 +20,12 @@ SHAPES = CONFIGS / "scale" / "models"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """What the planner needs to know of a model besides its directory."""
+    """The data about a model that the planner needs, and its directory."""
 
     directory: str
-    """Contains config.json."""
+    """The directory with config.json."""
     source: str
-    """For the report."""
+    """The origin of the shape, for the report."""
     num_layers: int
     num_heads: int
     num_kv_heads: int
@@ -65,7 +65,7 @@ def with_local_model(config: Config) -> tuple[Config, ModelShape]:
         )
     dtype = config.model.dtype
     if path in BUILT_MODELS and dtype == "auto":
-        dtype = "float32"  # `trainer.prepare_model` saves them so
+        dtype = "float32"  # the dtype in which `trainer.prepare_model` saves them
     local = replace(config, model=replace(config.model, path=str(directory), dtype=dtype))
     heads = int(hf_config.num_attention_heads)
     return local, ModelShape(
@@ -81,7 +81,7 @@ def with_local_model(config: Config) -> tuple[Config, ModelShape]:
 
 
 def _find(path: str) -> tuple[Path, str]:
-    """(directory with config.json, where it is from)"""
+    """Returns (directory with config.json, its origin)."""
     if path in BUILT_MODELS:
         return SHAPES / path, f"{path} (built in)"
     directory = Path(path).expanduser()

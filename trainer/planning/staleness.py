@@ -1,12 +1,12 @@
-"""Which `max_staleness` keeps both pools busy, by the tail of the samples' durations. No torch.
+"""Computes the `max_staleness` that keeps both pools busy, from the tail of the samples' durations. No torch.
 
-Every sample that begins with the weights of step s must be complete before step s + max_staleness is. Of the
-samples that begin in a step the slowest takes a high quantile of the durations, so with q that quantile over
-their mean, and k the number of steps that a sample of mean duration takes,
+Every sample that starts with the weights of step s must be complete before step s + max_staleness is. The
+slowest sample that starts in a step takes a high quantile of the durations. With q that quantile over their
+mean, and k the number of steps that a sample of mean duration takes,
 
     throughput / limit  <=  about (max_staleness + 1) / (q k)
 
-This holds for every rule that keeps the bound and drops no sample. Quantile and margin are fitted to
+This holds for every rule that keeps the bound and does not drop samples. Quantile and margin are fitted to
 benchmarks/simulate.py: q at 1 - 1/(10 N), the slowest sample of ten steps of N samples, and for 95 % of the
 limit 1.4 times the bound at which the right side is 1.
 """
@@ -20,7 +20,8 @@ _STEPS, _MARGIN = 10, 1.4
 
 
 def slowest_over_mean(*, spread: float, samples: int) -> float:
-    """q for log-normal durations. `spread`: standard deviation of the log; `samples`: of a step."""
+    """q for log-normal durations. `spread`: standard deviation of the log; `samples`: number of samples of a
+    step."""
     return math.exp(spread * NormalDist().inv_cdf(1 - 1 / (_STEPS * samples)) - spread**2 / 2)
 
 

@@ -1,10 +1,11 @@
-"""Records the memory of every tensor that torch makes, by what it is for, and the FLOPs of every operation.
+"""Records the memory of every tensor that torch makes, by purpose, and the FLOPs of every operation.
 
-A dispatch mode for fake tensors: no memory is used. A storage counts from the operation that returns it until
-it is freed; FSDP2 also empties and refills storages by resizing them. The peak is found afterwards, because
-what a tensor is for may be known only later: a gradient is known as FSDP2's when FSDP2 reduces it.
+It is a dispatch mode for fake tensors, which use no memory. A storage counts from the operation that returns
+it until it is freed; FSDP2 also empties and refills storages by resizing them. The peak is computed
+afterwards, because the purpose of a tensor may be known only later: a gradient is recognized as FSDP2's when
+FSDP2 reduces it.
 
-torch's own `FSDPMemTracker` was left out: it follows one model through one iteration, and a step here has two
+torch's own `FSDPMemTracker` is not used: it follows one model through one iteration, and a step here has two
 optimizers (policy and critic), a reference model and gradients of earlier micro-batches.
 """
 
@@ -47,12 +48,12 @@ class _Storage:
 
 @dataclass(kw_only=True)
 class TensorMemory:
-    """What a trace has recorded; `recording` adds to it."""
+    """The records of a trace; `recording` adds to them."""
 
     vocab_size: int
     """Tensors whose last dimension has this size are logits."""
     flops: Counter[str] = field(default_factory=Counter)
-    """FLOPs by phase, `attention` in the name where they are attention's."""
+    """FLOPs by phase; those of attention have the phase's name with a suffix."""
     purpose: str = ACTIVATIONS
     phase: str = ""
     _live: dict[int, _Storage] = field(default_factory=dict)
@@ -77,7 +78,7 @@ class TensorMemory:
 
     @contextmanager
     def as_(self, purpose: str, *, phase: str | None = None) -> Iterator[None]:
-        """Tensors that are made in the body are for `purpose`; its FLOPs belong to `phase`."""
+        """Tensors created in the body have this purpose, and its FLOPs belong to `phase`."""
         before = self.purpose, self.phase
         self.purpose, self.phase = purpose, self.phase if phase is None else phase
         try:
@@ -105,7 +106,7 @@ class TensorMemory:
         return {purpose: size for purpose, size in peak.items() if size}
 
     def made(self, tensor: Tensor) -> _Storage:
-        """The record of a tensor's storage; begins one for a new storage."""
+        """The record of a tensor's storage, created for a new storage."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if (known := self._live.get(key)) is not None:
@@ -152,7 +153,8 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **kwargs)
         memory = self._memory
         for tensor in tree_iter(out):
-            # Operations inside a DTensor's are not seen here, so its shard is taken from the result.
+            # Operations inside a DTensor's operation are not dispatched here, so its shard is taken from the
+            # result.
             shard = local(tensor) if isinstance(tensor, DTensor) else tensor
             if isinstance(shard, FakeTensor):
                 memory.made(shard)

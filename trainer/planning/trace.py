@@ -1,12 +1,13 @@
 """Traces a rank's optimizer step on fake tensors: its memory and FLOPs, without weights, GPU or time.
 
-The model, its sharding, the packed batch, the chunked head, the backward and the optimizer are those that a
-job runs, under torch's FakeTensorMode and a process group that moves nothing. Traced is the second of two
-micro-batches, when Adam's moments and the first one's gradients exist: the peak of every step but the first.
+The model, its sharding, the packed batch, the chunked head, the backward and the optimizer are those of a
+real job, under torch's FakeTensorMode and a process group that transfers nothing. The second of two
+micro-batches is traced, when Adam's moments and the gradients of the first exist: it has the peak of every
+step but the first.
 
-Fake CPU tensors stand for those of a GPU. The differences: attention, which keeps the same on both (the
-output, and one float32 number for each head and position) and on a GPU needs a workspace, or keeps the scores
-in float32: both are added to the peak; and FSDP2's copies on other streams, which may live a little longer on
+Fake CPU tensors stand for those of a GPU. There are two differences. Attention keeps the same tensors on both
+(the output, and one float32 number for each head and position), but on a GPU it needs a workspace, or keeps
+the scores in float32: both are added to the peak. FSDP2's copies on other streams may live a little longer on
 a GPU.
 
 Left out: the loss on the sampled tokens' log-probs (some dozens of bytes for each token), and objectives that
@@ -57,7 +58,7 @@ WORKSPACE = "workspace of attention's backward"
 
 @dataclass(frozen=True, kw_only=True)
 class StepTrace:
-    """One rank's step."""
+    """The traced step of one rank."""
 
     world_size: int
     num_params: int
@@ -66,12 +67,12 @@ class StepTrace:
     num_tokens: int
     """Tokens of the traced micro-batch."""
     peak_bytes: dict[str, int]
-    """By purpose, at the moment of the largest total."""
+    """Bytes by purpose, at the time of the largest total."""
     resident_bytes: dict[str, int]
-    """By purpose, between two steps."""
+    """Bytes by purpose, between two steps."""
     linear_flops: dict[str, float]
     """FLOPs of the micro-batch outside attention, by phase: `policy`, `reference`, `proximal`, `critic`.
-    Includes what is recomputed."""
+    Includes recomputation."""
     attention_flops: dict[str, float]
     """FLOPs of attention by phase, for each squared token of a sequence: times the sum of squared lengths."""
 
@@ -89,7 +90,7 @@ class StepTrace:
 def trace_step(config: Config, shape: ModelShape, lengths: Lengths) -> StepTrace:
     """Traces rank 0 of `trainer.world_size` ranks. `config`: resolved, as `with_local_model` returns it.
 
-    Needs to be the only user of the default process group. Raises ConfigError for an objective that the trace
+    It must be the only user of the default process group. Raises ConfigError for an objective that the trace
     does not cover, and for a model that cannot be trained.
     """
     recipe = StepRecipe.of(config)
@@ -119,7 +120,8 @@ def _fake_group(world_size: int) -> Iterator[None]:
 
 
 class _FakeRanks(Ranks):
-    """Rank 0. The optimizer reads a sum over ranks as a number, which no fake tensor has: it is 1."""
+    """Rank 0. The optimizer reads a sum over ranks as a number, which a fake tensor does not have: it is
+    1."""
 
     def sum(self, values: Tensor) -> Tensor:
         return 1.0  # type: ignore[return-value]
@@ -144,7 +146,7 @@ class _Trace:
         self._ranks = _FakeRanks()
 
     def run(self) -> StepTrace:
-        # Built outside: rotary frequencies are real tensors, which `allow_non_fake_inputs` lets in.
+        # Built outside the mode: rotary frequencies are real tensors, which `allow_non_fake_inputs` permits.
         config, recipe = self._config, self._recipe
         dtype, reshards = config.model.dtype, config.trainer.reshard_after_forward
         policy = self._build_policy()
@@ -210,7 +212,7 @@ class _Trace:
 
     @property
     def _keeps_scores(self) -> bool:
-        """True where no fused kernel of torch on CUDA takes the attention: float32 with grouped queries."""
+        """True if torch has no fused CUDA kernel for the attention: float32 with grouped queries."""
         on_cuda = self._config.trainer.device != "cpu"
         return on_cuda and self._is_grouped and self._config.model.dtype == "float32"
 
@@ -239,13 +241,13 @@ class _Trace:
             optimizer.step(divisor=1.0, lr=0.0)
 
     def _add_gradients(self, model: PackedModel, purpose: str) -> None:
-        """The gradients of an earlier micro-batch."""
+        """Adds the gradients of an earlier micro-batch."""
         with self._memory.as_(purpose):
             for param in model.parameters():
                 param.grad = torch.zeros_like(param)
 
     def _optimizer(self, model: PackedModel) -> ShardedAdamW:
-        """With moments: the first step makes them."""
+        """An optimizer that already has moments, which the first step creates."""
         optimizer = ShardedAdamW.of(self._config.trainer, model, self._ranks, lr=self._config.trainer.lr)
         optimizer.step(divisor=1.0, lr=0.0)
         return optimizer

@@ -1,7 +1,6 @@
 """Names of parts of a step in a profile: phases, forward, head, objective, backward, optimizer, snapshot.
 
-torch's own ranges cost some microseconds each whether or not a profiler records; these cost one comparison
-while none does.
+torch's own ranges cost some microseconds each even without a profiler; these cost one comparison then.
 """
 
 from __future__ import annotations
@@ -17,19 +16,19 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 PREFIX = "areal: "
-"""Prefix of the names in a trace: an operation of torch cannot have the same name."""
+"""Prefix of the names in a trace, so that they differ from the names of torch's operations."""
 
 _is_recording = False
 
 
 def record_ranges(is_recording: bool) -> None:
-    """Turns the ranges on while a profiler records, and off."""
+    """Turns the ranges on or off."""
     global _is_recording
     _is_recording = is_recording
 
 
 def named_range(name: str) -> AbstractContextManager[object]:
-    """A part of a step, as a context."""
+    """A context manager for a part of a step."""
     return record_function(PREFIX + name) if _is_recording else nullcontext()
 
 

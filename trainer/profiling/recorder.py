@@ -3,10 +3,10 @@
     IDLE --ask()--> WAITING --all ranks are asked--> RECORDING --the last step ends--> WRITING --> IDLE
                        `---------close(): writes what there is------------------------^
 
-Each step is a trace of its own, which a thread writes while training goes on: a rank that writes late would
-keep the others waiting in their next collective. The report is written last, so a reader who finds it finds
-the traces, too. A profile that fails, because of a full disk or of a GPU that another profiler uses, says so
-in its report, and training goes on.
+Each step is a separate trace, which a thread writes while training continues: writing in the training thread
+would keep the other ranks waiting in their next collective. The report is written last, so when it exists,
+the traces exist too. If a profile fails (a full disk, a GPU that another profiler uses), its report says so,
+and training continues.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from trainer.profiling.report import ProfileReport
 log = logging.getLogger(__name__)
 
 MAX_STEPS = 50
-"""Steps of one profile: each is a file of some megabytes to some hundred."""
+"""Most steps of one profile: each is a file of a few to a few hundred megabytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,21 +44,22 @@ class ProfileRequest:
     """Steps that one rank records."""
 
     id: str
-    """The caller's name of the profile, 8 to 32 hexadecimal digits."""
+    """The caller's name for the profile, 8 to 32 hexadecimal digits."""
     num_steps: int
     num_ranks: int = 1
-    """Ranks that got this request: they begin with the same step, the first that finds all of them asked."""
+    """Number of ranks that get this request: they start at the same step, the first after all of them have
+    it."""
     with_shapes: bool = False
     with_memory: bool = False
 
     @property
     def vote(self) -> int:
-        """Above 0, and equal on the ranks that got this request."""
+        """A number above 0 that is equal on the ranks with this request."""
         return 1 + int(self.id[:15], 16)
 
     @classmethod
     def of(cls, body: Mapping[str, Any]) -> ProfileRequest:
-        """From the body of the request. Raises UserError."""
+        """Parses the body of the request. Raises UserError."""
         request_id, num_steps, num_ranks = body.get("id"), body.get("steps"), body.get("ranks", 1)
         if not isinstance(request_id, str) or not re.fullmatch(r"[0-9a-f]{8,32}", request_id):
             raise UserError("profile: id must be 8 to 32 hexadecimal digits")
@@ -81,7 +82,7 @@ class ProfileRequest:
 _CLOSE_S = 60.0
 """Longest time that the end of a trainer waits for its traces."""
 _MEETING_S = 60.0
-"""Longest time until the other ranks of a profile have got the request, too; its caller may have ended."""
+"""Longest time until the other ranks of a profile have the request; its caller may have ended."""
 
 
 class StepRecorder:
@@ -95,7 +96,7 @@ class StepRecorder:
         device: torch.device,
         waits: Callable[[str], AbstractContextManager[object]] = contextlib.nullcontext,
     ) -> None:
-        """`directory`: of the traces; it is made when there is one. `waits`: lists a wait in /status."""
+        """`directory`: for the traces; created with the first one. `waits`: shows a wait in /status."""
         self._waits = waits
         self._directory = directory
         self._rank = rank
@@ -118,15 +119,15 @@ class StepRecorder:
         return recorder
 
     def ask(self, request: ProfileRequest) -> None:
-        """Asks for a profile. Raises UserError while there is one."""
+        """Requests a profile. Raises UserError while one is in progress."""
         with self._lock:
             if self._report is not None:
                 raise UserError(
-                    f"profile: rank {self._rank} still works on another one ({self._progress}): "
+                    f"profile: rank {self._rank} is still recording another profile ({self._progress}): "
                     "ask again when it is done"
                 )
             if not self._is_open:
-                raise UserError("profile: the trainer is ending, and trains no further step")
+                raise UserError("profile: the trainer is ending, and will not train another step")
             self._num_recorded, self._asked_s = 0, time.monotonic()
             self._report = ProfileReport(
                 id=request.id, rank=self._rank, device=self._device.type, num_asked=request.num_steps
@@ -159,7 +160,7 @@ class StepRecorder:
 
     @contextlib.contextmanager
     def step(self, step: int) -> Iterator[None]:
-        """A context around one step, which is recorded if somebody has asked."""
+        """A context manager around one step, which is recorded if a profile is requested."""
         request = self._request
         if request is None or not self._is_recording:
             yield
@@ -173,7 +174,7 @@ class StepRecorder:
                 self._stop(profiler, step, request)
 
     def close(self) -> None:
-        """Writes what there is of an unfinished profile, in a limited time."""
+        """Writes the available part of an unfinished profile, in a limited time."""
         with self._lock:
             self._is_open = False
         if self._request is not None:
@@ -220,7 +221,7 @@ class StepRecorder:
             self._end("")
 
     def _end(self, error: str) -> None:
-        """No further step is recorded; the report is written after the traces."""
+        """Ends the recording; the report is written after the traces."""
         self._request, self._is_recording = None, False
         self._submit(lambda: self._write_report(error))
 

@@ -1,4 +1,4 @@
-"""What a profile's traces contain, in short: time by named part of a step, and the operations that take most.
+"""Summarizes a profile's traces: time by named part of a step, and the operations that take the most time.
 
 It is a JSON file next to the traces, so that a command without torch can print it.
 """
@@ -24,18 +24,18 @@ class _Sum:
 
 @dataclass(kw_only=True)
 class ProfileReport:
-    """Adds up the recorded steps of one rank."""
+    """Sums over the recorded steps of one rank."""
 
     id: str
     rank: int
     device: str
     num_asked: int
-    """Steps that were asked for."""
+    """Number of requested steps."""
     steps: list[int] = field(default_factory=list)
     traces: list[str] = field(default_factory=list)
     """Names of the files, one for each step."""
     error: str = ""
-    """Why there is less than was asked for."""
+    """Why fewer steps were recorded than requested."""
     _ranges: dict[str, _Sum] = field(default_factory=dict)
     _operations: dict[str, _Sum] = field(default_factory=dict)
 
@@ -52,9 +52,10 @@ class ProfileReport:
             one.device_s += _S * (average.device_time_total if is_range else average.self_device_time_total)
 
     def to_json(self) -> dict[str, Any]:
-        """The report as JSON. Times of parts include what is in them, those of operations do not.
+        """The report as JSON. Times of parts include nested parts, times of operations do not include nested
+        ones.
 
-        `operations` are those that take most: of the device if there is one, else of the CPU.
+        `operations`: those that take the most time, on the device if there is one, else on the CPU.
         """
         has_device = any(one.device_s for one in self._operations.values())
 

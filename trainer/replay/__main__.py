@@ -9,8 +9,8 @@ own settings every parameter ends up bitwise equal (on a CPU, with the same numb
 objective the same data become more and more off-policy: such a replay is a study of an estimator, not a run
 that could have happened.
 
-Each step has the learning rate that it had in the run, also where an operator changed it; with --own-lr the
-configured one.
+Each step has the learning rate that it had in the run, even if an operator changed it; with --own-lr it has
+the configured one.
 
 SIGTERM and SIGINT end the replay after the current step, with a checkpoint. Left out: resuming a stopped
 replay, which would take as long as reading the recording up to that step.
@@ -45,7 +45,7 @@ def _run(config: Config, root: Path, *, follows_changes: bool) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs one rank (under torchrun), or starts all; returns the exit code."""
+    """Runs one rank (under torchrun), or starts all ranks; returns the exit code."""
     args = [arg for arg in argv if arg != _OWN_LR]
     try:
         if "--recording" not in args[:-1]:

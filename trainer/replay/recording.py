@@ -1,6 +1,6 @@
 """Reads the training data of a finished or stopped run from its ledger: the same groups, in the same order.
 
-Reads the tables and segment files directly (docs/reference/ledger.md), because the trainer does not import
+It reads the tables and segment files directly (docs/reference/ledger.md), because the trainer does not import
 the buffer's code. The ledgers of several shards are merged into one stream: the groups of a step ordered by
 position, then by shard.
 """
@@ -21,7 +21,7 @@ from areal_like.wire.records import RecordLocation, read_record
 
 
 class SampleRow(NamedTuple):
-    """What the ledger's row says of a sample."""
+    """The ledger's row of a sample."""
 
     num_sampled: int
     oldest_step: int
@@ -32,11 +32,11 @@ class SampleRow(NamedTuple):
 class Recording:
     """The recorded steps of the run in `root`.
 
-    Raises ConfigError if there are none, or trajectories were not kept.
+    Raises ConfigError if there are none, or if trajectories were not kept.
     """
 
     def __init__(self, root: Path, *, needs_records: bool = True) -> None:
-        """`needs_records`: False also opens a run that kept no trajectories, of which only rows are read."""
+        """`needs_records`: False also opens a run without kept trajectories, whose rows alone can be read."""
         self._root = root
         self._directories = RunPaths(root).ledgers
         if not self._directories:
@@ -45,7 +45,7 @@ class Recording:
             )
         self._ledgers = [open_ledger(directory) for directory in self._directories]
         self.num_gone = sum(map(_num_gone, self._ledgers))
-        """Trajectories that were trained on and not kept."""
+        """Number of trajectories that were trained on and not kept."""
         if self.num_gone and needs_records:
             raise ConfigError(
                 f"{self.num_gone} trajectories that {self._root} was trained on were not kept: "
@@ -57,7 +57,7 @@ class Recording:
     def learning_rates(self) -> list[tuple[int, float]]:
         """(first step, `trainer.lr`) of each value that the run had, in the order in which it was set.
 
-        A later one replaces earlier ones from its step on. Empty for a run of an earlier release.
+        A later value replaces earlier ones from its step on. Empty for a run of an earlier release.
         """
         first = self._ledgers[0]
         tables = first.execute("SELECT count(*) FROM sqlite_master WHERE name = 'settings'").fetchone()
@@ -102,7 +102,7 @@ class Recording:
             )
         num_whole = next((step for step in range(len(counts) + 1) if counts[step] < groups_per_step), 0)
         if not num_whole:
-            raise ConfigError(f"{self._root} has recorded no whole step of {groups_per_step} groups")
+            raise ConfigError(f"{self._root} has not recorded a complete step of {groups_per_step} groups")
         return num_whole
 
     def groups(self, step: int, positions: range) -> Iterator[Group]:

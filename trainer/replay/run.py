@@ -100,7 +100,8 @@ def train_recorded_step(
 ) -> dict[str, Any]:
     """Trains one recorded step; returns its metrics. Collective.
 
-    `learning_rates`: (first step, rate), as `Recording.learning_rates`; before the first, the configured one.
+    `learning_rates`: (first step, rate), as `Recording.learning_rates`; earlier steps have the configured
+    rate.
     """
     changed = [lr for first_step, lr in learning_rates if first_step <= step]
     runner.optimizer.lr = changed[-1] if changed else config.trainer.lr
@@ -115,7 +116,7 @@ def run(config: Config, root: Path, *, follows_changes: bool) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
     config = resolved(config)
-    StepRecipe.of(config)  # reports a mistake in the settings before anything is loaded
+    StepRecipe.of(config)  # reports a mistake in the settings before the model is loaded
     torch.set_num_threads(config.trainer.num_threads)
     device = device_of(config)
     with joined_ranks(config, device) as ranks, contextlib.closing(Recording(root)) as recording:

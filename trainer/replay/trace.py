@@ -1,10 +1,10 @@
-"""Trains the steps of a run up to one again, and writes what that step computes for each token.
+"""Trains the steps of a run again up to a given one, and writes that step's results for each token.
 
     python -m trainer.replay.trace --recording RUN --step K --out DIR [--own-lr] --config FILE key=value ...
 
     newest checkpoint that is not after step K, or the initial weights -> steps up to K -> DIR
 
-`name` and `runs_dir` of the configuration say whose checkpoints are used; nothing is written there. DIR gets
+`name` and `runs_dir` of the configuration choose the checkpoints; nothing is written there. DIR gets
 `tokens.npz` (arrays over the sequences of step K in recorded order, and over their trained tokens) and
 `step.json`. One rank trains all, so the order of the sequences and of sums does not depend on the run's.
 """
@@ -87,7 +87,7 @@ def trace_step(
     learning_rates: Sequence[tuple[int, float]],
     out: Path,
 ) -> None:
-    """Trains up to and including `step` and writes what it computed. Raises ConfigError."""
+    """Trains up to and including `step` and writes its results. Raises ConfigError."""
     paths = RunPaths.of(config)
     checkpoints = Checkpoints(paths.checkpoints, keep=1, tokenizer_path="", dtype=compute_dtype(config))
     with contextlib.closing(checkpoints):
@@ -95,7 +95,7 @@ def trace_step(
         counts = recording.num_groups()
         absent = [s for s in range(first, step + 1) if counts[s] < config.trainer.groups_per_step]
         if absent:
-            raise ConfigError(f"the ledger has not all groups of step {absent[0]}")
+            raise ConfigError(f"the ledger does not have all groups of step {absent[0]}")
         source = model_path(config)
         policy = build_policy(config, source, ranks)
         runner = build_step_runner(config, policy, ranks, initial=source)
@@ -126,7 +126,7 @@ def trace_step(
 
 
 def _digest(policy: Policy) -> str:
-    """SHA-256 of the parameters, names included."""
+    """SHA-256 of the parameters, including their names."""
     digest = hashlib.sha256()
     for name, tensor in gather(shards_of(policy)):
         digest.update(name.encode())

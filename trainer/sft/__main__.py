@@ -1,7 +1,7 @@
 """Starts supervised training: `python -m trainer.sft --config FILE key=value ...`.
 
-This process is the only rank, or with `trainer.world_size` > 1 it starts the ranks, as `python -m trainer`
-does. `areal-like sft` prepares the model and the run's directory before.
+This process is the only rank, or with `trainer.world_size` > 1 it starts the ranks, like `python -m trainer`.
+`areal-like sft` prepares the model and the run's directory first.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from trainer.start import start
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs one rank, or starts all of this machine; returns the exit code."""
+    """Runs one rank, or starts all ranks of this machine; returns the exit code."""
     return start(argv, text=__doc__, name="sft", module="trainer.sft", run_rank=_run)
 
 
@@ -34,7 +34,7 @@ def _run(config: Config) -> bool:
         from trainer.trackers import build_trackers
 
     config = resolved(config)
-    build_trackers(config.trackers)  # reports a package that is missing
+    build_trackers(config.trackers)  # reports a missing package
     torch.set_num_threads(config.trainer.num_threads)
     stopping = threading.Event()
     DrainSignals(drain_timeout_s=config.daemon.drain_timeout_s, on_drain=stopping.set)

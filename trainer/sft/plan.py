@@ -1,8 +1,8 @@
-"""Which rows each optimizer step learns from: a pure function of the rows' lengths and the settings.
+"""Assigns rows to optimizer steps, as a pure function of the rows' lengths and the settings.
 
-Every epoch is a shuffle of the rows (`areal_like/data/permutation.py`), and the epochs follow one another
-without a cut: only the last step may have fewer rows. So a run continues at step k without any state but k,
-and every rank computes its own share of a step.
+Every epoch is a shuffle of the rows (`areal_like/data/permutation.py`), and epochs follow one another without
+a break: only the last step may have fewer rows. So k is the only state that a run needs to continue at step
+k, and every rank computes its own share of a step.
 
 Shape suffixes: N rows of the data set, K steps.
 """
@@ -26,12 +26,12 @@ class StepPlan:
 
     seed: int
     usable_N: NDArray[np.int64]
-    """Indices of the rows that are learned from, ascending."""
+    """Indices of the rows to learn from, ascending."""
     ends_K: NDArray[np.int64]
     """The end of each step in the sequence of all epochs' rows."""
     order: str
-    """16 hex digits over what determines the rows of the first steps: a run cannot continue under another
-    one."""
+    """Digest, 16 hex digits, of everything that determines the rows of the first steps: a run cannot continue
+    with another one."""
 
     @classmethod
     def of(cls, settings: SftConfig, num_tokens_N: NDArray[np.int64], *, seed: int, rows: str) -> StepPlan:
@@ -62,7 +62,7 @@ class StepPlan:
         return [self._row(at) for at in range(begin, int(self.ends_K[step]))]
 
     def epoch(self, step: int) -> float:
-        """Epochs that are done after `step` completed steps."""
+        """Number of epochs completed after `step` steps, as a fraction."""
         return float(self.ends_K[step - 1]) / len(self.usable_N) if step else 0.0
 
     def _row(self, at: int) -> int:

@@ -1,4 +1,4 @@
-"""What rank 0 of a supervised run writes: metrics.jsonl, the trackers, summary.json."""
+"""Writes the results of a supervised run on rank 0: metrics.jsonl, the trackers, summary.json."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trainer.metrics.run_files import ROW_NAMES, MetricsFile, read_rows
 from trainer.trackers.feed import Trackers
 
 _TRACKERS_END_S = 30.0
-"""Longest time that trackers get at the end."""
+"""Longest wait for the trackers at the end."""
 
 
 class SftRecord:

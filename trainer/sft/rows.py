@@ -1,7 +1,7 @@
-"""The rows of a supervised run as tokens.
+"""Renders the rows of a supervised run as tokens.
 
-At the start every row is rendered once for its length, each rank a share of them; only the lengths stay in
-memory. A row is rendered again when its step has come, which takes about half a millisecond: memory does not
+At the start every row is rendered once for its length, and each rank renders a share; only the lengths stay
+in memory. A row is rendered again in its step, which takes about half a millisecond, so that memory does not
 grow with the tokens of the file.
 
 Shape suffix: N rows of the data set.
@@ -34,10 +34,10 @@ _LOG_INTERVAL_S = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class RowCounts:
-    """What became of the rows of one source."""
+    """Counts of the rows of one source by outcome."""
 
     num_rows: int
-    """Rows of the source."""
+    """Number of rows of the source."""
     num_too_long: int
     """Rows that are left out because they are longer than the limit."""
     num_truncated: int
@@ -51,7 +51,7 @@ class RowCounts:
 
 
 def build_tokens(config: Config, source: str) -> tuple[ConversationTokens, int]:
-    """What renders the rows, and the longest sequence in tokens. `source`: the model, for `from_pretrained`.
+    """Returns the renderer of the rows, and the longest sequence in tokens. `source`: for `from_pretrained`.
 
     Raises ConfigError for a tokenizer that cannot tell which tokens are learned.
     """
@@ -89,9 +89,9 @@ class SftRows:
         longest: int,
         ranks: Ranks,
     ) -> None:
-        """Renders every row once, each rank a share of them. Collective.
+        """Renders every row once; each rank renders a share. Collective.
 
-        `source`: in the form of `sft.train`; `key`: that setting's name. `longest`: most tokens of a
+        `source`: a value like that of `sft.train`; `key`: that setting's name. `longest`: most tokens of a
         sequence.
 
         Raises ConfigError for a row that cannot be rendered, with its place, and if the ranks do not see the
@@ -135,7 +135,7 @@ class SftRows:
         return self._rows.fingerprint
 
     def _measured(self, ranks: Ranks) -> NDArray[np.int64]:
-        """[N, 4] `_facts` of every row."""
+        """[N, 4]: the results of `_facts` for every row."""
         mine = int(self.fingerprint[:12], 16)
         if ranks.any(ranks.agree(mine) != mine):
             raise ConfigError(f"{self._key}: the files on the trainer's machines differ: copy them again")
@@ -152,7 +152,7 @@ class SftRows:
             if time.monotonic() > due_s:
                 log.info("%s: %d of %d rows are rendered", self._key, at * ranks.world_size, len(self._rows))
                 due_s += _LOG_INTERVAL_S
-        # If one rank raised alone, the others would report that they have lost it.
+        # If only one rank raised, the others would report that they had lost it.
         if found := [index for index in ranks.gather(torch.tensor([broken])).tolist() if index >= 0]:
             self._rendered(min(found))
         everyone = ranks.gather(torch.from_numpy(facts.reshape(-1))).numpy().reshape(-1, 4)

@@ -3,9 +3,10 @@
     rows -> plan -> load -> (resume) -> held-out loss
          -> { step -> held-out loss now and then -> checkpoint now and then } * -> held-out loss -> summary
 
-A run has no other daemon: rank 0 writes the metrics. Before each step the ranks agree on whether to continue,
-because a signal reaches them at different times; a drain ends after the current step, with a checkpoint. The
-state of a checkpoint is weights, moments and the number of steps: the rows of each step follow from the plan.
+The run has no other daemons; rank 0 writes the metrics. Before each step the ranks agree on whether to
+continue, because a signal reaches them at different times; a drain ends after the current step, with a
+checkpoint. A checkpoint has weights, moments and the number of steps; the rows of each step are determined by
+the plan.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class SupervisedRun:
     """Call `run` once, on all ranks. It returns when the run is finished, or after `stopping` is set."""
 
     def __init__(self, config: Config, ranks: Ranks, *, stopping: threading.Event, started_s: float) -> None:
-        """Raises ConfigError for rows that cannot be read or rendered, and a resume that is not possible."""
+        """Raises ConfigError if rows cannot be read or rendered, or the run cannot be resumed."""
         self._ranks, self._stopping = ranks, stopping
         paths, source = RunPaths.of(config), model_path(config)
         if not config.sft.train:
@@ -94,7 +95,7 @@ class SupervisedRun:
         return self._step >= self._plan.num_steps
 
     def run(self) -> None:
-        """Trains until the last step, or a drain."""
+        """Trains until the last step or a drain."""
         record = contextlib.closing(self._record or contextlib.ExitStack())
         with record, contextlib.closing(self._checkpoints):
             if self._step == 0:
@@ -114,7 +115,9 @@ class SupervisedRun:
         extra = self._checkpoints.load(step, self._runner.policy, self._optimizer, self._ranks)
         path = self._checkpoints.path(step)
         if "sft" not in extra:
-            raise ConfigError(f"{path} is of reinforcement learning: continue it with `areal-like run`")
+            raise ConfigError(
+                f"{path} is a checkpoint of reinforcement learning: continue it with `areal-like run`"
+            )
         if extra["sft"]["order"] != self._plan.order:
             raise ConfigError(
                 f"{path} was trained on other rows, or in another order (sft.train and its keys, "

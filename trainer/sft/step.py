@@ -2,9 +2,9 @@
 
     sequences -> micro-batches -> [forward -> sum of -log p -> backward]* -> divide -> clip -> AdamW
 
-The loss of a step is the mean of -log p over all learned tokens of the step: sums are added up over
-micro-batches and ranks and divided once by the global number of learned tokens. So it depends neither on the
-cuts nor on the number of ranks, and a long completion weighs more than a short one, as in TRL's SFTTrainer.
+The loss of a step is the mean of -log p over all learned tokens of the step: sums over micro-batches and
+ranks are divided once by the global number of learned tokens. So it depends neither on the cuts nor on the
+number of ranks, and a long completion weighs more than a short one, as in TRL's SFTTrainer.
 
 Shape suffix: S learned tokens of a micro-batch.
 """
@@ -44,7 +44,7 @@ class SupervisedStep:
     ) -> None:
         """`policy` is sharded and has temperature 1. `budget_tokens`: most tokens of a micro-batch.
 
-        `peak_tflops`: of one rank's device, for MFU; 0: by its name.
+        `peak_tflops`: peak of one rank's device, for MFU; 0: looked up by its name.
         """
         assert policy.temperature == 1.0
         self.policy = policy
@@ -54,8 +54,8 @@ class SupervisedStep:
         self._speed = StepSpeed(policy, ranks, peak_tflops=peak_tflops)
 
     def train(self, sequences: Iterable[TokenRow], *, step: int) -> dict[str, float]:
-        """One optimizer step after `step` completed ones; returns its metrics, equal on all ranks except
-        for times.
+        """Runs one optimizer step after `step` completed steps; returns its metrics, equal on all ranks
+        except for times.
 
         Metrics: loss, grad_norm, lr, entropy (mean over learned tokens, in nats), num_tokens, tokens_trained
         (learned), shared_share, num_sequences, num_microbatches, wait_s (for the sequences), compute_s,
@@ -68,7 +68,7 @@ class SupervisedStep:
             with timer.span("compute_s"):
                 logp_S, entropy_S, _ = self.policy(microbatch)
                 nll = -logp_S.sum()
-                # Times zero on a rank without work: the backward keeps FSDP2's collectives in step.
+                # Multiplied by zero on a rank without work: the backward keeps FSDP2's collectives in step.
                 (nll if live else nll * 0.0).backward()
                 if live:
                     self._count(sums, logp_S, entropy_S, microbatch)
@@ -94,7 +94,7 @@ class SupervisedStep:
 
     @torch.no_grad()
     def loss(self, sequences: Iterable[TokenRow]) -> float:
-        """The mean of -log p over the learned tokens of all ranks' sequences; nothing is learned.
+        """Returns the mean of -log p over the learned tokens of all ranks' sequences, without an update.
 
         Raises ZeroDivisionError if there is no such token.
         """
@@ -107,7 +107,7 @@ class SupervisedStep:
         return float(totals[_NLL] / totals[_LEARNED])
 
     def _sums(self) -> Tensor:
-        # On the device until the end of the step: reading a number from a GPU in mid-step would stall it.
+        # On the device until the end of the step: reading a number during the step would stall a GPU.
         return torch.zeros(_FLOPS + 1, dtype=torch.float64, device=self._ranks.device)
 
     @staticmethod
@@ -130,7 +130,7 @@ class SupervisedStep:
 
 
 def training_sample(row: TokenRow) -> TrainingSample:
-    """A row in the form of the trainer's batches; what only sampled tokens have is zero."""
+    """A row in the form of the trainer's batches; fields that only sampled tokens have are zero."""
     mask = np.asarray(row.loss_mask, dtype=np.uint8)
     trajectory = Trajectory(
         tokens=np.asarray(row.tokens, dtype=np.int32),

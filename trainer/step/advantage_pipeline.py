@@ -6,10 +6,10 @@
 If rewards and advantage do not depend on the whole step, each group is processed as it arrives. Greedy
 samples serve as baselines and are then left out.
 
-The KL penalty is that of the behavior policy mu, whose log-probs are recorded, so only the reference model
-needs a forward pass. The penalty is a sum over the sample's tokens, so it also favors short completions; GAE
+The KL penalty uses the behavior policy mu, whose log-probs are recorded, so only the reference model needs a
+forward pass. The penalty is a sum over the sample's tokens, so it also favors short completions; GAE
 subtracts each token's term from the reward of that token. A greedy sample is shaped like its group but gets
-no penalty, because its recorded log-probs are not the policy's. Both changes are made on copies; metrics
+no penalty, because its recorded log-probs are not the policy's. Shaping and penalty change copies; metrics
 still show the task's reward.
 
 Shape suffixes: S sampled tokens (of one trajectory or of the step over all ranks; tensors: of a micro-batch),
@@ -71,7 +71,7 @@ class RewardTerms:
     ) -> None:
         """`kl`: the penalty; None: none.
 
-        `reference`: model for the penalty. `budget_tokens`: of its micro-batches.
+        `reference`: model for the penalty. `budget_tokens`: most tokens of one of its micro-batches.
 
         Raises ConfigError for a penalty without a reference model.
         """
@@ -86,7 +86,7 @@ class RewardTerms:
 
     @property
     def is_identity(self) -> bool:
-        """True if rewards stay as the task gave them."""
+        """True if the task's rewards are used unchanged."""
         return not self._shapings and self._kl is None
 
     @property
@@ -97,7 +97,7 @@ class RewardTerms:
         return Scope.GROUP
 
     def shape_group(self, group: TrajectoryGroup, *, ahead: Sequence[float] = ()) -> TrajectoryGroup:
-        """The group with shaped rewards.
+        """Returns the group with shaped rewards.
 
         `ahead`: for each shaping, the share of groups that rank before this one.
         """
@@ -108,7 +108,8 @@ class RewardTerms:
         return group
 
     def shape_step(self, groups: Sequence[TrajectoryGroup]) -> tuple[list[TrajectoryGroup], TokenPenalties]:
-        """This rank's groups with shaped and penalized rewards, and each token's share of the penalties.
+        """Returns this rank's groups with shaped and penalized rewards, and each token's share of the
+        penalties.
 
         Collective.
 
@@ -189,7 +190,7 @@ class RewardTerms:
 
 
 class AdvantagePipeline:
-    """Called in each step: `compute`, and with the policy's update `learn`."""
+    """In each step, `compute` is called first, and `learn` along with the policy's update."""
 
     def __init__(
         self,
@@ -200,7 +201,7 @@ class AdvantagePipeline:
         critic: Critic | None = None,
         turn_discount: float = 1.0,
     ) -> None:
-        """`turn_discount`: from one turn of a sample to the next.
+        """`turn_discount`: discount from one turn of a sample to the next.
 
         Raises ConfigError if the advantage needs a critic and there is none.
         """
@@ -213,7 +214,7 @@ class AdvantagePipeline:
         self._turn_discount = turn_discount
         self._value_targets: list[ValueTarget] = []
         self.state = advantage.initial_state()
-        """What an estimator remembers of earlier steps; checkpoints store it."""
+        """The estimator's state from earlier steps; checkpoints store it."""
 
     @property
     def extra_totals(self) -> tuple[str, ...]:
@@ -229,7 +230,7 @@ class AdvantagePipeline:
         *,
         lags: Callable[[Trajectory], Lags],
     ) -> Iterable[list[TrainingSample]]:
-        """This rank's groups as samples with advantages.
+        """Turns this rank's groups into samples with advantages.
 
         If rewards and advantage are of scope GROUP, groups are taken lazily as they arrive. Otherwise the
         call is collective and waits for the last group.
@@ -258,7 +259,7 @@ class AdvantagePipeline:
     def learn(self, totals: StepTotals, *, step: int) -> dict[str, float]:
         """Trains the critic on this step's value targets; updates dual variables and the estimator's state.
 
-        Returns the metrics of those that there are. Collective.
+        Returns the metrics of those that exist. Collective.
         """
         metrics: dict[str, float] = {}
         if self._critic is not None:
@@ -273,11 +274,12 @@ class AdvantagePipeline:
         return metrics
 
     def restore(self, state: Sequence[float]) -> None:
-        """Sets the state from a checkpoint; warns and keeps the initial one if it is another estimator's."""
+        """Sets the state from a checkpoint; if it belongs to another estimator, warns and keeps the initial
+        one."""
         if len(state) == len(self.state):
             self.state = tuple(state)
         else:
-            log.warning("advantage differs from the checkpoint's: what it remembers of earlier steps is lost")
+            log.warning("advantage differs from the checkpoint's: its state from earlier steps is lost")
 
     def _record_shaped(
         self, groups: Iterable[TrajectoryGroup], totals: StepTotals

@@ -1,4 +1,4 @@
-"""Builds the configured StepRunner: optimizer and further models around a sharded policy."""
+"""Builds the configured StepRunner: an optimizer and further models around a sharded policy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def build_step_runner(
     """Returns a runner with a fresh optimizer. `policy` is sharded. Raises ConfigError.
 
     `initial`: the model that the run started from. The critic starts from it, and it is the reference model
-    where one is needed and `kl.reference` names none. `with_weights`: False leaves the weights of critic and
+    if one is needed and `kl.reference` names none. `with_weights`: False leaves the weights of critic and
     proximal policy undefined, for a caller that reads a checkpoint into them.
     """
     trainer, recipe = config.trainer, StepRecipe.of(config)
@@ -57,9 +57,9 @@ def build_step_runner(
 
 
 def _balances(config: Config, ranks: Ranks) -> bool:
-    """`trainer.balance`, or what it is when `auto`."""
+    """`trainer.balance`, with `auto` resolved."""
     if config.trainer.balance == "auto":
-        # With max_staleness=0 nothing is generated while a step waits, so the wait is used.
+        # With max_staleness=0 a step runs while its groups are generated; balancing would first wait for all.
         return ranks.world_size > 1 and config.max_staleness != 0
     return config.trainer.balance == "balanced"
 

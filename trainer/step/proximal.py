@@ -4,12 +4,12 @@
     average    sum_i decay^(n-i) theta_i / sum_i decay^(n-i), theta_0 .. theta_n the weights so far
 
 The average and its correction for the first steps are those of PPO-EWMA (arXiv 2110.00641, section 3.2). It
-is updated in place, after each step, in the masters' dtype: in bfloat16 a change of the weights smaller than
-1/256 would be lost.
+is updated in place after each step, in the masters' dtype: in bfloat16 a relative change below 1/256 would be
+lost.
 
 Memory of each rank: its rows of the weights once more, in the masters' dtype (4 bytes for each parameter of
 the rank, without moments and gradients), and as much host memory for checkpoints. Time: one more forward of
-every micro-batch, without gradient. Checkpoints contain the rows, so a resumed run goes on to the last bit.
+every micro-batch, without gradient. Checkpoints contain the rows, so a resumed run is equal to the last bit.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from trainer.objectives import ProximalRule
 
 
 class ProximalPolicy:
-    """The copy, and how it follows the policy: restart() or a checkpoint -> [follow() after each step]*
+    """The copy, which follows the policy: restart() or a checkpoint -> [follow() after each step]*
 
     For checkpoints it is the state of a model without moments (`ModelState`).
     """
@@ -40,7 +40,7 @@ class ProximalPolicy:
         self.model = model.requires_grad_(False)
         self.model.with_entropy = False
         self.num_updates = 0
-        """Steps that it has followed."""
+        """Number of steps that it has followed."""
         self._policy = policy
         self._rule = rule
         self.shards = {name: local(param.detach()) for name, param in model.named_parameters()}
@@ -74,7 +74,7 @@ class ProximalPolicy:
 
     @torch.no_grad()
     def follow(self, step: int) -> None:
-        """Follows the policy after the step that came after `step` completed ones."""
+        """Follows the policy after a step; `step`: number of steps completed before it."""
         self.num_updates += 1
         if self._rule.interval:
             if (step + 1) % self._rule.interval == 0:
@@ -93,7 +93,7 @@ class ProximalPolicy:
 
     def _move(self, share: float) -> None:
         """Moves the weights by this share of the way to the policy's; 1 copies them exactly."""
-        reshard(self.model)  # its last forward left gathered copies of the former weights
+        reshard(self.model)  # its last forward left gathered copies of the old weights
         for name, param in self._policy.named_parameters():
             here, there = self.shards[name], local(param.detach())
             if share == 1.0:

@@ -1,6 +1,6 @@
 """The algorithm that a configuration selects: objective, advantage estimator, reward shapings and KL penalty.
 
-Built before any model is loaded, so that a misspelled setting ends the job at once.
+It is built before any model is loaded, so that a misspelled setting ends the job at once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class StepRecipe:
 
     objective: Objective
     advantage: Estimator
-    """The configured estimator; `estimator` is the one used, since some objectives prescribe their own."""
+    """The configured estimator; `estimator` is the one in use, since some objectives prescribe their own."""
     shapings: tuple[Shaping, ...]
     """Reward shapings, in order."""
     turn_discount: float
@@ -53,7 +53,7 @@ class StepRecipe:
         if config.trainer.compile and recipe.objective.late_coefficients:
             raise ConfigError(
                 f"trainer.compile=true: the gradients of objective {recipe.objective.display_name} read the "
-                "inputs of single layers, which compiled code does not show: set trainer.compile=false"
+                "inputs of single layers, which compiled code does not expose: set trainer.compile=false"
             )
         used = recipe.estimator
         if turn_discount != 1 and isinstance(used, Advantage) and not used.credits_turns:

@@ -74,16 +74,15 @@ class StepRunner:
         peak_tflops: float = 0.0,
         balances: bool = False,
     ) -> None:
-        """`build_step_runner` makes one from a configuration. `policy` and `reference` are sharded.
+        """`build_step_runner` builds one from a configuration. `policy` and `reference` are sharded.
 
         `budget_tokens`: most tokens of a micro-batch. `reference`: frozen model, for objectives that need
-        one. `shapings`: of rewards, in order. `kl`: penalty on rewards; None: none (one in the loss is part
-        of the objective). `critic`: for an advantage that needs one. `proximal`: for an objective with a
-        rule for it. `turn_discount`: between the turns of a
-        sample. `peak_tflops`: of one rank's device, for MFU; 0: by its name. `balances`: sequences are
-        divided over the ranks by cost once a step is complete; no effect with an objective that runs one
-        sequence at a time. Raises ConfigError if the objective's reference or the advantage's critic is
-        missing.
+        one. `shapings`: reward shapings, in order. `kl`: penalty on rewards; None: none (one in the loss is
+        part of the objective). `critic`: for an advantage that needs one. `proximal`: for an objective with a
+        rule for it. `turn_discount`: between the turns of a sample. `peak_tflops`: peak of one rank's device,
+        for MFU; 0: looked up by its name. `balances`: divide the sequences over the ranks by cost once a step
+        is complete; no effect with an objective that runs one sequence at a time. Raises ConfigError if the
+        objective's reference or the advantage's critic is missing.
         """
         if Need.REF in objective.needs and reference is None:
             raise ConfigError(
@@ -101,8 +100,8 @@ class StepRunner:
         self.critic = critic
         self.proximal = proximal
         self.on_first_forward: Callable[[PackedBatch, Tensor], None] = lambda batch, logp_S: None
-        """Called in each step with this rank's first micro-batch and its log-probs [S] under the weights that
-        the step starts from."""
+        """Called in each step with this rank's first micro-batch and its log-probs [S] under the weights at
+        the start of the step."""
         self._is_first_forward = True
         self._ranks = ranks
         self._objective = objective
@@ -147,16 +146,16 @@ class StepRunner:
         lags: Callable[[Trajectory], Lags] | None = None,
         is_abandoned: Callable[[], bool] = lambda: False,
     ) -> dict[str, Any]:
-        """Runs one optimizer step after `step` completed ones. Collective.
+        """Runs one optimizer step after `step` completed steps. Collective.
 
         Returns the step's metrics (see `_metrics`), equal on all ranks except for times.
 
-        `groups`: this rank's share in recorded order (of all groups of the step, j goes to rank j mod world
-        size). It may block until the next group arrives; that time is reported as `wait_s`. What it raises
-        passes through, and no update is made. `num_groups`: how many groups all ranks together must have
+        `groups`: this rank's share in recorded order (group j of the step goes to rank j mod world size). It
+        may block until the next group arrives; that time is reported as `wait_s`. Its exceptions propagate,
+        and no update is made. `num_groups`: number of groups that all ranks together must have
         seen; with fewer, every rank raises IncompleteStepError and makes no update. `lags`: the lag of each
         token of a trajectory, in optimizer steps; None: a version is the number of steps before it.
-        `is_abandoned`: asked between micro-batches; once it is true on any rank, every rank raises
+        `is_abandoned`: called between micro-batches; once it is true on any rank, every rank raises
         IncompleteStepError, and weights, moments and all other state are as before the step.
         """
         objective, is_batch = self._objective, self._objective.scope is Scope.BATCH
@@ -165,14 +164,14 @@ class StepRunner:
         observed: list[dict[str, Tensor]] = []
         stats: StepStats = {}
         self._is_first_forward = True
-        self.policy.zero_grad()  # a step that was abandoned may have left gradients
+        self.policy.zero_grad()  # an abandoned step may have left gradients
         with self._ranks.abandonable(is_abandoned):
-            # Groups -> advantages -> micro-batches, as the groups arrive unless something needs all of them.
+            # Groups -> advantages -> micro-batches, as the groups arrive unless all of them are needed.
             samples = self.advantages.compute(timer.timed("wait_s", groups), totals, timer, lags=lags)
             samples = self._with_gradient(samples, totals)
             microbatches: Iterable[MicroBatch] = self._packer.microbatches(samples)
             with self._gradients as gradients:
-                if is_batch:  # statistics of the whole step first, in a pass without gradient
+                if is_batch:  # first the statistics of the whole step, in a pass without gradient
                     microbatches = list(microbatches)  # waits for the last group
                     with torch.no_grad(), timer.span("compute_s"):
                         for batch, live in self._in_lockstep(microbatches):
@@ -186,7 +185,7 @@ class StepRunner:
                         with named_range("objective"):
                             losses = objective.losses(tokens, stats)
                             loss_S, *counted = self._normalizer.weigh(losses, tokens)
-                        # Times zero: a rank without work runs a dummy forward and backward all the same,
+                        # Multiplied by zero: a rank without work still runs a dummy forward and backward,
                         # which keeps FSDP2's collectives in step with the other ranks.
                         with named_range("backward"):
                             gradients.add(loss_S if live else loss_S * 0.0, tokens=tokens, batch=batch)
@@ -194,11 +193,11 @@ class StepRunner:
                         if not is_batch:
                             observed.append(self._observe(tokens, live=live))
                 if not is_batch:
-                    stats = self._summarize(observed)  # for `lr_scale` alone
+                    stats = self._summarize(observed)  # only for `lr_scale`
                 with timer.span("reduce_s"):
                     totals.add_all(gradients.finish())
 
-        # Divide -> clip -> AdamW. Only now are the global counts known.
+        # Divide -> clip -> AdamW. The global counts are known only now.
         with timer.span("reduce_s"):
             totals.reduce(self._ranks)
         if num_groups is not None and totals.total("num_groups") < num_groups:
@@ -230,7 +229,7 @@ class StepRunner:
         max_staleness: int,
         is_abandoned: Callable[[], bool] = lambda: False,
     ) -> dict[str, Any]:
-        """`run` on groups as the buffer serves them, with the metrics of their lags. Collective.
+        """Calls `run` on groups as the buffer serves them, and adds the metrics of their lags. Collective.
 
         Asserts that no lag is above `max_staleness`.
         """
@@ -245,18 +244,18 @@ class StepRunner:
         return metrics | lags.reduced(self._ranks)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint stores besides weights and moments, for `restore`; JSON."""
+        """The state that a checkpoint stores in addition to weights and moments, for `restore`; JSON."""
         return {"shaping_duals": self.rewards.duals, "advantage_state": list(self.advantages.state)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Sets what `state` returned; a checkpoint of an earlier version has only `shaping_duals`."""
+        """Restores the result of `state`; a checkpoint of an earlier version has only `shaping_duals`."""
         self.rewards.restore(state["shaping_duals"])
         self.advantages.restore(state.get("advantage_state", []))
 
     def _with_gradient(
         self, groups: Iterable[list[TrainingSample]], totals: StepTotals
     ) -> Iterator[list[TrainingSample]]:
-        """The groups that need a gradient. The others are only counted."""
+        """Yields the groups that need a gradient. The others are only counted."""
         for group in groups:
             is_zero = all(not np.any(sample.advantage) for sample in group)
             totals.add("zero_advantage_groups", float(is_zero))
@@ -301,12 +300,13 @@ class StepRunner:
 
     @torch.no_grad()
     def _observe(self, tokens: SampledTokens, *, live: bool) -> dict[str, Tensor]:
-        """The objective's vectors of one micro-batch; of a dummy (not `live`) only their names."""
+        """The objective's vectors of one micro-batch, by name; for a dummy (not `live`) they have length
+        0."""
         observed = self._objective.observe(tokens)
         return observed if live else {name: vector[:0] for name, vector in observed.items()}
 
     def _summarize(self, observed: Sequence[dict[str, Tensor]]) -> StepStats:
-        """The objective's statistics of the step, from what it observed in all micro-batches of all ranks.
+        """The objective's statistics of the step, from its vectors in all micro-batches of all ranks.
 
         Collective if it observes anything.
         """
@@ -320,7 +320,7 @@ class StepRunner:
     def _metrics(
         self, timer: PhaseTimer, totals: StepTotals, learned: dict[str, float], **update: float
     ) -> dict[str, Any]:
-        """The metrics of the step that has just ended. Collective.
+        """The metrics of the step that just ended. Collective.
 
         loss, grad_norm, lr, lr_scale, lr_base, those of the samples (`StepTotals`), num_groups,
         zero_advantage_groups, num_tokens (of the sequences run), shared_share (of them, not computed),

@@ -1,14 +1,14 @@
-"""Warns where learning rate and staleness are together beyond what the method tolerated in the grid.
+"""Warns if learning rate and staleness together exceed what the method tolerated in the grid.
 
 The grid (docs/results.md, Staleness) has, for some methods and ages, the largest learning rate at which a run
 still kept 80 % of the method's best on-policy reward. `staleness_bounds.json` holds these bounds; `python -m
 benchmarks.staleness --report` writes it from the results. A job is compared by learning rate x lag with the
-bound at the smallest age of the grid that is not below its `max_staleness` (beyond the grid, at its largest).
-Ages that are mixed, as in a real queue, come before fixed ones.
+bound at the smallest age of the grid that is not below its `max_staleness` (beyond the grid, at the largest
+age). Mixed ages, as in a real queue, take precedence over fixed ones.
 
-What the grid is: a model of 105,000 parameters, the sorting task, completions of up to ten tokens, 400 steps,
-64 samples a step, a constant learning rate. Larger models and longer completions usually tolerate less, so a
-job without a warning is not thereby safe. A method that is not in the table has no warning.
+The grid used a model of 105,000 parameters, the sorting task, completions of up to ten tokens, 400 steps, 64
+samples a step, and a constant learning rate. Larger models and longer completions usually tolerate less, so a
+job without a warning is not necessarily safe. There is no warning for a method that is not in the table.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from trainer.objectives import Composed, Objective, build_objective
 
 @dataclass(frozen=True, kw_only=True)
 class Bound:
-    """What one method tolerated at one age."""
+    """The learning rates that one method tolerated at one age."""
 
     mode: str
     """Ages of the samples: `fixed` | `mixed`."""
     lag: int
     """Age of every sample (fixed), or the largest (mixed)."""
     lr: float
-    """Largest learning rate that it tolerated; 0: none that was tried."""
+    """Largest learning rate that it tolerated; 0: none of those tried."""
     failed_lr: float
-    """Smallest that it did not; 0: it tolerated all that were tried."""
+    """Smallest learning rate that it did not tolerate; 0: it tolerated all of those tried."""
     failed_reward: float
     """Reward at `failed_lr`."""
 
 
 def staleness_warning(config: Config, objective: Objective) -> str:
-    """What to tell the user at the start of a job; empty: nothing."""
+    """The warning for the user at the start of a job; empty if there is none."""
     found = _method_of(objective, max_tokens=config.sampling.max_new_tokens)
     lag, lr = config.staleness_cap, config.trainer.lr
     if found is None or lag == 0:
@@ -64,9 +64,9 @@ def staleness_warning(config: Config, objective: Objective) -> str:
 
 
 def _method_of(objective: Objective, *, max_tokens: int) -> dict[str, Any] | None:
-    """The table's entry with the same settings, masks and terms aside.
+    """The table's entry with the same settings, ignoring masks and terms.
 
-    Without one, of those with the same class that which tolerates most.
+    Without one, the entry of the same class that tolerates the most.
     """
     inner = objective.inner if isinstance(objective, Composed) else objective
     entries = [(each, build_objective(each["objective"], max_tokens=max_tokens)) for each in _table()]
@@ -77,10 +77,10 @@ def _method_of(objective: Objective, *, max_tokens: int) -> dict[str, Any] | Non
 
 
 def _bound_at(rows: list[dict[str, Any]], lag: int) -> tuple[Bound, Bound | None]:
-    """(the bound that judges a job of this lag, where a larger learning rate failed).
+    """Returns (the bound for a job with this lag, the entry at which a larger learning rate failed).
 
-    The bound is that at the smallest age from `lag` on, or at the largest of all; mixed before fixed. Where
-    no larger rate was tried at it, one that failed at a smaller age is taken: None if there is none.
+    The bound is the one at the smallest age from `lag` on, or at the largest age; mixed before fixed. If no
+    larger rate was tried there, a failure at a smaller age is taken; None if there is none.
     """
     found = [Bound(**row) for row in rows]
     enough = [bound for bound in found if bound.lag >= lag]

@@ -1,10 +1,10 @@
 """Base class and registry of trackers: programs that show a run's metrics, such as TensorBoard.
 
-`metrics.jsonl` is the record of a run; a tracker is a copy of it for another program. So a tracker may fail,
-and what it has missed can be read from the file again: `TrackedRun.earlier_rows`.
+`metrics.jsonl` is the record of a run; a tracker copies it to another program. So a tracker may fail, and
+rows that it has missed can be read from the file again: `TrackedRun.earlier_rows`.
 
-All methods of a tracker are called in one thread of its own (feed.py). They may block and may raise: training
-goes on in either case. A complete custom tracker (`trackers=[{_target_: my_module.Csv}]`):
+All methods of a tracker are called in its own thread (feed.py). They may block and may raise: training
+continues in either case. A complete custom tracker (`trackers=[{_target_: my_module.Csv}]`):
 
     class Csv(Tracker):
         def open(self, run):
@@ -48,7 +48,7 @@ class TrackedRow:
 
 @dataclass(frozen=True, kw_only=True)
 class TrackedRun:
-    """What a tracker is told when it opens."""
+    """The data about a run that a tracker gets when it opens."""
 
     name: str
     """Name of the run."""
@@ -57,9 +57,9 @@ class TrackedRun:
     config: Mapping[str, Any]
     """The resolved configuration as plain dicts and lists, without secrets."""
     start_step: int
-    """Steps that were completed before; 0 for a new run."""
+    """Number of steps completed before; 0 for a new run."""
     is_rewound: bool
-    """True if rows of `start_step` and later were logged before: these steps are trained again."""
+    """True if rows of `start_step` and later steps were logged before: these steps are trained again."""
     earlier_rows: Callable[[], Iterator[TrackedRow]]
     """Reads the rows of the run's files that this start keeps, one at a time, in the order of their times:
     steps before `start_step`, and evaluations up to it."""
@@ -73,7 +73,7 @@ class Tracker(ABC):
     """
 
     aliases: Aliases = "none"
-    """`verl`: rows also have verl's names of those numbers that both have."""
+    """`verl`: rows also have verl's names for the numbers that both have."""
     package: str = ""
     """Name of the package that this tracker needs."""
 
@@ -87,29 +87,29 @@ class Tracker(ABC):
 
     @abstractmethod
     def open(self, run: TrackedRun) -> None:
-        """Opens the run's series, or continues it. After an exception nothing else is called."""
+        """Opens the run's series, or continues it. After an exception no other method is called."""
 
     @abstractmethod
     def log(self, row: TrackedRow) -> None:
         """Writes a row. Evaluations may come after rows of later steps."""
 
     def summarize(self, summary: Mapping[str, Any]) -> None:  # noqa: B027 (a tracker may leave it out)
-        """Writes the run's summary, as in summary.json. Called at the end of the run, also of one drained."""
+        """Writes the run's summary, as in summary.json. Called at the end of the run, also after a drain."""
 
     @abstractmethod
     def close(self) -> None:
-        """Writes what is left."""
+        """Writes the remaining data and closes the tracker."""
 
     def abandon(self) -> None:  # noqa: B027 (most trackers need nothing)
-        """Called in another thread when the tracker has not ended in time: nothing of it may delay the end of
-        the process."""
+        """Called in another thread when the tracker has not ended in time: afterwards it must not delay the
+        end of the process."""
 
 
 TRACKERS = Registry[Tracker]("trackers", Tracker)  # type: ignore[type-abstract]
 
 
 def build_trackers(settings: Sequence[str | Mapping[str, Any]]) -> dict[str, Tracker]:
-    """The trackers that the setting `trackers` lists, by name; a second of the same name gets a number.
+    """The trackers that the setting `trackers` lists, by name; a second one of the same name gets a number.
 
     Raises ConfigError for an unknown name or setting, and for a package that is not installed.
     """

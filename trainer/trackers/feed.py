@@ -1,12 +1,12 @@
-"""Gives the rows of a run to its trackers, each in a thread of its own, without ever blocking training.
+"""Passes the rows of a run to its trackers, each in its own thread, without ever blocking training.
 
     STARTING -> OPEN -> CLOSED
-       +-> OFF (open() raised: nothing more is called)
+       +-> OFF (open() raised: no other method is called)
 
-A queue of bounded length is between training and a tracker; a row that finds it full is left out and counted.
-So is a row whose log() raised; the first failure of a tracker is logged, the others only counted. At the end
-the trackers get a limited time for what is left. Their threads are daemon threads: one that hangs delays the
-end of the trainer by that time and no more.
+A bounded queue is between training and a tracker; when it is full, a row is dropped and counted. A row whose
+log() raised is counted too; the first failure of a tracker is logged, later ones are only counted. At the end
+the trackers get a limited time for the remaining rows. Their threads are daemon threads: one that hangs
+delays the end of the trainer by no more than that time.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from trainer.trackers.names import evaluation_numbers, step_numbers
 log = logging.getLogger(__name__)
 
 MAX_WAITING = 1000
-"""Rows that wait for one tracker."""
+"""Most rows that wait for one tracker."""
 _POLL_S = 0.2
 """Interval at which an idle tracker looks for the end of the run."""
 
 
 class Trackers:
-    """All trackers of a run. Rank 0 has it, also if there are none. Any thread may call `status`."""
+    """All trackers of a run, possibly none, on rank 0. Any thread may call `status`."""
 
     def __init__(
         self, trackers: Mapping[str, tuple[Tracker, TrackedRun]], *, on_outcome: Callable[[str], None]
@@ -55,7 +55,7 @@ class Trackers:
     def of(
         cls, config: Config, *, start_step: int, is_rewound: bool, on_outcome: Callable[[str], None]
     ) -> Trackers:
-        """Opens the trackers that `config.trackers` names. `start_step`, `is_rewound`: as of TrackedRun."""
+        """Opens the trackers that `config.trackers` names. `start_step`, `is_rewound`: see TrackedRun."""
         paths, opened_unix_s = RunPaths.of(config), unix_now()
 
         def earlier_rows(aliases: Aliases) -> Iterator[TrackedRow]:
@@ -65,7 +65,7 @@ class Trackers:
                 )
                 for path, is_evaluation in ((paths.metrics, False), (paths.evaluations, True))
             )
-            # The files grow meanwhile: their new rows come through the queue.
+            # The files grow at the same time: new rows come through the queue.
             for row in heapq.merge(*files, key=lambda row: row.time_unix_s):
                 if row.time_unix_s < opened_unix_s and (row.is_evaluation or row.step < start_step):
                     yield row
@@ -97,7 +97,7 @@ class Trackers:
         self._put(row, is_evaluation=True)
 
     def status(self) -> dict[str, Any]:
-        """By tracker: its state, its rows by outcome, and its first failure."""
+        """Tracker -> its state, its rows by outcome, and its first failure."""
         return {feed.name: feed.status() for feed in self._feeds}
 
     def close(
@@ -107,9 +107,9 @@ class Trackers:
         limit_s: float,
         waits: Callable[[str], AbstractContextManager[None]],
     ) -> None:
-        """Lets every tracker end, and returns after `limit_s` in any case. The second call does nothing.
+        """Waits until every tracker has ended, at most `limit_s`. A second call does nothing.
 
-        `summary`: of a run that has one. `waits`: lists the wait in /status.
+        `summary`: the run's summary, if there is one. `waits`: shows the wait in /status.
         """
         if self._is_closed:
             return
@@ -159,7 +159,7 @@ class _Feed:
         self.thread.start()
 
     def put(self, row: TrackedRow) -> None:
-        """Never blocks."""
+        """Queues a row; never blocks."""
         try:
             self._rows.put_nowait(row)
         except queue.Full:
@@ -167,12 +167,12 @@ class _Feed:
             self._failed(f"is more than {MAX_WAITING} rows behind: rows are left out")
 
     def end(self, summary: Mapping[str, Any] | None) -> None:
-        """After the rows that wait the tracker gets the summary, if there is one, and is closed."""
+        """Announces the end: after the queued rows the tracker gets the summary, if any, and is closed."""
         self._summary = summary
         self._ended.set()
 
     def abandon(self) -> None:
-        """The time of the tracker is over."""
+        """Called when the tracker has not ended in time."""
         self._tries("abandon", self.tracker.abandon)
 
     def status(self) -> dict[str, Any]:
@@ -213,7 +213,7 @@ class _Feed:
     def _tries(self, what: str, call: Callable[[], None]) -> bool:
         try:
             call()
-        except Exception as error:  # another package's code, or the user's: training goes on whatever it does
+        except Exception as error:  # another package's or the user's code: training continues in any case
             self._failed(f"failed in {what}(): {type(error).__name__}: {error}", error)
             return False
         return True
@@ -227,7 +227,7 @@ class _Feed:
             return
         self._first_failure = text
         log.warning(
-            "the tracker %s %s; training goes on, metrics.jsonl has all rows, and later failures are counted",
+            "the tracker %s %s; training continues, metrics.jsonl has all rows, later failures are counted",
             self.name,
             text,
             exc_info=error,

@@ -1,7 +1,7 @@
-"""Names of a run's numbers in trackers: groups of our own, and verl's names of the same quantities.
+"""Names of a run's numbers in trackers: our own groups, and verl's names for the same quantities.
 
-TensorBoard and Weights & Biases make one section of all names with the same text before the first slash, so
-the groups are the overview that a user sees. docs/reference/metrics-verl.md explains each alias; a test
+TensorBoard and Weights & Biases show names with the same text before the first slash in one section, so the
+groups are the overview that a user sees. docs/reference/metrics-verl.md explains each alias; a test
 compares it with `VERL`.
 """
 
@@ -29,7 +29,7 @@ _PERFORMANCE = (
 _GROUP_OF = dict.fromkeys(_STABILITY, "stability") | dict.fromkeys(_PERFORMANCE, "performance")
 _OTHER_GROUP = "train"
 _NOT_TRACKED = ("step", "time_unix_s", "eval_reward")
-"""Columns that are not numbers of the step: evaluations have rows of their own."""
+"""Columns that are not numbers of the step: evaluations have separate rows."""
 _OF_EVALUATION = ("ci_low", "ci_high", "truncated_fraction", "mean_tokens", "num_failed", "seconds")
 
 VERL: dict[str, tuple[str, ...]] = {

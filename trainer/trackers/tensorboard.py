@@ -1,11 +1,11 @@
 """TensorBoard: scalars in event files, written with the package `tensorboard` alone.
 
-torch.utils.tensorboard would do the same after importing more; `EventFileWriter` of the package has a thread
-of its own, which reports a full disk one row later. So this module packs the records itself with the
+torch.utils.tensorboard would do the same with more imports; the package's `EventFileWriter` writes in a
+separate thread and reports a full disk one row late. So this module packs the records itself with the
 package's `RecordWriter`. Every row is one event and is flushed.
 
-A resume adds an event file that begins with a session start at the resumed step: TensorBoard then drops what
-earlier files have from that step on (the `purge_step` of other writers).
+A resume adds an event file that begins with a session start at the resumed step: TensorBoard then drops the
+events of earlier files from that step on (the `purge_step` of other writers).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class TensorBoard(Tracker):
     _writer: Any = field(init=False, repr=False)
 
     def open(self, run: TrackedRun) -> None:
-        """Begins an event file; it has all earlier rows if there is none of an earlier start."""
+        """Creates an event file; it gets all earlier rows if there is no file of an earlier start."""
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         folder = Path(self.dir).expanduser() / run.name if self.dir else RunPaths(run.root).tensorboard

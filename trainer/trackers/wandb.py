@@ -1,18 +1,18 @@
 """Weights & Biases, offline unless the user asks for the network.
 
 The mode is `mode`, else WANDB_MODE, else `online` if WANDB_API_KEY is set, else `offline`: a job must not
-send anything to a server because a package is installed. (A login in ~/.netrc alone does not count.)
+send data to a server only because a package is installed. (A login in ~/.netrc alone does not count.)
 
 A run keeps its id, in a file of its directory, so that W&B has one series for it. Steps that are trained
 again replace the earlier ones:
 
 * Online the run is rewound to the resumed step (`resume_from`). A server that cannot rewind refuses; then a
   run with a new id gets all rows.
-* Offline every start writes a whole directory, earlier rows included, and the directories of earlier starts
-  are renamed to `replaced-...`, which `wandb sync` does not send.
+* Offline every start writes a complete directory, including earlier rows, and the directories of earlier
+  starts are renamed to `replaced-...`, which `wandb sync` does not send.
 
-What W&B collects by itself stays off: the command line, the host, git, installed packages, the program's
-output, and measurements of the machine (`system_metrics=true` turns these on).
+W&B's own data collection is off: the command line, the host, git, installed packages, the program's output,
+and measurements of the machine (`system_metrics=true` turns these on).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class WeightsAndBiases(Tracker):
 
     def __post_init__(self) -> None:
         if isinstance(self.tags, str) or not all(isinstance(tag, str) for tag in self.tags):
-            raise ConfigError(f"trackers.tags: want a list of texts, got {self.tags!r}")
+            raise ConfigError(f"trackers.tags: expected a list of texts, got {self.tags!r}")
 
     def open(self, run: TrackedRun) -> None:
         """Starts W&B's process and opens the run."""
@@ -92,7 +92,8 @@ class WeightsAndBiases(Tracker):
         log.info("wandb is %s: %s", mode, f"`wandb sync {directory}`" if mode == "offline" else self._run.url)
 
     def log(self, row: TrackedRow) -> None:
-        """Writes the row. W&B takes no row of an earlier step: an evaluation joins the newest one."""
+        """Writes the row. W&B does not accept a row of an earlier step: an evaluation joins the newest
+        one."""
         self._step = max(self._step, row.step)
         numbers = {**row.numbers, "_timestamp": row.time_unix_s}
         if row.is_evaluation:
@@ -108,8 +109,8 @@ class WeightsAndBiases(Tracker):
         self._run.finish()
 
     def abandon(self) -> None:
-        """Ends W&B's process, for which the interpreter would wait at its exit while it tries its server
-        again and again. What it has not sent is in the run's directory, for `wandb sync`."""
+        """Ends W&B's process: the interpreter would wait for it at exit while it retries its server. Data
+        that it has not sent are in the run's directory, for `wandb sync`."""
         for pid in _children_named("wandb-core"):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -166,7 +167,7 @@ class WeightsAndBiases(Tracker):
 
 
 def _mode_of(environment: Mapping[str, str]) -> str:
-    """The mode where none is configured."""
+    """The mode if none is configured."""
     if mode := environment.get("WANDB_MODE"):
         return mode
     return "online" if environment.get("WANDB_API_KEY") else "offline"
@@ -176,7 +177,7 @@ def _children_named(name: str) -> list[int]:
     """Processes that this one has started."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has just ended
+        with contextlib.suppress(OSError):  # the process has just ended
             pid, rest = path.read_text(errors="replace").split(" (", 1)
             comm, _, columns = rest.rpartition(") ")
             if comm == name and int(columns.split()[1]) == os.getpid():
@@ -185,7 +186,7 @@ def _children_named(name: str) -> list[int]:
 
 
 def _read_id(folder: Path) -> tuple[str, bool]:
-    """(id of the run at W&B, True if an earlier start has made it)"""
+    """Returns (id of the run at W&B, True if an earlier start created it)."""
     try:
         return (folder / "run_id").read_text().strip(), True
     except FileNotFoundError:
@@ -199,7 +200,7 @@ def _new_id(folder: Path) -> str:
 
 
 def _after_the_last_step(rows: Iterator[TrackedRow]) -> Iterator[TrackedRow]:
-    """The evaluations after the last row of a step: they were with later steps, which were removed."""
+    """The evaluations after the last row of a step: they belong to later steps, which were removed."""
     late: list[TrackedRow] = []
     for row in rows:
         late = [*late, row] if row.is_evaluation else []

@@ -49,7 +49,9 @@ def refuse_mixed_nccl(wanted: str, *, ours: dict[str, str], engines: Sequence[Al
 
 
 def check_nccl(config: Config, device: torch.device) -> None:
-    """The same before anything is loaded, where SGLang's interpreter is on this machine. For rank 0."""
+    """Like `refuse_mixed_nccl`, but before the model is loaded, if SGLang's interpreter is on this machine.
+
+    Called on rank 0."""
     if device.type == "cuda":
         nccl = device_facts(device)["nccl_version"]
         check_engine_nccl(config, ours=TorchVersions(torch=torch.__version__, nccl=nccl))

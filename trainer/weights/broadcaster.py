@@ -109,10 +109,10 @@ class PushOutcome:
 class Broadcaster:
     """Pushes snapshots to servers, one `push` at a time. For each group of servers a push does this:
 
-        alive = await receiver.request(AskAlive(), Alive)   # each receiver; the silent ones are left out
-        session = WeightGroupSession(group=WeightGroup.create(backend=...), ...)    # an NCCL or gloo group
-        await session.form()                                # FormGroup to each receiver, then the rendezvous
-        await session.stage(snapshot, ...)                  # only if an engine loads in place
+        alive = await receiver.request(AskAlive(), Alive)   # each receiver; those that do not respond are
+        left out session = WeightGroupSession(group=WeightGroup.create(backend=...), ...)    # an NCCL or gloo
+        group await session.form()                                # FormGroup to each receiver, then the
+        rendezvous await session.stage(snapshot, ...)                  # only if an engine loads in place
         await session.push(PushWeights(...), snapshot)      # buckets, PushChecksums; each replies WeightsOk
         await session.dissolve()                            # only after a failure or a change of receivers
 
@@ -127,12 +127,12 @@ class Broadcaster:
         keyring: Keyring | None = None,
         waits: PendingWaits | None = None,
     ) -> None:
-        """`device`, `keyring`: of the trainer. `waits`: lists the servers that have not replied."""
+        """`device`, `keyring`: the trainer's. `waits`: lists the servers that have not replied."""
         self._waits = waits
         self._config = config
         self._keyring = keyring
         self._device = torch.device(device)
-        # Not the trainer's identity (`Hello.process`), which the names of groups would show to every server.
+        # Not the trainer's identity (`Hello.process`): every server would see it in the names of groups.
         self._group_prefix = f"weights-{secrets.token_hex(8)}"
         self._receivers: dict[ReceiverId, Receiver] = {}
         self._directory: dict[ReceiverId, ServerEntry] = {}
@@ -143,10 +143,10 @@ class Broadcaster:
         self._last_warning = ""
         self._nccl = NcclTrial(config.backend)
         self.num_sessions = 0
-        """Sessions formed so far, failed attempts included."""
+        """Sessions formed so far, including failed attempts."""
 
     def eligible(self, servers: Iterable[ServerEntry]) -> list[ServerEntry]:
-        """The servers of the directory that a push would go to now."""
+        """The servers of the directory to which a push would go now."""
         now_s = time.monotonic()
         return [
             entry
@@ -161,7 +161,7 @@ class Broadcaster:
 
         Failures of servers do not raise; their reasons are in the outcome. Raises ConfigError when
         `weights.host` is not an address of this machine, or the first session finds every port of
-        `weights.port_range` taken. Later a port is taken for a while only, and the push is tried again.
+        `weights.port_range` taken. In later sessions taken ports are temporary, and the push is tried again.
         """
         self._directory = {receiver_id(entry): entry for entry in servers}
         self._backoff.keep_only(self._directory)
@@ -187,7 +187,7 @@ class Broadcaster:
         return outcome
 
     async def score_at(self, receiver: ReceiverId, request: ScoreTokens) -> TokenScores | WeightsFailed:
-        """Asks a server of the last push for log-probs; every failure is a WeightsFailed."""
+        """Requests log-probs from a server of the last push; every failure is a WeightsFailed."""
         if (known := self._receivers.get(receiver)) is None:
             return WeightsFailed(version=-1, reason="no longer connected")
         return await known.request(request, TokenScores, timeout_s=_SCORE_S)
@@ -195,8 +195,8 @@ class Broadcaster:
     async def close(self, left: Collection[ReceiverId] | None = None) -> None:
         """Dissolves the groups and closes every link.
 
-        `left`: the servers that are still there; None: all. Nobody is asked to leave a group of which none is
-        there: a killed launcher takes its servers with it, and the trainer would wait for their replies.
+        `left`: the servers that still exist; None: all. If no server of a group exists, none is asked to
+        leave: a killed launcher takes its servers with it, and the trainer would wait for their replies.
         """
         for session in list(self._sessions.values()):
             if left is not None and session.receiver_ids.isdisjoint(left):
@@ -226,7 +226,7 @@ class Broadcaster:
             group_name=session.group.group_name,
             version=version,
             step=step,
-            # A job resolves `auto` before (Config.update_mode): it depends on engines and objective.
+            # A job has already resolved `auto` (Config.update_mode), which depends on engines and objective.
             update_mode="recompute" if self._config.update_mode == "auto" else self._config.update_mode,
             manifest=manifest.to_dict(),
             integrity=integrity,
@@ -391,7 +391,7 @@ _REPLY_GRACE_S = 5.0
 
 
 def assign_ranks(alive: Sequence[Alive]) -> tuple[list[int], int]:
-    """(first rank of each receiver, the group's world size): rank 0 is the trainer.
+    """Returns (first rank of each receiver, the group's world size); rank 0 is the trainer.
 
     A receiver has one rank for each tensor-parallel rank, from its first rank on.
     """
@@ -412,7 +412,7 @@ class SessionOutcome:
     recovery_s: dict[str, float] = field(default_factory=dict)
     """Name of each survivor of a broken broadcast -> seconds until it had left the group."""
     broadcast_s: float = 0.0
-    """From the request to the end of the last broadcast, at rank 0."""
+    """Seconds from the request to the end of the last broadcast, at rank 0."""
 
 
 class WeightGroupSession:
@@ -420,7 +420,7 @@ class WeightGroupSession:
 
     form() -> FORMED -> push() -> push() -> ... -> dissolve()
       |                   +-> broken, or a receiver failed: dissolve() and form another session
-      +-> not formed (a receiver refused or did not come): dissolve()
+      +-> not formed (a receiver refused or did not arrive): dissolve()
     """
 
     def __init__(
@@ -475,7 +475,7 @@ class WeightGroupSession:
             await self._leave_group()
             await self._ask_all_to_leave()
         replies = [
-            # A receiver that was interrupted knows only that it was: rank 0 knows why.
+            # An interrupted receiver does not know the reason, but rank 0 does.
             WeightsFailed(version=reply.version, reason=broken_reason)
             if receiver.id in not_at_fault and isinstance(reply, WeightsFailed)
             else reply
@@ -499,7 +499,7 @@ class WeightGroupSession:
     async def push(self, request: PushWeights, snapshot: Snapshot) -> SessionOutcome:
         """Broadcasts the snapshot's buckets and waits for activation.
 
-        On return every receiver has replied or its request was cancelled, also if the broadcast broke.
+        On return every receiver has replied or its request was cancelled, even if the broadcast broke.
         """
         requests = [
             asyncio.create_task(
@@ -540,7 +540,7 @@ class WeightGroupSession:
             for reply in await asyncio.gather(*requests, return_exceptions=True)
         ]
         survivors = set[ReceiverId]()
-        # A receiver that reports the failure has survived it; the receiver that caused it is silent.
+        # A receiver that reports the failure has survived it; the receiver that caused it does not reply.
         if broken_reason:
             survivors = {
                 receiver.id
@@ -628,7 +628,7 @@ async def _wait_for_replies_while_alive(
 ) -> None:
     """Waits for the replies to a push, but not for a server that no longer replies to AskAlive.
 
-    `sent` is repeated meanwhile: a connection that was interrupted (a renewed key) may have lost it.
+    `sent` is repeated in the meantime: a connection that was interrupted (a renewed key) may have lost it.
 
     A server may die with the whole broadcast in its socket's buffer: the broadcast succeeds and no reply ever
     comes.
@@ -653,7 +653,7 @@ class BucketSender:
     """Sends snapshots through one group. `close` it when the group is dissolved."""
 
     def __init__(self, group: WeightGroup, *, device: torch.device, name: str) -> None:
-        """`device`: of the trainer. `name`: of the threads."""
+        """`device`: the trainer's. `name`: the name of the threads."""
         self._group = group
         self._device = device
         # Separate streams: on the default stream training would wait for the whole broadcast, and the
@@ -670,7 +670,7 @@ class BucketSender:
     def send(self, snapshot: Snapshot, *, integrity: str, timeout_s: float) -> BucketSums:
         """Broadcasts every bucket and returns their sums. Blocks.
 
-        `timeout_s`: of each broadcast. Raises WeightSyncError; the group is then broken.
+        `timeout_s`: time limit of each broadcast. Raises WeightSyncError; the group is then broken.
         """
         self._choose_device()
         with torch.cuda.stream(self._stream):
@@ -681,8 +681,9 @@ class BucketSender:
         self._reader.shutdown(wait=False)
 
     def _choose_device(self) -> None:
-        """A new thread's GPU is number 0, and leaving a stream's context sets that one again, which since
-        CUDA 12 makes a context there: half a gigabyte of a GPU that may be an engine's."""
+        """Sets the thread's GPU. Otherwise it is GPU 0, and leaving a stream's context would set that GPU
+        again; since CUDA 12 this creates a context there, half a gigabyte on a GPU that may be an
+        engine's."""
         if self._stream is not None:
             torch.cuda.set_device(self._device)
 
@@ -701,7 +702,8 @@ class BucketSender:
         return sums
 
     def _read(self, snapshot: Snapshot, index: int) -> tuple[GatheredBucket, Tensor]:
-        """A bucket, and its bytes on the device that the group sends from. Runs in the reader's thread."""
+        """Returns a bucket, and its bytes on the device that the group sends from. Runs in the reader's
+        thread."""
         bucket = snapshot.read(index)
         if self._copy_stream is None:
             return bucket, bucket.data
@@ -709,7 +711,7 @@ class BucketSender:
             with torch.cuda.stream(self._copy_stream):
                 on_wire = bucket.data.to(self._device, non_blocking=True)
             self._copy_stream.synchronize()
-        except RuntimeError as error:  # the GPU's memory is full: a later push may find room
+        except RuntimeError as error:  # the GPU's memory is full: a later push may succeed
             raise WeightSyncError(
                 f"could not copy a bucket of {len(bucket.data)} bytes to {self._device}: {error}"
             ) from None

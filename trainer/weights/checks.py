@@ -1,10 +1,10 @@
-"""Asks engines for log-probs after pushes, and decides from them whether they have the weights they report.
+"""Requests log-probs from engines after pushes, to check that they have the weights that they report.
 
-An engine may report success for a push and keep its old weights, or load some tensors wrongly, and then
-report a version that its tokens do not come from. So the engines are asked, after pushes, for the log-probs
-of a few tokens that the trainer has scored with the same weights. The mean absolute difference of a correct
-engine is its numerical noise: 1e-6 in float32, some hundredths in bfloat16. A difference far above that of
-earlier checks is a jump.
+An engine may report success for a push but keep its old weights or load some tensors wrongly; its tokens then
+do not come from the version that it reports. So after pushes the engines compute the log-probs of a few
+tokens that the trainer has scored with the same weights. The mean absolute difference of a correct engine is
+its numerical noise: 1e-6 in float32, some hundredths in bfloat16. A difference far above that of earlier
+checks is a jump.
 
     publisher: version active at a server ----\\
     training thread: first forward of a step ---+-> both of the same step -> ScoreTokens -> TokenScores
@@ -35,17 +35,17 @@ from trainer.weights.receivers import ReceiverId
 log = logging.getLogger(__name__)
 
 MAX_SCORED = 32
-"""Tokens scored in one check. The embedded engine decodes nothing else meanwhile."""
+"""Tokens scored in one check, during which the embedded engine does not decode."""
 MAX_CONTEXT = 8192
-"""A check with more tokens is not made: its message and its prefill would be large."""
+"""Most tokens of a check, because its message and its prefill would be large."""
 _WINDOW = 64
 _MIN_HISTORY = 3
 _FACTOR = 3.0
 NOISE = {"float32": 1e-3, "bfloat16": 0.05}
-"""By `model.dtype`: a mean difference that is never a jump, in nats. In bfloat16 a check of few tokens with
-nearly certain tokens may differ by a few thousandths, and the next one by some hundredths."""
+"""`model.dtype` -> mean difference, in nats, that is never a jump. In bfloat16 one check of a few nearly
+certain tokens may differ by a few thousandths, and the next one by some hundredths."""
 _UNKNOWN_LIMIT = 0.5
-"""Limit before there is a history: above the noise of any correct engine, bfloat16 and 8 bits included."""
+"""Limit before there is a history: above the noise of any correct engine, including bfloat16 and 8 bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +69,8 @@ class CheckTokens:
 def check_tokens(batch: PackedBatch, logp_S: Tensor, *, step: int) -> CheckTokens | None:
     """The first sampled tokens of a micro-batch's first sequence that is short enough; None if there is none.
 
-    `logp_S`: log-probs of the batch's sampled tokens. The part of a sequence before a token decides its
-    log-prob, so the rest of the sequence is left out.
+    `logp_S`: log-probs of the batch's sampled tokens. A token's log-prob depends only on the part of the
+    sequence before it, so the rest is left out.
     """
     sampled = batch.sampled_S.tolist()
     start, at = 0, 0
@@ -99,7 +99,7 @@ class JumpDetector:
     """
 
     def __init__(self, *, noise: float = NOISE["float32"]) -> None:
-        """`noise`: of the job's dtype, see `NOISE`."""
+        """`noise`: the value of `NOISE` for the job's dtype."""
         self._noise = noise
         self._accepted: deque[float] = deque(maxlen=_WINDOW)
 
@@ -111,7 +111,7 @@ class JumpDetector:
         return max(self._noise, _FACTOR * statistics.median(self._accepted))
 
     def is_jump(self, difference: float) -> bool:
-        """Takes one check's difference into account; True if it is a jump or not finite."""
+        """Records one check's difference; returns True if it is a jump or not finite."""
         if not difference <= self.limit:
             return True
         self._accepted.append(difference)
@@ -119,7 +119,7 @@ class JumpDetector:
 
 
 class RepushRule:
-    """Which jumps lead to another push of the same weights: of jumps in a row 1, 2, 4, 8, ...
+    """Decides which jumps lead to another push of the same weights: the 1st, 2nd, 4th, 8th, ... in a row.
 
     If pushes do not help, more of them only cost time; the alert stays.
     """
@@ -128,7 +128,7 @@ class RepushRule:
         self._jumps_in_a_row: dict[ReceiverId, int] = {}
 
     def passed(self, receiver: ReceiverId) -> bool:
-        """Records a check without a jump; returns True if the one before was a jump."""
+        """Records a check without a jump; returns True if the previous one was a jump."""
         return self._jumps_in_a_row.pop(receiver, 0) > 0
 
     def jumped(self, receiver: ReceiverId) -> bool:
@@ -154,7 +154,7 @@ class CheckReport:
 
 
 class WeightChecks:
-    """Runs at most one check at a time of each server. Create it in the publisher's event loop."""
+    """Runs at most one check at a time for each server. Create it in the publisher's event loop."""
 
     def __init__(
         self,
@@ -165,9 +165,10 @@ class WeightChecks:
         on_repush: Callable[[ReceiverId], None],
         noise: float = NOISE["float32"],
     ) -> None:
-        """`score_at`: sends a request to a server. `interval_s`: shortest time between two checks of one.
+        """`score_at`: sends a request to a server. `interval_s`: shortest time between two checks of a
+        server.
 
-        `on_repush`: called with a server that needs the weights again. `noise`: as of JumpDetector.
+        `on_repush`: called with a server that needs the weights again. `noise`: see JumpDetector.
         """
         self._score_at = score_at
         self._interval_s = interval_s
@@ -175,7 +176,7 @@ class WeightChecks:
         self._on_repush = on_repush
         self._tokens: CheckTokens | None = None
         self._active: dict[ReceiverId, tuple[int, int]] = {}
-        """Server -> (step, version) that it has activated and that is not checked yet."""
+        """Server -> (step, version) that it has activated and that is still unchecked."""
         self._due_s: dict[ReceiverId, float] = {}
         self._jumps = JumpDetector(noise=noise)
         self._repush = RepushRule()
@@ -184,7 +185,7 @@ class WeightChecks:
         """Monotonic time before which no check can start; read by the training thread."""
 
     def scored_by_trainer(self, tokens: CheckTokens) -> None:
-        """Takes the trainer's log-probs of the current step."""
+        """Records the trainer's log-probs of the current step."""
         self._tokens = tokens
         self._start_due()
 

@@ -1,6 +1,6 @@
 """Keeps the engines at the newest weights while training continues (trainer rank 0).
 
-A snapshot that is replaced by a newer snapshot before its push begins is skipped and never gets a version.
+A snapshot that is replaced by a newer one before its push starts is skipped and never gets a version.
 The publisher runs in the event loop of the trainer's buffer client.
 """
 
@@ -39,12 +39,12 @@ class PushReport:
     """Server name (or `broadcast`) -> reason."""
     num_bytes: int
     seconds: float
-    """From the granted version to the last server's reply."""
+    """Seconds from the granted version to the last server's reply."""
     staging_seconds: float
-    """Part of it before an engine was asked to receive: gathering and summing up every bucket; 0 if all
+    """The part before engines were asked to receive: gathering every bucket and computing its sums; 0 if all
     engines decode while they receive."""
     broadcast_seconds: float
-    """Part of it from the request to the engines to the end of the last broadcast, longest of all groups."""
+    """The part from the request to the engines to the end of the last broadcast, for the slowest group."""
     stall_seconds: float
     """Longest time that one engine decoded nothing because of the push."""
     recovery_seconds: float
@@ -83,8 +83,8 @@ class Publisher:
 
         `on_failure`: called with the error when the task fails, because nothing awaits the task until the
         end of training. `on_check`: called with each comparison of log-probs (`checks.py`).
-        `check_interval_s`: shortest time between two of one server; None: there are none. `check_noise`: as
-        of JumpDetector.
+        `check_interval_s`: shortest time between two checks of a server; None: no checks. `check_noise`: see
+        JumpDetector.
         """
         self._broadcaster = broadcaster
         self._call = call
@@ -101,9 +101,9 @@ class Publisher:
         self._newest_version = 0
         """Newest version granted to this trainer; a newer version at a server comes from an earlier run."""
         self._activated_versions: dict[ReceiverId, int] = {}
-        """Server -> version that it confirmed to this publisher; may be newer than in the directory."""
+        """Server -> version that it confirmed to this publisher, which may be newer than in the directory."""
         self._distrusted: set[ReceiverId] = set()
-        """Servers whose log-probs are not those of the weights that they report."""
+        """Servers whose log-probs do not match the weights that they report."""
         self.checks: WeightChecks | None = None
         if check_interval_s is not None:
             self.checks = WeightChecks(
@@ -135,7 +135,7 @@ class Publisher:
         return self.active_version
 
     async def close(self) -> None:
-        """Ends the task and dissolves the weight groups, of the servers that are left."""
+        """Ends the task and dissolves the weight groups of the remaining servers."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
         if self.checks is not None:
@@ -144,7 +144,7 @@ class Publisher:
         await self._broadcaster.close({receiver_id(server) for server in left})
 
     def directory_changed(self) -> None:
-        """Call this when a server joined or changed: a server that is behind gets the newest weights."""
+        """To be called when a server joined or changed: a server that is behind gets the newest weights."""
         # During a push this does nothing: `_run` reads the directory again when the push ends.
         if not self._is_pushing and self._offered is not None and self._any_behind(self._servers()):
             self._wake.set()
@@ -222,7 +222,7 @@ class Publisher:
         self._on_push(report)
 
     def _push_again(self, receiver: ReceiverId) -> None:
-        """Treats a server as one whose weights are unknown: the newest weights are pushed once more."""
+        """Marks a server's weights as unknown: the newest weights are pushed once more."""
         self._distrusted.add(receiver)
         self.directory_changed()
 

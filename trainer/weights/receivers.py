@@ -33,7 +33,7 @@ from areal_like.wire.messages.weights import (
 ReceiverId = tuple[str, int]
 """(name, incarnation): a restarted server is another receiver."""
 R = TypeVar("R", Alive, WeightsOk, TokenScores)
-"""The reply that a request asks for."""
+"""The type of reply that a request expects."""
 
 
 def receiver_id(entry: ServerEntry) -> ReceiverId:
@@ -42,7 +42,8 @@ def receiver_id(entry: ServerEntry) -> ReceiverId:
 
 
 def has_valid_key(entry: ServerEntry, keyring: Keyring | None) -> bool:
-    """True if weights may go to this server: there are no keys, or the buffer has seen a valid one of it."""
+    """True if weights may go to this server: the job has no keys, or the buffer has verified the server's
+    key."""
     return keyring is None or _key_of(entry, keyring) is not None
 
 
@@ -81,11 +82,11 @@ class Receiver:
     def connected(
         cls, entry: ServerEntry, keyring: Keyring | None, waits: PendingWaits | None = None
     ) -> Receiver:
-        """Connects to a server; `waits` lists what it is asked for until it replies.
+        """Connects to a server; `waits` shows each request until the server replies.
 
         Raises WeightSyncError if it has no valid key (any more), or a malformed address.
 
-        On a job with keys the other end must have a key with the name of the entry's key. So weights go only
+        In a job with keys the other end must have a key with the name of the entry's key. So weights go only
         to a process that the buffer knows, whatever address its hello stated.
         """
         curve = None
@@ -121,7 +122,7 @@ class Receiver:
 
 
 def _wanted(request: Any) -> str:
-    """What a request wants of a server, for the name of a wait."""
+    """The action that a request asks of a server, for the name of a wait."""
     match request:
         case PushWeights():
             return f"activate version {request.version}"

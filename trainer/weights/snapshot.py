@@ -4,14 +4,14 @@
     snapshot.stage()              on rank 0, in any thread: every bucket and its sums are ready to be sent
     snapshot.read(i)              on rank 0, in any thread: bucket i
 
-Two ways to bring the rows of all ranks together. `BackgroundGather`, on CPUs: training waits only for a copy
-of each rank's own rows, and rank 0 gathers them later, bucket by bucket, over a gloo group of their own.
+There are two ways to gather the rows of all ranks. `BackgroundGather`, on CPUs: training waits only for a
+copy of each rank's own rows, and rank 0 gathers them later, bucket by bucket, over a separate gloo group.
 `BoundaryGather`, on GPUs: the ranks gather before training continues, over the training's own NCCL group,
-because a second NCCL communicator must not run at the same time without an order between the two. Both send
-the parts of a bucket that `PushLayout` describes.
+because a second NCCL communicator must not run concurrently without an order between the two. Both send the
+parts of a bucket that `PushLayout` describes.
 
-At most two snapshots are held: the one that is being pushed and the newest. A new snapshot reuses the memory
-of the newest one unless that is being pushed, so memory use does not grow during a run.
+At most two snapshots exist: the one that is being pushed and the newest. A new snapshot reuses the memory of
+the newest one unless that is being pushed, so memory use does not grow during a run.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ _NONE = -1
 
 
 class GatheredBucket:
-    """One bucket with the rows of all ranks. Its sums are computed on first use, and once."""
+    """One bucket with the rows of all ranks. Its sums are computed once, on first use."""
 
     def __init__(self, data: Tensor, *, known_checksum: int | None = None) -> None:
-        """`known_checksum`: of `data`, if it was computed where the rows came together."""
+        """`known_checksum`: the checksum of `data`, if it was computed when the rows were gathered."""
         self.data = data
         """uint8[num_bytes], on the CPU."""
         if known_checksum is not None:
@@ -72,7 +72,7 @@ class GatheredBucket:
 
 
 class Snapshot:
-    """The weights at the end of one optimizer step: one rank's share of them, and on rank 0 what is pushed.
+    """The weights at the end of one optimizer step: one rank's share, and on rank 0 the data to push.
 
     NEWEST -> acquire() -> being pushed -> release() -> NEWEST -> replaced by a newer one: acquire() is False
 
@@ -82,9 +82,9 @@ class Snapshot:
     def __init__(self, snapshotter: WeightSnapshotter, *, number: int, buffers: list[Tensor]) -> None:
         self.number = number
         self.buffers = buffers
-        """What this rank holds of each bucket, uint8; its meaning depends on the snapshotter."""
+        """This rank's data of each bucket, uint8; the content depends on the snapshotter."""
         self.buckets = snapshotter.buckets
-        """In the order of sending, without checksums."""
+        """The buckets in the order of sending, without checksums."""
         self.is_acquired = self.is_freed = False
         self._snapshotter = snapshotter
 
@@ -101,7 +101,7 @@ class Snapshot:
 
     def stage(self, *, integrity: str) -> None:
         """Makes every bucket and its sums ready, so that `read` returns at once: for engines that are paused
-        during the broadcast. From any thread, while acquired, also twice. Raises WeightSyncError.
+        during the broadcast. From any thread, while acquired; may be repeated. Raises WeightSyncError.
 
         `integrity`: `sha256` computes the digests too.
         """
@@ -120,7 +120,7 @@ class WeightSnapshotter(ABC):
     """Takes the snapshots of one rank. Create and `close` it on all ranks at the same time."""
 
     def __init__(self, policy: Policy, ranks: Ranks, *, bucket_bytes: int, dtype: str) -> None:
-        """`dtype`: of floating-point weights on the wire. Collective."""
+        """`dtype`: dtype of floating-point weights on the wire. Collective."""
         self._ranks = ranks
         self._layout = PushLayout(
             policy.model,
@@ -147,7 +147,7 @@ class WeightSnapshotter(ABC):
         return sum(buffer.numel() for buffers in (*self._free_buffers, *taken) for buffer in buffers)
 
     def take_snapshot(self) -> Snapshot | None:
-        """Copies the present weights; returns the snapshot on rank 0. Collective; for the training thread."""
+        """Copies the current weights; returns the snapshot on rank 0. Collective; for the training thread."""
         self._free_superseded()
         buffers = self._free_buffers.pop() if self._free_buffers else self._new_buffers()
         self._copy_weights(buffers, number=self._num_taken + 1)
@@ -164,18 +164,19 @@ class WeightSnapshotter(ABC):
 
     @abstractmethod
     def _new_buffers(self) -> list[Tensor]:
-        """Memory for one more snapshot: pinned where the device is a GPU."""
+        """Memory for one more snapshot, pinned if the device is a GPU."""
 
     @abstractmethod
     def _copy_weights(self, buffers: list[Tensor], *, number: int) -> None:
-        """Fills the buffers of snapshot `number` with the present weights. Collective."""
+        """Fills the buffers of snapshot `number` with the current weights. Collective."""
 
     @abstractmethod
     def gathered(self, snapshot: Snapshot, index: int) -> GatheredBucket:
         """A bucket of an acquired snapshot. On rank 0, from any thread. Raises WeightSyncError."""
 
     def _free_superseded(self) -> None:
-        """Frees every snapshot but the acquired one. Collective: only rank 0 has acquired one."""
+        """Frees every snapshot except the acquired one. Collective, because only rank 0 knows which is
+        acquired."""
         with self.lock:
             acquired = [each.number for each in self._snapshots if each.is_acquired]
             assert len(acquired) <= 1
@@ -201,8 +202,7 @@ def empty_buffer(num_bytes: int, device: torch.device) -> Tensor:
 
 
 _MAX_GATHERED = 2
-"""Gathered buckets that rank 0 keeps, so that groups of engines that are pushed to at the same time share
-them."""
+"""Most gathered buckets that rank 0 keeps, so that groups of engines in concurrent pushes share them."""
 _GROUP_TIMEOUT = timedelta(days=30)
 """Timeout of the gathering group: longest time between two pushes."""
 _GATHER_TIMEOUT = timedelta(seconds=120)
@@ -218,13 +218,13 @@ class BackgroundGather(WeightSnapshotter):
     at most `_MAX_GATHERED` buckets and the parts of one more. If a push is staged it keeps all of them, in
     memory that later pushes reuse.
 
-    With one rank the rows are the whole tensors: its copies are the buckets, and nothing is gathered. The
-    other ranks gather in a thread that waits for rank 0's requests without a time limit: a run may push
-    nothing for hours, and if a rank dies the group breaks at once.
+    With one rank the rows are the whole tensors: its copies are the buckets, and gathering is not needed. The
+    other ranks gather in a thread that waits for rank 0's requests without a time limit: a run may not push
+    for hours, and if a rank dies the group breaks at once.
     """
 
     def __init__(self, policy: Policy, ranks: Ranks, *, bucket_bytes: int, dtype: str) -> None:
-        """Arguments: those of WeightSnapshotter."""
+        """The arguments are those of WeightSnapshotter."""
         super().__init__(policy, ranks, bucket_bytes=bucket_bytes, dtype=dtype)
         self._gather_lock = threading.Lock()
         self._gathered: OrderedDict[int, tuple[int, GatheredBucket]] = OrderedDict()
@@ -255,7 +255,7 @@ class BackgroundGather(WeightSnapshotter):
         with self._gather_lock:
             number, bucket = self._gathered.get(index, (0, None))
             if bucket is None or number != snapshot.number:
-                # The push of another number is over, so nobody reads its bucket any more.
+                # The push of another number is over, so its bucket is no longer read.
                 flat = self._gather(snapshot, index, into=bucket.data if bucket is not None else None)
                 self._gathered.pop(index, None)
                 self._gathered[index] = snapshot.number, (bucket := GatheredBucket(flat))
@@ -294,7 +294,7 @@ class BackgroundGather(WeightSnapshotter):
                 _, work = self._layout.buckets[index].begin_gather(rows, to_rank=0, group=self._group)
                 work.wait()
         except RuntimeError as error:  # rank 0 has ended; the training thread fails by itself
-            log.info("this rank gathers no more weights: %s", error)
+            log.info("this rank does not gather weights any more: %s", error)
 
     def _rows_of(self, number: int, index: int) -> Tensor:
         with self.lock:
@@ -309,7 +309,7 @@ class BackgroundGather(WeightSnapshotter):
 
 
 _MAX_COPYING = 2
-"""Buckets on rank 0's device that are being copied to the host, or wait for it."""
+"""Most buckets on rank 0's device that are being copied to the host or wait for the copy."""
 
 
 class BoundaryGather(WeightSnapshotter):
@@ -320,9 +320,9 @@ class BoundaryGather(WeightSnapshotter):
     pinned host memory. Gathering bucket i + 1 overlaps copying bucket i. All ranks issue these collectives at
     the same place of the training loop, so that the order on the communicator is the same everywhere.
 
-    Rank 0 holds all buckets of up to two snapshots in host memory, the other ranks nothing. Rank 0's device
-    needs room for `_MAX_COPYING` + 1 buckets, and every device for its own part of one. No activations exist
-    at that time, so this does not raise the peak of a step.
+    Rank 0 holds all buckets of up to two snapshots in host memory; the other ranks hold none. Rank 0's device
+    needs room for `_MAX_COPYING` + 1 buckets, and every device for its own part of one. There are no
+    activations at that time, so this does not raise the peak of a step.
 
     Left out: overlap with the next step's forward. The copy to the host takes most of the time, and a forward
     that shares the communicator would wait for it too. The same code runs on any device; tests compare its
@@ -330,14 +330,14 @@ class BoundaryGather(WeightSnapshotter):
     """
 
     def __init__(self, policy: Policy, ranks: Ranks, *, bucket_bytes: int, dtype: str) -> None:
-        """Arguments: those of WeightSnapshotter."""
+        """The arguments are those of WeightSnapshotter."""
         super().__init__(policy, ranks, bucket_bytes=bucket_bytes, dtype=dtype)
         self._gathered: dict[int, list[GatheredBucket]] = {}
         """Number of a snapshot -> its buckets, on rank 0."""
         self._copier = _HostCopier(ranks.device)
 
     def close(self) -> None:
-        """There are no threads to end."""
+        """Does nothing: there are no threads to end."""
 
     def _new_buffers(self) -> list[Tensor]:
         if self._ranks.rank > 0:
@@ -365,15 +365,15 @@ class BoundaryGather(WeightSnapshotter):
             self._gathered = kept | {number: gathered}
 
     def gathered(self, snapshot: Snapshot, index: int) -> GatheredBucket:
-        """The bucket that was gathered when the snapshot was taken."""
+        """Returns the bucket that was gathered when the snapshot was taken."""
         with self.lock:
             return self._gathered[snapshot.number][index]
 
 
 class _HostCopier:
-    """Copies buckets from the device to the host on a stream of its own, `_MAX_COPYING` at a time.
+    """Copies buckets from the device to the host on a separate stream, `_MAX_COPYING` at a time.
 
-    On a CPU it copies at once.
+    On a CPU it copies synchronously.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -396,7 +396,7 @@ class _HostCopier:
         on_stream: AbstractContextManager[Any] = torch.cuda.stream(self._stream)
         with on_stream:
             into.copy_(bucket, non_blocking=True)
-        bucket.record_stream(self._stream)  # its memory is not used again before the copy is done
+        bucket.record_stream(self._stream)  # its memory is not reused before the copy is done
         self._copying.append(self._stream.record_event())
 
     def finish(self) -> None:
@@ -410,7 +410,7 @@ def _empty(num_bytes: int, device: torch.device) -> Tensor:
 
 
 _ALIGN = 8
-"""Every part ends at a multiple of this, so that parts end to end can be viewed in any dtype."""
+"""Every part ends at a multiple of this, so that concatenated parts can be viewed in any dtype."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -418,9 +418,9 @@ class RankPart:
     """One rank's part of one bucket."""
 
     specs: tuple[TensorSpec, ...]
-    """The rows of each tensor that this rank holds; a tensor of which it holds none is left out."""
+    """The rows of each tensor that this rank holds; tensors without such rows are left out."""
     starts: tuple[int, ...]
-    """Index in dimension 0 of the whole tensor at which they begin."""
+    """Index of the first of them in dimension 0 of the whole tensor."""
 
     @property
     def num_bytes(self) -> int:
@@ -460,14 +460,14 @@ class BucketParts:
     def begin_gather(self, part: Tensor, *, to_rank: int, group: Any) -> tuple[Tensor, Any]:
         """Starts sending every rank's part to rank `to_rank`. Collective.
 
-        `part`: of this rank, uint8[its num_bytes], on a device that the group's backend takes. Returns all
-        parts in rank order (empty on the other ranks), and the work to wait for.
+        `part`: this rank's part, uint8[its num_bytes], on a device that the group's backend supports. Returns
+        all parts in rank order (empty on the other ranks), and the work to wait for.
         """
         rank, world_size = dist.get_rank(group), dist.get_world_size(group)
         sizes = [each.num_bytes for each in self.of_rank] if rank == to_rank else [0] * world_size
         sent = [len(part) if other == to_rank else 0 for other in range(world_size)]
         parts = part.new_empty(sum(sizes))
-        # torch has no gather of parts of different sizes. NCCL skips the empty ones.
+        # torch has no gather for parts of different sizes. NCCL skips empty parts.
         work = dist.all_to_all_single(parts, part, sizes, sent, group=group, async_op=True)
         return parts, work
 
@@ -479,16 +479,16 @@ class PushLayout:
     """The buckets of every push, and this rank's rows of them.
 
     FSDP2 shards rows: of M ranks, rank r holds ceil(rows / M) rows of each parameter from r * ceil(rows / M)
-    on. A checkpoint's tensor that is a whole parameter is divided in the same way; one inside a row of a
-    parameter (an expert's matrix) lies wholly on one rank. A rank's part of a bucket is one flat buffer with
-    its rows of the bucket's tensors, in their order. Parts have different sizes: with padding to the largest,
-    a bucket of experts that are all on one rank would need M times its memory.
+    on. A checkpoint's tensor that is a whole parameter is divided in the same way; a tensor inside a row of a
+    parameter (an expert's matrix) is on one rank. A rank's part of a bucket is one flat buffer with its rows
+    of the bucket's tensors, in their order. Parts have different sizes: with padding to the largest, a bucket
+    of experts that are all on one rank would need M times its memory.
     """
 
     def __init__(
         self, model: nn.Module, *, rank: int, world_size: int, bucket_bytes: int, dtype: str
     ) -> None:
-        """`model`: of transformers, sharded. `dtype`: of floating-point weights on the wire."""
+        """`model`: a sharded transformers model. `dtype`: dtype of floating-point weights on the wire."""
         params = dict(model.named_parameters())
         tensors = {tensor.name: tensor for tensor in hf_tensors(model)}
         specs = [_spec_on_wire(tensor, params[tensor.param], dtype) for tensor in tensors.values()]

@@ -157,7 +157,7 @@ NUMBER = {
 
 
 def heatmap_options(unit: str) -> dict[str, Any]:
-    """The buckets of a histogram over time. `unit`: of the buckets."""
+    """The buckets of a histogram over time. `unit`: the buckets' unit."""
     color = {"mode": "scheme", "scheme": "Blues", "reverse": False, "exponent": 0, "fill": "", "steps": 0}
     return {
         "calculate": False,

@@ -1,4 +1,4 @@
-# What one job of a run does on its node. `areal-like submit --slurm` writes this file into <run>/slurm/<role>.sh, after the
+# One job of a run on its node. `areal-like submit --slurm` writes this file into <run>/slurm/<role>.sh, after the
 # #SBATCH lines and the variables ROLE, RUN, PYTHON, WORKDIR, MAX_FAILURES and EARLY_S.
 #
 #   exit code of the daemon    the job
@@ -7,7 +7,7 @@
 #   2   a wrong setting        ends, and the run with it
 #   else a failure             is requeued; after MAX_FAILURES failures in a row it ends, and the run with it
 #
-# The daemon is no step of srun where it has one node only: srun ends a step at the first SIGTERM, and the daemon would not drain.
+# On one node the daemon is not started by srun: srun ends a step at the first SIGTERM, and the daemon would not drain.
 set -u
 cd "$WORKDIR" || exit 2
 restarts=${SLURM_RESTART_COUNT:-0}
@@ -24,7 +24,7 @@ forward() {    # SIGTERM to the daemon; on several nodes to the processes of the
     fi
 }
 
-# Slurm may have given the job up (a lost node, scancel) while this script still runs: it must not touch the job's successor then.
+# Slurm may have given the job up (a lost node, scancel) while this script still runs: then it must not touch the job's successor.
 is_ours() {
     scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null | grep -E " JobState=RUNNING .* Restarts=$restarts " >/dev/null
 }

@@ -67,7 +67,7 @@ def test_ranks_do_not_meet_those_of_an_earlier_start() -> None:
 
 def test_a_rank_that_does_not_come_is_named() -> None:
     store = dist.HashStore()  # type: ignore[attr-defined]
-    with pytest.raises(ArealError, match=r"have not come within 0.2 s: 1, 2"):
+    with pytest.raises(ArealError, match=r"have not arrived within 0.2 s: 1, 2"):
         meet(store, rank=0, world_size=3, timeout_s=0.2)
     with pytest.raises(ArealError, match=r"within 0.2 s: 0"):
         meet(dist.HashStore(), rank=1, world_size=3, timeout_s=0.2)  # type: ignore[attr-defined]
@@ -108,7 +108,7 @@ def test_the_other_ranks_name_the_one_that_failed(tmp_path: Path, how: str) -> N
         last = (tmp_path / f"rank-{rank}.log").read_text().splitlines()[-1]
         assert f"rank {rank} (" in last and "failed at step 7, micro-batch 3, compute: RuntimeError" in last
         if how == "stop":
-            assert "no answer from rank 2 (" in last and last.endswith("stopped or gone")
+            assert "no response from rank 2 (" in last and last.endswith("stopped or gone")
         else:
             assert "the first to fail was rank 2 (" in last and last.endswith("CUDA out of memory")
         traces = RunPaths.of(Config(name="x", runs_dir=str(tmp_path))).traces
