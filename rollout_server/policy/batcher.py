@@ -252,7 +252,7 @@ class GenerateBatcher:
         return EngineError(f"{name} closed the stream before every sequence had ended")
 
     def _end(self, batch: list[_Pending], error: EngineError) -> None:
-        """Sends each incomplete request of a batch again, alone, or fails it if that was done before."""
+        """Sends each incomplete request of a batch again, alone; fails one that was already alone."""
         left = [pending for pending in batch if not pending.future.done()]
         is_final = len(batch) == 1 or self._http.is_closed
         if is_final or not left:
