@@ -265,7 +265,7 @@ class OpenSession:
     def problem(self) -> str:
         """Why there would be no sample if it ended now; empty if there would be one."""
         if not self.num_served:
-            return "no request to the model was served"
+            return "no request to the model was answered"
         return "no reward was posted" if self._needs_reward and not self.has_rewards else ""
 
     def check_open(self) -> None:

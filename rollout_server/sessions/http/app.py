@@ -83,7 +83,7 @@ def session_app(
         routes=routes, exception_handlers={ArealError: _failed, HTTPException: refused, Exception: _broken}
     )
     app.router.redirect_slashes = (
-        False  # a redirect would not have the format, and would repeat the client's host
+        False  # a redirect would not have the error format
     )
     return app
 
