@@ -80,7 +80,8 @@ class Example:
 
     prompt: Prompt
     answer: Any
-    """The value that `reward` compares the completion with; it never leaves the process that created it."""
+    """The value that `reward` compares the completion with. It is not sent to other processes, except to
+    external agents."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """Other data for `reward`."""
     label: str = ""

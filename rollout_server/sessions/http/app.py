@@ -82,9 +82,7 @@ def session_app(
     app = Starlette(
         routes=routes, exception_handlers={ArealError: _failed, HTTPException: refused, Exception: _broken}
     )
-    app.router.redirect_slashes = (
-        False  # a redirect would not have the error format
-    )
+    app.router.redirect_slashes = False  # a redirect would not have the error format
     return app
 
 

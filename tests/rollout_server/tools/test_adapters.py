@@ -77,7 +77,9 @@ def test_gymnasium_episode() -> None:
     _, (wrong, odd, right) = play(environment_of(task), "abc" if word != "abc" else "cba", "xyz!", word)
     assert (wrong.reward, wrong.done) == (0.0, False)
     assert odd.metrics == {"invalid_actions": 1.0} and not odd.done
-    assert odd.messages[0]["content"] == "This is not a valid action. Reply with 1 to 5 of the characters 'abc'."
+    assert (
+        odd.messages[0]["content"] == "This is not a valid action. Reply with 1 to 5 of the characters 'abc'."
+    )
     assert (right.reward, right.done) == (1.0, True)
     assert right.metrics == {"invalid_actions": 0.0, "time_limit": 0.0}
     assert play(environment_of(task, 1))[0] != [system, first] or play(environment_of(task, 2))[0] != first
