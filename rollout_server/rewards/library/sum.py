@@ -77,7 +77,7 @@ class Rewards:
                 if function.is_async and isinstance(scored, Awaitable):
                     scored = await scored
                 return _checked(name, scored, completion)
-            except Exception as error:  # as above
+            except Exception as error:  # a user's function may raise anything
                 return _failed_metric(function, error)
 
         # Synchronous rewards first: if one of them fails, no service is called in vain.
