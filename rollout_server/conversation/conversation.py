@@ -222,8 +222,7 @@ class Conversation(Turns):
         return longest
 
     def _checked(self, tokens: Sequence[int]) -> NDArray[np.int32]:
-        """Returns the tokens as an array. Raises EpisodeError for an id outside the vocabulary, which would
-        crash SGLang."""
+        """Returns the tokens as an array. Raises EpisodeError for unknown ids, which would crash SGLang."""
         checked = np.asarray(tokens, dtype=np.int32)
         if not len(checked) or int(checked.min()) < 0 or int(checked.max()) >= self.renderer.vocab_size:
             raise EpisodeError(

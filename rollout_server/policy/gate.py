@@ -7,8 +7,7 @@ from collections import deque
 
 
 class GenerationGate:
-    """Every request is made inside `async with gate`. A `drain` update holds the gate and waits until it is
-    empty.
+    """Every request is made inside `async with gate`. A `drain` update holds it and waits until it is empty.
 
     OPEN -> hold() -> HELD (requests inside finish, new ones wait) -> release() -> OPEN
 

@@ -1,5 +1,4 @@
-"""Chooses the renderer of conversations: the named one, the one written for the model, or the chat
-template."""
+"""Chooses the renderer of conversations: by name, the one written for the model, or the chat template."""
 
 from __future__ import annotations
 

@@ -160,8 +160,7 @@ def needs_leader(*, num_prompt_tokens: int, num_samples: int, caches_prefixes: b
 
 
 class PromptLeader:
-    """Lets one sample of a group compute a long prompt, so that the others find it in the engine's prefix
-    cache.
+    """One sample of a group computes a long prompt, and the others find it in the engine's prefix cache.
 
         samples of one lease: leader at the engine -> its first token (or its end) -> the others at the engine
 

@@ -65,8 +65,8 @@ class Sandbox(Protocol):
         """Runs Python source (a string) or a command (a list). When it returns, no process is left."""
 
     def check(self) -> None:
-        """Runs a program that prints a line. If that fails, raises ConfigError that says why, and what to
-        do."""
+        """Runs a program that prints a line. Raises ConfigError, which says why and what to do, if that
+        fails."""
 
 
 ACCEPT_RLIMITS = (

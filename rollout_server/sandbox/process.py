@@ -86,8 +86,7 @@ def run_bounded(
     end_signal: signal.Signals,
     pass_fds: Sequence[int] = (),
 ) -> ProgramResult:
-    """Runs a supervised command until it ends or reaches a limit; `end_signal` must stop all its
-    processes."""
+    """Runs a supervised command until it ends or reaches a limit; `end_signal` must end all of it."""
     with memory_file(stdin) as input_file:
         process = subprocess.Popen(
             command,

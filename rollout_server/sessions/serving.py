@@ -23,8 +23,8 @@ _FIRST_ERROR = 400
 async def served_sessions(
     runtime: Runtime, book: SessionBook, *, tasks: Sequence[Task], model: str, context_tokens: int
 ) -> AsyncIterator[SessionPlane | None]:
-    """Yields the running HTTP servers; None if no task uses sessions. Raises ConfigError as SessionPlane
-    does."""
+    """Yields the running HTTP servers; None if no task uses sessions. Raises ConfigError like
+    SessionPlane."""
     if not any(task.uses_sessions for task in tasks):
         yield None
         return

@@ -57,8 +57,7 @@ class ToolEnvironment(Environment):
 
     @abstractmethod
     async def final(self, reply: Reply) -> float | Step:
-        """Returns the reward of a reply without calls, which ends the episode; or a Step, which may continue
-        it."""
+        """Returns the reward of a reply without calls, which ends the episode; a Step may continue it."""
 
     async def reset(self) -> list[Message]:
         """Returns the prompt."""

@@ -55,7 +55,7 @@ class ShadowWeightUpdate:
         return await self._activate(client, push)
 
     async def _activate(self, client: EmbeddedClient, push: WeightPush) -> float:
-        """Activates the received weights according to the update mode; returns the seconds without
+        """Activates the received weights as the update mode requires; returns the seconds without
         decoding."""
         mode, loop = push.request.update_mode, asyncio.get_running_loop()
         started_s = loop.time()
@@ -71,8 +71,7 @@ class ShadowWeightUpdate:
 
     @contextlib.asynccontextmanager
     async def _without_sequences(self, client: EmbeddedClient, mode: str) -> AsyncIterator[None]:
-        """Depending on the mode, interrupts running sequences or waits for them, and holds new ones, or does
-        nothing."""
+        """In some modes, interrupts running sequences or waits for them, and holds new ones."""
         if mode in _WHILE_DECODING:
             yield
             return

@@ -63,16 +63,15 @@ class ZygoteError(ArealError):
 
 
 class StartPatience:
-    """Patience with a worker that has not started: ends after `_FORK_CHECKS` checks in which no other worker
-    started. Pure."""
+    """Decides how long to wait for a worker's start: until no other started for `_FORK_CHECKS` checks.
+    Pure."""
 
     def __init__(self) -> None:
         self._num_started = -1
         self._left = 0
 
     def goes_on(self, num_started: int) -> bool:
-        """Returns False when patience ends. `num_started`: number of workers of the host that have started so
-        far."""
+        """Returns False to stop waiting. `num_started`: workers of the host that have started so far."""
         if num_started != self._num_started:
             self._num_started, self._left = num_started, _FORK_CHECKS
         self._left -= 1

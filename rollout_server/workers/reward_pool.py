@@ -88,8 +88,7 @@ class _Item:
 
 
 class RewardPool:
-    """Scores completions. Belongs to one event loop; runs inside `async with`, and its host must outlive
-    it."""
+    """Scores completions. Belongs to one event loop; runs inside `async with`. Its host must outlive it."""
 
     def __init__(self, host: WorkerHost, *, num_workers: int, timeout_s: float, concurrency: int = 1) -> None:
         """`timeout_s`: time limit of one reward; `concurrency`: rewards that one worker computes at the same
