@@ -243,7 +243,7 @@ class Conversation(Turns):
         if rooms[reason] >= 1:
             return rooms[reason], reason
         problem = (
-            f"a prompt of {start} tokens leaves no room for an answer: a sequence may have "
+            f"a prompt of {start} tokens leaves no room for a completion: a sequence may have "
             f"{self._context_tokens} tokens (rollout.max_context), and the episode has "
             f"{rooms[FinishReason.TOKENS] + start} of {self._max_tokens} left (episode.max_tokens)"
         )

@@ -61,7 +61,7 @@ def step_fields(step: Any) -> list[Any]:
 
 
 def checked_start(value: Any) -> tuple[list[Message], list[dict[str, Any]]]:
-    """Returns the first messages and the tools. Raises EpisodeError, which says how, if they are invalid."""
+    """Returns the first messages and the tools. Raises EpisodeError, with advice, if they are invalid."""
     messages, tools = value if _is_list(value, length=2) else (None, None)
     if not messages:
         raise EpisodeError("reset() returned no messages: return those that the policy reads first")
@@ -87,7 +87,7 @@ def checked_label(label: Any) -> str:
 
 
 def checked_step(value: Any) -> Step:
-    """Returns the environment's response to a turn. Raises EpisodeError, which says how, if it is invalid."""
+    """Returns the environment's response to a turn. Raises EpisodeError, with advice, if it is invalid."""
     messages, reward, done, metrics = value if _is_list(value, length=4) else (None, None, None, None)
     if not isinstance(done, bool) or not isinstance(metrics, dict):
         raise EpisodeError("the environment's process sent no valid step")

@@ -37,7 +37,7 @@ class ToolEnvironment(Environment):
     """Base of environments with tools. A subclass implements `final`."""
 
     max_calls: ClassVar[int] = 16
-    """Maximum number of calls of one reply that are run."""
+    """Maximum number of calls that are run per reply."""
     reply_timeout_s: ClassVar[float] = 25.0
     """Time for all calls of one reply, in seconds: below `episode.step_timeout_s`."""
 

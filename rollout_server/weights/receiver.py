@@ -72,7 +72,7 @@ class RepeatedRequests:
 
     A repeated request is not performed again: its response is sent again, or once it is available.
 
-    unknown -> is_new() -> waits or is being handled -> record() -> answered
+    unknown -> is_new() -> waits or is being handled -> record() -> responded
     """
 
     def __init__(self) -> None:
