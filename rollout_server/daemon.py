@@ -201,8 +201,7 @@ class RolloutServer:
                 self._runtime.ready()
 
     def _limit_concurrency(self, load: EngineLoad, *, now_s: float) -> None:
-        """Limits the samples at the engine, and those leased from the buffers, to what the KV memory can
-        hold."""
+        """Limits the samples at the engine, and those that are leased, to the capacity of the KV memory."""
         before = self._concurrency.limit
         limit = self._concurrency.observe(load, now_s=now_s)
         if limit == before:
@@ -238,8 +237,7 @@ class RolloutServer:
         self._stats.engine_lost()
 
     def _cancel_all(self, *, reason: str) -> None:
-        """Gives all leases back, so that other servers, or this one later, make the samples from the
-        start."""
+        """Gives all leases back: other servers, or this one later, make the samples from scratch."""
         self._runner.cancel(
             self._buffers.give_back(reason=reason), reason=f"its sample was given up: {reason}"
         )
@@ -249,7 +247,7 @@ class RolloutServer:
             self._buffers.announce(state=ServerState.SERVING, weights_version=version)
 
     def _on_quarantine(self, reason: str, version: int) -> None:
-        """Handles an engine that holds part of an update and will be reloaded: its tokens may not be
+        """Quarantines an engine that holds part of an update: it is reloaded, and its tokens are not
         delivered."""
         log.error("engine is quarantined: %s", reason)
         self._cancel_all(reason="engine quarantined")

@@ -1,8 +1,8 @@
-"""What the samples of a rollout server are made with: for training, and for each evaluation set.
+"""The sources of a rollout server's samples: one for training, and one for each evaluation set.
 
-Sets without a task of their own use the job's task with its worker processes. Each other task has its own: so
-a reward of an evaluation that hangs keeps no training sample waiting. All are started and checked before the
-engine starts.
+Sets without their own task use the job's task with its worker processes. Any other task has its own worker
+processes, so that a hanging evaluation reward does not delay training samples. All are started and checked
+before the engine starts.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from rollout_server.workers.host import WorkerHost
 from rollout_server.workers.reward_pool import RewardPool
 
 SampleSources = Mapping[str, "SampleSource"]
-"""By name of the evaluation set; empty: training."""
+"""Sources by name of the evaluation set; the empty name is training."""
 First = tuple[list[Message], list[dict[str, Any]]]
 """Messages and tools of the first environment."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSource:
-    """What the samples of training, or of one evaluation set, are made with."""
+    """Everything needed to make the samples of training, or of one evaluation set."""
 
     task: Task
     renderer: PromptRenderer
-    """With its limit of a prompt's tokens."""
+    """Includes the limit on a prompt's tokens."""
     context_tokens: int
-    """The longest sequence."""
+    """Longest sequence, in tokens."""
     rewards: RewardPool
     environments: EnvironmentPool | None = None
     """Processes of `environment()` or `agent()`; None if the task has neither, or external agents."""
     settings: EvalSetConfig | None = None
-    """How to sample; None: as for training."""
+    """Sampling settings; None: those of training."""
 
 
 @contextlib.asynccontextmanager
@@ -56,10 +56,10 @@ async def running_sources(
     contexts: Mapping[str, int],
     waits: PendingWaits,
 ) -> AsyncIterator[dict[str, SampleSource]]:
-    """The sources by name, with running worker processes. `contexts`: longest sequences, in tokens.
+    """Yields the sources by name, with running worker processes. `contexts`: longest sequences, in tokens.
 
-    Raises ConfigError if a task cannot be imported, if the environment of its first example cannot be made,
-    rendered or does not fit into the context, and for settings that contradict each other.
+    Raises ConfigError if a task cannot be imported, if the environment of its first example cannot be created
+    or rendered or does not fit into the context, and for contradictory settings.
     """
     check_reward_concurrency(config, tasks)
     sets = config.eval.resolved_sets
@@ -94,7 +94,7 @@ async def running_sources(
 
 
 def check_reward_concurrency(config: Config, tasks: Mapping[str, Task]) -> None:
-    """Raises ConfigError for a `rollout.reward_concurrency` that would change nothing."""
+    """Raises ConfigError for a `rollout.reward_concurrency` that would have no effect."""
     concurrency = config.rollout.reward_concurrency
     if concurrency > 1 and tasks[""].has_reward and not any(task.has_async_reward for task in tasks.values()):
         raise ConfigError(
@@ -107,7 +107,7 @@ def check_reward_concurrency(config: Config, tasks: Mapping[str, Task]) -> None:
 async def _running_workers(
     config: Config, task: Task, *, waits: PendingWaits
 ) -> AsyncIterator[tuple[RewardPool, EnvironmentPool | None, First | None]]:
-    """The processes of one task, and what its first environment begins with."""
+    """Yields the worker processes of one task, and the first environment's messages and tools."""
     has_agents = task.has_agent and not task.external
     host = WorkerHost.of(config, task)
     async with contextlib.AsyncExitStack() as stack:
@@ -131,7 +131,8 @@ async def _running_workers(
 
 
 def _check_first(chat: ChatRenderer, first: First, *, context_tokens: int) -> None:
-    """Raises ConfigError unless the first environment's messages and tools can be rendered and fit."""
+    """Raises ConfigError unless the first environment's messages and tools can be rendered and fit into the
+    context."""
     messages, tools = first
     if tools and not chat.supports_tools:
         raise ConfigError(

@@ -1,8 +1,8 @@
-"""Notices that an engine has free slots because the server's samples wait for rewards or tools.
+"""Detects that an engine has free slots because the server's samples wait for rewards or tools.
 
-A server may hold `rollout.max_episodes` samples. When so many of them wait for their reward or environment
-that no further group fits, the engine gets no new work: rewards or tools are then slower than the engine. The
-time in which this is so is a metric, and after a while the log says once what to change.
+A server may hold `rollout.max_episodes` samples. If so many of them wait for their reward or environment that
+no further group fits, the engine gets no new work: rewards or tools are slower than the engine. The duration
+of this state is a metric, and after a while a log line says, once, what to change.
 
 Pure: no clock. Not counted: an engine without work because the buffer grants none (the staleness bound).
 """
@@ -16,14 +16,15 @@ from areal_like.config import Config
 from rollout_server.leases.held_leases import Place
 
 _HINT_AFTER_S = 15.0
-"""Longer than a burst of samples that end together."""
+"""Time before the hint is logged: longer than a burst of samples that end together."""
 
 
 class Starvation:
-    """The starvation of one server's engine. `now_s`: seconds on any monotonic clock."""
+    """Measures the starvation of one server's engine. `now_s`: seconds on any monotonic clock."""
 
     def __init__(self, *, max_running: int, max_episodes: int, group_samples: int) -> None:
-        """`group_samples`: samples that are leased together; they come only if all of them may be held."""
+        """`group_samples`: number of samples leased together; they are granted only if the server may hold
+        all of them."""
         self._max_running = max_running
         self._max_episodes = max_episodes
         self._group_samples = group_samples
@@ -31,11 +32,11 @@ class Starvation:
         self._has_hinted = False
         self.is_starved = False
         self.seconds_total = 0.0
-        """Time in which the engine was starved."""
+        """Time in which the engine was starved, in seconds."""
 
     @classmethod
     def of(cls, config: Config) -> Self:
-        """With the limits of a job."""
+        """Creates it with the limits of a job."""
         return cls(
             max_running=config.rollout.max_running,
             max_episodes=config.rollout.most_episodes,
@@ -43,9 +44,10 @@ class Starvation:
         )
 
     def observe(self, num_at: Mapping[Place, int], *, now_s: float) -> str:
-        """Takes where the held samples are now; returns a hint for the log, once, else an empty text.
+        """Takes the number of held samples by place; returns a hint for the log once, otherwise an empty
+        string.
 
-        The time since the last call counts by what was found then.
+        The time since the last call counts according to the state at that call.
         """
         if self.is_starved:
             self.seconds_total += now_s - self._observed_s

@@ -1,5 +1,4 @@
-"""Adds numbers with an agent of the OpenAI Agents SDK, following the SDK's quick start with the session as
-the model.
+"""Adds numbers with an agent of the OpenAI Agents SDK: the SDK's quick start, with the session as the model.
 
 It sets only the options that any client of a non-OpenAI server has to set: the base URL, the key, chat
 completions instead of the Responses API (`OpenAIChatCompletionsModel`), and no tracing, because traces would
@@ -35,8 +34,7 @@ _ADD = function_tool(_add, name_override="add")
 
 
 async def add_up(terms: str, session: Session) -> str:
-    """Returns the agent's final output for `37+85+12`; empty if it made a mistake that the SDK does not
-    tolerate.
+    """Returns the agent's output for `37+85+12`; empty after a mistake that the SDK does not tolerate.
 
     Raises openai.APIError if the session refuses a request.
     """

@@ -27,8 +27,8 @@ def _post(session: Session, body: dict[str, Any]) -> None:
         response = connection.getresponse()
         content = response.read().decode(errors="replace")
     except (OSError, http.client.HTTPException) as error:
-        raise EpisodeError(f"the model's address does not answer: {error}") from error
+        raise EpisodeError(f"the model's address does not respond: {error}") from error
     finally:
         connection.close()
     if response.status != http.client.OK:
-        raise EpisodeError(f"the model answered with HTTP status {response.status}: {content:.300}")
+        raise EpisodeError(f"the model responded with HTTP status {response.status}: {content:.300}")

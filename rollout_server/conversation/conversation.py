@@ -222,8 +222,7 @@ class Conversation(Turns):
         return longest
 
     def _checked(self, tokens: Sequence[int]) -> NDArray[np.int32]:
-        """Returns the tokens as an array. Raises EpisodeError for an id outside the vocabulary, which would
-        crash SGLang."""
+        """Returns the tokens as an array. Raises EpisodeError for unknown ids, which would crash SGLang."""
         checked = np.asarray(tokens, dtype=np.int32)
         if not len(checked) or int(checked.min()) < 0 or int(checked.max()) >= self.renderer.vocab_size:
             raise EpisodeError(
@@ -244,7 +243,7 @@ class Conversation(Turns):
         if rooms[reason] >= 1:
             return rooms[reason], reason
         problem = (
-            f"a prompt of {start} tokens leaves no room for an answer: a sequence may have "
+            f"a prompt of {start} tokens leaves no room for a completion: a sequence may have "
             f"{self._context_tokens} tokens (rollout.max_context), and the episode has "
             f"{rooms[FinishReason.TOKENS] + start} of {self._max_tokens} left (episode.max_tokens)"
         )

@@ -91,7 +91,7 @@ class ProcessOptions(EngineOptions):
 
     @classmethod
     def from_command_line(cls, argv: Sequence[str]) -> ProcessOptions:
-        """Parses a command line; exits with code 2 for a wrong option. Raises ConfigError for a wrong key
+        """Parses a command line; a wrong option exits with code 2. Raises ConfigError for a wrong key
         file."""
         if len(argv) == 2 and argv[0] == "--options":
             return cls.from_json(Path(argv[1]).read_text())

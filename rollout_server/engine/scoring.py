@@ -1,5 +1,4 @@
-"""Computes log-probs of given tokens under the engine's active weights, with the kernels used for
-decoding."""
+"""Log-probs of given tokens under the engine's active weights, computed with the kernels for decoding."""
 
 from __future__ import annotations
 
@@ -15,8 +14,8 @@ from rollout_server.engine.core import EngineCore
 
 @torch.inference_mode()
 def score(core: EngineCore, tokens: Sequence[int], *, first: int) -> NDArray[np.float32]:
-    """Returns float32[len(tokens) - first]: log-probs at temperature 1 of the tokens from index `first` (>=
-    1).
+    """Returns the log-probs, at temperature 1, of the tokens from index `first` (at least 1) on:
+    float32[len(tokens) - first].
 
     Runs in the engine's thread between two steps, in a KV row of its own. The tokens before `first` are one
     prefill; each later token is one decode step, as when it was sampled.

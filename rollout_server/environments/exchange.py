@@ -46,16 +46,14 @@ def reply_of(fields: Sequence[Any]) -> Reply:
 
 
 def awaitable(returned: Any, *, call: str) -> Awaitable[Any]:
-    """Returns what a method of an environment returned. Raises EpisodeError if the method is not `async
-    def`."""
+    """Returns `returned`, a method's result. Raises EpisodeError if the method is not `async def`."""
     if not isinstance(returned, Awaitable):
         raise EpisodeError(f"{call}() returned {type(returned).__name__}: write it as `async def {call}`")
     return returned
 
 
 def step_fields(step: Any) -> list[Any]:
-    """Returns a step as the values of one frame. If it is not a Step, raises EpisodeError that says what to
-    return."""
+    """Returns a step as the values of one frame. Raises EpisodeError if it is not a Step."""
     if not isinstance(step, Step):
         raise EpisodeError(f"step() returned {type(step).__name__}: return a Step")
     metrics = {str(name): _number(value, name=name) for name, value in step.metrics.items()}
@@ -63,8 +61,7 @@ def step_fields(step: Any) -> list[Any]:
 
 
 def checked_start(value: Any) -> tuple[list[Message], list[dict[str, Any]]]:
-    """Returns the first messages, and the tools. If they are invalid, raises EpisodeError that says what to
-    return."""
+    """Returns the first messages and the tools. Raises EpisodeError, with advice, if they are invalid."""
     messages, tools = value if _is_list(value, length=2) else (None, None)
     if not messages:
         raise EpisodeError("reset() returned no messages: return those that the policy reads first")
@@ -90,8 +87,7 @@ def checked_label(label: Any) -> str:
 
 
 def checked_step(value: Any) -> Step:
-    """Returns the environment's response to a turn. If it is invalid, raises EpisodeError that says what to
-    return."""
+    """Returns the environment's response to a turn. Raises EpisodeError, with advice, if it is invalid."""
     messages, reward, done, metrics = value if _is_list(value, length=4) else (None, None, None, None)
     if not isinstance(done, bool) or not isinstance(metrics, dict):
         raise EpisodeError("the environment's process sent no valid step")

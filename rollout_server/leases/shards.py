@@ -108,8 +108,7 @@ class ShardedBufferClient:
         return sum(held.num_unacknowledged for held in self._held)
 
     async def run(self) -> None:
-        """Registers at every buffer, and sends heartbeats until cancelled. Raises as `BufferClient.run`
-        does."""
+        """Registers at every buffer, and sends heartbeats until cancelled. Raises like `BufferClient.run`."""
         tasks = [
             asyncio.create_task(client.run(), name=f"buffer {index}")
             for index, client in enumerate(self._clients)

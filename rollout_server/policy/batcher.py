@@ -1,8 +1,8 @@
 """Sends generate requests that start in the same turn of the event loop as one streaming request.
 
-At some hundreds of samples per second on two cores, one HTTP request per sample would be the bottleneck. Each
-`generate` call still returns when its own sequence ends. An engine that responds in the packed form
-(areal_like/http/streams.py) gets its requests in it too, from the second on.
+At a few hundred samples per second on two cores, one HTTP request per sample would be the bottleneck. Each
+`generate` call still returns when its own sequence ends. If an engine responds in the packed form
+(areal_like/http/streams.py), later requests to it are also sent in that form.
 
     sent in a batch -> completed
                     -> the batch ends early (an error event, a refusal, a broken stream) -> sent alone, once
@@ -10,14 +10,14 @@ At some hundreds of samples per second on two cores, one HTTP request per sample
     sent alone      -> completed | fails
 
 So a request that the engine cannot complete fails alone. SGLang ends the stream of a whole batch because of
-one prompt that is too long, and reports neither its index nor the other sequences, which go on without a
-reader: they are aborted. A request that is sent again has another id, because SGLang aborts those of a broken
-stream by their ids two seconds later.
+one prompt that is too long. It reports neither the prompt's index nor the other sequences, which would
+continue without a reader, so they are aborted. A request that is sent again gets a new id, because SGLang
+aborts the requests of a broken stream by id two seconds later.
 
 Stop texts are found here, in the chunks of a stream (stop_texts.py); the request is then aborted.
 
-A request has no time limit unless its caller gives one: while the engine makes progress, so do its requests,
-those that still wait in its queue included. An engine without progress is replaced (supervisor.py).
+A request has no time limit unless its caller sets one: while the engine makes progress, so do its requests,
+including those in its queue. An engine without progress is replaced (supervisor.py).
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ from rollout_server.policy.wire import (
 logger = logging.getLogger(__name__)
 
 MAX_BATCH = 256
-"""Most sequences in one HTTP request: bounds its body, and the loss when a connection breaks."""
+"""Maximum number of sequences in one HTTP request: bounds its body, and the loss when a connection breaks."""
 _ABORT_GRACE_S = 5.0
-"""Time in which an engine returns the partial tokens of sequences that were aborted at their time limit."""
+"""Time that an engine has to return the partial tokens of sequences aborted at their time limit."""
 
 
 @dataclass(eq=False)
@@ -69,24 +69,24 @@ class _Pending:
     on_first_token: Callable[[], None] | None = None
     """Called once, when the prompt has been computed."""
     timeout_s: float = math.inf
-    """Its time limit, from the call of `generate`."""
+    """Time limit, counted from the call of `generate`."""
     deadline_s: float = math.inf
-    """End of its time limit."""
+    """Loop time at which the time limit expires."""
     is_late: bool = False
-    """True after that time."""
+    """True once the time limit has expired."""
     keeps_prefix: bool = False
-    """Another request may continue this one."""
+    """True if another request may continue this one."""
     stop_watch: StopWatch | None = None
     """None without stop texts."""
 
     def fail(self, error: EngineError) -> None:
-        """Ends the call with a copy of `error`, which may be that of a whole batch."""
+        """Fails the call with a copy of `error`, because the error may be shared by a whole batch."""
         if not self.future.done():
             self.future.set_exception(type(error)(str(error)))
 
 
 class GenerateBatcher:
-    """Generate requests of one engine. Belongs to one event loop."""
+    """Sends generate requests to one engine. Belongs to one event loop."""
 
     def __init__(self, http: EngineHttp, *, stream_interval: int = 0) -> None:
         """`stream_interval`: sent with each request unless it is 0."""
@@ -98,14 +98,14 @@ class GenerateBatcher:
         self._queued: list[_Pending] = []
         """Requests made in this turn of the loop."""
         self._open: dict[str, _Pending] = {}
-        """Request id of the caller -> its call."""
+        """The caller's request id -> its call."""
         self._tasks: set[asyncio.Task[None]] = set()
         self.num_prompt_tokens = self.num_cached_tokens = 0
-        """Tokens of the prompts of all finished requests; those that were in the prefix cache."""
+        """Prompt tokens of all finished requests, and how many of them were in the prefix cache."""
 
     @property
     def num_open(self) -> int:
-        """Calls of `generate` that have not returned."""
+        """Number of `generate` calls that have not returned."""
         return len(self._open)
 
     async def generate(
@@ -118,7 +118,8 @@ class GenerateBatcher:
         cache_salt: str = "",
         on_first_token: Callable[[], None] | None = None,
     ) -> Generation:
-        """One continuation of `input_ids`, from a batch with the other calls of this turn of the event loop.
+        """Samples one continuation of `input_ids`, in a batch with the other calls of this turn of the event
+        loop.
 
         See EngineClient.generate; `cache_salt` and `on_first_token`: see SglangClient.generate.
         """
@@ -155,7 +156,7 @@ class GenerateBatcher:
                 del self._open[rid]
 
     def wire_rid(self, rid: str) -> str:
-        """The id by which the engine knows a request now."""
+        """Returns the id by which the engine currently knows a request."""
         pending = self._open.get(rid)
         return _wire_rid(rid) if pending is None else pending.rid
 
@@ -217,7 +218,8 @@ class GenerateBatcher:
             self._end(batch, error)
 
     async def _read(self, batch: list[_Pending]) -> EngineError:
-        """Passes the completions of a stream to their callers. Returns the error for those without one."""
+        """Passes the completions of a stream to their callers. Returns the error for callers that got
+        none."""
         name = f"engine {self._http.base_url}"
         content, headers = encode_request(
             [pending.rid for pending in batch],
@@ -250,7 +252,7 @@ class GenerateBatcher:
         return EngineError(f"{name} closed the stream before every sequence had ended")
 
     def _end(self, batch: list[_Pending], error: EngineError) -> None:
-        """Sends what a batch left incomplete again, each request alone, or fails it."""
+        """Sends each incomplete request of a batch again, alone; fails one that was already alone."""
         left = [pending for pending in batch if not pending.future.done()]
         is_final = len(batch) == 1 or self._http.is_closed
         if is_final or not left:
@@ -268,8 +270,8 @@ class GenerateBatcher:
     async def _abort_late(self, batch: list[_Pending], stream: asyncio.Task[None]) -> None:
         """Aborts each sequence at its time limit, so that it returns its tokens; soon after, fails it.
 
-        Ends the stream of a batch of which every call has then returned: an engine that ignores the abort
-        would keep it open.
+        Then ends the stream if every call of the batch has returned: an engine that ignores the abort would
+        keep it open.
         """
         loop = asyncio.get_running_loop()
         due = sorted({pending.deadline_s for pending in batch if pending.deadline_s < math.inf})
@@ -341,7 +343,7 @@ class GenerateBatcher:
 
 
 def _wire_rid(rid: str) -> str:
-    """The request id as sent to the engine, with an end mark.
+    """Returns the request id as sent to the engine, with an end mark.
 
     SGLang aborts every request whose id *starts with* the given one: without the mark, aborting `1` would
     also abort `12`.

@@ -1,8 +1,8 @@
 """The client of an inference engine: SGLang's HTTP API, used for both the embedded engine and a real SGLang.
 
 Weight versions come from the engine's own reports (`weight_versions` spans); the client never assumes one. An
-engine that dies closes its connections, so every call that waits for it fails at once. Left out: retries. The
-code that holds a generation's lease decides about a retry.
+engine that dies closes its connections, so every call that waits for it fails at once. There are no retries
+here: the code that holds a generation's lease decides about a retry.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class EngineClient:
         control_timeout_s: float = 30.0,
         stream_interval: int = 0,
     ) -> None:
-        """`tls`: how an https engine is checked; None: with the certificates of the system.
-        `stream_interval`: tokens between two chunks of a sequence; 0: as the engine does it."""
+        """`tls`: how to verify an https engine; None: with the system's certificates. `stream_interval`:
+        tokens between two chunks of a sequence; 0: the engine's default."""
         self._http = EngineHttp(
             base_url,
             api_key=api_key,
@@ -63,12 +63,12 @@ class EngineClient:
         self.info = EngineInfo()
         """Filled by `fetch_info`."""
         self.progress: tuple[float, ...] = ()
-        """Counts that change with every step of the engine, as `load` saw them last."""
+        """Counts that change with every step of the engine, from the last call of `load`."""
         self._is_paused = False
         self._num_loads = 0
-        """Calls in progress that load weights."""
+        """Number of calls in progress that load weights."""
         self.caches_prefixes = False
-        """True if the engine computes a prompt once that several requests share."""
+        """True if the engine computes a prompt that several requests share only once."""
 
     async def __aenter__(self) -> EngineClient:
         return self
@@ -102,30 +102,32 @@ class EngineClient:
         """Samples one continuation of `input_ids`.
 
         `rid`: id of the request for `abort`, unique among those in flight. If any client aborts it, returns
-        the partial tokens with finish_reason ABORT, and those sampled within `timeout_s` with TIMEOUT.
-        Cancelling the caller aborts the request. Raises PromptRefusedError if the engine refused the prompt,
-        EngineTimeoutError if there was no token in time, and EngineError for other refusals or its death.
+        the partial tokens with finish_reason ABORT; after `timeout_s`, returns the tokens so far with
+        TIMEOUT. Cancelling the caller aborts the request. Raises PromptRefusedError if the engine refused the
+        prompt, EngineTimeoutError if there was no token in time, and EngineError if it refused for another
+        reason or died.
         """
         return await self._batcher.generate(input_ids, sampling=sampling, rid=rid, timeout_s=timeout_s)
 
     @property
     def num_generating(self) -> int:
-        """Calls of `generate` that have not returned."""
+        """Number of `generate` calls that have not returned."""
         return self._batcher.num_open
 
     @property
     def is_held(self) -> bool:
-        """True while this client has paused the engine or has it load weights: no request advances then."""
+        """True while this client has paused the engine or is loading weights into it, so that no request
+        advances."""
         return self._is_paused or self._num_loads > 0
 
     def episode(self, *, on_first_token: Callable[[], None] | None = None) -> SamplingClient:
-        """The client with which one episode samples all its turns; `on_first_token` is called if this engine
-        reports it."""
+        """Returns the client with which one episode samples all its turns; `on_first_token` is called if this
+        engine reports the first token."""
         return self
 
     async def score(self, tokens: Sequence[int], *, first: int) -> tuple[list[float], int]:
-        """Log-probs, at temperature 1, of the tokens from index `first` (at least 1); and the version that
-        gave them."""
+        """Returns the log-probs, at temperature 1, of the tokens from index `first` (at least 1), and the
+        weight version that computed them."""
         body: dict[str, Any] = {
             "input_ids": list(tokens),
             "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
@@ -133,7 +135,7 @@ class EngineClient:
             "logprob_start_len": first - 1,
         }
         if self.caches_prefixes:
-            body["cache_salt"] = uuid.uuid4().hex  # nothing that was computed before may be used
+            body["cache_salt"] = uuid.uuid4().hex  # no cached prefix may be used
         response = await self._http.call("POST", "/generate", body)
         return parse_scores(response, num_scored=len(tokens) - first)
 
@@ -256,7 +258,7 @@ class EngineClient:
         return info
 
     async def weight_version(self) -> int:
-        """The version that is active now."""
+        """Returns the active version."""
         return parse_weight_version((await self.model_info()).get("weight_version"))
 
     async def server_info(self) -> dict[str, Any]:
@@ -265,8 +267,8 @@ class EngineClient:
         return info
 
     async def load(self) -> dict[str, float]:
-        """Running and waiting sequences, and the fraction of the KV memory in use; tokens, retractions, busy
-        and idle seconds since the engine's start."""
+        """Returns running and waiting sequences, the fraction of KV memory in use, and tokens, retractions,
+        busy and idle seconds since the engine's start."""
         load: dict[str, float] = (await self.server_info()).get("load", {})
         self.progress = tuple(
             float(load.get(key, 0)) for key in ("steps", "prefilled_tokens", "running", "waiting")
@@ -279,7 +281,7 @@ class EngineClient:
         }
 
     async def metrics(self) -> bytes:
-        """The engine's page in Prometheus' format."""
+        """Returns the engine's metrics page in Prometheus' format."""
         return await self._http.fetch("GET", "/metrics", timeout_s=self._connect_timeout_s)
 
     async def _load_weights(self, path: str, body: dict[str, Any], *, timeout_s: float) -> None:
@@ -302,8 +304,8 @@ class EmbeddedClient(EngineClient):
     ) -> BucketSums:
         """Opens a session and receives all buckets of a push, in order, in one call.
 
-        Returns the sums of the buckets, with digests if `integrity` is `sha256`. `timeout_s` is enforced by
-        the engine, so that the error is the engine's own.
+        Returns the sums of the buckets, with digests if `integrity` is `sha256`. The engine enforces
+        `timeout_s`, so that the error is the engine's own.
         """
         body = {
             "buckets": [bucket.to_dict() for bucket in buckets],

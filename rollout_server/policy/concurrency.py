@@ -1,10 +1,10 @@
-"""How many samples of one server may be at its engine: additive increase, multiplicative decrease.
+"""Limits how many samples of a server may be at its engine: additive increase, multiplicative decrease.
 
 An engine that runs out of KV memory retracts sequences: it drops their KV and computes all of it again later.
 Too many long samples at a time therefore make it slower, and too few leave it idle; the right number depends
-on the lengths, which change while the policy learns. So the limit falls to a fraction of what ran when
-sequences were retracted or the KV cache was nearly full, and rises slowly while there is room (the rule of
-TCP's congestion control: Chiu and Jain, 1989; prime-rl uses it for rollouts).
+on the lengths, which change while the policy learns. So when sequences are retracted or the KV cache is
+nearly full, the limit falls to a fraction of the number of samples at the engine, and it rises slowly while
+there is room (the rule of TCP's congestion control: Chiu and Jain, 1989; prime-rl uses it for rollouts).
 
     at the limit, KV below `_ROOM` -> limit + step, at most once in `_GROW_EVERY_S`
     retractions, or KV above `_FULL` -> limit * `_SHRINK`; again when the samples have fallen to the limit
@@ -19,21 +19,23 @@ from dataclasses import dataclass
 from typing import Any
 
 _ROOM = 0.9
-"""Fraction of the KV cache in use below which more samples fit: running ones still grow."""
+"""Fraction of the KV cache in use below which more samples fit; there is a margin because running ones still
+grow."""
 _FULL = 0.99
 _SHRINK = 0.9
 _STEPS = 64
-"""Increases from nothing to the largest limit."""
+"""Number of increases from zero to the largest limit."""
 _GROW_EVERY_S = 5.0
-"""A new sample's KV grows with its completion, so the effect of an increase is seen late."""
+"""Minimum time between increases. A new sample's KV grows with its completion, so an increase takes effect
+slowly."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineLoad:
-    """What an engine reports about its samples and its KV cache."""
+    """An engine's report about its samples and its KV cache."""
 
     num_samples: int
-    """Sequences that run or wait at the engine."""
+    """Number of sequences that run or wait at the engine."""
     num_running: int
     kv_usage: float
     """Fraction of the KV cache that running sequences use."""
@@ -42,7 +44,7 @@ class EngineLoad:
 
     @classmethod
     def of(cls, load: Mapping[str, Any]) -> EngineLoad:
-        """From `EngineClient.load`; 0 for what the engine does not report."""
+        """Builds it from `EngineClient.load`; values that the engine does not report are 0."""
         running = int(load.get("running", 0))
         return cls(
             num_samples=running + int(load.get("waiting", 0)),
@@ -53,10 +55,11 @@ class EngineLoad:
 
 
 class ConcurrencyController:
-    """The limit for one engine, always between 1 and `most`. `now_s`: seconds on any monotonic clock."""
+    """Controls the limit for one engine, which is always between 1 and `most`. `now_s`: seconds on any
+    monotonic clock."""
 
     def __init__(self, *, most: int) -> None:
-        """`most`: the limit at the start and without pressure."""
+        """`most`: the initial and largest limit."""
         self.most = most
         self.limit = most
         self.num_decreases = 0
@@ -65,11 +68,11 @@ class ConcurrencyController:
 
     def observe(self, load: EngineLoad, *, now_s: float) -> int:
         """Takes the newest load of the engine; returns the limit from now on."""
-        # A count that falls is that of another engine.
+        # A count that has fallen comes from another engine.
         has_retracted = load.num_retractions > self._num_retractions
         self._num_retractions = load.num_retractions
         if has_retracted or load.kv_usage > _FULL:
-            # Until samples above the limit have ended, the last decrease has not had its effect.
+            # While there are samples above the limit, the last decrease has not taken effect yet.
             if load.num_samples <= self.limit:
                 self._decrease(load, now_s=now_s)
         elif (

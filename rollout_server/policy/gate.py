@@ -11,7 +11,7 @@ class GenerationGate:
 
     OPEN -> hold() -> HELD (requests inside finish, new ones wait) -> release() -> OPEN
 
-    Requests that wait enter in the order in which they came.
+    Waiting requests enter in order of arrival.
     """
 
     def __init__(self) -> None:
@@ -21,7 +21,7 @@ class GenerationGate:
         self._empty = asyncio.Event()
         self._empty.set()
         self.num_inside = 0
-        """Requests at the engine."""
+        """Number of requests at the engine."""
         self._busy_s = self._request_s = self._counted_s = 0.0
 
     async def __aenter__(self) -> None:
@@ -34,19 +34,20 @@ class GenerationGate:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
-                self._leave()  # it was let in, and its task was cancelled before it ran
+                self._leave()  # it was admitted, but its task was cancelled before it ran
             raise
 
     async def __aexit__(self, *exc: object) -> None:
         self._leave()
 
     def seconds(self) -> tuple[float, float]:
-        """Time with a request at the engine, and the time of each request at it, added over requests."""
+        """Returns the time with at least one request at the engine, and the time at the engine summed over
+        requests."""
         self._count()
         return self._busy_s, self._request_s
 
     def set_limit(self, limit: int | None) -> None:
-        """Most requests inside from now on; None: any number. Those inside stay."""
+        """Sets the maximum number of requests inside; None: any number. Those already inside stay."""
         self._limit = limit
         self._let_in()
 
@@ -88,6 +89,6 @@ class GenerationGate:
     def _let_in(self) -> None:
         while self._waiting and self._has_room():
             turn = self._waiting.popleft()
-            if not turn.done():  # else its task was cancelled
+            if not turn.done():  # otherwise its task was cancelled
                 self._enter()
                 turn.set_result(None)

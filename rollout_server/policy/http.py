@@ -1,6 +1,6 @@
-"""HTTP requests to one engine: calls over one session; every failure is an EngineError.
+"""HTTP requests to one engine over one session; every failure is an EngineError.
 
-Responses are bounded, and redirections are not followed: they would take the key to another host.
+Responses are bounded. Redirects are not followed, because they would send the key to another host.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class EngineHttp:
         connect_timeout_s: float,
         control_timeout_s: float,
     ) -> None:
-        """`tls`: how an https engine is checked; None: with the certificates of the system."""
+        """`tls`: how to verify an https engine; None: with the system's certificates."""
         self.base_url = base_url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._tls: ssl.SSLContext | bool = tls or True
@@ -109,7 +109,7 @@ class EngineHttp:
 
 
 async def error_text(response: aiohttp.ClientResponse) -> str:
-    """The message of an error. SGLang sends {"error": {"message"}}, {"message"} or plain text."""
+    """Returns the message of an error. SGLang sends {"error": {"message"}}, {"message"} or plain text."""
     text = (await _content(response)).decode(errors="replace")
     try:
         body = json.loads(text)
@@ -121,7 +121,7 @@ async def error_text(response: aiohttp.ClientResponse) -> str:
 
 
 async def _content(response: aiohttp.ClientResponse) -> bytes:
-    """The body of a response. Raises EngineError if it is too long."""
+    """Returns the body of a response. Raises EngineError if it is too long."""
     content = bytearray()
     async for piece in response.content.iter_any():
         content += piece

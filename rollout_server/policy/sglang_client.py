@@ -1,6 +1,7 @@
-"""The client of an SGLang engine: EngineClient with five differences, and the calls that only SGLang has.
+"""The client for SGLang engines: EngineClient with five differences, and the calls that only SGLang has.
 
-- A token id outside the vocabulary kills the whole SGLang server, so it is refused before it is sent.
+- A token id outside the vocabulary kills the whole SGLang server, so such ids are refused before anything is
+sent.
 - `/health` generates a token and hangs while the engine is paused, so readiness is read from `/ready`.
 - SGLang reports no cumulative load, so the client counts generated tokens and busy time itself.
 - Each request has a cache salt, so that an episode never starts with a prefix computed under other weights.
@@ -42,9 +43,9 @@ class SglangClient(EngineClient):
     """Asynchronous client of one SGLang (0.5.23 and compatible versions)."""
 
     def __init__(self, base_url: str, *, vocab_size: int, nccl_version: str = "", **options: Any) -> None:
-        """`vocab_size`: rows of the model's embedding; `options`: as of EngineClient.
+        """`vocab_size`: rows of the model's embedding; `options`: those of EngineClient.
 
-        `nccl_version`: of the engine, which SGLang does not report; empty: unknown.
+        `nccl_version`: the engine's NCCL version, which SGLang does not report; empty: unknown.
         """
         super().__init__(base_url, stream_interval=STREAM_INTERVAL, **options)
         self._vocab_size = vocab_size
@@ -55,17 +56,17 @@ class SglangClient(EngineClient):
         self._busy_s = 0.0
         self._salts = (f"{uuid.uuid4().hex}.{number}" for number in itertools.count())
         self.cache_salt = next(self._salts)
-        """The salt of episodes that start now: it stands for the weights that the engine holds."""
+        """Salt for episodes that start now; it identifies the weights that the engine holds."""
         self.caches_prefixes = True
         self._num_retractions, self._retractions_due_s = 0, 0.0
 
     def renew_cache_salt(self) -> None:
-        """Call while the engine is paused, before its weights change: later episodes share no prefix with
-        earlier ones."""
+        """Makes later episodes share no prefix with earlier ones. Call while the engine is paused, before its
+        weights change."""
         self.cache_salt = next(self._salts)
 
     def episode(self, *, on_first_token: Callable[[], None] | None = None) -> SamplingClient:
-        """A client whose turns all have the salt of the weights at the episode's first request."""
+        """Returns a client whose turns all use the salt of the weights at the episode's first request."""
         return _Episode(self, on_first_token=on_first_token)
 
     async def generate(
@@ -80,9 +81,9 @@ class SglangClient(EngineClient):
     ) -> Generation:
         """Samples one continuation. Refuses ids outside the vocabulary, in the prompt and as stop tokens.
 
-        `cache_salt`: only prefixes computed with the same salt are used; empty: the present one.
-        `on_first_token` is called when the prompt is computed and another request can use its prefix; not if
-        there is only one token.
+        `cache_salt`: only prefixes computed with the same salt are used; empty: the current one.
+        `on_first_token` is called when the prompt is computed and other requests can use its prefix; it is
+        not called if only one token is sampled.
         """
         self._check_ids(input_ids, PromptRefusedError, name="input_ids")
         self._check_ids(sampling.stop_token_ids, EngineError, name="stop_token_ids")
@@ -102,32 +103,36 @@ class SglangClient(EngineClient):
         return generation
 
     async def score(self, tokens: Sequence[int], *, first: int) -> tuple[list[float], int]:
-        """Log-probs of the tokens from `first` on, and their version. Refuses ids outside the vocabulary."""
+        """Returns log-probs of the tokens from `first` on, and their version. Refuses ids outside the
+        vocabulary."""
         self._check_ids(tokens, EngineError, name="tokens")
         return await super().score(tokens, first=first)
 
     async def set_weight_version(self, version: int) -> None:
-        """Sets the version of the loaded weights, which later sampled tokens carry."""
+        """Sets the version of the loaded weights, which is recorded with all tokens sampled later."""
         body = {"new_version": str(version), "abort_all_requests": False}
         await self._http.call("POST", "/update_weight_version", body)
 
     async def weights_checksum(self, *, timeout_s: float) -> str:
-        """A digest of all parameters over all ranks of the engine; works while paused."""
+        """Returns a digest of all parameters over all ranks of the engine; works while paused."""
         body = {"action": "checksum"}
         response = await self._http.call("POST", "/weights_checker", body, timeout_s=timeout_s)
         return str(response["per_engine_checksum"])
 
     async def synchronize(self, *, timeout_s: float) -> None:
-        """Waits until the GPUs have done what the engine has begun, by a checksum of no tensor.
+        """Waits until the GPUs have finished their queued work, by requesting a checksum of no tensors.
 
         SGLang responds to a pause before its last batch is computed, and over NCCL to a bucket before it has
         arrived.
         """
-        body = {"action": "checksum", "skip_tensor_list": [""]}  # the empty text is a part of every name
+        body = {
+            "action": "checksum",
+            "skip_tensor_list": [""],
+        }  # the empty string is in every name
         await self._http.call("POST", "/weights_checker", body, timeout_s=timeout_s)
 
     async def fetch_info(self) -> None:
-        """Fills `info`, and finds out if the engine has a prefix cache.
+        """Fills `info`, and determines if the engine has a prefix cache.
 
         SGLang loads weights in place and does not report its NCCL version.
         """
@@ -150,11 +155,12 @@ class SglangClient(EngineClient):
         return True
 
     async def load(self) -> dict[str, float]:
-        """Sequences as the engine reports them; tokens and seconds as counted by this client."""
+        """Returns sequences as reported by the engine; tokens and seconds as counted by this client."""
         queues = (await self._http.call("GET", "/v1/loads"))["loads"]
         self._count_running(0)
-        # Not `timestamp`, which changes also while the scheduler is stalled. A sequence is streamed as one
-        # chunk, so its tokens show only here: as KV entries in use, and as decode steps (`decode_moments`).
+        # Not `timestamp`, which also changes while the scheduler is stalled. A sequence is streamed as one
+        # chunk, so its tokens are visible only here: as KV entries in use, and as decode steps
+        # (`decode_moments`).
         self.progress = tuple(
             float(queue.get(key) or 0) for queue in queues for key in _PROGRESS_KEYS
         ) + tuple(float((queue.get("decode_moments") or [0])[0]) for queue in queues)
@@ -171,12 +177,13 @@ class SglangClient(EngineClient):
         }
 
     async def _retractions(self) -> int:
-        """Sequences that the engine has retracted for lack of KV memory. Only its page of metrics has them:
-        `num_retractions` of a completion also counts those of a weight update, and comes at its end."""
+        """Returns how many sequences the engine has retracted for lack of KV memory. Only its metrics page
+        reports that: `num_retractions` of a completion also counts those of a weight update, and comes at its
+        end."""
         now_s = asyncio.get_running_loop().time()
         if now_s >= self._retractions_due_s:
             self._retractions_due_s = now_s + _RETRACTIONS_EVERY_S
-            with contextlib.suppress(EngineError, ValueError):  # at a URL it may run without metrics
+            with contextlib.suppress(EngineError, ValueError):  # an engine at a URL may run without metrics
                 counts = _RETRACTED.findall(await self.metrics())
                 self._num_retractions = int(sum(map(float, counts)))
         return self._num_retractions
@@ -191,7 +198,7 @@ class SglangClient(EngineClient):
 
 
 class _Episode:
-    """A `SamplingClient` of one episode."""
+    """The `SamplingClient` of one episode."""
 
     def __init__(self, client: SglangClient, *, on_first_token: Callable[[], None] | None) -> None:
         self._client = client
@@ -206,7 +213,7 @@ class _Episode:
         rid: str | None = None,
         timeout_s: float = math.inf,
     ) -> Generation:
-        # Not before: the episode may have waited for its turn (GenerationGate) while weights were pushed.
+        # Not earlier: weights may have been pushed while the episode waited for its turn (GenerationGate).
         self._cache_salt = self._cache_salt or self._client.cache_salt
         return await self._client.generate(
             input_ids,

@@ -36,17 +36,18 @@ class Sampling:
     sampling_seed: int | None = None
     """Used by the embedded engine; SGLang ignores it unless started with deterministic inference."""
     stop: tuple[str, ...] = ()
-    """Texts that end the sequence with the token that completes one of them, which is kept. The client finds
-    them, with the tokenizer that it is given (`EngineClient.stop_texts`)."""
+    """Texts that end the sequence; the token that completes one of them is kept. The client searches for
+    them, with the tokenizer in `EngineClient.stop_texts`."""
     num_resumed: int = 0
-    """Tokens at the end of the prompt that belong to the same turn: it was aborted, and goes on. A stop text
-    may begin in them."""
+    """Number of tokens at the end of the prompt that belong to the same turn, which was aborted and is
+    continued. A stop text may start in them."""
     keeps_prefix: bool = False
-    """Another request may continue this sequence (the next turn of a conversation): the embedded engine keeps
-    its KV for it. SGLang does for every sequence."""
+    """True if another request may continue this sequence (the next turn of a conversation), so the embedded
+    engine keeps its KV. SGLang keeps the KV of every sequence."""
 
     def to_dict(self) -> dict[str, Any]:
-        """SGLang's `sampling_params`; fields at their default, and those of the client alone, are omitted."""
+        """Returns SGLang's `sampling_params`, without fields at their default and those used only by the
+        client."""
         params: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature}
         if self.stop_token_ids:
             params["stop_token_ids"] = list(self.stop_token_ids)
@@ -67,20 +68,20 @@ class Generation:
     """Tokens sampled for one request, finished or aborted. All arrays have the same length T (0 or more)."""
 
     output_ids: NDArray[np.int32]
-    """[T] sampled tokens, a stop token included."""
+    """[T] sampled tokens, including a stop token."""
     logprobs: NDArray[np.float32]
     """[T] log-prob of each token under temperature-scaled logits, as recorded by the engine."""
     versions: NDArray[np.int32]
     """[T] version of the weights that sampled each token, as reported by the engine."""
     finish_reason: FinishReason
     matched: int | str | None = None
-    """The stop token or stop text, where `finish_reason` is STOP."""
+    """The stop token or stop text if `finish_reason` is STOP."""
     message: str = ""
-    """The engine's reason, where `finish_reason` is ABORT."""
+    """The engine's reason if `finish_reason` is ABORT."""
     num_prompt_tokens: int = 0
-    """Tokens of the request's prompt; 0 if the engine does not report it."""
+    """Number of prompt tokens; 0 if the engine does not report it."""
     num_cached_tokens: int = 0
-    """Those of them whose KV was in the engine's prefix cache."""
+    """Number of prompt tokens whose KV was in the engine's prefix cache."""
 
 
 class SamplingClient(Protocol):
@@ -107,13 +108,13 @@ class EngineInfo:
     device_uuid: str = ""
     nccl_version: str = ""
     authenticates_store: bool = False
-    """True if the engine takes the key of a weight group's rendezvous; SGLang does not."""
+    """True if the engine accepts the key of a weight group's rendezvous; SGLang does not."""
     loads_in_place: bool = False
     """True if the engine does not decode while it receives weights (SGLang)."""
 
     @classmethod
     def from_server_info(cls, server_info: Mapping[str, Any]) -> EngineInfo:
-        """From `/server_info` of either engine."""
+        """Builds it from `/server_info` of either engine."""
         return cls(
             num_ranks=int(server_info.get("tp_size") or 1),
             device=str(server_info.get("device") or "cpu"),
@@ -124,7 +125,7 @@ class EngineInfo:
 
 
 def parse_weight_version(raw: Any) -> int:
-    """The engine's weight version. Raises EngineError if it is not a number, like SGLang's default."""
+    """Parses the engine's weight version. Raises EngineError if it is not a number, like SGLang's default."""
     try:
         return int(raw)
     except (TypeError, ValueError):
@@ -134,12 +135,12 @@ def parse_weight_version(raw: Any) -> int:
 
 
 def parse_scores(response: Any, *, num_scored: int) -> tuple[list[float], int]:
-    """Log-probs of the last `num_scored` tokens of a prompt, and the weight version that gave them, from the
-    response to a /generate without new tokens. Raises EngineError.
+    """Parses the response to a /generate without new tokens: returns log-probs of the prompt's last
+    `num_scored` tokens, and the weight version that computed them. Raises EngineError.
     """
     try:
         meta = response["meta_info"]
-        # The token before the first that is scored begins the range, and has none.
+        # The range starts with the token before the first scored one, which has no log-prob.
         logprobs = [float(entry[0]) for entry in meta["input_token_logprobs"][1:]]
         version = parse_weight_version(meta["weight_version"])
     except (KeyError, TypeError, IndexError, ValueError) as error:

@@ -26,7 +26,7 @@ MAX_ERROR_CHARS = 500
 """An engine's error message is cut to this length."""
 _PROMPT_STATUSES = (400, 413, 422)
 _FINISH_REASONS = {reason.value: reason for reason in FinishReason if reason is not FinishReason.TIMEOUT}
-"""Reasons that an engine gives; it knows nothing of our time limit."""
+"""Finish reasons that an engine reports; it does not know our time limit."""
 
 
 def encode_request(
@@ -38,7 +38,7 @@ def encode_request(
     cache_salts: Sequence[str],
     is_packed: bool,
 ) -> tuple[bytes, dict[str, str]]:
-    """The body of a batch, which is streamed, and its headers. Each argument has one entry for a prompt."""
+    """Returns the body and headers of a streaming batch request. Each argument has one entry per prompt."""
     body: dict[str, Any] = {
         "rid": rids,
         "input_ids": [_prompt(prompt, is_packed=is_packed) for prompt in prompts],
@@ -60,16 +60,16 @@ def encode_request(
 
 def _prompt(prompt: Sequence[int], *, is_packed: bool) -> bytes | list[int]:
     if is_packed:
-        with contextlib.suppress(OverflowError):  # the engine says what is wrong with such a token
+        with contextlib.suppress(OverflowError):  # the engine reports what is wrong with such a token
             return pack_tokens(prompt)
     return list(map(int, prompt))
 
 
 def checked(event: Any) -> dict[str, Any]:
-    """An event of a stream that reports no error.
+    """Returns the event of a stream if it does not report an error.
 
-    Raises ValueError for what is not an object, and for an error EngineError or PromptRefusedError with the
-    engine's message.
+    Raises ValueError if it is not an object, and EngineError or PromptRefusedError with the engine's message
+    if it reports an error.
     """
     if not isinstance(event, dict):
         raise ValueError("event is not an object")
@@ -79,7 +79,7 @@ def checked(event: Any) -> dict[str, Any]:
 
 
 def refusal(status: int, message: str) -> EngineError:
-    """The exception for an engine's error with this HTTP status."""
+    """Returns the exception for an engine's error with this HTTP status."""
     kind = PromptRefusedError if status in _PROMPT_STATUSES else EngineError
     return kind(message[:MAX_ERROR_CHARS])
 
@@ -87,7 +87,7 @@ def refusal(status: int, message: str) -> EngineError:
 def _error_of(error: Any) -> EngineError:
     fields = error if isinstance(error, dict) else {"message": error}
     code = fields.get("code")
-    # SGLang gives no code: it sends these events for requests that it finds invalid.
+    # SGLang sends no code: it uses these events for requests that it considers invalid.
     return refusal(code if isinstance(code, int) else 400, str(fields.get("message", error)))
 
 
@@ -97,7 +97,7 @@ def is_last(event: dict[str, Any]) -> bool:
 
 
 def output_tokens(event: dict[str, Any]) -> NDArray[np.int32]:
-    """The tokens of an event. Raises as `parse_generation`."""
+    """Returns the tokens of an event. Raises as `parse_generation` does."""
     tokens = event["output_ids"]
     return unpack_tokens(tokens) if isinstance(tokens, bytes) else np.asarray(tokens, dtype=np.int32)
 
@@ -109,7 +109,7 @@ def _logprobs(entries: Any) -> NDArray[np.float32]:
 
 
 def parse_generation(event: dict[str, Any]) -> Generation:
-    """The generation in the last event of a sequence.
+    """Parses the generation in the last event of a sequence.
 
     Raises EngineError or PromptRefusedError if the engine aborted the request because of an error, ValueError
     if lengths disagree, a token has no version or the finish reason is unknown, and KeyError, TypeError or

@@ -1,4 +1,4 @@
-"""Messages to token ids and sampled token ids to replies.
+"""Converts messages to token ids, and sampled token ids to replies.
 
-`PromptRenderer` makes the prompt of a single-turn sample, a `ChatRenderer` the prompts of a conversation.
+`PromptRenderer` renders the prompt of a single-turn sample, a `ChatRenderer` the prompts of a conversation.
 """

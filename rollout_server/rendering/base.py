@@ -1,8 +1,8 @@
 """The interface between conversations and a model's chat format.
 
-A renderer turns messages into the token ids of a prompt and sampled token ids into a reply. It never turns a
-sampled reply back into token ids that are trained on: `bridge` gives the tokens that follow a sampled turn,
-and a conversation appends them to the tokens that the engine sampled.
+A renderer turns messages into the token ids of a prompt and sampled token ids into a reply. It never converts
+a sampled reply back into token ids to train on: `bridge` returns the tokens that follow a sampled turn, and a
+conversation appends them to the tokens that the engine sampled.
 
 Your own chat format, configured as `model.renderer=my_module.MyRenderer`, is a subclass of `ChatRenderer`,
 or of `JinjaRenderer` (rendering/jinja.py) if only its tool calls differ from the usual ones.
@@ -23,19 +23,19 @@ ToolSchema = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class ParsedReply:
-    """What the policy said in one turn."""
+    """The parts of the policy's reply in one turn."""
 
     text: str
-    """Without special tokens, reasoning and tool calls."""
+    """Text without special tokens, reasoning and tool calls."""
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
-    """A malformed call is among them, with its raw text as `arguments`, and without a name if none could be
-    read. A call without an id gets one from the conversation."""
+    """Includes malformed calls, with their raw text as `arguments` and an empty name if none could be read.
+    The conversation assigns an id to calls without one."""
 
 
 class ChatRenderer(ABC):
-    """The chat format of one model. Methods that get messages raise EpisodeError if they cannot be rendered;
-    they change none of their arguments."""
+    """The chat format of one model. Methods that take messages raise EpisodeError if they cannot be rendered,
+    and do not modify their arguments."""
 
     def __init__(
         self,
@@ -45,20 +45,20 @@ class ChatRenderer(ABC):
         vocab_size: int,
         template_kwargs: Mapping[str, Any],
     ) -> None:
-        """`tokenizer`: of transformers. `stop_token_ids`: those that the tokenizer and the model's
-        generation_config.json name. `template_kwargs`: `model.chat_template_kwargs`. Raises ConfigError if
+        """`tokenizer`: a transformers tokenizer. `stop_token_ids`: those named by the tokenizer and the
+        model's generation_config.json. `template_kwargs`: `model.chat_template_kwargs`. Raises ConfigError if
         the format does not fit the tokenizer."""
         self.tokenizer = tokenizer
         self.stop_token_ids = tuple(stop_token_ids)
-        """Ids that end a turn; the one that was sampled is the turn's last token."""
+        """Ids that end a turn; the sampled one is the turn's last token."""
         self.vocab_size = vocab_size
-        """Every token id of a prompt must be below it."""
+        """Upper bound (exclusive) of token ids in a prompt."""
         self.template_kwargs = dict(template_kwargs)
 
     @property
     @abstractmethod
     def supports_tools(self) -> bool:
-        """False if the format has no place for the schemas of tools."""
+        """False if the format cannot include the schemas of tools."""
 
     @abstractmethod
     def render(
@@ -68,10 +68,11 @@ class ChatRenderer(ABC):
         tools: Sequence[ToolSchema] = (),
         add_generation_prompt: bool = True,
     ) -> list[int]:
-        """Token ids of a whole conversation; with `add_generation_prompt`, up to the policy's next token."""
+        """Returns the token ids of a whole conversation; with `add_generation_prompt`, up to the policy's
+        next token."""
 
     def num_tokens(self, conversations: Sequence[Sequence[Message]]) -> list[int]:
-        """Lengths of many prompts, as `render` would have them."""
+        """Returns the lengths of many prompts as rendered by `render`."""
         return [len(self.render(messages)) for messages in conversations]
 
     @abstractmethod
@@ -84,22 +85,24 @@ class ChatRenderer(ABC):
         *,
         tools: Sequence[ToolSchema] = (),
     ) -> list[int] | None:
-        """Tokens that follow a sampled turn: its end if it was cut, the new messages, the generation prompt.
+        """Returns the tokens after a sampled turn: its end if it was cut off, the new messages, the
+        generation prompt.
 
-        `prompt_ids` and `completion_ids`: the tokens up to and of the turn, as the engine saw and sampled
-        them. `messages`: the conversation up to and with the turn, which is the last message. None if the
-        format would render the earlier messages in another way after the new ones (it strips earlier
-        reasoning, ...), or if new messages cannot be appended.
+        `prompt_ids` and `completion_ids`: the tokens before the turn and of the turn, as the engine saw and
+        sampled them. `messages`: the conversation up to and including the turn, which is the last message.
+        Returns None if the new messages would change how the earlier ones are rendered (for example because
+        earlier reasoning is stripped), or if new messages cannot be appended.
         """
 
     @abstractmethod
     def parse(
         self, completion_ids: Sequence[int], *, prompt_ids: Sequence[int], tools: Sequence[ToolSchema] = ()
     ) -> ParsedReply:
-        """The reply in sampled tokens, whatever they are."""
+        """Parses sampled tokens into a reply; any tokens are accepted."""
 
     def parse_text(self, completion_ids: Sequence[int], *, prompt_ids: Sequence[int]) -> ParsedReply:
-        """The reply without tool calls: what looks like one is left in the text as the policy wrote it."""
+        """Parses the reply without tool calls: anything that looks like one stays in the text as the policy
+        wrote it."""
         parsed = self.parse(completion_ids, prompt_ids=prompt_ids)
         if not parsed.tool_calls:
             return parsed
@@ -110,7 +113,7 @@ class ChatRenderer(ABC):
         return ParsedReply(text=text, reasoning=parsed.reasoning)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """The tokens as text."""
+        """Decodes tokens to text."""
         return str(
             self.tokenizer.decode(
                 list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False

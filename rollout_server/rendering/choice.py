@@ -1,4 +1,4 @@
-"""Chooses the renderer of conversations: by name, or the one made for the model, or the chat template."""
+"""Chooses the renderer of conversations: by name, the one written for the model, or the chat template."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _CANDIDATES: Mapping[str, tuple[str, ...]] = {
     "qwen3_5_moe": ("qwen3.5", "qwen3.6", "qwen3.8"),
     "qwen3_moe": ("qwen3",),
 }
-"""`model_type` of config.json -> renderers that may be the model's; the first that agrees with the chat
-template is used."""
+"""`model_type` of config.json -> candidate renderers; the first that agrees with the chat template is
+used."""
 _LLAMA_3_TOKEN = "<|start_header_id|>"
-"""Many models of type llama have another chat format."""
+"""Many models of type llama use a different chat format."""
 _CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
@@ -49,7 +49,7 @@ def choose_renderer(
     vocab_size: int,
     template_kwargs: Mapping[str, Any],
 ) -> ChatRenderer:
-    """The renderer that `model.renderer` names.
+    """Returns the renderer named by `model.renderer`.
 
     `jinja`, `auto`, a name of the package `renderers`, or `module.Class`. `model`: the model's directory or
     its name at Hugging Face; `model_type`: of its config.json. `auto` uses a renderer of the package only if
@@ -68,7 +68,7 @@ def choose_renderer(
         candidates = _CANDIDATES.get(model_type, ())
         if model_type == "llama" and _LLAMA_3_TOKEN not in tokenizer.get_added_vocab():
             candidates = ()
-        # The package is imported only if it may have the renderer: it takes a second.
+        # The package takes a second to import, so it is imported only if it may have the renderer.
         if has_library and tokenizer.chat_template and (candidates or not Path(model).is_dir()):
             from rollout_server.rendering.library import find_renderer
 

@@ -2,9 +2,9 @@
 
 A template renders whole conversations, so `bridge` finds what follows a sampled turn by comparing three
 texts: the prompt of the turn, the conversation up to the turn, and the conversation with the new messages. If
-each is the beginning of the next, the template only appends here. Then the text after the turn's end-of-turn
-token is tokenized and follows the sampled tokens. Otherwise the template changes what came before (it strips
-earlier reasoning, ...), and the conversation has to begin a new segment.
+each is a prefix of the next, the template only appends here, and the text after the turn's end-of-turn token
+is tokenized and appended to the sampled tokens. Otherwise the template changes earlier text (it strips
+earlier reasoning, ...), and the conversation has to start a new segment.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _PROBE_REPLY = "ProbeReply"
 _PROBE_REASONING = "ProbeReasoning"
 _MAX_ERROR_CHARS = 300
 _TOKENS_OF_A_MARKER = 16
-"""The marker that begins the reasoning, and the white space after it, has at most as many tokens."""
+"""Maximum number of tokens in the marker that starts the reasoning, including the white space after it."""
 
 
 class JinjaRenderer(ChatRenderer):
     """Any model whose tokenizer has a chat template."""
 
     markers: ClassVar[Markers] = Markers()
-    """Where reasoning and tool calls are in a reply."""
+    """Markers around reasoning and tool calls in a reply."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -54,13 +54,13 @@ class JinjaRenderer(ChatRenderer):
             )
         special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         special |= set(self.tokenizer.all_special_ids)
-        # Where the template ends a turn with another token than the one in the model's files (many base
-        # models), the policy would go on after the end of its turn.
+        # In many base models the template ends a turn with another token than the model's files name. Without
+        # that token the policy would continue after the end of its turn.
         closing_ids = self._encode(self._closing)[:1]
         self.stop_token_ids = tuple(sorted({*self.stop_token_ids, *(i for i in closing_ids if i in special)}))
         self._stop_texts = {i: self.decode([i]) for i in self.stop_token_ids}
         self._ends_turns = any(text in self._closing for text in self._stop_texts.values())
-        # Phi-3's template writes an EOS behind a list that ends with a reply, after the reply's own end.
+        # If the last message is a reply, Phi-3's template writes an EOS after the reply's own end token.
         eos = self.tokenizer.eos_token or ""
         own_closing = self._closing.removesuffix(eos)
         has_own_end = any(text in own_closing for text in self._stop_texts.values())
@@ -69,7 +69,7 @@ class JinjaRenderer(ChatRenderer):
         self._hidden_ids = (special - marker_ids) | set(self.stop_token_ids)
 
     def parse_call(self, body: str) -> tuple[str, str]:
-        """Name and arguments (a JSON object as text) of a tool call, from the text between its markers.
+        """Parses the text between a tool call's markers; returns name and arguments (a JSON object as text).
 
         Override it for another format. For a malformed call, return the body as arguments and the name if
         it can be read, else an empty name.
@@ -95,7 +95,7 @@ class JinjaRenderer(ChatRenderer):
         return self._encode(self._text(messages, tools, add_generation_prompt))
 
     def num_tokens(self, conversations: Sequence[Sequence[Message]]) -> list[int]:
-        # In one call of the tokenizer, which is much faster.
+        # A single call of the tokenizer is much faster.
         texts = [self._text(messages, (), True) for messages in conversations]
         return [len(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
@@ -114,7 +114,7 @@ class JinjaRenderer(ChatRenderer):
             prompt = self._text(messages[:-1], tools, True)
             until_turn = self._text(messages, tools, False)
             whole = self._text([*messages, *new_messages], tools, True)
-        except EpisodeError:  # it may be able to render the whole, or says why not
+        except EpisodeError:  # rendering everything may work, or gives the reason
             return None
         if not whole.startswith(until_turn):
             until_turn = until_turn.removesuffix(self._end_of_list)
@@ -127,7 +127,8 @@ class JinjaRenderer(ChatRenderer):
         end = max(turn.rfind(text) for text in self._stop_texts.values())
         if end < 0:
             return None
-        # A token may include adjacent white space, so the end-of-turn token is tokenized with what follows.
+        # A token may include adjacent white space, so the end-of-turn token is tokenized with the text after
+        # it.
         first, *rest = self._encode(turn[end:] + whole[len(until_turn) :])
         if first not in self._stop_texts:
             return None
@@ -154,7 +155,7 @@ class JinjaRenderer(ChatRenderer):
 
     @cached_property
     def _closing(self) -> str:
-        """What the template writes after the text of a reply; empty if that cannot be found out."""
+        """Returns what the template writes after the text of a reply; empty if that cannot be determined."""
         messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": _PROBE_REPLY}]
         try:
             return self._text(messages, (), False).partition(_PROBE_REPLY)[2]
@@ -173,10 +174,11 @@ class JinjaRenderer(ChatRenderer):
             return True
 
     def _with_reasoning(self, message: Message) -> Message:
-        """The message with its reasoning as a part of its text, for a template that would leave it out.
+        """Returns the message with its reasoning as part of its text, for a template that would drop the
+        reasoning.
 
-        A policy that writes reasoning without its template's help (many base models) has it in the text of
-        its earlier replies.
+        So a policy that reasons although its template does not support reasoning (many base models) sees it
+        in its earlier replies.
         """
         if not message.get(_REASONING) or self._knows_reasoning:
             return message
@@ -185,7 +187,7 @@ class JinjaRenderer(ChatRenderer):
         return {key: value for key, value in message.items() if key != _REASONING} | {"content": text}
 
     def _encode(self, text: str) -> list[int]:
-        # The template contains the special tokens: adding them again would double the BOS.
+        # The template contains the special tokens; adding them again would duplicate the BOS.
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _text(

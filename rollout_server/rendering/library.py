@@ -1,10 +1,10 @@
-"""Renderers of the package `renderers`, which are written for one family of models each.
+"""Renderers from the package `renderers`, each written for one family of models.
 
-They know where a turn of their model ends and which reasoning it keeps, so their bridge needs no comparison
-of texts, and they parse the model's own format of tool calls. Whether one fits a tokenizer is found out by
-rendering: its token ids must be those of the tokenizer's chat template.
+They know where a turn of their model ends and which reasoning it keeps, so their bridge does not have to
+compare texts, and they parse the model's own format of tool calls. Whether one fits a tokenizer is tested by
+rendering: its token ids must equal those of the tokenizer's chat template.
 
-Imported only where it is used, because the package needs a second to import.
+The package takes a second to import, so this module is imported only where it is used.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from rollout_server.rendering.jinja import JinjaRenderer
 log = logging.getLogger(__name__)
 
 _NEED_NAMES = ("gemma4", "gpt-oss")
-"""Renderers that need the tool's name in its result, which the chat templates find in the call."""
+"""Renderers that need the tool's name in its result; the chat templates take it from the call."""
 _EMPTY_REASONING = re.compile(r"<think>\s*</think>\s*")
 _CHARS_BEFORE = 20
 _CHARS_OF_DIFFERENCE = 100
-"""What an error shows of two renderings, from `_CHARS_BEFORE` before the first difference."""
+"""Number of characters of two renderings shown in an error, starting `_CHARS_BEFORE` before the first
+difference."""
 _TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
@@ -68,10 +69,10 @@ _PROBES: tuple[tuple[list[Message], tuple[ToolSchema, ...]], ...] = (
 def find_renderer(
     tokenizer: Any, *, model: str, candidates: Sequence[str], **options: Any
 ) -> LibraryRenderer | None:
-    """The renderer for a model that agrees with its chat template, or None.
+    """Returns a renderer that agrees with the model's chat template, or None.
 
-    `model`: its directory or name; `candidates`: renderers that may fit, tried in this order after that of
-    the name; `options`: of ChatRenderer.
+    `model`: its directory or name; `candidates`: renderers that may fit, tried in this order after the one
+    for the name; `options`: those of ChatRenderer.
     """
     by_name = [MODEL_RENDERER_MAP[model]] if model in MODEL_RENDERER_MAP else []
     for name in dict.fromkeys([*by_name, *candidates]):
@@ -89,7 +90,8 @@ def find_renderer(
 
 
 def named_renderer(name: str, tokenizer: Any, **options: Any) -> LibraryRenderer:
-    """The renderer of this name. Raises ConfigError if it is unknown or disagrees with the chat template."""
+    """Returns the renderer with this name. Raises ConfigError if it is unknown or disagrees with the chat
+    template."""
     if config_is_known(name) is False:
         raise ConfigError(
             f"model.renderer={name}: known are auto, jinja, "
@@ -118,10 +120,11 @@ def config_is_known(name: str) -> bool:
 
 
 class LibraryRenderer(ChatRenderer):
-    """A renderer of the package."""
+    """Wraps a renderer of the package."""
 
     def __init__(self, tokenizer: Any, *, name: str, **options: Any) -> None:
-        """`name`: in the package. Raises what the package raises if it does not fit the tokenizer."""
+        """`name`: the renderer's name in the package. Raises the package's exceptions if it does not fit the
+        tokenizer."""
         super().__init__(tokenizer, **options)
         self.name = name
         """Name of the renderer in the package."""
@@ -140,12 +143,12 @@ class LibraryRenderer(ChatRenderer):
         return self._supports_tools
 
     def difference(self) -> str:
-        """How its prompts differ from those of the tokenizer's chat template; empty if they do not.
+        """Describes how its prompts differ from those of the tokenizer's chat template; empty if they do not.
 
-        Empty reasoning is left out of the comparison: with enable_thinking=false some templates strip it from
-        earlier turns, in which it was sampled, and the package keeps it there.
+        Empty reasoning is ignored: with enable_thinking=false some templates strip it from earlier turns,
+        where it was sampled, and the package keeps it.
         """
-        # A renderer has one date, and the template without one the present day.
+        # A renderer uses a fixed date; the template would use today's if none is given.
         date = getattr(self._renderer.config, "date_string", None)
         kwargs = ({"date_string": date} if date else {}) | self.template_kwargs
         template = JinjaRenderer(
@@ -173,7 +176,7 @@ class LibraryRenderer(ChatRenderer):
                 continue
             try:
                 theirs = template.render(messages, tools=tools)
-            except EpisodeError:  # no conversation for this template
+            except EpisodeError:  # the template does not support this conversation
                 continue
             try:
                 yield self._ids(messages, tools), theirs
@@ -206,7 +209,7 @@ class LibraryRenderer(ChatRenderer):
                 self._prepared([*messages, *new_messages])[len(messages) :],
                 tools=_copies(tools),
             )
-        except Exception:  # what it cannot bridge, it may be able to render
+        except Exception:  # it may still be able to render the conversation
             log.debug("renderer %s: no bridge", self.name, exc_info=True)
             return None
         if extended is None or list(extended.token_ids[: len(before)]) != before:
@@ -243,7 +246,7 @@ class LibraryRenderer(ChatRenderer):
                     add_generation_prompt=add_generation_prompt,
                 )
             )
-        except Exception as error:  # as a chat template, it may raise anything for messages it does not know
+        except Exception as error:  # like a chat template, it may raise anything
             raise EpisodeError(
                 f"the renderer {self.name} cannot render these messages ({first_line(error)})"
             ) from error
@@ -268,7 +271,7 @@ def _copies(tools: Sequence[ToolSchema]) -> list[dict[str, Any]] | None:
 
 
 def _tool_call(call: Any) -> ToolCall:
-    """A call whose arguments are no JSON object has its raw text as arguments."""
+    """Converts a call; if its arguments are not a JSON object, they become the raw text."""
     name = call.name if isinstance(call.name, str) else ""
     if name and isinstance(call.arguments, dict):
         arguments = json.dumps(call.arguments, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""Renders an example to token ids, with the model's chat template where the prompt is a list of messages.
+"""Renders an example to token ids, with the model's chat template if the prompt is a list of messages.
 
 Prompts are checked here, before they are sent: a token id outside the model's vocabulary would crash a whole
 SGLang server.
@@ -30,7 +30,8 @@ class PromptRenderer:
     """Tokenizer, vocabulary size and stop tokens of one model."""
 
     def __init__(self, model: str, *, settings: ModelConfig | None = None) -> None:
-        """`model`: argument for `from_pretrained`. Raises ConfigError without tokenizer, config or EOS.
+        """`model`: argument for `from_pretrained`. Raises ConfigError if there is no tokenizer, config or
+        EOS.
 
         `settings`: how messages are rendered; the defaults if None.
         """
@@ -54,9 +55,9 @@ class PromptRenderer:
         self._settings = settings or ModelConfig()
         text = config.get_text_config()
         self.max_positions = int(getattr(text, "max_position_embeddings", 0)) or 1 << 30
-        """Longest sequence of the model."""
+        """Longest sequence that the model supports, in tokens."""
         self.vocab_size = int(text.vocab_size)
-        """Rows of the model's embedding; every token id is below it."""
+        """Number of rows of the model's embedding; every token id is below it."""
         self.stop_token_ids: list[int] = sorted(
             {self._tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
         )
@@ -67,16 +68,18 @@ class PromptRenderer:
                 "so no completion would end"
             )
         self.max_prompt_tokens = self.max_positions
-        """Longer prompts are refused. The server lowers this limit to what fits into its engine's context."""
+        """Longer prompts are refused. The server lowers this limit so that prompts fit into its engine's
+        context."""
 
     def limited(self, max_prompt_tokens: int) -> Self:
-        """The same renderer with another `max_prompt_tokens`."""
+        """Returns the same renderer with another `max_prompt_tokens`."""
         other = copy.copy(self)
         other.max_prompt_tokens = max_prompt_tokens
         return other
 
     def encode(self, example: Example) -> NDArray[np.int32]:
-        """Prompt token ids [P]. Raises ValueError for an empty, too long or out-of-vocabulary prompt."""
+        """Returns the prompt's token ids [P]. Raises ValueError for an empty, too long or out-of-vocabulary
+        prompt."""
         tokens = self._encode(example.prompt)
         if not 0 < len(tokens) <= self.max_prompt_tokens:
             raise ValueError(
@@ -92,7 +95,7 @@ class PromptRenderer:
 
     @cached_property
     def key(self) -> str:
-        """Hash of all that a prompt's length depends on; empty for a renderer of the user, whose code may
+        """Hash of everything that a prompt's length depends on; empty for a user's renderer, whose code may
         change."""
         if "." in self._settings.renderer or not hasattr(self._tokenizer, "backend_tokenizer"):
             return ""
@@ -108,7 +111,7 @@ class PromptRenderer:
         return hashlib.sha256(canonical_json(parts).encode()).hexdigest()
 
     def num_tokens(self, prompts: Sequence[str | list[Message]]) -> list[int]:
-        """Lengths of many prompts, as `encode` would have them. Raises ValueError."""
+        """Returns the lengths of many prompts as encoded by `encode`. Raises ValueError."""
         texts = [self._as_text(prompt) for prompt in prompts]
         rendered = [prompt for prompt, text in zip(prompts, texts, strict=True) if text is None]
         plain = [text for text in texts if text is not None]
@@ -120,11 +123,11 @@ class PromptRenderer:
         return [next(of_rendered if text is None else of_plain) for text in texts]
 
     def decode(self, tokens: NDArray[np.int32]) -> str:
-        """Text of sampled tokens without special tokens, as reward functions get it."""
+        """Returns the text of sampled tokens without special tokens, as passed to reward functions."""
         return str(self._tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
 
     def text_of(self, tokens: Sequence[int]) -> str:
-        """Text of sampled tokens with special tokens, in which stop texts are looked for."""
+        """Returns the text of sampled tokens with special tokens, in which stop texts are searched."""
         return str(
             self._tokenizer.decode(
                 list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False
@@ -132,7 +135,7 @@ class PromptRenderer:
         )
 
     def token_of(self, text: str) -> int | None:
-        """The token of the model whose text is exactly this, if there is one."""
+        """Returns the token whose text is exactly this, if there is one."""
         tokens = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         is_one = len(tokens) == 1 and tokens[0] < self.vocab_size and self.text_of(tokens) == text
         return int(tokens[0]) if is_one else None
@@ -144,7 +147,7 @@ class PromptRenderer:
 
     @cached_property
     def _messages(self) -> ChatRenderer:
-        # A renderer that `auto` finds renders prompts as the template does; importing it takes a second.
+        # A renderer found by `auto` renders prompts like the template, and takes a second to import.
         return self._choose("jinja" if self._settings.renderer == "auto" else self._settings.renderer)
 
     def _choose(self, name: str) -> ChatRenderer:
@@ -159,7 +162,7 @@ class PromptRenderer:
         )
 
     def _as_text(self, prompt: str | list[Message]) -> str | None:
-        """The text of a prompt that needs no renderer; None for messages with a chat format."""
+        """Returns the text of a prompt that needs no renderer; None for messages with a chat format."""
         if isinstance(prompt, str):
             return prompt
         if not self._tokenizer.chat_template and self._settings.renderer in ("auto", "jinja"):

@@ -2,9 +2,9 @@
 
     [<think> reasoning </think>] text [<tool_call> body </tool_call> text]*
 
-The default body is that of Hermes and Qwen: `{"name": "add", "arguments": {"a": 1}}`. Nothing that a policy
-can write raises: a malformed call keeps its raw text, so that an environment can tell the policy what is
-wrong with it.
+The default body is that of Hermes and Qwen: `{"name": "add", "arguments": {"a": 1}}`. No text raises an
+exception: a malformed call keeps its raw text, so that an environment can tell the policy what is wrong with
+it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _NAME = re.compile(r'"name"\s*:\s*"([^"\\]*)"')
 
 
 ParseCall = Callable[[str], tuple[str, str]]
-"""Name and arguments of a call, from the text between its markers."""
+"""Parses the text between a call's markers into name and arguments."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Markers:
-    """The texts around the parts of a reply."""
+    """The markers around the parts of a reply."""
 
     reasoning_begin: str = "<think>"
     reasoning_end: str = "</think>"
@@ -35,15 +35,14 @@ class Markers:
 
     @property
     def all(self) -> tuple[str, ...]:
-        """All four."""
+        """Returns all four markers."""
         return self.reasoning_begin, self.reasoning_end, self.call_begin, self.call_end
 
 
 def parse_json_call(body: str) -> tuple[str, str]:
-    """Name and arguments (JSON as text) of a call that is a JSON object with `name` and `arguments`.
+    """Parses a call that is a JSON object with `name` and `arguments`; returns them, the latter as JSON text.
 
-    The name of a body that is not such an object is the one that can be read from it, or empty; its arguments
-    are the body.
+    For any other body, returns the name if it can be read, else an empty one, and the body as arguments.
     """
     try:
         call = json.loads(body)
@@ -63,10 +62,11 @@ def split_reply(
     parse_call: ParseCall | None = parse_json_call,
     starts_in_reasoning: bool = False,
 ) -> ParsedReply:
-    """The parts of a reply without its end-of-turn token.
+    """Splits a reply, given without its end-of-turn token.
 
     `parse_call`: None leaves calls in the text. `starts_in_reasoning`: the prompt ended with the marker that
-    begins the reasoning. Reasoning that does not end leaves no text; a call that does not end is malformed.
+    starts the reasoning. If the reasoning does not end, the text is empty; a call that does not end is
+    malformed.
     """
     reasoning = ""
     begin = text.lstrip()

@@ -1,4 +1,4 @@
-"""The chat format of the tiny model: tool calls are `<call>add 37 85</call>`.
+"""The chat format of the tiny model, with tool calls like `<call>add 37 85</call>`.
 
 A call has the tool's name and its arguments in the order of the schema, separated by one space: a model of
 0.3M parameters would need most of its tokens to write JSON. Everything else is the tokenizer's chat template
@@ -35,10 +35,10 @@ class TinyRenderer(JinjaRenderer):
 
 
 def parse_words(body: str, *, parameters: Mapping[str, Sequence[str]]) -> tuple[str, str]:
-    """Name and arguments (a JSON object as text) of `add 37 85`. Never raises.
+    """Parses `add 37 85` into name and arguments (a JSON object as text). Never raises.
 
-    `parameters`: those of each tool, in order. Values beyond them are named by their place, so that the tool
-    can say that it does not take them. A word that is not an integer stays text.
+    `parameters`: each tool's parameters, in order. Extra values are named by their position, so that the tool
+    can report that it does not accept them. A word that is not an integer stays text.
     """
     name, *words = body.split(" ")
     names = parameters.get(name, ())

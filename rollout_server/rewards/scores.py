@@ -1,7 +1,7 @@
-"""What a task's reward() returned, as a checked `Score`. Pure.
+"""Converts what a task's reward() returned to a checked `Score`. Pure.
 
-A task may return a number, named parts whose sum is the reward, or a `Score`. Each mistake is a RewardError
-that says what was wrong and what to return: it fails one sample, and is what the user reads in the log.
+A task may return a number, named parts whose sum is the reward, or a `Score`. Any other value raises a
+RewardError that says what was wrong and what to return: it fails one sample and appears in the log.
 """
 
 from __future__ import annotations
@@ -20,17 +20,19 @@ from areal_like.trajectory import LARGEST_METRIC, LARGEST_REWARD
 from rollout_server.tasks.base import Completion, Score
 
 MAX_NAMES = 1000
-"""Parts and metrics of one score together; the metadata of a record has room for about as many."""
+"""Maximum number of parts and metrics of one score together; the metadata of a record has room for about as
+many."""
 MAX_NAME_CHARS = 200
 
 
 def as_score(returned: Any, completion: Completion, *, call: str = "reward") -> Score:
-    """The score; its `tokens` are float32[S]. `call`: the method that returned it. Raises RewardError."""
+    """Returns the score; its `tokens` are float32[S]. `call`: the method that returned it. Raises
+    RewardError."""
     if isinstance(returned, float):
         return Score(value=_number(returned, of=f"{call}()"))
     if inspect.isawaitable(returned):
         if inspect.iscoroutine(returned):
-            returned.close()  # else Python warns that it was never awaited
+            returned.close()  # otherwise Python warns that it was never awaited
         raise RewardError(
             f"{call}() returned a {type(returned).__name__}: declare it as `async def {call}`, "
             "or return the number itself"
@@ -46,13 +48,14 @@ def as_score(returned: Any, completion: Completion, *, call: str = "reward") -> 
 
 
 def score_fields(score: Score) -> list[Any]:
-    """A checked score as the values of one frame."""
+    """Returns a checked score as the values of one frame."""
     tokens = np.asarray(score.tokens, np.float32).tobytes() if len(score.tokens) else b""
     return [score.value, dict(score.parts), dict(score.metrics), list(score.turns), tokens]
 
 
 def score_of(fields: Any) -> Score:
-    """The inverse of `score_fields`, not checked. Raises ValueError or TypeError for anything else."""
+    """Builds a score from the output of `score_fields`, unchecked. Raises ValueError or TypeError for
+    anything else."""
     value, parts, metrics, turns, tokens = fields
     return Score(
         value=value,
@@ -113,7 +116,7 @@ def _numbers(named: Any, *, of: str, largest: float = LARGEST_REWARD) -> dict[st
 
 
 def _array(values: Any, *, of: str, num: int, of_what: str) -> NDArray[np.float32]:
-    """The numbers as float32[num], or float32[0] if there are none."""
+    """Returns the numbers as float32[num], or float32[0] if there are none."""
     try:
         with np.errstate(over="ignore"):
             array = np.asarray(values, np.float32)

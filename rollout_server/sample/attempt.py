@@ -1,12 +1,11 @@
-"""One attempt to make a sample: the policy's turns, their reward, and the tokens so far if something fails.
+"""One attempt to make a sample: the policy's turns, their reward, and the partial tokens after a failure.
 
     make(): play() -> the task's reward -> Trajectory
        `----> EngineError, EpisodeError, RewardError -> num_sampled, without_reward()
 
-Who plays is the difference between the kinds of samples: one prompt and one completion (here), a
-conversation with an environment (environment_attempt.py), or a program that asks for each turn
-(session_attempt.py). An attempt outlives its failure, because `buffer.on_failure` may want what was sampled
-before it.
+The kinds of samples differ in how turns are played: one prompt and one completion (here), a conversation with
+an environment (environment_attempt.py), or a program that requests each turn (session_attempt.py). An attempt
+outlives its failure, because `buffer.on_failure` may use the tokens sampled before it.
 """
 
 from __future__ import annotations
@@ -28,51 +27,51 @@ from rollout_server.sample.prompts import LoadedPrompt, PromptLeader
 from rollout_server.tasks.base import Completion, Score, Split
 from rollout_server.workers.reward_pool import Reward, RewardPool
 
-NOT_WANTED = "its sample is not wanted any more: the job has ended, or another server makes it"
-"""What clients of the session of a cancelled lease are told."""
+NOT_WANTED = "its sample is no longer needed: the job has ended, or another server makes it"
+"""Message to clients of a session whose lease was cancelled."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleRequest:
-    """The sample to make."""
+    """A request to make one sample."""
 
     split: Split
     index: int
     """Position of the example in its split."""
     seed: int
-    """Differs between the samples of a group, and from attempt to attempt."""
+    """Differs between the samples of a group, and between attempts."""
     is_greedy: bool
     policy: PolicyClient
     on_move: Callable[[Place], None]
-    """Called when the sample leaves the engine or comes back."""
+    """Called when the sample leaves the engine or comes back to it."""
     rewards: RewardPool | None
-    """None if the task has no reward of this example."""
+    """None if the task has no reward for this example."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Played:
-    """How the turns of a sample have ended."""
+    """The outcome of a sample's turns."""
 
     finish_reason: FinishReason
     generation_s: float
-    """Time at the engine."""
+    """Time at the engine, in seconds."""
     text: str
     """The last turn, for the reward."""
     raw_text: str
     messages: Sequence[Message] = ()
     """The whole conversation; empty for one prompt and one completion."""
     step_rewards: Sequence[float] = ()
-    """Rewards of the turns, at most one for each."""
+    """Rewards of the turns, at most one per turn."""
     metrics: Mapping[str, float] | None = None
     score: Score | None = None
-    """What an agent returned; the task's score is added to it."""
+    """The score that an agent returned; the task's score is added to it."""
 
 
 class Attempt(ABC):
-    """One sample while it is made."""
+    """One sample while it is being made."""
 
     def __init__(self, request: SampleRequest, turns: Turns, *, label: str = "") -> None:
-        """`label`: of the example, if it is known already."""
+        """`label`: the example's label, if already known."""
         self._request = request
         self._turns = turns
         self._label = label
@@ -87,7 +86,7 @@ class Attempt(ABC):
             played = await self.play()
         except (EngineError, EpisodeError):
             raise
-        except RAISED_BY_TASKS as error:  # also a renderer: only its own sample fails
+        except RAISED_BY_TASKS as error:  # also raised by renderers: only this sample fails
             raise EpisodeError(f"the episode raised {type(error).__name__}: {error}") from error
         turns, request = self._turns, self._request
         turn_lengths = turns.turn_lengths
@@ -124,15 +123,15 @@ class Attempt(ABC):
                 label=self._label,
             )
         except ValueError as error:
-            raise EngineError(f"the engine's answer cannot be used: {error}") from None
+            raise EngineError(f"the engine's completion cannot be used: {error}") from None
 
     @property
     def num_sampled(self) -> int:
-        """Tokens that the policy has sampled so far."""
+        """Number of tokens that the policy has sampled so far."""
         return self._request.policy.num_sampled
 
     def without_reward(self) -> Trajectory:
-        """The turns so far, with reward 0. Raises ValueError if they cannot be trained on."""
+        """Returns the turns so far with reward 0. Raises ValueError if they cannot be trained on."""
         return self._turns.to_trajectory(
             SampleRewards(), is_greedy=self._request.is_greedy, label=self._label
         )
@@ -144,7 +143,7 @@ class SingleTurn(Attempt):
     def __init__(
         self, request: SampleRequest, *, prompt: LoadedPrompt, leader: PromptLeader, renderer: PromptRenderer
     ) -> None:
-        """`leader`: is told when the prompt is computed."""
+        """`leader`: notified when the prompt is computed."""
         super().__init__(request, Turns(request.policy), label=prompt.example.label)
         self._prompt = prompt
         self._leader = leader
@@ -155,7 +154,7 @@ class SingleTurn(Attempt):
         loop = asyncio.get_running_loop()
         started_s = loop.time()
         generation, _ = await self._turns.sample(self._prompt.tokens_P)
-        self._leader.prompt_computed()  # a completion of one token was not reported before
+        self._leader.prompt_computed()  # not reported yet if the completion has one token
         return Played(
             finish_reason=generation.finish_reason,
             generation_s=loop.time() - started_s,

@@ -1,12 +1,12 @@
-"""The conversation of one sample with its environment, until the environment or a budget ends it.
+"""Runs the conversation of a sample with its environment, until the environment or a budget ends it.
 
     reset -> [say -> step]* -> done
                  |       |---> episode.max_turns: TURNS;  rollout.sample_timeout_s: TIMEOUT
                  `-----------> no room for the turn: TOKENS, CONTEXT;  turn cut: LENGTH, TIMEOUT
 
-A budget that runs out makes a truncated sample with the rewards so far, which is trained on like any other.
-An environment that raises, hangs or crashes is a failed sample. A turn that was cut is not passed to the
-environment: what it would answer to half a turn is nothing to learn from.
+If a budget runs out, the sample is truncated: it keeps the rewards so far and is trained on like any other.
+If the environment raises, hangs or crashes, the sample fails. A turn that was cut off is not passed to the
+environment, because its response to half a turn would be meaningless.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rollout_server.sample.attempt import Attempt, Played, SampleRequest
 from rollout_server.workers.environment_pool import EnvironmentPool, EnvironmentSession
 
 _MAX_METRICS = 64
-"""Names of metrics in one episode."""
+"""Maximum number of metric names in one episode."""
 
 
 class EnvironmentAttempt(Attempt):
@@ -48,11 +48,11 @@ class EnvironmentAttempt(Attempt):
         self._step_rewards: list[float] = []
         self._num_tool_calls = 0
         self._metrics: dict[str, float] = {}
-        """Sums of the environment's metrics."""
+        """Sums of the environment's metrics over the steps."""
         self._generation_s = 0.0
 
     async def play(self) -> Played:
-        """Talks to the environment."""
+        """Runs the conversation with the environment."""
         request = self._request
         request.on_move(Place.TOOL)
         environment = await self._environments.open(

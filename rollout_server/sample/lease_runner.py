@@ -6,11 +6,11 @@
 
 A sample starts as soon as its prompt is ready; a task with environments needs none. Samples whose prompts are
 ready together start in the same turn of the event loop, so that the engine client can send them as one
-request. A failed sample is reported with the kind of its failure, and the buffer decides about a retry. Where
-`buffer.on_failure` says `zero` and there are sampled tokens, it is a sample with reward 0 instead. Only a
-sample that an external agent did not make is offered to others here first (`AgentTries`), because that says
-nothing about the server or the task. A sample that is lost with the engine is not reported: the server gives
-its lease back.
+request. A failed sample is reported with the kind of its failure, and the buffer decides about a retry. If
+`buffer.on_failure` is `zero` and there are sampled tokens, it becomes a sample with reward 0 instead. A
+sample that an external agent failed to make is first offered to other agents (`AgentTries`), because such a
+failure says nothing about the server or the task. A sample that is lost with the engine is not reported: the
+server gives its lease back.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ from rollout_server.sources import SampleSources
 log = logging.getLogger(__name__)
 
 _ENGINE_GRACE_S = 0.5
-"""Wait after a failed request before its sample is reported as failed. If the engine is dying, requests fail
-shortly before the server notices the engine's end; these samples must not be reported."""
+"""Wait between a failed request and reporting its sample as failed. If the engine is dying, requests fail
+shortly before the server notices, and their samples must not be reported."""
 _CLOSE_TIMEOUT_S = 5.0
 _MAX_ERROR_CHARS = 500
 _KINDS: tuple[tuple[type[ArealError], FailureKind], ...] = (
@@ -63,16 +63,17 @@ _KINDS: tuple[tuple[type[ArealError], FailureKind], ...] = (
     (AgentLostError, FailureKind.AGENT),
     (EpisodeError, FailureKind.ENVIRONMENT),
 )
-"""Kinds of failures by exception; the first that fits."""
+"""Kinds of failures by exception; the first match counts."""
 _TRIES_OF_BROKEN_AGENTS = 4
-"""Tries of all agents for each one that counts."""
+"""Tries by all agents for each counted one."""
 
 
 class AgentTries:
-    """The tries of one sample by external agents. Pure.
+    """Counts the tries of external agents at one sample. Pure.
 
-    Broken agents must not use them up for samples that others can make, so those of an agent whose sample
-    before was not made either do not count, up to a limit: with one agent, all failures may be of one sample.
+    Broken agents must not use up the tries at samples that others can make. So tries of an agent whose
+    previous sample also failed do not count, up to a limit: with a single agent, all failures may be due to
+    one sample.
     """
 
     def __init__(self, most: int) -> None:
@@ -80,7 +81,7 @@ class AgentTries:
         self._left_of_all = _TRIES_OF_BROKEN_AGENTS * most
 
     def goes_on(self, error: AgentLostError) -> bool:
-        """After a try that has failed: True if the sample is offered again."""
+        """Records a failed try; returns True if the sample should be offered again."""
         self._left -= error.is_of_sample
         self._left_of_all -= 1
         return min(self._left, self._left_of_all) > 0
@@ -99,9 +100,9 @@ class LeaseRunner:
         on_result: Callable[[SampleResult], None],
         on_move: Callable[[int, int, Place], None] = lambda lease_id, sample_index, place: None,
     ) -> None:
-        """`on_result` is called once per sample, unless its lease was cancelled or the engine lost;
-        `on_move` with (lease id, sample index, place) when a sample leaves the engine or comes back.
-        `book`: the sessions that agents find."""
+        """`on_result` is called once per sample, unless its lease was cancelled or the engine was lost;
+        `on_move` is called with (lease id, sample index, place) when a sample leaves the engine or comes
+        back. `book`: the sessions offered to agents."""
         self._makers = {
             name: AttemptMaker(config, source, gate=gate, on_move=on_move, book=book)
             for name, source in sources.items()
@@ -110,8 +111,9 @@ class LeaseRunner:
         self._on_result = on_result
         self._on_failure = config.buffer.on_failure
         self._num_tries = 1 + config.buffer.max_sample_retries
-        """Tries to have one sample made by external agents, counted as `AgentLostError` says. The buffer
-        hears of a failure only then: what agents do says nothing about server or task."""
+        """Tries at one sample by external agents, counted as described for `AgentLostError`. Only after that
+        is a failure reported to the buffer, because agents' failures say nothing about the server or the
+        task."""
         self._prompts = PromptLoader(sources, timeout_s=config.rollout.reward_timeout_s)
         self._waiting: list[Lease] = []
         """Leases whose prompts are not being loaded yet."""
@@ -120,18 +122,18 @@ class LeaseRunner:
         """Tasks by lease; a lease is removed when its last task ends, or when it is cancelled."""
         self.engine: EngineClient | None = None
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        """Gets the exception of a prompt or sample task that raises unexpectedly."""
+        """Set to the exception of a prompt or sample task that raises unexpectedly."""
         self._began_s: dict[tuple[int, int], float] = {}
-        """Lease and index of each sample in progress -> when it began."""
+        """Lease and index of each sample in progress -> its start time."""
         self.num_done = 0
         self.num_finished = Counter[FinishReason]()
-        """Those by the reason for their end."""
+        """Finished samples by finish reason."""
         self.num_failed = Counter[FailureKind]()
-        """Failed samples by kind, those with reward 0 included."""
+        """Failed samples by kind, including those reported with reward 0."""
 
     @property
     def seconds_in_progress(self) -> float:
-        """Time that the samples in progress have taken so far, added up."""
+        """Returns the time that the samples in progress have taken so far, summed up."""
         now_s = time.monotonic()
         return sum(now_s - began_s for began_s in self._began_s.values())
 
@@ -154,16 +156,16 @@ class LeaseRunner:
             self._loading.add_done_callback(self._report_unexpected)
 
     def cancel(self, lease_ids: list[int], *, reason: str = NOT_WANTED) -> None:
-        """Cancels the samples of these leases; their requests at the engine are aborted.
+        """Cancels the samples of these leases and aborts their requests at the engine.
 
-        `reason`: what clients of their sessions are told.
+        `reason`: message to clients of their sessions.
         """
         for lease_id in lease_ids:
             for task in self._samples.pop(lease_id, set()):
                 task.cancel(reason)
 
     async def close(self) -> None:
-        """Cancels everything and waits for it."""
+        """Cancels everything and waits until it has stopped."""
         loading = {self._loading} if self._loading is not None else set()
         tasks = loading.union(*self._samples.values())
         for task in tasks:
@@ -186,14 +188,14 @@ class LeaseRunner:
         return lease.lease_id in self._samples
 
     def _start_samples(self, lease: Lease, prompt: LoadedPrompt | FailedPrompt | None) -> None:
-        """`prompt`: None if the environment gives it."""
+        """`prompt`: None if the environment provides it."""
         if self._is_wanted(lease):  # the lease may have been cancelled in the meantime
             leader = PromptLeader(self._leader_of(lease, prompt))
             for sample_index in lease.sample_indices:
                 self._start_sample(lease, sample_index, prompt, leader)
 
     def _leader_of(self, lease: Lease, prompt: LoadedPrompt | FailedPrompt | None) -> int | None:
-        """The sample that computes the prompt before the others; None if all start at once."""
+        """Returns the sample that computes the prompt before the others; None if all start at once."""
         is_needed = isinstance(prompt, LoadedPrompt) and needs_leader(
             num_prompt_tokens=len(prompt.tokens_P),
             num_samples=len(lease.sample_indices),
@@ -262,7 +264,8 @@ class LeaseRunner:
                 kind,
                 str(error),
                 attempt=attempt,
-                # The loss of a process was not the policy's fault: its tokens are not trained on.
+                # The policy did not cause the loss of the process, so its tokens are not trained on with
+                # reward 0.
                 is_innocent=isinstance(error, EnvironmentLostError),
             )
             end = f"failed: {type(error).__name__}"
@@ -287,9 +290,10 @@ class LeaseRunner:
         attempt: Attempt | None = None,
         is_innocent: bool = False,
     ) -> None:
-        """Sends a failure, or what was sampled before it with reward 0 (`buffer.on_failure`).
+        """Reports a failure, or the tokens sampled before it with reward 0 (`buffer.on_failure`).
 
-        `attempt`: None if it failed before its attempt began. `is_innocent`: the policy had no part in it.
+        `attempt`: None if the failure came before the attempt. `is_innocent`: the policy did not cause the
+        failure.
         """
         self.num_failed[kind] += 1
         log.warning("sample %d of ticket %d failed (%s): %s", sample_index, lease.ticket_id, kind, error)

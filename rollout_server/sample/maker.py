@@ -1,4 +1,4 @@
-"""Begins the attempts to make the samples of one source: parameters, seeds, limits, and who makes them."""
+"""Creates attempts for the samples of one source, with their sampling parameters, seeds, limits and kind."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _MAX_SEED = 1 << 31
 
 
 class AttemptMaker:
-    """Begins an attempt for each sample."""
+    """Creates an attempt for each sample."""
 
     def __init__(
         self,
@@ -75,7 +75,8 @@ class AttemptMaker:
         prompt: LoadedPrompt | None,
         leader: PromptLeader,
     ) -> Attempt:
-        """`prompt`: None if an environment gives it. Raises EngineError if there is no engine."""
+        """Creates an attempt. `prompt`: None if an environment provides it. Raises EngineError without an
+        engine."""
         if engine is None:
             raise EngineError("there is no engine")
         source = self._source
@@ -152,8 +153,8 @@ class AttemptMaker:
         )
 
     def _new_id(self, place: str) -> str:
-        """With the attempt in it, so that a client of an earlier one does not reach this one: the lease, and
-        a number if an agent has abandoned the lease's sample."""
+        """Returns an id that is unique to the attempt, so that a client of an earlier attempt cannot reach
+        this one: the lease, and a number if an agent abandoned the lease's sample."""
         number, id = 1, place
         while self._book.key_of(id):
             number += 1

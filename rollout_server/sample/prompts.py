@@ -1,14 +1,14 @@
-"""The prompts of leases: loads them in a thread, and says which sample of a group computes a long one first.
+"""Loads the prompts of leases in a thread, and lets one sample of a group compute a long prompt first.
 
-Some tasks are slow and must not block the event loop.
+A thread is needed because some tasks are slow and must not block the event loop.
 
     lease: waiting -> being loaded -> LoadedPrompt | FailedPrompt
                                    -> took too long: FailedPrompt; the thread is replaced
                    -> cancelled: skipped
 
-There is one thread, so that a task need not be thread-safe. The thread does not notify the event loop of each
-prompt; the loop polls it every 10 ms. Prompts that load quickly are then handed over in one turn of the loop,
-and the time limit of an example needs no separate timer.
+There is only one thread, so that a task need not be thread-safe. The thread does not notify the event loop of
+each prompt; the loop polls it every 10 ms. So prompts that load quickly are handed over in one turn of the
+loop, and the time limit of an example needs no separate timer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from rollout_server.tasks.base import Example, Split
 SPLITS: dict[Purpose, Split] = {Purpose.TRAIN: "train", Purpose.EVAL: "eval"}
 _POLL_S = 0.01
 LONG_PROMPT_TOKENS = 512
-"""Prompts of at least this length are computed by a leader."""
+"""Prompts of at least this many tokens are computed by a leader first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -52,19 +52,19 @@ class FailedPrompt:
 
 @dataclass(kw_only=True, slots=True)
 class _Batch:
-    """State shared by the thread and the event loop. The thread writes all of it but `is_abandoned`."""
+    """State shared by the thread and the event loop. Only `is_abandoned` is written by the event loop."""
 
     leases: list[Lease]
     is_wanted: Callable[[Lease], bool]
     prompts: list[LoadedPrompt | FailedPrompt] = field(default_factory=list)
     current: tuple[int, float]
-    """Index of the lease being loaded, and the start of its loading: one tuple, so that both are replaced at
-    once."""
+    """Index of the lease being loaded, and when that started: one tuple, so that both are replaced
+    atomically."""
     is_abandoned: bool = False
 
 
 class PromptLoader:
-    """Loads prompts in its thread. Belongs to one event loop; one `load` at a time."""
+    """Loads prompts in a thread. Belongs to one event loop; one `load` at a time."""
 
     def __init__(self, sources: SampleSources, *, timeout_s: float) -> None:
         """`timeout_s`: time limit of each example, from the start of its loading."""
@@ -140,13 +140,13 @@ class PromptLoader:
             example = source.task.example(split, index)
         except RAISED_BY_TASKS as error:  # only the samples of this lease fail
             return FailedPrompt(reason=f"{name}: {type(error).__name__}: {error}")
-        if source.task.uses_sessions:  # the agent makes the prompts
+        if source.task.uses_sessions:  # the agent writes the prompts
             return LoadedPrompt(example=example, tokens_P=np.empty(0, np.int32))
         try:
             return LoadedPrompt(example=example, tokens_P=source.renderer.encode(example))
         except ValueError as error:
             return FailedPrompt(reason=f"{name}: {error}", kind=FailureKind.PROMPT)
-        except RAISED_BY_TASKS as error:  # a chat template's, too
+        except RAISED_BY_TASKS as error:  # also raised by chat templates
             return FailedPrompt(reason=f"{name}: {type(error).__name__}: {error}")
 
     def _replace_thread(self) -> None:
@@ -155,23 +155,22 @@ class PromptLoader:
 
 
 def needs_leader(*, num_prompt_tokens: int, num_samples: int, caches_prefixes: bool) -> bool:
-    """True if the samples of a lease should wait for the first of them. Tokens are those of the prompt."""
+    """True if the samples of a lease should wait for the first of them to compute the prompt."""
     return caches_prefixes and num_samples > 1 and num_prompt_tokens >= LONG_PROMPT_TOKENS
 
 
 class PromptLeader:
-    """One sample of a group computes a long prompt; the others then find it in the engine's prefix cache.
+    """One sample of a group computes a long prompt, and the others find it in the engine's prefix cache.
 
         samples of one lease: leader at the engine -> its first token (or its end) -> the others at the engine
 
-    An engine that gets all samples of a group in one turn computes their prompt once for each of them:
-    SGLang's `lpm` order puts those with an equal prompt last, but still into the same batch while there is
-    room. For short prompts the wait costs more than it saves, and every sample starts at once. Belongs to one
-    event loop.
+    An engine that gets all samples of a group at once computes their prompt once per sample: SGLang's `lpm`
+    order puts requests with an equal prompt last, but still into the same batch while there is room. For
+    short prompts the wait costs more than it saves, so all samples start at once. Belongs to one event loop.
     """
 
     def __init__(self, leader: int | None) -> None:
-        """`leader`: index of the sample that goes first; None: no sample waits."""
+        """`leader`: index of the first sample; None: no sample waits."""
         self._leader = leader
         self._computed = asyncio.Event()
         if leader is None:
@@ -183,7 +182,8 @@ class PromptLeader:
             await self._computed.wait()
 
     def prompt_computed(self) -> None:
-        """Call at the leader's first token, and at its end in any case. Later calls do nothing."""
+        """Lets the other samples start. Call at the leader's first token, and in any case at its end; later
+        calls do nothing."""
         self._computed.set()
 
 

@@ -1,4 +1,4 @@
-"""The attempt to make one sample as a session: by the task's `agent()`, or by an external agent.
+"""An attempt to make one sample in a session, by the task's `agent()` or by an external agent.
 
     agent():  its process runs -> it returns a score                       -> ended
     outside:  waiting -> claimed -> POST end                               -> ended
@@ -6,8 +6,8 @@
               rollout.sample_timeout_s                                     -> a truncated sample
               no turn at all                                               -> a failed sample
 
-A request for which the budget has no room is refused in the API's own format. An agent that raises because of
-that has made a truncated sample, with the rewards so far.
+A request that exceeds the budget is refused in the API's own format. If an agent raises because of that, the
+sample is truncated and keeps the rewards so far.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from rollout_server.sessions.open_session import OpenSession
 from rollout_server.tasks.base import Score
 
 RunAgent = Callable[[OpenSession, SampleRequest], Awaitable[Score | None]]
-"""Runs the task's `agent()` in a process; returns its score. Raises EpisodeError. Cancelling it ends it."""
+"""Runs the task's `agent()` in a process; returns its score. Raises EpisodeError. Cancelling it stops the
+agent."""
 
 
 class SessionAttempt(Attempt):
@@ -56,7 +57,7 @@ class SessionAttempt(Attempt):
         self._outcome = SessionOutcome.FAILED
 
     async def play(self) -> Played:
-        """Waits for the agent."""
+        """Waits until the agent has finished."""
         session, conversation = self._session, self._session.conversation
         self._book.add(session)
         problem: EpisodeError | PromptRefusedError | None = None
@@ -97,14 +98,16 @@ class SessionAttempt(Attempt):
         )
 
     def without_reward(self) -> Trajectory:
-        """As it is with the turns that a client has read."""
+        """Returns the turns that a client has read, with reward 0. Raises ValueError if they cannot be
+        trained on."""
         self._session.finish()
         return super().without_reward()
 
     def _failure(
         self, problem: EpisodeError | PromptRefusedError, *, is_of_sample: bool
     ) -> EpisodeError | PromptRefusedError:
-        """What the sample fails with: what an external agent does is not behavior of the policy."""
+        """Returns the error to fail the sample with; failures of external agents are not attributed to the
+        policy."""
         if self._run_agent is not None or (is_of_sample and isinstance(problem, PromptRefusedError)):
             return problem
         return AgentLostError(str(problem), is_of_sample=is_of_sample)
@@ -117,7 +120,8 @@ class SessionAttempt(Attempt):
         return f"{made} ({refused} is not served: chat/completions is)" if refused else made
 
     async def _run(self) -> tuple[Score | None, FinishReason | None]:
-        """The agent's score, and the limit that has ended the session. Raises EpisodeError, EngineError."""
+        """Returns the agent's score, and the limit that ended the session. Raises EpisodeError,
+        EngineError."""
         session = self._session
         self._request.on_move(Place.TOOL)
         running: asyncio.Future[Score | None] | None = None
@@ -132,11 +136,11 @@ class SessionAttempt(Attempt):
                 raise session.failure
             if limit == "idle" and session.budget is None:
                 raise self._idle()
-            if limit == "idle":  # it does not end after it was told that there is no room
-                session.close("the session had no request that could be answered for too long")
+            if limit == "idle":  # it did not end although it was told that there is no room
+                session.close("the session had no request that could be served for too long")
                 return self._posted(), session.budget or FinishReason.STOP
             if limit == "deadline":
-                session.close("the session's time is over (rollout.sample_timeout_s)")
+                session.close("the session timed out (rollout.sample_timeout_s)")
                 return self._posted(), FinishReason.TIMEOUT
             score = await self._result(running)
             is_scored = score is not None or self._request.rewards is not None or session.has_rewards
@@ -153,10 +157,10 @@ class SessionAttempt(Attempt):
             running.exception()  # the sample may have ended for another reason
 
     async def _result(self, running: asyncio.Future[Score | None] | None) -> Score | None:
-        """What the agent has returned, or what was posted."""
+        """Returns the agent's score, or the posted one."""
         if running is None:
             return self._posted()
-        # An agent may end its session itself, and then compute its score.
+        # An agent may end its session itself and compute its score afterwards.
         await asyncio.wait({running}, timeout=self._idle_timeout_s)
         if not running.done():
             raise self._idle()
@@ -165,7 +169,7 @@ class SessionAttempt(Attempt):
         except EpisodeError as error:
             if not self._session.conversation.turn_lengths:
                 raise self._session.refused_prompt or error from None
-            # The agent may end with the refusal of its last request: then the sample is a truncated one.
+            # The agent may end because its last request was refused: then the sample is truncated.
             if self._session.budget is None:
                 raise
             return self._posted()
@@ -194,8 +198,8 @@ class SessionAttempt(Attempt):
 
 
 def _check_posted(score: Score | None, turn_rewards: list[float], *, num_turns: int) -> None:
-    """Raises EpisodeError for rewards of an external agent that do not add up: they say nothing about the
-    task's own reward, whose failures may end a job at its start."""
+    """Raises EpisodeError if an external agent's rewards do not add up. That is not a RewardError, because
+    failures of the task's own reward may end a job at its start."""
     try:
         add_up(score, num_turns=num_turns, step_rewards=turn_rewards)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Sandboxes: programs that the policy wrote, run with limits. Read `base.py` first."""
+"""Sandboxes, which run programs written by the policy with limits. Read `base.py` first."""
 
 from areal_like.errors import ConfigError
 from rollout_server.sandbox.base import Limits, ProgramResult, Sandbox
@@ -9,7 +9,7 @@ __all__ = ["BwrapSandbox", "Limits", "ProgramResult", "RlimitsSandbox", "Sandbox
 
 
 def make_sandbox(kind: str) -> Sandbox:
-    """`kind`: the value of `rewards.sandbox`. Raises ConfigError for an unknown one."""
+    """Creates a sandbox. `kind`: the value of `rewards.sandbox`. Raises ConfigError for an unknown one."""
     match kind:
         case "bwrap":
             return BwrapSandbox()

@@ -1,8 +1,8 @@
 """The interface of a sandbox: it runs one program with limits and returns what the program wrote.
 
-`run` blocks. A reward calls it as it is, and a tool calls it in a thread. A program that fails, or exceeds a
-limit, is a result and no exception: what becomes of it is the caller's decision. A sandbox on other machines
-is another class with these two methods.
+`run` blocks. A reward calls it directly, and a tool calls it in a thread. A program that fails or exceeds a
+limit is reported as a result, not an exception: the caller decides how to handle it. A sandbox on other
+machines would be another class with these two methods.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from areal_like.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one program may use. Raises ConfigError for a limit that is not above 0."""
+    """Resource limits of one program. Raises ConfigError for a limit that is not above 0."""
 
     timeout_s: float = 10.0
-    """Wall-clock time, in seconds; CPU time of one process has the same limit."""
+    """Wall-clock time, in seconds; the same limit applies to the CPU time of each process."""
     memory_mb: int = 512
-    """Address space of one process, in MiB. All its processes together may hold twice that."""
+    """Address space of one process, in MiB. All processes of the program together may use twice that."""
     max_processes: int = 32
-    """Processes and threads at one time."""
+    """Number of processes and threads at a time."""
     file_mb: int = 64
     """Largest file, in MiB; with bwrap also all files together."""
     output_bytes: int = 16384
-    """Bytes that are kept of stdout, and as many of stderr."""
+    """Bytes kept of stdout, and the same number of stderr."""
 
     def __post_init__(self) -> None:
         for name in ("timeout_s", "memory_mb", "max_processes", "file_mb", "output_bytes"):
@@ -37,18 +37,18 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class ProgramResult:
-    """How a program ended, and what it wrote."""
+    """The exit status and output of a program."""
 
     stdout: str
-    """Its first `output_bytes` bytes; bytes that are no UTF-8 are replaced."""
+    """The first `output_bytes` bytes; invalid UTF-8 is replaced."""
     stderr: str
-    """Likewise. A limit of processes or memory that ended the program is named here."""
+    """Likewise. If a limit on processes or memory ended the program, its name is here."""
     exit_code: int
     """128 + n after signal n, as in a shell."""
     timed_out: bool
-    """The time limit was reached, and the program was killed."""
+    """True if the program was killed at the time limit."""
     output_was_cut: bool
-    """The program wrote more than was kept."""
+    """True if the program wrote more than was kept."""
 
     @property
     def succeeded(self) -> bool:
@@ -57,15 +57,16 @@ class ProgramResult:
 
 
 class Sandbox(Protocol):
-    """Runs programs that nobody has read."""
+    """Runs untrusted programs."""
 
     def run(
         self, program: str | Sequence[str], *, stdin: str = "", limits: Limits | None = None
     ) -> ProgramResult:
-        """Runs Python source (a string), or a command (a list). When it returns, no process is left."""
+        """Runs Python source (a string) or a command (a list). When it returns, no process is left."""
 
     def check(self) -> None:
-        """Runs a program that prints a line. Raises ConfigError that says why it did not, and what to do."""
+        """Runs a program that prints a line. Raises ConfigError, which says why and what to do, if that
+        fails."""
 
 
 ACCEPT_RLIMITS = (
@@ -75,7 +76,7 @@ ACCEPT_RLIMITS = (
 
 
 def problem_of(sandbox: Sandbox) -> str:
-    """Why the sandbox does not run a program; empty if it does."""
+    """Returns why the sandbox cannot run a program; empty if it can."""
     result = sandbox.run("print(6 * 7)", limits=Limits(timeout_s=20.0))
     if result.stdout.strip() == "42" and result.succeeded:
         return ""

@@ -1,9 +1,9 @@
-"""A sandbox of Linux namespaces, made by bubblewrap (`bwrap`).
+"""A sandbox of Linux namespaces, created by bubblewrap (`bwrap`).
 
-The program sees /usr, the interpreter's prefix and an empty /tmp, which is its home; no network, no other
-processes, no other file, and it runs as nobody. When bwrap is killed, the kernel kills all processes of the
-namespace. bwrap needs user namespaces, which some distributions and most containers do not allow: `check`
-says so. Older than 0.6, it has no `--size`.
+The program sees /usr, the interpreter's prefix and an empty /tmp, which is its home, but no network, no other
+processes and no other files. It runs as user nobody. When bwrap is killed, the kernel kills all processes of
+the namespace. bwrap needs user namespaces, which some distributions and most containers do not allow; `check`
+reports that. Versions before 0.6 have no `--size`.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _PROGRAM = "/tmp/program.py"
 
 
 class BwrapSandbox:
-    """Runs programs by bwrap."""
+    """Runs programs with bwrap."""
 
     def run(
         self, program: str | Sequence[str], *, stdin: str = "", limits: Limits | None = None
     ) -> ProgramResult:
-        """Runs it in new namespaces. Raises ConfigError if bwrap is not installed."""
+        """Runs the program in new namespaces. Raises ConfigError if bwrap is not installed."""
         executable = shutil.which("bwrap")
         if executable is None:
             raise ConfigError(
@@ -64,7 +64,7 @@ class BwrapSandbox:
             )
 
     def check(self) -> None:
-        """Raises ConfigError if a program does not run, and says what to allow."""
+        """Raises ConfigError, which says what to allow, if a program cannot be run."""
         problem = problem_of(self)
         if problem:
             raise ConfigError(
@@ -76,13 +76,13 @@ class BwrapSandbox:
 
 
 def _namespace(limits: Limits) -> Iterator[str]:
-    """bwrap's options that build the file system, in the order in which it is mounted."""
+    """Yields bwrap's options for the file system, in the order of mounting."""
     size = str(limits.file_mb << 20)
     # --unshare-all continues without a user namespace if there is none; --unshare-user does not.
     yield from ("--unshare-all", "--unshare-user", "--die-with-parent", "--new-session")
     yield from ("--uid", "65534", "--gid", "65534", "--cap-drop", "ALL", "--hostname", "sandbox")
-    # bwrap leaves /proc/sys writable. If the server is root, so is the program outside of its namespace, and
-    # the kernel lets it change the settings of the whole machine.
+    # bwrap leaves /proc/sys writable. If the server runs as root, the program is root outside its namespace,
+    # too, and the kernel would let it change the settings of the whole machine.
     yield from ("--proc", "/proc", "--remount-ro", "/proc")
     yield from ("--dev", "/dev", "--size", size, "--tmpfs", "/dev/shm")
     yield from ("--remount-ro", "/dev", "--size", size, "--tmpfs", "/tmp", "--chdir", "/tmp")
@@ -91,7 +91,7 @@ def _namespace(limits: Limits) -> Iterator[str]:
 
 @cache
 def _system_files() -> tuple[str, ...]:
-    """Options that show the system and the interpreter, but not the directory in which the job runs."""
+    """Returns options that expose the system and the interpreter, but not the job's directory."""
     options: list[str] = []
     for path in _SYSTEM:
         if Path(path).is_symlink():

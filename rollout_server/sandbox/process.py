@@ -17,23 +17,24 @@ from rollout_server.sandbox.base import Limits, ProgramResult
 
 _READ_BYTES = 1 << 16
 _MAX_DISCARDED_BYTES = 16 << 20
-"""A program that writes more than this beyond the kept output is killed: reading it costs CPU time."""
+"""A program that writes more than this beyond the kept output is killed, because reading output costs CPU
+time."""
 _END_TIMEOUT_S = 7.0
-"""Time for the supervisor to end what the program left behind."""
+"""Time for the supervisor to kill processes that the program left behind."""
 _REST_TIMEOUT_S = 1.0
 _MFD_NOEXEC_SEAL = 8
 
 
 def memory_file(content: str) -> BinaryIO:
-    """An anonymous file with `content`, at its start.
+    """Returns an anonymous file with `content`, positioned at its start.
 
-    It is sealed: the program that reads it can neither use it as memory that no limit counts, nor execute it
-    (before Linux 6.3 it can).
+    It is sealed, so the program that reads it cannot use it as memory outside all limits, nor execute it
+    (except before Linux 6.3).
     """
     flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     try:
         descriptor = os.memfd_create("areal-like", flags | _MFD_NOEXEC_SEAL)
-    except OSError:  # an older kernel does not know the flag
+    except OSError:  # older kernels do not support the flag
         descriptor = os.memfd_create("areal-like", flags)
     file = os.fdopen(descriptor, "w+b")
     file.write(content.encode(errors="replace"))
@@ -44,7 +45,7 @@ def memory_file(content: str) -> BinaryIO:
 
 
 def environment_of(directory: str) -> dict[str, str]:
-    """The environment variables of a program, whose home is `directory`."""
+    """Returns the environment variables of a program whose home is `directory`."""
     return {
         "HOME": directory,
         "LANG": "C.UTF-8",
@@ -56,7 +57,7 @@ def environment_of(directory: str) -> dict[str, str]:
 
 
 def supervisor_arguments(limits: Limits, *, is_namespace: bool) -> str:
-    """The first argument of supervisor.py. In a process namespace its parent cannot be seen."""
+    """Returns the first argument of supervisor.py. In a process namespace it cannot see its parent."""
     return json.dumps(vars(limits) | {"parent": 0 if is_namespace else os.getpid()})
 
 
@@ -85,7 +86,7 @@ def run_bounded(
     end_signal: signal.Signals,
     pass_fds: Sequence[int] = (),
 ) -> ProgramResult:
-    """Runs a supervised command until it ends or reaches a limit; then `end_signal` must end all of it."""
+    """Runs a supervised command until it ends or reaches a limit; `end_signal` must end all of it."""
     with memory_file(stdin) as input_file:
         process = subprocess.Popen(
             command,
@@ -121,7 +122,7 @@ def run_bounded(
 def _read_until_end(
     process: subprocess.Popen[bytes], streams: Mapping[IO[bytes], _Output], *, deadline: float
 ) -> bool:
-    """Reads until the program ends or has written too much. False if the deadline came first."""
+    """Reads until the program ends or has written too much. Returns False if the deadline came first."""
     most = sum(output.limit for output in streams.values()) + _MAX_DISCARDED_BYTES
     if not _read(streams, deadline=deadline, most=most):
         return time.monotonic() < deadline
@@ -133,7 +134,7 @@ def _read_until_end(
 
 
 def _read(streams: Mapping[IO[bytes], _Output], *, deadline: float, most: int) -> bool:
-    """Reads both streams. False if they did not end before the deadline or `most` bytes."""
+    """Reads both streams. Returns False if they did not end before the deadline or `most` bytes."""
     with selectors.DefaultSelector() as selector:
         for stream, output in streams.items():
             selector.register(stream, selectors.EVENT_READ, output)
@@ -161,6 +162,6 @@ def _end(process: subprocess.Popen[bytes], end_signal: signal.Signals) -> None:
 
 
 def _read_rest(streams: Mapping[IO[bytes], _Output]) -> None:
-    """Reads what is left until the streams end, but not for long: a process that escaped may hold them."""
+    """Reads the rest of the streams, but not for long: a process that escaped may hold them open."""
     most = sum(output.num_bytes for output in streams.values()) + _MAX_DISCARDED_BYTES
     _read(streams, deadline=time.monotonic() + _REST_TIMEOUT_S, most=most)

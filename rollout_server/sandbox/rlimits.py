@@ -1,10 +1,10 @@
-"""A sandbox of limits alone, for machines without user namespaces. It is chosen by name, never by itself.
+"""A sandbox that only sets limits, for machines without user namespaces. It is used only if configured.
 
-The program runs in a session and a temporary directory of its own, with a scrubbed environment and the limits
-of supervisor.py, which also ends daemons that it leaves behind. What it cannot do: the program can read all
-files that the server can read, use the network, and signal other processes of the same user. A program that
-starts sessions faster than they are found may leave processes behind; they keep their limits of CPU time and
-memory. RLIMIT_FSIZE bounds one file, not their sum.
+The program runs in its own session and temporary directory, with a scrubbed environment and the limits of
+supervisor.py, which also kills daemons that the program leaves behind. There is no isolation: the program can
+read all files that the server can read, use the network, and signal other processes of the same user. A
+program that starts sessions faster than they are found may leave processes behind; they keep their limits on
+CPU time and memory. RLIMIT_FSIZE bounds each file, not their sum.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class RlimitsSandbox:
     def run(
         self, program: str | Sequence[str], *, stdin: str = "", limits: Limits | None = None
     ) -> ProgramResult:
-        """Runs it in a temporary directory, which is removed afterwards."""
+        """Runs the program in a temporary directory, which is removed afterwards."""
         limits = limits or Limits()
         directory = Path(tempfile.mkdtemp(prefix="areal-like-program-"))
         try:
@@ -52,7 +52,7 @@ class RlimitsSandbox:
             shutil.rmtree(directory, ignore_errors=True)
 
     def check(self) -> None:
-        """Raises ConfigError if a program does not run."""
+        """Raises ConfigError if a program cannot be run."""
         problem = problem_of(self)
         if problem:
             raise ConfigError(f"rewards.sandbox=rlimits: cannot run {sys.executable} ({problem})")

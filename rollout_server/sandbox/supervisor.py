@@ -1,21 +1,21 @@
-"""Starts one program with limits, watches it, and ends all processes that it leaves behind.
+"""Starts one program with limits, watches it, and kills all processes that it leaves behind.
 
     python -I -S supervisor.py '{"memory_mb": ..., ...}' COMMAND...
 
 Its exit code is the command's, or 128 + n after signal n.
 
-It runs between a sandbox and the program, and imports only the standard library, because inside bwrap this
-repository does not exist: it gets the text of this file by `python -c`. Limits of the kernel (rlimits) are
-set in the child before it becomes the program. RLIMIT_NPROC counts all processes of a user and is not
-enforced for root, so the processes are counted here, too, 20 times a second. As the subreaper this process
-inherits daemons, whose parents have ended, and finds them among its descendants.
+It runs between a sandbox and the program. It imports only the standard library, because this repository does
+not exist inside bwrap, where the text of this file is passed to `python -c`. Kernel limits (rlimits) are set
+in the child before it becomes the program. RLIMIT_NPROC counts all processes of a user and is not enforced
+for root, so the processes are also counted here, 20 times a second. As a subreaper, this process inherits
+daemons whose parents have ended, and finds them among its descendants.
 
-A filter of system calls (seccomp) takes from the program what would escape these limits: memory that belongs
-to no process (memfd_create, System V segments), namespaces of its own, in which it could mount file systems
-in memory, and signals to this process, which would no longer count. It also takes what no namespace
-separates: the kernel's keyrings of the server's user, which would show the program the server's secrets and
-carry notes to the next one, and sockets of families other than unix and internet, by which a program reaches
-the host of a virtual machine (vsock) or the kernel (netlink). The program has no capabilities.
+A system call filter (seccomp) prevents the program from escaping these limits. It forbids memory that belongs
+to no process (memfd_create, System V segments), new namespaces, in which the program could mount memory file
+systems, and signals to this process, which would then stop counting. It also forbids what namespaces do not
+separate: the kernel keyrings of the server's user, which would expose the server's secrets and let programs
+leave data for later ones, and sockets of families other than unix and internet, which reach the host of a
+virtual machine (vsock) or the kernel (netlink). The program has no capabilities.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ _PR_SET_CHILD_SUBREAPER = 36
 _WATCH_INTERVAL_S = 0.05
 _KILL_TIMEOUT_S = 5.0
 _EXTRA_TIME_S = 2.0
-"""The sandbox ends a program at its time limit. If the sandbox was killed, this process does so later."""
+"""The sandbox ends a program at its time limit. If the sandbox was killed, this process does so after this
+extra time."""
 _MAX_FILES = 65536
-"""In a namespace: an empty file takes about a KiB of the kernel's memory, which no other limit counts."""
+"""Limit in a namespace: an empty file takes about a KiB of kernel memory, which no other limit covers."""
 _PAGE_BYTES = resource.getpagesize()
 _MIB = 1 << 20
 
@@ -71,24 +72,24 @@ _CALLS: dict[str, tuple[int, dict[str, int]]] = {
         },
     ),
 }  # fmt: skip
-"""Machine -> its AUDIT_ARCH and numbers of system calls. On other machines there is no filter."""
+"""Machine -> its AUDIT_ARCH and system call numbers. On other machines there is no filter."""
 _REFUSED = (
     "memfd_create", "memfd_secret", "shmget", "msgget", "semget", "unshare", "setns",
     "ptrace", "process_vm_readv", "process_vm_writev", "pidfd_getfd", "add_key", "request_key", "keyctl",
 )  # fmt: skip
-"""Memory that no limit counts, other namespaces, other processes (bwrap's own, which is in the namespace, has
-neither limits nor a filter), and keyrings."""
+"""Forbidden calls: memory outside all limits, other namespaces, other processes (bwrap's own process in the
+namespace has neither limits nor a filter), and keyrings."""
 _ABSENT = ("clone3", "io_uring_setup")
-"""The filter cannot see their arguments; for clone3, the C library then uses clone."""
+"""Calls whose arguments the filter cannot see; instead of clone3 the C library then uses clone."""
 _ON_PROCESS = (
     "kill", "tkill", "tgkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo", "pidfd_open",
     "prlimit64", "sched_setscheduler", "sched_setparam", "sched_setaffinity", "sched_setattr",
 )  # fmt: skip
-"""Their first argument is a process."""
+"""Calls whose first argument is a process."""
 _CLONE_NEW = 0x7E020080
-"""Flags of clone for new namespaces."""
+"""Flags of clone that create namespaces."""
 _FAMILIES = (1, 2, 10)
-"""Families of the sockets that the program may open: AF_UNIX, AF_INET, AF_INET6."""
+"""Socket families that the program may use: AF_UNIX, AF_INET, AF_INET6."""
 _KEYCTL_JOIN_SESSION_KEYRING = 1
 
 
@@ -97,12 +98,12 @@ def main() -> None:
     limits, command = json.loads(sys.argv[1]), sys.argv[2:]
     signals = {signal.SIGCHLD, signal.SIGTERM}
     for number in (*signals, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)  # the server may ignore it, and a process inherits that
+        signal.signal(number, signal.SIG_DFL)  # the server may ignore the signal, and processes inherit that
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     prctl = ctypes.CDLL(None, use_errno=True).prctl
     prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-    prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)  # its memory is not for the program
+    prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)  # the program must not read this process's memory
     if limits["parent"] and os.getppid() != limits["parent"]:
         sys.exit(128 + signal.SIGTERM)  # the parent ended before prctl
     child = os.fork()
@@ -130,7 +131,7 @@ def _become(command: list[str], limits: dict[str, float]) -> None:
 
 
 def set_limits(limits: dict[str, float]) -> None:
-    """Sets the limits of this process, and of those it starts. A lower limit that is already set stays."""
+    """Sets the limits of this process and of those it starts. A lower existing limit stays."""
     cpu_s = int(limits["timeout_s"]) + 1
     wanted = {
         resource.RLIMIT_CPU: cpu_s,
@@ -139,7 +140,7 @@ def set_limits(limits: dict[str, float]) -> None:
         resource.RLIMIT_NOFILE: 256,
         resource.RLIMIT_CORE: 0,
     }
-    # Before Linux 5.14 the count had processes outside of the user namespace, which cannot be seen here.
+    # Before Linux 5.14 the count included processes outside the user namespace, which are not visible here.
     release = tuple(int(part) for part in os.uname().release.split(".")[:2] if part.isdigit())
     if release >= (5, 14) or limits["parent"]:
         wanted[resource.RLIMIT_NPROC] = int(limits["max_processes"]) + _num_threads_of_user()
@@ -150,23 +151,23 @@ def set_limits(limits: dict[str, float]) -> None:
 
 
 def leave_keyring() -> None:
-    """Gives this process a session keyring of its own, which is empty."""
+    """Gives this process a new, empty session keyring."""
     _, numbers = _CALLS.get(os.uname().machine, (0, {}))
-    if numbers:  # a kernel without keyrings has nothing to leave
+    if numbers:  # a kernel without keyrings needs nothing
         ctypes.CDLL(None, use_errno=True).syscall(numbers["keyctl"], _KEYCTL_JOIN_SESSION_KEYRING, None)
 
 
 def drop_capabilities() -> None:
-    """For root: without them it cannot mount, or change what belongs to others. They do not come back."""
+    """Drops capabilities permanently, so that even root cannot mount, or change what belongs to others."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     libc.capset(struct.pack("=Ii", 0x20080522, 0), bytes(24))
 
 
 def filter_calls() -> None:
-    """Refuses system calls of this process, and of those it starts. Its parent is the supervisor.
+    """Installs the system call filter for this process and those it starts. Its parent is the supervisor.
 
-    Call `drop_capabilities` first: the kernel wants it.
+    Call `drop_capabilities` first, as the kernel requires.
     """
     arch, numbers = _CALLS.get(os.uname().machine, (0, {}))
     if not numbers:
@@ -181,11 +182,11 @@ def filter_calls() -> None:
 
 
 def _filter(arch: int, numbers: dict[str, int], *, supervisor: int) -> bytes:
-    """The filter in classic BPF: 8 bytes for each instruction (linux/seccomp.h, linux/bpf_common.h)."""
+    """Returns the filter in classic BPF: 8 bytes per instruction (linux/seccomp.h, linux/bpf_common.h)."""
     load, jump_if_equal, jump_if_any_bit, give = 0x20, 0x15, 0x45, 0x06
     allow, refuse, absent = 0x7FFF0000, 0x50000 | errno.EPERM, 0x50000 | errno.ENOSYS
     no_family = 0x50000 | errno.EAFNOSUPPORT
-    call_at, arch_at, argument_at = 0, 4, 16  # in struct seccomp_data; of the argument its lower half
+    call_at, arch_at, argument_at = 0, 4, 16  # offsets in struct seccomp_data; lower half of the argument
 
     def op(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
         return struct.pack("=HBBI", code, if_true, if_false, value & 0xFFFFFFFF)
@@ -214,7 +215,7 @@ def _filter(arch: int, numbers: dict[str, int], *, supervisor: int) -> bytes:
 
 
 def _watch(child: int, limits: dict[str, float], signals: set[signal.Signals]) -> tuple[int, str]:
-    """Waits for the child. Returns its exit code, and why it has to be killed ("" if it ended by itself)."""
+    """Waits for the child. Returns its exit code, and why it has to be killed ("" if it ended on its own)."""
     deadline = time.monotonic() + limits["timeout_s"] + _EXTRA_TIME_S
     while True:
         received = signal.sigtimedwait(signals, _WATCH_INTERVAL_S)
@@ -236,7 +237,7 @@ def _watch(child: int, limits: dict[str, float], signals: set[signal.Signals]) -
 
 
 def _num_files() -> int:
-    """Files in the namespace's own file systems, whose sizes are bounded in bytes only."""
+    """Returns the number of files in the namespace's own file systems, which have limits only in bytes."""
     found = 0
     for path in ("/tmp", "/dev/shm"):
         with contextlib.suppress(OSError):
@@ -246,7 +247,7 @@ def _num_files() -> int:
 
 
 def _reap(child: int) -> int | None:
-    """Collects processes that have ended; the child's exit code if it is among them."""
+    """Reaps processes that have ended; returns the child's exit code if it is among them."""
     code = None
     while True:
         try:
@@ -261,10 +262,11 @@ def _reap(child: int) -> int | None:
 
 
 def _kill_descendants(child: int) -> None:
-    """Ends all processes below this one, also those in sessions of their own."""
+    """Kills all descendants of this process, including those in other sessions."""
     deadline = time.monotonic() + _KILL_TIMEOUT_S
     while True:
-        # The kernel signals a process group as a whole, which no fork escapes; others are found one by one.
+        # The kernel signals a process group atomically, so no fork escapes; other processes are found one by
+        # one.
         for kill, pid in [(os.killpg, child), *((os.kill, pid) for pid in descendants(os.getpid()))]:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 kill(pid, signal.SIGKILL)
@@ -275,7 +277,7 @@ def _kill_descendants(child: int) -> None:
 
 
 def descendants(root: int) -> dict[int, tuple[int, int]]:
-    """pid -> (threads, resident bytes) of all processes below `root`; ended ones are left out."""
+    """Returns pid -> (threads, resident bytes) of all descendants of `root` that have not ended."""
     children: dict[int, list[int]] = {}
     use: dict[int, tuple[int, int]] = {}
     for pid, fields in _processes():
@@ -295,21 +297,21 @@ def descendants(root: int) -> dict[int, tuple[int, int]]:
 def _num_threads_of_user() -> int:
     user, total = os.getuid(), 0
     for pid, fields in _processes():
-        with contextlib.suppress(OSError):  # it has ended meanwhile
+        with contextlib.suppress(OSError):  # it has just ended
             if os.stat(f"/proc/{pid}").st_uid == user:  # noqa: PTH116, pathlib takes 10 ms to import
                 total += int(fields[17])
     return total
 
 
 def _processes() -> list[tuple[int, list[str]]]:
-    """(pid, fields of its stat after the name: state, ppid, ...) of all processes that can be seen."""
+    """Returns (pid, fields of its stat after the name: state, ppid, ...) of all visible processes."""
     found = []
     for name in os.listdir("/proc"):  # noqa: PTH208
         if name.isdigit():
             try:
                 with open(f"/proc/{name}/stat", "rb") as file:  # noqa: PTH123
                     text = file.read().decode(errors="replace")
-            except OSError:  # it has ended meanwhile
+            except OSError:  # it has just ended
                 continue
             found.append((int(name), text.rpartition(")")[2].split()))
     return found

@@ -15,20 +15,21 @@ from rollout_server.sessions.claimants import Claimants
 from rollout_server.sessions.open_session import OpenSession, SessionState
 
 _MAX_REMEMBERED = 10_000
-"""Sessions that have gone, whose clients are told why."""
+"""Number of gone sessions that are remembered, so that their clients are told why."""
 WRONG_ROUTES = ("responses", "messages", "embeddings", "other")
-"""Last words of the routes of other APIs, which clients try to find out whether this server has them."""
+"""Last path components of other APIs' routes, which clients try in order to find out what this server
+supports."""
 _MAX_ROUTE_CHARS = 60
 _LONG_S = 1.0
-"""Waits that take longer are named in the server's status."""
+"""Longer waits are listed in the server's status."""
 
 
 class SessionOutcome(StrEnum):
-    """How a session has ended."""
+    """How a session ended."""
 
     ENDED = "ended"
     TRUNCATED = "truncated"
-    """By a budget or the time limit of the sample."""
+    """Ended by a budget or the time limit of the sample."""
     IDLE = "idle"
     """It had no request for too long."""
     FAILED = "failed"
@@ -40,28 +41,28 @@ class SessionOutcome(StrEnum):
 
 
 class SessionBook:
-    """Belongs to one event loop."""
+    """All sessions of one server. Belongs to one event loop."""
 
     def __init__(self) -> None:
         self.url = ""
-        """Where this machine reaches the sessions (`http://host:port`), when they are served."""
+        """URL of the sessions on this machine (`http://host:port`), once they are served."""
         self._sessions: dict[str, OpenSession] = {}
-        """In the order of their leases: the samples that the trainer needs first are first."""
+        """In the order of their leases, so that the samples that the trainer needs first come first."""
         self.on_waiting: Callable[[], None] = lambda: None
-        """Called when a session can be claimed, or none will be any more."""
+        """Called when a session can be claimed, or when none will be offered any more."""
         self.is_closed = False
-        """True once no more sessions are given out."""
+        """True once no more sessions are offered."""
         self._gone: OrderedDict[str, tuple[str, str]] = OrderedDict()
-        """Why, and the session's key, by id."""
+        """Reason and session key of sessions that have gone, by id."""
         self.num_ended = Counter[SessionOutcome]()
         self.num_refused = Counter[int]()
-        """Requests of clients that were refused, by HTTP status."""
+        """Number of refused client requests, by HTTP status."""
         self.num_ignored = Counter[str]()
-        """Fields of requests that had no effect."""
+        """Number of request fields that had no effect."""
         self.claimants = Claimants()
-        """How the sessions of external agents end, and who gets no more for now."""
+        """How the sessions of external agents end, and which claimants get none for now."""
         self.num_wrong_routes = Counter[str]()
-        """Requests of sessions for routes that do not exist, by the names of `WRONG_ROUTES`."""
+        """Number of session requests for routes that do not exist, by name in `WRONG_ROUTES`."""
         self._calls_of_gone = 0
         self._progress_of_gone = 0
 
@@ -70,44 +71,44 @@ class SessionBook:
 
     @property
     def num_waiting(self) -> int:
-        """Sessions that an agent can claim."""
+        """Number of sessions that an agent can claim."""
         return sum(map(_is_free, self._sessions.values()))
 
     @property
     def open(self) -> list[OpenSession]:
-        """Sessions that agents work on."""
+        """The sessions that agents are working on."""
         return [one for one in self._sessions.values() if one.state is SessionState.OPEN]
 
     def close(self) -> None:
-        """Gives out no more sessions; clients that wait for one are told so at once."""
+        """Stops offering sessions; clients that wait for one are told so at once."""
         self.is_closed = True
         self.on_waiting()
 
     def add(self, session: OpenSession) -> None:
-        """A new session."""
+        """Adds a new session."""
         self._sessions[session.id] = session
         if session.state is SessionState.WAITING:
             self.on_waiting()
 
     @property
     def num_calls(self) -> int:
-        """Requests to the model, of all sessions so far."""
+        """Number of requests to the model in all sessions so far."""
         return self._calls_of_gone + sum(one.num_calls for one in self._sessions.values())
 
     @property
     def progress(self) -> tuple[int, int, int]:
-        """Changes when a session is claimed or ends, and when a request is answered or an agent is heard."""
+        """Changes when a session is claimed or ends, a request is served, or an agent sends a heartbeat."""
         living = self._sessions.values()
         progress = self._progress_of_gone + sum(one.num_served + one.num_heard for one in living)
         return progress, len(self.open), self.num_ended.total()
 
     @property
     def num_pending(self) -> int:
-        """Those that are not answered yet."""
+        """Number of requests to the model in progress."""
         return sum(one.num_pending for one in self._sessions.values())
 
     def waits(self) -> dict[str, float]:
-        """What sessions wait for -> seconds of the longest wait, for a server's status."""
+        """Returns what sessions wait for -> seconds of the longest wait, for a server's status."""
         waiting = [one for one in self._sessions.values() if one.state is SessionState.WAITING]
         longest_s = max((one.idle_s for one in waiting), default=0.0)
         found = {f"sessions: {len(waiting)} wait for an agent (POST /sessions)": longest_s}
@@ -124,10 +125,10 @@ class SessionBook:
     def remove(
         self, session: OpenSession, outcome: SessionOutcome = SessionOutcome.ENDED, problem: str = ""
     ) -> bool:
-        """Its sample is finished or not wanted any more; clients are told `session.reason`.
+        """Removes a session whose sample is finished or no longer needed; clients are told `session.reason`.
 
-        `problem`: why its agent has not made the sample, for outcomes IDLE and FAILED. True if that may be
-        for the sample: the agent has made the one before.
+        `problem`: why its agent did not make the sample, for outcomes IDLE and FAILED. Returns True if the
+        sample itself may be the cause, because the agent made its previous one.
         """
         session.close(session.reason or f"the session {session.id} has ended")
         if self._sessions.pop(session.id, None) is not None:
@@ -152,7 +153,7 @@ class SessionBook:
         return True
 
     def note_wrong_route(self, id: str, request: str) -> None:
-        """A session's client asked for a route that does not exist; `request`: `POST /v1/responses`."""
+        """Records a client's request for a route that does not exist; `request`: `POST /v1/responses`."""
         name = request.rpartition("/")[2]
         self.num_wrong_routes[name if name in WRONG_ROUTES else "other"] += 1
         if (session := self._sessions.get(id)) is not None:
@@ -160,21 +161,21 @@ class SessionBook:
             session.refused_route = "".join(shown)
 
     def find(self, id: str) -> OpenSession | None:
-        """None if there was none. Raises SessionGoneError if there was one."""
+        """Returns a session, or None if it never existed. Raises SessionGoneError if it has gone."""
         if (gone := self._gone.get(id)) is not None:
             raise SessionGoneError(gone[0])
         return self._sessions.get(id)
 
     def key_of(self, id: str) -> str:
-        """The key that requests of a session need, also of one that has gone; empty if there was none."""
+        """Returns the key for requests to a session, even if it has gone; empty if it never existed."""
         if (session := self._sessions.get(id)) is not None:
             return session.api_key
         return self._gone[id][1] if id in self._gone else ""
 
     def offer(self) -> OpenSession | None:
-        """The next session for an external agent, offered to it; None if there is none.
+        """Offers the next session to an external agent; None if there is none.
 
-        It is claimed once the agent has the answer. Until then it is offered to nobody else.
+        It is claimed once the agent has received the response. Until then it is not offered to other agents.
         """
         for session in () if self.is_closed else self._sessions.values():
             if _is_free(session):
@@ -183,15 +184,15 @@ class SessionBook:
         return None
 
     def take_back(self, session: OpenSession) -> None:
-        """After an offer: it waits again if it was not claimed. Its key is another one then, as the client
-        may have read the first one without the rest of the answer."""
+        """Withdraws an offer: if it was not claimed, the session waits again. It gets a new key, because the
+        client may have read the old one without the rest of the response."""
         session.is_offered = False
         if session.state is SessionState.WAITING:
             session.api_key = secrets.token_urlsafe(32)
             self.on_waiting()
 
     def claim(self) -> OpenSession | None:
-        """The next session for an external agent, claimed at once; None if there is none."""
+        """Claims the next session for an external agent at once; None if there is none."""
         session = self.offer()
         if session is not None:
             session.claim()

@@ -1,7 +1,7 @@
 """The requests of one session to the model, and their repetitions.
 
-An SDK sends a request again after a time-out or a broken connection. The repetition joins the call of the
-first request: the policy samples one turn, and every client gets the same answer.
+An SDK repeats a request after a timeout or a broken connection. The repetition joins the call of the first
+request: the policy samples one turn, and every client gets the same response.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ class Call:
     """One request to the model, and its repetitions."""
 
     def __init__(self, task: asyncio.Task[SampledTurn], *, gone: Callable[[], str]) -> None:
-        """`gone`: what clients are told when the session has ended."""
+        """`gone`: returns the message to clients when the session has ended."""
         self.id = uuid.uuid4().hex
-        """The completion's id is made of it."""
+        """The completion's id is derived from it."""
         self.task = task
         self.num_readers = 0
-        """Clients that wait for the answer."""
+        """Number of clients that wait for the response."""
         self.body: bytes | None = None
-        """The answer as it is sent, while a client is there: their requests are equal, so are the bodies."""
+        """The response body while clients are connected; equal requests get equal bodies."""
         self.is_delivered = False
-        """True once the whole answer was sent to a client."""
+        """True once the whole response was sent to a client."""
         self._gone = gone
 
     async def turn(self) -> SampledTurn:
-        """The answer; the caller may be cancelled without an effect on the others. Raises as `answer` of the
-        session."""
+        """Returns the sampled turn; cancelling the caller does not affect other callers. Raises as the
+        session's `sample_turn` does."""
         self.num_readers += 1
         try:
             return await asyncio.shield(self.task)
@@ -46,13 +46,13 @@ class Call:
 
     @property
     def has_failed(self) -> bool:
-        """True if it has ended without an answer."""
+        """True if it ended without a turn."""
         task = self.task
         return task.done() and (task.cancelled() or task.exception() is not None)
 
     @property
     def is_lost(self) -> bool:
-        """True if its clients have gone without the answer."""
+        """True if its clients disconnected before they got the response."""
         return self.num_readers == 0 and not self.is_delivered
 
 
@@ -60,19 +60,19 @@ class Calls:
     """The calls of one session. Belongs to one event loop."""
 
     def __init__(self, *, gone: Callable[[], str]) -> None:
-        """`gone`: what clients are told when the session has ended."""
+        """`gone`: returns the message to clients when the session has ended."""
         self._gone = gone
         self._by_digest: dict[bytes, list[Call]] = {}
-        """By the digest of their bodies."""
+        """Calls by the digest of their bodies."""
         self._by_id: dict[str, Call] = {}
 
     def begin(
         self, digest: bytes, ask: Callable[[], Coroutine[Any, Any, SampledTurn]], *, is_repetition: bool
     ) -> Call:
-        """The call of a request: a new one, or the one that it repeats (see OpenSession.begin)."""
+        """Returns the call for a request: a new one, or the one that it repeats (see OpenSession.begin)."""
         usable = [call for call in self._by_digest.get(digest, ()) if not call.has_failed]
         lost = [call for call in usable if call.is_lost]
-        # Equal requests that were sent, and lost, at the same time get an answer each.
+        # Equal requests that were sent and lost at the same time get one turn each.
         if joined := lost or (usable if is_repetition else []):
             return joined[-1]
         call = Call(asyncio.get_running_loop().create_task(ask()), gone=self._gone)
@@ -82,24 +82,24 @@ class Calls:
         return call
 
     def find(self, completion_id: str) -> Call | None:
-        """The call that gave a completion (`chatcmpl-...`, `cmpl-...`); None if there is none."""
+        """Returns the call that produced a completion (`chatcmpl-...`, `cmpl-...`); None if there is none."""
         call = self._by_id.get(completion_id.rpartition("-")[2])
         return call if call is not None and call.task.done() and not call.has_failed else None
 
     def completed(self) -> Iterator[tuple[Call, SampledTurn]]:
-        """Those that have an answer, the newest first."""
+        """Yields the calls that have a turn, newest first."""
         for call in reversed(self._by_id.values()):
             if call.task.done() and not call.has_failed:
                 yield call, call.task.result()
 
     def cancel(self) -> None:
-        """Cancels those in progress."""
+        """Cancels the calls in progress."""
         for call in self._by_id.values():
             call.task.cancel()
 
     def _forget_failed(self, call: Call, digest: bytes) -> None:
-        """Nothing joins a failed call, and a client may send any number of requests that fail."""
-        if call.has_failed:  # this retrieves its exception: no client may be there to do so
+        """Forgets a failed call: none can join it, and a client may send any number of requests that fail."""
+        if call.has_failed:  # also retrieves its exception, as there may be no client to do so
             del self._by_id[call.id]
             same = self._by_digest[digest]
             same.remove(call)

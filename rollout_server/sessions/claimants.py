@@ -1,18 +1,19 @@
-"""Who claims sessions, and how their sessions end: who fails again and again gets fewer, and then none. Pure.
+"""Tracks who claims sessions and how they end: a claimant that fails repeatedly gets fewer, then none. Pure.
 
     GOOD -> sessions fail -> SLOWED: waits 1, 2, 4, ... s for the next -> REFUSED for ten minutes -> a try
       ^                        |                                                                      |
       +---- a good sample -----+----------------------------------------------------------------------+
 
-A broken agent costs little each time, and can claim thousands of times a minute: without this it would have
-most sessions, and the healthy ones few. A claimant is an address, a token and the name that it gives itself
-(the client of this project names its process). Names cost nothing, so those that have not delivered a sample
-yet are slowed together, by address; one that has is judged by its own sessions only, and agents of the same
-machine that work go on while one does not.
+A broken agent fails fast and can claim thousands of times a minute: without this it would take most sessions
+from the healthy ones. A claimant is identified by its address, its token and the name that it chooses (the
+client of this project names its process). Names are free, so claimants that have not delivered a sample yet
+are slowed together, by address. A claimant that has delivered one is judged only by its own sessions, so
+working agents on a machine continue while a broken one is slowed.
 
-Sessions that fail at the same time have one cause, as when a machine with a hundred of them dies. So a
-session counts only if it was claimed after the failure before. And the first failure after a good sample is
-the sample's: it may be one that no agent can make. Those that follow are the claimant's.
+Sessions that fail at the same time usually have one cause, for example when a machine with a hundred of them
+dies. So a failure counts only if its session was claimed after the previous failure. The first failure after
+a good sample is attributed to the sample, which may be one that no agent can make; the following ones are
+attributed to the claimant.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 NUM_FREE = 3
-"""Failures in a row after which the next session comes at once."""
+"""Consecutive failures that do not delay the next session."""
 FIRST_WAIT_S = 1.0
 LONGEST_WAIT_S = 60.0
 NUM_REFUSED = 12
-"""Failures in a row after which a claimant is refused."""
+"""Consecutive failures after which a claimant is refused."""
 REFUSED_S = 600.0
-"""For so long; then it gets one more."""
+"""How long it is refused; then it gets one more session."""
 MAX_REMEMBERED = 4096
 _MAX_NAME_CHARS = 40
 _MAX_ERROR_CHARS = 300
@@ -37,11 +38,11 @@ _MOST_NAMED = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Claimant:
-    """Who claims."""
+    """The identity of a claimant."""
 
     address: str
     token: str = ""
-    """A digest of it."""
+    """A digest of the token."""
     name: str = ""
 
     def __str__(self) -> str:
@@ -49,7 +50,7 @@ class Claimant:
 
     @property
     def newcomers(self) -> Claimant:
-        """All of its address that have not delivered a sample yet."""
+        """Stands for all claimants of its address that have not delivered a sample yet."""
         return Claimant(address=self.address)
 
 
@@ -65,11 +66,11 @@ class Hold:
 @dataclass(kw_only=True)
 class _Record:
     row: int = 0
-    """Sessions in a row that have failed."""
+    """Number of consecutive failed sessions."""
     failed_s: float = -math.inf
-    """When the last of them has."""
+    """When the last of them failed."""
     until_s: float = -math.inf
-    """No session before."""
+    """It gets no session before this time."""
     error: str = ""
     has_delivered: bool = False
 
@@ -89,20 +90,20 @@ class _Record:
 
 
 class Claimants:
-    """All of one server. `now_s`: seconds on any monotonic clock."""
+    """All claimants of one server. `now_s`: seconds on any monotonic clock."""
 
     def __init__(self) -> None:
         self._records: OrderedDict[Claimant, _Record] = OrderedDict()
-        """The one that was used last is last; the others are forgotten when there are many."""
+        """In order of last use; the oldest are forgotten when there are many."""
         self.num_failures = 0
-        """Sessions that agents have not brought to a sample."""
+        """Number of sessions for which agents delivered no sample."""
         self.num_slowed = 0
-        """Claims that were answered with a time to wait."""
+        """Number of claims that were told to wait."""
         self.num_refused = 0
-        """Claims that were refused."""
+        """Number of claims that were refused."""
 
     def hold(self, claimant: Claimant, *, now_s: float) -> Hold | None:
-        """Why it gets no session now; None if it may have one."""
+        """Returns why a claimant gets no session now; None if it may have one."""
         own = self._records.get(claimant)
         if own is not None and claimant.name and own.row >= NUM_REFUSED:
             until_s = own.failed_s + REFUSED_S
@@ -117,7 +118,8 @@ class Claimants:
         return self._hold(judge, record, record.until_s - now_s, is_refused=False)
 
     def fail(self, claimant: Claimant, error: str, *, claimed_s: float, now_s: float) -> bool:
-        """Its session has failed. True if that is the sample's failure: the claimant was good before."""
+        """Records a failed session. Returns True if the failure is attributed to the sample, because the
+        claimant succeeded before."""
         self.num_failures += 1
         was_good = self._record(self._judge(claimant)).row == 0
         for one in {claimant, self._judge(claimant)}:
@@ -125,12 +127,12 @@ class Claimants:
         return was_good
 
     def deliver(self, claimant: Claimant) -> None:
-        """Its session has become a sample."""
+        """Records that a session delivered a sample."""
         self._record(self._judge(claimant)).succeed()
         self._record(claimant).succeed()
 
     def troubles(self, *, now_s: float) -> dict[str, float]:
-        """What is wrong with the worst of those that are slowed -> seconds since their last failure."""
+        """Returns the problems of the worst slowed claimants -> seconds since their last failure."""
         failing = [item for item in self._records.items() if item[1].row > NUM_FREE]
         failing.sort(key=lambda item: -item[1].row)
         return {
@@ -139,7 +141,7 @@ class Claimants:
         }
 
     def _judge(self, claimant: Claimant) -> Claimant:
-        """Whose record says how long it waits."""
+        """Returns the claimant by whose record this one is judged."""
         own = self._records.get(claimant)
         is_known = own is not None and own.has_delivered and claimant.name
         return claimant if is_known else claimant.newcomers

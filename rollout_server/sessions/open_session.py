@@ -1,15 +1,15 @@
-"""One session: a sample that a program makes with requests in OpenAI's format.
+"""One session: a sample that a program makes by sending requests in OpenAI's format.
 
     WAITING -> claim() -> OPEN -> end() -> ENDED       the program, or the server for it, has ended it
                            |----> fail(error) -> ENDED the engine failed; the sample fails with it
        `-------------------`----> close(reason) -> GONE  the lease was cancelled, a time limit, ...
 
-The turns are those of a `Conversation`: a prompt follows an earlier turn only if it begins with exactly its
-tokens. So whatever a client sends, no sampled token is tokenized again, and no log-prob is wrong.
+The turns form a `Conversation`: a prompt extends an earlier turn only if it starts with exactly its tokens.
+So whatever a client sends, sampled tokens are never tokenized again, and log-probs stay correct.
 
-A request may be a repetition: an SDK sends it again after a time-out or a broken connection. It then gets the
-answer of the first one (see `begin`). A turn whose answer no client has read is not part of the sample,
-unless the time limit of the sample has cut it.
+A request may be a repetition: an SDK sends it again after a timeout or a broken connection. It then gets the
+response of the first one (see `begin`). A turn that no client has read is not part of the sample, unless the
+time limit of the sample cut it off.
 """
 
 from __future__ import annotations
@@ -37,19 +37,20 @@ from rollout_server.sessions.claimants import Claimant
 from rollout_server.tasks.base import Example, Split
 
 _CUT_S = 5.0
-"""After the time limit of the sample: the engine's answer to a request whose time is over takes less."""
+"""Wait after the time limit of the sample. The engine returns the tokens of a request that timed out faster
+than this."""
 
 
 class SessionState(StrEnum):
-    """Where a session is."""
+    """The state of a session."""
 
     WAITING = "waiting"
-    """No agent has claimed it yet."""
+    """Not claimed by an agent yet."""
     OPEN = "open"
     ENDED = "ended"
-    """It takes no more requests; its sample is finished from what it has."""
+    """Accepts no more requests; its sample is made from the turns so far."""
     GONE = "gone"
-    """Its sample is not wanted any more, or was given up."""
+    """Its sample is no longer needed, or was given up."""
 
 
 class OpenSession:
@@ -72,10 +73,11 @@ class OpenSession:
         needs_reward: bool = False,
         heartbeat_limit_s: float = math.inf,
     ) -> None:
-        """`id`: with the attempt in it, so that no client of an earlier attempt reaches this one.
-        `group`, `sample`: ticket and sample index. `example`: for external agents; None: the agent has
-        it. `is_waiting`: until an agent claims it. `needs_reward`: the task has none of its own.
-        `heartbeat_limit_s`: longest time without an answer in which heartbeats count."""
+        """`id`: unique to the attempt, so that no client of an earlier attempt can reach this one. `group`,
+        `sample`: ticket and sample index. `example`: sent to external agents; None: the agent already has it.
+        `is_waiting`: True if an external agent has to claim it. `needs_reward`: True if the task has no
+        reward of its own. `heartbeat_limit_s`: longest time without a served request in which heartbeats
+        count."""
         self.id = id
         self.api_key = api_key
         self.group = group
@@ -86,17 +88,17 @@ class OpenSession:
         self.conversation = conversation
         self.state = SessionState.WAITING if is_waiting else SessionState.OPEN
         self.is_offered = False
-        """True while the answer that gives it to an agent is being sent."""
+        """True while the response that offers it to an agent is being sent."""
         self.claimant: Claimant | None = None
-        """The external agent that it is offered to, or that has claimed it."""
+        """The external agent that it is offered to, or that claimed it."""
         self.claimed_s = 0.0
-        """Time of the loop at which it has."""
+        """Loop time at which it was claimed."""
         self.refused_route = ""
-        """The newest request for a route that does not exist: `POST /v1/responses`."""
+        """The newest request for a route that does not exist, such as `POST /v1/responses`."""
         self.reason = ""
-        """Why it is gone."""
+        """Why the session is gone."""
         self.failure: EngineError | None = None
-        """What ended it, if that was no client."""
+        """Cause of the end, if it was not a client."""
         self.budget: FinishReason | None = None
         """The budget that refused the newest request."""
         self.refused_prompt: PromptRefusedError | None = None
@@ -104,21 +106,21 @@ class OpenSession:
         self.reward: float | None = None
         """The posted reward of the whole sample."""
         self.num_requests = 0
-        """Requests of clients that are being read or answered."""
+        """Number of client requests being read or served."""
         self.num_pending = 0
-        """Requests at the engine, or waiting for it."""
+        """Number of requests at the engine or waiting for it."""
         self.num_calls = 0
         self.num_served = 0
-        """Requests that were answered."""
+        """Number of requests to the model that were served."""
         self.generation_s = 0.0
-        """Time with at least one request at the engine."""
+        """Time with at least one request at the engine, in seconds."""
         self.num_tool_calls = 0
         self.last_sampled: SampledTurn | None = None
-        """The newest one."""
+        """The newest sampled turn."""
         self._was_refused = False
-        """True if a request was refused since the last answer."""
+        """True if a request was refused since the last served one."""
         self.num_heard = 0
-        """Heartbeats, and other requests that are not to the model."""
+        """Number of heartbeats, and other requests that are not to the model."""
         self._needs_reward = needs_reward
         self._heartbeat_limit_s = heartbeat_limit_s
         self._max_turns = max_turns
@@ -133,36 +135,37 @@ class OpenSession:
     # --- Life ---
 
     def claim(self) -> None:
-        """An agent has taken it."""
+        """Records that an agent has claimed it."""
         assert self.state is SessionState.WAITING
         self.is_offered = False
         self.claimed_s = self._served_s = self._loop.time()
         self._set(SessionState.OPEN)
 
     def end(self) -> None:
-        """No more requests; those in progress are cancelled. Ending it again changes nothing."""
+        """Ends the session: accepts no more requests, and cancels those in progress. May be called again."""
         if self.state is SessionState.OPEN:
             self._set(SessionState.ENDED)
             self._calls.cancel()
 
     def fail(self, error: EngineError) -> None:
-        """The engine failed, so the sample does."""
+        """Fails the sample because the engine failed."""
         if self.state is SessionState.OPEN:
             self.failure = error
             self.end()
 
     def close(self, reason: str) -> None:
-        """Every later request, and each in progress, raises SessionGoneError with `reason`."""
+        """Closes the session: requests in progress and later ones raise SessionGoneError with `reason`."""
         if self.state is not SessionState.GONE:
             self.reason = reason
             self._set(SessionState.GONE)
             self._calls.cancel()
 
     async def wait_ended(self, *, idle_timeout_s: float, deadline_s: Callable[[], float | None]) -> str:
-        """Until it has ended: empty; else "idle" or "deadline", the limit that was reached first.
+        """Waits until it has ended and returns an empty string; or returns "idle" or "deadline", the limit
+        reached first.
 
-        `deadline_s`: time of the loop, or None; it may become known with the first request. A session that
-        waits for an agent has no limit.
+        `deadline_s`: returns the loop time of the deadline, or None; it may become known with the first
+        request. A session that waits for an agent has no limit.
         """
         while self.state in (SessionState.WAITING, SessionState.OPEN):
             if self.state is SessionState.WAITING:
@@ -182,18 +185,18 @@ class OpenSession:
 
     @property
     def now_s(self) -> float:
-        """Time of its loop."""
+        """Current time of the event loop."""
         return self._loop.time()
 
     @property
     def _is_busy(self) -> bool:
-        """True while a request is pending. After a refusal it must be at the engine: a client that repeats a
-        large request that is refused may have one in preparation at any time."""
+        """True while a request is pending. After a refusal only requests at the engine count, because a
+        client that repeats a large, refused request may have one in preparation at any time."""
         return self.conversation.is_sampling or (self.num_pending > 0 and not self._was_refused)
 
     @property
     def idle_s(self) -> float:
-        """Seconds since the last answer; 0 while a request is pending."""
+        """Seconds since the last activity; 0 while a request is pending."""
         return 0.0 if self.num_pending else self._loop.time() - self._last_activity_s
 
     # --- Requests ---
@@ -201,25 +204,27 @@ class OpenSession:
     def begin(
         self, digest: bytes, ask: Callable[[], Coroutine[Any, Any, SampledTurn]], *, is_repetition: bool
     ) -> Call:
-        """The call of a request whose body has this digest. `ask`: `answer` or `continue_tokens`.
+        """Returns the call for a request whose body has this digest. `ask`: `sample_turn` or
+        `continue_tokens`.
 
-        It is a repetition if the clients of an earlier call of the same digest have gone without its answer,
-        or if the client calls it one (`is_repetition`). It then joins that call, or the newest one. Another
-        request with the same body wants another sample. Raises SessionGoneError.
+        The request is a repetition if the clients of an earlier call with the same digest disconnected before
+        they got its response, or if the client marks it as one (`is_repetition`). It then joins that call, or
+        the newest one. Any other request with the same body gets a new sample. Raises SessionGoneError.
         """
         self.check_open()
         return self._calls.begin(digest, ask, is_repetition=is_repetition)
 
     async def sample_turn(self, messages: list[dict[str, Any]], **options: Any) -> SampledTurn:
-        """Conversation.answer within the session's budget. Raises SessionGoneError as well."""
+        """Calls Conversation.sample_turn within the session's budget. Also raises SessionGoneError."""
         return await self._sampled(lambda: self.conversation.sample_turn(messages, **options))
 
     async def continue_tokens(self, prompt_ids: list[int], **options: Any) -> SampledTurn:
-        """Conversation.continue_tokens within the session's budget. Raises SessionGoneError as well."""
+        """Calls Conversation.continue_tokens within the session's budget. Also raises SessionGoneError."""
         return await self._sampled(lambda: self.conversation.continue_tokens(prompt_ids, **options))
 
     def set_reward(self, value: float, *, completion_id: str = "") -> None:
-        """The reward of the whole sample, or of one turn; the last one counts, so it may be sent again.
+        """Sets the reward of the whole sample, or of one turn; the last value counts, so the request may be
+        repeated.
 
         Raises ValueError for a number that is too large or a completion that is not of this session, and
         SessionGoneError.
@@ -240,7 +245,7 @@ class OpenSession:
 
     @property
     def has_rewards(self) -> bool:
-        """True if a reward was posted, of the sample or of a turn."""
+        """True if a reward was posted, for the sample or for a turn."""
         return self.reward is not None or bool(self._turn_rewards)
 
     def touch(self) -> None:
@@ -248,7 +253,8 @@ class OpenSession:
         self._last_activity_s = self._loop.time()
 
     def hear(self) -> None:
-        """A request of its agent that is not to the model: it lives. Raises SessionGoneError."""
+        """Records a sign of life: a request from its agent that is not to the model. Raises
+        SessionGoneError."""
         self.check_open()
         if self.now_s - self._served_s < self._heartbeat_limit_s:
             self.num_heard += 1
@@ -257,23 +263,23 @@ class OpenSession:
 
     @property
     def problem(self) -> str:
-        """Why there is no sample if it ends now; empty if there is one."""
+        """Why there would be no sample if it ended now; empty if there would be one."""
         if not self.num_served:
             return "no request to the model was answered"
         return "no reward was posted" if self._needs_reward and not self.has_rewards else ""
 
     def check_open(self) -> None:
-        """Raises SessionGoneError unless requests are answered."""
+        """Raises SessionGoneError unless the session is open."""
         if self.state is not SessionState.OPEN:
             raise SessionGoneError(self.gone)
 
     @property
     def gone(self) -> str:
-        """What later requests are told."""
+        """Message for later requests."""
         return self.reason or f"the session {self.id} has ended"
 
     def finish(self) -> list[float]:
-        """Leaves out the turns that nobody has read; the rewards of the others, in their order."""
+        """Drops the turns that no client has read; returns the rewards of the others, in order."""
         sampled_turns: dict[Turn, SampledTurn] = {}
         newest = self.conversation.turns[-1] if self.conversation.turns else None
         for call, sampled in self._calls.completed():

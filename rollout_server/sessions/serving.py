@@ -1,4 +1,4 @@
-"""Serves the sessions of a rollout server over HTTP, if one of its tasks has any."""
+"""Serves the sessions of a rollout server over HTTP, if one of its tasks uses sessions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ _FIRST_ERROR = 400
 async def served_sessions(
     runtime: Runtime, book: SessionBook, *, tasks: Sequence[Task], model: str, context_tokens: int
 ) -> AsyncIterator[SessionPlane | None]:
-    """The HTTP servers, running; None if no task has sessions. Raises ConfigError as SessionPlane."""
+    """Yields the running HTTP servers; None if no task uses sessions. Raises ConfigError like
+    SessionPlane."""
     if not any(task.uses_sessions for task in tasks):
         yield None
         return
@@ -60,7 +61,7 @@ async def served_sessions(
 
 
 def _counted(app: ASGIApp, book: SessionBook) -> ASGIApp:
-    """The application; it counts its refusals. (Those before it are counted by `on_refused`.)"""
+    """Wraps the application to count its refusals. (Refusals before it are counted by `on_refused`.)"""
 
     async def call(scope: Scope, receive: Receive, send: Send) -> None:
         async def sent(message: Message) -> None:

@@ -1,4 +1,4 @@
-"""The tool job's task: a sum of many numbers, with a calculator that adds two; the reward is 1 or 0.
+"""The tool job's task: sums of many numbers, with a calculator that adds two numbers; the reward is 1 or 0.
 
 The generator is in `areal_like.adding`, because the trainer's warm start draws from the same distribution and
 may not import this package. Each multiset of terms belongs to one split, so no held-out sum of these numbers
@@ -23,16 +23,16 @@ class AddingTask(Task):
     """Prompt `37+85+12`, answer `134`, in as many turns as there are terms."""
 
     max_prompt_tokens: int = 32
-    """Eight numbers with their signs, and the tools and roles of the chat format."""
+    """Room for eight numbers with their signs, and the tools and roles of the chat format."""
     use_tool: bool = True
-    """False: the same prompts without the calculator; the first reply is the answer."""
+    """False: the same prompts without the calculator; the first reply is the final one."""
 
     def example(self, split: Split, index: int) -> Example:
-        """The terms, and their sum."""
+        """Returns the terms and their sum."""
         return sum_example(self.seed, split, index)
 
     def environment(self, example: Example) -> Environment:
-        """A conversation with the calculator, which ends with a reply that does not call it."""
+        """Returns a conversation with the calculator, which ends with a reply that does not call it."""
         return Addition(example, use_tool=self.use_tool)
 
 
@@ -44,12 +44,12 @@ class Addition(ToolEnvironment):
         self._total = example.answer
 
     async def final(self, reply: Reply) -> float:
-        """1.0 for the sum, else 0.0."""
+        """Returns 1.0 for the correct sum, otherwise 0.0."""
         return float(reply.text == self._total)
 
 
 def sum_example(seed: int, split: Split, index: int) -> Example:
-    """The terms, and their sum."""
+    """Returns the terms and their sum."""
     example = adding.add_example(seed=seed, split=_STREAMS[split], index=index)
     return Example(prompt=example.prompt, answer=example.answer)
 

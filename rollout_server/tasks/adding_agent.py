@@ -21,19 +21,19 @@ class AddingAgentTask(Task):
     """Prompt `37+85+12`; the reward is 1 if the agent's final output is exactly `134`, else 0."""
 
     max_prompt_tokens: int = 32
-    """Eight numbers with their signs, and the tools and roles of the chat format."""
+    """Room for eight numbers with their signs, and the tools and roles of the chat format."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.external:  # here, so that the processes of agents are forked with it
+        if not self.external:  # imported here, so that agent processes are forked with it
             optional_package(_AGENT, task="adding_agent", distribution="openai-agents")
 
     def example(self, split: Split, index: int) -> Example:
-        """The terms, and their sum."""
+        """Returns the terms and their sum."""
         return sum_example(self.seed, split, index)
 
     async def agent(self, example: Example, session: Session) -> float:
-        """Runs the SDK's agent."""
+        """Runs the SDK's agent; returns its reward."""
         from rollout_server.agents.adding import add_up
 
         return float(await add_up(str(example.prompt), session) == example.answer)

@@ -1,11 +1,10 @@
-"""Tasks: prompts and their reward functions. The one file to read before adding a task.
+"""Tasks: prompts and their reward functions. Read this file before adding a task.
 
 A task is a frozen dataclass: its fields are its settings, so an unknown key of `task:` in the configuration
-is refused by name. Examples are a pure function of `(seed, split, index)`. Therefore the buffer can own the
-order of prompts as plain integers, a killed server can be replaced without transferring state, and a reward
-process rebuilds the example instead of receiving it. Other modules implement shuffling and epochs
-(buffer/prompts/), tokenization (rendering/prompt_renderer.py) and time limits (rewards/pool.py). Tasks import
-no torch.
+is refused by name. Examples are a pure function of `(seed, split, index)`. So the buffer can manage the order
+of prompts as plain integers, a killed server can be replaced without transferring state, and a reward process
+rebuilds the example instead of receiving it. Other modules implement shuffling and epochs (buffer/prompts/),
+tokenization (rendering/prompt_renderer.py) and time limits (workers/reward_pool.py). Tasks import no torch.
 
 Your own task, configured as `task: {_target_: my_module.Add, digits: 3}`:
 
@@ -53,26 +52,26 @@ Prompt = str | list[Message]
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A part of a mixture."""
+    """One data source of a mixture."""
 
     size: int
-    """Training prompts."""
+    """Number of training prompts."""
     weight: float
 
 
 class FittingPrompts(Protocol):
-    """Tells which prompts are short enough for the model, many at a time."""
+    """Measures prompts in batches, to find those that are short enough for the model."""
 
     @property
     def key(self) -> str:
-        """Text over all that the answers depend on: tokenizer, template. Empty: not known."""
+        """Identifies everything that the results depend on (tokenizer, template). Empty: unknown."""
 
     def num_tokens(self, prompts: Sequence[Prompt]) -> list[int]:
-        """Length of each prompt. Raises ValueError for one that cannot be rendered."""
+        """Returns the length of each prompt. Raises ValueError for one that cannot be rendered."""
 
     @property
     def max_prompt_tokens(self) -> int:
-        """The longest prompt for which the engine's context has room."""
+        """Longest prompt that fits into the engine's context, in tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,13 +80,14 @@ class Example:
 
     prompt: Prompt
     answer: Any
-    """The value that `reward` compares the completion with; it stays in the process that created it."""
+    """The value that `reward` compares the completion with. It is not sent to other processes, except to
+    external agents."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """Other data for `reward`."""
     label: str = ""
-    """Metrics are reported by label, where a job has several; at most 64 printable characters."""
+    """Metrics are reported by label if a job has several; at most 64 printable characters."""
     max_new_tokens: int = 0
-    """Longest answer in tokens, if it is below the job's `sampling.max_new_tokens`; 0: the job's. Not for
+    """Longest completion in tokens, if below the job's `sampling.max_new_tokens`; 0: the job's. Not for
     examples with an environment."""
 
     def __post_init__(self) -> None:
@@ -96,9 +96,9 @@ class Example:
 
 
 class Completion(str):
-    """What the policy said, as `reward` gets it: a text, with further attributes for those who need them.
+    """The policy's completion, as passed to `reward`: a string with further attributes.
 
-    The text is that of the last turn, without special tokens.
+    The string is the text of the last turn, without special tokens.
     """
 
     __slots__ = ("finish_reason", "messages", "raw_text", "token_ids", "turn_lengths")
@@ -106,7 +106,7 @@ class Completion(str):
     raw_text: str
     """The sampled tokens of the last turn as text, special tokens included (markers of tool calls, ...)."""
     messages: Sequence[Message]
-    """The whole conversation, the last turn included."""
+    """The whole conversation, including the last turn."""
     token_ids: Sequence[int]
     """The sampled tokens of all turns."""
     turn_lengths: Sequence[int]
@@ -123,7 +123,7 @@ class Completion(str):
         turn_lengths: Sequence[int] = (),
         finish_reason: FinishReason = FinishReason.STOP,
     ) -> Self:
-        """`raw_text`: `text` if empty."""
+        """`raw_text`: if empty, `text` is used."""
         completion = super().__new__(cls, text)
         completion.raw_text = raw_text or text
         completion.messages = messages
@@ -144,9 +144,9 @@ class Score:
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Named numbers that are not part of the reward."""
     turns: Sequence[float] = ()
-    """Reward of each turn of the policy; empty: none has one."""
+    """Reward of each turn of the policy; empty: no turn has one."""
     tokens: Sequence[float] = ()
-    """Reward of each sampled token, of all turns in order; empty: none has one."""
+    """Reward of each sampled token, over all turns in order; empty: no token has one."""
 
 
 Rewarded = float | Mapping[str, float] | Score
@@ -169,10 +169,10 @@ class Task(ABC):
     sandbox: str = "bwrap"
     """The job's `rewards.sandbox`: `rollout_server.sandbox.make_sandbox(task.sandbox)` runs a program."""
     external: bool = False
-    """Samples are made by external agents, which claim them from the rollout servers (POST /sessions)."""
+    """True if external agents make the samples: they claim them from the rollout servers (POST /sessions)."""
 
     least: ClassVar[Mapping[str, int]] = {"num_train": 1, "num_eval": 1, "max_prompt_tokens": 1}
-    """Smallest values of settings."""
+    """Minimum values of settings."""
 
     def __post_init__(self) -> None:
         for setting, least in self.least.items():
@@ -189,59 +189,63 @@ class Task(ABC):
 
     @abstractmethod
     def example(self, split: Split, index: int) -> Example:
-        """The example at `index` of `split`. It must not depend on the process or on earlier calls."""
+        """Returns the example at `index` of `split`. It must not depend on the process or on earlier
+        calls."""
 
     def reward(self, example: Example, completion: Completion) -> Rewarded | Awaitable[Rewarded]:
-        """The reward of `completion`: a number, named parts to be summed, or a `Score`.
+        """Returns the reward of `completion`: a number, named parts to be summed, or a `Score`.
 
         Runs in a worker process with the time limit `rollout.reward_timeout_s`. If it raises or hangs, only
         its own sample fails. It may be `async def`: one process then computes several at the same time
-        (`rollout.reward_concurrency`), for rewards that wait for a service. A task with an environment need
-        not have a reward: its value is added to the rewards of the environment's steps.
+        (`rollout.reward_concurrency`), for rewards that wait for a service. It is optional for a task with an
+        environment, where its value is added to the rewards of the environment's steps.
         """
         raise NotImplementedError(f"{type(self).__name__} has neither reward() nor environment()")
 
     def environment(self, example: Example) -> Environment | None:
-        """The environment of one sample of `example`; None: one prompt, one answer.
+        """Returns the environment for one sample of `example`; None: one prompt, one completion.
 
         Called in the environment's process, which rebuilds the example.
         """
         return None
 
     async def agent(self, example: Example, session: Session) -> float | Mapping[str, float] | Score | None:
-        """Makes one sample of `example`: any program that speaks OpenAI's API, with `session` as its model.
+        """Makes one sample of `example`. It may be any program that uses OpenAI's API, with `session` as its
+        model.
 
         Runs in a process of its own, which rebuilds the example, and has OPENAI_BASE_URL and OPENAI_API_KEY
-        set. Returns the reward; None: what `reward` computes from the last answer. If the task has a
-        `reward`, its value is added to the agent's.
+        set. Returns the reward; None: the value that `reward` computes from the last completion. If the task
+        has a `reward`, its value is added to the agent's.
         """
         raise NotImplementedError(f"{type(self).__name__} has no agent()")
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """The parts of a mixture, in the order of their indices, with `num_train` in all; else empty."""
+        """Returns the parts of a mixture in the order of their indices, `num_train` prompts in total;
+        otherwise empty."""
         return ()
 
     @property
     def content(self) -> list[str]:
-        """Fingerprints of the data that the task has read from files; part of its own fingerprint."""
+        """Returns fingerprints of the data that the task read from files; part of its own fingerprint."""
         return []
 
     def without_long_prompts(self, fitting: FittingPrompts) -> Self:
-        """The task without the prompts that do not fit, for tasks over stored rows.
+        """Returns the task without prompts that do not fit, for tasks over stored rows.
 
         Called once in a server, before it registers. Raises ConfigError if none is left.
         """
         return self
 
     def settings_of_workers(self, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The settings with which a worker process makes this very task. `settings`: its own."""
+        """Returns the settings from which a worker process creates exactly this task. `settings`: the task's
+        own."""
         return settings
 
     def check(self) -> None:  # noqa: B027, most tasks need nothing
-        """Raises ConfigError if the task needs what this machine does not have.
+        """Raises ConfigError if the task needs something that this machine does not have.
 
-        A rollout server calls it once at its start. A reward that runs programs checks its sandbox here:
+        Rollout servers call it once at start. A reward that runs programs checks its sandbox here:
         `make_sandbox(self.sandbox).check()`.
         """
 
@@ -257,30 +261,32 @@ class Task(ABC):
 
     @property
     def uses_sessions(self) -> bool:
-        """True if samples are sessions: of `agent`, or of external agents."""
+        """True if samples are made in sessions, by `agent` or by external agents."""
         return self.has_agent or self.external
 
     @property
     def has_reward(self) -> bool:
-        """True if the task computes a reward besides those of an environment's steps."""
+        """True if the task computes a reward in addition to those of an environment's steps."""
         return type(self).reward is not Task.reward
 
     def rewards(self, example: Example) -> bool:
-        """True if the task computes a reward of this example; a mixture has examples of several tasks."""
+        """True if the task computes a reward for this example; a mixture has examples of several tasks."""
         return self.has_reward
 
     @property
     def has_async_reward(self) -> bool:
-        """True if `reward` returns an awaitable. A reward that is no `async def` and does so overrides it."""
+        """True if `reward` returns an awaitable. Override it if `reward` does so without being `async
+        def`."""
         return inspect.iscoroutinefunction(self.reward)
 
     def rng(self, split: Split, index: int) -> random.Random:
-        """A random generator for this example, seeded in the same way in every process."""
-        # Random hashes a str seed by its content; `hash()` differs between processes.
+        """Returns a random generator for this example, seeded identically in every process."""
+        # Random hashes a str seed by content; `hash()` differs between processes.
         return random.Random(f"{self.seed}/{split}/{index}")
 
     def fingerprint(self) -> str:
-        """16 hex digits over the settings and first examples; must be equal in all servers of a job.
+        """Returns a hash of 16 hex digits over settings and first examples; it must be equal in all servers
+        of a job.
 
         Raises ConfigError if `example` raises or is not a pure function of its arguments.
         """
@@ -293,7 +299,8 @@ class Task(ABC):
         return hashlib.sha256(description.encode()).hexdigest()[:16]
 
     def _describe(self) -> str:
-        # Who makes the samples changes no example: the fingerprint is that of releases without the setting.
+        # Who makes the samples does not change examples, so the fingerprint equals that of releases without
+        # the setting.
         names = [one.name for one in dataclasses.fields(self) if one.init and one.name != "external"]
         settings = {name: getattr(self, name) for name in names}
         num_examples = {"train": self.num_train, "eval": self.num_eval}
@@ -308,7 +315,7 @@ class Task(ABC):
     def _checked_example(self, split: Split, index: int) -> Example:
         try:
             return self.example(split, index)
-        except RAISED_BY_TASKS as error:  # at the start of a job that is the user's mistake
+        except RAISED_BY_TASKS as error:  # at the start of a job this is the user's mistake
             raise ConfigError(
                 f"task {type(self).__name__}: example({split!r}, {index}) raised "
                 f"{type(error).__name__}: {error}"
@@ -316,7 +323,7 @@ class Task(ABC):
 
 
 def _described(value: Any) -> Any:
-    """What is no JSON, in a way that is the same in every process."""
+    """Describes a value that is not JSON, identically in every process."""
     if isinstance(value, Set):
         return sorted(map(repr, value))
     # The default repr contains the object's address.
@@ -342,7 +349,7 @@ TASKS = Registry[Task](
 
 
 def make_task(settings: Mapping[str, Any], *, seed: int, sandbox: str = "bwrap") -> Task:
-    """The task described by the configuration's `task` section; `sandbox`: `rewards.sandbox`.
+    """Creates the task described by the configuration's `task` section; `sandbox`: `rewards.sandbox`.
 
     Raises ConfigError.
     """

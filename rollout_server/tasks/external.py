@@ -1,4 +1,4 @@
-"""`task: {name: external}`: examples are numbers only, for external agents that have their own data."""
+"""`task: {name: external}`: examples are just numbers, for external agents that have their own data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rollout_server.tasks.base import Example, Split, Task
 
 @dataclass(frozen=True, kw_only=True)
 class ExternalTask(Task):
-    """An agent claims a session, is told the split and the index, and posts the reward."""
+    """An external agent claims a session, gets the split and the index, and posts the reward."""
 
     external: bool = True
 
@@ -23,5 +23,5 @@ class ExternalTask(Task):
         super().__post_init__()
 
     def example(self, split: Split, index: int) -> Example:
-        """An empty prompt: the agent knows what `index` of `split` stands for."""
+        """Returns an empty prompt: the agent knows what `index` of `split` stands for."""
         return Example(prompt="", answer=None)

@@ -1,4 +1,4 @@
-"""What tasks on suites of environments share: an optional package, and a seed for each example."""
+"""The common part of tasks on suites of environments: an optional package, and a seed for each example."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ class GameTask(Task):
     """First message of every episode; empty: none."""
 
     def example(self, split: Split, index: int) -> Example:
-        """A seed: even for training, odd for held-out examples."""
+        """Returns a seed: even for training, odd for held-out examples."""
         seed = 2 * self.rng(split, index).getrandbits(30) + (split == "eval")
         return Example(prompt=f"game {seed}", answer=seed)
 
     def first_messages(self, observation: str) -> list[dict[str, Any]]:
-        """The system prompt, if there is one, and the first observation."""
+        """Returns the system prompt, if there is one, and the first observation."""
         system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
         return [*system, {"role": "user", "content": observation}]
 
 
 def optional_package(package: str, *, task: str, distribution: str = "") -> Any:
-    """Imports a package. Raises ConfigError that says how to install it.
+    """Imports a package. If it is missing, raises ConfigError that says how to install it.
 
-    `distribution`: its name on the package index, if it is another one.
+    `distribution`: its name on the package index, if different.
     """
     try:
         return importlib.import_module(package)

@@ -1,7 +1,7 @@
 """Gymnasium environments with text observations: `task: {name: gymnasium, id: my_module:MyWorld-v0}`.
 
-The policy's reply is the action: a text in the environment's Text space, or one of `actions` if its space is
-Discrete. A reply that is not an action is answered without a step of the environment.
+The policy's reply is the action: text in the environment's Text space, or one of `actions` if its space is
+Discrete. For a reply that is not an action, the environment takes no step, and the policy is told.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ class GymnasiumTask(GameTask):
     """Episodes of one registered environment."""
 
     id: str = ""
-    """As for `gymnasium.make`; `module:Name-v0` imports the module first."""
+    """Id passed to `gymnasium.make`; `module:Name-v0` imports the module first."""
     params: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the environment."""
     actions: Sequence[str] = ()
-    """What the policy says for action 0, 1, ... of a Discrete space; unused for a Text space."""
+    """The policy's words for actions 0, 1, ... of a Discrete space; unused for a Text space."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -34,7 +34,7 @@ class GymnasiumTask(GameTask):
             raise ConfigError("task gymnasium: set task.id, as for gymnasium.make")
 
     def environment(self, example: Example) -> Environment:
-        """The environment, reset with the example's seed."""
+        """Returns the environment, which is reset with the example's seed."""
         return GymnasiumEnvironment(self, seed=example.answer)
 
 
@@ -47,7 +47,8 @@ class GymnasiumEnvironment(Environment):
         self._env: Any = None
 
     def check(self) -> None:
-        """Raises ConfigError if the environment does not exist, or has no text."""
+        """Raises ConfigError if the environment does not exist, or if its observations or actions are not
+        text."""
         try:
             env = self._make()
             observation, _ = env.reset(seed=self._example_seed)
@@ -62,13 +63,14 @@ class GymnasiumEnvironment(Environment):
             env.close()
 
     async def reset(self) -> list[Message]:
-        """The system prompt and the first observation."""
+        """Returns the system prompt and the first observation."""
         self._env = self._make()
         observation, _ = self._env.reset(seed=self._example_seed)
         return self._task.first_messages(_text(observation))
 
     async def step(self, reply: Reply) -> Step:
-        """Takes the reply as an action. Metrics: `invalid_actions`, and `time_limit` if that ended it."""
+        """Performs the reply as an action. Metrics: `invalid_actions`, and `time_limit` if that ended the
+        episode."""
         action, problem = self._action_of(reply.text.strip(), self._env.action_space)
         if problem:
             return Step(messages=[{"role": "user", "content": problem}], metrics={"invalid_actions": 1.0})
@@ -90,16 +92,17 @@ class GymnasiumEnvironment(Environment):
         return gymnasium.make(self._task.id, disable_env_checker=True, **self._task.params)
 
     def _action_of(self, text: str, space: Any) -> tuple[Any, str]:
-        """The action that a reply means, and why it means none. Raises EpisodeError for other spaces."""
+        """Returns the action that a reply means, and why it means none. Raises EpisodeError for other
+        spaces."""
         spaces = optional_package("gymnasium.spaces", task="gymnasium")
         if isinstance(space, spaces.Text):
             about = f"{space.min_length} to {space.max_length} of the characters {space.characters!r:.200}"
-            return text, "" if text in space else f"This is no action. Reply with {about}."
+            return text, "" if text in space else f"This is not a valid action. Reply with {about}."
         if isinstance(space, spaces.Discrete) and len(self._task.actions) == space.n:
             words = list(self._task.actions)
             if text in words:
                 return space.start + words.index(text), ""
-            return None, f"This is no action. Reply with one of: {', '.join(words)}."
+            return None, f"This is not a valid action. Reply with one of: {', '.join(words)}."
         raise EpisodeError(
             f"the action space is {space}: want Text, or Discrete with task.actions (a word for each action)"
         )
@@ -108,7 +111,7 @@ class GymnasiumEnvironment(Environment):
 def _text(observation: Any) -> str:
     if not isinstance(observation, str):
         raise EpisodeError(
-            f"an observation is {type(observation).__name__} and no text: use an environment, or an "
+            f"an observation is {type(observation).__name__}, not text: use an environment, or an "
             "ObservationWrapper, whose observations are str"
         )
     return observation

@@ -1,9 +1,9 @@
 """Several tasks in one job: `task: {name: mixture, tasks: [{weight: 2, name: data, ...}, ...]}`.
 
 Training indices are those of the first task, then those of the second, and so on. The buffer draws the tasks
-in proportion to their weights and goes through the indices of each in epochs of its own, so a small data set
-comes around more often (buffer/prompts/order.py). The held-out prompts are interleaved by the same rule, up
-to where the first task has no further ones.
+in proportion to their weights, and each task has its own epochs, so a small data set is repeated more often
+(buffer/prompts/order.py). The held-out prompts are interleaved by the same rule, until one of the tasks has
+no further ones.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from rollout_server.tasks.base import (
 )
 
 _OWN = ("weight", "label", "max_new_tokens")
-"""Settings of an entry that are not settings of its task."""
+"""Settings of an entry that do not belong to its task."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,28 +57,28 @@ class _PartExample(Example):
 
     part: _Part
     own: Example
-    """As the part's task made it."""
+    """The example as created by the part's task."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureTask(Task):
-    """Tasks with weights. Samples are labeled with the task that they are of."""
+    """Tasks with weights. Samples are labeled by their task."""
 
     least: ClassVar[Mapping[str, int]] = {"num_train": 0, "num_eval": 0, "max_prompt_tokens": 0}
 
     tasks: Sequence[Any] = ()
     """The tasks, each a mapping with the settings of a task and `weight` (any positive numbers; 1 if absent),
-    `label` (else the examples' own labels, or the task's name), and `max_new_tokens` (longest answer)."""
+    `label` (else the examples' own labels, or the task's name), and `max_new_tokens` (longest completion)."""
     num_train: int = 0
     """Set to the sum over the tasks."""
     num_eval: int = 0
-    """At most so many held-out prompts; 0: as many as keep the weights."""
+    """Maximum number of held-out prompts; 0: as many as the weights permit."""
     max_prompt_tokens: int = 0
     """Set to the largest of the tasks."""
 
     parts: tuple[_Part, ...] = field(init=False, repr=False, compare=False)
     held_out: tuple[_Part, ...] = field(init=False, repr=False, compare=False)
-    """Those with held-out prompts."""
+    """Parts with held-out prompts."""
     starts: tuple[int, ...] = field(init=False, repr=False, compare=False)
     """First training index of each part, and the end."""
     most_eval: int | None = field(init=False, default=None, repr=False, compare=False)
@@ -118,7 +118,7 @@ class MixtureTask(Task):
         super().__post_init__()
 
     def example(self, split: Split, index: int) -> Example:
-        """The example of the task that the index belongs to."""
+        """Returns the example of the task that the index belongs to."""
         part, own_index = self._train_place(index) if split == "train" else self._eval_place(index)
         own = part.task.example(split, own_index)
         return _PartExample(
@@ -132,7 +132,7 @@ class MixtureTask(Task):
         )
 
     def reward(self, example: Example, completion: Completion) -> Rewarded | Awaitable[Rewarded]:
-        """The reward of the example's task; 0 if only its environment gives rewards."""
+        """Returns the reward of the example's task; 0 if only its environment gives rewards."""
         if self.has_async_reward:
             return self._async_reward(example, completion)
         part, own = _of(example)
@@ -144,12 +144,12 @@ class MixtureTask(Task):
         return await scored if isinstance(scored, Awaitable) else scored
 
     def environment(self, example: Example) -> Environment | None:
-        """That of the example's task; None: one prompt, one answer."""
+        """Returns the environment of the example's task; None: one prompt, one completion."""
         part, own = _of(example)
         return part.task.environment(own)
 
     async def agent(self, example: Example, session: Session) -> float | Mapping[str, float] | Score | None:
-        """That of the example's task; else one prompt, one answer."""
+        """Runs the agent of the example's task; without one, requests one completion."""
         part, own = _of(example)
         if part.task.has_agent:
             return await part.task.agent(own, session)
@@ -168,7 +168,7 @@ class MixtureTask(Task):
 
     @property
     def has_reward(self) -> bool:
-        """True if one of the tasks has a reward besides those of environments."""
+        """True if one of the tasks has a reward in addition to those of environments."""
         return any(part.task.has_reward for part in self.parts)
 
     def rewards(self, example: Example) -> bool:
@@ -182,12 +182,12 @@ class MixtureTask(Task):
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """The tasks, with their sizes and weights."""
+        """Returns the tasks with their sizes and weights."""
         return tuple(Source(size=part.task.num_train, weight=part.weight) for part in self.parts)
 
     @property
     def content(self) -> list[str]:
-        """Fingerprints of the data of all tasks."""
+        """Returns fingerprints of the data of all tasks."""
         return [part.task.fingerprint() for part in self.parts]
 
     def check(self) -> None:
@@ -196,7 +196,7 @@ class MixtureTask(Task):
             part.task.check()
 
     def without_long_prompts(self, fitting: FittingPrompts) -> Self:
-        """The mixture without the prompts that do not fit, for each task with its own limit."""
+        """Returns the mixture without prompts that do not fit, with each task's own limit."""
         fitted = copy.copy(self)
         fitted._set_parts(
             [dataclasses.replace(part, task=part.task.without_long_prompts(fitting)) for part in self.parts]
@@ -204,7 +204,7 @@ class MixtureTask(Task):
         return fitted
 
     def settings_of_workers(self, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The settings, with those of each task."""
+        """Returns the settings, with those of each task replaced."""
         entries = []
         for part, entry in zip(self.parts, settings["tasks"], strict=True):
             own = {name: entry[name] for name in _OWN if name in entry}
@@ -238,7 +238,7 @@ class MixtureTask(Task):
 
 
 def _part(entry: Any, *, seed: int, sandbox: str) -> _Part:
-    """Raises ConfigError."""
+    """Creates a part from its entry. Raises ConfigError."""
     if not isinstance(entry, Mapping):
         raise ConfigError(f"want a mapping with the settings of a task, got {entry!r}")
     weight, label, tokens = entry.get("weight", 1.0), entry.get("label", ""), entry.get("max_new_tokens", 0)
@@ -252,7 +252,7 @@ def _part(entry: Any, *, seed: int, sandbox: str) -> _Part:
     if not task.num_train:
         raise ConfigError("the task has no training prompts")
     name = str(entry.get("name") or type(task).__name__)
-    Example(prompt="", answer=None, label=label)  # raises for what cannot be a label
+    Example(prompt="", answer=None, label=label)  # raises for an invalid label
     return _Part(task=task, weight=float(weight), label=label, name=name, max_new_tokens=tokens)
 
 
@@ -266,7 +266,7 @@ def _of(example: Example) -> tuple[_Part, Example]:
 
 
 def _num_eval(parts: Sequence[_Part]) -> int:
-    """The largest number of held-out prompts for which no task is asked for more than it has."""
+    """Returns the largest number of held-out prompts for which no task needs more than it has."""
     weights = [part.weight for part in parts]
     low, high = 0, sum(part.task.num_eval for part in parts)
     while low < high:

@@ -25,7 +25,7 @@ class ReasoningGymTask(Task):
     """`task: {name: reasoning_gym, dataset: chain_sum, params: {max_terms: 3}}`."""
 
     dataset: str = ""
-    """Name of the data set in reasoning_gym."""
+    """Name of a data set in reasoning_gym."""
     params: Mapping[str, Any] = field(default_factory=dict)
     """Settings of that data set."""
     system_prompt: str = "simple"
@@ -67,7 +67,7 @@ class ReasoningGymTask(Task):
         return str(prompts.get(self.system_prompt, self.system_prompt))
 
     def example(self, split: Split, index: int) -> Example:
-        """The question as chat messages; `metadata["entry"]` is the record that the scorer takes."""
+        """Returns the question as chat messages; `metadata["entry"]` is the record for the scorer."""
         entry = self._splits[split][index]
         messages = [{"role": "user", "content": entry["question"]}]
         if self._system:
@@ -75,7 +75,7 @@ class ReasoningGymTask(Task):
         return Example(prompt=messages, answer=entry["answer"], metadata={"entry": entry})
 
     def reward(self, example: Example, completion: str) -> float:
-        """reasoning_gym's score in 0 .. 1 of the last `<answer>`, or of the whole completion."""
+        """Returns reasoning_gym's score in 0 .. 1 for the last `<answer>`, or for the whole completion."""
         answer = importlib.import_module("reasoning_gym.utils").extract_answer(completion)
         scored = completion.strip() if answer is None else answer
         return float(self._splits["train"].score_answer(answer=scored, entry=example.metadata["entry"]))

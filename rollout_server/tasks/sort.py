@@ -20,13 +20,13 @@ class SortTask(Task):
     """Prompt `5203=`, answer `0235`."""
 
     max_prompt_tokens: int = sorting.MAX_DIGITS + 2
-    """Eight digits, the equals sign, and a BOS token if the tokenizer adds one."""
+    """Room for eight digits, the equals sign, and a BOS token if the tokenizer adds one."""
 
     def example(self, split: Split, index: int) -> Example:
-        """The digits with an equals sign, and the sorted digits."""
+        """Returns the digits with an equals sign, and the sorted digits."""
         example = sorting.sort_example(seed=self.seed, split=_SPLITS[split], index=index)
         return Example(prompt=example.prompt, answer=example.answer)
 
     def reward(self, example: Example, completion: str) -> float:
-        """1.0 for exactly the sorted digits, else 0.0."""
+        """Returns 1.0 for exactly the sorted digits, otherwise 0.0."""
         return float(completion == example.answer)

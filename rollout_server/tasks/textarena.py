@@ -1,7 +1,7 @@
 """Games of TextArena, alone or against a scripted opponent: `task: {name: textarena, game: Nim-v0, ...}`.
 
-TextArena's observation wrappers repeat the whole game before each move. In a conversation that is said
-already, so they are passed by: the policy reads what is new, without its own moves.
+TextArena's observation wrappers repeat the whole game before each move. A conversation already contains it,
+so the wrappers are bypassed: the policy reads only what is new, without its own moves.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from rollout_server.tasks.games import GameTask, optional_package
 
 @dataclass(frozen=True, kw_only=True)
 class TextArenaTask(GameTask):
-    """One game from many seeds. The reward is the game's, of the policy's player."""
+    """One game with many seeds. The reward is the game's reward for the policy's player."""
 
     game: str = ""
-    """TextArena's id."""
+    """TextArena's id of the game."""
     params: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the game."""
     opponent: str = ""
@@ -45,7 +45,7 @@ class TextArenaTask(GameTask):
             self.opponent_function()
 
     def opponent_function(self) -> Any:
-        """The function that `opponent` names. Raises ConfigError."""
+        """Returns the function named by `opponent`. Raises ConfigError."""
         module, _, name = self.opponent.rpartition(".")
         try:
             return getattr(importlib.import_module(module), name)
@@ -53,7 +53,7 @@ class TextArenaTask(GameTask):
             raise ConfigError(f"task.opponent={self.opponent}: {error}; want module.function") from error
 
     def environment(self, example: Example) -> Environment:
-        """The game, with the example's seed."""
+        """Returns the game with the example's seed."""
         return TextArenaEnvironment(self, seed=example.answer)
 
 
@@ -67,7 +67,7 @@ class TextArenaEnvironment(Environment):
         self._opponent = task.opponent_function() if task.opponent else None
 
     async def reset(self) -> list[Message]:
-        """The rules, and what the opponent did if it moves first."""
+        """Returns the rules, and the opponent's move if it moves first."""
         textarena = optional_package("textarena", task="textarena")
         self._game = self._inner = textarena.make(self._task.game, **self._task.params)
         while isinstance(self._inner, textarena.Wrapper):
@@ -78,7 +78,7 @@ class TextArenaEnvironment(Environment):
         return self._task.first_messages(self._observation(self._task.player))
 
     async def step(self, reply: Reply) -> Step:
-        """Plays the reply, then the opponent's moves. Metric: `invalid_moves`, if that ended the game."""
+        """Plays the reply, then the opponent's moves. Metric: `invalid_moves`, if one ended the game."""
         is_done, _ = self._game.step(action=reply.text)
         if not self._let_opponent_move(is_done=is_done):
             return Step(messages=[{"role": "user", "content": self._observation(self._task.player)}])
@@ -91,7 +91,7 @@ class TextArenaEnvironment(Environment):
         )
 
     def _let_opponent_move(self, *, is_done: bool) -> bool:
-        """Moves until it is the policy's turn; true if the game has ended."""
+        """Moves until it is the policy's turn; returns True if the game has ended."""
         while not is_done and self._inner.state.current_player_id != self._task.player:
             assert self._opponent is not None
             move = self._opponent(self._observation(self._inner.state.current_player_id), self._rng)
@@ -99,7 +99,7 @@ class TextArenaEnvironment(Environment):
         return bool(is_done)
 
     def _observation(self, player: int) -> str:
-        """What is new for a player whose turn it is."""
+        """Returns the new observations for a player whose turn it is."""
         _, news = self._inner.get_observation()
         return "\n\n".join(
             text for author, text, kind in news if not (author == player and kind == self._own_move)

@@ -12,7 +12,7 @@ from rollout_server.tools import Tool, make_tools
 
 @dataclass(frozen=True, kw_only=True)
 class ToolTask(Task):
-    """Its `environment` gives `self.make_tools()` to a ToolEnvironment."""
+    """A task whose `environment` passes `self.make_tools()` to a ToolEnvironment."""
 
     tools: Sequence[str | Mapping[str, Any]] = ()
     """Names of tools (calculator, python, search), or mappings with `name` or `_target_` and settings."""
@@ -22,5 +22,5 @@ class ToolTask(Task):
         self.make_tools()  # raises ConfigError for an unknown tool or setting
 
     def make_tools(self) -> tuple[Tool, ...]:
-        """The tools of one environment, in the job's sandbox."""
+        """Creates the tools of one environment, in the job's sandbox."""
         return make_tools(self.tools, sandbox=self.sandbox)

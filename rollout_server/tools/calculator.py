@@ -1,8 +1,8 @@
 """A calculator: exact arithmetic on whole numbers, fractions and decimals.
 
-The expression is parsed by `ast` and computed here; nothing is evaluated by Python, and names other than the
-functions below do not exist. Numbers are fractions without rounding, so 0.1 + 0.2 is 0.3 and 1 / 3 * 3 is 1;
-only roots and broken exponents are floats. The size of every intermediate number is bounded before it is
+The expression is parsed by `ast` and computed here; Python does not evaluate anything, and the only names are
+the functions below. Numbers are exact fractions, so 0.1 + 0.2 is 0.3 and 1 / 3 * 3 is 1; only roots and
+powers with fractional exponents are floats. The size of every intermediate number is bounded before it is
 computed: `9**9**9` is refused at once.
 """
 
@@ -32,7 +32,7 @@ class Calculator(NamedTool):
     """`{name: calculator}`."""
 
     def tool(self) -> Tool:
-        """A tool with one argument, the expression."""
+        """Returns a tool with one argument, the expression."""
         return Tool.of(calculator)
 
 
@@ -46,7 +46,7 @@ async def calculator(expression: str) -> str:
 
 
 def evaluate(expression: str) -> Number:
-    """The value of an expression. Raises ToolError that says what is wrong with it."""
+    """Returns the value of an expression. Raises ToolError that says what is wrong with it."""
     if len(expression) > _MAX_CHARS:
         raise ToolError(f"the expression has {len(expression)} characters; at most {_MAX_CHARS} are read")
     try:

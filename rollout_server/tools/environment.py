@@ -1,4 +1,4 @@
-"""An environment in which the policy calls tools until it has an answer.
+"""An environment in which the policy calls tools until it has the final answer.
 
     prompt -> [reply with calls -> their outputs]* -> reply without a call -> final(reply) -> done
 
@@ -6,16 +6,16 @@ A task's author writes `final`, the reward of the reply without calls:
 
     class Product(ToolEnvironment):
         def __init__(self, a: int, b: int) -> None:
-            super().__init__(f"How much is {a} times {b}? ToolOutput with the number.", [calculator])
+            super().__init__(f"How much is {a} times {b}? Answer with the number.", [calculator])
             self.answer = a * b
 
         async def final(self, reply: Reply) -> float:
             return float(reply.text.strip() == str(self.answer))
 
-The calls of a reply run one after the other, because tools may share state. A malformed call, an unknown tool
-and a tool that raises are answers to the policy. `episode.step_timeout_s` limits all calls of a reply: the
-process is killed and the sample fails. To prevent that, calls that start after `reply_timeout_s` are answered
-without running.
+The calls of a reply run one after the other, because tools may share state. Malformed calls, unknown tools
+and exceptions of tools are reported to the policy. `episode.step_timeout_s` limits all calls of a reply:
+beyond it the process is killed and the sample fails. To prevent that, calls due after `reply_timeout_s` are
+not run, and the policy is told.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class ToolEnvironment(Environment):
     """Base of environments with tools. A subclass implements `final`."""
 
     max_calls: ClassVar[int] = 16
-    """Calls of one reply that are run."""
+    """Maximum number of calls that are run per reply."""
     reply_timeout_s: ClassVar[float] = 25.0
     """Time for all calls of one reply, in seconds: below `episode.step_timeout_s`."""
 
@@ -57,10 +57,10 @@ class ToolEnvironment(Environment):
 
     @abstractmethod
     async def final(self, reply: Reply) -> float | Step:
-        """The reward of a reply without calls, which ends the episode; or a Step, which may continue it."""
+        """Returns the reward of a reply without calls, which ends the episode; a Step may continue it."""
 
     async def reset(self) -> list[Message]:
-        """The prompt."""
+        """Returns the prompt."""
         if isinstance(self._prompt, str):
             return [{"role": "user", "content": self._prompt}]
         return list(self._prompt)

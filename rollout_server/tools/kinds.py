@@ -1,9 +1,8 @@
-"""From a parameter's type hint to its JSON schema, and to the check of an argument.
+"""Converts a parameter's type hint to a JSON schema, and to a check of arguments.
 
 Supported: str, int, float, bool, Literal, list, dict with text keys, None in a union, unions of these, and
-Any. Each is a small class with both halves, so that the schema which the policy reads and the check of what
-it wrote cannot differ. Values are not converted, except for a whole number written as `3.0` or where a float
-is wanted.
+Any. Each is a small class with both, so that the schema shown to the policy and the check of its arguments
+cannot differ. Values are not converted, except for a whole number written as `3.0`, or given for a float.
 """
 
 from __future__ import annotations
@@ -17,22 +16,23 @@ from typing import Any, Literal, Protocol
 from areal_like.errors import ConfigError, ToolError
 
 _MAX_SHOWN_CHARS = 80
-"""A wrong value is quoted up to this length."""
+"""Maximum length at which a wrong value is quoted."""
 
 
 class Kind(Protocol):
-    """What values a parameter takes."""
+    """The set of values that a parameter accepts."""
 
     @property
     def schema(self) -> dict[str, Any]:
-        """JSON schema."""
+        """Returns the JSON schema."""
 
     def check(self, value: Any, name: str) -> Any:
-        """The value as the function gets it. Raises ToolError that says what is wrong with `name`."""
+        """Returns the value as passed to the function. Raises ToolError that says what is wrong with
+        `name`."""
 
 
 def kind_of(hint: Any) -> Kind:
-    """The kind of a type hint. Raises ConfigError if it is not supported."""
+    """Returns the kind for a type hint. Raises ConfigError if it is not supported."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(hint, type) and hint in _SCALARS:
         return _SCALARS[hint]
@@ -158,7 +158,7 @@ class _Union:
 
 
 def shown(value: Any) -> str:
-    """A value as a message quotes it."""
+    """Formats a value for a message."""
     text = repr(value)
     return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]}..."
 

@@ -1,4 +1,4 @@
-"""A Python interpreter for the policy: each call is a program of its own, in the job's sandbox."""
+"""A Python interpreter for the policy: each call runs a separate program in the job's sandbox."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rollout_server.tools.settings import NamedTool
 from rollout_server.tools.tool import Tool
 
 _EXTRA_TIME_S = 10.0
-"""The sandbox ends a program at its limit; starting and ending it take longer on a busy machine."""
+"""Extra time, because starting and ending a program in the sandbox take longer on a busy machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class Python(NamedTool):
     memory_mb: int = 512
     """Address space of one process, in MiB."""
     max_output_bytes: int = 8192
-    """Bytes that the policy gets of stdout, and as many of stderr."""
+    """Bytes of stdout passed to the policy, and the same number of stderr."""
 
     def __post_init__(self) -> None:
         make_sandbox(self.sandbox)
@@ -32,7 +32,7 @@ class Python(NamedTool):
             raise ConfigError("tool python: timeout_s and max_output_bytes above 0, memory_mb at least 32")
 
     def tool(self) -> Tool:
-        """A tool with one argument, the source."""
+        """Returns a tool with one argument, the source."""
         sandbox = make_sandbox(self.sandbox)
         limits = Limits(
             timeout_s=self.timeout_s, memory_mb=self.memory_mb, output_bytes=self.max_output_bytes
@@ -55,7 +55,7 @@ class Python(NamedTool):
 
 
 def describe(result: ProgramResult, limits: Limits) -> str:
-    """What the policy reads about a program."""
+    """Describes a program's result to the policy."""
     parts = [result.stdout.rstrip("\n")]
     if result.stderr.strip():
         parts.append(result.stderr.strip())

@@ -1,9 +1,9 @@
-"""A search service that answers over HTTP with JSON.
+"""A tool that queries a search service over HTTP with JSON responses.
 
-The URL is the job's, never the policy's: the policy chooses the words only. Redirects are not followed, no
-proxy of the environment is used, and bytes and time are bounded, so a service that misbehaves costs one
-error. The answer is a list of results, or an object that has one under `results_key`; a result is a text or
-an object, of which `text_keys` are shown.
+The URL comes from the job, never from the policy, which chooses only the words. Redirects are not followed,
+proxies in the environment are ignored, and bytes and time are bounded, so a service that misbehaves causes
+only an error. The response is a list of results, or an object that has one under `results_key`; a result is a
+text, or an object whose `text_keys` are shown.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ class Search(NamedTool):
     query_key: str = "q"
     """Name of the parameter, or of the object's field, with the policy's words."""
     results_key: str = "results"
-    """Field of the answer that has the list of results; unused if the answer is a list."""
+    """Field of the response that has the list of results; unused if the response is a list."""
     text_keys: Sequence[str] = ("title", "text", "url")
     """Fields of a result that the policy reads."""
     max_results: int = 5
-    """Results that the policy reads."""
+    """Maximum number of results shown to the policy."""
     max_result_chars: int = 1000
-    """Characters of one result."""
+    """Maximum number of characters of one result."""
     max_bytes: int = 1 << 20
-    """Bytes of an answer; a longer one is an error."""
+    """Maximum size of a response, in bytes; a longer one is an error."""
     timeout_s: float = 10.0
     """Time limit of one search, in seconds."""
     key_variable: str = ""
@@ -58,7 +58,7 @@ class Search(NamedTool):
             raise ConfigError(f"tool search: text_keys={self.text_keys!r}: want a list")
 
     def tool(self) -> Tool:
-        """A tool with one argument, the query."""
+        """Returns a tool with one argument, the query."""
 
         async def search(query: str) -> str:
             """Searches a collection of texts and returns the best matches.
@@ -101,7 +101,7 @@ class Search(NamedTool):
                 ) as response,
             ):
                 if response.status != 200:
-                    raise ToolError(f"the search service answered with HTTP status {response.status}")
+                    raise ToolError(f"the search service responded with HTTP status {response.status}")
                 body = bytearray()
                 async for chunk in response.content.iter_any():
                     body += chunk

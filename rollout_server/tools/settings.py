@@ -1,6 +1,6 @@
-"""Tools by name, as a task's settings have them: `tools: [calculator, {name: python, timeout_s: 5}]`.
+"""Tools by name, for a task's settings: `tools: [calculator, {name: python, timeout_s: 5}]`.
 
-A named tool is a frozen dataclass whose fields are its settings, as a task is. A tool of your own needs no
+Like a task, a named tool is a frozen dataclass whose fields are its settings. A tool of your own needs no
 registration: `{_target_: my_module.MyTool}`, or a plain function given to ToolEnvironment.
 """
 
@@ -20,7 +20,7 @@ class NamedTool(ABC):
 
     @abstractmethod
     def tool(self) -> Tool:
-        """The tool with these settings."""
+        """Returns the tool with these settings."""
 
 
 TOOLS = Registry[NamedTool](
@@ -36,7 +36,7 @@ TOOLS = Registry[NamedTool](
 
 
 def make_tools(settings: Sequence[str | Mapping[str, Any]], *, sandbox: str) -> tuple[Tool, ...]:
-    """The tools that a list of names, or of sections with `name` or `_target_`, describes.
+    """Creates the tools in a list of names, or of sections with `name` or `_target_`.
 
     `sandbox`: the job's `rewards.sandbox`. Raises ConfigError.
     """

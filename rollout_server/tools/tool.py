@@ -7,10 +7,10 @@
             city: Name of the city, in English.
         \"\"\"
 
-Its schema (OpenAI's function format) is made from its name, signature, type hints and docstring, of which an
-`Args:` section describes the parameters. A function whose schema cannot be made is refused when the job
-starts. What the policy gets wrong is an answer to the policy: `call` does not raise. A function that blocks
-runs in a thread of its own; after its time limit it cannot be stopped, only abandoned.
+Its schema (OpenAI's function format) is generated from its name, signature, type hints and docstring, whose
+`Args:` section describes the parameters. A function whose schema cannot be generated is refused when the job
+starts. Mistakes of the policy are reported to the policy: `call` does not raise. A function that blocks runs
+in a thread of its own; after its time limit it cannot be stopped, only abandoned.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class Parameter:
 
     @property
     def is_required(self) -> bool:
-        """True if a call has to give it."""
+        """True if a call has to pass it."""
         return self.default is _REQUIRED
 
     @property
     def schema(self) -> dict[str, Any]:
-        """JSON schema, with the default if it is a JSON value."""
+        """Returns the JSON schema, with the default if it is a JSON value."""
         schema = dict(self.kind.schema)
         if self.description:
             schema["description"] = self.description
@@ -62,7 +62,7 @@ class Parameter:
 
 @dataclass(frozen=True, kw_only=True)
 class ToolOutput:
-    """What the policy reads after a call."""
+    """The text that the policy reads after a call."""
 
     text: str
     is_error: bool = False
@@ -79,15 +79,16 @@ class Tool:
     timeout_s: float = 10.0
     """Time limit of one call, in seconds."""
     max_chars: int = 8192
-    """The output is cut there, with a note."""
+    """Maximum length of the output, which is cut with a note."""
     check: Callable[[], None] = field(default=lambda: None, repr=False)
-    """Raises ConfigError if the tool does not work on this machine. Called once, at a server's start."""
+    """Raises ConfigError if the tool does not work on this machine. Called once when a server starts."""
 
     @classmethod
     def of(cls, function: Callable[..., Any], *, name: str = "", **settings: Any) -> Tool:
-        """The tool of a function, coroutine function or bound method. `settings`: `timeout_s`, `max_chars`.
+        """Makes a tool of a function, coroutine function or bound method. `settings`: `timeout_s`,
+        `max_chars`.
 
-        Raises ConfigError if the schema cannot be made.
+        Raises ConfigError if the schema cannot be generated.
         """
         name = name or getattr(function, "__name__", "")
         if not _NAME.fullmatch(name):
@@ -102,7 +103,7 @@ class Tool:
         ).with_settings(**settings)
 
     def with_settings(self, **settings: Any) -> Tool:
-        """The same tool with other limits. Raises ConfigError for a limit that is not above 0."""
+        """Returns the same tool with other limits. Raises ConfigError for a limit that is not above 0."""
         tool = replace(self, **settings)
         if tool.timeout_s <= 0 or tool.max_chars <= 0:
             raise ConfigError(f"tool {self.name}: timeout_s and max_chars must be above 0")
@@ -110,7 +111,7 @@ class Tool:
 
     @property
     def schema(self) -> dict[str, Any]:
-        """In OpenAI's function format."""
+        """Returns the schema in OpenAI's function format."""
         return {
             "type": "function",
             "function": {
@@ -126,7 +127,7 @@ class Tool:
         }
 
     def bind(self, arguments: str) -> dict[str, Any]:
-        """The arguments of a call, checked. Raises ToolError that says what is wrong."""
+        """Checks and returns the arguments of a call. Raises ToolError that says what is wrong."""
         values = _json_object(arguments)
         known = {parameter.name: parameter for parameter in self.parameters}
         if unknown := [name for name in values if name not in known]:
@@ -138,7 +139,7 @@ class Tool:
         return {name: known[name].kind.check(value, name) for name, value in values.items()}
 
     async def call(self, arguments: str, *, timeout_s: float | None = None) -> ToolOutput:
-        """Runs the function. `timeout_s`: a limit below the tool's own. Errors are answers."""
+        """Runs the function; errors become the output. `timeout_s`: a limit below the tool's own."""
         limit_s = self.timeout_s if timeout_s is None else min(self.timeout_s, timeout_s)
         try:
             values = self.bind(arguments)
@@ -147,7 +148,7 @@ class Tool:
             return ToolOutput(text=_valid(self._cut(_text(value))))
         except ToolError as error:
             problem = str(error)
-        # A tool may raise anything. A TimeoutError of its own is not the one of the limit.
+        # A tool may raise anything. Its own TimeoutError is not that of the time limit.
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
             if isinstance(error, TimeoutError) and limit.expired():
@@ -167,7 +168,7 @@ class Tool:
 
 
 async def _in_thread(function: Callable[..., Any], values: Mapping[str, Any]) -> Any:
-    """Calls a function in a thread that neither an executor nor the end of the process waits for."""
+    """Calls a function in a thread that is not waited for, by an executor or at the end of the process."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[Any] = loop.create_future()
 
@@ -196,18 +197,18 @@ def _json_object(text: str) -> dict[str, Any]:
     try:
         values = json.loads(text, parse_constant=_refuse_constant) if text.strip() else {}
     except (ValueError, RecursionError) as error:
-        raise ToolError(f"the arguments are no JSON object ({error}): {text:.80}") from None
+        raise ToolError(f"the arguments are not a JSON object ({error}): {text:.80}") from None
     if not isinstance(values, dict):
-        raise ToolError(f"the arguments are no JSON object but {type(values).__name__}: {text:.80}")
+        raise ToolError(f"the arguments are not a JSON object but {type(values).__name__}: {text:.80}")
     return values
 
 
 def _refuse_constant(constant: str) -> Any:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not JSON")
 
 
 def _text(value: Any) -> str:
-    """What a function returned as text: JSON unless it is text already."""
+    """Converts a function's result to text: JSON unless it is already text."""
     if value is None or value == "":
         return "(no output)"
     if isinstance(value, str):
@@ -216,7 +217,8 @@ def _text(value: Any) -> str:
 
 
 def _valid(text: str) -> str:
-    """Text that can be encoded: the policy can write half of a surrogate pair as \\ud800 in its arguments."""
+    """Returns text that can be encoded: the policy can write half of a surrogate pair as \\ud800 in its
+    arguments."""
     return text.encode(errors="replace").decode()
 
 
@@ -258,7 +260,7 @@ _SECTION = re.compile(r"^\w+:\s*$", re.M)
 
 
 def _described(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
-    """The description, and the descriptions of parameters in an `Args:` section (Google's style)."""
+    """Returns the description, and the descriptions of parameters in an `Args:` section (Google's style)."""
     text = inspect.getdoc(function) or ""
     if not text:
         raise ConfigError("write a docstring: it is what the policy reads about the tool")

@@ -1,8 +1,8 @@
 """Names and shapes of a checkpoint's tensors, read from the headers of its safetensors files.
 
-SGLang responds with 200 to a tensor name that it does not have, and loads part of an update if a later tensor
-has the wrong shape. So the names and shapes of a push are compared with those of the checkpoint that SGLang
-has loaded, before anything is sent. No tensor is read, and torch is not needed.
+SGLang responds with 200 to an unknown tensor name, and loads part of an update if a later tensor has the
+wrong shape. So before anything is sent, the names and shapes of a push are compared with those of the
+checkpoint that SGLang has loaded. No tensor is read, and torch is not needed.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from areal_like.weights.buckets import TensorSpec, check_names
 
 _INDEX = "model.safetensors.index.json"
 _TIED = "lm_head.weight"
-"""Often missing in the checkpoint of a model that ties it to its embedding; every engine accepts it in a
-push. Some of these checkpoints have it all the same (Qwen3-0.6B and 1.7B), and pushes leave it out."""
+"""The output head. Often missing in the checkpoint of a model that ties it to its embedding; every engine
+accepts it in a push. Some of these checkpoints contain it anyway (Qwen3-0.6B and 1.7B), although pushes omit
+it."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,12 @@ class CheckpointShapes:
 
     shapes: dict[str, tuple[int, ...]]
     ties_head: bool = False
-    """True if the head may be the embedding: config.json does not say that it is not."""
+    """True if the head may be tied to the embedding (config.json does not exclude it)."""
 
     @classmethod
     def of(cls, model: str) -> CheckpointShapes:
-        """`model`: argument for `from_pretrained`. Raises ConfigError if it has no readable safetensors."""
+        """Reads the shapes. `model`: argument for `from_pretrained`. Raises ConfigError without readable
+        safetensors."""
         shapes: dict[str, tuple[int, ...]] = {}
         try:
             for path in _files(model):
@@ -48,7 +50,7 @@ class CheckpointShapes:
         return cls(shapes, ties_head=ties_head)
 
     def check(self, specs: Sequence[TensorSpec]) -> None:
-        """Raises WeightSyncError with the names that are unknown, missing or have another shape."""
+        """Raises WeightSyncError with the names that are unknown, missing or have a different shape."""
         is_optional = self.ties_head or _TIED not in self.shapes
         check_names(specs, self.shapes, tied=(_TIED,) if is_optional else ())
 

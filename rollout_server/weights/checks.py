@@ -1,8 +1,8 @@
 """Bounds on the requests of the weight control socket, checked before anything is done.
 
-Without keys (`security.keys`) whoever reaches the socket can send these requests. The checks then keep a
-forged request from making the engine connect to another machine, wait for hours or reserve memory. They do
-not keep it from being performed.
+Without keys (`security.keys`) anyone who can reach the socket can send these requests. The checks then
+prevent a forged request from making the engine connect to another machine, wait for hours or allocate memory.
+They do not prevent a valid forged request from being performed.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from areal_like.hosts import is_loopback
 from areal_like.wire.messages.weights import FormGroup, PushWeights, ScoreTokens
 
 MAX_WORLD_SIZE = 1 << 14
-"""Ranks of one weight group."""
+"""Maximum number of ranks in a weight group."""
 MAX_SCORED, MAX_SCORE_CONTEXT = 256, 8192
-"""Tokens that one ScoreTokens may have scored, and may have in all."""
+"""Maximum number of scored tokens, and of all tokens, in one ScoreTokens."""
 _HOST = re.compile(r"[A-Za-z0-9.:%_-]{1,255}")
 _SECRET = re.compile(r"([0-9a-f]{64})?")
 _UPDATE_MODES = ("recompute", "keep", "abort_resume", "drain")
@@ -28,7 +28,7 @@ _MAX_VERSION = 2**63 - 1
 
 
 def reason_to_refuse(request: object, *, host: str, num_ranks: int, integrity: str) -> str:
-    """What is wrong with a request; empty if nothing is. The arguments are those of the checks below."""
+    """Returns what is wrong with a request; empty if it is valid. For the arguments see the checks below."""
     try:
         if isinstance(request, FormGroup):
             check_form_group(request, host=host, num_ranks=num_ranks)
@@ -40,7 +40,7 @@ def reason_to_refuse(request: object, *, host: str, num_ranks: int, integrity: s
 
 
 def check_form_group(request: FormGroup, *, host: str, num_ranks: int) -> None:
-    """`host`: that this server's control socket is bound to. `num_ranks`: of its engine.
+    """Checks a FormGroup. `host`: address of this server's control socket. `num_ranks`: ranks of its engine.
 
     Raises WeightSyncError.
     """
@@ -64,7 +64,7 @@ def check_form_group(request: FormGroup, *, host: str, num_ranks: int) -> None:
 
 
 def check_push(request: PushWeights, *, integrity: str) -> None:
-    """`integrity`: that this server's configuration requires. Raises WeightSyncError."""
+    """Checks a PushWeights. `integrity`: required by this server's configuration. Raises WeightSyncError."""
     _check_common(request)
     _require(0 <= request.version <= _MAX_VERSION, "version: want a number of 64 bits")
     _require(request.update_mode in _UPDATE_MODES, f"update_mode: want one of {', '.join(_UPDATE_MODES)}")
@@ -77,7 +77,7 @@ def check_push(request: PushWeights, *, integrity: str) -> None:
 
 
 def check_score(request: ScoreTokens) -> None:
-    """Raises WeightSyncError."""
+    """Checks a ScoreTokens. Raises WeightSyncError."""
     num_scored = len(request.tokens) - request.first
     _require(request.first >= 1, f"first {request.first}: want at least 1")
     _require(1 <= num_scored <= MAX_SCORED, f"{num_scored} tokens to score: want 1 to {MAX_SCORED}")

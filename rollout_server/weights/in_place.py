@@ -12,14 +12,15 @@ Update modes:
     abort_resume   new requests are held, running sequences are interrupted and resubmitted afterwards
     drain          new requests are held until running sequences have finished
 
-SGLang's own `abort` pause is not used: it checks only once per second if the running sequences have ended.
+SGLang's own `abort` pause is not used, because it checks only once per second if running sequences have
+ended.
 
 Names and shapes are compared with the checkpoint before anything is sent, because SGLang responds with 200 to
-a name that it does not have. The version is set by a separate call at the end, so that a token can carry it
-only if everything before has succeeded. Unlike the embedded engine, SGLang does not verify the received
-bytes: TCP and NCCL protect them in transit, and the digest over all parameters shows if anything was loaded.
-It does not prove what was sent: SGLang computes it after loading, from 64-bit hashes of its own fused and
-sharded tensors. So a push with `weights.integrity=sha256` is refused.
+an unknown name. The version is set by a separate call at the end, so that tokens get it only if everything
+before has succeeded. Unlike the embedded engine, SGLang does not verify the received bytes: TCP and NCCL
+protect them in transit, and the digest over all parameters shows if anything was loaded. It does not prove
+what was loaded: SGLang computes it after loading, from 64-bit hashes of its own fused and sharded tensors. So
+a push with `weights.integrity=sha256` is refused.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ from rollout_server.weights.strategy import OnQuarantine, OnUntrusted, WeightPus
 log = logging.getLogger(__name__)
 
 _DIGEST_TIMEOUT_S = 30.0
-"""Time for the engine to report its digest, beyond that to compute it."""
+"""Time for the engine to report its digest, in addition to the time to compute it."""
 _RECOVERY_TIMEOUT_S = 5.0
-"""The same after a failure: it does not respond while stuck in a broadcast."""
+"""The same after a failure, where the engine does not respond while stuck in a broadcast."""
 _DIGEST_ELEMENTS_PER_S = 5e9
-"""Least rate at which an engine computes its digest, over all its ranks."""
+"""Minimum rate at which an engine computes its digest, over all its ranks."""
 _ABORT_AGAIN_S = 0.1
 
 
@@ -57,9 +58,9 @@ class SglangWeightUpdate:
     on_quarantine: OnQuarantine
     """Called before a partial update is undone."""
     on_untrusted: OnUntrusted
-    """Called if that failed."""
+    """Called if undoing it failed."""
     reload_timeout_s: float = 120.0
-    """Of a load from disk that undoes it."""
+    """Time limit of the load from disk that undoes it."""
 
     def __post_init__(self) -> None:
         num_elements = sum(math.prod(shape) for shape in self.shapes.shapes.values())
@@ -70,7 +71,7 @@ class SglangWeightUpdate:
         self._initial_digest = self._digest = ""
 
     async def engine_started(self, client: EngineClient, *, path: str, version: int) -> None:
-        """Records `path`, to reload it after a failed push, and the digest of the weights loaded from it."""
+        """Records `path`, for a reload after a failed push, and the digest of the weights loaded from it."""
         assert isinstance(client, SglangClient)
         self._path, self._path_version = path, version
         self._initial_digest = self._digest = await client.weights_checksum(timeout_s=self._digest_timeout_s)
@@ -101,7 +102,8 @@ class SglangWeightUpdate:
                     self.gate.hold()
                     await self._wait_empty(client, interrupting=request.update_mode == "abort_resume")
                 await client.pause("in_place" if request.update_mode == "keep" else "retract")
-                # Only now: what was computed before the pause has the salt of the old weights.
+                # Only now, because everything computed before the pause must have the salt of the old
+                # weights.
                 client.renew_cache_salt()
                 if request.update_mode == "keep":
                     # An `in_place` pause returns while the GPU still computes the last batch, and weights are
@@ -112,7 +114,7 @@ class SglangWeightUpdate:
                     await client.update_weights_from_distributed(
                         bucket, group_name=request.group_name, timeout_s=push.left_s()
                     )
-                # Here and not in the digest below: over NCCL this is the wait for the other ranks.
+                # Here and not in the digest below, because over NCCL this waits for the other ranks.
                 await client.synchronize(timeout_s=push.left_s())
             await client.end_weight_update(timeout_s=push.left_s())
             digest = await client.weights_checksum(timeout_s=push.left_s())
@@ -131,7 +133,7 @@ class SglangWeightUpdate:
         return loop.time() - started_s
 
     async def _wait_empty(self, client: EngineClient, *, interrupting: bool) -> None:
-        """Waits until the engine has no request of this server; aborts them if `interrupting`."""
+        """Waits until the engine has no requests of this server; aborts them if `interrupting`."""
         if interrupting:
             while self.gate.num_inside:
                 await client.abort()
@@ -154,7 +156,8 @@ class SglangWeightUpdate:
                 await self._end_session(client)
             await client.resume()
         except (EngineError, TimeoutError) as error:
-            # A closed client means that its engine is lost already: a new one must not be reported instead.
+            # A closed client means that its engine is already lost; the new engine must not be reported
+            # instead.
             if not client.is_closed:
                 self.on_untrusted(f"its weights are unknown after a failed push: {error or 'no response'}")
         finally:

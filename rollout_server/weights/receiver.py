@@ -2,15 +2,15 @@
 
     NO GROUP -> FormGroup -> IN GROUP -> PushWeights -> IN GROUP -> DissolveGroup (also mid-push) -> NO GROUP
 
-The engine's strategy receives and activates a version (`weights/strategy.py`). No token comes from a
-partial update: a version is activated only after all of it was received and verified, and a failure leaves
-the old version active. If the engine does not report its version after a failure, its weights are unknown:
-it is reported with `on_untrusted` and replaced. A control message of a newer weight group cancels the work
-for an older one.
+The engine's strategy receives and activates a version (`weights/strategy.py`). No token comes from a partial
+update: a version is activated only after all of it was received and verified, and a failure leaves the old
+version active. If the engine does not report its version after a failure, its weights are unknown: it is
+reported with `on_untrusted` and replaced. A control message for a newer weight group cancels work for an
+older one.
 
 Requests are bounded (checks.py), and only the peer that formed the group may push into it or dissolve it.
-Anybody who reaches the socket may form a group, because a restarted trainer is a new peer: who may reach it
-is for the socket's keys to decide.
+Anyone who can reach the socket may form a group, because a restarted trainer is a new peer; the socket's keys
+control who can reach it.
 """
 
 from __future__ import annotations
@@ -53,34 +53,34 @@ log = logging.getLogger(__name__)
 _CLEANUP_TIMEOUT_S = 5.0
 """Time limit of each call to the engine after a failure, and of waiting for a cancelled request."""
 _MAX_QUEUED = 16
-"""Requests that may wait. A trainer sends the next one when it has the response to the last; two trainers may
-overlap."""
+"""Maximum number of waiting requests. A trainer sends the next one after the response to the last; two
+trainers may overlap."""
 _MAX_REQUEST_BYTES = (1 << 10) + max(HEADER_LIMITS[TAGS[kind]] for kind in TO_SERVER)
-"""Requests carry no arrays, and encryption adds a few bytes. libzmq keeps up to this much of what a stranger
-without a key sends."""
+"""Maximum message size: requests have no arrays, and encryption adds a few bytes. libzmq buffers up to this
+much from a stranger without a key."""
 _MAX_REMEMBERED = 64
-"""Requests whose repetition is recognized."""
+"""Number of requests remembered to recognize repetitions."""
 _SCORE_TIMEOUT_S = 30.0
-"""Longest time that an engine may take to score tokens; one that is full responds when it has room."""
+"""Time limit for scoring tokens; an engine that is full responds once it has room."""
 _NO_ENGINE = "this server's engine is not running"
 _MIN_TIMEOUT_S = 0.001
-"""Shortest timeout passed to the engine, where 0 would mean no timeout."""
+"""Shortest timeout passed to the engine, for which 0 would mean no timeout."""
 
 
 class RepeatedRequests:
-    """Recognizes a request that rank 0 sends again, because a renewed key interrupted the connection. Pure.
+    """Recognizes requests that rank 0 repeats because a renewed key interrupted the connection. Pure.
 
-    It is not performed twice: its response is sent again, or once when it is there.
+    A repeated request is not performed again: its response is sent again, or once it is available.
 
-    unknown -> is_new() -> waits or is being handled -> record() -> answered
+    unknown -> is_new() -> waits or is being handled -> record() -> responded
     """
 
     def __init__(self) -> None:
         self._responses: dict[tuple[bytes, int], WeightsOk | WeightsFailed | None] = {}
-        """By (route, request id); None: the request waits or is being handled."""
+        """Responses by (route, request id); None: the request is waiting or being handled."""
 
     def is_new(self, envelope: Envelope) -> bool:
-        """Remembers a request; False if it came before. A request without an id is always new."""
+        """Remembers a request; returns False if it is a repetition. A request without an id is always new."""
         request = (envelope.peer, envelope.rid)
         if envelope.rid == 0:
             return True
@@ -92,17 +92,17 @@ class RepeatedRequests:
         return True
 
     def response_to(self, envelope: Envelope) -> WeightsOk | WeightsFailed | None:
-        """The response that was recorded; None if there is none yet."""
+        """Returns the recorded response; None if there is none yet."""
         return self._responses.get((envelope.peer, envelope.rid))
 
     def record(self, envelope: Envelope, response: WeightsOk | WeightsFailed) -> None:
-        """Keeps the response to a request that is remembered."""
+        """Records the response to a remembered request."""
         if (envelope.peer, envelope.rid) in self._responses:
             self._responses[envelope.peer, envelope.rid] = response
 
 
 class WeightReceiver:
-    """Weight updates of one server. Create it in the event loop that serves it.
+    """Performs the weight updates of one server. Create it in the event loop that serves it.
 
     `engine` is None while there is no engine to update: every request is then refused.
     """
@@ -118,8 +118,8 @@ class WeightReceiver:
         curve: CurveServer | None = None,
         integrity: str = "none",
     ) -> None:
-        """`on_version` is called with each activated version, `on_untrusted` with the reason why the engine's
-        weights are unknown. `curve`: which keys may push weights. `integrity`: `weights.integrity` of this
+        """`on_version` is called with each activated version, `on_untrusted` with the reason if the engine's
+        weights are unknown. `curve`: keys that may push weights. `integrity`: `weights.integrity` of this
         server; `sha256` refuses a push without digests."""
         self.listener = Listener(
             host=host,
@@ -138,7 +138,7 @@ class WeightReceiver:
         self.num_pushes = 0
         self.num_failures = 0
         self.seconds_total = 0.0
-        """Time from request to activation, summed over pushes."""
+        """Time from request to activation, summed over pushes, in seconds."""
         self.stall_seconds_total = 0.0
         """Time in which a push kept the engine from decoding, summed over pushes."""
         self._strategy = strategy
@@ -150,7 +150,7 @@ class WeightReceiver:
         self._group_peer = b""
         """Peer that formed the group."""
         self.work: asyncio.Task[None] | None = None
-        """The request that is being handled."""
+        """The task that handles the current request."""
         self._work_peer = b""
         """Its sender."""
         self._is_cancellable = False
@@ -158,14 +158,14 @@ class WeightReceiver:
         self._checksums_arrived = asyncio.Event()
         self._repeated = RepeatedRequests()
         self._scoring: asyncio.Task[None] | None = None
-        """The ScoreTokens that is being handled, which a push does not wait for."""
+        """The task that handles a ScoreTokens; pushes do not wait for it."""
         self._queue: asyncio.Queue[Envelope] = asyncio.Queue(_MAX_QUEUED)
         self.serving = asyncio.create_task(self._serve(), name="weights")
-        """Ends only by `close`, or with an unexpected exception."""
+        """Ends only through `close` or with an unexpected exception."""
 
     def set_engine(self, engine: EngineClient | None, *, version: int = 0) -> None:
-        """Records that an engine was started with this version, or lost (None); a lost engine's weight group
-        is gone too."""
+        """Records that an engine was started with this version, or lost (None), together with its weight
+        group."""
         self.engine, self.version, self._group_name = engine, version, ""
         if self.work is not None:
             self.work.cancel()
@@ -200,7 +200,7 @@ class WeightReceiver:
         if reason := self._reason_to_refuse(envelope.message):
             self._finish(envelope, WeightsFailed(version=self.version, reason=reason))
             return
-        # FormGroup and DissolveGroup cancel a rendezvous or broadcast, which may be waiting for a dead rank.
+        # FormGroup and DissolveGroup cancel a rendezvous or broadcast that may be waiting for a dead rank.
         is_newer = isinstance(envelope.message, FormGroup) or (
             isinstance(envelope.message, DissolveGroup) and envelope.peer == self._work_peer
         )
@@ -222,7 +222,7 @@ class WeightReceiver:
             self.work, self._work_peer = None, b""
 
     async def _handle(self, envelope: Envelope) -> None:
-        """Performs one request and always sends a response, also if it fails or is cancelled."""
+        """Performs one request and always sends a response, even if it fails or is cancelled."""
         request = envelope.message
         loop = asyncio.get_running_loop()
         started_s = loop.time()
@@ -242,20 +242,21 @@ class WeightReceiver:
             self._finish(envelope, response)
 
     def _reason_to_refuse(self, request: Any) -> str:
-        """Why a request is not even queued; empty if it is."""
+        """Returns why a request is not queued; empty if it can be."""
         if self._queue.full():
             return f"{_MAX_QUEUED} requests are waiting already"
         num_ranks = self.engine.info.num_ranks if self.engine is not None else 1
         return reason_to_refuse(request, host=self._host, num_ranks=num_ranks, integrity=self._integrity)
 
     def _finish(self, envelope: Envelope, response: WeightsOk | WeightsFailed) -> None:
-        """Responds to a request, and counts it."""
+        """Responds to a request and counts it."""
         self._respond(envelope, response)
         self._repeated.record(envelope, response)
         request = envelope.message
         if isinstance(response, WeightsFailed):
             self.num_failures += 1
-            # Of a peer without a group only failures 1, 2, 4, 8, ... are logged: it may send millions.
+            # For a peer without a group only failures 1, 2, 4, 8, ... are logged, because it may cause
+            # millions.
             if envelope.peer == self._group_peer or self.num_failures.bit_count() == 1:
                 log.warning("%s failed: %s", type(request).__name__, response.reason)
         elif isinstance(request, PushWeights):
@@ -300,7 +301,7 @@ class WeightReceiver:
             self._respond(envelope, TokenScores(version=scored_by, logprobs=logprobs))
 
     async def _perform(self, request: Any, *, peer: bytes) -> float:
-        """Performs a request; returns the seconds in which nothing was decoded."""
+        """Performs a request; returns for how many seconds the engine did not decode."""
         if self.engine is None:
             raise EngineError(_NO_ENGINE)
         match request:
@@ -329,7 +330,7 @@ class WeightReceiver:
     async def _join_group(self, engine: EngineClient, request: FormGroup, *, peer: bytes) -> None:
         if self._group_name:
             await self._leave_group(engine)
-        # Recorded before joining: after a cancelled rendezvous the group still has to be left.
+        # Recorded before joining, because after a cancelled rendezvous the group still has to be left.
         self._group_name, self._group_peer, self._sent_checksums = request.group_name, peer, None
         with self._cancellable():
             await engine.init_weights_group(request)
@@ -358,7 +359,7 @@ class WeightReceiver:
         except (TimeoutError, EngineError, WeightSyncError) as error:
             if not await self._is_active_after_all(engine, request.version):
                 # The sender may be waiting for this engine to receive the next bucket. If the engine leaves
-                # the group, the sender's broadcast fails now and not at its time limit.
+                # the group, the sender's broadcast fails at once, not at its time limit.
                 await self._leave_group(engine)
                 if isinstance(error, TimeoutError):
                     raise WeightSyncError(
@@ -370,7 +371,7 @@ class WeightReceiver:
         return stall_s
 
     async def _wait_sums(self, version: int) -> BucketSums:
-        """Waits for the sender's sums of this version, which may arrive before or after the buckets."""
+        """Waits for the sender's sums for this version, which may arrive before or after the buckets."""
         while self._sent_checksums is None or self._sent_checksums.version != version:
             self._checksums_arrived.clear()
             await self._checksums_arrived.wait()
@@ -378,8 +379,8 @@ class WeightReceiver:
 
     @contextlib.contextmanager
     def _cancellable(self) -> Iterator[None]:
-        """Inside this context a newer control message may cancel the work; a swap of weights runs outside it,
-        because it must be completed once begun."""
+        """Context in which a newer control message may cancel the work; weights are swapped outside it,
+        because a swap must be completed once started."""
         self._is_cancellable = True
         try:
             yield
@@ -387,7 +388,7 @@ class WeightReceiver:
             self._is_cancellable = False
 
     async def _is_active_after_all(self, engine: EngineClient, version: int) -> bool:
-        """Asks the engine after a failed push if the new version is active.
+        """After a failed push, asks the engine if the new version is active.
 
         Calls `on_untrusted` if the engine does not respond.
         """
@@ -402,7 +403,7 @@ class WeightReceiver:
 
 
 def _record_push(response: WeightsOk) -> None:
-    """Writes a push that is now active to the log and to the trace."""
+    """Writes a completed push to the log and the trace."""
     log.debug(
         "version %d active after %.3f s (stalled %.3f s)",
         response.version,

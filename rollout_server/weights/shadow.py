@@ -19,12 +19,12 @@ from rollout_server.policy.gate import GenerationGate
 from rollout_server.weights.strategy import OnUntrusted, WeightPush
 
 _WHILE_DECODING = ("recompute", "keep")
-"""Update modes in which sequences run until the swap, and after it."""
+"""Update modes in which sequences keep running through the swap."""
 
 
 @dataclass(eq=False, kw_only=True)
 class ShadowWeightUpdate:
-    """A `WeightUpdateStrategy` that activates only verified weights, so a failure leaves the old ones."""
+    """A `WeightUpdateStrategy` that activates only verified weights, so the old ones survive a failure."""
 
     gate: GenerationGate
     on_untrusted: OnUntrusted
@@ -55,7 +55,8 @@ class ShadowWeightUpdate:
         return await self._activate(client, push)
 
     async def _activate(self, client: EmbeddedClient, push: WeightPush) -> float:
-        """Activates the received weights by the update mode; returns the seconds without decoding."""
+        """Activates the received weights as the update mode requires; returns the seconds without
+        decoding."""
         mode, loop = push.request.update_mode, asyncio.get_running_loop()
         started_s = loop.time()
         async with self._without_sequences(client, mode):
@@ -70,7 +71,7 @@ class ShadowWeightUpdate:
 
     @contextlib.asynccontextmanager
     async def _without_sequences(self, client: EmbeddedClient, mode: str) -> AsyncIterator[None]:
-        """Interrupts running sequences or waits for them, and holds new ones; in some modes does neither."""
+        """In some modes, interrupts running sequences or waits for them, and holds new ones."""
         if mode in _WHILE_DECODING:
             yield
             return
@@ -94,7 +95,8 @@ class ShadowWeightUpdate:
         try:
             await client.resume()
         except EngineError as error:
-            # A closed client means that its engine is lost already: a new one must not be reported instead.
+            # A closed client means that its engine is already lost; the new engine must not be reported
+            # instead.
             if not client.is_closed:
                 self.on_untrusted(f"it stays paused after a push: {error}")
             raise

@@ -1,4 +1,4 @@
-"""The interface between a weight push and an engine: each kind of engine has its own update strategy.
+"""The interface between weight pushes and engines: each kind of engine has its own update strategy.
 
     strategy = engine.weight_update_strategy(gate=gate, on_quarantine=..., on_untrusted=...)
     client = await engine.start(version=0)
@@ -34,13 +34,13 @@ class WeightPush:
     left_s: Callable[[], float]
     """Seconds left until the push times out; always positive."""
     cancellable: Callable[[], AbstractContextManager[None]]
-    """Context for waits on other ranks: only inside it may a newer control message cancel the push."""
+    """Context for waits on other ranks; a newer control message may cancel the push only inside it."""
     sent_sums: Callable[[], Awaitable[BucketSums]]
-    """Waits for the sums that the sender computed, one per bucket, in the order of the manifest."""
+    """Waits for the sender's sums, one per bucket, in the order of the manifest."""
 
 
 class WeightUpdateStrategy(Protocol):
-    """Updates one engine at a time from version to version; no token may come from a partial update."""
+    """Updates an engine from version to version; no token may come from a partial update."""
 
     async def engine_started(self, client: EngineClient, *, path: str, version: int) -> None:
         """Call after each start: the engine holds the weights at `path` as `version`. Raises EngineError."""
@@ -54,7 +54,7 @@ class WeightUpdateStrategy(Protocol):
         """
 
     async def push(self, client: EngineClient, push: WeightPush) -> float:
-        """Receives, verifies and activates a version; returns the seconds in which nothing was decoded.
+        """Receives, verifies and activates a version; returns for how many seconds the engine did not decode.
 
         Raises WeightSyncError, EngineError or TimeoutError. The old version is then still active, or
         `on_quarantine` or `on_untrusted` was called.

@@ -3,7 +3,7 @@
     server -> worker   ["agent", split, index, seed, base_url, api_key]
     worker -> server   null | [value, parts, metrics, turns, tokens]
 
-The score of an agent that returned nothing is null.
+The score is null if the agent returned None.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _LOOPBACK = "127.0.0.1,localhost"
 
 
 async def run_agent(task: Task, example: Example, session: Session) -> list[Any] | None:
-    """Runs in the agent's process. Returns the score's fields; raises what `agent()` raises."""
+    """Runs the agent in its process. Returns the score's fields; raises the exceptions of `agent()`."""
     with _variables(session):
         returned = await awaitable(task.agent(example, session), call="agent")
     return None if returned is None else score_fields(_as_score(returned))
 
 
 def checked_score(fields: Any) -> Score | None:
-    """The agent's score, as the server takes it; None if it returned none. Raises EpisodeError."""
+    """Checks the agent's score in the server; None if the agent returned None. Raises EpisodeError."""
     if fields is None:
         return None
     try:
@@ -41,7 +41,8 @@ def checked_score(fields: Any) -> Score | None:
 
 
 def _as_score(returned: Any) -> Score:
-    """Raises EpisodeError that says what to return. The numbers of turns and tokens are checked later."""
+    """Converts to a Score, or raises EpisodeError that says what to return. Numbers of turns and tokens are
+    checked later."""
     turns: Sequence[Any] = getattr(returned, "turns", ())
     tokens: Sequence[Any] = getattr(returned, "tokens", ())
     try:
@@ -53,8 +54,8 @@ def _as_score(returned: Any) -> Score:
 
 @contextlib.contextmanager
 def _variables(session: Session) -> Iterator[None]:
-    """The variables by which programs find their model. A proxy is not asked for loopback addresses."""
-    # LangChain and LiteLLM read OPENAI_API_BASE first, and the server's own environment may have it.
+    """Sets the variables by which programs find their model, and excludes loopback addresses from proxies."""
+    # LangChain and LiteLLM read OPENAI_API_BASE first, and the server's own environment may set it.
     values = dict.fromkeys(("OPENAI_BASE_URL", "OPENAI_API_BASE"), session.base_url)
     values["OPENAI_API_KEY"] = session.api_key
     for name in ("no_proxy", "NO_PROXY"):

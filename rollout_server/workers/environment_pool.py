@@ -1,11 +1,12 @@
-"""The environments of one task: opens one for each sample in a worker process, and closes it.
+"""The environments of one task: opens one per sample in a worker process, and closes it.
 
     worker:   starting -> serving one environment -> closed in order: idle -> serving the next ...
                                                   -> time limit, memory, crash: killed
 
-An environment that raises, hangs, or ends its process fails only its own sample (EpisodeError). Samples whose
-environment ends with the process that starts workers fail with EnvironmentLostError: it was not their fault.
-Closing happens in the background: no sample waits for it.
+An environment that raises, hangs, or ends its process fails only its own sample (EpisodeError). If
+environments are lost because the process that starts workers ended, their samples fail with
+EnvironmentLostError, because the environments were not at fault. Environments are closed in the background,
+so no sample waits for that.
 """
 
 from __future__ import annotations
@@ -27,29 +28,29 @@ log = logging.getLogger(__name__)
 _CLOSE_TIMEOUT_S = 5.0
 _SHUTDOWN_TIMEOUT_S = 2.0
 _SLOW_CALL_S = 1.0
-"""Calls that take longer are named in the server's status."""
+"""Longer calls are listed in the server's status."""
 
 
 class EnvironmentPool:
     """The environments of one server. Create it in a running loop, with `async with`."""
 
     def __init__(self, host: WorkerHost, *, step_timeout_s: float, memory_mb: int) -> None:
-        """The limits are those of `EpisodeConfig`."""
+        """For the limits see `EpisodeConfig`."""
         self._host = host
         self.step_timeout_s = step_timeout_s
         self._memory_mb = memory_mb
         self._loop = asyncio.get_running_loop()
         self._idle: list[Worker] = []
-        """The one that was used last is used next: its memory is warm."""
+        """Idle workers; the most recently used one is used next, because its memory is warm."""
         self._closing: set[asyncio.Task[None]] = set()
         self._wait_to_start: dict[object, float] = {}
-        """Samples without a worker -> time of the loop since when."""
+        """Samples without a worker -> loop time since when they wait."""
         self._open: dict[Worker, str] = {}
         """The environment that each worker serves."""
         self.seconds_total = 0.0
-        """Time that samples have waited for calls of their environments."""
+        """Time that samples have waited for calls of their environments, in seconds."""
         self.num_calls = 0
-        """Calls that have ended."""
+        """Number of calls that have ended."""
 
     async def __aenter__(self) -> EnvironmentPool:
         """Raises ConfigError if the task cannot be imported."""
@@ -65,33 +66,34 @@ class EnvironmentPool:
 
     @property
     def serving(self) -> list[asyncio.Task[None]]:
-        """Tasks that end only with the pool, or if no process can be started."""
+        """Tasks that end only when the pool is closed, or if no process can be started."""
         return self._host.serving
 
     @property
     def num_restarts(self) -> int:
-        """Workers and zygotes that were lost to a time limit or a crash."""
+        """Number of workers and zygotes lost to a time limit or a crash."""
         return self._host.num_restarts(ENVIRONMENT)
 
     @property
     def num_open(self) -> int:
-        """Environments that samples use."""
+        """Number of environments in use by samples."""
         return len(self._open)
 
     @property
     def num_calling(self) -> int:
-        """Those that samples wait for."""
+        """Number of environments that samples wait for."""
         return sum(worker.call_since_s is not None for worker in self._open)
 
     def slow_starts(self) -> dict[str, float]:
-        """The number of samples that wait for a process -> seconds of the longest wait, if that is long."""
+        """Returns the number of samples that wait for a process -> seconds of the longest wait, if that is
+        long."""
         since_s = min(self._wait_to_start.values(), default=self._loop.time())
         if (waiting_s := self._loop.time() - since_s) < _SLOW_CALL_S:
             return {}
         return {f"environments: {len(self._wait_to_start)} samples without a process": round(waiting_s, 3)}
 
     def slow_calls(self) -> dict[str, float]:
-        """The environment that samples have waited for longest -> seconds so far, if that is long."""
+        """Returns the environment that a sample has waited for longest -> seconds so far, if that is long."""
         calls = [
             (worker.call_since_s, name)
             for worker, name in self._open.items()
@@ -104,7 +106,8 @@ class EnvironmentPool:
         return {f"environments: {name} ({len(calls)} called)": round(waiting_s, 3)}
 
     async def open(self, *, split: Split, index: int, seed: int) -> EnvironmentSession:
-        """An environment for one sample of an example. Raises EnvironmentLostError without a process."""
+        """Opens an environment for one sample of an example. Raises EnvironmentLostError without a
+        process."""
         mark = object()
         self._wait_to_start[mark] = self._loop.time()
         try:
@@ -115,7 +118,8 @@ class EnvironmentPool:
         return EnvironmentSession(self, worker, start=[split, index, seed])
 
     async def check(self) -> tuple[list[Message], list[dict[str, Any]]]:
-        """Makes the environment of training example 0; its first messages and tools. Raises ConfigError."""
+        """Creates the environment of training example 0; returns its first messages and tools. Raises
+        ConfigError."""
         try:
             environment = await self.open(split="train", index=0, seed=0)
             try:
@@ -135,7 +139,7 @@ class EnvironmentPool:
             task.add_done_callback(self._closing.discard)
 
     def kill(self, worker: Worker) -> None:
-        """Ends its process at once, also in a call. Called by its session."""
+        """Kills its process at once, even during a call. Called by its session."""
         del self._open[worker]
         self._host.end(worker)
 
@@ -177,14 +181,14 @@ class EnvironmentSession:
         self._worker: Worker | None = worker
         self._start = start
         self.label = ""
-        """Label of the example; known after `reset`."""
+        """Label of the example; set by `reset`."""
 
     async def check(self) -> None:
-        """Calls the environment's `check`. Raises EpisodeError with its message."""
+        """Calls the environment's `check`. Raises EpisodeError with the message of its failure."""
         await self._call("check", *self._start)
 
     async def reset(self) -> tuple[list[Message], list[dict[str, Any]]]:
-        """The messages before the first turn, and the tools. Raises EpisodeError."""
+        """Returns the messages before the first turn, and the tools. Raises EpisodeError."""
         value = await self._call("reset", *self._start)
         if isinstance(value, list) and len(value) == 3:
             *value, label = value
@@ -192,7 +196,7 @@ class EnvironmentSession:
         return checked_start(value)
 
     async def step(self, reply: Reply) -> Step:
-        """The environment's answer to one turn. Raises EpisodeError."""
+        """Returns the environment's response to one turn. Raises EpisodeError."""
         return checked_step(await self._call("step", reply_fields(reply)))
 
     async def run_agent(self, base_url: str, api_key: str) -> Score | None:
@@ -203,13 +207,13 @@ class EnvironmentSession:
         return checked_score(value)
 
     def close(self) -> None:
-        """Closes the environment in the background, also while a call is in progress."""
+        """Closes the environment in the background, even while a call is in progress."""
         worker, self._worker = self._worker, None
         if worker is not None:
             self._pool.release(worker)
 
     def kill(self) -> None:
-        """Ends the process at once, also while a call is in progress."""
+        """Kills the process at once, even while a call is in progress."""
         worker, self._worker = self._worker, None
         if worker is not None:
             self._pool.kill(worker)

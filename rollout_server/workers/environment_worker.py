@@ -1,4 +1,4 @@
-"""The process in which environments and agents run: it serves one environment after the other.
+"""The process in which environments and agents run; it serves one environment after another.
 
     server -> worker   ["check" or "reset", split, index, seed] | ["step", reply] | ["close"]
                        ["agent", split, index, seed, base_url, api_key]
@@ -6,11 +6,11 @@
 
     IDLE -> reset -> OPEN -> step -> OPEN ... -> close -> IDLE, or false: the server ends this process
 
-The example is rebuilt here from (split, index), so a task's answers need not be serialized. The environment
-runs in this process's event loop, so its own asyncio tasks go on between the calls; calls that block only
-delay this environment. The process is used again because a fork of a large process costs more than most
-episodes, unless the environment has left a child process, a thread (a tool that was abandoned at its time
-limit), or more than half of the memory that one may have. The process of an agent serves one sample:
+The example is rebuilt here from (split, index), so a task's reference answers need not be serializable. The
+environment runs in this process's event loop, so its own asyncio tasks continue between calls; calls that
+block delay only this environment. The process is reused, because forking a large process costs more than most
+episodes, unless the environment left behind a child process, a thread (a tool that was abandoned at its time
+limit), or more than half of its memory limit in use. An agent's process serves only one sample, because
 libraries keep clients with the address of a session.
 """
 
@@ -51,7 +51,7 @@ def serve(task: Task, connection: socket.socket, *, memory_mb: int) -> None:
 
 
 class _Worker:
-    """Answers the requests of one socket."""
+    """Handles the requests of one socket."""
 
     def __init__(self, task: Task, *, memory_mb: int, retire_at_bytes: int) -> None:
         self._task = task
@@ -71,7 +71,7 @@ class _Worker:
                 await writer.drain()
 
     async def _handle(self, request: list[Any]) -> tuple[Any, str]:
-        """The value of a call, and why it has none."""
+        """Performs a call; returns its value, and the error if there is none."""
         call, *arguments = request
         called = call
         try:
@@ -90,7 +90,7 @@ class _Worker:
                     return await self._run_agent(*arguments), ""
                 case _:
                     return await self._close(), ""
-        # An environment's code may raise anything, also SystemExit; only its own sample fails.
+        # An environment's code may raise anything, even SystemExit; only its own sample fails.
         except BaseException as raised:
             self._is_out_of_memory |= isinstance(raised, MemoryError)
             return False if call == "close" else None, self._described(called, raised)
@@ -105,7 +105,7 @@ class _Worker:
         return await run_agent(self._task, example, Session(base_url=base_url, api_key=api_key))
 
     def _example(self, split: Split, index: int, seed: int) -> Example:
-        """Not kept for the next sample: an environment may change what its example holds."""
+        """Rebuilds the example for each sample, because an environment may modify it."""
         # A fork copies the generators' states: without this, environments in different processes would draw
         # the same numbers.
         random.seed(seed)
@@ -132,7 +132,7 @@ class _Worker:
         return step_fields(await awaitable(self._environment.step(reply), call="step"))
 
     async def _close(self) -> bool:
-        """Closes the environment; False if this process should not serve another one."""
+        """Closes the environment; returns False if this process should not serve another one."""
         environment, self._environment = self._environment, None
         if environment is not None:
             await environment.close()
@@ -142,7 +142,7 @@ class _Worker:
         return not (is_used_up or _has_threads() or _has_children())
 
     def _described(self, call: str, raised: BaseException) -> str:
-        """The message of an exception, and the place of the task's code where it was raised."""
+        """Returns the message of an exception, and where in the task's code it was raised."""
         if isinstance(raised, EpisodeError | ConfigError):
             return str(raised)
         is_memory = isinstance(raised, MemoryError)
@@ -157,11 +157,11 @@ class _Worker:
             return pack([None, f"messages, tools and metrics must be JSON values: {unpackable}"])
         if len(frame) <= MAX_RESULT_BYTES:
             return frame
-        return pack([None, f"an answer of {len(frame)} bytes: the limit is {MAX_RESULT_BYTES}"])
+        return pack([None, f"a result of {len(frame)} bytes: the limit is {MAX_RESULT_BYTES}"])
 
 
 class _OneTurn(Environment):
-    """An example without an environment, in a task that has some."""
+    """The environment of an example that has none, in a task where others have one."""
 
     def __init__(self, example: Example) -> None:
         self._prompt = example.prompt
@@ -174,18 +174,18 @@ class _OneTurn(Environment):
 
 
 def _address_space() -> int:
-    """Bytes of this process's address space, as RLIMIT_AS counts them."""
+    """Returns the size of this process's address space in bytes, as RLIMIT_AS counts it."""
     return int(Path("/proc/self/statm").read_text().split()[0]) * _PAGE_BYTES
 
 
 def _has_threads() -> bool:
-    """True if a thread runs, besides those of asyncio's executor, which stay when they have no work."""
+    """True if threads run other than those of asyncio's executor, which stay alive without work."""
     others = set(threading.enumerate()) - {threading.main_thread()}
     return any(not thread.name.startswith("asyncio_") for thread in others)
 
 
 def _has_children() -> bool:
-    """True if a child process lives; those that have ended are waited for."""
+    """True if there is a live child process; reaps those that have ended."""
     try:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass

@@ -1,4 +1,4 @@
-"""The worker processes of one task: starts them, ends them, and counts those that are lost.
+"""The worker processes of one task: starts them, stops them, and counts those that are lost.
 
     zygote:  STARTING -> READY -> lost: its workers end with it, and another is started
                  `-> cannot start (the task cannot be imported): tried again after a pause
@@ -7,9 +7,9 @@
 
 Workers run a task's code, which may raise, hang, print, use all memory or end its process. They are
 processes, because a thread cannot be killed and the event loop must not wait. They are forked by one process
-that has imported the task (zygote.py): a start takes milliseconds, and workers share the memory of the
-import. They are not started with multiprocessing, because it pickles, and because an executor does not report
-which of its workers hangs.
+that has imported the task (zygote.py), so a start takes milliseconds, and workers share the memory of the
+import. multiprocessing is not used, because it pickles, and because an executor does not report which of its
+workers hangs.
 """
 
 from __future__ import annotations
@@ -39,21 +39,22 @@ from rollout_server.workers.zygote import MAX_PACKET_BYTES
 log = logging.getLogger(__name__)
 
 _START_TIMEOUT_S = 60.0
-"""Long, because importing a task may import a large library."""
+"""Time limit for the import of a task, long because that may import a large library."""
 _FORK_TIMEOUT_S = 60.0
-"""A fork takes milliseconds. A zygote whose workers have all not started for so long hangs."""
+"""A fork takes milliseconds. A zygote none of whose workers starts within this time is considered hung."""
 _FORK_CHECKS = 20
-"""Times that a worker is looked for in this time: if this process was stopped meanwhile, that counts once."""
+"""Number of checks in this time: if this process was suspended meanwhile, that counts only once."""
 _STARTS_PER_CORE = 2
-"""Workers that start at the same time. Hundreds would take the time from each other, and from the engine."""
+"""Maximum number of workers that start at the same time. Hundreds would slow down each other, and the
+engine."""
 _RESTART_DELAY_S = 1.0
-"""Pause before a zygote is started again: a broken import must not cause a busy loop."""
+"""Pause before a zygote is restarted: a broken import must not cause a busy loop."""
 _END_TIMEOUT_S = 1.0
-"""To kill workers takes milliseconds."""
+"""Time limit for a zygote to exit. Killing its workers takes milliseconds."""
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-"""Libraries that start threads when they are imported: threads do not survive a fork."""
+"""Variables that keep libraries from starting threads on import, because threads do not survive a fork."""
 _MARKER = "AREAL_LIKE_WORKERS"
-"""Environment variable by which the descendants of a zygote are found after its end."""
+"""Environment variable by which descendants of a zygote are found after its end."""
 _ZYGOTE = "zygote"
 
 
@@ -62,14 +63,15 @@ class ZygoteError(ArealError):
 
 
 class StartPatience:
-    """For a worker that has not started: ends after `_FORK_CHECKS` looks between which no other has. Pure."""
+    """Decides how long to wait for a worker's start: until no other started for `_FORK_CHECKS` checks.
+    Pure."""
 
     def __init__(self) -> None:
         self._num_started = -1
         self._left = 0
 
     def goes_on(self, num_started: int) -> bool:
-        """`num_started`: workers of the host that have started so far."""
+        """Returns False to stop waiting. `num_started`: workers of the host that have started so far."""
         if num_started != self._num_started:
             self._num_started, self._left = num_started, _FORK_CHECKS
         self._left -= 1
@@ -77,16 +79,16 @@ class StartPatience:
 
 
 class WorkerHost:
-    """Belongs to one event loop; runs inside `async with`."""
+    """Starts and ends worker processes. Belongs to one event loop; runs inside `async with`."""
 
     def __init__(self, task: Mapping[str, Any], *, seed: int, sandbox: str = "bwrap") -> None:
-        """The arguments of `make_task`."""
+        """For the arguments see `make_task`."""
         self._setup = {"task": dict(task), "seed": seed, "sandbox": sandbox}
         self._loop = asyncio.get_running_loop()
         self._zygote: ZygoteProcess | None = None
-        """None while there is none that is ready."""
+        """The zygote; None while none is ready."""
         self._problem = ""
-        """Why the last zygote could not start; empty while one starts, and if it could."""
+        """Why the last zygote could not start; empty while one is starting, and if it started."""
         self._is_settled = asyncio.Event()
         """Set while there is a zygote or a problem."""
         self._workers: dict[int, Worker] = {}
@@ -94,12 +96,12 @@ class WorkerHost:
         self._num_started = 0
         self._may_start = asyncio.Semaphore(_STARTS_PER_CORE * len(os.sched_getaffinity(0)))
         self._num_lost: Counter[str] = Counter()
-        """Workers by role, and zygotes, that were lost to a time limit or a crash."""
+        """Number of workers by role, and zygotes, that were lost to a time limit or a crash."""
         self._keeping: asyncio.Task[None] | None = None
 
     @classmethod
     def of(cls, config: Config, task: Task) -> Self:
-        """The host of one of the tasks of a job. `config.task`: its settings."""
+        """Creates the host for one of a job's tasks. `config.task`: its settings."""
         settings = task.settings_of_workers(config.task)
         return cls(settings, seed=config.seed, sandbox=config.rewards.sandbox)
 
@@ -111,19 +113,19 @@ class WorkerHost:
         assert self._keeping is not None
         self._keeping.cancel()
         await asyncio.gather(self._keeping, return_exceptions=True)
-        await asyncio.sleep(0)  # the transports of lost workers close their sockets in the next turn
+        await asyncio.sleep(0)  # transports of lost workers close their sockets in the next turn of the loop
 
     @property
     def serving(self) -> list[asyncio.Task[None]]:
-        """Tasks that end only with the host, or if no process can be started."""
+        """Tasks that end only when the host is closed, or if no process can be started."""
         return [self._keeping] if self._keeping is not None else []
 
     def num_restarts(self, role: WorkerRole) -> int:
-        """Workers of a role, and zygotes, that were lost to a time limit or a crash."""
+        """Returns the number of workers of a role, and zygotes, lost to a time limit or a crash."""
         return self._num_lost[role.name] + self._num_lost[_ZYGOTE]
 
     async def imported(self) -> None:
-        """Returns when the task is imported. Raises ConfigError if it cannot be."""
+        """Waits until the task is imported. Raises ConfigError if it cannot be imported."""
         assert self._keeping is not None
         settled = asyncio.ensure_future(self._is_settled.wait())
         await asyncio.wait({settled, self._keeping}, return_when=asyncio.FIRST_COMPLETED)
@@ -142,15 +144,16 @@ class WorkerHost:
         instead: Callable[[], Worker | None] = lambda: None,
         **options: Any,
     ) -> tuple[Worker, Any]:
-        """A new worker, when it runs, and what it says at its start. `options`: of the role's `serve`.
+        """Starts a worker; returns it once it runs, with its first message. `options`: those of the role's
+        `serve`.
 
-        `on_lost` is called once, when it can serve no more. `instead`: another worker that can be used, if
-        one has become free while this start waited for others. Raises the role's `lost` or `failed`.
+        `on_lost` is called once, when the worker can no longer serve. `instead`: returns another worker to
+        use, if one became free while this start waited for others. Raises the role's `lost` or `failed`.
         """
         async with self._may_start:
             if (free := instead()) is not None:
                 return free, None
-            while (zygote := self._zygote) is None:  # it may be lost again before this task runs
+            while (zygote := self._zygote) is None:  # it may be lost again before this task continues
                 await self._is_settled.wait()
                 if self._problem:
                     raise role.lost(f"no process can be started: {self._problem}")
@@ -182,7 +185,7 @@ class WorkerHost:
             return worker, said
 
     def end(self, worker: Worker) -> None:
-        """Ends a worker's process at once, also in a call."""
+        """Ends a worker's process at once, even during a call."""
         if self._workers.pop(worker.number, None) is not None and self._zygote is not None:
             self._zygote.kill(worker.number)
         worker.fail(f"{worker.role.process} was ended")
@@ -190,9 +193,10 @@ class WorkerHost:
     async def _first_message(
         self, worker: Worker, setup: Mapping[str, Any], hung: EpisodeError | RewardError
     ) -> Any:
-        """What it says when it runs. Loses it because of `hung` if no worker starts for too long.
+        """Returns a worker's first message. Loses the worker because of `hung` if no worker starts for too
+        long.
 
-        A worker is not lost for being slow: on a busy machine all are.
+        A worker is not lost just because it is slow: on a busy machine all are.
         """
         first = {**setup, "role": worker.role.name}
         started = asyncio.ensure_future(worker.call(first, timeout_s=None, timed_out=""))
@@ -215,7 +219,7 @@ class WorkerHost:
 
     def _note_lost(self, worker: Worker) -> None:
         if self._workers.pop(worker.number, None) is None:
-            return  # it was ended, or has ended with the zygote
+            return  # it was ended deliberately, or with the zygote
         self._num_lost[worker.role.name] += 1
         log.warning("a worker is lost: %s", worker.lost)
         if self._zygote is not None:
@@ -257,16 +261,16 @@ class ZygoteProcess:
         STARTING -> ready: READY -> lost: LOST
              `-> ready raises ZygoteError
 
-    A pipe would not do: the sockets of workers are sent with the orders to start them.
+    It uses a socket and not a pipe, because the sockets of workers are sent with the orders to start them.
     """
 
     def __init__(self, setup: Mapping[str, Any], *, on_worker_ended: Callable[[int, str], None]) -> None:
-        """`setup`: its first message. `on_worker_ended`: called with a worker and how its process ended."""
+        """`setup`: first message to it. `on_worker_ended`: called with a worker and how its process ended."""
         self._loop = asyncio.get_running_loop()
         self._on_worker_ended = on_worker_ended
         self.ready: asyncio.Future[None] = self._loop.create_future()
         self.lost: asyncio.Future[str] = self._loop.create_future()
-        """Why, when its socket is closed."""
+        """Set to the reason when its socket is closed."""
         self._mark = secrets.token_hex(16)
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         added = {name: "1" for name in _ONE_THREAD if name not in os.environ}
@@ -278,7 +282,7 @@ class ZygoteProcess:
             )
         self._control.setblocking(False)
         self._orders: deque[tuple[bytes, socket.socket | None]] = deque()
-        """Orders, with the socket of the worker, that the zygote has not had room for."""
+        """Orders that the zygote has not had room for, each with the worker's socket."""
         self._loop.add_reader(self._control.fileno(), self._on_readable)
         self._control.send(msgpack.packb({**setup, "added": list(added)}))
 
@@ -288,7 +292,7 @@ class ZygoteProcess:
         return self._process.pid
 
     def fork(self, worker: int, theirs: socket.socket, *, may_import: bool) -> None:
-        """Orders a worker that serves the socket `theirs`. Raises ZygoteError."""
+        """Orders the start of a worker that serves the socket `theirs`. Raises ZygoteError."""
         if self._control.fileno() < 0:
             raise ZygoteError("the process that starts workers is gone")
         self._order(["fork", worker, may_import], theirs.dup())
@@ -304,7 +308,7 @@ class ZygoteProcess:
             self._send_orders()
 
     def _send_orders(self) -> None:
-        """Sends what the zygote has room for: hundreds of samples may start at the same time."""
+        """Sends as many orders as the zygote has room for; hundreds of samples may start at the same time."""
         while self._orders:
             order, theirs = self._orders[0]
             try:
@@ -313,7 +317,7 @@ class ZygoteProcess:
                 self._loop.add_writer(self._control.fileno(), self._send_orders)
                 return
             except OSError:
-                self._end()  # it is gone; its workers end with it
+                self._end()  # the zygote is gone; its workers end with it
                 return
             self._orders.popleft()
             if theirs is not None:
@@ -321,7 +325,7 @@ class ZygoteProcess:
         self._loop.remove_writer(self._control.fileno())
 
     def replace(self, reason: str) -> None:
-        """Gives it up; `lost` follows."""
+        """Abandons the zygote; `lost` is set."""
         self._end(reason)
 
     def close(self) -> None:
@@ -334,7 +338,9 @@ class ZygoteProcess:
                 self._process.wait(timeout=_END_TIMEOUT_S)
         self._process.kill()
         self._process.wait()  # returns at once: a process cannot ignore SIGKILL
-        if self._process.returncode != 0:  # it was killed before it had ended what its workers have started
+        if (
+            self._process.returncode != 0
+        ):  # it was killed before it had ended the processes that its workers started
             _kill_marked(f"{_MARKER}={self._mark}".encode())
 
     def _on_readable(self) -> None:
@@ -359,7 +365,7 @@ class ZygoteProcess:
     def _end(self, reason: str = "it died") -> None:
         if self._control.fileno() < 0:
             return
-        if not self.lost.done():  # it is cancelled with a task that waits for it
+        if not self.lost.done():  # it is cancelled together with a task that waits for it
             self.lost.set_result(reason)
         self._loop.remove_reader(self._control.fileno())
         self._loop.remove_writer(self._control.fileno())
@@ -370,16 +376,16 @@ class ZygoteProcess:
         self._orders.clear()
         if not self.ready.done():
             self.ready.set_exception(ZygoteError("the process that imports it ended; see the log"))
-            self.ready.exception()  # nobody may wait for it
+            self.ready.exception()  # retrieves it, as there may be no waiter
 
 
 def _kill_marked(entry: bytes) -> None:
-    """Kills the processes that have this entry in their environment."""
+    """Kills all processes that have this entry in their environment."""
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has just ended, or belongs to another user
             if entry not in (folder / "environ").read_bytes().split(b"\0"):
                 continue
-            # The process cannot be mistaken for another of the same id if it still has the entry now.
+            # If the process still has the entry now, it cannot be another one that reused the id.
             process = os.pidfd_open(int(folder.name))
             try:
                 if entry in (folder / "environ").read_bytes().split(b"\0"):

@@ -6,17 +6,17 @@
                        -> worker lost while scoring another item: queued again, first
                        -> behind an item that takes long: queued again, first; its first score counts
 
-All items wait in one queue, and a worker gets the next ones when it has answered the last, so a slow reward
-keeps no other item waiting while a worker is free. At 700 samples per second one item at a time would double
-the cost of a reward: a worker gets as many fast rewards at a time as take `_BATCH_S`. If one of them takes
-long after all, the items behind it are given to others too.
+All items wait in one queue, and a worker gets the next ones when it has returned the last, so a slow reward
+does not delay other items while a worker is free. At 700 samples per second, sending one item at a time would
+double the cost of a reward, so a worker gets as many fast rewards at a time as take `_BATCH_S`. If one of
+them takes long after all, the items behind it are also given to other workers.
 
-Which item was a worker lost with? A synchronous worker answers in order: the first one. A task with `async
-def reward` computes up to `rollout.reward_concurrency` rewards at a time in each worker: nobody knows, so
-each is sent again, alone.
+When a worker is lost, which item caused that? A synchronous worker returns results in order, so it was the
+first item. With `async def reward`, each worker computes up to `rollout.reward_concurrency` rewards at a time
+and the cause is unknown, so each item is sent again, alone.
 
-A failed reward is not computed again here: `score` raises RewardError, or RewardTimeoutError after the time
-limit, and `buffer.on_failure` says what becomes of the sample.
+A failed reward is not retried here: `score` raises RewardError, or RewardTimeoutError after the time limit,
+and `buffer.on_failure` determines what happens to the sample.
 """
 
 from __future__ import annotations
@@ -40,20 +40,21 @@ from rollout_server.workers.worker import REWARD, Worker
 log = logging.getLogger(__name__)
 
 _BATCH_S = 0.02
-"""Time that the items that are sent together should take together."""
+"""Target time for all items that are sent together."""
 _MAX_BATCH = 64
 _MAX_BATCH_BYTES = 1 << 20
 _MAX_ITEM_BYTES = 32 << 20
 _RESTART_DELAY_S = 1.0
-"""Pause after a worker that could not start, or was lost without an item."""
+"""Pause after a worker could not start, or was lost without an item."""
 _SLOW_S = 0.25
 """After this time with one item, the items behind it go back to the queue."""
 _BLOCKED_S = 2.0
-"""An asynchronous worker ends its late rewards itself. This much later its event loop is blocked."""
+"""An asynchronous worker ends late rewards itself. If it is late by this much more, its event loop is
+blocked."""
 _LATE_S = 2.0
-"""A completion that waits longer is listed among the server's waits."""
+"""Completions that wait longer are listed among the server's waits."""
 _SMOOTHING = 0.1
-"""Weight of the newest reward in the mean time of a reward."""
+"""Weight of the newest reward in the moving average of reward times."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ class Reward:
     score: Score
     """Checked: finite numbers, and `turns` and `tokens` of the completion's length or empty."""
     seconds: float
-    """Time spent in the task's code."""
+    """Time spent in the task's code, in seconds."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -72,11 +73,11 @@ class _Item:
 
     number: int
     frame: bytes
-    """As a worker gets it."""
+    """The frame that is sent to a worker."""
     done: asyncio.Future[tuple[Score, float]]
     """The score, and the seconds in the task's code; or a RewardError."""
     is_alone: bool = False
-    """True after a worker was lost while it scored this item and others at the same time."""
+    """True after a worker was lost while it was scoring this item together with others."""
     sent_s: float = 0.0
     """When it was sent to a worker."""
 
@@ -87,7 +88,7 @@ class _Item:
 
 
 class RewardPool:
-    """Scores completions. Belongs to one event loop; runs inside `async with`, and its host longer."""
+    """Scores completions. Belongs to one event loop; runs inside `async with`. Its host must outlive it."""
 
     def __init__(self, host: WorkerHost, *, num_workers: int, timeout_s: float, concurrency: int = 1) -> None:
         """`timeout_s`: time limit of one reward; `concurrency`: rewards that one worker computes at the same
@@ -101,16 +102,16 @@ class RewardPool:
         self._last_number = 0
         self._queue: deque[_Item] = deque()
         self._is_dispatching = False
-        """True until the items submitted in this turn of the loop are sent."""
+        """True while items submitted in this turn of the loop are not yet sent."""
         self._mean_s = 0.0
         self._since_s: dict[int, float] = {}
-        """When each completion that is not scored was submitted, the oldest first."""
+        """When each completion that is not yet scored was submitted, oldest first."""
         self.seconds_total = 0.0
-        """Time spent in the task's code by all workers."""
+        """Time spent in the task's code by all workers, in seconds."""
 
     @classmethod
     def of(cls, config: Config, task: Task, host: WorkerHost) -> Self:
-        """With the settings of a job; without workers if its task has no reward."""
+        """Creates a pool with the settings of a job; it has no workers if the task has no reward."""
         rollout = config.rollout
         return cls(
             host,
@@ -136,21 +137,21 @@ class RewardPool:
 
     @property
     def serving(self) -> list[asyncio.Task[None]]:
-        """Tasks that end only with the pool or its host, or if no process can be started."""
+        """Tasks that end only when the pool or its host is closed, or if no process can be started."""
         return [*self._running, *self._host.serving]
 
     @property
     def num_restarts(self) -> int:
-        """Workers that were lost to a timeout or a crash, and losses of the process that starts them."""
+        """Number of workers lost to a timeout or a crash, and of losses of the process that starts them."""
         return self._host.num_restarts(REWARD)
 
     @property
     def num_waiting(self) -> int:
-        """Completions that are not scored yet."""
+        """Number of completions that are not scored yet."""
         return len(self._since_s)
 
     def waits(self) -> dict[str, float]:
-        """How long the oldest completion waits for its score; empty for less than `_LATE_S`."""
+        """Returns how long the oldest completion has waited for its score; empty for less than `_LATE_S`."""
         oldest_s = next(iter(self._since_s.values()), None)
         if oldest_s is None:
             return {}
@@ -158,7 +159,7 @@ class RewardPool:
         return {f"rewards: {self.num_waiting} completions": round(seconds, 3)} if seconds > _LATE_S else {}
 
     async def score(self, *, split: Split, index: int, completion: Completion) -> Reward:
-        """The reward of a completion.
+        """Returns the reward of a completion.
 
         Raises RewardTimeoutError if the task exceeded the time limit, and RewardError if it raised, crashed,
         or returned no valid score.
@@ -188,12 +189,12 @@ class RewardPool:
         return Reward(score=score, seconds=seconds)
 
     def put_back(self, items: list[_Item]) -> None:
-        """Queues again what a worker will not score soon, before all others."""
+        """Requeues items that a worker will not score soon, ahead of all others."""
         self._queue.extendleft(reversed(items))
         self.dispatch()
 
     def dispatch(self) -> None:
-        """Sends queued items to the workers that are free, evenly."""
+        """Distributes queued items evenly among the free workers."""
         self._is_dispatching = False
         free = [worker for worker in self._workers if worker.room]
         for position, worker in enumerate(free):
@@ -212,7 +213,8 @@ class RewardPool:
         return max(1, min(_MAX_BATCH, int(_BATCH_S / self._mean_s))) if self._mean_s else 1
 
     def _take(self, most: int, *, is_idle: bool) -> list[_Item]:
-        """The next items of the queue for a worker, without those that are scored or not wanted."""
+        """Takes the next items from the queue for a worker, without those already scored or no longer
+        needed."""
         items: list[_Item] = []
         num_bytes = 0
         while self._queue and len(items) < most:
@@ -231,14 +233,14 @@ class RewardPool:
         return items
 
     async def _watch(self) -> None:
-        """Ends workers that hang; what waits behind a slow reward is given to others, too."""
+        """Ends workers that hang, and gives items behind a slow reward to other workers, too."""
         loop = asyncio.get_running_loop()
         while True:
             due_s = loop.time() + _SLOW_S
             await asyncio.sleep(_SLOW_S)
             late_s = loop.time() - due_s
             for worker in self._workers:
-                # This process was stopped, and perhaps its workers, too: the time does not count.
+                # This process was suspended, and perhaps its workers, too, so the time does not count.
                 worker.check(now_s=loop.time(), not_counted_s=late_s if late_s > _SLOW_S else 0.0)
 
     def _fail_queued(self, reason: RewardError) -> None:
@@ -248,7 +250,7 @@ class RewardPool:
 
 
 class _RewardWorker:
-    """A process, started again when it is lost, and the items it has been sent, oldest first."""
+    """A worker process, restarted when it is lost, and the items sent to it, oldest first."""
 
     def __init__(self, pool: RewardPool, host: WorkerHost, *, timeout_s: float, concurrency: int) -> None:
         self._pool = pool
@@ -257,20 +259,20 @@ class _RewardWorker:
         self._concurrency = concurrency
         self._loop = asyncio.get_running_loop()
         self._worker: Worker | None = None
-        """None while no process is ready."""
+        """The worker; None while no process is ready."""
         self.is_async = False
         """True if the process computes several rewards at the same time."""
         self._began_s = 0.0
-        """When a synchronous worker began its first item."""
+        """When a synchronous worker started its first item."""
         self._is_slow = False
-        """True if the items behind the first one were given to others, too."""
+        """True if the items behind the first one were also given to other workers."""
         self.items: OrderedDict[int, _Item] = OrderedDict()
         self.problem = ""
         """Why the last process could not start; empty if it could."""
 
     @property
     def room(self) -> int:
-        """Items that it can be sent now."""
+        """Number of items that can be sent to it now."""
         if self._worker is None or not self._worker.is_connected:
             return 0
         if self.is_async:
@@ -290,7 +292,7 @@ class _RewardWorker:
         self._worker.send(b"".join([item.frame for item in items]))
 
     def _deadline_s(self) -> float:
-        """When the process counts as hanging; infinite while it has nothing to do."""
+        """Time after which the process is considered hung; infinite while it has nothing to do."""
         if not self.items:
             return math.inf
         if self.is_async:
@@ -298,9 +300,9 @@ class _RewardWorker:
         return self._began_s + self._timeout_s
 
     def check(self, *, now_s: float, not_counted_s: float) -> None:
-        """Ends the process if it hangs, and gives away what waits behind a slow reward.
+        """Ends the process if it hangs, and gives away the items behind a slow reward.
 
-        `not_counted_s`: part of the time since the last check.
+        `not_counted_s`: part of the time since the last check that is not counted.
         """
         self._began_s += not_counted_s
         for item in self.items.values():
@@ -324,7 +326,7 @@ class _RewardWorker:
             except RewardError as error:
                 self.problem = str(error)
                 log.error("reward worker cannot start: %s", self.problem)
-                self._pool.dispatch()  # if no other worker can start either, the waiting items fail
+                self._pool.dispatch()  # if no other worker can start either, the queued items fail
                 await asyncio.sleep(_RESTART_DELAY_S)
                 continue
             self.problem = ""
@@ -340,12 +342,12 @@ class _RewardWorker:
             await self._give_back(reason)
 
     def _take(self, message: Any) -> None:
-        """Takes the answer of one item. Raises ValueError or TypeError if it is invalid."""
+        """Handles the result of one item. Raises ValueError or TypeError if it is invalid."""
         number, seconds, fields, error, is_timeout = message
         score = None if error else score_of(fields)
         item = self.items.pop(number, None)
         if item is None:
-            raise ValueError("a score that nobody asked for")
+            raise ValueError("a score that was not requested")
         self._began_s = self._loop.time()
         if is_timeout:
             item.fail(self._too_long())
@@ -357,7 +359,7 @@ class _RewardWorker:
             self._pool.dispatch()
 
     async def _give_back(self, reason: RewardError) -> None:
-        """Fails the item that the process was lost with, and queues the others."""
+        """Fails the item that caused the loss of the process, and requeues the others."""
         items = self.taken()
         if self.is_async and len(items) > 1:
             for item in items:
@@ -373,6 +375,6 @@ class _RewardWorker:
         return RewardTimeoutError(f"reward took longer than rollout.reward_timeout_s={self._timeout_s:g}")
 
     def taken(self) -> list[_Item]:
-        """Takes its items away."""
+        """Removes and returns its items."""
         items, self.items = list(self.items.values()), OrderedDict()
         return items

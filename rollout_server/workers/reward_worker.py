@@ -1,12 +1,12 @@
-"""The process in which rewards are computed: reward_pool.py sends it completions.
+"""The process in which rewards are computed; reward_pool.py sends it completions.
 
     server -> worker   [item, split, index, completion...]            as packed by `pack_item`
     worker -> server   [item, seconds, score, error, is_timeout]      one frame for each item; score or error
 
-A synchronous reward answers in the order of the items, so the first item without an answer is the one that
-hangs. Asynchronous rewards run at the same time, as many as the server sends; each has the time limit here,
-and the server ends the process only if its event loop is blocked. The example is rebuilt here from (split,
-index), so a task's answers need not be serialized.
+Synchronous rewards are returned in the order of the items, so the first item without a result is the one that
+hangs. Asynchronous rewards run concurrently, as many as the server sends; the time limit of each is enforced
+here, and the server ends the process only if its event loop is blocked. The example is rebuilt here from
+(split, index), so a task's reference answers need not be serializable.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Examples = Callable[[Split, int], Example]
 
 def serve(task: Task, connection: socket.socket, *, timeout_s: float) -> None:
     """Serves until the server closes the socket. `timeout_s`: `rollout.reward_timeout_s`."""
-    # A fork copies the generators' states: all workers would draw the same numbers.
+    # A fork copies the generators' states; without this all workers would draw the same numbers.
     random.seed()
     np.random.seed()
     connection.sendall(pack([task.has_async_reward, ""]))
@@ -70,7 +70,7 @@ def _scored(task: Task, examples: Examples, number: int, packed: list[Any], *, t
 async def _serve_async(
     connection: socket.socket, task: Task, examples: Examples, *, timeout_s: float
 ) -> None:
-    """Scores all items that it has been sent at the same time."""
+    """Scores all items concurrently."""
     reader, writer = await asyncio.open_connection(sock=connection)
     running: set[asyncio.Task[None]] = set()
 
@@ -85,7 +85,7 @@ async def _serve_async(
             async with limit:
                 returned = await task.reward(example, completion)  # type: ignore[misc]  # it is async
             score = as_score(returned, completion)
-        except RAISED_BY_TASKS as raised:  # as above
+        except RAISED_BY_TASKS as raised:  # only this sample fails
             error = _described(raised)
         seconds = time.perf_counter() - started
         writer.write(_packed_result(number, seconds, score, error, is_timeout=limit.expired()))
@@ -97,8 +97,9 @@ async def _serve_async(
 
 
 def pack_item(number: int, *, split: Split, index: int, completion: Completion) -> bytes:
-    """The frame of an item. Raises TypeError or ValueError for messages that msgpack cannot hold."""
-    token_ids = np.asarray(completion.token_ids, np.int32)  # the array itself if it is one already
+    """Packs an item into a frame. Raises TypeError or ValueError for messages that msgpack cannot
+    represent."""
+    token_ids = np.asarray(completion.token_ids, np.int32)  # no copy if it is already an array
     packed = _PACKER.pack(
         [
             number,
@@ -128,7 +129,7 @@ def _unpacked(
     messages: list[dict[str, Any]],
 ) -> tuple[Example, Completion]:
     example = examples(split, index)
-    if not messages:  # one prompt, one answer
+    if not messages:  # one prompt, one completion
         prompt = example.prompt
         before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         messages = [*before, {"role": "assistant", "content": text}]

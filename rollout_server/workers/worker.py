@@ -3,11 +3,11 @@
     STARTING -> IDLE <-> CALLING
         `---------`--------`---> LOST (time limit, end of the process, an invalid frame)
 
-A protocol instead of streams: at hundreds of calls a second their tasks and locks would cost more than the
-call. The time limit belongs to the call and not to its caller: a caller that is cancelled leaves the call in
-progress, and the worker can be closed in order when it has answered.
+This is a protocol instead of streams, whose tasks and locks would cost more than the call itself at hundreds
+of calls a second. The time limit belongs to the call and not to its caller: if the caller is cancelled, the
+call stays in progress, and the worker can be closed properly once it has responded.
 
-A worker of rewards is sent many items at once (`send`), and what it sends back is passed to `on_message`.
+A reward worker gets many items at once (`send`), and its results are passed to `on_message`.
 """
 
 from __future__ import annotations
@@ -23,25 +23,26 @@ from rollout_server.environments.exchange import MAX_RESULT_BYTES
 from rollout_server.frames import HEADER, pack
 
 _REAP_DELAY_S = 0.3
-"""Wait between the end of a worker's stream and its loss: the zygote reports why it has ended."""
+"""Wait between the end of a worker's stream and its loss, in which the zygote reports why the worker
+ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerRole:
-    """What a worker does for the server."""
+    """The kind of work that a worker does for the server."""
 
     name: str
-    """In a worker's first frame."""
+    """Name in a worker's first frame."""
     process: str
-    """In errors and logs."""
+    """Description in errors and logs."""
     failed: type[EpisodeError | RewardError]
-    """Raised for what the task's code did."""
+    """Error raised for failures of the task's code."""
     lost: type[EpisodeError | RewardError]
-    """Raised for the loss of a process that the task's code is not to blame for."""
+    """Error raised if a process was lost for a reason other than the task's code."""
     max_bytes: int
-    """Longest frame of a worker."""
+    """Maximum frame size of a worker."""
     may_import: bool
-    """True: a worker imports the task itself if its import does not survive a fork."""
+    """True if a worker should import the task itself when the zygote's import does not survive a fork."""
 
 
 ENVIRONMENT = WorkerRole(
@@ -65,7 +66,7 @@ REWARD = WorkerRole(
 
 
 class Worker(asyncio.Protocol):
-    """One process. `on_lost` is called once, when it can serve no more."""
+    """One worker process. `on_lost` is called once, when it can no longer serve."""
 
     def __init__(
         self,
@@ -75,13 +76,14 @@ class Worker(asyncio.Protocol):
         on_lost: Callable[[Worker], None],
         on_message: Callable[[Any], None] | None = None,
     ) -> None:
-        """`on_message`: gets what answers no call. Raises ValueError or TypeError if it is invalid."""
+        """`on_message`: called with messages that are not responses to a call; raises ValueError or TypeError
+        for invalid ones."""
         self.number = number
         self.role = role
         self.lost: EpisodeError | RewardError | None = None
-        """Why it can serve no more; None while it can."""
+        """Why it can no longer serve; None while it can."""
         self.call_since_s: float | None = None
-        """Time of the loop at which the call in progress began."""
+        """Loop time at which the call in progress started."""
         self._on_lost = on_lost
         self._on_message = on_message
         self._loop = asyncio.get_running_loop()
@@ -92,16 +94,16 @@ class Worker(asyncio.Protocol):
 
     @property
     def is_connected(self) -> bool:
-        """False once its socket is closed; why it has ended may be reported a moment later."""
+        """False once its socket is closed; the reason may be reported a moment later."""
         return self._transport is not None and not self._transport.is_closing()
 
     def send(self, frames: bytes) -> None:
-        """Sends frames to which no call waits for an answer."""
+        """Sends frames without waiting for responses."""
         assert self._transport is not None
         self._transport.write(frames)
 
     async def call(self, request: Any, *, timeout_s: float | None, timed_out: str) -> Any:
-        """The value that the worker answers.
+        """Calls the worker and returns the value of its response.
 
         Raises the role's `failed` if the task's code raised, and the reason if the worker is lost. After
         `timeout_s` it is lost because of `timed_out` (None: its caller limits the time). If the caller is
@@ -142,7 +144,7 @@ class Worker(asyncio.Protocol):
         if self._result is not None:
             result = self._end_call()
             result.set_exception(reason)
-            result.exception()  # its caller may be gone
+            result.exception()  # retrieves it, as the caller may be gone
         self._on_lost(self)
 
     # --- asyncio.Protocol ---
@@ -178,12 +180,12 @@ class Worker(asyncio.Protocol):
             elif self._on_message is not None:
                 self._on_message(message)
             else:
-                self.fail(f"{self.role.process} sent a frame that nobody asked for")
+                self.fail(f"{self.role.process} sent an unexpected frame")
         except (ValueError, TypeError) as invalid:
             self.fail(f"{self.role.process} sent an invalid frame: {invalid}")
 
     def _end_call(self) -> asyncio.Future[Any]:
-        """Ends the call in progress; its future."""
+        """Ends the call in progress and returns its future."""
         result, self._result = self._result, None
         assert result is not None
         self.call_since_s = None

@@ -1,8 +1,8 @@
 """The process that starts workers: `python -m rollout_server.workers.zygote`.
 
 It imports the task once and forks a worker whenever the server asks for one, which takes milliseconds and
-shares the memory of the imports. It never runs a task's code itself, has one thread, and answers on the
-SOCK_SEQPACKET socket that is its stdin; each packet is one msgpack message.
+shares the memory of the imports. Apart from the import it never runs a task's code. It has one thread, and
+communicates over the SOCK_SEQPACKET socket that is its stdin; each packet is one msgpack message.
 
     server -> zygote   {"task": {...}, "seed": n, "sandbox": kind, "added": [...]}   first: the task to import
     zygote -> server   null | "error message"                         null if the task was imported
@@ -13,15 +13,15 @@ SOCK_SEQPACKET socket that is its stdin; each packet is one msgpack message.
     server -> worker   {"role": name, "options": {...}, "task": ...}  first frame: what to serve
     worker -> server   [value, error]                                 the role's first word
 
-Only the zygote can signal a worker without a race: a process id is free for others once its parent has waited
-for it. It also reports a worker's end, because a process that a task's code has forked may keep the worker's
-socket open. When a worker has ended, the rest of its session and every process that it has left behind is
-killed. When the server ends, the zygote does the same with all workers, and ends. If the zygote is killed
-itself, its workers end with it (PDEATHSIG), and the server kills what these have started.
+Only the zygote can signal a worker without a race, because a process id can be reused once the parent has
+waited for it. It also reports a worker's end, because a process forked by a task's code may keep the worker's
+socket open. When a worker has ended, the rest of its session and every process that it left behind are
+killed. When the server ends, the zygote does the same with all workers, and exits. If the zygote itself is
+killed, its workers end with it (PDEATHSIG), and the server kills the processes that they started.
 
-Neither threads nor CUDA survive a fork. So if the import of a task has started threads or has loaded torch, a
-worker that may import the task (`may_import`) replaces the fork's program by its own interpreter, without the
-limit to one thread that the server has added to the environment (`added`).
+Neither threads nor CUDA survive a fork. So if the import of a task started threads or loaded torch, a worker
+that may import the task (`may_import`) executes a new interpreter after the fork, without the limit to one
+thread that the server added to the environment (`added`).
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ log = logging.getLogger(__name__)
 MAX_PACKET_BYTES = 1 << 16
 _END_TIMEOUT_S = 5.0
 _SIGNALS_TO_IGNORE = (signal.SIGINT, signal.SIGTERM)
-"""They reach the whole process group, but only the server ends its processes."""
+"""Signals to ignore: they reach the whole process group, but only the server may end its processes."""
 _SERVE: dict[str, Callable[..., None]] = {
     "environment": environment_worker.serve,
     "reward": reward_worker.serve,
 }
-"""By the name of the role."""
+"""Serve functions by name of the role."""
 _WORKER = "worker"
-"""Argument of a worker that imports the task itself."""
+"""Command-line argument of a worker that imports the task itself."""
 
 
 def main() -> None:
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def serve(connection: socket.socket, *, task: Task | None) -> None:
-    """Runs in a worker, until the server closes the socket. `task`: None if it is not imported."""
+    """Serves in a worker until the server closes the socket. `task`: None if it is not imported yet."""
     setup = frames.read(lambda size: connection.recv(size, socket.MSG_WAITALL))
     try:
         task = task or _make_task(setup)
@@ -105,13 +105,13 @@ def run_zygote() -> None:
             "the task's import has started %d threads; an environment or agent that needs them may hang",
             num_threads - 1,
         )
-    # From here on the end of the socket says that the server has ended, and there are workers to end first. A
-    # zygote that is stopped notices it, too.
+    # From now on the end of the socket means that the server has ended, and workers must be ended first. Even
+    # a suspended zygote notices that.
     die_with_parent(signum=signal.SIGCONT)
     zygote = Zygote(
         task, control, survives_fork=num_threads == 1 and "torch" not in sys.modules, added=setup["added"]
     )
-    with contextlib.suppress(ConnectionError):  # the server ended while it was sent a message
+    with contextlib.suppress(ConnectionError):  # the server ended while a message was being sent
         zygote.run()
     zygote.end_workers()
 
@@ -122,8 +122,8 @@ class Zygote:
     def __init__(
         self, task: Task, control: socket.socket, *, survives_fork: bool, added: Sequence[str]
     ) -> None:
-        """`survives_fork`: the import of the task does. `added`: names of environment variables that only
-        this process needs."""
+        """`survives_fork`: True if the import of the task survives a fork. `added`: names of environment
+        variables that only this process needs."""
         self._task = task
         self._control = control
         self._survives_fork = survives_fork
@@ -133,12 +133,12 @@ class Zygote:
         for end in (self._wakeup, self._wakes):
             end.setblocking(False)
         self._pids: dict[int, int] = {}
-        """Worker -> pid, of those that are not reaped."""
+        """Worker -> pid, for workers that are not reaped yet."""
 
     def run(self) -> None:
-        """Returns when the server has closed the socket."""
-        # Objects of the imports are never collected: a collection would write to their pages, and the workers
-        # could no longer share them.
+        """Serves until the server closes the socket."""
+        # Imported objects are never garbage-collected: a collection would write to their pages, which workers
+        # could then no longer share.
         gc.collect()
         gc.freeze()
         adopt_orphans()
@@ -168,7 +168,7 @@ class Zygote:
                 time.sleep(0.001)
 
     def _obey(self) -> bool:
-        """Does what one packet says; False at the end of the socket."""
+        """Performs the order in one packet; returns False at the end of the socket."""
         try:
             packet, descriptors, _, _ = socket.recv_fds(self._control, MAX_PACKET_BYTES, 1)
         except ConnectionError:
@@ -195,7 +195,7 @@ class Zygote:
         self._pids[worker] = pid
 
     def _become_worker(self, descriptor: int, *, may_import: bool) -> None:
-        """Runs in the worker, and does not return."""
+        """Runs in the forked process and does not return."""
         code = 1
         try:
             die_with_parent(signum=signal.SIGKILL)
@@ -218,7 +218,7 @@ class Zygote:
             connection.set_inheritable(False)
             serve(connection, task=self._task)
             code = 0
-        except BaseException:  # of any kind: it must not reach the zygote's loop
+        except BaseException:  # no exception may reach the zygote's loop
             traceback.print_exc()
         finally:
             exit_at_once(code)
@@ -226,7 +226,7 @@ class Zygote:
     def _reap(self) -> None:
         workers = {pid: worker for worker, pid in self._pids.items()}
         with contextlib.suppress(ChildProcessError):
-            # A process that is not waited for keeps its id, also as that of its group.
+            # A process that has not been waited for keeps its id and its group's id.
             while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 worker = workers.get(ended.si_pid)
                 if worker is not None:
@@ -240,9 +240,9 @@ class Zygote:
         self._kill_orphans()
 
     def _kill_orphans(self) -> None:
-        """Kills what ended workers have left behind: it has become a child of this process."""
+        """Kills processes left behind by ended workers, which have become children of this process."""
         children = Path(f"/proc/self/task/{self._pid}/children")
-        with contextlib.suppress(OSError):  # a kernel without this file
+        with contextlib.suppress(OSError):  # some kernels do not have this file
             for pid in set(map(int, children.read_text().split())).difference(self._pids.values()):
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGKILL)

@@ -101,8 +101,7 @@ def parse_sampled_chat(body: Mapping[str, Any]) -> SampledChat:
 
 
 class CompletionText:
-    """The text of one completion while its tokens arrive: the part that can be sent, and where it stops.
-    Pure.
+    """The text of one completion while its tokens arrive: what can be sent, and where it stops. Pure.
 
     The last tokens may be part of a character, or the start of a stop text. Their text is held back until
     more tokens have arrived or the completion has ended.

@@ -13,7 +13,7 @@ from rollout_server.weights.strategy import OnQuarantine, OnUntrusted, WeightUpd
 
 
 class Engine(Protocol):
-    """Start, end and weight updates of one engine, which this server has started or found at a URL."""
+    """Starts, stops and updates one engine, which this server runs itself or finds at a URL."""
 
     num_starts: int
 
@@ -24,10 +24,10 @@ class Engine(Protocol):
     def weight_update_strategy(
         self, *, gate: GenerationGate, on_quarantine: OnQuarantine, on_untrusted: OnUntrusted
     ) -> WeightUpdateStrategy:
-        """The strategy that updates this engine's weights from version to version. Raises ConfigError."""
+        """Returns the strategy that updates this engine's weights. Raises ConfigError."""
 
     async def start(self, *, version: int) -> EngineClient:
-        """Returns a client of an engine that is ready and holds the weights at `model.path` as `version`.
+        """Starts the engine; returns a client once it is ready with the weights at `model.path` as `version`.
 
         Raises EngineError.
         """
@@ -36,7 +36,7 @@ class Engine(Protocol):
         """Waits until the engine is lost; returns the reason."""
 
     async def stop(self) -> None:
-        """Ends the engine if this server has started it."""
+        """Stops the engine if this server started it."""
 
     def kill(self) -> None:
         """Makes `died` return, in any state of the engine."""
@@ -47,7 +47,7 @@ def make_engine(
 ) -> Engine:
     """Creates the engine chosen by `rollout.engine` and `rollout.sglang.url`, not started yet.
 
-    `context_tokens`: longest sequence of the job; `max_positions`: longest one of the model. Raises
+    `context_tokens`: longest sequence of the job; `max_positions`: longest sequence of the model. Raises
     ConfigError.
     """
     if config.rollout.engine == "embedded":

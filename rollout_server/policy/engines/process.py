@@ -1,11 +1,11 @@
-"""An engine as a child process: start, wait until ready, watch, stop; and the embedded engine's process.
+"""Runs an engine as a child process: starts, watches and stops it; and the embedded engine's process.
 
     STOPPED -> start() -> (port file appears, /health responds) -> RUNNING -> stop(), or it dies -> STOPPED
 
 The engine is a separate process, so that decoding and the stream of samples do not share Python's interpreter
 lock, and so that the server survives a crash of the engine, returns its leases and starts another engine. The
 engine dies with this process. It binds loopback only, and each engine gets a new random API key through a
-pipe, so that no other user of the machine can use it. SGLang's processes are in sglang/process.py.
+pipe, so that no other user of the machine can use it. For SGLang see sglang/process.py.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ from rollout_server.weights.strategy import OnQuarantine, OnUntrusted, WeightUpd
 _POLL_S = 0.05
 _STOP_TIMEOUT_S = 5.0
 _LOG_LINES, _LOG_LINE_CHARS = 8, 200
-"""Log lines, and characters of each line, quoted in an error message: SGLang logs all options in one line."""
+"""Number of log lines, and characters per line, quoted in an error message: SGLang logs all options in one
+line."""
 _TAIL_BYTES = 64 << 10
-"""Bytes read from the end of the log to find those lines: the read blocks the event loop, and a log may be
-large."""
+"""Bytes read from the end of the log to find those lines; limited because the read blocks the event loop and
+a log may be large."""
 _SPARE_CONNECTIONS = 256
 """Connections for weight updates, aborts and the engine's state, beyond those of generation."""
 _PUSH_BODY_BYTES = 16 << 20
@@ -67,7 +68,7 @@ class EngineProcess(ABC):
         Outputs.bound(self.log_path, LogBounds.of(config.daemon))
         self._process: subprocess.Popen[bytes] | None = None
         self.api_key = ""
-        """The key of the newest engine."""
+        """The API key of the newest engine."""
         self.num_starts = 0
 
     @property
@@ -84,8 +85,8 @@ class EngineProcess(ABC):
         """Starts an engine with the model's weights as `version`; returns a client once it can generate.
 
         Raises EngineError, with the end of the engine's log, if it dies or if `start_limit_s` passes without
-        progress, and ConfigError if it refuses its options. A longer log is progress until the engine
-        listens: after that it also logs the requests of this process.
+        progress, and ConfigError if it refuses its options. Until the engine listens, growth of its log
+        counts as progress; after that it also logs the requests of this process.
         """
         assert not self.is_running
         self._launch(version=version)
@@ -142,10 +143,10 @@ class EngineProcess(ABC):
 
     @abstractmethod
     def _command(self, *, version: int, secret_file: str) -> list[str]:
-        """Command line of a new engine, which can read `_secret` from a file once."""
+        """Returns the command line of a new engine, which can read `_secret` once from `secret_file`."""
 
     def _secret(self, *, version: int) -> str:
-        """What only the new engine may read: its API key, and whatever comes with it."""
+        """Returns text that only the new engine may read, including its API key."""
         return self.api_key
 
     def _environment(self) -> dict[str, str]:
@@ -158,7 +159,7 @@ class EngineProcess(ABC):
 
     @abstractmethod
     def _client(self, url: str) -> EngineClient:
-        """A client of the engine at `url`."""
+        """Returns a client of the engine at `url`."""
 
     def _launch(self, *, version: int) -> None:
         self.api_key = secrets.token_hex(32)
@@ -178,7 +179,7 @@ class EngineProcess(ABC):
             )
 
     async def _extend_while_logging(self, limit: asyncio.Timeout, timeout_s: float) -> None:
-        """Moves the limit to `timeout_s` after every growth of the engine's log."""
+        """Restarts the time limit of `timeout_s` each time the engine's log grows."""
         num_bytes = 0
         while True:
             grown = self.log_path.stat().st_size if self.log_path.exists() else 0
@@ -188,7 +189,7 @@ class EngineProcess(ABC):
             await asyncio.sleep(_POLL_S)
 
     async def _listening(self, port: int) -> None:
-        """Waits until the new engine accepts connections. Raises as `_check_alive`."""
+        """Waits until the new engine accepts connections. Raises as `_check_alive` does."""
         while True:
             self._check_alive()
             try:
@@ -230,8 +231,8 @@ class EmbeddedProcess(EngineProcess):
     def weight_update_strategy(
         self, *, gate: GenerationGate, on_quarantine: OnQuarantine, on_untrusted: OnUntrusted
     ) -> WeightUpdateStrategy:
-        """The strategy that receives into shadow weights. `on_quarantine` is not needed: only a verified
-        update is activated."""
+        """Returns the strategy that receives into shadow weights. It does not need `on_quarantine`, because
+        only a verified update is activated."""
         return ShadowWeightUpdate(gate=gate, on_untrusted=on_untrusted)
 
     @property
@@ -275,13 +276,14 @@ class EmbeddedProcess(EngineProcess):
 
 
 def longest_body(context_tokens: int) -> int:
-    """Bytes that a request to the engine may need: a full batch of prompts, or the tensors of a push."""
+    """Returns the largest body of a request to the engine, in bytes: a full batch of prompts, or the tensors
+    of a push."""
     return _PUSH_BODY_BYTES + MAX_BATCH * (_BYTES_PER_TOKEN * context_tokens + _BYTES_PER_PROMPT)
 
 
 @contextlib.contextmanager
 def _pipe_with(text: str) -> Iterator[int]:
-    """The descriptor of a pipe from which the text can be read once."""
+    """Yields the descriptor of a pipe from which the text can be read once."""
     reading, writing = os.pipe()
     try:
         os.write(writing, text.encode())

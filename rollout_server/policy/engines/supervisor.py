@@ -6,10 +6,10 @@
 An engine starts with the run's newest checkpoint if this machine can see it, under the version that the
 trainer gave it; otherwise with the weights at `model.path`.
 
-An engine is stalled when it does not respond, or when it has requests and no count of its load changes. The
-limit is on the engine and not on each request: a request advances with the engine, and one that waits in the
-engine's queue is not late. While a push or a load of weights holds the engine, neither time runs: those calls
-have limits of their own, and the engine may not respond then.
+An engine is stalled when it does not respond, or when it has requests and none of the counts in its load
+change. The limit applies to the engine and not to each request: a request advances with the engine, and
+waiting in the engine's queue is not a stall. While a push or a load of weights holds the engine, neither
+timer runs: those calls have limits of their own, and the engine may not respond meanwhile.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ log = logging.getLogger(__name__)
 INITIAL_VERSION = 0
 """Version of the weights at `model.path`."""
 _LIMITS = RestartLimits(max_failures=4)
-"""After one more death in a row the server exits."""
+"""Consecutive deaths that are tolerated; after one more the server exits."""
 _LATE_S = 2.0
-"""An engine that responds or advances later than this is listed among the waits."""
+"""An engine that takes longer than this to respond or advance is listed among the waits."""
 _MAX_SILENCE_S = 60.0
-"""An engine that runs but has not responded for this long is replaced, unless it loads weights."""
+"""A running engine that has not responded for this long is replaced, unless it is loading weights."""
 
 
 class EngineSupervisor:
-    """One engine at a time. `run` is its task; `load` is called every heartbeat."""
+    """Supervises one engine at a time. `run` is its task; `load` is called every heartbeat."""
 
     def __init__(
         self,
@@ -57,10 +57,9 @@ class EngineSupervisor:
         on_ready: Callable[[EngineClient, int], None],
         on_lost: Callable[[], None],
     ) -> None:
-        """`stall_timeout_s`: longest time in which an engine with requests may make no progress.
-
-        `starting` returns a context in which each start runs. `on_ready` is called with the client and the
-        loaded version, `on_lost` when `client` is None already, but its connections are still open."""
+        """`stall_timeout_s`: longest time that an engine with requests may go without progress. `starting`
+        returns a context in which each start runs. `on_ready` is called with the client and the loaded
+        version; `on_lost` is called when `client` is already None but its connections are still open."""
         self._engine = engine
         self._strategy = strategy
         self._model = model
@@ -73,7 +72,7 @@ class EngineSupervisor:
         self._responded_s = asyncio.get_running_loop().time()
         self._progress = ProgressClock(now_s=self._responded_s)
         self._is_paused = False
-        """True if the engine said so in its last response."""
+        """True if the engine reported in its last response that it is paused."""
         self.client: EngineClient | None = None
         """Client of the running engine; None while there is none."""
 
@@ -100,7 +99,8 @@ class EngineSupervisor:
             await asyncio.sleep(restarts.due_s - loop.time())
 
     def waits(self) -> dict[str, float]:
-        """What the engine owes for longer than `_LATE_S` -> seconds. Nothing while a push holds it."""
+        """Returns what the engine has owed for longer than `_LATE_S` -> seconds. Empty while a push holds
+        it."""
         client = self.client
         if client is None or client.is_held:
             return {}
@@ -113,7 +113,8 @@ class EngineSupervisor:
         return {name: round(seconds, 3) for name, seconds in found.items()}
 
     async def load(self) -> dict[str, Any]:
-        """The engine's load, or {} if it does not respond. Replaces one that is stalled for too long."""
+        """Returns the engine's load, or {} if it does not respond. Replaces an engine that has stalled too
+        long."""
         loop = asyncio.get_running_loop()
         load: dict[str, Any] = {}
         client = self.client
@@ -130,7 +131,7 @@ class EngineSupervisor:
             log.info("the engine did not report its load: %s", error)
             silent_s = loop.time() - self._responded_s
             if silent_s > _MAX_SILENCE_S and not client.is_held:
-                self.replace(f"silent for {silent_s:.0f} s: {error}")
+                self.replace(f"no response for {silent_s:.0f} s: {error}")
             return load
         if client is self.client and not client.is_held:
             self._watch(client, now_s=loop.time())

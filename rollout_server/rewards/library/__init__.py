@@ -1,6 +1,6 @@
-"""Ready-made rewards for `task.reward`: matchers, math, programs, a judge, functions of the user.
+"""Ready-made rewards for `task.reward`: matchers, math, programs, a judge, user functions.
 
-Read `base.py` first. `choice.py` makes a reward from its description, `sum.py` adds several up.
+Read `base.py` first. `choice.py` creates a reward from its description, `sum.py` adds up several.
 """
 
 from rollout_server.rewards.library.base import RewardFunction

@@ -1,7 +1,7 @@
-"""Finds the final answer in a completion, and brings answers into a form in which they can be compared. Pure.
+"""Finds the final answer in a completion, and normalizes answers for comparison. Pure.
 
 Models are asked to end with a marker (`#### 42`, `<answer>42</answer>`, `\\boxed{42}`). The last marker
-counts, because a model that corrects itself writes another one.
+counts, because a model that corrects itself writes a new one.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from fractions import Fraction
 
 _CURRENCY = "$€£¥"
 _MAX_NUMBER_CHARS = 1000
-"""Matching and reading a longer one takes quadratic time."""
+"""Longer numbers are not parsed, because matching and parsing take quadratic time."""
 
 
 def after_marker(text: str, marker: str) -> str | None:
-    """The text behind the last `marker`; None without one.
+    """Returns the text after the last `marker`; None if there is none.
 
     A marker `<tag>` ends at `</tag>`, a marker that ends with `{` at its closing brace, any other at the end
     of its line.
@@ -41,14 +41,14 @@ def _until_brace(text: str) -> str:
 
 
 def last_line(text: str) -> str:
-    """The last line that is not empty; empty without one."""
+    """Returns the last non-empty line; empty if there is none."""
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 
 def number_in(text: str) -> Fraction | None:
-    """The number that the whole text is: `1,234.50`, `$12`, `7 %`, `-3/4`; None for any other text.
+    """Parses a text that is a number as a whole: `1,234.50`, `$12`, `7 %`, `-3/4`; None for any other text.
 
-    A percentage is the number before its sign. A final period belongs to a sentence.
+    A percentage is the number before the sign. A final period is ignored.
     """
     text = text.strip().rstrip(".").strip().replace("−", "-")
     sign, text = (text[0], text[1:].strip()) if text[:1] in ("-", "+") else ("", text)

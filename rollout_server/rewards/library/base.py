@@ -1,7 +1,7 @@
-"""The interface of a reward of the library: `task.reward` names one, or a list of them with weights.
+"""The interface of the library's rewards: `task.reward` names one, or a list of them with weights.
 
-A reward is a frozen dataclass; its fields are its settings, so a misspelled one is refused by name. It never
-looks at a task: it gets the example and the completion. `sum.py` adds several up.
+A reward is a frozen dataclass; its fields are its settings, so a misspelled one is refused by name. It does
+not depend on a task: it gets the example and the completion. `sum.py` adds up several.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ class RewardFunction(ABC):
     """One entry of `task.reward`."""
 
     weight: float = 1.0
-    """Factor of this reward in the sum. 0: the reward is only a metric; if it fails, the sample does not."""
+    """Factor of this reward in the sum. 0: the reward is only a metric, and its failure does not fail the
+    sample."""
     part: str = ""
     """Name of this part in metrics; empty: the reward's own name."""
 
@@ -31,7 +32,7 @@ class RewardFunction(ABC):
     @property
     @abstractmethod
     def own_name(self) -> str:
-        """Name of the part if `part` is empty."""
+        """Default name of the part, used if `part` is empty."""
 
     @property
     def is_async(self) -> bool:
@@ -42,14 +43,14 @@ class RewardFunction(ABC):
         """Raises ConfigError if this machine lacks what the reward needs. Called when a server starts."""
 
     async def close(self) -> None:  # noqa: B027, most rewards hold nothing
-        """Closes what belongs to the running event loop."""
+        """Closes resources that belong to the running event loop."""
 
     @abstractmethod
     def score(self, example: Example, completion: Completion) -> Rewarded | Awaitable[Rewarded]:
-        """As `Task.reward`."""
+        """Returns the reward of a completion, in one of the forms that `Task.reward` may return."""
 
 
 def place_of(example: Example) -> str:
-    """Where the example's row is (`train.jsonl:17`), or its answer, for errors."""
+    """Identifies an example in errors: the place of its row (`train.jsonl:17`), or its answer."""
     place = example.metadata.get("place")
     return str(place) if place else f"the example with the answer {str(example.answer)[:80]!r}"

@@ -1,4 +1,4 @@
-"""Makes the reward that `task.reward` describes.
+"""Creates the reward described by `task.reward`.
 
 A description is a name (`exact`), the path of a function (`my_rewards.score`), a mapping with one of these as
 `name` and settings, or a list of descriptions whose weighted values are added up. Rewards are imported on
@@ -33,7 +33,7 @@ _OWN_SETTINGS = frozenset(field.name for field in dataclasses.fields(RewardFunct
 
 
 def make_rewards(spec: Any, *, sandbox: str = "bwrap") -> Rewards:
-    """The rewards that `spec`, the value of `task.reward`, describes; `sandbox`: `rewards.sandbox`.
+    """Creates the rewards described by `spec`, the value of `task.reward`; `sandbox`: `rewards.sandbox`.
 
     Raises ConfigError for an unknown name or setting, and for a function that cannot be imported.
     """

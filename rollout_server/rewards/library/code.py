@@ -1,8 +1,8 @@
 """The reward for programs: the share of a row's tests that the policy's program passes, in the sandbox.
 
-The program is the last fenced block of the completion. A program that fails, hangs or exceeds a limit is a
-result: its tests count as failed, and the sample is trained on. Programs that read stdin are run once for
-each test; calls and statements are all tested in one run. What runs where is in `program_harness.py`.
+The program is the last fenced block of the completion. A program that fails, hangs or exceeds a limit is not
+an error: its tests count as failed, and the sample is trained on. Programs that read stdin run once for each
+test; calls and statements are all tested in one run (see `program_harness.py`).
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from rollout_server.tasks.base import Completion, Example, Score
 
 _FENCED = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)^[ \t]*```[ \t]*$", re.MULTILINE | re.DOTALL)
 _MARGIN_S = 1.0
-"""Time that is left for starting and ending a program before the reward's own limit."""
+"""Time reserved for starting and ending a program before the reward's own limit."""
 _OUTPUT_BYTES = 1 << 16
 _MAX_THREADS = 1024
-"""More than a worker has rewards at a time (`rollout.reward_concurrency`)."""
+"""More than the number of rewards that a worker computes at a time (`rollout.reward_concurrency`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,17 +47,17 @@ class Code(RewardFunction):
     sandbox: str = "bwrap"
     """The job's `rewards.sandbox`."""
     tests_key: str = ""
-    """Column of the row that has the tests; empty: the answer."""
+    """Column of the row that contains the tests; empty: the answer."""
     give: Literal["all", "share"] = "all"
     """`all`: 1 if every test passes, else 0; `share`: the share of the tests that pass."""
     max_tests: int = 32
-    """The first so many tests of a row are used."""
+    """Maximum number of tests used per row, from the first one."""
     timeout_s: float = 5.0
-    """Time limit of one program, in seconds: of one test with stdin, or of all calls or statements."""
+    """Time limit of one program run, in seconds: one test with stdin, or all calls or statements."""
     memory_mb: int = 512
     """Address space of one process, in MiB."""
     tolerance: float = 0.0
-    """Numbers in outputs may differ by so much, absolutely or relatively; 0: every word must be equal."""
+    """Tolerated absolute or relative difference of numbers in outputs; 0: every word must be equal."""
     needs_fence: bool = False
     """True: a completion without a fenced block has reward 0; False: its whole text is the program."""
 
@@ -81,21 +81,22 @@ class Code(RewardFunction):
         return True
 
     def check(self) -> None:
-        """The sandbox runs a program."""
+        """Raises ConfigError if the sandbox cannot run a program."""
         make_sandbox(self.sandbox).check()
 
     async def score(self, example: Example, completion: Completion) -> Score:
-        """0 to 1. Metrics: `passed` (share of the tests), `timeouts` (programs), `has_code`.
+        """Returns a score from 0 to 1. Metrics: `passed` (share of the tests), `timeouts` (programs),
+        `has_code`.
 
-        Raises RewardError if the row has no tests that can be read.
+        Raises RewardError if the row's tests cannot be read.
         """
         tests = self._tests(example)
         source = program_in(completion, needs_fence=self.needs_fence)
         if source is None:
             return Score(value=0.0, metrics={"passed": 0.0, "timeouts": 0.0, "has_code": 0.0})
         run = self._run_harness if tests.function or tests.statements else self._run_with_stdin
-        # The loop's own threads are few: programs would wait for them, and their time would run out.
-        context = contextvars.copy_context()  # has the time limit
+        # The loop has few threads of its own: programs would wait for them and run out of time.
+        context = contextvars.copy_context()  # contains the time limit
         scoring = asyncio.get_running_loop().run_in_executor(_threads(), context.run, run, source, tests)
         num_passed, num_timeouts = await scoring
         share = num_passed / tests.num
@@ -117,7 +118,8 @@ class Code(RewardFunction):
         return tests.first(self.max_tests)
 
     def _run_with_stdin(self, source: str, tests: ProgramTests) -> tuple[int, int]:
-        """(tests passed, programs that timed out). Ends with the first failure if only all count."""
+        """Returns (tests passed, programs that timed out). Stops at the first failure if all tests must
+        pass."""
         num_passed = num_timeouts = 0
         for stdin, expected in zip(tests.inputs, tests.outputs, strict=True):
             result = self._run(source, stdin=stdin, output_bytes=_OUTPUT_BYTES + 2 * len(expected))
@@ -131,7 +133,7 @@ class Code(RewardFunction):
         return num_passed, num_timeouts
 
     def _run_harness(self, source: str, tests: ProgramTests) -> tuple[int, int]:
-        """As above; one program."""
+        """Returns the same as `_run_with_stdin`, from one program that runs all tests."""
         nonce = secrets.token_hex(16)
         setup: dict[str, Any] = {"source": source, "nonce": nonce, "statements": tests.statements}
         if tests.function:
@@ -153,7 +155,7 @@ class Code(RewardFunction):
         return len(passed), int(result.timed_out)
 
     def _run(self, source: str, *, stdin: str, output_bytes: int) -> ProgramResult | None:
-        """One program; None if the reward has no time left for it."""
+        """Runs one program; None if the reward has no time left for it."""
         timeout_s = min(self.timeout_s, reward_time_left_s() - _MARGIN_S)
         if timeout_s <= 0:
             return None
@@ -162,7 +164,7 @@ class Code(RewardFunction):
 
 
 def program_in(completion: str, *, needs_fence: bool) -> str | None:
-    """The last fenced block; without one the whole text, or None. A block that is not closed is none."""
+    """Returns the last closed fenced block; without one, the whole text, or None if a fence is needed."""
     blocks = _FENCED.findall(completion.replace("\r\n", "\n"))
     if blocks:
         return str(blocks[-1])
@@ -170,7 +172,7 @@ def program_in(completion: str, *, needs_fence: bool) -> str | None:
 
 
 def _values(stdout: str, nonce: str) -> dict[int, Any]:
-    """Test number -> value, from the lines of the harness."""
+    """Parses the lines of the harness into test number -> value."""
     values: dict[int, Any] = {}
     for line in stdout.splitlines():
         fields = line.split(" ", 2)
@@ -184,7 +186,7 @@ def _values(stdout: str, nonce: str) -> dict[int, Any]:
 
 @functools.cache
 def _threads() -> ThreadPoolExecutor:
-    """A thread for each program that runs; they are made on use."""
+    """Returns the executor with a thread for each running program; threads are created on use."""
     return ThreadPoolExecutor(max_workers=_MAX_THREADS, thread_name_prefix="programs")
 
 

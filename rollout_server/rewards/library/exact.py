@@ -1,7 +1,7 @@
 """The reward that compares a completion with the answer: 1 if they are equal, else 0.
 
-By default white space at the ends does not count, and everything else does. Settings say which part of the
-completion is the answer, and what is equal to what.
+By default only white space at the ends is ignored. Settings define which part of the completion is the
+answer, and how the two are compared.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ class Exact(Matcher):
     """`{name: exact, after: "####", numbers: true}`."""
 
     after: str = ""
-    """Only the text behind the last of these markers counts: `####` (the rest of the line), `<answer>` (up to
-    `</answer>`), `\\\\boxed{` (up to its closing brace). Without the marker the reward is 0. Also of a row's
-    answer, if it has the marker (as in GSM8K), only this text counts."""
+    """Only the text after the last of these markers counts: `####` (the rest of the line), `<answer>` (up to
+    `</answer>`), `\\\\boxed{` (up to its closing brace). Without the marker the reward is 0. If a row's
+    answer has the marker (as in GSM8K), only the text after it counts there, too."""
     last_line: bool = False
-    """Only the last line that is not empty counts."""
+    """Only the last non-empty line counts."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.after and not self.after.strip():
-            raise ConfigError("task.reward.after: white space alone is no marker")
+            raise ConfigError("task.reward.after: white space alone is not a marker")
 
     @property
     def own_name(self) -> str:
@@ -36,7 +36,7 @@ class Exact(Matcher):
         return "exact"
 
     def score(self, example: Example, completion: Completion) -> Score:
-        """1.0 or 0.0; with `after`, the metric `found` is 1 if the completion has the marker."""
+        """Returns 1.0 or 0.0; with `after`, the metric `found` is 1 if the completion has the marker."""
         text: str | None = str(completion)
         metrics = {}
         if self.after:
@@ -48,6 +48,6 @@ class Exact(Matcher):
         return Score(value=float(is_equal), metrics=metrics)
 
     def final_part(self, answer: str) -> str:
-        """The text behind the marker, or the whole answer."""
+        """Returns the text after the marker, or the whole answer."""
         found = after_marker(answer, self.after) if self.after else None
         return answer if found is None else found

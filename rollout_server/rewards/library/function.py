@@ -1,11 +1,12 @@
-"""A reward that is a function of the user: `task.reward=my_rewards.score`.
+"""A reward that is a user's function: `task.reward=my_rewards.score`.
 
     def score(completion, answer, **row):
         return float(completion.strip() == answer)
 
-It is called with the completion, the answer, and the columns of the row that it names (all of them with
-`**row`). The names that verl's reward functions use are known, too: `solution_str`, `ground_truth`,
-`data_source`, `extra_info`. Settings beside `name`, `weight` and `part` are further keyword arguments.
+It is called with the completion, the answer, and those columns of the row that are among its arguments (all
+of them with `**row`). The argument names of verl's reward functions are also supported: `solution_str`,
+`ground_truth`, `data_source`, `extra_info`. Settings other than `name`, `weight` and `part` become further
+keyword arguments.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class UserFunction(RewardFunction):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._arguments  # noqa: B018, raises ConfigError for a function that cannot be called so
+        self._arguments  # noqa: B018, raises ConfigError for a function that cannot be called
 
     @property
     def own_name(self) -> str:
@@ -45,15 +46,15 @@ class UserFunction(RewardFunction):
 
     @property
     def is_async(self) -> bool:
-        """True for `async def`, also of an object's `__call__`."""
-        call = getattr(self._function, "__call__", None)  # noqa: B004, its kind is asked for
+        """True for an `async def` function, or an object whose `__call__` is one."""
+        call = getattr(self._function, "__call__", None)  # noqa: B004, to see if it is async
         return inspect.iscoroutinefunction(self._function) or inspect.iscoroutinefunction(call)
 
     def score(self, example: Example, completion: Completion) -> Rewarded | Awaitable[Rewarded]:
-        """What the function returns."""
+        """Calls the function and returns its result."""
         names, takes_all = self._arguments
         row = row_of(example)
-        # The completion comes last: no column can take its place.
+        # The completion comes last, so that no column can replace it.
         known = {"prompt": example.prompt, **row, **self.settings}
         known |= dict.fromkeys([name for name in _ANSWER if name in names] or ["answer"], example.answer)
         known |= dict.fromkeys([name for name in _COMPLETION if name in names] or ["completion"], completion)
@@ -85,7 +86,7 @@ class UserFunction(RewardFunction):
 
     @functools.cached_property
     def _arguments(self) -> tuple[dict[str, bool], bool]:
-        """The named arguments (name -> True if it has no default), and True if there is `**row`."""
+        """Returns the named arguments (name -> True if it has no default), and whether there is `**row`."""
         parameters = list(inspect.signature(self._function).parameters.values())
         takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
@@ -104,6 +105,6 @@ class UserFunction(RewardFunction):
 
 
 def row_of(example: Example) -> Mapping[str, Any]:
-    """The columns of the example's row; of a task without rows, its metadata."""
+    """Returns the columns of the example's row; for a task without rows, its metadata."""
     row = example.metadata.get("row", example.metadata)
     return row if isinstance(row, Mapping) else {}

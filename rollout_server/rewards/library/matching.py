@@ -1,4 +1,4 @@
-"""What is equal to an answer: settings that the rewards `exact` and `regex` share."""
+"""Comparison with a reference answer: settings that the rewards `exact` and `regex` share."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ class Matcher(RewardFunction):
     """Compares a text with the answer, or with each answer of a list."""
 
     ignore_case: bool = False
-    """Upper and lower case are equal."""
+    """True: upper and lower case are equal."""
     strip: bool = True
-    """White space at both ends does not count."""
+    """True: white space at both ends is ignored."""
     collapse_spaces: bool = False
-    """Any run of white space counts as one space."""
+    """True: any run of white space counts as one space."""
     numbers: bool = False
-    """Numbers are compared by their values: `1,234.0` equals `1234`, `$3` equals `3`, `1/2` equals `0.5`."""
+    """True: numbers are compared by value: `1,234.0` equals `1234`, `$3` equals `3`, `1/2` equals `0.5`."""
 
     def equals_answer(self, text: str, example: Example) -> bool:
         """True if the text equals one of the answers. Raises ValueError for a row without an answer."""
         is_list = isinstance(example.answer, Sequence) and not isinstance(example.answer, str)
         answers = list(example.answer) if is_list else [example.answer]
         if not answers or any(answer is None for answer in answers):
-            # Else the task could not be solved, and nobody would notice.
+            # Otherwise the task could not be solved, and that would go unnoticed.
             raise ValueError(f"{place_of(example)} has no answer to compare with")
         return any(self._are_equal(text, self.final_part(str(answer))) for answer in answers)
 
     def final_part(self, answer: str) -> str:
-        """The part of a row's answer that counts."""
+        """Returns the part of a row's answer that is compared."""
         return answer
 
     def _are_equal(self, text: str, answer: str) -> bool:

@@ -1,10 +1,10 @@
 """The reward for mathematics: 1 if the completion's final answer equals the row's, by math-verify.
 
 math-verify (Hugging Face, https://github.com/huggingface/Math-Verify) finds the last box, formula or number
-in a text, parses it with sympy, and compares values, sets, intervals, matrices and equations. sympy
-can take for ever (`9^{9^{9^9}}`), so one timer of the operating system ends the whole comparison. Its signal
-needs the main thread, where reward workers compute; in any other thread only the worker's own limit counts.
-Code that Python cannot interrupt (one operation on huge integers) is also left to that limit.
+in a text, parses it with sympy, and compares values, sets, intervals, matrices and equations. sympy can take
+forever (`9^{9^{9^9}}`), so one operating system timer limits the whole comparison. Its signal is delivered to
+the main thread, where reward workers compute; in any other thread only the worker's own limit applies. That
+limit also covers code that Python cannot interrupt (one operation on huge integers).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _REPEAT_S = 0.5
 
 
 class _TimeIsUpError(BaseException):
-    """Not an Exception: the libraries catch those, and would continue."""
+    """Not an Exception, because the libraries catch those and would continue."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +37,10 @@ class Mathematics(RewardFunction):
     """`{name: math}`."""
 
     timeout_s: float = 3.0
-    """Time limit of parsing and comparing one completion, in seconds. After it the reward is 0 and the metric
-    `timeouts` 1."""
+    """Time limit for parsing and comparing one completion, in seconds. When it is exceeded, the reward is 0
+    and the metric `timeouts` is 1."""
     strict: bool = True
-    """Names of variables count, and a set is no tuple (math-verify's `strict`)."""
+    """True: variable names matter, and a set does not equal a tuple (math-verify's `strict`)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,11 +53,12 @@ class Mathematics(RewardFunction):
         return "math"
 
     def check(self) -> None:
-        """math-verify can be imported."""
+        """Raises ConfigError if math-verify cannot be imported."""
         _library()
 
     def score(self, example: Example, completion: Completion) -> Score:
-        """1.0 or 0.0. Metrics: `parsed` is 1 if the completion has an answer, `timeouts` 1 after a time-out.
+        """Returns 1.0 or 0.0. Metrics: `parsed` is 1 if the completion has an answer, `timeouts` 1 after a
+        timeout.
 
         Raises RewardError if the row's answer cannot be parsed.
         """
@@ -78,7 +79,7 @@ class Mathematics(RewardFunction):
         text = "" if example.answer is None else str(example.answer)
         text = text.rpartition(_GSM8K_MARKER)[2].strip()
         if not any(mark in text for mark in _FORMULA_MARKS):
-            text = f"\\boxed{{{text}}}"  # else only a number in it would be found
+            text = f"\\boxed{{{text}}}"  # otherwise only a number in it would be found
         try:
             with _limit(self.timeout_s):
                 gold = _parsed_gold(text)
@@ -94,7 +95,7 @@ class Mathematics(RewardFunction):
 
 @functools.lru_cache(maxsize=4096)
 def _parsed_gold(text: str) -> list[Any]:
-    """Cached: all samples of a group have the same."""
+    """Parses a row's answer; cached, because all samples of a group have the same one."""
     return _parse(text)
 
 
@@ -105,16 +106,16 @@ def _parse(text: str) -> list[Any]:
 
 @functools.cache
 def _library() -> Any:
-    """The package. Raises ConfigError if it is not installed."""
+    """Returns the package. Raises ConfigError if it is not installed."""
     try:
         library = importlib.import_module("math_verify")
     except ImportError as error:
         raise ConfigError(
             f"task.reward=math needs an extra: pip install 'areal-like[rewards]' ({error})"
         ) from error
-    # Each call without its own time-outs, and each text that it cannot parse, would be a line of the log.
+    # Otherwise each call without its own timeouts, and each text that it cannot parse, would be logged.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    # What it imports on use must not count as time of the first completion.
+    # Its lazy imports must not count towards the time of the first completion.
     library.parse("$1$", parsing_timeout=None)
     return library
 

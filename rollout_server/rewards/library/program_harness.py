@@ -1,15 +1,16 @@
 """Runs the tests of a program inside the sandbox. It imports only the standard library.
 
-It is sent as a text: the sandbox does not show this repository. It gets one JSON object on stdin: `source`,
-`nonce`, and either `function` and `calls` (lists of arguments) or `statements`. To the stdout that it was
-started with it writes a line `nonce number result` for each test that did not raise: `result` is the value
-as JSON, or `null`. What the program prints goes to stderr.
+It is passed as text, because this repository is not visible in the sandbox. It gets one JSON object on stdin:
+`source`, `nonce`, and either `function` and `calls` (lists of arguments) or `statements`. To its original
+stdout it writes a line `nonce number result` for each test that did not raise; `result` is the value as JSON,
+or `null`. Output of the program goes to stderr.
 
-The nonce exists because a program may end the process early and write what it likes. Stdin, where the nonce
-and the statements stand, is emptied before the program begins. A comparison of a test with a constant fails
-if the program's own class decides it (`__eq__` that returns True). These are hurdles and no wall: the program
-shares the interpreter with the statements of a test, and one that inspects the frames of its caller finds the
-nonce. Return values are compared outside, so there nothing can be gained.
+The nonce is needed because a program may end the process early and write arbitrary output. Stdin, which
+contains the nonce and the statements, is emptied before the program starts. A test's comparison with a
+constant fails if a class of the program decides it (an `__eq__` that returns True). These are hurdles, not
+strict isolation: the program shares the interpreter with the statements of a test, and a program that
+inspects its caller's frames finds the nonce. Return values are compared outside the sandbox, so they cannot
+be forged that way.
 """
 
 import ast
@@ -22,18 +23,18 @@ import types
 _COMPARISONS = ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__")
 _CHECKED = "__checked__"
 _HEAP_TYPE = 1 << 9
-"""Flag of classes that are not a static part of the interpreter."""
+"""Flag of classes that are not static types of the interpreter."""
 
 
 def main() -> None:
-    """One line for each test that passed."""
+    """Runs the tests and writes one line for each that passed."""
     setup = json.loads(sys.stdin.buffer.read())
     _empty_stdin()
     results = os.dup(1)
     os.dup2(2, 1)
     nonce = setup.pop("nonce")
     statements = [_compiled(text, number) for number, text in enumerate(setup.pop("statements", ()))]
-    # The program may replace builtins and functions of modules.
+    # Bound here, because the program may replace builtins and functions of modules.
     execute, dumps, write, checked = exec, json.dumps, os.write, _checked
 
     def report(number: int, value: object) -> None:
@@ -59,14 +60,14 @@ def main() -> None:
 
 def _empty_stdin() -> None:
     with contextlib.suppress(OSError):
-        os.ftruncate(0, 0)  # it is a file in memory, which other processes of the sandbox have open, too
+        os.ftruncate(0, 0)  # it is a memory file that other processes in the sandbox also have open
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
 
 
 def _compiled(text: str, number: int) -> types.CodeType:
-    """The code of a test; of one that is no Python, code that fails."""
+    """Compiles a test; if it is not valid Python, returns code that fails."""
     try:
         tree = ast.fix_missing_locations(_Guard().visit(ast.parse(text)))
         return compile(tree, f"test_{number}.py", "exec")
@@ -106,7 +107,8 @@ def _is_constant(node: ast.expr) -> bool:
 
 
 def _checked(value: object) -> object:
-    """The value. Raises AssertionError if a class of the program decides how a part of it compares."""
+    """Returns the value. Raises AssertionError if a class of the program defines how a part of it
+    compares."""
     waiting, seen = [value], set()
     while waiting:
         one = waiting.pop()

@@ -1,4 +1,4 @@
-"""The tests of a program in the forms in which data sets have them. Pure.
+"""The tests of a program, in the formats used by data sets. Pure.
 
     {"inputs": ["1 2\\n"], "outputs": ["3\\n"]}             stdin and stdout (APPS, TACO, verl's code data)
     {"inputs": [[1, 2]], "outputs": [3], "fn_name": "f"}  arguments and return value of a function
@@ -6,7 +6,7 @@
     ["assert f(1) == 2", ...]                             statements that must not raise (MBPP)
     "def check(candidate): ..."                           one test of statements (HumanEval)
 
-Each of them may also be JSON text.
+Each may also be given as JSON text.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class ProgramTests:
     outputs: tuple[Any, ...] = ()
     """Expected stdout of each run, or the expected value of each call."""
     statements: tuple[str, ...] = ()
-    """Python statements, executed one after the other behind the program."""
+    """Python statements, executed one after the other after the program."""
 
     @property
     def num(self) -> int:
@@ -36,7 +36,7 @@ class ProgramTests:
         return len(self.inputs) or len(self.statements)
 
     def first(self, most: int) -> ProgramTests:
-        """The first `most` tests."""
+        """Returns the first `most` tests."""
         return ProgramTests(
             function=self.function,
             inputs=self.inputs[:most],
@@ -46,7 +46,7 @@ class ProgramTests:
 
 
 def tests_of(value: Any, *, entry_point: str = "") -> ProgramTests:
-    """The tests that a row has. `entry_point`: HumanEval's name of the function. Raises ValueError."""
+    """Parses the tests of a row. `entry_point`: HumanEval's name of the function. Raises ValueError."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -92,12 +92,12 @@ def _statements(text: str, entry_point: str) -> str:
 
 
 def _text(value: Any) -> str:
-    """APPS has lists of lines in places."""
+    """Joins lists of lines, which APPS sometimes has."""
     return "\n".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _arguments(value: Any) -> list[Any]:
-    """LiveCodeBench has one JSON value a line."""
+    """Parses arguments; LiveCodeBench has one JSON value per line."""
     if isinstance(value, str):
         return [json.loads(line) for line in value.splitlines() if line.strip()]
     return list(value) if isinstance(value, (list, tuple)) else [value]
@@ -113,7 +113,7 @@ def _value(value: Any) -> Any:
 
 
 def is_same_output(said: str, expected: str, *, tolerance: float) -> bool:
-    """Compares what a program wrote, word by word.
+    """Compares a program's output with the expected one, word by word.
 
     Numbers may differ by `tolerance`, absolutely or relatively.
     """
@@ -133,7 +133,7 @@ def _is_close(word: str, want: str, tolerance: float) -> bool:
 
 
 def is_same_value(returned: Any, expected: Any, *, tolerance: float) -> bool:
-    """Compares a return value, after JSON, with the expected one, which APPS wraps into a list in places."""
+    """Compares a return value, after JSON, with the expected one, which APPS sometimes wraps in a list."""
     if returned == expected or (isinstance(expected, list) and expected == [returned]):
         return True
     numbers = all(isinstance(one, (int, float)) for one in (returned, expected))

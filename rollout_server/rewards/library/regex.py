@@ -1,6 +1,6 @@
-"""The reward of a regular expression: 1 if it is found, or if what it captures equals the answer.
+"""The reward for a regular expression: 1 if it matches, or if the captured text equals the answer.
 
-A pattern can take exponential time on some texts. Then the reward's time limit ends it as it ends any reward
+A pattern can take exponential time on some texts. The reward's time limit then applies, as for any reward
 that hangs (`rollout.reward_timeout_s`, `buffer.on_failure.reward_timeout`).
 """
 
@@ -21,12 +21,12 @@ class Regex(Matcher):
     """`{name: regex, pattern: "Answer: (.+)", group: 1}`."""
 
     pattern: str
-    """In Python's syntax; `.` also matches line breaks only with `(?s)`."""
+    """The pattern, in Python's syntax; `.` matches line breaks only with `(?s)`."""
     group: int | str = ""
-    """Number or name of the group that must equal the answer; empty: the pattern has to be found (a reward
-    for the format)."""
+    """Number or name of the group that must equal the answer; empty: the pattern only has to match (a format
+    reward)."""
     whole: bool = False
-    """The pattern must match the whole completion, without white space at its ends."""
+    """True: the pattern must match the whole completion, ignoring white space at its ends."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,7 +44,8 @@ class Regex(Matcher):
         return "regex"
 
     def score(self, example: Example, completion: Completion) -> Score:
-        """1.0 or 0.0 for the last match; with `group`, the metric `found` is 1 if there is a match."""
+        """Returns 1.0 or 0.0 for the last match; with `group`, the metric `found` is 1 if there is a
+        match."""
         if self.whole:
             match = self._compiled.fullmatch(completion.strip())
         else:

@@ -1,9 +1,9 @@
-"""The sum of weighted rewards: what `task.reward` describes, as one object.
+"""The weighted sum of the rewards in `task.reward`, as one object.
 
-Parts of the sum are contributions, weight included, so the parts of a sample add up to its reward. A reward
-of weight 0 is a metric instead. Synchronous rewards are computed one after the other; asynchronous ones wait
-for their services at the same time. If one reward fails, the sample fails: half a sum is no reward. Only the
-failure of a metric (weight 0) is counted as `<part>/failed` and costs nothing.
+Parts of the sum include their weights, so the parts of a sample add up to its reward. A reward of weight 0 is
+a metric instead. Synchronous rewards are computed one after the other; asynchronous ones run concurrently. If
+one reward fails, the sample fails, because a partial sum is not a valid reward. Only the failure of a metric
+(weight 0) is merely counted, as `<part>/failed`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Rewards:
     """Scores completions with one or several rewards."""
 
     def __init__(self, functions: Sequence[RewardFunction]) -> None:
-        """At least one. Several of the same name get numbers: `judge`, `judge_2`."""
+        """`functions`: at least one. Several with the same name get numbers: `judge`, `judge_2`."""
         self._functions: dict[str, RewardFunction] = {}
         for function in functions:
             name = stem = function.part or function.own_name
@@ -37,7 +37,7 @@ class Rewards:
 
     @property
     def names(self) -> list[str]:
-        """Of the parts, in the order of the configuration."""
+        """Names of the parts, in the order of the configuration."""
         return list(self._functions)
 
     @property
@@ -56,9 +56,9 @@ class Rewards:
             await function.close()
 
     def score(self, example: Example, completion: Completion) -> Score | Coroutine[Any, Any, Score]:
-        """The reward of a completion, or a coroutine that returns it (`is_async`).
+        """Returns the reward of a completion, or a coroutine that returns it (`is_async`).
 
-        Raises what a reward raises, and RewardError for a value that is no finite number.
+        Raises the exceptions of rewards, and RewardError for a value that is not a finite number.
         """
         if self.is_async:
             return self._score_async(example, completion)
@@ -77,10 +77,10 @@ class Rewards:
                 if function.is_async and isinstance(scored, Awaitable):
                     scored = await scored
                 return _checked(name, scored, completion)
-            except Exception as error:  # as above
+            except Exception as error:  # a user's function may raise anything
                 return _failed_metric(function, error)
 
-        # Synchronous rewards first: if one of them fails, no service has been asked for nothing.
+        # Synchronous rewards first: if one of them fails, no service is called in vain.
         items = sorted(self._functions.items(), key=lambda item: item[1].is_async)
         scores = {name: await one(name, function) for name, function in items if not function.is_async}
         waiting = {
@@ -108,7 +108,7 @@ def _failed_metric(function: RewardFunction, error: Exception) -> Score:
 
 
 def _sum(functions: Mapping[str, RewardFunction], scores: Mapping[str, Score]) -> Score:
-    """The weighted sum of checked scores."""
+    """Returns the weighted sum of checked scores."""
     values: list[float] = []
     parts: dict[str, float] = {}
     metrics: dict[str, float] = {}
@@ -140,5 +140,5 @@ def _sum(functions: Mapping[str, RewardFunction], scores: Mapping[str, Score]) -
 
 
 def _added(sums: Any, more: Any) -> Any:
-    """The sum of two arrays of equal length, or the one that is not empty."""
+    """Returns the sum of two arrays of equal length, or the one that is not empty."""
     return sums + more if len(sums) and len(more) else sums if len(sums) else more

@@ -1,6 +1,6 @@
-"""The endpoints of sessions as one ASGI application. Keys and sizes of bodies are checked before it (rules).
+"""The endpoints of sessions as one ASGI application. Keys and body sizes are checked before it (rules.py).
 
-Every refusal has OpenAI's format, also that of a path that does not exist.
+Every refusal has OpenAI's format, including that of a path that does not exist.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ def session_app(
     keep_alive_s: float = KEEP_ALIVE_S,
     on_ignored: Callable[[str], None] = lambda name: None,
 ) -> Starlette:
-    """`model`: its name in responses. `max_context`: longest sequence in tokens. `sample_timeout_s`,
-    `idle_timeout_s`: of a session, for external agents. `advertise_host`: in their base URL; empty: as
-    they reached the server. `on_ignored` counts fields that have no effect."""
+    """Builds the application. `model`: the model's name in responses. `max_context`: longest sequence in
+    tokens. `sample_timeout_s`, `idle_timeout_s`: time limits of a session, told to external agents.
+    `advertise_host`: host in their base URL; empty: the one by which they reached the server. `on_ignored`
+    counts fields that have no effect."""
     claims = ClaimRoutes(
         book=book,
         advertise_host=advertise_host,
@@ -81,18 +82,18 @@ def session_app(
     app = Starlette(
         routes=routes, exception_handlers={ArealError: _failed, HTTPException: refused, Exception: _broken}
     )
-    app.router.redirect_slashes = False  # a redirection has no format, and names the host as the client did
+    app.router.redirect_slashes = False  # a redirect would not have the error format
     return app
 
 
 @dataclass(frozen=True)
 class _LifeRoutes:
-    """Reward, heartbeat and end of a session. Each may be sent again."""
+    """The endpoints for reward, heartbeat and end of a session. Each request may be repeated."""
 
     book: SessionBook
 
     async def reward(self, request: Request) -> Response:
-        """`reward`: of the sample, or of the turn `completion_id`."""
+        """Sets the `reward` of the sample, or of the turn `completion_id`."""
         session = session_of(request, self.book)
         body = parse_bounded_object(await request.body())
         value = body.get("reward")
@@ -107,14 +108,14 @@ class _LifeRoutes:
         return JSONResponse({"id": session.id, "reward": value})
 
     async def heartbeat(self, request: Request) -> Response:
-        """The agent works on it, without the model."""
+        """Records that the agent is working without the model."""
         session = session_of(request, self.book)
         parse_bounded_object(await request.body())
         session.hear()
         return JSONResponse({"id": session.id})
 
     async def end(self, request: Request) -> Response:
-        """The sample is finished from what it has."""
+        """Ends the session; the sample is made from the turns so far."""
         session = session_of(request, self.book)
         parse_bounded_object(await request.body())
         problem = session.problem
@@ -135,5 +136,5 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 
 async def _broken(request: Request, error: Exception) -> Response:
-    """A mistake in this code; uvicorn logs it."""
+    """Responds to a bug in this code; uvicorn logs it."""
     return error_response(500, f"the server made a mistake: {type(error).__name__}", code="internal_error")

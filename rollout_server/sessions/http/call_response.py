@@ -1,11 +1,11 @@
-"""The response to a request to the model: begins or joins its call, waits, sends, notes what was delivered.
+"""The response to a request to the model: starts or joins a call, waits, sends, records the delivery.
 
     body -> begin_call -> Call -> CallResponse: wait -> send -> `call.is_delivered`
 
-A client that disconnects does not cancel its call: an SDK that gave up waiting sends the request again, and
-gets the turn of the first one. In a stream the response is sent as a whole once it is complete; until then,
-comment lines keep the connection alive. The status is sent late, so that a request that is refused at once
-has the status of its error also in a stream.
+A client that disconnects does not cancel its call: an SDK that gave up waiting repeats the request, and gets
+the turn of the first one. In a stream the whole response is sent once it is complete; until then, comment
+lines keep the connection alive. The status is sent late, so that a streaming request that is refused at once
+also gets the status of its error.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rollout_server.sessions.http.errors import NoSessionError, described, respo
 from rollout_server.sessions.open_session import OpenSession, SessionState
 
 KEEP_ALIVE_S = 5.0
-"""Time between two comments of a stream, and before its status is sent."""
+"""Time between two comments in a stream, and before its status is sent."""
 _COMMENT = b": the policy is being sampled\n\n"
 
 WriteBody = Callable[[Call, SampledTurn], bytes]
@@ -36,13 +36,14 @@ WriteBody = Callable[[Call, SampledTurn], bytes]
 
 
 def session_of(request: Request, book: SessionBook) -> OpenSession:
-    """The session of the path, whose key was checked before. Raises NoSessionError, SessionGoneError."""
+    """Returns the session in the path; its key was checked before. Raises NoSessionError,
+    SessionGoneError."""
     id = request.path_params["id"]
     session = book.find(id)
     if session is None or (session.state is SessionState.WAITING and not session.is_offered):
         raise NoSessionError(f"there is no session {id!r:.100} on this server")
     if session.state is SessionState.WAITING:
-        session.claim()  # its client was faster than the confirmation that it got the response
+        session.claim()  # the client was faster than the confirmation that it got the response
     return session
 
 
@@ -52,7 +53,7 @@ def begin_call(
     content: bytes,
     ask: Callable[[], Coroutine[Any, Any, SampledTurn]],
 ) -> Call:
-    """The call of a request with this body; `ask`: `answer` or `continue_tokens` of the session.
+    """Returns the call for a request with this body; `ask`: the session's `sample_turn` or `continue_tokens`.
 
     A repetition joins the call of the request that it repeats. Raises SessionGoneError.
     """
@@ -73,14 +74,14 @@ class CallResponse:
     call: Call
     write: WriteBody
     is_stream: bool
-    """`write` gives server-sent events."""
+    """True if `write` returns server-sent events."""
     keep_alive_s: float = KEEP_ALIVE_S
     _has_begun: bool = field(default=False, init=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Waits for the turn and sends it, unless the client disconnects."""
         call = self.call
-        call.num_readers += 1  # before anything is awaited: an equal request now wants a sample of its own
+        call.num_readers += 1  # before the first await: an equal request now is not a repetition
         gone = asyncio.ensure_future(disconnected(receive))
         try:
             while not call.task.done() and not gone.done():
@@ -127,6 +128,6 @@ class CallResponse:
 
 
 async def drained(send: Send) -> None:
-    """Until the client has read what was sent, apart from what fits into buffers."""
-    # uvicorn waits for its buffer at the beginning of each message, not at the end.
+    """Waits until the client has read everything sent, except what fits into buffers."""
+    # uvicorn waits for its buffer at the start of each message, not at the end.
     await send({"type": "http.response.body", "body": b"", "more_body": True})

@@ -3,7 +3,7 @@
     session.is_offered -> the response is sent -> claimed
           `------------> the client is gone -> waits again, with another key
 
-A client may wait for a session. Those that wait are served in the order of their requests.
+A client may wait for a session. Waiting clients are served in the order of their requests.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from rollout_server.sessions.open_session import OpenSession, SessionState
 MAX_WAIT_S = 30.0
 MAX_NAME_CHARS = 100
 MAX_WAITING = 1024
-"""Clients that may wait at the same time."""
+"""Maximum number of clients that wait at the same time."""
 RETRY_AFTER_S = 5
 _DELIVERY_S = 10.0
-"""Longest time for the response with a session; a client that reads more slowly does not get it."""
+"""Time limit for sending the response with a session; a client that reads more slowly does not get it."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -45,7 +45,7 @@ class ClaimRoutes:
 
     book: SessionBook
     advertise_host: str
-    """In the base URL of a session; empty: as its client reached the server."""
+    """Host in a session's base URL; empty: the one by which the client reached the server."""
     sample_timeout_s: float | None
     idle_timeout_s: float
     _waiting: deque[asyncio.Future[None]] = field(default_factory=deque, init=False)
@@ -54,11 +54,11 @@ class ClaimRoutes:
         self.book.on_waiting = self._wake
 
     async def counts(self, request: Request) -> Response:
-        """GET /sessions: how many wait, and how many are open."""
+        """GET /sessions: how many sessions wait, and how many are open."""
         return JSONResponse({"waiting": self.book.num_waiting, "open": len(self.book.open)})
 
     async def claim(self, request: Request) -> Response | _Claimed:
-        """POST /sessions."""
+        """POST /sessions: claims a session."""
         body = parse_bounded_object(await request.body())
         wait_s = number(body, "wait_s", 0.0, low=0.0, high=MAX_WAIT_S)
         claimant = _claimant(request, body)
@@ -71,11 +71,11 @@ class ClaimRoutes:
             session = await self._wait(request, wait_s)
         if session is None:
             return _none(
-                "the server is ending: claim at another one, or after it has started again"
+                "the server is ending: claim at another one, or after this one has restarted"
                 if self.book.is_closed
-                else "no session waits for an agent: all samples that the job needs now are being made"
+                else "no session waits for an agent: all samples that the job needs now are in progress"
             )
-        if (held := self._held(claimant)) is not None:  # its other sessions have failed while it waited
+        if (held := self._held(claimant)) is not None:  # its other sessions failed while it waited
             self.book.take_back(session)
             return held
         session.claimant = claimant
@@ -86,7 +86,7 @@ class ClaimRoutes:
             raise
 
     def _held(self, claimant: Claimant) -> Response | None:
-        """The refusal of a claimant whose sessions fail; None if it may have one."""
+        """Returns the refusal for a claimant whose sessions fail; None if it may have one."""
         hold = self.book.claimants.hold(claimant, now_s=asyncio.get_running_loop().time())
         if hold is None:
             return None
@@ -104,7 +104,7 @@ class ClaimRoutes:
                     return
 
     async def _wait(self, request: Request, wait_s: float) -> OpenSession | None:
-        """The next session; None if there was none in time, or the client is gone."""
+        """Returns the next session; None if there was none in time, or the client disconnected."""
         loop = asyncio.get_running_loop()
         end_s = loop.time() + wait_s
         gone = asyncio.ensure_future(disconnected(request.receive))
@@ -117,7 +117,7 @@ class ClaimRoutes:
                     return None
                 if (session := self.book.offer()) is not None:
                     return session
-                turn = loop.create_future()  # it was its turn, but the session has gone meanwhile
+                turn = loop.create_future()  # it was this client's turn, but the session was gone by then
                 self._waiting.appendleft(turn)
             return None
         finally:
@@ -125,7 +125,7 @@ class ClaimRoutes:
             if turn in self._waiting:
                 self._waiting.remove(turn)
             if turn.done() and self.book.num_waiting:
-                self._wake()  # of the next client, if this one has not taken what it was woken for
+                self._wake()  # the next client, in case this one did not take the session it was woken for
 
     def _described(self, request: Request, session: OpenSession) -> bytes:
         example = session.example
@@ -156,7 +156,7 @@ class ClaimRoutes:
 
 @dataclass(frozen=True)
 class _Claimed:
-    """The response with a session, as an ASGI application: claims it if it was delivered."""
+    """The response with a session, as an ASGI application; claims the session if it was delivered."""
 
     session: OpenSession
     body: bytes
@@ -167,7 +167,7 @@ class _Claimed:
         gone = asyncio.ensure_future(disconnected(receive))
         is_sent = False
         try:
-            await asyncio.sleep(0)  # a client that is gone already is known to be so after this
+            await asyncio.sleep(0)  # after this, a disconnect that has already happened is known
             if not gone.done():
                 headers = [
                     (b"content-type", b"application/json"),
@@ -179,7 +179,7 @@ class _Claimed:
                     await drained(send)
                 is_sent = not gone.done()
         except TimeoutError:
-            return  # the server closes the connection, as the response is not complete
+            return  # the server closes the connection, because the response is incomplete
         finally:
             gone.cancel()
             if is_sent and self.session.state is SessionState.WAITING:
@@ -206,9 +206,9 @@ def _none(message: str) -> Response:
 
 
 def _json(value: Any) -> Any:
-    """The value as JSON can have it; else as text."""
+    """Returns the value if JSON can represent it, otherwise its text."""
     try:
-        # A copy, so that what cannot be sent is found here and becomes a text.
+        # Copied through JSON, so that a value that cannot be sent is found here and becomes text.
         return json.loads(json.dumps(dict(value) if isinstance(value, Mapping) else value, allow_nan=False))
     except (TypeError, ValueError, RecursionError):
         return repr(value)

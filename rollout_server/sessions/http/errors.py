@@ -1,9 +1,9 @@
-"""Errors in OpenAI's format: what an SDK raises, and whether it tries again.
+"""Errors in OpenAI's format, which determine what an SDK raises and whether it retries.
 
     400 a request that cannot be served | 404 no such session | 410 the session has ended
     429 no session waits (Retry-After)    | 500 the engine failed, and the sample with it
 
-An SDK repeats a request whose status was 408, 409, 429 or 5xx, unless `x-should-retry` forbids it.
+An SDK repeats a request after status 408, 409, 429 or 5xx, unless `x-should-retry` forbids it.
 """
 
 from __future__ import annotations
@@ -41,14 +41,15 @@ def error_response(
     param: str | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> Response:
-    """The response of an error that a repetition does not cure, apart from 429."""
+    """Returns the response for an error. Except for 429, it tells SDKs not to retry."""
     content = json.dumps(error_object(status, message, code=code, param=param)).encode()
     fixed = {} if status == 429 else {"x-should-retry": "false"}
     return Response(content, status, headers={**fixed, **(headers or {})}, media_type="application/json")
 
 
 def described(error: BaseException) -> tuple[int, str, str | None, str | None]:
-    """Status, message, code and param of what a request's work raises. Raises `error` if it is another."""
+    """Returns status, message, code and param for an exception of a request. Raises `error` if it is
+    unexpected."""
     message = str(error)
     match error:
         case SessionGoneError():
@@ -74,6 +75,6 @@ def described(error: BaseException) -> tuple[int, str, str | None, str | None]:
 
 
 def response_of(error: BaseException) -> Response:
-    """The response for what a request's work raises. Raises `error` if it is another."""
+    """Returns the response for an exception of a request. Raises `error` if it is unexpected."""
     status, message, code, param = described(error)
     return error_response(status, message, code=code, param=param)

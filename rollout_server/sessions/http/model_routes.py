@@ -1,8 +1,8 @@
 """The endpoints of a session that sample: /v1/chat/completions, /v1/completions and /inference/v1/generate.
 
-The last two take prompts that the client has rendered itself. A prompt whose token ids begin with all those
-up to and of an earlier turn continues its segment. Any other prompt begins a new one; so does a text whose
-tokens are other ones than the policy has sampled for it.
+The last two take prompts that the client rendered itself. A prompt whose token ids start with all tokens
+through the end of an earlier turn continues that turn's segment. Any other prompt starts a new segment,
+including a text that is tokenized differently from how the policy sampled it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ R = TypeVar("R", ChatRequest, CompletionRequest)
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRoutes:
-    """The endpoints. They raise UserError and SessionGoneError."""
+    """The handlers of these endpoints. They raise UserError and SessionGoneError."""
 
     book: SessionBook
     rules: ChatRules
@@ -46,7 +46,7 @@ class ModelRoutes:
         return JSONResponse({"object": "list", "data": [self._described(self.rules.default_model)]})
 
     async def model(self, request: Request) -> Response:
-        """/v1/models/NAME: the policy, whatever the name is, as requests may have any."""
+        """/v1/models/NAME: the policy, whatever the name is, because requests may use any name."""
         session_of(request, self.book).hear()
         return JSONResponse(self._described(request.path_params["name"]))
 
@@ -69,7 +69,8 @@ class ModelRoutes:
         sample: Callable[[OpenSession, R], Coroutine[Any, Any, SampledTurn]],
         write: Callable[..., bytes],
     ) -> CallResponse:
-        """Parses a body, and samples and writes its turn. `write`: one of those in `responses`."""
+        """Parses a body, samples its turn and writes the response. `write`: one of the functions in
+        `responses`."""
         session = session_of(request, self.book)
         conversation, content = session.conversation, await request.body()
         parsed = await conversation.large_work.run(
@@ -98,7 +99,7 @@ async def _next_turn(session: OpenSession, chat: ChatRequest) -> SampledTurn:
 
 
 async def _continuation(session: OpenSession, request: CompletionRequest) -> SampledTurn:
-    """The turn after a prompt; a text is tokenized as it is, without a chat template."""
+    """Samples the turn after a prompt; a text is tokenized as is, without a chat template."""
     prompt, conversation = request.prompt, session.conversation
     if isinstance(prompt, str):
         text, tokenizer = prompt, conversation.renderer.tokenizer

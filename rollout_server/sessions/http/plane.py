@@ -3,10 +3,10 @@
     loopback, a free port, plain HTTP           the server's own agents (`agent()`), always
     sessions.host:port + index of the server    external agents, if a task is `external`; TLS as the job's
 
-Both need the session's key for each request: other users of the machine reach loopback, too. Both run in the
-server's event loop, so what a client can cost is bounded before a request is handled: connections, size and
-time of heads and bodies, requests of one connection, clients that do not read. File descriptors for all of
-them are checked at the start.
+Both require the session's key for each request, because other users of the machine can also reach loopback.
+Both run in the server's event loop, so the cost that a client can cause is bounded before a request is
+handled: connections, size and time of heads and bodies, requests per connection, clients that do not read. At
+the start it is checked that there are enough file descriptors for all connections.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ from rollout_server.sessions.http.rules import SessionRules, most_bytes_of_body,
 _LOOPBACK = "127.0.0.1"
 _BODY_TIMEOUT_S = 30.0
 _KEEP_ALIVE_S = 75
-"""An agent thinks and calls tools between two requests. Longer than the pools of HTTP clients keep one, so
-that it is the client that closes: a request on a connection that the server is closing would fail."""
+"""How long idle connections stay open, because an agent thinks and calls tools between two requests. Longer
+than HTTP clients' pools keep them, so that the client closes first: a request on a connection that the server
+is closing would fail."""
 _WRITE_TIMEOUT_S = 60.0
 _SHUTDOWN_S = 1
 _SPARE_CONNECTIONS = 64
@@ -49,7 +50,7 @@ _LARGEST_PORT = 65535
 
 @dataclass(eq=False, kw_only=True)
 class SessionPlane:
-    """`start`, then `close`."""
+    """The HTTP servers; call `start`, then `close`."""
 
     config: Config
     app: ASGIApp
@@ -58,19 +59,19 @@ class SessionPlane:
     index: int
     """Number of this rollout server, added to `sessions.port`."""
     needs_external: bool
-    """External agents make samples."""
+    """True if external agents make samples."""
     max_body_bytes: int
-    """Longest request to the model."""
+    """Longest body of a request to the model, in bytes."""
     on_refused: Callable[[Reason], None] = lambda reason: None
-    """Counts refusals."""
+    """Called for each refusal, to count it."""
     internal_url: str = field(default="", init=False)
-    """For this machine: `http://127.0.0.1:PORT`."""
+    """URL for this machine: `http://127.0.0.1:PORT`."""
     external_url: str = field(default="", init=False)
-    """For external agents; empty without them."""
+    """URL for external agents; empty without them."""
     serving: asyncio.Future[Any] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future(), init=False
     )
-    """Ends with the servers; raises what ended them."""
+    """Ends when the servers do; raises the exception that ended them."""
     _servers: list[HttpServer] = field(default_factory=list, init=False)
 
     async def start(self) -> None:
@@ -91,7 +92,7 @@ class SessionPlane:
         self.serving = asyncio.gather(*(server.serve(sockets=[listener]) for server, listener in bound))
 
     async def close(self) -> None:
-        """Stops the servers. Sessions must have ended: what is open then has a second to end."""
+        """Stops the servers. Sessions must have ended; requests still open get one second to finish."""
         for server in self._servers:
             server.should_exit = True
         if self._servers:
@@ -126,12 +127,13 @@ class SessionPlane:
 
     @property
     def _connections_of_samples(self) -> int:
-        """Two for each sample that can be made at the same time, and some more."""
+        """Returns the number of connections: two per concurrent sample, plus some spare ones."""
         return 2 * self.config.rollout.most_episodes + _SPARE_CONNECTIONS
 
     @property
     def _requests_of_a_session(self) -> int:
-        """At the same time: one for each turn that it may have, if others keep half of the connections."""
+        """Returns a session's maximum of concurrent requests: one per allowed turn, but at most half of the
+        connections."""
         turns = min(self.config.episode.max_turns, self._connections_of_samples // 2)
         return max(turns, _SPARE_CONNECTIONS)
 
@@ -178,7 +180,7 @@ class SessionPlane:
             )
         try:
             listener = bound_socket(host, port)
-            # From here on the kernel queues connections until they are accepted, instead of refusing them.
+            # From now on the kernel queues connections until they are accepted, instead of refusing them.
             listener.listen(_MAX_BACKLOG)
         except OSError as error:
             raise ConfigError(

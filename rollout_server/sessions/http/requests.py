@@ -1,7 +1,7 @@
-"""What a session takes of a request to the model: chats, and prompts that are a text or token ids. Pure.
+"""Parses requests to the model in a session: chats, and prompts as text or token ids. Pure.
 
-The sampling is the job's, else the log-probs would not be those of the policy that is trained: temperature
-and the like are accepted without effect, and so are formats of the response and demands for a certain tool.
+Sampling parameters are the job's, because otherwise the log-probs would not be those of the trained policy:
+temperature and the like are accepted without effect, and so are response formats and a forced choice of tool.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _IGNORED = (
 _MAX_LOGPROBS = 1 << 20
 _LARGEST_ID = (1 << 31) - 1
 _IMAGES = ("features", "content_parts")
-"""Fields of /inference/v1/generate for models that see images."""
+"""Fields of /inference/v1/generate for multimodal models."""
 
 
 def session_rules(model: str) -> ChatRules:
-    """What sessions take. `model`: name of the policy in responses."""
+    """Returns the rules for requests in sessions. `model`: name of the policy in responses."""
     return ChatRules(
         server="sessions",
         default_model=model,
@@ -49,9 +49,9 @@ class CompletionRequest:
 
     options: RequestOptions
     prompt: str | list[int]
-    """A text, or token ids."""
+    """Text, or token ids."""
     add_special_tokens: bool = False
-    """The tokenizer puts its BOS before a text; as in vLLM."""
+    """True if the tokenizer prepends its BOS to a text, as in vLLM."""
     logprobs: bool = True
 
 
@@ -93,7 +93,7 @@ def parse_tokens(body: Mapping[str, Any], rules: ChatRules) -> CompletionRequest
 
 
 def _prompt(raw: Any) -> str | list[int]:
-    # Some clients send a list of prompts always.
+    # Some clients always send a list of prompts.
     if isinstance(raw, list) and raw and isinstance(raw[0], (str, list)):
         if len(raw) > 1:
             raise ParamError(

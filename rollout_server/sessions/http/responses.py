@@ -1,7 +1,7 @@
-"""A turn of the policy as the body of a response: one object, or all events of a stream. Pure.
+"""Formats a turn of the policy as a response body: one object, or all events of a stream. Pure.
 
-/v1/chat/completions, /v1/completions, and vLLM's /inference/v1/generate as the train client of verifiers
-reads it.
+For /v1/chat/completions, /v1/completions, and vLLM's /inference/v1/generate in the form that verifiers' train
+client reads.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ DecodeToken = Callable[[int], str]
 def chat_body(
     turn: SampledTurn, request: ChatRequest, *, id: str, created_s: int, conversation: Conversation
 ) -> bytes:
-    """The body of /v1/chat/completions."""
+    """Returns the body for /v1/chat/completions."""
     head = chat_head(id=id, created_s=created_s, model=request.options.model, is_chunk=request.options.stream)
     logprobs = None
     if request.logprobs:
@@ -47,7 +47,7 @@ def _chat_object(
     reply = turn.reply
     message: dict[str, Any] = {
         "role": "assistant",
-        # As OpenAI: null where there are tool calls only.
+        # Like OpenAI: null if there are only tool calls.
         "content": None if reply.tool_calls and not reply.text else reply.text,
         "refusal": None,
     }
@@ -77,7 +77,7 @@ def _chat_events(
         deltas.append({"tool_calls": [{"index": index, **call}]})
     choices = [chat_delta(0, delta) for delta in deltas]
     last = chat_delta(0, {}, reason=_chat_reason(turn))
-    # Tokens and texts do not begin and end at the same places: the first chunk has the tokens.
+    # Tokens and text pieces have different boundaries, so the first chunk has all tokens.
     choices[0]["logprobs"] = logprobs
     if request.options.return_token_ids:
         choices[0]["token_ids"] = turn.token_ids.tolist()
@@ -92,7 +92,7 @@ def _chat_events(
 def completion_body(
     turn: SampledTurn, request: CompletionRequest, *, id: str, created_s: int, conversation: Conversation
 ) -> bytes:
-    """The body of /v1/completions."""
+    """Returns the body for /v1/completions."""
     options, decode = request.options, conversation.decode
     choice: dict[str, Any] = {
         "index": 0,
@@ -101,7 +101,7 @@ def completion_body(
         "finish_reason": _reason(turn),
     }
     if options.return_token_ids:
-        # vLLM has both in the choice, as a request may have several prompts.
+        # vLLM puts both in the choice, because a request may have several prompts.
         choice["prompt_token_ids"] = turn.prompt_ids.tolist()
         choice["token_ids"] = turn.token_ids.tolist()
     head = {"id": f"cmpl-{id}", "object": "text_completion", "created": created_s, "model": options.model}
@@ -117,7 +117,7 @@ def completion_body(
 def tokens_body(
     turn: SampledTurn, request: CompletionRequest, *, id: str, created_s: int, conversation: Conversation
 ) -> bytes:
-    """The body of /inference/v1/generate."""
+    """Returns the body for /inference/v1/generate."""
     tokens = turn.token_ids.tolist()
     logprobs: list[dict[str, Any]] = [
         {"token": f"token_id:{token}", "logprob": logprob, "bytes": None, "top_logprobs": []}
@@ -150,7 +150,8 @@ def _usage(turn: SampledTurn) -> dict[str, int]:
 
 
 def _completion_logprobs(turn: SampledTurn, decode: DecodeToken) -> dict[str, Any]:
-    """OpenAI's older format. Only the sampled tokens have log-probs, whatever number the client asks for."""
+    """Returns log-probs in OpenAI's older format: only of the sampled tokens, whatever number is
+    requested."""
     texts = [decode(token) for token in turn.token_ids.tolist()]
     logprobs = finite(turn.logprobs.tolist())
     offsets, offset = [], 0

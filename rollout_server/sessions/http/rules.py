@@ -1,12 +1,12 @@
-"""Who may send which request to the sessions of a rollout server. Decided before a body is read.
+"""Access rules for the sessions of a rollout server, applied before a body is read.
 
     /sessions           a token of the job, of role `agent` or `operator`; without keys everybody
     /sessions/ID/...    the key of this session; 410 if it has ended
     everything else     as /sessions, and then 404
 
-A wrong key and an unknown id get the same response, 401: who has no key learns no id, and not what has become
-of a session. So a client of a session that this server does not know (any more) is told that its key is
-wrong, and not 404.
+A wrong key and an unknown id get the same response, 401, so that a client without a key cannot learn ids or
+the state of sessions. So a client of a session that this server does not know (any more) is told that its key
+is wrong, instead of 404.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _CODES = {
     Reason.BUSY: "too_many_requests",
 }
 _RETRY: Mapping[Reason, Headers] = {Reason.SLOW: [], Reason.BUSY: [(b"retry-after", b"1")]}
-"""Headers of refusals after which a request may be sent again."""
+"""Headers of refusals after which a request may be repeated."""
 _NO_KEY = secrets.token_urlsafe(32)
-"""Compared with the key of a request for an unknown session: it takes the same time."""
+"""Compared with the key in a request to an unknown session, so that the check takes the same time."""
 
 
 class SessionRules:
@@ -50,9 +50,9 @@ class SessionRules:
         takes_claims: bool,
         most_requests: int,
     ) -> None:
-        """`hosts`: as in AccessRules. `role_of`: of the job's tokens; None without keys. `takes_claims`:
-        False for the listener of the server's own agents, whose sessions nobody claims. `most_requests`: of
-        one session at the same time."""
+        """`hosts`: see AccessRules. `role_of`: returns the role of a job's token; None without keys.
+        `takes_claims`: False for the listener of the server's own agents, whose sessions are not claimed.
+        `most_requests`: maximum number of concurrent requests in a session."""
         self._book = book
         self._head = AccessRules(hosts=hosts, open_paths=frozenset())
         self._role_of = role_of
@@ -60,7 +60,7 @@ class SessionRules:
         self._most_requests = most_requests
 
     def refusal(self, scope: Mapping[str, Any]) -> Refusal | None:
-        """Why a request is refused, by its head; None if it may be read."""
+        """Returns why a request is refused, given its head; None if its body may be read."""
         refusal = self._head.refusal(scope)
         if refusal is not None:
             return refusal
@@ -70,8 +70,9 @@ class SessionRules:
 
     @contextlib.contextmanager
     def place(self, scope: Mapping[str, Any]) -> Iterator[Refusal | None]:
-        """While a request that `refusal` accepts is read and handled; gives the refusal if its session has
-        too many: with its key alone a client would use all connections, and memory for as many bodies."""
+        """Context in which an accepted request is read and handled; yields a refusal if its session has too
+        many. Otherwise a client with a single key could use all connections, and memory for as many
+        bodies."""
         session = self._book.find(_session_id(scope["path"]))
         if session is None:
             yield None
@@ -122,18 +123,19 @@ class SessionRules:
 
 
 def most_bytes_of_body(scope: Mapping[str, Any], *, of_prompts: int) -> int:
-    """The bound of a request's body: `of_prompts` for requests to the model, little for all others."""
+    """Returns the maximum body size of a request: `of_prompts` for requests to the model, a small one for
+    others."""
     has_prompt = str(scope["path"]).endswith(("/completions", "/generate"))
     return of_prompts if has_prompt else min(of_prompts, _SMALL_BODY_BYTES)
 
 
 def openai_error(refusal: Refusal) -> tuple[bytes, Headers]:
-    """The body of a refusal in OpenAI's format."""
+    """Returns a refusal's body in OpenAI's format, and its headers."""
     content = error_object(refusal.status, refusal.message, code=_CODES.get(refusal.reason))
     return json.dumps(content).encode(), _RETRY.get(refusal.reason, [(b"x-should-retry", b"false")])
 
 
 def _session_id(path: str) -> str:
-    """ID of /sessions/ID/...; empty for other paths."""
+    """Returns ID of /sessions/ID/...; empty for other paths."""
     parts = path.split("/", 3)
     return parts[2] if len(parts) == 4 and parts[:2] == ["", "sessions"] else ""

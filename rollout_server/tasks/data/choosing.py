@@ -1,6 +1,6 @@
-"""Decides which rows of a data set a task uses: checks them, holds some out, leaves out long prompts.
+"""Selects the rows of a data set that a task uses: checks them, holds some out, drops long prompts.
 
-Each pass over the rows is remembered under a key of all that it depends on (`areal_like.data.cache`).
+Each pass over the rows is cached under a key of everything that it depends on (`areal_like.data.cache`).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from areal_like.errors import ConfigError
 from rollout_server.tasks.base import FittingPrompts, Prompt
 
 _BATCH = 512
-"""Prompts that are tokenized at a time."""
+"""Number of prompts tokenized at a time."""
 _RULES = 1
-"""Part of the keys: raise it when the rules of this module or of RowFormat change."""
+"""Part of the cache keys: increase it when the rules of this module or of RowFormat change."""
 
 
 def check_rows(rows: Rows, read: RowFormat, *, key: str) -> None:
@@ -50,10 +50,10 @@ def check_rows(rows: Rows, read: RowFormat, *, key: str) -> None:
 
 
 def divide(rows: Rows, read: RowFormat, *, num_eval: int, share: float) -> tuple[Numbers, Numbers]:
-    """The rows to train on, and those held out: `num_eval` and as many as have the same prompt as one of
-    them, or if it is 0 a share of all prompts (at least one).
+    """Returns the rows to train on and the held-out rows: `num_eval` rows plus those with the same prompts,
+    or, if it is 0, a share of all prompts (at least one).
 
-    Prompts with the smallest hashes are held out: it does not matter where in the file they are. Raises
+    Prompts with the smallest hashes are held out, independently of their position in the file. Raises
     ConfigError if no row is left to train on.
     """
     if not (num_eval or share):
@@ -77,8 +77,8 @@ def divide(rows: Rows, read: RowFormat, *, num_eval: int, share: float) -> tuple
 
 
 def fitting_rows(rows: Rows, read: RowFormat, fitting: FittingPrompts, *, limit: int, key: str) -> Numbers:
-    """The rows whose prompts have at most `limit` tokens. Raises ConfigError with the place of a row that
-    cannot be rendered."""
+    """Returns the rows whose prompts have at most `limit` tokens. Raises ConfigError with the place of a row
+    that cannot be rendered."""
 
     def count() -> Numbers:
         kept: list[int] = []
@@ -110,7 +110,7 @@ def _prompts(rows: Rows, read: RowFormat, numbers: range | None = None) -> Itera
 
 
 def _hash(prompt: Prompt) -> int:
-    """64 bits of a prompt: of its text, or its messages without the system's."""
+    """Returns a 64-bit hash of a prompt: of its text, or of its messages without the system message."""
     if isinstance(prompt, list):
         said = [message for message in prompt if message["role"] != "system"] or prompt
         prompt = said[0]["content"] if len(said) == 1 else json.dumps(said, sort_keys=True)

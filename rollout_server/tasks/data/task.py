@@ -2,10 +2,10 @@
 
     rows of a file -> checked -> divided into train and eval -> the first num_train -> those that fit
 
-Every row is read once when a server starts, so that a broken one ends the job there, with its file and line,
-and not in the middle of a run. What that pass decides is remembered in the cache. Index i of a split is the
-i-th row that is left. Worker processes get these very rows by name (`settings_of_workers`): they have no
-tokenizer, and the file may have changed meanwhile.
+Every row is read once when a server starts, so that a broken row ends the job at its start, with its file and
+line, and not in the middle of a run. The result of that pass is cached. Index i of a split is the i-th
+remaining row. Worker processes get exactly these rows by their name in the cache (`settings_of_workers`),
+because they have no tokenizer, and the file may have changed since.
 """
 
 from __future__ import annotations
@@ -36,33 +36,33 @@ class DataTask(Task):
     least: ClassVar[Mapping[str, int]] = {"num_train": 0, "num_eval": 0, "max_prompt_tokens": 1}
 
     num_train: int = 0
-    """At most so many rows of `train` are used, the first ones; 0: all."""
+    """Maximum number of rows of `train` to use, from the first one; 0: all."""
     num_eval: int = 0
-    """At most so many rows of `eval`, the first ones; without `eval`, about so many rows of `train` are held
-    out. 0: all, or the share `eval_share`."""
+    """Maximum number of rows of `eval` to use, from the first one; without `eval`, about this many rows of
+    `train` are held out. 0: all, or the share `eval_share`."""
     train: Any = ""
     """Rows to train on: a file (.jsonl, .parquet), a pattern, a list of these, or `hf:owner/name`."""
     eval: Any = ""
-    """Held-out rows, in the same forms; empty: rows of `train` that are then not trained on."""
+    """Held-out rows, in the same forms; empty: some rows of `train`, which are then not trained on."""
     eval_share: float = 0.05
-    """Share of the rows of `train` that is held out if there is neither `eval` nor `num_eval`. Which rows is
-    decided by a hash of the prompt, so equal prompts are on the same side."""
+    """Share of the rows of `train` that is held out if there is neither `eval` nor `num_eval`. A hash of the
+    prompt selects the rows, so equal prompts are in the same split."""
     prompt_key: str = ""
-    """Key of the prompt, a text or messages; `a.b` is b in the object a. Empty: the first of `prompt`,
+    """Key of the prompt (text or messages); `a.b` is b in the object a. Empty: the first of `prompt`,
     `question`, `problem`, `messages` that a row has."""
     answer_key: str = ""
-    """Key of what the reward compares with. Empty: the first of `reward_model.ground_truth`, `answer`,
-    `ground_truth`, `solution`, if there is one."""
+    """Key of the reference answer. Empty: the first of `reward_model.ground_truth`, `answer`, `ground_truth`,
+    `solution`, if there is one."""
     label_key: str = ""
     """Key of the label for metrics. Empty: `data_source` if a row has it."""
     system_prompt: str = ""
-    """Put before prompts that have no system message; a prompt that is a text becomes a user's message."""
+    """System prompt for prompts without a system message; a text prompt becomes a user message."""
     chat: bool = False
-    """True: prompts that are texts become messages, for the chat template, also without a system prompt."""
+    """True: text prompts become messages for the chat template, even without a system prompt."""
     rewards: Any = ""
     """`task.reward`: the name of a reward, the path of a function, a mapping with settings, or a list."""
     max_new_tokens: int = 0
-    """Longest answer in tokens, below the job's `sampling.max_new_tokens`; 0: the job's."""
+    """Longest completion in tokens, below the job's `sampling.max_new_tokens`; 0: the job's."""
 
     rows: Mapping[str, Rows] = field(init=False, repr=False, compare=False)
     """Split -> its rows; index i is row i."""
@@ -81,7 +81,7 @@ class DataTask(Task):
         self._set_rows(self._open())
 
     def example(self, split: Split, index: int) -> Example:
-        """Row `index` of the split. `metadata` has the whole `row`, and its `place` for messages."""
+        """Returns row `index` of the split. `metadata` has the whole `row`, and its `place` for messages."""
         rows = self.rows[split]
         row, read = rows[index], self.format
         try:
@@ -96,7 +96,7 @@ class DataTask(Task):
             raise ConfigError(f"{rows.place(index)}: {error}") from error
 
     def reward(self, example: Example, completion: Completion) -> Rewarded | Awaitable[Rewarded]:
-        """The reward that `task.reward` names."""
+        """Returns the reward described by `task.reward`."""
         return self.scoring.score(example, completion)
 
     @property
@@ -110,17 +110,18 @@ class DataTask(Task):
 
     @property
     def content(self) -> list[str]:
-        """Fingerprints of the files' rows."""
+        """Returns fingerprints of the files' rows."""
         return [self.rows[split].fingerprint for split in ("train", "eval")]
 
     @property
     def format(self) -> RowFormat:
-        """The keys."""
+        """The keys by which rows are read."""
         names = {key.name for key in dataclasses.fields(RowFormat)} & set(vars(self))
         return RowFormat(**{name: getattr(self, name) for name in names})
 
     def without_long_prompts(self, fitting: FittingPrompts) -> Self:
-        """The task without the prompts that do not fit. Logs their number, and where the first one is."""
+        """Returns the task without prompts that do not fit. Logs their number and the place of the first
+        one."""
         limit = min(self.max_prompt_tokens, fitting.max_prompt_tokens)
         kept = {}
         for split, rows in self.rows.items():
@@ -138,7 +139,7 @@ class DataTask(Task):
         return fitted
 
     def settings_of_workers(self, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The settings, with the rows by their names in the cache."""
+        """Returns the settings with the rows replaced by their names in the cache."""
         named = {split: rows.cached if len(rows) else "" for split, rows in self.rows.items()}
         return {**settings, **named, "num_train": 0, "num_eval": 0, "eval_share": 0.0}
 

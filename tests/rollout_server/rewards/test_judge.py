@@ -133,7 +133,7 @@ def test_errors_that_stay_are_never_a_reward_of_0() -> None:
         assert "HTTP status 302" in problem_of(server.url)
     with judge_server(Answer(endless=True)) as server:
         problem = problem_of(server.url, max_retries=0, max_reply_bytes=100_000)
-        assert "an answer of more than 100000 bytes, after 1 tries" in problem
+        assert "a response of more than 100000 bytes, after 1 tries" in problem
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     assert "ClientConnectorError" in problem_of(f"http://127.0.0.1:{port}/v1", max_retries=1)
@@ -142,7 +142,7 @@ def test_errors_that_stay_are_never_a_reward_of_0() -> None:
 def test_a_slow_judge_fails_before_the_limit_of_the_reward() -> None:
     with judge_server(Answer(delay_s=30)) as server:
         own_limit = problem_of(server.url, timeout_s=0.2, max_retries=1)
-        assert "no answer within 0.2 s, after 2 tries" in own_limit
+        assert "no response within 0.2 s, after 2 tries" in own_limit
         assert "raise rollout.reward_timeout_s" in problem_of(server.url, limit_s=1.0)
     with judge_server(Answer(status=429, body=b"", headers={"Retry-After": "100"})) as server:
         assert "HTTP status 429; the rest of the reward's time" in problem_of(server.url)

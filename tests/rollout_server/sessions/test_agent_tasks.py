@@ -89,8 +89,8 @@ class Job:
                 await asyncio.sleep(0.005)
         assert not self.runner.failed.done()
 
-    async def result(self, script: str, *, lease_id: int = 1, stands_still_s: float = 0.0) -> SampleResult:
-        """`stands_still_s`: time that passes after the first answer of the model."""
+    async def result(self, script: str, *, lease_id: int = 1, idle_s: float = 0.0) -> SampleResult:
+        """`idle_s`: time that passes once the agent has read the model's first response."""
         self.grant(script, lease_id=lease_id)
         if stands_still_s:
             await self.until(self._has_read_a_turn)
@@ -133,10 +133,10 @@ async def job(pool: EnvironmentPool, **settings: Any) -> AsyncIterator[Job]:
 
 
 async def result_of(
-    pool: EnvironmentPool, script: str, *, stands_still_s: float = 0.0, **settings: Any
+    pool: EnvironmentPool, script: str, *, idle_s: float = 0.0, **settings: Any
 ) -> SampleResult:
     async with job(pool, **settings) as running:
-        return await running.result(script, stands_still_s=stands_still_s)
+        return await running.result(script, idle_s=idle_s)
 
 
 def test_an_agent_makes_a_sample() -> None:
@@ -209,11 +209,11 @@ def test_a_failed_agent_fails_its_sample_only() -> None:
         retry = {"on_failure": dict.fromkeys(("environment", "reward"), "retry")}
         async with agents() as pool:
             for script, error in errors.items():
-                stands_still_s = 100.0 if "idle" in error else 0.0
+                idle_s = 100.0 if "idle" in error else 0.0
                 result = await result_of(
                     pool,
                     script,
-                    stands_still_s=stands_still_s,
+                    idle_s=idle_s,
                     sessions={"idle_timeout_s": 100.0},
                     buffer=retry,
                 )
@@ -250,7 +250,7 @@ def test_each_budget_ends_a_session_as_a_truncated_sample() -> None:
                     assert record.reward == reward and reason.is_truncated
             late = {"sample_timeout_s": 100.0, "max_context": 99}
             for script in ("hang", "block"):
-                result = await result_of(pool, script, stands_still_s=100.0, rollout=late)
+                result = await result_of(pool, script, idle_s=100.0, rollout=late)
                 assert isinstance(result, SampleDone), result
                 assert (result.record.finish_reason, result.record.num_sampled) == (FinishReason.TIMEOUT, 4)
 

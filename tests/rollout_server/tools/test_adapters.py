@@ -77,7 +77,9 @@ def test_gymnasium_episode() -> None:
     _, (wrong, odd, right) = play(environment_of(task), "abc" if word != "abc" else "cba", "xyz!", word)
     assert (wrong.reward, wrong.done) == (0.0, False)
     assert odd.metrics == {"invalid_actions": 1.0} and not odd.done
-    assert odd.messages[0]["content"] == "This is no action. Reply with 1 to 5 of the characters 'abc'."
+    assert (
+        odd.messages[0]["content"] == "This is not a valid action. Reply with 1 to 5 of the characters 'abc'."
+    )
     assert (right.reward, right.done) == (1.0, True)
     assert right.metrics == {"invalid_actions": 0.0, "time_limit": 0.0}
     assert play(environment_of(task, 1))[0] != [system, first] or play(environment_of(task, 2))[0] != first
@@ -88,7 +90,7 @@ def test_gymnasium_limits_and_discrete_actions() -> None:
     assert steps[-1].done and steps[-1].metrics["time_limit"] == 1.0
     task = task_of("gymnasium", id="Echo-v0", params={"is_discrete": True}, actions=["wait", "go"])
     _, (odd, wait, go) = play(environment_of(task), "jump", "wait", " go ")
-    assert odd.messages[0]["content"] == "This is no action. Reply with one of: wait, go."
+    assert odd.messages[0]["content"] == "This is not a valid action. Reply with one of: wait, go."
     assert (wait.reward, go.reward, go.done) == (0.0, 1.0, True)
 
 
@@ -98,7 +100,7 @@ def test_gymnasium_limits_and_discrete_actions() -> None:
         ({}, "set task.id"),
         ({"id": "Missing-v0"}, "id=Missing-v0: Environment `Missing` doesn't exist"),
         ({"id": "Echo-v0", "params": {"size": 3}}, "unexpected keyword argument"),
-        ({"id": "Echo-v0", "params": {"is_text": False}}, "an observation is int and no text"),
+        ({"id": "Echo-v0", "params": {"is_text": False}}, "an observation is int, not text"),
         ({"id": "Echo-v0", "params": {"is_discrete": True}}, r"the action space is Discrete\(2\)"),
     ],
 )

@@ -112,7 +112,7 @@ def test_mistakes_of_the_policy_are_answers() -> None:
         Counter(), reply("", ("sub", {}), ("add", "{number: 1}"), ("add", {"number": "one"}), ("", {}))
     )
     assert contents(step)[0] == 'Error: there is no tool "sub". Tools: add, slow, calculator'
-    assert contents(step)[1].startswith("Error: the arguments are no JSON object")
+    assert contents(step)[1].startswith("Error: the arguments are not a JSON object")
     assert contents(step)[2] == "Error: argument number: want an integer, got 'one'"
     assert contents(step)[3].startswith('Error: there is no tool "".')
     assert step.metrics == {"tool_calls": 4.0, "tool_errors": 4.0, "unknown_tools": 2.0}
@@ -338,8 +338,8 @@ def test_search(service: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_search_services_that_misbehave(service: str) -> None:
     problems = {path: search(f"{service}/{path}") for path in ("failing", "moved", "html", "odd")}
     assert problems == {
-        "failing": "Error: the search service answered with HTTP status 503",
-        "moved": "Error: the search service answered with HTTP status 302",
+        "failing": "Error: the search service responded with HTTP status 503",
+        "moved": "Error: the search service responded with HTTP status 302",
         "html": "Error: the search service sent no JSON",
         "odd": "Error: the search service sent no list of results under 'results'",
     }

@@ -94,12 +94,12 @@ def test_a_call() -> None:
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        ("{city: Ulm}", "Error: the arguments are no JSON object (Expecting property name"),
-        ('{"city": "Ulm"', "Error: the arguments are no JSON object"),
-        ("[1]", "Error: the arguments are no JSON object but list: [1]"),
-        ("[" * 100_000, "Error: the arguments are no JSON object"),
-        ("9" * 5000, "Error: the arguments are no JSON object"),
-        ('{"city": "Ulm", "at": NaN}', "Error: the arguments are no JSON object (NaN is no JSON)"),
+        ("{city: Ulm}", "Error: the arguments are not a JSON object (Expecting property name"),
+        ('{"city": "Ulm"', "Error: the arguments are not a JSON object"),
+        ("[1]", "Error: the arguments are not a JSON object but list: [1]"),
+        ("[" * 100_000, "Error: the arguments are not a JSON object"),
+        ("9" * 5000, "Error: the arguments are not a JSON object"),
+        ('{"city": "Ulm", "at": NaN}', "Error: the arguments are not a JSON object (NaN is not JSON)"),
         ("", "Error: missing argument city"),
         ({"city": "Ulm", "town": 1}, "Error: unknown argument town: it takes city, days, unit, at,"),
         ({"city": 5}, "Error: argument city: want a string, got 5"),

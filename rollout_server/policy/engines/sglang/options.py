@@ -1,7 +1,7 @@
-"""The command line of an SGLang engine, from the job's settings, and checks of what an engine can do.
+"""Builds the command line of an SGLang engine from the job's settings, and checks an engine's capabilities.
 
-An engine whose ranks no push can reach, or in which one sequence does not fit, would fail much later: at the
-first push, or by completions that end too early. So both are checked before it gets any work.
+An engine with ranks that pushes cannot reach would fail only at the first push, and an engine that cannot
+hold a whole sequence would end completions too early. So both are checked before the engine gets any work.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from rollout_server.policy.sglang_client import STREAM_INTERVAL
 
 UNUSABLE_TOKENS = 8
 """SGLang 0.5.23 uses N - 2 of N tokens (`--context-length`, or the KV cache if that is smaller) for prompt
-and completion, and takes prompts of less than N - 6."""
+and completion, and accepts prompts of fewer than N - 6."""
 _BEYOND_PROMPT = 6
 """The difference between the N tokens and SGLang's `max_req_input_len`."""
 _MAX_CPU_KV_TOKENS = 1 << 16
 """KV cache size on a CPU. By default SGLang would take most of the machine's memory."""
 _WATCHDOG_S = 2 * MAX_TIMEOUT_S
 """SGLang ends itself if a batch takes longer, and counts a batch as running while it is paused with `keep`:
-its default of 300 s is shorter than the push of a large model may take. The supervisor finds an engine that
+its default of 300 s is shorter than the push of a large model may take. The supervisor detects an engine that
 hangs."""
 
 
 def launch_options(
     config: Config, *, model: str, port: int, version: int, index: int, context_length: int
 ) -> list[str]:
-    """Arguments of `python -m sglang.launch_server`, without the API key."""
+    """Returns the arguments of `python -m sglang.launch_server`, without the API key."""
     rollout = config.rollout
     device = rollout.engine_device.partition(":")[0]
     options = {
@@ -71,9 +71,10 @@ def check_context_option(args: str, *, context_tokens: int) -> None:
 
 
 def check_server_info(info: Mapping[str, Any], *, name: str, context_tokens: int) -> None:
-    """Raises ConfigError if pushes cannot reach all of the engine, or if a sequence does not fit into it.
+    """Raises ConfigError if pushes cannot reach all ranks of the engine, or if a sequence does not fit into
+    it.
 
-    `info`: the response of `/server_info`; what it does not contain is not checked.
+    `info`: the response of `/server_info`; fields that it does not contain are not checked.
     """
     for key in ("dp_size", "pp_size"):
         if int(info.get(key) or 1) > 1:

@@ -1,9 +1,9 @@
 """SGLang as this server's engine: started in a separate Python environment, or already running at a URL.
 
 The environment is separate because SGLang pins versions of torch and transformers. A process that this server
-has started is ended with SIGKILL: it holds no state that is needed later, and it reacts to a request to drain
-only after up to five seconds. An engine at a URL is reset at every start, because an earlier client may have
-left it paused, in an update session or with other weights. It counts as lost when it stops responding;
+started is ended with SIGKILL: it holds no state that is needed later, and it may take five seconds to react
+to a request to drain. An engine at a URL is reset at every start, because an earlier client may have left it
+paused, in an update session or with other weights. It is considered lost when it stops responding;
 "restarting" it means resetting it again.
 """
 
@@ -44,18 +44,18 @@ from rollout_server.weights.in_place import SglangWeightUpdate
 from rollout_server.weights.strategy import OnQuarantine, OnUntrusted, WeightUpdateStrategy
 
 BUILT_PYTHON = Path("areal_like/sglang/bin/python")
-"""Interpreter that `make sglang` builds, below the cache directory."""
+"""Path, relative to the cache directory, of the interpreter that `make sglang` builds."""
 _POLL_S = 0.5
 _PROBE_S = 2.0
 _LOST_AFTER_S = 15.0
-"""An engine at a URL that has not responded for this long is lost."""
+"""An engine at a URL that has not responded for this long is considered lost."""
 _CHECK_TIMEOUT_S = 60.0
 _PORTS = {"http": 80, "https": 443}
 _MODULE_CHECK = "import importlib.util, sys; sys.exit(importlib.util.find_spec('sglang') is None)"
 
 
 def find_python(configured: str) -> str:
-    """The interpreter to start SGLang with. Raises ConfigError if SGLang is installed for none."""
+    """Returns the interpreter to start SGLang with. Raises ConfigError if none has SGLang."""
     if configured:
         candidates = [str(Path(configured).expanduser())]
     else:
@@ -77,13 +77,13 @@ def find_python(configured: str) -> str:
 
 
 def server_index(name: str) -> int:
-    """The number at the end of a server's name: 2 for `rollout-2`; 0 if there is no number."""
+    """Returns the number at the end of a server's name: 2 for `rollout-2`; 0 if there is none."""
     number = name.rpartition("-")[2]
     return int(number) if number.isdigit() else 0
 
 
 class _LoadsInPlace:
-    """What the engines of SGLang have in common."""
+    """The common part of the SGLang engines."""
 
     _config: Config
     _model: str
@@ -91,7 +91,8 @@ class _LoadsInPlace:
     def weight_update_strategy(
         self, *, gate: GenerationGate, on_quarantine: OnQuarantine, on_untrusted: OnUntrusted
     ) -> WeightUpdateStrategy:
-        """Pauses and loads in place. Raises ConfigError if the model has no readable safetensors."""
+        """Returns the strategy that pauses and loads in place. Raises ConfigError without readable
+        safetensors."""
         return SglangWeightUpdate(
             shapes=CheckpointShapes.of(self._model),
             gate=gate,
@@ -182,10 +183,10 @@ class SglangProcess(_LoadsInPlace, EngineProcess):
 
 
 class SglangAtUrl(_LoadsInPlace):
-    """An SGLang that this server neither starts nor ends; an `Engine`."""
+    """An SGLang engine that this server neither starts nor stops."""
 
     pid = 0
-    """This server has started no process."""
+    """Always 0: this server started no process."""
 
     def __init__(
         self, config: Config, *, name: str, model: str, context_tokens: int, vocab_size: int
@@ -233,7 +234,7 @@ class SglangAtUrl(_LoadsInPlace):
         return client
 
     async def died(self) -> str:
-        """Waits until the engine is silent for too long, stops listening or `kill` is called.
+        """Waits until the engine has not responded for too long, stops listening, or `kill` is called.
 
         Returns the reason.
         """
@@ -246,7 +247,7 @@ class SglangAtUrl(_LoadsInPlace):
                     responded_s, num_refused = loop.time(), 0
                 except EngineError:
                     # Check for a closed port, to return early: each lease taken in the meantime would fail at
-                    # once and use up one of its ticket's retries.
+                    # once and consume one of its ticket's retries.
                     num_refused = num_refused + 1 if await _refuses(self._url) else 0
                     if num_refused == 2:
                         return f"no server listens at {self._url} any more"
@@ -254,10 +255,10 @@ class SglangAtUrl(_LoadsInPlace):
                     async with asyncio.timeout(_POLL_S if num_refused else _PROBE_S):
                         await self._abandoned.wait()
                         return f"the engine at {self._url} was abandoned"
-        return f"the engine at {self._url} has been silent for {_LOST_AFTER_S:g} s"
+        return f"the engine at {self._url} has not responded for {_LOST_AFTER_S:g} s"
 
     async def stop(self) -> None:
-        """Leaves the engine running; closing the connections has aborted this server's requests."""
+        """Leaves the engine running; closing the connections aborted this server's requests."""
 
     def kill(self) -> None:
         """Abandons the engine: `died` returns, so that `start` can reset it."""
@@ -279,7 +280,7 @@ class SglangAtUrl(_LoadsInPlace):
 
 
 def _key_in(file: str) -> str:
-    """The API key in a file; empty if no file is named. Raises ConfigError."""
+    """Reads the API key from a file; empty if no file is given. Raises ConfigError."""
     try:
         return read_secret(Path(file).expanduser()) if file else ""
     except FileNotFoundError:
@@ -287,7 +288,8 @@ def _key_in(file: str) -> str:
 
 
 def _tls_of(ca_file: str) -> ssl.SSLContext | None:
-    """Checks certificates with those in a file; None if no file is named. Raises ConfigError."""
+    """Returns a context that verifies certificates with those in a file; None if no file is given. Raises
+    ConfigError."""
     try:
         return ssl.create_default_context(cafile=Path(ca_file).expanduser()) if ca_file else None
     except OSError as error:  # ssl.SSLError is one

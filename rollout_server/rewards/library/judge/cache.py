@@ -1,8 +1,7 @@
-"""Replies of judges on disk, by what was sent: one SQLite file for all processes and jobs of a user.
+"""A cache of judges' replies on disk, keyed by request: one SQLite file for all processes and jobs of a user.
 
-A run that is repeated asks the judge nothing and gets the same rewards. Only replies with a verdict are kept.
-A cache that does not work (a full disk, a broken file) is no reason to lose samples: it is logged once, and
-the judge is asked.
+A repeated run sends no requests and gets the same rewards. Only replies with a verdict are kept. If the cache
+does not work (a full disk, a broken file), no samples are lost: that is logged once, and the judge is asked.
 """
 
 from __future__ import annotations
@@ -22,27 +21,27 @@ _BUSY_TIMEOUT_S = 5.0
 
 
 def key_of(url: str, body: Mapping[str, Any]) -> bytes:
-    """32 bytes over everything that is sent, and where."""
+    """Returns a 32-byte hash of the request and its URL."""
     return hashlib.sha256(json.dumps([url, body], sort_keys=True).encode()).digest()
 
 
 class ReplyCache:
-    """Key -> reply. Safe for several threads and processes. Methods block for a disk access."""
+    """Maps keys to replies. Safe for several threads and processes. Methods block on disk access."""
 
     def __init__(self, file: Path) -> None:
-        """The file and its directory are made on first use."""
+        """The file and its directory are created on first use."""
         self._file = file
         self._lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None
         self._has_failed = False
 
     def get(self, key: bytes) -> str | None:
-        """The reply that was put under `key`."""
+        """Returns the reply stored under `key`."""
         row = self._execute("SELECT reply FROM replies WHERE key = ?", key)
         return str(row[0]) if row else None
 
     def put(self, key: bytes, reply: str) -> None:
-        """Keeps a reply; of two for the same key, the first."""
+        """Stores a reply; of two for the same key, the first is kept."""
         self._execute("INSERT OR IGNORE INTO replies VALUES (?, ?)", key, reply)
 
     def close(self) -> None:

@@ -1,10 +1,10 @@
-"""Asks a judge over HTTP: a bounded answer, a limit of calls at a time, retries with growing pauses.
+"""Calls a judge over HTTP, with bounded responses, limited concurrency, and retries with growing pauses.
 
-What is tried again: no connection, a connection that breaks, a time-out, the statuses 408, 409, 425, 429 and
-5xx, an answer that is no chat completion, and a reply without a verdict (with another seed, because an equal
-request would get an equal reply). Any other status is an error of the settings and fails at once. A pause is
-as long as `Retry-After` says. Nothing is waited for beyond the reward's own time limit: the reward fails
-before, with the last problem in its message, and is not taken for an answer that hangs the verifier.
+Retried are: no connection, a broken connection, a timeout, the statuses 408, 409, 425, 429 and 5xx, a
+response that is not a chat completion, and a reply without a verdict (with another seed, because an equal
+request would get an equal reply). Any other status is an error in the settings and fails at once. Pauses
+honor `Retry-After`. The client never waits beyond the reward's own time limit: the reward fails before, with
+the last problem in its message, so it is not mistaken for a completion that hangs the verifier.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ V = TypeVar("V")
 _RETRIED_STATUSES = frozenset({408, 409, 425, 429})
 _LONGEST_PAUSE_S = 30.0
 _MARGIN_S = 0.5
-"""Time before the reward's limit at which it gives up."""
+"""How long before the reward's time limit the client gives up."""
 _MAX_REASON_CHARS = 200
 
 
 @dataclass
 class Counts:
-    """What one verdict took."""
+    """Request counts of one verdict."""
 
     calls: int = 0
     """Requests sent."""
@@ -47,23 +47,23 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True)
 class ClientSettings:
-    """How a judge is asked."""
+    """Settings of the HTTP client."""
 
     url: str
-    """Up to and with /chat/completions."""
+    """The full URL, including /chat/completions."""
     api_key: str = field(repr=False)
-    """Empty: none is sent."""
+    """The API key; empty: none is sent."""
     timeout_s: float
-    """Of one request."""
+    """Time limit of one request."""
     max_retries: int
     first_pause_s: float
-    """Before the first retry; each further pause is twice as long."""
+    """Pause before the first retry; each further pause is twice as long."""
     max_concurrent: int
     max_reply_bytes: int
 
 
 class _TryAgainError(Exception):
-    """The request failed in a way that may pass. `pause_s`: what the service asks for, if it does."""
+    """The request failed, perhaps temporarily. `pause_s`: the pause that the service asked for, if any."""
 
     def __init__(self, message: str, *, pause_s: float | None = None) -> None:
         super().__init__(message)
@@ -71,7 +71,7 @@ class _TryAgainError(Exception):
 
 
 class JudgeClient:
-    """Belongs to one event loop. `close` it at the end."""
+    """Asks a judge for verdicts. Belongs to one event loop; `close` it at the end."""
 
     def __init__(self, settings: ClientSettings, *, cache: ReplyCache | None) -> None:
         self._settings = settings
@@ -80,15 +80,16 @@ class JudgeClient:
         self._session: aiohttp.ClientSession | None = None
 
     async def ask(self, body: Mapping[str, Any], read: Callable[[str], V], counts: Counts) -> V:
-        """The verdict that `read` finds in the judge's reply to `body`.
+        """Returns the verdict that `read` finds in the judge's reply to `body`.
 
         `read` raises NoVerdictError if there is none. Raises RewardError after the last retry.
         """
-        # A verdict is kept under the first request, whichever seed it took: a repeated run begins with that.
+        # A verdict is cached under the first request, whichever seed led to it, because a repeated run starts
+        # with that.
         key = key_of(self._settings.url, body)
         reply = await asyncio.to_thread(self._cache.get, key) if self._cache else None
         if reply is not None:
-            with contextlib.suppress(NoVerdictError):  # somebody has written to the file
+            with contextlib.suppress(NoVerdictError):  # the cached reply has none: the file was modified
                 verdict = read(reply)
                 counts.cache_hits += 1
                 return verdict
@@ -107,7 +108,7 @@ class JudgeClient:
                 problem = str(error)
                 pause_s = pause_s if error.pause_s is None else error.pause_s
             except TimeoutError:
-                problem = f"no answer within {self._settings.timeout_s:g} s"
+                problem = f"no response within {self._settings.timeout_s:g} s"
             else:
                 if self._cache:
                     await asyncio.to_thread(self._cache.put, key, reply)
@@ -129,7 +130,7 @@ class JudgeClient:
             await self._session.close()
 
     async def _response_to(self, body: Mapping[str, Any], counts: Counts) -> bytes:
-        """The answer to one request."""
+        """Returns the response to one request."""
         left_s = self._time_left_s()
         try:
             async with asyncio.timeout(min(left_s, 1e9)) as limit, self._slots:
@@ -139,7 +140,7 @@ class JudgeClient:
         except TimeoutError:
             if limit.expired():
                 raise RewardError(
-                    f"judge {self._settings.url}: no answer within the {left_s:.1f} s that the reward had "
+                    f"judge {self._settings.url}: no response within the {left_s:.1f} s that the reward had "
                     "left: raise rollout.reward_timeout_s, or lower rollout.reward_concurrency"
                 ) from None
             raise
@@ -149,7 +150,7 @@ class JudgeClient:
 
     async def _post(self, body: Mapping[str, Any]) -> bytes:
         if self._session is None:
-            # The slots limit the connections; a pool with a limit of its own would wait unseen.
+            # The slots limit the connections; a pool with its own limit would add a hidden wait.
             self._session = aiohttp.ClientSession(
                 trust_env=False, connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout()
             )
@@ -182,23 +183,23 @@ class JudgeClient:
             content += chunk
             if len(content) > self._settings.max_reply_bytes:
                 response.close()
-                raise _TryAgainError(f"an answer of more than {self._settings.max_reply_bytes} bytes")
+                raise _TryAgainError(f"a response of more than {self._settings.max_reply_bytes} bytes")
         return bytes(content)
 
 
 def _reply_in(content: bytes) -> str:
-    """The text of a chat completion."""
+    """Returns the text of a chat completion."""
     try:
         message = json.loads(content)["choices"][0]["message"]["content"]
     except (ValueError, KeyError, IndexError, TypeError, RecursionError):
         message = None
     if not isinstance(message, str):
-        raise _TryAgainError("an answer that is no chat completion with a text")
+        raise _TryAgainError("a response that is not a chat completion with text")
     return message
 
 
 def _reason_in(content: bytes) -> str:
-    """The error's message, as OpenAI writes it, or the beginning of the answer."""
+    """Returns the error's message in OpenAI's format, or the start of the response."""
     text = content.decode(errors="replace")
     with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
         text = str(json.loads(text)["error"]["message"])
@@ -207,7 +208,7 @@ def _reason_in(content: bytes) -> str:
 
 
 def _retry_after_s(header: str | None) -> float | None:
-    """Seconds from a Retry-After of either form; None without one that can be read."""
+    """Returns the seconds in a Retry-After of either form; None if there is none that can be parsed."""
     if header is None:
         return None
     if header.strip().isdecimal() and len(header) < 10:

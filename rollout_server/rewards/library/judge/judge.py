@@ -1,8 +1,8 @@
 """The reward `judge`: a language model grades the completion, by a rubric or a checklist.
 
-A judge that cannot be reached, or gives no verdict after all retries, is a failed reward
-(`buffer.on_failure.reward`), never a reward of 0: the policy would learn from the judge's outage. What this
-leaves out: several votes, and comparisons of two completions.
+If a judge cannot be reached, or gives no verdict after all retries, the reward fails
+(`buffer.on_failure.reward`). It is never 0, because the policy would learn from the judge's outage. Not
+supported: several votes, and comparisons of two completions.
 """
 
 from __future__ import annotations
@@ -40,43 +40,44 @@ class Judge(RewardFunction):
     """`{name: judge, url: "http://127.0.0.1:30000/v1", rubric: "Is it polite and correct?"}`."""
 
     url: str
-    """Of the service, up to `/v1`; `/chat/completions` is added."""
+    """URL of the service, up to `/v1`; `/chat/completions` is appended."""
     model: str = "default"
     """Name of the model, as the service knows it."""
     rubric: str = ""
-    """What to grade by. `{prompt}`, `{completion}` and `{answer}` are replaced; without them, all three are
-    added at the end. Empty: only with a checklist."""
+    """Criteria for the grade. `{prompt}`, `{completion}` and `{answer}` are replaced; without them, all three
+    are appended. May be empty only with a checklist."""
     checklist: Sequence[Any] = ()
     """Criteria to be answered with yes or no, each a text or `{text: ..., weight: 2}`; the reward is the
     weighted share of yes. Empty: the judge gives a score."""
     lowest: float = 0.0
-    """Worst score, which is reward 0."""
+    """Worst score, which maps to reward 0."""
     highest: float = 10.0
-    """Best score, which is reward 1."""
+    """Best score, which maps to reward 1."""
     api_key_file: str = ""
     """File of mode 600 with the key that is sent as `Authorization: Bearer`; empty: no key."""
     temperature: float = 0.0
-    """Of the judge."""
+    """Sampling temperature of the judge."""
     max_tokens: int = 512
     """Longest reply of the judge, in tokens."""
     seed: int = 0
-    """Of the judge's sampling; a reply without a verdict is asked for again with the next seed."""
+    """Sampling seed of the judge; after a reply without a verdict, the request is repeated with the next
+    seed."""
     extra_body: Mapping[str, Any] = field(default_factory=dict)
     """Further fields of each request (`response_format`, `chat_template_kwargs`); null removes a field."""
     timeout_s: float = 60.0
     """Time limit of one request, in seconds. The reward as a whole has `rollout.reward_timeout_s`."""
     max_retries: int = 4
-    """Times that a failed request is sent again."""
+    """How often a failed request is sent again."""
     first_pause_s: float = 0.5
     """Pause before the first retry, in seconds, unless the service sends `Retry-After`; each further pause is
     twice as long, at most 30 s."""
     max_concurrent: int = 32
-    """Requests at a time, of each reward worker (`rollout.reward_concurrency` is a limit, too)."""
+    """Concurrent requests of each reward worker (`rollout.reward_concurrency` also limits them)."""
     max_reply_bytes: int = 1 << 20
-    """Longest answer of the service, in bytes."""
+    """Longest response of the service, in bytes."""
     cache: str = ""
-    """File with the replies so far; empty: `judge.sqlite` in the cache directory; `none`: no cache. A judge
-    whose weights change (the job's own engine) needs `none`."""
+    """File with cached replies; empty: `judge.sqlite` in the cache directory; `none`: no cache. A judge whose
+    weights change (the job's own engine) needs `none`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,7 +85,7 @@ class Judge(RewardFunction):
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError(f"task.reward.url={self.url}: want http://host:port/v1 or https://...")
         if parts.username is not None or parts.query:
-            # The message does not repeat it: every failure of the judge would name the url.
+            # Refused, and not repeated in the message, because every failure of the judge names the URL.
             raise ConfigError(
                 "task.reward.url: a user name, password or query does not belong there: put the "
                 "key into a file of mode 600 and name it with task.reward.api_key_file"
@@ -117,14 +118,16 @@ class Judge(RewardFunction):
         return True
 
     def check(self) -> None:
-        """The key file can be read. A judge that cannot be reached may come later, and is no error here."""
+        """Raises ConfigError if the key file cannot be read. A judge that cannot be reached yet is not an
+        error."""
         self._api_key()
 
     async def score(self, example: Example, completion: Completion) -> Score:
-        """0 to 1. Metrics: `calls`, `cache_hits`, `retries` of this sample, and `failures`.
+        """Returns a score from 0 to 1. Metrics: `calls`, `cache_hits`, `retries` of this sample, and
+        `failures`.
 
-        `failures` counts the rewards of this worker that the judge has failed since the last one that it did
-        not fail, because a sample that failed has no metrics. Raises RewardError after the last retry.
+        `failures` counts this worker's failed judge rewards since its last successful one, because a failed
+        sample has no metrics of its own. Raises RewardError after the last retry.
         """
         client, failures, counts = self._client(), self._failures, Counts()
         try:

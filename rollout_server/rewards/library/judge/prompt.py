@@ -1,8 +1,8 @@
-"""What the judge reads. Pure.
+"""Builds the judge's prompt. Pure.
 
-The completion is the policy's, and may ask the judge for a high score. It stands between two lines with a
-number that is a hash of the completion, so it cannot contain the line that ends it; the judge is told that
-nothing between them is an instruction. Equal completions give equal prompts, which the cache needs.
+The policy wrote the completion, and it may ask the judge for a high score. It is enclosed in two lines with a
+number that is a hash of the completion, so it cannot contain its own end line; the judge is told that nothing
+between the lines is an instruction. Equal completions give equal prompts, as the cache requires.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ _LIST_FORMAT = (
 
 @dataclass(frozen=True, kw_only=True)
 class Criterion:
-    """A question of a checklist, to be answered with yes or no."""
+    """A yes-or-no question of a checklist."""
 
     text: str
     weight: float = 1.0
-    """Its part of the score, relative to the other criteria; above 0."""
+    """Weight relative to the other criteria; above 0."""
 
 
 def criteria_of(setting: Sequence[Any]) -> tuple[Criterion, ...]:
-    """The criteria of `checklist`: texts, or mappings with `text` and `weight`. Raises ConfigError."""
+    """Parses `checklist`: texts, or mappings with `text` and `weight`. Raises ConfigError."""
     criteria = []
     for one in setting:
         given: Any = {"text": one} if isinstance(one, str) else one
@@ -60,19 +60,19 @@ def criteria_of(setting: Sequence[Any]) -> tuple[Criterion, ...]:
 
 
 def check_rubric(rubric: str) -> None:
-    """Raises ConfigError for a rubric with places, but none for the completion."""
+    """Raises ConfigError for a rubric that has placeholders, but none for the completion."""
     places = set(_PLACES.findall(rubric))
     if places and "completion" not in places:
         raise ConfigError(
-            "task.reward.rubric has no {completion}: write it where the answer that is graded shall stand, "
-            "or leave out all places, and they are added at the end"
+            "task.reward.rubric has no {completion}: write it where the completion should appear, "
+            "or leave out all placeholders, and all three parts are appended"
         )
 
 
 def messages_for_score(
     rubric: str, example: Example, completion: Completion, *, lowest: float, highest: float
 ) -> list[dict[str, str]]:
-    """The judge's messages for a score."""
+    """Returns the judge's messages for a score."""
     grading = _SCORE_FORMAT.format(lowest=lowest, highest=highest)
     return _messages(f"{_filled(rubric, example, completion)}\n\n{grading}")
 
@@ -80,7 +80,7 @@ def messages_for_score(
 def messages_for_checklist(
     rubric: str, criteria: Sequence[Criterion], example: Example, completion: Completion
 ) -> list[dict[str, str]]:
-    """The judge's messages for a checklist."""
+    """Returns the judge's messages for a checklist."""
     listed = "\n".join(f"{number}. {one.text}" for number, one in enumerate(criteria, 1))
     sample = ", ".join('"yes"' if number % 2 == 0 else '"no"' for number in range(len(criteria)))
     grading = _LIST_FORMAT.format(num=len(criteria), example=sample)
@@ -102,7 +102,7 @@ def _filled(rubric: str, example: Example, completion: Completion) -> str:
         "answer": "" if example.answer is None else str(example.answer),
         "completion": f"BEGIN {number}\n{completion}\nEND {number}",
     }
-    # In one pass: a place that stands in the completion is text.
+    # In one pass, so that a placeholder inside the completion stays text.
     filled = _PLACES.sub(lambda match: values[match[1]], rubric).strip()
     return filled.encode(errors="replace").decode()  # a lone surrogate cannot be sent
 

@@ -1,7 +1,7 @@
-"""Reads a judge's reply. Pure.
+"""Parses a judge's reply. Pure.
 
-Only the end of the reply counts: the JSON object that ends it, or its last line. A judge that quotes the
-graded answer quotes it before. A reply without a verdict there is refused, and the judge is asked again.
+Only the end of the reply counts: a JSON object at the end, or the last line. Quotations of the graded
+completion come earlier. A reply without a verdict at its end is refused, and the judge is asked again.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ _LAST_LINE = re.compile(
 )
 _MAX_LINE_CHARS = 200
 _MAX_OBJECTS = 64
-"""Opening braces, from the end, at which the last JSON object is looked for."""
+"""Maximum number of opening braces, from the end, at which the last JSON object is tried."""
 _YES = {"yes": True, "true": True, "no": False, "false": False}
 
 
 class NoVerdictError(ValueError):
-    """The reply has no verdict. The message says what it has."""
+    """The reply has no verdict. The message says what it has instead."""
 
 
 def score_in(reply: str, *, lowest: float, highest: float) -> float:
-    """The score, from 0 (`lowest`) to 1 (`highest`). Raises NoVerdictError."""
+    """Returns the score, from 0 (`lowest`) to 1 (`highest`). Raises NoVerdictError."""
     text = _after_thinking(reply)
     found = _last_object(text)
     value = found.get("score") if found is not None else None
@@ -46,7 +46,7 @@ def score_in(reply: str, *, lowest: float, highest: float) -> float:
 
 
 def verdicts_in(reply: str, *, num: int) -> Sequence[bool]:
-    """The answers to `num` criteria. Raises NoVerdictError."""
+    """Returns the verdicts on `num` criteria. Raises NoVerdictError."""
     text = _after_thinking(reply)
     found = _last_object(text)
     values = found.get("verdicts") if found is not None else None
@@ -76,7 +76,7 @@ def _last_line(text: str) -> str:
 
 
 def _last_object(text: str) -> dict[str, Any] | None:
-    """The JSON object that ends the text."""
+    """Returns the JSON object at the end of the text."""
     if not text.endswith("}"):
         return None
     start = len(text)
