@@ -114,7 +114,7 @@ class SessionAttempt(Attempt):
 
     def _no_request(self) -> str:
         refused = self._session.refused_route
-        if self._session.num_answers:
+        if self._session.num_served:
             return "the agent was gone before it had read a completion"
         made = "the agent has made no request to the model"
         return f"{made} ({refused} is not served: chat/completions is)" if refused else made

@@ -23,11 +23,13 @@ from rollout_server.sources import SampleSource
 from rollout_server.tasks.base import make_task
 from tests.rollout_server.test_environment_attempts import EOS, Ordinals, ScriptedEngine
 from tests.rollout_server.test_episodes import Digits
+from tests.support import moved_clock
 from tests.support.line_chat import LineChat
+from tests.support.moved_clock import advance
 from tests.support.waiting import HANG_LIMIT_S
 
 TASK = {"name": "external"}
-IDLE_TIMEOUT_S = 0.1
+IDLE_TIMEOUT_S = 100.0
 MAX_RETRIES = 2
 
 
@@ -77,6 +79,12 @@ class Job:
                 await asyncio.sleep(0.005)
         return session
 
+    async def abandoned(self) -> OpenSession:
+        """The next session, after its agent has made no request for too long."""
+        session = await self.claimed()
+        advance(IDLE_TIMEOUT_S)
+        return session
+
     async def result(self) -> SampleResult:
         async with asyncio.timeout(HANG_LIMIT_S):
             while not self.results:
@@ -100,9 +108,10 @@ def test_the_next_agent_makes_an_abandoned_sample() -> None:
         runner = job.start()
         first = await job.claimed()
         await first.sample_turn([{"role": "user", "content": "go"}])
+        advance(IDLE_TIMEOUT_S)
         second = await job.claimed()
         assert (first.id, second.id) == ("7-0-1", "7-0-1-2") and first.api_key != second.api_key
-        with pytest.raises(Exception, match=r"sessions\.idle_timeout_s=0\.1"):
+        with pytest.raises(Exception, match=r"sessions\.idle_timeout_s=100"):
             first.check_open()
         await delivered(second)
         second.set_reward(0.5)
@@ -112,21 +121,21 @@ def test_the_next_agent_makes_an_abandoned_sample() -> None:
         assert result.record.trajectory().num_turns == 1 and result.record.trajectory().reward == 0.5
         await runner.close()
 
-    asyncio.run(run())
+    moved_clock.run(run())
 
 
 def test_a_sample_that_each_agent_abandons_fails() -> None:
     async def run() -> None:
         job = Job()
         runner = job.start()
-        ids = [(await job.claimed()).id for _ in range(1 + MAX_RETRIES)]
+        ids = [(await job.abandoned()).id for _ in range(1 + MAX_RETRIES)]
         assert ids == ["7-0-1", "7-0-1-2", "7-0-1-3"]
         result = await job.result()
         assert isinstance(result, SampleFailed) and result.kind is FailureKind.AGENT
         assert "no request" in result.error and not len(job.book)
         await runner.close()
 
-    asyncio.run(run())
+    moved_clock.run(run())
 
 
 @pytest.mark.parametrize(
@@ -170,7 +179,7 @@ def test_broken_agents_use_up_no_sample(kind: str, problem: str) -> None:
         assert job.book.claimants.hold(healthy, now_s=session.now_s) is None
         await runner.close()
 
-    asyncio.run(run())
+    moved_clock.run(run())
 
 
 def test_a_sample_that_no_agent_can_make_fails() -> None:

@@ -92,14 +92,15 @@ class Job:
     async def result(self, script: str, *, lease_id: int = 1, idle_s: float = 0.0) -> SampleResult:
         """`idle_s`: time that passes once the agent has read the model's first response."""
         self.grant(script, lease_id=lease_id)
-        if stands_still_s:
-            await self.until(self._has_read_a_turn)
-            advance(stands_still_s)
+        if idle_s:
+            await self.until(self._has_delivered)
+            advance(idle_s)
         await self.until(lambda: bool(self.results))
         return self.results[0]
 
-    def _has_read_a_turn(self) -> bool:
-        return any(call.is_delivered for session in self.book.open for call, _ in session._calls.answered())
+    def _has_delivered(self) -> bool:
+        calls = [call for session in self.book.open for call, _ in session._calls.completed()]
+        return self.places[-1:] == [Place.TOOL] and bool(calls) and all(call.is_delivered for call in calls)
 
 
 @contextlib.asynccontextmanager
