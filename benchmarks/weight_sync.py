@@ -42,7 +42,7 @@ from areal_like.weights.buckets import checksum, cut_buckets, flatten, spec_of
 from areal_like.wire.messages.consumer import ServerEntry
 from benchmarks.report import ROOT, table, write
 from rollout_server.policy.engines.process import EmbeddedProcess
-from rollout_server.policy.gate import GenerationGate
+from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.weights.receiver import WeightReceiver
 from rollout_server.weights.shadow import ShadowWeightUpdate
 from tests.support.full_state import gather_full_state

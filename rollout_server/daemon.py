@@ -37,7 +37,7 @@ from rollout_server.parts import Parts, running_parts
 from rollout_server.policy.client import EngineClient
 from rollout_server.policy.concurrency import ConcurrencyController, EngineLoad
 from rollout_server.policy.engines.supervisor import INITIAL_VERSION, EngineSupervisor
-from rollout_server.policy.gate import GenerationGate
+from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.sample.lease_runner import LeaseRunner
 from rollout_server.starvation import Starvation
 from rollout_server.weights.receiver import WeightReceiver

@@ -20,7 +20,7 @@ from rollout_server.leases.held_leases import Place
 from rollout_server.leases.shards import ShardedBufferClient
 from rollout_server.policy.engines.engine import Engine
 from rollout_server.policy.engines.supervisor import EngineSupervisor
-from rollout_server.policy.gate import GenerationGate
+from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.sample.lease_runner import LeaseRunner
 from rollout_server.sessions.book import WRONG_ROUTES, SessionBook, SessionOutcome
 from rollout_server.starvation import Starvation

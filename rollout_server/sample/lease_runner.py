@@ -40,7 +40,7 @@ from areal_like.wire.messages.producer import Lease, SampleDone, SampleFailed
 from areal_like.wire.records import Record
 from rollout_server.leases.held_leases import Place, SampleResult
 from rollout_server.policy.client import EngineClient
-from rollout_server.policy.gate import GenerationGate
+from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.sample.attempt import NOT_WANTED, Attempt
 from rollout_server.sample.maker import AttemptMaker
 from rollout_server.sample.prompts import FailedPrompt, LoadedPrompt, PromptLeader, PromptLoader, needs_leader

@@ -15,7 +15,7 @@ from rollout_server.conversation.conversation import Conversation
 from rollout_server.conversation.policy_client import PolicyClient
 from rollout_server.leases.held_leases import Place
 from rollout_server.policy.client import EngineClient
-from rollout_server.policy.gate import GenerationGate
+from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.policy.types import Sampling
 from rollout_server.sample.attempt import Attempt, SampleRequest, SingleTurn
 from rollout_server.sample.environment_attempt import EnvironmentAttempt

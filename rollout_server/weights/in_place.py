@@ -33,7 +33,7 @@ from dataclasses import dataclass
 
 from areal_like.errors import EngineError, WeightSyncError
 from rollout_server.policy.client import EngineClient
-from rollout_server.policy.gate import GenerationGate
+from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.policy.sglang_client import SglangClient
 from rollout_server.weights.checkpoint_shapes import CheckpointShapes
 from rollout_server.weights.strategy import OnQuarantine, OnUntrusted, WeightPush

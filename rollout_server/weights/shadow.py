@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from areal_like.errors import EngineError, WeightSyncError
 from areal_like.weights.integrity import difference
 from rollout_server.policy.client import EmbeddedClient, EngineClient
-from rollout_server.policy.gate import GenerationGate
+from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.weights.strategy import OnUntrusted, WeightPush
 
 _WHILE_DECODING = ("recompute", "keep")

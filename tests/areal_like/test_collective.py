@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from areal_like.errors import WeightSyncError
-from areal_like.weights.collective import WeightGroup
+from areal_like.weights.weight_group import WeightGroup
 from tests.support import warm_start
 from tests.support.waiting import HANG_LIMIT_S
 
@@ -25,7 +25,7 @@ NUM_BYTES = 1 << 16
 
 JOIN = """
 import sys, torch
-from areal_like.weights.collective import WeightGroup
+from areal_like.weights.weight_group import WeightGroup
 port, rank, world_size, rounds = (int(arg) for arg in sys.argv[1:5])
 timeout_s = 3600.0
 for _ in range(rounds):

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from areal_like.errors import ConfigError, WeightSyncError
-from areal_like.weights.collective import WeightGroup
+from areal_like.weights.weight_group import WeightGroup
 from tests.support.waiting import HANG_LIMIT_S
 
 OTHER_LOOPBACK = "127.0.0.2"

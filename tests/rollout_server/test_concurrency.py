@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from areal_like.errors import ConfigError
 from areal_like.runtime.command_line import load_config
 from rollout_server.policy.concurrency import ConcurrencyController, EngineLoad
-from rollout_server.policy.gate import GenerationGate
+from rollout_server.policy.generation_gate import GenerationGate
 
 loads = st.builds(
     EngineLoad,

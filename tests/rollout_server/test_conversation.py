@@ -18,7 +18,7 @@ from rollout_server.conversation.conversation import Conversation
 from rollout_server.conversation.policy_client import PolicyClient
 from rollout_server.conversation.scoring import SampleRewards
 from rollout_server.environments.base import Message
-from rollout_server.policy.gate import GenerationGate
+from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.policy.types import Generation, Sampling
 from rollout_server.rendering.jinja import JinjaRenderer
 from tests.support.chat_models import APPENDING, NEVER_ENDING, STRIPPING, TOOLLESS, WITH_BOS, jinja_renderer

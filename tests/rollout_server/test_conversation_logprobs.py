@@ -32,7 +32,7 @@ from rollout_server.engine.options import EngineOptions
 from rollout_server.engine.scheduler import SamplingParams
 from rollout_server.engine.scheduler import Sequence as EngineSequence
 from rollout_server.environments.base import Message, Reply
-from rollout_server.policy.gate import GenerationGate
+from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.policy.types import Generation, Sampling
 from rollout_server.rendering.base import ChatRenderer
 from rollout_server.rendering.jinja import JinjaRenderer

@@ -20,7 +20,7 @@ from areal_like.trajectory import FinishReason
 from areal_like.wire.messages.producer import Lease, Purpose, SampleDone, SampleFailed
 from areal_like.wire.records import Record
 from rollout_server.leases.held_leases import Place, SampleResult
-from rollout_server.policy.gate import GenerationGate
+from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.policy.types import Generation, Sampling
 from rollout_server.sample.lease_runner import LeaseRunner
 from rollout_server.sessions.book import SessionBook

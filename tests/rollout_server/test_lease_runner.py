@@ -29,7 +29,7 @@ from areal_like.trajectory import FinishReason
 from areal_like.wire.messages.producer import Lease, Purpose, SampleDone, SampleFailed
 from rollout_server.environments.base import Environment, Message, Reply, Step
 from rollout_server.leases.held_leases import HeldLeases, Place, SampleResult
-from rollout_server.policy.gate import GenerationGate
+from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.policy.types import Generation, Sampling
 from rollout_server.sample.lease_runner import LeaseRunner
 from rollout_server.sample.prompts import LONG_PROMPT_TOKENS, needs_leader

@@ -11,7 +11,7 @@ from areal_like.weights.buckets import Manifest
 from areal_like.wire.channel import Link, tcp_address
 from areal_like.wire.messages.weights import FormGroup, PushChecksums, PushWeights, WeightsFailed, WeightsOk
 from rollout_server.policy.client import EmbeddedClient
-from rollout_server.policy.gate import GenerationGate
+from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.policy.sglang_client import SglangClient
 from rollout_server.weights.checkpoint_shapes import CheckpointShapes
 from rollout_server.weights.in_place import SglangWeightUpdate

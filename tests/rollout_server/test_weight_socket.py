@@ -20,7 +20,7 @@ from areal_like.wire.messages.weights import (
     WeightsOk,
 )
 from rollout_server.policy.client import EmbeddedClient
-from rollout_server.policy.gate import GenerationGate
+from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.weights.checks import check_form_group, check_push
 from rollout_server.weights.receiver import WeightReceiver
 from rollout_server.weights.shadow import ShadowWeightUpdate

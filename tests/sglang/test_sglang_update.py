@@ -17,14 +17,14 @@ from torch import Tensor
 from areal_like.config import Config, SglangConfig
 from areal_like.errors import EngineError, WeightSyncError
 from areal_like.weights.buckets import Bucket, Manifest, cut_buckets, flatten, spec_of
-from areal_like.weights.collective import WeightGroup
 from areal_like.weights.integrity import BucketSums
+from areal_like.weights.weight_group import WeightGroup
 from areal_like.wire.messages.weights import PushWeights
 from rollout_server.conversation.policy_client import PolicyClient
 from rollout_server.conversation.scoring import SampleRewards
 from rollout_server.conversation.turns import Turns
 from rollout_server.policy.engines.sglang.process import SglangAtUrl
-from rollout_server.policy.gate import GenerationGate
+from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.policy.sglang_client import SglangClient
 from rollout_server.policy.types import Sampling
 from rollout_server.weights.checkpoint_shapes import CheckpointShapes

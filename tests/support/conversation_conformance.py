@@ -18,7 +18,7 @@ from rollout_server.conversation.policy_client import PolicyClient
 from rollout_server.conversation.scoring import SampleRewards
 from rollout_server.environments.base import Message
 from rollout_server.policy.client import EngineClient
-from rollout_server.policy.gate import GenerationGate
+from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.policy.types import Sampling
 from rollout_server.rendering.base import ChatRenderer, ParsedReply, ToolSchema
 from tests.support.engine_harness import (

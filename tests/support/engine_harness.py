@@ -38,8 +38,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from areal_like.weights.buckets import checksum, cut_buckets, flatten, spec_of, unflatten
-from areal_like.weights.collective import WeightGroup
 from areal_like.weights.hf_layout import hf_tensors
+from areal_like.weights.weight_group import WeightGroup
 from areal_like.wire.messages.weights import FormGroup
 from rollout_server.policy.client import EmbeddedClient, EngineClient
 from rollout_server.policy.sglang_client import SglangClient

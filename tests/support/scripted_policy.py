@@ -37,7 +37,7 @@ from rollout_server.conversation.policy_client import PolicyClient
 from rollout_server.conversation.scoring import SampleRewards
 from rollout_server.engine.http.generate_request import MAX_SCORED
 from rollout_server.policy.client import EngineClient
-from rollout_server.policy.gate import GenerationGate
+from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.policy.types import Generation, Sampling, SamplingClient
 from rollout_server.rendering.base import ChatRenderer
 from rollout_server.sessions.book import SessionBook

@@ -20,7 +20,7 @@ from areal_like.http.server import HttpConfig, HttpServer
 from areal_like.trajectory import FinishReason
 from rollout_server.conversation.conversation import Conversation
 from rollout_server.conversation.policy_client import PolicyClient
-from rollout_server.policy.gate import GenerationGate
+from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.policy.types import Generation, Sampling
 from rollout_server.rendering.jinja import JinjaRenderer
 from rollout_server.sessions.book import SessionBook

@@ -18,7 +18,7 @@ from areal_like.security.administration import init_keys, revoke_key
 from areal_like.security.keyring import Keyring
 from areal_like.security.keys import KeyDirectory, KeyRole
 from areal_like.weights.buckets import Manifest, checksum, unflatten
-from areal_like.weights.collective import WeightGroup
+from areal_like.weights.weight_group import WeightGroup
 from areal_like.wire.channel import Envelope, Listener, tcp_address
 from areal_like.wire.messages.consumer import ServerEntry, VersionGranted
 from areal_like.wire.messages.weights import (

@@ -9,8 +9,8 @@ import torch
 
 from areal_like.config import Config
 from areal_like.errors import ConfigError
-from areal_like.weights.collective import device_facts
 from areal_like.weights.foreign_torch import NCCL_REMEDY, TorchVersions, check_engine_nccl
+from areal_like.weights.weight_group import device_facts
 from areal_like.wire.messages.weights import Alive
 
 log = logging.getLogger(__name__)

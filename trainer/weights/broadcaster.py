@@ -52,8 +52,8 @@ from areal_like.runtime.threads import in_thread
 from areal_like.runtime.waits import PendingWaits
 from areal_like.security.keyring import Keyring
 from areal_like.weights.buckets import Manifest
-from areal_like.weights.collective import WeightGroup, device_facts
 from areal_like.weights.integrity import BucketSums
+from areal_like.weights.weight_group import WeightGroup, device_facts
 from areal_like.wire.messages.consumer import ServerEntry
 from areal_like.wire.messages.weights import (
     Alive,

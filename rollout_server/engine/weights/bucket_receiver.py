@@ -25,8 +25,8 @@ from areal_like.weights.buckets import (
     spec_of,
     unflatten,
 )
-from areal_like.weights.collective import WeightGroup
 from areal_like.weights.integrity import BucketSums, sha256
+from areal_like.weights.weight_group import WeightGroup
 from rollout_server.engine.models.base import ModelFacts, Weights
 
 T = TypeVar("T")

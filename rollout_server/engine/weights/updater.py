@@ -27,8 +27,8 @@ from areal_like.errors import WeightSyncError
 from areal_like.paths import read_json
 from areal_like.runtime.threads import in_thread
 from areal_like.weights.buckets import Bucket, check_names
-from areal_like.weights.collective import WeightGroup, device_facts
 from areal_like.weights.integrity import BucketSums
+from areal_like.weights.weight_group import WeightGroup, device_facts
 from rollout_server.engine.loop import EngineLoop
 from rollout_server.engine.models.base import ModelFacts
 from rollout_server.engine.weights.bucket_receiver import BucketReceiver

@@ -8,7 +8,7 @@ from areal_like.config import Config
 from rollout_server.policy.client import EngineClient
 from rollout_server.policy.engines.process import EmbeddedProcess
 from rollout_server.policy.engines.sglang.process import SglangAtUrl, SglangProcess
-from rollout_server.policy.gate import GenerationGate
+from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.weights.strategy import OnQuarantine, OnUntrusted, WeightUpdateStrategy
 
 

@@ -31,7 +31,7 @@ from areal_like.runtime.logs import OUTPUT_FILE, LogBounds, Outputs
 from rollout_server.engine.options import ProcessOptions
 from rollout_server.policy.batcher import MAX_BATCH
 from rollout_server.policy.client import EmbeddedClient, EngineClient
-from rollout_server.policy.gate import GenerationGate
+from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.weights.shadow import ShadowWeightUpdate
 from rollout_server.weights.strategy import OnQuarantine, OnUntrusted, WeightUpdateStrategy
 

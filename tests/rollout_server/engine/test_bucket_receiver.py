@@ -11,8 +11,8 @@ import torch
 
 from areal_like.errors import WeightSyncError
 from areal_like.weights.buckets import Bucket, checksum, cut_buckets, flatten, spec_of
-from areal_like.weights.collective import WeightGroup
 from areal_like.weights.integrity import BucketSums
+from areal_like.weights.weight_group import WeightGroup
 from rollout_server.engine.models.base import CausalModel
 from rollout_server.engine.models.loading import load
 from rollout_server.engine.weights.bucket_receiver import BucketReceiver

@@ -126,7 +126,7 @@ def test_weights_from_disk(engine: Engine, models: Models, tmp_path: Path) -> No
 
 SENDER = """
 import sys, torch
-from areal_like.weights.collective import WeightGroup
+from areal_like.weights.weight_group import WeightGroup
 group = WeightGroup.create(world_size=2, group_name="doomed", timeout_s=3600)
 print(group.port, flush=True)
 group.connect()

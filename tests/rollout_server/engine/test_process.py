@@ -15,7 +15,7 @@ import torch
 from areal_like.errors import EngineError
 from areal_like.trajectory import FinishReason
 from areal_like.weights.buckets import cut_buckets, spec_of
-from areal_like.weights.collective import WeightGroup
+from areal_like.weights.weight_group import WeightGroup
 from areal_like.wire.sockets import bound_socket
 from rollout_server.policy.client import EmbeddedClient
 from rollout_server.policy.engines.supervisor import EngineSupervisor

@@ -10,7 +10,7 @@ from areal_like.errors import ArealError
 from areal_like.wire.channel import tcp_address
 from areal_like.wire.messages.consumer import ServerEntry, VersionGranted
 from rollout_server.policy.client import EngineClient
-from rollout_server.policy.gate import GenerationGate
+from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.weights.receiver import WeightReceiver
 from rollout_server.weights.shadow import ShadowWeightUpdate
 from rollout_server.weights.strategy import WeightPush

@@ -24,7 +24,7 @@ from areal_like.weights.buckets import checksum
 from areal_like.weights.integrity import sha256
 from areal_like.wire.messages.consumer import ServerEntry
 from rollout_server.policy.client import EngineClient
-from rollout_server.policy.gate import GenerationGate
+from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.weights.receiver import WeightReceiver
 from rollout_server.weights.shadow import ShadowWeightUpdate
 from tests.areal_like.test_rendezvous import accepts, free_ports, listening_addresses

@@ -32,7 +32,7 @@ from trainer.weights.broadcaster import Broadcaster
 # prints its checksum.
 RANK = """
 import sys, torch
-from areal_like.weights.collective import WeightGroup
+from areal_like.weights.weight_group import WeightGroup
 from areal_like.weights.buckets import checksum
 print("ready", flush=True)
 address, port, rank, world_size, name = sys.stdin.readline().split()

@@ -14,7 +14,7 @@ from areal_like.failures import FailureKind
 from areal_like.trajectory import LARGEST_REWARD
 from areal_like.wire.messages.producer import Lease, Purpose, SampleDone, SampleFailed
 from rollout_server.leases.held_leases import SampleResult
-from rollout_server.policy.gate import GenerationGate
+from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.sample.lease_runner import AgentTries, LeaseRunner
 from rollout_server.sessions.book import SessionBook
 from rollout_server.sessions.claimants import LONGEST_WAIT_S, Claimant

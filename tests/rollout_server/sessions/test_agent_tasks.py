@@ -16,7 +16,7 @@ from areal_like.failures import FailureKind
 from areal_like.trajectory import FinishReason
 from areal_like.wire.messages.producer import Lease, Purpose, SampleDone, SampleFailed
 from rollout_server.leases.held_leases import Place, SampleResult
-from rollout_server.policy.gate import GenerationGate
+from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.sample.lease_runner import LeaseRunner
 from rollout_server.sessions.book import SessionBook, SessionOutcome
 from rollout_server.sessions.http.app import session_app

@@ -37,7 +37,7 @@ from rollout_server.policy.engines.sglang.options import (
     check_server_info,
     launch_options,
 )
-from rollout_server.policy.gate import GenerationGate
+from rollout_server.policy.generation_gate import GenerationGate
 from rollout_server.policy.sglang_client import SglangClient
 from rollout_server.weights.checkpoint_shapes import CheckpointShapes
 from rollout_server.weights.in_place import SglangWeightUpdate
