@@ -188,7 +188,7 @@ def test_a_replay_needs_whole_steps(broken_run: BrokenRun) -> None:
     recording.close()
     wider = areal_like("replay", "x", "name=z", "trainer.groups_per_step=8", cwd=broken_run.folder)
     assert (wider.returncode, wider.stderr.count("\n")) == (2, 1)
-    assert "no whole step of 8 groups" in wider.stderr
+    assert "has not recorded a complete step of 8 groups" in wider.stderr
 
 
 @pytest.mark.long

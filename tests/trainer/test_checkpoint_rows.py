@@ -139,8 +139,8 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "no configuration": ("config.json", Path.unlink, "cannot be read"),
     "tokenizer cut": ("tokenizer.json", _cut, "cannot be read"),
     "state cut": ("trainer_state.json", _cut, "cannot be read"),
-    "another dtype": ("rows/index.json", lambda f: _edit(f, "float32", "float16"), "the run began with"),
-    "another model": ("rows/index.json", lambda f: _edit(f, "[41, 32]", "[41, 31]"), "the run began with"),
+    "another dtype": ("rows/index.json", lambda f: _edit(f, "float32", "float16"), "the run started with"),
+    "another model": ("rows/index.json", lambda f: _edit(f, "[41, 32]", "[41, 31]"), "the run started with"),
     "rows twice": ("rows/index.json", lambda f: _edit(f, "[[0, 41]]", "[[0, 40]]"), "every row"),
     "outside": ("rows/index.json", lambda f: _edit(f, "policy-0", "../policy-0"), "another directory"),
 }
