@@ -131,7 +131,7 @@ class EvalTable:
         self._end_if_done(round_)
 
     def restore_finished(self, row: EvaluationRow, tickets: Iterable[Ticket]) -> None:
-        """Adds a finished round restored from an earlier buffer, if its samples are kept."""
+        """Adds a finished round restored from an earlier buffer, which kept its samples."""
         round_ = EvalRound(row, tickets)
         self.rounds[round_.key] = round_
         self._keep_samples(round_)
