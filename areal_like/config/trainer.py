@@ -20,7 +20,7 @@ from areal_like.config.common import (
 class KlConfig(Section, key="kl"):
     """A penalty on the distance from a frozen reference model.
 
-    It costs the memory of that model, and one forward of it per step.
+    It costs the reference model's memory and one extra forward pass per step.
     """
 
     coef: NonNegativeFloat = 0.0

@@ -8,7 +8,7 @@ second signal, or a drain longer than `daemon.drain_timeout_s`, kills the proces
 address.
 
 Exit codes: 0 the run is finished; `daemon.exit_code_on_drain` (by default 0 too) drained; 1 failed (the
-reason is in the log, and in one line on stderr); 2 a mistake of the user (one message on stderr).
+reason is in the log, and in one line on stderr); 2 user error (one message on stderr).
 """
 
 from __future__ import annotations
@@ -131,7 +131,8 @@ class Runtime:
             self.failed.set_exception(error)
 
     def stop(self) -> None:
-        """Begins the drain. Safe to call from any thread, and in a signal handler after the loop's end."""
+        """Begins the drain. Safe to call from any thread, and from a signal handler, even after the event
+        loop has ended."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self.stopping.set)
 
@@ -215,7 +216,7 @@ def exit_code_of(name: str, run: Callable[[], None]) -> int:
     """Runs a daemon's body and returns its exit code; reports a failure in the log and on stderr.
 
     The process ignores SIGTERM from then on: the interpreter's shutdown removes the handlers, and a launcher
-    that ends a finished run could then kill a trainer whose exit code is to say that the run is finished.
+    that ends a finished run could then kill a trainer whose exit code should report that the run is finished.
     """
     end_if_threads_fail()
     try:

@@ -186,8 +186,8 @@ class WeightGroup:
     def close_store(self) -> None:
         """Ends rank 0's store; call it when every rank has joined. Does nothing for NCCL.
 
-        gloo no longer reads the store; NCCL reads it again at the first broadcast. A stranger who connects
-        later finds no open port, and the memory of anything written by a stranger is freed.
+        gloo no longer reads the store; NCCL reads it again at the first broadcast. Once the store has ended,
+        an unauthorized peer finds no open port, and anything it had written is freed.
         """
         if self.backend == "gloo":
             self._server = self._store = None

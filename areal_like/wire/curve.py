@@ -67,7 +67,7 @@ class _Monitor:
 
 
 class CurveServer:
-    """The keyed side of one Listener: which keys connect, and whose messages are accepted."""
+    """CURVE authentication for one Listener: which keys connect, and whose messages are accepted."""
 
     def __init__(
         self, keyring: Keyring, *, roles: Collection[KeyRole], on_failure: Callable[[ArealError], None]
@@ -94,7 +94,7 @@ class CurveServer:
         """Context of the listener's socket."""
 
     def protect(self, socket: zmq.Socket[bytes]) -> None:
-        """Makes a socket of `context`, not bound yet, accept only allowed keys."""
+        """Makes a socket of `context` accept only allowed keys. Call it before the socket is bound."""
         self._socket = socket
         zap = self.context.socket(zmq.ROUTER)
         zap.set(zmq.LINGER, 0)
@@ -108,7 +108,7 @@ class CurveServer:
         socket.set(zmq.ZAP_ENFORCE_DOMAIN, 1)
 
     def bound(self) -> None:
-        """Call it once the socket is bound."""
+        """Records the bound endpoint and starts following key changes. Call it after the socket is bound."""
         assert self._socket is not None
         self._endpoint = self._socket.get_string(zmq.LAST_ENDPOINT)
         self._unsubscribe = self._keyring.subscribe(self._on_refresh)
@@ -122,7 +122,8 @@ class CurveServer:
         return key
 
     def may_answer(self, user_id: str) -> bool:
-        """True for the first refused messages of a key: replies must not pile up."""
+        """True for the first few refused messages of each key; later ones get no reply, so that replies
+        cannot pile up."""
         while len(self._num_answered) >= _MAX_ANSWERED_KEYS and user_id not in self._num_answered:
             del self._num_answered[next(iter(self._num_answered))]
         self._num_answered[user_id] = self._num_answered.get(user_id, 0) + 1
@@ -208,7 +209,7 @@ class CurveServer:
 
 
 class CurveClient:
-    """The keyed side of one Link: the key to expect of the server, and when to reopen the socket."""
+    """CURVE authentication for one Link: the key to expect of the server, and when to reopen the socket."""
 
     def __init__(self, keyring: Keyring, *, role: KeyRole, name: str = "") -> None:
         """The server must have a valid key of `role`, and of `name` if it is not empty.
@@ -271,7 +272,7 @@ class CurveClient:
                 log.info("connected to %s", self._address)
             self._num_failures = 0
             return
-        if self._reopening is not None:  # libzmq repeats some handshakes by itself
+        if self._reopening is not None:  # libzmq retries some handshakes by itself
             return
         self._num_failures += 1
         if self._num_failures.bit_count() == 1:
@@ -307,7 +308,8 @@ class CurveClient:
 
 
 def _turn(candidates: list[str], attempt: int) -> str:
-    """Every other attempt uses the first candidate, the newest key; the rest use the others in turn."""
+    """Alternate attempts use the newest key (the first candidate); those in between cycle through the
+    others."""
     newest, *older = candidates
     return older[attempt // 2 % len(older)] if older and attempt % 2 else newest
 

@@ -3,11 +3,11 @@
 Steps are absolute (a run that resumes after K steps begins at step K). Only the newest trainer incarnation
 may change the ledger; requests of older ones raise StaleIncarnationError.
 
-When a trainer starts, its checkpoint decides. Steps before it are trained; recorded steps from there on are
-served again identically, and groups sampled with weights of later steps are dropped unless they were
-recorded. If the ledger has no usable data for that step (it is new, or its steps were recorded under other
-settings), the stream starts there, at the position in the order of prompts that the checkpoint contains
-(`stream_state`).
+When a trainer starts, its checkpoint is authoritative: steps before it count as trained; recorded steps from
+there on are served again unchanged, and groups sampled with weights of later steps are dropped unless they
+were recorded. If the ledger has no usable data for that step (it is new, or its steps were recorded under
+other settings), the stream starts there, at the position in the order of prompts that the checkpoint
+contains (`stream_state`).
 """
 
 from __future__ import annotations
@@ -90,11 +90,14 @@ class TrainerSession:
         self._lifecycle.record_ready_groups()
 
     def alloc_version(self, *, incarnation: int, step: int) -> int:
-        """Allocates a version number, never used before, for weights that are the start of `step`."""
+        """Allocates a new version number for the weights that `step` starts from."""
         self._check_current(incarnation)
         self._check_weights_step(step)
         if self._settings.shard.index:
-            raise RefusedError("shard", "only the first buffer allocates versions, the others adopt them")
+            raise RefusedError(
+                "shard",
+                "this buffer cannot allocate versions: only the first one does, and the others adopt them",
+            )
         return self._versions.allocate(step=step, trainer_incarnation=incarnation)
 
     def adopt_version(self, *, incarnation: int, version: int, step: int) -> None:
@@ -102,12 +105,12 @@ class TrainerSession:
         self._check_current(incarnation)
         self._check_weights_step(step)
         if not self._settings.shard.index:
-            raise RefusedError("shard", "the first buffer allocates versions, and adopts none")
+            raise RefusedError("shard", "the first buffer allocates versions; it cannot adopt them")
         if not self._versions.adopt(version, step=step, trainer_incarnation=incarnation):
             raise RefusedError(
                 "version",
-                f"{version} is not above {self._versions.newest} and at most {MAX_VERSION}, "
-                f"and was not allocated for step {step}",
+                f"version {version} was not allocated for step {step}, and a new version must be in "
+                f"{self._versions.newest + 1}..{MAX_VERSION}",
             )
 
     def settings_of(self, *, incarnation: int, step: int) -> StepSettings:
@@ -117,7 +120,11 @@ class TrainerSession:
         """
         self._check_current(incarnation)
         if not 0 <= step <= self._steps.current:
-            raise RefusedError("step", f"settings of steps 0..{self._steps.current} are fixed, not of {step}")
+            raise RefusedError(
+                "step",
+                f"the settings of step {step} are not fixed yet; only those of steps "
+                f"0..{self._steps.current} are",
+            )
         live = self._state.live
         bound = live.at(MAX_STALENESS, step)
         return StepSettings(
@@ -136,7 +143,7 @@ class TrainerSession:
         """
         first, last = self._steps.committed + 1, self._settings.num_steps - 1
         if not first <= step <= last:
-            raise RefusedError("step", f"steps {first}..{last} are served, not {step}")
+            raise RefusedError("step", f"step {step} is not served; only steps {first}..{last} are")
         shard, num_own = self._settings.shard, self._settings.groups_per_step
         if not shard.owns(position) or not 0 <= shard.local(position) < num_own:
             raise RefusedError(
@@ -166,7 +173,8 @@ class TrainerSession:
         if step > self._steps.current or step >= num_full:
             raise RefusedError(
                 "step",
-                f"{step} cannot be complete: {self._steps.current} is in training, {num_full} being recorded",
+                f"step {step} cannot be complete: step {self._steps.current} is in training and step "
+                f"{num_full} is still being recorded",
             )
         self._steps.count_until(step + 1)
         self._steps.complete_current()
@@ -181,7 +189,7 @@ class TrainerSession:
         self._check_current(incarnation)
         if step >= self._steps.current:
             raise RefusedError(
-                "step", f"{step} cannot be committed: only {self._steps.current} steps are complete"
+                "step", f"step {step} cannot be committed: only {self._steps.current} steps are complete"
             )
         if step > self._steps.committed:
             self._steps.commit_to(step)
@@ -196,11 +204,13 @@ class TrainerSession:
         self._check_current(incarnation)
         num_done, num_steps = self._steps.committed + 1, self._settings.num_steps
         if num_done < num_steps:
-            raise RefusedError("step", f"{num_done} of {num_steps} steps are committed: the run continues")
+            raise RefusedError(
+                "step", f"cannot finish the run: only {num_done} of {num_steps} steps are committed"
+            )
         self._state.set_finished(True)
 
     def stream_state(self, *, step: int) -> dict[str, int | list[int]]:
-        """Position of the stream, for `start_training`, in a checkpoint that contains steps <= `step`."""
+        """The stream's position to save in a checkpoint with the steps <= `step`, for `start_training`."""
         pending = [
             ticket.prompt_index
             for ticket in self._tickets.of_purpose(Purpose.TRAIN)
@@ -231,7 +241,8 @@ class TrainerSession:
         if not self._settings.adaptive:
             raise RefusedError(
                 "max_staleness",
-                f"it is fixed at {cap} in this buffer: start all roles with max_staleness=auto",
+                f"the bound cannot change: it is fixed at {cap} in this buffer; start all roles with "
+                "max_staleness=auto",
             )
         if not 0 <= max_staleness <= cap:
             raise RefusedError("max_staleness", f"want 0..{cap} (max_staleness_cap), got {max_staleness}")
@@ -249,8 +260,8 @@ class TrainerSession:
     ) -> EvalResult | None:
         """Starts an evaluation of a set unless it is known. Returns its result, or None while it runs.
 
-        A finished evaluation of an earlier trainer, which a restarted buffer has found in its store, is a
-        different one: it has other weights, or another size.
+        A finished evaluation of an earlier trainer, which a restarted buffer has found in its store, counts
+        as a different one if its weights or its size differ.
         """
         round_ = self._state.evals.requested(
             (eval_id, eval_set), size=(num_prompts, num_samples), min_version=min_version
@@ -287,7 +298,7 @@ class TrainerSession:
         """Raises unless this is the trainer that started last."""
         self.refuse_older_trainer(incarnation)
         if incarnation > self._state.trainer_incarnation:
-            raise RefusedError("incarnation", "send StartTraining first")
+            raise RefusedError("incarnation", "this trainer has not started: send StartTraining first")
 
     def _check_weights_step(self, step: int) -> None:
         newest = min(self._steps.current + 1, self._scheduler.step)
@@ -329,7 +340,8 @@ class TrainerSession:
         ):
             raise RefusedError(
                 "stream",
-                "is not a stream state of this program: was the checkpoint made by another program version?",
+                "is not a stream state of this program: was the checkpoint made by a different version of "
+                "this program?",
             )
         num_steps, first = self._state.settings.num_steps, self._steps.first_kept
         if not 0 <= step <= num_steps:
@@ -342,7 +354,7 @@ class TrainerSession:
                 "step",
                 f"this buffer can resume from step {first} or later, not {step}: "
                 "the data of earlier steps is released. "
-                "To go back further restart it without its ledger (move the run's ledger/ away)",
+                "To resume from an earlier step, restart it without its ledger (move the run's ledger/ away)",
             )
         if (looping := self._steps.find_crash_loop(first=step)) is not None:
             ids = " ".join(str(ticket.ticket_id) for ticket in self._steps.tickets_of(looping))

@@ -3,9 +3,9 @@
     requested -> RUNNING -> every ticket evaluated or dropped -> DONE -> `eval.keep` newer ones -> RELEASED
                     `-> the trainer was replaced -> CANCELLED
 
-A round is identified by its first ticket, because a trainer that goes back repeats its ids. Rounds and
-tickets are in the store: a restarted buffer continues a running round without its finished samples, and still
-has the results of the finished ones whose samples are kept.
+A round is identified by its first ticket, because a trainer that resumes from an earlier checkpoint reuses
+evaluation ids. Rounds and tickets are in the store: a restarted buffer continues a running round without
+repeating its finished samples, and still has the results of finished rounds whose samples are kept.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ _NUM_RESULTS_KEPT = 4
 
 
 class EvalRound:
-    """One evaluation of one set: its tickets, and those that have to be leased."""
+    """One evaluation of one set: its tickets, and a queue of those that must be leased."""
 
     def __init__(self, row: EvaluationRow, tickets: Iterable[Ticket]) -> None:
-        """`tickets`: all tickets of a new round; those of an earlier buffer's round that were not dropped."""
+        """`tickets`: for a new round, all of its tickets; for a round restored from an earlier buffer, those
+        that were not dropped."""
         self.row = row
         self.tickets = {ticket.ticket_id: ticket for ticket in tickets}
         """The round's tickets without those that were dropped, whose samples have all failed."""
@@ -65,13 +66,14 @@ class EvalRound:
         return ticket_id
 
     def requeue(self, ticket_id: int) -> None:
-        """Samples of the ticket have to be leased, before other tickets of the round."""
+        """Puts the ticket back at the front of the queue, because some of its samples must be leased
+        again."""
         if ticket_id not in self._queued:
             self._queue.appendleft(ticket_id)
             self._queued.add(ticket_id)
 
     def end(self, ticket: Ticket) -> None:
-        """A ticket was evaluated or dropped."""
+        """Counts a ticket that was evaluated or dropped."""
         self.num_open -= 1
         if ticket.state is State.DROPPED:
             del self.tickets[ticket.ticket_id]
@@ -121,7 +123,7 @@ class EvalTable:
         """Finished rounds with samples by set, the oldest first."""
 
     def begin(self, row: EvaluationRow, tickets: Iterable[Ticket]) -> None:
-        """Adds a running round, new or of an earlier buffer."""
+        """Adds a running round: a new one, or one restored from an earlier buffer."""
         self._store.put_evaluation(row)
         round_ = EvalRound(row, tickets)
         self.rounds[round_.key] = round_
@@ -129,13 +131,13 @@ class EvalTable:
         self._end_if_done(round_)
 
     def restore_finished(self, row: EvaluationRow, tickets: Iterable[Ticket]) -> None:
-        """Adds a finished round of an earlier buffer, whose samples are kept."""
+        """Adds a finished round restored from an earlier buffer, which kept its samples."""
         round_ = EvalRound(row, tickets)
         self.rounds[round_.key] = round_
         self._keep_samples(round_)
 
     def requested(self, key: tuple[int, str], *, size: tuple[int, int], min_version: int) -> EvalRound | None:
-        """The round of this request, which may be repeated; None if the round has to be started.
+        """The round of this request, which may be a retry; None if the round has to be started.
 
         `size`: (prompts, samples of each). A finished round with other fields is not returned again.
         """
@@ -190,7 +192,8 @@ class EvalTable:
         return None if round_ is None else round_.pop_next()
 
     def requeue(self, ticket: Ticket) -> None:
-        """Samples of the ticket have to be leased (again), before other tickets of its round."""
+        """Puts the ticket back at the front of the queue, because some of its samples must be leased
+        again."""
         self._round_of[ticket.ticket_id].requeue(ticket.ticket_id)
 
     def end(self, ticket: Ticket) -> None:
@@ -226,7 +229,7 @@ class EvalTable:
 
 
 def check_request(eval_set: str, *, num_prompts: int, num_samples: int) -> None:
-    """Raises RefusedError for an evaluation that is empty, too large, or of a set without a valid name."""
+    """Raises RefusedError if an evaluation is empty or too large, or the name of its set is not valid."""
     if not SET_NAME.fullmatch(eval_set):
         raise RefusedError("eval_set", "is not the name of an evaluation set")
     if not 1 <= num_prompts <= MAX_EVAL_PROMPTS:

@@ -108,7 +108,7 @@ class PromptSource:
             self.curriculum.restore(state)
         except ValueError as error:
             raise RefusedError(
-                "stream", f"{error}: was the checkpoint made by another program version?"
+                "stream", f"{error}: was the checkpoint made by a different version of this program?"
             ) from None
         self._put_scalars(self.curriculum.scalars())
 

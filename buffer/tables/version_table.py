@@ -25,7 +25,8 @@ MAX_VERSION = 1 << 53
 class VersionTable:
     """Maps versions to steps.
 
-    Lag is a difference of steps, never of versions: a push may be repeated, and a resumed trainer goes back.
+    Lag is a difference of steps, never of versions: a push may be retried, and a resumed trainer may return
+    to an earlier step.
     """
 
     def __init__(self, store: Store) -> None:
@@ -56,7 +57,7 @@ class VersionTable:
         self.newest = max(newest, *self._weights)
 
     def allocate(self, *, step: int, trainer_incarnation: int) -> int:
-        """A new version for the weights from which `step` starts."""
+        """Allocates a new version for the weights that `step` starts from."""
         version = self.newest + 1
         self._put(version, step=step, trainer_incarnation=trainer_incarnation)
         return version
@@ -75,7 +76,7 @@ class VersionTable:
         return True
 
     def abandon(self, *, after_step: int, trainer_incarnation: int) -> bool:
-        """A trainer resumed at `after_step`: abandons the versions of later steps from earlier trainers.
+        """Abandons earlier trainers' versions of later steps, because a trainer resumed at `after_step`.
 
         Returns True if there were any that had not been abandoned before.
         """
@@ -89,7 +90,7 @@ class VersionTable:
         return has_new
 
     def may_use_abandoned(self, sample: SampleSummary) -> bool:
-        """True if a sample may have tokens of abandoned weights.
+        """True if some of a sample's tokens may come from abandoned weights.
 
         A summary contains only the oldest and the newest version, so all versions between them count.
         """
@@ -102,12 +103,12 @@ class VersionTable:
 
     @property
     def newest_incarnation(self) -> int:
-        """The largest incarnation of a trainer that has allocated a version; 0: there is none."""
+        """The newest trainer incarnation that has allocated a version; 0 if none has."""
         incarnations = (incarnation for _, incarnation in self._weights.values())
         return max((number for number in incarnations if not is_impossible(number)), default=0)
 
     def weights_of(self, version: int) -> tuple[int, int]:
-        """(step, trainer incarnation) of an allocated version; a push and its repetition have the same."""
+        """(step, trainer incarnation) of an allocated version; a push and its retry have the same pair."""
         return self._weights[version]
 
     def summarize(self, lease_id: int, record: Record, *, failure: str = "") -> SampleSummary | Verdict:

@@ -1,7 +1,7 @@
 """`areal-like keys ACTION DIR`: makes, shows, adds, rotates and revokes the keys of a job.
 
-No secret is an argument or printed. A running job reads the directory again by itself, on each machine its
-own copy.
+Secrets are never passed as arguments or printed. A running job rereads the directory by itself; each machine
+reads its own copy.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _duration(seconds: float) -> str:
 
 
 def _copy_hint(directory: Path) -> str:
-    return f"running daemons read {directory} again within 2 s; copy public.json to other machines\n"
+    return f"running daemons reread {directory} within 2 s; copy public.json to other machines\n"
 
 
 class _Action(NamedTuple):
@@ -129,7 +129,7 @@ _ACTIONS = {
 @command(
     "keys",
     "Make, show and change the keys with which daemons authenticate each other (security.keys=DIR). A "
-    f"running job reads the directory again by itself. The roles: {', '.join(_ROLES)}.",
+    f"running job rereads the directory by itself. The roles: {', '.join(_ROLES)}.",
     argument("action", metavar="ACTION", choices=sorted(_ACTIONS), help=", ".join(sorted(_ACTIONS))),
     argument("directory", metavar="DIR", type=Path, help="the directory of the keys"),
     argument(

@@ -153,7 +153,7 @@ def _ranks_of(given: str, paths: RunPaths, operator: Operator) -> list[_Rank]:
 
 
 def _check_goes_on(ranks: list[_Rank]) -> None:
-    """Raises ConfigError if the trainer trains no further step."""
+    """Raises ConfigError if the trainer will not train another step."""
     step, num_steps = max(int(rank.status["step"]) for rank in ranks), int(ranks[0].status["num_steps"])
     if step >= num_steps or ranks[0].status["state"] == "draining":
         raise ConfigError("profile: the trainer is ending, and will not train another step")

@@ -1,4 +1,4 @@
-"""Trains the first step that differs again, from the records of both runs, and compares it token by token."""
+"""Replays the first differing step from both runs' records and compares the results token by token."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Trace:
 
 
 def add_replay(result: Comparison, ours: RecordedRun, theirs: RecordedRun) -> None:
-    """Adds the replay of the step that differs to a comparison, or why there is none."""
+    """Adds to a comparison the replay of the differing step, or the reason why there is none."""
     assert result.step is not None
     try:
         with tempfile.TemporaryDirectory(prefix="areal-like-replay-") as folder:
@@ -98,7 +98,7 @@ def compare_traces(ours: Trace, theirs: Trace, *, tolerance: float) -> tuple[Ste
 
 
 def _against_row(run: RecordedRun, trace: Trace, *, tolerance: float) -> str:
-    """A sentence that says whether a run's row agrees with what its records give."""
+    """A sentence that says whether a run's row matches its records."""
     row = next((row for step, row in run.rows() if step == trace.step["step"]), {})
     both = {name: (row.get(name), trace.step[name]) for name in ("loss", "grad_norm")}
     if None in [recorded for recorded, _ in both.values()]:
@@ -109,12 +109,12 @@ def _against_row(run: RecordedRun, trace: Trace, *, tolerance: float) -> str:
         if not are_close(recorded, replayed, tolerance=tolerance, is_scaled=name in SCALED)
     ]
     if not other:
-        return f"{run.root}: loss and gradient norm of its row are those that its records give"
-    return f"{run.root}: its row is NOT what its records give: {', '.join(other)}"
+        return f"{run.root}: the loss and gradient norm in its row match its records"
+    return f"{run.root}: its row does NOT match its records: {', '.join(other)}"
 
 
 def _traced(run: RecordedRun, step: int, out: Path) -> Trace:
-    """Trains a step again. Raises ConfigError if the run's records are not sufficient."""
+    """Replays a step. Raises ConfigError if the run's records are not sufficient."""
     if run.source is None or not run.has_records:
         raise ConfigError(run.missing or f"{run.root}: its trajectories")
     out.mkdir()

@@ -57,7 +57,7 @@ class Replayed:
     equal: list[str]
     """The kinds that do not differ."""
     rows: list[str]
-    """For each run, whether the loss and gradient norm in its row are those that its records give."""
+    """For each run, whether the loss and gradient norm in its row match its records."""
 
     def lines(self) -> Iterator[str]:
         """The result as text for a user."""

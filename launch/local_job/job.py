@@ -77,7 +77,7 @@ class LocalJob:
     def run(self) -> int:
         """Runs the job; returns its exit code.
 
-        0: finished; `daemon.exit_code_on_drain`: drained; 1: failed; 2: a mistake of the user.
+        0: finished; `daemon.exit_code_on_drain`: drained; 1: failed; 2: user error.
         """
         self._observer.start()
         try:

@@ -86,7 +86,7 @@ class Run:
 
     @property
     def num_starts(self) -> dict[str, int]:
-        """Name -> number of processes that have had it, from the ledger and the launcher's log."""
+        """How many processes have run under each name, according to the ledger and the launcher's log."""
         return {
             name: max(self.ledger.starts.get(name, 0), self.logs.num_starts.get(name, 0))
             for name in sorted({*self.ledger.starts, *self.logs.num_starts} - {"prepare_model"})

@@ -157,7 +157,7 @@ def change_table(run: Run) -> Table:
 
 
 def event_tables(run: Run) -> list[Table]:
-    """Restarts, rollbacks and operators' actions; the number of processes that each name has had."""
+    """Two tables: restarts, rollbacks and operator actions; and how often each daemon was started."""
     events = [(utc(one.unix_s), count(one.step), one.text) for one in run.events()[-_MAX_EVENTS:]]
     starts = list(run.num_starts.items())
     return [

@@ -91,7 +91,7 @@ def _of_directory(folder: Path) -> EvaluatedModel:
 
 
 def open_evaluation(model: EvaluatedModel, argv: Sequence[str]) -> OpenRun:
-    """The directory of an evaluation of `model` with the configuration that `argv` describes.
+    """Opens the directory in which `model` is evaluated with the configuration that `argv` describes.
 
     `argv`: as for `areal-like run`; without `--config`, a checkpoint is evaluated with its run's
     configuration. Raises ConfigError.
@@ -169,7 +169,7 @@ def _continued(config: Config) -> OpenRun:
         wanted = to_mapping(config)
         if changed := [section for section in _COMPARED if stored[section] != wanted[section]]:
             raise ConfigError(
-                f"{paths.root} holds no evaluation with these settings of {', '.join(changed)}: give "
+                f"{paths.root} holds an evaluation with different settings in {', '.join(changed)}: use "
                 "the same settings, or choose another name=..."
             )
     except ConfigError:

@@ -107,7 +107,7 @@ def test_a_change_counts_from_the_first_step_not_begun() -> None:
     first = ledger.trainer.settings_of(incarnation=1, step=0)
     assert (first.lr, first.max_staleness, first.eval_interval) == (0.001, 3, 5)
     assert ledger.state.bound.current == 1  # of tickets that begin
-    with pytest.raises(RefusedError, match=r"0\.\.0 are fixed, not of 1"):
+    with pytest.raises(RefusedError, match=r"step 1 are not fixed yet; only those of steps 0\.\.0 are"):
         ledger.trainer.settings_of(incarnation=1, step=1)
     for buffer in (ledger, recover(ledger_settings(**SETTINGS), store.copy(), now_s=0.0)):
         buffer.state.steps.current = 1

@@ -326,7 +326,7 @@ def test_every_peer_is_told_that_the_run_is_finished(tmp_path: Path) -> None:
                 connected(buffer, server_hello(buffer, "rollout-1"), inbox=inbox) as idle,
                 training(buffer) as trainer,
             ):
-                with pytest.raises(RefusedError, match="the run continues"):
+                with pytest.raises(RefusedError, match="cannot finish the run"):
                     await trainer.call(FinishRun())
                 await finish(trainer)
                 await wait_for(inbox, JobFinished())

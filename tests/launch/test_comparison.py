@@ -98,8 +98,8 @@ def test_the_step_that_differs_is_trained_again(
     assert again["equal"] == ["advantages", "weights of the loss"]
     assert again["differences"][0]["kind"] == "policy's log-probs"
     assert again["differences"][0]["text"].startswith("group 2, sequence ")
-    assert again["rows"][0].endswith("loss and gradient norm of its row are those that its records give")
-    assert f"{other}: its row is NOT what its records give: loss {rows[1]['loss']} in" in again["rows"][1]
+    assert again["rows"][0].endswith("the loss and gradient norm in its row match its records")
+    assert f"{other}: its row does NOT match its records: loss {rows[1]['loss']} in" in again["rows"][1]
 
 
 def test_a_trace_begins_at_a_checkpoint_or_at_step_0(replayed: Path, tmp_path: Path) -> None:

@@ -118,16 +118,16 @@ def test_only_the_same_evaluation_is_continued(run: Path) -> None:
     opened("name=mine")
     again = opened("name=mine", "resume=latest", "rollout.num_servers=2")
     assert not again.is_finished and again.config.rollout.num_servers == 2
-    with pytest.raises(ConfigError, match="with these settings of sampling, seed:"):
+    with pytest.raises(ConfigError, match="with different settings in sampling, seed:"):
         opened("name=mine", "resume=latest", "seed=4", "sampling.max_new_tokens=8")
-    with pytest.raises(ConfigError, match="with these settings of model:"):
+    with pytest.raises(ConfigError, match="with different settings in model:"):
         open_evaluation(find_model("runs/one/checkpoints/step_000005"), ["name=mine", "resume=latest"])
     again.paths.summary.write_text(json.dumps({"finished": True}))
     assert opened("name=mine", "resume=auto").is_finished
     save_config(
         from_mapping({"name": "begun", "model": {"path": again.config.model.path}}), run / "config.yaml"
     )
-    with pytest.raises(ConfigError, match=r"with these settings of .*trainer:"):
+    with pytest.raises(ConfigError, match=r"with different settings in .*trainer:"):
         opened("name=one", "resume=latest", "sampling.max_new_tokens=8")
 
 

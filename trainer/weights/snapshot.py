@@ -294,7 +294,7 @@ class BackgroundGather(WeightSnapshotter):
                 _, work = self._layout.buckets[index].begin_gather(rows, to_rank=0, group=self._group)
                 work.wait()
         except RuntimeError as error:  # rank 0 has ended; the training thread fails by itself
-            log.info("this rank does not gather weights any more: %s", error)
+            log.info("this rank has stopped gathering weights: %s", error)
 
     def _rows_of(self, number: int, index: int) -> Tensor:
         with self.lock:
@@ -444,7 +444,7 @@ class BucketParts:
 
     @property
     def num_bytes(self) -> int:
-        """Length of all parts, end to end."""
+        """Total size of all parts, end to end."""
         return sum(part.num_bytes for part in self.of_rank)
 
     def assemble(self, parts: Tensor, into: Tensor) -> None:

@@ -92,8 +92,10 @@ class OpenRequest:
         return outputs
 
     async def outputs_until_gone(self, request: Request) -> AsyncIterator[SequenceOutput]:
-        """Yields outputs until every sequence has ended or the client has disconnected; then `num_running` is
-        above 0."""
+        """Yields outputs until every sequence has ended or the client has disconnected.
+
+        Afterwards `num_running` is above 0 only if the client disconnected.
+        """
         gone = asyncio.ensure_future(disconnected(request.receive))
         try:
             while self.num_running:

@@ -36,7 +36,7 @@ BodyHandler = Callable[[dict[str, Any]], Awaitable[Response]]
 
 
 class EngineServer:
-    """The application `app`. Start the engine's thread before serving it."""
+    """Builds the engine's HTTP application (`app`). Start the engine's thread before serving it."""
 
     def __init__(
         self,

@@ -145,7 +145,7 @@ def test_a_slow_judge_fails_before_the_limit_of_the_reward() -> None:
         assert "no response within 0.2 s, after 2 tries" in own_limit
         assert "raise rollout.reward_timeout_s" in problem_of(server.url, limit_s=1.0)
     with judge_server(Answer(status=429, body=b"", headers={"Retry-After": "100"})) as server:
-        assert "HTTP status 429; the rest of the reward's time" in problem_of(server.url)
+        assert "HTTP status 429; not enough of the reward's time limit is left" in problem_of(server.url)
 
 
 def test_failures_are_counted_in_the_next_sample() -> None:

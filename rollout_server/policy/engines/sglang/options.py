@@ -1,7 +1,8 @@
 """Builds the command line of an SGLang engine from the job's settings, and checks an engine's capabilities.
 
-An engine with ranks that pushes cannot reach would fail only at the first push, and an engine that cannot
-hold a whole sequence would end completions too early. So both are checked before the engine gets any work.
+If a weight push cannot reach some of an engine's ranks, this would show only at the first push; if an engine
+cannot hold a whole sequence, it would end completions too early. So both are checked before the engine gets
+any work.
 """
 
 from __future__ import annotations

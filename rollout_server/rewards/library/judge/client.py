@@ -1,9 +1,9 @@
 """Calls a judge over HTTP, with bounded responses, limited concurrency, and retries with growing pauses.
 
-Retried are: no connection, a broken connection, a timeout, the statuses 408, 409, 425, 429 and 5xx, a
-response that is not a chat completion, and a reply without a verdict (with another seed, because an equal
-request would get an equal reply). Any other status is an error in the settings and fails at once. Pauses
-honor `Retry-After`. The client never waits beyond the reward's own time limit: the reward fails before, with
+These are retried: failed or broken connections, timeouts, the statuses 408, 409, 425, 429 and 5xx, responses
+that are not chat completions, and replies without a verdict (with another seed, because an equal request
+would get an equal reply). Any other status is an error in the settings and fails at once. Pauses honor
+`Retry-After`. The client never waits beyond the reward's own time limit: the reward fails before that, with
 the last problem in its message, so it is not mistaken for a completion that hangs the verifier.
 """
 
@@ -84,8 +84,8 @@ class JudgeClient:
 
         `read` raises NoVerdictError if there is none. Raises RewardError after the last retry.
         """
-        # A verdict is cached under the first request, whichever seed led to it, because a repeated run starts
-        # with that.
+        # A verdict is cached under the first request, whichever seed led to it, because a rerun starts with
+        # that one.
         key = key_of(self._settings.url, body)
         reply = await asyncio.to_thread(self._cache.get, key) if self._cache else None
         if reply is not None:
@@ -116,8 +116,8 @@ class JudgeClient:
             if attempt < self._settings.max_retries:
                 if pause_s >= self._time_left_s():
                     raise RewardError(
-                        f"judge {self._settings.url}: {problem}; the rest of the reward's time is too short "
-                        "for another try: raise rollout.reward_timeout_s"
+                        f"judge {self._settings.url}: {problem}; not enough of the reward's time limit is "
+                        "left for another attempt: raise rollout.reward_timeout_s"
                     )
                 await asyncio.sleep(pause_s)
         raise RewardError(
@@ -140,8 +140,8 @@ class JudgeClient:
         except TimeoutError:
             if limit.expired():
                 raise RewardError(
-                    f"judge {self._settings.url}: no response within the {left_s:.1f} s that the reward had "
-                    "left: raise rollout.reward_timeout_s, or lower rollout.reward_concurrency"
+                    f"judge {self._settings.url}: no response within the {left_s:.1f} s left of the "
+                    "reward's time limit: raise rollout.reward_timeout_s, or lower rollout.reward_concurrency"
                 ) from None
             raise
 
