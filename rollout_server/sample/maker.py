@@ -96,7 +96,7 @@ class AttemptMaker:
             gate=self._gate,
             timeout_s=self._sample_timeout_s,
         )
-        is_rewarded = source.task.has_reward if prompt is None else source.task.rewards(prompt.example)
+        is_rewarded = source.task.has_reward if prompt is None else source.task.is_rewarded(prompt.example)
         request = SampleRequest(
             split=SPLITS[lease.purpose],
             index=lease.prompt_index,

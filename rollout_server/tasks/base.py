@@ -269,7 +269,7 @@ class Task(ABC):
         """True if the task computes a reward in addition to those of an environment's steps."""
         return type(self).reward is not Task.reward
 
-    def rewards(self, example: Example) -> bool:
+    def is_rewarded(self, example: Example) -> bool:
         """True if the task computes a reward for this example; a mixture has examples of several tasks."""
         return self.has_reward
 

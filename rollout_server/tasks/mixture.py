@@ -171,7 +171,7 @@ class MixtureTask(Task):
         """True if one of the tasks has a reward in addition to those of environments."""
         return any(part.task.has_reward for part in self.parts)
 
-    def rewards(self, example: Example) -> bool:
+    def is_rewarded(self, example: Example) -> bool:
         """True if the example's task has a reward."""
         return _of(example)[0].task.has_reward
 

@@ -56,6 +56,7 @@ def test_examples_are_rows_with_rewards(directory: Path) -> None:
     task = made(train, eval=held_out, system_prompt="Be short.", max_new_tokens=7)
     assert (task.num_train, task.num_eval) == (5, 3)
     example = task.example("eval", 1)
+    assert task.is_rewarded(example)
     assert example.prompt == [
         {"role": "system", "content": "Be short."},
         {"role": "user", "content": "51+51="},

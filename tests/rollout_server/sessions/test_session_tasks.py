@@ -40,7 +40,7 @@ def test_which_examples_of_a_mixture_have_a_reward() -> None:
     # An agent that returns no reward fails its sample, also next to a task that computes one.
     task = make_task(mixture(AGENTS | {"num_train": 5}, SORT), seed=0)
     assert task.has_reward
-    assert [task.rewards(task.example("train", index)) for index in (4, 5)] == [False, True]
+    assert [task.is_rewarded(task.example("train", index)) for index in (4, 5)] == [False, True]
 
 
 @pytest.mark.parametrize(
