@@ -56,6 +56,6 @@ def test_fewer_sequences_are_retracted_with_a_limit(tmp_path: Path) -> None:
         stats_after_work(model, tmp_path / str(adapts), adapts=adapts) for adapts in (False, True)
     )
     assert free["concurrency_limit"] == 32 and limited["concurrency_limit"] < 32
-    assert free["retractions"] > 20 and limited["retractions"] < free["retractions"] / 4
+    assert free["retractions"] > 20 and limited["retractions"] < free["retractions"] / 2
     for stats in (free, limited):
         assert stats["prompt_tokens"] > stats["cached_prompt_tokens"] > 0
