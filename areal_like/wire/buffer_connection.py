@@ -25,6 +25,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -59,7 +60,7 @@ _FOLLOW_S = 1.0
 log = logging.getLogger(__name__)
 
 
-class BufferConnection(Link):
+class BufferConnection(Link, ABC):
     """A `Link` that is registered. A subclass says what the owner does with messages and events.
 
     HelloRequired calls `hello_required`, JobFailed and Refused call `fatal` with the reason, Drain calls
@@ -94,17 +95,17 @@ class BufferConnection(Link):
         self._incarnation = 0
         """Granted by this buffer; 0: none yet."""
 
+    @abstractmethod
     def on_message(self, message: Any) -> None:
         """A one-way message that has no method of its own, or a HeartbeatAck."""
-        raise NotImplementedError
 
+    @abstractmethod
     def hello_required(self) -> None:
         """Called when the buffer was restarted and does not know this process."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fatal(self, error: ArealError) -> None:
         """Called when the job has failed, or the buffer refuses this process."""
-        raise NotImplementedError
 
     def drain(self) -> None:
         """Called when an operator drains this process."""

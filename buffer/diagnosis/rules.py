@@ -122,7 +122,7 @@ def _cut_off(facts: JobFacts, limits: WaitLimits) -> Iterator[Cause]:
         name="buffer",
         seconds=max(silent),
         what=f"no message from any server or rank for {_time(max(silent))}: its network is cut, or all of "
-        "them stand still",
+        "them have stalled",
         remedy="look at the network of the buffer's machine, and at the machines of the others",
     )
 

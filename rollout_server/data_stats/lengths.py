@@ -11,7 +11,7 @@ import numpy as np
 PERCENTILES = (50, 90, 99)
 
 
-class Lengths:
+class LengthSample:
     """Lengths of prompts or responses, in characters or tokens."""
 
     def __init__(self, values: Iterable[int] = ()) -> None:

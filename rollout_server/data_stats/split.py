@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rollout_server.data_stats.duplicates import PromptHashes
-from rollout_server.data_stats.lengths import Lengths
+from rollout_server.data_stats.lengths import LengthSample
 from rollout_server.environments.base import Message
 
 MAX_LABELS = 50
@@ -40,8 +40,8 @@ class SplitStats:
         tokenizer."""
         self._max_prompt_tokens, self._count_tokens = max_prompt_tokens, count_tokens
         self.hashes = PromptHashes()
-        self._prompt_chars, self._prompt_tokens = Lengths(), Lengths()
-        self._response_chars = Lengths()
+        self._prompt_chars, self._prompt_tokens = LengthSample(), LengthSample()
+        self._response_chars = LengthSample()
         self._labels: Counter[str] = Counter()
         self._problems: Counter[str] = Counter()
         self._problem_rows: dict[str, list[int]] = {}

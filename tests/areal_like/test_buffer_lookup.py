@@ -78,6 +78,15 @@ def test_a_request_without_reply_follows_the_buffer(monkeypatch: pytest.MonkeyPa
                 super().reopened()
                 reopened.append(True)
 
+            def on_message(self, message: Any) -> None:
+                raise AssertionError(message)
+
+            def hello_required(self) -> None:
+                raise AssertionError("this test registers nothing")
+
+            def fatal(self, error: ArealError) -> None:
+                raise error
+
         connection = Connection(addresses[0], max_message_bytes=1 << 20, look_up=lambda: addresses[-1])
         pending = asyncio.create_task(connection.call(FinishRun(), timeout_s=HANG_LIMIT_S))
         await received.wait()

@@ -310,7 +310,7 @@ class Broadcaster:
     def _record_replies(
         self,
         session: WeightGroupSession,
-        result: SessionOutcome,
+        result: GroupOutcome,
         outcome: PushOutcome,
         *,
         version: int | None = None,
@@ -400,8 +400,8 @@ def assign_ranks(alive: Sequence[Alive]) -> tuple[list[int], int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SessionOutcome:
-    """Result of forming a session, or of one push through it."""
+class GroupOutcome:
+    """Result of forming a weight group, or of one push through it."""
 
     replies: list[WeightsOk | WeightsFailed]
     """One for each receiver, in their order."""
@@ -446,7 +446,7 @@ class WeightGroupSession:
         """Ids of the receivers."""
         return frozenset(receiver.id for receiver in self.receivers)
 
-    async def form(self) -> SessionOutcome:
+    async def form(self) -> GroupOutcome:
         """Sends FormGroup to every receiver and meets them in the rendezvous.
 
         If one of them failed, the session is not usable: call `dissolve`.
@@ -484,7 +484,7 @@ class WeightGroupSession:
         if not broken_reason and all(isinstance(reply, WeightsOk) for reply in replies):
             closing = in_thread(self.group.close_store, name=f"weight-session-{self.number}-store")
             await asyncio.wait([closing], timeout=ALIVE_S)
-        return SessionOutcome(replies=replies, not_at_fault=not_at_fault, broken_reason=broken_reason)
+        return GroupOutcome(replies=replies, not_at_fault=not_at_fault, broken_reason=broken_reason)
 
     async def stage(self, snapshot: Snapshot, *, integrity: str, timeout_s: float) -> None:
         """Makes every bucket ready, so that engines that are paused wait only for the broadcast.
@@ -496,7 +496,7 @@ class WeightGroupSession:
         )
         await _wait_unless_refused(staging, (), timeout_s=timeout_s)
 
-    async def push(self, request: PushWeights, snapshot: Snapshot) -> SessionOutcome:
+    async def push(self, request: PushWeights, snapshot: Snapshot) -> GroupOutcome:
         """Broadcasts the snapshot's buckets and waits for activation.
 
         On return every receiver has replied or its request was cancelled, even if the broadcast broke.
@@ -547,7 +547,7 @@ class WeightGroupSession:
                 for receiver, reply in zip(self.receivers, replies, strict=True)
                 if isinstance(reply, WeightsFailed) and reply.version >= 0
             }
-        return SessionOutcome(
+        return GroupOutcome(
             replies=replies,
             not_at_fault=survivors,
             broken_reason=broken_reason,

@@ -138,7 +138,7 @@ class CompletionText:
 
 
 @dataclass(eq=False, kw_only=True)
-class _Choice:
+class _ChatChoice:
     """One of the `n` completions."""
 
     text: CompletionText
@@ -154,7 +154,7 @@ class _Work:
 
     asked: SampledChat
     open: OpenRequest
-    choices: list[_Choice]
+    choices: list[_ChatChoice]
     num_prompt_tokens: int
     id: str
     created_s: int
@@ -229,7 +229,7 @@ class ChatRoutes:
         return _Work(
             asked=asked,
             open=await OpenRequest.started(self._loop, generation),
-            choices=[_Choice(text=CompletionText(decode, stops)) for _ in generation.sequences],
+            choices=[_ChatChoice(text=CompletionText(decode, stops)) for _ in generation.sequences],
             num_prompt_tokens=len(prompt),
             id=uuid.uuid4().hex,
             created_s=int(time.time()),

@@ -15,7 +15,7 @@ from buffer.storage import sql
 from launch.observation.heard_prompts import read_heard_prompts
 from rollout_server.data_stats.duplicates import PromptHashes, normalised
 from rollout_server.data_stats.heard import HeardPrompt, summary
-from rollout_server.data_stats.lengths import Lengths
+from rollout_server.data_stats.lengths import LengthSample
 
 WORDS = st.lists(st.sampled_from(["a", "A", "b", "a?", " b", "1-1", "1*1", "é"]), max_size=40)
 
@@ -28,8 +28,8 @@ def hashes(prompts: list[str]) -> PromptHashes:
 
 
 def test_lengths() -> None:
-    assert Lengths().summary() is None
-    assert Lengths(range(1, 101)).summary(limit=98) == {
+    assert LengthSample().summary() is None
+    assert LengthSample(range(1, 101)).summary(limit=98) == {
         "num": 100,
         "min": 1,
         "mean": 50.5,
