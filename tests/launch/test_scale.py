@@ -16,6 +16,7 @@ from areal_like.paths import RunPaths
 from launch.audit.run import audit_run
 from launch.cli import main
 from launch.observation.http_json import fetch_json
+from launch.observation.reach import RunningJob
 from launch.run_directory.rundir import is_over
 from tests.support import warm_start
 from tests.support.launching import (
@@ -130,6 +131,12 @@ def test_servers_come_and_go_and_the_trainer_is_replaced(
         assert "rollout-0 has left" in capsys.readouterr().out
         trains(8)
         assert stays.poll() is None and process.poll() is None
+        wait_until(
+            lambda: "d" not in RunningJob.in_directory(str(run)).servers(),
+            what="the buffer to forget the killed server",
+            run_root=run,
+            process=process,
+        )
         assert main(["drain", "x", "rollout-0"]) == 2
         assert "no rollout server 'rollout-0' (servers: rollout-1)" in capsys.readouterr().err
 
