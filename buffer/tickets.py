@@ -20,12 +20,18 @@ class State(StrEnum):
     """At least one server holds a lease."""
     READY = "ready"
     """All samples arrived and passed the group filter; not assigned to a step yet."""
+    CLOSED = "closed"
+    """The group was closed (`buffer.overdue=close`): its samples enter steps as parts, in positions that are
+    tickets of their own. Some are still to be sampled or recorded."""
     BATCHED = "batched"
-    """Recorded at (step, position); every fetch of this position returns the same group."""
+    """Recorded at (step, position); every fetch of this position returns the same group, or the same
+    parts."""
     TRAINED = "trained"
     """A durable checkpoint contains its step."""
     EVALUATED = "evaluated"
     """An eval ticket with at least one sample, all of whose samples have arrived or failed for good."""
+    SPLIT = "split"
+    """A closed group all of whose samples are recorded in positions of parts or given up."""
     DROPPED = "dropped"
     """Ended without being trained on; `Ticket.drop` is the reason."""
 
@@ -35,14 +41,15 @@ class State(StrEnum):
         return self in TERMINAL
 
 
-TERMINAL = frozenset({State.TRAINED, State.EVALUATED, State.DROPPED})
+TERMINAL = frozenset({State.TRAINED, State.EVALUATED, State.SPLIT, State.DROPPED})
 
 
 class Drop(StrEnum):
     """Reason for dropping a ticket."""
 
     STALE = "stale"
-    """A sample exceeded the ticket's `max_staleness` at the open step."""
+    """A sample exceeded the ticket's `max_staleness` at the open step; with `buffer.overdue=close`, a part none
+    of whose tokens is within the bound."""
     NO_SPREAD = "no_spread"
     """All rewards of the group were equal (`buffer.group_filter=spread`)."""
     FAILED = "failed"
@@ -110,10 +117,18 @@ class SampleSummary:
     num_sampled: int
     """Tokens that the policy sampled."""
     reward: float
+    token_steps: tuple[tuple[int, int], ...] = ()
+    """(step of the weights, number of sampled tokens), by step. Empty: `oldest_step` holds for all of them (a
+    ledger of an earlier release does not have the others)."""
     is_truncated: bool = False
     """A limit, not the policy, ended it."""
     failure: str = ""
     """Empty, or the `FailureKind` of a failure that was recorded with reward 0."""
+
+    def trained_steps(self, *, first_step: int) -> tuple[tuple[int, int], ...]:
+        """`token_steps` of the tokens of weights of `first_step` or later: those within a staleness bound."""
+        known = self.token_steps or ((self.oldest_step, self.num_sampled),)
+        return tuple(one for one in known if one[0] >= first_step)
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -154,11 +169,27 @@ class Ticket:
     num_failures: dict[int, int] = field(default_factory=dict)
     """Number of failures so far, by sample index."""
     failed: set[int] = field(default_factory=set)
-    """Samples of an eval ticket that failed for good. A train ticket is dropped instead."""
+    """Samples that failed for good, of an eval ticket or a closed group; of a closed group also those that
+    were dropped. Any other train ticket is dropped instead."""
     failed_at: str = ""
     """The server at which a sample failed last; others are preferred for the retry. Not stored."""
     step: int = -1
     position: int = -1
+    begin_step: int = -1
+    """Step of the weights under which the group began: those of its first lease. -1: not yet."""
+    close_step: int = -1
+    """With `buffer.overdue=close`: the group is closed when this step is being recorded. -1: not yet known."""
+    early: tuple[int, ...] = ()
+    """Of a closed group: the samples that were complete when it was closed."""
+    placed: dict[int, int] = field(default_factory=dict)
+    """Of a closed group: sample index -> id of the position in which the sample is recorded."""
+    parts: tuple[tuple[int, int], ...] = ()
+    """Of a position of parts: (ticket id, sample index) of each sample. Empty for a group."""
+
+    @property
+    def record_keys(self) -> list[tuple[int, int]]:
+        """(ticket id, sample index) of each record, in the order in which it is served."""
+        return list(self.parts) or [(self.ticket_id, index) for index in range(self.num_samples)]
 
     def is_greedy(self, sample_index: int) -> bool:
         """True if a sample is a greedy baseline."""

@@ -73,9 +73,11 @@ class BufferConfig(Section, key="buffer"):
     """The shards' ports one by one; empty: `port` and those after it."""
     lease_timeout_s: PositiveFloat = 10.0
     """Seconds without a heartbeat after which a lease expires and its missing samples are leased again."""
-    overdue: Literal["wait", "drop"] = "wait"
-    """Treatment of a running ticket that no later step could train on within the staleness bound: `wait`
-    reserves a position of the step for it, `drop` gives the position to another group."""
+    overdue: Literal["auto", "wait", "drop", "close"] = "wait"
+    """Treatment of a group whose slowest samples are still running when its steps are due: `wait` reserves a
+    position of the step for it, `drop` drops it when it exceeds the staleness bound, `close` trains on its
+    complete samples after `staleness.close_after` steps and on each later one when it is complete, with the
+    staleness bound applied to each token. `auto`: `close` where the other settings allow it, else `wait`."""
     group_filter: Literal["none", "spread", "single_version"] = "none"
     """Groups that may be trained on: `spread` drops and replaces groups whose rewards are all equal (DAPO
     dynamic sampling), `single_version` drops groups that mix weight versions."""

@@ -121,6 +121,20 @@ class MetricsConfig(Section, key="metrics"):
 
 
 @dataclass(frozen=True, kw_only=True)
+class StalenessConfig(Section, key="staleness"):
+    """How the staleness bound applies with `buffer.overdue=close`, where each token has its own age."""
+
+    close_after: NonNegativeInt = 0
+    """Steps after the weights at a group's begin at which it is closed: its complete samples are recorded, the
+    others become late parts. At most `max_staleness`; 0: 4, or `max_staleness` if that is less."""
+    beyond: Literal["mask", "cap", "ratio"] = "mask"
+    """Treatment of a token whose weights are older than `max_staleness` steps. `mask`: it is context only, like
+    a prompt, so the bound holds for every token that is trained on. `cap`: its importance weight is at most
+    1. `ratio`: it is masked only if its probability has changed by more than a factor of 2. With `cap` and
+    `ratio` the bound limits weights, not ages."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config(Section):
     """One job."""
 
@@ -143,6 +157,7 @@ class Config(Section):
     """With `max_staleness=auto`: target of the effective sample size divided by the number of weights,
     averaged over some steps. The weights are those of the objective: of sequences or, with
     `objective.level=token`, of tokens."""
+    staleness: StalenessConfig = field(default_factory=StalenessConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     task: dict[str, Any] = field(default_factory=lambda: {"name": "sort"})
     """`name` (`sort`, `adding`, `reasoning_gym`) or `_target_` (`my_module.MyTask`), and that task's own
@@ -209,6 +224,11 @@ class Config(Section):
     def staleness_cap(self) -> int:
         """Upper limit of the staleness bound: `max_staleness`, or `max_staleness_cap` when that is `auto`."""
         return self.max_staleness_cap if isinstance(self.max_staleness, str) else self.max_staleness
+
+    @property
+    def close_after(self) -> int:
+        """`staleness.close_after`, with its default resolved."""
+        return self.staleness.close_after or min(4, max(1, self.staleness_cap))
 
     def _check_limits(self) -> None:
         """Refuses time limits that contradict each other: one would expire although nothing is wrong."""

@@ -129,21 +129,56 @@ class Fetch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Group:
-    """Buffer -> rank: one recorded group."""
+class EarlyMember:
+    """A sample that was complete when its group was closed, for the baselines of the group's samples."""
 
-    max_header_bytes: ClassVar[int] = 256 << 10
-    """16 bytes for each sample: 10,000 samples."""
+    sample_index: int
+    reward: float
+    num_sampled: int
+    is_truncated: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClosedGroup:
+    """A group that was closed; some of its samples are among the records of a `Group` message."""
+
+    ticket_id: int
+    prompt_index: int
+    begin_step: int
+    """Step of the weights at the group's begin. The baseline uses the running statistics of rewards as of
+    this step, because whether a sample is early must not decide which statistics it is compared with."""
+    early: list[EarlyMember]
+    """By sample index."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Buffer -> rank: the samples recorded at one position: a whole group, or parts of closed groups."""
+
+    max_header_bytes: ClassVar[int] = 1 << 20
+    """16 bytes for each sample and version, and 30 for each early member of a closed group: 10,000 samples,
+    or parts of 64 groups of 500."""
 
     step: int
     position: int
     ticket_id: int
     prompt_index: int
     records: list[Record]
-    """In the order of sample indices, byte for byte as the servers sent them."""
+    """Byte for byte as the servers sent them: a whole group's by sample index, parts in recorded order."""
     version_steps: list[int]
-    """For each record, the optimizer step of the oldest weights that sampled one of its tokens. The record's
-    lag is `step` minus this."""
+    """For each record, the optimizer step of the oldest weights that sampled one of its tokens."""
+    max_staleness: int = -1
+    """The bound of this position: in `step`, tokens of weights of steps before `step - max_staleness` are
+    beyond it. -1: a group of an earlier release, whose samples are within the bound of the job as a whole."""
+    versions: list[int] = field(default_factory=list)
+    """All weight versions that sampled a token of the records, ascending."""
+    steps: list[int] = field(default_factory=list)
+    """For each of `versions`, the optimizer step that starts from its weights."""
+    begin_step: int = -1
+    """With `buffer.overdue=close`, for a whole group: step of the weights at its begin; else -1."""
+    closed: list[ClosedGroup] = field(default_factory=list)
+    """The closed groups that the records come from (`Record.ticket_id`), by ticket id; empty for a whole
+    group. If not empty, `prompt_index` is -1, and `ticket_id` is that of the position itself."""
 
     @cached_property
     def trajectories(self) -> list[Trajectory]:
