@@ -35,6 +35,9 @@ class LedgerSettings:
     num_steps: int
     seed: int
     overdue: str
+    """`wait`, `drop` or `close`; `auto` is resolved."""
+    close_after: int
+    """With `close`: steps after a group's begin at which it is closed."""
     group_filter: str
     max_reissues: int
     max_sample_retries: int
@@ -67,6 +70,11 @@ class LedgerSettings:
     shard: Shard = WHOLE
     """The shard of the job's numbers (tickets, leases, positions) that this ledger owns."""
 
+    @property
+    def closes(self) -> bool:
+        """True if groups are closed, and the staleness bound holds for each token."""
+        return self.overdue == "close"
+
     def __post_init__(self) -> None:
         if self.group_filter == "spread" and self.group_size < 2:
             raise ConfigError(
@@ -88,7 +96,8 @@ class LedgerSettings:
             num_greedy=int(config.sampling.greedy_baseline),
             num_steps=config.trainer.num_steps,
             seed=config.seed,
-            overdue=config.buffer.overdue,
+            overdue=config.overdue,
+            close_after=config.close_after,
             group_filter=config.buffer.group_filter,
             max_reissues=config.buffer.max_reissues,
             max_sample_retries=config.buffer.max_sample_retries,

@@ -5,6 +5,7 @@ Plain data. The rules that change it are in `buffer/ledger/`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -48,8 +49,8 @@ class Drop(StrEnum):
     """Reason for dropping a ticket."""
 
     STALE = "stale"
-    """A sample exceeded the ticket's `max_staleness` at the open step; with `buffer.overdue=close`, a part none
-    of whose tokens is within the bound."""
+    """A sample exceeded the ticket's `max_staleness` at the open step; with `buffer.overdue=close`, none of a
+    part's tokens is within the bound."""
     NO_SPREAD = "no_spread"
     """All rewards of the group were equal (`buffer.group_filter=spread`)."""
     FAILED = "failed"
@@ -118,8 +119,8 @@ class SampleSummary:
     """Tokens that the policy sampled."""
     reward: float
     token_steps: tuple[tuple[int, int], ...] = ()
-    """(step of the weights, number of sampled tokens), by step. Empty: `oldest_step` holds for all of them (a
-    ledger of an earlier release does not have the others)."""
+    """(step of the weights, number of sampled tokens), by step. Empty: all tokens are of `oldest_step` (or
+    the sample was recorded by an earlier release)."""
     is_truncated: bool = False
     """A limit, not the policy, ended it."""
     failure: str = ""
@@ -178,13 +179,19 @@ class Ticket:
     begin_step: int = -1
     """Step of the weights under which the group began: those of its first lease. -1: not yet."""
     close_step: int = -1
-    """With `buffer.overdue=close`: the group is closed when this step is being recorded. -1: not yet known."""
+    """With `buffer.overdue=close`: the group is closed when this step is being recorded. -1: not known."""
     early: tuple[int, ...] = ()
     """Of a closed group: the samples that were complete when it was closed."""
     placed: dict[int, int] = field(default_factory=dict)
     """Of a closed group: sample index -> id of the position in which the sample is recorded."""
     parts: tuple[tuple[int, int], ...] = ()
     """Of a position of parts: (ticket id, sample index) of each sample. Empty for a group."""
+
+    def set_parts(self, parts: Sequence[tuple[Ticket, int]]) -> None:
+        """Makes this the position of these samples of closed groups: (group, sample index) of each."""
+        self.parts = tuple((group.ticket_id, index) for group, index in parts)
+        self.samples = {slot: group.samples[index] for slot, (group, index) in enumerate(parts)}
+        self.unleased = set()
 
     @property
     def record_keys(self) -> list[tuple[int, int]]:

@@ -23,7 +23,7 @@ from areal_like.wire.messages.producer import Purpose
 from buffer.ledger.lifecycle import TicketLifecycle
 from buffer.ledger.state import LedgerState
 from buffer.tables.lease_table import Server
-from buffer.tickets import Drop, Ticket
+from buffer.tickets import Drop, State, Ticket
 
 MAX_PROMPTS_GIVEN_UP = 10_000
 """Consecutive tickets, without an accepted sample between them, that may be dropped because of their
@@ -73,15 +73,16 @@ class FailedSamples:
         if is_given_up and ticket.purpose is Purpose.EVAL:
             ticket.failed.add(sample_index)
         self._store.put_failure(ticket, sample_index)
-        if sample_index in ticket.failed:
-            self._counters.count_failure(kind, FailurePolicy.DROP, num_tokens=num_tokens)
-            self._lifecycle.end_eval_sample(ticket)
-        elif is_given_up:
-            self._counters.count_failure(kind, FailurePolicy.DROP, num_tokens=num_tokens)
-            self._lifecycle.drop(ticket, Drop.FAILED, may_reissue=kind is not FailureKind.PROMPT)
-        else:
-            self._counters.count_failure(kind, FailurePolicy.RETRY, num_tokens=num_tokens)
+        policy = FailurePolicy.DROP if is_given_up else FailurePolicy.RETRY
+        self._counters.count_failure(kind, policy, num_tokens=num_tokens)
+        if not is_given_up:
             self._lifecycle.requeue(ticket, [sample_index])
+        elif ticket.purpose is Purpose.EVAL:
+            self._lifecycle.end_eval_sample(ticket)
+        elif ticket.state is State.CLOSED:
+            self._lifecycle.give_up(ticket, [sample_index], Drop.FAILED)
+        else:
+            self._lifecycle.drop(ticket, Drop.FAILED, may_reissue=kind is not FailureKind.PROMPT)
 
     def count_success(self, name: str) -> None:
         """A sample of this server was accepted, which ends its failures in a row."""

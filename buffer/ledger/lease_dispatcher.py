@@ -123,7 +123,7 @@ class LeaseDispatcher:
             # The server keeps its turn: its next ticket may be one that did not fail there.
             kept = first if (-first.free_samples, first.name) < passed else None
         if granted:
-            self._tickets.check_conservation()
+            self._lifecycle.record_ready_groups()  # a group that begins may be due to be closed at once
         return granted
 
     def _needs(self) -> dict[int, int]:

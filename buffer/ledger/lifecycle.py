@@ -11,14 +11,24 @@
                         |               |                   |       a trainer resumes before the commit
                         +---------------+-------------------+--> DROPPED(reason); from BATCHED
                                                                  only as poison or cancelled
+    close QUEUED, LEASED --overdue--> CLOSED --every sample is in a position, or given up--> SPLIT | DROPPED
+          samples of closed groups --as many as a group has--> READY --record--> BATCHED(step, position)
     eval  issue --> QUEUED <--> LEASED --> every sample has arrived or failed for good:
                                            EVALUATED | DROPPED(failed: all of them | cancelled)
 
-    issued == queued + leased + ready + batched + trained + evaluated + dropped, checked after every
-    operation.
+    issued == queued + leased + ready + closed + batched + trained + evaluated + split + dropped, checked
+    after every operation.
 
 The transition to and from TRAINED is `StepLog.commit_to`. Ended tickets leave memory; the store has their
 rows.
+
+Closing (`buffer.overdue=close`): a group begins with its first lease, under weights of some step, and is
+closed when the step `close_after - 1` later is being recorded, whatever its samples say: a time that does not
+depend on their completions adds no bias. Its samples are *parts* from then on. `group_size` parts fill one
+position, which is a ticket of its own, so a step has the same number of positions and of samples as without
+parts. Each sample enters one position. The staleness bound holds for each token: the position records the
+bound that is in force, older tokens are not trained on, and a part without a token within the bound is given
+up. Once the last step is full, all other tickets are cancelled.
 """
 
 from __future__ import annotations
@@ -47,6 +57,7 @@ class TicketLifecycle:
         self._leases = state.leases
         self._scheduler = state.scheduler
         self._bound = state.bound
+        self._parts = state.parts
 
     def issue_train(self) -> Ticket:
         """Issues a train ticket for the next prompt: QUEUED."""
@@ -68,7 +79,10 @@ class TicketLifecycle:
         lease = self._leases.grant(
             server, ticket, weights_step=weights_step, now_s=now_s, max_samples=max_samples
         )
-        self._tickets.move(ticket, State.LEASED)
+        if ticket.begin_step < 0 and self._settings.closes and not is_eval:
+            self._begin(ticket, weights_step)
+        if ticket.state is not State.CLOSED:
+            self._tickets.move(ticket, State.LEASED)
         if is_eval and ticket.unleased:
             self._state.evals.requeue(ticket)
         self._track(ticket)
@@ -101,6 +115,10 @@ class TicketLifecycle:
             self._state.evals.requeue(ticket)
         elif sample_indices:
             self._state.admission.add_waiting(ticket)
+        if ticket.state is State.CLOSED:
+            return
+        if not ticket.leases and not ticket.samples:
+            ticket.begin_step = ticket.close_step = -1
         state = State.LEASED if ticket.leases else State.QUEUED
         if ticket.state is not state:
             self._tickets.move(ticket, state)
@@ -138,7 +156,10 @@ class TicketLifecycle:
 
     def drop(self, ticket: Ticket, reason: Drop, *, may_reissue: bool = True) -> None:
         """Drops a ticket, aborts its leases, and gives its prompt back if the reason and `may_reissue` allow
-        it."""
+        it. Of a closed group, gives up the samples that are not in a position."""
+        if ticket.state is State.CLOSED:
+            self.give_up(ticket, range(ticket.num_samples), reason)
+            return
         for lease in ticket.leases.values():
             self._leases.revoke(lease)
         ticket.leases.clear()
@@ -149,6 +170,8 @@ class TicketLifecycle:
         self._tickets.move(ticket, State.DROPPED)
         if ticket.purpose is Purpose.EVAL:
             self._state.evals.end(ticket)
+        elif ticket.parts:
+            self._release_groups_of(ticket)
         elif reason is Drop.CANCELLED:
             self._give_back_prompt(ticket, num_reissues=ticket.num_reissues)
         elif reason in REISSUED and may_reissue and ticket.num_reissues < self._settings.max_reissues:
@@ -183,6 +206,9 @@ class TicketLifecycle:
 
     def readmit(self, ticket: Ticket) -> None:
         """Adds a recovered train ticket to the waiting, running or ready tickets, by its state."""
+        begun_at = ticket.oldest_possible_step
+        if self._settings.closes and ticket.begin_step < 0 and begun_at is not None and not ticket.parts:
+            self._begin(ticket, begun_at)  # it began under another rule
         if ticket.state is State.READY:
             self._add_ready(ticket)
         elif ticket.state is not State.BATCHED:
@@ -191,18 +217,131 @@ class TicketLifecycle:
             self._track(ticket)
 
     def record_ready_groups(self) -> None:
-        """Drops stale tickets and records ready groups until nothing changes; then checks conservation."""
+        """Closes or drops overdue tickets, and records ready groups and parts, until nothing changes.
+
+        Then checks conservation.
+        """
         steps = self._state.steps
         while not self._state.settings_changed:
-            if (stale := self._scheduler.next_stale()) is not None:
-                self._drop_stale(self._tickets.live[stale])
+            if (overdue := self._scheduler.next_overdue()) is not None:
+                self._end_overdue(self._tickets.live[overdue])
+            elif (position := self._next_position_of_parts()) is not None:
+                self._record(position)
             elif (ready := self._scheduler.next_to_record(trainer_step=steps.current)) is not None:
                 self._record(self._tickets.live[ready])
             else:
                 break
+        if self._settings.closes and self._scheduler.num_full_steps >= self._settings.num_steps:
+            self._cancel_rest()
         if changes := self._state.counters.take_changes():
             self._store.put_counters(changes)
         self._tickets.check_conservation()
+
+    def add_late(self, group: Ticket, sample_index: int) -> None:
+        """A sample of a closed group has arrived."""
+        self._parts.add(group, sample_index, was_late=True)
+
+    def give_up(self, group: Ticket, sample_indices: Iterable[int], reason: Drop) -> None:
+        """Gives up those of a closed group's samples that are not in a position; after the last, ends the
+        group."""
+        for index in sample_indices:
+            if index in group.placed or index in group.failed:
+                continue
+            if index in group.samples:
+                self._state.counters.count_given_up_sample(group.samples[index], reason)
+            self._parts.give_up(group, index)
+            self._store.put_failure(group, index)
+            group.unleased.discard(index)
+        for lease in list(group.leases.values()):
+            if lease.outstanding <= group.failed:
+                self._leases.revoke(lease)
+                del group.leases[lease.lease_id]
+        self._end_if_over(group, reason)
+
+    def release(self, ticket: Ticket) -> None:
+        """No checkpoint needs this recorded ticket any more."""
+        self._store.release(ticket)
+        self._release_groups_of(ticket)
+
+    def _begin(self, ticket: Ticket, weights_step: int) -> None:
+        """A train ticket begins under these weights, which decides when it is closed."""
+        ticket.begin_step = weights_step
+        ticket.close_step = weights_step + max(1, min(self._settings.close_after, self._bound.current)) - 1
+
+    def _cancel_rest(self) -> None:
+        """Drops what no step of the run will need."""
+        if self._tickets.count(Purpose.TRAIN, State.QUEUED, State.LEASED, State.READY, State.CLOSED):
+            for ticket in self._tickets.of_purpose(Purpose.TRAIN):
+                if ticket.state is not State.BATCHED:
+                    self.drop(ticket, Drop.CANCELLED)
+
+    def _end_overdue(self, ticket: Ticket) -> None:
+        if self._settings.closes:
+            self._close(ticket)
+        else:
+            self._drop_stale(ticket)
+
+    def _close(self, ticket: Ticket) -> None:
+        """Ends the common life of a group's samples: complete ones are parts now, others once they arrive."""
+        self._scheduler.remove(ticket.ticket_id)
+        ticket.early = tuple(sorted(ticket.samples))
+        self._tickets.move(ticket, State.CLOSED)
+        self._state.counters.count_closed(ticket)
+        self._parts.add_group(ticket)
+        for index in ticket.early:
+            self._parts.add(ticket, index, was_late=False)
+        if ticket.unleased:
+            self._state.admission.add_waiting(ticket)
+
+    def _next_position_of_parts(self) -> Ticket | None:
+        """A position of parts that can be recorded now; None: there are too few parts, or the step has to
+        wait."""
+        size = self._settings.group_size
+        if not self._scheduler.may_record(trainer_step=self._state.steps.current):
+            return None
+        first_step = self._scheduler.num_full_steps - self._bound.current
+        found: list[tuple[Ticket, int]] = []
+        while len(found) + self._parts.num_loose >= size and len(found) < size:
+            part = self._parts.pop()
+            assert part is not None
+            group, index = part
+            if group.samples[index].trained_steps(first_step=first_step):
+                found.append(part)
+            else:
+                self._parts.add(group, index, was_late=False)
+                self.give_up(group, [index], Drop.STALE)
+        if len(found) < size:
+            for group, index in found:
+                self._parts.add(group, index, was_late=False)
+            return None
+        position = self._tickets.issue_position(found, max_staleness=self._bound.current)
+        self._parts.place(position)
+        for group, _ in found:
+            self._end_if_over(group, Drop.STALE)
+        return position
+
+    def _end_if_over(self, group: Ticket, reason: Drop) -> None:
+        """Ends a closed group all of whose samples are placed or given up (the last one for this reason)."""
+        if group.state is not State.CLOSED or not self._parts.is_over(group):
+            return
+        if group.placed:
+            self._state.prompts.observe(group)
+            self._tickets.move(group, State.SPLIT)
+        else:
+            group.drop = reason
+            self._state.drops[reason] += 1
+            self._tickets.move(group, State.DROPPED)
+            if reason is Drop.CANCELLED:
+                self._give_back_prompt(group, num_reissues=group.num_reissues)
+        self._forget(group)
+
+    def _release_groups_of(self, position: Ticket) -> None:
+        for group in self._parts.release(position):
+            self._store.release(group)
+
+    def _forget(self, group: Ticket) -> None:
+        if self._parts.forget(group) is not None and group.state is State.SPLIT:
+            self._store.release(group)
 
     def _drop_stale(self, ticket: Ticket) -> None:
         oldest_step = ticket.oldest_sampled_step
@@ -211,21 +350,33 @@ class TicketLifecycle:
         self.drop(ticket, Drop.STALE if exceeds_bound else Drop.INTERVAL)
 
     def _record(self, ticket: Ticket) -> None:
+        if self._settings.closes and not ticket.parts:
+            ticket.max_staleness = self._bound.current
+            first_step = self._scheduler.num_full_steps - ticket.max_staleness
+            if not all(sample.trained_steps(first_step=first_step) for sample in ticket.samples.values()):
+                self._close(ticket)  # its other samples are still of use
+                return
         ticket.step, ticket.position = self._scheduler.assign(ticket.ticket_id)
         lag = ticket.step - min(sample.oldest_step for sample in ticket.samples.values())
-        assert 0 <= lag <= ticket.max_staleness, (
+        assert lag >= 0 and (self._settings.closes or ticket.parts or lag <= ticket.max_staleness), (
             f"ticket {ticket.ticket_id} has lag {lag} in step {ticket.step}"
         )
         self._state.steps.add(ticket)
         self._tickets.move(ticket, State.BATCHED)
 
     def _add_ready(self, ticket: Ticket) -> None:
+        if self._settings.closes:
+            self._scheduler.add_ready(ticket.ticket_id, deadline=ticket.close_step)
+            return
         deadline = self._deadline(ticket, ticket.oldest_sampled_step)
         assert deadline is not None
         self._scheduler.add_ready(ticket.ticket_id, deadline=deadline)
 
     def _track(self, ticket: Ticket) -> None:
-        if ticket.purpose is Purpose.TRAIN:
+        if ticket.purpose is Purpose.TRAIN and self._settings.closes and ticket.state is not State.CLOSED:
+            last_open = None if ticket.begin_step < 0 else ticket.close_step - 1
+            self._scheduler.track(ticket.ticket_id, earliest_deadline=last_open, latest_deadline=last_open)
+        elif ticket.purpose is Purpose.TRAIN and ticket.state is not State.CLOSED:
             self._scheduler.track(
                 ticket.ticket_id,
                 earliest_deadline=self._deadline(ticket, ticket.oldest_possible_step),

@@ -148,6 +148,8 @@ def _restore_tables(state: LedgerState, recovered: Recovered) -> None:
 def _restore_steps(state: LedgerState, recovered: Recovered, *, now_s: float) -> None:
     state.leases.restore(recovered.leases, state.tickets.live, now_s=now_s)
     batched = [ticket for ticket in recovered.tickets if ticket.state is State.BATCHED]
+    closed = [ticket for ticket in recovered.tickets if ticket.state is State.CLOSED]
+    state.parts.restore([*closed, *recovered.split], positions=[*recovered.trained, *batched])
     state.steps.restore([*recovered.trained, *batched], recovered.scalars, recovered.attempts)
     if not state.settings_changed:
         taken = [(ticket.step, ticket.position) for ticket in batched]

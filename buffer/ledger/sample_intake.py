@@ -14,7 +14,7 @@ from areal_like.wire.records import Record
 from buffer.ledger.failed_samples import FailedSamples
 from buffer.ledger.lifecycle import TicketLifecycle
 from buffer.ledger.state import LedgerState
-from buffer.tickets import Drop, SampleSummary, Ticket, Verdict
+from buffer.tickets import Drop, SampleSummary, State, Ticket, Verdict
 
 _MANY_WITHOUT_SPREAD = 256
 """Consecutive groups without spread at which a log line is written; the next at twice as many, and so on."""
@@ -149,7 +149,9 @@ class SampleIntake:
             return
         if not ticket.is_greedy(record.sample_index):
             self._counters.count_training_sample(sample)
-        if len(ticket.samples) == ticket.num_samples:
+        if ticket.state is State.CLOSED:
+            self._lifecycle.add_late(ticket, record.sample_index)
+        elif len(ticket.samples) == ticket.num_samples:
             self._complete(ticket)
         else:
             self._lifecycle.requeue(ticket, ())

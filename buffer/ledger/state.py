@@ -20,6 +20,7 @@ from buffer.tables.incarnations import IncarnationTable
 from buffer.tables.lease_table import LeaseTable
 from buffer.tables.live_settings import MAX_STALENESS, LiveSettings
 from buffer.tables.operator_holds import OperatorHolds
+from buffer.tables.parts import PartTable
 from buffer.tables.prompt_source import PromptSource
 from buffer.tables.ticket_table import TicketTable
 from buffer.tables.version_table import VersionTable
@@ -55,8 +56,12 @@ class LedgerState:
             groups_per_step=settings.groups_per_step,
             num_steps=settings.num_steps,
             wait_for_overdue=settings.overdue == "wait",
+            ready_expires=not settings.closes,
         )
-        self.admission = Admission(settings, tickets=self.tickets, scheduler=self.scheduler, bound=self.bound)
+        self.parts = PartTable()
+        self.admission = Admission(
+            settings, tickets=self.tickets, parts=self.parts, scheduler=self.scheduler, bound=self.bound
+        )
         self.steps = StepLog(store, self.tickets, self.counters, groups_per_step=settings.groups_per_step)
         self.holds = OperatorHolds(store)
         self.live = LiveSettings(store)

@@ -12,15 +12,17 @@ contains (`stream_state`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 from areal_like.config.evaluation import DEFAULT_SET
 from areal_like.errors import RefusedError, RunFinishedError
-from areal_like.wire.messages.consumer import Group, StepSettings
+from areal_like.trajectory import NOT_SAMPLED
+from areal_like.wire.messages.consumer import ClosedGroup, EarlyMember, Group, StepSettings
 from areal_like.wire.messages.evaluation import EvalResult
 from areal_like.wire.messages.producer import Purpose
+from areal_like.wire.records import Record
 from buffer.ledger.lifecycle import TicketLifecycle
 from buffer.ledger.state import LedgerState
 from buffer.prompts.order import Prompt
@@ -36,7 +38,7 @@ from buffer.tables.live_settings import (
     canonical,
 )
 from buffer.tables.version_table import MAX_VERSION
-from buffer.tickets import Drop, State
+from buffer.tickets import Drop, State, Ticket
 
 _STREAM_TYPES = {"cursor": int, "next_version": int, "pending": list, "curriculum": list}
 
@@ -162,7 +164,35 @@ class TrainerSession:
             prompt_index=ticket.prompt_index,
             records=records,
             version_steps=[ticket.samples[index].oldest_step for index in range(ticket.num_samples)],
+            max_staleness=ticket.max_staleness,
+            versions=(versions := _versions_of(records)),
+            steps=[self._versions.weights_of(version)[0] for version in versions],
+            begin_step=ticket.begin_step,
+            closed=self._closed_groups(ticket),
         )
+
+    def _closed_groups(self, position: Ticket) -> list[ClosedGroup]:
+        """What the baselines of a position's parts are computed from; empty for a whole group."""
+        groups = [
+            self._state.parts.group(ticket_id) for ticket_id in sorted({key for key, _ in position.parts})
+        ]
+        return [
+            ClosedGroup(
+                ticket_id=group.ticket_id,
+                prompt_index=group.prompt_index,
+                begin_step=group.begin_step,
+                early=[
+                    EarlyMember(
+                        sample_index=index,
+                        reward=group.samples[index].reward,
+                        num_sampled=group.samples[index].num_sampled,
+                        is_truncated=group.samples[index].is_truncated,
+                    )
+                    for index in group.early
+                ],
+            )
+            for group in groups
+        ]
 
     def complete_step(self, *, incarnation: int, step: int) -> None:
         """The trainer finished optimizer step `step`. Idempotent."""
@@ -196,7 +226,7 @@ class TrainerSession:
         first_uncommitted = self._steps.committed + 1
         keep_from = min(oldest_kept_step, first_uncommitted) if self._settings.durable else first_uncommitted
         for ticket in self._steps.release_before(keep_from):
-            self._state.store.release(ticket)
+            self._lifecycle.release(ticket)
         self._tickets.check_conservation()
 
     def finish(self, *, incarnation: int) -> None:
@@ -214,7 +244,9 @@ class TrainerSession:
         pending = [
             ticket.prompt_index
             for ticket in self._tickets.of_purpose(Purpose.TRAIN)
-            if ticket.state is not State.BATCHED or ticket.step > step
+            if not ticket.parts
+            and not ticket.placed
+            and (ticket.state is not State.BATCHED or ticket.step > step)
         ]
         return self._state.prompts.state(pending) | {"next_version": self._versions.newest + 1}
 
@@ -393,12 +425,16 @@ class TrainerSession:
         unrecorded = [
             ticket for ticket in self._tickets.of_purpose(Purpose.TRAIN) if ticket.state is not State.BATCHED
         ]
+        may_use_abandoned = self._state.versions.may_use_abandoned
         for ticket in unrecorded:
-            if any(map(self._state.versions.may_use_abandoned, ticket.samples.values())):
+            abandoned = [index for index, one in ticket.samples.items() if may_use_abandoned(one)]
+            if ticket.state is State.CLOSED:
+                self._lifecycle.give_up(ticket, abandoned, Drop.ABANDONED)
+            elif abandoned:
                 self._lifecycle.drop(ticket, Drop.ABANDONED)
         # Only after the drops: revoking a lease frees a position, at which a ticket that has to be dropped
         # could otherwise be recorded.
-        leases = [lease for ticket in unrecorded for lease in ticket.leases.values()]
+        leases = [lease for ticket in unrecorded for lease in list(ticket.leases.values())]
         for lease in leases:
             if lease.weights_step > step:
                 self._lifecycle.revoke(lease)
@@ -422,4 +458,10 @@ class TrainerSession:
         state.put_recorded_settings()
         self._scheduler.restore((), first_step=step)
         for ticket in self._steps.begin_at(step):
-            state.store.release(ticket)
+            self._lifecycle.release(ticket)
+
+
+def _versions_of(records: Iterable[Record]) -> list[int]:
+    """All versions that sampled a token, ascending."""
+    runs = (run for record in records for run in record.runs)
+    return sorted({version for version, _ in runs if version != NOT_SAMPLED})

@@ -37,7 +37,12 @@ class StepScheduler:
     ticket: RUNNING (track) -> READY (add_ready) -> recorded (assign) | dropped (remove)
     """
 
-    def __init__(self, *, groups_per_step: int, num_steps: int, wait_for_overdue: bool) -> None:
+    def __init__(
+        self, *, groups_per_step: int, num_steps: int, wait_for_overdue: bool, ready_expires: bool = True
+    ) -> None:
+        """`wait_for_overdue`: reserve positions for running tickets. `ready_expires`: a ready ticket that
+        misses its deadline is overdue, too."""
+        self._ready_expires = ready_expires
         self._groups_per_step = groups_per_step
         self._num_steps = num_steps
         self._wait_for_overdue = wait_for_overdue
@@ -100,20 +105,25 @@ class StepScheduler:
         self._ready.add(ticket_id)
         heapq.heappush(self._heap, (deadline, ticket_id))
 
-    def next_stale(self) -> int | None:
+    def next_overdue(self) -> int | None:
         """A running or ready ticket that has certainly missed its deadline; None if there is none."""
         first = self.num_full_steps
         # There are at most max_staleness + 1 keys.
         missed = [deadline for deadline in self._by_latest_deadline if deadline < first]
         if missed:
             return min(self._by_latest_deadline[min(missed)])
+        if not self._ready_expires:
+            return None
         head = self._head()
         return head[1] if head and head[0] < first else None
 
+    def may_record(self, *, trainer_step: int) -> bool:
+        """True if the next position exists and is at most one step ahead of the trainer."""
+        return self.num_full_steps <= min(trainer_step + 1, self._num_steps - 1)
+
     def next_to_record(self, *, trainer_step: int) -> int | None:
-        """The ready ticket that may be recorded now. Recording runs at most one step ahead of the trainer."""
-        step = self.num_full_steps
-        if step > trainer_step + 1 or step >= self._num_steps:
+        """The ready ticket that may be recorded now; None: there is none, or the step has to wait."""
+        if not self.may_record(trainer_step=trainer_step):
             return None
         head = self._head()
         if head is None or (self._wait_for_overdue and not self._leaves_room(head[0])):
@@ -121,7 +131,7 @@ class StepScheduler:
         return head[1]
 
     def assign(self, ticket_id: int) -> StepPosition:
-        """Assigns the next position to the ticket that `next_to_record` returned."""
+        """Assigns the next position to the ticket that `next_to_record` returned, or to one of parts."""
         self.remove(ticket_id)
         taken = self._first_free
         if taken in self._holes:

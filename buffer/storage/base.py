@@ -132,6 +132,8 @@ class Recovered:
     """TRAINED tickets whose records are not released yet, by (step, position)."""
     evaluated: list[Ticket] = field(default_factory=list)
     """EVALUATED tickets whose records are not released yet, by id."""
+    split: list[Ticket] = field(default_factory=list)
+    """SPLIT tickets some of whose records are not released yet, by id."""
     evaluations: list[EvaluationRow] = field(default_factory=list)
     """The running evaluations, and the finished ones whose samples are kept, in the order of their
     requests."""
@@ -148,8 +150,8 @@ class Recovered:
     """Settings in the order in which they were changed."""
     counters: dict[str, float] = field(default_factory=dict)
     ended: dict[tuple[Purpose, State, Drop | None], int] = field(default_factory=dict)
-    """Number of tickets by purpose, terminal state and drop reason, including those in `trained` and
-    `evaluated`. Their rows are counted, not read."""
+    """Number of tickets by purpose, terminal state and drop reason, including those in `trained`, `evaluated`
+    and `split`. Their rows are counted, not read."""
     num_issued: int = 0
     """The largest ticket id."""
 
@@ -169,10 +171,13 @@ class Store(Protocol):
     """Rows and records of one ledger. Used from one event loop."""
 
     def put_ticket(self, ticket: Ticket) -> None:
-        """The ticket was issued, or its state, drop reason, bound, step or position changed.
+        """The ticket was issued, or its state, drop reason, bound, step, position, begin or closing changed.
 
         If it was dropped, its records are released.
         """
+
+    def put_parts(self, position: Ticket) -> None:
+        """The samples in `position.parts` have entered a position; they never enter another one."""
 
     def put_sample(self, sample: SampleSummary, record: Record) -> None:
         """A sample was accepted. The row of its lease need not be written again."""
@@ -217,10 +222,14 @@ class Store(Protocol):
         """New values of some counters; the others stay."""
 
     def release(self, ticket: Ticket) -> None:
-        """The records of this ticket, trained or evaluated, are no longer needed."""
+        """The records of this ticket (trained, evaluated or split) are no longer needed. A position of parts
+        has none of its own."""
 
     def records_of(self, ticket: Ticket) -> list[Record]:
-        """All records of a complete ticket, in sample order. Raises StoreCorruptError if they are damaged."""
+        """All records of a complete ticket, in the order of `Ticket.record_keys`.
+
+        Raises StoreCorruptError if they are damaged.
+        """
 
     def when_durable(self, then: Callable[[], None]) -> None:
         """Calls `then` in the event loop once everything written so far is as durable as the store promises.

@@ -24,6 +24,8 @@ class Changes:
     """Rows by key; None: the row is deleted."""
 
     tickets: dict[int, Row] = field(default_factory=dict)
+    parts: list[Row] = field(default_factory=list)
+    """Samples of closed groups that entered a position: (ticket id, sample index, position, slot)."""
     samples: list[tuple[SampleSummary, Record]] = field(default_factory=list)
     """Accepted samples. Their rows also contain the position of the record on disk, which the writer adds."""
     failures: dict[tuple[int, int], tuple[int, bool]] = field(default_factory=dict)
@@ -83,11 +85,21 @@ class RowRecorder:
             ticket.position if ticket.position >= 0 else None,
             ticket.num_greedy,
             ticket.eval_set,
+            ticket.begin_step,
+            ticket.close_step,
+            f"[{','.join(map(str, ticket.early))}]",
         )
         if ticket.state is State.DROPPED:
             self.changes.released.append(ticket.ticket_id)
         elif ticket.state is State.EVALUATED:
             self.changes.evaluated.append(ticket.ticket_id)
+        self._changed()
+
+    def put_parts(self, position: Ticket) -> None:
+        self.changes.parts += [
+            (ticket_id, sample_index, position.ticket_id, slot)
+            for slot, (ticket_id, sample_index) in enumerate(position.parts)
+        ]
         self._changed()
 
     def put_sample(self, sample: SampleSummary, record: Record) -> None:

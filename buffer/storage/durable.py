@@ -177,15 +177,13 @@ class DurableStore(RowRecorder):
 
     def records_of(self, ticket: Ticket) -> list[Record]:
         records = []
-        for index in range(ticket.num_samples):
-            record = self._cache.get(ticket.ticket_id, index)
+        for ticket_id, index in ticket.record_keys:
+            record = self._cache.get(ticket_id, index)
             if record is None:
-                location = self._locations[ticket.ticket_id][index]
-                record = read_record(
-                    self._directory, location, ticket_id=ticket.ticket_id, sample_index=index
-                )
+                location = self._locations[ticket_id][index]
+                record = read_record(self._directory, location, ticket_id=ticket_id, sample_index=index)
             records.append(record)
-        self._cache.mark_served(ticket.ticket_id)
+            self._cache.mark_served(ticket_id)
         return records
 
     def when_durable(self, then: Callable[[], None]) -> None:

@@ -30,7 +30,7 @@ class MemoryStore:
     def put_ticket(self, ticket: Ticket) -> None:
         """Releases the records of a ticket that ended untrained: those of an evaluation could not be read
         either."""
-        if ticket.state.is_terminal and ticket.state is not State.TRAINED:
+        if ticket.state.is_terminal and ticket.state not in (State.TRAINED, State.SPLIT):
             self.release(ticket)
 
     def put_sample(self, sample: SampleSummary, record: Record) -> None:
@@ -39,6 +39,8 @@ class MemoryStore:
         self._num_bytes += len(record.data)
 
     # Rows are not kept.
+
+    def put_parts(self, position: Ticket) -> None: ...
 
     def put_failure(self, ticket: Ticket, sample_index: int) -> None: ...
 
@@ -71,8 +73,7 @@ class MemoryStore:
             self._num_bytes -= len(record.data)
 
     def records_of(self, ticket: Ticket) -> list[Record]:
-        records = self._records[ticket.ticket_id]
-        return [records[index] for index in range(ticket.num_samples)]
+        return [self._records[ticket_id][index] for ticket_id, index in ticket.record_keys]
 
     def when_durable(self, then: Callable[[], None]) -> None:
         """Calls `then` at once: there is no disk to wait for."""

@@ -121,7 +121,18 @@ CREATE TABLE settings (
     origin TEXT NOT NULL, unix_s REAL NOT NULL
 );
 """
-MIGRATIONS: tuple[str, ...] = (_VERSION_1, _VERSION_2, _VERSION_3, _VERSION_4)
+_VERSION_5 = """
+ALTER TABLE tickets ADD COLUMN begin_step INTEGER NOT NULL DEFAULT -1;
+ALTER TABLE tickets ADD COLUMN close_step INTEGER NOT NULL DEFAULT -1;
+ALTER TABLE tickets ADD COLUMN early TEXT NOT NULL DEFAULT '[]';
+ALTER TABLE samples ADD COLUMN token_steps TEXT NOT NULL DEFAULT '[]';
+CREATE TABLE parts (
+    ticket_id INTEGER NOT NULL, sample_index INTEGER NOT NULL, position_id INTEGER NOT NULL,
+    slot INTEGER NOT NULL,
+    PRIMARY KEY (ticket_id, sample_index)
+) WITHOUT ROWID;
+"""
+MIGRATIONS: tuple[str, ...] = (_VERSION_1, _VERSION_2, _VERSION_3, _VERSION_4, _VERSION_5)
 """Script i takes a file from version i to i + 1. Never edit a released script: append another one."""
 
 
@@ -200,8 +211,10 @@ def _write(connection: sqlite3.Connection, changes: Changes, locations: Iterable
         [(*row[:13], 0, *row[13:]) for row in changes.tickets.values()],
         "ON CONFLICT (ticket_id) DO UPDATE SET max_staleness = excluded.max_staleness, "
         "state = excluded.state, "
-        "reason = excluded.reason, step = excluded.step, position = excluded.position",
+        "reason = excluded.reason, step = excluded.step, position = excluded.position, "
+        "begin_step = excluded.begin_step, close_step = excluded.close_step, early = excluded.early",
     )
+    _insert(connection, "INSERT INTO parts VALUES", changes.parts)
     _insert(connection, "INSERT INTO samples VALUES", _sample_rows(changes, locations))
     _each(connection, "UPDATE tickets SET released = 1 WHERE ticket_id IN", changes.released)
     _insert(
@@ -310,6 +323,7 @@ def _sample_rows(changes: Changes, locations: Iterable[RecordLocation]) -> list[
             location.crc32,
             int(sample.is_truncated),
             sample.failure,
+            json.dumps(sample.token_steps, separators=(",", ":")),
         )
         for (sample, record), location in zip(changes.samples, locations, strict=True)
     ]
@@ -334,16 +348,22 @@ def read_all(connection: sqlite3.Connection) -> Recovered:
             position=-1 if row[11] is None else row[11],
             num_greedy=row[12],
             eval_set=row[14],
+            begin_step=row[15],
+            close_step=row[16],
+            early=tuple(json.loads(row[17])),
             unleased=set(range(row[3])),
         )
         for row in query("SELECT * FROM tickets WHERE released = 0 ORDER BY ticket_id")
     }
-    for ticket_id, sample_index, truncated, failure, *columns in query(
-        f"SELECT samples.ticket_id, sample_index, truncated, failure, {', '.join(_OF_SAMPLE)} "
+    for ticket_id, sample_index, truncated, failure, token_steps, *columns in query(
+        f"SELECT samples.ticket_id, sample_index, truncated, failure, token_steps, {', '.join(_OF_SAMPLE)} "
         "FROM tickets CROSS JOIN samples USING (ticket_id) WHERE released = 0"
     ):
         tickets[ticket_id].samples[sample_index] = SampleSummary(
-            **dict(zip(_OF_SAMPLE, columns, strict=True)), is_truncated=bool(truncated), failure=failure
+            **dict(zip(_OF_SAMPLE, columns, strict=True)),
+            token_steps=tuple((step, count) for step, count in json.loads(token_steps)),
+            is_truncated=bool(truncated),
+            failure=failure,
         )
         tickets[ticket_id].unleased.discard(sample_index)
     for ticket_id, sample_index, count, given_up in query(
@@ -353,11 +373,13 @@ def read_all(connection: sqlite3.Connection) -> Recovered:
         if given_up:
             tickets[ticket_id].failed.add(sample_index)
             tickets[ticket_id].unleased.discard(sample_index)
+    _read_parts(connection, tickets)
     trained = [ticket for ticket in tickets.values() if ticket.state is State.TRAINED]
     return Recovered(
         tickets=[ticket for ticket in tickets.values() if not ticket.state.is_terminal],
         trained=sorted(trained, key=lambda ticket: (ticket.step, ticket.position)),
         evaluated=[ticket for ticket in tickets.values() if ticket.state is State.EVALUATED],
+        split=[ticket for ticket in tickets.values() if ticket.state is State.SPLIT],
         evaluations=_read(
             connection, EvaluationRow, "evaluations WHERE state IN ('running', 'done') ORDER BY first_ticket"
         ),
@@ -392,6 +414,24 @@ def read_all(connection: sqlite3.Connection) -> Recovered:
         },
         num_issued=query("SELECT coalesce(max(ticket_id), 0) FROM tickets").fetchone()[0],
     )
+
+
+def _read_parts(connection: sqlite3.Connection, tickets: dict[int, Ticket]) -> None:
+    """Reads which samples of closed groups are in which positions, and gives the positions their samples.
+
+    The rows of a group are needed for longer than those of its positions, so the groups lead to all of them.
+    """
+    slots: dict[int, dict[int, tuple[int, int]]] = {}
+    for ticket_id, sample_index, position_id, slot in connection.execute(
+        "SELECT parts.* FROM tickets CROSS JOIN parts USING (ticket_id) WHERE released = 0"
+    ):
+        tickets[ticket_id].placed[sample_index] = position_id
+        slots.setdefault(position_id, {})[slot] = (ticket_id, sample_index)
+    for position_id, parts in slots.items():
+        if (position := tickets.get(position_id)) is not None:
+            position.set_parts(
+                [(tickets[ticket_id], index) for _, (ticket_id, index) in sorted(parts.items())]
+            )
 
 
 def first_returned(connection: sqlite3.Connection) -> int:

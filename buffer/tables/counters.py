@@ -119,6 +119,18 @@ class StreamCounters:
         self._add("tokens_dropped", num_tokens)
         self._add(wasted_key(reason.value), num_tokens)
 
+    def count_given_up_sample(self, sample: SampleSummary, reason: Drop) -> None:
+        """Counts a complete sample of a closed group that is not trained on."""
+        self._add("num_samples_dropped", 1)
+        self._add("num_parts_dropped", 1)
+        self._add("tokens_dropped", sample.num_sampled)
+        self._add(wasted_key(reason.value), sample.num_sampled)
+
+    def count_closed(self, ticket: Ticket) -> None:
+        """Counts a group that was closed, and its samples that were complete."""
+        self._add("groups_closed", 1)
+        self._add("samples_early", len(ticket.early))
+
     def count_trained(self, ticket: Ticket) -> None:
         """Counts a group that was trained on in its step."""
         self._add_trained(ticket, sign=1)
@@ -128,12 +140,21 @@ class StreamCounters:
         self._add_trained(ticket, sign=-1)
 
     def _add_trained(self, ticket: Ticket, *, sign: int) -> None:
-        self._add_group("groups_trained", ticket, sign=sign)
+        if not ticket.parts:
+            self._add_group("groups_trained", ticket, sign=sign)
         for sample in ticket.training_samples:
             self._add_sample("trained", sample, sign=sign)
-            self._add(f"{_LAG}{ticket.step - sample.oldest_step}", sign)
-            self._add("tokens_trained", sign * sample.num_sampled)
-            self._add("sum_token_lag", sign * (ticket.step * sample.num_sampled - sample.sum_token_steps))
+            trained = sample.trained_steps(first_step=ticket.step - ticket.max_staleness)
+            num_tokens, sum_steps = sample.num_sampled, sample.sum_token_steps
+            if len(trained) < len(sample.token_steps):
+                num_tokens = sum(count for _, count in trained)
+                sum_steps = sum(step * count for step, count in trained)
+                self._add("tokens_masked", sign * (sample.num_sampled - num_tokens))
+            # A ticket of an earlier release may have no `token_steps`; it was within its bound as a whole.
+            oldest_step = trained[0][0] if trained else sample.oldest_step
+            self._add(f"{_LAG}{ticket.step - oldest_step}", sign)
+            self._add("tokens_trained", sign * num_tokens)
+            self._add("sum_token_lag", sign * (ticket.step * num_tokens - sum_steps))
 
     def _add_group(self, population: str, ticket: Ticket, *, sign: int) -> None:
         rewards = [sample.reward for sample in ticket.training_samples]

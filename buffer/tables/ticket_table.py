@@ -81,6 +81,16 @@ class TicketTable:
         self._store.put_ticket(ticket)
         return ticket
 
+    def issue_position(self, parts: Sequence[tuple[Ticket, int]], *, max_staleness: int) -> Ticket:
+        """A new ticket for samples of closed groups, READY to be recorded at one position."""
+        ticket = self.issue(
+            Purpose.TRAIN, Prompt(index=-1), num_samples=len(parts), max_staleness=max_staleness
+        )
+        ticket.set_parts(parts)
+        self._store.put_parts(ticket)
+        self.move(ticket, State.READY)
+        return ticket
+
     def has_issued(self, ticket_id: int) -> bool:
         """True if a ticket of this id was ever issued."""
         return self._shard.owns(ticket_id) and 0 < self._shard.local(ticket_id) <= self.num_issued

@@ -9,7 +9,6 @@ checkpoint.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 
 from areal_like.trajectory import NOT_SAMPLED
@@ -117,18 +116,18 @@ class VersionTable:
         for version, length in record.runs:
             if version != NOT_SAMPLED:
                 counts[version] = counts.get(version, 0) + length
-        oldest_step, sum_token_steps = sys.maxsize, 0
+        by_step: dict[int, int] = {}
         for version, count in counts.items():
             if (weights := self._weights.get(version)) is None:
                 return Verdict.UNKNOWN_VERSION
-            oldest_step = min(oldest_step, weights[0])
-            sum_token_steps += weights[0] * count
+            by_step[weights[0]] = by_step.get(weights[0], 0) + count
         if not self._abandoned.isdisjoint(counts):
             return Verdict.ABANDONED
         return SampleSummary(
             lease_id=lease_id,
-            oldest_step=oldest_step,
-            sum_token_steps=sum_token_steps,
+            oldest_step=min(by_step),
+            sum_token_steps=sum(step * count for step, count in by_step.items()),
+            token_steps=tuple(sorted(by_step.items())) if len(by_step) > 1 else (),
             oldest_version=min(counts),
             newest_version=max(counts),
             num_sampled=sum(counts.values()),

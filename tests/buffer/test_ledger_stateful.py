@@ -50,7 +50,8 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @initialize(
         max_staleness=st.sampled_from([0, 1, 2]),
-        overdue=st.sampled_from(["wait", "drop"]),
+        overdue=st.sampled_from(["wait", "drop", "close", "close"]),
+        close_after=st.integers(1, 2),
         group_filter=st.sampled_from(["none", "spread", "single_version"]),
         adaptive=st.booleans(),
         sync_interval=st.sampled_from([1, 1, 2, 3]),
@@ -60,11 +61,16 @@ class LedgerMachine(RuleBasedStateMachine):
         self,
         max_staleness: int,
         overdue: str,
+        close_after: int,
         group_filter: str,
         adaptive: bool,
         sync_interval: int,
         num_greedy: int,
     ) -> None:
+        self.closes = overdue == "close"
+        if self.closes:
+            max_staleness, adaptive, sync_interval, num_greedy = max(1, max_staleness), False, 1, 0
+            group_filter = "none" if group_filter == "single_version" else group_filter
         self.num_greedy = num_greedy
         self.sync_interval = min(sync_interval, max_staleness + 1)
         self.ledger = new_ledger(
@@ -76,6 +82,7 @@ class LedgerMachine(RuleBasedStateMachine):
             num_greedy=num_greedy,
             num_steps=STEPS,
             overdue=overdue,
+            close_after=min(close_after, max_staleness),
             group_filter=group_filter,
             adaptive=adaptive,
             sync_interval=self.sync_interval,
@@ -93,6 +100,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.steps_of = {0: 0}  # version -> step
         self.abandoned: set[int] = set()
         self.served: dict[tuple[int, int], int] = {}
+        self.placed: dict[tuple[int, int], int] = {}  # (ticket, sample) -> ticket of its position
         self.versions = [0]
         self.server_incarnation = dict.fromkeys(SERVERS, 1)
         for name in SERVERS[:2]:
@@ -247,8 +255,20 @@ class LedgerMachine(RuleBasedStateMachine):
         )
         assert list(self.served.values()).count(group.ticket_id) == 1, "a group has two positions"
         assert len(group.trajectories) == SIZE + self.num_greedy
+        for record in group.records:
+            position_of = self.placed.setdefault((record.ticket_id, record.sample_index), group.ticket_id)
+            assert position_of == group.ticket_id, "a sample has two positions"
+        assert group.max_staleness <= self.ledger.settings.staleness_cap
+        assert {version: self.steps_of[version] for version in group.versions} == dict(
+            zip(group.versions, group.steps, strict=True)
+        )
+        assert {closed.ticket_id for closed in group.closed} == (
+            {record.ticket_id for record in group.records} - {group.ticket_id}
+        )
         for trajectory, oldest_step in zip(group.trajectories, group.version_steps, strict=True):
-            assert 0 <= step - oldest_step <= self.ledger.settings.staleness_cap
+            newest_step = max(self.steps_of[version] for version in trajectory.versions[1:].tolist())
+            assert 0 <= step - newest_step <= group.max_staleness
+            assert self.closes or step - oldest_step <= group.max_staleness
             if self.sync_interval > 1:
                 assert step // self.sync_interval == oldest_step // self.sync_interval, (
                     "trained in another interval than it was sampled in"
@@ -315,7 +335,8 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def operator_changes_the_bound(self, data: st.DataObject) -> None:
         settings = self.ledger.settings
-        bound = data.draw(st.integers(settings.sync_interval - 1, settings.staleness_cap))
+        least = 1 if self.closes else settings.sync_interval - 1
+        bound = data.draw(st.integers(least, settings.staleness_cap))
         with contextlib.suppress(RefusedError):  # the last step has begun
             (change,) = self.ledger.operator.change_settings({"max_staleness": str(bound)}, unix_s=1.0)
             assert change.step in (self.ledger.state.steps.current, self.ledger.state.steps.current + 1)
@@ -348,6 +369,8 @@ class LedgerMachine(RuleBasedStateMachine):
                 for (step, position), ticket_id in self.served.items()
                 if step < self.ledger.state.steps.current
             }
+            kept = set(self.served.values())
+            self.placed = {key: position for key, position in self.placed.items() if position in kept}
             self.num_trained = min(self.num_trained, self.ledger.state.steps.current)
             assert self.ledger.state.tickets.count(Purpose.TRAIN, State.QUEUED, State.READY) == 0
 
@@ -358,10 +381,13 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ledger.state.tickets.check_conservation()
         counts = self.ledger.state.tickets.num_by_state()
         assert counts[State.DROPPED] == self.ledger.state.drops.total()
-        train = self.ledger.state.tickets.count(Purpose.TRAIN, *State) - self.ledger.state.tickets.count(
-            Purpose.TRAIN, State.DROPPED
-        )
-        assert train <= STEPS * GROUPS, "more groups than the run has positions"
+        tickets = self.ledger.state.tickets
+        live = [state for state in State if not state.is_terminal]
+        is_recorded = (State.BATCHED, State.TRAINED)
+        num_positions = tickets.count(Purpose.TRAIN, *(is_recorded if self.closes else [*live, State.TRAINED]))
+        assert num_positions <= STEPS * GROUPS, "more groups than the run has positions"
+        if not self.closes:
+            assert tickets.count(Purpose.TRAIN, State.CLOSED, State.SPLIT) == 0
 
     @invariant()
     def samples_are_counted_once(self) -> None:
@@ -369,7 +395,10 @@ class LedgerMachine(RuleBasedStateMachine):
         assert counters["samples_trained"] == self.num_trained * GROUPS * SIZE
         report = selection_report(counters)
         assert report["trained"]["samples"] == counters["samples_trained"] <= report["offered"]["samples"]
-        assert sum(report["groups_trained_by_solve_rate"].values()) == self.num_trained * GROUPS
+        num_groups = sum(report["groups_trained_by_solve_rate"].values())
+        assert num_groups == self.num_trained * GROUPS or (
+            self.closes and num_groups < self.num_trained * GROUPS
+        )
         num_failed = sum(sum(counts.values()) for counts in failures_of(counters).values())
         assert num_failed == counters["samples_failed"]
         assert counters["max_trained_lag"] <= self.ledger.settings.staleness_cap
@@ -391,6 +420,34 @@ class LedgerMachine(RuleBasedStateMachine):
                 ), "a sample is lost or leased twice"
                 assert not ticket.failed or ticket.purpose is Purpose.EVAL
                 assert (ticket.state is State.LEASED) == bool(ticket.leases)
+            elif ticket.state is State.CLOSED:
+                making = [index for lease in ticket.leases.values() for index in lease.outstanding]
+                given_up = ticket.failed - ticket.samples.keys()
+                assert sorted([*making, *ticket.unleased, *ticket.samples, *given_up]) == list(
+                    range(ticket.num_samples)
+                ), "a sample of a closed group is lost or leased twice"
+                assert not ticket.failed & ticket.placed.keys()
+
+    @invariant()
+    def parts_are_conserved(self) -> None:
+        parts, live = self.ledger.state.parts, self.ledger.state.tickets.live
+        closed = {i: ticket for i, ticket in live.items() if ticket.state is State.CLOSED}
+        loose = {
+            (i, index)
+            for i, ticket in closed.items()
+            for index in ticket.samples.keys() - ticket.placed.keys() - ticket.failed
+        }
+        assert parts._loose.keys() == loose
+        assert parts.num_late == sum(
+            ticket.num_samples - len(ticket.samples.keys() | ticket.failed) for ticket in closed.values()
+        )
+        recorded = [t for row in self.ledger.state.steps.recorded.values() for t in row.values() if t.parts]
+        needed = {ticket_id for ticket in recorded for ticket_id, _ in ticket.parts}
+        assert parts._groups.keys() == closed.keys() | needed
+        for ticket in recorded:
+            assert len(ticket.parts) == SIZE and ticket.prompt_index == -1
+            for ticket_id, index in ticket.parts:
+                assert parts._groups[ticket_id].placed[index] == ticket.ticket_id
 
     @invariant()
     def the_order_has_the_servers_with_credit(self) -> None:
@@ -579,6 +636,8 @@ def observed(ledger: Ledger) -> dict[str, object]:
             entry for entry in set(ledger.state.scheduler._heap) if entry[1] in ledger.state.scheduler._ready
         ),
         "waiting": ledger.state.admission.waiting,
+        "parts": (sorted(ledger.state.parts._loose.items()), ledger.state.parts.num_late),
+        "closed groups": {i: fields_of(group) for i, group in ledger.state.parts._groups.items()},
         "counters": ledger.state.counters.summary(),
     }
 

@@ -55,7 +55,7 @@ class RowStore(RowRecorder):
         self.records.pop(ticket.ticket_id, None)
 
     def records_of(self, ticket: Ticket) -> list[Record]:
-        return [self.records[ticket.ticket_id][index] for index in range(ticket.num_samples)]
+        return [self.records[ticket_id][index] for ticket_id, index in ticket.record_keys]
 
     def when_durable(self, then: Callable[[], None]) -> None:
         self._flush()
