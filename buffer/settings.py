@@ -88,7 +88,7 @@ class LedgerSettings:
             num_greedy=int(config.sampling.greedy_baseline),
             num_steps=config.trainer.num_steps,
             seed=config.seed,
-            overdue=config.buffer.overdue,
+            overdue=config.overdue,
             group_filter=config.buffer.group_filter,
             max_reissues=config.buffer.max_reissues,
             max_sample_retries=config.buffer.max_sample_retries,
