@@ -37,9 +37,7 @@ CONTRADICTIONS = [
 
 
 @pytest.mark.parametrize(("settings", "message"), CONTRADICTIONS, ids=lambda one: " ".join(one)[:40])
-def test_a_contradiction_is_refused_with_close_and_means_wait_with_auto(
-    settings: list[str], message: str
-) -> None:
+def test_contradiction_is_refused_and_means_wait_with_auto(settings: list[str], message: str) -> None:
     with pytest.raises(
         ConfigError, match=f"buffer.overdue=close: .*{message}.*, or buffer.overdue=wait"
     ) as e:

@@ -169,11 +169,11 @@ def _staleness_rows(forecasts: Sequence[Forecast]) -> list[tuple[str, str]]:
         return []
     spreads = " and ".join(f"{one.spread:g}" for one in forecasts)
     return [
-        (name, ", ".join(f"{value(one):.0%}" for one in forecasts))
-        for name, value in (
-            (f"throughput / limit with wait, spread {spreads}", lambda one: one.waiting),
-            ("throughput / limit with close", lambda one: one.closing),
-            ("tokens beyond max_staleness with close", lambda one: one.masked),
+        (name, ", ".join(f"{value:.0%}" for value in values))
+        for name, values in (
+            (f"throughput / limit with wait, spread {spreads}", [one.waiting for one in forecasts]),
+            ("throughput / limit with close", [one.closing for one in forecasts]),
+            ("tokens beyond max_staleness with close", [one.masked for one in forecasts]),
         )
     ]
 
