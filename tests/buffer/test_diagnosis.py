@@ -337,7 +337,8 @@ def test_a_wait_for_overdue_groups_is_named_with_its_remedy() -> None:
     text = advised(OVERDUE, wait=0.6, idle=0.0, reserved=0.5)
     assert re.search(
         r"the slowest samples are the limit .*50% of the time, .*"
-        r"\(now ticket 812 at rollout-0 runs for 41 s\)\. buffer\.overdue=close trains on complete samples .*a larger max_staleness \(now 4\)",
+        r"\(now ticket 812 at rollout-0 runs for 41 s\)\. "
+        r"buffer\.overdue=close trains on complete samples .*a larger max_staleness \(now 4\)",
         text,
     ), text
     refused = replace(OVERDUE, contradicts_close="objective.name=rebel needs whole groups")
