@@ -126,12 +126,18 @@ class StalenessConfig(Section, key="staleness"):
 
     close_after: NonNegativeInt = 0
     """Steps after the weights at a group's begin at which it is closed: its complete samples are recorded,
-    the others become late parts. At most `max_staleness`; 0: 4, or `max_staleness` if that is less."""
+    the others become late parts. At least `weights.sync_interval` and at most `max_staleness`; 0: 4 (3 more
+    than `weights.sync_interval`), or `max_staleness` if that is less."""
     beyond: Literal["mask", "cap", "ratio"] = "mask"
     """Treatment of a token whose weights are older than `max_staleness` steps. `mask`: it is context only,
     like a prompt, so the bound holds for every token that is trained on. `cap`: its importance weight is at
     most 1. `ratio`: it is masked only if its probability has changed by more than a factor of 2. With `cap`
     and `ratio` the bound limits weights, not ages."""
+
+
+WHOLE_GROUP_OBJECTIVES = frozenset({"oapl", "online_dpo", "rebel"})
+"""Objectives whose losses need all samples of a group at once. The buffer has to know them without importing
+the trainer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,6 +225,7 @@ class Config(Section):
         for section in ("task", "objective", "advantage"):
             keys = getattr(self, section)
             require(("name" in keys) != ("_target_" in keys), f"{section}: give either `name` or `_target_`")
+        self._check_staleness()
 
     @property
     def staleness_cap(self) -> int:
@@ -226,14 +233,94 @@ class Config(Section):
         return self.max_staleness_cap if isinstance(self.max_staleness, str) else self.max_staleness
 
     @property
-    def overdue(self) -> str:
-        """`buffer.overdue`, with `auto` resolved."""
-        return "close" if self.buffer.overdue == "auto" else self.buffer.overdue
-
-    @property
     def close_after(self) -> int:
         """`staleness.close_after`, with its default resolved."""
-        return self.staleness.close_after or min(4, max(1, self.staleness_cap))
+        return self.staleness.close_after or min(3 + self.weights.sync_interval, max(1, self.staleness_cap))
+
+    @property
+    def overdue(self) -> Literal["wait", "drop", "close"]:
+        """The resolved `buffer.overdue`. It follows from the settings alone, so all roles agree on it.
+
+        `auto` is also `wait` with an objective or advantage of the user, since only the trainer can find out
+        whether such a class needs whole groups, and with a `close_after` of 1, which closes groups as they
+        begin.
+        """
+        if self.buffer.overdue != "auto":
+            return self.buffer.overdue
+        return "wait" if self._reason_to_wait else "close"
+
+    @property
+    def _reason_to_wait(self) -> str:
+        """Why `buffer.overdue=auto` is `wait` in this job; empty: it is `close`."""
+        for section in ("objective", "advantage"):
+            if "_target_" in getattr(self, section):
+                return f"{section}._target_ may need whole groups"
+        if self.close_after < 2 and not self.staleness.close_after and self.staleness_cap:
+            return f"with max_staleness={self.max_staleness} groups would be closed as they begin"
+        return self.contradicts_close[0]
+
+    @property
+    def contradicts_close(self) -> tuple[str, str]:
+        """The first setting that contradicts `buffer.overdue=close`, and what to change; empty: none does."""
+        interval, close_after, name = self.weights.sync_interval, self.close_after, self.objective.get("name")
+        if self.max_staleness == "auto":
+            return (
+                "max_staleness=auto moves the bound by which groups are closed",
+                "give max_staleness a number",
+            )
+        if self.max_staleness == 0:
+            return "max_staleness=0 waits for all samples of a step", "set max_staleness to at least 1"
+        if self.buffer.group_filter == "single_version":
+            return (
+                "buffer.group_filter=single_version needs whole groups",
+                "set buffer.group_filter to none or spread",
+            )
+        if self.update_mode == "drain" and interval > 1:
+            return (
+                f"weights.update_mode=drain with weights.sync_interval={interval} completes every sample "
+                "before a push",
+                "set weights.update_mode=recompute",
+            )
+        if self.sampling.greedy_baseline:
+            return (
+                "sampling.greedy_baseline=true compares whole groups with their greedy sample",
+                "set sampling.greedy_baseline=false and another advantage than remax",
+            )
+        if name in WHOLE_GROUP_OBJECTIVES:
+            return f"objective.name={name} needs whole groups", "choose another objective"
+        if close_after > self.staleness_cap:
+            return (
+                f"staleness.close_after={close_after} is beyond max_staleness={self.max_staleness}",
+                f"set staleness.close_after to at most {self.staleness_cap}",
+            )
+        if close_after < interval:
+            return (
+                f"staleness.close_after={close_after} is less than weights.sync_interval={interval}, so "
+                "groups would be closed before they begin",
+                f"set staleness.close_after and max_staleness to at least {interval}",
+            )
+        return "", ""
+
+    def _check_staleness(self) -> None:
+        """Refuses settings that contradict `buffer.overdue=close`, or that need it."""
+        contradicts, change = self.contradicts_close
+        is_auto, close_after = self.buffer.overdue == "auto", self.staleness.close_after
+        require(
+            self.buffer.overdue != "close" or not contradicts,
+            f"buffer.overdue=close: {contradicts}: {change}, or buffer.overdue=wait",
+        )
+        require(
+            not is_auto or close_after <= max(1, self.staleness_cap),
+            f"staleness.close_after={close_after} is beyond max_staleness={self.staleness_cap}: "
+            f"set staleness.close_after to at most {self.staleness_cap}",
+        )
+        why = f", as auto resolves here ({self._reason_to_wait})," if is_auto else ""
+        require(
+            self.staleness.beyond == "mask" or self.overdue == "close",
+            f"staleness.beyond={self.staleness.beyond} is for buffer.overdue=close: with {self.overdue}{why} "
+            "no token that is trained on is older than max_staleness: set staleness.beyond=mask or "
+            "buffer.overdue=close",
+        )
 
     def _check_limits(self) -> None:
         """Refuses time limits that contradict each other: one would expire although nothing is wrong."""
