@@ -125,13 +125,14 @@ class StalenessConfig(Section, key="staleness"):
     """How the staleness bound applies with `buffer.overdue=close`, where each token has its own age."""
 
     close_after: NonNegativeInt = 0
-    """Steps after the weights at a group's begin at which it is closed: its complete samples are recorded, the
-    others become late parts. At most `max_staleness`; 0: 4, or `max_staleness` if that is less."""
+    """Steps after the weights at a group's begin at which it is closed: its complete samples are recorded,
+    the others become late parts. At most `max_staleness`; 0: 4, or `max_staleness` if that is less."""
     beyond: Literal["mask", "cap", "ratio"] = "mask"
-    """Treatment of a token whose weights are older than `max_staleness` steps. `mask`: it is context only, like
-    a prompt, so the bound holds for every token that is trained on. `cap`: its importance weight is at most
-    1. `ratio`: it is masked only if its probability has changed by more than a factor of 2. With `cap` and
-    `ratio` the bound limits weights, not ages."""
+    """Treatment of a token whose weights are older than `max_staleness` steps. `mask`: it is context only,
+    like a prompt, so the bound holds for every token that is trained on. `cap`: its importance weight is at
+    most 1 (the derivative of the objective's loss by the token's log-prob is at most |advantage|, whatever
+    the objective). `ratio`: it is masked only if its probability has changed by more than a factor of 2.
+    With `cap` and `ratio` the bound limits weights, not ages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,6 +225,11 @@ class Config(Section):
     def staleness_cap(self) -> int:
         """Upper limit of the staleness bound: `max_staleness`, or `max_staleness_cap` when that is `auto`."""
         return self.max_staleness_cap if isinstance(self.max_staleness, str) else self.max_staleness
+
+    @property
+    def overdue(self) -> Literal["wait", "drop", "close"]:
+        """`buffer.overdue`, with `auto` resolved."""
+        return "wait" if self.buffer.overdue == "auto" else self.buffer.overdue
 
     @property
     def close_after(self) -> int:
