@@ -131,8 +131,9 @@ class StalenessConfig(Section, key="staleness"):
     beyond: Literal["mask", "cap", "ratio"] = "mask"
     """Treatment of a token whose weights are older than `max_staleness` steps. `mask`: it is context only,
     like a prompt, so the bound holds for every token that is trained on. `cap`: its importance weight is at
-    most 1. `ratio`: it is masked only if its probability has changed by more than a factor of 2. With `cap`
-    and `ratio` the bound limits weights, not ages."""
+    most 1 (the derivative of the objective's loss by the token's log-prob is at most |advantage|, whatever
+    the objective). `ratio`: it is masked only if its probability has changed by more than a factor of 2. With
+    `cap` and `ratio` the bound limits weights, not ages."""
 
 
 WHOLE_GROUP_OBJECTIVES = frozenset({"oapl", "online_dpo", "rebel"})
@@ -231,6 +232,11 @@ class Config(Section):
     def staleness_cap(self) -> int:
         """Upper limit of the staleness bound: `max_staleness`, or `max_staleness_cap` when that is `auto`."""
         return self.max_staleness_cap if isinstance(self.max_staleness, str) else self.max_staleness
+
+    @property
+    def overdue(self) -> Literal["wait", "drop", "close"]:
+        """`buffer.overdue`, with `auto` resolved."""
+        return "wait" if self.buffer.overdue == "auto" else self.buffer.overdue
 
     @property
     def close_after(self) -> int:
