@@ -107,7 +107,7 @@ def test_a_total_that_cannot_be_true_is_left_out_of_the_sums() -> None:
 
 
 def test_a_heartbeat_adds_only_possible_work() -> None:
-    """A server cannot add more in one claim than it can have done since the previous one, whatever came before."""
+    """What a server cannot have done since its previous claim is left out, whatever came before."""
     peers = ConnectedPeers(job="job", dataset="d")
     server = registered(peers, "rollout-0", is_new=True)
     claims = [  # of the process: at, its total, whether it is absurd, what is counted

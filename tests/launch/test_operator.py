@@ -146,7 +146,7 @@ def test_a_forged_file_does_not_keep_operators_from_the_buffer(
 
 
 @pytest.mark.parametrize("how", ["mode", "owner"])
-def test_no_change_to_an_address_that_other_users_can_have_written(
+def test_no_change_to_addresses_that_others_can_write(
     tmp_path: Path, server: SimpleNamespace, how: str
 ) -> None:
     tokens = make_keys(tmp_path / "keys")
