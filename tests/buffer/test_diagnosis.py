@@ -142,12 +142,12 @@ def test_those_who_wait_for_a_stopped_process_are_not_named() -> None:
 def test_agents_that_fail_are_named_with_the_sessions_that_wait() -> None:
     waits = {
         "sessions: 64 wait for an agent (POST /sessions)": 30.0,
-        "sessions: 12 in a row failed, of 10.0.0.1: no request": 2.0,
+        "sessions: the last 12 sessions of 10.0.0.1 failed: no request": 2.0,
     }
     facts = replace(JOB, servers=(server(waits=waits),))
     (cause,) = causes_of(facts, slow={}, late=(), limits=LIMITS)
     assert cause.what == (
-        "64 wait for an agent (POST /sessions) for 30 s; 12 in a row failed, of 10.0.0.1: no request"
+        "64 wait for an agent (POST /sessions) for 30 s; the last 12 sessions of 10.0.0.1 failed: no request"
     )
 
 
