@@ -384,7 +384,9 @@ class LedgerMachine(RuleBasedStateMachine):
         tickets = self.ledger.state.tickets
         live = [state for state in State if not state.is_terminal]
         is_recorded = (State.BATCHED, State.TRAINED)
-        num_positions = tickets.count(Purpose.TRAIN, *(is_recorded if self.closes else [*live, State.TRAINED]))
+        num_positions = tickets.count(
+            Purpose.TRAIN, *(is_recorded if self.closes else [*live, State.TRAINED])
+        )
         assert num_positions <= STEPS * GROUPS, "more groups than the run has positions"
         if not self.closes:
             assert tickets.count(Purpose.TRAIN, State.CLOSED, State.SPLIT) == 0
@@ -550,7 +552,7 @@ class DurableLedgerMachine(LedgerMachine):
         store = rebuilt.state.store
         assert isinstance(store, RowStore)
         for law in LEDGER_INVARIANTS:
-            if "staleness bound" in law.text:
+            if "bytes on disk" not in law.text:  # this store has no segment files
                 assert store.connection.execute(law.violations).fetchall() == [], law.text
 
     @rule(back=st.sets(st.sampled_from(SERVERS)))
