@@ -31,9 +31,53 @@ _SHARD = _mark("shard", "0")
 _NUM_COUNTED = _mark("num_steps_counted", _TRAINER_STEP)
 _IS_COUNTED = f"(state = 'trained' OR (state = 'batched' AND step < {_NUM_COUNTED}))"
 _TICKETS_WITH_SAMPLES = "tickets CROSS JOIN samples USING (ticket_id)"
+# A sample that is recorded in a step, in its own ticket or in a position of parts. With
+# `buffer.overdue=close` (`by_token`) the bound of the position limits the age of each token.
+_RECORDED = """(
+    SELECT ticket_id AS position_id, state, step, max_staleness, begin_step >= 0 AS by_token,
+           sample_index < num_samples - num_greedy AS is_trained,
+           ticket_id, sample_index, oldest_step, sum_token_steps, num_sampled, token_steps
+    FROM tickets CROSS JOIN samples USING (ticket_id) WHERE state IN ('batched', 'trained')
+    UNION ALL
+    SELECT p.position_id, t.state, t.step, t.max_staleness, 1, 1,
+           s.ticket_id, s.sample_index, s.oldest_step, s.sum_token_steps, s.num_sampled, s.token_steps
+    FROM parts AS p CROSS JOIN tickets AS t ON t.ticket_id = p.position_id
+         CROSS JOIN samples AS s ON s.ticket_id = p.ticket_id AND s.sample_index = p.sample_index
+    WHERE t.state IN ('batched', 'trained'))"""
+_COUNTED = f"{_RECORDED} WHERE {_IS_COUNTED} AND is_trained"
+
+
+def _within(aggregate: str, of_all: str) -> str:
+    """An aggregate over the tokens of a recorded sample that are within its bound, from `age` (the step of
+    their weights) and `num`. `of_all`: its value without `token_steps`: all tokens are within the bound."""
+    return f"""iif(token_steps = '[]', {of_all}, (
+        SELECT {aggregate} FROM (SELECT json_extract(value, '$[0]') AS age, json_extract(value, '$[1]') AS num
+                                 FROM json_each(token_steps))
+        WHERE age >= step - max_staleness))"""
+
+
+_NUM_WITHIN = _within("coalesce(sum(num), 0)", "num_sampled")
+_SUM_WITHIN = _within("coalesce(sum(age * num), 0)", "sum_token_steps")
+_OLDEST_WITHIN = _within("coalesce(min(age), oldest_step)", "oldest_step")
+_NEWEST = "iif(token_steps = '[]', oldest_step, json_extract(token_steps, '$[#-1][0]'))"
 _LAGS = f"""
-    SELECT 'trained_lag_' || (step - oldest_step) AS name, count(*) AS num FROM {_TICKETS_WITH_SAMPLES}
-    WHERE {_IS_COUNTED} AND sample_index < num_samples - num_greedy GROUP BY 1"""
+    SELECT 'trained_lag_' || (step - {_OLDEST_WITHIN}) AS name, count(*) AS num FROM {_COUNTED} GROUP BY 1"""
+# Complete samples of closed groups that are not trained on, and all samples that are not.
+_GIVEN_UP = """
+    FROM failures CROSS JOIN tickets USING (ticket_id) CROSS JOIN samples USING (ticket_id, sample_index)
+    WHERE given_up AND purpose = 'train'"""
+_DROPPED = f"""(
+    SELECT num_sampled FROM {_TICKETS_WITH_SAMPLES} WHERE state = 'dropped'
+    UNION ALL SELECT s.num_sampled
+    FROM parts AS p CROSS JOIN tickets AS t ON t.ticket_id = p.position_id
+         CROSS JOIN samples AS s ON s.ticket_id = p.ticket_id AND s.sample_index = p.sample_index
+    WHERE t.state = 'dropped'
+    UNION ALL SELECT num_sampled {_GIVEN_UP} AND state != 'dropped')"""
+# Only closed groups have train samples that were given up; any other train ticket is dropped as a whole.
+_CLOSED = """(
+    SELECT early FROM tickets
+    WHERE state IN ('closed', 'split') OR (state = 'dropped' AND purpose = 'train'
+          AND ticket_id IN (SELECT ticket_id FROM failures WHERE given_up)))"""
 _OF_EVALUATION = """
     t.purpose = 'eval' AND t.eval_id = e.eval_id AND t.eval_set = e.eval_set
     AND t.num_samples = e.num_samples AND t.prompt_index < e.num_prompts"""
@@ -56,11 +100,11 @@ _SELECTION = f"""
     FROM {_TICKETS_WITH_SAMPLES} JOIN limits ON num_sampled > above AND num_sampled <= upto
     WHERE purpose = 'train' AND sample_index < num_samples - num_greedy GROUP BY 1
     UNION ALL SELECT 'trained_length_' || bucket, count(*)
-    FROM {_TICKETS_WITH_SAMPLES} JOIN limits ON num_sampled > above AND num_sampled <= upto
-    WHERE {_IS_COUNTED} AND sample_index < num_samples - num_greedy GROUP BY 1
+    FROM {_RECORDED} JOIN limits ON num_sampled > above AND num_sampled <= upto
+    WHERE {_IS_COUNTED} AND is_trained GROUP BY 1
     UNION ALL SELECT 'offered_sum_tokens', coalesce(sum(num_sampled), 0) FROM {_TRAIN_SAMPLES}
-    UNION ALL SELECT 'trained_sum_tokens', coalesce(sum(num_sampled), 0)
-    FROM {_TRAIN_SAMPLES} AND {_IS_COUNTED}
+    UNION ALL SELECT 'trained_sum_tokens', coalesce(sum(num_sampled), 0) FROM {_COUNTED}
+    UNION ALL SELECT 'sum_token_lag', coalesce(sum(step * {_NUM_WITHIN} - {_SUM_WITHIN}), 0) FROM {_COUNTED}
     UNION ALL SELECT 'num_failures', (SELECT coalesce(sum(value), 0) FROM statistics
         WHERE name GLOB 'failed_*_retry' OR name GLOB 'failed_*_drop' OR name GLOB 'failed_*_zero')"""
 
@@ -72,13 +116,17 @@ LEDGER_INVARIANTS = (
         SELECT printf('ticket %d: %s %s, reason %s, place %s:%s',
                       ticket_id, purpose, state, reason, step, position)
         FROM tickets
-        WHERE state NOT IN ('queued', 'leased', 'ready', 'batched', 'trained', 'evaluated', 'dropped')
+        WHERE state NOT IN ('queued', 'leased', 'ready', 'closed', 'batched', 'trained', 'evaluated',
+                            'split', 'dropped')
            OR purpose NOT IN ('train', 'eval')
            OR (state = 'dropped') != (reason IS NOT NULL)
            OR (state IN ('batched', 'trained') AND (step IS NULL OR position IS NULL))
-           OR (state IN ('queued', 'leased', 'ready', 'evaluated') AND step IS NOT NULL)
-           OR (purpose = 'eval' AND state IN ('ready', 'batched', 'trained'))
-           OR (purpose = 'train' AND state = 'evaluated')""",
+           OR (state NOT IN ('batched', 'trained', 'dropped') AND step IS NOT NULL)
+           OR (purpose = 'eval' AND state IN ('ready', 'closed', 'batched', 'trained', 'split'))
+           OR (purpose = 'train' AND state = 'evaluated')
+           OR (state IN ('closed', 'split') AND NOT 0 <= begin_step)
+           OR (begin_step < 0) != (close_step < 0) OR close_step < begin_step
+           OR (early != '[]' AND state NOT IN ('closed', 'split', 'dropped'))""",
     ),
     Invariant(
         text="no ticket is missing: they are numbered without a gap",
@@ -95,7 +143,8 @@ LEDGER_INVARIANTS = (
         violations=f"""
         SELECT printf('ticket %d: prompt %d', ticket_id, prompt_index) FROM tickets
         WHERE ticket_id % {_NUM_SHARDS} != {_SHARD}
-           OR (purpose = 'train' AND prompt_index % {_NUM_SHARDS} != {_SHARD})
+           OR (purpose = 'train' AND prompt_index % {_NUM_SHARDS} != {_SHARD}
+               AND ticket_id NOT IN (SELECT position_id FROM parts))
         UNION ALL SELECT printf('lease %d', lease_id) FROM leases
         WHERE lease_id % {_NUM_SHARDS} != {_SHARD}""",
     ),
@@ -129,10 +178,64 @@ LEDGER_INVARIANTS = (
                       ticket_id, state, count(sample_index), num_samples)
         FROM tickets LEFT JOIN samples USING (ticket_id)
         GROUP BY ticket_id
-        HAVING (state IN ('ready', 'batched', 'trained') AND count(sample_index) != num_samples)
+        HAVING (state IN ('ready', 'batched', 'trained') AND count(sample_index) != num_samples
+                AND ticket_id NOT IN (SELECT position_id FROM parts))
             OR min(sample_index) < 0 OR max(sample_index) >= num_samples
         UNION ALL SELECT printf('sample %d of ticket %d: there is no such ticket', sample_index, ticket_id)
         FROM samples WHERE ticket_id NOT IN (SELECT ticket_id FROM tickets)""",
+    ),
+    Invariant(
+        text="a position of parts has as many samples as a group, all of closed groups, and no prompt",
+        count="SELECT count(*) FROM parts",
+        violations="""
+        SELECT printf('ticket %d: samples in %d of %d slots', position_id, count(*), max(num_samples))
+        FROM parts LEFT JOIN tickets ON tickets.ticket_id = position_id
+        GROUP BY position_id
+        HAVING count(*) IS NOT max(num_samples) OR min(slot) != 0 OR max(slot) != count(*) - 1
+            OR count(DISTINCT slot) != count(*)
+        UNION ALL
+        SELECT printf('ticket %d: prompt %d, %s', ticket_id, prompt_index, state) FROM tickets
+        WHERE (prompt_index = -1) != (ticket_id IN (SELECT position_id FROM parts))
+           OR (prompt_index = -1 AND (begin_step >= 0
+                                      OR state NOT IN ('ready', 'batched', 'trained', 'dropped')))
+        UNION ALL
+        SELECT printf('sample %d of ticket %d, in ticket %d: its group is %s, it has %sarrived%s',
+                      p.sample_index, p.ticket_id, p.position_id, coalesce(t.state, 'unknown'),
+                      iif(s.ticket_id IS NULL, 'not ', ''), iif(f.given_up, ' and was given up', ''))
+        FROM parts AS p LEFT JOIN tickets AS t USING (ticket_id)
+             LEFT JOIN samples AS s USING (ticket_id, sample_index)
+             LEFT JOIN failures AS f USING (ticket_id, sample_index)
+        WHERE t.state IS NULL OR t.state NOT IN ('closed', 'split') OR s.ticket_id IS NULL OR f.given_up""",
+    ),
+    Invariant(
+        text="every sample of a closed group is in a position or given up, or the group is not over",
+        count="SELECT count(*) FROM tickets WHERE state IN ('closed', 'split')",
+        violations="""
+        SELECT printf('ticket %d: %s with %d of %d samples in positions, %d given up; early %s',
+                      ticket_id, state, num_placed, num_samples, num_given_up, early)
+        FROM (SELECT t.*,
+                     (SELECT count(*) FROM parts AS p WHERE p.ticket_id = t.ticket_id) AS num_placed,
+                     (SELECT count(*) FROM failures AS f WHERE f.ticket_id = t.ticket_id
+                      AND f.given_up) AS num_given_up,
+                     (SELECT count(*) FROM json_each(t.early) AS e LEFT JOIN samples AS s
+                      ON s.ticket_id = t.ticket_id AND s.sample_index = e.value
+                      WHERE s.ticket_id IS NULL) AS num_early_missing
+              FROM tickets AS t WHERE state IN ('closed', 'split'))
+        WHERE num_early_missing > 0
+           OR (state = 'split') != (num_placed + num_given_up = num_samples)
+           OR num_placed + num_given_up > num_samples OR (state = 'split' AND num_placed = 0)""",
+    ),
+    Invariant(
+        text="the ages of a sample's tokens add up",
+        count="SELECT count(*) FROM samples",
+        violations="""
+        SELECT printf('ticket %d, sample %d: %s, but %d tokens with the sum %d, the oldest of step %d',
+                      ticket_id, sample_index, token_steps, num_sampled, sum_token_steps, oldest_step)
+        FROM samples CROSS JOIN json_each(token_steps) AS each
+        GROUP BY ticket_id, sample_index
+        HAVING count(*) < 2 OR json_extract(token_steps, '$[0][0]') != oldest_step
+            OR sum(json_extract(each.value, '$[1]')) != num_sampled
+            OR sum(json_extract(each.value, '$[0]') * json_extract(each.value, '$[1]')) != sum_token_steps""",
     ),
     Invariant(
         text="no bytes on disk belong to two samples",
@@ -143,24 +246,26 @@ LEDGER_INVARIANTS = (
     ),
     Invariant(
         text="nothing was trained beyond its ticket's staleness bound",
-        count=f"SELECT count(*) FROM {_TICKETS_WITH_SAMPLES} WHERE state IN ('batched', 'trained')",
+        count=f"SELECT count(*) FROM {_RECORDED}",
         violations=f"""
-        SELECT printf('ticket %d, sample %d: step %d, weights of step %d, bound %d',
-                      ticket_id, sample_index, step, oldest_step, max_staleness)
-        FROM {_TICKETS_WITH_SAMPLES}
-        WHERE state IN ('batched', 'trained') AND NOT step - oldest_step BETWEEN 0 AND max_staleness""",
+        SELECT printf('ticket %d, sample %d: step %d, weights of steps %d to %d, bound %d of %s',
+                      ticket_id, sample_index, step, oldest_step, {_NEWEST}, max_staleness,
+                      iif(by_token, 'each token', 'the sample'))
+        FROM {_RECORDED}
+        WHERE {_NEWEST} > step OR iif(by_token, {_NEWEST}, oldest_step) < step - max_staleness""",
     ),
-    # The bound of a ticket is the one in force when its first sample was leased. Changes count at once, so
-    # rows of steps after that of the sample's weights may also have been in force. A rollback leaves
-    # undone weights whose step numbers occur a second time.
+    # The bound of a ticket is the one in force when its first sample was leased or, with
+    # `buffer.overdue=close`, when it was recorded, at most one step before its own. Changes count at once, so
+    # rows of later steps may also have been in force. A rollback leaves undone weights whose step numbers
+    # occur a second time.
     Invariant(
         text="the staleness bound of a trained ticket is one that the run had then",
         count="SELECT count(*) FROM settings WHERE key = 'max_staleness'",
-        violations="""
+        violations=f"""
         WITH bounds AS (SELECT id, step, value FROM settings WHERE key = 'max_staleness'),
-             trained AS (SELECT ticket_id, max_staleness, min(oldest_step) AS began
-                         FROM tickets JOIN samples USING (ticket_id)
-                         WHERE purpose = 'train' AND state IN ('batched', 'trained') GROUP BY ticket_id)
+             trained AS (SELECT position_id AS ticket_id, max_staleness,
+                                iif(by_token, step - 1, min(oldest_step)) AS began
+                         FROM {_RECORDED} GROUP BY position_id)
         SELECT printf('ticket %d: bound %d, weights of step %d', ticket_id, max_staleness, began)
         FROM trained
         WHERE began >= (SELECT min(step) FROM bounds)
@@ -198,11 +303,12 @@ LEDGER_INVARIANTS = (
            OR (oldest_version = newest_version AND oldest_step != coalesce(versions.step, 0))""",
     ),
     Invariant(
-        text="every lease is of a leased ticket, and every leased ticket has a lease",
+        text="every lease is of a leased ticket or a closed group, and every leased ticket has a lease",
         count="SELECT count(*) FROM leases",
         violations="""
         SELECT printf('lease %d of ticket %d, which is %s', lease_id, ticket_id, coalesce(state, 'unknown'))
-        FROM leases LEFT JOIN tickets USING (ticket_id) WHERE state IS NOT 'leased'
+        FROM leases LEFT JOIN tickets USING (ticket_id)
+        WHERE coalesce(state, '') NOT IN ('leased', 'closed')
         UNION ALL SELECT printf('ticket %d is leased, but has no lease', ticket_id) FROM tickets
         WHERE state = 'leased' AND ticket_id NOT IN (SELECT ticket_id FROM leases)""",
     ),
@@ -262,12 +368,13 @@ LEDGER_INVARIANTS = (
         count="SELECT count(*) FROM statistics",
         violations=f"""
         WITH sums AS (
-            SELECT 'num_samples_dropped' AS name, count(*) AS num
-            FROM {_TICKETS_WITH_SAMPLES} WHERE state = 'dropped'
-            UNION ALL SELECT 'tokens_dropped', coalesce(sum(num_sampled), 0)
-            FROM {_TICKETS_WITH_SAMPLES} WHERE state = 'dropped'
-            UNION ALL SELECT 'tokens_trained', coalesce(sum(num_sampled), 0)
-            FROM {_TICKETS_WITH_SAMPLES} WHERE {_IS_COUNTED} AND sample_index < num_samples - num_greedy
+            SELECT 'num_samples_dropped' AS name, count(*) AS num FROM {_DROPPED}
+            UNION ALL SELECT 'tokens_dropped', coalesce(sum(num_sampled), 0) FROM {_DROPPED}
+            UNION ALL SELECT 'num_parts_dropped', count(*) {_GIVEN_UP}
+            UNION ALL SELECT 'tokens_trained', coalesce(sum({_NUM_WITHIN}), 0) FROM {_COUNTED}
+            UNION ALL SELECT 'tokens_masked', coalesce(sum(num_sampled - {_NUM_WITHIN}), 0) FROM {_COUNTED}
+            UNION ALL SELECT 'groups_closed', count(*) FROM {_CLOSED}
+            UNION ALL SELECT 'samples_early', coalesce(sum(json_array_length(early)), 0) FROM {_CLOSED}
             UNION ALL SELECT 'verdict_accepted',
                 (SELECT count(*) FROM samples)
                 + (SELECT count(*) FROM tickets WHERE state = 'evaluated' AND eval_set = '')
@@ -287,6 +394,11 @@ LEDGER_INVARIANTS = (
         WHERE {_COUNTS_SELECTION} AND coalesce(value, 0) != num
         UNION ALL SELECT printf('%s is %d, the sum of the rows 0', name, value) FROM statistics
         WHERE {_COUNTS_SELECTION} AND value != 0 AND name NOT IN (SELECT name FROM sums)
-          AND (name GLOB 'offered_length_*' OR name GLOB 'trained_length_*')""",
+          AND (name GLOB 'offered_length_*' OR name GLOB 'trained_length_*')
+        UNION ALL SELECT printf('groups_trained_solved_* add up to %d, the whole groups to %d', counted, num)
+        FROM (SELECT (SELECT coalesce(sum(value), 0) FROM statistics
+                      WHERE name GLOB 'groups_trained_solved_*') AS counted,
+                     (SELECT count(*) FROM tickets WHERE {_IS_COUNTED} AND prompt_index >= 0) AS num)
+        WHERE {_COUNTS_SELECTION} AND counted != num""",
     ),
 )

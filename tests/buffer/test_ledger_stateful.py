@@ -563,7 +563,7 @@ class DurableLedgerMachine(LedgerMachine):
         store = rebuilt.state.store
         assert isinstance(store, RowStore)
         for law in LEDGER_INVARIANTS:
-            if "staleness bound" in law.text:
+            if "bytes on disk" not in law.text:  # this store has no segment files
                 assert store.connection.execute(law.violations).fetchall() == [], law.text
 
     @rule(back=st.sets(st.sampled_from(SERVERS)))
