@@ -148,7 +148,7 @@ def test_presets_apply_on_top_of_a_file(tmp_path: Path) -> None:
             ["buffer.durability=fsync"],
             r"buffer\.durability=fsync: use one of power_loss, process_crash, none",
         ),
-        (["buffer.overdue="], r"buffer\.overdue=: use wait or drop"),
+        (["buffer.overdue="], r"buffer\.overdue=: use one of auto, wait, drop, close"),
         (["max_staleness=soon"], "max_staleness=soon: use a whole number or auto"),
         (["max_staleness=true"], "max_staleness=True: use a whole number or auto"),
         (["name=a/b"], "use 1 to 64 of the characters"),

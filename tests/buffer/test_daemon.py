@@ -140,7 +140,7 @@ def test_a_whole_run_with_two_producers(buffer: BufferProcess) -> None:
     assert serving == [("rollout-0", "serving"), ("rollout-1", "serving")]
     assert totals.tickets == {
         "queued": 0, "leased": 0, "ready": 0, "batched": 0,
-        "trained": 24, "evaluated": 16, "dropped": 0, "issued": 40,
+        "closed": 0, "trained": 24, "evaluated": 16, "split": 0, "dropped": 0, "issued": 40,
     }  # fmt: skip
     assert totals.counters["tokens_trained"] == 24 * 2 * 2 and totals.counters["max_trained_lag"] <= 1
     assert (totals.counters["generation_busy_s"], totals.counters["generation_idle_s"]) == (6.0, 2.0)

@@ -45,6 +45,8 @@ SETTINGS: dict[str, Any] = {
     "sampling": {"group_size": SIZE, "max_new_tokens": 12},
     "episode": {"max_turns": MAX_TURNS, "step_timeout_s": 2.0, "memory_mb": 128},
     "trainer": {"num_steps": NUM_STEPS, "groups_per_step": GROUPS},
+    # Before its first token a sample is retried, and kills and mishaps may meet the same one several times.
+    "buffer": {"max_sample_retries": 50},
     "eval": {"num_prompts": 4},
     "task": {
         "_target_": "tests.support.environment_tasks.ChatterTask",
