@@ -193,7 +193,8 @@ class LedgerRule(Simulation):
     def _drop_the_dropped(self) -> None:
         """Counts the samples that the ledger has dropped."""
         live = self._ledger.state.tickets.live
-        for (ticket_id, index), sample in [*self._samples.items()]:
+        placed = {part for ticket in live.values() for part in ticket.parts}
+        for ticket_id, index in self._samples.keys() - placed:
             ticket = live.get(ticket_id)
             if ticket is None or index in ticket.failed:
                 self.drop(self._samples.pop((ticket_id, index)))
