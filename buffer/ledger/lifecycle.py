@@ -297,13 +297,13 @@ class TicketLifecycle:
         """A position of parts that can be recorded now; None: there are too few parts, or the step has to
         wait."""
         size = self._settings.group_size
-        if not self._scheduler.may_record(trainer_step=self._state.steps.current):
+        if self._parts.num_loose < size or not self._scheduler.may_record(
+            trainer_step=self._state.steps.current
+        ):
             return None
         first_step = self._scheduler.num_full_steps - self._bound.current
         found: list[tuple[Ticket, int]] = []
-        while len(found) + self._parts.num_loose >= size and len(found) < size:
-            part = self._parts.pop()
-            assert part is not None
+        while len(found) < size and (part := self._parts.pop()) is not None:
             group, index = part
             if group.samples[index].trained_steps(first_step=first_step):
                 found.append(part)

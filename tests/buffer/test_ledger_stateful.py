@@ -384,7 +384,9 @@ class LedgerMachine(RuleBasedStateMachine):
         tickets = self.ledger.state.tickets
         live = [state for state in State if not state.is_terminal]
         is_recorded = (State.BATCHED, State.TRAINED)
-        num_positions = tickets.count(Purpose.TRAIN, *(is_recorded if self.closes else [*live, State.TRAINED]))
+        num_positions = tickets.count(
+            Purpose.TRAIN, *(is_recorded if self.closes else [*live, State.TRAINED])
+        )
         assert num_positions <= STEPS * GROUPS, "more groups than the run has positions"
         if not self.closes:
             assert tickets.count(Purpose.TRAIN, State.CLOSED, State.SPLIT) == 0
@@ -440,6 +442,17 @@ class LedgerMachine(RuleBasedStateMachine):
         assert parts._loose.keys() == loose
         assert parts.num_late == sum(
             ticket.num_samples - len(ticket.samples.keys() | ticket.failed) for ticket in closed.values()
+        )
+        assert self.ledger.state.tickets.num_partial == sum(
+            len(ticket.samples)
+            for ticket in live.values()
+            if ticket.purpose is Purpose.TRAIN and ticket.state in (State.QUEUED, State.LEASED)
+        )
+        assert self.ledger.state.leases.order is not None
+        assert self.ledger.state.leases.num_slots == sum(
+            max(0, server.capacity_samples)
+            for server in self.ledger.state.leases.servers.values()
+            if server.state is ServerState.SERVING
         )
         recorded = [t for row in self.ledger.state.steps.recorded.values() for t in row.values() if t.parts]
         needed = {ticket_id for ticket in recorded for ticket_id, _ in ticket.parts}
