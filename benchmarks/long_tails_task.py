@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from areal_like.adding import TOOL
 from rollout_server.environments.base import Environment
-from rollout_server.tasks.adding import Addition, AddingTask
+from rollout_server.tasks.adding import AddingTask, Addition
 from rollout_server.tasks.base import Example
 from rollout_server.tools.tool import Tool
 

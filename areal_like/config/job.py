@@ -234,11 +234,6 @@ class Config(Section):
         return self.max_staleness_cap if isinstance(self.max_staleness, str) else self.max_staleness
 
     @property
-    def overdue(self) -> Literal["wait", "drop", "close"]:
-        """`buffer.overdue`, with `auto` resolved."""
-        return "wait" if self.buffer.overdue == "auto" else self.buffer.overdue
-
-    @property
     def close_after(self) -> int:
         """`staleness.close_after`, with its default resolved."""
         return self.staleness.close_after or min(3 + self.weights.sync_interval, max(1, self.staleness_cap))

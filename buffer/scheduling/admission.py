@@ -8,18 +8,22 @@ issued only if no ticket waits, because it would take the oldest ticket's budget
 slots.
 
 With `buffer.overdue=close` the age of tokens is bounded when a position is recorded, and admission has to
-keep both pools busy without letting complete samples grow old. The work in progress is limited:
+keep both pools busy without letting samples grow old. It limits the work in progress:
 
-    running + recordable + partial / 2  <=  min(max(slots + N / 2, 1.75 N), (close_after + 1) N)
+    running + recordable + partial / 2  <=  limit
 
-N: samples of a step. running: samples that are to be made, late ones included. recordable: complete samples
-of whole groups, and parts. partial: complete samples of groups that are neither complete nor closed. slots:
-samples that the servers have room for. So a sample begins for each one that is trained on, and about half a
-step's worth of complete samples waits for the trainer. A limit on complete samples alone makes all free
-slots begin together, be closed together and complete together, in waves in which the trainer waits. Large
-groups hold many partial samples for long: counted fully, they would leave slots empty, and not at all, let
-waves through. The last bound is for a trainer that is slower than the servers: more groups than that would
-not be complete in time. And no more samples begin than the run has positions for.
+running: samples that are to be made, late ones included. recordable: complete samples of whole groups, and
+parts. partial: complete samples of groups that are neither complete nor closed. So a sample begins for each
+one that is trained on. A limit on complete samples alone would make all free slots begin together, be closed
+together and complete together, in waves in which the trainer waits. Large groups hold many partial samples
+for long: counted fully, they would leave slots empty, and not at all, let waves through.
+
+The limit follows the trainer (`step_done`). With N samples in a step, 1.25 N samples should be recorded or
+recordable when the trainer has completed a step: more only grow older, and with fewer it will soon wait. The
+limit moves by a quarter of the difference, between N and what the servers can run plus half a step, and at
+most to `close_after + 1` steps: more groups would not be complete in time. So an engine whose samples take
+longer the more of them run gets as many as the trainer needs, and no more samples begin than the run has
+positions for.
 """
 
 from __future__ import annotations
@@ -36,10 +40,14 @@ from buffer.tables.parts import PartTable
 from buffer.tables.ticket_table import TicketTable
 from buffer.tickets import State, Ticket
 
+_STOCK_STEPS = 1.25
+"""Steps' worth of complete samples that the trainer should find when it has completed a step."""
+_GAIN = 0.25
+"""Change of the limit for each missing sample."""
 _WAITING_STEPS = 0.5
-"""Steps' worth of complete samples that may wait while all slots are in use."""
-_FEWEST_STEPS = 1.75
-"""Steps' worth of samples that are in progress even with few slots."""
+"""Steps' worth of samples that may be in progress in addition to those that the servers can run."""
+_FIRST_STEPS = 1.75
+"""Steps' worth of samples in progress before the first step."""
 
 
 class Admission:
@@ -61,6 +69,7 @@ class Admission:
         self._parts = parts
         self._scheduler = scheduler
         self._bound = bound
+        self._limit = _FIRST_STEPS * self._step_samples
         self._waiting: list[tuple[bool, int]] = []
         """Heap of (has not begun, ticket id) of train tickets with unleased samples. A ticket has begun when
         it has a sample or lease, and so a deadline, or is closed. These come first, then the oldest; outdated
@@ -136,18 +145,31 @@ class Admission:
         is_needed = ticket is not None or self._num_unrecorded_samples < num_left
         return is_needed and self.work_in_progress + size <= self.work_limit
 
+    def step_done(self, num_steps: int) -> None:
+        """With closing: adapts the limit, when the trainer has completed this number of steps."""
+        size = self._settings.group_size
+        num_ahead = self._scheduler.num_taken_from(num_steps)
+        ready = self._tickets.count(Purpose.TRAIN, State.READY)
+        stock = (num_ahead + ready) * size + self._parts.num_loose
+        self._limit = self.work_limit + _GAIN * (_STOCK_STEPS * self._step_samples - stock)
+
     @property
     def work_limit(self) -> float:
         """With closing: the largest work in progress, in samples."""
-        step = self._settings.groups_per_step * self._settings.group_size
-        wanted = max(self._leases.num_slots + _WAITING_STEPS * step, _FEWEST_STEPS * step)
-        return min(wanted, (min(self._settings.close_after, self._bound.current) + 1) * step)
+        step = self._step_samples
+        most = self._leases.num_slots + _WAITING_STEPS * step
+        most = min(most, (min(self._settings.close_after, self._bound.current) + 1) * step)
+        return max(step, min(self._limit, most))
 
     @property
     def work_in_progress(self) -> float:
         """With closing: samples that are being made or are to be recorded, as they count for admission."""
         not_begun = self._scheduler.num_without_deadline * self._settings.group_size
         return self._num_unrecorded_samples - not_begun - self._tickets.num_partial / 2
+
+    @property
+    def _step_samples(self) -> int:
+        return self._settings.groups_per_step * self._settings.group_size
 
     @property
     def _num_unrecorded_samples(self) -> int:

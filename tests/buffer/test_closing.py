@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -40,6 +41,7 @@ class Job:
         self.groups: list[Group] = []
         self.leases: dict[int, Lease] = {}
         """Leases by ticket, in the order in which the groups began."""
+        ledger.state.admission._limit = math.inf  # as if the trainer had waited for a while
         add_server(ledger, "a", capacity=capacity)
         self.grant()
 
@@ -99,9 +101,9 @@ def test_an_overdue_group_is_closed_and_its_samples_are_recorded_as_parts() -> N
     first = job.begun[0]
     job.deliver(first, 0, reward=1.0)
     assert job.state(first) is State.LEASED
-    job.complete_another()  # recorded in step 0; step 1 = 0 + close_after - 1 is being recorded now
+    job.complete_another()
+    job.train()  # step 0; the next one is 0 + close_after - 1
     assert job.state(first) is State.CLOSED and job.ledger.state.parts.num_loose == 1
-    job.train()
     assert job.ledger.trainer.fetch(step=1, position=0) is None, "one part does not fill a position"
     job.deliver(first, 1, [0, 1], reward=0.5)
     position = job.train()
@@ -199,16 +201,23 @@ def test_a_late_sample_is_leased_again_when_its_server_is_lost() -> None:
     assert (lease.ticket_id, lease.sample_indices) == (first, [1]), "closed groups come first"
 
 
-@pytest.mark.parametrize(("capacity", "num_begun"), [(4 * SIZE, 5), (100, 3 * 4)])
-def test_work_in_progress_is_limited_by_slots_and_by_steps(capacity: int, num_begun: int) -> None:
-    job = Job(closing_ledger(groups_per_step=4), capacity=capacity)
-    # Slots for 4 groups and half a step more, but a lease is not larger than the server's room; or 3 steps.
-    assert len(job.leases) == min(num_begun, capacity // SIZE)
-    job.complete_another()
-    job.capacity += SIZE * (capacity == 4 * SIZE)
-    before = len(job.leases)
+def test_work_in_progress_follows_the_trainer() -> None:
+    job = Job(closing_ledger(groups_per_step=4, num_steps=100, max_staleness=4, close_after=4), capacity=1000)
+    admission, step = job.ledger.state.admission, 4 * SIZE
+    assert admission.work_limit == 5 * step == len(job.leases) * SIZE, "at most close_after + 1 steps"
+    admission._limit = 2.0 * step
+    for _ in range(3):  # nothing is recorded or recordable: the trainer will wait
+        admission.step_done(0)
+    assert admission.work_limit == pytest.approx((2 + 3 * 1.25 / 4) * step)
+    for ticket in job.begun[:8]:
+        for index in range(SIZE):
+            job.deliver(ticket, index)
+    for _ in range(20):  # two steps' worth: more than enough
+        admission.step_done(0)
+    assert admission.work_limit == step, "but never less than a step"
+    job.capacity = 0
     job.grant()
-    assert len(job.leases) <= num_begun + 1 and len(job.leases) >= before
+    assert job.ledger.state.leases.num_slots < 5 * step
 
 
 def test_the_last_step_cancels_what_is_left() -> None:
