@@ -23,7 +23,7 @@ from trainer.distributed.ranks import Ranks
 OBJECTIVES: list[dict[str, Any]] = [
     {"name": "tis", "level": "sequence"},
     {"name": "gspo", "clip_low": 0.05, "clip_high": 0.05},
-    {"name": "vcpo"},
+    {"name": "vcpo", "normalizer": "token_mean"},
     {"name": "tis", "level": "token", "normalize": True},
 ]
 

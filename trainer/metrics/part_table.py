@@ -86,21 +86,21 @@ class PartTable:
         """
         rows = torch.tensor(self._rows, dtype=torch.float64).flatten()
         table = ranks.gather(rows).view(-1, len(SampleRow._fields)).numpy()
-        column = SampleRow(*table.T)
-        sampled_B, beyond_B = column.num_sampled, column.num_beyond
-        late_B = column.is_late > 0
+        column = dict(zip(SampleRow._fields, table.T, strict=True))
+        sampled_B, beyond_B = column["num_sampled"], column["num_beyond"]
+        late_B, reward_B = column["is_late"] > 0, column["reward"]
         quartile_B = _quartiles(sampled_B)
-        early_of = dict(zip(column.ticket_id.tolist(), column.num_early.tolist(), strict=True))
+        early_of = dict(zip(column["ticket_id"].tolist(), column["num_early"].tolist(), strict=True))
         found = {
             "beyond_share": _ratio(beyond_B.sum(), sampled_B.sum()),
-            "beyond_share_first": _mean(column.is_first_beyond),
-            "masked_share": _ratio(column.num_masked.sum(), sampled_B.sum()),
-            "beyond_advantage": _ratio(column.advantage_beyond.sum(), beyond_B.sum()),
+            "beyond_share_first": _mean(column["is_first_beyond"]),
+            "masked_share": _ratio(column["num_masked"].sum(), sampled_B.sum()),
+            "beyond_advantage": _ratio(column["advantage_beyond"].sum(), beyond_B.sum()),
             "late_share": _mean(late_B),
-            "late_reward_gap": _mean(column.reward[~late_B]) - _mean(column.reward[late_B])
+            "late_reward_gap": _mean(reward_B[~late_B]) - _mean(reward_B[late_B])
             if late_B.any() and not late_B.all()
             else 0.0,
-            "late_alone": float((late_B & (column.has_others == 0)).sum()),
+            "late_without_baseline": float((late_B & (column["has_others"] == 0)).sum()),
             "early_members": _mean(np.array([num for num in early_of.values() if num >= 0])),
         }
         for quartile in range(4):
@@ -108,8 +108,8 @@ class PartTable:
             found[f"beyond_share_q{quartile + 1}"] = _ratio(
                 beyond_B[of_quartile].sum(), sampled_B[of_quartile].sum()
             )
-        lags = column.lag[column.lag >= 0].astype(np.int64)
-        return found | lag_metrics(np.bincount(lags, minlength=1).tolist())
+        lags = column["lag"].astype(np.int64)
+        return found | lag_metrics(np.bincount(lags[lags >= 0], minlength=1).tolist())
 
 
 def _quartiles(length_B: NDArray[np.float64]) -> NDArray[np.int64]:
