@@ -26,6 +26,8 @@ class SampleRow(NamedTuple):
 
     ticket_id: int
     """Of its group."""
+    sample_index: int
+    """In the group."""
     num_early: int
     """Members that were complete when its group was closed; -1: a whole group."""
     is_late: bool
@@ -66,6 +68,7 @@ class PartTable:
             self._rows.append(
                 SampleRow(
                     ticket_id=origin.ticket_id,
+                    sample_index=origin.sample_index,
                     num_early=len(origin.early) if origin.is_closed else -1,
                     is_late=origin.is_late,
                     has_others=any(each.sample_index != origin.sample_index for each in origin.early),
@@ -89,7 +92,7 @@ class PartTable:
         column = dict(zip(SampleRow._fields, table.T, strict=True))
         sampled_B, beyond_B = column["num_sampled"], column["num_beyond"]
         late_B, reward_B = column["is_late"] > 0, column["reward"]
-        quartile_B = _quartiles(sampled_B)
+        quartile_B = _quartiles(sampled_B, column["sample_index"], column["ticket_id"])
         early_of = dict(zip(column["ticket_id"].tolist(), column["num_early"].tolist(), strict=True))
         found = {
             "beyond_share": _ratio(beyond_B.sum(), sampled_B.sum()),
@@ -112,10 +115,13 @@ class PartTable:
         return found | lag_metrics(np.bincount(lags[lags >= 0], minlength=1).tolist())
 
 
-def _quartiles(length_B: NDArray[np.float64]) -> NDArray[np.int64]:
-    """[B] 0 for the shortest quarter to 3 for the longest, by rank; equal lengths in recorded order."""
+def _quartiles(length_B: NDArray[np.float64], *ties: NDArray[np.float64]) -> NDArray[np.int64]:
+    """[B] 0 for the shortest quarter to 3 for the longest, by rank.
+
+    `ties`: order of equal lengths, by the last of these first.
+    """
     rank_B = np.empty(len(length_B), dtype=np.int64)
-    rank_B[np.argsort(length_B, kind="stable")] = np.arange(len(length_B))
+    rank_B[np.lexsort((*ties, length_B))] = np.arange(len(length_B))
     return rank_B * 4 // max(len(length_B), 1)
 
 
