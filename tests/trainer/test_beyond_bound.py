@@ -1,4 +1,4 @@
-"""Tokens beyond the staleness bound: exact ages, masked like a prompt, whole lengths as divisors; cap, ratio."""
+"""Tokens beyond the staleness bound: ages, masks like a prompt, whole lengths as divisors, cap, ratio."""
 
 from __future__ import annotations
 
