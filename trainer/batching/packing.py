@@ -45,6 +45,8 @@ class SampleCounts(NamedTuple):
     """Tokens of its whole sample: trained and masked ones of all of the sample's sequences."""
     num_samples: int
     """1 for the first sequence of a sample, else 0."""
+    sample_index: int
+    """Of the sample in its group."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,6 +63,8 @@ class TrainingSample:
     """Position of its group in the step, counted over all ranks."""
     lag: int | NDArray[np.int64] = 0
     """Optimizer steps since the weights that sampled its tokens: a number, or an int64 array [num_tokens]."""
+    index: int = 0
+    """Of the sample in its group; read if the sample has several segments."""
     beyond: NDArray[np.bool_] | None = None
     """bool [num_tokens]: trained tokens that are beyond the staleness bound; None: none."""
     counts: SampleCounts | None = None
@@ -69,7 +73,7 @@ class TrainingSample:
     @property
     def resolved_counts(self) -> SampleCounts:
         """`counts`, with None resolved."""
-        return self.counts or SampleCounts(0, num_targets(self.trajectory), 1)
+        return self.counts or SampleCounts(0, num_targets(self.trajectory), 1, self.index)
 
 
 MicroBatch = tuple[TrainingSample, ...]
@@ -182,6 +186,8 @@ class DivisorCounts(NamedTuple):
     num_masked_N: Tensor
     sample_length_N: Tensor
     num_samples_N: Tensor
+    sample_N: Tensor
+    """A number for each sample, which its sequences in this micro-batch share."""
 
 
 class DeviceRows(NamedTuple):
@@ -316,6 +322,10 @@ def collate(
     counts = None
     if any(sample.counts is not None for sample in samples):
         table_N = np.array([sample.resolved_counts for sample in samples], dtype=np.int64)
+        known: dict[tuple[int, int], int] = {}
+        for number, sample in enumerate(samples):
+            place = (sample.group, sample.counts.sample_index) if sample.counts else (-1, number)
+            table_N[number, -1] = known.setdefault(place, len(known))
         counts = DivisorCounts(*copied([*np.ascontiguousarray(table_N.T)], device))
     return PackedBatch(
         **tensors,

@@ -127,7 +127,10 @@ class SampledTokens:
         )
         num_dropped_N = (self.length_N - length_N).long()
         counts = self.counts or DivisorCounts(
-            torch.zeros_like(num_dropped_N), self.length_N.long(), torch.ones_like(num_dropped_N)
+            num_masked_N=torch.zeros_like(num_dropped_N),
+            sample_length_N=self.length_N.long(),
+            num_samples_N=torch.ones_like(num_dropped_N),
+            sample_N=torch.arange(len(num_dropped_N), device=num_dropped_N.device),
         )
         counts = counts._replace(num_masked_N=counts.num_masked_N + num_dropped_N)
         return replace(self, **tensors, length_N=length_N, counts=counts)
@@ -147,6 +150,11 @@ class SampledTokens:
         if self.counts is None:
             return counted_N
         return counted_N + (self.counts.sample_length_N - self.length_N)
+
+    @property
+    def sample_N(self) -> Tensor | None:
+        """int64: a number for each sample, which its sequences share. None: each sequence is a sample."""
+        return None if self.counts is None else self.counts.sample_N
 
     def of_trained(self, value_N: Tensor) -> Tensor:
         """The values [N] of sequences with tokens: one whose tokens are all masked has no weight."""

@@ -2,8 +2,9 @@
 
 A segment is a separate sequence: it has its own positions, and its tokens do not attend to other segments.
 The samples of the segments belong to the same group and have the trajectory's reward; in the divisors of
-normalizers they count as one sample. A segment without tokens to train on (all its sampled tokens belong to
-an earlier branch, or are beyond the staleness bound) is left out.
+normalizers they count as one sample. The importance weight W of a segment is the product over its own tokens,
+because the segments of a sample need not be in one micro-batch. A segment without tokens to train on (all its
+sampled tokens belong to an earlier branch, or are beyond the staleness bound) is left out.
 
 Shape suffixes: T tokens of a trajectory, S its tokens that are trained on.
 """

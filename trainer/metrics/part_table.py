@@ -26,6 +26,8 @@ class SampleRow(NamedTuple):
 
     ticket_id: int
     """Of its group."""
+    sample_index: int
+    """In the group."""
     num_early: int
     """Members that were complete when its group was closed; -1: a whole group."""
     is_late: bool
@@ -66,6 +68,7 @@ class PartTable:
             self._rows.append(
                 SampleRow(
                     ticket_id=origin.ticket_id,
+                    sample_index=origin.sample_index,
                     num_early=len(origin.early) if origin.is_closed else -1,
                     is_late=origin.is_late,
                     has_others=any(each.sample_index != origin.sample_index for each in origin.early),
@@ -86,21 +89,21 @@ class PartTable:
         """
         rows = torch.tensor(self._rows, dtype=torch.float64).flatten()
         table = ranks.gather(rows).view(-1, len(SampleRow._fields)).numpy()
-        column = SampleRow(*table.T)
-        sampled_B, beyond_B = column.num_sampled, column.num_beyond
-        late_B = column.is_late > 0
-        quartile_B = _quartiles(sampled_B)
-        early_of = dict(zip(column.ticket_id.tolist(), column.num_early.tolist(), strict=True))
+        column = dict(zip(SampleRow._fields, table.T, strict=True))
+        sampled_B, beyond_B = column["num_sampled"], column["num_beyond"]
+        late_B, reward_B = column["is_late"] > 0, column["reward"]
+        quartile_B = _quartiles(sampled_B, column["sample_index"], column["ticket_id"])
+        early_of = dict(zip(column["ticket_id"].tolist(), column["num_early"].tolist(), strict=True))
         found = {
             "beyond_share": _ratio(beyond_B.sum(), sampled_B.sum()),
-            "beyond_share_first": _mean(column.is_first_beyond),
-            "masked_share": _ratio(column.num_masked.sum(), sampled_B.sum()),
-            "beyond_advantage": _ratio(column.advantage_beyond.sum(), beyond_B.sum()),
+            "beyond_share_first": _mean(column["is_first_beyond"]),
+            "masked_share": _ratio(column["num_masked"].sum(), sampled_B.sum()),
+            "beyond_advantage": _ratio(column["advantage_beyond"].sum(), beyond_B.sum()),
             "late_share": _mean(late_B),
-            "late_reward_gap": _mean(column.reward[~late_B]) - _mean(column.reward[late_B])
+            "late_reward_gap": _mean(reward_B[~late_B]) - _mean(reward_B[late_B])
             if late_B.any() and not late_B.all()
             else 0.0,
-            "late_alone": float((late_B & (column.has_others == 0)).sum()),
+            "late_without_baseline": float((late_B & (column["has_others"] == 0)).sum()),
             "early_members": _mean(np.array([num for num in early_of.values() if num >= 0])),
         }
         for quartile in range(4):
@@ -108,14 +111,17 @@ class PartTable:
             found[f"beyond_share_q{quartile + 1}"] = _ratio(
                 beyond_B[of_quartile].sum(), sampled_B[of_quartile].sum()
             )
-        lags = column.lag[column.lag >= 0].astype(np.int64)
-        return found | lag_metrics(np.bincount(lags, minlength=1).tolist())
+        lags = column["lag"].astype(np.int64)
+        return found | lag_metrics(np.bincount(lags[lags >= 0], minlength=1).tolist())
 
 
-def _quartiles(length_B: NDArray[np.float64]) -> NDArray[np.int64]:
-    """[B] 0 for the shortest quarter to 3 for the longest, by rank; equal lengths in recorded order."""
+def _quartiles(length_B: NDArray[np.float64], *ties: NDArray[np.float64]) -> NDArray[np.int64]:
+    """[B] 0 for the shortest quarter to 3 for the longest, by rank.
+
+    `ties`: order of equal lengths, by the last of these first.
+    """
     rank_B = np.empty(len(length_B), dtype=np.int64)
-    rank_B[np.argsort(length_B, kind="stable")] = np.arange(len(length_B))
+    rank_B[np.lexsort((*ties, length_B))] = np.arange(len(length_B))
     return rank_B * 4 // max(len(length_B), 1)
 
 

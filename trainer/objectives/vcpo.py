@@ -184,6 +184,7 @@ class Vcpo(Objective):
                 advantage_N.double(),
                 batch.group_N,
                 leave_one_out=self.leave_one_out,
+                sample_N=batch.sample_N,
             ).to(advantage_N)
         means["baseline"] = baseline_N
         return TokenLosses(

@@ -438,12 +438,13 @@ class AdvantagePipeline:
                 if beyond_T is not None and self._masks_beyond:
                     length = num_targets(trajectory)
                     trajectory = as_context(trajectory, beyond_T)
-                    counts = SampleCounts(length - num_targets(trajectory), length, 1)
+                    counts = SampleCounts(length - num_targets(trajectory), length, 1, index)
                 samples.append(
                     TrainingSample(
                         trajectory=trajectory,
                         advantage=advantage,
                         group=place,
+                        index=index,
                         lag=position.lags[index],
                         beyond=None if self._masks_beyond else beyond_T,
                         counts=counts,
