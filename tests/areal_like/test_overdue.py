@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from areal_like.config import Config
 from areal_like.errors import ConfigError
 from areal_like.runtime.command_line import CONFIGS, load_config, save_config
 from buffer.settings import LedgerSettings
@@ -112,7 +111,7 @@ def test_close_after_has_a_default_within_the_bound() -> None:
         ([CLOSE, "staleness.close_after=5"], r"close_after=5 is beyond max_staleness=4: set .* at most 4"),
         ([AUTO, "staleness.close_after=5"], r"close_after=5 is beyond max_staleness=4: set .* at most 4"),
         (
-            ["staleness.beyond=cap"],
+            ["buffer.overdue=wait", "staleness.beyond=cap"],
             r"staleness\.beyond=cap is for buffer\.overdue=close: with wait no .*: set .*beyond=mask",
         ),
         (["buffer.overdue=drop", "staleness.beyond=ratio"], "with drop no token"),
@@ -163,7 +162,3 @@ def test_every_preset_accepts_auto(preset: str) -> None:
 @pytest.mark.parametrize("file", JOBS, ids=lambda file: str(file.stem))
 def test_every_job_accepts_auto(file: Path) -> None:
     assert load_config(["--config", str(file), AUTO]).overdue == "close"
-
-
-def test_default_needs_no_resolution() -> None:
-    assert Config().overdue == Config().buffer.overdue
