@@ -136,9 +136,10 @@ class StalenessConfig(Section, key="staleness"):
     `cap` and `ratio` the bound limits weights, not ages."""
 
 
-WHOLE_GROUP_OBJECTIVES = frozenset({"oapl", "online_dpo", "rebel"})
-"""Objectives whose losses need all samples of a group at once. The buffer has to know them without importing
-the trainer."""
+_WHOLE_GROUP_OBJECTIVES = frozenset({"oapl", "online_dpo", "rebel"})
+_SHAPINGS_OF_PARTS = frozenset({"laconic", "overlong"})
+"""Names of objectives, and of reward shapings, that need all samples of a group at once, and that do not. The
+buffer has to know them without importing the trainer, which declares the same as `takes_parts`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,8 +254,12 @@ class Config(Section):
     @property
     def _reason_to_wait(self) -> str:
         """Why `buffer.overdue=auto` is `wait` in this job; empty: it is `close`."""
-        for section in ("objective", "advantage"):
-            if "_target_" in getattr(self, section):
+        for section, settings in (
+            ("objective", self.objective),
+            ("advantage", self.advantage),
+            *(("advantage.shaping", shaping) for shaping in self._shapings),
+        ):
+            if "_target_" in settings:
                 return f"{section}._target_ may need whole groups"
         if self.close_after < 2 and not self.staleness.close_after and self.staleness_cap:
             return f"with max_staleness={self.max_staleness} groups would be closed as they begin"
@@ -263,7 +268,7 @@ class Config(Section):
     @property
     def contradicts_close(self) -> tuple[str, str]:
         """The first setting that contradicts `buffer.overdue=close`, and what to change; empty: none does."""
-        interval, close_after, name = self.weights.sync_interval, self.close_after, self.objective.get("name")
+        interval, close_after = self.weights.sync_interval, self.close_after
         if self.max_staleness == "auto":
             return (
                 "max_staleness=auto moves the bound by which groups are closed",
@@ -287,8 +292,8 @@ class Config(Section):
                 "sampling.greedy_baseline=true compares whole groups with their greedy sample",
                 "set sampling.greedy_baseline=false and another advantage than remax",
             )
-        if name in WHOLE_GROUP_OBJECTIVES:
-            return f"objective.name={name} needs whole groups", "choose another objective"
+        if method := self._needs_whole_groups:
+            return method
         if close_after > self.staleness_cap:
             return (
                 f"staleness.close_after={close_after} is beyond max_staleness={self.max_staleness}",
@@ -301,6 +306,37 @@ class Config(Section):
                 f"set staleness.close_after and max_staleness to at least {interval}",
             )
         return "", ""
+
+    @property
+    def _needs_whole_groups(self) -> tuple[str, str] | None:
+        """The part of the method that needs all samples of a group at once, and what to change."""
+        name, advantage = self.objective.get("name"), self.advantage.get("name")
+        if name in _WHOLE_GROUP_OBJECTIVES:
+            return f"objective.name={name} needs whole groups", "choose another objective"
+        is_own_baseline = name == "vcpo" and self.objective.get("baseline", "group") != "none"
+        if is_own_baseline and not self.objective.get("leave_one_out", False):
+            return (
+                "objective.name=vcpo computes its baseline from whole groups",
+                "set objective.leave_one_out=true",
+            )
+        for shaping in self._shapings:
+            if "name" in shaping and shaping["name"] not in _SHAPINGS_OF_PARTS:
+                return f"advantage.shaping={shaping['name']} needs whole groups", "leave it out"
+        discount = self.advantage.get("turn_discount", 1)
+        if advantage != "gae" and discount != 1:
+            return (
+                f"advantage.turn_discount={discount} needs the rewards of all turns of whole groups",
+                "set advantage.turn_discount=1",
+            )
+        if advantage != "gae" and self.kl.coef and self.kl.place == "reward":
+            return "kl.place=reward needs the log-probs of whole groups", "set kl.place=loss"
+        return None
+
+    @property
+    def _shapings(self) -> list[dict[str, Any]]:
+        """`advantage.shaping` as far as it is well formed; the trainer checks it."""
+        shapings = self.advantage.get("shaping")
+        return [one for one in shapings if isinstance(one, dict)] if isinstance(shapings, list) else []
 
     def _check_staleness(self) -> None:
         """Refuses settings that contradict `buffer.overdue=close`, or that need it."""

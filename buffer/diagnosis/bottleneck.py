@@ -133,7 +133,8 @@ def advice(utilisation: Utilisation, *, max_staleness: int, facts: JobFacts = _N
     if engines >= _IDLE > trainer:
         most = 1 / max(0.02, 1 - engines)
         closed = (
-            f", and complete samples for {facts.steps_complete:.1f} steps are waiting, so no new group begins"
+            f", and complete samples for {facts.steps_complete:.1f} steps are waiting, so few new groups "
+            "begin"
             if facts.overdue == "close" and facts.steps_complete >= 1
             else ""
         )

@@ -4,13 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from areal_like.config import Config
-from areal_like.config.job import WHOLE_GROUP_OBJECTIVES
 from areal_like.errors import ConfigError
 from areal_like.runtime.command_line import CONFIGS, load_config, save_config
 from buffer.settings import LedgerSettings
 from tests.support.launching import ROOT
-from trainer.objectives import OBJECTIVES
 
 AUTO, CLOSE = "buffer.overdue=auto", "buffer.overdue=close"
 CONTRADICTIONS = [
@@ -28,6 +25,16 @@ CONTRADICTIONS = [
     (["objective=oapl"], r"single_version needs whole groups"),
     (["objective=rebel"], r"objective\.name=rebel needs whole groups: choose another objective"),
     (["objective=online_dpo"], r"objective\.name=online_dpo needs whole groups"),
+    (["objective=vcpo"], r"objective\.name=vcpo computes .*: set objective\.leave_one_out=true"),
+    (
+        ["advantage.shaping=[{name: overlong}, {name: grpo_lambda}]"],
+        r"advantage\.shaping=grpo_lambda needs whole groups: leave it out",
+    ),
+    (
+        ["advantage.turn_discount=0.9"],
+        r"advantage\.turn_discount=0\.9 needs .*: set advantage.turn_discount=1",
+    ),
+    (["kl.coef=0.1", "kl.place=reward"], r"kl\.place=reward needs .*: set kl\.place=loss"),
     (
         ["max_staleness=8", "weights.sync_interval=6", "staleness.close_after=5"],
         r"staleness\.close_after=5 is less than weights\.sync_interval=6, .*close_after and max_staleness to "
@@ -58,7 +65,10 @@ def test_contradiction_is_refused_and_means_wait_with_auto(settings: list[str], 
         ["weights.update_mode=drain"],
         ["buffer.group_filter=spread", "buffer.num_shards=2"],
         ["advantage=gae"],
-        ["objective=vcpo"],
+        ["objective=vcpo", "objective.leave_one_out=true"],
+        ["objective=vcpo", "objective.baseline=none"],
+        ["advantage=gae", "advantage.turn_discount=0.9", "kl.coef=0.1", "kl.place=reward"],
+        ["advantage.shaping=[{name: overlong}]", "kl.coef=0.1"],
     ],
     ids=" ".join,
 )
@@ -69,7 +79,11 @@ def test_auto_means_close_where_nothing_contradicts_it(settings: list[str]) -> N
 
 
 def test_auto_waits_for_classes_that_only_the_trainer_knows() -> None:
-    for own in ("objective._target_=my.Objective", "advantage._target_=my.Advantage"):
+    for own in (
+        "objective._target_=my.Objective",
+        "advantage._target_=my.Advantage",
+        "advantage.shaping=[{_target_: my.Shaping}]",
+    ):
         assert load_config([AUTO, own]).overdue == "wait"
         assert load_config([CLOSE, own]).overdue == "close", "the trainer checks it"
 
@@ -97,7 +111,7 @@ def test_close_after_has_a_default_within_the_bound() -> None:
         ([CLOSE, "staleness.close_after=5"], r"close_after=5 is beyond max_staleness=4: set .* at most 4"),
         ([AUTO, "staleness.close_after=5"], r"close_after=5 is beyond max_staleness=4: set .* at most 4"),
         (
-            ["staleness.beyond=cap"],
+            ["buffer.overdue=wait", "staleness.beyond=cap"],
             r"staleness\.beyond=cap is for buffer\.overdue=close: with wait no .*: set .*beyond=mask",
         ),
         (["buffer.overdue=drop", "staleness.beyond=ratio"], "with drop no token"),
@@ -136,21 +150,15 @@ def test_a_run_keeps_its_rule(tmp_path: Path) -> None:
 
 
 PRESETS = [f"{file.parent.name}={file.stem}" for file in sorted(CONFIGS.glob("*/*.yaml"))]
+WAITING = {f"objective={name}" for name in ("oapl", "rebel", "online_dpo", "vcpo")} | {"advantage=remax"}
 JOBS = sorted([*CONFIGS.glob("jobs/*.yaml"), *CONFIGS.glob("scale/*.yaml")])
 
 
 @pytest.mark.parametrize("preset", [name for name in PRESETS if not name.startswith(("jobs=", "scale="))])
 def test_every_preset_accepts_auto(preset: str) -> None:
-    expected = "wait" if preset in ("objective=oapl", "objective=rebel", "objective=online_dpo") else "close"
-    expected = "wait" if preset == "advantage=remax" else expected
-    assert load_config([AUTO, preset]).overdue == expected
+    assert load_config([AUTO, preset]).overdue == ("wait" if preset in WAITING else "close")
 
 
 @pytest.mark.parametrize("file", JOBS, ids=lambda file: str(file.stem))
 def test_every_job_accepts_auto(file: Path) -> None:
     assert load_config(["--config", str(file), AUTO]).overdue == "close"
-
-
-def test_objectives_of_whole_groups_exist() -> None:
-    assert set(OBJECTIVES.names()) >= WHOLE_GROUP_OBJECTIVES
-    assert Config().overdue == Config().buffer.overdue, "the default needs no resolution"

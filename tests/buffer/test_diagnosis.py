@@ -351,7 +351,7 @@ def test_a_wait_for_overdue_groups_is_named_with_its_remedy() -> None:
 
 def test_closed_groups_are_explained() -> None:
     full = replace(CLOSING, num_ready=20, num_parts=33)
-    assert "complete samples for 1.5 steps are waiting, so no new group begins" in advised(
+    assert "complete samples for 1.5 steps are waiting, so few new groups begin" in advised(
         full, wait=0.0, idle=0.5
     )
     assert "are waiting" not in advised(CLOSING, wait=0.0, idle=0.5)
