@@ -13,6 +13,7 @@ from areal_like.wire.records import BYTES_PER_TOKEN
 from buffer.prompts.curriculum import CurriculumKind, CurriculumSettings
 
 GROUPS_PER_STEP, DURABILITY = "trainer.groups_per_step", "buffer.durability"
+OVERDUE, BEYOND = "buffer.overdue", "staleness.beyond"
 """Recorded by step, although they change only with the start of a trainer."""
 
 
@@ -117,6 +118,8 @@ class LedgerSettings:
             recorded={
                 GROUPS_PER_STEP: str(config.trainer.groups_per_step),
                 DURABILITY: config.buffer.durability,
+                OVERDUE: config.overdue,
+                BEYOND: config.staleness.beyond,
             },
             shard=shard,
         )

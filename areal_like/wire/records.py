@@ -38,7 +38,7 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -527,6 +527,12 @@ class RecordLocation:
     offset: int
     num_bytes: int
     crc32: int
+
+
+def sampled_versions(records: Iterable[Record]) -> list[int]:
+    """All weight versions that sampled a token of these records, ascending."""
+    runs = (run for record in records for run in record.runs)
+    return sorted({version for version, _ in runs if version != NOT_SAMPLED})
 
 
 def segment_path(directory: Path, segment: int) -> Path:

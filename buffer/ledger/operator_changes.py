@@ -154,6 +154,8 @@ class OperatorChanges:
     def _recorded_ticket(self, ticket_id: int) -> Ticket:
         """A ticket that an operator may remove. Raises RefusedError(ticket_id, reason)."""
         ticket = self._state.tickets.live.get(ticket_id)
+        if (group := self._state.parts.find(ticket_id)) is not None:
+            raise RefusedError(str(ticket_id), self._positions_of(group))
         if ticket is None or ticket.state is not State.BATCHED:
             state = f"{ticket.state.value}" if ticket else "ended, or was never issued"
             raise RefusedError(
@@ -166,6 +168,16 @@ class OperatorChanges:
                 f"go back with resume=step:K, K <= {ticket.step}, first",
             )
         return ticket
+
+    def _positions_of(self, group: Ticket) -> str:
+        """Where the samples of a closed group are."""
+        recorded = {ticket.ticket_id: ticket for ticket in self._state.steps.tickets_from(0)}
+        positions = [recorded[key] for key in sorted({*group.placed.values()}) if key in recorded]
+        places = ", ".join(f"{ticket.ticket_id} (step {ticket.step})" for ticket in positions)
+        return (
+            "is a group that was closed; its samples are trained on in positions that are tickets of their "
+            f"own: {places or 'none so far'}. Drop those"
+        )
 
     def _record(self, verb: str, subject: str, *, unix_s: float, detail: str = "") -> None:
         row = OperationRow(unix_s=unix_s, verb=verb, subject=subject, detail=detail)

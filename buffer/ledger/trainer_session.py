@@ -12,17 +12,16 @@ contains (`stream_state`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 from areal_like.config.evaluation import DEFAULT_SET
 from areal_like.errors import RefusedError, RunFinishedError
-from areal_like.trajectory import NOT_SAMPLED
 from areal_like.wire.messages.consumer import ClosedGroup, EarlyMember, Group, StepSettings
 from areal_like.wire.messages.evaluation import EvalResult
 from areal_like.wire.messages.producer import Purpose
-from areal_like.wire.records import Record
+from areal_like.wire.records import sampled_versions
 from buffer.ledger.lifecycle import TicketLifecycle
 from buffer.ledger.state import LedgerState
 from buffer.prompts.order import Prompt
@@ -165,7 +164,7 @@ class TrainerSession:
             records=records,
             version_steps=[ticket.samples[index].oldest_step for index in range(ticket.num_samples)],
             max_staleness=ticket.max_staleness,
-            versions=(versions := _versions_of(records)),
+            versions=(versions := sampled_versions(records)),
             steps=[self._versions.weights_of(version)[0] for version in versions],
             begin_step=ticket.begin_step,
             closed=self._closed_groups(ticket),
@@ -461,9 +460,3 @@ class TrainerSession:
         self._scheduler.restore((), first_step=step)
         for ticket in self._steps.begin_at(step):
             self._lifecycle.release(ticket)
-
-
-def _versions_of(records: Iterable[Record]) -> list[int]:
-    """All versions that sampled a token, ascending."""
-    runs = (run for record in records for run in record.runs)
-    return sorted({version for version, _ in runs if version != NOT_SAMPLED})

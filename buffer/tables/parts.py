@@ -86,6 +86,10 @@ class PartTable:
         """A closed group of which a position holds a sample."""
         return self._groups[ticket_id]
 
+    def find(self, ticket_id: int) -> Ticket | None:
+        """A closed group whose records are still needed; None if there is none."""
+        return self._groups.get(ticket_id)
+
     def is_over(self, group: Ticket) -> bool:
         """True if every sample of a closed group is placed or given up."""
         return len(group.placed.keys() | group.failed) == group.num_samples

@@ -361,7 +361,9 @@ LEDGER_INVARIANTS = (
         WHERE num_made + num_failed != num_samples OR num_made = 0
         UNION ALL
         SELECT printf('ticket %d, sample %d has failed for good, and arrived', ticket_id, sample_index)
-        FROM failures JOIN samples USING (ticket_id, sample_index) WHERE given_up""",
+        FROM failures CROSS JOIN tickets USING (ticket_id)
+             CROSS JOIN samples USING (ticket_id, sample_index)
+        WHERE given_up AND purpose = 'eval'""",
     ),
     Invariant(
         text="the counters equal the sums of the rows",

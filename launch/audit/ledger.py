@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
+from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,17 +22,22 @@ from launch.audit.result import Audit, Check
 _Row = tuple[int, ...]
 _OLDEST = 2
 """Oldest schema version whose runs can be audited without a buffer that migrates them."""
-_ADDED = {
-    3: """
-CREATE TEMP VIEW tickets AS SELECT *, '' AS eval_set FROM main.tickets;
-CREATE TEMP VIEW failures AS SELECT *, 0 AS given_up FROM main.failures;
-CREATE TEMP TABLE evaluations (
-    first_ticket INTEGER PRIMARY KEY, eval_id, eval_set, num_prompts, num_samples, state
-);
-""",
-    4: "CREATE TEMP TABLE settings (id INTEGER PRIMARY KEY, step, key, value, origin, unix_s);",
+_ADDED_TABLES = (
+    (3, "evaluations (first_ticket INTEGER PRIMARY KEY, eval_id, eval_set, num_prompts, num_samples, state)"),
+    (4, "settings (id INTEGER PRIMARY KEY, step, key, value, origin, unix_s)"),
+    (5, "parts (ticket_id, sample_index, position_id, slot, PRIMARY KEY (ticket_id, sample_index))"),
+)
+_ADDED_COLUMNS = {
+    "tickets": (
+        (3, "'' AS eval_set"),
+        (5, "-1 AS begin_step"),
+        (5, "-1 AS close_step"),
+        (5, "'[]' AS early"),
+    ),
+    "samples": ((5, "'[]' AS token_steps"),),
+    "failures": ((3, "0 AS given_up"),),
 }
-"""Schema version -> what it added, under names that hide the tables of an older file."""
+"""Table -> (schema version, column that it added); they are read under names that hide those of the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +51,8 @@ class LedgerAudit:
     committed_step: int
     """-1: none."""
     steps: list[_Row]
-    """(step, number of groups, last position) of every step with groups, ascending."""
+    """(step, number of groups, last position, largest staleness bound) of every step with groups,
+    ascending."""
     versions: dict[int, int]
     """Version -> step of its weights."""
     settings: list[tuple[int, str, str]]
@@ -82,8 +90,8 @@ def audit_ledger(directory: Path) -> LedgerAudit:
         marks = dict(query("SELECT name, value FROM marks"))
         counters = dict(query("SELECT name, value FROM statistics"))
         steps = query(
-            "SELECT step, count(*), max(position) FROM tickets WHERE state IN ('batched', 'trained') "
-            "GROUP BY step ORDER BY step"
+            "SELECT step, count(*), max(position), max(max_staleness) FROM tickets "
+            "WHERE state IN ('batched', 'trained') GROUP BY step ORDER BY step"
         ).fetchall()
         versions = dict(query("SELECT version, step FROM versions"))
         settings = query("SELECT step, key, value FROM settings ORDER BY id").fetchall()
@@ -93,9 +101,9 @@ def audit_ledger(directory: Path) -> LedgerAudit:
         ).fetchone()
         samples = query(
             "SELECT ticket_id, sample_index, segment, offset, num_bytes, crc32, "
-            "oldest_version, newest_version, num_sampled, reward "
+            "oldest_version, newest_version, num_sampled, reward, token_steps "
             "FROM tickets CROSS JOIN samples USING (ticket_id) "
-            "WHERE released = 0 AND state IN ('ready', 'batched', 'trained', 'evaluated')"
+            "WHERE released = 0 AND state IN ('ready', 'closed', 'batched', 'trained', 'evaluated', 'split')"
         ).fetchall()
         connection.execute("COMMIT")
     committed_step = marks.get("committed_step", -1)
@@ -111,7 +119,7 @@ def audit_ledger(directory: Path) -> LedgerAudit:
         shard=Shard(marks.get("shard", 0), marks.get("num_shards", 1)),
         result=Audit(
             run=str(directory),
-            checks=[*checks, *_trajectories_on_disk(directory, samples)],
+            checks=[*checks, *_trajectories_on_disk(directory, samples, versions)],
             tickets={"issued": sum(tickets.values())} | tickets,
             drops=drops,
             failures={
@@ -133,19 +141,25 @@ def _connect(directory: Path) -> sqlite3.Connection:
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version >= _OLDEST:
         connection.execute("PRAGMA temp_store = MEMORY")
-        connection.executescript("".join(script for since, script in _ADDED.items() if since > version))
+        scripts = [f"CREATE TEMP TABLE {table}" for since, table in _ADDED_TABLES if since > version]
+        for table, columns in _ADDED_COLUMNS.items():
+            if added := [column for since, column in columns if since > version]:
+                scripts.append(f"CREATE TEMP VIEW {table} AS SELECT *, {', '.join(added)} FROM main.{table}")
+        connection.executescript(";".join(scripts))
     return connection
 
 
-def _trajectories_on_disk(directory: Path, samples: list[tuple[Any, ...]]) -> tuple[Check, Check]:
+def _trajectories_on_disk(
+    directory: Path, samples: list[tuple[Any, ...]], versions: dict[int, int]
+) -> tuple[Check, Check]:
     """Reads and checks every record that may still be trained on or is kept for an evaluation.
 
     A record is read only if it has the row's length and checksum, its segments cover its tokens, and its
-    turns end at sampled tokens.
+    turns end at sampled tokens. `versions`: step of each version's weights.
     """
     unread: dict[int, str] = {}
     wrong: dict[int, str] = {}
-    for ticket_id, sample_index, segment, offset, num_bytes, crc32, *row in samples:
+    for ticket_id, sample_index, segment, offset, num_bytes, crc32, *row, token_steps in samples:
         try:
             record = read_record(
                 directory,
@@ -156,7 +170,10 @@ def _trajectories_on_disk(directory: Path, samples: list[tuple[Any, ...]]) -> tu
         except StoreCorruptError as error:
             unread.setdefault(ticket_id, str(error))
             continue
-        if (found := _row_of(record)) != row:
+        found = _row_of(record)
+        if token_steps != "[]":  # all tokens are of one step, or an earlier release recorded the sample
+            row, found = [*row, token_steps], [*found, _token_steps_of(record, versions)]
+        if found != row:
             text = f"sample {sample_index} of ticket {ticket_id}: {row} in its row, {found} in its trajectory"
             wrong.setdefault(ticket_id, text)
     if unread:
@@ -179,7 +196,16 @@ def _trajectories_on_disk(directory: Path, samples: list[tuple[Any, ...]]) -> tu
     )
 
 
-def _row_of(record: Record) -> list[float]:
+def _token_steps_of(record: Record, versions: dict[int, int]) -> str:
+    """`token_steps` from a record: the number of its tokens by the step of their weights, ascending."""
+    by_step: Counter[int] = Counter()
+    for version, length in record.runs:
+        if version != NOT_SAMPLED:
+            by_step[versions.get(version, 0)] += length
+    return json.dumps(sorted(by_step.items()), separators=(",", ":"))
+
+
+def _row_of(record: Record) -> list[Any]:
     """oldest_version, newest_version, num_sampled and reward, over all segments of a record."""
     versions = [version for version, _ in record.runs if version != NOT_SAMPLED]
     return [

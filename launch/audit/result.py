@@ -33,6 +33,8 @@ class Audit:
     """Reason -> number of dropped tickets."""
     failures: dict[str, int] = field(default_factory=dict)
     """Kind and outcome, such as `reward_timeout zero` -> number of failed samples."""
+    promise: str = ""
+    """What the run's settings promise about the age of what is trained on; empty for one ledger."""
     facts: dict[str, int] = field(default_factory=dict)
     """Numbers of committed steps, versions, rollbacks, tokens rolled back, and bytes of trajectories."""
 
@@ -52,6 +54,8 @@ class Audit:
             yield from (f"{'':>21}{offender}" for offender in check.offenders[:_NUM_SHOWN])
             if len(check.offenders) > _NUM_SHOWN:
                 yield f"{'':>21}and {len(check.offenders) - _NUM_SHOWN:,} more (--json lists all)"
+        if self.promise:
+            yield f"bound    {self.promise}"
         yield "tickets  " + "  ".join(f"{state} {count:,}" for state, count in self.tickets.items() if count)
         if self.drops:
             yield "dropped  " + "  ".join(f"{reason} {count:,}" for reason, count in self.drops.items())

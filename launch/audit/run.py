@@ -15,6 +15,7 @@ from areal_like.config import Config
 from areal_like.errors import ConfigError, StoreCorruptError
 from areal_like.ledger_place import shards_of
 from areal_like.paths import RunPaths
+from areal_like.promise import promise
 from areal_like.runtime.command_line import load_config
 from areal_like.shards import add_up, all_shards
 from launch.audit.ledger import LedgerAudit, audit_ledger
@@ -49,7 +50,7 @@ def audit_run(root: Path) -> Audit:
             f"{root}: its ledger cannot be read ({error}); it is damaged, or was written by another release"
         ) from None
     checks = [*_merged(ledgers), _whole_steps(ledgers, config=config, num_checkpointed=num_checkpointed)]
-    checks.append(_settings_in_force(ledgers, rows))
+    checks += [_settings_in_force(ledgers, rows), _lags_within_bounds(ledgers, rows)]
     if len(ledgers) > 1 or config.buffer.num_shards > 1:
         checks += [_every_shard(ledgers, config=config), _same_versions(ledgers)]
     results = [ledger.result for ledger in ledgers]
@@ -57,6 +58,7 @@ def audit_run(root: Path) -> Audit:
     common = ("committed_steps", "versions", "rollbacks")
     return Audit(
         run=str(root),
+        promise=promise(config),
         checks=checks,
         tickets=add_up(result.tickets for result in results),
         drops=add_up(result.drops for result in results),
@@ -94,7 +96,7 @@ def _whole_steps(ledgers: list[LedgerAudit], *, config: Config, num_checkpointed
     # committed were whole when the first one was read.
     done = max(num_checkpointed, 1 + min(ledger.committed_step for ledger in ledgers))
     for ledger in ledgers:
-        groups = {step: num_groups for step, num_groups, _ in ledger.steps}
+        groups = {step: num_groups for step, num_groups, *_ in ledger.steps}
         configured = config.trainer.groups_per_step
         wanted = {
             step: ledger.shard.share(int(ledger.setting_at("trainer.groups_per_step", step) or configured))
@@ -103,7 +105,7 @@ def _whole_steps(ledgers: list[LedgerAudit], *, config: Config, num_checkpointed
         }
         found = [
             f"step {step}: {num} groups, the last at position {last}"
-            for step, num, last in ledger.steps
+            for step, num, last, _ in ledger.steps
             if last != num - 1
         ]
         found += [
@@ -140,10 +142,36 @@ def _settings_in_force(ledgers: list[LedgerAudit], rows: list[dict[str, Any]]) -
     return Check(text=text, num_checked=num_checked, offenders=problems)
 
 
+def _lags_within_bounds(ledgers: list[LedgerAudit], rows: list[dict[str, Any]]) -> Check:
+    """Checks that the trainer used no token beyond the bound of its step; with `buffer.overdue=close` lags
+    are those of the tokens that were trained on.
+
+    Steps with `staleness.beyond` `cap` or `ratio` are left out: these limit the weights of older tokens, not
+    their age.
+    """
+    first = next((ledger for ledger in ledgers if ledger.shard.index == 0), ledgers[0])
+    bounds: dict[int, int] = {}
+    for ledger in ledgers:
+        for step, _, _, bound in ledger.steps:
+            bounds[step] = max(bound, bounds.get(step, bound))
+    problems, num_checked = [], 0
+    for row in rows:
+        step, lag = row["step"], row.get("lag_max")
+        is_by_token = first.setting_at("buffer.overdue", step) == "close"
+        limits_weights = is_by_token and first.setting_at("staleness.beyond", step) != "mask"
+        if step not in bounds or limits_weights or not isinstance(lag, (int, float)):
+            continue
+        num_checked += 1
+        if lag > bounds[step]:
+            problems.append(f"step {step}: lag_max {lag}, the largest bound of its groups is {bounds[step]}")
+    text = "no step was trained with a lag beyond the bound of its groups"
+    return Check(text=text, num_checked=num_checked, offenders=problems)
+
+
 def _step_rows(metrics: Path) -> list[dict[str, Any]]:
     """The rows of steps, without a last line that is incomplete (a crash, or it is being written)."""
     return [
-        {"step": row["step"]} | {name: row.get(name) for name in _COLUMNS.values()}
+        {"step": row["step"]} | {name: row.get(name) for name in (*_COLUMNS.values(), "lag_max")}
         for row in read_rows(metrics)
         if row is not None and isinstance(row.get("step"), int)
     ]

@@ -115,6 +115,11 @@ def run_replay(recorded: Path, argv: Sequence[str]) -> int:
         raise ConfigError(
             "replay: a replay begins at the first step of the recorded run; resume= is for `areal-like run`"
         )
+    if any(arg.startswith("buffer.overdue=") for arg in argv):
+        raise ConfigError(
+            "replay: leave buffer.overdue= out: whether groups were closed is part of the recorded data, and "
+            "the baselines depend on it (staleness.beyond= may be changed)"
+        )
     keep_files_private()
     run = open_replay(recorded, argv)
     console = Console()

@@ -74,7 +74,7 @@ def compare_groups(
     log-probs and rewards.
     """
     where = f"group {ours.position} (tickets {ours.ticket_id} / {theirs.ticket_id})"
-    prompts = ours.prompt_index, theirs.prompt_index
+    prompts = _prompts(ours), _prompts(theirs)
     if not _are_comparable(found, where, prompts, (len(ours.records), len(theirs.records))):
         return
     for index, (one, another) in enumerate(zip(ours.records, theirs.records, strict=True)):
@@ -91,14 +91,14 @@ def compare_groups(
 
 def compare_sample_rows(
     found: StepDifferences,
-    ours: tuple[int, list[SampleRow]],
-    theirs: tuple[int, list[SampleRow]],
+    ours: tuple[list[int], list[SampleRow]],
+    theirs: tuple[list[int], list[SampleRow]],
     *,
     position: int,
     tolerance: float,
 ) -> None:
-    """Adds the differences of two groups whose records are not kept, from (prompt index, rows of the
-    samples)."""
+    """Adds the differences of two groups whose records are not kept, from (prompt index of each
+    sample, its row)."""
     where = f"group {position}"
     if not _are_comparable(found, where, (ours[0], theirs[0]), (len(ours[1]), len(theirs[1]))):
         return
@@ -112,12 +112,22 @@ def compare_sample_rows(
             found.add("rewards", f"{sample}, reward", a.reward, b.reward)
 
 
+def _prompts(group: Group) -> list[int]:
+    """The prompt index of each sample."""
+    of_closed = {closed.ticket_id: closed.prompt_index for closed in group.closed}
+    return [of_closed.get(record.ticket_id, group.prompt_index) for record in group.records]
+
+
 def _are_comparable(
-    found: StepDifferences, where: str, prompts: tuple[int, int], nums_samples: tuple[int, int]
+    found: StepDifferences,
+    where: str,
+    prompts: tuple[list[int], list[int]],
+    nums_samples: tuple[int, int],
 ) -> bool:
-    """Adds a difference of prompts or numbers of samples; False if there is one."""
+    """Adds a difference of prompts (of each sample) or numbers of samples; False if there is one."""
     if prompts[0] != prompts[1]:
-        found.add("prompts", f"{where} has the prompt of index", *prompts)
+        texts = (", ".join(map(str, dict.fromkeys(one))) for one in prompts)
+        found.add("prompts", f"{where} has the prompt of index", *texts)
     if nums_samples[0] != nums_samples[1]:
         found.add("groups", f"samples of {where}", *nums_samples)
     return prompts[0] == prompts[1] and nums_samples[0] == nums_samples[1]

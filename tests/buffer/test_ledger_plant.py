@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from buffer.ledger.recovery import recover
 from buffer.tickets import Drop, State
+from launch.audit.invariants import LEDGER_INVARIANTS
+from tests.buffer.test_ledger_stateful import observed
 from tests.support.ledger_simulation import SimulatedJob, SimulatedServer, new_ledger
+from tests.support.row_store import RowStore
 
 
 def servers() -> list[SimulatedServer]:
@@ -39,6 +43,64 @@ def test_every_position_is_filled_within_the_staleness_bound(
     if overdue == "wait":
         assert ledger.state.drops[Drop.STALE] == 0, "a healthy run has no stale drops"
     assert ledger.state.store.num_bytes == 0, "records outlived their commit"
+
+
+@pytest.mark.parametrize("step_s", [0.4, 4.0])
+@pytest.mark.parametrize(("close_after", "max_staleness"), [(1, 1), (2, 2), (2, 4), (4, 16)])
+def test_closing_fills_every_position_with_tokens_within_the_bound(
+    close_after: int, max_staleness: int, step_s: float
+) -> None:
+    """With samples of long-tailed lengths that fail, and a server that dies with late samples."""
+    store = RowStore()
+    ledger = new_ledger(
+        store=store,
+        durable=True,
+        overdue="close",
+        close_after=close_after,
+        max_staleness=max_staleness,
+        groups_per_step=8,
+        group_size=4,
+        num_steps=25,
+        max_sample_retries=1,
+        lease_timeout_s=1.5,
+    )
+    plant = SimulatedJob(
+        ledger=ledger,
+        servers=servers(),
+        step_s=step_s,
+        fail_probability=0.03,
+        kill_at_s={"slow": 9.0},
+        seed=close_after,
+    )
+    plant.run()
+    assert [(step, position) for step, position, _ in plant.order] == [
+        (step, position) for step in range(25) for position in range(8)
+    ]
+    samples = [(record.ticket_id, record.sample_index) for group in plant.groups for record in group.records]
+    assert len(set(samples)) == len(samples) == 25 * 8 * 4, "a sample was trained twice"
+    counters = ledger.state.counters
+    assert max(counters.lag_histogram) <= max_staleness and counters["groups_closed"]
+    num_masked = 0
+    for group in plant.groups:
+        step_of = dict(zip(group.versions, group.steps, strict=True))
+        for record in group.records:
+            ages = [group.step - step_of[version] for version, _ in record.runs if version in step_of]
+            assert 0 <= min(ages) <= max_staleness
+            num_masked += sum(
+                length
+                for version, length in record.runs
+                if version in step_of and group.step - step_of[version] > max_staleness
+            )
+    assert counters["tokens_masked"] == num_masked
+    counts = ledger.state.tickets.num_by_state()
+    assert counts[State.TRAINED] == 25 * 8 and not any(
+        counts[state] for state in State if not state.is_terminal
+    )
+    rows = store.copy().connection
+    for law in LEDGER_INVARIANTS:
+        if "bytes on disk" not in law.text:  # this store has no segment files
+            assert rows.execute(law.violations).fetchall() == [], law.text
+    assert observed(recover(ledger.settings, store.copy(), now_s=plant.now_s)) == observed(ledger)
 
 
 def test_staleness_zero_is_synchronous() -> None:

@@ -15,6 +15,7 @@ from buffer.storage import sql
 from launch.audit.run import audit_run
 from launch.cli import main
 from tests.chaos.job import running_job, train
+from tests.support.closed_run import CLOSE_AFTER, MAX_STALENESS, make_closed_run
 from tests.support.launching import TEST_LIMIT_S
 from tests.support.waiting import HANG_LIMIT_S
 
@@ -41,7 +42,10 @@ def killed_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         job.buffer.process.kill()
         job.buffer.process.wait()
         bound = job.buffer.config.staleness_cap
-        rows = [json.dumps({"step": step, "max_staleness": bound}) for step in range(6)]
+        rows = [
+            json.dumps({"step": step, "max_staleness": bound, "lag_max": min(step, bound)})
+            for step in range(6)
+        ]
         job.buffer.paths.metrics.write_text("\n".join(rows) + '\n{"step": 6, "max_')
         return job.buffer.paths.root
 
@@ -67,9 +71,11 @@ def test_the_ledger_of_a_killed_buffer_is_clean(run: Path, capsys: pytest.Captur
         count for state, count in audit.tickets.items() if state != "issued"
     )
     checked = {check.text: check.num_checked for check in audit.checks}
-    assert all(count for text, count in checked.items() if "tried again" not in text), (
+    of_closed = ("tried again", "closed group", "of closed groups")
+    assert all(count for text, count in checked.items() if not any(part in text for part in of_closed)), (
         "every check must have had rows to check"
     )
+    assert audit.promise == "wait: every sample within 2 steps"
     assert main(["audit", str(run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["clean"] is True
 
@@ -83,11 +89,16 @@ def test_a_ledger_of_the_release_before_is_clean(run: Path) -> None:
         "UPDATE statistics SET value = value - 8 WHERE name = 'verdict_accepted'",
         "DROP TABLE evaluations",
         "DROP TABLE settings",
+        "DROP TABLE parts",
         *(
             f"ALTER TABLE {table} DROP COLUMN {column}"
-            for table, column in {"tickets": "eval_set", "failures": "given_up"}.items()
+            for table, columns in {
+                "tickets": ("eval_set", "begin_step", "close_step", "early"),
+                "samples": ("truncated", "failure", "token_steps"),
+                "failures": ("given_up",),
+            }.items()
+            for column in columns
         ),
-        *(f"ALTER TABLE samples DROP COLUMN {column}" for column in ("truncated", "failure")),
         "UPDATE tickets SET released = 1 WHERE state = 'evaluated'",
         "PRAGMA user_version = 2",
     )
@@ -154,6 +165,79 @@ def test_every_falsification_is_found(run: Path, law: str) -> None:
     execute(run, FALSIFICATIONS[law])
     offenders = {check.text: check.offenders for check in audit_run(run).checks}
     assert next(found for text, found in offenders.items() if text.startswith(law)), offenders
+
+
+@pytest.fixture(scope="module")
+def made_closed_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixteen committed steps with `buffer.overdue=close`, and closed groups that are not over."""
+    return make_closed_run(tmp_path_factory.mktemp("closed"))[0]
+
+
+@pytest.fixture
+def closed_run(made_closed_run: Path, tmp_path: Path) -> Path:
+    """A copy that a test may falsify."""
+    return Path(shutil.copytree(made_closed_run, tmp_path / "run"))
+
+
+def test_a_run_that_closes_groups_is_clean(closed_run: Path) -> None:
+    audit = audit_run(closed_run)
+    assert audit.is_clean, "\n".join(audit.lines())
+    assert audit.tickets["closed"] and audit.tickets["split"]
+    of_others = ("tried again", "evaluat")
+    assert all(check.num_checked for check in audit.checks if not any(o in check.text for o in of_others))
+    bound = f"close after {CLOSE_AFTER} steps: every trained token within {MAX_STALENESS} steps"
+    assert audit.promise == bound
+    with closing(sqlite3.connect(closed_run / "ledger" / "ledger.sqlite3")) as connection:
+        counters = dict(connection.execute("SELECT * FROM statistics"))
+    assert all(counters[name] for name in ("tokens_masked", "num_parts_dropped", "samples_early"))
+
+
+PLACED = "(ticket_id, sample_index) = (SELECT ticket_id, sample_index FROM parts LIMIT 1)"
+POSITION = "(SELECT ticket_id FROM tickets WHERE state = 'trained' AND prompt_index = -1 LIMIT 1)"
+SPLIT = "(SELECT ticket_id FROM tickets WHERE state = 'split' LIMIT 1)"
+FALSIFIED_PARTS = {
+    "every ticket is in one state": f"UPDATE tickets SET step = 3 WHERE ticket_id = {SPLIT}",
+    "every ticket is in": f"UPDATE tickets SET begin_step = -1 WHERE ticket_id = {SPLIT}",
+    "a position of parts has as many": f"DELETE FROM parts WHERE {PLACED}",
+    "a position of parts has": f"DELETE FROM samples WHERE {PLACED}",
+    "a position of parts": f"UPDATE tickets SET prompt_index = 7 WHERE ticket_id = {POSITION}",
+    "a position of": "INSERT OR REPLACE INTO failures "
+    "SELECT ticket_id, sample_index, 1, 1 FROM parts LIMIT 1",
+    "a position": f"UPDATE tickets SET state = 'dropped', reason = 'poison' WHERE ticket_id = {SPLIT}",
+    "every sample of a closed group": f"UPDATE tickets SET state = 'closed' WHERE ticket_id = {SPLIT}",
+    "every sample of a closed": "UPDATE tickets SET state = 'split' WHERE ticket_id = "
+    "(SELECT ticket_id FROM tickets WHERE state = 'closed')",
+    "the ages of a sample's tokens": "UPDATE samples SET num_sampled = num_sampled + 1 "
+    "WHERE token_steps != '[]'",
+    "nothing was trained beyond": "UPDATE tickets SET max_staleness = 0 WHERE state = 'trained'",
+    "the staleness bound of a trained": f"UPDATE tickets SET max_staleness = 3 WHERE ticket_id = {POSITION}",
+    "the counters equal the": "UPDATE statistics SET value = value - 1 WHERE name = 'tokens_masked'",
+    "the counters equal": "UPDATE statistics SET value = value + 1 WHERE name = 'groups_closed'",
+    "the counters": "UPDATE statistics SET value = value + 1 WHERE name = 'num_parts_dropped'",
+    "the counters of lengths": "UPDATE statistics SET value = value + 1 "
+    "WHERE name GLOB 'groups_trained_solved_*'",
+    "versions, tokens and reward of a sample": "UPDATE samples SET token_steps = '[[0,1],[1,2]]' "
+    "WHERE token_steps != '[]'",
+}
+
+
+@pytest.mark.parametrize("law", FALSIFIED_PARTS)
+def test_every_falsification_of_parts_is_found(closed_run: Path, law: str) -> None:
+    execute(closed_run, FALSIFIED_PARTS[law])
+    found = [check.offenders for check in audit_run(closed_run).checks if check.text.startswith(law)]
+    assert any(found)
+
+
+@pytest.mark.parametrize("beyond", ["mask", "cap", "ratio"])
+def test_lags_of_steps_are_checked_where_age_is_limited(closed_run: Path, beyond: str) -> None:
+    config, metrics = closed_run / "config.yaml", closed_run / "metrics.jsonl"
+    config.write_text(config.read_text().replace("beyond: mask", f"beyond: {beyond}"))
+    execute(closed_run, f"UPDATE settings SET value = '{beyond}' WHERE key = 'staleness.beyond'")
+    rows = metrics.read_text().replace(f'"lag_max": {MAX_STALENESS}', f'"lag_max": {MAX_STALENESS + 1}')
+    metrics.write_text(rows)
+    audit = audit_run(closed_run)
+    assert len(offenders_of(closed_run)) == (16 if beyond == "mask" else 0)
+    assert ("no limit on the age" in audit.promise) == (beyond != "mask")
 
 
 def offenders_of(run: Path) -> list[str]:

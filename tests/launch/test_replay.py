@@ -14,7 +14,9 @@ import torch.distributed as dist
 
 from areal_like.errors import ConfigError
 from launch.audit.run import audit_run
+from launch.commands.replay import run_replay
 from tests.chaos.job import check_groups, running_job, train
+from tests.support.closed_run import make_closed_run
 from tests.support.full_state import gather_full_state
 from tests.support.launching import TEST_LIMIT_S
 from tests.support.trainer_helpers import write_model
@@ -31,6 +33,30 @@ NUM_STEPS = 3
 def test_a_run_without_a_ledger_cannot_be_replayed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no ledger"):
         Recording(tmp_path)
+
+
+def test_positions_of_parts_are_read_as_they_were_served(tmp_path: Path) -> None:
+    root, served = make_closed_run(tmp_path)
+    assert {bool(group.closed) for group in served} == {True, False}
+    with closing(Recording(root)) as recording:
+        for group in served:
+            (again,) = recording.groups(group.step, range(group.position, group.position + 1))
+            assert [record.data for record in again.records] == [record.data for record in group.records]
+            assert replace(again, records=[]) == replace(group, records=[])
+            prompts, rows = recording.sample_rows(group.step, group.position)
+            assert [row.oldest_step for row in rows] == group.version_steps
+            of_closed = {closed.ticket_id: closed.prompt_index for closed in group.closed}
+            assert prompts == [of_closed.get(r.ticket_id, group.prompt_index) for r in group.records]
+        num_samples = recording.num_groups().total() * len(served[0].records)
+    with closing(sqlite3.connect(root / "ledger" / "ledger.sqlite3")) as ledger, ledger:
+        ledger.execute("UPDATE segments SET retained = 0")
+    with pytest.raises(ConfigError, match=f"{num_samples} trajectories"):
+        Recording(root)
+
+
+def test_a_replay_does_not_change_whether_groups_were_closed(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"leave buffer\.overdue= out"):
+        run_replay(tmp_path, ["buffer.overdue=wait"])
 
 
 @pytest.mark.timeout(TEST_LIMIT_S)

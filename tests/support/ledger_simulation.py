@@ -21,6 +21,7 @@ import numpy as np
 from areal_like.config import from_mapping
 from areal_like.failures import FailureKind
 from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory
+from areal_like.wire.messages.consumer import Group
 from areal_like.wire.messages.producer import (
     Lease,
     Purpose,
@@ -185,7 +186,8 @@ class SimulatedJob:
     kill_at_s: dict[str, float] = field(default_factory=dict)
     seed: int = 0
     now_s: float = 0.0
-    order: list[tuple[int, int, int]] = field(default_factory=list)
+    groups: list[Group] = field(default_factory=list)
+    """All groups that the trainer got, in order."""
 
     def __post_init__(self) -> None:
         self._rng = random.Random(self.seed)
@@ -196,8 +198,14 @@ class SimulatedJob:
         """Schedules an event."""
         heapq.heappush(self._events, (self.now_s + delay_s, next(self._ids), action))
 
-    def run(self, *, limit_s: float = 10_000.0) -> None:
-        """Runs until all steps are committed."""
+    @property
+    def order(self) -> list[tuple[int, int, int]]:
+        """(step, position, ticket id) of each group that the trainer got."""
+        return [(group.step, group.position, group.ticket_id) for group in self.groups]
+
+    def run(self, *, limit_s: float = 10_000.0, num_steps: int | None = None) -> None:
+        """Runs until all steps, or the first `num_steps`, are committed."""
+        last_step = (num_steps or self.ledger.settings.num_steps) - 1
         for server in self.servers:
             add_server(self.ledger, server.name, capacity=server.capacity, now_s=0.0)
             self.at(0.5, lambda server=server: self._beat(server))  # type: ignore[misc]
@@ -205,7 +213,7 @@ class SimulatedJob:
             self.at(kill_s, lambda name=name: self._kill(name))  # type: ignore[misc]
         self._start_step()
         self._grant()
-        while self.ledger.state.steps.committed < self.ledger.settings.num_steps - 1:
+        while self.ledger.state.steps.committed < last_step:
             self.now_s, _, action = heapq.heappop(self._events)
             assert self.now_s < limit_s, (
                 f"stuck at step {self.ledger.state.steps.current}: {self.ledger.state.tickets.num_by_state()}"
@@ -263,7 +271,7 @@ class SimulatedJob:
         if any(group is None for group in groups):
             self.at(0.05, self._start_step)
         else:
-            self.order += [(group.step, group.position, group.ticket_id) for group in groups if group]
+            self.groups += [group for group in groups if group is not None]
             self.at(self.step_s, lambda: self._end_step(step))
 
     def _end_step(self, step: int) -> None:
