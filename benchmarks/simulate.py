@@ -141,13 +141,23 @@ def main() -> None:
     args = parser.parse_args()
     gc.set_threshold(*GC_THRESHOLDS)  # as in the daemon
     if args.part != "report":
-        run = {"scale": lambda: scale(args.tickets), "rules": rules, "tails": tails, "close": close}[args.part]
+        run = {"scale": lambda: scale(args.tickets), "rules": rules, "tails": tails, "close": close}[
+            args.part
+        ]
         rows = []
         for row in run():
             rows.append({"part": args.part, "machine": machine()} | row)
-            print({key: row[key] for key in ("of_limit", "goodput", "lag_mean", "lag_max", "dropped_share")}, flush=True)
+            print(
+                {key: row[key] for key in ("of_limit", "goodput", "lag_mean", "lag_max", "dropped_share")},
+                flush=True,
+            )
         _replace(args.part, rows)
-    for make, part in ((scale_table, "scale"), (rules_table, "rules"), (tails_table, "tails"), (close_table, "close")):
+    for make, part in (
+        (scale_table, "scale"),
+        (rules_table, "rules"),
+        (tails_table, "tails"),
+        (close_table, "close"),
+    ):
         if found := read(part):
             print(table(*make(found)) + "\n")
     if found := read("tails"):

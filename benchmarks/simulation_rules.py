@@ -133,7 +133,9 @@ class LedgerRule(Simulation):
                 assert self.overdue == "drop", verdict
                 self.drop(self._samples.pop((record.ticket_id, record.sample_index)))
         for name, lease_ids in aborts.items():
-            self.abort(self._by_name[name], lambda work, ended=frozenset(lease_ids): work[0].lease_id in ended)
+            self.abort(
+                self._by_name[name], lambda work, ended=frozenset(lease_ids): work[0].lease_id in ended
+            )
         for name, leases in granted.items():
             for lease in leases:
                 for index in lease.sample_indices:

@@ -83,7 +83,9 @@ class Job:
         """Time of one sample."""
         if self.tail == "pareto":
             return self.mean_s * (self.spread - 1) / self.spread * random_.paretovariate(self.spread)
-        while (drawn := math.exp(random_.gauss(-(self.spread**2) / 2, self.spread))) > (self.longest or drawn):
+        while (drawn := math.exp(random_.gauss(-(self.spread**2) / 2, self.spread))) > (
+            self.longest or drawn
+        ):
             pass
         return self.mean_s * drawn / _mean_within(self.spread, self.longest)
 
