@@ -145,7 +145,7 @@ def main() -> None:
             args.part
         ]
         rows = []
-        for row in run():
+        for row in parts[args.part]():
             rows.append({"part": args.part, "machine": machine()} | row)
             print(
                 {key: row[key] for key in ("of_limit", "goodput", "lag_mean", "lag_max", "dropped_share")},
@@ -162,6 +162,9 @@ def main() -> None:
             print(table(*make(found)) + "\n")
     if found := read("tails"):
         draw(found, ROOT / "docs" / "simulation.png")
+
+
+_PRINTED = ("of_limit", "goodput", "lag_mean", "lag_max", "dropped_share")
 
 
 def _replace(part: str, rows: list[dict[str, Any]]) -> None:

@@ -248,11 +248,14 @@ class Simulation(ABC):
             if server.is_up:  # else there is no receiver for the message
                 server.waiting.append(work)
                 self._fill(server)
+        self._begin_step()
+        self.at(self._turn_s, self._turn)
+
+    def _begin_step(self) -> None:
         if not self._is_training and (samples := self.take()) is not None:
             self._is_training = True
             self._within_s.append(sum(map(self._train, samples)))
             self.at(self.job.step_s, self._trained)
-        self.at(self._turn_s, self._turn)
 
     def abort(self, server: Server, is_aborted: Callable[[Any], bool]) -> None:
         """Ends the samples of a server whose identifiers `is_aborted` accepts."""
@@ -352,6 +355,7 @@ class Simulation(ABC):
         self._is_training = False
         self.trained()
         self.at(self.job.push_s, self._pushed, self.step)
+        self._begin_step()
 
     def _pushed(self, step: int) -> None:
         self._pushes_s.append(self.now_s)
