@@ -38,13 +38,18 @@ def lagging(ranks: Ranks, out_dir: Path, path: str, settings: str) -> None:
 
 
 def parts(ranks: Ranks, out_dir: Path, path: str, settings: str, beyond: str) -> None:
-    """Trains two steps of whole groups and parts; every rank writes its state and the last metrics."""
-    runner = make_runner(path, ranks, settings=json.loads(settings), beyond=beyond)
-    for step in (4, 5):
-        mine = example_step(step)[ranks.rank :: ranks.world_size]
-        metrics = runner.run_served(mine, step=step, num_groups=4, max_staleness=2)
-    row = flattened(without_measured(metrics))
-    (out_dir / f"parts-{ranks.rank}.json").write_text(json.dumps([runner.state(), row]))
+    """Trains two steps of whole groups and parts, streamed and balanced; every rank writes its state and the
+    last metrics of both."""
+    results = []
+    for balances in (False, True):
+        runner = make_runner(
+            path, ranks, settings=json.loads(settings), beyond=beyond, balances=balances, budget_tokens=30
+        )
+        for step in (4, 5):
+            mine = example_step(step)[ranks.rank :: ranks.world_size]
+            metrics = runner.run_served(mine, step=step, num_groups=4, max_staleness=2)
+        results.append([runner.state(), flattened(without_measured(metrics))])
+    (out_dir / f"parts-{ranks.rank}.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
