@@ -20,7 +20,7 @@ for long: counted fully, they would leave slots empty, and not at all, let waves
 
 The limit follows the trainer (`step_done`). With N samples in a step, 1.25 N samples should be recorded or
 recordable when the trainer has completed a step: more only grow older, and with fewer it will soon wait. The
-limit moves by a quarter of the difference, between N and what the servers can run plus half a step, and at
+limit moves by a quarter of the difference, between N and what the servers have room for plus .4 N, and at
 most to `close_after + 1` steps: more groups would not be complete in time. So an engine whose samples take
 longer the more of them run gets as many as the trainer needs, and no more samples begin than the run has
 positions for.
@@ -44,7 +44,7 @@ _STOCK_STEPS = 1.25
 """Steps' worth of complete samples that the trainer should find when it has completed a step."""
 _GAIN = 0.25
 """Change of the limit for each missing sample."""
-_WAITING_STEPS = 0.5
+_WAITING_STEPS = 0.4
 """Steps' worth of samples that may be in progress in addition to those that the servers can run."""
 _FIRST_STEPS = 1.75
 """Steps' worth of samples in progress before the first step."""

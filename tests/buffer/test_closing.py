@@ -96,7 +96,7 @@ def samples_of(group: Group) -> list[tuple[int, int]]:
     return [(record.ticket_id, record.sample_index) for record in group.records]
 
 
-def test_an_overdue_group_is_closed_and_its_samples_are_recorded_as_parts() -> None:
+def test_samples_of_an_overdue_group_become_parts() -> None:
     job = Job(closing_ledger())
     first = job.begun[0]
     job.deliver(first, 0, reward=1.0)
@@ -132,7 +132,7 @@ def test_late_samples_of_several_groups_share_a_position() -> None:
     assert [[member.sample_index for member in closed.early] for closed in late.closed] == [[0], [0]]
 
 
-def test_a_group_that_is_complete_in_time_is_recorded_whole_even_later() -> None:
+def test_a_group_complete_in_time_is_recorded_whole() -> None:
     job = Job(closing_ledger(groups_per_step=2, max_staleness=3, close_after=3))
     for ticket in job.begun[:3]:
         for index in range(SIZE):
@@ -143,7 +143,7 @@ def test_a_group_that_is_complete_in_time_is_recorded_whole_even_later() -> None
     assert all(group and not group.closed and group.begin_step == 0 for group in served)
 
 
-def test_a_sample_without_a_token_within_the_bound_is_given_up() -> None:
+def test_a_sample_beyond_the_bound_is_given_up() -> None:
     job = Job(closing_ledger(max_staleness=2), capacity=4 * SIZE)
     first = job.begun[0]
     for _ in range(3):
@@ -157,7 +157,7 @@ def test_a_sample_without_a_token_within_the_bound_is_given_up() -> None:
     assert job.ledger.state.counters["num_parts_dropped"] == 2
 
 
-def test_tokens_beyond_the_bound_are_counted_as_masked() -> None:
+def test_tokens_beyond_the_bound_count_as_masked() -> None:
     job = Job(closing_ledger(max_staleness=2), capacity=4 * SIZE)
     first = job.begun[0]
     for _ in range(3):
@@ -171,7 +171,7 @@ def test_tokens_beyond_the_bound_are_counted_as_masked() -> None:
     assert job.ledger.state.counters.summary()["max_trained_lag"] == 2
 
 
-def test_a_late_sample_that_fails_for_good_costs_no_other() -> None:
+def test_a_failed_late_sample_costs_no_other() -> None:
     job = Job(closing_ledger(max_sample_retries=0))
     first = job.begun[0]
     job.deliver(first, 0)
@@ -188,7 +188,7 @@ def test_a_late_sample_that_fails_for_good_costs_no_other() -> None:
     assert first not in job.ledger.state.tickets.live
 
 
-def test_a_late_sample_is_leased_again_when_its_server_is_lost() -> None:
+def test_a_late_sample_survives_its_server() -> None:
     job = Job(closing_ledger())
     first = job.begun[0]
     job.deliver(first, 0)
@@ -234,7 +234,7 @@ def test_the_last_step_cancels_what_is_left() -> None:
     assert job.ledger.state.store.num_bytes == 0
 
 
-def test_the_bound_may_be_lowered_to_one_step_and_applies_at_once() -> None:
+def test_the_bound_may_be_lowered_to_one_step() -> None:
     job = Job(closing_ledger())
     with pytest.raises(RefusedError, match=r"want 1\.\.2"):
         job.ledger.operator.change_settings({"max_staleness": "0"}, unix_s=0.0)

@@ -1,10 +1,12 @@
 """Baselines with `buffer.overdue=close`: of whole groups, and of parts of groups that were closed.
 
-    b = (sum of the rewards of the other early members + 2 m) / (their number + 2)       A = R - b
+    b = mean reward of the other early members, filled up to two members with m       A = R - b
 
-m is the running mean reward as of the step at which the group began (`reward_history.py`). It counts as two
-members, which lowers the variance in small groups, and it is the baseline of a late sample without early
-members.
+m is the running mean reward as of the step at which the group began (`reward_history.py`). It is the
+baseline of a late sample without early members, and half of it with one. With two or more it does not count:
+prompts differ in difficulty, and a pull towards the mean of all prompts gives every sample of a hard prompt
+a negative advantage, also if all of them have the same reward (a job with groups of four unlearned its task
+by it).
 
 The gradient is exactly unbiased if a sample's baseline is independent of its own completion. So it never
 contains the sample's own reward, and it is the same function whether the sample was early or late, and in a
@@ -24,14 +26,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory
+from areal_like.trajectory import NOT_SAMPLED, FinishReason, Trajectory, are_equal_rewards
 from areal_like.wire.messages.consumer import EarlyMember
 from trainer.advantages.reward_history import RewardStatistics
 
 FloatArray = NDArray[np.float64]
 
-_PRIOR = 2.0
-"""Members that the running mean counts as."""
+_FEWEST_MEMBERS = 2
+"""With fewer members, the running mean counts as those that are missing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +50,18 @@ class PartContext:
     def baseline(self, weights_E: FloatArray | None = None) -> float:
         """b by the formula in the module's docstring; 0 if there is neither a member nor a running mean.
 
-        `weights_E`: of the members; the running mean counts as two members of mean weight. None: all 1.
+        `weights_E`: of the members; the running mean counts with their mean weight. None: all 1.
         """
-        num, prior = len(self.rewards_E), _PRIOR if self.running.is_known else 0.0
-        if not num + prior:
-            return 0.0
-        total = float(self.rewards_E.sum())
-        if weights_E is not None and (weight := float(weights_E.sum())) > 0:
-            total = num * float(weights_E @ self.rewards_E) / weight
-        return (total + prior * self.running.mean) / (num + prior)
+        num = len(self.rewards_E)
+        prior = max(0, _FEWEST_MEMBERS - num) if self.running.is_known else 0
+        if not num:
+            return self.running.mean if prior else 0.0
+        mean = float(self.rewards_E.mean())
+        if are_equal_rewards(self.rewards_E.tolist()):
+            mean = float(self.rewards_E[0])  # so that equal rewards have an advantage of exactly zero
+        elif weights_E is not None and (weight := float(weights_E.sum())) > 0:
+            mean = float(weights_E @ self.rewards_E) / weight
+        return (num * mean + prior * self.running.mean) / (num + prior) if prior else mean
 
 
 def stand_in(member: EarlyMember) -> Trajectory:
