@@ -26,7 +26,7 @@ from tests.support.full_state import gather_full_state
 from tests.support.part_groups import example_step, member, served, version_of
 from tests.support.trainer_helpers import flattened, run_ranks, without_measured, write_model
 from tests.support.trainer_ranks import make_runner
-from trainer.advantages import ADVANTAGES, Advantage, Grpo, Running
+from trainer.advantages import ADVANTAGES, Advantage, Grpo, Opo, Running
 from trainer.advantages.parts import PartContext, context_of
 from trainer.advantages.reward_history import RewardHistory, RewardStatistics
 from trainer.advantages.reward_shaping import SHAPINGS
@@ -197,11 +197,15 @@ def test_baselines_by_hand() -> None:
     ]
     running = RewardStatistics(mean=0.2, deviation=0.4, is_known=True)
     early_one, late_one = (context_of(early, without=index, running=running) for index in (0, 1))
-    assert early_one.baseline() == pytest.approx((0.0 + 0.5 + 2 * 0.2) / 4)
-    assert late_one.baseline() == pytest.approx((1.0 + 0.0 + 0.5 + 2 * 0.2) / 5)
-    assert Grpo().of_part(1.0, early_one) == pytest.approx((1 - 0.225) / 0.4)
+    assert early_one.baseline() == pytest.approx((0.0 + 0.5) / 2)
+    assert late_one.baseline() == pytest.approx((1.0 + 0.0 + 0.5) / 3)
+    assert Grpo().of_part(1.0, early_one) == pytest.approx((1 - 0.25) / 0.4)
+    with_one = context_of(early[:2], without=0, running=running)
+    assert with_one.baseline() == pytest.approx((0.0 + 0.2) / 2), "filled up to two members"
+    equal = PartContext(rewards_E=np.full(3, 0.1), lengths_E=np.arange(1.0, 4), running=running)
+    assert Grpo().of_part(0.1, equal) == Opo().of_part(0.1, equal) == 0, "exactly, without rounding"
     # Lengths 30 and 20: the mean of the two is (0 * 30 + .5 * 20) / 50 = .2.
-    assert early_one.baseline(early_one.lengths_E) == pytest.approx((2 * 0.2 + 2 * 0.2) / 4)
+    assert early_one.baseline(early_one.lengths_E) == pytest.approx(0.2)
     alone = context_of([], without=1, running=running)
     assert alone.baseline() == pytest.approx(0.2) == alone.baseline(alone.lengths_E)
     unknown = context_of(early, without=0, running=RewardStatistics())
@@ -321,15 +325,15 @@ def test_two_ranks_equal_one(tmp_path: Path, ranks: Ranks, beyond: str) -> None:
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"objective": {"name": "oapl"}}, "buffer.overdue=close .* objective Oapl"),
-        ({"objective": {"name": "rebel"}}, "buffer.overdue=close .* objective Rebel"),
-        ({"objective": {"name": "online_dpo"}}, "buffer.overdue=close .* objective OnlineDpo"),
-        ({"objective": {"name": "vcpo"}}, "buffer.overdue=close .* objective.leave_one_out=true"),
+        ({"objective": {"name": "oapl"}}, "buffer.overdue=close: objective.name=oapl needs"),
+        ({"objective": {"name": "rebel"}}, "buffer.overdue=close: objective.name=rebel needs"),
+        ({"objective": {"name": "online_dpo"}}, "buffer.overdue=close: objective.name=online_dpo needs"),
+        ({"objective": {"name": "vcpo"}}, "buffer.overdue=close: .*objective.leave_one_out=true"),
         ({"objective": {"name": "vcpo", "baseline": "batch"}}, "objective.leave_one_out=true"),
-        ({"advantage": {"name": "remax"}, "sampling": {"greedy_baseline": True}}, "advantage Remax"),
-        ({"advantage": {"name": "grpo", "shaping": [{"name": "grpo_lambda"}]}}, "GrpoLambda needs whole"),
+        ({"advantage": {"name": "remax"}, "sampling": {"greedy_baseline": True}}, "greedy_baseline=true"),
+        ({"advantage": {"name": "grpo", "shaping": [{"name": "grpo_lambda"}]}}, "grpo_lambda needs whole"),
         ({"advantage": {"name": "grpo", "turn_discount": 0.9}}, "advantage.turn_discount=0.9"),
-        ({"kl": {"coef": 0.1, "place": "reward"}}, "kl.place=reward .* buffer.overdue=close"),
+        ({"kl": {"coef": 0.1, "place": "reward"}}, "buffer.overdue=close: kl.place=reward"),
     ],
 )
 def test_what_needs_whole_groups_is_refused(sections: dict[str, Any], message: str) -> None:
