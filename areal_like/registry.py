@@ -91,7 +91,7 @@ class Registry(Generic[T]):
             return self._import(self._elsewhere[name])
         if name not in self._classes:
             raise ConfigError(
-                f"{self._section}.name={name}: known are {', '.join(self.names())}; "
+                f"{self._section}.name={name}: choose one of {', '.join(self.names())}; "
                 f"for your own class write {self._section}._target_=my_module.MyClass"
             )
         return self._classes[name]

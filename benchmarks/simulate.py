@@ -3,6 +3,7 @@
     python -m benchmarks.simulate scale [--tickets 1000000]   4,096 servers: CPU per ticket, lag, throughput
     python -m benchmarks.simulate rules                       the ledger, a gate at the start, late drops
     python -m benchmarks.simulate tails                       the max_staleness that a tail of durations needs
+    python -m benchmarks.simulate close                       wait, a gate, drop and close, with ages by token
     python -m benchmarks.simulate report                      the tables, and docs/simulation.png
 
 `benchmarks/simulation_world.py` has the model of a job. Throughput is a share of the analytic limit, the
@@ -24,8 +25,8 @@ from typing import Any
 
 from benchmarks.growth import rss_bytes
 from benchmarks.report import RESULTS, ROOT, machine, table
-from benchmarks.simulation_report import draw, rules_table, scale_table, tails_table
-from benchmarks.simulation_rules import RULES, LedgerRule
+from benchmarks.simulation_report import close_table, draw, rules_table, scale_table, tails_table
+from benchmarks.simulation_rules import CLOSE_RULES, RULES, LedgerRule
 from benchmarks.simulation_world import Job
 from buffer.__main__ import GC_THRESHOLDS
 
@@ -41,6 +42,10 @@ SLOTS_A_STEP = (1.0, 2.0, 4.0)
 """Slots of all servers divided by samples of a step: the number of steps in progress at a time."""
 SPREADS = (0.5, 1.0, 1.5)
 NUM_STEPS = 80
+CLOSE_TAILS = ((0.5, 4), (0.5, 8), (1.0, 4), (1.0, 8), (1.5, 4), (1.5, 8), (1.5, 16))
+"""Spread, and the longest sample divided by the mean."""
+CLOSE_SLOTS_A_STEP = (1, 2)
+CLOSE_BOUNDS = (4, 8, 16)
 
 
 def scale(num_tickets: int) -> Iterator[dict[str, Any]]:
@@ -94,6 +99,32 @@ def tails() -> Iterator[dict[str, Any]]:
                 yield {"slots_a_step": slots} | simulation.results()
 
 
+def close() -> Iterator[dict[str, Any]]:
+    """The rules with ages by token; both pools need the same time for a step."""
+    for spread, longest in CLOSE_TAILS:
+        for slots in CLOSE_SLOTS_A_STEP:
+            for bound in CLOSE_BOUNDS:
+                for rule in CLOSE_RULES:
+                    simulation = rule(close_job(spread, longest, slots, bound))
+                    simulation.run(NUM_STEPS)
+                    yield {"slots_a_step": slots, "rule": rule.title} | simulation.results()
+
+
+def close_job(spread: float, longest: float, slots: int, max_staleness: int) -> Job:
+    """A job of `close`: `slots` slots for each sample of a step, and a trainer as fast as they are."""
+    job = Job(
+        num_servers=8 * slots,
+        slots=32,
+        queue=4,
+        spread=spread,
+        longest=longest,
+        max_staleness=max_staleness,
+        failures_an_hour=0.0,
+        push_s=0.0,
+    )
+    return replace(job, step_s=job.generation_step_s)
+
+
 def read(part: str) -> list[dict[str, Any]]:
     """The results of a part."""
     lines = RESULT.read_text().splitlines() if RESULT.exists() else []
@@ -105,22 +136,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=["scale", "rules", "tails", "report"])
+    parser.add_argument("part", choices=["scale", "rules", "tails", "close", "report"])
     parser.add_argument("--tickets", type=int, default=1_000_000)
     args = parser.parse_args()
     gc.set_threshold(*GC_THRESHOLDS)  # as in the daemon
     if args.part != "report":
-        run = {"scale": lambda: scale(args.tickets), "rules": rules, "tails": tails}[args.part]
+        run = {"scale": lambda: scale(args.tickets), "rules": rules, "tails": tails, "close": close}[
+            args.part
+        ]
         rows = []
-        for row in run():
+        for row in parts[args.part]():
             rows.append({"part": args.part, "machine": machine()} | row)
-            print({key: row[key] for key in ("of_limit", "lag_mean", "lag_max", "dropped_share")}, flush=True)
+            print(
+                {key: row[key] for key in ("of_limit", "goodput", "lag_mean", "lag_max", "dropped_share")},
+                flush=True,
+            )
         _replace(args.part, rows)
-    for make, part in ((scale_table, "scale"), (rules_table, "rules"), (tails_table, "tails")):
+    for make, part in (
+        (scale_table, "scale"),
+        (rules_table, "rules"),
+        (tails_table, "tails"),
+        (close_table, "close"),
+    ):
         if found := read(part):
             print(table(*make(found)) + "\n")
     if found := read("tails"):
         draw(found, ROOT / "docs" / "simulation.png")
+
+
+_PRINTED = ("of_limit", "goodput", "lag_mean", "lag_max", "dropped_share")
 
 
 def _replace(part: str, rows: list[dict[str, Any]]) -> None:

@@ -61,6 +61,29 @@ def tails_table(rows: Rows) -> tuple[list[str], list[list[object]]]:
     return header, lines
 
 
+def close_table(rows: Rows) -> tuple[list[str], list[list[object]]]:
+    """A line for each job, bound and rule."""
+    header = ["spread, longest / mean, slots", "bound", "rule", "of the limit", "goodput", "tokens beyond"]
+    header += ["samples untrained", "lag mean", "lag max", "idle rollout", "idle trainer", "s a step waited"]
+    return header, [
+        [
+            f"{row['job']['spread']:g}, {row['job']['longest']:g}, {row['slots_a_step']}",
+            row["job"]["max_staleness"],
+            row["rule"],
+            f"{row['of_limit']:.0%}",
+            f"{row['goodput']:.1%}",
+            f"{row['beyond_tokens']:.1%}",
+            f"{row['untrained']:.2%}",
+            f"{row['lag_mean']:.2f}",
+            row["lag_max"],
+            f"{row['idle_generation']:.0%}",
+            f"{row['idle_trainer']:.0%}",
+            f"{row['waited_s']:.1f}",
+        ]
+        for row in rows
+    ]
+
+
 def _samples(row: dict[str, Any]) -> int:
     return int(row["job"]["groups_per_step"] * row["job"]["group_size"])
 

@@ -24,12 +24,16 @@ from buffer.storage.memory import MemoryStore
 
 _COMMIT_EVERY = 8
 _BEATS_A_LEASE = 3
+_FORGET_EVERY = 100
+"""Steps after which the cached records are made anew."""
 
 
 class LedgerRule(Simulation):
     """The buffer's ledger, with its leases, admission, order of steps and removal of lost servers."""
 
-    title = "this software"
+    title = "wait"
+    overdue = "wait"
+    """`buffer.overdue`"""
 
     def __init__(self, job: Job) -> None:
         super().__init__(job)
@@ -41,6 +45,8 @@ class LedgerRule(Simulation):
             dataclasses.replace(
                 settings,
                 staleness_cap=job.max_staleness,
+                overdue=self.overdue,
+                close_after=job.close_after,
                 groups_per_step=job.groups_per_step,
                 group_size=job.group_size,
                 num_steps=10**9,
@@ -62,8 +68,8 @@ class LedgerRule(Simulation):
         self._version = self._ledger.trainer.alloc_version(incarnation=1, step=0)
         self._versions = {0: self._version}
         """Step -> version of its weights."""
-        self._record = _record(self._version)
-        self._records = {0: self._record}
+        self._records: dict[tuple[int, ...], Record] = {}
+        """Versions that sampled a token -> a record with one token of each."""
         for server in self.servers:
             self._register(server)
             self.at(self._random.uniform(0, self._beat_s), self._beat_again, server)
@@ -112,14 +118,24 @@ class LedgerRule(Simulation):
     def dispatch(self) -> Iterable[tuple[Server, Any]]:
         """The samples that the ledger leases."""
         with self._timed():
-            for name, done in self._done.items():
-                for verdict in self._ledger.intake.samples_done(name, done):
-                    assert not verdict.refusal, verdict
+            verdicts = [
+                (one.record, verdict)
+                for name, done in self._done.items()
+                for one, verdict in zip(done, self._ledger.intake.samples_done(name, done), strict=True)
+            ]
             self._done.clear()
             self._ledger.dispatcher.expire(now_s=self.now_s)
             aborts = self._ledger.state.leases.take_aborts()
             granted = self._ledger.dispatcher.grant(now_s=self.now_s)
-        assert not aborts, "a lease of a living server was lost"
+        assert self.overdue == "drop" or not aborts, "a lease of a living server was lost"
+        for record, verdict in verdicts:
+            if verdict.refusal:
+                assert self.overdue == "drop", verdict
+                self.drop(self._samples.pop((record.ticket_id, record.sample_index)))
+        for name, lease_ids in aborts.items():
+            self.abort(
+                self._by_name[name], lambda work, ended=frozenset(lease_ids): work[0].lease_id in ended
+            )
         for name, leases in granted.items():
             for lease in leases:
                 for index in lease.sample_indices:
@@ -128,9 +144,10 @@ class LedgerRule(Simulation):
     def ended(self, server: Server, sample: Sample) -> None:
         """Keeps the sample for the ledger until the next turn."""
         lease, index = sample.work
-        record = dataclasses.replace(
-            self._records[sample.weights_step], ticket_id=lease.ticket_id, sample_index=index
-        )
+        versions = tuple(self._versions[step] for step, _ in sample.runs)
+        if versions not in self._records:
+            self._records[versions] = _record(versions)
+        record = dataclasses.replace(self._records[versions], ticket_id=lease.ticket_id, sample_index=index)
         self._done.setdefault(server.name, []).append(SampleDone(lease_id=lease.lease_id, record=record))
         self._samples[lease.ticket_id, index] = sample
 
@@ -148,15 +165,16 @@ class LedgerRule(Simulation):
         self._beat(server)
 
     def take(self) -> list[Sample] | None:
-        """The groups of the step, in the order of their positions."""
+        """The samples of the step, in the order of their positions."""
         while self._next < self.job.groups_per_step:
             with self._timed():
                 group = self._ledger.trainer.fetch(step=self.step, position=self._next)
             if group is None:
                 return None
             self._next += 1
-            for index in range(self.job.group_size):
-                self._ready.append(self._samples.pop((group.ticket_id, index)))
+            self._ready += [
+                self._samples.pop((record.ticket_id, record.sample_index)) for record in group.records
+            ]
         samples, self._ready, self._next = self._ready, [], 0
         return samples
 
@@ -168,9 +186,20 @@ class LedgerRule(Simulation):
             if self.step % _COMMIT_EVERY == 0:
                 self._ledger.trainer.commit(incarnation=1, step=self.step - 1)
         self._versions[self.step] = self._version
-        self._records[self.step] = _record(self._version)
-        for table in (self._versions, self._records):
-            table.pop(self.step - 1000, None)
+        self._versions.pop(self.step - 1000, None)
+        if self.step % _FORGET_EVERY == 0:
+            self._records.clear()
+        if self.overdue != "wait":
+            self._drop_the_dropped()
+
+    def _drop_the_dropped(self) -> None:
+        """Counts the samples that the ledger has dropped."""
+        live = self._ledger.state.tickets.live
+        placed = {part for ticket in live.values() for part in ticket.parts}
+        for ticket_id, index in self._samples.keys() - placed:
+            ticket = live.get(ticket_id)
+            if ticket is None or index in ticket.failed:
+                self.drop(self._samples.pop((ticket_id, index)))
 
     def results(self) -> dict[str, Any]:
         """The results, with the ledger's own counts."""
@@ -182,13 +211,29 @@ class LedgerRule(Simulation):
         }
 
 
-def _record(version: int) -> Record:
-    """The record of a sample of one token; the ledger only reads its metadata."""
+class LedgerDropRule(LedgerRule):
+    """The ledger, which drops groups that become too old."""
+
+    title = "drop"
+    overdue = "drop"
+
+
+class LedgerCloseRule(LedgerRule):
+    """The ledger, which closes groups; the bound holds for each token."""
+
+    title = "close"
+    overdue = "close"
+    masks = True
+
+
+def _record(versions: tuple[int, ...]) -> Record:
+    """The record of a sample of one token of each version; the ledger only reads its metadata."""
+    num = len(versions)
     trajectory = Trajectory(
-        tokens=np.array([1, 2], dtype=np.int32),
-        loss_mask=np.array([0, 1], dtype=np.uint8),
-        logprobs=np.array([0.0, -0.5], dtype=np.float32),
-        versions=np.array([NOT_SAMPLED, version], dtype=np.int32),
+        tokens=np.ones(1 + num, dtype=np.int32),
+        loss_mask=np.array([0] + [1] * num, dtype=np.uint8),
+        logprobs=np.array([0.0] + [-0.5] * num, dtype=np.float32),
+        versions=np.array([NOT_SAMPLED, *versions], dtype=np.int32),
         reward=0.0,
         finish_reason=FinishReason.STOP,
     )
@@ -286,7 +331,8 @@ class DropRule(_Central):
             if self.step - group.oldest <= self.job.max_staleness:
                 kept.append(group)
             else:
-                self.dropped_s += sum(sample.seconds for sample in group.samples)
+                for sample in group.samples:
+                    self.drop(sample)
         self._complete = kept
         if len(kept) < self.job.groups_per_step:
             return None
@@ -295,3 +341,4 @@ class DropRule(_Central):
 
 
 RULES = (LedgerRule, GateRule, DropRule)
+CLOSE_RULES = (LedgerRule, GateRule, LedgerDropRule, LedgerCloseRule)

@@ -179,7 +179,7 @@ class Ticket:
     begin_step: int = -1
     """Step of the weights under which the group began: those of its first lease. -1: not yet."""
     close_step: int = -1
-    """With `buffer.overdue=close`: the group is closed when this step is being recorded. -1: not known."""
+    """With `buffer.overdue=close`: the group is closed when the trainer begins this step. -1: not known."""
     early: tuple[int, ...] = ()
     """Of a closed group: the samples that were complete when it was closed."""
     placed: dict[int, int] = field(default_factory=dict)

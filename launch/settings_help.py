@@ -25,6 +25,7 @@ COMMON = (
     "resume",
     "seed",
     "max_staleness",
+    "buffer.overdue",
     "model.path",
     "model.dtype",
     "sampling.group_size",

@@ -192,7 +192,7 @@ def load(env_id: str, settings: dict[str, Any], *, num_rows: int, num_eval: int)
         env = _loaders().load_environment(config)
         taskset_view = env.taskset if not num_rows else env.taskset.take(num_rows)
         if not taskset_view.bounded:
-            raise UserError(f"{env_id} has no end: give --rows N")
+            raise UserError(f"{env_id} has an unlimited number of rows: give --rows N")
         tasks = list(taskset_view)
     except (ValueError, TypeError, AttributeError, ImportError, OSError) as error:
         raise UserError(f"{env_id}: {error}") from error
@@ -234,17 +234,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='verifiers\' [env], as {"taskset": {...}}',
     )
     parser.add_argument(
-        "--renderer", type=_object, default=None, metavar="JSON", help='e.g. {"name": "qwen3"}; else by model'
+        "--renderer",
+        type=_object,
+        default=None,
+        metavar="JSON",
+        help='e.g. {"name": "qwen3"}',
     )
     parser.add_argument("--concurrency", type=_positive, default=16, metavar="N", help="rollouts at a time")
     parser.add_argument("--rows", type=_positive, default=0, metavar="N", help="the first N rows only")
-    parser.add_argument("--eval-rows", type=int, default=0, metavar="N", help="the last N are the split eval")
+    parser.add_argument("--eval-rows", type=int, default=0, metavar="N", help="the last N rows: split eval")
     parser.add_argument("--token-file", default="", help="token of role agent, if the job has keys")
-    parser.add_argument("--ca-file", default="", help="PEM file with the authority of the certificate")
+    parser.add_argument("--ca-file", default="", help="PEM file of the certificate's authority")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs until SIGINT or SIGTERM. 2: bad input."""
+    """Runs until SIGINT or SIGTERM. Returns the exit code: 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m areal_like.agents.verifiers_runner")
     add_arguments(parser)
     args = parser.parse_args(argv)

@@ -126,12 +126,20 @@ class StalenessConfig(Section, key="staleness"):
 
     close_after: NonNegativeInt = 0
     """Steps after the weights at a group's begin at which it is closed: its complete samples are recorded,
-    the others become late parts. At most `max_staleness`; 0: 4, or `max_staleness` if that is less."""
+    the others become late parts. At least `weights.sync_interval` and at most `max_staleness`; 0: 4 (3 more
+    than `weights.sync_interval`), or `max_staleness` if that is less."""
     beyond: Literal["mask", "cap", "ratio"] = "mask"
     """Treatment of a token whose weights are older than `max_staleness` steps. `mask`: it is context only,
     like a prompt, so the bound holds for every token that is trained on. `cap`: its importance weight is at
-    most 1. `ratio`: it is masked only if its probability has changed by more than a factor of 2. With `cap`
-    and `ratio` the bound limits weights, not ages."""
+    most 1 (the derivative of the objective's loss by the token's log-prob is at most |advantage|, whatever
+    the objective). `ratio`: it is masked only if its probability has changed by more than a factor of 2. With
+    `cap` and `ratio` the bound limits weights, not ages."""
+
+
+_WHOLE_GROUP_OBJECTIVES = frozenset({"oapl", "online_dpo", "rebel"})
+_SHAPINGS_OF_PARTS = frozenset({"laconic", "overlong"})
+"""Names of objectives, and of reward shapings, that need all samples of a group at once, and that do not. The
+buffer has to know them without importing the trainer, which declares the same as `takes_parts`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,6 +227,7 @@ class Config(Section):
         for section in ("task", "objective", "advantage"):
             keys = getattr(self, section)
             require(("name" in keys) != ("_target_" in keys), f"{section}: give either `name` or `_target_`")
+        self._check_staleness()
 
     @property
     def staleness_cap(self) -> int:
@@ -226,14 +235,129 @@ class Config(Section):
         return self.max_staleness_cap if isinstance(self.max_staleness, str) else self.max_staleness
 
     @property
-    def overdue(self) -> str:
-        """`buffer.overdue`, with `auto` resolved."""
-        return "close" if self.buffer.overdue == "auto" else self.buffer.overdue
-
-    @property
     def close_after(self) -> int:
         """`staleness.close_after`, with its default resolved."""
-        return self.staleness.close_after or min(4, max(1, self.staleness_cap))
+        return self.staleness.close_after or min(3 + self.weights.sync_interval, max(1, self.staleness_cap))
+
+    @property
+    def overdue(self) -> Literal["wait", "drop", "close"]:
+        """The resolved `buffer.overdue`. It follows from the settings alone, so all roles agree on it.
+
+        `auto` is also `wait` with an objective or advantage of the user, since only the trainer can find out
+        whether such a class needs whole groups, and with a `close_after` of 1, which closes groups as they
+        begin.
+        """
+        if self.buffer.overdue != "auto":
+            return self.buffer.overdue
+        return "wait" if self._reason_to_wait else "close"
+
+    @property
+    def _reason_to_wait(self) -> str:
+        """Why `buffer.overdue=auto` is `wait` in this job; empty: it is `close`."""
+        for section, settings in (
+            ("objective", self.objective),
+            ("advantage", self.advantage),
+            *(("advantage.shaping", shaping) for shaping in self._shapings),
+        ):
+            if "_target_" in settings:
+                return f"{section}._target_ may need whole groups"
+        if self.close_after < 2 and not self.staleness.close_after and self.staleness_cap:
+            return f"with max_staleness={self.max_staleness} groups would be closed as they begin"
+        return self.contradicts_close[0]
+
+    @property
+    def contradicts_close(self) -> tuple[str, str]:
+        """The first setting that contradicts `buffer.overdue=close`, and what to change; empty: none does."""
+        interval, close_after = self.weights.sync_interval, self.close_after
+        if self.max_staleness == "auto":
+            return (
+                "max_staleness=auto moves the bound by which groups are closed",
+                "give max_staleness a number",
+            )
+        if self.max_staleness == 0:
+            return "max_staleness=0 waits for all samples of a step", "set max_staleness to at least 1"
+        if self.buffer.group_filter == "single_version":
+            return (
+                "buffer.group_filter=single_version needs whole groups",
+                "set buffer.group_filter to none or spread",
+            )
+        if self.update_mode == "drain" and interval > 1:
+            return (
+                f"weights.update_mode=drain with weights.sync_interval={interval} completes every sample "
+                "before a push",
+                "set weights.update_mode=recompute",
+            )
+        if self.sampling.greedy_baseline:
+            return (
+                "sampling.greedy_baseline=true compares whole groups with their greedy sample",
+                "set sampling.greedy_baseline=false and another advantage than remax",
+            )
+        if method := self._needs_whole_groups:
+            return method
+        if close_after > self.staleness_cap:
+            return (
+                f"staleness.close_after={close_after} is beyond max_staleness={self.max_staleness}",
+                f"set staleness.close_after to at most {self.staleness_cap}",
+            )
+        if close_after < interval:
+            return (
+                f"staleness.close_after={close_after} is less than weights.sync_interval={interval}, so "
+                "groups would be closed before they begin",
+                f"set staleness.close_after and max_staleness to at least {interval}",
+            )
+        return "", ""
+
+    @property
+    def _needs_whole_groups(self) -> tuple[str, str] | None:
+        """The part of the method that needs all samples of a group at once, and what to change."""
+        name, advantage = self.objective.get("name"), self.advantage.get("name")
+        if name in _WHOLE_GROUP_OBJECTIVES:
+            return f"objective.name={name} needs whole groups", "choose another objective"
+        is_own_baseline = name == "vcpo" and self.objective.get("baseline", "group") != "none"
+        if is_own_baseline and not self.objective.get("leave_one_out", False):
+            return (
+                "objective.name=vcpo computes its baseline from whole groups",
+                "set objective.leave_one_out=true",
+            )
+        for shaping in self._shapings:
+            if "name" in shaping and shaping["name"] not in _SHAPINGS_OF_PARTS:
+                return f"advantage.shaping={shaping['name']} needs whole groups", "leave it out"
+        discount = self.advantage.get("turn_discount", 1)
+        if advantage != "gae" and discount != 1:
+            return (
+                f"advantage.turn_discount={discount} needs the rewards of all turns of whole groups",
+                "set advantage.turn_discount=1",
+            )
+        if advantage != "gae" and self.kl.coef and self.kl.place == "reward":
+            return "kl.place=reward needs the log-probs of whole groups", "set kl.place=loss"
+        return None
+
+    @property
+    def _shapings(self) -> list[dict[str, Any]]:
+        """`advantage.shaping` as far as it is well formed; the trainer checks it."""
+        shapings = self.advantage.get("shaping")
+        return [one for one in shapings if isinstance(one, dict)] if isinstance(shapings, list) else []
+
+    def _check_staleness(self) -> None:
+        """Refuses settings that contradict `buffer.overdue=close`, or that need it."""
+        contradicts, change = self.contradicts_close
+        is_auto, close_after = self.buffer.overdue == "auto", self.staleness.close_after
+        require(
+            self.buffer.overdue != "close" or not contradicts,
+            f"buffer.overdue=close: {contradicts}: {change}, or buffer.overdue=wait",
+        )
+        require(
+            not is_auto or close_after <= max(1, self.staleness_cap),
+            f"staleness.close_after={close_after} is beyond max_staleness={self.staleness_cap}: "
+            f"set staleness.close_after to at most {self.staleness_cap}",
+        )
+        why = f", as auto resolves here ({self._reason_to_wait})," if is_auto else ""
+        require(
+            self.staleness.beyond == "mask" or self.overdue == "close",
+            f"staleness.beyond={self.staleness.beyond} is for buffer.overdue=close: with {self.overdue}{why} "
+            "no token that is trained on is older than max_staleness: set staleness.beyond=mask or "
+            "buffer.overdue=close",
+        )
 
     def _check_limits(self) -> None:
         """Refuses time limits that contradict each other: one would expire although nothing is wrong."""

@@ -119,7 +119,7 @@ class RowFormat:
             messages = self._with_system(_messages(found[1], key=found[0]))
             is_learned = [message["role"] == "assistant" for message in messages]
             if not any(is_learned):
-                raise ConfigError(f"`{found[0]}` has no message of the assistant, so nothing to learn")
+                raise ConfigError(f"`{found[0]}` has no assistant message: there is nothing to learn")
             return ConversationRow(messages=messages, is_learned=is_learned, tools=tools)
         if self.messages_key:
             _wanted(row, self.messages_key, (), setting="messages_key")
@@ -134,7 +134,7 @@ class RowFormat:
         before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         is_learned = [False] * len(before) + [message["role"] == "assistant" for message in completion]
         if not any(is_learned):
-            raise ConfigError(f"`{key}` has no message of the assistant, so nothing to learn")
+            raise ConfigError(f"`{key}` has no assistant message: there is nothing to learn")
         return ConversationRow(
             messages=before + completion, is_learned=is_learned, is_text=is_text, tools=tools
         )

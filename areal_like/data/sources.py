@@ -68,11 +68,11 @@ def _files(pattern: str, *, key: str) -> list[Path]:
         names = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207, it may be absolute
         found = [Path(name) for name in names if Path(name).is_file()]
         if not found:
-            raise ConfigError(f"{key}={pattern}: no file matches, seen from {Path.cwd()}")
+            raise ConfigError(f"{key}={pattern}: no file matches (relative to {Path.cwd()})")
     elif path.is_dir():
         raise ConfigError(f"{key}={pattern} is a directory: name its files, e.g. {path}/*.jsonl")
     else:
-        raise ConfigError(f"{key}={pattern}: there is no such file, seen from {Path.cwd()}")
+        raise ConfigError(f"{key}={pattern}: there is no such file (relative to {Path.cwd()})")
     for file in found:
         if file.suffix.lower() not in JSON_LINES + PARQUET:
             raise ConfigError(

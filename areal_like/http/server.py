@@ -177,7 +177,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._start_write_timer()
 
     def resume_writing(self) -> None:
-        """The client has read most of it."""
+        """The client has read most of the buffered response."""
         self._stop_write_timer()
         super().resume_writing()
 

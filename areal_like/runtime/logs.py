@@ -4,9 +4,9 @@ The length of lines and the number of lines from one place in the code are limit
 not fill the disk. On SIGHUP the files are reopened (`signals.py`), after logrotate has renamed them.
 
 The size of every file is limited too (`daemon.log_max_mb`, `daemon.log_backups`). A file of JSON lines is
-renamed when it is full. The output of a process and the log of an engine cannot be renamed: libraries,
-torchrun and SGLang's own processes hold the open file. They are copied and emptied, which needs no
-cooperation of the writers.
+renamed when it is full. The output of a process and the log of an engine cannot be renamed, because
+libraries, torchrun and SGLang's own processes hold the open file. They are copied and truncated, which needs
+no cooperation from the writers.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class LogBounds:
     """Limits of one log file. Its copies are `<file>.1` (the newest), `<file>.2` and so on."""
 
     max_bytes: int = 0
-    """A file that has reached this size becomes a copy; 0: never."""
+    """A file that has reached this size is rotated; 0: never."""
     num_backups: int = 1
     """Copies that are kept."""
 
@@ -116,7 +116,7 @@ class LogBounds:
         return cls(max_bytes=round(daemon.log_max_mb * 1e6), num_backups=daemon.log_backups)
 
     def is_full(self, num_bytes: int) -> bool:
-        """True if a file of this size must become a copy."""
+        """True if a file of this size must be rotated."""
         return 0 < self.max_bytes <= num_bytes
 
     def make_room(self, path: Path) -> Path:
@@ -227,7 +227,7 @@ def follow_level(level: str) -> None:
     if not wanted or root.level == (number := logging.getLevelNamesMapping()[wanted]):
         return
     root.setLevel(min(number, root.level))
-    log.info("entries from %s on are logged", wanted)
+    log.info("the log level is now %s", wanted)
     root.setLevel(number)
 
 
@@ -253,17 +253,17 @@ class Outputs:
 
     @classmethod
     def shorten(cls) -> None:
-        """Copies and empties the files that are full. Raises OSError if one cannot be copied."""
+        """Copies and truncates the files that are full. Raises OSError if one cannot be copied."""
         for path, bounds in list(cls._files.items()):
             copy_and_empty(path, bounds)
 
 
 def copy_and_empty(path: Path, bounds: LogBounds) -> None:
-    """Makes a full file a copy and empties it; what is written to it meanwhile may be lost.
+    """Copies a full file and truncates it; what is written to it meanwhile may be lost.
 
     Several processes may call it for one file (the ranks of a trainer); only one of them does the work.
-    Raises OSError if the copy cannot be written; the file is emptied all the same, for on a full disk the run
-    needs space.
+    Raises OSError if the copy cannot be written; the file is truncated anyway, because the run needs
+    the space on a full disk.
     """
     with contextlib.suppress(FileNotFoundError), path.open("r+b") as file:
         if not bounds.is_full(os.fstat(file.fileno()).st_size) or not _is_locked(file):

@@ -79,7 +79,7 @@ def _shorten_outputs() -> None:
     try:
         Outputs.shorten()
     except OSError as error:
-        log.error("a file of output has reached its limit and was emptied without a copy: %s", error)
+        log.error("an output file has reached its size limit and was truncated without a copy: %s", error)
 
 
 def all_stacks() -> str:

@@ -66,5 +66,5 @@ def read_secret(file: Path) -> str:
         raise ConfigError(f"{file}: {error.strerror or error}") from None
     text = content.decode("latin-1").strip()
     if not text.isascii() or not text.isprintable() or not text or len(content) > _MAX_TOKEN_BYTES:
-        raise ConfigError(f"{file} does not hold one line of printable characters")
+        raise ConfigError(f"{file} must contain one line of printable characters")
     return text

@@ -49,7 +49,8 @@ def dataset_fingerprint(config: Config) -> str:
 def shared_settings(config: Config, role: Role) -> str:
     """The settings that a peer of this role and the buffer must share, as text `key=value ...`.
 
-    A trainer with fewer groups per step would commit groups that it has not trained on. A server that samples
+    A trainer with fewer groups per step would commit groups that it has not trained on, and one that does not
+    know that groups are closed would compare parts of several groups with one another. A server that samples
     at another temperature would record log-probs of another policy, one that renders messages in another way
     would complete other prompts, and one with another policy for failed samples would send them with reward 0
     where the buffer would lease them again. For an evaluation set, which may be long, fingerprints are
@@ -67,6 +68,7 @@ def shared_settings(config: Config, role: Role) -> str:
         settings |= {
             "trainer.groups_per_step": config.trainer.groups_per_step,
             "trainer.num_steps": config.trainer.num_steps,
+            "buffer.overdue": config.overdue,
         }
     return " ".join(f"{name}={value}" for name, value in settings.items())
 

@@ -31,8 +31,8 @@ MAX_STATS = 256
 
 MAX_WAITS = 16
 """Waits in one heartbeat."""
-MAX_WAIT_CHARS = 120
-"""Characters of a wait's name in a heartbeat."""
+MAX_WAIT_CHARS = 500
+"""Characters of a wait's name in a heartbeat: room for an agent's error text."""
 
 MAX_STAT = 1e18
 """Largest magnitude of a statistic: sums over all peers must stay finite, because JSON and the wire have no

@@ -63,6 +63,13 @@ class LeaseFacts:
     ticket_id: int
     server: str
     age_s: float
+    is_due: bool = False
+    """True: no step after the open one may train on its group."""
+    is_late: bool = False
+    """True: its group is closed (`buffer.overdue=close`)."""
+
+    def __str__(self) -> str:
+        return f"{'late samples of ' * self.is_late}ticket {self.ticket_id} at {self.server}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +83,21 @@ class JobFacts:
     open_step: int = 0
     """The step being recorded."""
     num_recorded: int = 0
-    """Groups recorded in it."""
+    """Positions recorded in it, each with a group or, with `buffer.overdue=close`, with parts."""
     num_groups: int = 0
-    """Groups of a step."""
+    """Positions of a step."""
+    group_size: int = 1
+    """Samples of a position."""
+    overdue: str = "wait"
+    """The resolved `buffer.overdue`."""
+    contradicts_close: str = ""
+    """The setting that contradicts `buffer.overdue=close`; empty: none does."""
+    close_after: int = 0
+    """With `buffer.overdue=close`: the resolved `staleness.close_after`."""
+    num_ready: int = 0
+    """Complete groups that are not recorded."""
+    num_parts: int = 0
+    """Complete samples of closed groups that are not recorded."""
     trainer_step: int = 0
     """Steps that the trainer has completed."""
     oldest_leases: tuple[LeaseFacts, ...] = ()
@@ -99,6 +118,18 @@ class JobFacts:
     def num_missing(self) -> int:
         """Groups that the trainer's step still needs; 0 if all of its groups are recorded."""
         return self.num_groups - self.num_recorded if self.open_step <= self.trainer_step else 0
+
+    @property
+    def is_reserving(self) -> bool:
+        """True if complete groups cannot be recorded in the trainer's step because its free positions are
+        reserved for running groups that are due in it."""
+        return self.overdue == "wait" and self.num_missing > 0 and self.num_ready > 0
+
+    @property
+    def steps_complete(self) -> float:
+        """The steps that the complete samples would fill that are not recorded."""
+        num_samples = self.num_ready * self.group_size + self.num_parts
+        return num_samples / max(1, self.num_groups * self.group_size)
 
 
 class On(StrEnum):

@@ -71,17 +71,14 @@ _STATES = (State.QUEUED, State.LEASED, State.READY, State.CLOSED, State.BATCHED)
 
 def is_held_back(state: LedgerState) -> bool:
     """True if the trainer's step lacks groups, and the complete samples of groups that are not recorded
-    would fill its free positions: waiting for whole groups costs the time. Linear in the live tickets."""
-    step, scheduler = state.steps.current, state.scheduler
-    if scheduler.num_full_steps > step or step >= state.settings.num_steps:
+    would fill its free positions: waiting for whole groups costs the time."""
+    step, tickets = state.steps.current, state.tickets
+    if state.scheduler.num_full_steps > step or step >= state.settings.num_steps:
         return False
-    num_complete = state.parts.num_loose + sum(
-        len(ticket.samples)
-        for ticket in state.tickets.of_purpose(Purpose.TRAIN)
-        if ticket.state in (State.QUEUED, State.LEASED, State.READY)
-    )
     size = state.settings.group_size + state.settings.num_greedy
-    return num_complete >= scheduler.num_free_before(step + 1) * size
+    num_ready = tickets.count(Purpose.TRAIN, State.READY)
+    num_complete = tickets.num_partial + num_ready * size + state.parts.num_loose
+    return num_complete >= state.scheduler.num_free_before(step + 1) * size
 
 
 class Timeline:

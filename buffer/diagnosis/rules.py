@@ -77,15 +77,32 @@ def effects_of(facts: JobFacts, *, limits: WaitLimits) -> list[str]:
     old = [lease for lease in facts.oldest_leases if lease.age_s > limits.stall_s]
     if facts.num_missing and (old or (facts.ranks and not facts.oldest_leases)):
         tickets = ", ".join(
-            f"ticket {lease.ticket_id} at {lease.server} for {_time(lease.age_s)}"
-            for lease in old[: max(3, min(facts.num_missing, 8))]
+            f"{lease} for {_time(lease.age_s)}" for lease in old[: max(3, min(facts.num_missing, 8))]
         )
-        groups = "group" if facts.num_missing == 1 else "groups"
-        effects.append(
-            f"step {facts.trainer_step} lacks {facts.num_missing} {groups} of {facts.num_groups}"
-            + (f": {tickets}" if tickets else "; no ticket is leased")
-        )
+        effects.append(f"{_lacking(facts)}" + (f": {tickets}" if tickets else "; no ticket is leased"))
     return effects
+
+
+def awaited(facts: JobFacts) -> str:
+    """The running group that a step waits for, longest running first; empty if it is not known."""
+    due = [lease for lease in facts.oldest_leases if lease.is_due]
+    return f"{due[0]} runs for {_time(due[0].age_s)}" if due else ""
+
+
+def _lacking(facts: JobFacts) -> str:
+    """What the trainer's step lacks."""
+    if facts.overdue == "close":
+        positions = "position" if facts.num_missing == 1 else "positions"
+        return (
+            f"step {facts.trainer_step} lacks {facts.num_missing} {positions} of {facts.num_groups}, each of "
+            f"a group or of {facts.group_size} parts ({facts.num_parts} are complete)"
+        )
+    groups = "group" if facts.num_missing == 1 else "groups"
+    return f"step {facts.trainer_step} lacks {facts.num_missing} {groups} of {facts.num_groups}" + (
+        f", whose positions are reserved ({facts.num_ready} other groups are complete)"
+        if facts.is_reserving
+        else ""
+    )
 
 
 def _buffer(facts: JobFacts, limits: WaitLimits) -> Iterator[Cause]:

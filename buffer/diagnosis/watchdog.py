@@ -65,10 +65,12 @@ class Watchdog:
         self._causes: list[Cause] = []
         self._effects: list[str] = []
         self._max_staleness = 0
+        self._facts = JobFacts()
 
     def look(self, facts: JobFacts, *, load: PoolTotals, max_staleness: int) -> None:
         """Updates the diagnosis from the current facts."""
         self._max_staleness = max_staleness
+        self._facts = facts
         for server in facts.servers:
             if server.longest_wait("engine")[1]:
                 self._speeds.forget_window(server.name)
@@ -106,7 +108,7 @@ class Watchdog:
             "effects": self._effects,
             "bottleneck": ""
             if self._causes
-            else advice(self._utilisation, max_staleness=self._max_staleness),
+            else advice(self._utilisation, max_staleness=self._max_staleness, facts=self._facts),
             "trainer_idle": self._utilisation.trainer_idle,
             "generation_idle": self._utilisation.generation_idle,
         }

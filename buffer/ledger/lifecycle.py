@@ -23,12 +23,12 @@ The transition to and from TRAINED is `StepLog.commit_to`. Ended tickets leave m
 rows.
 
 Closing (`buffer.overdue=close`): a group begins with its first lease, under weights of some step, and is
-closed when the step `close_after - 1` later is being recorded, whatever its samples say: a time that does not
-depend on their completions adds no bias. Its samples are *parts* from then on. `group_size` parts fill one
-position, which is a ticket of its own, so a step has the same number of positions and of samples as without
-parts. Each sample enters one position. The staleness bound holds for each token: the position records the
-bound that is in force, older tokens are not trained on, and a part without a token within the bound is given
-up. Once the last step is full, all other tickets are cancelled.
+closed when the trainer begins the step `close_after - 1` later, whatever its samples say: a time that does
+not depend on their completions adds no bias. Its samples are *parts* from then on. `group_size` parts fill
+one position, which is a ticket of its own, so a step has the same number of positions and of samples as
+without parts. Each sample enters one position. The staleness bound holds for each token: the position
+records the bound that is in force, older tokens are not trained on, and a part without a token within the
+bound is given up. Once the last step is full, all other tickets are cancelled.
 """
 
 from __future__ import annotations
@@ -223,7 +223,8 @@ class TicketLifecycle:
         """
         steps = self._state.steps
         while not self._state.settings_changed:
-            if (overdue := self._scheduler.next_overdue()) is not None:
+            first = steps.current if self._settings.closes else self._scheduler.num_full_steps
+            if (overdue := self._scheduler.next_overdue(first)) is not None:
                 self._end_overdue(self._tickets.live[overdue])
             elif (position := self._next_position_of_parts()) is not None:
                 self._record(position)
@@ -298,13 +299,13 @@ class TicketLifecycle:
         """A position of parts that can be recorded now; None: there are too few parts, or the step has to
         wait."""
         size = self._settings.group_size
-        if not self._scheduler.may_record(trainer_step=self._state.steps.current):
+        if self._parts.num_loose < size or not self._scheduler.may_record(
+            trainer_step=self._state.steps.current
+        ):
             return None
         first_step = self._scheduler.num_full_steps - self._bound.current
         found: list[tuple[Ticket, int]] = []
-        while len(found) + self._parts.num_loose >= size and len(found) < size:
-            part = self._parts.pop()
-            assert part is not None
+        while len(found) < size and (part := self._parts.pop()) is not None:
             group, index = part
             if group.samples[index].trained_steps(first_step=first_step):
                 found.append(part)

@@ -135,7 +135,7 @@ class OperatorChanges:
         if state.is_finished or (step >= settings.num_steps and key != LOG_LEVEL):
             raise RefusedError(key, "the last step has begun: nothing can be changed any more")
         if key == MAX_STALENESS:
-            least, cap = max(settings.sync_interval - 1, settings.closes), settings.staleness_cap
+            least, cap = max(settings.sync_interval - 1, int(settings.closes)), settings.staleness_cap
             if settings.adaptive:
                 raise RefusedError(key, "it follows the effective sample size (max_staleness=auto)")
             if value == "auto" or not least <= int(value) <= cap:

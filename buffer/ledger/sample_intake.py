@@ -142,7 +142,7 @@ class SampleIntake:
 
     def _accept(self, ticket: Ticket, sample: SampleSummary, record: Record) -> None:
         self._lifecycle.remove_from_lease(ticket, sample.lease_id, record.sample_index, arrived=True)
-        ticket.samples[record.sample_index] = sample
+        self._tickets.add_sample(ticket, record.sample_index, sample)
         self._store.put_sample(sample, record)
         if ticket.purpose is Purpose.EVAL:
             self._lifecycle.end_eval_sample(ticket)

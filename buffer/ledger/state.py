@@ -60,7 +60,12 @@ class LedgerState:
         )
         self.parts = PartTable()
         self.admission = Admission(
-            settings, tickets=self.tickets, parts=self.parts, scheduler=self.scheduler, bound=self.bound
+            settings,
+            tickets=self.tickets,
+            parts=self.parts,
+            leases=self.leases,
+            scheduler=self.scheduler,
+            bound=self.bound,
         )
         self.steps = StepLog(store, self.tickets, self.counters, groups_per_step=settings.groups_per_step)
         self.holds = OperatorHolds(store)

@@ -7,14 +7,23 @@ tickets with a sample or lease have a deadline already and are leased before tho
 issued only if no ticket waits, because it would take the oldest ticket's budget and, on a small server, its
 slots.
 
-With `buffer.overdue=close` the age of tokens is bounded when a position is recorded, and admission only has
-to keep both pools busy. A new group may begin while
+With `buffer.overdue=close` the age of tokens is bounded when a position is recorded, and admission has to
+keep both pools busy without letting samples grow old. It limits the work in progress:
 
-* the complete samples that can be recorded fill less than INVENTORY steps: more of them would only grow old;
-* all groups that are not closed, and the parts that wait, fit into the positions of the next `close_after`
-  steps: otherwise, when the trainer is the slower pool, groups would be too many to be complete in time. Late
-  samples do not count, so they never hold back others;
-* all of these, late samples included, fit into the run.
+    running + recordable + partial / 2  <=  limit
+
+running: samples that are to be made, late ones included. recordable: complete samples of whole groups, and
+parts. partial: complete samples of groups that are neither complete nor closed. So a sample begins for each
+one that is trained on. A limit on complete samples alone would make all free slots begin together, be closed
+together and complete together, in waves in which the trainer waits. Large groups hold many partial samples
+for long: counted fully, they would leave slots empty, and not at all, let waves through.
+
+The limit follows the trainer (`step_done`). With N samples in a step, 1.25 N samples should be recorded or
+recordable when the trainer has completed a step: more only grow older, and with fewer it will soon wait. The
+limit moves by a quarter of the difference, between N and what the servers have room for plus .4 N, and at
+most to `close_after + 1` steps: more groups would not be complete in time. So an engine whose samples take
+longer the more of them run gets as many as the trainer needs, and no more samples begin than the run has
+positions for.
 """
 
 from __future__ import annotations
@@ -26,13 +35,19 @@ from areal_like.wire.messages.producer import Purpose
 from buffer.scheduling.staleness import StalenessBound
 from buffer.scheduling.step_scheduler import StepScheduler
 from buffer.settings import LedgerSettings
+from buffer.tables.lease_table import LeaseTable
 from buffer.tables.parts import PartTable
 from buffer.tables.ticket_table import TicketTable
 from buffer.tickets import State, Ticket
 
-INVENTORY = 1.5
-"""Steps for which complete samples may wait. With one step's worth and small steps, the trainer waits for
-the groups that happen to be slower; with two, tokens are half a step older for nothing."""
+_STOCK_STEPS = 1.25
+"""Steps' worth of complete samples that the trainer should find when it has completed a step."""
+_GAIN = 0.25
+"""Change of the limit for each missing sample."""
+_WAITING_STEPS = 0.4
+"""Steps' worth of samples that may be in progress in addition to those that the servers can run."""
+_FIRST_STEPS = 1.75
+"""Steps' worth of samples in progress before the first step."""
 
 
 class Admission:
@@ -44,14 +59,17 @@ class Admission:
         *,
         tickets: TicketTable,
         parts: PartTable,
+        leases: LeaseTable,
         scheduler: StepScheduler,
         bound: StalenessBound,
     ) -> None:
         self._settings = settings
+        self._leases = leases
         self._tickets = tickets
         self._parts = parts
         self._scheduler = scheduler
         self._bound = bound
+        self._limit = _FIRST_STEPS * self._step_samples
         self._waiting: list[tuple[bool, int]] = []
         """Heap of (has not begun, ticket id) of train tickets with unleased samples. A ticket has begun when
         it has a sample or lease, and so a deadline, or is closed. These come first, then the oldest; outdated
@@ -102,13 +120,6 @@ class Admission:
             ticket.max_staleness = self._bound.current
         return ticket
 
-    @property
-    def is_inventory_full(self) -> bool:
-        """True while complete samples fill INVENTORY steps, so that no new group begins."""
-        settings = self._settings
-        num_complete = self._num_ready_samples() + self._parts.num_loose
-        return num_complete >= INVENTORY * settings.groups_per_step * settings.group_size
-
     def _may_take(self, ticket: Ticket | None, weights_step: int) -> bool:
         if ticket is None:
             return self._num_unrecorded() < self._num_free_positions(weights_step)
@@ -125,21 +136,45 @@ class Admission:
 
     def _may_close(self, ticket: Ticket | None, weights_step: int) -> bool:
         """As `_may_take`, if groups are closed."""
-        bound, size = self._bound.current, self._settings.group_size
-        if weights_step < self._scheduler.num_full_steps - bound:
+        if weights_step < self._scheduler.num_full_steps - self._bound.current:
             return False  # its tokens would be too old at once
         if ticket is not None and not _has_not_begun(ticket):
             return True
-        num_open = self._num_unrecorded() - (ticket is not None)
-        num_samples = num_open * size + self._parts.num_loose
-        num_free = self._num_free_positions(
-            weights_step, max_staleness=min(self._settings.close_after, bound)
-        )
-        num_left = self._scheduler.num_free_before(self._settings.num_steps)
+        size = self._settings.group_size
+        num_left = self._scheduler.num_free_before(self._settings.num_steps) * size
+        is_needed = ticket is not None or self._num_unrecorded_samples < num_left
+        return is_needed and self.work_in_progress + size <= self.work_limit
+
+    def step_done(self, num_steps: int) -> None:
+        """With closing: adapts the limit, when the trainer has completed this number of steps."""
+        size = self._settings.group_size
+        num_ahead = self._scheduler.num_taken_from(num_steps)
+        ready = self._tickets.count(Purpose.TRAIN, State.READY)
+        stock = (num_ahead + ready) * size + self._parts.num_loose
+        self._limit = self.work_limit + _GAIN * (_STOCK_STEPS * self._step_samples - stock)
+
+    @property
+    def work_limit(self) -> float:
+        """With closing: the largest work in progress, in samples."""
+        step = self._step_samples
+        most = self._leases.num_slots + _WAITING_STEPS * step
+        most = min(most, (min(self._settings.close_after, self._bound.current) + 1) * step)
+        return max(step, min(self._limit, most))
+
+    @property
+    def work_in_progress(self) -> float:
+        """With closing: samples that are being made or are to be recorded, as they count for admission."""
+        not_begun = self._scheduler.num_without_deadline * self._settings.group_size
+        return self._num_unrecorded_samples - not_begun - self._tickets.num_partial / 2
+
+    @property
+    def _step_samples(self) -> int:
+        return self._settings.groups_per_step * self._settings.group_size
+
+    @property
+    def _num_unrecorded_samples(self) -> int:
         return (
-            not self.is_inventory_full
-            and num_samples < num_free * size
-            and num_samples + self._parts.num_late < num_left * size
+            self._num_unrecorded() * self._settings.group_size + self._parts.num_loose + self._parts.num_late
         )
 
     def _is_waiting(self, not_begun: bool, ticket_id: int) -> bool:
@@ -151,9 +186,6 @@ class Admission:
     def _num_unrecorded(self) -> int:
         """Groups that will need a position: ready or running."""
         return self._tickets.count(Purpose.TRAIN, State.QUEUED, State.LEASED, State.READY)
-
-    def _num_ready_samples(self) -> int:
-        return self._tickets.count(Purpose.TRAIN, State.READY) * self._settings.group_size
 
     def _num_free_positions(self, weights_step: int, *, max_staleness: int | None = None) -> int:
         """Free positions at which a group with weights of this step can be recorded.

@@ -64,6 +64,11 @@ class StepScheduler:
         num_behind_last = (step - self.step) * self._groups_per_step - self.position
         return max(0, num_behind_last) + sum(hole < step for hole, _ in self._holes)
 
+    def num_taken_from(self, step: int) -> int:
+        """Recorded positions of this step and later ones."""
+        num_passed = (self.step - step) * self._groups_per_step + self.position
+        return max(0, num_passed) - sum(hole >= step for hole, _ in self._holes)
+
     @property
     def num_full_steps(self) -> int:
         """Steps, counted from step 0, that have no free position."""
@@ -105,9 +110,8 @@ class StepScheduler:
         self._ready.add(ticket_id)
         heapq.heappush(self._heap, (deadline, ticket_id))
 
-    def next_overdue(self) -> int | None:
-        """A running or ready ticket that has certainly missed its deadline; None if there is none."""
-        first = self.num_full_steps
+    def next_overdue(self, first: int) -> int | None:
+        """A running or ready ticket whose deadline is before step `first`; None if there is none."""
         # There are at most max_staleness + 1 keys.
         missed = [deadline for deadline in self._by_latest_deadline if deadline < first]
         if missed:

@@ -18,6 +18,7 @@ from buffer.diagnosis.watchdog import INTERVAL_S, Wakefulness, Watchdog
 from buffer.ledger.ledger import Ledger
 from buffer.service.peers import ConnectedPeers
 from buffer.tables.lease_table import Server
+from buffer.tickets import State, Ticket
 
 _NUM_LEASES = 8
 _LOST_S = 300.0
@@ -32,7 +33,8 @@ class JobWatch:
     ) -> None:
         self._ledger = ledger
         self._peers = peers
-        self._groups_per_step = config.trainer.groups_per_step
+        self._close_after = config.close_after
+        self._contradicts_close = config.contradicts_close[0]
         self._watchdog = Watchdog(metrics, limits=WaitLimits.of(heartbeat_s=config.daemon.heartbeat_s))
         self._awake = Wakefulness(now_s=now_s)
         self._timeline = Timeline()
@@ -42,6 +44,7 @@ class JobWatch:
         self._since: dict[str, float] = {}
         """Start time of each current problem of the buffer itself."""
         self._wait_s = 0.0
+        self._reserved_s = 0.0
         self._looked_s = now_s
         self._due_s = now_s
 
@@ -63,6 +66,7 @@ class JobWatch:
             self._wait_s += now_s - self._looked_s
             if is_held_back(self._ledger.state):
                 self._ledger.state.counters.count_held_back(now_s - self._looked_s)
+            self._reserved_s += (now_s - self._looked_s) * facts.is_reserving
         self._looked_s = now_s
         self._watchdog.look(
             facts,
@@ -70,6 +74,7 @@ class JobWatch:
                 at_s=now_s,
                 num_steps=facts.trainer_step,
                 wait_s=self._wait_s,
+                reserved_s=self._reserved_s,
                 busy_s=self._peers.total("busy_s"),
                 idle_s=self._peers.total("idle_s"),
                 starved_s=self._peers.total("starved_s"),
@@ -109,7 +114,13 @@ class JobWatch:
             world_size=self._world_size,
             open_step=state.scheduler.step,
             num_recorded=state.scheduler.position,
-            num_groups=self._groups_per_step,
+            num_groups=state.settings.groups_per_step,
+            group_size=state.settings.group_size,
+            overdue=state.settings.overdue,
+            close_after=self._close_after,
+            contradicts_close=self._contradicts_close,
+            num_ready=state.tickets.count(Purpose.TRAIN, State.READY),
+            num_parts=self._num_parts(),
             trainer_step=ledger.state.steps.current,
             oldest_leases=tuple(self._oldest_leases(now_s=now_s)),
             lost_servers={name: now_s - lost_s for name, lost_s in self._lost.items()},
@@ -150,9 +161,30 @@ class JobWatch:
             if state.tickets.live[lease.ticket_id].purpose is Purpose.TRAIN
         )
         for lease in heapq.nsmallest(_NUM_LEASES, train, key=lambda lease: lease.granted_s):
+            ticket = state.tickets.live[lease.ticket_id]
             yield LeaseFacts(
-                ticket_id=lease.ticket_id, server=lease.server, age_s=max(0.0, now_s - lease.granted_s)
+                ticket_id=lease.ticket_id,
+                server=lease.server,
+                age_s=max(0.0, now_s - lease.granted_s),
+                is_due=self._is_due(ticket),
+                is_late=ticket.state is State.CLOSED,
             )
+
+    def _is_due(self, ticket: Ticket) -> bool:
+        """True if no step after the open one may train on the group; with `close` none is due."""
+        state, oldest_step = self._ledger.state, ticket.oldest_possible_step
+        if state.settings.overdue == "close" or oldest_step is None:
+            return False
+        deadline = state.bound.deadline(oldest_step, max_staleness=ticket.max_staleness)
+        return deadline <= state.scheduler.step
+
+    def _num_parts(self) -> int:
+        """Complete samples of closed groups that are in no position."""
+        tickets = self._ledger.state.tickets
+        if not tickets.count(Purpose.TRAIN, State.CLOSED):
+            return 0
+        closed = (ticket for ticket in tickets.live.values() if ticket.state is State.CLOSED)
+        return sum(len(ticket.samples.keys() - ticket.placed.keys() - ticket.failed) for ticket in closed)
 
     def _lasting(self, name: str, is_so: bool, *, now_s: float) -> float:
         """Seconds for which a condition has held; 0 if it does not hold."""

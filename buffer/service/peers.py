@@ -44,12 +44,53 @@ _MOST_PER_S = {
 """Totals of rollout servers that the buffer adds up -> an increase per second beyond that of any server.
 (Seconds are sums over its engines.)"""
 _EARLIER_S = 86_400.0
-"""Seconds for which a server may have run at these rates before it registered here."""
+"""Seconds for which a server that the ledger knows may have worked before this buffer was started."""
+_SPARE_S = 60.0
+"""Seconds of work that a heartbeat may add beyond the time since the previous one, which may be late."""
 
 
 def claimed_name(hello: Hello) -> str:
     """The name that a process claims: its own, or TRAINER for all ranks of a trainer."""
     return TRAINER if hello.role is Role.TRAINER else hello.name
+
+
+class _Totals:
+    """The totals that one rollout server claims (`_MOST_PER_S`), as far as it can have done that work.
+
+    claim -> more than any server can have done: left out, and forgotten
+          -> more than it can have done since its last claim: left out, and later ones are counted from here
+          -> otherwise counted
+    """
+
+    def __init__(self, *, now_s: float, earlier_s: float) -> None:
+        """`earlier_s`: seconds of earlier work that its first claim may add."""
+        self.counted: dict[str, float] = {}
+        """Name -> the sum of the increases that are counted."""
+        self._claimed: dict[str, float] = {}
+        self._since_s = self._taken_s = now_s
+        self._spare_s = dict.fromkeys(_MOST_PER_S, earlier_s)
+        """Name -> seconds of work that the next claim may add beyond the time since this one."""
+
+    def take(self, stats: Mapping[str, float], *, now_s: float) -> list[str]:
+        """Counts the totals in `stats`; returns the names of those that cannot be true."""
+        absurd = []
+        for name, most_per_s in _MOST_PER_S.items():
+            left_s = self._spare_s[name] + now_s - self._taken_s
+            if name in stats:
+                claim, before = stats[name], self._claimed.get(name, 0.0)
+                increase = max(0.0, claim - before)
+                if not -1 < claim <= most_per_s * (_EARLIER_S + now_s - self._since_s):
+                    absurd.append(name)
+                else:
+                    self._claimed[name] = claim
+                    if increase > most_per_s * left_s:
+                        absurd.append(name)
+                    else:
+                        self.counted[name] = self.counted.get(name, 0.0) + increase
+                        left_s -= increase / most_per_s
+            self._spare_s[name] = min(left_s, _SPARE_S)
+        self._taken_s = now_s
+        return absurd
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -61,13 +102,12 @@ class Peer:
     hello: Hello
     """The peer's hello; its `incarnation` is the one that the ledger has granted."""
     last_heard_s: float
-    since_s: float
-    """When it registered at this buffer."""
+    totals: _Totals
     key: AllowedKey | None = None
     """The key of its newest message; None without keys."""
     state: str = "starting"
     stats: dict[str, float] = field(default_factory=dict)
-    """Statistics of its last heartbeat."""
+    """Statistics of its last heartbeat; a server's totals as far as they are counted."""
     waits: dict[str, float] = field(default_factory=dict)
     """Name of a wait at its last heartbeat -> seconds."""
     step: int = 0
@@ -100,8 +140,8 @@ class ConnectedPeers:
         }
         self._by_name: dict[str, Peer] = {}
         self._by_route: dict[bytes, Peer] = {}
-        self._stats_of_gone: dict[tuple[str, int], dict[str, float]] = {}
-        """Last statistics of rollout servers that are no longer connected, by name and incarnation."""
+        self._gone: dict[tuple[str, int], Peer] = {}
+        """Rollout servers that are no longer connected, by name and incarnation."""
         self._stats_of_long_gone: dict[str, float] = {}
         """Sums over servers that left earlier than those."""
 
@@ -143,21 +183,35 @@ class ConnectedPeers:
                     "keys: set buffer.host and security.keys to use several machines",
                 )
 
-    def add(self, route: bytes, hello: Hello, *, now_s: float, key: AllowedKey | None = None) -> Peer:
+    def add(
+        self,
+        route: bytes,
+        hello: Hello,
+        *,
+        now_s: float,
+        key: AllowedKey | None = None,
+        is_new: bool = False,
+    ) -> Peer:
         """Registers a peer that passed `check`, with the incarnation that the ledger has granted.
 
-        It replaces an older incarnation, or its own earlier route.
+        It replaces an older incarnation, or its own earlier route. `is_new`: the ledger has not known this
+        process, so it cannot have worked yet.
         """
         known = self._by_name.get(hello.name)
-        is_same_process = known is not None and known.hello.incarnation == hello.incarnation
+        before = self._gone.pop((hello.name, hello.incarnation), None)
         if known is not None:
             self._by_route.pop(known.route, None)
-            if not is_same_process:
+            if known.hello.incarnation == hello.incarnation:
+                before = known
+            else:
                 self._keep_stats(known)
-        stats = self._stats_of_gone.pop((hello.name, hello.incarnation), {})
-        peer = Peer(route=route, hello=hello, last_heard_s=now_s, since_s=now_s, key=key, stats=stats)
-        if known is not None and is_same_process:
-            peer.state, peer.stats, peer.since_s = known.state, known.stats, known.since_s
+        earlier_s = _SPARE_S if is_new else _EARLIER_S
+        totals = before.totals if before is not None else _Totals(now_s=now_s, earlier_s=earlier_s)
+        peer = Peer(route=route, hello=hello, last_heard_s=now_s, totals=totals, key=key)
+        if before is not None:
+            peer.stats = before.stats
+        if before is not None and before is known:
+            peer.state = before.state
         self._by_name[hello.name] = self._by_route[route] = peer
         return peer
 
@@ -210,33 +264,29 @@ class ConnectedPeers:
     def total(self, stat: str) -> float:
         """Sum of a cumulative statistic over all rollout servers, including those that have left."""
         connected = (peer.stats for peer in self.of(Role.ROLLOUT))
-        gone = (self._stats_of_long_gone, *self._stats_of_gone.values())
-        return sum(stats.get(stat, 0.0) for stats in (*gone, *connected))
+        gone = (peer.stats for peer in self._gone.values())
+        return sum(stats.get(stat, 0.0) for stats in (self._stats_of_long_gone, *gone, *connected))
 
     def take_stats(self, peer: Peer, stats: Mapping[str, float], *, now_s: float) -> str:
         """Replaces a peer's statistics; returns which of a server's totals cannot be true, or "".
 
-        Such a total is left out, because it would stay in the sums over all servers.
+        Such a total adds nothing, because it would stay in the sums over all servers.
         """
         bounded = bounded_stats(stats)
         if peer.hello.role is Role.TRAINER:
             peer.stats = bounded
             return ""
-        seconds = _EARLIER_S + now_s - peer.since_s
-        absurd = [
-            name
-            for name, most_per_s in _MOST_PER_S.items()
-            if not -1 < bounded.get(name, 0.0) <= most_per_s * seconds
-        ]
-        peer.stats = {name: value for name, value in bounded.items() if name not in absurd}
+        absurd = peer.totals.take(bounded, now_s=now_s)
+        plain = {name: value for name, value in bounded.items() if name not in _MOST_PER_S}
+        peer.stats = plain | peer.totals.counted
         return ", ".join(f"{name} {bounded[name]:g}" for name in absurd)
 
     def _keep_stats(self, peer: Peer) -> None:
         if peer.hello.role is Role.ROLLOUT:
-            self._stats_of_gone[peer.hello.name, peer.hello.incarnation] = peer.stats
-            if len(self._stats_of_gone) > _MAX_GONE:
-                oldest = next(iter(self._stats_of_gone))
-                for stat, value in self._stats_of_gone.pop(oldest).items():
+            self._gone[peer.hello.name, peer.hello.incarnation] = peer
+            if len(self._gone) > _MAX_GONE:
+                oldest = next(iter(self._gone))
+                for stat, value in self._gone.pop(oldest).stats.items():
                     self._stats_of_long_gone[stat] = self._stats_of_long_gone.get(stat, 0.0) + value
 
 

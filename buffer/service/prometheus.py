@@ -86,7 +86,7 @@ class BufferSeries:
         )
         self._solve_rate = metrics.gauge(
             "curriculum_solve_rate",
-            "Estimated solve rate of prompts (with buffer.curriculum): issued of late, and all",
+            "Estimated solve rate of prompts (with buffer.curriculum): of those issued recently, and of all",
             label="of",
             values=_PROMPTS,
         )

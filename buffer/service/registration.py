@@ -156,7 +156,7 @@ class Registration:
             self.eval_sets = hello.eval_sets
         else:
             self._ledger.trainer.refuse_older_trainer(incarnation)
-        peer = self._peers.add(newcomer.route, hello, now_s=self._clock(), key=newcomer.key)
+        peer = self._peers.add(newcomer.route, hello, now_s=self._clock(), key=newcomer.key, is_new=is_new)
         self._keys.registered(hello.name, newcomer.key)
         self._peers.expect_model_of(hello)
         self._outbox.servers_changed()

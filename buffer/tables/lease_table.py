@@ -82,6 +82,10 @@ class LeaseTable:
         self._checks: list[tuple[float, str]] = []
         """Heap of (`Server.check_s`, name). Entries of servers that were removed are skipped."""
         self._order = ServerOrder()
+        self._slots: dict[str, int] = {}
+        """Samples that each serving server holds or has room for."""
+        self.num_slots = 0
+        """Their sum, as of the last use of `order`."""
         self._changed: set[str] = set()
         """Servers whose position in the order may have changed."""
         self.live: dict[int, LeaseRecord] = {}
@@ -279,9 +283,13 @@ class LeaseTable:
     def order(self) -> ServerOrder:
         """The current order of servers with credit, including those that are held back."""
         for name in self._changed:
+            self.num_slots -= self._slots.pop(name, 0)
             if (server := self.servers.get(name)) is None:
                 self._order.remove(name)
             else:
+                if server.state is ServerState.SERVING:
+                    self._slots[name] = max(0, server.capacity_samples)
+                    self.num_slots += self._slots[name]
                 self._order.put(
                     name,
                     free_samples=server.credit,

@@ -9,7 +9,9 @@ from areal_like.shards import Shard
 from areal_like.wire.messages.producer import Purpose
 from buffer.prompts.order import Prompt
 from buffer.storage.base import Store
-from buffer.tickets import TERMINAL, Drop, State, Ticket
+from buffer.tickets import TERMINAL, Drop, SampleSummary, State, Ticket
+
+_IS_OPEN = (State.QUEUED, State.LEASED)
 
 
 class TicketTable:
@@ -25,6 +27,8 @@ class TicketTable:
         self.live: dict[int, Ticket] = {}
         """Ticket id -> ticket, in order of issue."""
         self._counts = {purpose: Counter(dict.fromkeys(State, 0)) for purpose in Purpose}
+        self.num_partial = 0
+        """Samples of train groups that are neither complete nor closed."""
         self._is_checked = False
         """False if a ticket was issued or moved since the last `check_conservation`."""
         self.on_move: Callable[[Ticket, State, State], None] | None = None
@@ -46,6 +50,8 @@ class TicketTable:
         for ticket in tickets:
             self.live[ticket.ticket_id] = ticket
             self._counts[ticket.purpose][ticket.state] += 1
+            if ticket.purpose is Purpose.TRAIN and ticket.state in _IS_OPEN:
+                self.num_partial += len(ticket.samples)
         for (purpose, state, _), count in ended.items():
             self._counts[purpose][state] += count
 
@@ -99,6 +105,12 @@ class TicketTable:
         """Live tickets of a purpose, in order of issue."""
         return [ticket for ticket in self.live.values() if ticket.purpose is purpose]
 
+    def add_sample(self, ticket: Ticket, sample_index: int, sample: SampleSummary) -> None:
+        """A sample of a live ticket was accepted."""
+        ticket.samples[sample_index] = sample
+        if ticket.purpose is Purpose.TRAIN and ticket.state in _IS_OPEN:
+            self.num_partial += 1
+
     def move(self, ticket: Ticket, state: State) -> None:
         """Changes a ticket's state (or writes its row again if only its leases changed)."""
         counts = self._counts[ticket.purpose]
@@ -106,6 +118,8 @@ class TicketTable:
         counts[state] += 1
         self._is_checked = False
         before, ticket.state = ticket.state, state
+        if ticket.purpose is Purpose.TRAIN and before in _IS_OPEN and state not in _IS_OPEN:
+            self.num_partial -= 0 if ticket.parts else len(ticket.samples)
         if self.on_move is not None:
             self.on_move(ticket, before, state)
         if state.is_terminal:

@@ -172,7 +172,7 @@ SHELLS = tuple(_SCRIPTS)
 
 @command(
     "completion",
-    "Print the script with which a shell completes verbs, options, runs, servers and settings. For bash, put "
+    "Print a script that lets a shell complete verbs, options, runs, servers and settings. For bash, put "
     "`source <(areal-like completion bash)` into ~/.bashrc.",
     argument("shell", metavar="SHELL", nargs="?", choices=SHELLS, help=", ".join(SHELLS)),
     argument("--words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS),

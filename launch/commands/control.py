@@ -150,7 +150,7 @@ def _ticket_id(text: str) -> int:
 @command(
     "drop",
     "Permanently remove harmful tickets from the step in which they are recorded; other tickets take their "
-    "places. The step must not be trained yet. All of the tickets are dropped, or none.",
+    "places. The step must not have been trained yet. All of the tickets are dropped, or none.",
     JOB,
     argument("tickets", metavar="TICKET", nargs="+", type=_ticket_id, help="its number"),
     examples=["drop myrun 1718 1723"],
@@ -187,7 +187,7 @@ def unfence(args: argparse.Namespace) -> int:
     process can have. Raises ConfigError if no process of the job has had the name.
     """
     if _change_ledger(job_of(args), "unfence", {"name": args.role}, option=("--unfence", args.role)):
-        print(f"{args.role} is unfenced: its process is refused from now on, start it again")
+        print(f"{args.role} is unfenced: its process is refused from now on; start it again")
     else:
         print(f"{args.role} is unfenced in the ledger of a job that is not running")
     return 0

@@ -26,8 +26,8 @@ _DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 @command(
     "data",
     "Count and check rows: lengths, repeated prompts, held-out prompts that are also in training, labels and "
-    "broken rows. The rows are those of files (the first is the training split), of the task of a "
-    "configuration, or of the task of a run, then with the solve rates seen so far.",
+    "broken rows. The rows come from files (the first is the training split), from the task of a "
+    "configuration, or from the task of a run, in which case the solve rates so far are shown too.",
     argument("action", metavar="ACTION", choices=["stats"], help="stats"),
     CONFIG_FILE,
     argument("--rows", metavar="N", action=OneValue, help="read at most N rows of each split"),

@@ -22,7 +22,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "deploy"
 
 @command(
     "deploy-files",
-    "Write configurations to adapt: of Prometheus (with rules and alerts), Grafana, systemd, Slurm, "
+    "Write configuration files to adapt, for Prometheus (with rules and alerts), Grafana, systemd, Slurm, "
     "Kubernetes and containers.",
     argument("directory", metavar="DIR", type=Path, help="where to write the files"),
     flag("--force", "also into a directory that has files, and over those"),

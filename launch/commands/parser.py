@@ -118,7 +118,7 @@ class Parser(argparse.ArgumentParser):
             add(self)
 
     def parse_words(self, words: Sequence[str]) -> argparse.Namespace:
-        """Parses the command line after the verb; options may stand anywhere. Raises ConfigError."""
+        """Parses the command line after the verb; options may come anywhere. Raises ConfigError."""
         self.usage = self.format_usage()  # argparse changes the arguments while it parses them
         parsed, unknown = self.parse_known_intermixed_args(words)
         if unknown:

@@ -36,10 +36,10 @@ _SHARED_SETTINGS = ("trainer.groups_per_step", "trainer.num_steps")
 
 @command(
     "restart",
-    "Replace the trainer, the buffer or a rollout server of a running job, while the others go on. The "
-    "trainer may get new settings: config.yaml has them when the new trainer is ready; if it refuses them "
-    "(exit code 2) or dies before (1), the run goes on with the old ones. A role that was started by hand "
-    "drains, and its supervisor has to start it again.",
+    "Replace the trainer, the buffer or a rollout server of a running job, while the others continue. The "
+    "trainer may get new settings: they are written to config.yaml once the new trainer is ready; if it "
+    "refuses them (exit code 2) or dies before that (1), the run continues with the old ones. A role that "
+    "was started by hand drains, and its supervisor has to start it again.",
     JOB,
     argument("role", metavar="ROLE", help="trainer, buffer, or the name of a rollout server"),
     settings_argument(metavar="trainer.KEY=VALUE"),

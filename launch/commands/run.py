@@ -45,8 +45,8 @@ class _ShowSettings(argparse.Action):
 @command(
     "run",
     "Run a whole job on this machine: a buffer, rollout servers and a trainer, in the new directory "
-    "runs/NAME. Ctrl-C stops it in order; resume=latest continues it. Settings are key=value; section=NAME "
-    "chooses a preset.",
+    "runs/NAME. Ctrl-C shuts it down cleanly; resume=latest continues it. Settings are key=value; "
+    "section=NAME chooses a preset.",
     argument("-h", "--help", action=_ShowSettings, nargs=0, help="this, and the main settings"),
     argument("--help-all", action=_ShowSettings, nargs=0, help="this, and all settings"),
     CONFIG_FILE,

@@ -3,7 +3,7 @@
 `--slurm`: as jobs of Slurm that share the run's directory, with their batch scripts in `slurm/`. This command
 ends when they are submitted: each job restarts itself, and all end with the run.
 
-`--ray`: as actors of a Ray cluster that own a process each. This command keeps running and restarts what
+`--ray`: as actors of a Ray cluster that each own a process. This command keeps running and restarts what
 fails.
 """
 
@@ -36,8 +36,8 @@ from launch.slurm.script import job_scripts
 @command(
     "submit",
     "Start a run, or continue it, on a cluster: a buffer, a trainer on N nodes, and rollout servers. With "
-    "--slurm they are jobs that restart themselves, and this command ends at once; with --ray they are "
-    "actors that own a process each, and this command stays until the run has ended.",
+    "--slurm they are jobs that restart themselves, and this command returns at once; with --ray they are "
+    "actors that each own a process, and this command keeps running until the run has ended.",
     flag("--slurm", "as jobs of Slurm"),
     flag("--ray", "as actors of a Ray cluster"),
     argument("--rollout-jobs", metavar="N", type=int, help="default: rollout.num_servers"),

@@ -42,14 +42,14 @@ def _steps(text: str) -> tuple[int, int]:
 def _part(parser: argparse._ActionsContainer) -> None:
     """Adds the part of the run to show: one of two options."""
     part = parser.add_mutually_exclusive_group()
-    part.add_argument("--last", metavar="SECONDS", type=_seconds, help="of the last seconds: 60s, 5m or 60")
-    part.add_argument("--steps", metavar="A:B", type=_steps, help="while the trainer did steps A to B - 1")
+    part.add_argument("--last", metavar="SECONDS", type=_seconds, help="only the last seconds: 60s, 5m or 60")
+    part.add_argument("--steps", metavar="A:B", type=_steps, help="while the trainer ran steps A to B - 1")
 
 
 @command(
     "trace",
-    "Write what all daemons of a run did when, on one clock, as a trace for https://ui.perfetto.dev: steps, "
-    "samples, pushes, checkpoints, evaluations, the ledger's writes.",
+    "Write a trace for https://ui.perfetto.dev that shows what every daemon of a run did and when, on one "
+    "clock: steps, samples, pushes, checkpoints, evaluations and the ledger's writes.",
     RUN,
     argument("--out", metavar="FILE", help="the trace (RUN/trace.json.gz)"),
     _part,

@@ -54,7 +54,7 @@ def _interval_s(text: str) -> float:
 
 @command(
     "status",
-    "Show the daemons, rates, leases and weights of a running job, or how a run has ended and what continues "
+    "Show the daemons, rates, leases and weights of a running job, or how a run ended and how to continue "
     "it. Exit code 1 if no daemon responds.",
     JOB,
     flag("--json", "one object, for programs"),

@@ -49,7 +49,7 @@ _LATEST_S = 5.0
 FAILURE_CLOSE_S = 10.0
 """Time for the other daemons to end after one has failed."""
 FINISHED_GRACE_S = 10.0
-"""Time for the trainer of a finished run to end by itself: the others end first, as it has told them to."""
+"""Time for the trainer of a finished run to end by itself: it tells the others to end, and they end first."""
 TRAINER_RESERVE, SERVERS_RESERVE = 0.25, 0.1
 """Fraction of `daemon.drain_timeout_s` that trainer and servers must leave to the processes that end after
 them."""

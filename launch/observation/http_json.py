@@ -1,22 +1,28 @@
 """Sends JSON requests to the daemons' HTTP servers: GET for a status, POST for a control request.
 
-A GET carries the token of `monitor`, which may only read. The operator's token is sent only with a change,
-and only to buffers and ranks of the trainer: every rollout server can write files into the run's directory,
-and changes are never sent to a server (`drain_server` goes to the buffer). Without `monitor.token`, a GET to
-a buffer or rank carries the operator's token, and a GET to a rollout server carries the token of the servers'
-own key.
+The operator's token is sent only with a change, and only to buffers and ranks of the trainer; changes are
+never sent to a server (`drain_server` goes to the buffer). A GET carries the token of `monitor`, or else that
+of a daemon's key. Both may only read, because every rollout server can write files into the run's directory:
+one may give its own address as that of a rank.
 
 Addresses come from the run's endpoint files, which the daemons write themselves, and never from one daemon's
-report about another. On this machine, the process at an address must belong to the user who wrote the file. A
-user may name further addresses.
+report about another. On this machine, the process at an address must belong to the user who wrote the file.
+The operator's token goes only to the address in a file that the directory's owner wrote and that nobody else
+can write. A user may name further addresses.
+
+Left out: a proof that an address on another machine is a buffer's. A process of the user who runs the job can
+replace `buffer.json`, and then receives the token of the next change.
 """
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import ipaddress
 import json
+import os
 import re
+import stat
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,7 +32,7 @@ from areal_like.config.security import SecurityConfig
 from areal_like.errors import ConfigError
 from areal_like.security.keys import KeyDirectory, KeyRole
 from areal_like.security.tls import client_context
-from areal_like.security.tokens import any_token, monitor_token, operator_token
+from areal_like.security.tokens import MONITOR_FILE, any_token, monitor_token, operator_token
 from areal_like.terminal_text import harmless, harmless_values
 from launch.observation.answers import checked_status, parsed_object
 
@@ -48,6 +54,8 @@ class _Daemon(NamedTuple):
     user: int
     """User id of the file's owner."""
     may_be_changed: bool
+    problem: str
+    """Why the file may be another user's; empty if only its directory's owner can have written it."""
 
 
 class Operator:
@@ -80,33 +88,43 @@ class Operator:
         """The headers of a request to `host:port`. `changes`: the request is for a change.
 
         They have no token if the address is not a daemon's. The token is read again, because it may have been
-        rotated. Raises ConfigError if it is gone.
+        rotated. Raises ConfigError if it is gone, or if no token that may only read is on this machine.
         """
         token = self._token(address, changes=changes) if self._keys else None
         return {} if token is None else {"Authorization": f"Bearer {token}"}
 
     def _token(self, address: str, *, changes: bool) -> str | None:
-        may_be_changed = address in self._given
+        may_be_changed, problem = address in self._given, ""
         if not may_be_changed:
-            if address not in self._known:
+            if address not in self._known or self._known[address].problem:
                 self._known = self._addresses()
             daemon = self._known.get(address)
             if daemon is None or not may_belong_to(address, daemon.user):
                 return None
-            may_be_changed = daemon.may_be_changed
-        if not changes and (token := monitor_token(self._keys)) is not None:
+            may_be_changed, problem = daemon.may_be_changed, daemon.problem
+        if changes:
+            if may_be_changed and problem:
+                raise ConfigError(problem)
+            return self._token_of(self._keys) if may_be_changed else None
+        if (token := monitor_token(self._keys) or self._token_of_a_daemon()) is not None:
             return token
-        if may_be_changed:
+        if address in self._given:
             return self._token_of(self._keys)
-        return None if changes else self._token_of_servers()
+        raise ConfigError(
+            f"{self._keys} has no token to read with: copy {MONITOR_FILE} there, or create it with "
+            f"`areal-like keys add {self._keys} monitor --role monitor` and copy public.json to every machine"
+        )
 
-    def _token_of_servers(self) -> str | None:
-        """The token of the rollout servers' own key, which may only read; None if it is not on this
-        machine."""
-        try:
-            return KeyDirectory(self._keys).identity(self._identity or KeyRole.ROLLOUT.value).token
-        except ConfigError:
-            return None
+    def _token_of_a_daemon(self) -> str | None:
+        """The token of a daemon's key, which may only read; None if none is on this machine. A rollout
+        server's first: those that could forge an endpoint file have it anyway."""
+        daemons = (KeyRole.ROLLOUT, KeyRole.BUFFER, KeyRole.TRAINER)
+        for name in (self._identity, *(role.value for role in daemons)):
+            with contextlib.suppress(ConfigError):
+                identity = KeyDirectory(self._keys).identity(name) if name else None
+                if identity is not None and identity.role in daemons:
+                    return identity.token
+        return None
 
     def connection(self, host: str, port: int, *, timeout_s: float) -> http.client.HTTPConnection:
         """A connection that is not open yet; over TLS if the job has a certificate."""
@@ -118,13 +136,25 @@ class Operator:
         found: dict[str, _Daemon] = {}
         for path in self._endpoints.glob("*.json") if self._endpoints is not None else ():
             try:
-                address, user = str(json.loads(path.read_text())["http"]), path.stat().st_uid
+                address, file = str(json.loads(path.read_text())["http"]), path.stat()
+                problem = _problem_of(path, file, owner=path.parent.stat().st_uid)
             except (OSError, ValueError, KeyError, TypeError):
                 continue  # the daemon has just ended and removed its file
-            daemon = _Daemon(user=user, may_be_changed=IS_BUFFER_OR_RANK.fullmatch(path.stem) is not None)
+            may_be_changed = IS_BUFFER_OR_RANK.fullmatch(path.stem) is not None
+            daemon = _Daemon(user=file.st_uid, may_be_changed=may_be_changed, problem=problem)
             if address not in found or daemon.may_be_changed:  # a forged file must not replace a buffer's
                 found[address] = daemon
         return found
+
+
+def _problem_of(path: Path, file: os.stat_result, *, owner: int) -> str:
+    if file.st_uid not in (owner, 0):
+        return f"{path} belongs to another user than its directory: the operator's token is not sent there"
+    if file.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return (
+            f"{path} can be written by other users: chmod 600 it, or the operator's token is not sent there"
+        )
+    return ""
 
 
 NO_OPERATOR = Operator(SecurityConfig(), Path())

@@ -40,7 +40,7 @@ class SettingChange:
     """The previous value; empty for an action."""
     value: str
     by: str
-    """`operator`, or `start`: configured anew when a trainer started."""
+    """`operator`, or `start`: configured again when a trainer started."""
     unix_s: float
 
     @property

@@ -117,7 +117,7 @@ class Run:
         return {str(name): int(count) for name, count in found.items() if number(count)}
 
     def events(self) -> list[Event]:
-        """Restarts, rollbacks and operators' actions, ordered by time as far as it is known."""
+        """Restarts, rollbacks and operators' actions, ordered by time where it is known."""
         found = [*self.ledger.events, *self.logs.events]
         for event in found:
             if event.unix_s is None and event.step is not None:

@@ -155,7 +155,7 @@ def _lock(paths: RunPaths, *, is_dry: bool) -> int:
     if not is_dry:
         return lock(paths)
     if is_held(paths):
-        raise InUseError(f"{paths.root} is in use: wait for the end of that run, or choose another name=...")
+        raise InUseError(f"{paths.root} is in use: wait until that run has ended, or choose another name=...")
     return _NO_LOCK
 
 

@@ -94,7 +94,7 @@ def named_renderer(name: str, tokenizer: Any, **options: Any) -> LibraryRenderer
     template."""
     if config_is_known(name) is False:
         raise ConfigError(
-            f"model.renderer={name}: known are auto, jinja, "
+            f"model.renderer={name}: choose one of auto, jinja, "
             f"{', '.join(sorted(set(MODEL_RENDERER_MAP.values())))}, and module.Class for your own"
         )
     try:

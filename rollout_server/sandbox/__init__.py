@@ -16,4 +16,4 @@ def make_sandbox(kind: str) -> Sandbox:
         case "rlimits":
             return RlimitsSandbox()
         case _:
-            raise ConfigError(f"rewards.sandbox={kind}: known are bwrap, rlimits")
+            raise ConfigError(f"rewards.sandbox={kind}: choose one of bwrap, rlimits")

@@ -132,12 +132,20 @@ class Claimants:
         self._record(claimant).succeed()
 
     def troubles(self, *, now_s: float) -> dict[str, float]:
-        """Returns the problems of the worst slowed claimants -> seconds since their last failure."""
+        """Returns the problems of the worst slowed claimants -> seconds since their last failure.
+
+        The record that newcomers of an address share is left out if it only repeats one of theirs.
+        """
         failing = [item for item in self._records.items() if item[1].row > NUM_FREE]
         failing.sort(key=lambda item: -item[1].row)
+        named = {
+            claimant.newcomers
+            for claimant, record in failing
+            if claimant != claimant.newcomers and not record.has_delivered
+        }
         return {
-            f"{record.row} in a row failed, of {claimant}: {record.error}": now_s - record.failed_s
-            for claimant, record in failing[:_MOST_NAMED]
+            f"the last {record.row} sessions of {claimant} failed: {record.error}": now_s - record.failed_s
+            for claimant, record in [item for item in failing if item[0] not in named][:_MOST_NAMED]
         }
 
     def _judge(self, claimant: Claimant) -> Claimant:

@@ -86,7 +86,9 @@ class MixtureTask(Task):
 
     def __post_init__(self) -> None:
         if self.num_train or self.max_prompt_tokens:
-            raise ConfigError("task.num_train and task.max_prompt_tokens of a mixture belong into its tasks")
+            raise ConfigError(
+                "task.num_train and task.max_prompt_tokens have no effect on a mixture: set them in its tasks"
+            )
         entries = self.tasks
         is_list = isinstance(entries, Sequence) and not isinstance(entries, str)
         if not is_list or not 1 < len(entries) <= MAX_SOURCES:

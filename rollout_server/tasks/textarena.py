@@ -36,9 +36,7 @@ class TextArenaTask(GameTask):
         super().__post_init__()
         registry = optional_package("textarena", task="textarena").envs.registration.ENV_REGISTRY
         if self.game not in registry:
-            raise ConfigError(
-                f"task.game={self.game!r}: TextArena has {len(registry)} games, and not this one"
-            )
+            raise ConfigError(f"task.game={self.game!r} is not one of the {len(registry)} games of TextArena")
         if self.player not in range(2 if self.opponent else 1):
             raise ConfigError(f"task.player={self.player}: want 0, or 1 with task.opponent")
         if self.opponent:

@@ -92,7 +92,9 @@ class Tool:
         """
         name = name or getattr(function, "__name__", "")
         if not _NAME.fullmatch(name):
-            raise ConfigError(f"tool {function!r}: name it by letters, digits, _ and - (Tool.of(name=))")
+            raise ConfigError(
+                f"tool {function!r}: its name may have only letters, digits, _ and -: use Tool.of(name=)"
+            )
         try:
             description, about = _described(function)
             parameters = tuple(_parameters(function, about))
@@ -152,7 +154,7 @@ class Tool:
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
             if isinstance(error, TimeoutError) and limit.expired():
-                problem = f"no answer within {limit_s:.3g} s"
+                problem = f"no result within {limit_s:.3g} s"
         return ToolOutput(text=_valid(f"Error: {problem:.{_MAX_ERROR_CHARS}}"), is_error=True)
 
     async def _run(self, values: Mapping[str, Any]) -> Any:

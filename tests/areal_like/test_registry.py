@@ -67,7 +67,7 @@ def test_value_fits_a_member_of_a_union(key: str, value: Any, expected: Any) -> 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "ball"}, "known are box"),
+        ({"name": "ball"}, "choose one of box"),
         ({"name": "box", "widht": 1}, "did you mean width"),
         ({"name": "box", "width": "wide"}, "shape.width: want a number"),
         ({"name": "box", "fill": "holow"}, "shape.fill=holow: did you mean hollow"),

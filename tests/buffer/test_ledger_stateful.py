@@ -443,6 +443,17 @@ class LedgerMachine(RuleBasedStateMachine):
         assert parts.num_late == sum(
             ticket.num_samples - len(ticket.samples.keys() | ticket.failed) for ticket in closed.values()
         )
+        assert self.ledger.state.tickets.num_partial == sum(
+            len(ticket.samples)
+            for ticket in live.values()
+            if ticket.purpose is Purpose.TRAIN and ticket.state in (State.QUEUED, State.LEASED)
+        )
+        assert self.ledger.state.leases.order is not None
+        assert self.ledger.state.leases.num_slots == sum(
+            max(0, server.capacity_samples)
+            for server in self.ledger.state.leases.servers.values()
+            if server.state is ServerState.SERVING
+        )
         recorded = [t for row in self.ledger.state.steps.recorded.values() for t in row.values() if t.parts]
         needed = {ticket_id for ticket in recorded for ticket_id, _ in ticket.parts}
         assert parts._groups.keys() == closed.keys() | needed

@@ -86,8 +86,11 @@ def test_no_statistic_is_a_reason_to_refuse_a_trainer() -> None:
     check_lengths(dataclasses.replace(beat, stats={"reward_mean": 1e300}))  # a trainer of the release before
 
 
-def registered(peers: ConnectedPeers, name: str, *, now_s: float = 0.0) -> Peer:
-    return peers.add(name.encode(), dataclasses.replace(hello(name), incarnation=1), now_s=now_s)
+def registered(
+    peers: ConnectedPeers, name: str, *, now_s: float = 0.0, is_new: bool = False, incarnation: int = 1
+) -> Peer:
+    process = dataclasses.replace(hello(name), incarnation=incarnation)
+    return peers.add(name.encode(), process, now_s=now_s, is_new=is_new)
 
 
 def test_a_total_that_cannot_be_true_is_left_out_of_the_sums() -> None:
@@ -95,11 +98,47 @@ def test_a_total_that_cannot_be_true_is_left_out_of_the_sums() -> None:
     honest, liar = registered(peers, "rollout-0"), registered(peers, "rollout-9")
     assert peers.take_stats(honest, {"tokens_generated": 5e9, "idle_s": 864_000.0}, now_s=10.0) == ""
     lies = {"tokens_generated": 1e17, "busy_s": -1.0, "running": 1e300}
-    assert peers.take_stats(liar, lies, now_s=10.0) == "tokens_generated 1e+17, busy_s -1"
+    for now_s in (10.0, 11.0):
+        assert peers.take_stats(liar, lies, now_s=now_s) == "tokens_generated 1e+17, busy_s -1"
     assert (peers.total("tokens_generated"), peers.total("busy_s")) == (5e9, 0.0)
     peers.remove("rollout-9")
     assert peers.total("tokens_generated") == 5e9
     assert json.loads(json.dumps(liar.stats)) == {"running": MAX_STAT}
+
+
+def test_a_heartbeat_adds_only_possible_work() -> None:
+    """What a server cannot have done since its previous claim is left out, whatever came before."""
+    peers = ConnectedPeers(job="job", dataset="d")
+    server = registered(peers, "rollout-0", is_new=True)
+    claims = [  # of the process: at, its total, whether it is absurd, what is counted
+        (1.0, 1e9, True, 0.0),
+        (2.0, 1e9 + 5e5, False, 5e5),
+        (3.0, 8e10, True, 5e5),
+        (3600.0, 8e10 + 3e9, False, 5e5 + 3e9),  # after an hour in which none arrived
+        (3601.0, 8.6e10, True, 5e5 + 3e9),
+        (3602.0, 0.0, False, 5e5 + 3e9),
+        (3603.0, 3.0, False, 5e5 + 3e9 + 3),
+    ]
+    for now_s, claim, is_absurd, counted in claims:
+        peers.remove("rollout-0")
+        server = registered(peers, "rollout-0", now_s=now_s)
+        assert bool(peers.take_stats(server, {"tokens_generated": claim}, now_s=now_s)) is is_absurd, claim
+        assert peers.total("tokens_generated") == server.stats.get("tokens_generated", 0.0) == counted
+    most = 0.0
+    for beat_number in range(1000):  # more heartbeats do not add more
+        most += 5e7
+        peers.take_stats(server, {"tokens_generated": most}, now_s=3603.0 + beat_number / 100)
+    assert peers.total("tokens_generated") < 4e9
+
+
+def test_a_restarted_buffer_counts_what_a_server_did_before() -> None:
+    peers = ConnectedPeers(job="job", dataset="d")
+    server = registered(peers, "rollout-0")
+    assert peers.take_stats(server, {"tokens_generated": 8e10}, now_s=1.0) == ""
+    assert peers.total("tokens_generated") == 8e10
+    successor = registered(peers, "rollout-0", now_s=2.0, is_new=True, incarnation=2)
+    assert peers.take_stats(successor, {"tokens_generated": 7.0}, now_s=3.0) == ""
+    assert peers.total("tokens_generated") == 8e10 + 7
 
 
 def lie(ledger: Ledger, *, times: int, now_s: float) -> None:

@@ -89,7 +89,7 @@ def test_changes_hold_by_step_in_every_later_life(
         assert rollbacks[0] == (asked + 1,), "it began at another checkpoint"
     buffers = ("buffer",) if num_shards == 1 else ("buffer-0", "buffer-1")
     for daemon in ("trainer-0", "trainer-1", "rollout-0", *buffers):
-        assert "entries from DEBUG on are logged" in (root / "logs" / f"{daemon}.log").read_text(), daemon
+        assert "the log level is now DEBUG" in (root / "logs" / f"{daemon}.log").read_text(), daemon
     audit = json.loads(command("audit", "x", "--json", cwd=tmp_path))
     checked = {check["text"]: check["num_checked"] for check in audit["checks"]}
     assert checked["every step was trained with the settings that were in force"] == 2 * len(rows)

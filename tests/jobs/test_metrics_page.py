@@ -19,6 +19,7 @@ from buffer.diagnosis.watchdog import Watchdog
 from buffer.service.prometheus import BufferSeries
 from rollout_server.metrics import ServerStats
 from tests.support.launching import ROOT
+from tests.support.part_groups import example_step
 from tests.support.trainer_helpers import random_groups, write_model
 from tests.support.trainer_ranks import make_runner
 from trainer.distributed.ranks import Ranks
@@ -72,6 +73,11 @@ def test_every_column_is_on_the_page(tmp_path: Path, ranks: Ranks) -> None:
         runner = make_runner(path, ranks, settings=settings, balances=step == 0)
         metrics = runner.run(groups, step=5 + step)
         rows.append(step_row(step, metrics | LagTally(4).reduced(ranks)))
+    for beyond in ("mask", "ratio"):
+        metrics = make_runner(path, ranks, beyond=beyond).run_served(
+            example_step(4), step=4, num_groups=4, max_staleness=2
+        )
+        rows.append(step_row(4, metrics))
     seen = {re.sub(r"_\d+$", "_I", name) for row in rows for name in row}
     assert seen | LEADER_COLUMNS | DEVICE_COLUMNS | {"greedy_reward", "reward_baseline"} == named_columns()
 

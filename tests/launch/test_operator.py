@@ -113,23 +113,61 @@ def test_a_forged_endpoint_file_never_gets_the_operators_token(
     post_json(server.address, "/control/drain", {}, operator=operator)
     (keys / "monitor.token").unlink()
     fetch_json(server.address, "/status", operator=operator)
-    (keys / "rollout.secret").unlink()
-    server.status = 401
-    assert fetch_json(server.address, "/status", operator=operator) is None
-    read_with = [f"Bearer {tokens[name]}" for name in ("monitor", "rollout")]
-    assert server.authorizations == [read_with[0], None, read_with[1], None]
+    for role in ("rollout", "buffer"):
+        (keys / f"{role}.secret").unlink()
+    fetch_json(server.address, "/status", operator=operator)
+    (keys / "trainer.secret").unlink()
+    with pytest.raises(ConfigError, match=r"keys add .* monitor --role monitor"):
+        fetch_json(server.address, "/status", operator=operator)
+    read_with = [f"Bearer {tokens[name]}" for name in ("monitor", "rollout", "trainer")]
+    assert server.authorizations == [read_with[0], None, *read_with[1:]]
 
 
-def test_without_the_monitors_token_the_operators_reads(tmp_path: Path, server: SimpleNamespace) -> None:
-    """A forged file with a buffer's address does not keep operators from the buffer."""
-    token = make_keys(tmp_path / "keys")["operator"]
+@pytest.mark.parametrize("name", ["buffer", "trainer-7"])
+def test_no_read_carries_the_operators_token(tmp_path: Path, server: SimpleNamespace, name: str) -> None:
+    """A rollout server can also write the endpoint file of a rank that the job does not have."""
+    tokens = make_keys(tmp_path / "keys")
     (tmp_path / "keys" / "monitor.token").unlink()
+    write_json(tmp_path / "endpoints" / f"{name}.json", {"http": server.address})
+    operator = Operator(SecurityConfig(keys=str(tmp_path / "keys")), tmp_path / "endpoints")
+    fetch_json(server.address, "/status", operator=operator)
+    assert server.authorizations == [f"Bearer {tokens['rollout']}"]
+
+
+def test_a_forged_file_does_not_keep_operators_from_the_buffer(
+    tmp_path: Path, server: SimpleNamespace
+) -> None:
+    token = make_keys(tmp_path / "keys")["operator"]
     for name in ("rollout-0", "buffer", "zzz"):
         write_json(tmp_path / "endpoints" / f"{name}.json", {"http": server.address})
     operator = Operator(SecurityConfig(keys=str(tmp_path / "keys")), tmp_path / "endpoints")
-    fetch_json(server.address, "/status", operator=operator)
     post_json(server.address, "/control/drain", {}, operator=operator)
-    assert server.authorizations == [f"Bearer {token}"] * 2
+    assert server.authorizations == [f"Bearer {token}"]
+
+
+@pytest.mark.parametrize("how", ["mode", "owner"])
+def test_no_change_to_addresses_that_others_can_write(
+    tmp_path: Path, server: SimpleNamespace, how: str
+) -> None:
+    tokens = make_keys(tmp_path / "keys")
+    address = server.address if how == "mode" else "10.1.2.3:80"
+    write_json(file := tmp_path / "endpoints" / "buffer.json", {"http": address})
+    if how == "mode":
+        file.chmod(0o666)
+    elif os.getuid() == 0:
+        os.chown(file.parent, 12345, -1)
+        os.chown(file, 54321, -1)
+    else:
+        pytest.skip("only root can give a file away")
+    operator = Operator(SecurityConfig(keys=str(tmp_path / "keys")), tmp_path / "endpoints")
+    if how == "mode":
+        fetch_json(server.address, "/status", operator=operator)
+        with pytest.raises(ConfigError, match="can be written by other users"):
+            post_json(server.address, "/control/drain", {}, operator=operator)
+        assert server.authorizations == [f"Bearer {tokens['monitor']}"]
+    else:
+        with pytest.raises(ConfigError, match="belongs to another user"):
+            operator.headers(address, changes=True)
 
 
 def test_no_token_for_another_user_with_a_daemons_port(

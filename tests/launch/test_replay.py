@@ -91,7 +91,7 @@ def test_replayed_conversations_give_the_same_weights(tmp_path: Path) -> None:
             lags = LagTally(config.staleness_cap)
             of_step = [lags.counted(group) for group in groups if group.step == step]
             runner.optimizer.lr = rates[step]
-            metrics = runner.run(of_step, step=step, lags=lags.of_tokens)
+            metrics = runner.run(of_step, step=step)
             assert metrics["grad_norm"] > 0 and metrics["segments"] == 1.5 and metrics["turns"] == 2
             assert metrics["by_label"]["conversation"]["num_samples"] == 8
         with closing(Recording(root)) as recording:

@@ -110,7 +110,7 @@ def test_broken_rows_end_the_start(
     ("settings", "message"),
     [
         ({"reward": ""}, "task.reward is not set"),
-        ({"reward": "exakt"}, "task.reward=exakt: known are"),
+        ({"reward": "exakt"}, "task.reward=exakt: choose one of"),
         ({"train": ""}, "task.train is not set"),
         ({"train": "absent.jsonl"}, "task.train=absent.jsonl: there is no such file"),
         ({"eval": "absent.jsonl"}, "task.eval=absent.jsonl"),

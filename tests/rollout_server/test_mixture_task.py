@@ -108,9 +108,9 @@ def test_tasks_with_and_without_environments() -> None:
         ([SORT, SORT | {"weight": 0}], {}, r"task\.tasks\[1\]: weight=0: use a positive number"),
         ([SORT, SORT | {"weight": "x"}], {}, "weight='x'"),
         ([SORT, SORT | {"label": "a\nb"}], {}, "printable"),
-        ([SORT, {"name": "nope"}], {}, r"task\.tasks\[1\]: task\.name=nope: known are"),
+        ([SORT, {"name": "nope"}], {}, r"task\.tasks\[1\]: task\.name=nope: choose one of"),
         ([SORT, {"name": "mixture", "tasks": [SORT, SORT]}], {}, "a mixture in a mixture"),
-        ([SORT, SORT], {"num_train": 5}, "belong into its tasks"),
+        ([SORT, SORT], {"num_train": 5}, "set them in its tasks"),
         ([SORT, {"name": "adding", "max_new_tokens": 4}], {}, "has no effect next to a task with an env"),
     ],
 )

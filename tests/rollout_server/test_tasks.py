@@ -98,7 +98,10 @@ def test_own_task_takes_its_settings() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "sorted"}, "known are adding, adding_agent, data, external, gymnasium, mixture, reason"),
+        (
+            {"name": "sorted"},
+            "choose one of adding, adding_agent, data, external, gymnasium, mixture",
+        ),
         ({"name": "sort", "num_trian": 5}, "did you mean num_train"),
         ({"name": "sort", "zzz": 5}, "its settings are seed, num_train"),
         ({"name": "sort", "num_train": 0}, "at least 1"),

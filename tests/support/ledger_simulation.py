@@ -67,6 +67,7 @@ def ledger_settings(**changes: Any) -> LedgerSettings:
         "groups_per_step": 2,
         "group_size": 2,
         "num_steps": 4,
+        "overdue": "wait",
         "durable": False,
         "max_tokens": sys.maxsize,
         "max_segment_tokens": sys.maxsize,

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from tests.support.trainer_helpers import random_groups
+from tests.support.part_groups import example_step
+from tests.support.trainer_helpers import flattened, random_groups, without_measured
 from tests.support.trainer_ranks import main, make_runner
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import gather, shards_of
@@ -36,5 +37,20 @@ def lagging(ranks: Ranks, out_dir: Path, path: str, settings: str) -> None:
         (out_dir / "losses.json").write_text(json.dumps(losses))
 
 
+def parts(ranks: Ranks, out_dir: Path, path: str, settings: str, beyond: str) -> None:
+    """Trains two steps of whole groups and parts, streamed and balanced; every rank writes its state and the
+    last metrics of both."""
+    results = []
+    for balances in (False, True):
+        runner = make_runner(
+            path, ranks, settings=json.loads(settings), beyond=beyond, balances=balances, budget_tokens=30
+        )
+        for step in (4, 5):
+            mine = example_step(step)[ranks.rank :: ranks.world_size]
+            metrics = runner.run_served(mine, step=step, num_groups=4, max_staleness=2)
+        results.append([runner.state(), flattened(without_measured(metrics))])
+    (out_dir / f"parts-{ranks.rank}.json").write_text(json.dumps(results))
+
+
 if __name__ == "__main__":
-    main(baselines=baselines, lagging=lagging)
+    main(baselines=baselines, lagging=lagging, parts=parts)

@@ -62,8 +62,13 @@ def make_runner(
     settings: dict[str, Any] | None = None,
     peak_tflops: float = 0.0,
     balances: bool = False,
+    beyond: str = "",
+    normalizer: str = "token_mean",
 ) -> StepRunner:
-    """A runner over a test model: sequence TIS and token mean, unless `settings` (sections) override them."""
+    """A runner over a test model: sequence TIS and token mean, unless `settings` (sections) override them.
+
+    `beyond`: `staleness.beyond` of a job with `buffer.overdue=close`; empty: of another job.
+    """
     sections = settings or {}
     advantage_settings = dict(sections.get("advantage", {"name": "grpo"}))
     shapings = SHAPINGS.build_list(advantage_settings.pop("shaping", None), job={"max_tokens": 12})
@@ -78,7 +83,12 @@ def make_runner(
         adam = ShardedAdamW(model, ranks, lr=1e-2, betas=(beta1, 0.9), max_grad_norm=max_grad_norm)
         critic = Critic(model, adam, ranks, settings=estimator, budget_tokens=budget_tokens)
     objective_settings = {"name": "tis", "level": "sequence", "cap": 2.0, "normalize": normalize}
-    objective = build_objective(sections.get("objective", objective_settings), kl=kl)
+    objective = build_objective(
+        sections.get("objective", objective_settings),
+        kl=kl,
+        takes_parts=bool(beyond),
+        caps_beyond=beyond == "cap",
+    )
     proximal = None
     if objective.proximal:
         proximal = ProximalPolicy(
@@ -90,7 +100,7 @@ def make_runner(
         ranks,
         objective=objective,
         advantage=estimator,
-        normalizer=Normalizer(name="token_mean", max_tokens=10),
+        normalizer=Normalizer(name=normalizer, max_tokens=10),
         budget_tokens=budget_tokens,
         reference=Policy.load(path, ranks, master_dtype=dtype) if kl or Need.REF in objective.needs else None,
         shapings=shapings,
@@ -99,6 +109,7 @@ def make_runner(
         proximal=proximal,
         peak_tflops=peak_tflops,
         balances=balances,
+        beyond=beyond,
     )
 
 

@@ -158,7 +158,7 @@ def test_laconic_dual_settles_at_the_budget() -> None:
         ({"name": "laconic"}, "budget_tokens of at least 1"),
         ({"name": "grpo_lambda", "top": 2}, "top between 0 and 1"),
         ({"name": "overlong", "soft_fraction": 0}, "soft_fraction"),
-        ({"name": "overlonge"}, "known are grpo_lambda, laconic, overlong"),
+        ({"name": "overlonge"}, "choose one of grpo_lambda, laconic, overlong"),
     ],
 )
 def test_error_messages_for_invalid_shaping_settings(settings: dict[str, Any], message: str) -> None:

@@ -19,7 +19,7 @@ from areal_like.trajectory import FinishReason, Trajectory
 from tests.support.trainer_helpers import run_ranks, write_model
 from trainer.batching.balance import Cost, SequenceSize, plan
 from trainer.batching.balancer import Balancer, _decoded, _encoded, exchange
-from trainer.batching.packing import Packer, TrainingSample
+from trainer.batching.packing import Packer, SampleCounts, TrainingSample
 from trainer.batching.shared_prefixes import budget_size
 from trainer.distributed.ranks import Ranks
 
@@ -195,6 +195,8 @@ def test_a_sample_survives_its_journey(of_tokens: bool) -> None:
         advantage=np.array([0.0, 1 / 3, -2.0]) if of_tokens else 1 / 3,
         lag=np.array([0, 2, 1]) if of_tokens else 2,
         group=7,
+        beyond=np.array([False, True, False]) if of_tokens else None,
+        counts=SampleCounts(2, 9, 1, 3) if of_tokens else None,
     )
     back = _decoded(_encoded(sample))
     assert repr(back) == repr(sample)

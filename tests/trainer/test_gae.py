@@ -28,6 +28,7 @@ from trainer.advantages import ADVANTAGES, FloatArray
 from trainer.advantages.critic import Critic, value_loss
 from trainer.advantages.gae import Gae, gae
 from trainer.batching.packing import TrainingSample
+from trainer.batching.positions import Position
 from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
 from trainer.metrics.phase_timer import PhaseTimer
@@ -187,7 +188,7 @@ def with_advantages(runner: StepRunner, groups: list[list[Trajectory]]) -> list[
     return list(
         itertools.chain(
             *runner.advantages.compute(
-                groups, totals, clock, lags=lambda t: np.zeros(t.num_tokens, dtype=np.int64)
+                [Position.plain(group, step=0) for group in groups], totals, clock, step=0
             )
         )
     )

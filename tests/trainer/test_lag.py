@@ -39,10 +39,10 @@ def test_lags_are_counted_by_samples_and_by_tokens() -> None:
     tally = LagTally(max_staleness=4)
     # Versions are two ahead of the steps, as after repeated pushes; the newest is ahead of the step itself.
     group = group_of([-1, -1, 7, 8, 12], [-1, 9, -1, 9], version_steps=[5, 7], step=8)
-    first, second = tally.counted(group)
-    assert tally.of_tokens(first).tolist() == [0, 0, 3, 2, 0]
-    assert tally.of_tokens(second).tolist() == [0, 1, 0, 1]
-    assert tally.of_tokens(first).dtype == np.int64
+    first_T, second_T = tally.counted(group).lags
+    assert first_T.tolist() == [0, 0, 3, 2, 0]
+    assert second_T.tolist() == [0, 1, 0, 1]
+    assert first_T.dtype == np.int64
     alone = SimpleNamespace(sum=lambda table: table)
     metrics = tally.reduced(alone)  # type: ignore[arg-type]
     assert metrics == {

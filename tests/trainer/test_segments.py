@@ -13,17 +13,21 @@ import torch.distributed as dist
 
 from areal_like.errors import ConfigError
 from areal_like.trajectory import Trajectory
+from tests.support.objective_helpers import NORMALIZERS, evaluate, tokens_of
 from tests.support.trainer_helpers import joined, random_groups, random_trajectory, write_model
 from tests.support.trainer_ranks import last_gradient, make_runner
 from trainer.advantages import Advantage
-from trainer.batching.packing import Packer, TrainingSample, collate, is_target, num_targets
+from trainer.batching.packing import DivisorCounts, Packer, TrainingSample, collate, is_target, num_targets
+from trainer.batching.sampled_tokens import SampledTokens
 from trainer.batching.segments import segments_of, split_sample, split_targets
 from trainer.distributed.ranks import Ranks
+from trainer.gradients.optimal_baseline import optimal_baseline
+from trainer.objectives import build_objective
 
 OBJECTIVES: list[dict[str, Any]] = [
     {"name": "tis", "level": "sequence"},
     {"name": "gspo", "clip_low": 0.05, "clip_high": 0.05},
-    {"name": "vcpo"},
+    {"name": "vcpo", "normalizer": "token_mean"},
     {"name": "tis", "level": "token", "normalize": True},
 ]
 
@@ -82,6 +86,96 @@ def test_gradient_is_that_of_segments_as_samples(path: str, ranks: Ranks, object
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         assert torch.equal(gradient, gradients[1][name]), name
+
+
+@pytest.mark.parametrize("normalizer", ["seq_mean_token_sum", "constant", "seq_mean_token_mean"])
+def test_a_sample_counts_once_in_normalizers(path: str, ranks: Ranks, normalizer: str) -> None:
+    """Three segments with one advantage each, equal to one another: a mean over tokens of the sample."""
+    sample, *_ = random_groups(1, group_size=1, longest=12)[0]
+    sample = replace(sample, reward=1.0)
+    losses = []
+    for whole in (sample, joined([sample] * 3)):
+        runner = make_runner(
+            path,
+            ranks,
+            advantage=RewardAsAdvantage(),
+            settings={"objective": {"name": "reinforce"}},
+            normalizer=normalizer,
+            budget_tokens=sample.num_tokens,  # each segment is in a micro-batch of its own
+        )
+        losses.append(runner.run([[whole]], step=7)["loss"])
+    assert losses[1] == pytest.approx(losses[0] * (1 if normalizer == "seq_mean_token_mean" else 3), rel=1e-9)
+
+
+LOGP = [[-0.8, -1.1, -0.6, -0.2], [-1.0, -1.9], [-0.4]]
+BEHAVIOR_LOGP = [[-1.0, -2.0, -0.5, -0.3], [-0.7, -1.2], [-0.9]]
+ADVANTAGES = [0.4, -0.1, -0.3]
+
+
+def in_segments(batch: SampledTokens) -> SampledTokens:
+    """The first sample as two segments, of which the second comes last in the micro-batch."""
+    order = [0, 1, 4, 5, 6, 2, 3]
+    tensors = {
+        name: getattr(batch, name).detach()[order]
+        for name in (
+            "logp_S",
+            "behavior_logp_S",
+            "advantage_S",
+            "entropy_S",
+            "ref_logp_S",
+            "lag_S",
+            "version_S",
+        )
+    }
+    rows = [0, 1, 2, 0]
+    return replace(
+        batch,
+        **tensors | {"logp_S": tensors["logp_S"].requires_grad_()},
+        prox_logp_S=tensors["logp_S"].detach(),
+        segment_S=torch.tensor([0, 0, 1, 1, 2, 3, 3]),
+        length_N=torch.tensor([2.0, 2.0, 1.0, 2.0], dtype=torch.float64),
+        reward_N=batch.reward_N[rows],
+        group_N=batch.group_N[rows],
+        truncated_N=batch.truncated_N[rows],
+        counts=DivisorCounts(
+            num_masked_N=torch.zeros(4, dtype=torch.int64),
+            sample_length_N=torch.tensor([4, 2, 1, 4]),
+            num_samples_N=torch.tensor([1, 1, 1, 0]),
+            sample_N=torch.tensor([0, 1, 2, 0]),
+        ),
+    )
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"name": "rebel"},
+        {"name": "online_dpo", "pairs": "all"},
+        {"name": "online_dpo"},
+        {"name": "reinforce"},
+    ],
+    ids=str,
+)
+def test_a_sample_of_two_segments_is_like_one(settings: dict[str, Any], normalizer: str) -> None:
+    """Pairs compare samples, and their number is that of samples, whatever the segments."""
+    whole = tokens_of(LOGP, BEHAVIOR_LOGP, ADVANTAGES, rewards=[1.0, 0.5, 0.0])
+    objective = build_objective(settings)
+    loss, gradient = evaluate(objective, [whole], normalizer=normalizer)
+    again, of_segments = evaluate(objective, [in_segments(whole)], normalizer=normalizer)
+    assert again == pytest.approx(loss, rel=1e-12)
+    assert of_segments == pytest.approx([gradient[i] for i in (0, 1, 4, 5, 6, 2, 3)], rel=1e-12)
+
+
+def test_leaving_one_out_leaves_out_the_whole_sample() -> None:
+    squares_N = torch.tensor([0.3, 0.7, 0.2, 0.6], dtype=torch.float64)
+    returns_N = torch.tensor([1.0, -0.5, 0.25, 1.0], dtype=torch.float64)
+    group_N, sample_N = torch.zeros(4, dtype=torch.int64), torch.tensor([0, 1, 2, 0])
+    got_N = optimal_baseline(squares_N, returns_N, group_N, leave_one_out=True, sample_N=sample_N)
+    joined_M = torch.tensor([0.9, 0.7, 0.2], dtype=torch.float64)
+    want_M = optimal_baseline(joined_M, returns_N[:3], group_N[:3], leave_one_out=True)
+    assert torch.allclose(got_N, want_M[sample_N], rtol=1e-12)
+    assert want_M[0] == pytest.approx((0.7 * -0.5 + 0.2 * 0.25) / 0.9), "without its own return"
 
 
 def test_values_and_penalties_are_those_of_segments(path: str, ranks: Ranks) -> None:

@@ -14,8 +14,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from areal_like.errors import ConfigError
 from areal_like.registry import Registry
 from areal_like.trajectory import Trajectory, are_equal_rewards
+from trainer.advantages.parts import PartContext
 from trainer.batching.scope import Scope
 
 FloatArray = NDArray[np.float64]
@@ -33,6 +35,10 @@ class Estimator:
     """BATCH: `rescale` is called, and no gradient is computed before the step's last group has arrived."""
     uses_greedy: bool = False
     """True: every group must have a greedy sample (`sampling.greedy_baseline`)."""
+    takes_parts: bool = False
+    """True: it can be used with `buffer.overdue=close`, where a step also has parts of groups."""
+    history_decay: float = 0.9
+    """For parts: weight of a step's mean reward relative to that of the next step, in the running mean."""
 
     def rescale(self, *, advantages_S: FloatArray, groups_S: NDArray[np.int64]) -> tuple[float, float]:
         """Returns (shift, factor), the same on every rank.
@@ -81,6 +87,14 @@ class Advantage(Estimator, ABC):
         With `uses_greedy` the last sample of the group is the greedy one; the advantage returned for it is
         ignored.
         """
+
+    def of_part(self, reward: float, context: PartContext) -> float:
+        """With `buffer.overdue=close`: the advantage of one sample with this reward (after shaping).
+
+        It must be the same function for each sample of a group, early or late, and `context` has only what is
+        independent of the sample's own completion. No `rescale` and no `shift` follow.
+        """
+        raise ConfigError(f"{type(self).__name__} cannot train on parts of groups: set buffer.overdue=wait")
 
 
 ADVANTAGES = Registry[Estimator]("advantage", Estimator)

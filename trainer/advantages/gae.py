@@ -111,6 +111,7 @@ class Gae(Estimator):
     """
 
     scope = Scope.BATCH
+    takes_parts = True
 
     gamma: float = 1.0
     """Discount per sampled token."""

@@ -8,6 +8,9 @@ Left out: ProGRPO (arXiv 2602.05281), `A + alpha (c_q - c_o)` in groups with a c
 is exp of the mean log-prob of the completion's least likely fifth of tokens. It is unclear over which prompt
 tokens c_q is taken and what alpha is, and c_q needs the log-probs of prompts, which are not recorded.
 
+With `buffer.overdue=close` (`of_part`) R - mean becomes R - b, and (R - mean) / std becomes (R - b) / s, with
+the baseline b of `parts.py` and the running deviation s of rewards.
+
 Notation: R reward of a sample, mean and std over its group, L its number of sampled tokens.
 Shape suffix: G samples of a group.
 """
@@ -23,6 +26,7 @@ from numpy.typing import NDArray
 from areal_like.errors import ConfigError
 from areal_like.trajectory import Trajectory, are_equal_rewards
 from trainer.advantages.base import ADVANTAGES, Advantage, FloatArray, rewards_of, whitening
+from trainer.advantages.parts import PartContext
 from trainer.batching.scope import Scope
 
 
@@ -41,9 +45,15 @@ class DrGrpo(Advantage):
     Dividing by std, as GRPO does, would give more weight to hard and easy prompts, whose std is small.
     """
 
+    takes_parts = True
+
     def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
         """[G] advantages."""
         return [float(a) for a in centered(rewards_of(group))]
+
+    def of_part(self, reward: float, context: PartContext) -> float:
+        """R - b"""
+        return reward - context.baseline()
 
 
 @ADVANTAGES.register("grpo")
@@ -51,12 +61,18 @@ class DrGrpo(Advantage):
 class Grpo(Advantage):
     """GRPO (arXiv 2402.03300): A = (R - mean) / std, with the population standard deviation."""
 
+    takes_parts = True
+
     def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
         """[G] advantages."""
         rewards_G = rewards_of(group)
         centered_G = centered(rewards_G)
         std = float(rewards_G.std())
         return [float(a) for a in centered_G / std] if std > 0 else [0.0] * len(group)
+
+    def of_part(self, reward: float, context: PartContext) -> float:
+        """(R - b) / s"""
+        return (reward - context.baseline()) / context.running.deviation
 
 
 @ADVANTAGES.register("rloo")
@@ -67,10 +83,16 @@ class Rloo(Advantage):
     The baseline is unbiased.
     """
 
+    takes_parts = True
+
     def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
         """[G]; zero for a group of one sample."""
         size = len(group)
         return [float(a) for a in centered(rewards_of(group)) * (size / max(size - 1, 1))]
+
+    def of_part(self, reward: float, context: PartContext) -> float:
+        """R - b"""
+        return reward - context.baseline()
 
 
 @ADVANTAGES.register("remax")
@@ -95,6 +117,8 @@ class Opo(Advantage):
     This baseline has the least variance if a gradient's squared norm grows with the length of the completion.
     """
 
+    takes_parts = True
+
     def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
         """[G] advantages."""
         rewards_G = rewards_of(group)
@@ -102,6 +126,10 @@ class Opo(Advantage):
             return [0.0] * len(group)
         lengths_G = np.array([trajectory.num_sampled for trajectory in group], dtype=np.float64)
         return [float(a) for a in rewards_G - lengths_G @ rewards_G / max(lengths_G.sum(), 1.0)]
+
+    def of_part(self, reward: float, context: PartContext) -> float:
+        """R - b, with the members weighted by their lengths in b."""
+        return reward - context.baseline(context.lengths_E)
 
 
 @ADVANTAGES.register("gpg")
@@ -111,6 +139,8 @@ class Gpg(Advantage):
 
     The factor compensates for groups without a gradient, which would dilute the mean over all groups.
     """
+
+    takes_parts = True
 
     scope = Scope.BATCH
 
@@ -123,11 +153,17 @@ class Gpg(Advantage):
         num_groups, num_spread = len(np.unique(groups_S)), len(np.unique(groups_S[advantages_S != 0]))
         return 0.0, num_groups / num_spread if num_spread else 1.0
 
+    def of_part(self, reward: float, context: PartContext) -> float:
+        """R - b; alpha is 1, because a group of equal rewards has a gradient too."""
+        return reward - context.baseline()
+
 
 @ADVANTAGES.register("reinforce_pp")
 @dataclass(frozen=True, kw_only=True)
 class ReinforcePlusPlus(Advantage):
     """REINFORCE++ (arXiv 2501.03262): rewards whitened over all sampled tokens of the step."""
+
+    takes_parts = True
 
     scope = Scope.BATCH
 
@@ -146,3 +182,8 @@ class ReinforcePlusPlus(Advantage):
     def rescale(self, *, advantages_S: FloatArray, groups_S: NDArray[np.int64]) -> tuple[float, float]:
         """Whitens the step."""
         return whitening(advantages_S)
+
+    def of_part(self, reward: float, context: PartContext) -> float:
+        """(R - m) / s, with the running mean m; with `baseline=group` (R - b) / s."""
+        baseline = context.baseline() if self.baseline == "group" else context.running.mean
+        return (reward - baseline) / context.running.deviation

@@ -43,6 +43,9 @@ class Shaping(ABC):
 
     scope: Scope = Scope.GROUP
     """BATCH: `rewards` reads `context.ahead`."""
+    takes_parts: bool = False
+    """True: a sample's shaped reward depends on its own reward, length and truncation only, not on its group
+    or its content, so the shaping can be used with `buffer.overdue=close`."""
 
     @abstractmethod
     def rewards(self, group: Sequence[Trajectory], context: ShapingContext) -> FloatArray:
@@ -69,6 +72,8 @@ def lengths_of(group: Sequence[Trajectory]) -> FloatArray:
 @dataclass(frozen=True, kw_only=True)
 class Overlong(Shaping):
     """Soft overlong punishment (DAPO, arXiv 2503.14476): a penalty growing linearly near the length limit."""
+
+    takes_parts = True
 
     max_tokens: int = 0
     """Length at which the penalty is full; `sampling.max_new_tokens` by default."""
@@ -143,6 +148,8 @@ class Laconic(Shaping):
 
     The coefficient rises while completions are longer than the budget on average.
     """
+
+    takes_parts = True
 
     budget_tokens: int = 0
     """Budget: sampled tokens that a completion may have on average."""

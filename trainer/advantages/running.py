@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from areal_like.errors import ConfigError
 from areal_like.trajectory import Trajectory
 from trainer.advantages.base import ADVANTAGES, Advantage
+from trainer.advantages.parts import PartContext
 
 
 @ADVANTAGES.register("running")
@@ -29,6 +30,7 @@ class Running(Advantage):
     """A = R - b, b a running mean of the rewards of earlier steps."""
 
     credits_turns = False
+    takes_parts = True
 
     decay: float = 0.95
     """Weight of a step's mean reward relative to that of the next step; 1: all steps count alike."""
@@ -42,6 +44,15 @@ class Running(Advantage):
     def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
         """[G] rewards, from which `shift` takes the baseline."""
         return [trajectory.reward for trajectory in group]
+
+    @property
+    def history_decay(self) -> float:  # type: ignore[override]
+        """The same decay for parts."""
+        return self.decay
+
+    def of_part(self, reward: float, context: PartContext) -> float:
+        """R - b, b as of the step at which the sample's group began."""
+        return reward - (context.running.mean if context.running.is_known else self.first)
 
     def initial_state(self) -> tuple[float, ...]:
         """(0, 0): sum of the weighted means, sum of the weights."""

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from areal_like.errors import ArealError
 from areal_like.trajectory import FinishReason, Trajectory
 from trainer.batching.balance import Cost, MicrobatchPlan, SequenceSize, plan
-from trainer.batching.packing import MicroBatch, TrainingSample
+from trainer.batching.packing import MicroBatch, SampleCounts, TrainingSample
 from trainer.batching.shared_prefixes import Prefix, PrefixFinder
 from trainer.distributed.ranks import Ranks
 
@@ -143,8 +143,8 @@ def placed(
 
 
 _TOKEN_ARRAYS = {"tokens": "<i4", "loss_mask": "u1", "logprobs": "<f4", "versions": "<i4"}
-_BYTES_PER_TOKEN = 29
-"""Bytes of the arrays above, and of an advantage and a lag for each token."""
+_BYTES_PER_TOKEN = 30
+"""Bytes of the arrays above, and of an advantage, a lag and a flag for each token."""
 _BYTES_PER_SAMPLE = 256
 """Most bytes of a sample in addition to its tokens, and of the list that it is in."""
 
@@ -191,6 +191,8 @@ def _encoded(sample: TrainingSample) -> dict[str, Any]:
         "advantage": _number_or_bytes(sample.advantage, "<f8"),
         "lag": _number_or_bytes(sample.lag, "<i8"),
         "group": sample.group,
+        "beyond": None if sample.beyond is None else np.ascontiguousarray(sample.beyond, "u1").tobytes(),
+        "counts": sample.counts,
     }
 
 
@@ -206,6 +208,8 @@ def _decoded(fields: dict[str, Any]) -> TrainingSample:
         advantage=_number_or_array(fields["advantage"], "<f8", num_tokens),
         lag=_number_or_array(fields["lag"], "<i8", num_tokens),
         group=int(fields["group"]),
+        beyond=None if fields["beyond"] is None else _array(fields["beyond"], "u1").astype(bool),
+        counts=None if fields["counts"] is None else SampleCounts(*fields["counts"]),
     )
 
 

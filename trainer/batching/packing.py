@@ -35,6 +35,20 @@ from trainer.batching.device_copies import copied
 from trainer.batching.shared_prefixes import PrefixFinder, SharedRows, budget_size
 
 
+class SampleCounts(NamedTuple):
+    """What a sequence counts for in the divisors of normalizers, where that is not its trained tokens."""
+
+    num_masked: int
+    """Sampled tokens that are context only, because they are beyond the staleness bound; those of a sample of
+    several sequences count with the first."""
+    sample_length: int
+    """Tokens of its whole sample: trained and masked ones of all of the sample's sequences."""
+    num_samples: int
+    """1 for the first sequence of a sample, else 0."""
+    sample_index: int
+    """Of the sample in its group."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TrainingSample:
     """One trajectory with its advantage, its group's position in the step, and its lag.
@@ -49,6 +63,17 @@ class TrainingSample:
     """Position of its group in the step, counted over all ranks."""
     lag: int | NDArray[np.int64] = 0
     """Optimizer steps since the weights that sampled its tokens: a number, or an int64 array [num_tokens]."""
+    index: int = 0
+    """Of the sample in its group; read if the sample has several segments."""
+    beyond: NDArray[np.bool_] | None = None
+    """bool [num_tokens]: trained tokens that are beyond the staleness bound; None: none."""
+    counts: SampleCounts | None = None
+    """None: the trajectory is a whole sample, all of whose sampled tokens are trained on."""
+
+    @property
+    def resolved_counts(self) -> SampleCounts:
+        """`counts`, with None resolved."""
+        return self.counts or SampleCounts(0, num_targets(self.trajectory), 1, self.index)
 
 
 MicroBatch = tuple[TrainingSample, ...]
@@ -155,6 +180,16 @@ class Packer:
         return size
 
 
+class DivisorCounts(NamedTuple):
+    """`SampleCounts` of the sequences of a micro-batch: int64 [N] each."""
+
+    num_masked_N: Tensor
+    sample_length_N: Tensor
+    num_samples_N: Tensor
+    sample_N: Tensor
+    """A number for each sample, which its sequences in this micro-batch share."""
+
+
 class DeviceRows(NamedTuple):
     """`SharedRows` on the device."""
 
@@ -195,6 +230,10 @@ class PackedBatch:
     device."""
     shared: SharedRows | None = None
     """The rows that the model computes; None: one for each token."""
+    beyond_T: Tensor | None = None
+    """bool: trained tokens that are beyond the staleness bound; None: none."""
+    counts: DivisorCounts | None = None
+    """None: each sequence is a sample, all of whose sampled tokens are trained on."""
 
     @cached_property
     def rows(self) -> DeviceRows | None:
@@ -277,8 +316,20 @@ def collate(
         "truncated_N": np.array([t.finish_reason.is_truncated for t in trajectories]),
         "sampled_S": np.flatnonzero(mask),
     }
+    if any(sample.beyond is not None for sample in samples):
+        arrays["beyond_T"] = of_tokens([False if s.beyond is None else s.beyond for s in samples], bool)
+    tensors = dict(zip(arrays, copied([*arrays.values()], device), strict=True))
+    counts = None
+    if any(sample.counts is not None for sample in samples):
+        table_N = np.array([sample.resolved_counts for sample in samples], dtype=np.int64)
+        known: dict[tuple[int, int], int] = {}
+        for number, sample in enumerate(samples):
+            place = (sample.group, sample.counts.sample_index) if sample.counts else (-1, number)
+            table_N[number, -1] = known.setdefault(place, len(known))
+        counts = DivisorCounts(*copied([*np.ascontiguousarray(table_N.T)], device))
     return PackedBatch(
-        **dict(zip(arrays, copied([*arrays.values()], device), strict=True)),
+        **tensors,
         lengths=tuple(lengths),
         shared=SharedRows.of([t.tokens for t in trajectories]) if shares_prefixes else None,
+        counts=counts,
     )

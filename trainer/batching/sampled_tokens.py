@@ -7,14 +7,15 @@ Shape suffixes: S sampled tokens of a micro-batch, N its sequences.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from trainer.batching.packing import PackedBatch
+from trainer.batching.packing import DivisorCounts, PackedBatch
 
 _RENAMED = {
     "pi_S": "logp_S",
@@ -23,6 +24,10 @@ _RENAMED = {
     "ref_S": "ref_logp_S",
 }
 """Earlier attribute names and the present ones, for the error message that an older custom objective gets."""
+_OF_TOKENS = (
+    *("logp_S", "behavior_logp_S", "advantage_S", "segment_S", "version_S", "lag_S", "entropy_S"),
+    *("prox_logp_S", "ref_logp_S", "collision_S", "kept_S", "counted_S", "beyond_S"),
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -67,6 +72,10 @@ class SampledTokens:
     """bool: tokens that no mask drops, for an objective that weighs gradients itself. None: all."""
     counted_S: Tensor | None = None
     """bool: tokens that masks leave in the normalizer. None: all."""
+    beyond_S: Tensor | None = None
+    """bool: tokens beyond the staleness bound (`staleness.beyond=cap`). None: none."""
+    counts: DivisorCounts | None = None
+    """For divisors: tokens and samples that the sequences stand for. None: each is a whole sample."""
 
     @classmethod
     def of(
@@ -98,7 +107,58 @@ class SampledTokens:
             prox_logp_S=prox_logp_S,
             ref_logp_S=ref_logp_S,
             collision_S=collision_S,
+            beyond_S=None if batch.beyond_T is None else batch.beyond_T[at],
+            counts=batch.counts,
         )
+
+    @property
+    def is_extreme_S(self) -> Tensor:
+        """bool [S]: tokens beyond the staleness bound whose ratio pi / mu is outside [1/2, 2]."""
+        assert self.beyond_S is not None
+        return self.beyond_S & (self.log_ratio_S.abs() > math.log(2))
+
+    def only(self, kept_S: Tensor) -> SampledTokens:
+        """The same sequences with these sampled tokens only (bool [S]); the others count in divisors only."""
+        tensors = {
+            name: value[kept_S] for name in _OF_TOKENS if isinstance(value := getattr(self, name), Tensor)
+        }
+        length_N = torch.zeros_like(self.length_N).index_add(
+            0, tensors["segment_S"], torch.ones_like(tensors["entropy_S"])
+        )
+        num_dropped_N = (self.length_N - length_N).long()
+        counts = self.counts or DivisorCounts(
+            num_masked_N=torch.zeros_like(num_dropped_N),
+            sample_length_N=self.length_N.long(),
+            num_samples_N=torch.ones_like(num_dropped_N),
+            sample_N=torch.arange(len(num_dropped_N), device=num_dropped_N.device),
+        )
+        counts = counts._replace(num_masked_N=counts.num_masked_N + num_dropped_N)
+        return replace(self, **tensors, length_N=length_N, counts=counts)
+
+    def counted_N(self, counted_S: Tensor | None) -> Tensor:
+        """[N] number of the sequence's tokens that count in the normalizer, from `counted_S`, bool [S] or
+        None (all). Masked tokens beyond the bound count too, or a suffix would gain weight."""
+        counted_N = self.length_N if counted_S is None else self.sum_N(counted_S.to(self.length_N.dtype))
+        return counted_N if self.counts is None else counted_N + self.counts.num_masked_N
+
+    def counted_of_sample_N(self, counted_S: Tensor | None) -> Tensor:
+        """[N] `counted_N` of the whole sample that the sequence belongs to: the divisor of its mean.
+
+        Tokens of the sample's other sequences, which may be in another micro-batch, all count.
+        """
+        counted_N = self.length_N if counted_S is None else self.sum_N(counted_S.to(self.length_N.dtype))
+        if self.counts is None:
+            return counted_N
+        return counted_N + (self.counts.sample_length_N - self.length_N)
+
+    @property
+    def sample_N(self) -> Tensor | None:
+        """int64: a number for each sample, which its sequences share. None: each sequence is a sample."""
+        return None if self.counts is None else self.counts.sample_N
+
+    def of_trained(self, value_N: Tensor) -> Tensor:
+        """The values [N] of sequences with tokens: one whose tokens are all masked has no weight."""
+        return value_N if self.counts is None else value_N[self.length_N > 0]
 
     def sum_N(self, value_S: Tensor) -> Tensor:
         """[N] sum of a value [S] over each sequence's sampled tokens."""

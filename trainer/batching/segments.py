@@ -1,8 +1,10 @@
 """Cuts a trajectory of several segments into the sequences that the model gets.
 
 A segment is a separate sequence: it has its own positions, and its tokens do not attend to other segments.
-The samples of the segments belong to the same group and have the trajectory's reward. A segment without
-tokens to train on (all its sampled tokens belong to an earlier branch) is left out.
+The samples of the segments belong to the same group and have the trajectory's reward; in the divisors of
+normalizers they count as one sample. The importance weight W of a segment is the product over its own tokens,
+because the segments of a sample need not be in one micro-batch. A segment without tokens to train on (all its
+sampled tokens belong to an earlier branch, or are beyond the staleness bound) is left out.
 
 Shape suffixes: T tokens of a trajectory, S its tokens that are trained on.
 """
@@ -62,14 +64,19 @@ def split_sample(sample: TrainingSample) -> list[TrainingSample]:
     """A sample for each segment, with its part of advantage and lag; the sample itself if it has only one."""
     if len(sample.trajectory.segments) <= 1:
         return [sample]
+    segments = segments_of(sample.trajectory)
+    counts = sample.resolved_counts
+    of_others = counts._replace(num_masked=0, num_samples=0)
     return [
         replace(
             sample,
             trajectory=trajectory,
             advantage=_part(sample.advantage, part),
             lag=_part(sample.lag, part),
+            beyond=_part(sample.beyond, part),
+            counts=(of_others if index else counts) if len(segments) > 1 else sample.counts,
         )
-        for part, trajectory in segments_of(sample.trajectory)
+        for index, (part, trajectory) in enumerate(segments)
     ]
 
 

@@ -101,7 +101,11 @@ class GhostGradients(Gradients):
                 self._loss_sum += (weight_N * loss_N).sum()
             else:
                 baseline_N = optimal_baseline(
-                    squares_N, advantage_N, tokens.group_N, leave_one_out=self._leave_one_out
+                    squares_N,
+                    advantage_N,
+                    tokens.group_N,
+                    leave_one_out=self._leave_one_out,
+                    sample_N=tokens.sample_N,
                 )
                 self._add(weight_N * (advantage_N - baseline_N), loss_N)
                 self._baselines += (baseline_N * (squares_N > 0)).sum()

@@ -4,55 +4,49 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from areal_like.trajectory import Trajectory
 from areal_like.wire.messages.consumer import Group
+from trainer.batching.positions import Position
 from trainer.distributed.ranks import Ranks
 
 
 class LagTally:
-    """Counts the samples of one step by lag: the step minus the weights' step of their oldest trained
-    token."""
+    """Counts the samples of one step by lag: the step minus the weights' step of their oldest token that is
+    within the bound."""
 
     def __init__(self, max_staleness: int) -> None:
         self._num_by_lag = [0] * (max_staleness + 1)
-        self._steps: dict[int, int] = {}
-        self._step = 0
 
-    def counted(self, group: Group) -> list[Trajectory]:
-        """Counts a group and returns its trajectories. Asserts that the buffer respected the staleness
-        bound."""
-        self._step = group.step
-        for record, version_step in zip(group.records, group.version_steps, strict=True):
-            self._steps[record.oldest_version] = version_step
+    def counted(self, group: Group) -> Position:
+        """Counts a group and returns its samples.
+
+        Asserts that the buffer respected the staleness bound, if that is one of whole samples.
+        """
+        position = Position.of(group)
+        for record, version_step, lag_T in zip(
+            group.records, group.version_steps, position.lags, strict=True
+        ):
             lag = group.step - version_step
+            if group.max_staleness >= 0:  # the bound is one of tokens, and older ones are not trained on
+                within = lag_T[lag_T <= group.max_staleness]
+                lag = int(within.max()) if len(within) else 0
             assert 0 <= lag < len(self._num_by_lag), (
-                f"ticket {group.ticket_id} has lag {lag} in step {group.step}"
+                f"ticket {record.ticket_id} has lag {lag} in step {group.step}"
             )
             self._num_by_lag[lag] += 1
-        return group.trajectories
-
-    def of_tokens(self, trajectory: Trajectory) -> NDArray[np.int64]:
-        """Lag in steps of a counted trajectory's tokens, int64 [num_tokens]; 0 where not sampled.
-
-        The buffer sends the step of the oldest version only. Each later version is assumed to be one step
-        newer, which is wrong only if the trainer was restarted or a push failed between the two.
-        """
-        oldest = trajectory.oldest_version
-        lag_T = np.subtract(self._step - self._steps[oldest] + oldest, trajectory.versions, dtype=np.int64)
-        np.maximum(lag_T, 0, out=lag_T)
-        lag_T *= trajectory.loss_mask
-        return lag_T
+        return position
 
     def reduced(self, ranks: Ranks) -> dict[str, Any]:
         """Metrics over all ranks. Collective."""
-        counts = ranks.sum(torch.tensor(self._num_by_lag)).tolist()
-        num_samples = max(1, sum(counts))
-        return {
-            "lag_mean": sum(lag * count for lag, count in enumerate(counts)) / num_samples,
-            "lag_max": max((lag for lag, count in enumerate(counts) if count), default=0),
-            "lag_histogram": {str(lag): count for lag, count in enumerate(counts)},
-        }
+        return lag_metrics(ranks.sum(torch.tensor(self._num_by_lag)).tolist())
+
+
+def lag_metrics(num_by_lag: list[int]) -> dict[str, Any]:
+    """The metrics of the lags of a step's samples, from the number of samples of each lag, from 0 on."""
+    num_samples = max(1, sum(num_by_lag))
+    return {
+        "lag_mean": sum(lag * count for lag, count in enumerate(num_by_lag)) / num_samples,
+        "lag_max": max((lag for lag, count in enumerate(num_by_lag) if count), default=0),
+        "lag_histogram": {str(lag): count for lag, count in enumerate(num_by_lag)},
+    }

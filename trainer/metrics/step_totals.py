@@ -29,6 +29,7 @@ from trainer.metrics.distributions import (
     percentile_of_counts,
 )
 from trainer.metrics.named_means import NamedMeans
+from trainer.metrics.part_table import PartTable
 from trainer.objectives import SampledTokens, TokenLosses
 from trainer.objectives.importance import MAX_EXPONENT, ess_ratio
 
@@ -49,6 +50,8 @@ class StepTotals:
         """Response and prompt of each sample."""
         self._mismatch = MagnitudeHistogram()
         self._named = NamedMeans()
+        self.parts = PartTable()
+        """The samples, with `buffer.overdue=close`."""
 
     def add(self, name: str, total: Tensor | float, *, count: Tensor | float = 1.0) -> None:
         """Adds to a sum and to its count."""
@@ -134,13 +137,40 @@ class StepTotals:
         }
         for name, values in (fractions | losses.means).items():
             self.add_vector(name, values.detach().to(log_ratio_S.dtype), live=live)
-        self._log_w.append(tokens.log_w_N if live else tokens.log_w_N[:0])
-        means_N = tokens.mean_N(log_ratio_S.detach())
-        self._mean_log_w.append(means_N if live else means_N[:0])
+        log_w, means = (
+            tokens.of_trained(value_N) for value_N in (tokens.log_w_N, tokens.mean_N(log_ratio_S.detach()))
+        )
+        self._log_w.append(log_w if live else log_w[:0])
+        self._mean_log_w.append(means if live else means[:0])
         # Weights of tokens are summed: gathering them from all ranks would cost as much as the data.
         w_S = log_ratio_S.detach().double().clamp(-MAX_EXPONENT, MAX_EXPONENT).exp()
         self.add_vector("token_w", w_S, live=live)
         self.add_vector("token_w_square", w_S.square(), live=live)
+
+    @torch.no_grad()
+    def observe_beyond(self, tokens: SampledTokens) -> None:
+        """Records the tokens beyond the staleness bound, of which there are some."""
+        assert tokens.beyond_S is not None
+        log_ratio_S, beyond_S = tokens.log_ratio_S, tokens.beyond_S
+        w_S = log_ratio_S.double().clamp(-MAX_EXPONENT, MAX_EXPONENT).exp() * beyond_S
+        values = (log_ratio_S.abs() * beyond_S, w_S, w_S.square(), tokens.is_extreme_S)
+        for name, value_S in zip(OF_BEYOND, values, strict=True):
+            self.add(name, value_S.sum(), count=beyond_S.sum())
+
+    def beyond_metrics(self, *, of_ratio: bool) -> dict[str, float]:
+        """Metrics of the tokens beyond the bound that have log-probs.
+
+        `of_ratio`: tokens with a ratio outside [1/2, 2] were masked.
+        """
+        total, square = self.total("beyond_w"), self.total("beyond_w_square")
+        found = {
+            "beyond_log_ratio_abs": self.mean("beyond_log_ratio"),
+            "beyond_ess_ratio": total**2 / (square * self.count("beyond_w")) if square else 1.0,
+        }
+        if of_ratio:
+            num_sampled = self.total("response_tokens")
+            found["masked_share"] = self.total("beyond_extreme") / num_sampled if num_sampled else 0.0
+        return found
 
     def reduce(self, ranks: Ranks) -> None:
         """Sums over ranks. Collective; call once."""
@@ -225,6 +255,8 @@ def shared_share(*, num_tokens: float, num_rows: float) -> float:
 
 ESS_NAMES = {"sequence": "ess_ratio", "geometric": "ess_ratio_geometric", "token": "ess_ratio_token"}
 """Level -> name of the metric."""
+OF_BEYOND = ("beyond_log_ratio", "beyond_w", "beyond_w_square", "beyond_extreme")
+"""Names that `observe_beyond` adds to."""
 _COUNTS = ("num_groups", "zero_advantage_groups", "num_tokens", "num_microbatches")
 _FINISHED: dict[FinishReason, str] = {
     reason: f"finished_{reason.value}" for reason in FinishReason if reason is not FinishReason.ABORT
@@ -238,6 +270,8 @@ _HIDDEN = (
     "model_flops",
     "token_w",
     "token_w_square",
+    "shaped_reward_square",
+    *OF_BEYOND,
     *_FINISHED.values(),
 )
 _SEEDED = (

@@ -143,6 +143,20 @@ class Objective(ABC):
         """Name in log and error messages: the class that the user configured."""
         return type(self).__name__
 
+    @property
+    def takes_parts(self) -> bool:
+        """True if it can be used with `buffer.overdue=close`, where a step also has parts of groups."""
+        return not self.whole_groups and not self.single_version
+
+    def for_parts(self) -> Objective:
+        """Returns this objective for `buffer.overdue=close`. Raises ConfigError if it needs whole groups."""
+        if not self.takes_parts:
+            raise ConfigError(
+                f"buffer.overdue=close trains on parts of groups, and objective {self.display_name} needs "
+                "whole groups: set buffer.overdue=wait, or choose another objective"
+            )
+        return self
+
     def for_model(self, num_params: int) -> Objective:
         """Returns this objective for a model of that size; the trainer calls it before the first step."""
         return self

@@ -1,6 +1,11 @@
-"""Terms around any objective: masks, a KL penalty towards a reference model, an entropy bonus.
+"""Terms around any objective: masks, a KL penalty towards a reference model, an entropy bonus, a cap.
 
-    losses = mask * (objective + kl.coef * KL(pi || ref) - entropy_coef * entropy)
+    losses = mask * (cap * objective + kl.coef * KL(pi || ref) - entropy_coef * entropy)
+
+The cap (`staleness.beyond=cap`) is for tokens beyond the staleness bound, and min(1, |A / g|), where g is the
+derivative of the objective's loss of the token by its log-prob. So g is at most that of REINFORCE, -A: the
+importance weight, whatever the objective computes it from, is at most 1. A part of an objective that is not
+proportional to A (the pull of `dppo_tv`, the target of `lad`) counts in g.
 
 `build_objective` returns the bare objective if none of these is configured. The KL penalty on rewards is
 not part of the loss (see `trainer/step/advantage_pipeline.py`).
@@ -74,6 +79,8 @@ class Composed(Objective):
     """KL penalty in the loss; None: none."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus; 0: none."""
+    caps_beyond: bool = False
+    """The importance weight of a token beyond the staleness bound is at most 1."""
 
     def __post_init__(self) -> None:
         for name in _OF_INNER:
@@ -105,6 +112,10 @@ class Composed(Objective):
         masks_allow = all(mask.denominator == "original" and mask.scope is Scope.GROUP for mask in self.masks)
         return self.inner.skips_zero_advantage and masks_allow and not self.kl and not self.entropy_coef
 
+    @property
+    def takes_parts(self) -> bool:
+        return self.inner.takes_parts
+
     def for_model(self, num_params: int) -> Composed:
         """Returns the same composition around the inner objective for a model of that size."""
         return replace(self, inner=self.inner.for_model(num_params))
@@ -114,6 +125,8 @@ class Composed(Objective):
         batch = self._masked(batch, stats, [*enumerate(self.masks)])
         bare = self.inner.losses(batch, _part(stats, ""))
         loss_S, counted_S, means = bare.loss_S, bare.counted_S, dict(bare.means)
+        if self.caps_beyond and batch.beyond_S is not None:
+            loss_S = _capped(loss_S, batch)
         if self.kl is not None:
             assert batch.ref_logp_S is not None
             kl_S = kl_estimate(batch.logp_S - batch.ref_logp_S, estimator=self.kl.estimator)
@@ -169,26 +182,51 @@ class Composed(Objective):
 
 
 def build_objective(
-    settings: Mapping[str, Any], *, max_tokens: int = 0, kl: KlConfig | None = None, entropy_coef: float = 0.0
+    settings: Mapping[str, Any],
+    *,
+    max_tokens: int = 0,
+    kl: KlConfig | None = None,
+    entropy_coef: float = 0.0,
+    takes_parts: bool = False,
+    caps_beyond: bool = False,
 ) -> Objective:
     """Builds the configured objective with its masks and terms. Raises ConfigError.
 
     `settings`: the section `objective`, with an optional list `masks`. `max_tokens`: the job's limit of
-    sampled tokens, for an objective that has a setting of that name and was not given one.
+    sampled tokens, for an objective that has a setting of that name and was not given one. `takes_parts`:
+    the job has `buffer.overdue=close`. `caps_beyond`: and `staleness.beyond=cap`.
     """
     bare = dict(settings)
     job = {"max_tokens": max_tokens} if max_tokens else {}
     masks = MASKS.build_list(bare.pop("masks", None), job=job)
     inner = OBJECTIVES.build(bare, job=job)
+    if takes_parts:
+        inner = inner.for_parts()
+    if caps_beyond and inner.late_coefficients:
+        raise ConfigError(
+            f"staleness.beyond=cap: objective {inner.display_name} has no weights of tokens that could be "
+            "capped: use mask or ratio"
+        )
     in_loss = kl if kl is not None and kl.coef and kl.place == "loss" else None
     if inner.late_coefficients and (in_loss is not None or entropy_coef):
         raise ConfigError(
             f"{inner.display_name} allows no other terms in its loss: "
             "use kl.place=reward and no entropy bonus"
         )
-    if not masks and in_loss is None and not entropy_coef:
+    if not masks and in_loss is None and not entropy_coef and not caps_beyond:
         return inner
-    return Composed(inner=inner, masks=masks, kl=in_loss, entropy_coef=entropy_coef)
+    return Composed(inner=inner, masks=masks, kl=in_loss, entropy_coef=entropy_coef, caps_beyond=caps_beyond)
+
+
+def _capped(loss_S: Tensor, batch: SampledTokens) -> Tensor:
+    """[S] the losses, scaled at tokens beyond the bound so that no derivative by a log-prob is above |A|."""
+    if not loss_S.requires_grad:
+        return loss_S
+    assert batch.beyond_S is not None
+    (slope_S,) = torch.autograd.grad(loss_S.sum(), batch.logp_S, retain_graph=True)
+    is_steep_S = batch.beyond_S & (slope_S.abs() > batch.advantage_S.abs())
+    scale_S = torch.where(is_steep_S, batch.advantage_S.abs() / slope_S.abs(), 1.0)
+    return loss_S * scale_S
 
 
 def _part(named: StepStats, prefix: str) -> dict[str, Tensor]:

@@ -5,9 +5,13 @@ and a divisor that is known only at the end of the step: weighted sums are accum
 once by the global divisor. A mean of micro-batch means would depend on the cuts into micro-batches.
 
     token_mean            sum of losses / tokens
-    seq_mean_token_mean   sum of each sequence's mean loss / sequences
-    seq_mean_token_sum    sum of losses / sequences
-    constant              sum of losses / (sequences * max_tokens), as in Dr. GRPO
+    seq_mean_token_mean   sum of each sample's mean loss / samples
+    seq_mean_token_sum    sum of losses / samples
+    constant              sum of losses / (samples * max_tokens), as in Dr. GRPO
+
+A sample of several segments is several sequences, and counts once. Tokens that are beyond the staleness bound
+and therefore masked count like trained ones: divided by the trained tokens alone, the rest of a sample would
+gain weight.
 
 Shape suffixes: S sampled tokens, N sequences.
 """
@@ -31,16 +35,18 @@ class Normalizer:
     """The limit of sampled tokens, used by `constant`."""
 
     def weigh(self, losses: TokenLosses, batch: SampledTokens) -> tuple[Tensor, Tensor, Tensor]:
-        """(weighted losses [S], tokens that count, sequences that count); the counts as scalar tensors."""
-        if losses.counted_S is None:
-            counted_N = batch.length_N
+        """(weighted losses [S], tokens that count, samples that count); the counts as scalar tensors."""
+        counted_N = batch.counted_N(losses.counted_S)
+        of_sample_N = batch.counted_of_sample_N(losses.counted_S)
+        if losses.counted_S is None and batch.counts is None:
             num_seqs = counted_N.new_full((), len(counted_N))  # `new_tensor` synchronizes with the GPU
+        elif batch.counts is None:
+            num_seqs = (of_sample_N > 0).sum().to(counted_N.dtype)
         else:
-            counted_N = batch.sum_N(losses.counted_S.to(batch.length_N.dtype))
-            num_seqs = (counted_N > 0).sum().to(counted_N.dtype)
+            num_seqs = (batch.counts.num_samples_N * (of_sample_N > 0)).sum().to(counted_N.dtype)
         loss_S = losses.loss_S
         if self.name == "seq_mean_token_mean":
-            loss_S = loss_S / batch.spread_S(counted_N.clamp(min=1))
+            loss_S = loss_S / batch.spread_S(of_sample_N.clamp(min=1))
         return loss_S, counted_N.sum(), num_seqs
 
     def divisor(self, *, num_tokens: float, num_seqs: float) -> float:

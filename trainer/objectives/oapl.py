@@ -11,7 +11,8 @@ micro-batches afterwards. The value of a token's loss is an equal share of its s
 the gradient of a token's loss reaches only its own log-prob, so masks compose.
 
 A sample of several turns is regressed as a whole, on its whole reward. If it has several segments, each of
-them is a separate sequence that is regressed on the sample's advantage. A sample of several versions is never
+them is a separate sequence that is regressed on the sample's advantage, and counts by its share of the
+sample's tokens. A sample of several versions is never
 trained on: `buffer.group_filter=single_version`, which the objective requires, drops its group.
 
 Addition: a default for beta2. It is the weight of the sequence's log-ratio, which grows with length, so beta2
@@ -91,8 +92,9 @@ class Oapl(Objective):
         """The squared residual, spread over the sequence's tokens; `residual_abs` is the mean |residual|."""
         beta2 = self.beta2 or default_beta2(self.max_tokens)
         residual_N = beta2 * batch.log_w_N - batch.mean_N(batch.advantage_S)
-        share_S = batch.spread_S(residual_N.square() / batch.length_N.clamp(min=1))
-        slope_S = batch.spread_S(2 * beta2 * residual_N)
+        count_N = batch.length_N / batch.counted_of_sample_N(None).clamp(min=1)
+        share_S = batch.spread_S(count_N * residual_N.square() / batch.length_N.clamp(min=1))
+        slope_S = batch.spread_S(2 * beta2 * residual_N * count_N)
         return TokenLosses(
             loss_S=share_S + slope_S * (batch.logp_S - batch.logp_S.detach()),
             means={"residual_abs": torch.abs(residual_N)},

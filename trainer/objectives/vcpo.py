@@ -108,6 +108,26 @@ class Vcpo(Objective):
         return replace(self, norms="proxy" if num_params > _MOST_PARAMS_OF_GHOST else "ghost")
 
     @property
+    def takes_parts(self) -> bool:
+        """True without a b* of its own, or with `leave_one_out`."""
+        return self.baseline == "none" or self.leave_one_out
+
+    def for_parts(self) -> Vcpo:
+        """Returns this objective without a b* of its own.
+
+        The norms of the early members' gradients are not known in the step of a late one. Each sample is
+        compared with the other early members of its group by the advantage estimator, which `leave_one_out`
+        must ask for.
+        """
+        if not self.takes_parts:
+            raise ConfigError(
+                "buffer.overdue=close trains on parts of groups, and objective vcpo computes its baseline "
+                "from whole ones: set objective.leave_one_out=true (with objective.baseline=group), so that "
+                "each sample is compared with the other early members of its group, or buffer.overdue=wait"
+            )
+        return replace(self, baseline="none", leave_one_out=False)
+
+    @property
     def scope(self) -> Scope:  # type: ignore[override]
         """BATCH if the loss contains a b* of the whole step."""
         return Scope.BATCH if self.norms == "proxy" and self.baseline == "batch" else Scope.GROUP
@@ -164,6 +184,7 @@ class Vcpo(Objective):
                 advantage_N.double(),
                 batch.group_N,
                 leave_one_out=self.leave_one_out,
+                sample_N=batch.sample_N,
             ).to(advantage_N)
         means["baseline"] = baseline_N
         return TokenLosses(
@@ -172,7 +193,7 @@ class Vcpo(Objective):
 
     def observe(self, batch: SampledTokens) -> dict[str, Tensor]:
         """Every sequence's log W, and for a proxy b* of the whole step, squared norms and advantages."""
-        observed = {"log_w": batch.log_w_N}
+        observed = {"log_w": batch.of_trained(batch.log_w_N)}
         if self.scope is Scope.BATCH:
             observed |= {"squares": self._proxy_squares(batch), "advantage": batch.mean_N(batch.advantage_S)}
         return observed
@@ -228,8 +249,6 @@ class Vcpo(Objective):
         weight_N = self._weights(batch).double()
         scale_N = weight_N if self.baseline_weights == "gradient" else torch.ones_like(weight_N)
         if self.normalizer == "seq_mean_token_mean":
-            counted_N = (
-                batch.length_N if batch.counted_S is None else batch.sum_N(batch.counted_S.to(batch.length_N))
-            )
+            counted_N = batch.counted_of_sample_N(batch.counted_S)
             scale_N = scale_N / counted_N.clamp(min=1).double()
         return squares_N * scale_N.square()

@@ -16,9 +16,19 @@ from trainer.planning.engines import BYTES, EngineMemory
 from trainer.planning.gpus import GPUS_PER_HOST, Placement
 from trainer.planning.lengths import Lengths
 from trainer.planning.shapes import ModelShape
-from trainer.planning.staleness import least_staleness
+from trainer.planning.staleness import (
+    MASKED,
+    Durations,
+    Forecast,
+    forecast,
+    least_staleness,
+    least_staleness_of_close,
+)
 from trainer.planning.trace import StepTrace
 from trainer.step.recipe import StepRecipe
+
+SPREADS = (0.5, 1.0)
+"""Standard deviations of the log of the samples' durations for which the cost of a bound is predicted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +78,13 @@ class Estimate:
     trainer_idle: float
     engine_idle: float
     lag: float
-    """Expected lag of the oldest token, in steps."""
+    """Expected lag of the oldest token that is trained on, in steps."""
+    staleness: tuple[Forecast, ...]
+    """What the bound costs with each rule of `buffer.overdue`, for each of SPREADS; empty for
+    `max_staleness=0`."""
+    staleness_of_close: int
+    """The least `max_staleness` with which `buffer.overdue=close` masks at most 5 % of the tokens, for the
+    largest of SPREADS."""
     formulas: tuple[str, ...]
 
 
@@ -91,7 +107,7 @@ def estimate(
         config, shape, lengths, placement, trace, engine, assumed, formulas
     )
     step_s = _step_seconds(config, placement, train_s, generate_s, latency_s, push_s, formulas)
-    formulas.append(_wanted_staleness(lengths, latency_s / step_s, num_samples))
+    staleness, staleness_of_close = _forecasts(config, lengths, latency_s / step_s, formulas)
     return Estimate(
         tokens_per_step=num_samples * lengths.mean,
         train_s=train_s,
@@ -105,7 +121,9 @@ def estimate(
         running_per_engine=running,
         trainer_idle=max(0.0, 1 - train_s / step_s),
         engine_idle=max(0.0, 1 - generate_s / step_s),
-        lag=_lag(config, train_s, generate_s, latency_s, step_s, formulas),
+        lag=_lag(config, train_s, generate_s, latency_s, step_s, staleness, formulas),
+        staleness=staleness,
+        staleness_of_close=staleness_of_close,
         formulas=tuple(formulas),
     )
 
@@ -258,12 +276,26 @@ def _step_seconds(
 
 
 def _lag(
-    config: Config, train_s: float, generate_s: float, latency_s: float, step_s: float, formulas: list[str]
+    config: Config,
+    train_s: float,
+    generate_s: float,
+    latency_s: float,
+    step_s: float,
+    staleness: tuple[Forecast, ...],
+    formulas: list[str],
 ) -> float:
     bound = config.staleness_cap
     if bound == 0:
         formulas.append("lag = 0: max_staleness=0")
         return 0.0
+    if config.overdue == "close":
+        lag = staleness[-1].lag + config.weights.sync_interval - 1
+        lag = min(float(bound), lag)
+        formulas.append(
+            f"lag = {lag:.1f}, the mean of min(max_staleness = {bound}, steps from a sample's begin to its "
+            "training): buffer.overdue=close does not let the engines run ahead"
+        )
+        return lag
     if generate_s < train_s:
         formulas.append(f"lag = {bound}: the engines are faster, so they run ahead up to max_staleness")
         return float(bound)
@@ -275,17 +307,50 @@ def _lag(
     return lag
 
 
-def _wanted_staleness(lengths: Lengths, steps_a_sample: float, num_samples: int) -> str:
-    wanted = [
+def _forecasts(
+    config: Config, lengths: Lengths, steps_a_sample: float, formulas: list[str]
+) -> tuple[tuple[Forecast, ...], int]:
+    """What the bound costs for each of SPREADS, and `Estimate.staleness_of_close`."""
+    group_size, longest = config.sampling.group_size, max(1.0, lengths.max_response / lengths.response)
+    num_samples = config.trainer.groups_per_step * group_size
+    durations = [
+        Durations(mean=steps_a_sample, spread=spread, longest_over_mean=longest) for spread in SPREADS
+    ]
+    waiting = [
         least_staleness(
             steps_a_sample=steps_a_sample,
-            spread=spread,
+            spread=each.spread,
             samples=num_samples,
-            longest_over_mean=lengths.max_response / lengths.response,
+            longest_over_mean=longest,
         )
-        for spread in (0.5, 1.0)
+        for each in durations
     ]
-    return (
-        f"max_staleness with which neither pool waits for long: {wanted[0]} if durations of samples are "
-        f"log-normal with a spread of .5, {wanted[1]} with 1; a sample takes {steps_a_sample:.2f} steps"
+    closing = [least_staleness_of_close(each) for each in durations]
+    formulas.append(
+        f"max_staleness with which neither pool waits for long (buffer.overdue=wait): {waiting[0]} if "
+        f"durations of samples are log-normal with a spread of .5, {waiting[1]} with 1; a sample takes "
+        f"{steps_a_sample:.2f} steps"
     )
+    formulas.append(
+        f"max_staleness with which at most {MASKED:.0%} of the tokens are beyond it (buffer.overdue=close, "
+        f"which waits for no sample): {closing[0]} with a spread of .5, {closing[1]} with 1"
+    )
+    if not config.staleness_cap:
+        return (), closing[-1]
+    found = tuple(
+        forecast(
+            each,
+            samples=num_samples,
+            group_size=group_size,
+            max_staleness=config.staleness_cap,
+            close_after=config.close_after,
+        )
+        for each in durations
+    )
+    formulas.extend(
+        f"max_staleness={config.staleness_cap} with a spread of {one.spread:g}: wait reaches "
+        f"{one.waiting:.0%} of the limit; close reaches {one.closing:.0%}, masks {one.masked:.1%} of the "
+        f"tokens, and has a mean lag of {one.lag:.1f} (staleness.close_after={config.close_after})"
+        for one in found
+    )
+    return found, closing[-1]

@@ -14,8 +14,11 @@ from trainer.planning.advice import AdvisedChange
 from trainer.planning.gpus import GIB
 from trainer.planning.memory import CONTEXT_BYTES, FRAGMENTATION, HOST_PROCESS_BYTES, gib
 from trainer.planning.planner import Plan
+from trainer.planning.staleness import MASKED, Forecast
 
 _WIDTH = 110
+_IDLE_BELOW = 0.9
+"""Share of the limit below which a rule that closes groups is recommended."""
 _NO_CHANGE = "No setting that plan knows helps: use a smaller model, shorter sequences or larger GPUs."
 
 
@@ -33,6 +36,9 @@ def text_of(plan: Plan, changes: Sequence[AdvisedChange], *, explain: bool) -> s
     if plan.estimate is not None:
         console.print()
         console.print(_estimate_table(plan))
+        for line in _staleness_lines(plan):
+            console.print()
+            console.print(line)
     console.print()
     if explain:
         for line in _explanations(plan):
@@ -151,9 +157,61 @@ def _estimate_table(plan: Plan) -> Table:
         ("trainer idle", f"{e.trainer_idle:.0%}"),
         ("engines idle", f"{e.engine_idle:.0%}"),
         ("expected lag, steps", f"{e.lag:.1f}"),
+        *_staleness_rows(e.staleness),
     ):
         table.add_row(f"  {name}", value)
     return table
+
+
+def _staleness_rows(forecasts: Sequence[Forecast]) -> list[tuple[str, str]]:
+    """Rows with one number for each spread of the samples' durations."""
+    if not forecasts:
+        return []
+    spreads = " and ".join(f"{one.spread:g}" for one in forecasts)
+    return [
+        (name, ", ".join(f"{value:.0%}" for value in values))
+        for name, values in (
+            (f"throughput / limit with wait, spread {spreads}", [one.waiting for one in forecasts]),
+            ("throughput / limit with close", [one.closing for one in forecasts]),
+            ("tokens beyond max_staleness with close", [one.masked for one in forecasts]),
+        )
+    ]
+
+
+def _staleness_lines(plan: Plan) -> list[str]:
+    """What to change about the staleness bound, if its rule costs much with the larger spread."""
+    e, config = plan.estimate, plan.config
+    if e is None or not e.staleness:
+        return []
+    worst = e.staleness[-1]
+    if config.overdue == "close":
+        if worst.masked <= MASKED:
+            return []
+        return [
+            f"max_staleness={e.staleness_of_close} masks at most {MASKED:.0%} of the tokens instead of "
+            f"{worst.masked:.0%} (spread {worst.spread:g}); staleness.close_after={config.close_after} keeps "
+            "the mean lag near what it is."
+        ]
+    if worst.waiting >= _IDLE_BELOW:
+        return []
+    cost = (
+        f"buffer.overdue={config.overdue} makes steps wait for the slowest samples: {worst.waiting:.0%} of "
+        f"the limit with a spread of {worst.spread:g}."
+        if config.overdue == "wait"
+        else "buffer.overdue=drop throws away samples that are too old."
+    )
+    if contradiction := config.contradicts_close[0]:
+        return [f"{cost} buffer.overdue=close would not, but {contradiction}."]
+    larger = (
+        ""
+        if worst.masked <= MASKED
+        else f"; at most {MASKED:.0%} with max_staleness={e.staleness_of_close} "
+        f"staleness.close_after={config.close_after}"
+    )
+    return [
+        f"{cost} buffer.overdue=close reaches {worst.closing:.0%} and masks {worst.masked:.0%} of the "
+        f"tokens{larger}."
+    ]
 
 
 def _explanations(plan: Plan) -> list[str]:

@@ -1,7 +1,10 @@
 """The first stage of a step: turns groups of trajectories into training samples with advantages.
 
     groups -> task rewards recorded -> shapings in order -> R - kl.coef * sum_t KL_t(mu || ref)
-           -> advantages (of group or critic) -> rescaled
+           -> advantages (of group or critic) -> tokens beyond the staleness bound masked -> rescaled
+
+With `buffer.overdue=close` a group's samples may be trained on in several steps, and each has a baseline of
+its own (`trainer/advantages/parts.py`). Masked tokens are context from here on, like a prompt.
 
 If rewards and advantage do not depend on the whole step, each group is processed as it arrives. Greedy
 samples serve as baselines and are then left out.
@@ -19,7 +22,7 @@ T tokens of one trajectory, J groups of the step over all ranks.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -30,12 +33,16 @@ from torch import Tensor
 from areal_like.config import KlConfig
 from areal_like.errors import ConfigError
 from areal_like.trajectory import Trajectory
+from areal_like.wire.messages.consumer import EarlyMember
 from trainer.advantages.base import Advantage, Estimator, FloatArray
 from trainer.advantages.critic import Critic, ValueTarget
 from trainer.advantages.gae import Gae
+from trainer.advantages.parts import context_of, stand_in
+from trainer.advantages.reward_history import RewardHistory
 from trainer.advantages.reward_shaping import Shaping, ShapingContext
 from trainer.advantages.turns import discounts_of_tokens, group_advantages, rewards_of_tokens
-from trainer.batching.packing import PackedBatch, TrainingSample, is_target, num_targets
+from trainer.batching.packing import PackedBatch, SampleCounts, TrainingSample, is_target, num_targets
+from trainer.batching.positions import Origin, Position, as_context
 from trainer.batching.scope import Scope
 from trainer.batching.segments import segments_of, split_sample, split_targets, values_of_targets
 from trainer.distributed.ranks import Ranks
@@ -48,8 +55,8 @@ log = logging.getLogger(__name__)
 
 TrajectoryGroup = Sequence[Trajectory]
 """Samples of one prompt, in sample order; a greedy sample is the last."""
-Lags = NDArray[np.int64]
-"""Lag of each token of a trajectory, [num_tokens], in optimizer steps."""
+_Scored = tuple[Position, list[TrainingSample]]
+"""A position and its whole samples, before they are cut into segments; greedy ones are left out."""
 TokenPenalties = list[list[FloatArray]]
 """For each group, for each sample: the KL penalty [S] of its sampled tokens."""
 
@@ -96,16 +103,26 @@ class RewardTerms:
             return Scope.BATCH
         return Scope.GROUP
 
-    def shape_group(self, group: TrajectoryGroup, *, ahead: Sequence[float] = ()) -> TrajectoryGroup:
+    def shape_group(
+        self, group: TrajectoryGroup, *, ahead: Sequence[float] = (), duals: Sequence[float] = ()
+    ) -> TrajectoryGroup:
         """Returns the group with shaped rewards.
 
-        `ahead`: for each shaping, the share of groups that rank before this one.
+        `ahead`: for each shaping, the share of groups that rank before this one. `duals`: the dual variables,
+        by default the present ones.
         """
         shares = ahead or [0.0] * len(self._shapings)
-        for shaping, dual, share in zip(self._shapings, self.duals, shares, strict=True):
+        for shaping, dual, share in zip(self._shapings, duals or self.duals, shares, strict=True):
             rewards_G = shaping.rewards(group, ShapingContext(dual=dual, ahead=share))
             group = [replace(t, reward=float(r)) for t, r in zip(group, rewards_G, strict=True)]
         return group
+
+    def shape_members(self, members: Sequence[EarlyMember], *, duals: Sequence[float]) -> list[EarlyMember]:
+        """Returns the early members of a group with shaped rewards; `shape_group` without their content."""
+        if not self._shapings:
+            return list(members)
+        shaped = self.shape_group([stand_in(member) for member in members], duals=duals)
+        return [replace(member, reward=t.reward) for member, t in zip(members, shaped, strict=True)]
 
     def shape_step(self, groups: Sequence[TrajectoryGroup]) -> tuple[list[TrajectoryGroup], TokenPenalties]:
         """Returns this rank's groups with shaped and penalized rewards, and each token's share of the
@@ -200,8 +217,12 @@ class AdvantagePipeline:
         *,
         critic: Critic | None = None,
         turn_discount: float = 1.0,
+        closes: bool = False,
+        masks_beyond: bool = True,
     ) -> None:
-        """`turn_discount`: discount from one turn of a sample to the next.
+        """`turn_discount`: discount from one turn of a sample to the next. `closes`: `buffer.overdue=close`.
+
+        `masks_beyond`: tokens beyond the staleness bound are masked; False: they are only marked.
 
         Raises ConfigError if the advantage needs a critic and there is none.
         """
@@ -215,42 +236,87 @@ class AdvantagePipeline:
         self._value_targets: list[ValueTarget] = []
         self.state = advantage.initial_state()
         """The estimator's state from earlier steps; checkpoints store it."""
+        self._closes = closes
+        self._masks_beyond = masks_beyond
+        self.history = RewardHistory(decay=advantage.history_decay)
+        """Running statistics of rewards, with `closes`; checkpoints store them."""
 
     @property
     def extra_totals(self) -> tuple[str, ...]:
         """Names that `compute` adds to the totals of a step."""
-        shaped = () if self._rewards.is_identity else ("shaped_reward",)
+        shaped = () if self._rewards.is_identity else ("shaped_reward", "shaped_reward_square")
         return (*shaped, "greedy_reward") if self._advantage.uses_greedy else shaped
 
     def compute(
-        self,
-        groups: Iterable[TrajectoryGroup],
-        totals: StepTotals,
-        timer: PhaseTimer,
-        *,
-        lags: Callable[[Trajectory], Lags],
+        self, positions: Iterable[Position], totals: StepTotals, timer: PhaseTimer, *, step: int
     ) -> Iterable[list[TrainingSample]]:
-        """Turns this rank's groups into samples with advantages.
+        """Turns this rank's groups, or parts of groups, into samples with advantages, after `step` steps.
 
         If rewards and advantage are of scope GROUP, groups are taken lazily as they arrive. Otherwise the
         call is collective and waits for the last group.
         """
-        recorded = (totals.recorded(group) for group in groups)
-        if self._rewards.scope is Scope.GROUP and self._advantage.scope is Scope.GROUP:
-            shaped = (self._rewards.shape_group(group) for group in recorded)
-            scored = ((group, self._group_advantages(group)) for group in self._record_shaped(shaped, totals))
-            return self._samples(scored, lags)
+        if self._closes:
+            self.history.begin(step, duals=self._rewards.duals)
+        recorded = (self._recorded(position, totals) for position in positions)
+        if self._rewards.scope is Scope.GROUP and self._scope is Scope.GROUP:
+            scored = ((position, *self._scored(position, totals, step=step)) for position in recorded)
+            return self._split(self._samples(scored), totals)
         collected = list(recorded)
         with timer.span("compute_s"):
-            penalized, penalties = self._rewards.shape_step(collected)
-            step_groups = list(self._record_shaped(penalized, totals))
+            shaped, penalties = self._rewards.shape_step([position.trajectories for position in collected])
+            step_groups = list(self._record_shaped(shaped, totals))
             advantages = (
-                self._critic_advantages(step_groups, penalties)
+                self._critic_advantages(collected, step_groups, penalties)
                 if self._critic is not None
                 else [self._group_advantages(group) for group in step_groups]
             )
-            samples = list(self._samples(zip(step_groups, advantages, strict=True), lags))
-            return self._rescaled(samples) if self._advantage.scope is Scope.BATCH else samples
+            samples = list(self._samples(zip(collected, step_groups, advantages, strict=True)))
+            if self._scope is Scope.BATCH:
+                samples = self._rescaled(samples)
+            return list(self._split(samples, totals))
+
+    @property
+    def _scope(self) -> Scope:
+        """The advantage's scope; parts have no `rescale`, but a critic's advantages are whitened."""
+        return Scope.GROUP if self._closes and self._critic is None else self._advantage.scope
+
+    def _recorded(self, position: Position, totals: StepTotals) -> Position:
+        totals.recorded(position.trajectories)
+        return position.as_whole_group() if self._closes and position.origins is None else position
+
+    def _scored(
+        self, position: Position, totals: StepTotals, *, step: int
+    ) -> tuple[TrajectoryGroup, Sequence[float | FloatArray]]:
+        """The samples with shaped rewards, and their advantages."""
+        if position.origins is not None:
+            return self._scored_parts(position.trajectories, position.origins, totals, step=step)
+        (shaped,) = self._record_shaped([self._rewards.shape_group(position.trajectories)], totals)
+        return shaped, self._group_advantages(shaped)
+
+    def _scored_parts(
+        self,
+        trajectories: TrajectoryGroup,
+        origins: Sequence[Origin],
+        totals: StepTotals,
+        *,
+        step: int,
+    ) -> tuple[TrajectoryGroup, Sequence[float]]:
+        """The samples with shaped rewards, and their advantages relative to the early members of each one's
+        group."""
+        assert isinstance(self._advantage, Advantage)
+        shaped, advantages = [], []
+        members_of: dict[int, Sequence[EarlyMember]] = {}
+        self.history.begin(step, duals=self._rewards.duals)
+        for trajectory, origin in zip(trajectories, origins, strict=True):
+            running = self.history.as_of(origin.begin_step, step=step)
+            if origin.ticket_id not in members_of:
+                members_of[origin.ticket_id] = self._rewards.shape_members(origin.early, duals=running.duals)
+            (own,) = self._rewards.shape_group([trajectory], duals=running.duals)
+            context = context_of(members_of[origin.ticket_id], without=origin.sample_index, running=running)
+            shaped.append(own)
+            advantages.append(self._advantage.of_part(own.reward, context))
+        (shaped_group,) = self._record_shaped([shaped], totals)
+        return shaped_group, advantages
 
     def is_critic_warmup(self, step: int) -> bool:
         """True in the first steps, in which only the critic is trained."""
@@ -271,6 +337,10 @@ class AdvantagePipeline:
             metrics["reward_baseline"] = -self._advantage.shift(self.state)
             name = "reward" if self._rewards.is_identity else "shaped_reward"
             self.state = self._advantage.next_state(self.state, mean_reward=totals.mean(name))
+        if self._closes:
+            name = "reward" if self._rewards.is_identity else "shaped_reward"
+            mean, square = totals.mean(name), totals.mean(f"{name}_square")
+            self.history.append(step, mean=mean, square=square, duals=self._rewards.duals)
         return metrics
 
     def restore(self, state: Sequence[float]) -> None:
@@ -289,6 +359,8 @@ class AdvantagePipeline:
             if not self._rewards.is_identity:
                 rewards = [trajectory.reward for trajectory in group if not trajectory.is_greedy]
                 totals.add("shaped_reward", sum(rewards), count=float(len(rewards)))
+                squares = sum(reward * reward for reward in rewards)
+                totals.add("shaped_reward_square", squares, count=float(len(rewards)))
             yield group
 
     def _group_advantages(self, group: TrajectoryGroup) -> Sequence[float | FloatArray]:
@@ -300,11 +372,15 @@ class AdvantagePipeline:
         return [advantage + shift for advantage in advantages]
 
     def _critic_advantages(
-        self, groups: Sequence[TrajectoryGroup], penalties: TokenPenalties
+        self,
+        positions: Sequence[Position],
+        groups: Sequence[TrajectoryGroup],
+        penalties: TokenPenalties,
     ) -> list[list[FloatArray]]:
         """[num_tokens] advantages of each sample by GAE; keeps the value targets for `learn`.
 
-        Collective.
+        The advantages of a sample are computed from the values of all its sampled tokens, but the critic is
+        not trained on masked ones. Collective. `groups`: the samples with shaped rewards.
         """
         assert self._critic is not None
         trajectories = [trajectory for group in groups for trajectory in group]
@@ -318,52 +394,84 @@ class AdvantagePipeline:
             values,
             discounts=[discounts_of_tokens(t, turn_discount=self._turn_discount) for t in trajectories],
         )
+        beyond = [self._masked(p, index) for p in positions for index in range(len(p.trajectories))]
         self._value_targets, advantages = [], []
-        for trajectory, values_S, (advantages_S, targets_S) in zip(
-            trajectories, values, credited, strict=True
+        for trajectory, values_S, (advantages_S, targets_S), beyond_T in zip(
+            trajectories, values, credited, beyond, strict=True
         ):
-            self._value_targets += [
-                ValueTarget(trajectory=segment, values_S=of_values, targets_S=of_targets)
-                for (_, segment), of_values, of_targets in zip(
-                    segments_of(trajectory),
-                    split_targets(values_S, trajectory),
-                    split_targets(targets_S, trajectory),
-                    strict=True,
-                )
-            ]
+            learned = trajectory
+            if beyond_T is not None:
+                within_S = ~beyond_T[is_target(trajectory)]
+                values_S, targets_S = values_S[within_S], targets_S[within_S]
+                learned = as_context(trajectory, beyond_T)
+            if len(targets_S) or beyond_T is None:
+                self._value_targets += [
+                    ValueTarget(trajectory=segment, values_S=of_values, targets_S=of_targets)
+                    for (_, segment), of_values, of_targets in zip(
+                        segments_of(learned),
+                        split_targets(values_S, learned),
+                        split_targets(targets_S, learned),
+                        strict=True,
+                    )
+                ]
             advantages_T = np.zeros(trajectory.num_tokens)
             advantages_T[is_target(trajectory)] = advantages_S
             advantages.append(advantages_T)
         remaining = iter(advantages)
         return [[next(remaining) for _ in group] for group in groups]
 
-    def _samples(
-        self,
-        scored: Iterable[tuple[TrajectoryGroup, Sequence[float | FloatArray]]],
-        lags: Callable[[Trajectory], Lags],
-    ) -> Iterator[list[TrainingSample]]:
-        for index, (group, advantages) in enumerate(scored):
-            position = index * self._ranks.world_size + self._ranks.rank
-            whole = [
-                TrainingSample(
-                    trajectory=trajectory, advantage=advantage, group=position, lag=lags(trajectory)
-                )
-                for trajectory, advantage in zip(group, advantages, strict=True)
-                if not trajectory.is_greedy
-            ]
-            yield [part for sample in whole for part in split_sample(sample)]
+    def _masked(self, position: Position, index: int) -> NDArray[np.bool_] | None:
+        """bool [num_tokens] of a sample: sampled tokens that are masked; None if there are none."""
+        return position.beyond(index) if self._masks_beyond else None
 
-    def _rescaled(self, groups: list[list[TrainingSample]]) -> list[list[TrainingSample]]:
+    def _samples(
+        self, scored: Iterable[tuple[Position, TrajectoryGroup, Sequence[float | FloatArray]]]
+    ) -> Iterator[_Scored]:
+        """The whole samples of each position, with the tokens beyond the bound masked or marked."""
+        for number, (position, group, advantages) in enumerate(scored):
+            place = number * self._ranks.world_size + self._ranks.rank
+            samples = []
+            for index, (trajectory, advantage) in enumerate(zip(group, advantages, strict=True)):
+                if trajectory.is_greedy:
+                    continue
+                beyond_T, counts = position.beyond(index), None
+                if beyond_T is not None and self._masks_beyond:
+                    length = num_targets(trajectory)
+                    trajectory = as_context(trajectory, beyond_T)
+                    counts = SampleCounts(length - num_targets(trajectory), length, 1, index)
+                samples.append(
+                    TrainingSample(
+                        trajectory=trajectory,
+                        advantage=advantage,
+                        group=place,
+                        index=index,
+                        lag=position.lags[index],
+                        beyond=None if self._masks_beyond else beyond_T,
+                        counts=counts,
+                    )
+                )
+            yield position, samples
+
+    def _split(self, positions: Iterable[_Scored], totals: StepTotals) -> Iterator[list[TrainingSample]]:
+        """The samples of each position, cut into segments."""
+        for position, samples in positions:
+            if self._closes:
+                totals.parts.note(position, samples)
+            yield [part for sample in samples for part in split_sample(sample)]
+
+    def _rescaled(self, positions: list[_Scored]) -> list[_Scored]:
         """Applies the estimator's `rescale` to the whole step. Collective."""
-        samples = [sample for group in groups for sample in group]
+        samples = [sample for _, of_position in positions for sample in of_position]
         tokens = [
-            np.broadcast_to(s.advantage, (s.trajectory.num_tokens,))[1:][s.trajectory.loss_mask[1:] == 1]
-            for s in samples
+            np.broadcast_to(s.advantage, (s.trajectory.num_tokens,))[is_target(s.trajectory)] for s in samples
         ]
-        positions = [np.full(len(a), s.group) for a, s in zip(tokens, samples, strict=True)]
+        places = [np.full(len(a), s.group) for a, s in zip(tokens, samples, strict=True)]
         advantages_S = self._ranks.gather(torch.from_numpy(np.concatenate([np.zeros(0), *tokens])))
         groups_S = self._ranks.gather(
-            torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *positions]))
+            torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *places]))
         )
         shift, factor = self._advantage.rescale(advantages_S=advantages_S.numpy(), groups_S=groups_S.numpy())
-        return [[replace(s, advantage=(s.advantage + shift) * factor) for s in group] for group in groups]
+        return [
+            (position, [replace(s, advantage=(s.advantage + shift) * factor) for s in of_position])
+            for position, of_position in positions
+        ]

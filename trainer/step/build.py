@@ -53,6 +53,7 @@ def build_step_runner(
         turn_discount=recipe.turn_discount,
         peak_tflops=trainer.peak_tflops,
         balances=_balances(config, ranks),
+        beyond=config.staleness.beyond if config.overdue == "close" else "",
     )
 
 

@@ -41,9 +41,15 @@ class StepRecipe:
         shapings, turn_discount = settings.pop("shaping", None), settings.pop("turn_discount", 1.0)
         if type(turn_discount) not in (int, float) or not 0 < turn_discount <= 1:
             raise ConfigError(f"advantage.turn_discount={turn_discount}: use a number above 0 and at most 1")
+        closes = config.overdue == "close"
         recipe = cls(
             objective=build_objective(
-                config.objective, max_tokens=max_tokens, kl=kl, entropy_coef=config.trainer.entropy_coef
+                config.objective,
+                max_tokens=max_tokens,
+                kl=kl,
+                entropy_coef=config.trainer.entropy_coef,
+                takes_parts=closes,
+                caps_beyond=closes and config.staleness.beyond == "cap",
             ),
             advantage=ADVANTAGES.build(settings),
             shapings=SHAPINGS.build_list(shapings, job={"max_tokens": max_tokens}),
@@ -67,7 +73,30 @@ class StepRecipe:
                 f"{type(used).__name__} needs {needed}: "
                 f"set sampling.greedy_baseline={str(used.uses_greedy).lower()}"
             )
+        if closes:
+            recipe._check_parts()
         return recipe
+
+    def _check_parts(self) -> None:
+        """Raises ConfigError for a part that needs whole groups."""
+        used, is_group = self.estimator, isinstance(self.estimator, Advantage)
+        advice = "and buffer.overdue=close trains on parts of groups: set buffer.overdue=wait, or"
+        if not used.takes_parts:
+            raise ConfigError(f"advantage {type(used).__name__} needs whole groups, {advice} choose another")
+        for shaping in self.shapings:
+            if not shaping.takes_parts:
+                raise ConfigError(
+                    f"advantage.shaping: {type(shaping).__name__} needs whole groups, {advice} leave it out"
+                )
+        if is_group and self.turn_discount != 1:
+            raise ConfigError(
+                f"advantage.turn_discount={self.turn_discount:g} needs the rewards of all turns of a group's "
+                f"samples, {advice} advantage.turn_discount=1 or advantage=gae"
+            )
+        if is_group and self.kl is not None:
+            raise ConfigError(
+                f"kl.place=reward needs the log-probs of all samples of a group, {advice} kl.place=loss"
+            )
 
     @property
     def estimator(self) -> Estimator:

@@ -26,14 +26,14 @@ from torch import Tensor
 
 from areal_like.config import KlConfig
 from areal_like.errors import ConfigError
-from areal_like.trajectory import Trajectory
 from areal_like.wire.messages.consumer import Group
 from trainer.advantages.base import Estimator
 from trainer.advantages.critic import Critic
 from trainer.advantages.reward_shaping import Shaping
 from trainer.batching.balancer import Balancer
 from trainer.batching.lockstep import in_lockstep
-from trainer.batching.packing import MicroBatch, PackedBatch, Packer, TrainingSample, num_targets
+from trainer.batching.packing import MicroBatch, PackedBatch, Packer, TrainingSample, is_target, num_targets
+from trainer.batching.positions import Position
 from trainer.batching.sampled_tokens import SampledTokens
 from trainer.batching.scope import Scope
 from trainer.distributed.ranks import IncompleteStepError, Ranks
@@ -41,13 +41,13 @@ from trainer.metrics.lag import LagTally
 from trainer.metrics.model_flops import ModelFlops, cost_of
 from trainer.metrics.phase_timer import PhaseTimer
 from trainer.metrics.speed import StepSpeed
-from trainer.metrics.step_totals import StepTotals
+from trainer.metrics.step_totals import OF_BEYOND, StepTotals
 from trainer.models.policy import Policy
 from trainer.objectives import Need, Objective, StepStats
 from trainer.objectives.normalizers import Normalizer
 from trainer.optimizer import ShardedAdamW
 from trainer.profiling.ranges import named_range, ranged
-from trainer.step.advantage_pipeline import AdvantagePipeline, Lags, RewardTerms, TrajectoryGroup
+from trainer.step.advantage_pipeline import AdvantagePipeline, RewardTerms, TrajectoryGroup
 from trainer.step.proximal import ProximalPolicy
 from trainer.step.recipe import warn_of_ignored_settings
 
@@ -73,6 +73,7 @@ class StepRunner:
         turn_discount: float = 1.0,
         peak_tflops: float = 0.0,
         balances: bool = False,
+        beyond: str = "",
     ) -> None:
         """`build_step_runner` builds one from a configuration. `policy` and `reference` are sharded.
 
@@ -81,8 +82,9 @@ class StepRunner:
         part of the objective). `critic`: for an advantage that needs one. `proximal`: for an objective with a
         rule for it. `turn_discount`: between the turns of a sample. `peak_tflops`: peak of one rank's device,
         for MFU; 0: looked up by its name. `balances`: divide the sequences over the ranks by cost once a step
-        is complete; no effect with an objective that runs one sequence at a time. Raises ConfigError if the
-        objective's reference or the advantage's critic is missing.
+        is complete; no effect with an objective that runs one sequence at a time. `beyond`:
+        `staleness.beyond`, with `buffer.overdue=close`; empty: another `buffer.overdue`. Raises ConfigError
+        if the objective's reference or the advantage's critic is missing.
         """
         if Need.REF in objective.needs and reference is None:
             raise ConfigError(
@@ -93,6 +95,7 @@ class StepRunner:
                 f"objective {objective.display_name} needs a proximal policy, and none was built"
             )
         warn_of_ignored_settings(objective, advantage, normalizer)
+        self._beyond = beyond
         policy.with_collision = Need.COLLISION in objective.needs
         policy.with_entropy_gradient = Need.ENTROPY in objective.needs
         self.policy = policy
@@ -134,16 +137,21 @@ class StepRunner:
         )
         self.rewards = RewardTerms(shapings, ranks, kl=kl, reference=reference, budget_tokens=budget_tokens)
         self.advantages = AdvantagePipeline(
-            objective.advantage or advantage, self.rewards, ranks, critic=critic, turn_discount=turn_discount
+            objective.advantage or advantage,
+            self.rewards,
+            ranks,
+            critic=critic,
+            turn_discount=turn_discount,
+            closes=bool(beyond),
+            masks_beyond=beyond in ("", "mask"),
         )
 
     def run(
         self,
-        groups: Iterable[TrajectoryGroup],
+        groups: Iterable[TrajectoryGroup | Position],
         *,
         step: int,
         num_groups: int | None = None,
-        lags: Callable[[Trajectory], Lags] | None = None,
         is_abandoned: Callable[[], bool] = lambda: False,
     ) -> dict[str, Any]:
         """Runs one optimizer step after `step` completed steps. Collective.
@@ -153,21 +161,25 @@ class StepRunner:
         `groups`: this rank's share in recorded order (group j of the step goes to rank j mod world size). It
         may block until the next group arrives; that time is reported as `wait_s`. Its exceptions propagate,
         and no update is made. `num_groups`: number of groups that all ranks together must have
-        seen; with fewer, every rank raises IncompleteStepError and makes no update. `lags`: the lag of each
-        token of a trajectory, in optimizer steps; None: a version is the number of steps before it.
+        seen; with fewer, every rank raises IncompleteStepError and makes no update. In groups that are not a
+        `Position` a version is the number of steps before it.
         `is_abandoned`: called between micro-batches; once it is true on any rank, every rank raises
         IncompleteStepError, and weights, moments and all other state are as before the step.
         """
         objective, is_batch = self._objective, self._objective.scope is Scope.BATCH
-        timer, totals = self._speed.begin(step), StepTotals(self.advantages.extra_totals)
-        lags = lags or (lambda trajectory: np.maximum(step - trajectory.versions.astype(np.int64), 0))
+        seeded = (*self.advantages.extra_totals, *(OF_BEYOND if self._beyond else ()))
+        timer, totals = self._speed.begin(step), StepTotals(seeded)
         observed: list[dict[str, Tensor]] = []
         stats: StepStats = {}
         self._is_first_forward = True
         self.policy.zero_grad()  # an abandoned step may have left gradients
         with self._ranks.abandonable(is_abandoned):
             # Groups -> advantages -> micro-batches, as the groups arrive unless all of them are needed.
-            samples = self.advantages.compute(timer.timed("wait_s", groups), totals, timer, lags=lags)
+            positions = (
+                group if isinstance(group, Position) else Position.plain(group, step=step)
+                for group in timer.timed("wait_s", groups)
+            )
+            samples = self.advantages.compute(positions, totals, timer, step=step)
             samples = self._with_gradient(samples, totals)
             microbatches: Iterable[MicroBatch] = self._packer.microbatches(samples)
             with self._gradients as gradients:
@@ -231,26 +243,33 @@ class StepRunner:
     ) -> dict[str, Any]:
         """Calls `run` on groups as the buffer serves them, and adds the metrics of their lags. Collective.
 
-        Asserts that no lag is above `max_staleness`.
+        Asserts that no lag is above `max_staleness`, or with `buffer.overdue=close` masks the tokens of a
+        larger one than the group states.
         """
+        if self._beyond:
+            positions = (Position.of(group) for group in groups)
+            return self.run(positions, step=step, num_groups=num_groups, is_abandoned=is_abandoned)
         lags = LagTally(max_staleness)
         metrics = self.run(
             (lags.counted(group) for group in groups),
             step=step,
             num_groups=num_groups,
-            lags=lags.of_tokens,
             is_abandoned=is_abandoned,
         )
         return metrics | lags.reduced(self._ranks)
 
     def state(self) -> dict[str, Any]:
         """The state that a checkpoint stores in addition to weights and moments, for `restore`; JSON."""
-        return {"shaping_duals": self.rewards.duals, "advantage_state": list(self.advantages.state)}
+        state = {"shaping_duals": self.rewards.duals, "advantage_state": list(self.advantages.state)}
+        history = self.advantages.history.dump()
+        return state | ({"reward_history": history} if history else {})
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Restores the result of `state`; a checkpoint of an earlier version has only `shaping_duals`."""
+        """Restores the result of `state`; a checkpoint of an earlier version has only `shaping_duals`, and
+        one of a run without `buffer.overdue=close` has no `reward_history`."""
         self.rewards.restore(state["shaping_duals"])
         self.advantages.restore(state.get("advantage_state", []))
+        self.advantages.history.restore(state.get("reward_history", []))
 
     def _with_gradient(
         self, groups: Iterable[list[TrainingSample]], totals: StepTotals
@@ -260,10 +279,20 @@ class StepRunner:
             is_zero = all(not np.any(sample.advantage) for sample in group)
             totals.add("zero_advantage_groups", float(is_zero))
             if is_zero and self._objective.skips_zero_advantage:
-                totals.add("counted_tokens", float(sum(num_targets(sample.trajectory) for sample in group)))
-                totals.add("counted_seqs", float(len(group)))
+                self._count(group, totals)
             else:
-                yield group
+                wholly_masked = [s for s in group if s.counts and not is_target(s.trajectory).any()]
+                self._count(wholly_masked, totals)
+                yield [sample for sample in group if sample not in wholly_masked]
+
+    @staticmethod
+    def _count(samples: Iterable[TrainingSample], totals: StepTotals) -> None:
+        """Counts samples that are not run in the normalizer."""
+        for sample in samples:
+            counts = sample.resolved_counts
+            num_tokens = num_targets(sample.trajectory) + counts.num_masked
+            totals.add("counted_tokens", float(num_tokens))
+            totals.add("counted_seqs", float(counts.num_samples))
 
     def _in_lockstep(self, microbatches: Iterable[MicroBatch]) -> Iterator[tuple[PackedBatch, bool]]:
         return in_lockstep(microbatches, self._ranks, shares_prefixes=self._shares_prefixes)
@@ -289,7 +318,7 @@ class StepRunner:
         if self._is_first_forward:
             self._is_first_forward = False
             self.on_first_forward(batch, logp_S)
-        return SampledTokens.of(
+        tokens = SampledTokens.of(
             batch,
             logp_S=logp_S,
             entropy_S=entropy_S,
@@ -297,6 +326,11 @@ class StepRunner:
             ref_logp_S=ref_logp_S,
             collision_S=collision_S,
         )
+        if tokens.beyond_S is None:
+            return tokens
+        if torch.is_grad_enabled():  # not in the pass for the statistics of the step
+            totals.observe_beyond(tokens)
+        return tokens.only(~tokens.is_extreme_S) if self._beyond == "ratio" else tokens
 
     @torch.no_grad()
     def _observe(self, tokens: SampledTokens, *, live: bool) -> dict[str, Tensor]:
@@ -330,9 +364,17 @@ class StepRunner:
         are any: the numerical mismatch of engine and trainer), the objective's own, shaped_reward (where
         advantages are not computed from `reward`), shaping_dual_I (of a shaping with a dual variable),
         reward_baseline (of advantage=running), the critic's, wait_s, compute_s, reduce_s, update_s, step_s,
-        and those of `StepSpeed`.
+        and those of `StepSpeed`. With buffer.overdue=close also those of `PartTable` (tokens beyond the
+        staleness bound, early and late samples, lags by each sample's oldest trained token) and, if such
+        tokens are not all masked, beyond_log_ratio_abs and beyond_ess_ratio: masked ones have no log-probs,
+        because their logits are not computed.
         """
         metrics = totals.metrics() | learned
+        if self._beyond:
+            metrics |= totals.parts.metrics(self._ranks)
+            metrics |= (
+                totals.beyond_metrics(of_ratio=self._beyond == "ratio") if self._beyond != "mask" else {}
+            )
         metrics["ess_weights"] = totals.ess_ratios()[self._objective.ess_level]
         if isinstance(self._packer, Balancer):
             metrics["balance"] = self._packer.busy_share

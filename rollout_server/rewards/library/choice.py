@@ -62,7 +62,7 @@ def _make(entry: Any, *, sandbox: str) -> RewardFunction:
         return _user_function(name, own, settings)
     if isinstance(name, str) and name not in REWARDS.names():
         raise ConfigError(
-            f"task.reward={name}: known are {', '.join(REWARDS.names())}; for your own function write "
+            f"task.reward={name}: choose one of {', '.join(REWARDS.names())}; for your own function write "
             "task.reward=my_module.my_function"
         )
     return REWARDS.build(entry, job={"sandbox": sandbox})

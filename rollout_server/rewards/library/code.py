@@ -113,7 +113,7 @@ class Code(RewardFunction):
         except ValueError as error:
             raise RewardError(
                 f"{place_of(example)} has no tests of a program in "
-                f"{self.tests_key or 'the answer'}: {error}; the forms are in docs/reference/rewards.md"
+                f"{self.tests_key or 'the reference answer'}: {error}; see docs/reference/rewards.md"
             ) from None
         return tests.first(self.max_tests)
 

@@ -29,7 +29,7 @@ class Matcher(RewardFunction):
         answers = list(example.answer) if is_list else [example.answer]
         if not answers or any(answer is None for answer in answers):
             # Otherwise the task could not be solved, and that would go unnoticed.
-            raise ValueError(f"{place_of(example)} has no answer to compare with")
+            raise ValueError(f"{place_of(example)} has no reference answer to compare with")
         return any(self._are_equal(text, self.final_part(str(answer))) for answer in answers)
 
     def final_part(self, answer: str) -> str:

@@ -79,8 +79,8 @@ def test_auto_falls_back_to_the_template(change: str, caplog: pytest.LogCaptureF
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
-        ("qwen4", "known are auto, jinja, "),
-        ("default", "known are auto, jinja, "),
+        ("qwen4", "choose one of auto, jinja, "),
+        ("default", "choose one of auto, jinja, "),
         ("llama-3", "cannot be used with this tokenizer"),
         ("prime-qwen3", "chat template renders "),
         ("no_such_module.Renderer", "No module named"),

@@ -163,7 +163,7 @@ def test_where_the_program_is() -> None:
 )
 def test_rows_without_tests_are_named(value: Any, problem: str) -> None:
     with pytest.raises(
-        RewardError, match=f"train.jsonl:9 has no tests of a program in the answer: {problem}"
+        RewardError, match=f"train.jsonl:9 has no tests of a program in the reference answer: {problem}"
     ):
         scored("x", value, row={"place": "train.jsonl:9"})
 
@@ -175,5 +175,5 @@ def test_odd_forms_of_data_sets() -> None:
     assert calls.inputs == ([[1], "a"],) and calls.outputs == ([2],)
     with pytest.raises(ConfigError, match="max_tests at least 1"):
         make_rewards({"name": "code", "max_tests": 0})
-    with pytest.raises(ConfigError, match="known are bwrap, rlimits"):
+    with pytest.raises(ConfigError, match="choose one of bwrap, rlimits"):
         make_rewards({"name": "code", "sandbox": "docker"})

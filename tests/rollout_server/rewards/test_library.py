@@ -37,7 +37,7 @@ def test_exact() -> None:
     numbers = {"name": "exact", "numbers": True}
     assert value(numbers, "$1,234.50", "1234.5") == 1 and value(numbers, "1/2", "0.5") == 1
     assert value(numbers, "nan", "nan") == 1 and value(numbers, "12", "1,2") == 0
-    with pytest.raises(ValueError, match=r"rows.jsonl:3 has no answer"):
+    with pytest.raises(ValueError, match=r"rows.jsonl:3 has no reference answer"):
         value("exact", "4", None, place="rows.jsonl:3")
 
 
@@ -79,7 +79,7 @@ def test_functions_of_users() -> None:
 @pytest.mark.parametrize(
     ("spec", "problem"),
     [
-        ("exakt", r"task.reward=exakt: known are code, exact, judge, math, regex; for your own function"),
+        ("exakt", r"task.reward=exakt: choose one of code, exact, judge, math, regex; for your own function"),
         ({"name": "exact", "numebrs": True}, r"unknown key `task.reward.numebrs` .* did you mean numbers"),
         ([], "empty list"),
         (3, r"want a name \(code, exact, .*got 3"),

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 
+from areal_like.wire.limits import MAX_WAIT_CHARS
 from rollout_server.sessions.claimants import (
     LONGEST_WAIT_S,
     MAX_REMEMBERED,
@@ -83,6 +84,23 @@ def test_a_good_sample_ends_it() -> None:
     claims(claimants, BROKEN, until_s=100.0)
     claimants.deliver(BROKEN)
     assert claimants.hold(BROKEN, now_s=100.0) is None and claimants.troubles(now_s=100.0) == {}
+
+
+def test_a_failing_agent_is_named_once_with_its_whole_error() -> None:
+    claimants, error = Claimants(), "x" * 300
+    who = Claimant(address="2001:0db8:85a3:0000:0000:8a2e:0370:7334", token="t", name="n" * 100)
+    for now_s in range(2 * NUM_FREE):
+        claimants.fail(who, error, claimed_s=now_s, now_s=now_s)
+    (trouble,) = claimants.troubles(now_s=10.0)
+    assert error in trouble and "nnn" in trouble and len(f"sessions: {trouble}") <= MAX_WAIT_CHARS
+
+
+def test_agents_with_new_names_are_named_by_address() -> None:
+    claimants = Claimants()
+    for number in range(2 * NUM_FREE):
+        who = Claimant(address="10.0.0.1", token="t", name=str(number))
+        claimants.fail(who, "no request", claimed_s=number, now_s=number)
+    assert list(claimants.troubles(now_s=10.0)) == ["the last 6 sessions of 10.0.0.1 failed: no request"]
 
 
 def test_the_end_of_a_machine_counts_once() -> None:

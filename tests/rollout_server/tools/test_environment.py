@@ -123,7 +123,7 @@ def test_calls_of_one_reply_are_limited() -> None:
     assert contents(many)[:4] == ["1", "2", "3", "4"]
     assert contents(many)[4:] == ["Error: not run: one reply may have at most 4 calls"] * 2
     (slow,) = run(Hasty(), reply("", ("slow", {"seconds": 60}), ("add", {"number": 1})))
-    assert contents(slow)[0].startswith("Error: no answer within 0.")
+    assert contents(slow)[0].startswith("Error: no result within 0.")
     assert contents(slow)[1] == "Error: not run: earlier calls of this reply took 0.1 s"
 
 
@@ -172,7 +172,7 @@ def test_tools_by_name() -> None:
 @pytest.mark.parametrize(
     ("tools", "problem"),
     [
-        (["calculater"], "tools.name=calculater: known are calculator, python, search"),
+        (["calculater"], "tools.name=calculater: choose one of calculator, python, search"),
         ("calculator", "want a list"),
         ([{"name": "search"}], "needs url"),
         ([{"name": "search", "url": "file:///etc/passwd"}], "want http://"),
@@ -245,7 +245,7 @@ def test_process_with_a_hanging_tool_is_not_used_again() -> None:
                 idle.append(len(pool._idle))
         return contents(steps[0]), idle[0], idle[1]
 
-    assert asyncio.run(episode()) == (["Error: no answer within 0.1 s"], 1, 0)
+    assert asyncio.run(episode()) == (["Error: no result within 0.1 s"], 1, 0)
 
 
 def python(code: str, **settings: Any) -> str:
@@ -343,7 +343,7 @@ def test_search_services_that_misbehave(service: str) -> None:
         "html": "Error: the search service sent no JSON",
         "odd": "Error: the search service sent no list of results under 'results'",
     }
-    assert search(f"{service}/slow", timeout_s=0.3) == "Error: no answer within 0.3 s"
+    assert search(f"{service}/slow", timeout_s=0.3) == "Error: no result within 0.3 s"
     assert search(f"{service}/huge") == "Error: the search service sent more than 1048576 bytes"
     unreachable = search("http://127.0.0.1:1/search")
     assert unreachable == "Error: the search service cannot be reached (ClientConnectorError)"

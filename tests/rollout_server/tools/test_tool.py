@@ -162,7 +162,7 @@ def wrong_docstring(x: int) -> None:
         (unknown_hint, "tool unknown_hint: its signature cannot be read: name 'Missing' is not defined"),
         (no_docstring, "tool no_docstring: write a docstring"),
         (wrong_docstring, "tool wrong_docstring: its docstring describes y, which it does not have"),
-        (lambda: 1, "name it by letters"),
+        (lambda: 1, "may have only letters"),
     ],
 )
 def test_functions_without_a_schema_are_refused(function: Callable[..., Any], problem: str) -> None:
@@ -230,4 +230,4 @@ def test_time_limit_of_functions_and_coroutines() -> None:
         await asyncio.sleep(0.05)
         return [answer.text for answer in answers]
 
-    assert asyncio.run(both()) == ["Error: no answer within 0.1 s"] * 2
+    assert asyncio.run(both()) == ["Error: no result within 0.1 s"] * 2

@@ -160,7 +160,7 @@ def test_masked_tokens_get_no_gradient_from_any_term() -> None:
     [
         ({"masks": {"name": "opsm"}}, "objective.masks: want a list"),
         ({"masks": [{"delta": 1}]}, "each with `name`"),
-        ({"masks": [{"name": "opsn"}]}, "known are band, kpop, opsm, stapo, truncated, trust_region"),
+        ({"masks": [{"name": "opsn"}]}, "choose one of band, kpop, opsm, stapo, truncated, trust_region"),
         ({"masks": [{"name": "opsm", "detla": 1}]}, "did you mean delta"),
         ({"masks": [{"name": "band", "low": 3}]}, "low < high"),
         ({"masks": [{"name": "stapo", "denominator": "all"}]}, "original or kept"),

@@ -227,7 +227,7 @@ def test_lag_of_each_token_of_a_sample() -> None:
     versions[1:] = [40, 42]
     spanning = replace(trajectory, loss_mask=(versions >= 0).astype(np.uint8), versions=versions)
     tally = LagTally(max_staleness=4)
-    tally.counted(
+    position = tally.counted(
         Group(
             step=10,
             position=0,
@@ -237,7 +237,7 @@ def test_lag_of_each_token_of_a_sample() -> None:
             version_steps=[7],
         )
     )
-    assert tally.of_tokens(spanning).tolist() == [0, 3, 1]
+    assert position.lags[0].tolist() == [0, 3, 1]
 
 
 def test_mismatch_counts_only_tokens_of_the_current_weights(path: str, ranks: Ranks) -> None:

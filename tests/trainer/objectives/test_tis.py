@@ -147,7 +147,7 @@ def test_custom_objective_by_dotted_path() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "tiss"}, "known are .*reinforce, .*tis"),
+        ({"name": "tiss"}, "choose one of .*reinforce, .*tis"),
         ({"name": "tis", "capp": 3}, r"unknown key `objective.capp` .* did you mean cap"),
         ({"name": "tis", "cap": "much"}, "objective.cap: want a number"),
         ({"name": "tis", "level": "word"}, "use one of token, sequence, geometric"),

@@ -21,12 +21,13 @@ from launch.cli import main
 from trainer.batching.attention_layout import RectangleLayout
 from trainer.planning.advice import changes_until_it_fits
 from trainer.planning.engines import engine_memory
-from trainer.planning.estimate import Assumptions, estimate
+from trainer.planning.estimate import SPREADS, Assumptions, estimate
 from trainer.planning.gpus import parse_gpus
 from trainer.planning.lengths import Lengths, lengths_of, worst_lengths
 from trainer.planning.planner import Plan, make_plan, planned_again
 from trainer.planning.report import json_of, text_of
 from trainer.planning.shapes import known_shapes, with_local_model
+from trainer.planning.staleness import Forecast
 
 PARAMETERS = {"1xh100_1.7b": 1.72e9, "8xh100_8b": 8.19e9, "8x8h100_32b": 32.76e9}
 """As their authors publish them, tied embeddings counted once."""
@@ -255,6 +256,56 @@ def estimated(plan: Plan, response: float) -> dict[str, Any]:
         assumed=Assumptions(),
     )
     return vars(result)
+
+
+def test_what_the_bound_costs_is_said(model: str) -> None:
+    plan = small(model, "max_staleness=4")
+    assert plan.estimate is not None
+    short, long = plan.estimate.staleness
+    assert (short.spread, long.spread) == SPREADS and 0 < long.waiting <= short.waiting <= 1
+    text = text_of(plan, [], explain=True)
+    assert "throughput / limit with wait, spread 0.5 and 1" in text
+    assert f"max_staleness=4 with a spread of 1: wait reaches {long.waiting:.0%} of the limit" in text
+    json.dumps(json_of(plan, []))
+
+    costly = replace(long, waiting=0.4, masked=0.2)
+    lines = advised(plan, costly)
+    assert "buffer.overdue=wait makes steps wait for the slowest samples: 40% of the limit" in lines
+    assert (
+        "buffer.overdue=close reaches 99% and masks 20% of the tokens; at most 5% with max_staleness="
+        in lines
+    )
+    assert "staleness.close_after=4" in lines
+    assert "max_staleness=" not in advised(plan, replace(costly, masked=0.01))
+    assert advised(plan, replace(costly, waiting=0.95)) == ""
+    pairs = with_settings(plan, objective={"name": "rebel"})
+    assert "close would not, but objective.name=rebel needs whole groups." in advised(pairs, costly)
+    dropping = with_settings(plan, buffer=replace(plan.config.buffer, overdue="drop"))
+    assert "buffer.overdue=drop throws away samples" in advised(dropping, costly)
+    closing = with_settings(plan, buffer=replace(plan.config.buffer, overdue="close"))
+    assert " masks at most 5% of the tokens instead of 20% (spread 1)" in advised(closing, costly)
+    assert advised(closing, replace(costly, masked=0.01)) == ""
+
+
+def test_closing_changes_the_expected_lag(model: str) -> None:
+    plan = small(model, "buffer.overdue=close", "max_staleness=16")
+    assert plan.estimate is not None
+    assert plan.estimate.lag == pytest.approx(plan.estimate.staleness[-1].lag) and plan.estimate.lag < 16
+    assert "buffer.overdue=close does not let the engines run ahead" in text_of(plan, [], explain=True)
+    assert plan.fits and small(model, "max_staleness=0").estimate.staleness == ()  # type: ignore[union-attr]
+
+
+def with_settings(plan: Plan, **changes: Any) -> Plan:
+    return replace(plan, config=replace(plan.config, **changes))
+
+
+def advised(plan: Plan, forecast: Forecast) -> str:
+    """What the report advises about the bound if its cost were this."""
+    assert plan.estimate is not None
+    found = replace(plan.estimate, staleness=(*plan.estimate.staleness[:-1], forecast))
+    text = text_of(replace(plan, estimate=found), [], explain=False)
+    table = text.index("tokens beyond max_staleness with close")
+    return " ".join(text[text.index("\n", table) : text.index("--explain")].split())
 
 
 def test_gpus_and_shapes() -> None:
