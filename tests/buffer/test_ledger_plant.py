@@ -79,7 +79,8 @@ def test_closing_fills_every_position_within_the_bound(
     samples = [(record.ticket_id, record.sample_index) for group in plant.groups for record in group.records]
     assert len(set(samples)) == len(samples) == 25 * 8 * 4, "a sample was trained twice"
     counters = ledger.state.counters
-    assert max(counters.lag_histogram) <= max_staleness and counters["groups_closed"]
+    assert max(counters.lag_histogram) <= max_staleness
+    assert counters["groups_closed"] or step_s == 4.0, "only a slow trainer gets all groups whole"
     num_masked = 0
     for group in plant.groups:
         step_of = dict(zip(group.versions, group.steps, strict=True))

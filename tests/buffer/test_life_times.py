@@ -6,7 +6,7 @@ import re
 
 from areal_like.runtime.metrics import Metrics
 from areal_like.spans import recorder
-from buffer.diagnosis.life_times import LifeTimes
+from buffer.diagnosis.life_times import LifeTimes, is_held_back
 from buffer.tickets import State
 from tests.support.ledger_simulation import add_server, deliver, done, new_ledger
 
@@ -63,6 +63,36 @@ def test_a_group_is_batched_until_the_trainer_gets_it() -> None:
     ledger.trainer.complete_step(incarnation=1, step=0)
     ledger.trainer.commit(incarnation=1, step=0)
     assert series(metrics, 'ticket_queue_seconds_SUFFIX{state="batched"}') == (2.0, 62.0)
+
+
+def test_complete_samples_that_wait_for_others_hold_a_step_back() -> None:
+    """Until they fill the free positions, or the step is full."""
+    ledger = new_ledger(max_staleness=4, groups_per_step=2, group_size=2)
+    add_server(ledger, "a", capacity=12)
+    leases = ledger.dispatcher.grant(now_s=0.0)["a"]
+    assert len(leases) == 6
+    seen = []
+    for lease in leases[:4]:
+        deliver(ledger, "a", done(lease, 0, [0]))
+        seen.append(is_held_back(ledger.state))
+    assert seen == [False, False, False, True]
+    deliver(ledger, "a", done(leases[0], 1, [0]))
+    assert is_held_back(ledger.state), "one position is filled, and three samples are complete"
+    deliver(ledger, "a", done(leases[1], 1, [0]))
+    assert not is_held_back(ledger.state), "the step is full"
+    ledger.state.counters.count_held_back(2.5)
+    assert ledger.state.counters.summary()["held_back_s"] == 2.5
+
+
+def test_positions_of_parts_do_not_wait_in_the_queue() -> None:
+    metrics = Metrics()
+    ledger = new_ledger(max_staleness=4, groups_per_step=2, group_size=2, overdue="close", close_after=1)
+    LifeTimes(metrics, clock=lambda: 0.0).watch(ledger.state)
+    add_server(ledger, "a", capacity=12)
+    for lease in ledger.dispatcher.grant(now_s=0.0)["a"]:
+        deliver(ledger, "a", done(lease, 0, [0]))
+    assert ledger.state.tickets.num_by_state()[State.BATCHED]
+    assert series(metrics, 'ticket_queue_seconds_SUFFIX{state="ready"}') == (0.0, 0.0)
 
 
 def test_writes_of_the_ledger_are_observed() -> None:

@@ -34,14 +34,15 @@ RESUMED, RECORDED, LAST = 12, 15, 18
 """Step of the newest checkpoint; first step that was not whole; first step that is not trained here."""
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> Config:
-    """The run of the release before, in a directory of its own, with an empty model."""
+@pytest.fixture(params=["wait", "close"])
+def config(tmp_path: Path, request: pytest.FixtureRequest) -> Config:
+    """The run of the release before, in a directory of its own, with an empty model, under its own rule for
+    overdue groups or under the new one."""
     model = tmp_path / "model"
     model.mkdir()
     for name in ("config.json", "tokenizer.json"):
         (model / name).write_text("{}")
-    settings = [f"runs_dir={tmp_path}/runs", f"model.path={model}"]
+    settings = [f"runs_dir={tmp_path}/runs", f"model.path={model}", f"buffer.overdue={request.param}"]
     config = load_config(["--config", str(SAVED / "config.yaml"), *settings])
     segments = RunPaths.of(config).ledger / "segments"
     segments.mkdir(parents=True)

@@ -151,7 +151,8 @@ def counters_of(client: TrainerBufferClient) -> RunCounters:
 def check_groups(groups: list[Group], config: Config, *, first: int, last: int) -> None:
     """Checks the groups of these steps.
 
-    Each position is filled once, in order, with a complete group of a new ticket within the staleness bound.
+    Each position is filled once, in order, with a complete group of a new ticket, or with as many parts of
+    closed groups, within the staleness bound. No sample is in two positions.
     """
     places = [(group.step, group.position) for group in groups]
     assert places == [
@@ -162,12 +163,12 @@ def check_groups(groups: list[Group], config: Config, *, first: int, last: int) 
         assert all(0 <= group.step - oldest <= config.staleness_cap for oldest in group.version_steps), (
             group.ticket_id
         )
-        assert len(group.trajectories) == config.sampling.group_size
-        for index, trajectory in enumerate(group.trajectories):
-            assert is_synthetic(trajectory, ticket_id=group.ticket_id, sample_index=index), (
-                group.ticket_id,
-                index,
-            )
+        assert len(group.records) == config.sampling.group_size
+        for record, trajectory in zip(group.records, group.trajectories, strict=True):
+            key = record.ticket_id, record.sample_index
+            assert is_synthetic(trajectory, ticket_id=key[0], sample_index=key[1]), key
+    samples = [(record.ticket_id, record.sample_index) for group in groups for record in group.records]
+    assert len(set(samples)) == len(samples), "a sample was trained twice"
 
 
 def check_counters(counters: RunCounters) -> None:

@@ -61,9 +61,9 @@ class _Training(threading.Thread):
             raise self._error
 
 
-def kill_producers(directory: Path, *, num_kills: int, num_steps: int) -> None:
+def kill_producers(directory: Path, *, num_kills: int, num_steps: int, overdue: str) -> None:
     rng = random.Random(num_kills)
-    with running_job(directory, **settings(num_steps)) as job:
+    with running_job(directory, **settings(num_steps, overdue=overdue)) as job:
         names = ["rollout-0", "rollout-1"]
         for name in names:
             job.produce(name, sample_s=0.03)
@@ -83,17 +83,18 @@ def kill_producers(directory: Path, *, num_kills: int, num_steps: int) -> None:
 
 
 def test_killed_producers_cost_only_their_leases(tmp_path: Path) -> None:
-    kill_producers(tmp_path, num_kills=2, num_steps=40)
+    """Also those of the late samples of closed groups."""
+    kill_producers(tmp_path, num_kills=2, num_steps=40, overdue="close")
 
 
 @pytest.mark.chaos
 def test_twenty_killed_producers(tmp_path: Path) -> None:
-    kill_producers(tmp_path, num_kills=20, num_steps=400)
+    kill_producers(tmp_path, num_kills=20, num_steps=400, overdue="wait")
 
 
-def kill_buffers(directory: Path, *, num_kills: int, num_steps: int, durability: str) -> None:
+def kill_buffers(directory: Path, *, num_kills: int, num_steps: int, **buffer: str) -> None:
     rng = random.Random(num_kills)
-    with running_job(directory, **settings(num_steps, durability=durability)) as job:
+    with running_job(directory, **settings(num_steps, **buffer)) as job:
         for name in ("rollout-0", "rollout-1"):
             job.produce(name, sample_s=0.01)
         training = _Training(job, num_steps=num_steps)
@@ -111,9 +112,9 @@ def test_producers_and_trainer_survive_a_killed_buffer(tmp_path: Path) -> None:
 
 @pytest.mark.chaos
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("durability", ["process_crash", "power_loss"])
-def test_twenty_killed_buffers(tmp_path: Path, durability: str) -> None:
-    kill_buffers(tmp_path, num_kills=20, num_steps=500, durability=durability)
+@pytest.mark.parametrize(("durability", "overdue"), [("process_crash", "close"), ("power_loss", "wait")])
+def test_twenty_killed_buffers(tmp_path: Path, durability: str, overdue: str) -> None:
+    kill_buffers(tmp_path, num_kills=20, num_steps=500, durability=durability, overdue=overdue)
 
 
 @contextlib.contextmanager

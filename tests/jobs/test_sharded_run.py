@@ -41,10 +41,13 @@ NUM_STEPS, GROUPS_PER_STEP = 10, 5
 class ShardedJob:
     """Two buffers and two producers that are connected to both."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, overdue: str) -> None:
         trainer = {"num_steps": NUM_STEPS, "groups_per_step": GROUPS_PER_STEP, "fetch_timeout_s": 600.0}
         open_ports = chaos_config(
-            directory, trainer=trainer, buffer={"num_shards": 2, "lease_timeout_s": 10.0}
+            directory,
+            trainer=trainer,
+            buffer={"num_shards": 2, "lease_timeout_s": 10.0, "overdue": overdue},
+            staleness={"close_after": 1},  # groups are closed as they begin, so all positions are of parts
         )
         self.buffers = [BufferProcess(open_ports, name=shard.name) for shard in all_shards(2)]
         ports = tuple(int(buffer.address.rpartition(":")[2]) for buffer in self.buffers)
@@ -87,9 +90,9 @@ class ShardedJob:
             buffer.close()
 
 
-@pytest.fixture
-def job(tmp_path: Path) -> Iterator[ShardedJob]:
-    job = ShardedJob(tmp_path)
+@pytest.fixture(params=["wait", "close"])
+def job(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[ShardedJob]:
+    job = ShardedJob(tmp_path, overdue=request.param)
     try:
         yield job
     finally:
@@ -113,23 +116,28 @@ def test_a_dead_shard_stalls_the_step_and_loses_nothing(
         # Groups are recorded one step ahead of the trainer and generated up to the staleness bound. The
         # shard that is alive fills its own three positions of each step.
         ahead = {"step": 5, "recorded": 0, "due_and_running": 0}
+        closes = job.config.overdue == "close"
         filled = job.buffers[0].wait_status(
-            lambda seen: seen["open_step"] == ahead and seen["tickets"]["ready"] == 3
+            lambda seen: (
+                seen["open_step"] == ahead
+                and (seen["tickets"]["ready"] == 3 or (closes and seen["parts"]["waiting"]))
+            )
         )
         time.sleep(0.5)
         later = job.buffers[0].status()
-        assert later["step"] == 3 and later["tickets"] == filled["tickets"] and not rest.done()
-        assert (
-            filled["tickets"]["issued"] == 18
-            and filled["tickets"]["batched"] + filled["tickets"]["trained"] == 15
-        )
+        assert later["step"] == 3 and later["open_step"] == ahead and not rest.done()
+        assert filled["tickets"]["batched"] + filled["tickets"]["trained"] == 15
+        if not closes:
+            assert later["tickets"] == filled["tickets"] and filled["tickets"]["issued"] == 18
 
         job.start_again(1)
         groups += rest.result()
         check_groups(groups, job.config, first=0, last=NUM_STEPS)
         for group in groups:
             shard = Shard.of(group.position, count=2)
-            assert shard.owns(group.prompt_index) and shard.owns(group.ticket_id)
+            assert shard.owns(group.ticket_id) and bool(group.closed) == closes
+            prompts = [one.prompt_index for one in group.closed] or [group.prompt_index]
+            assert all(map(shard.owns, prompts))
         counters = counters_of(client)
         check_counters(counters)
         assert counters.tickets["trained"] == NUM_STEPS * GROUPS_PER_STEP
@@ -141,6 +149,7 @@ def test_a_dead_shard_stalls_the_step_and_loses_nothing(
         audit.facts["committed_steps"] == NUM_STEPS
         and audit.tickets["trained"] == NUM_STEPS * GROUPS_PER_STEP
     )
+    assert bool(audit.tickets.get("split")) == closes
 
 
 SMALL = (
