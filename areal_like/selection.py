@@ -8,6 +8,10 @@ for the same reason, and percentiles are interpolated in them.
     offered   train samples that arrived with a reward (greedy baselines excluded)
     trained   samples of completed steps
     failed    samples that failed, by kind
+
+With `buffer.overdue=close` a sample that is trained on may have tokens beyond the staleness bound. By default
+these are masked: they are not among the tokens that are trained on, but the sample counts with its whole
+length.
 """
 
 from __future__ import annotations
@@ -46,6 +50,11 @@ def solve_rate_bucket(rewards: Sequence[float], *, low: float, high: float) -> s
 def length_key(population: str, bucket: int) -> str:
     """Name of the counter of one bucket of lengths."""
     return f"{population}_length_{bucket}"
+
+
+def masked_key(bucket: int) -> str:
+    """Name of the counter of tokens beyond the bound, of trained samples of one bucket of lengths."""
+    return f"masked_length_{bucket}"
 
 
 def solve_rate_key(population: str, bucket: str) -> str:
@@ -89,6 +98,26 @@ def wasted_of(counters: Mapping[str, float]) -> dict[str, int]:
     return {name.removeprefix(_WASTED): wasted[name] for name in sorted(wasted)}
 
 
+def masked_of(counters: Mapping[str, float]) -> list[int]:
+    """[MAX_BUCKET + 1] number of tokens beyond the bound of trained samples, by length of the samples."""
+    return [max(0, int(counters.get(masked_key(bucket), 0))) for bucket in range(MAX_BUCKET + 1)]
+
+
+def closing_report(counters: Mapping[str, float]) -> dict[str, Any]:
+    """Closed groups and their samples (`buffer.overdue=close`); empty if no group was closed."""
+    names = ("groups_closed", "samples_early", "samples_late", "parts_dropped", "tokens_masked")
+    if not counters.get("groups_closed"):
+        return {}
+    # The ledger's own counter of dropped parts has the name with `num_`.
+    values = {name: int(counters.get(name, counters.get(f"num_{name}", 0))) for name in names}
+    trained = counters.get("tokens_trained", 0) + values["tokens_masked"]
+    share = round(values["tokens_masked"] / trained, 6) if trained else None
+    return values | {
+        "tokens_masked_share": share,
+        "tokens_masked_by_length": masked_of(counters),
+    }
+
+
 def selection_report(counters: Mapping[str, float], *, limit: float = math.inf) -> dict[str, Any]:
     """The section `selection` of summary.json.
 
@@ -108,6 +137,8 @@ def selection_report(counters: Mapping[str, float], *, limit: float = math.inf) 
     }
     report["tokens_wasted"] = wasted_of(counters)
     report["prompts_given_up"] = int(counters.get("prompts_given_up", 0))
+    if closing := closing_report(counters):
+        report["closing"] = closing
     return report
 
 

@@ -48,7 +48,9 @@ class LifeTimes:
             return
         now_s = self._clock()
         since_s = self._since_s.pop(ticket.ticket_id, None)
-        if since_s is not None and (before, after) == (State.READY, State.BATCHED):
+        # A position of parts is recorded as soon as it is made.
+        is_whole = not ticket.parts
+        if is_whole and since_s is not None and (before, after) == (State.READY, State.BATCHED):
             self._queue.labels(before).observe(now_s - since_s)
         if after in (State.READY, State.BATCHED):
             self._since_s[ticket.ticket_id] = now_s
@@ -64,7 +66,19 @@ class LifeTimes:
         self._leases.observe(max(0.0, self._clock() - lease.granted_s))
 
 
-_STATES = (State.QUEUED, State.LEASED, State.READY, State.BATCHED)
+_STATES = (State.QUEUED, State.LEASED, State.READY, State.CLOSED, State.BATCHED)
+
+
+def is_held_back(state: LedgerState) -> bool:
+    """True if the trainer's step lacks groups, and the complete samples of groups that are not recorded
+    would fill its free positions: waiting for whole groups costs the time."""
+    step, tickets = state.steps.current, state.tickets
+    if state.scheduler.num_full_steps > step or step >= state.settings.num_steps:
+        return False
+    size = state.settings.group_size + state.settings.num_greedy
+    num_ready = tickets.count(Purpose.TRAIN, State.READY)
+    num_complete = tickets.num_partial + num_ready * size + state.parts.num_loose
+    return num_complete >= state.scheduler.num_free_before(step + 1) * size
 
 
 class Timeline:
@@ -88,6 +102,8 @@ class Timeline:
         num_by_state = state.tickets.num_by_state()
         values: dict[str, float] = {f"tickets {one.value}": num_by_state[one] for one in _STATES}
         values["groups in the open step"] = state.scheduler.position
+        values["samples of closed groups that wait"] = state.parts.num_loose
+        values["samples of closed groups that are generated"] = state.parts.num_late
         for name, value in values.items():
             if self._values.get(name) != value:
                 recorder.count(name, value)

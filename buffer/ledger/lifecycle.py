@@ -241,6 +241,7 @@ class TicketLifecycle:
     def add_late(self, group: Ticket, sample_index: int) -> None:
         """A sample of a closed group has arrived."""
         self._parts.add(group, sample_index, was_late=True)
+        self._state.counters.count_late()
 
     def give_up(self, group: Ticket, sample_indices: Iterable[int], reason: Drop) -> None:
         """Gives up those of a closed group's samples that are not in a position; after the last, ends the

@@ -189,6 +189,7 @@ class BufferDaemon:
     def status(self) -> dict[str, Any]:
         """The body of /status."""
         return status.status(
+            self._config,
             self._ledger,
             self._peers,
             now_s=self._loop.time(),

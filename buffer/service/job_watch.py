@@ -13,7 +13,7 @@ from areal_like.wire.messages.hello import Role
 from areal_like.wire.messages.producer import Purpose
 from buffer.diagnosis.bottleneck import PoolTotals
 from buffer.diagnosis.facts import JobFacts, LeaseFacts, RankFacts, ServerFacts, WaitLimits
-from buffer.diagnosis.life_times import LifeTimes, Timeline
+from buffer.diagnosis.life_times import LifeTimes, Timeline, is_held_back
 from buffer.diagnosis.watchdog import INTERVAL_S, Wakefulness, Watchdog
 from buffer.ledger.ledger import Ledger
 from buffer.service.peers import ConnectedPeers
@@ -64,6 +64,8 @@ class JobWatch:
         waits = [peer.waits for peer in ranks]
         if any(name.startswith("buffer: ") for wait in waits for name in wait):
             self._wait_s += now_s - self._looked_s
+            if is_held_back(self._ledger.state):
+                self._ledger.state.counters.count_held_back(now_s - self._looked_s)
             self._reserved_s += (now_s - self._looked_s) * facts.is_reserving
         self._looked_s = now_s
         self._watchdog.look(

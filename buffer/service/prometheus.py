@@ -28,6 +28,7 @@ _POPULATIONS = {
 }
 _STEPS = ("completed", "committed", "recording")
 _PROMPTS = ("issued", "all")
+_PARTS = ("waiting", "running")
 
 
 class BufferSeries:
@@ -77,11 +78,21 @@ class BufferSeries:
         self._due = metrics.gauge(
             "tickets_due", "Running tickets that cannot be recorded later than in the open step"
         )
+        self._parts = metrics.gauge(
+            "parts",
+            "Samples of closed groups: waiting for a position, still generated",
+            label="state",
+            values=_PARTS,
+        )
         self._solve_rate = metrics.gauge(
             "curriculum_solve_rate",
             "Estimated solve rate of prompts (with buffer.curriculum): of those issued recently, and of all",
             label="of",
             values=_PROMPTS,
+        )
+        self._held_back = metrics.counter(
+            "held_back_seconds",
+            "Time in which the trainer waited although complete samples of unfinished groups would do",
         )
         self._unlabeled = {
             name: metrics.counter(name, doc)
@@ -90,6 +101,11 @@ class BufferSeries:
                 ("prompts_given_up", "Prompts that were dropped and not issued again in their epoch"),
                 ("leases_lost", "Leases that expired, were returned, or whose server was replaced"),
                 ("tokens_trained", "Sampled tokens learned from"),
+                ("tokens_masked", "Sampled tokens of trained samples that were beyond the staleness bound"),
+                ("groups_closed", "Groups closed before all of their samples were complete"),
+                ("samples_early", "Samples of closed groups that were complete at the closing"),
+                ("samples_late", "Samples of closed groups that arrived after the closing"),
+                ("parts_dropped", "Complete samples of closed groups that were given up"),
                 ("received_bytes", "Bytes received from peers"),
                 ("bad_frames", "Messages that could not be decoded"),
                 ("refused_frames", "Messages refused because of their sender's key"),
@@ -131,6 +147,9 @@ class BufferSeries:
         self._bytes.set(state.store.num_bytes)
         self._free.set(sum(max(0, server.free_samples) for server in servers))
         self._due.set(state.scheduler.num_due)
+        for of, number in zip(_PARTS, (state.parts.num_loose, state.parts.num_late), strict=True):
+            self._parts.labels(of).set(number)
+        self._raise_to(self._held_back, counters["held_back_s"])
         if (curriculum := state.prompts.curriculum) is not None:
             rates = (curriculum.issued_solve_rate, curriculum.mean_solve_rate)
             for of, rate in zip(_PROMPTS, rates, strict=True):

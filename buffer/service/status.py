@@ -11,6 +11,8 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
+from areal_like.config import Config
+from areal_like.promise import promise
 from areal_like.selection import selection_report
 from areal_like.wire.messages import consumer
 from areal_like.wire.messages.hello import Role
@@ -133,6 +135,7 @@ def run_counters(state: LedgerState, peers: ConnectedPeers, *, received_bytes: i
 
 
 def status(
+    config: Config,
     ledger: Ledger,
     peers: ConnectedPeers,
     *,
@@ -151,6 +154,8 @@ def status(
         "step": state.steps.current,
         "committed_steps": state.steps.committed + 1,
         "max_staleness": state.bound.current,
+        "bound": promise(config, max_staleness=state.bound.current),
+        "parts": {"waiting": state.parts.num_loose, "late_running": state.parts.num_late},
         "open_step": {
             "step": state.scheduler.step,
             "recorded": state.scheduler.position,

@@ -18,6 +18,7 @@ from areal_like.selection import (
     failure_key,
     length_bucket,
     length_key,
+    masked_key,
     solve_rate_bucket,
     solve_rate_key,
     wasted_key,
@@ -131,6 +132,14 @@ class StreamCounters:
         self._add("groups_closed", 1)
         self._add("samples_early", len(ticket.early))
 
+    def count_late(self) -> None:
+        """Counts a sample that arrived after its group was closed."""
+        self._add("samples_late", 1)
+
+    def count_held_back(self, seconds: float) -> None:
+        """Counts time in which the trainer waited for samples that are complete, in groups that are not."""
+        self._add("held_back_s", seconds)
+
     def count_trained(self, ticket: Ticket) -> None:
         """Counts a group that was trained on in its step."""
         self._add_trained(ticket, sign=1)
@@ -149,7 +158,9 @@ class StreamCounters:
             if len(trained) < len(sample.token_steps):
                 num_tokens = sum(count for _, count in trained)
                 sum_steps = sum(step * count for step, count in trained)
-                self._add("tokens_masked", sign * (sample.num_sampled - num_tokens))
+                num_masked = sample.num_sampled - num_tokens
+                self._add("tokens_masked", sign * num_masked)
+                self._add(masked_key(length_bucket(sample.num_sampled)), sign * num_masked)
             # A ticket of an earlier release may have no `token_steps`; it was within its bound as a whole.
             oldest_step = trained[0][0] if trained else sample.oldest_step
             self._add(f"{_LAG}{ticket.step - oldest_step}", sign)
@@ -196,7 +207,7 @@ class StreamCounters:
     @property
     def selection(self) -> dict[str, float]:
         """The counters that `areal_like.selection` reads, zeros left out."""
-        prefixes = ("offered_", "trained_", "groups_", "failed_", "tokens_wasted_")
+        prefixes = ("offered_", "trained_", "masked_", "groups_", "failed_", "tokens_wasted_")
         return {
             name: value
             for name, value in sorted(self._values.items())
@@ -222,6 +233,12 @@ class StreamCounters:
             "tokens_generated": self["tokens_accepted"] + self["tokens_refused"],
             "tokens_trained": tokens_trained,
             "tokens_dropped": tokens_dropped,
+            "groups_closed": self["groups_closed"],
+            "samples_early": self["samples_early"],
+            "samples_late": self["samples_late"],
+            "parts_dropped": self["num_parts_dropped"],
+            "tokens_masked": self["tokens_masked"],
+            "held_back_s": round(self._values.get("held_back_s", 0.0), 3),
             "max_trained_lag": max(lags, default=0),
             "mean_trained_lag": sum(lag * count for lag, count in lags.items()) / trained if trained else 0.0,
             "mean_trained_token_lag": self["sum_token_lag"] / tokens_trained if tokens_trained else 0.0,

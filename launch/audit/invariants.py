@@ -75,7 +75,8 @@ _DROPPED = f"""(
     UNION ALL SELECT num_sampled {_GIVEN_UP} AND state != 'dropped')"""
 # Only closed groups have train samples that were given up; any other train ticket is dropped as a whole.
 _CLOSED = """(
-    SELECT early FROM tickets
+    SELECT early, (SELECT count(*) FROM samples AS s WHERE s.ticket_id = t.ticket_id) AS num_arrived
+    FROM tickets AS t
     WHERE state IN ('closed', 'split') OR (state = 'dropped' AND purpose = 'train'
           AND ticket_id IN (SELECT ticket_id FROM failures WHERE given_up)))"""
 _OF_EVALUATION = """
@@ -103,6 +104,9 @@ _SELECTION = f"""
     FROM {_RECORDED} JOIN limits ON num_sampled > above AND num_sampled <= upto
     WHERE {_IS_COUNTED} AND is_trained GROUP BY 1
     UNION ALL SELECT 'offered_sum_tokens', coalesce(sum(num_sampled), 0) FROM {_TRAIN_SAMPLES}
+    UNION ALL SELECT 'masked_length_' || bucket, sum(num_sampled - {_NUM_WITHIN})
+    FROM {_RECORDED} JOIN limits ON num_sampled > above AND num_sampled <= upto
+    WHERE {_IS_COUNTED} AND is_trained GROUP BY bucket HAVING sum(num_sampled - {_NUM_WITHIN}) > 0
     UNION ALL SELECT 'trained_sum_tokens', coalesce(sum(num_sampled), 0) FROM {_COUNTED}
     UNION ALL SELECT 'sum_token_lag', coalesce(sum(step * {_NUM_WITHIN} - {_SUM_WITHIN}), 0) FROM {_COUNTED}
     UNION ALL SELECT 'num_failures', (SELECT coalesce(sum(value), 0) FROM statistics
@@ -376,6 +380,8 @@ LEDGER_INVARIANTS = (
             UNION ALL SELECT 'tokens_trained', coalesce(sum({_NUM_WITHIN}), 0) FROM {_COUNTED}
             UNION ALL SELECT 'tokens_masked', coalesce(sum(num_sampled - {_NUM_WITHIN}), 0) FROM {_COUNTED}
             UNION ALL SELECT 'groups_closed', count(*) FROM {_CLOSED}
+            UNION ALL SELECT 'samples_late', coalesce(sum(num_arrived - json_array_length(early)), 0)
+            FROM {_CLOSED}
             UNION ALL SELECT 'samples_early', coalesce(sum(json_array_length(early)), 0) FROM {_CLOSED}
             UNION ALL SELECT 'verdict_accepted',
                 (SELECT count(*) FROM samples)
@@ -396,7 +402,7 @@ LEDGER_INVARIANTS = (
         WHERE {_COUNTS_SELECTION} AND coalesce(value, 0) != num
         UNION ALL SELECT printf('%s is %d, the sum of the rows 0', name, value) FROM statistics
         WHERE {_COUNTS_SELECTION} AND value != 0 AND name NOT IN (SELECT name FROM sums)
-          AND (name GLOB 'offered_length_*' OR name GLOB 'trained_length_*')
+          AND (name GLOB 'offered_length_*' OR name GLOB 'trained_length_*' OR name GLOB 'masked_length_*')
         UNION ALL SELECT printf('groups_trained_solved_* add up to %d, the whole groups to %d', counted, num)
         FROM (SELECT (SELECT coalesce(sum(value), 0) FROM statistics
                       WHERE name GLOB 'groups_trained_solved_*') AS counted,

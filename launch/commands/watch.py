@@ -32,7 +32,7 @@ from launch.run_directory.rundir import is_over
 from launch.view.picture import LiveView, picture
 from launch.view.plain import PlainView
 from launch.view.speed import Eta
-from launch.view.status import daemon_table, rates_line, server_table, steps_line, tickets_line
+from launch.view.status import bound_line, daemon_table, rates_line, server_table, steps_line, tickets_line
 
 _WATCH_S = 2.0
 _TOP_S = 0.5
@@ -281,7 +281,7 @@ def _parts(
     if seen.buffer:
         if (servers := server_table(report)) is not None:
             yield servers
-        yield from (steps_line(report), rates_line(report), tickets_line(seen))
+        yield from (steps_line(report), bound_line(report), rates_line(report), tickets_line(seen))
         yield from (Text(line, style="yellow") for line in held_lines(seen.buffer))
         yield from (Text(line) for line in change_lines(seen.buffer))
     for daemon in daemons.values():

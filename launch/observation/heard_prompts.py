@@ -12,7 +12,11 @@ from pathlib import Path
 from areal_like.errors import StoreCorruptError
 from areal_like.ledger_place import open_ledger
 
-_ISSUED = "SELECT prompt_index, count(*) FROM tickets WHERE purpose = 'train' GROUP BY prompt_index"
+# A position of parts of closed groups is a ticket without a prompt.
+_ISSUED = (
+    "SELECT prompt_index, count(*) FROM tickets WHERE purpose = 'train' AND prompt_index >= 0 "
+    "GROUP BY prompt_index"
+)
 _RATE = "min(max((reward - :low) / (:high - :low), 0.0), 1.0)"
 # Greedy baselines are the last samples of their ticket. They are left out here and in a curriculum.
 _HEARD = f"""

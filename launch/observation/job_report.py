@@ -46,6 +46,8 @@ def job_report(config: Config, daemons: Mapping[str, DaemonView]) -> dict[str, A
         "num_steps": config.trainer.num_steps,
         **{key: status.get(key) for key in _JOB},
         "changes": status.get("changes") or [],
+        "bound": str(status.get("bound") or ""),
+        "parts": find_table(status, "parts"),
         "rates": {key: rates.get(key) for key in _RATES},
         "tickets": find_table(status, "tickets"),
         "drops": find_table(status, "drops"),

@@ -261,6 +261,7 @@ def _values(status: dict[str, Any], key: str) -> Iterator[Any]:
     yield from (table.get(key) for table in status.values() if isinstance(table, dict))
 
 
+_SUMS_OF_SHARDS = ("tickets", "drops", "parts")
 _RATES_OF_A_SHARD = ("samples_per_s", "tokens_trained_per_s", "drops_per_min")
 """Numbers that each shard reports for its own samples. Every shard sees all steps, and all servers'
 tokens."""
@@ -268,7 +269,7 @@ tokens."""
 
 def merged_status(statuses: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The first shard's /status, with the tickets, drops, rates and peers of all."""
-    sums = {name: add_up(find_table(dict(each), name) for each in statuses) for name in ("tickets", "drops")}
+    sums = {name: add_up(find_table(dict(each), name) for each in statuses) for name in _SUMS_OF_SHARDS}
     rates: dict[str, float | None] = {}
     for status in statuses:
         for name, rate in find_table(dict(status), "rates").items():

@@ -65,6 +65,26 @@ _LEARNING = (
     Spec("Entropy", "nats", {"entropy": "entropy"}),
     Spec("Effective sample size", "share of the sequences", {"ESS": "ess_ratio"}),
     Spec("Lag", "optimizer steps", {"mean": "lag_mean"}, {"largest": "lag_max", "bound": "max_staleness"}),
+    Spec(
+        "Tokens beyond the bound",
+        "share of the step's tokens, of first tokens, of samples by length",
+        {"all": "beyond_share", "first tokens": "beyond_share_first", "masked": "masked_share"},
+        {"shortest quarter": "beyond_share_q1", "longest quarter": "beyond_share_q4"},
+    ),
+    Spec(
+        "Advantage of tokens beyond the bound",
+        "mean; near 0, masking them is harmless",
+        {"mean": "beyond_advantage"},
+        floor=None,
+    ),
+    Spec("Late samples", "share of the step's samples", {"late": "late_share"}),
+    Spec(
+        "Reward of early samples minus that of late ones",
+        "of a step",
+        {"difference": "late_reward_gap"},
+        floor=None,
+    ),
+    Spec("Complete samples at the closing", "of a group", {"mean": "early_members"}),
     Spec("Gradient norm", "before clipping", {"norm": "grad_norm"}, floor=None, log_scale=True),
     Spec("Learning rate", "in effect", {"rate": "lr"}),
     Spec(

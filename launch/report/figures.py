@@ -124,6 +124,33 @@ def _held_out(name: str, before: Evaluation, after: Evaluation) -> Figure:
     return Figure(f"held out: {name}", after.avg, note=note, is_key=True)
 
 
+def _of_limit(run: Run) -> float | None:
+    """Share of the time in which the busier pool worked: 1 is the largest throughput that both allow."""
+    idle = [share for share in (settled(run, "trainer idle"), idle_of_engines(run)) if share is not None]
+    return 1 - min(idle) if len(idle) == 2 else None
+
+
+def _closing(run: Run) -> list[Figure]:
+    """What closing groups did, or what waiting for whole groups cost."""
+    held_back_s, seconds = run.held_back_s, run.seconds
+    share = held_back_s / seconds if held_back_s and seconds else None
+    note = f"{duration(held_back_s)} in which other samples were complete"
+    found = [Figure("time lost by waiting for whole groups", share, percent, note)]
+    if closing := run.closing:
+        early, late, dropped, groups = (
+            number(closing.get(name))
+            for name in ("samples_early", "samples_late", "parts_dropped", "groups_closed")
+        )
+        masked = number(closing.get("tokens_masked_share"))
+        found += [
+            Figure("groups closed", groups, count, f"{count(early)} samples early"),
+            Figure("samples late", late, count, "complete after their group was closed"),
+            Figure("parts given up", dropped, count, "too old, cancelled, or of a dropped group"),
+            Figure("tokens beyond the bound", masked, percent, "of samples that were trained on"),
+        ]
+    return found
+
+
 def _median_step_s(run: Run) -> float | None:
     step_s = run.columns.get("step_s")
     settled_s = step_s[_WARM_UP:]
@@ -141,10 +168,12 @@ def _pipeline(run: Run) -> list[Figure]:
     share = dropped / issued if issued else None
     return [
         Figure("tokens generated a second", generated),
+        Figure("throughput, of the limit", _of_limit(run), percent, "busy time of trainer or engines"),
         Figure("trainer idle", settled(run, "trainer idle"), percent, "waits for data", is_key=True),
         Figure("engines idle", idle_of_engines(run), percent, "nothing to decode", is_key=True),
         Figure("seconds a push, mean", mean(push_s[push_s > 0]), duration),
         Figure("groups dropped", share, percent, f"{dropped:,} groups"),
+        *_closing(run),
         Figure("samples failed", float(num_failures(run))),
         Figure("processes started again", float(num_restarts(run))),
     ]

@@ -78,6 +78,15 @@ def _pipeline(run: Run) -> Iterator[str]:
         yield f"The trainer waited for data for {percent(trainer)} of the time{too}."
     elif engines is not None and engines > 0.3:
         yield f"The engines had nothing to decode for {percent(engines)} of the time: the trainer is slower."
+    held_back_s, seconds = run.held_back_s, run.seconds
+    if held_back_s and seconds and held_back_s > 0.1 * seconds:
+        yield (
+            f"For {percent(held_back_s / seconds)} of the time the trainer waited for the slowest samples of "
+            "groups whose complete samples would have filled its step (buffer.overdue=close trains on those)."
+        )
+    masked = number(run.closing.get("tokens_masked_share"))
+    if masked and masked > 0.1:
+        yield f"{percent(masked)} of the tokens of trained samples were beyond the staleness bound."
     issued, dropped = sum(run.ledger.tickets.values()), run.drops
     if issued and sum(dropped.values()) > 0.05 * issued:
         worst = max(dropped, key=lambda name: dropped[name])

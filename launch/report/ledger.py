@@ -90,7 +90,10 @@ def _read(ledger: sqlite3.Connection, facts: LedgerFacts, *, shard: int, num_sha
         return ledger.execute(query).fetchall() if table in tables else []
 
     for name, value in rows("statistics", "SELECT name, value FROM statistics"):
-        facts.counters[str(name)] = facts.counters.get(str(name), 0.0) + float(value)
+        known = facts.counters.get(str(name), 0.0)
+        # The trainer may wait for several shards at once.
+        is_time = name == "held_back_s"
+        facts.counters[str(name)] = max(known, float(value)) if is_time else known + float(value)
     counts = "SELECT state, coalesce(reason, ''), count(*) FROM tickets WHERE purpose = 'train' GROUP BY 1, 2"
     for state, reason, count in rows("tickets", counts):
         facts.tickets[str(state)] += int(count)

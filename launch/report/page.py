@@ -55,6 +55,7 @@ _FACTS = {
     "objective": "objective.name objective._target_",
     "advantage": "advantage.name advantage._target_",
     "staleness bound": "max_staleness",
+    "overdue groups": "buffer.overdue",
     "trainer ranks": "trainer.world_size",
     "rollout servers": "rollout.num_servers",
 }

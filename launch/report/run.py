@@ -100,6 +100,17 @@ class Run:
         return mapping(self.summary.get("selection"))
 
     @property
+    def closing(self) -> dict[str, Any]:
+        """Closed groups and their samples; empty without any."""
+        return mapping(self.selection.get("closing"))
+
+    @property
+    def held_back_s(self) -> float | None:
+        """Seconds in which the trainer waited for samples that were complete, in groups that were not."""
+        counters = self.ledger.counters if self.has_ledger else mapping(self.summary.get("counters"))
+        return number(counters.get("held_back_s"))
+
+    @property
     def drops(self) -> dict[str, int]:
         """Dropped tickets by reason, zeros left out."""
         found = self.ledger.drops if self.has_ledger else mapping(self.summary.get("drops"))

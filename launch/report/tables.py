@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from areal_like.failures import FailureKind
-from areal_like.selection import SOLVE_RATES
+from areal_like.selection import LENGTHS, MAX_BUCKET, SAMPLE_POPULATIONS, SOLVE_RATES, lengths_of
 from launch.formatting import count, short, utc
 from launch.report.figures import Figure, figures
 from launch.report.run import Run
@@ -136,7 +136,28 @@ def selection_tables(run: Run) -> list[Table]:
     return [
         Table("text n n", ("", "offered", "trained"), numbers),
         Table("text n n bar", ("groups by solve rate", "offered", "trained", ""), groups),
+        *_by_length(run),
     ]
+
+
+def _by_length(run: Run) -> list[Table]:
+    """Samples by length, and their tokens beyond the staleness bound; empty without closed groups."""
+    masked = run.closing.get("tokens_masked_by_length")
+    if not isinstance(masked, list):
+        return []
+    counters = run.ledger.counters if run.has_ledger else mapping(run.summary.get("counters"))
+    known = {name: value for name, value in counters.items() if number(value) is not None}
+    offered, trained = (lengths_of(known, [name]) for name in SAMPLE_POPULATIONS)
+    rows = []
+    for bucket, (num_offered, num_trained, num_masked) in enumerate(
+        zip(offered, trained, masked, strict=False)
+    ):
+        if num_offered:
+            upto = f"up to {LENGTHS[bucket]:,}" if bucket < MAX_BUCKET else "more"
+            of_sample = short(num_masked / num_trained) if num_trained else "-"
+            rows.append((upto, count(num_offered), count(num_trained), of_sample))
+    head = ("samples by sampled tokens", "offered", "trained", "tokens beyond the bound, mean")
+    return [Table("text n n n", head, rows)]
 
 
 def change_table(run: Run) -> Table:

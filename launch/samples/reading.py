@@ -44,6 +44,9 @@ class Row:
     newest_version: int
     failure: str
     """Why it failed and counts with reward 0; empty if it did not."""
+    recorded_in: int | None = None
+    """Ticket of the position of parts in which it is recorded, if its group was closed; `step` and `state`
+    are those of the position."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +90,7 @@ class RunLedgers:
     def find(self, selection: Selection) -> list[LocatedRow]:
         """The rows of the wanted samples, in the order of the step. Raises ConfigError if there are none."""
         if selection.ticket is not None:
-            rows = self._query("ticket_id = ?", [selection.ticket])
+            rows = self._query("ticket_id = ?1 OR recorded_in = ?1", [selection.ticket])
             return rows or self._nothing(f"ticket {selection.ticket} has no samples")
         if selection.set_name is not None:
             return self._find_evaluated(selection.set_name, selection.step)
@@ -95,7 +98,7 @@ class RunLedgers:
         step = self._newest_step() if selection.step is None else selection.step
         if step is None:
             return self._nothing("no group is recorded in a step yet")
-        rows = self._query(f"step = ? AND {where}", [step])
+        rows = self._query(f"train_step = ? AND {where}", [step])
         return rows or self._nothing(f"step {step} has no samples, {self._range('step', where)}")
 
     def version_steps(self) -> dict[int, int]:
@@ -184,14 +187,38 @@ class RunLedgers:
             query = (
                 "SELECT ticket_id AS ticket, sample_index AS sample, prompt_index, state, purpose, reward, "
                 "num_sampled, oldest_version, newest_version, coalesce(reason, '') AS why, "
-                f"iif(purpose = 'eval', {added['eval_set']}, '') AS set_name, {added['failure']} AS failed, "
-                "iif(purpose = 'eval', eval_id, step) AS wanted_step, "
-                "sample_index >= num_samples - num_greedy AS greedy, coalesce(position, -1) AS at, "
-                "segment, offset, num_bytes, crc32 "
-                f"FROM tickets CROSS JOIN samples USING (ticket_id) WHERE {where}"
+                "iif(purpose = 'eval', eval_set, '') AS set_name, failure AS failed, "
+                "iif(purpose = 'eval', eval_id, train_step) AS wanted_step, "
+                "sample_index >= num_samples - num_greedy AS greedy, coalesce(train_position, -1) AS at, "
+                "segment, offset, num_bytes, crc32, recorded_in "
+                f"FROM ({self._recorded(directory, **added)}) WHERE {where}"
             )
             rows += [_row(directory, shard, dict(row)) for row in self._execute(directory, query, values)]
         return sorted(rows, key=lambda row: row.order)
+
+    def _recorded(self, directory: Path, *, eval_set: str, failure: str) -> str:
+        """Query for all samples with the columns of their tickets, and where each is recorded.
+
+        Its two parts can each use an index of the columns that a condition names.
+        """
+        eval_set = f"t.{eval_set}" if eval_set == "eval_set" else eval_set  # two tables of tickets have it
+        columns = (
+            f"t.ticket_id, t.prompt_index, t.purpose, t.num_samples, t.num_greedy, t.eval_id, {eval_set} "
+            f"AS eval_set, s.sample_index, {failure} AS failure, s.reward, s.num_sampled, s.oldest_version, "
+            "s.newest_version, s.segment, s.offset, s.num_bytes, s.crc32"
+        )
+        at = "{0}.state, {0}.reason, {0}.step AS train_step, {0}.position AS train_position".format
+        own = f"SELECT {columns}, {at('t')}, NULL AS recorded_in FROM tickets AS t CROSS JOIN samples AS s "
+        own += "USING (ticket_id)"
+        if not self._execute(directory, "SELECT 1 FROM sqlite_master WHERE name = 'parts'", []):
+            return own
+        return (
+            f"{own} WHERE (t.ticket_id, s.sample_index) NOT IN (SELECT ticket_id, sample_index FROM parts) "
+            f"UNION ALL SELECT {columns}, {at('place')}, place.ticket_id AS recorded_in "
+            "FROM parts AS p CROSS JOIN tickets AS place ON place.ticket_id = p.position_id "
+            "CROSS JOIN tickets AS t ON t.ticket_id = p.ticket_id "
+            "CROSS JOIN samples AS s ON s.ticket_id = p.ticket_id AND s.sample_index = p.sample_index"
+        )
 
     def _column(self, directory: Path, name: str) -> str:
         known = {

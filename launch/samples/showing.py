@@ -37,7 +37,8 @@ def lines_of(sample: Transcript, *, shows_all: bool) -> Iterator[Text]:
 
 def _title(sample: Transcript) -> Text:
     where = f"set {sample.eval_set}, weights of step {sample.step}" if sample.eval_set else _place(sample)
-    title = Text(f"ticket {sample.ticket}, sample {sample.sample}  ", style="bold")
+    part = "" if sample.recorded_in is None else f" (a part, in {sample.recorded_in})"
+    title = Text(f"ticket {sample.ticket}, sample {sample.sample}{part}  ", style="bold")
     title.append(f"reward {sample.reward:g}", style="green" if sample.reward > 0 else "red")
     parts = {**sample.reward_parts, **sample.metrics}
     if parts:

@@ -18,6 +18,8 @@ _NARROW = 80
 
 _STATES = {"trained": "trained and saved"}
 """State -> its name in the view: a trained ticket is `batched` until a checkpoint contains it."""
+_OF_CLOSING = ("closed", "split")
+"""States that only a run with `buffer.overdue=close` has."""
 
 
 def daemon_table(daemons: list[DaemonView], *, width: int, one_line: bool = False) -> Table:
@@ -58,7 +60,7 @@ def tickets_line(seen: Observation) -> Text:
         "  ".join(
             f"{_STATES.get(state, state)} {count:,}"
             for state, count in states.items()
-            if isinstance(count, int)
+            if isinstance(count, int) and (count or state not in _OF_CLOSING)
         )
     )
     if drops:
@@ -93,6 +95,15 @@ def steps_line(report: Mapping[str, Any]) -> Text:
     text.append("  newest weights ", style="dim").append(f"v{report['newest_version']}")
     if reason := report["closed_because"] or report["failed_because"]:
         text.append(f"  closed: {reason}", style="yellow")
+    return text
+
+
+def bound_line(report: Mapping[str, Any]) -> Text:
+    """The staleness bound in force; with closed groups, also their samples in progress."""
+    text = Text.assemble(("bound ", "dim"), report["bound"])
+    for name, label in (("waiting", "parts that wait"), ("late_running", "late samples")):
+        if isinstance(number := report["parts"].get(name), int) and number:
+            text.append(f"  {label} ", style="dim").append(f"{number:,}")
     return text
 
 

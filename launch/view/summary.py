@@ -13,10 +13,11 @@ from rich.table import Table
 from areal_like.config import Config
 from areal_like.config.evaluation import DEFAULT_SET
 from areal_like.paths import RunPaths
+from areal_like.promise import promise
 from launch.formatting import duration, fixed, short
 from launch.run_directory.open_run import OpenRun
 from launch.run_directory.rundir import checkpoints
-from launch.run_files import read_object
+from launch.run_files import mapping, number, read_object
 
 Rows = Sequence[tuple[str, str, str]]
 """(label, key of summary.json, format)"""
@@ -56,7 +57,7 @@ def show_summary(run: OpenRun, console: Console, *, since_unix_s: float) -> None
     summary: dict[str, Any] = {}
     if paths.summary.exists() and paths.summary.stat().st_mtime >= since_unix_s:
         summary = read_object(paths.summary)
-        console.print(summary_table(summary, title=config.name))
+        console.print(summary_table(summary, title=config.name, bound=promise(config)))
     _print(console, _files(paths, has_summary=bool(summary)))
     steps, num_steps = checkpoints(paths), config.trainer.num_steps
     if steps and steps[-1] < num_steps:
@@ -64,9 +65,12 @@ def show_summary(run: OpenRun, console: Console, *, since_unix_s: float) -> None
         _print(console, f"{stopped}; continue with: {resume_command(config, verb='run')}")
 
 
-def summary_table(summary: dict[str, Any], *, title: str) -> Table:
-    """A table of labels and values; values that the summary lacks are omitted."""
+def summary_table(summary: dict[str, Any], *, title: str, bound: str = "") -> Table:
+    """A table of labels and values; values that the summary lacks are omitted. `bound`: the staleness bound
+    in words."""
     table = _table(summary, ROWS, title=title)
+    if bound:
+        table.add_row("staleness bound", bound)
     # These count from the last start of the trainer, and the rows above from the first one.
     since = f", since step {summary.get('resumed_from_step', 0)}" if summary.get("was_restarted") else ""
     if isinstance(idle := summary.get("generation_idle_fraction"), (int, float)):
@@ -75,7 +79,7 @@ def summary_table(summary: dict[str, Any], *, title: str) -> Table:
         generated = summary.get("tokens_per_s_generated")
         speed = f", {short(generated)} generated tok/s" if generated is not None else ""
         table.add_row(f"wall time{since}", f"{duration(seconds)}{speed}")
-    for label, text in _evaluations(summary.get("evaluations") or {}):
+    for label, text in (*_closing(summary), *_evaluations(summary.get("evaluations") or {})):
         table.add_row(label, text)
     failures = (summary.get("selection") or {}).get("failures") or {}
     failed = {
@@ -92,6 +96,21 @@ def summary_table(summary: dict[str, Any], *, title: str) -> Table:
         if counts:
             table.add_row(label, ", ".join(f"{name} {count:,}" for name, count in counts.items()) + note)
     return table
+
+
+def _closing(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Closed groups (`buffer.overdue=close`), or what waiting for whole groups has cost."""
+    closing = mapping(mapping(summary.get("selection")).get("closing"))
+    if closing:
+        parts = [f"{closing['samples_early']:,} early, {closing['samples_late']:,} late samples"]
+        if closing["parts_dropped"]:
+            parts.append(f"{closing['parts_dropped']:,} given up")
+        yield "closed groups", f"{closing['groups_closed']:,}: {', '.join(parts)}"
+        share = closing["tokens_masked_share"] or 0.0
+        yield "tokens beyond the bound", f"{share:.1%} of those of trained samples"
+    held_back_s = number(mapping(summary.get("counters")).get("held_back_s"))
+    if held_back_s and held_back_s >= 1:
+        yield "trainer waited for slow samples", f"{duration(held_back_s)}, while others were complete"
 
 
 def show_sft_summary(config: Config, console: Console) -> None:

@@ -47,7 +47,7 @@ def test_every_position_is_filled_within_the_staleness_bound(
 
 @pytest.mark.parametrize("step_s", [0.4, 4.0])
 @pytest.mark.parametrize(("close_after", "max_staleness"), [(1, 1), (2, 2), (2, 4), (4, 16)])
-def test_closing_fills_every_position_with_tokens_within_the_bound(
+def test_closing_fills_every_position_within_the_bound(
     close_after: int, max_staleness: int, step_s: float
 ) -> None:
     """With samples of long-tailed lengths that fail, and a server that dies with late samples."""

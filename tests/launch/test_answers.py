@@ -21,7 +21,7 @@ from launch.observation.observer import DaemonView, Observation, diagnosis, look
 from launch.view.picture import picture
 from launch.view.plain import PlainView
 from launch.view.speed import Eta
-from launch.view.status import daemon_table, rates_line, server_table, steps_line, tickets_line
+from launch.view.status import bound_line, daemon_table, rates_line, server_table, steps_line, tickets_line
 
 ESCAPES = "\x1b]0;OWNED\x07\x1b[2J\x9b2J\u202e"
 STATUS = {
@@ -30,6 +30,7 @@ STATUS = {
     "tickets": {ESCAPES: 3, "issued": 5}, "drops": {ESCAPES: 2}, "cordoned": [ESCAPES], "paused": True,
     "rates": {"window_s": 60.0, "samples_per_s": 1.0, "steps_per_min": None},
     "changes": [{"step": 1, "key": ESCAPES, "value": ESCAPES, "origin": "operator"}],
+    "bound": ESCAPES, "parts": {"waiting": 2, ESCAPES: 3},
     "closed_because": ESCAPES, "newest_version": 2, "committed_steps": 1, "failed_because": "",
     "why": {
         "causes": [
@@ -58,6 +59,7 @@ def shown(name: str, answer: dict[str, Any]) -> str:
         tickets_line(seen),
         rates_line(report),
         steps_line(report),
+        bound_line(report),
         server_table(report) or "",
         picture(seen, config=Config(), eta=Eta(num_steps=3), phase="x", detail=view.not_ready, width=200),
     )

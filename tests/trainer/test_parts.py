@@ -26,7 +26,7 @@ from tests.support.full_state import gather_full_state
 from tests.support.part_groups import example_step, member, served, version_of
 from tests.support.trainer_helpers import flattened, run_ranks, without_measured, write_model
 from tests.support.trainer_ranks import make_runner
-from trainer.advantages import ADVANTAGES, Advantage, Grpo, Running
+from trainer.advantages import ADVANTAGES, Advantage, Grpo, Opo, Running
 from trainer.advantages.parts import PartContext, context_of
 from trainer.advantages.reward_history import RewardHistory, RewardStatistics
 from trainer.advantages.reward_shaping import SHAPINGS
@@ -165,6 +165,36 @@ def test_the_expected_estimate_with_shapings(ranks: Ranks) -> None:
     assert got == pytest.approx(true_gradient(shaped), abs=1e-12)
 
 
+@given(data=st.data())
+def test_every_policy_s_estimate_is_unbiased(data: st.DataObject) -> None:
+    """The same for random policies, rewards, lengths and sets of early completions, and groups of two to four
+    samples: `of_part` alone."""
+    num_actions, group_size = data.draw(st.integers(2, 3)), data.draw(st.integers(2, 4))
+    number = st.floats(-2, 2)
+    weights = np.array(data.draw(st.lists(st.floats(0.1, 1), min_size=num_actions, max_size=num_actions)))
+    probs = weights / weights.sum()
+    rewards = np.array(data.draw(st.lists(number, min_size=num_actions, max_size=num_actions)))
+    is_early = data.draw(st.lists(st.booleans(), min_size=num_actions, max_size=num_actions))
+    running = RewardStatistics(mean=data.draw(number), deviation=0.5, is_known=data.draw(st.booleans()))
+    for name, factor in (("rloo", 1.0), ("opo", 1.0), ("grpo", 2.0)):
+        estimator, total = ADVANTAGES.build({"name": name}), np.zeros(num_actions)
+        assert isinstance(estimator, Advantage)
+        for actions in itertools.product(range(num_actions), repeat=group_size):
+            early = [
+                EarlyMember(
+                    sample_index=i, reward=float(rewards[a]), num_sampled=1 + 3 * a, is_truncated=False
+                )
+                for i, a in enumerate(actions)
+                if is_early[a]
+            ]
+            for index, action in enumerate(actions):
+                context = context_of(early, without=index, running=running)
+                advantage = estimator.of_part(float(rewards[action]), context)
+                total += probs[list(actions)].prod() * advantage * (np.eye(num_actions)[action] - probs)
+        want = probs * (rewards - probs @ rewards) * group_size * factor
+        assert total == pytest.approx(want, abs=1e-10)
+
+
 def naive(actions: tuple[int, ...]) -> list[float]:
     """R minus the mean of the early samples, the own one included if it is early."""
     early = [REWARDS[action] for action in actions if IS_EARLY[action]]
@@ -197,11 +227,15 @@ def test_baselines_by_hand() -> None:
     ]
     running = RewardStatistics(mean=0.2, deviation=0.4, is_known=True)
     early_one, late_one = (context_of(early, without=index, running=running) for index in (0, 1))
-    assert early_one.baseline() == pytest.approx((0.0 + 0.5 + 2 * 0.2) / 4)
-    assert late_one.baseline() == pytest.approx((1.0 + 0.0 + 0.5 + 2 * 0.2) / 5)
-    assert Grpo().of_part(1.0, early_one) == pytest.approx((1 - 0.225) / 0.4)
+    assert early_one.baseline() == pytest.approx((0.0 + 0.5) / 2)
+    assert late_one.baseline() == pytest.approx((1.0 + 0.0 + 0.5) / 3)
+    assert Grpo().of_part(1.0, early_one) == pytest.approx((1 - 0.25) / 0.4)
+    with_one = context_of(early[:2], without=0, running=running)
+    assert with_one.baseline() == pytest.approx((0.0 + 0.2) / 2), "filled up to two members"
+    equal = PartContext(rewards_E=np.full(3, 0.1), lengths_E=np.arange(1.0, 4), running=running)
+    assert Grpo().of_part(0.1, equal) == Opo().of_part(0.1, equal) == 0, "exactly, without rounding"
     # Lengths 30 and 20: the mean of the two is (0 * 30 + .5 * 20) / 50 = .2.
-    assert early_one.baseline(early_one.lengths_E) == pytest.approx((2 * 0.2 + 2 * 0.2) / 4)
+    assert early_one.baseline(early_one.lengths_E) == pytest.approx(0.2)
     alone = context_of([], without=1, running=running)
     assert alone.baseline() == pytest.approx(0.2) == alone.baseline(alone.lengths_E)
     unknown = context_of(early, without=0, running=RewardStatistics())
@@ -315,21 +349,37 @@ def test_two_ranks_equal_one(tmp_path: Path, ranks: Ranks, beyond: str) -> None:
             assert two[name] == pytest.approx(one[name], rel=1e-9, abs=1e-12), name
 
 
+def test_groups_recorded_before_the_setting_was_changed(tmp_path: Path, ranks: Ranks) -> None:
+    """Without `close`, whole groups are compared as ever, and parts that are left over as parts."""
+    path = write_model(tmp_path)
+    groups = example_step(5, max_staleness=4)
+    metrics = []
+    for used in (groups[:2], [replace(group, begin_step=-1, max_staleness=-1) for group in groups[:2]]):
+        runner = make_runner(path, ranks)
+        metrics.append(runner.run_served(used, step=5, num_groups=2, max_staleness=4))
+    assert metrics[0]["loss"] == metrics[1]["loss"] != 0
+    both = make_runner(path, ranks).run_served(groups, step=5, num_groups=4, max_staleness=4)
+    assert both["num_groups"] == 4 and "late_share" not in both
+    incapable = make_runner(path, ranks, advantage=OfWholeGroups())
+    with pytest.raises(ConfigError, match="cannot train on parts"):
+        incapable.run_served(groups, step=5, num_groups=4, max_staleness=4)
+
+
 # --- refusals ---
 
 
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"objective": {"name": "oapl"}}, "buffer.overdue=close .* objective Oapl"),
-        ({"objective": {"name": "rebel"}}, "buffer.overdue=close .* objective Rebel"),
-        ({"objective": {"name": "online_dpo"}}, "buffer.overdue=close .* objective OnlineDpo"),
-        ({"objective": {"name": "vcpo"}}, "buffer.overdue=close .* objective.leave_one_out=true"),
+        ({"objective": {"name": "oapl"}}, "buffer.overdue=close: objective.name=oapl needs"),
+        ({"objective": {"name": "rebel"}}, "buffer.overdue=close: objective.name=rebel needs"),
+        ({"objective": {"name": "online_dpo"}}, "buffer.overdue=close: objective.name=online_dpo needs"),
+        ({"objective": {"name": "vcpo"}}, "buffer.overdue=close: .*objective.leave_one_out=true"),
         ({"objective": {"name": "vcpo", "baseline": "batch"}}, "objective.leave_one_out=true"),
-        ({"advantage": {"name": "remax"}, "sampling": {"greedy_baseline": True}}, "advantage Remax"),
-        ({"advantage": {"name": "grpo", "shaping": [{"name": "grpo_lambda"}]}}, "GrpoLambda needs whole"),
+        ({"advantage": {"name": "remax"}, "sampling": {"greedy_baseline": True}}, "greedy_baseline=true"),
+        ({"advantage": {"name": "grpo", "shaping": [{"name": "grpo_lambda"}]}}, "grpo_lambda needs whole"),
         ({"advantage": {"name": "grpo", "turn_discount": 0.9}}, "advantage.turn_discount=0.9"),
-        ({"kl": {"coef": 0.1, "place": "reward"}}, "kl.place=reward .* buffer.overdue=close"),
+        ({"kl": {"coef": 0.1, "place": "reward"}}, "buffer.overdue=close: kl.place=reward"),
     ],
 )
 def test_what_needs_whole_groups_is_refused(sections: dict[str, Any], message: str) -> None:
@@ -363,5 +413,5 @@ def test_a_custom_estimator_has_to_say_that_it_takes_parts() -> None:
     with pytest.raises(ConfigError, match="advantage OfWholeGroups needs whole groups"):
         StepRecipe.of(from_mapping(section))
     context = context_of([], without=0, running=replace(RewardStatistics(), mean=1.0))
-    with pytest.raises(ConfigError, match="OfWholeGroups cannot train on parts"):
+    with pytest.raises(ConfigError, match=r"OfWholeGroups cannot train on parts .* buffer.overdue=close"):
         OfWholeGroups().of_part(1.0, context)

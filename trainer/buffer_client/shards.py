@@ -44,9 +44,12 @@ from areal_like.wire.messages.hello import Goodbye
 Stream = dict[str, int | list[int]]
 Call = Callable[[Any], Awaitable[Any]]
 
-_MERGED_BY_MAX = ("tokens_generated", "generation_busy_s", "generation_idle_s", "max_trained_lag")
-"""Counters that must not be added up: every server reports the same figures to every shard, and
-`max_trained_lag` is a maximum."""
+_MERGED_BY_MAX = (
+    *("tokens_generated", "generation_busy_s", "generation_idle_s"),
+    *("max_trained_lag", "held_back_s"),
+)
+"""Counters that must not be added up: every server reports the same figures to every shard, `max_trained_lag`
+is a maximum, and the trainer may wait for several shards at once."""
 _MEANS = {
     "mean_trained_lag": "samples_trained",
     "mean_trained_token_lag": "tokens_trained",
@@ -124,7 +127,7 @@ def merge_run_counters(parts: Sequence[RunCounters]) -> RunCounters:
     # A shard leaves out counters of lengths and failures that are zero.
     names = dict.fromkeys(name for part in each for name in part)
     counters = {name: sum(part.get(name, 0.0) for part in each) for name in names}
-    counters |= {name: max(part[name] for part in each) for name in _MERGED_BY_MAX}
+    counters |= {name: max(part.get(name, 0.0) for part in each) for name in _MERGED_BY_MAX}
     for name, over in _MEANS.items():
         total = sum(part[name] * part[over] for part in each)
         counters[name] = total / counters[over] if counters[over] else 0.0
