@@ -141,16 +141,11 @@ def main() -> None:
     args = parser.parse_args()
     gc.set_threshold(*GC_THRESHOLDS)  # as in the daemon
     if args.part != "report":
-        run = {"scale": lambda: scale(args.tickets), "rules": rules, "tails": tails, "close": close}[
-            args.part
-        ]
+        parts = {"scale": lambda: scale(args.tickets), "rules": rules, "tails": tails, "close": close}
         rows = []
         for row in parts[args.part]():
             rows.append({"part": args.part, "machine": machine()} | row)
-            print(
-                {key: row[key] for key in ("of_limit", "goodput", "lag_mean", "lag_max", "dropped_share")},
-                flush=True,
-            )
+            print({key: row[key] for key in _PRINTED}, flush=True)
         _replace(args.part, rows)
     for make, part in (
         (scale_table, "scale"),

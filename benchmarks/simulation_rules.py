@@ -6,7 +6,7 @@ import dataclasses
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -133,9 +133,7 @@ class LedgerRule(Simulation):
                 assert self.overdue == "drop", verdict
                 self.drop(self._samples.pop((record.ticket_id, record.sample_index)))
         for name, lease_ids in aborts.items():
-            self.abort(
-                self._by_name[name], lambda work, ended=frozenset(lease_ids): work[0].lease_id in ended
-            )
+            self.abort(self._by_name[name], _is_of(frozenset(lease_ids)))
         for name, leases in granted.items():
             for lease in leases:
                 for index in lease.sample_indices:
@@ -209,6 +207,10 @@ class LedgerRule(Simulation):
             "drops": drops,
             "cpu_us_a_ticket": round(1e6 * self.cpu_s / self.num_tickets, 1),
         }
+
+
+def _is_of(lease_ids: frozenset[int]) -> Callable[[Any], bool]:
+    return lambda work: work[0].lease_id in lease_ids
 
 
 class LedgerDropRule(LedgerRule):

@@ -73,7 +73,7 @@ class BufferConfig(Section, key="buffer"):
     """The shards' ports one by one; empty: `port` and those after it."""
     lease_timeout_s: PositiveFloat = 10.0
     """Seconds without a heartbeat after which a lease expires and its missing samples are leased again."""
-    overdue: Literal["auto", "wait", "drop", "close"] = "wait"
+    overdue: Literal["auto", "wait", "drop", "close"] = "auto"
     """Treatment of a group whose slowest samples are still running when its steps are due: `wait` reserves a
     position of the step for it, `drop` drops it when it exceeds the staleness bound, `close` trains on its
     complete samples after `staleness.close_after` steps and on each later one when it is complete, with the

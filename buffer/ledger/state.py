@@ -59,15 +59,16 @@ class LedgerState:
             ready_expires=not settings.closes,
         )
         self.parts = PartTable()
+        self.steps = StepLog(store, self.tickets, self.counters, groups_per_step=settings.groups_per_step)
         self.admission = Admission(
             settings,
             tickets=self.tickets,
             parts=self.parts,
             leases=self.leases,
+            steps=self.steps,
             scheduler=self.scheduler,
             bound=self.bound,
         )
-        self.steps = StepLog(store, self.tickets, self.counters, groups_per_step=settings.groups_per_step)
         self.holds = OperatorHolds(store)
         self.live = LiveSettings(store)
         self.drops: Counter[Drop] = Counter()

@@ -208,7 +208,7 @@ class TrainerSession:
         self._steps.count_until(step + 1)
         self._steps.complete_current()
         if self._settings.closes:
-            self._state.admission.step_done(self._steps.current)
+            self._state.admission.step_done()
         self._lifecycle.record_ready_groups()
 
     def commit(self, *, incarnation: int, step: int, oldest_kept_step: int = 0) -> None:

@@ -21,9 +21,9 @@ for long: counted fully, they would leave slots empty, and not at all, let waves
 The limit follows the trainer (`step_done`). With N samples in a step, 1.25 N samples should be recorded or
 recordable when the trainer has completed a step: more only grow older, and with fewer it will soon wait. The
 limit moves by a quarter of the difference, between N and what the servers have room for plus .4 N, and at
-most to `close_after + 1` steps: more groups would not be complete in time. So an engine whose samples take
-longer the more of them run gets as many as the trainer needs, and no more samples begin than the run has
-positions for.
+most to `close_after + 1` steps: more groups would not be complete in time. While the trainer has no full
+step, all of that is allowed at once. So an engine whose samples take longer the more of them run gets as
+many as the trainer needs, and no more samples begin than the run has positions for.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from collections.abc import Callable
 
 from areal_like.wire.messages.producer import Purpose
 from buffer.scheduling.staleness import StalenessBound
+from buffer.scheduling.step_log import StepLog
 from buffer.scheduling.step_scheduler import StepScheduler
 from buffer.settings import LedgerSettings
 from buffer.tables.lease_table import LeaseTable
@@ -60,11 +61,13 @@ class Admission:
         tickets: TicketTable,
         parts: PartTable,
         leases: LeaseTable,
+        steps: StepLog,
         scheduler: StepScheduler,
         bound: StalenessBound,
     ) -> None:
         self._settings = settings
         self._leases = leases
+        self._steps = steps
         self._tickets = tickets
         self._parts = parts
         self._scheduler = scheduler
@@ -145,10 +148,10 @@ class Admission:
         is_needed = ticket is not None or self._num_unrecorded_samples < num_left
         return is_needed and self.work_in_progress + size <= self.work_limit
 
-    def step_done(self, num_steps: int) -> None:
-        """With closing: adapts the limit, when the trainer has completed this number of steps."""
+    def step_done(self) -> None:
+        """With closing: adapts the limit, when the trainer has completed a step."""
         size = self._settings.group_size
-        num_ahead = self._scheduler.num_taken_from(num_steps)
+        num_ahead = self._scheduler.num_taken_from(self._steps.current)
         ready = self._tickets.count(Purpose.TRAIN, State.READY)
         stock = (num_ahead + ready) * size + self._parts.num_loose
         self._limit = self.work_limit + _GAIN * (_STOCK_STEPS * self._step_samples - stock)
@@ -159,7 +162,10 @@ class Admission:
         step = self._step_samples
         most = self._leases.num_slots + _WAITING_STEPS * step
         most = min(most, (min(self._settings.close_after, self._bound.current) + 1) * step)
-        return max(step, min(self._limit, most))
+        is_waited_for = self._scheduler.num_full_steps <= self._steps.current
+        # Parts that do not fill a position must leave room for another group.
+        least = max(step, 2 * self._settings.group_size)
+        return max(least, most if is_waited_for else min(self._limit, most))
 
     @property
     def work_in_progress(self) -> float:

@@ -206,18 +206,41 @@ def test_work_in_progress_follows_the_trainer() -> None:
     admission, step = job.ledger.state.admission, 4 * SIZE
     assert admission.work_limit == 5 * step == len(job.leases) * SIZE, "at most close_after + 1 steps"
     admission._limit = 2.0 * step
-    for _ in range(3):  # nothing is recorded or recordable: the trainer will wait
-        admission.step_done(0)
-    assert admission.work_limit == pytest.approx((2 + 3 * 1.25 / 4) * step)
-    for ticket in job.begun[:8]:
+    assert admission.work_limit == 5 * step, "the trainer waits"
+    for ticket in job.begun[:4]:
         for index in range(SIZE):
             job.deliver(ticket, index)
-    for _ in range(20):  # two steps' worth: more than enough
-        admission.step_done(0)
+    assert admission.work_limit == 2 * step, "it has a full step"
+    for _ in range(2):  # a quarter of a step is missing
+        admission.step_done()
+    assert admission.work_limit == pytest.approx((2 + 2 * 0.25 / 4) * step)
+    for ticket in job.begun[4:8]:
+        for index in range(SIZE):
+            job.deliver(ticket, index)
+    for _ in range(20):  # two steps' worth is more than enough
+        admission.step_done()
     assert admission.work_limit == step, "but never less than a step"
-    job.capacity = 0
+    job.capacity = SIZE
     job.grant()
-    assert job.ledger.state.leases.num_slots < 5 * step
+    assert admission.work_limit == step
+
+
+def test_parts_that_fill_no_position_leave_room_for_a_group() -> None:
+    job = Job(closing_ledger(), capacity=SIZE)
+    first = job.begun[0]
+    job.deliver(first, 0)
+    job.capacity = 2 * SIZE
+    job.grant()
+    job.complete_another()
+    job.train()
+    job.capacity = SIZE
+    job.ledger.intake.sample_failed("a", failed(job.leases[first], 1, kind=FailureKind.PROMPT))
+    assert job.ledger.state.parts.num_loose == 1 and job.ledger.state.parts.num_late == 0
+    job.ledger.state.admission._limit = 0.0
+    for _ in range(3):
+        job.grant()
+        job.complete_another()
+        job.train()
 
 
 def test_the_last_step_cancels_what_is_left() -> None:

@@ -165,6 +165,36 @@ def test_the_expected_estimate_with_shapings(ranks: Ranks) -> None:
     assert got == pytest.approx(true_gradient(shaped), abs=1e-12)
 
 
+@given(data=st.data())
+def test_every_policy_s_estimate_is_unbiased(data: st.DataObject) -> None:
+    """The same for random policies, rewards, lengths and sets of early completions, and groups of two to four
+    samples: `of_part` alone."""
+    num_actions, group_size = data.draw(st.integers(2, 3)), data.draw(st.integers(2, 4))
+    number = st.floats(-2, 2)
+    weights = np.array(data.draw(st.lists(st.floats(0.1, 1), min_size=num_actions, max_size=num_actions)))
+    probs = weights / weights.sum()
+    rewards = np.array(data.draw(st.lists(number, min_size=num_actions, max_size=num_actions)))
+    is_early = data.draw(st.lists(st.booleans(), min_size=num_actions, max_size=num_actions))
+    running = RewardStatistics(mean=data.draw(number), deviation=0.5, is_known=data.draw(st.booleans()))
+    for name, factor in (("rloo", 1.0), ("opo", 1.0), ("grpo", 2.0)):
+        estimator, total = ADVANTAGES.build({"name": name}), np.zeros(num_actions)
+        assert isinstance(estimator, Advantage)
+        for actions in itertools.product(range(num_actions), repeat=group_size):
+            early = [
+                EarlyMember(
+                    sample_index=i, reward=float(rewards[a]), num_sampled=1 + 3 * a, is_truncated=False
+                )
+                for i, a in enumerate(actions)
+                if is_early[a]
+            ]
+            for index, action in enumerate(actions):
+                context = context_of(early, without=index, running=running)
+                advantage = estimator.of_part(float(rewards[action]), context)
+                total += probs[list(actions)].prod() * advantage * (np.eye(num_actions)[action] - probs)
+        want = probs * (rewards - probs @ rewards) * group_size * factor
+        assert total == pytest.approx(want, abs=1e-10)
+
+
 def naive(actions: tuple[int, ...]) -> list[float]:
     """R minus the mean of the early samples, the own one included if it is early."""
     early = [REWARDS[action] for action in actions if IS_EARLY[action]]
@@ -319,6 +349,22 @@ def test_two_ranks_equal_one(tmp_path: Path, ranks: Ranks, beyond: str) -> None:
             assert two[name] == pytest.approx(one[name], rel=1e-9, abs=1e-12), name
 
 
+def test_groups_recorded_before_the_setting_was_changed(tmp_path: Path, ranks: Ranks) -> None:
+    """Without `close`, whole groups are compared as ever, and parts that are left over as parts."""
+    path = write_model(tmp_path)
+    groups = example_step(5, max_staleness=4)
+    metrics = []
+    for used in (groups[:2], [replace(group, begin_step=-1, max_staleness=-1) for group in groups[:2]]):
+        runner = make_runner(path, ranks)
+        metrics.append(runner.run_served(used, step=5, num_groups=2, max_staleness=4))
+    assert metrics[0]["loss"] == metrics[1]["loss"] != 0
+    both = make_runner(path, ranks).run_served(groups, step=5, num_groups=4, max_staleness=4)
+    assert both["num_groups"] == 4 and "late_share" not in both
+    incapable = make_runner(path, ranks, advantage=OfWholeGroups())
+    with pytest.raises(ConfigError, match="cannot train on parts"):
+        incapable.run_served(groups, step=5, num_groups=4, max_staleness=4)
+
+
 # --- refusals ---
 
 
@@ -367,5 +413,5 @@ def test_a_custom_estimator_has_to_say_that_it_takes_parts() -> None:
     with pytest.raises(ConfigError, match="advantage OfWholeGroups needs whole groups"):
         StepRecipe.of(from_mapping(section))
     context = context_of([], without=0, running=replace(RewardStatistics(), mean=1.0))
-    with pytest.raises(ConfigError, match="OfWholeGroups cannot train on parts"):
+    with pytest.raises(ConfigError, match=r"OfWholeGroups cannot train on parts .* buffer.overdue=close"):
         OfWholeGroups().of_part(1.0, context)

@@ -94,7 +94,10 @@ class Advantage(Estimator, ABC):
         It must be the same function for each sample of a group, early or late, and `context` has only what is
         independent of the sample's own completion. No `rescale` and no `shift` follow.
         """
-        raise ConfigError(f"{type(self).__name__} cannot train on parts of groups: set buffer.overdue=wait")
+        raise ConfigError(
+            f"advantage {type(self).__name__} cannot train on parts of groups, and this step has some, which "
+            "were recorded with buffer.overdue=close"
+        )
 
 
 ADVANTAGES = Registry[Estimator]("advantage", Estimator)

@@ -107,6 +107,11 @@ class Position:
         ]
         return replace(self, origins=origins)
 
+    @property
+    def is_of_parts(self) -> bool:
+        """True if the samples are parts of closed groups."""
+        return any(origin.is_closed for origin in self.origins or ())
+
     def beyond(self, index: int) -> NDArray[np.bool_] | None:
         """bool [T] of a trajectory: sampled tokens beyond the bound; None if there are none."""
         if self.max_staleness < 0:

@@ -288,7 +288,8 @@ class AdvantagePipeline:
         self, position: Position, totals: StepTotals, *, step: int
     ) -> tuple[TrajectoryGroup, Sequence[float | FloatArray]]:
         """The samples with shaped rewards, and their advantages."""
-        if position.origins is not None:
+        # A whole group that was recorded before the job's `buffer.overdue` was changed is one like any other.
+        if position.origins is not None and (self._closes or position.is_of_parts):
             return self._scored_parts(position.trajectories, position.origins, totals, step=step)
         (shaped,) = self._record_shaped([self._rewards.shape_group(position.trajectories)], totals)
         return shaped, self._group_advantages(shaped)
