@@ -107,7 +107,7 @@ def kill_buffers(directory: Path, *, num_kills: int, num_steps: int, **buffer: s
 
 
 def test_producers_and_trainer_survive_a_killed_buffer(tmp_path: Path) -> None:
-    kill_buffers(tmp_path, num_kills=2, num_steps=40, durability="process_crash")
+    kill_buffers(tmp_path, num_kills=2, num_steps=40, durability="process_crash", overdue="wait")
 
 
 @pytest.mark.chaos

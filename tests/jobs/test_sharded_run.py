@@ -127,6 +127,11 @@ def test_a_dead_shard_stalls_the_step_and_loses_nothing(
         later = job.buffers[0].status()
         assert later["step"] == 3 and later["open_step"] == ahead and not rest.done()
         assert filled["tickets"]["batched"] + filled["tickets"]["trained"] == 15
+        assert later["bound"] == (
+            "close after 1 step: every trained token within 2 steps"
+            if closes
+            else "wait: every sample within 2 steps"
+        )
         if not closes:
             assert later["tickets"] == filled["tickets"] and filled["tickets"]["issued"] == 18
 

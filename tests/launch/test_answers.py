@@ -83,6 +83,19 @@ def test_a_cause_has_one_line() -> None:
     assert "\n" not in why["causes"][0]["what"]
 
 
+def test_samples_of_closed_groups_are_added_up_over_shards() -> None:
+    parts: list[dict[str, Any]] = [{"waiting": 2, "late_running": 5}, {"waiting": 1, "late_running": 0}]
+    answers = [{"bound": "close after 2 steps", "parts": each} for each in parts]
+    daemons = {
+        f"buffer-{index}": DaemonView(
+            name=f"buffer-{index}", endpoint={"role": "buffer"}, status=answer, seen_s=1.0
+        )
+        for index, answer in enumerate(answers)
+    }
+    line = bound_line(job_report(Config(), daemons)).plain
+    assert line == "bound close after 2 steps  parts that wait 3  late samples 5"
+
+
 WRONG = (None, [], {}, "x", 1, [1], [None], {"a": "b"}, {"a": None}, {"a": [1]}, [{}], {"causes": [{}]})
 KEYS = (*STATUS, "tokens_per_s", "progress", "queue", "weights_version")
 

@@ -26,7 +26,8 @@ pytestmark = pytest.mark.timeout(TEST_LIMIT_S)
 def killed_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five committed steps, one that is complete, and work in progress."""
     trainer = {"num_steps": 20, "groups_per_step": 4, "fetch_timeout_s": 600.0}
-    with running_job(tmp_path_factory.mktemp("audit"), trainer=trainer) as job:
+    buffer = {"lease_timeout_s": 2.0, "overdue": "wait"}
+    with running_job(tmp_path_factory.mktemp("audit"), trainer=trainer, buffer=buffer) as job:
         fast = job.produce("rollout-0", capacity=16)
         with job.trainer() as link:
             link.call(

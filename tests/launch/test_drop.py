@@ -18,7 +18,8 @@ def test_dropped_tickets_leave_their_places_to_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainer = {"num_steps": 10, "groups_per_step": 4, "fetch_timeout_s": 600.0}
-    with running_job(tmp_path, trainer=trainer) as job:
+    buffer = {"lease_timeout_s": 2.0, "overdue": "wait"}
+    with running_job(tmp_path, trainer=trainer, buffer=buffer) as job:
         job.produce("rollout-0")
         root = str(job.buffer.paths.root)
         with job.trainer() as link:

@@ -10,7 +10,6 @@ from areal_like.paths import RunPaths
 from areal_like.runtime.command_line import save_config
 from areal_like.wire.messages.consumer import Group
 from areal_like.wire.messages.producer import Purpose
-from buffer.ledger.ledger import Ledger
 from buffer.ledger.recovery import recover
 from buffer.settings import LedgerSettings
 from buffer.storage.durable import DurableStore, StoreSettings
@@ -23,14 +22,18 @@ CLOSE_AFTER, MAX_STALENESS = 2, 4
 GROUPS, SIZE, NUM_STEPS = 4, 4, 20
 
 
-def drop_closed_group(ledger: Ledger) -> None:
-    """Gives up the rest of a closed group, of which complete samples wait for a position."""
-    group = next(
+def drop_closed_group(plant: SimulatedJob) -> None:
+    """As soon as complete samples of a closed group wait for a position, gives up the rest of the group."""
+    ledger = plant.ledger
+    groups = [
         ticket
         for ticket in ledger.state.tickets.of_purpose(Purpose.TRAIN)
         if ticket.state is State.CLOSED and ticket.samples.keys() - ticket.placed.keys() - ticket.failed
-    )
-    ledger.lifecycle.drop(group, Drop.FAILED)
+    ]
+    if not groups:
+        plant.at(0.01, lambda: drop_closed_group(plant))
+        return
+    ledger.lifecycle.drop(groups[0], Drop.FAILED)
     ledger.lifecycle.record_ready_groups()
 
 
@@ -59,7 +62,7 @@ def make_closed_run(directory: Path, *, steps_done: int = NUM_STEPS - 4) -> tupl
             SimulatedServer(name="slow", tokens_per_s=12, max_running=12, capacity=12),
         ]
         plant = SimulatedJob(ledger=ledger, servers=servers, step_s=0.4, fail_probability=0.02)
-        plant.at(2.5, lambda: drop_closed_group(ledger))
+        plant.at(1.0, lambda: drop_closed_group(plant))
         plant.run(num_steps=steps_done)
         groups.extend(plant.groups)
         await durable(store)
