@@ -204,6 +204,32 @@ class LedgerMachine(RuleBasedStateMachine):
                 self.accepted[lease.ticket_id, index] = lease.lease_id
         self.grant()
 
+    @precondition(lambda self: self.closes)
+    @rule(stragglers=st.sets(st.integers(0, 7), max_size=6), push=st.booleans())
+    def a_step_with_stragglers(self, stragglers: set[int], push: bool) -> None:
+        """All live leases are delivered, some without their last sample, and a full step is trained."""
+        live = self.ledger.state.leases.live
+        held = [(name, lease) for name, lease in self.leases if lease.lease_id in live]
+        for number, (name, lease) in enumerate(held):
+            outstanding = sorted(live[lease.lease_id].outstanding)
+            newest = self.ledger.servers[name].weights_version
+            oldest = next(version for version, step in self.steps_of.items() if step == self.start_of(lease))
+            for index in outstanding[: -1 if number in stragglers else None]:
+                if self.abandoned & {oldest, newest}:
+                    continue
+                sample = done(lease, index, [oldest, newest], reward=float(index))
+                assert deliver(self.ledger, name, sample) is Verdict.ACCEPTED
+                self.accepted[lease.ticket_id, index] = lease.lease_id
+        if self.ledger.state.scheduler.num_full_steps > self.ledger.state.steps.current:
+            self.train(push=push, commit=push)
+        for name in sorted(self.ledger.servers):
+            beat(self.ledger, name, capacity=3 * SIZE, version=self.versions[-1], now_s=self.now_s)
+        self.grant()
+
+    def start_of(self, lease: Lease) -> int:
+        """Step of the weights with which the samples of a live lease began."""
+        return self.ledger.state.leases.live[lease.lease_id].weights_step
+
     @precondition(lambda self: self.leases)
     @rule(data=st.data(), kind=st.sampled_from(FailureKind), num_tokens=st.sampled_from([0, 3]))
     def fail(self, data: st.DataObject, kind: FailureKind, num_tokens: int) -> None:
