@@ -25,7 +25,7 @@ def row_of(side: str, *, idle: float, reward: float = 0.5, bound: int = 4, **mor
         "name": f"{side}/tis-{bound}/seed-0", "side": side, "objective": "tis", "max_staleness": bound,
         "seed": 0, "settings": [], "seconds": 30.0, "steps": 20, "tokens_a_second": 100.0, "idle_slots": idle,
         "trainer_wait": 0.8, "longest_step_s": 3.0, "lag_mean": 2.0, "lag_max": 4, "masked_share": 0.0,
-        "drops": {}, "evals": [(5.0, 0.1), (25.0, reward)], "audit_is_clean": True,
+        "early_members": 3.0, "drops": {}, "evals": [(5.0, 0.1), (25.0, reward)], "audit_is_clean": True,
     } | more  # fmt: skip
 
 
