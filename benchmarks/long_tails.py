@@ -3,8 +3,8 @@
     python -m benchmarks.long_tails [--only PATTERN ...] [--seconds 32] [--jobs 1] [--report]
 
 The tool job learns to add with a calculator whose calls sleep (`benchmarks/long_tails_task.py`): a sample's
-calls take a log-normal time of spread 1, cut off at 8 times the mean, and more terms need more calls. There
-is one slot for each sample of a step, and the cores are mostly idle, so latency decides the speed.
+calls take a log-normal time of spread 1, cut off at 4 times the mean, and more terms need more calls. There
+are two slots for each sample of a step, and the cores are mostly idle, so latency decides the speed.
 
     wait       buffer.overdue=wait: steps wait for groups that would exceed the bound
     drop       buffer.overdue=drop: groups that exceed the bound are dropped
@@ -50,7 +50,7 @@ from launch.audit.run import audit_run
 from trainer.prepare_model import TINY_RENDERER, prepare_model
 
 RESULT = RESULTS / "long_tails.jsonl"
-SLOTS = 64
+SLOTS = 128
 GROUPS_PER_STEP, GROUP_SIZE = 8, 8
 SETTINGS = (
     "name=x",
