@@ -23,7 +23,16 @@ LAST_S = 10.0
 def as_tables(rows: Sequence[Row]) -> str:
     """A line for each side of each comparison, and what closing recovers."""
     header = ["objective", "bound", "side", "seeds", "steps", "tokens/s", "idle slots", "trainer waits"]
-    header += ["longest step s", "lag mean", "max", "masked", "dropped groups", "held-out reward", "clean"]
+    header += [
+        "longest step s",
+        "lag mean",
+        "max",
+        "masked",
+        "early members",
+        "dropped groups",
+        "held-out reward",
+        "clean",
+    ]
     lines = []
     for (objective, bound, side), some in groups_of(rows).items():
         lines.append(
@@ -40,6 +49,7 @@ def as_tables(rows: Sequence[Row]) -> str:
                 f"{_mean(some, 'lag_mean'):.2f}",
                 max(row["lag_max"] for row in some),
                 f"{_mean(some, 'masked_share'):.1%}",
+                f"{_mean(some, 'early_members'):.1f}" if side == "close" else "",
                 f"{statistics.fmean(sum(row['drops'].values()) for row in some):.0f}",
                 f"{statistics.fmean(map(final_reward, some)):.3f}",
                 "yes" if all(row["audit_is_clean"] for row in some) else "NO",

@@ -21,12 +21,12 @@ MEAN_CALLS = 2.3
 class SlowAddingTask(AddingTask):
     """The calls of a training sample take `call_s` times a factor of mean 1, log-normal and cut off."""
 
-    call_s: float = 0.5
+    call_s: float = 1.0
     """Mean time of a call, in seconds. Calls for held-out prompts take no time, so that an evaluation does
     not fill slots."""
     spread: float = 1.0
     """Standard deviation of the log of a sample's factor."""
-    longest: float = 8.0
+    longest: float = 4.0
     """Largest factor."""
     is_even: bool = False
     """True: no tail; the calls of a sample take the same time together, however many terms it has."""

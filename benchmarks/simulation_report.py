@@ -72,13 +72,13 @@ def close_table(rows: Rows) -> tuple[list[str], list[list[object]]]:
             row["rule"],
             f"{row['of_limit']:.0%}",
             f"{row['goodput']:.1%}",
-            f"{row['beyond_tokens']:.1%}",
+            f"{max(0.0, row['beyond_tokens']):.1%}",
             f"{row['untrained']:.2%}",
             f"{row['lag_mean']:.2f}",
             row["lag_max"],
             f"{row['idle_generation']:.0%}",
-            f"{row['idle_trainer']:.0%}",
-            f"{row['waited_s']:.1f}",
+            f"{max(0.0, row['idle_trainer']):.0%}",
+            f"{max(0.0, row['waited_s']):.1f}",
         ]
         for row in rows
     ]
