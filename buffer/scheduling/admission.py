@@ -23,7 +23,10 @@ recordable when the trainer has completed a step: more only grow older, and with
 limit moves by a quarter of the difference, between N and what the servers have room for plus .4 N, and at
 most to `close_after + 1` steps: more groups would not be complete in time. While the trainer has no full
 step, all of that is allowed at once. So an engine whose samples take longer the more of them run gets as
-many as the trainer needs, and no more samples begin than the run has positions for.
+many as the trainer needs, and no more samples begin than the run has positions for. As without closing, a
+group begins only if it and all samples in progress fit into the steps up to its server's weights +
+`max_staleness`: when weights reach the servers slowly, the trainer waits for them, and no sample is
+generated that will be too old.
 """
 
 from __future__ import annotations
@@ -139,11 +142,13 @@ class Admission:
 
     def _may_close(self, ticket: Ticket | None, weights_step: int) -> bool:
         """As `_may_take`, if groups are closed."""
-        if weights_step < self._scheduler.num_full_steps - self._bound.current:
-            return False  # its tokens would be too old at once
         if ticket is not None and not _has_not_begun(ticket):
-            return True
+            # Later its tokens would be too old at once.
+            return weights_step >= self._scheduler.num_full_steps - self._bound.current
         size = self._settings.group_size
+        num_begun = self._num_unrecorded_samples - self._scheduler.num_without_deadline * size
+        if num_begun >= self._num_free_positions(weights_step) * size:
+            return False
         num_left = self._scheduler.num_free_before(self._settings.num_steps) * size
         is_needed = ticket is not None or self._num_unrecorded_samples < num_left
         return is_needed and self.work_in_progress + size <= self.work_limit

@@ -105,7 +105,8 @@ def check_groups(groups: list[Group]) -> None:
     """Prompts fit, and an answer has the reward of the task, or 0 if the task hangs on it."""
     task = make_task(TASK, seed=0)
     for group in groups:
-        assert HangingVerifier.fits(group.prompt_index)
+        prompts = [closed.prompt_index for closed in group.closed] or [group.prompt_index]
+        assert all(map(HangingVerifier.fits, prompts))
         for trajectory in group.trajectories:
             expected = 0.0 if is_hanging(trajectory) else task.reward(None, completion_of(trajectory))  # type: ignore[arg-type]
             assert trajectory.reward == expected and trajectory.num_sampled > 0

@@ -89,9 +89,10 @@ def check(groups: list[Group]) -> None:
     task, tokenizer = SortTask(seed=0), character_tokenizer()
     assert len({group.ticket_id for group in groups}) == len(groups) == NUM_STEPS * 8
     for group in groups:
-        example = task.example("train", group.prompt_index)
+        prompt_of = {closed.ticket_id: closed.prompt_index for closed in group.closed}
         assert len(group.trajectories) == 4
-        for trajectory in group.trajectories:
+        for record, trajectory in zip(group.records, group.trajectories, strict=True):
+            example = task.example("train", prompt_of.get(record.ticket_id, group.prompt_index))
             sampled = trajectory.loss_mask == 1
             assert tokenizer.decode(trajectory.tokens[~sampled]) == example.prompt
             assert trajectory.reward == task.reward(

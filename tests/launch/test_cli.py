@@ -122,7 +122,7 @@ def test_help_names_the_keys_with_their_defaults(tmp_path: Path) -> None:
         and "max_staleness=4" in done.stdout
         and "model=smollm2 | tiny" in done.stdout
     )
-    assert len(done.stdout.splitlines()) < 100
+    assert len(done.stdout.splitlines()) < 110
 
 
 def test_the_overview_has_one_line_for_each_verb(capsys: pytest.CaptureFixture[str]) -> None:

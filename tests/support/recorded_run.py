@@ -40,7 +40,8 @@ def record_run(folder: Path, *, num_steps: int = NUM_STEPS) -> Path:
             "checkpoint_interval": 1,
             "keep_checkpoints": 10,
         },
-        buffer={"retain_trajectories": True},
+        # The tests look for the samples of a position under its own ticket.
+        buffer={"retain_trajectories": True, "overdue": "wait"},
     ) as job:
         job.produce("rollout-0", capacity=16, num_tokens=24)
         with job.trainer() as link:

@@ -259,7 +259,7 @@ def estimated(plan: Plan, response: float) -> dict[str, Any]:
 
 
 def test_what_the_bound_costs_is_said(model: str) -> None:
-    plan = small(model, "max_staleness=4")
+    plan = small(model, "max_staleness=4", "buffer.overdue=wait")
     assert plan.estimate is not None
     short, long = plan.estimate.staleness
     assert (short.spread, long.spread) == SPREADS and 0 < long.waiting <= short.waiting <= 1
