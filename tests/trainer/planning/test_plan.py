@@ -272,7 +272,7 @@ def test_what_the_bound_costs_is_said(model: str) -> None:
     lines = advised(plan, costly)
     assert "buffer.overdue=wait makes steps wait for the slowest samples: 40% of the limit" in lines
     assert (
-        "buffer.overdue=close reaches 99% and masks 20% of the tokens; at most 5% with max_staleness="
+        "buffer.overdue=close reaches 100% and masks 20% of the tokens; at most 5% with max_staleness="
         in lines
     )
     assert "staleness.close_after=4" in lines

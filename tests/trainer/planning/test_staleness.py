@@ -10,27 +10,13 @@ import pytest
 from benchmarks import simulate
 from benchmarks.simulation_world import Job
 from trainer.planning.staleness import (
+    CLOSE_FIT,
     MASKED,
-    PROVISIONAL,
     Durations,
     forecast,
     least_staleness_of_close,
     masked_share,
 )
-
-SIMULATED = [
-    # spread, cut-off in means, slots / samples of a step, then for max_staleness 4, 8 and 16:
-    # (tokens trained within the bound over the limit, mean lag of a sample's oldest trained token)
-    (0.5, 8, 2, ((0.95, 3.4), (0.995, 3.6), (0.997, 3.6))),
-    (1.0, 4, 1, ((0.95, 2.8), (0.99, 2.9), (0.99, 2.9))),
-    (1.0, 8, 1, ((0.91, 2.8), (0.98, 2.9), (0.99, 2.9))),
-    (1.0, 4, 2, ((0.79, 3.5), (0.97, 3.9), (0.995, 4.0))),
-    (1.0, 8, 2, ((0.77, 3.4), (0.93, 3.8), (0.99, 3.9))),
-    (1.5, 8, 2, ((0.61, 3.3), (0.82, 3.7), (0.96, 4.0))),
-    (1.5, 16, 2, ((0.59, 3.2), (0.78, 3.7), (0.91, 3.9))),
-]
-"""An event simulation with closed groups: 64 groups of 4 a step, `close_after` 4, both pools equally fast.
-The cut-off is in means of the durations before they are cut off."""
 
 
 def durations_of(spread: float, cut: float, steps_a_sample: float) -> Durations:
@@ -39,16 +25,22 @@ def durations_of(spread: float, cut: float, steps_a_sample: float) -> Durations:
     return Durations(mean=steps_a_sample, spread=spread, longest_over_mean=cut / mean)
 
 
-@pytest.mark.parametrize(("spread", "cut", "steps_a_sample", "found"), SIMULATED)
-def test_closing_agrees_with_the_simulation(
-    spread: float, cut: float, steps_a_sample: float, found: tuple[tuple[float, float], ...]
-) -> None:
-    durations = durations_of(spread, cut, steps_a_sample)
-    for bound, (trained, lag) in zip((4, 8, 16), found, strict=True):
-        predicted = forecast(durations, samples=256, group_size=4, max_staleness=bound, close_after=4)
-        assert predicted.closing * (1 - predicted.masked) == pytest.approx(trained, abs=0.025)
-        assert predicted.lag == pytest.approx(lag, abs=0.2)
-        assert predicted.closing == PROVISIONAL.of_limit
+def test_closing_agrees_with_the_simulated_ledger() -> None:
+    rows = [row for row in simulate.read("close") if row["rule"] == "close"]
+    assert len(rows) == 42
+    for row in rows:
+        job = Job(**row["job"])
+        durations = durations_of(job.spread, job.longest, row["slots_a_step"])
+        predicted = forecast(
+            durations,
+            samples=job.samples_a_step,
+            group_size=job.group_size,
+            max_staleness=job.max_staleness,
+            close_after=job.close_after,
+        )
+        assert predicted.closing == CLOSE_FIT.of_limit
+        assert predicted.closing * (1 - predicted.masked) == pytest.approx(row["goodput"], abs=0.045)
+        assert predicted.lag == pytest.approx(row["lag_mean"], abs=0.2)
 
 
 def test_waiting_agrees_with_the_simulated_ledger() -> None:
