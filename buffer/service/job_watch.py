@@ -120,7 +120,7 @@ class JobWatch:
             close_after=self._close_after,
             contradicts_close=self._contradicts_close,
             num_ready=state.tickets.count(Purpose.TRAIN, State.READY),
-            num_parts=self._num_parts(),
+            num_parts=state.parts.num_loose,
             trainer_step=ledger.state.steps.current,
             oldest_leases=tuple(self._oldest_leases(now_s=now_s)),
             lost_servers={name: now_s - lost_s for name, lost_s in self._lost.items()},
@@ -177,14 +177,6 @@ class JobWatch:
             return False
         deadline = state.bound.deadline(oldest_step, max_staleness=ticket.max_staleness)
         return deadline <= state.scheduler.step
-
-    def _num_parts(self) -> int:
-        """Complete samples of closed groups that are in no position."""
-        tickets = self._ledger.state.tickets
-        if not tickets.count(Purpose.TRAIN, State.CLOSED):
-            return 0
-        closed = (ticket for ticket in tickets.live.values() if ticket.state is State.CLOSED)
-        return sum(len(ticket.samples.keys() - ticket.placed.keys() - ticket.failed) for ticket in closed)
 
     def _lasting(self, name: str, is_so: bool, *, now_s: float) -> float:
         """Seconds for which a condition has held; 0 if it does not hold."""
