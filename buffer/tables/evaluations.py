@@ -126,7 +126,8 @@ class EvalTable:
         """Adds a running round: a new one, or one restored from an earlier buffer."""
         self._store.put_evaluation(row)
         round_ = EvalRound(row, tickets)
-        self.rounds.pop(round_.key, None)  # a finished one of an earlier trainer had another place in the order
+        # One of an earlier trainer has another place in the order.
+        self.rounds.pop(round_.key, None)
         self.rounds[round_.key] = round_
         self._round_of |= dict.fromkeys(round_.tickets, round_)
         self._end_if_done(round_)
