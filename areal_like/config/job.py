@@ -136,6 +136,8 @@ class StalenessConfig(Section, key="staleness"):
     `cap` and `ratio` the bound limits weights, not ages."""
 
 
+_MAX_CLOSED_GROUP = 128
+"""Largest group that may be closed: a position of parts then has at most 128 x 128 early members."""
 _WHOLE_GROUP_OBJECTIVES = frozenset({"oapl", "online_dpo", "rebel"})
 _SHAPINGS_OF_PARTS = frozenset({"laconic", "overlong"})
 """Names of objectives, and of reward shapings, that need all samples of a group at once, and that do not. The
@@ -311,6 +313,12 @@ class Config(Section):
     def _needs_whole_groups(self) -> tuple[str, str] | None:
         """The part of the method that needs all samples of a group at once, and what to change."""
         name, advantage = self.objective.get("name"), self.advantage.get("name")
+        if self.sampling.group_size > _MAX_CLOSED_GROUP:
+            return (
+                f"sampling.group_size={self.sampling.group_size} is too large: what the baselines of parts "
+                "of so many groups need does not fit into a message",
+                f"set sampling.group_size to at most {_MAX_CLOSED_GROUP}",
+            )
         if name in _WHOLE_GROUP_OBJECTIVES:
             return f"objective.name={name} needs whole groups", "choose another objective"
         is_own_baseline = name == "vcpo" and self.objective.get("baseline", "group") != "none"

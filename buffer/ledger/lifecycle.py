@@ -135,6 +135,8 @@ class TicketLifecycle:
 
     def revoke(self, lease: LeaseRecord) -> None:
         """Takes a lease away from its server; its samples are leased again later."""
+        if lease.lease_id not in self._leases.live:
+            return  # an earlier revocation has filled the last step, which ends all other leases
         self._leases.revoke(lease)
         self.lose_leases([lease])
 
@@ -207,7 +209,8 @@ class TicketLifecycle:
     def readmit(self, ticket: Ticket) -> None:
         """Adds a recovered train ticket to the waiting, running or ready tickets, by its state."""
         begun_at = ticket.oldest_possible_step
-        if self._settings.closes and ticket.begin_step < 0 and begun_at is not None and not ticket.parts:
+        is_running = ticket.state is not State.BATCHED and not ticket.parts
+        if self._settings.closes and is_running and ticket.begin_step < 0 and begun_at is not None:
             self._begin(ticket, begun_at)  # it began under another rule
         if ticket.state is State.READY:
             self._add_ready(ticket)
@@ -232,7 +235,9 @@ class TicketLifecycle:
                 self._record(self._tickets.live[ready])
             else:
                 break
-        if self._settings.closes and self._scheduler.num_full_steps >= self._settings.num_steps:
+        if self._scheduler.num_full_steps >= self._settings.num_steps and (
+            self._settings.closes or self._tickets.count(Purpose.TRAIN, State.CLOSED)
+        ):
             self._cancel_rest()
         if changes := self._state.counters.take_changes():
             self._store.put_counters(changes)
@@ -327,7 +332,8 @@ class TicketLifecycle:
         if group.state is not State.CLOSED or not self._parts.is_over(group):
             return
         if group.placed:
-            self._state.prompts.observe(group)
+            if len(group.early) < group.num_samples:  # a group that was complete has been observed
+                self._state.prompts.observe(group)
             self._tickets.move(group, State.SPLIT)
         else:
             group.drop = reason

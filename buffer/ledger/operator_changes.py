@@ -117,6 +117,9 @@ class OperatorChanges:
             for step in list(steps.attempts):
                 steps.reset_attempts(step)
         for ticket in tickets:
+            if ticket.state is State.CLOSED:
+                self._lifecycle.drop(ticket, Drop.POISON)
+                continue
             steps.uncount_from(ticket.step)
             steps.remove(ticket)
             steps.reset_attempts(ticket.step)
@@ -152,8 +155,11 @@ class OperatorChanges:
             raise RefusedError(key, f"want a whole number of at least 1, got {value}")
 
     def _recorded_ticket(self, ticket_id: int) -> Ticket:
-        """A ticket that an operator may remove. Raises RefusedError(ticket_id, reason)."""
+        """A ticket that an operator may remove: a recorded one, or a closed group, of which the samples that
+        are in no position are given up. Raises RefusedError(ticket_id, reason)."""
         ticket = self._state.tickets.live.get(ticket_id)
+        if ticket is not None and ticket.state is State.CLOSED and len(ticket.placed) < ticket.num_samples:
+            return ticket
         if (group := self._state.parts.find(ticket_id)) is not None:
             raise RefusedError(str(ticket_id), self._positions_of(group))
         if ticket is None or ticket.state is not State.BATCHED:

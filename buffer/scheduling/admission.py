@@ -128,7 +128,8 @@ class Admission:
 
     def _may_take(self, ticket: Ticket | None, weights_step: int) -> bool:
         if ticket is None:
-            return self._num_unrecorded() < self._num_free_positions(weights_step)
+            num_needed = self._num_unrecorded() + self._num_positions_of_parts()
+            return num_needed < self._num_free_positions(weights_step)
         oldest_step = ticket.oldest_possible_step
         if oldest_step is not None and weights_step >= oldest_step:
             return True
@@ -138,6 +139,7 @@ class Admission:
         # Other tickets that have not begun get their deadlines later, one after the other. If they
         # counted here, they could block each other forever after the bound was lowered.
         num_with_deadline = self._num_unrecorded() - self._scheduler.num_without_deadline + not_begun
+        num_with_deadline += self._num_positions_of_parts()
         return num_with_deadline <= self._num_free_positions(weights_step, max_staleness=max_staleness)
 
     def _may_close(self, ticket: Ticket | None, weights_step: int) -> bool:
@@ -197,6 +199,10 @@ class Admission:
     def _num_unrecorded(self) -> int:
         """Groups that will need a position: ready or running."""
         return self._tickets.count(Purpose.TRAIN, State.QUEUED, State.LEASED, State.READY)
+
+    def _num_positions_of_parts(self) -> int:
+        """Positions that parts will need, which a run has left that closed groups before it was resumed."""
+        return -(-(self._parts.num_loose + self._parts.num_late) // self._settings.group_size)
 
     def _num_free_positions(self, weights_step: int, *, max_staleness: int | None = None) -> int:
         """Free positions at which a group with weights of this step can be recorded.

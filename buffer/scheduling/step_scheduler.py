@@ -57,7 +57,9 @@ class StepScheduler:
         self._num_due: Counter[int] = Counter()
         self.num_without_deadline = 0
         """Running tickets without a sample and without a lease."""
-        self._by_latest_deadline: dict[int, set[int]] = {}
+        self._by_latest_deadline: dict[int, list[int]] = {}
+        """Deadline -> heap of running tickets, with outdated entries."""
+        self._num_by_latest: Counter[int] = Counter()
 
     def num_free_before(self, step: int) -> int:
         """Free positions of the steps before this one, holes included."""
@@ -85,7 +87,8 @@ class StepScheduler:
         else:
             self._num_due[earliest_deadline] += 1
         if latest_deadline is not None:
-            self._by_latest_deadline.setdefault(latest_deadline, set()).add(ticket_id)
+            heapq.heappush(self._by_latest_deadline.setdefault(latest_deadline, []), ticket_id)
+            self._num_by_latest[latest_deadline] += 1
 
     def remove(self, ticket_id: int) -> None:
         """Removes a ticket that is no longer running or ready."""
@@ -100,9 +103,9 @@ class StepScheduler:
             if not self._num_due[earliest]:
                 del self._num_due[earliest]
         if latest is not None:
-            self._by_latest_deadline[latest].remove(ticket_id)
-            if not self._by_latest_deadline[latest]:
-                del self._by_latest_deadline[latest]
+            self._num_by_latest[latest] -= 1
+            if not self._num_by_latest[latest]:
+                del self._num_by_latest[latest], self._by_latest_deadline[latest]
 
     def add_ready(self, ticket_id: int, *, deadline: int) -> None:
         """Marks a ticket as READY. Its group is complete, so its deadline is exact."""
@@ -115,7 +118,11 @@ class StepScheduler:
         # There are at most max_staleness + 1 keys.
         missed = [deadline for deadline in self._by_latest_deadline if deadline < first]
         if missed:
-            return min(self._by_latest_deadline[min(missed)])
+            latest = min(missed)
+            tickets = self._by_latest_deadline[latest]
+            while self._tracked.get(tickets[0], (None, None))[1] != latest:
+                heapq.heappop(tickets)
+            return tickets[0]
         if not self._ready_expires:
             return None
         head = self._head()

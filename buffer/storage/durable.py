@@ -45,7 +45,7 @@ from buffer.storage.place import open_place
 from buffer.storage.record_cache import RecordCache
 from buffer.storage.segments import SegmentWriter, sync_directory, unreferenced_tail
 from buffer.storage.writer import Batch, Writer
-from buffer.tickets import SampleSummary, Ticket
+from buffer.tickets import SampleSummary, State, Ticket
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ class DurableStore(RowRecorder):
         segments = sql.read_segments(self._connection)
         self._retained = frozenset(row.segment for row in segments if row.retained)
         last = segments[-1] if segments else SegmentRow(segment=0, num_bytes=0, retained=False)
-        self._verify(last.segment, ignoring=ignoring)
+        self._verify(last.segment, _unneeded_parts(recovered, ignoring=ignoring), ignoring=ignoring)
         num_whole, num_torn_bytes = unreferenced_tail(
             self._directory, segment=last.segment, offset=last.num_bytes
         )
@@ -263,8 +263,10 @@ class DurableStore(RowRecorder):
             self._num_needed[segment] > 0 or segment in self._retained or self._settings.retain_trajectories
         )
 
-    def _verify(self, last_segment: int, *, ignoring: Collection[int]) -> None:
-        """Checks that every record that a row refers to is on disk; in the last segment, also its checksum.
+    def _verify(
+        self, last_segment: int, unneeded: Collection[tuple[int, int]], *, ignoring: Collection[int]
+    ) -> None:
+        """Checks that every record that is needed is on disk; in the last segment, also its checksum.
 
         Older segments were complete when the last one was started. Their checksums are verified only when
         records are read, because a buffer must not take minutes to start. Raises StoreCorruptError.
@@ -273,6 +275,8 @@ class DurableStore(RowRecorder):
         damaged = []
         for ticket_id, locations in self._locations.items():
             for index, location in locations.items() if ticket_id not in ignoring else ():
+                if (ticket_id, index) in unneeded:
+                    continue
                 path = segment_path(self._directory, location.segment)
                 size = sizes.setdefault(location.segment, path.stat().st_size if path.exists() else -1)
                 try:
@@ -289,6 +293,19 @@ class DurableStore(RowRecorder):
         for path in (self._directory / "segments").glob("*.seg"):
             if path.stem.isdecimal() and int(path.stem) not in segments:
                 path.unlink()
+
+
+def _unneeded_parts(recovered: Recovered, *, ignoring: Collection[int]) -> set[tuple[int, int]]:
+    """(ticket id, sample index) of samples of closed groups that no position needs any more: they were given
+    up, or their position was dropped or is to be ignored."""
+    live = {ticket.ticket_id for ticket in (*recovered.tickets, *recovered.trained)} - set(ignoring)
+    groups = [*recovered.split, *(ticket for ticket in recovered.tickets if ticket.state is State.CLOSED)]
+    return {
+        (group.ticket_id, index)
+        for group in groups
+        for index in group.samples
+        if index in group.failed or group.placed.get(index, group.ticket_id) not in live | {group.ticket_id}
+    }
 
 
 def _lock(directory: Path) -> int:

@@ -18,6 +18,7 @@ from areal_like.wire.messages.consumer import Group
 from buffer.ledger.recovery import recover
 from buffer.settings import LedgerSettings
 from buffer.storage.durable import DurableStore
+from buffer.tickets import State
 from launch.observation.heard_prompts import read_heard_prompts
 from launch.report.figures import figures
 from launch.report.findings import findings
@@ -125,10 +126,18 @@ def test_dropping_a_closed_group_names_its_positions(made: tuple[Path, list[Grou
         settings = LedgerSettings.from_config(report_config(run))
         ledger = recover(settings, store, now_s=0.0)
         waiting = [ticket for ticket in ledger.state.steps.tickets_from(16) if ticket.parts]
-        group_id = waiting[-1].parts[0][0]
+        over = next(
+            group
+            for ticket_id, _ in waiting[-1].parts
+            if (group := ledger.state.parts.group(ticket_id)).state is State.SPLIT
+        )
+        live = ledger.state.tickets.live.values()
+        running = next(ticket for ticket in live if ticket.state is State.CLOSED)
         with pytest.raises(RefusedError) as refused:
-            ledger.operator.poison([group_id])
+            ledger.operator.poison([over.ticket_id])
         assert f"{waiting[-1].ticket_id} (step {waiting[-1].step})" in str(refused.value)
+        ledger.operator.poison([running.ticket_id])  # those of its samples that are in no position
+        assert running.state.is_terminal and running.failed
         ledger.operator.poison([waiting[-1].ticket_id])
         store.close()
 
