@@ -125,20 +125,24 @@ def test_dropping_a_closed_group_names_its_positions(made: tuple[Path, list[Grou
         store = DurableStore(run / "ledger", store_settings(), on_error=raising)
         settings = LedgerSettings.from_config(report_config(run))
         ledger = recover(settings, store, now_s=0.0)
-        waiting = [ticket for ticket in ledger.state.steps.tickets_from(16) if ticket.parts]
-        over = next(
-            group
-            for ticket_id, _ in waiting[-1].parts
+        steps = ledger.state.steps
+        positions = [ticket for ticket in steps.tickets_from(0) if ticket.parts]
+        position, over = next(
+            (position, group)
+            for position in reversed(positions)
+            for ticket_id, _ in position.parts
             if (group := ledger.state.parts.group(ticket_id)).state is State.SPLIT
         )
         live = ledger.state.tickets.live.values()
         running = next(ticket for ticket in live if ticket.state is State.CLOSED)
         with pytest.raises(RefusedError) as refused:
             ledger.operator.poison([over.ticket_id])
-        assert f"{waiting[-1].ticket_id} (step {waiting[-1].step})" in str(refused.value)
+        assert f"{position.ticket_id} (step {position.step})" in str(refused.value)
         ledger.operator.poison([running.ticket_id])  # those of its samples that are in no position
         assert running.state.is_terminal and running.failed
-        ledger.operator.poison([waiting[-1].ticket_id])
+        newest = positions[-1]
+        assert newest.step >= steps.current
+        ledger.operator.poison([newest.ticket_id])
         store.close()
 
     asyncio.run(drop())
