@@ -26,7 +26,7 @@ import fcntl
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -138,7 +138,7 @@ class DurableStore(RowRecorder):
         segments = sql.read_segments(self._connection)
         self._retained = frozenset(row.segment for row in segments if row.retained)
         last = segments[-1] if segments else SegmentRow(segment=0, num_bytes=0, retained=False)
-        self._verify(last.segment, _unneeded_parts(recovered, ignoring=ignoring), ignoring=ignoring)
+        self._verify(last.segment, _placed_parts(recovered, ignoring=ignoring), ignoring=ignoring)
         num_whole, num_torn_bytes = unreferenced_tail(
             self._directory, segment=last.segment, offset=last.num_bytes
         )
@@ -264,7 +264,7 @@ class DurableStore(RowRecorder):
         )
 
     def _verify(
-        self, last_segment: int, unneeded: Collection[tuple[int, int]], *, ignoring: Collection[int]
+        self, last_segment: int, placed: Mapping[tuple[int, int], int], *, ignoring: Collection[int]
     ) -> None:
         """Checks that every record that is needed is on disk; in the last segment, also its checksum.
 
@@ -275,7 +275,8 @@ class DurableStore(RowRecorder):
         damaged = []
         for ticket_id, locations in self._locations.items():
             for index, location in locations.items() if ticket_id not in ignoring else ():
-                if (ticket_id, index) in unneeded:
+                position = placed.get((ticket_id, index), ticket_id)
+                if not position:
                     continue
                 path = segment_path(self._directory, location.segment)
                 size = sizes.setdefault(location.segment, path.stat().st_size if path.exists() else -1)
@@ -283,7 +284,8 @@ class DurableStore(RowRecorder):
                     if location.segment == last_segment or location.offset + location.num_bytes > size:
                         read_record(self._directory, location, ticket_id=ticket_id, sample_index=index)
                 except StoreCorruptError as error:
-                    damaged.append(str(error))
+                    of = f" (a part of position {position}: drop that)" if position != ticket_id else ""
+                    damaged.append(f"{error}{of}")
         if damaged:
             more = f"; and {len(damaged) - _MAX_LISTED} more" if len(damaged) > _MAX_LISTED else ""
             raise StoreCorruptError("; ".join(damaged[:_MAX_LISTED]) + more)
@@ -295,17 +297,19 @@ class DurableStore(RowRecorder):
                 path.unlink()
 
 
-def _unneeded_parts(recovered: Recovered, *, ignoring: Collection[int]) -> set[tuple[int, int]]:
-    """(ticket id, sample index) of samples of closed groups that no position needs any more: they were given
-    up, or their position was dropped or is to be ignored."""
-    live = {ticket.ticket_id for ticket in (*recovered.tickets, *recovered.trained)} - set(ignoring)
-    groups = [*recovered.split, *(ticket for ticket in recovered.tickets if ticket.state is State.CLOSED)]
-    return {
-        (group.ticket_id, index)
-        for group in groups
-        for index in group.samples
-        if index in group.failed or group.placed.get(index, group.ticket_id) not in live | {group.ticket_id}
-    }
+def _placed_parts(recovered: Recovered, *, ignoring: Collection[int]) -> dict[tuple[int, int], int]:
+    """(ticket id, sample index) of samples of closed groups -> ticket of the position that needs the sample.
+
+    0 if none does: the sample was given up, or its position was dropped or is to be ignored.
+    """
+    needed = {ticket.ticket_id for ticket in (*recovered.tickets, *recovered.trained)} - set(ignoring)
+    closed = [ticket for ticket in recovered.tickets if ticket.state is State.CLOSED]
+    found: dict[tuple[int, int], int] = {}
+    for group in (*closed, *recovered.split):
+        found |= dict.fromkeys(((group.ticket_id, index) for index in group.failed), 0)
+        for index, position in group.placed.items():
+            found[group.ticket_id, index] = position if position in needed else 0
+    return found
 
 
 def _lock(directory: Path) -> int:

@@ -6,15 +6,18 @@ import asyncio
 import json
 import sqlite3
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from areal_like.config import Config, from_mapping
-from areal_like.errors import RefusedError
+from areal_like.errors import RefusedError, StoreCorruptError
 from areal_like.promise import promise
 from areal_like.wire.messages.consumer import Group
+from areal_like.wire.records import segment_path
+from buffer.ledger.ledger import Ledger
 from buffer.ledger.recovery import recover
 from buffer.settings import LedgerSettings
 from buffer.storage.durable import DurableStore
@@ -116,6 +119,38 @@ def test_time_lost_by_waiting_is_a_finding(run: Path) -> None:
     assert any("waited for the slowest samples" in text for text in findings(report))
     for directories, expected in (([run / "ledger"] * 2, "num"), ([run / "ledger"], "num")):
         assert read_ledgers(directories).counters.get("held_back_s", 0.0) == 0.0, expected
+
+
+def test_a_damaged_part_can_be_dropped_with_its_position(tmp_path: Path) -> None:
+    run, _ = make_closed_run(tmp_path)
+    settings = LedgerSettings.from_config(report_config(run))
+
+    async def opened(*, ignoring: Sequence[int] = ()) -> tuple[Ledger, DurableStore]:
+        store = DurableStore(run / "ledger", store_settings(), on_error=raising)
+        try:
+            return recover(settings, store, now_s=0.0, ignoring=ignoring), store
+        except StoreCorruptError:
+            store.close()
+            raise
+
+    async def drop() -> None:
+        ledger, store = await opened()
+        position = [ticket for ticket in ledger.state.steps.tickets_from(16) if ticket.parts][-1]
+        group_id, index = position.parts[0]
+        location = store._locations[group_id][index]
+        store.close()
+        with segment_path(run / "ledger", location.segment).open("r+b") as file:
+            file.seek(location.offset + location.num_bytes // 2)
+            file.write(b"damage")
+        with pytest.raises(StoreCorruptError, match=f"position {position.ticket_id}: drop that"):
+            await opened()
+        ledger, store = await opened(ignoring=[position.ticket_id])
+        ledger.operator.poison([position.ticket_id])
+        store.close()
+        _, store = await opened()  # the damaged part is not needed any more
+        store.close()
+
+    asyncio.run(drop())
 
 
 def test_dropping_a_closed_group_names_its_positions(made: tuple[Path, list[Group]], tmp_path: Path) -> None:
