@@ -38,7 +38,8 @@ class LedgerSettings:
     overdue: str
     """`wait`, `drop` or `close`; `auto` is resolved."""
     close_after: int
-    """With `close`: steps after a group's begin at which it is closed."""
+    """With `close`: a group is closed when the trainer begins the step `close_after - 1` after the group's
+    begin."""
     group_filter: str
     max_reissues: int
     max_sample_retries: int

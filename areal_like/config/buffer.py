@@ -75,9 +75,10 @@ class BufferConfig(Section, key="buffer"):
     """Seconds without a heartbeat after which a lease expires and its missing samples are leased again."""
     overdue: Literal["auto", "wait", "drop", "close"] = "auto"
     """Treatment of a group whose slowest samples are still running when its steps are due: `wait` reserves a
-    position of the step for it, `drop` drops it when it exceeds the staleness bound, `close` trains on its
-    complete samples after `staleness.close_after` steps and on each later one when it is complete, with the
-    staleness bound applied to each token. `auto`: `close` where the other settings allow it, else `wait`."""
+    position of the step for it, `drop` drops it when it exceeds the staleness bound, `close` closes it by
+    `staleness.close_after`: it trains on the samples that are complete then, and on each later one when it is
+    complete, with the staleness bound applied to each token. `auto`: `close` where the other settings allow
+    it, else `wait`."""
     group_filter: Literal["none", "spread", "single_version"] = "none"
     """Groups that may be trained on: `spread` drops and replaces groups whose rewards are all equal (DAPO
     dynamic sampling), `single_version` drops groups that mix weight versions."""

@@ -125,9 +125,10 @@ class StalenessConfig(Section, key="staleness"):
     """How the staleness bound applies with `buffer.overdue=close`, where each token has its own age."""
 
     close_after: NonNegativeInt = 0
-    """Steps after the weights at a group's begin at which it is closed: its complete samples are recorded,
-    the others become late parts. At least `weights.sync_interval` and at most `max_staleness`; 0: 4 (3 more
-    than `weights.sync_interval`), or `max_staleness` if that is less."""
+    """A group is closed when the trainer begins the step `close_after` - 1 after that of the weights at the
+    group's begin: its complete samples can be recorded then, the others when they are complete. At least
+    `weights.sync_interval` and at most `max_staleness`; 0: 4 (3 more than `weights.sync_interval`), or
+    `max_staleness` if that is less."""
     beyond: Literal["mask", "cap", "ratio"] = "mask"
     """Treatment of a token whose weights are older than `max_staleness` steps. `mask`: it is context only,
     like a prompt, so the bound holds for every token that is trained on. `cap`: its importance weight is at
@@ -246,8 +247,8 @@ class Config(Section):
         """The resolved `buffer.overdue`. It follows from the settings alone, so all roles agree on it.
 
         `auto` is also `wait` with an objective or advantage of the user, since only the trainer can find out
-        whether such a class needs whole groups, and with a `close_after` of 1, which closes groups as they
-        begin.
+        whether such a class needs whole groups, and with a default `close_after` of 1, which closes groups
+        as they begin.
         """
         if self.buffer.overdue != "auto":
             return self.buffer.overdue

@@ -23,12 +23,12 @@ The transition to and from TRAINED is `StepLog.commit_to`. Ended tickets leave m
 rows.
 
 Closing (`buffer.overdue=close`): a group begins with its first lease, under weights of some step, and is
-closed when the trainer begins the step `close_after - 1` later, whatever its samples say: a time that does
-not depend on their completions adds no bias. Its samples are *parts* from then on. `group_size` parts fill
-one position, which is a ticket of its own, so a step has the same number of positions and of samples as
-without parts. Each sample enters one position. The staleness bound holds for each token: the position
-records the bound that is in force, older tokens are not trained on, and a part without a token within the
-bound is given up. Once the last step is full, all other tickets are cancelled.
+closed when the trainer begins the step `min(close_after, bound) - 1` later, whatever its samples say: a time
+that does not depend on their completions adds no bias. Its samples are *parts* from then on. `group_size`
+parts fill one position, which is a ticket of its own, so a step has the same number of positions and of
+samples as without parts. Each sample enters one position. The staleness bound holds for each token: the
+position records the bound that is in force, older tokens are not trained on, and a part without a token
+within the bound is given up. Once the last step is full, all other tickets are cancelled.
 """
 
 from __future__ import annotations
@@ -158,7 +158,8 @@ class TicketLifecycle:
 
     def drop(self, ticket: Ticket, reason: Drop, *, may_reissue: bool = True) -> None:
         """Drops a ticket, aborts its leases, and gives its prompt back if the reason and `may_reissue` allow
-        it. Of a closed group, gives up the samples that are not in a position."""
+        it. Of a closed group, gives up the samples that are not in a position; if none is, the group ends as
+        dropped, and its prompt is given back only if it was cancelled."""
         if ticket.state is State.CLOSED:
             self.give_up(ticket, range(ticket.num_samples), reason)
             return
