@@ -282,7 +282,7 @@ def test_the_history_keeps_the_statistics_of_each_step() -> None:
     assert newest.mean == pytest.approx(0.5 / 1.5) and newest.duals == (0.7,)
     assert newest.deviation == pytest.approx(np.sqrt(2 / 1.5 - (0.5 / 1.5) ** 2))
     again = RewardHistory(decay=0.5)
-    again.restore(json.loads(json.dumps(history.dump())))
+    again.restore(json.loads(json.dumps(history.dump())), num_duals=1)
     assert [again.as_of(k, step=9) for k in range(6)] == [history.as_of(k, step=9) for k in range(6)]
     for step in range(5, 400):
         history.append(step, mean=0.25, square=0.0625, duals=[0.0])
@@ -327,6 +327,28 @@ def test_a_resumed_run_has_the_same_bits(tmp_path: Path, ranks: Ranks) -> None:
     resumed.restore({"shaping_duals": [0.25], "advantage_state": []})
     resumed.run_served(example_step(9), step=9, num_groups=4, max_staleness=2)
     assert [row[:2] for row in resumed.state()["reward_history"]] == [[9, 0.0], [10, 1.0]]
+
+
+def test_a_resume_may_change_the_shapings(tmp_path: Path, ranks: Ranks) -> None:
+    path = write_model(tmp_path)
+    laconic, overlong = {"name": "laconic", "budget_tokens": 2}, {"name": "overlong"}
+    made = make_runner(path, ranks, settings=shaped_by(laconic), beyond="mask")
+    for step in (4, 5):
+        made.run_served(example_step(step), step=step, num_groups=4, max_staleness=2)
+    state = json.loads(json.dumps(made.state()))
+    assert state["reward_history"][-1][4] > 0
+    for shapings in ([], [laconic, overlong]):
+        resumed = make_runner(path, ranks, settings=shaped_by(*shapings), beyond="mask")
+        resumed.restore(state)
+        rows = resumed.state()["reward_history"]
+        assert [row[:4] for row in rows] == [row[:4] for row in state["reward_history"]]
+        assert all(row[4:] == [0.0] * len(shapings) for row in rows)
+        resumed.run_served(example_step(6), step=6, num_groups=4, max_staleness=2)
+        assert len(resumed.state()["reward_history"]) == 4
+
+
+def shaped_by(*shapings: dict[str, Any]) -> dict[str, Any]:
+    return {"advantage": {"name": "grpo", "shaping": list(shapings)}}
 
 
 @pytest.mark.parametrize("beyond", ["mask", "ratio"])

@@ -269,7 +269,7 @@ class StepRunner:
         one of a run without `buffer.overdue=close` has no `reward_history`."""
         self.rewards.restore(state["shaping_duals"])
         self.advantages.restore(state.get("advantage_state", []))
-        self.advantages.history.restore(state.get("reward_history", []))
+        self.advantages.history.restore(state.get("reward_history", []), num_duals=len(self.rewards.duals))
 
     def _with_gradient(
         self, groups: Iterable[list[TrainingSample]], totals: StepTotals
