@@ -391,6 +391,35 @@ def test_groups_recorded_before_the_setting_was_changed(tmp_path: Path, ranks: R
 
 
 @pytest.mark.parametrize(
+    ("settings", "needs"),
+    [
+        ({"advantage": {"name": "gpg"}}, "advantage Gpg"),
+        ({"advantage": {"name": "reinforce_pp", "baseline": "group"}}, "advantage ReinforcePlusPlus"),
+        ({"advantage": {"name": "reinforce_pp"}}, ""),
+        ({"kl": {"coef": 0.1, "place": "reward"}}, "kl.place=reward"),
+        ({"advantage": {"name": "grpo", "shaping": [{"name": "grpo_lambda"}]}}, "advantage.shaping "),
+        ({"objective": {"name": "vcpo", "leave_one_out": True, "norms": "proxy"}}, "objective Vcpo"),
+        ({"objective": {"name": "vcpo", "baseline": "none"}}, ""),
+        ({"objective": {"name": "rebel"}}, "objective "),
+        ({"objective": {"name": "online_dpo"}}, "objective "),
+        ({"objective": {"name": "oapl"}}, "objective "),
+    ],
+)
+def test_parts_that_are_left_over_are_never_compared_as_one_group(
+    settings: dict[str, Any], needs: str, tmp_path: Path, ranks: Ranks
+) -> None:
+    """A run that was changed from `close` to `wait`."""
+    runner = make_runner(write_model(tmp_path), ranks, settings=settings, budget_tokens=400)
+    groups = example_step(5, max_staleness=4)
+    if not needs:
+        assert runner.run_served(groups, step=5, num_groups=4, max_staleness=4)["num_groups"] == 4
+        return
+    with pytest.raises(ConfigError, match=f"{needs}.* cannot train on parts .* continue with buffer.overdue"):
+        runner.run_served(groups, step=5, num_groups=4, max_staleness=4)
+    assert runner.run_served(groups[:2], step=5, num_groups=2, max_staleness=4)["num_groups"] == 2
+
+
+@pytest.mark.parametrize(
     ("sections", "message"),
     [
         ({"objective": {"name": "oapl"}}, "buffer.overdue=close: objective.name=oapl needs"),
