@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -55,3 +56,17 @@ def test_a_lag_beyond_the_bound_is_an_error(version_step: int) -> None:
     group = group_of([-1, 7], version_steps=[version_step], step=8)
     with pytest.raises(AssertionError, match="ticket 3 has lag"):
         LagTally(max_staleness=4).counted(group)
+
+
+def test_the_bound_of_a_whole_group_is_one_of_all_its_tokens() -> None:
+    """With `wait` and `drop`; only a group that was recorded with `close` may have older tokens."""
+    group = replace(
+        group_of([-1, 5, 8], version_steps=[5], step=8), max_staleness=2, versions=[5, 8], steps=[5, 8]
+    )
+    with pytest.raises(AssertionError, match="ticket 3 has lag 3 in step 8, beyond its bound of 2"):
+        LagTally(max_staleness=4).counted(group)
+    LagTally(max_staleness=4).counted(replace(group, max_staleness=3))
+    tally = LagTally(max_staleness=4)
+    tally.counted(replace(group, begin_step=5))
+    alone = SimpleNamespace(sum=lambda table: table)
+    assert tally.reduced(alone)["lag_max"] == 0  # type: ignore[arg-type]

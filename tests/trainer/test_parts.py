@@ -282,7 +282,7 @@ def test_the_history_keeps_the_statistics_of_each_step() -> None:
     assert newest.mean == pytest.approx(0.5 / 1.5) and newest.duals == (0.7,)
     assert newest.deviation == pytest.approx(np.sqrt(2 / 1.5 - (0.5 / 1.5) ** 2))
     again = RewardHistory(decay=0.5)
-    again.restore(json.loads(json.dumps(history.dump())))
+    again.restore(json.loads(json.dumps(history.dump())), num_duals=1)
     assert [again.as_of(k, step=9) for k in range(6)] == [history.as_of(k, step=9) for k in range(6)]
     for step in range(5, 400):
         history.append(step, mean=0.25, square=0.0625, duals=[0.0])
@@ -329,6 +329,28 @@ def test_a_resumed_run_has_the_same_bits(tmp_path: Path, ranks: Ranks) -> None:
     assert [row[:2] for row in resumed.state()["reward_history"]] == [[9, 0.0], [10, 1.0]]
 
 
+def test_a_resume_may_change_the_shapings(tmp_path: Path, ranks: Ranks) -> None:
+    path = write_model(tmp_path)
+    laconic, overlong = {"name": "laconic", "budget_tokens": 2}, {"name": "overlong"}
+    made = make_runner(path, ranks, settings=shaped_by(laconic), beyond="mask")
+    for step in (4, 5):
+        made.run_served(example_step(step), step=step, num_groups=4, max_staleness=2)
+    state = json.loads(json.dumps(made.state()))
+    assert state["reward_history"][-1][4] > 0
+    for shapings in ([], [laconic, overlong]):
+        resumed = make_runner(path, ranks, settings=shaped_by(*shapings), beyond="mask")
+        resumed.restore(state)
+        rows = resumed.state()["reward_history"]
+        assert [row[:4] for row in rows] == [row[:4] for row in state["reward_history"]]
+        assert all(row[4:] == [0.0] * len(shapings) for row in rows)
+        resumed.run_served(example_step(6), step=6, num_groups=4, max_staleness=2)
+        assert len(resumed.state()["reward_history"]) == 4
+
+
+def shaped_by(*shapings: dict[str, Any]) -> dict[str, Any]:
+    return {"advantage": {"name": "grpo", "shaping": list(shapings)}}
+
+
 @pytest.mark.parametrize("beyond", ["mask", "ratio"])
 def test_two_ranks_equal_one(tmp_path: Path, ranks: Ranks, beyond: str) -> None:
     path = write_model(tmp_path / "model")
@@ -366,6 +388,35 @@ def test_groups_recorded_before_the_setting_was_changed(tmp_path: Path, ranks: R
 
 
 # --- refusals ---
+
+
+@pytest.mark.parametrize(
+    ("settings", "needs"),
+    [
+        ({"advantage": {"name": "gpg"}}, "advantage Gpg"),
+        ({"advantage": {"name": "reinforce_pp", "baseline": "group"}}, "advantage ReinforcePlusPlus"),
+        ({"advantage": {"name": "reinforce_pp"}}, ""),
+        ({"kl": {"coef": 0.1, "place": "reward"}}, "kl.place=reward"),
+        ({"advantage": {"name": "grpo", "shaping": [{"name": "grpo_lambda"}]}}, "advantage.shaping "),
+        ({"objective": {"name": "vcpo", "leave_one_out": True, "norms": "proxy"}}, "objective Vcpo"),
+        ({"objective": {"name": "vcpo", "baseline": "none"}}, ""),
+        ({"objective": {"name": "rebel"}}, "objective "),
+        ({"objective": {"name": "online_dpo"}}, "objective "),
+        ({"objective": {"name": "oapl"}}, "objective "),
+    ],
+)
+def test_parts_that_are_left_over_are_never_compared_as_one_group(
+    settings: dict[str, Any], needs: str, tmp_path: Path, ranks: Ranks
+) -> None:
+    """A run that was changed from `close` to `wait`."""
+    runner = make_runner(write_model(tmp_path), ranks, settings=settings, budget_tokens=400)
+    groups = example_step(5, max_staleness=4)
+    if not needs:
+        assert runner.run_served(groups, step=5, num_groups=4, max_staleness=4)["num_groups"] == 4
+        return
+    with pytest.raises(ConfigError, match=f"{needs}.* cannot train on parts .* continue with buffer.overdue"):
+        runner.run_served(groups, step=5, num_groups=4, max_staleness=4)
+    assert runner.run_served(groups[:2], step=5, num_groups=2, max_staleness=4)["num_groups"] == 2
 
 
 @pytest.mark.parametrize(

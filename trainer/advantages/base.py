@@ -80,6 +80,11 @@ class Advantage(Estimator, ABC):
     """True: in groups with rewards of turns, or with a discount between turns, `of_group` is called once for
     each turn (`turns.py`). False: it is called once, and sees the samples' whole rewards."""
 
+    @property
+    def compares_samples(self) -> bool:
+        """True if `of_group` depends on the other samples of the group."""
+        return True
+
     @abstractmethod
     def of_group(self, group: Sequence[Trajectory]) -> Sequence[float | FloatArray]:
         """Advantage of each sample: one number for all its tokens, or an array [num_tokens].

@@ -174,6 +174,11 @@ class ReinforcePlusPlus(Advantage):
         if self.baseline not in ("none", "group"):
             raise ConfigError(f"advantage.baseline={self.baseline}: use none or group")
 
+    @property
+    def compares_samples(self) -> bool:
+        """True with `baseline=group`."""
+        return self.baseline == "group"
+
     def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
         """[G], before whitening."""
         rewards_G = rewards_of(group)

@@ -17,7 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 _NUM_KEPT = 256
-"""Steps of which the statistics are kept; groups begin at most `max_staleness` and a few steps earlier."""
+"""Steps of which the statistics are kept. A late sample's group may have begun any number of steps earlier:
+if that is before the oldest entry, the oldest one is used."""
+_NUM_STATISTICS = 4
+"""Numbers of a row before its dual variables."""
 _LEAST_VARIANCE = 1e-12
 """Relative to the mean square: a smaller variance is rounding."""
 
@@ -78,6 +81,14 @@ class RewardHistory:
         """The state, for `restore`; JSON."""
         return [list(row) for row in self._rows]
 
-    def restore(self, rows: Sequence[Sequence[float]]) -> None:
-        """Sets the state; empty: the history starts again at the next step."""
-        self._rows = [list(row) for row in rows]
+    def restore(self, rows: Sequence[Sequence[float]], *, num_duals: int) -> None:
+        """Sets the state; empty: the history starts again at the next step.
+
+        If the rows do not have `num_duals` dual variables, because the shapings differ, all of them are 0.
+        """
+        self._rows = [
+            list(row)
+            if len(row) == _NUM_STATISTICS + num_duals
+            else [*row[:_NUM_STATISTICS], *[0.0] * num_duals]
+            for row in rows
+        ]

@@ -2,9 +2,9 @@
 
 A position has a whole group, or (`buffer.overdue=close`) parts of groups that were closed before all of their
 samples were complete. The ages come from the `Group` message: with `versions` and `steps` they are exact.
-Without them (`max_staleness` -1: `wait`, `drop` and earlier releases) only the step of a sample's oldest
-version is known, and each later version is assumed to be one step newer, which is wrong only if the trainer
-was restarted or a push failed between the two.
+Without them (`max_staleness` -1: groups of an earlier release) only the step of a sample's oldest version is
+known, and each later version is assumed to be one step newer, which is wrong only if the trainer was
+restarted or a push failed between the two.
 
 Shape suffix: T tokens of a trajectory.
 """

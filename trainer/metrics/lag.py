@@ -12,8 +12,11 @@ from trainer.distributed.ranks import Ranks
 
 
 class LagTally:
-    """Counts the samples of one step by lag: the step minus the weights' step of their oldest token that is
-    within the bound."""
+    """Counts the samples of one step by lag: the step minus the weights' step of their oldest token.
+
+    Of groups that were recorded with `buffer.overdue=close`, only tokens within the bound count, because only
+    those are trained on.
+    """
 
     def __init__(self, max_staleness: int) -> None:
         self._num_by_lag = [0] * (max_staleness + 1)
@@ -21,18 +24,22 @@ class LagTally:
     def counted(self, group: Group) -> Position:
         """Counts a group and returns its samples.
 
-        Asserts that the buffer respected the staleness bound, if that is one of whole samples.
+        Asserts that the buffer respected the staleness bound: the job's, and that of the group itself.
         """
         position = Position.of(group)
+        is_by_token = bool(group.closed) or group.begin_step >= 0
+        largest = len(self._num_by_lag) - 1
+        if group.max_staleness >= 0:
+            largest = min(largest, group.max_staleness)
         for record, version_step, lag_T in zip(
             group.records, group.version_steps, position.lags, strict=True
         ):
             lag = group.step - version_step
-            if group.max_staleness >= 0:  # the bound is one of tokens, and older ones are not trained on
+            if is_by_token:  # older tokens are not trained on
                 within = lag_T[lag_T <= group.max_staleness]
                 lag = int(within.max()) if len(within) else 0
-            assert 0 <= lag < len(self._num_by_lag), (
-                f"ticket {record.ticket_id} has lag {lag} in step {group.step}"
+            assert 0 <= lag <= largest, (
+                f"ticket {record.ticket_id} has lag {lag} in step {group.step}, beyond its bound of {largest}"
             )
             self._num_by_lag[lag] += 1
         return position

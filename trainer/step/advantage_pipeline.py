@@ -103,6 +103,11 @@ class RewardTerms:
             return Scope.BATCH
         return Scope.GROUP
 
+    @property
+    def shaping_of_whole_groups(self) -> str:
+        """The first shaping that needs whole groups; empty: none does."""
+        return next((type(shaping).__name__ for shaping in self._shapings if not shaping.takes_parts), "")
+
     def shape_group(
         self, group: TrajectoryGroup, *, ahead: Sequence[float] = (), duals: Sequence[float] = ()
     ) -> TrajectoryGroup:
@@ -274,6 +279,25 @@ class AdvantagePipeline:
             if self._scope is Scope.BATCH:
                 samples = self._rescaled(samples)
             return list(self._split(samples, totals))
+
+    @property
+    def needs_whole_groups(self) -> str:
+        """The part of the method that would compare the parts of closed groups at one position, which a run
+        that was changed to another `buffer.overdue` has left, as one group; empty: none does.
+
+        An estimator without `of_part` raises its own error.
+        """
+        if self._closes:
+            return ""
+        if shaping := self._rewards.shaping_of_whole_groups:
+            return f"advantage.shaping {shaping}"
+        used = self._advantage
+        if isinstance(used, Advantage) and used.compares_samples:
+            if self._scope is Scope.BATCH:
+                return f"advantage {type(used).__name__}"
+            if self._rewards.scope is Scope.BATCH:
+                return "kl.place=reward"
+        return ""
 
     @property
     def _scope(self) -> Scope:

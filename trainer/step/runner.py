@@ -176,7 +176,7 @@ class StepRunner:
         with self._ranks.abandonable(is_abandoned):
             # Groups -> advantages -> micro-batches, as the groups arrive unless all of them are needed.
             positions = (
-                group if isinstance(group, Position) else Position.plain(group, step=step)
+                self._checked(group) if isinstance(group, Position) else Position.plain(group, step=step)
                 for group in timer.timed("wait_s", groups)
             )
             samples = self.advantages.compute(positions, totals, timer, step=step)
@@ -232,6 +232,22 @@ class StepRunner:
         loss = totals.total("loss") / divisor
         return self._metrics(timer, totals, learned, loss=loss, grad_norm=grad_norm, lr=lr, lr_scale=lr_scale)
 
+    def _checked(self, position: Position) -> Position:
+        """Returns the position. Raises ConfigError if it has parts of closed groups and the method needs
+        whole ones: the run was changed from `buffer.overdue=close`, and the ledger still had them."""
+        if not position.is_of_parts or self._beyond:
+            return position
+        needs = self.advantages.needs_whole_groups
+        if self._objective.whole_groups or not self._objective.takes_parts:
+            needs = f"objective {self._objective.display_name}"
+        if needs:
+            raise ConfigError(
+                f"{needs} cannot train on parts of groups, and this step has some, which were recorded with "
+                "buffer.overdue=close: continue with buffer.overdue=close and the method that the run had, "
+                "or start a new run from a checkpoint (model.path=...)"
+            )
+        return position
+
     def run_served(
         self,
         groups: Iterable[Group],
@@ -269,7 +285,7 @@ class StepRunner:
         one of a run without `buffer.overdue=close` has no `reward_history`."""
         self.rewards.restore(state["shaping_duals"])
         self.advantages.restore(state.get("advantage_state", []))
-        self.advantages.history.restore(state.get("reward_history", []))
+        self.advantages.history.restore(state.get("reward_history", []), num_duals=len(self.rewards.duals))
 
     def _with_gradient(
         self, groups: Iterable[list[TrainingSample]], totals: StepTotals
