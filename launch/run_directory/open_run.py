@@ -99,8 +99,14 @@ def open_run(argv: Sequence[str], *, is_sft: bool = False, is_dry: bool = False)
 
 
 def open_replay(recorded: Path, argv: Sequence[str]) -> OpenRun:
-    """Opens a new run with the settings of the recorded one, changed by `argv`. Raises ConfigError."""
-    config = with_own_settings(load_config(argv), argv, own=recorded / "config.yaml")
+    """Opens a new run with the settings of the recorded one, changed by `argv`.
+
+    `buffer.overdue=auto` is what it was in the recorded run, also where the changed settings would resolve it
+    to another rule. Raises ConfigError, also for settings that contradict the recorded run's rule.
+    """
+    own = recorded / "config.yaml"
+    rule = f"buffer.overdue={load_config(['--config', str(own)]).overdue}"
+    config = with_own_settings(load_config(argv), [rule, *argv], own=own)
     is_named = any(arg.startswith("name=") for arg in argv)
     if config.model.path in BUILT_MODELS:
         built = str(RunPaths(recorded.resolve()).built_model)

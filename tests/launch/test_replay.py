@@ -13,8 +13,10 @@ import torch
 import torch.distributed as dist
 
 from areal_like.errors import ConfigError
+from areal_like.runtime.command_line import load_config, save_config
 from launch.audit.run import audit_run
 from launch.commands.replay import run_replay
+from launch.run_directory.open_run import open_replay
 from tests.chaos.job import check_groups, running_job, train
 from tests.support.closed_run import make_closed_run
 from tests.support.full_state import gather_full_state
@@ -57,6 +59,36 @@ def test_positions_of_parts_are_read_as_they_were_served(tmp_path: Path) -> None
 def test_a_replay_does_not_change_whether_groups_were_closed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"leave buffer\.overdue= out"):
         run_replay(tmp_path, ["buffer.overdue=wait"])
+
+
+@pytest.mark.parametrize(
+    ("own", "rule", "changed", "message"),
+    [
+        ([], "close", ["trainer.lr=0.5"], ""),
+        ([], "close", ["objective={name: rebel}"], "buffer.overdue=close: objective.name=rebel needs whole"),
+        ([], "close", ["objective=rebel"], "buffer.overdue=close: objective.name=rebel needs whole"),
+        (["objective=vcpo"], "wait", ["objective.leave_one_out=true"], ""),
+        (["objective=vcpo"], "wait", ["objective=tis"], ""),
+        (["max_staleness=8"], "close", ["weights.sync_interval=4"], ""),
+        (["objective=vcpo"], "wait", ["staleness.beyond=cap"], "staleness.beyond=cap is for"),
+    ],
+)
+def test_a_replay_keeps_the_rule_of_an_auto_run(
+    own: list[str], rule: str, changed: list[str], message: str, tmp_path: Path
+) -> None:
+    recorded = tmp_path / "recorded"
+    recorded.mkdir()
+    config = load_config([f"runs_dir={tmp_path}", "name=recorded", "buffer.overdue=auto", *own])
+    assert config.overdue == rule
+    save_config(config, recorded / "config.yaml")
+    if message:
+        with pytest.raises(ConfigError, match=message):
+            open_replay(recorded, changed)
+        assert [path.name for path in tmp_path.iterdir()] == ["recorded"]
+        return
+    run = open_replay(recorded, changed)
+    run.close()
+    assert run.config.buffer.overdue == rule and run.paths.root.name == "recorded-replay"
 
 
 @pytest.mark.timeout(TEST_LIMIT_S)

@@ -405,7 +405,7 @@ def test_groups_recorded_before_the_setting_was_changed(tmp_path: Path, ranks: R
         ({"objective": {"name": "oapl"}}, "objective "),
     ],
 )
-def test_parts_that_are_left_over_are_never_compared_as_one_group(
+def test_leftover_parts_are_not_compared_as_one_group(
     settings: dict[str, Any], needs: str, tmp_path: Path, ranks: Ranks
 ) -> None:
     """A run that was changed from `close` to `wait`."""

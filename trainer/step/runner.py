@@ -259,8 +259,8 @@ class StepRunner:
     ) -> dict[str, Any]:
         """Calls `run` on groups as the buffer serves them, and adds the metrics of their lags. Collective.
 
-        Asserts that no lag is above `max_staleness`, or with `buffer.overdue=close` masks the tokens of a
-        larger one than the group states.
+        Asserts that no lag is above `max_staleness` or the bound of its group, or with `buffer.overdue=close`
+        masks the tokens of a larger one than the group states.
         """
         if self._beyond:
             positions = (Position.of(group) for group in groups)
