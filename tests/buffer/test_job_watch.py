@@ -50,19 +50,15 @@ def test_a_position_that_is_reserved_for_an_overdue_group() -> None:
 
 
 def test_parts_and_late_samples_of_a_closed_group() -> None:
-    ledger = new_ledger(max_staleness=4, groups_per_step=2, group_size=4, overdue="close")
+    # With a close_after of 1, a group is closed as it begins.
+    ledger = new_ledger(max_staleness=4, groups_per_step=2, group_size=4, overdue="close", close_after=1)
     watch = watch_of(ledger, buffer={"overdue": "close"})
     add_server(ledger, "a", capacity=4)
     (lease,) = ledger.dispatcher.grant(now_s=0.0)["a"]
+    assert ledger.state.tickets.count(Purpose.TRAIN, State.CLOSED) == 1
     for index in lease.sample_indices[:3]:
         deliver(ledger, "a", done(lease, index, [0]))
     facts = watch.facts(now_s=5.0)
-    assert (facts.num_parts, facts.steps_complete, facts.oldest_leases[0].is_late) == (0, 0.0, False)
-    ticket = ledger.state.tickets.live[lease.ticket_id]
-    ticket.placed[lease.sample_indices[0]] = 99
-    ledger.state.tickets.move(ticket, State.CLOSED)
-    facts = watch.facts(now_s=5.0)
-    assert ledger.state.tickets.count(Purpose.TRAIN, State.CLOSED) == 1
-    assert (facts.num_parts, facts.steps_complete) == (2, 2 / 8)
+    assert (facts.num_parts, facts.steps_complete) == (3, 3 / 8)
     assert str(facts.oldest_leases[0]) == f"late samples of ticket {lease.ticket_id} at a"
     assert (facts.overdue, facts.close_after, facts.is_reserving) == ("close", 4, False)
