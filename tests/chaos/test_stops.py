@@ -70,12 +70,15 @@ def culprit(root: Path, role: str, pid: int) -> str:
     return f"{server}'s engine"
 
 
+def causes(root: Path) -> list[str]:
+    """The names of the causes that `areal-like why` finds."""
+    return [cause["name"] for cause in diagnosis(look_at_daemons(root / "endpoints").values())["causes"]]
+
+
 def first_causes(root: Path) -> list[str]:
-    """The names of the first causes that `areal-like why` finds."""
-    named: list[str] = []
-    while not named:
+    """Its first causes."""
+    while not (named := causes(root)):
         time.sleep(0.5)
-        named = [cause["name"] for cause in diagnosis(look_at_daemons(root / "endpoints").values())["causes"]]
     return named
 
 
@@ -101,6 +104,8 @@ def stop_each_role(directory: Path, *, stopped_s: float, num_rounds: int = 1) ->
                 os.kill(pid, signal.SIGCONT)
             # The steps of the bound need no new samples; those beyond it do.
             wait_for_steps(num_steps_done(root) + 5, root, process=process)
+            # Steps go on without a server that has not recovered yet.
+            wait_until(lambda: not causes(root), what="a job without troubles", run_root=root)
         assert {role: process_of(root, role) for role in daemons} == daemons, "\n".join(launcher_log(root))
         process.terminate()
         code, out, err = finish(process, root)
