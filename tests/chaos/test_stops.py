@@ -112,7 +112,8 @@ def stop_each_role(directory: Path, *, stopped_s: float, num_rounds: int = 1) ->
     assert (code, err) == (0, ""), out + err
     audit = audit_run(root)
     assert audit.is_clean, "\n".join(audit.lines())
-    assert audit.tickets.get("dropped", 0) == 0, audit.drops
+    # Steps do not wait for a stopped engine, so its samples may be too old once it continues.
+    assert not {reason for reason, count in audit.drops.items() if count} - {"stale"}, audit.drops
 
 
 @pytest.mark.long
