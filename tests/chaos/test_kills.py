@@ -136,7 +136,7 @@ def _settled(job: ChaosJob) -> dict[str, int]:
 
 def stop_trainer(directory: Path, *, stopped_s: float) -> None:
     num_steps = 60
-    with running_job(directory, **settings(num_steps, cache_bytes=1 << 20)) as job:
+    with running_job(directory, **settings(num_steps, cache_bytes=1 << 20, overdue="wait")) as job:
         for name in ("rollout-0", "rollout-1"):
             job.produce(name, num_tokens=2048)
         command = [

@@ -130,6 +130,7 @@ def test_a_job_with_slow_rewards_trains_and_loses_nothing(tmp_path: Path, task: 
         "rollout.queue_samples=8",
         "rollout.reward_timeout_s=1",
         "buffer.retain_trajectories=true",
+        "buffer.overdue=wait",  # no sample is too old, however slow its reward is
         "rollout.reward_workers=2",
         "buffer.max_consecutive_failures=200",
         *(["rollout.reward_concurrency=32"] if task == "SlowService" else []),
