@@ -5,8 +5,7 @@
 m is the running mean reward as of the step at which the group began (`reward_history.py`). It is the
 baseline of a late sample without early members, and half of it with one. With two or more it does not count:
 prompts differ in difficulty, and a pull towards the mean of all prompts gives every sample of a hard prompt
-a negative advantage, also if all of them have the same reward (a job with groups of four unlearned its task
-by it).
+a negative advantage, also if all of them have the same reward.
 
 The gradient is exactly unbiased if a sample's baseline is independent of its own completion. So it never
 contains the sample's own reward, and it is the same function whether the sample was early or late, and in a
