@@ -24,6 +24,9 @@ becoming stale:
 * Recording is earliest deadline first, and reserves positions for every later deadline, not only in the open
   step (`scheduling/step_scheduler.py`).
 
+With `buffer.overdue=close` no position is reserved: overdue groups are closed, and the bound holds for each
+token (`lifecycle.py`).
+
 Every operation is O(log n) in the number of live tickets, except O(max_staleness) in the scheduler and O(n)
 in `close`, `stream_state` and `start_training`. `recovery.py` rebuilds a ledger from its store.
 """

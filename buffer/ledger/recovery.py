@@ -7,6 +7,7 @@ Not recovered, on purpose:
 * Registrations of servers. Servers have to register again. Until then a server with leases is kept as one
   that does not respond: if it continued to work, it can deliver samples under its leases; if it is gone, its
   leases expire after `lease_timeout_s`.
+* The limit of work in progress with `buffer.overdue=close`, which follows the trainer within a few steps.
 * Failures in a row, quarantines of servers, and the reason of a failed job: a restart of the buffer is a
   retry.
 

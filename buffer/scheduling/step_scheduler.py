@@ -3,11 +3,12 @@
 Every group has a *deadline*: the last step in which its oldest token is within the staleness bound
 (`staleness.py`). Groups are recorded earliest deadline first, and among equal deadlines oldest ticket first.
 For jobs of equal length this rule meets all deadlines if any order does. With `overdue: wait` a group is
-recorded only if all running groups can still meet their deadlines afterwards: for every deadline d before its
-own, the number of running tickets due by d must not exceed the number of free positions of the steps up to d
-(Hall's condition). So a short completion never takes a position that a long one will need, in the open step
-or a later one. Admission counts in the same way, so a healthy run has no stale drops at all. With `overdue:
-drop` no position is reserved.
+recorded only if all running groups can still meet their deadlines afterwards: for every deadline d before
+its own, the number of running tickets due by d must not exceed the number of free positions of the steps up
+to d (Hall's condition). So a short completion never takes a position that a long one will need, in the open
+step or a later one. Admission counts in the same way, so a healthy run has no stale drops at all. With
+`overdue: drop` and `overdue: close` no position is reserved. With `close` the deadline of a running
+group is the step before the one at which it is closed; that of a ready group only decides the order.
 
 The deadline of a running ticket is a lower bound (its leases count as if sampled entirely with the weights at
 the time of the lease). This can make a step wait a little longer than necessary; it never records a group

@@ -39,7 +39,7 @@ class PartTable:
         """Adds a group that was closed, without its samples."""
         self._groups[group.ticket_id] = group
         self._positions[group.ticket_id] = 0
-        self.num_late += self._num_missing(group)
+        self.num_late += group.num_samples - len(group.samples.keys() | group.failed)
 
     def add(self, group: Ticket, sample_index: int, *, was_late: bool) -> None:
         """Adds a complete sample of a closed group. `was_late`: it arrived after the closing."""
@@ -103,7 +103,3 @@ class PartTable:
         for position in positions:
             for ticket_id, _ in position.parts:
                 self._positions[ticket_id] += 1
-
-    @staticmethod
-    def _num_missing(group: Ticket) -> int:
-        return group.num_samples - len(group.samples.keys() | group.failed)
