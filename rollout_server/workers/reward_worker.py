@@ -12,7 +12,6 @@ here, and the server ends the process only if its event loop is blocked. The exa
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 import socket
 import time
@@ -39,7 +38,10 @@ Examples = Callable[[Split, int], Example]
 
 
 def serve(task: Task, connection: socket.socket, *, timeout_s: float) -> None:
-    """Serves until the server closes the socket. `timeout_s`: `rollout.reward_timeout_s`."""
+    """Serves until the server closes the socket: then raises EOFError or ConnectionError, or returns.
+
+    `timeout_s`: `rollout.reward_timeout_s`.
+    """
     # A fork copies the generators' states; without this all workers would draw the same numbers.
     random.seed()
     np.random.seed()
@@ -48,7 +50,7 @@ def serve(task: Task, connection: socket.socket, *, timeout_s: float) -> None:
     if task.has_async_reward:
         asyncio.run(_serve_async(connection, task, examples, timeout_s=timeout_s))
     else:
-        with contextlib.suppress(EOFError, ConnectionError), connection.makefile("rb", _READ_BYTES) as stream:
+        with connection.makefile("rb", _READ_BYTES) as stream:
             while True:
                 number, *packed = read(stream.read)
                 connection.sendall(_scored(task, examples, number, packed, timeout_s=timeout_s))

@@ -73,14 +73,18 @@ def main() -> None:
 
 
 def serve(connection: socket.socket, *, task: Task | None) -> None:
-    """Serves in a worker until the server closes the socket. `task`: None if it is not imported yet."""
-    setup = frames.read(lambda size: connection.recv(size, socket.MSG_WAITALL))
-    try:
-        task = task or _make_task(setup)
-    except ConfigError as error:
-        connection.sendall(frames.pack([None, str(error)]))
-        return
-    _SERVE[setup["role"]](task, connection, **setup["options"])
+    """Serves in a worker until the server closes the socket, which may happen before its first frame.
+
+    `task`: None if it is not imported yet.
+    """
+    with contextlib.suppress(EOFError, ConnectionError):
+        setup = frames.read(lambda size: connection.recv(size, socket.MSG_WAITALL))
+        try:
+            task = task or _make_task(setup)
+        except ConfigError as error:
+            connection.sendall(frames.pack([None, str(error)]))
+            return
+        _SERVE[setup["role"]](task, connection, **setup["options"])
 
 
 def _make_task(setup: dict[str, Any]) -> Task:
