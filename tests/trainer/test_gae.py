@@ -29,11 +29,10 @@ from trainer.advantages.critic import Critic, value_loss
 from trainer.advantages.gae import Gae, gae
 from trainer.batching.packing import TrainingSample
 from trainer.batching.positions import Position
+from trainer.batching.segments import split_sample
 from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
-from trainer.metrics.phase_timer import PhaseTimer
 from trainer.metrics.prometheus import TrainerSeries
-from trainer.metrics.step_totals import StepTotals
 from trainer.models.policy import build_policy
 from trainer.models.tiny import build_tiny_model
 from trainer.step.build import build_step_runner
@@ -184,14 +183,10 @@ def test_values_and_advantages_match_the_dense_model(tmp_path: Path, ranks: Rank
 
 
 def with_advantages(runner: StepRunner, groups: list[list[Trajectory]]) -> list[TrainingSample]:
-    totals, clock = StepTotals(), PhaseTimer(("compute_s",))
-    return list(
-        itertools.chain(
-            *runner.advantages.compute(
-                [Position.plain(group, step=0) for group in groups], totals, clock, step=0
-            )
-        )
-    )
+    positions = [Position.plain(group, step=0) for group in groups]
+    assert runner._step_advantages is not None
+    scored, _ = runner._step_advantages.of_positions(positions)
+    return [part for each in scored for sample in each.samples for part in split_sample(sample)]
 
 
 def test_kl_penalty_is_subtracted_at_each_token(tmp_path: Path, ranks: Ranks) -> None:

@@ -287,8 +287,6 @@ def collate(
     lengths = [t.num_tokens for t in trajectories]
     bounds = np.concatenate([[0], np.cumsum(lengths)])
     starts, total = bounds[:-1], int(bounds[-1])
-    mask = np.concatenate([t.loss_mask for t in trajectories]).astype(bool)
-    mask[starts] = False
 
     def of_tokens(values: Sequence[Any], dtype: type) -> NDArray[Any]:
         """One number for each token, from one number or one array for each sample."""
@@ -314,7 +312,7 @@ def collate(
         "rewards_N": np.array([t.reward for t in trajectories], dtype=np.float64),
         "groups_N": np.array([s.group for s in samples], dtype=np.int64),
         "truncated_N": np.array([t.finish_reason.is_truncated for t in trajectories]),
-        "sampled_S": np.flatnonzero(mask),
+        "sampled_S": np.flatnonzero(np.concatenate([is_target(t) for t in trajectories])),
     }
     if any(sample.beyond is not None for sample in samples):
         arrays["beyond_T"] = of_tokens([False if s.beyond is None else s.beyond for s in samples], bool)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from areal_like.trajectory import FinishReason, Trajectory
-from trainer.batching.packing import PackedBatch, num_targets
+from trainer.batching.packing import PackedBatch, TrainingSample, num_targets
 from trainer.distributed.ranks import Ranks
 from trainer.metrics.distributions import (
     NUM_BUCKETS,
@@ -67,34 +67,46 @@ class StepTotals:
         for name, (total, count) in sums.items():
             self.add(name, total, count=count)
 
-    def recorded(self, group: Sequence[Trajectory]) -> Sequence[Trajectory]:
-        """Records the rewards, lengths and other numbers of a group's samples, and returns it.
+    def recorded(self, group: Sequence[Trajectory], *, shaped: Sequence[Trajectory] = ()) -> None:
+        """Records the rewards, lengths and other numbers of a group's samples.
 
-        Greedy samples are recorded separately: they are not trained on.
+        Greedy samples are recorded separately: they are not trained on. `shaped`: the same samples with
+        shaped rewards; empty if advantages are computed from the task's.
         """
         learned = [trajectory for trajectory in group if not trajectory.is_greedy]
         for trajectory in group:
             if trajectory.is_greedy:
                 self.add("greedy_reward", trajectory.reward)
-        size = float(len(learned))
-        rewards = [trajectory.reward for trajectory in learned]
-        self.add("num_groups", 1.0)
-        self.add("reward", sum(rewards), count=size)
-        self.add("reward_square", sum(reward * reward for reward in rewards), count=size)
         targets = [num_targets(trajectory) for trajectory in learned]
-        self.add("response_tokens", float(sum(targets)), count=size)
-        self.add("prompt_tokens", float(sum(t.num_tokens for t in learned) - sum(targets)), count=size)
-        truncated = sum(trajectory.finish_reason.is_truncated for trajectory in learned)
-        self.add("truncated_fraction", float(truncated), count=size)
-        self.add("turns", float(sum(t.num_turns for t in learned)), count=size)
-        self.add("segments", float(sum(len(t.segments) or 1 for t in learned)), count=size)
-        self.add("sample_generation_s", sum(t.generation_s for t in learned), count=size)
-        self.add("sample_reward_s", sum(t.reward_s for t in learned), count=size)
+        rewards = {"reward": learned}
+        if shaped:
+            rewards["shaped_reward"] = [trajectory for trajectory in shaped if not trajectory.is_greedy]
+        numbers: dict[str, Sequence[float]] = {
+            "response_tokens": targets,
+            "prompt_tokens": [t.num_tokens - num for t, num in zip(learned, targets, strict=True)],
+            "truncated_fraction": [t.finish_reason.is_truncated for t in learned],
+            "turns": [t.num_turns for t in learned],
+            "segments": [len(t.segments) or 1 for t in learned],
+            "sample_generation_s": [t.generation_s for t in learned],
+            "sample_reward_s": [t.reward_s for t in learned],
+        }
+        for name, samples in rewards.items():
+            numbers[name] = [trajectory.reward for trajectory in samples]
+            numbers[f"{name}_square"] = [trajectory.reward * trajectory.reward for trajectory in samples]
+        self.add("num_groups", 1.0)
+        for name, values in numbers.items():
+            self.add(name, float(sum(values)), count=float(len(learned)))
         for trajectory, num in zip(learned, targets, strict=True):
             self.add(_FINISHED[trajectory.finish_reason], 1.0)
             self._named.add(trajectory, num_targets=num)
             self._lengths.append((num, trajectory.num_tokens - num))
-        return group
+
+    def skipped(self, samples: Iterable[TrainingSample]) -> None:
+        """Counts samples that are not run in the normalizer."""
+        for sample in samples:
+            counts = sample.resolved_counts
+            self.add("counted_tokens", float(num_targets(sample.trajectory) + counts.num_masked))
+            self.add("counted_seqs", float(counts.num_samples))
 
     @torch.no_grad()
     def observe(
@@ -157,17 +169,15 @@ class StepTotals:
         for name, value_S in zip(OF_BEYOND, values, strict=True):
             self.add(name, value_S.sum(), count=beyond_S.sum())
 
-    def beyond_metrics(self, *, of_ratio: bool) -> dict[str, float]:
-        """Metrics of the tokens beyond the bound that have log-probs.
-
-        `of_ratio`: tokens with a ratio outside [1/2, 2] were masked.
-        """
+    def part_metrics(self, ranks: Ranks, *, beyond: str) -> dict[str, Any]:
+        """The metrics of `buffer.overdue=close`. Collective. `beyond`: `staleness.beyond`."""
+        found = self.parts.metrics(ranks)
+        if beyond == "mask":  # tokens beyond the bound have no log-probs
+            return found
         total, square = self.total("beyond_w"), self.total("beyond_w_square")
-        found = {
-            "beyond_log_ratio_abs": self.mean("beyond_log_ratio"),
-            "beyond_ess_ratio": total**2 / (square * self.count("beyond_w")) if square else 1.0,
-        }
-        if of_ratio:
+        found["beyond_log_ratio_abs"] = self.mean("beyond_log_ratio")
+        found["beyond_ess_ratio"] = total**2 / (square * self.count("beyond_w")) if square else 1.0
+        if beyond == "ratio":
             num_sampled = self.total("response_tokens")
             found["masked_share"] = self.total("beyond_extreme") / num_sampled if num_sampled else 0.0
         return found

@@ -8,7 +8,7 @@ importance weight, whatever the objective computes it from, is at most 1. A part
 proportional to A (the pull of `dppo_tv`, the target of `lad`) counts in g.
 
 `build_objective` returns the bare objective if none of these is configured. The KL penalty on rewards is
-not part of the loss (see `trainer/step/advantage_pipeline.py`).
+not part of the loss (see `trainer/step/rewards.py`).
 
 Estimators of KL(pi || ref) from one token, with x = log(pi / ref):
 
