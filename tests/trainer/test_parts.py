@@ -27,8 +27,7 @@ from tests.support.part_groups import example_step, member, served, version_of
 from tests.support.trainer_helpers import flattened, run_ranks, without_measured, write_model
 from tests.support.trainer_ranks import make_runner
 from trainer.advantages import ADVANTAGES, Advantage, Grpo, Opo, Running
-from trainer.advantages.parts import PartContext, context_of
-from trainer.advantages.reward_history import RewardHistory, RewardStatistics
+from trainer.advantages.parts import PartContext, RewardHistory, RewardStatistics, context_of
 from trainer.advantages.reward_shaping import SHAPINGS
 from trainer.batching.positions import Position
 from trainer.checkpoints.checkpoint import Checkpoints

@@ -30,10 +30,9 @@ from trainer.metrics.distributions import (
     joined_parts,
     percentile_of_counts,
 )
-from trainer.metrics.gpu_memory import GpuMemory
 from trainer.metrics.model_flops import ModelFlops
-from trainer.metrics.phase_timer import PhaseTimer, clock_of
-from trainer.metrics.prometheus import TrainerSeries
+from trainer.metrics.prometheus import GpuMemory, TrainerSeries
+from trainer.metrics.speed import PhaseTimer, clock_of
 from trainer.models.policy import Policy
 
 

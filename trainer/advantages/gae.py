@@ -170,5 +170,4 @@ class Gae(Estimator):
         return [(a_S, v_S + e_S) for a_S, v_S, e_S in zip(advantages, values, errors, strict=True)]
 
     def rescale(self, *, advantages_S: FloatArray, groups_S: NDArray[np.int64]) -> tuple[float, float]:
-        """Whitens the step."""
         return whitening(advantages_S)

@@ -48,7 +48,6 @@ class DrGrpo(Advantage):
     takes_parts = True
 
     def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
-        """[G] advantages."""
         return [float(a) for a in centered(rewards_of(group))]
 
     def of_part(self, reward: float, context: PartContext) -> float:
@@ -64,7 +63,6 @@ class Grpo(Advantage):
     takes_parts = True
 
     def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
-        """[G] advantages."""
         rewards_G = rewards_of(group)
         centered_G = centered(rewards_G)
         std = float(rewards_G.std())
@@ -120,7 +118,6 @@ class Opo(Advantage):
     takes_parts = True
 
     def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
-        """[G] advantages."""
         rewards_G = rewards_of(group)
         if are_equal_rewards(rewards_G.tolist()):
             return [0.0] * len(group)
@@ -145,7 +142,6 @@ class Gpg(Advantage):
     scope = Scope.BATCH
 
     def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
-        """[G], before the factor alpha."""
         return [float(a) for a in centered(rewards_of(group))]
 
     def rescale(self, *, advantages_S: FloatArray, groups_S: NDArray[np.int64]) -> tuple[float, float]:
@@ -180,12 +176,10 @@ class ReinforcePlusPlus(Advantage):
         return self.baseline == "group"
 
     def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
-        """[G], before whitening."""
         rewards_G = rewards_of(group)
         return [float(a) for a in (centered(rewards_G) if self.baseline == "group" else rewards_G)]
 
     def rescale(self, *, advantages_S: FloatArray, groups_S: NDArray[np.int64]) -> tuple[float, float]:
-        """Whitens the step."""
         return whitening(advantages_S)
 
     def of_part(self, reward: float, context: PartContext) -> float:

@@ -121,7 +121,6 @@ class GrpoLambda(Shaping):
             )
 
     def score(self, group: Sequence[Trajectory]) -> float:
-        """Share of correct completions."""
         return float((rewards_of(group) >= self.correct).mean())
 
     def rewards(self, group: Sequence[Trajectory], context: ShapingContext) -> FloatArray:
@@ -171,5 +170,4 @@ class Laconic(Shaping):
         )
 
     def next_dual(self, dual: float, *, mean_tokens: float) -> float:
-        """One step of projected dual ascent on the constraint mean L <= budget."""
         return min(self.max_dual, max(0.0, dual + self.rate * (mean_tokens / self.budget_tokens - 1)))

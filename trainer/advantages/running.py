@@ -47,7 +47,6 @@ class Running(Advantage):
 
     @property
     def history_decay(self) -> float:  # type: ignore[override]
-        """The same decay for parts."""
         return self.decay
 
     def of_part(self, reward: float, context: PartContext) -> float:
@@ -59,11 +58,9 @@ class Running(Advantage):
         return 0.0, 0.0
 
     def next_state(self, state: Sequence[float], *, mean_reward: float) -> tuple[float, ...]:
-        """Both sums with this step's mean reward."""
         total, weight = state
         return self.decay * total + mean_reward, self.decay * weight + 1
 
     def shift(self, state: Sequence[float]) -> float:
-        """-b."""
         total, weight = state
         return -(total / weight) if weight else -self.first

@@ -60,7 +60,6 @@ class Position:
 
     @classmethod
     def of(cls, group: Group) -> Position:
-        """The position that the buffer served."""
         trajectories = group.trajectories
         if group.max_staleness < 0:
             lags = [

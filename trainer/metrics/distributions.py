@@ -54,7 +54,6 @@ class MagnitudeHistogram:
 
     @property
     def largest(self) -> float:
-        """The largest magnitude; 0 if nothing was added."""
         return 0.0 if self._max is None else float(self._max)
 
 

@@ -1,15 +1,18 @@
-"""The trainer's Prometheus metrics (rank 0)."""
+"""The trainer's Prometheus metrics: `TrainerSeries` of rank 0, `GpuMemory` of every rank."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from prometheus_client import Gauge
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from areal_like.config import EvalSetConfig
-from areal_like.runtime.metrics import SECONDS, Metrics
+from areal_like.runtime.metrics import PREFIX, SECONDS, Metrics
 from areal_like.trajectory import FinishReason
 from trainer.metrics.distributions import PERCENTILES
 from trainer.metrics.named_means import MAX_NAMES
@@ -210,7 +213,6 @@ class TrainerSeries:
         self._tracked.labels(outcome).inc()
 
     def checked(self, report: CheckReport) -> None:
-        """Updates the series after a check of an engine's weights."""
         self._checks.labels("jump" if report.is_jump else "ok").inc()
         self._check_difference.set(report.difference)
 
@@ -248,7 +250,6 @@ class TrainerSeries:
                     gauge.labels(name).set(mean)
 
     def pushed(self, report: PushReport) -> None:
-        """Updates the series after a push of weights."""
         self._pushes.labels("ok" if report.num_activated else "failed").inc()
         self._push_bytes.inc(report.num_bytes)
         self._push_seconds.observe(report.seconds)
@@ -275,3 +276,31 @@ def _set(gauge: Gauge, value: object, *, unit: float = 1.0) -> None:
     """Sets a gauge to a number of a row; a value that is absent or not finite leaves it as it is."""
     if isinstance(value, (int, float)) and math.isfinite(value):
         gauge.set(value * unit)
+
+
+class GpuMemory(Collector):
+    """`areal_trainer_gpu_memory_bytes{of}`; without values on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def collect(self) -> Iterable[Metric]:
+        family = GaugeMetricFamily(
+            f"{PREFIX}_trainer_gpu_memory_bytes",
+            "Memory of the rank's GPU: in tensors, held by the rank's allocator, free, and all of it",
+            labels=["of"],
+        )
+        for of, num_bytes in self._read().items():
+            family.add_metric([of], num_bytes)
+        yield family
+
+    def _read(self) -> dict[str, int]:
+        if self._device.type != "cuda":
+            return {}
+        free, total = torch.cuda.mem_get_info(self._device)
+        return {
+            "allocated": torch.cuda.memory_allocated(self._device),
+            "reserved": torch.cuda.memory_reserved(self._device),
+            "free": free,
+            "total": total,
+        }

@@ -28,8 +28,8 @@ from trainer.metrics.distributions import (
     length_metrics,
     percentile_of_counts,
 )
+from trainer.metrics.lag import PartTable
 from trainer.metrics.named_means import NamedMeans
-from trainer.metrics.part_table import PartTable
 from trainer.objectives import SampledTokens, TokenLosses
 from trainer.objectives.importance import MAX_EXPONENT, ess_ratio
 
@@ -63,7 +63,6 @@ class StepTotals:
         self.add(name, values.sum() if live else 0.0, count=len(values) if live else 0)
 
     def add_all(self, sums: Mapping[str, tuple[Tensor | float, Tensor | float]]) -> None:
-        """Adds (sum, count) of each name."""
         for name, (total, count) in sums.items():
             self.add(name, total, count=count)
 
@@ -212,7 +211,6 @@ class StepTotals:
         return self.total(name) / count if count else 0.0
 
     def count(self, name: str) -> float:
-        """The number of values in the sum."""
         return float(self._counts.get(name, 0.0))
 
     def ess_ratios(self) -> dict[str, float]:

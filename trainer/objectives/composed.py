@@ -92,7 +92,6 @@ class Composed(Objective):
 
     @property
     def scope(self) -> Scope:  # type: ignore[override]
-        """BATCH if the objective or any mask needs the whole step."""
         return (
             Scope.BATCH
             if Scope.BATCH in (self.inner.scope, *(mask.scope for mask in self.masks))
@@ -101,7 +100,6 @@ class Composed(Objective):
 
     @property
     def needs(self) -> frozenset[Need]:  # type: ignore[override]
-        """The needs of the inner objective and of the terms."""
         terms = {Need.REF} if self.kl else set()
         return self.inner.needs | terms | ({Need.ENTROPY} if self.entropy_coef else set())
 
@@ -121,7 +119,6 @@ class Composed(Objective):
         return replace(self, inner=self.inner.for_model(num_params))
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
-        """The inner losses plus the terms, zero at tokens that a mask drops."""
         batch = self._masked(batch, stats, [*enumerate(self.masks)])
         bare = self.inner.losses(batch, _part(stats, ""))
         loss_S, counted_S, means = bare.loss_S, bare.counted_S, dict(bare.means)

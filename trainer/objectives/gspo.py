@@ -41,7 +41,6 @@ class Gspo(Objective):
             raise ConfigError("objective: use clip_low between 0 and 1 and clip_high above 0")
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
-        """The clipped surrogate of the sequence's ratio, at each of its tokens."""
         mean_S = batch.spread_S(batch.mean_N(batch.log_ratio_S))
         s_S = torch.exp((mean_S + (batch.logp_S - batch.logp_S.detach())).clamp(max=_MAX_LOG_RATIO))
         loss_S, clipped_S = clipped_surrogate(

@@ -38,7 +38,6 @@ def ratio_S(batch: SampledTokens, log_ratio_S: Tensor, *, level: str) -> Tensor:
 
 
 def within_S(ratio_S: Tensor, *, low: float, high: float) -> Tensor:
-    """[S] bool: low <= ratio <= high."""
     return (ratio_S >= low) & (ratio_S <= high)
 
 

@@ -53,7 +53,6 @@ class Lad(Objective):
 
     @property
     def ess_level(self) -> str:  # type: ignore[override]
-        """The level of the weights."""
         return self.level
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:

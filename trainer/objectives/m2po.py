@@ -49,7 +49,6 @@ class M2po(Objective):
 
     @property
     def needs(self) -> frozenset[Need]:  # type: ignore[override]
-        """PROX for AReaL's variant."""
         return frozenset({Need.PROX}) if self.variant == "areal" else frozenset()
 
     @property

@@ -78,7 +78,6 @@ class Band(Mask):
             raise ConfigError("objective.masks: band needs 0 <= low < high")
 
     def kept_S(self, batch: SampledTokens, stats: StepStats) -> Tensor:
-        """Tokens with a ratio inside the band, at the mask's level."""
         return within_S(ratio_S(batch, batch.log_ratio_S, level=self.level), low=self.low, high=self.high)
 
 
@@ -94,7 +93,6 @@ class Opsm(Mask):
     """
 
     def kept_S(self, batch: SampledTokens, stats: StepStats) -> Tensor:
-        """All but sequences with A < 0 and a mean of log(mu / pi) above delta."""
         dropped_N = (batch.sum_N(batch.advantage_S) < 0) & (batch.mean_N(-batch.log_ratio_S) > self.delta)
         return ~batch.spread_S(dropped_N)
 
@@ -108,7 +106,6 @@ class Truncated(Mask):
     """
 
     def kept_S(self, batch: SampledTokens, stats: StepStats) -> Tensor:
-        """All but tokens of truncated sequences."""
         return ~batch.spread_S(batch.truncated_N)
 
 
@@ -140,7 +137,6 @@ class Stapo(Mask):
         return ~((batch.advantage_S > 0) & unlikely_S & low_entropy_S)
 
     def observe(self, batch: SampledTokens) -> dict[str, Tensor]:
-        """The entropy at every token."""
         return {"entropy": batch.entropy_S}
 
     def summarize(self, observed: StepStats) -> dict[str, Tensor]:

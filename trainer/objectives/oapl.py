@@ -52,7 +52,6 @@ class SoftAdvantage(Advantage):
     """Temperature of V*."""
 
     def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
-        """[G] advantages."""
         return [float(a) for a in self.of_rewards(rewards_of(group))]
 
     def of_rewards(self, rewards_G: FloatArray) -> FloatArray:
@@ -85,7 +84,6 @@ class Oapl(Objective):
 
     @property
     def advantage(self) -> Advantage:  # type: ignore[override]
-        """R - V*."""
         return SoftAdvantage(beta1=self.beta1)
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:

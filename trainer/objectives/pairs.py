@@ -52,7 +52,6 @@ class RewardSpread(Advantage):
     credits_turns = False
 
     def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
-        """[G] advantages."""
         return [float(a) for a in centered(rewards_of(group))]
 
 
@@ -77,7 +76,6 @@ class _OnPairs(Objective):
 
     @property
     def needs(self) -> frozenset[Need]:  # type: ignore[override]
-        """REF, unless the behavior policy is the anchor."""
         return frozenset({Need.REF} if self.anchor == "reference" else ())
 
     def _of_pairs(

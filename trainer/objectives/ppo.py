@@ -128,19 +128,16 @@ class DecoupledPpo(Objective):
 
     @property
     def needs(self) -> frozenset[Need]:  # type: ignore[override]
-        """PROX, unless prox is interpolated."""
         return frozenset(() if self.prox == "interpolated" else {Need.PROX})
 
     @property
     def proximal(self) -> ProximalRule | None:  # type: ignore[override]
-        """The copy's rule, for a snapshot or an average."""
         if self.prox == "snapshot":
             return ProximalRule(interval=self.interval)
         return ProximalRule(decay=self.decay) if self.prox == "average" else None
 
     @property
     def ess_level(self) -> str:  # type: ignore[override]
-        """The level of the weights."""
         return self.level
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:

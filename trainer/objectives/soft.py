@@ -43,7 +43,6 @@ class Sapo(Objective):
             raise ConfigError("objective: use tau_positive and tau_negative above 0")
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
-        """The gated surrogate of each token."""
         r_S = live_ratio_S(batch.logp_S, batch.behavior_logp_S)
         tau_S = torch.where(batch.advantage_S >= 0, self.tau_positive, self.tau_negative).to(r_S)
         return TokenLosses(loss_S=-batch.advantage_S * (4 / tau_S) * torch.sigmoid(tau_S * (r_S - 1)))

@@ -31,7 +31,6 @@ class Reinforce(Objective):
     """`-A log pi`, without any correction: correct on-policy, and the baseline for corrections."""
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
-        """`-A log pi`"""
         return TokenLosses(loss_S=-batch.advantage_S * batch.logp_S)
 
 
@@ -85,7 +84,6 @@ class TruncatedIS(Objective):
 
     @property
     def ess_level(self) -> str:  # type: ignore[override]
-        """The level of the weights."""
         return self.level
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
@@ -100,14 +98,12 @@ class TruncatedIS(Objective):
         )
 
     def observe(self, batch: SampledTokens) -> dict[str, Tensor]:
-        """The weights, one per token or one per sequence."""
         if not self.normalize:
             return {}
         weight_S, _, _ = self._weights(batch)
         return {"weight": weight_S if self.level == "token" else batch.mean_N(weight_S)[batch.length_N > 0]}
 
     def summarize(self, observed: StepStats) -> dict[str, Tensor]:
-        """The mean weight; 1 below `_LEAST_MEAN`."""
         if not self.normalize:
             return {}
         mean = observed["weight"].mean()

@@ -30,7 +30,6 @@ class Topr(Objective):
 
     @property
     def ess_level(self) -> str:  # type: ignore[override]
-        """The level of the weights."""
         return self.level
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:

@@ -61,7 +61,6 @@ class Kpop(Mask):
             raise ConfigError(f"objective.masks: kpop has max_kl={self.max_kl}: use a value above 0")
 
     def kept_S(self, batch: SampledTokens, stats: StepStats) -> Tensor:
-        """Tokens with a divergence of at most max_kl in both directions."""
         pi_S, mu_S = batch.logp_S.detach(), batch.behavior_logp_S
         return torch.maximum(bernoulli_kl(pi_S, mu_S), bernoulli_kl(mu_S, pi_S)) <= self.max_kl
 

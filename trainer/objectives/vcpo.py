@@ -134,7 +134,6 @@ class Vcpo(Objective):
 
     @property
     def needs(self) -> frozenset[Need]:  # type: ignore[override]
-        """COLLISION for the proxy norms."""
         return frozenset({Need.COLLISION}) if self._is_proxy else frozenset()
 
     @property
@@ -199,7 +198,6 @@ class Vcpo(Objective):
         return observed
 
     def summarize(self, observed: StepStats) -> dict[str, Tensor]:
-        """`rho`, and for a proxy b* of the whole step, `baseline`."""
         stats = {"rho": torch.tensor(ess_ratio(observed["log_w"]), dtype=torch.float64)}
         if self.scope is Scope.BATCH:
             squares_B = observed["squares"]
@@ -215,7 +213,6 @@ class Vcpo(Objective):
         return math.sqrt(x) if self.step_size == "sqrt" else x
 
     def gradients(self, policy: Policy, ranks: Ranks) -> Gradients:
-        """The accumulator for the chosen `norms`."""
         if not self.late_coefficients:
             return Gradients()
         over_batch = self.baseline == "batch"

@@ -107,7 +107,6 @@ class Recording:
         return prompts, [SampleRow(*row) for _, *row in rows]
 
     def close(self) -> None:
-        """Closes the ledgers."""
         for ledger in self._ledgers:
             ledger.close()
 

@@ -91,7 +91,6 @@ class SupervisedRun:
 
     @property
     def is_finished(self) -> bool:
-        """True when all steps of the run are done."""
         return self._step >= self._plan.num_steps
 
     def run(self) -> None:
@@ -158,7 +157,6 @@ class SupervisedRun:
         return loss
 
     def _sequences(self, rows: SftRows, indices: list[int]) -> Iterator[TokenRow]:
-        """This rank's share of the rows' sequences."""
         for index in indices[self._ranks.rank :: self._ranks.world_size]:
             yield from rows.sequences(index)
 

@@ -19,8 +19,7 @@ from dataclasses import dataclass
 
 from areal_like.wire.messages.consumer import EarlyMember
 from trainer.advantages.base import Advantage, Estimator, FloatArray
-from trainer.advantages.parts import context_of
-from trainer.advantages.reward_history import RewardHistory
+from trainer.advantages.parts import RewardHistory, context_of
 from trainer.advantages.turns import group_advantages
 from trainer.batching.packing import SampleCounts, TrainingSample, num_targets
 from trainer.batching.positions import Position, as_context

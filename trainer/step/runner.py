@@ -7,7 +7,7 @@
 Gradients of unnormalized sums accumulate while later groups are still being generated, and are divided once
 by global counts, so the result depends neither on the cuts nor on the number of ranks nor on the order of
 arrival. An objective of scope BATCH waits for the whole step and gets a pass without gradient first. All
-ranks run equal numbers of micro-batches (see `batching/lockstep.py`).
+ranks run equal numbers of micro-batches (see `batching/packing.py`).
 
 A group whose advantages are all zero counts in the normalizer but is not run, unless the objective needs it.
 
@@ -31,8 +31,7 @@ from trainer.advantages.base import Estimator
 from trainer.advantages.critic import Critic, ValueTarget
 from trainer.advantages.reward_shaping import Shaping
 from trainer.batching.balancer import Balancer
-from trainer.batching.lockstep import in_lockstep
-from trainer.batching.packing import MicroBatch, PackedBatch, Packer, TrainingSample, is_target
+from trainer.batching.packing import MicroBatch, PackedBatch, Packer, TrainingSample, in_lockstep, is_target
 from trainer.batching.positions import Position
 from trainer.batching.sampled_tokens import SampledTokens
 from trainer.batching.scope import Scope
@@ -41,8 +40,7 @@ from trainer.distributed.ranks import IncompleteStepError, Ranks
 from trainer.gradients.base import Gradients
 from trainer.metrics.lag import LagTally
 from trainer.metrics.model_flops import ModelFlops, cost_of
-from trainer.metrics.phase_timer import PhaseTimer
-from trainer.metrics.speed import StepSpeed
+from trainer.metrics.speed import PhaseTimer, StepSpeed
 from trainer.metrics.step_totals import OF_BEYOND, StepTotals
 from trainer.models.policy import Policy
 from trainer.objectives import Need, Objective, StepStats
