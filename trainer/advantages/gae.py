@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from areal_like.config.common import NonNegativeFloat, NonNegativeInt, PositiveInt
 from areal_like.errors import ConfigError
 from trainer.advantages.base import ADVANTAGES, Estimator, FloatArray, whitening
 from trainer.batching.scope import Scope
@@ -119,31 +120,21 @@ class Gae(Estimator):
     """Lambda of the policy's advantages: lower relies more on the critic, 1 is return minus value."""
     lam_critic: float = 1.0
     """Lambda of the critic's targets."""
-    critic_lr: float = 0.0
+    critic_lr: NonNegativeFloat = 0.0
     """Critic's AdamW learning rate, with the policy's warm-up and schedule; 0: ten times `trainer.lr`."""
-    critic_warmup_steps: int = 0
+    critic_warmup_steps: NonNegativeInt = 0
     """Number of first steps in which only the critic is trained."""
-    critic_updates: int = 1
+    critic_updates: PositiveInt = 1
     """Updates of the critic per step, all on the step's samples."""
-    value_clip: float = 0.5
+    value_clip: NonNegativeFloat = 0.5
     """Distance a value may move in one step before its loss is clipped; 0: no clip.
 
     No effect with one update per step.
     """
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         if not 0 < self.gamma <= 1 or not 0 <= self.lam <= 1 or not 0 <= self.lam_critic <= 1:
             raise ConfigError("advantage: gae needs 0 < gamma <= 1, and lam and lam_critic between 0 and 1")
-        if (
-            self.critic_lr < 0
-            or self.critic_warmup_steps < 0
-            or self.critic_updates < 1
-            or self.value_clip < 0
-        ):
-            raise ConfigError(
-                "advantage: gae needs critic_lr, critic_warmup_steps and value_clip of at least 0, "
-                "and critic_updates of at least 1"
-            )
 
     def of_tokens(
         self, rewards_S: FloatArray, values_S: FloatArray, *, discounts_S: FloatArray | float = 1.0

@@ -19,11 +19,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from areal_like.errors import ConfigError
 from areal_like.trajectory import Trajectory, are_equal_rewards
 from trainer.advantages.base import ADVANTAGES, Advantage, FloatArray, rewards_of, whitening
 from trainer.advantages.parts import PartContext
@@ -163,12 +163,8 @@ class ReinforcePlusPlus(Advantage):
 
     scope = Scope.BATCH
 
-    baseline: str = "none"
+    baseline: Literal["none", "group"] = "none"
     """`none`, or `group` to subtract the group's mean first (the paper's form for reasoning)."""
-
-    def __post_init__(self) -> None:
-        if self.baseline not in ("none", "group"):
-            raise ConfigError(f"advantage.baseline={self.baseline}: use none or group")
 
     @property
     def compares_samples(self) -> bool:

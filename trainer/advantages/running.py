@@ -37,7 +37,7 @@ class Running(Advantage):
     first: float = 0.0
     """b of the first step, before any reward is known."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         if not 0 < self.decay <= 1:
             raise ConfigError(f"advantage.decay={self.decay}: use a value above 0 and at most 1")
 

@@ -82,7 +82,7 @@ class Composed(Objective):
     caps_beyond: bool = False
     """The importance weight of a token beyond the staleness bound is at most 1."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         for name in _OF_INNER:
             object.__setattr__(self, name, getattr(self.inner, name))
 

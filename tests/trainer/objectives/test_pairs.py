@@ -130,7 +130,7 @@ def test_rebel_is_oapl_with_the_best_constant() -> None:
     ids=str,
 )
 def test_wrong_settings_are_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"objective(\.\w+=|: use beta)"):
+    with pytest.raises(ConfigError, match=r"objective\.(\w+=|beta must be)"):
         build_objective({"name": "rebel", **settings})
 
 

@@ -175,7 +175,11 @@ def test_a_configured_job_builds_the_copy(tmp_path: Path, ranks: Ranks) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"prox": "old"}, "snapshot or average"), ({"interval": 0}, "interval"), ({"decay": 1.0}, "decay")],
+    [
+        ({"prox": "old"}, "interpolated, snapshot, average"),
+        ({"interval": 0}, "interval"),
+        ({"decay": 1.0}, "decay"),
+    ],
     ids=str,
 )
 def test_wrong_settings_are_refused(settings: dict[str, object], message: str) -> None:
