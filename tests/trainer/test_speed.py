@@ -32,7 +32,7 @@ from trainer.metrics.distributions import (
 )
 from trainer.metrics.model_flops import ModelFlops
 from trainer.metrics.prometheus import GpuMemory, TrainerSeries
-from trainer.metrics.speed import PhaseTimer, clock_of
+from trainer.metrics.speed import Clock, PhaseTimer, clock_of
 from trainer.models.policy import Policy
 
 
@@ -97,7 +97,7 @@ def test_the_peak_of_a_gpu_by_its_name(name: str, tflops: float | None) -> None:
     assert peak_flops(name) == (None if tflops is None else tflops * 1e12)
 
 
-class Stream:
+class Stream(Clock):
     """A GPU's clock: marks are counted, and are reached at given times."""
 
     def __init__(self, times: Iterable[float]) -> None:

@@ -75,22 +75,16 @@ class Grpo(Advantage):
 
 @ADVANTAGES.register("rloo")
 @dataclass(frozen=True, kw_only=True)
-class Rloo(Advantage):
+class Rloo(DrGrpo):
     """RLOO (arXiv 2402.14740): A = R - mean of the other samples = G / (G - 1) (R - mean).
 
     The baseline is unbiased.
     """
 
-    takes_parts = True
-
     def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
         """[G]; zero for a group of one sample."""
         size = len(group)
         return [float(a) for a in centered(rewards_of(group)) * (size / max(size - 1, 1))]
-
-    def of_part(self, reward: float, context: PartContext) -> float:
-        """R - b"""
-        return reward - context.baseline()
 
 
 @ADVANTAGES.register("remax")
@@ -131,27 +125,19 @@ class Opo(Advantage):
 
 @ADVANTAGES.register("gpg")
 @dataclass(frozen=True, kw_only=True)
-class Gpg(Advantage):
+class Gpg(DrGrpo):
     """GPG (arXiv 2504.02546): A = alpha (R - mean), alpha = groups of the step / groups whose rewards differ.
 
-    The factor compensates for groups without a gradient, which would dilute the mean over all groups.
+    The factor compensates for groups without a gradient, which would dilute the mean over all groups. For
+    parts alpha is 1, because a group of equal rewards has a gradient too.
     """
 
-    takes_parts = True
-
     scope = Scope.BATCH
-
-    def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
-        return [float(a) for a in centered(rewards_of(group))]
 
     def rescale(self, *, advantages_S: FloatArray, groups_S: NDArray[np.int64]) -> tuple[float, float]:
         """(0, alpha); alpha is 1 if no group of the step has differing rewards."""
         num_groups, num_spread = len(np.unique(groups_S)), len(np.unique(groups_S[advantages_S != 0]))
         return 0.0, num_groups / num_spread if num_spread else 1.0
-
-    def of_part(self, reward: float, context: PartContext) -> float:
-        """R - b; alpha is 1, because a group of equal rewards has a gradient too."""
-        return reward - context.baseline()
 
 
 @ADVANTAGES.register("reinforce_pp")

@@ -102,11 +102,15 @@ _EVAL_GAUGES = {
     "num_failed": ("failed_samples", "Samples of the set's last evaluation that failed and count 0"),
 }
 """Key of a row -> series and its text."""
-_PUSH_PARTS = {
-    "staging": "Seconds in which all buckets of a push were made ready, before engines were asked to receive",
-    "broadcast": "Seconds of a push from the request to the engines to the end of the last broadcast",
-    "stall": "Longest time that one engine decoded nothing because of a push",
+_PUSH_HISTOGRAMS = {
+    "seconds": "Seconds from a granted version to its activation",
+    "staging_seconds": "Seconds in which all buckets of a push were made ready, before engines were asked to "
+    "receive",
+    "broadcast_seconds": "Seconds of a push from the request to the engines to the end of the last broadcast",
+    "stall_seconds": "Longest time that one engine decoded nothing because of a push",
 }
+"""Field of a `PushReport` -> help text of its series."""
+_PUSH_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 TRACKER_OUTCOMES = ("logged", "failed", "left_out")
 """Outcome of a row: the tracker wrote it, it raised, or it did not get the row (too slow, or off)."""
 
@@ -163,21 +167,14 @@ class TrainerSeries:
             "trainer_pushes", "Weight pushes by outcome", label="outcome", values=("ok", "failed")
         )
         self._push_bytes = metrics.counter("trainer_push_bytes", "Bytes of weights broadcast")
-        self._push_seconds = metrics.histogram(
-            "trainer_push_seconds",
-            "Seconds from a granted version to its activation",
-            buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100),
-        )
-        self._push_parts = {
-            name: metrics.histogram(
-                f"trainer_push_{name}_seconds", doc, buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
-            )
-            for name, doc in _PUSH_PARTS.items()
+        self._push_histograms = {
+            name: metrics.histogram(f"trainer_push_{name}", doc, buckets=_PUSH_BUCKETS)
+            for name, doc in _PUSH_HISTOGRAMS.items()
         }
         self._recovery_seconds = metrics.histogram(
             "trainer_push_recovery_seconds",
             "Longest time that a survivor of a broken broadcast needed to leave its group",
-            buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10),
+            buckets=_PUSH_BUCKETS[:7],
         )
         self._freeze_seconds = metrics.counter(
             "trainer_freeze_seconds", "Seconds that training waited for snapshots of the weights"
@@ -252,10 +249,8 @@ class TrainerSeries:
     def pushed(self, report: PushReport) -> None:
         self._pushes.labels("ok" if report.num_activated else "failed").inc()
         self._push_bytes.inc(report.num_bytes)
-        self._push_seconds.observe(report.seconds)
-        self._push_parts["staging"].observe(report.staging_seconds)
-        self._push_parts["broadcast"].observe(report.broadcast_seconds)
-        self._push_parts["stall"].observe(report.stall_seconds)
+        for name, histogram in self._push_histograms.items():
+            histogram.observe(getattr(report, name))
         if report.recovery_seconds:
             self._recovery_seconds.observe(report.recovery_seconds)
         if report.num_activated:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -27,27 +27,19 @@ from trainer.profiling.ranges import named_range
 T = TypeVar("T")
 
 
-class Clock(Protocol):
-    """Marks points in time, and later gives the seconds between them."""
+class Clock:
+    """Marks points in time, and later gives the seconds between them; this class by the time of the host."""
 
     def mark(self) -> Any:
         """Returns a mark of the current time. Must not block."""
+        return time.perf_counter()
 
     def seconds(self, spans: Iterable[tuple[Any, Any]]) -> list[float]:
         """The seconds from the first to the second mark of each pair. May block."""
-
-
-class HostClock:
-    """Time of the host."""
-
-    def mark(self) -> float:
-        return time.perf_counter()
-
-    def seconds(self, spans: Iterable[tuple[float, float]]) -> list[float]:
         return [end - start for start, end in spans]
 
 
-class CudaClock:
+class CudaClock(Clock):
     """Time of a GPU's current stream: a mark is an event that is reached after the work queued before it."""
 
     def __init__(self, device: torch.device) -> None:
@@ -64,7 +56,7 @@ class CudaClock:
 
 
 def clock_of(device: torch.device) -> Clock:
-    return CudaClock(device) if device.type == "cuda" else HostClock()
+    return CudaClock(device) if device.type == "cuda" else Clock()
 
 
 class PhaseTimer:
@@ -79,7 +71,7 @@ class PhaseTimer:
         `clock`: measures the phases; None: the host's clock.
         """
         self._place = place or RankPhase()
-        self._clock = clock or HostClock()
+        self._clock = clock or Clock()
         self._start = time.perf_counter()
         self._spans: dict[str, list[tuple[Any, Any]]] = {phase: [] for phase in phases}
 
@@ -128,17 +120,16 @@ class StepSpeed:
         policy: PackedModel,
         ranks: Ranks,
         *,
-        reference: PackedModel | None = None,
-        proximal: PackedModel | None = None,
+        others: Iterable[PackedModel | None] = (),
         peak_tflops: float = 0.0,
     ) -> None:
-        """`reference`, `proximal`: models that run forward in addition to each pass of the policy.
+        """`others`: models that run forward in addition to each pass of the policy.
 
         `peak_tflops`: peak of one rank's device; 0: looked up by its name, and unknown on a CPU.
         """
         self._ranks = ranks
         self._policy = ModelFlops.of(policy.model)
-        self._others = [ModelFlops.of(each.model) for each in (reference, proximal) if each is not None]
+        self._others = [ModelFlops.of(each.model) for each in others if each is not None]
         device = ranks.device
         known = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self._peak = peak_tflops * 1e12 or known

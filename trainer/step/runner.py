@@ -123,29 +123,19 @@ class StepRunner:
         if self.advantages.scope is Scope.BATCH:
             self._step_advantages = StepAdvantages(self.advantages, ranks, critic=critic)
         self._shares_prefixes = objective.shares_prefixes and not objective.late_coefficients
+        limits: dict[str, Any] = {
+            "budget_tokens": budget_tokens,
+            "whole_groups": objective.whole_groups,
+            "shares_prefixes": self._shares_prefixes,
+        }
+        is_single = objective.one_sequence_per_microbatch
         self._packer: Packer | Balancer
-        if balances and not objective.one_sequence_per_microbatch:
-            self._packer = Balancer(
-                ranks,
-                cost=cost_of(ModelFlops.of(policy.model)),
-                budget_tokens=budget_tokens,
-                whole_groups=objective.whole_groups,
-                shares_prefixes=self._shares_prefixes,
-            )
+        if balances and not is_single:
+            self._packer = Balancer(ranks, cost=cost_of(ModelFlops.of(policy.model)), **limits)
         else:
-            self._packer = Packer(
-                budget_tokens=budget_tokens,
-                whole_groups=objective.whole_groups,
-                one_sequence_per_microbatch=objective.one_sequence_per_microbatch,
-                shares_prefixes=self._shares_prefixes,
-            )
-        self._speed = StepSpeed(
-            policy,
-            ranks,
-            reference=reference if Need.REF in objective.needs else None,
-            proximal=None if proximal is None else proximal.model,
-            peak_tflops=peak_tflops,
-        )
+            self._packer = Packer(one_sequence_per_microbatch=is_single, **limits)
+        others = [reference if Need.REF in objective.needs else None, proximal and proximal.model]
+        self._speed = StepSpeed(policy, ranks, others=others, peak_tflops=peak_tflops)
 
     def run(
         self,
