@@ -142,14 +142,7 @@ class Trainer:
         run."""
         if step is None:
             return 0, {}
-        extra = self._checkpoints.load(
-            step,
-            self._policy,
-            self._runner.optimizer,
-            self._ranks,
-            critic=self._runner.critic,
-            proximal=self._runner.proximal,
-        )
+        extra = self._checkpoints.load(step, ranks=self._ranks, **self._runner.saved)
         if "stream" not in extra:
             raise ConfigError(
                 f"{self._checkpoints.path(step)} is a checkpoint of supervised training: continue it with "
@@ -257,16 +250,7 @@ class Trainer:
                     drain_s,
                 )
 
-        self._checkpoints.save(
-            step,
-            self._policy,
-            self._runner.optimizer,
-            self._ranks,
-            critic=self._runner.critic,
-            proximal=self._runner.proximal,
-            extra=extra,
-            on_saved=commit,
-        )
+        self._checkpoints.save(step, ranks=self._ranks, extra=extra, on_saved=commit, **self._runner.saved)
 
     async def _hand_over(self, _: dict[str, Any]) -> dict[str, Any]:
         """Control verb of rank 0: drains, but leaves the stream open for the next trainer."""

@@ -23,16 +23,16 @@ from tests.support.trainer_helpers import ARCHITECTURES, random_groups, run_rank
 from tests.support.trainer_ranks import make_runner
 from trainer.batching.shared_prefixes import SharedRows
 from trainer.distributed.ranks import Ranks
-from trainer.metrics.distributions import (
+from trainer.metrics.model_flops import ModelFlops
+from trainer.metrics.prometheus import GpuMemory, TrainerSeries
+from trainer.metrics.speed import Clock, PhaseTimer, clock_of
+from trainer.metrics.step_totals import (
     NUM_BUCKETS,
     MagnitudeHistogram,
     as_parts,
     joined_parts,
     percentile_of_counts,
 )
-from trainer.metrics.model_flops import ModelFlops
-from trainer.metrics.prometheus import GpuMemory, TrainerSeries
-from trainer.metrics.speed import Clock, PhaseTimer, clock_of
 from trainer.models.policy import Policy
 
 

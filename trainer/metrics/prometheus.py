@@ -14,9 +14,9 @@ from prometheus_client.registry import Collector
 from areal_like.config import EvalSetConfig
 from areal_like.runtime.metrics import PREFIX, SECONDS, Metrics
 from areal_like.trajectory import FinishReason
-from trainer.metrics.distributions import PERCENTILES
 from trainer.metrics.named_means import MAX_NAMES
 from trainer.metrics.speed import PHASES
+from trainer.metrics.step_totals import PERCENTILES
 from trainer.weights.checks import CheckReport
 from trainer.weights.publisher import PushReport
 

@@ -400,6 +400,16 @@ class StepRunner:
         )
         return metrics | lags.reduced(self._ranks)
 
+    @property
+    def saved(self) -> dict[str, Any]:
+        """The models and optimizers of a checkpoint, by the arguments of `Checkpoints.save` and `load`."""
+        return {
+            "policy": self.policy,
+            "optimizer": self.optimizer,
+            "critic": self.critic,
+            "proximal": self.proximal,
+        }
+
     def state(self) -> dict[str, Any]:
         """The state that a checkpoint stores in addition to weights and moments, for `restore`; JSON."""
         state = {"shaping_duals": self.rewards.duals, "advantage_state": list(self.advantages.state)}
