@@ -4,13 +4,11 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -39,12 +37,6 @@ from trainer.step.build import build_step_runner
 from trainer.step.runner import StepRunner
 
 PLAIN = {"advantage": {"name": "gae"}}
-
-
-@pytest.fixture
-def ranks() -> Iterator[Ranks]:
-    yield Ranks.alone()
-    dist.destroy_process_group()
 
 
 # --- the recursion ---

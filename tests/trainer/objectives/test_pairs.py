@@ -5,14 +5,13 @@ import json
 import math
 import os
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
@@ -135,12 +134,6 @@ def test_wrong_settings_are_refused(settings: dict[str, Any]) -> None:
 
 
 # --- in a step ---
-
-
-@pytest.fixture
-def ranks() -> Iterator[Ranks]:
-    yield Ranks.alone()
-    dist.destroy_process_group()
 
 
 def answer(rng: np.random.Generator, prompt: list[int], *, reward: float) -> Trajectory:

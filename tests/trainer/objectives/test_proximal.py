@@ -2,12 +2,10 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -28,12 +26,6 @@ from trainer.step.runner import StepRunner
 
 AVERAGE = {"objective": {"name": "decoupled_ppo", "prox": "average", "decay": 0.5}}
 SNAPSHOT = {"objective": {"name": "decoupled_ppo", "prox": "snapshot", "interval": 2}}
-
-
-@pytest.fixture
-def ranks() -> Iterator[Ranks]:
-    yield Ranks.alone()
-    dist.destroy_process_group()
 
 
 def weights_of(runner: StepRunner) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
