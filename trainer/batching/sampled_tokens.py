@@ -88,12 +88,12 @@ class SampledTokens:
     def of(
         cls,
         batch: PackedBatch,
-        *,
         logp_S: Tensor,
         entropy_S: Tensor,
+        collision_S: Tensor | None = None,
+        *,
         prox_logp_S: Tensor | None = None,
         ref_logp_S: Tensor | None = None,
-        collision_S: Tensor | None = None,
     ) -> SampledTokens:
         """The sampled tokens of a packed batch, with the results [S] of the forward passes over it."""
         dtype, at = logp_S.dtype, batch.sampled_S

@@ -70,7 +70,7 @@ def lag_metrics(num_by_lag: list[int]) -> dict[str, Any]:
     }
 
 
-class SampleRow(NamedTuple):
+class PartRow(NamedTuple):
     """One sample; all columns travel as float64."""
 
     ticket_id: int
@@ -102,7 +102,7 @@ class PartTable:
     """Collects rows, then gives the metrics: note() for each position -> metrics()."""
 
     def __init__(self) -> None:
-        self._rows: list[SampleRow] = []
+        self._rows: list[PartRow] = []
 
     def note(self, position: Position, samples: Sequence[TrainingSample]) -> None:
         """Adds the samples of a position, in its order."""
@@ -115,7 +115,7 @@ class PartTable:
             advantage = np.broadcast_to(sample.advantage, sampled.shape)
             lags = position.lags[index][trained]
             self._rows.append(
-                SampleRow(
+                PartRow(
                     ticket_id=origin.ticket_id,
                     sample_index=origin.sample_index,
                     num_early=len(origin.early) if origin.is_closed else -1,
@@ -137,8 +137,8 @@ class PartTable:
         A mean over nothing (no token beyond the bound, no late sample, no closed group) is 0.
         """
         rows = torch.tensor(self._rows, dtype=torch.float64).flatten()
-        table = ranks.gather(rows).view(-1, len(SampleRow._fields)).numpy()
-        column = dict(zip(SampleRow._fields, table.T, strict=True))
+        table = ranks.gather(rows).view(-1, len(PartRow._fields)).numpy()
+        column = dict(zip(PartRow._fields, table.T, strict=True))
         sampled_B, beyond_B = column["num_sampled"], column["num_beyond"]
         late_B, reward_B = column["is_late"] > 0, column["reward"]
         quartile_B = _quartiles(sampled_B, column["sample_index"], column["ticket_id"])

@@ -49,13 +49,6 @@ if TYPE_CHECKING:
     from trainer.models.policy import Policy
 
 
-_OF_INNER = (
-    *("whole_groups", "one_sequence_per_microbatch", "late_coefficients", "shares_prefixes"),
-    *("single_version", "ess_level", "proximal", "advantage", "normalizer"),
-)
-"""Attributes that masks and terms do not change."""
-
-
 def kl_estimate(log_ratio: Tensor, *, estimator: str) -> Tensor:
     """Element-wise estimate of KL(pi || ref) from log(pi / ref), any shape.
 
@@ -83,7 +76,7 @@ class Composed(Objective):
     """The importance weight of a token beyond the staleness bound is at most 1."""
 
     def check(self) -> None:
-        for name in _OF_INNER:
+        for name in Objective.__annotations__.keys() - vars(Composed).keys():
             object.__setattr__(self, name, getattr(self.inner, name))
 
     @property

@@ -282,9 +282,9 @@ class StepRunner:
         Collective under FSDP2.
         """
         needs = self._objective.needs
-        logp_S, entropy_S, collision_S = self.policy(batch)
+        output = self.policy(batch)
         # One optimizer step per batch: the weights at the start of the step are the current ones.
-        prox_logp_S = logp_S.detach() if Need.PROX in needs else None
+        prox_logp_S = output.logprobs_S.detach() if Need.PROX in needs else None
         ref_logp_S = None
         with torch.no_grad():
             if Need.PROX in needs and self.proximal is not None:
@@ -295,15 +295,8 @@ class StepRunner:
         totals.add("model_flops", self._speed.flops_of(batch) if live else 0.0)
         if self._is_first_forward:
             self._is_first_forward = False
-            self.on_first_forward(batch, logp_S)
-        tokens = SampledTokens.of(
-            batch,
-            logp_S=logp_S,
-            entropy_S=entropy_S,
-            prox_logp_S=prox_logp_S,
-            ref_logp_S=ref_logp_S,
-            collision_S=collision_S,
-        )
+            self.on_first_forward(batch, output.logprobs_S)
+        tokens = SampledTokens.of(batch, *output, prox_logp_S=prox_logp_S, ref_logp_S=ref_logp_S)
         if tokens.beyond_S is None:
             return tokens
         if torch.is_grad_enabled():  # not in the pass for the statistics of the step
