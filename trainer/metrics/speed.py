@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -120,7 +120,7 @@ class StepSpeed:
         policy: PackedModel,
         ranks: Ranks,
         *,
-        others: Iterable[PackedModel | None] = (),
+        others: Sequence[PackedModel] = (),
         peak_tflops: float = 0.0,
     ) -> None:
         """`others`: models that run forward in addition to each pass of the policy.
@@ -129,7 +129,7 @@ class StepSpeed:
         """
         self._ranks = ranks
         self._policy = ModelFlops.of(policy.model)
-        self._others = [ModelFlops.of(each.model) for each in others if each is not None]
+        self._others = [ModelFlops.of(each.model) for each in others]
         device = ranks.device
         known = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self._peak = peak_tflops * 1e12 or known

@@ -134,7 +134,9 @@ class StepRunner:
             self._packer = Balancer(ranks, cost=cost_of(ModelFlops.of(policy.model)), **limits)
         else:
             self._packer = Packer(one_sequence_per_microbatch=is_single, **limits)
-        others = [reference if Need.REF in objective.needs else None, proximal and proximal.model]
+        others = [reference] if reference is not None and Need.REF in objective.needs else []
+        if proximal is not None:
+            others.append(proximal.model)
         self._speed = StepSpeed(policy, ranks, others=others, peak_tflops=peak_tflops)
 
     def run(
@@ -183,9 +185,11 @@ class StepRunner:
         return self._metrics(update, totals, timer)
 
     def _positions(self, groups: Iterable[TrajectoryGroup | Position], *, step: int) -> Iterator[Position]:
-        """The positions with their places in the step. Raises ConfigError if one has parts of closed groups
-        and the method needs whole ones: the run was changed from `buffer.overdue=close`, and the ledger still
-        had them."""
+        """The positions with their places in the step.
+
+        Raises ConfigError if one has parts of closed groups and the method needs whole ones: the run was
+        changed from `buffer.overdue=close`, and the ledger still had them.
+        """
         needs = self.advantages.needs_whole_groups
         if self._objective.whole_groups or not self._objective.takes_parts:
             needs = f"objective {self._objective.display_name}"
