@@ -10,6 +10,7 @@ seeds count. The trainer compares a job with this table when it starts.
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
@@ -52,8 +53,9 @@ def bounds(done: Iterable[tuple[Cell, CellResult]]) -> dict[str, Any]:
 
 
 def write_bounds(done: Iterable[tuple[Cell, CellResult]], path: Path = TABLE) -> None:
-    """Writes the table."""
-    path.write_text(json.dumps(bounds(done), indent=1) + "\n")
+    """Writes the table, each row on one line."""
+    text = json.dumps(bounds(done), indent=1)
+    path.write_text(re.sub(r"\{[^{}]*\}", lambda found: " ".join(found[0].split()), text) + "\n")
 
 
 def _means(rates: dict[float, list[float]]) -> dict[float, float]:

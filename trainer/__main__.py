@@ -16,13 +16,12 @@ from trainer.start import start
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the trainer; returns the exit code."""
     return start(argv, text=__doc__, name="trainer", module="trainer", run_rank=_run_rank)
 
 
 def _run_rank(config: Config) -> bool:
     with uncollected():
-        from trainer.rank_process import run_rank
+        from trainer.daemon import run_rank
 
     return run_rank(config)
 

@@ -1,4 +1,6 @@
-"""One rank of the trainer: the loop around the optimizer step.
+"""One rank of the trainer: its process, and the loop around the optimizer step.
+
+    log -> settings checked -> process group joined -> buffers registered with -> `Trainer.run` -> exit code
 
     load -> (resume) -> evaluate
          -> { groups -> step -> complete -> offer weights -> checkpoint (in a thread: write -> commit) } *
@@ -17,25 +19,39 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import signal
+import threading
 import time
 from typing import Any
 
-from areal_like.automatic_settings import compute_dtype
+import torch
+import torch.distributed as dist
+
+from areal_like.automatic_settings import compute_dtype, recomputes_activations, resolved
 from areal_like.config import Config
 from areal_like.errors import ConfigError, RunFinishedError, UserError
 from areal_like.paths import RunPaths, model_path
+from areal_like.runtime.daemon import DrainSignals
 from areal_like.runtime.process import parent_is_gone
+from areal_like.security.binding import require_loopback_or_keys
 from areal_like.spans.recorder import record, record_phase
 from areal_like.weights.snapshots_on_disk import VERSION_KEY
-from trainer.buffer_client.client import TrainerBufferClient
+from trainer.buffer_client.client import StopRequestedError, TrainerBufferClient
 from trainer.checkpoints.checkpoint import Checkpoints
+from trainer.checkpoints.directory import remove_partials
+from trainer.distributed.process_group import device_of, joined_ranks
 from trainer.distributed.ranks import IncompleteStepError, Ranks
 from trainer.leader import Leader, received, shared
+from trainer.metrics.prometheus import GpuMemory
 from trainer.models.policy import build_policy
 from trainer.profiling.ranges import named_range
 from trainer.profiling.recorder import StepRecorder
 from trainer.step.build import build_step_runner
+from trainer.step.recipe import StepRecipe
+from trainer.step.staleness_bounds import staleness_warning
+from trainer.trackers import build_trackers
+from trainer.weights.backend import check_nccl
 from trainer.weights.snapshot import BackgroundGather, BoundaryGather, Snapshot, WeightSnapshotter
 
 log = logging.getLogger(__name__)
@@ -81,7 +97,6 @@ class Trainer:
 
     @property
     def is_finished(self) -> bool:
-        """True when all steps of the run are done."""
         return self._step >= self._config.trainer.num_steps
 
     def run(self) -> None:
@@ -127,14 +142,7 @@ class Trainer:
         run."""
         if step is None:
             return 0, {}
-        extra = self._checkpoints.load(
-            step,
-            self._policy,
-            self._runner.optimizer,
-            self._ranks,
-            critic=self._runner.critic,
-            proximal=self._runner.proximal,
-        )
+        extra = self._checkpoints.load(step, ranks=self._ranks, **self._runner.saved)
         if "stream" not in extra:
             raise ConfigError(
                 f"{self._checkpoints.path(step)} is a checkpoint of supervised training: continue it with "
@@ -242,16 +250,7 @@ class Trainer:
                     drain_s,
                 )
 
-        self._checkpoints.save(
-            step,
-            self._policy,
-            self._runner.optimizer,
-            self._ranks,
-            critic=self._runner.critic,
-            proximal=self._runner.proximal,
-            extra=extra,
-            on_saved=commit,
-        )
+        self._checkpoints.save(step, ranks=self._ranks, extra=extra, on_saved=commit, **self._runner.saved)
 
     async def _hand_over(self, _: dict[str, Any]) -> dict[str, Any]:
         """Control verb of rank 0: drains, but leaves the stream open for the next trainer."""
@@ -271,3 +270,60 @@ class Trainer:
             "profile": self._recorder.status(),
         }
         return base | (self._leader.status() if self._leader is not None else {})
+
+
+_CONTROL_TIMEOUT_S = 24 * 3600.0
+"""Longest time that a rank lets the others wait in a control message: for groups and evaluations, while the
+rollout servers make progress. A rank that stalls raises its own error, and a rank that dies closes its
+connections: both end this wait at once."""
+
+
+def run_rank(config: Config) -> bool:
+    """Runs one rank from start to end. Returns True if the run is finished, False after a drain."""
+    started_s = time.monotonic()
+    config = resolved(config)
+    require_loopback_or_keys(config.security, config.weights.host, setting="weights.host")
+    recipe = StepRecipe.of(config)
+    recipe.check_stream(config)  # reports a mistake in the settings before the model is loaded
+    build_trackers(config.trackers)  # reports a missing package
+    torch.set_num_threads(config.trainer.num_threads)
+    device = device_of(config)
+    activations = "recomputed" if recomputes_activations(config) else "kept"
+    log.info("the forward is in %s, activations are %s", config.model.dtype, activations)
+    if os.environ.get("RANK", "0") == "0":
+        check_nccl(config, device)
+        if text := staleness_warning(config, recipe.objective):
+            log.warning("%s", text)
+    with joined_ranks(
+        config, device, control_timeout_s=_CONTROL_TIMEOUT_S, quiet=(UserError, StopRequestedError)
+    ) as ranks:
+        process = torch.tensor(list(secrets.token_bytes(16)), dtype=torch.int64)
+        dist.broadcast(process, src=0)
+        # Before the first request to the buffer: on a full disk the buffer replies only when there is space
+        # again.
+        if ranks.rank == 0:
+            remove_partials(RunPaths.of(config).checkpoints)
+        buffer = TrainerBufferClient(
+            config,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            device=str(device),
+            process=bytes(process.tolist()).hex(),
+        )
+
+        def on_drain() -> None:
+            buffer.stop_requested.set()
+            timer = threading.Timer(config.daemon.drain_timeout_s / 3, buffer.abandon_step.set)
+            timer.daemon = True
+            timer.start()
+
+        DrainSignals(drain_timeout_s=config.daemon.drain_timeout_s, on_drain=on_drain)
+        try:
+            with buffer:
+                buffer.runtime.metrics.registry.register(GpuMemory(device))
+                trainer = Trainer(config, buffer, ranks, started_s=started_s)
+                trainer.run()
+            return trainer.is_finished
+        except StopRequestedError as stop:
+            log.info("%s", stop)
+            return False

@@ -269,7 +269,6 @@ def _results(config: Config, buffer: TrainerBufferClient, *, step: int) -> dict[
 
 
 def main(argv: Sequence[str]) -> int:
-    """Evaluates the model; returns the exit code."""
     if shows_help(list(argv), __doc__):
         return 0
     early_signals()

@@ -26,7 +26,7 @@ from areal_like.chat import learned_tokens
 from areal_like.config import Config
 from areal_like.errors import ConfigError, UserError, first_line
 from areal_like.paths import RunPaths, cache_dir, model_path
-from areal_like.runtime.command_line import load_config, shows_help
+from areal_like.runtime.command_line import Options, load_config, shows_help
 from areal_like.runtime.imports import uncollected
 from areal_like.runtime.process import die_with_launcher, keep_files_private
 
@@ -217,15 +217,10 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     try:
-        out_dir = None
-        if "--out" in argv:
-            at = argv.index("--out")
-            if at + 1 >= len(argv):
-                raise ConfigError("--out: name a directory")
-            out_dir = Path(argv[at + 1])
-            del argv[at : at + 2]
-        config = load_config(argv)
-        sys.stdout.write(prepare_model(config, out_dir=out_dir) + "\n")
+        options = Options()
+        options.add_argument("--out", type=Path)
+        values, settings = options.parse_known_args(argv)
+        sys.stdout.write(prepare_model(load_config(settings), out_dir=values.out) + "\n")
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

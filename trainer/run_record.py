@@ -57,7 +57,6 @@ class RunRecord:
         self.series.evaluated(row, is_first=row["set"] == self._first_set)
 
     def pushed(self, report: PushReport) -> None:
-        """Records a push that has just ended."""
         start_s = time.monotonic() - report.seconds
         failed = sorted(report.failed)
         record("pushes", f"push of v{report.version}", start_s=start_s, step=report.step, failed=failed)

@@ -58,8 +58,9 @@ class Section:
     key: ClassVar[str] = ""
     """Dotted path of the section in the configuration; empty for the root."""
 
-    def __init_subclass__(cls, *, key: str = "") -> None:
-        cls.key = key
+    def __init_subclass__(cls, *, key: str | None = None) -> None:
+        if key is not None:  # else that of the base class
+            cls.key = key
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a value outside the choices or bounds of its field, then calls `check`."""

@@ -23,9 +23,8 @@ from tests.support.part_groups import example_step
 from tests.support.trainer_helpers import random_groups, write_model
 from tests.support.trainer_ranks import make_runner
 from trainer.distributed.ranks import Ranks
-from trainer.metrics.gpu_memory import GpuMemory
 from trainer.metrics.lag import LagTally
-from trainer.metrics.prometheus import TrainerSeries
+from trainer.metrics.prometheus import GpuMemory, TrainerSeries
 from trainer.metrics.run_files import step_row
 from trainer.objectives import OBJECTIVES
 

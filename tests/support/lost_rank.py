@@ -18,11 +18,10 @@ import torch
 
 from areal_like.config import Config, TrainerConfig
 from areal_like.runtime.process import die_with_parent
-from trainer.batching.lockstep import in_lockstep
-from trainer.batching.packing import TrainingSample
+from trainer.batching.packing import TrainingSample, in_lockstep
 from trainer.distributed.process_group import joined_ranks
 from trainer.distributed.spawn import STORE_FD
-from trainer.metrics.phase_timer import PhaseTimer
+from trainer.metrics.speed import PhaseTimer
 
 
 def main(folder: Path, world_size: int, how: str) -> int:
@@ -73,9 +72,9 @@ def _run_rank(folder: Path, *, is_last: bool, how: str) -> None:
 
 
 def _endless():  # type: ignore[no-untyped-def]
-    from trainer.batching import lockstep
+    from trainer.batching import packing
 
-    sample: TrainingSample = lockstep._DUMMY
+    sample: TrainingSample = packing._DUMMY
     while True:
         yield [sample]
 

@@ -67,7 +67,7 @@ _IMPORTED = (
     "launch.commands.run",
     "rollout_server.daemon",
     "rollout_server.engine.__main__",
-    "trainer.rank_process",
+    "trainer.daemon",
 )
 _PARENTS = ("launch", "rollout_server", "trainer", "trainer.sft")
 _INHERITED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)

@@ -22,8 +22,7 @@ from trainer.attention.rectangles import rectangle_attention
 from trainer.attention.varlen import varlen_attention
 from trainer.batching import attention_layout
 from trainer.batching.attention_layout import AttentionLayout, VarlenLayout
-from trainer.batching.lockstep import in_lockstep
-from trainer.batching.packing import MicroBatch, TrainingSample, collate
+from trainer.batching.packing import MicroBatch, TrainingSample, collate, in_lockstep
 from trainer.batching.shared_prefixes import SharedRows
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import local

@@ -221,7 +221,12 @@ def test_samples_that_were_not_planned_are_refused() -> None:
     for other in ([[5, fields]], [], [[4, _encoded(sample_of(np.array([1, 2], dtype=np.int32)))]]):
         with pytest.raises(ArealError, match="rank 0 sent other samples"):
             receive(other)
-    broken = [{**fields, "advantage": bytes(8)}, {**fields, "lag": "one"}, {**fields, "tokens": bytes(5)}, {}]
+    broken = [
+        {**fields, "advantage": bytes(16)},
+        {**fields, "lag": "one"},
+        {**fields, "tokens": bytes(5)},
+        {},
+    ]
     for each in (*broken, 7):
         with pytest.raises(ArealError, match="rank 0 sent samples that cannot be read"):
             receive([[4, each]])

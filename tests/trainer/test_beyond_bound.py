@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -46,17 +45,6 @@ OF_PARTS = [name for name in OBJECTIVES.names() if name not in ("oapl", "rebel",
 
 def settings_of(name: str) -> dict[str, Any]:
     return {"name": name, "leave_one_out": True} if name == "vcpo" else {"name": name}
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_model(tmp_path_factory.mktemp("model"), "gpt2")
-
-
-@pytest.fixture
-def ranks() -> Iterator[Ranks]:
-    yield Ranks.alone()
-    dist.destroy_process_group()
 
 
 def parts_of(trajectories: Sequence[Trajectory], *, max_staleness: int = BOUND) -> Group:

@@ -3,12 +3,10 @@
 import os
 import shutil
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -21,12 +19,6 @@ from tests.support.trainer_ranks import make_runner
 from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import gather
-
-
-@pytest.fixture
-def ranks() -> Iterator[Ranks]:
-    yield Ranks.alone()
-    dist.destroy_process_group()
 
 
 def test_resumed_training_is_bitwise_equal(tmp_path: Path, ranks: Ranks) -> None:

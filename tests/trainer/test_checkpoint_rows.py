@@ -2,12 +2,11 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -26,12 +25,6 @@ from trainer.step.runner import StepRunner
 OLD = Path(__file__).with_name("checkpoint_of_format_1")
 """Written by the release before, with a critic; and all weights one step later."""
 CRITIC = {"advantage": {"name": "gae", "critic_updates": 2}}
-
-
-@pytest.fixture
-def ranks() -> Iterator[Ranks]:
-    yield Ranks.alone()
-    dist.destroy_process_group()
 
 
 def saved(

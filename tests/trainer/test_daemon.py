@@ -35,7 +35,7 @@ from tests.support.buffer_harness import ROOT, BufferProcess, job
 from tests.support.trainer_helpers import write_model
 from tests.support.trainer_ranks import make_runner
 from tests.support.waiting import HANG_LIMIT_S
-from trainer import rank_process
+from trainer import daemon
 from trainer.buffer_client.client import TrainerBufferClient
 from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.process_group import device_of
@@ -283,4 +283,4 @@ def test_a_failed_heartbeat_ends_every_wait(tmp_path: Path) -> None:
 def test_an_open_rendezvous_needs_keys(tmp_path: Path) -> None:
     config = job(tmp_path, weights={"host": "192.0.2.1"})
     with pytest.raises(ConfigError, match=r"weights\.host=192\.0\.2\.1 is not a loopback address"):
-        rank_process.run_rank(config)
+        daemon.run_rank(config)

@@ -6,14 +6,12 @@ far away. Among the samples are one-token answers and a group without a spread o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from areal_like.runtime.command_line import load_config
@@ -42,12 +40,6 @@ SHAPED = [
 ]
 VERSION = 5
 """Of the weights that have sampled `random_groups`."""
-
-
-@pytest.fixture
-def ranks() -> Iterator[Ranks]:
-    yield Ranks.alone()
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,11 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -29,23 +27,16 @@ from trainer.advantages.critic import Critic, value_loss
 from trainer.advantages.gae import Gae, gae
 from trainer.batching.packing import TrainingSample
 from trainer.batching.positions import Position
+from trainer.batching.segments import split_sample
 from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
-from trainer.metrics.phase_timer import PhaseTimer
 from trainer.metrics.prometheus import TrainerSeries
-from trainer.metrics.step_totals import StepTotals
 from trainer.models.policy import build_policy
 from trainer.models.tiny import build_tiny_model
 from trainer.step.build import build_step_runner
 from trainer.step.runner import StepRunner
 
 PLAIN = {"advantage": {"name": "gae"}}
-
-
-@pytest.fixture
-def ranks() -> Iterator[Ranks]:
-    yield Ranks.alone()
-    dist.destroy_process_group()
 
 
 # --- the recursion ---
@@ -59,7 +50,8 @@ def test_gae_recursion_equals_its_sum(gamma: float, lam: float) -> None:
         after_S = [*values_S[1:], 0.0]
         deltas = [r + gamma * w - v for r, v, w in zip(rewards_S, values_S, after_S, strict=True)]
         sums = [sum((gamma * lam) ** (k - s) * deltas[k] for k in range(s, length)) for s in range(length)]
-        assert gae(rewards_S, values_S, gamma=gamma, lam=lam).tolist() == pytest.approx(sums, abs=1e-12)
+        (got_S,) = gae([rewards_S], [values_S], gammas=[gamma], lam=lam)
+        assert got_S.tolist() == pytest.approx(sums, abs=1e-12)
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.95, 1.0])
@@ -74,7 +66,7 @@ def test_samples_have_the_same_bits_alone_and_together(lam: float) -> None:
     for rewards_S, values_S, discounts_S, (advantages_S, targets_S) in zip(
         rewards, values, discounts, together, strict=True
     ):
-        alone = estimator.of_tokens(rewards_S, values_S, discounts_S=discounts_S)
+        (alone,) = estimator.of_samples([rewards_S], [values_S], discounts=[discounts_S])
         running, next_value, want = 0.0, 0.0, []
         for reward, value, discount in zip(
             reversed(rewards_S), reversed(values_S), reversed(discounts_S), strict=True
@@ -91,14 +83,14 @@ def test_lambda_one_gives_return_minus_value() -> None:
     rewards_S, values_S = np.array([-0.1, 0.0, -0.2, 1.0]), np.array([0.3, 0.1, 0.9, 0.4])
     returns_S = np.array([0.7, 0.8, 0.8, 1.0])
     estimator = Gae(lam=1.0)
-    advantages_S, targets_S = estimator.of_tokens(rewards_S, values_S)
+    ((advantages_S, targets_S),) = estimator.of_samples([rewards_S], [values_S], discounts=[1.0])
     assert advantages_S.tolist() == pytest.approx((returns_S - values_S).tolist())
     assert targets_S.tolist() == pytest.approx(returns_S.tolist())
 
 
 def test_policy_and_critic_have_their_own_lambda() -> None:
     rewards_S, values_S = np.array([0.0, 1.0]), np.array([0.5, 0.25])
-    advantages_S, targets_S = Gae(lam=0.0).of_tokens(rewards_S, values_S)
+    ((advantages_S, targets_S),) = Gae(lam=0.0).of_samples([rewards_S], [values_S], discounts=[1.0])
     assert advantages_S.tolist() == [-0.25, 0.75] and targets_S.tolist() == [1.0, 1.0]
 
 
@@ -170,10 +162,7 @@ def test_values_and_advantages_match_the_dense_model(tmp_path: Path, ranks: Rank
 
     samples = with_advantages(runner, groups)
     rewards = [np.append(np.zeros(t.num_sampled - 1), t.reward) for t in trajectories]
-    plain = [
-        gae(rewards_S, values_S, gamma=0.9, lam=0.7)
-        for rewards_S, values_S in zip(rewards, wanted, strict=True)
-    ]
+    plain = gae(rewards, wanted, gammas=[0.9] * len(rewards), lam=0.7)
     every_S = np.concatenate(plain)
     for sample, raw_S in zip(samples, plain, strict=True):
         advantage_T = np.asarray(sample.advantage)
@@ -184,14 +173,10 @@ def test_values_and_advantages_match_the_dense_model(tmp_path: Path, ranks: Rank
 
 
 def with_advantages(runner: StepRunner, groups: list[list[Trajectory]]) -> list[TrainingSample]:
-    totals, clock = StepTotals(), PhaseTimer(("compute_s",))
-    return list(
-        itertools.chain(
-            *runner.advantages.compute(
-                [Position.plain(group, step=0) for group in groups], totals, clock, step=0
-            )
-        )
-    )
+    positions = [Position.plain(group, step=0) for group in groups]
+    assert runner._step_advantages is not None
+    scored, _ = runner._step_advantages.of_positions(positions)
+    return [part for each in scored for sample in each.samples for part in split_sample(sample)]
 
 
 def test_kl_penalty_is_subtracted_at_each_token(tmp_path: Path, ranks: Ranks) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-import torch.distributed as dist
 
 from areal_like.runtime.metrics import Metrics
 from areal_like.trajectory import FinishReason, Trajectory
@@ -18,12 +16,6 @@ from trainer.distributed.ranks import Ranks
 from trainer.metrics.named_means import MAX_NAMES, NamedMeans
 from trainer.metrics.prometheus import TrainerSeries
 from trainer.metrics.step_totals import StepTotals
-
-
-@pytest.fixture
-def ranks() -> Iterator[Ranks]:
-    yield Ranks.alone()
-    dist.destroy_process_group()
 
 
 def sample(reward: float = 0.0, **changes: Any) -> Trajectory:

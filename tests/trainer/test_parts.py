@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -27,24 +26,16 @@ from tests.support.part_groups import example_step, member, served, version_of
 from tests.support.trainer_helpers import flattened, run_ranks, without_measured, write_model
 from tests.support.trainer_ranks import make_runner
 from trainer.advantages import ADVANTAGES, Advantage, Grpo, Opo, Running
-from trainer.advantages.parts import PartContext, context_of
-from trainer.advantages.reward_history import RewardHistory, RewardStatistics
+from trainer.advantages.parts import PartContext, RewardHistory, RewardStatistics, context_of
 from trainer.advantages.reward_shaping import SHAPINGS
 from trainer.batching.positions import Position
 from trainer.checkpoints.checkpoint import Checkpoints
 from trainer.distributed.ranks import Ranks
-from trainer.metrics.phase_timer import PhaseTimer
-from trainer.metrics.step_totals import StepTotals
-from trainer.step.advantage_pipeline import AdvantagePipeline, RewardTerms
+from trainer.step.group_advantages import GroupAdvantages
 from trainer.step.recipe import StepRecipe
+from trainer.step.rewards import RewardTerms
 
 MODULE = "tests.support.method_ranks"
-
-
-@pytest.fixture
-def ranks() -> Iterator[Ranks]:
-    yield Ranks.alone()
-    dist.destroy_process_group()
 
 
 # --- unbiasedness, by enumeration ---
@@ -74,22 +65,22 @@ def completion(action: int) -> Trajectory:
     )
 
 
-def pipeline_of(settings: dict[str, Any], ranks: Ranks) -> AdvantagePipeline:
-    """A pipeline after step 4, at which the group begins."""
+def estimator_of(settings: dict[str, Any], ranks: Ranks) -> GroupAdvantages:
+    """The estimator after step 3, at which the group begins."""
     bare = dict(settings)
     shapings = SHAPINGS.build_list(bare.pop("shaping", None), job={"max_tokens": 8})
     rewards = RewardTerms(shapings, ranks, kl=None, reference=None, budget_tokens=100)
     advantage = ADVANTAGES.build(bare)
     assert isinstance(advantage, Advantage)
-    pipeline = AdvantagePipeline(advantage, rewards, ranks, closes=True)
-    pipeline.history.begin(3, duals=[0.1] * len(shapings))
-    pipeline.history.append(3, mean=0.3, square=0.34, duals=[0.2] * len(shapings))
-    return pipeline
+    advantages = GroupAdvantages(advantage, rewards, closes=True)
+    advantages.history.begin(3, duals=[0.1] * len(shapings))
+    advantages.history.append(3, mean=0.3, square=0.34, duals=[0.2] * len(shapings))
+    return advantages
 
 
-def advantages_of(pipeline: AdvantagePipeline, position: Position, *, step: int) -> list[float]:
-    samples = pipeline.compute([position], StepTotals(), PhaseTimer(("compute_s",)), step=step)
-    return [float(sample.advantage) for group in samples for sample in group]  # type: ignore[arg-type]
+def advantages_of(estimator: GroupAdvantages, position: Position, *, step: int) -> list[float]:
+    scored = estimator.of_position(position, step=step)
+    return [float(sample.advantage) for sample in scored.samples]  # type: ignore[arg-type]
 
 
 def by_trainer(settings: dict[str, Any], ranks: Ranks) -> Callable[[tuple[int, ...]], list[float]]:
@@ -97,10 +88,10 @@ def by_trainer(settings: dict[str, Any], ranks: Ranks) -> Callable[[tuple[int, .
 
     Early ones are trained on in one step, late ones three steps later. A group without late ones is whole.
     """
-    early_pipeline, late_pipeline = (pipeline_of(settings, ranks) for _ in range(2))
-    duals = late_pipeline._rewards.duals
+    early_estimator, late_estimator = (estimator_of(settings, ranks) for _ in range(2))
+    duals = late_estimator.rewards.duals
     for step, mean in MEANS.items():
-        late_pipeline.history.append(step, mean=mean, square=mean * mean + 0.1, duals=[mean] * len(duals))
+        late_estimator.history.append(step, mean=mean, square=mean * mean + 0.1, duals=[mean] * len(duals))
 
     def advantages(actions: tuple[int, ...]) -> list[float]:
         trajectories = [completion(action) for action in actions]
@@ -108,18 +99,18 @@ def by_trainer(settings: dict[str, Any], ranks: Ranks) -> Callable[[tuple[int, .
         early = [index for index, action in enumerate(actions) if IS_EARLY[action]]
         if len(early) == len(actions):
             whole = served(records, step=EARLY_STEP, begin_step=BEGIN_STEP)
-            return advantages_of(early_pipeline, Position.of(whole), step=EARLY_STEP)
+            return advantages_of(early_estimator, Position.of(whole), step=EARLY_STEP)
         members = [member(index, trajectories[index]) for index in early]
         closed = ClosedGroup(ticket_id=1, prompt_index=0, begin_step=BEGIN_STEP, early=members)
         found: dict[int, float] = {}
         late = [index for index in range(len(actions)) if index not in early]
-        for pipeline, step, indices in (
-            (early_pipeline, EARLY_STEP, early),
-            (late_pipeline, LATE_STEP, late),
+        for estimator, step, indices in (
+            (early_estimator, EARLY_STEP, early),
+            (late_estimator, LATE_STEP, late),
         ):
             if indices:
                 group = served([records[i] for i in indices], step=step, closed=[closed], max_staleness=8)
-                found |= zip(indices, advantages_of(pipeline, Position.of(group), step=step), strict=True)
+                found |= zip(indices, advantages_of(estimator, Position.of(group), step=step), strict=True)
         return [found[index] for index in range(len(actions))]
 
     return advantages

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from areal_like.errors import UserError
 from launch.view.profile import profile_lines
@@ -23,12 +21,6 @@ from trainer.profiling.recorder import MAX_STEPS, ProfileRequest, StepRecorder
 
 ID = "0123456789abcdef"
 STEP_PARTS = {"wait", "compute", "reduce", "update", "forward", "head", "objective", "backward", "optimizer"}
-
-
-@pytest.fixture
-def ranks() -> Iterator[Ranks]:
-    yield Ranks.alone()
-    dist.destroy_process_group()
 
 
 @pytest.fixture

@@ -1,13 +1,11 @@
 """The running baseline of single samples: by hand, over ranks, in checkpoints and in a repeated run."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from areal_like.errors import ConfigError
 from areal_like.trajectory import Trajectory
@@ -20,12 +18,6 @@ from trainer.distributed.ranks import Ranks
 
 MODULE = "tests.support.method_ranks"
 SETTINGS = {"advantage": {"name": "running", "decay": 0.5}, "objective": {"name": "reinforce"}}
-
-
-@pytest.fixture
-def ranks() -> Iterator[Ranks]:
-    yield Ranks.alone()
-    dist.destroy_process_group()
 
 
 def single_samples(step: int) -> list[list[Trajectory]]:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from areal_like.errors import ConfigError
 from areal_like.trajectory import Trajectory
 from tests.support.objective_helpers import NORMALIZERS, evaluate, tokens_of
-from tests.support.trainer_helpers import joined, random_groups, random_trajectory, write_model
+from tests.support.trainer_helpers import joined, random_groups, random_trajectory
 from tests.support.trainer_ranks import last_gradient, make_runner
 from trainer.advantages import Advantage
 from trainer.batching.packing import DivisorCounts, Packer, TrainingSample, collate, is_target, num_targets
@@ -30,17 +29,6 @@ OBJECTIVES: list[dict[str, Any]] = [
     {"name": "vcpo", "normalizer": "token_mean"},
     {"name": "tis", "level": "token", "normalize": True},
 ]
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_model(tmp_path_factory.mktemp("model"), "gpt2")
-
-
-@pytest.fixture
-def ranks() -> Iterator[Ranks]:
-    yield Ranks.alone()
-    dist.destroy_process_group()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -23,24 +22,17 @@ from tests.support.trainer_helpers import ARCHITECTURES, random_groups, run_rank
 from tests.support.trainer_ranks import make_runner
 from trainer.batching.shared_prefixes import SharedRows
 from trainer.distributed.ranks import Ranks
-from trainer.metrics.distributions import (
+from trainer.metrics.model_flops import ModelFlops
+from trainer.metrics.prometheus import GpuMemory, TrainerSeries
+from trainer.metrics.speed import Clock, PhaseTimer, clock_of
+from trainer.metrics.step_totals import (
     NUM_BUCKETS,
     MagnitudeHistogram,
     as_parts,
     joined_parts,
     percentile_of_counts,
 )
-from trainer.metrics.gpu_memory import GpuMemory
-from trainer.metrics.model_flops import ModelFlops
-from trainer.metrics.phase_timer import PhaseTimer, clock_of
-from trainer.metrics.prometheus import TrainerSeries
 from trainer.models.policy import Policy
-
-
-@pytest.fixture
-def ranks() -> Iterator[Ranks]:
-    yield Ranks.alone()
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -98,7 +90,7 @@ def test_the_peak_of_a_gpu_by_its_name(name: str, tflops: float | None) -> None:
     assert peak_flops(name) == (None if tflops is None else tflops * 1e12)
 
 
-class Stream:
+class Stream(Clock):
     """A GPU's clock: marks are counted, and are reached at given times."""
 
     def __init__(self, times: Iterable[float]) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
@@ -34,12 +33,6 @@ from trainer.step.runner import StepRunner
 
 MODELS = {"float64": "gpt2", "float32": "qwen3"}
 """RMSNorm always computes in float32, so the float64 test needs a model with LayerNorm."""
-
-
-@pytest.fixture
-def ranks() -> Iterator[Ranks]:
-    yield Ranks.alone()
-    dist.destroy_process_group()
 
 
 def padded_gradient(

@@ -158,9 +158,8 @@ def test_gae_with_a_discount_between_turns() -> None:
     assert discounts_S.tolist() == [1.0, 0.5, 1.0, 1.0]
     values_S = np.array([0.2, 0.4, 0.6, 0.8])
     rewards_S = rewards_of_tokens(trajectory, penalty_S=np.zeros(4))
-    got_S, targets_S = Gae(gamma=0.5, lam=0.5, lam_critic=1.0).of_tokens(
-        rewards_S, values_S, discounts_S=discounts_S
-    )
+    estimator = Gae(gamma=0.5, lam=0.5, lam_critic=1.0)
+    ((got_S, targets_S),) = estimator.of_samples([rewards_S], [values_S], discounts=[discounts_S])
     # delta: .5 * .4 - .2 = 0;  .5 + .25 * .6 - .4 = .25;  .5 * .8 - .6 = -.2;  1 - .8 = .2
     # A: .2;  -.2 + .25 * .2 = -.15;  .25 + .125 * -.15 = .23125;  0 + .25 * .23125
     assert got_S.tolist() == pytest.approx([0.0578125, 0.23125, -0.15, 0.2])
@@ -172,8 +171,9 @@ def test_gae_of_one_turn_ignores_the_discount() -> None:
     rng = np.random.default_rng(0)
     rewards_S, values_S = rng.standard_normal((2, 5))
     discounts_S = discounts_of_tokens(sample(0.0, lengths=[5]), turn_discount=0.5)
-    with_turns = Gae(gamma=0.97).of_tokens(rewards_S, values_S, discounts_S=discounts_S)
-    without = Gae(gamma=0.97).of_tokens(rewards_S, values_S)
+    with_turns, without = Gae(gamma=0.97).of_samples(
+        [rewards_S] * 2, [values_S] * 2, discounts=[discounts_S, 1.0]
+    )
     assert all(np.array_equal(left, right) for left, right in zip(with_turns, without, strict=True))
 
 

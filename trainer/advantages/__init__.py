@@ -4,19 +4,3 @@ from trainer.advantages.base import ADVANTAGES, Advantage, Estimator, FloatArray
 from trainer.advantages.gae import Gae
 from trainer.advantages.group import DrGrpo, Gpg, Grpo, Opo, ReinforcePlusPlus, Remax, Rloo
 from trainer.advantages.running import Running
-
-__all__ = [
-    "ADVANTAGES",
-    "Advantage",
-    "DrGrpo",
-    "Estimator",
-    "FloatArray",
-    "Gae",
-    "Gpg",
-    "Grpo",
-    "Opo",
-    "ReinforcePlusPlus",
-    "Remax",
-    "Rloo",
-    "Running",
-]

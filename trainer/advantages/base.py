@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from areal_like.config.common import Section
 from areal_like.errors import ConfigError
 from areal_like.registry import Registry
 from areal_like.trajectory import Trajectory, are_equal_rewards
@@ -23,7 +24,7 @@ from trainer.batching.scope import Scope
 FloatArray = NDArray[np.float64]
 
 
-class Estimator:
+class Estimator(Section, key="advantage"):
     """Base of all advantage estimators.
 
     An estimator of scope BATCH overrides `rescale`. One that remembers earlier steps overrides

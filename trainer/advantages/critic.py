@@ -26,8 +26,7 @@ from areal_like.config import Config
 from areal_like.trajectory import Trajectory
 from trainer.advantages.base import FloatArray
 from trainer.advantages.gae import Gae
-from trainer.batching.lockstep import in_lockstep
-from trainer.batching.packing import Packer, TrainingSample
+from trainer.batching.packing import Packer, TrainingSample, in_lockstep
 from trainer.batching.segments import values_of_targets
 from trainer.distributed.ranks import Ranks
 from trainer.models.value_model import ValueModel

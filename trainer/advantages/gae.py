@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from areal_like.config.common import NonNegativeFloat, NonNegativeInt, PositiveInt
 from areal_like.errors import ConfigError
 from trainer.advantages.base import ADVANTAGES, Estimator, FloatArray, whitening
 from trainer.batching.scope import Scope
@@ -38,22 +39,17 @@ _SHORT = 64
 """Shorter sequences, in tokens, are not worth laying out side by side."""
 
 
-def gae(rewards_S: FloatArray, values_S: FloatArray, *, gamma: float | FloatArray, lam: float) -> FloatArray:
-    """[S] advantages of one sample's sampled tokens, in order, from float64 rewards [S] and values [S].
-
-    `gamma`: the discount from a token to the next, one number or [S].
-    """
-    return _gae_of_step([rewards_S], [values_S], gammas=[gamma], lam=lam)[0]
-
-
-def _gae_of_step(
+def gae(
     rewards: Sequence[FloatArray],
     values: Sequence[FloatArray],
     *,
     gammas: Sequence[float | FloatArray],
     lam: float,
 ) -> list[FloatArray]:
-    """Computes `gae` for many samples."""
+    """[S] advantages of the sampled tokens of each sample, in order, from float64 rewards [S] and values [S].
+
+    `gammas`: for each sample the discount from a token to the next, one number or [S].
+    """
     deltas, factors = [], []
     for rewards_S, values_S, gamma in zip(rewards, values, gammas, strict=True):
         deltas.append(rewards_S + gamma * np.append(values_S[1:], 0.0) - values_S)
@@ -119,37 +115,21 @@ class Gae(Estimator):
     """Lambda of the policy's advantages: lower relies more on the critic, 1 is return minus value."""
     lam_critic: float = 1.0
     """Lambda of the critic's targets."""
-    critic_lr: float = 0.0
+    critic_lr: NonNegativeFloat = 0.0
     """Critic's AdamW learning rate, with the policy's warm-up and schedule; 0: ten times `trainer.lr`."""
-    critic_warmup_steps: int = 0
+    critic_warmup_steps: NonNegativeInt = 0
     """Number of first steps in which only the critic is trained."""
-    critic_updates: int = 1
+    critic_updates: PositiveInt = 1
     """Updates of the critic per step, all on the step's samples."""
-    value_clip: float = 0.5
+    value_clip: NonNegativeFloat = 0.5
     """Distance a value may move in one step before its loss is clipped; 0: no clip.
 
     No effect with one update per step.
     """
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         if not 0 < self.gamma <= 1 or not 0 <= self.lam <= 1 or not 0 <= self.lam_critic <= 1:
             raise ConfigError("advantage: gae needs 0 < gamma <= 1, and lam and lam_critic between 0 and 1")
-        if (
-            self.critic_lr < 0
-            or self.critic_warmup_steps < 0
-            or self.critic_updates < 1
-            or self.value_clip < 0
-        ):
-            raise ConfigError(
-                "advantage: gae needs critic_lr, critic_warmup_steps and value_clip of at least 0, "
-                "and critic_updates of at least 1"
-            )
-
-    def of_tokens(
-        self, rewards_S: FloatArray, values_S: FloatArray, *, discounts_S: FloatArray | float = 1.0
-    ) -> tuple[FloatArray, FloatArray]:
-        """Computes `of_samples` for one sample."""
-        return self.of_samples([rewards_S], [values_S], discounts=[discounts_S])[0]
 
     def of_samples(
         self,
@@ -163,12 +143,11 @@ class Gae(Estimator):
         `discounts`: [S] from each token to the next, in addition to `gamma`.
         """
         gammas = [self.gamma * discounts_S for discounts_S in discounts]
-        advantages = _gae_of_step(rewards, values, gammas=gammas, lam=self.lam)
+        advantages = gae(rewards, values, gammas=gammas, lam=self.lam)
         errors = advantages
         if self.lam_critic != self.lam:
-            errors = _gae_of_step(rewards, values, gammas=gammas, lam=self.lam_critic)
+            errors = gae(rewards, values, gammas=gammas, lam=self.lam_critic)
         return [(a_S, v_S + e_S) for a_S, v_S, e_S in zip(advantages, values, errors, strict=True)]
 
     def rescale(self, *, advantages_S: FloatArray, groups_S: NDArray[np.int64]) -> tuple[float, float]:
-        """Whitens the step."""
         return whitening(advantages_S)

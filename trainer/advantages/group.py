@@ -19,11 +19,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from areal_like.errors import ConfigError
 from areal_like.trajectory import Trajectory, are_equal_rewards
 from trainer.advantages.base import ADVANTAGES, Advantage, FloatArray, rewards_of, whitening
 from trainer.advantages.parts import PartContext
@@ -48,7 +48,6 @@ class DrGrpo(Advantage):
     takes_parts = True
 
     def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
-        """[G] advantages."""
         return [float(a) for a in centered(rewards_of(group))]
 
     def of_part(self, reward: float, context: PartContext) -> float:
@@ -64,7 +63,6 @@ class Grpo(Advantage):
     takes_parts = True
 
     def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
-        """[G] advantages."""
         rewards_G = rewards_of(group)
         centered_G = centered(rewards_G)
         std = float(rewards_G.std())
@@ -77,22 +75,16 @@ class Grpo(Advantage):
 
 @ADVANTAGES.register("rloo")
 @dataclass(frozen=True, kw_only=True)
-class Rloo(Advantage):
+class Rloo(DrGrpo):
     """RLOO (arXiv 2402.14740): A = R - mean of the other samples = G / (G - 1) (R - mean).
 
     The baseline is unbiased.
     """
 
-    takes_parts = True
-
     def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
         """[G]; zero for a group of one sample."""
         size = len(group)
         return [float(a) for a in centered(rewards_of(group)) * (size / max(size - 1, 1))]
-
-    def of_part(self, reward: float, context: PartContext) -> float:
-        """R - b"""
-        return reward - context.baseline()
 
 
 @ADVANTAGES.register("remax")
@@ -120,7 +112,6 @@ class Opo(Advantage):
     takes_parts = True
 
     def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
-        """[G] advantages."""
         rewards_G = rewards_of(group)
         if are_equal_rewards(rewards_G.tolist()):
             return [0.0] * len(group)
@@ -134,28 +125,19 @@ class Opo(Advantage):
 
 @ADVANTAGES.register("gpg")
 @dataclass(frozen=True, kw_only=True)
-class Gpg(Advantage):
+class Gpg(DrGrpo):
     """GPG (arXiv 2504.02546): A = alpha (R - mean), alpha = groups of the step / groups whose rewards differ.
 
-    The factor compensates for groups without a gradient, which would dilute the mean over all groups.
+    The factor compensates for groups without a gradient, which would dilute the mean over all groups. For
+    parts alpha is 1, because a group of equal rewards has a gradient too.
     """
 
-    takes_parts = True
-
     scope = Scope.BATCH
-
-    def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
-        """[G], before the factor alpha."""
-        return [float(a) for a in centered(rewards_of(group))]
 
     def rescale(self, *, advantages_S: FloatArray, groups_S: NDArray[np.int64]) -> tuple[float, float]:
         """(0, alpha); alpha is 1 if no group of the step has differing rewards."""
         num_groups, num_spread = len(np.unique(groups_S)), len(np.unique(groups_S[advantages_S != 0]))
         return 0.0, num_groups / num_spread if num_spread else 1.0
-
-    def of_part(self, reward: float, context: PartContext) -> float:
-        """R - b; alpha is 1, because a group of equal rewards has a gradient too."""
-        return reward - context.baseline()
 
 
 @ADVANTAGES.register("reinforce_pp")
@@ -167,12 +149,8 @@ class ReinforcePlusPlus(Advantage):
 
     scope = Scope.BATCH
 
-    baseline: str = "none"
+    baseline: Literal["none", "group"] = "none"
     """`none`, or `group` to subtract the group's mean first (the paper's form for reasoning)."""
-
-    def __post_init__(self) -> None:
-        if self.baseline not in ("none", "group"):
-            raise ConfigError(f"advantage.baseline={self.baseline}: use none or group")
 
     @property
     def compares_samples(self) -> bool:
@@ -180,12 +158,10 @@ class ReinforcePlusPlus(Advantage):
         return self.baseline == "group"
 
     def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
-        """[G], before whitening."""
         rewards_G = rewards_of(group)
         return [float(a) for a in (centered(rewards_G) if self.baseline == "group" else rewards_G)]
 
     def rescale(self, *, advantages_S: FloatArray, groups_S: NDArray[np.int64]) -> tuple[float, float]:
-        """Whitens the step."""
         return whitening(advantages_S)
 
     def of_part(self, reward: float, context: PartContext) -> float:

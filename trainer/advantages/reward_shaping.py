@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from areal_like.config.common import Section
 from areal_like.errors import ConfigError
 from areal_like.registry import Registry
 from areal_like.trajectory import Trajectory
@@ -35,7 +36,7 @@ class ShapingContext:
     """For scope BATCH: share of the step's groups that rank before this one by `score`, in [0, 1)."""
 
 
-class Shaping(ABC):
+class Shaping(Section, ABC, key="advantage.shaping"):
     """Base of all shapings.
 
     A custom shaping is a dataclass in the user's module: `{_target_: my_module.MyShaping}`.
@@ -82,7 +83,7 @@ class Overlong(Shaping):
     weight: float = 1.0
     """Full penalty."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         if self.max_tokens < 1 or not 0 < self.soft_fraction <= 1 or self.weight < 0:
             raise ConfigError(
                 "advantage.shaping: overlong needs max_tokens >= 1, 0 < soft_fraction <= 1 and weight >= 0"
@@ -114,14 +115,13 @@ class GrpoLambda(Shaping):
     correct: float = 1.0
     """Smallest reward of a completion that counts as correct."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         if not 0 <= self.top <= 1 or self.weight < 0:
             raise ConfigError(
                 "advantage.shaping: grpo_lambda needs top between 0 and 1 and weight of at least 0"
             )
 
     def score(self, group: Sequence[Trajectory]) -> float:
-        """Share of correct completions."""
         return float((rewards_of(group) >= self.correct).mean())
 
     def rewards(self, group: Sequence[Trajectory], context: ShapingContext) -> FloatArray:
@@ -158,7 +158,7 @@ class Laconic(Shaping):
     max_dual: float = 1.0
     """Largest coefficient."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         if self.budget_tokens < 1 or not self.rate > 0 or not self.max_dual > 0:
             raise ConfigError(
                 "advantage.shaping: laconic needs budget_tokens of at least 1, and rate and max_dual above 0"
@@ -171,5 +171,4 @@ class Laconic(Shaping):
         )
 
     def next_dual(self, dual: float, *, mean_tokens: float) -> float:
-        """One step of projected dual ascent on the constraint mean L <= budget."""
         return min(self.max_dual, max(0.0, dual + self.rate * (mean_tokens / self.budget_tokens - 1)))

@@ -37,7 +37,7 @@ class Running(Advantage):
     first: float = 0.0
     """b of the first step, before any reward is known."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         if not 0 < self.decay <= 1:
             raise ConfigError(f"advantage.decay={self.decay}: use a value above 0 and at most 1")
 
@@ -47,7 +47,6 @@ class Running(Advantage):
 
     @property
     def history_decay(self) -> float:  # type: ignore[override]
-        """The same decay for parts."""
         return self.decay
 
     def of_part(self, reward: float, context: PartContext) -> float:
@@ -59,11 +58,9 @@ class Running(Advantage):
         return 0.0, 0.0
 
     def next_state(self, state: Sequence[float], *, mean_reward: float) -> tuple[float, ...]:
-        """Both sums with this step's mean reward."""
         total, weight = state
         return self.decay * total + mean_reward, self.decay * weight + 1
 
     def shift(self, state: Sequence[float]) -> float:
-        """-b."""
         total, weight = state
         return -(total / weight) if weight else -self.first

@@ -82,7 +82,6 @@ def kernel(
     window: int | None,
     scale: float | None,
 ) -> Tensor:
-    """Calls torch's kernel."""
     # Imported here: it is not needed on a CPU.
     from torch.nn.attention.varlen import varlen_attn
 

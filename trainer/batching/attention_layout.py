@@ -56,12 +56,10 @@ class AttentionLayout:
 
     @cached_property
     def rectangles(self) -> RectangleLayout:
-        """The arrangement for attention with equal lengths."""
         return RectangleLayout.of(self.lengths, device=self.device, shared=self.shared)
 
     @cached_property
     def varlen(self) -> VarlenLayout:
-        """The arrangement for attention with bounds of sequences."""
         own = self.lengths if self.shared is None else self.shared.own_lengths
         bounds = [np.cumsum([0, *lengths], dtype=np.int32) for lengths in (own, self.lengths)]
         of_queries, of_keys = copied(bounds, self.device)
@@ -247,5 +245,4 @@ def _classes(lengths_N: NDArray[np.int64], own_N: NDArray[np.int64]) -> NDArray[
 
 
 def _power_of_two(value_N: NDArray[np.int64]) -> NDArray[np.int64]:
-    """[N] the exponent of the next power of two."""
     return np.ceil(np.log2(value_N)).astype(np.int64)

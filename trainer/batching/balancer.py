@@ -143,6 +143,8 @@ def placed(
 
 
 _TOKEN_ARRAYS = {"tokens": "<i4", "loss_mask": "u1", "logprobs": "<f4", "versions": "<i4"}
+_ADDED = {"advantage": "<f8", "lag": "<i8", "beyond": "?"}
+"""Values of a `TrainingSample`: an array with an entry for each token, one number for all, or None."""
 _BYTES_PER_TOKEN = 30
 """Bytes of the arrays above, and of an advantage, a lag and a flag for each token."""
 _BYTES_PER_SAMPLE = 256
@@ -181,17 +183,13 @@ def exchange(
 
 def _encoded(sample: TrainingSample) -> dict[str, Any]:
     trajectory = sample.trajectory
+    values = {name: getattr(sample, name) for name in _ADDED}
     return {
-        **{
-            name: np.ascontiguousarray(getattr(trajectory, name), dtype=dtype).tobytes()
-            for name, dtype in _TOKEN_ARRAYS.items()
-        },
+        **{name: _bytes(getattr(trajectory, name), dtype) for name, dtype in _TOKEN_ARRAYS.items()},
+        **{name: None if value is None else _bytes(value, _ADDED[name]) for name, value in values.items()},
         "reward": float(trajectory.reward),
         "finish_reason": trajectory.finish_reason.value,
-        "advantage": _number_or_bytes(sample.advantage, "<f8"),
-        "lag": _number_or_bytes(sample.lag, "<i8"),
         "group": sample.group,
-        "beyond": None if sample.beyond is None else np.ascontiguousarray(sample.beyond, "u1").tobytes(),
         "counts": sample.counts,
     }
 
@@ -199,33 +197,27 @@ def _encoded(sample: TrainingSample) -> dict[str, Any]:
 def _decoded(fields: dict[str, Any]) -> TrainingSample:
     arrays: dict[str, Any] = {name: _array(fields[name], dtype) for name, dtype in _TOKEN_ARRAYS.items()}
     num_tokens = len(arrays["tokens"])
+    added: dict[str, Any] = {}
+    for name, dtype in _ADDED.items():
+        if fields[name] is not None:
+            array = _array(fields[name], dtype)
+            if len(array) not in (1, num_tokens):
+                raise ValueError(f"{len(array)} numbers for {num_tokens} tokens")
+            added[name] = array if len(array) == num_tokens else array.item()
     return TrainingSample(
         trajectory=Trajectory(
             **arrays,
             reward=fields["reward"],
             finish_reason=FinishReason(fields["finish_reason"]),
         ),
-        advantage=_number_or_array(fields["advantage"], "<f8", num_tokens),
-        lag=_number_or_array(fields["lag"], "<i8", num_tokens),
         group=int(fields["group"]),
-        beyond=None if fields["beyond"] is None else _array(fields["beyond"], "u1").astype(bool),
         counts=None if fields["counts"] is None else SampleCounts(*fields["counts"]),
+        **added,
     )
 
 
-def _number_or_bytes(value: Any, dtype: str) -> Any:
-    if isinstance(value, np.ndarray):
-        return np.ascontiguousarray(value, dtype=dtype).tobytes()
-    return float(value) if dtype == "<f8" else int(value)
-
-
-def _number_or_array(value: Any, dtype: str, num_tokens: int) -> Any:
-    if not isinstance(value, bytes):
-        return float(value) if dtype == "<f8" else int(value)
-    array = _array(value, dtype)
-    if len(array) != num_tokens:
-        raise ValueError(f"{len(array)} numbers for {num_tokens} tokens")
-    return array
+def _bytes(value: Any, dtype: str) -> bytes:
+    return np.ascontiguousarray(value, dtype=dtype).tobytes()
 
 
 def _array(data: bytes, dtype: str) -> NDArray[Any]:

@@ -5,6 +5,13 @@ a group arrived, so a step that is served again gives bitwise the same gradient.
 micro-batch is complete as soon as the next sequence does not fit. With several ranks the whole step is
 divided by cost instead (`balancer.py`).
 
+All ranks run equal numbers of micro-batches (`in_lockstep`), because FSDP2's collectives hang if one rank
+runs fewer. Before each micro-batch an all-reduce tells every rank if any rank has one left. A rank that has
+none left runs a dummy, whose contribution the caller multiplies by zero. The same all-reduce tells if a rank
+abandons the step (`Ranks.abandonable`), so that all stop between the same two. A micro-batch is requested
+only after the caller has received the previous one, so none waits for its successor. On a GPU it is
+nevertheless prepared and copied while the previous one runs (`device_copies.py`).
+
 The budget stands for memory: a prefix that sequences of a micro-batch have in common is computed once, and
 its shared tokens count one eighth (`shared_prefixes.py`).
 
@@ -29,10 +36,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from areal_like.errors import ConfigError
-from areal_like.trajectory import Trajectory
+from areal_like.trajectory import FinishReason, Trajectory
 from trainer.batching.attention_layout import AttentionLayout
 from trainer.batching.device_copies import copied
 from trainer.batching.shared_prefixes import PrefixFinder, SharedRows, budget_size
+from trainer.distributed.ranks import Ranks
 
 
 class SampleCounts(NamedTuple):
@@ -72,7 +80,6 @@ class TrainingSample:
 
     @property
     def resolved_counts(self) -> SampleCounts:
-        """`counts`, with None resolved."""
         return self.counts or SampleCounts(0, num_targets(self.trajectory), 1, self.index)
 
 
@@ -89,7 +96,6 @@ def is_target(trajectory: Trajectory) -> NDArray[np.bool_]:
 
 
 def num_targets(trajectory: Trajectory) -> int:
-    """Number of tokens that are trained on."""
     return int(np.count_nonzero(is_target(trajectory)))
 
 
@@ -237,7 +243,6 @@ class PackedBatch:
 
     @cached_property
     def rows(self) -> DeviceRows | None:
-        """`shared` on the device."""
         if self.shared is None:
             return None
         row_T, token_U = copied([self.shared.row_T, self.shared.token_U], self.tokens_T.device)
@@ -245,7 +250,6 @@ class PackedBatch:
 
     @cached_property
     def attention_layout(self) -> AttentionLayout:
-        """The arrangement of the rows for attention."""
         return AttentionLayout(
             lengths=self.lengths,
             device=self.tokens_T.device,
@@ -255,12 +259,10 @@ class PackedBatch:
 
     @property
     def num_sequences(self) -> int:
-        """Number of sequences (N)."""
         return len(self.lengths)
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens (T)."""
         return len(self.tokens_T)
 
     @property
@@ -287,8 +289,6 @@ def collate(
     lengths = [t.num_tokens for t in trajectories]
     bounds = np.concatenate([[0], np.cumsum(lengths)])
     starts, total = bounds[:-1], int(bounds[-1])
-    mask = np.concatenate([t.loss_mask for t in trajectories]).astype(bool)
-    mask[starts] = False
 
     def of_tokens(values: Sequence[Any], dtype: type) -> NDArray[Any]:
         """One number for each token, from one number or one array for each sample."""
@@ -314,7 +314,7 @@ def collate(
         "rewards_N": np.array([t.reward for t in trajectories], dtype=np.float64),
         "groups_N": np.array([s.group for s in samples], dtype=np.int64),
         "truncated_N": np.array([t.finish_reason.is_truncated for t in trajectories]),
-        "sampled_S": np.flatnonzero(mask),
+        "sampled_S": np.flatnonzero(np.concatenate([is_target(t) for t in trajectories])),
     }
     if any(sample.beyond is not None for sample in samples):
         arrays["beyond_T"] = of_tokens([False if s.beyond is None else s.beyond for s in samples], bool)
@@ -333,3 +333,40 @@ def collate(
         shared=SharedRows.of([t.tokens for t in trajectories]) if shares_prefixes else None,
         counts=counts,
     )
+
+
+def in_lockstep(
+    microbatches: Iterable[MicroBatch], ranks: Ranks, *, shares_prefixes: bool = True
+) -> Iterator[tuple[PackedBatch, bool]]:
+    """Yields (batch, live): this rank's micro-batches with live=True, then dummies with live=False.
+
+    `shares_prefixes`: see `collate`.
+
+    Dummies follow for as long as another rank still has micro-batches. Collective. Raises
+    IncompleteStepError on every rank if one abandons the step.
+    """
+    remaining = iter(microbatches)
+    while True:
+        microbatch = next(remaining, None)
+        if not ranks.any_left(microbatch is not None):
+            return
+        ranks.place.next_microbatch()
+        if microbatch is None:
+            yield collate([_DUMMY], device=ranks.device), False
+        else:
+            yield collate(microbatch, device=ranks.device, shares_prefixes=shares_prefixes), True
+
+
+_DUMMY = TrainingSample(
+    trajectory=Trajectory(
+        tokens=np.zeros(2, dtype=np.int32),
+        loss_mask=np.array([0, 1], dtype=np.uint8),
+        logprobs=np.zeros(2, dtype=np.float32),
+        versions=np.array([-1, 0], dtype=np.int32),
+        reward=0.0,
+        finish_reason=FinishReason.STOP,
+    ),
+    advantage=0.0,
+    group=0,
+)
+"""The shortest trajectory with one sampled token."""

@@ -55,10 +55,11 @@ class Position:
     """Tokens of a larger lag are beyond the bound; -1: the bound is that of samples, not of tokens."""
     origins: Sequence[Origin] | None = None
     """The group of each trajectory; None: all of them are one group, without `buffer.overdue=close`."""
+    place: int = 0
+    """Its number in the step, counted over all ranks."""
 
     @classmethod
     def of(cls, group: Group) -> Position:
-        """The position that the buffer served."""
         trajectories = group.trajectories
         if group.max_staleness < 0:
             lags = [

@@ -1,6 +1,17 @@
 """The sampled tokens of one micro-batch with their log-probs: the input of every objective.
 
-Prompt and tool tokens are left out, so an objective cannot train on them by mistake.
+Prompt and tool tokens are left out, so an objective cannot train on them by mistake. All masks of tokens,
+from the data to the loss:
+
+| mask | tokens (`mask`, `cap`, `ratio`: values of `staleness.beyond`) | made in |
+|---|---|---|
+| `Trajectory.loss_mask` | sampled by the policy, or learned by supervised training | data |
+| `is_target` | of these, those that are trained on: they have a prefix in their segment | `packing.py` |
+| `Position.beyond` | older than the staleness bound; `mask` makes them context | `positions.py` |
+| `beyond_S` | the same with `cap` and `ratio`, where they stay | here |
+| `is_extreme_S` | of these, those with a ratio outside [1/2, 2]; `ratio` leaves them out by `only` | here |
+| `kept_S` | not dropped by a mask of the objective: the others have no loss | `masks.py` |
+| `counted_S` | in the normalizer | `masks.py`, objective |
 
 Shape suffixes: S sampled tokens of a micro-batch, N its sequences.
 """
@@ -8,7 +19,7 @@ Shape suffixes: S sampled tokens of a micro-batch, N its sequences.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -24,10 +35,6 @@ _RENAMED = {
     "ref_S": "ref_logp_S",
 }
 """Earlier attribute names and the present ones, for the error message that an older custom objective gets."""
-_OF_TOKENS = (
-    *("logp_S", "behavior_logp_S", "advantage_S", "segment_S", "version_S", "lag_S", "entropy_S"),
-    *("prox_logp_S", "ref_logp_S", "collision_S", "kept_S", "counted_S", "beyond_S"),
-)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -81,12 +88,12 @@ class SampledTokens:
     def of(
         cls,
         batch: PackedBatch,
-        *,
         logp_S: Tensor,
         entropy_S: Tensor,
+        collision_S: Tensor | None = None,
+        *,
         prox_logp_S: Tensor | None = None,
         ref_logp_S: Tensor | None = None,
-        collision_S: Tensor | None = None,
     ) -> SampledTokens:
         """The sampled tokens of a packed batch, with the results [S] of the forward passes over it."""
         dtype, at = logp_S.dtype, batch.sampled_S
@@ -119,9 +126,8 @@ class SampledTokens:
 
     def only(self, kept_S: Tensor) -> SampledTokens:
         """The same sequences with these sampled tokens only (bool [S]); the others count in divisors only."""
-        tensors = {
-            name: value[kept_S] for name in _OF_TOKENS if isinstance(value := getattr(self, name), Tensor)
-        }
+        of_tokens = [each.name for each in fields(self) if each.name.endswith("_S")]
+        tensors = {name: value[kept_S] for name in of_tokens if (value := getattr(self, name)) is not None}
         length_N = torch.zeros_like(self.length_N).index_add(
             0, tensors["segment_S"], torch.ones_like(tensors["entropy_S"])
         )
@@ -138,7 +144,7 @@ class SampledTokens:
     def counted_N(self, counted_S: Tensor | None) -> Tensor:
         """[N] number of the sequence's tokens that count in the normalizer, from `counted_S`, bool [S] or
         None (all). Masked tokens beyond the bound count too, or a suffix would gain weight."""
-        counted_N = self.length_N if counted_S is None else self.sum_N(counted_S.to(self.length_N.dtype))
+        counted_N = self._num_N(counted_S)
         return counted_N if self.counts is None else counted_N + self.counts.num_masked_N
 
     def counted_of_sample_N(self, counted_S: Tensor | None) -> Tensor:
@@ -146,10 +152,13 @@ class SampledTokens:
 
         Tokens of the sample's other sequences, which may be in another micro-batch, all count.
         """
-        counted_N = self.length_N if counted_S is None else self.sum_N(counted_S.to(self.length_N.dtype))
+        counted_N = self._num_N(counted_S)
         if self.counts is None:
             return counted_N
         return counted_N + (self.counts.sample_length_N - self.length_N)
+
+    def _num_N(self, counted_S: Tensor | None) -> Tensor:
+        return self.length_N if counted_S is None else self.sum_N(counted_S.to(self.length_N.dtype))
 
     @property
     def sample_N(self) -> Tensor | None:

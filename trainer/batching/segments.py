@@ -21,8 +21,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from areal_like.trajectory import Trajectory
-from trainer.batching.lockstep import in_lockstep
-from trainer.batching.packing import PackedBatch, Packer, TrainingSample, is_target, split_by_sequence
+from trainer.batching.packing import (
+    PackedBatch,
+    Packer,
+    TrainingSample,
+    in_lockstep,
+    is_target,
+    split_by_sequence,
+)
 from trainer.distributed.ranks import Ranks
 
 

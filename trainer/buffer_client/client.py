@@ -16,6 +16,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass
 from typing import Any, Self
 
 from areal_like.automatic_settings import compute_dtype
@@ -39,7 +40,6 @@ from areal_like.wire.messages.consumer import Directory, Fetch, Group, TrainerHe
 from areal_like.wire.messages.hello import Goodbye, Hello, Role
 from areal_like.wire.messages.producer import HeartbeatAck, ServerState
 from trainer.buffer_client.connection import RankConnection
-from trainer.buffer_client.patience import Patience
 from trainer.buffer_client.shards import call_shards
 
 log = logging.getLogger(__name__)
@@ -57,6 +57,45 @@ _OUTSIDE = (
 
 class StopRequestedError(ArealError):
     """A drain began while the training thread waited for something that a drain does not need."""
+
+
+@dataclass(kw_only=True)
+class Patience:
+    """The limits of one wait, by default none; the wait ends at the first that is reached."""
+
+    name: str
+    """The object of the wait, for error messages."""
+    started_s: float
+    timeout_s: float = math.inf
+    """Longest time of the wait."""
+    stall_s: float = math.inf
+    """Longest time without progress of any rollout server."""
+    setting: str = ""
+    """The setting behind `stall_s`."""
+    _num_warnings: int = 0
+
+    def check(self, *, now_s: float, progressed_s: float, servers: Callable[[], str]) -> None:
+        """Raises DeadlineError at a limit. Warns periodically about a long wait during which there is
+        progress.
+
+        `progressed_s`: time of the last progress of any rollout server; `servers`: describes them.
+        """
+        waited_s = now_s - self.started_s
+        if waited_s > self.timeout_s:
+            raise DeadlineError(f"waited {self.timeout_s:g} s for {self.name}")
+        if now_s - max(self.started_s, progressed_s) > self.stall_s:
+            raise DeadlineError(
+                f"waited {waited_s:.0f} s for {self.name}, and no rollout server has made progress for "
+                f"{self.stall_s:g} s ({self.setting} after rollout.generate_timeout_s): {servers()}"
+            )
+        if waited_s > (self._num_warnings + 1) * self.stall_s:
+            self._num_warnings += 1
+            log.warning(
+                "waiting for %s since %.0f s while the rollout servers make progress: %s",
+                self.name,
+                waited_s,
+                servers(),
+            )
 
 
 class TrainerBufferClient:
@@ -132,7 +171,6 @@ class TrainerBufferClient:
         return self.run(self.call_async(message, timeout_s=timeout_s), name=name, timeout_s=timeout_s + 5)
 
     async def call_async(self, message: Any, *, timeout_s: float) -> Any:
-        """`call` for coroutines in the client's own loop."""
         call = self._call_shard
         return await call_shards(
             message, [functools.partial(call, each, timeout_s) for each in self._buffers]
@@ -168,7 +206,6 @@ class TrainerBufferClient:
         self._lost = self._lost or error
 
     def submit(self, coroutine: Coroutine[Any, Any, Any]) -> concurrent.futures.Future[Any]:
-        """Starts a coroutine in the client's loop."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def run(

@@ -64,7 +64,6 @@ class RankConnection(BufferConnection):
         await self.register(self._hello, timeout_s=timeout_s)
 
     def close(self) -> None:
-        """Closes the socket and fails pending calls."""
         if self._registering is not None:
             self._registering.cancel()
         super().close()
@@ -79,7 +78,6 @@ class RankConnection(BufferConnection):
             log.warning("waiting for the buffer at %s: %s", self.address, message.trouble)
 
     def fatal(self, error: ArealError) -> None:
-        """Fails the rank."""
         self._fail(error)
 
     def hello_required(self) -> None:

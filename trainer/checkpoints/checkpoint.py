@@ -100,7 +100,6 @@ class Checkpoints:
 
     @classmethod
     def of(cls, config: Config) -> Self:
-        """The checkpoints of a job."""
         return cls(
             RunPaths.of(config).checkpoints,
             keep=config.trainer.keep_checkpoints,
@@ -155,7 +154,6 @@ class Checkpoints:
         return minutes > 0 and bool(ranks.agree(int(time.monotonic() - self._saved_s >= 60 * minutes)))
 
     def path(self, step: int) -> Path:
-        """Directory of one step."""
         return self._root / checkpoint_name(step)
 
     def save(

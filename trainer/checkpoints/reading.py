@@ -62,7 +62,6 @@ class StateReader:
     """Reads one rank's part of one checkpoint. Every method raises ConfigError, which names the file."""
 
     def __init__(self, path: Path, ranks: Ranks) -> None:
-        """`path`: the directory."""
         self._path = path
         self._rank, self._world_size = ranks.rank, ranks.world_size
 

@@ -132,7 +132,6 @@ class ModelFiles:
         self.rows = replace(self.rows, num_updates=self._optimizer.num_updates)
 
     def create(self, directory: Path) -> None:
-        """Makes the files that all ranks write."""
         if self._weights is not None:
             self._weights.create(directory)
 
@@ -187,7 +186,6 @@ class HostCopy:
     """
 
     def __init__(self, model: PackedModel, optimizer: ModelState) -> None:
-        """`take` copies the state of these."""
         self._optimizer = optimizer
         self.kinds = (MASTER, *optimizer.kinds)
         """The kinds of values that are kept for each parameter."""
@@ -272,7 +270,6 @@ class HfFiles:
 
     @property
     def names(self) -> list[str]:
-        """The files with tensors."""
         return list(self._layouts)
 
     def create(self, directory: Path) -> None:
@@ -338,7 +335,6 @@ class TensorPlace:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the tensor."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 

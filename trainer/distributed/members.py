@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from trainer.distributed.place import RankPhase
+from trainer.distributed.ranks import RankPhase
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,6 @@ class Liveness:
         self._reported: set[int] = set()
 
     def observe(self, counters: Mapping[int, int], *, now_s: float) -> None:
-        """Records the counters of all ranks."""
         for rank, counter in counters.items():
             if rank not in self._seen or self._seen[rank][0] != counter:
                 self._seen[rank] = (counter, now_s)

@@ -5,13 +5,17 @@ gradients travel over the backend of the device. The control messages (is there 
 metrics) are CPU tensors and travel over gloo, so that they never wait behind a kernel. They use a separate
 process group because they need a longer timeout: a rank that has its data may wait long for a rank that is
 still fetching, while no rank should be late in the collectives of a forward.
+
+`RankPhase` is what a rank does at present, for its error messages, its log and /status.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
+from time import monotonic
 
 import numpy as np
 import torch
@@ -20,7 +24,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from areal_like.errors import ArealError
-from trainer.distributed.place import RankPhase
 
 _ABANDONED = 2
 """Vote of a rank that abandons the step; 0: it has no micro-batch left, 1: it has one."""
@@ -31,6 +34,44 @@ class IncompleteStepError(ArealError):
 
     Raised on every rank, at the same micro-batch.
     """
+
+
+@dataclass(kw_only=True)
+class RankPhase:
+    """Written by the training thread; other threads only read it.
+
+    When a block fails, its phase is kept, so that an error message can name it.
+    """
+
+    phase: str = "starting"
+    """Phase of a step (`wait`, `compute`, `reduce`, `update`), or an activity between steps."""
+    step: int = 0
+    """Completed optimizer steps."""
+    microbatch: int = 0
+    """Number of micro-batches started in this step; 0 outside of the micro-batches."""
+    since_s: float = field(default_factory=monotonic)
+    """Start of the phase, monotonic clock."""
+
+    entered_s: float = field(default_factory=monotonic)
+    """Start of the phase; unlike `since_s`, a micro-batch does not change it."""
+    on_leave: Callable[[str, int, float], None] = field(default=lambda phase, step, since_s: None)
+    """Called with the phase that ends, its step and its start."""
+
+    def enter(self, phase: str, *, step: int | None = None) -> None:
+        """Starts a phase; with `step`, also sets the number of completed steps."""
+        self.on_leave(self.phase, self.step, self.entered_s)
+        if step is not None:
+            self.step, self.microbatch = step, 0
+        self.phase, self.since_s = phase, monotonic()
+        self.entered_s = self.since_s
+
+    def next_microbatch(self) -> None:
+        """Begins the next micro-batch of the step."""
+        self.microbatch += 1
+        self.since_s = monotonic()
+
+    def __str__(self) -> str:
+        return f"step {self.step}, micro-batch {self.microbatch}, {self.phase}"
 
 
 class Ranks:

@@ -78,12 +78,10 @@ class GhostTape:
         self._tied = list(_tied(self._layers))
 
     def attach(self) -> None:
-        """Replaces the layers' forwards with recording ones."""
         for layer in self._layers:
             layer.module.forward = layer.forward
 
     def detach(self) -> None:
-        """Restores the layers' own forwards."""
         for layer in self._layers:
             del layer.module.forward
         self.clear()

@@ -99,7 +99,6 @@ class SequenceGradients(Gradients):
         self._loss_sum += loss
 
     def finish(self) -> dict[str, tuple[Tensor | float, Tensor | float]]:
-        """Finishes the last group and reduces the step's gradient into the shards."""
         if self._over_batch:
             squares_N, advantage_N = self._sequences()
             sums = self._ranks.sum(torch.stack([squares_N.sum(), (squares_N * advantage_N).sum()]))

@@ -1,12 +1,23 @@
-"""Counts the staleness of one step's samples on every rank, and sums it over all ranks."""
+"""Computes the staleness of one step's samples over all ranks.
+
+`LagTally` counts samples by lag. `PartTable`, for `buffer.overdue=close`, has one row for each sample,
+gathered from all ranks at the end of the step, so that every number is computed from all samples at once:
+shares of tokens by quartile of length, lags, early and late samples.
+
+Shape suffix: B samples of the whole step.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from areal_like.wire.messages.consumer import Group
+from trainer.batching.packing import TrainingSample, is_target
 from trainer.batching.positions import Position
 from trainer.distributed.ranks import Ranks
 
@@ -57,3 +68,115 @@ def lag_metrics(num_by_lag: list[int]) -> dict[str, Any]:
         "lag_max": max((lag for lag, count in enumerate(num_by_lag) if count), default=0),
         "lag_histogram": {str(lag): count for lag, count in enumerate(num_by_lag)},
     }
+
+
+class PartRow(NamedTuple):
+    """One sample; all columns travel as float64."""
+
+    ticket_id: int
+    """Of its group."""
+    sample_index: int
+    """In the group."""
+    num_early: int
+    """Members that were complete when its group was closed; -1: a whole group."""
+    is_late: bool
+    has_others: bool
+    """There are early members other than the sample itself."""
+    reward: float
+    """Of the task."""
+    num_sampled: int
+    """Sampled tokens that have a prefix."""
+    num_beyond: int
+    """Those beyond the staleness bound."""
+    num_masked: int
+    """Those that are masked whatever their ratio."""
+    is_first_beyond: bool
+    """The first of them is beyond the bound."""
+    advantage_beyond: float
+    """Sum of the advantages of those beyond the bound."""
+    lag: int
+    """Of the oldest token that is trained on; -1: none is."""
+
+
+class PartTable:
+    """Collects rows, then gives the metrics: note() for each position -> metrics()."""
+
+    def __init__(self) -> None:
+        self._rows: list[PartRow] = []
+
+    def note(self, position: Position, samples: Sequence[TrainingSample]) -> None:
+        """Adds the samples of a position, in its order."""
+        assert position.origins is not None
+        for index, (sample, origin) in enumerate(zip(samples, position.origins, strict=True)):
+            trajectory, trained = position.trajectories[index], is_target(sample.trajectory)
+            sampled = is_target(trajectory)
+            found = position.beyond(index)
+            beyond = np.zeros_like(sampled) if found is None else found & sampled
+            advantage = np.broadcast_to(sample.advantage, sampled.shape)
+            lags = position.lags[index][trained]
+            self._rows.append(
+                PartRow(
+                    ticket_id=origin.ticket_id,
+                    sample_index=origin.sample_index,
+                    num_early=len(origin.early) if origin.is_closed else -1,
+                    is_late=origin.is_late,
+                    has_others=any(each.sample_index != origin.sample_index for each in origin.early),
+                    reward=trajectory.reward,
+                    num_sampled=int(sampled.sum()),
+                    num_beyond=int(beyond.sum()),
+                    num_masked=int((sampled & ~trained).sum()),
+                    is_first_beyond=bool(beyond[sampled][:1].any()),
+                    advantage_beyond=float(advantage[beyond].sum()),
+                    lag=int(lags.max()) if len(lags) else -1,
+                )
+            )
+
+    def metrics(self, ranks: Ranks) -> dict[str, Any]:
+        """The metrics over all ranks. Collective.
+
+        A mean over nothing (no token beyond the bound, no late sample, no closed group) is 0.
+        """
+        rows = torch.tensor(self._rows, dtype=torch.float64).flatten()
+        table = ranks.gather(rows).view(-1, len(PartRow._fields)).numpy()
+        column = dict(zip(PartRow._fields, table.T, strict=True))
+        sampled_B, beyond_B = column["num_sampled"], column["num_beyond"]
+        late_B, reward_B = column["is_late"] > 0, column["reward"]
+        quartile_B = _quartiles(sampled_B, column["sample_index"], column["ticket_id"])
+        early_of = dict(zip(column["ticket_id"].tolist(), column["num_early"].tolist(), strict=True))
+        found = {
+            "beyond_share": _ratio(beyond_B.sum(), sampled_B.sum()),
+            "beyond_share_first": _mean(column["is_first_beyond"]),
+            "masked_share": _ratio(column["num_masked"].sum(), sampled_B.sum()),
+            "beyond_advantage": _ratio(column["advantage_beyond"].sum(), beyond_B.sum()),
+            "late_share": _mean(late_B),
+            "late_reward_gap": _mean(reward_B[~late_B]) - _mean(reward_B[late_B])
+            if late_B.any() and not late_B.all()
+            else 0.0,
+            "late_without_baseline": float((late_B & (column["has_others"] == 0)).sum()),
+            "early_members": _mean(np.array([num for num in early_of.values() if num >= 0])),
+        }
+        for quartile in range(4):
+            of_quartile = quartile_B == quartile
+            found[f"beyond_share_q{quartile + 1}"] = _ratio(
+                beyond_B[of_quartile].sum(), sampled_B[of_quartile].sum()
+            )
+        lags = column["lag"].astype(np.int64)
+        return found | lag_metrics(np.bincount(lags[lags >= 0], minlength=1).tolist())
+
+
+def _quartiles(length_B: NDArray[np.float64], *ties: NDArray[np.float64]) -> NDArray[np.int64]:
+    """[B] 0 for the shortest quarter to 3 for the longest, by rank.
+
+    `ties`: order of equal lengths, by the last of these first.
+    """
+    rank_B = np.empty(len(length_B), dtype=np.int64)
+    rank_B[np.lexsort((*ties, length_B))] = np.arange(len(length_B))
+    return rank_B * 4 // max(len(length_B), 1)
+
+
+def _ratio(total: float, count: float) -> float:
+    return float(total / count) if count else 0.0
+
+
+def _mean(values: NDArray[Any]) -> float:
+    return float(values.mean()) if len(values) else 0.0

@@ -1,19 +1,22 @@
-"""The trainer's Prometheus metrics (rank 0)."""
+"""The trainer's Prometheus metrics: `TrainerSeries` of rank 0, `GpuMemory` of every rank."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from prometheus_client import Gauge
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from areal_like.config import EvalSetConfig
-from areal_like.runtime.metrics import SECONDS, Metrics
+from areal_like.runtime.metrics import PREFIX, SECONDS, Metrics
 from areal_like.trajectory import FinishReason
-from trainer.metrics.distributions import PERCENTILES
 from trainer.metrics.named_means import MAX_NAMES
 from trainer.metrics.speed import PHASES
+from trainer.metrics.step_totals import PERCENTILES
 from trainer.weights.checks import CheckReport
 from trainer.weights.publisher import PushReport
 
@@ -99,11 +102,15 @@ _EVAL_GAUGES = {
     "num_failed": ("failed_samples", "Samples of the set's last evaluation that failed and count 0"),
 }
 """Key of a row -> series and its text."""
-_PUSH_PARTS = {
-    "staging": "Seconds in which all buckets of a push were made ready, before engines were asked to receive",
-    "broadcast": "Seconds of a push from the request to the engines to the end of the last broadcast",
-    "stall": "Longest time that one engine decoded nothing because of a push",
+_PUSH_HISTOGRAMS = {
+    "seconds": "Seconds from a granted version to its activation",
+    "staging_seconds": "Seconds in which all buckets of a push were made ready, before engines were asked to "
+    "receive",
+    "broadcast_seconds": "Seconds of a push from the request to the engines to the end of the last broadcast",
+    "stall_seconds": "Longest time that one engine decoded nothing because of a push",
 }
+"""Field of a `PushReport` -> help text of its series."""
+_PUSH_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 TRACKER_OUTCOMES = ("logged", "failed", "left_out")
 """Outcome of a row: the tracker wrote it, it raised, or it did not get the row (too slow, or off)."""
 
@@ -160,21 +167,14 @@ class TrainerSeries:
             "trainer_pushes", "Weight pushes by outcome", label="outcome", values=("ok", "failed")
         )
         self._push_bytes = metrics.counter("trainer_push_bytes", "Bytes of weights broadcast")
-        self._push_seconds = metrics.histogram(
-            "trainer_push_seconds",
-            "Seconds from a granted version to its activation",
-            buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100),
-        )
-        self._push_parts = {
-            name: metrics.histogram(
-                f"trainer_push_{name}_seconds", doc, buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
-            )
-            for name, doc in _PUSH_PARTS.items()
+        self._push_histograms = {
+            name: metrics.histogram(f"trainer_push_{name}", doc, buckets=_PUSH_BUCKETS)
+            for name, doc in _PUSH_HISTOGRAMS.items()
         }
         self._recovery_seconds = metrics.histogram(
             "trainer_push_recovery_seconds",
             "Longest time that a survivor of a broken broadcast needed to leave its group",
-            buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10),
+            buckets=_PUSH_BUCKETS[:7],
         )
         self._freeze_seconds = metrics.counter(
             "trainer_freeze_seconds", "Seconds that training waited for snapshots of the weights"
@@ -210,7 +210,6 @@ class TrainerSeries:
         self._tracked.labels(outcome).inc()
 
     def checked(self, report: CheckReport) -> None:
-        """Updates the series after a check of an engine's weights."""
         self._checks.labels("jump" if report.is_jump else "ok").inc()
         self._check_difference.set(report.difference)
 
@@ -248,13 +247,10 @@ class TrainerSeries:
                     gauge.labels(name).set(mean)
 
     def pushed(self, report: PushReport) -> None:
-        """Updates the series after a push of weights."""
         self._pushes.labels("ok" if report.num_activated else "failed").inc()
         self._push_bytes.inc(report.num_bytes)
-        self._push_seconds.observe(report.seconds)
-        self._push_parts["staging"].observe(report.staging_seconds)
-        self._push_parts["broadcast"].observe(report.broadcast_seconds)
-        self._push_parts["stall"].observe(report.stall_seconds)
+        for name, histogram in self._push_histograms.items():
+            histogram.observe(getattr(report, name))
         if report.recovery_seconds:
             self._recovery_seconds.observe(report.recovery_seconds)
         if report.num_activated:
@@ -275,3 +271,31 @@ def _set(gauge: Gauge, value: object, *, unit: float = 1.0) -> None:
     """Sets a gauge to a number of a row; a value that is absent or not finite leaves it as it is."""
     if isinstance(value, (int, float)) and math.isfinite(value):
         gauge.set(value * unit)
+
+
+class GpuMemory(Collector):
+    """`areal_trainer_gpu_memory_bytes{of}`; without values on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def collect(self) -> Iterable[Metric]:
+        family = GaugeMetricFamily(
+            f"{PREFIX}_trainer_gpu_memory_bytes",
+            "Memory of the rank's GPU: in tensors, held by the rank's allocator, free, and all of it",
+            labels=["of"],
+        )
+        for of, num_bytes in self._read().items():
+            family.add_metric([of], num_bytes)
+        yield family
+
+    def _read(self) -> dict[str, int]:
+        if self._device.type != "cuda":
+            return {}
+        free, total = torch.cuda.mem_get_info(self._device)
+        return {
+            "allocated": torch.cuda.memory_allocated(self._device),
+            "reserved": torch.cuda.memory_reserved(self._device),
+            "free": free,
+            "total": total,
+        }

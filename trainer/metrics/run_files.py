@@ -100,7 +100,6 @@ class RowsFile:
         self._file.flush()
 
     def close(self) -> None:
-        """Closes the file."""
         self._file.close()
 
     def _write(self, row: dict[str, Any], file: TextIO) -> None:
@@ -116,7 +115,6 @@ class MetricsFile(RowsFile):
     """`metrics.jsonl`."""
 
     def __init__(self, path: Path, *, start_step: int) -> None:
-        """`start_step`: completed steps."""
         self.last: dict[str, Any] = {}
         """The newest row; empty before the first."""
         super().__init__(path, keeps=lambda row: row["step"] < start_step)
@@ -266,7 +264,6 @@ def _increase(name: str, first: RunCounters | None, last: RunCounters) -> float:
 
 
 def statistics_of(result: EvalResult, settings: EvalSetConfig) -> EvalStatistics:
-    """The statistics of a result of the set with these settings."""
     shape = (result.num_prompts, result.num_samples)
     outcomes_PS = result.outcomes.reshape(shape)
 

@@ -1,22 +1,112 @@
-"""Speed and memory of a step: tokens and model FLOPs per second, MFU, phases and memory over all ranks.
+"""Speed and memory of a step: seconds by phase, tokens and model FLOPs per second, MFU, memory of all ranks.
 
-The ranks exchange one short vector at the end of a step. Memory: on a GPU the allocator's peak since the last
-step, on a CPU the largest memory that the process has had.
+On a CPU the clock is the host's. A GPU runs kernels asynchronously, so there a phase lasts from one event in
+the stream to another. These times are read at the end of the step, because reading them earlier would stall
+the GPU. Then the ranks exchange one short vector. Memory: on a GPU the allocator's peak since the last step,
+on a CPU the largest memory that the process has had.
 """
 
 from __future__ import annotations
 
 import re
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 from areal_like.gpus import peak_flops
 from trainer.batching.packing import PackedBatch
-from trainer.distributed.ranks import Ranks
+from trainer.distributed.ranks import RankPhase, Ranks
 from trainer.metrics.model_flops import FORWARD, FORWARD_AND_BACKWARD, ModelFlops
-from trainer.metrics.phase_timer import PhaseTimer, clock_of
 from trainer.models.packed_model import PackedModel
+from trainer.profiling.ranges import named_range
+
+T = TypeVar("T")
+
+
+class Clock:
+    """Marks points in time, and later gives the seconds between them; this class by the time of the host."""
+
+    def mark(self) -> Any:
+        """Returns a mark of the current time. Must not block."""
+        return time.perf_counter()
+
+    def seconds(self, spans: Iterable[tuple[Any, Any]]) -> list[float]:
+        """The seconds from the first to the second mark of each pair. May block."""
+        return [end - start for start, end in spans]
+
+
+class CudaClock(Clock):
+    """Time of a GPU's current stream: a mark is an event that is reached after the work queued before it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def seconds(self, spans: Iterable[tuple[torch.cuda.Event, torch.cuda.Event]]) -> list[float]:
+        torch.cuda.current_stream(self._device).synchronize()
+        return [start.elapsed_time(end) / 1e3 for start, end in spans]
+
+
+def clock_of(device: torch.device) -> Clock:
+    return CudaClock(device) if device.type == "cuda" else Clock()
+
+
+class PhaseTimer:
+    """Adds up time by phase, from its creation on."""
+
+    def __init__(
+        self, phases: Iterable[str], *, place: RankPhase | None = None, clock: Clock | None = None
+    ) -> None:
+        """`phases`: all names; a phase in which no time was spent is reported as 0. `place`: gets the
+        current phase.
+
+        `clock`: measures the phases; None: the host's clock.
+        """
+        self._place = place or RankPhase()
+        self._clock = clock or Clock()
+        self._start = time.perf_counter()
+        self._spans: dict[str, list[tuple[Any, Any]]] = {phase: [] for phase in phases}
+
+    @contextmanager
+    def span(self, phase: str) -> Iterator[None]:
+        """Counts the time of a block."""
+        name, spans = phase.removesuffix("_s"), self._spans[phase]
+        start, outer = self._clock.mark(), self._place.phase
+        self._place.enter(name)
+        try:
+            with named_range(name):
+                yield
+        finally:
+            spans.append((start, self._clock.mark()))
+        self._place.enter(outer)  # not after an error, whose message names the phase
+
+    def timed(self, phase: str, items: Iterable[T]) -> Iterator[T]:
+        """Counts the time that an iterator takes to produce its items."""
+        iterator = iter(items)
+        while True:
+            with self.span(phase):
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    return
+            yield item
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each phase, and `step_s` since the creation, by the host's clock.
+
+        It synchronizes with a GPU: call it at the end of a step.
+        """
+        spent = {phase: sum(self._clock.seconds(spans)) for phase, spans in self._spans.items()}
+        return {**spent, "step_s": time.perf_counter() - self._start}
+
 
 PHASES = ("wait_s", "compute_s", "reduce_s", "update_s")
 _GB = 1e9
@@ -30,17 +120,16 @@ class StepSpeed:
         policy: PackedModel,
         ranks: Ranks,
         *,
-        reference: PackedModel | None = None,
-        proximal: PackedModel | None = None,
+        others: Sequence[PackedModel] = (),
         peak_tflops: float = 0.0,
     ) -> None:
-        """`reference`, `proximal`: models that run forward in addition to each pass of the policy.
+        """`others`: models that run forward in addition to each pass of the policy.
 
         `peak_tflops`: peak of one rank's device; 0: looked up by its name, and unknown on a CPU.
         """
         self._ranks = ranks
         self._policy = ModelFlops.of(policy.model)
-        self._others = [ModelFlops.of(each.model) for each in (reference, proximal) if each is not None]
+        self._others = [ModelFlops.of(each.model) for each in others]
         device = ranks.device
         known = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self._peak = peak_tflops * 1e12 or known

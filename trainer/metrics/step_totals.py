@@ -5,33 +5,114 @@ micro-batches and ranks. Sums stay on the device until then: reading a number fr
 stall it. All ranks must record the same names, so a rank without data records zeros through its dummy
 micro-batches.
 
-Shape suffixes: S sampled tokens, N sequences, B sequences of the whole step.
+Lengths of samples are few and are gathered for their distribution. There may be millions of tokens:
+|log pi / mu| is counted in fixed buckets on the device, and the counts are summed with the other totals.
+
+Shape suffixes: S sampled tokens, K buckets, N sequences, B sequences (or samples) of the whole step.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from areal_like.trajectory import FinishReason, Trajectory
-from trainer.batching.packing import PackedBatch, num_targets
+from trainer.batching.packing import PackedBatch, TrainingSample, num_targets
 from trainer.distributed.ranks import Ranks
-from trainer.metrics.distributions import (
-    NUM_BUCKETS,
-    MagnitudeHistogram,
-    as_parts,
-    joined_parts,
-    length_metrics,
-    percentile_of_counts,
-)
+from trainer.metrics.lag import PartTable
 from trainer.metrics.named_means import NamedMeans
-from trainer.metrics.part_table import PartTable
 from trainer.objectives import SampledTokens, TokenLosses
 from trainer.objectives.importance import MAX_EXPONENT, ess_ratio
+
+_LOWEST, _DECADES, _PER_DECADE = 1e-7, 9, 32
+NUM_BUCKETS = _DECADES * _PER_DECADE + 2
+"""The first bucket is 0 to 1e-7; then 32 for each power of ten, so 7.5 % wide, up to 100; the last is
+above."""
+PERCENTILES = (10, 50, 90, 99)
+
+
+class MagnitudeHistogram:
+    """Counts of magnitudes by size, kept on the device until the end of the step."""
+
+    def __init__(self) -> None:
+        self.counts_K: Tensor | None = None
+        self._max: Tensor | None = None
+
+    def add(self, values_S: Tensor, weights_S: Tensor) -> None:
+        """Counts |values| with their weights, which may be 0."""
+        sizes_S = values_S.abs().float()
+        decades_S = torch.log10(sizes_S.clamp_min(1e-30)) - math.log10(_LOWEST)
+        # Numbers that are not finite belong to the last bucket.
+        at_S = (decades_S.nan_to_num(nan=1e9) * _PER_DECADE).floor().clamp(-1, NUM_BUCKETS - 2).long() + 1
+        if self.counts_K is None:
+            self.counts_K = torch.zeros(NUM_BUCKETS, dtype=torch.float64, device=values_S.device)
+            self._max = torch.zeros((), dtype=torch.float32, device=values_S.device)
+        # Not bincount, which synchronizes with a GPU to find the largest index.
+        self.counts_K.index_add_(0, at_S, weights_S.double())
+        assert self._max is not None
+        largest = torch.where(weights_S > 0, sizes_S, 0.0).nan_to_num(nan=torch.inf)
+        self._max = torch.maximum(self._max, torch.cat([largest, self._max[None]]).amax())
+
+    @property
+    def on_host_K(self) -> Tensor:
+        """The counts, float64 on the CPU; zeros if nothing was added."""
+        counts_K = self.counts_K
+        return torch.zeros(NUM_BUCKETS, dtype=torch.float64) if counts_K is None else counts_K.cpu()
+
+    @property
+    def largest(self) -> float:
+        return 0.0 if self._max is None else float(self._max)
+
+
+def percentile_of_counts(counts_K: NDArray[np.float64], percent: float) -> float:
+    """A percentile of the magnitudes in a MagnitudeHistogram: the upper end of its bucket.
+
+    Infinite above 100. `counts_K` must not be all zero.
+    """
+    reached_K = np.cumsum(counts_K)
+    bucket = int(np.searchsorted(reached_K, reached_K[-1] * percent / 100))
+    if bucket >= NUM_BUCKETS - 1:
+        return math.inf
+    return _LOWEST * 10 ** (bucket / _PER_DECADE)
+
+
+def length_metrics(response_B: NDArray[np.float64], prompt_B: NDArray[np.float64]) -> dict[str, Any]:
+    """Percentiles and largest values of the lengths of a step's samples; nothing for no samples."""
+    if len(response_B) == 0:
+        return {}
+    found = {
+        f"response_length_p{percent}": value
+        for percent, value in zip(PERCENTILES, np.percentile(response_B, PERCENTILES).tolist(), strict=True)
+    }
+    return found | {
+        "response_length_max": float(response_B.max()),
+        "prompt_tokens_max": float(prompt_B.max()),
+    }
+
+
+def as_parts(vectors: Sequence[Tensor]) -> Tensor:
+    """Joins several vectors, preceded by their lengths, into one float64 CPU vector, for a single gather."""
+    lengths = torch.tensor([len(vector) for vector in vectors], dtype=torch.float64)
+    return torch.cat([lengths, *(vector.double().cpu() for vector in vectors)])
+
+
+def joined_parts(gathered: Tensor, *, num_vectors: int) -> list[Tensor]:
+    """Splits the gathered `as_parts` of all ranks: returns each vector, concatenated over the ranks."""
+    parts: list[list[Tensor]] = [[] for _ in range(num_vectors)]
+    at = 0
+    while at < len(gathered):
+        lengths = [int(length) for length in gathered[at : at + num_vectors].tolist()]
+        at += num_vectors
+        for part, length in zip(parts, lengths, strict=True):
+            part.append(gathered[at : at + length])
+            at += length
+    return [torch.cat(part) for part in parts]
 
 
 class StepTotals:
@@ -63,38 +144,49 @@ class StepTotals:
         self.add(name, values.sum() if live else 0.0, count=len(values) if live else 0)
 
     def add_all(self, sums: Mapping[str, tuple[Tensor | float, Tensor | float]]) -> None:
-        """Adds (sum, count) of each name."""
         for name, (total, count) in sums.items():
             self.add(name, total, count=count)
 
-    def recorded(self, group: Sequence[Trajectory]) -> Sequence[Trajectory]:
-        """Records the rewards, lengths and other numbers of a group's samples, and returns it.
+    def recorded(self, group: Sequence[Trajectory], *, shaped: Sequence[Trajectory] = ()) -> None:
+        """Records the rewards, lengths and other numbers of a group's samples.
 
-        Greedy samples are recorded separately: they are not trained on.
+        Greedy samples are recorded separately: they are not trained on. `shaped`: the same samples with
+        shaped rewards; empty if advantages are computed from the task's.
         """
         learned = [trajectory for trajectory in group if not trajectory.is_greedy]
         for trajectory in group:
             if trajectory.is_greedy:
                 self.add("greedy_reward", trajectory.reward)
-        size = float(len(learned))
-        rewards = [trajectory.reward for trajectory in learned]
-        self.add("num_groups", 1.0)
-        self.add("reward", sum(rewards), count=size)
-        self.add("reward_square", sum(reward * reward for reward in rewards), count=size)
         targets = [num_targets(trajectory) for trajectory in learned]
-        self.add("response_tokens", float(sum(targets)), count=size)
-        self.add("prompt_tokens", float(sum(t.num_tokens for t in learned) - sum(targets)), count=size)
-        truncated = sum(trajectory.finish_reason.is_truncated for trajectory in learned)
-        self.add("truncated_fraction", float(truncated), count=size)
-        self.add("turns", float(sum(t.num_turns for t in learned)), count=size)
-        self.add("segments", float(sum(len(t.segments) or 1 for t in learned)), count=size)
-        self.add("sample_generation_s", sum(t.generation_s for t in learned), count=size)
-        self.add("sample_reward_s", sum(t.reward_s for t in learned), count=size)
+        rewards = {"reward": learned}
+        if shaped:
+            rewards["shaped_reward"] = [trajectory for trajectory in shaped if not trajectory.is_greedy]
+        numbers: dict[str, Sequence[float]] = {
+            "response_tokens": targets,
+            "prompt_tokens": [t.num_tokens - num for t, num in zip(learned, targets, strict=True)],
+            "truncated_fraction": [t.finish_reason.is_truncated for t in learned],
+            "turns": [t.num_turns for t in learned],
+            "segments": [len(t.segments) or 1 for t in learned],
+            "sample_generation_s": [t.generation_s for t in learned],
+            "sample_reward_s": [t.reward_s for t in learned],
+        }
+        for name, samples in rewards.items():
+            numbers[name] = [trajectory.reward for trajectory in samples]
+            numbers[f"{name}_square"] = [trajectory.reward * trajectory.reward for trajectory in samples]
+        self.add("num_groups", 1.0)
+        for name, values in numbers.items():
+            self.add(name, float(sum(values)), count=float(len(learned)))
         for trajectory, num in zip(learned, targets, strict=True):
             self.add(_FINISHED[trajectory.finish_reason], 1.0)
             self._named.add(trajectory, num_targets=num)
             self._lengths.append((num, trajectory.num_tokens - num))
-        return group
+
+    def skipped(self, samples: Iterable[TrainingSample]) -> None:
+        """Counts samples that are not run in the normalizer."""
+        for sample in samples:
+            counts = sample.resolved_counts
+            self.add("counted_tokens", float(num_targets(sample.trajectory) + counts.num_masked))
+            self.add("counted_seqs", float(counts.num_samples))
 
     @torch.no_grad()
     def observe(
@@ -157,17 +249,15 @@ class StepTotals:
         for name, value_S in zip(OF_BEYOND, values, strict=True):
             self.add(name, value_S.sum(), count=beyond_S.sum())
 
-    def beyond_metrics(self, *, of_ratio: bool) -> dict[str, float]:
-        """Metrics of the tokens beyond the bound that have log-probs.
-
-        `of_ratio`: tokens with a ratio outside [1/2, 2] were masked.
-        """
+    def part_metrics(self, ranks: Ranks, *, beyond: str) -> dict[str, Any]:
+        """The metrics of `buffer.overdue=close`. Collective. `beyond`: `staleness.beyond`."""
+        found = self.parts.metrics(ranks)
+        if beyond == "mask":  # tokens beyond the bound have no log-probs
+            return found
         total, square = self.total("beyond_w"), self.total("beyond_w_square")
-        found = {
-            "beyond_log_ratio_abs": self.mean("beyond_log_ratio"),
-            "beyond_ess_ratio": total**2 / (square * self.count("beyond_w")) if square else 1.0,
-        }
-        if of_ratio:
+        found["beyond_log_ratio_abs"] = self.mean("beyond_log_ratio")
+        found["beyond_ess_ratio"] = total**2 / (square * self.count("beyond_w")) if square else 1.0
+        if beyond == "ratio":
             num_sampled = self.total("response_tokens")
             found["masked_share"] = self.total("beyond_extreme") / num_sampled if num_sampled else 0.0
         return found
@@ -202,7 +292,6 @@ class StepTotals:
         return self.total(name) / count if count else 0.0
 
     def count(self, name: str) -> float:
-        """The number of values in the sum."""
         return float(self._counts.get(name, 0.0))
 
     def ess_ratios(self) -> dict[str, float]:

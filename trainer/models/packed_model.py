@@ -3,6 +3,10 @@
     build(): on the meta device, no memory -> shard(): memory for this rank's rows -> read_initial_weights(),
     or the rows of a checkpoint
 
+Buffers (rotary frequencies and the like) are real from the start and computed by transformers' own
+initialization, as `from_pretrained` does. They are never read from a file: `hf_tensors` refuses models whose
+checkpoints store buffers.
+
 No rank ever holds the whole model. The master weights are float32; the forward runs in `dtype` through
 FSDP2's mixed precision. Dropout is always off: the trained policy has to be the one that the engine samples
 from.
@@ -15,14 +19,17 @@ Shape suffixes: T packed tokens, U rows that the model computes for them, S samp
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from areal_like.errors import ConfigError
+from areal_like.errors import ConfigError, first_line
 from areal_like.precision import route_in_float32, routers
 from areal_like.weights.hf_layout import hf_tensors
 from trainer.attention.packed_attention import ATTENTION_NAME, Kind
@@ -31,7 +38,6 @@ from trainer.distributed.ranks import Ranks
 from trainer.distributed.sharding import local
 from trainer.models.row_loading import read_rows, stored_names
 from trainer.models.safetensors_rows import SafetensorsRows
-from trainer.models.skeleton import build_skeleton, set_buffer, tied_names
 
 SMALLEST_SHARDED_APART = 32 << 20
 """Smallest model, in bytes, whose layers are gathered and reduced one by one. In a smaller model the fixed
@@ -208,6 +214,50 @@ class PackedModel(nn.Module):
             packed_kind=self.attention,
         ).last_hidden_state[0]
         return hidden_UD.index_select(0, read_S)
+
+
+def build_skeleton(path: str, *, dtype: torch.dtype) -> Any:
+    """The causal LM of a Hugging Face directory or name, its parameters on the meta device in `dtype`.
+
+    Raises ConfigError for an architecture that transformers does not know, and for quantized weights.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        with torch.device("meta"):
+            from_config: Any = AutoModelForCausalLM.from_config  # untyped
+            model = from_config(config, dtype=dtype, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise ConfigError(
+            f"{path}: transformers has no causal language model for it ({first_line(error)})"
+        ) from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise ConfigError(f"{path}: its weights are quantized, which cannot be trained: name another model")
+    _compute_buffers(model)
+    # Without generation_config.json, the generation config made from the model's configuration stays.
+    with contextlib.suppress(OSError):
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    return model.eval()
+
+
+def tied_names(model: torch.nn.Module) -> dict[str, str]:
+    """Other name of a tied parameter -> its first name, which `named_parameters` gives."""
+    first = {id(param): name for name, param in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: first[id(param)] for name, param in every if first[id(param)] != name}
+
+
+def set_buffer(model: torch.nn.Module, name: str, value: torch.Tensor) -> None:
+    """Replaces a buffer by its full name."""
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, value)
+
+
+def _compute_buffers(model: Any) -> None:
+    for name, buffer in list(model.named_buffers()):
+        set_buffer(model, name, torch.empty_like(buffer, device="cpu"))
+    for param in model.parameters():
+        param._is_hf_initialized = True  # otherwise transformers would initialize it randomly
+    model.initialize_weights()
 
 
 def _check_layers(model: Any) -> None:

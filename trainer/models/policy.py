@@ -65,7 +65,6 @@ class Policy(PackedModel):
         self.with_entropy_gradient = False
 
     def forward(self, batch: PackedBatch) -> TokenLogProbs:
-        """Log-probs and entropies of the sampled tokens of a packed batch."""
         hidden_SD = self.hidden(batch)
         targets_S = batch.tokens_T.index_select(0, batch.sampled_S)
         if len(targets_S) <= self.chunk_tokens:

@@ -85,11 +85,9 @@ class SafetensorsRows:
         return list(self._where)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
         return self._shapes[name]
 
     def file_of(self, name: str) -> Path:
-        """The file that holds a tensor."""
         return self._where[name]
 
     def dtype(self, name: str) -> str:

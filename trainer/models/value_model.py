@@ -27,7 +27,6 @@ class ValueModel(PackedModel):
         super().__init__(model)
 
     def fresh_parameters(self) -> frozenset[str]:
-        """The head's weight and bias."""
         head = self.model.get_output_embeddings()
         return frozenset(
             f"{name}.{leaf}"

@@ -38,37 +38,3 @@ from trainer.objectives.topr import Topr
 from trainer.objectives.trust_region import Kpop, TrustRegion
 from trainer.objectives.vcpo import Vcpo
 from trainer.objectives.vespo import Vespo
-
-__all__ = [
-    "MASKS",
-    "OBJECTIVES",
-    "Cispo",
-    "Composed",
-    "Dcpo",
-    "DecoupledPpo",
-    "DppoTv",
-    "Gspo",
-    "Kpop",
-    "Lad",
-    "M2po",
-    "Mask",
-    "Maspo",
-    "Need",
-    "Oapl",
-    "Objective",
-    "OnlineDpo",
-    "Ppo",
-    "ProximalRule",
-    "Rebel",
-    "Reinforce",
-    "SampledTokens",
-    "Sapo",
-    "StepStats",
-    "TokenLosses",
-    "Topr",
-    "TruncatedIS",
-    "TrustRegion",
-    "Vcpo",
-    "Vespo",
-    "build_objective",
-]

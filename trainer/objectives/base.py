@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from areal_like.config.common import Section
 from areal_like.errors import ConfigError
 from areal_like.registry import Registry
 from trainer.advantages.base import Advantage
@@ -45,8 +46,6 @@ from trainer.gradients.base import Gradients
 if TYPE_CHECKING:
     from trainer.distributed.ranks import Ranks
     from trainer.models.policy import Policy
-
-__all__ = ["OBJECTIVES", "Need", "Objective", "ProximalRule", "SampledTokens", "StepStats", "TokenLosses"]
 
 _RENAMED = {"lone_sequences": "one_sequence_per_microbatch"}
 """Earlier name of an attribute that a custom objective may set -> its current name."""
@@ -98,10 +97,11 @@ StepStats = Mapping[str, Tensor]
 """Statistics of the whole step by name; float64 on the CPU."""
 
 
-class Objective(ABC):
+class Objective(Section, ABC, key="objective"):
     """Base of all objectives.
 
-    A subclass may shadow class attributes with properties where they depend on settings.
+    Choices and bounds of a setting are stated by its annotation (`Literal`, `PositiveFloat`); `check` is for
+    rules over several. A subclass may shadow class attributes with properties where they depend on settings.
     """
 
     scope: Scope = Scope.GROUP

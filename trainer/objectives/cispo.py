@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from areal_like.errors import ConfigError
+from areal_like.config.common import PositiveFloat
 from trainer.objectives.base import OBJECTIVES, Objective, SampledTokens, StepStats, TokenLosses
 from trainer.objectives.importance import ratio_S
 
@@ -23,12 +23,8 @@ class Cispo(Objective):
 
     ess_level = "token"
 
-    high: float = 5.0
+    high: PositiveFloat = 5.0
     """Largest weight of a token."""
-
-    def __post_init__(self) -> None:
-        if not self.high > 0:
-            raise ConfigError(f"objective.high={self.high}: use a value above 0")
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
         """The weighted log-probs; `clipped_fraction` counts ratios above `high`."""

@@ -8,7 +8,7 @@ importance weight, whatever the objective computes it from, is at most 1. A part
 proportional to A (the pull of `dppo_tv`, the target of `lad`) counts in g.
 
 `build_objective` returns the bare objective if none of these is configured. The KL penalty on rewards is
-not part of the loss (see `trainer/step/advantage_pipeline.py`).
+not part of the loss (see `trainer/step/rewards.py`).
 
 Estimators of KL(pi || ref) from one token, with x = log(pi / ref):
 
@@ -49,13 +49,6 @@ if TYPE_CHECKING:
     from trainer.models.policy import Policy
 
 
-_OF_INNER = (
-    *("whole_groups", "one_sequence_per_microbatch", "late_coefficients", "shares_prefixes"),
-    *("single_version", "ess_level", "proximal", "advantage", "normalizer"),
-)
-"""Attributes that masks and terms do not change."""
-
-
 def kl_estimate(log_ratio: Tensor, *, estimator: str) -> Tensor:
     """Element-wise estimate of KL(pi || ref) from log(pi / ref), any shape.
 
@@ -82,8 +75,8 @@ class Composed(Objective):
     caps_beyond: bool = False
     """The importance weight of a token beyond the staleness bound is at most 1."""
 
-    def __post_init__(self) -> None:
-        for name in _OF_INNER:
+    def check(self) -> None:
+        for name in Objective.__annotations__.keys() - vars(Composed).keys():
             object.__setattr__(self, name, getattr(self.inner, name))
 
     @property
@@ -92,7 +85,6 @@ class Composed(Objective):
 
     @property
     def scope(self) -> Scope:  # type: ignore[override]
-        """BATCH if the objective or any mask needs the whole step."""
         return (
             Scope.BATCH
             if Scope.BATCH in (self.inner.scope, *(mask.scope for mask in self.masks))
@@ -101,7 +93,6 @@ class Composed(Objective):
 
     @property
     def needs(self) -> frozenset[Need]:  # type: ignore[override]
-        """The needs of the inner objective and of the terms."""
         terms = {Need.REF} if self.kl else set()
         return self.inner.needs | terms | ({Need.ENTROPY} if self.entropy_coef else set())
 
@@ -121,7 +112,6 @@ class Composed(Objective):
         return replace(self, inner=self.inner.for_model(num_params))
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
-        """The inner losses plus the terms, zero at tokens that a mask drops."""
         batch = self._masked(batch, stats, [*enumerate(self.masks)])
         bare = self.inner.losses(batch, _part(stats, ""))
         loss_S, counted_S, means = bare.loss_S, bare.counted_S, dict(bare.means)

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from areal_like.errors import ConfigError
+from areal_like.config.common import Minimum, PositiveFloat
 from trainer.objectives.base import OBJECTIVES, Objective, SampledTokens, StepStats, TokenLosses
 from trainer.objectives.importance import live_ratio_S
 from trainer.objectives.ppo import clipped_surrogate
@@ -31,16 +32,12 @@ class Dcpo(Objective):
 
     ess_level = "token"
 
-    clip_low: float = 0.16
+    clip_low: PositiveFloat = 0.16
     """Bound on |(r - 1) pi| of a token that loses probability."""
-    clip_high: float = 0.2
+    clip_high: PositiveFloat = 0.2
     """Bound on |(r - 1) pi| of a token that gains probability."""
-    max_ratio: float = 5.0
+    max_ratio: Annotated[float, Minimum(1, is_exclusive=True)] = 5.0
     """Ceiling of the upper bound, which grows without limit as q goes to 0."""
-
-    def __post_init__(self) -> None:
-        if not self.clip_low > 0 or not self.clip_high > 0 or not self.max_ratio > 1:
-            raise ConfigError("objective: use clip_low and clip_high above 0 and max_ratio above 1")
 
     def bounds_S(self, behavior_logp_S: Tensor) -> tuple[Tensor, Tensor]:
         """([S], [S]) lower and upper bound of each token's ratio, from its behavior log-prob [S]."""

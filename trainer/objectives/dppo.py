@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from areal_like.errors import ConfigError
+from areal_like.config.common import NonNegativeFloat, PositiveFloat
 from trainer.objectives.base import OBJECTIVES, Objective, SampledTokens, StepStats, TokenLosses
 from trainer.objectives.importance import live_ratio_S
 
@@ -27,16 +27,12 @@ class DppoTv(Objective):
 
     ess_level = "token"
 
-    low: float = 0.2
+    low: PositiveFloat = 0.2
     """Probability that a token with A < 0 may lose."""
-    high: float = 0.2
+    high: PositiveFloat = 0.2
     """Probability that a token with A > 0 may gain."""
-    pull: float = 1e-3
+    pull: NonNegativeFloat = 1e-3
     """Weight of the squared log-ratio."""
-
-    def __post_init__(self) -> None:
-        if not self.low > 0 or not self.high > 0 or self.pull < 0:
-            raise ConfigError("objective: use low and high above 0 and pull at least 0")
 
     @property
     def skips_zero_advantage(self) -> bool:  # type: ignore[override]

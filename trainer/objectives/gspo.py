@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from areal_like.config.common import PositiveFloat
 from areal_like.errors import ConfigError
 from trainer.objectives.base import OBJECTIVES, Objective, SampledTokens, StepStats, TokenLosses
 from trainer.objectives.ppo import clipped_surrogate
@@ -33,15 +34,14 @@ class Gspo(Objective):
 
     On stale data 3e-4 clips nearly everything: try .05 and more.
     """
-    clip_high: float = 4e-4
+    clip_high: PositiveFloat = 4e-4
     """A ratio s above 1 + clip_high is not raised further."""
 
-    def __post_init__(self) -> None:
-        if not 0 < self.clip_low < 1 or not self.clip_high > 0:
-            raise ConfigError("objective: use clip_low between 0 and 1 and clip_high above 0")
+    def check(self) -> None:
+        if not 0 < self.clip_low < 1:
+            raise ConfigError("objective: use clip_low between 0 and 1")
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
-        """The clipped surrogate of the sequence's ratio, at each of its tokens."""
         mean_S = batch.spread_S(batch.mean_N(batch.log_ratio_S))
         s_S = torch.exp((mean_S + (batch.logp_S - batch.logp_S.detach())).clamp(max=_MAX_LOG_RATIO))
         loss_S, clipped_S = clipped_surrogate(

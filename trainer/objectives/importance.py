@@ -9,25 +9,20 @@ Shape suffixes: S sampled tokens, N sequences, B sequences of the whole step.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from areal_like.errors import ConfigError
 from trainer.objectives.base import SampledTokens
 
-LEVELS = ("token", "sequence", "geometric")
+Level = Literal["token", "sequence", "geometric"]
+"""Level of a ratio or weight."""
 MAX_EXPONENT = 20.0
 """Bound of exponents; exp(20) is 4.9e8."""
 
 
-def check_level(key: str, level: str) -> None:
-    """Raises ConfigError for an unknown level."""
-    if level not in LEVELS:
-        raise ConfigError(f"{key}={level}: use one of {', '.join(LEVELS)}")
-
-
-def ratio_S(batch: SampledTokens, log_ratio_S: Tensor, *, level: str) -> Tensor:
+def ratio_S(batch: SampledTokens, log_ratio_S: Tensor, *, level: Level) -> Tensor:
     """[S] detached exp of log-ratios [S]: of each token, of its sequence's sum, or of its sequence's mean."""
     log_ratio_S = log_ratio_S.detach()
     if level == "sequence":
@@ -38,7 +33,6 @@ def ratio_S(batch: SampledTokens, log_ratio_S: Tensor, *, level: str) -> Tensor:
 
 
 def within_S(ratio_S: Tensor, *, low: float, high: float) -> Tensor:
-    """[S] bool: low <= ratio <= high."""
     return (ratio_S >= low) & (ratio_S <= high)
 
 

@@ -17,16 +17,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from areal_like.errors import ConfigError
+from areal_like.config.common import PositiveFloat
 from trainer.objectives.base import OBJECTIVES, Objective, SampledTokens, StepStats, TokenLosses
-from trainer.objectives.importance import MAX_EXPONENT, check_level, ratio_S
-
-_DIVERGENCES = ("js", "hellinger", "tv")
+from trainer.objectives.importance import MAX_EXPONENT, Level, ratio_S
 
 
 @OBJECTIVES.register("lad")
@@ -34,26 +33,18 @@ _DIVERGENCES = ("js", "hellinger", "tv")
 class Lad(Objective):
     """`sg(W f'(W / e^u)) log pi`, u = A / eta"""
 
-    eta: float = 0.25
+    eta: PositiveFloat = 0.25
     """Advantage at which the target W = e^u is e. With `js`, 1/4 has the slope of REINFORCE on-policy."""
-    divergence: str = "js"
+    divergence: Literal["js", "hellinger", "tv"] = "js"
     """f(x): `js` x/2 log x - (x+1)/2 log((x+1)/2) | `hellinger` (sqrt(x) - 1)^2 / 2 | `tv` |x - 1| / 2."""
-    level: str = "sequence"
+    level: Level = "sequence"
     """Level of W: `sequence` (the product) | `geometric` | `token`."""
 
     skips_zero_advantage = False
     """Without an advantage, W is still pulled to 1."""
 
-    def __post_init__(self) -> None:
-        check_level("objective.level", self.level)
-        if self.divergence not in _DIVERGENCES:
-            raise ConfigError(f"objective.divergence={self.divergence}: use one of {', '.join(_DIVERGENCES)}")
-        if self.eta <= 0:
-            raise ConfigError(f"objective.eta={self.eta:g}: use a value above 0")
-
     @property
     def ess_level(self) -> str:  # type: ignore[override]
-        """The level of the weights."""
         return self.level
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:

@@ -17,11 +17,12 @@ optional minimum width of the clip is left out, as in their trainer.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from areal_like.errors import ConfigError
+from areal_like.config.common import PositiveFloat
 from trainer.batching.scope import Scope
 from trainer.objectives.base import OBJECTIVES, Need, Objective, SampledTokens, StepStats, TokenLosses
 from trainer.objectives.importance import MAX_EXPONENT, live_ratio_S
@@ -36,20 +37,13 @@ class M2po(Objective):
 
     scope = Scope.BATCH
 
-    threshold: float = 0.04
+    threshold: PositiveFloat = 0.04
     """Bound on the mean squared log-ratio."""
-    variant: str = "authors"
+    variant: Literal["authors", "areal"] = "authors"
     """`authors` | `areal`: drop the tokens of the largest squared log-ratio, as AReaL does."""
-
-    def __post_init__(self) -> None:
-        if not self.threshold > 0:
-            raise ConfigError(f"objective.threshold={self.threshold}: use a value above 0")
-        if self.variant not in ("authors", "areal"):
-            raise ConfigError(f"objective.variant={self.variant}: use authors or areal")
 
     @property
     def needs(self) -> frozenset[Need]:  # type: ignore[override]
-        """PROX for AReaL's variant."""
         return frozenset({Need.PROX}) if self.variant == "areal" else frozenset()
 
     @property

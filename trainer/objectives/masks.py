@@ -15,19 +15,23 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from areal_like.config.common import Section
 from areal_like.errors import ConfigError
 from areal_like.registry import Registry
 from trainer.batching.scope import Scope
 from trainer.objectives.base import SampledTokens, StepStats
-from trainer.objectives.importance import check_level, ratio_S, within_S
+from trainer.objectives.importance import Level, ratio_S, within_S
+
+Denominator = Literal["original", "kept"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mask(ABC):
+class Mask(Section, ABC, key="objective.masks"):
     """Base of all masks.
 
     A custom mask is a dataclass in the user's module: `{_target_: my_module.MyMask}`.
@@ -36,12 +40,8 @@ class Mask(ABC):
     scope = Scope.GROUP
     """BATCH: `kept_S` depends on the whole step."""
 
-    denominator: str = "original"
+    denominator: Denominator = "original"
     """The normalizer: `original` (dropped tokens count) | `kept` (they do not)."""
-
-    def __post_init__(self) -> None:
-        if self.denominator not in ("original", "kept"):
-            raise ConfigError(f"objective.masks: denominator={self.denominator}: use original or kept")
 
     @abstractmethod
     def kept_S(self, batch: SampledTokens, stats: StepStats) -> Tensor:
@@ -64,21 +64,18 @@ MASKS = Registry[Mask]("objective.masks", Mask)  # type: ignore[type-abstract]
 class Band(Mask):
     """Rejection sampling: drops tokens, or whole sequences, whose ratio pi / mu is outside [low, high]."""
 
-    level: str = "geometric"
+    level: Level = "geometric"
     """Level of the ratio: `token`, or `sequence` | `geometric`, which drop whole sequences."""
     low: float = 0.5
     """Lower end, inclusive."""
     high: float = 2.0
     """Upper end, inclusive."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_level("objective.masks: level", self.level)
+    def check(self) -> None:
         if not 0 <= self.low < self.high:
             raise ConfigError("objective.masks: band needs 0 <= low < high")
 
     def kept_S(self, batch: SampledTokens, stats: StepStats) -> Tensor:
-        """Tokens with a ratio inside the band, at the mask's level."""
         return within_S(ratio_S(batch, batch.log_ratio_S, level=self.level), low=self.low, high=self.high)
 
 
@@ -94,7 +91,6 @@ class Opsm(Mask):
     """
 
     def kept_S(self, batch: SampledTokens, stats: StepStats) -> Tensor:
-        """All but sequences with A < 0 and a mean of log(mu / pi) above delta."""
         dropped_N = (batch.sum_N(batch.advantage_S) < 0) & (batch.mean_N(-batch.log_ratio_S) > self.delta)
         return ~batch.spread_S(dropped_N)
 
@@ -108,7 +104,6 @@ class Truncated(Mask):
     """
 
     def kept_S(self, batch: SampledTokens, stats: StepStats) -> Tensor:
-        """All but tokens of truncated sequences."""
         return ~batch.spread_S(batch.truncated_N)
 
 
@@ -122,14 +117,13 @@ class Stapo(Mask):
 
     scope = Scope.BATCH
 
-    denominator: str = "kept"
+    denominator: Denominator = "kept"
     max_prob: float = 0.002
     """A dropped token has a probability below this under pi."""
     quantile: float = 0.8
     """A dropped token has an entropy below this quantile of the step's entropies."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         if not 0 < self.max_prob < 1 or not 0 < self.quantile < 1:
             raise ConfigError("objective.masks: stapo needs max_prob and quantile between 0 and 1")
 
@@ -140,7 +134,6 @@ class Stapo(Mask):
         return ~((batch.advantage_S > 0) & unlikely_S & low_entropy_S)
 
     def observe(self, batch: SampledTokens) -> dict[str, Tensor]:
-        """The entropy at every token."""
         return {"entropy": batch.entropy_S}
 
     def summarize(self, observed: StepStats) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from areal_like.errors import ConfigError
+from areal_like.config.common import NonNegativeFloat, PositiveFloat, PositiveInt
 from areal_like.trajectory import Trajectory
 from trainer.advantages.base import Advantage, FloatArray, rewards_of
 from trainer.objectives.base import OBJECTIVES, Objective, SampledTokens, StepStats, TokenLosses
@@ -52,7 +52,6 @@ class SoftAdvantage(Advantage):
     """Temperature of V*."""
 
     def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
-        """[G] advantages."""
         return [float(a) for a in self.of_rewards(rewards_of(group))]
 
     def of_rewards(self, rewards_G: FloatArray) -> FloatArray:
@@ -72,20 +71,15 @@ class Oapl(Objective):
     skips_zero_advantage = False
     single_version = True
 
-    beta1: float = 1.0
+    beta1: PositiveFloat = 1.0
     """Temperature of V*: V* tends to the group's best reward as it falls, to the mean as it rises."""
-    beta2: float = 0.0
+    beta2: NonNegativeFloat = 0.0
     """Weight of the log-ratio; 0: `default_beta2(max_tokens)`."""
-    max_tokens: int = 64
+    max_tokens: PositiveInt = 64
     """Length for `default_beta2`; the trainer fills in `sampling.max_new_tokens`."""
-
-    def __post_init__(self) -> None:
-        if not self.beta1 > 0 or self.beta2 < 0 or self.max_tokens < 1:
-            raise ConfigError("objective: use beta1 above 0, beta2 at least 0 and max_tokens at least 1")
 
     @property
     def advantage(self) -> Advantage:  # type: ignore[override]
-        """R - V*."""
         return SoftAdvantage(beta1=self.beta1)
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:

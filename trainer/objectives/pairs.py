@@ -32,17 +32,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from areal_like.errors import ConfigError
+from areal_like.config.common import NonNegativeFloat, PositiveFloat, PositiveInt
 from areal_like.trajectory import Trajectory
 from trainer.advantages.base import Advantage, rewards_of
 from trainer.advantages.group import centered
 from trainer.objectives.base import OBJECTIVES, Need, Objective, SampledTokens, StepStats, TokenLosses
 from trainer.objectives.oapl import default_beta2
+
+Pairs = Literal["best_worst", "all"]
+Anchor = Literal["reference", "behavior"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +56,6 @@ class RewardSpread(Advantage):
     credits_turns = False
 
     def of_group(self, group: Sequence[Trajectory]) -> Sequence[float]:
-        """[G] advantages."""
         return [float(a) for a in centered(rewards_of(group))]
 
 
@@ -64,20 +67,13 @@ class _OnPairs(Objective):
     whole_groups = True
     advantage = RewardSpread()
 
-    pairs: str = "best_worst"
+    pairs: Pairs = "best_worst"
     """Pairs of a group: `best_worst` (one pair) | `all`."""
-    anchor: str = "reference"
+    anchor: Anchor = "reference"
     """Policy whose log-probs the log-ratios are relative to: `reference` | `behavior` (that sampled)."""
-
-    def __post_init__(self) -> None:
-        if self.pairs not in ("best_worst", "all"):
-            raise ConfigError(f"objective.pairs={self.pairs}: use best_worst or all")
-        if self.anchor not in ("reference", "behavior"):
-            raise ConfigError(f"objective.anchor={self.anchor}: use reference or behavior")
 
     @property
     def needs(self) -> frozenset[Need]:  # type: ignore[override]
-        """REF, unless the behavior policy is the anchor."""
         return frozenset({Need.REF} if self.anchor == "reference" else ())
 
     def _of_pairs(
@@ -144,13 +140,8 @@ def pairs_of(reward_N: Tensor, group_N: Tensor, *, only_extremes: bool, ties: bo
 class OnlineDpo(_OnPairs):
     """`-log sigmoid(beta (s_i - s_j))` for a better sample i and a worse j, s the sum of log(pi / ref)"""
 
-    beta: float = 0.1
+    beta: PositiveFloat = 0.1
     """Weight of the log-ratio: the smaller, the farther from the anchor pairs pull."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.beta > 0:
-            raise ConfigError(f"objective.beta={self.beta}: use a value above 0")
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
         """The pairs' losses; `pair_margin` is the mean of beta (s_i - s_j)."""
@@ -167,19 +158,14 @@ class Rebel(_OnPairs):
 
     skips_zero_advantage = False
 
-    pairs: str = "all"
+    pairs: Pairs = "all"
     """Pairs of a group: `best_worst` (one pair) | `all`."""
-    anchor: str = "behavior"
+    anchor: Anchor = "behavior"
     """Policy whose log-probs the log-ratios are relative to: `behavior` (that sampled) | `reference`."""
-    beta: float = 0.0
+    beta: NonNegativeFloat = 0.0
     """Weight of the log-ratio, 1 / eta in the paper; 0: by length, as `beta2` of `oapl`."""
-    max_tokens: int = 64
+    max_tokens: PositiveInt = 64
     """Length for the default of beta; the trainer fills in `sampling.max_new_tokens`."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.beta < 0 or self.max_tokens < 1:
-            raise ConfigError("objective: use beta at least 0 and max_tokens at least 1")
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
         """The pairs' squared residuals; `residual_abs` is the mean |residual| of a pair."""

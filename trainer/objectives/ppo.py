@@ -29,10 +29,12 @@ because the recomputed prox is pi, detached.)
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from areal_like.config.common import PositiveFloat, PositiveInt
 from areal_like.errors import ConfigError
 from trainer.objectives.base import (
     OBJECTIVES,
@@ -43,7 +45,7 @@ from trainer.objectives.base import (
     StepStats,
     TokenLosses,
 )
-from trainer.objectives.importance import check_level, live_ratio_S, ratio_S
+from trainer.objectives.importance import Level, live_ratio_S, ratio_S
 
 
 def clipped_surrogate(ratio_S: Tensor, bounded_S: Tensor, advantage_S: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,14 +66,14 @@ class Ppo(Objective):
 
     clip_low: float = 0.2
     """A ratio below 1 - clip_low is not lowered further."""
-    clip_high: float = 0.28
+    clip_high: PositiveFloat = 0.28
     """A ratio above 1 + clip_high is not raised further (.28 is DAPO's, .2 the original)."""
     dual_clip: float = 0.0
     """Largest ratio that counts for A < 0, above 1 + clip_high (typically 3); 0 turns it off."""
 
-    def __post_init__(self) -> None:
-        if not 0 < self.clip_low < 1 or not self.clip_high > 0:
-            raise ConfigError("objective: use clip_low between 0 and 1 and clip_high above 0")
+    def check(self) -> None:
+        if not 0 < self.clip_low < 1:
+            raise ConfigError("objective: use clip_low between 0 and 1")
         if self.dual_clip != 0 and self.dual_clip <= 1 + self.clip_high:
             raise ConfigError(
                 f"objective.dual_clip={self.dual_clip}: use 0 (off) or a value above 1 + clip_high"
@@ -98,49 +100,36 @@ class DecoupledPpo(Objective):
 
     clip: float = 0.2
     """Half-width of the band around 1 in which pi / prox is not clipped."""
-    prox: str = "recomputed"
+    prox: Literal["recomputed", "interpolated", "snapshot", "average"] = "recomputed"
     """`recomputed` (weights at the start of the step) | `interpolated` between mu and pi by lag (A-3PO) |
     `snapshot` (weights some steps ago) | `average` (of the weights so far)."""
-    interval: int = 8
+    interval: PositiveInt = 8
     """With `prox=snapshot`: steps until the copy is replaced."""
     decay: float = 0.8
     """With `prox=average`: weight of a step's policy relative to that of the next."""
-    level: str = "token"
+    level: Level = "token"
     """Level of the weight: `token` | `sequence` | `geometric`."""
-    mode: str = "truncate"
+    mode: Literal["truncate", "mask", "none"] = "truncate"
     """`truncate` weights at `cap` | `mask` tokens with a weight above `cap` | `none`."""
-    cap: float = 5.0
+    cap: PositiveFloat = 5.0
     """Largest weight; ignored under `mode=none`."""
 
-    def __post_init__(self) -> None:
-        check_level("objective.level", self.level)
-        if self.prox not in ("recomputed", "interpolated", "snapshot", "average"):
-            raise ConfigError(
-                f"objective.prox={self.prox}: use recomputed or interpolated, or a copy of the "
-                "policy: snapshot or average"
-            )
-        if self.interval < 1 or not 0 < self.decay < 1:
-            raise ConfigError("objective: use interval of at least 1 and decay between 0 and 1")
-        if self.mode not in ("truncate", "mask", "none"):
-            raise ConfigError(f"objective.mode={self.mode}: use truncate, mask or none")
-        if not 0 < self.clip < 1 or not self.cap > 0:
-            raise ConfigError("objective: use clip between 0 and 1 and cap above 0")
+    def check(self) -> None:
+        if not 0 < self.decay < 1 or not 0 < self.clip < 1:
+            raise ConfigError("objective: use clip and decay between 0 and 1")
 
     @property
     def needs(self) -> frozenset[Need]:  # type: ignore[override]
-        """PROX, unless prox is interpolated."""
         return frozenset(() if self.prox == "interpolated" else {Need.PROX})
 
     @property
     def proximal(self) -> ProximalRule | None:  # type: ignore[override]
-        """The copy's rule, for a snapshot or an average."""
         if self.prox == "snapshot":
             return ProximalRule(interval=self.interval)
         return ProximalRule(decay=self.decay) if self.prox == "average" else None
 
     @property
     def ess_level(self) -> str:  # type: ignore[override]
-        """The level of the weights."""
         return self.level
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from areal_like.errors import ConfigError
+from areal_like.config.common import NonNegativeFloat, PositiveFloat
 from trainer.objectives.base import OBJECTIVES, Objective, SampledTokens, StepStats, TokenLosses
 from trainer.objectives.importance import live_ratio_S
 
@@ -33,17 +33,12 @@ class Sapo(Objective):
 
     ess_level = "token"
 
-    tau_positive: float = 1.0
+    tau_positive: PositiveFloat = 1.0
     """Temperature for A >= 0."""
-    tau_negative: float = 1.05
+    tau_negative: PositiveFloat = 1.05
     """Temperature for A < 0; larger falls off faster."""
 
-    def __post_init__(self) -> None:
-        if not self.tau_positive > 0 or not self.tau_negative > 0:
-            raise ConfigError("objective: use tau_positive and tau_negative above 0")
-
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
-        """The gated surrogate of each token."""
         r_S = live_ratio_S(batch.logp_S, batch.behavior_logp_S)
         tau_S = torch.where(batch.advantage_S >= 0, self.tau_positive, self.tau_negative).to(r_S)
         return TokenLosses(loss_S=-batch.advantage_S * (4 / tau_S) * torch.sigmoid(tau_S * (r_S - 1)))
@@ -56,18 +51,14 @@ class Maspo(Objective):
 
     ess_level = "token"
 
-    sigma: float = 1.0
+    sigma: PositiveFloat = 1.0
     """Width of the gate at probability 1 and advantage 0."""
-    alpha: float = 0.3
+    alpha: NonNegativeFloat = 0.3
     """Power by which the gate widens for unlikely tokens."""
-    beta: float = 0.03
+    beta: NonNegativeFloat = 0.03
     """Factor by which the advantage widens (A > 0) or narrows (A < 0) the gate."""
-    max_sigma: float = 10.0
+    max_sigma: PositiveFloat = 10.0
     """Largest width of the gate."""
-
-    def __post_init__(self) -> None:
-        if not self.sigma > 0 or not self.max_sigma > 0 or self.alpha < 0 or self.beta < 0:
-            raise ConfigError("objective: use sigma and max_sigma above 0, alpha and beta at least 0")
 
     def sigma_S(self, behavior_logp_S: Tensor, advantage_S: Tensor) -> Tensor:
         """[S] width of each token's gate, from behavior log-probs [S] and advantages [S]."""

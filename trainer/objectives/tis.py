@@ -15,14 +15,16 @@ deviation of log W of about .031 sqrt(L).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from areal_like.config.common import PositiveFloat
 from areal_like.errors import ConfigError
 from trainer.batching.scope import Scope
 from trainer.objectives.base import OBJECTIVES, Objective, SampledTokens, StepStats, TokenLosses
-from trainer.objectives.importance import check_level, ratio_S, within_S
+from trainer.objectives.importance import Level, ratio_S, within_S
 
 
 @OBJECTIVES.register("reinforce")
@@ -31,7 +33,6 @@ class Reinforce(Objective):
     """`-A log pi`, without any correction: correct on-policy, and the baseline for corrections."""
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
-        """`-A log pi`"""
         return TokenLosses(loss_S=-batch.advantage_S * batch.logp_S)
 
 
@@ -46,17 +47,17 @@ class TruncatedIS(Objective):
     Typical caps: token 2, sequence 2 (verl) or 8, token 5 (AReaL); typical token mask: [.5, 5] (IcePop).
     """
 
-    level: str = "sequence"
+    level: Level = "sequence"
     """Level of the weight: `token` | `sequence` (the true product) | `geometric` (length-normalized)."""
-    mode: str = "truncate"
+    mode: Literal["truncate", "mask"] = "truncate"
     """`truncate` at `cap` | `mask` outside [low, high]."""
-    cap: float = 2.0
+    cap: PositiveFloat = 2.0
     """Largest weight under `mode=truncate`."""
     low: float = 0.5
     """Lower end of the band of `mode=mask`."""
     high: float = 5.0
     """Upper end of that band."""
-    denominator: str = "original"
+    denominator: Literal["original", "kept"] = "original"
     """Tokens that count in the normalizer: `original` (all) | `kept` (those that are not masked)."""
     normalize: bool = False
     """Divide weights by their mean over the step's tokens (sequences for the other levels). Scope BATCH.
@@ -64,14 +65,9 @@ class TruncatedIS(Objective):
     A mean below 1e-8 leaves them as they are: a step so far off-policy is not learned from as if it were not.
     """
 
-    def __post_init__(self) -> None:
-        check_level("objective.level", self.level)
-        if self.mode not in ("truncate", "mask"):
-            raise ConfigError(f"objective.mode={self.mode}: use truncate or mask")
-        if self.denominator not in ("original", "kept"):
-            raise ConfigError(f"objective.denominator={self.denominator}: use original or kept")
-        if not self.cap > 0 or not 0 <= self.low < self.high:
-            raise ConfigError("objective: use cap above 0 and 0 <= low < high")
+    def check(self) -> None:
+        if not 0 <= self.low < self.high:
+            raise ConfigError("objective: use 0 <= low < high")
 
     @property
     def scope(self) -> Scope:  # type: ignore[override]
@@ -85,7 +81,6 @@ class TruncatedIS(Objective):
 
     @property
     def ess_level(self) -> str:  # type: ignore[override]
-        """The level of the weights."""
         return self.level
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
@@ -100,14 +95,12 @@ class TruncatedIS(Objective):
         )
 
     def observe(self, batch: SampledTokens) -> dict[str, Tensor]:
-        """The weights, one per token or one per sequence."""
         if not self.normalize:
             return {}
         weight_S, _, _ = self._weights(batch)
         return {"weight": weight_S if self.level == "token" else batch.mean_N(weight_S)[batch.length_N > 0]}
 
     def summarize(self, observed: StepStats) -> dict[str, Tensor]:
-        """The mean weight; 1 below `_LEAST_MEAN`."""
         if not self.normalize:
             return {}
         mean = observed["weight"].mean()

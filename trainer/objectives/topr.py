@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from trainer.objectives.base import OBJECTIVES, Objective, SampledTokens, StepStats, TokenLosses
-from trainer.objectives.importance import check_level, ratio_S
+from trainer.objectives.importance import Level, ratio_S
 
 
 @OBJECTIVES.register("topr")
@@ -22,15 +22,11 @@ from trainer.objectives.importance import check_level, ratio_S
 class Topr(Objective):
     """`-A log pi` for A >= 0, `-sg(min(W, 1)) A log pi` for A < 0"""
 
-    level: str = "sequence"
+    level: Level = "sequence"
     """Level of the ratio W: `token` | `sequence` (the paper's) | `geometric`."""
-
-    def __post_init__(self) -> None:
-        check_level("objective.level", self.level)
 
     @property
     def ess_level(self) -> str:  # type: ignore[override]
-        """The level of the weights."""
         return self.level
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:

@@ -26,14 +26,16 @@ Shape suffixes: S sampled tokens, N sequences.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from areal_like.config.common import PositiveFloat
 from areal_like.errors import ConfigError
 from trainer.objectives.base import SampledTokens, StepStats
 from trainer.objectives.importance import MAX_EXPONENT
-from trainer.objectives.masks import MASKS, Mask
+from trainer.objectives.masks import MASKS, Denominator, Mask
 
 LEAST_REST = 1e-8
 """Least probability of "any other token": float32 rounds a likelier token's to 1, and the KL would be
@@ -52,16 +54,10 @@ def bernoulli_kl(logp: Tensor, logq: Tensor) -> Tensor:
 class Kpop(Mask):
     """KPop: drops tokens whose probability has moved too far, measured by the KL divergence of two coins."""
 
-    max_kl: float = 0.1
+    max_kl: PositiveFloat = 0.1
     """Largest KL, in nats, in the direction in which it is larger."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.max_kl > 0:
-            raise ConfigError(f"objective.masks: kpop has max_kl={self.max_kl}: use a value above 0")
-
     def kept_S(self, batch: SampledTokens, stats: StepStats) -> Tensor:
-        """Tokens with a divergence of at most max_kl in both directions."""
         pi_S, mu_S = batch.logp_S.detach(), batch.behavior_logp_S
         return torch.maximum(bernoulli_kl(pi_S, mu_S), bernoulli_kl(mu_S, pi_S)) <= self.max_kl
 
@@ -71,18 +67,15 @@ class Kpop(Mask):
 class TrustRegion(Mask):
     """Trust Region Masking: drops whole sequences by their largest and their mean divergence."""
 
-    denominator: str = "kept"
-    level: str = "sequence"
+    denominator: Denominator = "kept"
+    level: Literal["sequence", "token"] = "sequence"
     """`sequence` | `token`, which drops only the tokens outside the region."""
     max_kl: float = 2.0
     """Largest k2 of any token, in nats; 2 allows ratios from exp(-2) to exp(2). 0: no such limit."""
     mean_kl: float = 0.05
     """Largest mean of k3 over a sequence's tokens, in nats; unused with `level=token`. 0: no such limit."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.level not in ("sequence", "token"):
-            raise ConfigError(f"objective.masks: trust_region has level={self.level}: use sequence or token")
+    def check(self) -> None:
         if min(self.max_kl, self.mean_kl) < 0 or self.max_kl + self.mean_kl * (self.level == "sequence") == 0:
             raise ConfigError(
                 "objective.masks: trust_region needs max_kl or (with level=sequence) mean_kl above 0"

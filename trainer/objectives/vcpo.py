@@ -27,11 +27,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
+from areal_like.config.common import NonNegativeFloat
 from areal_like.errors import ConfigError
 from trainer.batching.scope import Scope
 from trainer.gradients.base import Gradients
@@ -46,13 +47,6 @@ if TYPE_CHECKING:
     from trainer.models.policy import Policy
 
 _MOST_PARAMS_OF_GHOST = 10**9
-_CHOICES = {
-    "step_size": ("sqrt", "linear", "none"),
-    "baseline": ("group", "batch", "none"),
-    "baseline_weights": ("gradient", "score"),
-    "norms": ("auto", "ghost", "exact", "proxy"),
-    "normalizer": ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant"),
-}
 
 
 @OBJECTIVES.register("vcpo")
@@ -60,21 +54,21 @@ _CHOICES = {
 class Vcpo(Objective):
     """`-sg(w) (A - b*) log pi`, with a learning rate scaled by the effective sample size"""
 
-    cap: float = 8.0
+    cap: NonNegativeFloat = 8.0
     """Largest weight of a sequence; 0: no weights (all are 1)."""
-    step_size: str = "sqrt"
+    step_size: Literal["sqrt", "linear", "none"] = "sqrt"
     """Factor on the learning rate, with x = min(1, rho / rho_ref): `sqrt` of x | `linear`, x | `none`, 1."""
     rho_ref: float = 1.0
     """ESS ratio of a full step size: 1, or the job's on-policy value (.55 for several turns in the paper)."""
-    baseline: str = "group"
+    baseline: Literal["group", "batch", "none"] = "group"
     """Samples that share one b*: `group` (of a prompt) | `batch` (of the step) | `none` (no baseline)."""
-    baseline_weights: str = "score"
+    baseline_weights: Literal["score", "gradient"] = "score"
     """m_i of b*: `score`, ||grad log pi_i / L_i||^2 | `gradient`, with w_i in the norm, as in the paper.
 
     `gradient` minimizes the variance, but a stale sample of large w_i holds most of its own b*: it is then
     hardly trained on, and the others of its group are pushed away from it.
     """
-    norms: str = "auto"
+    norms: Literal["auto", "ghost", "exact", "proxy"] = "auto"
     """Computation of ||grad log pi_i||: `auto` | `ghost` | `exact` | `proxy`.
 
     `auto`: `proxy` for models above a billion parameters, else `ghost`, whose memory grows with the layers
@@ -87,15 +81,14 @@ class Vcpo(Objective):
 
     Not with `norms=exact`.
     """
-    normalizer: str = "seq_mean_token_mean"
+    normalizer: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant"] = (
+        "seq_mean_token_mean"
+    )
     """Normalizer of the loss; replaces `trainer.normalizer`."""
 
-    def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"objective.{name}={getattr(self, name)}: use {', '.join(choices)}")
-        if self.cap < 0 or not 0 < self.rho_ref <= 1:
-            raise ConfigError("objective: use cap of at least 0 and rho_ref above 0 and at most 1")
+    def check(self) -> None:
+        if not 0 < self.rho_ref <= 1:
+            raise ConfigError("objective: use rho_ref above 0 and at most 1")
         if self.leave_one_out and (self.baseline != "group" or self.norms == "exact"):
             raise ConfigError(
                 "objective.leave_one_out needs objective.baseline=group, and not objective.norms=exact"
@@ -134,7 +127,6 @@ class Vcpo(Objective):
 
     @property
     def needs(self) -> frozenset[Need]:  # type: ignore[override]
-        """COLLISION for the proxy norms."""
         return frozenset({Need.COLLISION}) if self._is_proxy else frozenset()
 
     @property
@@ -199,7 +191,6 @@ class Vcpo(Objective):
         return observed
 
     def summarize(self, observed: StepStats) -> dict[str, Tensor]:
-        """`rho`, and for a proxy b* of the whole step, `baseline`."""
         stats = {"rho": torch.tensor(ess_ratio(observed["log_w"]), dtype=torch.float64)}
         if self.scope is Scope.BATCH:
             squares_B = observed["squares"]
@@ -215,7 +206,6 @@ class Vcpo(Objective):
         return math.sqrt(x) if self.step_size == "sqrt" else x
 
     def gradients(self, policy: Policy, ranks: Ranks) -> Gradients:
-        """The accumulator for the chosen `norms`."""
         if not self.late_coefficients:
             return Gradients()
         over_batch = self.baseline == "batch"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from areal_like.errors import ConfigError
+from areal_like.config.common import PositiveFloat
 from trainer.objectives.base import OBJECTIVES, Objective, SampledTokens, StepStats, TokenLosses
 from trainer.objectives.importance import MAX_EXPONENT
 
@@ -30,18 +30,14 @@ MIN_LOG_W = math.log(1e-8)
 class Vespo(Objective):
     """`-sg(phi(W)) A log pi`, phi(W) = W^k exp(lambda (1 - W))"""
 
-    k_positive: float = 2.0
+    k_positive: PositiveFloat = 2.0
     """k for A >= 0."""
-    lambda_positive: float = 3.0
+    lambda_positive: PositiveFloat = 3.0
     """lambda for A >= 0."""
-    k_negative: float = 3.0
+    k_negative: PositiveFloat = 3.0
     """k for A < 0."""
-    lambda_negative: float = 2.0
+    lambda_negative: PositiveFloat = 2.0
     """lambda for A < 0."""
-
-    def __post_init__(self) -> None:
-        if min(self.k_positive, self.lambda_positive, self.k_negative, self.lambda_negative) <= 0:
-            raise ConfigError("objective: use every k and lambda above 0")
 
     def losses(self, batch: SampledTokens, stats: StepStats) -> TokenLosses:
         """The weighted log-probs; the metric `phi` is the mean weight of a sequence."""

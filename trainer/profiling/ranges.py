@@ -22,13 +22,11 @@ _is_recording = False
 
 
 def record_ranges(is_recording: bool) -> None:
-    """Turns the ranges on or off."""
     global _is_recording
     _is_recording = is_recording
 
 
 def named_range(name: str) -> AbstractContextManager[object]:
-    """A context manager for a part of a step."""
     return record_function(PREFIX + name) if _is_recording else nullcontext()
 
 

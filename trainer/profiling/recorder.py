@@ -4,9 +4,10 @@
                        `---------close(): writes what there is------------------------^
 
 Each step is a separate trace, which a thread writes while training continues: writing in the training thread
-would keep the other ranks waiting in their next collective. The report is written last, so when it exists,
-the traces exist too. If a profile fails (a full disk, a GPU that another profiler uses), its report says so,
-and training continues.
+would keep the other ranks waiting in their next collective. The report, with time by named part of a step and
+the operations that take the most time, is a JSON file next to the traces, so that a command without torch can
+print it. It is written last, so when it exists, the traces exist too. If a profile fails (a full disk, a GPU
+that another profiler uses), its report states this, and training continues.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,7 @@ from areal_like.errors import UserError
 from areal_like.paths import write_json
 from areal_like.runtime.daemon import Runtime
 from trainer.distributed.ranks import Ranks
-from trainer.profiling.ranges import record_ranges
-from trainer.profiling.report import ProfileReport
+from trainer.profiling.ranges import PREFIX, record_ranges
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +77,76 @@ class ProfileRequest:
             with_shapes=flags["shapes"],
             with_memory=flags["memory"],
         )
+
+
+TOP_OPERATIONS = 30
+_S = 1e-6  # the profiler counts microseconds
+
+
+@dataclass(kw_only=True)
+class _Sum:
+    calls: int = 0
+    cpu_s: float = 0.0
+    device_s: float = 0.0
+
+
+@dataclass(kw_only=True)
+class ProfileReport:
+    """Sums over the recorded steps of one rank."""
+
+    id: str
+    rank: int
+    device: str
+    num_asked: int
+    """Number of requested steps."""
+    steps: list[int] = field(default_factory=list)
+    traces: list[str] = field(default_factory=list)
+    """Names of the files, one for each step."""
+    error: str = ""
+    """Why fewer steps were recorded than requested."""
+    _ranges: dict[str, _Sum] = field(default_factory=dict)
+    _operations: dict[str, _Sum] = field(default_factory=dict)
+
+    def add(self, step: int, *, trace: str, averages: Iterable[Any]) -> None:
+        """Adds a step. `averages`: `key_averages()` of torch's profiler."""
+        self.steps.append(step)
+        self.traces.append(trace)
+        for average in averages:
+            is_range = average.key.startswith(PREFIX)
+            sums = self._ranges if is_range else self._operations
+            one = sums.setdefault(average.key.removeprefix(PREFIX), _Sum())
+            one.calls += average.count
+            one.cpu_s += _S * (average.cpu_time_total if is_range else average.self_cpu_time_total)
+            one.device_s += _S * (average.device_time_total if is_range else average.self_device_time_total)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON. Times of parts include nested parts, times of operations do not include nested
+        ones.
+
+        `operations`: those that take the most time, on the device if there is one, else on the CPU.
+        """
+        has_device = any(one.device_s for one in self._operations.values())
+
+        def rows(sums: dict[str, _Sum]) -> list[dict[str, Any]]:
+            ordered = sorted(
+                sums.items(), key=lambda item: -(item[1].device_s if has_device else item[1].cpu_s)
+            )
+            return [
+                {"name": name, "calls": one.calls, "cpu_s": one.cpu_s, "device_s": one.device_s}
+                for name, one in ordered
+            ]
+
+        return {
+            "id": self.id,
+            "rank": self.rank,
+            "device": self.device,
+            "num_asked": self.num_asked,
+            "steps": self.steps,
+            "traces": self.traces,
+            "error": self.error,
+            "ranges": rows(self._ranges),
+            "operations": rows(self._operations)[:TOP_OPERATIONS],
+        }
 
 
 _CLOSE_S = 60.0
@@ -135,7 +205,6 @@ class StepRecorder:
             self._request = request  # last: `step` reads it without the lock
 
     async def on_verb(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Control verb `profile`: `ask`."""
         self.ask(ProfileRequest.of(body))
         return {"rank": self._rank}
 
@@ -260,5 +329,4 @@ class StepRecorder:
 
 
 def report_name(profile_id: str, *, rank: int) -> str:
-    """Name of a rank's report."""
     return f"report-{profile_id}-rank{rank}.json"

@@ -24,16 +24,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from areal_like.config import Config
-from areal_like.errors import ConfigError, UserError
-from areal_like.runtime.command_line import load_config
+from areal_like.errors import UserError
+from areal_like.runtime.command_line import Options, load_config
 from areal_like.runtime.daemon import exit_code_of
 from areal_like.runtime.imports import uncollected
 from areal_like.runtime.logs import configure_logging
 from areal_like.runtime.process import die_with_launcher, die_with_parent, keep_files_private
 from areal_like.runtime.signals import handle_log_signals
 from trainer.distributed.spawn import start_ranks
-
-_OWN_LR = "--own-lr"
 
 
 def _run(config: Config, root: Path, *, follows_changes: bool) -> None:
@@ -46,13 +44,12 @@ def _run(config: Config, root: Path, *, follows_changes: bool) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Runs one rank (under torchrun), or starts all ranks; returns the exit code."""
-    args = [arg for arg in argv if arg != _OWN_LR]
+    options = Options()
+    options.add_argument("--recording", type=Path, required=True)
+    options.add_argument("--own-lr", action="store_true")
     try:
-        if "--recording" not in args[:-1]:
-            raise ConfigError("--recording: name the directory of the run to replay")
-        at = args.index("--recording")
-        root = Path(args[at + 1])
-        config = load_config(args[:at] + args[at + 2 :])
+        values, settings = options.parse_known_args(list(argv))
+        config = load_config(settings)
     except UserError as error:
         sys.stderr.write(f"replay: {error}\n")
         return 2
@@ -66,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
     keep_files_private()
     configure_logging(config, name)
     handle_log_signals()
-    return exit_code_of(name, lambda: _run(config, root, follows_changes=_OWN_LR not in argv))
+    return exit_code_of(name, lambda: _run(config, values.recording, follows_changes=not values.own_lr))
 
 
 if __name__ == "__main__":

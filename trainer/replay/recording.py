@@ -107,7 +107,6 @@ class Recording:
         return prompts, [SampleRow(*row) for _, *row in rows]
 
     def close(self) -> None:
-        """Closes the ledgers."""
         for ledger in self._ledgers:
             ledger.close()
 
@@ -182,28 +181,20 @@ class Recording:
             prompt_index, begin_step, early = ledger.execute(
                 "SELECT prompt_index, begin_step, early FROM tickets WHERE ticket_id = ?", (ticket_id,)
             ).fetchone()
+            samples = ledger.execute(
+                "SELECT sample_index, reward, num_sampled, truncated FROM samples WHERE ticket_id = ? "
+                "ORDER BY 1",
+                (ticket_id,),
+            )
             members = [
-                (index, *row)
-                for index, *row in ledger.execute(
-                    "SELECT sample_index, reward, num_sampled, truncated FROM samples WHERE ticket_id = ? "
-                    "ORDER BY 1",
-                    (ticket_id,),
+                EarlyMember(
+                    sample_index=index, reward=reward, num_sampled=num_sampled, is_truncated=bool(truncated)
                 )
+                for index, reward, num_sampled, truncated in samples
                 if index in json.loads(early)
             ]
             group = ClosedGroup(
-                ticket_id=ticket_id,
-                prompt_index=prompt_index,
-                begin_step=begin_step,
-                early=[
-                    EarlyMember(
-                        sample_index=index,
-                        reward=reward,
-                        num_sampled=num_sampled,
-                        is_truncated=bool(truncated),
-                    )
-                    for index, reward, num_sampled, truncated in members
-                ],
+                ticket_id=ticket_id, prompt_index=prompt_index, begin_step=begin_step, early=members
             )
             groups.append((ticket_id, group))
         return groups

@@ -49,15 +49,7 @@ def replay(
     num_steps = min(trainer.num_steps, recording.num_whole_steps(groups_per_step=trainer.groups_per_step))
 
     def save(step: int) -> None:
-        checkpoints.save(
-            step,
-            policy,
-            runner.optimizer,
-            ranks,
-            critic=runner.critic,
-            proximal=runner.proximal,
-            extra={**runner.state(), "stream": {}},
-        )
+        checkpoints.save(step, ranks=ranks, extra={**runner.state(), "stream": {}}, **runner.saved)
 
     step = 0
     with contextlib.closing(checkpoints):

@@ -100,8 +100,7 @@ def trace_step(
         policy = build_policy(config, source, ranks)
         runner = build_step_runner(config, policy, ranks, initial=source)
         if first:
-            extra = checkpoints.load(first, policy, runner.optimizer, ranks, critic=runner.critic)
-            runner.restore(extra)
+            runner.restore(checkpoints.load(first, ranks=ranks, **runner.saved))
     tokens = TokenTrace()
     before = None
     for number in range(first, step + 1):

@@ -18,7 +18,6 @@ from trainer.start import start
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs one rank, or starts all ranks of this machine; returns the exit code."""
     return start(argv, text=__doc__, name="sft", module="trainer.sft", run_rank=_run)
 
 

@@ -53,7 +53,6 @@ class StepPlan:
 
     @property
     def num_steps(self) -> int:
-        """Steps of the whole run."""
         return len(self.ends_K)
 
     def rows(self, step: int) -> list[int]:

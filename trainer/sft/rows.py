@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -139,7 +138,8 @@ class SftRows:
         mine = int(self.fingerprint[:12], 16)
         if ranks.any(ranks.agree(mine) != mine):
             raise ConfigError(f"{self._key}: the files on the trainer's machines differ: copy them again")
-        share = range(ranks.rank, len(self._rows), ranks.world_size)
+        shares = [range(rank, len(self._rows), ranks.world_size) for rank in range(ranks.world_size)]
+        share = shares[ranks.rank]
         facts = np.zeros((len(share), 4), dtype=np.int64)
         broken = -1
         due_s = time.monotonic() + _LOG_INTERVAL_S
@@ -156,21 +156,19 @@ class SftRows:
         if found := [index for index in ranks.gather(torch.tensor([broken])).tolist() if index >= 0]:
             self._rendered(min(found))
         everyone = ranks.gather(torch.from_numpy(facts.reshape(-1))).numpy().reshape(-1, 4)
-        order = [index for rank in range(ranks.world_size) for index in self._share(rank, ranks)]
         facts_N = np.empty_like(everyone)
-        facts_N[order] = everyone
+        facts_N[[index for each in shares for index in each]] = everyone
         return facts_N
 
     def sequences(self, index: int) -> list[TokenRow]:
         """The sequences of a row that have tokens to learn, cut to the limit."""
-        rendered = self._rendered(index)
-        return [row for row in (row.cut(self._longest) for row in rendered) if row.num_learned]
+        return self._cut(self._rendered(index))
 
     def _rendered(self, index: int) -> list[TokenRow]:
-        return self._rows.read(index, self._token_rows)
+        return self._rows.read(index, lambda row: self._tokens.rows(self._format.conversation_of(row)))
 
-    def _token_rows(self, row: Mapping[str, Any]) -> list[TokenRow]:
-        return self._tokens.rows(self._format.conversation_of(row))
+    def _cut(self, rendered: list[TokenRow]) -> list[TokenRow]:
+        return [row for row in (row.cut(self._longest) for row in rendered) if row.num_learned]
 
     def _facts(self, index: int) -> tuple[int, int, int, int]:
         """(tokens, learned tokens, left out as too long, truncated)"""
@@ -178,11 +176,8 @@ class SftRows:
         is_long = any(len(row.tokens) > self._longest for row in rendered)
         if is_long and not self._truncates:
             return 0, 0, 1, 0
-        kept = [row for row in (row.cut(self._longest) for row in rendered) if row.num_learned]
+        kept = self._cut(rendered)
         return sum(len(row.tokens) for row in kept), sum(row.num_learned for row in kept), 0, int(is_long)
-
-    def _share(self, rank: int, ranks: Ranks) -> range:
-        return range(rank, len(self._rows), ranks.world_size)
 
     def _report(self) -> None:
         counts = self.counts

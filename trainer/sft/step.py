@@ -19,8 +19,7 @@ from torch import Tensor
 
 from areal_like.chat.token_row import TokenRow
 from areal_like.trajectory import FinishReason, Trajectory
-from trainer.batching.lockstep import in_lockstep
-from trainer.batching.packing import MicroBatch, PackedBatch, Packer, TrainingSample
+from trainer.batching.packing import MicroBatch, PackedBatch, Packer, TrainingSample, in_lockstep
 from trainer.distributed.ranks import Ranks
 from trainer.metrics.speed import StepSpeed
 from trainer.metrics.step_totals import shared_share

@@ -11,7 +11,7 @@ from trainer.models.policy import Policy, build_policy
 from trainer.objectives.normalizers import Normalizer
 from trainer.optimizer import ShardedAdamW
 from trainer.step.proximal import ProximalPolicy
-from trainer.step.recipe import StepRecipe
+from trainer.step.recipe import StepRecipe, warn_of_ignored_settings
 from trainer.step.runner import StepRunner
 
 
@@ -37,13 +37,16 @@ def build_step_runner(
             config, policy, ranks, rule=rule, path=initial, with_weights=with_weights
         )
     num_params = sum(param.numel() for param in policy.model.parameters())
+    objective = recipe.objective.for_model(num_params)
+    normalizer = Normalizer(name=trainer.normalizer, max_tokens=config.sampling.max_new_tokens)
+    warn_of_ignored_settings(objective, recipe.advantage, normalizer)
     return StepRunner(
         policy,
         ShardedAdamW.of(trainer, policy, ranks, lr=trainer.lr),
         ranks,
-        objective=recipe.objective.for_model(num_params),
+        objective=objective,
         advantage=recipe.advantage,
-        normalizer=Normalizer(name=trainer.normalizer, max_tokens=config.sampling.max_new_tokens),
+        normalizer=normalizer,
         budget_tokens=trainer.tokens_per_microbatch,
         reference=reference,
         shapings=recipe.shapings,

@@ -83,7 +83,6 @@ class ProximalPolicy:
         self._move(1 / sum(self._rule.decay**i for i in range(self.num_updates + 1)))
 
     def moments(self, shard_name: str) -> dict[str, Tensor]:
-        """None; part of `ModelState`."""
         return {}
 
     def new_moments(self, *, num_updates: int) -> Mapping[str, dict[str, Tensor]]:

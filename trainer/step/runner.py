@@ -7,7 +7,7 @@
 Gradients of unnormalized sums accumulate while later groups are still being generated, and are divided once
 by global counts, so the result depends neither on the cuts nor on the number of ranks nor on the order of
 arrival. An objective of scope BATCH waits for the whole step and gets a pass without gradient first. All
-ranks run equal numbers of micro-batches (see `batching/lockstep.py`).
+ranks run equal numbers of micro-batches (see `batching/packing.py`).
 
 A group whose advantages are all zero counts in the normalizer but is not run, unless the objective needs it.
 
@@ -28,28 +28,29 @@ from areal_like.config import KlConfig
 from areal_like.errors import ConfigError
 from areal_like.wire.messages.consumer import Group
 from trainer.advantages.base import Estimator
-from trainer.advantages.critic import Critic
+from trainer.advantages.critic import Critic, ValueTarget
 from trainer.advantages.reward_shaping import Shaping
 from trainer.batching.balancer import Balancer
-from trainer.batching.lockstep import in_lockstep
-from trainer.batching.packing import MicroBatch, PackedBatch, Packer, TrainingSample, is_target, num_targets
+from trainer.batching.packing import MicroBatch, PackedBatch, Packer, TrainingSample, in_lockstep, is_target
 from trainer.batching.positions import Position
 from trainer.batching.sampled_tokens import SampledTokens
 from trainer.batching.scope import Scope
+from trainer.batching.segments import split_sample
 from trainer.distributed.ranks import IncompleteStepError, Ranks
+from trainer.gradients.base import Gradients
 from trainer.metrics.lag import LagTally
 from trainer.metrics.model_flops import ModelFlops, cost_of
-from trainer.metrics.phase_timer import PhaseTimer
-from trainer.metrics.speed import StepSpeed
+from trainer.metrics.speed import PhaseTimer, StepSpeed
 from trainer.metrics.step_totals import OF_BEYOND, StepTotals
 from trainer.models.policy import Policy
 from trainer.objectives import Need, Objective, StepStats
 from trainer.objectives.normalizers import Normalizer
 from trainer.optimizer import ShardedAdamW
 from trainer.profiling.ranges import named_range, ranged
-from trainer.step.advantage_pipeline import AdvantagePipeline, RewardTerms, TrajectoryGroup
+from trainer.step.group_advantages import GroupAdvantages, ScoredPosition
 from trainer.step.proximal import ProximalPolicy
-from trainer.step.recipe import warn_of_ignored_settings
+from trainer.step.rewards import RewardTerms, TrajectoryGroup
+from trainer.step.step_advantages import StepAdvantages
 
 
 class StepRunner:
@@ -94,8 +95,6 @@ class StepRunner:
             raise ConfigError(
                 f"objective {objective.display_name} needs a proximal policy, and none was built"
             )
-        warn_of_ignored_settings(objective, advantage, normalizer)
-        self._beyond = beyond
         policy.with_collision = Need.COLLISION in objective.needs
         policy.with_entropy_gradient = Need.ENTROPY in objective.needs
         self.policy = policy
@@ -108,43 +107,37 @@ class StepRunner:
         self._is_first_forward = True
         self._ranks = ranks
         self._objective = objective
-        self._shares_prefixes = objective.shares_prefixes and not objective.late_coefficients
-        self._gradients = objective.gradients(policy, ranks)
-        self._normalizer = replace(normalizer, name=objective.normalizer or normalizer.name)
-        self._packer: Packer | Balancer
-        if balances and not objective.one_sequence_per_microbatch:
-            self._packer = Balancer(
-                ranks,
-                cost=cost_of(ModelFlops.of(policy.model)),
-                budget_tokens=budget_tokens,
-                whole_groups=objective.whole_groups,
-                shares_prefixes=self._shares_prefixes,
-            )
-        else:
-            self._packer = Packer(
-                budget_tokens=budget_tokens,
-                whole_groups=objective.whole_groups,
-                one_sequence_per_microbatch=objective.one_sequence_per_microbatch,
-                shares_prefixes=self._shares_prefixes,
-            )
         self._reference = reference
-        self._speed = StepSpeed(
-            policy,
-            ranks,
-            reference=reference if Need.REF in objective.needs else None,
-            proximal=None if proximal is None else proximal.model,
-            peak_tflops=peak_tflops,
-        )
+        self._beyond = beyond
+        self._normalizer = replace(normalizer, name=objective.normalizer or normalizer.name)
+        self._gradients = objective.gradients(policy, ranks)
         self.rewards = RewardTerms(shapings, ranks, kl=kl, reference=reference, budget_tokens=budget_tokens)
-        self.advantages = AdvantagePipeline(
+        self.advantages = GroupAdvantages(
             objective.advantage or advantage,
             self.rewards,
-            ranks,
-            critic=critic,
             turn_discount=turn_discount,
             closes=bool(beyond),
             masks_beyond=beyond in ("", "mask"),
         )
+        self._step_advantages: StepAdvantages | None = None
+        if self.advantages.scope is Scope.BATCH:
+            self._step_advantages = StepAdvantages(self.advantages, ranks, critic=critic)
+        self._shares_prefixes = objective.shares_prefixes and not objective.late_coefficients
+        limits: dict[str, Any] = {
+            "budget_tokens": budget_tokens,
+            "whole_groups": objective.whole_groups,
+            "shares_prefixes": self._shares_prefixes,
+        }
+        is_single = objective.one_sequence_per_microbatch
+        self._packer: Packer | Balancer
+        if balances and not is_single:
+            self._packer = Balancer(ranks, cost=cost_of(ModelFlops.of(policy.model)), **limits)
+        else:
+            self._packer = Packer(one_sequence_per_microbatch=is_single, **limits)
+        others = [reference] if reference is not None and Need.REF in objective.needs else []
+        if proximal is not None:
+            others.append(proximal.model)
+        self._speed = StepSpeed(policy, ranks, others=others, peak_tflops=peak_tflops)
 
     def run(
         self,
@@ -166,87 +159,217 @@ class StepRunner:
         `is_abandoned`: called between micro-batches; once it is true on any rank, every rank raises
         IncompleteStepError, and weights, moments and all other state are as before the step.
         """
-        objective, is_batch = self._objective, self._objective.scope is Scope.BATCH
-        seeded = (*self.advantages.extra_totals, *(OF_BEYOND if self._beyond else ()))
-        timer, totals = self._speed.begin(step), StepTotals(seeded)
-        observed: list[dict[str, Tensor]] = []
-        stats: StepStats = {}
+        timer = self._speed.begin(step)
+        totals = StepTotals((*self.advantages.extra_totals, *(OF_BEYOND if self._beyond else ())))
         self._is_first_forward = True
         self.policy.zero_grad()  # an abandoned step may have left gradients
         with self._ranks.abandonable(is_abandoned):
-            # Groups -> advantages -> micro-batches, as the groups arrive unless all of them are needed.
-            positions = (
-                self._checked(group) if isinstance(group, Position) else Position.plain(group, step=step)
-                for group in timer.timed("wait_s", groups)
-            )
-            samples = self.advantages.compute(positions, totals, timer, step=step)
-            samples = self._with_gradient(samples, totals)
-            microbatches: Iterable[MicroBatch] = self._packer.microbatches(samples)
+            positions = self._positions(timer.timed("wait_s", groups), step=step)
+            # One position at a time as they arrive, unless rewards or advantages depend on the whole step.
+            scored, value_targets = self._scored(positions, timer, step=step)
+            microbatches: Iterable[MicroBatch] = self._packer.microbatches(self._trained(scored, totals))
             with self._gradients as gradients:
-                if is_batch:  # first the statistics of the whole step, in a pass without gradient
+                stats: StepStats = {}
+                if self._objective.scope is Scope.BATCH:
                     microbatches = list(microbatches)  # waits for the last group
-                    with torch.no_grad(), timer.span("compute_s"):
-                        for batch, live in self._in_lockstep(microbatches):
-                            observed.append(self._observe(self._forward(batch, totals, live=live), live=live))
-                    stats = self._summarize(observed)
-
-                # Forward -> losses -> backward. Without statistics of the step, `losses` gets empty ones.
-                for batch, live in self._in_lockstep(microbatches):
-                    with timer.span("compute_s"):
-                        tokens = self._forward(batch, totals, live=live)
-                        with named_range("objective"):
-                            losses = objective.losses(tokens, stats)
-                            loss_S, *counted = self._normalizer.weigh(losses, tokens)
-                        # Multiplied by zero: a rank without work still runs a dummy forward and backward,
-                        # which keeps FSDP2's collectives in step with the other ranks.
-                        with named_range("backward"):
-                            gradients.add(loss_S if live else loss_S * 0.0, tokens=tokens, batch=batch)
-                        totals.observe(batch, tokens, losses, counted=counted, live=live)
-                        if not is_batch:
-                            observed.append(self._observe(tokens, live=live))
-                if not is_batch:
-                    stats = self._summarize(observed)  # only for `lr_scale`
-                with timer.span("reduce_s"):
-                    totals.add_all(gradients.finish())
-
-        # Divide -> clip -> AdamW. The global counts are known only now.
+                    stats = self._statistics(microbatches, totals, timer)
+                stats = self._accumulate(gradients, microbatches, stats, totals, timer)
         with timer.span("reduce_s"):
             totals.reduce(self._ranks)
         if num_groups is not None and totals.total("num_groups") < num_groups:
             raise IncompleteStepError(
                 f"step {step} ended with {totals.total('num_groups'):.0f} of {num_groups} groups"
             )
-        divisor = self._normalizer.divisor(
-            num_tokens=totals.total("counted_tokens"), num_seqs=totals.total("counted_seqs")
-        )
-        lr_scale = objective.lr_scale(stats)
-        lr = self.optimizer.learning_rate(step) * lr_scale
-        if self.advantages.is_critic_warmup(step):
-            lr = 0.0
         with timer.span("update_s"):
-            with named_range("optimizer"):
-                grad_norm = self.optimizer.step(divisor=divisor, lr=lr)
-                if self.proximal is not None:
-                    self.proximal.follow(step)
-            learned = self.advantages.learn(totals, step=step)
-        loss = totals.total("loss") / divisor
-        return self._metrics(timer, totals, learned, loss=loss, grad_norm=grad_norm, lr=lr, lr_scale=lr_scale)
+            update = self._update(stats, value_targets, totals, step=step)
+        return self._metrics(update, totals, timer)
 
-    def _checked(self, position: Position) -> Position:
-        """Returns the position. Raises ConfigError if it has parts of closed groups and the method needs
-        whole ones: the run was changed from `buffer.overdue=close`, and the ledger still had them."""
-        if not position.is_of_parts or self._beyond:
-            return position
+    def _positions(self, groups: Iterable[TrajectoryGroup | Position], *, step: int) -> Iterator[Position]:
+        """The positions with their places in the step.
+
+        Raises ConfigError if one has parts of closed groups and the method needs whole ones: the run was
+        changed from `buffer.overdue=close`, and the ledger still had them.
+        """
         needs = self.advantages.needs_whole_groups
         if self._objective.whole_groups or not self._objective.takes_parts:
             needs = f"objective {self._objective.display_name}"
-        if needs:
-            raise ConfigError(
-                f"{needs} cannot train on parts of groups, and this step has some, which were recorded with "
-                "buffer.overdue=close: continue with buffer.overdue=close and the method that the run had, "
-                "or start a new run from a checkpoint (model.path=...)"
-            )
-        return position
+        for number, group in enumerate(groups):
+            position = group if isinstance(group, Position) else Position.plain(group, step=step)
+            if self._beyond and position.origins is None:
+                position = position.as_whole_group()
+            if needs and position.is_of_parts and not self._beyond:
+                raise ConfigError(
+                    f"{needs} cannot train on parts of groups, and this step has some, which were recorded "
+                    "with buffer.overdue=close: continue with buffer.overdue=close and the method that the "
+                    "run had, or start a new run from a checkpoint (model.path=...)"
+                )
+            yield replace(position, place=number * self._ranks.world_size + self._ranks.rank)
+
+    def _scored(
+        self, positions: Iterable[Position], timer: PhaseTimer, *, step: int
+    ) -> tuple[Iterable[ScoredPosition], list[ValueTarget]]:
+        """(the positions with advantages, the critic's targets, if it has one)."""
+        if self._step_advantages is None:
+            return (self.advantages.of_position(position, step=step) for position in positions), []
+        collected = list(positions)
+        with timer.span("compute_s"):
+            return self._step_advantages.of_positions(collected)
+
+    def _trained(
+        self, scored: Iterable[ScoredPosition], totals: StepTotals
+    ) -> Iterator[list[TrainingSample]]:
+        """Yields the samples of each position that need a gradient, cut into segments. The others are only
+        counted."""
+        for each in scored:
+            shaped = () if self.rewards.is_identity else each.shaped
+            totals.recorded(each.position.trajectories, shaped=shaped)
+            if self._beyond:
+                totals.parts.note(each.position, each.samples)
+            samples = [part for sample in each.samples for part in split_sample(sample)]
+            is_zero = all(not np.any(sample.advantage) for sample in samples)
+            totals.add("zero_advantage_groups", float(is_zero))
+            skipped = samples
+            if not (is_zero and self._objective.skips_zero_advantage):
+                skipped = [s for s in samples if s.counts and not is_target(s.trajectory).any()]
+            totals.skipped(skipped)
+            yield [sample for sample in samples if sample not in skipped]
+
+    def _statistics(
+        self, microbatches: Iterable[MicroBatch], totals: StepTotals, timer: PhaseTimer
+    ) -> StepStats:
+        """The objective's statistics of the whole step, from a pass without gradient. Collective."""
+        with torch.no_grad(), timer.span("compute_s"):
+            observed = [
+                self._observe(self._forward(batch, totals, live=live), live=live)
+                for batch, live in in_lockstep(
+                    microbatches, self._ranks, shares_prefixes=self._shares_prefixes
+                )
+            ]
+        return self._summarize(observed)
+
+    def _accumulate(
+        self,
+        gradients: Gradients,
+        microbatches: Iterable[MicroBatch],
+        stats: StepStats,
+        totals: StepTotals,
+        timer: PhaseTimer,
+    ) -> StepStats:
+        """Forward -> losses -> backward of every micro-batch. Collective.
+
+        Returns `stats`; with an objective of scope GROUP those of this pass, which are only for `lr_scale`.
+        """
+        is_batch = self._objective.scope is Scope.BATCH
+        observed: list[dict[str, Tensor]] = []
+        for batch, live in in_lockstep(microbatches, self._ranks, shares_prefixes=self._shares_prefixes):
+            with timer.span("compute_s"):
+                tokens = self._forward(batch, totals, live=live)
+                with named_range("objective"):
+                    losses = self._objective.losses(tokens, stats)
+                    loss_S, *counted = self._normalizer.weigh(losses, tokens)
+                # Multiplied by zero: a rank without work still runs a dummy forward and backward, which keeps
+                # FSDP2's collectives in step with the other ranks.
+                with named_range("backward"):
+                    gradients.add(loss_S if live else loss_S * 0.0, tokens=tokens, batch=batch)
+                totals.observe(batch, tokens, losses, counted=counted, live=live)
+                if not is_batch:
+                    observed.append(self._observe(tokens, live=live))
+        stats = stats if is_batch else self._summarize(observed)
+        with timer.span("reduce_s"):
+            totals.add_all(gradients.finish())
+        return stats
+
+    @ranged("forward")
+    def _forward(self, batch: PackedBatch, totals: StepTotals, *, live: bool) -> SampledTokens:
+        """Log-probs of the micro-batch's sampled tokens, with the inputs that the objective needs.
+
+        Collective under FSDP2.
+        """
+        needs = self._objective.needs
+        output = self.policy(batch)
+        # One optimizer step per batch: the weights at the start of the step are the current ones.
+        prox_logp_S = output.logprobs_S.detach() if Need.PROX in needs else None
+        ref_logp_S = None
+        with torch.no_grad():
+            if Need.PROX in needs and self.proximal is not None:
+                prox_logp_S = self.proximal.model(batch).logprobs_S
+            if Need.REF in needs:
+                assert self._reference is not None
+                ref_logp_S = self._reference(batch).logprobs_S
+        totals.add("model_flops", self._speed.flops_of(batch) if live else 0.0)
+        if self._is_first_forward:
+            self._is_first_forward = False
+            self.on_first_forward(batch, output.logprobs_S)
+        tokens = SampledTokens.of(batch, *output, prox_logp_S=prox_logp_S, ref_logp_S=ref_logp_S)
+        if tokens.beyond_S is None:
+            return tokens
+        if torch.is_grad_enabled():  # not in the pass for the statistics of the step
+            totals.observe_beyond(tokens)
+        return tokens.only(~tokens.is_extreme_S) if self._beyond == "ratio" else tokens
+
+    @torch.no_grad()
+    def _observe(self, tokens: SampledTokens, *, live: bool) -> dict[str, Tensor]:
+        """The objective's vectors of one micro-batch, by name; for a dummy (not `live`) they have length
+        0."""
+        observed = self._objective.observe(tokens)
+        return observed if live else {name: vector[:0] for name, vector in observed.items()}
+
+    def _summarize(self, observed: Sequence[dict[str, Tensor]]) -> StepStats:
+        """The objective's statistics of the step, from its vectors in all micro-batches of all ranks.
+
+        Collective if it observes anything.
+        """
+        names = sorted(observed[0]) if observed else []
+        gathered = {
+            name: self._ranks.gather(torch.cat([vectors[name].double().cpu() for vectors in observed]))
+            for name in names
+        }
+        return self._objective.summarize(gathered) if gathered else {}
+
+    def _update(
+        self, stats: StepStats, value_targets: Sequence[ValueTarget], totals: StepTotals, *, step: int
+    ) -> dict[str, float]:
+        """Divide by global counts -> clip -> AdamW; then critic, proximal policy, and the state of rewards
+        and advantages. Collective. Returns metrics of the update."""
+        divisor = self._normalizer.divisor(
+            num_tokens=totals.total("counted_tokens"), num_seqs=totals.total("counted_seqs")
+        )
+        lr_scale = self._objective.lr_scale(stats)
+        is_critic_warmup = self.critic is not None and step < self.critic.settings.critic_warmup_steps
+        lr = 0.0 if is_critic_warmup else self.optimizer.learning_rate(step) * lr_scale
+        with named_range("optimizer"):
+            grad_norm = self.optimizer.step(divisor=divisor, lr=lr)
+            if self.proximal is not None:
+                self.proximal.follow(step)
+        metrics = {} if self.critic is None else self.critic.learn(value_targets, step=step)
+        metrics |= self.advantages.learn(totals, step=step)
+        loss = totals.total("loss") / divisor
+        return metrics | {"loss": loss, "grad_norm": grad_norm, "lr": lr, "lr_scale": lr_scale}
+
+    def _metrics(self, update: dict[str, float], totals: StepTotals, timer: PhaseTimer) -> dict[str, Any]:
+        """The metrics of the step that just ended. Collective.
+
+        loss, grad_norm, lr, lr_scale, lr_base, those of the samples (`StepTotals`), num_groups,
+        zero_advantage_groups, num_tokens (of the sequences run), shared_share (of them, not computed),
+        num_microbatches (of all ranks), balance (see `MicrobatchPlan.busy_share`), ess_ratio and at other
+        levels, ess_weights (at the objective's), log_w_mean, log_w_std, kl_k3, entropy, clipped_fraction,
+        kept_fraction, mismatch_abs (mean |log(pi / mu)| of tokens that the current weights sampled, if there
+        are any: the numerical mismatch of engine and trainer), the objective's own, shaped_reward (where
+        advantages are not computed from `reward`), shaping_dual_I (of a shaping with a dual variable),
+        reward_baseline (of advantage=running), the critic's, wait_s, compute_s, reduce_s, update_s, step_s,
+        and those of `StepSpeed`. With buffer.overdue=close also those of `PartTable` (tokens beyond the
+        staleness bound, early and late samples, lags by each sample's oldest trained token) and, if such
+        tokens are not all masked, beyond_log_ratio_abs and beyond_ess_ratio: masked ones have no log-probs,
+        because their logits are not computed.
+        """
+        metrics = totals.metrics() | update | {"lr_base": self.optimizer.lr}
+        if self._beyond:
+            metrics |= totals.part_metrics(self._ranks, beyond=self._beyond)
+        metrics["ess_weights"] = totals.ess_ratios()[self._objective.ess_level]
+        if isinstance(self._packer, Balancer):
+            metrics["balance"] = self._packer.busy_share
+        num_tokens, flops = totals.total("num_tokens"), totals.total("model_flops")
+        return metrics | self._speed.metrics(timer, num_tokens=num_tokens, flops=flops)
 
     def run_served(
         self,
@@ -274,6 +397,16 @@ class StepRunner:
         )
         return metrics | lags.reduced(self._ranks)
 
+    @property
+    def saved(self) -> dict[str, Any]:
+        """The models and optimizers of a checkpoint, by the arguments of `Checkpoints.save` and `load`."""
+        return {
+            "policy": self.policy,
+            "optimizer": self.optimizer,
+            "critic": self.critic,
+            "proximal": self.proximal,
+        }
+
     def state(self) -> dict[str, Any]:
         """The state that a checkpoint stores in addition to weights and moments, for `restore`; JSON."""
         state = {"shaping_duals": self.rewards.duals, "advantage_state": list(self.advantages.state)}
@@ -286,114 +419,3 @@ class StepRunner:
         self.rewards.restore(state["shaping_duals"])
         self.advantages.restore(state.get("advantage_state", []))
         self.advantages.history.restore(state.get("reward_history", []), num_duals=len(self.rewards.duals))
-
-    def _with_gradient(
-        self, groups: Iterable[list[TrainingSample]], totals: StepTotals
-    ) -> Iterator[list[TrainingSample]]:
-        """Yields the groups that need a gradient. The others are only counted."""
-        for group in groups:
-            is_zero = all(not np.any(sample.advantage) for sample in group)
-            totals.add("zero_advantage_groups", float(is_zero))
-            if is_zero and self._objective.skips_zero_advantage:
-                self._count(group, totals)
-            else:
-                wholly_masked = [s for s in group if s.counts and not is_target(s.trajectory).any()]
-                self._count(wholly_masked, totals)
-                yield [sample for sample in group if sample not in wholly_masked]
-
-    @staticmethod
-    def _count(samples: Iterable[TrainingSample], totals: StepTotals) -> None:
-        """Counts samples that are not run in the normalizer."""
-        for sample in samples:
-            counts = sample.resolved_counts
-            num_tokens = num_targets(sample.trajectory) + counts.num_masked
-            totals.add("counted_tokens", float(num_tokens))
-            totals.add("counted_seqs", float(counts.num_samples))
-
-    def _in_lockstep(self, microbatches: Iterable[MicroBatch]) -> Iterator[tuple[PackedBatch, bool]]:
-        return in_lockstep(microbatches, self._ranks, shares_prefixes=self._shares_prefixes)
-
-    @ranged("forward")
-    def _forward(self, batch: PackedBatch, totals: StepTotals, *, live: bool) -> SampledTokens:
-        """Log-probs of the micro-batch's sampled tokens, with the inputs that the objective needs.
-
-        Collective under FSDP2.
-        """
-        needs = self._objective.needs
-        logp_S, entropy_S, collision_S = self.policy(batch)
-        # One optimizer step per batch: the weights at the start of the step are the current ones.
-        prox_logp_S = logp_S.detach() if Need.PROX in needs else None
-        ref_logp_S = None
-        with torch.no_grad():
-            if Need.PROX in needs and self.proximal is not None:
-                prox_logp_S = self.proximal.model(batch).logprobs_S
-            if Need.REF in needs:
-                assert self._reference is not None
-                ref_logp_S = self._reference(batch).logprobs_S
-        totals.add("model_flops", self._speed.flops_of(batch) if live else 0.0)
-        if self._is_first_forward:
-            self._is_first_forward = False
-            self.on_first_forward(batch, logp_S)
-        tokens = SampledTokens.of(
-            batch,
-            logp_S=logp_S,
-            entropy_S=entropy_S,
-            prox_logp_S=prox_logp_S,
-            ref_logp_S=ref_logp_S,
-            collision_S=collision_S,
-        )
-        if tokens.beyond_S is None:
-            return tokens
-        if torch.is_grad_enabled():  # not in the pass for the statistics of the step
-            totals.observe_beyond(tokens)
-        return tokens.only(~tokens.is_extreme_S) if self._beyond == "ratio" else tokens
-
-    @torch.no_grad()
-    def _observe(self, tokens: SampledTokens, *, live: bool) -> dict[str, Tensor]:
-        """The objective's vectors of one micro-batch, by name; for a dummy (not `live`) they have length
-        0."""
-        observed = self._objective.observe(tokens)
-        return observed if live else {name: vector[:0] for name, vector in observed.items()}
-
-    def _summarize(self, observed: Sequence[dict[str, Tensor]]) -> StepStats:
-        """The objective's statistics of the step, from its vectors in all micro-batches of all ranks.
-
-        Collective if it observes anything.
-        """
-        names = sorted(observed[0]) if observed else []
-        gathered = {
-            name: self._ranks.gather(torch.cat([vectors[name].double().cpu() for vectors in observed]))
-            for name in names
-        }
-        return self._objective.summarize(gathered) if gathered else {}
-
-    def _metrics(
-        self, timer: PhaseTimer, totals: StepTotals, learned: dict[str, float], **update: float
-    ) -> dict[str, Any]:
-        """The metrics of the step that just ended. Collective.
-
-        loss, grad_norm, lr, lr_scale, lr_base, those of the samples (`StepTotals`), num_groups,
-        zero_advantage_groups, num_tokens (of the sequences run), shared_share (of them, not computed),
-        num_microbatches (of all ranks), balance (see `Plan.busy_share`), ess_ratio and at other levels,
-        ess_weights (at the objective's), log_w_mean, log_w_std, kl_k3, entropy, clipped_fraction,
-        kept_fraction, mismatch_abs (mean |log(pi / mu)| of tokens that the current weights sampled, if there
-        are any: the numerical mismatch of engine and trainer), the objective's own, shaped_reward (where
-        advantages are not computed from `reward`), shaping_dual_I (of a shaping with a dual variable),
-        reward_baseline (of advantage=running), the critic's, wait_s, compute_s, reduce_s, update_s, step_s,
-        and those of `StepSpeed`. With buffer.overdue=close also those of `PartTable` (tokens beyond the
-        staleness bound, early and late samples, lags by each sample's oldest trained token) and, if such
-        tokens are not all masked, beyond_log_ratio_abs and beyond_ess_ratio: masked ones have no log-probs,
-        because their logits are not computed.
-        """
-        metrics = totals.metrics() | learned
-        if self._beyond:
-            metrics |= totals.parts.metrics(self._ranks)
-            metrics |= (
-                totals.beyond_metrics(of_ratio=self._beyond == "ratio") if self._beyond != "mask" else {}
-            )
-        metrics["ess_weights"] = totals.ess_ratios()[self._objective.ess_level]
-        if isinstance(self._packer, Balancer):
-            metrics["balance"] = self._packer.busy_share
-        metrics |= update | {"lr_base": self.optimizer.lr}
-        num_tokens, flops = totals.total("num_tokens"), totals.total("model_flops")
-        return metrics | self._speed.metrics(timer, num_tokens=num_tokens, flops=flops)

@@ -3,13 +3,3 @@
 from trainer.trackers.base import TRACKERS, TrackedRow, TrackedRun, Tracker, build_trackers
 from trainer.trackers.tensorboard import TensorBoard
 from trainer.trackers.wandb import WeightsAndBiases
-
-__all__ = [
-    "TRACKERS",
-    "TensorBoard",
-    "TrackedRow",
-    "TrackedRun",
-    "Tracker",
-    "WeightsAndBiases",
-    "build_trackers",
-]

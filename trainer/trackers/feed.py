@@ -89,11 +89,9 @@ class Trackers:
         )
 
     def stepped(self, row: Mapping[str, Any]) -> None:
-        """Gives the trackers a row of metrics.jsonl."""
         self._put(row, is_evaluation=False)
 
     def evaluated(self, row: Mapping[str, Any]) -> None:
-        """Gives the trackers a row of evaluations.jsonl."""
         self._put(row, is_evaluation=True)
 
     def status(self) -> dict[str, Any]:
@@ -172,7 +170,6 @@ class _Feed:
         self._ended.set()
 
     def abandon(self) -> None:
-        """Called when the tracker has not ended in time."""
         self._tries("abandon", self.tracker.abandon)
 
     def status(self) -> dict[str, Any]:

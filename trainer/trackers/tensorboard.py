@@ -59,16 +59,13 @@ class TensorBoard(Tracker):
         self._write_text("config", _fenced(run.config), step=run.start_step)
 
     def log(self, row: TrackedRow) -> None:
-        """Writes the row as one event."""
         values = [{"tag": name, "simple_value": value} for name, value in row.numbers.items()]
         self._write(wall_time=row.time_unix_s, step=row.step, summary={"value": values})
 
     def summarize(self, summary: Mapping[str, Any]) -> None:
-        """Writes the summary as text."""
         self._write_text("summary", _fenced(summary), step=int(summary.get("steps") or 0))
 
     def close(self) -> None:
-        """Closes the event file."""
         self._writer.close()
 
     def _write(self, **event: Any) -> None:

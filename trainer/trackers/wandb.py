@@ -69,7 +69,6 @@ class WeightsAndBiases(Tracker):
             raise ConfigError(f"trackers.tags: expected a list of texts, got {self.tags!r}")
 
     def open(self, run: TrackedRun) -> None:
-        """Starts W&B's process and opens the run."""
         folder = RunPaths(run.root).wandb
         folder.mkdir(parents=True, exist_ok=True)
         mode = self.mode or _mode_of(os.environ)
@@ -105,7 +104,6 @@ class WeightsAndBiases(Tracker):
         self._run.summary.update({f"summary/{name}": value for name, value in summary.items()})
 
     def close(self) -> None:
-        """Ends the run."""
         self._run.finish()
 
     def abandon(self) -> None:
@@ -167,14 +165,12 @@ class WeightsAndBiases(Tracker):
 
 
 def _mode_of(environment: Mapping[str, str]) -> str:
-    """The mode if none is configured."""
     if mode := environment.get("WANDB_MODE"):
         return mode
     return "online" if environment.get("WANDB_API_KEY") else "offline"
 
 
 def _children_named(name: str) -> list[int]:
-    """Processes that this one has started."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # the process has just ended

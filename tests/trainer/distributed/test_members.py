@@ -21,11 +21,11 @@ from tests.support.buffer_harness import ROOT
 from tests.support.waiting import HANG_LIMIT_S
 from trainer.distributed.connections import interface_towards
 from trainer.distributed.members import Liveness
-from trainer.distributed.place import RankPhase
 from trainer.distributed.process_group import Meeting, meet
+from trainer.distributed.ranks import RankPhase
 from trainer.distributed.spawn import start_ranks
 from trainer.distributed.variables import set_torch_variables
-from trainer.metrics.phase_timer import PhaseTimer
+from trainer.metrics.speed import PhaseTimer
 
 
 def meet_all(store: Any, ranks: range, *, timeout_s: float = HANG_LIMIT_S) -> list[Meeting]:

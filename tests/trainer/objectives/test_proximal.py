@@ -2,12 +2,10 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -28,12 +26,6 @@ from trainer.step.runner import StepRunner
 
 AVERAGE = {"objective": {"name": "decoupled_ppo", "prox": "average", "decay": 0.5}}
 SNAPSHOT = {"objective": {"name": "decoupled_ppo", "prox": "snapshot", "interval": 2}}
-
-
-@pytest.fixture
-def ranks() -> Iterator[Ranks]:
-    yield Ranks.alone()
-    dist.destroy_process_group()
 
 
 def weights_of(runner: StepRunner) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -175,7 +167,11 @@ def test_a_configured_job_builds_the_copy(tmp_path: Path, ranks: Ranks) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"prox": "old"}, "snapshot or average"), ({"interval": 0}, "interval"), ({"decay": 1.0}, "decay")],
+    [
+        ({"prox": "old"}, "interpolated, snapshot, average"),
+        ({"interval": 0}, "interval"),
+        ({"decay": 1.0}, "decay"),
+    ],
     ids=str,
 )
 def test_wrong_settings_are_refused(settings: dict[str, object], message: str) -> None:

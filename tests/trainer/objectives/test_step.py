@@ -1,7 +1,6 @@
 """Objectives, masks, shaping and KL in `StepRunner`: with model, micro-batches, ranks, checkpoint state."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -63,17 +61,6 @@ WHOLE_STEP: list[dict[str, Any]] = [
     },
 ]
 """Settings that depend on all groups of a step or on whole groups, or run a second model."""
-
-
-@pytest.fixture
-def ranks() -> Iterator[Ranks]:
-    yield Ranks.alone()
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_model(tmp_path_factory.mktemp("model"), "gpt2")
 
 
 def with_changed_prompt_logprobs(groups: list[list[Trajectory]]) -> list[list[Trajectory]]:

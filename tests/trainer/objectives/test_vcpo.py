@@ -272,10 +272,13 @@ def test_automatic_norms_of_large_models_are_by_proxy() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"norms": "ghosts"}, "objective.norms=ghosts: use auto, ghost, exact, proxy"),
-        ({"step_size": "cubic"}, "use sqrt, linear, none"),
+        (
+            {"norms": "ghosts"},
+            "norms=ghosts: did you mean ghost[?] use one of auto, ghost, exact, proxy",
+        ),
+        ({"step_size": "cubic"}, "use one of sqrt, linear, none"),
         ({"rho_ref": 0}, "rho_ref above 0"),
-        ({"cap": -1}, "cap of at least 0"),
+        ({"cap": -1}, "objective.cap must be at least 0"),
         ({"leave_one_out": True, "baseline": "batch"}, "leave_one_out needs objective.baseline=group"),
         ({"leave_one_out": True, "norms": "exact"}, "not objective.norms=exact"),
     ],

@@ -1,14 +1,12 @@
 """VCPO's gradient: ghost norms and autograd match the definition for all architectures, cuts and ranks."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -23,12 +21,6 @@ from trainer.gradients.segment_rows import SegmentRows
 
 CAP = 2.0
 """Low enough to truncate some of the random sequences."""
-
-
-@pytest.fixture
-def ranks() -> Iterator[Ranks]:
-    yield Ranks.alone()
-    dist.destroy_process_group()
 
 
 def defined(

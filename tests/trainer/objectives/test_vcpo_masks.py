@@ -1,20 +1,19 @@
 """VCPO with masks: dropped tokens do not affect gradient, baseline and (`denominator=kept`) normalizer."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from areal_like.runtime.metrics import Metrics
 from areal_like.trajectory import FinishReason, Trajectory
 from tests.support.objective_helpers import published
-from tests.support.trainer_helpers import random_groups, write_model
+from tests.support.trainer_helpers import random_groups
 from tests.support.vcpo_ranks import gradient_of, make_runner
 from tests.trainer.objectives.test_vcpo_gradients import assert_same_gradient
 from trainer.distributed.ranks import Ranks
@@ -42,17 +41,6 @@ CASES: dict[str, tuple[list[dict[str, Any]], list[Keeps], list[Keeps]]] = {
     "both": ([BAND, TRUNCATED | {"denominator": "kept"}], [ratio_in_band, not_truncated], [not_truncated]),
 }
 """Masks, their definitions, and the definitions of those that also change the normalizer."""
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_model(tmp_path_factory.mktemp("model"), "gpt2")
-
-
-@pytest.fixture
-def ranks() -> Iterator[Ranks]:
-    yield Ranks.alone()
-    dist.destroy_process_group()
 
 
 def masked_groups() -> list[list[Trajectory]]:

@@ -231,8 +231,11 @@ def test_dppo_drops_far_moved_tokens_and_pulls_all() -> None:
     [
         ({"name": "ppo", "clip_low": 0}, "clip_low"),
         ({"name": "ppo", "dual_clip": 1.1}, "dual_clip=1.1"),
-        ({"name": "decoupled_ppo", "prox": "none"}, "recomputed or interpolated"),
-        ({"name": "decoupled_ppo", "mode": "clip"}, "truncate, mask or none"),
+        (
+            {"name": "decoupled_ppo", "prox": "none"},
+            "use one of recomputed, interpolated",
+        ),
+        ({"name": "decoupled_ppo", "mode": "clip"}, "use one of truncate, mask, none"),
         ({"name": "gspo", "clip_high": 0}, "clip_high"),
         ({"name": "sapo", "tau_negative": 0}, "tau_negative"),
         ({"name": "maspo", "sigma": 0}, "sigma"),
@@ -242,7 +245,7 @@ def test_dppo_drops_far_moved_tokens_and_pulls_all() -> None:
         ({"name": "dppo_tv", "high": 0}, "high"),
         ({"name": "m2po", "threshold": 0}, "threshold"),
         ({"name": "m2po", "variant": "verl"}, "use authors or areal"),
-        ({"name": "vespo", "k_positive": 0}, "every k and lambda"),
+        ({"name": "vespo", "k_positive": 0}, "objective.k_positive must be above 0"),
         ({"name": "oapl", "beta2": -1}, "beta2"),
     ],
 )

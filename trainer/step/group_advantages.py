@@ -1,0 +1,184 @@
+"""Computes the advantages of one position of a step: of a whole group, or of parts of closed groups.
+
+    shaped rewards -> advantages -> tokens beyond the staleness bound masked -> samples to train on
+
+It needs only the position and what earlier steps have left (the estimator's state, the shapings' dual
+variables, the history of rewards), so a position is processed as soon as it arrives. Rewards or advantages
+that depend on the whole step are in `step_advantages.py`.
+
+With `buffer.overdue=close` a group's samples may be trained on in several steps, and each has a baseline of
+its own (`trainer/advantages/parts.py`). Masked tokens are context from here on, like a prompt. Greedy samples
+serve as baselines and are then left out.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from areal_like.wire.messages.consumer import EarlyMember
+from trainer.advantages.base import Advantage, Estimator, FloatArray
+from trainer.advantages.parts import RewardHistory, context_of
+from trainer.advantages.turns import group_advantages
+from trainer.batching.packing import SampleCounts, TrainingSample, num_targets
+from trainer.batching.positions import Position, as_context
+from trainer.batching.scope import Scope
+from trainer.metrics.step_totals import StepTotals
+from trainer.step.rewards import RewardTerms, TrajectoryGroup
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ScoredPosition:
+    """A position with the rewards that advantages are computed from, and the samples to train on."""
+
+    position: Position
+    shaped: TrajectoryGroup
+    """Its trajectories with shaped and penalized rewards."""
+    samples: Sequence[TrainingSample]
+    """Whole samples, before they are cut into segments; without greedy ones."""
+
+
+class GroupAdvantages:
+    """`of_position` for each position of a step (or `StepAdvantages` for all of them), then `learn`."""
+
+    def __init__(
+        self,
+        estimator: Estimator,
+        rewards: RewardTerms,
+        *,
+        turn_discount: float = 1.0,
+        closes: bool = False,
+        masks_beyond: bool = True,
+    ) -> None:
+        """`turn_discount`: discount from one turn of a sample to the next. `closes`: `buffer.overdue=close`.
+
+        `masks_beyond`: tokens beyond the staleness bound are masked; False: they are only marked.
+        """
+        self.estimator = estimator
+        self.rewards = rewards
+        self.turn_discount = turn_discount
+        self.closes = closes
+        self.masks_beyond = masks_beyond
+        self.state = estimator.initial_state()
+        """The estimator's state from earlier steps; checkpoints store it."""
+        self.history = RewardHistory(decay=estimator.history_decay)
+        """Running statistics of rewards, with `closes`; checkpoints store them."""
+
+    @property
+    def is_rescaled(self) -> bool:
+        """True if the estimator's `rescale` applies: parts have none, but a critic's advantages are
+        whitened."""
+        are_parts = self.closes and isinstance(self.estimator, Advantage)
+        return self.estimator.scope is Scope.BATCH and not are_parts
+
+    @property
+    def scope(self) -> Scope:
+        """BATCH if rewards or advantages depend on the whole step."""
+        return Scope.BATCH if self.is_rescaled else self.rewards.scope
+
+    @property
+    def needs_whole_groups(self) -> str:
+        """The part of the method that would compare the parts of closed groups at one position, which a run
+        that was changed to another `buffer.overdue` has left, as one group; empty: none does.
+
+        An estimator without `of_part` raises its own error.
+        """
+        if shaping := self.rewards.shaping_of_whole_groups:
+            return f"advantage.shaping {shaping}"
+        if isinstance(self.estimator, Advantage) and self.estimator.compares_samples:
+            if self.estimator.scope is Scope.BATCH:
+                return f"advantage {type(self.estimator).__name__}"
+            if self.rewards.scope is Scope.BATCH:
+                return "kl.place=reward"
+        return ""
+
+    @property
+    def extra_totals(self) -> tuple[str, ...]:
+        """Names of a step's totals that only some methods have."""
+        shaped = () if self.rewards.is_identity else ("shaped_reward", "shaped_reward_square")
+        return (*shaped, "greedy_reward") if self.estimator.uses_greedy else shaped
+
+    def of_position(self, position: Position, *, step: int) -> ScoredPosition:
+        """The position's samples with advantages, after `step` completed steps."""
+        # A whole group that was recorded before the job's `buffer.overdue` was changed is one like any other.
+        if position.origins is not None and (self.closes or position.is_of_parts):
+            return self._of_parts(position, step=step)
+        shaped = self.rewards.shape_group(position.trajectories)
+        return self.scored(position, shaped, self.of_group(shaped))
+
+    def of_group(self, shaped: TrajectoryGroup) -> Sequence[float | FloatArray]:
+        """The advantages of a whole group: for each sample a number, or an array [num_tokens]."""
+        assert isinstance(self.estimator, Advantage)
+        advantages = group_advantages(self.estimator, shaped, turn_discount=self.turn_discount)
+        if not self.state:
+            return advantages
+        shift = self.estimator.shift(self.state)
+        return [advantage + shift for advantage in advantages]
+
+    def scored(
+        self, position: Position, shaped: TrajectoryGroup, advantages: Sequence[float | FloatArray]
+    ) -> ScoredPosition:
+        """The samples with these advantages, and the tokens beyond the bound masked or marked."""
+        samples = []
+        for index, (trajectory, advantage) in enumerate(zip(shaped, advantages, strict=True)):
+            if trajectory.is_greedy:
+                continue
+            beyond_T, counts = position.beyond(index), None
+            if beyond_T is not None and self.masks_beyond:
+                length = num_targets(trajectory)
+                trajectory = as_context(trajectory, beyond_T)
+                counts = SampleCounts(length - num_targets(trajectory), length, 1, index)
+            sample = TrainingSample(
+                trajectory=trajectory,
+                advantage=advantage,
+                group=position.place,
+                index=index,
+                lag=position.lags[index],
+                beyond=None if self.masks_beyond else beyond_T,
+                counts=counts,
+            )
+            samples.append(sample)
+        return ScoredPosition(position=position, shaped=shaped, samples=samples)
+
+    def learn(self, totals: StepTotals, *, step: int) -> dict[str, float]:
+        """Updates dual variables, the estimator's state and the history after a step, from its totals over
+        all ranks; returns the metrics of those that exist."""
+        name = "reward" if self.rewards.is_identity else "shaped_reward"
+        if self.closes:
+            self.history.begin(step, duals=self.rewards.duals)
+        self.rewards.update_duals(mean_tokens=totals.mean("response_tokens"))
+        metrics = self.rewards.metrics()
+        if self.state:
+            metrics["reward_baseline"] = -self.estimator.shift(self.state)
+            self.state = self.estimator.next_state(self.state, mean_reward=totals.mean(name))
+        if self.closes:
+            mean, square = totals.mean(name), totals.mean(f"{name}_square")
+            self.history.append(step, mean=mean, square=square, duals=self.rewards.duals)
+        return metrics
+
+    def restore(self, state: Sequence[float]) -> None:
+        """Sets the state from a checkpoint; if it belongs to another estimator, warns and keeps the initial
+        one."""
+        if len(state) == len(self.state):
+            self.state = tuple(state)
+        else:
+            log.warning("advantage differs from the checkpoint's: its state from earlier steps is lost")
+
+    def _of_parts(self, position: Position, *, step: int) -> ScoredPosition:
+        """Compares each sample with the early members of its own group."""
+        assert isinstance(self.estimator, Advantage) and position.origins is not None
+        shaped, advantages = [], []
+        members_of: dict[int, Sequence[EarlyMember]] = {}
+        self.history.begin(step, duals=self.rewards.duals)
+        for trajectory, origin in zip(position.trajectories, position.origins, strict=True):
+            running = self.history.as_of(origin.begin_step, step=step)
+            if origin.ticket_id not in members_of:
+                members_of[origin.ticket_id] = self.rewards.shape_members(origin.early, duals=running.duals)
+            (own,) = self.rewards.shape_group([trajectory], duals=running.duals)
+            context = context_of(members_of[origin.ticket_id], without=origin.sample_index, running=running)
+            shaped.append(own)
+            advantages.append(self.estimator.of_part(own.reward, context))
+        return self.scored(position, shaped, advantages)
